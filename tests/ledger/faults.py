@@ -30,7 +30,7 @@ def make(root: Path) -> Path:
     (cell,) = ledger.cells()
     ledger.cell(cell.identity.model, cell.identity.benchmark, {})
     ledger.remember("f" * 64, cell)
-    cell.add_receipt("mlflow", "digest", "http://there")
+    cell.add_receipt("mlflow", record="digest", location="http://there")
     seen(root)
     return root
 

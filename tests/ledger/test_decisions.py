@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from itertools import product
 
 import numpy as np
 import pytest
 
-from tracker.core.config import CellRequest
 from tracker.core.decision_records import DecisionsRecord
-from tracker.core.documents import Document, DocumentText, Response
-from tracker.core.extent import ALL
+from tracker.core.documents import Document, DocumentText
 from tracker.core.views import View
-from tracker.ledger.blocks import BLOCK
+from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.decisions import Decisions, decisions, decisions_record
-from tracker.ledger.outcomes import PROXY_SUMS, outcome_row
-from tracker.ledger.store import Ledger
 from tracker.ledger.texts import text_row
+
+from .conftest import asks, row, write_all
 
 LAYERS = 4
 SIZES = {"geography": 40, "history": 9}
 NAMES = ["baseline", *(f"layer:{layer}" for layer in range(LAYERS))]
+METRICS = ("acc", "acc_norm")
 DRAW = np.random.default_rng(11)
 
 
@@ -60,36 +59,26 @@ class Study:
             return found
         return [x / len(c) for x, c in zip(found, self.texts[place].choices, strict=True)]
 
-    def write(self, store: CellStore, texts: bool = True, public: bool = True) -> None:
-        for block in store.blocks(ALL):
-            docs = store.wanted(ALL)[block.task][block.number * BLOCK :][:BLOCK]
-            rows, said = [], []
-            for doc in docs:
-                place = (block.task, doc)
-                count = len(self.answers[(*place, "baseline")])
-                choices = 0 if self.open else count
-                document = Document(block.task, doc, (), self.gold[place], choices)
-                said.append(text_row(document, self.texts[place], public))
-                for name in NAMES:
-                    responses = [Response(x, False, 0) for x in self.answers[(*place, name)]]
-                    metrics = {m: self.score(place, name, m) for m in ("acc", "acc_norm")}
-                    proxies = (5, [[1.0] * LAYERS] * len(PROXY_SUMS))
-                    kept = proxies if name == "baseline" else None
-                    rows.append(outcome_row(document, name, responses, metrics, kept))
-            store.write(block, rows, {"device": "cpu"})
-            if texts:
-                store.texts.add(block.name, said)
+    def write(self, store: CellStore, texts: bool = True) -> None:
+        rows = []
+        for (task, doc), name in product(self.texts, NAMES):
+            metrics = {m: self.score((task, doc), name, m) for m in METRICS}
+            about = {"gold": self.gold[task, doc], "choices": 0 if self.open else None}
+            said = self.answers[task, doc, name]
+            rows.append(row(doc, name, task, metrics=metrics, said=said, **about))
+        write_all(store, rows)
+        for (task, doc), text in self.texts.items() if texts else ():
+            document = Document(task, doc, (), None, 0)
+            store.texts.add(Block(task, doc // 32).name, [text_row(document, text, True)])
 
 
 @pytest.fixture
-def two_tasks(ledger: Ledger, model_identity, benchmark_identity) -> CellStore:
-    identity = benchmark_identity(SIZES, {"acc": "mean", "acc_norm": "mean"}, name="subjects")
-    return ledger.cell(model_identity(), identity, {})
+def two_tasks(cell_of) -> CellStore:
+    return cell_of(SIZES, METRICS, name="subjects")
 
 
-def view(store: CellStore, metric: str = "acc", **changes: Any) -> View:
-    settings = {"model": "m", "benchmark": "b", "layers": tuple(range(LAYERS)), "metric": metric}
-    return store.views.of(CellRequest(**{**settings, **changes}))
+def view(store: CellStore, metric: str = "acc") -> View:
+    return store.views.of(asks(metric=metric))
 
 
 def changed(study: Study, metric: str, name: str) -> Mapping[str, set[tuple[str, int]]]:
@@ -150,12 +139,8 @@ class TestDecisions:
         for number, place in enumerate(found.documents):
             assert found.baseline.margin[number] == study.answers[(*place, "baseline")][0]
 
-    def test_a_loss_is_lost_where_it_grows(
-        self, ledger, model_identity, benchmark_identity
-    ) -> None:
-        way = {"higher_is_better": {"acc": False}}
-        identity = benchmark_identity(SIZES, {"acc": "mean", "acc_norm": "mean"}, way)
-        store = ledger.cell(model_identity(), identity, {})
+    def test_a_loss_is_lost_where_it_grows(self, cell_of) -> None:
+        store = cell_of(SIZES, METRICS, task={"higher_is_better": {"acc": False}})
         study = Study()
         study.write(store)
         found = decisions(store, view(store))
@@ -200,35 +185,28 @@ class TestRecord:
                     assert one.margin == pytest.approx(decided.margin[number], rel=1e-3)
                     assert doc.margin == pytest.approx(found.baseline.margin[number], rel=1e-3)
 
-    def test_options_and_margins_are_of_all_documents(self, found) -> None:
+    def test_options_margins_and_what_two_layers_lose_are_of_all_documents(self, found) -> None:
         record = decisions_record(found, shown=1)
-        taken = [int(one) for one in found.baseline.choice]
-        assert record.options == pytest.approx([taken.count(option) / 49 for option in range(5)])
-        gold = list(self.study.gold.values())
-        assert record.gold == pytest.approx([gold.count(option) / 49 for option in range(5)])
-        assert record.margins == pytest.approx(
-            np.quantile(found.baseline.margin, (0.25, 0.5, 0.75))
-        )
-
-    def test_both_counts_what_two_layers_lose(self, found) -> None:
-        record = decisions_record(found)
+        for shares, taken in (
+            (record.options, found.baseline.choice.tolist()),
+            (record.gold, list(self.study.gold.values())),
+        ):
+            assert shares == pytest.approx([taken.count(option) / 49 for option in range(5)])
+        quartiles = np.quantile(found.baseline.margin, (0.25, 0.5, 0.75))
+        assert record.margins == pytest.approx(quartiles)
         lost = [changed(self.study, "acc", f"layer:{layer}")["lost"] for layer in range(LAYERS)]
         assert record.compared == tuple(range(LAYERS))
         assert record.both == tuple(tuple(len(a & b) for b in lost) for a in lost)
 
-    def test_it_survives_its_json(self, found) -> None:
+    def test_it_survives_its_json_and_without_texts_nobodys_words_are_left(self, found) -> None:
         record = decisions_record(found)
         assert DecisionsRecord.model_validate_json(record.model_dump_json()) == record
-
-    def test_without_texts_nobodys_words_are_left(self, found) -> None:
-        quiet = decisions_record(found).without_texts()
+        quiet = record.without_texts()
         text = quiet.model_dump_json()
         assert "geography 1" not in text
         assert "xx" not in text
         assert "--publish-documents" in quiet.reasons["texts"]
-        assert [run.lost for run in quiet.runs] == [
-            run.lost for run in decisions_record(found).runs
-        ]
+        assert [run.lost for run in quiet.runs] == [run.lost for run in record.runs]
 
     def test_long_texts_lose_their_middle(self, two_tasks) -> None:
         study = Study()

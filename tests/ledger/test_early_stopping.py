@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from tracker.core.answers import took
-from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError, WorkError
 from tracker.core.extent import random_order, shuffled
 from tracker.core.questions import question
@@ -16,6 +15,8 @@ from tracker.ledger.blocks import Block, turns
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import CellRace
 from tracker.stats.sequential.stopping import Race
+
+from .conftest import asks, fill, measure
 
 SEED = 5
 RUNS = 4
@@ -43,11 +44,20 @@ def begun(order: list[tuple[str, int]], sizes: Mapping[str, int]) -> int:
 
 
 def race_of(store: CellStore, text: str, metric: str = "acc") -> CellRace:
-    asked = {"layers": tuple(range(RUNS)), "metric": metric, "until": text, "seed": SEED}
-    return CellRace(store, store.views.of(CellRequest(model="m", benchmark="b", **asked)))
+    return CellRace(store, store.views.of(asks(metric=metric, until=text, seed=SEED)))
 
 
-def test_a_single_task_is_the_race_over_its_outcomes(cell_of, measure) -> None:
+def raced(every: Outcomes, order: list[tuple[str, int]]) -> Race:
+    """The race over outcomes in an order, a look after each 32 of them."""
+    plain = Race(question("top 1"), len(order), RUNS)
+    drops = np.array([every[place][0] - every[place][1:] for place in order])
+    for start in range(0, len(order), 32):
+        if not plain.standing.answered:
+            plain.look(drops[start : start + 32])
+    return plain
+
+
+def test_a_single_task_is_the_race_over_its_outcomes(cell_of) -> None:
     sizes = {"arc_easy": 500}
     every, store = outcomes(sizes), cell_of(sizes)
     found = race_of(store, "top 1")
@@ -56,12 +66,7 @@ def test_a_single_task_is_the_race_over_its_outcomes(cell_of, measure) -> None:
         ("baseline", "layer:0", "layer:1", "layer:2", "layer:3"),
     )
     measured = measure(store, found, every)
-    plain = Race(question("top 1"), 500, RUNS)
-    order = shuffled(SEED, {"arc_easy": range(500)})
-    drops = np.array([every[place][0] - every[place][1:] for place in order])
-    for start in range(0, 500, 32):
-        if not plain.standing.answered:
-            plain.look(drops[start : start + 32])
+    plain = raced(every, shuffled(SEED, {"arc_easy": range(500)}))
     assert found.race.bounds.low.tolist() == plain.bounds.low.tolist()
     assert found.race.bounds.high.tolist() == plain.bounds.high.tolist()
     assert found.race.standing.chosen.tolist() == [True, False, False, False]
@@ -76,28 +81,25 @@ def test_a_single_task_is_the_race_over_its_outcomes(cell_of, measure) -> None:
 def test_a_block_is_taken_by_its_first_document() -> None:
     """And one can look up to the first document of the next one."""
     order = ["b", *33 * "a", "b", "a", "b"]
-    assert turns(order, {"a": 70, "b": 3}) == [("b", 0, 3, 1), ("a", 0, 32, 33), ("a", 1, 32, 37)]
+    taken = [(Block("b", 0, 7), 3, 1), (Block("a", 0, 7), 32, 33), (Block("a", 1, 7), 32, 37)]
+    assert turns(order, {"a": 70, "b": 3}, 7) == taken
 
 
-def test_of_a_half_it_is_the_race_over_its_documents(cell_of, measure) -> None:
+def test_of_a_half_it_is_the_race_over_its_documents(cell_of) -> None:
     every = outcomes({"arc_easy": 1000})
     half = {"part": "test", "seed": SEED, "of": 1000}
     store = cell_of({"arc_easy": 500}, task={"half": half})
     found = race_of(store, "top 1")
     measure(store, found, every)
     order = [("arc_easy", n) for n in random_order(SEED, "arc_easy", range(1000))[500:]]
-    plain = Race(question("top 1"), 500, RUNS)
-    drops = np.array([every[place][0] - every[place][1:] for place in order])
-    for start in range(0, 500, 32):
-        if not plain.standing.answered:
-            plain.look(drops[start : start + 32])
+    plain = raced(every, order)
     assert found.population == 500
     assert found.looked == plain.bounds.seen.max() < 500
     assert found.race.bounds.low.tolist() == plain.bounds.low.tolist()
     assert set(store.read()["doc"]) == {number for _, number in order[: found.looked]}
 
 
-def test_killed_and_continued_it_is_the_same_race(cell_of, measure) -> None:
+def test_killed_and_continued_it_is_the_same_race(cell_of) -> None:
     sizes = {"arc_easy": 500}
     every, store = outcomes(sizes), cell_of(sizes)
     measure(store, race_of(store, "top 1"), every, at_most=2)
@@ -111,7 +113,7 @@ def test_killed_and_continued_it_is_the_same_race(cell_of, measure) -> None:
     assert third.looked == again.looked
 
 
-def test_two_that_take_turns_run_one_race(cell_of, measure) -> None:
+def test_two_that_take_turns_run_one_race(cell_of) -> None:
     sizes = {"arc_easy": 500}
     every, store, alone = outcomes(sizes), cell_of(sizes), cell_of(sizes, name="other")
     one, other = race_of(store, "prune 2"), race_of(store, "prune 2")
@@ -128,7 +130,7 @@ def test_two_that_take_turns_run_one_race(cell_of, measure) -> None:
     assert single.race.bounds.high.tolist() == one.race.bounds.high.tolist()
 
 
-def test_a_block_counts_only_when_all_before_it_are_there(cell_of, measure, fill) -> None:
+def test_a_block_counts_only_when_all_before_it_are_there(cell_of) -> None:
     store = cell_of({"arc_easy": 500})
     later = Block("arc_easy", 3, SEED)
     found = race_of(store, "top 1")
@@ -141,7 +143,7 @@ def test_a_block_counts_only_when_all_before_it_are_there(cell_of, measure, fill
 
 @pytest.mark.parametrize("by_size", [True, False])
 def test_tasks_come_in_proportion_and_the_end_is_the_benchmarks_drop(
-    by_size: bool, cell_of, measure
+    by_size: bool, cell_of
 ) -> None:
     sizes = {"art": 300, "law": 100}
     every, store = outcomes(sizes), cell_of(sizes, weight_by_size=by_size)
@@ -163,9 +165,7 @@ def test_tasks_come_in_proportion_and_the_end_is_the_benchmarks_drop(
     assert found.race.bounds.high == pytest.approx(exact, abs=1e-9)
 
 
-def test_of_a_group_blocks_of_each_task_are_measured_and_less_is_looked_at(
-    cell_of, measure
-) -> None:
+def test_of_a_group_blocks_of_each_task_are_measured_and_less_is_looked_at(cell_of) -> None:
     sizes = {f"task{number}": 40 + number for number in range(6)}
     total, store = sum(sizes.values()), cell_of(sizes)
     found = race_of(store, "top 1")
@@ -190,12 +190,12 @@ def test_of_a_group_blocks_of_each_task_are_measured_and_less_is_looked_at(
     assert found.measured_for(looks).tolist() == [begun(order[:n], sizes) for n in looks]
 
 
-def test_what_no_outcomes_can_answer_is_refused(cell_of, measure) -> None:
+def test_what_no_outcomes_can_answer_is_refused(cell_of) -> None:
     store = cell_of({"arc_easy": 40})
     with pytest.raises(ExperimentError, match="'until': top 4 of 4 runs chooses nothing"):
         race_of(store, "top 4")
     with pytest.raises(ExperimentError, match="such as acc; word of arc_easy is none"):
-        race_of(store, "top 1", "word")
+        race_of(cell_of(metrics={"acc": "mean", "word": "ratio"}), "top 1", "word")
     every = {place: found * 2 for place, found in outcomes({"arc_easy": 40}).items()}
     with pytest.raises(WorkError, match="acc is 2 for a document of arc_easy"):
         measure(store, race_of(store, "top 1"), every)

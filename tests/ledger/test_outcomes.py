@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tracker.core.documents import Document, Prompt, Response
-from tracker.ledger.outcomes import outcome_row, outcome_table
+from tracker.ledger.outcomes import COMPARED, PROXY_SUMS, outcome_row, outcome_table
 
 RESPONSES = [Response(-1.5, False, 0, "one"), Response(-0.25, True, 2, "two")]
 PROXIES = (5, [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
@@ -45,16 +45,7 @@ def test_what_was_not_measured_is_null_under_every_ablation_alike() -> None:
     row = outcome_row(document(rolling=True, gold=None), "layer:0", RESPONSES, {}, None)
     assert row["rolling"] is True
     nothing = {name for name, value in row.items() if value is None}
-    assert nothing == {
-        "gold",
-        "proxy_tokens",
-        "cosine_similarity_sum",
-        "angular_distance_sum",
-        "relative_update_sum",
-        "compared",
-        "difference",
-        "unsteady",
-    }
+    assert nothing == {"gold", "proxy_tokens", *PROXY_SUMS, *COMPARED}
 
 
 def test_the_generated_text_is_kept_where_there_is_a_prompt() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,9 @@ import pytest
 from scipy import stats
 
 from tracker.benchmarks.tasks import aggregate
-from tracker.core.config import CellRequest
-from tracker.core.documents import Document, Response
-from tracker.core.identities import TaskIdentity
 from tracker.core.records import CellRecord
-from tracker.ledger.blocks import BLOCK, Block
-from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import outcome_row
 
-from .conftest import cell_record
+from .conftest import asks, cell_record, row, write_all
 
 LAYERS = 4
 NAMES = ["baseline", *(f"layer:{layer}" for layer in range(LAYERS))]
@@ -64,60 +59,41 @@ def ratio(texts: Texts, name: str, metric: str) -> float:
 
 
 @pytest.fixture
-def store(ledger, model_identity, benchmark_identity) -> Callable[..., CellStore]:
-    def store(tasks: dict[str, Texts], undefined: tuple[str, int] | None = None, **changes: Any):
-        identities = tuple(
-            TaskIdentity(
-                name=task,
-                version="1",
-                split="all",
-                documents=len(texts["all"]["units"]),
-                fingerprint="a" * 64,
-                metrics={name: how for name, (how, _) in KINDS.items()},
-                higher_is_better={name: better for name, (_, better) in KINDS.items()},
-            )
-            for task, texts in tasks.items()
-        )
-        cell = ledger.cell(
-            model_identity(layers=LAYERS),
-            benchmark_identity().model_copy(update={"tasks": identities, **changes}),
-            {},
-        )
+def record_of(cell_of) -> Callable[..., CellRecord]:
+    """Derive what is shown of texts by a metric; `undefined` have no figure."""
+
+    def record_of(
+        tasks: dict[str, Texts],
+        metric: str,
+        undefined: tuple[str, int] | None = None,
+        **changes: Any,
+    ) -> CellRecord:
+        sizes = {task: len(texts["all"]["units"]) for task, texts in tasks.items()}
+        better = {"higher_is_better": {name: better for name, (_, better) in KINDS.items()}}
+        how = {name: how for name, (how, _) in KINDS.items()}
+        cell, rows = cell_of(sizes, how, task=better, **changes), []
         for task, texts in tasks.items():
-            rows: dict[int, list[dict[str, object]]] = {}
-            for index, units in enumerate(texts["all"]["units"]):
-                for name in NAMES:
-                    metrics: dict[str, str | None] = {
-                        metric: json.dumps(pairs(texts, name, metric)[index]) for metric in KINDS
-                    }
-                    if undefined == (name, index):
-                        metrics = dict.fromkeys(KINDS)
-                    document = Document(task, index, (), None, 0, rolling=True)
-                    responses = [
-                        Response(float(x), False, 0) for x in texts[name]["windows"][index]
-                    ]
-                    draw = np.random.default_rng(index)
-                    sums = (units * draw.uniform(0.1, 0.9, size=(3, LAYERS))).tolist()
-                    proxies = (int(units), sums) if name == "baseline" else None
-                    rows.setdefault(index // BLOCK, []).append(
-                        outcome_row(document, name, responses, metrics, proxies)
-                    )
-            for number, block in rows.items():
-                cell.write(Block(task, number), block, {})
-        return cell
+            for (index, units), name in product(enumerate(texts["all"]["units"]), NAMES):
+                metrics: dict[str, str | None] = {
+                    metric: json.dumps(pairs(texts, name, metric)[index]) for metric in KINDS
+                }
+                if undefined == (name, index):
+                    metrics = dict.fromkeys(KINDS)
+                draw = np.random.default_rng(index)
+                sums = (units * draw.uniform(0.1, 0.9, size=(3, LAYERS))).tolist()
+                about = {"gold": None, "choices": 0, "rolling": True, "proxies": (int(units), sums)}
+                said = texts[name]["windows"][index]
+                rows.append(row(index, name, task, metrics=metrics, said=said, **about))
+        write_all(cell, rows)
+        return cell_record(cell, asks(), metric, aggregate)
 
-    return store
-
-
-def record_of(cell: CellStore, metric: str) -> CellRecord:
-    request = CellRequest(model="m", benchmark="b", layers=tuple(range(LAYERS)))
-    return cell_record(cell, request, metric, aggregate)
+    return record_of
 
 
 @pytest.mark.parametrize("metric", ["acc", "loss", "bits_per_byte"])
-def test_every_figure_of_one_task(store, metric: str) -> None:
+def test_every_figure_of_one_task(record_of, metric: str) -> None:
     texts = make_texts({"notes": 50})["notes"]
-    record = record_of(store({"notes": texts}), metric)
+    record = record_of({"notes": texts}, metric)
     better = KINDS[metric][1]
     before = ratio(texts, "baseline", metric)
     assert record.higher_is_better is better
@@ -154,10 +130,10 @@ def test_every_figure_of_one_task(store, metric: str) -> None:
         assert record.reasons == {"chance_accuracy": f"{metric} is no accuracy"}
 
 
-def test_the_interval_is_that_of_a_ratio_estimator(store) -> None:
+def test_the_interval_is_that_of_a_ratio_estimator(record_of) -> None:
     """Cochran, Sampling Techniques (1977), chapter 6: residuals of the ratio, by document."""
     texts = make_texts({"notes": 50})["notes"]
-    record = record_of(store({"notes": texts}), "bits_per_byte")
+    record = record_of({"notes": texts}, "bits_per_byte")
     units = texts["all"]["units"]
     for layer in record.runs:
         gain = texts["baseline"]["windows"].sum(1) - texts[layer.ablation]["windows"].sum(1)
@@ -173,10 +149,10 @@ def test_the_interval_is_that_of_a_ratio_estimator(store) -> None:
 
 @pytest.mark.parametrize("by_size", [True, False])
 @pytest.mark.parametrize("metric", ["acc", "bits_per_byte"])
-def test_a_group_is_aggregated_as_lm_eval_does(store, metric: str, by_size: bool) -> None:
+def test_a_group_is_aggregated_as_lm_eval_does(record_of, metric: str, by_size: bool) -> None:
     sizes = {"first": 37, "second": 5}
     tasks = make_texts(sizes)
-    record = record_of(store(tasks, weight_by_size=by_size), metric)
+    record = record_of(tasks, metric, weight_by_size=by_size)
     weights = list(sizes.values()) if by_size else [1, 1]
     expected = np.average([ratio(t, "baseline", metric) for t in tasks.values()], weights=weights)
     assert record.baseline_accuracy == pytest.approx(expected)
@@ -184,9 +160,9 @@ def test_a_group_is_aggregated_as_lm_eval_does(store, metric: str, by_size: bool
 
 
 @pytest.mark.parametrize("metric", ["acc", "loss"])
-def test_a_layer_that_matters_correlates_the_same_way(store, metric: str) -> None:
+def test_a_layer_that_matters_correlates_the_same_way(record_of, metric: str) -> None:
     """For a loss the drop is its increase: positive = the layer mattered, as for an accuracy."""
-    record = record_of(store(make_texts({"notes": 50})), metric)
+    record = record_of(make_texts({"notes": 50}), metric)
     drops = [layer.accuracy_drop for layer in record.runs]
     scores = [layer.cosine_score for layer in record.runs]
     found = next(
@@ -199,8 +175,8 @@ def test_a_layer_that_matters_correlates_the_same_way(store, metric: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["baseline", "layer:1"])
-def test_a_document_without_a_finite_score(store, name: str) -> None:
-    record = record_of(store(make_texts({"notes": 9}), undefined=(name, 4)), "acc")
+def test_a_document_without_a_finite_score(record_of, name: str) -> None:
+    record = record_of(make_texts({"notes": 9}), "acc", undefined=(name, 4))
     reason = "1 of 9 documents has no finite score"
     assert record.runs[1].accuracy_drop is None
     assert record.runs[1].reasons["accuracy_drop"] == reason
@@ -209,28 +185,16 @@ def test_a_document_without_a_finite_score(store, name: str) -> None:
     assert (record.runs[0].accuracy_drop is None) is (name == "baseline")
 
 
-def test_a_text_without_tokens_changes_nothing(store) -> None:
+def test_a_text_without_tokens_changes_nothing(record_of) -> None:
     texts = make_texts({"notes": 20})["notes"]
-    plain = record_of(store({"notes": texts}), "bits_per_byte")
+    plain = record_of({"notes": texts}, "bits_per_byte")
     for name in NAMES:
         texts[name] = {key: np.append(v, 0 * v[:1], axis=0) for key, v in texts[name].items()}
     texts["all"]["units"] = np.append(texts["all"]["units"], 0.0)
-    more = record_of(store({"notes": texts}, name="other"), "bits_per_byte")
+    more = record_of({"notes": texts}, "bits_per_byte", name="other")
     assert more.n == plain.n + 1
     assert more.baseline_accuracy == pytest.approx(plain.baseline_accuracy)
     for one, other in zip(plain.runs, more.runs, strict=True):
         assert other.accuracy_drop == pytest.approx(one.accuracy_drop)
         assert other.accuracy_drop_low == pytest.approx(one.accuracy_drop_low)
         assert other.cosine_score == pytest.approx(one.cosine_score)
-
-
-def test_an_old_cell_still_loads() -> None:
-    old = {
-        "name": "arc_easy",
-        "version": "1.0",
-        "split": "test",
-        "documents": 3,
-        "fingerprint": "a",
-        "metrics": {"acc": "mean"},
-    }
-    assert TaskIdentity.model_validate(old).higher_is_better == {}

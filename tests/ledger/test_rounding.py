@@ -7,19 +7,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.ledger.conftest import LAYERS, cell_record
-from tracker.core.config import CellRequest
-from tracker.core.documents import Document, DocumentText, Response
+from tracker.core.documents import Document, DocumentText
 from tracker.core.records import CellRecord
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import AGAIN, outcome_row
+from tracker.ledger.outcomes import AGAIN
 from tracker.ledger.texts import text_row
 from tracker.stats.rounding import movement, shift, turning, within
 
+from .conftest import Row, asks, cell_record, row
+
 NAMES = ("baseline", "layer:0")
 DOCUMENTS, TWICE = 30, 6
-REQUEST = CellRequest(model="m", benchmark="b", layers=(0,), limit=DOCUMENTS)
+METRICS = ("acc", "acc_norm")
+
+
+def count(doc: int) -> int:
+    """How many options a document has."""
+    return 3 if doc % 5 == 0 else 4
 
 
 class Answers:
@@ -45,32 +50,21 @@ class Answers:
         for number, name in enumerate(NAMES):
             judged = {
                 metric: np.nanargmax(self.scores(number, metric == "acc_norm"), axis=1) == self.gold
-                for metric in ("acc", "acc_norm")
+                for metric in METRICS
             }
             for doc in range(DOCUMENTS):
-                count = 3 if doc % 5 == 0 else 4
-                first, second = (
-                    [Response(float(ll), False, 0) for ll in each[number, doc, :count]]
-                    for each in (self.first, self.second)
-                )
-                found.append(
-                    outcome_row(
-                        Document("arc_easy", doc, (), int(self.gold[doc]), count),
-                        name,
-                        first,
-                        {metric: float(right[doc]) for metric, right in judged.items()},
-                        (5, [[1.0] * LAYERS] * 3) if name == "baseline" else None,
-                        again=second if doc < TWICE else None,
-                    )
-                )
+                first, second = (x[number, doc, : count(doc)] for x in (self.first, self.second))
+                metrics = {metric: float(right[doc]) for metric, right in judged.items()}
+                again = second if doc < TWICE else None
+                gold = int(self.gold[doc])
+                found.append(row(doc, name, metrics=metrics, said=first, gold=gold, again=again))
         return found
 
     def texts(self) -> list[dict[str, Any]]:
         said = []
         for doc, words in enumerate(self.words):
-            count = 3 if doc % 5 == 0 else 4
-            document = Document("arc_easy", doc, (), int(self.gold[doc]), count)
-            said.append(text_row(document, DocumentText("?", words[:count]), True))
+            document = Document("arc_easy", doc, (), None, 0)
+            said.append(text_row(document, DocumentText("?", words[: count(doc)]), True))
         return said
 
 
@@ -80,15 +74,13 @@ def answers() -> Answers:
 
 
 @pytest.fixture
-def half(ledger, model_identity, benchmark_identity) -> CellStore:
-    metrics = {"acc": "mean", "acc_norm": "mean"}
-    identity = benchmark_identity({"arc_easy": DOCUMENTS}, metrics)
-    return ledger.cell(model_identity(dtype="bfloat16"), identity, {})
+def half(cell_of) -> CellStore:
+    return cell_of({"arc_easy": DOCUMENTS}, METRICS, {"dtype": "bfloat16"})
 
 
 def record_of(store: CellStore, rows: list[dict[str, Any]], metric: str = "acc") -> CellRecord:
     store.write(Block("arc_easy", 0), rows, {})
-    return cell_record(store, REQUEST, metric, lambda how, values: float(np.mean(values)))
+    return cell_record(store, asks(0, limit=DOCUMENTS), metric)
 
 
 @pytest.mark.parametrize("metric", ["acc", "acc_norm"])
@@ -121,46 +113,44 @@ def refused(record: CellRecord) -> str:
     return why
 
 
-def test_an_older_shard_says_that_nothing_was_computed_twice(half, answers) -> None:
-    rows = [{k: v for k, v in row.items() if k != AGAIN} for row in answers.rows()]
-    assert refused(record_of(half, rows)) == "none of these documents was computed twice"
-
-
 def test_lengths_that_are_not_known(half, answers) -> None:
     assert "lengths of options, which are not known" in refused(
         record_of(half, answers.rows(), "acc_norm")
     )
 
 
-def test_a_second_time_that_is_the_first_to_the_last_bit_shows_no_rounding(half, answers) -> None:
-    rows = answers.rows()
-    for row in rows:
-        if AGAIN in row:
-            row[AGAIN] = row["loglikelihoods"]
-    assert "came out the same, to the last bit" in refused(record_of(half, rows))
+def the_same(row: Row) -> Row:
+    return row | ({AGAIN: row["loglikelihoods"]} if AGAIN in row else {})
 
 
-def test_a_metric_that_is_not_the_best_option(half, answers) -> None:
-    rows = answers.rows()
-    for row in rows:
-        row["metric/acc"] = 1 - row["metric/acc"]
-    assert refused(record_of(half, rows)) == "acc is not whether the best option is the gold one"
-
-
-def test_open_answers_have_no_margin(half, answers) -> None:
-    rows = answers.rows()
-    for row in rows:
-        row["choices"] = 0
-    assert "no options" in refused(record_of(half, rows))
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            lambda row: {name: value for name, value in row.items() if name != AGAIN},
+            "none of these documents was computed twice",
+        ),
+        (the_same, "what was computed twice came out the same, to the last bit"),
+        (
+            lambda row: row | {"metric/acc": 1 - row["metric/acc"]},
+            "acc is not whether the best option is the gold one",
+        ),
+        (
+            lambda row: row | {"choices": 0},
+            "there are no options that a margin could lie between",
+        ),
+    ],
+    ids=["of an older shard", "to the last bit", "another metric", "open answers"],
+)
+def test_what_shows_no_rounding_says_why(half, answers, change, why: str) -> None:
+    assert refused(record_of(half, [change(each) for each in answers.rows()])) == why
 
 
 def test_one_model_alone_may_lack_it(half, answers) -> None:
     """The drop needs both."""
-    rows = [row for row in answers.rows() if row["ablation"] == "baseline" or AGAIN not in row]
-    rows += [
-        {k: v for k, v in row.items() if k != AGAIN}
-        for row in answers.rows()
-        if row["ablation"] != "baseline" and AGAIN in row
+    rows = [
+        {k: v for k, v in each.items() if k != AGAIN or each["ablation"] == "baseline"}
+        for each in answers.rows()
     ]
     record = record_of(half, rows)
     (run,) = record.runs
@@ -169,9 +159,6 @@ def test_one_model_alone_may_lack_it(half, answers) -> None:
     assert {"rounded", "drop_rounding"} <= {*run.reasons}
 
 
-def test_single_precision_says_nothing_of_it(
-    ledger, model_identity, benchmark_identity, answers
-) -> None:
-    identity = benchmark_identity({"arc_easy": DOCUMENTS}, {"acc": "mean", "acc_norm": "mean"})
-    record = record_of(ledger.cell(model_identity(), identity, {}), answers.rows())
+def test_single_precision_says_nothing_of_it(cell_of, answers) -> None:
+    record = record_of(cell_of({"arc_easy": DOCUMENTS}, METRICS), answers.rows())
     assert "round" not in record.model_dump_json()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
-from tracker.core.config import CellRequest
-from tracker.core.extent import Extent
 from tracker.core.proxies import OBSERVED
+from tracker.core.records import CellRecord
 from tracker.ledger.cells import CellStore
 from tracker.stats.rank_agreement import COEFFICIENTS
 
-from .conftest import cell_record
+from .conftest import asks, cell_record, row, write_all
 
 DOCUMENTS = 20
 RIGHT = {
@@ -37,35 +36,21 @@ RIGHT = {
 }
 """How many of the documents each ablation answers right."""
 
-Measure = Callable[[Sequence[str]], CellStore]
-
-
-def mean(how: str, values: Sequence[float | str]) -> float:
-    return sum(map(float, values)) / len(values)
-
-
-def ask(**changes: Any) -> CellRequest:
-    settings: dict[str, Any] = {"model": "m", "benchmark": "b", "layers": (0, 1, 2, 3)}
-    return CellRequest(**{**settings, "limit": DOCUMENTS, **changes})
-
 
 @pytest.fixture
-def measure(cell: CellStore, row: Callable[..., dict[str, object]]) -> Measure:
-    """Measure some ablations of a model of four layers."""
+def show(cell: CellStore) -> Callable[..., CellRecord]:
+    """Measure some ablations of a model of four layers, and derive what a request shows."""
 
-    def measure(names: Sequence[str]) -> CellStore:
-        (block,) = cell.blocks(Extent(limit=DOCUMENTS))
+    def show(*layers: int, names: Iterable[str] = RIGHT, **asked: Any) -> CellRecord:
         rows = [row(doc, name, acc=float(doc < RIGHT[name])) for name in names for doc in range(20)]
-        cell.write(block, rows, {})
-        return cell
+        write_all(cell, rows)
+        return cell_record(cell, asks(*layers, limit=DOCUMENTS, **asked))
 
-    return measure
+    return show
 
 
-def test_one_record_a_run_in_the_order_of_the_request(measure: Measure) -> None:
-    store = measure(list(RIGHT))
-    request = ask(components=("layer", "attention"), spans=(1, 2), layers=(0, 1, 3))
-    record = cell_record(store, request, "acc", mean)
+def test_one_record_a_run_in_the_order_of_the_request(show) -> None:
+    record = show(0, 1, 3, components=("layer", "attention"), spans=(1, 2))
     assert [(run.ablation, run.component, run.layer, run.span) for run in record.runs] == [
         ("layer:0", "layer", 0, 1),
         ("layer:1", "layer", 1, 1),
@@ -84,11 +69,8 @@ def test_one_record_a_run_in_the_order_of_the_request(measure: Measure) -> None:
     assert (record.removed, record.removed_accuracy, record.reasons) == ((), None, {})
 
 
-def test_proxies_and_correlations_rest_on_whole_single_layers(measure: Measure) -> None:
-    store = measure(list(RIGHT))
-    alone = cell_record(store, ask(), "acc", mean)
-    request = ask(components=("layer", "attention"), spans=(1, 2))
-    record = cell_record(store, request, "acc", mean)
+def test_proxies_and_correlations_rest_on_whole_single_layers(show) -> None:
+    alone, record = show(), show(components=("layer", "attention"), spans=(1, 2))
     assert record.whole_layers == alone.runs
     assert record.correlations == alone.correlations
     assert len(alone.correlations) == len(OBSERVED) * len(COEFFICIENTS) * 2
@@ -97,22 +79,15 @@ def test_proxies_and_correlations_rest_on_whole_single_layers(measure: Measure) 
         whole = (run.component, run.span) == ("layer", 1)
         for name in proxies:
             assert (getattr(run, name) is not None) == whole
-            assert run.reasons.get(name) == (
-                None if whole else "measured for whole single layers only"
-            )
+            why = None if whole else "measured for whole single layers only"
+            assert run.reasons.get(name) == why
+    none = show(components=("attention",))
+    assert (len(none.runs), none.whole_layers, none.correlations) == (4, (), ())
 
 
-def test_without_whole_layers_nothing_is_correlated(measure: Measure) -> None:
-    store = measure(list(RIGHT))
-    record = cell_record(store, ask(components=("attention",)), "acc", mean)
-    assert (len(record.runs), record.whole_layers, record.correlations) == (4, (), ())
-
-
-def test_layers_beneath_count_in_every_drop(measure: Measure) -> None:
+def test_layers_beneath_count_in_every_drop(show) -> None:
     """The drop stays relative to the intact model; what lies beneath has its own accuracy."""
-    store = measure(list(RIGHT))
-    request = ask(components=("layer", "mlp"), removed=(2,))
-    record = cell_record(store, request, "acc", mean)
+    record = show(components=("layer", "mlp"), removed=(2,))
     assert record.title.endswith("· 0-shot · without layer 2")
     assert record.baseline_accuracy == pytest.approx(18 / DOCUMENTS)
     assert record.removed_accuracy == pytest.approx(RIGHT["layer:2"] / DOCUMENTS)
@@ -130,14 +105,10 @@ def test_layers_beneath_count_in_every_drop(measure: Measure) -> None:
     assert {c.n for c in record.correlations if c.subset == "all"} == {3}
 
 
-def test_what_lies_beneath_may_not_be_measured_yet(measure: Measure) -> None:
-    store = measure(["baseline", "layers:0,2"])
-    record = cell_record(store, ask(removed=(2,)), "acc", mean)
+def test_what_lies_beneath_may_not_be_measured_yet(show) -> None:
+    nothing = show(names=(), removed=(2,))
+    assert nothing.reasons["removed_accuracy"] == "no document is measured yet"
+    record = show(names=["baseline", "layers:0,2"], removed=(2,))
     assert (record.removed_accuracy, record.removed_low) == (None, None)
     assert record.reasons == {"removed_accuracy": "not measured yet"}
     assert [run.label() for run in record.missing] == ["layer 1", "layer 3"]
-
-
-def test_nothing_measured_says_so_of_what_lies_beneath_too(cell: CellStore) -> None:
-    record = cell_record(cell, ask(removed=(2,)), "acc", mean)
-    assert record.reasons["removed_accuracy"] == "no document is measured yet"

@@ -53,3 +53,13 @@ def test_a_file_that_is_not_proved_is_refused(about: dict[str, object]) -> None:
     pq.write_table(TABLE.cast(schema), sink)
     with pytest.raises(ValueError, match=r"^its digest is not that of its content$"):
         read_shard(sink.getvalue().to_pybytes())
+
+
+def test_the_digest_covers_every_byte() -> None:
+    content = shard_file(TABLE, {"key": "k"})
+    stated = shard_digest(content)
+    where = content.index(stated.encode())
+    for place in {*range(0, len(content), 7)} - {*range(where, where + 64)}:
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        assert shard_digest(bytes(changed)) != stated

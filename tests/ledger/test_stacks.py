@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import pytest
-
-from tracker.core.config import CellRequest
 from tracker.core.records import CellRecord
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
@@ -15,54 +12,49 @@ from tracker.report.tables import layer_table, overview_table
 from tracker.tracking.mlflow.runs import mlflow_run
 from tracker.tracking.runs import cell_run, layer_run
 
-from .conftest import cell_record
+from .conftest import asks, cell_record, row
 
 OLD = {"torch": "2.12.0", "platform": "Linux x86_64", "device": "cpu", "cores": "2"}
 NEW = {**OLD, "torch": "2.13.0", "cores": "64"}
 GPU = {**NEW, "device": "cuda:1"}
 DIFFERENT = "measured by different versions or devices"
 
-Measure = Callable[..., None]
+NAMES = ("baseline", "layer:0", "layer:1")
 
 
-@pytest.fixture
-def measure(cell: CellStore, row: Callable[..., dict[str, object]]) -> Measure:
-    def measure(documents: Sequence[int], names: Sequence[str], stack: dict[str, str]) -> None:
-        rows = [row(doc, name) for doc in documents for name in names]
-        cell.write(Block("arc_easy", 0), rows, {"provenance": stack})
-
-    return measure
+def measure(
+    cell: CellStore, documents: Sequence[int], names: Sequence[str], stack: dict[str, str]
+) -> None:
+    rows = [row(doc, name) for doc in documents for name in names]
+    cell.write(Block("arc_easy", 0), rows, {"provenance": stack})
 
 
 def record(cell: CellStore, layers: Sequence[int] = (0, 1), limit: int = 4) -> CellRecord:
-    request = CellRequest(model="m", benchmark="b", layers=tuple(layers), limit=limit)
-    return cell_record(cell, request, "acc", lambda how, values: 0.0)
+    return cell_record(cell, asks(*layers, limit=limit))
 
 
-def test_one_stack_is_what_the_shards_say(cell: CellStore, measure: Measure) -> None:
+def test_one_stack_is_what_the_shards_say(cell: CellStore) -> None:
     """Was: the versions of whoever made the cell, whatever measured it."""
     assert cell.identity.provenance == {"numpy": "2.4"}
-    measure(range(4), ("baseline", "layer:0", "layer:1"), NEW)
+    measure(cell, range(4), NAMES, NEW)
     found = record(cell)
     assert found.provenance == NEW
     assert "provenance" not in found.reasons
     assert all(not run.reasons.get("provenance") for run in found.runs)
 
 
-def test_only_what_is_shown_counts(cell: CellStore, measure: Measure) -> None:
-    measure(range(4), ("baseline", "layer:0", "layer:1"), OLD)
-    measure(range(4), ("layer:2",), NEW)
-    measure(range(4, 8), ("baseline", "layer:0", "layer:1"), NEW)
+def test_only_what_is_shown_counts(cell: CellStore) -> None:
+    measure(cell, range(4), NAMES, OLD)
+    measure(cell, range(4), ("layer:2",), NEW)
+    measure(cell, range(4, 8), NAMES, NEW)
     assert record(cell).provenance == OLD
     assert record(cell, limit=8).provenance["torch"] == "2.12.0, 2.13.0"
     assert record(cell, (0, 2)).provenance["cores"] == "2, 64"
 
 
-def test_documents_by_other_versions_are_said_but_each_is_compared_alike(
-    cell: CellStore, measure: Measure
-) -> None:
-    measure(range(2), ("baseline", "layer:0", "layer:1"), OLD)
-    measure(range(2, 4), ("baseline", "layer:0", "layer:1"), NEW)
+def test_documents_by_other_versions_are_said_but_each_is_compared_alike(cell: CellStore) -> None:
+    measure(cell, range(2), NAMES, OLD)
+    measure(cell, range(2, 4), NAMES, NEW)
     found = record(cell)
     assert found.reasons == {"provenance": f"{DIFFERENT}: torch 2.12.0, 2.13.0"}
     assert found.is_complete
@@ -74,12 +66,12 @@ def test_documents_by_other_versions_are_said_but_each_is_compared_alike(
 
 
 def test_a_baseline_is_not_compared_with_another_stacks_ablation_in_silence(
-    cell: CellStore, measure: Measure
+    cell: CellStore,
 ) -> None:
-    measure(range(4), ("baseline", "layer:0"), OLD)
-    measure(range(1), ("layer:1",), OLD)
-    measure(range(1, 3), ("layer:1",), NEW)
-    measure(range(3, 4), ("layer:1",), GPU)
+    measure(cell, range(4), ("baseline", "layer:0"), OLD)
+    measure(cell, range(1), ("layer:1",), OLD)
+    measure(cell, range(1, 3), ("layer:1",), NEW)
+    measure(cell, range(3, 4), ("layer:1",), GPU)
     found = record(cell)
     assert found.reasons["provenance"] == (f"{DIFFERENT}: torch 2.12.0, 2.13.0; device cpu, cuda")
     alike, mixed = found.runs

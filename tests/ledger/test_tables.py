@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,23 +13,22 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tracker.core.config import CellRequest
-from tracker.core.documents import Document, Response
 from tracker.core.proxies import OBSERVED, Proxy, relative_update
 from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger import runs, tables
-from tracker.ledger.blocks import BLOCK, Block
+from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcome_variance import outcome_variance
-from tracker.ledger.outcomes import COMPARED, outcome_row
+from tracker.ledger.outcomes import COMPARED
 from tracker.ledger.shards import read_shard
 from tracker.stats.correlation import correlate
 from tracker.stats.power import OutcomeVariance
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 
-from .conftest import cell_record
+from .conftest import asks, cell_record, row, write_all
 
 LAYERS = 8
+EVERY_LAYER = asks(*range(LAYERS))
 Z = 1.959963984540054
 """The 97.5 % point of the normal distribution."""
 METRICS = {"acc": "mean", "acc_norm": "mean", "f1": "agreement", "own": "a_function_of_the_task"}
@@ -88,32 +87,44 @@ def make_items(sizes: dict[str, int], layers: Sequence[int] = range(LAYERS)) -> 
 
 
 @pytest.fixture
-def store(ledger, model_identity, benchmark_identity) -> Callable[..., CellStore]:
-    """Put documents into a new cell."""
+def store(cell_of) -> Callable[..., CellStore]:
+    """Put documents into a new cell, which has no others where nothing is said."""
 
-    def store(items: list[Item], sizes: dict[str, int], **changes: Any) -> CellStore:
-        cell = ledger.cell(
-            model_identity(layers=LAYERS), benchmark_identity(sizes, METRICS, **changes), {"a": "b"}
-        )
-        blocks = defaultdict(list)
-        for item in items:
-            for name, metrics in item.metrics.items():
-                proxies = (item.tokens, item.sums.tolist()) if name == "baseline" else None
-                document = Document(item.task, item.index, (), item.gold, item.choices)
-                responses = [Response(value, False, 0) for value in item.loglikelihoods[name]]
-                blocks[item.task, item.index // BLOCK].append(
-                    outcome_row(document, name, responses, metrics, proxies)
-                )
-        # A later block first: the order on the disk must not matter.
-        for (task, number), rows in reversed(blocks.items()):
-            cell.write(Block(task, number), rows[::-1], {})
+    def store(items: list[Item], sizes: dict[str, int] | None = None, **changes: Any) -> CellStore:
+        sizes = sizes or dict(Counter(item.task for item in items))
+        cell = cell_of(sizes, METRICS, {"layers": LAYERS}, **changes)
+        rows = [
+            row(
+                *(item.index, name, item.task),
+                metrics=metrics,
+                said=item.loglikelihoods[name],
+                gold=item.gold,
+                proxies=(item.tokens, item.sums.tolist()),
+            )
+            for item in items
+            for name, metrics in item.metrics.items()
+        ]
+        write_all(cell, rows)
         return cell
 
     return store
 
 
-def ask(layers: Sequence[int] = range(LAYERS), limit: int | None = None) -> CellRequest:
-    return CellRequest(model="m", benchmark="b", layers=tuple(layers), limit=limit)
+@pytest.fixture
+def record_of(store) -> Callable[..., CellRecord]:
+    """Derive what a request for some layers shows of documents."""
+
+    def record_of(
+        items: list[Item],
+        layers: Sequence[int] = range(LAYERS),
+        limit: int | None = None,
+        metric: str = "acc",
+        **changes: Any,
+    ) -> CellRecord:
+        request = asks(*layers, limit=limit)
+        return cell_record(store(items, **changes), request, metric, aggregate)
+
+    return record_of
 
 
 def naive_mean(items: list[Item], by_size: bool, value: Callable[[Item], float]) -> float:
@@ -200,21 +211,24 @@ def check_layer(
 
 
 def test_every_figure_of_a_single_task(store) -> None:
-    sizes = {"arc_easy": 70}
-    items = make_items(sizes)
-    cell = store(items, sizes)
-    record = cell_record(cell, ask(), "acc", aggregate)
+    items = make_items({"arc_easy": 70})
+    cell = store(items)
+    record = cell_record(cell, EVERY_LAYER, "acc", aggregate)
     check(record, items, True, range(LAYERS))
     assert record.key == cell.identity.key
     assert (record.model, record.benchmark) == (cell.identity.model, cell.identity.benchmark)
     assert record.missing == ()
     assert record.reasons == {}
+    record = cell_record(cell, EVERY_LAYER, "acc_norm", aggregate)
+    assert record.metric == "acc_norm"
+    for layer in record.runs:
+        expected = naive_metric(items, True, f"layer:{layer.layer}", "acc_norm")
+        assert layer.accuracy == pytest.approx(expected)
 
 
-def test_the_intervals_of_a_single_task(store) -> None:
-    sizes = {"arc_easy": 70}
-    items = make_items(sizes)
-    record = cell_record(store(items, sizes), ask(), "acc", aggregate)
+def test_the_intervals_of_a_single_task(record_of) -> None:
+    items = make_items({"arc_easy": 70})
+    record = record_of(items)
     n, p = 70, record.baseline_accuracy
     middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
@@ -235,39 +249,21 @@ def test_the_intervals_of_a_single_task(store) -> None:
 
 
 @pytest.mark.parametrize("by_size", [True, False])
-def test_every_figure_of_a_group(store, by_size: bool) -> None:
-    sizes = {"z/first": 37, "a::second": 5, "m": 64}
-    items = make_items(sizes)
-    record = cell_record(
-        store(items, sizes, name="group", weight_by_size=by_size), ask(), "acc", aggregate
-    )
-    check(record, items, by_size, range(LAYERS))
-
-
-def test_the_two_weightings_differ(store) -> None:
-    """Else the test above would not tell them apart."""
+def test_every_figure_of_a_group(record_of, by_size: bool) -> None:
     items = make_items({"z/first": 37, "a::second": 5, "m": 64})
+    check(record_of(items, name="group", weight_by_size=by_size), items, by_size, range(LAYERS))
     for name in ("acc", "f1"):
-        assert naive_metric(items, True, "layer:1", name) != pytest.approx(
-            naive_metric(items, False, "layer:1", name)
-        )
-
-
-def test_another_metric_may_be_shown(store) -> None:
-    sizes = {"arc_easy": 40}
-    items = make_items(sizes)
-    record = cell_record(store(items, sizes), ask(), "acc_norm", aggregate)
-    assert record.metric == "acc_norm"
-    for layer in record.runs:
-        expected = naive_metric(items, True, f"layer:{layer.layer}", "acc_norm")
-        assert layer.accuracy == pytest.approx(expected)
+        both = [naive_metric(items, each, "layer:1", name) for each in (True, False)]
+        assert both[0] != pytest.approx(both[1]), "else nothing would tell them apart"
+    without_score(items, "layer:1")
+    broken = record_of(items, name="other", weight_by_size=by_size).runs[1]
+    assert broken.accuracy is broken.metrics["acc"] is None
 
 
 @pytest.mark.parametrize("limit", [1, 10, 32, 33, 64])
-def test_a_limit_below_what_is_measured(store, limit: int) -> None:
-    sizes = {"a": 40, "b": 12}
-    items = make_items(sizes)
-    record = cell_record(store(items, sizes, name="group"), ask(limit=limit), "acc", aggregate)
+def test_a_limit_below_what_is_measured(record_of, limit: int) -> None:
+    items = make_items({"a": 40, "b": 12})
+    record = record_of(items, limit=limit, name="group")
     shown = [item for item in items if item.index < limit]
     assert record.n == len(shown) == min(limit, 40) + min(limit, 12)
     assert record.reasons.get("n") is None
@@ -278,63 +274,51 @@ def test_a_limit_below_what_is_measured(store, limit: int) -> None:
         check(record, shown, True, range(LAYERS))
 
 
-def test_a_limit_above_what_is_measured_is_said(store) -> None:
+def test_a_limit_above_what_is_measured_is_said(record_of) -> None:
     items = make_items({"arc_easy": 40})
-    record = cell_record(store(items, {"arc_easy": 70}), ask(), "acc", aggregate)
+    record = record_of(items, sizes={"arc_easy": 70})
     check(record, items, True, range(LAYERS))
     assert record.reasons["n"] == "40 of 70 documents are measured so far"
 
 
-def test_only_the_layers_that_were_asked_for(store) -> None:
-    sizes = {"arc_easy": 40}
-    items = make_items(sizes)
-    record = cell_record(store(items, sizes), ask([2, 5]), "acc", aggregate)
-    check(record, items, True, [2, 5])
-    assert record.missing == ()
-    assert {correlation.n for correlation in record.correlations} == {2}
-
-
-def test_a_layer_that_is_not_measured(store) -> None:
-    sizes = {"arc_easy": 40}
-    items = make_items(sizes, layers=[0, 1, 2, 4])
-    record = cell_record(store(items, sizes), ask(), "acc", aggregate)
-    check(record, items, True, [0, 1, 2, 4])
-    assert [run.layer for run in record.missing] == [3, 5, 6, 7]
+@pytest.mark.parametrize(
+    ("measured", "asked", "shown", "missing"),
+    [
+        (range(LAYERS), [2, 5], [2, 5], []),
+        ([0, 1, 2, 4], range(LAYERS), [0, 1, 2, 4], [3, 5, 6, 7]),
+        ([], [0, 1], [], [0, 1]),
+    ],
+)
+def test_the_layers_that_were_asked_for_and_are_measured(
+    record_of, measured, asked, shown, missing
+) -> None:
+    items = make_items({"arc_easy": 40}, layers=measured)
+    record = record_of(items, asked)
+    check(record, items, True, shown)
+    assert [run.layer for run in record.missing] == missing
+    assert {found.n for found in record.correlations if found.subset == "all"} == {len(shown)} - {0}
 
 
 def test_a_layer_on_fewer_documents_narrows_all(store) -> None:
     """Figures that stand side by side rest on the same documents."""
-    sizes = {"a": 40, "b": 12}
-    items = make_items(sizes)
+    items = make_items({"a": 40, "b": 12})
     for item in items:
         if item.task == "a" and item.index in (0, 39):
             del item.metrics["layer:3"]
-    cell = store(items, sizes, name="group", weight_by_size=False)
+    cell = store(items, name="group", weight_by_size=False)
     shared = [item for item in items if "layer:3" in item.metrics]
-    record = cell_record(cell, ask(), "acc", aggregate)
+    record = cell_record(cell, EVERY_LAYER, "acc", aggregate)
     assert len(shared) == 50
     check(record, shared, False, range(LAYERS))
     assert record.reasons["n"] == "50 of 52 documents are measured so far"
     # A layer that is not shown does not narrow.
-    check(cell_record(cell, ask([0, 1]), "acc", aggregate), items, False, [0, 1])
-
-
-def test_a_block_that_is_not_shown_is_not_read(store) -> None:
-    sizes = {"arc_easy": 70}
-    items = make_items(sizes)
-    cell = store(items, sizes)
-    later = cell.shards()[1:]
-    for path in later:
-        path.write_bytes(b"")
-    check(cell_record(cell, ask(limit=32), "acc", aggregate), items[:32], True, range(LAYERS))
-    assert cell.shards()[1:] == later
+    check(cell_record(cell, asks(0, 1), "acc", aggregate), items, False, [0, 1])
 
 
 def test_outcomes_of_two_folders_are_lined_up(store, tmp_path) -> None:
     """The other one holds a layer of the first task, which comes behind all else."""
-    sizes = {"a": 12, "b": 9}
-    items = make_items(sizes)
-    cell = store(items, sizes, weight_by_size=False)
+    items = make_items({"a": 12, "b": 9})
+    cell = store(items, weight_by_size=False)
     other = CellStore(tmp_path / "other", cell.identity)
     for path in cell.shards():
         if path.name.startswith("a."):
@@ -345,27 +329,23 @@ def test_outcomes_of_two_folders_are_lined_up(store, tmp_path) -> None:
                 some = [row for row in rows if (row["ablation"] == "layer:2") == mine]
                 place.write(Block("a", 0), some, {"provenance": {"a": "b"}})
     both = CellStore(cell.folder, cell.identity, [other])
-    check(cell_record(both, ask(), "acc", aggregate), items, False, range(LAYERS))
+    check(cell_record(both, EVERY_LAYER, "acc", aggregate), items, False, range(LAYERS))
 
 
-def test_documents_that_no_two_layers_share(store) -> None:
-    sizes = {"arc_easy": 2}
-    items = make_items(sizes, layers=[0, 1])
-    del items[0].metrics["layer:1"]
-    del items[1].metrics["layer:0"]
-    record = cell_record(store(items, sizes), ask([0, 1]), "acc", aggregate)
-    assert (record.n, record.runs) == (0, ())
-    assert [run.layer for run in record.missing] == [0, 1]
-    assert record.baseline_accuracy is None
-
-
-@pytest.mark.parametrize("measured", [[], ["layer:0"]])
-def test_no_outcomes_and_no_baseline(store, measured: list[str]) -> None:
-    sizes = {"arc_easy": 5}
-    items = make_items(sizes, layers=[0])
+@pytest.mark.parametrize(
+    "measured",
+    [
+        ((), ()),
+        (("layer:0",), ("layer:0",)),
+        (("baseline", "layer:0"), ("baseline", "layer:1")),
+    ],
+    ids=["nothing", "no baseline", "no two layers share a document"],
+)
+def test_no_document_that_counts(record_of, measured: tuple[tuple[str, ...], ...]) -> None:
+    items = make_items({"arc_easy": 5}, layers=[0, 1])
     for item in items:
-        item.metrics = {name: item.metrics[name] for name in measured}
-    record = cell_record(store(items, sizes), ask([0, 1]), "acc", aggregate)
+        item.metrics = {name: item.metrics[name] for name in measured[item.index % 2]}
+    record = record_of(items, [0, 1], sizes={"arc_easy": 5})
     assert (record.n, record.tokens) == (0, 0)
     assert record.baseline_accuracy is record.baseline_low is record.baseline_high is None
     assert record.runs == record.correlations == ()
@@ -378,13 +358,7 @@ def test_no_outcomes_and_no_baseline(store, measured: list[str]) -> None:
     }
 
 
-def test_only_the_baseline(store) -> None:
-    sizes = {"arc_easy": 40}
-    items = make_items(sizes, layers=[])
-    record = cell_record(store(items, sizes), ask([0, 1]), "acc", aggregate)
-    check(record, items, True, [])
-    assert [run.layer for run in record.missing] == [0, 1]
-    assert record.correlations == ()
+DROPS = ("accuracy_drop", "accuracy_relevance", "gold_logprob_drop")
 
 
 def without_score(items: list[Item], ablation: str) -> None:
@@ -393,17 +367,16 @@ def without_score(items: list[Item], ablation: str) -> None:
     items[3].loglikelihoods[ablation][items[3].gold] = math.nan
 
 
-def test_a_layer_without_a_finite_score(store) -> None:
-    sizes = {"arc_easy": 40}
-    items = make_items(sizes)
+def test_a_layer_without_a_finite_score(record_of) -> None:
+    items = make_items({"arc_easy": 40})
     without_score(items, "layer:2")
-    record = cell_record(store(items, sizes), ask(), "acc", aggregate)
+    record = record_of(items)
     broken = record.runs[2]
-    for name in ("accuracy", "accuracy_drop", "accuracy_relevance", "gold_logprob_drop"):
+    for name in (*DROPS, "accuracy", "mcnemar_p"):
         assert getattr(broken, name) is None
         assert broken.reasons[name]
     assert "1 of 40 documents" in broken.reasons["accuracy"]
-    assert broken.accuracy_drop_low is broken.accuracy_drop_high is broken.mcnemar_p is None
+    assert broken.accuracy_drop_low is broken.accuracy_drop_high is None
     assert set(broken.metrics.values()) == {None}
     # The proxies are the baseline's, and the other layers are whole.
     assert broken.cosine_similarity == pytest.approx(naive_proxy(items, 0, 2))
@@ -416,11 +389,10 @@ def test_a_layer_without_a_finite_score(store) -> None:
         assert correlation.reason
 
 
-def test_a_baseline_without_a_finite_score(store) -> None:
-    sizes = {"arc_easy": 40}
-    items = make_items(sizes)
+def test_a_baseline_without_a_finite_score(record_of) -> None:
+    items = make_items({"arc_easy": 40})
     without_score(items, "baseline")
-    record = cell_record(store(items, sizes), ask(), "acc", aggregate)
+    record = record_of(items)
     assert record.baseline_accuracy is None
     assert "1 of 40 documents" in record.reasons["baseline_accuracy"]
     assert set(record.baseline_metrics.values()) == {None}
@@ -428,61 +400,49 @@ def test_a_baseline_without_a_finite_score(store) -> None:
         assert layer.accuracy == pytest.approx(
             naive_metric(items, True, f"layer:{layer.layer}", "acc")
         )
-        for name in ("accuracy_drop", "accuracy_relevance", "gold_logprob_drop"):
+        for name in DROPS:
             assert getattr(layer, name) is None
             assert layer.reasons[name]
 
 
-def test_one_task_without_a_finite_score_leaves_the_group_without(store) -> None:
-    sizes = {"a": 10, "b": 10}
-    items = make_items(sizes)
-    without_score(items, "layer:1")
-    record = cell_record(store(items, sizes, weight_by_size=False), ask(), "acc", aggregate)
-    assert record.runs[1].accuracy is None
-    assert record.runs[1].metrics["acc"] is None
-
-
-def test_a_document_without_a_gold_answer(store) -> None:
-    sizes = {"arc_easy": 10}
-    items = make_items(sizes)
+def test_a_document_without_a_gold_answer(record_of) -> None:
+    items = make_items({"arc_easy": 10})
     items[4].gold = None
-    record = cell_record(store(items, sizes), ask(), "acc", aggregate)
+    record = record_of(items)
     for layer in record.runs:
         assert layer.accuracy is not None
         assert layer.gold_logprob_drop is None
         assert layer.reasons["gold_logprob_drop"] == "1 of 10 documents have no finite gold score"
 
 
-def test_a_baseline_at_chance_has_no_relevance(store) -> None:
-    sizes = {"arc_easy": 10}
-    items = make_items(sizes)
+def test_a_baseline_at_chance_has_no_relevance(record_of) -> None:
+    items = make_items({"arc_easy": 10})
     for item in items:
         item.metrics["baseline"]["acc"] = 0.0
-    record = cell_record(store(items, sizes), ask(), "acc", aggregate)
+    record = record_of(items)
     for layer in record.runs:
         assert layer.accuracy_relevance is None
         assert "not above chance" in layer.reasons["accuracy_relevance"]
 
 
-def test_a_hidden_state_that_is_not_finite(store) -> None:
-    sizes = {"arc_easy": 10}
-    items = make_items(sizes)
+def test_a_hidden_state_that_is_not_finite(record_of) -> None:
+    items = make_items({"arc_easy": 10})
     items[4].sums[:, 6] = math.nan
-    record = cell_record(store(items, sizes), ask(), "acc", aggregate)
-    for name in ("cosine_similarity", "cosine_score", "angular_distance", "relative_update"):
-        assert getattr(record.runs[6], name) is None
-        assert getattr(record.runs[5], name) is not None
+    record = record_of(items)
     said = "a hidden state of a baseline token is not finite or is zero"
-    assert record.runs[6].reasons["angular_distance"] == said
+    for name in ("cosine_similarity", "cosine_score", "angular_distance", "relative_update"):
+        assert (getattr(record.runs[6], name), record.runs[6].reasons[name]) == (None, said)
+        assert getattr(record.runs[5], name) is not None
 
 
-def test_a_proxy_that_was_not_observed_then_is_undefined_and_not_zero(store, monkeypatch) -> None:
+def test_a_proxy_that_was_not_observed_then_is_undefined_and_not_zero(
+    record_of, monkeypatch
+) -> None:
     """Shards from before there was the proxy lack its column."""
     later = Proxy("later", "later", "ratio", observe=relative_update)
     for module in (runs, tables):
         monkeypatch.setattr(module, "OBSERVED", (*OBSERVED, later))
-    sizes = {"arc_easy": 10}
-    record = cell_record(store(make_items(sizes), sizes), ask(), "acc", aggregate)
+    record = record_of(make_items({"arc_easy": 10}))
     said = "not observed when 10 of 10 documents were measured"
     assert all(run.figure("later") is None and run.reasons["later"] == said for run in record.runs)
     correlations = [one for one in record.correlations if one.proxy == "later"]
@@ -490,15 +450,14 @@ def test_a_proxy_that_was_not_observed_then_is_undefined_and_not_zero(store, mon
     assert all(run.cosine_score is not None for run in record.runs)
 
 
-def test_what_was_answered_again_is_counted_over_all_that_is_shown(cell, row) -> None:
+def test_what_was_answered_again_is_counted_over_all_that_is_shown(cell) -> None:
     """Most outcomes are not."""
-    request = CellRequest(model="m", benchmark="b", layers=(0,), limit=4)
     names = ("baseline", "layer:0", "layer:1")
     compared = {(0, "baseline"): (2, 0.25, 1), (3, "layer:0"): (5, 0.125, 0)}
     hidden = {(2, "layer:1"): (9, 9.0, 9)}
     rows = [row(doc, name) for doc in range(4) for name in names]
     cell.write(Block("arc_easy", 0), rows[: 3 * 2], {})
-    record = cell_record(cell, request, "acc", aggregate)
+    record = cell_record(cell, asks(0, limit=4))
     assert (record.compared, record.compared_difference, record.compared_unsteady) == (0, None, 0)
     for each in rows:
         known = (compared | hidden).get((each["doc"], each["ablation"]), (None,) * 3)
@@ -506,56 +465,19 @@ def test_what_was_answered_again_is_counted_over_all_that_is_shown(cell, row) ->
     for path in cell.shards():
         path.unlink()
     cell.write(Block("arc_easy", 0), rows, {})
-    record = cell_record(cell, request, "acc", aggregate)
+    record = cell_record(cell, asks(0, limit=4))
     assert (record.compared, record.compared_difference, record.compared_unsteady) == (7, 0.25, 1)
 
 
-def test_what_lies_beneath_is_weighted_as_all_else(
-    ledger, model_identity, benchmark_identity, row
-) -> None:
+def test_what_lies_beneath_is_weighted_as_all_else(cell_of) -> None:
     """Of a group whose tasks count alike: one document of the small one is as much as three."""
-    benchmark = benchmark_identity({"a": 3, "b": 1}, METRICS, weight_by_size=False)
-    cell = ledger.cell(model_identity(), benchmark, {})
+    cell = cell_of({"a": 3, "b": 1}, METRICS, weight_by_size=False)
     for task, size in (("a", 3), ("b", 1)):
         names = ("baseline", "layer:1", "layers:0,1")
         rows = [row(doc, name, task, float(task == "a")) for doc in range(size) for name in names]
         cell.write(Block(task, 0), rows, {})
-    request = CellRequest(model="m", benchmark="b", layers=(0,), removed=(1,))
-    record = cell_record(cell, request, "acc", aggregate)
+    record = cell_record(cell, asks(0, removed=(1,)))
     assert record.baseline_accuracy == record.removed_accuracy == 0.5
-
-
-# Was: no reason stands under cosine_score, mcnemar_p, the ends of the
-# interval, metrics, nor under the empty record's baseline_accuracy; core/records.py promises one.
-class TestReasons:
-    """`records`: a value that is not defined is None, and `reasons` says why under its name."""
-
-    @pytest.fixture
-    def broken(self, store) -> CellRecord:
-        sizes = {"arc_easy": 10}
-        items = make_items(sizes)
-        items[4].sums[:, 6] = math.nan
-        without_score(items, "layer:2")
-        return cell_record(store(items, sizes), ask(), "acc", aggregate)
-
-    @pytest.mark.parametrize(
-        ("layer", "name"),
-        [
-            (6, "cosine_similarity"),
-            (6, "cosine_score"),
-            (2, "accuracy"),
-            (2, "accuracy_drop"),
-            (2, "mcnemar_p"),
-        ],
-    )
-    def test_a_figure_that_is_none_has_one(self, broken, layer: int, name: str) -> None:
-        assert getattr(broken.runs[layer], name) is None
-        assert broken.runs[layer].reasons.get(name)
-
-    def test_an_empty_record_has_one(self, store) -> None:
-        record = cell_record(store([], {"arc_easy": 5}), ask(), "acc", aggregate)
-        assert record.baseline_accuracy is None
-        assert record.reasons.get("baseline_accuracy")
 
 
 class TestCorrelations:
@@ -564,32 +486,25 @@ class TestCorrelations:
         return make_items({"a": 40, "b": 12})
 
     @pytest.fixture
-    def record(self, store, items) -> CellRecord:
-        return cell_record(
-            store(items, {"a": 40, "b": 12}, weight_by_size=False), ask(), "acc", aggregate
-        )
-
-    def test_every_proxy_coefficient_and_subset_once(self, record) -> None:
-        found = {(c.proxy, c.coefficient, c.subset) for c in record.correlations}
-        assert len(found) == len(record.correlations) == 3 * 3 * 2
+    def record(self, record_of, items) -> CellRecord:
+        return record_of(items, weight_by_size=False)
 
     def test_the_values(self, record, items) -> None:
-        drops = [
-            naive_mean(
-                items,
-                False,
-                lambda i, layer=layer: (
-                    i.metrics["baseline"]["acc"] - i.metrics[f"layer:{layer}"]["acc"]
-                ),
-            )
-            for layer in range(LAYERS)
-        ]
+        before, *after = (
+            naive_metric(items, False, name, "acc")
+            for name in ("baseline", *(f"layer:{layer}" for layer in range(LAYERS)))
+        )
+        drops = [before - one for one in after]
         naive = {
             "spearman": stats.spearmanr,
             "kendall": stats.kendalltau,
             "pearson": stats.pearsonr,
         }
         proxies = ("cosine_score", "angular_distance", "relative_update")
+        each = {(c.proxy, c.coefficient, c.subset): c.value for c in record.correlations}
+        assert len(each) == len(record.correlations) == 3 * 3 * 2
+        pearson = {each[proxy, "pearson", "all"] for proxy in proxies}
+        assert len(pearson) == 3, "else the naive values could come from the wrong proxy"
         for found in record.correlations:
             number = proxies.index(found.proxy)
             values = [naive_proxy(items, number, layer) for layer in range(LAYERS)]
@@ -603,22 +518,14 @@ class TestCorrelations:
             assert found.low <= found.value <= found.high
             assert 0 < found.p_value <= 1
 
-    def test_a_difference_between_proxies_is_seen(self, record) -> None:
-        """Else the naive values could come from the wrong proxy."""
-        values = [
-            c.value for c in record.correlations if (c.coefficient, c.subset) == ("pearson", "all")
-        ]
-        assert len(set(values)) == 3
-
-    def test_what_is_drawn_weighs_as_in_the_value(self, store) -> None:
+    def test_what_is_drawn_weighs_as_in_the_value(self, record_of) -> None:
         """A drop by its task, a proxy by its tokens, of which an empty text has none."""
         sizes = {"a": 12, "b": 5}
         items = make_items(sizes)
         for item, tokens in zip(items, (0, 1), strict=False):
             item.sums *= tokens / item.tokens
             item.tokens = tokens
-        cell = store(items, sizes, weight_by_size=False)
-        record = cell_record(cell, ask(), "acc", aggregate)
+        record = record_of(items, weight_by_size=False)
         accuracies = [
             [item.metrics[name]["acc"] for item in items]
             for name in ("baseline", *(f"layer:{layer}" for layer in range(LAYERS)))
@@ -644,10 +551,9 @@ class TestCorrelations:
         assert found.low < found.value < found.high
 
     @pytest.mark.parametrize("by_size", [True, False])
-    def test_documents_are_drawn_within_their_tasks(self, store, by_size: bool) -> None:
+    def test_documents_are_drawn_within_their_tasks(self, record_of, by_size: bool) -> None:
         """Where all documents of a task are alike, drawing among them leaves nothing open."""
-        sizes = {"a": 6, "b": 4}
-        items = make_items(sizes)
+        items = make_items({"a": 6, "b": 4})
         for item in items:
             first = item.task == "a"
             item.tokens = 10
@@ -655,13 +561,9 @@ class TestCorrelations:
             item.metrics["baseline"]["acc"] = 1.0
             for layer in range(LAYERS):
                 item.metrics[f"layer:{layer}"]["acc"] = float(layer > (4 if first else 2))
-        cell = store(items, sizes, weight_by_size=by_size)
-        for found in cell_record(cell, ask(), "acc", aggregate).correlations:
+        for found in record_of(items, weight_by_size=by_size).correlations:
             assert found.low == pytest.approx(found.value)
             assert found.high == pytest.approx(found.value)
 
-    def test_the_same_outcomes_give_the_same_record(self, store, items, record) -> None:
-        again = cell_record(
-            store(items, {"a": 40, "b": 12}, weight_by_size=False), ask(), "acc", aggregate
-        )
-        assert again == record
+    def test_the_same_outcomes_give_the_same_record(self, record_of, items, record) -> None:
+        assert record_of(items, weight_by_size=False) == record

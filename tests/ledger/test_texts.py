@@ -14,6 +14,8 @@ from tracker.ledger.store import Ledger
 from tracker.ledger.texts import LONGEST, KeptText, is_texts, text_row
 from tracker.ledger.verify import compare, verify
 
+from .conftest import fill
+
 BLOCK = "arc_easy.00000"
 
 
@@ -73,7 +75,7 @@ def test_others_are_read_too(cell: CellStore, tmp_path: Path) -> None:
 class TestDamage:
     @pytest.mark.parametrize("place", [0.3, 0.9])
     def test_a_flipped_bit_is_set_aside_and_said(
-        self, ledger: Ledger, cell: CellStore, fill, caplog, place: float
+        self, ledger: Ledger, cell: CellStore, caplog, place: float
     ) -> None:
         fill(cell, cell.blocks(Extent(limit=1))[0], [0], ["baseline"])
         cell.texts.add(BLOCK, rows(0))
@@ -91,10 +93,8 @@ class TestDamage:
         cell.texts.add(BLOCK, rows(0))
         assert cell.texts.read() == {("arc_easy", 0): said(0)}
 
-    def test_those_of_another_cell_or_document_are_not_believed(
-        self, ledger, cell, model_identity, benchmark_identity
-    ) -> None:
-        other = ledger.cell(model_identity(fingerprint="0" * 64), benchmark_identity(), {})
+    def test_those_of_another_cell_or_document_are_not_believed(self, cell_of, cell) -> None:
+        other = cell_of(model={"fingerprint": "0" * 64})
         other.texts.add(BLOCK, rows(0))
         (path,) = other.texts.files()
         with pytest.raises(
@@ -106,12 +106,6 @@ class TestDamage:
         assert cell.texts.read_file(beyond) == {}
         (shard,) = (other.folder / "texts").glob("*")
         assert other.texts.adopt(shard) == path.name
-
-    def test_a_file_without_a_digest_is_no_texts(self, cell) -> None:
-        cell.texts.add(BLOCK, rows(0))
-        (path,) = cell.texts.files()
-        path.write_bytes(b"PAR1")
-        assert cell.texts.read() == {}
 
 
 def test_copies_that_say_different_things_are_told_apart(

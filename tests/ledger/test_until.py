@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from tracker.core.config import CellRequest
 from tracker.core.extent import Extent, random_order, shuffled
 from tracker.core.questions import question
 from tracker.core.records import CellRecord
-from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import CellRace
 from tracker.ledger.interim import interim_estimates
@@ -22,40 +22,32 @@ from tracker.stats.accuracy import weights_by_task
 from tracker.stats.sequential.forecast import Forecast
 from tracker.stats.sequential.stopping import Race
 
+from . import conftest
+from .conftest import enter, measure, measure_all
 from .test_early_stopping import LOST, RUNS, SEED, begun, outcomes
 
 SIZES = {"arc_easy": 320}
 ORDER = random_order(SEED, "arc_easy", range(320))
 
 
-def asks(*layers: int, **changes: Any) -> CellRequest:
-    """A request for some layers; all where none is named."""
-    settings = {"layers": layers or tuple(range(RUNS)), "seed": SEED, **changes}
-    return CellRequest(model="m", benchmark="b", **settings)
+asks = partial(conftest.asks, seed=SEED)
 
 
-@pytest.fixture
-def answered(measure):
+def answered(store: CellStore, request: CellRequest, every: Any) -> CellRecord:
     """Ask a question, and measure until it is answered."""
-
-    def answered(store: CellStore, request: CellRequest, every: Any) -> tuple[View, CellRecord]:
-        view = store.views.ask(request, "project")
-        measure(store, CellRace(store, view), every)
-        return view, record_of(store, view)
-
-    return answered
+    view = store.views.ask(request, "project")
+    measure(store, CellRace(store, view), every)
+    return record_of(store, view)
 
 
 # -- without the question, or with another ---------------------------------------------------------
 
 
-def test_what_a_question_chose_is_not_shown_as_if_it_were_drawn(
-    cell_of, answered, measure_all
-) -> None:
+def test_what_a_question_chose_is_not_shown_as_if_it_were_drawn(cell_of) -> None:
     store, every = cell_of(SIZES), outcomes(SIZES)
     measure_all(store, ["baseline", "layer:1"], every)
     store.views.ask(asks(1), "project")
-    _, stopped = answered(store, asks(until="top 1"), every)
+    stopped = answered(store, asks(until="top 1"), every)
     assert stopped.is_stopped
     assert [run.layer for run in stopped.runs] == [0, 1, 2, 3]
 
@@ -73,12 +65,10 @@ def test_what_a_question_chose_is_not_shown_as_if_it_were_drawn(
     assert [run.layer for run in store.views.ask(asks(0), "project").runs] == [0, 1, 2, 3]
 
 
-def test_a_question_that_all_documents_answer_leaves_ordinary_figures(
-    cell_of, answered, measure_all
-) -> None:
+def test_a_question_that_all_documents_answer_leaves_ordinary_figures(cell_of) -> None:
     store, every = cell_of(SIZES), outcomes(SIZES)
     answered(store, asks(until="top 1"), every)
-    _, found = answered(store, asks(2, until="drop within 0.01 pp"), every)
+    found = answered(store, asks(2, until="drop within 0.01 pp"), every)
     assert (found.n, found.documents) == (320, "320 documents")
     assert (found.is_raced, found.is_stopped) == (False, False)
     assert found.answer is not None
@@ -103,9 +93,7 @@ def test_a_question_that_all_documents_answer_leaves_ordinary_figures(
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_the_layers_beneath_are_measured_alone_too(
-    there: bool, cell_of, answered, measure_all
-) -> None:
+def test_the_layers_beneath_are_measured_alone_too(there: bool, cell_of) -> None:
     store, every = cell_of(SIZES), outcomes(SIZES)
     request = asks(0, 1, 2, removed=(3,), until="top 1")
     if there:
@@ -114,7 +102,7 @@ def test_the_layers_beneath_are_measured_alone_too(
     assert race.lacking is not None
     runs = ("layers:0,3", "layers:1,3", "layers:2,3")
     assert race.needed == race.lacking[1] == ("baseline", "layer:3", *runs)
-    _, found = answered(store, request, every)
+    found = answered(store, request, every)
     assert found.is_stopped
     # Without layer 3, on the documents that all runs share.
     alone = np.mean([every["arc_easy", doc][4] for doc in ORDER[: found.n]])
@@ -129,7 +117,7 @@ def test_the_layers_beneath_are_measured_alone_too(
 
 @pytest.mark.parametrize("by_size", [True, False])
 def test_what_is_known_so_far_of_a_group_is_weighted_as_the_benchmark(
-    by_size: bool, cell_of, measure
+    by_size: bool, cell_of
 ) -> None:
     sizes = {"art": 40, "law": 280}
     every = outcomes(sizes, [0.9, 0.1, 0.1, 0.1], LOST)
@@ -169,7 +157,7 @@ def raced(every: Any, by_size: bool, seed: int) -> int:
 
 @pytest.mark.parametrize("by_size", [True, False])
 def test_a_pilot_of_as_many_of_each_task_foretells_what_the_group_takes(
-    by_size: bool, cell_of, measure_all
+    by_size: bool, cell_of
 ) -> None:
     store, every = cell_of(GROUP, weight_by_size=by_size), outcomes(GROUP, *UNLIKE)
     measure_all(store, EVERYTHING, every, PILOT)
@@ -182,7 +170,7 @@ def test_a_pilot_of_as_many_of_each_task_foretells_what_the_group_takes(
     assert expected.documents[0] <= expected.documents[1]
 
 
-def test_a_task_without_a_pilot_says_nothing_of_the_group(cell_of, enter) -> None:
+def test_a_task_without_a_pilot_says_nothing_of_the_group(cell_of) -> None:
     store, every = cell_of(GROUP), outcomes(GROUP, *UNLIKE)
     view = store.views.of(asks(until="top 1"))
     art, law = store.blocks(PILOT)[1:3]
@@ -192,7 +180,7 @@ def test_a_task_without_a_pilot_says_nothing_of_the_group(cell_of, enter) -> Non
     assert planning._expected(store, view) is not None
 
 
-def test_what_it_will_take_is_whole_blocks(cell_of, measure_all, monkeypatch) -> None:
+def test_what_it_will_take_is_whole_blocks(cell_of, monkeypatch) -> None:
     sizes = {f"task{number}": 40 + number for number in range(6)}
     store, total = cell_of(sizes), sum(sizes.values())
     measure_all(store, EVERYTHING, outcomes(sizes), Extent(sample=8, seed=SEED))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from tracker.core.config import CellRequest
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.checks import Checks
@@ -17,30 +16,26 @@ from tracker.ledger.notes import write_note
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import VerifiedCell, compare, verify
 
+from .conftest import asks, benchmark_identity, fill, model_identity, row
+
 BLOCK = Block("arc_easy", 0)
 
 
 class TestVerify:
-    def test_what_a_cell_holds_is_counted(self, ledger, cell, fill) -> None:
+    def test_what_a_cell_holds_is_counted(self, ledger, cell, cell_of) -> None:
         fill(cell, BLOCK, [0, 1], ["baseline", "layer:0"])
         fill(cell, Block("arc_easy", 1), [32], ["baseline"])
+        cell_of(name="other")
         told: list[int] = []
         found = verify(ledger, told.append)
-        (held,) = found.cells
+        held, other = found.cells
         assert held == VerifiedCell(held.store, 2, 3, 5, 0)
+        assert other == VerifiedCell(other.store, 0, 0, 0, 0)
         assert held.store.folder == cell.folder
         assert found.damaged == {}
-        assert told == [1]
-
-    def test_every_cell_is_told_of_as_it_is_done(
-        self, ledger, cell, model_identity, benchmark_identity
-    ) -> None:
-        ledger.cell(model_identity(fingerprint="0" * 64), benchmark_identity(), {})
-        told: list[int] = []
-        assert len(verify(ledger, told.append).cells) == 2
         assert told == [1, 1]
 
-    def test_what_is_set_aside_is_named_until_it_is_deleted(self, ledger, cell, fill) -> None:
+    def test_what_is_set_aside_is_named_until_it_is_deleted(self, ledger, cell) -> None:
         fill(cell, BLOCK, [0, 1], ["baseline"])
         fill(cell, Block("arc_easy", 1), [32], ["baseline"])
         path = cell.shards()[0]
@@ -57,7 +52,7 @@ class TestVerify:
         aside.unlink()
         assert verify(ledger).damaged == {}
 
-    def test_what_is_gone_is_named(self, ledger, cell, fill) -> None:
+    def test_what_is_gone_is_named(self, ledger, cell) -> None:
         fill(cell, BLOCK, [0], ["baseline"])
         (path,) = cell.shards()
         cell.proofs()
@@ -66,11 +61,11 @@ class TestVerify:
             str(path): "it is gone; run its experiment again, which measures what is missing"
         }
 
-    def test_every_kind_of_note_is_read(self, ledger, cell, fill) -> None:
+    def test_every_kind_of_note_is_read(self, ledger, cell) -> None:
         """Also those that nothing is shown from: a disk that rots is noticed by its first bit."""
         fill(cell, BLOCK, [0], ["baseline"])
         cell.proofs()
-        cell.add_receipt("mlflow", "1", "there")
+        cell.add_receipt("mlflow", record="1", location="there")
         ledger.remember("0" * 64, cell)
         Checks(ledger.root).keep("0" * 64, "sound")
         for made in (ledger.root / "pulled" / "one.json", cell.folder / "derived" / "intact.json"):
@@ -94,7 +89,7 @@ class TestVerify:
 
 class TestCompare:
     @pytest.fixture
-    def measured(self, cell, fill) -> CellStore:
+    def measured(self, cell) -> CellStore:
         fill(cell, BLOCK, [0, 1], ["baseline", "layer:0"])
         return cell
 
@@ -110,14 +105,12 @@ class TestCompare:
             path.unlink()
         cell.write(BLOCK, rows, {"device": "elsewhere"})
 
-    def test_who_measured_it_and_in_which_order_makes_no_difference(
-        self, ledger, copied, row
-    ) -> None:
+    def test_who_measured_it_and_in_which_order_makes_no_difference(self, ledger, copied) -> None:
         names = ("layer:0", "baseline")
         self.replace(copied, [row(doc, name) for name in names for doc in (1, 0)])
         assert list(compare(ledger, copied)) == []
 
-    def test_cells_of_one_alone(self, ledger, copied, model_identity, benchmark_identity) -> None:
+    def test_cells_of_one_alone(self, ledger, copied) -> None:
         """Each is named with its folder, and what is in both is compared none the less."""
         names = []
         for place, root in (("0", ledger), ("1", copied)):
@@ -135,7 +128,7 @@ class TestCompare:
             ]
         )
 
-    def test_outcomes_of_one_alone(self, ledger, copied, measured, fill) -> None:
+    def test_outcomes_of_one_alone(self, ledger, copied, measured) -> None:
         fill(measured, BLOCK, [2, 3, 4], ["baseline"])
         (other,) = copied.cells()
         fill(other, Block("arc_easy", 1), [32], ["baseline"])
@@ -144,13 +137,11 @@ class TestCompare:
             f"{measured.folder.name}: 1 outcomes are only in {copied.root}",
         ]
 
-    def test_what_was_asked_and_who_made_the_cell(
-        self, ledger, cell, model_identity, benchmark_identity, tmp_path
-    ) -> None:
+    def test_what_was_asked_and_who_made_the_cell(self, ledger, cell, tmp_path) -> None:
         """The same weights may be called something else elsewhere: the first name is said."""
         other = Ledger(tmp_path / "other")
         theirs = other.cell(model_identity(name="Other"), benchmark_identity(), {})
-        theirs.views.ask(CellRequest(model="m", benchmark="b", layers=(0,)), "project")
+        theirs.views.ask(asks(0), "project")
         assert theirs.folder.name != cell.folder.name
         assert list(compare(ledger, other)) == [
             f"{cell.folder.name}: the two cell.json differ",
@@ -160,14 +151,14 @@ class TestCompare:
     def test_a_damaged_request_is_a_difference_and_no_error(self, ledger, copied, measured) -> None:
         for root in (ledger, copied):
             (cell,) = root.cells()
-            cell.views.ask(CellRequest(model="m", benchmark="b", layers=(0,)), "project")
+            cell.views.ask(asks(0), "project")
         assert list(compare(ledger, copied)) == []
         (cell.folder / "requests" / "intact.json").write_text("{")
         assert list(compare(ledger, copied)) == [
             f"{measured.folder.name}: not the same was asked of the two"
         ]
 
-    def test_the_first_outcome_that_differs_is_named(self, ledger, copied, measured, row) -> None:
+    def test_the_first_outcome_that_differs_is_named(self, ledger, copied, measured) -> None:
         changed = [row(0), row(0, "layer:0", acc=0.5), row(1, acc=0.5), row(1, "layer:0")]
         self.replace(copied, changed)
         assert list(compare(ledger, copied)) == [
@@ -175,11 +166,9 @@ class TestCompare:
             "layer:0 among them"
         ]
 
-    def test_documents_of_two_tasks_are_kept_apart(
-        self, ledger, model_identity, benchmark_identity, row, tmp_path
-    ) -> None:
+    def test_documents_of_two_tasks_are_kept_apart(self, ledger, cell_of, tmp_path) -> None:
         """They have the same numbers, and the last would hide that the first differs."""
-        cell = ledger.cell(model_identity(), benchmark_identity({"a": 3, "b": 3}), {})
+        cell = cell_of({"a": 3, "b": 3})
         cell.write(Block("b", 0), [row(0, task="b")], {})
         copied = Ledger.existing(Path(shutil.copytree(ledger.root, tmp_path / "copy")))
         cell.write(Block("a", 0), [row(0, task="a")], {})
@@ -187,21 +176,21 @@ class TestCompare:
         (difference,) = compare(ledger, copied)
         assert "1 outcomes differ, that of document 0 of a under baseline" in difference
 
-    def test_the_last_bit_and_the_middle_of_a_long_list_count(self, ledger, copied, row) -> None:
+    def test_the_last_bit_and_the_middle_of_a_long_list_count(self, ledger, copied) -> None:
         """As NumPy prints them, both are the same: eight digits, and dots in the middle."""
         many = [float(place) for place in range(3000)]
         changes: list[tuple[str, list[float], list[float]]] = [
             ("angular_distance_sum", [1.0] * 4, [1.0, 1.0, math.nextafter(1.0, 2.0), 1.0]),
             ("loglikelihoods", many, [*many[:1500], -1.0, *many[1501:]]),
         ]
+        common = {**row(0), "greedy": [True] * len(many)}
         for name, one, other in changes:
-            for root, value in ((ledger, one), (copied, other)):
-                self.replace(root, [{**row(0), "greedy": [True] * len(many), name: value}])
-            assert len(list(compare(ledger, copied))) == 1
-            self.replace(copied, [{**row(0), "greedy": [True] * len(many), name: one}])
-            assert list(compare(ledger, copied)) == []
+            self.replace(ledger, [{**common, name: one}])
+            for value, differences in ((other, 1), (one, 0)):
+                self.replace(copied, [{**common, name: value}])
+                assert len(list(compare(ledger, copied))) == differences
 
-    def test_what_is_not_a_number_equals_itself(self, ledger, copied, row) -> None:
+    def test_what_is_not_a_number_equals_itself(self, ledger, copied) -> None:
         rows = [{**row(0, acc=math.nan), "loglikelihoods": [math.nan, -math.inf]}]
         self.replace(ledger, rows)
         self.replace(copied, rows)

@@ -134,7 +134,7 @@ class Handout:
             self._look(cell, store)
             # Beyond the next one a quarter of those that were looked at: so much at most is
             # measured for nothing.
-            ahead = (race.blocks - len(race.left)) // AHEAD
+            ahead = race.done // AHEAD
             blocks = [block for block in race.left[: 1 + ahead] if block in cell.pending]
             names = list(race.needed)
         held = False

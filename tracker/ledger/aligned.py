@@ -45,51 +45,44 @@ class AlignedOutcomes:
         self.identity: CellIdentity = store.identity
         self.metric = view.metric
         self._removed = view.removed
-        self._counts = store.counts(view.extent)
-        self.wanted = sum(self._counts.values())
+        counts = store.counts(view.extent)
+        self.wanted = sum(counts.values())
         frame = store.read_documents(view.extent, columns)
-        shown = [INTACT, ablate("layer", view.removed), *map(self.ablation, view.runs), *besides]
-        names = {ablation.name for ablation in shown}
-        if len(frame):
-            frame = frame[frame["ablation"].isin(names)]
-        self._frame, self._with_stacks = frame, columns is None
-        self._line_up(frame, view.runs)
+        order = pd.Categorical(frame["task"], categories=list(counts))
+        self._frame = frame.assign(order=order).sort_values(["order", "doc"])
+        self._places = self._frame.groupby("ablation").indices
+        self._with_stacks = columns is None
+        self._line_up(None, view.runs, besides)
 
     def of_documents(
         self, documents: Collection[tuple[str, int]] | None, runs: Sequence[RunIdentity]
     ) -> AlignedOutcomes:
         """Line up some runs of the view alone, on some of the documents; None for all of theirs."""
-        beneath = ablate("layer", self._removed).name
-        names = [INTACT.name, beneath, *(self.ablation(run).name for run in runs)]
-        frame = self._frame
-        if len(frame):
-            frame = frame[frame["ablation"].isin(names)]
-        if documents is not None and len(frame):
-            places = zip(frame["task"], frame["doc"], strict=True)
-            frame = frame[[place in documents for place in places]]
-        found = copy(self)
-        found._line_up(frame, runs)
-        return found
+        alone = copy(self)
+        alone._line_up(documents, runs)
+        return alone
 
-    def _line_up(self, frame: pd.DataFrame, runs: Sequence[RunIdentity]) -> None:
-        """Leave the documents that all ablations share."""
-        measured = set(frame["ablation"]) if len(frame) else set()
-        if INTACT.name in measured:
-            # A document counts when nothing that is shown lacks it.
-            present = frame.groupby(["task", "doc"])["ablation"].transform("size")
-            frame = frame[present == len(measured)]
-        else:
-            frame = frame.iloc[:0]
-        order = pd.Categorical(frame["task"], categories=list(self._counts)) if len(frame) else None
-        frame = frame.assign(order=order).sort_values(["order", "doc"]) if len(frame) else frame
-        self._rows = (
-            {str(name): rows for name, rows in frame.groupby("ablation")} if len(frame) else {}
-        )
-        self.stacks = (
-            [json.loads(each) for each in frame[PROVENANCE].unique()]
-            if len(frame) and self._with_stacks
-            else []
-        )
+    def _line_up(
+        self,
+        documents: Collection[tuple[str, int]] | None,
+        runs: Sequence[RunIdentity],
+        besides: Sequence[Ablation] = (),
+    ) -> None:
+        """Leave the documents that all ablations share, and of these some, or all."""
+        shown = [INTACT, ablate("layer", self._removed), *map(self.ablation, runs), *besides]
+        names = {ablation.name for ablation in shown}
+        places = [self._places.get(name, np.empty(0, dtype=np.intp)) for name in names]
+        frame = self._frame.iloc[np.sort(np.concatenate(places))]
+        if documents is not None:
+            held = zip(frame["task"], frame["doc"], strict=True)
+            frame = frame.loc[[place in documents for place in held]]
+        # A document counts when nothing that is shown lacks it.
+        measured = set(frame["ablation"])
+        present = frame.groupby(["task", "doc"])["ablation"].transform("size")
+        frame = frame[(present == len(measured)) & (INTACT.name in measured)]
+        self._rows = {str(name): rows for name, rows in frame.groupby("ablation")}
+        stacks: list[str] = list(frame[PROVENANCE].unique()) if self._with_stacks else []
+        self.stacks: list[dict[str, str]] = [json.loads(stack) for stack in stacks]
         self.runs = [run for run in runs if self.has(self.ablation(run))]
         self.missing = [run for run in runs if not self.has(self.ablation(run))]
         self.tasks = [str(task) for task in self.of(INTACT)["task"]] if self._rows else []
@@ -126,7 +119,10 @@ class AlignedOutcomes:
     @property
     def weights(self) -> Array:
         """How much each document counts in the benchmark's metric, summing to 1."""
-        return self._once("weights", lambda: self._weights(self._units()))
+        if self._how not in SCALES:
+            return self.plain_weights
+        units = pairs(self.of(INTACT)[METRIC + self.metric])[:, 1]
+        return self._once("weights", lambda: self._weights(units))
 
     @property
     def plain_weights(self) -> Array:
@@ -230,12 +226,6 @@ class AlignedOutcomes:
         rows = self.of(INTACT)
         kept = rows[proxy.column] if proxy.column in rows else [None] * len(rows)
         return [each if isinstance(each, np.ndarray) else None for each in kept]
-
-    def _units(self) -> Array | None:
-        """How many units of a ratio each document brings; None for a mean over documents."""
-        if self._how not in SCALES:
-            return None
-        return pairs(self.of(INTACT)[METRIC + self.metric])[:, 1]
 
     def _weights(self, units: Array | None) -> Array:
         return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size, units)

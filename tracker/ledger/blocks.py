@@ -37,18 +37,17 @@ class Block:
 
 
 class Turn(NamedTuple):
-    """A block of a task, 0-based, and so many documents, which are measured together.
+    """A block of so many documents, which are measured together.
 
     `end` is how far one can look then: to the first document of the next block.
     """
 
-    task: str
-    number: int
+    block: Block
     size: int
     end: int
 
 
-def turns(order: Sequence[str], counts: Mapping[str, int]) -> list[Turn]:
+def turns(order: Sequence[str], counts: Mapping[str, int], seed: int | None = None) -> list[Turn]:
     """Say in which order blocks are measured, so that documents can be looked at in an order.
 
     Tasks are measured in blocks of their own: the first document of one takes all of it.
@@ -56,20 +55,21 @@ def turns(order: Sequence[str], counts: Mapping[str, int]) -> list[Turn]:
     Args:
         order: The task of each document.
         counts: Documents that each task has, which may be more than are in the order.
+        seed: Of the order, where it is that of a seed.
 
     Returns:
         The blocks.
     """
     seen: Counter[str] = Counter()
-    begins: list[tuple[int, str, int]] = []
+    begins: dict[int, Block] = {}
     for place, task in enumerate(order):
         if seen[task] % BLOCK == 0:
-            begins.append((place, task, seen[task] // BLOCK))
+            begins[place] = Block(task, seen[task] // BLOCK, seed)
         seen[task] += 1
-    ends = [*(place for place, _, _ in begins[1:]), len(order)]
+    ends = [*begins, len(order)][1:]
     return [
-        Turn(task, number, min(BLOCK, counts[task] - number * BLOCK), end)
-        for (_, task, number), end in zip(begins, ends, strict=True)
+        Turn(block, min(BLOCK, counts[block.task] - block.number * BLOCK), end)
+        for block, end in zip(begins.values(), ends, strict=True)
     ]
 
 

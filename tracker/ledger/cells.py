@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import itertools
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from tracker.core.errors import WorkError
 from tracker.core.extent import ALL, Extent
 from tracker.core.identities import Record
 from tracker.core.provenance import content_hash
-from tracker.core.records import WHICH, CellRecord, utc
+from tracker.core.records import CellRecord, utc
 from tracker.ledger.blocks import BLOCK, Block, places
 from tracker.ledger.files import lock_file, make_folder, write_bytes
 from tracker.ledger.notes import read_note, write_note
@@ -134,16 +133,15 @@ class CellStore:
         mine = self.blocks(extent)
         one_order = self._orders() <= {block.seed for block in mine}
         frame = self.read(mine if one_order else None, columns)
-        if not len(frame):
-            return frame
         wanted = {(task, doc) for task, docs in self.wanted(extent).items() for doc in docs}
-        return frame[[each in wanted for each in zip(frame["task"], frame["doc"], strict=True)]]
+        places = zip(frame["task"], frame["doc"], strict=True)
+        return frame.loc[[place in wanted for place in places]]
 
     def is_complete(self, extent: Extent, ablations: Collection[str]) -> bool:
         """Say whether every wanted document is measured under every wanted ablation."""
-        frame = self.read_documents(extent, ["task", "doc", "ablation"])
-        measured = frame["ablation"].isin(ablations).sum() if len(frame) else 0
-        return bool(measured == sum(self.counts(extent).values()) * len(set(ablations)))
+        measured = self.read_documents(extent, ["task", "doc", "ablation"])["ablation"]
+        wanted = sum(self.counts(extent).values()) * len(set(ablations))
+        return bool(measured.isin(ablations).sum() == wanted)
 
     def write(
         self, block: Block, rows: Sequence[Mapping[str, object]], metadata: Mapping[str, object]
@@ -233,22 +231,17 @@ class CellStore:
         else:
             wanted = {block.name for block in blocks}
             paths = [path for path in self.shards() if path.name.rsplit(".", 2)[0] in wanted]
-        frames = [frame for path in paths if (frame := self._frame(path, names)) is not None]
+        frames: list[pd.DataFrame] = []
+        for path in paths:
+            if (shard := self.shard(path, names)) is not None:
+                frames.append(shard.table.to_pandas())
+                if columns is None:
+                    frames[-1][PROVENANCE] = json.dumps(shard.about.get(PROVENANCE, {}))
         frames += [found for other in self._others if len(found := other.read(blocks, names))]
         if not frames:
-            return pd.DataFrame(columns=columns)
+            return pd.DataFrame(columns=columns or ["task", "doc", "ablation", PROVENANCE])
         frame = pd.concat(frames).drop_duplicates(["task", "doc", "ablation"], ignore_index=True)
         return frame if columns is None else frame[columns]
-
-    def _frame(self, path: Path, columns: list[str] | None) -> pd.DataFrame | None:
-        """Read a shard, or set it aside."""
-        shard = self.shard(path, columns)
-        if shard is None:
-            return None
-        frame: pd.DataFrame = shard.table.to_pandas()
-        if columns is None:
-            frame[PROVENANCE] = json.dumps(shard.about.get(PROVENANCE, {}))
-        return frame
 
     def shard(self, path: Path, columns: list[str] | None = None) -> Shard | None:
         """Read and verify a shard, all columns or some.
@@ -327,25 +320,16 @@ class CellStore:
     def _verified(self) -> Path:
         return self.folder / "verified.json"
 
-    def costs(self) -> dict[str, float | int | str | None]:
-        """Say what measuring took, and until when, as far as the shards say.
+    def abouts(self) -> list[dict[str, Any]]:
+        """What the shards say of how they were measured.
 
-        That is `seconds`, `peak_bytes`, and `measured`, the date of the last outcome.
+        Equal names hold the same outcomes, of which one copy counts.
         """
-        # Equal names hold the same outcomes, of which one copy counts.
-        abouts = dict(each for store in (self, *self._others) for each in store._abouts())
-        seconds = [float(about["seconds"]) for about in abouts.values() if about.get("seconds")]
-        peaks = [int(each["peak_bytes"]) for each in abouts.values() if each.get("peak_bytes")]
-        return {
-            "seconds": sum(seconds) if seconds else None,
-            "peak_bytes": max(peaks, default=None),
-            "measured": max(_dates(abouts.values()), default=None),
-        }
-
-    def which(self) -> list[str]:
-        """Say where what was measured is no saved checkpoint."""
-        abouts = (about for store in (self, *self._others) for _, about in store._abouts())
-        return sorted({about[WHICH] for about in abouts if WHICH in about})
+        found = {}
+        for path in (path for store in (self, *self._others) for path in store.shards()):
+            with suppress(OSError, ValueError):  # what is damaged is said where it is read
+                found[path.name] = shard_about(path)
+        return list(found.values())
 
     def siblings(self) -> list[CellStore]:
         """Find the other cells of the folder that read as this one does: model and benchmark."""
@@ -364,26 +348,13 @@ class CellStore:
 
         What is measured after them is so by its date, whatever a machine's clock says.
         """
-        every = (dict(each._abouts()).values() for each in self.siblings())
-        last = max(itertools.chain.from_iterable(map(_dates, every)), default=None)
-        if last is None:
+        last = max((measured_last(other.abouts()) for other in self.siblings()), default="")
+        if not last:
             return ""
         with suppress(OverflowError):  # the end of the calendar
             after = datetime.fromisoformat(last) + timedelta(seconds=1)
             return after.isoformat(timespec="seconds")
         return last
-
-    def calibrations(self) -> list[dict[str, Any]]:
-        """Say what layers' stand-ins were fitted on: documents and tokens, each text once."""
-        abouts = (about for store in (self, *self._others) for _, about in store._abouts())
-        found = {a["calibration"]["sha256"]: a["calibration"] for a in abouts if "calibration" in a}
-        return list(found.values())
-
-    def _abouts(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """What the shards say of themselves, by name."""
-        for path in self.shards():
-            with suppress(OSError, ValueError):  # what is damaged is said where it is read
-                yield path.name, shard_about(path)
 
     def measured(self) -> int:
         """Count the documents that have any outcome."""
@@ -418,18 +389,20 @@ class CellStore:
         return self.folder / "derived" / f"{view_file(name)}{what}.json"
 
     def receipt(self, destination: str) -> dict[str, str]:
-        """Recall what a backend got last: digest of the `record`, and `location` of the runs."""
-        found = read_note(self.folder / "receipts" / f"{destination[:32]}.json")
+        """Recall what a backend got last, as it was given to `add_receipt`."""
+        found = read_note(self._receipt(destination))
         return found if {"record", "location"} <= set(found) else {}
 
-    def add_receipt(
-        self, destination: str, digest: str, location: str, place: str = "", view: str = ""
-    ) -> None:
-        """Remember what a backend has: which `view`, and by which name its `place` is kept."""
-        receipt = {"record": digest, "location": location}
-        if place:
-            receipt |= {"place": place, "view": view}
-        write_note(self.folder / "receipts" / f"{destination[:32]}.json", receipt)
+    def add_receipt(self, destination: str, **receipt: str) -> None:
+        """Remember what a backend has.
+
+        That is the digest of a `record`, the `location` of its runs, the name of its `view`, and
+        by which name its `place` is kept.
+        """
+        write_note(self._receipt(destination), receipt)
+
+    def _receipt(self, destination: str) -> Path:
+        return self.folder / "receipts" / f"{destination[:32]}.json"
 
     def places(self, view: str) -> list[str]:
         """Name the places that have a view, or should have it."""
@@ -438,9 +411,11 @@ class CellStore:
         return list(dict.fromkeys(name for name in found if name))
 
 
-def _dates(abouts: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """When shards say that they were measured."""
+def measured_last(abouts: Iterable[Mapping[str, Any]]) -> str:
+    """Find the date of the last outcome in what shards say of themselves; empty without any."""
+    last = ""
     for about in abouts:
         with suppress(ValueError):  # what is no date says nothing
             if about.get("measured"):
-                yield utc(str(about["measured"]))
+                last = max(last, utc(str(about["measured"])))
+    return last

@@ -30,7 +30,6 @@ _CUT = 300
 """Characters of a question that a record holds."""
 _CHOICE_CUT = 200
 """Characters of an option, or of an answer."""
-_NO_TEXTS = "what the documents say is not kept here"
 
 
 @dataclass(frozen=True)
@@ -105,13 +104,11 @@ def decisions(store: CellStore, view: View) -> Decisions | None:
     gold = base["gold"].to_numpy(dtype=np.float64)
     gold = np.where(gold < counts, gold, np.nan)  # also where there are no options
     lengths, why = divisors(view.metric, counts, texts)
-    reasons = {}
-    if all(text is None for text in texts):
-        reasons["texts"] = _NO_TEXTS
     if not options:
         why = "there are no options; the log-probability of the answer or text stands for it"
-    if why:
-        reasons["margin"] = why
+    reasons = {"margin": why} if why else {}
+    if all(text is None for text in texts):
+        reasons["texts"] = "what the documents say is not kept here"
 
     def decided(ablation: Ablation, score: Array) -> Decided:
         rows = outcomes.of(ablation)
@@ -128,15 +125,13 @@ def decisions(store: CellStore, view: View) -> Decisions | None:
         (run, decided(ablation, score))
         for run, ablation, score in zip(outcomes.runs, ablations, paired.ablated.T, strict=True)
     ]
-    every = [baseline, *(one for _, one in runs)]
-    binary = all(bool(np.isin(one.score, (0, 1)).all()) for one in every)
+    scores = np.column_stack([paired.baseline, paired.ablated])
+    binary = bool(np.isin(scores, (0, 1)).all())
     if not binary:
         reasons["agreement"] = f"{view.metric} is not right or wrong for every document"
-    missing: list[tuple[str, int]] = []
-    if view.until is None:
-        wanted = store.wanted(view.extent)
-        held = {*documents}
-        missing = [(t, d) for t, docs in wanted.items() for d in docs if (t, d) not in held]
+    wanted = store.wanted(view.extent) if view.until is None else {}
+    held = {*documents}
+    missing = [(t, d) for t, docs in wanted.items() for d in docs if (t, d) not in held]
     return Decisions(documents, texts, gold, options, baseline, runs, binary, reasons, missing)
 
 
@@ -182,9 +177,11 @@ def decisions_record(found: Decisions, shown: int = SHOWN) -> DecisionsRecord:
         )
         for run, decided in found.runs
     )
-    compared = [number for number, (run, _) in enumerate(found.runs) if run.kind == WHOLE_LAYER]
-    lost = np.array([found.lost(found.runs[number][1]) for number in compared], dtype=np.int64)
-    both = lost @ lost.T if len(compared) and found.binary else np.zeros((0, 0), dtype=np.int64)
+    compared = {
+        run.layer: found.lost(decided)
+        for run, decided in found.runs
+        if run.kind == WHOLE_LAYER and found.binary
+    }
     return DecisionsRecord(
         n=len(found.documents),
         right=int((found.baseline.score > 0).sum()) if found.binary else 0,
@@ -193,8 +190,8 @@ def decisions_record(found: Decisions, shown: int = SHOWN) -> DecisionsRecord:
         gold=_shares(found.gold, found.options),
         documents=tuple(_document(found, place) for place in numbers),
         runs=runs,
-        compared=tuple(found.runs[number][0].layer for number in compared) if len(both) else (),
-        both=tuple(tuple(int(count) for count in row) for row in both),
+        compared=tuple(compared),
+        both=tuple(tuple(int((a & b).sum()) for b in compared.values()) for a in compared.values()),
         public=found.public,
         reasons=found.reasons,
     )

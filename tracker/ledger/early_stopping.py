@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import compress, product
+
 import numpy as np
 
 from tracker.core.ablations import INTACT, Ablation, ablate, ablation_of
@@ -45,6 +47,7 @@ class CellRace:
         looked: Documents that were looked at.
         measured: Documents that had to be measured for that: a look ends before the first document
             of a block that is missing, and of a group's other tasks whole blocks are there.
+        done: Blocks that were looked at.
         order: All documents, as task and number, in the order in which they are looked at.
         population: Documents that there are.
         base: Layers that a token passes in what is always measured.
@@ -67,7 +70,7 @@ class CellRace:
         every, seed = store.wanted(ALL), view.until.seed
         self.population = sum(map(len, every.values()))
         self.extent = Extent(sample=max(self.population, 1), seed=seed)
-        self.looked = self.measured = 0
+        self.looked = self.measured = self.done = self._passes = 0
         self.lacking: tuple[Block, tuple[str, ...]] | None = None
         self._until, self._store, self._metric = view.until, store, METRIC + view.metric
         self._ablations = [ablation_of(run, view.removed) for run in view.until.runs]
@@ -76,17 +79,11 @@ class CellRace:
         layers = store.identity.model.layers
         self.costs = np.array([passes(ablation, layers) for ablation in self._ablations])
         self.base = layers + sum(passes(ablation, layers) for ablation in self._beneath)
-        self._passes = 0
         self.order = shuffled(seed, every)
-        found = turns([task for task, _ in self.order], store.counts())
-        self._blocks = [Block(turn.task, turn.number, seed) for turn in found]
-        self._all_ends = [turn.end for turn in found]
-        self._ends = list(self._all_ends)
-        self._begun = np.cumsum([0, *(turn.size for turn in found)])
+        tasks = [task for task, _ in self.order]
+        self._turns = turns(tasks, store.counts(), seed)
         self._drops: dict[tuple[str, int], np.ndarray] = {}
-        weights = weights_by_task(
-            [task for task, _ in self.order], store.identity.benchmark.weight_by_size
-        )
+        weights = weights_by_task(tasks, store.identity.benchmark.weight_by_size)
         # A drop counts by its document's weight, and the mean of all is the benchmark's drop.
         self._scale = weights * self.population
         most = float(self._scale.max())
@@ -102,44 +99,38 @@ class CellRace:
 
         WorkError where a document has no finite score, or one that is not between 0 and 1.
         """
-        while not self.race.standing.answered and self._ends:
-            block = self.left[0]
-            names = self.needed
-            frame = self._store.read_block(block, self.extent, ["doc", "ablation", self._metric])
-            table = frame.pivot(index="doc", columns="ablation", values=self._metric)
+        while not self.race.standing.answered and self.done < len(self._turns):
+            (block, size, end), names = self._turns[self.done], self.needed
             documents = list(self._store.documents(block, self.extent))
+            frame = self._store.read_block(block, self.extent, ["doc", "ablation", self._metric])
             present = set(zip(frame["doc"], frame["ablation"], strict=True))
-            if not all((doc, name) in present for doc in documents for name in names):
+            if not present.issuperset(product(documents, names)):
                 self.lacking = block, names
                 return
+            table = frame.pivot(index="doc", columns="ablation", values=self._metric)
             values = table.reindex(index=documents, columns=[INTACT.name, *self._names])
             outcomes = values.to_numpy(dtype=np.float64)
-            self.measured += len(documents)
-            self._passes += len(documents) * (self.base + int(self.costs[self._open].sum()))
+            self.measured += size
+            self._passes += size * (self.base + int(self.costs[self.race.standing.open].sum()))
             self._refuse_unusable(outcomes[:, np.isin(values.columns, names)], block)
             drops = outcomes[:, :1] - outcomes[:, 1:]
-            self._drops |= {(block.task, d): row for d, row in zip(documents, drops, strict=True)}
-            end = self._ends.pop(0)
+            self._drops |= zip(((block.task, doc) for doc in documents), drops, strict=True)
             taken = [self._drops.pop(place) for place in self.order[self.looked : end]]
             self.race.look(np.stack(taken) * self._scale[self.looked : end, None])
             self.looked = end
+            self.done += 1
         self.lacking = None
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks there are."""
-        return len(self._blocks)
 
     @property
     def left(self) -> list[Block]:
         """The blocks that were not looked at, in the order in which they come."""
-        return self._blocks[len(self._blocks) - len(self._ends) :]
+        return [turn.block for turn in self._turns[self.done :]]
 
     def record(self) -> AnswerRecord:
         """Say how it stands."""
         bounds, standing = self.race.bounds, self.race.standing
         # A drop is between -1 and 1, whatever its documents weigh.
-        ends = zip(bounds.low.clip(-1, 1), bounds.high.clip(-1, 1), strict=True)
+        low, high = bounds.low.clip(-1, 1), bounds.high.clip(-1, 1)
         return AnswerRecord(
             question=self._until.question,
             level=self._until.asked.level,
@@ -154,30 +145,26 @@ class CellRace:
                 RunAnswer(
                     **dict(run),
                     n=int(self.race.seen[place]),
-                    low=float(low),
-                    high=float(high),
+                    low=float(low[place]),
+                    high=float(high[place]),
                     open=bool(standing.open[place]),
                     chosen=bool(standing.chosen[place]),
                 )
-                for place, (run, (low, high)) in enumerate(zip(self._until.runs, ends, strict=True))
+                for place, run in enumerate(self._until.runs)
             ),
         )
 
     @property
     def needed(self) -> tuple[str, ...]:
         """Name the baseline, the layers beneath alone, and the runs that are open."""
-        still = zip(self._names, self._open, strict=True)
         always = (INTACT.name, *(ablation.name for ablation in self._beneath))
-        return (*always, *(name for name, is_open in still if is_open))
-
-    @property
-    def _open(self) -> np.ndarray:
-        return self.race.standing.open
+        return (*always, *compress(self._names, self.race.standing.open))
 
     def measured_for(self, looked: np.ndarray) -> np.ndarray:
         """Say how many documents must be measured before so many can be looked at."""
-        begins = [0, *self._all_ends[:-1]]
-        return np.asarray(self._begun[np.searchsorted(begins, looked, side="left")])
+        begins = [0, *(turn.end for turn in self._turns[:-1])]
+        begun = np.cumsum([0, *(turn.size for turn in self._turns)])
+        return np.asarray(begun[np.searchsorted(begins, looked, side="left")])
 
     def _refuse_unusable(self, outcomes: np.ndarray, block: Block) -> None:
         wrong = ~((outcomes >= 0) & (outcomes <= 1))

@@ -16,7 +16,7 @@ from filelock import FileLock
 from tracker.core.errors import WorkError
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place, flush it to the disk, rename it, and flush its folder.
 
     Args:
@@ -61,7 +61,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically."""
-    write_atomically(path, lambda temporary: _write(temporary, content))
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def lock_file(path: Path, patience: float = -1) -> FileLock:
@@ -157,7 +157,3 @@ def _flush(folders: Iterable[Path]) -> None:
                 os.fsync(entries)
             finally:
                 os.close(entries)
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)

@@ -9,6 +9,10 @@ from tracker.core.config import CellRequest
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity
 from tracker.core.provenance import content_hash
 
+RUNS = {"layers", "components", "spans", "interventions", "only"}
+"""Keys of a request that say which runs it asks for."""
+GROWS = RUNS | {"removed", "limit", "sample", "until", "metric"}
+"""Keys of a request by which a cell grows: no document's outcome hangs on them."""
 _LATER = {
     *("include_path", "system_instruction", "fewshot_as_multiturn", "chat_template_args"),
     *("enable_thinking", "think_end_token", "gen_kwargs", "metadata", "model_args", "part"),
@@ -43,26 +47,9 @@ def request_key(
     Equal keys lead to the same cell; different ones may (after an update of lm-eval, say). What is
     removed, which documents and the metric do not count.
     """
-    asked = request.model_dump(
-        exclude={
-            "layers",
-            "components",
-            "spans",
-            "interventions",
-            "only",
-            "removed",
-            "limit",
-            "sample",
-            "until",
-            "metric",
-        }
-    )
+    asked = request.model_dump(exclude=GROWS).items()
     # A setting that is not used leaves the keys of before as they are.
-    said = {
-        name: value
-        for name, value in asked.items()
-        if name not in _LATER or value not in (None, ())
-    }
+    said = {name: value for name, value in asked if name not in _LATER or value not in (None, ())}
     return content_hash([said, model_stamp, data_stamp, dict(versions)])
 
 

@@ -16,11 +16,7 @@ from tracker.ledger.aligned import AlignedOutcomes, pairs
 from tracker.ledger.outcomes import METRIC, PROVENANCE
 from tracker.ledger.paired import Array, PairedOutcomes
 from tracker.ledger.rounding import Chances, Texts, judged
-from tracker.stats.accuracy import (
-    accuracy,
-    accuracy_relevance,
-    chance_accuracy,
-)
+from tracker.stats.accuracy import accuracy, accuracy_relevance, chance_accuracy
 from tracker.stats.proxies import proxy_means
 from tracker.stats.ratios import RATIO, ratio_of_sums
 from tracker.stats.rounding import shift, within
@@ -65,23 +61,21 @@ class LayerProxies:
         self.tokens = outcomes.tokens
         self.sums = {proxy.name: outcomes.proxy_sums(proxy) for proxy in OBSERVED}
         self.reasons = {proxy.name: outcomes.not_observed(proxy) for proxy in OBSERVED}
-        means = {name: proxy_means(sums, self.tokens) for name, sums in self.sums.items()}
-        self._figures = {
-            name: (proxy, proxy.of(means[proxy.name]) if name == proxy.name else means[proxy.name])
-            for proxy in OBSERVED
-            for name in proxy.headings
-        }
+        self._figures: dict[str, list[Estimate]] = {}
+        for proxy in OBSERVED:
+            means = proxy_means(self.sums[proxy.name], self.tokens)
+            why = self.reasons[proxy.name] or _NOT_FINITE
+            for name in proxy.headings:
+                values = map(finite, proxy.of(means) if name == proxy.name else means)
+                self._figures[name] = [
+                    Estimate(v, reason=why if v is None else None) for v in values
+                ]
 
     def of(self, run: RunIdentity) -> dict[str, Estimate]:
         """List the proxies of a run's layer, each with why it is undefined."""
         if run.kind != WHOLE_LAYER:
             return dict.fromkeys(self._figures, Estimate(None, reason=_WHOLE_ONLY))
-        found = {}
-        for name, (proxy, figures) in self._figures.items():
-            value = finite(figures[run.layer])
-            why = self.reasons[proxy.name] or _NOT_FINITE
-            found[name] = Estimate(value, reason=why if value is None else None)
-        return found
+        return {name: figures[run.layer] for name, figures in self._figures.items()}
 
 
 def run_record(
@@ -92,14 +86,13 @@ def run_record(
     ablation = outcomes.ablation(run)
     paired = outcomes.by_metric([ablation])
     drop, spread, accurate = paired.drop(0), paired.drop_sd(0), paired.level(0)
-    relevance = (
-        Estimate(None, reason=f"{outcomes.metric} is no accuracy")
-        if intact.chance is None
-        else accuracy_relevance(intact.baseline.value, accurate.value, intact.chance)
-    )
+    relevance = Estimate(None, reason=f"{outcomes.metric} is no accuracy")
+    if intact.chance is not None:
+        relevance = accuracy_relevance(intact.baseline.value, accurate.value, intact.chance)
     gold_drop = _mean_drop(outcomes.by_gold_logprob([ablation]))
     metrics = metric_values(outcomes, ablation, aggregate)
     mine = judged(outcomes, ablation, intact.texts)
+    untested = drop.reason or "the outcomes are not all right or wrong"
     undefined = {
         "accuracy": accurate.reason,
         "accuracy_drop": drop.reason,
@@ -108,9 +101,7 @@ def run_record(
         "rounded": mine.reason,
         "drop_rounding": mine.reason or intact.judged.reason,
         "gold_logprob_drop": gold_drop.reason,
-        "mcnemar_p": None
-        if drop.p_value is not None
-        else drop.reason or "the outcomes are not all right or wrong",
+        "mcnemar_p": untested if drop.p_value is None else None,
         **{name: proxy.reason for name, proxy in proxies.items()},
         **{f"metrics.{name}": _NO_METRIC for name, value in metrics.items() if value is None},
         PROVENANCE: outcomes.mismatch(ablation),
@@ -145,17 +136,14 @@ def moved_by_rounding(weights: Array, *models: Chances) -> float | None:
 
 def at_all_looks(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
     """Give a run the bounds that hold at every look, and take away what holds at one."""
-    reasons = {"mcnemar_p": ONE_LOOK}
+    reasons = run.reasons | {"mcnemar_p": ONE_LOOK}
+    low = high = None
     if bounds is None:
         reasons["accuracy_drop_low"] = "the question is not about it"
-    return run.model_copy(
-        update={
-            "accuracy_drop_low": None if bounds is None else bounds.low,
-            "accuracy_drop_high": None if bounds is None else bounds.high,
-            "mcnemar_p": None,
-            "reasons": {**run.reasons, **reasons},
-        }
-    )
+    else:
+        low, high = bounds.low, bounds.high
+    ends = {"accuracy_drop_low": low, "accuracy_drop_high": high}
+    return run.model_copy(update={**ends, "mcnemar_p": None, "reasons": reasons})
 
 
 def metric_values(
@@ -164,15 +152,14 @@ def metric_values(
     """Every metric of the benchmark, aggregated as lm-eval does."""
     rows = outcomes.of(ablation)
     benchmark = outcomes.identity.benchmark
-    by_task = [
-        (task, mine) for task in benchmark.tasks if len(mine := rows[rows["task"] == task.name])
-    ]
-    weights = [len(mine) for _, mine in by_task] if benchmark.weight_by_size else None
+    by_task = {task: rows[rows["task"] == task] for task in dict.fromkeys(outcomes.tasks)}
+    tasks = [task for task in benchmark.tasks if task.name in by_task]
+    weights = [len(by_task[task.name]) for task in tasks] if benchmark.weight_by_size else None
     values: dict[str, float | None] = {}
     for name in benchmark.tasks[0].metrics:
         per_task = [
-            _aggregated(mine, METRIC + name, task.metrics.get(name), aggregate)
-            for task, mine in by_task
+            _aggregated(by_task[task.name], METRIC + name, task.metrics.get(name), aggregate)
+            for task in tasks
         ]
         defined = [value for value in per_task if value is not None]
         complete = len(defined) == len(per_task)

@@ -35,8 +35,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock
-
 from tracker.core.distribution import FORMAT, other_format
 from tracker.core.errors import ResultsError
 from tracker.core.findings import FindingRecord
@@ -46,10 +44,9 @@ from tracker.core.records import Place
 from tracker.ledger.begun import begun_searches
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import closed, lock_file, owner_of, write_text
-from tracker.ledger.findings import findings
+from tracker.ledger.findings import findings, searches
 from tracker.ledger.keys import cell_key, folder_name
 from tracker.ledger.notes import read_note, reason, write_note
-from tracker.ledger.searches import searches
 from tracker.ledger.views import AskedView, CellIdentity
 
 _WRITTEN = ("cells", "experiments", "index", "locks")
@@ -104,11 +101,11 @@ class Ledger:
     def __init__(self, root: Path) -> None:
         self.root = root
         try:
-            if self.root.exists() and not self.root.is_dir():
-                raise ResultsError(f"{self.root} is a file, not a results folder")
+            if root.exists() and not root.is_dir():
+                raise ResultsError(f"{root} is a file, not a results folder")
             self._is_there()
         except OSError as error:  # too long a name, a folder above that may not be looked into
-            raise ResultsError(f"{self.root} cannot be used: {error.strerror}") from None
+            raise ResultsError(f"{root} cannot be used: {error.strerror}") from None
 
     @classmethod
     def existing(cls, root: Path) -> Ledger:
@@ -164,10 +161,8 @@ class Ledger:
 
     def contents(self) -> Contents:
         """List everything that can be shown; what is damaged keeps nothing else away."""
-        found = Contents()
-        for name in _READ:
-            if why := closed(self.root / name):
-                found.damaged[str(self.root / name)] = why
+        unreadable = {str(self.root / name): closed(self.root / name) for name in _READ}
+        found = Contents(damaged={path: why for path, why in unreadable.items() if why})
         found.findings.extend(findings(self.root, found.damaged))
         found.searches.extend(searches(self.root, found.damaged))
         searched = {each.key for record in found.searches for each in record.calibration}
@@ -176,10 +171,9 @@ class Ledger:
             found.views.extend((cell, asked) for asked in cell.views.asked(found.damaged))
             begun = begun_searches(cell)
             found.unfinished.extend(Unfinished(cell, self._stopped(command)) for command in begun)
-            if begun or cell.identity.key in searched:
-                continue
+            alone = not begun and cell.identity.key not in searched
             # The views first: a finished cell may have thousands of shards.
-            if not cell.views.files() and cell.shards():
+            if alone and not cell.views.files() and cell.shards():
                 found.unfinished.append(Unfinished(cell, UNFINISHED))
         for path in sorted(self.root.glob("experiments/*.yaml")):
             try:
@@ -205,19 +199,17 @@ class Ledger:
         key = cell_key(model, benchmark)
         folder = self.root / "cells" / folder_name(model.name, benchmark.name, key)
         path = folder / "cell.json"
-        with self._lock(folder.name):
+        with lock_file(self.root / "locks" / f"{folder.name}.lock"):
             try:
                 CellIdentity.read(path.read_bytes())
             except (OSError, ValueError):  # new, or damaged; its shards are its own
-                identity = CellIdentity(
-                    key=key, model=model, benchmark=benchmark, provenance=provenance
-                )
-                write_text(path, identity.sealed())
+                made = {"model": model, "benchmark": benchmark, "provenance": provenance}
+                write_text(path, CellIdentity(key=key, **made).sealed())
         return self._open(folder)
 
     def find(self, request_key: str) -> CellStore | None:
         """Find the cell that a request led to before; None when it is new."""
-        name = read_note(self.root / "index" / f"{request_key[:32]}.json").get("cell")
+        name = read_note(self._index(request_key)).get("cell")
         if name is None or Path(name).name != name:
             return None
         try:
@@ -227,8 +219,7 @@ class Ledger:
 
     def remember(self, request_key: str, cell: CellStore) -> None:
         """Let `find` find a cell by a request."""
-        path = self.root / "index" / f"{request_key[:32]}.json"
-        write_note(path, {"cell": cell.folder.name})
+        write_note(self._index(request_key), {"cell": cell.folder.name})
 
     def keep_experiment(self, name: str, text: str) -> None:
         """Keep the exact text of an experiment file, and its digest as `sha256sum -c` reads it."""
@@ -237,8 +228,8 @@ class Ledger:
         write_text(path, text)
         write_text(_proof_of(path), f"{_digest(path.read_bytes())}  {name}\n")
 
-    def _lock(self, name: str) -> FileLock:
-        return lock_file(self.root / "locks" / f"{name}.lock")
+    def _index(self, request_key: str) -> Path:
+        return self.root / "index" / f"{request_key[:32]}.json"
 
     def _open(self, folder: Path) -> CellStore:
         path = folder / "cell.json"
@@ -266,9 +257,8 @@ class Ledger:
         try:
             found = int(json.loads(path.read_bytes())["format"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
-            raise ResultsError(
-                f"{path} is damaged; it should hold {{'format': {FORMAT}}}"
-            ) from None
+            said = f"{path} is damaged; it should hold {{'format': {FORMAT}}}"
+            raise ResultsError(said) from None
         if why := other_format(found):
             raise ResultsError(f"{self.root} {why}, or choose another --results.")
         return True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import product
+from typing import Any
 
 from tracker.core.ablations import INTACT, ablate, ablation_of
 from tracker.core.estimates import Estimate
@@ -13,7 +15,7 @@ from tracker.core.proxies import OBSERVED
 from tracker.core.records import WHICH, AnswerRecord, CellRecord, CorrelationRecord
 from tracker.core.views import View
 from tracker.ledger.aligned import AlignedOutcomes
-from tracker.ledger.cells import CellStore
+from tracker.ledger.cells import CellStore, measured_last
 from tracker.ledger.outcomes import PROVENANCE
 from tracker.ledger.runs import (
     ONE_LOOK,
@@ -61,61 +63,45 @@ def cell_record(
             outcomes = _beginning(every, view, answer, order[: min(r.n for r in answer.runs)])
         else:
             order = []  # All that it is about is measured on all documents.
-    n = len(outcomes.tasks)
-    is_accuracy = outcomes.higher_is_better
-    reasons = {}
-    if n < outcomes.wanted:
-        reasons["n"] = _why_fewer(n, outcomes.wanted, answer)
-    if differing := differences(outcomes.stacks):
-        reasons[PROVENANCE] = f"measured by different versions or devices: {differing}"
-    if which := store.which():
-        reasons[WHICH] = "; ".join(which)
-    if not n:
-        fields = ["baseline_accuracy", "chance_accuracy"]
-        fields += ["removed_accuracy"] if view.removed else []
-        reasons |= dict.fromkeys(fields, "no document is measured yet")
-    common = {
+    n, abouts = len(outcomes.tasks), store.abouts()
+    reasons: dict[str, str | None] = {
+        "n": _why_fewer(n, outcomes.wanted, answer),
+        PROVENANCE: _why_unlike(outcomes),
+        WHICH: "; ".join(sorted({about[WHICH] for about in abouts if WHICH in about})),
+    }
+    common: dict[str, Any] = {
         "key": identity.key,
         "model": identity.model,
         "benchmark": identity.benchmark,
         "metric": metric,
-        "higher_is_better": is_accuracy,
+        "higher_is_better": outcomes.higher_is_better,
         "n": n,
         "sample_seed": view.seed,
         "beside": view.beside,
         "removed": view.removed,
         "missing": tuple(outcomes.missing),
         "answer": answer,
-        "fitted_on": _fitted_on(store, view),
+        "fitted_on": _fitted_on(store, view, abouts),
         **outcomes.comparisons(),
-        **store.costs(),
+        **_took(abouts),
         "provenance": united(outcomes.stacks),
     }
     if not n:
-        return CellRecord(
-            **common,
-            tokens=0,
-            baseline_accuracy=None,
-            baseline_low=None,
-            baseline_high=None,
-            chance_accuracy=None,
-            baseline_metrics={},
-            runs=(),
-            correlations=(),
-            reasons=reasons,
-        )
+        undefined = ["baseline_accuracy", "chance_accuracy"]
+        undefined += ["removed_accuracy"] if view.removed else []
+        reasons |= dict.fromkeys(undefined, "no document is measured yet")
+        nothing = ("baseline_accuracy", "baseline_low", "baseline_high", "chance_accuracy")
+        common |= {"tokens": 0, "baseline_metrics": {}, "runs": (), "correlations": ()}
+        return CellRecord(**common, **dict.fromkeys(nothing), reasons=_known(reasons))
     texts = cache(store.texts.read)
     intact = Intact(outcomes, texts)
-    baseline = intact.baseline
-    if baseline.reason:
-        reasons["baseline_accuracy"] = baseline.reason
-    if intact.judged.reason:
-        reasons["baseline_rounded"] = intact.judged.reason
-    if not is_accuracy:
-        reasons["chance_accuracy"] = f"{metric} is no accuracy"
-    beneath = _beneath(outcomes, view)
-    if beneath.reason:
-        reasons["removed_accuracy"] = beneath.reason
+    baseline, beneath = intact.baseline, _beneath(outcomes, view)
+    reasons |= {
+        "baseline_accuracy": baseline.reason,
+        "baseline_rounded": intact.judged.reason,
+        "chance_accuracy": None if outcomes.higher_is_better else f"{metric} is no accuracy",
+        "removed_accuracy": beneath.reason,
+    }
     if order:
         baseline, beneath = Estimate(baseline.value), Estimate(beneath.value)
         reasons["baseline_low"] = ONE_LOOK
@@ -128,13 +114,6 @@ def cell_record(
             own = Intact(every.of_documents({*order[: bounds.n]}, [run]), texts)
         record = run_record(own, run, proxies.of(run), aggregate)
         layers.append(at_all_looks(record, bounds) if order else record)
-    correlations = _correlations(outcomes, proxies)
-    if order:
-        less = {"low": None, "high": None, "p_value": None}
-        correlations = [
-            each.model_copy(update=less | {"reason": each.reason or ONE_LOOK})
-            for each in correlations
-        ]
     return CellRecord(
         **common,
         tokens=int(proxies.tokens.sum()),
@@ -149,9 +128,24 @@ def cell_record(
         removed_low=beneath.low,
         removed_high=beneath.high,
         runs=tuple(layers),
-        correlations=tuple(correlations),
-        reasons=reasons,
+        correlations=tuple(_correlations(outcomes, proxies, raced=bool(order))),
+        reasons=_known(reasons),
     )
+
+
+def _known(reasons: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _took(abouts: Sequence[Mapping[str, Any]]) -> dict[str, float | int | str | None]:
+    """Say what measuring took, and until when, as far as the shards say."""
+    seconds = [float(about["seconds"]) for about in abouts if about.get("seconds")]
+    peaks = [int(about["peak_bytes"]) for about in abouts if about.get("peak_bytes")]
+    return {
+        "seconds": sum(seconds) if seconds else None,
+        "peak_bytes": max(peaks, default=None),
+        "measured": measured_last(abouts) or None,
+    }
 
 
 def _beginning(
@@ -173,7 +167,14 @@ def _beginning(
     return found
 
 
+def _why_unlike(outcomes: AlignedOutcomes) -> str:
+    differing = differences(outcomes.stacks)
+    return f"measured by different versions or devices: {differing}" if differing else ""
+
+
 def _why_fewer(n: int, wanted: int, answer: AnswerRecord | None) -> str:
+    if n == wanted:
+        return ""
     if answer is None:
         return f"{n} of {wanted} documents are measured so far"
     least = min(run.n for run in answer.runs)
@@ -184,17 +185,18 @@ def _why_fewer(n: int, wanted: int, answer: AnswerRecord | None) -> str:
     return f"{done}: {span} of {answer.population} documents were looked at, run by run"
 
 
-def _fitted_on(store: CellStore, view: View) -> str | None:
+def _fitted_on(store: CellStore, view: View, abouts: Sequence[Mapping[str, Any]]) -> str | None:
     """Say what stands in for layers was fitted on, and how much of that is measured too."""
     if not any(ablation_of(run, view.removed).is_fitted for run in view.runs):
         return None
     wanted = store.wanted(view.extent)
+    texts = [about["calibration"] for about in abouts if "calibration" in about]
     said = []
-    for one in store.calibrations():
-        count = sum(map(len, one["documents"].values()))
-        both = sum(len({*docs} & {*wanted[task]}) for task, docs in one["documents"].items())
+    for text in {text["sha256"]: text for text in texts}.values():
+        count = sum(map(len, text["documents"].values()))
+        both = sum(len({*docs} & {*wanted[task]}) for task, docs in text["documents"].items())
         said.append(
-            f"{one['tokens']:,} tokens of {count:,} documents from the end of the random order, "
+            f"{text['tokens']:,} tokens of {count:,} documents from the end of the random order, "
             + (f"{both:,} of them among those measured" if both else "none of them measured")
         )
     return "; ".join(said) or None
@@ -210,44 +212,47 @@ def _beneath(outcomes: AlignedOutcomes, view: View) -> Estimate:
     return accuracy(outcomes.values(ablation), outcomes.weights)
 
 
-def _correlations(outcomes: AlignedOutcomes, proxies: LayerProxies) -> list[CorrelationRecord]:
-    """Set every proxy beside the accuracy drop, over all layers and without the outer ones."""
+def _correlations(
+    outcomes: AlignedOutcomes, proxies: LayerProxies, raced: bool
+) -> Iterator[CorrelationRecord]:
+    """Set every proxy beside the accuracy drop, over all layers and without the outer ones.
+
+    Of what a race has stopped, that is without what holds for one look.
+    """
     runs = outcomes.whole_layers
     if not runs:
-        return []
+        return
     layers = [run.layer for run in runs]
     paired = outcomes.by_metric([outcomes.ablation(run) for run in runs])
     total = outcomes.identity.model.layers
     inner = [i for i, layer in enumerate(layers) if OUTER <= layer < total - OUTER]
+    subsets = {"all": list(range(len(layers))), "inner": inner}
     drop = paired.mean_drops
     drawn_drop = outcomes.resampled(paired.drops, paired.weights)
-    records = []
     tokens = proxies.tokens
     for proxy in OBSERVED:
         per_document = proxies.sums[proxy.name][:, layers]
         value = proxy.of(proxy_means(per_document, tokens))
         drawn = proxy.of(outcomes.resampled(per_token(per_document, tokens), tokens))
-        for coefficient in COEFFICIENTS:
-            for subset, chosen in (("all", list(range(len(layers)))), ("inner", inner)):
-                found = correlate(
-                    value[chosen],
-                    drop[chosen],
-                    coefficient=coefficient,
-                    resampled_proxy=drawn[:, chosen],
-                    resampled_drop=drawn_drop[:, chosen],
-                )
-                records.append(
-                    CorrelationRecord(
-                        proxy=proxy.name,
-                        coefficient=coefficient,
-                        subset=subset,
-                        value=found.value,
-                        low=found.low,
-                        high=found.high,
-                        p_value=found.p_value,
-                        n=len(chosen),
-                        documents=len(outcomes.tasks),
-                        reason=proxies.reasons[proxy.name] or found.reason,
-                    )
-                )
-    return records
+        for coefficient, (subset, chosen) in product(COEFFICIENTS, subsets.items()):
+            found = correlate(
+                value[chosen],
+                drop[chosen],
+                coefficient=coefficient,
+                resampled_proxy=drawn[:, chosen],
+                resampled_drop=drawn_drop[:, chosen],
+            )
+            if raced:
+                found = Estimate(found.value, reason=found.reason or ONE_LOOK)
+            yield CorrelationRecord(
+                proxy=proxy.name,
+                coefficient=coefficient,
+                subset=subset,
+                value=found.value,
+                low=found.low,
+                high=found.high,
+                p_value=found.p_value,
+                n=len(chosen),
+                documents=len(outcomes.tasks),
+                reason=proxies.reasons[proxy.name] or found.reason,
+            )

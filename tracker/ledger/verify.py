@@ -25,6 +25,15 @@ _NOTES = (
     "cells/*/verified.json",
 )
 """Where small files stand that are made again when they are not what was written."""
+_ASIDE = (
+    "it was set aside as damaged; run its experiment again, which measures what is missing, and "
+    "delete it"
+)
+_LOST = "it is gone; run its experiment again, which measures what is missing"
+_NO_TEXTS = (
+    "it was set aside as damaged; its documents are named by their numbers, and no outcome is "
+    "touched; delete it"
+)
 
 
 @dataclass(frozen=True)
@@ -67,30 +76,13 @@ def verify(ledger: Ledger, progress: Callable[[int], None] = lambda cells: None)
         shards = [shard for path in store.shards() if (shard := store.shard(path)) is not None]
         held = {row for shard in shards for row in _places(shard)}
         aside = sorted(store.folder.glob(f"shards/*{ASIDE}"))
-        found.cells.append(
-            VerifiedCell(
-                store,
-                len(shards),
-                len({(task, doc) for task, doc, _ in held}),
-                len(held),
-                len(aside),
-            )
-        )
-        for path in aside:
-            found.damaged[str(path)] = (
-                "it was set aside as damaged; run its experiment again, which measures what is "
-                "missing, and delete it"
-            )
-        for name in store.lost():
-            found.damaged[str(store.folder / "shards" / name)] = (
-                "it is gone; run its experiment again, which measures what is missing"
-            )
+        documents = len({(task, doc) for task, doc, _ in held})
+        found.cells.append(VerifiedCell(store, len(shards), documents, len(held), len(aside)))
+        lost = [store.folder / "shards" / name for name in store.lost()]
         store.texts.read()
-        for path in sorted(store.folder.glob(f"texts/*{ASIDE}")):
-            found.damaged[str(path)] = (
-                "it was set aside as damaged; its documents are named by their numbers, and no "
-                "outcome is touched; delete it"
-            )
+        texts = sorted(store.folder.glob(f"texts/*{ASIDE}"))
+        for paths, what in ((aside, _ASIDE), (lost, _LOST), (texts, _NO_TEXTS)):
+            found.damaged |= dict.fromkeys(map(str, paths), what)
         progress(1)
     for pattern in _NOTES:
         for path in sorted(ledger.root.glob(pattern)):
@@ -120,16 +112,16 @@ def compare(ledger: Ledger, other: Ledger) -> Iterator[str]:
         name = pair[0].folder.name
         if pair[0].identity != pair[1].identity:
             yield f"{name}: the two cell.json differ"
-        views = [{each.view for each in store.views.asked({})} for store in pair]
-        if views[0] != views[1]:
+        asked, too = ({each.view for each in store.views.asked({})} for store in pair)
+        if asked != too:
             yield f"{name}: not the same was asked of the two"
         one, two = (_outcomes(store) for store in pair)
         for root, only in ((ledger.root, one.keys() - two), (other.root, two.keys() - one)):
             if only:
                 yield f"{name}: {len(only)} outcomes are only in {root}"
         differing = [place for place in one.keys() & two if one[place] != two[place]]
-        said = [store.texts.read() for store in pair]
-        unlike = [place for place in said[0].keys() & said[1] if said[0][place] != said[1][place]]
+        says, other_says = (store.texts.read() for store in pair)
+        unlike = [place for place in says.keys() & other_says if says[place] != other_says[place]]
         if unlike:
             task, doc = min(unlike)
             yield f"{name}: the texts of {len(unlike)} documents differ, document {doc} of {task}"

@@ -10,8 +10,6 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from urllib.parse import quote
 
-from filelock import FileLock
-
 from tracker.core.ablations import ablation_of, removals
 from tracker.core.config import CellRequest
 from tracker.core.distribution import FORMAT, other_format
@@ -82,9 +80,8 @@ class Views:
             for count in (request.limit, request.sample)
         )
         runs = tuple(removals(request, self.identity.model.layers))
-        until = None
-        if request.until is not None:
-            until = Until(question=request.until, seed=request.seed, runs=runs)
+        asked = request.until
+        until = Until(question=asked, seed=request.seed, runs=runs) if asked is not None else None
         return View(
             metric=request.metric or benchmark.primary_metric,
             removed=request.removed,
@@ -106,7 +103,7 @@ class Views:
         Returns:
             The view that shows it: `shown_in`.
         """
-        with self._asking():
+        with lock_file(self.folder / "locks" / "requests.lock"):
             view, replaced = self._found(self.of(request), named)
             self.write(AskedView(project=project, view=view))
             for name in {*map(self.name_of, replaced)} - {self.name_of(view)}:
@@ -139,9 +136,8 @@ class Views:
     def _known(self, new: View) -> list[View]:
         alike = ("metric", "removed", "seed")
         # A search has thousands of views, each over other layers beneath.
-        name = view_name(
-            new.removed, self.identity.benchmark.primary_metric, self.identity.benchmark, new.seed
-        )
+        benchmark = self.identity.benchmark
+        name = view_name(new.removed, benchmark.primary_metric, benchmark, new.seed)
         pattern = f"{glob.escape(quote(name, safe=',')[:_READABLE])}*.json"
         found = [asked.view for asked in self.asked(damaged={}, pattern=pattern)]
         mine = [v for v in found if all(getattr(v, one) == getattr(new, one) for one in alike)]
@@ -163,8 +159,7 @@ class Views:
                     return view, []
                 if view.named and _alike(view, new):
                     return view.joined(new), []
-            both = (self._grown(view, new) for view in growing)
-            grown = next(filter(None, both), new)
+            grown = next(filter(None, (self._grown(view, new) for view in growing)), new)
         held = [view for view in known if not view.named and self._holds(grown, view)]
         if grown.until is None:
             asked = next((view.until for view in held if view.until), None)
@@ -192,9 +187,8 @@ class Views:
         """Whether a view shows all that another does."""
         if other.size > view.size or not {*other.runs} <= {*view.runs}:
             return False
-        if view.until is None and other.until is None:
-            return True
-        return view.size == math.inf and self.is_whole(view)
+        asked = view.until or other.until
+        return asked is None or (view.size == math.inf and self.is_whole(view))
 
     def is_whole(self, view: View) -> bool:
         """Whether no question decided which documents a view shows, or all are measured."""
@@ -232,9 +226,6 @@ class Views:
     def write(self, asked: AskedView) -> None:
         """Keep a view in its place."""
         write_note(self.path(self.name_of(asked.view)), asked.model_dump(mode="json"))
-
-    def _asking(self) -> FileLock:
-        return lock_file(self.folder / "locks" / "requests.lock")
 
     def files(self) -> list[Path]:
         """List the files of what was asked, be they damaged; none before the cell is finished."""
@@ -277,8 +268,8 @@ class Views:
 
     def name_of(self, view: View) -> str:
         """Name a view by what tells it from the others of the cell."""
-        named = (view.removed, view.metric, self.identity.benchmark, view.seed)
-        return view_name(*named, view.beside)
+        benchmark = self.identity.benchmark
+        return view_name(view.removed, view.metric, benchmark, view.seed, view.beside)
 
     def path(self, name: str) -> Path:
         """Say where it stands what was asked of a view."""

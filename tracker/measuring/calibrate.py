@@ -59,12 +59,8 @@ class CalibrationTexts:
     @property
     def about(self) -> dict[str, object]:
         """What a shard says of it."""
-        return {"documents": self.documents, "tokens": self.tokens, "sha256": self.digest}
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the token ids."""
-        return content_hash([list(text) for text in self.texts])
+        digest = content_hash([list(text) for text in self.texts])
+        return {"documents": self.documents, "tokens": self.tokens, "sha256": digest}
 
     def fit(self, engine: Engine, ablations: Sequence[Ablation]) -> dict[int, StandIn]:
         """Fit what some ablations put in the place of layers.

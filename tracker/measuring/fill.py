@@ -17,7 +17,7 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.job import Job
 from tracker.measuring.meter import Facts, Meter, Place
 from tracker.measuring.prepare import look_up
-from tracker.measuring.progress import Progress
+from tracker.measuring.progress import Progress, telling
 
 WAIT = 0.5
 """Seconds between two looks at blocks that another process is computing."""
@@ -38,11 +38,10 @@ def open_cell(
     key = asked.key or look_up(asked.request, ledger).key
     if key:
         ledger.remember(key, store)
-    extent, names = asked.request.extent, names_of(job, store)
     if asked.request.until is not None:
         race = CellRace(store, store.views.of(asked.request))
         return store, at_most(race, store, facts.responses), race
-    return store, lacking(store, facts, extent, names), None
+    return store, lacking(store, facts, asked.request.extent, names_of(job, store)), None
 
 
 def lacking(
@@ -95,8 +94,7 @@ def fill_until(race: CellRace, store: CellStore, meter: Meter, progress: Progres
     A block that another process holds is waited for: what comes after it depends on it.
     """
     expected = sum(at_most(race, store, meter.facts.responses).values())
-    progress.start(store.identity.benchmark.title, expected)
-    try:
+    with telling(progress, store.identity.benchmark.title, expected):
         while race.lacking is not None:
             block, names = race.lacking
             try:
@@ -107,8 +105,6 @@ def fill_until(race: CellRace, store: CellStore, meter: Meter, progress: Progres
             left = sum(look(race, store, meter.facts.responses, progress).values())
             progress.expect(left - expected)
             expected = left
-    finally:
-        progress.finish()
 
 
 def fill(
@@ -123,39 +119,25 @@ def fill(
     A block that another process holds is left to it and looked at again at the end: if that
     process dies, its lock goes with it and the block is computed here.
     """
-    progress.start(store.identity.benchmark.title, sum(left.values()))
-    try:
-        _fill(store, left, meter, extent, progress)
-    finally:
-        progress.finish()
-
-
-def _fill(
-    store: CellStore,
-    left: Mapping[Block, int],
-    meter: Meter,
-    extent: Extent,
-    progress: Progress,
-) -> None:
     names = [ablation.name for ablation in meter.ablations]
-    pending = list(left)
-    told = False
-    while pending:
-        held = []
-        for block in pending:
-            try:
-                with store.lock(block).acquire(timeout=0):
-                    done = _fill_block(store, block, names, meter, extent, progress)
-                    progress.advance(left[block] - done)
-            except Timeout:
-                held.append(block)
-        if len(held) == len(pending):
-            if not told:
-                what = "1 block is" if len(held) == 1 else f"{len(held)} blocks are"
-                progress.say(f"{what} being measured by another process")
-                told = True
-            time.sleep(WAIT)
-        pending = held
+    pending, told = list(left), False
+    with telling(progress, store.identity.benchmark.title, sum(left.values())):
+        while pending:
+            held = []
+            for block in pending:
+                try:
+                    with store.lock(block).acquire(timeout=0):
+                        done = _fill_block(store, block, names, meter, extent, progress)
+                        progress.advance(left[block] - done)
+                except Timeout:
+                    held.append(block)
+            if held == pending:
+                if not told:
+                    what = "1 block is" if len(held) == 1 else f"{len(held)} blocks are"
+                    progress.say(f"{what} being measured by another process")
+                    told = True
+                time.sleep(WAIT)
+            pending = held
 
 
 def _fill_block(

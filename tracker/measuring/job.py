@@ -46,21 +46,16 @@ class Options:
             )
         if self.slurm and self.executor != "slurm":
             raise RequestError("--slurm says what SLURM jobs ask for; add --executor slurm")
-        if self.memory is not None:
-            _refuse_absurd(self.memory)
-
-
-def _refuse_absurd(memory: Any) -> None:
-    """Refuse a memory that was not meant, whoever says it: a notebook's is of any type."""
-    if not isinstance(memory, Integral):
-        raise RequestError(
-            f"memory is {memory!r}, which is no whole number of bytes; write 4 * 2**30 for 4GiB"
-        )
-    if int(memory) < _LEAST:
-        raise RequestError(
-            f"memory is {memory} bytes, and no model runs in less than 1MiB; write 4GiB or 500MB "
-            "(4 * 2**30 in Python)"
-        )
+        memory: Any = self.memory  # a notebook's is of any type
+        if memory is not None and not isinstance(memory, Integral):
+            raise RequestError(
+                f"memory is {memory!r}, which is no whole number of bytes; write 4 * 2**30 for 4GiB"
+            )
+        if memory is not None and memory < _LEAST:
+            raise RequestError(
+                f"memory is {memory} bytes, and no model runs in less than 1MiB; write 4GiB or "
+                "500MB (4 * 2**30 in Python)"
+            )
 
 
 @dataclass(frozen=True)

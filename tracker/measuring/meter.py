@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from tracker.measuring.rounding_sample import computed_twice
 from tracker.models.sources import find_model
 
 if TYPE_CHECKING:
+    from tracker.engine.scoring.stand_in import StandIn
     from tracker.engine.scoring.sweep import DocumentScores, Engine
     from tracker.engine.selfcheck.check import Kept
     from tracker.engine.selfcheck.reference import Comparison
@@ -146,19 +147,16 @@ class Meter:
         from tracker.measuring.scorer import checked_scorer
 
         loaded = self._model.loaded
+
+        def fit(engine: Engine) -> Mapping[int, StandIn]:
+            return self._calibration.fit(engine, self.ablations) if self._calibration else {}
+
         engine = Engine(loaded, self._encoder.max_length, memory=self._memory)
+        documents = list(self.documents.values())
         self._scorer, said = checked_scorer(
-            engine,
-            loaded.tokenizer,
-            list(self.documents.values()),
-            self.ablations,
-            kept,
-            lambda engine: (
-                self._calibration.fit(engine, self.ablations) if self._calibration else {}
-            ),
+            engine, loaded.tokenizer, documents, self.ablations, kept, fit
         )
-        name = loaded.identity.name
-        return [f"{name}: {line}" for line in said]
+        return [f"{loaded.identity.name}: {line}" for line in said]
 
     def measure(
         self,
@@ -194,17 +192,10 @@ class Meter:
         watched = self._watched(results, scored, first=int(INTACT.name not in names))
         some = [self.documents[task, i] for i in indices if (task, i) in self.twice]
         again = {each.document.index: each.responses for each in scorer.again(some, scored)}
-        rows = [
-            row
-            for result in results
-            for row in self._rows(
-                result,
-                scored,
-                watched,
-                again.get(result.document.index, [None] * len(scored)),
-                keep_baseline=INTACT.name in names,
-            )
-        ]
+        rows: list[dict[str, object]] = []
+        for result in results:
+            twice = again.get(result.document.index, [None] * len(scored))
+            rows += self._rows(result, names, scored, watched, twice)
         metadata: dict[str, object] = {
             "measured": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": f"{time.perf_counter() - start:.3f}",
@@ -242,24 +233,19 @@ class Meter:
     def _rows(
         self,
         result: DocumentScores,
+        names: Collection[str],
         scored: Sequence[Ablation],
         watched: Mapping[tuple[Place, Ablation], Comparison],
         again: Sequence[Sequence[Response] | None],
-        keep_baseline: bool,
-    ) -> list[dict[str, object]]:
-        rows = []
+    ) -> Iterator[dict[str, object]]:
+        """Lay out what a document lacks: of what was scored, that under these ablations."""
+        document, sums = result.document, (result.proxy_tokens, result.proxy_sums.tolist())
         for ablation, responses, twice in zip(scored, result.responses, again, strict=True):
-            if ablation == INTACT and not keep_baseline:
-                continue
-            proxies = None
-            if ablation == INTACT:
-                proxies = (result.proxy_tokens, result.proxy_sums.tolist())
-            metrics = self._benchmark.outcomes(result.document, responses)
-            both = watched.get(((result.document.task, result.document.index), ablation))
-            compared = (both.compared, both.difference, both.unsteady) if both else None
-            rows.append(
-                outcome_row(
-                    result.document, ablation.name, responses, metrics, proxies, compared, twice
+            if ablation.name in names:
+                metrics = self._benchmark.outcomes(document, responses)
+                both = watched.get(((document.task, document.index), ablation))
+                compared = (both.compared, both.difference, both.unsteady) if both else None
+                proxies = sums if ablation == INTACT else None
+                yield outcome_row(
+                    document, ablation.name, responses, metrics, proxies, compared, twice
                 )
-            )
-        return rows

@@ -22,7 +22,7 @@ from tracker.ledger.observations import Arrays, read_observations, write_observa
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
-from tracker.measuring.progress import Progress
+from tracker.measuring.progress import Progress, telling
 
 Documents = Mapping[tuple[str, int], Document]
 """(task, number in its split) → document."""
@@ -72,11 +72,10 @@ def observe(
     if lacking:
         engine, documents = opened()
         watch = begin(engine)
-        progress.start(f"{request.title}: {kind}", lacking, "documents")
-        try:
+        with telling(progress, f"{request.title}: {kind}", lacking, "documents"):
             for block, docs in wanted.items():
                 with store.lock(Block(f"{kind}/{block.task}", block.number, block.seed)):
-                    found = dict(read_observations(folder, kind, block))
+                    found = read_observations(folder, kind, block)
                     absent = [doc for doc in docs if doc not in found]
                     for doc in absent:
                         found[doc] = watch(documents[block.task, doc])
@@ -84,10 +83,8 @@ def observe(
                     if absent:
                         write_observations(folder, kind, block, found)
                     held[block] = found
-        finally:
-            progress.finish()
-    rows = [held[block][doc] for block, docs in wanted.items() for doc in docs]
     places = [(block.task, doc) for block, docs in wanted.items() for doc in docs]
+    rows = [held[block][doc] for block, docs in wanted.items() for doc in docs]
     return Observed(places, {name: np.stack([row[name] for row in rows]) for name in rows[0]})
 
 

@@ -40,11 +40,8 @@ class CellLookup:
 def look_up(request: CellRequest, ledger: Ledger) -> CellLookup:
     """Look a cell up in the ledger, without loading torch, the model or the benchmark."""
     source = find_model(request.model, request.revision, request.model_args)
-    data = data_stamp(request)
-    stamp = source.stamp()
-    key = None
-    if stamp is not None:
-        key = request_key(request, stamp, data, package_versions())
+    data, stamp = data_stamp(request), source.stamp()
+    key = None if stamp is None else request_key(request, stamp, data, package_versions())
     store = ledger.find(key) if key else None
     complete = store is not None and _is_complete(store, request)
     return CellLookup(request, source, key, store, complete)
@@ -87,21 +84,17 @@ def widened(
             which runs.
     """
     asked = look_up(request.model_copy(update={"until": None}), ledger)
-    layers: int = (
-        asked.store.identity.model.layers
-        if asked.store
-        else count_layers(asked.source, trust_remote_code)
-    )
+    store, whole = asked.store, asked.request
+    layers = store.identity.model.layers if store else count_layers(asked.source, trust_remote_code)
     _check_bounds(request, layers)
     why = None if any(removals(request, layers)) else no_run(request, layers)
-    before = asked_before(request, asked.store)
-    if before is not None and asked.store is not None and _is_complete(asked.store, before):
+    before = asked_before(request, store)
+    if store is not None and before is not None and _is_complete(store, before):
         return before, why
-    if asked.store is not None and asked.complete:
+    if store is not None and asked.complete:
         # Also where it asks a question: all documents answer that.
-        whole = asked.request
-        known = _with_runs(whole, asked.store.views.shown_in(whole).runs)
-        return known if _is_complete(asked.store, known) else whole, why
+        known = _with_runs(whole, store.views.shown_in(whole).runs)
+        return known if _is_complete(store, known) else whole, why
     cell = sweep() if why is None else None
     if cell is None and why is None and request.until is not None:
         raise ExperimentError(
@@ -121,14 +114,12 @@ def asked_before(request: CellRequest, store: CellStore | None) -> CellRequest |
 
     None where that was another question, or not about the trial's run.
     """
-    if store is None:
+    now = store.views.of(request).until if store else None
+    if store is None or now is None:
         return None
-    now = store.views.of(request).until
     for before in (view.until for view in store.views.known(request)):
-        if before is None or now is None:
-            continue
-        alike = (before.question, before.seed) == (now.question, now.seed)
-        if alike and {*now.runs} <= {*before.runs}:
+        alike = before and (before.question, before.seed) == (now.question, now.seed)
+        if before and alike and {*now.runs} <= {*before.runs}:
             return _with_runs(request, before.runs)
     return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -41,3 +43,13 @@ class Silent:
 
     def finish(self) -> None:
         """Ignore its end."""
+
+
+@contextmanager
+def telling(progress: Progress, title: str, total: int, unit: str = "responses") -> Iterator[None]:
+    """Tell of the beginning of some work, and of its end, however that comes."""
+    progress.start(title, total, unit)
+    try:
+        yield
+    finally:
+        progress.finish()

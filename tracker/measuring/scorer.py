@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -51,26 +51,17 @@ class Scorer:
         `progress` is called with how many responses have come, `responses` of them a document.
         """
         results = self.engine.score(documents, ablations, progress)
-        if self.generation is None:
-            return results
-        return [self._with_texts(result, ablations, progress) for result in results]
-
-    def _with_texts(
-        self,
-        result: DocumentScores,
-        ablations: Sequence[Ablation],
-        progress: Callable[[int], None],
-    ) -> DocumentScores:
-        prompt = result.document.prompt
-        if prompt is None or self.generation is None:
-            return result
-        texts = self.generation.texts(prompt, ablations)
-        progress(len(ablations))
-        responses = [
-            [first._replace(text=text), *others]
-            for (first, *others), text in zip(result.responses, texts, strict=True)
-        ]
-        return replace(result, responses=responses)
+        for number, result in enumerate(results):
+            prompt = result.document.prompt
+            if prompt is not None and self.generation is not None:
+                texts = self.generation.texts(prompt, ablations)
+                progress(len(ablations))
+                responses = [
+                    [first._replace(text=text), *others]
+                    for (first, *others), text in zip(result.responses, texts, strict=True)
+                ]
+                results[number] = replace(result, responses=responses)
+        return results
 
     def watch(
         self,
@@ -186,7 +177,9 @@ class Generation:
             return [self.text_apart(prompt, ablation) for ablation in ablations]
         by_ablation: dict[Ablation, str] = {}
         for group in self.engine.decoding_groups(ablations, tokens + prompt.longest):
-            by_ablation |= zip(group, self._texts_together(prompt, group), strict=True)
+            decoding = partial(self.engine.decoding, group)
+            texts = self._generator.texts_of_rows(prompt, len(group), decoding)
+            by_ablation |= zip(group, texts, strict=True)
         return [by_ablation[ablation] for ablation in ablations]
 
     def text_apart(self, prompt: Prompt, ablation: Ablation, seed: int | None = None) -> str:
@@ -198,14 +191,6 @@ class Generation:
         with nullcontext() if seed is None else shaken(model, seed):
             (text,) = TextGenerator(model, self.tokenizer, self.think_end_token).texts([prompt])
         return text
-
-    def _texts_together(self, prompt: Prompt, group: Sequence[Ablation]) -> list[str]:
-        @contextmanager
-        def decoding(tokens: Sequence[int]) -> Iterator[Mapping[str, Any]]:
-            with self.engine.decoding(group, tokens) as cached:
-                yield cached
-
-        return self._generator.texts_of_rows(prompt, len(group), decoding)
 
     def checked(
         self, prompt: Prompt, ablations: Sequence[Ablation]

@@ -20,7 +20,7 @@ from tracker.core.errors import TrackerError, TrackingError, WorkError
 from tracker.core.provenance import content_hash
 from tracker.core.records import INTACT_VIEW, CellRecord
 from tracker.core.text import masked
-from tracker.ledger.cells import CellStore
+from tracker.ledger.cells import CellStore, measured_last
 from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_texts
 from tracker.measuring.derive import decisions_of, record_of
@@ -279,7 +279,8 @@ class Publisher:
     ) -> None:
         """Remember that a place has a view, or none of it yet where there is no digest."""
         name = remember(place, self._results)
-        store.add_receipt(self._receipt(to, record), digest, location, name, record.view)
+        receipt = {"record": digest, "location": location, "place": name, "view": record.view}
+        store.add_receipt(self._receipt(to, record), **receipt)
 
     def _owe(self, store: CellStore, record: CellRecord, to: Target, place: Target) -> None:
         """Remember a place that does not have a view yet, and should."""
@@ -387,7 +388,7 @@ def _told_apart(store: CellStore, record: CellRecord) -> CellRecord:
     for one in store.siblings():
         if one.views.path(record.view).exists():
             about = {name: getattr(one.identity, name) for name in ("key", "model", "benchmark")}
-            about["measured"] = one.costs()["measured"]
+            about["measured"] = measured_last(one.abouts()) or None
             alike.append(record.model_copy(update=about))
     model, more = row_labels(alike, documents=False)[0]
     words = (model.removeprefix(record.model.name).removeprefix(" · "), more)

@@ -20,7 +20,7 @@ from tracker.core.config import cell_request
 from tracker.core.errors import ModelError, WorkError
 from tracker.core.estimates import Estimate
 from tracker.core.extent import ALL, Extent
-from tracker.ledger.searches import keep_search, read_search, searches
+from tracker.ledger.findings import keep_search, searches
 from tracker.ledger.store import Ledger
 from tracker.measuring.progress import Silent
 from tracker.models import checkpoint as models
@@ -313,7 +313,7 @@ def test_a_model_that_could_not_be_saved_is_refused_before_the_search(
 def test_a_changed_file_of_a_search_is_noticed(search_for, tmp_path: Path) -> None:
     search_for(strategy="last", remove=1)
     (path,) = (tmp_path / "results").glob("searches/*.json")
-    assert read_search(path).strategy == "last"
+    assert [found.strategy for found in searches(tmp_path / "results", {})] == ["last"]
     path.write_text(path.read_text().replace('"last"', '"best"'))
     damaged = api.check(tmp_path / "results")[0].damaged
     assert Ledger(tmp_path / "results").contents().searches == []

@@ -13,9 +13,8 @@ from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
 from tracker.core.records import CellRecord, Place
-from tracker.ledger.findings import keep_finding
+from tracker.ledger.findings import keep_finding, keep_search
 from tracker.ledger.paired import PairedOutcomes
-from tracker.ledger.searches import keep_search
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.prepare import look_up
