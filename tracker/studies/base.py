@@ -5,23 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
+from tracker.core.ablations import Ablation
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
+from tracker.core.estimates import Estimate
 from tracker.core.experiment import Experiment
-from tracker.core.findings import FindingRecord, FoundChart
+from tracker.core.findings import FoundChart
+from tracker.core.kinds import Component, Intervention
 from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, Place
 from tracker.core.tables import Table
+from tracker.core.views import View
+from tracker.engine.scoring.sweep import Engine
+from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
+from tracker.measuring import observing
 from tracker.measuring.job import Options
+from tracker.measuring.observing import Observe, Observed
 from tracker.measuring.progress import Progress
 from tracker.runner import Finished
 from tracker.team.publish import Publisher
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 T = TypeVar("T")
 SIGNIFICANT = 0.05
@@ -65,34 +70,48 @@ class Subject:
     store: CellStore
     record: CellRecord
 
-    def outcomes(self) -> pd.DataFrame:
-        """Read the outcomes: one row a (task, doc, ablation), as `CellStore.read_documents`."""
-        return self.store.read_documents(self.request.extent)
+    @property
+    def view(self) -> View:
+        """What is shown of it."""
+        return self.store.views.of(self.request)
+
+    def outcomes(self, besides: Sequence[Ablation] = ()) -> AlignedOutcomes:
+        """Read the outcomes of its view, lined up with those of other ablations."""
+        return AlignedOutcomes(self.store, self.view, besides=besides)
+
+
+def observe(
+    subject: Subject, kind: str, asked: StudyContext, begin: Callable[[Engine], Observe]
+) -> Observed:
+    """Observe all documents of a study's cell, as `tracker.measuring.observing` does."""
+    request, progress = subject.request, asked.progress
+
+    def opened() -> tuple[Engine, observing.Documents]:
+        return observing.open_observed(request, asked.ledger, asked.options, progress)
+
+    return observing.observe(request, subject.store, kind, begin, opened, progress)
 
 
 def whole_layers(request: CellRequest) -> tuple[int, ...]:
     """List the layers that a request removes alone and as a whole, ascending."""
-    kind = WHOLE_LAYER
     if request.only is not None:
-        asked = [(layer, Kind(part, span, done)) for part, span, layer, done in request.only]
-        return tuple(sorted(layer for layer, of in asked if of == kind))
-    asked_for = (
-        kind.component in request.components
-        and kind.span in request.spans
-        and kind.intervention in request.interventions
-    )
-    return tuple(sorted(request.layers)) if asked_for else ()
+        return tuple(sorted(run[2] for run in request.only if is_whole_layer(run)))
+    asked = (request.components, request.spans, request.interventions)
+    whole = all(value in values for value, values in zip(WHOLE_LAYER, asked, strict=True))
+    return tuple(sorted(request.layers)) if whole else ()
+
+
+def is_whole_layer(run: tuple[Component, int, int, Intervention]) -> bool:
+    """Say whether one of a request's `only` removes one whole layer."""
+    component, span, _, intervention = run
+    return Kind(component, span, intervention) == WHOLE_LAYER
 
 
 def removing_whole_layers(request: CellRequest, **update: Any) -> CellRequest:
     """Ask for whole single layers of a cell and nothing else, with other fields as in `update`."""
-    alone: dict[str, Any] = {
-        "components": (WHOLE_LAYER.component,),
-        "spans": (WHOLE_LAYER.span,),
-        "interventions": (WHOLE_LAYER.intervention,),
-        "only": None,
-    }
-    return request.model_copy(update=alone | update)
+    names = ("components", "spans", "interventions")
+    alone = {name: (value,) for name, value in zip(names, WHOLE_LAYER, strict=True)}
+    return request.model_copy(update={**alone, "only": None, **update})
 
 
 def refuse_removed(cell: CellRequest, why: str, asked: StudyContext) -> None:
@@ -101,69 +120,38 @@ def refuse_removed(cell: CellRequest, why: str, asked: StudyContext) -> None:
         raise RequestError(f"{cell.title}: {why}; leave 'removed' out of {asked.file}")
 
 
-def grouped(each: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+def side(estimate: Estimate, of: float = 0.0) -> int:
+    """Say on which side of a value an interval is: 1 above, −1 below, 0 where it holds the value.
+
+    0 too where there is no interval.
+    """
+    if estimate.low is None or estimate.high is None:
+        return 0
+    return int(estimate.low > of) - int(estimate.high < of)
+
+
+def grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
     """Put together what has the same key, in order."""
     groups: dict[Hashable, list[T]] = {}
-    for one in each:
-        groups.setdefault(key(one), []).append(one)
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return list(groups.values())
 
 
-@dataclass(frozen=True)
+@dataclass
 class StudyResult:
     """What a study says; see `FindingRecord`.
 
     Beside it stand what became of cells that it ran itself, and places of them on which it rests.
     """
 
-    answers: Sequence[str]
-    tables: Sequence[Table] = ()
-    charts: Sequence[FoundChart] = ()
-    lacking: Sequence[str] = ()
-    assumptions: Sequence[str] = ()
+    assumptions: Sequence[str]
+    answers: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    charts: list[FoundChart] = field(default_factory=list)
+    lacking: list[str] = field(default_factory=list)
     ran: Finished = field(default_factory=Finished)
     rests_on: Sequence[Place] = ()
-
-    def recorded(self, study: Study, asked: StudyContext, on: Sequence[Subject]) -> FindingRecord:
-        """Make the record that is kept and shown, of a study over some cells."""
-        return FindingRecord(
-            study=study.name,
-            experiment=asked.file.name,
-            question=study.question,
-            answers=tuple(self.answers),
-            tables=tuple(self.tables),
-            charts=tuple(self.charts),
-            lacking=tuple(self.lacking),
-            assumptions=tuple(self.assumptions),
-            rests_on=tuple(
-                dict.fromkeys([*(subject.record.place for subject in on), *self.rests_on])
-            ),
-        )
-
-
-@dataclass(frozen=True)
-class StudySetting:
-    """What one study alone can be told, on the command line and as an argument of its class.
-
-    Attributes:
-        name: The argument's name.
-        kind: Of which type it is.
-        help: What it means, in a sentence.
-        default: What holds where it is not said.
-        repeated: Whether it may be given again; the argument is a sequence then.
-        least: The smallest number that is allowed; None where the study says it itself.
-        most: The largest one.
-        flag: How it is typed, where that is not its name.
-    """
-
-    name: str
-    kind: type[int] | type[float] | type[str] | type[Path]
-    help: str
-    default: int | float | None = None
-    repeated: bool = False
-    least: int | None = None
-    most: int | None = None
-    flag: str = ""
 
 
 class Study(Protocol):
@@ -174,14 +162,10 @@ class Study(Protocol):
     Attributes:
         name: What it is called on the command line.
         question: What it asks, as a sentence that heads its section.
-        about: What `--help` says below what it asks: how it goes about it, and examples.
-        settings: What it alone can be told.
     """
 
     name: str
     question: str
-    about: str
-    settings: tuple[StudySetting, ...]
 
     def requests(self, asked: StudyContext) -> list[CellRequest]:
         """List the cells that it needs measured, equal models next to each other.

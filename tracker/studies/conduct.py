@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tracker.core.errors import CellError, ExperimentError
 from tracker.core.findings import FindingRecord
 from tracker.ledger.findings import keep_finding
@@ -13,23 +11,11 @@ from tracker.runner import Finished, run_cells
 from tracker.studies.base import Study, StudyContext, Subject
 
 
-@dataclass(frozen=True)
-class Conducted:
-    """What became of a study.
-
-    Attributes:
-        finding: What it says.
-        outcome: What became of the cells that it needs, and of those that it ran itself.
-    """
-
-    finding: FindingRecord
-    outcome: Finished
-
-
-def conduct(study: Study, asked: StudyContext) -> Conducted:
+def conduct(study: Study, asked: StudyContext) -> tuple[FindingRecord, Finished]:
     """Measure and publish the cells of a study as `run_cells` does, and keep what it finds.
 
-    RequestError if the file is not enough for it, CellError where no cell could be measured.
+    Returns what it says, and what became of the cells that it needs and of those that it ran
+    itself. RequestError if the file is not enough, CellError where no cell could be measured.
     """
     requests = study.requests(asked)
     if any(request.until is not None for request in requests):
@@ -41,15 +27,26 @@ def conduct(study: Study, asked: StudyContext) -> Conducted:
     outcome = run_cells(requests, asked.ledger, asked.publisher, asked.options, asked.progress)
     subjects = []
     for request in requests:
-        found = look_up(request, asked.ledger)
-        if (store := found.store) is not None and found.complete:
+        known = look_up(request, asked.ledger)
+        if (store := known.store) is not None and known.complete:
             record = record_of(store, store.views.named_of(request))
             subjects.append(Subject(request, store, record))
     if not subjects:
         raise CellError("\n".join(f"{title}: {why}" for title, why in outcome.failed.items()))
-    said = study.say(asked, subjects)
-    outcome = outcome.joined(said.ran)
-    lacking = (*said.lacking, *(f"{title}: {why}" for title, why in outcome.failed.items()))
-    finding = said.recorded(study, asked, subjects).model_copy(update={"lacking": lacking})
+    result = study.say(asked, subjects)
+    outcome = outcome.joined(result.ran)
+    failed = (f"{title}: {why}" for title, why in outcome.failed.items())
+    places = (*(subject.record.place for subject in subjects), *result.rests_on)
+    finding = FindingRecord(
+        study=study.name,
+        experiment=asked.file.name,
+        question=study.question,
+        answers=tuple(result.answers),
+        tables=tuple(result.tables),
+        charts=tuple(result.charts),
+        lacking=(*result.lacking, *failed),
+        assumptions=tuple(result.assumptions),
+        rests_on=tuple(dict.fromkeys(places)),
+    )
     keep_finding(asked.ledger.root, finding)
-    return Conducted(finding, outcome)
+    return finding, outcome

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tracker.core.ablations import ablation_of
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
 from tracker.core.findings import Line, LineChart, gaps
@@ -36,6 +35,7 @@ from tracker.studies.base import (
     grouped,
     refuse_removed,
     removing_whole_layers,
+    side,
 )
 
 WAYS: tuple[Intervention, ...] = ("scale", "mean", "linear")
@@ -57,7 +57,6 @@ _ASSUMED = (
     "place, over the documents, where these are right or wrong; Holm's adjustment over all "
     "layers and benchmarks of a stand-in that are tested (S. Holm, Scand. J. Statist. 6, 1979).",
 )
-_NOT_MEASURED = "not measured; what is lacking says why"
 _NOT_FINITE = "a drop is not a finite number"
 _NO_TEST = "McNemar's test needs outcomes that are right or wrong, and there are none"
 
@@ -67,19 +66,6 @@ class Rescale(Study):
 
     name = "rescale"
     question = "Is what a removal costs only missing scale?"
-    about = """
-    Each layer in EXPERIMENT is removed, and replaced by a factor of its input, by its mean update
-    and by a linear map of its input, all fitted on other documents. The study says how much of the
-    drop each of these wins back, whatever 'intervention' the file names: if a factor does, the
-    layer was missed for the size of the hidden state alone. About four times the work of removing
-    the layers.
-
-    \b
-    Examples:
-      tracker study rescale experiments/replaced.yaml
-      tracker study rescale experiments/demo.yaml --results results --track none
-    """
-    settings = ()
 
     def requests(self, asked: StudyContext) -> list[CellRequest]:
         """Ask for each cell twice: a linear map that cannot be fitted leaves the rest alone.
@@ -96,81 +82,79 @@ class Rescale(Study):
         """Answer; see the module."""
         # The parts of each cell: without layers, and with linear maps.
         parts = grouped(subjects, lambda one: one.request.model_copy(update={"interventions": ()}))
-        found = [cell for mine in parts if (cell := costs(mine)) is not None]
-        if not found:
-            return StudyResult(
-                [], lacking=["no benchmark was measured with layers removed; run it again"]
-            )
+        cells = [cell for mine in parts if (cell := costs(mine)) is not None]
+        if not cells:
+            why = "no benchmark was measured with layers removed; run it again"
+            return StudyResult((), lacking=[why])
         # Bits and fractions have no sum.
-        alike = grouped(found, lambda cell: cell.measure)
-        return StudyResult(
-            answers=[
-                f"By {cells[0].measure.level} in {cells[0].measure.unit}: {line}"
-                if len(alike) > 1
-                else line
-                for cells in alike
-                for line in _answers(cells)
-            ],
-            tables=[*map(summary, alike), significant(found), *map(layer_table, found)],
-            charts=[drop_chart(cell) for cell in found],
-            assumptions=_ASSUMED,
-        )
+        alike = grouped(cells, lambda cell: cell.measure)
+        result = StudyResult(_ASSUMED, tables=[*map(summary, alike), significant(cells)])
+        for some in alike:
+            by = f"By {some[0].measure.level} in {some[0].measure.unit}: " if len(alike) > 1 else ""
+            result.answers += [f"{by}{line}" for line in _answers(some)]
+        result.tables += map(layer_table, cells)
+        result.charts += map(drop_chart, cells)
+        return result
 
 
 def _answers(cells: Sequence[Costs]) -> list[str]:
     """Say it over all cells of one measure, each weighing the same."""
-    answers = []
-    measure = cells[0].measure
     ways = [way for way in WAYS if all(way in cell.drops for cell in cells)]
-    said = "".join(f", {_cost(cells, way)} with {NAMES[way]}" for way in ways)
+    replaced = "".join(f", {_cost(cells, way)} with {NAMES[way]}" for way in ways)
     documents = sum(cell.n for cell in cells)
     where = f"over {counted(len(cells), 'benchmark')} ({counted(documents, 'document')})"
-    answers.append(f"A layer costs {_cost(cells, 'remove')} when it is removed{said}; {where}.")
-    shares = {
-        what: {way: _won_back(cells, way, nats) for way in ways}
-        for what, nats in (
-            (f"the {measure.change}", False),
-            ("the loss of gold log-probability", True),
-        )
-    }
-    for what, by_way in shares.items():
-        text = ", ".join(f"{NAMES[way]} {_share(found)}" for way, found in by_way.items())
+    answers = [f"A layer costs {_cost(cells, 'remove')} when it is removed{replaced}; {where}."]
+    verdicts = []
+    for what, nats in (
+        (f"the {cells[0].measure.change}", False),
+        ("the loss of gold log-probability", True),
+    ):
+        shares = {way: won_back(cells, way, nats) for way in ways}
+        text = ", ".join(f"{NAMES[way]} {_share(share)}" for way, share in shares.items())
         answers.append(f"Won back of {what}: {text}.")
-    for what, by_way in shares.items():
-        scale = by_way["scale"]
-        if scale.low is not None and scale.high is not None:
-            part = "not only" if scale.high < 0.5 else "mostly" if scale.low > 0.5 else "perhaps"
-            answers.append(f"So {what} is {part} missing scale.")
-    return answers
+        if shares["scale"].low is not None:
+            part = {1: "mostly", -1: "not only", 0: "perhaps"}[side(shares["scale"], 0.5)]
+            verdicts.append(f"So {what} is {part} missing scale.")
+    return answers + verdicts
 
 
 def _cost(cells: Sequence[Costs], way: Intervention) -> str:
     """The mean drop of a layer, or why there is none."""
     measure = cells[0].measure
-    if bad := sum(int((~np.isfinite(cell.drops[way])).sum()) for cell in cells):
+    if bad := sum(int((~np.isfinite(cell.drops[way].mean)).sum()) for cell in cells):
         of = sum(len(cell.layers) for cell in cells)
         return f"an undefined amount (not finite for {bad} of {of} layers)"
-    mean = float(np.mean([cell.drops[way].mean() for cell in cells]))
+    mean = float(np.mean([cell.drops[way].mean.mean() for cell in cells]))
     return f"{measure.write(mean)} {measure.unit}"
 
 
-def _won_back(cells: Sequence[Costs], way: Intervention, nats: bool) -> Estimate:
+def won_back(cells: Sequence[Costs], way: Intervention, nats: bool) -> Estimate:
     """Put the layers of all cells together, in nats or by accuracy."""
-    drops = [cell.nats if nats else cell.drops for cell in cells]
-    drawn = [cell.drawn_nats if nats else cell.drawn for cell in cells]
-    return recovered(
-        np.concatenate([each["remove"] for each in drops]),
-        np.concatenate([each[way] for each in drops]),
-        np.concatenate([each["remove"] for each in drawn], axis=1),
-        np.concatenate([each[way] for each in drawn], axis=1),
-    )
+    means, drawn = [], []
+    for stands_in in ("remove", way):
+        parts = [(cell.nats if nats else cell.drops)[stands_in] for cell in cells]
+        means.append(np.concatenate([part.mean for part in parts]))
+        drawn.append(np.concatenate([part.drawn for part in parts], axis=1))
+    return recovered(*means, *drawn)
 
 
-def _share(found: Estimate) -> str:
-    if found.value is None or found.low is None or found.high is None:
-        return f"undefined ({found.reason})"
-    low, value, high = (fixed(100 * each, 0) for each in (found.low, found.value, found.high))
+def _share(share: Estimate) -> str:
+    if share.value is None or share.low is None or share.high is None:
+        return f"undefined ({share.reason})"
+    low, value, high = (fixed(100 * figure, 0) for figure in (share.low, share.value, share.high))
     return f"{value} % (95 % interval {low} to {high})"
+
+
+class Drops(NamedTuple):
+    """What each layer costs with something in its place.
+
+    Attributes:
+        mean: `[layers]`.
+        drawn: `[resamples, layers]`, the same in each resample of the documents.
+    """
+
+    mean: Array
+    drawn: Array
 
 
 @dataclass(frozen=True)
@@ -181,10 +165,8 @@ class Costs:
         name: The cell's title.
         n: Documents.
         layers: The layers that are removed, ascending.
-        drops: Way → mean drop of each layer.
-        drawn: The same in each resample of the documents.
+        drops: Way → what each layer costs.
         nats: Way → what each layer takes of the gold answer's log-probability.
-        drawn_nats: The same in each resample.
         better: Way → for each layer, the p-value of doing otherwise than without the layer; None
             where no test could be made.
         measure: What a drop is, and its unit.
@@ -194,10 +176,8 @@ class Costs:
     name: str
     n: int
     layers: tuple[int, ...]
-    drops: dict[Intervention, Array]
-    drawn: dict[Intervention, Array]
-    nats: dict[Intervention, Array]
-    drawn_nats: dict[Intervention, Array]
+    drops: dict[Intervention, Drops]
+    nats: dict[Intervention, Drops]
     better: dict[Intervention, list[float | None]]
     measure: Measure
     fitted_on: str
@@ -206,49 +186,38 @@ class Costs:
 def costs(subjects: Sequence[Subject]) -> Costs | None:
     """Compute it from the parts of a cell; None where no layer is measured without a stand-in."""
     first, *rest = subjects
-    view = first.store.views.of(first.request)
-    view = view.joined(*(one.store.views.of(one.request) for one in rest))
-    outcomes = AlignedOutcomes(first.store, view)
+    outcomes = AlignedOutcomes(first.store, first.view.joined(*(part.view for part in rest)))
     layers = tuple(sorted({run.layer for run in outcomes.runs if run.intervention == "remove"}))
     if not layers:
         return None
-    drops: dict[Intervention, Array] = {}
-    drawn: dict[Intervention, Array] = {}
-    nats: dict[Intervention, Array] = {}
-    drawn_nats: dict[Intervention, Array] = {}
+    drops: dict[Intervention, Drops] = {}
+    nats: dict[Intervention, Drops] = {}
     better: dict[Intervention, list[float | None]] = {}
     removed: list[Array] = []
     for way in EVERY:
         runs = [RunIdentity(layer=layer, intervention=way) for layer in layers]
-        ablations = [ablation_of(run, view.removed) for run in runs]
+        ablations = list(map(outcomes.ablation, runs))
         if not all(map(outcomes.has, ablations)):
             continue
-        paired, gold = outcomes.by_metric(ablations), outcomes.by_gold_logprob(ablations)
-        weights = paired.weights
-        drops[way] = paired.mean_drops
-        drawn[way] = outcomes.resampled(paired.drops, weights)
-        nats[way] = gold.mean_drops
-        drawn_nats[way] = outcomes.resampled(gold.drops, gold.weights)
-        after = list(paired.ablated.T)
-        if way == "remove":
-            removed = after
-        else:
+        metric, gold = outcomes.by_metric(ablations), outcomes.by_gold_logprob(ablations)
+        for kept, paired in ((drops, metric), (nats, gold)):
+            drawn = outcomes.resampled(paired.drops, paired.weights)
+            kept[way] = Drops(paired.mean_drops, drawn)
+        after = list(metric.ablated.T)
+        removed = removed or after
+        if way != "remove":
             pairs = zip(after, removed, strict=True)
-            better[way] = [accuracy_drop(mine, theirs, weights).p_value for mine, theirs in pairs]
-    if "remove" not in drops:
-        return None
+            better[way] = [accuracy_drop(*pair, metric.weights).p_value for pair in pairs]
     return Costs(
         name=first.record.title,
         n=len(outcomes.tasks),
         layers=layers,
         drops=drops,
-        drawn=drawn,
         nats=nats,
-        drawn_nats=drawn_nats,
         better=better,
         measure=measure_of(first.record),
         fitted_on="; ".join(
-            dict.fromkeys(filter(None, (one.record.fitted_on for one in subjects)))
+            dict.fromkeys(part.record.fitted_on for part in subjects if part.record.fitted_on)
         ),
     )
 
@@ -262,19 +231,17 @@ def summary(cells: Sequence[Costs]) -> Table:
     """Say of each cell of one measure how much of the drop each stand-in wins back."""
     measure = cells[0].measure
 
-    def won_back(way: Intervention, nats: bool) -> Column[Costs]:
+    def column(way: Intervention, nats: bool) -> Column[Costs]:
         what = "the gold log-probability" if nats else f"the {measure.level}"
 
-        def value(cell: Costs) -> Estimate:
-            drops, drawn = (cell.nats, cell.drawn_nats) if nats else (cell.drops, cell.drawn)
-            if way not in drops:
-                return Estimate(None, reason=_NOT_MEASURED)
-            return recovered(drops["remove"], drops[way], drawn["remove"], drawn[way])
+        def value(cell: Costs) -> Estimate | None:
+            return won_back([cell], way, nats) if way in cell.drops else None
 
-        return Column(f"{NAMES[way]} wins back, of {what}", "percent", value)
+        label = f"{NAMES[way]} wins back, of {what}"
+        return Column(label, "percent", value, "not measured; what is lacking says why")
 
-    def mean(cell: Costs) -> Estimate:
-        return estimate(float(cell.drops["remove"].mean()), _NOT_FINITE)
+    def mean(cell: Costs) -> float:
+        return float(cell.drops["remove"].mean.mean())
 
     label = f"mean {measure.change} of a removal{in_unit(measure)}"
     return table(
@@ -282,8 +249,8 @@ def summary(cells: Sequence[Costs]) -> Table:
         [
             Column("model and benchmark", "text", lambda cell: cell.name),
             Column("documents", "count", lambda cell: cell.n),
-            Column(label, measure.form, mean),
-            *(won_back(way, nats) for nats in (False, True) for way in WAYS),
+            Column(label, measure.form, mean, _NOT_FINITE),
+            *(column(way, nats) for nats in (False, True) for way in WAYS),
             Column("fitted on", "text", lambda cell: cell.fitted_on or None, "it is not known"),
         ],
         cells,
@@ -296,12 +263,15 @@ def summary(cells: Sequence[Costs]) -> Table:
 
 
 class _Tested(NamedTuple):
-    """A row: a stand-in, and in how many layers it was tested and does better or worse."""
+    """A row: a stand-in, and in how many layers it was tested and does better or worse.
+
+    None where no test was made.
+    """
 
     way: Intervention
     made: int
-    better: int
-    worse: int
+    better: int | None
+    worse: int | None
 
 
 def significant(cells: Sequence[Costs]) -> Table:
@@ -312,20 +282,18 @@ def significant(cells: Sequence[Costs]) -> Table:
         if not some:
             continue
         p = holm([value for cell in some for value in cell.better[way]])
-        gain = np.concatenate([cell.drops["remove"] - cell.drops[way] for cell in some])
+        gain = np.concatenate([cell.drops["remove"].mean - cell.drops[way].mean for cell in some])
         sure = np.array([value is not None and value < SIGNIFICANT for value in p])
         made = sum(value is not None for value in p)
-        counts = (int((sure & (gain > 0)).sum()), int((sure & (gain < 0)).sum()))
-        rows.append(_Tested(way, made, *counts))
+        better, worse = (
+            int((sure & over).sum()) if made else None for over in (gain > 0, gain < 0)
+        )
+        rows.append(_Tested(way, made, better, worse))
     columns: tuple[Column[_Tested], ...] = (
         Column("stand-in", "text", lambda row: NAMES[row.way]),
         Column("layers × benchmarks tested", "count", lambda row: row.made),
-        Column(
-            "significantly better", "count", lambda row: row.better if row.made else None, _NO_TEST
-        ),
-        Column(
-            "significantly worse", "count", lambda row: row.worse if row.made else None, _NO_TEST
-        ),
+        Column("significantly better", "count", lambda row: row.better, _NO_TEST),
+        Column("significantly worse", "count", lambda row: row.worse, _NO_TEST),
     )
     return table(
         "Layers where a stand-in does otherwise than nothing",
@@ -343,8 +311,9 @@ def layer_table(cell: Costs) -> Table:
 
     def column(way: Intervention) -> Column[int]:
         def value(place: int) -> Estimate:
-            low, high = np.quantile(cell.drawn[way][:, place], [0.025, 0.975])
-            return estimate(float(cell.drops[way][place]), _NOT_FINITE, float(low), float(high))
+            mean, drawn = cell.drops[way]
+            low, high = np.quantile(drawn[:, place], [0.025, 0.975])
+            return estimate(float(mean[place]), _NOT_FINITE, float(low), float(high))
 
         return Column(NAMES[way], cell.measure.form, value)
 
@@ -367,5 +336,7 @@ def drop_chart(cell: Costs) -> LineChart:
         y=f"{cell.measure.change}{in_unit(cell.measure)}",
         unit=cell.measure.form,
         places=cell.layers,
-        lines=tuple(Line(name=NAMES[way], values=gaps(cell.drops[way])) for way in cell.drops),
+        lines=tuple(
+            Line(name=NAMES[way], values=gaps(drops.mean)) for way, drops in cell.drops.items()
+        ),
     )

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import itemgetter
+
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
-from tracker.core.findings import FoundChart
-from tracker.core.formats import counted, ends, p_value, points, two_digits
+from tracker.core.estimates import Estimate
+from tracker.core.formats import counted, p_value, points, two_digits, with_interval
 from tracker.core.proxies import PROXIES, passes
-from tracker.core.records import WHOLE_LAYER, Kind
-from tracker.core.tables import Table
 from tracker.report.wording import benchmark_labels, model_labels
 from tracker.stats.resampling import bias_corrected_interval
-from tracker.studies.audit.charts import charts_of
-from tracker.studies.audit.figures import ModelAudit, Summary, pooled
+from tracker.studies.audit.figures import ModelAudit, pooled
+from tracker.studies.audit.layout import charts_of, tables_of
 from tracker.studies.audit.measures import DROP, audited
-from tracker.studies.audit.tables import tables_of
 from tracker.studies.base import (
     FEWEST,
     Study,
@@ -22,14 +22,16 @@ from tracker.studies.base import (
     StudyResult,
     Subject,
     grouped,
+    is_whole_layer,
     removing_whole_layers,
+    side,
 )
 
 PAPER = (0.15, 0.46)
 """The paper's coefficients over inner layers and benchmarks, without their minus: y is the accuracy
 after removal."""
 PAPER_DIFFER, PAPER_MAJORLY = 0.938, 0.536
-_ONE_BENCHMARK = "needs two benchmarks of this model above chance"
+_AGAINST = "against the paper"
 
 
 class Audit(Study):
@@ -40,29 +42,12 @@ class Audit(Study):
         "Which proxy of a layer's relevance tells what removing the layer costs, and which is "
         "worth its compute?"
     )
-    about = """
-    A proxy is a figure that stands in for the accuracy drop, as the cosine score does.
-    This study removes each whole layer in EXPERIMENT, measures the accuracy that it costs, and sets
-    the proxies beside it: cosine score, angular distance, relative update, first-order Taylor,
-    logit-lens changes, perplexity, KL and Jensen-Shannon divergence, the gold answer's
-    log-probability. It says how well each orders the layers, beside chance, and for how many
-    forward passes; with two benchmarks or more also whether relevance depends on the task. At
-    least three layers; better all of them.
-
-    \b
-    Examples:
-      tracker study audit experiments/demo.yaml
-      tracker study audit experiments/demo.yaml --results results --track none
-    """
-    settings = ()
 
     def requests(self, asked: StudyContext) -> list[CellRequest]:
         """List the cells of the file, each with its whole single layers of the intact model."""
         cells: dict[CellRequest, None] = {}
         for cell in asked.experiment.cells():
-            only = cell.only and tuple(
-                run for run in cell.only if Kind(run[0], run[1], run[3]) == WHOLE_LAYER
-            )
+            only = cell.only and tuple(filter(is_whole_layer, cell.only))
             # A cap on the runs may leave none of these.
             if only != ():
                 cells[removing_whole_layers(cell, removed=(), only=only)] = None
@@ -77,94 +62,81 @@ class Audit(Study):
         """Compare, model by model."""
         by_model = grouped(subjects, lambda subject: subject.record.model.key)
         names = model_labels([mine[0].record.model for mine in by_model])
-        answers: list[str] = []
-        tables: list[Table] = []
-        charts: list[FoundChart] = []
-        lacking: list[str] = []
+        result = StudyResult(_ASSUMPTIONS)
         for name, mine in zip(names, by_model, strict=True):
             labels = benchmark_labels([subject.record for subject in mine])
             audit = ModelAudit(name, audited(asked, mine, labels))
-            answers += answers_of(audit)
-            tables += tables_of(audit)
-            charts += charts_of(audit)
-            lacking += lacking_of(audit)
-        return StudyResult(answers, tables, charts, lacking, _ASSUMPTIONS)
+            result.answers += answers_of(audit)
+            result.tables += tables_of(audit)
+            result.charts += charts_of(audit)
+            result.lacking += lacking_of(audit)
+        return result
 
 
 def answers_of(audit: ModelAudit) -> list[str]:
     """Sentences, contradictions of the paper first."""
     if not audit.summaries:
         return [f"{audit.name}: no proxy can be set beside a drop; the tables say why."]
-    said = [*_pooled(audit), *_differ(audit), *_task(audit), _best(audit), *_worth(audit)]
-    ordered = sorted(said, key=lambda each: not each[0])
-    return [f"{audit.name}: {sentence}" for _, sentence in ordered]
+    sentences = (_pooled(audit), _differ(audit), _task(audit), _best(audit), _worth(audit))
+    ordered = sorted(filter(None, sentences), key=lambda text: not text.startswith(_AGAINST))
+    return [f"{audit.name}: {sentence}" for sentence in ordered]
 
 
-def _pooled(audit: ModelAudit) -> list[tuple[bool, str]]:
+def _pooled(audit: ModelAudit) -> str:
     """The paper's own figure: cosine over inner layers × benchmarks."""
-    summary = next((s for s in audit.summaries if s.proxy == "cosine_score"), None)
-    if summary is None:
-        return []
-    found = pooled(summary.cells)
-    if found is None:
-        return []
-    value, low, high = found
-    benchmarks = sum(bool(c.inner) and c.record.higher_is_better for c in summary.cells)
-    if low > PAPER[1]:
-        verdict = f"more than in any of the paper's models (at most {PAPER[1]})"
-    elif high < PAPER[0]:
-        verdict = f"less than in any of the paper's models (at least {PAPER[0]})"
+    summary = audit.summaries.get("cosine_score")
+    if summary is None or (found := pooled(summary.cells)) is None:
+        return ""
+    low, high = PAPER
+    start, verdict = f"{_AGAINST}, ", f"not told apart from the paper's {low} to {high}"
+    if side(found, high) > 0:
+        verdict = f"more than in any of the paper's models (at most {high})"
+    elif side(found, low) < 0:
+        verdict = f"less than in any of the paper's models (at least {low})"
     else:
-        verdict = f"not told apart from the paper's {PAPER[0]} to {PAPER[1]}"
-    against = low > PAPER[1] or high < PAPER[0]
-    start = "against the paper, " if against else ""
-    return [
-        (
-            against,
-            f"{start}over inner layers × {counted(benchmarks, 'benchmark')} the cosine score and "
-            f"the accuracy drop correlate at r = {two_digits(value)}{ends(low, high)}, "
-            f"{verdict}. Benchmark by benchmark, all layers, Spearman is "
-            f"{_mean(summary)} on average ({audit.on}; Holm's p over all proxies "
-            f"{p_value(audit.adjusted['cosine_score'])}).",
-        )
-    ]
+        start = ""
+    benchmarks = sum(bool(c.inner) and c.record.higher_is_better for c in summary.cells)
+    return (
+        f"{start}over inner layers × {counted(benchmarks, 'benchmark')} the cosine score and "
+        f"the accuracy drop correlate at r = {with_interval(found)}, "
+        f"{verdict}. Benchmark by benchmark, all layers, Spearman is "
+        f"{with_interval(summary.spearman)} on average ({audit.on}; Holm's p over all proxies "
+        f"{p_value(audit.adjusted['cosine_score'])})."
+    )
 
 
-def _differ(audit: ModelAudit) -> list[tuple[bool, str]]:
+def _differ(audit: ModelAudit) -> str:
     if "cosine_score" not in audit.orders:
-        return []
+        return ""
     exact, major = audit.orders["cosine_score"]
-    return [
-        (
-            False,
-            f"cosine score and {audit.drop} rank {points(exact.share)} % of layers apart, "
-            f"where random orders rank {points(exact.chance)} % apart (the paper: "
-            f"{points(PAPER_DIFFER)} %, without a chance level), and "
-            f"{points(major.share)} % by more than a quarter of the layers, where random "
-            f"orders do {points(major.chance)} % (p = {p_value(major.smooth_p)} of agreeing "
-            f"better than chance; the paper: {points(PAPER_MAJORLY)} % by a threshold that it "
-            "does not say).",
-        )
-    ]
+    return (
+        f"cosine score and {audit.drop} rank {points(exact.share)} % of layers apart, "
+        f"where random orders rank {points(exact.chance)} % apart (the paper: "
+        f"{points(PAPER_DIFFER)} %, without a chance level), and "
+        f"{points(major.share)} % by more than a quarter of the layers, where random "
+        f"orders do {points(major.chance)} % (p = {p_value(major.smooth_p)} of agreeing "
+        f"better than chance; the paper: {points(PAPER_MAJORLY)} % by a threshold that it "
+        "does not say)."
+    )
 
 
-def _task(audit: ModelAudit) -> list[tuple[bool, str]]:
+def _task(audit: ModelAudit) -> str:
     """Claim 3."""
     cosine, drop = (audit.spreads.get(name) for name in ("cosine_score", DROP))
     if cosine is None or drop is None or cosine.test is None:
-        return []
-    test, every = cosine.test, audit.above_chance
+        return ""
+    test, above = cosine.test, audit.above_chance
     sentence = (
-        f"over {counted(len(every), 'benchmark')} a layer's z-scored accuracy drop varies by "
+        f"over {counted(len(above), 'benchmark')} a layer's z-scored accuracy drop varies by "
         f"{two_digits(drop.raw)}, its cosine score by {two_digits(cosine.raw)} (larger in "
         f"{test.larger} of {test.n} layers, Wilcoxon p = {p_value(test.p_value)}, in blocks of "
         f"neighbouring layers {p_value(test.block_p)})"
     )
     excess = cosine.excess
     if drop.clean is None or cosine.clean is None or excess is None or excess.value is None:
-        return [(False, f"{sentence}; how much of it is noise of the documents is open.")]
+        return f"{sentence}; how much of it is noise of the documents is open."
     before = "without the noise of the documents the drop varies"
-    if len(audit.reliable) < len(every):
+    if len(audit.reliable) < len(above):
         names = ", ".join(cell.label for cell in audit.reliable)
         before = (
             f"on the {len(audit.reliable)} of them whose drops are more signal than noise "
@@ -173,98 +145,83 @@ def _task(audit: ModelAudit) -> list[tuple[bool, str]]:
         )
     sentence += (
         f"; {before} by {two_digits(drop.clean)}, the cosine score by {two_digits(cosine.clean)}, "
-        f"a difference of {two_digits(excess.value)}{ends(excess.low, excess.high)}, so that "
+        f"a difference of {with_interval(excess)}, so that "
     )
-    if excess.low is not None and excess.low > 0:
-        return [(False, f"{sentence}relevance depends on the task more than cosine says.")]
-    if excess.high is not None and excess.high < 0:
+    if side(excess) > 0:
+        return f"{sentence}relevance depends on the task more than cosine says."
+    if side(excess) < 0:
         sentence += "relevance depends on the task less than cosine says."
-        return [(True, f"against the paper's third claim, {sentence}")]
-    sentence += "whether relevance depends on the task more than cosine says is open."
-    return [(False, sentence)]
+        return f"{_AGAINST}'s third claim, {sentence}"
+    return f"{sentence}whether relevance depends on the task more than cosine says is open."
 
 
-def _best(audit: ModelAudit) -> tuple[bool, str]:
-    best = audit.summaries[0]
+def _best(audit: ModelAudit) -> str:
+    best, cosine = next(iter(audit.summaries.values())), audit.summaries.get("cosine_score")
     sentence = (
-        f"{PROXIES[best.proxy].label} orders the layers best, with a mean Spearman of {_mean(best)}"
+        f"{PROXIES[best.proxy].label} orders the layers best, with a mean Spearman of "
+        f"{with_interval(best.spearman)}"
     )
-    cosine = next((s for s in audit.summaries if s.proxy == "cosine_score"), None)
     if cosine is not None and cosine is not best and cosine.cells == best.cells:
-        value = best.spearman - cosine.spearman
-        low, high = bias_corrected_interval(value, best.resampled - cosine.resampled)
+        more = (best.spearman.value or 0.0) - (cosine.spearman.value or 0.0)
+        ends = bias_corrected_interval(more, best.resampled - cosine.resampled)
         sentence += (
-            f": {two_digits(value)}{ends(low, high)} more than the cosine score, for "
+            f": {with_interval(Estimate(more, *ends))} more than the cosine score, for "
             f"{passes(best.proxy, audit.total, shared=True):g} times its forward passes"
         )
-    return False, f"{sentence}. It is the best of {len(audit.summaries)} on these documents."
+    return f"{sentence}. It is the best of {len(audit.summaries)} on these documents."
 
 
-def _worth(audit: ModelAudit) -> list[tuple[bool, str]]:
+def _worth(audit: ModelAudit) -> str:
     """Which one to trust, by what there is to spend."""
     budgets, by_name, halved = audit.at_cost
-    stretches: list[tuple[str, float, float, float]] = []
-    for i, budget in enumerate(budgets):
-        there = {name: row[i] for name, row in by_name.items() if row[i] is not None}
-        if not there:
-            continue
-        best = max(there, key=lambda name: there[name] or 0.0)
-        value = there[best] or 0.0
-        if stretches and stretches[-1][0] == best:
-            stretches[-1] = (best, stretches[-1][1], budget, value)
-        else:
-            stretches.append((best, budget, budget, value))
-    if not stretches:
-        return []
-    parts = [
-        f"{PROXIES[name].label if name in PROXIES else f'the {audit.drop} itself'} "
-        f"{'at' if low == high else 'from'} {low:,.0f}"
-        f"{'' if low == high else f' to {high:,.0f}'} (Spearman {two_digits(value)} at the end)"
-        for name, low, high, value in stretches
-    ]
-    most = (
-        ""
-        if halved is None
-        else (
-            " The drop of half of the documents predicts that of the other half at "
-            f"{two_digits(halved)}: it is noisy, and a proxy with less noise may do better."
-        )
+    best: list[tuple[str, float, float]] = []
+    for place, budget in enumerate(budgets):
+        there = {name: value for name, row in by_name.items() if (value := row[place]) is not None}
+        if there:
+            name, value = max(there.items(), key=itemgetter(1))
+            best.append((name, budget, value))
+    if not best:
+        return ""
+    parts = []
+    for name, group in groupby(best, key=itemgetter(0)):
+        stretch = list(group)
+        low, (_, high, value) = stretch[0][1], stretch[-1]
+        label = PROXIES[name].label if name in PROXIES else f"the {audit.drop} itself"
+        span = f"at {low:,.0f}" if low == high else f"from {low:,.0f} to {high:,.0f}"
+        parts.append(f"{label} {span} (Spearman {two_digits(value)} at the end)")
+    sentence = (
+        "which to trust depends on the forward passes that there are to spend on a "
+        f"benchmark; of other documents' drops the best predictor is {', '.join(parts)}."
     )
-    return [
-        (
-            False,
-            "which to trust depends on the forward passes that there are to spend on a "
-            f"benchmark; of other documents' drops the best predictor is {', '.join(parts)}."
-            f"{most}",
-        )
-    ]
-
-
-def _mean(summary: Summary) -> str:
-    return f"{two_digits(summary.spearman)}{ends(summary.low, summary.high)}"
+    if halved is None:
+        return sentence
+    return (
+        f"{sentence} The drop of half of the documents predicts that of the other half at "
+        f"{two_digits(halved)}: it is noisy, and a proxy with less noise may do better."
+    )
 
 
 def lacking_of(audit: ModelAudit) -> list[str]:
     """What could not be said, with what to do."""
-    said = []
+    lacking = []
     if audit.left_out:
-        said.append(
+        lacking.append(
             f"{audit.name}: means over benchmarks leave out what cannot stand beside the others: "
             f"{'; '.join(audit.left_out)}; give every benchmark once, with the same layers"
         )
     if not audit.spreads:
-        said.append(
-            f"{audit.name}: whether relevance depends on the task (claim 3) {_ONE_BENCHMARK}; "
-            "add e.g. benchmark: {values: [arc_easy, piqa, hellaswag]} and run the same "
-            "command again"
+        lacking.append(
+            f"{audit.name}: whether relevance depends on the task (claim 3) needs two benchmarks "
+            "of this model above chance; add e.g. benchmark: {values: [arc_easy, piqa, hellaswag]} "
+            "and run the same command again"
         )
     elif audit.spreads[DROP].clean is None:
-        said.append(
+        lacking.append(
             f"{audit.name}: how much of the drop's variance from benchmark to benchmark is "
             f"noise of the documents: {audit.spreads[DROP].reason}; raise sample: "
             "and run the same command again"
         )
-    return said
+    return lacking
 
 
 _ASSUMPTIONS = (

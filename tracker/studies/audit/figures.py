@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracker.core.estimates import Estimate
+from tracker.core.findings import gaps
 from tracker.core.formats import counted
 from tracker.core.proxies import PROXIES, passes
 from tracker.stats.budgets import at_equal_cost
@@ -50,9 +51,7 @@ class Summary:
     Attributes:
         proxy: Its name in `PROXIES`.
         cells: The benchmarks.
-        spearman: Mean coefficient.
-        low: Lower end of its interval from the documents; None where there is none.
-        high: Upper end.
+        spearman: Mean coefficient, always defined; the interval is from the documents.
         inner: Mean without the outer layers.
         kendall: Mean tau-b.
         p_value: Of the mean, not adjusted.
@@ -61,9 +60,7 @@ class Summary:
 
     proxy: str
     cells: tuple[Audited, ...]
-    spearman: float
-    low: float | None
-    high: float | None
+    spearman: Estimate
     inner: float | None
     kendall: float
     p_value: float
@@ -73,6 +70,18 @@ class Summary:
     def worst(self) -> Audited:
         """The benchmark in which it orders the layers worst."""
         return min(self.cells, key=lambda cell: cell.found[self.proxy].spearman.value or 0.0)
+
+    @cached_property
+    def overlaps(self) -> tuple[float, float, float]:
+        """Mean overlap of the most relevant layers, of the least relevant ones, and by chance."""
+        found = []
+        for cell in self.cells:
+            count = min(TOP, len(cell.layers))
+            x, y = cell.measures[self.proxy].means()[None], cell.drop.means()[None]
+            top, bottom = (float(overlap(sign * x, sign * y, count)[0]) for sign in (1, -1))
+            found.append((top, bottom, count / len(cell.layers)))
+        top, bottom, chance = np.mean(found, axis=0).tolist()
+        return top, bottom, chance
 
 
 @dataclass(frozen=True)
@@ -124,61 +133,56 @@ class ModelAudit:
     @property
     def left_out(self) -> list[str]:
         """Say which cells no mean over benchmarks holds, and why."""
-        kept, said = apart(self.cells), []
+        kept, reasons = apart(self.cells), []
         for cell in self.cells:
             if cell not in kept:
-                same = next(each for each in kept if set(each.tasks) & set(cell.tasks))
-                said.append(f"{cell.label} has documents of {same.label}")
+                same = next(other for other in kept if set(other.tasks) & set(cell.tasks))
+                reasons.append(f"{cell.label} has documents of {same.label}")
             elif cell not in self.lined_up:
                 others = self.lined_up[0]
-                said.append(
+                reasons.append(
                     f"{cell.label} removes {counted(len(cell.layers), 'layer')}, not the "
                     f"{len(others.layers)} that {others.label} does"
                 )
-        return said
+        return reasons
 
     @cached_property
-    def summaries(self) -> list[Summary]:
-        """The proxies that can be compared, the best one first."""
-        found = [s for s in map(self._summary, PROXIES) if s is not None]
-        return sorted(found, key=lambda each: -each.spearman)
-
-    def _summary(self, proxy: str) -> Summary | None:
-        cells = [c for c in self.lined_up if c.found[proxy].spearman.value is not None]
-        if not cells:
-            return None
-        found = [cell.found[proxy] for cell in cells]
-        value = float(np.mean([each.spearman.value for each in found]))
-        resampled = np.mean([each.resampled for each in found], axis=0)
-        low, high = bias_corrected_interval(value, resampled, -1, 1)
-        inner = [each.inner for each in found if each.inner is not None]
-        return Summary(
-            proxy,
-            tuple(cells),
-            value,
-            low,
-            high,
-            float(np.mean(inner)) if inner else None,
-            float(np.mean([each.kendall for each in found if each.kendall is not None])),
-            mean_spearman_p(means(proxy, cells), means(DROP, cells)),
-            resampled,
-        )
+    def summaries(self) -> dict[str, Summary]:
+        """By their names the proxies that can be compared, the best one first."""
+        summaries = {}
+        for proxy in PROXIES:
+            cells = [c for c in self.lined_up if c.found[proxy].spearman.value is not None]
+            if not cells:
+                continue
+            orders = [cell.found[proxy] for cell in cells]
+            value = float(np.mean([order.spearman.value for order in orders]))
+            resampled = np.mean([order.resampled for order in orders], axis=0)
+            inner = [order.inner for order in orders if order.inner is not None]
+            summaries[proxy] = Summary(
+                proxy,
+                tuple(cells),
+                Estimate(value, *bias_corrected_interval(value, resampled, -1, 1)),
+                float(np.mean(inner)) if inner else None,
+                float(np.mean([order.kendall for order in orders if order.kendall is not None])),
+                mean_spearman_p(means(proxy, cells), means(DROP, cells)),
+                resampled,
+            )
+        best_first = sorted(summaries, key=lambda s: -(summaries[s].spearman.value or 0.0))
+        return {proxy: summaries[proxy] for proxy in best_first}
 
     @cached_property
     def adjusted(self) -> dict[str, float]:
         """P-values of the means, adjusted by Holm for the number of proxies."""
-        adjusted = holm([each.p_value for each in self.summaries])
-        by_proxy = zip([each.proxy for each in self.summaries], adjusted, strict=True)
-        return {proxy: p for proxy, p in by_proxy if p is not None}
+        adjusted = holm([summary.p_value for summary in self.summaries.values()])
+        return {n: p for n, p in zip(self.summaries, adjusted, strict=True) if p is not None}
 
     @cached_property
     def orders(self) -> dict[str, tuple[Disagreement, Disagreement]]:
         """Proxy → in how many layers its ranks differ from those of the drop: at all, majorly."""
         found = {}
-        for each in self.summaries:
-            x, y = means(each.proxy, each.cells), means(DROP, each.cells)
-            major = MAJOR * x.shape[1]
-            found[each.proxy] = (disagreement(x, y, 0), disagreement(x, y, major))
+        for name, summary in self.summaries.items():
+            x, y = means(name, summary.cells), means(DROP, summary.cells)
+            found[name] = (disagreement(x, y, 0), disagreement(x, y, MAJOR * x.shape[1]))
         return found
 
     @cached_property
@@ -187,20 +191,17 @@ class ModelAudit:
         cells = [
             cell
             for cell in self.lined_up
-            if all(run.accuracy_relevance is not None for run in cell.record.whole_layers)
-            and np.ptp(cell.drop.means()) > 0
+            if np.isfinite(cell.relevance).all() and np.ptp(cell.drop.means()) > 0
         ]
         return cells if len(cells) > 1 else []
 
     @cached_property
     def reliabilities(self) -> dict[str, float]:
         """Benchmark → which share of the spread of its drops is no noise of the documents."""
-        return {
-            cell.label: reliability(
-                *sampling_noise(cell.drop.values, cell.drop.weights, cell.strata)
-            )
-            for cell in self.cells
+        noise = {
+            c.label: sampling_noise(c.drop.values, c.drop.weights, c.strata) for c in self.cells
         }
+        return {label: reliability(*pair) for label, pair in noise.items()}
 
     @cached_property
     def reliable(self) -> list[Audited]:
@@ -214,19 +215,16 @@ class ModelAudit:
         if not cells:
             return {}
         raw_drop = variance_across(means(DROP, cells))
-        relevance = np.array(
-            [[run.accuracy_relevance for run in c.record.whole_layers] for c in cells], float
-        )
+        relevance = np.array([cell.relevance for cell in cells])
         found = {}
-        if all(np.ptp(row) > 0 for row in relevance):
+        if (np.ptp(relevance, axis=1) > 0).all():
             raw = float(variance_across(relevance).mean())
-            found["relevance"] = Spreads(raw, reason="its noise is that of the drop")
+            found["accuracy relevance"] = Spreads(raw, reason="its noise is that of the drop")
         found[DROP] = self._spread(DROP, raw_drop, None)
         for proxy in PROXIES:
-            if any(cell.found[proxy].spearman.value is None for cell in cells):
-                continue
-            raw_proxy = variance_across(means(proxy, cells))
-            found[proxy] = self._spread(proxy, raw_proxy, compared(raw_drop, raw_proxy))
+            if all(cell.found[proxy].spearman.value is not None for cell in cells):
+                raw_proxy = variance_across(means(proxy, cells))
+                found[proxy] = self._spread(proxy, raw_proxy, compared(raw_drop, raw_proxy))
         return found
 
     def _spread(self, name: str, raw: Array, test: Paired | None) -> Spreads:
@@ -250,7 +248,7 @@ class ModelAudit:
         )
 
     @cached_property
-    def at_cost(self) -> tuple[list[float], dict[str, list[float | None]], float | None]:
+    def at_cost(self) -> tuple[list[float], dict[str, tuple[float | None, ...]], float | None]:
         """What a measure predicts of other documents, for what it costs.
 
         Budgets in forward passes a benchmark; measure → mean Spearman for each of them; and that
@@ -259,40 +257,38 @@ class ModelAudit:
         dearest = passes(DROP, self.total, shared=True)
         most = max(len(cell.tasks) for cell in self.lined_up) // 2 * dearest
         budgets = [float(2**i) for i in range(int(np.log2(max(most, 1))) + 1)]
-        by_cell, halves = [], []
+        by_cell = []
         for cell in self.lined_up:
             if len(cell.tasks) < 4 or np.ptp(cell.drop.means()) == 0:
                 continue
             usable = {
-                name: each
-                for name, each in cell.measures.items()
-                if cell.found[name].spearman.value is not None
+                name: measure
+                for name, measure in cell.measures.items()
+                if name == DROP or cell.found[name].spearman.value is not None
             }
             half = len(cell.tasks) // 2 * dearest
-            rows = at_equal_cost(usable | {DROP: cell.drop}, cell.drop, [*budgets, half])
-            halves.append(rows[DROP][-1])
-            by_cell.append({name: row[:-1] for name, row in rows.items()})
-        found: dict[str, list[float | None]] = {}
-        for name in (*PROXIES, DROP):
-            mine = [each.get(name, [np.nan] * len(budgets)) for each in by_cell]
-            if mine:
-                found[name] = [_finite(value) for value in np.mean(mine, axis=0)]
-        return budgets, found, _finite(float(np.mean(halves))) if halves else None
+            by_cell.append(at_equal_cost(usable, cell.drop, [*budgets, half]))
+        if not by_cell:
+            return budgets, {}, None
+        nothing = [np.nan] * (len(budgets) + 1)
+        found = {
+            name: gaps(np.mean([rows.get(name, nothing) for rows in by_cell], axis=0))
+            for name in (*PROXIES, DROP)
+        }
+        return budgets, {name: row[:-1] for name, row in found.items()}, found[DROP][-1]
 
     @property
     def noisy(self) -> str:
         """Say which benchmarks are too noisy, and how many documents they need."""
-        said = []
+        needs = []
         for cell in self.above_chance:
-            share = self.reliabilities[cell.label]
+            share, n = self.reliabilities[cell.label], cell.record.n
             if not share >= RELIABLE:
-                need = (
-                    f"about {int(np.ceil(cell.record.n * (1 - share) / share)):,} documents"
-                    if share > 0
-                    else "many more documents"
-                )
-                said.append(f"{cell.label} needs {need}, and has {cell.record.n:,}")
-        return "; ".join(said)
+                more = "many more"
+                if share > 0:
+                    more = f"about {np.ceil(n * (1 - share) / share):,.0f}"
+                needs.append(f"{cell.label} needs {more} documents, and has {n:,}")
+        return "; ".join(needs)
 
 
 def apart(cells: Sequence[Audited]) -> list[Audited]:
@@ -312,21 +308,17 @@ def alike(cells: Sequence[Audited]) -> list[Audited]:
     return [cell for cell, layers in zip(cells, of_each, strict=True) if layers == most]
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
 def means(name: str, cells: Sequence[Audited]) -> Array:
     """Profiles of a measure [cells, layers]."""
-    return np.array([(c.drop if name == DROP else c.measures[name]).means() for c in cells])
+    return np.array([cell.measures[name].means() for cell in cells])
 
 
 def _sample(name: str, cell: Audited) -> Sample:
-    measure = cell.drop if name == DROP else cell.measures[name]
+    measure = cell.measures[name]
     return np.nan_to_num(measure.values), measure.weights, cell.strata
 
 
-def pooled(cells: Sequence[Audited]) -> tuple[float, float, float] | None:
+def pooled(cells: Sequence[Audited]) -> Estimate | None:
     """Pearson over inner layers × benchmarks of cosine score and accuracy drop, with its interval.
 
     Losses have units of their own, and no place among accuracies.
@@ -334,23 +326,12 @@ def pooled(cells: Sequence[Audited]) -> tuple[float, float, float] | None:
     inner = [cell for cell in cells if cell.inner and cell.record.higher_is_better]
     if not inner or sum(len(cell.inner) for cell in inner) < FEWEST:
         return None
-    x = np.concatenate([c.measures["cosine_score"].means()[c.inner] for c in inner])
-    y = np.concatenate([c.drop.means()[c.inner] for c in inner])
-    drawn_x = np.concatenate([c.drawn("cosine_score")[:, c.inner] for c in inner], axis=1)
-    drawn_y = np.concatenate([c.drawn_drop[:, c.inner] for c in inner], axis=1)
+    both = ("cosine_score", DROP)
+    x, y = (np.concatenate([c.measures[name].means()[c.inner] for c in inner]) for name in both)
+    drawn_x, drawn_y = (
+        np.concatenate([c.drawn(name)[:, c.inner] for c in inner], axis=1) for name in both
+    )
     value = float(row_coefficients(x[None], y[None], "pearson")[0])
     drawn = row_coefficients(drawn_x, drawn_y, "pearson")
     low, high = bias_corrected_interval(value, drawn, -1, 1)
-    return None if low is None or high is None else (value, low, high)
-
-
-def overlaps(summary: Summary) -> tuple[float, float, float]:
-    """Mean overlap of the most relevant layers, of the least relevant ones, and by chance."""
-    found = []
-    for cell in summary.cells:
-        count = min(TOP, len(cell.layers))
-        x, y = cell.measures[summary.proxy].means()[None], cell.drop.means()[None]
-        top, bottom = (float(overlap(sign * x, sign * y, count)[0]) for sign in (1, -1))
-        found.append((top, bottom, count / len(cell.layers)))
-    top, bottom, chance = np.mean(found, axis=0).tolist()
-    return top, bottom, chance
+    return None if low is None else Estimate(value, low, high)

@@ -24,8 +24,7 @@ from tracker.stats.correlation import correlate
 from tracker.stats.proxies import per_token
 from tracker.stats.rank_agreement import row_coefficients
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
-from tracker.studies.base import StudyContext, Subject
-from tracker.studies.observing import observe
+from tracker.studies.base import FEWEST, StudyContext, Subject, observe
 
 Array = NDArray[np.float64]
 KIND = "output-proxies-1"
@@ -62,63 +61,49 @@ class Audited:
     def __init__(self, subject: Subject, label: str, observed: Observed) -> None:
         self.record: CellRecord = subject.record
         self.label = label
-        cell = AlignedOutcomes(subject.store, subject.store.views.of(subject.request))
-        runs = cell.whole_layers
-        self.layers = [run.layer for run in runs]
-        ablations = [cell.ablation(run) for run in runs]
-        total = subject.record.model.layers
-        price = passes(DROP, total, shared=True)
-        paired = cell.by_metric(ablations)
-        self.drop = LayerMeasure(paired.drops, paired.weights, price)
+        cell = subject.outcomes()
+        self.layers = [run.layer for run in cell.whole_layers]
         self.tasks = cell.tasks
         self.strata = cell.strata
-        self.inner = [i for i, at in enumerate(self.layers) if OUTER <= at < total - OUTER]
-        self.measures = {
-            name: LayerMeasure(values[:, self.layers], weighed, passes(name, total, shared=True))
-            for name, values, weighed in self._proxies(cell, observed)
-        }
         self.not_observed = {proxy.name: cell.not_observed(proxy) for proxy in OBSERVED}
-        gold = cell.by_gold_logprob(ablations)
-        self.measures["gold_logprob_drop"] = LayerMeasure(gold.drops, gold.weights, price)
+        total = subject.record.model.layers
+        self.inner = [i for i, at in enumerate(self.layers) if OUTER <= at < total - OUTER]
+        ablations = [cell.ablation(run) for run in cell.whole_layers]
+        metric, gold = cell.by_metric(ablations), cell.by_gold_logprob(ablations)
+        figures = [
+            (DROP, metric.drops, metric.weights),
+            ("gold_logprob_drop", gold.drops, gold.weights),
+            *((name, v[:, self.layers], weights) for name, v, weights in _proxies(cell, observed)),
+        ]
+        self.measures = {
+            name: LayerMeasure(values, weights, passes(name, total, shared=True))
+            for name, values, weights in figures
+        }
 
-    def _proxies(
-        self, cell: AlignedOutcomes, observed: Observed
-    ) -> Iterator[tuple[str, Array, Array]]:
-        """Each proxy of every layer of the model: a mean a document, and what it weighs."""
-        for proxy in OBSERVED:
-            means = per_token(cell.proxy_sums(proxy), cell.tokens)
-            yield proxy.name, proxy.of(means), cell.tokens
-        place = {document: i for i, document in enumerate(observed.documents)}
-        mine = [place[document] for document in cell.documents]
-        sums = {name: values[mine] for name, values in observed.arrays.items()}
-        tokens, predicted = sums["tokens"], sums["predicted"]
-        for name in ("lens_changes", "kl", "js"):
-            yield name, per_token(sums[name], tokens), tokens
-        yield "loss_increase", per_token(sums["loss_increase"], predicted), predicted
-        # Of each document the size of its derivative, so that opposite ones do not cancel.
-        derivatives = np.abs(per_token(sums["gate_gradient"], predicted))
-        yield "gate_gradient", derivatives, cell.plain_weights
+    @property
+    def drop(self) -> LayerMeasure:
+        """What the proxies are held against."""
+        return self.measures[DROP]
 
-    @cached_property
-    def drawn_drop(self) -> Array:
-        """The drop of each layer in each resample of the documents."""
-        return resampled_means(self.drop.values, RESAMPLES, SEED, self.strata, self.drop.weights)
+    @property
+    def relevance(self) -> Array:
+        """The accuracy relevance of each whole layer; NaN where it is undefined."""
+        return np.array([run.accuracy_relevance for run in self.record.whole_layers], float)
 
     def drawn(self, name: str) -> Array:
-        """The same of a proxy, in the same resamples."""
-        each = self.measures[name]
-        return resampled_means(each.values, RESAMPLES, SEED, self.strata, each.weights)
+        """A measure of each layer in each resample of the documents, the same in every call."""
+        measure = self.measures[name]
+        return resampled_means(measure.values, RESAMPLES, SEED, self.strata, measure.weights)
 
     @cached_property
     def found(self) -> dict[str, Ordering]:
         """How well each proxy orders the layers."""
-        return {name: self._found(name) for name in PROXIES}
+        return {name: self._ordering(name, self.drawn(DROP)) for name in PROXIES}
 
-    def _found(self, name: str) -> Ordering:
-        x, y = self.measures[name].means(), self.drop.means()
-        drawn = self.drawn(name)
+    def _ordering(self, name: str, drawn_drop: Array) -> Ordering:
+        x, y, drawn = self.measures[name].means(), self.drop.means(), self.drawn(name)
         spearman = correlate(
-            x, y, coefficient="spearman", resampled_proxy=drawn, resampled_drop=self.drawn_drop
+            x, y, coefficient="spearman", resampled_proxy=drawn, resampled_drop=drawn_drop
         )
         if spearman.value is None:
             why = spearman.reason or ""
@@ -128,17 +113,37 @@ class Audited:
                 )
             nothing = np.full(RESAMPLES, np.nan)
             return Ordering(Estimate(None, reason=why), None, None, None, nothing)
-        rows = row_coefficients(drawn, self.drawn_drop, "spearman")
-        inner = self._coefficient(x[self.inner], y[self.inner], "spearman")
-        kendall, pearson = (self._coefficient(x, y, each) for each in ("kendall", "pearson"))
-        return Ordering(spearman, inner, kendall, pearson, rows)
+        return Ordering(
+            spearman,
+            _coefficient(x[self.inner], y[self.inner], "spearman"),
+            _coefficient(x, y, "kendall"),
+            _coefficient(x, y, "pearson"),
+            row_coefficients(drawn, drawn_drop, "spearman"),
+        )
 
-    @staticmethod
-    def _coefficient(x: Array, y: Array, name: str) -> float | None:
-        if len(x) < 3:
-            return None
-        value = float(row_coefficients(x[None], y[None], name)[0])
-        return value if np.isfinite(value) else None
+
+def _proxies(cell: AlignedOutcomes, observed: Observed) -> Iterator[tuple[str, Array, Array]]:
+    """Each proxy of every layer of the model: a mean a document, and what it weighs."""
+    for proxy in OBSERVED:
+        means = per_token(cell.proxy_sums(proxy), cell.tokens)
+        yield proxy.name, proxy.of(means), cell.tokens
+    place = {document: i for i, document in enumerate(observed.documents)}
+    mine = [place[document] for document in cell.documents]
+    sums = {name: values[mine] for name, values in observed.arrays.items()}
+    tokens, predicted = sums["tokens"], sums["predicted"]
+    for name in ("lens_changes", "kl", "js"):
+        yield name, per_token(sums[name], tokens), tokens
+    yield "loss_increase", per_token(sums["loss_increase"], predicted), predicted
+    # Of each document the size of its derivative, so that opposite ones do not cancel.
+    derivatives = np.abs(per_token(sums["gate_gradient"], predicted))
+    yield "gate_gradient", derivatives, cell.plain_weights
+
+
+def _coefficient(x: Array, y: Array, name: str) -> float | None:
+    if len(x) < FEWEST:
+        return None
+    value = float(row_coefficients(x[None], y[None], name)[0])
+    return value if np.isfinite(value) else None
 
 
 def audited(

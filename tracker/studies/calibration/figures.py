@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracker.core.estimates import Estimate
+from tracker.core.formats import counted, measure_of
 from tracker.core.proxies import OBSERVED
-from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.paired import Array
 from tracker.stats.proxies import per_token
 from tracker.stats.rank_agreement import overlap, rounded, row_coefficients
@@ -22,7 +22,7 @@ from tracker.stats.reliability import (
     spearman_brown,
 )
 from tracker.stats.resampling import SEED
-from tracker.studies.base import FEWEST, Subject
+from tracker.studies.base import FEWEST, Subject, side
 
 Documents = NDArray[np.int64]
 DRAWS = 400
@@ -111,42 +111,36 @@ class Curve:
         measured = self.agreement(self.half)
         if measured.low is None:
             return measured.reason or ""
-        return "" if measured.low > 0 else DISAGREE
+        return "" if side(measured) > 0 else DISAGREE
 
     def predicted(self, n: float) -> float | None:
         """The rank correlation of two samples of any size, by Spearman and Brown."""
         measured = self.agreement(self.half).value
-        if self.doubt or not isinstance(measured, float):
+        if self.doubt or measured is None:
             return None
         return spearman_brown(measured, n / self.half)
 
 
 def measures(subject: Subject) -> list[Ranked]:
     """What can rank the layers of a cell; the drop comes first."""
-    cell = AlignedOutcomes(subject.store, subject.store.views.of(subject.request))
+    cell = subject.outcomes()
     layers = [run.layer for run in cell.whole_layers]
     strata = np.array(cell.tasks)
-    better = subject.record.higher_is_better
-    names = ("accuracy drop" if better else "loss increase", "gold_logprob_drop")
+    few = ""
     if len(strata) < 2 or len(layers) < FEWEST:
-        why = f"{len(strata)} documents and {len(layers)} layers are measured: too few to rank"
-        none = np.empty((0, 0))
-        return [
-            Ranked(name, none, none, strata, why)
-            for name in (*names, *(proxy.name for proxy in OBSERVED))
-        ]
+        measured = f"{counted(len(strata), 'document')} and {counted(len(layers), 'layer')}"
+        few = f"{measured} are measured: too few to rank"
     ablations = [cell.ablation(run) for run in cell.whole_layers]
-    measured = (cell.by_metric(ablations), cell.by_gold_logprob(ablations))
+    metric, gold = cell.by_metric(ablations), cell.by_gold_logprob(ablations)
     found = [
-        Ranked(name, paired.drops, paired.weights, strata)
-        for name, paired in zip(names, measured, strict=True)
+        Ranked(measure_of(subject.record).change, metric.drops, metric.weights, strata),
+        Ranked("gold_logprob_drop", gold.drops, gold.weights, strata),
     ]
     for proxy in OBSERVED:
         means = proxy.of(per_token(cell.proxy_sums(proxy)[:, layers], cell.tokens))
         weights = cell.tokens / max(cell.tokens.sum(), 1)
-        why = cell.not_observed(proxy)
-        found.append(Ranked(proxy.name, means, weights, strata, why))
-    return [replace(each, reason=each.reason or _unusable(each)) for each in found]
+        found.append(Ranked(proxy.name, means, weights, strata, cell.not_observed(proxy)))
+    return [replace(r, reason=few or r.reason or _unusable(r)) for r in found]
 
 
 def _unusable(ranked: Ranked) -> str:
@@ -173,10 +167,6 @@ def joined(parts: Sequence[Ranked]) -> Ranked:
     )
 
 
-def _samples(ranked: Ranked, sizes: Sequence[int], draws: int) -> tuple[Array, Array]:
-    return disjoint_means(ranked.values, ranked.weights, ranked.strata, sizes, draws, SEED)
-
-
 def _mean_figures(ranked: Ranked) -> Array:
     """The layers' figures from all documents."""
     counted = ranked.weights > 0
@@ -192,31 +182,22 @@ def _statistics(layers: int) -> list[str]:
 def curve_of(ranked: Ranked, wanted: float) -> Curve:
     """Draw samples of every size, and find which reaches the wanted reliability."""
     documents, layers = ranked.values.shape
-    half = documents // 2
-    sizes = tuple(sorted({*(n for n in SIZES if n < documents), half}))
-    first, second = _samples(ranked, sizes, DRAWS)
+    sizes = tuple(sorted({*(n for n in SIZES if n < documents), documents // 2}))
+    values, weights, strata = ranked.values, ranked.weights, ranked.strata
+    first, second = disjoint_means(values, weights, strata, sizes, DRAWS, SEED)
     whole = np.broadcast_to(_mean_figures(ranked), first.shape)
     statistics = _statistics(layers)
-    halved = [n for n in sizes if n <= half]
 
-    def needed(chosen: Documents, draws: int) -> tuple[float, bool]:
-        part = replace(
-            ranked,
-            values=ranked.values[chosen],
-            weights=ranked.weights[chosen],
-            strata=ranked.strata[chosen],
-        )
-        few = [*(n for n in halved if 2 * n < len(chosen)), len(chosen) // 2]
-        pair = _samples(part, sorted(set(few)), draws)
-        means = [_mean(each) for each in _statistic("spearman", *pair).T]
-        return documents_needed(sorted(set(few)), means, wanted)
+    def needed(chosen: Documents) -> tuple[float, bool]:
+        half = len(chosen) // 2
+        few = [n for n in sizes if n < half] + [half]
+        part = values[chosen], weights[chosen], strata[chosen]
+        samples = disjoint_means(*part, few, JACKKNIFE_DRAWS, SEED)
+        means = [_mean(drawn) for drawn in _statistic("spearman", *samples).T]
+        return documents_needed(few, means, wanted)
 
-    estimate = positive_estimate(
-        lambda chosen: needed(chosen, JACKKNIFE_DRAWS)[0], ranked.strata, SEED
-    )
-    _, extrapolated = needed(np.arange(documents), JACKKNIFE_DRAWS)
-    if estimate.value is None:
-        estimate = Estimate(None, reason=DISAGREE)
+    estimate = positive_estimate(lambda chosen: needed(chosen)[0], strata, SEED)
+    _, extrapolated = needed(np.arange(documents))
     curve = Curve(
         ranked.name,
         documents,
@@ -224,7 +205,7 @@ def curve_of(ranked: Ranked, wanted: float) -> Curve:
         sizes,
         {name: _statistic(name, first, second) for name in statistics},
         {name: _statistic(name, first, whole) for name in statistics},
-        estimate,
+        Estimate(None, reason=DISAGREE) if estimate.value is None else estimate,
         extrapolated,
     )
     return replace(curve, needed=Estimate(None, reason=curve.doubt)) if curve.doubt else curve
@@ -232,12 +213,11 @@ def curve_of(ranked: Ranked, wanted: float) -> Curve:
 
 def _statistic(name: str, first: Array, second: Array) -> Array:
     """Compare rankings `[draws, sizes, layers]`: `[draws, sizes]`."""
-    a, b = (each.reshape(-1, each.shape[2]) for each in (first, second))
+    a, b = (means.reshape(-1, means.shape[2]) for means in (first, second))
     end, _, k = name.partition(" ")
-    if k:
-        sign = 1 if end == "top" else -1
-        return overlap(sign * a, sign * b, int(k)).reshape(first.shape[:2])
-    return row_coefficients(a, b, name).reshape(first.shape[:2])
+    sign = -1 if end == "bottom" else 1
+    values = overlap(sign * a, sign * b, int(k)) if k else row_coefficients(a, b, name)
+    return values.reshape(first.shape[:2])
 
 
 def _mean(values: Array) -> float:

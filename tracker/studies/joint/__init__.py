@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
-from tracker.core.findings import FoundChart
 from tracker.core.formats import with_interval
 from tracker.core.records import CellRecord
-from tracker.core.tables import Table
 from tracker.studies.base import (
     SIGNIFICANT,
     Study,
@@ -18,9 +16,8 @@ from tracker.studies.base import (
     removing_whole_layers,
     whole_layers,
 )
-from tracker.studies.joint.charts import distance_chart, interaction_map
 from tracker.studies.joint.figures import Pairs, measured
-from tracker.studies.joint.tables import strongest, summary
+from tracker.studies.joint.layout import distance_chart, interaction_map, strongest, summary
 
 _ASSUMED = (
     "Interaction of i and j: drop(i, j) − drop(i) − drop(j), from the same documents. Above 0 the "
@@ -45,25 +42,13 @@ class Joint(Study):
 
     name = "joint"
     question = "Do the drops of two layers add up when both are removed?"
-    about = """
-    Every two of the layers in EXPERIMENT are removed together, and what both cost is set beside the
-    sum of what each costs alone: more is called redundant, less sub-additive. 30 layers have 435
-    pairs, about ten times the work of the file itself. Name fewer layers or documents for a
-    first look.
-
-    \b
-    Examples:
-      tracker study joint experiments/demo.yaml
-      tracker study joint experiments/demo.yaml --track none
-    """
-    settings = ()
 
     def requests(self, asked: StudyContext) -> list[CellRequest]:
         """Ask for the file's cells, and for each layer with all later ones.
 
         RequestError where the file has fewer than two whole layers, or layers that are removed.
         """
-        found = []
+        requests = []
         for cell in asked.experiment.cells():
             refuse_removed(cell, "pairs are compared with the intact model", asked)
             layers = whole_layers(cell)
@@ -72,65 +57,63 @@ class Joint(Study):
                     f"{cell.title}: the file removes {len(layers)} whole single layers, and a pair "
                     "needs two; write layer: {min: 0, max: 29} for all of a model that has 30"
                 )
-            found.append(removing_whole_layers(cell, layers=layers))
-            found += [
+            requests.append(removing_whole_layers(cell, layers=layers))
+            requests += [
                 removing_whole_layers(cell, removed=(i,), layers=layers[n + 1 :])
                 for n, i in enumerate(layers[:-1])
             ]
-        return found
+        return requests
 
     def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Set the joint drops of each cell beside the sums."""
-        answers: list[str] = []
-        lacking: list[str] = []
-        tables: list[Table] = []
-        charts: list[FoundChart] = []
+        result = StudyResult(_ASSUMED)
         rows: list[tuple[CellRecord, Pairs]] = []
         for subject in subjects:
             record = subject.record
             if record.removed:
                 continue
             measures, why = measured(subject)
-            lacking += [f"{record.title}: {each}" for each in why]
-            for one in measures:
-                rows.append((record, one))
-                charts += [interaction_map(record, one), distance_chart(record, one)]
-                tables += [strongest(record, one, sign) for sign in (1, -1)]
-                answers.append(_answer(record, one))
-        if not subjects or not answers:
-            answers = ["No pair could be compared with the sum of its layers."]
+            result.lacking += [f"{record.title}: {reason}" for reason in why]
+            for pairs in measures:
+                rows.append((record, pairs))
+                result.charts += [interaction_map(record, pairs), distance_chart(record, pairs)]
+                result.tables += [strongest(record, pairs, sign) for sign in (1, -1)]
+                result.answers.append(_answer(record, pairs))
         if rows:
-            tables.insert(0, summary(rows))
-        return StudyResult(answers, tables, charts, lacking, _ASSUMED)
+            result.tables.insert(0, summary(rows))
+        else:
+            result.answers = ["No pair could be compared with the sum of its layers."]
+        return result
 
 
-def _answer(record: CellRecord, one: Pairs) -> str:
+def _answer(record: CellRecord, pairs: Pairs) -> str:
     """Say whether sums predict joint drops, and what interacts most."""
-    inside = [n for n in range(len(one.pairs)) if not one.floor[n]]
-    said = f"{record.model.name}, {record.benchmark.title}, n = {record.n:,}, {one.measure}: "
-    if not inside:
-        return said + f"all {len(one.pairs):,} pairs are at the floor, so no sum can be reached."
-    if one.rank.value is not None and one.explained.value is not None:
-        said += (
-            f"the sum of single drops ranks the joint drops of {len(inside):,} pairs with Spearman "
-            f"{with_interval(one.rank)}, and as a prediction has R² "
-            f"{with_interval(one.explained)}. "
+    at_floor, of = int(pairs.floor.sum()), len(pairs.pairs)
+    answer = f"{record.model.name}, {record.benchmark.title}, n = {record.n:,}, {pairs.measure}: "
+    if at_floor == of:
+        return answer + f"all {of:,} pairs are at the floor, so no sum can be reached."
+    if pairs.rank.value is not None and pairs.explained.value is not None:
+        answer += (
+            f"the sum of single drops ranks the joint drops of {of - at_floor:,} pairs with "
+            f"Spearman {with_interval(pairs.rank)}, and as a prediction has R² "
+            f"{with_interval(pairs.explained)}. "
         )
-    if one.mean.value is not None:
-        more = "more" if one.mean.value >= 0 else "less"
-        said += (
-            f"On average two layers cost {one.said(abs(one.mean.value))} {more} together than the "
-            f"sum (interaction {one.said(one.mean)}). "
+    if (mean := pairs.mean.value) is not None:
+        more = "more" if mean >= 0 else "less"
+        answer += (
+            f"On average two layers cost {pairs.write(abs(mean))} {more} together than the "
+            f"sum (interaction {pairs.write(pairs.mean)}). "
         )
-    said += (
-        f"Significant after Benjamini-Hochberg: {len(one.significant(1))} redundant and "
-        f"{len(one.significant(-1))} sub-additive pairs"
+    redundant, sub_additive = pairs.significant(1), pairs.significant(-1)
+    answer += (
+        f"Significant after Benjamini-Hochberg: {len(redundant)} redundant and "
+        f"{len(sub_additive)} sub-additive pairs"
     )
-    for word, sign in (("redundant", 1), ("sub-additive", -1)):
-        if few := one.significant(sign):
-            place = max(few, key=lambda n: abs(one.value(n) or 0))
-            i, j = one.pairs[place]
-            said += f"; the most {word} is {i} with {j}, by {one.said(one.found[place])}"
-    if at_floor := len(one.pairs) - len(inside):
-        said += f". {at_floor:,} of {len(one.pairs):,} pairs are at the floor and left out"
-    return said + "."
+    for word, places in (("redundant", redundant), ("sub-additive", sub_additive)):
+        if places:
+            place = max(places, key=lambda n: abs(pairs.value(n) or 0))
+            i, j = pairs.pairs[place]
+            answer += f"; the most {word} is {i} with {j}, by {pairs.write(pairs.found[place])}"
+    if at_floor:
+        answer += f". {at_floor:,} of {of:,} pairs are at the floor and left out"
+    return answer + "."

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
-from tracker.core.findings import FoundChart
-from tracker.core.tables import Table
 from tracker.pruning.search.cells import Lender
 from tracker.pruning.search.conduct import pursue
 from tracker.pruning.search.report import COST
@@ -20,16 +18,14 @@ from tracker.studies.base import (
     Study,
     StudyContext,
     StudyResult,
-    StudySetting,
     Subject,
     removing_whole_layers,
     whole_layers,
 )
-from tracker.studies.prune.charts import charts_of
 from tracker.studies.prune.figures import ACCURACY, COSINES
 from tracker.studies.prune.gathering import compared
+from tracker.studies.prune.layout import charts_of, tables_of
 from tracker.studies.prune.sentences import answers_of
-from tracker.studies.prune.tables import tables_of
 
 AMOUNTS = ("25 %", "50 %")
 STRATEGIES = (
@@ -61,44 +57,6 @@ class Prune(Study):
 
     name = "prune"
     question = "Does pruning by measured accuracy beat pruning by proxies, and what does it cost?"
-    about = """
-    Layers are searched, for each benchmark in EXPERIMENT, by several strategies: by the accuracy
-    that is left, by proxies, from the end, at random. As many documents as 'sample' says choose;
-    others test what was chosen. Accuracy and the cosine score are also calibrated on all
-    benchmarks together, and on plain text. The study says which strategy leaves the most, with
-    paired intervals, and what each search cost. It shares all that is measured with 'tracker
-    prune', and goes on where it was stopped.
-
-    \b
-    Examples:
-      tracker study prune experiments/study.yaml
-      tracker study prune experiments/study.yaml --remove "25 %" --text c4.txt
-      tracker study prune experiments/demo.yaml --strategy accuracy --strategy cosine_oneshot
-    """
-    settings = (
-        StudySetting(
-            "remove",
-            str,
-            "How much goes, as in 'tracker prune'; may be given again. Default: 25 % and 50 %.",
-            repeated=True,
-        ),
-        StudySetting(
-            "strategy",
-            str,
-            "How to choose, as in 'tracker prune'; may be given again. Default: accuracy, "
-            "gold_logprob, taylor, perplexity, cosine_oneshot, relative_update, last and random.",
-            repeated=True,
-        ),
-        StudySetting(
-            "text",
-            Path,
-            "Plain text to calibrate on too: a .txt file with blank lines between documents, or "
-            "a .jsonl file.",
-        ),
-        StudySetting(
-            "test_sample", int, "Test documents of each task. Default: as many as choose.", least=1
-        ),
-    )
 
     def __init__(
         self,
@@ -118,7 +76,7 @@ class Prune(Study):
 
         RequestError where the file removes layers besides, or its settings are no search's.
         """
-        found = []
+        requests = []
         lender = Lender(asked.ledger, asked.options, asked.progress)
         for cell in asked.experiment.cells():
             layers = whole_layers(cell)
@@ -138,9 +96,10 @@ class Prune(Study):
             refuse_unknown(searches, asked.options.trust_remote_code)
             for search in {one.remove: one for one in searches}.values():
                 budget_of(search, lender)
-            found.append(wanted)
-        refuse_mixed([s for one in found for s in self._searches(one, found)], lender, {})
-        return found
+            requests.append(wanted)
+        searches = [s for cell in requests for s in self._searches(cell, requests)]
+        refuse_mixed(searches, lender, {})
+        return requests
 
     def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Search, test what was chosen, and set the strategies beside each other."""
@@ -151,8 +110,8 @@ class Prune(Study):
         ]
         cells = [one.request for one in subjects if one.record.higher_is_better]
         if not cells:
-            return StudyResult(("No benchmark of the file has an accuracy.",), lacking=lacking)
-        found = pursue(
+            return StudyResult((), ["No benchmark of the file has an accuracy."], lacking=lacking)
+        pursued = pursue(
             [search for cell in cells for search in self._searches(cell, cells)],
             asked.ledger,
             asked.publisher,
@@ -160,13 +119,16 @@ class Prune(Study):
             asked.progress,
             self._typed(asked.file),
         )
-        tables: list[Table] = []
-        charts: list[FoundChart] = []
-        answers: list[str] = []
-        for group in compared(found, self._text):
-            answers += answers_of(group)
-            tables += tables_of(group)
-            charts += charts_of(group)
+        result = StudyResult(
+            _ASSUMED,
+            lacking=lacking,
+            ran=pursued.outcome,
+            rests_on=[place for record in pursued.records for place in record.rests_on],
+        )
+        for group in compared(pursued, self._text):
+            result.answers += answers_of(group)
+            result.tables += tables_of(group)
+            result.charts += charts_of(group)
         if ACCURACY not in self._strategies:
             lacking.append("differences to pruning by accuracy; add --strategy accuracy")
         elif self._text is None:
@@ -174,20 +136,23 @@ class Prune(Study):
                 "calibration on plain text; give a .txt file, documents between blank lines, or a "
                 ".jsonl file: --text FILE"
             )
-        places = [place for record in found.records for place in record.rests_on]
-        return StudyResult(answers, tables, charts, lacking, _ASSUMED, found.outcome, places)
+        return result
 
     def _typed(self, file: Path) -> list[str]:
         """Write the command, with what was said besides the file."""
-        words = ["tracker", "study", self.name, str(file)]
-        words += [word for amount in self._said_amounts for word in ("--remove", amount)]
-        if self._strategies != STRATEGIES:
-            words += [word for name in self._strategies for word in ("--strategy", name)]
-        if self._text is not None:
-            words += ["--text", self._text.removeprefix("corpus:")]
-        if self._test_sample is not None:
-            words += ["--test-sample", str(self._test_sample)]
-        return words
+        strategies = self._strategies if self._strategies != STRATEGIES else ()
+        text = () if self._text is None else (self._text.removeprefix("corpus:"),)
+        test_sample = () if self._test_sample is None else (str(self._test_sample),)
+        typed = {
+            "--remove": self._said_amounts,
+            "--strategy": strategies,
+            "--text": text,
+            "--test-sample": test_sample,
+        }
+        words = [
+            word for flag, values in typed.items() for value in values for word in (flag, value)
+        ]
+        return ["tracker", "study", self.name, str(file), *words]
 
     def _searches(self, cell: CellRequest, cells: Sequence[CellRequest]) -> list[SearchRequest]:
         """List the searches for one benchmark, of a file with these cells."""

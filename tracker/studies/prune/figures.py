@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from tracker.stats.interaction import interactions
 from tracker.stats.multiple import holm
 from tracker.stats.rank_agreement import rounded
 from tracker.stats.resampling import SEED
+from tracker.studies.base import SIGNIFICANT
 
 OWN, TASKS, TEXT = "its own task", "all tasks", "plain text"
 """What documents chose."""
@@ -33,6 +34,23 @@ class Way(NamedTuple):
     calibration: str = OWN
 
 
+@dataclass(frozen=True)
+class PrunedFor:
+    """What the test documents of a benchmark are.
+
+    Attributes:
+        unpruned: The intact model's test accuracy.
+        n: How many test documents there are.
+        metric: What is called accuracy.
+        at_chance: Why the intact model does not answer it; empty where it does.
+    """
+
+    unpruned: Estimate
+    n: int = 0
+    metric: str = ""
+    at_chance: str = ""
+
+
 @dataclass
 class Compared:
     """The prunings of one model over the benchmarks of a file.
@@ -40,20 +58,14 @@ class Compared:
     Attributes:
         title: The model, as people read it.
         layers: How many it has.
-        unpruned: Of each benchmark the intact model's test accuracy.
-        n: Of each benchmark how many test documents there are.
-        metrics: Of each benchmark what is called accuracy.
-        at_chance: Benchmarks that the intact model does not answer → why.
+        benchmarks: All benchmarks.
         found: What each way chose for each benchmark.
         failed: Ways that failed on a benchmark → why.
     """
 
     title: str
     layers: int
-    unpruned: dict[str, Estimate] = field(default_factory=dict)
-    n: dict[str, int] = field(default_factory=dict)
-    metrics: dict[str, str] = field(default_factory=dict)
-    at_chance: dict[str, str] = field(default_factory=dict)
+    benchmarks: dict[str, PrunedFor] = field(default_factory=dict)
     found: dict[tuple[Way, str], Choices] = field(default_factory=dict)
     failed: dict[tuple[Way, str], str] = field(default_factory=dict)
 
@@ -68,14 +80,9 @@ class Compared:
         return list(dict.fromkeys(way.amount for way, _ in self.found))
 
     @property
-    def benchmarks(self) -> list[str]:
-        """All benchmarks."""
-        return list(self.unpruned)
-
-    @property
     def counted(self) -> list[str]:
         """The benchmarks over which means are taken."""
-        return [name for name in self.unpruned if name not in self.at_chance]
+        return [name for name, benchmark in self.benchmarks.items() if not benchmark.at_chance]
 
     @property
     def over(self) -> str:
@@ -94,46 +101,36 @@ class Compared:
         """
         if not self.counted:
             return Estimate(None, reason="no benchmark is above chance unpruned")
-        each = {name: of(name) for name in self.counted}
-        for name, one in each.items():
-            if one.value is None:
-                return Estimate(None, reason=f"{name}: {one.reason}")
-        first = next(iter(each.values()))
-        return first if len(each) == 1 else mean(list(each.values()))
+        figures = {name: of(name) for name in self.counted}
+        for name, figure in figures.items():
+            if figure.value is None:
+                return Estimate(None, reason=f"{name}: {figure.reason}")
+        first, *others = figures.values()
+        return mean([first, *others]) if others else first
 
-    @property
-    def unpruned_mean(self) -> Estimate:
-        """The intact model's mean test accuracy."""
-        return self.mean(self.unpruned.__getitem__)
+    def level(self, way: Way | None, benchmark: str, removed: int | None = None) -> Estimate:
+        """The test accuracy of a way on a benchmark, or with so many layers gone.
 
-    def level(self, way: Way, benchmark: str) -> Estimate:
-        """The test accuracy of a way on a benchmark."""
-        if (one := self.found.get((way, benchmark))) is not None:
-            return one.level
-        return Estimate(None, reason=self.failed.get((way, benchmark), "it was not asked for"))
+        Without a way it is that of the intact model.
+        """
+        if way is None:
+            return self.benchmarks[benchmark].unpruned
+        if (choices := self.found.get((way, benchmark))) is None:
+            return Estimate(None, reason=self.failed.get((way, benchmark), "it was not asked for"))
+        return choices.level if removed is None else choices.at(removed)
 
-    def level_mean(self, way: Way) -> Estimate:
-        """The mean test accuracy of a way."""
-        return self.mean(lambda name: self.level(way, name))
-
-    def at_mean(self, way: Way, removed: int) -> Estimate:
-        """The mean test accuracy of a way with so many layers gone."""
-
-        def at(name: str) -> Estimate:
-            one = self.found.get((way, name))
-            return one.at(removed) if one is not None else self.level(way, name)
-
-        return self.mean(at)
+    def level_mean(self, way: Way | None, removed: int | None = None) -> Estimate:
+        """The mean of these."""
+        return self.mean(lambda name: self.level(way, name, removed))
 
     def apart(self, one: Way, other: Way, benchmark: str) -> Estimate:
         """How much more a way answers than another, on the same documents of a benchmark."""
-        if benchmark in self.at_chance:
-            return Estimate(None, reason=self.at_chance[benchmark])
+        if why := self.benchmarks[benchmark].at_chance:
+            return Estimate(None, reason=why)
         for way in (one, other):
             if (level := self.level(way, benchmark)).value is None:
                 return level
-        first, second = (self.found[way, benchmark] for way in (one, other))
-        return first.above(second)
+        return self.found[one, benchmark].above(self.found[other, benchmark])
 
     def apart_mean(self, one: Way, other: Way) -> Estimate:
         """How much more a way answers than another on average, tested by the signs of documents."""
@@ -146,7 +143,7 @@ class Compared:
         # Documents of equal weight are whole numbers then, of which the test is exact.
         scaled = rounded(together * len(together))
         (tested,) = interactions(scaled[:, None], seed=SEED)
-        return Estimate(found.value, found.low, found.high, tested.p_value)
+        return replace(found, p_value=tested.p_value)
 
     def beside(self, amount: str) -> list[Beside]:
         """Hold accuracy against every other strategy, calibrated on each benchmark itself."""
@@ -174,26 +171,16 @@ class Compared:
     def searches(self, way: Way) -> list[PruneRecord]:
         """The searches of a way, each once, whichever benchmarks it served."""
         unique: dict[object, PruneRecord] = {}
-        for (each, _), pruning in self.found.items():
-            for record in pruning.records if each == way else ():
-                chosen_by = tuple(one.model_dump_json() for one in record.calibration)
+        for (tried, _), choices in self.found.items():
+            for record in choices.records if tried == way else ():
+                chosen_by = tuple(part.model_dump_json() for part in record.calibration)
                 unique.setdefault((chosen_by, record.draw), record)
         return list(unique.values())
 
-    def share(self, amount: str) -> float:
-        """Which share of the layers goes."""
-        return self.removed(amount)[-1] / self.layers
-
     def removed(self, amount: str) -> list[int]:
         """How many layers go, ascending: one number where all layers have one size."""
-        return sorted(
-            {
-                len(record.removed)
-                for (way, _), pruning in self.found.items()
-                for record in pruning.records
-                if way.amount == amount
-            }
-        )
+        some = (choices for (way, _), choices in self.found.items() if way.amount == amount)
+        return sorted({len(record.removed) for choices in some for record in choices.records})
 
 
 @dataclass(frozen=True)
@@ -201,8 +188,8 @@ class Beside:
     """One way held against another.
 
     Attributes:
-        one: The way that is held against
-        other: the other one.
+        one: The way that is held against the other.
+        other: The other one.
         found: How much more it answers on average.
         p: The p-value of that after Holm over all that are held against each other; None without.
     """
@@ -211,3 +198,10 @@ class Beside:
     other: Way
     found: Estimate
     p: float | None
+
+    @property
+    def sign(self) -> int:
+        """Whether the one answers significantly more (1) or less (−1); 0 where neither is shown."""
+        if self.found.value is None or self.p is None or self.p >= SIGNIFICANT:
+            return 0
+        return 1 if self.found.value > 0 else -1

@@ -11,34 +11,32 @@ from tracker.pruning.search.conduct import Pursued
 from tracker.pruning.search.figures import Choices
 from tracker.pruning.search.request import SearchRequest
 from tracker.stats.accuracy import accuracy
-from tracker.studies.prune.figures import OWN, TASKS, TEXT, Compared, Way
+from tracker.studies.prune.figures import OWN, TASKS, TEXT, Compared, PrunedFor, Way
 
 
 def compared(pursued: Pursued, text: str | None) -> list[Compared]:
     """Put together the searches of each model; `text` is the plain text to calibrate on."""
     groups: dict[object, Compared] = {}
-    places: dict[tuple[object, Way, str], list[int]] = {}
     cells = {cell.place: cell for cell in pursued.outcome.cells}
-    for number, (asked, record) in enumerate(zip(pursued.searches, pursued.records, strict=True)):
-        key = _model_of(asked)
-        group = groups.setdefault(key, Compared(_title(asked, record), record.model.layers))
-        name = asked.cell.benchmark
-        if name not in group.unpruned:
-            answered = pursued.tests[number]
-            group.unpruned[name] = accuracy(answered.baseline, answered.weights)
-            group.n[name] = record.baseline.n
-            group.metrics[name] = record.metric
+    for asked, record, answered in zip(
+        pursued.searches, pursued.records, pursued.tests, strict=True
+    ):
+        layers = record.model.layers
+        group = groups.setdefault(_model_of(asked), Compared(_title(asked, record), layers))
+        way, name = _way(asked, text), asked.cell.benchmark
+        if name not in group.benchmarks:
             tested = next((cells[place] for place in record.rests_on if place in cells), None)
-            if tested is not None and (why := _at_chance(tested)):
-                group.at_chance[name] = why
-        places.setdefault((key, _way(asked, text), name), []).append(number)
-    for (key, way, name), numbers in places.items():
-        groups[key].found[way, name] = Choices(
-            tuple(pursued.records[n] for n in numbers), tuple(pursued.tests[n] for n in numbers)
-        )
+            group.benchmarks[name] = PrunedFor(
+                accuracy(answered.baseline, answered.weights),
+                record.baseline.n,
+                record.metric,
+                "" if tested is None else _at_chance(tested),
+            )
+        draws = group.found.get((way, name), Choices((), ()))
+        group.found[way, name] = Choices((*draws.records, record), (*draws.answered, answered))
     for asked, why in pursued.failed.items():
-        if (group_of := groups.get(_model_of(asked))) is not None:
-            group_of.failed[_way(asked, text), asked.cell.benchmark] = why
+        if _model_of(asked) in groups:
+            groups[_model_of(asked)].failed[_way(asked, text), asked.cell.benchmark] = why
     return list(groups.values())
 
 

@@ -5,31 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from tracker.core.ablations import removals
 from tracker.core.config import CellRequest
-from tracker.core.errors import ExperimentError, RequestError
+from tracker.core.errors import RequestError
 from tracker.core.formats import defined, points
 from tracker.core.questions import question
-from tracker.ledger.early_stopping import refuse_unbounded
-from tracker.studies.base import Study, StudyContext, StudyResult, StudySetting, Subject
-from tracker.studies.savings.charts import passes_chart
+from tracker.studies.base import Study, StudyContext, StudyResult, Subject
 from tracker.studies.savings.figures import (
     ORDERS,
-    Hardest,
     MeasuredDocuments,
     Replayed,
-    hardest,
     measured,
     most,
     orders_of,
     replayed,
 )
-from tracker.studies.savings.tables import (
+from tracker.studies.savings.layout import (
     bounds_table,
     extent,
     named,
+    passes_chart,
     savings_table,
     times,
 )
@@ -76,27 +71,6 @@ class Savings(Study):
 
     name = "savings"
     question = "How much less has to be measured where a question is enough?"
-    about = """
-    'until' in an experiment file ends a benchmark when its question is answered. This study
-    measures the runs in EXPERIMENT in full, draws their documents in 200 random orders, and says
-    how many of them, and of the layer passes, each question would have taken, whether its answer
-    is that of all documents, and what bounds it: how far the runs in question are apart, and how
-    much documents differ. Leave 'until' out of the file.
-
-    \b
-    Examples:
-      tracker study savings experiments/demo.yaml
-      tracker study savings experiments/demo.yaml --question "top 3" --question "prune 10 at 99 %"
-    """
-    settings = (
-        StudySetting(
-            "questions",
-            str,
-            "A question as 'until' takes it; may be given again. Default: nine, such as 'top 5'.",
-            repeated=True,
-            flag="--question",
-        ),
-    )
 
     def __init__(self, questions: Sequence[str] = ()) -> None:
         try:
@@ -111,99 +85,78 @@ class Savings(Study):
         for cell in cells:
             runs = len(list(removals(cell, _ANY_MODEL)))
             try:
-                for one in self._asked if self._named else ():
-                    one.refuse(runs)
+                for asked_for in self._asked if self._named else ():
+                    asked_for.refuse(runs)
             except ValueError as error:
                 raise RequestError(f"{cell.title}: --question: {error}") from None
         return cells
 
     def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Say what each question took, and what bounds it."""
-        answers, tables, charts, lacking = [], [], [], []
+        result = StudyResult(_ASSUMED)
         races: list[Replayed] = []
         for subject in subjects:
-            if reason := _unusable(subject):
-                lacking.append(f"{subject.record.title}: {reason}")
-                continue
             cell = measured(subject)
+            if isinstance(cell, str):
+                result.lacking.append(f"{subject.record.title}: {cell}")
+                continue
             orders = orders_of(len(cell.drops))
-            questions = [one for one in self._asked if one.fits(len(cell.runs))]
-            found = [replayed(cell, one, orders) for one in questions]
-            bounds = [hardest(cell, one) for one in questions]
-            answers.append(_answer(cell, found))
-            answers.append(_bounded(cell, found, bounds))
-            tables += [savings_table(cell, found), bounds_table(cell, found, bounds)]
-            charts.append(passes_chart(cell, found))
-            races += found
-        if races:
-            answers.append(_errors(races))
-        else:
-            answers = ["Nothing could be raced for."]
-        return StudyResult(answers, tables, charts, lacking, _ASSUMED)
+            fitting = [question for question in self._asked if question.fits(len(cell.runs))]
+            replays = [replayed(cell, question, orders) for question in fitting]
+            result.answers += [_answer(cell, replays), _bounded(cell, replays)]
+            result.tables += [savings_table(cell, replays), bounds_table(cell, replays)]
+            result.charts.append(passes_chart(cell, replays))
+            races += replays
+        result.answers.append(_errors(races) if races else "Nothing could be raced for.")
+        return result
 
 
-def _unusable(subject: Subject) -> str:
-    """Say why a cell's outcomes cannot be raced for; empty where they can."""
-    metric = subject.store.views.of(subject.request).metric
-    try:
-        refuse_unbounded(subject.store.identity.benchmark, metric)
-    except ExperimentError:
-        return (
-            f"{metric} is no mean of outcomes between 0 and 1; name another 'metric', such as acc"
-        )
-    cell = measured(subject)
-    if not len(cell.drops) or not cell.runs:
-        return "no document is measured under all runs"
-    if not (np.abs(cell.drops) <= cell.reach).all():
-        return f"{metric} of some document is not between 0 and 1"
-    return ""
-
-
-def _answer(cell: MeasuredDocuments, found: Sequence[Replayed]) -> str:
-    parts = [f"{one.asked}: {_share(one, 0.5)} ({_share(one, 0.9)})" for one in found]
-    said = (
+def _answer(cell: MeasuredDocuments, replays: Sequence[Replayed]) -> str:
+    parts = [f"{race.asked}: {_share(race, 0.5)} ({_share(race, 0.9)})" for race in replays]
+    answer = (
         f"{cell.title}, {extent(cell)}, {len(cell.runs)} runs: what each question "
         f"takes of all layer passes, in the median of {ORDERS} orders (in nine of ten at most): "
         f"{'; '.join(parts)}."
     )
-    cheapest = min(found, key=lambda one: most(one.passes, 0.5))
+    cheapest = min(replays, key=lambda race: most(race.passes, 0.5))
     if not (fewer := times(cell, cheapest)):
-        return said
+        return answer
     return (
-        f"{said} '{cheapest.asked}' takes {fewer:.3g} times fewer than lm-eval once for each run, "
-        f"of which a factor of {cell.plain / cell.everything:.3g} is the sharing of layers."
+        f"{answer} '{cheapest.asked}' takes {fewer:.3g} times fewer than lm-eval once for each "
+        f"run, of which a factor of {cell.plain / cell.everything:.3g} is the sharing of layers."
     )
 
 
-def _share(one: Replayed, part: float) -> str:
-    share = most(one.passes, part)
+def _share(race: Replayed, part: float) -> str:
+    share = most(race.passes, part)
     return f"{points(share)} %" if defined(share) else "open"
 
 
-def _bounded(cell: MeasuredDocuments, found: Sequence[Replayed], bounds: Sequence[Hardest]) -> str:
+def _bounded(cell: MeasuredDocuments, replays: Sequence[Replayed]) -> str:
     """Say what bounds the dearest question."""
     # Of those that are open after all that are measured, the one that needs the most.
-    one, bound = max(
-        zip(found, bounds, strict=True),
-        key=lambda both: (most(both[0].passes, 0.5), both[1].documents.value or math.inf),
+    dearest = max(
+        replays,
+        key=lambda race: (most(race.passes, 0.5), race.bound.documents.value or math.inf),
     )
-    said = f"{cell.title}: the dearest, '{one.asked}', is bounded by {named(bound)}"
-    if bound.documents.value is None:
-        return f"{said}: {bound.documents.reason}."
-    took = most(one.documents, 0.5) * cell.population
+    bound, needed = dearest.bound, dearest.bound.documents
+    answer = f"{cell.title}: the dearest, '{dearest.asked}', is bounded by {named(bound)}"
+    if needed.value is None:
+        return f"{answer}: {needed.reason}."
+    took = most(dearest.documents, 0.5) * cell.population
     ended = f"took {took:,.0f}" if defined(took) else "was open after all that are measured"
     return (
-        f"{said}, where a document has a standard deviation of {points(bound.sd)} pp: a test "
+        f"{answer}, where a document has a standard deviation of {points(bound.sd)} pp: a test "
         f"that looks once, at the number of documents that is right in advance, would need "
-        f"{bound.documents.value:,.0f} of the {cell.population:,}; the race {ended}."
+        f"{needed.value:,.0f} of the {cell.population:,}; the race {ended}."
     )
 
 
 def _errors(races: Sequence[Replayed]) -> str:
-    wrong = sum(int(one.wrong.sum()) for one in races)
-    most = max(float(one.wrong.mean()) for one in races)
-    promised = max(1 - one.asked.level for one in races)
+    wrong = sum(int(race.wrong.sum()) for race in races)
+    worst = max(float(race.wrong.mean()) for race in races)
+    promised = max(1 - race.asked.level for race in races)
     return (
         f"Of {len(races) * ORDERS:,} races {wrong:,} ended with a wrong answer; of one question in "
-        f"one benchmark at most {points(most)} %, where {points(promised)} % are promised at most."
+        f"one benchmark at most {points(worst)} %, where {points(promised)} % are promised at most."
     )

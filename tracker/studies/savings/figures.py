@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from tracker.core.ablations import INTACT, Ablation
+from tracker.core.errors import ExperimentError
 from tracker.core.estimates import Estimate
 from tracker.core.questions import Question
 from tracker.core.records import RunIdentity
 from tracker.engine.scoring.streams import plain_passes, plan_streams
-from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.blocks import turns
+from tracker.ledger.early_stopping import refuse_unbounded
 from tracker.stats.resampling import SEED
 from tracker.stats.sequential.stopping import Race
 from tracker.stats.sequential.top_k import SAME
@@ -64,21 +65,33 @@ class MeasuredDocuments:
         return sum(self.counts.values())
 
 
-def measured(subject: Subject) -> MeasuredDocuments:
-    """Take a cell's outcomes."""
-    outcomes = AlignedOutcomes(subject.store, subject.store.views.of(subject.request))
-    runs = outcomes.runs
+def measured(subject: Subject) -> MeasuredDocuments | str:
+    """Take a cell's outcomes, or say why they cannot be raced for."""
+    metric = subject.view.metric
+    try:
+        refuse_unbounded(subject.store.identity.benchmark, metric)
+    except ExperimentError:
+        return (
+            f"{metric} is no mean of outcomes between 0 and 1; name another 'metric', such as acc"
+        )
+    outcomes = subject.outcomes()
+    runs, tasks = tuple(outcomes.runs), tuple(outcomes.tasks)
+    if not tasks or not runs:
+        return "no document is measured under all runs"
     ablations = [outcomes.ablation(run) for run in runs]
-    scale = outcomes.weights * len(outcomes.tasks)
+    scale = outcomes.weights * len(tasks)
+    drops, reach = outcomes.by_metric(ablations).drops * scale[:, None], float(scale.max())
+    if not (np.abs(drops) <= reach).all():
+        return f"{metric} of some document is not between 0 and 1"
     layers = subject.record.model.layers
     passes = passes_of(ablations, layers)
     return MeasuredDocuments(
         subject.record.title,
-        tuple(runs),
-        outcomes.by_metric(ablations).drops * scale[:, None],
-        tuple(outcomes.tasks),
+        runs,
+        drops,
+        tasks,
         subject.store.counts(),
-        float(scale.max()),
+        reach,
         passes,
         passes(np.ones(len(runs), dtype=bool)),
         sum(plain_passes([INTACT, *ablations], layers)) / 2,
@@ -115,6 +128,7 @@ class Replayed:
         passes: The share of the layer passes that this took; infinite likewise.
         answered: Whether it was answered, at the latest by all measured documents.
         wrong: Whether what was said by then contradicts all measured documents.
+        bound: What bounds the question's cost.
     """
 
     asked: Question
@@ -122,6 +136,7 @@ class Replayed:
     passes: Array
     answered: Mask
     wrong: Mask
+    bound: Hardest
 
 
 def replayed(cell: MeasuredDocuments, asked: Question, orders: NDArray[np.int64]) -> Replayed:
@@ -142,7 +157,7 @@ def replayed(cell: MeasuredDocuments, asked: Question, orders: NDArray[np.int64]
         if answered[n] or len(order) == cell.population:
             documents[n] = measured / cell.population
             passed[n] = passes / cell.population / cell.everything
-    return Replayed(asked, documents, passed, answered, wrong)
+    return Replayed(asked, documents, passed, answered, wrong, hardest(cell, asked))
 
 
 def _contradicts(cell: MeasuredDocuments, asked: Question, race: Race) -> bool:
@@ -188,30 +203,28 @@ class Hardest:
 
 def hardest(cell: MeasuredDocuments, asked: Question) -> Hardest:
     """Find what bounds a question's cost."""
-    drops, chance, runs = cell.drops, 1 - asked.level, cell.drops.shape[1]
+    drops, runs = cell.drops, cell.drops.shape[1]
     means, sds = drops.mean(axis=0), drops.std(axis=0)
-    power = float(stats.norm.ppf(POWER))
+    power, comparisons = float(stats.norm.ppf(POWER)), 2 * runs
     if asked.count is not None:
         order = np.argsort(-means if asked.kind == "top" else means, kind="stable")
         ends = order[asked.count - 1 : asked.count + 1]
         difference = drops[:, ends[0]] - drops[:, ends[1]]
         distance = abs(float(difference.mean())) + (asked.within or 0.0)
-        sd, shared = float(difference.std()), asked.count * (runs - asked.count)
-        reach = float(stats.norm.ppf(1 - chance / shared)) + power
+        sd, comparisons = float(difference.std()), asked.count * (runs - asked.count)
     elif asked.kind == "drop":
-        ends = np.array([np.argmax(sds)])
+        ends, power = np.array([np.argmax(sds)]), 0.0
         distance, sd = asked.within or 0.0, float(sds[ends[0]])
-        reach = float(stats.norm.ppf(1 - chance / (2 * runs)))
     else:
         with np.errstate(divide="ignore", invalid="ignore"):
             hard = np.where(sds > 0, sds / np.where(abs(means) > SAME, abs(means), np.nan), 0.0)
         ends = np.array([np.argmax(np.where(np.isnan(hard), np.inf, hard))])
         distance, sd = abs(float(means[ends[0]])), float(sds[ends[0]])
-        reach = float(stats.norm.ppf(1 - chance / (2 * runs))) + power
     if distance <= SAME:
         tie = "two runs tie" if asked.count else "the drop is 0"
         documents = Estimate(None, reason=f"{tie}, which only all documents show")
     else:
+        reach = float(stats.norm.ppf(1 - (1 - asked.level) / comparisons)) + power
         endless = (reach * sd / distance) ** 2
         documents = Estimate(float(math.ceil(endless / (1 + endless / cell.population))))
     return Hardest(tuple(cell.runs[n] for n in ends), distance, sd, documents)

@@ -10,15 +10,7 @@ import numpy as np
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.core.errors import RequestError
-from tracker.core.formats import (
-    ends,
-    measure_of,
-    p_value,
-    points,
-    three_digits,
-    two_digits,
-    with_interval,
-)
+from tracker.core.formats import measure_of, p_value, points, three_digits, with_interval
 from tracker.engine.observers.perturbation_growth import perturbation_growth, verify_growth
 from tracker.engine.refusal import refused
 from tracker.engine.scoring.sweep import Engine
@@ -31,17 +23,21 @@ from tracker.studies.base import (
     Study,
     StudyContext,
     StudyResult,
-    StudySetting,
     Subject,
     grouped,
+    observe,
     refuse_removed,
+    side,
 )
-from tracker.studies.observing import observe
-from tracker.studies.snowball.charts import beside_each_other, charts_of
-from tracker.studies.snowball.figures import ALL, COSINE, END, LATER, Figures, figures
-from tracker.studies.snowball.tables import layer_table, predictors, summary
-
-DRAWS = 2
+from tracker.studies.registry import DRAWS
+from tracker.studies.snowball.figures import COSINE, END, Figures, figures
+from tracker.studies.snowball.layout import (
+    beside_each_other,
+    charts_of,
+    layer_table,
+    predictors,
+    summary,
+)
 
 
 class Snowball(Study):
@@ -53,28 +49,6 @@ class Snowball(Study):
 
     name = "snowball"
     question = "Do later layers amplify what the removal of a layer changes?"
-    about = """
-    Each layer is removed, and perturbed by as much in random directions. The difference to the
-    intact residual stream, relative to it, is followed behind every later layer: where it is larger
-    at the end than right behind the layer, it snowballs. The study says in which layers it does, by
-    what factor, and whether that explains what the cosine score misjudges. Let 'layer' in
-    EXPERIMENT hold every layer: the accuracy that each removal costs is set beside the growth.
-
-    \b
-    Examples:
-      tracker study snowball experiments/demo.yaml
-      tracker study snowball experiments/demo.yaml --draws 8
-    """
-    settings = (
-        StudySetting(
-            "draws",
-            int,
-            "Random directions for each layer and token; each costs as much as all removals.",
-            default=2,
-            least=1,
-            most=1000,
-        ),
-    )
 
     def __init__(self, draws: int = DRAWS) -> None:
         if draws < 1:
@@ -97,7 +71,8 @@ class Snowball(Study):
 
     def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Answer; what a model refuses, or is not finite in it, is said under `lacking`."""
-        found, lacking = [], []
+        cells: list[Figures] = []
+        result = StudyResult(_assumptions(self._draws))
         for subject in subjects:
             title = subject.request.title
             try:
@@ -106,45 +81,21 @@ class Snowball(Study):
                 why = refused(error)
                 if why is None:
                     raise
-                lacking.append(
+                result.lacking.append(
                     f"{title}: {why}; its perturbations cannot be followed, use another model"
                 )
                 continue
-            each = figures(subject, observed)
-            if each is None:
-                lacking.append(
-                    f"{title}: fewer than two documents have finite hidden states and two tokens; "
-                    "try dtype: {value: float32}, or more documents"
-                )
-                continue
-            found.append(each)
-            if each.left_out:
-                lacking.append(
-                    f"{title}: {each.left_out} documents are left out, their hidden states are not "
-                    "finite or they have one token; try dtype: {value: float32}"
-                )
-            if too_few := _too_few(each):
-                lacking.append(f"{title}: {too_few}")
-            absent = each.layers - len(each.explained.layers if each.explained else [])
-            if absent:
-                lacking.append(
-                    f"{title}: the {measure_of(each.cell).change} of {absent} of {each.layers} "
-                    f"layers; add them to 'layer' in {asked.file}"
-                )
-        several = grouped(found, lambda each: each.cell.model.key)
-        return StudyResult(
-            answers=[line for cells in several for line in _answers(cells, self._draws)],
-            tables=[
-                *([summary(found)] if found else []),
-                *(table for each in found for table in (layer_table(each), predictors(each))),
-            ],
-            charts=[
-                *(beside_each_other(cells) for cells in several if len(cells) > 1),
-                *(chart for each in found for chart in charts_of(each)),
-            ],
-            lacking=lacking,
-            assumptions=_assumptions(self._draws),
-        )
+            cell = figures(subject, observed)
+            result.lacking += [f"{title}: {why}" for why in _lacking(cell, asked)]
+            cells += [cell] if cell is not None else []
+        several = grouped(cells, lambda cell: cell.cell.model.key)
+        result.answers += [line for some in several for line in _answers(some, self._draws)]
+        result.tables += [summary(cells)] if cells else []
+        result.charts += [beside_each_other(some) for some in several if len(some) > 1]
+        for cell in cells:
+            result.tables += [layer_table(cell), predictors(cell)]
+            result.charts += charts_of(cell)
+        return result
 
     def _begin(self, engine: Engine) -> Observe:
         verified = False
@@ -159,26 +110,41 @@ class Snowball(Study):
         return watch
 
 
-# Answers
+def _lacking(cell: Figures | None, asked: StudyContext) -> Iterator[str]:
+    """Say what of a cell could not be said, with what to do."""
+    if cell is None:
+        yield (
+            "fewer than two documents have finite hidden states and two tokens; try dtype: "
+            "{value: float32}, or more documents"
+        )
+        return
+    if cell.left_out:
+        yield (
+            f"{cell.left_out} documents are left out, their hidden states are not finite or they "
+            "have one token; try dtype: {value: float32}"
+        )
+    if too_few := _too_few(cell):
+        yield too_few
+    if absent := cell.layers - len(cell.explained.layers if cell.explained else []):
+        yield (
+            f"the {measure_of(cell.cell).change} of {absent} of {cell.layers} layers; add them to "
+            f"'layer' in {asked.file}"
+        )
 
 
-def _answers(cells: Sequence[Figures], draws: int) -> Iterator[str]:
+def _answers(cells: Sequence[Figures], draws: int = DRAWS) -> list[str]:
     """Say everything of one model: whether it happens, against chance, and what it explains."""
+    answers = [_whether(cells)]
+    for cell in cells:
+        answers += [_most(cell), _against_chance(cell, draws), *_explains(cell)]
+    return [*answers, *([_between(cells)] if len(cells) > 1 else []), _without_the_first(cells)]
+
+
+def _whether(cells: Sequence[Figures]) -> str:
     model = cells[0].cell.model.name
-    yield _whether(model, cells)
-    for each in cells:
-        yield _most(each)
-        yield _against_chance(each, draws)
-        yield from _explains(each)
-    if len(cells) > 1:
-        yield _between(cells)
-    yield _without_the_first(cells)
-
-
-def _whether(model: str, cells: Sequence[Figures]) -> str:
-    counts = [Counter(each.tokens[ALL].removed.signs) for each in cells]
-    grow, shrink = (sum(count[sign] for count in counts) for sign in (1, -1))
-    of = sum(count[1] + count[0] + count[-1] for count in counts)
+    signs = [cell.tokens.removed.signs for cell in cells]
+    grow, shrink, undecided = (sum(each.count(sign) for each in signs) for sign in (1, -1, 0))
+    of = grow + shrink + undecided
     if not of:
         return f"{model}: no layer's growth is defined."
     if grow == of:
@@ -190,164 +156,150 @@ def _whether(model: str, cells: Sequence[Figures]) -> str:
     else:
         verdict = "whether most layers snowball is open; raise 'sample' or 'limit'"
     parts = [
-        f"{each.cell.benchmark.title} {count[1]} grow, {count[-1]} shrink, {count[0]} undecided; "
-        f"median ×{three_digits(each.tokens[ALL].removed.median)} (n = {each.documents})"
-        for each, count in zip(cells, counts, strict=True)
+        f"{cell.cell.benchmark.title} {each.count(1)} grow, {each.count(-1)} shrink, "
+        f"{each.count(0)} undecided; median ×{three_digits(cell.tokens.removed.median)} "
+        f"(n = {cell.documents})"
+        for cell, each in zip(cells, signs, strict=True)
     ]
-    handed = [
-        one.value for each in cells for one in each.tokens[ALL].handed_on if one.value is not None
-    ]
+    handed_on = [factor for cell in cells for factor in cell.tokens.handed_on.defined]
     return (
         f"{model}: {verdict}. From right behind a removed layer to the last layer, the relative "
         f"difference to the intact residual stream grows in {grow} of {of} cases and shrinks in "
         f"{shrink} ({'; '.join(parts)}). Later layers do add to it: it ends "
-        f"{three_digits(float(np.median(handed)))} times (median) as large as if they had handed "
-        "it on as it was; but the stream grows too."
+        f"{three_digits(float(np.median(handed_on)))} times (median) as large as if they had "
+        "handed it on as it was; but the stream grows too."
     )
 
 
-def _too_few(each: Figures) -> str:
+def _too_few(cell: Figures) -> str:
     """Say where so few documents leave every layer undecided, whatever they show; else nothing."""
-    tests = sum(one.value is not None for one in each.tokens[ALL].removed.total)
+    tests = len(cell.tokens.removed.defined)
     fewest = fewest_to_show(tests, SIGNIFICANT)
-    if each.documents >= fewest:
+    if cell.documents >= fewest:
         return ""
     return (
-        f"so few documents ({each.documents}) leave all {tests} layers undecided, whatever they "
+        f"so few documents ({cell.documents}) leave all {tests} layers undecided, whatever they "
         f"show; Wilcoxon's test, adjusted for so many, needs {fewest}; raise 'sample' or 'limit'"
     )
 
 
-def _most(each: Figures) -> str:
-    removed = each.tokens[ALL].removed
-    defined = [i for i, one in enumerate(removed.total) if one.value is not None]
+def _most(cell: Figures) -> str:
+    tokens, factors = cell.tokens, cell.tokens.removed.factors
+    defined = [layer for layer, factor in enumerate(factors) if factor.value is not None]
     if not defined:
-        return f"{_where(each)}: {removed.total[0].reason}."
-    order = sorted(defined, key=lambda i: -(removed.total[i].value or 0))
+        return f"{_where(cell)}: {factors[0].reason}."
+    order = sorted(defined, key=lambda layer: -(factors[layer].value or 0))
     parts = [
-        f"layer {i} ×{with_interval(removed.total[i], three_digits)}, "
-        f"from {points(removed.paths[i, i])} "
-        f"% to {points(removed.paths[i, -1])} % of the stream's norm, larger behind "
-        f"{removed.growing_steps(i)} of {len(removed.total) - 1 - i} later layers"
-        for i in order[:3]
+        f"layer {layer} ×{with_interval(factors[layer], three_digits)}, "
+        f"from {points(tokens.paths[layer, layer])} "
+        f"% to {points(tokens.paths[layer, -1])} % of the stream's norm, larger behind "
+        f"{tokens.growing_steps(layer)} later layers"
+        for layer in order[:3]
     ]
-    least = order[-1]
     return (
-        f"{_where(each)}: most after the removal of {'; '.join(parts)}; least of layer {least} "
-        f"×{with_interval(removed.total[least], three_digits)}."
+        f"{_where(cell)}: most after the removal of {'; '.join(parts)}; least of layer {order[-1]} "
+        f"×{with_interval(factors[order[-1]], three_digits)}."
     )
 
 
-def _against_chance(each: Figures, draws: int) -> str:
-    tokens = each.tokens[ALL]
-    signs = Counter(tokens.beside_signs)
-    of = signs[1] + signs[0] + signs[-1]
-    snowballs = Counter(tokens.random.signs)[1]
-    defined = [one.value for one in tokens.beside if one.value is not None]
-    if not defined:
-        return f"{_where(each)}: removal and random directions cannot be compared."
+def _against_chance(cell: Figures, draws: int = DRAWS) -> str:
+    tokens = cell.tokens
+    beside, signs = tokens.beside, tokens.beside.signs
+    if not beside.defined:
+        return f"{_where(cell)}: removal and random directions cannot be compared."
     return (
-        f"{_where(each)}: a removal grows more than random directions of the same norm in "
-        f"{signs[1]} of {of} layers, less in {signs[-1]} (median ratio "
-        f"{three_digits(float(np.median(defined)))}); random directions ({draws} a token) snowball "
-        f"in {snowballs}, other tokens' updates in {Counter(tokens.shuffled.signs)[1]}."
+        f"{_where(cell)}: a removal grows more than random directions of the same norm in "
+        f"{signs.count(1)} of {len(signs) - signs.count(None)} layers, less in {signs.count(-1)} "
+        f"(median ratio {three_digits(beside.median)}); random directions ({draws} a token) "
+        f"snowball in {tokens.random.signs.count(1)}, other tokens' updates in "
+        f"{tokens.shuffled.signs.count(1)}."
     )
 
 
-def _explains(each: Figures) -> Iterator[str]:
-    explained = each.explained
+def _explains(cell: Figures) -> list[str]:
+    explained, where = cell.explained, _where(cell)
     if explained is None:
-        return
+        return []
     cosine, end = explained.predictors[COSINE], explained.predictors[END]
-    better = explained.better[END]
     if cosine.value is None or end.value is None:
-        why = end.reason or cosine.reason
-        yield f"{_where(each)}: no order of the layers can be judged: {why}."
-        return
-    verdict = "neither a surely better nor a surely worse"
-    if better.low is not None and better.high is not None and not better.low <= 0 <= better.high:
-        verdict = "a better" if better.low > 0 else "a worse"
-    yield (
-        f"{_where(each)}: how far a removal has moved the stream before the head is {verdict} "
-        f"predictor of the {measure_of(each.cell).change} than the cosine score: Spearman "
-        f"{with_interval(end)} against {with_interval(cosine)}, "
-        f"difference {two_digits(better.value or 0)}"
-        f"{ends(better.low, better.high)} over {len(explained.layers)} layers."
+        return [f"{where}: no order of the layers can be judged: {end.reason or cosine.reason}."]
+    better = explained.better[END]
+    verdicts = {1: "a better", -1: "a worse", 0: "neither a surely better nor a surely worse"}
+    predicts = (
+        f"{where}: how far a removal has moved the stream before the head is "
+        f"{verdicts[side(better)]} predictor of the {measure_of(cell.cell).change} than the cosine "
+        f"score: Spearman {with_interval(end)} against {with_interval(cosine)}, "
+        f"difference {with_interval(better)} over {len(explained.layers)} layers."
     )
     growth = explained.partial["growth after removal"]
     depth = explained.partial["layers that follow"]
     if growth.value is None:
-        yield f"{_where(each)}: what growth explains is undefined: {growth.reason}."
-        return
+        return [predicts, f"{where}: what growth explains is undefined: {growth.reason}."]
     p = growth.p_value
     does = p is not None and p < SIGNIFICANT and growth.value > 0
-    yield (
-        f"{_where(each)}: growth {'explains part of' if does else 'is not shown to explain'} what "
+    explains = (
+        f"{where}: growth {'explains part of' if does else 'is not shown to explain'} what "
         f"the cosine score misjudges: with it held fixed, growth and drop correlate by "
         f"{with_interval(growth)}"
-        + (f", p = {p_value(p)}" if p is not None else "")
-        + (
-            f"; for comparison, how many layers follow correlates by {with_interval(depth)}."
-            if depth.value is not None
-            else "."
-        )
     )
+    if p is not None:
+        explains += f", p = {p_value(p)}"
+    if depth.value is not None:
+        explains += f"; for comparison, how many layers follow correlates by {with_interval(depth)}"
+    return [predicts, f"{explains}."]
 
 
 def _between(cells: Sequence[Figures]) -> str:
-    stand = Counter(task.name for each in cells for task in each.cell.benchmark.tasks)
+    stand = Counter(task.name for cell in cells for task in cell.cell.benchmark.tasks)
     if twice := [name for name, times in stand.items() if times > 1]:
         return (
             f"Whether growth differs between benchmarks cannot be tested: {', '.join(twice)} "
             "stands in several, whose documents are not independent; ask for one of each."
         )
     layers = range(cells[0].layers - 1)
-    adjusted = holm([unequal_growth([e.tokens[ALL].ratios[:, i] for e in cells]) for i in layers])
-    defined = [p for p in adjusted if p is not None]
-    names = ", ".join(each.cell.benchmark.title for each in cells)
-    if not defined:
+    tests = holm([unequal_growth([c.tokens.ratios[:, layer] for c in cells]) for layer in layers])
+    adjusted = [p for p in tests if p is not None]
+    names = ", ".join(cell.cell.benchmark.title for cell in cells)
+    if not adjusted:
         return (
             f"Whether growth differs between {names} cannot be tested: five documents of each are "
             "needed; raise 'sample' or 'limit'."
         )
-    differ = [i for i, p in enumerate(adjusted) if p is not None and p < SIGNIFICANT]
     ratios = []
-    for i in layers:
-        values = [v for e in cells if (v := e.tokens[ALL].removed.total[i].value) is not None]
+    for layer in layers:
+        factors = (cell.tokens.removed.factors[layer].value for cell in cells)
+        values = [value for value in factors if value is not None]
         ratios.append(max(values) / min(values) if len(values) > 1 else 0.0)
     far = int(np.argmax(ratios))
     return (
-        f"Growth depends on the benchmark in {len(differ)} of {len(defined)} layers ({names}; "
-        f"Kruskal–Wallis over documents, Holm over layers); furthest apart is layer {far}, where "
-        f"the largest factor is {three_digits(ratios[far])} times the smallest."
+        f"Growth depends on the benchmark in {sum(p < SIGNIFICANT for p in adjusted)} of "
+        f"{len(adjusted)} layers ({names}; Kruskal–Wallis over documents, Holm over layers); "
+        f"furthest apart is layer {far}, where the largest factor is {three_digits(ratios[far])} "
+        "times the smallest."
     )
 
 
 def _without_the_first(cells: Sequence[Figures]) -> str:
-    changed = sum(
-        one != other
-        for each in cells
-        for one, other in zip(
-            each.tokens[ALL].removed.signs, each.tokens[LATER].removed.signs, strict=True
-        )
-    )
+    changed = 0
+    for cell in cells:
+        pairs = zip(cell.tokens.removed.signs, cell.later.removed.signs, strict=True)
+        changed += sum(first != later for first, later in pairs)
     medians = ", ".join(
-        f"{each.cell.benchmark.title} ×{three_digits(each.tokens[LATER].removed.median)}"
-        for each in cells
+        f"{cell.cell.benchmark.title} ×{three_digits(cell.later.removed.median)}" for cell in cells
     )
-    of = sum(each.layers - 1 for each in cells)
+    of = sum(cell.layers - 1 for cell in cells)
     return (
         f"Without the first token of each text (its norm is often far beyond the others'), "
         f"{changed} of these {of} verdicts change; median growth {medians}."
     )
 
 
-def _where(each: Figures) -> str:
-    several = f"{each.cell.model.name} on {each.cell.benchmark.title}"
-    return f"{several} ({each.documents} documents)"
+def _where(cell: Figures) -> str:
+    record = cell.cell
+    return f"{record.model.name} on {record.benchmark.title} ({cell.documents} documents)"
 
 
-def _assumptions(draws: int) -> list[str]:
+def _assumptions(draws: int = DRAWS) -> list[str]:
     return [
         "Relative difference: ‖h′ − h‖ / ‖h‖ behind a layer, h the intact residual stream before "
         "any final norm; the mean over the tokens of context and gold continuation, then the "

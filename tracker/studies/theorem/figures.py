@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from tracker.core.ablations import INTACT, ablate
 from tracker.core.config import CellRequest
@@ -74,27 +77,27 @@ class Shown:
 
 def measured(subject: Subject, built: Built) -> Shown:
     """Count what a built model answers, and find its layers' cosine scores."""
+    record, lesson = subject.record, built.lesson
     scores = {
-        layer: float("nan") if run.cosine_score is None else run.cosine_score
-        for layer, run in subject.record.runs_of().items()
+        layer: math.nan if run.cosine_score is None else run.cosine_score
+        for layer, run in record.runs_of().items()
     }
-    column = f"{METRIC}{subject.record.metric}"
-    frame = subject.outcomes()
-    taught = [
-        place not in built.lesson.left_out
-        for place in zip(frame["task"], frame["doc"], strict=True)
-    ]
-    values = frame[taught].groupby("ablation")[column]
-    counts = {name: [_pair(value) for value in each] for name, each in values}
-    of = counts[INTACT.name]
+    frame = subject.store.read_documents(subject.request.extent)
+    places = zip(frame["task"], frame["doc"], strict=True)
+    taught = frame[[place not in lesson.left_out for place in places]]
+    counts = {
+        name: np.sum([_pair(value) for value in values], axis=0)
+        for name, values in taught.groupby("ablation")[f"{METRIC}{record.metric}"]
+    }
+    right, units = map(int, counts[INTACT.name])
     return Shown(
         built,
         subject,
         score=scores.pop(WHISPER),
         other=min(scores.values()),
-        right=sum(right for right, _ in of),
-        without=sum(right for right, _ in counts[ablate("layer", (WHISPER,)).name]),
-        units=sum(units for _, units in of) - (built.lesson.clashing if built.is_open else 0),
+        right=right,
+        without=int(counts[ablate("layer", (WHISPER,)).name][0]),
+        units=units - (lesson.clashing if built.is_open else 0),
     )
 
 

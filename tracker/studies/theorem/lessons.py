@@ -67,7 +67,8 @@ def lesson(
     found = Lesson()
     owners = _owners(documents, length)
     for document in documents:
-        found.texts += [_text(request, length) for request in document.requests]
+        for request in document.requests:
+            found.texts.append(Text(_read(request, length), len(request.continuation)))
         if not document.choices:
             _learn_all(found, document, length)
             continue
@@ -89,21 +90,18 @@ def _read(request: Request, length: int) -> tuple[int, ...]:
     return (*request.context, *request.continuation)[-(length + 1) :][:-1]
 
 
-def _text(request: Request, length: int) -> Text:
-    return Text(_read(request, length), len(request.continuation))
-
-
-def _scored(request: Request, length: int) -> list[Place]:
-    """The places at which each token of a continuation is predicted, in order."""
+def _predicted(request: Request, length: int) -> list[tuple[Place, int]]:
+    """The places at which each token of a continuation is predicted, with the token, in order."""
     tokens = _read(request, length)
-    return list(places(tokens))[len(tokens) - len(request.continuation) :]
+    scored = list(places(tokens))[len(tokens) - len(request.continuation) :]
+    return list(zip(scored, request.continuation, strict=True))
 
 
 def _learn_all(found: Lesson, document: Document, length: int) -> None:
     """Teach every token of open texts: the first text that a place is in decides what follows."""
     before = found.clashing
     for request in document.requests:
-        for place, token in zip(_scored(request, length), request.continuation, strict=True):
+        for place, token in _predicted(request, length):
             known = found.wanted.setdefault(place, Wanted())
             found.tokens += document.rolling
             if not known.signed:
@@ -124,12 +122,8 @@ def _owners(documents: Sequence[Document], length: int) -> Counter[tuple[Place, 
     for document in documents:
         choices = document.requests[: document.choices]
         if len({request.context for request in choices}) > 1:
-            owners.update({each for request in choices for each in _predicted(request, length)})
+            owners.update({pair for request in choices for pair in _predicted(request, length)})
     return owners
-
-
-def _predicted(request: Request, length: int) -> list[tuple[Place, int]]:
-    return list(zip(_scored(request, length), request.continuation, strict=True))
 
 
 def _demands(
@@ -142,17 +136,18 @@ def _demands(
     gold = choices[document.gold]
     demands: list[_Demand] = []
     partings: list[tuple[int, int]] = []
-    here = _scored(gold, length)
+    here = _predicted(gold, length)
     for number, wrong in enumerate(choices):
         if number == document.gold:
             continue
-        there = _scored(wrong, length)
-        if here[0] != there[0]:  # contexts of their own
-            for request, worth in ((gold, 1), (wrong, -1)):
-                own = [each for each in _predicted(request, length) if owners[each] == 1]
+        there = _predicted(wrong, length)
+        if here[0][0] != there[0][0]:  # contexts of their own
+            for predicted, worth in ((here, 1), (there, -1)):
+                own = [pair for pair in predicted if owners[pair] == 1]
                 if not own:
                     return CLASH
-                demands.append((own[0][0], "signed", own[0][1], worth))
+                place, token = own[0]
+                demands.append((place, "signed", token, worth))
             continue
         part = _parting(gold.continuation, wrong.continuation)
         if part == len(wrong.continuation):
@@ -160,31 +155,32 @@ def _demands(
         if part < len(gold.continuation):
             partings.append((part, wrong.continuation[part]))
         else:
-            demands.append((there[part], "fixed", wrong.continuation[part], -1))
+            place, token = there[part]
+            demands.append((place, "fixed", token, -1))
     if not partings and not any(kind == "signed" for _, kind, _, _ in demands):
         return LONGER
     if partings:
-        demands += _at_partings(gold, here, sorted(partings))
+        demands += _at_partings(here, sorted(partings))
     return demands
 
 
 def _at_partings(
-    gold: Request, here: Sequence[Place], partings: Sequence[tuple[int, int]]
+    here: Sequence[tuple[Place, int]], partings: Sequence[tuple[int, int]]
 ) -> Iterator[_Demand]:
     """The token of the right answer wherever a wrong one parts from it, the first under a sign."""
-    first, opponent = partings[0]
+    first = partings[0][0]
     for part in dict.fromkeys(part for part, _ in partings):
-        kind = "signed" if part == first else "fixed"
-        yield here[part], kind, gold.continuation[part], 1
+        place, token = here[part]
+        yield place, "signed" if part == first else "fixed", token, 1
     for part, token in partings:
         kind = "signed" if part == first else "fixed"
-        yield here[part], kind, token, -1 if (part, token) == (first, opponent) else 0
+        yield here[part][0], kind, token, -1 if (part, token) == partings[0] else 0
 
 
 def _parting(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two answers share at their beginning."""
-    same = (a == b for a, b in zip(one, other, strict=False))
-    return next((number for number, each in enumerate(same) if not each), min(len(one), len(other)))
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _clashes(found: Lesson, demand: _Demand) -> bool:

@@ -1,10 +1,12 @@
-"""The tables of the study `joint`."""
+"""The tables and charts of the study `joint`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from tracker.core.estimates import Estimate
+from tracker.core.findings import Line, LineChart, MapChart
+from tracker.core.formats import p_value
 from tracker.core.records import CellRecord
 from tracker.core.tables import Column, Table, table
 from tracker.studies.base import SIGNIFICANT
@@ -20,7 +22,7 @@ def summary(rows: Sequence[tuple[CellRecord, Pairs]]) -> Table:
     def mean(row: tuple[CellRecord, Pairs]) -> Estimate | str:
         # Nats and percentage points stand in one column, as text.
         pairs = row[1]
-        return pairs.mean if pairs.mean.value is None else pairs.said(pairs.mean)
+        return pairs.mean if pairs.mean.value is None else pairs.write(pairs.mean)
 
     columns: tuple[Column[tuple[CellRecord, Pairs]], ...] = (
         Column("model and benchmark", "text", lambda row: row[0].title),
@@ -69,4 +71,48 @@ def strongest(record: CellRecord, one: Pairs, sign: int) -> Table:
             f"The largest of {int((~one.floor).sum()):,} interactions, which are therefore larger "
             "here than other documents would show.",
         ),
+    )
+
+
+def interaction_map(record: CellRecord, pairs: Pairs) -> MapChart:
+    """Draw all interactions, each in both halves; pairs at the floor are gaps."""
+    layers = sorted(pairs.alone)
+    places = {pair: n for n, pair in enumerate(pairs.pairs)}
+    grid = [[places.get((min(i, j), max(i, j))) for j in layers] for i in layers]
+    left_out = f", {int(pairs.floor.sum())} at the floor" if pairs.floor.any() else ""
+    return MapChart(
+        title=f"{record.title}: interaction of two layers by {pairs.measure}, "
+        f"{len(pairs.pairs):,} pairs{left_out}",
+        x="layer (0-based)",
+        y="layer",
+        name="interaction",
+        unit=pairs.unit,
+        columns=tuple(layers),
+        rows=tuple(map(str, layers)),
+        values=tuple(tuple(None if n is None else pairs.value(n) for n in row) for row in grid),
+        hovers=tuple(tuple("" if n is None else _hover(pairs, n) for n in row) for row in grid),
+    )
+
+
+def _hover(pairs: Pairs, place: int) -> str:
+    (i, j), write = pairs.pairs[place], pairs.write
+    text = (
+        f"{i} with {j}: {write(pairs.found[place])} · both {write(float(pairs.together[place]))}"
+        f" · {i} {write(pairs.alone[i])} · {j} {write(pairs.alone[j])}"
+    )
+    if pairs.floor[place]:
+        return f"{text} · at the floor"
+    return f"{text} · p {p_value(pairs.q[place])} (Benjamini-Hochberg)"
+
+
+def distance_chart(record: CellRecord, pairs: Pairs) -> LineChart:
+    """Draw the mean interaction of pairs by how many layers they are apart."""
+    name = "pairs that are not at the floor" if pairs.floor.any() else "all pairs"
+    return LineChart(
+        title=f"{record.title}: mean interaction by distance, {pairs.measure}",
+        x="distance |i − j|",
+        y="interaction",
+        unit=pairs.unit,
+        places=tuple(pairs.by_distance),
+        lines=(Line.of(name, pairs.by_distance.values()),),
     )

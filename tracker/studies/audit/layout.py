@@ -1,4 +1,4 @@
-"""The audit's tables, of one model."""
+"""The audit's tables and charts, of one model."""
 
 from __future__ import annotations
 
@@ -8,20 +8,14 @@ from typing import NamedTuple
 from scipy import stats
 
 from tracker.core.estimates import Estimate, Unit
+from tracker.core.findings import FoundChart, Line, LineChart, MapChart
 from tracker.core.formats import counted, two_digits
 from tracker.core.proxies import PROXIES, passes
 from tracker.core.tables import Column, Table, Value, estimate, table
 from tracker.stats.multiple import holm
+from tracker.stats.rank_agreement import midranks
 from tracker.stats.task_dependence import BLOCK
-from tracker.studies.audit.figures import (
-    MAJOR,
-    RELIABLE,
-    TOP,
-    ModelAudit,
-    Spreads,
-    Summary,
-    overlaps,
-)
+from tracker.studies.audit.figures import MAJOR, RELIABLE, TOP, ModelAudit, Spreads, Summary, means
 from tracker.studies.audit.measures import DROP, Audited, Ordering
 from tracker.studies.base import FEWEST
 
@@ -32,8 +26,7 @@ def tables_of(audit: ModelAudit) -> list[Table]:
 
 
 def _proxies(audit: ModelAudit) -> Table:
-    summaries = {each.proxy: each for each in audit.summaries}
-    shared = {each.proxy: overlaps(each) for each in audit.summaries}
+    summaries = audit.summaries
 
     def column(label: str, unit: Unit, value: Callable[[Summary], Value]) -> Column[str]:
         def entry(proxy: str) -> Value:
@@ -44,20 +37,20 @@ def _proxies(audit: ModelAudit) -> Table:
 
         return Column(label, unit, entry)
 
-    def worst(each: Summary) -> str:
-        spearman = each.worst.found[each.proxy].spearman
-        return f"{each.worst.label}: {two_digits(spearman.value or 0.0)}"
+    def worst(summary: Summary) -> str:
+        spearman = summary.worst.found[summary.proxy].spearman
+        return f"{summary.worst.label}: {two_digits(spearman.value or 0.0)}"
 
     total = audit.total
     columns = [
-        Column("proxy", "text", lambda proxy: PROXIES[proxy].label),
-        column("mean Spearman", "coefficient", lambda s: Estimate(s.spearman, s.low, s.high)),
+        Column("proxy", "text", _label),
+        column("mean Spearman", "coefficient", lambda s: s.spearman),
         column("inner layers", "coefficient", lambda s: estimate(s.inner, _no_inner(s.cells))),
         column("mean Kendall", "coefficient", lambda s: s.kendall),
         column("worst benchmark", "text", worst),
-        column(f"top-{TOP} overlap", "percent", lambda s: shared[s.proxy][0]),
-        column(f"bottom-{TOP} overlap", "percent", lambda s: shared[s.proxy][1]),
-        column("by chance", "percent", lambda s: shared[s.proxy][2]),
+        column(f"top-{TOP} overlap", "percent", lambda s: s.overlaps[0]),
+        column(f"bottom-{TOP} overlap", "percent", lambda s: s.overlaps[1]),
+        column("by chance", "percent", lambda s: s.overlaps[2]),
         column("passes, naive", "times", lambda s: passes(s.proxy, total, shared=False)),
         column("passes, shared", "times", lambda s: passes(s.proxy, total, shared=True)),
         column("p (Holm)", "p", lambda s: audit.adjusted[s.proxy]),
@@ -144,13 +137,13 @@ def _disagreements(audit: ModelAudit) -> Table:
             Column(smooth, "p", lambda proxy: audit.orders[proxy][place].smooth_p),
         ]
 
-    ends = ("", " by chance", ": p, shuffled", ": p, as smooth")
+    words = ("", " by chance", ": p, shuffled", ": p, as smooth")
     return table(
         f"{audit.name}: in how many layers the ranks differ",
         [
-            Column("proxy", "text", lambda proxy: PROXIES[proxy].label),
+            Column("proxy", "text", _label),
             *columns(("ranks differ", "by chance", "p, shuffled", "p, as smooth"), 0),
-            *columns([f"majorly{end}" for end in ends], 1),
+            *columns([f"majorly{word}" for word in words], 1),
         ],
         audit.orders,
         [
@@ -164,11 +157,9 @@ def _disagreements(audit: ModelAudit) -> Table:
 def _variances(audit: ModelAudit) -> list[Table]:
     if not audit.spreads:
         return []
-    names = {"relevance": "accuracy relevance", DROP: DROP}
-    names |= {name: proxy.label for name, proxy in PROXIES.items()}
     tests = [spread.test for spread in audit.spreads.values()]
-    p_values = [None if test is None else test.p_value for test in tests]
-    adjusted = dict(zip(audit.spreads, holm(p_values), strict=True))
+    p_values = holm([None if test is None else test.p_value for test in tests])
+    adjusted = dict(zip(audit.spreads, p_values, strict=True))
     own = "it is what the proxies are held against"
 
     def column(
@@ -182,11 +173,11 @@ def _variances(audit: ModelAudit) -> list[Table]:
 
         return Column(label, unit, entry, own)
 
-    def larger(each: Spreads) -> str | None:
-        return f"{each.test.larger} of {each.test.n} layers" if each.test else None
+    def larger(spread: Spreads) -> str | None:
+        return f"{spread.test.larger} of {spread.test.n} layers" if spread.test else None
 
     columns = [
-        Column("measure", "text", names.__getitem__),
+        Column("measure", "text", _label),
         column("variance", "coefficient", lambda each: each.raw),
         column("drop varies more in", "text", larger, own),
         Column("Wilcoxon p (Holm)", "p", adjusted.__getitem__, own),
@@ -216,5 +207,83 @@ def _variances(audit: ModelAudit) -> list[Table]:
                 "Wilcoxon's p takes layers as independent, which they are not: where it and "
                 "the p of signs that change in blocks differ, trust the latter.",
             ],
+        )
+    ]
+
+
+def _label(name: str) -> str:
+    return PROXIES[name].label if name in PROXIES else name
+
+
+def charts_of(audit: ModelAudit) -> list[FoundChart]:
+    """Every chart of the model."""
+    return [*_cost(audit), *_depth(audit), *_map(audit)]
+
+
+def _cost(audit: ModelAudit) -> list[FoundChart]:
+    budgets, found, _ = audit.at_cost
+    lines = [
+        Line(name=audit.drop if name == DROP else _label(name), values=row)
+        for name, row in found.items()
+        if any(value is not None for value in row)
+    ]
+    if not lines:
+        return []
+    return [
+        LineChart(
+            title=f"{audit.name}: what a proxy predicts for what it costs",
+            x="forward passes spent on a benchmark",
+            y="Spearman with the drop of other documents",
+            unit="coefficient",
+            places=tuple(budgets),
+            lines=tuple(lines),
+            log_x=True,
+        )
+    ]
+
+
+def _depth(audit: ModelAudit) -> list[FoundChart]:
+    best_first = list(audit.summaries.values())
+    named = [s for s in best_first if s is best_first[0] or s.proxy == "cosine_score"]
+    cells = [cell for cell in audit.cells if named and all(cell in s.cells for s in named)]
+    if not cells:
+        return []
+    profiles = {audit.drop: means(DROP, cells)}
+    profiles |= {PROXIES[s.proxy].label: means(s.proxy, cells) for s in named}
+    return [
+        LineChart(
+            title=f"{audit.name}: ranks of the layers over depth, mean over benchmarks",
+            x="layer (0-based)",
+            y="rank, the least relevant is 1",
+            unit="count",
+            places=tuple(cells[0].layers),
+            lines=tuple(
+                Line(name=name, values=tuple(midranks(rows).mean(axis=0).tolist()))
+                for name, rows in profiles.items()
+            ),
+        )
+    ]
+
+
+def _map(audit: ModelAudit) -> list[FoundChart]:
+    cells = [c for c in audit.cells if c.found["cosine_score"].spearman.value is not None]
+    if not cells:
+        return []
+    columns = sorted({layer for cell in cells for layer in cell.layers})
+    values = []
+    for cell in cells:
+        x, y = (midranks(cell.measures[name].means()) for name in ("cosine_score", DROP))
+        at = dict(zip(cell.layers, (x - y).tolist(), strict=True))
+        values.append(tuple(at.get(layer) for layer in columns))
+    return [
+        MapChart(
+            title=f"{audit.name}: where the cosine score ranks a layer too high or too low",
+            x="layer (0-based)",
+            y="benchmark",
+            name=f"ranks by cosine score above those by {audit.drop}",
+            unit="count",
+            columns=tuple(columns),
+            rows=tuple(cell.label for cell in cells),
+            values=tuple(values),
         )
     ]

@@ -1,4 +1,4 @@
-"""The tables of the study `prune`, of one model."""
+"""The tables and charts of the study `prune`, of one model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from tracker.core.estimates import Estimate, Unit
+from tracker.core.findings import LineChart
 from tracker.core.formats import counted
 from tracker.core.tables import Column, Table, estimate, table
 from tracker.pruning.search.figures import calibration_documents, separated
-from tracker.pruning.search.report import cost_columns
+from tracker.pruning.search.report import cost_columns, frontier
 from tracker.studies.prune.figures import OWN, TASKS, TEXT, Beside, Compared, Way
 
 PAPER = "LLaMA3-8B, 25 % removed, in arXiv 2605.14075"
@@ -22,12 +23,12 @@ Row = TypeVar("Row")
 
 def tables_of(group: Compared) -> list[Table]:
     """Every table of the model."""
-    found = []
+    tables = []
     for amount in group.amounts:
-        found.append(_accuracies(group, amount))
+        tables.append(_accuracies(group, amount))
         if group.counted:
-            found += [*_differences(group, amount), *_calibrations(group, amount)]
-    return [*found, _costs(group)]
+            tables += [*_differences(group, amount), *_calibrations(group, amount)]
+    return [*tables, _costs(group)]
 
 
 def how_many(group: Compared, amount: str) -> str:
@@ -54,38 +55,30 @@ def _with_mean(
 
 
 def _accuracies(group: Compared, amount: str) -> Table:
-    def level(way: Way | None, name: str) -> Estimate:
-        return group.level(way, name) if way else group.unpruned[name]
-
-    def mean(way: Way | None) -> Estimate:
-        return group.level_mean(way) if way else group.unpruned_mean
-
     strategy: Column[Way | None] = Column(
         "strategy", "text", lambda way: way.strategy if way else "unpruned"
     )
     measured = ", ".join(
-        f"{name} {group.metrics[name]} (n = {group.n[name]:,})" for name in group.benchmarks
+        f"{name} {benchmark.metric} (n = {benchmark.n:,})"
+        for name, benchmark in group.benchmarks.items()
     )
     left_out = [
-        f"{name} is left out of means and differences: {why}"
-        for name, why in group.at_chance.items()
+        f"{name} is left out of means and differences: {benchmark.at_chance}"
+        for name, benchmark in group.benchmarks.items()
+        if benchmark.at_chance
     ]
+    drawn = {
+        way.strategy: f"{way.strategy}: the mean of {counted(len(choices.records), 'draw')}"
+        for (way, _), choices in group.found.items()
+        if way.amount == amount and len(choices.records) > 1
+    }
     return table(
         f"{group.title}: test accuracy, {how_many(group, amount)}, each benchmark pruned for by "
         "its own calibration documents",
-        [strategy, *_with_mean(group, "percent", level, mean)],
+        [strategy, *_with_mean(group, "percent", group.level, group.level_mean)],
         [None, *(Way(name, amount) for name in group.strategies(amount))],
-        [f"Test documents: {measured}.", *left_out, *_draws(group, amount)],
+        [f"Test documents: {measured}.", *left_out, *drawn.values()],
     )
-
-
-def _draws(group: Compared, amount: str) -> list[str]:
-    drawn = {
-        way.strategy: len(one.records)
-        for (way, _), one in group.found.items()
-        if way.amount == amount and len(one.records) > 1
-    }
-    return [f"{name}: the mean of {counted(times, 'draw')}" for name, times in drawn.items()]
 
 
 def _differences(group: Compared, amount: str) -> list[Table]:
@@ -126,12 +119,11 @@ def _calibrations(group: Compared, amount: str) -> list[Table]:
         f"on {name} {100 * ours:.2f} and {100 * cosine:.2f}"
         for name, (ours, cosine) in OF_THE_PAPER.items()
     )
+    by_other = f"by {pairs[0].other.strategy}"
     columns: tuple[Column[Beside], ...] = (
         Column("calibrated on", "text", lambda row: row.one.calibration),
         Column("by accuracy", "percent", lambda row: group.level_mean(row.one)),
-        Column(
-            *(f"by {pairs[0].other.strategy}", "percent"), lambda row: group.level_mean(row.other)
-        ),
+        Column(by_other, "percent", lambda row: group.level_mean(row.other)),
         Column("difference", "points", lambda row: row.found),
         Column("p (Holm)", "p", _p),
     )
@@ -153,20 +145,18 @@ def _costs(group: Compared) -> Table:
     def documents(way: Way) -> float:
         return calibration_documents(group.searches(way))
 
+    def calibrated(way: Way) -> str:
+        return way.calibration if documents(way) else "no documents"
+
+    nothing = "nothing was compared document by document"
     columns: list[Column[Way]] = [
         Column("strategy", "text", lambda way: way.strategy),
         Column("amount", "text", lambda way: way.amount),
-        Column(
-            *("calibrated on", "text"),
-            lambda way: way.calibration if documents(way) else "no documents",
-        ),
+        Column("calibrated on", "text", calibrated),
         Column("searches", "count", lambda way: len(group.searches(way))),
         Column("documents", "count", documents),
         *cost_columns(group.searches),
-        Column(
-            *("choices not told apart", "text", unsure),
-            "nothing was compared document by document",
-        ),
+        Column("choices not told apart", "text", unsure, nothing),
     ]
     return table(
         f"{group.title}: what a search cost",
@@ -180,3 +170,21 @@ def _costs(group: Compared) -> Table:
             "on another machine.",
         ],
     )
+
+
+def charts_of(group: Compared) -> list[LineChart]:
+    """Draw what is left of the accuracy, the more layers go, a line a strategy."""
+    if not group.counted:
+        return []
+    most = max(count for amount in group.amounts for count in group.removed(amount))
+    names = dict.fromkeys(way.strategy for way in group.ways if way.calibration == OWN)
+    levels = {name: [_at(group, name, removed) for removed in range(most + 1)] for name in names}
+    return [
+        frontier(f"{group.title}: what is left, the more goes, {group.over}", "layer", True, levels)
+    ]
+
+
+def _at(group: Compared, strategy: str, removed: int) -> Estimate:
+    """The mean accuracy at a place, from the first amount that has it."""
+    levels = [group.level_mean(Way(strategy, amount), removed) for amount in group.amounts]
+    return next((level for level in levels if level.value is not None), levels[0])

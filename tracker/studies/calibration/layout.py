@@ -1,12 +1,13 @@
-"""The tables of the study `calibration`."""
+"""The tables and charts of the study `calibration`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from tracker.core.estimates import Estimate
+from tracker.core.findings import Line, LineChart
 from tracker.core.tables import Column, Table, estimate, table
-from tracker.studies.calibration.figures import DRAWS, SHOWN, Curve
+from tracker.studies.calibration.figures import DRAWS, SHOWN, SIZES, Curve
 
 
 def needed_table(rows: Sequence[tuple[str, Curve]], wanted: float) -> Table:
@@ -50,19 +51,17 @@ def agreement_table(title: str, drop: Curve) -> Table:
     def shared(name: str) -> Column[int]:
         return Column(f"{name} shared", "percent", lambda n: drop.agreement(n, name))
 
-    def all_of_them(n: int) -> Estimate:
-        return drop.agreement(n, apart=False)
-
     chance = ", ".join(
         f"{k / drop.layers:.0%} of the {name}" for name, end, k in drop.tops if end == "top"
     )
+    with_all = f"a sample with all {drop.documents:,}"
     return table(
         f"{title}: agreement of random samples on the order by {drop.name}",
         (
             Column("n", "count", lambda n: n),
             Column("two samples", "coefficient", drop.agreement),
             Column("by Spearman-Brown", "coefficient", drop.predicted, drop.doubt),
-            Column(f"a sample with all {drop.documents:,}", "coefficient", all_of_them),
+            Column(with_all, "coefficient", lambda n: drop.agreement(n, apart=False)),
             Column("two samples, Kendall", "coefficient", lambda n: drop.agreement(n, "kendall")),
             *(shared(name) for name, _, _ in drop.tops),
         ),
@@ -72,4 +71,57 @@ def agreement_table(title: str, drop: Curve) -> Table:
             f"{chance}, and as many of the bottom. A sample is part of all documents, which is why "
             "it agrees better with them than with another sample.",
         ),
+    )
+
+
+def agreement_chart(title: str, curves: Sequence[Curve]) -> LineChart:
+    """Draw how well samples of each size agree, by the drop and by what could stand in for it."""
+    drop = curves[0]
+    end = max(drop.documents, drop.needed.value or 0)
+    places = sorted({*drop.sizes, *(n for n in SIZES if n <= 2 * end)})
+
+    def line(curve: Curve, name: str, apart: bool, band: bool) -> Line:
+        figures = (curve.agreement(n, apart=apart) if n in curve.sizes else None for n in places)
+        return Line.of(name, figures, band)
+
+    halves = f"{drop.name}, Spearman-Brown from two halves"
+    with_all = f"{drop.name}, a sample with all {drop.documents:,}"
+    return LineChart(
+        title=f"{title}: how well samples of documents agree on the order of {drop.layers} layers",
+        x="documents in a sample",
+        y="rank correlation",
+        unit="coefficient",
+        places=tuple(places),
+        lines=(
+            line(drop, f"{drop.name}, two samples", True, True),
+            Line(name=halves, values=tuple(map(drop.predicted, places))),
+            line(drop, with_all, False, False),
+            *(line(curve, f"{curve.name}, two samples", True, False) for curve in curves[1:]),
+        ),
+        log_x=True,
+    )
+
+
+def overlap_chart(title: str, drop: Curve) -> LineChart:
+    """Draw how many of the most and least relevant layers two samples share."""
+    places = [n for n in drop.sizes if n <= drop.half]
+    lines = [
+        Line.of(
+            f"the {k} that matter {'most' if end == 'top' else 'least'}",
+            (drop.agreement(n, name) for n in places),
+            band=False,
+        )
+        for name, end, k in drop.tops
+    ]
+    for count in sorted({k for _, _, k in drop.tops}):
+        chance = (count / drop.layers,) * len(places)
+        lines.append(Line(name=f"{count} by chance", values=chance))
+    return LineChart(
+        title=f"{title}: layers that two samples have in common, by {drop.name}",
+        x="documents in a sample",
+        y="shared",
+        unit="percent",
+        places=tuple(places),
+        lines=tuple(lines),
+        log_x=True,
     )
