@@ -196,7 +196,7 @@ def cell(growth: list[list[float]], title: str = "arc_easy") -> SimpleNamespace:
         benchmark=benchmark, model=SimpleNamespace(name="m"), higher_is_better=True
     )
     return SimpleNamespace(
-        tokens=tokens, later=tokens, cell=record, documents=n, layers=inner + 1, explained=None
+        tokens=tokens, later=tokens, record=record, documents=n, layers=inner + 1, explained=None
     )
 
 
@@ -255,8 +255,8 @@ def test_a_loss_is_not_called_accuracy() -> None:
         partial={"growth after removal": none, "layers that follow": none},
     )
     assert "predictor of the accuracy drop than" in _explains(each)[0]
-    each.cell.higher_is_better, each.cell.metric = False, "loss"
-    each.cell.benchmark.tasks[0].metrics = {"loss": "ratio"}
+    each.record.higher_is_better, each.record.metric = False, "loss"
+    each.record.benchmark.tasks[0].metrics = {"loss": "ratio"}
     assert "predictor of the loss increase than" in _explains(each)[0]
 
 

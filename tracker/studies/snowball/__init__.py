@@ -88,7 +88,7 @@ class Snowball(Study):
             cell = figures(subject, observed)
             result.lacking += [f"{title}: {why}" for why in _lacking(cell, asked)]
             cells += [cell] if cell is not None else []
-        several = grouped(cells, lambda cell: cell.cell.model.key)
+        several = grouped(cells, lambda cell: cell.record.model.key)
         result.answers += [line for some in several for line in _answers(some, self._draws)]
         result.tables += [summary(cells)] if cells else []
         result.charts += [beside_each_other(some) for some in several if len(some) > 1]
@@ -127,12 +127,12 @@ def _lacking(cell: Figures | None, asked: StudyContext) -> Iterator[str]:
         yield too_few
     if absent := cell.layers - len(cell.explained.layers if cell.explained else []):
         yield (
-            f"the {measure_of(cell.cell).change} of {absent} of {cell.layers} layers; add them to "
-            f"'layer' in {asked.file}"
+            f"the {measure_of(cell.record).change} of {absent} of {cell.layers} layers; add them "
+            f"to 'layer' in {asked.file}"
         )
 
 
-def _answers(cells: Sequence[Figures], draws: int = DRAWS) -> list[str]:
+def _answers(cells: Sequence[Figures], draws: int) -> list[str]:
     """Say everything of one model: whether it happens, against chance, and what it explains."""
     answers = [_whether(cells)]
     for cell in cells:
@@ -141,7 +141,7 @@ def _answers(cells: Sequence[Figures], draws: int = DRAWS) -> list[str]:
 
 
 def _whether(cells: Sequence[Figures]) -> str:
-    model = cells[0].cell.model.name
+    model = cells[0].record.model.name
     signs = [cell.tokens.removed.signs for cell in cells]
     grow, shrink, undecided = (sum(each.count(sign) for each in signs) for sign in (1, -1, 0))
     of = grow + shrink + undecided
@@ -156,7 +156,7 @@ def _whether(cells: Sequence[Figures]) -> str:
     else:
         verdict = "whether most layers snowball is open; raise 'sample' or 'limit'"
     parts = [
-        f"{cell.cell.benchmark.title} {each.count(1)} grow, {each.count(-1)} shrink, "
+        f"{cell.record.benchmark.title} {each.count(1)} grow, {each.count(-1)} shrink, "
         f"{each.count(0)} undecided; median ×{three_digits(cell.tokens.removed.median)} "
         f"(n = {cell.documents})"
         for cell, each in zip(cells, signs, strict=True)
@@ -202,7 +202,7 @@ def _most(cell: Figures) -> str:
     )
 
 
-def _against_chance(cell: Figures, draws: int = DRAWS) -> str:
+def _against_chance(cell: Figures, draws: int) -> str:
     tokens = cell.tokens
     beside, signs = tokens.beside, tokens.beside.signs
     if not beside.defined:
@@ -227,8 +227,8 @@ def _explains(cell: Figures) -> list[str]:
     verdicts = {1: "a better", -1: "a worse", 0: "neither a surely better nor a surely worse"}
     predicts = (
         f"{where}: how far a removal has moved the stream before the head is "
-        f"{verdicts[side(better)]} predictor of the {measure_of(cell.cell).change} than the cosine "
-        f"score: Spearman {with_interval(end)} against {with_interval(cosine)}, "
+        f"{verdicts[side(better)]} predictor of the {measure_of(cell.record).change} than the "
+        f"cosine score: Spearman {with_interval(end)} against {with_interval(cosine)}, "
         f"difference {with_interval(better)} over {len(explained.layers)} layers."
     )
     growth = explained.partial["growth after removal"]
@@ -250,7 +250,7 @@ def _explains(cell: Figures) -> list[str]:
 
 
 def _between(cells: Sequence[Figures]) -> str:
-    stand = Counter(task.name for cell in cells for task in cell.cell.benchmark.tasks)
+    stand = Counter(task.name for cell in cells for task in cell.record.benchmark.tasks)
     if twice := [name for name, times in stand.items() if times > 1]:
         return (
             f"Whether growth differs between benchmarks cannot be tested: {', '.join(twice)} "
@@ -259,7 +259,7 @@ def _between(cells: Sequence[Figures]) -> str:
     layers = range(cells[0].layers - 1)
     tests = holm([unequal_growth([c.tokens.ratios[:, layer] for c in cells]) for layer in layers])
     adjusted = [p for p in tests if p is not None]
-    names = ", ".join(cell.cell.benchmark.title for cell in cells)
+    names = ", ".join(cell.record.benchmark.title for cell in cells)
     if not adjusted:
         return (
             f"Whether growth differs between {names} cannot be tested: five documents of each are "
@@ -285,7 +285,8 @@ def _without_the_first(cells: Sequence[Figures]) -> str:
         pairs = zip(cell.tokens.removed.signs, cell.later.removed.signs, strict=True)
         changed += sum(first != later for first, later in pairs)
     medians = ", ".join(
-        f"{cell.cell.benchmark.title} ×{three_digits(cell.later.removed.median)}" for cell in cells
+        f"{cell.record.benchmark.title} ×{three_digits(cell.later.removed.median)}"
+        for cell in cells
     )
     of = sum(cell.layers - 1 for cell in cells)
     return (
@@ -295,11 +296,11 @@ def _without_the_first(cells: Sequence[Figures]) -> str:
 
 
 def _where(cell: Figures) -> str:
-    record = cell.cell
+    record = cell.record
     return f"{record.model.name} on {record.benchmark.title} ({cell.documents} documents)"
 
 
-def _assumptions(draws: int = DRAWS) -> list[str]:
+def _assumptions(draws: int) -> list[str]:
     return [
         "Relative difference: ‖h′ − h‖ / ‖h‖ behind a layer, h the intact residual stream before "
         "any final norm; the mean over the tokens of context and gold continuation, then the "

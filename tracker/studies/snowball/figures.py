@@ -148,7 +148,7 @@ class Figures:
     """All that is computed of a cell.
 
     Attributes:
-        cell: Its record.
+        record: All that its outcomes say.
         documents: Documents that it rests on.
         left_out: Documents with a hidden state that is not finite, or with too few tokens.
         tokens: What is found with all tokens.
@@ -156,7 +156,7 @@ class Figures:
         explained: None where no whole single layer's drop is measured.
     """
 
-    cell: CellRecord
+    record: CellRecord
     documents: int
     left_out: int
     tokens: Tokens
@@ -166,7 +166,7 @@ class Figures:
     @property
     def layers(self) -> int:
         """How many the model has."""
-        return self.cell.model.layers
+        return self.record.model.layers
 
 
 def figures(subject: Subject, observed: Observed) -> Figures | None:
@@ -185,7 +185,7 @@ def figures(subject: Subject, observed: Observed) -> Figures | None:
     arrays["random"] = arrays["random"].mean(axis=2)
     strata = np.array(outcomes.tasks)[usable]
     return Figures(
-        cell=subject.record,
+        record=subject.record,
         documents=documents,
         left_out=len(mine) - documents,
         tokens=_tokens(arrays, strata, ALL),

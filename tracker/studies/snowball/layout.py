@@ -19,7 +19,7 @@ _VERDICTS = {1: "grows", -1: "shrinks", 0: "undecided", None: None}
 
 def layer_table(each: Figures) -> Table:
     """One row a layer: where the difference begins and ends, and what its removal costs."""
-    tokens, explained, runs = each.tokens, each.explained, each.cell.runs_of()
+    tokens, explained, runs = each.tokens, each.explained, each.record.runs_of()
     factors, signs = tokens.removed.factors, tokens.removed.signs
 
     def beside(label: str, value: Callable[[int], Value], unit: Unit = "times") -> Column[int]:
@@ -51,12 +51,12 @@ def layer_table(each: Figures) -> Table:
         beside("random", lambda layer: tokens.random.factors[layer].value),
         beside("other tokens'", lambda layer: tokens.shuffled.factors[layer].value),
         beside("as handed on", lambda layer: tokens.handed_on.factors[layer].value),
-        Column("drop", measure_of(each.cell).form, drop),
+        Column("drop", measure_of(each.record).form, drop),
         Column("cosine rank", "count", by_cosine.get, NOT_MEASURED),
         Column("drop rank", "count", by_drop.get, NOT_MEASURED),
     )
     return table(
-        f"{each.cell.heading}: the relative difference after each layer's removal",
+        f"{each.record.heading}: the relative difference after each layer's removal",
         columns,
         range(len(factors)),
         (
@@ -106,7 +106,7 @@ def predictors(each: Figures) -> Table:
         Column("layers", "count", lambda row: row.layers),
     )
     return table(
-        f"{each.cell.heading}: what orders the layers as their drops do",
+        f"{each.record.heading}: what orders the layers as their drops do",
         columns,
         rows,
         (
@@ -127,8 +127,8 @@ def summary(found: Sequence[Figures]) -> Table:
     growth = explains(lambda explained: explained.partial["growth after removal"])
     none = "no layer's growth is defined"
     columns: tuple[Column[Figures], ...] = (
-        Column("model", "text", lambda each: each.cell.model.name),
-        Column("benchmark", "text", lambda each: each.cell.benchmark.title),
+        Column("model", "text", lambda each: each.record.model.name),
+        Column("benchmark", "text", lambda each: each.record.benchmark.title),
         Column("documents", "count", lambda each: each.documents),
         Column("layers that grow", "count", lambda each: each.tokens.removed.signs.count(1)),
         Column("shrink", "count", lambda each: each.tokens.removed.signs.count(-1)),
@@ -161,12 +161,12 @@ def _line(name: str, growth: Growth) -> Line:
 def beside_each_other(cells: Sequence[Figures]) -> LineChart:
     """Draw the growth of each layer on all benchmarks of a model."""
     return LineChart(
-        title=f"{cells[0].cell.model.name}: growth after each layer's removal, by benchmark",
+        title=f"{cells[0].record.model.name}: growth after each layer's removal, by benchmark",
         x="removed layer (0-based)",
         y="before the head ÷ behind the layer",
         unit="times",
         places=tuple(range(cells[0].layers - 1)),
-        lines=tuple(_line(each.cell.benchmark.title, each.tokens.removed) for each in cells),
+        lines=tuple(_line(each.record.benchmark.title, each.tokens.removed) for each in cells),
         log_y=True,
     )
 
@@ -175,7 +175,7 @@ def charts_of(each: Figures) -> Iterator[FoundChart]:
     """Draw growth beside chance, some paths, and how often each difference doubles."""
     tokens, total = each.tokens, each.layers
     yield LineChart(
-        title=f"{each.cell.heading}: growth of a removal and of random directions",
+        title=f"{each.record.heading}: growth of a removal and of random directions",
         x="perturbed layer (0-based)",
         y="before the head ÷ behind the layer",
         unit="times",
@@ -189,7 +189,7 @@ def charts_of(each: Figures) -> Iterator[FoundChart]:
     )
     paths = tokens.paths
     yield LineChart(
-        title=f"{each.cell.heading}: paths of the layers that cosine misjudges most",
+        title=f"{each.record.heading}: paths of the layers that cosine misjudges most",
         x="behind layer (0-based)",
         y="relative difference to the intact stream",
         unit="percent",
@@ -200,7 +200,7 @@ def charts_of(each: Figures) -> Iterator[FoundChart]:
     with np.errstate(divide="ignore", invalid="ignore"):
         doublings = np.log2(paths / np.diagonal(paths)[:, None])
     yield MapChart(
-        title=f"{each.cell.heading}: how often the relative difference has doubled",
+        title=f"{each.record.heading}: how often the relative difference has doubled",
         x="behind layer (0-based)",
         y="removed layer (0-based)",
         name="doublings",
