@@ -65,9 +65,12 @@ def test_a_damaged_finding_names_the_command_that_finds_it(tmp_path: Path) -> No
     assert "`tracker study joint my own.yaml`" in joint
 
 
-def test_an_undefined_entry_needs_a_reason() -> None:
+def test_wrong_tables_are_refused() -> None:
     with pytest.raises(ValueError, match="an undefined value needs a reason"):
         Table(title="t", headings=HEADS[:1], rows=((Estimate(None),),))
+    twice = table("t", [Column("layer", "count", float), Column("layer", "count", float)], [])
+    with pytest.raises(ValueError, match="two columns have one name"):
+        twice.plain()
 
 
 def test_figures_are_scaled_and_dashes_carry_reasons() -> None:
@@ -86,22 +89,19 @@ def test_what_kept_texts_as_figures_are_is_read_too() -> None:
 
 
 def test_charts_scale_too_and_leave_gaps() -> None:
-    band, curve = study_chart(LINES).figure().data
+    chart = study_chart(LINES)
+    figure = chart.figure()
+    band, curve = figure.data
     assert list(curve.y) == [10.0, None, 30.0]
     assert list(band.x) == [0, 2, 2, 0]
     assert list(band.y) == [100, 40, 20, 0]
     (heat,) = study_chart(MAP).figure().data
     assert [list(row) for row in heat.z] == [[None, 50], [-25, None]]
     assert list(heat.hovertext[0]) == ["0 · 0: undefined", "0 · 1: 50.0 pp"]
-
-
-def test_a_figure_that_stands_alone_has_its_legend_out_of_its_title_s_way() -> None:
-    """Legends of seven lines have stood across the title."""
-    chart = study_chart(LINES)
-    layout = chart.figure().layout
-    legend = layout.legend
+    # Legends of seven lines have stood across the title of a figure that stands alone.
+    legend = figure.layout.legend
     assert (legend.yref, legend.y, legend.yanchor) == ("container", 0, "bottom")
-    assert layout.title.text
+    assert figure.layout.title.text
     assert "legend" not in chart.layout, "a page has no title there"
 
 
@@ -126,12 +126,6 @@ def test_the_terminal_shows_answers_tables_and_what_is_lacking(
     for words in ("Do layers add up?", "  No.", "12.5 (10.0 to 15.0)", "– the baseline is at"):
         assert words in said
     assert "could not be said: piqa: at chance" in said
-
-
-def test_a_table_tells_its_columns_apart() -> None:
-    twice = table("t", [Column("layer", "count", float), Column("layer", "count", float)], [])
-    with pytest.raises(ValueError, match="two columns have one name"):
-        twice.plain()
 
 
 def test_reports_for_papers_hold_the_tables_too(tmp_path: Path) -> None:
