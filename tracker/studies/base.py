@@ -20,6 +20,7 @@ from tracker.core.views import View
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
+from tracker.ledger.paired import Array
 from tracker.ledger.store import Ledger
 from tracker.measuring import observing
 from tracker.measuring.job import Options
@@ -90,6 +91,13 @@ def observe(
         return observing.open_observed(request, asked.ledger, asked.options, progress)
 
     return observing.observe(request, subject.store, kind, begin, opened, progress)
+
+
+def lined_up(observed: Observed, outcomes: AlignedOutcomes) -> dict[str, Array]:
+    """Give what was observed of the documents of some outcomes, in their order."""
+    rows = {document: row for row, document in enumerate(observed.documents)}
+    chosen = [rows[document] for document in outcomes.documents]
+    return {name: figures[chosen] for name, figures in observed.arrays.items()}
 
 
 def whole_layers(request: CellRequest) -> tuple[int, ...]:

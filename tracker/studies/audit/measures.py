@@ -24,7 +24,7 @@ from tracker.stats.correlation import correlate
 from tracker.stats.proxies import per_token
 from tracker.stats.rank_agreement import row_coefficients
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
-from tracker.studies.base import FEWEST, StudyContext, Subject, observe
+from tracker.studies.base import FEWEST, StudyContext, Subject, lined_up, observe
 
 Array = NDArray[np.float64]
 KIND = "output-proxies-1"
@@ -98,7 +98,8 @@ class Audited:
     @cached_property
     def found(self) -> dict[str, Ordering]:
         """How well each proxy orders the layers."""
-        return {name: self._ordering(name, self.drawn(DROP)) for name in PROXIES}
+        drawn_drop = self.drawn(DROP)
+        return {name: self._ordering(name, drawn_drop) for name in PROXIES}
 
     def _ordering(self, name: str, drawn_drop: Array) -> Ordering:
         x, y, drawn = self.measures[name].means(), self.drop.means(), self.drawn(name)
@@ -127,9 +128,7 @@ def _proxies(cell: AlignedOutcomes, observed: Observed) -> Iterator[tuple[str, A
     for proxy in OBSERVED:
         means = per_token(cell.proxy_sums(proxy), cell.tokens)
         yield proxy.name, proxy.of(means), cell.tokens
-    place = {document: i for i, document in enumerate(observed.documents)}
-    mine = [place[document] for document in cell.documents]
-    sums = {name: values[mine] for name, values in observed.arrays.items()}
+    sums = lined_up(observed, cell)
     tokens, predicted = sums["tokens"], sums["predicted"]
     for name in ("lens_changes", "kl", "js"):
         yield name, per_token(sums[name], tokens), tokens

@@ -51,7 +51,7 @@ def summary(rows: Sequence[tuple[CellRecord, Pairs]]) -> Table:
 def strongest(record: CellRecord, one: Pairs, sign: int) -> Table:
     """List the pairs whose interaction of a sign is the largest."""
     values = [(sign * (one.value(n) or 0), n) for n in range(len(one.pairs))]
-    chosen = sorted((each for each in values if each[0] > 0), reverse=True)[:STRONGEST]
+    chosen = [n for value, n in sorted(values, reverse=True)[:STRONGEST] if value > 0]
     word = "redundant: together they cost more" if sign > 0 else "sub-additive: they cost less"
     columns: tuple[Column[int], ...] = (
         Column("layers", "text", lambda n: "{}, {}".format(*one.pairs[n])),
@@ -66,7 +66,7 @@ def strongest(record: CellRecord, one: Pairs, sign: int) -> Table:
     return table(
         f"{record.title}: the most {word} than the sum, by {one.measure}",
         columns,
-        [n for _, n in chosen],
+        chosen,
         (
             f"The largest of {int((~one.floor).sum()):,} interactions, which are therefore larger "
             "here than other documents would show.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from tracker.core.formats import points
-from tracker.core.prune_records import PruneRecord
 from tracker.core.records import CellRecord
 from tracker.pruning.search.conduct import Pursued
 from tracker.pruning.search.figures import Choices
@@ -21,8 +20,9 @@ def compared(pursued: Pursued, text: str | None) -> list[Compared]:
     for asked, record, answered in zip(
         pursued.searches, pursued.records, pursued.tests, strict=True
     ):
-        layers = record.model.layers
-        group = groups.setdefault(_model_of(asked), Compared(_title(asked, record), layers))
+        shots = asked.cell.num_fewshot
+        title = record.model.name + ("" if shots is None else f", {shots}-shot")
+        group = groups.setdefault(_model_of(asked), Compared(title, record.model.layers))
         way, name = _way(asked, text), asked.cell.benchmark
         if name not in group.benchmarks:
             tested = next((cells[place] for place in record.rests_on if place in cells), None)
@@ -43,11 +43,6 @@ def compared(pursued: Pursued, text: str | None) -> list[Compared]:
 def _model_of(asked: SearchRequest) -> object:
     """All that is asked of a search's cell but the benchmark."""
     return asked.cell.model_copy(update={"benchmark": "any"})
-
-
-def _title(asked: SearchRequest, record: PruneRecord) -> str:
-    shots = asked.cell.num_fewshot
-    return record.model.name + ("" if shots is None else f", {shots}-shot")
 
 
 def _way(asked: SearchRequest, text: str | None) -> Way:

@@ -27,7 +27,9 @@ def answers_of(group: Compared) -> Iterator[str]:
     for amount in group.amounts:
         yield _best(group, amount)
         paired = _against_cosine(group, amount) if group.counted else []
-        for pair, on in paired:
+        for pair in paired:
+            chosen_by = pair.one.calibration
+            on = "" if chosen_by == OWN else f", calibrated on {chosen_by}"
             paper = f" {_against_paper(pair)}" if amount == nearest else ""
             yield f"With {amount} removed{on}, {_verdict(pair)}.{paper}"
         # Where the calibration documents were too few to choose by accuracy.
@@ -37,15 +39,11 @@ def answers_of(group: Compared) -> Iterator[str]:
     yield from _cost(group)
 
 
-def _against_cosine(group: Compared, amount: str) -> list[tuple[Beside, str]]:
-    """List what accuracy is held against, with what is said of the calibration."""
+def _against_cosine(group: Compared, amount: str) -> list[Beside]:
+    """List what accuracy is held against: cosine, then the same by other documents."""
     beside = group.beside(amount)
     own = [pair for name in COSINES for pair in beside if pair.other.strategy == name][:1]
-    others = [pair for pair in group.calibrated(amount) if pair.one.calibration != OWN]
-    return [
-        *((pair, "") for pair in own),
-        *((pair, f", calibrated on {pair.one.calibration}") for pair in others),
-    ]
+    return own + [pair for pair in group.calibrated(amount) if pair.one.calibration != OWN]
 
 
 def _level(level: Estimate) -> str:

@@ -23,7 +23,7 @@ from tracker.stats.multiple import holm
 from tracker.stats.proxies import per_token, proxy_means
 from tracker.stats.rank_agreement import places
 from tracker.stats.resampling import SEED
-from tracker.studies.base import SIGNIFICANT, Subject, side
+from tracker.studies.base import SIGNIFICANT, Subject, lined_up, side
 
 Array = NDArray[np.float64]
 ALL, LATER = 0, 1
@@ -172,11 +172,10 @@ class Figures:
 def figures(subject: Subject, observed: Observed) -> Figures | None:
     """Compute everything of a cell; None where fewer than two documents are left."""
     outcomes = subject.outcomes()
-    rows = {place: row for row, place in enumerate(observed.documents)}
-    mine = [rows[place] for place in outcomes.documents]
-    arrays = {name: array[mine] for name, array in observed.arrays.items()}
+    arrays = lined_up(observed, outcomes)
     later = np.triu(np.ones(arrays["removed"].shape[-2:], dtype=bool))
-    finite = [np.isfinite(array[..., later]).reshape(len(mine), -1) for array in arrays.values()]
+    count = len(outcomes.tasks)
+    finite = [np.isfinite(array[..., later]).reshape(count, -1) for array in arrays.values()]
     usable = np.asarray(np.concatenate(finite, axis=1).all(axis=1))
     documents = int(usable.sum())
     if documents < 2:
@@ -187,7 +186,7 @@ def figures(subject: Subject, observed: Observed) -> Figures | None:
     return Figures(
         record=subject.record,
         documents=documents,
-        left_out=len(mine) - documents,
+        left_out=count - documents,
         tokens=_tokens(arrays, strata, ALL),
         later=_tokens(arrays, strata, LATER),
         explained=_explained(outcomes.only(usable), arrays),
