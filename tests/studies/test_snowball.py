@@ -49,7 +49,7 @@ def values(table: Table, label: str) -> list[object]:
     return plain(column(table, label))
 
 
-def differences(factors: list[float], shape: tuple[int, ...], noise: float = 0.05) -> np.ndarray:
+def differences(factors: list[float], shape: tuple[int, ...], noise: float = 0.02) -> np.ndarray:
     """Relative differences of 4 layers that change by one factor behind each layer.
 
     `shape` is that of what stands before the layers, documents first.
