@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 import tracker
@@ -24,8 +25,7 @@ from tracker.core.config import CellRequest
 from tracker.core.records import CellRecord
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, Sharing
 from tracker.ledger.aligned import AlignedOutcomes
-from tracker.ledger.options import side_by_side
-from tracker.ledger.rounding import judged
+from tracker.ledger.options import judged
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
@@ -137,7 +137,7 @@ def sums(model: str, documents: int, layers: list[int]) -> None:
     def scores(sharing: Sharing, number: int) -> np.ndarray:
         found = ready.engine.with_sharing(sharing).score(ready.documents, ablations)
         rows = [[each.loglikelihood for each in one.responses[number]] for one in found]
-        return side_by_side(rows, np.array([len(row) for row in rows]))
+        return pd.DataFrame(rows).to_numpy()  # NaN where there are fewer
 
     for name in ("bfloat16", "float32 head, softmax and sums"):
         for number, ablation in enumerate(ablations):

@@ -404,6 +404,27 @@ class CellStore:
     def _receipt(self, destination: str) -> Path:
         return self.folder / "receipts" / f"{destination[:32]}.json"
 
+    def begin_search(self, command: Sequence[str]) -> None:
+        """Note that a search measures the cell: that is shown by what it finds, not by itself.
+
+        `command` is what was typed, without the folder.
+        """
+        write_note(self._begun(command), {"command": list(command)})
+
+    def end_search(self, command: Sequence[str]) -> None:
+        """Note that a search is over."""
+        self._begun(command).unlink(missing_ok=True)
+        with suppress(OSError):  # another search is at it, or none ever was
+            self._begun(command).parent.rmdir()
+
+    def begun_searches(self) -> list[list[str]]:
+        """List the commands of the searches that are at the cell, or were stopped there."""
+        notes = map(read_note, sorted(self.folder.glob("begun/*.json")))
+        return [[str(word) for word in note.get("command", ())] for note in notes]
+
+    def _begun(self, command: Sequence[str]) -> Path:
+        return self.folder / "begun" / f"{content_hash(list(command))[:32]}.json"
+
     def places(self, view: str) -> list[str]:
         """Name the places that have a view, or should have it."""
         notes = map(read_note, sorted(self.folder.glob("receipts/*.json")))

@@ -19,7 +19,7 @@ from tracker.core.records import WHOLE_LAYER, RunIdentity
 from tracker.core.views import View
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
-from tracker.ledger.options import divisors, side_by_side
+from tracker.ledger.options import Options
 from tracker.ledger.paired import Array
 from tracker.ledger.texts import KeptText
 from tracker.stats.decisions import choices, margins, shares
@@ -96,15 +96,11 @@ def decisions(store: CellStore, view: View) -> Decisions | None:
     outcomes = AlignedOutcomes(store, view)
     if not outcomes.tasks:
         return None
-    base, documents = outcomes.of(INTACT), outcomes.documents
-    kept = store.texts.read()
+    documents, kept = outcomes.documents, store.texts.read()
     texts = [kept.get(place) for place in documents]
-    counts = base["choices"].to_numpy(dtype=int)
-    options = int(counts.max())
-    gold = base["gold"].to_numpy(dtype=np.float64)
-    gold = np.where(gold < counts, gold, np.nan)  # also where there are no options
-    lengths, why = divisors(view.metric, counts, texts)
-    if not options:
+    options = Options(outcomes.of(INTACT), view.metric, lambda: kept)
+    why = options.why
+    if not options.most:
         why = "there are no options; the log-probability of the answer or text stands for it"
     reasons = {"margin": why} if why else {}
     if all(text is None for text in texts):
@@ -113,10 +109,10 @@ def decisions(store: CellStore, view: View) -> Decisions | None:
     def decided(ablation: Ablation, score: Array) -> Decided:
         rows = outcomes.of(ablation)
         text = rows["text"].tolist() if "text" in rows else [None] * len(rows)
-        if not options:
+        if not options.most:
             return Decided(score, np.full(len(rows), np.nan), outcomes.gold(ablation), text)
-        scores = side_by_side(rows["loglikelihoods"], counts) / lengths
-        return Decided(score, choices(scores), margins(scores, gold), text)
+        scores = options.scores(rows["loglikelihoods"])
+        return Decided(score, choices(scores), margins(scores, options.gold), text)
 
     ablations = [outcomes.ablation(run) for run in outcomes.runs]
     paired = outcomes.by_metric(ablations).scores
@@ -132,7 +128,8 @@ def decisions(store: CellStore, view: View) -> Decisions | None:
     wanted = store.wanted(view.extent) if view.until is None else {}
     held = {*documents}
     missing = [(t, d) for t, docs in wanted.items() for d in docs if (t, d) not in held]
-    return Decisions(documents, texts, gold, options, baseline, runs, binary, reasons, missing)
+    gold, most = options.gold, options.most
+    return Decisions(documents, texts, gold, most, baseline, runs, binary, reasons, missing)
 
 
 def decisions_record(found: Decisions, shown: int = SHOWN) -> DecisionsRecord:

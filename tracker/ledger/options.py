@@ -1,14 +1,26 @@
-"""What a metric makes of the options of documents: the scores of which the largest one is taken."""
+"""What a metric makes of the options of documents, and which judgements of them hang on rounding.
+
+An option's score is its log-likelihood, or what the metric divides that to; the largest is taken.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
+from tracker.core.ablations import Ablation
+from tracker.ledger.aligned import AlignedOutcomes
+from tracker.ledger.outcomes import AGAIN
 from tracker.ledger.paired import Array
 from tracker.ledger.texts import KeptText
+from tracker.stats.decisions import choices
+from tracker.stats.rounding import movement, turning
 
+Texts = Callable[[], Mapping[tuple[str, int], KeptText]]
+"""Reads what a cell's documents say."""
 _LENGTHS: dict[str, Callable[[str], int]] = {
     "acc_norm": len,
     "acc_bytes": lambda choice: len(choice.encode()),
@@ -17,41 +29,92 @@ _LENGTHS: dict[str, Callable[[str], int]] = {
 _OTHERWISE = ("acc_mutual_info",)
 
 
-def needs_texts(metric: str) -> bool:
-    """Say whether a metric looks at what the options say."""
-    return metric.partition(",")[0] in _LENGTHS
-
-
-def divisors(metric: str, counts: Array, texts: Sequence[KeptText | None]) -> tuple[Array, str]:
-    """Say by what each option's log-likelihood is divided, NaN where unknown, and why it is.
+class Options:
+    """The options of documents, as a metric sees them.
 
     Args:
+        rows: The documents, under any ablation.
         metric: The metric.
+        texts: What they say; read where the metric divides by the lengths of options.
+
+    Attributes:
         counts: How many options each document has.
-        texts: What each says; None where it is not known. Read where `needs_texts`.
+        most: How many there are at most; 0 for open answers.
+        gold: The number of each document's gold option; NaN where there is none.
+        lengths: By what each log-likelihood is divided [documents, options]; NaN where unknown.
+        why: Why one of them is not known; empty where all are.
+    """
+
+    def __init__(self, rows: pd.DataFrame, metric: str, texts: Texts) -> None:
+        name = metric.partition(",")[0]
+        self.counts = rows["choices"].to_numpy(dtype=int)
+        self.most = int(self.counts.max())
+        gold = rows["gold"].to_numpy(dtype=np.float64)
+        self.gold = np.where(gold < self.counts, gold, np.nan)  # also where there are no options
+        self.lengths, self.why = np.ones((len(rows), self.most)), ""
+        if name in _OTHERWISE:
+            self.lengths[:] = np.nan
+            self.why = f"{metric} compares more than the options"
+        if name in _LENGTHS:
+            self.lengths[:] = np.nan
+            known = texts()
+            places = zip(rows["task"], rows["doc"], strict=True)
+            for row, (task, doc) in enumerate(places):
+                said = known[task, doc].text.choices if (task, doc) in known else ()
+                if len(said) == self.counts[row]:
+                    self.lengths[row, : len(said)] = [_LENGTHS[name](choice) for choice in said]
+            if lacking := int(np.isnan(self.lengths[:, :1]).sum()):
+                self.why = (
+                    f"{metric} divides by the lengths of options, which are not known of {lacking} "
+                    "documents"
+                )
+
+    def scores(self, loglikelihoods: Iterable[Sequence[float]]) -> Array:
+        """Set the scores of the options side by side, NaN where a document has fewer."""
+        found = np.full(self.lengths.shape, np.nan)
+        for number, (row, count) in enumerate(zip(loglikelihoods, self.counts, strict=True)):
+            found[number, :count] = row[:count]
+        return found / self.lengths
+
+
+class Chances(NamedTuple):
+    """How likely rounding judges each document otherwise; None with a reason where not known.
+
+    In single precision there is neither: rounding decides next to nothing, and it is not measured.
+    """
+
+    chances: Array | None
+    reason: str = ""
+
+
+def judged(outcomes: AlignedOutcomes, ablation: Ablation, texts: Texts) -> Chances:
+    """Hold the margins of an ablation's documents against how far rounding moves them.
+
+    Args:
+        outcomes: The documents.
+        ablation: The ablation.
+        texts: What they say; read where the metric divides by that.
 
     Returns:
-        The divisors [documents, options], and why one is not known; empty where all are.
+        The chances, in the documents' order.
     """
-    name = metric.partition(",")[0]
-    shape = (len(counts), int(counts.max()))
-    if name in _OTHERWISE:
-        return np.full(shape, np.nan), f"{metric} compares more than the options"
-    length = _LENGTHS.get(name)
-    if length is None:
-        return np.ones(shape), ""
-    found = np.full(shape, np.nan)
-    for row, text in enumerate(texts):
-        if text is not None and len(text.text.choices) == counts[row]:
-            found[row, : counts[row]] = [length(choice) for choice in text.text.choices]
-    lacking = int(np.isnan(found[:, :1]).sum())
-    why = f"{metric} divides by the lengths of options, which are not known of {lacking} documents"
-    return found, why if lacking else ""
-
-
-def side_by_side(rows: Iterable[Sequence[float]], counts: Array) -> Array:
-    """Set the log-likelihoods of the options side by side, NaN where a document has fewer."""
-    found = np.full((len(counts), int(counts.max())), np.nan)
-    for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
-        found[number, :count] = row[:count]
-    return found
+    if not outcomes.identity.model.is_half:
+        return Chances(None)
+    rows = outcomes.of(ablation)
+    if AGAIN not in rows or rows[AGAIN].isna().all():
+        return Chances(None, "none of these documents was computed twice")
+    options = Options(rows, outcomes.metric, texts)
+    if not options.most:
+        return Chances(None, "there are no options that a margin could lie between")
+    if options.why:
+        return Chances(None, options.why)
+    scores = options.scores(rows["loglikelihoods"])
+    if not np.array_equal(choices(scores) == options.gold, outcomes.values(ablation)):
+        why = f"{outcomes.metric} is not whether the best option is the gold one"
+        return Chances(None, why)
+    twice = rows[AGAIN].notna().to_numpy()
+    again = options.scores(rows[AGAIN].where(twice, rows["loglikelihoods"]))
+    moved = movement(scores[twice], again[twice])
+    if moved is None:
+        return Chances(None, "what was computed twice came out the same, to the last bit")
+    return Chances(turning(scores, options.gold, moved))

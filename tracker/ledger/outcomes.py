@@ -89,9 +89,8 @@ def outcome_table(rows: Sequence[Mapping[str, object]]) -> pa.Table:
 
     A metric is a number everywhere or JSON everywhere.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    fields = []
-    for name in names:
+    types = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
         text = any(isinstance(row.get(name), str) for row in rows)
-        fields.append(pa.field(name, _SCHEMA.get(name, pa.string() if text else pa.float64())))
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(fields))
+        types[name] = _SCHEMA.get(name, pa.string() if text else pa.float64())
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(types))

@@ -13,9 +13,9 @@ from tracker.core.estimates import Estimate
 from tracker.core.proxies import OBSERVED
 from tracker.core.records import WHOLE_LAYER, RunAnswer, RunIdentity, RunRecord
 from tracker.ledger.aligned import AlignedOutcomes, pairs
+from tracker.ledger.options import Chances, Texts, judged
 from tracker.ledger.outcomes import METRIC, PROVENANCE
 from tracker.ledger.paired import Array, PairedOutcomes
-from tracker.ledger.rounding import Chances, Texts, judged
 from tracker.stats.accuracy import accuracy, accuracy_relevance, chance_accuracy
 from tracker.stats.proxies import proxy_means
 from tracker.stats.ratios import RATIO, ratio_of_sums

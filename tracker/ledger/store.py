@@ -41,7 +41,6 @@ from tracker.core.findings import FindingRecord
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity
 from tracker.core.prune_records import PruneRecord
 from tracker.core.records import Place
-from tracker.ledger.begun import begun_searches
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import closed, lock_file, owner_of, write_text
 from tracker.ledger.findings import findings, searches
@@ -169,7 +168,7 @@ class Ledger:
         searched |= {cell_key(record.model, record.benchmark) for record in found.searches}
         for cell in self.cells(found.damaged):
             found.views.extend((cell, asked) for asked in cell.views.asked(found.damaged))
-            begun = begun_searches(cell)
+            begun = cell.begun_searches()
             found.unfinished.extend(Unfinished(cell, self._stopped(command)) for command in begun)
             alone = not begun and cell.identity.key not in searched
             # The views first: a finished cell may have thousands of shards.

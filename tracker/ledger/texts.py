@@ -86,10 +86,7 @@ class Texts:
 
     def names(self) -> list[str]:
         """Name all files that `read` reads; each is named by the documents in it."""
-        return [
-            *(path.name for path in self.files()),
-            *(n for o in self._others for n in o.names()),
-        ]
+        return [path.name for texts in (self, *self._others) for path in texts.files()]
 
     def add(self, block: str, rows: Iterable[Mapping[str, object]]) -> None:
         """Keep what documents of a block say, but for those that are kept already.
@@ -125,10 +122,9 @@ class Texts:
     def read(self) -> dict[tuple[str, int], KeptText]:
         """Read what documents say: (task, document) → text."""
         found: dict[tuple[str, int], KeptText] = {}
-        for other in self._others:
-            found |= other.read()
-        for path in self.files():
-            found |= self.read_file(path)
+        for texts in (*self._others, self):
+            for path in texts.files():
+                found |= texts.read_file(path)
         return found
 
     def read_file(self, path: Path) -> dict[tuple[str, int], KeptText]:

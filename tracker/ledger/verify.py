@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tracker.ledger import begun
 from tracker.ledger.cells import CellStore
 from tracker.ledger.notes import reason, unsealed
 from tracker.ledger.outcomes import PROVENANCE
@@ -21,7 +20,7 @@ _NOTES = (
     "searches/timing/*.json",
     "cells/*/derived/*.json",
     "cells/*/receipts/*.json",
-    f"cells/*/{begun.NOTES}",
+    "cells/*/begun/*.json",
     "cells/*/verified.json",
 )
 """Where small files stand that are made again when they are not what was written."""

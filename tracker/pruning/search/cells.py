@@ -19,7 +19,6 @@ from tracker.core.views import View
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.aligned import AlignedOutcomes
-from tracker.ledger.begun import begin_search, end_search
 from tracker.ledger.cells import CellStore
 from tracker.ledger.checks import Checks
 from tracker.ledger.outcomes import METRIC
@@ -172,7 +171,7 @@ class OpenCell:
         extent, names = self.request.extent, [one.name for one in asked]
         if not self.store.is_complete(extent, names):
             meter = self.opened(asked, candidates)
-            begin_search(self.store, self._lender.typed)
+            self.store.begin_search(self._lender.typed)
             left = lacking(self.store, meter.facts, extent, names)
             fill(self.store, left, meter, extent, self.progress)
         columns = [*_COLUMNS, METRIC + self.view.metric]
@@ -188,7 +187,7 @@ class OpenCell:
     def end(self) -> None:
         """Hear that the search is over that measured it."""
         if self._paired:
-            end_search(self.store, self._lender.typed)
+            self.store.end_search(self._lender.typed)
 
     def paired(self, ablations: Sequence[Ablation], by: str = "accuracy") -> PairedOutcomes:
         """What the documents come to under some ablations, which are measured where they are not.
