@@ -1,16 +1,26 @@
 from __future__ import annotations
 
-import pytest
-import torch
+import functools
+from collections.abc import Callable
+from typing import Any
 
-from tests.engine.families import FAMILIES
+import pytest
 
 
 @pytest.fixture
-def tiny_model():
-    """Makes a random model of a family, with weights large enough that layers matter."""
+def spy(monkeypatch) -> Callable[..., list[Any]]:
+    """Notes something of every call of a function, which is called as ever."""
 
-    def make(family: str) -> torch.nn.Module:
-        return FAMILIES[family].model()
+    def spy(owner: Any, name: str, note: Callable[..., Any]) -> list[Any]:
+        noted: list[Any] = []
+        honest = getattr(owner, name)
 
-    return make
+        @functools.wraps(honest)
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            noted.append(note(*args, **kwargs))
+            return honest(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noting)
+        return noted
+
+    return spy

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import random
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
+from tests.engine.families import tiny_model
+from tests.engine.truth import exported, skip
 from tracker.core.documents import Document, Request
 from tracker.core.identities import ModelIdentity
+from tracker.engine.scoring.sharing import FULL, Sharing
+from tracker.engine.scoring.sweep import Engine
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
 
@@ -28,8 +32,41 @@ def loaded(model: Any) -> LoadedModel:
     return LoadedModel(model, None, find_layers(model), identity, torch.device("cpu"))
 
 
+def engine_of(model: Any, sharing: Sharing = FULL, **settings: Any) -> Engine:
+    """An engine for a model that was made here, or for that of a family by its name."""
+    model = tiny_model(model) if isinstance(model, str) else model
+    return Engine(loaded(model), **{"max_length": MAX_LENGTH, "sharing": sharing, **settings})
+
+
+def asking(*asked: tuple[Sequence[int], Sequence[int]], index: int = 0, **more: Any) -> Document:
+    """A document of requests, each a context and a continuation."""
+    requests = tuple(Request(tuple(context), tuple(answer)) for context, answer in asked)
+    return Document("task", index, requests, **{"gold": 0, "choices": len(requests), **more})
+
+
+def changed(model: Any, forward: Callable[..., Any]) -> Any:
+    """Make a model one of a subclass of its class, with another forward pass.
+
+    `forward` gets the model, its own forward pass, and what the model is called with.
+    """
+
+    class Changed(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return forward(self, super().forward, *args, **kwargs)
+
+    model.__class__ = Changed
+    return model
+
+
+class Output(NamedTuple):
+    """What some layers return: more than the state, by names."""
+
+    state: Tensor
+    weights: str
+
+
 class Memory(dict[str, str]):
-    """Keeps the verdicts of attacks for as long as a test wants."""
+    """Keeps the verdicts of checks for as long as a test wants."""
 
     recall = dict.get
     keep = dict.__setitem__
@@ -73,37 +110,34 @@ def answers(
     return found
 
 
+def passed(model: Any, tokens: Sequence[int]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Read a text plainly: each layer's input and output [tokens, …], and the logits."""
+    seen = []
+
+    def watch(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        seen.append((before[0], output[0][0] if isinstance(output, (tuple, list)) else output[0]))
+
+    with ExitStack() as stack, torch.inference_mode():
+        for layer in find_layers(model):
+            stack.enter_context(layer.register_forward_hook(watch, with_kwargs=True))
+        return seen, model(torch.tensor([tokens]), use_cache=False).logits[0]
+
+
 @contextmanager
 def pruned(model: Any, removed: Collection[int]) -> Iterator[Any]:
-    """A copy that really lacks the layers."""
-    smaller = copy.deepcopy(model)
-    layers = find_layers(smaller)
-    for index in sorted(removed, reverse=True):
-        del layers[index]
-    config = smaller.config
-    types = vars(config).get("layer_types")
-    config.num_hidden_layers = len(layers)
-    if types:
-        config.layer_types = [t for i, t in enumerate(types) if i not in removed]
-    yield smaller
+    """A model that really lacks the layers."""
+    yield exported(model, removed)
 
 
 @contextmanager
 def skipped(model: Any, removed: Collection[int]) -> Iterator[Any]:
     """The model with the layers' outputs replaced by their inputs: right for every architecture."""
-
-    def skip(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        # The first GPT's blocks return lists.
-        return (hidden, *output[1:]) if isinstance(output, (tuple, list)) else hidden
-
     layers = find_layers(model)
-    hooks = [layers[i].register_forward_hook(skip, with_kwargs=True) for i in removed]
-    try:
+    with ExitStack() as stack:
+        for index in removed:
+            stack.enter_context(layers[index].register_forward_hook(skip, with_kwargs=True))
         yield model
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 Ablate = Callable[[Any, Collection[int]], Any]

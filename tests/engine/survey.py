@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -27,12 +27,7 @@ from torch import nn
 
 from tests.ablations import single_layers
 from tests.engine.plain import Memory, loaded, skipped
-from tests.engine.registry import (
-    LAYERS,
-    ORIGINAL,
-    VOCABULARY,
-    Variant,
-)
+from tests.engine.registry import LAYERS, ORIGINAL, VOCABULARY, Variant
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError, ModelError
@@ -65,6 +60,10 @@ SAVED, SKIPPED, DELETED = "saved and loaded", "skipped", "deleted"
 """What the model without a layer is."""
 
 _Responses = Sequence[tuple[float, Document, Request]]
+
+
+class TooLongError(BaseException):
+    """A variant took too long; no code that catches what a model raises catches this."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +110,8 @@ def blocks() -> list[list[Document]]:
         return [Request(context, some(length)) for length in lengths]
 
     letters = [some(1) for _ in range(4)]
-    short = [
-        [Request(context, letter) for letter in letters]
-        for context in map(some, (120, 100, 40, 60, 30, 50))
-    ]
+    contexts = map(some, (120, 100, 40, 60, 30, 50))
+    short = [[Request(context, letter) for letter in letters] for context in contexts]
     common = some(55)
     shared = [answers(common + some(more), 1, 1, 3, 6) for more in (3, 9, 30)]
     around = [answers(some(length), 1, 3) for length in (ORIGINAL - 3, ORIGINAL - 1, ORIGINAL, 26)]
@@ -168,8 +165,6 @@ class Truth:
             try:
                 self._loaded[ablation] = saved_and_loaded(self.model, ablation.layers)
                 self._forward(ablation, (5, 6, 7), SAVED)
-            except TimeoutError:
-                raise
             except Exception:  # noqa: BLE001 - whatever a class says where a layer is missing
                 self._loaded[ablation] = None
         return self._loaded[ablation] is not None
@@ -250,9 +245,9 @@ def examine(variant: Variant) -> Verdict:
     try:
         with _within(SECONDS):
             found = _examine(variant)
-    except Exception as error:  # noqa: BLE001 - whatever it was, it is what this looks for
+    except (Exception, TooLongError) as error:  # noqa: BLE001 - it is what this looks for
         found = Verdict(variant, CRASH, why=_said(error))
-    return Verdict(**{**vars(found), "seconds": time.monotonic() - start})
+    return replace(found, seconds=time.monotonic() - start)
 
 
 def _examine(variant: Variant) -> Verdict:
@@ -260,8 +255,6 @@ def _examine(variant: Variant) -> Verdict:
         model = variant.model()
         truth = Truth(model)
         truth.of(INTACT, blocks()[0][0].requests[0])
-    except TimeoutError:
-        raise
     except Exception as error:  # noqa: BLE001 - the model's own code
         return Verdict(variant, NO_VARIANT, why=_said(error))
     try:
@@ -283,18 +276,14 @@ def _exact_in_double(model: nn.Module, found: _Compared) -> bool:
     try:
         # The grouped matrix product of experts knows no float64.
         double.set_experts_implementation("eager")
-        exactly = _compare(double, Truth(double))
-        same = exactly.agrees and exactly.shared == found.shared
         truth = Truth(double)
-        return same or (
-            exactly.said
-            and all(
-                _depends_on_what_follows(truth, requests, ablation)
-                for ablation, requests in exactly.differing.items()
-            )
+        exactly = _compare(double, truth)
+        if exactly.agrees and exactly.shared == found.shared:
+            return True
+        return exactly.said and all(
+            _depends_on_what_follows(truth, requests, ablation)
+            for ablation, requests in exactly.differing.items()
         )
-    except TimeoutError:
-        raise
     except Exception:  # noqa: BLE001 - a model need not run in float64
         return False
 
@@ -395,8 +384,6 @@ def _in_a_way(
     """Compare with another model, which the one without a layer may be instead."""
     try:
         far, off = _furthest(responses, ablation, truth, way)
-    except TimeoutError:
-        raise
     except Exception:  # noqa: BLE001 - a model need not run with layers deleted
         return None
     return None if off else (far, off)
@@ -434,7 +421,7 @@ def _shared(sharing: Any) -> str:
     return "tokens" if sharing.tokens else "depth" if sharing.depth else "nothing"
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """Say in one line what was raised."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines)[:300]}"
@@ -445,7 +432,7 @@ def _within(seconds: int) -> Iterator[None]:
     """Raise an error where it computes for longer, however many others compute beside it."""
 
     def stop(number: int, frame: Any) -> None:
-        raise TimeoutError(f"took longer than {seconds} s")
+        raise TooLongError(f"took longer than {seconds} s")
 
     before = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, seconds)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.ablations import single_layers
-from tests.engine.plain import MAX_LENGTH, Memory, loaded, make_documents
+from tests.engine.families import tiny_model
+from tests.engine.plain import MAX_LENGTH, Memory, asking, engine_of, loaded, make_documents
 from tracker.core.ablations import INTACT, ablate
-from tracker.core.documents import Document, Request
+from tracker.core.documents import Document
 from tracker.core.errors import CellError
-from tracker.engine.scoring.rows import Lengths, common_beginning, tree_rows
+from tracker.engine.scoring.rows import common_beginning, tree_rows
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import Engine
+from tracker.engine.selfcheck import check as module
 from tracker.engine.selfcheck import reference
 from tracker.engine.selfcheck.check import (
     VERDICT,
@@ -30,34 +32,37 @@ from tracker.engine.selfcheck.check import (
     watch,
     watched_documents,
 )
-from tracker.engine.selfcheck.miniature_check import check_longer_texts, check_miniature, reachable
-from tracker.engine.selfcheck.quirks import find_quirks
+from tracker.engine.selfcheck.miniature_check import WAYS
 from tracker.engine.selfcheck.verdict import Verdict
-from tracker.models.miniature import miniature
 
 ABLATIONS = single_layers((0, 1, 2, 3))
 
 
-def test_documents_are_drawn_once_a_task_at_least_and_stay_drawn_when_more_come():
+def test_one_document_in_two_hundred_is_watched_and_one_a_task_at_least():
+    """And stays watched when more come."""
     documents = [
-        replace(d, task=task) for task in ("one", "other") for d in make_documents(600, shared=0)
+        Document(task, index, (), None, 0) for task in ("one", "other") for index in range(2000)
     ]
-    few = [d for d in documents if d.index < 20]
-    first = watched_documents(few)
-    assert {task for task, _ in first} == {"one", "other"}
     every = watched_documents(documents)
-    assert every >= {place for place in first if place in every}
-    assert 2 <= len(every) <= 20
+    assert 12 <= len(every) <= 28
     assert every == watched_documents(documents[::-1])
+    few = watched_documents([d for d in documents if d.index < 20])
+    assert {task for task, _ in few} == {"one", "other"}
+    drawn = {place for place in every if place[1] < 20}
+    assert few >= drawn
 
 
-def test_every_ablation_is_watched_in_turn(tiny_model):
-    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+def test_every_ablation_is_watched_in_turn_and_the_same_ones_under_the_same_seed():
+    engine = engine_of("llama")
     scores = engine.score(make_documents(40), ABLATIONS)
+
+    def watched(seed, first=0):
+        return [number for _, number, _ in watch(engine, scores, ABLATIONS, seed, first)]
+
     found = list(watch(engine, scores, ABLATIONS, "seed"))
     assert {number for _, number, _ in found} == {0, 1, 2, 3, 4}
-    some = watch(engine, scores, ABLATIONS, "seed", first=2)
-    assert {number for _, number, _ in some} == {2, 3, 4}
+    assert set(watched("seed", first=2)) == {2, 3, 4}
+    assert [number for _, number, _ in found] == watched("seed") != watched("other")
     assert [result.document for result, _, _ in found] == [s.document for s in scores]
     for result, _, comparison in found:
         assert comparison.compared == len(result.document.requests)
@@ -65,126 +70,46 @@ def test_every_ablation_is_watched_in_turn(tiny_model):
         assert comparison.difference < 1e-4
 
 
-def test_a_wrong_number_is_seen_and_named(tiny_model):
-    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+def test_a_wrong_number_is_seen_and_named():
+    engine = engine_of("llama")
     (score,) = engine.score(make_documents(1), ABLATIONS)
-    for number in range(len(ABLATIONS)):
-        responses = [list(each) for each in score.responses]
-        responses[number] = [
-            r._replace(loglikelihood=r.loglikelihood + 0.01) for r in responses[number]
-        ]
-        wrong = replace(score, responses=responses)
-        (_, drawn, found), *_ = watch(engine, [wrong], ABLATIONS, "seed")
-        if drawn == number:
-            assert "document 0 of task, request 0" in found.wrong
-            assert "on the really pruned model" in found.wrong
-            return
-    pytest.fail("no ablation was drawn")
+    ((_, drawn, right),) = watch(engine, [score], ABLATIONS, "seed")
+    assert right.wrong is None
+    score.responses[drawn][:] = [
+        r._replace(loglikelihood=r.loglikelihood + 0.01) for r in score.responses[drawn]
+    ]
+    ((_, _, found),) = watch(engine, [score], ABLATIONS, "seed")
+    assert "document 0 of task, request 0" in found.wrong
+    assert "on the really pruned model" in found.wrong
 
 
-def test_a_verdict_is_kept_and_a_damaged_one_is_made_again(tiny_model, monkeypatch):
-    model, documents, kept = tiny_model("llama"), make_documents(3), Memory()
-    engine = Engine(loaded(model), MAX_LENGTH)
+def test_a_verdict_is_kept_and_a_damaged_one_is_made_again(spy):
+    documents, kept, engine = make_documents(3), Memory(), engine_of("llama")
     first = check(engine, documents, ABLATIONS, kept)
-    keys = list(kept)
-    made = []
-    for name, honest in (
-        ("check_miniature", check_miniature),
-        ("check_longer_texts", check_longer_texts),
-    ):
-
-        def counted(*args, name=name, honest=honest):
-            made.append(name)
-            return honest(*args)
-
-        monkeypatch.setattr(f"tracker.engine.selfcheck.check.{name}", counted)
-    assert check(engine, documents, ABLATIONS, kept).engine.sharing == first.engine.sharing
-    assert not made
     # With short texts, and with texts as long as these.
-    for key, name in zip(keys, ("check_miniature", "check_longer_texts"), strict=True):
+    names = ("check_miniature", "check_longer_texts")
+    made = [spy(module, name, lambda *_: True) for name in names]
+    assert check(engine, documents, ABLATIONS, kept).engine.sharing == first.engine.sharing
+    assert made == [[], []]
+    for place, key in enumerate(list(kept)):
         kept[key] = "{"
         assert check(engine, documents, ABLATIONS, kept).engine.sharing == first.engine.sharing
-        assert made.pop() == name
-        assert not made
+        assert [len(calls) for calls in made] == [1, place]
         assert json.loads(kept[key])["sharing"]["depth"] is True
     check(engine, documents, [*ABLATIONS, ablate("mlp", [1])], kept)
     assert len(kept) == 4, "another ablation is another question"
 
 
-def test_every_ablation_is_attacked_and_confirmed(tiny_model, monkeypatch):
-    asked = set()
-    honest = Engine.without
-
-    def noted(self, ablation):
-        asked.add(ablation)
-        return honest(self, ablation)
-
-    monkeypatch.setattr(Engine, "without", noted)
-    ablations = [*single_layers((0, 1, 2, 3)), *(ablate("attention", [i]) for i in range(4))]
-    check(Engine(loaded(tiny_model("llama")), MAX_LENGTH), make_documents(3), ablations)
-    assert asked >= set(ablations)
+def test_every_ablation_is_tried_and_confirmed(spy):
+    asked = spy(Engine, "without", lambda engine, ablation: ablation)
+    ablations = [*ABLATIONS, *(ablate("attention", [i]) for i in range(4))]
+    check(engine_of("llama"), make_documents(3), ablations)
+    assert set(asked) >= set(ablations)
 
 
-def test_what_the_model_reads_plainly_is_a_small_part():
-    documents = make_documents(500)
-    tokens = sum(
-        len(request.context) + len(request.continuation)
-        for document in documents
-        for request in document.requests
-    )
-    assert plain_tokens(documents, single_layers(range(30)), MAX_LENGTH) < 0.5 * tokens
-
-
-@pytest.mark.parametrize(
-    ("settings", "lengths"),
-    [
-        ({}, ()),
-        (
-            {"rope_type": "longrope", "original_max_position_embeddings": 64, "factor": 4.0,
-             "short_factor": [1.0] * 4, "long_factor": [3.0, 5.0, 7.0, 9.0]},
-            ((("rope_parameters", "original_max_position_embeddings"), False),),
-        ),
-        ({"rope_type": "dynamic", "factor": 4.0}, ((("max_position_embeddings",), True),)),
-    ],
-    ids=["default", "longrope", "dynamic"],
-)  # fmt: skip
-def test_what_the_length_of_a_call_decides_is_found(tiny_model, settings, lengths):
-    from transformers import AutoModelForCausalLM
-
-    config = tiny_model("llama").config
-    config.rope_parameters = {"rope_theta": 1e4, "rope_type": "default", **settings}
-    model = AutoModelForCausalLM.from_config(config).eval()
-    found = find_quirks(miniature(model), reachable(model, 300))
-    assert found.by_call == lengths
-    assert found.causal
-    assert not found.every_call
-
-
-def test_requests_of_different_sides_share_no_row_and_each_comes_once():
-    documents = make_documents(12, shared=50)
-    lengths = Lengths((60,))
-    rows = list(tree_rows(documents, MAX_LENGTH, 1000, 50, lengths))
-    assert len(rows) > 1
-    for row in rows:
-        reached = {
-            lengths.side(int(row.positions.max()) + 1),
-            *(
-                lengths.side(len(r.context + r.continuation) - 1)
-                for r in (documents[d].requests[i] for d, i in row.requests)
-            ),
-        }
-        assert len(reached) == 1
-        assert row.prefix in (0, 50)
-    requests = sorted(request for row in rows for request in row.requests)
-    assert requests == [
-        (d, i) for d, each in enumerate(documents) for i in range(len(each.requests))
-    ]
-    assert sorted(d for row in rows for d, _ in row.gold) == list(range(12))
-
-
-def test_a_model_that_no_call_changes_has_no_habits(tiny_model):
+def test_a_model_that_no_call_changes_has_no_habits():
     model = tiny_model("llama")
-    engine = Engine(loaded(model), MAX_LENGTH)
+    engine = engine_of(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     checked = check(engine, make_documents(3), ABLATIONS)
     assert checked.engine.sharing == FULL
@@ -193,16 +118,17 @@ def test_a_model_that_no_call_changes_has_no_habits(tiny_model):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-class Attacked(Memory):
-    """Recalls one verdict, whatever was attacked: what follows from it is under test."""
+class Recalled(Memory):
+    """Recalls one verdict, whatever was checked: what follows from it is under test."""
 
-    def __init__(self, sharing=FULL, lost=None, difference=0.0, compared=100, **more):
-        verdict = Verdict(sharing, lost, difference, compared, **more)
+    def __init__(self, *verdict, **more):
+        verdict = Verdict(*(verdict or (FULL,)), **{"compared": 100, **more})
         self.recall = lambda key: VERDICT.dump_json(verdict).decode()
 
 
-def checked(model, verdict):
-    return check(Engine(loaded(model), MAX_LENGTH), make_documents(3), ABLATIONS, verdict)
+def checked(model, verdict=None):
+    verdict = Recalled() if verdict is None else verdict
+    return check(engine_of(model), make_documents(3), ABLATIONS, verdict)
 
 
 def when_masked(model, then):
@@ -218,9 +144,9 @@ def fail(*_):
     raise ValueError("no such mask\nat all")
 
 
-def test_no_more_is_shared_than_the_attack_allows(tiny_model):
-    verdict = Attacked(DEPTH_ONLY, "tokens were lost", 0.5, unsteady=3, stay=True)
-    found = checked(tiny_model("llama"), verdict)
+def test_no_more_is_shared_than_the_verdict_allows():
+    verdict = Recalled(DEPTH_ONLY, "tokens were lost", 0.5, unsteady=3, stay=True)
+    found = checked("llama", verdict)
     assert found.engine.sharing == DEPTH_ONLY
     assert found.engine.quirks.stay
     assert found.lost == "tokens were lost"
@@ -228,18 +154,18 @@ def test_no_more_is_shared_than_the_attack_allows(tiny_model):
     unsteady, compared = (int(word) for word in found.unsteady.split() if word.isdigit())
     assert unsteady == 3
     assert compared > 100
-    nothing = checked(tiny_model("llama"), Attacked(PLAIN, "all was lost"))
+    nothing = checked("llama", Recalled(PLAIN, "all was lost"))
     assert nothing.engine.sharing == PLAIN
     assert (nothing.lost, nothing.unsteady) == ("all was lost", None)
     assert 0 <= nothing.difference < 1e-3
 
 
-def test_what_the_model_refuses_is_lost_with_its_reason(tiny_model, caplog):
+def test_what_the_model_refuses_is_lost_with_its_reason(caplog):
     """In words; what its code said is in the log."""
     caplog.set_level("DEBUG", logger="tracker")
     model = tiny_model("llama")
     when_masked(model, fail)
-    found = checked(model, Attacked())
+    found = checked(model)
     assert found.engine.sharing == DEPTH_ONLY
     assert found.lost == (
         "shared over depth alone, and not over tokens or documents, because it refuses a row of "
@@ -248,11 +174,11 @@ def test_what_the_model_refuses_is_lost_with_its_reason(tiny_model, caplog):
     assert "no such mask" in caplog.text
 
 
-def test_what_changes_an_answer_is_lost_with_how_far(tiny_model, monkeypatch):
+def test_what_changes_an_answer_is_lost_with_how_far(monkeypatch):
     monkeypatch.setattr(reference, "DRAWS", 1)
     model = tiny_model("llama")
     when_masked(model, lambda output: (3 * output[0], *output[1:]))
-    found = checked(model, Attacked())
+    found = checked(model)
     assert found.engine.sharing == DEPTH_ONLY
     before, nats, after = found.lost.partition(found.lost.split()[-2])
     assert before == (
@@ -263,59 +189,45 @@ def test_what_changes_an_answer_is_lost_with_how_far(tiny_model, monkeypatch):
     assert after == " nats"
 
 
-def test_a_model_that_does_not_run_says_why(tiny_model):
+def test_a_model_that_does_not_run_says_why():
     model = tiny_model("llama")
     model.model.layers[0].register_forward_hook(fail)
     with pytest.raises(
         CellError, match=r"^LlamaForCausalLM cannot be asked one request at a time: no such"
     ):
-        checked(model, Attacked())
+        checked(model)
 
 
 @pytest.fixture
-def one_answer_off(monkeypatch):
-    """Whatever is shared, the first answer is wrong, which no model at hand does by itself."""
-    honest = Engine.score
+def off(monkeypatch):
+    """Lets answers be wrong by a nat in some ways, which no model at hand does by itself."""
 
-    def off(*arguments):
-        first, *others = honest(*arguments)
-        wrong = [list(each) for each in first.responses]
-        wrong[0][0] = wrong[0][0]._replace(loglikelihood=wrong[0][0].loglikelihood - 1)
-        return [replace(first, responses=wrong), *others]
+    def off(*ways):
+        honest = Engine.score
 
-    monkeypatch.setattr(Engine, "score", off)
-    monkeypatch.setattr(reference, "DRAWS", 1)
+        def wrong(self, *rest):
+            scores = honest(self, *rest)
+            for answers in (each for score in scores for each in score.responses):
+                if self.sharing in ways:
+                    answers[:] = [a._replace(loglikelihood=a.loglikelihood - 1) for a in answers]
+            return scores
+
+        monkeypatch.setattr(Engine, "score", wrong)
+        monkeypatch.setattr(reference, "DRAWS", 1)
+
+    return off
 
 
-@pytest.mark.usefixtures("one_answer_off")
-def test_a_model_that_contradicts_itself_is_not_measured(tiny_model):
+def test_a_model_that_contradicts_itself_is_not_measured(off):
+    off(*WAYS, ONE_BY_ONE)
     said = r"^LlamaForCausalLM contradicts itself: document \d of task, request 0, .* nats shared"
     with pytest.raises(CellError, match=said):
-        checked(tiny_model("llama"), Attacked())
+        checked("llama")
 
 
-def test_what_several_texts_in_a_call_change_is_asked_one_by_one(tiny_model, monkeypatch):
-    honest = Engine.score
-
-    def off(self, *rest):
-        monkeypatch.setattr(Engine, "score", honest)
-        wrong_by = 1.0 if self.sharing.calls else 0.0
-        scores = [
-            replace(
-                score,
-                responses=[
-                    [one._replace(loglikelihood=one.loglikelihood - wrong_by) for one in each]
-                    for each in score.responses
-                ],
-            )
-            for score in self.score(*rest)
-        ]
-        monkeypatch.setattr(Engine, "score", off)
-        return scores
-
-    monkeypatch.setattr(Engine, "score", off)
-    monkeypatch.setattr(reference, "DRAWS", 1)
-    found = checked(tiny_model("llama"), Attacked())
+def test_what_several_texts_in_a_call_change_is_asked_one_by_one(off):
+    off(*WAYS)
+    found = checked("llama")
     assert found.engine.sharing == ONE_BY_ONE
     assert found.lost == (
         "nothing is shared, and each request is asked alone, because a call of several texts "
@@ -324,20 +236,24 @@ def test_what_several_texts_in_a_call_change_is_asked_one_by_one(tiny_model, mon
     assert (found.difference, found.unsteady) == (0, None)
 
 
-def test_a_discontinuous_model_is_said_to_be_one(tiny_model):
-    found = checked(tiny_model("llama"), Attacked(unsteady=4))
-    assert found.unsteady.startswith("the model is discontinuous: 4 of ")
-    assert found.unsteady.endswith(
-        " answers move by more than rounding (a router or a top-k near a tie), in lm-eval too"
-    )
-
-
-def test_what_half_precision_moves_is_not_said_of_a_router(tiny_model):
-    found = checked(tiny_model("llama").bfloat16(), Attacked(unsteady=3))
-    assert found.unsteady.startswith("rounding alone moves 3 of ")
-    assert found.unsteady.endswith(
-        " answers by more than 0.1 nats and 2 % in half precision, in lm-eval too"
-    )
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (
+            torch.float32,
+            r"the model is discontinuous: 4 of \d+ answers move by more than rounding \(a router "
+            r"or a top-k near a tie\), in lm-eval too",
+        ),
+        (
+            torch.bfloat16,
+            r"rounding alone moves 4 of \d+ answers by more than 0.1 nats and 2 % in half "
+            r"precision, in lm-eval too",
+        ),
+    ],
+)
+def test_what_half_precision_moves_is_not_said_of_a_router(dtype, said):
+    found = checked(tiny_model("llama").to(dtype), Recalled(unsteady=4))
+    assert re.fullmatch(said, found.unsteady)
 
 
 class RoundsByLength(torch.nn.SiLU):
@@ -347,27 +263,26 @@ class RoundsByLength(torch.nn.SiLU):
         return super().forward(hidden) * (1 + (hidden.shape[1] > 20) * 2**-9)
 
 
-def test_half_precision_may_differ_by_more(tiny_model):
+def test_half_precision_may_differ_by_more():
     """On some machines bfloat16 rounds alike in rows of every length: here it does not."""
     model = tiny_model("llama")
     model.model.layers[1].mlp.act_fn = RoundsByLength()
-    assert checked(model, Attacked()).engine.sharing != FULL
-    found = checked(model.bfloat16(), Attacked())
+    assert checked(model).engine.sharing != FULL
+    found = checked(model.bfloat16())
     assert found.engine.sharing == FULL
     assert found.unsteady is None
     assert found.difference > 1e-3
 
 
-def test_a_token_whose_embedding_is_zero_is_looked_for_in_all_that_is_read(tiny_model, monkeypatch):
+def test_a_token_whose_embedding_is_zero_is_looked_for_in_all_that_is_read(monkeypatch):
     model = tiny_model("llama")
     assert not model.get_input_embeddings().weight[0].any()
     with torch.no_grad():
         model.get_input_embeddings().weight[5, 0] = 0  # one number of it, not all
 
     def held(context: tuple[int, ...], said: tuple[int, ...]) -> bool:
-        plain = Document("task", 0, (Request((5, 6), (7,)), Request((5,), (8,))), 0, 2)
-        other = Document("task", 1, (Request((5,), (8,)), Request(context, said)), 0, 2)
-        return holds_blank(model, [plain, other])
+        plain = asking(((5, 6), (7,)), ((5,), (8,)))
+        return holds_blank(model, [plain, asking(((5,), (8,)), (context, said))])
 
     assert held((5, 0), (7,))
     assert held((5,), (7, 0))
@@ -386,29 +301,29 @@ def test_a_token_whose_embedding_is_zero_is_looked_for_in_all_that_is_read(tiny_
     assert not held((5, 0), (7,))
 
 
-def test_texts_that_hold_such_a_token_are_another_question(tiny_model):
-    engine, kept = Engine(loaded(tiny_model("llama")), MAX_LENGTH), Memory()
+def test_texts_that_hold_such_a_token_are_another_question():
+    engine, kept = engine_of("llama"), Memory()
     for last in (6, 0):
-        document = Document("task", 0, (Request((5, last), (7,)), Request((5, last), (8,))), 0, 2)
-        assert check(engine, [document], ABLATIONS, kept).engine.sharing == FULL
+        asked = asking(((5, last), (7,)), ((5, last), (8,)))
+        assert check(engine, [asked], ABLATIONS, kept).engine.sharing == FULL
     assert len(kept) == 4
 
 
-def test_a_verdict_holds_for_the_lengths_that_it_was_made_for(tiny_model):
-    asked, verdict = [], Attacked()
+def test_a_verdict_holds_for_the_lengths_that_it_was_made_for():
+    asked, verdict = [], Recalled()
     recall = verdict.recall
     verdict.recall = lambda key: asked.append(key) or recall(key)
     model = tiny_model("mistral")  # with a window, which short rows do not fill
-    few = [Document("task", 0, (Request((1,), (2,)),), 0, 1)]
+    few = [asking(((1,), (2,)))]
     for row_tokens in (1, 200, 200):
-        check(Engine(loaded(model), MAX_LENGTH, row_tokens=row_tokens), few, ABLATIONS, verdict)
+        check(engine_of(model, row_tokens=row_tokens), few, ABLATIONS, verdict)
     # With short texts, and with texts as long as these.
     first, second, third = asked[:2], asked[2:4], asked[4:]
     assert not {*first} & {*second}
     assert second == third
 
 
-def test_a_row_reaches_as_far_as_its_beginning_and_the_longest_document(tiny_model):
+def test_a_row_reaches_as_far_as_its_beginning_and_the_longest_document():
     documents = make_documents(3, shared=30)
     longest = max(row.tokens for each in documents for row in tree_rows([each], MAX_LENGTH, 1000))
     model = loaded(tiny_model("llama"))
@@ -416,50 +331,34 @@ def test_a_row_reaches_as_far_as_its_beginning_and_the_longest_document(tiny_mod
     assert reach(Engine(model, MAX_LENGTH, row_tokens=10), documents).row == longest + 30
 
 
-def test_a_document_of_letters_is_as_wide_as_its_row(tiny_model):
+def test_a_document_of_letters_is_as_wide_as_its_row():
     """The right one is read too, for the proxies."""
-    letters = tuple(Request((3,) * 128, (n,)) for n in (5, 6, 7))
-    document = Document("task", 0, letters, 0, 3)
-    (row,) = tree_rows([document], 1024, 1)
-    found = reach(Engine(loaded(tiny_model("llama")), 1024), [document])
+    letters = asking(*(((3,) * 128, (n,)) for n in (5, 6, 7)))
+    (row,) = tree_rows([letters], 1024, 1)
+    found = reach(engine_of("llama", max_length=1024), [letters])
     assert found.document == row.tokens == 129
 
 
 def test_the_shortest_of_the_documents_with_most_answers_are_confirmed():
-    def document(index, answers, context, longest=1):
-        requests = [Request((1,) * context, (2,))] * (answers - 1)
-        last = Request((1,) * context, (2,) * longest)
-        return Document("task", index, (*requests, last), 0, answers)
+    def made(answers, context, longest=1):
+        short = ((1,) * context, (2,))
+        return asking(*[short] * (answers - 1), (short[0], (2,) * longest))
 
-    documents = [
-        document(0, 1, 1), document(1, 5, 9), document(2, 4, 3, 16), document(3, 2, 2),
-        document(4, 4, 5), document(5, 4, 4),
-    ]  # fmt: skip
-    assert [each.index for each in _few(documents)] == [5, 4]
+    documents = [made(1, 1), made(5, 9), made(4, 3, 16), made(2, 2), made(4, 5), made(4, 4)]
+    few = _few(documents)
+    assert [documents.index(each) for each in few] == [5, 4]
 
 
-def test_what_the_baseline_is_asked_of_one_text_stands_together():
-    letters = tuple(Request((1,) * 9, (n,)) for n in range(4))
-    documents = [Document("task", index, letters, 0, 4) for index in range(2)]
-    places = [place for number, *place in _asked(documents, ABLATIONS) if number == 0]
-    assert ABLATIONS[0] == INTACT
-    assert places == sorted(places)
-
-
-def test_of_long_documents_every_ablation_is_asked_both_ends_and_the_baseline_all(
-    tiny_model, monkeypatch
-):
+def test_of_long_documents_every_ablation_is_asked_both_ends_and_the_baseline_all(spy):
     """Thirty plain passes over texts of a thousand tokens would be most of the check."""
-    common, seen = tuple(3 + n % 90 for n in range(130)), []
-
-    def document(index):
-        own = tuple(3 + (index + n) % 90 for n in range(200))
-        letters = tuple(Request(common + own, (n,)) for n in (5, 6, 7))
-        return Document("task", index, letters, 0, 3)
-
-    honest = Engine.score
-    monkeypatch.setattr(Engine, "score", lambda *given: seen.append(given[1:3]) or honest(*given))
-    documents, engine = [document(n) for n in range(2)], Engine(loaded(tiny_model("llama")), 1024)
+    common = tuple(3 + n % 90 for n in range(130))
+    contexts = [common + tuple(3 + (index + n) % 90 for n in range(200)) for index in range(2)]
+    documents = [
+        asking(*((context, (n,)) for n in (5, 6, 7)), index=index)
+        for index, context in enumerate(contexts)
+    ]
+    seen = spy(Engine, "score", lambda engine, *given: given)
+    engine = engine_of("llama", max_length=1024)
     found = _confirm(engine, documents, ABLATIONS)
     assert (found.wrong, found.compared) == (None, 6 + 6 + 4)
     (whole, alone), (short, everything) = seen
@@ -477,49 +376,26 @@ def test_of_long_documents_every_ablation_is_asked_both_ends_and_the_baseline_al
 
 
 def test_each_ablation_is_asked_one_request_and_the_baseline_six():
-    requests = tuple(Request((1,) * 9, (n,)) for n in range(4))
-    documents = [Document("task", index, requests, 0, 4) for index in range(2)]
+    """Of one text, one after the other."""
+    documents = [asking(*(((1,) * 9, (n,)) for n in range(4)), index=index) for index in range(2)]
     asked = list(_asked(documents, ABLATIONS))
-    assert asked == list(_asked(documents, ABLATIONS))
+    assert asked == list(_asked(documents, ABLATIONS)) == sorted(asked)
     assert len(asked) == len(set(asked))
     many = Counter(number for number, _, _ in asked)
     assert many == {n: 6 if each == INTACT else 1 for n, each in enumerate(ABLATIONS)}
 
 
-def test_the_same_ablations_are_watched_again_under_the_same_seed(tiny_model):
-    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
-    scores = engine.score(make_documents(12), ABLATIONS)
-    first, again, other = (
-        [number for _, number, _ in watch(engine, scores, ABLATIONS, seed)]
-        for seed in ("seed", "seed", "other")
-    )
-    assert first == again != other
-
-
-def test_one_document_in_two_hundred_is_watched():
-    documents = [Document("task", index, (), None, 0) for index in range(4000)]
-    assert 12 <= len(watched_documents(documents)) <= 28
-
-
-def test_what_is_read_plainly_is_what_was_planned(tiny_model, monkeypatch):
-    read, documents = [], make_documents(3)
-    honest = Engine.read
-
-    def counted(engine, tokens):
-        read.append(len(tokens))
-        return honest(engine, tokens)
-
-    monkeypatch.setattr(Engine, "read", counted)
-    engine = check(
-        Engine(loaded(tiny_model("llama")), MAX_LENGTH), documents, ABLATIONS, Attacked()
-    ).engine
+def test_what_is_read_plainly_is_what_was_planned(spy):
+    documents = make_documents(3)
+    read = spy(Engine, "read", lambda engine, tokens: len(tokens))
+    engine = check(engine_of("llama"), documents, ABLATIONS, Recalled()).engine
     watched = watched_documents(documents)
     some = [d for d in documents if (d.task, d.index) in watched]
     list(watch(engine, engine.score(some, ABLATIONS), ABLATIONS, "seed"))
     assert sum(read) == plain_tokens(documents, ABLATIONS, MAX_LENGTH)
 
 
-def test_a_second_cell_finds_the_model_as_the_first_one_did(tiny_model):
+def test_a_second_cell_finds_the_model_as_the_first_one_did():
     """Dynamic rotary factors grow with a long text and stay: not from one cell to the next."""
     from transformers import AutoModelForCausalLM
 
@@ -529,7 +405,7 @@ def test_a_second_cell_finds_the_model_as_the_first_one_did(tiny_model):
     model = AutoModelForCausalLM.from_config(config).eval()
     documents = make_documents(4, shared=20)
     before = model.model.rotary_emb.inv_freq.clone()
-    first = check(Engine(loaded(model), MAX_LENGTH), documents, ABLATIONS)
+    first = check(engine_of(model), documents, ABLATIONS)
     assert first.engine.quirks.leftovers
     first.engine.score(documents, ABLATIONS)
     assert torch.equal(model.model.rotary_emb.inv_freq, before)

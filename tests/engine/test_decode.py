@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.engine.families import FAMILIES
+from tests.engine.families import FAMILIES, tiny_model
 from tests.engine.plain import loaded
 from tracker.core.ablations import INTACT, ablate
 from tracker.core.documents import Document, Request
@@ -39,7 +39,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "length", "begun"), CASES)
-def test_every_row_is_the_pruned_model(tiny_model, family, length, begun):
+def test_every_row_is_the_pruned_model(family, length, begun):
     model = tiny_model(family)
     engine = Engine(loaded(model), 64)
     ablations = [a for a in ABLATIONS if FAMILIES[family].sublayers or not a.has_sublayers]
@@ -54,7 +54,7 @@ def test_every_row_is_the_pruned_model(tiny_model, family, length, begun):
         assert [row] == generate(engine.without(ablation).loaded.model, prompt), ablation
 
 
-def test_a_beginning_that_rows_were_scored_behind_serves_generation(tiny_model):
+def test_a_beginning_that_rows_were_scored_behind_serves_generation():
     """Was: outside inference mode nothing could be written into its buffer."""
     model, ablations = tiny_model("llama"), ABLATIONS[:3]
     engine = Engine(loaded(model), 256)
@@ -71,7 +71,7 @@ def test_a_beginning_that_rows_were_scored_behind_serves_generation(tiny_model):
         assert [row] == generate(engine.without(ablation).loaded.model, prompt), ablation
 
 
-def test_keys_that_a_layer_lacks_are_no_shorter_model(tiny_model):
+def test_keys_that_a_layer_lacks_are_no_shorter_model():
     ids = PROMPT[0].tolist()
     plan = plan_streams(ABLATIONS, 4)
     parts = Engine(loaded(tiny_model("llama")), 64).parts(plan)

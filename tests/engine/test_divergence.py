@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,22 +12,35 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from tests.engine.plain import MAX_LENGTH, loaded, make_documents, pruned, skipped
-from tracker.core.documents import Document, Request
+from tests.engine.families import tiny_model
+from tests.engine.plain import (
+    MAX_LENGTH,
+    Output,
+    asking,
+    engine_of,
+    make_documents,
+    pruned,
+    skipped,
+)
+from tracker.core.documents import Document
 from tracker.engine.observers import divergence as module
 from tracker.engine.observers.divergence import output_proxies
 from tracker.engine.scoring.sharing import PLAIN
-from tracker.engine.scoring.sweep import Engine
 from tracker.models.layers import find_layers
 
 LAYERS = 4
 PER_LAYER = ("kl", "js", "loss_increase", "lens_changes", "gate_gradient")
 
 
-def _texts(document: Document) -> list[tuple[int, ...]]:
+def _text(document: Document) -> tuple[int, ...]:
     """Context and gold continuation, cut from the left as lm-eval cuts."""
     gold = document.requests[document.gold or 0]
-    return [(gold.context + gold.continuation)[-(MAX_LENGTH + 1) :][:MAX_LENGTH]]
+    return (gold.context + gold.continuation)[-(MAX_LENGTH + 1) :][:MAX_LENGTH]
+
+
+def _one() -> tuple[Document, tuple[int, ...]]:
+    (document,) = make_documents(1)
+    return document, _text(document)
 
 
 @torch.inference_mode()
@@ -55,13 +67,13 @@ def _lens(model, tokens: tuple[int, ...], layer: int) -> list[int]:
 
 @pytest.mark.parametrize("sharing", ["shared", "apart"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt_350m"])
-def test_every_figure_is_that_of_a_plain_pass(tiny_model, family: str, sharing: str) -> None:
+def test_every_figure_is_that_of_a_plain_pass(family: str, sharing: str) -> None:
     model = tiny_model(family)
-    engine = Engine(loaded(model), MAX_LENGTH)
+    engine = engine_of(model)
     engine = engine.with_sharing(PLAIN) if sharing == "apart" else engine
     for document in make_documents(3, seed=4):
         found = output_proxies(engine, document)
-        (tokens,) = _texts(document)
+        tokens = _text(document)
         assert float(found["tokens"]) == len(tokens)
         assert float(found["predicted"]) == len(tokens) - 1
         for layer in range(LAYERS):
@@ -74,11 +86,10 @@ def test_every_figure_is_that_of_a_plain_pass(tiny_model, family: str, sharing: 
 
 
 @torch.inference_mode()
-def test_the_lens_is_the_models_own_norm_and_head_between_layers(tiny_model) -> None:
+def test_the_lens_is_the_models_own_norm_and_head_between_layers() -> None:
     model = tiny_model("llama")
-    (document,) = make_documents(1)
-    (tokens,) = _texts(document)
-    found = output_proxies(Engine(loaded(model), MAX_LENGTH), document)
+    document, tokens = _one()
+    found = output_proxies(engine_of(model), document)
     output = model(torch.tensor([tokens]), output_hidden_states=True)
     # The last of them is normalised already.
     between = [model.lm_head(model.model.norm(h)) for h in output.hidden_states[:-1]]
@@ -88,11 +99,10 @@ def test_the_lens_is_the_models_own_norm_and_head_between_layers(tiny_model) -> 
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-def test_the_derivative_is_a_finite_difference(tiny_model, family: str) -> None:
+def test_the_derivative_is_a_finite_difference(family: str) -> None:
     model = tiny_model(family)
-    engine = Engine(loaded(model), MAX_LENGTH)
-    (document,) = make_documents(1)
-    (tokens,) = _texts(document)
+    engine = engine_of(model)
+    document, tokens = _one()
     found = output_proxies(engine, document)["gate_gradient"]
     wide = model.double()  # norms stay in float32, so that a smaller step drowns
 
@@ -116,21 +126,20 @@ def test_the_derivative_is_a_finite_difference(tiny_model, family: str) -> None:
     assert loss(0, 1) > 0
 
 
-def test_nothing_of_the_model_is_left_changed(tiny_model) -> None:
+def test_nothing_of_the_model_is_left_changed() -> None:
     model = tiny_model("llama")
-    (document,) = make_documents(1)
-    (tokens,) = _texts(document)
+    document, tokens = _one()
     before = _logits(model, tokens)
-    engine = Engine(loaded(model), MAX_LENGTH)
+    engine = engine_of(model)
     first, again = (output_proxies(engine, document) for _ in range(2))
     assert (_logits(model, tokens) == before).all()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_small_chunks_and_a_small_budget_change_nothing(tiny_model, monkeypatch) -> None:
-    (document,) = make_documents(1)
-    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+def test_small_chunks_and_a_small_budget_change_nothing(monkeypatch) -> None:
+    document, _ = _one()
+    engine = engine_of("llama")
     whole = output_proxies(engine, document)
     monkeypatch.setattr(module, "LOGITS_BYTES", 1)
     tight = replace(engine, memory=1)
@@ -139,21 +148,16 @@ def test_small_chunks_and_a_small_budget_change_nothing(tiny_model, monkeypatch)
         torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5)
 
 
-def test_windows_of_a_text_add_up(tiny_model) -> None:
+def test_windows_of_a_text_add_up() -> None:
     """A window's context is read and not measured, so that each token counts once."""
     tokens = tuple(range(3, 23))
-    windows = (
-        Request(tokens[:1], tokens[1:12]),
-        Request(tokens[4:12], tokens[12:20]),
-    )
+    windows = (tokens[:1], tokens[1:12]), (tokens[4:12], tokens[12:20])
     model = tiny_model("llama")
-    engine = Engine(loaded(model), MAX_LENGTH)
-    found = output_proxies(engine, Document("text", 0, windows, None, 0, rolling=True))
+    found, *apart = (
+        output_proxies(engine_of(model), asking(*some, gold=None, rolling=True))
+        for some in (windows, windows[:1], windows[1:])
+    )
     assert float(found["tokens"]) == 19
-    apart = [
-        output_proxies(engine, Document("text", 0, (window,), None, 0, rolling=True))
-        for window in windows
-    ]
     for name in PER_LAYER:
         torch.testing.assert_close(found[name], apart[0][name] + apart[1][name])
     assert float(apart[1]["tokens"]) == float(apart[1]["predicted"]) == 8
@@ -167,21 +171,16 @@ def test_windows_of_a_text_add_up(tiny_model) -> None:
     assert float(apart[1]["loss_increase"][1]) == pytest.approx(float(said - left), abs=1e-3)
 
 
-def test_what_cannot_be_differentiated_is_no_number(tiny_model) -> None:
+def test_what_cannot_be_differentiated_is_no_number() -> None:
     model = tiny_model("llama")
-    engine = Engine(loaded(model), MAX_LENGTH)
-    (document,) = make_documents(1)
+    engine = engine_of(model)
+    document, _ = _one()
     honest = model.lm_head.forward
     # A kernel without a derivative.
     model.lm_head.forward = lambda hidden: honest(hidden.detach())
     found = output_proxies(engine, document)
     assert found["gate_gradient"].isnan().all()
     assert found["kl"].isfinite().all()
-
-
-class _Output(NamedTuple):
-    state: torch.Tensor
-    weights: str
 
 
 class _Tripling(torch.nn.Module):
@@ -197,7 +196,7 @@ class _Tripling(torch.nn.Module):
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize("kind", [tuple, list, _Output._make])
+@pytest.mark.parametrize("kind", [tuple, list, Output._make])
 def test_a_gate_hands_on_all_else_as_it_came(kind, in_place: bool) -> None:
     state, gate = torch.randn(2, 3, requires_grad=True), torch.ones((), requires_grad=True)
     layer = _Tripling(kind, in_place)

@@ -9,8 +9,16 @@ from __future__ import annotations
 import pytest
 
 from tests.ablations import single_layers
-from tests.engine.families import FAMILIES, LAYERS
-from tests.engine.plain import MAX_LENGTH, agree, answers, loaded, make_documents, skipped
+from tests.engine.families import FAMILIES, LAYERS, tiny_model
+from tests.engine.plain import (
+    MAX_LENGTH,
+    agree,
+    answers,
+    engine_of,
+    loaded,
+    make_documents,
+    skipped,
+)
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.errors import CellError, ModelError
 from tracker.engine.scoring.prefix import SHORTEST
@@ -36,9 +44,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("family", FAMILIES)
 class TestFamilies:
-    def test_every_stream_is_the_ablated_model(self, tiny_model, family):
+    def test_every_stream_is_the_ablated_model(self, family):
         model, documents = tiny_model(family), make_documents()
-        checked = check(Engine(loaded(model), MAX_LENGTH, row_tokens=40), documents, ABLATIONS)
+        checked = check(engine_of(model, row_tokens=40), documents, ABLATIONS)
         assert checked.engine.sharing == FAMILIES[family].sharing, checked.lost
         if checked.engine.sharing == FULL:
             assert checked.lost is None
@@ -50,20 +58,20 @@ class TestFamilies:
         assert checked.difference < 1e-4
         agree(checked.engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)
 
-    def test_without_sharing_too(self, tiny_model, family):
+    def test_without_sharing_too(self, family):
         """What the self-check trusts: the layers really taken out, and the rest re-indexed."""
         model, documents = tiny_model(family), make_documents(2)
-        engine = Engine(loaded(model), MAX_LENGTH, PLAIN)
+        engine = engine_of(model, PLAIN)
         agree(engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)
 
-    def test_its_sublayers_too_or_it_is_refused(self, tiny_model, family):
+    def test_its_sublayers_too_or_it_is_refused(self, family):
         model, documents = tiny_model(family), make_documents(2)
         if not FAMILIES[family].sublayers:
             with pytest.raises(ModelError, match="cannot be told apart"):
                 find_sublayers(model, find_layers(model))
             return
         parts = find_sublayers(model, find_layers(model))
-        engine = Engine(loaded(model), MAX_LENGTH, FAMILIES[family].sharing, row_tokens=40)
+        engine = engine_of(model, FAMILIES[family].sharing, row_tokens=40)
         scores = engine.score(documents, HALVES)
         for column, ablation in enumerate(HALVES):
             quiet = [
@@ -78,7 +86,7 @@ class TestFamilies:
                     ):
                         assert ours.loglikelihood == pytest.approx(loglikelihood, abs=2e-4)
 
-    def test_every_layer_matters(self, tiny_model, family):
+    def test_every_layer_matters(self, family):
         """Else the equalities above would say nothing."""
         model, document = tiny_model(family), make_documents(1)[0]
         intact = answers(model, document)
@@ -87,15 +95,15 @@ class TestFamilies:
                 ablated = answers(model, document)
             assert max(abs(a - b) for (a, _), (b, _) in zip(intact, ablated, strict=True)) > 0.05
 
-    def test_its_layers_are_found(self, tiny_model, family):
+    def test_its_layers_are_found(self, family):
         assert len(find_layers(tiny_model(family))) == LAYERS
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if FAMILIES[f].sharing == FULL])
-def test_a_long_common_beginning_is_read_once(tiny_model, family):
+def test_a_long_common_beginning_is_read_once(family):
     """Kept keys and values, seen through each kind of layer's own mask."""
     model, documents = tiny_model(family), make_documents(3, shared=SHORTEST + 2)
-    engine = Engine(loaded(model), MAX_LENGTH, row_tokens=40)
+    engine = engine_of(model, row_tokens=40)
     assert engine.shares_a_prefix(documents)
     agree(engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
 
+from tests.engine.families import tiny_model
+from tests.engine.plain import changed
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring import head as module
 from tracker.engine.scoring.head import Head, Predictions
@@ -42,7 +43,7 @@ def both(model: Any) -> tuple[Predictions, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("family", FAMILIES_IN_BLOCKS)
-def test_blocks_say_what_the_whole_says(tiny_model, family: str) -> None:
+def test_blocks_say_what_the_whole_says(family: str) -> None:
     """With a bias, soft-capping, and scaling behind the projection.
 
     Was: GPT-2 and every mixture of experts were never cut, since their heads pass on what the
@@ -59,7 +60,7 @@ def test_blocks_say_what_the_whole_says(tiny_model, family: str) -> None:
     assert not any("forward" in vars(part) for part in (model, Head(model).base, model.lm_head))
 
 
-def test_a_small_vocabulary_is_not_cut(tiny_model) -> None:
+def test_a_small_vocabulary_is_not_cut() -> None:
     model = tiny_model("llama")
     assert not Head(model).in_blocks
     found, logprobs, greedy = both(model)
@@ -68,7 +69,7 @@ def test_a_small_vocabulary_is_not_cut(tiny_model) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_double_precision_is_cut_and_half_precision_is_not(tiny_model, monkeypatch) -> None:
+def test_double_precision_is_cut_and_half_precision_is_not(monkeypatch) -> None:
     """There lm-eval rounds after the log-softmax; states go through a few at a time."""
     assert Head(tiny_model("llama").double()).in_blocks
     model = tiny_model("llama").bfloat16()
@@ -84,7 +85,7 @@ def test_double_precision_is_cut_and_half_precision_is_not(tiny_model, monkeypat
     assert torch.equal(found.greedy, greedy)
 
 
-def test_one_text_at_a_time_goes_through_whatever_its_logits_take(tiny_model, monkeypatch) -> None:
+def test_one_text_at_a_time_goes_through_whatever_its_logits_take(monkeypatch) -> None:
     monkeypatch.setattr(module, "LOGITS_BYTES", 1)
     model = tiny_model("llama")
     head = Head(model)
@@ -95,27 +96,19 @@ def test_one_text_at_a_time_goes_through_whatever_its_logits_take(tiny_model, mo
     assert sizes == [1, 1, 1]
 
 
-@pytest.mark.parametrize("small_states", [1, 14, 21])
+@pytest.mark.parametrize(("states", "sizes"), [(1, [1, 1, 1]), (14, [2, 1]), (21, [3])])
 def test_states_pass_a_few_at_a_time_and_never_less_than_a_stream(
-    tiny_model, monkeypatch, small_states: int
+    monkeypatch, spy, states: int, sizes: list[int]
 ) -> None:
     monkeypatch.setattr(module, "BLOCK", 50)
-    monkeypatch.setattr(module, "STATES", small_states)
-    model = tiny_model("llama")
-    seen: list[int] = []
-    honest = Head._score_in_blocks
-
-    def noted(self: Head, output: Any, *rest: Any) -> Predictions:
-        seen.append(len(output.last_hidden_state))
-        return honest(self, output, *rest)
-
-    monkeypatch.setattr(Head, "_score_in_blocks", noted)
-    both(model)
-    assert seen == {1: [1, 1, 1], 14: [2, 1], 21: [3]}[small_states]
+    monkeypatch.setattr(module, "STATES", states)
+    seen = spy(Head, "_score_in_blocks", lambda head, output, *_: len(output.last_hidden_state))
+    both(tiny_model("llama"))
+    assert seen == sizes
 
 
 @pytest.mark.usefixtures("small")
-def test_of_equally_likely_tokens_the_first_is_the_greedy_one(tiny_model) -> None:
+def test_of_equally_likely_tokens_the_first_is_the_greedy_one() -> None:
     """As `argmax` says, which lm-eval asks: also where they stand in different blocks."""
     model = tiny_model("llama")
     output = model.model(IDS, use_cache=False)
@@ -128,13 +121,11 @@ def test_of_equally_likely_tokens_the_first_is_the_greedy_one(tiny_model) -> Non
     assert found.greedy.tolist() == [[False, False, True]]
 
 
-class Mixing(LlamaForCausalLM):  # type: ignore[misc]
-    """A model that subtracts the mean of all logits: a block by itself has another mean."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)
-        output.logits = output.logits / output.logits.std(-1, keepdim=True)
-        return output
+def mixing(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """Divide by the spread of all logits: a block by itself has another."""
+    output = forward(*args, **kwargs)
+    output.logits = output.logits / output.logits.std(-1, keepdim=True)
+    return output
 
 
 class Own(nn.Linear):
@@ -142,9 +133,8 @@ class Own(nn.Linear):
 
 
 @pytest.mark.usefixtures("small")
-def test_what_may_mix_logits_is_not_cut(tiny_model) -> None:
-    model = tiny_model("llama")
-    model.__class__ = Mixing
+def test_what_may_mix_logits_is_not_cut() -> None:
+    model = changed(tiny_model("llama"), mixing)
     assert not Head(model).in_blocks
     found, logprobs, greedy = both(model)
     assert torch.equal(found.logprobs, logprobs)
@@ -154,7 +144,7 @@ def test_what_may_mix_logits_is_not_cut(tiny_model) -> None:
     assert not Head(other).in_blocks
 
 
-def test_a_head_that_takes_something_else_is_refused(tiny_model) -> None:
+def test_a_head_that_takes_something_else_is_refused() -> None:
     model = tiny_model("llama")
     head = Head(model)
     output = head.base(IDS, use_cache=False)

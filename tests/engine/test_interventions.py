@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import copy
 import random
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from tests.engine.plain import MAX_LENGTH, answers, loaded, make_documents
+from tests.engine.families import tiny_model
+from tests.engine.plain import Output, answers, asking, engine_of, make_documents, passed
 from tracker.core.ablations import INTACT, Ablation
-from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError
+from tracker.core.kinds import Action
 from tracker.engine.fitting import first_tokens, fit
-from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN
+from tracker.engine.scoring import sweep
+from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.scoring.stand_in import Fitted, MadeUp, replacements
 from tracker.engine.scoring.streams import plan_streams
-from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.layers import find_layers
 
@@ -123,43 +123,27 @@ def _agree(scores, model, ablations=ABLATIONS):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("sharing", [FULL, DEPTH_ONLY, PLAIN], ids=["full", "depth", "plain"])
-def test_every_stream_is_the_changed_model(tiny_model, family, sharing):
+def test_every_stream_is_the_changed_model(family, sharing):
     model = tiny_model(family)
-    engine = Engine(loaded(model), MAX_LENGTH, sharing, row_tokens=40, stand_ins=STAND_INS)
+    engine = engine_of(model, sharing, row_tokens=40, stand_ins=STAND_INS)
     _agree(engine.score(make_documents(3), ABLATIONS), model)
 
 
-def test_a_kept_beginning_serves_all_but_what_passes_a_layer_twice(tiny_model, monkeypatch):
+def test_a_kept_beginning_serves_all_but_what_passes_a_layer_twice(spy):
     model = tiny_model("llama")
     documents = make_documents(3, shared=60)
-    read = []
-    honest = Engine._prefix
-
-    def watched(self, documents, plan):
-        found = honest(self, documents, plan)
-        read.append((plan.repeats, found is not None))
-        return found
-
-    monkeypatch.setattr(Engine, "_prefix", watched)
+    read = spy(sweep, "read_prefix", lambda parts, plan, tokens: plan.repeats)
     once = [a for a in ABLATIONS if not any(done == "repeat" for done, _ in a.replaced)]
-    engine = Engine(loaded(model), MAX_LENGTH, FULL, row_tokens=40, stand_ins=STAND_INS)
+    engine = engine_of(model, FULL, row_tokens=40, stand_ins=STAND_INS)
     _agree(engine.score(documents, once), model, once)
     _agree(engine.score(documents, ABLATIONS), model)
-    assert read[0] == (0, True)
-    assert read[-1] == (4, False)
+    assert read == [0]
 
 
-def test_an_attack_tries_them_all_and_finds_them_exact(tiny_model):
-    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, stand_ins=STAND_INS)
+def test_the_check_on_a_miniature_tries_them_all_and_finds_them_exact():
+    engine = engine_of("llama", stand_ins=STAND_INS)
     verdict = check_miniature(engine, ABLATIONS, (), blank=False)
-    assert verdict.lost is None
-    assert verdict.sharing == FULL
-    assert NO_PREFIX != FULL
-
-
-class _Output(NamedTuple):
-    state: torch.Tensor
-    weights: str
+    assert (verdict.sharing, verdict.lost) == (FULL, None)
 
 
 class _Answering(nn.Module):
@@ -169,7 +153,7 @@ class _Answering(nn.Module):
         return kind((hidden_states.exp_(), "weights"))
 
 
-@pytest.mark.parametrize("kind", [tuple, list, _Output._make])
+@pytest.mark.parametrize("kind", [tuple, list, Output._make])
 def test_a_replaced_layer_returns_all_else_as_it_did(kind):
     layer, state = _Answering(), torch.randn(2, 3, 6)
     ablation = Ablation(replaced=(("scale", 1),))
@@ -192,10 +176,10 @@ def test_what_a_replaced_layer_costs_is_what_it_passes():
     assert plan_streams([INTACT, quantised, Ablation(mlp=(1,))], 4).attention_passes == 4 + 3 + 2
 
 
-def test_experts_and_quantised_weights_are_no_linear_maps(tiny_model):
+def test_experts_and_quantised_weights_are_no_linear_maps():
     model = tiny_model("llama")
     model.model.layers[1].mlp.experts = nn.Parameter(torch.zeros(2, 3, 4))
-    engine = Engine(loaded(model), MAX_LENGTH)
+    engine = engine_of(model)
     with pytest.raises(CellError, match=r"mlp.experts of layer 1 .* is no linear map"):
         engine.without(Ablation(replaced=(("int8", 1),)))
     with pytest.raises(CellError, match=r"mlp.experts of layer 1 is no linear map.*leave int8"):
@@ -205,14 +189,18 @@ def test_experts_and_quantised_weights_are_no_linear_maps(tiny_model):
 class TestFit:
     """What stands in for a layer is the least-squares solution over the tokens that count."""
 
-    def test_it_explains_most_of_the_layers_own_outputs(self, tiny_model):
+    def test_it_explains_most_of_the_layers_own_outputs(self):
         model = tiny_model("llama").eval()
         draw = random.Random(1)
         texts = [[draw.randrange(97) for _ in range(draw.randint(20, 40))] for _ in range(12)]
-        parts = Engine(loaded(model), MAX_LENGTH).parts(plan_streams([INTACT], 4))
+        parts = engine_of(model).parts(plan_streams([INTACT], 4))
         found = fit(parts, texts, {1, 2}, linear=True)
         assert set(found) == {1, 2}
-        before, after = _states(model, texts, 2)
+        # Without each text's first token.
+        pairs = [passed(model, text)[0][2] for text in texts]
+        before, after = (
+            torch.cat([state[1:] for state in some]) for some in zip(*pairs, strict=True)
+        )
         mine = found[2]
         torch.testing.assert_close(mine.mean, (after - before).mean(0), atol=1e-5, rtol=1e-4)
         assert mine.scale == pytest.approx(float((before * after).sum() / (before**2).sum()))
@@ -225,35 +213,16 @@ class TestFit:
         assert first_tokens([[1, 2, 3], [1, 2, 4, 5], [9, 9], [9, 9]]) == [1, 2, 1, 1]
 
     def test_a_stand_in_keeps_the_type_and_shape_of_a_state(self):
-        fitted = Fitted(torch.ones(6), 0.5)
-        from tracker.core.kinds import Action
-
         state = torch.zeros(2, 3, 2, 3, dtype=torch.bfloat16)
-        changed = fitted.change(Action.MEAN, state)
+        changed = Fitted(torch.ones(6), 0.5).change(Action.MEAN, state)
         assert changed.dtype == torch.bfloat16
         assert changed.shape == state.shape
         assert (changed == 1).all()
 
 
-def _states(model, texts, layer):
-    """Collect a layer's inputs and outputs by plain hooks, without each text's first token."""
-    found = []
-    handle = find_layers(model)[layer].register_forward_hook(
-        lambda module, args, kwargs, output: found.append(
-            (args[0] if args else kwargs["hidden_states"], _state(output))
-        ),
-        with_kwargs=True,
-    )
-    with torch.inference_mode():
-        for text in texts:
-            model(torch.tensor([text]), use_cache=False)
-    handle.remove()
-    return tuple(torch.cat([pair[i][0, 1:] for pair in found]) for i in (0, 1))
-
-
-def test_a_layer_twice_is_a_deeper_model(tiny_model):
+def test_a_layer_twice_is_a_deeper_model():
     model = tiny_model("gemma3")
-    engine = Engine(loaded(model), MAX_LENGTH)
+    engine = engine_of(model)
     twice = engine.without(Ablation((0,), replaced=(("repeat", 2),))).loaded.model
     assert len(find_layers(twice)) == 4
     config = twice.config.get_text_config()
@@ -263,6 +232,6 @@ def test_a_layer_twice_is_a_deeper_model(tiny_model):
     one, other = find_layers(twice)[1:3]
     assert one is not other
     assert one.self_attn.q_proj.weight is other.self_attn.q_proj.weight
-    document = Document("task", 0, (Request((5, 6, 7), (8, 9)),), 0, 1)
-    right = answers(_changed(model, Ablation((0,), replaced=(("repeat", 2),))), document)
-    assert answers(twice, document)[0][0] == pytest.approx(right[0][0], abs=1e-4)
+    asked = asking(((5, 6, 7), (8, 9)))
+    right = answers(_changed(model, Ablation((0,), replaced=(("repeat", 2),))), asked)
+    assert answers(twice, asked)[0][0] == pytest.approx(right[0][0], abs=1e-4)

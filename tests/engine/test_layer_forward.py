@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.engine.plain import Output
 from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.layer_forward import forking
@@ -26,13 +27,6 @@ ABLATIONS = [
     ablate("attention", [2]),
     ablate("layer", [2]),
 ]
-
-
-class Mixed(NamedTuple):
-    """What attention returns."""
-
-    state: Tensor
-    weights: str
 
 
 class Named(NamedTuple):
@@ -56,7 +50,7 @@ class Mixing(nn.Module):
         scale: Tensor | float = 1.0,
         alibi: Tensor | None = None,
         rotary: tuple[Tensor, dict[str, Tensor]] | None = None,
-    ) -> Mixed:
+    ) -> Output:
         mixed = hidden_states.cumsum(1) * self.weight * scale + shift
         if alibi is not None:
             # A row a text and a head.
@@ -64,18 +58,7 @@ class Mixing(nn.Module):
             mixed = mixed + alibi.view(len(mixed), -1, TOKENS).sum(1)[..., None]
         if rotary is not None:
             mixed = mixed * rotary[0] + rotary[1]["sin"]
-        return Mixed(mixed, "weights")
-
-
-class Adding(nn.Module):
-    """An MLP that adds to the residual stream itself, as Bloom's does."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
-        return residual + torch.sin(hidden_states + self.number)
+        return Output(mixed, "weights")
 
 
 class Plain(nn.Module):
@@ -87,6 +70,13 @@ class Plain(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return torch.sin(hidden_states + self.number)
+
+
+class Adding(Plain):
+    """An MLP that adds to the residual stream itself, as Bloom's does."""
+
+    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        return residual + super().forward(hidden_states)
 
 
 class Layer(nn.Module):
@@ -160,8 +150,21 @@ def parts(layers: nn.ModuleList) -> list[Sublayers]:
     return [Sublayers(layer.attention, layer.mlp) for layer in layers]
 
 
-def hidden_states(rows: int = ROWS) -> Tensor:
-    return torch.randn(rows, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+def hidden_states() -> Tensor:
+    return torch.randn(ROWS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def agree(
+    found: Tensor,
+    plan: StreamPlan,
+    ablations: Sequence[Ablation],
+    expected: Callable[[Ablation], Tensor],
+) -> None:
+    """Compare each stream behind the last layer with what is expected of its ablation."""
+    assert len(found) == plan.streams * ROWS
+    streams = found.unflatten(0, (plan.streams, ROWS))
+    for ablation, stream in zip(ablations, plan.stream_of, strict=True):
+        torch.testing.assert_close(streams[stream], expected(ablation))
 
 
 BESIDES: dict[str, dict[str, Any]] = {
@@ -186,20 +189,15 @@ def test_every_stream_is_the_model_without(
         plan = plan_streams(ablations, 3)
         with forking(layers, plan, parts(layers)):
             found = run(layers, hidden, named, **kwargs)
-        assert len(found) == plan.streams * ROWS
-        streams = found.unflatten(0, (plan.streams, ROWS))
-        for ablation, stream in zip(ablations, plan.stream_of, strict=True):
-            expected = without(layers, ablation, hidden, named, **kwargs)
-            torch.testing.assert_close(streams[stream], expected)
+        agree(found, plan, ablations, lambda a: without(layers, a, hidden, named, **kwargs))
 
 
 def test_what_comes_by_its_place_is_repeated_too() -> None:
     layers, hidden, shift = make(), hidden_states(), hidden_states() * 2
     plan = plan_streams(ABLATIONS, 3)
     with forking(layers, plan, parts(layers)):
-        streams = run(layers, hidden, False, shift).unflatten(0, (plan.streams, ROWS))
-    for ablation, stream in zip(ABLATIONS, plan.stream_of, strict=True):
-        torch.testing.assert_close(streams[stream], without(layers, ablation, hidden, False, shift))
+        found = run(layers, hidden, False, shift)
+    agree(found, plan, ABLATIONS, lambda a: without(layers, a, hidden, False, shift))
 
 
 class Second(Layer):
@@ -221,9 +219,7 @@ def test_a_hidden_state_that_comes_by_its_name_goes_by_its_name(by_name: bool) -
         for layer in layers:
             given = {"shift": shift} if by_name else {}
             found = layer(*(() if by_name else (shift,)), hidden_states=found, **given)
-    streams = found.unflatten(0, (plan.streams, ROWS))
-    for ablation, stream in zip(ABLATIONS, plan.stream_of, strict=True):
-        torch.testing.assert_close(streams[stream], expected[ablation])
+    agree(found, plan, ABLATIONS, expected.__getitem__)
 
 
 class InPlace(nn.Module):
@@ -245,23 +241,23 @@ def test_a_layer_that_writes_into_its_input_gets_a_copy(returns_it: bool, named:
     ablations = [INTACT, ablate("layer", [1]), ablate("layer", [0]), ablate("layer", [1, 2])]
     seen: list[tuple[int, Tensor, Tensor]] = []
 
-    def observe(*what: Any) -> None:
-        seen.append(what)
+    def left(ablation: Ablation) -> Tensor:
+        some = [layer for number, layer in enumerate(layers) if number not in ablation.layers]
+        return run(some, hidden_states(), named)
 
     for ways in (ablations, ablations[:1]):
         plan, hidden = plan_streams(ways, 3), hidden_states()
         for _ in range(2):
             seen.clear()
-            with torch.inference_mode(), forking(layers, plan, observe=observe):
-                found = run(layers, hidden, named).unflatten(0, (plan.streams, ROWS))
+            observing = forking(layers, plan, observe=lambda *what: seen.append(what))
+            with torch.inference_mode(), observing:
+                found = run(layers, hidden, named)
             assert torch.equal(hidden, hidden_states())
             for number, before, after in seen:
                 state = run(layers[:number], hidden_states(), named)
                 torch.testing.assert_close(before, state)
                 torch.testing.assert_close(after, layers[number](state.clone()))
-            for ablation, stream in zip(ways, plan.stream_of, strict=True):
-                left = [each for n, each in enumerate(layers) if n not in ablation.layers]
-                torch.testing.assert_close(found[stream], run(left, hidden_states(), named))
+            agree(found, plan, ways, left)
 
 
 def test_a_layer_that_only_reads_is_copied_for_once() -> None:
@@ -312,11 +308,9 @@ def test_masks_of_our_own_take_the_place_of_the_models() -> None:
     plan = plan_streams(ABLATIONS, 3)
     masks: Any = Doubling()
     with forking(layers, plan, parts(layers), masks=masks):
-        streams = run(layers, hidden, False, scale=1.0).unflatten(0, (plan.streams, ROWS))
+        found = run(layers, hidden, False, scale=1.0)
     assert asked == [(0, None), (1, 1), (2, None)]
-    for ablation, stream in zip(ABLATIONS, plan.stream_of, strict=True):
-        expected = without(layers, ablation, hidden, False, scale=2.0)
-        torch.testing.assert_close(streams[stream], expected)
+    agree(found, plan, ABLATIONS, lambda a: without(layers, a, hidden, False, scale=2.0))
 
 
 class TestRefusals:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from torch import nn
 
-from tests.engine.families import MIXED, WINDOW
-from tests.engine.plain import make_documents
+from tests.engine.families import MIXED, WINDOW, tiny_model
+from tests.engine.plain import Output, make_documents
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.masks import Masks, Sight, _first_seen, look, mask_place
 from tracker.engine.scoring.rows import reading_row, tree_rows
@@ -39,18 +37,13 @@ def as_added(seen: torch.Tensor, hidden: float = float("-inf")) -> torch.Tensor:
     return torch.where(seen, 0.0, hidden)[None, None]
 
 
-def test_windows_are_seen_layer_by_layer(tiny_model):
+def test_windows_are_seen_layer_by_layer():
     model = tiny_model("gemma3_mixed")
     sight = look(find_base(model), find_layers(model), 12, CPU)
     window = [max(0, place - WINDOW + 1) for place in range(12)]
     assert sight.tokens == 12
     found = [None if first is None else first.tolist() for first in sight.first]
     assert found == [window if kind == "sliding_attention" else None for kind in MIXED]
-
-
-class Output(NamedTuple):
-    state: torch.Tensor
-    weights: str
 
 
 class Answering(nn.Module):

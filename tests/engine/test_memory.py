@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, GPT2Config
 
+from tests.engine.families import tiny_model
 from tracker.engine.memory import (
     free_memory,
     keep_freed_memory,
@@ -64,12 +65,12 @@ def test_free_memory_is_what_programs_can_have() -> None:
 @pytest.mark.parametrize(
     ("dtype", "each"), [(torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 2)]
 )
-def test_a_stream_holds_states_and_the_inside_of_an_mlp(tiny_model, dtype, each: int) -> None:
+def test_a_stream_holds_states_and_the_inside_of_an_mlp(dtype, each: int) -> None:
     model = tiny_model("llama").to(dtype)
     assert stream_bytes(model) == (6 * 32 + 3 * 48) * each
 
 
-def test_where_layers_differ_the_widest_counts(tiny_model) -> None:
+def test_where_layers_differ_the_widest_counts() -> None:
     model = tiny_model("llama")
     model.config = Gemma3nTextConfig(
         hidden_size=32, num_hidden_layers=4, intermediate_size=[48, 100, 16, 48]

@@ -7,9 +7,17 @@ import pytest
 import torch
 from scipy import stats
 
-from tests.engine.plain import MAX_LENGTH, loaded, make_documents, pruned
+from tests.engine.families import tiny_model
+from tests.engine.plain import (
+    MAX_LENGTH,
+    asking,
+    engine_of,
+    make_documents,
+    passed,
+    pruned,
+)
 from tracker.core.ablations import INTACT
-from tracker.core.documents import Document, Request
+from tracker.core.documents import Document
 from tracker.engine.memory import stream_bytes
 from tracker.engine.observers import perturbation_growth as module
 from tracker.engine.observers.perturbation_growth import perturbation_growth, verify_growth
@@ -30,45 +38,17 @@ def text_of(document: Document) -> tuple[int, ...]:
     return request.context + request.continuation
 
 
-def behind(model, tokens, replace=None) -> list[torch.Tensor]:
-    """Every layer's output by a plain pass, in which `replace` (layer, state) is put in place."""
-    found = []
+def behind(model, tokens, changed=None, state=None) -> list[torch.Tensor]:
+    """Every layer's output by a plain pass, in which that of one may be `changed`."""
 
-    def hook(index):
-        def called(layer, args, output):
-            several = isinstance(output, (tuple, list))
-            state = output[0] if several else output
-            if replace is not None and replace[0] == index:
-                state = replace[1][None]
-            found.append(state[0])
-            return type(output)((state, *output[1:])) if several else state
+    def put(layer, args, output):
+        several = isinstance(output, (tuple, list))
+        return type(output)((state[None], *output[1:])) if several else state[None]
 
-        return called
-
-    layers = find_layers(model)
-    hooks = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
-    with torch.inference_mode():
-        model(torch.tensor([tokens]), use_cache=False)
-    for each in hooks:
-        each.remove()
-    return found
-
-
-def inputs(model, tokens) -> list[torch.Tensor]:
-    """What each layer is given."""
-    found = []
-
-    def called(layer, args, kwargs):
-        found.append((kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0])
-
-    hooks = [
-        layer.register_forward_pre_hook(called, with_kwargs=True) for layer in find_layers(model)
-    ]
-    with torch.inference_mode():
-        model(torch.tensor([tokens]), use_cache=False)
-    for each in hooks:
-        each.remove()
-    return found
+    if changed is None:
+        return [after for _, after in passed(model, tokens)[0]]
+    with find_layers(model)[changed].register_forward_hook(put):
+        return behind(model, tokens)
 
 
 def relative(other: torch.Tensor, intact: torch.Tensor) -> np.ndarray:
@@ -76,13 +56,13 @@ def relative(other: torch.Tensor, intact: torch.Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", KINDS)
-def test_every_perturbation_is_that_of_a_plain_pass(tiny_model, family):
+def test_every_perturbation_is_that_of_a_plain_pass(family):
     model = tiny_model(family)
-    engine = Engine(loaded(model), MAX_LENGTH)
+    engine = engine_of(model)
     document = make_documents(3)[2]
     tokens = text_of(document)
     found = perturbation_growth(engine, document, DRAWS)
-    intact, given = behind(model, tokens), inputs(model, tokens)
+    given, intact = zip(*passed(model, tokens)[0], strict=True)
     layers = len(intact)
     directions = module._Directions(f"0/task/{document.index}/0", DRAWS)
     assert found["removed"].shape == (2, layers, layers)
@@ -92,7 +72,7 @@ def test_every_perturbation_is_that_of_a_plain_pass(tiny_model, family):
         assert torch.equal(states[0], given[layer])
         ours = [found["removed"], found["shuffled"], *np.moveaxis(found["random"], 1, 0)]
         for state, each in zip(states, ours, strict=True):
-            changed = behind(model, tokens, (layer, state))
+            changed = behind(model, tokens, layer, state)
             for later in range(layers):
                 if later < layer:
                     assert np.isnan(each[:, layer, later]).all()
@@ -109,11 +89,11 @@ def test_every_perturbation_is_that_of_a_plain_pass(tiny_model, family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_mixed", "mixtral"])
-def test_a_removal_is_that_of_the_really_pruned_model(tiny_model, family):
+def test_a_removal_is_that_of_the_really_pruned_model(family):
     model = tiny_model(family)
     document = make_documents(3)[1]
     tokens = text_of(document)
-    found = perturbation_growth(Engine(loaded(model), MAX_LENGTH), document, 1)["removed"]
+    found = perturbation_growth(engine_of(model), document, 1)["removed"]
     intact = behind(model, tokens)
     for layer in range(len(intact)):
         with pruned(model, (layer,)) as smaller:
@@ -124,7 +104,7 @@ def test_a_removal_is_that_of_the_really_pruned_model(tiny_model, family):
             assert found[0, layer, later] == pytest.approx(moved, rel=1e-3)
 
 
-def test_the_states_are_those_that_the_model_itself_reports(tiny_model):
+def test_the_states_are_those_that_the_model_itself_reports():
     model, tokens = tiny_model("llama"), (5, 6, 7, 8, 9)
     with torch.inference_mode():
         output = model(torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
@@ -132,22 +112,15 @@ def test_the_states_are_those_that_the_model_itself_reports(tiny_model):
         assert torch.equal(ours, theirs[0])
 
 
-def test_in_as_many_passes_as_the_memory_asks_for(tiny_model, monkeypatch):
+def test_in_as_many_passes_as_the_memory_asks_for(spy):
     model, document = tiny_model("llama"), make_documents(1)[0]
-    passes = []
-    honest = module._Pass.run
-
-    def counted(self, tokens):
-        passes.append(self.group)
-        honest(self, tokens)
-
-    monkeypatch.setattr(module._Pass, "run", counted)
-    whole = perturbation_growth(Engine(loaded(model), MAX_LENGTH), document, DRAWS)
+    passes = spy(module._Pass, "run", lambda part, tokens: part.group)
+    whole = perturbation_growth(engine_of(model), document, DRAWS)
     assert passes == [range(4)]
     # The intact stream and those of two layers: 9 fit, and not 13.
     memory = 12 * len(text_of(document)) * stream_bytes(model)
-    halves = perturbation_growth(Engine(loaded(model), MAX_LENGTH, memory=memory), document, DRAWS)
-    least = perturbation_growth(Engine(loaded(model), MAX_LENGTH, memory=1), document, DRAWS)
+    halves = perturbation_growth(engine_of(model, memory=memory), document, DRAWS)
+    least = perturbation_growth(engine_of(model, memory=1), document, DRAWS)
     assert passes[1:3] == [range(2), range(2, 4)]
     assert passes[3:] == [range(i, i + 1) for i in range(4)]
     for name, values in whole.items():
@@ -155,16 +128,11 @@ def test_in_as_many_passes_as_the_memory_asks_for(tiny_model, monkeypatch):
         assert least[name] == pytest.approx(values, rel=1e-3, nan_ok=True)
 
 
-def test_layers_before_the_perturbed_one_are_computed_once(tiny_model):
-    model, document = tiny_model("llama"), make_documents(1)[0]
-    rows = []
-    hooks = [
-        layer.mlp.register_forward_hook(lambda m, args, output: rows.append(len(output)))
-        for layer in find_layers(model)
-    ]
-    perturbation_growth(Engine(loaded(model), MAX_LENGTH), document, DRAWS)
-    for hook in hooks:
-        hook.remove()
+def test_layers_before_the_perturbed_one_are_computed_once():
+    model, rows = tiny_model("llama"), []
+    for layer in find_layers(model):
+        layer.mlp.register_forward_hook(lambda mlp, args, output: rows.append(len(output)))
+    perturbation_growth(engine_of(model), make_documents(1)[0], DRAWS)
     each = 2 + DRAWS
     assert rows == [1, 1 + each, 1 + 2 * each, 1 + 3 * each]
 
@@ -213,8 +181,8 @@ class TestDirections:
             assert torch.equal(state, self.before)
 
 
-def test_the_seed_decides_the_directions_and_nothing_else(tiny_model):
-    engine, document = Engine(loaded(tiny_model("llama")), MAX_LENGTH), make_documents(1)[0]
+def test_the_seed_decides_the_directions_and_nothing_else():
+    engine, document = engine_of("llama"), make_documents(1)[0]
     one, again, other = (perturbation_growth(engine, document, 1, seed) for seed in (0, 0, 1))
     for name in one:
         assert (one[name] == again[name])[:, ..., -1].all()
@@ -222,47 +190,40 @@ def test_the_seed_decides_the_directions_and_nothing_else(tiny_model):
     assert (one["random"] != other["random"]).all()
 
 
-def test_the_tokens_are_those_of_the_proxies(tiny_model):
-    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
-    long = Request(tuple(n % 97 for n in range(MAX_LENGTH + 20)), (1, 2, 3))
-    windows = (Request((0,), tuple(range(9, 19))), Request((3, 4, 5), (6, 7)))
-    documents = [
-        *make_documents(3),
-        Document("task", 8, (long,), None, 0),
-        Document("task", 9, windows, None, 0, rolling=True),
-    ]
-    for document, scores in zip(documents, engine.score(documents, [INTACT]), strict=True):
-        texts = list(measured_texts(document, MAX_LENGTH))
+def test_the_tokens_are_those_of_the_proxies():
+    engine = engine_of("llama")
+    long = asking(([n % 97 for n in range(MAX_LENGTH + 20)], (1, 2, 3)), gold=None)
+    rolling = asking(((0,), range(9, 19)), ((3, 4, 5), (6, 7)), gold=None, rolling=True)
+    documents = [*make_documents(3), long, rolling]
+    for each, scores in zip(documents, engine.score(documents, [INTACT]), strict=True):
+        texts = list(measured_texts(each, MAX_LENGTH))
         assert sum(len(tokens) - first for tokens, first in texts) == scores.proxy_tokens
     # Each token of both windows counts once; no window's first one is the text's first.
-    found = perturbation_growth(engine, documents[-1], 1)["carried"]
+    found = perturbation_growth(engine, rolling, 1)["carried"]
     shares = []
-    for tokens, first in measured_texts(documents[-1], MAX_LENGTH):
-        intact, given = behind(engine.loaded.model, tokens), inputs(engine.loaded.model, tokens)
+    for tokens, first in measured_texts(rolling, MAX_LENGTH):
+        given, intact = zip(*passed(engine.loaded.model, tokens)[0], strict=True)
         shares.append(((intact[1] - given[1]).norm(dim=-1) / intact[3].norm(dim=-1))[first:])
     assert found[0, 1, 3] == pytest.approx(torch.cat(shares).mean().item(), rel=1e-4)
 
 
-def test_a_single_token_has_nothing_behind_the_first(tiny_model):
-    engine = Engine(loaded(tiny_model("llama")), 1)
-    document = Document("task", 0, (Request((5,), (6,)),), 0, 1)
-    found = perturbation_growth(engine, document, 1)
+def test_a_single_token_has_nothing_behind_the_first():
+    found = perturbation_growth(engine_of("llama", max_length=1), asking(((5,), (6,))), 1)
     assert np.isfinite(found["removed"][0, 0, 0])
     assert np.isnan(found["removed"][1]).all()
 
 
-def test_layers_that_look_at_the_batch_are_refused(tiny_model):
-    model, document = tiny_model("llama"), make_documents(1)[0]
-    engine = Engine(loaded(model), MAX_LENGTH)
-
-    verify_growth(engine, document, DRAWS)
-    hook = find_layers(model)[3].mlp.register_forward_pre_hook(
-        lambda mlp, args: (args[0] + args[0].mean(0, keepdim=True),)
-    )
-    with pytest.raises(RefusalError, match="for several streams than for one"):
-        verify_growth(engine, document, DRAWS)
-    hook.remove()
-    verify_growth(engine, document, DRAWS)
+def test_layers_that_look_at_the_batch_are_refused():
+    engine, asked = engine_of("llama"), make_documents(1)[0]
+    verify_growth(engine, asked, DRAWS)
+    with (
+        engine.loaded.layers[3].mlp.register_forward_pre_hook(
+            lambda mlp, args: (args[0] + args[0].mean(0, keepdim=True),)
+        ),
+        pytest.raises(RefusalError, match="for several streams than for one"),
+    ):
+        verify_growth(engine, asked, DRAWS)
+    verify_growth(engine, asked, DRAWS)
 
 
 def test_a_model_of_one_layer_is_followed_without_a_second_way(tiny_llama):
@@ -270,6 +231,6 @@ def test_a_model_of_one_layer_is_followed_without_a_second_way(tiny_llama):
     from tracker.models.sources import find_model
 
     one = load_model(find_model(str(tiny_llama(layers=1))), "float32")
-    engine, document = Engine(one, MAX_LENGTH), make_documents(1)[0]
-    verify_growth(engine, document, 1)
-    assert perturbation_growth(engine, document, 1)["removed"].shape == (2, 1, 1)
+    engine, asked = Engine(one, MAX_LENGTH), make_documents(1)[0]
+    verify_growth(engine, asked, 1)
+    assert perturbation_growth(engine, asked, 1)["removed"].shape == (2, 1, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,16 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ablations import single_layers
-from tests.engine.plain import MAX_LENGTH, loaded, make_documents
+from tests.engine.families import tiny_model
+from tests.engine.plain import MAX_LENGTH, asking, engine_of, make_documents
 from tracker.core.ablations import INTACT, Ablation, ablate
-from tracker.core.documents import Document, Request
+from tracker.core.documents import Document
 from tracker.engine import plan
 from tracker.engine.memory import stream_bytes
 from tracker.engine.plan import cost, matrix_rate
 from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.prefix import SHORTEST
 from tracker.engine.scoring.rows import common_beginning
-from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import plain_tokens
 
 ABLATIONS = [*single_layers((0, 1, 2, 3)), ablate("attention", [1]), ablate("mlp", [2])]
@@ -45,27 +45,24 @@ def counted(model: Any) -> Iterator[Counter[str]]:
     def count(name: str) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
             found[name] += output.shape[:-1].numel()
-            found["widest"] = max(found["widest"], output.shape[:-1].numel())
 
         return hook
 
-    inner = model.model
-    hooks = [inner.embed_tokens.register_forward_hook(count("tokens"))]
-    for layer in inner.layers:
-        hooks.append(layer.self_attn.o_proj.register_forward_hook(count("sublayers")))
-        hooks.append(layer.mlp.down_proj.register_forward_hook(count("sublayers")))
-    with FlopCounterMode(display=False) as flops:
+    layers = model.model.layers
+    sublayers = [p for each in layers for p in (each.self_attn.o_proj, each.mlp.down_proj)]
+    with FlopCounterMode(display=False) as flops, ExitStack() as stack:
+        stack.enter_context(model.model.embed_tokens.register_forward_hook(count("tokens")))
+        for part in sublayers:
+            stack.enter_context(part.register_forward_hook(count("sublayers")))
         yield found
     found["flops"] = flops.get_total_flops()
-    for hook in hooks:
-        hook.remove()
 
 
 @pytest.mark.parametrize("shared", [6, SHORTEST])
-def test_the_sweep_costs_what_was_said(tiny_model, shared: int) -> None:
+def test_the_sweep_costs_what_was_said(shared: int) -> None:
     """Rotary positions alone are operations that nobody counts, and half a per cent."""
     model, documents = tiny_model("llama_eager"), two_tasks(shared)
-    engine = Engine(loaded(model), MAX_LENGTH)
+    engine = engine_of(model)
     for task in ("task", "other"):
         beginning = common_beginning([d for d in documents if d.task == task], MAX_LENGTH)
         assert len(beginning) == shared
@@ -84,13 +81,11 @@ def test_the_sweep_costs_what_was_said(tiny_model, shared: int) -> None:
     assert found["flops"] > 0
 
 
-def test_lm_eval_costs_what_was_said(tiny_model) -> None:
+def test_lm_eval_costs_what_was_said() -> None:
     """Each ablation by itself; choices of one token after one context are read once."""
     model = tiny_model("llama_eager")
-    documents = make_documents(3)
-    long = Request(tuple(range(90)), tuple(range(60, 75)))
-    documents.append(Document("task", 3, (long,), 0, 1))
-    engine = Engine(loaded(model), MAX_LENGTH)
+    documents = [*make_documents(3), asking((range(90), range(60, 75)), index=3)]
+    engine = engine_of(model)
     whole = single_layers((0, 1, 2, 3))
     said = cost(model, documents, whole, MAX_LENGTH)
     sequences = {
@@ -112,8 +107,8 @@ def test_lm_eval_costs_what_was_said(tiny_model) -> None:
     assert said.naive_flops == pytest.approx(flops, rel=0.005)
 
 
-def test_a_sublayer_alone_costs_lm_eval_the_other_half_of_its_layer(tiny_model) -> None:
-    model, documents = tiny_model("llama"), [Document("t", 0, (Request((1, 2, 3), (4,)),), 0, 1)]
+def test_a_sublayer_alone_costs_lm_eval_the_other_half_of_its_layer() -> None:
+    model, documents = tiny_model("llama"), [asking(((1, 2, 3), (4,)))]
 
     def naive(*removed: Ablation) -> tuple[float, float]:
         said = cost(model, documents, [INTACT, *removed], MAX_LENGTH)
@@ -127,10 +122,9 @@ def test_a_sublayer_alone_costs_lm_eval_the_other_half_of_its_layer(tiny_model) 
     assert naive(ablate("attention", [1])) == (passes + 1.5, flops + mlp)
 
 
-def test_the_peak_is_weights_and_the_widest_row_and_logits(tiny_model) -> None:
+def test_the_peak_is_weights_and_the_widest_row_and_logits() -> None:
     model = tiny_model("llama").bfloat16()
-    request = Request((1, 2, 3), (4, 5))
-    documents = [Document("task", 0, (request,), 0, 1)]
+    documents = [asking(((1, 2, 3), (4, 5)))]
     said = cost(model, documents, single_layers((0, 1, 2, 3)), MAX_LENGTH)
     weights = sum(2 * parameter.numel() for parameter in model.parameters())
     # Five streams of five tokens, the last one of which is measured and predicts nothing.
@@ -139,17 +133,16 @@ def test_the_peak_is_weights_and_the_widest_row_and_logits(tiny_model) -> None:
     assert said.peak_bytes - alone.peak_bytes == 4 * 5 * stream_bytes(model)
 
 
-def test_a_text_of_three_tokens_by_hand(tiny_model) -> None:
+def test_a_text_of_three_tokens_by_hand() -> None:
     """And the answer, which is read for the proxies alone."""
-    document = Document("task", 0, (Request((1, 2, 3), (4,)),), 0, 1)
-    said = cost(tiny_model("llama"), [document], [INTACT], MAX_LENGTH)
+    said = cost(tiny_model("llama"), [asking(((1, 2, 3), (4,)))], [INTACT], MAX_LENGTH)
     assert (said.tokens, said.layer_passes, said.naive_tokens) == (4, 16, 3)
     attention, mlp, head = 3 * 32 * 32, 3 * 32 * 48, 97 * 32
     assert said.flops == 4 * 4 * (2 * attention + 4 * 4 * 32 + 2 * mlp) + 2 * head
     assert said.naive_flops == 3 * (4 * (2 * attention + 4 * 3 * 32 + 2 * mlp) + 2 * head)
 
 
-def test_weights_need_not_be_there(tiny_model) -> None:
+def test_weights_need_not_be_there() -> None:
     """`tracker plan` says what a model of any size costs without loading it."""
     model, documents = tiny_model("llama"), make_documents()
     here = cost(model, documents, ABLATIONS, MAX_LENGTH)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from tests.ablations import single_layers
-from tests.engine.plain import MAX_LENGTH, loaded
+from tests.engine.families import tiny_model
+from tests.engine.plain import engine_of
 from tracker.engine.scoring.prefix import MARGIN, GrowingLayer, Prefix, cache_argument, new_cache
 from tracker.engine.scoring.rows import ANY_LENGTH, Lengths
 from tracker.engine.scoring.score import kept_bytes, read_prefix
 from tracker.engine.scoring.streams import plan_streams
-from tracker.engine.scoring.sweep import Engine
 
 TOKENS = tuple(range(3, 83))
 
@@ -26,8 +26,8 @@ def states(tokens: int, start: int = 0) -> torch.Tensor:
 
 
 @pytest.fixture
-def prefix(tiny_model) -> Prefix:
-    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+def prefix() -> Prefix:
+    engine = engine_of("llama")
     plan = plan_streams(single_layers((0, 1, 2, 3)), 4)
     return read_prefix(engine.parts(plan), plan, TOKENS)
 
@@ -111,30 +111,24 @@ class TestPrefix:
         assert not prefix.begins(TOKENS[:9])
 
 
-class Takes(nn.Module):
-    """A base as transformers 4 had them."""
+def test_how_a_base_takes_it() -> None:
+    def before(input_ids: Any, past_key_values: Any = None, use_cache: Any = None) -> None:
+        """A base as transformers 4 had them."""
 
-    def forward(self, input_ids: Any, past_key_values: Any = None, use_cache: Any = None) -> None:
-        pass
+    def stateful(input_ids: Any, state: Any = None) -> None:
+        """A base that takes none."""
 
-
-class TakesNone(nn.Module):
-    def forward(self, input_ids: Any, state: Any = None) -> None:
-        pass
-
-
-def test_how_a_base_takes_it(tiny_model) -> None:
-    assert cache_argument(Takes()) == "past_key_values"
-    assert cache_argument(TakesNone()) is None
+    assert cache_argument(SimpleNamespace(forward=before)) == "past_key_values"
+    assert cache_argument(SimpleNamespace(forward=stateful)) is None
     base = tiny_model("llama").model
     assert cache_argument(base) in inspect.signature(base.forward).parameters
 
 
 @pytest.mark.parametrize(("family", "heads"), [("llama", 2), ("gpt2", 4)])
-def test_what_one_token_takes_in_one_attention(tiny_model, family: str, heads: int) -> None:
+def test_what_one_token_takes_in_one_attention(family: str, heads: int) -> None:
     """A key and a value of eight numbers in each head, of four bytes, and in half of two."""
     model: Any = tiny_model(family)
     for each in (model, model.bfloat16()):
-        engine = Engine(loaded(each), MAX_LENGTH)
+        engine = engine_of(each)
         size = each.dtype.itemsize
         assert kept_bytes(engine.parts(plan_streams(single_layers(()), 4))) == 2 * heads * 8 * size

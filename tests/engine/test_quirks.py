@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.engine.families import tiny_model
+from tests.engine.plain import changed
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.rows import ANY_LENGTH, Lengths
-from tracker.engine.selfcheck.quirks import Findings, find_quirks, find_switches, shortened
+from tracker.engine.scoring.rows import Lengths
+from tracker.engine.selfcheck import quirks
+from tracker.engine.selfcheck.quirks import Findings, Path, find_quirks, find_switches, shortened
 from tracker.models.miniature import miniature
 from tracker.models.shrinking import numbers
 
@@ -19,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 POSITIONS = ("max_position_embeddings",)
 WINDOW = ("sliding_window",)
+THETA = ("rope_parameters", "rope_theta")
 FACTORS = ("rope_parameters", "original_max_position_embeddings")
 LONGROPE = {
     "rope_type": "longrope", "original_max_position_embeddings": 64, "factor": 4.0,
@@ -38,174 +43,143 @@ def every(model: Any) -> list[tuple[str, ...]]:
 
 
 class TestFindings:
-    def test_a_model_that_counts_nothing(self, tiny_model) -> None:
+    def test_a_model_that_counts_nothing(self) -> None:
         model = miniature(tiny_model("llama"))
         before = {name: value.clone() for name, value in model.state_dict().items()}
         assert find_quirks(model, [POSITIONS]) == Findings()
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
-    def test_a_window_matters_and_is_no_matter_of_the_call(self, tiny_model) -> None:
+    def test_a_window_matters_and_is_no_matter_of_the_call(self) -> None:
         """Numbers that decide the shape of weights are not tried: it would be another model."""
         model = miniature(tiny_model("mistral"))
         found = find_quirks(model, every(model))
-        assert set(found.matters) == {WINDOW, ("rope_parameters", "rope_theta")}
-        assert found.by_call == ()
-        assert (found.causal, found.every_call) == (True, False)
+        assert set(found.matters) == {WINDOW, THETA}
+        assert (found.lengths, found.causal) == ((), True)
 
-    def test_only_the_numbers_that_were_asked_for_are_tried(self, tiny_model) -> None:
+    def test_only_the_numbers_that_were_asked_for_are_tried(self) -> None:
         assert find_quirks(miniature(tiny_model("mistral")), [POSITIONS]) == Findings()
 
-    def test_a_number_on_whose_sides_all_lengths_are_alike(self, tiny_model) -> None:
+    def test_a_number_on_whose_sides_all_lengths_are_alike(self) -> None:
         found = find_quirks(turning(tiny_model("llama").config, **LONGROPE), [FACTORS, POSITIONS])
-        assert found.by_call == ((FACTORS, False),)
+        assert found.lengths == ((FACTORS, False),)
         assert FACTORS in found.matters
 
-    def test_a_number_beyond_which_every_length_is_another(self, tiny_model) -> None:
+    def test_a_number_beyond_which_every_length_is_another(self) -> None:
         """And which leaves something behind: factors grow with a long text, and stay."""
         found = find_quirks(turning(tiny_model("llama").config, **DYNAMIC), [POSITIONS])
-        assert found.by_call == ((POSITIONS, True),)
+        assert found.lengths == ((POSITIONS, True),)
         assert found.matters == (POSITIONS,)
         assert "inv_freq" in {name.rpartition(".")[2] for name in found.leftovers}
         assert found.first == frozenset()
 
-    def test_a_model_that_looks_at_the_whole_call(self, tiny_model) -> None:
-        model = tiny_model("llama")
+    def test_a_model_that_looks_at_the_whole_call(self) -> None:
+        def counting(model: Any, forward: Any, input_ids: Any, **kwargs: Any) -> Any:
+            output = forward(input_ids, **kwargs)
+            output.logits = output.logits * input_ids.shape[1]
+            return output
 
-        class Counting(type(model)):  # type: ignore[misc]
-            def forward(self, input_ids: Any, **kwargs: Any) -> Any:
-                output = super().forward(input_ids, **kwargs)
-                output.logits = output.logits * input_ids.shape[1]
-                return output
+        found = find_quirks(changed(tiny_model("llama"), counting), [POSITIONS])
+        assert (found.lengths, found.causal) == ((((), True),), True)
 
-        model.__class__ = Counting
-        found = find_quirks(model, [POSITIONS])
-        assert (found.every_call, found.causal) == (True, True)
-        assert found.by_call == ()
-
-    def test_a_model_that_looks_ahead(self, tiny_model) -> None:
+    def test_a_model_that_looks_ahead(self) -> None:
         """At what follows, and not at how much does."""
-        model = tiny_model("llama")
 
-        class Ahead(type(model)):  # type: ignore[misc]
-            def forward(self, input_ids: Any, **kwargs: Any) -> Any:
-                output = super().forward(input_ids, **kwargs)
-                later = input_ids.roll(-1, 1)[..., None]
-                later[:, -1] = 0
-                output.logits = output.logits + later
-                return output
+        def ahead(model: Any, forward: Any, input_ids: Any, **kwargs: Any) -> Any:
+            output = forward(input_ids, **kwargs)
+            later = input_ids.roll(-1, 1)[..., None]
+            later[:, -1] = 0
+            output.logits = output.logits + later
+            return output
 
-        model.__class__ = Ahead
-        assert not find_quirks(model, []).causal
+        assert not find_quirks(changed(tiny_model("llama"), ahead), []).causal
 
     @pytest.mark.parametrize(("weight", "once"), [(True, True), (True, False), (False, True)])
-    def test_what_calls_change(self, tiny_model, weight: bool, once: bool) -> None:
+    def test_what_calls_change(self, weight: bool, once: bool) -> None:
         """The first call alone, or each; a weight, or something beside the weights."""
-        model = tiny_model("llama")
 
-        class Changing(type(model)):  # type: ignore[misc]
-            calls = 0
+        def changing(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+            if not once or not hasattr(model, "called"):
+                value = model.lm_head.weight if weight else model.model.rotary_emb.inv_freq
+                value.data = value.data * 1.5
+                model.called = True
+            return forward(*args, **kwargs)
 
-            def forward(self, *args: Any, **kwargs: Any) -> Any:
-                place = self.lm_head if weight else self.model.rotary_emb
-                if not once or not getattr(self, "called", False):
-                    value = place.weight if weight else place.inv_freq
-                    value.data = value.data * 1.5
-                    self.called = True
-                return super().forward(*args, **kwargs)
-
-        model.__class__ = Changing
-        found = find_quirks(model, [])
+        found = find_quirks(changed(tiny_model("llama"), changing), [])
         name = "weight" if weight else "inv_freq"
         assert found.leftovers == (frozenset() if once else {name})
-        changed = {each for _, each in found.first}
-        assert (name in changed) == weight
-        assert bool(changed) == weight
+        names = {attribute for _, attribute in found.first}
+        assert (name in names) == bool(names) == weight
 
     @pytest.mark.parametrize("window", [5, 6])
-    def test_what_calls_change_on_either_side_of_a_number(self, tiny_model, window: int) -> None:
+    def test_what_calls_change_on_either_side_of_a_number(self, window: int) -> None:
         """Found with the number as it is, or when it is made small: both hold for the model."""
-        kind = type(tiny_model("mistral"))
 
-        class Changing(kind):  # type: ignore[misc,valid-type]
-            def forward(self, *args: Any, **kwargs: Any) -> Any:
-                if self.config.sliding_window == window:
-                    rotary = self.model.rotary_emb
-                    rotary.attention_scaling = rotary.attention_scaling * 1.5
-                    if not hasattr(self, "called"):
-                        self.lm_head.weight.data = self.lm_head.weight.data * 1.5
-                    self.called = True
-                return super().forward(*args, **kwargs)
+        def changing(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+            if model.config.sliding_window == window:
+                model.model.rotary_emb.attention_scaling *= 1.5
+                if not hasattr(model, "called"):
+                    model.lm_head.weight.data = model.lm_head.weight.data * 1.5
+                model.called = True
+            return forward(*args, **kwargs)
 
-        small = miniature(tiny_model("mistral"))
-        small.__class__ = Changing
-        found = find_quirks(small, [WINDOW])
+        found = find_quirks(changed(miniature(tiny_model("mistral")), changing), [WINDOW])
         assert found.matters == (WINDOW,)
         assert ("lm_head", "weight") in found.first
         assert found.leftovers == {"attention_scaling"}
 
-    def test_a_number_that_is_small_already_is_made_another(self, tiny_model) -> None:
+    def test_a_number_that_is_small_already_is_made_another(self) -> None:
         model = tiny_model("mistral")
         model.config.sliding_window = 6
         assert find_quirks(miniature(model), [WINDOW]).matters == (WINDOW,)
 
-    @pytest.mark.parametrize("refused", [POSITIONS, WINDOW, ("rope_parameters", "rope_theta")])
-    def test_a_number_that_the_model_does_not_take_is_passed_over(
-        self, tiny_model, refused: tuple[str, ...]
-    ) -> None:
+    @pytest.mark.parametrize("refused", [POSITIONS, WINDOW, THETA])
+    def test_a_number_that_the_model_does_not_take_is_passed_over(self, refused: Path) -> None:
         """In a longer text than it is built with; and the others are tried none the less."""
         small = miniature(tiny_model("mistral"))
         before = dict(numbers(small.config))
 
-        class Choosy(type(small)):  # type: ignore[misc]
-            def forward(self, input_ids: Any, **kwargs: Any) -> Any:
-                changed = dict(numbers(self.config))[refused] != before[refused]
-                if changed and input_ids.shape[1] > 10:
-                    raise ValueError("no such number")
-                return super().forward(input_ids, **kwargs)
+        def choosy(model: Any, forward: Any, input_ids: Any, **kwargs: Any) -> Any:
+            is_other = dict(numbers(model.config))[refused] != before[refused]
+            if is_other and input_ids.shape[1] > 10:
+                raise ValueError("no such number")
+            return forward(input_ids, **kwargs)
 
-        small.__class__ = Choosy
-        found = find_quirks(small, [POSITIONS, WINDOW, ("rope_parameters", "rope_theta")])
-        assert set(found.matters) == {WINDOW, ("rope_parameters", "rope_theta")} - {refused}
+        found = find_quirks(changed(small, choosy), [POSITIONS, WINDOW, THETA])
+        assert set(found.matters) == {WINDOW, THETA} - {refused}
 
-    def test_a_number_with_which_only_narrower_numbers_do(self, tiny_model) -> None:
+    def test_a_number_with_which_only_narrower_numbers_do(self) -> None:
         """Float32 is held against float64."""
-        small = miniature(tiny_model("mistral"))
 
-        class Narrow(type(small)):  # type: ignore[misc]
-            def forward(self, *args: Any, **kwargs: Any) -> Any:
-                if self.config.sliding_window == 6 and self.dtype == torch.float64:
-                    raise ValueError("too wide")
-                return super().forward(*args, **kwargs)
+        def narrow(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+            if model.config.sliding_window == 6 and model.dtype == torch.float64:
+                raise ValueError("too wide")
+            return forward(*args, **kwargs)
 
-        small.__class__ = Narrow
+        small = changed(miniature(tiny_model("mistral")), narrow)
         assert find_quirks(small, [WINDOW]).matters == (WINDOW,)
 
-    def test_what_is_not_a_number_twice_is_the_same(self, tiny_model) -> None:
-        model = tiny_model("llama")
+    def test_what_is_not_a_number_twice_is_the_same(self) -> None:
+        def dividing(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            output.logits[..., 5] = math.nan
+            return output
 
-        class Dividing(type(model)):  # type: ignore[misc]
-            def forward(self, *args: Any, **kwargs: Any) -> Any:
-                output = super().forward(*args, **kwargs)
-                output.logits[..., 5] = math.nan
-                return output
-
-        model.__class__ = Dividing
-        assert find_quirks(model, []) == Findings()
+        assert find_quirks(changed(tiny_model("llama"), dividing), []) == Findings()
 
 
 class TestShortened:
-    def test_nothing_that_matters_is_nothing_to_make_small(self, tiny_model) -> None:
+    def test_nothing_that_matters_is_nothing_to_make_small(self) -> None:
         assert shortened(tiny_model("mistral"), []) == []
         assert shortened(tiny_model("mistral"), [("no_such_number",)]) == []
 
-    def test_all_numbers_are_made_small_in_their_order(self, tiny_model) -> None:
+    def test_all_numbers_are_made_small_in_their_order(self) -> None:
         model = tiny_model("mistral")
         model.config.sliding_window = 200
         (small,) = shortened(model, [POSITIONS, WINDOW])
         assert (small.config.sliding_window, small.config.max_position_embeddings) == (6, 9)
         assert (model.config.sliding_window, model.config.max_position_embeddings) == (200, 256)
 
-    def test_no_more_numbers_are_told_apart_than_texts_are_long(self, tiny_model) -> None:
+    def test_no_more_numbers_are_told_apart_than_texts_are_long(self) -> None:
         model = tiny_model("mistral")
         names = [f"number_{place}" for place in range(10)]
         for place, name in enumerate(names):
@@ -214,7 +188,7 @@ class TestShortened:
         given = [getattr(small.config, name) for name in names]
         assert given == [32, 32, 32, 28, 24, 20, 16, 12, 9, 6]
 
-    def test_numbers_that_contradict_each_other_are_made_small_one_by_one(self, tiny_model) -> None:
+    def test_numbers_that_contradict_each_other_are_made_small_one_by_one(self) -> None:
         """As a vocabulary of six would be, in which the texts have no tokens."""
         model = tiny_model("mistral")
         model.config.sliding_window = 300
@@ -222,96 +196,86 @@ class TestShortened:
         assert small.config.vocab_size == model.config.vocab_size
         assert small.config.sliding_window == 9
 
-    def test_a_model_that_does_not_run_is_none(self, tiny_model) -> None:
+    def test_a_model_that_does_not_run_is_none(self) -> None:
         """Here with both numbers small, and with the first alone, in a text that is not short."""
         model = tiny_model("mistral")
         model.config.sliding_window = 200
 
-        class Choosy(type(model)):  # type: ignore[misc]
-            def forward(self, input_ids: Any, **kwargs: Any) -> Any:
-                if self.config.sliding_window < 200 and input_ids.shape[1] > 10:
-                    raise ValueError("no such window")
-                return super().forward(input_ids, **kwargs)
+        def choosy(model: Any, forward: Any, input_ids: Any, **kwargs: Any) -> Any:
+            if model.config.sliding_window < 200 and input_ids.shape[1] > 10:
+                raise ValueError("no such window")
+            return forward(input_ids, **kwargs)
 
-        model.__class__ = Choosy
-        (small,) = shortened(model, [WINDOW, POSITIONS])
+        (small,) = shortened(changed(model, choosy), [WINDOW, POSITIONS])
         assert (small.config.sliding_window, small.config.max_position_embeddings) == (200, 9)
 
 
 class TestSwitches:
     """Lengths of a call at which a model computes otherwise, found by asking for two."""
 
-    def found(
-        self, tiny_model, lengths: tuple[int, ...], known: Lengths = ANY_LENGTH, **settings: Any
-    ) -> Lengths:
-        return find_switches(turning(tiny_model("llama").config, **settings), known, lengths)
+    @pytest.fixture
+    def turning_at(self, monkeypatch) -> Callable[..., list[int]]:
+        """Lets what a model says of a text be how many places the call has reached."""
 
-    def turning_at(self, *places: int, each: bool = False, longest: int = 10**6) -> Any:
-        """What a model says of a text is how many places the call has reached."""
+        def turning_at(*places: int, each: bool = False, longest: int = 10**6) -> list[int]:
+            asked: list[int] = []
 
-        def said(model: Any, tokens: int) -> torch.Tensor:
-            if tokens > longest:
-                raise RefusalError("no such place")
-            asked.append(tokens)
-            reached = sum(tokens >= place for place in places)
-            return torch.full((tokens, 3), reached + each * reached * tokens * 1.0)
+            def said(model: Any, tokens: int) -> torch.Tensor:
+                if tokens > longest:
+                    raise RefusalError("no such place")
+                asked.append(tokens)
+                reached = sum(tokens >= place for place in places)
+                return torch.full((tokens, 3), reached + each * reached * tokens * 1.0)
 
-        asked: list[int] = []
-        return said, asked
+            monkeypatch.setattr(quirks, "_said", said)
+            return asked
+
+        return turning_at
 
     @pytest.mark.parametrize("place", [65, 100, 127, 128, 129, 200, 256])
-    def test_its_place_is_found_wherever_it_is(self, monkeypatch, place: int) -> None:
-        said, asked = self.turning_at(place)
-        monkeypatch.setattr("tracker.engine.selfcheck.quirks._said", said)
+    def test_its_place_is_found_wherever_it_is(self, turning_at, place: int) -> None:
+        asked = turning_at(place)
         assert find_switches(None, Lengths(), (256, 64, 128)) == Lengths((place,))
         assert len(asked) == len(set(asked)) < 14
 
-    def test_where_there_is_none_each_length_is_asked_once(self, monkeypatch) -> None:
-        said, asked = self.turning_at(64, 257)
-        monkeypatch.setattr("tracker.engine.selfcheck.quirks._said", said)
+    def test_where_there_is_none_each_length_is_asked_once(self, turning_at) -> None:
+        asked = turning_at(64, 257)
         assert find_switches(None, Lengths(), (64, 128, 256)) == Lengths()
         assert asked == [64, 128, 256]
 
-    def test_several_and_all(self, monkeypatch) -> None:
-        monkeypatch.setattr(
-            "tracker.engine.selfcheck.quirks._said", self.turning_at(70, 90, 200)[0]
-        )
-        assert find_switches(None, Lengths(), (64, 256)) == Lengths((70, 90, 200))
-        many = self.turning_at(70, 90, 110, 130, 150, 170)[0]
-        monkeypatch.setattr("tracker.engine.selfcheck.quirks._said", many)
-        assert find_switches(None, Lengths(), (64, 256)) == Lengths((70, 90, 110, 130), each=True)
-        every = self.turning_at(70, each=True)[0]
-        monkeypatch.setattr("tracker.engine.selfcheck.quirks._said", every)
-        assert find_switches(None, Lengths(), (64, 256)) == Lengths((70,), each=True)
+    @pytest.mark.parametrize(
+        ("places", "how", "found"),
+        [
+            ((70, 90, 200), {}, Lengths((70, 90, 200))),
+            ((70, 90, 110, 130, 150, 170), {}, Lengths((70, 90, 110, 130), each=True)),
+            ((70,), {"each": True}, Lengths((70,), each=True)),
+            # Up to what is refused.
+            ((100,), {"longest": 180}, Lengths((100,))),
+            ((200,), {"longest": 180}, Lengths()),
+        ],
+    )
+    def test_several_and_all(self, turning_at, places, how, found: Lengths) -> None:
+        turning_at(*places, **how)
+        assert find_switches(None, Lengths(), (64, 128, 256)) == found
 
-    def test_what_is_known_is_not_looked_for(self, monkeypatch) -> None:
-        said, asked = self.turning_at(100, 200)
-        monkeypatch.setattr("tracker.engine.selfcheck.quirks._said", said)
+    def test_what_is_known_is_not_looked_for(self, turning_at) -> None:
+        asked = turning_at(100, 200)
         assert find_switches(None, Lengths((100,)), (64, 256)) == Lengths((100, 200))
         for known in (Lengths((100, 200)), Lengths((60,), each=True)):
             asked.clear()
             assert find_switches(None, known, (64, 256)) == known
             assert len(asked) <= 6
 
-    def test_up_to_what_is_refused(self, monkeypatch) -> None:
-        monkeypatch.setattr(
-            "tracker.engine.selfcheck.quirks._said", self.turning_at(100, longest=180)[0]
-        )
-        assert find_switches(None, Lengths(), (64, 128, 256)) == Lengths((100,))
-        monkeypatch.setattr(
-            "tracker.engine.selfcheck.quirks._said", self.turning_at(200, longest=180)[0]
-        )
-        assert find_switches(None, Lengths(), (64, 128, 256)) == Lengths()
-
-        def broken(model: Any, tokens: int) -> torch.Tensor:
-            raise KeyError("ours")
-
-        monkeypatch.setattr("tracker.engine.selfcheck.quirks._said", broken)
+    def test_a_bug_of_ours_is_no_end(self, monkeypatch) -> None:
+        monkeypatch.setattr(quirks, "_said", lambda model, tokens: {}["ours"])
         with pytest.raises(KeyError):
             find_switches(None, Lengths(), (64, 128))
 
-    def test_of_a_model(self, tiny_model) -> None:
+    @pytest.mark.parametrize(
+        ("known", "settings", "found"),
+        [((), LONGROPE, (65,)), ((64,), LONGROPE, (64,)), ((), {}, ())],
+    )
+    def test_of_a_model(self, known, settings, found) -> None:
         """Rotary factors that are chosen by the length of the call."""
-        assert self.found(tiny_model, (32, 96), **LONGROPE) == Lengths((65,))
-        assert self.found(tiny_model, (32, 96), Lengths((64,)), **LONGROPE) == Lengths((64,))
-        assert self.found(tiny_model, (32, 96)) == Lengths()
+        model = turning(tiny_model("llama").config, **settings)
+        assert find_switches(model, Lengths(known), (32, 96)) == Lengths(found)

@@ -10,11 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.ablations import single_layers
 from tests.engine.families import FAMILIES
-from tests.engine.plain import MAX_LENGTH, Memory, loaded, make_documents
+from tests.engine.plain import Memory, engine_of, make_documents
 from tests.engine.registry import variants
-from tests.engine.test_probe_texts import DECODER, tiny
+from tests.engine.test_once_wrong import tiny
 from tracker.engine.scoring.sharing import DEPTH_ONLY, NO_PREFIX, ONE_BY_ONE, PLAIN
-from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check
 from tracker.engine.selfcheck.reasons import keeps_a_state, less
 
@@ -37,7 +36,7 @@ FAMILY = {
 def test_where_a_layer_stays_in_its_place_it_is_said(family, variant, layers) -> None:
     """Gemma 4, whose last layers take the keys of others, and Inkling2's first layer."""
     model = next(each for each in variants(family) if each.name == variant).model()
-    engine = Engine(loaded(model), MAX_LENGTH)
+    engine = engine_of(model)
     found = check(engine, make_documents(2), single_layers(layers), Memory())
     assert found.which == (
         "whatever is removed, what is measured is the model whose layer stays in its place and "
@@ -48,7 +47,7 @@ def test_where_a_layer_stays_in_its_place_it_is_said(family, variant, layers) ->
 
 def xmod() -> Any:
     """X-MOD, whose layers part a batch by language."""
-    return tiny("XmodConfig", **DECODER, default_language="en_XX")
+    return tiny("xmod", is_decoder=True, default_language="en_XX")
 
 
 @pytest.mark.parametrize("family", FAMILY)
@@ -56,7 +55,7 @@ def test_it_is_one_sentence_without_what_the_model_s_code_raised(family: str) ->
     model = xmod() if family == "xmod" else next(variants(family)).model()
     # A token whose embedding is zero would be a question of its own.
     model.get_input_embeddings().weight[0] = 1
-    engine = Engine(loaded(model), MAX_LENGTH)
+    engine = engine_of(model)
     said = check(engine, make_documents(3), single_layers((1,)), Memory()).lost
     assert said is not None
     assert FAMILY[family] in said

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from tests.engine.plain import MAX_LENGTH, answers, loaded, make_documents, pruned
+from tests.engine.plain import MAX_LENGTH, answers, asking, engine_of, make_documents, pruned
 from tracker.core.ablations import INTACT, Ablation
-from tracker.core.documents import Document, Request
+from tracker.core.documents import Request
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.reference import Comparison, Reference, shaken
 
@@ -18,15 +18,15 @@ WITHOUT = Ablation((1, 2))
 
 
 @pytest.fixture
-def engine(tiny_model) -> Engine:
-    return Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+def engine() -> Engine:
+    return engine_of("llama")
 
 
 def test_an_answer_is_what_the_pruned_model_says(engine):
     truth = Reference(engine)
     # Also a text that is longer than the model reads, which loses its beginning.
-    long = Request(tuple(n % 97 for n in range(MAX_LENGTH + 20)), (1, 2, 3))
-    documents = [*make_documents(3), Document("task", 9, (long,), 0, 1)]
+    long = asking(([n % 97 for n in range(MAX_LENGTH + 20)], (1, 2, 3)))
+    documents = [*make_documents(3), long]
     with pruned(engine.loaded.model, (1, 2)) as smaller:
         for document in documents:
             for request, (loglikelihood, greedy) in zip(
@@ -50,20 +50,9 @@ def test_tokens_that_are_the_likeliest_are_counted(engine):
     assert half.greedy == (half.hits == 2)
 
 
-def test_each_question_is_asked_once_and_one_copy_is_made_an_ablation(engine, monkeypatch):
-    read, made = [], []
-    honest, reading = Engine.without, Engine.read
-
-    def counted(engine, tokens):
-        read.append(tokens)
-        return reading(engine, tokens)
-
-    def noted(self, ablation):
-        made.append(ablation)
-        return honest(self, ablation)
-
-    monkeypatch.setattr(Engine, "read", counted)
-    monkeypatch.setattr(Engine, "without", noted)
+def test_each_question_is_asked_once_and_one_copy_is_made_an_ablation(engine, spy):
+    read = spy(Engine, "read", lambda engine, tokens: tokens)
+    made = spy(Engine, "without", lambda engine, ablation: ablation)
     truth = Reference(engine)
     for ablation in (INTACT, WITHOUT):
         for request in (REQUEST, Request((1, 2), (3,)), REQUEST):
@@ -81,13 +70,9 @@ def test_of_a_miniature_every_copy_is_kept(engine):
     assert truth.without(WITHOUT) is other
 
 
-def test_answers_of_one_token_are_read_in_one_call(engine, monkeypatch):
+def test_answers_of_one_token_are_read_in_one_call(engine, spy):
     """As lm-eval reads them: what precedes them is one text. Another model reads it anew."""
-    read = []
-    reading = Engine.read
-    monkeypatch.setattr(
-        Engine, "read", lambda engine, tokens: read.append(tokens) or reading(engine, tokens)
-    )
+    read = spy(Engine, "read", lambda engine, tokens: tokens)
     truth = Reference(engine)
     context, letters = REQUEST.context, [Request(REQUEST.context, (n,)) for n in (3, 4, 5)]
     long = Request(context, (3, 4))
@@ -113,16 +98,13 @@ def test_a_difference_is_allowed_up_to_a_share_and_told_beyond(engine):
     right = truth.answer(INTACT, REQUEST).loglikelihood
     assert truth.compare(right, INTACT, REQUEST, 0.0, 0.0) == Comparison(1)
     allowed = 0.5 + 0.01 * abs(right)
-    for off in (-0.99 * allowed, 0.99 * allowed):
-        found = truth.compare(right + off, INTACT, REQUEST, 0.5, 0.01)
-        assert (found.compared, found.unsteady, found.wrong) == (1, 0, None)
-        assert found.difference == pytest.approx(abs(off))
-    for off in (-1.01 * allowed, 1.01 * allowed):
-        found = truth.compare(right + off, INTACT, REQUEST, 0.5, 0.01)
+    for share in (-0.99, 0.99, -1.01, 1.01):
+        ours = right + share * allowed
+        found = truth.compare(ours, INTACT, REQUEST, 0.5, 0.01)
         assert (found.compared, found.unsteady) == (1, 0)
-        assert found.difference == pytest.approx(abs(off))
-        said = f"{right + off:.6g} nats shared, {right:.6g} on the really pruned model"
-        assert found.wrong == said
+        assert found.difference == pytest.approx(abs(share) * allowed)
+        said = f"{ours:.6g} nats shared, {right:.6g} on the really pruned model"
+        assert found.wrong == (said if abs(share) > 1 else None)
 
 
 @pytest.mark.parametrize("right", [math.nan, -math.inf])
@@ -177,13 +159,12 @@ def test_rounding_moves_embeddings_for_as_long_as_it_is_asked_to(engine):
     embeddings = model.get_input_embeddings()
     ids = torch.arange(1, 50)
     calm = embeddings(ids)
-    with shaken(model, 1):
-        one, again = embeddings(ids), embeddings(ids)
-    with shaken(model, 1):
-        same = embeddings(ids)
-    with shaken(model, 2):
-        other = embeddings(ids)
+    drawn = []
+    for seed in (1, 1, 2):
+        with shaken(model, seed):
+            drawn.append((embeddings(ids), embeddings(ids)))
     assert torch.equal(embeddings(ids), calm)
+    (one, again), (same, _), (other, _) = drawn
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert not torch.equal(one, again)

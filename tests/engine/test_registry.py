@@ -1,7 +1,7 @@
 """The registry names every causal model; a few variants are measured here.
 
 The whole is `make families`, which takes hours; what it found stands in `docs/families.csv`. Here
-is what neither `test_families.py` nor `test_probe_texts.py` holds against a truth of its own.
+is what neither `test_families.py` nor `test_once_wrong.py` holds against a truth of its own.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import pytest
 import torch
 
-from tests.engine.plain import MAX_LENGTH, make_documents
+from tests.engine.plain import MAX_LENGTH, asking, make_documents
 from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError
 from tracker.engine.scoring.rows import (
@@ -21,10 +21,6 @@ from tracker.engine.scoring.rows import (
 )
 
 Tokens = tuple[int, ...]
-
-
-def document(*requests: tuple[Tokens, Tokens], gold: int | None = 0, rolling: bool = False):
-    return Document("task", 0, tuple(Request(*each) for each in requests), gold, 0, rolling)
 
 
 def text(request: Request, max_length: int) -> Tokens:
@@ -104,8 +100,8 @@ def test_lengths_have_sides():
 
 SHARED = make_documents(12, shared=9)
 BEGINNING = common_beginning(SHARED, MAX_LENGTH)
-ROLLING = document(((0,), (4, 5, 6)), ((5, 6), (7, 8)), gold=None, rolling=True)
-OPEN = document(((3, 1, 4), (1, 5)), ((3, 1), (4,)), gold=None)
+ROLLING = asking(((0,), (4, 5, 6)), ((5, 6), (7, 8)), gold=None, rolling=True)
+OPEN = asking(((3, 1, 4), (1, 5)), ((3, 1), (4,)), gold=None)
 LENGTHS = [ANY_LENGTH, Lengths((14, 18)), Lengths((16,), each=True)]
 
 
@@ -121,6 +117,14 @@ def test_every_token_is_predicted_from_its_own_text(lengths, row_tokens, max_len
     assert all(row.prefix == 0 for row in (*flat, *tree))
 
 
+def test_a_tree_holds_what_several_texts_begin_with_once():
+    (row,) = tree_rows(SHARED, MAX_LENGTH, 1000)
+    texts = [(r.context + r.continuation)[:-1] for each in SHARED for r in each.requests]
+    gold = [each.requests[each.gold] for each in SHARED]
+    texts += [request.context + request.continuation for request in gold]
+    assert row.tokens == len({text[: end + 1] for text in texts for end in range(len(text))})
+
+
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("row_tokens", [1, 1000])
 def test_a_beginning_that_was_read_apart_belongs_to_the_text(lengths, row_tokens):
@@ -130,7 +134,7 @@ def test_a_beginning_that_was_read_apart_belongs_to_the_text(lengths, row_tokens
 
 
 def test_a_row_is_as_full_as_its_size_allows():
-    documents = [document(((n, n), (5,)), ((n, n), (6,)), gold=1) for n in range(6)]
+    documents = [asking(((n, n), (5,)), ((n, n), (6,)), gold=1) for n in range(6)]
     assert [row.input_ids.shape for row in flat_rows(documents, 9, 9)] == [(3, 3), (3, 3)]
     assert [row.input_ids.shape for row in flat_rows(documents, 9, 8)] == [(2, 3)] * 3
     assert [row.input_ids.shape for row in flat_rows(documents, 9, 1)] == [(1, 3)] * 6
@@ -140,19 +144,19 @@ def test_a_row_is_as_full_as_its_size_allows():
 
 
 def test_branches_count_by_what_they_add():
-    documents = [document(((n, n), (5, 7)), ((n, n), (6, 7)), gold=1) for n in range(2)]
+    documents = [asking(((n, n), (5, 7)), ((n, n), (6, 7)), gold=1) for n in range(2)]
     assert [row.tokens for row in tree_rows(documents, 9, 10)] == [10]
     assert [row.tokens for row in tree_rows(documents, 9, 9)] == [5, 5]
 
 
 def test_documents_that_begin_alike_share_a_row_in_whatever_order_they_come():
-    documents = [document(((n % 2, 2, 3, 4), (5 + n, 1))) for n in range(4)]
+    documents = [asking(((n % 2, 2, 3, 4), (5 + n, 1))) for n in range(4)]
     assert [row.tokens for row in tree_rows(documents, 9, 8)] == [8, 8]
     assert {row.requests[0][0] % 2 for row in tree_rows(documents, 9, 8)} == {0, 1}
 
 
 def test_what_begins_another_request_is_read_with_it():
-    documents = [document(((1, 2), (3,)), ((1, 2, 3), (4, 5)), ((1, 2), (9,)), gold=1)]
+    documents = [asking(((1, 2), (3,)), ((1, 2, 3), (4, 5)), ((1, 2), (9,)), gold=1)]
     (row,) = flat_rows(documents, 9, 1000)
     assert row.input_ids.tolist() == [[1, 2, 3, 4, 5]]
     assert row.keep.tolist() == [2, 3, 1]
@@ -160,7 +164,7 @@ def test_what_begins_another_request_is_read_with_it():
 
 def test_the_last_token_is_not_read_with_a_request_that_it_would_change():
     """As long as a threshold, the whole text is read once more, for the proxies alone."""
-    documents = [document(((1, 2), (3,)))]
+    documents = [asking(((1, 2), (3,)))]
     for pack in (tree_rows, flat_rows):
         rows = list(pack(documents, 9, 1000, lengths=Lengths((3,))))
         assert [(row.tokens, len(row.requests), len(row.gold)) for row in rows] == [
@@ -171,7 +175,7 @@ def test_the_last_token_is_not_read_with_a_request_that_it_would_change():
 
 
 def test_a_row_under_other_numbers():
-    documents = [document(((n, 1), (2,))) for n in range(2)]
+    documents = [asking(((n, 1), (2,))) for n in range(2)]
     (row,) = tree_rows(documents, 9, 1000)
     other = row.renumbered([7, 4])
     assert other.requests == [(7, 0), (4, 0)]
@@ -181,14 +185,14 @@ def test_a_row_under_other_numbers():
 
 def test_the_common_beginning_ends_where_requests_part_or_something_is_predicted():
     def shared(*requests: tuple[Tokens, Tokens], max_length: int = 9) -> Tokens:
-        return common_beginning([document(each) for each in requests], max_length)
+        return common_beginning([asking(each) for each in requests], max_length)
 
     assert common_beginning([], 9) == ()
     assert shared(((1, 2, 3, 4), (5,)), ((1, 2, 9, 4), (5,))) == (1, 2)
     assert shared(((1, 2, 3), (5,)), ((1, 2, 3), (6,))) == (1, 2)
     assert shared(((1, 2, 3), (5,)), ((1, 2, 3, 4, 5), (6,))) == (1, 2)
     # Nothing parts where one request begins the other.
-    one_in_the_other = document(((1, 2, 3), (4,)), ((1, 2, 3), (4, 5)), gold=1)
+    one_in_the_other = asking(((1, 2, 3), (4,)), ((1, 2, 3), (4, 5)), gold=1)
     assert common_beginning([one_in_the_other], 9) == (1, 2)
     # Of the first only the last two tokens are left.
     assert shared(((1, 2, 3), (5,)), ((1, 2, 3, 4), (6,)), max_length=2) == ()
@@ -209,9 +213,9 @@ def test_a_row_that_only_reads():
 
 
 def test_the_longest_continuation_that_a_model_can_score():
-    (row,) = tree_rows([document(((1,), (2, 3, 4)))], 3, 1000)
+    (row,) = tree_rows([asking(((1,), (2, 3, 4)))], 3, 1000)
     assert row.predicted.tolist() == [2, 3, 4]
     with pytest.raises(CellError, match=r"a continuation of 4 tokens .* reads 1 to 3; lm-eval"):
-        list(tree_rows([document(((1,), (2, 3, 4, 5)))], 3, 1000))
+        list(tree_rows([asking(((1,), (2, 3, 4, 5)))], 3, 1000))
     with pytest.raises(CellError, match="a continuation of 0 tokens"):
-        list(flat_rows([document(((1,), ()))], 3, 1000))
+        list(flat_rows([asking(((1,), ()))], 3, 1000))

@@ -10,24 +10,24 @@ import pytest
 import torch
 
 from tests.ablations import single_layers
-from tests.engine.plain import MAX_LENGTH, answers, loaded, make_documents
+from tests.engine.families import tiny_model
+from tests.engine.plain import MAX_LENGTH, answers, engine_of, make_documents
 from tracker.core.ablations import INTACT, ablate
 from tracker.core.proxies import OBSERVED
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.masks import Sight
 from tracker.engine.scoring.prefix import cache_argument, new_cache
 from tracker.engine.scoring.rows import flat_rows, reading_row, tree_rows
-from tracker.engine.scoring.score import Parts, kept_bytes, read_prefix, run_base, score_row
+from tracker.engine.scoring.score import Parts, read_prefix, run_base, score_row
 from tracker.engine.scoring.streams import plan_streams
-from tracker.engine.scoring.sweep import Engine
 
 PLAN = plan_streams(single_layers((1, 3)), 4)
 TOKENS = tuple(range(3, 9))
 
 
 @pytest.fixture
-def parts(tiny_model) -> Parts:
-    return Engine(loaded(tiny_model("llama")), MAX_LENGTH).parts(PLAN)
+def parts() -> Parts:
+    return engine_of("llama").parts(PLAN)
 
 
 def test_a_row_without_requests_has_proxies_alone(parts: Parts) -> None:
@@ -58,10 +58,10 @@ def test_the_proxies_of_a_path_count_its_beginning(parts: Parts) -> None:
     assert torch.equal(found.hits, whole.hits)
 
 
-def test_half_precision_is_summed_in_float32_and_rounded_once(tiny_model) -> None:
+def test_half_precision_is_summed_in_float32_and_rounded_once() -> None:
     model = tiny_model("llama").bfloat16()
     plan = plan_streams([INTACT], 4)
-    parts = Engine(loaded(model), MAX_LENGTH).parts(plan)
+    parts = engine_of(model).parts(plan)
     for document in make_documents(3):
         (row,) = tree_rows([document], MAX_LENGTH, 1000)
         found = score_row(parts, plan, row)
@@ -113,8 +113,8 @@ def test_texts_in_rows_of_their_own_need_no_masks(parts: Parts) -> None:
             torch.testing.assert_close(found[:, number], expected, atol=1e-4, rtol=0)
 
 
-def test_sublayers_are_taken_out_where_a_plan_asks_for_it(tiny_model) -> None:
-    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+def test_sublayers_are_taken_out_where_a_plan_asks_for_it() -> None:
+    engine = engine_of("llama")
     (document,) = make_documents(1)
     (row,) = tree_rows([document], MAX_LENGTH, 1000)
     plan = plan_streams([INTACT, ablate("mlp", [1])], 4)
@@ -162,12 +162,3 @@ def test_several_residual_streams_are_one_state(parts: Parts, monkeypatch) -> No
     monkeypatch.setattr("tracker.core.proxies.OBSERVED", (proxy,))
     run_base(parts, PLAN, reading_row(TOKENS), None)
     assert observed == [(6, 32)] * 8
-
-
-def test_a_token_of_an_attention_takes_its_key_and_value(tiny_model) -> None:
-    for family, heads in (("llama", 2), ("gpt2", 4)):
-        model = tiny_model(family)
-        parts = Engine(loaded(model), MAX_LENGTH).parts(plan_streams([INTACT], 4))
-        assert kept_bytes(parts) == 2 * heads * 8 * 4
-        half = Engine(loaded(model.bfloat16()), MAX_LENGTH)
-        assert kept_bytes(half.parts(plan_streams([INTACT], 4))) == 2 * heads * 8 * 2

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from tests.engine.plain import MAX_LENGTH, loaded, make_documents
+from tests.engine.families import tiny_model
+from tests.engine.plain import engine_of, make_documents
 from tracker.core.errors import ModelError
 from tracker.engine.observers.span_similarity import span_similarity
-from tracker.engine.scoring.sweep import Engine
 from tracker.models.sublayers import find_sublayers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,7 +37,7 @@ class Growing(InPlace):
 
 
 @pytest.mark.parametrize(("kind", "refused"), [(InPlace, False), (Growing, True)])
-def test_that_a_layer_adds_what_its_parts_say_is_seen(tiny_model, kind, refused: bool) -> None:
+def test_that_a_layer_adds_what_its_parts_say_is_seen(kind, refused: bool) -> None:
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.__class__ = kind
@@ -48,14 +48,14 @@ def test_that_a_layer_adds_what_its_parts_say_is_seen(tiny_model, kind, refused:
         assert len(find_sublayers(model, model.model.layers)) == 4
 
 
-def test_layers_that_write_into_the_stream_turn_it_as_others_do(tiny_model) -> None:
+def test_layers_that_write_into_the_stream_turn_it_as_others_do() -> None:
     model, (document, *_) = tiny_model("llama"), make_documents(1)
-    expected = span_similarity(Engine(loaded(model), MAX_LENGTH), document)
+    expected = span_similarity(engine_of(model), document)
     assert (expected["cosine_score"] > 0.01).all()
     model = copy.deepcopy(model)
     for layer in model.model.layers:
         layer.__class__ = InPlace
-    engine = Engine(loaded(model), MAX_LENGTH)
+    engine = engine_of(model)
     for _ in range(2):
         found = span_similarity(engine, document)
         for name, value in expected.items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.ablations import single_layers
+from tests.engine.families import tiny_model
 from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.engine.scoring.layer_forward import forking
 from tracker.engine.scoring.streams import plan_streams
@@ -56,66 +57,44 @@ def test_sublayers_share_what_is_before_them():
     assert plan_streams(every, 30).layer_passes < 30 * 31
 
 
-@pytest.mark.parametrize("ablations", [SUBLAYERS, list(reversed(SUBLAYERS))])
-def test_sublayer_passes_are_what_is_executed(tiny_model, ablations):
+WHOLE = [INTACT, Ablation((0,)), Ablation((1, 2)), Ablation((1, 3)), Ablation((3,))]
+
+
+@pytest.mark.parametrize("ablations", [SUBLAYERS, SUBLAYERS[::-1], WHOLE])
+def test_the_plan_is_what_is_executed(ablations):
     model = tiny_model("llama")
     layers = model.model.layers
     plan = plan_streams(ablations, len(layers))
-    counted = {"attention": 0, "mlp": 0}
-
-    def count(name):
-        def hook(module, args, kwargs, output):
-            counted[name] += len(output[0] if isinstance(output, tuple) else output)
-
-        return hook
-
+    sublayers = find_sublayers(model, layers)
+    attentions, mlps = [], []
     for layer in layers:
-        layer.self_attn.o_proj.register_forward_hook(count("attention"), with_kwargs=True)
-        layer.mlp.down_proj.register_forward_hook(count("mlp"), with_kwargs=True)
-    with forking(layers, plan, find_sublayers(model, layers)):
-        counted.update(attention=0, mlp=0)
+        layer.self_attn.o_proj.register_forward_hook(lambda *call: attentions.append(len(call[-1])))
+        layer.mlp.down_proj.register_forward_hook(lambda *call: mlps.append(len(call[-1])))
+    with forking(layers, plan, sublayers):
         model.model(torch.randint(0, 90, (1, 7)), use_cache=False)
-    assert counted == {"attention": plan.attention_passes, "mlp": plan.mlp_passes}
+    assert (sum(attentions), sum(mlps)) == (plan.attention_passes, plan.mlp_passes)
 
 
-def test_the_plan_is_what_is_executed(tiny_model):
-    model = tiny_model("llama")
-    layers = model.model.layers
-    ablations = [INTACT, Ablation((0,)), Ablation((1, 2)), Ablation((1, 3)), Ablation((3,))]
-    plan = plan_streams(ablations, len(layers))
-    counted = []
-    for layer in layers:
-
-        def forward(hidden_states, *args, original=layer.forward, **kwargs):
-            counted.append(len(hidden_states))
-            return original(hidden_states, *args, **kwargs)
-
-        layer.forward = forward
-    with forking(layers, plan):
-        model.model(torch.randint(0, 90, (1, 7)), use_cache=False)
-    assert sum(counted) == plan.layer_passes == passes(ablations, len(layers))
-
-
-def test_the_model_is_what_it_was_also_after_an_exception(tiny_model):
+def test_the_model_is_what_it_was_also_after_an_exception():
     model = tiny_model("llama")
     ids = torch.randint(0, 90, (2, 9))
     before = model(ids).logits
     state = {name: value.clone() for name, value in model.state_dict().items()}
     plan = plan_streams(single_layers((0, 1, 2, 3)), 4)
-    _fork(model, plan, ids[:1])
-    hook = model.model.layers[2].register_forward_hook(_fail)
-    with pytest.raises(RuntimeError, match="in the middle"):
-        _fork(model, plan, ids[:1])
-    hook.remove()
+
+    def fork():
+        with forking(model.model.layers, plan):
+            model.model(ids[:1], use_cache=False)
+
+    def fail(*args):
+        raise RuntimeError("in the middle")
+
+    fork()
+    with (
+        model.model.layers[2].register_forward_hook(fail),
+        pytest.raises(RuntimeError, match="in the middle"),
+    ):
+        fork()
     assert torch.equal(model(ids).logits, before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not any("forward" in vars(layer) for layer in model.model.layers)
-
-
-def _fork(model, plan, ids):
-    with forking(model.model.layers, plan):
-        model.model(ids, use_cache=False)
-
-
-def _fail(*args):
-    raise RuntimeError("in the middle")

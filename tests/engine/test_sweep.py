@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 from dataclasses import replace
 
 import accelerate
@@ -12,36 +13,57 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tests.ablations import single_layers
-from tests.engine.plain import MAX_LENGTH, agree, loaded, make_documents
+from tests.engine.families import tiny_model
+from tests.engine.plain import (
+    MAX_LENGTH,
+    agree,
+    asking,
+    engine_of,
+    loaded,
+    make_documents,
+    passed,
+)
 from tracker.core.ablations import INTACT, Ablation, ablate
-from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError
 from tracker.engine.memory import stream_bytes
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.masks import look
+from tracker.engine.scoring import sweep
 from tracker.engine.scoring.prefix import SHORTEST
-from tracker.engine.scoring.rows import Lengths, flat_rows, tree_rows
-from tracker.engine.scoring.score import read_prefix, score_row
+from tracker.engine.scoring.rows import ANY_LENGTH, Lengths, tree_rows
+from tracker.engine.scoring.score import score_row
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Quirks
 from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.scoring.sweep import ROW_TOKENS, Engine
 from tracker.engine.selfcheck.check import check
-from tracker.models.pruned import pruned, remember
+from tracker.models.pruned import remember
+
+SINGLE = single_layers((0, 1, 2, 3))
+SIX = [*SINGLE, Ablation((1, 2)), Ablation((0, 3))]
+FULL_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+
+
+def never(*args):
+    raise FULL_MEMORY
+
+
+@pytest.fixture
+def read(spy):
+    """How many tokens of common beginnings were read."""
+    return spy(sweep, "read_prefix", lambda parts, plan, tokens: len(tokens))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma3", "gpt_neox", "gpt2"])
 @pytest.mark.parametrize(
     "sharing", [FULL, DEPTH_ONLY, PLAIN, ONE_BY_ONE], ids=["full", "depth", "plain", "single"]
 )
-def test_every_stream_is_the_pruned_model(tiny_model, family, sharing):
+def test_every_stream_is_the_pruned_model(family, sharing):
     model = tiny_model(family)
-    ablations = [*single_layers((0, 1, 2, 3)), Ablation((1, 2)), Ablation((0, 3))]
-    engine = Engine(loaded(model), MAX_LENGTH, sharing, row_tokens=40)
-    agree(engine.score(make_documents(), ablations), model, ablations)
+    engine = engine_of(model, sharing, row_tokens=40)
+    agree(engine.score(make_documents(), SIX), model, SIX)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_wrong_sharing_is_found(tiny_model, monkeypatch, dtype):
+def test_wrong_sharing_is_found(monkeypatch, dtype):
     """A mask that lets a choice see its sibling is wrong without an error: it must be noticed."""
     model = tiny_model("llama").to(dtype)
     honest, leaked = tree_rows, []
@@ -52,81 +74,61 @@ def test_wrong_sharing_is_found(tiny_model, monkeypatch, dtype):
             leaked.append(row)
             yield row
 
-    monkeypatch.setattr("tracker.engine.scoring.sweep.tree_rows", leaky)
-    checked = check(
-        Engine(loaded(model), MAX_LENGTH), make_documents(), single_layers((0, 1, 2, 3))
-    )
+    monkeypatch.setattr(sweep, "tree_rows", leaky)
+    checked = check(engine_of(model), make_documents(), SINGLE)
     assert leaked
     assert checked.engine.sharing == DEPTH_ONLY
     assert "because sharing more changes a log-likelihood by" in checked.lost
 
 
-def test_a_bug_of_ours_is_no_loss_of_sharing(tiny_model, monkeypatch):
+def test_a_bug_of_ours_is_no_loss_of_sharing(monkeypatch):
     def broken(documents):
         raise AssertionError("never called with these arguments")
 
-    monkeypatch.setattr("tracker.engine.scoring.sweep.tree_rows", broken)
+    monkeypatch.setattr(sweep, "tree_rows", broken)
     with pytest.raises(TypeError, match="positional argument"):
-        check(Engine(loaded(tiny_model("llama")), MAX_LENGTH), make_documents(), single_layers([0]))
+        check(engine_of("llama"), make_documents(), single_layers([0]))
 
 
-def test_proxies_are_the_same_however_the_tokens_are_shared(tiny_model):
+def test_proxies_are_the_same_however_the_tokens_are_shared():
     model = tiny_model("llama")
     documents = make_documents()
-    full = Engine(loaded(model), MAX_LENGTH, FULL, row_tokens=40).score(documents, [INTACT])
-    plain = Engine(loaded(model), MAX_LENGTH, PLAIN).score(documents, [INTACT])
-    for one, other, document in zip(full, plain, documents, strict=True):
-        gold = document.requests[document.gold]
+    full = engine_of(model, FULL, row_tokens=40).score(documents, [INTACT])
+    plain = engine_of(model, PLAIN).score(documents, [INTACT])
+    for one, other, read in zip(full, plain, documents, strict=True):
+        gold = read.requests[read.gold]
         assert one.proxy_tokens == len(gold.context) + len(gold.continuation)
         assert one.proxy_tokens == other.proxy_tokens
         torch.testing.assert_close(one.proxy_sums, other.proxy_sums, atol=1e-3, rtol=1e-4)
 
 
-def test_long_contexts_lose_their_beginning_as_in_lm_eval(tiny_model):
+def test_long_contexts_lose_their_beginning_as_in_lm_eval():
     model = tiny_model("llama")
     draw = random.Random(3)
-    documents = [
-        Document(
-            "task", 0,
-            tuple(
-                Request(tuple(draw.randrange(97) for _ in range(MAX_LENGTH + 20)), (n, 5, 7)[:n])
-                for n in (1, 2, 3)
-            ),
-            1, 3,
-        )
-    ]  # fmt: skip
+    contexts = [[draw.randrange(97) for _ in range(MAX_LENGTH + 20)] for _ in range(3)]
+    long = asking(*((c, (n, 5, 7)[:n]) for n, c in enumerate(contexts, 1)), gold=1)
     ablations = single_layers((0, 3))
     for sharing in (FULL, DEPTH_ONLY):
-        engine = Engine(loaded(model), MAX_LENGTH, sharing)
-        scores = engine.score(documents, ablations)
+        scores = engine_of(model, sharing).score([long], ablations)
         agree(scores, model, ablations)
         assert scores[0].proxy_tokens == MAX_LENGTH
 
 
-def test_a_continuation_that_cannot_be_scored_is_refused(tiny_model):
-    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
-    for continuation in ((), tuple(range(MAX_LENGTH + 1))):
-        document = Document("task", 0, (Request((1, 2), continuation),), 0, 1)
-        with pytest.raises(CellError, match="continuation"):
-            engine.score([document], [INTACT])
-
-
-def test_a_model_that_takes_no_positions_is_refused(tiny_model):
+def test_a_model_that_takes_no_positions_is_refused():
     """Else each token of a tree would stand where it stands in the row."""
-    engine = Engine(loaded(tiny_model("mpt")), MAX_LENGTH)
+    engine = engine_of("mpt")
     with pytest.raises(RefusalError, match=r"^it takes no positions$"):
         engine.score(make_documents(2), [INTACT])
 
 
-def test_a_stream_that_is_not_finite_spoils_only_itself(tiny_model):
+def test_a_stream_that_is_not_finite_spoils_only_itself():
     model = tiny_model("llama")
     documents = make_documents(2)
-    ablations = single_layers((0, 1, 2, 3))
-    clean = Engine(loaded(model), MAX_LENGTH).score(documents, ablations)
+    clean = engine_of(model).score(documents, SINGLE)
     model.model.layers[1].mlp.down_proj.weight[:] = float("nan")
-    spoilt = Engine(loaded(model), MAX_LENGTH).score(documents, ablations)
+    spoilt = engine_of(model).score(documents, SINGLE)
     for one, other in zip(clean, spoilt, strict=True):
-        for ablation, ours, theirs in zip(ablations, other.responses, one.responses, strict=True):
+        for ablation, ours, theirs in zip(SINGLE, other.responses, one.responses, strict=True):
             healthy = ablation.layers == (1,)
             for response, truth in zip(ours, theirs, strict=True):
                 assert (response.loglikelihood == response.loglikelihood) == healthy
@@ -134,41 +136,11 @@ def test_a_stream_that_is_not_finite_spoils_only_itself(tiny_model):
                     assert response.loglikelihood == pytest.approx(truth.loglikelihood, abs=1e-4)
 
 
-@pytest.mark.parametrize("pack", [tree_rows, flat_rows])
-@pytest.mark.parametrize("row_tokens", [1, 25, 1000])
-def test_rows_hold_every_request_once(pack, row_tokens):
-    documents = make_documents(7)
-    rows = list(pack(documents, MAX_LENGTH, row_tokens))
-    requests = [request for row in rows for request in row.requests]
-    assert sorted(requests) == [
-        (d, r) for d, document in enumerate(documents) for r in range(len(document.requests))
-    ]
-    assert sorted(d for row in rows for d, _ in row.gold) == list(range(7))
-    if pack is tree_rows and row_tokens == 1000:
-        together = {
-            (request.context + request.continuation)[:end]
-            for document in documents
-            for request in document.requests
-            for end in range(1, len(request.context) + len(request.continuation))
-        } | {
-            document.requests[document.gold].context + document.requests[document.gold].continuation
-            for document in documents
-        }
-        assert sum(row.tokens for row in rows) == len(together)
-
-
-def test_a_long_common_beginning_is_read_once_for_all_rows(tiny_model, monkeypatch):
+def test_a_long_common_beginning_is_read_once_for_all_rows(read):
     """Also for later documents that share a little less of it, and anew when they share little."""
-    read = []
-
-    def counted(parts, plan, tokens):
-        read.append(len(tokens))
-        return read_prefix(parts, plan, tokens)
-
-    monkeypatch.setattr("tracker.engine.scoring.sweep.read_prefix", counted)
     model = tiny_model("llama")
-    engine = Engine(loaded(model), MAX_LENGTH, row_tokens=20)
-    ablations = [*single_layers((0, 1, 2, 3)), ablate("attention", [1]), ablate("mlp", [2])]
+    engine = engine_of(model, row_tokens=20)
+    ablations = [*SINGLE, ablate("attention", [1]), ablate("mlp", [2])]
     documents = make_documents(9, shared=60)
     first = [replace(d, requests=tuple(_after(d, 60, (7, 7)))) for d in documents[:3]]
     for some in (first, documents[3:]):
@@ -187,23 +159,14 @@ def _after(document, place, tokens):
         yield replace(request, context=(*context[:place], *tokens, *context[place:]))
 
 
-def test_a_small_budget_means_smaller_rows_and_fewer_ablations_at_a_time(tiny_model, monkeypatch):
-    sizes = []
-
-    def noted(parts, plan, row, prefix=None):
-        sizes.append((plan.streams, row.tokens))
-        return score_row(parts, plan, row, prefix)
-
-    monkeypatch.setattr("tracker.engine.scoring.sweep.score_row", noted)
+def test_a_small_budget_means_smaller_rows_and_fewer_ablations_at_a_time(spy):
+    sizes = spy(sweep, "score_row", lambda parts, plan, row, _: (plan.streams, row.tokens))
     model = tiny_model("llama")
     documents = make_documents(6)
-    ablations = [*single_layers((0, 1, 2, 3)), Ablation((1, 2)), Ablation((0, 3))]
-    plenty = Engine(loaded(model), MAX_LENGTH).score(documents, ablations)
-    widest = max(sizes)
+    plenty = engine_of(model).score(documents, SIX)
+    assert max(sizes)[0] == 7
     sizes.clear()
-    budget = 3 * 40 * stream_bytes(model)
-    tight = Engine(loaded(model), MAX_LENGTH, memory=budget).score(documents, ablations)
-    assert widest[0] == 7
+    tight = engine_of(model, memory=3 * 40 * stream_bytes(model)).score(documents, SIX)
     assert all(streams * tokens <= 3 * 40 for streams, tokens in sizes)
     same(tight, plenty)
 
@@ -212,50 +175,54 @@ def same(one, other):
     for ours, theirs in zip(one, other, strict=True):
         assert ours.proxy_tokens == theirs.proxy_tokens
         torch.testing.assert_close(ours.proxy_sums, theirs.proxy_sums, atol=1e-4, rtol=1e-4)
-        for a, b in zip(ours.responses, theirs.responses, strict=True):
-            assert [r.hits for r in a] == [r.hits for r in b]
-            assert [r.loglikelihood for r in a] == pytest.approx(
-                [r.loglikelihood for r in b], abs=1e-4
-            )
+        for mine, other in zip(ours.responses, theirs.responses, strict=True):
+            agrees(mine, other)
+
+
+def agrees(responses, others):
+    assert [r.hits for r in responses] == [r.hits for r in others]
+    loglikelihoods = [r.loglikelihood for r in others]
+    assert [r.loglikelihood for r in responses] == pytest.approx(loglikelihoods, abs=1e-4)
 
 
 @pytest.mark.parametrize("fits", [60, 20, 8])
-def test_running_out_of_memory_halves_the_row_and_goes_on(tiny_model, monkeypatch, fits):
+def test_running_out_of_memory_halves_the_row_and_goes_on(monkeypatch, fits):
     """An accelerator's error cannot be provoked here, so rows above a size raise it."""
-    model = tiny_model("llama")
     documents = make_documents(6)
-    ablations = [*single_layers((0, 1, 2, 3)), Ablation((1, 2)), Ablation((0, 3))]
-    plenty = Engine(loaded(model), MAX_LENGTH).score(documents, ablations)
+    plenty = engine_of("llama").score(documents, SIX)
 
     def small(parts, plan, row, prefix=None):
         if plan.streams * row.tokens > fits * 7:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise FULL_MEMORY
         return score_row(parts, plan, row, prefix)
 
-    monkeypatch.setattr("tracker.engine.scoring.sweep.score_row", small)
+    monkeypatch.setattr(sweep, "score_row", small)
     counted = []
-    scores = Engine(loaded(model), MAX_LENGTH).score(documents, ablations, counted.append)
-    same(scores, plenty)
-    assert sum(counted) >= sum(len(d.requests) for d in documents) * len(ablations)
+    same(engine_of("llama").score(documents, SIX, counted.append), plenty)
+    assert sum(counted) >= sum(len(d.requests) for d in documents) * len(SIX)
 
 
-def test_out_of_memory_with_nothing_left_to_halve_fails_clearly(tiny_model, monkeypatch):
-    def never(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr("tracker.engine.scoring.sweep.score_row", never)
-    said = (
-        r"^out of memory with a single document and a single ablation: CUDA out of memory\. "
-        r"Use a smaller dtype or a larger device$"
-    )
-    with pytest.raises(CellError, match=said):
-        Engine(loaded(tiny_model("llama")), MAX_LENGTH).score(
-            make_documents(2), single_layers((0, 1))
-        )
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        (
+            ANY_LENGTH,
+            "out of memory with a single document and a single ablation: CUDA out of memory. Use a "
+            "smaller dtype or a larger device",
+        ),
+        # Requests of a document may stand in several rows there, which cannot be halved.
+        (Lengths((10,)), "out of memory: CUDA out of memory. Use --memory, or a smaller dtype"),
+    ],
+)
+def test_out_of_memory_with_nothing_left_to_halve_names_the_way_out(monkeypatch, lengths, said):
+    monkeypatch.setattr(sweep, "score_row", never)
+    engine = engine_of("llama", quirks=Quirks(lengths=lengths))
+    with pytest.raises(CellError, match=f"^{re.escape(said)}$"):
+        engine.score(make_documents(2), single_layers((0, 1)))
 
 
 @pytest.mark.parametrize(("fits", "sizes"), [(2, [1] * 6), (4, [3, 3]), (5, [4, 2]), (99, [6])])
-def test_texts_are_generated_for_as_many_ablations_as_fit(tiny_model, fits, sizes):
+def test_texts_are_generated_for_as_many_ablations_as_fit(fits, sizes):
     """Half of the budget holds the keys and values of so many texts, the baseline's among them."""
     model = loaded(tiny_model("llama"))
     ablations = [Ablation((3,)), INTACT, *(ablate("mlp", [n]) for n in range(4)), Ablation((1, 2))]
@@ -270,111 +237,79 @@ def test_texts_are_generated_for_as_many_ablations_as_fit(tiny_model, fits, size
         assert list(alone.decoding_groups([INTACT], 10)) == [[INTACT]]
 
 
-def test_the_proxies_of_a_long_text_are_those_of_all_its_windows(tiny_model):
+def test_the_proxies_of_a_long_text_are_those_of_all_its_windows():
     draw = random.Random(1)
-    windows = [Request((1,), tuple(draw.randrange(3, 97) for _ in range(n))) for n in (30, 30, 9)]
-    whole = Document("task", 0, tuple(windows), None, 0, rolling=True)
-    apart = [Document("task", 0, (window,), None, 0, rolling=True) for window in windows]
+    windows = [((1,), [draw.randrange(3, 97) for _ in range(n)]) for n in (30, 30, 9)]
+    whole = asking(*windows, gold=None, rolling=True)
+    apart = [asking(window, gold=None, rolling=True) for window in windows]
     for row_tokens in (1, 1000):
-        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, row_tokens=row_tokens)
+        engine = engine_of("llama", row_tokens=row_tokens)
         (score,) = engine.score([whole], [INTACT])
-        parts = [engine.score([document], [INTACT])[0] for document in apart]
+        parts = [engine.score([window], [INTACT])[0] for window in apart]
         assert score.proxy_tokens == sum(part.proxy_tokens for part in parts) > 60
         together = sum(part.proxy_sums for part in parts)
         torch.testing.assert_close(score.proxy_sums, together, atol=1e-3, rtol=1e-4)
 
 
-def test_weights_that_accelerate_brings_in_when_they_are_needed(tiny_model, tmp_path):
+def test_weights_that_accelerate_brings_in_when_they_are_needed(tmp_path):
     """A model that is spread over devices: here its weights lie on disk until a module runs."""
     documents = make_documents(3, shared=50)
-    ablations = [*single_layers((0, 1, 2, 3)), ablate("attention", [1]), ablate("mlp", [2])]
-    truth = Engine(loaded(tiny_model("llama")), MAX_LENGTH).score(documents, ablations)
+    ablations = [*SINGLE, ablate("attention", [1]), ablate("mlp", [2])]
+    truth = engine_of("llama").score(documents, ablations)
     model = tiny_model("llama")
     accelerate.disk_offload(model, tmp_path / "weights", execution_device=torch.device("cpu"))
     assert model.model.layers[2].mlp.up_proj.weight.device.type == "meta"
-    same(Engine(loaded(model), MAX_LENGTH).score(documents, ablations), truth)
-    plain = Engine(loaded(model), MAX_LENGTH, PLAIN).score(documents, ablations)
-    same(plain, truth)
+    for sharing in (FULL, PLAIN):
+        same(engine_of(model, sharing).score(documents, ablations), truth)
 
 
-def test_out_of_memory_where_lengths_matter_names_the_way_out(tiny_model, monkeypatch):
-    """Requests of a document may stand in several rows there, which cannot be halved."""
-
-    def never(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr("tracker.engine.scoring.sweep.score_row", never)
-    quirks = Quirks(lengths=Lengths((10,)))
-    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, quirks=quirks)
-    said = r"^out of memory: CUDA out of memory\. Use --memory, or a smaller dtype$"
-    with pytest.raises(CellError, match=said):
-        engine.score(make_documents(4), [INTACT])
-
-
-def test_the_sums_are_those_of_the_layers_own_inputs_and_outputs(tiny_model):
+def test_the_sums_are_those_of_the_layers_own_inputs_and_outputs():
     """By hooks on the model as it is; and the hits are the continuation's likeliest tokens."""
     model = tiny_model("llama")
-    seen = []
-    for layer in model.model.layers:
-        layer.register_forward_hook(lambda _, args, output: seen.append((args[0][0], output[0])))
-    for document in make_documents(3, seed=2):
-        gold = document.requests[document.gold]
-        seen.clear()
-        said = model(torch.tensor([gold.context + gold.continuation]), use_cache=False).logits[0]
+    for read in make_documents(3, seed=2):
+        gold = read.requests[read.gold]
+        seen, said = passed(model, gold.context + gold.continuation)
         cosines = [torch.cosine_similarity(a, b, dim=-1).sum() for a, b in seen]
         updates = [((b - a).norm(dim=-1) / a.norm(dim=-1)).sum() for a, b in seen]
-        (score,) = Engine(loaded(model), MAX_LENGTH).score([document], [INTACT])
+        (score,) = engine_of(model).score([read], [INTACT])
         found = score.proxy_sums.float()
         torch.testing.assert_close(found[0], torch.stack(cosines), atol=1e-3, rtol=1e-4)
         torch.testing.assert_close(found[2], torch.stack(updates), atol=1e-3, rtol=1e-4)
         likeliest = said[len(gold.context) - 1 : -1].argmax(-1).tolist()
         right = sum(map(int.__eq__, likeliest, gold.continuation))
-        assert score.responses[0][document.gold].hits == right
+        assert score.responses[0][read.gold].hits == right
 
 
 @pytest.mark.parametrize("streams", [2, 3, 5])
-def test_as_many_ablations_at_a_time_as_the_budget_holds(tiny_model, monkeypatch, streams):
-    used = []
-
-    def noted(parts, plan, row, prefix=None):
-        used.append(plan.streams)
-        return score_row(parts, plan, row, prefix)
-
-    monkeypatch.setattr("tracker.engine.scoring.sweep.score_row", noted)
-    model = tiny_model("llama")
-    document = Document("task", 0, (Request((5, 6, 7), (8, 9)),), 0, 1)
-    budget = streams * 5 * stream_bytes(model)
-    ablations = [*single_layers((0, 1, 2, 3)), Ablation((1, 2)), Ablation((0, 3))]
-    Engine(loaded(model), MAX_LENGTH, memory=budget).score([document], ablations)
+def test_as_many_ablations_at_a_time_as_the_budget_holds(spy, streams):
+    used = spy(sweep, "score_row", lambda parts, plan, *row: plan.streams)
+    engine = engine_of("llama")
+    engine = replace(engine, memory=streams * 5 * stream_bytes(engine.loaded.model))
+    engine.score([asking(((5, 6, 7), (8, 9)))], SIX)
     whole, rest = divmod(6, streams - 1)
     assert used == [streams] * whole + [rest + 1] * bool(rest)
     used.clear()
-    Engine(loaded(model), MAX_LENGTH, memory=budget).score([document], [INTACT])
+    engine.score([asking(((5, 6, 7), (8, 9)))], [INTACT])
     assert used == [1]
 
 
-def test_rows_are_packed_by_what_is_shared(tiny_model, monkeypatch):
+def test_rows_are_packed_by_what_is_shared(spy):
     """Many texts in a row need masks of our own; a stream's own mask broadcasts over one alone."""
-    packed = []
-    for pack in (tree_rows, flat_rows):
-
-        def noted(documents, *how, pack=pack):
-            packed.append((pack, *how))
-            return pack(documents, *how)
-
-        monkeypatch.setattr(f"tracker.engine.scoring.sweep.{pack.__name__}", noted)
+    trees, flat = (
+        spy(sweep, pack, lambda documents, *how: how) for pack in ("tree_rows", "flat_rows")
+    )
     lengths = Lengths((1000,))
-    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, quirks=Quirks(lengths=lengths))
+    engine = engine_of("llama", quirks=Quirks(lengths=lengths))
     documents = make_documents(2, seed=2, shared=60)
-    for sharing, ablations, how in (
-        (FULL, single_layers((1,)), (tree_rows, MAX_LENGTH, ROW_TOKENS, 60, lengths)),
-        (NO_PREFIX, single_layers((1,)), (tree_rows, MAX_LENGTH, ROW_TOKENS, 0, lengths)),
-        (DEPTH_ONLY, single_layers((1,)), (flat_rows, MAX_LENGTH, 1, lengths)),
-        (DEPTH_ONLY, [INTACT], (flat_rows, MAX_LENGTH, ROW_TOKENS, lengths)),
+    for sharing, ablations in (
+        (FULL, single_layers((1,))),
+        (NO_PREFIX, single_layers((1,))),
+        (DEPTH_ONLY, single_layers((1,))),
+        (DEPTH_ONLY, [INTACT]),
     ):
         engine.with_sharing(sharing).score(documents, ablations)
-        assert packed == [how]
-        packed.clear()
+    assert trees == [(MAX_LENGTH, ROW_TOKENS, prefix, lengths) for prefix in (60, 0)]
+    assert flat == [(MAX_LENGTH, size, lengths) for size in (1, ROW_TOKENS)]
 
 
 def test_what_is_shared_is_named():
@@ -384,18 +319,11 @@ def test_what_is_shared_is_named():
     assert {sharing: str(sharing) for sharing in said} == said
 
 
-def test_a_copy_lacks_what_is_taken_out_and_begins_as_the_model_did(tiny_model, monkeypatch):
-    model, asked = tiny_model("llama"), []
-
-    def noted(*given, **named):
-        asked.append((given, named))
-        return pruned(*given, **named)
-
-    monkeypatch.setattr("tracker.engine.scoring.sweep.pruned", noted)
+def test_a_copy_lacks_what_is_taken_out_and_begins_as_the_model_did(spy):
+    model = tiny_model("llama")
+    asked = spy(sweep, "pruned", lambda *given, **named: (given, named))
     first, leftovers = (remember(model, (name,)) for name in ("inv_freq", "attention_scaling"))
-    engine = Engine(
-        loaded(model), MAX_LENGTH, quirks=Quirks(first=first, leftovers=leftovers, stay=True)
-    )
+    engine = engine_of(model, quirks=Quirks(first=first, leftovers=leftovers, stay=True))
     copy = engine.with_sharing(NO_PREFIX).without(ablate("mlp", [2], removed=[1]))
     (((of, layers, silent, fresh), named),) = asked
     assert named == {"stay": True, "changes": {}, "repeated": ()}
@@ -419,45 +347,29 @@ class TestKeptBeginning:
     # Keys and values of two heads of eight numbers, in four layers.
     BYTES = 60 * 4 * (2 * 2 * 8 * 4)
 
-    @pytest.fixture
-    def read(self, monkeypatch):
-        read = []
-
-        def reading(*args):
-            read.append(len(args[2]))
-            return read_prefix(*args)
-
-        monkeypatch.setattr("tracker.engine.scoring.sweep.read_prefix", reading)
-        return read
-
     @pytest.mark.parametrize(("spare", "times"), [(0, 1), (-2, 0)])
-    def test_in_half_of_the_budget(self, tiny_model, read, spare, times):
+    def test_in_half_of_the_budget(self, read, spare, times):
         """Of which the beginning may take half again, beside the rows."""
-        expected = Engine(loaded(tiny_model("llama")), MAX_LENGTH, NO_PREFIX)
-        budget = 2 * self.BYTES + spare
-        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, memory=budget)
-        same(engine.score(self.DOCUMENTS, [INTACT]), expected.score(self.DOCUMENTS, [INTACT]))
+        expected = engine_of("llama", NO_PREFIX).score(self.DOCUMENTS, [INTACT])
+        engine = engine_of("llama", memory=2 * self.BYTES + spare)
+        same(engine.score(self.DOCUMENTS, [INTACT]), expected)
         assert read == [60] * times
 
-    def test_it_is_long_enough(self, tiny_model, read):
-        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+    def test_it_is_long_enough(self, read):
+        engine = engine_of("llama")
         for shared in (SHORTEST, SHORTEST - 1):
             documents = make_documents(3, seed=2, shared=shared)
             assert engine.shares_a_prefix(documents) == (shared == SHORTEST)
             engine.score(documents, [INTACT])
         assert read == [SHORTEST]
 
-    def test_when_memory_runs_out_the_rows_hold_it(self, tiny_model, monkeypatch):
-        def never(*args):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    def test_when_memory_runs_out_the_rows_hold_it(self, monkeypatch):
+        expected = engine_of("llama", NO_PREFIX).score(self.DOCUMENTS, [INTACT])
+        monkeypatch.setattr(sweep, "read_prefix", never)
+        same(engine_of("llama").score(self.DOCUMENTS, [INTACT]), expected)
 
-        expected = Engine(loaded(tiny_model("llama")), MAX_LENGTH, NO_PREFIX)
-        monkeypatch.setattr("tracker.engine.scoring.sweep.read_prefix", never)
-        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
-        same(engine.score(self.DOCUMENTS, [INTACT]), expected.score(self.DOCUMENTS, [INTACT]))
-
-    def test_a_prompt_that_begins_so_continues_it(self, tiny_model, monkeypatch):
-        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+    def test_a_prompt_that_begins_so_continues_it(self, monkeypatch):
+        engine = engine_of("llama")
         ablations = single_layers((1, 2))
         engine.score(self.DOCUMENTS, ablations)
         shared = list(self.DOCUMENTS[0].requests[0].context[:60])
@@ -469,7 +381,7 @@ class TestKeptBeginning:
             begun.append(None if prefix is None else len(prefix.tokens))
             yield "a cache"
 
-        monkeypatch.setattr("tracker.engine.scoring.sweep.decoding", noted)
+        monkeypatch.setattr(sweep, "decoding", noted)
         for prompt in ([*shared, 5, 6], [5, *shared, 6]):
             with engine.decoding(ablations, prompt) as given:
                 assert given == {"cache": "a cache"}
@@ -479,30 +391,24 @@ class TestKeptBeginning:
             assert begun == [60, None, None]
 
 
-def test_masks_are_looked_at_in_steps_and_never_beyond_what_is_read(tiny_model, monkeypatch):
-    looked = []
-
-    def looking(base, layers, tokens, device):
-        looked.append(tokens)
-        return look(base, layers, tokens, device)
-
-    monkeypatch.setattr("tracker.engine.scoring.sweep.look", looking)
+def test_masks_are_looked_at_in_steps_and_never_beyond_what_is_read(spy):
+    looked = spy(sweep, "look", lambda base, layers, tokens, device: tokens)
     for most, asked, expected in (
         (1000, (2, 256, 257, 3, 990, 1000), [256, 512, 1000]),
         (96, (2, 96), [96]),
         # A row may be longer than any of its texts.
         (96, (2, 130, 40), [96, 130]),
     ):
-        engine = Engine(loaded(tiny_model("mistral")), most)
+        engine = engine_of("mistral", max_length=most)
         sight = engine.parts(plan_streams([INTACT], 4)).sight
         assert all(sight(tokens).tokens >= tokens for tokens in asked)
         assert looked == expected
         looked.clear()
 
 
-def test_a_model_without_a_cache_continues_no_prompt(tiny_model, monkeypatch):
-    monkeypatch.setattr("tracker.engine.scoring.sweep.cache_argument", lambda base: None)
-    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+def test_a_model_without_a_cache_continues_no_prompt(monkeypatch):
+    monkeypatch.setattr(sweep, "cache_argument", lambda base: None)
+    engine = engine_of("llama")
     assert not engine.shares_a_prefix(make_documents(3, shared=60))
     with pytest.raises(RefusalError, match=r"^it takes no cache of keys and values$"):
         list(engine.decoding_groups([INTACT], 10))
@@ -510,13 +416,12 @@ def test_a_model_without_a_cache_continues_no_prompt(tiny_model, monkeypatch):
         assert given == {}
 
 
-def test_progress_counts_every_answer_once(tiny_model):
-    documents, ablations = make_documents(5), single_layers((0, 1, 2, 3))
+def test_progress_counts_every_answer_once():
+    documents = make_documents(5)
     for sharing in (FULL, PLAIN):
         counted = []
-        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, sharing, row_tokens=20)
-        engine.score(documents, ablations, counted.append)
-        assert sum(counted) == sum(len(d.requests) for d in documents) * len(ablations)
+        engine_of("llama", sharing, row_tokens=20).score(documents, SINGLE, counted.append)
+        assert sum(counted) == sum(len(d.requests) for d in documents) * len(SINGLE)
         assert len(counted) > 1
 
 
@@ -533,7 +438,7 @@ def moody(model):
     return Quirks(leftovers=remember(model, ("mood",)))
 
 
-def test_one_by_one_only_the_intact_model_reads_rows_besides(tiny_model):
+def test_one_by_one_only_the_intact_model_reads_rows_besides():
     """Was: each pruned model did too, for proxies that nobody kept."""
     model = tiny_model("llama")
     documents = make_documents(3, seed=2)
@@ -545,7 +450,7 @@ def test_one_by_one_only_the_intact_model_reads_rows_besides(tiny_model):
             calls.append(len(module.layers))
 
     watching = register_module_forward_pre_hook(watch)
-    engine = Engine(loaded(model), MAX_LENGTH, ONE_BY_ONE, row_tokens=20)
+    engine = engine_of(model, ONE_BY_ONE, row_tokens=20)
     try:
         engine.score(documents, single_layers((1, 3)))
     finally:
@@ -559,13 +464,13 @@ class TestLeftovers:
     """With what calls leave behind put back, a model answers as if it left nothing."""
 
     @pytest.fixture
-    def truth(self, tiny_model):
-        return Engine(loaded(tiny_model("llama")), MAX_LENGTH, row_tokens=20)
+    def truth(self):
+        return engine_of("llama", row_tokens=20)
 
     @pytest.fixture
-    def engine(self, tiny_model):
+    def engine(self):
         model = tiny_model("llama")
-        return Engine(loaded(model), MAX_LENGTH, row_tokens=20, quirks=moody(model))
+        return engine_of(model, row_tokens=20, quirks=moody(model))
 
     @pytest.mark.parametrize("sharing", [FULL, NO_PREFIX, DEPTH_ONLY, PLAIN, ONE_BY_ONE])
     def test_no_call_depends_on_the_one_before(self, engine, truth, sharing):
@@ -579,10 +484,7 @@ class TestLeftovers:
         # A copy without a layer begins as the model did.
         alone = engine.without(ablations[1]).score(documents, [INTACT])
         for one, whole in zip(alone, expected, strict=True):
-            assert [r.hits for r in one.responses[0]] == [r.hits for r in whole.responses[1]]
-            assert [r.loglikelihood for r in one.responses[0]] == pytest.approx(
-                [r.loglikelihood for r in whole.responses[1]], abs=1e-4
-            )
+            agrees(one.responses[0], whole.responses[1])
 
     def test_no_text_is_continued_by_what_was_asked_before(self, engine, truth):
         """Was: what a key takes was measured by a call, and the prompt was read after it."""

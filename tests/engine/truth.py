@@ -27,14 +27,15 @@ def layers_of(model: Any) -> torch.nn.ModuleList:
     return next(modules for modules in lists if len(modules) == wanted)
 
 
+def skip(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Let a layer hand on its input, as a hook."""
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden
+
+
 def without(model: Any, removed: Collection[int]) -> Any:
     """A copy in which the layers return their input, whatever else they return."""
     ablated = copy.deepcopy(model)
-
-    def skip(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden
-
     for index in removed:
         layers_of(ablated)[index].register_forward_hook(skip, with_kwargs=True)
     return ablated

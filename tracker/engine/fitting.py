@@ -17,6 +17,7 @@ from tracker.engine.scoring.layer_forward import forking
 from tracker.engine.scoring.score import Parts
 from tracker.engine.scoring.stand_in import Fitted
 from tracker.engine.scoring.streams import plan_streams
+from tracker.engine.scoring.tree import alike
 
 
 @dataclass
@@ -89,10 +90,5 @@ def fit(
 def first_tokens(texts: Sequence[Sequence[int]]) -> list[int]:
     """Say from which token on each text counts: behind its first, and behind what is repeated."""
     before = [(), *texts]
-    return [max(1, _common(last, text)) for last, text in zip(before, texts, strict=False)]
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike; the last token of a text is always its own."""
-    pairs = enumerate(zip(one, other[:-1], strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other) - 1))
+    # The last token of a text is always its own.
+    return [max(1, alike(last, text[:-1])) for last, text in zip(before, texts, strict=False)]

@@ -66,7 +66,6 @@ def peak_memory(device: torch.device) -> int | None:
 def stream_bytes(model: Any) -> int:
     """Estimate how many bytes one token of one stream takes at most, inside a layer."""
     config = model.config.get_text_config()
-    hidden = config.hidden_size
-    between = getattr(config, "intermediate_size", None) or 4 * hidden
-    wide = 6 * hidden + 3 * (between if isinstance(between, int) else max(between))
+    between = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    wide = 6 * config.hidden_size + 3 * (between if isinstance(between, int) else max(between))
     return int(wide * model.dtype.itemsize)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import Any
 
 import torch
@@ -85,13 +86,11 @@ class Reading:
 
     def flops(self, plan: StreamPlan) -> float:
         """Count the operations of the streams of a plan."""
-        passes = plan.attention_passes, plan.mlp_passes, plan.streams
-        return _product(self.engine, passes)
+        return _work(self.engine, (plan.attention_passes, plan.mlp_passes, plan.streams))
 
     def naive_flops(self, ablations: Sequence[Ablation]) -> float:
         """Count the operations of lm-eval, run once for each ablation."""
-        passes = *plain_passes(ablations, self.layers), len(ablations)
-        return _product(self.plain, passes)
+        return _work(self.plain, (*plain_passes(ablations, self.layers), len(ablations)))
 
 
 def reading(model: Any, documents: Sequence[Document], max_length: int) -> Reading:
@@ -114,9 +113,12 @@ def reading(model: Any, documents: Sequence[Document], max_length: int) -> Readi
         """Operations of one attention in which some tokens see so many keys."""
         return float(tokens * (2 * attention + 4 * keys * hidden))
 
+    tasks: dict[str, list[Document]] = {}  # whose documents are scored together
+    for document in documents:
+        tasks.setdefault(document.task, []).append(document)
     tokens = widest = kept = 0
     attentions = 0.0
-    for together in _by_task(documents):
+    for together in tasks.values():
         shared = len(common_beginning(together, max_length))
         prefix = shared if shared >= SHORTEST else 0
         tokens += prefix
@@ -126,7 +128,9 @@ def reading(model: Any, documents: Sequence[Document], max_length: int) -> Readi
             attentions += attended(row.tokens, prefix + row.tokens)
             kept += len(row.keep)
             widest = max(widest, row.tokens)
-    naive = _naive_sequences(documents, max_length)
+    # What lm-eval's Hugging Face model reads.
+    texts = {read_for(request, max_length) for d in documents for request in d.requests}
+    naive = [len(text) for text in texts]
     return Reading(
         documents=len(documents),
         requests=sum(len(document.requests) for document in documents),
@@ -175,16 +179,8 @@ def cost(
     )
 
 
-def _product(each: Sequence[float], counts: Sequence[int]) -> float:
-    return float(sum(one * count for one, count in zip(each, counts, strict=True)))
-
-
-def _by_task(documents: Sequence[Document]) -> list[list[Document]]:
-    """The documents of each task, which are scored together."""
-    tasks: dict[str, list[Document]] = {}
-    for document in documents:
-        tasks.setdefault(document.task, []).append(document)
-    return list(tasks.values())
+def _work(operations: Sequence[float], passes: Sequence[int]) -> float:
+    return float(sum(map(mul, operations, passes)))
 
 
 def _weights(model: Any) -> tuple[float, float]:
@@ -192,22 +188,14 @@ def _weights(model: Any) -> tuple[float, float]:
     layers = find_layers(model)
     attention = mlp = 0
     for layer in layers:
-        sizes = [
+        first, *others = (
             sum(p.numel() for p in part.parameters())
             for part in layer.children()
             if any(p.ndim > 1 for p in part.parameters())
-        ]
-        attention += sizes[0]
-        mlp += sum(sizes[1:])
+        )
+        attention += first
+        mlp += sum(others)
     return attention / len(layers), mlp / len(layers)
-
-
-def _naive_sequences(documents: Sequence[Document], max_length: int) -> list[int]:
-    """Lengths of the sequences that lm-eval's Hugging Face model reads."""
-    seen = {
-        read_for(request, max_length) for document in documents for request in document.requests
-    }
-    return [len(sequence) for sequence in seen]
 
 
 def matrix_rate(dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> float:

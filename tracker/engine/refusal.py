@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+_Made = TypeVar("_Made")
 
 
 class RefusalError(Exception):
@@ -27,6 +31,20 @@ def refused(error: Exception) -> str | None:
     if not isinstance(error, RefusalError) and _raised_by_us(error.__traceback__):
         return None
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def tried(make: Callable[[], _Made]) -> tuple[_Made | None, str | None]:
+    """Make something that runs a model: it, or else why the model does not run.
+
+    What is not the model's error goes up.
+    """
+    try:
+        return make(), None
+    except Exception as error:
+        why = refused(error)
+        if why is None:
+            raise
+        return None, why
 
 
 def _raised_by_us(traceback: TracebackType | None) -> bool:

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.documents import Document
-from tracker.engine.refusal import RefusalError, refused
+from tracker.engine.refusal import RefusalError, tried
 from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.plain_call import logits_of
 from tracker.engine.scoring.rows import measured_texts, reading_row
 from tracker.engine.scoring.score import run_base
 from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.scoring.sweep import Engine
-from tracker.models.pruned import put_back
-from tracker.models.sublayers import replaced_forward, undisturbed, with_first
+from tracker.models.sublayers import first_of, replaced_forward, undisturbed, with_first
 
 IMPOSSIBLE = -1e4
 """The log-probability of what a model masks out: small enough to be 0 as a probability."""
@@ -166,7 +165,7 @@ def _states(
 
     def run(engine: Engine, group: Sequence[Ablation]) -> tuple[Any, Tensor]:
         plan = plan_streams(group, _layers(engine))
-        put_back(engine.loaded.model, engine.quirks.leftovers)
+        engine.put_back()
         output, _ = run_base(engine.parts(plan), plan, row, None)
         return output, output.last_hidden_state[list(plan.stream_of)]
 
@@ -190,17 +189,15 @@ def _apart(engine: Engine, ablation: Ablation) -> Engine:
 
 def _gate_gradient(engine: Engine, tokens: Sequence[int], measured: int) -> Tensor:
     """Differentiate a text's negative log-likelihood by gates on the updates of the layers."""
-    try:
-        return _differentiated(engine, tokens, measured)
-    except Exception as error:
-        if refused(error) is None:
-            raise
+    gradient, _ = tried(lambda: _differentiated(engine, tokens, measured))
+    if gradient is None:
         return torch.full((_layers(engine),), torch.nan, dtype=torch.float64)
+    return gradient
 
 
 def _differentiated(engine: Engine, tokens: Sequence[int], measured: int) -> Tensor:
     model, layers = engine.loaded.model, engine.loaded.layers
-    put_back(model, engine.quirks.leftovers)
+    engine.put_back()
     start = max(measured, 1)
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         gates = torch.ones(len(layers), device=engine.loaded.device, requires_grad=True)
@@ -224,7 +221,7 @@ def _gated(layer: nn.Module, gate: Tensor) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         before, output = undisturbed(layer, forward, args, kwargs)
-        after = output[0] if isinstance(output, (tuple, list)) else output
+        after = first_of(output)
         update = (after - before.to(after.device)).detach()
         return with_first(output, after + (gate.to(after) - 1) * update)
 

@@ -7,9 +7,10 @@ that it perturbs, so that all of them cost n · L(L−1)/2 layer passes instead 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,12 @@ from torch import Tensor, nn
 
 from tracker.core.documents import Document
 from tracker.core.kinds import Action
-from tracker.engine.memory import free_memory, stream_bytes
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.layer_forward import forking
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.streams import LayerStep, StreamPlan
 from tracker.engine.scoring.sweep import Engine
-from tracker.models.pruned import put_back
+from tracker.models.sublayers import first_of
 
 REMOVED, SHUFFLED, RANDOM = 0, 1, 2
 """Places of the perturbations of a layer; random directions are the last, one a draw."""
@@ -73,8 +73,8 @@ def perturbation_growth(
     sums = torch.zeros(2, RANDOM + draws + 1, total, total, dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.float64)
     for number, (tokens, measured) in enumerate(measured_texts(document, engine.max_length)):
-        name = f"{seed}/{document.task}/{document.index}/{number}"
-        found = _followed(engine, tokens, _Directions(name, draws), range(total))
+        directions = _directions(document, number, seed, draws)
+        found = _followed(engine, tokens, directions, range(total))
         for place, first in enumerate((measured, max(1, measured))):
             sums[place] += found[..., first:].double().sum(-1)
             counts[place] += len(tokens) - first
@@ -93,32 +93,24 @@ def perturbation_growth(
 def verify_growth(engine: Engine, document: Document, draws: int, seed: int = 0) -> None:
     """Follow the middle layer's perturbations once more, each in a plain forward pass of its own.
 
-    Arguments are those of `follow`; RefusalError if the two ways differ by more than rounding.
+    Arguments are those of `perturbation_growth`; RefusalError if the two ways differ by more than
+    rounding.
     """
     loaded, layer = engine.loaded, len(engine.loaded.layers) // 2
     if layer == 0:
         return
-    tokens, _ = next(iter(measured_texts(document, engine.max_length)))
-    name = f"{seed}/{document.task}/{document.index}/0"
-    directions = _Directions(name, draws)
-    found = _followed(engine, tokens, directions, range(layer, layer + 1))
-    shared = found[:-1, layer, layer:]
+    tokens, _ = next(measured_texts(document, engine.max_length))
+    directions = _directions(document, 0, seed, draws)
+    shared = _followed(engine, tokens, directions, range(layer, layer + 1))[:-1, layer, layer:]
     ids = torch.tensor([tokens], device=loaded.device)
     intact = _plain(engine, ids)
+
+    def differences(state: Tensor) -> Tensor:
+        behind = zip(_plain(engine, ids, layer, state)[layer:], intact[layer:], strict=True)
+        return torch.stack([_relative(other - own, own) for other, own in behind])
+
     perturbed = directions.perturbed(layer, intact[layer - 1], intact[layer])
-    plain = torch.stack(
-        [
-            torch.stack(
-                [
-                    _relative(one - other, other)
-                    for one, other in zip(
-                        _plain(engine, ids, layer, state)[layer:], intact[layer:], strict=True
-                    )
-                ]
-            )
-            for state in perturbed
-        ]
-    )
+    plain = torch.stack([differences(state) for state in perturbed])
     within = _CLOSE.get(loaded.model.dtype, _IN_HALVES) * float(plain.max())
     if not torch.allclose(shared, plain, rtol=0, atol=within, equal_nan=True):
         raise RefusalError("its layers compute something else for several streams than for one")
@@ -131,17 +123,18 @@ def _followed(
 
     Zeros stand where there is no difference yet, or none is asked for.
     """
-    loaded = engine.loaded
-    total, each = len(loaded.layers), RANDOM + directions.draws
-    budget = engine.memory or free_memory(loaded.device) // 2
-    streams = budget // (len(tokens) * stream_bytes(loaded.model))
-    size = max(1, (streams - 1) // each)
+    total, each = len(engine.loaded.layers), directions.of_a_layer
+    size = max(1, (engine.streams(len(tokens)) - 1) // each)
     found = torch.zeros(each + 1, total, total, len(tokens))
-    for start in range(layers.start, layers.stop, size):
-        group = range(start, min(start + size, layers.stop))
-        put_back(loaded.model, engine.quirks.leftovers)
-        _Pass(engine, group, directions, found).run(tokens)
+    for start in range(0, len(layers), size):
+        engine.put_back()
+        _Pass(engine, layers[start : start + size], directions, found).run(tokens)
     return found
+
+
+def _directions(document: Document, text: int, seed: int, draws: int) -> _Directions:
+    """How the layers of one text of a document are perturbed."""
+    return _Directions(f"{seed}/{document.task}/{document.index}/{text}", draws)
 
 
 @dataclass(frozen=True)
@@ -150,6 +143,11 @@ class _Directions:
 
     name: str
     draws: int
+
+    @property
+    def of_a_layer(self) -> int:
+        """How many perturbations each layer has."""
+        return RANDOM + self.draws
 
     def perturbed(self, layer: int, before: Tensor, after: Tensor) -> list[Tensor]:
         """Perturb the stream behind a layer in each way; all states [tokens, …]."""
@@ -201,15 +199,11 @@ class _Pass:
         if self._seen != len(loaded.layers):
             raise RefusalError(f"its {len(loaded.layers)} layers run {self._seen} times in a pass")
 
-    @property
-    def _each(self) -> int:
-        return RANDOM + self.directions.draws
-
     def _plan(self) -> StreamPlan:
         """All perturbations begin as streams that skip the layer."""
         steps, streams = [], 1
         for layer in range(len(self.engine.loaded.layers)):
-            new = self._each if layer in self.group else 0
+            new = self.directions.of_a_layer if layer in self.group else 0
             actions = (*[Action.PASS] * streams, *[Action.SKIP] * new)
             steps.append(LayerStep(streams, (0,) * new, actions))
             streams += new
@@ -220,32 +214,28 @@ class _Pass:
         self._seen += 1
         if states.shape[1] != self.found.shape[-1]:
             raise RefusalError(f"its layers pass on {tuple(states.shape)}, not [texts, tokens, …]")
-        intact = states[0]
+        intact, each = states[0], self.directions.of_a_layer
         if layer in self.group:
-            before = states[-self._each].clone()
-            states[-self._each :] = torch.stack(self.directions.perturbed(layer, before, intact))
+            before = states[-each].clone()
+            states[-each:] = torch.stack(self.directions.perturbed(layer, before, intact))
             self._sizes[layer] = _norm(_wide(intact) - _wide(before))
         norm = _norm(intact)
-        for place, origin in enumerate(self._sizes):
-            streams = states[1 + place * self._each :][: self._each]
+        for origin, streams in zip(self._sizes, torch.split(states[1:], each), strict=False):
             self.found[:-1, origin, layer] = _relative(streams - intact, intact).cpu()
             carried = self._sizes[origin].to(norm.device) / norm
             self.found[-1, origin, layer] = carried.flatten(1)[:, 0].cpu()
 
 
 @contextmanager
-def _after_each(layers: nn.ModuleList, look: Any) -> Iterator[None]:
+def _after_each(layers: nn.ModuleList, look: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Call `look` with each layer's number and what it returned, which it may change in place."""
 
-    def hook(index: int) -> Any:
-        def called(module: nn.Module, args: Any, output: Any) -> None:
-            look(index, output[0] if isinstance(output, (tuple, list)) else output)
-
-        return called
+    def hook(index: int, module: nn.Module, args: Any, output: Any) -> None:
+        look(index, first_of(output))
 
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
-            stack.enter_context(layer.register_forward_hook(hook(index)))
+            stack.enter_context(layer.register_forward_hook(partial(hook, index)))
         yield
 
 
@@ -260,7 +250,7 @@ def _plain(
             states[0] = state
         behind.append(states[0].clone())
 
-    put_back(engine.loaded.model, engine.quirks.leftovers)
+    engine.put_back()
     with _after_each(engine.loaded.layers, look):
         engine.loaded.model(input_ids=ids, use_cache=False)
     return behind

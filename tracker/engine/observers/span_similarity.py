@@ -14,8 +14,7 @@ from tracker.core.proxies import OBSERVED, angular_distance
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
-from tracker.models.pruned import put_back
-from tracker.models.sublayers import replaced_forward, undisturbed
+from tracker.models.sublayers import first_of, replaced_forward, undisturbed
 
 
 @torch.inference_mode()
@@ -43,7 +42,7 @@ def span_similarity(engine: Engine, document: Document) -> dict[str, Tensor]:
         "angular_distance": torch.zeros(layers, layers, dtype=torch.float64),
     }
     for tokens, measured in measured_texts(document, engine.max_length):
-        put_back(engine.loaded.model, engine.quirks.leftovers)
+        engine.put_back()
         with _watched(engine.loaded.layers) as seen:
             ids = torch.tensor([tokens], device=engine.loaded.device)
             engine.head.base(input_ids=ids, use_cache=False)
@@ -68,7 +67,7 @@ def _watched(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, Tensor]]]:
     def noting(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             before, output = undisturbed(layer, forward, args, kwargs)
-            after = output[0] if isinstance(output, (tuple, list)) else output
+            after = first_of(output)
             # Several residual streams side by side are one state.
             seen.append((before.flatten(0, 1).flatten(1), after.flatten(0, 1).flatten(1)))
             return output

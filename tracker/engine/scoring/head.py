@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,7 @@ LOGITS_BYTES = 64 * 2**20
 """Logits that exist at a time where the vocabulary is not cut into blocks."""
 
 
-@dataclass(frozen=True)
-class Predictions:
+class Predictions(NamedTuple):
     """What the head says about some predicted tokens.
 
     Attributes:
@@ -70,10 +69,8 @@ class Head:
         full_precision = model.dtype in (torch.float32, torch.float64)
         on_cpu = self._projection.weight.device.type == "cpu"
         if full_precision and on_cpu and type(self._projection) is nn.Linear:
-            blocks = [
-                (start, min(start + BLOCK, self._vocabulary))
-                for start in range(0, self._vocabulary, BLOCK)
-            ]
+            starts = range(0, self._vocabulary, BLOCK)
+            blocks = [(start, min(start + BLOCK, self._vocabulary)) for start in starts]
             if self._gives_the_same(blocks):
                 self._blocks = blocks
 
@@ -107,10 +104,8 @@ class Head:
             score(replace(output, last_hidden_state=chunk), predictor, predicted)
             for chunk in torch.split(hidden, size)
         ]
-        return Predictions(
-            torch.cat([part.logprobs for part in parts]),
-            torch.cat([part.greedy for part in parts]),
-        )
+        logprobs, greedy = (torch.cat(part) for part in zip(*parts, strict=True))
+        return Predictions(logprobs, greedy)
 
     def logits(self, output: Any, states: Tensor) -> Tensor:
         """Run the head on states [streams, kept, hidden]: [streams, kept, vocabulary].
@@ -136,8 +131,7 @@ class Head:
         best = states.new_zeros(states.shape[:2], dtype=torch.long)
         wanted = states.new_empty(len(states), len(predicted))
         for start, stop in self._blocks:
-            with replaced_forward(self._projection, self._block(start, stop)):
-                logits = self._logits(output)
+            logits = self._logits_of_block(output, start, stop)
             top, place = logits.max(-1)
             if highest:
                 better = top > highest[-1]
@@ -152,10 +146,12 @@ class Head:
         normaliser = torch.stack(normalisers).logsumexp(0)
         return Predictions(wanted - normaliser[:, predictor], best[:, predictor] == predicted)
 
-    def _block(self, start: int, stop: int) -> Callable[[Tensor], Tensor]:
+    def _logits_of_block(self, output: Any, start: int, stop: int) -> Tensor:
         weight, bias = self._projection.weight, self._projection.bias
         some = None if bias is None else bias[start:stop]
-        return lambda hidden: functional.linear(hidden, weight[start:stop], some)
+        projected = partial(functional.linear, weight=weight[start:stop], bias=some)
+        with replaced_forward(self._projection, projected):
+            return self._logits(output)
 
     def _logits(self, output: Any) -> Tensor:
         """Run the model's own head on states that are there already: [streams, kept, vocabulary].
@@ -193,10 +189,7 @@ class Head:
         output = _States(last_hidden_state=states)
         try:
             whole = self._logits(output)
-            parts = []
-            for start, stop in blocks:
-                with replaced_forward(self._projection, self._block(start, stop)):
-                    parts.append(self._logits(output))
+            parts = [self._logits_of_block(output, *block) for block in blocks]
         except (RefusalError, RuntimeError, AttributeError, TypeError):
             return False
         return torch.allclose(torch.cat(parts, dim=-1), whole, rtol=1e-4, atol=1e-4)

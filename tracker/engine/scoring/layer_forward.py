@@ -19,10 +19,12 @@ from tracker.engine.scoring.streams import LayerStep, StreamPlan
 from tracker.models.quantised import linear_maps, outputs_first, quantised
 from tracker.models.sublayers import (
     Sublayers,
+    first_of,
     lent,
     nothing,
     replaced_forward,
     returned,
+    state_of,
     with_first,
 )
 
@@ -150,8 +152,7 @@ class _LayerFork:
         if len(hidden) % step.streams:
             raise RefusalError("something between its layers changes the batch")
         before = _by_stream(hidden, step.streams)
-        entering = list(step.entering)
-        origins = [step.origin(stream) for stream in entering]
+        entering, origins = list(step.entering), [step.origin(stream) for stream in step.entering]
         everyone = origins == list(range(step.streams))
         going = lent(self.module, hidden) if everyone else before[origins].flatten(0, 1)
         if self.batched and not everyone:
@@ -160,9 +161,8 @@ class _LayerFork:
         output = self._passed(going, named, rest, kwargs, rows, len(entering))
         if everyone:
             returned(self.module, going, hidden)
-        several = isinstance(output, (tuple, list))
-        passed = output[0] if several else output
-        if several:
+        passed = first_of(output)
+        if passed is not output:
             self.handed.extend(other for other in output[1:] if isinstance(other, Tensor))
         after = passed.new_empty(len(step.actions), *before.shape[1:])
         passed = _by_stream(passed, len(entering))
@@ -173,8 +173,7 @@ class _LayerFork:
             once = passed[repeating].flatten(0, 1)
             twice = self._passed(once, named, rest, kwargs, rows, len(repeating))
             self.turn.second = False
-            twice = twice[0] if several else twice
-            passed[repeating] = _by_stream(twice, len(repeating))
+            passed[repeating] = _by_stream(first_of(twice), len(repeating))
         if entering == list(range(len(entering))):
             after[: len(entering)] = passed
         else:
@@ -206,7 +205,7 @@ class _LayerFork:
             output = self.layer(*rest, **{**kwargs, "hidden_states": going})
         else:
             output = self.layer(going, *rest, **kwargs)
-        passed = output[0] if isinstance(output, (tuple, list)) else output
+        passed = first_of(output)
         if not isinstance(passed, Tensor) or passed.shape != going.shape:
             raise RefusalError(
                 f"layer {self.index} returns something else than a hidden state of the shape "
@@ -282,7 +281,7 @@ class _SublayerFork:
         if self.batched:
             args, kwargs = _cut((args, kwargs), entering, computed)
         else:
-            hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            hidden: Tensor = state_of(args, kwargs)
             args = tuple(self._chosen(value, hidden, computed) for value in args)
             kwargs = {name: self._chosen(v, hidden, computed) for name, v in kwargs.items()}
             alibi = kwargs.get("alibi")
@@ -290,7 +289,7 @@ class _SublayerFork:
                 kwargs["alibi"] = _by_stream(alibi, entering)[computed].flatten(0, 1)
         output = self.forward(*args, **kwargs)
         # Never of no stream: the baseline passes everything.
-        added = output[0] if isinstance(output, (tuple, list)) else output
+        added = first_of(output)
         each = _by_stream(added, len(computed))
         silent = nothing(self.module, *given, added, len(added) * entering // len(computed))
         nil = _by_stream(silent, entering)

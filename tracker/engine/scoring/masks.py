@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import Row
-from tracker.models.sublayers import replaced_forward, with_first
+from tracker.models.sublayers import replaced_forward, state_of, with_first
 
 ARGUMENT = "attention_mask"
 
@@ -47,34 +47,33 @@ def look(base: Any, layers: nn.ModuleList, tokens: int, device: torch.device) ->
     shapes: dict[int, Any] = {}
     seen: list[Any] = [None] * len(layers)
 
-    def noting(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def noting(index: int, layer: nn.Module) -> Callable[..., Any]:
+        forward = layer.forward
+
         def call(*args: Any, **kwargs: Any) -> Any:
             shapes[index] = forward(*args, **kwargs)
             return shapes[index]
 
         return call
 
-    def passing(index: int, shape: Any) -> Callable[..., Any]:
+    def passing(index: int, layer: nn.Module) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            seen[index] = _given(layers[index], args, kwargs)
-            return with_first(shape, hidden)
+            seen[index] = _given(layer, args, kwargs)
+            return with_first(shapes[index], state_of(args, kwargs))
 
         return call
 
-    def text(length: int) -> dict[str, Any]:
-        return {"input_ids": torch.zeros(1, length, dtype=torch.long, device=device)}
+    def read(length: int, forwards: Callable[[int, nn.Module], Callable[..., Any]]) -> None:
+        ids = torch.zeros(1, length, dtype=torch.long, device=device)
+        with ExitStack() as stack:
+            for index, layer in enumerate(layers):
+                stack.enter_context(replaced_forward(layer, forwards(index, layer)))
+            base(input_ids=ids, use_cache=False)
 
-    with ExitStack() as stack:
-        for index, layer in enumerate(layers):
-            stack.enter_context(replaced_forward(layer, noting(index, layer.forward)))
-        base(**text(2), use_cache=False)
+    read(2, noting)
     if len(shapes) < len(layers):
         raise RefusalError(f"only {len(shapes)} of its {len(layers)} layers run on plain text")
-    with ExitStack() as stack:
-        for index, layer in enumerate(layers):
-            stack.enter_context(replaced_forward(layer, passing(index, shapes[index])))
-        base(**text(tokens), use_cache=False)
+    read(tokens, passing)
     known: dict[int, Tensor | None] = {}
     return Sight(
         tokens,

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from tracker.engine.scoring.rows import Lengths
 from tracker.engine.scoring.streams import StreamPlan
+from tracker.engine.scoring.tree import alike
 
 SHORTEST = 48
 """Tokens from which a common beginning is read apart: below, repeating it in every row is cheap."""
@@ -112,9 +113,7 @@ class Prefix:
         and values of the remaining tokens depend on none that is cut off, since the model is
         causal, and on how many there were only where `lengths` says so.
         """
-        pairs = enumerate(zip(self.tokens, beginning, strict=False))
-        differing = (i for i, (a, b) in pairs if a != b)
-        shared = next(differing, min(len(self.tokens), len(beginning)))
+        shared = alike(self.tokens, beginning)
         if shared < max(SHORTEST, WORTH * len(beginning)):
             return False
         if lengths.side(shared) != lengths.side(self._read):

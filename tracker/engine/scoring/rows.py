@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from tracker.core.documents import Document, Request
+from tracker.core.documents import Document
 from tracker.core.errors import CellError
-from tracker.engine.scoring.tree import Tree
+from tracker.engine.scoring.tree import Tree, alike
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _request(
     The proxies want the last token read too. Where that one token more changes the others, the
     proxies are measured in a pass of their own.
     """
-    request: Request = document.requests[index]
+    request = document.requests[index]
     scored = len(request.continuation)
     if scored == 0 or scored > max_length:
         raise CellError(
@@ -226,14 +228,12 @@ def common_beginning(documents: Sequence[Document], max_length: int) -> tuple[in
 
     `max_length` is as in `tree_rows`.
     """
-    sequences = [s for each in _sequences(documents, max_length, ANY_LENGTH) for s in each]
+    sequences = list(chain.from_iterable(_sequences(documents, max_length, ANY_LENGTH)))
     if not sequences:
         return ()
     # The first and last in order differ earliest.
     first, last = (end(s.path for s in sequences) for end in (min, max))
-    differing = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    shared = next(differing, min(len(first), len(last)))
-    return first[: min(shared, min(s.context for s in sequences))]
+    return first[: min(alike(first, last), *(s.context for s in sequences))]
 
 
 def measured_texts(document: Document, max_length: int) -> Iterator[tuple[tuple[int, ...], int]]:
@@ -257,31 +257,13 @@ def reading_row(tokens: Sequence[int], prefix: int = 0) -> Row:
     """Make the row that only reads: a common beginning, or a prompt behind `prefix` tokens."""
     tree = Tree()
     tree.insert(tokens)
-    nothing = torch.zeros(0, dtype=torch.long)
-    return Row(
-        prefix=prefix,
-        input_ids=torch.tensor([tree.tokens]),
-        positions=torch.tensor([tree.depths]) + prefix,
-        ancestors=tree.ancestors(),
-        keep=nothing,
-        predictor=nothing,
-        predicted=nothing,
-        owner=nothing,
-        requests=[],
-        gold=[],
-    )
+    return _tree_row(tree, [], prefix)
 
 
 def _tree_row(tree: Tree, sequences: list[_Sequence], prefix: int) -> Row:
     nodes = [tree.insert(sequence.path[prefix:]) for sequence in sequences]
-    return _row(
-        prefix,
-        torch.tensor([tree.tokens]),
-        torch.tensor([tree.depths]) + prefix,
-        tree.ancestors(),
-        sequences,
-        nodes,
-    )
+    tokens, depths = torch.tensor([tree.tokens]), torch.tensor([tree.depths])
+    return _row(prefix, tokens, depths + prefix, tree.ancestors(), sequences, nodes)
 
 
 def flat_rows(
@@ -309,7 +291,8 @@ def flat_rows(
         longest: tuple[int, ...] = ()
         # Backwards in order, a sequence that begins another one comes after it and is read with
         # it.
-        for sequence in sorted((s for each in together for s in each), key=_path, reverse=True):
+        sequences = chain.from_iterable(together)
+        for sequence in sorted(sequences, key=attrgetter("path"), reverse=True):
             if longest[: len(sequence.path)] != sequence.path:
                 longest = sequence.path
             by_path.setdefault(longest, []).append(sequence)
@@ -322,18 +305,8 @@ def flat_rows(
                 chunk = paths[start : start + size]
                 members = [(row, s) for row, path in enumerate(chunk) for s in by_path[path]]
                 nodes = [list(range(row * length, (row + 1) * length)) for row, _ in members]
-                yield _row(
-                    0,
-                    torch.tensor(chunk),
-                    torch.arange(length)[None],
-                    None,
-                    [sequence for _, sequence in members],
-                    nodes,
-                )
-
-
-def _path(sequence: _Sequence) -> tuple[int, ...]:
-    return sequence.path
+                positions, asked = torch.arange(length)[None], [s for _, s in members]
+                yield _row(0, torch.tensor(chunk), positions, None, asked, nodes)
 
 
 def _row(

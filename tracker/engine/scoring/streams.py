@@ -62,18 +62,16 @@ class LayerStep:
             action = self.actions[stream]
             if action is Action.NO_ATTENTION:
                 found.append(None)
-            else:
-                own = None if action in _OF_PARTS else action
-                found.append(computed.setdefault((self.origin(stream), own), place))
+                continue
+            own = None if action in _OF_PARTS else action
+            found.append(computed.setdefault((self.origin(stream), own), place))
         return tuple(found)
 
     @cached_property
     def mlp(self) -> tuple[int | None, ...]:
         """The same for the MLP, which no two streams share."""
-        return tuple(
-            None if self.actions[stream] is Action.NO_MLP else place
-            for place, stream in enumerate(self.entering)
-        )
+        without = self.places(Action.NO_MLP)
+        return tuple(None if p in without else p for p in range(len(self.entering)))
 
 
 @dataclass(frozen=True)
@@ -99,16 +97,16 @@ class StreamPlan:
         for step, path in zip(self.steps, self.paths, strict=True):
             computed = sorted({source for source in step.attention if source is not None})
             of = {
-                stream: None if source is None else computed.index(source)
+                stream: computed.index(source)
                 for stream, source in zip(step.entering, step.attention, strict=True)
+                if source is not None
             }
             yield tuple(of.get(stream) for stream in path)
 
     @property
     def attention_passes(self) -> int:
         """How many times a token passes an attention, all streams together."""
-        once = sum(len({*step.attention} - {None}) for step in self.steps)
-        return once + self.repeats
+        return sum(len({*step.attention} - {None}) for step in self.steps) + self.repeats
 
     @property
     def mlp_passes(self) -> int:
@@ -145,20 +143,18 @@ def plan_streams(ablations: Sequence[Ablation], layers: int) -> StreamPlan:
     groups = [[intact, *(i for i in range(len(ablations)) if i != intact)]]
     steps, paths = [], []
     for layer in range(layers):
-        forked, actions, new = [], [], []
+        own, new = [], []
         for stream, group in enumerate(groups):
             by_action: dict[Action, list[int]] = {}
             for i in group:
                 by_action.setdefault(ablations[i].at(layer), []).append(i)
             # A stream that passes stays where it is, so that the baseline remains stream 0.
-            order = sorted(by_action, key=lambda action: action is not Action.PASS)
-            groups[stream] = by_action[order[0]]
-            actions.append(order[0])
-            for action in order[1:]:
-                forked.append(stream)
-                new.append((action, by_action[action]))
-        steps.append(LayerStep(len(groups), tuple(forked), (*actions, *(a for a, _ in new))))
-        groups = [*groups, *(members for _, members in new)]
+            first, *others = sorted(by_action, key=lambda action: action is not Action.PASS)
+            own.append((stream, first, by_action[first]))
+            new += [(stream, action, by_action[action]) for action in others]
+        forked, actions = tuple(s for s, *_ in new), tuple(a for _, a, _ in (*own, *new))
+        steps.append(LayerStep(len(groups), forked, actions))
+        groups = [members for *_, members in (*own, *new)]
         stream_of = {i: stream for stream, group in enumerate(groups) for i in group}
         paths.append(tuple(stream_of[i] for i in range(len(ablations))))
     return StreamPlan(tuple(steps), tuple(paths))

@@ -96,12 +96,17 @@ class Engine:
         """Make the same engine with other sharing."""
         return replace(self, sharing=sharing)
 
+    @property
+    def class_name(self) -> str:
+        """The name of the model's class, as it stands in messages."""
+        return type(self.loaded.model).__name__
+
     def without(self, ablation: Ablation) -> Engine:
         """Make an engine for a copy of the model from which an ablation is really taken out.
 
         The copy shares the weights; sublayers stay where they are and add nothing.
         """
-        self._put_back()
+        self.put_back()
         parts = self._sublayers if ablation.has_sublayers else []
         silent = [
             *(parts[layer].attention for layer in ablation.attention),
@@ -114,7 +119,7 @@ class Engine:
             ablation.layers,
             silent,
             quirks.first,
-            changes=replacements(ablation, self.stand_ins, type(self.loaded.model).__name__),
+            changes=replacements(ablation, self.stand_ins, self.class_name),
             repeated=ablation.repeated,
         )
         model = make(stay=quirks.stay and not quirks.loaded)
@@ -131,11 +136,15 @@ class Engine:
             quirks=replace(quirks, leftovers=remember(model, changing), first={}),
         )
 
+    def copy(self) -> Any:
+        """Make a copy of the intact model, which calls may change."""
+        return self.without(INTACT).loaded.model
+
     def left(self, ablation: Ablation) -> list[int]:
         """List which layers a copy has, in order; a repeated one twice."""
         return left(len(self.loaded.layers), ablation.layers, ablation.repeated)
 
-    def _put_back(self) -> None:
+    def put_back(self) -> None:
         """Undo what the last call left behind, so that no call depends on the one before."""
         if self.quirks.leftovers:
             put_back(self.loaded.model, self.quirks.leftovers)
@@ -176,7 +185,7 @@ class Engine:
                 progress(len(row.requests) * len(ablated))
         finally:
             # The next cell on this model takes down its state as that of a fresh one.
-            self._put_back()
+            self.put_back()
         return [
             DocumentScores(
                 document=document,
@@ -218,11 +227,11 @@ class Engine:
 
         The baseline comes first in each group; without depth sharing all are one group.
         """
-        removed = [ablation for ablation in ablations if ablation != INTACT]
-        streams = self._budget // (tokens * stream_bytes(self.loaded.model))
-        size = max(1, streams - 1) if self.sharing.depth else max(1, len(removed))
-        for start in range(0, max(1, len(removed)), size):
-            yield [INTACT, *removed[start : start + size]]
+        return _grouped(ablations, self.streams(tokens) if self.sharing.depth else len(ablations))
+
+    def streams(self, tokens: int) -> int:
+        """Count the streams of so many tokens each that fit into the budget."""
+        return self._budget // (tokens * stream_bytes(self.loaded.model))
 
     def _scored(
         self, documents: Sequence[Document], ablations: Sequence[Ablation]
@@ -281,7 +290,7 @@ class Engine:
 
     def read(self, tokens: Sequence[int]) -> Tensor:
         """Ask the intact model for a text in a call of its own: logits [tokens, vocabulary]."""
-        self._put_back()
+        self.put_back()
         return read(self.loaded, tokens)
 
     def _halved(
@@ -298,7 +307,7 @@ class Engine:
                 for part, ablated, scores in self._scored([documents[i] for i in half], ablations):
                     yield part.renumbered(half), ablated, scores
             return
-        removed = [ablation for ablation in ablations if ablation != INTACT]
+        removed = _removed(ablations)
         middle = len(removed) // 2
         if not middle:
             raise CellError(
@@ -314,8 +323,9 @@ class Engine:
     def _rows(
         self, documents: Sequence[Document], plan: StreamPlan, prefix: Prefix | None
     ) -> Iterator[Row]:
-        """Pack documents the way this engine scores them."""
-        size = self._row_size(plan)
+        """Pack documents the way this engine scores them, into rows that the budget allows."""
+        most = self._budget // (plan.streams * stream_bytes(self.loaded.model))
+        size = min(self.most_row_tokens, most)
         lengths = self.quirks.lengths
         if self.sharing.tokens:
             length = 0 if prefix is None else len(prefix.tokens)
@@ -328,12 +338,6 @@ class Engine:
         """Nodes of a row of several documents, where memory is no matter."""
         on_cpu = self.loaded.device.type == "cpu"
         return self.row_tokens or (ROW_TOKENS if on_cpu else ROW_TOKENS_ACCELERATOR)
-
-    def _row_size(self, plan: StreamPlan) -> int:
-        """Nodes of a row that the budget allows."""
-        return min(
-            self.most_row_tokens, self._budget // (plan.streams * stream_bytes(self.loaded.model))
-        )
 
     @cached_property
     def _budget(self) -> int:
@@ -351,7 +355,7 @@ class Engine:
         self._kept.clear()
         if len(shared) * plan.attention_passes * self._kept_bytes > self._budget // 2:
             return None
-        self._put_back()
+        self.put_back()
         try:
             self._kept.append(read_prefix(self.parts(plan), plan, shared))
         except torch.OutOfMemoryError:
@@ -370,16 +374,16 @@ class Engine:
             loaded = self.loaded
             longest = max(self.max_length, tokens)
             asked = min(-(-tokens // SIGHT) * SIGHT, longest)
-            self._put_back()
+            self.put_back()
             self._sights[:] = [look(self.head.base, loaded.layers, asked, loaded.device)]
             # It is asked for in the middle of a call, which is to begin as every other.
-            self._put_back()
+            self.put_back()
         return self._sights[0]
 
     @cached_property
     def _kept_bytes(self) -> int:
         """What the keys and values of one token take in one attention."""
-        self._put_back()
+        self.put_back()
         return kept_bytes(self.parts(plan_streams([INTACT], len(self.loaded.layers))))
 
     @cached_property
@@ -393,7 +397,7 @@ class Engine:
 
     def _score_row(self, row: Row, plan: StreamPlan, prefix: Prefix | None) -> RowScores:
         """Score one row for every ablation, in the order of the ablations."""
-        self._put_back()
+        self.put_back()
         scores = score_row(self.parts(plan), plan, row, prefix if row.prefix else None)
         order = torch.tensor(plan.stream_of)
         return replace(scores, loglikelihoods=scores.loglikelihoods[order], hits=scores.hits[order])
@@ -411,10 +415,7 @@ class Engine:
         if plan_streams(ablations, len(self.loaded.layers)).repeats:
             raise RefusalError("a layer that is passed twice would need two caches")
         each = tokens * len(self.loaded.layers) * self._kept_bytes
-        size = max(1, self._budget // 2 // each - 1)
-        removed = [ablation for ablation in ablations if ablation != INTACT]
-        for start in range(0, max(1, len(removed)), size):
-            yield [INTACT, *removed[start : start + size]]
+        return _grouped(ablations, self._budget // 2 // each)
 
     @contextmanager
     def decoding(
@@ -427,7 +428,7 @@ class Engine:
         """
         plan = plan_streams(ablations, len(self.loaded.layers))
         kept = next((k for k in self._kept if k.plan == plan and k.begins(prompt)), None)
-        self._put_back()
+        self.put_back()
         try:
             # A kept beginning was read in inference mode: only there it can be added to.
             with (
@@ -437,7 +438,22 @@ class Engine:
                 name = cache_argument(self.loaded.model)
                 yield {} if name is None else {name: cache}
         finally:
-            self._put_back()
+            self.put_back()
+
+
+def _removed(ablations: Sequence[Ablation]) -> list[Ablation]:
+    """All but the baseline."""
+    return [ablation for ablation in ablations if ablation != INTACT]
+
+
+def _grouped(ablations: Sequence[Ablation], size: int) -> Iterator[list[Ablation]]:
+    """Part ablations into groups of so many, each with the baseline first and one other at least.
+
+    The baseline alone is one group.
+    """
+    removed, others = _removed(ablations), max(1, size - 1)
+    for start in range(0, max(1, len(removed)), others):
+        yield [INTACT, *removed[start : start + others]]
 
 
 def _tokens(document: Document) -> int:

@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 
+def alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """Count the tokens that two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 class Tree:
     """A prefix tree under construction; node i's parent is before i."""
 
@@ -46,9 +52,8 @@ class Tree:
 
     def ancestors(self) -> Tensor:
         """Which node sees which, itself included [tokens, tokens]."""
-        seen = torch.zeros(len(self.tokens), len(self.tokens), dtype=torch.bool)
+        seen = torch.eye(len(self.tokens), dtype=torch.bool)
         for node, parent in enumerate(self.parents):
             if parent >= 0:
-                seen[node] = seen[parent]
-            seen[node, node] = True
+                seen[node] |= seen[parent]
         return seen

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from tracker.core.ablations import INTACT, Ablation
-from tracker.core.documents import Document
+from tracker.core.documents import Document, Request
 from tracker.engine.memory import only_new_garbage
 from tracker.engine.scoring.plain_call import read_for
 from tracker.engine.scoring.rows import common_beginning, tree_size
@@ -125,19 +125,14 @@ def check(
     engine = replace(engine, stand_ins=fit(engine))
     few = _few(documents)
     sharing, found, why = most_sharing(
-        verdict.sharing,
-        model,
-        lambda way: _confirm(engine.with_sharing(way), few, ablations),
-        lambda: engine.without(INTACT).loaded.model,
+        verdict.sharing, engine, lambda way: _confirm(engine.with_sharing(way), few, ablations)
     )
+    every = found + Comparison(verdict.compared, verdict.difference, verdict.unsteady)
     return Check(
         engine.with_sharing(sharing),
-        max(found.difference, verdict.difference),
+        every.difference,
         less(verdict.lost, sharing, why),
-        _unsteady(
-            found + Comparison(verdict.compared, unsteady=verdict.unsteady),
-            Reference(engine).is_half,
-        ),
+        _unsteady(every, Reference(engine).is_half),
         verdict.which,
     )
 
@@ -230,7 +225,7 @@ def _confirm(
     for few, some in _questions(documents, ablations):
         scores = engine.score(few, some)
         for number, d, r in _asked(few, some):
-            found += _compare(engine, truth, scores[d], number, some[number], r)
+            found += _compare(truth, scores[d], number, some[number], r)
     return found
 
 
@@ -249,13 +244,11 @@ def _questions(
 
 def _shortened(document: Document) -> Document:
     """Leave the beginning of each context, which others may share, and its end."""
-    requests = tuple(
-        replace(
-            each,
-            context=each.context[:HALF_OF_A_TEXT] + each.context[HALF_OF_A_TEXT:][-HALF_OF_A_TEXT:],
-        )
-        for each in document.requests
-    )
+
+    def cut(text: tuple[int, ...]) -> tuple[int, ...]:
+        return text[:HALF_OF_A_TEXT] + text[HALF_OF_A_TEXT:][-HALF_OF_A_TEXT:]
+
+    requests = tuple(replace(each, context=cut(each.context)) for each in document.requests)
     return replace(document, requests=requests)
 
 
@@ -284,29 +277,22 @@ def plain_tokens(
 
     Each passes about all layers once.
     """
-    few, watched = _few(documents), watched_documents(documents)
-    before = (
-        (some[number], asked[d].requests[r])
-        for asked, some in _questions(few, ablations)
-        for number, d, r in _asked(asked, some)
-    )
-    while_measured = (
-        ((document.task, document.index), request)
-        for document in documents
-        if (document.task, document.index) in watched
-        for request in document.requests
-    )
-    texts = ((of, read_for(request, max_length)) for of, request in (*before, *while_measured))
+    watched = watched_documents(documents)
+    asked: list[tuple[Any, Request]] = [
+        (some[number], few[d].requests[r])
+        for few, some in _questions(_few(documents), ablations)
+        for number, d, r in _asked(few, some)
+    ]
+    for document in documents:
+        place = (document.task, document.index)
+        if place in watched:
+            asked += [(place, request) for request in document.requests]
+    texts = ((of, read_for(request, max_length)) for of, request in asked)
     return sum(len(text) for (_, text), _ in groupby(texts))
 
 
 def _compare(
-    engine: Engine,
-    truth: Reference,
-    score: DocumentScores,
-    number: int,
-    ablation: Ablation,
-    request: int,
+    truth: Reference, score: DocumentScores, number: int, ablation: Ablation, request: int
 ) -> Comparison:
     """Compare one answer of the model itself with that of the really pruned model.
 
@@ -372,5 +358,5 @@ def watch(
         )
         found = Comparison()
         for request in range(len(score.document.requests)):
-            found += _compare(engine, truth, score, number, ablations[number], request)
+            found += _compare(truth, score, number, ablations[number], request)
         yield score, number, found

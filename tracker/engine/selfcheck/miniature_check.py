@@ -12,7 +12,7 @@ import inspect
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -25,16 +25,11 @@ from tracker.core.ablations import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
 from tracker.core.provenance import content_hash, file_hash, machine, package_versions
-from tracker.engine.refusal import refused
+from tracker.engine.refusal import refused, tried
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
 from tracker.engine.scoring.stand_in import MadeUp
 from tracker.engine.scoring.sweep import Engine
-from tracker.engine.selfcheck.probe_texts import (
-    FIRST,
-    probe_calls,
-    reaching_calls,
-    switching_calls,
-)
+from tracker.engine.selfcheck.probe_texts import FIRST, probe_calls, reaching_calls, switching_calls
 from tracker.engine.selfcheck.quirks import Path, find_quirks, find_switches, shortened
 from tracker.engine.selfcheck.reasons import in_words, less, of_difference, of_refusal
 from tracker.engine.selfcheck.reference import Comparison, Reference
@@ -107,7 +102,7 @@ def reachable(model: Any, reach: int) -> tuple[Path, ...]:
 def check_miniature(
     engine: Engine, ablations: Sequence[Ablation], paths: Sequence[Path], blank: bool
 ) -> Verdict:
-    """Attack the architecture of an engine's model with short texts.
+    """Check the architecture of an engine's model with short texts.
 
     Args:
         engine: The engine; no call has changed its model yet.
@@ -122,11 +117,10 @@ def check_miniature(
     Raises:
         CellError: The model cannot be measured: it is not causal, or not without some layer.
     """
-    name = type(engine.loaded.model).__name__
     small = miniature(engine.loaded.model)
     if small is None:
-        return _check_itself(engine, ablations, name)
-    return _check_small(engine, small, ablations, paths, blank, name)
+        return _check_itself(engine, ablations)
+    return _check_small(engine, small, ablations, paths, blank)
 
 
 def check_longer_texts(
@@ -136,7 +130,7 @@ def check_longer_texts(
     rows: tuple[int, int, int],
     blank: bool,
 ) -> Verdict:
-    """Attack it with texts as long as a cell's: some count tokens that no number tells of.
+    """Check it with texts as long as a cell's: some count tokens that no number tells of.
 
     Args:
         engine: The engine; no call has changed its model yet.
@@ -152,29 +146,28 @@ def check_longer_texts(
     Raises:
         CellError: The model cannot be measured.
     """
-    model = engine.loaded.model
     if verdict.tried_on == "the model":
         return verdict
-    small = miniature(model)
+    small = miniature(engine.loaded.model)
     if blank:
         _blank(small)
     longest, nodes, widest = rows
     some = list(dict.fromkeys((INTACT, ablations[len(ablations) // 2])))
 
-    def tried(calls: Sequence[Sequence[Document]], tokens: int) -> Verdict:
+    def checked(calls: Sequence[Sequence[Document]], tokens: int) -> Verdict:
         asked = list(_asked(calls, some, SOME))
         truth = Reference(_engine(engine, small, verdict, tokens, nodes), miniature=True)
-        return _checked(truth, some, verdict, type(model).__name__, calls, asked)
+        return _checked(truth, some, verdict, calls, asked)
 
     switches, each = _switches(engine, small, verdict, max(longest, widest))
     if switches:
         verdict = replace(verdict, switches=tuple((tokens, each) for tokens in switches))
         calls = switching_calls(_vocabulary(small), switches, widest)
-        verdict = tried(calls, 2 * max(switches))
+        verdict = checked(calls, 2 * max(switches))
     longest, widest = (min(tokens, LONGEST_REACH) for tokens in (longest, widest))
     reached = min(longest, engine.max_length)
     calls = reaching_calls(_vocabulary(small), reached, nodes, widest, verdict.sharing)
-    return tried(calls, longest)
+    return checked(calls, longest)
 
 
 def _switches(
@@ -194,10 +187,10 @@ def _switches(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _threads_for_a_text(miniature: bool) -> Iterator[None]:
     """A second thread hardly helps a miniature with one text, and where others compute it waits."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if miniature else threads)
     try:
         yield
     finally:
@@ -210,40 +203,35 @@ def _check_small(
     ablations: Sequence[Ablation],
     paths: Sequence[Path],
     blank: bool,
-    name: str,
 ) -> Verdict:
     """Experiment with a miniature, and check it with long windows and with short ones."""
-    with _one_thread():
+
+    def truth_of(model: Any, verdict: Verdict) -> Reference:
+        made = _engine(engine, model, verdict, MAX_LENGTH, ROW_TOKENS)
+        return Reference(made, miniature=True)
+
+    with _threads_for_a_text(miniature=True):
         found = find_quirks(small, paths)
     if not found.causal:
         raise CellError(
-            f"{name} is not causal: what it says of a token depends on later tokens of the same "
-            "call, so no two ways to ask it agree"
+            f"{engine.class_name} is not causal: what it says of a token depends on later tokens "
+            "of the same call, so no two ways to ask it agree"
         )
-    lengths = (*found.by_call, *([((), True)] if found.every_call else []))
-    verdict = Verdict(
-        FULL,
-        None,
-        0.0,
-        0,
-        lengths=lengths,
-        leftovers=tuple(sorted(found.leftovers)),
-        first=tuple(sorted(found.first)),
-    )
+    leftovers, first = tuple(sorted(found.leftovers)), tuple(sorted(found.first))
+    verdict = Verdict(FULL, lengths=found.lengths, leftovers=leftovers, first=first)
     models = [small, *shortened(small, found.matters)]
     if blank:
         for each in models:
             _blank(each)
-    truth = Reference(_engine(engine, small, verdict, MAX_LENGTH, ROW_TOKENS), miniature=True)
-    with _one_thread():
-        verdict = as_removed(truth, ablations, verdict, name)
+    truth = truth_of(small, verdict)
+    with _threads_for_a_text(miniature=True):
+        verdict = as_removed(truth, ablations, verdict)
     calls = probe_calls(_vocabulary(small), min(MAX_LENGTH, engine.max_length))
     asked = list(_asked(calls, ablations, max(SOME, ANSWERS // len(ablations))))
     for each in models:
         if each is not small or verdict.stay or verdict.loaded:
-            made = _engine(engine, each, verdict, MAX_LENGTH, ROW_TOKENS)
-            truth = Reference(made, miniature=True)
-        verdict = _checked(truth, ablations, verdict, name, calls, asked)
+            truth = truth_of(each, verdict)
+        verdict = _checked(truth, ablations, verdict, calls, asked)
     return verdict
 
 
@@ -265,8 +253,8 @@ def _engine(engine: Engine, model: Any, verdict: Verdict, longest: int, nodes: i
     device = torch.device("cpu")
     loaded = replace(engine.loaded, model=model, layers=find_layers(model), device=device)
     most = min(longest, engine.max_length)
-    quirks = verdict.quirks(model)
-    return Engine(loaded, most, FULL, nodes, 2**30, quirks, _made_up(loaded.layers))
+    made_up = _made_up(loaded.layers)
+    return Engine(loaded, most, FULL, nodes, 2**30, verdict.quirks(model), made_up)
 
 
 def _made_up(layers: torch.nn.ModuleList) -> dict[int, MadeUp]:
@@ -274,49 +262,42 @@ def _made_up(layers: torch.nn.ModuleList) -> dict[int, MadeUp]:
     return {layer: MadeUp(layer) for layer in range(len(layers))}
 
 
-def _check_itself(engine: Engine, ablations: Sequence[Ablation], name: str) -> Verdict:
-    """Attack a model that has no miniature: every length is taken for a matter of its own."""
+def _check_itself(engine: Engine, ablations: Sequence[Ablation]) -> Verdict:
+    """Check a model that has no miniature: every length is taken for a matter of its own."""
     verdict = Verdict(
         DEPTH_ONLY,
         "no miniature of the model can be built on which sharing over tokens could be proven",
-        0.0,
-        0,
         lengths=(((), True),),
         tried_on="the model",
     )
-    verdict = as_removed(Reference(engine), ablations, verdict, name)
+    verdict = as_removed(Reference(engine), ablations, verdict)
     quirks = verdict.quirks(engine.loaded.model)
     engine = replace(engine, quirks=quirks, stand_ins=_made_up(engine.loaded.layers))
     calls = [probe_calls(_vocabulary(engine.loaded.model), engine.max_length)[0][:4]]
     asked = list(_asked(calls, ablations, 1))
-    return _checked(Reference(engine), ablations, verdict, name, calls, asked)
+    return _checked(Reference(engine), ablations, verdict, calls, asked)
 
 
 def _checked(
     truth: Reference,
     ablations: Sequence[Ablation],
     verdict: Verdict,
-    name: str,
     calls: Sequence[Sequence[Document]],
     asked: Sequence[_Place],
 ) -> Verdict:
     """Lower a verdict to what the truth's model computes exactly."""
     engine = truth.engine
-    threads = _one_thread if truth.miniature else nullcontext
     if not truth.is_half:  # an accelerator need not add up in one order
-        with threads():
-            _refuse_memory(engine, name, calls)
+        with _threads_for_a_text(truth.miniature):
+            _refuse_memory(engine, calls)
 
     def compare(sharing: Sharing) -> Comparison:
-        found = _compared(engine.with_sharing(sharing), calls, ablations, asked, truth, threads)
+        found = _compared(engine.with_sharing(sharing), calls, ablations, asked, truth)
         if sharing.calls and found.unsteady > OFTEN * found.compared:
             return replace(found, wrong="too often discontinuous")
         return found
 
-    model = engine.loaded.model
-    sharing, found, why = most_sharing(
-        verdict.sharing, model, compare, lambda: engine.without(INTACT).loaded.model
-    )
+    sharing, found, why = most_sharing(verdict.sharing, engine, compare)
     return replace(
         verdict,
         sharing=sharing,
@@ -327,7 +308,7 @@ def _checked(
     )
 
 
-def _refuse_memory(engine: Engine, name: str, calls: Sequence[Sequence[Document]]) -> None:
+def _refuse_memory(engine: Engine, calls: Sequence[Sequence[Document]]) -> None:
     """Ask one copy of a model texts of rising length, another of falling: do both say the same?
 
     If not, there is no truth: what the model says of a text depends on the texts before it.
@@ -336,32 +317,31 @@ def _refuse_memory(engine: Engine, name: str, calls: Sequence[Sequence[Document]
     texts = [*ordered[:: -(-len(ordered) // TEXTS)], ordered[-1]]
     rising, falling = engine.without(INTACT), engine.without(INTACT)
     nats, share = TOLERANCE
-    try:
+
+    def both_orders() -> list[tuple[float, float]]:
         after_shorter = [rising.answer(text).loglikelihood for text in texts]
         after_longer = [falling.answer(text).loglikelihood for text in reversed(texts)][::-1]
-    except Exception as error:
-        if refused(error) is None:
-            raise
-        return  # what it does not say in any way is told of by `most_sharing`
-    for one, other in zip(after_shorter, after_longer, strict=True):
+        return list(zip(after_shorter, after_longer, strict=True))
+
+    # What it does not say in any way is told of by `most_sharing`.
+    for one, other in tried(both_orders)[0] or ():
         both_nan = math.isnan(one) and math.isnan(other)
         if not both_nan and not math.isclose(one, other, rel_tol=share, abs_tol=nats):
             raise CellError(
-                f"{name} contradicts itself: it says {one:.6g} nats of a text after shorter ones, "
-                f"and {other:.6g} after longer ones"
+                f"{engine.class_name} contradicts itself: it says {one:.6g} nats of a text after "
+                f"shorter ones, and {other:.6g} after longer ones"
             )
 
 
 def most_sharing(
-    start: Sharing, model: Any, compare: Callable[[Sharing], Comparison], copy: Callable[[], Any]
+    start: Sharing, engine: Engine, compare: Callable[[Sharing], Comparison]
 ) -> tuple[Sharing, Comparison, str | None]:
     """Find the most sharing that gives the numbers of the really pruned model.
 
     Args:
         start: The most that is tried.
-        model: The model; it is only named.
+        engine: Names the model, and makes the copy that is called to see why something is lost.
         compare: Compares some answers that are computed with such sharing.
-        copy: Makes a copy of the model, which may be called to see why something is lost.
 
     Returns:
         The sharing, what was compared with it, and why more was lost, if it was.
@@ -369,20 +349,20 @@ def most_sharing(
     Raises:
         CellError: The model does not run even with nothing shared, or contradicts itself.
     """
-    name = type(model).__name__
+    name = engine.class_name
     why: Callable[[], str] | None = None
-    first = next((i for i, way in enumerate(WAYS) if way == start), len(WAYS))
+    first = WAYS.index(start) if start in WAYS else len(WAYS)
     for sharing in WAYS[first:]:
         try:
             found = compare(sharing)
         except Exception as error:
             if refused(error) is None:
                 raise
-            why = partial(of_refusal, sharing, in_words(error, sharing, name), copy)
+            why = partial(of_refusal, sharing, in_words(error, sharing, name), engine)
             continue
         if found.wrong is None:
             return sharing, found, None if why is None else why()
-        why = partial(of_difference, sharing, found, copy)
+        why = partial(of_difference, sharing, found, engine)
     try:
         found = compare(ONE_BY_ONE)
     except Exception as error:
@@ -421,9 +401,8 @@ def _compared(
     ablations: Sequence[Ablation],
     asked: Sequence[_Place],
     truth: Reference,
-    threads: Callable[[], AbstractContextManager[None]],
 ) -> Comparison:
-    """Score all calls in order and then in reverse, and compare; `threads` are for the truth.
+    """Score all calls in order and then in reverse, and compare.
 
     Of more than `FEW` ablations half are scored in order and half in reverse, since what order may
     change is what all of them are made of; the baseline is scored both times. Which are is drawn:
@@ -441,7 +420,7 @@ def _compared(
             c: engine.score(calls[c][::step], list(places))[::step]
             for c in range(len(calls))[::step]
         }
-        with threads():
+        with _threads_for_a_text(truth.miniature):
             for ablation, c, d, r in asked:
                 if ablation not in places:
                     continue

@@ -23,11 +23,7 @@ def probe_calls(vocabulary: int, longest: int) -> list[list[Document]]:
 
     `vocabulary` is how many token ids there are.
     """
-    draw = random.Random(0)
-
-    def tokens(count: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(FIRST, vocabulary) for _ in range(min(count, longest - 1)))
-
+    tokens = _drawing(vocabulary, longest - 1)
     return [
         _branches(tokens),
         _both_sides(tokens),
@@ -44,10 +40,7 @@ def reaching_calls(
     those of one document up to `widest`, and more than any text has tokens. What `sharing` would
     not do to a text needs none.
     """
-    draw = random.Random(0)
-
-    def tokens(count: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(FIRST, vocabulary) for _ in range(count))
+    tokens = _drawing(vocabulary)
 
     def doubled(common: tuple[int, ...], context: int) -> _Content:
         # Asked alone, the one-token answer takes a call half as long as the one that both share.
@@ -77,17 +70,23 @@ def switching_calls(vocabulary: int, switches: Sequence[int], widest: int) -> li
 
     `vocabulary` is how many token ids there are, and `widest` how many nodes a document has.
     """
-    draw = random.Random(0)
-
-    def tokens(count: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(FIRST, vocabulary) for _ in range(count))
-
+    tokens = _drawing(vocabulary)
     contents: list[_Content] = []
     for switch in switches:
         contents.append((tokens(switch - 3), [tokens(1), tokens(6)]))
         branches = [tokens(switch // 3) for _ in range(2 if switch <= widest else 1)]
         contents.append((tokens(switch // 2), branches))
     return [_documents(contents)]
+
+
+def _drawing(vocabulary: int, most: int | None = None) -> _Tokens:
+    """Begin to draw texts, the same ones each time, of at most so many tokens."""
+    draw = random.Random(0)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(FIRST, vocabulary) for _ in range(count)[:most])
+
+    return tokens
 
 
 def _branches(tokens: _Tokens) -> list[Document]:
@@ -111,12 +110,7 @@ def _shared(tokens: _Tokens, kept: int) -> list[Document]:
 
 def _documents(contents: Sequence[_Content]) -> list[Document]:
     return [
-        Document(
-            "attack",
-            number,
-            tuple(Request(context, tuple(answer)) for answer in answers),
-            number % len(answers),
-            len(answers),
-        )
+        Document("probe", number, requests, number % len(requests), len(requests))
         for number, (context, answers) in enumerate(contents)
+        for requests in [tuple(Request(context, tuple(answer)) for answer in answers)]
     ]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracker.engine.refusal import refused
+from tracker.engine.refusal import tried
 from tracker.engine.scoring.plain_call import logits_of
 from tracker.engine.scoring.rows import Lengths
 from tracker.models.miniature import build
@@ -44,17 +44,16 @@ class Findings:
 
     Attributes:
         matters: The numbers that change what is said of a text of `LONG` tokens.
-        by_call: Those at which the answer depends on how long the whole call is; True where beyond
-            it every length differs from every other.
-        every_call: Whether it depends on the call's length in any case.
+        lengths: Those at which the answer depends on how long the whole call is; True where beyond
+            it every length differs from every other. The empty path for a model whose answers do
+            in any case.
         leftovers: Names of attributes that one call leaves changed for the next.
         first: What the first call changes for good; nothing where no weight is among it.
         causal: Whether what is said of a token is the same whatever comes after it.
     """
 
     matters: tuple[Path, ...] = ()
-    by_call: tuple[tuple[Path, bool], ...] = ()
-    every_call: bool = False
+    lengths: tuple[tuple[Path, bool], ...] = ()
     leftovers: frozenset[str] = frozenset()
     first: frozenset[tuple[str, str]] = frozenset()
     causal: bool = True
@@ -67,7 +66,8 @@ def find_quirks(small: Any, paths: Collection[Path]) -> Findings:
     leftovers, first = _changed_by_calls(small)
     every_call = not _same(usual[:SHORT], _said(small, SHORT))
     causal = _same(usual[:-1], _said(small, LONG, last=1)[:-1])
-    matters, by_call = [], []
+    matters: list[Path] = []
+    lengths: list[tuple[Path, bool]] = [((), True)] if every_call else []
     own = shapes(small)
     for path, value in numbers(config.get_text_config()):
         if path not in paths:
@@ -81,16 +81,14 @@ def find_quirks(small: Any, paths: Collection[Path]) -> Findings:
             if _same(long, usual):
                 continue
             if not every_call and not _same(long[:SHORT], _said(other, SHORT)):
-                by_call.append((path, not _same(long[:OTHER], _said(other, OTHER))))
+                lengths.append((path, not _same(long[:OTHER], _said(other, OTHER))))
             left, too = _changed_by_calls(other)
         except Exception:  # noqa: BLE001 - the model does not take this number
             continue
         matters.append(path)
         leftovers |= left
         first |= too
-    return Findings(
-        tuple(matters), tuple(by_call), every_call, frozenset(leftovers), frozenset(first), causal
-    )
+    return Findings(tuple(matters), tuple(lengths), frozenset(leftovers), frozenset(first), causal)
 
 
 def find_switches(small: Any, known: Lengths, lengths: Iterable[int]) -> Lengths:
@@ -112,12 +110,7 @@ def find_switches(small: Any, known: Lengths, lengths: Iterable[int]) -> Lengths
 
     def ask(tokens: int) -> Tensor | None:
         if tokens not in said:
-            try:
-                said[tokens] = _said(small, tokens)
-            except Exception as error:
-                if refused(error) is None:
-                    raise
-                said[tokens] = None
+            said[tokens], _ = tried(lambda: _said(small, tokens))
         return said[tokens]
 
     def alike(one: int, other: int) -> bool:
@@ -195,8 +188,6 @@ def _changed_by_calls(model: Any) -> tuple[set[str], set[tuple[str, str]]]:
     for tokens in (SHORT, LONG):
         model(torch.arange(tokens)[None] % 31 + 3, use_cache=False)
         states.append(remember(model))
+    first, later = (changed(before, after) for before, after in pairwise(states))
     parameters = {tuple(name.rpartition(".")[::2]) for name, _ in model.named_parameters()}
-    first = changed(states[0], states[1])
-    return {
-        name for _, name in changed(states[1], states[2])
-    }, first if first & parameters else set()
+    return {name for _, name in later}, first if first & parameters else set()

@@ -6,7 +6,8 @@ Which experiment failed says why; what the model's own code raised then goes to 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
+from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.reference import Comparison
 
 log = logging.getLogger(__name__)
@@ -42,9 +44,9 @@ def less(before: str | None, sharing: Sharing, why: str | None) -> str | None:
         return before
     said = f"{LEFT[sharing]}, because {why}"
     # What was lost later is more, and its reason holds for what was lost before.
-    return (
-        said if before is None or before.startswith(tuple(LEFT.values())) else f"{before}; {said}"
-    )
+    if before is None or before.startswith(tuple(LEFT.values())):
+        return said
+    return f"{before}; {said}"
 
 
 def in_words(error: Exception, way: Sharing, name: str) -> str:
@@ -53,19 +55,19 @@ def in_words(error: Exception, way: Sharing, name: str) -> str:
     return str(error) if isinstance(error, RefusalError) else REFUSED[way]
 
 
-def of_refusal(way: Sharing, said: str, copy: Callable[[], Any]) -> str:
-    """Say why a model runs in no such way; `copy` makes one that may be called to see that."""
-    return STATE if way == NO_PREFIX and keeps_a_state(copy()) else said
+def of_refusal(way: Sharing, said: str, engine: Engine) -> str:
+    """Say why a model runs in no such way; a copy of it is called to see that."""
+    return STATE if way == NO_PREFIX and keeps_a_state(engine.copy()) else said
 
 
-def of_difference(way: Sharing, found: Comparison, copy: Callable[[], Any]) -> str:
+def of_difference(way: Sharing, found: Comparison, engine: Engine) -> str:
     """Say why what a model says in some way is not what it is to say."""
     said = (
         f"{MOVED.get(way, 'sharing more')} changes a log-likelihood by {found.difference:.3g} nats"
     )
     if found.unsteady:
         return f"{said}, mostly where the model is discontinuous ({found.unsteady} answers)"
-    return f"{STATE}: {said}" if way == NO_PREFIX and keeps_a_state(copy()) else said
+    return f"{STATE}: {said}" if way == NO_PREFIX and keeps_a_state(engine.copy()) else said
 
 
 @torch.inference_mode()
@@ -94,11 +96,8 @@ def _shapes(kept: Any) -> Iterator[torch.Size]:
     if isinstance(kept, Tensor):
         yield kept.shape
     elif isinstance(kept, dict):
-        for name, value in kept.items():
-            if name != "logits":
-                yield from _shapes(value)
+        yield from _shapes([value for name, value in kept.items() if name != "logits"])
     elif isinstance(kept, (list, tuple)):
-        for value in kept:
-            yield from _shapes(value)
+        yield from chain.from_iterable(map(_shapes, kept))
     elif type(kept).__module__.startswith("transformers."):
         yield from _shapes(vars(kept))

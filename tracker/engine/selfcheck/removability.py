@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.errors import CellError, ModelError
-from tracker.engine.refusal import refused
+from tracker.engine.refusal import tried
 from tracker.engine.scoring.sharing import NO_HABITS, PLAIN
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.reference import Reference
@@ -51,7 +50,7 @@ class _Seen:
     saved: Tensor | None
     lacks: bool
     refusal: str | None
-    unsaved: str | None
+    unsaved: str
 
     @property
     def is_apart(self) -> bool:
@@ -69,9 +68,7 @@ class _Seen:
         return self.saved is None and not _alike(self.copy, self.skip)
 
 
-def as_removed(
-    truth: Reference, ablations: Sequence[Ablation], verdict: Verdict, name: str
-) -> Verdict:
+def as_removed(truth: Reference, ablations: Sequence[Ablation], verdict: Verdict) -> Verdict:
     """Find out what the model without a layer is; raises CellError where it does not run.
 
     It is what a checkpoint without the layer is when it is loaded. Nearly always that is the model
@@ -81,6 +78,7 @@ def as_removed(
     checkpoint, the layer stays in its place and hands on its input, and that is said.
     """
     engine = truth.engine
+    name = engine.class_name
     still = engine.without(INTACT)
     loading = _loading(engine, still)
     seen: dict[Ablation, _Seen] = {}
@@ -99,8 +97,8 @@ def as_removed(
         stay = any(found.stays for found in seen.values())
         apart = any(found.is_apart for found in seen.values())
         loaded = any(found.is_anew for found in seen.values()) or (stay and apart)
-        quirks = replace(engine.quirks, stay=stay, loaded=loaded)
-        other = list(_others(replace(engine, quirks=quirks), seen) if loaded else ())
+        made = replace(engine, quirks=replace(engine.quirks, stay=stay, loaded=loaded))
+        other = [of for of, found in seen.items() if loaded and _is_other(made, of, found)]
         if not other:
             break
         for ablation in other:
@@ -125,12 +123,10 @@ class _Loading:
     Attributes:
         whole: What the class makes of the whole model's configuration; None where that is another
             model.
-        why: Why there is none.
         known: What it made of other configurations; None for a model whose calls change it.
     """
 
     whole: Any
-    why: str | None
     known: dict[str, Any] | None
 
     def of(self, engine: Engine, copied: Engine, ablation: Ablation) -> Engine:
@@ -143,23 +139,24 @@ class _Loading:
 def _loading(engine: Engine, still: Engine) -> _Loading:
     """See whether the whole model, saved and loaded, is itself."""
     model, quirks = engine.loaded.model, engine.quirks
-    found = _Loading(None, None, None if quirks.first or quirks.leftovers else {})
+    found = _Loading(None, None if quirks.first or quirks.leftovers else {})
     try:
         whole, again = as_made(model), found.of(engine, still, INTACT)
     except ModelError as error:
-        log.debug("%s is not loaded as it is: %s", type(model).__name__, error)
-        return replace(found, why=_ITSELF)
-    said, why = _text_of(lambda: again)
-    if _alike(said, _text_of(lambda: still)[0]):
+        log.debug("%s is not loaded as it is: %s", engine.class_name, error)
+        return found
+    said, why = _text_of(again)
+    if _alike(said, _text_of(still)[0]):
         return replace(found, whole=whole)
-    log.debug("%s, saved and loaded, says: %s", type(model).__name__, why)
-    return replace(found, why=_ITSELF)
+    log.debug("%s, saved and loaded, says: %s", engine.class_name, why)
+    return found
 
 
 def _see(truth: Reference, still: Engine, ablation: Ablation, loading: _Loading) -> _Seen:
     """Ask a model for a text without some layers, in each way."""
-    engine, saved, lacks, unsaved = truth.engine, None, False, loading.why
-    copied, refusal = _made(partial(truth.without, ablation))
+    engine, saved, lacks = truth.engine, None, False
+    unsaved = _ITSELF if loading.whole is None else _NOT
+    copied, refusal = tried(lambda: truth.without(ablation))
     if copied is not None and loading.whole is not None:
         try:
             again = loading.of(engine, copied, ablation)
@@ -169,26 +166,23 @@ def _see(truth: Reference, still: Engine, ablation: Ablation, loading: _Loading)
         else:
             model, twin, made = (each.loaded.model for each in (engine, copied, again))
             lacks = bool(lacking(model, loading.whole, twin, made, engine.left(ablation)))
-            saved, why = _text_of(lambda: again)
+            saved, why = _text_of(again)
             if saved is None:
-                unsaved = _NOT
                 log.debug("loaded without %s, it does not run: %s", _named(ablation), why)
     copy = None
     if copied is not None:
-        copy, refusal = _text_of(lambda: copied)
+        copy, refusal = _text_of(copied)
     skip = copy
     if not ablation.repeated:
         with _handing_on(still, ablation):
-            skip, _ = _text_of(lambda: still)
-    return _Seen(copy, skip, saved, lacks, refusal, unsaved or _NOT)
+            skip, _ = _text_of(still)
+    return _Seen(copy, skip, saved, lacks, refusal, unsaved)
 
 
-def _others(engine: Engine, seen: Mapping[Ablation, _Seen]) -> Iterator[Ablation]:
-    """List what copies are not the models that they are to be."""
-    for ablation, found in seen.items():
-        said, _ = _text_of(partial(engine.without, ablation))
-        if not _alike(said, found.skip if found.saved is None else found.saved):
-            yield ablation
+def _is_other(engine: Engine, ablation: Ablation, seen: _Seen) -> bool:
+    """Whether a copy is not the model that it is to be."""
+    said, _ = tried(lambda: engine.without(ablation).read(TEXT))
+    return not _alike(said, seen.skip if seen.saved is None else seen.saved)
 
 
 def _which(seen: Mapping[Ablation, _Seen]) -> str | None:
@@ -210,26 +204,9 @@ def _named(ablation: Ablation) -> str:
     return f"layer{plural} {', '.join(map(str, ablation.layers))}"
 
 
-def _made(make: Callable[[], Engine]) -> tuple[Engine | None, str | None]:
-    """Make a changed model, or say why there is none."""
-    try:
-        return make(), None
-    except Exception as error:
-        why = refused(error)
-        if why is None:
-            raise
-        return None, why
-
-
-def _text_of(make: Callable[[], Engine]) -> tuple[Tensor | None, str | None]:
-    """What a changed model says of a text [tokens, vocabulary], or why it says nothing."""
-    try:
-        return make().read(TEXT), None
-    except Exception as error:
-        why = refused(error)
-        if why is None:
-            raise
-        return None, why
+def _text_of(engine: Engine) -> tuple[Tensor | None, str | None]:
+    """What a model says of a text [tokens, vocabulary], or why it says nothing."""
+    return tried(lambda: engine.read(TEXT))
 
 
 @contextmanager

@@ -34,9 +34,9 @@ class Verdict:
     """
 
     sharing: Sharing
-    lost: str | None
-    difference: float
-    compared: int
+    lost: str | None = None
+    difference: float = 0.0
+    compared: int = 0
     unsteady: int = 0
     lengths: tuple[tuple[Path, bool], ...] = ()
     leftovers: tuple[str, ...] = ()

@@ -1,0 +1,470 @@
+"""Models, documents and orders that once gave a wrong number without a word.
+
+Each is scored as a cell is: the check on its first documents, then every document with as much
+sharing as the check left, in one order and its reverse. What comes out must be the truth of
+`tests.engine.truth`, or the check must refuse the model and say what is really the matter.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.ablations import single_layers
+from tests.engine.families import FAMILIES, VOCABULARY, Family
+from tests.engine.plain import Memory, loaded
+from tests.engine.registry import variants
+from tests.engine.survey import saved_and_loaded
+from tests.engine.truth import Without, exported, truths, without
+from tracker.core.documents import Document, Request
+from tracker.core.errors import CellError, ModelError
+from tracker.engine.scoring.rows import tree_rows
+from tracker.engine.scoring.sharing import FULL
+from tracker.engine.scoring.sweep import Engine
+from tracker.engine.selfcheck.check import check
+
+MAX_LENGTH = 256
+LETTERS = ((3,), (4,), (5,), (6,))
+"""Answers of one token, as those of mmlu."""
+FALSE_REASON = "depend on each other by their numbers"
+"""What is said of a model whose layers cannot be taken out; none here is one."""
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def tiny(family: str, **changes: Any) -> Any:
+    """Make a random model of a family of transformers, as those of `families` are."""
+    return Family(family, family, changes, FULL, True).model()
+
+
+class Draw:
+    """Documents of random tokens."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._draw = random.Random(seed)
+        self._made = 0
+
+    def tokens(self, count: int) -> tuple[int, ...]:
+        return tuple(self._draw.randrange(VOCABULARY) for _ in range(count))
+
+    def document(
+        self, context: Sequence[int], continuations: Sequence[Sequence[int]], gold: int = 0
+    ) -> Document:
+        self._made += 1
+        requests = tuple(Request(tuple(context), tuple(each)) for each in continuations)
+        return Document("task", self._made - 1, requests, gold, len(requests))
+
+    def letters(self, lengths: Sequence[int], shared: int = 0) -> list[Document]:
+        """Documents with one-token answers, whose contexts have these lengths."""
+        common = self.tokens(shared)
+        return [self.document(common + self.tokens(length - shared), LETTERS) for length in lengths]
+
+    def spoken(
+        self, contexts: Sequence[int], answers: Sequence[int], shared: int = 0
+    ) -> list[Document]:
+        """Documents whose contexts and answers have these lengths."""
+        common = self.tokens(shared)
+        return [
+            self.document(
+                common + self.tokens(length - shared), [self.tokens(answer) for answer in answers]
+            )
+            for length in contexts
+        ]
+
+
+def measure(
+    model: Any,
+    documents: Sequence[Document],
+    layers: Collection[int],
+    *,
+    ablate: Without = without,
+    block: int | None = None,
+    row_tokens: int | None = None,
+    max_length: int = MAX_LENGTH,
+    says: str | None = None,
+    atol: float = 2e-4,
+    notes: str | None = None,
+) -> None:
+    """Score a cell in both orders, and compare every response with the truth.
+
+    `block` documents are scored at a time, all at once without it. `says` is what a refusal must
+    say, where the model may be refused. `notes` is what the check must say, in a refusal or in one
+    of its fields, where the model itself may give several numbers.
+    """
+    ablations = single_layers(tuple(layers))
+    removed = [ablation.layers for ablation in ablations]
+    expected = truths(model, documents, removed, max_length, ablate)
+    kept = Memory()
+    for name, step in (("in order", 1), ("in reverse", -1)):
+        ordered, truth = documents[::step], expected[::step]
+        engine = Engine(loaded(copy.deepcopy(model)), max_length, row_tokens=row_tokens)
+        try:
+            checked = check(engine, ordered, ablations, kept)
+            size = block or len(ordered)
+            blocks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+            scores = [one for some in blocks for one in checked.engine.score(some, ablations)]
+        except (CellError, ModelError) as error:
+            if says is None or FALSE_REASON in str(error) or not re.search(says, str(error)):
+                pytest.fail(f"{name}: wrongly refused: {error}")
+            continue
+        found = [
+            (abs(response.loglikelihood - right), ablation.name, document.index)
+            for document, score, rights in zip(ordered, scores, truth, strict=True)
+            for ablation, ours, theirs in zip(ablations, score.responses, rights, strict=True)
+            for response, right in zip(ours, theirs, strict=True)
+        ]
+        said = " ".join(value for value in vars(checked).values() if isinstance(value, str))
+        wrong = [each for each in found if not each[0] <= atol]
+        if wrong and not (notes and re.search(notes, said)):
+            pytest.fail(
+                f"{name}: {len(wrong)} of {len(found)} are wrong, at worst by {max(wrong)[0]:.3g} "
+                f"nats ({max(wrong)[1]}, document {max(wrong)[2]}); {checked.engine.sharing}, "
+                f"the check saw {checked.difference:.2g} and said {checked.lost}"
+            )
+
+
+@pytest.mark.parametrize("family", ["mamba2", "recurrent_gemma", "mpt", "gpt_neo"])
+class TestTheCheckSeesWhatItVouchesFor:
+    """The first two documents fill a row each, so that no row that is checked has a branch."""
+
+    def test_later_documents_share_rows(self, family):
+        documents = Draw().letters((120, 100, 40, 60, 30, 50), shared=8)
+        measure(FAMILIES[family].model(), documents, (0, 2))
+
+    def test_later_documents_branch(self, family):
+        draw = Draw()
+        documents = [*draw.letters((120, 100)), *draw.spoken((30, 40), (2, 3))]
+        measure(FAMILIES[family].model(), documents, (0, 2))
+
+
+def gpt_neo(**settings: Any) -> Any:
+    """GPT-Neo with the window that its configuration has by default, or others."""
+    return tiny("gpt_neo", **{"window_size": 256, "max_position_embeddings": 512, **settings})
+
+
+class TestWindowsCountPositions:
+    """GPT-Neo counts them in places of the row."""
+
+    def test_one_later_document_is_wider_than_the_window(self):
+        draw = Draw(1)
+        documents = [*draw.spoken((30, 30), (2, 3)), *draw.spoken((40,), (170, 170))]
+        measure(gpt_neo(), documents, (1,), atol=1e-3)
+
+    def test_later_documents_fill_a_row_that_is_wider_than_the_window(self):
+        documents = Draw(2).letters((60,) * 8, shared=12)
+        measure(gpt_neo(), documents, (1,), row_tokens=1024)
+
+
+class Gain(torch.nn.Embedding):
+    """Embeddings with a positive gain a dimension, of which the root is taken."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__(rows, width)
+        self.gain = torch.nn.Parameter(torch.ones(1, width))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * self.gain.sqrt()
+
+
+class Gained(transformers.GPTNeoForCausalLM):
+    """GPT-Neo with such embeddings."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.transformer.wte = Gain(config.vocab_size, config.hidden_size)
+        self.lm_head.weight = self.transformer.wte.weight
+
+
+class TestAMiniatureSaysNumbers:
+    """Of a gain's root that is drawn as other weights are, everything would be NaN."""
+
+    def test_a_gain_of_two_dimensions(self):
+        torch.manual_seed(1)
+        model = Gained(gpt_neo(window_size=60).config).eval().requires_grad_(False)
+        draw = Draw(1)
+        documents = [*draw.spoken((12, 12, 10), (2, 3)), *draw.spoken((40, 45), (30, 30))]
+        measure(model, documents, (1,), atol=1e-3)
+
+
+TRAINED = 64
+"""Tokens up to which the rotary factors below are the short ones."""
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0,
+    "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": TRAINED,
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+ROTARY = {
+    "phi3": lambda: tiny(
+        "phi3", sliding_window=None, rope_parameters=LONGROPE,
+        original_max_position_embeddings=TRAINED,
+    ),
+    "llama": lambda: tiny("llama", rope_parameters=LONGROPE),
+    "minicpm3": lambda: tiny("minicpm3", rope_parameters=LONGROPE),
+    "dynamic": lambda: tiny("llama", max_position_embeddings=TRAINED, rope_parameters=DYNAMIC),
+}  # fmt: skip
+BY_LENGTH = {
+    "short_beside_long": lambda draw: draw.spoken((20, 20, 30, 90), (2, 3)),
+    "prefix_below": lambda draw: draw.spoken((58, 58, 60, 65, 68), (2, 2), shared=56),
+    # What is read is as long as the short factors reach; a gold request's last token is beyond.
+    "at_the_boundary": lambda draw: draw.spoken((63, 63), (2, 2)),
+    "letters_at_the_boundary": lambda draw: draw.letters((64, 64)),
+    "one_after_another": lambda draw: draw.letters((64, 120, 80)),
+}  # fmt: skip
+
+
+def told(family: str) -> dict[str, Any]:
+    """How a family is held against the truth; MiniCPM3 scales by how many layers there are."""
+    return {
+        "says": "length" if family == "dynamic" else None,
+        "atol": 1e-3 if family == "minicpm3" else 2e-4,
+        "ablate": exported if family == "minicpm3" else without,
+    }
+
+
+@pytest.mark.parametrize("family", ROTARY)
+class TestRotaryFactorsThatDependOnTheCall:
+    """They are chosen by the largest position of the call, so that sharing mixes two of them."""
+
+    @pytest.mark.parametrize("case", BY_LENGTH)
+    def test_whatever_stands_beside_a_request(self, family, case):
+        measure(ROTARY[family](), BY_LENGTH[case](Draw(1)), (1,), **told(family))
+
+    def test_in_blocks_that_share_a_beginning(self, family):
+        """The kept beginning is short, and a later block is long."""
+        documents = BY_LENGTH["prefix_below"](Draw(1))
+        measure(ROTARY[family](), documents, (1,), block=2, **told(family))
+
+    def test_in_blocks_that_share_less_and_less(self, family):
+        """The kept beginning was read beyond the threshold, and a later block needs less of it."""
+        draw = Draw(1)
+        common = draw.tokens(70)
+        documents = [
+            draw.document(common[:shared] + draw.tokens(more), LETTERS)
+            for shared, more in ((70, 5), (70, 8), (70, 6), (58, 3), (58, 4), (58, 3))
+        ]
+        measure(ROTARY[family](), documents, (1, 2), block=3, **told(family))
+
+
+class TestThePlainPathIsThePrunedCheckpoint:
+    """Also where more than `layer_types` has one entry a layer, or a call changes the weights."""
+
+    @pytest.mark.parametrize("family", ["granite_swa", "granitemoe_swa"])
+    @pytest.mark.parametrize("ablate", [exported, without])
+    def test_other_lists_with_one_entry_a_layer(self, family, ablate):
+        model = tiny(family, layer_rope_theta=[10000.0, 0, 500.0, 10.0])
+        measure(model, Draw().spoken((20, 20, 14), (1, 3)), (0, 1, 2), ablate=ablate)
+
+    @pytest.mark.parametrize("every", [1, 2])
+    def test_weights_that_the_first_call_rescales(self, every):
+        """Layer 0 holds a norm of its own, without which no checkpoint can be loaded.
+
+        The checkpoint rescales at other places than the model that skips a layer, and its norms
+        are not blind to that: the two differ by 2e-3 nats, in float64 too.
+        """
+        model, says = tiny("rwkv", rescale_every=every), "weights|rescale"
+        measure(model, Draw().spoken((9, 9, 7), (1, 3)), (1, 2, 3), ablate=exported, says=says)
+
+
+class TestWhatIsMeasuredIsTheCheckpointThatLoads:
+    """Their classes compute factors from a layer's place, or from how many layers there are."""
+
+    @pytest.mark.parametrize("kind", ["diffllama", "minicpm3", "gpt2"])
+    def test_a_factor_that_no_file_holds(self, kind):
+        name = "scale_attn_by_inverse_layer_idx True" if kind == "gpt2" else "plain"
+        model = next(one for one in variants(kind) if one.name == name).model()
+        documents = Draw().spoken((9, 9, 7), (1, 3))
+        # The two kinds of truth are apart, or this would say nothing.
+        ways = (saved_and_loaded, without)
+        both = [truths(model, documents[:1], [(0,)], MAX_LENGTH, way) for way in ways]
+        assert max(abs(a - b) for a, b in zip(both[0][0][0], both[1][0][0], strict=True)) > 0.05
+        measure(model, documents, (0, 2), ablate=saved_and_loaded)
+
+
+class TestStateBesideTheHiddenState:
+    """A layer hands its top-k on to the next ones, which a fork must fork as well."""
+
+    def test_indices_that_later_layers_share(self):
+        """Layers 1 and 4, before those that share, are none of the three that are tried."""
+        types = ["full", "full", "shared", "full", "full", "shared"]
+        model = tiny(
+            "glm_moe_dsa", num_hidden_layers=6, index_topk=4, n_group=1, indexer_types=types,
+            mlp_layer_types=["dense"] * 6,
+        )  # fmt: skip
+        says = "top-k|indices|besides|second output"
+        measure(model, Draw().spoken((14, 9), (1, 3)), range(6), ablate=exported, says=says)
+
+
+class TestMasksAreWhatTheModelAsksFor:
+    """Documents beyond the window come last, after those that are checked."""
+
+    def test_a_mask_a_type_under_another_name(self):
+        model = tiny(
+            "dots3_note_text", use_dsa=False, sliding_window=30, mlp_layer_types=["dense"] * 4,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        )  # fmt: skip
+        measure(model, Draw().spoken((8, 8, 50, 60), (1, 3)), (0, 1))
+
+    def test_a_window_that_the_model_does_not_use(self):
+        model = tiny("llama", sliding_window=30)
+        measure(model, Draw().spoken((8, 8, 50, 60), (1, 3)), (0, 1))
+
+
+def llama4(floor: int) -> Any:
+    """Llama 4, whose layers without rotary positions scale queries from `floor` tokens on."""
+    return tiny("llama4_text", attention_chunk_size=1000, floor_scale=floor, attn_scale=0.5)
+
+
+class TestTemperatureCountsPositions:
+    def test_a_row_is_longer_than_the_floor(self):
+        measure(llama4(60), Draw().spoken((15, 15, 30, 30, 40, 40), (2, 2)), (0, 1))
+
+    def test_a_row_after_a_kept_beginning(self):
+        """Requests end below the floor, the row with its beginning above it."""
+        documents = Draw().spoken((62, 61, 62, 61, 62, 60), (2, 2), shared=58)
+        measure(llama4(80), documents, (0, 1))
+
+
+def gemma4(per_layer: int = 0) -> Any:
+    """Gemma 4; its global layers have heads of another size."""
+    return tiny(
+        "gemma4_text", global_head_dim=16, sliding_window=20, hidden_size_per_layer_input=per_layer
+    )
+
+
+class TestALaterBlockTakesTheBeginning:
+    """The first documents share too little for a prefix, so that none was ever checked."""
+
+    def test_heads_of_several_sizes(self):
+        draw = Draw()
+        documents = [*draw.spoken((20, 20), (1, 3)), *draw.spoken((64, 64), (1, 3), shared=60)]
+        measure(gemma4(), documents, (0, 1), block=2)
+
+
+STREAMS = "residual|streams|shape|dimension"
+"""Several of them: what passes between layers is [batch, tokens, streams, hidden]."""
+ENCODER = "encoder|input_ids|embeddings"
+BUT_THE_EXPORT_RUNS = {
+    "deepseek_v4": (STREAMS, {"layer_types": ["sliding_attention"] * 4}),
+    "hy_v4": (STREAMS, {"indexer_types": ["full"] * 4}),
+    "openai-gpt": ("list", {}),
+    "bert": (ENCODER, {"is_decoder": True}),
+    "roberta": (ENCODER, {"is_decoder": True}),
+    "electra": (ENCODER, {"is_decoder": True}),
+}
+
+
+def gemma3n() -> Any:
+    """Gemma 3n, whose layers may differ in width; a table holds embeddings for all layers."""
+    return tiny("gemma3n_text", altup_num_inputs=2, sliding_window=16)
+
+
+class TestRefusalsSayWhatHappened:
+    """No layer here depends on another by its number."""
+
+    @pytest.mark.parametrize("family", BUT_THE_EXPORT_RUNS)
+    def test_a_pruned_copy_runs(self, family):
+        says, changes = BUT_THE_EXPORT_RUNS[family]
+        model = tiny(family, **changes)
+        measure(model, Draw().spoken((12, 9), (1, 3)), (0, 1), ablate=exported, says=says)
+
+    @pytest.mark.parametrize("model", [gemma3n, lambda: gemma4(8)], ids=["gemma3n", "gemma4"])
+    def test_one_table_holds_embeddings_for_every_layer(self, model):
+        """Gemma 3n is refused before that, for a list as `intermediate_size`."""
+        says = "pass on"
+        measure(model(), Draw().spoken((12, 9), (1, 3)), (0, 1), says=says)
+
+
+def undecided(family: str) -> Any:
+    """A mixture of experts whose router cannot tell them apart within float32's rounding."""
+    model = tiny(family)
+    draw = torch.Generator().manual_seed(1)
+    for name, weight in model.named_parameters():
+        if name.endswith(("router.weight", "gate.weight")) and len(weight) == 4:
+            weight[1:] = weight[0] + 1e-6 * torch.randn(weight[1:].shape, generator=draw)
+    return model
+
+
+DISCONTINUOUS = {
+    "phimoe": lambda: undecided("phimoe"),
+    "mixtral": lambda: undecided("mixtral"),
+    # Its keys begin with equal scores, of which it keeps eight.
+    "doge": lambda: tiny("doge", keep_window_size=8),
+}
+
+
+class TestAModelThatIsDiscontinuous:
+    """It gives several numbers itself, by the shape of the call; not the sharing's fault."""
+
+    @pytest.mark.parametrize("family", DISCONTINUOUS)
+    def test_it_is_said(self, family):
+        documents = Draw(1).spoken((20, 14, 30), (2, 3))
+        says = "discontinu"
+        measure(DISCONTINUOUS[family](), documents, (0, 1), says=says, notes=says)
+
+    def test_routing_that_mixes_the_tokens_of_a_call(self):
+        """Doge's experts are chosen from the router's values of other tokens, later ones too."""
+        model = tiny("doge", is_moe=True, num_experts=16, num_experts_per_tok=4)
+        measure(model, Draw(1).spoken((20, 14, 30), (2, 3)), (0, 1), says="causal|later tokens")
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "llama"])
+def test_a_token_whose_embedding_is_zero_ties_what_it_chooses_from(family):
+    """Padding scores all before it alike, and an index keeps some of them, by their places.
+
+    The short documents, which the model itself is confirmed on, hold none.
+    """
+    model = next(variants(family)).model()
+    assert not model.get_input_embeddings().weight[0].any()
+    draw = Draw()
+    documents = draw.spoken((9, 8, 7), (1, 3))
+    for length in (20, 31, 24):
+        padded = (80 + length % 7, *draw.tokens(length), 0, 0, *draw.tokens(9))
+        documents.append(draw.document(padded, [draw.tokens(1), draw.tokens(3)]))
+    assert not any(0 in request.context for d in documents[:3] for request in d.requests)
+    measure(model, documents, (0, 2))
+
+
+OURS = {
+    "a mask": "tracker.engine.scoring.score.Masks",
+    "packing": "tracker.engine.scoring.sweep.tree_rows",
+    "a fork, inside the model's forward": "tracker.engine.scoring.layer_forward._by_stream",
+}
+
+
+class TestErrorsOfOurOwn:
+    @pytest.mark.parametrize("error", [AttributeError, KeyError, TypeError])
+    @pytest.mark.parametrize("place", OURS)
+    def test_they_are_raised_and_no_refusal_of_the_model(self, monkeypatch, place, error):
+        def broken(*args: Any) -> Any:
+            raise error("a bug of ours")
+
+        monkeypatch.setattr(OURS[place], broken)
+        engine = Engine(loaded(FAMILIES["llama"].model()), MAX_LENGTH)
+        with pytest.raises(error, match="a bug of ours"):
+            check(engine, Draw().spoken((9, 9), (1, 3)), single_layers((0, 1)))
+
+    def test_a_score_that_never_arrived_is_not_zero(self, monkeypatch):
+        """The packing loses the last answer of the last document."""
+        documents = Draw().spoken((9, 9), (1, 3))
+
+        def losing(given: Sequence[Document], *args: Any) -> Any:
+            *others, last = given
+            return tree_rows([*others, replace(last, requests=last.requests[:-1])], *args)
+
+        monkeypatch.setattr("tracker.engine.scoring.sweep.tree_rows", losing)
+        engine = Engine(loaded(FAMILIES["llama"].model()), MAX_LENGTH)
+        scores = engine.score(documents, single_layers((0, 1)))
+        for ours in scores[-1].responses:
+            assert math.isfinite(ours[0].loglikelihood)
+            assert math.isnan(ours[-1].loglikelihood)
