@@ -7,7 +7,7 @@ import math
 import pytest
 
 from tracker.core import formats
-from tracker.core.records import NOT_MEASURED, CellRecord
+from tracker.core.records import NOT_MEASURED
 from tracker.report.charts.headline import headline, marked_layers, near_together
 from tracker.report.leaderboard.layers import layer_board
 
@@ -20,33 +20,30 @@ def trace(figure, name):
     return found
 
 
-def test_curve_holds_drops_and_intervals_in_pp() -> None:
-    cell = build_cell()
-    drops = trace(charts.layer_curve(cell), "accuracy drop")
-    assert list(drops.x) == list(range(LAYERS))
-    for i, record in enumerate(cell.runs):
-        assert drops.y[i] == pytest.approx(100 * record.accuracy_drop)
-        assert drops.y[i] + drops.error_y.array[i] == pytest.approx(100 * record.accuracy_drop_high)
-        low = drops.y[i] - drops.error_y.arrayminus[i]
-        assert low == pytest.approx(100 * record.accuracy_drop_low)
-
-
-def test_curve_holds_cosine_scores_in_a_panel_of_their_own() -> None:
+def test_curve_holds_drops_in_pp_and_cosine_scores_in_a_panel_of_their_own() -> None:
     cell = build_cell()
     figure = charts.layer_curve(cell)
-    scores = trace(figure, "cosine score")
+    drops, scores = trace(figure, "accuracy drop"), trace(figure, "cosine score")
+    assert list(drops.x) == list(range(LAYERS))
+    assert any(record.accuracy_drop < 0 for record in cell.runs)
+    for i, record in enumerate(cell.runs):
+        low, high = drops.y[i] - drops.error_y.arrayminus[i], drops.y[i] + drops.error_y.array[i]
+        ends = (record.accuracy_drop_low, record.accuracy_drop, record.accuracy_drop_high)
+        assert (low, drops.y[i], high) == pytest.approx([100 * end for end in ends])
+        colour = charts.HELPS if record.accuracy_drop < 0 else charts.MATTERS
+        assert drops.marker.color[i] == colour
     assert list(scores.y) == [record.cosine_score for record in cell.runs]
     assert scores.yaxis == "y2"
     assert figure.layout.yaxis2.overlaying is None
     assert figure.layout.xaxis.matches == "x2"
-
-
-def test_negative_drops_have_their_own_colour() -> None:
-    cell = build_cell()
-    drops = trace(charts.layer_curve(cell), "accuracy drop")
-    assert any(record.accuracy_drop < 0 for record in cell.runs)
-    for record, colour in zip(cell.runs, drops.marker.color, strict=True):
-        assert colour == (charts.HELPS if record.accuracy_drop < 0 else charts.MATTERS)
+    low, drop, high = (
+        formats.points(getattr(cell.runs[11], f"accuracy_drop{end}"))
+        for end in ("_low", "", "_high")
+    )
+    hover = drops.hovertext[11]
+    assert "layer 11" in hover
+    assert f"accuracy drop {drop} pp (95 % interval {low} to {high})" in hover
+    assert "160 documents" in hover
 
 
 def test_undefined_and_missing_layers_are_gaps_never_zero() -> None:
@@ -68,36 +65,8 @@ def test_undefined_and_missing_layers_are_gaps_never_zero() -> None:
     assert not drops.connectgaps
 
 
-def test_hover_says_layer_value_interval_and_n() -> None:
-    cell = build_cell()
-    record = cell.runs[11]
-    hover = trace(charts.layer_curve(cell), "accuracy drop").hovertext[11]
-    assert "layer 11" in hover
-    low, high = formats.points(record.accuracy_drop_low), formats.points(record.accuracy_drop_high)
-    drop = formats.points(record.accuracy_drop)
-    assert f"accuracy drop {drop} pp (95 % interval {low} to {high})" in hover
-    assert "160 documents" in hover
-
-
-def test_titles_say_what_is_seen_with_its_numbers() -> None:
-    cell = build_cell()
-    top = max(cell.runs, key=lambda record: record.accuracy_drop)
-    drop = formats.points(top.accuracy_drop)
-    assert f"removing layer {top.layer} costs most, {drop} pp" in charts.curve_title(cell)
-    assert "160 documents" in charts.curve_title(cell)
-    title = charts.proxy_scatter(cell).layout.title.text.replace("<br>", " ")
-    assert "Spearman" in title
-    assert "30 layers, 160 documents" in title
-    assert "95 % interval" in title
-    (inner,) = [one for one in cell.correlations[:2] if one.subset == "inner"]
-    assert f"without the two outer layers at each end {inner.value:.2f} (" in title
-
-
-def test_titles_without_any_number() -> None:
+def test_charts_without_any_number() -> None:
     bare = build_cell(runs=(), missing=(0, 1), correlations=())
-    assert "no accuracy drop is defined" in charts.curve_title(bare)
-    assert "not computed" in charts.scatter_title(bare)
-    assert "2 undefined" in charts.heat_title([bare])
     for figure in (
         charts.layer_curve(bare),
         charts.proxy_scatter(bare),
@@ -105,26 +74,6 @@ def test_titles_without_any_number() -> None:
         charts.layer_curve(bare.model_copy(update={"missing": ()})),
     ):
         figure.to_json()
-
-
-def test_no_costly_layer() -> None:
-    cell = build_cell()
-    layers = tuple(r.model_copy(update={"accuracy_drop": -0.01}) for r in cell.runs)
-    title = charts.curve_title(cell.model_copy(update={"runs": layers}))
-    assert "no removal costs accuracy; 30 of 30 removals raise accuracy" in title
-
-
-def test_what_stands_in_for_a_layer_is_no_removal() -> None:
-    cell = build_cell()
-    drops = (0.3, *[-0.01] * 29)
-    runs = tuple(
-        run.model_copy(update={"accuracy_drop": drop, "intervention": "scale"})
-        for run, drop in zip(cell.runs, drops, strict=True)
-    )
-    title = charts.curve_title(cell.model_copy(update={"runs": runs}))
-    assert "removing" not in title
-    assert f": scale {runs[0].layer} costs most, 30.0 pp" in title
-    assert "; 29 of 30 runs raise accuracy" in title
 
 
 def test_scatter_holds_every_layer_once() -> None:
@@ -190,12 +139,6 @@ def test_names_are_escaped_everywhere() -> None:
         for raw in ("<b>%", "\\u003cb\\u003e%", "<a href", "\\u003ca href"):
             assert raw not in text
         assert figure.layout.title.text.startswith("&lt;a href=")
-
-
-def test_figures_are_deterministic(cells: list[CellRecord]) -> None:
-    for draw in (charts.layer_curve, charts.proxy_scatter):
-        assert draw(cells[1]).to_json() == draw(study()[1]).to_json()
-    assert charts.heat_map(cells).to_json() == charts.heat_map(study()).to_json()
 
 
 def test_the_headline_marks_where_the_two_disagree_most() -> None:

@@ -14,7 +14,6 @@ from tracker.report.editions import outdated
 from tracker.report.export import boards
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.leaderboard.models import model_board
-from tracker.report.tables import overview_table
 from tracker.report.wording import benchmark_labels, row_labels
 
 from .conftest import build_cell, digest
@@ -35,20 +34,6 @@ ONE = edition("one", "2026-11-25T08:00:00+00:00")
 TWO = edition("two", "2026-11-28T09:30:00+00:00")
 THREE = edition("three", "2026-11-28T07:15:00+00:00")
 LATEST = f"measured 2026-11-28 09:30:00 UTC ({TWO.key[:8]})"
-
-
-def test_rows_that_read_the_same_are_told_apart() -> None:
-    """Was: `our_sums · 0-shot · acc` three times."""
-    says = [
-        f"measured 2026-11-25 ({ONE.key[:8]})",
-        LATEST,
-        f"measured 2026-11-28 07:15:00 UTC ({THREE.key[:8]})",
-    ]
-    cells = [ONE, TWO, THREE]
-    assert row_labels(cells) == [("SmolLM2", each) for each in says]
-    assert benchmark_labels(cells) == [f"our_sums · 0-shot · {each}" for each in says]
-    rows = [row[1] for row in overview_table(cells).rows]
-    assert rows == [f"our_sums · 0-shot · acc · {each}" for each in says]
 
 
 def test_the_list_tells_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,12 +71,6 @@ def test_what_else_tells_rows_apart_is_shown(changes: dict[str, Any], says: str)
     other = edition("one", "2026-11-28T00:00:00+00:00", key=digest("other"), **changes)
     assert row_labels([ONE, other])[1][1] == says
     assert says in benchmark_labels([ONE, other])[1]
-
-
-def test_models_of_one_name_are_told_apart_in_rows() -> None:
-    model = ONE.model.model_copy(update={"dtype": "bfloat16"})
-    half = ONE.model_copy(update={"model": model, "key": digest("half")})
-    assert row_labels([ONE, half]) == [("SmolLM2 · float32", ""), ("SmolLM2 · bfloat16", "")]
 
 
 @pytest.mark.parametrize("cells", [[ONE, TWO, THREE], [TWO, THREE, ONE], [THREE, ONE, TWO]])

@@ -8,13 +8,11 @@ import pytest
 
 from tracker.cli.printing import print_cell
 from tracker.core.records import CellRecord
-from tracker.report.caveats import warnings
 from tracker.report.frames import layer_frame
-from tracker.report.tables import layer_table
 from tracker.tracking.figures import cell_figures, flat_metrics, logged_layers
 from tracker.tracking.notes import intact_note, layer_note
 
-from .conftest import as_read, build_cell
+from .conftest import build_cell
 
 WHY = "none of these documents was computed twice"
 
@@ -31,26 +29,15 @@ def halved(**changes: Any) -> CellRecord:
     return cell.model_copy(update={"model": model, "runs": tuple(runs), **changes})
 
 
-def test_the_page_and_the_terminal_say_how_many_documents_and_what_to_do(capsys) -> None:
-    (said,) = (text for text in warnings(halved()) if "rounding" in text)
-    assert "bfloat16 decides up to 7 of 160 documents of the intact model by rounding" in said
-    assert "(± 1.2 pp, 95 %)" in said
-    assert "Under the runs it decides up to 5 to 12." in said
-    assert "What layer 3 costs is no more than rounding moves" in said
-    assert said.endswith("‘dtype: float32’ leaves next to nothing to rounding.")
+def test_the_terminal_says_how_many_documents(capsys) -> None:
     print_cell(halved())
     out = capsys.readouterr().out
     assert "documents within rounding" in out
     assert "bfloat16 decides up to 7 of 160 documents" in " ".join(out.split())
 
 
-def test_each_run_has_its_count_in_tables_and_trackers() -> None:
+def test_each_run_has_its_count_in_frames_and_trackers() -> None:
     cell = halved()
-    table = as_read(layer_table(cell))
-    labels = table.labels
-    place = labels.index("documents within rounding")
-    assert labels[place + 1] == "± by rounding (pp)"
-    assert [value.text for value in table.rows[3][place : place + 2]] == ["12", "5.0"]
     frame = layer_frame([cell])
     assert frame["rounded"].tolist()[2:5] == [5, 12, 5]
     assert flat_metrics(cell.runs[3])["rounded"] == 12
@@ -66,8 +53,6 @@ def test_each_run_has_its_count_in_tables_and_trackers() -> None:
 
 def test_single_precision_has_no_word_of_it(capsys) -> None:
     cell = build_cell()
-    assert not [text for text in warnings(cell) if "round" in text]
-    assert not [label for label in as_read(layer_table(cell)).labels if "round" in label]
     print_cell(cell)
     assert "round" not in capsys.readouterr().out
 
@@ -79,8 +64,5 @@ def test_what_is_not_known_is_said_once_and_of_a_loss_nothing_is_decided(capsys,
     cell = cell.model_copy(
         update={"runs": tuple(run.model_copy(update=unknown) for run in cell.runs)}
     )
-    said = [text for text in warnings(cell) if "round" in text]
-    wanted = [f"How many documents bfloat16 decides by rounding is not known: {WHY}."]
-    assert said == (wanted if higher else [])
     print_cell(cell)
-    assert " ".join(capsys.readouterr().out.split()).count(WHY) == len(said)
+    assert " ".join(capsys.readouterr().out.split()).count(WHY) == higher

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from html import unescape
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tracker.core import formats
 from tracker.core.records import NOT_MEASURED, CellRecord, Kind, RunIdentity, RunRecord
-from tracker.core.run_table import pick, run_columns, telling_apart
-from tracker.core.tables import EntryText
-from tracker.report import caveats, frames, tables, wording
+from tracker.report import frames
 from tracker.report.page import html
 
 from . import drawn as charts
-from .conftest import LAYERS, as_read, build_cell
+from .conftest import LAYERS, build_cell
 
 WHOLE_ONLY = "measured for whole single layers only"
 PROXIES = ("cosine_similarity", "cosine_score", "angular_distance", "relative_update")
@@ -64,78 +60,6 @@ def without(*removed: int, **changes: Any) -> CellRecord:
     return several(("layer",), (1,), removed=removed, **{**beneath, **changes})
 
 
-def column(table: SimpleNamespace, label: str) -> list[EntryText]:
-    number = table.labels.index(label)
-    return [row[number] for row in table.rows]
-
-
-@pytest.mark.parametrize(
-    ("run", "label"),
-    [
-        (RunIdentity(layer=3), "layer 3"),
-        (RunIdentity(layer=3, span=4), "layers 3–6"),
-        (RunIdentity(component="attention", layer=3), "attention 3"),
-        (RunIdentity(component="mlp", layer=3, span=4), "mlp 3–6"),
-    ],
-)
-def test_a_run_has_a_name(run: RunIdentity, label: str) -> None:
-    assert run.label() == label
-
-
-class TestTable:
-    def test_component_and_span_stand_beside_the_layer_where_there_are_several(self) -> None:
-        cell = several()
-        table = as_read(tables.layer_table(cell))
-        assert table.labels[:3] == [
-            "first layer (0-based)", "component", "span (layers)",
-        ]  # fmt: skip
-        shown = [tuple(value.text for value in row[:3]) for row in table.rows]
-        assert shown == [(str(r.layer), r.component, str(r.span)) for r in cell.runs]
-        drops = [value.text for value in column(table, "accuracy drop (pp)")]
-        assert drops == [formats.points(r.accuracy_drop or 0) for r in cell.runs]
-
-    @pytest.mark.parametrize(
-        ("components", "spans", "labels"),
-        [
-            (("layer",), (1,), ["layer (0-based)"]),
-            (("attention",), (1,), ["layer (0-based)", "component"]),
-            (("layer",), (4,), ["first layer (0-based)", "span (layers)"]),
-        ],
-    )
-    def test_only_what_tells_runs_apart_has_a_column(self, components, spans, labels) -> None:
-        cell = several(components, spans)
-        chosen = pick(run_columns(cell), *telling_apart(cell))
-        assert [column.label for column in chosen] == labels
-
-    def test_one_note_says_where_a_proxy_is_undefined(self) -> None:
-        notes = as_read(tables.layer_table(several(("layer", "attention"), (1, 2)))).notes
-        assert (
-            "cosine score (1 − cos): undefined for layer, 2 at a time: all 29 layers; attention: "
-            "all 30 layers; attention, 2 at a time: all 29 layers: measured for whole single "
-            "layers only."
-        ) in notes
-
-    def test_a_run_that_is_missing_has_a_row_of_its_own(self) -> None:
-        cell = several(("layer", "attention"), (1,))
-        missing = tuple(RunIdentity(component="attention", layer=layer) for layer in (5, 6))
-        left = tuple(r for r in cell.runs if r.component == "layer" or r.layer not in (5, 6))
-        cell = cell.model_copy(update={"runs": left, "missing": missing})
-        table = as_read(tables.layer_table(cell))
-        assert len(table.rows) == 2 * LAYERS
-        assert column(table, "accuracy drop (pp)")[5].reason == ""
-        assert column(table, "accuracy drop (pp)")[LAYERS + 5].reason == NOT_MEASURED
-        assert caveats.warnings(cell) == ("Incomplete: attention: layers 5, 6: not measured yet.",)
-
-    def test_the_overview_compares_whole_layers_with_their_cosine(self) -> None:
-        assert (
-            as_read(tables.overview_table([several()])).rows
-            == as_read(tables.overview_table([build_cell()])).rows
-        )
-        bare = several(("attention",), (1,), correlations=())
-        row = as_read(tables.overview_table([bare])).rows[0]
-        assert row[5] == EntryText("–", "no whole single layer was removed")
-
-
 class TestCharts:
     def test_the_curve_has_one_line_a_component_of_single_layers(self) -> None:
         cell = several()
@@ -149,14 +73,6 @@ class TestCharts:
             assert list(line.y) == pytest.approx(drops)
         (bars,) = (t for t in figure.data if t.name == "cosine score")
         assert list(bars.y) == [r.cosine_score for r in cell.whole_layers]
-
-    def test_whole_layers_alone_look_as_ever(self) -> None:
-        (line, _) = charts.layer_curve(build_cell()).data
-        assert (line.name, line.showlegend) == ("accuracy drop", False)
-
-    def test_the_title_names_the_component(self) -> None:
-        title = charts.curve_title(several(("mlp",), (1, 2)))
-        assert "removing mlp 0 costs most" in title or "removing mlp 1 costs most" in title
 
     def test_the_span_map_holds_every_drop_at_its_place(self) -> None:
         cell = several()
@@ -195,31 +111,10 @@ class TestCharts:
 
 
 class TestBeneath:
-    def test_the_title_and_a_sentence_say_it(self) -> None:
-        cell = without(3, 17)
-        assert cell.title.endswith(" · 0-shot · without layers 3, 17")
-        assert charts.curve_title(cell).startswith(cell.title)
-        assert wording.sentence(cell).startswith(
-            "Every run here lacks layers 3, 17 as well. Without these alone, accuracy is 41.0 % "
-            "(95 % interval 34.0 to 49.0); intact, it is 50.0 % (95 % interval 42.3 to 57.7). "
-            "Every accuracy drop is relative to the intact model, so it holds what these layers "
-            "cost too. Spearman of"
-        )
-
-    def test_an_undefined_accuracy_says_why(self) -> None:
-        cell = without(3, removed_accuracy=None, reasons={"removed_accuracy": "not measured yet"})
-        assert "Without this one alone, accuracy is undefined (not measured yet);" in (
-            wording.sentence(cell)
-        )
-        assert "Removed accuracy is undefined: not measured yet." in caveats.warnings(cell)
-
     def test_the_heat_map_says_what_is_gone_already(self) -> None:
         _, gaps = charts.heat_map([build_cell(), without(3, 17)]).data
         assert list(gaps.x) == [3, 17]
         assert all("removed already, beneath every run" in text for text in gaps.hovertext)
-        table = as_read(tables.relevance_table([build_cell(), without(3, 17)]))
-        assert table.rows[3][2] == EntryText("–", "removed already, beneath every run")
-        assert table.labels[2] == "arc_easy · 0-shot · without layers 3, 17"
 
 
 def test_the_page_shows_each_view_and_leaves_out_what_has_no_runs() -> None:

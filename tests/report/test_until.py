@@ -10,13 +10,11 @@ import pytest
 from tests.test_answers import answer, run
 from tracker.cli.printing import print_cell
 from tracker.core.records import CellRecord
-from tracker.report.caveats import warnings
 from tracker.report.frames import layer_frame
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.leaderboard.proxies import agreements, rankings
 from tracker.report.page.html import render_page
 from tracker.report.page.sections import model_sections
-from tracker.report.tables import layer_table, overview_table
 from tracker.team.collect import merged
 from tracker.tracking.figures import answer_figures
 from tracker.tracking.identity import run_key
@@ -24,7 +22,7 @@ from tracker.tracking.mlflow.runs import mlflow_run
 from tracker.tracking.runs import cell_run, intact_run, layer_run
 from tracker.tracking.wandb.runs import labels_of
 
-from .conftest import as_read, build_cell
+from .conftest import build_cell
 
 WHY = "stopped at the answer to 'top 2': 64 to 96 of 2000 documents were looked at, run by run"
 
@@ -34,7 +32,7 @@ def stopped(**changes: Any) -> CellRecord:
     cell = build_cell(n=64)
     longer = [one.model_copy(update={"n": 96}) if one.layer < 2 else one for one in cell.runs]
     runs = [one.model_copy(update={"mcnemar_p": None}) for one in longer]
-    answers = (run(one.layer, "chosen" if one.layer < 2 else "", n=one.n) for one in runs)
+    answers = (run(one.layer, "+" if one.layer < 2 else "", n=one.n) for one in runs)
     found = answer("top 2", *answers, looked=96, measured=96)
     return build_cell(
         **{"n": 64, "runs": tuple(runs), "answer": found, "reasons": {"n": WHY}} | changes
@@ -69,18 +67,9 @@ def test_the_page_says_the_answer_and_what_figures_rest_on(cell: CellRecord) -> 
     assert "with its confidence sequence at 95 %" in text
     assert "measured so far" not in text
     assert "Incomplete" not in text
-    (warning,) = warnings(cell)
-    assert warning.startswith("Stopped at the answer to 'top 2': 64 to 96 of 2000 documents")
-    assert "rest on the 64 documents that all runs share" in warning
 
 
-def test_tables_show_the_documents_of_each_run(cell: CellRecord, capsys) -> None:
-    table = as_read(layer_table(cell))
-    heads = table.labels
-    assert heads[:5:4] == ["layer (0-based)", "confidence sequence at 95 % (pp)"]
-    assert [row[1].text for row in table.rows[:3]] == ["96", "96", "64"]
-    assert not any("Power" in note or "expected" in note for note in table.notes)
-    assert as_read(overview_table([cell])).rows[0][2].text == "64 to 96"
+def test_the_terminal_and_the_frame_say_it(cell: CellRecord, capsys) -> None:
     print_cell(cell)
     said = capsys.readouterr().out
     assert "confidence sequence at 95 %" in said

@@ -42,16 +42,22 @@ def chromium() -> Iterator[Browser]:
 
 
 class Visit:
-    """One opened page, with everything that went wrong on it.
+    """One opened page; on leaving it, nothing may have gone wrong or been fetched.
 
     It is scrolled through first, so that every chart in an open section is drawn, unless `scroll`
     is false.
     """
 
     def __init__(
-        self, chromium: Browser, path: Path, scroll: bool = True, **options: object
+        self,
+        chromium: Browser,
+        path: Path,
+        scroll: bool = True,
+        width: int = 1280,
+        **options: object,
     ) -> None:
-        self.context = chromium.new_context(offline=True, **options)
+        viewport = {"width": width, "height": 900}
+        self.context = chromium.new_context(offline=True, viewport=viewport, **options)
         self.page: Page = self.context.new_page()
         self.page.set_default_timeout(120_000)  # a busy machine draws late
         self.errors: list[str] = []
@@ -64,19 +70,25 @@ class Visit:
         self.page.goto(path.as_uri())
         self.page.wait_for_function("document.documentElement.dataset.charts === 'ready'")
         if scroll:
-            self.page.evaluate(SCROLL)
-            self.page.wait_for_function(DRAWN)
+            self.scroll()
+
+    def scroll(self) -> None:
+        """Look at everything that is open."""
+        self.page.evaluate(SCROLL)
+        self.page.wait_for_function(DRAWN)
 
     def open_all(self) -> None:
         """Open every section, as a reader who wants all numbers does."""
         self.page.evaluate(
             "document.querySelectorAll('details').forEach((d) => { d.open = true; })"
         )
-        self.page.evaluate(SCROLL)
-        self.page.wait_for_function(DRAWN)
+        self.scroll()
 
     def __enter__(self) -> Visit:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self.context.close()
+        if kind is None:
+            assert self.errors == []
+            assert all(url.startswith(("file:", "data:", "blob:")) for url in self.requests)

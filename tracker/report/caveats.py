@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tracker.core.answers import interval_name
 from tracker.core.formats import counted, defined, measure_of
-from tracker.core.records import NOT_MEASURED, WHICH, CellRecord, RunRecord
+from tracker.core.records import NOT_MEASURED, WHICH, CellRecord
 from tracker.report.layer_figures import sure
 from tracker.report.wording import capital, run_list
 
@@ -80,19 +80,20 @@ def rounding_note(cell: CellRecord) -> str:
     if rounded:
         span = " to ".join(f"{number:,}" for number in sorted({min(rounded), max(rounded)}))
         text += f" Under the runs it decides up to {span}."
-    small = [r for r in cell.runs if r.rounded is not None and is_rounding(r) and sure(r.drop)]
+    small = [
+        run
+        for run in cell.runs
+        if run.rounded is not None
+        and sure(run.drop)
+        # No larger than what rounding moves.
+        and abs(run.accuracy_drop or 0.0) <= (run.drop_rounding or 0.0)
+    ]
     if small:
         text += (
             f" What {run_list(small, cell)} {'cost' if len(small) > 1 else 'costs'} is no more "
             "than rounding moves, whatever the interval over documents says."
         )
     return f"{text} ‘dtype: float32’ leaves next to nothing to rounding."
-
-
-def is_rounding(run: RunRecord) -> bool:
-    """Say whether a run's drop is no larger than what rounding moves."""
-    drop, moved = run.accuracy_drop, run.drop_rounding
-    return drop is not None and moved is not None and abs(drop) <= moved
 
 
 def warnings(cell: CellRecord) -> tuple[str, ...]:

@@ -18,14 +18,13 @@ from tracker.report.charts.maps import span_components, span_map
 from tracker.report.charts.style import (
     FAINT,
     GREY,
-    HELPS,
-    MATTERS,
     PROXY,
     Chart,
     chart,
     errors,
     finite,
     layer_axis,
+    sign_colours,
     trace,
     value_axis,
 )
@@ -105,7 +104,7 @@ def layer_curve(cell: CellRecord) -> Chart:
         look = KINDS[kind.word]
         if single:
             places: Sequence[float] = layers
-            colour, signs = GREY, [HELPS if drop and drop < 0 else MATTERS for drop in drops]
+            colour, signs = GREY, sign_colours(drops)
             marker: dict[str, Any] = {"color": signs}
         else:
             # Side by side, so that no interval hides another.
@@ -191,7 +190,7 @@ def proxy_scatter(cell: CellRecord) -> Chart:
             [r for r in records if r.layer in outer],
         ),
     ):
-        signs = [HELPS if (record.accuracy_drop or 0) < 0 else MATTERS for record in group]
+        signs = sign_colours(record.accuracy_drop for record in group)
         data.append(
             trace(
                 "scatter",

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tracker.core.formats import counted, defined, two_digits, write
+from tracker.core.formats import counted, two_digits, write
 from tracker.report.charts.hover import estimate_hover
 from tracker.report.charts.style import (
     FAINT,
     GREY,
-    HELPS,
-    MATTERS,
     PROXY,
     Chart,
     chart,
     errors,
     finite,
     layer_axis,
+    sign_colours,
     trace,
 )
 from tracker.report.leaderboard.layers import LayerBoard
@@ -40,20 +39,20 @@ def headline(board: LayerBoard, label: str) -> Chart:
     scores = [finite(standing.cosine_score) for standing in standings]
     over = counted(len(board.cells), "benchmark")
     marked = marked_layers(board)
-    signs = [HELPS if defined(cost.value) and cost.value < 0 else MATTERS for cost in costs]
+    values = [finite(cost.value) for cost in costs]
     what = "accuracy relevance"
     data = [
         trace(
             "bar",
             what,
             layers,
-            [finite(cost.value) for cost in costs],
+            values,
             [
                 estimate_hover(f"layer {layer} · mean over {over}", what, cost, two_digits, "")
                 for layer, cost in zip(layers, costs, strict=True)
             ],
             error_y=errors(costs),
-            marker={"color": signs},
+            marker={"color": sign_colours(values)},
         ),
         trace(
             "bar",

@@ -12,6 +12,7 @@ from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, layers_of
 from tracker.report import wording
 from tracker.report.charts.hover import along_layers
 from tracker.report.charts.style import GREY, Chart, chart, finite, layer_axis, trace
+from tracker.report.layer_figures import highest_mean
 
 # Fading to transparency, not to white, keeps 0 quiet on light and on dark pages.
 _SCALE = [
@@ -39,25 +40,17 @@ COLOUR_BAR = {
 def heat_title(cells: Sequence[CellRecord]) -> str:
     """Say in plain text how many benchmarks and negative and undefined values the heat map has."""
     layers = layers_of(WHOLE_LAYER, *cells)
-    found: dict[int, list[float]] = {}
-    for cell in cells:
-        for layer in layers:
-            value, _ = cell.relevance(layer)
-            if value is not None:
-                found.setdefault(layer, []).append(value)
-    total, count = len(layers) * len(cells), sum(len(v) for v in found.values())
+    relevances = [(layer, cell.relevance(layer)[0]) for cell in cells for layer in layers]
+    known = [value for _, value in relevances if value is not None]
     rows = "cell" if any(cell.removed for cell in cells) else "benchmark"
     size = f"{len(layers)} layers × {formats.counted(len(cells), rows)}"
     text = f"{cells[0].model.name}: accuracy relevance, {size}"
-    if found:
-        means = {layer: sum(values) / len(values) for layer, values in found.items()}
-        top = max(means, key=lambda layer: (means[layer], -layer))
-        negative = sum(1 for values in found.values() for value in values if value < 0)
-        text += (
-            f"; layer {top} matters most (mean {means[top]:.2f}); "
-            f"removal helps in {negative} of {count}"
-        )
-    return text + (f"; {total - count} undefined" if total > count else "")
+    if top := highest_mean(relevances):
+        negative = sum(value < 0 for value in known)
+        text += f"; layer {top[0]} matters most (mean {top[1]:.2f}); "
+        text += f"removal helps in {negative} of {len(known)}"
+    undefined = len(relevances) - len(known)
+    return f"{text}; {undefined} undefined" if undefined else text
 
 
 def heat_map(cells: Sequence[CellRecord]) -> Chart:

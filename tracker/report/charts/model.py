@@ -25,7 +25,7 @@ from tracker.report.charts.style import (
     value_axis,
     wrap,
 )
-from tracker.report.layer_figures import layer_relevance, why_undefined
+from tracker.report.layer_figures import highest_mean, layer_relevance, why_undefined
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.wording import benchmark_labels
 
@@ -144,16 +144,10 @@ def proxy_curves(cells: Sequence[CellRecord], label: str) -> Chart:
 def proxy_title(cells: Sequence[CellRecord], label: str) -> str:
     """Say in plain text which layer has the highest cosine score."""
     text = f"{label}: the proxies over depth, {counted(len(cells), 'benchmark')}"
-    scores: dict[int, list[float]] = {}
-    for cell in cells:
-        for run in cell.whole_layers:
-            if defined(run.cosine_score):
-                scores.setdefault(run.layer, []).append(run.cosine_score)
-    if not scores:
+    top = highest_mean((run.layer, run.cosine_score) for cell in cells for run in cell.whole_layers)
+    if not top:
         return f"{text}; no cosine score is defined"
-    means = {layer: sum(found) / len(found) for layer, found in scores.items()}
-    top = max(means, key=lambda layer: (means[layer], -layer))
-    return f"{text}; the cosine score is highest in layer {top} (mean {write('proxy', means[top])})"
+    return f"{text}; the cosine score is highest in layer {top[0]} (mean {write('proxy', top[1])})"
 
 
 def _proxy(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,6 +167,11 @@ def value_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
 def finite(value: float | None, scale: float = 1) -> float | None:
     """Scale a figure; a gap (None) where it is undefined."""
     return scale * value if defined(value) else None
+
+
+def sign_colours(figures: Iterable[float | None]) -> list[str]:
+    """Colour figures by whether removal helps (below 0) or costs."""
+    return [HELPS if figure is not None and figure < 0 else MATTERS for figure in figures]
 
 
 def errors(figures: Sequence[Estimate | None], scale: float = 1, **look: Any) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def render_page(
     across = sections.across_section(cells, models)
     ids = {s.cell.place: s.id for model in models for s in model.cells}
     figures = [figure for model in models for figure in model.figures]
-    figures += across.figures if across else ()
+    figures += (across.depth, *across.pairs) if across else ()
     figures += [figure for study in studies for figure in study.figures]
     csv, parquet = layer_files(cells) if cells else ("", "")
     return environment.get_template("report.html.j2").render(

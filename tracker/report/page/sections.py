@@ -119,11 +119,6 @@ class AcrossSection:
     pairs: tuple[Figure, ...]
     pair_count: int
 
-    @property
-    def figures(self) -> tuple[Figure, ...]:
-        """Every chart of the section."""
-        return (self.depth, *self.pairs)
-
 
 def model_sections(
     cells: Sequence[CellRecord], decided: Mapping[Place, DecisionsRecord]

@@ -1,0 +1,139 @@
+"""What people read of cells of every kind, beside a text that was read: `golden/CASE.txt`.
+
+`python -m tests.report.test_golden` writes these anew; what has changed in them is to be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tracker.core.records import CellRecord, RunIdentity
+from tracker.core.tables import Table
+from tracker.report import caveats, sentences, tables, wording
+from tracker.report.charts import cells as charts
+from tracker.report.charts import headline, maps
+from tracker.report.export import boards
+from tracker.report.leaderboard.comparable import models_of
+from tracker.report.leaderboard.layers import layer_board
+
+from .conftest import as_read, build_cell, study, two_models, with_layer
+from .test_editions import ONE, THREE, TWO, edition
+from .test_loss import loss
+from .test_rounding import WHY, halved
+from .test_runs import several, without
+from .test_until import stopped
+
+GOLDEN = Path(__file__).with_name("golden")
+PLAIN = build_cell(compared=8, compared_difference=0.4, compared_unsteady=2)
+HALF = PLAIN.model.model_copy(update={"dtype": "bfloat16"})
+
+
+def with_runs(**changes: Any) -> CellRecord:
+    """Make a cell that is changed alike in every run."""
+    return build_cell(runs=tuple(run.model_copy(update=changes) for run in build_cell().runs))
+
+
+def some_attention() -> CellRecord:
+    """Make a cell that misses two of its runs."""
+    cell = several(("layer", "attention"), (1,))
+    missing = [run for run in cell.runs if run.component == "attention" and run.layer in (0, 10)]
+    identities = tuple(RunIdentity(component="attention", layer=run.layer) for run in missing)
+    runs = tuple(run for run in cell.runs if run not in missing)
+    return cell.model_copy(update={"runs": runs, "missing": identities})
+
+
+def few_figures() -> CellRecord:
+    """Make a cell of one run on three documents, with a correlation of one layer."""
+    cell = build_cell("rte", n=3)
+    one = cell.correlations[0].model_copy(update={"low": None, "p_value": None, "n": 1})
+    return cell.model_copy(update={"runs": cell.runs[:1], "correlations": (one,)})
+
+
+UNKNOWN = {"baseline_rounded": None, "reasons": {"baseline_rounded": WHY}}
+CASES = {
+    "two_models": two_models(),
+    "parts": [several(), without(3, 17), several(("attention",), (1,), correlations=())],
+    "parts_missing": [some_attention(), several(("layer",), (4,))],
+    "beneath_undefined": [
+        without(3, removed_accuracy=None, reasons={"removed_accuracy": "not measured yet"})
+    ],
+    "loss": [loss(), PLAIN, PLAIN.model_copy(update={"model": HALF, "compared_unsteady": 0})],
+    "rounding": [halved(), halved(**UNKNOWN), halved(**UNKNOWN, higher_is_better=False)],
+    "stopped": [stopped(), build_cell("piqa")],
+    "editions": [ONE, TWO, THREE, edition("one", ONE.measured, model="Other")],
+    "half_precision": [PLAIN, PLAIN.model_copy(update={"model": HALF})],
+    "nothing_changes": [with_runs(accuracy_drop=0.0, drop_sd=0.0)],
+    "no_spread": [with_runs(drop_sd=None, reasons={"drop_sd": "one document has no spread"})],
+    "helps": [with_runs(accuracy_drop=-0.01)],
+    "stands_in": [with_layer(with_runs(intervention="scale"), 0, accuracy_drop=0.3)],
+    "nothing_is_measured": [
+        build_cell(
+            baseline_accuracy=None,
+            runs=(),
+            correlations=(),
+            reasons={"baseline_accuracy": "no document was scored"},
+        )
+    ],
+    "drawn": [build_cell(), build_cell(sample_seed=1234)],
+    "weak": [build_cell(baseline=0.27), study()[2]],
+    "odd_figures": [
+        with_layer(with_layer(build_cell(), 5, n=80), 0, cosine_score=float("nan")),
+        with_layer(build_cell("piqa"), 4, cosine_score=None),
+        few_figures(),
+    ],
+    "no_cell": [],
+}
+
+
+def lines(table: Table) -> Iterator[str]:
+    """Write a table: its title, heads, some entries with their reasons, notes."""
+    shown = as_read(table)
+    yield from ("", f"{shown.title} ({len(shown.rows)} rows)", " | ".join(shown.labels))
+    for row in shown.rows[:: max(1, len(shown.rows) // 6)]:
+        yield " | ".join(f"{v.text} ({v.reason})" if v.reason else v.text for v in row)
+    yield from shown.notes
+
+
+def said(cells: list[CellRecord]) -> Iterator[str]:
+    """Say everything that people read of some cells, a line each."""
+    yield wording.summary(cells)
+    yield sentences.compared_sentence(cells)
+    yield from lines(tables.overview_table(cells))
+    yield from map(str, [*wording.row_labels(cells), *wording.row_labels(cells, documents=False)])
+    ranked, notes = boards(cells)
+    for table in ranked:
+        yield from lines(table)
+    yield from notes
+    for group in models_of(cells):
+        board = layer_board(group)
+        yield from ("", sentences.critical_sentence(board), sentences.ranks_differ(group))
+        yield maps.heat_title(group)
+        if board.layers:
+            drawn = headline.headline(board, "MODEL")
+            yield from (drawn.title, drawn.explains)
+        yield from wording.benchmark_labels(group)
+    for cell in cells:
+        yield from ("", f"# {cell.title}", cell.documents, wording.sentence(cell))
+        yield from (charts.curve_title(cell), charts.scatter_title(cell))
+        yield from (maps.span_title(cell, part) for part in maps.span_components(cell))
+        yield from caveats.warnings(cell)
+        for trace in charts.layer_curve(cell).data:
+            yield from trace["hovertext"][3:4]
+        yield from lines(tables.layer_table(cell))
+    for cell in cells[:1]:
+        yield from lines(tables.correlation_table(cell))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_people_read_what_was_read(case: str) -> None:
+    wanted = (GOLDEN / f"{case}.txt").read_text(encoding="utf-8")
+    assert "\n".join(said(CASES[case])) + "\n" == wanted
+
+
+if __name__ == "__main__":
+    for case, cells in CASES.items():
+        (GOLDEN / f"{case}.txt").write_text("\n".join(said(cells)) + "\n", encoding="utf-8")
