@@ -15,9 +15,7 @@ from tracker.core.estimates import Estimate
 from tracker.core.questions import question
 from tracker.core.records import RunIdentity
 from tracker.engine.scoring.streams import plan_streams
-from tracker.measuring.derive import record_of
 from tracker.stats.sequential.stopping import Race
-from tracker.studies.base import Subject
 from tracker.studies.savings import QUESTIONS, Savings
 from tracker.studies.savings.figures import (
     ORDERS,
@@ -29,7 +27,7 @@ from tracker.studies.savings.figures import (
 )
 from tracker.studies.savings.layout import savings_table
 
-from .conftest import Small, asked_for, column, row_of, small, stores
+from .conftest import Small, column, row_of, small, stores
 
 LAYERS = 6
 N = 44
@@ -200,13 +198,9 @@ def test_what_a_cell_saves(study: Small) -> None:
 
 def test_a_metric_without_bounds_is_said(study: Small) -> None:
     (store,) = stores(study.path, study.results)
-    asked = asked_for(study.path, study.results)
-    (request,) = asked.experiment.cells()
-    identity = store.identity
-    identity.benchmark.tasks[0].metrics["acc"] = "perplexity"
-    unbounded = SimpleNamespace(identity=identity, views=store.views)
-    subject = Subject(request, unbounded, record_of(store, store.views.of(request)))
-    said = Savings().say(asked, [subject])
+    store.identity.benchmark.tasks[0].metrics["acc"] = "perplexity"
+    named = {"view": SimpleNamespace(metric="acc"), "record": SimpleNamespace(title="a cell")}
+    said = Savings().say(None, [SimpleNamespace(store=store, **named)])
     assert said.answers == ["Nothing could be raced for."]
     assert "acc is no mean of outcomes between 0 and 1; name another" in said.lacking[0]
 

@@ -148,13 +148,15 @@ def test_a_second_answer_runs_nothing(
     assert findings(tmp_path / "results", {}) == [first]
 
 
-def test_where_every_layer_snowballs(conduct: Conduct, drawn: Callable[..., None]) -> None:
-    drawn(removed=[2, 3, 4, 1], chance=[1.5, 3, 6, 1], handed=[0.5, 0.5, 0.5, 1])
-    finding = conduct(sample=30)
+def test_what_is_said_follows_from_the_growth(conduct: Conduct, drawn: Callable[..., None]) -> None:
+    drawn(removed=[2, 3, 0.5, 1], chance=[1.5, 3, 6, 1], handed=[0.5, 0.5, 0.5, 1])
+    finding = conduct(sample=30, benchmark=["arc_easy", "arc_challenge"])
     whether, most, chance, *_ = finding.answers
-    assert whether.startswith("tiny-llama: every layer snowballs, as the paper has it.")
-    assert "grows in 3 of 3 cases and shrinks in 0" in whether
-    # 2³, 3², 4¹, and as many times as much as 0.5³, 0.5², 0.5¹.
+    assert whether.startswith(
+        "tiny-llama: the snowball effect is there in most layers, as the paper"
+    )
+    assert "in 4 of 6 cases and shrinks in 2 (arc_easy 2 grow, 1 shrink, 0 undecided" in whether
+    # 2³, 3², 0.5¹, and as many times as much as 0.5³, 0.5², 0.5¹.
     assert re.search(r"; median ×(7\.[5-9]|8)\S* \(n = 30\)", whether)
     assert re.search(r"it ends 3[567]\S* times \(median\) as large as if", whether)
     assert most.startswith(
@@ -164,20 +166,11 @@ def test_where_every_layer_snowballs(conduct: Conduct, drawn: Callable[..., None
     assert "a removal grows more than random directions of the same norm in 1 of 3" in chance
     assert "less in 1 " in chance
     table = finding.tables[1]
-    assert values(table, "verdict") == ["grows", "grows", "grows", None]
-    assert values(table, "growing steps") == ["3 of 3", "2 of 2", "1 of 1", None]
+    assert values(table, "verdict") == ["grows", "grows", "shrinks", None]
+    assert values(table, "growing steps") == ["3 of 3", "2 of 2", "0 of 1", None]
     # 2³ / 0.5³
     assert column(table, "as handed on")[0].value == pytest.approx(64, rel=0.1)
-    assert "0 of these 3 verdicts change" in finding.answers[-1]
-
-
-def test_where_the_paper_is_contradicted(conduct: Conduct, drawn: Callable[..., None]) -> None:
-    drawn(removed=[0.5, 0.7, 2, 1], chance=[1, 1, 1, 1], handed=[0.5, 0.5, 0.5, 1])
-    finding = conduct(sample=30, benchmark=["arc_easy", "arc_challenge"])
-    whether = finding.answers[0]
-    assert whether.startswith("tiny-llama: the snowball effect is the exception and not the rule")
-    assert "in 2 of 6 cases and shrinks in 4 (arc_easy 1 grow, 2 shrink, 0 undecided" in whether
-    assert values(finding.tables[1], "verdict") == ["shrinks", "shrinks", "grows", None]
+    assert "0 of these 6 verdicts change" in finding.answers[-1]
     # Both benchmarks have the same differences.
     (between,) = (line for line in finding.answers if line.startswith("Growth depends"))
     assert "in 0 of 3 layers (arc_easy, arc_challenge" in between
@@ -205,33 +198,27 @@ def around(*factors: float, documents: int) -> list[list[float]]:
     return (factors * np.exp(0.05 * dice.normal(size=(documents, len(factors))))).tolist()
 
 
-def test_too_few_documents_contradict_nobody() -> None:
-    """All 29 layers grow fourfold, and eight documents cannot say so."""
-    few, enough = (cell(around(*[4.0] * 29, documents=documents)) for documents in (8, 11))
-    said = _whether([few])
-    assert said.startswith("m: whether most layers snowball is open; raise 'sample' or 'limit'. ")
-    assert "grows in 0 of 29 cases" in said
-    assert _too_few(few) == (
+@pytest.mark.parametrize(
+    ("factors", "documents", "verdict"),
+    [
+        ((0.5, 0.5, 2, 1, 1), 20, "the exception and not the rule here, against the paper."),
+        ((0.5, 0.5, 1, 1, 1), 20, "open; raise"),  # most are undecided
+        ((0.5, 0.5, 2, 2, 1), 20, "open; raise"),
+        ((2, 2, 2, 0.5, 1), 20, "there in most layers"),
+        ((4,) * 29, 8, "open; raise 'sample' or 'limit'. "),
+        ((4,) * 29, 11, "m: every layer snowballs, as the paper has it."),
+    ],
+)
+def test_only_decided_layers_contradict(factors, documents: int, verdict: str) -> None:
+    growth = np.array(around(*factors, documents=documents))
+    growth[:, np.equal(factors, 1)] = 1.5 ** np.resize([[1], [-1]], (documents, 1))
+    found = cell(growth.tolist())
+    assert verdict in _whether([found])
+    few = (
         "so few documents (8) leave all 29 layers undecided, whatever they show; Wilcoxon's test, "
         "adjusted for so many, needs 11; raise 'sample' or 'limit'"
     )
-    assert _whether([enough]).startswith("m: every layer snowballs")
-    assert _too_few(enough) == ""
-
-
-@pytest.mark.parametrize(
-    ("factors", "verdict"),
-    [
-        ((0.5, 0.5, 2, 1, 1), "the exception and not the rule here, against the paper."),
-        ((0.5, 0.5, 1, 1, 1), "open; raise"),  # most are undecided
-        ((0.5, 0.5, 2, 2, 1), "open; raise"),
-        ((2, 2, 2, 0.5, 1), "there in most layers"),
-    ],
-)
-def test_only_decided_layers_contradict(factors: tuple[float, ...], verdict: str) -> None:
-    growth = np.array(around(*factors, documents=20))
-    growth[:, np.equal(factors, 1)] = 1.5 ** np.array([[1], [-1]] * 10)
-    assert verdict in _whether([cell(growth.tolist())])
+    assert _too_few(found) == (few if documents == 8 else "")
 
 
 def test_growth_is_compared_between_documents_of_their_own() -> None:
