@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from tests.conftest import golden
 from tests.own import write_pair
 from tracker import api
 from tracker.core.ablations import ablate
@@ -253,25 +254,12 @@ def test_draws_count_by_their_mean_document_by_document() -> None:
     assert beside.found.p_value == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize(
-    ("found", "p", "calibration", "verdict", "paper"),
-    [
-        (Estimate(0.05, 0.02, 0.08), 0.01, OWN, "accuracy beats cosine by 5.0 pp (2.0 to 8.0)",
-         "This agrees with the paper: 67.49 against 59.54 %"),
-        (Estimate(-0.05, -0.09, -0.01), 0.03, OWN, "cosine beats accuracy by 5.0 pp (1.0 to 9.0)",
-         "This contradicts the paper"),
-        (Estimate(-0.05, -0.09, -0.01), 0.03, TEXT, "cosine beats accuracy", "This agrees with"),
-        (Estimate(0.01, -0.02, 0.05), 0.6, TASKS,
-         "not told apart, their difference is 1.0 pp (−2.0 to 5.0); p = 0.600 after Holm",
-         "neither agree nor contradict"),
-        (Estimate(0.05, 0.02, 0.08), 0.05, OWN, "not told apart", "neither agree nor contradict"),
-        (Estimate(None, reason="a: failed"), None, OWN, "cannot be compared (a: failed)",
-         "neither agree nor contradict"),
-    ],
-)  # fmt: skip
-def test_words_follow_from_figures(found, p, calibration, verdict: str, paper: str) -> None:
+@pytest.mark.parametrize(("figures", "verdict", "paper"), golden("prune_verdicts"))
+def test_words_follow_from_figures(figures: str, verdict: str, paper: str) -> None:
+    p, calibration, *ends = figures.split(", ")
     one, other = (Way(name, "25 %", calibration) for name in ("accuracy", "cosine"))
-    each = Beside(one, other, found, p)
+    found = Estimate(*map(float, ends)) if ends else Estimate(None, reason="a: failed")
+    each = Beside(one, other, found, float(p) if ends else None)
     assert verdict in _verdict(each)
     assert paper in _against_paper(each)
 

@@ -118,9 +118,7 @@ def test_what_is_open_when_the_measured_documents_end_took_nobody_knows_how_much
     assert replayed(cell, asked, orders_of(400)[:8]).answered.all()
 
 
-def test_an_answer_that_contradicts_all_documents_is_wrong(
-    cell: MeasuredDocuments,
-) -> None:
+def test_an_answer_that_contradicts_all_documents_is_wrong(cell: MeasuredDocuments) -> None:
     # Orders that hide what layer 4 costs until it is settled, which is no random order.
     first = np.argsort(cell.drops[:, 1] - cell.drops[:, 5], kind="stable")[None]
     for text in ("top 2", "prune 3", "drop within 10 pp", "sign"):
