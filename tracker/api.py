@@ -10,20 +10,14 @@ Each function says all that its command's page says; none of them does anything.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from tracker.core.config import CellRequest
-from tracker.core.errors import (
-    RequestError,
-    TrackerError,
-    TrackingError,
-    WorkError,
-    did_you_mean,
-)
+from tracker.core.errors import RequestError, TrackerError, TrackingError, WorkError, did_you_mean
 from tracker.core.experiment import load_experiment
 from tracker.core.records import CellRecord
 from tracker.core.text import masked
@@ -115,14 +109,6 @@ class _Work:
     def publisher(self, project: str, trial: Trial | None = None) -> closing[Publisher]:
         """Open what publishes; it is closed at the end."""
         return closing(Publisher(self.track, project, self.ledger.root, self._texts, trial))
-
-
-def _parted(
-    said: Mapping[str, Any], names: Collection[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part what says how work is done, by its names, from what says what is asked."""
-    how = {name: value for name, value in said.items() if name in names}
-    return how, {name: value for name, value in said.items() if name not in names}
 
 
 @dataclass(frozen=True)
@@ -234,8 +220,8 @@ def study(name: str, experiment: Where, **settings: Any) -> Studied:
     from tracker.studies.conduct import conduct
     from tracker.studies.registry import open_study
 
-    how, own = _parted(settings, Running.__optional_keys__)
-    chosen = open_study(name, **own)
+    how = {name: settings.pop(name) for name in Running.__optional_keys__ & settings.keys()}
+    chosen = open_study(name, **settings)
     path = Path(experiment)
     asked, text = load_experiment(path)
     work = _Work(how)
@@ -299,12 +285,13 @@ def prune(
     """
     from tracker.pruning.export import checkpoint
     from tracker.pruning.export.chosen import chosen_by
+    from tracker.pruning.search.cells import Lender
     from tracker.pruning.search.conduct import conduct
     from tracker.pruning.search.report import best, export_line
     from tracker.pruning.search.request import load_searches, refuse_idle, search_request
     from tracker.pruning.search.trial import trial
 
-    how, own = _parted(settings, Running.__optional_keys__)
+    how = {name: settings.pop(name) for name in Running.__optional_keys__ & settings.keys()}
     work = _Work(how)
     typed: tuple[str, ...] = ()
     if output is not None:
@@ -312,14 +299,14 @@ def prune(
     with trial(work.track if experiment is None else (), work.ledger.root) as log:
         if experiment is not None:
             path = Path(experiment)
-            given = {"project": project, **own}
+            given = {"project": project, **settings}
             if name := next((key for key, value in given.items() if value is not None), ""):
                 raise RequestError(f"--{name} is said in {path} itself: give one of the two")
             file, text = load_searches(path)
             asked, project, name = file.searches(), file.destination, path.name
             typed = ("tracker", "prune", os.fspath(experiment))
         else:
-            asked, text = [search_request(own)], ""
+            asked, text = [search_request(settings)], ""
             if not in_sweep():  # whose grid holds every combination of its values
                 refuse_idle(asked)
             name = f"{asked[0].strategy}-{asked[0].cell.benchmark}"
@@ -327,9 +314,8 @@ def prune(
             checkpoint.refuse_units({request.unit for request in asked})
         project = project or "tracker"
         with work.publisher(project) as publisher:
-            found, finding = conduct(
-                asked, name, work.ledger, publisher, work.options, work.progress, typed
-            )
+            lender = Lender(work.ledger, work.options, work.progress, typed)
+            found, finding = conduct(asked, name, lender, publisher)
         log(found)
     page = _shown(work.ledger, name, text, found.outcome)
     pruned = Pruned(tuple(found.records), finding, page, found.outcome, "")
@@ -373,10 +359,7 @@ def validate(experiment: Where, *, trust_remote_code: bool = False) -> tuple[int
 
 
 def plan(
-    experiment: Where,
-    *,
-    results: Where = RESULTS,
-    trust_remote_code: bool = False,
+    experiment: Where, *, results: Where = RESULTS, trust_remote_code: bool = False
 ) -> list[PlannedCell]:
     """Say what an experiment will cost, before anything is spent.
 
@@ -398,10 +381,7 @@ def plan(
 
 
 def plan_prune(
-    experiment: Where,
-    *,
-    results: Where = RESULTS,
-    trust_remote_code: bool = False,
+    experiment: Where, *, results: Where = RESULTS, trust_remote_code: bool = False
 ) -> tuple[list[PlannedSearch], list[PlannedSearch]]:
     """Say what the searches of an experiment will cost, before anything is spent.
 
@@ -511,12 +491,12 @@ def export(
 
     removed = tuple(remove)
     checkpoint.refuse_parts(component, removed)
-    how, told = _parted(settings, Working.__optional_keys__)
+    how = {name: settings.pop(name) for name in Working.__optional_keys__ & settings.keys()}
     work = _Work(how)
     return checkpoint.export(
         checkpoint.ExportRequest(
             pruning=Pruning(removed),
-            request=checkpoint.request(model, benchmark, **told),
+            request=checkpoint.request(model, benchmark, **settings),
             on_benchmark=benchmark is not None,
             output=Path(output),
             ledger=work.ledger,
@@ -624,10 +604,7 @@ def leaderboard(
 
 
 def _collected(
-    sources: Sequence[Where],
-    results: Where,
-    progress: Progress | None,
-    anew: bool = False,
+    sources: Sequence[Where], results: Where, progress: Progress | None, anew: bool = False
 ) -> Collected:
     names = [os.fspath(source) for source in sources] or [os.fspath(results)]
     found = collect(names, progress or Silent(), anew)
@@ -653,10 +630,7 @@ def _beside(sources: Sequence[Where], results: Where, form: str) -> Path:
 
 
 def sync(
-    to: Sequence[str] | None = None,
-    *,
-    results: Where = RESULTS,
-    publish_documents: bool = False,
+    to: Sequence[str] | None = None, *, results: Where = RESULTS, publish_documents: bool = False
 ) -> Synced:
     """Publish from the ledger what the backends do not have yet, asking the backends themselves.
 
@@ -706,14 +680,9 @@ def log_samples(
         RequestError: Nothing is measured of what was asked for, or `output` is a file.
         ResultsError: There are no results.
     """
+    ledger = Ledger.existing(Path(results))
     return write_result_files(
-        Ledger.existing(Path(results)),
-        Path(output),
-        model,
-        benchmark,
-        layer,
-        trust_remote_code,
-        progress or Silent(),
+        ledger, Path(output), model, benchmark, layer, trust_remote_code, progress or Silent()
     )
 
 
@@ -736,9 +705,7 @@ def sync_sweep(sweep: str, *, results: Where = RESULTS) -> SweepFilled:
 
 
 def check(
-    results: Where = RESULTS,
-    against: Where | None = None,
-    progress: Progress | None = None,
+    results: Where = RESULTS, against: Where | None = None, progress: Progress | None = None
 ) -> tuple[Verified, list[str]]:
     """Verify all of a results folder; a shard that is not what was written is set aside.
 

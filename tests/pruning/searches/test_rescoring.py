@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,34 +16,15 @@ from tracker.pruning.search.budgets import Budget
 from tracker.pruning.search.cells import Lender, OpenCell
 from tracker.pruning.search.request import SearchRequest
 from tracker.pruning.search.rescoring import BATCH, QUESTION
-from tracker.pruning.search.scores import Losses, Scores
+from tracker.pruning.search.scores import Scores, Set
 from tracker.pruning.search.strategies import STRATEGIES, Search
 from tracker.stats.sequential.stopping import Race
 
-from .conftest import LAYERS
-
-Set = tuple[int, ...]
-
-
-class Known:
-    """Scores of twenty parts whose removals cost what is given, in one document."""
-
-    layers = 20
-
-    def __init__(self, cost: Callable[[Set], float]) -> None:
-        self.cost = cost
-        self.asked: set[Set] = set()
-        self.calls: list[int] = []
-
-    def losses(self, by: str, sets: list[Set]) -> Losses:
-        self.calls.append(len(set(sets) - self.asked))
-        self.asked |= set(sets)
-        values = np.array([[self.cost(each) for each in sets]])
-        return Losses(list(sets), values, np.ones(1), np.zeros(len(sets)))
+from .conftest import LAYERS, Known
 
 
 def chosen(known: Known, rescoring: str, count: int = 6) -> list[int | None]:
-    search = Search(known, Budget((1.0,) * 20, count), rescoring=rescoring)  # type: ignore[arg-type]
+    search = known.search(count, rescoring=rescoring)
     return [step.layer for step in STRATEGIES["accuracy"](search)]
 
 
@@ -54,17 +36,19 @@ def redundant(each: Set) -> float:
 def test_a_lazy_search_is_the_full_one_where_costs_only_grow() -> None:
     full, lazy = Known(redundant), Known(redundant)
     assert chosen(lazy, "lazy") == chosen(full, "full")
-    assert len(full.asked) == sum(20 - n for n in range(6))
-    assert lazy.calls[0] == 20
-    assert all(new <= BATCH for new in lazy.calls[1:])
-    assert len(lazy.asked) < len(full.asked) / 2
+    asked = {each for call in lazy.calls for each in call}
+    known = [set(itertools.chain(*lazy.calls[:n])) for n in range(len(lazy.calls))]
+    new = [len(set(call) - before) for call, before in zip(lazy.calls, known, strict=True)]
+    assert (new[0], max(new[1:])) == (20, BATCH)
+    assert [len(call) for call in full.calls] == [20 - n for n in range(6)]
+    assert len(asked) < sum(map(len, full.calls)) / 2
 
 
 def test_a_lazy_search_overlooks_what_became_cheaper() -> None:
     """What its docstring says that it assumes: part 19 costs nothing once part 0 is gone."""
 
     def cost(each: Set) -> float:
-        return sum(float(n) for n in each if not (n == 19 and 0 in each))
+        return sum(n for n in each if not (n == 19 and 0 in each))
 
     assert chosen(Known(cost), "full", 2) == [0, 19]
     assert chosen(Known(cost), "lazy", 2) == [0, 1]

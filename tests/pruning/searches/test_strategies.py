@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import combinations, pairwise
+from contextlib import contextmanager
+from itertools import combinations, combinations_with_replacement, pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +17,12 @@ from tracker.core.prune_records import PruneStep
 from tracker.pruning.search import strategies
 from tracker.pruning.search.budgets import Budget
 from tracker.pruning.search.cells import OpenCell
-from tracker.pruning.search.scores import Losses, Scores
+from tracker.pruning.search.scores import Losses, Scores, Set
 from tracker.pruning.search.strategies import STRATEGIES, Search
 
-from .conftest import GO, LAYERS, Truth
+from .conftest import GO, LAYERS, Known, Truth
 
 WITHIN = Budget((1.0,) * LAYERS, GO)
-Set = tuple[int, ...]
 
 
 def run(cell: OpenCell, strategy: str, **more: object) -> list[PruneStep]:
@@ -76,73 +77,74 @@ def test_evolution_finds_the_best_of_few_sets(cell: OpenCell, truth: Truth) -> N
 def test_evolution_mutates_what_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of twenty parts the six last ones cost nothing: mutation and choice lead towards them."""
 
-    class Known:
-        layers = 20
+    def cost(each: Set) -> float:
+        return sum(n < 14 for n in each)
 
-        def __init__(self) -> None:
-            self.asked: list[list[Set]] = []
-
-        def losses(self, by: str, sets: list[Set]) -> Losses:
-            self.asked.append(list(sets))
-            values = np.array([[sum(n < 14 for n in each) for each in sets]], dtype=float)
-            return Losses(sets, values, np.ones(1), np.zeros(len(sets)))
-
-    known = Known()
-    within = Budget((1.0,) * 20, 6)
-    search = Search(known, within, seed=5)  # type: ignore[arg-type]
+    known = Known(cost)
+    search = known.search(6, seed=5)
     (step,) = STRATEGIES["evolutionary"](search)
-    first = min(sum(n < 14 for n in each) for each in known.asked[0])
+    costs = [[cost(each) for each in sets] for sets in known.calls]
     assert step.score is not None
-    assert step.score < first
+    assert step.score < min(costs[0])
     # What is kept is chosen, and not only the end.
-    means = [np.mean([sum(n < 14 for n in each) for each in sets]) for sets in known.asked]
-    assert means[-1] < means[0] - 1
+    assert np.mean(costs[-1]) < np.mean(costs[0]) - 1
     size, rounds = strategies.POPULATION, strategies.GENERATIONS
-    assert [len(each) for each in known.asked] == [size, *[2 * size] * rounds]
-    assert len({each for sets in known.asked for each in sets}) == size * (rounds + 1)
+    assert [len(sets) for sets in known.calls] == [size, *[2 * size] * rounds]
+    assert len({each for sets in known.calls for each in sets}) == size * (rounds + 1)
     assert list(STRATEGIES["evolutionary"](search)) == [step]
-    other = Search(known, within, seed=5, draw=2)  # type: ignore[arg-type]
-    known.asked.clear()
-    list(STRATEGIES["evolutionary"](other))
-    assert known.asked[0] != list(known.asked[1])
+    other = Known(cost)
+    list(STRATEGIES["evolutionary"](other.search(6, seed=5, draw=2)))
+    assert other.calls[0] != known.calls[0]
 
 
-def texts(truth: Truth) -> Iterator[tuple[Tensor, int]]:
+def texts(truth: Truth) -> Iterator[Tensor]:
     """What the proxies read of each document."""
     for document in truth.documents:
         request = document.requests[document.gold or 0]
-        tokens = request.context + request.continuation
-        yield torch.tensor([tokens]), len(tokens)
+        yield torch.tensor([request.context + request.continuation])
 
 
-def states(model: object, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Input and output of each layer, in float64."""
-    seen: list[tuple[Tensor, Tensor]] = []
+@contextmanager
+def hooked(model: Any, hook: Callable[[int, Tensor, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call with the place, the input and the output of each layer; what it gives is the output."""
 
-    def hook(module: object, args: tuple[Tensor, ...], output: object) -> None:
-        after = output[0] if isinstance(output, tuple) else output
-        seen.append((args[0][0].double(), after[0].double()))  # type: ignore[index]
+    def of(place: int) -> Callable[..., Any]:
+        def hook_of(module: Any, args: Any, output: Any) -> Any:
+            after = output[0] if isinstance(output, tuple) else output
+            other = hook(place, args[0], after)
+            changed = after if other is None else other
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    handles = [layer.register_forward_hook(hook) for layer in layers_of(model)]
-    with torch.no_grad():
-        model(ids)  # type: ignore[operator]
+        return hook_of
+
+    handles = [one.register_forward_hook(of(at)) for at, one in enumerate(layers_of(model))]
+    yield
     for handle in handles:
         handle.remove()
-    return seen
 
 
-def turned(
-    model: object, truth: Truth, of: Callable[[Tensor, Tensor], Tensor]
-) -> list[list[float]]:
+def loss(model: Any, ids: Tensor) -> float:
+    """The negative log-likelihood of all tokens but the first."""
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1].double()
+    return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+
+
+def turned(model: Any, truth: Truth, of: Callable[[Tensor, Tensor], Tensor]) -> list[list[float]]:
     """A figure of each stretch of layers, averaged over all tokens."""
     total = len(layers_of(model))
     sums, tokens = torch.zeros(total, total, dtype=torch.float64), 0
-    for ids, count in texts(truth):
-        seen = states(model, ids)
-        tokens += count
-        for i in range(total):
-            for j in range(i, total):
-                sums[i, j] += of(seen[i][0], seen[j][1]).sum()
+    for ids in texts(truth):
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def see(place: int, before: Tensor, after: Tensor, seen: Any = seen) -> None:
+            seen.append((before[0].double(), after[0].double()))
+
+        with hooked(model, see):
+            loss(model, ids)
+        tokens += ids.shape[1]
+        for i, j in combinations_with_replacement(range(total), 2):
+            sums[i, j] += of(seen[i][0], seen[j][1]).sum()
     return (sums / tokens).tolist()
 
 
@@ -150,59 +152,50 @@ def cosine(before: Tensor, after: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(before, after, dim=-1)
 
 
-def losses(model: object, truth: Truth) -> float:
+def relative(before: Tensor, after: Tensor) -> Tensor:
+    return (after - before).norm(dim=-1) / before.norm(dim=-1)
+
+
+def perplexity(model: Any, truth: Truth) -> float:
     """The mean negative log-likelihood of a predicted token."""
-    total, tokens = 0.0, 0
-    for ids, count in texts(truth):
-        with torch.no_grad():
-            logits = model(ids).logits[0, :-1].double()  # type: ignore[operator]
-        total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-        tokens += count - 1
-    return total / tokens
+    read = list(texts(truth))
+    return sum(loss(model, ids) for ids in read) / sum(ids.shape[1] - 1 for ids in read)
 
 
 def naive_proxy(name: str, truth: Truth, removed: Set) -> dict[int, float]:
     """A proxy of each layer of a really pruned model, by its place in the intact one."""
-    intact = truth.model.model
-    model = exported(intact, removed)
+    model = exported(truth.model, removed)
     left = [n for n in range(LAYERS) if n not in removed]
-    if name == "cosine":
-        found = turned(model, truth, lambda b, a: 1 - cosine(b, a))
-        return {layer: found[i][i] for i, layer in enumerate(left)}
-    if name == "relative_update":
-        found = turned(model, truth, lambda b, a: (a - b).norm(dim=-1) / b.norm(dim=-1))
-        return {layer: found[i][i] for i, layer in enumerate(left)}
     if name == "perplexity":
-        before = losses(model, truth)
-        return {
-            layer: losses(exported(intact, (*removed, layer)), truth) - before for layer in left
-        }
-    return gates(model, truth, left)
+        without = [exported(truth.model, (*removed, layer)) for layer in left]
+        before = perplexity(model, truth)
+        figures = [perplexity(each, truth) - before for each in without]
+    elif name == "taylor":
+        figures = gates(model.double(), truth)
+    elif name == "cosine":
+        figures = [1 - each for each in np.diag(turned(model, truth, cosine))]
+    else:
+        figures = [*np.diag(turned(model, truth, relative))]
+    return dict(zip(left, figures, strict=True))
 
 
-def gates(model: object, truth: Truth, left: list[int]) -> dict[int, float]:
+def gates(model: Any, truth: Truth) -> list[float]:
     """The size of each document's derivative by a gate on a layer's update: by small steps."""
-    step, sums = 1e-3, dict.fromkeys(left, 0.0)
-    model = model.double()  # type: ignore[attr-defined]
-    for place, layer in enumerate(left):
-        for ids, count in texts(truth):
+    step, found = 1e-3, []
+    for gated in range(len(layers_of(model))):
+        total = 0.0
+        for ids in texts(truth):
             values = []
             for gate in (1 + step, 1 - step):
 
-                def gated(module, args, output, gate=gate):
-                    after = output[0] if isinstance(output, tuple) else output
-                    moved = args[0] + gate * (after - args[0])
-                    return (moved, *output[1:]) if isinstance(output, tuple) else moved
+                def move(place: int, before: Tensor, after: Tensor, gate: float = gate) -> Any:
+                    return before + gate * (after - before) if place == gated else None  # noqa: B023
 
-                handle = layers_of(model)[place].register_forward_hook(gated)
-                with torch.no_grad():
-                    logits = model(ids).logits[0, :-1]
-                handle.remove()
-                values.append(
-                    float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-                )
-            sums[layer] += abs(values[0] - values[1]) / (2 * step) / (count - 1)
-    return {layer: total / len(truth.documents) for layer, total in sums.items()}
+                with hooked(model, move):
+                    values.append(loss(model, ids))
+            total += abs(values[0] - values[1]) / (2 * step) / (ids.shape[1] - 1)
+        found.append(total / len(truth.documents))
+    return found
 
 
 @pytest.mark.parametrize("name", ["cosine", "relative_update", "perplexity", "taylor"])
@@ -227,7 +220,7 @@ def test_proxies_are_those_of_the_model_that_is_left(
 
 def test_the_stretch_that_turns_least_goes(cell: OpenCell, truth: Truth) -> None:
     angles = turned(
-        truth.model.model, truth, lambda b, a: torch.arccos(cosine(b, a).clamp(-1, 1)) / torch.pi
+        truth.model, truth, lambda b, a: torch.arccos(cosine(b, a).clamp(-1, 1)) / torch.pi
     )
     steps = run(cell, "angular")
     assert len(steps) == GO

@@ -11,14 +11,13 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from tests.conftest import save_tokenizer
 from tests.engine.truth import truths, without
-from tracker.benchmarks.benchmark import open_benchmark
-from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.ablations import INTACT, Ablation
 from tracker.ledger.outcomes import AGAIN
-from tracker.measuring.job import Options
-from tracker.measuring.meter import open_model
 from tracker.measuring.rounding_sample import LEAST
 from tracker.pruning.search.cells import OpenCell, _drawn
+from tracker.pruning.search.search import budget_of, search
+
+from .conftest import opened
 
 FIRST, LATER = Ablation((0, 1)), Ablation((1, 2))
 
@@ -44,17 +43,12 @@ def test_a_set_that_the_check_has_not_seen_is_exact(ask, lend, tmp_path: Path) -
     cell.measure([FIRST])
     cell.measure([LATER])
 
-    loaded = open_model(request, Options("cpu")).loaded
-    encoder = RequestEncoder(loaded.model, loaded.tokenizer, request)
-    documents = sorted(
-        open_benchmark(request).documents(encoder, request.extent), key=lambda each: each.index
-    )
+    loaded, documents, max_length = opened(request)
     removed = [INTACT.layers, FIRST.layers, LATER.layers]
-    plain = truths(loaded.model, documents, removed, encoder.max_length, without)
+    plain = truths(loaded, documents, removed, max_length, without)
     measured = cell.paired([INTACT, FIRST, LATER], "gold_logprob").ablated
-    for number in range(3):
-        gold = [each[number][d.gold or 0] for each, d in zip(plain, documents, strict=True)]
-        assert np.allclose(measured[:, number], gold, atol=1e-3), number
+    gold = [[s[d.gold or 0] for s in each] for each, d in zip(plain, documents, strict=True)]
+    assert np.allclose(measured, gold, atol=1e-3)
 
 
 def test_sets_are_drawn_of_what_is_removed_together() -> None:
@@ -74,6 +68,12 @@ def test_sets_are_drawn_of_what_is_removed_together() -> None:
 def test_of_candidates_nothing_is_computed_twice_and_of_what_is_tested_some_is(
     ask, lend, tmp_path: Path
 ) -> None:
+    raced = {"benchmark": "copa", "rescoring": "race", "sample": None, "remove": 1}
+    race = ask(strategy="accuracy", dtype="bfloat16", **raced)
+    lender, cells = lend(tmp_path / "results"), {}
+    list(search(race, budget_of(race, lender), lender, cells))
+    assert AGAIN not in cells[race.calibration()[0]].store.read()
+
     asked = ask(strategy="accuracy", remove=2, dtype="bfloat16")
     (request,), test = asked.calibration(), asked.test()
     chosen, tested = (OpenCell(each, lend(tmp_path / "results")) for each in (request, test))

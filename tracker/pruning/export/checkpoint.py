@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,8 +154,10 @@ def export(asked: ExportRequest, progress: Progress) -> Exported:
         if pruning.strategy is None:
             pruning = chosen(asked.ledger, model.base, pruning.removed)
         own = () if measured is None else (_accuracy(measured, pruning, asked.ledger),)
-        tested = (each for each in pruning.tested if not _same(each, own))
-        model = replace(model, pruning=pruning, accuracy=(*own, *tested), proof=proof)
+        # What was measured on just these documents is not said again.
+        known = {(each.benchmark, each.n, each.before) for each in own}
+        more = [a for a in pruning.tested if (a.benchmark, a.n, a.before) not in known]
+        model = replace(model, pruning=pruning, accuracy=(*own, *more), proof=proof)
         write_card(model, folder)
     made_of = (*pruning.chosen_by, *(() if measured is None else (measured.cell,)))
     return publish(model, made_of, asked.track, asked.project, asked.ledger.root, asked.register)
@@ -250,11 +252,6 @@ def _accuracy(measured: MeasuredCell, pruning: Pruning, ledger: Ledger) -> Accur
         after=cell.remaining,
         unit=measure.level_unit,
     )
-
-
-def _same(one: Accuracy, others: Sequence[Accuracy]) -> bool:
-    """Whether a benchmark was measured on just these documents again."""
-    return any((one.benchmark, one.n, one.before) == (o.benchmark, o.n, o.before) for o in others)
 
 
 def _refuse_small_disk(folder: Path, size: int) -> None:

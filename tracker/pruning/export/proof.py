@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -133,19 +133,18 @@ def prove(
         logits = load_file(asked["logits"])
         _refuse_other_model(answer, wanted)
         difference = _same_logits([logits[str(n)] for n in range(len(TEXTS))], wanted)
-    versions = {"transformers": version("transformers")}
+    proof = Proof(len(TEXTS), difference, versions={"transformers": version("transformers")})
     if measured is None:
-        return Proof(len(TEXTS), difference, versions=versions)
+        return proof
     far, ties = _same_outcomes(answer, measured, documents, wanted.half)
-    return Proof(
-        texts=len(TEXTS),
-        difference=difference,
+    return replace(
+        proof,
         tasks=tuple(documents),
         documents=sum(map(len, documents.values())),
         figure={} if asked["benchmark"]["only"] else _figure(answer, measured, ties),
         loglikelihood=far,
         ties=ties,
-        versions={**versions, "lm-eval": answer["lm_eval"]},
+        versions={**proof.versions, "lm-eval": answer["lm_eval"]},
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tracker.core.errors import TrackerError
 from tracker.core.records import CellRecord
-from tracker.pruning.export.facts import Accuracy, Exported
+from tracker.pruning.export.facts import Exported
 from tracker.tracking import open_models, target
 from tracker.tracking.base import SavedModel
 
@@ -59,11 +59,8 @@ def _figures(model: Exported) -> dict[str, float]:
     if model.faster is not None:
         found["pruned/times_as_fast"] = model.faster[0]
     for each in model.accuracy:
-        found |= _accuracy(each)
+        metric = f"{each.benchmark}/{each.metric.replace(',', ' ')}"
+        for name, level in (("base", each.before), ("pruned", each.after)):
+            if level.value is not None:
+                found[f"{name}/{metric}"] = level.value
     return found
-
-
-def _accuracy(each: Accuracy) -> dict[str, float]:
-    name = f"{each.benchmark}/{each.metric.replace(',', ' ')}"
-    values = {f"base/{name}": each.before.value, f"pruned/{name}": each.after.value}
-    return {name: value for name, value in values.items() if value is not None}

@@ -17,6 +17,9 @@ from tracker.models.sources import PACKAGE, ModelSource
 
 WINDOWS = "llama.cpp, windows"
 """The recipe that writes down which layers see a window, where llama.cpp would guess wrong."""
+Windows = tuple[str, int, list[bool]]
+"""What llama.cpp calls a model, after how many layers it expects one that sees everything, and of
+each layer whether it sees a window."""
 _PERIODS = {"gemma3_text": ("gemma3", 6)}
 """Models of which llama.cpp computes from a layer's place whether it sees a window, unless the file
 says it, which neither its converter nor llama-quantize writes: its name of them, and the period,
@@ -55,7 +58,7 @@ def recipes(
     kept: Sequence[int],
     removed: Sequence[int],
     resized: Sequence[str] = (),
-    windows: tuple[str, Sequence[bool]] | None = None,
+    windows: Windows | None = None,
 ) -> dict[str, str]:
     """Say how mergekit and llama.cpp make a model: tool → what it is given.
 
@@ -79,10 +82,10 @@ def recipes(
     if resized:
         if windows is None or set(resized) != {"layer_types"}:
             return {}
-        name, windowed = windows
+        name, period, windowed = windows
         found = {"llama.cpp": quantize}
-        if list(windowed) != _by_place(name, len(windowed)):
-            found[WINDOWS] = with_windows(name, windowed)
+        if windowed != [place % period != 0 for place in range(1, len(windowed) + 1)]:
+            found[WINDOWS] = _WITH_WINDOWS.substitute(name=name, windows=windowed)
         return found
     found = {"mergekit": mergekit(_safetensors(source, base), base.dtype, kept)}
     if source.gguf_file:
@@ -132,23 +135,14 @@ def by_other_tools(found: Mapping[str, str]) -> list[tuple[str, str, str]]:
     return [(words, language, program.rstrip()) for words, language, program in said]
 
 
-def windows_of(kind: str, layer_types: Sequence[str]) -> tuple[str, list[bool]] | None:
-    """Say of which layers llama.cpp must know that they see a window, and what it calls the model.
+def windows_of(kind: str, layer_types: Sequence[str]) -> Windows | None:
+    """Say of which layers llama.cpp must know that they see a window.
 
     None for a kind of model of which it is not known how llama.cpp finds that out.
     """
     if kind not in _PERIODS:
         return None
-    return _PERIODS[kind][0], [each == "sliding_attention" for each in layer_types]
-
-
-def _by_place(name: str, layers: int) -> list[bool]:
-    """Which layers see a window by llama.cpp's own reckoning."""
-    return [(layer + 1) % _period(name) != 0 for layer in range(layers)]
-
-
-def _period(name: str) -> int:
-    return next(period for own, period in _PERIODS.values() if own == name)
+    return *_PERIODS[kind], [each == "sliding_attention" for each in layer_types]
 
 
 def _gguf(source: ModelSource) -> str:
@@ -177,11 +171,6 @@ def as_safetensors(source: ModelSource, dtype: str) -> str:
         folder = f"find_spec({module!r}).submodule_search_locations[0]"
     said = {"imports": imports, "folder": folder, "file": repr(source.gguf_file), "dtype": dtype}
     return _AS_SAFETENSORS.substitute(said, name=repr(source.name))
-
-
-def with_windows(name: str, windows: Sequence[bool]) -> str:
-    """Write a program that adds to llama.cpp's file which layers see a window."""
-    return _WITH_WINDOWS.substitute(name=name, windows=list(windows))
 
 
 def mergekit(base: str, dtype: str, kept: Sequence[int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -40,21 +40,20 @@ def planned(ablations: Iterable[Ablation], layers: int) -> StreamPlan:
     return plan_streams(list(dict.fromkeys((INTACT, *ablations))), layers)
 
 
+@dataclass
 class Lender:
     """Loads a model once for all cells that ask for it, and says where they are and to whom.
 
-    `typed` is the command that goes on with what was stopped.
+    `typed` is the command, without the results folder, that goes on with what was stopped, empty
+    for a trial's; `loaded` is how often a model was loaded.
     """
 
-    def __init__(
-        self, ledger: Ledger, options: Options, progress: Progress, typed: Sequence[str] = ()
-    ) -> None:
-        self.ledger = ledger
-        self.typed = typed
-        self.options = options
-        self.progress = progress
-        self.loaded = 0
-        self._model: Model | None = None
+    ledger: Ledger
+    options: Options
+    progress: Progress
+    typed: Sequence[str] = ()
+    loaded: int = 0
+    _model: Model | None = None
 
     def model(self, request: CellRequest) -> Model:
         """Load the model of a cell, or hand out the one that is loaded."""

@@ -16,19 +16,11 @@ from tracker.core.records import CellRecord, Place
 from tracker.ledger.findings import keep_finding, keep_search
 from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.store import Ledger
-from tracker.measuring.job import Options
 from tracker.measuring.prepare import look_up
-from tracker.measuring.progress import Progress
 from tracker.pruning.search.cells import Lender, OpenCell
 from tracker.pruning.search.report import finding_of
 from tracker.pruning.search.request import SearchRequest
-from tracker.pruning.search.search import (
-    Found,
-    budget_of,
-    refuse_mixed,
-    refuse_unknown,
-    search,
-)
+from tracker.pruning.search.search import Found, budget_of, refuse_mixed, refuse_unknown, search
 from tracker.runner import Finished, run_cells
 from tracker.team.publish import Publisher
 
@@ -57,44 +49,28 @@ class Pursued:
 
 
 def conduct(
-    asked: Sequence[SearchRequest],
-    name: str,
-    ledger: Ledger,
-    publisher: Publisher,
-    options: Options,
-    progress: Progress,
-    typed: Sequence[str] = (),
+    asked: Sequence[SearchRequest], name: str, lender: Lender, publisher: Publisher
 ) -> tuple[Pursued, FindingRecord]:
     """Pursue the searches of a file, called `name`, and keep what they say beside each other.
 
     As `pursue`: RequestError, CellError.
     """
-    found = pursue(asked, ledger, publisher, options, progress, typed)
+    found = pursue(asked, lender, publisher)
     failed = {request.title: why for request, why in found.failed.items()}
     finding = finding_of(name, found.records, found.tests, failed)
-    keep_finding(ledger.root, finding)
+    keep_finding(lender.ledger.root, finding)
     return found, finding
 
 
-def pursue(
-    asked: Sequence[SearchRequest],
-    ledger: Ledger,
-    publisher: Publisher,
-    options: Options,
-    progress: Progress,
-    typed: Sequence[str] = (),
-) -> Pursued:
+def pursue(asked: Sequence[SearchRequest], lender: Lender, publisher: Publisher) -> Pursued:
     """Search, measure each step on the test documents, publish it as a run of its own, keep it all.
 
     A search that was killed goes on where it was: all that it asked is in the ledger.
 
     Args:
         asked: The searches, equal models next to each other.
-        ledger: The results folder.
+        lender: Where the results are, how models run, always in this process, and who is told.
         publisher: Hands the steps' runs to the tracking backends.
-        options: How to run; always in this process.
-        progress: Told what happens.
-        typed: The command, without the results folder; empty for a trial's.
 
     Returns:
         What was found.
@@ -104,8 +80,8 @@ def pursue(
             measured.
         CellError: No search could be finished.
     """
+    ledger, options, progress = lender.ledger, lender.options, lender.progress
     ledger.refuse_unwritable()
-    lender = Lender(ledger, options, progress, typed)
     refuse_unknown(asked, options.trust_remote_code)
     cells: dict[CellRequest, OpenCell] = {}
     refuse_mixed(asked, lender, cells)

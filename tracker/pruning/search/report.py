@@ -292,11 +292,11 @@ def _sets(records: Sequence[PruneRecord]) -> Table:
 
 def _frontier_of(records: Sequence[PruneRecord]) -> LineChart:
     first = records[0]
-    longest: dict[str, PruneRecord] = {}
     labels = _labels(records)
-    for one in sorted(records, key=lambda each: len(each.removed)):
-        longest[labels[one.name]] = one  # several amounts of one strategy: the last has all steps
-    most = max(len(one.removed) for one in records)
+    ascending = sorted(records, key=lambda record: len(record.removed))
+    # Several amounts of one strategy: the last has all steps.
+    longest = {labels[record.name]: record for record in ascending}
+    most = len(ascending[-1].removed)
     levels: dict[str, list[Estimate | None]] = {}
     for label, one in longest.items():
         at = {0: one.baseline, **{len(s.removed): s.test for s in one.steps if s.test}}

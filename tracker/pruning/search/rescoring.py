@@ -80,7 +80,5 @@ def race(scores: Scores, budget: Budget) -> Iterator[PruneStep]:
         means = rounded((bounds.low + bounds.high) / 2)
         best = min(may_go.tolist(), key=lambda place: (means[place], -left[place]))
         removed = sets[best]
-        reasons = {"margin": "a race does not look at every candidate on all documents"}
-        yield PruneStep(
-            removed=removed, layer=left[best], score=float(means[best]), reasons=reasons
-        )
+        score, why = float(means[best]), "a race does not look at every candidate on all documents"
+        yield PruneStep(removed=removed, layer=left[best], score=score, reasons={"margin": why})

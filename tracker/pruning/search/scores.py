@@ -218,10 +218,9 @@ class Scores:
             open_then = [one for one, n in zip(ablations, took, strict=True) if n >= end]
             self._passes += cell.passes([*beneath, *open_then]) * (end - before) / cell.n
         self._evaluations += float(took.sum()) / cell.n + (not self._evaluations)
-        always = [INTACT, *beneath]
-        for one, n in zip(
-            (*always, *ablations), ([seen.max()] * len(always) + [*seen]), strict=True
-        ):
+        looked = dict.fromkeys((INTACT, *beneath), int(seen.max()))
+        looked |= zip(ablations, seen.tolist(), strict=True)
+        for one, n in looked.items():
             self._raced[one.name] = self._raced.get(one.name, frozenset()) | set(order[:n])
 
     def looked_at(self, cell: OpenCell) -> dict[str, tuple[int, ...]]:

@@ -149,8 +149,7 @@ def search(
         ExperimentError: There are too few calibration documents.
         CellError: No removal has a finite score.
     """
-    requests = asked.calibration()
-    own = [cells.setdefault(each, OpenCell(each, lender)) for each in requests]
+    own = [cells.setdefault(each, OpenCell(each, lender)) for each in asked.calibration()]
     for cell in own:
         refuse_few(cell.request, cell.n)
     _refuse_mixtures(asked, own)

@@ -11,6 +11,7 @@ from tracker.core.config import CellRequest
 from tracker.core.errors import TrackingError
 from tracker.core.prune_records import PruneRecord
 from tracker.pruning.search.conduct import Pursued
+from tracker.pruning.search.figures import end
 from tracker.team.publish import Trial
 
 _ANY = CellRequest(model="any", benchmark="any", layers=(0,))
@@ -18,11 +19,11 @@ _ANY = CellRequest(model="any", benchmark="any", layers=(0,))
 
 def figures(record: PruneRecord) -> dict[str, float]:
     """What a sweep's page compares searches by."""
-    test, cost = record.steps[-1].test, record.cost
+    test, cost = end(record), record.cost
     found = {
-        "search/test_accuracy": test.accuracy if test else None,
-        "search/test_accuracy_low": test.low if test else None,
-        "search/test_accuracy_high": test.high if test else None,
+        "search/test_accuracy": test.accuracy,
+        "search/test_accuracy_low": test.low,
+        "search/test_accuracy_high": test.high,
         "search/baseline_accuracy": record.baseline.accuracy,
         "search/removed": float(len(record.removed)),
         "search/evaluations": cost.evaluations,

@@ -111,14 +111,9 @@ class Prune(Study):
         cells = [one.request for one in subjects if one.record.higher_is_better]
         if not cells:
             return StudyResult((), ["No benchmark of the file has an accuracy."], lacking=lacking)
-        pursued = pursue(
-            [search for cell in cells for search in self._searches(cell, cells)],
-            asked.ledger,
-            asked.publisher,
-            asked.options,
-            asked.progress,
-            self._typed(asked.file),
-        )
+        searches = [search for cell in cells for search in self._searches(cell, cells)]
+        lender = Lender(asked.ledger, asked.options, asked.progress, self._typed(asked.file))
+        pursued = pursue(searches, lender, asked.publisher)
         result = StudyResult(
             _ASSUMED,
             lacking=lacking,
