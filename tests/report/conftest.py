@@ -6,6 +6,7 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,23 +61,15 @@ def _layer(layer: int, dice: random.Random, n: int, baseline: float, chance: flo
 
 def _correlations(dice: random.Random, documents: int) -> tuple[CorrelationRecord, ...]:
     found = []
-    for proxy in ("cosine_score", "angular_distance", "relative_update"):
-        for coefficient in ("spearman", "kendall", "pearson"):
-            for subset, n, base in (("all", LAYERS, 0.6), ("inner", LAYERS - 4, 0.2)):
-                value = base + dice.uniform(-0.1, 0.1)
-                found.append(
-                    CorrelationRecord(
-                        proxy=proxy,
-                        coefficient=coefficient,
-                        subset=subset,
-                        value=value,
-                        low=value - 0.25,
-                        high=value + 0.17,
-                        p_value=0.0002 if subset == "all" else 0.21,
-                        n=n,
-                        documents=documents,
-                    )
-                )
+    proxies = ("cosine_score", "angular_distance", "relative_update")
+    subsets = (("all", LAYERS, 0.6, 0.0002), ("inner", LAYERS - 4, 0.2, 0.21))
+    names = ("proxy", "coefficient", "subset", "n", "value", "low", "high", "p_value")
+    for proxy, coefficient in product(proxies, ("spearman", "kendall", "pearson")):
+        for subset, n, base, p in subsets:
+            value = base + dice.uniform(-0.1, 0.1)
+            figures = (proxy, coefficient, subset, n, value, value - 0.25, value + 0.17, p)
+            fields = dict(zip(names, figures, strict=True))
+            found.append(CorrelationRecord(documents=documents, **fields))
     return tuple(found)
 
 

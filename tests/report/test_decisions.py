@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 from base64 import b64decode
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, Locator
 
 from tracker.core.decision_records import DecisionsRecord
 from tracker.ledger.decisions import Decisions, decisions_record
@@ -25,6 +28,13 @@ from .test_html import HOSTILE, number, read
 from .visit import Visit
 
 CELL = build_cell()
+Opened = Callable[[DecisionsRecord], AbstractContextManager[tuple[Locator, Locator]]]
+
+
+def everywhere(record: DecisionsRecord, of_runs: dict[str, Any], **changes: Any) -> DecisionsRecord:
+    """Change a record, and every run in it."""
+    runs = tuple(run.model_copy(update=of_runs) for run in record.runs)
+    return record.model_copy(update={"runs": runs, **changes})
 
 
 @pytest.fixture(scope="module", name="found")
@@ -62,17 +72,16 @@ class TestTable:
         assert f"A {100 * record.gold[0]:.1f} %" in page
 
     def test_many_options_share_a_column(self, record) -> None:
-        many = record.model_copy(update={"options": (0.1,) * 10, "gold": (0.1,) * 10})
-        runs = tuple(run.model_copy(update={"options": (0.1,) * 10}) for run in record.runs)
-        table = as_read(decision_table(CELL, many.model_copy(update={"runs": runs})))
+        ten = (0.1,) * 10
+        many = everywhere(record, {"options": ten}, options=ten, gold=ten)
+        table = as_read(decision_table(CELL, many))
         assert table.labels[-2:] == ["F taken (%)", "later ones (%)"]
         assert [value.text for value in table.rows[1]][-2:] == ["10.0", "40.0"]
 
     def test_what_is_undefined_says_why(self, record) -> None:
         why = "acc_norm divides by the lengths of options"
-        none = {"margins": None, "reasons": {"margin": why}}
-        runs = tuple(run.model_copy(update={"margins": None}) for run in record.runs)
-        table = as_read(decision_table(CELL, record.model_copy(update={**none, "runs": runs})))
+        none = everywhere(record, {"margins": None}, margins=None, reasons={"margin": why})
+        table = as_read(decision_table(CELL, none))
         assert (table.rows[1][3].text, table.rows[1][3].reason) == ("–", why)
         assert f"Margins: {why}." in table.notes
 
@@ -184,10 +193,12 @@ class TestFrame:
         assert not len(read_back)
 
 
-class TestBrowser:
-    def test_it_is_loaded_when_it_is_opened_and_filtered(
-        self, chromium: Browser, record: DecisionsRecord, tmp_path: Path
-    ) -> None:
+@pytest.fixture(name="opened")
+def fixture_opened(chromium: Browser, tmp_path: Path) -> Opened:
+    """Opens the documents of a page; with them come their rows."""
+
+    @contextmanager
+    def opened(record: DecisionsRecord) -> Iterator[tuple[Locator, Locator]]:
         path = render_report([CELL], {}, tmp_path / "report.html", {CELL.place: record})
         with Visit(chromium, path, scroll=False) as visit:
             section = visit.page.locator("details.documents")
@@ -195,6 +206,16 @@ class TestBrowser:
             section.locator("summary").click()
             rows = section.locator("tbody tr")
             rows.first.wait_for()
+            yield section, rows
+
+    return opened
+
+
+class TestBrowser:
+    def test_it_is_loaded_when_it_is_opened_and_filtered(
+        self, opened: Opened, record: DecisionsRecord
+    ) -> None:
+        with opened(record) as (section, rows):
             first = record.runs[0]
             assert rows.count() == first.named_lost
             worst, doc = first.named[0], record.documents[first.named[0].document]
@@ -217,19 +238,14 @@ class TestBrowser:
             assert rows.count() == 1
 
     def test_tasks_of_a_group_are_filtered_and_unknown_texts_have_a_name(
-        self, chromium: Browser, record: DecisionsRecord, tmp_path: Path
+        self, opened: Opened, record: DecisionsRecord
     ) -> None:
         half = [
             one.model_copy(update={"task": "anatomy" if place % 2 else "<b>law</b>"})
             for place, one in enumerate(record.without_texts().documents)
         ]
         quiet = record.without_texts().model_copy(update={"documents": tuple(half)})
-        path = render_report([CELL], {}, tmp_path / "report.html", {CELL.place: quiet})
-        with Visit(chromium, path, scroll=False) as visit:
-            section = visit.page.locator("details.documents")
-            section.locator("summary").click()
-            rows = section.locator("tbody tr")
-            rows.first.wait_for()
+        with opened(quiet) as (section, rows):
             every = rows.count()
             section.locator("select").nth(2).select_option("anatomy")
             assert 0 < rows.count() < every
@@ -240,19 +256,15 @@ class TestBrowser:
             assert "--publish-documents" in why
 
     def test_hostile_documents_are_shown_and_never_run(
-        self, chromium: Browser, record: DecisionsRecord, tmp_path: Path
+        self, opened: Opened, record: DecisionsRecord
     ) -> None:
         hostile = tuple(
             one.model_copy(update={"question": f"</script>{HOSTILE}", "choices": (HOSTILE,) * 4})
             for one in record.documents
         )
         bad = record.model_copy(update={"documents": hostile})
-        path = render_report([CELL], {}, tmp_path / "report.html", {CELL.place: bad})
-        with Visit(chromium, path, scroll=False) as visit:
-            visit.page.locator("details.documents summary").click()
-            row = visit.page.locator("details.documents tbody tr").first
-            row.wait_for()
-            assert HOSTILE in row.inner_text()
+        with opened(bad) as (_, rows):
+            assert HOSTILE in rows.first.inner_text()
 
     def test_a_cell_without_decisions_has_no_section(self) -> None:
         page = render_page([CELL], {})

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from tracker.cli import main
 from tracker.core.records import CellRecord
-from tracker.ledger.cells import _dates
+from tracker.ledger.cells import measured_last
 from tracker.report.editions import outdated
 from tracker.report.export import boards
 from tracker.report.leaderboard.layers import layer_board
@@ -123,11 +123,11 @@ def test_models_are_compared_on_the_latest_that_they_share() -> None:
 @pytest.mark.parametrize(
     ("said", "date"),
     [
-        ("<b>now</b>", None),
-        ("9999-99-99", None),
-        ("0001-01-01T00:00:00+14:00", None),
+        ("<b>now</b>", ""),
+        ("9999-99-99", ""),
+        ("0001-01-01T00:00:00+14:00", ""),
         ("2026-11-28T09:30:00.5+01:00", "2026-11-28T08:30:00+00:00"),
     ],
 )
-def test_what_is_no_date_says_nothing(said: str, date: str | None) -> None:
-    assert next(iter(_dates([{"measured": said}])), None) == date
+def test_what_is_no_date_says_nothing(said: str, date: str) -> None:
+    assert measured_last([{"measured": said}]) == date

@@ -15,10 +15,11 @@ from tracker.core.errors import RequestError
 from tracker.core.formats import fixed, points
 from tracker.core.records import CellRecord
 from tracker.report.export import FORMATS, boards, export, figures, frames
+from tracker.report.frames import correlation_frame, layer_frame
 from tracker.report.leaderboard.layers import layer_board
 from tracker.tracking.notes import cell_note, intact_note, layer_note
 
-from .conftest import LAYERS, build_cell
+from .conftest import CONSTANT, LAYERS, build_cell
 
 
 @pytest.fixture
@@ -136,3 +137,29 @@ def test_the_command_line_knows_every_format() -> None:
     from tracker.cli.options import FORMATS as OFFERED
 
     assert ("html", *FORMATS) == OFFERED
+
+
+def test_layer_frame_holds_fractions_and_says_why(cells: list[CellRecord]) -> None:
+    frame = layer_frame(cells)
+    assert len(frame) == 3 * LAYERS - 2
+    row = frame[(frame.benchmark == "piqa") & (frame.layer == 12)].iloc[0]
+    record = next(record for record in cells[1].runs if record.layer == 12)
+    assert row.accuracy_drop == record.accuracy_drop
+    assert row.metric_acc_norm == record.metrics["acc_norm"]
+    assert pd.isna(row.gold_logprob_drop)
+    assert "gold_logprob_drop: a log-probability was not finite" in row.reasons
+    assert frame[frame.benchmark == "rte"].accuracy_relevance.isna().all()
+    assert frame.accuracy_relevance.dtype == "float64"
+    assert list(layer_frame([]).columns[:10]) == [
+        "key", "model", "benchmark", "num_fewshot", "metric", "removed", "sample_seed",
+        "component", "layer", "span",
+    ]  # fmt: skip
+
+
+def test_correlation_frame_holds_the_records(cells: list[CellRecord]) -> None:
+    frame = correlation_frame(cells)
+    assert len(frame) == 3 * 18
+    first, record = frame.iloc[0], cells[0].correlations[0]
+    assert (first.proxy, first.value, first.n) == (record.proxy, record.value, record.n)
+    undefined = frame[frame.value.isna()]
+    assert set(undefined.reason) == {CONSTANT}
