@@ -6,30 +6,20 @@ import html
 from collections.abc import Sequence
 
 from tracker.core.formats import counted, defined, three_digits, two_digits
+from tracker.report.charts import style
 from tracker.report.charts.hover import estimate_hover
 from tracker.report.charts.maps import centred_map, marks, strongest, two_lines
-from tracker.report.charts.style import (
-    FEW,
-    MANY,
-    Chart,
-    chart,
-    errors,
-    finite,
-    layer_axis,
-    line,
-    trace,
-)
 from tracker.report.layer_figures import relative_depth, sure
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.leaderboard.pairs import Pair
 from tracker.report.wording import named_interval
 
 
-def depth_curves(boards: Sequence[LayerBoard], labels: Sequence[str]) -> Chart:
+def depth_curves(boards: Sequence[LayerBoard], labels: Sequence[str]) -> style.Chart:
     """Draw the mean accuracy relevance over relative depth, a line a model; intervals if few."""
     data = []
     for number, (board, label) in enumerate(zip(boards, labels, strict=True)):
-        standings, look = board.by_depth, line(number)
+        standings, look = board.by_depth, style.line(number)
         means = [standing.relevance for standing in standings]
         hover = [
             estimate_hover(
@@ -42,14 +32,16 @@ def depth_curves(boards: Sequence[LayerBoard], labels: Sequence[str]) -> Chart:
             for standing in standings
         ]
         depths = [relative_depth(standing.layer, board.model.layers) for standing in standings]
-        values = [finite(mean.value) for mean in means]
-        drawn = trace("scatter", html.escape(label), depths, values, hover, mode="lines+markers")
-        drawn |= {"line": look, "marker": {"size": 5}, "showlegend": len(boards) <= MANY}
-        if len(boards) <= FEW:
-            drawn["error_y"] = errors(means, thickness=0.8, color=look["color"])
+        values = [style.finite(mean.value) for mean in means]
+        drawn = style.trace(
+            "scatter", html.escape(label), depths, values, hover, mode="lines+markers"
+        )
+        drawn |= {"line": look, "marker": {"size": 5}, "showlegend": len(boards) <= style.MANY}
+        if len(boards) <= style.FEW:
+            drawn["error_y"] = style.errors(means, thickness=0.8, color=look["color"])
         data.append(drawn)
     depth = "relative depth (0 = first layer, 1 = last)"
-    return chart(
+    return style.chart(
         _depth_title(boards, labels),
         data,
         430,
@@ -77,7 +69,7 @@ def _depth_title(boards: Sequence[LayerBoard], labels: Sequence[str]) -> str:
     return f"{text}; the peak is layer {layer} of {label} ({two_digits(value)})"
 
 
-def difference_chart(pair: Pair) -> Chart:
+def difference_chart(pair: Pair) -> style.Chart:
     """Draw how the drops of two models differ, layer by layer.
 
     Points with 95 % intervals, one trace a benchmark, where these are few; otherwise a heat map
@@ -98,9 +90,9 @@ def difference_chart(pair: Pair) -> Chart:
         ]
         for shared, row in zip(pair.comparisons, rows, strict=True)
     ]
-    values = [[finite(estimate.value, measure.scale) for estimate in row] for row in rows]
+    values = [[style.finite(estimate.value, measure.scale) for estimate in row] for row in rows]
     title = f"difference of {measure.change}s"
-    if len(rows) > FEW:
+    if len(rows) > style.FEW:
         largest = strongest(values)
         most = f"{three_digits(largest)} {measure.unit}"
         labels = [two_lines(shared.benchmark) for shared in pair.comparisons]
@@ -114,7 +106,7 @@ def difference_chart(pair: Pair) -> Chart:
             ticks=(f"−{most}<br>more to the second", "0<br>alike", f"{most}<br>more to the first"),
             largest=largest,
             height=165 + 34 * len(labels),
-            xaxis=layer_axis(layers),
+            xaxis=style.layer_axis(layers),
         )
         surely = [
             (layer, label, hover)
@@ -126,20 +118,20 @@ def difference_chart(pair: Pair) -> Chart:
         return mapped
     data = []
     for number, (shared, row) in enumerate(zip(pair.comparisons, rows, strict=True)):
-        colour = line(number)["color"]
+        colour = style.line(number)["color"]
         # Side by side, so that no interval hides another.
         aside = 0.18 * (number - (len(rows) - 1) / 2)
         places = [layer + aside for layer in layers]
         name = html.escape(shared.benchmark)
-        drawn = trace("scatter", name, places, values[number], hovers[number], mode="markers")
+        drawn = style.trace("scatter", name, places, values[number], hovers[number], mode="markers")
         drawn |= {"marker": {"size": 6, "color": colour}, "showlegend": len(rows) > 1}
-        drawn["error_y"] = errors(row, measure.scale, color=colour)
+        drawn["error_y"] = style.errors(row, measure.scale, color=colour)
         data.append(drawn)
-    return chart(
+    return style.chart(
         difference_title(pair),
         data,
         380,
-        xaxis=layer_axis(layers),
+        xaxis=style.layer_axis(layers),
         yaxis={"title": {"text": f"{title} ({measure.unit})"}, "zeroline": True},
     )
 

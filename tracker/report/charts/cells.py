@@ -13,21 +13,9 @@ from tracker.core.kinds import KINDS
 from tracker.core.proxies import PROXIES
 from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, layers_of
 from tracker.report import wording
+from tracker.report.charts import style
 from tracker.report.charts.hover import along_layers, run_hover
 from tracker.report.charts.maps import span_components, span_map
-from tracker.report.charts.style import (
-    FAINT,
-    GREY,
-    PROXY,
-    Chart,
-    chart,
-    errors,
-    finite,
-    layer_axis,
-    sign_colours,
-    trace,
-    value_axis,
-)
 
 # Neighbours along the proxy axis write their labels to different sides.
 _SIDES = ("top left", "bottom right", "bottom left", "top right")
@@ -84,7 +72,7 @@ def cell_charts(cell: CellRecord) -> dict[str, go.Figure]:
     return found
 
 
-def layer_curve(cell: CellRecord) -> Chart:
+def layer_curve(cell: CellRecord) -> style.Chart:
     """Draw the accuracy drop (or loss increase) of every layer above its cosine score.
 
     Two panels share the layer axis, because two scales in one panel would suggest a comparison of
@@ -100,11 +88,11 @@ def layer_curve(cell: CellRecord) -> Chart:
     for number, kind in enumerate(kinds):
         layers = layers_of(kind, cell)
         records, hover = along_layers(cell, kind, layers)
-        drops = [finite(run.accuracy_drop, measure.scale) if run else None for run in records]
+        drops = [style.finite(run.accuracy_drop, measure.scale) if run else None for run in records]
         look = KINDS[kind.word]
         if single:
             places: Sequence[float] = layers
-            colour, signs = GREY, sign_colours(drops)
+            colour, signs = style.GREY, style.sign_colours(drops)
             marker: dict[str, Any] = {"color": signs}
         else:
             # Side by side, so that no interval hides another.
@@ -113,30 +101,34 @@ def layer_curve(cell: CellRecord) -> Chart:
             colour, marker = look.colour, {"color": look.colour, "symbol": look.mark}
         intervals = [run.drop if run else None for run in records]
         data.append(
-            trace(
+            style.trace(
                 "scatter",
                 measure.change if single else kind.word,
                 places,
                 drops,
                 hover,
-                error_y=errors(intervals, measure.scale, color=colour),
+                error_y=style.errors(intervals, measure.scale, color=colour),
                 mode="lines+markers",
-                line={"color": FAINT if single else look.colour, "width": 1},
+                line={"color": style.FAINT if single else look.colour, "width": 1},
                 marker={"size": 7} | marker,
                 showlegend=not single,
             )
         )
     layers = layers_of(WHOLE_LAYER, cell)
     records, hover = along_layers(cell, WHOLE_LAYER, layers)
-    scores = [finite(run.cosine_score) if run else None for run in records]
+    scores = [style.finite(run.cosine_score) if run else None for run in records]
     data.append(
-        trace("bar", "cosine score", layers, scores, hover, xaxis="x2", yaxis="y2")
-        | {"marker": {"color": PROXY, "line": {"width": 0}}, "width": 0.6, "showlegend": False}
+        style.trace("bar", "cosine score", layers, scores, hover, xaxis="x2", yaxis="y2")
+        | {
+            "marker": {"color": style.PROXY, "line": {"width": 0}},
+            "width": 0.6,
+            "showlegend": False,
+        }
     )
     nothing = {"text": "measured for whole single layers only", "showarrow": False}
     nothing |= {"x": 0.5, "y": 0.5, "xref": "x2 domain", "yref": "y2 domain"}
-    along = layer_axis(sorted({layer for kind in kinds for layer in layers_of(kind, cell)}))
-    return chart(
+    along = style.layer_axis(sorted({layer for kind in kinds for layer in layers_of(kind, cell)}))
+    return style.chart(
         curve_title(cell),
         data,
         470,
@@ -164,7 +156,7 @@ def curve_kinds(cell: CellRecord) -> list[Kind]:
     return [kind for kind in cell.kinds if kind.span == 1] if cell.kinds else [WHOLE_LAYER]
 
 
-def proxy_scatter(cell: CellRecord) -> Chart:
+def proxy_scatter(cell: CellRecord) -> style.Chart:
     """Draw the accuracy drop (or loss increase) of every layer against its cosine score.
 
     One labelled point for each layer where both are defined, in two traces: `inner layers`, and
@@ -190,26 +182,28 @@ def proxy_scatter(cell: CellRecord) -> Chart:
             [r for r in records if r.layer in outer],
         ),
     ):
-        signs = sign_colours(record.accuracy_drop for record in group)
+        signs = style.sign_colours(record.accuracy_drop for record in group)
         data.append(
-            trace(
+            style.trace(
                 "scatter",
                 name,
                 [record.cosine_score for record in group],
-                [finite(record.accuracy_drop, measure.scale) for record in group],
+                [style.finite(record.accuracy_drop, measure.scale) for record in group],
                 [run_hover(cell, record, record) for record in group],
-                error_y=errors([record.drop for record in group], measure.scale, color=FAINT),
+                error_y=style.errors(
+                    [record.drop for record in group], measure.scale, color=style.FAINT
+                ),
                 mode="markers+text",
                 text=[str(record.layer) for record in group],
                 textposition=[side[record.layer] for record in group],
-                textfont={"size": 10, "color": GREY},
+                textfont={"size": 10, "color": style.GREY},
                 marker={"size": 8, "symbol": symbol, "color": signs, "line": {"width": width}},
             )
         )
-    return chart(
+    return style.chart(
         scatter_title(cell),
         data,
         460,
-        xaxis=value_axis(PROXIES["cosine_score"].heading, [r.cosine_score for r in records]),
+        xaxis=style.value_axis(PROXIES["cosine_score"].heading, [r.cosine_score for r in records]),
         yaxis=_change_axis(measure),
     )

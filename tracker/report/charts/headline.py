@@ -6,19 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tracker.core.formats import counted, two_digits, write
+from tracker.report.charts import style
 from tracker.report.charts.hover import estimate_hover
-from tracker.report.charts.style import (
-    FAINT,
-    GREY,
-    PROXY,
-    Chart,
-    chart,
-    errors,
-    finite,
-    layer_axis,
-    sign_colours,
-    trace,
-)
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.leaderboard.proxies import misjudged
 from tracker.report.wording import benchmark_labels
@@ -27,7 +16,7 @@ MARKED = 3
 """So many layers, on which the two disagree most, carry their number."""
 
 
-def headline(board: LayerBoard, label: str) -> Chart:
+def headline(board: LayerBoard, label: str) -> style.Chart:
     """Draw the real cost of every layer above the cosine score of the same layer.
 
     Bars of the mean accuracy relevance with its interval stand above bars of the mean cosine score;
@@ -36,13 +25,13 @@ def headline(board: LayerBoard, label: str) -> Chart:
     standings = board.by_depth
     layers = [standing.layer for standing in standings]
     costs = [standing.relevance for standing in standings]
-    scores = [finite(standing.cosine_score) for standing in standings]
+    scores = [style.finite(standing.cosine_score) for standing in standings]
     over = counted(len(board.cells), "benchmark")
     marked = marked_layers(board)
-    values = [finite(cost.value) for cost in costs]
+    values = [style.finite(cost.value) for cost in costs]
     what = "accuracy relevance"
     data = [
-        trace(
+        style.trace(
             "bar",
             what,
             layers,
@@ -51,10 +40,10 @@ def headline(board: LayerBoard, label: str) -> Chart:
                 estimate_hover(f"layer {layer} · mean over {over}", what, cost, two_digits, "")
                 for layer, cost in zip(layers, costs, strict=True)
             ],
-            error_y=errors(costs),
-            marker={"color": sign_colours(values)},
+            error_y=style.errors(costs),
+            marker={"color": style.sign_colours(values)},
         ),
-        trace(
+        style.trace(
             "bar",
             "cosine score",
             layers,
@@ -65,18 +54,18 @@ def headline(board: LayerBoard, label: str) -> Chart:
                 for layer, score in zip(layers, scores, strict=True)
             ],
             yaxis="y2",
-            marker={"color": PROXY},
+            marker={"color": style.PROXY},
         ),
     ]
     shade = {"type": "rect", "xref": "x", "yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
-    shade |= {"fillcolor": FAINT, "line": {"width": 0}}
+    shade |= {"fillcolor": style.FAINT, "line": {"width": 0}}
     note = {"xref": "x", "yref": "paper", "y": 1, "yanchor": "bottom", "showarrow": False}
-    note |= {"font": {"color": GREY, "size": 13}}
-    drawn = chart(
+    note |= {"font": {"color": style.GREY, "size": 13}}
+    drawn = style.chart(
         _title(board, label),
         data,
         380,
-        xaxis=layer_axis(layers) | {"anchor": "y2"},
+        xaxis=style.layer_axis(layers) | {"anchor": "y2"},
         yaxis={"domain": [0.38, 1], "zeroline": True, "title": {"text": "what it really costs"}},
         yaxis2={"domain": [0, 0.29], "title": {"text": "cosine score"}, "zeroline": True},
         showlegend=False,

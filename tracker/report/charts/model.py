@@ -10,21 +10,8 @@ from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, defined, interval, two_digits, write
 from tracker.core.proxies import OBSERVED, Proxy
 from tracker.core.records import WHOLE_LAYER, CellRecord, layers_of
+from tracker.report.charts import style
 from tracker.report.charts.hover import estimate_hover
-from tracker.report.charts.style import (
-    FEW,
-    MANY,
-    MATTERS,
-    Chart,
-    chart,
-    errors,
-    finite,
-    layer_axis,
-    line,
-    trace,
-    value_axis,
-    wrap,
-)
 from tracker.report.layer_figures import highest_mean, layer_relevance, why_undefined
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.wording import benchmark_labels
@@ -33,7 +20,7 @@ _TOP = 0.96
 """Where the first panel ends: its title stands above it."""
 
 
-def relevance_curves(board: LayerBoard, label: str) -> Chart:
+def relevance_curves(board: LayerBoard, label: str) -> style.Chart:
     """Draw the accuracy relevance of every layer, a line for each benchmark and their mean.
 
     Benchmarks have intervals where they are few, and the trace `mean` has one where they are
@@ -41,30 +28,32 @@ def relevance_curves(board: LayerBoard, label: str) -> Chart:
     """
     cells = board.cells
     layers = [standing.layer for standing in board.by_depth]
-    few = len(cells) <= FEW
+    few = len(cells) <= style.FEW
     data = []
     for number, (cell, name) in enumerate(zip(cells, benchmark_labels(cells), strict=True)):
         aside = 0.12 * (number - (len(cells) - 1) / 2) if few else 0
         figures = [layer_relevance(cell, layer) for layer in layers]
         drawn = _relevance(name, layers, figures, [cell.documents] * len(layers), aside)
         # Many lines step back behind their mean.
-        drawn |= {"line": line(number), "marker": {"size": 4}, "opacity": 1 if few else 0.55}
-        drawn["showlegend"] = 1 < len(cells) <= MANY
+        drawn |= {"line": style.line(number), "marker": {"size": 4}, "opacity": 1 if few else 0.55}
+        drawn["showlegend"] = 1 < len(cells) <= style.MANY
         if few:
-            drawn["error_y"] = errors(figures, thickness=0.8, color=line(number)["color"])
+            drawn["error_y"] = style.errors(
+                figures, thickness=0.8, color=style.line(number)["color"]
+            )
         data.append(drawn)
     if len(cells) > 1:
         means = [standing.relevance for standing in board.by_depth]
         samples = [counted(standing.benchmarks, "benchmark") for standing in board.by_depth]
         drawn = _relevance("mean", layers, means, samples)
-        drawn |= {"line": {"color": MATTERS, "width": 3}, "marker": {"size": 6}}
-        drawn["error_y"] = errors(means, thickness=2, color=MATTERS)
+        drawn |= {"line": {"color": style.MATTERS, "width": 3}, "marker": {"size": 6}}
+        drawn["error_y"] = style.errors(means, thickness=2, color=style.MATTERS)
         data.append(drawn | {"showlegend": True})
-    return chart(
+    return style.chart(
         relevance_title(board, label),
         data,
         420,
-        xaxis=layer_axis(layers),
+        xaxis=style.layer_axis(layers),
         yaxis={"title": {"text": "accuracy relevance (share lost)"}, "zeroline": True},
     )
 
@@ -82,8 +71,8 @@ def _relevance(
         for layer, figure, of in zip(layers, figures, samples, strict=True)
     ]
     places = [layer + aside for layer in layers]
-    values = [finite(figure.value) for figure in figures]
-    return trace("scatter", html.escape(name), places, values, hover, mode="lines+markers")
+    values = [style.finite(figure.value) for figure in figures]
+    return style.trace("scatter", html.escape(name), places, values, hover, mode="lines+markers")
 
 
 def relevance_title(board: LayerBoard, label: str) -> str:
@@ -100,7 +89,7 @@ def relevance_title(board: LayerBoard, label: str) -> str:
     )
 
 
-def proxy_curves(cells: Sequence[CellRecord], label: str) -> Chart:
+def proxy_curves(cells: Sequence[CellRecord], label: str) -> style.Chart:
     """Draw every proxy over depth: a panel each with one layer axis, a line a benchmark.
 
     Undefined and missing layers are gaps.
@@ -120,21 +109,23 @@ def proxy_curves(cells: Sequence[CellRecord], label: str) -> Chart:
         for number, (cell, name) in enumerate(zip(cells, labels, strict=True)):
             values, hover = _proxy(cell, proxy, name, layers)
             drawn += values
-            curve = trace("scatter", html.escape(name), layers, values, hover, yaxis=f"y{panel}")
-            curve |= {"mode": "lines+markers", "line": line(number), "marker": {"size": 4}}
+            curve = style.trace(
+                "scatter", html.escape(name), layers, values, hover, yaxis=f"y{panel}"
+            )
+            curve |= {"mode": "lines+markers", "line": style.line(number), "marker": {"size": 4}}
             curve |= {"legendgroup": str(number)}
-            curve["showlegend"] = not place and 1 < len(cells) <= MANY
+            curve["showlegend"] = not place and 1 < len(cells) <= style.MANY
             data.append(curve)
         top = _TOP - place * step
-        axis = value_axis(proxy.heading, drawn) | {"domain": [max(top - step + gap, 0), top]}
+        axis = style.value_axis(proxy.heading, drawn) | {"domain": [max(top - step + gap, 0), top]}
         # Its title stands above its panel, where a phone has room for it.
         heads.append(head | {"text": axis.pop("title")["text"], "yref": f"y{panel} domain"})
         axes[f"yaxis{panel}"] = axis
-    return chart(
+    return style.chart(
         proxy_title(cells, label),
         data,
         200 * len(OBSERVED),
-        xaxis=layer_axis(layers) | {"anchor": f"y{len(OBSERVED)}"},
+        xaxis=style.layer_axis(layers) | {"anchor": f"y{len(OBSERVED)}"},
         **axes,
         annotations=heads,
         legend={"tracegroupgap": 0, "y": 1.04},
@@ -158,12 +149,12 @@ def _proxy(
     values: list[float | None] = []
     hover = []
     for layer in layers:
-        value = finite(records[layer].figure(proxy.name)) if layer in records else None
-        undefined = f"undefined: {wrap(why_undefined(cell, layer, proxy.name))}"
+        value = style.finite(records[layer].figure(proxy.name)) if layer in records else None
+        undefined = f"undefined: {style.wrap(why_undefined(cell, layer, proxy.name))}"
         says = undefined if value is None else write("proxy", value)
         values.append(value)
         hover.append(
-            f"<b>{wrap(f'layer {layer} · {name}')}</b><br>{proxy.heading} {says}"
+            f"<b>{style.wrap(f'layer {layer} · {name}')}</b><br>{proxy.heading} {says}"
             f"<br>{cell.tokens:,} tokens"
         )
     return values, hover
