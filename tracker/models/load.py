@@ -93,11 +93,11 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = read_config(source, trust_remote_code)
-    two = getattr(config, "is_encoder_decoder", False)
-    if two or any("MaskedLM" in name for name in config.architectures or []):
+    both = getattr(config, "is_encoder_decoder", False)
+    if both or any("MaskedLM" in name for name in config.architectures or []):
         raise ModelError(
-            f"{source.source} is an encoder{'-decoder' * two} ({config.model_type}); "
-            "tracker measures decoder-only language models"
+            f"{source.source} is an {'encoder-decoder' if both else 'encoder'} "
+            f"({config.model_type}); tracker measures decoder-only language models"
         )
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method in _QUANTISERS:
