@@ -15,7 +15,7 @@ import click
 
 from tracker.cli.terminal import say
 from tracker.core.distribution import __version__
-from tracker.core.errors import TrackerError
+from tracker.core.errors import TrackerError, first_line
 from tracker.core.text import is_writable, masked
 
 ISSUES = "https://github.com/layer-tracker/layer-tracker/issues"
@@ -74,8 +74,8 @@ def _garbage_sought_rarely() -> Iterator[None]:
 
 def report_bug(error: Exception) -> None:
     """Say in two lines that something of tracker's own broke, and keep what finds it."""
-    said = str(error).splitlines() or [""]
-    say(f"tracker: this is a bug of tracker's: {type(error).__name__}: {said[0][:300]}", error=True)
+    what = f"{type(error).__name__}: {first_line(error)}"
+    say(f"tracker: this is a bug of tracker's: {what}", error=True)
     with tempfile.NamedTemporaryFile(
         "w", prefix="tracker-bug-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
     ) as file:
