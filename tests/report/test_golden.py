@@ -22,6 +22,7 @@ from tracker.report.leaderboard.layers import layer_board
 
 from .conftest import as_read, build_cell, study, two_models, with_layer
 from .test_editions import ONE, THREE, TWO, edition
+from .test_leaderboard import sharing_one, sharing_some, some_layers
 from .test_loss import loss
 from .test_rounding import WHY, halved
 from .test_runs import several, without
@@ -84,6 +85,17 @@ CASES = {
         with_layer(with_layer(build_cell(), 5, n=80), 0, cosine_score=float("nan")),
         with_layer(build_cell("piqa"), 4, cosine_score=None),
         few_figures(),
+    ],
+    "shared_by_all": sharing_one(),
+    "shared_by_most": sharing_some(),
+    "some_layers": [
+        *(build_cell(model=name, seed=seed) for seed, name in enumerate("ab", 1)),
+        some_layers(build_cell(model="middle", seed=3), 15, 16, 19),
+    ],
+    "counted_once": [
+        *(build_cell(n=n) for n in (100, 300)),
+        build_cell("rte", baseline=0.25),
+        build_cell("piqa", removed=(3,)),
     ],
     "no_cell": [],
 }

@@ -84,29 +84,23 @@ def test_a_benchmark_counts_once_and_the_rest_is_named() -> None:
     assert board.layers[0].relevance.value == pytest.approx(
         max(r for layer in range(LAYERS) for r in relevances([large], layer))
     )
-    assert board.left_out == {
-        "arc_easy · 0-shot · 100 documents": (
-            "the benchmark counts once, as arc_easy · 0-shot · 300 documents"
-        ),
-        "rte · 0-shot": "the baseline is at or below chance",
-        "piqa · 0-shot · without layer 3": "measured without layer 3",
-    }
     assert layer_board([chance]).layers == ()
 
 
-def test_models_are_ranked_on_what_all_of_them_share() -> None:
-    cells = [
+def sharing_one() -> list[CellRecord]:
+    """Make three models that share a benchmark."""
+    return [
         *(build_cell(b, model="solid", seed=1, baseline=0.9) for b in ("arc_easy", "piqa")),
         build_cell("arc_easy", model="weak", seed=1, baseline=0.5),
         build_cell("arc_easy", model="other", seed=1, baseline=0.6),
         build_cell("rte", model="weak", baseline=0.25),
     ]
+
+
+def test_models_are_ranked_on_what_all_of_them_share() -> None:
+    cells = sharing_one()
     board = model_board(cells)
     assert board.benchmarks == ("arc_easy · 0-shot",)
-    assert board.left_out == {
-        "piqa · 0-shot": "not measured, or otherwise, for weak, other",
-        "rte · 0-shot of weak": "the baseline is at or below chance",
-    }
     assert named(board) == {"solid": 1, "other": 2, "weak": 3}
     solid = board.models[0]
     values = [relevances([cells[0]], layer)[0] for layer in range(LAYERS)]
@@ -131,12 +125,6 @@ def test_a_model_is_ranked_on_all_its_layers() -> None:
     assert board.models[-1].relevance == Estimate(
         None, reason="it lacks what the others are ranked on"
     )
-    assert board.left_out == {
-        "arc_easy · 0-shot of middle": (
-            "3 of 30 layers have a relevance, and a model counts whole"
-        ),
-        "middle": "not all its layers are measured on arc_easy · 0-shot",
-    }
 
 
 def test_more_documents_of_one_model_take_nobodys_rank() -> None:
@@ -163,21 +151,22 @@ def test_more_documents_of_one_model_take_nobodys_rank() -> None:
     assert list(board.left_out.values()) == ["the benchmark counts once, by its larger sample"]
 
 
-def test_models_are_ranked_on_what_most_of_them_share() -> None:
-    """Was: a model that shares nothing with the others left all of them without a rank."""
-    cells = [
+def sharing_some() -> list[CellRecord]:
+    """Make four models, of which one shares nothing with the others."""
+    return [
         *(build_cell(b, model=m, seed=1) for m in ("a", "b") for b in ("arc_easy", "piqa", "sciq")),
         *(build_cell(b, model="c", seed=2) for b in ("arc_easy", "sciq")),
         build_cell("piqa", model="d"),
     ]
+
+
+def test_models_are_ranked_on_what_most_of_them_share() -> None:
+    """Was: a model that shares nothing with the others left all of them without a rank."""
+    cells = sharing_some()
     board = model_board(cells)
     assert board.benchmarks == ("arc_easy · 0-shot", "sciq · 0-shot")
     assert {name for name, rank in named(board).items() if rank is None} == {"d"}
     assert len(board.models) == 4
-    assert board.left_out == {
-        "piqa · 0-shot": "not measured, or otherwise, for c",
-        "d": "not all its layers are measured on arc_easy · 0-shot, sciq · 0-shot",
-    }
     assert model_board(cells[::-1]).models[-1].model.name == "d"
 
 
