@@ -57,6 +57,11 @@ def test_what_is_kept_is_recalled_and_nobody_else_comes_to_it(cache: Path) -> No
         os.umask(before)
 
 
+def place(cache: Path, what: str) -> Path:
+    note = note_path(cache, "tasks", KEY)
+    return {"the cache": cache, "a folder of it": note.parent, "the note": note}[what]
+
+
 @pytest.mark.parametrize("mode", [0o775, 0o757])
 @pytest.mark.parametrize("what", ["the cache", "a folder of it", "the note"])
 def test_what_others_may_write_is_not_used_and_that_is_said_once(
@@ -67,8 +72,7 @@ def test_what_others_may_write_is_not_used_and_that_is_said_once(
     for folder in (cache, cache / "tasks"):
         folder.chmod(0o755)
     note = note_path(cache, "tasks", KEY)
-    place = {"the cache": cache, "a folder of it": note.parent, "the note": note}[what]
-    place.chmod(mode)
+    place(cache, what).chmod(mode)
     with caplog.at_level(logging.WARNING):
         assert recall("tasks", KEY) == recall("tasks", KEY) == {}
     (said,) = caplog.messages
@@ -87,8 +91,7 @@ def test_what_is_another_users_is_not_used(
     cache: Path, what: str, give_away: Callable[[Path], None]
 ) -> None:
     keep("tasks", KEY, SAID)
-    note = note_path(cache, "tasks", KEY)
-    give_away({"the cache": cache, "a folder of it": note.parent, "the note": note}[what])
+    give_away(place(cache, what))
     assert recall("tasks", KEY) == {}
 
 

@@ -119,6 +119,7 @@ class TestDecisions:
 
     def test_without_texts_only_what_needs_lengths_is_lost(self, two_tasks) -> None:
         study = Study()
+        assert decisions(two_tasks, view(two_tasks)) is None, "nothing is measured"
         study.write(two_tasks, texts=False)
         plain = decisions(two_tasks, view(two_tasks, "acc"))
         assert plain.reasons == {"texts": "what the documents say is not kept here"}
@@ -149,9 +150,6 @@ class TestDecisions:
         assert {found.documents[n] for n in np.nonzero(found.lost(first))[0]} == wanted["won"]
         assert not found.binary
         assert decisions_record(found).both == ()
-
-    def test_nothing_measured_is_nothing(self, two_tasks) -> None:
-        assert decisions(two_tasks, view(two_tasks)) is None
 
 
 class TestRecord:

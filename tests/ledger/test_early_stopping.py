@@ -14,6 +14,7 @@ from tracker.core.questions import question
 from tracker.ledger.blocks import Block, turns
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import CellRace
+from tracker.stats.accuracy import weights_by_task
 from tracker.stats.sequential.stopping import Race
 
 from .conftest import asks, fill, measure
@@ -47,10 +48,11 @@ def race_of(store: CellStore, text: str, metric: str = "acc") -> CellRace:
     return CellRace(store, store.views.of(asks(metric=metric, until=text, seed=SEED)))
 
 
-def raced(every: Outcomes, order: list[tuple[str, int]]) -> Race:
+def raced(every: Outcomes, order: list[tuple[str, int]], by_size: bool = True) -> Race:
     """The race over outcomes in an order, a look after each 32 of them."""
-    plain = Race(question("top 1"), len(order), RUNS)
-    drops = np.array([every[place][0] - every[place][1:] for place in order])
+    weights = weights_by_task([task for task, _ in order], by_size) * len(order)
+    drops = np.array([every[place][0] - every[place][1:] for place in order]) * weights[:, None]
+    plain = Race(question("top 1"), len(order), RUNS, float(weights.max()))
     for start in range(0, len(order), 32):
         if not plain.standing.answered:
             plain.look(drops[start : start + 32])

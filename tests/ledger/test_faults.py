@@ -90,16 +90,15 @@ def as_then(now: Any, then: Any) -> Any:
     return now
 
 
-class TestVerify:
-    def test_every_damage_is_found(self, root: Path) -> None:
-        """Also where the size and the time of the file are what they were."""
-        for path in faults.files(root):
-            if path.name == "tracker.json":
-                continue
-            copy = Path(shutil.copytree(root, root.parent / "copy"))
-            hit = copy / path.relative_to(root)
-            # The last bit of a note may be blank; the middle of any file says something.
-            faults.flip(hit, 4 * hit.stat().st_size)
-            found = verify(Ledger.existing(copy))
-            assert found.damaged, hit
-            shutil.rmtree(copy)
+def test_every_damage_is_found(root: Path) -> None:
+    """Also where the size and the time of the file are what they were."""
+    for path in faults.files(root):
+        if path.name == "tracker.json":
+            continue
+        copy = Path(shutil.copytree(root, root.parent / "copy"))
+        hit = copy / path.relative_to(root)
+        # The last bit of a note may be blank; the middle of any file says something.
+        faults.flip(hit, 4 * hit.stat().st_size)
+        found = verify(Ledger.existing(copy))
+        assert found.damaged, hit
+        shutil.rmtree(copy)

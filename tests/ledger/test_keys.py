@@ -63,24 +63,17 @@ class TestRequestKey:
         assert len({self.key(part=part) for part in (None, "calibration", "test")}) == 3
 
     @pytest.mark.parametrize(
-        "change",
+        ("name", "value"),
         [
-            {"model": "n"},
-            {"benchmark": "c"},
-            {"revision": "main"},
-            {"dtype": "float16"},
-            {"num_fewshot": 0},
-            {"seed": 0},
-            {"apply_chat_template": True},
-            {"data": "DATA"},
-            {"stamp": [("model.gguf", 10, 2)]},
-            {"data": [("test.arrow", 1, 1)]},
-            {"versions": {**VERSIONS, "lm-eval": "0.5"}},
+            *{"model": "n", "benchmark": "c", "revision": "main", "dtype": "float16"}.items(),
+            *{"num_fewshot": 0, "seed": 0, "apply_chat_template": True, "data": "DATA"}.items(),
+            ("stamp", [("model.gguf", 10, 2)]),
+            ("data", [("test.arrow", 1, 1)]),
+            ("versions", {**VERSIONS, "lm-eval": "0.5"}),
         ],
-        ids=str,
     )
-    def test_everything_else_counts(self, change) -> None:
-        assert self.key(**change) != self.key()
+    def test_everything_else_counts(self, name: str, value: object) -> None:
+        assert self.key(**{name: value}) != self.key()
 
 
 class TestFolderName:

@@ -14,9 +14,8 @@ TABLE = pa.table({"doc": [1, 2], "text": ["a", "b"]})
 def test_a_file_is_read_back_whole_or_by_columns() -> None:
     content = shard_file(TABLE, {"key": "k"})
     shard = read_shard(content)
-    table, about = shard.table, shard.about
-    assert table.equals(TABLE)
-    assert about == {"key": "k", "digest": shard_digest(content)}
+    assert shard.table.equals(TABLE)
+    assert shard.about == {"key": "k", "digest": shard_digest(content)}
     assert shard.digest == shard_digest(content)
     assert read_shard(content, ["doc"]).table.column_names == ["doc"]
 
@@ -26,9 +25,8 @@ def test_a_text_that_looks_like_a_digest_is_none() -> None:
     text = '"digest": "' + "0" * 64 + '"'
     content = shard_file(pa.table({"text": [text]}), {"note": text})
     shard = read_shard(content)
-    table, about = shard.table, shard.about
-    assert table["text"].to_pylist() == [text]
-    assert about["digest"] == shard_digest(content) != "0" * 64
+    assert shard.table["text"].to_pylist() == [text]
+    assert shard.about["digest"] == shard_digest(content) != "0" * 64
 
 
 def test_outcomes_are_compressed() -> None:

@@ -64,12 +64,16 @@ def run(store: CellStore, how: dict[str, Any], layers: Sequence[int] = SIX) -> V
     return view
 
 
-def shown(store: CellStore) -> list[tuple[str, tuple[int, ...]]]:
-    """What is shown of a cell: where, and which layers."""
-    return [
-        (store.views.name_of(asked.view), tuple(run.layer for run in asked.view.runs))
-        for asked in store.views.asked()
-    ]
+def shown(store: CellStore) -> dict[str, tuple[int | None, tuple[int, ...]]]:
+    """What is shown of a cell: where, how many documents, and which layers."""
+    views = [asked.view for asked in store.views.asked()]
+    return {
+        store.views.name_of(view): (
+            view.limit or view.sample,
+            tuple(run.layer for run in view.runs),
+        )
+        for view in views
+    }
 
 
 def drawn(count: int | None, seed: int = SEED) -> dict[str, Any]:
@@ -161,6 +165,11 @@ TABLE: dict[str, tuple[list[Asked], dict[str, tuple[int | None, Sequence[int]]]]
     "all of some after until": ([(UNTIL, SIX), (EVERY, TWO)], {V: (None, SIX), V_ALL: (None, TWO)}),
     "all after until": ([(UNTIL, SIX), (EVERY, SIX)], {V: (None, SIX)}),
     "all after a limit and until": ([(F64, SIX), (UNTIL, SIX), (EVERY, SIX)], {V: (None, SIX)}),
+    # Was: before it was measured, a view beside was foretold.
+    "all of others after a question that took all": (
+        [({"until": "drop within 0.01 pp"}, (1, 2)), (EVERY, (0, 1))],
+        {V: (None, (0, 1, 2))},
+    ),
     "until after all": ([(EVERY, SIX), (UNTIL, TWO)], {V: (None, SIX)}),
     "a smaller one by name": ([(S64, SIX), (N16, TWO), (S64, TWO)], {D: (64, SIX), D16: (16, TWO)}),
     "first by name, and it stays": (
@@ -183,11 +192,7 @@ def test_what_is_known_of_a_run_is_shown(case: str, ledger: Ledger) -> None:
         if not how.get("until"):
             assert {*layers} <= {run.layer for run in view.runs}, "where it is shown"
         assert view in [asked.view for asked in store.views.asked()]
-    assert dict(shown(store)) == {name: layers for name, (_, layers) in wanted.items()}
-    sizes = {
-        store.views.name_of(a.view): a.view.limit or a.view.sample for a in store.views.asked()
-    }
-    assert sizes == {name: count for name, (count, _) in wanted.items()}
+    assert shown(store) == wanted
     # All of it is there, and the same from a folder as from a report's sources.
     records = [record_of(store, asked.view) for asked in store.views.asked()]
     assert not [record.missing for record in records if record.missing]

@@ -15,6 +15,7 @@ from tracker.ledger.texts import LONGEST, KeptText, is_texts, text_row
 from tracker.ledger.verify import compare, verify
 
 from .conftest import fill
+from .faults import flip
 
 BLOCK = "arc_easy.00000"
 
@@ -81,9 +82,7 @@ class TestDamage:
         cell.texts.add(BLOCK, rows(0))
         assert verify(ledger).damaged == {}
         (path,) = cell.texts.files()
-        content = bytearray(path.read_bytes())
-        content[int(place * len(content))] ^= 1
-        path.write_bytes(content)
+        flip(path, 8 * int(place * path.stat().st_size))
         damaged = verify(ledger).damaged
         assert list(damaged) == [str(path.with_suffix(".aside"))]
         assert "no outcome is touched" in next(iter(damaged.values()))

@@ -11,20 +11,17 @@ import pytest
 from tracker.core.answers import interval_name
 from tracker.core.config import CellRequest
 from tracker.core.extent import Extent, random_order, shuffled
-from tracker.core.questions import question
 from tracker.core.records import CellRecord
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import CellRace
 from tracker.ledger.interim import interim_estimates
 from tracker.measuring import planning
 from tracker.measuring.derive import record_of
-from tracker.stats.accuracy import weights_by_task
 from tracker.stats.sequential.forecast import Forecast
-from tracker.stats.sequential.stopping import Race
 
 from . import conftest
 from .conftest import enter, measure, measure_all
-from .test_early_stopping import LOST, RUNS, SEED, begun, outcomes
+from .test_early_stopping import LOST, RUNS, SEED, begun, outcomes, raced
 
 SIZES = {"arc_easy": 320}
 ORDER = random_order(SEED, "arc_easy", range(320))
@@ -142,17 +139,10 @@ PILOT = Extent(sample=64, seed=1234)
 EVERYTHING = ["baseline", *(f"layer:{number}" for number in range(RUNS))]
 
 
-def raced(every: Any, by_size: bool, seed: int) -> int:
+def taken(every: Any, by_size: bool, seed: int) -> int:
     """How many documents "top 1" of a group takes in an order, a look after every 32."""
     order = shuffled(seed, {task: range(size) for task, size in GROUP.items()})
-    weights = weights_by_task([task for task, _ in order], by_size) * len(order)
-    drops = np.array([every[place][0] - every[place][1:] for place in order]) * weights[:, None]
-    most, at = float(weights.max()), 0
-    race = Race(question("top 1"), len(order), RUNS, most)
-    while at < len(order) and not race.standing.answered:
-        race.look(drops[at : at + 32])
-        at += 32
-    return begun(order[:at], GROUP)
+    return begun(order[: raced(every, order, by_size).bounds.seen.max()], GROUP)
 
 
 @pytest.mark.parametrize("by_size", [True, False])
@@ -164,7 +154,7 @@ def test_a_pilot_of_as_many_of_each_task_foretells_what_the_group_takes(
     expected = planning._expected(store, store.views.of(asks(until="top 1")))
     assert expected is not None
     assert expected.measured == 60 + 64
-    usual = np.median([raced(every, by_size, seed) for seed in range(16)])
+    usual = np.median([taken(every, by_size, seed) for seed in range(16)])
     # A tenth of the larger task is known. As many of each task alike: 50 % too many, or 80 too few.
     assert expected.documents[0] == pytest.approx(usual, rel=0.35)
     assert expected.documents[0] <= expected.documents[1]

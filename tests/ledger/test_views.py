@@ -32,27 +32,23 @@ def test_an_identity_under_the_key_of_another_is_refused(cell: CellStore) -> Non
 
 
 @pytest.mark.parametrize(
-    ("removed", "run", "why"),
+    ("removed", "run", "metric", "why"),
     [
-        ((), RunIdentity(layer=2, span=2), ""),
-        ((), RunIdentity(layer=3, span=2), "the model has no layer 4"),
-        ((), RunIdentity(layer=4), "the model has no layer 4"),
-        ((2, 4), RunIdentity(layer=0), "the model has no layer 4"),
+        ((), {"layer": 2, "span": 2}, "acc", ""),
+        ((), {"layer": 3, "span": 2}, "acc", "the model has no layer 4"),
+        ((), {"layer": 4}, "acc", "the model has no layer 4"),
+        ((2, 4), {"layer": 0}, "acc", "the model has no layer 4"),
+        ((), {"layer": 0}, "f1", "the benchmark has no metric 'f1'"),
     ],
 )
-def test_a_view_shows_layers_of_the_model(
-    cell: CellStore, removed: tuple[int, ...], run: RunIdentity, why: str
+def test_a_view_shows_layers_of_the_model_and_a_metric_of_the_benchmark(
+    cell: CellStore, removed: tuple[int, ...], run: dict[str, int], metric: str, why: str
 ) -> None:
-    asked = AskedView(project="p", view=View(metric="acc", removed=removed, runs=(run,)))
+    view = View(metric=metric, removed=removed, runs=(RunIdentity(**run),))
+    asked = AskedView(project="p", view=view)
     text = sealed(asked.model_dump(mode="json"))
     if not why:
         assert cell.views.read(text) == asked
         return
     with pytest.raises(ValueError, match=f"^{why}$"):
         cell.views.read(text)
-
-
-def test_a_view_shows_a_metric_of_the_benchmark(cell: CellStore) -> None:
-    asked = AskedView(project="p", view=View(metric="f1", runs=(RunIdentity(layer=0),)))
-    with pytest.raises(ValueError, match=r"^the benchmark has no metric 'f1'$"):
-        cell.views.read(sealed(asked.model_dump(mode="json")))

@@ -175,12 +175,13 @@ class Views:
 
         Documents that a question chose are not shown as if they had been drawn.
         """
-        larger, smaller = (view, new) if view.size > new.size else (new, view)
+        larger = view if view.size > new.size else new
         until = new.until or view.until
         grown = view.joined(new).model_copy(
             update={"limit": larger.limit, "sample": larger.sample, "until": until}
         )
-        rest = grown.runs if until else {*smaller.runs} - {*larger.runs}
+        # What was asked for on all these documents is measured, or will be.
+        rest = {*grown.runs} - ({*larger.runs} if larger.until is None else set())
         return grown if self._are_whole(grown, rest) else None
 
     def _holds(self, view: View, other: View) -> bool:
