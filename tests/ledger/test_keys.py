@@ -24,13 +24,9 @@ class TestCellKey:
     @pytest.mark.parametrize(
         "change",
         [
-            {"num_fewshot": 5},
-            {"seed": 7},
-            {"apply_chat_template": True},
-            {"name": "arc_challenge"},
-            {"task": {"fingerprint": "b" * 64}},
-            {"task": {"version": "2.0"}},
-            {"sizes": {"other": 70}},
+            *({"num_fewshot": 5}, {"seed": 7}, {"apply_chat_template": True}),
+            *({"name": "arc_challenge"}, {"task": {"fingerprint": "b" * 64}}),
+            *({"task": {"version": "2.0"}}, {"sizes": {"other": 70}}),
             {"sizes": {"arc_easy": 70, "more": 70}},
         ],
         ids=str,

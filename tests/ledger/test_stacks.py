@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tracker.core.records import CellRecord
-from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.report.caveats import warnings
 from tracker.report.tables import layer_table, overview_table
 from tracker.tracking.mlflow.runs import mlflow_run
 from tracker.tracking.runs import cell_run, layer_run
 
-from .conftest import asks, cell_record, row
+from .conftest import asks, cell_record, row, write_all
 
 OLD = {"torch": "2.12.0", "platform": "Linux x86_64", "device": "cpu", "cores": "2"}
 NEW = {**OLD, "torch": "2.13.0", "cores": "64"}
@@ -25,8 +24,7 @@ NAMES = ("baseline", "layer:0", "layer:1")
 def measure(
     cell: CellStore, documents: Sequence[int], names: Sequence[str], stack: dict[str, str]
 ) -> None:
-    rows = [row(doc, name) for doc in documents for name in names]
-    cell.write(Block("arc_easy", 0), rows, {"provenance": stack})
+    write_all(cell, [row(doc, name) for doc in documents for name in names], provenance=stack)
 
 
 def record(cell: CellStore, layers: Sequence[int] = (0, 1), limit: int = 4) -> CellRecord:
