@@ -26,13 +26,10 @@ if TYPE_CHECKING:
 
 def started(parts: Sequence[Part]) -> float | None:
     """Say when the first outcomes were written, in seconds since 1970; None where none says."""
-    about = [
-        shard.about.get("measured")
-        for part in parts
-        for path in part.store.shards()
-        if (shard := part.store.shard(path, ["task", "doc"])) is not None
-    ]
-    return min((datetime.fromisoformat(said).timestamp() for said in about if said), default=None)
+    names = ["task", "doc"]
+    shards = [part.store.shard(path, names) for part in parts for path in part.store.shards()]
+    times = [shard.about.get("measured") for shard in shards if shard is not None]
+    return min((datetime.fromisoformat(at).timestamp() for at in times if at), default=None)
 
 
 def evaluated(
@@ -55,23 +52,17 @@ def evaluated(
         "model_dtype": f"torch.{model.dtype}",
         "model_revision": model.revision,
         "model_sha": model.revision,
-        "batch_size": None,
+        **dict.fromkeys(("batch_size", "use_cache", "random_seed", "numpy_seed", "torch_seed")),
         "batch_sizes": [],
         "device": stack.get("device"),
-        "use_cache": None,
         "limit": extent.limit,
         "bootstrap_iters": BOOTSTRAP_ITERS,
         "gen_kwargs": decoded(said.get("gen_kwargs")) or None,
-        "random_seed": None,
-        "numpy_seed": None,
-        "torch_seed": None,
         "fewshot_seed": next((i.benchmark.seed for i in identities if i.benchmark.seed), None),
         "tracker": {
             "version": __version__,
             "ablation": ablation.name,
-            "cells": {
-                part.store.identity.benchmark.name: part.store.identity.key for part in parts
-            },
+            "cells": {identity.benchmark.name: identity.key for identity in identities},
             "settings": said,
             "sample": extent.sample,
             "sample_seed": None if extent.sample is None else extent.seed,
@@ -79,12 +70,10 @@ def evaluated(
         },
     }
     versions = {
-        "git_hash": None,
+        **dict.fromkeys(("git_hash", "pretty_env_info", "upper_git_hash")),
         "date": started,
-        "pretty_env_info": None,
         "transformers_version": stack.get("transformers"),
         "lm_eval_version": stack.get("lm-eval"),
-        "upper_git_hash": None,
     }
     thinking = {n: v for n, v in said.items() if n in ("enable_thinking", "think_end_token")}
     return Evaluated(

@@ -51,6 +51,11 @@ class _Cell:
     shown: tuple[LiveRun, ...] = ()
     """Where its run is open."""
 
+    @property
+    def key(self) -> str:
+        """The run key of its own run."""
+        return run_key(self.record, "cell")
+
 
 class Live:
     """Shows cells in some live runs while they are measured; what one costs is only itself."""
@@ -106,17 +111,11 @@ class Live:
             name, what, left = said
             if isinstance(what, _Cell):
                 self._cells[name] = what
-            else:
-                self._leave(self._cells.pop(name) if name in self._cells else None, what)
+            elif ended := self._cells.pop(name, None):
+                for live_run in ended.shown:
+                    with suppress(TrackerError):
+                        live_run.end(ended.key, what)
             left.set()
-
-    def _leave(self, cell: _Cell | None, status: Ending) -> None:
-        """End the runs of a cell, where there are any."""
-        if cell is None:
-            return
-        for live_run in cell.shown:
-            with suppress(TrackerError):
-                live_run.end(run_key(cell.record, "cell"), status)
 
     def _look(self, cell: _Cell) -> None:
         """Show how far a cell is; one that fails is gone for the rest of it."""
@@ -132,12 +131,12 @@ class Live:
         if opening:
             cell.first, cell.shown = found, self._live_runs
         figures = progress_figures(cell.first or found, found, start - cell.began, cell.record)
-        key, kept = run_key(cell.record, "cell"), []
+        kept = []
         for live_run in cell.shown:
             try:
                 if opening:
                     live_run.begin(cell.record)
-                live_run.update(key, figures, found.documents)
+                live_run.update(cell.key, figures, found.documents)
                 kept.append(live_run)
             except TrackerError:
                 log.debug("%s is not shown any more", cell.record.title, exc_info=True)

@@ -17,14 +17,9 @@ from tracker.tracking import BACKENDS, service
 from tracker.tracking.base import Target
 
 
-def title_of(place: Target) -> str:
-    """Name a place as it is typed after `--to`."""
-    return service(place.backend).title_of(place)
-
-
 def file_of(place: Target, results: Path) -> Path:
     """Say where it stands that a results folder keeps a place."""
-    name = re.sub(r"[^\w.-]+", "-", title_of(place), flags=re.ASCII)[:80]
+    name = re.sub(r"[^\w.-]+", "-", service(place.backend).title_of(place), flags=re.ASCII)[:80]
     return results / "places" / f"{name}--{content_hash(vars(place))[:8]}.json"
 
 

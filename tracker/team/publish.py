@@ -27,7 +27,7 @@ from tracker.measuring.derive import decisions_of, record_of
 from tracker.report.charts.cells import cell_charts
 from tracker.report.wording import row_labels
 from tracker.team.live import Live
-from tracker.team.places import file_of, places_of, remember, title_of
+from tracker.team.places import file_of, places_of, remember
 from tracker.tracking import (
     default_targets,
     destination,
@@ -109,6 +109,9 @@ class _Parts:
     note: str
 
 
+_Job = tuple[Future[Publication], Callable[[], Publication]]
+
+
 class Publisher:
     """Publishes cells to some backends, each opened when it is first needed.
 
@@ -133,20 +136,17 @@ class Publisher:
         self._away: dict[Target, str] = {}
         self._texts = texts
         self._said: set[str] = set()
-        self._targets = {text: target(text) for text in track}
+        self._targets = list(dict.fromkeys(map(target, track)))
         self._results = results
         self._open: dict[Target, Backend] = {}
-        self._jobs: SimpleQueue[tuple[Future[Publication], Callable[[], Publication]] | None] = (
-            SimpleQueue()
-        )
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._thread: Thread | None = None
         live_runs: list[LiveRun] = [trial] if trial is not None and trial.joins else []
         is_shown = bool(live_runs)
-        for to in self._targets.values():
+        for to in self._targets:
             known = service(to.backend)
             if "live runs" in known.can and not (is_shown and known.runs_sweeps):
-                place = (to.backend, to.project or project, results, to.server)
-                live_runs.append(open_live_run(*place))
+                live_runs.append(open_live_run(*self._there(to)))
         self.live = Live(tuple(live_runs))
 
     def begin(
@@ -207,13 +207,11 @@ class Publisher:
         """Publish a cell; what one place refuses does not keep the others from it."""
         record = _told_apart(store, record)
         outcome, errors = Publication(), []
-        asked = {
-            service(to.backend).place_of(to, self.project): to for to in self._targets.values()
-        }
+        asked = {service(to.backend).place_of(to, self.project): to for to in self._targets}
         parts: _Parts | None = None
         charts = None
         for place in [*asked, *self._left(store, record, asked)]:
-            title = title_of(place)
+            title = service(place.backend).title_of(place)
             try:
                 if trust_receipts and place in self._away:
                     raise TrackingError(self._away[place])
@@ -225,7 +223,9 @@ class Publisher:
                     outcome.places[title] = receipt["location"]
                     continue
                 charts = cell_charts(record) if charts is None else charts
-                published = self._backend(to).publish(record, parts.files, charts, parts.tables)
+                if to not in self._open:
+                    self._open[to] = open_backend(*self._there(to))
+                published = self._open[to].publish(record, parts.files, charts, parts.tables)
                 outcome.places[title] = published.location
                 outcome.done[title] = published
                 outcome.notes += published.notes
@@ -233,8 +233,10 @@ class Publisher:
                     self._said.add(parts.note)
                     outcome.notes.append(parts.note)
                 whole = replace(place, project=published.project or place.project)
+                kept = {"place": remember(whole, self._results), "view": record.view}
+                kept |= {"record": digest, "location": published.location}
                 # Named after publishing: the first publish makes the database.
-                self._keep(store, record, to, whole, digest, published.location)
+                store.add_receipt(self._receipt(to, record), **kept)
             except (Exception, SystemExit) as error:
                 log.debug("%s: %s failed", record.title, title, exc_info=True)
                 if place in asked:
@@ -268,25 +270,13 @@ class Publisher:
             and service(place.backend).is_kept_here(place)
         ]
 
-    def _keep(
-        self,
-        store: CellStore,
-        record: CellRecord,
-        to: Target,
-        place: Target,
-        digest: str,
-        location: str,
-    ) -> None:
-        """Remember that a place has a view, or none of it yet where there is no digest."""
-        name = remember(place, self._results)
-        receipt = {"record": digest, "location": location, "place": name, "view": record.view}
-        store.add_receipt(self._receipt(to, record), **receipt)
-
     def _owe(self, store: CellStore, record: CellRecord, to: Target, place: Target) -> None:
         """Remember a place that does not have a view yet, and should."""
         with suppress(OSError, WorkError):
-            if not store.receipt(self._receipt(to, record)).get("place"):
-                self._keep(store, record, to, place, "", "")
+            name = self._receipt(to, record)
+            if not store.receipt(name).get("place"):
+                kept = {"place": remember(place, self._results), "view": record.view}
+                store.add_receipt(name, record="", location="", **kept)
 
     def _why(self, error: BaseException, to: str) -> str:
         known = isinstance(error, TrackerError)
@@ -296,15 +286,13 @@ class Publisher:
         again = masked(sync_command(self._results.absolute(), to))
         return f"{said}\n{when_mended(again)}"
 
-    def _backend(self, to: Target) -> Backend:
-        if to not in self._open:
-            project = to.project or self.project
-            self._open[to] = open_backend(to.backend, project, self._results, to.server)
-        return self._open[to]
+    def _there(self, to: Target) -> tuple[str, str, Path, str | None]:
+        """Say where a target is, as whatever opens it wants to hear it."""
+        return to.backend, to.project or self.project, self._results, to.server
 
     def _receipt(self, to: Target, record: CellRecord) -> str:
         """Name the receipt of one view at one backend."""
-        place = destination(to.backend, to.project or self.project, self._results, to.server)
+        place = destination(*self._there(to))
         return place if record.view == INTACT_VIEW else content_hash([place, record.view])
 
     def close(self) -> None:

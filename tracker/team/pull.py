@@ -28,7 +28,7 @@ from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_texts
 from tracker.ledger.views import CellIdentity
 from tracker.measuring.progress import Progress
-from tracker.tracking import open_backend, open_foreign_files, service
+from tracker.tracking import open_backend, service
 from tracker.tracking.base import Backend, RemoteCell, Target
 from tracker.tracking.isolated import Isolated
 
@@ -57,7 +57,8 @@ def pull(
     ledger = Ledger(root)
     ledger.create()
     backend = open_backend(source.backend, source.project or "", root, source.server)
-    files = open_foreign_files()
+    # It may not hold much memory.
+    files = Isolated("what reads downloaded files", "tracker.tracking.foreign:ForeignFiles")
     failed: dict[str, str] = {}
     try:
         there = backend.cells()
@@ -136,10 +137,5 @@ def _fetch(backend: Backend, files: Isolated, cell: RemoteCell, root: Path) -> N
             raise TrackingError(f"its files are not what tracker writes: {error}") from None
         write_text(store.folder / "cell.json", identity.sealed())
         store.views.write(asked)
-    note = {
-        "version": cell.version,
-        "cell": identity.key,
-        "view": store.views.name_of(asked.view),
-        "shards": shards,
-    }
-    write_note(_note_path(root, cell), note)
+    note = {"version": cell.version, "cell": identity.key, "shards": shards}
+    write_note(_note_path(root, cell), note | {"view": store.views.name_of(asked.view)})

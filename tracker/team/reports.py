@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import pandas as pd
 
@@ -24,7 +25,7 @@ from tracker.report.page.studies import standing_alone
 from tracker.report.wording import summary
 from tracker.team.collect import Collected, merged
 from tracker.team.leaderboard import board_tables, publish_board
-from tracker.tracking import open_pages, target
+from tracker.tracking import open_backend, target
 from tracker.tracking.base import Page, Pages, Target
 
 _CHARTS = 60
@@ -60,18 +61,13 @@ def write(found: Collected, form: str, path: Path) -> list[Path]:
     RequestError if there is no such form, WorkError if the disk is full or refuses.
     """
     if form == "html":
-        decided = found.decisions()
-        return [_page(found, path, decided)]
+        return [_page(found, path, found.decisions())]
     if form not in FORMATS:
         raise RequestError(f"there is no format {form!r}; use one of: html, {', '.join(FORMATS)}")
-    everything = form in ("csv", "parquet")
-    more = {"documents": _documents(found)} if everything else {}
-    cells = found.cells if everything else _alone(found)
-    return export(cells, form, path, more, found.findings)
-
-
-def _alone(found: Collected) -> list[CellRecord]:
-    return standing_alone(found.cells, found.findings, found.searched)
+    if form in ("csv", "parquet"):
+        return export(found.cells, form, path, {"documents": _documents(found)}, found.findings)
+    alone = standing_alone(found.cells, found.findings, found.searched)
+    return export(alone, form, path, {}, found.findings)
 
 
 def _page(found: Collected, path: Path, decided: Mapping[Place, DecisionsRecord]) -> Path:
@@ -104,14 +100,13 @@ def publish(
     )
     locations: dict[str, str] = {}
     failed: dict[str, str] = {}
-    opened = [(text, _target(text)) for text in targets]
-    for text, to in opened:
-        with TemporaryDirectory() as folder, _failures(failed, text), _open(to, results) as backend:
+    for text, to in [(text, _target(text)) for text in targets]:
+        with TemporaryDirectory() as folder, _pages(text, to, results, failed) as backend:
             path = Path(folder) / "report.html"
             page = _page(found, path, decided)
             more = {"documents": _documents(found, private)}
             files = [page, *export(found.cells, "parquet", Path(folder), more, found.findings)]
-            alone = _alone(found)
+            alone = standing_alone(found.cells, found.findings, found.searched)
             charts = dict(list(figures(alone, found.findings).items())[:_CHARTS])
             says = "\n\n".join((summary(alone), LAYER_RULE, MODEL_RULE, INTERVAL_RULE))
             tables = board_tables(found.cells)
@@ -132,9 +127,8 @@ def join_boards(
     locations: dict[str, str] = {}
     failed: dict[str, str] = {}
     every = list(cells)
-    opened = [(text, _target(text)) for text in targets]
-    for text, to in opened:
-        with _failures(failed, text), _open(to, results) as backend:
+    for text, to in [(text, _target(text)) for text in targets]:
+        with _pages(text, to, results, failed) as backend:
             board, locations[masked(text)] = publish_board(backend, cells)
             every += board.cells
     return merged(every), {text: place for text, place in locations.items() if place}, failed
@@ -148,17 +142,11 @@ def _target(text: str) -> Target:
 
 
 @contextmanager
-def _open(to: Target, results: Path) -> Iterator[Pages]:
-    backend = open_pages(to.backend, to.project or "", results, to.server)
-    try:
-        yield backend
-    finally:
-        backend.close()
-
-
-@contextmanager
-def _failures(failed: dict[str, str], text: str) -> Iterator[None]:
-    try:
-        yield
-    except TrackerError as error:
-        failed[masked(text)] = masked(str(error))
+def _pages(text: str, to: Target, results: Path, failed: dict[str, str]) -> Iterator[Pages]:
+    """Open the pages of a target; what goes wrong meanwhile is in `failed`, and nothing else."""
+    backend = open_backend(to.backend, to.project or "", results, to.server)
+    with closing(cast(Pages, backend)) as pages:
+        try:
+            yield pages
+        except TrackerError as error:
+            failed[masked(text)] = masked(str(error))

@@ -15,14 +15,13 @@ from tracker.core.ablations import INTACT, Ablation, ablate, ablation_of
 from tracker.core.config import CellRequest, cell_request
 from tracker.core.errors import BenchmarkError, RequestError, TrackerError, did_you_mean
 from tracker.core.extent import DEFAULT_SEED
-from tracker.core.identities import ModelIdentity
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.keys import cell_key
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.store import Ledger
 from tracker.measuring.progress import Progress
-from tracker.models.sources import ModelSource, find_model
+from tracker.models.sources import find_model
 from tracker.team.evaluated import Part, evaluated, started
 
 if TYPE_CHECKING:
@@ -124,8 +123,8 @@ def _chosen(
     chosen = [
         store
         for store in stores
-        if (not models or _names(store) & set(models))
-        and (not benchmarks or store.identity.benchmark.name in benchmarks)
+        if _names(store) & set(models or typed)
+        and store.identity.benchmark.name in (benchmarks or known)
     ]
     if not chosen:
         raise RequestError("none of these benchmarks is measured for these models; tracker ls")
@@ -141,14 +140,10 @@ def _parts(store: CellStore, views: Sequence[View], layers: Collection[int]) -> 
     """Gather the views of a cell that show the same documents."""
     for extent in dict.fromkeys(view.extent for view in views):
         ablations = [INTACT]
-        for view in views:
-            if view.extent == extent:
-                ablations.append(ablate("layer", view.removed))
-                ablations += [
-                    ablation_of(run, view.removed)
-                    for run in view.runs
-                    if not layers or run.layer in layers
-                ]
+        for view in [view for view in views if view.extent == extent]:
+            wanted = [run for run in view.runs if not layers or run.layer in layers]
+            ablations.append(ablate("layer", view.removed))
+            ablations += [ablation_of(run, view.removed) for run in wanted]
         yield Part(store, extent, tuple(dict.fromkeys(ablations)))
 
 
@@ -157,12 +152,12 @@ def _calls(parts: Sequence[Part]) -> list[list[Part]]:
     calls: dict[str, list[list[Part]]] = {}
     for part in parts:
         alike = calls.setdefault(part.together, [])
-        fitting = (call for call in alike if not any(part.tasks & each.tasks for each in call))
-        call = next(fitting, None)
-        if call is None:
-            alike.append([part])
+        for call in alike:
+            if not any(part.tasks & other.tasks for other in call):
+                call.append(part)
+                break
         else:
-            call.append(part)
+            alike.append([part])
     return [call for alike in calls.values() for call in alike]
 
 
@@ -249,30 +244,24 @@ def _encoder(store: CellStore, trust: bool) -> RequestEncoder | None:
     from tracker.benchmarks.encoder import RequestEncoder
     from tracker.models.load import weightless
 
-    source = _source(store.identity.model)
-    return RequestEncoder(*weightless(source, "auto", trust), _request(store))
-
-
-def _source(model: ModelIdentity) -> ModelSource:
-    """Find a measured model's folder; of how it was loaded only that decides the tokenizer."""
+    model = store.identity.model
+    # Of how it was loaded only the folder within it decides the tokenizer.
     inside = {n: v for n, v in model.arguments.items() if n == "subfolder"}
-    return find_model(model.source, model.revision, json.dumps(inside) if inside else None)
+    source = find_model(model.source, model.revision, json.dumps(inside) if inside else None)
+    return RequestEncoder(*weightless(source, "auto", trust), _request(store))
 
 
 def _known(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], Judged]:
     """Turn outcomes of one model into what lm-eval asks for: document → answers."""
     from tracker.benchmarks.results import Judged
 
-    metrics = {name for row in rows for name in row if name.startswith(METRIC)}
-    return {
-        (row["task"], int(row["doc"])): Judged(
-            row["loglikelihoods"],
-            row["greedy"],
-            row.get("text"),
-            {
-                name.removeprefix(METRIC): None if pd.isna(row[name]) else row[name]
-                for name in metrics & row.keys()
-            },
-        )
-        for row in rows
-    }
+    known = {}
+    for row in rows:
+        metrics = {
+            name.removeprefix(METRIC): None if pd.isna(value) else value
+            for name, value in row.items()
+            if name.startswith(METRIC)
+        }
+        judged = Judged(row["loglikelihoods"], row["greedy"], row.get("text"), metrics)
+        known[row["task"], int(row["doc"])] = judged
+    return known

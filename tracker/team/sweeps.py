@@ -23,10 +23,7 @@ from tracker.tracking.base import SweepTrial
 from tracker.tracking.wandb.service import open_sweep
 
 _OF_A_GRID = ("method", "parameters", "run_cap")
-_ANY_RUN: dict[str, Any] = {
-    **dict.fromkeys(IN_THE_FILE, ()),
-    "only": None,
-}
+_ANY_RUN: dict[str, Any] = {**dict.fromkeys(IN_THE_FILE, ()), "only": None}
 _UNFINISHED = ("crashed", "failed", "killed", "preempted")
 """States of a run that no agent takes up again."""
 log = logging.getLogger(__name__)
@@ -87,7 +84,7 @@ def fill_sweep(path: str, ledger: Ledger) -> SweepFilled:
             title = trial.name
             try:
                 request = trial_request(trial.settings)
-                title = f"{trial.name} ({_run_title(request)})"
+                title = f"{trial.name} ({request.title}, {first_run(request).label()})"
                 found = _measured(request, ledger)
             except TrackerError as error:
                 done.wanting[title] = str(error)
@@ -98,10 +95,6 @@ def fill_sweep(path: str, ledger: Ledger) -> SweepFilled:
             except TrackerError as error:
                 done.failed[title] = str(error)
     return done
-
-
-def _run_title(request: CellRequest) -> str:
-    return f"{request.title}, {first_run(request).label()}"
 
 
 def _measured(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunRecord]:

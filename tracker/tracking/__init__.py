@@ -14,8 +14,7 @@ from typing import cast
 from tracker.core.errors import RequestError, did_you_mean
 from tracker.core.provenance import content_hash
 from tracker.core.text import masked
-from tracker.tracking.base import Ability, Backend, LiveRun, Models, Pages, Service, Target
-from tracker.tracking.isolated import Isolated
+from tracker.tracking.base import Ability, Backend, LiveRun, Models, Service, Target
 from tracker.tracking.wandb.service import in_sweep
 
 BACKENDS = {
@@ -95,11 +94,6 @@ def open_backend(name: str, project: str, results: Path, server: str | None = No
     return service(name).open(project, results, server)
 
 
-def open_pages(name: str, project: str, results: Path, server: str | None = None) -> Pages:
-    """Open where reports and a leaderboard are kept, of a backend that can; as `open_backend`."""
-    return cast(Pages, open_backend(name, project, results, server))
-
-
 def open_live_run(name: str, project: str, results: Path, server: str | None = None) -> LiveRun:
     """Open what a backend that can shows while cells are measured; as `open_backend`."""
     return service(name).open_live_run(project, results, server)
@@ -108,11 +102,6 @@ def open_live_run(name: str, project: str, results: Path, server: str | None = N
 def open_models(name: str, project: str, results: Path, server: str | None = None) -> Models:
     """Open where a backend that can keeps pruned models; as `open_backend`."""
     return service(name).open_models(project, results, server)
-
-
-def open_foreign_files() -> Isolated:
-    """Open what reads downloaded files: `ForeignFiles` in a process with little memory."""
-    return Isolated("what reads downloaded files", "tracker.tracking.foreign:ForeignFiles")
 
 
 def destination(name: str, project: str, results: Path, server: str | None = None) -> str:

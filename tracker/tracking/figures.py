@@ -118,22 +118,13 @@ def cell_figures(cell: CellRecord) -> dict[str, float | None]:
     They are fractions, or a loss in the metric's own unit; correlations come as
     `spearman/cosine_score/all`.
     """
+    names = [
+        *("n", "tokens", "seconds", "peak_bytes", "compared", "compared_difference"),
+        *("removed_accuracy", "removed_low", "removed_high", "chance_accuracy"),
+        *(f"baseline_{word}" for word in ("accuracy", "low", "high", "rounded", "rounding")),
+    ]
     return {
-        "n": cell.n,
-        "tokens": cell.tokens,
-        "seconds": cell.seconds,
-        "peak_bytes": cell.peak_bytes,
-        "compared": cell.compared,
-        "compared_difference": cell.compared_difference,
-        "removed_accuracy": cell.removed_accuracy,
-        "removed_low": cell.removed_low,
-        "removed_high": cell.removed_high,
-        "baseline_accuracy": cell.baseline_accuracy,
-        "baseline_low": cell.baseline_low,
-        "baseline_high": cell.baseline_high,
-        "baseline_rounded": cell.baseline_rounded,
-        "baseline_rounding": cell.baseline_rounding,
-        "chance_accuracy": cell.chance_accuracy,
+        **{name: getattr(cell, name) for name in names},
         **(answer_figures(cell.answer) if cell.answer else {}),
         **{f"baseline_metric/{name}": value for name, value in cell.baseline_metrics.items()},
         **{f"{c.coefficient}/{c.proxy}/{c.subset}": c.value for c in cell.correlations},
@@ -173,12 +164,10 @@ def until_marks(cell: CellRecord, run: RunIdentity | None = None) -> dict[str, s
     }
     if run is None:
         return marks | {"answer": statement(answer)}
-    mine = [each for each in answer.runs if each.order == run.order]
-    return marks | {
-        name: _yes(value)
-        for each in mine
-        for name, value in (("open", each.open), ("chosen", each.chosen))
-    }
+    for decided in answer.runs:
+        if decided.order == run.order:
+            marks |= {"open": _yes(decided.open), "chosen": _yes(decided.chosen)}
+    return marks
 
 
 def _yes(value: bool) -> str:
@@ -224,33 +213,20 @@ def logged_documents(decided: DecisionsRecord) -> LoggedTable:
 
     `choice` and `gold` are options, 0-based; `margin` is in nats, as `DecisionsRecord` says.
     """
-    asked = ("task", "document", "question", "choices", "gold", "answer", "layer", "component")
+    asked = ("task", "document", "question", "choices", "gold", "answer")
+    which = ("layer", "component", "span", "intervention")
     scores = ("margin_intact", "margin")
-    columns = (
-        *asked,
-        "span",
-        "intervention",
-        "change",
-        "choice_intact",
-        "choice",
-        "text_intact",
-        "text",
-        *scores,
-    )
+    columns = (*asked, *which, "change", "choice_intact", "choice", "text_intact", "text", *scores)
     rows: list[tuple[Scalar, ...]] = []
     for run in decided.runs:
-        for number, one in enumerate(run.named):
-            doc = decided.documents[one.document]
+        place = tuple(getattr(run.run, name) for name in which)
+        for number, after in enumerate(run.named):
+            doc = decided.documents[after.document]
             change = "lost" if number < run.named_lost else "won"
-            rows.append(
-                (
-                    *(doc.task, doc.doc, doc.question, "\n".join(doc.choices) or None),
-                    *(doc.gold, doc.answer, run.run.layer, run.run.component),
-                    *(run.run.span, run.run.intervention),
-                    *(change, doc.choice, one.choice, doc.text, one.text, doc.margin, one.margin),
-                )
-            )
-    return LoggedTable(columns, tuple(rows), (*asked, "span", "intervention"), scores)
+            question = (doc.task, doc.doc, doc.question, "\n".join(doc.choices) or None)
+            answers = (doc.choice, after.choice, doc.text, after.text, doc.margin, after.margin)
+            rows.append((*question, doc.gold, doc.answer, *place, change, *answers))
+    return LoggedTable(columns, tuple(rows), (*asked, *which), scores)
 
 
 def _layer_values(layer: RunRecord) -> dict[str, float | None]:

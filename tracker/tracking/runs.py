@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tracker.core.identities import Record
 from tracker.core.records import CellRecord, RunRecord
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 ARTIFACT_NAME = 128  # wandb/sdk/artifacts/_validators.py, NAME_MAXLEN
 NOT_IN_NAMES = r"[^A-Za-z0-9_.-]+"
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def layer_run(cell: CellRecord, run: RunRecord) -> DescribedRun:
         note=layer_note(cell, run),
         known=run,
         figures=_named(flat_metrics(run)),
-        reasons={metric_name(name): why for name, why in reasons_of(run).items()},
+        reasons=_named(reasons_of(run)),
         run=run,
     )
 
@@ -230,20 +231,17 @@ def cell_run(
         note=cell_note(cell),
         known=cell,
         figures=_named(only_defined(figures)),
-        reasons={metric_name(name): why for name, why in reasons.items()},
+        reasons=_named(reasons),
         curves=tuple(curves),
-        tables={
-            "layers": logged_layers(cell),
-            "correlations": logged_correlations(cell),
-            **tables,
-        },
+        tables={"layers": logged_layers(cell), "correlations": logged_correlations(cell), **tables},
         charts=charts,
         files=tuple(files),
     )
 
 
-def _named(figures: Mapping[str, float]) -> dict[str, float]:
-    return {metric_name(name): value for name, value in figures.items()}
+def _named(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Give figures, or reasons, the names that every backend takes."""
+    return {metric_name(name): value for name, value in values.items()}
 
 
 def _facts(cell: CellRecord) -> dict[str, Any]:

@@ -52,18 +52,11 @@ from tracker.tracking.mlflow.runs import (
     KIND_TAG,
     MlflowRun,
     child_links,
-    made_of_tag,
     mlflow_run,
     tables_tag,
+    tags_of,
 )
-from tracker.tracking.mlflow.writing import (
-    DIGEST_TAG,
-    attach,
-    lacks,
-    later,
-    stated_digests,
-    write,
-)
+from tracker.tracking.mlflow.writing import DIGEST_TAG, attach, lacks, later, stated_digests, write
 from tracker.tracking.runs import DescribedRun, cell_run
 
 _RUNS_FIRST = {"mlflow.experimentKind": "custom_model_development"}
@@ -191,14 +184,8 @@ class MlflowBackend(Backend, Pages):
         kind = BOARD if page.kind == "leaderboard" else page.kind
         with self._one_writer(f"did not take the {page.kind}"):
             client, experiment = self._connect()
-            tags = {
-                KIND_TAG: kind,
-                "tracker.made_of": made_of_tag(page.made_of),
-                "mlflow.source.name": "tracker",
-                "mlflow.user": self.user(),
-                "mlflow.loggedArtifacts": tables_tag(page.tables),
-                "mlflow.note.content": page.text,
-            }
+            tags = tags_of(kind, page.made_of, self.user(), page.text)
+            tags["mlflow.loggedArtifacts"] = tables_tag(page.tables)
             # The newest of its kind is the first in MLflow's list, whatever the clock says.
             others = _search(client, experiment, f"tags.`{KIND_TAG}` = '{kind}'")
             start = later(max((run.info.start_time for run in others), default=0))
@@ -233,9 +220,9 @@ class MlflowBackend(Backend, Pages):
     def _existing(self) -> tuple[Any, str]:
         """Return the client and the experiment's id, creating nothing."""
         if self._connection is None:
-            if self._database and not self._database.exists():
-                raise TrackingError("there is no such file")
             if self._database:
+                if not self._database.exists():
+                    raise TrackingError("there is no such file")
                 with suppress(sqlite3.Error):  # nobody may write it, or it is none
                     follow_folder(self._database)
             client = MlflowClient(tracking_uri=self._uri)

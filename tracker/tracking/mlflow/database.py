@@ -99,10 +99,7 @@ def follow_folder(path: Path) -> None:
 
 def _on_local_disk(folder: Path) -> bool:
     """Say whether SQLite's write-ahead log is safe here: it is not on network file systems."""
-    mounts = [
-        mount
-        for mount in psutil.disk_partitions(all=True)
-        if folder.resolve().is_relative_to(mount.mountpoint)
-    ]
+    place, every = folder.resolve(), psutil.disk_partitions(all=True)
+    mounts = [mount for mount in every if place.is_relative_to(mount.mountpoint)]
     nearest = max(mounts, key=lambda mount: len(mount.mountpoint), default=None)
     return nearest is None or not _NETWORK_FILE_SYSTEMS.search(nearest.fstype)

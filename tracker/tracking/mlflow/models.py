@@ -17,7 +17,7 @@ from typing_extensions import override
 from tracker.tracking.base import Models, SavedModel
 from tracker.tracking.figures import metric_name
 from tracker.tracking.mlflow.backend import MlflowBackend
-from tracker.tracking.mlflow.runs import KIND_TAG, made_of_tag
+from tracker.tracking.mlflow.runs import tags_of
 
 _PARAM = 500
 """Characters that MLflow 2 takes."""
@@ -34,16 +34,12 @@ class MlflowModels(Models):
         from huggingface_hub import ModelCard
 
         card = (model.folder / "README.md").read_text(encoding="utf-8")
-        tags = {
-            KIND_TAG: "pruned model",
-            "tracker.made_of": made_of_tag(model.made_of),
-            "mlflow.source.name": "tracker",
-            "mlflow.user": self._backend.user(),
-            "mlflow.note.content": ModelCard(card).text,
-        }
+        user, text = self._backend.user(), ModelCard(card).text
+        tags = tags_of("pruned model", model.made_of, user, text)
         run_id, uri, location = self._backend.begin(model.name, tags)
         with self._backend.connected(f"did not take {model.name}") as client:
             now = int(time.time() * 1000)
+            pinned = [f"{n}=={version(n).partition('+')[0]}" for n in ("torch", "transformers")]
             metrics = [Metric(metric_name(name), v, now, 0) for name, v in model.figures.items()]
             params = [Param(name, value[:_PARAM]) for name, value in _params(model.facts)]
             client.log_batch(run_id, metrics=metrics, params=params, synchronous=True)
@@ -56,7 +52,7 @@ class MlflowModels(Models):
                     model_card=ModelCard(card),
                     metadata={"tracker": json.dumps(model.facts)},
                     # Otherwise it loads the model once more, to see what that imports.
-                    pip_requirements=[_pinned(name) for name in ("torch", "transformers")],
+                    pip_requirements=pinned,
                     registered_model_name=model.register,
                 )
         return location
@@ -82,7 +78,3 @@ def _params(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in ("removed", "strategy", "calibration"):
         if facts[name] is not None:
             yield name, str(facts[name])
-
-
-def _pinned(package: str) -> str:
-    return f"{package}=={version(package).partition('+')[0]}"

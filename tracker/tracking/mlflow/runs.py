@@ -82,9 +82,15 @@ def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> st
     return text
 
 
-def made_of_tag(cells: Iterable[CellRecord]) -> str:
-    """Write the tag that says which cells' runs, by their run keys, something was made of."""
-    return ", ".join(run_key(cell, "cell") for cell in cells)[:_TAG_CHARACTERS]
+def tags_of(kind: str, made_of: Iterable[CellRecord], user: str, note: str) -> dict[str, str]:
+    """Write the tags of what was made of cells: their runs are named by their run keys."""
+    return {
+        KIND_TAG: kind,
+        "tracker.made_of": ", ".join(run_key(cell, "cell") for cell in made_of)[:_TAG_CHARACTERS],
+        "mlflow.source.name": "tracker",
+        "mlflow.user": user,
+        "mlflow.note.content": note,
+    }
 
 
 def _measured_on(cell: CellRecord) -> tuple[str, str]:
@@ -108,14 +114,9 @@ def tables_tag(names: Iterable[str]) -> str:
 
 def _of_cell(cell: CellRecord) -> dict[str, object]:
     model, benchmark = cell.model, cell.benchmark
-    return {
-        "architecture": model.architecture,
-        "layers": model.layers,
-        "parameters": model.parameters,
-        "apply_chat_template": benchmark.apply_chat_template,
-        "seed": benchmark.seed,
-        "tasks": len(benchmark.tasks),
-    }
+    size = {name: getattr(model, name) for name in ("architecture", "layers", "parameters")}
+    how = {name: getattr(benchmark, name) for name in ("apply_chat_template", "seed")}
+    return {**size, **how, "tasks": len(benchmark.tasks)}
 
 
 def _identity(cell: CellRecord) -> dict[str, object]:

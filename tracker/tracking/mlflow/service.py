@@ -86,7 +86,9 @@ class MlflowService(Service):
             return Target(self.name, place.project, own)
         if place.server == here:
             return Target(self.name, place.project)
-        if _is_remote(place.server) and _has_login():
+        is_remote = urlsplit(place.server).scheme not in ("sqlite", "file", "")
+        has_login = any(map(os.environ.get, _LOGINS)) or _LOGIN_FILE.expanduser().exists()
+        if is_remote and has_login:
             raise other_login(place, "MLFLOW_TRACKING_URI", results)
         return place
 
@@ -112,11 +114,3 @@ def _server_and_experiment(text: str) -> tuple[str, str]:
     else:
         server, _, project = text.rpartition("/")
     return server, project.strip("/")
-
-
-def _is_remote(uri: str) -> bool:
-    return urlsplit(uri).scheme not in ("sqlite", "file", "")
-
-
-def _has_login() -> bool:
-    return any(map(os.environ.get, _LOGINS)) or _LOGIN_FILE.expanduser().exists()

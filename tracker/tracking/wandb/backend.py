@@ -27,15 +27,7 @@ from tracker.core.distribution import install_extra
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
 from tracker.ledger.files import make_folder, write_text
-from tracker.tracking.base import (
-    BOARD,
-    BOARD_FILE,
-    Backend,
-    Page,
-    Pages,
-    RemoteCell,
-    SavedModel,
-)
+from tracker.tracking.base import BOARD, BOARD_FILE, Backend, Page, Pages, RemoteCell, SavedModel
 from tracker.tracking.foreign import downloading, refuse_lies
 from tracker.tracking.runs import DescribedRun, artifact_name
 from tracker.tracking.wandb.runs import FORMAT, group_of, labels_of, model_name, run_id
@@ -132,9 +124,8 @@ class WandbBackend(Backend, Pages):
             collection = f"{self._path()}/{BOARD}"
             if not wandb.Api().artifact_collection_exists(collection, "leaderboard"):
                 return []
-            versions = [
-                artifact.version for artifact in wandb.Api().artifacts("leaderboard", collection)
-            ]
+            artifacts = wandb.Api().artifacts("leaderboard", collection)
+            versions = [artifact.version for artifact in artifacts]
         return sorted(versions, key=lambda version: int(version.removeprefix("v")))
 
     @override
@@ -209,8 +200,7 @@ class WandbBackend(Backend, Pages):
         """Read back: the client reports an upload that was given up only where it logs."""
         there = self._ask(cell)
         for run in runs:
-            found = there.get(run.key)
-            if found is None or found.digest != run.digest(FORMAT):
+            if run.key not in there or there[run.key].digest != run.digest(FORMAT):
                 raise TrackingError(f"the run {run.name!r} did not arrive whole")
 
     def _has_files(self, run: DescribedRun) -> bool:
@@ -224,8 +214,7 @@ class WandbBackend(Backend, Pages):
             there = wandb.Api().artifact(f"{self._path()}/{run.outcomes.name}:latest")
         except (ValueError, wandb.Error):
             return False
-        files = run.outcomes.metadata["files"]
-        return bool(there.metadata.get("files") == files)
+        return bool(there.metadata.get("files") == run.version)
 
     def _drop_former(self, found: _Known | None, now: str) -> None:
         """Remove what was written of an offline run before, unless it was sent.

@@ -92,7 +92,7 @@ def in_sweep() -> bool:
 
 def open_trial(results: Path) -> Isolated:
     """Open the run that a W&B agent opened for this process: a `WandbTrial` in one of its own."""
-    return Isolated(WandbService.title, "tracker.tracking.wandb.trial:WandbTrial", results)
+    return Isolated(WandbService.title, "tracker.tracking.wandb.sweep:WandbTrial", results)
 
 
 def open_sweep(path: str, results: Path) -> Isolated:

@@ -25,6 +25,8 @@ _ENVIRONMENT = {
 }
 """What W&B reads when it is set up; a user's own setting wins."""
 
+_QUIET = ("silent", "disable_code", "disable_git", "x_disable_machine_info", "x_disable_meta")
+
 
 @contextmanager
 def session(results: Path, problem: str, advice: str = "") -> Iterator[None]:
@@ -79,17 +81,13 @@ def start(results: Path, /, watched: int | None = None, **run: Any) -> Any:
     settings = wandb.Settings(
         root_dir=str(results),
         console="off",
-        silent=True,
-        disable_code=True,
-        disable_git=True,
-        x_disable_machine_info=True,
-        x_disable_meta=True,
         x_disable_stats=watched is None,
         x_stats_pid=watched or os.getpid(),
         x_save_requirements=False,
         init_timeout=60,
         finish_timeout=_FINISH_SECONDS,
         finish_timeout_raises=True,
+        **dict.fromkeys(_QUIET, True),
     )
     return wandb.init(reinit="create_new", settings=settings, **run)
 

@@ -55,11 +55,6 @@ def write(handle: Any, run: DescribedRun, known: Sequence[Mapping[str, Any]]) ->
     handle.config.update({"tracker": mine}, allow_val_change=True)
 
 
-def add_config(handle: Any, run: DescribedRun) -> None:
-    """Add to the configuration of a sweep's trial; the sweep's own values stand: W&B locks them."""
-    handle.config.update({n: value for n, value in run.config.items() if n not in handle.config})
-
-
 def attach(handle: Any, artifact: Any, files: Iterable[Path], aliases: Iterable[str] = ()) -> None:
     """Log an artifact of these files as the latest of its name, and wait until W&B has it."""
     for file in files:
