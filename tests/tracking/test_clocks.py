@@ -13,13 +13,13 @@ from mlflow import MlflowClient
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
 from tracker.team.leaderboard import publish_board, read_board
-from tracker.tracking.figures import CURVES, flat_metrics
+from tracker.tracking.figures import CURVES
 from tracker.tracking.mlflow import runs, writing
 from tracker.tracking.mlflow.backend import MlflowBackend
 from tracker.tracking.mlflow.live_run import MlflowLiveRun
 
-from .conftest import CellMaker
-from .test_mlflow import Store, local
+from .conftest import cell_record, local
+from .test_mlflow import Store
 
 BEHIND = 120.0
 
@@ -33,11 +33,6 @@ def turn(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         monkeypatch.setattr(time, "time", lambda: clock() + seconds)
 
     return turned
-
-
-@pytest.fixture(params=["sqlite", "server"])
-def uri(request: pytest.FixtureRequest, results: Path) -> str:
-    return local(results) if request.param == "sqlite" else request.getfixturevalue("server")
 
 
 def other_figures(cell: CellRecord) -> CellRecord:
@@ -59,13 +54,9 @@ def other_figures(cell: CellRecord) -> CellRecord:
 def is_shown(uri: str, project: str, cell: CellRecord) -> None:
     """MLflow shows these figures and no others: of runs, of curves, of the models it ranks."""
     store = Store(uri, project)
-    assert store.cell(cell).data.metrics["n"] == cell.n
+    store.shows(cell)
     assert store.cell(cell).data.metrics["baseline_accuracy"] == cell.baseline_accuracy
-    for row in cell.runs:
-        run = store.layer(cell, row.layer)
-        shown = {n: value for n, value in run.data.metrics.items() if not math.isnan(value)}
-        assert shown == flat_metrics(row)
-        assert run.info.end_time >= run.info.start_time
+    assert all(run.info.end_time >= run.info.start_time for run in store.runs)
     for name in CURVES:
         history = store.client.get_metric_history(store.cell(cell).info.run_id, name)
         newest = {p.step: p.value for p in sorted(history, key=lambda point: point.timestamp)}
@@ -76,23 +67,17 @@ def is_shown(uri: str, project: str, cell: CellRecord) -> None:
     for name in ("accuracy_drop", "accuracy_relevance"):
         known = [row for row in cell.runs if getattr(row, name) is not None]
         wanted = [row.ablation for row in sorted(known, key=lambda row: -getattr(row, name))]
-        models = store.client.search_logged_models(
-            [store.experiment.experiment_id],
-            order_by=[{"field_name": f"metrics.{name}", "ascending": False}],
-        )
-        assert len(models) == 1 + len(cell.runs)
-        ranked = [m for m in models if any(point.key == name for point in m.metrics)]
-        order = [model.params["ablation"] for model in ranked]
+        order = [model.params["ablation"] for model in store.ranked(name)]
         assert [ablation for ablation in order if ablation != "baseline"] == wanted
 
 
 # Was: 16 documents were shown for ever, where 48 were written by a clock that is 120 s behind.
 def test_what_a_clock_that_is_behind_writes_is_shown(
-    uri: str, results: Path, make_cell: CellMaker, turn: Callable[[float], None]
+    uri: str, results: Path, turn: Callable[[float], None]
 ) -> None:
     project = f"behind-{uri.partition(':')[0]}"
     backend = MlflowBackend(project, results, uri)
-    cell = make_cell()
+    cell = cell_record()
     backend.publish(cell, [], {})
     is_shown(uri, project, cell)
     turn(-BEHIND)
@@ -104,15 +89,11 @@ def test_what_a_clock_that_is_behind_writes_is_shown(
 
 
 def test_a_project_that_shows_old_figures_is_repaired(
-    uri: str,
-    results: Path,
-    make_cell: CellMaker,
-    turn: Callable[[float], None],
-    monkeypatch: pytest.MonkeyPatch,
+    uri: str, results: Path, turn: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the tracker of before left it, and as whoever writes beside tracker may leave it."""
     project = f"repaired-{uri.partition(':')[0]}"
-    cell, grown = make_cell(), other_figures(make_cell())
+    cell, grown = cell_record(), other_figures(cell_record())
     backend = MlflowBackend(project, results, uri)
     with monkeypatch.context() as before:
         before.setattr(writing, "later", lambda _: int(time.time() * 1000))
@@ -133,10 +114,10 @@ def test_a_project_that_shows_old_figures_is_repaired(
 
 
 def test_what_is_shown_otherwise_is_an_error_that_names_the_run(
-    results: Path, make_cell: CellMaker, monkeypatch: pytest.MonkeyPatch
+    results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = MlflowBackend("layers", results)
-    cell = make_cell(layers=(0, 1))
+    cell = cell_record(layers=(0, 1))
     written = MlflowClient.log_batch
 
     def loses(client: MlflowClient, run_id: str, metrics: list, **rest: object) -> None:
@@ -157,10 +138,10 @@ def test_what_is_shown_otherwise_is_an_error_that_names_the_run(
 
 # Was: a program that was killed between the two left a model without figures, and made a second.
 def test_the_model_of_a_run_that_was_killed_is_completed(
-    results: Path, make_cell: CellMaker, monkeypatch: pytest.MonkeyPatch
+    results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = MlflowBackend("layers", results)
-    cell = make_cell(layers=(0, 1))
+    cell = cell_record(layers=(0, 1))
     with monkeypatch.context() as killed:
         killed.setattr(MlflowClient, "log_batch", lambda *_, **__: 1 / 0)
         with pytest.raises(TrackingError):
@@ -180,10 +161,10 @@ def test_the_model_of_a_run_that_was_killed_is_completed(
 
 
 def test_the_run_that_is_measured_shows_the_latest(
-    results: Path, make_cell: CellMaker, turn: Callable[[float], None]
+    results: Path, turn: Callable[[float], None]
 ) -> None:
     """Also where what was measured before had come further."""
-    cell = make_cell(n=0)
+    cell = cell_record(n=0)
     key = f"{cell.key}/cell"
 
     def shown() -> dict[str, float]:
@@ -205,18 +186,18 @@ def test_the_run_that_is_measured_shows_the_latest(
 
 # Was: each leaderboard of a clock that is behind was another version of which nothing was held.
 def test_the_leaderboard_of_a_clock_that_is_behind_is_the_latest(
-    results: Path, make_cell: CellMaker, turn: Callable[[float], None]
+    results: Path, turn: Callable[[float], None]
 ) -> None:
     backend = MlflowBackend("layers", results)
-    publish_board(backend, [make_cell()])
+    publish_board(backend, [cell_record()])
     turn(-BEHIND)
-    publish_board(backend, [make_cell(key="another")])
+    publish_board(backend, [cell_record(key="another")])
     assert len(backend.boards()) == 2
     board, heads = read_board(backend)
     assert (len(board.entries), heads) == (2, 1)
-    assert publish_board(backend, [make_cell()])[1] == "", "nothing was added"
+    assert publish_board(backend, [cell_record()])[1] == "", "nothing was added"
 
-    other = make_cell().model_copy(update={"baseline_accuracy": 0.6})
+    other = cell_record().model_copy(update={"baseline_accuracy": 0.6})
     publish_board(backend, [other])
     board, _ = read_board(backend)
     assert [c.baseline_accuracy for c in board.cells if c.key == other.key] == [0.6]

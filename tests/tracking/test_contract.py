@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from tracker.core.errors import RequestError
 from tracker.core.identities import Half
-from tracker.core.records import CellRecord, RunRecord
+from tracker.core.records import CellRecord
 from tracker.tracking import BACKENDS, open_backend, service, target
 from tracker.tracking.base import Backend
 from tracker.tracking.figures import (
@@ -32,8 +32,7 @@ from tracker.tracking.isolated import Isolated
 from tracker.tracking.mlflow.writing import DIGEST_TAG
 from tracker.tracking.runs import cell_run, layer_run
 
-from .conftest import CellMaker, layer_record
-from .wandb_client import Client
+from .conftest import cell_record, local, of_kind
 from .wandb_double import WandbDouble
 
 PROJECT = "contract"
@@ -104,7 +103,7 @@ class HeldByMlflow(Held):
 
     @property
     def client(self) -> MlflowClient:
-        return MlflowClient(self.server or f"sqlite:///{self.results / 'mlflow.db'}")
+        return MlflowClient(self.server or local(self.results))
 
     def runs(self) -> list[Any]:
         place = self.client.get_experiment_by_name(self.project)
@@ -244,9 +243,7 @@ def held(
     results = tmp_path / "held"
     results.mkdir()
     if request.param == "wandb":
-        double: WandbDouble = request.getfixturevalue("double")
-        Client(double, tmp_path).lend(monkeypatch)
-        yield HeldByWandb(results, double)
+        yield HeldByWandb(results, request.getfixturevalue("lent"))
     elif request.param == "trackio":
         monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
         kept = HeldByTrackio(results, tmp_path / "trackio")
@@ -259,11 +256,6 @@ def held(
         else:
             server = request.getfixturevalue("server")
         yield HeldByMlflow(results, f"{PROJECT}-{tmp_path.name}", server)
-
-
-def of_kind(component: str, layer: int, span: int, ablation: str, **more: object) -> RunRecord:
-    changes = {"component": component, "layer": layer, "span": span, "ablation": ablation}
-    return layer_record(layer, 160).model_copy(update={**changes, "cosine_score": None, **more})
 
 
 def shows(held: Held, cell: CellRecord) -> dict[str, Seen]:
@@ -296,10 +288,8 @@ def shows(held: Held, cell: CellRecord) -> dict[str, Seen]:
     return mine
 
 
-def test_what_is_published_is_read_back_and_not_doubled(
-    held: Held, make_cell: CellMaker, tmp_path: Path
-) -> None:
-    cell = make_cell()
+def test_what_is_published_is_read_back_and_not_doubled(held: Held, tmp_path: Path) -> None:
+    cell = cell_record()
     odd = {"gold_logprob_drop": math.inf, "metrics": {"exact_match,strict": 0.25, "größe": 0.5}}
     cell = cell.model_copy(update={"runs": (*cell.runs[:3], cell.runs[3].model_copy(update=odd))})
     files = [tmp_path / "outcomes.parquet", tmp_path / "view.json"]
@@ -339,14 +329,12 @@ def test_what_is_published_is_read_back_and_not_doubled(
     assert held.by_key() == first
 
 
-def test_what_grows_is_brought_up_to_date_and_what_broke_off_completed(
-    held: Held, make_cell: CellMaker
-) -> None:
-    part, whole = make_cell(layers=(0, 1)), make_cell()
+def test_what_grows_is_brought_up_to_date_and_what_broke_off_completed(held: Held) -> None:
+    part, whole = cell_record(layers=(0, 1)), cell_record()
     assert held.publish(part) == (4, 0, 0)
     assert held.publish(whole) == (2, 1, 3)
     shows(held, whole)
-    more = make_cell(n=320)
+    more = cell_record(n=320)
     gone = {"accuracy_relevance": None, "reasons": {"accuracy_relevance": "undefined now"}}
     known = {"accuracy_relevance": 0.5, "reasons": {}}
     changed = [{}, {"accuracy_drop": 0.08, **gone}, known, {}]
@@ -389,10 +377,8 @@ def shows_newest(held: Held, cell: CellRecord) -> None:
     }
 
 
-def test_every_kind_of_run_has_a_name_and_a_curve_of_its_own(
-    held: Held, make_cell: CellMaker
-) -> None:
-    cell = make_cell(layers=(0, 1))
+def test_every_kind_of_run_has_a_name_and_a_curve_of_its_own(held: Held) -> None:
+    cell = cell_record(layers=(0, 1))
     kinds = (
         of_kind("layer", 1, 4, "layers:1,2,3,4"),
         of_kind("attention", 1, 1, "attention:1"),
@@ -419,10 +405,8 @@ def test_every_kind_of_run_has_a_name_and_a_curve_of_its_own(
 
 
 # Was: one ablation had one run a cell, whatever it stood for, and cells overwrote each other's.
-def test_other_questions_have_other_runs_beside_each_other(
-    held: Held, make_cell: CellMaker
-) -> None:
-    cell = make_cell(layers=(0,))
+def test_other_questions_have_other_runs_beside_each_other(held: Held) -> None:
+    cell = cell_record(layers=(0,))
     (task,) = cell.benchmark.tasks
     half = task.model_copy(update={"half": Half(part="test", seed=1234, of=2 * task.documents)})
     settings = {"tasks": (half,), "settings": {"part": "test"}}
@@ -432,7 +416,7 @@ def test_other_questions_have_other_runs_beside_each_other(
         cell.model_copy(update={"runs": beneath, "removed": (2,), "removed_accuracy": 0.25}),
         cell.model_copy(update={"metric": "acc_norm"}),
         cell.model_copy(update={"sample_seed": 1234}),
-        make_cell(layers=(0,), key="half").model_copy(
+        cell_record(layers=(0,), key="half").model_copy(
             update={"benchmark": cell.benchmark.model_copy(update=settings)}
         ),
     ]

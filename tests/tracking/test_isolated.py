@@ -13,19 +13,13 @@ import pytest
 from tracker.core.errors import TrackingError
 from tracker.tracking import open_backend
 
-from .wandb_client import Client
 from .wandb_double import WandbDouble
 
 
 @pytest.mark.parametrize("how", ["killed", "closed"])
 def test_a_call_whose_process_ends_is_a_tracking_error(
-    double: WandbDouble,
-    client: Client,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    how: str,
+    lent: WandbDouble, tmp_path: Path, how: str
 ) -> None:
-    client.lend(monkeypatch)
     before = set(psutil.Process().children(recursive=True))
     backend = open_backend("wandb", "team/layers", tmp_path)
 
@@ -40,13 +34,13 @@ def test_a_call_whose_process_ends_is_a_tracking_error(
         else:
             next(process for process in started() if process.ppid() == os.getpid()).kill()
 
-    double.delay = 5.0
+    lent.delay = 5.0
     ending = threading.Thread(target=end)
     ending.start()
     with pytest.raises(TrackingError, match="the process of W&B has ended"):
         backend.user()
     ending.join()
-    double.delay = 0.0
+    lent.delay = 0.0
     assert backend.user() == "tester"
     backend.close()
     assert not started()

@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar
@@ -18,52 +18,39 @@ from tracker.core.errors import TrackingError
 from tracker.tracking import foreign, open_backend
 from tracker.tracking.base import RemoteCell
 
-from .conftest import CellMaker
-from .wandb_client import Client
+from .answering import Answering
+from .conftest import cell_record
 from .wandb_double import MANIFEST, WandbDouble
 
 CELL = RemoteCell("key/cell", "the cell", "0" * 64, "abc")
 
 
-class Lying(BaseHTTPRequestHandler):
+class Lying(Answering):
     """As much of MLflow's REST as reading a cell takes, with whatever files a test names."""
 
     files: ClassVar[list[dict[str, Any]]] = []
     content: ClassVar[bytes] = b"{}"
     packed: ClassVar[bool] = False
-    protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802
         url = urlsplit(self.path)
         if url.path.endswith("/experiments/get-by-name"):
-            self._answer({"experiment": {"experiment_id": "1", "lifecycle_stage": "active"}})
+            self._say({"experiment": {"experiment_id": "1", "lifecycle_stage": "active"}})
         elif url.path.endswith("/runs/get"):
             place = f"http://127.0.0.1:{self.server.server_address[1]}/api/2.0/mlflow-artifacts"
             info = {"run_id": "abc", "experiment_id": "1", "artifact_uri": f"{place}/artifacts/abc"}
-            self._answer({"run": {"info": info, "data": {}}})
+            self._say({"run": {"info": info, "data": {}}})
         elif url.path.endswith("/artifacts"):
             wanted = parse_qs(url.query).get("path", [""])[0]
-            self._answer({"files": self.files if wanted == "abc" else []})
+            self._say({"files": self.files if wanted == "abc" else []})
         elif "/artifacts/abc/" in url.path:
-            self.send_response(200)
-            if self.packed:
-                self.send_header("Content-Encoding", "gzip")
-            self.send_header("Content-Length", str(len(self.content)))
-            self.end_headers()
-            self.wfile.write(self.content)
+            packed = {"Content-Encoding": "gzip"} if self.packed else {}
+            self.answer(self.content, **packed)
         else:
             self.send_error(404)
 
-    def _answer(self, content: dict[str, Any]) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+    def _say(self, content: dict[str, Any]) -> None:
+        self.answer(json.dumps(content).encode())
 
 
 @pytest.fixture
@@ -139,24 +126,17 @@ LIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 """What is said of each → what a manifest says of a file that is otherwise as it was sent."""
 
 
-def test_what_wandb_is_said_to_hold(
-    double: WandbDouble,
-    client: Client,
-    make_cell: CellMaker,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    client.lend(monkeypatch)
+def test_what_wandb_is_said_to_hold(lent: WandbDouble, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     file.write_text('{"what": "was measured"}')
     folder = tmp_path / "within" / "folder"
     folder.mkdir(parents=True)
     backend = open_backend("wandb", "team/layers", tmp_path / "results")
-    backend.publish(make_cell(layers=(0,)), [file], {})
+    backend.publish(cell_record(layers=(0,)), [file], {})
     (cell,) = backend.cells()
     backend.fetch(cell, folder)
     (folder / "results.json").unlink()
-    collections = double.projects["team", "layers"].artifacts.values()
+    collections = lent.projects["team", "layers"].artifacts.values()
     versions = [version for each in collections for version in each.versions]
     (version,) = (each for each in versions if "results.json" in each.manifest["contents"])
     before = version.manifest

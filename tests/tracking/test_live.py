@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from mlflow import MlflowClient
@@ -49,16 +51,11 @@ class Measured:
 
 
 @pytest.fixture
-def measured(
-    tiny_llama: Callable[..., Path],
-    experiment: Callable[..., Path],
-    results: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Measured:
+def measured(study: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> Measured:
     monkeypatch.setattr(live, "GRACE", 0.0)
     monkeypatch.setattr(live, "EVERY", 0.05)
     monkeypatch.setattr(live, "_PATIENCE", 0.2)
-    return Measured(experiment(tiny_llama(layers=2), limit=6, layer=[0, 1]), results)
+    return Measured(study, results)
 
 
 def until(found: Callable[[], Any]) -> Any:
@@ -69,97 +66,79 @@ def until(found: Callable[[], Any]) -> Any:
     return value
 
 
-def test_the_run_of_mlflow_is_there_killed_continued_and_ended(measured: Measured) -> None:
-    client = MlflowClient(f"sqlite:///{measured.results / 'mlflow.db'}")
+class Shown(NamedTuple):
+    """The run of a cell as a reader sees it."""
 
-    def run() -> Any:
-        experiment = client.get_experiment_by_name("layers")
-        found = client.search_runs([experiment.experiment_id]) if experiment else []
-        return found[0] if found else None
-
-    def status() -> str:
-        return run().info.status
-
-    def picture() -> LiveRun:
-        return open_live_run("mlflow", "layers", measured.results)
-
-    first = measured.begin(picture())
-    until(lambda: run() and "progress/documents" in run().data.metrics)
-    shown = run()
-    assert shown.info.status == "RUNNING"
-    assert shown.info.run_name == measured.record.title
-    assert shown.data.metrics["progress/documents"] == 6
-    drop = measured.record.runs[1]
-    for name in ("accuracy_drop", "accuracy_drop_low", "accuracy_drop_high"):
-        assert shown.data.metrics[f"progress/{name}/layer 01"] == getattr(drop, name)
-    first.close()
-    until(lambda: status() == "KILLED")
-
-    second = measured.begin(picture())
-    until(lambda: status() == "RUNNING")
-    assert second.end(NAME, "finished").wait(60)
-    assert status() == "FINISHED"
-    second.close()
-
-    backend = open_backend("mlflow", "layers", measured.results)
-    assert backend.publish(measured.record, [], {}).updated == 1
-    backend.close()
-    (parent,) = (
-        r
-        for r in client.search_runs([shown.info.experiment_id])
-        if r.data.tags.get("tracker.kind") == "cell"
-    )
-    assert parent.info.run_id == shown.info.run_id
-    assert parent.data.metrics["progress/documents"] == 6
-    assert parent.data.metrics["n"] == 6
+    id: str
+    name: str
+    state: object
+    newest: dict[str, Any]
+    kept: dict[str, Any]
 
 
-def test_the_run_of_wandb_is_there_killed_continued_and_ended(
-    measured: Measured, double: WandbDouble, client: Client, monkeypatch: pytest.MonkeyPatch
+def in_mlflow(results: Path) -> Iterator[Shown]:
+    client = MlflowClient(f"sqlite:///{results / 'mlflow.db'}")
+    if experiment := client.get_experiment_by_name("layers"):
+        for run in client.search_runs([experiment.experiment_id], "tags.`tracker.kind` = 'cell'"):
+            info, metrics = run.info, run.data.metrics
+            yield Shown(info.run_id, info.run_name, info.status, metrics, metrics)
+
+
+def in_wandb(double: WandbDouble) -> Iterator[Shown]:
+    if project := double.projects.get(("team", "layers")):
+        for run in [run for run in project.runs.values() if run.job_type == "cell"]:
+            newest = run.history[-1] if run.history else {}
+            yield Shown(run.id, run.name, (run.state, run.exit_code), newest, run.summary)
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_the_run_is_there_killed_continued_and_ended(
+    measured: Measured, name: str, request: pytest.FixtureRequest
 ) -> None:
-    client.lend(monkeypatch)
+    project, (running, killed, finished) = "layers", ("RUNNING", "KILLED", "FINISHED")
+    read = partial(in_mlflow, measured.results)
+    if name == "wandb":
+        double = request.getfixturevalue("lent")
+        # With 255, W&B shows it as killed.
+        project, (running, killed, finished) = (
+            "team/layers",
+            (("running", None), ("failed", 255), ("finished", 0)),
+        )
+        read = partial(in_wandb, double)
 
-    def run() -> Any:
-        project = double.projects.get(("team", "layers"))
-        return next(iter(project.runs.values()), None) if project else None
+    def run() -> Shown:
+        (shown,) = read()
+        return shown
 
-    def picture() -> LiveRun:
-        return open_live_run("wandb", "team/layers", measured.results)
-
-    first = measured.begin(picture())
-    until(lambda: run() and run().history)
+    first = measured.begin(open_live_run(name, project, measured.results))
+    until(lambda: any("progress/documents" in shown.newest for shown in read()))
     shown = run()
-    assert (shown.state, shown.job_type, shown.name) == ("running", "cell", measured.record.title)
-    assert shown.history[0]["progress/documents"] == 6
-    drop = measured.record.runs[1]
-    assert shown.history[0]["progress/accuracy_drop_low/layer 01"] == drop.accuracy_drop_low
+    assert (shown.state, shown.name) == (running, measured.record.title)
+    assert shown.newest["progress/documents"] == 6
+    for figure in ("accuracy_drop", "accuracy_drop_low", "accuracy_drop_high"):
+        assert shown.newest[f"progress/{figure}/layer 01"] == getattr(
+            measured.record.runs[1], figure
+        )
     first.close()
-    until(lambda: run().exit_code == 255)  # which W&B shows as killed
+    until(lambda: run().state == killed)
 
-    rows = len(shown.history)
-    second = measured.begin(picture())
-    until(lambda: run().state == "running" and len(run().history) > rows)
+    second = measured.begin(open_live_run(name, project, measured.results))
+    until(lambda: run().state == running)
     assert second.end(NAME, "finished").wait(60)
-    assert (run().state, run().exit_code) == ("finished", 0)
+    assert run().state == finished
     second.close()
 
-    backend = open_backend("wandb", "team/layers", measured.results)
-    done = backend.publish(measured.record, [], {})
-    backend.close()
+    with closing(open_backend(name, project, measured.results)) as backend:
+        done = backend.publish(measured.record, [], {})
     assert (done.created, done.updated) == (3, 1)
-    assert run().id == shown.id
-    assert not [name for name in run().summary if name.startswith("progress/")]
+    assert (run().id, run().kept["n"]) == (shown.id, measured.record.n)
+    assert ("progress/documents" in run().kept) == (name == "mlflow"), "it takes nothing back"
 
 
 def test_the_run_of_a_trial_is_there_and_ends_with_its_figures(
     measured: Measured, double: WandbDouble, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client.lend(monkeypatch)
-    (client.folder / "sweep.json").write_text('{"wandb_version": 1, "layer": {"value": 1}}')
-    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(client.folder / "sweep.json"))
-    for name, value in (("SWEEP_ID", "s1"), ("RUN_ID", "t1"), ("ENTITY", "team")):
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    monkeypatch.setenv("WANDB_PROJECT", "layers")
+    client.lend(monkeypatch, **client.trial("t1"))
 
     def run() -> Any:
         project = double.projects.get(("team", "layers"))

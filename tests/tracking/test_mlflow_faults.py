@@ -16,12 +16,12 @@ from tracker import api
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
-from tracker.tracking.figures import CURVES, flat_metrics
+from tracker.tracking.figures import CURVES
 from tracker.tracking.mlflow.backend import MlflowBackend
 
-from .conftest import CellMaker
+from .conftest import Maker, cell_record, local
 from .mlflow_server import PASSWORD, USER, Gate, MlflowServer
-from .test_mlflow import Store, local, publish
+from .test_mlflow import Store, publish
 
 MIDDLE = 14  # a request in the middle of publishing a cell of four layers
 
@@ -55,8 +55,7 @@ def complete(uri: str, project: str, cell: CellRecord, file: Path, folder: Path)
     for name in CURVES:
         wanted = [(row.layer, getattr(row, name)) for row in cell.runs]
         assert store.curve(cell, name) == [point for point in wanted if point[1] is not None]
-    for row in cell.runs:
-        assert store.layer(cell, row.layer).data.metrics == flat_metrics(row)
+    store.shows(cell)
     assert store.bytes_of(store.cell(cell), file.name, folder) == file.read_bytes()
     assert len(store.cell(cell).inputs.dataset_inputs) == 1
 
@@ -64,9 +63,9 @@ def complete(uri: str, project: str, cell: CellRecord, file: Path, folder: Path)
 @pytest.mark.parametrize("first", [1, MIDDLE])
 @pytest.mark.parametrize("status", [401, 429, 500, 507])
 def test_a_server_that_refuses(
-    server: str, results: Path, make_cell: CellMaker, file: Path, status: int, first: int
+    server: str, results: Path, file: Path, status: int, first: int
 ) -> None:
-    cell, project = make_cell(), f"refuses-{status}-{first}"
+    cell, project = cell_record(), f"refuses-{status}-{first}"
     with Gate(server) as gate:
         gate.at[first] = lambda: setattr(gate, "status", status)
         backend = MlflowBackend(project, results, gate.address)
@@ -87,28 +86,24 @@ def test_a_server_that_refuses(
 
 
 def test_a_server_that_is_slow_is_given_up(
-    server: str,
-    results: Path,
-    make_cell: CellMaker,
-    file: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    server: str, results: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with Gate(server) as gate:
         gate.at[MIDDLE] = lambda: setattr(gate, "delay", 5.0)
         backend = MlflowBackend("slow", results, gate.address)
         with pytest.raises(TrackingError, match=r"(?i)timed out"):
-            backend.publish(make_cell(), [file], {})
+            backend.publish(cell_record(), [file], {})
         assert gate.seen == MIDDLE + 2
         gate.delay = 0.0
-        backend.publish(make_cell(), [file], {})
-    complete(server, "slow", make_cell(), file, results)
+        backend.publish(cell_record(), [file], {})
+    complete(server, "slow", cell_record(), file, results)
 
 
 def test_a_server_that_is_stopped_in_the_middle(
-    own: MlflowServer, results: Path, make_cell: CellMaker, file: Path
+    own: MlflowServer, results: Path, file: Path
 ) -> None:
-    cell = make_cell()
+    cell = cell_record()
     with Gate(own.address) as gate:
         gate.at[MIDDLE] = own.stop
         backend = MlflowBackend("stopped", results, gate.address)
@@ -136,10 +131,8 @@ def no_file_grows_beyond(size: int, processes: list[psutil.Process]) -> Iterator
             process.rlimit(psutil.RLIMIT_FSIZE, limits)
 
 
-def test_a_server_whose_disk_is_full(
-    own: MlflowServer, results: Path, make_cell: CellMaker, file: Path
-) -> None:
-    cell = make_cell()
+def test_a_server_whose_disk_is_full(own: MlflowServer, results: Path, file: Path) -> None:
+    cell = cell_record()
     backend = MlflowBackend("full", results, own.address)
     with (
         no_file_grows_beyond(1024, own.processes),
@@ -150,18 +143,16 @@ def test_a_server_whose_disk_is_full(
     complete(own.address, "full", cell, file, results)
 
 
-def test_a_results_folder_whose_disk_is_full(
-    results: Path, make_cell: CellMaker, file: Path
-) -> None:
+def test_a_results_folder_whose_disk_is_full(results: Path, file: Path) -> None:
     size = (results / "mlflow.db").stat().st_size
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     with (
         no_file_grows_beyond(size // 8, [psutil.Process(os.getpid())]),
         pytest.raises(TrackingError, match="did not take the runs"),
     ):
-        publish(results, make_cell(layers=range(30)), file)
-    publish(results, make_cell(layers=range(30)), file)
-    complete(local(results), "layers", make_cell(layers=range(30)), file, results)
+        publish(results, cell_record(layers=range(30)), file)
+    publish(results, cell_record(layers=range(30)), file)
+    complete(local(results), "layers", cell_record(layers=range(30)), file, results)
 
 
 @pytest.fixture
@@ -173,13 +164,9 @@ def guarded(template: Path, tmp_path: Path) -> Iterator[MlflowServer]:
 
 
 def test_a_server_that_asks_who_calls(
-    guarded: MlflowServer,
-    results: Path,
-    make_cell: CellMaker,
-    file: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    guarded: MlflowServer, results: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cell = make_cell(layers=(0,))  # each call proves a password, which is made to be slow
+    cell = cell_record(layers=(0,))  # each call proves a password, which is made to be slow
     backend = MlflowBackend("guarded", results, guarded.address)
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASS"):
         backend.publish(cell, [file], {})
@@ -192,19 +179,20 @@ def test_a_server_that_asks_who_calls(
     assert backend.publish(cell, [file], {}).created == 3
     complete(guarded.address, "guarded", cell, file, results)
 
-    address = guarded.address.replace("://", f"://{USER}:{PASSWORD}@")
+    experiment = Store(guarded.address, "guarded").experiment.experiment_id
+    address = guarded.address.replace("://", f"://{USER}:{PASSWORD}@") + "/"
     monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
     published = MlflowBackend("guarded", results, address).publish(cell, [file], {})
     assert published.unchanged == 3
-    assert PASSWORD not in published.location
+    assert published.location == f"{guarded.address}/#/experiments/{experiment}/runs"
 
 
 @pytest.mark.parametrize("when", [MIDDLE, "between figures and files"])
 def test_a_run_whose_server_dies_is_completed_by_sync(
     own: MlflowServer,
-    tiny_llama: Callable[..., Path],
-    experiment: Callable[..., Path],
+    tiny_llama: Maker,
+    experiment: Maker,
     start: Callable[..., subprocess.Popen[str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -237,8 +225,7 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
     assert len(store.runs) == 2 * (2 + 2)
     assert not (results / "mlflow.db").exists()
     for cell in cells:
-        for row in cell.runs:
-            assert store.layer(cell, row.layer).data.metrics == flat_metrics(row)
+        store.shows(cell)
     for kept in Ledger(results).cells():
         run_id = store.by_key[f"{kept.identity.key}/cell"]
         for shard in kept.shards():
@@ -246,15 +233,15 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
 
 
 def test_a_server_without_logged_models_gets_the_runs(
-    server: str, results: Path, make_cell: CellMaker, file: Path
+    server: str, results: Path, file: Path
 ) -> None:
     """As one of MLflow 2, which knows no such path."""
-    cell = make_cell(layers=(0,))
+    cell = cell_record(layers=(0,))
     with Gate(server) as gate:
         gate.unknown = "/logged-models"
         backend = MlflowBackend("no-models", results, gate.address)
         assert backend.publish(cell, [file], {}).created == 3
         assert backend.publish(cell, [file], {}).unchanged == 3
     store = Store(server, "no-models")
-    assert store.layer(cell, 0).data.metrics == flat_metrics(cell.runs[0])
+    store.shows(cell)
     assert not store.client.search_logged_models([store.experiment.experiment_id])

@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from tracker.tracking.base import Page as Kept
 from tracker.tracking.mlflow.backend import MlflowBackend
 
-from .conftest import CellMaker
+from .conftest import cell_record
 from .test_mlflow import Store
 
 SECONDS = 120_000
@@ -42,9 +42,9 @@ def browser_page() -> Iterator[Page]:
 
 
 def test_a_cell_its_layers_and_a_report(
-    server: str, results: Path, make_cell: CellMaker, browser_page: Page, tmp_path: Path
+    server: str, results: Path, browser_page: Page, tmp_path: Path
 ) -> None:
-    page, cell = browser_page, make_cell()
+    page, cell = browser_page, cell_record()
     backend = MlflowBackend("looked-at", results, server)
     chart = go.Figure(go.Scatter(y=[1, 2]), layout_title_text="Drop by layer")
     location = backend.publish(cell, [], {"curve": chart}).location

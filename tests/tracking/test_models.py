@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,29 +22,12 @@ from tracker.models import speed
 from tracker.pruning.export import proof
 from tracker.pruning.export.facts import Accuracy, Exported
 from tracker.pruning.export.publishing import publish
-from tracker.tracking.mlflow.runs import KIND_TAG, made_of_tag
+from tracker.tracking import open_backend
+from tracker.tracking.identity import run_key
+from tracker.tracking.mlflow.runs import KIND_TAG
 
-from .conftest import CellMaker
-from .wandb_client import Client
+from .conftest import cell_record
 from .wandb_double import WandbDouble
-
-ONLINE = """
-import json, sys
-from pathlib import Path
-from tracker.core.records import CellRecord
-from tracker.tracking import open_backend, open_models
-from tracker.tracking.base import SavedModel
-results, cell, model, outcomes = map(Path, sys.argv[1:])
-record = CellRecord.model_validate_json(cell.read_text())
-backend = open_backend("wandb", "team/layers", results)
-backend.publish(record, [outcomes], {}, {})
-backend.close()
-models = open_models("wandb", "team/layers", results)
-saved = SavedModel(model, "tiny-2-of-4-layers", json.loads((model / "tracker.json").read_text()),
-                   {"pruned/parameters": 34720}, (record,))
-print(models.add_model(saved))
-models.close()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +46,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 @pytest.mark.usefixtures("one_thread")
 def test_mlflow_keeps_it_with_its_transformers_flavour(
-    exported: Exported,
-    make_cell: CellMaker,
-    results: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    exported: Exported, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = f"sqlite:///{results / 'mlflow.db'}"
-    cell = make_cell()
+    cell = cell_record()
     done = publish(exported, [cell], ["mlflow:pruned"], "tracker", results, register="lighter")
     assert not done.unpublished
     assert done.exit_code == 0
@@ -77,7 +58,7 @@ def test_mlflow_keeps_it_with_its_transformers_flavour(
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("tiny-2-of-4-layers", "FINISHED")
     assert run.data.tags[KIND_TAG] == "pruned model"
-    assert run.data.tags["tracker.made_of"] == made_of_tag([cell])
+    assert run.data.tags["tracker.made_of"] == run_key(cell, "cell")
     assert "## What was removed" in run.data.tags["mlflow.note.content"]
     assert run.data.metrics["pruned/arc_easy/acc"] == 0.25
     assert run.data.metrics["base/parameters"] == exported.before.parameters
@@ -98,10 +79,7 @@ def test_mlflow_keeps_it_with_its_transformers_flavour(
     assert found["tokenizer"].chat_template
 
 
-def test_a_server_that_is_away_costs_an_upload_alone(
-    exported: Exported,
-    results: Path,
-) -> None:
+def test_a_server_that_is_away_costs_an_upload_alone(exported: Exported, results: Path) -> None:
     done = publish(exported, [], ["mlflow:http://127.0.0.1:9/pruned"], "tracker", results)
     assert done.exit_code == 1
     assert "MLflow at http://127.0.0.1:9 did not take" in done.unpublished.popitem()[1]
@@ -109,22 +87,19 @@ def test_a_server_that_is_away_costs_an_upload_alone(
 
 
 def test_wandb_keeps_it_as_the_best_and_leads_to_the_outcomes_that_chose_it(
-    exported: Exported,
-    make_cell: CellMaker,
-    double: WandbDouble,
-    client: Client,
-    tmp_path: Path,
+    exported: Exported, lent: WandbDouble, tmp_path: Path
 ) -> None:
-    cell = make_cell()
-    (tmp_path / "cell.json").write_text(cell.model_dump_json())
-    (tmp_path / "outcomes.parquet").write_bytes(b"outcomes")
-    places = ("results", "cell.json", exported.folder, "outcomes.parquet")
-    client.python(ONLINE, *(str(tmp_path / place) for place in places))
-    project = double.projects["team", "layers"]
+    cell, outcomes = cell_record(), tmp_path / "outcomes.parquet"
+    outcomes.write_bytes(b"outcomes")
+    with closing(open_backend("wandb", "team/layers", tmp_path / "results")) as backend:
+        backend.publish(cell, [outcomes], {})
+    done = publish(exported, [cell], ["wandb:team/layers"], "tracker", tmp_path / "results")
+    assert not done.unpublished
+    project = lent.projects["team", "layers"]
     (run,) = [run for run in project.runs.values() if run.job_type == "model"]
     assert run.used == [f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{cell.key}:v0"]
     assert run.values["tracker"]["kept"] == [0, 3]
-    assert run.summary["pruned/parameters"] == 34720
+    assert run.summary["pruned/parameters"] == exported.after.parameters
     (version,) = project.artifacts["model", "tiny-2-of-4-layers"].versions
     assert {"best", "latest"} <= set(version.aliases)
     assert (
@@ -134,9 +109,7 @@ def test_wandb_keeps_it_as_the_best_and_leads_to_the_outcomes_that_chose_it(
 
 
 def test_offline_it_waits_for_wandb_sync(
-    exported: Exported,
-    results: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    exported: Exported, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in [name for name in os.environ if name.startswith("WANDB_BASE")]:

@@ -13,12 +13,11 @@ from mlflow.tracking._tracking_service import utils as mlflow_cache
 
 from tracker import api
 from tracker.ledger.store import Ledger
-from tracker.tracking.figures import flat_metrics
 from tracker.tracking.mlflow.database import create_database, follow_folder
 
-from .conftest import CellMaker
-from .test_mlflow import Store, local
-from .test_wandb import Publisher, counts, figures, publish, runs
+from .conftest import Maker, cell_record, local
+from .test_mlflow import Store
+from .test_wandb import Publisher, counts, publish, runs, shown
 from .wandb_double import WandbDouble
 
 __all__ = ["publish"]
@@ -26,8 +25,8 @@ __all__ = ["publish"]
 
 # Was: files went on to where the folder had been, and a copy wrote into its original's.
 def test_a_folder_with_its_mlflow_file(
-    tiny_llama: Callable[..., Path],
-    experiment: Callable[..., Path],
+    tiny_llama: Maker,
+    experiment: Maker,
     start: Callable[..., subprocess.Popen[str]],
     results: Path,
     tmp_path: Path,
@@ -78,8 +77,7 @@ def whole(results: Path) -> None:
     (cell,) = api.ls(results)
     store = Store(local(results), "tracker")
     assert len(store.runs) == 2 + len(cell.runs)
-    for row in cell.runs:
-        assert flat_metrics(row).items() <= store.layer(cell, row.layer).data.metrics.items()
+    store.shows(cell)
     (kept,) = Ledger(results).cells()
     for shard in kept.shards():
         assert store.bytes_of(store.cell(cell), shard.name, results) == shard.read_bytes()
@@ -87,11 +85,9 @@ def whole(results: Path) -> None:
 
 # Was: `wandb sync` left tables and outcomes out without a word, and `tracker sync` missed nothing.
 @pytest.mark.parametrize("how", ["sent and completed", "written anew and sent"])
-def test_offline_runs(
-    double: WandbDouble, publish: Publisher, make_cell: CellMaker, how: str
-) -> None:
+def test_offline_runs(double: WandbDouble, publish: Publisher, how: str) -> None:
     del publish.client.environment["WANDB_DATA_DIR"]  # by default it lies in the folder
-    cell = make_cell(layers=(0, 1))
+    cell = cell_record(layers=(0, 1))
     assert counts(publish(cell, WANDB_MODE="offline")) == (4, 0, 0)
     moved = publish.results.with_name("moved")
     publish.results.rename(moved)
@@ -120,14 +116,10 @@ time.time = lambda: clock() - 3600
 
 # Was: what was measured first was sent last, and shown, where the clock had been set back.
 def test_offline_runs_that_grew_are_sent_as_they_are_now(
-    double: WandbDouble,
-    publish: Publisher,
-    make_cell: CellMaker,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    double: WandbDouble, publish: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish(make_cell(layers=(0, 1)), WANDB_MODE="offline")
-    cell = make_cell(layers=(0, 1), n=320)
+    publish(cell_record(layers=(0, 1)), WANDB_MODE="offline")
+    cell = cell_record(layers=(0, 1), n=320)
     with monkeypatch.context() as behind:
         (tmp_path / "behind").mkdir()
         (tmp_path / "behind" / "sitecustomize.py").write_text(BEHIND)
@@ -135,10 +127,8 @@ def test_offline_runs_that_grew_are_sent_as_they_are_now(
         assert counts(publish(cell, WANDB_MODE="offline")) == (0, 4, 0)
     folders = sorted(publish.results.glob("wandb/offline-run-*"))
     publish.client.cli("sync", *map(str, folders))
-    there = runs(double)
-    for row in cell.runs:
-        assert figures(there[f"{cell.key}/{row.ablation}"].summary) == flat_metrics(row)
+    there = shown(double, cell)
     assert len(there[f"{cell.key}/cell"].history) == 3
     # What was sent stays, and what has grown since is sent beside it.
-    publish(make_cell(layers=(0, 1), n=480), WANDB_MODE="offline")
+    publish(cell_record(layers=(0, 1), n=480), WANDB_MODE="offline")
     assert set(folders) < set(publish.results.glob("wandb/offline-run-*"))

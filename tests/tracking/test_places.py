@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from mlflow import MlflowClient
 
+from tests.conftest import cli
 from tracker import api
-from tracker.cli import main
 from tracker.runner import Finished
-from tracker.tracking.figures import flat_metrics
 
+from .conftest import Maker, local
 from .mlflow_server import PASSWORD, USER, Gate, free_port
-from .test_wandb import figures, runs
-from .wandb_client import Client
+from .test_mlflow import Store
+from .test_wandb import shown as shown_by_wandb
 from .wandb_double import WandbDouble
 
 Ran = Callable[..., Finished]
 
 
 @pytest.fixture
-def ran(tiny_llama: Callable[..., Path], experiment: Callable[..., Path], results: Path) -> Ran:
+def ran(tiny_llama: Maker, experiment: Maker, results: Path) -> Ran:
     """Measure two layers on some documents for a project, and publish them."""
     model = tiny_llama(layers=2)
 
@@ -38,26 +37,20 @@ def ran(tiny_llama: Callable[..., Path], experiment: Callable[..., Path], result
 
 
 def synced(results: Path, *more: str) -> Result:
-    return CliRunner().invoke(main, ["sync", "--results", str(results), *more])
+    return cli("sync", "--results", results, *more)
 
 
 def shown(results: Path, project: str, uri: str = "") -> int:
     """Say on how many documents a project shows the cell, after comparing all that it shows."""
-    client = MlflowClient(uri or f"sqlite:///{results / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name(project)
-    if experiment is None:
+    uri = uri or local(results)
+    if MlflowClient(uri).get_experiment_by_name(project) is None:
         return 0
     (cell,) = api.ls(results)
-    there = {
-        run.data.tags["tracker.run_key"]: run.data.metrics
-        for run in client.search_runs([experiment.experiment_id])
-    }
-    assert len(there) == 2 + len(cell.runs)
-    documents = int(there[f"{cell.key}/cell"]["n"])
+    store = Store(uri, project)
+    assert len(store.runs) == 2 + len(cell.runs)
+    documents = int(store.cell(cell).data.metrics["n"])
     if documents == cell.n:
-        for run in cell.runs:
-            found = there[f"{cell.key}/{run.ablation}"]
-            assert {n: v for n, v in found.items() if not math.isnan(v)} == flat_metrics(run)
+        store.shows(cell)
     return documents
 
 
@@ -145,13 +138,8 @@ def test_what_a_place_did_not_get_is_owed_to_it(
 
 
 def test_wandb_is_kept_by_whoever_is_logged_in(
-    ran: Ran,
-    results: Path,
-    client: Client,
-    double: WandbDouble,
-    monkeypatch: pytest.MonkeyPatch,
+    ran: Ran, results: Path, lent: WandbDouble, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client.lend(monkeypatch)
     assert ran("layers", 3, "wandb").exit_code == 0
     done = ran("layers", 6, "mlflow", "wandb")
     assert list(done.locations) == ["mlflow:layers", "wandb:layers"]
@@ -162,17 +150,14 @@ def test_wandb_is_kept_by_whoever_is_logged_in(
     assert sorted(others) == ["mlflow:layers", "wandb:team/layers"]  # by their receipts' names
     assert [shown(results, name) for name in ("layers", "other")] == [9, 9]
     (cell,) = api.ls(results)
-    there = runs(double)
-    assert len(there) == 4
-    for run in cell.runs:
-        assert figures(there[f"{cell.key}/{run.ablation}"].summary) == flat_metrics(run)
+    assert len(shown_by_wandb(lent, cell)) == 4
 
     # Another person, whose W&B is another one: what can be done is done, the rest is said.
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     ran("other", 12)
     theirs = synced(results)
     assert theirs.exit_code == 1
-    assert f"WANDB_BASE_URL={double.url} tracker sync --to wandb:team/layers" in theirs.output
+    assert f"WANDB_BASE_URL={lent.url} tracker sync --to wandb:team/layers" in theirs.output
     assert [shown(results, name) for name in ("layers", "other")] == [12, 12]
     # Offline runs go wherever they are sent.
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -16,6 +16,8 @@ from tracker.measuring.progress import Silent
 from tracker.team import publish as publishing
 from tracker.team.publish import Publisher
 
+from .conftest import Maker
+
 
 class Listener(Silent):
     """Knows when the second cell is being measured."""
@@ -36,7 +38,7 @@ class Listener(Silent):
 
 
 @pytest.fixture
-def study(tiny_llama: Callable[..., Path], experiment: Callable[..., Path]) -> Path:
+def study(tiny_llama: Maker, experiment: Maker) -> Path:
     both = ["arc_easy", "arc_challenge"]
     return experiment(tiny_llama(layers=2), limit=4, layer=[0, 1], benchmark=both)
 

@@ -5,80 +5,33 @@ from __future__ import annotations
 import hashlib
 
 from tracker.core.identities import Half
-from tracker.core.records import CellRecord, RunRecord
 from tracker.report.page.html import render_page
 from tracker.tracking.figures import curve_name, is_curve
-from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.runs import mlflow_run
 from tracker.tracking.runs import cell_run, layer_run
 from tracker.tracking.wandb.runs import group_of, run_id
 
-from .conftest import CellMaker, layer_record
+from .conftest import cell_record, of_kind
 
 
-def run(component: str, layer: int, span: int, ablation: str) -> RunRecord:
-    changes = {"component": component, "layer": layer, "span": span, "ablation": ablation}
-    return layer_record(layer, 160).model_copy(update={**changes, "cosine_score": None})
-
-
-def several_kinds(cell: CellRecord) -> CellRecord:
-    runs = (
-        *cell.runs,
-        run("layer", 1, 4, "layers:1,2,3,4"),
-        run("attention", 1, 1, "attention:1"),
-        run("mlp", 1, 4, "mlp:1,2,3,4"),
-    )
-    return cell.model_copy(update={"runs": runs})
-
-
-def test_a_layer_that_is_replaced_is_said_to_be(make_cell: CellMaker) -> None:
-    cell = make_cell(layers=(0, 1))
-    mean = run("layer", 1, 1, "mean:1").model_copy(update={"intervention": "mean"})
+def test_a_layer_that_is_replaced_is_said_to_be() -> None:
+    cell = cell_record(layers=(0, 1))
+    mean = of_kind("layer", 1, 1, "mean:1", intervention="mean")
     assert "replaced by its mean update" in layer_run(cell, mean).note
     page = render_page([cell.model_copy(update={"runs": (*cell.runs, mean)})], {})
     assert "each layer was replaced by its mean update in turn" in page
 
 
-def test_drawn_documents_are_said_and_make_another_artifact(make_cell: CellMaker) -> None:
-    cell = make_cell(layers=(0, 1))
-    drawn = cell.model_copy(update={"sample_seed": 1234})
-    ours, theirs = (cell_run(each) for each in (cell, drawn))
-    assert "160 documents drawn at random (seed 1234)" in theirs.note
-    assert ours.outcomes.name != theirs.outcomes.name
-    assert theirs.outcomes.metadata["sample_seed"] == 1234
-    assert mlflow_run(cell_run(drawn)).params["sample_seed"] == "1234"
-    layers = [layer_run(each, each.runs[0]) for each in (cell, drawn)]
-    assert len({run_id(run.key) for run in (ours, theirs, *layers)}) == 4
-
-
-def test_what_was_published_before_metrics_were_told_apart_is_found_again(
-    make_cell: CellMaker,
-) -> None:
-    cell = make_cell()
-    assert run_key(cell, "layer:3") == f"{cell.key}/layer:3"
-    without = cell.model_copy(update={"removed": (3, 17)})
-    assert run_key(without, "cell") == f"{cell.key}/without-3-17/cell"
-    found = [cell_run(each) for each in (cell, without)]
-    found += [cell_run(each.model_copy(update={"metric": "acc_norm"})) for each in (cell, without)]
-    assert run_id(found[0].key) == hashlib.sha256(f"{cell.key}/cell".encode()).hexdigest()[:16]
-    assert found[0].outcomes.name.endswith(f"-intact-{cell.key}")
-    assert len({run_id(run.key) for run in found}) == 4
-    assert len({group_of(run.cell) for run in found}) == 4
-    for name in ("key", "name"):
-        assert len({getattr(run, name) for run in found}) == 4
-    assert len({run.outcomes.name for run in found}) == 4
-
-
-def test_complete_means_all_runs_and_all_documents(make_cell: CellMaker) -> None:
+def test_complete_means_all_runs_and_all_documents() -> None:
     """Was: a cell that lacked documents, but no run, was published as complete."""
-    whole = make_cell()
+    whole = cell_record()
     documents = "64 of 160 documents are measured so far"
-    growing = make_cell(n=64).model_copy(update={"reasons": {"n": documents}})
-    both = make_cell(layers=(0, 1)).model_copy(update={"reasons": {"n": documents}})
+    growing = cell_record(n=64).model_copy(update={"reasons": {"n": documents}})
+    both = cell_record(layers=(0, 1)).model_copy(update={"reasons": {"n": documents}})
     for cell, lacks in (
         (whole, []),
         (growing, [documents]),
-        (make_cell(layers=(0, 1)), ["layer 2", "layer 3"]),
+        (cell_record(layers=(0, 1)), ["layer 2", "layer 3"]),
         (both, [documents, "layer 2", "layer 3"]),
     ):
         assert cell.is_complete == (not lacks)
@@ -93,34 +46,43 @@ def test_complete_means_all_runs_and_all_documents(make_cell: CellMaker) -> None
         assert (f"0-shot: {documents}." in page) == (documents in lacks)
 
 
-def test_curves_are_told_from_other_metrics(make_cell: CellMaker) -> None:
-    for record in several_kinds(make_cell()).runs:
-        assert is_curve(curve_name(record, "accuracy_drop"))
-    assert is_curve("mean/accuracy_drop")
-    for name in (
-        "meen/accuracy_drop",
-        "n",
-        "baseline_accuracy",
-        "metric/accuracy",
-        "baseline_metric/accuracy",
-    ):
-        assert not is_curve(name)
-
-
-def test_two_halves_of_a_benchmark_are_told_apart(make_cell: CellMaker) -> None:
-    """They have one fingerprint, that of the whole split."""
-    whole = make_cell(layers=(0,))
-    made = [(mlflow_run(cell_run(whole)), layer_run(whole, whole.runs[0]))]
+def test_other_questions_have_runs_and_artifacts_of_their_own() -> None:
+    """The halves of a benchmark have one fingerprint, that of the whole split."""
+    cell = cell_record()
+    (task,) = cell.benchmark.tasks
+    halves = {}
     for part in ("calibration", "test"):
-        (task,) = whole.benchmark.tasks
         half = Half(part=part, seed=1234, of=2 * task.documents)
         changes = {"tasks": (task.model_copy(update={"half": half}),), "settings": {"part": part}}
-        cell = whole.model_copy(update={"benchmark": whole.benchmark.model_copy(update=changes)})
-        made.append((mlflow_run(cell_run(cell)), layer_run(cell, cell.runs[0])))
-        theirs, ours = made[-1]
-        assert f"arc_easy ({part} half)" in theirs.of.name
-        assert f"arc_easy ({part} half)" in ours.name
-        assert theirs.params["part"] == ours.config["part"] == part
-        assert "half" not in made[0][1].name
-    assert len({theirs.data[0]["digest"] for theirs, _ in made}) == 3
-    assert "part" not in made[0][0].params
+        benchmark = cell.benchmark.model_copy(update=changes)
+        halves[part] = cell_record(key=part).model_copy(update={"benchmark": benchmark})
+    drawn = cell.model_copy(update={"sample_seed": 1234})
+    without = cell.model_copy(update={"removed": (3, 17)})
+    other = [one.model_copy(update={"metric": "acc_norm"}) for one in (cell, without)]
+    cells = [cell, drawn, without, *other, *halves.values()]
+    found = [cell_run(one) for one in cells]
+    assert len({run.outcomes.name for run in found}) == len(cells)
+    assert len({group_of(one) for one in cells}) == len(cells)
+    keys = [
+        run.key for run in (*found, layer_run(cell, cell.runs[0]), layer_run(drawn, drawn.runs[0]))
+    ]
+    assert len({run_id(key) for key in keys}) == len(cells) + 2
+    assert [found[0].key, found[2].key] == [f"{cell.key}/cell", f"{cell.key}/without-3-17/cell"]
+    assert run_id(keys[0]) == hashlib.sha256(f"{cell.key}/cell".encode()).hexdigest()[:16]
+
+    assert "160 documents drawn at random (seed 1234)" in found[1].note
+    assert found[1].outcomes.metadata["sample_seed"] == 1234
+    assert mlflow_run(found[1]).params["sample_seed"] == "1234"
+    for part, run in zip(halves, found[-2:], strict=True):
+        assert f"arc_easy ({part} half)" in run.name
+        assert mlflow_run(run).params["part"] == run.config["part"] == part
+    assert len({mlflow_run(run).data[0]["digest"] for run in (found[0], *found[-2:])}) == 3
+    assert "part" not in mlflow_run(found[0]).params
+
+
+def test_curves_are_told_from_other_metrics() -> None:
+    for kind in (("layer", 1, 4), ("attention", 1, 1), ("mlp", 1, 4), ("layer", 1, 1)):
+        assert is_curve(curve_name(of_kind(*kind, ""), "accuracy_drop"))
+    assert is_curve("mean/accuracy_drop")
+    others = ("meen/accuracy_drop", "n", "baseline_accuracy", "metric/accuracy")
+    assert not any(map(is_curve, (*others, "baseline_metric/accuracy")))

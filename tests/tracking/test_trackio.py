@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from tracker.core.errors import RequestError, TrackingError
 from tracker.tracking import open_backend, target
 from tracker.tracking.trackio import service
 
-from .conftest import CellMaker
+from .conftest import cell_record
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +25,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_measured_published_and_reported_from_there(
-    folder: Path, tmp_path: Path, tiny_llama: Callable[..., Path], experiment: Callable[..., Path]
+    folder: Path, tmp_path: Path, study: Path
 ) -> None:
-    file = experiment(tiny_llama(layers=2), limit=6, layer=[0, 1])
     results = tmp_path / "results"
-    done = api.run(file, results=results, track=["trackio:lab/layers"]).outcome
+    done = api.run(study, results=results, track=["trackio:lab/layers"]).outcome
     assert (done.exit_code, dict(done.unpublished)) == (0, {})
     shown = f"TRACKIO_DIR={folder} trackio show --project lablayers"
     assert list(done.locations.items()) == [("trackio:lab/layers", shown)]
@@ -46,7 +43,7 @@ def test_measured_published_and_reported_from_there(
 
 
 def test_neither_a_hub_nor_a_server_hears_of_it(
-    tmp_path: Path, make_cell: CellMaker, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as hub, monkeypatch.context() as there:
         address = f"http://127.0.0.1:{hub.getsockname()[1]}"
@@ -59,7 +56,7 @@ def test_neither_a_hub_nor_a_server_hears_of_it(
         }.items():
             there.setenv(name, value)
         with closing(open_backend("trackio", "layers", tmp_path)) as backend:
-            done = backend.publish(make_cell(layers=(0,)), [], {})
+            done = backend.publish(cell_record(layers=(0,)), [], {})
         assert done.created == 3
         (note,) = done.notes
         assert note.startswith("TRACKIO_SPACE_ID, TRACKIO_SERVER_URL is not followed")
@@ -69,12 +66,12 @@ def test_neither_a_hub_nor_a_server_hears_of_it(
 
 
 def test_a_folder_that_is_only_appended_to_is_refused(
-    tmp_path: Path, make_cell: CellMaker, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRACKIO_STORAGE_MODE", "jsonl")
     with closing(open_backend("trackio", "layers", tmp_path)) as backend:
         with pytest.raises(TrackingError, match="set TRACKIO_DIR to a folder of this machine"):
-            backend.publish(make_cell(), [], {})
+            backend.publish(cell_record(), [], {})
         with pytest.raises(TrackingError, match=r"could not be read.*'layers' does not exist"):
             backend.cells()
 
@@ -90,17 +87,16 @@ def test_without_the_extra_it_is_refused_before_anything_is_measured(
 
 
 # Was: one run of another program, whose configuration has a word there, and nothing was published.
-@pytest.mark.parametrize("theirs", ["mine", {"version": 1}, None])
-def test_runs_of_other_programs_stand_beside_ours(
-    folder: Path, tmp_path: Path, make_cell: CellMaker, theirs: object
-) -> None:
-    other = (
-        "import json, sys, trackio\n"
-        "trackio.init('layers', config={'tracker': json.loads(sys.argv[1])}, embed=False)\n"
-        "trackio.log({'loss': 1})\ntrackio.finish()"
-    )
-    subprocess.run([sys.executable, "-c", other, json.dumps(theirs)], check=True)
+def test_runs_of_other_programs_stand_beside_ours(tmp_path: Path) -> None:
+    other = """
+import trackio
+for theirs in ("mine", {"version": 1}, None):
+    trackio.init("layers", config={"tracker": theirs}, embed=False)
+    trackio.log({"loss": 1})
+    trackio.finish()
+"""
+    subprocess.run([sys.executable, "-c", other], check=True)
     with closing(open_backend("trackio", "layers", tmp_path)) as backend:
-        assert backend.publish(make_cell(layers=(0,)), [], {}).created == 3
-        assert backend.publish(make_cell(layers=(0,)), [], {}).unchanged == 3
+        assert backend.publish(cell_record(layers=(0,)), [], {}).created == 3
+        assert backend.publish(cell_record(layers=(0,)), [], {}).unchanged == 3
         assert len(backend.cells()) == 1

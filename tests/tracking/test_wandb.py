@@ -5,8 +5,9 @@ No W&B server was available: see `wandb_double` for what that proves.
 
 from __future__ import annotations
 
-import inspect
 import json
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,15 +17,18 @@ from typing import Any
 
 import pytest
 
+from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
+from tracker.report.charts.cells import cell_charts
 from tracker.tracking import open_backend
 from tracker.tracking.base import Page
-from tracker.tracking.figures import flat_metrics
+from tracker.tracking.figures import LoggedTable, flat_metrics
 from tracker.tracking.identity import run_key
 from tracker.tracking.runs import cell_run
+from tracker.tracking.wandb.backend import WandbBackend, _Known
 from tracker.tracking.wandb.runs import run_id
 
-from .conftest import CellMaker
+from .conftest import cell_record
 from .mlflow_server import free_port
 from .wandb_client import Client
 from .wandb_double import Run, WandbDouble
@@ -33,13 +37,7 @@ Said = dict[str, Any]
 
 
 def published(cell: Path, results: Path, *files: Path) -> Said:
-    """Publish a cell, and say what came of it; a notebook runs this text, so it imports all."""
-    from tracker.core.errors import TrackingError
-    from tracker.core.records import CellRecord
-    from tracker.report.charts.cells import cell_charts
-    from tracker.tracking import open_backend
-    from tracker.tracking.figures import LoggedTable
-
+    """Publish a cell, and say what came of it."""
     backend = open_backend("wandb", "team/layers", results)
     record = CellRecord.model_validate_json(cell.read_text())
     asked = LoggedTable(("task", "choice"), (("arc_easy", 1), ("arc_easy", None)), ("task",))
@@ -52,21 +50,19 @@ def published(cell: Path, results: Path, *files: Path) -> Said:
     return vars(done)
 
 
-IN_A_NOTEBOOK = f"""
+IN_A_NOTEBOOK = """
 import json, os, sys, wandb
 from pathlib import Path
-from typing import Any
-Said = dict[str, Any]
+from tests.tracking.test_wandb import published
 quiet = wandb.Settings(x_disable_stats=True, console="off", silent=True)
 mine = wandb.init(entity="team", project="mine", id="mine", settings=quiet)
-mine.log({{"loss": 2}})
-session = {{name: value for name, value in os.environ.items() if name.startswith("WANDB")}}
-{inspect.getsource(published)}
+mine.log({"loss": 2})
+session = {name: value for name, value in os.environ.items() if name.startswith("WANDB")}
 print(json.dumps(published(*map(Path, sys.argv[1:]))))
 assert wandb.run is mine
-now = {{name: value for name, value in os.environ.items() if name.startswith("WANDB")}}
+now = {name: value for name, value in os.environ.items() if name.startswith("WANDB")}
 assert now == session, set(now.items()) ^ set(session.items())
-mine.log({{"loss": 1}})
+mine.log({"loss": 1})
 mine.finish()
 """
 
@@ -87,6 +83,7 @@ class Publisher:
             return published(*self._paths(cell))
 
     def in_a_notebook(self, cell: CellRecord, **environment: str) -> Said:
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         paths = map(str, self._paths(cell))
         said: Said = json.loads(self.client.python(IN_A_NOTEBOOK, *paths, **environment))
         return said
@@ -113,6 +110,14 @@ def runs(double: WandbDouble) -> dict[str, Run]:
     return by_key
 
 
+def shown(double: WandbDouble, cell: CellRecord) -> dict[str, Run]:
+    """All runs of the cell have its figures; the project's runs, by key."""
+    there = runs(double)
+    for run in cell.runs:
+        assert figures(there[f"{cell.key}/{run.ablation}"].summary) == flat_metrics(run)
+    return there
+
+
 def counts(said: Said) -> tuple[int, int, int]:
     assert "error" not in said, said["error"]
     return said["created"], said["updated"], said["unchanged"]
@@ -127,10 +132,8 @@ def figures(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_what_wandb_alone_has_is_read_back(
-    double: WandbDouble, publish: Publisher, make_cell: CellMaker
-) -> None:
-    cell = make_cell()
+def test_what_wandb_alone_has_is_read_back(double: WandbDouble, publish: Publisher) -> None:
+    cell = cell_record()
     said = publish(cell)
     assert said["location"] == f"{double.url}/team/layers"
     there = runs(double)
@@ -150,37 +153,6 @@ def test_what_wandb_alone_has_is_read_back(
         assert chart["layout"]["title"]["text"].startswith(cell.title)
     assert all("." not in key for run in there.values() for key in keys(run.values))
 
-
-def keys(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield key
-            yield from keys(inner)
-
-
-def test_the_outcomes_come_back_with_the_clients_own_tools(
-    publish: Publisher, make_cell: CellMaker
-) -> None:
-    cell = make_cell()
-    publish(cell)
-    name = f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{cell.key}"
-    download, metadata, aliases = publish.client.read(
-        f"api.artifact('team/layers/{name}:complete').download('down')",
-        f"api.artifact('team/layers/{name}:complete').metadata",
-        f"api.artifact('team/layers/{name}:complete').aliases",
-    )
-    file = publish.folder / download / "outcomes.parquet"
-    assert file.read_bytes() == publish.outcomes.read_bytes()
-    assert metadata["cell"] == cell.key
-    assert metadata["provenance"] == cell.provenance
-    assert set(aliases) == {"latest", "complete", "documents-160"}
-
-
-def test_twice_changes_nothing(
-    double: WandbDouble, publish: Publisher, make_cell: CellMaker
-) -> None:
-    cell = make_cell()
-    publish(cell)
     sent = len(double.requests)
     assert counts(publish(cell)) == (0, 0, 6)
     again = double.requests[sent:]
@@ -189,40 +161,42 @@ def test_twice_changes_nothing(
     assert not [request for request in again if request.operation == "UpsertBucket"]
 
 
-def test_the_outcomes_of_a_grown_cell_are_the_latest(
-    double: WandbDouble, publish: Publisher, make_cell: CellMaker
-) -> None:
-    part, whole = make_cell(layers=(0, 1)), make_cell()
-    publish(part)
-    artifact = f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{part.key}"
-    project = double.projects["team", "layers"]
-    first = project.version(f"{artifact}:incomplete")
-    assert first is not None
-    assert first.metadata["missing"] == ["layer 2", "layer 3"]
-    publish(whole)
-    complete = project.version(f"{artifact}:complete")
-    assert complete is not None
-    assert complete is project.version(f"{artifact}:latest")
+def keys(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from keys(inner)
 
 
-def test_a_run_that_broke_off_is_completed(
-    double: WandbDouble, publish: Publisher, make_cell: CellMaker
+def test_the_outcomes_of_a_grown_cell_come_back_with_the_clients_own_tools(
+    publish: Publisher,
 ) -> None:
-    cell = make_cell()
+    cell = cell_record()
+    whole = publish.outcomes.read_bytes()
+    publish.outcomes.write_bytes(b"a part")
+    publish(cell_record(layers=(0, 1)))
+    publish.outcomes.write_bytes(whole)
     publish(cell)
-    broken = runs(double)[f"{cell.key}/layer:3"]
-    del broken.config["tracker"]["value"]["digest"]
-    broken.summary = {}
-    runs(double)[f"{cell.key}/layer:1"].state = "crashed"
-    assert counts(publish(cell)) == (0, 2, 4)
-    assert figures(runs(double)[f"{cell.key}/layer:3"].summary) == flat_metrics(cell.runs[3])
+    name = f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{cell.key}"
+    download, metadata, aliases, before = publish.client.read(
+        f"api.artifact('team/layers/{name}:complete').download('down')",
+        f"api.artifact('team/layers/{name}:complete').metadata",
+        f"api.artifact('team/layers/{name}:complete').aliases",
+        f"api.artifact('team/layers/{name}:incomplete').metadata['missing']",
+    )
+    assert before == ["layer 2", "layer 3"]
+    file = publish.folder / download / "outcomes.parquet"
+    assert file.read_bytes() == whole
+    assert metadata["cell"] == cell.key
+    assert metadata["provenance"] == cell.provenance
+    assert set(aliases) == {"latest", "complete", "documents-160"}
 
 
 # Was: one run that was deleted in the UI made every later publish of its cell fail.
 def test_a_deleted_run_is_written_again_under_another_id(
-    double: WandbDouble, publish: Publisher, make_cell: CellMaker
+    double: WandbDouble, publish: Publisher
 ) -> None:
-    cell = make_cell(layers=(0, 1))
+    cell = cell_record(layers=(0, 1))
     publish(cell)
     gone = [run.id for run in runs_of(double)][1:]
     for deleted in gone:
@@ -231,9 +205,7 @@ def test_a_deleted_run_is_written_again_under_another_id(
     assert counts(said) == (3, 0, 1)
     (note,) = said["notes"]
     assert "deleted" in note
-    there = runs(double)
-    assert not set(gone) & {run.id for run in there.values()}
-    assert figures(there[f"{cell.key}/layer:0"].summary) == flat_metrics(cell.runs[0])
+    assert not set(gone) & {run.id for run in shown(double, cell).values()}
     again = publish(cell)
     assert counts(again) == (0, 0, 4)
     assert not again["notes"]
@@ -241,9 +213,9 @@ def test_a_deleted_run_is_written_again_under_another_id(
 
 # Was: names grew with the removed layers, beyond what W&B takes.
 def test_names_that_are_too_long_are_cut_and_stay_apart(
-    double: WandbDouble, publish: Publisher, make_cell: CellMaker
+    double: WandbDouble, publish: Publisher
 ) -> None:
-    cell = make_cell(layers=(0,))
+    cell = cell_record(layers=(0,))
     model = cell.model.model_copy(update={"name": "a-model-with-a-long-name-" * 3})
     benchmark = cell.benchmark.model_copy(update={"name": "größe_" * 20})
     cells = [
@@ -263,10 +235,8 @@ def test_names_that_are_too_long_are_cut_and_stay_apart(
     assert len([name for kind, name in artifacts if kind == "outcomes"]) == 2
 
 
-def test_offline_runs_are_whole_and_sync_later(
-    double: WandbDouble, publish: Publisher, make_cell: CellMaker
-) -> None:
-    cell = make_cell()
+def test_offline_runs_are_whole_and_sync_later(double: WandbDouble, publish: Publisher) -> None:
+    cell = cell_record()
     said = publish(cell, WANDB_MODE="offline")
     assert counts(said) == (6, 0, 0)
     assert counts(publish(cell, WANDB_MODE="offline")) == (0, 0, 6)
@@ -277,12 +247,12 @@ def test_offline_runs_are_whole_and_sync_later(
     assert len(folders) == 6
     key = run_key(cell, "layer:0")
     (file,) = (publish.results / "wandb").glob(f"offline-run-*-{run_id(key)}/*.wandb")
-    shown = publish.client.cli("leet", "inspect", "--json", "--summary", str(file))
-    assert figures(flat_metrics(cell.runs[0])).items() <= json.loads(shown)["summary"].items()
+    said = publish.client.cli("leet", "inspect", "--json", "--summary", str(file))
+    assert figures(flat_metrics(cell.runs[0])).items() <= json.loads(said)["summary"].items()
 
     publish.client.cli("sync", *map(str, folders))
     assert counts(publish(cell)) == (0, 0, 6)
-    assert figures(runs(double)[key].summary) == flat_metrics(cell.runs[0])
+    shown(double, cell)
 
 
 IMPATIENT = {
@@ -294,14 +264,14 @@ IMPATIENT = {
 
 @pytest.mark.parametrize("how", ["stop", 500, 401])
 def test_what_a_dying_server_lacks_is_completed(
-    double: WandbDouble, publish: Publisher, make_cell: CellMaker, how: str | int
+    double: WandbDouble, publish: Publisher, how: str | int
 ) -> None:
     def die() -> None:
         while ("team", "layers") not in double.projects or len(runs_of(double)) < 3:
             time.sleep(0.005)
         double.stop() if how == "stop" else double.fail_with(int(how))
 
-    cell = make_cell()
+    cell = cell_record()
     death = threading.Thread(target=die)
     death.start()
     said = publish(cell, **IMPATIENT)
@@ -313,59 +283,55 @@ def test_what_a_dying_server_lacks_is_completed(
     created, updated, unchanged = counts(publish(cell))
     assert created + updated + unchanged == 6
     assert created < 6
-    there = runs(double)
-    for layer in cell.runs:
-        assert figures(there[f"{cell.key}/{layer.ablation}"].summary) == flat_metrics(layer)
+    shown(double, cell)
 
 
 # Was: after a failure, the client was torn down and every wandb-core child was killed.
 @pytest.mark.parametrize("fails", [True, False])
 def test_a_run_that_the_user_has_open_is_not_touched(
-    double: WandbDouble, publish: Publisher, make_cell: CellMaker, fails: bool
+    double: WandbDouble, publish: Publisher, fails: bool
 ) -> None:
     if fails:
         double.fail_with(500, holding='"layers"')
-    said = publish.in_a_notebook(make_cell(), **IMPATIENT)
+    said = publish.in_a_notebook(cell_record(), **IMPATIENT)
     assert ("error" in said) == fails
     mine = double.run("mine", "mine")
     assert [row["loss"] for row in mine.history] == [2, 1]
     assert (mine.state, mine.exit_code) == ("finished", 0)
 
 
-@pytest.mark.parametrize("status", [401, 429, 500, 507])
-def test_a_server_that_only_fails_is_a_tracking_error(
-    double: WandbDouble, publish: Publisher, make_cell: CellMaker, status: int
-) -> None:
-    double.fail_with(status)
-    said = publish(make_cell(), **IMPATIENT)
-    assert "W&B did not take the runs" in said["error"]
-
-
 @pytest.mark.parametrize(
-    ("environment", "words"),
+    ("environment", "status"),
     [
-        ({"WANDB_API_KEY": ""}, ["wandb login", "WANDB_MODE=offline"]),
-        ({"WANDB_API_KEY": "f" * 40}, ["W&B did not take the runs"]),
-        ({"WANDB_BASE_URL": "closed"}, ["W&B did not take the runs"]),
+        ({"WANDB_API_KEY": ""}, None),
+        ({"WANDB_API_KEY": "f" * 40}, None),
+        ({"WANDB_BASE_URL": "closed"}, None),
+        ({}, 429),
+        ({}, 500),
+        ({}, 507),
     ],
-    ids=["nobody", "wrong-key", "away"],
+    ids=["nobody", "wrong-key", "away", "busy", "broken", "full"],
 )
 def test_a_refusal_says_what_to_type(
-    publish: Publisher, make_cell: CellMaker, environment: dict[str, str], words: list[str]
+    double: WandbDouble, publish: Publisher, environment: dict[str, str], status: int | None
 ) -> None:
     if "WANDB_BASE_URL" in environment:
         environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}"}
-    said = publish(make_cell(), **IMPATIENT, **environment)
-    for word in (*words, "tracker sync --to wandb:team/layers --results"):
+    double.fail_with(status)
+    said = publish(cell_record(), **IMPATIENT, **environment)
+    words = ["W&B did not take the runs", "tracker sync --to wandb:team/layers --results"]
+    if environment.get("WANDB_API_KEY") == "":
+        words += ["wandb login", "WANDB_MODE=offline"]
+    for word in words:
         assert word in said["error"]
     assert "f" * 40 not in said["error"]
     assert publish.client.environment["WANDB_API_KEY"] not in said["error"]
 
 
 def test_a_leaderboard_leads_to_the_outcomes_that_it_is_made_of(
-    double: WandbDouble, publish: Publisher, make_cell: CellMaker, monkeypatch: pytest.MonkeyPatch
+    double: WandbDouble, publish: Publisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cell, elsewhere = make_cell(layers=(0,)), make_cell(key="another")
+    cell, elsewhere = cell_record(layers=(0,)), cell_record(key="another")
     publish.client.lend(monkeypatch)
     board = publish.folder / "leaderboard.json"
     board.write_text("{}")
@@ -379,13 +345,13 @@ def test_a_leaderboard_leads_to_the_outcomes_that_it_is_made_of(
 
 # Was: the run of a cell has one id in every project, and the second deleted what the first wrote.
 def test_an_offline_project_keeps_its_files_when_another_is_written(
-    publish: Publisher, make_cell: CellMaker, monkeypatch: pytest.MonkeyPatch
+    publish: Publisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish.client.lend(monkeypatch, WANDB_MODE="offline")
     there = []
     for project, n in (("layers", 160), ("other", 160), ("layers", 320)):
         with closing(open_backend("wandb", f"team/{project}", publish.results)) as backend:
-            done = backend.publish(make_cell(layers=(0,), n=n), [], {})
+            done = backend.publish(cell_record(layers=(0,), n=n), [], {})
         assert done.created + done.updated == 3
         there.append(set(publish.results.glob("wandb/offline-run-*")))
     first, both, grown = there
@@ -393,3 +359,13 @@ def test_an_offline_project_keeps_its_files_when_another_is_written(
     assert first < both, "both are to be sent"
     assert both - first < grown
     assert not first & grown, "what it was is what it is no more"
+
+
+# Was: the folder of a run that is written twice within a second is one, and it was deleted.
+def test_an_offline_run_that_was_written_again_at_once_stays(tmp_path: Path) -> None:
+    backend = WandbBackend("team/layers", tmp_path, in_sweep=False)
+    kept = tmp_path / "wandb" / "offline-run-20260101_120000-abc"
+    kept.mkdir(parents=True)
+    for now, stays in ((kept.name, True), ("offline-run-20260101_120001-abc", False)):
+        backend._drop_former(_Known("abc", "digest", kept.name), now)
+        assert kept.is_dir() == stays

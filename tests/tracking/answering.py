@@ -1,0 +1,26 @@
+"""What the tests' own web servers share: a request is read whole, answered whole, and not told."""
+
+from __future__ import annotations
+
+from http.server import BaseHTTPRequestHandler
+
+
+class Answering(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def answer(
+        self, content: bytes, status: int = 200, kind: str = "application/json", **headers: str
+    ) -> None:
+        self.send_response(status)
+        about = {"Content-Type": kind, "Content-Length": str(len(content)), **headers}
+        for name, value in about.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
