@@ -1,8 +1,10 @@
 # make demo    everything from nothing: environment, install, a real study, where to look
 # make test    the same environment plus the test tools, every test, side by side
-# make check   format, lint, types, docstrings, imports
+# make check   format, lint, types, docstrings, imports, pages
+# make docs    the site of docs/ in build/site, links checked
 # make families  every causal model of transformers, tiny, against plain forward passes (up to four
 #                hours; goes on where it was stopped)
+# make claims   200 made-up results folders each: how often is a layer named that does not matter? (minutes)
 # make mutants   changes tracker's code, a mutant at a time: what do the tests not notice? (hours)
 # make fuzz      wrong files, commands, configurations, disks, caches, clocks, users, kills: at random (an hour)
 # make dist    a wheel and a source distribution in dist/
@@ -13,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 # Else each of the hundreds of programs that tests start compiles tracker anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check families mutants fuzz dist dist-demo clean
+.PHONY: demo test check docs families claims mutants fuzz dist dist-demo clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/demo
@@ -22,15 +24,21 @@ demo: .venv/demo
 test: .venv/dev
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-check: .venv/dev
+check: .venv/dev docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pydoclint --quiet tracker
 	$(BIN)/lint-imports
 
+docs: .venv/dev
+	$(BIN)/sphinx-build -W --keep-going -q docs build/site
+
 families: .venv/dev
 	$(BIN)/python -m tests.engine.census
+
+claims: .venv/dev
+	$(BIN)/python -m tests.claims
 
 # Of one module only, and thirty of its mutants:
 # make mutants MODULE=tracker/stats/surrogates.py SAMPLE=30

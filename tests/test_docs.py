@@ -1,0 +1,93 @@
+"""What the pages tell people to type is what the program understands."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+import tracker
+from tracker.cli import main
+from tracker.core.experiment import is_of_searches, load_experiment
+from tracker.pruning.search.request import load_searches
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:^ {4}.*\n)+", re.MULTILINE)
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """List the blocks of code of a page: (language or nothing, text)."""
+    text = page.read_text()
+    yield from FENCED.findall(text)
+    for block in INDENTED.findall(FENCED.sub("", text)):
+        yield "", re.sub(r"^ {4}", "", block, flags=re.MULTILINE)
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """List the commands of `tracker` that the pages show: (page, command)."""
+    for page in PAGES:
+        for language, text in blocks(page):
+            if language in ("", "bash", "sh"):
+                joined = re.sub(r"\\\n\s*", " ", text)
+                yield from (
+                    (page.name, line) for line in joined.splitlines() if line.startswith("tracker ")
+                )
+
+
+@pytest.mark.parametrize(("page", "command"), sorted(commands()))
+def test_a_command_is_understood(page: str, command: str) -> None:
+    words = shlex.split(command, comments=True)[1:]
+    group = click.Context(main, info_name="tracker")
+    if words == ["--help"]:
+        return
+    name, found, rest = main.resolve_command(group, words)
+    assert found is not None
+    # Raises what the program would say of an option that is not there.
+    found.make_parser(click.Context(found, info_name=name, parent=group)).parse_args(rest)
+
+
+def test_there_are_commands() -> None:
+    assert len(list(commands())) > 40
+
+
+def of_language(language: str) -> list[tuple[str, str]]:
+    return [(page.name, text) for page in PAGES for name, text in blocks(page) if name == language]
+
+
+@pytest.mark.parametrize(("page", "text"), of_language("yaml"))
+def test_an_experiment_is_valid(page: str, text: str, tmp_path: Path) -> None:
+    raw = yaml.safe_load(text)
+    if "parameters" not in raw:
+        # A key or two, to be put beside those of an experiment.
+        raw = yaml.safe_load((ROOT / "experiments/demo.yaml").read_text()) | {
+            "parameters": {
+                "model": {"value": "m"},
+                "benchmark": {"value": "b"},
+                "layer": {"value": 0},
+                **raw,
+            }
+        }
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    (load_searches if is_of_searches(raw) else load_experiment)(path)
+
+
+@pytest.mark.parametrize(("page", "text"), of_language("python"))
+def test_python_uses_what_there_is(page: str, text: str) -> None:
+    tree = ast.parse(text)
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "tracker"
+    }
+    assert used <= set(dir(tracker)), page
