@@ -54,6 +54,7 @@ def _layer(layer: int, dice: random.Random, n: int, baseline: float, chance: flo
         angular_distance=math.acos(cosine) / math.pi,
         relative_update=math.sqrt(1 - cosine) * 1.3,
         gold_logprob_drop=drop * 4 + dice.gauss(0, 0.05),
+        options_logprob_drop=drop * 3,
         metrics={"acc": baseline - drop, "acc_norm": baseline - drop - 0.013},
         reasons={} if top else {"accuracy_relevance": AT_CHANCE},
     )

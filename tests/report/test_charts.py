@@ -8,7 +8,8 @@ import pytest
 
 from tracker.core import formats
 from tracker.core.records import NOT_MEASURED
-from tracker.report.charts.headline import headline, marked_layers, near_together
+from tracker.report.charts.headline import headline, near_together
+from tracker.report.charts.style import OPEN
 from tracker.report.leaderboard.layers import layer_board
 
 from . import drawn as charts
@@ -141,7 +142,7 @@ def test_names_are_escaped_everywhere() -> None:
         assert figure.layout.title.text.startswith("&lt;a href=")
 
 
-def test_the_headline_marks_where_the_two_disagree_most() -> None:
+def test_the_headline_is_strong_where_something_is_shown_and_marks_what_cosine_misses() -> None:
     board = layer_board([build_cell(), build_cell("piqa")])
     figure = headline(board, "a model").figure()
     costs, scores = trace(figure, "accuracy relevance"), trace(figure, "cosine score")
@@ -151,21 +152,37 @@ def test_the_headline_marks_where_the_two_disagree_most() -> None:
         standing = by_layer[layer]
         assert (cost, score) == (standing.relevance.value, standing.cosine_score)
         assert cost + up == pytest.approx(standing.relevance.high)
-    # By another road: sort both ways, and count the places between.
-    true = sorted(by_layer, key=lambda layer: by_layer[layer].rank)
-    cheap = sorted(by_layer, key=lambda layer: -by_layer[layer].cosine_score)
-    apart = {layer: abs(true.index(layer) - cheap.index(layer)) for layer in by_layer}
-    marked = marked_layers(board)
-    assert min(apart[layer] for layer in marked) >= max(
-        apart[layer] for layer in by_layer if layer not in marked
-    )
-    assert sorted(box.x0 + 0.5 for box in figure.layout.shapes) == sorted(marked)
+    found = board.claims
+    assert found.costly
+    strength = dict(zip(costs.x, costs.marker.opacity, strict=True))
+    assert {layer for layer, much in strength.items() if much == 1} == {*found.costly}
+    assert {strength[layer] for layer in found.open} == {OPEN}
+    assert sorted(box.x0 + 0.5 for box in figure.layout.shapes) == found.missed
     numbers = ", ".join(note.text[3:-4] for note in figure.layout.annotations)
-    assert numbers == ", ".join(map(str, sorted(marked)))
-    assert (
-        f"furthest apart: layers {', '.join(map(str, sorted(marked)))}"
-        in headline(board, "a model").title
+    assert numbers == ", ".join(map(str, found.missed))
+
+
+def test_where_accuracy_shows_nothing_the_log_probability_stands_beside_it() -> None:
+    cell = build_cell(n=8)
+    runs = tuple(
+        run.model_copy(
+            update={
+                "gold_logprob_low": run.gold_logprob_drop - 0.01,
+                "gold_logprob_high": run.gold_logprob_drop + 0.01,
+            }
+        )
+        for run in cell.runs
     )
+    board = layer_board([cell.model_copy(update={"runs": runs})])
+    assert not board.claims.costly
+    figure = headline(board, "a model").figure()
+    falls = trace(figure, "fall of the right answer’s log-probability")
+    for run, height in zip(runs, falls.y, strict=True):
+        assert height == pytest.approx(math.copysign(abs(run.gold_logprob_drop) ** 0.5, height))
+    largest = sorted(runs, key=lambda run: -run.gold_logprob_drop)[:5]
+    assert board.claims.falling
+    assert {*board.claims.falling} <= {run.layer for run in largest}
+    assert "Middle: by how many nats" in headline(board, "a model").explains
 
 
 @pytest.mark.parametrize(

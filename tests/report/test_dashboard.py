@@ -16,6 +16,7 @@ from tracker.core.formats import fixed, points, two_digits, with_interval
 from tracker.core.records import CellRecord
 from tracker.ledger.decisions import decisions_record
 from tracker.report.charts import across, model, ranks, style
+from tracker.report.leaderboard.claims import answer
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.leaderboard.models import model_board
 from tracker.report.leaderboard.pairs import compare, pairs_of
@@ -68,13 +69,13 @@ class TestOverview:
         for row, one in zip(rows, board.layers, strict=True):
             texts = [text for text, _ in row]
             assert texts == [
-                str(one.rank or "–"),
+                f"{one.best_rank} to {one.worst_rank}" if one.rank else "–",
                 str(one.layer),
+                board.claims.word(one.layer),
                 with_interval(one.relevance),
                 with_interval(one.drop, points),
                 fixed(one.cosine_score, 3),
                 str(ranks.get(one.layer, "–")),
-                f"{one.best_rank} to {one.worst_rank}" if one.rank else "–",
                 str(one.benchmarks),
             ]
             assert row[0][1] == ("" if one.rank else "not defined on every benchmark")
@@ -105,10 +106,12 @@ class TestOverview:
         assert page.index('id="overview-title"') < page.index('id="model-1"')
         overview = page[page.index('id="overview-title"') : page.index('id="leaderboards"')]
         assert "Spearman compares two orders" in overview
-        # The picture comes first, and says itself what it shows.
+        # The answer comes first, then the picture, which says itself what it shows.
         opening = page[page.index("<h1>") : page.index('id="overview-title"')]
-        assert opening.index('id="model-1-headline"') < opening.index('class="lede"')
-        assert "the share of the accuracy above pure guessing that is lost" in opening
+        assert opening.index(answer(layer_board(study()).claims)) < opening.index(
+            'id="model-1-headline"'
+        )
+        assert "the share of the accuracy above guessing that is lost" in opening
 
 
 class TestRanks:
@@ -137,18 +140,24 @@ class TestRanks:
         assert f"those of two random orders for {100 * by_chance(cell):.1f} %" in title
 
     def test_the_most_misjudged_layer_comes_first(self) -> None:
-        board = layer_board([build_cell()])
+        board = layer_board([build_cell(n=2000)])
         ranks = cosine_ranks(board)
         found = misjudged(board)
-        worst = max(abs(one.rank - ranks[one.layer]) for one in board.layers)
-        assert found[0].off == worst
+        outside = {
+            one.layer: max(one.best_rank - ranks[one.layer], ranks[one.layer] - one.worst_rank)
+            for one in board.layers
+        }
+        assert found
+        assert found[0].off == max(outside.values())
         assert [one.off for one in found] == sorted((one.off for one in found), reverse=True)
-        assert len(found) == 10
+        assert [one.off for one in found] == sorted(filter(lambda off: off > 0, outside.values()))[
+            ::-1
+        ][:10]
         row = as_read(misjudged_table(board, "m")).rows[0]
         first = found[0]
         assert [value.text for value in row[:4]] == [
             str(first.standing.layer),
-            str(first.standing.rank),
+            f"{first.standing.best_rank} to {first.standing.worst_rank}",
             str(first.cosine_rank),
             str(first.off),
         ]
@@ -215,7 +224,8 @@ class TestAcross:
             assert texts[:2] == [str(one.rank), one.model.name]
             assert texts[2].startswith(two_digits(one.relevance.value))
             assert texts[3].startswith(points(one.drop.value))
-            assert texts[4:] == [str(one.worst_layer), str(one.costly), str(one.layers)]
+            worst = "–" if one.worst_layer is None else str(one.worst_layer)
+            assert texts[4:] == [worst, str(one.costly), str(one.layers)]
         assert "Benchmarks that count: arc_easy · 0-shot." in page
         for name, why in board.left_out.items():
             assert f"<li>{name}: {why}</li>" in page
@@ -294,7 +304,7 @@ class TestPage:
             identity = cell.model.model_copy(update={"name": name, "fingerprint": name * 64})
             cells.append(cell.model_copy(update={"model": identity}))
         page = render_page(cells, {})
-        assert "No layer has a mean accuracy relevance" in page
+        assert "that accuracy has nothing to lose there" in page
         assert 'id="model-1-board"' not in page
         assert "none, because no two models share a benchmark on all their layers" in page
 

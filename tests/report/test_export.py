@@ -61,10 +61,11 @@ def test_markdown_and_latex_say_the_leaderboard(
     relevance = f"{fixed(found.value, 2)} ({fixed(found.low, 2)} to {fixed(found.high, 2)})"
     text = markdown.read_text()
     text = text.partition("base\\|model: its layers")[2]
-    row = next(line for line in text.splitlines() if line.startswith("| 1"))
+    row = next(line for line in text.splitlines() if line.startswith("| 1 to"))
     cells = [part.strip() for part in re.split(r"(?<!\\)\|", row)[1:-1]]
-    assert cells[:3] == ["1", str(first.layer), relevance]
-    assert cells[3].startswith(points(first.drop.value or 0))
+    assert cells[:2] == [f"{first.best_rank} to {first.worst_rank}", str(first.layer)]
+    assert cells[3] == relevance
+    assert cells[4].startswith(points(first.drop.value or 0))
     source = latex.read_text()
     assert source.count("\\toprule") == 3
     assert "instruct\\_50\\%" in source

@@ -17,6 +17,7 @@ from tracker.report import caveats, sentences, tables, wording
 from tracker.report.charts import cells as charts
 from tracker.report.charts import headline, maps
 from tracker.report.export import boards
+from tracker.report.leaderboard.claims import answer
 from tracker.report.leaderboard.comparable import models_of
 from tracker.report.leaderboard.layers import layer_board
 
@@ -122,7 +123,7 @@ def said(cells: list[CellRecord]) -> Iterator[str]:
     yield from notes
     for group in models_of(cells):
         board = layer_board(group)
-        yield from ("", sentences.critical_sentence(board), sentences.ranks_differ(group))
+        yield from ("", answer(board.claims), sentences.ranks_differ(group))
         yield maps.heat_title(group)
         if board.layers:
             drawn = headline.headline(board, "MODEL")

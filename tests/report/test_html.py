@@ -65,6 +65,7 @@ def test_layer_table_equals_the_records(page: str) -> None:
         "angular distance (÷ π)": ("angular_distance", 1, 6e-4),
         "relative update (ratio of norms)": ("relative_update", 1, 6e-4),
         "gold log-prob drop (nats)": ("gold_logprob_drop", 1, 6e-4),
+        "log-prob drop of all options (nats)": ("options_logprob_drop", 1, 6e-4),
     }
     for texts, record in zip(reader.tables[name], study()[0].runs, strict=True):
         row = {head: text for head, (text, _) in zip(reader.headers[name], texts, strict=True)}

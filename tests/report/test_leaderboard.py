@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
+from statistics import NormalDist
 
 import pytest
 
@@ -34,7 +35,6 @@ def test_layers_stand_where_their_mean_relevance_puts_them() -> None:
     means = {layer: statistics.mean(relevances(cells, layer)) for layer in range(LAYERS)}
     assert len(board.layers) == LAYERS
     assert not board.left_out
-    single = [{layer: relevances([cell], layer)[0] for layer in range(LAYERS)} for cell in cells]
 
     def rank(figures: dict[int, float], layer: int) -> int:
         return 1 + sum(round(other, 12) > round(figures[layer], 12) for other in figures.values())
@@ -43,8 +43,7 @@ def test_layers_stand_where_their_mean_relevance_puts_them() -> None:
         assert standing.relevance.value == pytest.approx(means[standing.layer])
         assert standing.rank == rank(means, standing.layer)
         assert standing.benchmarks == 3
-        ranks = [rank(figures, standing.layer) for figures in single]
-        assert (standing.best_rank, standing.worst_rank) == (min(ranks), max(ranks))
+        assert standing.best_rank <= standing.rank <= standing.worst_rank
     assert board.ranked == sorted(board.layers, key=lambda standing: standing.rank)
     assert board.layers[0].layer == max(means, key=means.get)
 
@@ -106,9 +105,10 @@ def test_models_are_ranked_on_what_all_of_them_share() -> None:
     values = [relevances([cells[0]], layer)[0] for layer in range(LAYERS)]
     assert solid.relevance.value == pytest.approx(statistics.mean(values))
     assert solid.layers == LAYERS
-    assert solid.worst_layer == values.index(max(values))
-    lows = [r.accuracy_drop_low for r in cells[0].runs]
-    assert solid.costly == sum(low is not None and low > 0 for low in lows)
+    assert solid.worst_layer is None, "two layers cost about as much"
+    wide = NormalDist().inv_cdf(1 - 0.025 / LAYERS) / NormalDist().inv_cdf(0.975)
+    half = (cells[0].runs[0].accuracy_drop_high - cells[0].runs[0].accuracy_drop_low) / 2
+    assert solid.costly == sum(r.accuracy_drop - wide * half > 0 for r in cells[0].runs)
 
 
 def some_layers(cell: CellRecord, *layers: int) -> CellRecord:

@@ -54,7 +54,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     title = " · ".join(filter(None, (cell.heading, metric, cell.documents)))
     say()
     print_table(table(title, columns, [run_table.CellRun(cell, run) for run in shown]))
-    elsewhere = {"mcnemar_p", "rounded", "drop_rounding"}
+    elsewhere = {"mcnemar_p", "rounded", "drop_rounding", "options_logprob_drop"}
     reasons = {why for run in shown for name, why in run.reasons.items() if name not in elsewhere}
     said = {"baseline_rounded", *(("n", "baseline_low") if cell.is_raced else ())}
     reasons |= {why for name, why in cell.reasons.items() if name not in said}

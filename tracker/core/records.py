@@ -125,6 +125,16 @@ class RunRecord(RunIdentity):
     gold_logprob_drop: float | None
     """Mean log-probability of the gold answer, baseline minus ablated, in nats. A document of a
     corpus or a rolling task has no gold answer: the whole text's log-probability stands for it."""
+    gold_logprob_low: float | None = None
+    gold_logprob_high: float | None = None
+    """Both ends of the 95 % interval of `gold_logprob_drop`."""
+    options_logprob_drop: float | None = None
+    """Mean log of the summed probability of a document's options, baseline minus ablated, in nats:
+    the part of `gold_logprob_drop` that all options lose alike. What is left of it is lost to the
+    other options."""
+    options_logprob_low: float | None = None
+    options_logprob_high: float | None = None
+    """Both ends of the 95 % interval of `options_logprob_drop`."""
     metrics: dict[str, float | None]
     """Every metric of the benchmark, under lm-eval's names, under the ablation."""
     reasons: dict[str, str] = Field(default_factory=dict)
@@ -134,6 +144,19 @@ class RunRecord(RunIdentity):
         """The accuracy drop with its interval."""
         ends = (self.accuracy_drop_low, self.accuracy_drop_high)
         return Estimate(self.accuracy_drop, *ends, reason=self.reasons.get("accuracy_drop"))
+
+    @property
+    def gold(self) -> Estimate:
+        """The drop of the gold answer's log-probability with its interval."""
+        ends = (self.gold_logprob_low, self.gold_logprob_high)
+        return Estimate(self.gold_logprob_drop, *ends, reason=self.reasons.get("gold_logprob_drop"))
+
+    @property
+    def options(self) -> Estimate:
+        """The drop of the log-probability of all options together, with its interval."""
+        ends = (self.options_logprob_low, self.options_logprob_high)
+        why = self.reasons.get("options_logprob_drop")
+        return Estimate(self.options_logprob_drop, *ends, reason=why)
 
     def figure(self, name: str) -> float | None:
         """Find a figure by its name, a field or a proxy; None where it is undefined."""
@@ -274,6 +297,8 @@ class CellRecord(Record):
     """Expected accuracy of a random predictor; None while nothing is measured, and where lower is
     better."""
     baseline_metrics: dict[str, float | None]
+    baseline_options_logprob: float | None = None
+    """Mean log of the summed probability of a document's options, in nats; None without options."""
     removed: tuple[int, ...] = ()
     """Layers that are removed as a whole beneath every run, ascending; the baseline has them."""
     removed_accuracy: float | None = None

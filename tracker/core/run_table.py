@@ -130,6 +130,9 @@ def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
             _figure("rounded", "documents within rounding", "count"),
             _figure("drop_rounding", measure.head("± by rounding"), measure.form),
             _figure("gold_logprob_drop", "gold log-prob drop", "nats"),
+            _figure("gold_logprob_low", "gold log-prob drop: low", "nats"),
+            _figure("gold_logprob_high", "gold log-prob drop: high", "nats"),
+            _figure("options_logprob_drop", "log-prob drop of all options", "nats"),
             Column("reasons", "text", lambda row: _reasons(row) or None, name="reasons"),
         )
     )

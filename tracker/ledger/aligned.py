@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 
 from tracker.core.ablations import INTACT, Ablation, ablate, ablation_of
 from tracker.core.provenance import differences
@@ -138,6 +139,10 @@ class AlignedOutcomes:
         """The log-probability of each document's gold answer."""
         return PairedOutcomes(*self._beside(self.gold, ablations), self.plain_weights)
 
+    def by_options(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
+        """The log-probability of all options of a document together, in nats."""
+        return PairedOutcomes(*self._beside(self.options, ablations), self.plain_weights)
+
     def _beside(
         self, figure: Callable[[Ablation], Array], ablations: Sequence[Ablation]
     ) -> tuple[Array, Array]:
@@ -208,6 +213,10 @@ class AlignedOutcomes:
         """The log-probability of every document's gold answer under an ablation."""
         return self._once(f"gold {ablation.name}", lambda: gold_logprobs(self.of(ablation)))
 
+    def options(self, ablation: Ablation) -> Array:
+        """The log-probability of all of a document's options together; NaN where it has none."""
+        return self._once(f"options {ablation.name}", lambda: options_logprobs(self.of(ablation)))
+
     def proxy_sums(self, proxy: Proxy) -> Array:
         """What is observed of a proxy, summed over each document's tokens [documents, layers].
 
@@ -245,6 +254,15 @@ def pairs(column: pd.Series[Any]) -> Array:
     missing = (math.nan, math.nan)
     return np.array(
         [json.loads(value) if isinstance(value, str) else missing for value in column],
+        dtype=np.float64,
+    )
+
+
+def options_logprobs(rows: pd.DataFrame) -> Array:
+    """Log of the summed probability of every document's options; NaN where it has none."""
+    scores = zip(rows["loglikelihoods"], rows["choices"], strict=True)
+    return np.array(
+        [logsumexp(lls[: int(count)]) if count else math.nan for lls, count in scores],
         dtype=np.float64,
     )
 

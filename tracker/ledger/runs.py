@@ -16,7 +16,7 @@ from tracker.ledger.aligned import AlignedOutcomes, pairs
 from tracker.ledger.options import Chances, Texts, judged
 from tracker.ledger.outcomes import METRIC, PROVENANCE
 from tracker.ledger.paired import Array, PairedOutcomes
-from tracker.stats.accuracy import accuracy, accuracy_relevance, chance_accuracy
+from tracker.stats.accuracy import accuracy, accuracy_relevance, chance_accuracy, mean_interval
 from tracker.stats.proxies import proxy_means
 from tracker.stats.ratios import RATIO, ratio_of_sums
 from tracker.stats.rounding import shift, within
@@ -25,6 +25,7 @@ Aggregate = Callable[[str, Sequence[float | str]], float | None]
 ONE_LOOK = "it holds for one look, and how many documents there are was decided by many"
 """Why a cell that was stopped by what it showed lacks an interval or a p-value."""
 
+_ENDS = ("gold_logprob_low", "gold_logprob_high", "options_logprob_low", "options_logprob_high")
 _NOT_FINITE = "a hidden state of a baseline token is not finite or is zero"
 _WHOLE_ONLY = "measured for whole single layers only"
 _NO_METRIC = "a document has no finite score, or only lm-eval can aggregate this metric"
@@ -89,7 +90,8 @@ def run_record(
     relevance = Estimate(None, reason=f"{outcomes.metric} is no accuracy")
     if intact.chance is not None:
         relevance = accuracy_relevance(intact.baseline.value, accurate.value, intact.chance)
-    gold_drop = _mean_drop(outcomes.by_gold_logprob([ablation]))
+    gold = _mean_drop(outcomes.by_gold_logprob([ablation]), "finite gold score")
+    options = _mean_drop(outcomes.by_options([ablation]), "options of a finite score")
     metrics = metric_values(outcomes, ablation, aggregate)
     mine = judged(outcomes, ablation, intact.texts)
     untested = drop.reason or "the outcomes are not all right or wrong"
@@ -100,7 +102,8 @@ def run_record(
         "accuracy_relevance": relevance.reason,
         "rounded": mine.reason,
         "drop_rounding": mine.reason or intact.judged.reason,
-        "gold_logprob_drop": gold_drop.reason,
+        "gold_logprob_drop": gold.reason,
+        "options_logprob_drop": options.reason,
         "mcnemar_p": untested if drop.p_value is None else None,
         **{name: proxy.reason for name, proxy in proxies.items()},
         **{f"metrics.{name}": _NO_METRIC for name, value in metrics.items() if value is None},
@@ -117,7 +120,12 @@ def run_record(
         drop_sd=spread.value,
         mcnemar_p=drop.p_value,
         accuracy_relevance=relevance.value,
-        gold_logprob_drop=gold_drop.value,
+        gold_logprob_drop=gold.value,
+        gold_logprob_low=gold.low,
+        gold_logprob_high=gold.high,
+        options_logprob_drop=options.value,
+        options_logprob_low=options.low,
+        options_logprob_high=options.high,
         rounded=None if mine.chances is None else within(mine.chances),
         drop_rounding=moved_by_rounding(intact.weights, intact.judged, mine),
         metrics=metrics,
@@ -142,7 +150,7 @@ def at_all_looks(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
         reasons["accuracy_drop_low"] = "the question is not about it"
     else:
         low, high = bounds.low, bounds.high
-    ends = {"accuracy_drop_low": low, "accuracy_drop_high": high}
+    ends = {**dict.fromkeys(_ENDS), "accuracy_drop_low": low, "accuracy_drop_high": high}
     return run.model_copy(update={**ends, "mcnemar_p": None, "reasons": reasons})
 
 
@@ -178,11 +186,13 @@ def _aggregated(
     return aggregate(how, rows[column].to_list())
 
 
-def _mean_drop(gold: PairedOutcomes) -> Estimate:
-    if bad := int((~np.isfinite(gold.drops)).sum()):
-        why = f"{bad} of {len(gold.drops)} documents have no finite gold score"
+def _mean_drop(logprobs: PairedOutcomes, what: str) -> Estimate:
+    """Estimate by how much a log-probability falls; `what` a document lacks where it has none."""
+    if bad := int((~np.isfinite(logprobs.drops)).sum()):
+        why = f"{bad} of {len(logprobs.drops)} documents have no {what}"
         return Estimate(None, reason=why)
-    return Estimate(float(gold.mean_drops[0]))
+    drops = logprobs.drops[:, 0]
+    return Estimate(float(logprobs.mean_drops[0]), *mean_interval(drops, logprobs.weights))
 
 
 def finite(value: float) -> float | None:

@@ -39,6 +39,7 @@ RUN = (
     *("accuracy", "accuracy_drop", "accuracy_drop_low", "accuracy_drop_high", "drop_sd"),
     *("mcnemar_p", "accuracy_relevance", *FIGURES),
     *("rounded", "drop_rounding", "gold_logprob_drop"),
+    *("gold_logprob_low", "gold_logprob_high", "options_logprob_drop"),
 )
 """Names of the columns of a frame of runs, before the metrics."""
 CORRELATION = (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from tracker.core.estimates import Estimate
 from tracker.core.formats import defined
 from tracker.core.records import CellRecord, RunIdentity, RunRecord
@@ -23,16 +21,6 @@ def why_undefined(cell: CellRecord, layer: int, field: str) -> str:
     """Say why a field of one whole layer, measured or not, is undefined."""
     record = cell.runs_of().get(layer)
     return cell.reason_of(field, record) if record else cell.absence(RunIdentity(layer=layer))
-
-
-def highest_mean(figures: Iterable[tuple[int, float | None]]) -> tuple[int, float] | None:
-    """Find the layer whose figures have the largest mean, the first of equal ones, and the mean."""
-    known: dict[int, list[float]] = {}
-    for layer, value in figures:
-        if defined(value):
-            known.setdefault(layer, []).append(value)
-    means = {layer: sum(values) / len(values) for layer, values in known.items()}
-    return max(means.items(), key=lambda mean: (mean[1], -mean[0]), default=None)
 
 
 def sure(figure: Estimate) -> bool:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from tracker.core.formats import counted, defined, interval, points, two_digits
+from tracker.core.formats import counted, defined, points, two_digits
 from tracker.core.proxies import PROXIES
 from tracker.core.records import CellRecord
-from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.leaderboard.proxies import Agreement, agreements
-from tracker.report.wording import benchmark_labels
 
 
 def agreement_sentence(found: Agreement) -> str:
@@ -80,35 +78,6 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
     if without:
         text += f" Of {counted(without, 'measurement')} none was drawn."
     return text
-
-
-def critical_sentence(board: LayerBoard) -> str:
-    """Name the layers that matter most to a model.
-
-    Args:
-        board: The layers' leaderboard.
-
-    Returns:
-        The mean relevance of each and its interval, or why there is none.
-    """
-    named = []
-    for top in board.ranked[:3]:
-        mean = top.relevance
-        if defined(mean.value):
-            between = interval(mean.low, mean.high, two_digits)
-            sure = f", 95 % interval {between}" if between else ""
-            named.append(f"layer {top.layer} ({two_digits(mean.value)}{sure})")
-    if not named:
-        return "No layer has a mean accuracy relevance: no benchmark defines it for every layer."
-    text = f"Most critical: {'; '.join(named)}."
-    weak = [
-        label
-        for label, cell in zip(benchmark_labels(board.cells), board.cells, strict=True)
-        if defined(cell.baseline_low) and cell.baseline_low <= (cell.chance_accuracy or 0.0)
-    ]
-    if not weak:
-        return text
-    return f"{text} No intervals: that of the baseline reaches down to chance on {', '.join(weak)}."
 
 
 def _differ(found: Agreement) -> str:

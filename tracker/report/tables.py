@@ -29,11 +29,11 @@ from tracker.core.run_table import (
 )
 from tracker.core.tables import Column, Table, table
 from tracker.report.caveats import provenance_notes
+from tracker.report.leaderboard.claims import shown_in
 from tracker.report.wording import (
     benchmark_labels,
     capital,
     correlation,
-    most_critical,
     power_sentence,
     row_labels,
     run_list,
@@ -57,7 +57,7 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
         Column("documents", "count", lambda row: row[0].counted),
         Column(baseline, "score" if losses else "percent", _baseline, NO_REASON),
         Column("chance", "percent", _chance),
-        Column(f"most critical layers, 0-based ({critical})", "text", _costly),
+        Column(f"layers shown to matter, 0-based ({critical})", "text", _costly),
         Column(
             "highest cosine score, layers 0-based (1 − cos)",
             *("text", _scored, "no layer has a cosine score"),
@@ -66,8 +66,9 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
     )
     rows = list(zip(cells, row_labels(cells), strict=True))
     made = table(
-        "Most critical: the layers whose removal, each alone, costs most accuracy. The next "
-        "column: those that the cosine score would name.",
+        "Layers shown to matter: those whose removal, each alone, costs accuracy, with 95 % "
+        "confidence for all layers of the benchmark together. The next column: those that the "
+        "cosine score would name.",
         columns,
         rows,
     )
@@ -101,14 +102,16 @@ def _chance(row: _Labelled) -> Estimate:
 
 def _costly(row: _Labelled) -> Estimate | str:
     cell, measure = row[0], measure_of(row[0])
-    costly = ", ".join(
-        f"{run.layer}\u00a0({measure.write(run.accuracy_drop or 0)})"
-        for run in most_critical(cell.whole_layers)
-    )
-    none = f"no layer has a positive {measure.change}"
     if cell.runs and not cell.whole_layers:
-        none = "no whole single layer was removed"
-    return costly or Estimate(None, reason=none)
+        return Estimate(None, reason="no whole single layer was removed")
+    runs = cell.whole_layers
+    costly = [
+        (run.accuracy_drop or 0.0, run.layer)
+        for run, verdict in zip(runs, shown_in(cell, runs), strict=True)
+        if verdict == "costs"
+    ]
+    named = (f"{layer}\u00a0({measure.write(drop)})" for drop, layer in sorted(costly)[::-1])
+    return ", ".join(named) or Estimate(None, reason="none is shown with these documents")
 
 
 def _scored(row: _Labelled) -> str | None:
@@ -150,7 +153,7 @@ def layer_table(cell: CellRecord) -> Table:
         *("accuracy", "accuracy_drop", "drop_interval"),
         *(["rounded", "drop_rounding"] if rounded else []),
         *("mcnemar_p", "accuracy_relevance"),
-        *(*(proxy.name for proxy in OBSERVED), "gold_logprob_drop"),
+        *(*(proxy.name for proxy in OBSERVED), "gold_logprob_drop", "options_logprob_drop"),
     )
     runs = [CellRun(cell, run) for run in cell.all_runs]
     made = table("", [*pick(columns, *named), *figures, *metrics], runs)

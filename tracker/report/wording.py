@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from tracker.core.estimates import Estimate
 from tracker.core.formats import (
@@ -67,21 +67,6 @@ def run_list(runs: Sequence[RunIdentity], cell: CellRecord) -> str:
 def capital(text: str) -> str:
     """Begin a text with a capital letter."""
     return text[:1].upper() + text[1:]
-
-
-def most_critical(records: Iterable[RunRecord], count: int = 3) -> list[RunRecord]:
-    """Find the runs whose removal costs most accuracy, or adds most loss.
-
-    Args:
-        records: The runs.
-        count: How many at most.
-
-    Returns:
-        Runs with a positive accuracy drop, the largest first; ties in layer order.
-    """
-    drops = [(r.accuracy_drop, r) for r in records if defined(r.accuracy_drop)]
-    costly = [(drop, r) for drop, r in drops if drop > 0]
-    return [r for _, r in sorted(costly, key=lambda pair: (-pair[0], pair[1].layer))[:count]]
 
 
 def model_labels(models: Sequence[ModelIdentity]) -> list[str]:
@@ -192,6 +177,30 @@ def _told_apart(labels: Sequence[str], details: Sequence[tuple[str, ...]]) -> li
 
 
 # Sentences
+
+
+def measured(cells: Sequence[CellRecord]) -> str:
+    """Say when some cells were measured, and on what; empty where no cell says.
+
+    Args:
+        cells: The cells.
+
+    Returns:
+        For example `Measured on 2026-11-28 (Linux x86_64, 2 cores, cpu).`
+    """
+    dates = sorted(cell.measured[:10] for cell in cells if cell.measured)
+    where = dict.fromkeys(_machine(cell) for cell in cells)
+    if not dates:
+        return ""
+    when = f"on {dates[0]}" if dates[0] == dates[-1] else f"from {dates[0]} to {dates[-1]}"
+    said = "; ".join(filter(None, where))
+    return f"Measured {when}{f' ({said})' if said else ''}."
+
+
+def _machine(cell: CellRecord) -> str:
+    cores = cell.provenance.get("cores")
+    parts = (cell.provenance.get("platform"), cores and f"{cores} cores")
+    return ", ".join(filter(None, (*parts, cell.provenance.get("device"))))
 
 
 def correlation(

@@ -5,10 +5,14 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
 from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from tracker.stats.arrays import Array
+from tracker.stats.multiple import holm
+from tracker.stats.power import ALPHA
 
 
 def phi(both: Array, lost: Array, documents: int) -> Array:
@@ -56,3 +60,25 @@ def clustered(agreement: Array, alike: float) -> tuple[list[int], list[list[int]
     label = fcluster(tree, 1 - alike + 1e-9, "distance")
     groups = (list(group) for _, group in itertools.groupby(order, label.__getitem__))
     return order, [group for group in groups if len(group) > 1]
+
+
+def more_than_chance(both: Array, lost: Array, documents: int) -> NDArray[np.bool_]:
+    """Say which ablations lose the same documents more often than by chance.
+
+    Fisher's exact test of each pair, one-sided, adjusted by Holm's method over all pairs: where the
+    ablations lose their documents independently, a pair is named with probability 5 % at most.
+
+    Args:
+        both: How many documents each two ablations both lose [ablations, ablations].
+        lost: How many each loses.
+        documents: How many could be lost.
+
+    Returns:
+        Whether it is shown, symmetric [ablations, ablations]; False on the diagonal.
+    """
+    one, other = np.triu_indices(len(lost), 1)
+    p_values = stats.hypergeom.sf(both[one, other] - 1, documents, lost[one], lost[other])
+    adjusted = holm(p_values.tolist())
+    shown = np.zeros(both.shape, dtype=bool)
+    shown[one, other] = [p is not None and p <= ALPHA for p in adjusted]
+    return shown | shown.T

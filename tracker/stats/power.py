@@ -16,7 +16,6 @@ ALPHA = 0.05
 POWER = 0.8
 MEANT = 0.03
 """The drop, a fraction, for which is said how many documents reveal it."""
-_ALPHA_Z = float(stats.norm.ppf(1 - ALPHA / 2))
 _POWER_Z = float(stats.norm.ppf(POWER))
 
 
@@ -49,43 +48,46 @@ class OutcomeVariance:
     variance: float
     binary: bool
 
-    def documents(self, change: float) -> int:
+    def documents(self, change: float, tests: int = 1) -> int:
         """Say how many documents reveal a change.
 
         Args:
             change: A drop or an increase, above 0.
+            tests: How many tests are made at once, each at the level `ALPHA` / `tests`.
 
         Returns:
             The smallest such number.
         """
-        return math.ceil(self._product(change) / change**2)
+        return math.ceil(self._product(change, tests) / change**2)
 
-    def change(self, documents: int) -> float | None:
+    def change(self, documents: int, tests: int = 1) -> float | None:
         """Say which change so many documents reveal.
 
         Args:
             documents: How many, one or more.
+            tests: How many tests are made at once, each at the level `ALPHA` / `tests`.
 
         Returns:
             The smallest such change; None where not even the loss of every document is revealed.
         """
         if not self.binary:
-            return math.sqrt(self._product(0) / documents)
+            return math.sqrt(self._product(0, tests) / documents)
 
         def excess(change: float) -> float:
-            return documents * change**2 - self._product(change)
+            return documents * change**2 - self._product(change, tests)
 
         if excess(1) < 0:
             return None
         # Above 0: there, nothing changes and nothing is revealed.
         return float(optimize.brentq(excess, 1e-9, 1, xtol=1e-12))
 
-    def _product(self, change: float) -> float:
+    def _product(self, change: float, tests: int) -> float:
         """How many documents reveal a change, times its square."""
+        level = float(stats.norm.ppf(1 - ALPHA / (2 * tests)))
         if not self.binary:
-            return (_ALPHA_Z + _POWER_Z) ** 2 * self.variance
+            return (level + _POWER_Z) ** 2 * self.variance
         share = max(self.variance, change)
-        return float((_ALPHA_Z * math.sqrt(share) + _POWER_Z * math.sqrt(share - change**2)) ** 2)
+        return float((level * math.sqrt(share) + _POWER_Z * math.sqrt(share - change**2)) ** 2)
 
 
 UNRELATED = OutcomeVariance(0.5, binary=True)

@@ -8,40 +8,41 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tracker.core import formats
-from tracker.core.answers import interval_name
 from tracker.core.kinds import KINDS
 from tracker.core.proxies import PROXIES
-from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, layers_of
+from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunRecord, layers_of
 from tracker.report import wording
 from tracker.report.charts import style
 from tracker.report.charts.hover import along_layers, run_hover
 from tracker.report.charts.maps import span_components, span_map
+from tracker.report.layer_figures import sure
+from tracker.report.leaderboard.claims import shown_in
 
 # Neighbours along the proxy axis write their labels to different sides.
 _SIDES = ("top left", "bottom right", "bottom left", "top right")
 
 
 def curve_title(cell: CellRecord) -> str:
-    """Say in plain text the largest drop of the layer curve, its interval, and the documents."""
+    """Say in plain text which runs of the layer curve are shown to cost or help, and on what."""
     measure = formats.measure_of(cell)
     records = [r for r in cell.runs if r.span == 1]
-    drops = [r.accuracy_drop for r in records if formats.defined(r.accuracy_drop)]
-    if not drops:
+    if not any(formats.defined(record.accuracy_drop) for record in records):
         return f"{cell.title}: no {measure.change} is defined"
-    costs, gain = ("costs", "raise") if cell.higher_is_better else ("adds", "lower")
+    shown = shown_in(cell, records)
+    costly, helpful = (
+        [record for record, verdict in zip(records, shown, strict=True) if verdict == wanted]
+        for wanted in ("costs", "helps")
+    )
+    worse, better = ("lower", "raise") if cell.higher_is_better else ("raise", "lower")
     # A layer that something else stands in for is not removed.
     only = all(record.intervention == "remove" for record in records)
-    removing, removal = ("removing ", "removal") if only else ("", "run")
-    says = f"no {removal} {costs} {measure.level}"
-    for top in wording.most_critical(records, 1):
-        between = wording.named_interval(top.drop, measure.write, interval_name(cell))
-        size = f"{measure.write(max(drops))} {measure.unit}{between}"
-        says = f"{removing}{top.label()} {costs} most, {size}"
-    gains = sum(1 for drop in drops if drop < 0)
-    return (
-        f"{cell.title}: {says}; {gains} of {len(drops)} {removal}s {gain} {measure.level} "
-        f"({cell.metric}, {cell.counted} documents)"
-    )
+    removals = "removals" if only else "runs"
+    says = f"none of {len(records)} {removals} is shown to {worse} {measure.level}"
+    if costly:
+        says = f"shown to {worse} {measure.level}: {wording.run_list(costly, cell)}"
+    if helpful:
+        says += f"; shown to {better} it: {wording.run_list(helpful, cell)}"
+    return f"{cell.title}: {says} ({cell.metric}, {cell.counted} documents)"
 
 
 def scatter_title(cell: CellRecord) -> str:
@@ -90,6 +91,7 @@ def layer_curve(cell: CellRecord) -> style.Chart:
         records, hover = along_layers(cell, kind, layers)
         drops = [style.finite(run.accuracy_drop, measure.scale) if run else None for run in records]
         look = KINDS[kind.word]
+        opacity = _strength(records)
         if single:
             places: Sequence[float] = layers
             colour, signs = style.GREY, style.sign_colours(drops)
@@ -110,7 +112,7 @@ def layer_curve(cell: CellRecord) -> style.Chart:
                 error_y=style.errors(intervals, measure.scale, color=colour),
                 mode="lines+markers",
                 line={"color": style.FAINT if single else look.colour, "width": 1},
-                marker={"size": 7} | marker,
+                marker={"size": 7, "opacity": opacity} | marker,
                 showlegend=not single,
             )
         )
@@ -145,6 +147,11 @@ def layer_curve(cell: CellRecord) -> style.Chart:
         },
         annotations=[] if layers else [nothing],
     )
+
+
+def _strength(runs: Sequence[RunRecord | None]) -> list[float]:
+    """How strongly runs are drawn: faintly where an interval holds 0."""
+    return [1.0 if run is not None and sure(run.drop) else style.OPEN for run in runs]
 
 
 def _change_axis(measure: formats.Measure) -> dict[str, Any]:
@@ -197,7 +204,8 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
                 text=[str(record.layer) for record in group],
                 textposition=[side[record.layer] for record in group],
                 textfont={"size": 10, "color": style.GREY},
-                marker={"size": 8, "symbol": symbol, "color": signs, "line": {"width": width}},
+                marker={"size": 8, "symbol": symbol, "color": signs, "line": {"width": width}}
+                | {"opacity": _strength(group)},
             )
         )
     return style.chart(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from tracker.core.records import CellRecord, layers_of
 from tracker.report import wording
 from tracker.report.charts.maps import centred_map
 from tracker.report.charts.style import FAINT, GREY, Chart, chart, errors, layer_axis, line, trace
-from tracker.stats.agreement import clustered, phi
+from tracker.stats.agreement import clustered, more_than_chance, phi
 from tracker.stats.ratios import SCALES
 
 ALIKE = 0.5
@@ -99,7 +100,13 @@ def agreement(decided: DecisionsRecord) -> tuple[list[int], np.ndarray, list[lis
     square = found[np.ix_(known, known)]
     order, groups = clustered(square, ALIKE)
     layers = [decided.compared[number] for number in known]
-    named = [sorted(layers[number] for number in group) for group in groups]
+    shared = both[np.ix_(known, known)]
+    alike = more_than_chance(shared, np.diag(shared), decided.right)
+    named = [
+        sorted(layers[number] for number in group)
+        for group in groups
+        if all(alike[one, other] for one, other in combinations(group, 2))
+    ]
     return [layers[number] for number in order], square[np.ix_(order, order)], named
 
 
@@ -139,6 +146,6 @@ def agreement_map(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
 def groups_sentence(groups: Sequence[Sequence[int]]) -> str:
     """Say which layers break the same documents."""
     if not groups:
-        return "No two layers break the same documents much more often than by chance."
+        return "No layers are shown to break the same documents more often than by chance."
     named = "; ".join(f"layers {', '.join(map(str, group))}" for group in groups)
     return f"These break the same documents (mean φ of at least {ALIKE}): {named}."

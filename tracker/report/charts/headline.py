@@ -2,46 +2,63 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from tracker.core.formats import counted, two_digits, write
+from tracker.core.estimates import Estimate
+from tracker.core.formats import counted, defined, two_digits, write
 from tracker.report.charts import style
 from tracker.report.charts.hover import estimate_hover
+from tracker.report.leaderboard.claims import FIRST, Claims
 from tracker.report.leaderboard.layers import LayerBoard
-from tracker.report.leaderboard.proxies import misjudged
 from tracker.report.wording import benchmark_labels
+from tracker.stats.combined import mean
 
-MARKED = 3
-"""So many layers, on which the two disagree most, carry their number."""
+_PANELS = {
+    2: ([0.38, 1.0], [], [0.0, 0.29]),
+    3: ([0.6, 1.0], [0.26, 0.52], [0.0, 0.18]),
+}
+"""Where the costs, the log-probabilities and the cosine scores stand, by how many there are."""
 
 
 def headline(board: LayerBoard, label: str) -> style.Chart:
     """Draw the real cost of every layer above the cosine score of the same layer.
 
-    Bars of the mean accuracy relevance with its interval stand above bars of the mean cosine score;
-    the layers on which the two disagree most are marked by number.
+    Bars of the mean accuracy relevance with its interval stand above bars of the mean cosine score.
+    What is open is faint. Where no layer is shown to matter, the fall of the right answer's
+    log-probability stands between them. Marked by number are the layers that a choice by cosine
+    score is shown to miss.
     """
-    standings = board.by_depth
-    layers = [standing.layer for standing in standings]
-    costs = [standing.relevance for standing in standings]
-    scores = [style.finite(standing.cosine_score) for standing in standings]
+    found = board.claims
+    layers = [standing.layer for standing in board.by_depth]
+    costs = [standing.relevance for standing in board.by_depth]
+    scores = [style.finite(standing.cosine_score) for standing in board.by_depth]
     over = counted(len(board.cells), "benchmark")
-    marked = marked_layers(board)
-    values = [style.finite(cost.value) for cost in costs]
     what = "accuracy relevance"
+    noisy = not found.costly and any(drop.value is not None for drop in _falls(found).values())
+    above, between, below = _PANELS[3 if noisy else 2]
     data = [
         style.trace(
             "bar",
             what,
             layers,
-            values,
+            [style.finite(cost.value) for cost in costs],
             [
-                estimate_hover(f"layer {layer} · mean over {over}", what, cost, two_digits, "")
+                estimate_hover(
+                    f"layer {layer} · mean over {over} · {found.word(layer)}",
+                    *(what, cost, two_digits, ""),
+                )
                 for layer, cost in zip(layers, costs, strict=True)
             ],
             error_y=style.errors(costs),
-            marker={"color": style.sign_colours(values)},
+            marker={
+                "color": [
+                    style.HELPS if layer in found.helpful else style.MATTERS for layer in layers
+                ],
+                "opacity": _strength(layers, {*found.costly, *found.helpful}),
+            },
         ),
         style.trace(
             "bar",
@@ -57,6 +74,14 @@ def headline(board: LayerBoard, label: str) -> style.Chart:
             marker={"color": style.PROXY},
         ),
     ]
+    axes: dict[str, Any] = {
+        "yaxis": {"domain": above, "zeroline": True, "title": {"text": "what it really costs"}},
+        "yaxis2": {"domain": below, "zeroline": True, "title": {"text": "cosine score"}},
+    }
+    if noisy:
+        falls, axis = _falls_trace(found, layers)
+        data.append(falls)
+        axes["yaxis3"] = axis | {"domain": between}
     shade = {"type": "rect", "xref": "x", "yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
     shade |= {"fillcolor": style.FAINT, "line": {"width": 0}}
     note = {"xref": "x", "yref": "paper", "y": 1, "yanchor": "bottom", "showarrow": False}
@@ -64,25 +89,19 @@ def headline(board: LayerBoard, label: str) -> style.Chart:
     drawn = style.chart(
         _title(board, label),
         data,
-        380,
+        520 if noisy else 380,
         xaxis=style.layer_axis(layers) | {"anchor": "y2"},
-        yaxis={"domain": [0.38, 1], "zeroline": True, "title": {"text": "what it really costs"}},
-        yaxis2={"domain": [0, 0.29], "title": {"text": "cosine score"}, "zeroline": True},
+        **axes,
         showlegend=False,
         bargap=0.25,
-        shapes=[shade | {"x0": layer - 0.5, "x1": layer + 0.5} for layer in marked],
+        shapes=[shade | {"x0": layer - 0.5, "x1": layer + 0.5} for layer in found.missed],
         annotations=[
             note | {"x": middle, "text": f"<b>{numbers}</b>"}
-            for middle, numbers in near_together(marked)
+            for middle, numbers in near_together(found.missed)
         ],
         margin={"t": 26},
     )
-    return replace(drawn, explains=_explains(board))
-
-
-def marked_layers(board: LayerBoard) -> list[int]:
-    """Find the layers on which the cosine score is furthest from the truth, by ranks."""
-    return [wrong.standing.layer for wrong in misjudged(board)[:MARKED]]
+    return replace(drawn, explains=_explains(board, noisy))
 
 
 def near_together(layers: Sequence[int]) -> list[tuple[float, str]]:
@@ -103,28 +122,84 @@ def near_together(layers: Sequence[int]) -> list[tuple[float, str]]:
     return [((near[0] + near[-1]) / 2, ", ".join(map(str, near))) for near in groups]
 
 
-def _explains(board: LayerBoard) -> str:
+def _strength(layers: Sequence[int], shown: set[int]) -> list[float]:
+    return [1.0 if layer in shown else style.OPEN for layer in layers]
+
+
+def _falls(found: Claims) -> dict[int, Estimate]:
+    """The mean fall of the right answer's log-probability: layer → with an interval for all."""
+    return {
+        layer: mean([found.gold[c.key][layer] for c in found.cells if layer in found.gold[c.key]])
+        for layer in found.layers
+    }
+
+
+def _falls_trace(found: Claims, layers: Sequence[int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Draw these falls on a scale of square roots, on which small and large ones can be seen."""
+    falls = _falls(found)
+    rooted = [_rooted(falls.get(layer, Estimate(None))) for layer in layers]
+    most = max((abs(fall.value) for fall in falls.values() if defined(fall.value)), default=1.0)
+    step = 10 ** math.floor(math.log10(most or 1.0))
+    ticks = [-step, 0, step, 3 * step, 10 * step]
+    drawn = style.trace(
+        "bar",
+        "fall of the right answer’s log-probability",
+        layers,
+        [style.finite(fall.value) for fall in rooted],
+        [
+            estimate_hover(
+                f"layer {layer} · mean over {counted(len(found.cells), 'benchmark')}",
+                "fall of the right answer’s log-probability, nats",
+                *(falls.get(layer, Estimate(None)), two_digits, ""),
+            )
+            for layer in layers
+        ],
+        yaxis="y3",
+        error_y=style.errors(rooted),
+        marker={"color": style.MATTERS, "opacity": _strength(layers, {*found.falling})},
+    )
+    return drawn, {
+        "title": {"text": "log-prob. lost"},
+        "zeroline": True,
+        "tickvals": [_root(tick) for tick in ticks],
+        "ticktext": [f"{tick:g}".replace("-", "−") for tick in ticks],
+    }
+
+
+def _rooted(figure: Estimate) -> Estimate:
+    return Estimate(_root(figure.value), _root(figure.low), _root(figure.high))
+
+
+def _root(value: float | None) -> float | None:
+    return None if value is None else math.copysign(math.sqrt(abs(value)), value)
+
+
+def _explains(board: LayerBoard, noisy: bool) -> str:
     """Say how the picture is read."""
     intervals = (
-        "with 95 % intervals"
+        "Lines are 95 % intervals"
         if any(one.relevance.low is not None for one in board.layers)
-        else "without intervals, because that of the intact model's accuracy reaches down to "
+        else "There are no intervals, because that of the intact model’s accuracy reaches down to "
         "guessing"
     )
-    return (
-        "Above: the share of the accuracy above pure guessing that is lost without the layer "
-        f"(below 0: the model does better), {intervals}. Below: the cheap score that often stands "
-        "in for it. Shaded: where the two disagree most."
+    text = (
+        "Top: the share of the accuracy above guessing that is lost without the layer; below 0 the "
+        f"model does better. {intervals}. Strong bars are shown with 95 % confidence for all "
+        "layers together, faint ones are open. "
     )
+    if noisy:
+        text += (
+            "Middle: by how many nats the log-probability of the right answer falls; strong bars "
+            f"are surely among the {FIRST} largest on a benchmark. "
+        )
+    text += "Bottom: the cheap score that often stands in for the cost."
+    if board.claims.missed:
+        text += " Shaded: layers that matter and that a choice by that score would miss."
+    return text
 
 
 def _title(board: LayerBoard, label: str) -> str:
     """Say in a line of plain text what the picture shows."""
-    where = ", ".join(benchmark_labels(board.cells)) if len(board.cells) <= 2 else ""
+    where = " and ".join(benchmark_labels(board.cells)) if len(board.cells) <= 2 else ""
     where = where or counted(len(board.cells), "benchmark")
-    text = f"{label}: what each layer really costs, above what the cosine score says, on {where}"
-    marked = sorted(marked_layers(board))
-    if not marked:
-        return text
-    plural = "s" if len(marked) > 1 else ""
-    return f"{text}; furthest apart: layer{plural} {', '.join(map(str, marked))}"
+    return f"{label}: what each layer really costs, and its cosine score, on {where}"

@@ -12,7 +12,6 @@ from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, layers_of
 from tracker.report import wording
 from tracker.report.charts.hover import along_layers
 from tracker.report.charts.style import GREY, Chart, chart, finite, layer_axis, trace
-from tracker.report.layer_figures import highest_mean
 
 # Fading to transparency, not to white, keeps 0 quiet on light and on dark pages.
 _SCALE = [
@@ -38,19 +37,14 @@ COLOUR_BAR = {
 
 
 def heat_title(cells: Sequence[CellRecord]) -> str:
-    """Say in plain text how many benchmarks and negative and undefined values the heat map has."""
+    """Say in plain text how large the heat map is, and how many values are undefined."""
     layers = layers_of(WHOLE_LAYER, *cells)
-    relevances = [(layer, cell.relevance(layer)[0]) for cell in cells for layer in layers]
-    known = [value for _, value in relevances if value is not None]
+    total = len(layers) * len(cells)
+    count = sum(cell.relevance(layer)[0] is not None for cell in cells for layer in layers)
     rows = "cell" if any(cell.removed for cell in cells) else "benchmark"
     size = f"{len(layers)} layers × {formats.counted(len(cells), rows)}"
     text = f"{cells[0].model.name}: accuracy relevance, {size}"
-    if top := highest_mean(relevances):
-        negative = sum(value < 0 for value in known)
-        text += f"; layer {top[0]} matters most (mean {top[1]:.2f}); "
-        text += f"removal helps in {negative} of {len(known)}"
-    undefined = len(relevances) - len(known)
-    return f"{text}; {undefined} undefined" if undefined else text
+    return text + (f"; {total - count} undefined" if total > count else "")
 
 
 def heat_map(cells: Sequence[CellRecord]) -> Chart:
@@ -89,18 +83,10 @@ def span_components(cell: CellRecord) -> list[Component]:
 
 
 def span_title(cell: CellRecord, component: Component) -> str:
-    """Say in plain text which removal of every span is the cheapest."""
+    """Say in plain text what the map shows."""
     measure = formats.measure_of(cell)
     what = "layers" if component == "layer" else f"layers’ {component}"
-    text = f"{cell.title}: {measure.change} by first layer and number of removed {what}"
-    cheapest = []
-    for span in _spans(cell, component):
-        found = cell.runs_of(Kind(component, span)).values()
-        known = [(r.accuracy_drop, r.layer, r) for r in found if formats.defined(r.accuracy_drop)]
-        if known:
-            drop, _, record = min(known, key=lambda item: item[:2])
-            cheapest.append(f"{record.label()} ({measure.write(drop)})")
-    return f"{text}; cheapest ({measure.unit}): {', '.join(cheapest)}" if cheapest else text
+    return f"{cell.title}: {measure.change} by first layer and number of removed {what}"
 
 
 def span_map(cell: CellRecord, component: Component) -> Chart:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from tracker.core.estimates import Estimate
-from tracker.core.formats import counted, defined, interval, two_digits, write
+from tracker.core.formats import counted, defined, two_digits, write
 from tracker.core.proxies import OBSERVED, Proxy
 from tracker.core.records import WHOLE_LAYER, CellRecord, layers_of
 from tracker.report.charts import style
 from tracker.report.charts.hover import estimate_hover
-from tracker.report.layer_figures import highest_mean, layer_relevance, why_undefined
+from tracker.report.layer_figures import layer_relevance, why_undefined
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.wording import benchmark_labels
 
@@ -76,17 +76,10 @@ def _relevance(
 
 
 def relevance_title(board: LayerBoard, label: str) -> str:
-    """Say in plain text which layer matters most."""
+    """Say in plain text what is drawn, and which layer is shown to matter most."""
     text = f"{label}: accuracy relevance over depth, {counted(len(board.cells), 'benchmark')}"
-    top = next(iter(board.ranked), None)
-    if top is None or not defined(top.relevance.value):
-        return text
-    between = interval(top.relevance.low, top.relevance.high, two_digits)
-    mean = "mean " if len(board.cells) > 1 else ""
-    return (
-        f"{text}; layer {top.layer} matters most ({mean}{two_digits(top.relevance.value)}, "
-        f"{f'95 % interval {between}' if between else 'no interval'})"
-    )
+    first = [standing.layer for standing in board.ranked if standing.worst_rank == 1]
+    return f"{text}; layer {first[0]} matters most" if first else text
 
 
 def proxy_curves(cells: Sequence[CellRecord], label: str) -> style.Chart:
@@ -133,12 +126,10 @@ def proxy_curves(cells: Sequence[CellRecord], label: str) -> style.Chart:
 
 
 def proxy_title(cells: Sequence[CellRecord], label: str) -> str:
-    """Say in plain text which layer has the highest cosine score."""
+    """Say in plain text what is drawn."""
     text = f"{label}: the proxies over depth, {counted(len(cells), 'benchmark')}"
-    top = highest_mean((run.layer, run.cosine_score) for cell in cells for run in cell.whole_layers)
-    if not top:
-        return f"{text}; no cosine score is defined"
-    return f"{text}; the cosine score is highest in layer {top[0]} (mean {write('proxy', top[1])})"
+    scored = any(defined(run.cosine_score) for cell in cells for run in cell.whole_layers)
+    return text if scored else f"{text}; no cosine score is defined"
 
 
 def _proxy(

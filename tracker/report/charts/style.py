@@ -25,6 +25,8 @@ HELPS = "#c4762f"
 PROXY = "#8a8a8a"
 GREY = "#808080"
 FAINT = "rgba(128,128,128,0.22)"
+OPEN = 0.32
+"""How strongly something is drawn of which nothing is shown."""
 LINES = (
     "#c4762f", "#5f8a3a", "#a8558f", "#2f8f8f", "#b5483f",
     "#7a6bc0", "#8c7a2e", "#6b7f8f", "#b0607a", "#4f8f5f",

@@ -11,9 +11,12 @@ from tracker.core.estimates import Estimate
 from tracker.core.identities import ModelIdentity
 from tracker.core.records import CellRecord
 from tracker.report.layer_figures import relevance_estimate
+from tracker.report.leaderboard.claims import Claims, claims
 from tracker.report.leaderboard.comparable import countable
 from tracker.stats.combined import mean
 from tracker.stats.rank_agreement import places
+from tracker.stats.support import pairs, together
+from tracker.stats.support import ranks as rank_intervals
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class LayerStanding:
         cosine_score: Mean cosine score over the benchmarks; None where one is undefined.
         benchmarks: How many benchmarks define its relevance.
         rank: 1 = matters most; None where a benchmark is lacking.
-        best_rank: Its best rank on a single benchmark; `worst_rank` its worst.
+        best_rank: The best that its rank may be; `worst_rank` the worst. All ranks of a board lie
+            between theirs with 95 % confidence.
     """
 
     layer: int
@@ -46,12 +50,14 @@ class LayerBoard:
     Attributes:
         cells: The cells that count, in the order of the page.
         left_out: Benchmark → why it does not count.
+        claims: What is shown of the layers.
     """
 
     model: ModelIdentity
     cells: tuple[CellRecord, ...]
     layers: tuple[LayerStanding, ...]
     left_out: dict[str, str]
+    claims: Claims
 
     @property
     def ranked(self) -> list[LayerStanding]:
@@ -84,10 +90,7 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
     full = [layer for layer in layers if benchmarks[layer] == len(counted)]
     means = {layer: mean(relevances[layer]) for layer in layers}
     ranks = dict(zip(full, places([means[layer].value for layer in full]), strict=True))
-    single = [
-        places([relevances[layer][place].value for layer in full]) for place in range(len(counted))
-    ]
-    single_ranks = dict(zip(full, zip(*single, strict=True), strict=True))
+    between = dict(zip(full, _rank_intervals(counted, full), strict=True))
     standings = []
     for layer in layers:
         runs = [of_cell[layer] for of_cell in by_cell if layer in of_cell]
@@ -100,9 +103,36 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
                 cosine_score=sum(scores) / len(scores) if len(scores) == len(runs) else None,
                 benchmarks=benchmarks[layer],
                 rank=ranks.get(layer),
-                best_rank=min(single_ranks.get(layer, ()), default=None),
-                worst_rank=max(single_ranks.get(layer, ()), default=None),
+                best_rank=between.get(layer, (None, None))[0],
+                worst_rank=between.get(layer, (None, None))[1],
             )
         )
     standings.sort(key=lambda s: (s.rank is None, s.rank, s.layer))
-    return LayerBoard(cells[0].model, tuple(counted), tuple(standings), left_out)
+    return LayerBoard(cells[0].model, tuple(counted), tuple(standings), left_out, claims(cells))
+
+
+def _rank_intervals(cells: Sequence[CellRecord], layers: Sequence[int]) -> list[tuple[int, int]]:
+    """Say between which ranks each layer lies by its mean relevance, all at once.
+
+    What the baseline has above chance scales all layers of a benchmark alike, so it is held fixed:
+    it changes no order on a benchmark.
+    """
+    scaled = []
+    for layer in layers:
+        runs = [cell.runs_of()[layer] for cell in cells]
+        family = pairs(len(layers))
+        wide = together([run.drop for run in runs], [run.n for run in runs], family)
+        scaled.append(
+            mean([_over(drop, _above_chance(cell)) for cell, drop in zip(cells, wide, strict=True)])
+        )
+    return rank_intervals(scaled)
+
+
+def _above_chance(cell: CellRecord) -> float:
+    return (cell.baseline_accuracy or 0.0) - (cell.chance_accuracy or 0.0)
+
+
+def _over(drop: Estimate, size: float) -> Estimate:
+    if drop.value is None or drop.low is None or drop.high is None:
+        return Estimate(None)
+    return Estimate(drop.value / size, drop.low / size, drop.high / size)

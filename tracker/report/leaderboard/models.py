@@ -30,9 +30,10 @@ class ModelStanding:
         model: The model.
         relevance: Mean accuracy relevance over layers and common benchmarks.
         drop: Mean accuracy drop over the same, a fraction.
-        worst_layer: The layer of the largest mean relevance; None without any.
-        costly: Layers whose drop is surely positive (interval above 0) on some common benchmark;
-            None without any benchmark.
+        worst_layer: The layer that is shown to have the largest mean relevance; None if that is
+            open.
+        costly: Layers that are shown to matter, on average over the common benchmarks; None without
+            any benchmark.
         layers: Layers behind these figures.
         rank: 1 = hurt least; None where it lacks what counts, or there is nobody to compare with.
     """
@@ -155,18 +156,12 @@ def _model_standing(model: ModelIdentity, cells: Sequence[CellRecord], why: str)
         return ModelStanding(model, nothing, nothing, None, None, 0)
     board = layer_board(cells)
     layers = board.ranked
-    costly = {
-        run.layer
-        for cell in cells
-        for run in cell.whole_layers
-        if run.accuracy_drop_low is not None and run.accuracy_drop_low > 0
-    }
     return ModelStanding(
         model=model,
         # All layers are measured on the same documents.
         relevance=mean([standing.relevance for standing in layers], independent=False),
         drop=mean([standing.drop for standing in layers], independent=False),
-        worst_layer=layers[0].layer if layers else None,
-        costly=len(costly),
+        worst_layer=next((layer.layer for layer in layers if layer.worst_rank == 1), None),
+        costly=len(board.claims.costly),
         layers=len(layers),
     )

@@ -34,10 +34,10 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Misjudged:
-    """A layer that the cosine score puts in the wrong place.
+    """A layer that the cosine score is shown to put in the wrong place.
 
-    `cosine_rank` is the rank that its mean cosine score would give, `off` places from its
-    standing's.
+    `cosine_rank` is the rank that its mean cosine score would give, `off` places outside of the
+    interval of its standing's.
     """
 
     standing: LayerStanding
@@ -73,19 +73,17 @@ def cosine_ranks(board: LayerBoard) -> dict[int, int]:
 
 
 def misjudged(board: LayerBoard) -> list[Misjudged]:
-    """Find the layers whose rank the cosine score gets most wrong, the largest difference first.
+    """Find the layers whose rank by cosine score lies outside of where their rank is shown to be.
 
-    There are `MOST` at most; layers in their right place are not among them.
+    The one that is furthest outside comes first; there are `MOST` at most.
     """
-    by_cosine = cosine_ranks(board)
-    wrong = [
-        Misjudged(
-            standing, by_cosine[standing.layer], abs(standing.rank - by_cosine[standing.layer])
-        )
-        for standing in board.layers
-        if standing.rank is not None
-        and by_cosine.get(standing.layer, standing.rank) != standing.rank
-    ]
+    wrong = []
+    for layer, rank in cosine_ranks(board).items():
+        standing = next(standing for standing in board.ranked if standing.layer == layer)
+        best, worst = standing.best_rank or 1, standing.worst_rank or len(board.ranked)
+        off = max(best - rank, rank - worst)
+        if off > 0:
+            wrong.append(Misjudged(standing, rank, off))
     return sorted(wrong, key=lambda misplaced: -misplaced.off)[:MOST]  # ties stay in their order
 
 

@@ -31,11 +31,15 @@ _SCORE = f"mean {PROXIES['cosine_score'].heading}"
 
 
 class RankedLayer(NamedTuple):
-    """A row of a leaderboard of layers; `by_cosine` is its rank by cosine score."""
+    """A row of a leaderboard of layers.
+
+    `by_cosine` is its rank by cosine score, `shown` what is shown of it.
+    """
 
     model: str
     standing: LayerStanding
     by_cosine: int | None
+    shown: str
 
 
 class RankedModel(NamedTuple):
@@ -69,12 +73,16 @@ def layer_board_columns() -> tuple[Column[RankedLayer], ...]:
         _standing("best_rank", "best rank", "count"),
         _standing("worst_rank", "worst rank", "count"),
         _standing("benchmarks", "benchmarks", "count"),
+        Column("shown", "text", lambda row: row.shown, name="shown"),
     )
 
 
 def _layer_rows(board: LayerBoard, label: str) -> list[RankedLayer]:
     ranks = cosine_ranks(board)
-    return [RankedLayer(label, layer, ranks.get(layer.layer)) for layer in board.layers]
+    return [
+        RankedLayer(label, layer, ranks.get(layer.layer), board.claims.word(layer.layer))
+        for layer in board.layers
+    ]
 
 
 def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
@@ -92,18 +100,16 @@ def layer_board_table(board: LayerBoard, label: str) -> Table:
     """Set the leaderboard of one model's layers, the most relevant first."""
     columns = named(layer_board_columns())
 
-    def best_to_worst(row: RankedLayer) -> Estimate:
-        best, worst = row.standing.best_rank, row.standing.worst_rank
-        return Estimate(best, best, worst)
+    def between(row: RankedLayer) -> Estimate:
+        return Estimate(row.standing.rank, row.standing.best_rank, row.standing.worst_rank)
 
-    single = "rank on single benchmarks, best to worst"
     return table(
         f"{label}: its layers, ranked by mean accuracy relevance over "
         f"{counted(len(board.cells), 'benchmark')}.",
         [
-            *pick(columns, "rank", "layer", "accuracy_relevance", "accuracy_drop", "cosine_score"),
+            Column("rank, 95 % confidence for all", "count", between, _NO_RANK, interval=True),
+            *pick(columns, "layer", "shown", "accuracy_relevance", "accuracy_drop", "cosine_score"),
             Column("rank by cosine score", "count", lambda row: row.by_cosine, _NO_SCORE),
-            Column(single, "count", best_to_worst, _NO_RANK, interval=True),
             columns["benchmarks"],
         ],
         _layer_rows(board, label),
@@ -133,19 +139,23 @@ def _notes(board: LayerBoard) -> list[str]:
 
 
 def misjudged_table(board: LayerBoard, label: str) -> Table:
-    """Set the layers that the cosine score gets most wrong, the worst first."""
+    """Set the layers that the cosine score is shown to get wrong, the worst first."""
+
+    def between(row: Misjudged) -> Estimate:
+        return Estimate(row.standing.rank, row.standing.best_rank, row.standing.worst_rank)
+
     columns: tuple[Column[Misjudged], ...] = (
         Column("layer (0-based)", "count", lambda row: row.standing.layer),
-        Column("rank by relevance", "count", lambda row: row.standing.rank),
+        Column("rank by relevance, 95 % confidence for all", "count", between, interval=True),
         Column("rank by cosine score", "count", lambda row: row.cosine_rank),
-        Column("places apart", "count", lambda row: row.off),
+        Column("places outside", "count", lambda row: row.off),
         Column(_RELEVANCE, "relevance", lambda row: row.standing.relevance),
         Column(_DROP, "points", lambda row: row.standing.drop),
         Column(_SCORE, "proxy", lambda row: row.standing.cosine_score, _NO_SCORE),
     )
     return table(
-        f"{label}: the layers that the cosine score gets most wrong, by mean ranks over "
-        f"{counted(len(board.cells), 'benchmark')}.",
+        f"{label}: the layers whose rank by cosine score lies outside of where their rank by mean "
+        f"relevance over {counted(len(board.cells), 'benchmark')} is shown to be.",
         columns,
         misjudged(board),
     )
@@ -215,14 +225,14 @@ def model_board_columns() -> tuple[Column[RankedModel], ...]:
     relevance = "mean relevance of a layer with 95 % interval"
     worst, surely = (
         "most critical layer (0-based)",
-        "layers whose drop is surely positive somewhere",
+        "layers that are shown to matter",
     )
     return (
         Column("model", "text", lambda row: row.model, name="model"),
         Column("rank", "count", rank, name="rank"),
         *_with_ends(_standing("accuracy_relevance", relevance, "relevance", field="relevance")),
         *_with_ends(_standing("accuracy_drop", _DROP, "points", field="drop")),
-        _standing("worst_layer", worst, "count", "no layer has a rank"),
+        _standing("worst_layer", worst, "count", "it is open which layer matters most"),
         Column(surely, "count", costly, name="costly_layers"),
         _standing("layers", "layers counted", "count"),
         Column("benchmarks", "count", lambda row: row.benchmarks, name="benchmarks"),

@@ -20,6 +20,7 @@ from tracker.report.charts.maps import heat_map, span_components, span_map
 from tracker.report.charts.model import proxy_curves, relevance_curves
 from tracker.report.charts.ranks import rank_map
 from tracker.report.charts.style import Chart
+from tracker.report.leaderboard.claims import answer
 from tracker.report.leaderboard.comparable import models_of
 from tracker.report.leaderboard.layers import LayerBoard, layer_board
 from tracker.report.leaderboard.models import ModelBoard, model_board
@@ -36,7 +37,6 @@ from tracker.report.leaderboard.tables import (
 )
 from tracker.report.page import facts
 from tracker.report.page.decisions import decision_table
-from tracker.report.sentences import critical_sentence
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ class ModelSection:
     identity: ModelIdentity
     board: LayerBoard
     leaderboard: Table | None
-    critical: str
+    answer: str
+    measured: str
     cells: tuple[CellSection, ...]
     charts: dict[str, Figure]
     misjudged: Table | None
@@ -191,7 +192,8 @@ def _model_section(
         identity=cells[0].model,
         board=board,
         leaderboard=layer_board_table(board, label) if board.layers else None,
-        critical=critical_sentence(board),
+        answer=answer(board.claims),
+        measured=wording.measured(board.claims.cells),
         cells=tuple(
             _cell_section(cell, decided.get(cell.place), benchmark, f"{name}-cell-{index}")
             for index, (cell, benchmark) in enumerate(zip(cells, benchmarks, strict=True), 1)

@@ -1,0 +1,107 @@
+"""Results folders of made-up outcomes, of which it is known which layers matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from tracker.core.config import CellRequest
+from tracker.core.documents import Document, Response
+from tracker.core.extent import ALL
+from tracker.core.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
+from tracker.ledger.cells import CellStore
+from tracker.ledger.outcomes import outcome_row
+from tracker.ledger.store import Ledger
+
+LAYERS = 16
+OPTIONS = 4
+BENCHMARKS = ("arc_easy", "openbookqa")
+ABLATION = "layer:{}".format
+THREE = {0: 4.0, 3: 3.0, 7: 2.0}
+"""Three layers that matter, by how many nats their removal lowers the right option."""
+
+
+def write_results(
+    folder: Path, seed: int, costs: Mapping[int, float], documents: int = 100
+) -> None:
+    """Measure a made-up model on two benchmarks, without and with each of its layers removed.
+
+    A document's options have scores that the intact model and every other one see with errors of
+    their own, drawn alike: without a layer that costs nothing, every figure is what it was but for
+    chance, in both directions. A layer that costs lowers the score of the right option.
+
+    Args:
+        folder: Where to.
+        seed: Of all that is drawn.
+        costs: Layer → by how much its removal lowers the score of right options, in nats.
+        documents: Of each benchmark.
+    """
+    dice = np.random.default_rng(seed)
+    ledger = Ledger(folder)
+    ledger.create()
+    model = ModelIdentity(
+        source="made up",
+        name="made-up",
+        revision=None,
+        fingerprint="f" * 64,
+        architecture="LlamaForCausalLM",
+        layers=LAYERS,
+        parameters=1000,
+        dtype="float32",
+    )
+    for name in BENCHMARKS:
+        task = TaskIdentity(
+            name=name,
+            version="1.0",
+            split="test",
+            documents=documents,
+            fingerprint="a" * 64,
+            metrics={"acc": "mean"},
+        )
+        benchmark = BenchmarkIdentity(
+            name=name,
+            tasks=(task,),
+            data="hub",
+            num_fewshot=0,
+            seed=None,
+            apply_chat_template=False,
+            primary_metric="acc",
+        )
+        store = ledger.cell(model, benchmark, {"torch": "2"})
+        _measure(store, dice, costs, documents)
+        request = CellRequest(model="m", benchmark=name, layers=tuple(range(LAYERS)))
+        store.views.ask(request, "layers")
+
+
+def _measure(
+    store: CellStore, dice: np.random.Generator, costs: Mapping[int, float], documents: int
+) -> None:
+    (task,) = store.identity.benchmark.tasks
+    gold = dice.integers(0, OPTIONS, documents)
+    truth = dice.normal(-8, 2, (documents, OPTIONS))
+    truth[np.arange(documents), gold] += 1.5
+    # One size of errors for all models: a larger one would cost accuracy by itself.
+    size = dice.choice([0.2, 1.0])
+    scores = {
+        name: truth + dice.normal(0, size, truth.shape)
+        for name in ("baseline", *map(ABLATION, range(LAYERS)))
+    }
+    for layer, cost in costs.items():
+        scores[ABLATION(layer)][np.arange(documents), gold] -= cost
+    cosine = 10 * dice.uniform(0.9, 1, LAYERS)
+    observed = (10, [cosine.tolist(), [1.0] * LAYERS, [1.0] * LAYERS])
+    for block in store.blocks(ALL):
+        rows = [
+            outcome_row(
+                Document(task.name, doc, requests=(), gold=int(gold[doc]), choices=OPTIONS),
+                name,
+                [Response(float(score), False, 0) for score in table[doc]],
+                {"acc": float(table[doc].argmax() == gold[doc])},
+                observed if name == "baseline" else None,
+            )
+            for doc in store.documents(block, ALL)
+            for name, table in scores.items()
+        ]
+        store.write(block, rows, {"device": "cpu"})

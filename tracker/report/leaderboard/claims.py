@@ -1,0 +1,339 @@
+"""What is shown of one model's layers, what is open, and how that is said.
+
+A page, a terminal, a leaderboard and a tracker name a layer where this module does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from tracker.core.estimates import Estimate
+from tracker.core.formats import counted, measure_of
+from tracker.core.records import CellRecord, RunRecord
+from tracker.ledger.outcome_variance import outcome_variance
+from tracker.report.leaderboard.comparable import countable
+from tracker.report.wording import benchmark_labels
+from tracker.stats.combined import mean
+from tracker.stats.support import Verdict, pairs, ranks, together, verdicts
+
+SMALL = 0.05
+"""A drop below this, a fraction, is called small."""
+SMALL_IN_WORDS = f"{100 * SMALL:g} pp"
+FIRST = 5
+"""A layer that is surely among so many largest falls of log-probability is named."""
+_MOST = 1_000_000
+"""More documents than this nobody measures."""
+
+_ByCell = dict[str, dict[int, Estimate]]
+"""A cell's key → layer → a figure, whose interval holds together with all others."""
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What is shown of the whole layers of one model, on average over some benchmarks.
+
+    With probability 95 % or more everything that `costly`, `helpful` and `small` name is so, all of
+    it together; likewise what `falling` names, and `broken`. Layers are by their 0-based number.
+
+    Attributes:
+        cells: The measurements that it rests on, one a benchmark, each of all `layers`.
+        layers: The layers that are measured on all of these benchmarks.
+        drops: Layer → its mean drop (or loss increase), with an interval that holds for all layers.
+        verdicts: Layer → what is shown of it.
+        gold: The falls of the right answer's log-probability, benchmark by benchmark.
+        options: The falls of the log-probability of all options together.
+    """
+
+    cells: tuple[CellRecord, ...]
+    layers: tuple[int, ...]
+    drops: dict[int, Estimate]
+    verdicts: dict[int, Verdict]
+    gold: _ByCell
+    options: _ByCell
+
+    @property
+    def costly(self) -> list[int]:
+        """The layers that are shown to matter."""
+        return [layer for layer in self.layers if self.verdicts[layer] == "costs"]
+
+    @property
+    def helpful(self) -> list[int]:
+        """The layers without which the model is shown to do better."""
+        return [layer for layer in self.layers if self.verdicts[layer] == "helps"]
+
+    @property
+    def small(self) -> list[int]:
+        """The layers that are shown to cost less than `SMALL`."""
+        if not self.is_accuracy:
+            return []
+        return [layer for layer in self.layers if _high(self.drops, layer) < SMALL]
+
+    @property
+    def open(self) -> list[int]:
+        """The layers of which nothing of this is shown."""
+        known = {*self.costly, *self.helpful, *self.small}
+        return [layer for layer in self.layers if layer not in known]
+
+    @property
+    def missed(self) -> list[int]:
+        """The costly layers that a choice of as many by mean cosine score leaves out, for others
+        that are shown to cost less."""
+        scores = {
+            layer: sum(score for score in mine if score is not None)
+            for layer in self.layers
+            if None not in (mine := [cell.runs_of()[layer].cosine_score for cell in self.cells])
+        }
+        if len(scores) < len(self.layers):
+            return []
+        costly = self.costly
+        taken = sorted(scores, key=lambda layer: (-scores[layer], layer))[: len(costly)]
+        instead = [_high(self.drops, layer) for layer in taken if layer not in costly]
+        return [
+            layer
+            for layer in costly
+            if layer not in taken and any(high < _low(self.drops, layer) for high in instead)
+        ]
+
+    @property
+    def falling(self) -> dict[int, list[CellRecord]]:
+        """The layers whose removal is shown to be among the `FIRST` that lower the log-probability
+        of the right answer most → on which benchmarks."""
+        found: dict[int, list[CellRecord]] = {}
+        for cell in self.cells:
+            falls = self.gold[cell.key]
+            for layer, (_, worst) in zip(falls, ranks([*falls.values()]), strict=True):
+                if worst <= FIRST and _low(falls, layer) > 0:
+                    found.setdefault(layer, []).append(cell)
+        return found
+
+    @property
+    def broken(self) -> list[int]:
+        """The layers without which all options together are shown to become unlikely on a
+        benchmark: they keep a tenth of their probability at most, and their logarithm falls by half
+        of itself at least."""
+
+        def is_broken(cell: CellRecord, layer: int) -> bool:
+            surprise = -(cell.baseline_options_logprob or 0.0)
+            return _low(self.options[cell.key], layer) > max(math.log(10), surprise / 2)
+
+        return [lay for lay in self.layers if any(is_broken(cell, lay) for cell in self.cells)]
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether drops are of accuracies, and no increases of a loss."""
+        return all(cell.higher_is_better for cell in self.cells)
+
+    def word(self, layer: int) -> str:
+        """Say in a word or two what is shown of a layer."""
+        if layer not in self.layers:
+            return "not measured on all benchmarks"
+        if layer in self.costly:
+            return "matters"
+        if layer in self.helpful:
+            return "better without"
+        return f"below {SMALL_IN_WORDS}" if layer in self.small else "open"
+
+    def settled_by(self) -> int | None:
+        """How many documents of each benchmark show a mean drop of `SMALL` under half of the open
+        layers, or more.
+
+        None where nothing is open, where figures are no accuracies, or no outcome has changed.
+        """
+        undecided = {*self.open}
+        needed = [
+            variance.documents(SMALL, len(self.layers))
+            for cell in self.cells
+            for run in cell.whole_layers
+            if run.layer in undecided and (variance := outcome_variance(run))
+        ]
+        return math.ceil(median(needed) / len(self.cells)) if needed and self.is_accuracy else None
+
+
+def claims(cells: Sequence[CellRecord]) -> Claims:
+    """Find what is shown of one model's layers.
+
+    Args:
+        cells: Its measurements. One a benchmark counts, as on a leaderboard; what was stopped at an
+            answer does not: its answer says what is shown. Where none counts, as of losses, it is
+            the first one whose layers were all measured on the same documents.
+    """
+    counting: Sequence[CellRecord] = countable(cells)[0]
+    if not counting:
+        counting = [c for c in cells if c.whole_layers and not c.is_raced and not c.removed][:1]
+    every = [{run.layer for run in cell.whole_layers} for cell in counting]
+    layers = tuple(sorted(set.intersection(*every))) if every else ()
+    drops = {layer: _mean_drop(counting, layer, len(layers)) for layer in layers}
+    return Claims(
+        cells=tuple(counting),
+        layers=layers,
+        drops=drops,
+        verdicts=dict(zip(layers, verdicts([*drops.values()]), strict=True)),
+        gold=_together(counting, layers, lambda run: run.gold, pairs(len(layers))),
+        options=_together(counting, layers, lambda run: run.options),
+    )
+
+
+def shown_in(cell: CellRecord, runs: Sequence[RunRecord]) -> list[Verdict]:
+    """Say what is shown of runs of one cell that stand side by side, all of it at once.
+
+    Args:
+        cell: The cell. The confidence sequences of one that a question stopped hold for all runs
+            already.
+        runs: Its runs.
+
+    Returns:
+        What is shown of each.
+    """
+    drops = [replace(run.drop, p_value=run.mcnemar_p) for run in runs]
+    return verdicts(drops if cell.is_raced else together(drops, [run.n for run in runs]))
+
+
+def answer(found: Claims) -> str:
+    """Say in a few short sentences what is shown of a model's layers, and what is open.
+
+    Args:
+        found: What is shown.
+
+    Returns:
+        For example `Accuracy on arc_easy and piqa falls without layer 0, 1 or 11. 14 of 30 layers
+        cost less than 5 pp …`; why there is nothing to say where no benchmark counts.
+    """
+    if not found.layers:
+        return "No benchmark counts yet, so nothing can be said of the layers."
+    costly, undecided = found.costly, found.open
+    level = measure_of(found.cells[0]).level
+    level = f"{level[:1].upper()}{level[1:]}"
+    falls, rises = ("falls", "rises") if found.is_accuracy else ("rises", "falls")
+    on = f"{'on average over' if len(found.cells) > 1 else 'on'} {_benchmarks(found.cells)}"
+    sentences = []
+    if costly:
+        sentences.append(f"{level} {on} {falls} without {_layers(costly, 'or')}.")
+    else:
+        sentences.append(f"{level} {on} shows of no layer yet that it matters.")
+    if weak := [cell for cell in found.cells if _at_chance(cell)]:
+        sentences.append(
+            f"On {_benchmarks(weak)} the intact model itself is not shown to be above guessing, so "
+            "that accuracy has nothing to lose there."
+        )
+    if found.helpful:
+        sentences.append(f"It {rises} without {_layers(found.helpful, 'or')}.")
+    if small := found.small:
+        of = counted(len(found.layers), "layer")
+        sentences.append(f"{len(small)} of {of} cost less than {SMALL_IN_WORDS}.")
+    if undecided:
+        sentences.append(_undecided(found, len(undecided)))
+    falling = {} if costly else found.falling
+    if falling:
+        named = "; ".join(
+            f"{_layers(layers, 'and')} on {where}" for where, layers in _grouped(falling)
+        )
+        sentences.append(
+            f"The log-probability of the right answer varies less: the {FIRST} removals that lower "
+            f"it most include {named}."
+        )
+    sentences += _causes(found, {*costly, *falling})
+    if missed := found.missed:
+        sentences.append(f"A choice by cosine score would miss {_layers(missed, 'and')}.")
+    return f"{' '.join(sentences)} ({basis(found)}.)"
+
+
+def basis(found: Claims) -> str:
+    """Say on what it rests."""
+    counts = [*dict.fromkeys(cell.documents for cell in found.cells)]
+    each = " each" if len(found.cells) > 1 and len(counts) == 1 else ""
+    return f"{_listed(counts)}{each}; 95 % confidence for all layers together"
+
+
+def _at_chance(cell: CellRecord) -> bool:
+    low, chance = cell.baseline_low, cell.chance_accuracy
+    return low is not None and chance is not None and low <= chance
+
+
+def _mean_drop(cells: Sequence[CellRecord], layer: int, family: int) -> Estimate:
+    """The mean drop of a layer, with an interval that holds for a family of layers."""
+    runs = [cell.runs_of()[layer] for cell in cells]
+    wide = together([run.drop for run in runs], [run.n for run in runs], family)
+    if len(runs) == 1:  # the exact test stands beside the interval
+        return replace(wide[0], p_value=runs[0].mcnemar_p)
+    return mean(wide)
+
+
+def _together(
+    cells: Sequence[CellRecord],
+    layers: Collection[int],
+    figure: Callable[[RunRecord], Estimate],
+    each: int = 0,
+) -> _ByCell:
+    """Widen the intervals of one figure of all runs, so that they hold at once.
+
+    `each` is how many statements are made of a cell, where that is more than one a layer.
+    """
+    runs = [cell.runs_of()[layer] for cell in cells for layer in layers]
+    family = max(len(cells) * each, len(runs), 1)
+    wide = iter(together([figure(run) for run in runs], [run.n for run in runs], family))
+    return {cell.key: {layer: next(wide) for layer in layers} for cell in cells}
+
+
+def _low(figures: dict[int, Estimate], layer: int) -> float:
+    low = figures[layer].low
+    return -math.inf if low is None else low
+
+
+def _high(figures: dict[int, Estimate], layer: int) -> float:
+    high = figures[layer].high
+    return math.inf if high is None else high
+
+
+def _causes(found: Claims, named: Collection[int]) -> list[str]:
+    """Say of the layers that are named whether the model still speaks without them."""
+    broken = [layer for layer in found.broken if layer in named]
+    others = [layer for layer in found.costly if layer not in broken]
+    if not broken:
+        return []
+    text = (
+        f"Without {_layers(broken, 'or')} the model hardly produces language: all options become "
+        "unlikely"
+    )
+    if others:
+        text += f"; without {_layers(others, 'or')} it chooses other ones"
+    return [f"{text}."]
+
+
+def _grouped(which: dict[int, list[CellRecord]]) -> list[tuple[str, list[int]]]:
+    """Gather the layers that are named for the same benchmarks, those of most benchmarks first."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for layer, cells in which.items():
+        groups.setdefault(tuple(map(id, cells)), []).append(layer)
+    every = sorted(groups.items(), key=lambda item: (-len(item[0]), item[1]))
+    return [(_benchmarks(which[layers[0]]), sorted(layers)) for _, layers in every]
+
+
+def _undecided(found: Claims, count: int) -> str:
+    needed = found.settled_by()
+    text = f"{counted(count, 'layer')} {'is' if count == 1 else 'are'} open"
+    if needed is None:
+        return f"{text}."
+    if needed > _MOST:
+        return f"{text}, and would be with a million documents."
+    rounded = round(needed, 2 - len(str(needed)))
+    of_each = " of each benchmark" if len(found.cells) > 1 else ""
+    return f"{text}: about {rounded:,} documents{of_each} would show a drop of {SMALL_IN_WORDS}."
+
+
+def _benchmarks(cells: Sequence[CellRecord]) -> str:
+    """Name benchmarks, each as shortly as tells it from the others."""
+    titles = [cell.benchmark.title for cell in cells]
+    return _listed(titles if len({*titles}) == len(titles) else benchmark_labels(cells))
+
+
+def _layers(layers: Sequence[int], joint: str) -> str:
+    plural = "s" if len(layers) > 1 and joint == "and" else ""
+    return f"layer{plural} {_listed([*map(str, layers)], joint)}"
+
+
+def _listed(words: Sequence[str], joint: str = "and") -> str:
+    *others, last = words
+    return f"{', '.join(others)} {joint} {last}" if others else last

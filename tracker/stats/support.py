@@ -1,0 +1,141 @@
+"""Whether a statement about layers is supported by what was measured, or open.
+
+One interval of 95 % is wrong in one of twenty cases, so of thirty layers that cost nothing one or
+two have an interval that lies above 0. What names some of many layers therefore needs intervals
+that hold for all of them at once: with probability 95 % or more, everything that is named is there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+from tracker.core.estimates import Estimate
+from tracker.stats.accuracy import LEVEL
+from tracker.stats.multiple import holm
+from tracker.stats.power import ALPHA
+
+Verdict = Literal["costs", "helps", "open"]
+"""What is shown of a removal: accuracy is lost without the layer, won, or neither is shown."""
+
+
+def together(
+    figures: Sequence[Estimate], documents: Sequence[int], family: int | None = None
+) -> list[Estimate]:
+    """Widen 95 % intervals so that they hold for all figures at once.
+
+    By Bonferroni's inequality: of m figures each gets the level 1 - 0.05 / m, whatever the figures
+    have to do with each other. An interval of the normal distribution (Wald's, adjusted) has the
+    same middle at every level and a half width in proportion to the normal quantile; one of the t
+    distribution, in proportion to its quantile. A figure with a p-value is taken to have the first
+    kind, as accuracy drops of right and wrong answers do; another one the second.
+
+    Args:
+        figures: Each with its 95 % interval; those without one do not count.
+        documents: How many documents each rests on.
+        family: How many statements are made of them; None for one a figure with an interval.
+
+    Returns:
+        The same figures with wider intervals; as it was where there is none.
+
+    References:
+        O. J. Dunn, Journal of the American Statistical Association 56 (1961) 52-64.
+
+    Examples:
+        >>> one, other = together([Estimate(0.1, 0.0, 0.2, 0.04), Estimate(0.3, 0.2, 0.4, 0.01)],
+        ...                       [100, 100])
+        >>> round(one.low, 4), round(one.high, 4)
+        (-0.0144, 0.2144)
+    """  # fmt: skip
+    if family is None:
+        family = sum(figure.low is not None and figure.high is not None for figure in figures)
+
+    def widened(figure: Estimate, count: int) -> Estimate:
+        if figure.low is None or figure.high is None:
+            return figure
+        wide, narrow = 1 - (1 - LEVEL) / (2 * family), (1 + LEVEL) / 2
+        if figure.p_value is not None:
+            factor = stats.norm.ppf(wide) / stats.norm.ppf(narrow)
+        else:
+            factor = stats.t.ppf(wide, count - 1) / stats.t.ppf(narrow, count - 1)
+        middle, half = (figure.low + figure.high) / 2, (figure.high - figure.low) / 2
+        return replace(
+            figure, low=middle - float(factor) * half, high=middle + float(factor) * half
+        )
+
+    return [widened(figure, count) for figure, count in zip(figures, documents, strict=True)]
+
+
+def verdicts(drops: Sequence[Estimate]) -> list[Verdict]:
+    """Say of each removal what is shown.
+
+    Args:
+        drops: What each costs, with intervals that hold for all at once (`together`, or a
+            confidence sequence). Where one has a p-value, that must agree, adjusted by Holm's
+            method: with few documents it is exact where the interval is an approximation.
+
+    Returns:
+        One each. Of layers that neither cost nor help anything, one or more are called otherwise
+        with probability 5 % at most.
+
+    Examples:
+        >>> verdicts([Estimate(0.3, 0.1, 0.5), Estimate(0.1, -0.1, 0.3), Estimate(None)])
+        ['costs', 'open', 'open']
+    """
+    adjusted = holm([drop.p_value for drop in drops])
+
+    def verdict(drop: Estimate, p_value: float | None) -> Verdict:
+        if drop.low is None or drop.high is None or (p_value is not None and p_value > ALPHA):
+            return "open"
+        return "costs" if drop.low > 0 else "helps" if drop.high < 0 else "open"
+
+    return [verdict(drop, p_value) for drop, p_value in zip(drops, adjusted, strict=True)]
+
+
+def pairs(count: int) -> int:
+    """Say how many comparisons of two there are among some figures: the family of `ranks`."""
+    return max(count * (count - 1) // 2, 1)
+
+
+def ranks(figures: Sequence[Estimate]) -> list[tuple[int, int]]:
+    """Say between which ranks each figure lies, 1 for the largest.
+
+    Two figures are told apart where the interval of their difference does not hold 0. It is taken
+    as that of independent figures (Donner and Zou 2012); figures of the same documents rise
+    together, so that it is too wide rather than too narrow. As many as are larger come before a
+    figure, as many as are smaller come behind it, and all others may be on either side.
+
+    Args:
+        figures: With intervals that hold for all pairs at once (`together`, of the family `pairs`);
+            without one, a figure may be anywhere.
+
+    Returns:
+        The best and the worst rank of each: all of them hold at once where the intervals do.
+
+    References:
+        M. Mogstad, J. Romano, A. Shaikh, D. Wilhelm, Review of Economic Studies 91 (2024) 476-518.
+
+    Examples:
+        >>> ranks([Estimate(0.5, 0.4, 0.6), Estimate(0.2, 0.1, 0.3), Estimate(0.1, 0.0, 0.2)])
+        [(1, 1), (2, 3), (2, 3)]
+    """
+    known = [figure.low is not None and figure.high is not None for figure in figures]
+    value, low, high = (
+        np.array(
+            [
+                getattr(figure, end) if there else math.nan
+                for figure, there in zip(figures, known, strict=True)
+            ],
+            dtype=np.float64,
+        )
+        for end in ("value", "low", "high")
+    )
+    # [one, other]: one is surely the larger; no comparison with NaN holds.
+    larger = value[:, None] - value > np.hypot((value - low)[:, None], high - value)
+    best, worst = 1 + larger.sum(axis=0), len(figures) - larger.sum(axis=1)
+    return [(int(first), int(last)) for first, last in zip(best, worst, strict=True)]
