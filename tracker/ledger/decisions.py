@@ -19,7 +19,7 @@ from tracker.core.records import WHOLE_LAYER, RunIdentity
 from tracker.core.views import View
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
-from tracker.ledger.options import Options
+from tracker.ledger.options import OptionScores
 from tracker.ledger.paired import Array
 from tracker.ledger.texts import KeptText
 from tracker.stats.decisions import choices, margins, shares
@@ -98,7 +98,7 @@ def decisions(store: CellStore, view: View) -> Decisions | None:
         return None
     documents, kept = outcomes.documents, store.texts.read()
     texts = [kept.get(place) for place in documents]
-    options = Options(outcomes.of(INTACT), view.metric, lambda: kept)
+    options = OptionScores(outcomes.of(INTACT), view.metric, lambda: kept)
     why = options.why
     if not options.most:
         why = "there are no options; the log-probability of the answer or text stands for it"

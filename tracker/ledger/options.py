@@ -29,7 +29,7 @@ _LENGTHS: dict[str, Callable[[str], int]] = {
 _OTHERWISE = ("acc_mutual_info",)
 
 
-class Options:
+class OptionScores:
     """The options of documents, as a metric sees them.
 
     Args:
@@ -103,7 +103,7 @@ def judged(outcomes: AlignedOutcomes, ablation: Ablation, texts: Texts) -> Chanc
     rows = outcomes.of(ablation)
     if AGAIN not in rows or rows[AGAIN].isna().all():
         return Chances(None, "none of these documents was computed twice")
-    options = Options(rows, outcomes.metric, texts)
+    options = OptionScores(rows, outcomes.metric, texts)
     if not options.most:
         return Chances(None, "there are no options that a margin could lie between")
     if options.why:
