@@ -27,7 +27,7 @@ from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, Sharing
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.options import judged
 from tracker.ledger.store import Ledger
-from tracker.measuring.job import OptionScores
+from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
 from tracker.stats.rounding import LEAST_CHANCE, movement
 
@@ -90,7 +90,7 @@ def compare(model: str, documents: int, layers: list[int], folder: Path) -> list
     """Hold what was measured in a folder against plain lm-eval on really pruned models."""
     (store,) = Ledger(folder / "results").cells()
     request = requested(model, documents, layers)
-    ready = prepare(request, OptionScores(), Silent())
+    ready = prepare(request, Options(), Silent())
     outcomes = AlignedOutcomes(store, store.views.of(request))
     gold = [document.gold for document in ready.documents]
 
@@ -130,7 +130,7 @@ class Finer(torch.nn.Module):
 def sums(model: str, documents: int, layers: list[int]) -> None:
     """Print how far rounding moves the differences between options, and what float32 sums leave."""
     request = requested(model, documents, layers)
-    ready = prepare(request, OptionScores(), Silent())
+    ready = prepare(request, Options(), Silent())
     loaded = ready.engine.loaded
     ablations = ablations_of(request, loaded.identity.layers)
 

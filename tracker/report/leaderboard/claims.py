@@ -159,6 +159,9 @@ def claims(cells: Sequence[CellRecord]) -> Claims:
         cells: Its measurements. One a benchmark counts, as on a leaderboard; what was stopped at an
             answer does not: its answer says what is shown. Where none counts, as of losses, it is
             the first one whose layers were all measured on the same documents.
+
+    Returns:
+        What is shown, and what is open.
     """
     counting: Sequence[CellRecord] = countable(cells)[0]
     if not counting:
