@@ -131,6 +131,24 @@ def test_a_cap_is_obeyed_and_said(tiny_llama, experiment, tmp_path):
     assert set(store.read()["ablation"]) == {"baseline", "layer:0"}
 
 
+def test_all_layers_of_models_of_different_depth(tiny_llama, experiment, tmp_path):
+    deep, flat = tiny_llama("deep", layers=3), tiny_llama("flat", layers=2)
+    file, results = experiment(deep, limit=2, layer="all"), tmp_path / "results"
+    file.write_text(file.read_text().replace(f"value: '{deep}'", f"values: ['{deep}', '{flat}']"))
+    assert "is valid: 2 measurements, 5 runs" in printed("validate", file)
+    assert "5 runs" in printed("plan", file, "--gflops=1")
+    printed("run", file, "--results", results, "--track=none")
+    listed = printed("ls", "--results", results)
+    assert "3 of 3" in listed
+    assert "2 of 2" in listed
+    refused(
+        cli("evaluate", f"--model={deep}", *ARC_EASY, "--layer=all"),
+        "W&B does not count a model's layers",
+        "{min: 0, max: 29}",
+        "tracker run FILE",
+    )
+
+
 def test_run_then_run_again(tiny_llama, experiment, tmp_path):
     results = tmp_path / "results"
     file = experiment(tiny_llama())

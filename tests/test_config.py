@@ -181,6 +181,16 @@ def test_layers(load, layer: str, layers: tuple[int, ...]) -> None:
     assert cell.layers == layers
 
 
+@pytest.mark.parametrize("layer", ["all", "{value: all}"])
+def test_all_layers_are_those_of_each_model(tmp_path, layer: str) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(HEAD + "  model: {values: [aa, b]}\n" + BENCHMARK + f"  layer: {layer}\n")
+    experiment, text = load_experiment(path, lambda request: 2 * len(request.model))
+    assert [cell.layers for cell in experiment.cells()] == [(0, 1, 2, 3), (0, 1)]
+    assert "all" in text
+    assert [cell.layers for cell in load_experiment(path)[0].cells()] == [(), ()]
+
+
 @pytest.mark.parametrize(("change", "said"), golden("experiments"))
 def test_what_is_wrong_is_said_under_its_name(load, change: str, said: str) -> None:
     top = {"method": "grid"}

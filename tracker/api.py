@@ -105,6 +105,7 @@ class _Work:
         track = how.get("track")
         self.track: Sequence[str] = default_targets() if track is None else track
         self._texts = how.get("publish_documents", False)
+        self.depth = prepare.depth_in(self.ledger, self.options.trust_remote_code)
 
     def publisher(self, project: str, trial: Trial | None = None) -> closing[Publisher]:
         """Open what publishes; it is closed at the end."""
@@ -163,7 +164,7 @@ def run(
     """
     work = _Work(how, executor=executor, slurm=slurm or {})
     path = Path(experiment)
-    asked, text = load_experiment(path)
+    asked, text = load_experiment(path, work.depth)
     if asked.capped:
         work.progress.say(asked.capped)
     with work.publisher(asked.destination) as publisher:
@@ -223,8 +224,8 @@ def study(name: str, experiment: Where, **settings: Any) -> Studied:
     how = {name: settings.pop(name) for name in Running.__optional_keys__ & settings.keys()}
     chosen = open_study(name, **settings)
     path = Path(experiment)
-    asked, text = load_experiment(path)
     work = _Work(how)
+    asked, text = load_experiment(path, work.depth)
     with work.publisher(asked.destination) as publisher:
         context = StudyContext(path, asked, work.ledger, work.options, work.progress, publisher)
         finding, outcome = conduct(chosen, context)
@@ -376,8 +377,9 @@ def plan(
     """
     from tracker.measuring import planning
 
-    asked, _ = load_experiment(Path(experiment))
-    return planning.plan(asked.cells(), Ledger(Path(results)), trust_remote_code)
+    ledger = Ledger(Path(results))
+    asked, _ = load_experiment(Path(experiment), prepare.depth_in(ledger, trust_remote_code))
+    return planning.plan(asked.cells(), ledger, trust_remote_code)
 
 
 def plan_prune(

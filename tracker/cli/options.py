@@ -133,6 +133,13 @@ class TrialCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Leave the nulls out."""
+        if "--layer=all" in args:
+            raise click.UsageError(
+                "--layer=all: a trial measures one layer, and W&B does not count a model's layers. "
+                "Write them for wandb sweep, such as layer: {min: 0, max: 29}, or type "
+                "tracker run FILE, which takes all",
+                ctx,
+            )
         said = [arg for arg in args if not (arg.startswith("--") and arg.endswith("=None"))]
         return super().parse_args(ctx, said)
 

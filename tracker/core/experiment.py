@@ -16,9 +16,17 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, create_model, model_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    create_model,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from tracker.core.config import (
@@ -77,11 +85,28 @@ class Choice(_Value):
         return [self.value] if self.values is None else self.values
 
 
+ALL = "all"
+"""Every layer that a model has."""
+Depth = Callable[[CellRequest], int]
+"""How many layers the model of a request has."""
+
+
+def _number_or_all(given: Any, number: ValidatorFunctionWrapHandler) -> Any:
+    if isinstance(given, str) and given != ALL:
+        raise ValueError(f"a layer is a number, or all; not {short(given)}")
+    return given if given == ALL else number(given)
+
+
 class _Layers(_Value):
-    value: Count | None = None
+    value: Annotated[Count | None, WrapValidator(_number_or_all)] = None
     values: list[Count] | None = None
     min: Count | None = None
     max: Count | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_all(cls, given: Any) -> Any:
+        return {"value": ALL} if given == ALL else given
 
     @model_validator(mode="after")
     def _one_of(self) -> _Layers:
@@ -91,7 +116,8 @@ class _Layers(_Value):
             raise ValueError("needs 'value', 'values', or 'min' and 'max'")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"min {self.min} is above max {self.max}")
-        last = max(self.values or [self.value or 0, self.max or 0])
+        value = self.value if isinstance(self.value, int) else 0
+        last = max(self.values or [value, self.max or 0])
         if last >= MAX_LAYERS:
             raise ValueError(f"no model has a layer {last:,}; the first one is 0")
         if self.values is not None:
@@ -99,8 +125,8 @@ class _Layers(_Value):
         return self
 
     @property
-    def options(self) -> Sequence[int]:
-        """The layers, 0-based, in the order of the file."""
+    def options(self) -> Sequence[int | str]:
+        """The layers, 0-based, in the order of the file; or `ALL`."""
         if self.min is not None and self.max is not None:
             return range(self.min, self.max + 1)
         return self.values or [self.value or 0]
@@ -178,6 +204,12 @@ class Experiment(Sweep):
     """One experiment file."""
 
     parameters: Parameters
+    _depth: Depth | None = PrivateAttr(None)
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether it asks for all layers, however many each model has."""
+        return list(self.parameters.options["layer"]) == [ALL]
 
     @property
     def size(self) -> int:
@@ -196,8 +228,14 @@ class Experiment(Sweep):
     def cells(self) -> list[CellRequest]:
         """Expand the grid into cells, each with all its layers, models outermost: each loads once.
 
+        Where the file `takes_all` and was loaded without a depth, cells name no layers.
         RequestError for a value of the wrong kind.
         """
+        if self.takes_all and self.run_cap is not None:
+            raise ExperimentError(
+                "'run_cap': it counts runs, and how many {value: all} are differs from model to "
+                "model. Give 'layer' as numbers, such as {min: 0, max: 29}, or leave 'run_cap' out"
+            )
         grid = {name: some for name, some in self.parameters.options.items() if some != [None]}
         if self.size > MAX_RUNS:
             raise ExperimentError(
@@ -230,9 +268,12 @@ class Experiment(Sweep):
             # By what they look like: what is of the wrong kind may have no hash.
             for name, kinds in zip(_TOGETHER, zip(*some, strict=True), strict=True):
                 settings[f"{name}s"] = tuple({repr(kind): kind for kind in kinds}.values())
-            settings["layers"] = tuple(sorted(settings["layers"]))
+            every = self.takes_all
+            settings["layers"] = () if every else tuple(sorted(settings["layers"]))
             settings["only"] = tuple(some) if self.capped else None
             cell = checked(CellRequest, settings, "parameters.", IN_THE_FILE)
+            if every and self._depth is not None:
+                cell = cell.model_copy(update={"layers": tuple(range(self._depth(cell)))})
             if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
                 raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")
             cells[cell] = None
@@ -249,11 +290,13 @@ class Experiment(Sweep):
         return sorted(cells, key=lambda cell: [str(part) for part in cell.model_settings])
 
 
-def load_experiment(path: Path) -> tuple[Experiment, str]:
+def load_experiment(path: Path, depth: Depth | None = None) -> tuple[Experiment, str]:
     """Read and check an experiment file.
 
     Args:
         path: The YAML file.
+        depth: Counts the layers of a cell's model, which `layer: {value: all}` asks for; None
+            where the file is only checked.
 
     Returns:
         The experiment, and the file's exact text for the record.
@@ -262,7 +305,9 @@ def load_experiment(path: Path) -> tuple[Experiment, str]:
         ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
     """
     other = "asks for searches ('remove', 'keep' and 'strategy' say so): tracker prune"
-    return load_file(path, Experiment, Experiment.cells, is_of_searches, other)
+    experiment, text = load_file(path, Experiment, Experiment.cells, is_of_searches, other)
+    experiment._depth = depth
+    return experiment, text
 
 
 def load_file(

@@ -47,6 +47,18 @@ def look_up(request: CellRequest, ledger: Ledger) -> CellLookup:
     return CellLookup(request, source, key, store, complete)
 
 
+def depth_in(ledger: Ledger, trust_remote_code: bool) -> Callable[[CellRequest], int]:
+    """Count the layers of a request's model; what the ledger knows is not looked up again."""
+
+    def depth(request: CellRequest) -> int:
+        asked = look_up(request.model_copy(update={"until": None}), ledger)
+        if asked.store is not None:
+            return asked.store.identity.model.layers
+        return count_layers(asked.source, trust_remote_code)
+
+    return depth
+
+
 def _is_complete(store: CellStore, request: CellRequest) -> bool:
     answer = answer_of(store, store.views.of(request))
     if answer is not None:
@@ -192,7 +204,7 @@ def validate(requests: Sequence[CellRequest], trust_remote_code: bool) -> tuple[
     """Check that what was asked for exists, without loading weights or data.
 
     Args:
-        requests: The cells.
+        requests: The cells; one that names no layers asks for all that its model has.
         trust_remote_code: Whether code from the download may run.
 
     Returns:
@@ -211,8 +223,10 @@ def validate(requests: Sequence[CellRequest], trust_remote_code: bool) -> tuple[
             layers = count_layers(source, trust_remote_code)
         except UnreachableError as error:
             notes[request.model] = str(error)
-            layers = max(request.layers) + max(request.spans)
+            layers = max(request.layers, default=0) + max(request.spans)
         else:
+            every = request.layers or tuple(range(layers))
+            request = request.model_copy(update={"layers": every})
             check_range(request, layers)
         runs += len(list(removals(request, layers)))
     return runs, list(notes.values())

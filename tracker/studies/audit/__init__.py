@@ -53,8 +53,8 @@ class Audit(Study):
                 cells[removing_whole_layers(cell, removed=(), only=only)] = None
         if not any(len(cell.layers) >= FEWEST for cell in cells):
             raise RequestError(
-                "the audit orders layers, and this file names fewer than three; write e.g. layer: "
-                "{min: 0, max: 29}"
+                "the audit orders layers, and this file names fewer than three; write layer: "
+                "{value: all}"
             )
         return list(cells)
 

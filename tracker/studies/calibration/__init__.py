@@ -72,7 +72,7 @@ class Calibration(Study):
             if len(set(layers) - set(cell.removed)) < FEWEST:
                 raise RequestError(
                     f"{cell.title}: a ranking needs {FEWEST} layers; write layer: "
-                    "{min: 0, max: 29} for all layers of a model that has 30"
+                    "{value: all} for all of them"
                 )
         return cells
 

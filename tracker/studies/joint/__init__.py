@@ -55,7 +55,7 @@ class Joint(Study):
             if len(layers) < 2:
                 raise RequestError(
                     f"{cell.title}: the file removes {len(layers)} whole single layers, and a pair "
-                    "needs two; write layer: {min: 0, max: 29} for all of a model that has 30"
+                    "needs two; write layer: {value: all} for all of them"
                 )
             requests.append(removing_whole_layers(cell, layers=layers))
             requests += [
