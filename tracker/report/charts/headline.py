@@ -11,9 +11,8 @@ from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, defined, two_digits, write
 from tracker.report.charts import style
 from tracker.report.charts.hover import estimate_hover
-from tracker.report.leaderboard.claims import FIRST, Claims
+from tracker.report.leaderboard.claims import FIRST, Claims, name_benchmarks
 from tracker.report.leaderboard.layers import LayerBoard
-from tracker.report.wording import benchmark_labels
 from tracker.stats.combined import mean
 
 _PANELS = {
@@ -200,6 +199,6 @@ def _explains(board: LayerBoard, noisy: bool) -> str:
 
 def _title(board: LayerBoard, label: str) -> str:
     """Say in a line of plain text what the picture shows."""
-    where = " and ".join(benchmark_labels(board.cells)) if len(board.cells) <= 2 else ""
-    where = where or counted(len(board.cells), "benchmark")
+    many = len(board.cells) > 2
+    where = counted(len(board.cells), "benchmark") if many else name_benchmarks(board.cells)
     return f"{label}: what each layer really costs, and its cosine score, on {where}"

@@ -210,7 +210,7 @@ def answer(found: Claims) -> str:
     level = measure_of(found.cells[0]).level
     level = f"{level[:1].upper()}{level[1:]}"
     falls, rises = ("falls", "rises") if found.is_accuracy else ("rises", "falls")
-    on = f"{'on average over' if len(found.cells) > 1 else 'on'} {_benchmarks(found.cells)}"
+    on = f"{'on average over' if len(found.cells) > 1 else 'on'} {name_benchmarks(found.cells)}"
     sentences = []
     if costly:
         sentences.append(f"{level} {on} {falls} without {_layers(costly, 'or')}.")
@@ -218,14 +218,15 @@ def answer(found: Claims) -> str:
         sentences.append(f"{level} {on} shows of no layer yet that it matters.")
     if weak := [cell for cell in found.cells if _at_chance(cell)]:
         sentences.append(
-            f"On {_benchmarks(weak)} the intact model itself is not shown to be above guessing, so "
-            "that accuracy has nothing to lose there."
+            f"On {name_benchmarks(weak)} the intact model itself is not shown to be above "
+            "guessing, so that accuracy has nothing to lose there."
         )
     if found.helpful:
         sentences.append(f"It {rises} without {_layers(found.helpful, 'or')}.")
     if small := found.small:
         of = counted(len(found.layers), "layer")
-        sentences.append(f"{len(small)} of {of} cost less than {SMALL_IN_WORDS}.")
+        costs = "costs" if len(small) == 1 else "cost"
+        sentences.append(f"{len(small)} of {of} {costs} less than {SMALL_IN_WORDS}.")
     if undecided:
         sentences.append(_undecided(found, len(undecided)))
     falling = {} if costly else found.falling
@@ -311,7 +312,7 @@ def _grouped(which: dict[int, list[CellRecord]]) -> list[tuple[str, list[int]]]:
     for layer, cells in which.items():
         groups.setdefault(tuple(map(id, cells)), []).append(layer)
     every = sorted(groups.items(), key=lambda item: (-len(item[0]), item[1]))
-    return [(_benchmarks(which[layers[0]]), sorted(layers)) for _, layers in every]
+    return [(name_benchmarks(which[layers[0]]), sorted(layers)) for _, layers in every]
 
 
 def _undecided(found: Claims, count: int) -> str:
@@ -326,7 +327,7 @@ def _undecided(found: Claims, count: int) -> str:
     return f"{text}: about {rounded:,} documents{of_each} would show a drop of {SMALL_IN_WORDS}."
 
 
-def _benchmarks(cells: Sequence[CellRecord]) -> str:
+def name_benchmarks(cells: Sequence[CellRecord]) -> str:
     """Name benchmarks, each as shortly as tells it from the others."""
     titles = [cell.benchmark.title for cell in cells]
     return _listed(titles if len({*titles}) == len(titles) else benchmark_labels(cells))
