@@ -211,11 +211,32 @@ def test_reports_and_leaderboards(tiny_llama, experiment, tmp_path, monkeypatch)
     assert "Traceback" not in away.output
 
 
+def test_a_tracker_without_a_login_is_refused_before_anything_is_measured(
+    model, experiment, tmp_path, monkeypatch
+):
+    """Was: measured, then not published."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_SWEEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    results = tmp_path / "results"
+    refused(
+        cli("run", experiment(model, limit=2), "--track=wandb", "--results", results),
+        "`wandb login`",
+        "WANDB_MODE=offline",
+        str(results / "wandb"),
+        "--track mlflow",
+    )
+    assert not results.exists()
+
+
 def test_check(tmp_path):
     root = faults.make(tmp_path / "results")
     copy = shutil.copytree(root, tmp_path / "copy")
     whole = printed("check", "--results", root, "--against", copy)
-    assert f"1 measurement, 3 shards: all is as it was written; equal to {copy}" in whole
+    assert f"1 measurement, 3 shards: no damage; equal to {copy}" in whole
+    assert printed("check", root, "--against", copy) == whole
+    assert printed("ls", root) == printed("ls", "--results", root)
+    refused(cli("ls", root, "--results", copy), f"two folders are given, {root} and {copy}")
     shard = next(root.glob("cells/*/shards/*.parquet"))
     faults.flip(shard, 999)
     for _ in range(2):  # it stays damage until the file that was set aside is gone
@@ -376,9 +397,17 @@ def test_a_trial_measures_all_layers_for_its_own_component_span_and_removed(mode
         ),
         (("--layer=4", "--span=2"), 2, "layer 4 is out of range"),
         (("--layer=0", "--removed=[9]"), 2, "layer 9 is out of range"),
-        (("--layer=0", "--removed=[3, x]"), 2, "is no list of layers; write 3,17 or [3, 17]"),
+        (
+            ("--layer=0", "--removed=[3, x]"),
+            2,
+            "is no list of layers; write 3,17 or 3-7 or [3, 17]",
+        ),
         (("--layer=0", "--removed=[-1]"), 2, "is no list of layers"),
         (("--layer=0", "--removed=1,3,"), 2, "'1,3,' is no list of layers"),
+        (("--layer=1", "--removed=0-2"), 0, "layer 1 is among the removed layers 0, 1, 2"),
+        (("--layer=0", "--removed=3-1"), 2, "3-1 ends before it begins; write 1-3"),
+        (("--layer=0", "--removed=1-3,2"), 2, "a layer stands twice in '1-3,2'"),
+        (("--layer=0", "--removed=0-999999"), 2, "no model has 1,000,000 layers"),
         (("--layer=0", "--removed=3,3"), 2, "a layer stands twice in '3,3'"),
         (("--layer=0", "--span=0"), 2, "--span"),
         (("--layer=0", "--component=mpl"), 2, "'layer', 'attention', 'mlp'"),

@@ -34,7 +34,7 @@ from tracker.team.collect import Collected, collect
 from tracker.team.publish import Publisher, Synced, Trial
 from tracker.team.result_files import Written, write_result_files
 from tracker.team.sweeps import SweepFilled, asked_of_cell, fill_sweep
-from tracker.tracking import default_targets
+from tracker.tracking import default_targets, service, target
 from tracker.tracking.wandb.service import in_sweep
 
 if TYPE_CHECKING:
@@ -108,7 +108,9 @@ class _Work:
         self.depth = prepare.depth_in(self.ledger, self.options.trust_remote_code)
 
     def publisher(self, project: str, trial: Trial | None = None) -> closing[Publisher]:
-        """Open what publishes; it is closed at the end."""
+        """Open what publishes, closed at the end; RequestError where nobody is logged in to it."""
+        for text in self.track:
+            service(target(text).backend).refuse_closed(self.ledger.root)
         return closing(Publisher(self.track, project, self.ledger.root, self._texts, trial))
 
 

@@ -438,6 +438,12 @@ class TestLedger:
             Ledger(root).refuse_unwritable()
         assert str(caught.value) == f"{root} cannot be made: {tmp_path / 'file'} is a file"
 
+    @pytest.mark.skipif(not Path("/proc/self").exists(), reason="only Linux has /proc")
+    def test_what_takes_no_files_is_refused_though_one_may_write_it(self) -> None:
+        """Was: an administrator's run in /proc measured everything, and then failed."""
+        with pytest.raises(ResultsError, match=r"/proc/results cannot be written.*--results"):
+            Ledger(Path("/proc/results")).refuse_unwritable()
+
     @pytest.mark.skipif(not hasattr(os, "setresuid"), reason="nobody else can be played")
     def test_a_folder_that_is_not_ones_own_is_refused(self) -> None:
         """The administrator may write everywhere: for a moment, somebody else asks."""

@@ -10,11 +10,12 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
+from click.core import ParameterSource
 from pydantic import BaseModel
 
 from tracker.core import config
 from tracker.core.arguments import Arguments
-from tracker.core.config import IN_THE_FILE, KEYS, CellRequest, Count, Name
+from tracker.core.config import IN_THE_FILE, KEYS, MAX_LAYERS, CellRequest, Count, Name
 from tracker.core.extent import Positive
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -74,7 +75,7 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
 
 
 class Layers(click.ParamType):  # type: ignore[type-arg]
-    """Layers such as 3,17, also as Python and JSON write a list, which is what W&B passes."""
+    """Layers such as 3,17 or 3-7, also as Python and JSON write a list, which W&B passes on."""
 
     name = "layers"
 
@@ -87,12 +88,21 @@ class Layers(click.ParamType):  # type: ignore[type-arg]
         words = [word.strip() for word in inside.split(",")]
         if words[-1] == "" and (listed or len(words) == 1):  # nothing at all, or Python's (3,)
             words.pop()
-        if not all(word.isdecimal() for word in words):
-            self.fail(f"{value!r} is no list of layers; write 3,17 or [3, 17]", param, ctx)
-        layers = sorted(map(int, words))
+        layers: list[int] = []
+        for word in words:
+            found = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", word, re.ASCII)
+            if not found:
+                said = f"{value!r} is no list of layers; write 3,17 or 3-7 or [3, 17]"
+                self.fail(said, param, ctx)
+            first, last = int(found[1]), int(found[2] or found[1])
+            if last < first:
+                self.fail(f"{word} ends before it begins; write {last}-{first}", param, ctx)
+            if last - first >= MAX_LAYERS:
+                self.fail(f"no model has {last - first + 1:,} layers", param, ctx)
+            layers += range(first, last + 1)
         if len(set(layers)) < len(layers):
             self.fail(f"a layer stands twice in {value!r}", param, ctx)
-        return tuple(layers)
+        return tuple(sorted(layers))
 
 
 class Setting(click.ParamType):  # type: ignore[type-arg]
@@ -205,6 +215,20 @@ results_option = click.option(
     show_default=True,
     help="The results folder; several processes may share it.",
 )
+folder_argument = click.argument("folder", required=False, type=Place())
+"""The results folder, for commands that need no more; `--results` says the same."""
+
+
+def chosen(folder: Path | None, results: Path) -> Path:
+    """Say which results folder is meant where `folder_argument` and `results_option` may be."""
+    if folder is None:
+        return results
+    source = click.get_current_context().get_parameter_source("results")
+    if source is ParameterSource.COMMANDLINE and results != folder:
+        raise click.UsageError(f"two folders are given, {folder} and {results}; give one")
+    return folder
+
+
 documents_option = click.option(
     "--publish-documents",
     is_flag=True,
@@ -216,6 +240,7 @@ trust = click.option(
     is_flag=True,
     help="Run code and read pickles that come with a model. Off: safetensors and GGUF only.",
 )
+
 sources_argument = click.argument("sources", nargs=-1, type=Word())
 
 

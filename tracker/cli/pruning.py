@@ -38,7 +38,7 @@ _ALONE = ("model", "benchmark", "strategy")
 
 @main.command()
 @click.argument("model", type=Word())
-@click.option("--remove", required=True, type=Layers(), help="The layers, 0-based: 3,17.")
+@click.option("--remove", required=True, type=Layers(), help="The layers, 0-based: 3,17 or 3-7.")
 @click.option("--output", required=True, type=Place(), help="The folder that is made.")
 @click.option(
     "--component",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,10 +13,13 @@ import click
 from tracker.cli.commands import main
 from tracker.cli.options import (
     FORMATS,
+    Layers,
     Place,
     Word,
     backends,
+    chosen,
     documents_option,
+    folder_argument,
     publish_option,
     results_option,
     sources_argument,
@@ -178,14 +182,17 @@ def _sync_sweep(sweep: str, results: Path) -> NoReturn:
 
 
 @main.command(name="ls")
+@folder_argument
 @results_option
-def list_cells(results: Path) -> None:
-    """List what a results folder holds.
+def list_cells(folder: Path | None, results: Path) -> None:
+    """List what a results folder holds; without FOLDER, that of --results.
 
     \b
-    Example:
-      tracker ls --results results
+    Examples:
+      tracker ls
+      tracker ls /shared/anna/results
     """
+    results = chosen(folder, results)
     from tracker import api
     from tracker.report.wording import row_labels
 
@@ -247,12 +254,13 @@ def _documents(cell: CellRecord) -> str:
 @click.option(
     "--layer",
     multiple=True,
-    type=click.IntRange(min=0),
-    help="Only removals that begin at this layer, and the intact model; may be repeated.",
+    type=Layers(),
+    help="Only removals that begin at these layers, such as 3,17 or 3-7, and the intact model; may "
+    "be repeated.",
 )
 @trust
 @results_option
-def log_samples(output: Path, **settings: Any) -> None:
+def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: Any) -> None:
     """Write lm-eval's own result files, as lm_eval --log_samples does, of every measured model.
 
     results_DATE.json and samples_TASK_DATE.jsonl of the intact model, and of the model without what
@@ -268,19 +276,21 @@ def log_samples(output: Path, **settings: Any) -> None:
     begin()
     from tracker import api
 
-    done = api.log_samples(output, progress=Show(error=True), **settings)
+    layers = tuple(chain.from_iterable(layer))
+    done = api.log_samples(output, layer=layers, progress=Show(error=True), **settings)
     folders = len({path.parent for path in done.files})
     say(f"{folders} models, {len(done.files)} files: {output}")
     _end(done.notes, "failed", done.failed)
 
 
 @main.command()
+@folder_argument
 @results_option
 @click.option(
     "--against", type=Place(), help="A copy of the folder to compare with, outcome by outcome."
 )
-def check(results: Path, against: Path | None) -> None:
-    """Verify that a results folder holds what was written, and nothing else.
+def check(folder: Path | None, results: Path, against: Path | None) -> None:
+    """Verify that a results folder holds what was written; without FOLDER, that of --results.
 
     Every file states a digest of itself. A shard that does not fit its own is set aside, and
     computed again when its experiment runs the next time. Exit code 1 on any damage.
@@ -288,8 +298,9 @@ def check(results: Path, against: Path | None) -> None:
     \b
     Examples:
       tracker check
-      tracker check --results /archive/llama --against results
+      tracker check /archive/llama --against results
     """
+    results = chosen(folder, results)
     from tracker import api
 
     found, differences = api.check(results, against, Show(error=True))
@@ -305,7 +316,7 @@ def check(results: Path, against: Path | None) -> None:
     for difference in differences:
         say(f"differs: {difference}", error=True)
     shards = counted(sum(cell.shards for cell in found.cells), "shard")
-    verdict = "damaged" if found.damaged else "all is as it was written"
+    verdict = "damaged" if found.damaged else "no damage"
     copies = f"; {'it differs from' if differences else 'equal to'} {against}" if against else ""
     say(f"{counted(len(found.cells), 'measurement')}, {shards}: {verdict}{copies}")
     sys.exit(1 if found.damaged or differences else 0)

@@ -107,7 +107,7 @@ class CellRequest(Strict):
     """Which (component, span, layer, intervention) of these are asked for; None = every
     combination."""
     removed: Layers = ()
-    """Layers that are removed as a whole besides: 3,17 or [3, 17]."""
+    """Layers that are removed as a whole besides: 3,17 or 3-7 or [3, 17]."""
     revision: Name | None = None
     """The hub's branch, tag or commit."""
     dtype: Dtype = "auto"

@@ -30,6 +30,7 @@ import hashlib
 import json
 import os
 import shlex
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +134,14 @@ class Ledger:
                     f"{self.root} cannot be written: {place} is {owner_of(place)}'s, and you may "
                     "not write it"
                 )
+        try:  # what the system says before may not hold: a disk is full, or takes no files
+            with tempfile.TemporaryDirectory(dir=there, prefix=".tracker-"):
+                pass
+        except OSError as error:
+            raise ResultsError(
+                f"{self.root} cannot be written: {there}: {error.strerror}. Choose another folder "
+                "with --results"
+            ) from None
 
     def create(self) -> None:
         """Make the folder a results folder, or do nothing where it is one."""

@@ -394,6 +394,9 @@ class Service(ABC):
         kind = f"tracker.tracking.{self.name}.{kind}"
         return Isolated(self.title, kind, *arguments, **environment)
 
+    def refuse_closed(self, results: Path) -> None:  # noqa: B027  most need no login
+        """Raise RequestError where no run can be written, as far as this machine knows."""
+
     def open_live_run(self, project: str, results: Path, server: str | None) -> LiveRun:
         """Open what it shows while cells are measured, where it can."""
         raise NotImplementedError(self.name, project, results, server)

@@ -76,6 +76,11 @@ class WandbBackend(Backend, Pages):
         self._deleted = 0
         """Ids of runs of the cell that is written, and that W&B does not give again."""
 
+    def is_open(self) -> bool:
+        """Say whether somebody is logged in, or nobody needs to be; no server is asked."""
+        with session(self._results, "W&B could not be set up"):
+            return is_offline() or bool(wandb.login(prompt=False, verify=False))
+
     @override
     def _write(self, runs: Sequence[DescribedRun]) -> Iterator[str]:
         make_folder(self._folder)

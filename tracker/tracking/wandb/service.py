@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import cast
 
@@ -39,6 +40,19 @@ class WandbService(Service):
     def open(self, project: str, results: Path, server: str | None) -> Backend:
         arguments = (project, results, in_sweep())
         return cast(Backend, self._isolated("backend:WandbBackend", *arguments, without=_SWEEP))
+
+    @override
+    def refuse_closed(self, results: Path) -> None:
+        if in_sweep() or self.server() == _OFFLINE or os.environ.get("WANDB_API_KEY"):
+            return
+        with closing(self._isolated("backend:WandbBackend", "", results, False)) as backend:
+            if not backend.is_open():
+                raise RequestError(
+                    "nobody is logged in to W&B here, so its runs could not be written. Type "
+                    "`wandb login`. Or set WANDB_MODE=offline: W&B's runs are then files in "
+                    f"{results / 'wandb'}, for `wandb sync`. Or leave W&B out with --track mlflow, "
+                    f"whose runs are in {results}. Nothing was measured"
+                )
 
     @override
     def open_live_run(self, project: str, results: Path, server: str | None) -> LiveRun:
