@@ -227,8 +227,8 @@ def list_cells(folder: Path | None, results: Path) -> None:
         Column("key", "text", lambda cell: cell.key[:12]),
     )
     print_table(table("", columns, cells))
-    for folder, (documents, why) in unfinished.items():
-        say(f"unfinished: {folder}: {counted(documents, 'document')}; {why}")
+    for place, (documents, why) in unfinished.items():
+        say(f"unfinished: {place}: {counted(documents, 'document')}; {why}")
     _end((), "damaged", damaged)
 
 
