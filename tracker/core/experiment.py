@@ -40,7 +40,7 @@ from tracker.core.config import (
     Name,
     Strict,
 )
-from tracker.core.errors import ExperimentError, RequestError, did_you_mean
+from tracker.core.errors import ExperimentError, RequestError
 from tracker.core.extent import DEFAULT_SEED, Positive
 from tracker.core.problems import checked, first_problem
 from tracker.core.safe_yaml import SHOWN, parsed, read_yaml, short
@@ -383,19 +383,13 @@ def with_settings(raw: Mapping[str, Any] | None, settings: Mapping[str, Any]) ->
 
     Returns:
         What the file would hold.
-
-    Raises:
-        ExperimentError: There is no such key.
     """
     new = {"method": "grid", "command": _COMMAND, "parameters": {"layer": {"value": ALL}}}
     made = dict(new if raw is None else raw)
     said = made.get("parameters")
     parameters = dict(said) if isinstance(said, Mapping) else {}
     for name, value in settings.items():
-        if name not in KEYS and name not in Sweep.model_fields:
-            near = did_you_mean(name, [*KEYS, *Sweep.model_fields])
-            raise ExperimentError(f"unknown key {name!r}.{near} Known are {', '.join(KEYS)}.")
-        if value is not None and name in KEYS:
+        if value is not None and (name in KEYS or name not in Sweep.model_fields):
             parameters[name] = _as_in_the_file(name, value)
         elif value is not None:
             made[name] = value
