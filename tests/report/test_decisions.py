@@ -237,6 +237,34 @@ class TestBrowser:
             section.locator("input").fill(shown.question.split()[-1])
             assert rows.count() == 1
 
+    def test_a_bar_a_row_and_a_link_lead_to_a_layers_documents(
+        self, opened: Opened, record: DecisionsRecord
+    ) -> None:
+        with opened(record) as (section, _):
+            page = section.page
+            status = section.locator("[role=status]")
+            page.locator("#model-1-headline .barlayer .point").nth(3).click(force=True)
+            status.wait_for()
+            assert page.url.endswith("#model-1-cell-1-breaks?run=layer+3")
+            assert "that layer 3 loses" in status.inner_text()
+            board = page.locator("#model-1-board")
+            board.scroll_into_view_if_needed()
+            board.get_by_role("link", name="7", exact=True).click()
+            assert "that layer 7 loses" in status.inner_text()
+            all_of_7 = section.locator("tbody tr").count()
+            section.get_by_label("but not of").select_option("layer 0")
+            assert section.locator("tbody tr").count() < all_of_7
+            link = page.url
+            assert "run=layer+7" in link
+            assert "beside=layer+0" in link
+            # Whoever is sent the link sees the same.
+            page.goto("about:blank")
+            page.goto(link)
+            status.wait_for()
+            assert "that layer 7 loses, without those that are named of layer 0" in (
+                status.inner_text()
+            )
+
     def test_tasks_of_a_group_are_filtered_and_unknown_texts_have_a_name(
         self, opened: Opened, record: DecisionsRecord
     ) -> None:

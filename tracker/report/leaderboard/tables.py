@@ -115,7 +115,6 @@ def layer_board_table(board: LayerBoard, label: str) -> Table:
         _layer_rows(board, label),
         _notes(board),
         header=1,
-        sorted_by=0,
     )
 
 

@@ -16,6 +16,25 @@
     setTimeout(() => URL.revokeObjectURL(link.href), 60000);
   };
 
+  // What is chosen stands in the address, so that it can be sent: #ID?filter=3,7&sort=2.
+
+  const address = () => {
+    const [id, query = ""] = location.hash.slice(1).split("?");
+    return [decodeURIComponent(id), new URLSearchParams(query)];
+  };
+  const choose = (id, chosen) => {
+    const query = new URLSearchParams(Object.entries(chosen).filter(([, value]) => value !== ""));
+    history.replaceState(null, "", `#${encodeURIComponent(id)}${query.size ? `?${query}` : ""}`);
+  };
+  // The documents of a run of the benchmark that an element belongs to, or of its model's first one.
+  const documentsBeside = (element) => (element.closest("article") ?? element.closest("section[data-model]")
+    ?? document.getElementById(element.closest("[data-model]")?.dataset.model)?.closest("section"))
+    ?.querySelector("details.documents");
+  const openDocuments = (element, run) => {
+    const section = documentsBeside(element);
+    if (section) location.hash = `#${section.id}?${new URLSearchParams({ run })}`;
+  };
+
   // Charts
 
   let template, figures = {};
@@ -31,6 +50,13 @@
       // Only buttons that work without a network.
       modeBarButtons: [["toImage", "zoom2d", "resetScale2d"]],
       toImageButtonOptions: { format: "svg", filename: box.id },
+    });
+    // A bar or a mark of a layer leads to its documents.
+    box.on("plotly_click", ({ points: [{ x, text, data }] }) => {
+      const layer = Math.round(data.mode === "markers+text" ? text : x);
+      const word = ["attention", "mlp", "mean", "scale", "linear", "int8", "int4", "repeat"]
+        .find((kind) => kind === data.name) ?? "layer";
+      if (!Number.isNaN(layer)) openDocuments(box, `${word} ${layer}`);
     });
   };
 
@@ -106,20 +132,54 @@
   // Buttons appear where a script is there to serve them.
   const equip = (box) => {
     const table = box.querySelector("table");
-    [...table.tHead.rows[0].cells].forEach((head, column) => {
-      const button = make("button", { type: "button", onclick: () => sort(table, column) }, ...head.childNodes);
-      head.append(button);
+    const heads = table.tHead.rows[0].cells;
+    const chosen = { filter: "", sort: "", down: "" };
+    [...heads].forEach((head, column) => {
+      const onclick = () => {
+        sort(table, column);
+        chosen.sort = String(column);
+        chosen.down = head.getAttribute("aria-sort") === "descending" ? "1" : "";
+        choose(table.id, chosen);
+      };
+      head.append(make("button", { type: "button", onclick }, ...head.childNodes));
     });
     const tools = make("div", { className: "tools" });
     const kind = box.dataset.filter;
+    const [id, asked] = address();
     if (kind) {
       const status = make("span", { role: "status" });
       const input = make("input", {
         type: "search",
         placeholder: kind === "layers" ? "for example 3, 7–12" : "part of a name",
-        oninput: () => filter(table, wanted[kind](input.value.trim()), status),
+        oninput: () => {
+          filter(table, wanted[kind](input.value.trim()), status);
+          chosen.filter = input.value.trim();
+          choose(table.id, chosen);
+        },
       });
       tools.append(make("label", {}, kind === "layers" ? "Layers " : "Rows with ", input), status);
+      if (id === table.id && asked.has("filter")) {
+        chosen.filter = input.value = asked.get("filter");
+        filter(table, wanted[kind](chosen.filter), status);
+      }
+    }
+    if (id === table.id && heads[asked.get("sort")]) {
+      chosen.sort = asked.get("sort");
+      chosen.down = asked.get("down") ?? "";
+      for (let turn = 0; turn < (chosen.down ? 2 : 1); turn += 1) {
+        heads[chosen.sort].removeAttribute("aria-sort");
+        if (turn) heads[chosen.sort].setAttribute("aria-sort", "ascending");
+        sort(table, Number(chosen.sort));
+      }
+    }
+    if (kind === "layers" && documentsBeside(box)) {
+      for (const row of table.tBodies[0].rows) {
+        const layer = row.querySelector("th");
+        layer.replaceChildren(make("a", {
+          href: `#${documentsBeside(box).id}?${new URLSearchParams({ run: `layer ${layer.textContent.trim()}` })}`,
+          title: "the documents that it loses and wins",
+        }, ...layer.childNodes));
+      }
     }
     tools.append(make("button", {
       type: "button", onclick: () => save(`${table.id}.csv`, "text/csv", csv(table)),
@@ -152,6 +212,7 @@
     const option = (words) => (value, place) => make("option", { value: place }, words(value));
     const layers = make("select", {}, ...runs.map(option(([label, lost, won]) => `${label}: ${lost} lost, ${won} won`)));
     const kinds = make("select", {}, ...["lost", "won"].map(option((word) => word)));
+    const others = make("select", {}, make("option", { value: "" }, "any"), ...runs.map(option(([label]) => label)));
     const names = [...new Set(documents.map(([task]) => task))].sort();
     const tasks = make("select", {}, ...["all", ...names].map(option((name) => name)));
     const words = make("input", { type: "search", placeholder: "words" });
@@ -160,7 +221,11 @@
     const show = () => {
       const [label, lost, won, named] = runs[layers.value];
       const kind = Number(kinds.value);
-      const mine = named.filter(([, side]) => side === kind);
+      const other = others.value === "" ? [] : runs[others.value][3];
+      const shared = new Set(other.filter(([, side]) => side === kind).map(([place]) => place));
+      const sided = named.filter(([, side]) => side === kind);
+      const mine = sided.filter(([place]) => !shared.has(place));
+      choose(section.id, { run: label, kind: kind ? "won" : "", beside: others.value === "" ? "" : runs[others.value][0] });
       const typed = words.value.trim().toLowerCase().split(/\s+/);
       const rows = mine.map(([place, , choice, after, said]) => {
         const entry = documents[place];
@@ -172,19 +237,32 @@
       body.replaceChildren(...rows.map(([, row]) => row));
       const total = kind ? won : lost;
       status.textContent = `${rows.length} of ${total} documents that ${label} ${kind ? "wins" : "loses"}`
-        + (mine.length < total ? `; named are the ${mine.length} whose margin changes most` : "");
+        + (others.value === "" ? "" : `, without those that are named of ${runs[others.value][0]}`)
+        + (sided.length < total ? `; named are the ${sided.length} whose margin changes most` : "");
     };
-    for (const control of [layers, kinds, tasks, words]) control.oninput = show;
+    const take = () => {
+      const [id, asked] = address();
+      if (id !== section.id) return;
+      const place = (name) => runs.findIndex(([label]) => label === asked.get(name));
+      if (place("run") >= 0) layers.value = place("run");
+      kinds.value = asked.get("kind") === "won" ? 1 : 0;
+      others.value = place("beside") >= 0 ? place("beside") : "";
+      show();
+    };
+    for (const control of [layers, kinds, tasks, words, others]) control.oninput = show;
+    addEventListener("hashchange", take);
     const tools = make("div", { className: "tools" }, make("label", {}, "Without ", layers),
       make("label", {}, "documents ", kinds),
-      ...(names.length > 1 ? [make("label", {}, "of ", tasks)] : []), make("label", {}, "with ", words), status);
+      ...(names.length > 1 ? [make("label", {}, "of ", tasks)] : []), make("label", {}, "with ", words),
+      make("label", {}, "but not of ", others), status);
     const heads = ["document", "question, options, the right one marked", "intact model", "without it"];
     const table = make("table", {}, make("thead", {}, make("tr", {},
       ...heads.map((head, place) => make("th", { scope: "col", className: place ? "text" : "" }, head)))), body);
     const scroll = make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: "documents" }, table);
     const below = `Below each choice: the ${margin}.${why ? ` Texts are missing: ${why}.` : ""}`;
     section.append(tools, make("p", { className: "meta" }, below), scroll);
-    show();
+    if (address()[0] === section.id) take();
+    else show();
   };
   all("[data-documents]").forEach((section) => {
     section.addEventListener("toggle", () => browse(section), { once: true });
@@ -209,7 +287,7 @@
 
   // Links lead into closed sections too.
   const reveal = () => {
-    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    const target = document.getElementById(address()[0]);
     if (!target) return;
     const heads = target.closest("summary")?.parentElement;
     for (let node = heads ?? target.closest("details"); node; node = node.parentElement.closest("details")) node.open = true;
