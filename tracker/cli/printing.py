@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +17,8 @@ from tracker.core import run_table
 from tracker.core.answers import statement
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
-from tracker.core.formats import DASH, counted
-from tracker.core.tables import Column, table
+from tracker.core.formats import DASH, counted, ends, measure_of
+from tracker.core.tables import Column, Table, table
 
 if TYPE_CHECKING:
     from tracker.core.findings import FindingRecord
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from tracker.measuring.planning import PlannedCell
     from tracker.pruning.export.facts import Exported
     from tracker.pruning.search.planning import PlannedSearch
+    from tracker.report.leaderboard.claims import Claims
     from tracker.runner import Finished
 
 
@@ -33,14 +36,21 @@ def print_each(head: str, failed: Mapping[str, str]) -> None:
         say(f"{head}: {what}: {why}", error=True)
 
 
-def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
-    """Print a cell's runs, or one of them."""
+def print_cell(cell: CellRecord, only: RunIdentity | None = None, brief: bool = False) -> None:
+    """Print a cell's runs, or one of them; or, to be `brief`, those that are shown to do something.
+
+    What stands in `print_measured` already is left out then.
+    """
     from tracker.report.caveats import looks_note, rounding_note
-    from tracker.report.wording import power_sentence, sentence
+    from tracker.report.leaderboard.claims import shown_in
+    from tracker.report.wording import beneath, power_sentence, sentence
 
     shown = [
         run for run in cell.runs if only is None or (run.kind, run.layer) == (only.kind, only.layer)
     ]
+    if brief:
+        verdicts = shown_in(cell, shown)
+        shown = [run for run, verdict in zip(shown, verdicts, strict=True) if verdict != "open"]
     rounded = any(run.rounded is not None for run in shown)
     columns = run_table.pick(
         run_table.run_columns(cell),
@@ -54,17 +64,136 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     title = " · ".join(filter(None, (cell.heading, metric, cell.documents)))
     say()
     print_table(table(title, columns, [run_table.CellRun(cell, run) for run in shown]))
-    elsewhere = {"mcnemar_p", "rounded", "drop_rounding", "options_logprob_drop"}
+    if brief:
+        say(_unlisted(len(cell.runs) - len(shown), len(cell.runs)))
+    elsewhere = {"mcnemar_p", "rounded", "drop_rounding"}
     reasons = {why for run in shown for name, why in run.reasons.items() if name not in elsewhere}
     said = {"baseline_rounded", *(("n", "baseline_low") if cell.is_raced else ())}
     reasons |= {why for name, why in cell.reasons.items() if name not in said}
     for why in sorted(reasons):
         say(f"{DASH} {why}")
-    whole = sentence(cell) if only is None else None
+    figures = [beneath(cell).strip()]
+    if not brief:
+        figures = [power_sentence(cell, shown), "" if only else sentence(cell)]
     answer = None if cell.answer is None else statement(cell.answer)
-    lines = (looks_note(cell), rounding_note(cell), power_sentence(cell, shown), whole, answer)
-    for line in filter(None, lines):
+    for line in filter(None, (looks_note(cell), rounding_note(cell), *figures, answer)):
         say(line)
+
+
+def print_measured(cells: Sequence[CellRecord]) -> None:
+    """Print what was found: an answer a model, the intact models, and which runs do something."""
+    from tracker.report.leaderboard.claims import answer, claims, shown_in
+    from tracker.report.wording import beneath, correlation, row_labels, short_correlation
+
+    labels = dict(zip(map(id, cells), row_labels(cells), strict=True))
+    models = _by_model(cells)
+    for model, mine in models.items():
+        found = claims(mine)
+        if found.layers:
+            say()
+            say(f"{model}: {answer(found)}" if len(models) > 1 else answer(found))
+        if len(found.cells) > 1 and (found.costly or found.helpful):
+            say()
+            print_table(_of_named_layers(found))
+
+    def benchmark(cell: CellRecord) -> str:
+        extra = labels[id(cell)][1]
+        which = (cell.benchmark.title, cell.beneath, f"({cell.metric})", extra and f"· {extra}")
+        return " ".join(filter(None, which))
+
+    def baseline(cell: CellRecord) -> str:
+        measure, level = measure_of(cell), cell.baseline
+        if level.value is None:
+            return DASH
+        text = f"{measure.write(level.value)} {measure.level_unit}"
+        return text + ends(level.low, level.high, measure.write)
+
+    def chance(cell: CellRecord) -> str:
+        level = cell.chance_accuracy
+        return DASH if level is None else f"{measure_of(cell).write(level)} %"
+
+    def ordered(cell: CellRecord) -> str:
+        found = correlation(cell) if cell.whole_layers else None
+        return DASH if found is None else short_correlation(found)
+
+    columns: tuple[Column[CellRecord], ...] = (
+        Column("model", "text", lambda cell: labels[id(cell)][0]),
+        Column("benchmark", "text", benchmark),
+        Column("documents", "count", lambda cell: cell.counted),
+        Column("intact model (95 % interval)", "count", baseline),
+        Column("guessing", "count", chance),
+        Column("order by cosine score: Spearman", "count", ordered),
+    )
+    say()
+    print_table(table("", columns, cells))
+    if any(cell.whole_layers for cell in cells):
+        say(
+            "Spearman: 1 if the cosine score orders the layers as their removal does, 0 if it says "
+            "nothing of that"
+        )
+    for cell in cells:
+        if any(verdict != "open" for verdict in shown_in(cell, cell.runs)):
+            print_cell(cell, brief=True)
+        else:
+            says = beneath(cell).strip(), "" if cell.answer is None else statement(cell.answer)
+            rest = _unlisted(len(cell.runs), len(cell.runs))
+            say(f"{cell.heading}: {' '.join(filter(None, (*says, rest)))}")
+
+
+def _unlisted(count: int, of: int) -> str:
+    if not count:
+        return ""
+    some = f"{count} of {counted(of, 'run')}" if count < of else f"all {counted(of, 'run')}"
+    return f"{some} not listed: by itself, what each changes is not told from chance yet"
+
+
+def _of_named_layers(found: Claims) -> Table:
+    """Lay out the layers that an answer names, on average and benchmark by benchmark."""
+    measure = measure_of(found.cells[0])
+
+    def mean(layer: int) -> str:
+        drop = found.drops[layer]
+        return measure.write(drop.value or 0.0) + ends(drop.low, drop.high, measure.write)
+
+    def on(cell: CellRecord) -> Callable[[int], str]:
+        return lambda layer: measure.write(cell.runs_of()[layer].accuracy_drop or 0.0)
+
+    columns: tuple[Column[int], ...] = (
+        Column("layer (0-based)", "count", str),
+        Column(f"mean {measure.change} ({measure.unit})", "count", mean),
+        *(Column(name, "count", on(cell)) for cell, name in _benchmarks(found.cells)),
+    )
+    return table("", columns, [*found.costly, *found.helpful])
+
+
+def _benchmarks(cells: Sequence[CellRecord]) -> Iterator[tuple[CellRecord, str]]:
+    from tracker.report.wording import benchmark_labels
+
+    return zip(cells, benchmark_labels(cells), strict=True)
+
+
+def _by_model(cells: Sequence[CellRecord]) -> dict[str, list[CellRecord]]:
+    from tracker.report.wording import row_labels
+
+    models: dict[str, list[CellRecord]] = {}
+    for cell, (model, _) in zip(cells, row_labels(cells), strict=True):
+        models.setdefault(model, []).append(cell)
+    return models
+
+
+def print_next(experiment: str, results: Path, cells: Sequence[CellRecord]) -> None:
+    """Say how to see every figure, and what may be done next."""
+    from tracker.report.leaderboard.claims import claims
+
+    at = "" if results == Path("results") else f" --results {shlex.quote(str(results))}"
+    say(f"all figures: tracker report --format csv{at}")
+    needed = [claims(mine).settled_by() for mine in _by_model(cells).values()]
+    more = max((some for some in needed if some and some < _MANY), default=None)
+    if more is not None and all(cell.sample_seed is not None for cell in cells):
+        sample = math.ceil(more / 100) * 100
+        say(f"next, to tell more layers apart: tracker run {experiment} --set sample={sample}{at}")
+    else:
+        say(f"next: tracker leaderboard{at}")
 
 
 def print_finding(finding: FindingRecord) -> None:
@@ -118,6 +247,8 @@ def print_end(outcome: Finished, page: Path | None) -> None:
     print_each("damaged", outcome.damaged)
 
 
+_MANY = 100_000
+"""More documents than this are not proposed."""
 _COMMAND = re.compile(r"((?:\w+=(?:'[^']*'|\S*) )*)(\S*)(.*)", re.DOTALL)
 """Settings of the environment, the program, its arguments."""
 
