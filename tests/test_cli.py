@@ -151,11 +151,52 @@ def test_all_layers_of_models_of_different_depth(tiny_llama, experiment, tmp_pat
     )
 
 
+def test_a_model_is_run_without_a_file_and_written_down_as_one(model, tmp_path):
+    results = tmp_path / "results"
+    there = ("--results", results, "--track=none")
+    first = printed("run", model, *ARC_EASY, "--limit=2", "--layer=0-1", *there)
+    (kept,) = (results / "experiments").glob("*.yaml")
+    assert f"experiment: {kept}" in first
+    assert load_experiment(kept)[0].cells()[0].layers == (0, 1)
+    shards = {*results.glob("cells/*/shards/*")}
+    again = printed("run", kept, *there)
+    assert {*results.glob("cells/*/shards/*")} == shards
+    assert "experiment:" not in again
+    assert [*(results / "experiments").glob("*.yaml")] == [kept]
+
+    more = printed("run", kept, "--set=layer=all", "--set", "limit=null", "--set=sample=3", *there)
+    (_, other) = sorted((results / "experiments").glob("*.yaml"), key=lambda p: p.stat().st_mtime)
+    assert f"experiment: {other}" in more
+    asked = load_experiment(other, lambda request: 4)[0].cells()[0]
+    assert (asked.layers, asked.sample, asked.limit) == ((0, 1, 2, 3), 3, None)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ((), "--model is missing. Give an experiment file, or a model and a benchmark: tracker"),
+        (("--model=MODEL",), "--benchmark is missing. Give an experiment file, or a model and"),
+        (("MODEL",), "is a model; add what it is measured on: tracker run"),
+        (("package:x",), "there is no experiment file package:x. To measure a model, add what on"),
+        (("MODEL", "--model=other"), "two models are given"),
+        (("FILE", "--sample=50"), "to change a key of it, write --set sample=50"),
+        (("FILE", "--set=smaple=50"), "Did you mean 'sample'?"),
+        (("FILE", "--set=limit=0"), "'parameters.limit': input should be greater than or equal"),
+        (("FILE", "--set=layer=7-3"), "7-3 ends before it begins"),
+        (("FILE", "--set=sample"), "'sample' is no setting; write KEY=VALUE"),
+    ],
+)
+def test_what_cannot_be_run_says_what_to_type(model, experiment, tmp_path, typed, said):
+    there = {"MODEL": str(model), "FILE": str(experiment(model))}
+    words = [there.get(word, word.replace("MODEL", str(model))) for word in typed]
+    refused(cli("run", *words, "--results", tmp_path / "r"), said)
+    assert not (tmp_path / "r").exists()
+
+
 def test_run_then_run_again(tiny_llama, experiment, tmp_path):
     results = tmp_path / "results"
     file = experiment(tiny_llama())
     first = printed("run", file, "--results", results)
-    assert "Spearman" in first
     assert f"report: {results / 'report.html'}" in first
     database = results / "mlflow.db"
     assert f"mlflow ui --backend-store-uri sqlite:///{database}" in first
@@ -170,7 +211,11 @@ def test_run_then_run_again(tiny_llama, experiment, tmp_path):
     assert printed_by(code) == "[]"
     assert {path: path.stat().st_mtime_ns for path in results.glob("cells/*/shards/*")} == before
     second = printed("run", file, "--results", results)
-    assert second.strip() == first[first.index("tiny-llama ·") :].strip()
+    assert second.strip() == first[first.index("Accuracy on arc_easy") :].strip()
+    every = "4 of 4 runs are not listed: by itself, what each changes is not told from chance yet"
+    for words in (every, "intact model (95 % interval)", "guessing", "tracker report --format csv"):
+        assert words in second
+    assert f"next: tracker run {file} --set sample=" not in second, "the first 40 are no sample"
 
     page = (results / "report.html").read_text()
     assert file.read_text().splitlines()[3].split("'")[1] in page

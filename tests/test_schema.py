@@ -73,6 +73,7 @@ def test_each_field_says_what_it_is() -> None:
     ("command", "asked"),
     [
         ("evaluate", {*KEYS, "project", *RUNNING}),
+        ("run", {*KEYS, "experiment", "changes", "executor", "slurm", *RUNNING}),
         ("prune", {*SEARCHED, "project", "experiment", "output", *RUNNING}),
         ("export", EXPORTED - {"settings", "progress"}),
     ],

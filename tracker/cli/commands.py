@@ -134,7 +134,6 @@ def run(
     typed = {key: how.pop(key) for key in KEYS}
     typed = {key: value for key, value in typed.items() if value is not None}
     file = _file_of(experiment, typed)
-    begin()
     from tracker import api
 
     asked = {**typed, **dict(changes)}

@@ -129,7 +129,10 @@ class Setting(click.ParamType):  # type: ignore[type-arg]
         if not sign or not key.isidentifier():
             self.fail(f"{value!r} is no setting; write KEY=VALUE", param, ctx)
         if self._yaml:
-            return key, parsed(text, f"--set {key}")
+            value = parsed(text, f"--set {key}")
+            if key in ("layer", "removed") and isinstance(value, str):
+                value = Layers(every=True).convert(value, param, ctx)
+            return key, value
         try:
             return key, json.loads(text)
         except ValueError:

@@ -143,8 +143,8 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
 def _unlisted(count: int, of: int) -> str:
     if not count:
         return ""
-    some = f"{count} of {counted(of, 'run')}" if count < of else f"all {counted(of, 'run')}"
-    return f"{some} not listed: by itself, what each changes is not told from chance yet"
+    some = f"{count} of {counted(of, 'run')} {'is' if count == 1 else 'are'} not listed"
+    return f"{some}: by itself, what each changes is not told from chance yet"
 
 
 def _of_named_layers(found: Claims) -> Table:

@@ -379,7 +379,8 @@ def with_settings(raw: Mapping[str, Any] | None, settings: Mapping[str, Any]) ->
 
     Args:
         raw: What stands in a file; None for nothing, and then all layers are asked for.
-        settings: Keys of the file with their values, or a list of values each; None is not said.
+        settings: Keys of the file with their values, or a list of values each; None is not said,
+            and takes back what `raw` says.
 
     Returns:
         What the file would hold.
@@ -393,6 +394,8 @@ def with_settings(raw: Mapping[str, Any] | None, settings: Mapping[str, Any]) ->
             parameters[name] = _as_in_the_file(name, value)
         elif value is not None:
             made[name] = value
+        elif raw is not None:
+            parameters.pop(name, None)
     return {**made, "parameters": parameters}
 
 
