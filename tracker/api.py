@@ -386,7 +386,7 @@ def prune(
         log(found)
     page = _shown(work.ledger, name, text, found.outcome)
     pruned = Pruned(tuple(found.records), finding, page, found.outcome, "")
-    chosen = best(found.records, found.requests)
+    chosen = best(found.searched)
     if chosen is None:
         return pruned
     record, request = chosen

@@ -340,11 +340,6 @@ class TestAgainstWhatWasMeasured:
 
         return make
 
-    def test_it_is_the_same(self, here, exported, measured, wanted):
-        found = prove(exported.folder, wanted, measured, False)
-        assert (found.documents, found.ties) == (SAMPLE, 0)
-        assert found.loglikelihood < 1e-3
-
     def test_a_document_that_is_judged_otherwise(self, proved, measured):
         frame = measured.store.read()
         doc = frame["doc"][frame.index[frame["ablation"] == "layers:1,2"][3]]

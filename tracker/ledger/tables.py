@@ -65,9 +65,10 @@ def cell_record(
         else:
             order = []  # All that it is about is measured on all documents.
     n, abouts = len(outcomes.tasks), store.abouts()
+    unlike = differences(outcomes.stacks)
     reasons: dict[str, str | None] = {
         "n": _why_fewer(n, outcomes.wanted, answer),
-        PROVENANCE: _why_unlike(outcomes),
+        PROVENANCE: unlike and f"measured by different versions or devices: {unlike}",
         WHICH: "; ".join(sorted({about[WHICH] for about in abouts if WHICH in about})),
     }
     common: dict[str, Any] = {
@@ -167,11 +168,6 @@ def _beginning(
     found = outcomes.of_documents(first, runs)
     found.missing = [run for run in view.runs if run not in found.runs]
     return found
-
-
-def _why_unlike(outcomes: AlignedOutcomes) -> str:
-    differing = differences(outcomes.stacks)
-    return f"measured by different versions or devices: {differing}" if differing else ""
 
 
 def _why_fewer(n: int, wanted: int, answer: AnswerRecord | None) -> str:

@@ -24,6 +24,12 @@ _PERIODS = {"gemma3_text": ("gemma3", 6)}
 """Models of which llama.cpp computes from a layer's place whether it sees a window, unless the file
 says it, which neither its converter nor llama-quantize writes: its name of them, and the period,
 whose last layer sees everything."""
+_WHY_WINDOWS = (
+    "llama.cpp computes from a layer's place whether it sees a window, and the layers that are "
+    "left do not follow the period of the base. So pruned.gguf is another model, and so is what "
+    "convert_hf_to_gguf.py makes of this folder, until the file says which layers see a window "
+    "(read by b11739). This writes it:"
+)
 _AS_SAFETENSORS = Template("""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 $imports
@@ -107,16 +113,6 @@ def why_none(resized: Sequence[str]) -> str:
     return said
 
 
-def why_windows() -> str:
-    """Say what llama.cpp must be told of a model, and why."""
-    return (
-        "llama.cpp computes from a layer's place whether it sees a window, and the layers that are "
-        "left do not follow the period of the base. So pruned.gguf is another model, and so is "
-        "what convert_hf_to_gguf.py makes of this folder, until the file says which layers see a "
-        "window (read by b11739). This writes it:"
-    )
-
-
 def by_other_tools(found: Mapping[str, str]) -> list[tuple[str, str, str]]:
     """Put recipes into the order in which they are followed: each in words, its language, itself.
 
@@ -131,7 +127,7 @@ def by_other_tools(found: Mapping[str, str]) -> list[tuple[str, str, str]]:
         said.append((words, "yaml", found["mergekit"]))
     said.append(("llama.cpp, on a GGUF file of the base:", "sh", found["llama.cpp"]))
     if WINDOWS in found:
-        said.append((why_windows(), "python", found[WINDOWS]))
+        said.append((_WHY_WINDOWS, "python", found[WINDOWS]))
     return [(words, language, program.rstrip()) for words, language, program in said]
 
 

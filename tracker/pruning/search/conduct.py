@@ -14,10 +14,10 @@ from tracker.core.findings import FindingRecord
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
 from tracker.core.records import CellRecord, Place
 from tracker.ledger.findings import keep_finding, keep_search
-from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.store import Ledger
 from tracker.measuring.prepare import look_up
 from tracker.pruning.search.cells import Lender, OpenCell
+from tracker.pruning.search.figures import Searched
 from tracker.pruning.search.report import finding_of
 from tracker.pruning.search.request import SearchRequest
 from tracker.pruning.search.search import Found, budget_of, refuse_mixed, refuse_unknown, search
@@ -32,20 +32,19 @@ class Pursued:
     """What searches found, before anything is said of it.
 
     Attributes:
-        searches: What was asked; of each record, in their order.
-        records: What was found, one a draw.
-        tests: Of each record, what its test documents come to after each step, more being better.
-        requests: Of each record, the request of its last step's run; None where it has none.
+        searched: What was found, one a draw.
         failed: What was asked and not found → why; `outcome` says it too.
         outcome: What became of the runs of the steps.
     """
 
-    searches: list[SearchRequest]
-    records: list[PruneRecord]
-    tests: list[PairedOutcomes]
-    requests: list[CellRequest | None]
+    searched: list[Searched]
     failed: dict[SearchRequest, str]
     outcome: Finished
+
+    @property
+    def records(self) -> list[PruneRecord]:
+        """What was found, in the form in which it is kept."""
+        return [one.record for one in self.searched]
 
 
 def conduct(
@@ -57,7 +56,7 @@ def conduct(
     """
     found = pursue(asked, lender, publisher)
     failed = {request.title: why for request, why in found.failed.items()}
-    finding = finding_of(name, found.records, found.tests, failed)
+    finding = finding_of(name, found.searched, failed)
     keep_finding(lender.ledger.root, finding)
     return found, finding
 
@@ -111,22 +110,17 @@ def pursue(asked: Sequence[SearchRequest], lender: Lender, publisher: Publisher)
     outcome.failed |= said
     outcome.models_loaded += lender.loaded
     shown = _by_request(runs, outcome.cells, ledger)
-    records = []
+    searched = []
     for one, asked_for in zip(found, steps, strict=True):
-        places = tuple(shown[run] for run in asked_for if run in shown)
-        records.append(_record(one, cells[one.asked.test()], places))
-        keep_search(ledger.root, records[-1])
+        tested = cells[one.asked.test()]
+        record = _record(one, tested, [shown[run] for run in asked_for if run in shown])
+        keep_search(ledger.root, record)
+        answered = tested.paired(ablations_of(one)).scores
+        searched.append(Searched(one.asked, record, answered, asked_for[-1]))
     if not failed:
         for cell in cells.values():
             cell.end()
-    return Pursued(
-        searches=[one.asked for one in found],
-        records=records,
-        tests=[cells[one.asked.test()].paired(ablations_of(one)).scores for one in found],
-        requests=[each[-1] for each in steps],
-        failed=failed,
-        outcome=outcome,
-    )
+    return Pursued(searched, failed, outcome)
 
 
 def ablations_of(found: Found) -> list[Ablation]:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
 from tracker.core.formats import WRITTEN, with_interval
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
 from tracker.ledger.paired import Array, PairedOutcomes
 from tracker.stats.accuracy import accuracy, accuracy_drop
+
+if TYPE_CHECKING:  # it knows the strategies, and they need torch
+    from tracker.pruning.search.request import SearchRequest
 
 
 def level_text(level: Estimate, unit: str) -> str:
@@ -39,6 +44,23 @@ def lost(record: PruneRecord) -> float:
     """What it costs in the end; infinite where that is undefined, so that it comes last."""
     drop = end(record).drop
     return float("inf") if drop is None else drop
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What one draw of a search found, and what the test documents say of it.
+
+    Attributes:
+        asked: The search.
+        record: What it found.
+        answered: What the test documents come to after each step, more being better.
+        request: The request of the last step's run; None where it has none.
+    """
+
+    asked: SearchRequest
+    record: PruneRecord
+    answered: PairedOutcomes
+    request: CellRequest | None
 
 
 @dataclass(frozen=True)

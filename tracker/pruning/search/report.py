@@ -20,6 +20,7 @@ from tracker.core.tables import Column, Table, estimate, table
 from tracker.ledger.paired import PairedOutcomes
 from tracker.pruning.search.figures import (
     Choices,
+    Searched,
     calibration_documents,
     end,
     level_text,
@@ -33,15 +34,11 @@ Row = TypeVar("Row")
 QUESTION = "What can go, and what does the model answer without it?"
 
 
-def finding_of(
-    name: str,
-    records: Sequence[PruneRecord],
-    tests: Sequence[PairedOutcomes],
-    failed: Mapping[str, str],
-) -> FindingRecord:
-    """Say what searches of one file found; `tests` is what the test documents say of each."""
+def finding_of(name: str, searched: Sequence[Searched], failed: Mapping[str, str]) -> FindingRecord:
+    """Say what searches of one file found."""
+    records = [one.record for one in searched]
     groups = grouped(records)
-    answered = {record.name: test for record, test in zip(records, tests, strict=True)}
+    answered = {one.record.name: one.answered for one in searched}
     return FindingRecord(
         study=SEARCH,
         experiment=name,
@@ -305,17 +302,15 @@ def _frontier_of(records: Sequence[PruneRecord]) -> LineChart:
     return frontier(title, first.unit, first.higher_is_better, levels)
 
 
-def best(
-    records: Sequence[PruneRecord], requests: Sequence[CellRequest | None]
-) -> tuple[PruneRecord, CellRequest] | None:
+def best(searched: Sequence[Searched]) -> tuple[PruneRecord, CellRequest] | None:
     """Choose the pruning that tests best, with the request of its last step's run.
 
     None where none can be saved.
     """
     some = [
-        (record, request)
-        for record, request in zip(records, requests, strict=True)
-        if record.unit == "layer" and request is not None
+        (one.record, one.request)
+        for one in searched
+        if one.record.unit == "layer" and one.request is not None
     ]
     return min(some, key=lambda chosen: lost(chosen[0]), default=None)
 

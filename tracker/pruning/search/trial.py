@@ -38,7 +38,7 @@ def _log(track: Sequence[str], results: Path, found: Pursued) -> None:
 
     Of several draws it is the first. Where W&B refuses, `found.outcome` says so.
     """
-    record, request = found.records[0], found.requests[0]
+    record, request = found.searched[0].record, found.searched[0].request
     trial = Trial(track, results, request or _ANY)
     if not trial.joins:
         return

@@ -14,7 +14,7 @@ from tracker.report.wording import benchmark_labels, model_labels
 from tracker.stats.resampling import bias_corrected_interval
 from tracker.studies.audit.figures import ModelAudit, pooled
 from tracker.studies.audit.layout import charts_of, tables_of
-from tracker.studies.audit.measures import DROP, audited
+from tracker.studies.audit.measures import DROP, Audited
 from tracker.studies.base import (
     FEWEST,
     Study,
@@ -65,7 +65,8 @@ class Audit(Study):
         result = StudyResult(_ASSUMPTIONS)
         for name, mine in zip(names, by_model, strict=True):
             labels = benchmark_labels([subject.record for subject in mine])
-            audit = ModelAudit(name, audited(asked, mine, labels))
+            cells = [Audited(asked, *pair) for pair in zip(mine, labels, strict=True)]
+            audit = ModelAudit(name, cells)
             result.answers += answers_of(audit)
             result.tables += tables_of(audit)
             result.charts += charts_of(audit)
@@ -88,13 +89,11 @@ def _pooled(audit: ModelAudit) -> str:
     if summary is None or (found := pooled(summary.cells)) is None:
         return ""
     low, high = PAPER
-    start, verdict = f"{_AGAINST}, ", f"not told apart from the paper's {low} to {high}"
+    start, verdict = "", f"not told apart from the paper's {low} to {high}"
     if side(found, high) > 0:
-        verdict = f"more than in any of the paper's models (at most {high})"
+        start, verdict = f"{_AGAINST}, ", f"more than in any of the paper's models (at most {high})"
     elif side(found, low) < 0:
-        verdict = f"less than in any of the paper's models (at least {low})"
-    else:
-        start = ""
+        start, verdict = f"{_AGAINST}, ", f"less than in any of the paper's models (at least {low})"
     benchmarks = sum(bool(c.inner) and c.record.higher_is_better for c in summary.cells)
     return (
         f"{start}over inner layers × {counted(benchmarks, 'benchmark')} the cosine score and "

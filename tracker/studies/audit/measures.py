@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -58,7 +58,8 @@ class Ordering:
 class Audited:
     """One cell: drops and proxies of its whole layers, on the same documents in the same order."""
 
-    def __init__(self, subject: Subject, label: str, observed: Observed) -> None:
+    def __init__(self, asked: StudyContext, subject: Subject, label: str) -> None:
+        """Observe what the ledger lacks, and line everything up."""
         self.record: CellRecord = subject.record
         self.label = label
         cell = subject.outcomes()
@@ -67,6 +68,7 @@ class Audited:
         self.strata = cell.strata
         self.not_observed = {proxy.name: cell.not_observed(proxy) for proxy in OBSERVED}
         total = subject.record.model.layers
+        observed = observe(subject, KIND, asked, _begin)
         self.inner = [i for i, at in enumerate(self.layers) if OUTER <= at < total - OUTER]
         ablations = [cell.ablation(run) for run in cell.whole_layers]
         metric, gold = cell.by_metric(ablations), cell.by_gold_logprob(ablations)
@@ -143,16 +145,6 @@ def _coefficient(x: Array, y: Array, name: str) -> float | None:
         return None
     value = float(row_coefficients(x[None], y[None], name)[0])
     return value if np.isfinite(value) else None
-
-
-def audited(
-    asked: StudyContext, subjects: Sequence[Subject], labels: Sequence[str]
-) -> list[Audited]:
-    """Observe what the ledger lacks, and line everything up."""
-    return [
-        Audited(subject, label, observe(subject, KIND, asked, _begin))
-        for subject, label in zip(subjects, labels, strict=True)
-    ]
 
 
 def _begin(engine: Engine) -> Observe:

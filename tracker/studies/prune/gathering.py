@@ -17,9 +17,8 @@ def compared(pursued: Pursued, text: str | None) -> list[Compared]:
     """Put together the searches of each model; `text` is the plain text to calibrate on."""
     groups: dict[object, Compared] = {}
     cells = {cell.place: cell for cell in pursued.outcome.cells}
-    for asked, record, answered in zip(
-        pursued.searches, pursued.records, pursued.tests, strict=True
-    ):
+    for one in pursued.searched:
+        asked, record, answered = one.asked, one.record, one.answered
         shots = asked.cell.num_fewshot
         title = record.model.name + ("" if shots is None else f", {shots}-shot")
         group = groups.setdefault(_model_of(asked), Compared(title, record.model.layers))
