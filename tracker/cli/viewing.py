@@ -97,7 +97,7 @@ def leaderboard(sources: tuple[str, ...], **settings: Any) -> None:
     """
     from tracker import api
 
-    done = api.leaderboard(*sources, progress=Show(error=True), **settings)
+    done = api.join_leaderboards(*sources, progress=Show(error=True), **settings)
     print_boards(done.cells)
     _end_report(done)
 

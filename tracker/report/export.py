@@ -123,7 +123,7 @@ def _markdown(cells: Sequence[CellRecord], path: Path, more: More, findings: Fou
 
 def _latex(cells: Sequence[CellRecord], path: Path, more: More, findings: Found) -> list[Path]:
     def table(made: Table) -> str:
-        styled = _texts(made).style.hide(axis="index").format(escape="latex")
+        styled = texts(made).style.hide(axis="index").format(escape="latex")
         styled = styled.format_index(escape="latex", axis="columns")
         text = styled.to_latex(
             hrules=True, position_float="centering", caption=made.title.translate(_LATEX)
@@ -160,7 +160,7 @@ def boards(cells: Sequence[CellRecord]) -> tuple[list[Table], list[str]]:
     return tables, notes
 
 
-def _texts(made: Table) -> pd.DataFrame:
+def texts(made: Table) -> pd.DataFrame:
     """Write a table for people."""
     rows = [
         [written(entry, heading).text for entry, heading in zip(row, made.headings, strict=True)]
@@ -171,7 +171,7 @@ def _texts(made: Table) -> pd.DataFrame:
 
 def _pipes(made: Table) -> str:
     """Write a table as Markdown."""
-    escaped = _texts(made).map(as_markdown).rename(columns=as_markdown)
+    escaped = texts(made).map(as_markdown).rename(columns=as_markdown)
     text = escaped.to_markdown(index=False, disable_numparse=True)
     return "\n\n".join((as_markdown(made.title), text, *map(as_markdown, made.notes)))
 

@@ -28,6 +28,7 @@ from tracker.ledger.decisions import Decided, Decisions
 _OPTION_COLUMNS = ("gold", "choice_intact", "choice")
 _NUMBERS = ("num_fewshot", "sample_seed", "layer", "span", "doc")
 _MARGINS = ("margin_intact", "margin")
+_SCORES = ("score_intact", "score")
 _TEXT_COLUMNS = ("question", "choices", "answer", "text_intact", "text")
 _DOCUMENT_COLUMNS = (
     *("task", "doc", "change", "question", "choices", "gold", "answer", "choice_intact"),
@@ -89,30 +90,37 @@ def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 
 
 def document_frame(
-    found: Iterable[tuple[CellRecord, Decisions]], private: bool = True
+    found: Iterable[tuple[CellRecord, Decisions]], private: bool = True, changed: bool = True
 ) -> pd.DataFrame:
     """Put every document that a run loses or wins into a data frame.
 
     Args:
         found: Cells, each with what its runs decide.
         private: Whether texts that are not of the hub or a package are among them.
+        changed: Whether only those are in it; otherwise all are, with scores of which more is
+            better.
 
     Returns:
-        One row for each model, benchmark, run and document: `change` is `lost` or `won`, and
-        `missing`, without a run, of a document that was asked for and is not measured; `choices`
-        is a JSON list; `gold`, `choice_intact` and `choice` are options, 0-based; margins are in
-        nats, for a metric that is divided by lengths in nats a character or byte, and without
-        options the log-probability of the answer.
+        One row for each model, benchmark, run and document: `change` is `lost`, `won` or `same`,
+        and `missing`, without a run, of a document that was asked for and is not measured;
+        `choices` is a JSON list; `gold`, `choice_intact` and `choice` are options, 0-based; margins
+        are in nats, for a metric that is divided by lengths in nats a character or byte, and
+        without options the log-probability of the answer.
     """
-    frames = [frame for cell, decided in found for frame in _changed(cell, decided, private)]
-    columns = [*CELL, *WHICH_RUN, *_DOCUMENT_COLUMNS]
+    frames = [
+        frame for cell, decided in found for frame in _frames(cell, decided, private, changed)
+    ]
+    columns = [*CELL, *WHICH_RUN, *_DOCUMENT_COLUMNS, *(() if changed else _SCORES)]
     frame = pd.concat(frames)[columns] if frames else pd.DataFrame(columns=columns)
     whole = dict.fromkeys((*_OPTION_COLUMNS, *_NUMBERS), "Int64")
-    return frame.reset_index(drop=True).astype(whole | dict.fromkeys(_MARGINS, "float64"))
+    numbers = _MARGINS if changed else (*_MARGINS, *_SCORES)
+    return frame.reset_index(drop=True).astype(whole | dict.fromkeys(numbers, "float64"))
 
 
-def _changed(cell: CellRecord, decided: Decisions, private: bool) -> Iterator[pd.DataFrame]:
-    """Lay out the documents that each run loses and wins."""
+def _frames(
+    cell: CellRecord, decided: Decisions, private: bool, changed: bool
+) -> Iterator[pd.DataFrame]:
+    """Lay out the documents that each run loses and wins, or all."""
     texts = [each.text if each and (private or each.public) else None for each in decided.texts]
     shared = pd.DataFrame(
         {
@@ -138,10 +146,12 @@ def _changed(cell: CellRecord, decided: Decisions, private: bool) -> Iterator[pd
     for run, one in decided.runs:
         lost, won = decided.lost(one), decided.won(one)
         frame = shared.assign(**answers(decided.baseline, "_intact"), **answers(one, ""))
-        frame["change"] = np.where(lost, "lost", "won")
+        frame["change"] = np.select([lost, won], ["lost", "won"], "same")
+        frame["score_intact"], frame["score"] = decided.baseline.score, one.score
         about = {column.name: column.value(CellRun(cell, run)) for column in columns}
         # An object column keeps its type, also where it holds nothing.
-        yield frame[lost | won].assign(**about).astype(dict.fromkeys(_TEXT_COLUMNS, "object"))
+        rows = lost | won | (not changed)
+        yield frame[rows].assign(**about).astype(dict.fromkeys(_TEXT_COLUMNS, "object"))
     if decided.missing:
         which = {name: column.value(cell) for name, column in _CELL.items()}
         rows = [

@@ -1,0 +1,155 @@
+"""What was measured, as notebooks and scripts read it."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tracker.core.errors import RequestError, did_you_mean
+from tracker.core.records import CellRecord
+from tracker.ledger.store import Ledger
+from tracker.measuring.derive import every_record
+from tracker.runner import Finished
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from tracker.report.leaderboard.layers import LayerBoard
+
+_ROWS = 10
+"""Layers in the table that a notebook shows."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was measured; a notebook shows the answer and the layers that cost most.
+
+    Attributes:
+        cells: One record a (model, benchmark), in the order of the experiment.
+        report: The report page of the results folder; None where it could not be written.
+        outcome: What failed, what was not published, and where the runs can be seen.
+        experiment: Where the results folder keeps what was asked for, as an experiment file.
+        folder: The results folder.
+
+    Example:
+        >>> results = tracker.load("results")
+        >>> results.layers.sort_values("accuracy_drop")
+        >>> results.plot()
+    """
+
+    cells: tuple[CellRecord, ...] = field(repr=False)  # thousands of figures
+    report: Path | None
+    outcome: Finished
+    experiment: Path | None = None
+    folder: Path = Path("results")
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """One row a (model, benchmark, run): fractions; `layer` is its first layer, 0-based.
+
+        Example:
+            >>> results.layers[["layer", "accuracy_drop", "cosine_score"]]
+        """
+        from tracker.report.frames import layer_frame
+
+        return layer_frame(self.cells)
+
+    @property
+    def correlations(self) -> pd.DataFrame:
+        """One row a (model, benchmark, proxy, coefficient, subset of layers).
+
+        Example:
+            >>> results.correlations.query("proxy == 'cosine_score'")
+        """
+        from tracker.report.frames import correlation_frame
+
+        return correlation_frame(self.cells)
+
+    @property
+    def documents(self) -> pd.DataFrame:
+        """One row a (model, benchmark, run, document): what the model answers, intact and without.
+
+        `change` is `lost`, `won` or `same`; `score_intact` and `score` are the document's metric,
+        of which more is better. Texts are there where the results folder holds them.
+
+        Example:
+            >>> documents = results.documents
+            >>> documents.query("layer == 11 and change == 'lost'")[["question", "answer"]]
+        """
+        from tracker.ledger.decisions import decisions
+        from tracker.report.frames import document_frame
+
+        mine = {cell.place: cell for cell in self.cells}
+        records = every_record(Ledger.existing(self.folder).contents()) if mine else ()
+        found = [(r, decisions(store, view)) for r, store, view in records if r.place in mine]
+        return document_frame([(r, each) for r, each in found if each], changed=False)
+
+    def plot(self, model: str | None = None) -> go.Figure:
+        """Draw what each layer costs, above its cosine score.
+
+        Args:
+            model: Which model, by its name in `layers`; None where there is one.
+
+        Returns:
+            The figure, which a notebook shows.
+
+        Raises:
+            RequestError: There is no such model, there are several, or no benchmark counts.
+
+        Example:
+            >>> results.plot().write_html("layers.html")
+        """
+        from tracker.report.charts.headline import headline
+
+        boards = self._boards()
+        names = list(boards)
+        if model is None and len(boards) > 1:
+            raise RequestError(f"there are several models; say which: plot({names[0]!r})")
+        name = names[0] if model is None and names else model or ""
+        if name not in boards:
+            near = did_you_mean(name, names)
+            raise RequestError(f"there is no model {name!r} here.{near}")
+        if not boards[name].layers:
+            why = "; ".join(f"{what}: {reason}" for what, reason in boards[name].left_out.items())
+            raise RequestError(f"no benchmark of {name} has a picture of all layers. {why}")
+        return headline(boards[name], name).figure()
+
+    def _boards(self) -> dict[str, LayerBoard]:
+        """Rank the layers of each model: its name → that."""
+        from tracker.report.leaderboard.comparable import models_of
+        from tracker.report.leaderboard.layers import layer_board
+        from tracker.report.wording import model_labels
+
+        groups = models_of(self.cells)
+        names = model_labels([group[0].model for group in groups])
+        return {name: layer_board(group) for name, group in zip(names, groups, strict=True)}
+
+    def _repr_html_(self) -> str:
+        """Say the answer, and show the layers that cost most."""
+        from tracker.report.export import texts
+        from tracker.report.leaderboard.claims import answer
+        from tracker.report.leaderboard.tables import layer_board_table
+
+        parts = []
+        for name, board in self._boards().items():
+            parts.append(f"<p><b>{html.escape(name)}</b>: {html.escape(answer(board.claims))}</p>")
+            if board.layers:
+                table = texts(layer_board_table(board, name))
+                parts.append(table.head(_ROWS).to_html(index=False, border=0))
+                if len(table) > _ROWS:
+                    parts.append(f"<p>{_ROWS} of {len(table)} layers; all are in .layers</p>")
+        for what, why in {**self.outcome.failed, **self.outcome.damaged}.items():
+            parts.append(f"<p>{html.escape(what)}: {html.escape(why)}</p>")
+        return "".join(parts) or "<p>Nothing is measured.</p>"
+
+
+def load(folder: Path) -> Results:
+    """Read what a results folder holds; ResultsError where there is none."""
+    contents = Ledger.existing(folder).contents()
+    cells = [record for record, _, _ in every_record(contents) if record.n]
+    outcome = Finished(cells=cells, damaged=contents.damaged)
+    page = folder / "report.html"
+    return Results(tuple(cells), page if page.exists() else None, outcome, folder=folder)
