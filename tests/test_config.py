@@ -222,11 +222,23 @@ def test_a_file_that_is_no_experiment(load, text: str, said: str) -> None:
         load(text)
 
 
+def test_a_flat_file_is_shown_as_it_should_be(load) -> None:
+    with pytest.raises(ExperimentError) as caught:
+        load("model: m\nbenchmark: arc_easy\nsample: 100\n")
+    head, _, shape = str(caught.value).partition("Write:\n\n")
+    assert head.endswith("'model', 'benchmark', 'sample' at the top belong under 'parameters'. ")
+    (cell,) = load(shape).cells()
+    assert (cell.model, cell.benchmark, cell.sample) == ("m", "arc_easy", 100)
+
+
 def test_a_missing_file_names_the_nearest(tmp_path) -> None:
     (tmp_path / "smollm2.yaml").write_text(MINIMAL)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "demo.yaml").write_text(MINIMAL)
     (tmp_path / "latin.yaml").write_bytes("name: Größe\n".encode("latin-1"))
     for name, said in (
-        ("smolm2.yaml", "there is no experiment file .*Did you mean 'smollm2.yaml'?"),
+        ("smolm2.yaml", "there is no experiment file .*Did you mean '.*/smollm2.yaml'"),
+        ("demo.yml", r"Did you mean '.*/experiments/demo\.yaml'\?"),
         ("no-folder/x.yaml", "there is no experiment file"),
         ("", "cannot be read"),
         ("latin.yaml", "cannot be read: it is no UTF-8 text"),

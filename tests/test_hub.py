@@ -107,7 +107,7 @@ def test_no_hub_at_all(asked, two_models):
     found = asked.give("validate", two_models, HF_ENDPOINT=nobody)
     assert (asked.code, len(asked.lines)) == (0, 3)
     assert "Connection refused" in found
-    assert "Offline: copy the model's folder" in found
+    assert "Without the hub: copy the model's folder" in found
 
 
 @pytest.mark.parametrize(

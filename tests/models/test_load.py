@@ -134,7 +134,10 @@ def test_weights_that_are_missing_or_of_another_shape(tiny_llama, changes, said:
 # (no CUDA) or AcceleratorError.
 @pytest.mark.parametrize(
     ("device", "said"),
-    [("gpu", "unknown device 'gpu'; use auto, spread, cpu, cuda"), ("cuda:99", "cuda:99")],
+    [
+        ("gpu", "unknown device 'gpu'; a GPU is called cuda here, or mps on a Mac; use auto"),
+        ("cuda:99", "cuda:99"),
+    ],
 )
 def test_a_device_that_is_not_there_is_refused(tiny_llama, device: str, said: str) -> None:
     with pytest.raises(ModelError, match=said):

@@ -321,7 +321,9 @@ class TestConfiguration:
 
     def test_a_hub_model_offline_says_what_to_do(self) -> None:
         said = r"nobody/no-such-model is neither a folder here nor reachable on the hub.*"
-        with pytest.raises(ModelError, match=said + r"Offline: copy the model's folder to this"):
+        with pytest.raises(
+            ModelError, match=said + r"Without the hub: copy the model's folder to this"
+        ):
             read_config(find_model("nobody/no-such-model"))
 
     @pytest.mark.parametrize("text", ["{", '{"model_type": "xyzzy"}', "{}"])

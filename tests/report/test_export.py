@@ -103,9 +103,7 @@ def test_what_does_not_count_is_said(two_models: list[CellRecord], tmp_path: Pat
     odd = build_cell("c", model="base|model")
     tables, notes = boards([*two_models, odd])
     assert len(tables) == 3
-    assert notes == [
-        "Models: c · 0-shot does not count: not measured, or otherwise, for instruct_50%."
-    ]
+    assert notes == ["Models: c · 0-shot does not count: no such measurement of instruct_50%."]
     (path,) = export([*two_models, odd], "md", tmp_path / "r.md")
     assert notes[0] in path.read_text()
 

@@ -136,9 +136,7 @@ def test_more_documents_of_one_model_take_nobodys_rank() -> None:
     # The colleague adds to what was there …
     board = model_board([*few, many])
     assert board.models == before.models
-    assert board.left_out == {
-        "arc_easy · 0-shot · 400 documents": "not measured, or otherwise, for b, c"
-    }
+    assert board.left_out == {"arc_easy · 0-shot · 400 documents": "no such measurement of b, c"}
     # … or it is gone: the others are still ranked, and it is said why one is not.
     board = model_board([many, *few[1:]])
     assert {name for name, rank in named(board).items() if rank is None} == {"a"}

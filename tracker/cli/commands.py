@@ -36,7 +36,7 @@ from tracker.cli.printing import (
 )
 from tracker.cli.terminal import Show, begin, quiet, say
 from tracker.core.ablations import first_run
-from tracker.core.config import EXECUTORS, KEYS, CellRequest, cell_request, run_request
+from tracker.core.config import EXECUTORS, KEYS, SEVERAL, CellRequest, cell_request, run_request
 from tracker.core.distribution import __version__
 from tracker.core.experiment import is_of_searches, load_experiment
 from tracker.core.formats import counted
@@ -133,6 +133,8 @@ def run(
     """
     typed = {key: how.pop(key) for key in KEYS}
     typed = {key: value for key, value in typed.items() if value is not None}
+    if SEVERAL.fullmatch(typed.get("benchmark", "")):  # as lm-eval's --tasks takes them
+        typed["benchmark"] = [name.strip() for name in typed["benchmark"].split(",")]
     file = _file_of(experiment, typed)
     from tracker import api
 

@@ -224,8 +224,11 @@ def print_boards(cells: Sequence[CellRecord]) -> None:
         for note in made.notes:
             say(note)
         say()
-    for note in (LAYER_RULE, *((MODEL_RULE,) if len(boards_of) > 1 else ()), INTERVAL_RULE, *notes):
+    for note in (LAYER_RULE, *((MODEL_RULE,) if len(boards_of) > 1 else ()), INTERVAL_RULE):
         say(note)
+    if notes:
+        more = f" And {len(notes) - _SAID} more, which the page names." if notes[_SAID:] else ""
+        say(f"left out: {' '.join(notes[:_SAID])}{more}")
 
 
 def print_end(outcome: Finished, page: Path | None) -> None:
@@ -247,6 +250,8 @@ def print_end(outcome: Finished, page: Path | None) -> None:
     print_each("damaged", outcome.damaged)
 
 
+_SAID = 3
+"""So many of what a leaderboard left out are named."""
 _MANY = 100_000
 """More documents than this are not proposed."""
 _COMMAND = re.compile(r"((?:\w+=(?:'[^']*'|\S*) )*)(\S*)(.*)", re.DOTALL)
@@ -302,13 +307,19 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         Column("reveals", "count", lambda cell: _revealed(cell)[0]),
         Column(f"for {100 * MEANT:.0f} pp", "count", lambda cell: _revealed(cell)[1]),
     )
+    total = sum(map(seconds, cells))
+    if all(cell.measured or cell.shared for cell in cells):
+        say(f"{sum(cell.runs for cell in cells)} runs: all are measured already")
+    else:
+        say(
+            f"{sum(cell.runs for cell in cells)} runs, at least {_duration(total)}, at {rates}. "
+            "Real work reaches a part of that rate"
+        )
+    say()
     print_table(table("", columns, cells))
     say(
-        f"{sum(cell.runs for cell in cells)} runs, at least "
-        f"{_duration(sum(map(seconds, cells)))} at {rates}; real work reaches a part of that rate. "
-        "self-check: what the model answers once more, plainly; besides, each architecture is "
-        "checked once on a miniature, which takes a fraction of a second a layer and is kept in "
-        "the results folder"
+        "self-check: so much of the work is done once more, on the really changed model. Besides, "
+        "each architecture is stress-tested once on a tiny copy"
     )
     for cell in cells:
         if cell.request.until is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Literal
@@ -60,6 +61,14 @@ def several(given: Any) -> Any:
     return tuple(given) if isinstance(given, list) else given
 
 
+def _one_benchmark(name: str) -> str:
+    """Refuse several where one is asked for."""
+    if SEVERAL.fullmatch(name):
+        several = ", ".join(part.strip() for part in name.split(","))
+        raise ValueError(f"these are several; give one, or values: [{several}]")
+    return name
+
+
 def understood(text: str) -> str:
     """Write a question as it is understood."""
     return str(question(text))
@@ -67,6 +76,8 @@ def understood(text: str) -> str:
 
 Folders = Annotated[tuple[Name, ...], BeforeValidator(several)]
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_ascending)]
+SEVERAL = re.compile(r"[\w-]+(\s*,\s*[\w-]+)+")
+"""Names of benchmarks as lm-eval's command line takes several."""
 EXECUTORS = ("local", "ray", "slurm")
 """Where cells may be measured."""
 MAX_LAYERS = 10_000
@@ -91,7 +102,7 @@ class CellRequest(Strict):
 
     model: Name
     """Hub id, folder, .gguf file, or package:NAME."""
-    benchmark: Name
+    benchmark: Annotated[Name, AfterValidator(_one_benchmark)]
     """lm-eval's task or group, a YAML file, corpus:…"""
     layers: tuple[Count, ...]
     """The layer, 0-based."""

@@ -337,6 +337,13 @@ def _understood(raw: Any, name: str, kind: type[S], expand: Callable[[S], object
         raise ExperimentError(
             f"{name} holds no mapping; an experiment file starts with 'method: grid'"
         )
+    is_flat = kind is Experiment and "parameters" not in raw
+    if is_flat and (flat := {key: raw[key] for key in KEYS if key in raw}):
+        shape = yaml.safe_dump(with_settings(None, flat), sort_keys=False, default_flow_style=None)
+        raise ExperimentError(
+            f"{name}: {', '.join(map(repr, flat))} at the top belong under 'parameters'. "
+            f"Write:\n\n{shape}"
+        )
     try:
         refuse_searches(raw)
         file = kind.model_validate(raw)

@@ -62,13 +62,18 @@ def ask(name: str, file: str, revision: str | None = None, kind: str = "model") 
         _give_up(refusal(name, error))
 
 
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+"""What tells huggingface_hub to ask nobody, in its order."""
+
+
 @cache
 def _look() -> None:
     """Ask the hub's own address, once, and give it up where it does not answer."""
     from huggingface_hub import constants
 
     if constants.is_offline_mode():
-        _give_up("HF_HUB_OFFLINE is set")
+        name = next((n for n in _OFFLINE if n in os.environ), _OFFLINE[0])
+        _give_up(f"{name} is set in the environment of this command; unset {name} to ask the hub")
         return
     # The library's own address, or the mirror of HF_ENDPOINT.
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")

