@@ -126,6 +126,8 @@ def test_the_terminal_shows_answers_tables_and_what_is_lacking(
     for words in ("Do layers add up?", "  No.", "12.5 (10.0 to 15.0)", "– the baseline is at"):
         assert words in said
     assert "could not be said: piqa: at chance" in said
+    (dash,) = (line for line in said.splitlines() if line.startswith("– the baseline is at"))
+    assert dash.endswith("at chance (drop)"), "it names the column"
 
 
 def test_reports_for_papers_hold_the_tables_too(tmp_path: Path) -> None:

@@ -205,9 +205,13 @@ def print_finding(finding: FindingRecord) -> None:
     for made in finding.tables:
         say()
         print_table(made)
-        entries = (entry for row in made.rows for entry in row if isinstance(entry, Estimate))
-        reasons = {entry.reason for entry in entries if entry.reason}
-        for line in (*made.notes, *(f"{DASH} {why}" for why in sorted(reasons))):
+        reasons: dict[str, dict[str, None]] = {}
+        for row in made.rows:
+            for entry, heading in zip(row, made.headings, strict=True):
+                if isinstance(entry, Estimate) and entry.reason:
+                    reasons.setdefault(entry.reason, {})[heading.label] = None
+        dashes = (f"{DASH} {why} ({', '.join(where)})" for why, where in sorted(reasons.items()))
+        for line in (*made.notes, *dashes):
             say(line)
     for line in finding.lacking:
         say(f"could not be said: {line}")
@@ -401,15 +405,17 @@ def print_plan_of_searches(
         Column("time at least", "count", lambda row: _duration(seconds(row))),
     )
     rows = [*searches, *tests]
-    print_table(table("", columns, rows))
+    total = sum(map(seconds, rows))
     say(
-        f"{counted(len(searches), 'search')}, at least "
-        f"{_duration(sum(map(seconds, rows)))} at {rates}; real work reaches a part of that rate. "
-        "TFLOP: what no search above it has asked for, as if nothing were measured yet; "
-        "evaluations and passes: those of the search alone. Which sets are tried is made up, so "
-        "that passes and TFLOP are near what it will be. Besides, sharing is checked before each "
-        "kind of removal"
+        f"{counted(len(searches), 'search')}, at least {_duration(total)} at {rates}. Real work "
+        "reaches a part of that rate"
     )
+    say()
+    print_table(table("", columns, rows))
+    say("TFLOP: what no search above it has asked for, as if nothing were measured yet")
+    say("evaluations and passes: those of the search alone")
+    say("Which sets are tried is made up, so passes and TFLOP are near what they will be")
+    say(f"{DASH}: the search looks at no document, or the figure belongs to the other kind of row")
 
 
 def _until(cell: PlannedCell) -> str:

@@ -81,7 +81,7 @@ def grouped(records: Sequence[PruneRecord]) -> list[list[PruneRecord]]:
 
 def _level(record: PruneRecord, level: Estimate) -> str:
     if level.value is None:
-        return "undefined"
+        return f"undefined ({level.reason or _NO_SCORE})"
     return level_text(level, "%" if record.higher_is_better else "")
 
 
@@ -196,8 +196,8 @@ def _table(records: Sequence[PruneRecord]) -> Table:
 
     columns: tuple[Column[PruneRecord | None], ...] = (
         Column("strategy", "text", lambda one: labels[one.name] if one else "unpruned"),
-        Column("amount", "text", lambda one: one.amount if one else ""),
-        Column("removed", "text", lambda one: ", ".join(map(str, one.removed)) if one else ""),
+        Column("amount", "text", lambda one: one.amount if one else "nothing"),
+        Column("removed", "text", lambda one: ", ".join(map(str, one.removed)) if one else "none"),
         Column(_tested(first.higher_is_better), _unit(first), level, _NO_SCORE),
         Column("lost", _unit(first, "points"), drop, _NO_SCORE),
         *cost_columns(lambda one: [one] if one else []),
