@@ -321,8 +321,9 @@ class TestConfiguration:
 
     def test_a_hub_model_offline_says_what_to_do(self) -> None:
         said = r"nobody/no-such-model is neither a folder here nor reachable on the hub.*"
+        said += r"HF_HUB_OFFLINE is set in the environment of this command; unset HF_HUB_OFFLINE.*"
         with pytest.raises(
-            ModelError, match=said + r"Without the hub: copy the model's folder to this"
+            ModelError, match=said + r"Without the hub: copy the model's folder to this.* package:"
         ):
             read_config(find_model("nobody/no-such-model"))
 

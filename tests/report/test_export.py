@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from tests.studies.test_findings import FINDING
+from tracker.cli.printing import print_boards
 from tracker.core.distribution import install_extra
 from tracker.core.errors import RequestError
 from tracker.core.formats import fixed, points
@@ -106,6 +107,16 @@ def test_what_does_not_count_is_said(two_models: list[CellRecord], tmp_path: Pat
     assert notes == ["Models: c · 0-shot does not count: no such measurement of instruct_50%."]
     (path,) = export([*two_models, odd], "md", tmp_path / "r.md")
     assert notes[0] in path.read_text()
+
+
+def test_the_terminal_says_in_a_line_what_does_not_count(
+    two_models: list[CellRecord], capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_boards([*two_models, *(build_cell(name, model="base|model") for name in "cdefg")])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "not count" in line)
+    assert line.startswith("left out: Models: c · 0-shot does not count: no such measurement of")
+    assert line.count("does not count") == 3
+    assert line.endswith("And 2 more, which the page names.")
 
 
 def test_figures_are_drawn(two_models: list[CellRecord], tmp_path: Path) -> None:
