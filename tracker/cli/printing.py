@@ -82,6 +82,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None, brief: bool = 
 
 def print_measured(cells: Sequence[CellRecord]) -> None:
     """Print what was found: an answer a model, the intact models, and which runs do something."""
+    from tracker.report.caveats import looks_note, rounding_note
     from tracker.report.leaderboard.claims import answer, claims, shown_in
     from tracker.report.wording import beneath, correlation, row_labels, short_correlation
 
@@ -135,9 +136,11 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
         if any(verdict != "open" for verdict in shown_in(cell, cell.runs)):
             print_cell(cell, brief=True)
         else:
-            says = beneath(cell).strip(), "" if cell.answer is None else statement(cell.answer)
+            answered = "" if cell.answer is None else statement(cell.answer)
             rest = _unlisted(len(cell.runs), len(cell.runs))
-            say(f"{cell.heading}: {' '.join(filter(None, (*says, rest)))}")
+            say(f"{cell.heading}: {beneath(cell)}{rest}")
+            for line in filter(None, (looks_note(cell), rounding_note(cell), answered)):
+                say(line)
 
 
 def _unlisted(count: int, of: int) -> str:
