@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from html import unescape
+from inspect import isfunction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,7 +101,10 @@ def test_tracking_backends_are_a_text_or_a_list(said: Any, meant: list[str]) -> 
 
 def test_dir_shows_what_there_is() -> None:
     assert {"run", "load", "leaderboard", "Results"} <= {*dir(tracker)}
-    assert all(getattr(tracker, name) for name in dir(tracker))
+    found = [getattr(tracker, name) for name in dir(tracker)]
+    assert all(found)
+    lacking = [one for one in found if isfunction(one) and "Example:" not in (one.__doc__ or "")]
+    assert not lacking
 
 
 def test_a_bar_is_shown_in_notebooks_alone(monkeypatch: Any, capsys: Any) -> None:
