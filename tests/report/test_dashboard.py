@@ -268,7 +268,9 @@ class TestAcross:
 class TestPage:
     def test_every_chart_has_its_box_and_is_valid(self, page: str) -> None:
         figures = drawn(page)
-        assert sorted(re.findall(r'class="chart" id="([^"]+)"', page)) == sorted(figures)
+        assert sorted(re.findall(r'class="chart" role="img" [^>]*id="([^"]+)"', page)) == sorted(
+            figures
+        )
         for data, layout in figures.values():
             figure = Figure(data, layout | {"template": style.TEMPLATE})
             assert figure.layout.height >= 150
