@@ -421,14 +421,14 @@ def _turns(cells: Sequence[CellRecord]) -> str:
         "each span of layers": "layer" in spans,
         "the attention or MLP of each span": bool(spans - {"layer"}),
     }
-    removed = _listed([words for words, there in shown.items() if there])
-    replaced = _listed([w for done, w in REPLACED_BY.items() if Kind(intervention=done) in found])
+    removed = listed([words for words, there in shown.items() if there])
+    replaced = listed([w for done, w in REPLACED_BY.items() if Kind(intervention=done) in found])
     clauses = [f"{removed} was removed in turn"] if removed else []
     clauses += [f"each layer was replaced by {replaced} in turn"] if replaced else []
     return "; ".join(clauses)
 
 
-def _listed(words: Sequence[str]) -> str:
+def listed(words: Sequence[str], joint: str = "and") -> str:
     """Put words in a row: `a, b and c`."""
     *others, last = words or [""]
-    return f"{', '.join(others)} and {last}" if others else last
+    return f"{', '.join(others)} {joint} {last}" if others else last

@@ -15,7 +15,7 @@ from tracker.core.formats import counted, measure_of
 from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.outcome_variance import outcome_variance
 from tracker.report.leaderboard.comparable import countable
-from tracker.report.wording import benchmark_labels
+from tracker.report.wording import benchmark_labels, capital, listed
 from tracker.stats.combined import mean
 from tracker.stats.support import Verdict, pairs, ranks, together, verdicts
 
@@ -207,8 +207,7 @@ def answer(found: Claims) -> str:
     if not found.layers:
         return "No benchmark counts yet, so nothing can be said of the layers."
     costly, undecided = found.costly, found.open
-    level = measure_of(found.cells[0]).level
-    level = f"{level[:1].upper()}{level[1:]}"
+    level = capital(measure_of(found.cells[0]).level)
     falls, rises = ("falls", "rises") if found.is_accuracy else ("rises", "falls")
     on = f"{'on average over' if len(found.cells) > 1 else 'on'} {name_benchmarks(found.cells)}"
     sentences = []
@@ -248,7 +247,7 @@ def basis(found: Claims) -> str:
     """Say on what it rests."""
     counts = [*dict.fromkeys(cell.documents for cell in found.cells)]
     each = " each" if len(found.cells) > 1 and len(counts) == 1 else ""
-    return f"{_listed(counts)}{each}; 95 % confidence for all layers together"
+    return f"{listed(counts)}{each}; 95 % confidence for all layers together"
 
 
 def _at_chance(cell: CellRecord) -> bool:
@@ -330,14 +329,9 @@ def _undecided(found: Claims, count: int) -> str:
 def name_benchmarks(cells: Sequence[CellRecord]) -> str:
     """Name benchmarks, each as shortly as tells it from the others."""
     titles = [cell.benchmark.title for cell in cells]
-    return _listed(titles if len({*titles}) == len(titles) else benchmark_labels(cells))
+    return listed(titles if len({*titles}) == len(titles) else benchmark_labels(cells))
 
 
 def _layers(layers: Sequence[int], joint: str) -> str:
     plural = "s" if len(layers) > 1 and joint == "and" else ""
-    return f"layer{plural} {_listed([*map(str, layers)], joint)}"
-
-
-def _listed(words: Sequence[str], joint: str = "and") -> str:
-    *others, last = words
-    return f"{', '.join(others)} {joint} {last}" if others else last
+    return f"layer{plural} {listed([*map(str, layers)], joint)}"

@@ -13,7 +13,7 @@ from tracker.core.records import CellRecord
 from tracker.report.layer_figures import relevance_estimate
 from tracker.report.leaderboard.claims import Claims, claims
 from tracker.report.leaderboard.comparable import countable
-from tracker.stats.combined import mean
+from tracker.stats.combined import mean, ratio
 from tracker.stats.rank_agreement import places
 from tracker.stats.support import pairs, together
 from tracker.stats.support import ranks as rank_intervals
@@ -117,22 +117,12 @@ def _rank_intervals(cells: Sequence[CellRecord], layers: Sequence[int]) -> list[
     What the baseline has above chance scales all layers of a benchmark alike, so it is held fixed:
     it changes no order on a benchmark.
     """
+    above = [(cell.baseline_accuracy or 0.0) - (cell.chance_accuracy or 0.0) for cell in cells]
+    scales = [Estimate(size, size, size) for size in above]
     scaled = []
     for layer in layers:
         runs = [cell.runs_of()[layer] for cell in cells]
-        family = pairs(len(layers))
-        wide = together([run.drop for run in runs], [run.n for run in runs], family)
-        scaled.append(
-            mean([_over(drop, _above_chance(cell)) for cell, drop in zip(cells, wide, strict=True)])
-        )
+        drops, counts = [run.drop for run in runs], [run.n for run in runs]
+        wide = together(drops, counts, pairs(len(layers)))
+        scaled.append(mean([*map(ratio, wide, scales)]))
     return rank_intervals(scaled)
-
-
-def _above_chance(cell: CellRecord) -> float:
-    return (cell.baseline_accuracy or 0.0) - (cell.chance_accuracy or 0.0)
-
-
-def _over(drop: Estimate, size: float) -> Estimate:
-    if drop.value is None or drop.low is None or drop.high is None:
-        return Estimate(None)
-    return Estimate(drop.value / size, drop.low / size, drop.high / size)
