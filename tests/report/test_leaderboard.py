@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from statistics import NormalDist
@@ -11,6 +12,7 @@ import pytest
 from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord
 from tracker.report.layer_figures import relevance_estimate
+from tracker.report.leaderboard.claims import claims
 from tracker.report.leaderboard.comparable import setting
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.leaderboard.models import ModelBoard, model_board
@@ -109,6 +111,17 @@ def test_models_are_ranked_on_what_all_of_them_share() -> None:
     wide = NormalDist().inv_cdf(1 - 0.025 / LAYERS) / NormalDist().inv_cdf(0.975)
     half = (cells[0].runs[0].accuracy_drop_high - cells[0].runs[0].accuracy_drop_low) / 2
     assert solid.costly == sum(r.accuracy_drop - wide * half > 0 for r in cells[0].runs)
+
+
+def test_drops_of_right_and_wrong_are_widened_by_one_quantile() -> None:
+    """Was Student's in the answer, and the normal one in the verdicts beside it."""
+    wide = NormalDist().inv_cdf(1 - 0.025 / LAYERS) / NormalDist().inv_cdf(0.975)
+    for names in (["arc_easy"], ["arc_easy", "piqa"]):
+        cells = [build_cell(name, n=12) for name in names]
+        runs = [cell.runs_of()[3] for cell in cells]
+        half = [(run.accuracy_drop_high - run.accuracy_drop_low) / 2 for run in runs]
+        drop = claims(cells).drops[3]
+        assert drop.high - drop.value == pytest.approx(wide * math.hypot(*half) / len(cells))
 
 
 def some_layers(cell: CellRecord, *layers: int) -> CellRecord:

@@ -141,9 +141,10 @@ class RunRecord(RunIdentity):
 
     @property
     def drop(self) -> Estimate:
-        """The accuracy drop with its interval."""
+        """The accuracy drop with its interval and its exact p-value."""
         ends = (self.accuracy_drop_low, self.accuracy_drop_high)
-        return Estimate(self.accuracy_drop, *ends, reason=self.reasons.get("accuracy_drop"))
+        why = self.reasons.get("accuracy_drop")
+        return Estimate(self.accuracy_drop, *ends, self.mcnemar_p, why)
 
     @property
     def gold(self) -> Estimate:

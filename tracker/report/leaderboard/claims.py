@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
 from tracker.core.estimates import Estimate
@@ -190,7 +190,7 @@ def shown_in(cell: CellRecord, runs: Sequence[RunRecord]) -> list[Verdict]:
     Returns:
         What is shown of each.
     """
-    drops = [replace(run.drop, p_value=run.mcnemar_p) for run in runs]
+    drops = [run.drop for run in runs]
     return verdicts(drops if cell.is_raced else together(drops, [run.n for run in runs]))
 
 
@@ -259,9 +259,7 @@ def _mean_drop(cells: Sequence[CellRecord], layer: int, family: int) -> Estimate
     """The mean drop of a layer, with an interval that holds for a family of layers."""
     runs = [cell.runs_of()[layer] for cell in cells]
     wide = together([run.drop for run in runs], [run.n for run in runs], family)
-    if len(runs) == 1:  # the exact test stands beside the interval
-        return replace(wide[0], p_value=runs[0].mcnemar_p)
-    return mean(wide)
+    return mean(wide) if len(wide) > 1 else wide[0]  # with its exact test
 
 
 def _together(
