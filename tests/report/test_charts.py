@@ -77,6 +77,21 @@ def test_charts_without_any_number() -> None:
         figure.to_json()
 
 
+def test_what_is_open_is_faint() -> None:
+    """Was strong where its own interval left 0 out, as one of twenty that show nothing does."""
+    cell = build_cell()
+    low, high = cell.runs[4].accuracy_drop_low, cell.runs[4].accuracy_drop_high
+    half = (high - low) / 2  # 3.15 / 1.96 of it is the half for thirty layers
+    for layer, drop in ((4, 1.5 * half), (5, 1.7 * half)):
+        ends = {"accuracy_drop_low": drop - half, "accuracy_drop_high": drop + half}
+        cell = with_layer(cell, layer, accuracy_drop=drop, mcnemar_p=1e-6, **ends)
+    drops = trace(charts.layer_curve(cell), "accuracy drop")
+    scatter = trace(charts.proxy_scatter(cell), "inner")
+    for points, layers in ((drops, drops.x), (scatter, map(int, scatter.text))):
+        strength = dict(zip(layers, points.marker.opacity, strict=True))
+        assert (strength[4] < 1, strength[5]) == (True, 1)
+
+
 def test_scatter_holds_every_layer_once() -> None:
     cell = with_layer(build_cell(), 4, cosine_score=None)
     figure = charts.proxy_scatter(cell)

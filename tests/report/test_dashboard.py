@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 from pathlib import Path
+from statistics import NormalDist
 
 import pandas as pd
 import pytest
@@ -20,7 +21,7 @@ from tracker.report.leaderboard.claims import answer
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.leaderboard.models import model_board
 from tracker.report.leaderboard.pairs import compare, pairs_of
-from tracker.report.leaderboard.proxies import agreements, cosine_ranks, misjudged, rankings
+from tracker.report.leaderboard.proxies import agreements, cosine_ranks, misjudged
 from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 from tracker.report.leaderboard.tables import difference_table, layer_board_table, misjudged_table
 from tracker.report.page.html import render_page, render_report
@@ -115,29 +116,30 @@ class TestOverview:
 
 
 class TestRanks:
-    def test_the_map_counts_every_layer_once_a_benchmark(self) -> None:
-        cells = study()
-        found = rankings(cells)
-        grid = ranks.rank_map(cells, "m").figure().data[0]
-        counts = [count for row in grid.z for count in row if count is not None]
-        assert sum(counts) == sum(len(ranking.rows) for ranking in found) == 3 * LAYERS - 2
-        for ranking, cell in zip(found, cells, strict=True):
-            drops = {record.layer: record.accuracy_drop for record in cell.whole_layers}
-            for layer, true, _ in ranking.rows:
-                level = [other for other, *_ in ranking.rows if drops[other] == drops[layer]]
-                above = sum(drops[other] > drops[layer] for other, *_ in ranking.rows)
-                assert true == above + (len(level) + 1) / 2
-        # Layers that tie stand between two ranks, and the map has places there.
-        assert any(true % 1 for ranking in found for _, true, _ in ranking.rows)
-        assert list(grid.x) == [place / 2 for place in range(2, 2 * LAYERS + 1)]
+    def test_a_layer_is_strong_where_its_ranks_miss_the_diagonal(self) -> None:
+        board = layer_board([build_cell(n=2000)])
+        by_cosine = cosine_ranks(board)
+        drawn = ranks.rank_chart(board, "m")
+        points = drawn.figure().data[1]
+        off = []
+        for place, standing in enumerate(board.ranked):
+            layer, rank = standing.layer, points.y[place]
+            assert (points.text[place], points.x[place]) == (str(layer), by_cosine[layer])
+            best = rank - points.error_y.arrayminus[place]
+            worst = rank + points.error_y.array[place]
+            assert (best, worst) == (standing.best_rank, standing.worst_rank)
+            if not best <= points.x[place] <= worst:
+                off.append(layer)
+            assert (points.marker.opacity[place] == 1) == (layer in off)
+        assert off
+        assert f"m: {len(off)} of {LAYERS} layers are shown to stand elsewhere" in drawn.title
 
-    def test_what_is_off_the_diagonal_is_the_share_in_the_title(self) -> None:
-        cell = build_cell()
-        (ranking,) = rankings([cell])
-        off = sum(true != proxy for _, true, proxy in ranking.rows)
-        title = ranks.rank_map([cell], "m").title
-        assert f"exact ranks differ for {100 * off / LAYERS:.1f} % of the layers" in title
-        assert f"those of two random orders for {100 * by_chance(cell):.1f} %" in title
+    def test_nothing_is_strong_where_ranks_are_open(self) -> None:
+        drawn = ranks.rank_chart(layer_board([build_cell(n=8)]), "m")
+        assert {*drawn.figure().data[1].marker.opacity} == {style.OPEN}
+        assert "none of 30 layers is shown to stand elsewhere" in drawn.title
+        unscored = with_layer(build_cell(), 4, cosine_score=None)
+        assert ranks.rank_chart(layer_board([unscored]), "m") is None
 
     def test_the_most_misjudged_layer_comes_first(self) -> None:
         board = layer_board([build_cell(n=2000)])
@@ -150,9 +152,7 @@ class TestRanks:
         assert found
         assert found[0].off == max(outside.values())
         assert [one.off for one in found] == sorted((one.off for one in found), reverse=True)
-        assert [one.off for one in found] == sorted(filter(lambda off: off > 0, outside.values()))[
-            ::-1
-        ][:10]
+        assert len(found) == sum(off > 0 for off in outside.values())
         row = as_read(misjudged_table(board, "m")).rows[0]
         first = found[0]
         assert [value.text for value in row[:4]] == [
@@ -221,11 +221,12 @@ class TestAcross:
         rows = read(page).tables["model-board"]
         for row, one in zip(rows, board.models, strict=True):
             texts = [text for text, _ in row]
-            assert texts[:2] == [str(one.rank), one.model.name]
+            assert texts[:2] == [f"{one.best_rank} to {one.worst_rank}", one.model.name]
             assert texts[2].startswith(two_digits(one.relevance.value))
             assert texts[3].startswith(points(one.drop.value))
             worst = "–" if one.worst_layer is None else str(one.worst_layer)
             assert texts[4:] == [worst, str(one.costly), str(one.layers)]
+        assert f"<li>{board.open}</li>" in page
         assert "Benchmarks that count: arc_easy · 0-shot." in page
         for name, why in board.left_out.items():
             assert f"<li>{name}: {why}</li>" in page
@@ -245,13 +246,21 @@ class TestAcross:
                 value = table.rows[layer][place + 1]
                 figures = (estimate.value, estimate.low, estimate.high)
                 assert (value.value, value.low, value.high) == pytest.approx(figures)
-        sure = sum(
-            estimate.low > 0 or estimate.high < 0
-            for mine, theirs in zip(one, other, strict=True)
-            for estimate in compare(mine, theirs).values()
-        )
-        title = across.difference_title(pair)
-        assert f"; {sure} of {LAYERS * len(benchmarks)} intervals exclude 0" in title
+
+    def test_differences_that_are_shown_hold_all_together(self) -> None:
+        base, other = (build_cell(model=name, seed=1) for name in ("base", "other"))
+        low, high = base.runs[0].accuracy_drop_low, base.runs[0].accuracy_drop_high
+        wide = NormalDist().inv_cdf(1 - 0.025 / LAYERS) / NormalDist().inv_cdf(0.975)
+        needed = wide * 2**0.5 * (high - low) / 2
+        for layer, times in ((5, 0.9), (6, 1.1)):
+            ends = ("accuracy_drop", "accuracy_drop_low", "accuracy_drop_high")
+            moved = {end: getattr(other.runs[layer], end) - times * needed for end in ends}
+            other = with_layer(other, layer, **moved)
+        ((pair,), _) = pairs_of([base, other])
+        assert [shared.shown for shared in pair.comparisons] == [{6}]
+        assert "; shown: 1 of 30 differences, such as layer 6" in across.difference_title(pair)
+        (points,) = across.difference_chart(pair).figure().data
+        assert [x for x, y in zip(points.x, points.marker.opacity, strict=True) if y == 1] == [6]
 
     def test_only_equal_settings_and_depths_are_paired(self) -> None:
         base = build_cell(model="base")

@@ -16,6 +16,7 @@ from tracker.core.tables import Table
 from tracker.report import caveats, sentences, tables, wording
 from tracker.report.charts import cells as charts
 from tracker.report.charts import headline, maps
+from tracker.report.charts.ranks import rank_chart
 from tracker.report.export import boards
 from tracker.report.leaderboard.claims import answer
 from tracker.report.leaderboard.comparable import models_of
@@ -123,7 +124,9 @@ def said(cells: list[CellRecord]) -> Iterator[str]:
     yield from notes
     for group in models_of(cells):
         board = layer_board(group)
-        yield from ("", answer(board.claims), sentences.ranks_differ(group))
+        yield from ("", answer(board.claims))
+        ranked = rank_chart(board, "MODEL")
+        yield ranked.title if ranked else "no ranks"
         yield maps.heat_title(group)
         if board.layers:
             drawn = headline.headline(board, "MODEL")

@@ -19,7 +19,7 @@ from tracker.report.leaderboard.models import ModelBoard, model_board
 from tracker.report.leaderboard.pairs import compare
 from tracker.report.leaderboard.proxies import agreements
 
-from .conftest import LAYERS, build_cell
+from .conftest import LAYERS, build_cell, with_layer
 
 
 def relevances(cells: list[CellRecord], layer: int) -> list[float]:
@@ -138,6 +138,44 @@ def test_a_model_is_ranked_on_all_its_layers() -> None:
     assert board.models[-1].relevance == Estimate(
         None, reason="it lacks what the others are ranked on"
     )
+
+
+def test_models_are_told_apart_where_their_intervals_are() -> None:
+    """Was a place each, 1 and 2, however little their documents say of it."""
+    for documents, apart in ((160, False), (200_000, True)):
+        cells = [build_cell(model="weak", n=documents, baseline=0.5)]
+        cells.append(build_cell(model="solid", n=documents, baseline=0.9))
+        found = model_board(cells)
+        assert named(found) == {"solid": 1, "weak": 2}
+        between = [(one.best_rank, one.worst_rank) for one in found.models]
+        assert between == ([(1, 1), (2, 2)] if apart else [(1, 2), (1, 2)])
+        assert bool(found.open) is not apart
+    # With as many documents as it names, a difference of 0.1 is one of its intervals and some more.
+    few = model_board([build_cell(model=name, n=160) for name in ("a", "b")])
+    half = (few.models[0].relevance.high - few.models[0].relevance.low) / 2
+    z = NormalDist().inv_cdf
+    at_needed = half * math.sqrt(2 * 160 / few.needed)
+    assert at_needed * (1 + z(0.8) / z(0.975)) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_a_rank_lies_in_its_interval_below_chance_too() -> None:
+    """Was ranked by relevances, which end at 1, and held against drops, which do not."""
+    easy, hard = (build_cell(name, n=1_000_000, baseline=0.75) for name in ("arc_easy", "piqa"))
+    for layer, drops in ((5, (0.75, 0.0)), (6, (0.5, 0.2))):
+        easy, hard = (
+            with_layer(
+                cell,
+                layer,
+                accuracy_drop=drop,
+                accuracy_drop_low=drop - 0.001,
+                accuracy_drop_high=drop + 0.001,
+                accuracy_relevance=min(drop / 0.5, 1.0),
+            )
+            for cell, drop in zip((easy, hard), drops, strict=True)
+        )
+    standings = layer_board([easy, hard]).ranked
+    assert all(one.best_rank <= one.rank <= one.worst_rank for one in standings)
+    assert [one.layer for one in standings[:2]] == [6, 5]
 
 
 def test_a_benchmark_that_a_model_only_guesses_is_left_out_in_one_line() -> None:

@@ -12,7 +12,7 @@ from tracker.cli.printing import print_cell
 from tracker.core.records import CellRecord
 from tracker.report.frames import layer_frame
 from tracker.report.leaderboard.layers import layer_board
-from tracker.report.leaderboard.proxies import agreements, rankings
+from tracker.report.leaderboard.proxies import agreements
 from tracker.report.page.html import render_page
 from tracker.report.page.sections import model_sections
 from tracker.team.collect import merged
@@ -91,7 +91,6 @@ def test_its_layers_are_not_ranked_beside_others(cell: CellRecord) -> None:
     assert [one.benchmark.name for one in board.cells] == ["piqa"]
     assert board.left_out == {"arc_easy · 0-shot · stopped at an answer": WHY}
     assert agreements([cell, whole]) == agreements([whole])
-    assert rankings([cell, whole]) == rankings([whole])
     assert not layer_board([cell]).layers
     (section,) = model_sections([cell], {})
     assert "headline" not in section.charts

@@ -117,6 +117,11 @@ def ends(low: float | None, high: float | None, write: Callable[[float], str] = 
     return f" ({between})" if between else ""
 
 
+def about(number: int) -> str:
+    """Round a number of things to two digits, such as `1,200`."""
+    return f"{round(number, 2 - len(str(number))):,}"
+
+
 def counted(number: int, noun: str) -> str:
     """Write a number of things, such as `1 layer` or `1,200 searches`; `noun` is one of them."""
     plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"

@@ -6,6 +6,7 @@ from tracker.core.estimates import Estimate
 from tracker.core.formats import defined
 from tracker.core.records import CellRecord, RunIdentity, RunRecord
 from tracker.stats.combined import ratio
+from tracker.stats.support import together
 
 
 def layer_relevance(cell: CellRecord, layer: int) -> Estimate:
@@ -34,8 +35,8 @@ def relative_depth(layer: int, layers: int) -> float:
     return layer / (layers - 1) if layers > 1 else 0.0
 
 
-def relevance_estimate(cell: CellRecord, record: RunRecord) -> Estimate:
-    """Give a run's accuracy relevance its interval.
+def relevance_estimate(cell: CellRecord, record: RunRecord, family: int = 1) -> Estimate:
+    """Give a run's accuracy relevance its interval, which holds together with a family of others.
 
     The drop's interval is divided by that of the baseline above chance, as independent figures:
     they share their documents, so the interval is rather too wide than too narrow. There is none
@@ -44,11 +45,10 @@ def relevance_estimate(cell: CellRecord, record: RunRecord) -> Estimate:
     value, chance = record.accuracy_relevance, cell.chance_accuracy
     if value is None:
         return Estimate(None, reason=record.reasons.get("accuracy_relevance", "not recorded"))
-    intact = cell.baseline
+    drop, intact = together([record.drop, cell.baseline], [record.n, cell.n], family)
     if chance is None or intact.value is None or intact.low is None or intact.high is None:
         return Estimate(value)
-    above = Estimate(intact.value - chance, intact.low - chance, intact.high - chance)
-    found = ratio(record.drop, above)
+    found = ratio(drop, Estimate(intact.value - chance, intact.low - chance, intact.high - chance))
     if found.low is None or found.high is None:
         return Estimate(value)
     return Estimate(value, min(found.low, 1.0), min(found.high, 1.0))

@@ -8,7 +8,7 @@ from statistics import median
 from tracker.core.formats import counted, defined, points, two_digits
 from tracker.core.proxies import PROXIES
 from tracker.core.records import CellRecord
-from tracker.report.leaderboard.proxies import Agreement, agreements
+from tracker.report.leaderboard.proxies import Agreement
 
 
 def agreement_sentence(found: Agreement) -> str:
@@ -33,19 +33,6 @@ def agreement_sentence(found: Agreement) -> str:
             f"measurements ({two_digits(min(values))} to {two_digits(max(values))})"
         )
     return f"{says}; {_differ(found)}."
-
-
-def ranks_differ(cells: Sequence[CellRecord]) -> str:
-    """Say how often the cosine score gives a layer of these cells the wrong rank.
-
-    Args:
-        cells: Cells of one model.
-
-    Returns:
-        The share, with that of two random orders beside it.
-    """
-    (found,) = (one for one in agreements(cells) if one.proxy == "cosine_score")
-    return f"rank by cosine score against true rank; {_differ(found)}"
 
 
 def compared_sentence(cells: Sequence[CellRecord]) -> str:

@@ -33,7 +33,8 @@ def together(
     have to do with each other. An interval of the normal distribution (Wald's, adjusted) has the
     same middle at every level and a half width in proportion to the normal quantile; one of the t
     distribution, in proportion to its quantile. A figure with a p-value is taken to have the first
-    kind, as accuracy drops of right and wrong answers do; another one the second.
+    kind, as accuracy drops of right and wrong answers do; another one, a baseline too, the second,
+    which is the wider one.
 
     Args:
         figures: Each with its 95 % interval; those without one do not count.
@@ -56,13 +57,13 @@ def together(
         family = sum(figure.low is not None and figure.high is not None for figure in figures)
 
     def widened(figure: Estimate, count: int) -> Estimate:
-        if figure.low is None or figure.high is None:
+        if family == 1 or figure.low is None or figure.high is None:
             return figure
         wide, narrow = 1 - (1 - LEVEL) / (2 * family), (1 + LEVEL) / 2
         if figure.p_value is not None:
             factor = stats.norm.ppf(wide) / stats.norm.ppf(narrow)
         else:
-            factor = stats.t.ppf(wide, count - 1) / stats.t.ppf(narrow, count - 1)
+            factor = stats.t.ppf(wide, max(count - 1, 1)) / stats.t.ppf(narrow, max(count - 1, 1))
         middle, half = (figure.low + figure.high) / 2, (figure.high - figure.low) / 2
         return replace(
             figure, low=middle - float(factor) * half, high=middle + float(factor) * half

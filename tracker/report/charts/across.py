@@ -5,14 +5,14 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from tracker.core.formats import counted, defined, three_digits, two_digits
+from tracker.core.formats import counted, three_digits, two_digits
 from tracker.report.charts import style
 from tracker.report.charts.hover import estimate_hover
 from tracker.report.charts.maps import centred_map, marks, strongest, two_lines
-from tracker.report.layer_figures import relative_depth, sure
+from tracker.report.layer_figures import relative_depth
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.leaderboard.pairs import Pair
-from tracker.report.wording import named_interval
+from tracker.report.wording import listed, named_interval
 
 
 def depth_curves(boards: Sequence[LayerBoard], labels: Sequence[str]) -> style.Chart:
@@ -57,23 +57,20 @@ def depth_curves(boards: Sequence[LayerBoard], labels: Sequence[str]) -> style.C
 
 def _depth_title(boards: Sequence[LayerBoard], labels: Sequence[str]) -> str:
     text = f"Mean accuracy relevance over relative depth, {counted(len(boards), 'model')}"
-    tops = [
-        (top.relevance.value, label, top.layer)
+    first = [
+        f"layer {standing.layer} of {label}"
         for board, label in zip(boards, labels, strict=True)
-        for top in board.ranked[:1]
-        if defined(top.relevance.value)
+        for standing in board.ranked
+        if standing.worst_rank == 1
     ]
-    if not tops:
-        return f"{text}; none is defined"
-    value, label, layer = max(tops, key=lambda top: top[0])
-    return f"{text}; the peak is layer {layer} of {label} ({two_digits(value)})"
+    return f"{text}; shown to matter most: {listed(first)}" if first else text
 
 
 def difference_chart(pair: Pair) -> style.Chart:
     """Draw how the drops of two models differ, layer by layer.
 
     Points with 95 % intervals, one trace a benchmark, where these are few; otherwise a heat map
-    with a dot where the interval excludes 0.
+    with a dot where a difference is shown. What is open is faint.
     """
     measure, layers = pair.measure, pair.layers
     rows = [[shared.difference(layer) for layer in layers] for shared in pair.comparisons]
@@ -110,11 +107,11 @@ def difference_chart(pair: Pair) -> style.Chart:
         )
         surely = [
             (layer, label, hover)
-            for label, row, hovers_of_row in zip(labels, rows, hovers, strict=True)
-            for layer, estimate, hover in zip(layers, row, hovers_of_row, strict=True)
-            if sure(estimate)
+            for label, shared, hovers_of_row in zip(labels, pair.comparisons, hovers, strict=True)
+            for layer, hover in zip(layers, hovers_of_row, strict=True)
+            if layer in shared.shown
         ]
-        mapped.data.append(marks("interval excludes 0", surely))
+        mapped.data.append(marks("shown", surely))
         return mapped
     data = []
     for number, (shared, row) in enumerate(zip(pair.comparisons, rows, strict=True)):
@@ -124,7 +121,9 @@ def difference_chart(pair: Pair) -> style.Chart:
         places = [layer + aside for layer in layers]
         name = html.escape(shared.benchmark)
         drawn = style.trace("scatter", name, places, values[number], hovers[number], mode="markers")
-        drawn |= {"marker": {"size": 6, "color": colour}, "showlegend": len(rows) > 1}
+        strength = [1.0 if layer in shared.shown else style.OPEN for layer in layers]
+        drawn |= {"marker": {"size": 6, "color": colour, "opacity": strength}}
+        drawn |= {"showlegend": len(rows) > 1}
         drawn["error_y"] = style.errors(row, measure.scale, color=colour)
         data.append(drawn)
     return style.chart(
@@ -137,20 +136,20 @@ def difference_chart(pair: Pair) -> style.Chart:
 
 
 def difference_title(pair: Pair) -> str:
-    """Name the largest difference, and how many are surely not 0, in plain text."""
+    """Name the largest difference of those that are shown, and count them, in plain text."""
     measure = pair.measure
     text = f"{pair.one} minus {pair.other}: {measure.change} of each layer"
+    total = sum(len(shared.differences) for shared in pair.comparisons)
     known = [
-        (estimate, layer, shared.benchmark)
+        (shared.differences[layer], layer, shared.benchmark)
         for shared in pair.comparisons
-        for layer, estimate in shared.differences.items()
-        if defined(estimate.value)
+        for layer in sorted(shared.shown)
     ]
     if not known:
-        return f"{text}; no difference is defined"
+        return f"{text}; no difference is shown"
     top, layer, benchmark = max(known, key=lambda difference: abs(difference[0].value or 0.0))
     return (
-        f"{text}; they differ most in layer {layer} on {benchmark}, "
-        f"{measure.write(top.value or 0.0)} {measure.unit}{named_interval(top, measure.write)}; "
-        f"{sum(sure(estimate) for estimate, _, _ in known)} of {len(known)} intervals exclude 0"
+        f"{text}; shown: {len(known)} of {total} differences, such as layer {layer} on "
+        f"{benchmark}, {measure.write(top.value or 0.0)} {measure.unit}"
+        f"{named_interval(top, measure.write)}"
     )

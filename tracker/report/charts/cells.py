@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -15,11 +15,13 @@ from tracker.report import wording
 from tracker.report.charts import style
 from tracker.report.charts.hover import along_layers, run_hover
 from tracker.report.charts.maps import span_components, span_map
-from tracker.report.layer_figures import sure
 from tracker.report.leaderboard.claims import shown_in
+from tracker.stats.support import Verdict
 
 # Neighbours along the proxy axis write their labels to different sides.
 _SIDES = ("top left", "bottom right", "bottom left", "top right")
+_Order = tuple[int, int, int, int]
+"""A run's `order`, by which it is found."""
 
 
 def curve_title(cell: CellRecord) -> str:
@@ -28,9 +30,9 @@ def curve_title(cell: CellRecord) -> str:
     records = [r for r in cell.runs if r.span == 1]
     if not any(formats.defined(record.accuracy_drop) for record in records):
         return f"{cell.title}: no {measure.change} is defined"
-    shown = shown_in(cell, records)
+    shown = _shown(cell, records)
     costly, helpful = (
-        [record for record, verdict in zip(records, shown, strict=True) if verdict == wanted]
+        [record for record in records if shown[record.order] == wanted]
         for wanted in ("costs", "helps")
     )
     worse, better = ("lower", "raise") if cell.higher_is_better else ("raise", "lower")
@@ -83,6 +85,7 @@ def layer_curve(cell: CellRecord) -> style.Chart:
     spans of several layers are not in it.
     """
     kinds = curve_kinds(cell)
+    shown = _shown(cell, [run for run in cell.runs if run.span == 1])
     single = len(kinds) == 1
     measure = formats.measure_of(cell)
     data: list[dict[str, Any]] = []
@@ -91,7 +94,7 @@ def layer_curve(cell: CellRecord) -> style.Chart:
         records, hover = along_layers(cell, kind, layers)
         drops = [style.finite(run.accuracy_drop, measure.scale) if run else None for run in records]
         look = KINDS[kind.word]
-        opacity = _strength(records)
+        opacity = _strength(records, shown)
         if single:
             places: Sequence[float] = layers
             colour, signs = style.GREY, style.sign_colours(drops)
@@ -149,9 +152,14 @@ def layer_curve(cell: CellRecord) -> style.Chart:
     )
 
 
-def _strength(runs: Sequence[RunRecord | None]) -> list[float]:
-    """How strongly runs are drawn: faintly where an interval holds 0."""
-    return [1.0 if run is not None and sure(run.drop) else style.OPEN for run in runs]
+def _shown(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[_Order, Verdict]:
+    """What is shown of runs, all of it at once: the order of each → what."""
+    return dict(zip((run.order for run in runs), shown_in(cell, runs), strict=True))
+
+
+def _strength(runs: Sequence[RunRecord | None], shown: Mapping[_Order, Verdict]) -> list[float]:
+    """How strongly runs are drawn: faintly where nothing is shown."""
+    return [1.0 if run and shown[run.order] != "open" else style.OPEN for run in runs]
 
 
 def _change_axis(measure: formats.Measure) -> dict[str, Any]:
@@ -179,6 +187,7 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
         key=lambda record: record.layer,
     )
     by_score = sorted(records, key=lambda record: record.cosine_score or 0)
+    shown = _shown(cell, cell.whole_layers)
     side = {record.layer: _SIDES[rank % 4] for rank, record in enumerate(by_score)}
     outer = {0, 1, cell.model.layers - 2, cell.model.layers - 1}
     data = []
@@ -205,7 +214,7 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
                 textposition=[side[record.layer] for record in group],
                 textfont={"size": 10, "color": style.GREY},
                 marker={"size": 8, "symbol": symbol, "color": signs, "line": {"width": width}}
-                | {"opacity": _strength(group)},
+                | {"opacity": _strength(group, shown)},
             )
         )
     return style.chart(

@@ -1,76 +1,73 @@
-"""The map of rank against rank: where the cosine score puts a layer, and where it belongs."""
+"""The chart of rank against rank: where the cosine score puts a layer, and where it may stand."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
-
-from tracker.core.records import CellRecord
-from tracker.report.charts.maps import COLOUR_BAR
-from tracker.report.charts.style import GREY, Chart, chart, trace
-from tracker.report.leaderboard.proxies import rankings
-from tracker.report.sentences import ranks_differ
-
-_COUNTS = [[0.0, "rgba(61,116,168,0.25)"], [1.0, "rgba(61,116,168,1)"]]
-_NAMED = 6
-"""So many layers are named in one hover box."""
+from tracker.core.estimates import Estimate
+from tracker.core.formats import counted
+from tracker.report.charts import style
+from tracker.report.charts.hover import estimate_hover
+from tracker.report.leaderboard.layers import LayerBoard
+from tracker.report.leaderboard.proxies import cosine_ranks, misjudged
 
 
-def rank_map(cells: Sequence[CellRecord], label: str) -> Chart:
-    """Draw each layer's rank by cosine score against its true rank, over the benchmarks.
+def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:
+    """Draw between which ranks each layer lies against its rank by cosine score.
 
-    How many benchmarks put a layer at each place (trace `layers`), 1 = matters most on both axes;
-    on the diagonal (trace `equal ranks`) the cosine score is right.
+    One labelled point for each layer (trace `layers`) with its interval, 1 = matters most on both
+    axes; strong where that misses the diagonal (trace `equal ranks`), on which the cosine score is
+    right. None where no layer has both ranks.
     """
-    found = rankings(cells)
-    count = max((len(ranking.rows) for ranking in found), default=0)
-    there: dict[tuple[float, float], list[str]] = {}
-    for ranking in found:
-        for layer, true, proxy in ranking.rows:
-            there.setdefault((true, proxy), []).append(f"layer {layer} · {ranking.benchmark}")
-    # Layers that tie share the mean of their ranks, which may be half a rank.
-    step = 1 if all(rank % 1 == 0 for both in there for rank in both) else 2
-    places = [rank / step for rank in range(step, step * count + 1)]
-    most = max(map(len, there.values()), default=1)
-    bar = {"title": {"text": "benchmarks", "side": "top"}, "dtick": 1 if most <= 10 else None}
-    ends = [0.5, count + 0.5]
-    data = [
-        trace(
-            "heatmap",
-            "layers",
-            places,
-            places,
-            [[_rank_hover(y, x, there.get((y, x), [])) for x in places] for y in places],
-            z=[[len(there.get((y, x), ())) or None for x in places] for y in places],
-            zmin=0,
-            zmax=most,
-            colorscale=_COUNTS,
-            showscale=len(found) > 1,
-            colorbar=COLOUR_BAR | bar,
-            hoverongaps=False,
-        ),
-        {"type": "scatter", "name": "equal ranks", "x": ends, "y": ends, "mode": "lines"}
-        | {"line": {"color": GREY, "width": 1, "dash": "dot"}}
-        | {"hoverinfo": "skip", "showlegend": False},
+    proxy = cosine_ranks(board)
+    standings = [standing for standing in board.ranked if standing.layer in proxy]
+    if not standings:
+        return None
+    wrong = {found.standing.layer for found in misjudged(board)}
+    ranks = [Estimate(one.rank, one.best_rank, one.worst_rank) for one in standings]
+    ends = [0.5, len(board.ranked) + 0.5]
+    hovers = [
+        estimate_hover(
+            f"layer {one.layer}",
+            "rank by mean relevance",
+            rank,
+            "{:.0f}".format,
+            f"rank by cosine score {proxy[one.layer]}",
+        )
+        for one, rank in zip(standings, ranks, strict=True)
     ]
-    axis = {"showgrid": False, "zeroline": False, "constrain": "domain", "tickangle": 0}
-    axis |= {"tick0": 1, "dtick": 1} if count <= 12 else {"tick0": 0, "dtick": 5}
-    return chart(
-        f"{label}: {ranks_differ(cells)}",
+    strength = [1.0 if one.layer in wrong else style.OPEN for one in standings]
+    data = [
+        {"type": "scatter", "name": "equal ranks", "x": ends, "y": ends, "mode": "lines"}
+        | {"line": {"color": style.GREY, "width": 1, "dash": "dot"}}
+        | {"hoverinfo": "skip", "showlegend": False},
+        style.trace(
+            "scatter",
+            "layers",
+            [proxy[one.layer] for one in standings],
+            [one.rank for one in standings],
+            hovers,
+            error_y=style.errors(ranks, color=style.FAINT),
+            mode="markers+text",
+            text=[str(one.layer) for one in standings],
+            textposition="middle right",
+            textfont={"size": 10, "color": style.GREY},
+            marker={"size": 8, "color": style.MATTERS, "opacity": strength},
+            showlegend=False,
+        ),
+    ]
+    axis = {"showgrid": False, "zeroline": False, "tickangle": 0}
+    axis |= {"tick0": 1, "dtick": 1} if len(standings) <= 12 else {"tick0": 0, "dtick": 5}
+    return style.chart(
+        _title(label, len(wrong), len(standings)),
         data,
-        520,
-        margin={"b": 105 if len(found) > 1 else 50},
+        460,
         xaxis=axis | {"range": ends, "title": {"text": "rank by cosine score (1 = highest)"}},
-        yaxis=axis
-        | {"range": ends[::-1], "title": {"text": "rank by accuracy drop (1 = largest)"}}
-        | {"scaleanchor": "x", "constraintoward": "top"},
+        yaxis=axis | {"range": ends[::-1], "title": {"text": "rank by relevance (1 = largest)"}},
     )
 
 
-def _rank_hover(true: float, proxy: float, who: Sequence[str]) -> str:
-    if not who:
-        return ""
-    lines = [f"<b>rank {true:g} by accuracy drop, {proxy:g} by cosine score</b>"]
-    lines += [html.escape(layer) for layer in who[:_NAMED]]
-    lines += [f"and {len(who) - _NAMED} more"] if len(who) > _NAMED else []
-    return "<br>".join(lines)
+def _title(label: str, wrong: int, total: int) -> str:
+    are, them = ("are", "them") if wrong > 1 else ("is", "it")
+    return (
+        f"{label}: {wrong or 'none'} of {counted(total, 'layer')} {are} shown to stand elsewhere "
+        f"than the cosine score puts {them}"
+    )

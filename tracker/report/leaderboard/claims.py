@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from tracker.core.estimates import Estimate
-from tracker.core.formats import counted, measure_of
+from tracker.core.formats import about, counted, measure_of
 from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.outcome_variance import outcome_variance
 from tracker.report.leaderboard.comparable import countable
@@ -319,9 +319,9 @@ def _undecided(found: Claims, count: int) -> str:
         return f"{text}."
     if needed > _MOST:
         return f"{text}, and would be with a million documents."
-    rounded = round(needed, 2 - len(str(needed)))
     of_each = " of each benchmark" if len(found.cells) > 1 else ""
-    return f"{text}: about {rounded:,} documents{of_each} would show a drop of {SMALL_IN_WORDS}."
+    documents = f"about {about(needed)} documents{of_each}"
+    return f"{text}: {documents} would show a drop of {SMALL_IN_WORDS}."
 
 
 def name_benchmarks(cells: Sequence[CellRecord]) -> str:

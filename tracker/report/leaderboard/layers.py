@@ -13,9 +13,9 @@ from tracker.core.records import CellRecord
 from tracker.report.layer_figures import relevance_estimate
 from tracker.report.leaderboard.claims import Claims, claims
 from tracker.report.leaderboard.comparable import countable
-from tracker.stats.combined import mean, ratio
+from tracker.stats.combined import mean
 from tracker.stats.rank_agreement import places
-from tracker.stats.support import pairs, together
+from tracker.stats.support import pairs
 from tracker.stats.support import ranks as rank_intervals
 
 
@@ -117,12 +117,11 @@ def _rank_intervals(cells: Sequence[CellRecord], layers: Sequence[int]) -> list[
     What the baseline has above chance scales all layers of a benchmark alike, so it is held fixed:
     it changes no order on a benchmark.
     """
-    above = [(cell.baseline_accuracy or 0.0) - (cell.chance_accuracy or 0.0) for cell in cells]
-    scales = [Estimate(size, size, size) for size in above]
-    scaled = []
-    for layer in layers:
-        runs = [cell.runs_of()[layer] for cell in cells]
-        drops, counts = [run.drop for run in runs], [run.n for run in runs]
-        wide = together(drops, counts, pairs(len(layers)))
-        scaled.append(mean([*map(ratio, wide, scales)]))
-    return rank_intervals(scaled)
+    ends = ("baseline_low", "baseline_high")
+    fixed = [c.model_copy(update=dict.fromkeys(ends, c.baseline_accuracy)) for c in cells]
+    return rank_intervals([mean_relevance(fixed, layer, pairs(len(layers))) for layer in layers])
+
+
+def mean_relevance(cells: Sequence[CellRecord], layer: int, family: int = 1) -> Estimate:
+    """Average a layer's relevance over benchmarks; a family of such intervals holds at once."""
+    return mean([relevance_estimate(cell, cell.runs_of()[layer], family) for cell in cells])

@@ -6,20 +6,29 @@ those that most models share. A model that lacks one has no rank, and the others
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
+from statistics import NormalDist, median
 
 from tracker.core.estimates import Estimate
+from tracker.core.formats import about
 from tracker.core.identities import ModelIdentity
 from tracker.core.records import CellRecord
 from tracker.report.editions import outdated
 from tracker.report.leaderboard.comparable import models_of, setting, unusable, worth
-from tracker.report.leaderboard.layers import layer_board
+from tracker.report.leaderboard.layers import layer_board, mean_relevance
 from tracker.report.wording import benchmark_labels, model_labels
 from tracker.stats.combined import mean
+from tracker.stats.power import OutcomeVariance
 from tracker.stats.rank_agreement import places
+from tracker.stats.support import pairs, ranks
 
+APART = 0.1
+"""A difference of two models' mean relevance for which is said how many documents show it."""
+_Z = NormalDist().inv_cdf(0.975)
 _NOTHING_SHARED = "no two models share a benchmark on all their layers"
 
 
@@ -37,6 +46,8 @@ class ModelStanding:
             any benchmark.
         layers: Layers behind these figures.
         rank: 1 = hurt least; None where it lacks what counts, or there is nobody to compare with.
+        best_rank: The best that its rank may be; `worst_rank` the worst. All ranks of a board lie
+            between theirs with 95 % confidence.
     """
 
     model: ModelIdentity
@@ -46,20 +57,42 @@ class ModelStanding:
     costly: int | None
     layers: int
     rank: int | None = None
+    best_rank: int | None = None
+    worst_rank: int | None = None
 
 
 @dataclass(frozen=True)
 class ModelBoard:
-    """The models, the most robust first.
+    """The models, by their mean relevance, the lowest first.
 
     Attributes:
         benchmarks: The benchmarks that count: all ranked models share them.
         left_out: Benchmark → why it does not count; model → why it has no rank.
+        needed: How many documents of each benchmark tell two models apart that differ by `APART`;
+            None where that is not known.
     """
 
     models: tuple[ModelStanding, ...]
     benchmarks: tuple[str, ...]
     left_out: dict[str, str]
+    needed: int | None = None
+
+    @property
+    def open(self) -> str:
+        """Say which orders of two models are not shown; empty where all are."""
+        ranked = [model for model in self.models if model.rank is not None]
+        total = len(ranked) * (len(ranked) - 1) // 2
+        # A rank's best is one more than how many are surely before it.
+        undecided = total - sum((model.best_rank or 1) - 1 for model in ranked)
+        if not undecided:
+            return ""
+        text = "Which of the two models is hurt less is open"
+        if total > 1:
+            text = f"Which of two models is hurt less is open in {undecided} of {total} pairs"
+        if self.needed is None:
+            return f"{text}."
+        documents = f"about {about(self.needed)} documents of each benchmark"
+        return f"{text}: {documents} would show a difference of {APART:g} in mean relevance."
 
 
 def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
@@ -98,13 +131,20 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
         counted = [] if lacking else [mine[key] for key in shared]
         why = "it lacks what the others are ranked on" if lacking else _NOTHING_SHARED
         standings.append(_model_standing(group[0].model, counted, why))
+    needed = None
     if len(ranked) > 1:
+        rivals = [[known[place][key] for key in shared] for place in ranked]
         # From the lowest relevance: what is hurt least comes first.
         values = [standings[place].relevance.value for place in ranked]
-        for place, rank in zip(ranked, places(values, lowest_first=True), strict=True):
-            standings[place] = replace(standings[place], rank=rank)
+        by_value = places(values, lowest_first=True)
+        between = _rank_intervals(rivals)
+        for place, rank, (best, worst) in zip(ranked, by_value, between, strict=True):
+            standings[place] = replace(
+                standings[place], rank=rank, best_rank=best, worst_rank=worst
+            )
+        needed = _needed(rivals, [standings[place].relevance for place in ranked])
     standings.sort(key=lambda s: (s.rank is None, s.rank or 0))
-    return ModelBoard(tuple(standings), tuple(labels), left_out)
+    return ModelBoard(tuple(standings), tuple(labels), left_out, needed)
 
 
 def _shared(known: Sequence[Mapping[str, CellRecord]]) -> tuple[list[str], list[int]]:
@@ -164,6 +204,34 @@ def _lacking_layers(cell: CellRecord) -> str | None:
     return f"{len(known)} of {cell.model.layers} layers have a relevance, and a model counts whole"
 
 
+def _rank_intervals(models: Sequence[Sequence[CellRecord]]) -> list[tuple[int, int]]:
+    """Say between which ranks each model lies, all at once; 1 has the lowest mean relevance."""
+    count = len(models)
+    means = [_mean_relevance(cells, pairs(count)) for cells in models]
+    return [(count + 1 - worst, count + 1 - best) for best, worst in ranks(means)]
+
+
+def _needed(models: Sequence[Sequence[CellRecord]], relevances: Sequence[Estimate]) -> int | None:
+    """Say how many documents of each benchmark show a difference of `APART` in half of the pairs.
+
+    As of figures whose squared errors shrink with the number of documents.
+    """
+    halves = [(ends[1] - ends[0]) / 2 for found in relevances if (ends := found.between)]
+    documents = max(cell.n for cells in models for cell in cells)
+    tests = pairs(len(models))
+    found = [
+        OutcomeVariance(documents * (math.hypot(one, other) / _Z) ** 2, binary=False)
+        for one, other in combinations(halves, 2)
+    ]
+    return math.ceil(median(each.documents(APART, tests) for each in found)) if found else None
+
+
+def _mean_relevance(cells: Sequence[CellRecord], family: int = 1) -> Estimate:
+    """Average the relevance of a model's layers; a family of such intervals holds at once."""
+    layers = [mean_relevance(cells, layer, family) for layer in range(cells[0].model.layers)]
+    return mean(layers, independent=False)  # all are measured on the same documents
+
+
 def _model_standing(model: ModelIdentity, cells: Sequence[CellRecord], why: str) -> ModelStanding:
     if not cells:
         nothing = Estimate(None, reason=why)
@@ -172,8 +240,7 @@ def _model_standing(model: ModelIdentity, cells: Sequence[CellRecord], why: str)
     layers = board.ranked
     return ModelStanding(
         model=model,
-        # All layers are measured on the same documents.
-        relevance=mean([standing.relevance for standing in layers], independent=False),
+        relevance=_mean_relevance(cells),
         drop=mean([standing.drop for standing in layers], independent=False),
         worst_layer=next((layer.layer for layer in layers if layer.worst_rank == 1), None),
         costly=len(board.claims.costly),

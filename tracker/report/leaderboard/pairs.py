@@ -8,10 +8,12 @@ from itertools import combinations
 
 from tracker.core.estimates import Estimate
 from tracker.core.formats import Measure, measure_of
-from tracker.core.records import CellRecord
+from tracker.core.records import CellRecord, RunRecord
+from tracker.report.layer_figures import sure
 from tracker.report.leaderboard.comparable import models_of, setting
 from tracker.report.wording import benchmark_labels, model_labels
 from tracker.stats.combined import difference
+from tracker.stats.support import together
 
 MOST = 10
 """So many pairs are shown at most."""
@@ -21,12 +23,16 @@ MOST = 10
 class SharedBenchmark:
     """Two models on one benchmark of `n` documents each.
 
-    `differences`: layer → drop of the one minus drop of the other, a fraction or the loss's unit.
+    Attributes:
+        differences: Layer → drop of the one minus drop of the other, a fraction or the loss's unit.
+        shown: The layers whose difference is shown not to be 0, with 95 % confidence for all layers
+            and benchmarks of the pair.
     """
 
     benchmark: str
     n: int
     differences: dict[int, Estimate]
+    shown: frozenset[int]
 
     def difference(self, layer: int) -> Estimate:
         """Find the difference of a layer, or why there is none."""
@@ -74,23 +80,37 @@ def pairs_of(cells: Sequence[CellRecord]) -> tuple[list[Pair], int]:
             continue
         names = benchmark_labels(mine)
         for measure in measures:
-            comparisons = tuple(
-                SharedBenchmark(name, cell.n, compare(cell, known[j][key]))
+            here = [
+                (name, cell, known[j][key], compare(cell, known[j][key]))
                 for key, cell, name in zip(shared, mine, names, strict=True)
                 if measure_of(cell) == measure
+            ]
+            family = sum(len(differences) for *_, differences in here)
+            comparisons = tuple(
+                SharedBenchmark(name, one.n, differences, _told_apart(one, other, family))
+                for name, one, other, differences in here
             )
             found.append(Pair(labels[i], labels[j], measure, comparisons))
     return found[:MOST], total
 
 
-def compare(one: CellRecord, other: CellRecord) -> dict[int, Estimate]:
+def compare(one: CellRecord, other: CellRecord, family: int = 1) -> dict[int, Estimate]:
     """Subtract the accuracy drops of another model (or precision) from those of one.
 
-    Both have as many layers; the differences are of the whole layers that both measured.
+    Both have as many layers; the differences are of the whole layers that both measured. A family
+    of their intervals holds at once.
     """
     theirs = other.runs_of()
+
+    def wide(run: RunRecord) -> Estimate:
+        return together([run.drop], [run.n], family)[0]
+
     return {
-        run.layer: difference(run.drop, theirs[run.layer].drop)
+        run.layer: difference(wide(run), wide(theirs[run.layer]))
         for run in one.whole_layers
         if run.layer in theirs
     }
+
+
+def _told_apart(one: CellRecord, other: CellRecord, family: int) -> frozenset[int]:
+    return frozenset(n for n, found in compare(one, other, family).items() if sure(found))

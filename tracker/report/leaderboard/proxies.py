@@ -12,24 +12,10 @@ from tracker.core.formats import defined
 from tracker.core.proxies import OBSERVED
 from tracker.core.records import CellRecord
 from tracker.report.leaderboard.layers import LayerBoard, LayerStanding
-from tracker.report.wording import benchmark_labels, correlation
-from tracker.stats.rank_agreement import midranks, places, ranks_apart
+from tracker.report.wording import correlation
+from tracker.stats.rank_agreement import places, ranks_apart
 
 Array = NDArray[np.float64]
-MOST = 10
-"""So many misjudged layers are shown at most."""
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """The layers of one cell by two orders.
-
-    A row is a layer, its rank by accuracy drop (or loss increase), its rank by cosine score; 1 =
-    largest, and equal figures share the mean of their ranks.
-    """
-
-    benchmark: str
-    rows: tuple[tuple[int, float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -43,21 +29,6 @@ class Misjudged:
     standing: LayerStanding
     cosine_rank: int
     off: int
-
-
-def rankings(cells: Sequence[CellRecord]) -> list[Ranking]:
-    """Rank the whole layers of a model's cells by what their removal costs, and by cosine score.
-
-    These are the ranks behind `agreements`. A cell needs three layers where both are defined.
-    """
-    compared = _on_the_same_documents(cells)
-    found = []
-    for cell, label in zip(compared, benchmark_labels(compared), strict=True):
-        layers, *both = _figures(cell, "cosine_score")
-        if len(layers) > 2:
-            ranks = (midranks(-figures).tolist() for figures in both)
-            found.append(Ranking(label, tuple(zip(layers, *ranks, strict=True))))
-    return found
 
 
 def cosine_ranks(board: LayerBoard) -> dict[int, int]:
@@ -75,7 +46,7 @@ def cosine_ranks(board: LayerBoard) -> dict[int, int]:
 def misjudged(board: LayerBoard) -> list[Misjudged]:
     """Find the layers whose rank by cosine score lies outside of where their rank is shown to be.
 
-    The one that is furthest outside comes first; there are `MOST` at most.
+    The one that is furthest outside comes first.
     """
     wrong = []
     for layer, rank in cosine_ranks(board).items():
@@ -84,7 +55,7 @@ def misjudged(board: LayerBoard) -> list[Misjudged]:
         off = max(best - rank, rank - worst)
         if off > 0:
             wrong.append(Misjudged(standing, rank, off))
-    return sorted(wrong, key=lambda misplaced: -misplaced.off)[:MOST]  # ties stay in their order
+    return sorted(wrong, key=lambda misplaced: -misplaced.off)  # ties stay in their order
 
 
 def _figures(cell: CellRecord, proxy: str) -> tuple[list[int], Array, Array]:

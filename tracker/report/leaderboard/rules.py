@@ -11,7 +11,7 @@ LAYER_RULE = (
 
 INTERVAL_RULE = (
     "Intervals (95 %) say what other documents of the same benchmarks would give, not what other "
-    "benchmarks would."
+    "benchmarks would. Where ranks overlap, the order is open."
 )
 
 

@@ -20,10 +20,13 @@ from tracker.report.layer_figures import layer_relevance, relative_depth, why_un
 from tracker.report.leaderboard.layers import LayerBoard, LayerStanding
 from tracker.report.leaderboard.models import ModelBoard, ModelStanding
 from tracker.report.leaderboard.pairs import Pair
-from tracker.report.leaderboard.proxies import Misjudged, cosine_ranks, misjudged, rankings
+from tracker.report.leaderboard.proxies import Misjudged, cosine_ranks, misjudged
 from tracker.report.wording import benchmark_labels, model_labels
 
+_MOST = 10
+"""So many misjudged layers are listed at most."""
 _NO_RANK = "not defined on every benchmark"
+_ALONE = "there is no other model to compare with"
 _NO_SCORE = "undefined on a benchmark, or in a layer that has a rank"
 _RELEVANCE = "mean relevance with 95 % interval"
 _DROP = "mean accuracy drop with 95 % interval"
@@ -61,17 +64,38 @@ def _with_ends(column: Column[Any]) -> tuple[Column[Any], ...]:
     return (column, *column.ends())
 
 
+def _ranks(otherwise: str) -> tuple[Column[Any], ...]:
+    """State the columns for code of where the rows stand."""
+
+    def column(name: str) -> Column[Any]:
+        def value(row: Any) -> Estimate:
+            return Estimate(getattr(row.standing, name), reason=row.standing.relevance.reason)
+
+        return Column(name.replace("_", " "), "count", value, otherwise, name)
+
+    return tuple(map(column, ("rank", "best_rank", "worst_rank")))
+
+
+def _between(otherwise: str = "", label: str = "rank") -> Column[Any]:
+    """State the column for people of where the rows stand: between which ranks."""
+
+    def between(row: Any) -> Estimate:
+        found = row.standing
+        ends = (found.best_rank, found.worst_rank)
+        return Estimate(found.rank, *ends, reason=found.relevance.reason)
+
+    return Column(f"{label}, 95 % confidence for all", "count", between, otherwise, interval=True)
+
+
 def layer_board_columns() -> tuple[Column[RankedLayer], ...]:
     """State the columns of a leaderboard of layers that code gets."""
     return (
         Column("model", "text", lambda row: row.model, name="model"),
-        _standing("rank", "rank", "count", _NO_RANK),
+        *_ranks(_NO_RANK),
         _standing("layer", "layer (0-based)", "count"),
         *_with_ends(_standing("accuracy_relevance", _RELEVANCE, "relevance", field="relevance")),
         *_with_ends(_standing("accuracy_drop", _DROP, "points", field="drop")),
         _standing("cosine_score", _SCORE, "proxy", _NO_SCORE),
-        _standing("best_rank", "best rank", "count"),
-        _standing("worst_rank", "worst rank", "count"),
         _standing("benchmarks", "benchmarks", "count"),
         Column("shown", "text", lambda row: row.shown, name="shown"),
     )
@@ -99,15 +123,11 @@ def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
 def layer_board_table(board: LayerBoard, label: str) -> Table:
     """Set the leaderboard of one model's layers, the most relevant first."""
     columns = named(layer_board_columns())
-
-    def between(row: RankedLayer) -> Estimate:
-        return Estimate(row.standing.rank, row.standing.best_rank, row.standing.worst_rank)
-
     return table(
         f"{label}: its layers, ranked by mean accuracy relevance over "
         f"{counted(len(board.cells), 'benchmark')}.",
         [
-            Column("rank, 95 % confidence for all", "count", between, _NO_RANK, interval=True),
+            _between(_NO_RANK),
             *pick(columns, "layer", "shown", "accuracy_relevance", "accuracy_drop", "cosine_score"),
             Column("rank by cosine score", "count", lambda row: row.by_cosine, _NO_SCORE),
             columns["benchmarks"],
@@ -139,13 +159,9 @@ def _notes(board: LayerBoard) -> list[str]:
 
 def misjudged_table(board: LayerBoard, label: str) -> Table:
     """Set the layers that the cosine score is shown to get wrong, the worst first."""
-
-    def between(row: Misjudged) -> Estimate:
-        return Estimate(row.standing.rank, row.standing.best_rank, row.standing.worst_rank)
-
     columns: tuple[Column[Misjudged], ...] = (
         Column("layer (0-based)", "count", lambda row: row.standing.layer),
-        Column("rank by relevance, 95 % confidence for all", "count", between, interval=True),
+        _between(label="rank by relevance"),
         Column("rank by cosine score", "count", lambda row: row.cosine_rank),
         Column("places outside", "count", lambda row: row.off),
         Column(_RELEVANCE, "relevance", lambda row: row.standing.relevance),
@@ -156,7 +172,7 @@ def misjudged_table(board: LayerBoard, label: str) -> Table:
         f"{label}: the layers whose rank by cosine score lies outside of where their rank by mean "
         f"relevance over {counted(len(board.cells), 'benchmark')} is shown to be.",
         columns,
-        misjudged(board),
+        misjudged(board)[:_MOST],
     )
 
 
@@ -197,26 +213,8 @@ def proxy_table(cells: Sequence[CellRecord], label: str) -> Table:
     )
 
 
-def rank_table(cells: Sequence[CellRecord], label: str) -> Table:
-    """Set the numbers behind the map of rank against rank: both ranks on each benchmark."""
-    why = "the drop or the cosine score is undefined"
-    columns: list[Column[int]] = [layer_column()]
-    layers: set[int] = set()
-    for ranking in rankings(cells):
-        by_drop = {layer: rank for layer, rank, _ in ranking.rows}
-        by_cosine = {layer: rank for layer, _, rank in ranking.rows}
-        for ranks, order in ((by_drop, "drop"), (by_cosine, "cosine score")):
-            columns.append(Column(f"{ranking.benchmark}: rank by {order}", "rank", ranks.get, why))
-        layers.update(by_drop)
-    return table(f"{label}: ranks of every layer (1 = largest).", columns, sorted(layers))
-
-
 def model_board_columns() -> tuple[Column[RankedModel], ...]:
     """State the columns of the leaderboard of models that code gets."""
-
-    def rank(row: RankedModel) -> Estimate:
-        why = row.standing.relevance.reason or "there is no other model to compare with"
-        return Estimate(row.standing.rank, reason=why)
 
     def costly(row: RankedModel) -> Estimate:
         return Estimate(row.standing.costly, reason=row.standing.relevance.reason or NO_REASON)
@@ -228,7 +226,7 @@ def model_board_columns() -> tuple[Column[RankedModel], ...]:
     )
     return (
         Column("model", "text", lambda row: row.model, name="model"),
-        Column("rank", "count", rank, name="rank"),
+        *_ranks(_ALONE),
         *_with_ends(_standing("accuracy_relevance", relevance, "relevance", field="relevance")),
         *_with_ends(_standing("accuracy_drop", _DROP, "points", field="drop")),
         _standing("worst_layer", worst, "count", "it is open which layer matters most"),
@@ -248,7 +246,7 @@ def _model_rows(board: ModelBoard, labels: Sequence[str]) -> list[RankedModel]:
 def model_board_data(board: ModelBoard) -> Table:
     """Lay the leaderboard of models out for code.
 
-    One row a model, the most robust first: means over `layers` layers and the `benchmarks` that the
+    One row a model, the least hurt first: means over `layers` layers and the `benchmarks` that the
     ranked models share, fractions; `rank` is missing where a model lacks them.
     """
     labels = model_labels([standing.model for standing in board.models])
@@ -256,18 +254,15 @@ def model_board_data(board: ModelBoard) -> Table:
 
 
 def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
-    """Set the leaderboard of models, the most robust first; `labels` are in its order."""
+    """Set the leaderboard of models, the least hurt first; `labels` are in its order."""
+    names = ("model", "accuracy_relevance", "accuracy_drop", "worst_layer", "costly_layers")
     return table(
-        "Models, the most robust first: how much the removal of one layer hurts, over "
+        "Models: how much the removal of one layer hurts, the least first, over "
         f"{counted(len(board.benchmarks), 'common benchmark')}.",
-        pick(
-            named(model_board_columns()),
-            *("rank", "model", "accuracy_relevance", "accuracy_drop"),
-            *("worst_layer", "costly_layers", "layers"),
-        ),
+        [_between(_ALONE), *pick(named(model_board_columns()), *names, "layers")],
         _model_rows(board, labels),
+        filter(None, [board.open]),
         header=1,
-        sorted_by=0,
     )
 
 

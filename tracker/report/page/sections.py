@@ -18,7 +18,7 @@ from tracker.report.charts.decisions import agreement, agreement_map, groups_sen
 from tracker.report.charts.headline import headline
 from tracker.report.charts.maps import heat_map, span_components, span_map
 from tracker.report.charts.model import proxy_curves, relevance_curves
-from tracker.report.charts.ranks import rank_map
+from tracker.report.charts.ranks import rank_chart
 from tracker.report.charts.style import Chart
 from tracker.report.leaderboard.claims import answer
 from tracker.report.leaderboard.comparable import models_of
@@ -32,7 +32,6 @@ from tracker.report.leaderboard.tables import (
     misjudged_table,
     model_board_table,
     proxy_table,
-    rank_table,
     relevance_interval_table,
 )
 from tracker.report.page import facts
@@ -184,8 +183,8 @@ def _model_section(
         draw(proxy_curves(whole, label), "proxies", proxy_table(whole, label))
     if mapped:
         draw(heat_map(mapped), "heat-map", tables.relevance_table(mapped), cells[0].model.name)
-    if whole:
-        draw(rank_map(whole, label), "ranks", rank_table(whole, label))
+    if ranks := rank_chart(board, label):
+        draw(ranks, "ranks", None)
     return ModelSection(
         id=name,
         label=label,
