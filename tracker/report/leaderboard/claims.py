@@ -190,8 +190,20 @@ def shown_in(cell: CellRecord, runs: Sequence[RunRecord]) -> list[Verdict]:
     Returns:
         What is shown of each.
     """
-    drops = [run.drop for run in runs]
-    return verdicts(drops if cell.is_raced else together(drops, [run.n for run in runs]))
+    return verdicts(_all_at_once(cell, runs, len(runs)))
+
+
+def ranks_in(cell: CellRecord, runs: Sequence[RunRecord]) -> list[tuple[int, int]]:
+    """Say between which ranks runs of one cell lie by what they cost, all of it at once.
+
+    Args:
+        cell: The cell.
+        runs: Its runs.
+
+    Returns:
+        The best and the worst rank of each, 1 for the largest drop.
+    """
+    return ranks(_all_at_once(cell, runs, pairs(len(runs))))
 
 
 def answer(found: Claims) -> str:
@@ -322,6 +334,12 @@ def _undecided(found: Claims, count: int) -> str:
     of_each = " of each benchmark" if len(found.cells) > 1 else ""
     documents = f"about {about(needed)} documents{of_each}"
     return f"{text}: {documents} would show a drop of {SMALL_IN_WORDS}."
+
+
+def _all_at_once(cell: CellRecord, runs: Sequence[RunRecord], family: int) -> list[Estimate]:
+    """Find the drops of runs, with intervals that hold for so many statements."""
+    drops = [run.drop for run in runs]
+    return drops if cell.is_raced else together(drops, [run.n for run in runs], family)
 
 
 def name_benchmarks(cells: Sequence[CellRecord]) -> str:

@@ -252,7 +252,7 @@ def _depth(audit: ModelAudit) -> list[FoundChart]:
     profiles |= {PROXIES[s.proxy].label: means(s.proxy, cells) for s in named}
     return [
         LineChart(
-            title=f"{audit.name}: ranks of the layers over depth, mean over benchmarks",
+            title=f"{audit.name}: measured ranks of the layers over depth, mean over benchmarks",
             x="layer (0-based)",
             y="rank, the least relevant is 1",
             unit="count",
@@ -277,7 +277,7 @@ def _map(audit: ModelAudit) -> list[FoundChart]:
         values.append(tuple(at.get(layer) for layer in columns))
     return [
         MapChart(
-            title=f"{audit.name}: where the cosine score ranks a layer too high or too low",
+            title=f"{audit.name}: ranks by cosine score beside those by the measured {audit.drop}",
             x="layer (0-based)",
             y="benchmark",
             name=f"ranks by cosine score above those by {audit.drop}",

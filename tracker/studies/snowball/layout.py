@@ -9,8 +9,9 @@ import numpy as np
 
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.findings import FoundChart, Line, LineChart, MapChart, gaps
-from tracker.core.formats import measure_of
+from tracker.core.formats import interval, measure_of
 from tracker.core.tables import Column, Table, Value, estimate, table
+from tracker.report.leaderboard.claims import ranks_in
 from tracker.studies.snowball.figures import COSINE, END, LAST, Explained, Figures, Growth
 
 NOT_MEASURED = "its removal is not measured; add the layer to 'layer' in the file"
@@ -39,7 +40,7 @@ def layer_table(each: Figures) -> Table:
         return run.drop if run else Estimate(None, reason=NOT_MEASURED)
 
     by_cosine = explained.by_cosine if explained else {}
-    by_drop = explained.by_drop if explained else {}
+    by_drop = drop_ranks(each)
     columns: tuple[Column[int], ...] = (
         Column("layer", "count", lambda layer: layer),
         Column("behind it", "percent", lambda i: tokens.paths[i, i], "not finite"),
@@ -53,7 +54,7 @@ def layer_table(each: Figures) -> Table:
         beside("as handed on", lambda layer: tokens.handed_on.factors[layer].value),
         Column("drop", measure_of(each.record).form, drop),
         Column("cosine rank", "count", by_cosine.get, NOT_MEASURED),
-        Column("drop rank", "count", by_drop.get, NOT_MEASURED),
+        Column("drop rank", "count", by_drop.get, NOT_MEASURED, interval=True),
     )
     return table(
         f"{each.record.heading}: the relative difference after each layer's removal",
@@ -65,10 +66,22 @@ def layer_table(each: Figures) -> Table:
             "and an interval without 1.",
             "random, other tokens': growth of random directions and of other tokens' updates of "
             "the same norm. As handed on: how many times as large as if all later layers had "
-            "handed the difference on as it was. Rank 1: the largest cosine score or drop; equal "
-            "ones share a rank.",
+            "handed the difference on as it was. Rank 1: the largest cosine score or drop. Drops "
+            "have these ranks with 95 % confidence for all layers.",
         ),
     )
+
+
+def drop_ranks(each: Figures) -> dict[int, Estimate]:
+    """Find between which ranks each layer lies by its drop, all at once; 1 has the largest."""
+    if each.explained is None:
+        return {}
+    runs = each.record.runs_of()
+    between = ranks_in(each.record, [runs[layer] for layer in each.explained.layers])
+    return {
+        layer: Estimate(each.explained.by_drop[layer], *ends)
+        for layer, ends in zip(each.explained.layers, between, strict=True)
+    }
 
 
 class _Predictor(NamedTuple):
@@ -218,6 +231,7 @@ def _drawn(each: Figures) -> Iterator[tuple[int, str]]:
         for layer in np.unique(np.linspace(0, each.layers - 1, SHOWN).round()).astype(int).tolist():
             yield layer, f"layer {layer}"
         return
-    by_cosine, by_drop = explained.by_cosine, explained.by_drop
+    by_cosine, by_drop = explained.by_cosine, drop_ranks(each)
     for layer in explained.underrated(SHOWN):
-        yield layer, f"layer {layer}: rank {by_cosine[layer]} by cosine, {by_drop[layer]} by drop"
+        between = interval(by_drop[layer].low, by_drop[layer].high, "{:.0f}".format)
+        yield layer, f"layer {layer}: rank {by_cosine[layer]} by cosine, {between} by drop"
