@@ -61,6 +61,9 @@ class Results:
     def correlations(self) -> pd.DataFrame:
         """One row a (model, benchmark, proxy, coefficient, subset of layers).
 
+        `low` and `high` say where `value` would be with other documents and the same layers,
+        `p_value` how often unrelated layers, as smooth over depth, would correlate as strongly.
+
         Example:
             >>> results.correlations.query("proxy == 'cosine_score'")
         """

@@ -43,6 +43,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None, brief: bool = 
     """
     from tracker.report.caveats import looks_note, rounding_note
     from tracker.report.leaderboard.claims import shown_in
+    from tracker.report.leaderboard.rules import CORRELATION_RULE
     from tracker.report.wording import beneath, power_sentence, sentence
 
     shown = [
@@ -74,7 +75,9 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None, brief: bool = 
         say(f"{DASH} {why}")
     figures = [beneath(cell).strip()]
     if not brief:
+        related = not only and any(record.between for record in cell.correlations)
         figures = [power_sentence(cell, shown), "" if only else sentence(cell)]
+        figures += [CORRELATION_RULE] if related else []
     answer = None if cell.answer is None else statement(cell.answer)
     for line in filter(None, (looks_note(cell), rounding_note(cell), *figures, answer)):
         say(line)
@@ -123,7 +126,7 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
         Column("documents", "count", lambda cell: cell.counted),
         Column("intact model (95 % interval)", "count", baseline),
         Column("guessing", "count", chance),
-        Column("order by cosine score: Spearman", "count", ordered),
+        Column("order by cosine score: Spearman (95 % over documents)", "count", ordered),
     )
     say()
     print_table(table("", columns, cells))

@@ -30,6 +30,7 @@ from tracker.core.run_table import (
 from tracker.core.tables import Column, Table, table
 from tracker.report.caveats import provenance_notes
 from tracker.report.leaderboard.claims import shown_in
+from tracker.report.leaderboard.rules import CORRELATION_RULE
 from tracker.report.wording import (
     benchmark_labels,
     capital,
@@ -62,7 +63,11 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
             "highest cosine score, layers 0-based (1 − cos)",
             *("text", _scored, "no layer has a cosine score"),
         ),
-        Column(f"Spearman of cosine score and {drop} (95 % interval)", "coefficient", _spearman),
+        Column(
+            f"Spearman of cosine score and {drop} (95 % interval over documents)",
+            "coefficient",
+            _spearman,
+        ),
     )
     rows = list(zip(cells, row_labels(cells), strict=True))
     made = table(
@@ -205,12 +210,12 @@ def correlation_table(cell: CellRecord) -> Table:
         columns["coefficient"], value=lambda row: COEFFICIENTS[row[1].coefficient]
     )
     return table(
-        f"{cell.title}: how well each proxy ranks the layers by {measure_of(cell).change}. The "
-        "sample is the layers (inner = without the first two and the last two); the interval "
-        "resamples the documents; p is against unrelated series that are as smooth over depth.",
+        f"{cell.title}: how well each proxy ranks the layers by {measure_of(cell).change} (inner: "
+        "without the first two and the last two).",
         pick(columns, *names),
         [(cell, record) for record in cell.correlations],
-        [
+        [CORRELATION_RULE]
+        + [
             f"{COEFFICIENTS[record.coefficient]}, {_proxy(record)}, "
             f"{SUBSETS[record.subset]}: undefined: {record.reason or NO_REASON}."
             for record in cell.correlations

@@ -29,6 +29,7 @@ from tracker.core.records import (
 )
 from tracker.ledger.outcome_variance import spreads_of
 from tracker.report.editions import edition_labels
+from tracker.stats.multiple import holm
 from tracker.stats.power import ALPHA, MEANT, POWER
 
 
@@ -232,8 +233,8 @@ def correlation_text(record: CorrelationRecord | None) -> str:
         record: The correlation, or None when the cell does not hold it.
 
     Returns:
-        For example `0.66 (95 % interval 0.41 to 0.80; 30 layers, 100 documents; p < 0.001)`, or why
-        it is undefined.
+        For example `0.66 (95 % interval over documents 0.41 to 0.80; p over layers < 0.001; 30
+        layers, 100 documents)`, or why it is undefined.
     """
     if record is None:
         return "not computed"
@@ -241,14 +242,13 @@ def correlation_text(record: CorrelationRecord | None) -> str:
     if not defined(record.value):
         return f"undefined ({record.reason or NO_REASON}; {samples})"
     between = interval(record.low, record.high, two_digits)
-    parts = [
-        f"95 % interval {between}" if between else f"no interval: {record.reason or NO_REASON}",
-        samples,
-    ]
+    parts = [f"95 % interval over documents {between}"]
+    if not between:
+        parts = [f"no interval: {record.reason or NO_REASON}"]
     if defined(record.p_value):
         p = "< 0.001" if record.p_value < 0.001 else f"= {record.p_value:.3f}"
-        parts.append(f"p {p}")
-    return f"{two_digits(record.value)} ({'; '.join(parts)})"
+        parts.append(f"p over layers {p}")
+    return f"{two_digits(record.value)} ({'; '.join([*parts, samples])})"
 
 
 def named_interval(
@@ -395,7 +395,11 @@ def summary(cells: Sequence[CellRecord]) -> str:
             f"{text}The Spearman correlation of cost and cosine score over the layers is "
             f"{correlation_text(records[0])}; 1 would be the same order."
         )
-    above = sum(1 for r in records if defined(r.value) and r.low is not None and r.low > 0)
+    adjusted = holm([record.p_value for record in records])
+    related = sum(
+        p is not None and p < ALPHA and (record.value or 0) > 0
+        for record, p in zip(records, adjusted, strict=True)
+    )
     span = (
         f"is {two_digits(values[0])}"
         if len(values) == 1
@@ -403,8 +407,8 @@ def summary(cells: Sequence[CellRecord]) -> str:
     )
     text += (
         f"The Spearman correlation of cost and cosine score over the layers {span} (1 = the same "
-        "order); in "
-        f"{above} of {counted(len(cells), 'measurement')} its 95 % interval lies above 0"
+        f"order); in {related} of {counted(len(cells), 'measurement')} it is more than unrelated "
+        "layers would give (5 %, Holm)"
     )
     without = len(cells) - len(values)
     return f"{text}, in {without} it is undefined." if without else f"{text}."

@@ -60,7 +60,8 @@ def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:
         _title(label, len(wrong), len(standings)),
         data,
         460,
-        xaxis=axis | {"range": ends, "title": {"text": "rank by cosine score (1 = highest)"}},
+        xaxis=axis
+        | {"range": [0.5, ends[1] + 1], "title": {"text": "rank by cosine score (1 = highest)"}},
         yaxis=axis | {"range": ends[::-1], "title": {"text": "rank by relevance (1 = largest)"}},
     )
 

@@ -1,4 +1,4 @@
-"""How leaderboards rank, in the words that stand beside them."""
+"""How leaderboards rank and correlations are read, in the words that stand beside them."""
 
 from __future__ import annotations
 
@@ -20,4 +20,11 @@ MODEL_RULE = (
     "less the removal of one layer hurts, the more robust the model. They are compared on the "
     "benchmarks, documents and settings that most models share; a model that lacks one of these, "
     "or one of its own layers there, has no rank."
+)
+
+
+CORRELATION_RULE = (
+    "The interval over documents says where the coefficient would be with other documents and the "
+    "same layers. p over layers says how often two unrelated series of layers, each as smooth over "
+    "depth, would correlate as strongly. One may be clear where the other is not."
 )
