@@ -333,8 +333,9 @@ class Pruned:
         finding: What they say beside each other.
         report: The report page of the results folder; None where it could not be written.
         outcome: Which searches or runs failed, and where the runs can be seen.
-        export: What to type to save the best pruning; empty where there is nothing to save.
-        exported: The best pruning as it was saved; None where that was not asked for, or failed.
+        export: What to type to save the recommended pruning; empty where none can be saved.
+        exported: The recommended pruning as it was saved; None where that was not asked for, or
+            failed.
         unsaved: Why it could not be saved; empty otherwise. What was found stands.
     """
 
@@ -363,7 +364,7 @@ def prune(
 
     Args:
         experiment: The YAML file; None for one search, as a trial of a W&B sweep asks for it.
-        output: The folder that is made for the best pruning, as by `export`; None for none.
+        output: The folder that is made for the recommended pruning, as by `export`; None for none.
         project: The tracking backends' project, where there is no file; None for `tracker`.
         **settings: The results folder, backends, device, …: as `Running` says; and, without a
             file, what would stand in it: model, benchmark, strategy, remove, ….
@@ -382,8 +383,13 @@ def prune(
     from tracker.pruning.export.chosen import chosen_by
     from tracker.pruning.search.cells import Lender
     from tracker.pruning.search.conduct import conduct
-    from tracker.pruning.search.report import best, export_line
-    from tracker.pruning.search.request import load_searches, refuse_idle, search_request
+    from tracker.pruning.search.report import export_line, savable
+    from tracker.pruning.search.request import (
+        load_searches,
+        refuse_draws,
+        refuse_idle,
+        search_request,
+    )
     from tracker.pruning.search.trial import trial
 
     how = _how(settings)
@@ -407,6 +413,7 @@ def prune(
             name = f"{asked[0].strategy}-{asked[0].cell.benchmark}"
         if output is not None:
             checkpoint.refuse_units({request.unit for request in asked})
+            refuse_draws(asked)
         project = project or "tracker"
         with work.publisher(project) as publisher:
             lender = Lender(work.ledger, work.options, work.progress, typed)
@@ -414,15 +421,16 @@ def prune(
         log(found)
     page = _shown(work.ledger, name, text, found.outcome)
     pruned = Pruned(tuple(found.records), finding, page, found.outcome, "")
-    chosen = best(found.searched)
+    chosen = savable(found.searched, found.recommended)
     if chosen is None:
-        return pruned
-    record, request = chosen
-    pruned = replace(pruned, export=export_line(record, request, work.ledger.root))
+        why = "nothing is recommended that could be saved" if output is not None else ""
+        return replace(pruned, unsaved=why)
+    one, request = chosen
+    pruned = replace(pruned, export=export_line(one.record, request, work.ledger.root))
     if output is None:
         return pruned
     wanted = checkpoint.ExportRequest(
-        pruning=chosen_by(work.ledger, record),
+        pruning=chosen_by(work.ledger, one.record, found.recommended[one.asked.goal].decided_on),
         request=request,
         on_benchmark=True,
         output=Path(output),

@@ -211,16 +211,21 @@ def print_finding(finding: FindingRecord) -> None:
     for made in finding.tables:
         say()
         print_table(made)
-        reasons: dict[str, dict[str, None]] = {}
-        for row in made.rows:
-            for entry, heading in zip(row, made.headings, strict=True):
-                if isinstance(entry, Estimate) and entry.reason:
-                    reasons.setdefault(entry.reason, {})[heading.label] = None
-        dashes = (f"{DASH} {why} ({', '.join(where)})" for why, where in sorted(reasons.items()))
-        for line in (*made.notes, *dashes):
+        for line in (*made.notes, *_dashes(made)):
             say(line)
     for line in finding.lacking:
         say(f"could not be said: {line}")
+
+
+def _dashes(made: Table) -> Iterator[str]:
+    """Say why the dashes of a table stand there, and in which columns."""
+    reasons: dict[str, dict[str, None]] = {}
+    for row in made.rows:
+        for entry, heading in zip(row, made.headings, strict=True):
+            if isinstance(entry, Estimate) and entry.reason:
+                reasons.setdefault(entry.reason, {})[heading.label] = None
+    for why, where in sorted(reasons.items()):
+        yield f"{DASH} {why} ({', '.join(where)})"
 
 
 def print_boards(cells: Sequence[CellRecord]) -> None:
@@ -375,20 +380,26 @@ def print_plan_of_searches(
 ) -> None:
     """Print what searches and their tests will cost, at a rate or at the one measured here."""
     rates = _Rates(gflops)
+    no_search = "it is no search, but measures what searches chose"
 
     def name(row: PlannedSearch) -> str:
         if isinstance(row.request, CellRequest):
-            return f"{row.request.benchmark}: test"
+            what = "test" if row.request.part == "test" else "what is recommended"
+            return f"{row.request.benchmark}: {what}"
         return f"{row.request.cell.benchmark}: {row.request.strategy}, {row.request.asked}"
 
-    def calibrated_on(row: PlannedSearch) -> str:
+    def calibrated_on(row: PlannedSearch) -> str | Estimate:
         if isinstance(row.request, CellRequest):
-            return DASH
-        return ", ".join(each.benchmark for each in row.request.calibration()) or DASH
+            return Estimate(None, reason=no_search)
+        by = ", ".join(each.benchmark for each in row.request.calibration())
+        return by or Estimate(None, reason="the strategy looks at no document")
 
-    def loop(row: PlannedSearch) -> str:
-        known = row.naive_flops and row.flops
-        return f"{(row.naive_flops or 0) / row.flops:.1f} × the TFLOP" if known else DASH
+    def loop(row: PlannedSearch) -> str | Estimate:
+        if row.naive_flops is None:
+            return Estimate(None, reason="lm-eval computes no proxies")
+        if not row.flops:
+            return Estimate(None, reason="nothing is measured that is not measured above")
+        return f"{row.naive_flops / row.flops:.1f} × the TFLOP"
 
     def seconds(row: PlannedSearch) -> float:
         return rates.seconds(row.flops, row.dtype)
@@ -396,16 +407,16 @@ def print_plan_of_searches(
     def evaluations(row: PlannedSearch) -> str:
         return f"{'at most ' if row.at_most else ''}{row.evaluations:,.0f}"
 
-    def passes(row: PlannedSearch) -> str:
-        return DASH if row.passes is None else f"{row.passes:,.1f}"
+    def passes(row: PlannedSearch) -> str | None:
+        return None if row.passes is None else f"{row.passes:,.1f}"
 
     columns: tuple[Column[PlannedSearch], ...] = (
         Column("search", "text", name),
         Column("calibrated on", "text", calibrated_on),
         Column("documents", "count", lambda row: row.documents),
-        Column("steps", "count", lambda row: row.steps),
+        Column("steps", "count", lambda row: row.steps, no_search),
         Column("evaluations", "count", evaluations),
-        Column("passes", "count", passes),
+        Column("passes", "count", passes, no_search),
         Column("TFLOP", "count", lambda row: f"{row.flops / 1e12:,.1f}"),
         Column("lm-eval loop", "count", loop),
         Column("time at least", "count", lambda row: _duration(seconds(row))),
@@ -417,11 +428,12 @@ def print_plan_of_searches(
         "reaches a part of that rate"
     )
     say()
-    print_table(table("", columns, rows))
+    print_table(made := table("", columns, rows))
     say("TFLOP: what no search above it has asked for, as if nothing were measured yet")
     say("evaluations and passes: those of the search alone")
     say("Which sets are tried is made up, so passes and TFLOP are near what they will be")
-    say(f"{DASH}: the search looks at no document, or the figure belongs to the other kind of row")
+    for line in _dashes(made):
+        say(line)
 
 
 def _until(cell: PlannedCell) -> str:

@@ -97,7 +97,7 @@ def export(track: tuple[str, ...] | None, **settings: Any) -> None:
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="Save the one that tests best in this new folder, as 'tracker export' does.",
+    help="Save the recommended one in this new folder, as 'tracker export' does.",
 )
 @project_option(help="Default: tracker.")
 @running
@@ -105,9 +105,9 @@ def prune(experiment: Path | None, **settings: Any) -> None:
     """Search for what to prune, and test what was chosen.
 
     EXPERIMENT says how much is to go ('remove' or 'keep') and by which strategies. Each strategy
-    chooses on calibration documents, and each of its steps is tested on other documents, as a
-    tracked run. The sets, what they answer, and what the searches cost are printed and join the
-    report. The same command continues a search that was stopped.
+    chooses on calibration documents, and these recommend one of the sets. Each step is tested on
+    other documents, as a tracked run. The sets, what they answer, and what the searches cost are
+    printed and join the report. The same command continues a search that was stopped.
 
     Without EXPERIMENT it is one search, which is what the trial of a W&B sweep calls.
 
@@ -131,7 +131,7 @@ def prune(experiment: Path | None, **settings: Any) -> None:
     print_end(done.outcome, done.report)
     if done.export and not done.exported:
         say()
-        say(f"to save the best one: {done.export}")
+        say(f"to save the recommended one: {done.export}")
     if done.exported:
         say()
         print_export(done.exported)

@@ -66,6 +66,19 @@ def test_the_first_step_is_a_sweep_and_nothing_is_paid_for_twice(
     assert (lazy.evaluations, lazy.at_most) == (alone.evaluations, True)
 
 
+def test_what_decides_between_sets_is_planned_where_no_search_asks_for_it(
+    ask: Callable[..., SearchRequest], lend
+) -> None:
+    asked = [ask(strategy=name, remove=2) for name in ("cosine_oneshot", "last", "random")]
+    _, (decides, test) = plan_searches(asked, lend().ledger)
+    assert isinstance(decides.request, CellRequest)
+    assert (decides.request.part, decides.documents) == ("calibration", DOCUMENTS)
+    assert decides.evaluations == 3, "the intact model and two sets, and no random one"
+    _, (test,) = plan_searches(asked[1:], lend().ledger)
+    assert isinstance(test.request, CellRequest)
+    assert test.request.part == "test"
+
+
 def test_the_command_plans_a_file_of_searches(write: Callable[..., Path], tmp_path: Path) -> None:
     path = write(sample=4, test_sample=6, strategy=["accuracy", "random"])
     said = printed("plan", path, "--gflops=1", f"--results={tmp_path}/new")

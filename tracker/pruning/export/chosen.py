@@ -8,7 +8,7 @@ from dataclasses import replace
 from tracker.core.extent import Extent
 from tracker.core.formats import counted
 from tracker.core.identities import ModelIdentity
-from tracker.core.prune_records import PruneRecord, PruneStep, Tested
+from tracker.core.prune_records import Calibrated, PruneRecord, PruneStep, Tested
 from tracker.core.records import CellRecord
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Contents, Ledger
@@ -43,9 +43,14 @@ def chosen(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...]) -> Pr
     return _pruning(contents, best)
 
 
-def chosen_by(ledger: Ledger, record: PruneRecord) -> Pruning:
-    """Say what is known of the choice that a search ended with."""
-    return _pruning(ledger.contents(), [(record, record.steps[-1])])
+def chosen_by(ledger: Ledger, record: PruneRecord, decided_on: Calibrated | None) -> Pruning:
+    """Say what is known of the choice that a search ended with.
+
+    `decided_on` are documents that decided between it and others; None where none did.
+    """
+    known = _pruning(ledger.contents(), [(record, record.steps[-1])])
+    more = () if decided_on is None else (decided_on,)
+    return replace(known, documents=(*known.documents, *more))
 
 
 def _pruning(contents: Contents, found: Sequence[tuple[PruneRecord, PruneStep]]) -> Pruning:

@@ -18,8 +18,9 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.prepare import look_up
 from tracker.pruning.search.cells import Lender, OpenCell
 from tracker.pruning.search.figures import Searched
+from tracker.pruning.search.recommending import Recommended, recommended
 from tracker.pruning.search.report import finding_of
-from tracker.pruning.search.request import SearchRequest
+from tracker.pruning.search.request import Goal, SearchRequest
 from tracker.pruning.search.search import Found, budget_of, refuse_mixed, refuse_unknown, search
 from tracker.runner import Finished, run_cells
 from tracker.team.publish import Publisher
@@ -33,11 +34,14 @@ class Pursued:
 
     Attributes:
         searched: What was found, one a draw.
+        recommended: Goal of searches → which of their sets is recommended; empty where that was
+            not wanted.
         failed: What was asked and not found → why; `outcome` says it too.
         outcome: What became of the runs of the steps.
     """
 
     searched: list[Searched]
+    recommended: dict[Goal, Recommended]
     failed: dict[SearchRequest, str]
     outcome: Finished
 
@@ -54,14 +58,16 @@ def conduct(
 
     As `pursue`: RequestError, CellError.
     """
-    found = pursue(asked, lender, publisher)
+    found = pursue(asked, lender, publisher, recommend=True)
     failed = {request.title: why for request, why in found.failed.items()}
-    finding = finding_of(name, found.searched, failed)
+    finding = finding_of(name, found.searched, found.recommended, failed)
     keep_finding(lender.ledger.root, finding)
     return found, finding
 
 
-def pursue(asked: Sequence[SearchRequest], lender: Lender, publisher: Publisher) -> Pursued:
+def pursue(
+    asked: Sequence[SearchRequest], lender: Lender, publisher: Publisher, recommend: bool = False
+) -> Pursued:
     """Search, measure each step on the test documents, publish it as a run of its own, keep it all.
 
     A search that was killed goes on where it was: all that it asked is in the ledger.
@@ -70,6 +76,7 @@ def pursue(asked: Sequence[SearchRequest], lender: Lender, publisher: Publisher)
         asked: The searches, equal models next to each other.
         lender: Where the results are, how models run, always in this process, and who is told.
         publisher: Hands the steps' runs to the tracking backends.
+        recommend: Whether one set of each goal is recommended.
 
     Returns:
         What was found.
@@ -98,12 +105,16 @@ def pursue(asked: Sequence[SearchRequest], lender: Lender, publisher: Publisher)
     said = {request.title: why for request, why in failed.items()}
     if not found:
         raise CellError("\n".join(f"{title}: {why}" for title, why in said.items()))
-    tests: dict[CellRequest, list[Ablation]] = {}
+    tests: dict[CellRequest, list[Found]] = {}
     for one in found:
-        tests.setdefault(one.asked.test(), []).extend(ablations_of(one))
+        tests.setdefault(one.asked.test(), []).append(one)
+    recommendations: dict[Goal, Recommended] = {}
     for test, chosen in tests.items():
+        for goal in dict.fromkeys(one.asked.goal for one in chosen) if recommend else ():
+            some = [one for one in chosen if one.asked.goal == goal]
+            recommendations[goal] = recommended(some, lender, cells)
         progress.say(f"{test.title}: testing what was chosen")
-        cells[test].measure(chosen)
+        cells[test].measure([ablation for one in chosen for ablation in ablations_of(one)])
     steps = [[_run(one, step) for step in one.steps] for one in found]
     runs = list(dict.fromkeys(run for each in steps for run in each if run is not None))
     outcome = run_cells(runs, ledger, publisher, options, progress) if runs else Finished()
@@ -120,7 +131,7 @@ def pursue(asked: Sequence[SearchRequest], lender: Lender, publisher: Publisher)
     if not failed:
         for cell in cells.values():
             cell.end()
-    return Pursued(searched, failed, outcome)
+    return Pursued(searched, recommendations, failed, outcome)
 
 
 def ablations_of(found: Found) -> list[Ablation]:

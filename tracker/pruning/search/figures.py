@@ -11,7 +11,7 @@ import numpy as np
 
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
-from tracker.core.formats import WRITTEN, with_interval
+from tracker.core.formats import WRITTEN, defined, with_interval
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
 from tracker.ledger.paired import Array, PairedOutcomes
 from tracker.stats.accuracy import accuracy, accuracy_drop
@@ -20,11 +20,18 @@ if TYPE_CHECKING:  # it knows the strategies, and they need torch
     from tracker.pruning.search.request import SearchRequest
 
 
+NO_SCORE = "a document has no finite score"
+"""Why a level is undefined, where nothing else says so."""
+
+
 def level_text(level: Estimate, unit: str) -> str:
     """Write a level with its interval and unit, such as `41.7 % (31.1 to 53.1)`.
 
-    The unit is `%` for an accuracy, else that of the loss.
+    The unit is `%` for an accuracy, else that of the loss. Where it is undefined, the reason is
+    written.
     """
+    if not defined(level.value):
+        return f"undefined ({level.reason or NO_SCORE})"
     form = WRITTEN["percent" if unit == "%" else "score"]
     return with_interval(level, form.write, f" {unit}" if unit else "")
 
@@ -38,12 +45,6 @@ def tested(step: PruneStep) -> Tested:
 def end(record: PruneRecord) -> Tested:
     """What the test documents say of all that a search removed."""
     return tested(record.steps[-1])
-
-
-def lost(record: PruneRecord) -> float:
-    """What it costs in the end; infinite where that is undefined, so that it comes last."""
-    drop = end(record).drop
-    return float("inf") if drop is None else drop
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,19 @@ from tracker.measuring.planning import texts_of
 from tracker.measuring.progress import Silent
 from tracker.models.sources import find_model
 from tracker.pruning.search.cells import Lender, planned
-from tracker.pruning.search.request import SearchRequest
+from tracker.pruning.search.request import Goal, SearchRequest, deciding
 from tracker.pruning.search.scores import Losses, Scores, Set, grown
 from tracker.pruning.search.search import budget_of, refuse_few, refuse_mixed, refuse_unknown
-from tracker.pruning.search.strategies import STRATEGIES, Search
+from tracker.pruning.search.strategies import NULL, STRATEGIES, Search
 
 
 @dataclass(frozen=True)
 class PlannedSearch:
-    """What one search will cost, all its draws together, or testing what was found.
+    """What one search will cost, all its draws together, or deciding between and testing sets.
 
     Attributes:
-        request: The search, or the test documents of some.
-        documents: Calibration documents, or test documents.
+        request: The search, or the documents that decide between what some chose, or test it.
+        documents: How many documents choose, decide or test.
         evaluations: Sets of removals that are scored, as if it were alone, or tested.
         flops: Floating-point operations of what nothing before it asked for,
         dtype: in this type of numbers, such as `bfloat16`.
@@ -70,7 +70,8 @@ def plan_searches(
         trust_remote_code: Whether code from a download may run.
 
     Returns:
-        One plan a search, and one for each set of test documents.
+        One plan a search, and one for what else is measured: to recommend one of the sets, and to
+        test them.
 
     Raises:
         RequestError: Something that was asked for does not exist or does not fit.
@@ -87,8 +88,9 @@ def plan_searches(
         return reading(texts.model, texts.documents, texts.max_length), texts.dtype
 
     known: dict[CellRequest, set[object]] = {}
+    compared: dict[Goal, dict[Ablation, None]] = {}
     tested: dict[CellRequest, dict[Ablation, None]] = {}
-    searches = []
+    searches, more = [], []
     for request in asked:
         within = budget_of(request, lender)
         cells = {each: read(each)[0] for each in request.calibration()}
@@ -102,6 +104,8 @@ def plan_searches(
             steps = len(found[-1])
             sets = dict.fromkeys(scores.ablation(removed) for removed in found)
             tested.setdefault(request.test(), {INTACT: None}).update(sets)
+            if request.strategy != NULL:
+                compared.setdefault(request.goal, {})[scores.ablation(found[-1])] = None
         naive = [scores.naive_flops for scores in counts]
         searches.append(
             PlannedSearch(
@@ -116,13 +120,21 @@ def plan_searches(
                 at_most=request.rescored != "full",
             )
         )
-    tests = []
-    for test, sets in tested.items():
-        there, dtype = read(test)
-        flops = there.flops(planned(sets, there.layers))
-        naive_flops = there.naive_flops(list(sets))
-        tests.append(PlannedSearch(test, there.documents, len(sets), flops, dtype, naive_flops))
-    return searches, tests
+    for goal, sets in compared.items():
+        decides = deciding([one for one in asked if one.goal == goal])
+        lacking = [one for one in (INTACT, *sets) if one not in known.get(decides, ())]
+        if len(sets) > 1 and lacking:
+            more.append(_measuring(decides, lacking, *read(decides)))
+    more += [_measuring(test, list(sets), *read(test)) for test, sets in tested.items()]
+    return searches, more
+
+
+def _measuring(
+    request: CellRequest, sets: Sequence[Ablation], there: Reading, dtype: str
+) -> PlannedSearch:
+    """Count what measuring some sets takes."""
+    flops, naive_flops = there.flops(planned(sets, there.layers)), there.naive_flops(list(sets))
+    return PlannedSearch(request, there.documents, len(sets), flops, dtype, naive_flops)
 
 
 class _Counted(Scores):

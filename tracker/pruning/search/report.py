@@ -17,39 +17,47 @@ from tracker.core.findings import FindingRecord, Line, LineChart
 from tracker.core.formats import WRITTEN, counted, ends
 from tracker.core.prune_records import PruneRecord, PruneStep
 from tracker.core.tables import Column, Table, estimate, table
-from tracker.ledger.paired import PairedOutcomes
 from tracker.pruning.search.figures import (
+    NO_SCORE,
     Choices,
     Searched,
     calibration_documents,
     end,
     level_text,
-    lost,
     separated,
     tested,
 )
+from tracker.pruning.search.recommending import Recommended
+from tracker.pruning.search.request import Goal
+from tracker.pruning.search.strategies import NULL
 from tracker.report.page.studies import SEARCH
+from tracker.report.wording import listed
+from tracker.stats.support import together
 
 Row = TypeVar("Row")
 QUESTION = "What can go, and what does the model answer without it?"
 
 
-def finding_of(name: str, searched: Sequence[Searched], failed: Mapping[str, str]) -> FindingRecord:
+def finding_of(
+    name: str,
+    searched: Sequence[Searched],
+    recommended: Mapping[Goal, Recommended],
+    failed: Mapping[str, str],
+) -> FindingRecord:
     """Say what searches of one file found."""
-    records = [one.record for one in searched]
-    groups = grouped(records)
-    answered = {one.record.name: one.answered for one in searched}
+    groups = grouped(searched)
+    records = [[one.record for one in some] for some in groups]
     return FindingRecord(
         study=SEARCH,
         experiment=name,
         command="tracker prune",
         question=QUESTION,
-        answers=tuple(line for each in groups for line in _answers(each, answered)),
-        tables=tuple(made for each in groups for made in (_table(each), _sets(each))),
-        charts=tuple(_frontier_of(each) for each in groups),
+        answers=tuple(line for some in groups for line in _answers(some, recommended)),
+        tables=tuple(made for each in records for made in (_table(each), _sets(each))),
+        charts=tuple(map(_frontier_of, records)),
         lacking=tuple(f"{title}: {why}" for title, why in failed.items()),
         assumptions=ASSUMED,
-        rests_on=tuple(dict.fromkeys(place for r in records for place in r.rests_on)),
+        rests_on=tuple(dict.fromkeys(place for one in searched for place in one.record.rests_on)),
     )
 
 
@@ -61,74 +69,130 @@ COST = (
 ASSUMED = (
     "What chose and what tests are different documents, so that accuracy after pruning is not "
     "flattered by the choice; the intervals of a step are those of the test documents.",
+    "What is recommended chose on calibration documents: of the sets of all strategies but random, "
+    "the one that loses least on them. Test documents choose nothing.",
     "Accuracy: Wilson's interval; what is lost, and differences of two prunings: paired documents "
-    "(Bonett and Price 2012).",
+    "(Bonett and Price 2012), of the sentences for all their differences at once (Bonferroni). Of "
+    "several random draws the mean counts, document by document.",
     "A runner-up is told apart where the 95 % interval of its paired loss to what was chosen, on "
     "the calibration documents, is above 0; of the best of many candidates it is rather hopeful.",
     COST,
 )
 
 
-def grouped(records: Sequence[PruneRecord]) -> list[list[PruneRecord]]:
-    """Put together what can be compared: one model, one benchmark and part of it, one unit."""
-    groups: dict[object, list[PruneRecord]] = {}
-    for one in records:
-        benchmark = one.benchmark.model_dump_json()
-        key = (one.model.key, benchmark, one.metric, one.unit, one.part, one.baseline.n)
-        groups.setdefault(key, []).append(one)
+def grouped(searched: Sequence[Searched]) -> list[list[Searched]]:
+    """Put together what stands in one table: one model, one set of test documents, one unit."""
+    groups: dict[object, list[Searched]] = {}
+    for one in searched:
+        groups.setdefault(one.asked.goal[:2], []).append(one)
     return list(groups.values())
 
 
 def _level(record: PruneRecord, level: Estimate) -> str:
-    if level.value is None:
-        return f"undefined ({level.reason or _NO_SCORE})"
     return level_text(level, "%" if record.higher_is_better else "")
 
 
 def _answers(
-    records: Sequence[PruneRecord], answered: Mapping[str, PairedOutcomes]
+    searched: Sequence[Searched], recommended: Mapping[Goal, Recommended]
 ) -> Iterator[str]:
-    first = records[0]
-    metric = first.metric if first.metric != first.benchmark.primary_metric else "accuracy"
-    metric = metric if first.higher_is_better else "loss"
-    labels = _labels(records)
-    for amount in dict.fromkeys(one.amount for one in records):
-        some = sorted((one for one in records if one.amount == amount), key=lost)
-        best = some[0]
-        yield (
-            f"{first.model.name} on {_benchmark(first)}, {amount}: by {labels[best.name]} it goes "
-            f"without {first.unit}s {', '.join(map(str, best.removed))} ({len(best.removed)} of "
-            f"{first.model.layers}) and has a test {metric} of {_level(best, end(best).level)}, "
-            f"unpruned {_level(best, best.baseline.level)}, n = {best.baseline.n:,}. It is the "
-            f"best of {counted(len(some), 'pruning')} by these documents."
-        )
-        for name in ("cosine_oneshot", "cosine", "random"):
-            others = [one for one in some if one.strategy == name and one is not best]
-            if others:
-                yield _beside(best, others, answered)
+    labels = _labels([one.record for one in searched])
+    for goal in dict.fromkeys(one.asked.goal for one in searched):
+        some = [one for one in searched if one.asked.goal == goal]
+        chosen = chosen_of(some, recommended[goal])
+        first = some[0].record
+        head = f"{first.model.name} on {_benchmark(first)}, {first.amount}"
+        if chosen:
+            yield f"{head}: {_set(chosen, labels)}{_why(some, recommended[goal], labels)}"
+        else:
+            yield (
+                f"{head}: nothing is recommended, since {recommended[goal].reason}. Unpruned it "
+                f"has a test {_metric(first)} of {_level(first, first.baseline.level)}, "
+                f"n = {first.baseline.n:,}."
+            )
+        yield from _beside(some, chosen)
         for one in some:
-            for sentence in unsure_sentence([one], "the choice"):
-                yield f"{labels[one.name]}: {sentence}"
+            for sentence in unsure_sentence([one.record], "the choice"):
+                yield f"{labels[one.record.name]}: {sentence}"
 
 
-def _beside(
-    best: PruneRecord, others: Sequence[PruneRecord], answered: Mapping[str, PairedOutcomes]
-) -> str:
-    """Say how much better a pruning is than those of another strategy."""
-    levels = [end(one).accuracy for one in others]
-    defined = [value for value in levels if value is not None]
-    mean = statistics.fmean(defined) if defined else None
-    draws = f", the mean of {counted(len(others), 'draw')}" if len(others) > 1 else ""
-    text = f"By {others[0].strategy} it is {_level(best, Estimate(mean))}{draws}"
-    mine, theirs = (
-        Choices(tuple(some), tuple(answered[one.name] for one in some)) for some in ([best], others)
+def chosen_of(searched: Sequence[Searched], found: Recommended) -> list[Searched]:
+    """Which searches with one goal chose the set that is recommended."""
+    return [
+        one
+        for one in searched
+        if one.asked.strategy != NULL and one.record.removed == found.removed
+    ]
+
+
+def _metric(record: PruneRecord) -> str:
+    if not record.higher_is_better:
+        return "loss"
+    return "accuracy" if record.metric == record.benchmark.primary_metric else record.metric
+
+
+def _set(chosen: Sequence[Searched], labels: Mapping[str, str]) -> str:
+    """Say what a set is, and what the test documents say of it."""
+    record = chosen[0].record
+    by = listed([labels[one.record.name] for one in chosen])
+    return (
+        f"by {by} it goes without {record.unit}s {', '.join(map(str, record.removed))} "
+        f"({len(record.removed)} of {record.model.layers}) and has a test {_metric(record)} of "
+        f"{_level(record, end(record).level)}, unpruned {_level(record, record.baseline.level)}, "
+        f"n = {record.baseline.n:,}."
     )
-    apart = mine.above(theirs)
-    if len(others) == 1 and apart.value is not None:
-        write = WRITTEN[_unit(best, "points")].write
-        text += f", {write(apart.value)}{' pp less' if best.higher_is_better else ' more'}"
-        text += ends(apart.low, apart.high, write)
-    return f"{text}."
+
+
+def _why(searched: Sequence[Searched], found: Recommended, labels: Mapping[str, str]) -> str:
+    """Say by what a set is recommended; begins with a space, empty where it is the only one."""
+    if found.step is None or found.decided_on is None:
+        return ""
+    step, count = found.step, counted(found.decided_on.n, "calibration document")
+    text = f" Of {found.of} sets none loses less on {count}, so that this is recommended"
+    if step.margin is None or (step.margin_low is not None and step.margin_low > 0):
+        return f"{text}."
+    second = (one.record for one in searched if one.record.removed == step.runner_up)
+    next_ = listed([labels[one.name] for one in second if one.strategy != NULL])
+    text += f"; they are too few to tell it from that of {next_}"
+    return f"{text}{f' (about {step.separates:,} would)' if step.separates else ''}."
+
+
+def _beside(searched: Sequence[Searched], chosen: Sequence[Searched]) -> Iterator[str]:
+    """Set other strategies beside what is recommended, all comparisons at once."""
+    others = []
+    for name in ("cosine_oneshot", "cosine", NULL):
+        own = [one for one in searched if one.asked.strategy == name and one not in chosen]
+        if own:
+            others.append(own)
+    apart = [
+        _choices(chosen[:1]).above(_choices(some)) if chosen else Estimate(None) for some in others
+    ]
+    for some, found in zip(
+        others, together(apart, [some[0].record.baseline.n for some in others]), strict=True
+    ):
+        yield _other(some, found)
+
+
+def _choices(searched: Sequence[Searched]) -> Choices:
+    records, answered = zip(*((one.record, one.answered) for one in searched), strict=True)
+    return Choices(records, answered)
+
+
+def _other(searched: Sequence[Searched], found: Estimate) -> str:
+    """Say what a strategy leaves, and how far below the recommended set that is."""
+    record = searched[0].record
+    levels = [end(one.record).accuracy for one in searched]
+    known = [level for level in levels if level is not None]
+    mean = statistics.fmean(known) if len(known) == len(levels) else None
+    draws = f", the mean of {counted(len(levels), 'draw')}" if len(levels) > 1 else ""
+    text = f"By {record.strategy} it is {_level(record, Estimate(mean))}{draws}"
+    if found.value is None or found.low is None or found.high is None:
+        return f"{text}."
+    write = WRITTEN[_unit(record, "points")].write
+    less = (found.value >= 0) == record.higher_is_better
+    low, high = (found.low, found.high) if found.value >= 0 else (-found.high, -found.low)
+    text += f": {write(abs(found.value))}{' pp' if record.higher_is_better else ''} "
+    text += f"{'less' if less else 'more'}{ends(low, high, write)}"
+    return f"{text}{'' if low > 0 else ', which may be chance'}."
 
 
 def unsure_sentence(searches: Sequence[PruneRecord], chosen: str, each: str = "") -> Iterator[str]:
@@ -198,22 +262,19 @@ def _table(records: Sequence[PruneRecord]) -> Table:
         Column("strategy", "text", lambda one: labels[one.name] if one else "unpruned"),
         Column("amount", "text", lambda one: one.amount if one else "nothing"),
         Column("removed", "text", lambda one: ", ".join(map(str, one.removed)) if one else "none"),
-        Column(_tested(first.higher_is_better), _unit(first), level, _NO_SCORE),
-        Column("lost", _unit(first, "points"), drop, _NO_SCORE),
+        Column(_tested(first.higher_is_better), _unit(first), level, NO_SCORE),
+        Column("lost", _unit(first, "points"), drop, NO_SCORE),
         *cost_columns(lambda one: [one] if one else []),
     )
     return table(
         f"{first.model.name} · {_benchmark(first)}: pruned by each strategy, on "
         f"{counted(first.baseline.n, 'test document')}{part}",
         columns,
-        [None, *sorted(records, key=lost)],
+        [None, *records],
         dict.fromkeys(
             f"calibration documents: {_calibration(one)}" for one in records if one.calibration
         ),
     )
-
-
-_NO_SCORE = "a document has no finite score"
 
 
 def _tested(higher_is_better: bool) -> str:
@@ -262,7 +323,7 @@ def _sets(records: Sequence[PruneRecord]) -> Table:
     first, labels = records[0], _labels(records)
 
     def score(row: _Step) -> Estimate:
-        return estimate(row.step.score, row.step.reasons.get("score") or _NO_SCORE)
+        return estimate(row.step.score, row.step.reasons.get("score") or NO_SCORE)
 
     def margin(row: _Step) -> Estimate:
         step = row.step
@@ -277,7 +338,7 @@ def _sets(records: Sequence[PruneRecord]) -> Table:
         Column(first.unit, "count", lambda row: row.step.layer, whole),
         Column("score", "times", score),
         Column("runner-up worse by", "times", margin),
-        Column(lost, _unit(first, "points"), lambda row: tested(row.step).lost, _NO_SCORE),
+        Column(lost, _unit(first, "points"), lambda row: tested(row.step).lost, NO_SCORE),
     )
     return table(
         f"{first.model.name} · {_benchmark(first)}: step by step",
@@ -302,17 +363,19 @@ def _frontier_of(records: Sequence[PruneRecord]) -> LineChart:
     return frontier(title, first.unit, first.higher_is_better, levels)
 
 
-def best(searched: Sequence[Searched]) -> tuple[PruneRecord, CellRequest] | None:
-    """Choose the pruning that tests best, with the request of its last step's run.
+def savable(
+    searched: Sequence[Searched], recommended: Mapping[Goal, Recommended]
+) -> tuple[Searched, CellRequest] | None:
+    """Find the first recommended set that can be saved, with the request of its last step's run.
 
-    None where none can be saved.
+    That of the first model, benchmark and amount of the file; None where none can be saved.
     """
-    some = [
-        (one.record, one.request)
-        for one in searched
-        if one.record.unit == "layer" and one.request is not None
-    ]
-    return min(some, key=lambda chosen: lost(chosen[0]), default=None)
+    for goal, found in recommended.items():
+        some = [one for one in searched if one.asked.goal == goal]
+        for one in chosen_of(some, found):
+            if one.asked.unit == "layer" and one.request is not None:
+                return one, one.request
+    return None
 
 
 def export_line(record: PruneRecord, asked: CellRequest, results: Path) -> str:

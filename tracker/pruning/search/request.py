@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,13 +22,16 @@ from pydantic import AfterValidator, model_validator
 from tracker.core.config import CellRequest, Name
 from tracker.core.errors import ExperimentError, RequestError, did_you_mean
 from tracker.core.experiment import MAX_CELLS, Grid, Sweep, grid_of, is_of_removals, load_file
+from tracker.core.kinds import Component
 from tracker.core.problems import checked
 from tracker.core.prune_records import Rescoring
 from tracker.pruning.search.budgets import Amount, amount
 from tracker.pruning.search.settings import OF_CELLS, SearchSettings
-from tracker.pruning.search.strategies import BLIND, DRAWN, OF_LAYERS, RESCORED, STRATEGIES
+from tracker.pruning.search.strategies import BLIND, DRAWN, NULL, OF_LAYERS, RESCORED, STRATEGIES
 
-DEFAULT = ("accuracy", "cosine_oneshot", "random")
+Goal = tuple[CellRequest, Component, str]
+"""The test documents of searches, what goes, and how much of it."""
+DEFAULT = ("accuracy", "cosine_oneshot", NULL)
 """Strategies where none is named: what really counts, beside the usual proxy and chance."""
 
 
@@ -126,6 +129,11 @@ class SearchRequest(SearchSettings):
         """Ask for the cell that says what was lost, on documents that never choose."""
         return self.cell.model_copy(update={"sample": self.test_sample, "part": "test"})
 
+    @property
+    def goal(self) -> Goal:
+        """What it has in common with other ways to choose: their sets can be compared."""
+        return self.test(), self.unit, self.asked
+
 
 if TYPE_CHECKING:  # which takes no class that is made
     SearchParameters = Grid
@@ -140,6 +148,16 @@ else:
 def calibration_of(request: CellRequest) -> CellRequest:
     """Ask for the documents that choose."""
     return request.model_copy(update={"part": "calibration"})
+
+
+def deciding(searches: Sequence[SearchRequest]) -> CellRequest:
+    """Ask for the documents that decide between what searches with one goal chose.
+
+    The calibration documents of the benchmark itself, as many as a search had at most.
+    """
+    samples = [one.sample for one in searches if one.sample is not None]
+    most = max(samples) if len(samples) == len(searches) else None
+    return calibration_of(searches[0].cell.model_copy(update={"sample": most}))
 
 
 def search_request(settings: dict[str, Any], prefix: str = "--") -> SearchRequest:
@@ -169,6 +187,15 @@ def refuse_idle(searches: Collection[SearchRequest]) -> None:
                 f"'{name}{value}' is for {' and '.join(users)}, and this is about "
                 f"{', '.join(sorted(chosen))}; leave '{name}' out"
             )
+
+
+def refuse_draws(searches: Collection[SearchRequest]) -> None:
+    """Refuse to save what random draws alone find: RequestError."""
+    if {each.strategy for each in searches} == {NULL}:
+        raise RequestError(
+            "--output saves what is recommended, and random draws are never recommended; add "
+            "another strategy, or leave --output out and save one by 'tracker export'"
+        )
 
 
 class PruneFile(Sweep):

@@ -44,6 +44,11 @@ class Found:
     calibration: tuple[Calibrated, ...]
     cost: PruneCost
 
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """What is removed in the end, ascending."""
+        return self.steps[-1].removed
+
     def name(self, tests: str) -> str:
         """What tells it from other searches of a results folder.
 
@@ -160,7 +165,7 @@ def search(
         for step in STRATEGIES[asked.strategy](given):
             steps.append(step)
             lender.progress.say(_said(asked, draw, step))
-        calibration = tuple(_calibrated(cell, scores.looked_at(cell)) for cell in own)
+        calibration = tuple(calibrated(cell, scores.looked_at(cell)) for cell in own)
         yield Found(asked, draw, tuple(steps), calibration, scores.cost())
 
 
@@ -184,7 +189,8 @@ def _refuse_mixtures(asked: SearchRequest, cells: list[OpenCell]) -> None:
         )
 
 
-def _calibrated(cell: OpenCell, documents: dict[str, tuple[int, ...]]) -> Calibrated:
+def calibrated(cell: OpenCell, documents: dict[str, tuple[int, ...]]) -> Calibrated:
+    """Say which documents of a cell choose: task → their numbers."""
     return Calibrated(
         key=cell.store.identity.key,
         benchmark=cell.request.benchmark,
@@ -200,6 +206,8 @@ def _said(asked: SearchRequest, draw: int | None, step: PruneStep) -> str:
     name = asked.strategy if draw is None else f"{asked.strategy} {draw}"
     if asked.calibrate:
         name += f" calibrated on {', '.join(asked.calibrate)}"
-    what = f"{asked.unit} {step.layer}" if step.layer is not None else f"{asked.unit}s together"
     gone = ", ".join(map(str, step.removed))
-    return f"{asked.cell.benchmark}, {name}: {what} goes; removed: {gone}"
+    what = f"{asked.unit} {step.layer} goes; removed: {gone}"
+    if step.layer is None:
+        what = f"removed together: {gone}"
+    return f"{asked.cell.benchmark}, {name}: {what}"

@@ -216,6 +216,8 @@ def evolutionary(search: Search) -> Iterator[PruneStep]:
     yield losses.step(None)
 
 
+NULL = "random"
+"""The strategy that shows what chance leaves: the others are held against it."""
 _BY_PROXY = {proxy.strategy: proxy.name for proxy in PROXIES.values() if proxy.strategy}
 OUTCOMES = ("accuracy", "gold_logprob")
 STRATEGIES: Mapping[str, Strategy] = {
@@ -225,16 +227,16 @@ STRATEGIES: Mapping[str, Strategy] = {
     **{f"{name}_oneshot": partial(one_shot, proxy=proxy) for name, proxy in _BY_PROXY.items()},
     "angular": contiguous,
     "last": last,
-    "random": at_random,
+    NULL: at_random,
     "beam": beam,
     "evolutionary": evolutionary,
 }
 """Every strategy by its name."""
 OF_LAYERS = (*_BY_PROXY, *(f"{name}_oneshot" for name in _BY_PROXY), "angular")
 """Strategies by figures that only whole layers have."""
-BLIND = ("last", "random")
+BLIND = ("last", NULL)
 """Strategies that look at no document."""
-DRAWN = ("random", "evolutionary")
+DRAWN = (NULL, "evolutionary")
 """Strategies that draw."""
 RESCORED = OUTCOMES
 """Strategies that `rescoring` is about."""

@@ -158,7 +158,7 @@ class WandbBackend(Backend, Pages):
             return str(views.save_report(entity, project, page.text, next(known, None)))
 
     def add_model(self, model: SavedModel) -> str:
-        """Add a version of a pruned model, the best one by now, made of the outcomes of cells."""
+        """Add a version of a pruned model, made of the outcomes of cells."""
         with self._explained("did not take the model"):
             if not is_offline():
                 log_in()
@@ -167,7 +167,7 @@ class WandbBackend(Backend, Pages):
             with self._run_made_of(model.made_of, **about) as handle:
                 handle.summary.update(dict(model.figures))
                 artifact = wandb.Artifact(model_name(model.name), type="model", metadata=facts)
-                attach(handle, artifact, sorted(model.folder.iterdir()), ["best"])
+                attach(handle, artifact, sorted(model.folder.iterdir()))
             return self._location()
 
     @override
