@@ -132,6 +132,8 @@ def prune(experiment: Path | None, **settings: Any) -> None:
     if done.export and not done.exported:
         say()
         say(f"to save the recommended one: {done.export}")
+    for unit in dict.fromkeys(one.unit for one in done.records if one.unit != "layer"):
+        say(f"no command saves it: plain transformers loads no model without an {unit} of a layer")
     if done.exported:
         say()
         print_export(done.exported)

@@ -298,6 +298,13 @@ def test_a_model_that_could_not_be_saved_is_refused_before_the_search(
     assert record.removed == (LAYERS - 2,)
 
 
+def test_that_attentions_cannot_be_saved_is_said(write, prune) -> None:
+    done = prune(write(strategy="last", unit="attention", remove=1))
+    assert (
+        "no command saves it: plain transformers loads no model without an attention" in done.output
+    )
+
+
 def test_a_changed_file_of_a_search_is_noticed(search_for, tmp_path: Path) -> None:
     search_for(strategy="last", remove=1)
     (path,) = (tmp_path / "results").glob("searches/*.json")
