@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import torch
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
@@ -42,13 +41,6 @@ def only_new_garbage() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def free_memory(device: torch.device) -> int:
-    """Say how many bytes are free where a model is."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -16,11 +16,17 @@ from tracker.core.errors import ModelError, first_line
 from tracker.core.identities import ModelIdentity
 from tracker.core.provenance import content_hash
 from tracker.models.layers import find_layers
+from tracker.models.offloaded import OffloadedWeights, take_over
+from tracker.models.placement import Placement, free_memory, placed
 from tracker.models.sources import BITS, ModelSource, read_config, require, unreadable
 
 log = logging.getLogger(__name__)
 
 SPREAD = "spread"
+SMALL = 0.2
+"""Share of the free memory below which files hold weights that fit, in whatever dtype."""
+HOST = 0.6
+"""Share of the host's free memory that layers may take there."""
 _QUANTISERS = {
     "awq": "gptqmodel",
     "bitsandbytes": "bitsandbytes",
@@ -40,6 +46,8 @@ class LoadedModel:
         layers: Its decoder layers, in order.
         identity: Which weights these are.
         device: Where its inputs go.
+        offloaded: The weights that rest elsewhere until a layer needs them; None where all are in
+            place.
     """
 
     model: Any
@@ -47,6 +55,7 @@ class LoadedModel:
     layers: nn.ModuleList
     identity: ModelIdentity
     device: torch.device
+    offloaded: OffloadedWeights | None = None
 
 
 @contextmanager
@@ -71,17 +80,22 @@ def _one_parse() -> Iterator[None]:
 
 @_one_parse()
 def load_model(
-    source: ModelSource, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    source: ModelSource,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    weights: int | None = None,
 ) -> LoadedModel:
-    """Load a model.
+    """Load a model; layers that do not fit where it is computed rest in the host's memory, on disk.
 
     Args:
         source: Where it is.
         dtype: `auto` (what the checkpoint says), `float32`, `bfloat16` or `float16`.
         device: `auto` (the accelerator if there is one), a torch device, or `spread`: over all
-            accelerators, and what does not fit on the CPU and on disk, by accelerate.
+            accelerators, by accelerate.
         trust_remote_code: Whether code and pickles from the download may run; without it only
             safetensors and GGUF are read.
+        weights: Bytes that weights may take where they are computed with; None = what is free.
 
     Returns:
         The model, ready to be measured.
@@ -102,11 +116,16 @@ def load_model(
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method in _QUANTISERS:
         require(_QUANTISERS[method], f"{source.source} is a {method} checkpoint and")
+    place = find_device(device)
+    spread = device == SPREAD and torch.cuda.device_count() > 1
+    resting = None if spread else _resting(source, dtype, place, trust_remote_code, weights)
     arguments = source.load_arguments(trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
-        if device == SPREAD:
+        if spread:
             arguments["device_map"] = "auto"
+        elif resting:
+            arguments |= _mapped(resting, place)
         if not source.gguf_file and not trust_remote_code:
             arguments["use_safetensors"] = True
         arguments |= _how(source.arguments)
@@ -123,12 +142,12 @@ def load_model(
             f"{source.source} lacks weights that its configuration asks for, {min(lacking)} among "
             "them"
         )
-    if device == SPREAD:
-        # Where there is one device, nothing is spread, and transformers keeps no map.
-        places = getattr(model, "hf_device_map", {"": model.device})
-        place = torch.device(next(iter(places.values())))
+    layers, offloaded = find_layers(model), None
+    if resting:
+        offloaded = take_over(model, layers, place)
+    elif spread:
+        place = torch.device(next(iter(model.hf_device_map.values())))
     else:
-        place = find_device(device)
         model = model.to(place)
     model = model.eval().requires_grad_(False)
     fingerprint = source.fingerprint()
@@ -143,7 +162,27 @@ def load_model(
         dtype=str(model.dtype).removeprefix("torch."),
         arguments={name: str(value) for name, value in source.arguments.items()},
     )
-    return LoadedModel(model, tokenizer, find_layers(model), identity, place)
+    return LoadedModel(model, tokenizer, layers, identity, place, offloaded)
+
+
+def _resting(
+    source: ModelSource, dtype: str, device: torch.device, trusted: bool, limit: int | None
+) -> Placement | None:
+    """Say which layers rest elsewhere; None where all weights fit, or are made when they are read.
+    """
+    free = free_memory(device)
+    small = sum(path.stat().st_size for path in source.files()) < SMALL * free and source.is_local
+    is_made = source.gguf_file or source.adapter or _how(source.arguments).keys() & {"quantization_config"}
+    if is_made or (small and limit is None):
+        return None
+    return placed(hollow(source, dtype, trusted), free, limit)
+
+
+def _mapped(resting: Placement, device: torch.device) -> dict[str, Any]:
+    """What transformers is told of where the parts of a model rest."""
+    host = device.type != "cpu" and resting.moving < HOST * free_memory(torch.device("cpu"))
+    elsewhere = "cpu" if host else "disk"
+    return {"device_map": {n: elsewhere if moves else str(device) for n, moves in resting.parts.items()}}
 
 
 def _how(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def look(base: Any, layers: nn.ModuleList, tokens: int, device: torch.device) ->
             seen[index] = _given(layer, args, kwargs)
             return with_first(shapes[index], state_of(args, kwargs))
 
+        call.is_weightless = True  # type: ignore[attr-defined]
         return call
 
     def read(length: int, forwards: Callable[[int, nn.Module], Callable[..., Any]]) -> None:

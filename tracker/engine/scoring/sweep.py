@@ -7,11 +7,11 @@ layers see, what the last call left behind), each of them reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from tracker.core.ablations import INTACT, Ablation
 from tracker.core.documents import Document, Request, Response
 from tracker.core.errors import CellError, ModelError
 from tracker.core.proxies import OBSERVED
-from tracker.engine.memory import free_memory, stream_bytes
+from tracker.engine.lockstep import side_by_side
+from tracker.engine.memory import stream_bytes
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.decode import decoding
 from tracker.engine.scoring.head import Head
@@ -34,9 +35,12 @@ from tracker.engine.scoring.stand_in import StandIn, replacements
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
+from tracker.models.placement import free_memory
 from tracker.models.pruned import left, pruned, put_back, remember
 from tracker.models.reloaded import as_loaded
 from tracker.models.sublayers import Sublayers, find_sublayers
+
+T = TypeVar("T")
 
 ROW_TOKENS = 192
 """Nodes of a prefix tree on a CPU: enough to keep a matrix product busy, few enough for a dense
@@ -80,6 +84,7 @@ class Engine:
         memory: Bytes that hidden states and kept prefixes may take; None = half of what is free.
         quirks: What a call of the model does beside its answer.
         stand_ins: What stands in for layers, where an ablation asks for it: layer → that.
+        sights: How far layers see, once that was looked at; for all engines of the same layers.
     """
 
     loaded: LoadedModel
@@ -89,8 +94,8 @@ class Engine:
     memory: int | None = None
     quirks: Quirks = NO_HABITS
     stand_ins: Mapping[int, StandIn] = field(default_factory=dict, repr=False, compare=False)
+    sights: list[Sight] = field(default_factory=list, repr=False, compare=False)
     _kept: list[Prefix] = field(default_factory=list, init=False, repr=False, compare=False)
-    _sights: list[Sight] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def with_sharing(self, sharing: Sharing) -> Engine:
         """Make the same engine with other sharing."""
@@ -134,6 +139,7 @@ class Engine:
             loaded=replace(self.loaded, model=model, layers=find_layers(model)),
             sharing=PLAIN,
             quirks=replace(quirks, leftovers=remember(model, changing), first={}),
+            sights=[],
         )
 
     def copy(self) -> Any:
@@ -242,32 +248,70 @@ class Engine:
             return
         plan = plan_streams(ablations, len(self.loaded.layers))
         prefix = self._prefix(documents, plan) if self.sharing.prefix else None
-        for row in self._rows(documents, plan, prefix):
+
+        def attempt(row: Row) -> RowScores | str:
             try:
-                scores = self._score_row(row, plan, prefix)
+                return self._score_row(row, plan, prefix)
             except torch.OutOfMemoryError as error:
-                failed = str(error)
-            else:
-                yield row, ablations, scores
-                continue
-            # Outside the handler, so that the failed row's tensors are free.
-            torch.cuda.empty_cache()
-            yield from self._halved(row, documents, ablations, failed)
+                return str(error)
+
+        for rows in self._at_once(self._rows(documents, plan, prefix), plan):
+            each = self.side_by_side(partial(attempt, row) for row in rows)
+            for row, scores in zip(rows, each, strict=True):
+                if isinstance(scores, RowScores):
+                    yield row, ablations, scores
+                    continue
+                # Outside the handler, so that the failed row's tensors are free.
+                torch.cuda.empty_cache()
+                yield from self._halved(row, documents, ablations, scores)
+
+    def side_by_side(self, passes: Iterable[Callable[[], T]]) -> Iterator[T]:
+        """Run passes of the model, or of copies of it, by turns where its weights come past."""
+        # A call that leaves something behind is not to meet what another one leaves.
+        weights = None if self.quirks.leftovers else self.loaded.offloaded
+        return side_by_side(weights, self.loaded.model, passes)
+
+    def _at_once(self, rows: Iterator[Row], plan: StreamPlan) -> Iterator[list[Row]]:
+        """Group rows: one by one, or as many as fit into memory where they wait for weights."""
+        if self.loaded.offloaded is None:
+            yield from ([row] for row in rows)
+            return
+        model = self.loaded.model
+        state = plan.streams * model.config.get_text_config().hidden_size * model.dtype.itemsize
+        some: list[Row] = []
+        waiting = 0
+        for row in rows:
+            size = 2 * state * row.input_ids.numel()
+            if some and waiting + size > self._budget // 2:
+                yield some
+                some, waiting = [], 0
+            some.append(row)
+            waiting += size
+        yield some
 
     def _scored_apart(
         self, documents: Sequence[Document], ablations: Sequence[Ablation]
     ) -> Iterator[_Scored]:
         """Score rows under each ablation alone, on a model that really lacks it."""
-        for ablation in ablations:
-            engine = replace(self.without(ablation), sharing=ALONE)
+        memory = self.memory
+        if self.loaded.offloaded is not None:  # the rows of all of them wait together
+            memory = self._budget // len(ablations)
+
+        def passed(ablation: Ablation) -> list[_Scored]:
+            engine = replace(self.without(ablation), sharing=ALONE, memory=memory)
             # The proxies are those of the intact model.
             intact = ablation == INTACT
             if self.sharing.calls:
                 scored = engine._scored(documents, [INTACT])
             else:
                 scored = engine._one_by_one(documents, intact)
-            for row, _, scores in scored:
-                yield row if intact else replace(row, gold=[]), [ablation], scores
+            return [
+                (row if intact else replace(row, gold=[]), [ablation], scores)
+                for row, _, scores in scored
+            ]
+
+        for some in self.side_by_side(partial(passed, ablation) for ablation in ablations):
+            yield from some
 
     def _one_by_one(self, documents: Sequence[Document], proxies: bool) -> Iterator[_Scored]:
         """Ask for the answers of rows one by one; of the rows' own pass only proxies are taken."""
@@ -279,7 +323,8 @@ class Engine:
             rows = self._rows(documents, plan_streams([INTACT], layers), None)
             passed = ((row, torch.zeros(0, len(OBSERVED), layers)) for row in rows)
         for row, sums in passed:
-            found = [self.answer(documents[d].requests[r]) for d, r in row.requests]
+            asked = (partial(self.answer, documents[d].requests[r]) for d, r in row.requests)
+            found = [*self.side_by_side(asked)]
             loglikelihoods = torch.tensor([[each.loglikelihood for each in found]])
             hits = torch.tensor([[each.hits for each in found]], dtype=torch.int)
             yield row, [INTACT], RowScores(loglikelihoods, hits, sums)
@@ -370,15 +415,15 @@ class Engine:
 
     def _sight(self, tokens: int) -> Sight:
         """How far each layer sees in a text of so many tokens."""
-        if not self._sights or self._sights[0].tokens < tokens:
+        if not self.sights or self.sights[0].tokens < tokens:
             loaded = self.loaded
             longest = max(self.max_length, tokens)
             asked = min(-(-tokens // SIGHT) * SIGHT, longest)
             self.put_back()
-            self._sights[:] = [look(self.head.base, loaded.layers, asked, loaded.device)]
+            self.sights[:] = [look(self.head.base, loaded.layers, asked, loaded.device)]
             # It is asked for in the middle of a call, which is to begin as every other.
             self.put_back()
-        return self._sights[0]
+        return self.sights[0]
 
     @cached_property
     def _kept_bytes(self) -> int:

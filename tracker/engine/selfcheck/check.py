@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -222,10 +223,15 @@ def _confirm(
 ) -> Comparison:
     """Let the model itself answer some requests under every ablation, both ways."""
     truth, found = Reference(engine), Comparison()
-    for few, some in _questions(documents, ablations):
-        scores = engine.score(few, some)
-        for number, d, r in _asked(few, some):
-            found += _compare(truth, scores[d], number, some[number], r)
+    rounds = [(few, some, [*_asked(few, some)]) for few, some in _questions(documents, ablations)]
+    questions = [
+        (some[number], few[d].requests[r]) for few, some, asked in rounds for number, d, r in asked
+    ]
+    passes = [partial(engine.score, few, some) for few, some, _ in rounds]
+    *scores, _ = engine.side_by_side([*passes, partial(truth.ask, questions)])
+    for score, (_, some, asked) in zip(scores, rounds, strict=True):
+        for number, d, r in asked:
+            found += _compare(truth, score[d], number, some[number], r)
     return found
 
 

@@ -6,9 +6,11 @@ What the engine shares is held against this.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,6 +78,24 @@ class Reference:
                 self._made.clear()
             self._made[ablation] = self.engine.without(ablation)
         return self._made[ablation]
+
+    def ask(self, questions: Sequence[tuple[Ablation, Request]]) -> None:
+        """Ask all of some questions side by side, where weights come past: once for all of them."""
+        if self.engine.loaded.offloaded is None:
+            return
+
+        def answered(ablation: Ablation, requests: Sequence[Request]) -> None:
+            engine = self.engine.without(ablation)
+            logits = engine.read(read_for(requests[0], engine.max_length))
+            for request in requests:
+                self._answers[ablation, request] = scored(logits, request.continuation)
+
+        texts: dict[tuple[Ablation, tuple[int, ...]], list[Request]] = {}
+        for ablation, request in questions:
+            text = read_for(request, self.engine.max_length)
+            texts.setdefault((ablation, text), []).append(request)
+        passes = (partial(answered, ablation, some) for (ablation, _), some in texts.items())
+        deque(self.engine.side_by_side(passes), maxlen=0)
 
     def answer(self, ablation: Ablation, request: Request) -> Response:
         """Score one request, once, by a model without what the ablation removes."""

@@ -1,0 +1,88 @@
+"""Models whose weights rest on disk: equal to those in memory, and read once for everybody."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from tests.ablations import single_layers
+from tests.conftest import save_tokenizer
+from tests.engine.families import tiny_model
+from tests.engine.plain import MAX_LENGTH, make_documents
+from tests.engine.truth import layers_of
+from tracker.core.ablations import INTACT, Ablation, ablate
+from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
+from tracker.engine.scoring.sweep import Engine
+from tracker.engine.selfcheck.check import check, watch
+from tracker.models.load import load_model
+from tracker.models.sources import find_model
+
+ABLATIONS = [*single_layers((0, 1, 2, 3)), Ablation((1, 2))]
+FAMILIES = (
+    "llama", "mistral", "qwen2", "gemma3", "gpt_neox", "gpt2", "opt", "phi", "mixtral", "bloom",
+)  # fmt: skip
+
+
+def size(*parameters):
+    return sum(each.numel() * each.itemsize for each in parameters)
+
+
+@pytest.fixture
+def both(tmp_path):
+    """A family's tiny model, loaded as it is and with all of its layers on disk."""
+
+    def made(family, dtype="float32", **more):
+        model = tiny_model(family)
+        model.save_pretrained(tmp_path / family)
+        save_tokenizer(tmp_path / family, False)
+        found = find_model(str(tmp_path / family))
+        each = [size(*layer.parameters()) for layer in layers_of(model)]
+        least = size(*model.parameters()) - sum(each) + 2 * max(each)
+        engines = [
+            Engine(load_model(found, dtype, "cpu", weights=weights), MAX_LENGTH, **more)
+            for weights in (None, least)
+        ]
+        assert engines[0].loaded.offloaded is None
+        assert sorted(engines[1].loaded.offloaded.times) == [0, 1, 2, 3]
+        return engines
+
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_answer_is_that_of_the_model_in_memory(both, family):
+    resident, offloaded = both(family)
+    documents = make_documents(6, shared=60)
+    for sharing in (FULL, DEPTH_ONLY, PLAIN, ONE_BY_ONE):
+        ours, theirs = (
+            engine.with_sharing(sharing).score(documents, ABLATIONS)
+            for engine in (offloaded, resident)
+        )
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.responses == other.responses
+            torch.testing.assert_close(
+                one.proxy_sums, other.proxy_sums, rtol=0, atol=0, equal_nan=True
+            )
+
+
+def test_weights_come_past_once_for_a_check_and_once_for_a_block(both):
+    """Two sweeps for the check: where masks are looked at meanwhile, and where rows are scored."""
+    resident, offloaded = both("llama")
+    documents = make_documents(6)
+    weights = offloaded.loaded.offloaded
+    found = check(offloaded, documents, ABLATIONS)
+    assert found.engine.sharing == FULL
+    assert set(weights.times.values()) == {2}
+    ours = found.engine.score(documents, ABLATIONS)
+    assert set(weights.times.values()) == {3}
+    theirs = check(resident, documents, ABLATIONS).engine.score(documents, ABLATIONS)
+    assert [one.responses for one in ours] == [other.responses for other in theirs]
+
+
+def test_a_plain_call_brings_in_each_layer_once(both):
+    resident, offloaded = both("llama")
+    text = range(3, 20)
+    assert torch.equal(offloaded.read(text), resident.read(text))
+    assert offloaded.loaded.offloaded.times == dict.fromkeys(range(4), 1)

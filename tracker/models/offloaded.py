@@ -1,0 +1,316 @@
+"""Weights that rest elsewhere than they are computed with: a layer is brought in when it is needed.
+
+transformers and accelerate load such a model and know where each weight is; the order in which they
+come is ours (`engine.lockstep`), since each pass would read all of them again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import PrefixedDataset
+from torch import Tensor, nn
+
+from tracker.core.errors import CellError, ModelError
+
+ALIGNED = 64
+"""Bytes at whose multiples a weight begins in a buffer, as allocators have it."""
+AT_ONCE = 16 * 2**20
+"""Bytes that are asked for in one read."""
+ROOM = 2
+"""Layers that there is room for: one is computed with while the next one is read."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A tensor's bytes in a safetensors file, and what the file was when it was opened."""
+
+    path: str
+    offset: int
+    size: int
+    dtype: torch.dtype
+    stamp: tuple[int, int]
+
+    def tensor(self, shape: torch.Size) -> Tensor:
+        """Read it as a tensor of its own."""
+        raw = torch.empty(self.size, dtype=torch.uint8)
+        self.read(raw)
+        return raw.view(self.dtype).view(shape)
+
+    def read(self, into: Tensor) -> None:
+        """Read the bytes into a tensor of uint8 on the CPU; CellError if the file has changed."""
+        view, start = memoryview(into.numpy()), 0
+        with open(self.path, "rb", buffering=0) as file:
+            if _stamp(file.fileno()) != self.stamp:
+                raise CellError(
+                    f"{self.path} has changed while the model was measured. What was measured "
+                    "before is kept; run the same command again to measure the model as it is now"
+                )
+            while start < self.size:
+                got = os.preadv(file.fileno(), [view[start : start + AT_ONCE]], self.offset + start)
+                if not got:
+                    raise CellError(f"{self.path} ends before its weights do; copy it again")
+                start += got
+
+
+def _stamp(descriptor: int) -> tuple[int, int]:
+    about = os.fstat(descriptor)
+    return about.st_size, about.st_mtime_ns
+
+
+@cache
+def _header(path: str, stamp: tuple[int, int]) -> tuple[int, dict[str, Any]]:
+    """Where the tensors of a safetensors file begin, and where each lies from there."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return 8 + length, json.loads(file.read(length))
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def slice_of(path: str, name: str) -> Slice:
+    """Find a tensor in a safetensors file."""
+    with open(path, "rb") as file:
+        stamp = _stamp(file.fileno())
+    base, header = _header(path, stamp)
+    start, stop = header[name]["data_offsets"]
+    return Slice(path, base + start, stop - start, _DTYPES[header[name]["dtype"]], stamp)
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One parameter of a layer, and where its numbers rest: in a file, or in the host's memory.
+
+    `absent` has its shape and dtype, and no numbers; `start` is its place in a layer's buffer.
+    """
+
+    parameter: nn.Parameter
+    source: Slice | Tensor
+    absent: Tensor
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """Where it ends in the buffer."""
+        return self.start + self.absent.numel() * self.absent.itemsize
+
+
+@dataclass
+class _Slot:
+    """Room for one layer where it is computed with, and which one is there or on its way."""
+
+    buffer: Tensor
+    layer: int | None = None
+    arrival: Future[Any] | None = None
+
+
+class OffloadedWeights:
+    """The layers of a model whose weights are not where they are computed with.
+
+    One layer is computed with while the next one is read: there is room for two. A copy of the
+    model shares its parameters, so that what is brought in is there for all copies; of a layer that
+    is absent, parameters have their shapes, and no numbers.
+
+    Attributes:
+        device: Where they are computed with.
+        wait: Called with a layer whose weights are needed now; whoever runs many passes side by
+            side puts itself here.
+        times: Layer → how often it was brought in.
+        waited: Seconds that were spent waiting for weights.
+    """
+
+    def __init__(
+        self, device: torch.device, rests: Mapping[int, Sequence[tuple[nn.Parameter, Slice | Tensor]]]
+    ) -> None:
+        self.device = device
+        self.wait: Callable[[int], None] = self.bring
+        self.times = dict.fromkeys(sorted(rests), 0)
+        self.waited = 0.0
+        self._weights = {layer: list(_placed(rests[layer])) for layer in self.times}
+        self._ends = {layer: each[-1].stop for layer, each in self._weights.items()}
+        self._slots = [
+            _Slot(torch.empty(max(self._ends.values()), dtype=torch.uint8, device=device))
+            for _ in range(ROOM)
+        ]
+        self._reader = ThreadPoolExecutor(1, "weights")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedWeights:
+        """Say that copies of a model have the same weights."""
+        return self
+
+    @property
+    def read_bytes(self) -> int:
+        """How many bytes were brought in."""
+        return sum(self._ends[layer] * times for layer, times in self.times.items())
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes are brought in when each layer comes past once."""
+        return sum(self._ends.values())
+
+    def bring(self, layer: int) -> None:
+        """Bring a layer in, if it is not there yet, and begin to read the next one behind it.
+
+        CellError if its file has changed or cannot be read.
+        """
+        here = self._find(layer) or self._start(layer, self._slots[0])
+        assert here.arrival is not None
+        began = time.perf_counter()
+        try:
+            arrived = here.arrival.result()
+        except OSError as error:
+            here.layer = None
+            raise CellError(f"the weights of layer {layer} cannot be read: {error}") from None
+        except BaseException:
+            here.layer = None
+            raise
+        self.waited += time.perf_counter() - began
+        if arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(arrived)
+        for weight in self._weights[layer]:
+            weight.parameter.data = _view(here.buffer, weight)
+        # The one that is used now stands last, so that the first one makes room.
+        self._slots.sort(key=lambda slot: slot is here)
+        behind = next((other for other in self.times if other > layer), None)
+        if behind is not None and self._find(behind) is None:
+            self._start(behind, self._slots[0])
+
+    def _find(self, layer: int) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.layer == layer), None)
+
+    def _start(self, layer: int, slot: _Slot) -> _Slot:
+        """Begin to read a layer into a slot, whose own layer goes."""
+        if slot.arrival is not None:
+            wait([slot.arrival])
+        if slot.layer is not None:
+            for weight in self._weights[slot.layer]:
+                weight.parameter.data = weight.absent
+        if self._stream is not None:
+            # What was computed with the old ones is done before new ones are written over them.
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        slot.layer = layer
+        slot.arrival = self._reader.submit(self._read, layer, slot.buffer)
+        self.times[layer] += 1
+        return slot
+
+    def _read(self, layer: int, buffer: Tensor) -> Any:
+        """Read a layer; on an accelerator comes the event that says when it is there."""
+        with torch.cuda.stream(self._stream):
+            for weight in self._weights[layer]:
+                view = _view(buffer, weight)
+                if isinstance(weight.source, Tensor):
+                    view.copy_(weight.source, non_blocking=True)
+                elif buffer.device.type == "cpu" and weight.source.dtype == view.dtype:
+                    weight.source.read(buffer[weight.start : weight.stop])
+                else:
+                    view.copy_(weight.source.tensor(view.shape))
+            return None if self._stream is None else self._stream.record_event()
+
+
+def _placed(
+    rests: Sequence[tuple[nn.Parameter, Slice | Tensor]],
+) -> Iterator[_Weight]:
+    """Give each of a layer's weights its place in a buffer."""
+    start = 0
+    for parameter, source in rests:
+        weight = _Weight(parameter, source, parameter.data, start)
+        yield weight
+        start = -(-weight.stop // ALIGNED) * ALIGNED
+
+
+def _view(buffer: Tensor, weight: _Weight) -> Tensor:
+    """See a weight's part of a buffer as the weight."""
+    absent = weight.absent
+    return buffer[weight.start : weight.stop].view(absent.dtype).view(absent.shape)
+
+
+def take_over(
+    model: nn.Module, layers: nn.ModuleList, device: torch.device
+) -> OffloadedWeights | None:
+    """Take the weights that accelerate would bring in for each call into our own hands.
+
+    Args:
+        model: A model as `from_pretrained` leaves it, computed on one device, with whole layers on
+            disk or, where that is an accelerator, in the host's memory.
+        layers: Its decoder layers.
+        device: Where it is computed.
+
+    Returns:
+        Their weights, which each layer asks for when it is called; None where all are in place.
+
+    Raises:
+        ModelError: Something else than a layer's own weights is elsewhere.
+    """
+    index = _index(model)
+    remove_hook_from_submodules(model)
+    rests: dict[int, list[tuple[nn.Parameter, Slice | Tensor]]] = {}
+    names = {id(module): name for name, module in model.named_modules()}
+    for number, layer in enumerate(layers):
+        for module in layer.modules():
+            for own, held in list(module._parameters.items()):
+                if held is None or held.device == device:
+                    continue
+                absent = torch.zeros(1, dtype=held.dtype, device=device).expand(held.shape)
+                parameter = nn.Parameter(absent, requires_grad=False)
+                module._parameters[own] = parameter
+                source = held.data
+                if held.is_meta:
+                    about = index[f"{names[id(module)]}.{own}"]
+                    source = slice_of(about["safetensors_file"], about["weight_name"])
+                elif device.type == "cuda":
+                    source = source.pin_memory()
+                rests.setdefault(number, []).append((parameter, source))
+    if elsewhere := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise ModelError(
+            f"{elsewhere[0]} is no layer's own weight, and there is no memory for it; use a "
+            "machine with more, or a smaller dtype"
+        )
+    if not rests:
+        return None
+    weights = OffloadedWeights(device, rests)
+    for number in rests:
+        layers[number].register_forward_pre_hook(_asking(weights, number))
+    return weights
+
+
+def _index(model: nn.Module) -> Mapping[str, Any]:
+    """Where transformers says that the weights on disk lie: parameter → file and name in it."""
+    for module in model.modules():
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if isinstance(weights, PrefixedDataset):
+            return weights.dataset.index
+    return {}
+
+
+def _asking(weights: OffloadedWeights, layer: int) -> Callable[[nn.Module, Any], None]:
+    """Make the hook by which a layer, and each copy of it, asks for its weights."""
+
+    def ask(module: nn.Module, args: Any) -> None:
+        if not getattr(module.forward, "is_weightless", False):  # what stands there needs none
+            weights.wait(layer)
+
+    return ask

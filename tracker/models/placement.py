@@ -1,0 +1,102 @@
+"""Which layers of a model rest elsewhere, because the weights do not all fit where they are used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from tracker.core.errors import ModelError
+from tracker.models.layers import find_layers
+from tracker.models.offloaded import ROOM
+
+FITS = 0.9
+"""Share of the free memory up to which weights that fit are loaded as they are."""
+RESIDENT = 0.6
+"""Share of the free memory that weights take where they do not fit: the rest is for what the layers
+compute."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the parts of a model rest.
+
+    Attributes:
+        elsewhere: The layers that are brought in when they are needed.
+        parts: Each part of the model → whether it is one of those layers.
+        total: Bytes of all weights.
+        moving: Bytes of those layers.
+    """
+
+    elsewhere: tuple[int, ...]
+    parts: dict[str, bool]
+    total: int
+    moving: int
+
+
+def placed(model: nn.Module, free: int, limit: int | None) -> Placement | None:
+    """Say which layers have to rest elsewhere.
+
+    They are as evenly spread as can be, so that one is read while others are computed with.
+
+    Args:
+        model: The model, on the meta device.
+        free: Bytes that are free where it is computed.
+        limit: Bytes that its weights may take there; None = as many as fit.
+
+    Returns:
+        Where its parts rest; None where all weights fit.
+
+    Raises:
+        ModelError: Not even two layers fit beside the embeddings and the head.
+    """
+    layers = find_layers(model)
+    sizes = [_bytes(layer) for layer in layers]
+    total = _bytes(model)
+    if total <= (FITS * free if limit is None else limit):
+        return None
+    most = int(RESIDENT * free) if limit is None else limit
+    around = total - sum(sizes)
+    left = most - around - ROOM * max(sizes)
+    if left < 0:
+        raise ModelError(
+            f"its embeddings, its head and {ROOM} of its layers take "
+            f"{(around + ROOM * max(sizes)) / 2**30:.1f} GiB, and weights may take "
+            f"{most / 2**30:.1f} GiB; give them more with --weights, or use a smaller dtype"
+        )
+    staying = min(left // max(sizes), len(sizes) - ROOM)
+    moving = len(sizes) - staying
+    # The k-th of so many, spread over all.
+    elsewhere = tuple(k * len(sizes) // moving for k in range(moving))
+    parts = dict(_parts(model, layers, "", {*elsewhere}))
+    return Placement(elsewhere, parts, total, sum(sizes[layer] for layer in elsewhere))
+
+
+def free_memory(device: torch.device) -> int:
+    """Say how many bytes are free where a model is."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def _bytes(module: nn.Module) -> int:
+    """Bytes of a module's weights, tied ones once."""
+    return sum(p.numel() * p.itemsize for p in {id(p): p for p in module.parameters()}.values())
+
+
+def _parts(module: nn.Module, layers: nn.ModuleList, path: str, elsewhere: set[int]) -> Any:
+    """List the largest parts that hold no layer, and the layers; each with whether it moves."""
+    for name, child in [*module._parameters.items(), *module._buffers.items()]:
+        if child is not None:
+            yield f"{path}{name}", False
+    for name, child in module.named_children():
+        if child is layers:
+            for number in range(len(layers)):
+                yield f"{path}{name}.{number}", number in elsewhere
+        elif any(each is layers for each in child.modules()):
+            yield from _parts(child, layers, f"{path}{name}.", elsewhere)
+        else:
+            yield f"{path}{name}", False
