@@ -76,6 +76,7 @@ class Working(TypedDict, total=False):
         device: `auto` (an accelerator if there is one, and the default), or a torch device.
         trust_remote_code: Whether code and pickles from a download may run; by default not.
         memory: Bytes that hidden states, keys and values may take; None = half of what is free.
+        weights: Bytes that a model's weights may take where it runs; None = as many as fit.
         progress: Listens to what happens; None for silence; by default a bar in notebooks alone.
     """
 
@@ -83,6 +84,7 @@ class Working(TypedDict, total=False):
     device: str
     trust_remote_code: bool
     memory: int | None
+    weights: int | None
     progress: Progress | None
 
 
@@ -108,7 +110,7 @@ class _Work:
 
     def __init__(self, how: Mapping[str, Any], **more: Any) -> None:
         _refuse_unknown(how, sorted(Running.__optional_keys__))
-        told = ("device", "trust_remote_code", "memory")
+        told = ("device", "trust_remote_code", "memory", "weights")
         self.options = Options(**{name: how[name] for name in told if name in how}, **more)
         self.ledger = Ledger(Path(how.get("results", RESULTS)))
         quiet = "progress" in how

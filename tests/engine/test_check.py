@@ -33,6 +33,7 @@ from tracker.engine.selfcheck.check import (
     watched_documents,
 )
 from tracker.engine.selfcheck.miniature_check import WAYS
+from tracker.engine.selfcheck.reference import Reference
 from tracker.engine.selfcheck.verdict import Verdict
 
 ABLATIONS = single_layers((0, 1, 2, 3))
@@ -57,9 +58,9 @@ def test_every_ablation_is_watched_in_turn_and_the_same_ones_under_the_same_seed
     scores = engine.score(make_documents(40), ABLATIONS)
 
     def watched(seed, first=0):
-        return [number for _, number, _ in watch(engine, scores, ABLATIONS, seed, first)]
+        return [number for _, number, _ in watch(Reference(engine), scores, ABLATIONS, seed, first)]
 
-    found = list(watch(engine, scores, ABLATIONS, "seed"))
+    found = list(watch(Reference(engine), scores, ABLATIONS, "seed"))
     assert {number for _, number, _ in found} == {0, 1, 2, 3, 4}
     assert set(watched("seed", first=2)) == {2, 3, 4}
     assert [number for _, number, _ in found] == watched("seed") != watched("other")
@@ -73,12 +74,12 @@ def test_every_ablation_is_watched_in_turn_and_the_same_ones_under_the_same_seed
 def test_a_wrong_number_is_seen_and_named():
     engine = engine_of("llama")
     (score,) = engine.score(make_documents(1), ABLATIONS)
-    ((_, drawn, right),) = watch(engine, [score], ABLATIONS, "seed")
+    ((_, drawn, right),) = watch(Reference(engine), [score], ABLATIONS, "seed")
     assert right.wrong is None
     score.responses[drawn][:] = [
         r._replace(loglikelihood=r.loglikelihood + 0.01) for r in score.responses[drawn]
     ]
-    ((_, _, found),) = watch(engine, [score], ABLATIONS, "seed")
+    ((_, _, found),) = watch(Reference(engine), [score], ABLATIONS, "seed")
     assert "document 0 of task, request 0" in found.wrong
     assert "on the really pruned model" in found.wrong
 
@@ -391,7 +392,7 @@ def test_what_is_read_plainly_is_what_was_planned(spy):
     engine = check(engine_of("llama"), documents, ABLATIONS, Recalled()).engine
     watched = watched_documents(documents)
     some = [d for d in documents if (d.task, d.index) in watched]
-    list(watch(engine, engine.score(some, ABLATIONS), ABLATIONS, "seed"))
+    list(watch(Reference(engine), engine.score(some, ABLATIONS), ABLATIONS, "seed"))
     assert sum(read) == plain_tokens(documents, ABLATIONS, MAX_LENGTH)
 
 

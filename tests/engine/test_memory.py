@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, Gemma3nTextConfig, GPT2Config
 
 from tests.engine.families import tiny_model
 from tracker.engine.memory import (
-    free_memory,
     keep_freed_memory,
     only_new_garbage,
     stream_bytes,
 )
+from tracker.models.placement import free_memory
 
 KEEP = """
 import ctypes

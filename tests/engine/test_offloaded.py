@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -15,11 +13,12 @@ from tests.engine.truth import layers_of
 from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import Engine
-from tracker.engine.selfcheck.check import check, watch
+from tracker.engine.selfcheck.check import check
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
 
 ABLATIONS = [*single_layers((0, 1, 2, 3)), Ablation((1, 2))]
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = (
     "llama", "mistral", "qwen2", "gemma3", "gpt_neox", "gpt2", "opt", "phi", "mixtral", "bloom",
 )  # fmt: skip
@@ -86,3 +85,16 @@ def test_a_plain_call_brings_in_each_layer_once(both):
     text = range(3, 20)
     assert torch.equal(offloaded.read(text), resident.read(text))
     assert offloaded.loaded.offloaded.times == dict.fromkeys(range(4), 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parts_and_interventions_are_those_of_the_model_in_memory(both, dtype):
+    ablations = [INTACT, *(Ablation(replaced=((done, 2),)) for done in ("int8", "int4", "repeat"))]
+    ablations += [ablate("attention", [1]), ablate("mlp", [3])]
+    resident, offloaded = both("llama", dtype)
+    documents = make_documents(4)
+    ours, theirs = (check(engine, documents, ablations) for engine in (offloaded, resident))
+    assert ours.engine.sharing == theirs.engine.sharing
+    assert ours.difference == theirs.difference
+    one, other = (found.engine.score(documents, ablations) for found in (ours, theirs))
+    assert [each.responses for each in one] == [each.responses for each in other]

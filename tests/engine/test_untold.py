@@ -28,6 +28,7 @@ from tracker.engine.scoring.sharing import FULL, ONE_BY_ONE
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check, watch, watched_documents
 from tracker.engine.selfcheck.miniature_check import LONGEST_REACH
+from tracker.engine.selfcheck.reference import Reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -199,7 +200,9 @@ def test_what_only_code_counts_so_late_is_seen_in_the_longest_document() -> None
     watched = watched_documents(documents)
     some = [document for document in documents if (document.task, document.index) in watched]
     scores = found.engine.score(some, ablations)
-    wrong = [compared.wrong for *_, compared in watch(found.engine, scores, ablations, "seed")]
+    wrong = [
+        compared.wrong for *_, compared in watch(Reference(found.engine), scores, ablations, "seed")
+    ]
     (said,) = filter(None, wrong)
     assert "document 50 of task" in said
 

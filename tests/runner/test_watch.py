@@ -48,9 +48,9 @@ def test_what_is_asked_later_is_compared_too(tiny_llama, measure, tmp_path, monk
     """Was: the intact model could be drawn again, whose answers are not written twice."""
     model, drawn_from = tiny_llama(), []
 
-    def watched(engine, scores, ablations, seed, first):
+    def watched(truth, scores, ablations, seed, first):
         drawn_from.append([ablation.name for ablation in ablations[first:]])
-        return watch(engine, scores, ablations, seed, first)
+        return watch(truth, scores, ablations, seed, first)
 
     monkeypatch.setattr("tracker.measuring.scorer.watch", watched)
     for layer in (0, 1):

@@ -142,7 +142,9 @@ def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepa
     source = find_model(request.model, request.revision, request.model_args)
     benchmark = open_benchmark(request)
     progress.say(f"loading {request.model}")
-    loaded = load_model(source, request.dtype, options.device, options.trust_remote_code)
+    loaded = load_model(
+        source, request.dtype, options.device, options.trust_remote_code, options.weights
+    )
     encoder = RequestEncoder(loaded.model, loaded.tokenizer, request)
     documents = benchmark.documents(encoder, request.extent)
     if any(document.prompt is not None for document in documents):

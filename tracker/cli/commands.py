@@ -240,7 +240,9 @@ def bench(components: tuple[Any, ...], as_json: bool, **settings: Any) -> None:
     from tracker.bench.compare import bench as measure
     from tracker.measuring.job import Options
 
-    how = {name: settings.pop(name) for name in ("device", "memory", "trust_remote_code")}
+    how = {
+        name: settings.pop(name) for name in ("device", "memory", "weights", "trust_remote_code")
+    }
     request = cell_request(layers=(), components=tuple(dict.fromkeys(components)), **settings)
     found = measure(request, Options(**how), Show(error=True))
     say(json.dumps(asdict(found), indent=2) if as_json else found.text())

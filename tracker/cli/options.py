@@ -272,7 +272,7 @@ def machine(function: F) -> F:
         "--device",
         default="auto",
         show_default=True,
-        help="auto, cpu, cuda, cuda:1, mps, …, or 'spread': over all devices, by accelerate.",
+        help="auto, cpu, cuda, cuda:1, mps, …, or 'spread': over all accelerators.",
     )
     memory = click.option(
         "--memory",
@@ -280,7 +280,13 @@ def machine(function: F) -> F:
         help="What hidden states, keys and values may take, e.g. 4GiB; default: half of what is "
         "free where the model is.",
     )
-    return device(memory(function))
+    weights = click.option(
+        "--weights",
+        type=Bytes(),
+        help="What the model's weights may take where it runs, e.g. 8GiB; default: all that "
+        "fits. Other layers are read from the host's memory or from disk when they are needed.",
+    )
+    return device(memory(weights(function)))
 
 
 def running(function: F) -> F:

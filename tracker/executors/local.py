@@ -40,6 +40,8 @@ class LocalExecutor:
                     progress.say(f"loading {job.cells[0].source.name}")
                     model = open_model(request, self._options)
                     self.models_loaded += 1
+                    if model.loaded.offloaded is not None:
+                        progress.say(f"{model.loaded.identity.name}: {model.loaded.offloaded}")
                 outcome, _ = measure_cell(job, model, ledger, self._options, progress, begun)
             except Exception as error:
                 log.debug("%s failed", job.title, exc_info=True)

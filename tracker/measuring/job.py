@@ -24,6 +24,8 @@ class Options:
         device: `auto`, or a torch device.
         trust_remote_code: Whether code and pickles from a download may run.
         memory: Bytes that hidden states, keys and values may take; None = half of what is free.
+        weights: Bytes that a model's weights may take where they are computed with; None = as many
+            as fit. The layers beyond rest in the host's memory or on disk.
         executor: Where: one of `EXECUTORS`.
         slurm: What each SLURM job asks for, in submitit's words.
 
@@ -35,6 +37,7 @@ class Options:
     device: str = "auto"
     trust_remote_code: bool = False
     memory: int | None = None
+    weights: int | None = None
     executor: str = "local"
     slurm: Mapping[str, Any] = field(default_factory=dict)
 
@@ -46,16 +49,21 @@ class Options:
             )
         if self.slurm and self.executor != "slurm":
             raise RequestError("--slurm says what SLURM jobs ask for; add --executor slurm")
-        memory: Any = self.memory  # a notebook's is of any type
-        if memory is not None and not isinstance(memory, Integral):
-            raise RequestError(
-                f"memory is {memory!r}, which is no whole number of bytes; write 4 * 2**30 for 4GiB"
-            )
-        if memory is not None and memory < _LEAST:
-            raise RequestError(
-                f"memory is {memory} bytes, and no model runs in less than 1MiB; write 4GiB or "
-                "500MB (4 * 2**30 in Python)"
-            )
+        _refuse_no_size("memory", self.memory)
+        _refuse_no_size("weights", self.weights)
+
+
+def _refuse_no_size(name: str, size: Any) -> None:
+    """Refuse what is no number of bytes; a notebook's is of any type."""
+    if size is not None and not isinstance(size, Integral):
+        raise RequestError(
+            f"{name} is {size!r}, which is no whole number of bytes; write 4 * 2**30 for 4GiB"
+        )
+    if size is not None and size < _LEAST:
+        raise RequestError(
+            f"{name} is {size} bytes, and no model runs in less than 1MiB; write 4GiB or 500MB "
+            "(4 * 2**30 in Python)"
+        )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from tracker.benchmarks.base import Benchmark
 from tracker.core.ablations import INTACT, Ablation, all_ablations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from tracker.engine.scoring.stand_in import StandIn
     from tracker.engine.scoring.sweep import DocumentScores, Engine
     from tracker.engine.selfcheck.check import Kept
-    from tracker.engine.selfcheck.reference import Comparison
+    from tracker.engine.selfcheck.reference import Comparison, Reference
     from tracker.measuring.job import Options
     from tracker.measuring.scorer import Scorer
     from tracker.models.load import LoadedModel
@@ -51,7 +52,9 @@ def open_model(request: CellRequest, options: Options) -> Model:
 
     keep_freed_memory()
     source = find_model(request.model, request.revision, request.model_args)
-    loaded = load_model(source, request.dtype, options.device, options.trust_remote_code)
+    loaded = load_model(
+        source, request.dtype, options.device, options.trust_remote_code, options.weights
+    )
     return Model(request.model_settings, loaded)
 
 
@@ -180,6 +183,8 @@ class Meter:
             CellError: A document that was answered both ways has two answers.
         """
         from tracker.engine.memory import peak_memory
+        from tracker.engine.selfcheck.check import watched_requests
+        from tracker.engine.selfcheck.reference import Reference
 
         assert self._scorer is not None, "check() comes first"
         scorer = self._scorer
@@ -187,15 +192,24 @@ class Meter:
         # The baseline rides along for free: every other stream forks from it.
         scored = [INTACT, *(named[name] for name in names if name != INTACT.name)]
         start = time.perf_counter()
-        results = scorer.score([self.documents[task, i] for i in indices], scored, advance)
+        documents = [self.documents[task, i] for i in indices]
         # An answer whose row is not written could not say that it was compared.
-        watched = self._watched(results, scored, first=int(INTACT.name not in names))
-        some = [self.documents[task, i] for i in indices if (task, i) in self.twice]
-        again = {each.document.index: each.responses for each in scorer.again(some, scored)}
+        some = [each for each in documents if (task, each.index) in self._watch]
+        seed, first = self.facts.model.fingerprint, int(INTACT.name not in names)
+        truth, asked = Reference(scorer.engine), watched_requests(some, scored, seed, first)
+        twice = [each for each in documents if (task, each.index) in self.twice]
+        passes: list[Callable[[], Any]] = [
+            partial(scorer.score, documents, scored, advance),
+            partial(scorer.again, twice, scored),
+            partial(truth.ask, asked),
+        ]
+        results, finer, _ = scorer.engine.side_by_side(passes)
+        watched = self._watched(truth, results, scored, first)
+        again = {each.document.index: each.responses for each in finer}
         rows: list[dict[str, object]] = []
         for result in results:
-            twice = again.get(result.document.index, [None] * len(scored))
-            rows += self._rows(result, names, scored, watched, twice)
+            other = again.get(result.document.index, [None] * len(scored))
+            rows += self._rows(result, names, scored, watched, other)
         metadata: dict[str, object] = {
             "measured": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": f"{time.perf_counter() - start:.3f}",
@@ -214,14 +228,18 @@ class Meter:
         return Measured(rows, metadata, texts)
 
     def _watched(
-        self, results: Sequence[DocumentScores], scored: Sequence[Ablation], first: int
+        self,
+        truth: Reference,
+        results: Sequence[DocumentScores],
+        scored: Sequence[Ablation],
+        first: int,
     ) -> dict[tuple[Place, Ablation], Comparison]:
         """Answer some of the documents again on really pruned models."""
         assert self._scorer is not None
         some = [r for r in results if (r.document.task, r.document.index) in self._watch]
         seed = self.facts.model.fingerprint
         found = {}
-        for result, ablation, comparison in self._scorer.watch(some, scored, seed, first):
+        for result, ablation, comparison in self._scorer.watch(truth, some, scored, seed, first):
             if comparison.wrong is not None:
                 raise CellError(
                     f"stopped, because sharing is not exact here: {comparison.wrong}. What was "

@@ -18,7 +18,7 @@ from tracker.engine.scoring.sharing import DEPTH_ONLY, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import DocumentScores, Engine
 from tracker.engine.selfcheck.check import Fit, Kept, check, watch
 from tracker.engine.selfcheck.reasons import in_words
-from tracker.engine.selfcheck.reference import Comparison, shaken
+from tracker.engine.selfcheck.reference import Comparison, Reference, shaken
 
 CHECKED_TOKENS = 16
 """Tokens that the check lets every ablation generate."""
@@ -65,6 +65,7 @@ class Scorer:
 
     def watch(
         self,
+        truth: Reference,
         results: Sequence[DocumentScores],
         ablations: Sequence[Ablation],
         seed: str,
@@ -73,6 +74,7 @@ class Scorer:
         """Answer measured documents again on a really pruned model, each under one ablation.
 
         Args:
+            truth: Answers them.
             results: What `score` found.
             ablations: Under which ablations.
             seed: Decides which ablation,
@@ -82,7 +84,7 @@ class Scorer:
             Each document's result, the ablation, and the comparison; of a generated text only
             whether it is the same.
         """
-        for result, number, found in watch(self.engine, results, ablations, seed, first):
+        for result, number, found in watch(truth, results, ablations, seed, first):
             ablation, prompt = ablations[number], result.document.prompt
             if prompt is not None and self.generation is not None:
                 text = result.responses[number][0].text

@@ -18,6 +18,7 @@ from tracker.core.provenance import content_hash
 from tracker.models.layers import find_layers
 from tracker.models.offloaded import OffloadedWeights, take_over
 from tracker.models.placement import Placement, free_memory, placed
+from tracker.models.random_weights import write_weights
 from tracker.models.sources import BITS, ModelSource, read_config, require, unreadable
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,8 @@ def load_model(
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method in _QUANTISERS:
         require(_QUANTISERS[method], f"{source.source} is a {method} checkpoint and")
+    if source.is_shape:
+        write_weights(source, hollow(source, "auto", trust_remote_code))
     place = find_device(device)
     spread = device == SPREAD and torch.cuda.device_count() > 1
     resting = None if spread else _resting(source, dtype, place, trust_remote_code, weights)
@@ -168,11 +171,15 @@ def load_model(
 def _resting(
     source: ModelSource, dtype: str, device: torch.device, trusted: bool, limit: int | None
 ) -> Placement | None:
-    """Say which layers rest elsewhere; None where all weights fit, or are made when they are read.
-    """
+    """Say which layers rest elsewhere; None where all weights fit, or are made from a file."""
     free = free_memory(device)
-    small = sum(path.stat().st_size for path in source.files()) < SMALL * free and source.is_local
-    is_made = source.gguf_file or source.adapter or _how(source.arguments).keys() & {"quantization_config"}
+    is_known = source.is_local and not source.is_shape
+    small = is_known and sum(path.stat().st_size for path in source.files()) < SMALL * free
+    is_made = (
+        source.gguf_file
+        or source.adapter
+        or _how(source.arguments).keys() & {"quantization_config"}
+    )
     if is_made or (small and limit is None):
         return None
     return placed(hollow(source, dtype, trusted), free, limit)
@@ -182,7 +189,9 @@ def _mapped(resting: Placement, device: torch.device) -> dict[str, Any]:
     """What transformers is told of where the parts of a model rest."""
     host = device.type != "cpu" and resting.moving < HOST * free_memory(torch.device("cpu"))
     elsewhere = "cpu" if host else "disk"
-    return {"device_map": {n: elsewhere if moves else str(device) for n, moves in resting.parts.items()}}
+    return {
+        "device_map": {n: elsewhere if moves else str(device) for n, moves in resting.parts.items()}
+    }
 
 
 def _how(arguments: Mapping[str, Any]) -> dict[str, Any]:

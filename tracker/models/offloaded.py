@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ ROOM = 2
 class Slice:
     """A tensor's bytes in a safetensors file, and what the file was when it was opened."""
 
-    path: str
+    path: Path
     offset: int
     size: int
     dtype: torch.dtype
@@ -49,7 +50,7 @@ class Slice:
     def read(self, into: Tensor) -> None:
         """Read the bytes into a tensor of uint8 on the CPU; CellError if the file has changed."""
         view, start = memoryview(into.numpy()), 0
-        with open(self.path, "rb", buffering=0) as file:
+        with self.path.open("rb", buffering=0) as file:
             if _stamp(file.fileno()) != self.stamp:
                 raise CellError(
                     f"{self.path} has changed while the model was measured. What was measured "
@@ -68,9 +69,9 @@ def _stamp(descriptor: int) -> tuple[int, int]:
 
 
 @cache
-def _header(path: str, stamp: tuple[int, int]) -> tuple[int, dict[str, Any]]:
+def _header(path: Path, stamp: tuple[int, int]) -> tuple[int, dict[str, Any]]:
     """Where the tensors of a safetensors file begin, and where each lies from there."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return 8 + length, json.loads(file.read(length))
 
@@ -91,9 +92,9 @@ _DTYPES = {
 }
 
 
-def slice_of(path: str, name: str) -> Slice:
+def slice_of(path: Path, name: str) -> Slice:
     """Find a tensor in a safetensors file."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         stamp = _stamp(file.fileno())
     base, header = _header(path, stamp)
     start, stop = header[name]["data_offsets"]
@@ -143,7 +144,9 @@ class OffloadedWeights:
     """
 
     def __init__(
-        self, device: torch.device, rests: Mapping[int, Sequence[tuple[nn.Parameter, Slice | Tensor]]]
+        self,
+        device: torch.device,
+        rests: Mapping[int, Sequence[tuple[nn.Parameter, Slice | Tensor]]],
     ) -> None:
         self.device = device
         self.wait: Callable[[int], None] = self.bring
@@ -171,6 +174,15 @@ class OffloadedWeights:
     def bytes(self) -> int:
         """How many bytes are brought in when each layer comes past once."""
         return sum(self._ends.values())
+
+    def __str__(self) -> str:
+        """Say what rests elsewhere, as it stands in messages."""
+        some = [*self.times]
+        named = ", ".join(map(str, some[:3])) + (", …" if len(some) > 3 else "")
+        return (
+            f"{len(some)} layers ({named}) rest in the host's memory or on disk; each time that "
+            f"they come past, {self.bytes / 1e9:.1f} GB are read"
+        )
 
     def bring(self, layer: int) -> None:
         """Bring a layer in, if it is not there yet, and begin to read the next one behind it.
@@ -280,7 +292,7 @@ def take_over(
                 source = held.data
                 if held.is_meta:
                     about = index[f"{names[id(module)]}.{own}"]
-                    source = slice_of(about["safetensors_file"], about["weight_name"])
+                    source = slice_of(Path(about["safetensors_file"]), about["weight_name"])
                 elif device.type == "cuda":
                     source = source.pin_memory()
                 rests.setdefault(number, []).append((parameter, source))
@@ -295,6 +307,11 @@ def take_over(
     for number in rests:
         layers[number].register_forward_pre_hook(_asking(weights, number))
     return weights
+
+
+def is_absent(weight: Any) -> bool:
+    """Say whether a weight rests elsewhere at the moment."""
+    return bool(weight.untyped_storage().nbytes() < weight.numel() * weight.itemsize)
 
 
 def _index(model: nn.Module) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Which layers of a model rest elsewhere, because the weights do not all fit where they are used."""
+"""Which layers of a model rest elsewhere, because not all weights fit where they are used."""
 
 from __future__ import annotations
 

@@ -8,11 +8,14 @@ torch's own `fake_quantize_per_channel_affine`, and the weights are those of tor
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tracker.core.errors import CellError
+from tracker.models.offloaded import is_absent
 
 GROUP = 32
 """Inputs that share a scale in int4."""
@@ -43,10 +46,26 @@ def outputs_first(module: nn.Module) -> Tensor:
 
 def quantise(layer: nn.Module, bits: int, name: str) -> None:
     """Give a layer, called `name`, quantised weights of its own."""
-    for module in linear_maps(layer, name):
-        weight = quantised(outputs_first(module), bits)
-        own = weight.T if isinstance(module, Conv1D) else weight
-        module.weight = nn.Parameter(own, requires_grad=False)
+    maps = linear_maps(layer, name)
+
+    def give(*_: Any) -> None:
+        for module in maps:
+            weight = quantised(outputs_first(module), bits)
+            own = weight.T if isinstance(module, Conv1D) else weight
+            module.weight = nn.Parameter(own, requires_grad=False)
+
+    theirs = [module.weight for module in maps]
+    if not any(is_absent(weight) for weight in theirs):
+        give()
+        return
+
+    def take_back(*_: Any) -> None:
+        for module, weight in zip(maps, theirs, strict=True):
+            module.weight = weight
+
+    # They are there while the layer is called, and then they go.
+    layer.register_forward_pre_hook(give)
+    layer.register_forward_hook(take_back, always_call=True)
 
 
 def linear_maps(layer: nn.Module, name: str) -> list[nn.Module]:

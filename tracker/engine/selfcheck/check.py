@@ -338,8 +338,25 @@ def _longest(document: Document) -> int:
     return max((request.length for request in document.requests), default=0)
 
 
+def watched_requests(
+    documents: Sequence[Document], ablations: Sequence[Ablation], seed: str, first: int = 0
+) -> list[tuple[Ablation, Request]]:
+    """List what `watch` asks of documents."""
+    return [
+        (ablations[_drawn(document, ablations, seed, first)], request)
+        for document in documents
+        for request in document.requests
+    ]
+
+
+def _drawn(document: Document, ablations: Sequence[Ablation], seed: str, first: int) -> int:
+    """Draw under which ablation a document is answered again, from the `first` one on."""
+    draw = random.Random(f"{seed}/{document.task}/{document.index}")
+    return draw.randrange(first, len(ablations))
+
+
 def watch(
-    engine: Engine,
+    truth: Reference,
     scores: Sequence[DocumentScores],
     ablations: Sequence[Ablation],
     seed: str,
@@ -348,8 +365,8 @@ def watch(
     """Answer measured documents again on a really pruned model, each under one ablation.
 
     Args:
-        engine: What measured them.
-        scores: What it found.
+        truth: Answers them, for the engine that measured them.
+        scores: What that found.
         ablations: Under which ablations it did.
         seed: Decides which ablation,
         first: from this one on.
@@ -357,11 +374,8 @@ def watch(
     Yields:
         Each document's scores, which ablation it was, and the comparison of all its requests.
     """
-    truth = Reference(engine)
     for score in scores:
-        number = random.Random(f"{seed}/{score.document.task}/{score.document.index}").randrange(
-            first, len(ablations)
-        )
+        number = _drawn(score.document, ablations, seed, first)
         found = Comparison()
         for request in range(len(score.document.requests)):
             found += _compare(truth, score, number, ablations[number], request)
