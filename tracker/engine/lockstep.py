@@ -118,7 +118,7 @@ class _Pass(Generic[T]):
     @property
     def has_ended(self) -> bool:
         """Whether it has returned, or failed."""
-        return self._run.dead
+        return bool(self._run.dead)
 
     def found(self) -> T:
         """What it returned; raises what it raised."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from tracker.core.errors import ModelError, first_line
 from tracker.core.identities import ModelIdentity
 from tracker.core.provenance import content_hash
+from tracker.ledger.cache import own_folder
 from tracker.models.layers import find_layers
 from tracker.models.offloaded import OffloadedWeights, take_over
 from tracker.models.placement import Placement, free_memory, placed
@@ -128,7 +130,9 @@ def load_model(
         if spread:
             arguments["device_map"] = "auto"
         elif resting:
-            arguments |= _mapped(resting, place)
+            # For weights that are in no file as they are used, such as experts'.
+            made = TemporaryDirectory(dir=own_folder("offloaded"))
+            arguments |= _mapped(resting, place) | {"offload_folder": made.name}
         if not source.gguf_file and not trust_remote_code:
             arguments["use_safetensors"] = True
         arguments |= _how(source.arguments)
@@ -147,7 +151,7 @@ def load_model(
         )
     layers, offloaded = find_layers(model), None
     if resting:
-        offloaded = take_over(model, layers, place)
+        offloaded = take_over(model, layers, place, made)
     elif spread:
         place = torch.device(next(iter(model.hf_device_map.values())))
     else:

