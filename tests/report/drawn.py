@@ -25,6 +25,15 @@ def proxy_scatter(cell: CellRecord) -> go.Figure:
     return cell_charts.proxy_scatter(cell).figure()
 
 
+def grid(figure: go.Figure) -> list[list[float | None]]:
+    """The values of a map, strong and faint ones together."""
+    strong, faint = (trace.z for trace in figure.data if trace.type == "heatmap")
+    return [
+        [two if one is None else one for one, two in zip(*rows, strict=True)]
+        for rows in zip(strong, faint, strict=True)
+    ]
+
+
 def heat_map(cells: Sequence[CellRecord]) -> go.Figure:
     return maps.heat_map(cells).figure()
 

@@ -8,8 +8,11 @@ import pytest
 
 from tracker.core import formats
 from tracker.core.records import NOT_MEASURED
+from tracker.report.charts.across import depth_curves
 from tracker.report.charts.headline import headline, near_together
-from tracker.report.charts.style import OPEN
+from tracker.report.charts.model import relevance_curves
+from tracker.report.charts.style import LINES, OPEN
+from tracker.report.leaderboard.claims import shown_in
 from tracker.report.leaderboard.layers import layer_board
 
 from . import drawn as charts
@@ -124,9 +127,10 @@ def test_heat_map_is_centred_and_marks_every_gap() -> None:
     cells = study()
     figure = charts.heat_map(cells)
     heat, gaps = trace(figure, "accuracy relevance"), trace(figure, "undefined")
-    assert (heat.zmin, heat.zmid, heat.zmax) == (-1, 0, 1)
+    colours = figure.layout.coloraxis
+    assert (colours.cmin, colours.cmid, colours.cmax) == (-1, 0, 1)
     seen = 0
-    for row, cell in zip(heat.z, cells, strict=True):
+    for row, cell in zip(charts.grid(figure), cells, strict=True):
         by_layer = {record.layer: record for record in cell.runs}
         for layer, z in zip(heat.x, row, strict=True):
             record = by_layer.get(layer)
@@ -136,6 +140,59 @@ def test_heat_map_is_centred_and_marks_every_gap() -> None:
     hovers = " ".join(gaps.hovertext).replace("<br>", " ")
     assert NOT_MEASURED in hovers
     assert AT_CHANCE in hovers
+
+
+def test_a_field_of_a_heat_map_is_strong_and_has_a_dot_where_something_is_shown() -> None:
+    cells = [build_cell(), build_cell("piqa")]
+    figure = charts.heat_map(cells)
+    strong, faint, dots = (trace(figure, name) for name in ("accuracy", "open", "shown"))
+    assert (strong.opacity, faint.opacity) == (None, OPEN)
+    shown = []
+    for y, cell in zip(strong.y, cells, strict=True):
+        verdicts = shown_in(cell, cell.whole_layers)
+        shown += [(x, y) for x, verdict in enumerate(verdicts) if verdict != "open"]
+    fields = [
+        (x, y) for y, row in zip(strong.y, strong.z, strict=True)
+        for x, z in zip(strong.x, row, strict=True) if z is not None
+    ]  # fmt: skip
+    assert fields == list(zip(dots.x, dots.y, strict=True)) == shown != []
+
+
+def test_nothing_is_strong_where_intervals_are_wide() -> None:
+    cell = build_cell(n=8)
+    board = layer_board([cell, build_cell("piqa", n=8)])
+    strong = [trace(charts.heat_map([cell]), "accuracy").z[0]]
+    assert {value for row in strong for value in row} == {None}
+    for figure in (
+        relevance_curves(board, "m").figure(),
+        relevance_curves(layer_board([cell]), "m").figure(),
+        depth_curves([board, board], ["one", "other"]).figure(),
+        charts.layer_curve(cell),
+        charts.proxy_scatter(cell),
+    ):
+        strengths = [t.marker.opacity for t in figure.data if t.type == "scatter"]
+        assert {one for many in strengths for one in many} == {OPEN}
+
+
+def test_only_one_line_has_intervals_where_several_would_hide_each_other() -> None:
+    board = layer_board([build_cell(), build_cell("piqa")])
+    figure = relevance_curves(board, "m").figure()
+    assert [t.error_y.array is not None for t in figure.data] == [False, False, True]
+    verdicts = board.claims.verdicts
+    strong = trace(figure, "mean").marker.opacity
+    assert [one == 1 for one in strong] == [verdicts[la] != "open" for la in range(LAYERS)]
+    assert {*strong} == {1, OPEN}
+
+
+def test_no_line_has_a_colour_that_says_something_of_a_removal() -> None:
+    def parts(colour: str) -> list[int]:
+        return [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+
+    for line in LINES:
+        for said in (charts.HELPS, charts.MATTERS):
+            assert math.dist(parts(line), parts(said)) > 50, line
+    for figure in (charts.layer_curve(build_cell()), charts.proxy_scatter(build_cell())):
+        assert not any(t.showlegend for t in figure.data), "it would show the first point's colour"
 
 
 def test_heat_map_takes_one_model() -> None:

@@ -37,6 +37,7 @@ from .conftest import (
     two_models,
     with_layer,
 )
+from .drawn import grid
 from .test_html import HOSTILE, read
 
 
@@ -120,23 +121,27 @@ class TestRanks:
         board = layer_board([build_cell(n=2000)])
         by_cosine = cosine_ranks(board)
         drawn = ranks.rank_chart(board, "m")
-        points = drawn.figure().data[1]
+        _, *groups = drawn.figure().data
+        standings = {str(standing.layer): standing for standing in board.ranked}
         off = []
-        for place, standing in enumerate(board.ranked):
-            layer, rank = standing.layer, points.y[place]
-            assert (points.text[place], points.x[place]) == (str(layer), by_cosine[layer])
-            best = rank - points.error_y.arrayminus[place]
-            worst = rank + points.error_y.array[place]
-            assert (best, worst) == (standing.best_rank, standing.worst_rank)
-            if not best <= points.x[place] <= worst:
-                off.append(layer)
-            assert (points.marker.opacity[place] == 1) == (layer in off)
+        for group in groups:
+            for place, text in enumerate(group.text):
+                standing, rank = standings.pop(text), group.y[place]
+                assert group.x[place] == by_cosine[standing.layer]
+                best = rank - group.error_y.arrayminus[place]
+                worst = rank + group.error_y.array[place]
+                assert (best, worst) == (standing.best_rank, standing.worst_rank)
+                if not best <= group.x[place] <= worst:
+                    off.append(standing.layer)
+                assert (group.marker.opacity == 1) == (standing.layer in off)
         assert off
+        assert not standings
         assert f"m: {len(off)} of {LAYERS} layers are shown to stand elsewhere" in drawn.title
 
     def test_nothing_is_strong_where_ranks_are_open(self) -> None:
         drawn = ranks.rank_chart(layer_board([build_cell(n=8)]), "m")
-        assert {*drawn.figure().data[1].marker.opacity} == {style.OPEN}
+        _, faint, strong = drawn.figure().data
+        assert (len(faint.x), faint.marker.opacity, len(strong.x)) == (LAYERS, style.OPEN, 0)
         assert "none of 30 layers is shown to stand elsewhere" in drawn.title
         unscored = with_layer(build_cell(), 4, cosine_score=None)
         assert ranks.rank_chart(layer_board([unscored]), "m") is None
@@ -206,7 +211,8 @@ class TestDepth:
         two = [layer_board([build_cell(model=name)]) for name in ("a", "b")]
         figure = across.depth_curves(two, ["a", "b"]).figure()
         assert [trace.name for trace in figure.data] == ["a", "b"]
-        assert (figure.data[0].x[0], figure.data[0].x[-1]) == (0, 1)
+        # Side by side, a little to the left.
+        assert figure.data[0].x[::29] == pytest.approx((0, 1), abs=0.005)
         by_layer = {one.layer: one.relevance.value for one in two[0].layers}
         assert list(figure.data[0].y) == [by_layer[layer] for layer in range(LAYERS)]
 
@@ -238,7 +244,9 @@ class TestAcross:
         (pair,), count = pairs_of([*one, *other])
         assert (pair.one, pair.other, count) == ("base", "instruct", 1)
         data = across.difference_chart(pair).figure().data
-        rows = data[0].z if data[0].type == "heatmap" else [trace.y for trace in data]
+        rows = [trace.y for trace in data]
+        if data[0].type == "heatmap":
+            rows = grid(across.difference_chart(pair).figure())
         table = difference_table(pair)
         for place, (mine, theirs, row) in enumerate(zip(one, other, rows, strict=True)):
             for layer, estimate in compare(mine, theirs).items():

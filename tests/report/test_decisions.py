@@ -18,12 +18,14 @@ from playwright.sync_api import Browser, Locator
 from tracker.core.decision_records import DecisionsRecord
 from tracker.ledger.decisions import Decisions, decisions_record
 from tracker.report.charts.decisions import agreement, agreement_map, groups_sentence, margin_chart
+from tracker.report.charts.style import OPEN
 from tracker.report.frames import document_frame
 from tracker.report.page import decisions as shown
 from tracker.report.page.decisions import BUDGET, decision_table, packed_documents
 from tracker.report.page.html import render_page, render_report
 
 from .conftest import as_read, build_cell, build_decisions
+from .drawn import grid as whole
 from .test_html import HOSTILE, number, read
 from .visit import Visit
 
@@ -102,7 +104,7 @@ class TestCharts:
         assert margin_chart(CELL, record.model_copy(update={"margins": None})) is None
 
     def test_layers_that_lose_the_same_documents_are_named(self, found, record) -> None:
-        layers, grid, groups = agreement(record)
+        layers, grid, shown, groups = agreement(record)
         assert any({0, 1} <= set(group) for group in groups)
         assert "0, 1" in groups_sentence(groups)
         # Against numpy's correlation of the columns themselves.
@@ -111,9 +113,17 @@ class TestCharts:
         for i, one in enumerate(layers):
             for j, other in enumerate(layers):
                 assert grid[i, j] == pytest.approx(np.corrcoef(lost[one], lost[other])[0, 1])
-        trace = agreement_map(CELL, record).figure().data[0]
-        assert list(trace.x) == list(trace.y) == [str(layer) for layer in layers]
-        assert np.array(trace.z) == pytest.approx(grid, abs=0.0051)
+        figure = agreement_map(CELL, record).figure()
+        strong, faint = figure.data
+        assert list(strong.x) == list(strong.y) == [str(layer) for layer in layers]
+        assert np.array(whole(figure)) == pytest.approx(grid, abs=0.0051)
+        # What is strong includes each named group, and lies above chance.
+        assert [[z is not None for z in row] for row in strong.z] == shown.tolist()
+        assert faint.opacity == OPEN
+        assert (grid[shown] > 0).all()
+        for group in groups:
+            places = [layers.index(layer) for layer in group]
+            assert shown[np.ix_(places, places)].all()
 
     def test_layers_that_lose_nothing_are_left_out_and_said(self, record) -> None:
         both = [list(row) for row in record.both]

@@ -78,14 +78,16 @@ class TestCharts:
         cell = several()
         assert charts.span_components(cell) == ["layer", "attention", "mlp"]
         assert charts.span_components(several(spans=(4,))) == []
-        grid, gaps = charts.span_map(cell, "mlp").data
-        assert list(grid.y) == ["1", "2", "4"]
-        assert grid.zmin == -grid.zmax
-        assert len(gaps.x) == 0
+        figure = charts.span_map(cell, "mlp")
+        rows = list(figure.data[0].y)
+        values = charts.grid(figure)
+        assert rows == ["1", "2", "4"]
+        assert figure.layout.coloraxis.cmin == -figure.layout.coloraxis.cmax
+        assert len(figure.data[-1].x) == 0
         for record in (r for r in cell.runs if r.component == "mlp"):
-            row = list(grid.y).index(str(record.span))
-            assert grid.z[row][record.layer] == pytest.approx(100 * record.accuracy_drop)
-        assert list(grid.z[2][27:]) == [None, None, None]
+            value = values[rows.index(str(record.span))][record.layer]
+            assert value == pytest.approx(100 * record.accuracy_drop)
+        assert values[2][27:] == [None, None, None]
 
     def test_the_span_map_marks_what_is_undefined(self) -> None:
         cell = several(("layer",), (1, 2))
@@ -98,7 +100,7 @@ class TestCharts:
         missing = (RunIdentity(layer=9, span=2),)
         layers = tuple(r for r in layers if (r.layer, r.span) != (9, 2))
         cell = cell.model_copy(update={"runs": layers, "missing": missing})
-        _, gaps = charts.span_map(cell, "layer").data
+        *_, gaps = charts.span_map(cell, "layer").data
         assert list(zip(gaps.x, gaps.y, strict=True)) == [(3, "2"), (9, "2")]
         assert "a reason" in gaps.hovertext[0]
         assert NOT_MEASURED in gaps.hovertext[1]
@@ -112,7 +114,7 @@ class TestCharts:
 
 class TestBeneath:
     def test_the_heat_map_says_what_is_gone_already(self) -> None:
-        _, gaps = charts.heat_map([build_cell(), without(3, 17)]).data
+        *_, gaps = charts.heat_map([build_cell(), without(3, 17)]).data
         assert list(gaps.x) == [3, 17]
         assert all("removed already, beneath every run" in text for text in gaps.hovertext)
 

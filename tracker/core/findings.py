@@ -72,6 +72,10 @@ class MapChart(_Chart):
     values: tuple[tuple[float | None, ...], ...]
     hovers: tuple[tuple[Shown, ...], ...] = ()
     """What is said of each value, intervals and reasons included; empty for the value alone."""
+    shown: tuple[tuple[bool, ...], ...] = Field((), exclude_if=lambda rows: not rows)
+    """Which values are shown to be other than 0; all others are open. Empty where nobody asked."""
+    shown_by: str = Field("", exclude_if=lambda text: not text)
+    """What is shown, and with which confidence."""
 
 
 FoundChart = LineChart | MapChart

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
-from tracker.core.findings import Line, LineChart, gaps
+from tracker.core.findings import Line, LineChart
 from tracker.core.formats import Measure, counted, fixed, measure_of
 from tracker.core.kinds import Intervention
 from tracker.core.records import RunIdentity
@@ -310,12 +311,7 @@ def layer_table(cell: Costs) -> Table:
     """List what each layer costs with something in its place."""
 
     def column(way: Intervention) -> Column[int]:
-        def value(place: int) -> Estimate:
-            mean, drawn = cell.drops[way]
-            low, high = np.quantile(drawn[:, place], [0.025, 0.975])
-            return estimate(float(mean[place]), _NOT_FINITE, float(low), float(high))
-
-        return Column(NAMES[way], cell.measure.form, value)
+        return Column(NAMES[way], cell.measure.form, partial(_drop, cell, way))
 
     return table(
         f"{cell.name}: {cell.measure.change} of each layer with something in its place"
@@ -328,6 +324,13 @@ def layer_table(cell: Costs) -> Table:
     )
 
 
+def _drop(cell: Costs, way: Intervention, place: int) -> Estimate:
+    """Find what a layer costs with something in its place."""
+    mean, drawn = cell.drops[way]
+    low, high = np.quantile(drawn[:, place], [0.025, 0.975])
+    return estimate(float(mean[place]), _NOT_FINITE, float(low), float(high))
+
+
 def drop_chart(cell: Costs) -> LineChart:
     """Draw the drops of all layers, a line each way."""
     return LineChart(
@@ -337,6 +340,7 @@ def drop_chart(cell: Costs) -> LineChart:
         unit=cell.measure.form,
         places=cell.layers,
         lines=tuple(
-            Line(name=NAMES[way], values=gaps(drops.mean)) for way, drops in cell.drops.items()
+            Line.of(NAMES[way], (_drop(cell, way, place) for place in range(len(cell.layers))))
+            for way in cell.drops
         ),
     )

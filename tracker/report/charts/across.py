@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tracker.core.formats import counted, three_digits, two_digits
 from tracker.report.charts import style
 from tracker.report.charts.hover import estimate_hover
-from tracker.report.charts.maps import centred_map, marks, strongest, two_lines
+from tracker.report.charts.maps import centred_map, strongest, two_lines
 from tracker.report.layer_figures import relative_depth
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.leaderboard.pairs import Pair
@@ -16,10 +16,14 @@ from tracker.report.wording import listed, named_interval
 
 
 def depth_curves(boards: Sequence[LayerBoard], labels: Sequence[str]) -> style.Chart:
-    """Draw the mean accuracy relevance over relative depth, a line a model; intervals if few."""
+    """Draw the mean accuracy relevance over relative depth, a line a model; intervals if few.
+
+    Points of layers of which nothing is shown are faint.
+    """
     data = []
+    few = len(boards) <= style.FEW
     for number, (board, label) in enumerate(zip(boards, labels, strict=True)):
-        standings, look = board.by_depth, style.line(number)
+        standings, look, found = board.by_depth, style.line(number), board.claims
         means = [standing.relevance for standing in standings]
         hover = [
             estimate_hover(
@@ -31,14 +35,21 @@ def depth_curves(boards: Sequence[LayerBoard], labels: Sequence[str]) -> style.C
             )
             for standing in standings
         ]
-        depths = [relative_depth(standing.layer, board.model.layers) for standing in standings]
+        # Side by side, so that no interval hides another.
+        aside = 0.004 * (number - (len(boards) - 1) / 2) if few else 0.0
+        depths = [
+            relative_depth(standing.layer, board.model.layers) + aside for standing in standings
+        ]
         values = [style.finite(mean.value) for mean in means]
         drawn = style.trace(
             "scatter", html.escape(label), depths, values, hover, mode="lines+markers"
         )
-        drawn |= {"line": look, "marker": {"size": 5}, "showlegend": len(boards) <= style.MANY}
-        if len(boards) <= style.FEW:
-            drawn["error_y"] = style.errors(means, thickness=0.8, color=look["color"])
+        shown = {*found.costly, *found.helpful}
+        strong = style.strength(standing.layer in shown for standing in standings)
+        drawn |= {"line": look, "marker": {"size": 6, "opacity": strong}}
+        drawn["showlegend"] = len(boards) <= style.MANY
+        if few:
+            drawn["error_y"] = style.errors(means, thickness=1, color=look["color"])
         data.append(drawn)
     depth = "relative depth (0 = first layer, 1 = last)"
     return style.chart(
@@ -93,26 +104,19 @@ def difference_chart(pair: Pair) -> style.Chart:
         largest = strongest(values)
         most = f"{three_digits(largest)} {measure.unit}"
         labels = [two_lines(shared.benchmark) for shared in pair.comparisons]
-        mapped = centred_map(
+        return centred_map(
             difference_title(pair),
             title,
             columns=layers,
             rows=labels,
             values=values,
             hovers=hovers,
+            shown=[[layer in shared.shown for layer in layers] for shared in pair.comparisons],
             ticks=(f"−{most}<br>more to the second", "0<br>alike", f"{most}<br>more to the first"),
             largest=largest,
             height=165 + 34 * len(labels),
             xaxis=style.layer_axis(layers),
         )
-        surely = [
-            (layer, label, hover)
-            for label, shared, hovers_of_row in zip(labels, pair.comparisons, hovers, strict=True)
-            for layer, hover in zip(layers, hovers_of_row, strict=True)
-            if layer in shared.shown
-        ]
-        mapped.data.append(marks("shown", surely))
-        return mapped
     data = []
     for number, (shared, row) in enumerate(zip(pair.comparisons, rows, strict=True)):
         colour = style.line(number)["color"]
@@ -121,8 +125,8 @@ def difference_chart(pair: Pair) -> style.Chart:
         places = [layer + aside for layer in layers]
         name = html.escape(shared.benchmark)
         drawn = style.trace("scatter", name, places, values[number], hovers[number], mode="markers")
-        strength = [1.0 if layer in shared.shown else style.OPEN for layer in layers]
-        drawn |= {"marker": {"size": 6, "color": colour, "opacity": strength}}
+        strong = style.strength(layer in shared.shown for layer in layers)
+        drawn |= {"marker": {"size": 7, "color": colour, "opacity": strong}}
         drawn |= {"showlegend": len(rows) > 1}
         drawn["error_y"] = style.errors(row, measure.scale, color=colour)
         data.append(drawn)

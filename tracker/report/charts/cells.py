@@ -15,13 +15,11 @@ from tracker.report import wording
 from tracker.report.charts import style
 from tracker.report.charts.hover import along_layers, run_hover
 from tracker.report.charts.maps import span_components, span_map
-from tracker.report.leaderboard.claims import shown_in
+from tracker.report.leaderboard.claims import RunOrder, shown_runs
 from tracker.stats.support import Verdict
 
 # Neighbours along the proxy axis write their labels to different sides.
 _SIDES = ("top left", "bottom right", "bottom left", "top right")
-_Order = tuple[int, int, int, int]
-"""A run's `order`, by which it is found."""
 
 
 def curve_title(cell: CellRecord) -> str:
@@ -30,7 +28,7 @@ def curve_title(cell: CellRecord) -> str:
     records = [r for r in cell.runs if r.span == 1]
     if not any(formats.defined(record.accuracy_drop) for record in records):
         return f"{cell.title}: no {measure.change} is defined"
-    shown = _shown(cell, records)
+    shown = shown_runs(cell, records)
     costly, helpful = (
         [record for record in records if shown[record.order] == wanted]
         for wanted in ("costs", "helps")
@@ -85,7 +83,7 @@ def layer_curve(cell: CellRecord) -> style.Chart:
     spans of several layers are not in it.
     """
     kinds = curve_kinds(cell)
-    shown = _shown(cell, [run for run in cell.runs if run.span == 1])
+    shown = shown_runs(cell, [run for run in cell.runs if run.span == 1])
     single = len(kinds) == 1
     measure = formats.measure_of(cell)
     data: list[dict[str, Any]] = []
@@ -152,14 +150,8 @@ def layer_curve(cell: CellRecord) -> style.Chart:
     )
 
 
-def _shown(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[_Order, Verdict]:
-    """What is shown of runs, all of it at once: the order of each → what."""
-    return dict(zip((run.order for run in runs), shown_in(cell, runs), strict=True))
-
-
-def _strength(runs: Sequence[RunRecord | None], shown: Mapping[_Order, Verdict]) -> list[float]:
-    """How strongly runs are drawn: faintly where nothing is shown."""
-    return [1.0 if run and shown[run.order] != "open" else style.OPEN for run in runs]
+def _strength(runs: Sequence[RunRecord | None], shown: Mapping[RunOrder, Verdict]) -> list[float]:
+    return style.strength(run is not None and shown[run.order] != "open" for run in runs)
 
 
 def _change_axis(measure: formats.Measure) -> dict[str, Any]:
@@ -187,7 +179,7 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
         key=lambda record: record.layer,
     )
     by_score = sorted(records, key=lambda record: record.cosine_score or 0)
-    shown = _shown(cell, cell.whole_layers)
+    shown = shown_runs(cell, cell.whole_layers)
     side = {record.layer: _SIDES[rank % 4] for rank, record in enumerate(by_score)}
     outer = {0, 1, cell.model.layers - 2, cell.model.layers - 1}
     data = []
@@ -215,6 +207,8 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
                 textfont={"size": 10, "color": style.GREY},
                 marker={"size": 8, "symbol": symbol, "color": signs, "line": {"width": width}}
                 | {"opacity": _strength(group, shown)},
+                # A legend would take the colour of its first point, as if all of them helped.
+                showlegend=False,
             )
         )
     return style.chart(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +15,9 @@ from tracker.core.kinds import KINDS
 from tracker.core.records import CellRecord, layers_of
 from tracker.report import wording
 from tracker.report.charts.maps import centred_map
-from tracker.report.charts.style import FAINT, GREY, Chart, chart, errors, layer_axis, line, trace
+from tracker.report.charts.style import FAINT, GREY, Chart, chart, errors, layer_axis, trace
 from tracker.stats.agreement import clustered, more_than_chance, phi
+from tracker.stats.arrays import Array, Mask
 from tracker.stats.ratios import SCALES
 
 ALIKE = 0.5
@@ -44,12 +46,12 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     low, middle, high = decided.margins
     several = len(kinds) > 1
     traces = []
-    for number, kind in enumerate(kinds):
+    for kind in kinds:
         mine = {
             one.run: one.margins for one in decided.runs if one.run.kind == kind and one.margins
         }
         quartiles = [Estimate(half, lower, upper) for lower, half, upper in mine.values()]
-        look = line(number) if several else {"color": KINDS[kind.word].colour}
+        look = {"color": KINDS[kind.word].colour, "width": 1}
         hover = [
             f"{run.label()}: median {two_digits(half)}, half of the documents from "
             f"{two_digits(lower)} to {two_digits(upper)}"
@@ -84,16 +86,24 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     )
 
 
-def agreement(decided: DecisionsRecord) -> tuple[list[int], np.ndarray, list[list[int]]]:
-    """Correlate which documents the layers lose, and cluster them.
+class Agreement(NamedTuple):
+    """Which layers break the same documents.
 
-    Args:
-        decided: What the runs decide.
-
-    Returns:
-        The layers that can be compared, those that agree beside each other; their correlations in
-        this order; and the groups of layers that break the same documents.
+    Attributes:
+        layers: Those that can be compared, those that agree beside each other.
+        phi: Their correlations, in this order.
+        shown: Whether they are shown to be more than chance; a layer with itself is.
+        groups: The layers that are shown to break the same documents.
     """
+
+    layers: list[int]
+    phi: Array
+    shown: Mask
+    groups: list[list[int]]
+
+
+def agreement(decided: DecisionsRecord) -> Agreement:
+    """Correlate which documents the layers lose, and cluster them."""
     both = np.array(decided.both, dtype=np.float64).reshape((len(decided.both),) * 2)
     found = phi(both, np.diag(both), decided.right)
     (known,) = np.nonzero(~np.isnan(np.diag(found)))
@@ -107,12 +117,19 @@ def agreement(decided: DecisionsRecord) -> tuple[list[int], np.ndarray, list[lis
         for group in groups
         if all(alike[one, other] for one, other in combinations(group, 2))
     ]
-    return [layers[number] for number in order], square[np.ix_(order, order)], named
+    known_by = alike | np.eye(len(layers), dtype=bool)
+    return Agreement(
+        [layers[number] for number in order],
+        square[np.ix_(order, order)],
+        known_by[np.ix_(order, order)],
+        named,
+    )
 
 
 def agreement_map(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     """Draw which layers break the same documents, clustered; None for fewer than two layers."""
-    layers, found, _ = agreement(decided)
+    found = agreement(decided)
+    layers = found.layers
     if len(layers) < 2:
         return None
     labels = [str(layer) for layer in layers]
@@ -126,8 +143,9 @@ def agreement_map(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
         "agreement",
         columns=labels,
         rows=labels,
-        values=[[round(float(value), 2) for value in row] for row in found],
+        values=[[round(float(value), 2) for value in row] for row in found.phi],
         hovers=(),
+        shown=found.shown.tolist(),
         ticks=("−1<br>never the same", "0<br>as by chance", "1<br>the same"),
         largest=1,
         height=170 + 15 * len(layers),
@@ -135,11 +153,12 @@ def agreement_map(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
         xaxis=axis | {"title": {"text": "layer (0-based), clustered"}},
     )
     # Not a text for each pair: there are as many as the square of the layers.
-    drawn.data[0] |= {
-        "hovertext": None,
-        "hoverinfo": None,
-        "hovertemplate": "layers %{y} and %{x}: φ %{z:.2f}<extra></extra>",
-    }
+    for half, word in zip(drawn.data, ("more than chance", "open"), strict=False):
+        half |= {
+            "hovertext": None,
+            "hoverinfo": None,
+            "hovertemplate": f"layers %{{y}} and %{{x}}: φ %{{z:.2f}}, {word}<extra></extra>",
+        }
     return drawn
 
 

@@ -98,7 +98,7 @@ def headline(board: LayerBoard, label: str) -> style.Chart:
             note | {"x": middle, "text": f"<b>{numbers}</b>"}
             for middle, numbers in near_together(found.missed)
         ],
-        margin={"t": 26},
+        margin={"t": 46 if found.missed else 34},
     )
     return replace(drawn, explains=_explains(board, noisy))
 

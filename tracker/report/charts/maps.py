@@ -8,10 +8,11 @@ from typing import Any
 
 from tracker.core import formats
 from tracker.core.kinds import Component
-from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, layers_of
+from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunIdentity, layers_of
 from tracker.report import wording
 from tracker.report.charts.hover import along_layers
-from tracker.report.charts.style import GREY, Chart, chart, finite, layer_axis, trace
+from tracker.report.charts.style import GREY, OPEN, Chart, chart, finite, layer_axis, trace
+from tracker.report.leaderboard.claims import shown_runs
 
 # Fading to transparency, not to white, keeps 0 quiet on light and on dark pages.
 _SCALE = [
@@ -21,7 +22,9 @@ _SCALE = [
     [1.0, "rgba(61,116,168,1)"],
 ]
 _CROSS = {"symbol": "x-thin", "size": 6, "line": {"width": 1.2, "color": GREY}}
-_DOT = {"size": 6, "color": "#fdfdfc", "line": {"width": 1.2, "color": "#1f2328"}}
+_DOT = {"size": 5, "color": "#fdfdfc", "line": {"width": 1.2, "color": "#1f2328"}}
+_DOTTED = 12
+"""In maps of more rows than this, dots would hide the colours."""
 ROWS = {"autorange": "reversed", "showgrid": False, "ticks": "", "type": "category"}
 """The axis of a map's rows."""
 COLOUR_BAR = {
@@ -50,9 +53,9 @@ def heat_title(cells: Sequence[CellRecord]) -> str:
 def heat_map(cells: Sequence[CellRecord]) -> Chart:
     """Draw the accuracy relevance of every whole layer on every benchmark of one model.
 
-    A row a cell, centred at 0 (trace `accuracy relevance`). Undefined and missing values are gaps
-    marked by crosses that say why (trace `undefined`). ValueError if there is no cell, or cells
-    belong to several models.
+    A row a cell, centred at 0; what is shown of a benchmark's layers is strong, all else faint.
+    Undefined and missing values are gaps marked by crosses that say why (trace `undefined`).
+    ValueError if there is no cell, or cells belong to several models.
     """
     if len({cell.model.key for cell in cells}) != 1:
         raise ValueError("heat_map takes benchmarks of exactly one model")
@@ -64,6 +67,7 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
         rows=[two_lines(label) for label in wording.benchmark_labels(cells)],
         values=[[cell.relevance(layer)[0] for layer in layers] for cell in cells],
         hovers=[along_layers(cell, WHOLE_LAYER, layers)[1] for cell in cells],
+        shown=[_shown(cell, [WHOLE_LAYER], layers)[0] for cell in cells],
         ticks=("≤ −1<br>removal helps", "0<br>no change", "1<br>to chance"),
         largest=1,
         height=165 + 40 * len(cells),
@@ -92,9 +96,9 @@ def span_title(cell: CellRecord, component: Component) -> str:
 def span_map(cell: CellRecord, component: Component) -> Chart:
     """Draw the accuracy drop (or loss increase) by first layer and number of removed layers.
 
-    A row a span, centred at 0 (trace `accuracy drop` or `loss increase`). Undefined and missing
-    values are gaps marked by crosses that say why (trace `undefined`); a span that is no run is
-    blank.
+    A row a span, centred at 0; what is shown of all runs of the map is strong, all else faint.
+    Undefined and missing values are gaps marked by crosses that say why (trace `undefined`); a span
+    that is no run is blank.
     """
     measure = formats.measure_of(cell)
     kinds = [Kind(component, span) for span in _spans(cell, component)]
@@ -115,12 +119,20 @@ def span_map(cell: CellRecord, component: Component) -> Chart:
         rows=[str(kind.span) for kind in kinds],
         values=values,
         hovers=hovers,
+        shown=_shown(cell, kinds, layers),
         ticks=(f"−{most}<br>removal helps", "0<br>no change", most),
         largest=largest,
         height=165 + 30 * len(kinds),
         xaxis=layer_axis(layers, "first layer (0-based)"),
         yaxis=ROWS | {"title": {"text": "layers"}},
     )
+
+
+def _shown(cell: CellRecord, kinds: Sequence[Kind], layers: Sequence[int]) -> list[list[bool]]:
+    """Say of which runs something is shown, of all of a map's runs of a cell at once."""
+    verdicts = shown_runs(cell, [run for run in cell.runs if run.kind in kinds])
+    runs = [[RunIdentity(layer=layer, **kind._asdict()) for layer in layers] for kind in kinds]
+    return [[verdicts.get(run.order, "open") != "open" for run in row] for row in runs]
 
 
 def _spans(cell: CellRecord, component: Component) -> list[int]:
@@ -147,10 +159,15 @@ def centred_map(
     ticks: tuple[str, str, str],
     largest: float,
     height: int,
+    shown: Sequence[Sequence[bool]] | None = None,
     crosses: bool = True,
+    named: bool = False,
     **layout: Any,
 ) -> Chart:
     """Draw a heat map whose colours are centred at 0.
+
+    What is shown (trace `name`) has a dot in it where there is room, since it may be small; what is
+    open (trace `open`) is faint.
 
     Args:
         title: What is seen, in plain text.
@@ -162,29 +179,36 @@ def centred_map(
         ticks: What stands below the colours of -largest, 0 and largest.
         largest: The value of the strongest colour.
         height: In pixels.
+        shown: Of which values something is shown; None where nobody asked.
         crosses: Whether gaps with a hover box are marked (trace `undefined`).
+        named: Whether the name stands above the colours.
         **layout: The axes: `xaxis`, and `yaxis` where it is not `ROWS`.
 
     Returns:
         The chart.
     """
-    heat = trace(
-        "heatmap",
-        name,
-        columns,
-        rows,
-        hovers,
-        z=values,
-        zmin=-largest,
-        zmid=0,
-        zmax=largest,
-        colorscale=_SCALE,
-        xgap=1,
-        ygap=1,
-        hoverongaps=False,
-        colorbar=COLOUR_BAR | {"tickvals": [-largest, 0, largest], "ticktext": list(ticks)},
-    )
-    data = [heat]
+    known = shown or [[True] * len(columns)] * len(rows)
+
+    def heat(label: str, sure: bool, **look: Any) -> dict[str, Any]:
+        mine = [
+            [value if which == sure else None for value, which in zip(*row, strict=True)]
+            for row in zip(values, known, strict=True)
+        ]
+        common = {"coloraxis": "coloraxis", "xgap": 1, "ygap": 1, "hoverongaps": False}
+        return trace("heatmap", label, columns, rows, hovers, z=mine, **common, **look)
+
+    data = [heat(name, True)]
+    if shown:
+        data.append(heat("open", False, opacity=OPEN))
+    if shown and len(rows) <= _DOTTED:
+        dots = [
+            (column, row, "")
+            for row, figures, surely in zip(rows, values, known, strict=True)
+            for column, value, sure in zip(columns, figures, surely, strict=True)
+            if sure and value is not None
+        ]
+        # The field below has the hover box.
+        data.append(_marks("shown", dots, _DOT) | {"hoverinfo": "skip"})
     if crosses:
         gaps = [
             (column, row, hover)
@@ -192,12 +216,17 @@ def centred_map(
             for column, value, hover in zip(columns, figures, texts, strict=True)
             if value is None and hover
         ]
-        data.append(marks("undefined", gaps, _CROSS))
-    return chart(title, data, height, margin={"b": 105}, **({"yaxis": ROWS} | layout))
+        data.append(_marks("undefined", gaps, _CROSS))
+    colours = {"cmin": -largest, "cmid": 0, "cmax": largest, "colorscale": _SCALE}
+    bar = COLOUR_BAR | {"tickvals": [-largest, 0, largest], "ticktext": list(ticks)}
+    if named:
+        bar |= {"title": {"text": html.escape(name), "side": "top"}}
+    axes = {"yaxis": ROWS, "coloraxis": colours | {"colorbar": bar}} | layout
+    return chart(title, data, height, margin={"b": 105}, **axes)
 
 
-def marks(
-    name: str, places: Sequence[tuple[int | str, str, str]], marker: Mapping[str, Any] = _DOT
+def _marks(
+    name: str, places: Sequence[tuple[int | str, str, str]], marker: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Mark places of a map: column, row label and hover box of each."""
     columns, rows, hovers = zip(*places, strict=True) if places else ((), (), ())

@@ -13,42 +13,44 @@ from tracker.core.records import WHOLE_LAYER, CellRecord, layers_of
 from tracker.report.charts import style
 from tracker.report.charts.hover import estimate_hover
 from tracker.report.layer_figures import layer_relevance, why_undefined
+from tracker.report.leaderboard.claims import shown_runs
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.wording import benchmark_labels
 
 _TOP = 0.96
 """Where the first panel ends: its title stands above it."""
+_THICK = {"color": style.MATTERS, "width": 2.5}
 
 
 def relevance_curves(board: LayerBoard, label: str) -> style.Chart:
     """Draw the accuracy relevance of every layer, a line for each benchmark and their mean.
 
-    Benchmarks have intervals where they are few, and the trace `mean` has one where they are
-    several.
+    The intervals are those of the trace `mean`, or of the one benchmark that there is: those of
+    several lines would hide each other. Points of which nothing is shown are faint.
     """
-    cells = board.cells
+    cells, found = board.cells, board.claims
     layers = [standing.layer for standing in board.by_depth]
-    few = len(cells) <= style.FEW
+    alone = len(cells) == 1
     data = []
     for number, (cell, name) in enumerate(zip(cells, benchmark_labels(cells), strict=True)):
-        aside = 0.12 * (number - (len(cells) - 1) / 2) if few else 0
         figures = [layer_relevance(cell, layer) for layer in layers]
-        drawn = _relevance(name, layers, figures, [cell.documents] * len(layers), aside)
-        # Many lines step back behind their mean.
-        drawn |= {"line": style.line(number), "marker": {"size": 4}, "opacity": 1 if few else 0.55}
-        drawn["showlegend"] = 1 < len(cells) <= style.MANY
-        if few:
-            drawn["error_y"] = style.errors(
-                figures, thickness=0.8, color=style.line(number)["color"]
-            )
+        runs, shown = cell.runs_of(), shown_runs(cell, cell.whole_layers)
+        strong = style.strength(la in runs and shown[runs[la].order] != "open" for la in layers)
+        drawn = _relevance(name, layers, figures, [cell.documents] * len(layers))
+        drawn["marker"] = {"size": 5, "opacity": strong}
+        if alone:
+            drawn |= {"line": _THICK, "error_y": style.errors(figures), "showlegend": False}
+        else:  # they step back behind their mean
+            drawn |= {"line": style.line(number), "opacity": 0.7}
+            drawn["showlegend"] = len(cells) <= style.MANY
         data.append(drawn)
-    if len(cells) > 1:
+    if not alone:
         means = [standing.relevance for standing in board.by_depth]
         samples = [counted(standing.benchmarks, "benchmark") for standing in board.by_depth]
         drawn = _relevance("mean", layers, means, samples)
-        drawn |= {"line": {"color": style.MATTERS, "width": 3}, "marker": {"size": 6}}
-        drawn["error_y"] = style.errors(means, thickness=2, color=style.MATTERS)
-        data.append(drawn | {"showlegend": True})
+        strong = style.strength(layer in {*found.costly, *found.helpful} for layer in layers)
+        drawn |= {"line": _THICK, "marker": {"size": 8, "opacity": strong}}
+        data.append(drawn | {"error_y": style.errors(means), "showlegend": True})
     return style.chart(
         relevance_title(board, label),
         data,
@@ -63,16 +65,14 @@ def _relevance(
     layers: Sequence[int],
     figures: Sequence[Estimate],
     samples: Sequence[str],
-    aside: float = 0,
 ) -> dict[str, Any]:
-    """Draw the relevance of layers, `aside` of their places, with what each rests on."""
+    """Draw the relevance of layers, with what each rests on."""
     hover = [
         estimate_hover(f"layer {layer} · {name}", "accuracy relevance", figure, two_digits, of)
         for layer, figure, of in zip(layers, figures, samples, strict=True)
     ]
-    places = [layer + aside for layer in layers]
     values = [style.finite(figure.value) for figure in figures]
-    return style.trace("scatter", html.escape(name), places, values, hover, mode="lines+markers")
+    return style.trace("scatter", html.escape(name), layers, values, hover, mode="lines+markers")
 
 
 def relevance_title(board: LayerBoard, label: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted
 from tracker.report.charts import style
@@ -13,49 +15,58 @@ from tracker.report.leaderboard.proxies import cosine_ranks, misjudged
 def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:
     """Draw between which ranks each layer lies against its rank by cosine score.
 
-    One labelled point for each layer (trace `layers`) with its interval, 1 = matters most on both
-    axes; strong where that misses the diagonal (trace `equal ranks`), on which the cosine score is
-    right. None where no layer has both ranks.
+    One labelled point for each layer with its interval, 1 = matters most on both axes. Strong are
+    those (trace `stands elsewhere`) whose interval misses the diagonal (trace `equal ranks`), on
+    which the cosine score is right; all others (trace `open`) are faint. None where no layer has
+    both ranks.
     """
     proxy = cosine_ranks(board)
     standings = [standing for standing in board.ranked if standing.layer in proxy]
     if not standings:
         return None
     wrong = {found.standing.layer for found in misjudged(board)}
-    ranks = [Estimate(one.rank, one.best_rank, one.worst_rank) for one in standings]
     ends = [0.5, len(board.ranked) + 0.5]
-    hovers = [
-        estimate_hover(
-            f"layer {one.layer}",
-            "rank by mean relevance",
-            rank,
-            "{:.0f}".format,
-            f"rank by cosine score {proxy[one.layer]}",
-        )
-        for one, rank in zip(standings, ranks, strict=True)
-    ]
-    strength = [1.0 if one.layer in wrong else style.OPEN for one in standings]
-    data = [
+    data: list[dict[str, Any]] = [
         {"type": "scatter", "name": "equal ranks", "x": ends, "y": ends, "mode": "lines"}
         | {"line": {"color": style.GREY, "width": 1, "dash": "dot"}}
-        | {"hoverinfo": "skip", "showlegend": False},
-        style.trace(
-            "scatter",
-            "layers",
-            [proxy[one.layer] for one in standings],
-            [one.rank for one in standings],
-            hovers,
-            error_y=style.errors(ranks, color=style.FAINT),
-            mode="markers+text",
-            text=[str(one.layer) for one in standings],
-            textposition="middle right",
-            textfont={"size": 10, "color": style.GREY},
-            marker={"size": 8, "color": style.MATTERS, "opacity": strength},
-            showlegend=False,
-        ),
+        | {"hoverinfo": "skip", "showlegend": False}
     ]
-    axis = {"showgrid": False, "zeroline": False, "tickangle": 0}
-    axis |= {"tick0": 1, "dtick": 1} if len(standings) <= 12 else {"tick0": 0, "dtick": 5}
+    for name, opacity, colour in (
+        ("open", style.OPEN, style.FAINT),
+        ("stands elsewhere", 1.0, style.GREY),
+    ):
+        mine = [one for one in standings if (one.layer in wrong) == (opacity == 1)]
+        ranks = [Estimate(one.rank, one.best_rank, one.worst_rank) for one in mine]
+        hovers = [
+            estimate_hover(
+                f"layer {one.layer}",
+                "rank by mean relevance",
+                rank,
+                "{:.0f}".format,
+                f"rank by cosine score {proxy[one.layer]}",
+            )
+            for one, rank in zip(mine, ranks, strict=True)
+        ]
+        data.append(
+            style.trace(
+                "scatter",
+                name,
+                [proxy[one.layer] for one in mine],
+                [one.rank for one in mine],
+                hovers,
+                error_y=style.errors(ranks, color=colour),
+                mode="markers+text",
+                text=[str(one.layer) for one in mine],
+                textposition="middle right",
+                textfont={"size": 10, "color": style.GREY},
+                marker={"size": 8, "color": style.MATTERS, "opacity": opacity},
+                cliponaxis=False,
+                showlegend=False,
+            )
+        )
+    axis: dict[str, Any] = {"showgrid": False, "zeroline": False, "tickangle": 0}
+    few = len(board.ranked) <= 12
+    axis["tickvals"] = [1, *range(2 if few else 5, len(board.ranked) + 1, 1 if few else 5)]
     return style.chart(
         _title(label, len(wrong), len(standings)),
         data,

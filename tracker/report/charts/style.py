@@ -27,11 +27,9 @@ GREY = "#808080"
 FAINT = "rgba(128,128,128,0.22)"
 OPEN = 0.32
 """How strongly something is drawn of which nothing is shown."""
-LINES = (
-    "#c4762f", "#5f8a3a", "#a8558f", "#2f8f8f", "#b5483f",
-    "#7a6bc0", "#8c7a2e", "#6b7f8f", "#b0607a", "#4f8f5f",
-)  # fmt: skip
-"""Colours of lines side by side; all are mid-tones, legible on white and on black."""
+LINES = ("#128f80", "#b04c9a", "#6f8f1f", "#7a63c9", "#c0456a", "#4f9a52", "#8f6a55")
+"""Colours of lines side by side: mid-tones, legible on white and on black, none of them near the
+blue and the orange that say whether a removal costs or helps."""
 _DASHES = ("solid", "dash", "dot")
 FEW = 3
 """So many lines can carry their intervals and still be told apart."""
@@ -107,8 +105,8 @@ class Chart:
 
 def chart(title: str, data: list[dict[str, Any]], height: int, **layout: Any) -> Chart:
     """Put a chart together, `height` in pixels; `layout` is what else differs from the template."""
-    legend = any(map(_is_named, data))
-    margin = {"l": 60, "r": 16, "t": 34 if legend else 12, "b": 50} | layout.pop("margin", {})
+    # Above the axes stand a legend and, under a pointer, the buttons.
+    margin = {"l": 60, "r": 16, "t": 34, "b": 50} | layout.pop("margin", {})
     return Chart(title, data, {"height": height, "margin": margin, **layout})
 
 
@@ -176,10 +174,15 @@ def sign_colours(figures: Iterable[float | None]) -> list[str]:
     return [HELPS if figure is not None and figure < 0 else MATTERS for figure in figures]
 
 
+def strength(shown: Iterable[bool]) -> list[float]:
+    """Say how strongly figures are drawn: faintly those of which nothing is shown."""
+    return [1.0 if it_is else OPEN for it_is in shown]
+
+
 def errors(figures: Sequence[Estimate | None], scale: float = 1, **look: Any) -> dict[str, Any]:
     """Reach from each figure to both ends of its interval (plotly's `error_y`), if it has one.
 
-    `look` is whatever differs from a thin grey line.
+    `look` is whatever differs from a thin grey line, which a page draws in the colour of its text.
     """
 
     def reach(start: float | None, end: float | None) -> float | None:

@@ -27,6 +27,8 @@ FIRST = 5
 _MOST = 1_000_000
 """More documents than this nobody measures."""
 
+RunOrder = tuple[int, int, int, int]
+"""A run's `order`, by which it is found."""
 _ByCell = dict[str, dict[int, Estimate]]
 """A cell's key → layer → a figure, whose interval holds together with all others."""
 
@@ -191,6 +193,11 @@ def shown_in(cell: CellRecord, runs: Sequence[RunRecord]) -> list[Verdict]:
         What is shown of each.
     """
     return verdicts(_all_at_once(cell, runs, len(runs)))
+
+
+def shown_runs(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[RunOrder, Verdict]:
+    """Say the same for each run by its order."""
+    return dict(zip((run.order for run in runs), shown_in(cell, runs), strict=True))
 
 
 def ranks_in(cell: CellRecord, runs: Sequence[RunRecord]) -> list[tuple[int, int]]:

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import html
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count
+from typing import Any
 
 import pandas as pd
 
+from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord, FoundChart, Line, LineChart, MapChart
-from tracker.core.formats import WRITTEN, three_digits
+from tracker.core.formats import WRITTEN, three_digits, with_interval
 from tracker.core.records import WHOLE_LAYER, CellRecord, Place
 from tracker.report.charts.maps import ROWS, centred_map, strongest
-from tracker.report.charts.style import Chart, chart, finite, layer_axis, line
+from tracker.report.charts.style import (
+    FEW,
+    Chart,
+    chart,
+    errors,
+    finite,
+    layer_axis,
+    line,
+    strength,
+    trace,
+)
 from tracker.report.frames import frame_of
+from tracker.report.layer_figures import sure
 from tracker.report.page.sections import Figure
 
 SEARCH = "search"
@@ -118,41 +131,75 @@ def study_chart(found: FoundChart) -> Chart:
 
 def _lines(found: LineChart) -> Chart:
     form = WRITTEN[found.unit]
-    scale, unit = form.scale, form.name
-    data = []
-    for number, each in enumerate(found.lines):
-        look = line(number)
-        if each.low:
-            data.append(_band(found, each, scale, look["color"]))
-        data.append(
-            {
-                "type": "scatter",
-                "name": each.name,
-                "x": list(found.places),
-                "y": [finite(value, scale) for value in each.values],
-                "mode": "lines+markers",
-                "line": look,
-                "marker": {"size": 5},
-                "hovertemplate": f"{html.escape(each.name)}<br>%{{x}}: %{{y:.4g}} {unit}"
-                "<extra></extra>",
-            }
-        )
-    title = f"{found.y} ({unit})" if unit else found.y
+    unit = f" {form.name}" if form.name else ""
+    banded = [each for each in found.lines if each.low]
     whole = all(float(place).is_integer() for place in found.places)
     layers = whole and not found.log_x and "layer" in found.x
-    places = [int(place) for place in found.places] if layers else []
-    return chart(
+    data: list[dict[str, Any]] = []
+    for number, each in enumerate(found.lines):
+        look, figures = line(number), _estimates(found, each)
+        places = list(found.places)
+        drawn: dict[str, Any] = {}
+        if each.low and len(banded) == 1:
+            data.append(_band(found, each, form.scale, look["color"]))
+        elif each.low and len(banded) <= FEW:
+            # Side by side, so that no interval hides another.
+            aside = 0.14 * (banded.index(each) - (len(banded) - 1) / 2) if layers else 0
+            places = [place + aside for place in places]
+            drawn["error_y"] = errors(figures, form.scale, color=look["color"], thickness=1)
+        hovers = [
+            f"<b>{html.escape(each.name)}</b><br>{html.escape(found.x)} {place:g}: "
+            f"{with_interval(figure, form.write, unit)}"
+            for place, figure in zip(found.places, figures, strict=True)
+        ]
+        values = [finite(figure.value, form.scale) for figure in figures]
+        strong = strength(not _holds_zero(figure) for figure in figures)
+        data.append(
+            trace("scatter", html.escape(each.name), places, values, hovers, mode="lines+markers")
+            | {"line": look, "marker": {"size": 5, "opacity": strong}}
+            | drawn
+        )
+    made = chart(
         found.title,
         data,
         380,
-        xaxis=layer_axis(places, found.x)
+        xaxis=layer_axis([int(place) for place in found.places], found.x)
         if layers
         else {"title": {"text": found.x}, **({"type": "log"} if found.log_x else {})},
-        yaxis={"title": {"text": title}, **({"type": "log"} if found.log_y else {})},
+        yaxis={
+            "title": {"text": f"{found.y} ({form.name})" if form.name else found.y},
+            **({"type": "log"} if found.log_y else {}),
+        },
     )
+    return replace(made, explains=_how_to_read(found, banded))
 
 
-def _band(found: LineChart, each: Line, scale: float, colour: str) -> dict[str, object]:
+def _how_to_read(found: LineChart, banded: Sequence[Line]) -> str:
+    """Say where the intervals are, and what is faint."""
+    if not banded:
+        return ""
+    if len(banded) > FEW:
+        says = "Point at a mark for its 95 % interval."
+    elif len(banded) > 1:
+        says = "Vertical lines are 95 % intervals."
+    else:
+        says = f"The band is the 95 % interval of {banded[0].name}."
+    if any(_holds_zero(figure) for each in banded for figure in _estimates(found, each)):
+        says += " Points are faint where it holds 0."
+    return says
+
+
+def _estimates(found: LineChart, each: Line) -> list[Estimate]:
+    nothing = (None,) * len(found.places)
+    ends = (each.values, each.low or nothing, each.high or nothing)
+    return [Estimate(*figures) for figures in zip(*ends, strict=True)]
+
+
+def _holds_zero(figure: Estimate) -> bool:
+    return figure.between is not None and not sure(figure)
+
+
+def _band(found: LineChart, each: Line, scale: float, colour: str) -> dict[str, Any]:
     """Shade between the ends of a line's intervals."""
     ends = [
         (place, finite(low, scale), finite(high, scale))
@@ -162,7 +209,7 @@ def _band(found: LineChart, each: Line, scale: float, colour: str) -> dict[str, 
     places, lows, highs = zip(*ends, strict=True) if ends else ((), (), ())
     return {
         "type": "scatter",
-        "name": f"{each.name}, 95 %",
+        "name": f"{html.escape(each.name)}, 95 %",
         "x": places + places[::-1],
         "y": highs + lows[::-1],
         "mode": "lines",
@@ -184,7 +231,7 @@ def _map(found: MapChart) -> Chart:
     values = [[finite(value, form.scale) for value in row] for row in found.values]
     largest = strongest(values)
     most = three_digits(largest)
-    return centred_map(
+    drawn = centred_map(
         found.title,
         found.name,
         columns=found.columns,
@@ -197,8 +244,12 @@ def _map(found: MapChart) -> Chart:
         ],
         ticks=(f"−{most}", "0", f"{most} {form.name}".strip()),
         largest=largest,
+        shown=found.shown or None,
+        named=True,
         height=165 + max(16, 480 // max(1, len(found.rows))) * len(found.rows),
         crosses=False,
         xaxis=layer_axis(found.columns, found.x),
         yaxis=ROWS | {"title": {"text": found.y}},
     )
+    says = f"Strong: {found.shown_by}. Faint: nothing is shown." if found.shown else ""
+    return replace(drawn, explains=says)

@@ -12,8 +12,9 @@ from tracker.core.findings import FoundChart, Line, LineChart, MapChart
 from tracker.core.formats import counted, two_digits
 from tracker.core.proxies import PROXIES, passes
 from tracker.core.tables import Column, Table, Value, estimate, table
+from tracker.report.leaderboard.claims import ranks_in
 from tracker.stats.multiple import holm
-from tracker.stats.rank_agreement import midranks
+from tracker.stats.rank_agreement import midranks, places
 from tracker.stats.task_dependence import BLOCK
 from tracker.studies.audit.figures import MAJOR, RELIABLE, TOP, ModelAudit, Spreads, Summary, means
 from tracker.studies.audit.measures import DROP, Audited, Ordering
@@ -270,11 +271,20 @@ def _map(audit: ModelAudit) -> list[FoundChart]:
     if not cells:
         return []
     columns = sorted({layer for cell in cells for layer in cell.layers})
-    values = []
+    values, shown = [], []
     for cell in cells:
         x, y = (midranks(cell.measures[name].means()) for name in ("cosine_score", DROP))
         at = dict(zip(cell.layers, (x - y).tolist(), strict=True))
         values.append(tuple(at.get(layer) for layer in columns))
+        runs = cell.record.whole_layers
+        between = ranks_in(cell.record, runs)
+        scores = places([run.cosine_score for run in runs])
+        off = {
+            run.layer
+            for run, score, (best, worst) in zip(runs, scores, between, strict=True)
+            if not best <= score <= worst
+        }
+        shown.append(tuple(layer in off for layer in columns))
     return [
         MapChart(
             title=f"{audit.name}: ranks by cosine score beside those by the measured {audit.drop}",
@@ -285,5 +295,8 @@ def _map(audit: ModelAudit) -> list[FoundChart]:
             columns=tuple(columns),
             rows=tuple(cell.label for cell in cells),
             values=tuple(values),
+            shown=tuple(shown),
+            shown_by=f"the cosine score gives a rank that is shown not to be that by {audit.drop}, "
+            "with 95 % confidence for all layers of the benchmark",
         )
     ]

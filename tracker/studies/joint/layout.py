@@ -79,6 +79,7 @@ def interaction_map(record: CellRecord, pairs: Pairs) -> MapChart:
     layers = sorted(pairs.alone)
     places = {pair: n for n, pair in enumerate(pairs.pairs)}
     grid = [[places.get((min(i, j), max(i, j))) for j in layers] for i in layers]
+    sure = {place for sign in (1, -1) for place in pairs.significant(sign)}
     left_out = f", {int(pairs.floor.sum())} at the floor" if pairs.floor.any() else ""
     return MapChart(
         title=f"{record.title}: interaction of two layers by {pairs.measure}, "
@@ -91,6 +92,8 @@ def interaction_map(record: CellRecord, pairs: Pairs) -> MapChart:
         rows=tuple(map(str, layers)),
         values=tuple(tuple(None if n is None else pairs.value(n) for n in row) for row in grid),
         hovers=tuple(tuple("" if n is None else _hover(pairs, n) for n in row) for row in grid),
+        shown=tuple(tuple(n in sure for n in row) for row in grid),
+        shown_by=f"significant after Benjamini-Hochberg at {SIGNIFICANT:.0%}",
     )
 
 
