@@ -38,6 +38,15 @@ CONTRAST = """(selector) => {
 }"""
 
 
+COVERED = """() => [...document.querySelectorAll(".chart")].filter((chart) => {
+  const boxes = (selector) => [...chart.querySelectorAll(selector)]
+    .map((part) => part.getBoundingClientRect());
+  const top = Math.min(...boxes(".nsewdrag").map((box) => box.top));
+  const above = boxes(".modebar, .legendtext");
+  return !Number.isFinite(top) || !above.length || above.some((box) => box.bottom > top + 1);
+}).map((chart) => chart.id)"""
+
+
 @pytest.fixture(scope="module", name="report")
 def fixture_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
@@ -86,8 +95,9 @@ def test_page_draws_everything_offline(chromium: Browser, report: Path) -> None:
     with Visit(chromium, report) as visit:
         page = visit.page
         assert page.locator(".js-plotly-plot").count() == 2 * 5 + 2 + 5 * 2
-        assert page.locator("#model-1-heat-map .heatmaplayer image").count() == 1
-        assert page.locator("#model-1-heat-map .scatterlayer .point").count() == 2 + 1 + LAYERS
+        assert page.locator("#model-1-heat-map .heatmaplayer image").count() == 2
+        crosses = page.locator("#model-1-heat-map .scatterlayer .trace").last.locator(".point")
+        assert crosses.count() == 2 + 1 + LAYERS
         curve = page.locator("#model-1-cell-1-curve")
         for part in (".scatterlayer .point", ".barlayer .point", ".scatterlayer .errorbar"):
             assert curve.locator(part).count() == LAYERS
@@ -101,6 +111,28 @@ def test_page_draws_everything_offline(chromium: Browser, report: Path) -> None:
             curve.locator(".modebar-btn").first.click()
         assert download.value.suggested_filename == "model-1-cell-1-curve.svg"
         assert "accuracy drop (pp)" in download.value.path().read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_buttons_and_legends_stand_above_the_axes(
+    chromium: Browser, report: Path, width: int
+) -> None:
+    with Visit(chromium, report, width=width) as visit:
+        visit.open_all()
+        assert visit.page.evaluate(COVERED) == []
+
+
+def test_intervals_are_ink_or_have_the_colour_of_their_line(drawn: Page) -> None:
+    stroke = "(path) => getComputedStyle(path).stroke"
+    ink = drawn.evaluate("getComputedStyle(document.body).color")
+    for chart in ("headline", "relevance-curves", "cell-1-curve"):
+        bars = drawn.locator(f"#model-1-{chart} path.yerror")
+        assert bars.first.evaluate(stroke) == ink, chart
+    first, second = (
+        drawn.locator(f"#across-depth .trace:nth-child({place}) path.yerror").first.evaluate(stroke)
+        for place in (1, 2)
+    )
+    assert len({ink, first, second}) == 3
 
 
 def test_a_leaderboard_is_sorted_by_click_and_by_keyboard(page: Page, board: LayerBoard) -> None:
@@ -187,9 +219,10 @@ def test_all_layers_are_downloaded_unrounded(page: Page, tmp_path: Path) -> None
 
 def test_hover_says_value_interval_and_samples(chromium: Browser, report: Path) -> None:
     with Visit(chromium, report) as visit:
+        dots = visit.page.locator("#model-1-heat-map .scatterlayer .trace").first.locator(".point")
         for chart, number, words in (
             ("#model-1-cell-1-curve", 11, ["layer 11", "accuracy drop"]),
-            ("#model-1-heat-map", 0, ["not measured yet"]),
+            ("#model-1-heat-map", dots.count(), ["not measured yet"]),
             (
                 *("#model-1-relevance-curves", 0),
                 ["layer 0 · arc_easy", "95 % interval", "160 documents"],

@@ -96,7 +96,7 @@ def test_a_proxy_counts_every_token_once(measured: Small) -> None:
         pair = [sums[docs].sum(axis=0) / tokens[docs].sum() for docs in (order[:15], order[15:])]
         drawn.append(_plain(*pair))
     (row,) = (
-        row for row in finding.tables[0].rows if "arc_easy" in row[0] and row[1] == "cosine_score"
+        row for row in finding.tables[0].rows if "arc_easy" in row[0] and row[1] == "cosine score"
     )
     assert row[3].value == pytest.approx(np.mean(drawn))
     # A rank correlation of a proxy is high with few documents already.
@@ -127,7 +127,7 @@ def test_curves_reach_beyond_what_is_measured_only_as_predicted(
     assert chart.log_x
     lines = {line.name: dict(zip(chart.places, line.values, strict=True)) for line in chart.lines}
     assert lines["accuracy drop, two samples"][50] is None
-    assert lines["cosine_score, two samples"][20] is not None
+    assert lines["cosine score, two samples"][20] is not None
     (chance,) = (line.values for line in overlap.lines if "chance" in line.name)
     assert chance == (0.25,) * len(overlap.places)
 

@@ -12,6 +12,7 @@ from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord, Line, LineChart, MapChart
 from tracker.core.tables import Column, EntryText, Heading, Table, headed, table, written
 from tracker.ledger.findings import findings, keep_finding
+from tracker.report.charts.style import FEW, OPEN
 from tracker.report.export import export, figures
 from tracker.report.page.html import render_page
 from tracker.report.page.studies import outgrown, study_chart
@@ -103,6 +104,43 @@ def test_charts_scale_too_and_leave_gaps() -> None:
     assert (legend.yref, legend.y, legend.yanchor) == ("container", 0, "bottom")
     assert figure.layout.title.text
     assert "legend" not in chart.layout, "a page has no title there"
+
+
+def test_a_line_is_faint_where_its_interval_holds_0_and_bands_never_overlap() -> None:
+    curve = Line(name="a", values=(0.1, 0.2, 0.3), low=(-0.1, 0.1, 0.2), high=(0.2, 0.3, 0.4))
+    plain = Line(name="plain", values=(0.1, 0.2, 0.3))
+
+    def drawn(lines: int) -> list:
+        many = tuple(curve.model_copy(update={"name": str(one)}) for one in range(lines))
+        return list(study_chart(LINES.model_copy(update={"lines": (*many, plain)})).figure().data)
+
+    band, line, other = drawn(1)
+    assert band.fill == "toself"
+    assert line.marker.opacity == (OPEN, 1, 1)
+    assert other.marker.opacity == (1, 1, 1), "nothing is known of it"
+    assert "95" not in line.hovertext[0]
+    assert line.hovertext[0].endswith("layer (0-based) 0: 10.0 pp (−10.0 to 20.0)")
+    for lines, reach in ((2, True), (FEW + 1, False)):
+        *some, _ = drawn(lines)
+        assert len(some) == lines
+        assert [each.error_y.array is not None for each in some] == [reach] * lines
+        assert [each.fill for each in some] == [None] * lines
+
+
+def test_a_map_is_faint_where_nothing_is_shown() -> None:
+    shown = MAP.model_copy(update={"shown": ((False, True), (False, False)), "shown_by": "so"})
+    chart = study_chart(shown)
+    strong, faint, dots = chart.figure().data
+    assert [list(row) for row in strong.z] == [[None, 50], [None, None]]
+    assert [list(row) for row in faint.z] == [[None, None], [-25, None]]
+    assert (faint.opacity, list(zip(dots.x, dots.y, strict=True))) == (OPEN, [(1, "0")])
+    assert "so" in chart.explains
+
+
+def test_a_logarithmic_axis_has_whole_numbers() -> None:
+    wide = LINES.model_copy(update={"places": (1, 30, 700), "log_x": True})
+    ticks = study_chart(wide).layout["xaxis"]["tickvals"]
+    assert [tick for tick in ticks if 1 <= tick <= 100] == [1, 2, 5, 10, 20, 50, 100]
 
 
 def test_the_page_has_a_section_and_says_when_it_is_outgrown() -> None:

@@ -138,6 +138,7 @@ def agreement_map(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     if left_out:
         title += f"; {counted(left_out, 'layer')} left out, which lose none or all"
     axis = {"type": "category", "showgrid": False, "ticks": "", "tickangle": 0}
+    axis |= {"tickfont": {"size": 9}}
     drawn = centred_map(
         title,
         "agreement",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from tracker.core.estimates import Estimate
@@ -51,13 +52,27 @@ def relevance_curves(board: LayerBoard, label: str) -> style.Chart:
         strong = style.strength(layer in {*found.costly, *found.helpful} for layer in layers)
         drawn |= {"line": _THICK, "marker": {"size": 8, "opacity": strong}}
         data.append(drawn | {"error_y": style.errors(means), "showlegend": True})
-    return style.chart(
+    drawn = style.chart(
         relevance_title(board, label),
         data,
         420,
         xaxis=style.layer_axis(layers),
         yaxis={"title": {"text": "accuracy relevance (share lost)"}, "zeroline": True},
     )
+    return replace(drawn, explains=_explains(board))
+
+
+def _explains(board: LayerBoard) -> str:
+    """Say how the curves are read."""
+    text = (
+        "1: without the layer, the model is left guessing. 0: no change. Negative: removal helps. "
+        "Points are faint where nothing is shown."
+    )
+    if len(board.cells) > 1:
+        text += " The thick line is the mean over the benchmarks."
+    if any(standing.relevance.low is not None for standing in board.layers):
+        text += " Vertical lines are its 95 % intervals."
+    return text
 
 
 def _relevance(

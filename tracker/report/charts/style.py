@@ -154,14 +154,15 @@ def value_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
     wide = bool(found) and min(found) > 0 and max(found) > 10 * min(found)
     if not wide:
         return {"title": {"text": title}, "zeroline": False}
+    return log_axis(f"{title}, log scale", found)
+
+
+def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
+    """Make an axis logarithmic, with whole numbers at its ticks: plotly's own are digits alone."""
+    found = [value for value in values if value is not None and value > 0] or [1.0]
     exponents = range(math.floor(math.log10(min(found))), math.ceil(math.log10(max(found))) + 1)
     ticks = [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
-    return {
-        "type": "log",
-        "tickvals": ticks,
-        "title": {"text": f"{title}, log scale"},
-        "zeroline": False,
-    }
+    return {"type": "log", "tickvals": ticks, "title": {"text": title}, "zeroline": False}
 
 
 def finite(value: float | None, scale: float = 1) -> float | None:

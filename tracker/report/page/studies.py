@@ -23,6 +23,7 @@ from tracker.report.charts.style import (
     finite,
     layer_axis,
     line,
+    log_axis,
     strength,
     trace,
 )
@@ -152,25 +153,22 @@ def _lines(found: LineChart) -> Chart:
             f"{with_interval(figure, form.write, unit)}"
             for place, figure in zip(found.places, figures, strict=True)
         ]
-        values = [finite(figure.value, form.scale) for figure in figures]
+        heights = [finite(figure.value, form.scale) for figure in figures]
         strong = strength(not _holds_zero(figure) for figure in figures)
         data.append(
-            trace("scatter", html.escape(each.name), places, values, hovers, mode="lines+markers")
+            trace("scatter", html.escape(each.name), places, heights, hovers, mode="lines+markers")
             | {"line": look, "marker": {"size": 5, "opacity": strong}}
             | drawn
         )
-    made = chart(
-        found.title,
-        data,
-        380,
-        xaxis=layer_axis([int(place) for place in found.places], found.x)
-        if layers
-        else {"title": {"text": found.x}, **({"type": "log"} if found.log_x else {})},
-        yaxis={
-            "title": {"text": f"{found.y} ({form.name})" if form.name else found.y},
-            **({"type": "log"} if found.log_y else {}),
-        },
-    )
+    along: dict[str, Any] = {"title": {"text": found.x}}
+    if layers:
+        along = layer_axis([int(place) for place in found.places], found.x)
+    elif found.log_x:
+        along = log_axis(found.x, found.places)
+    up = f"{found.y} ({form.name})" if form.name else found.y
+    values = [finite(value, form.scale) for each in found.lines for value in each.values]
+    axis = log_axis(up, values) if found.log_y else {"title": {"text": up}}
+    made = chart(found.title, data, 380, xaxis=along, yaxis=axis)
     return replace(made, explains=_how_to_read(found, banded))
 
 

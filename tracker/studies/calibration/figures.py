@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, measure_of
-from tracker.core.proxies import OBSERVED
+from tracker.core.proxies import OBSERVED, PROXIES
 from tracker.ledger.paired import Array
 from tracker.stats.proxies import per_token
 from tracker.stats.rank_agreement import overlap, rounded, row_coefficients
@@ -134,12 +134,12 @@ def measures(subject: Subject) -> list[Ranked]:
     metric, gold = cell.by_metric(ablations), cell.by_gold_logprob(ablations)
     found = [
         Ranked(measure_of(subject.record).change, metric.drops, metric.weights, strata),
-        Ranked("gold_logprob_drop", gold.drops, gold.weights, strata),
+        Ranked(PROXIES["gold_logprob_drop"].label, gold.drops, gold.weights, strata),
     ]
     for proxy in OBSERVED:
         means = proxy.of(per_token(cell.proxy_sums(proxy)[:, layers], cell.tokens))
         weights = cell.tokens / max(cell.tokens.sum(), 1)
-        found.append(Ranked(proxy.name, means, weights, strata, cell.not_observed(proxy)))
+        found.append(Ranked(proxy.label, means, weights, strata, cell.not_observed(proxy)))
     return [replace(r, reason=few or r.reason or _unusable(r)) for r in found]
 
 

@@ -43,6 +43,12 @@
     if (!figure) return;
     delete figures[box.id];
     const [data, layout] = figure;
+    // On a phone each entry of a legend has a row of its own, above the axes.
+    const rows = data.filter(({ type, showlegend }) => showlegend ?? type === "scatter").length;
+    if (box.clientWidth < 500 && rows > 2) {
+      layout.height += 19 * (rows - 2);
+      box.style.height = `${layout.height}px`;
+    }
     // Without a drag mode, a finger on a chart scrolls the page.
     Plotly.newPlot(box, data, { ...layout, template, dragmode: false }, {
       responsive: true,
