@@ -52,14 +52,14 @@ def relevance_curves(board: LayerBoard, label: str) -> style.Chart:
         strong = style.strength(layer in {*found.costly, *found.helpful} for layer in layers)
         drawn |= {"line": _THICK, "marker": {"size": 8, "opacity": strong}}
         data.append(drawn | {"error_y": style.errors(means), "showlegend": True})
-    drawn = style.chart(
+    made = style.chart(
         relevance_title(board, label),
         data,
         420,
         xaxis=style.layer_axis(layers),
         yaxis={"title": {"text": "accuracy relevance (share lost)"}, "zeroline": True},
     )
-    return replace(drawn, explains=_explains(board))
+    return replace(made, explains=_explains(board))
 
 
 def _explains(board: LayerBoard) -> str:
