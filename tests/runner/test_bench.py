@@ -48,3 +48,11 @@ def test_generation_is_not_timed(tiny_llama, tmp_path):
     result = CliRunner().invoke(main, [*asked, "--limit", "1"])
     assert result.exit_code == 2
     assert "generates texts" in result.output
+
+
+def test_weights_that_rest_on_disk_are_counted(bench):
+    """lm-eval, each of whose calls would read all of them, is left out."""
+    found = bench(*ARC, "--offload", "disk", "--no-check")
+    assert found["read_bytes"] == 2 * found["offloaded_bytes"] > 0
+    assert 0 <= found["waiting_share"] < 1
+    assert found["check_seconds"] is found["loop_seconds"] is found["ratio"] is None

@@ -39,10 +39,15 @@ class Bench:
 
     Attributes:
         engine_seconds: The engine, all ablations.
-        check_seconds: Its self-check, not part of `engine_seconds`.
+        check_seconds: Its self-check, not part of `engine_seconds`; None where it was left out.
         outside_share: Part of `engine_seconds` that is spent neither in the model's layers nor in
             its head; None on an accelerator, which works while the clock runs.
-        loop_seconds: lm-eval once per ablation, extrapolated from the evaluations that were run.
+        offloaded_bytes: Bytes of the layers that rest elsewhere; 0 where all are in place.
+        read_bytes: Bytes of them that were brought in while the engine ran.
+        waiting_share: Part of `engine_seconds` that was spent waiting for them.
+        loop_seconds: lm-eval once per ablation, extrapolated from the evaluations that were run;
+            None, as all figures of it, where weights rest elsewhere: each of its calls would read
+            all of them.
         loop_evaluations: Ablation → seconds of lm-eval.
         loop_batch_size: The fastest of `BATCH_SIZES` on some documents.
         ratio: `loop_seconds / engine_seconds`.
@@ -60,14 +65,17 @@ class Bench:
     ablations: int
     dtype: str
     engine_seconds: float
-    check_seconds: float
+    check_seconds: float | None
     outside_share: float | None
-    loop_seconds: float
+    offloaded_bytes: int
+    read_bytes: int
+    waiting_share: float
+    loop_seconds: float | None
     loop_evaluations: dict[str, float]
-    loop_batch_size: int
-    ratio: float
-    largest_difference: float
-    greedy_disagreements: int
+    loop_batch_size: int | None
+    ratio: float | None
+    largest_difference: float | None
+    greedy_disagreements: int | None
     requests_compared: int
     sharing: str
     engine_gflops: float
@@ -82,20 +90,35 @@ class Bench:
         part = 100 * self.engine_gflops / self.matrix_gflops
         outside = self.outside_share
         spent = "" if outside is None else f"; {100 * outside:.1f} % outside the model"
-        return (
+        checked = "left out" if self.check_seconds is None else f"{self.check_seconds:.1f} s"
+        lines = [
             f"{self.benchmark}, {self.documents} documents, {self.ablations} ablations, "
-            f"{self.dtype}, {self.machine['cores']} cores\n"
-            f"engine        {self.engine_seconds:8.1f} s   (self-check {self.check_seconds:.1f} s"
-            f"{spent})\n"
-            f"lm-eval loop  {self.loop_seconds:8.1f} s   (extrapolated, batch "
-            f"{self.loop_batch_size}; measured: {evaluations})\n"
-            f"ratio         {self.ratio:8.1f}\n"
+            f"{self.dtype}, {self.machine['cores']} cores",
+            f"engine        {self.engine_seconds:8.1f} s   (self-check {checked}{spent})",
+        ]
+        if self.offloaded_bytes:
+            lines.append(
+                f"weights       {self.offloaded_bytes / 1e9:8.1f} GB  rest elsewhere, "
+                f"{self.read_bytes / 1e9:.1f} GB were read; {100 * self.waiting_share:.1f} % of "
+                "the time waited for them"
+            )
+        if self.loop_seconds is not None:
+            lines.append(
+                f"lm-eval loop  {self.loop_seconds:8.1f} s   (extrapolated, batch "
+                f"{self.loop_batch_size}; measured: {evaluations})"
+            )
+            lines.append(f"ratio         {self.ratio:8.1f}")
+        lines.append(
             f"rate          {self.engine_gflops:8.0f} GFLOP/s, {part:.0f} % of "
-            f"{self.matrix_gflops:.0f} in a matrix product\n"
-            f"peak memory   {self.engine_peak_gib:8.1f} GiB\n"
-            f"agreement     largest log-likelihood difference {self.largest_difference:.1e} nats, "
-            f"{self.greedy_disagreements} of {self.requests_compared} greedy flags differ"
+            f"{self.matrix_gflops:.0f} in a matrix product"
         )
+        lines.append(f"peak memory   {self.engine_peak_gib:8.1f} GiB")
+        if self.largest_difference is not None:
+            lines.append(
+                f"agreement     largest log-likelihood difference {self.largest_difference:.1e} "
+                f"nats, {self.greedy_disagreements} of {self.requests_compared} greedy flags differ"
+            )
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -142,9 +165,8 @@ def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepa
     source = find_model(request.model, request.revision, request.model_args)
     benchmark = open_benchmark(request)
     progress.say(f"loading {request.model}")
-    loaded = load_model(
-        source, request.dtype, options.device, options.trust_remote_code, options.weights
-    )
+    how = (options.device, options.trust_remote_code, options.weights, options.offload)
+    loaded = load_model(source, request.dtype, *how)
     encoder = RequestEncoder(loaded.model, loaded.tokenizer, request)
     documents = benchmark.documents(encoder, request.extent)
     if any(document.prompt is not None for document in documents):
@@ -156,11 +178,22 @@ def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepa
     )
 
 
-def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
+def bench(
+    request: CellRequest, options: Options, progress: Progress, checking: bool = True
+) -> Bench:
     """Run the engine and the lm-eval loop in turn on the same documents.
 
-    Of the request's runs only the components count: all layers are removed. RequestError for
-    something that does not exist.
+    Args:
+        request: The documents. Of its runs only the components count: all layers are removed.
+        options: Where the model runs.
+        progress: Told what happens.
+        checking: Whether the self-check runs too; without it, all is shared unchecked.
+
+    Returns:
+        What both took, and whether their numbers agree.
+
+    Raises:
+        RequestError: Something does not exist.
     """
     from tracker.engine.plan import cost, matrix_rate
     from tracker.engine.selfcheck.check import check
@@ -171,36 +204,47 @@ def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
     asked = request.model_copy(update={"layers": tuple(range(total)), "spans": (1,)})
     ablations = ablations_of(asked, total)
 
-    progress.say("checking that sharing is exact for this model")
-    check_seconds, checked = timed(lambda: check(ready.engine, documents, ablations))
-    engine = checked.engine
+    check_seconds, engine = None, ready.engine
+    if checking:
+        progress.say("checking that sharing is exact for this model")
+        check_seconds, checked = timed(lambda: check(ready.engine, documents, ablations))
+        engine = checked.engine
 
-    progress.say("lm-eval: trying batch sizes on the baseline")
-    few = documents[:TRIED_DOCUMENTS]
-    tried = {size: plainly(engine, ablations[0], size, few)[0] for size in BATCH_SIZES}
-    batch_size = min(tried, key=tried.__getitem__)
+    weights = loaded.offloaded
+    batch_size = None
+    if weights is None:
+        progress.say("lm-eval: trying batch sizes on the baseline")
+        few = documents[:TRIED_DOCUMENTS]
+        tried = {size: plainly(engine, ablations[0], size, few)[0] for size in BATCH_SIZES}
+        batch_size = min(tried, key=tried.__getitem__)
 
     responses = sum(len(document.requests) for document in documents) * len(ablations)
     progress.start(f"{request.benchmark}: engine", responses)
     _forget_peak(loaded.device)
+    before = (weights.read_bytes, weights.waited) if weights else (0, 0.0)
     with _stopwatch(engine) as inside:
         engine_seconds, scores = timed(lambda: engine.score(documents, ablations, progress.advance))
     peak = _peak(loaded.device)
     progress.finish()
+    after = (weights.read_bytes, weights.waited) if weights else (0, 0.0)
 
     seconds: dict[str, float] = {}
     differences: list[float] = []
     disagreements = 0
-    for ablation in [ablations[0], *_measured(ablations, total)]:
+    some = [] if batch_size is None else [ablations[0], *_measured(ablations, total)]
+    for ablation in some:
         progress.say(f"lm-eval: {ablation.name}")
+        assert batch_size is not None
         seconds[ablation.name], theirs = plainly(engine, ablation, batch_size, documents)
         number = ablations.index(ablation)
         ours = [response for score in scores for response in score.responses[number]]
         for response, (loglikelihood, greedy) in zip(ours, theirs, strict=True):
             differences.append(abs(response.loglikelihood - loglikelihood))
             disagreements += response.greedy != greedy
-    baseline, *removed = seconds.values()
-    loop_seconds = baseline + (len(ablations) - 1) * statistics.mean(removed)
+    loop_seconds = None
+    if some:
+        baseline, *removed = seconds.values()
+        loop_seconds = baseline + (len(ablations) - 1) * statistics.mean(removed)
     work = cost(loaded.model, documents, ablations, engine.max_length)
     on_cpu = loaded.device.type == "cpu"
     return Bench(
@@ -211,12 +255,15 @@ def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
         engine_seconds=engine_seconds,
         check_seconds=check_seconds,
         outside_share=1 - sum(inside) / engine_seconds if on_cpu else None,
+        offloaded_bytes=weights.bytes if weights else 0,
+        read_bytes=after[0] - before[0],
+        waiting_share=(after[1] - before[1]) / engine_seconds,
         loop_seconds=loop_seconds,
         loop_evaluations=seconds,
         loop_batch_size=batch_size,
-        ratio=loop_seconds / engine_seconds,
-        largest_difference=max(differences),
-        greedy_disagreements=disagreements,
+        ratio=None if loop_seconds is None else loop_seconds / engine_seconds,
+        largest_difference=max(differences, default=None),
+        greedy_disagreements=disagreements if some else None,
         requests_compared=len(differences),
         sharing=str(engine.sharing),
         engine_gflops=work.flops / engine_seconds / 1e9,

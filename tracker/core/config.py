@@ -80,6 +80,8 @@ SEVERAL = re.compile(r"[\w-]+(\s*,\s*[\w-]+)+")
 """Names of benchmarks as lm-eval's command line takes several."""
 EXECUTORS = ("local", "ray", "slurm")
 """Where cells may be measured."""
+RESTS = ("device", "host", "disk")
+"""Where layers may rest until they are needed."""
 MAX_LAYERS = 10_000
 """Of a model; no model has a tenth of it."""
 

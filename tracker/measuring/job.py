@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from tracker.benchmarks.base import Benchmark
-from tracker.core.config import EXECUTORS, CellRequest
+from tracker.core.config import EXECUTORS, RESTS, CellRequest
 from tracker.core.errors import RequestError, did_you_mean
 from tracker.ledger.cells import CellStore
 from tracker.measuring.prepare import CellLookup
@@ -26,6 +26,8 @@ class Options:
         memory: Bytes that hidden states, keys and values may take; None = half of what is free.
         weights: Bytes that a model's weights may take where they are computed with; None = as many
             as fit. The layers beyond rest in the host's memory or on disk.
+        offload: Where layers rest until they are needed: one of `RESTS`. `device` is where the
+            model runs, as far as they fit.
         executor: Where: one of `EXECUTORS`.
         slurm: What each SLURM job asks for, in submitit's words.
 
@@ -38,6 +40,7 @@ class Options:
     trust_remote_code: bool = False
     memory: int | None = None
     weights: int | None = None
+    offload: str = "device"
     executor: str = "local"
     slurm: Mapping[str, Any] = field(default_factory=dict)
 
@@ -46,6 +49,11 @@ class Options:
             raise RequestError(
                 f"there is no executor {self.executor!r}; use one of: {', '.join(EXECUTORS)}."
                 + did_you_mean(self.executor, EXECUTORS)
+            )
+        if self.offload not in RESTS:
+            raise RequestError(
+                f"layers cannot be offloaded to {self.offload!r}; use one of: {', '.join(RESTS)}."
+                + did_you_mean(self.offload, RESTS)
             )
         if self.slurm and self.executor != "slurm":
             raise RequestError("--slurm says what SLURM jobs ask for; add --executor slurm")

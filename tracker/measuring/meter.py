@@ -52,9 +52,8 @@ def open_model(request: CellRequest, options: Options) -> Model:
 
     keep_freed_memory()
     source = find_model(request.model, request.revision, request.model_args)
-    loaded = load_model(
-        source, request.dtype, options.device, options.trust_remote_code, options.weights
-    )
+    how = (options.device, options.trust_remote_code, options.weights, options.offload)
+    loaded = load_model(source, request.dtype, *how)
     return Model(request.model_settings, loaded)
 
 

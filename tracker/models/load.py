@@ -88,6 +88,7 @@ def load_model(
     device: str = "auto",
     trust_remote_code: bool = False,
     weights: int | None = None,
+    offload: str = "device",
 ) -> LoadedModel:
     """Load a model; layers that do not fit where it is computed rest in the host's memory, on disk.
 
@@ -99,6 +100,8 @@ def load_model(
         trust_remote_code: Whether code and pickles from the download may run; without it only
             safetensors and GGUF are read.
         weights: Bytes that weights may take where they are computed with; None = what is free.
+        offload: Where other layers rest: `host`, `disk`, or `device` for the first that has room;
+            without `weights`, the first two mean all layers.
 
     Returns:
         The model, ready to be measured.
@@ -123,7 +126,9 @@ def load_model(
         write_weights(source, hollow(source, "auto", trust_remote_code))
     place = find_device(device)
     spread = device == SPREAD and torch.cuda.device_count() > 1
-    resting = None if spread else _resting(source, dtype, place, trust_remote_code, weights)
+    resting = (
+        None if spread else _resting(source, dtype, place, trust_remote_code, weights, offload)
+    )
     arguments = source.load_arguments(trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
@@ -132,7 +137,7 @@ def load_model(
         elif resting:
             # For weights that are in no file as they are used, such as experts'.
             made = TemporaryDirectory(dir=own_folder("offloaded"))
-            arguments |= _mapped(resting, place) | {"offload_folder": made.name}
+            arguments |= _mapped(resting, place, offload) | {"offload_folder": made.name}
         if not source.gguf_file and not trust_remote_code:
             arguments["use_safetensors"] = True
         arguments |= _how(source.arguments)
@@ -173,26 +178,43 @@ def load_model(
 
 
 def _resting(
-    source: ModelSource, dtype: str, device: torch.device, trusted: bool, limit: int | None
+    source: ModelSource,
+    dtype: str,
+    device: torch.device,
+    trusted: bool,
+    limit: int | None,
+    offload: str,
 ) -> Placement | None:
-    """Say which layers rest elsewhere; None where all weights fit, or are made from a file."""
+    """Say which layers rest elsewhere; None where all weights are in place."""
     free = free_memory(device)
-    is_known = source.is_local and not source.is_shape
-    small = is_known and sum(path.stat().st_size for path in source.files()) < SMALL * free
-    is_made = (
-        source.gguf_file
-        or source.adapter
-        or _how(source.arguments).keys() & {"quantization_config"}
-    )
-    if is_made or (small and limit is None):
+    asked = limit is not None or offload != "device"
+    if offload == "host" and device.type == "cpu":
+        raise ModelError("on a CPU the host's memory is where layers are computed; offload to disk")
+    kinds = {
+        "a GGUF file": source.gguf_file,
+        "an adapter": source.adapter,
+        "bitsandbytes": _how(source.arguments).get("quantization_config"),
+    }
+    if made_by := next((kind for kind, is_it in kinds.items() if is_it), None):
+        if asked:
+            raise ModelError(
+                f"{source.source}: its weights are made from {made_by} when it is loaded, so they "
+                "cannot rest elsewhere; take a folder of safetensors, or leave --weights and "
+                "--offload out"
+            )
         return None
-    return placed(hollow(source, dtype, trusted), free, limit)
+    is_known = source.is_local and not source.is_shape
+    size = sum(path.stat().st_size for path in source.files())
+    if not asked and is_known and size < SMALL * free:
+        return None
+    return placed(hollow(source, dtype, trusted), free, limit, every=asked and limit is None)
 
 
-def _mapped(resting: Placement, device: torch.device) -> dict[str, Any]:
+def _mapped(resting: Placement, device: torch.device, offload: str) -> dict[str, Any]:
     """What transformers is told of where the parts of a model rest."""
-    host = device.type != "cpu" and resting.moving < HOST * free_memory(torch.device("cpu"))
-    elsewhere = "cpu" if host else "disk"
+    room = HOST * free_memory(torch.device("cpu"))
+    fits = device.type != "cpu" and resting.moving < room
+    elsewhere = "cpu" if offload == "host" or (offload == "device" and fits) else "disk"
     return {
         "device_map": {n: elsewhere if moves else str(device) for n, moves in resting.parts.items()}
     }

@@ -37,7 +37,7 @@ class Placement:
     moving: int
 
 
-def placed(model: nn.Module, free: int, limit: int | None) -> Placement | None:
+def placed(model: nn.Module, free: int, limit: int | None, every: bool = False) -> Placement | None:
     """Say which layers have to rest elsewhere.
 
     They are as evenly spread as can be, so that one is read while others are computed with.
@@ -46,6 +46,7 @@ def placed(model: nn.Module, free: int, limit: int | None) -> Placement | None:
         model: The model, on the meta device.
         free: Bytes that are free where it is computed.
         limit: Bytes that its weights may take there; None = as many as fit.
+        every: Whether all layers are to rest elsewhere.
 
     Returns:
         Where its parts rest; None where all weights fit.
@@ -56,7 +57,7 @@ def placed(model: nn.Module, free: int, limit: int | None) -> Placement | None:
     layers = find_layers(model)
     sizes = [_bytes(layer) for layer in layers]
     total = _bytes(model)
-    if total <= (FITS * free if limit is None else limit):
+    if not every and total <= (FITS * free if limit is None else limit):
         return None
     most = int(RESIDENT * free) if limit is None else limit
     around = total - sum(sizes)
@@ -67,7 +68,7 @@ def placed(model: nn.Module, free: int, limit: int | None) -> Placement | None:
             f"{(around + ROOM * max(sizes)) / 2**30:.1f} GiB, and weights may take "
             f"{most / 2**30:.1f} GiB; give them more with --weights, or use a smaller dtype"
         )
-    staying = min(left // max(sizes), len(sizes) - ROOM)
+    staying = 0 if every else min(left // max(sizes), len(sizes) - ROOM)
     moving = len(sizes) - staying
     # The k-th of so many, spread over all.
     elsewhere = tuple(k * len(sizes) // moving for k in range(moving))
