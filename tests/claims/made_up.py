@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,19 @@ from tracker.ledger.store import Ledger
 LAYERS = 16
 OPTIONS = 4
 BENCHMARKS = ("arc_easy", "openbookqa")
+ALIKE = 10
+"""So many seeds, from a multiple of it on, make models that differ by chance alone."""
 ABLATION = "layer:{}".format
 THREE = {0: 4.0, 3: 3.0, 7: 2.0}
 """Three layers that matter, by how many nats their removal lowers the right option."""
 
 
 def write_results(
-    folder: Path, seed: int, costs: Mapping[int, float], documents: int = 100
+    folder: Path,
+    seed: int,
+    costs: Mapping[int, float],
+    documents: int = 100,
+    name: str = "made-up",
 ) -> None:
     """Measure a made-up model on two benchmarks, without and with each of its layers removed.
 
@@ -37,23 +44,26 @@ def write_results(
         seed: Of all that is drawn.
         costs: Layer → by how much its removal lowers the score of right options, in nats.
         documents: Of each benchmark.
+        name: The model's.
     """
     dice = np.random.default_rng(seed)
     ledger = Ledger(folder)
     ledger.create()
     model = ModelIdentity(
         source="made up",
-        name="made-up",
+        name=name,
         revision=None,
-        fingerprint="f" * 64,
+        fingerprint=sha256(name.encode()).hexdigest(),
         architecture="LlamaForCausalLM",
         layers=LAYERS,
         parameters=1000,
         dtype="float32",
     )
-    for name in BENCHMARKS:
+    # One size of errors for all models: a larger one would cost accuracy by itself.
+    sizes = np.random.default_rng(seed // ALIKE).choice([0.2, 1.0], len(BENCHMARKS))
+    for benchmark_name, size in zip(BENCHMARKS, sizes, strict=True):
         task = TaskIdentity(
-            name=name,
+            name=benchmark_name,
             version="1.0",
             split="test",
             documents=documents,
@@ -61,7 +71,7 @@ def write_results(
             metrics={"acc": "mean"},
         )
         benchmark = BenchmarkIdentity(
-            name=name,
+            name=benchmark_name,
             tasks=(task,),
             data="hub",
             num_fewshot=0,
@@ -70,20 +80,22 @@ def write_results(
             primary_metric="acc",
         )
         store = ledger.cell(model, benchmark, {"torch": "2"})
-        _measure(store, dice, costs, documents)
-        request = CellRequest(model="m", benchmark=name, layers=tuple(range(LAYERS)))
+        _measure(store, dice, costs, documents, size)
+        request = CellRequest(model="m", benchmark=benchmark_name, layers=tuple(range(LAYERS)))
         store.views.ask(request, "layers")
 
 
 def _measure(
-    store: CellStore, dice: np.random.Generator, costs: Mapping[int, float], documents: int
+    store: CellStore,
+    dice: np.random.Generator,
+    costs: Mapping[int, float],
+    documents: int,
+    size: float,
 ) -> None:
     (task,) = store.identity.benchmark.tasks
     gold = dice.integers(0, OPTIONS, documents)
     truth = dice.normal(-8, 2, (documents, OPTIONS))
     truth[np.arange(documents), gold] += 1.5
-    # One size of errors for all models: a larger one would cost accuracy by itself.
-    size = dice.choice([0.2, 1.0])
     scores = {
         name: truth + dice.normal(0, size, truth.shape)
         for name in ("baseline", *map(ABLATION, range(LAYERS)))

@@ -1,47 +1,74 @@
-"""What people read of a results folder, and which layers it names."""
+"""What people read of results folders, and which layers and models it names or puts in order."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from html.parser import HTMLParser
+from itertools import permutations
 from pathlib import Path
 
 from click.testing import CliRunner
 
 from tracker import api
 from tracker.cli import main
-from tracker.cli.printing import print_cell
+from tracker.cli.printing import print_cell, print_measured
+
+from ..report.test_html import read as read_tables
+from .made_up import LAYERS, write_results
 
 _UNREAD = {"script", "style", "table", "svg", "template", "button"}
-_BLOCKS = {"p", "li", "h1", "h2", "h3", "h4", "figcaption", "summary", "div", "section", "td"}
+_BLOCKS = {"p", "li", "h1", "h2", "h3", "h4", "figcaption", "small", "summary", "div", "section"}
 _NUMBERS = r"\d+(?:–\d+)?"
 _NAMED = re.compile(rf"\blayers? ({_NUMBERS}(?:(?:, | and | or ){_NUMBERS})*)")
+_SMALL = re.compile(r"(\d+) of \d+ layers costs? less than")
+_BEFORE = re.compile(r"(\S+) before (\S+)")
+_ROW = re.compile(r" *(\d+)  +\S")
 
 
 class _Prose(HTMLParser):
-    """Collects the text of a page that is no table: a line a block."""
+    """Collects the text of a page that is no table: section → a line a block."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lines = [""]
+        self.sections = {"": [""]}
         self._unread = 0
+
+    @property
+    def _lines(self) -> list[str]:
+        return [*self.sections.values()][-1]
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._unread += tag in _UNREAD
+        if tag == "section":
+            self.sections[str(dict(attrs).get("aria-labelledby"))] = [""]
         if tag in _BLOCKS:
-            self.lines.append("")
+            self._lines.append("")
 
     def handle_endtag(self, tag: str) -> None:
         self._unread -= tag in _UNREAD
         if tag in _BLOCKS:
-            self.lines.append("")
+            self._lines.append("")
 
     def handle_data(self, data: str) -> None:
         if not self._unread:
-            self.lines[-1] += data
+            self._lines[-1] += data
+
+
+def prose(page: str) -> dict[str, list[str]]:
+    """Read the text of a page that is no table: section → lines."""
+    found = _Prose()
+    found.feed(page)
+    return found.sections
+
+
+def rows(page: str, table: str) -> list[dict[str, str]]:
+    """Read a table of a page: a row is the beginning of each column's head → text."""
+    found = read_tables(page)
+    names = [re.split(r"[,(]", head)[0].strip() for head in found.headers[table]]
+    return [dict(zip(names, (text for text, _ in row), strict=True)) for row in found.tables[table]]
 
 
 def sentences(text: str) -> Iterator[str]:
@@ -60,35 +87,96 @@ def named(sentence: str) -> set[int]:
     return found
 
 
-def read(results: Path) -> dict[str, list[str]]:
-    """Read everything that is said of a results folder: where it is said → sentences."""
-    page = _Prose()
-    page.feed(api.report(results=results).files[0].read_text())
-    runner = CliRunner()
-    board = runner.invoke(main, ["leaderboard", "--results", str(results)])
-    listed = runner.invoke(main, ["ls", "--results", str(results)])
-    assert (board.exit_code, listed.exit_code) == (0, 0), board.output + listed.output
-    terminal = io.StringIO()
-    with redirect_stdout(terminal):
-        for cell in api.ls(results):
-            print_cell(cell)
-    texts = {
-        "page": "\n".join(page.lines),
-        "leaderboard": board.output,
-        "list": listed.output,
-        "terminal": terminal.getvalue(),
-    }
-    return {where: [*sentences(text)] for where, text in texts.items()}
+def in_order(ranks: Mapping[str, str]) -> Iterator[str]:
+    """Say which of some things stand surely before which, by ranks such as `1 to 3`."""
+    ends = {name: [*map(int, rank.split(" to "))] for name, rank in ranks.items()}
+    for one, other in permutations(ends, 2):
+        if ends[one][-1] < ends[other][0]:
+            yield f"{one} before {other}"
 
 
-def false_statements(said: list[str], costs: Mapping[int, float]) -> list[str]:
-    """List the sentences that name a layer which does not matter, as if it did.
+def of_tables(page: str) -> Iterator[str]:
+    """Put what the page's tables mark, name and rank in sentences."""
+    board = rows(page, "model-1-board")
+    for row in board:
+        if row["shown"] != "open":
+            yield f"layer {row['layer']} {row['shown']}"
+    yield from in_order({row["layer"]: row["rank"] for row in board})
+    for row in rows(page, "overview"):
+        for layer in re.findall(r"(\d+)\xa0\(", row["layers shown to matter"]):
+            yield f"layer {layer} matters"
 
-    Which layers lose the same documents is another question, also where they lose by chance: the
-    documents on which a model is undecided are the same ones for all.
+
+def listed(text: str) -> Iterator[str]:
+    """Read which layers the tables list that end a run: those that are shown to matter."""
+    return (f"layer {row[1]} matters" for row in map(_ROW.match, text.splitlines()) if row)
+
+
+def read(results: Path, rival: Path) -> dict[str, list[str]]:
+    """Read everything that is said of a results folder: where it is said → sentences.
+
+    Under `models` it is what the page says of its model beside the `rival` of another folder, under
+    `run`, `evaluate`, `leaderboard` and `ls` what these commands print.
     """
-    return [
-        sentence
-        for sentence in said
-        if named(sentence) - {*costs} and not sentence.startswith("These break the same documents")
+    page = api.report(results=results).files[0].read_text()
+    both = api.report(rival, results, output=results / "both.html").files[0].read_text()
+    cells = api.ls(results)
+    runner = CliRunner()
+    printed = [
+        runner.invoke(main, [name, "--results", str(results)]) for name in ("leaderboard", "ls")
     ]
+    assert not any(done.exit_code for done in printed), [done.output for done in printed]
+    evaluate, run = io.StringIO(), io.StringIO()
+    with redirect_stdout(evaluate):
+        for cell in cells:
+            print_cell(cell)
+    with redirect_stdout(run):
+        print_measured(cells)
+    across = [line for line in prose(both)["across"] if " minus " in line]
+    models = in_order({row["model"]: row["rank"] for row in rows(both, "model-board")})
+    texts = {
+        "page": "\n".join(line for lines in prose(page).values() for line in lines),
+        "tables": "\n".join(of_tables(page)),
+        "models": "\n".join([*across, *models]),
+        "run": run.getvalue(),
+        "evaluate": evaluate.getvalue(),
+        "leaderboard": printed[0].output,
+        "ls": printed[1].output,
+    }
+    said = {where: [*sentences(text)] for where, text in texts.items()}
+    return said | {"run": [*said["run"], *listed(run.getvalue())]}
+
+
+def tried(
+    folder: Path, seeds: Iterable[int], costs: Mapping[int, float], documents: int
+) -> Iterator[tuple[dict[str, list[str]], dict[str, list[str]]]]:
+    """Make results folders, and read each beside the next: what is said, and what is not so."""
+    made = [folder / str(seed) for seed in seeds]
+    for results in made:
+        write_results(results, int(results.name), costs, documents, f"made-up-{results.name}")
+    for results, rival in zip(made, [*made[1:], made[0]], strict=True):
+        said = read(results, rival)
+        yield said, {where: false_statements(where, each, costs) for where, each in said.items()}
+
+
+def false_statements(where: str, said: Sequence[str], costs: Mapping[int, float]) -> list[str]:
+    """List the sentences that are not so.
+
+    Of two models, which are alike, nothing is. A layer of no cost is not named, and no layer comes
+    before one that costs as much: all that cost take the model down to guessing. Which layers lose
+    the same documents is another question, also where they lose by chance: the documents on which a
+    model is undecided are the same ones for all.
+    """
+    true = {str(layer) for layer in costs} if where != "models" else set()
+
+    def is_false(sentence: str) -> bool:
+        if order := _BEFORE.fullmatch(sentence):
+            return order[1] not in true or order[2] in true
+        if sentence.startswith("These break the same documents"):
+            return False
+        if (small := _SMALL.match(sentence)) and int(small[1]) > LAYERS - len(true):
+            return True
+        layers = {*map(str, named(sentence))}
+        return bool(layers & true if sentence.endswith(" below 5 pp") else layers - true)
+
+    return [sentence for sentence in said if is_false(sentence)]

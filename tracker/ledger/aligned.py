@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.special import logsumexp
 
 from tracker.core.ablations import INTACT, Ablation, ablate, ablation_of
 from tracker.core.provenance import differences
@@ -260,11 +259,11 @@ def pairs(column: pd.Series[Any]) -> Array:
 
 def options_logprobs(rows: pd.DataFrame) -> Array:
     """Log of the summed probability of every document's options; NaN where it has none."""
-    scores = zip(rows["loglikelihoods"], rows["choices"], strict=True)
-    return np.array(
-        [logsumexp(lls[: int(count)]) if count else math.nan for lls, count in scores],
-        dtype=np.float64,
-    )
+    both = zip(rows["loglikelihoods"], rows["choices"], strict=True)
+    scores = [lls[: int(count)] if count else [math.nan] for lls, count in both]
+    begins = np.cumsum([0, *map(len, scores)])[:-1]
+    flat = np.concatenate(scores) if scores else np.empty(0)
+    return np.logaddexp.reduceat(flat, begins) if scores else flat
 
 
 def gold_logprobs(rows: pd.DataFrame) -> Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -56,18 +57,18 @@ def together(
     if family is None:
         family = sum(figure.low is not None and figure.high is not None for figure in figures)
 
+    @cache
+    def factor(freedom: float) -> float:
+        wide, narrow = stats.t.ppf([1 - (1 - LEVEL) / (2 * family), (1 + LEVEL) / 2], freedom)
+        return float(wide / narrow)
+
     def widened(figure: Estimate, count: int) -> Estimate:
         if family == 1 or figure.low is None or figure.high is None:
             return figure
-        wide, narrow = 1 - (1 - LEVEL) / (2 * family), (1 + LEVEL) / 2
-        if figure.p_value is not None:
-            factor = stats.norm.ppf(wide) / stats.norm.ppf(narrow)
-        else:
-            factor = stats.t.ppf(wide, max(count - 1, 1)) / stats.t.ppf(narrow, max(count - 1, 1))
-        middle, half = (figure.low + figure.high) / 2, (figure.high - figure.low) / 2
-        return replace(
-            figure, low=middle - float(factor) * half, high=middle + float(factor) * half
-        )
+        # Student's distribution is the normal one in the end.
+        times = factor(max(count - 1, 1) if figure.p_value is None else math.inf)
+        middle, half = (figure.low + figure.high) / 2, times * (figure.high - figure.low) / 2
+        return replace(figure, low=middle - half, high=middle + half)
 
     return [widened(figure, count) for figure, count in zip(figures, documents, strict=True)]
 
