@@ -4,7 +4,7 @@
 # make docs    the site of docs/ in build/site, links checked
 # make families  every causal model of transformers, tiny, against plain forward passes (up to four
 #                hours; goes on where it was stopped)
-# make claims   200 made-up results folders each: how often is a layer named that does not matter? (minutes)
+# make claims   200 made-up results folders each: how often is something said that is not so? (an hour)
 # make mutants   changes tracker's code, a mutant at a time: what do the tests not notice? (hours)
 # make fuzz      wrong files, commands, configurations, disks, caches, clocks, users, kills: at random (an hour)
 # make dist    a wheel and a source distribution in dist/

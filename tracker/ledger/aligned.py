@@ -262,8 +262,10 @@ def options_logprobs(rows: pd.DataFrame) -> Array:
     both = zip(rows["loglikelihoods"], rows["choices"], strict=True)
     scores = [lls[: int(count)] if count else [math.nan] for lls, count in both]
     begins = np.cumsum([0, *map(len, scores)])[:-1]
-    flat = np.concatenate(scores) if scores else np.empty(0)
-    return np.logaddexp.reduceat(flat, begins) if scores else flat
+    if not scores:
+        return np.empty(0)
+    with np.errstate(invalid="ignore"):  # a score may be NaN
+        return np.asarray(np.logaddexp.reduceat(np.concatenate(scores), begins), dtype=np.float64)
 
 
 def gold_logprobs(rows: pd.DataFrame) -> Array:
