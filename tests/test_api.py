@@ -18,8 +18,8 @@ import yaml
 
 import tracker
 from tracker import api
+from tracker.core.asked import REMOVALS, load_experiment, with_settings
 from tracker.core.errors import RequestError, ResultsError
-from tracker.core.experiment import load_experiment, with_settings
 from tracker.measuring.progress import Silent
 from tracker.models.in_memory import save_once
 from tracker.report.leaderboard.claims import answer
@@ -44,7 +44,12 @@ def test_a_file_a_dict_and_keywords_ask_the_same(asked: dict[str, Any], tmp_path
     assert said["parameters"]["layer"] == {"value": "all"}
     by_dict = tracker.run(said, **where)
     by_file = tracker.run(kept, **where)
-    assert by_dict.cells == by_keywords.cells == by_file.cells
+    named = dict(asked)
+    by_name = tracker.run(named.pop("model"), **named, **where)
+    assert by_dict.cells == by_keywords.cells == by_file.cells == by_name.cells
+    assert tracker.validate(**asked) == tracker.validate(said) == tracker.validate(kept)
+    (one,), (other,) = tracker.plan(**asked), tracker.plan(kept, limit=8)
+    assert one.cost == other.cost
     assert [run.layer for run in by_file.cells[0].whole_layers] == [0, 1, 2, 3]
     assert [path.name for path in kept.parent.glob("*.yaml")] == [kept.name]
 
@@ -131,7 +136,7 @@ def test_keywords_beside_a_file_take_the_place_of_what_it_says(
     done = tracker.run(file, layer=[3, 1], results=tmp_path / "results", track=[])
     assert [run.layer for run in done.cells[0].whole_layers] == [1, 3]
     assert done.experiment is not None
-    kept = load_experiment(done.experiment)[0]
+    kept = load_experiment(done.experiment).file
     assert kept.parameters.options["layer"] == [3, 1]
     assert kept.parameters.options["limit"] == [8]
 
@@ -152,15 +157,22 @@ def test_keywords_beside_a_file_take_the_place_of_what_it_says(
 def test_a_keyword_is_written_as_the_file_has_it(
     keyword: str, value: object, written: object
 ) -> None:
-    assert with_settings(None, {keyword: value})["parameters"][keyword] == written
+    assert with_settings(None, {keyword: value}, REMOVALS)["parameters"][keyword] == written
 
 
 def test_wrong_keywords_are_refused_with_what_was_meant(tmp_path: Path) -> None:
     results = tmp_path / "results"
     with pytest.raises(RequestError, match=r"there is no 'benchmrk'. Did you mean 'benchmark'"):
         tracker.run(model="m", benchmrk="arc_easy", results=results)
-    with pytest.raises(RequestError, match=r"parameters.benchmark' is missing"):
-        tracker.run(model="m", results=results)
+    example = (
+        r"benchmark is missing; .*tracker\.run\(model='m', benchmark=\"arc_easy\", sample=100\)"
+    )
+    with pytest.raises(RequestError, match=example):
+        tracker.run("m", results=results)
+    with pytest.raises(RequestError, match=r"tracker\.study\(\"audit\", model="):
+        tracker.study("audit", results=results)
+    with pytest.raises(RequestError, match=r"there is no 'drwas'\. Did you mean 'draws'"):
+        tracker.study("snowball", "m", benchmark="arc_easy", drwas=2)
     with pytest.raises(RequestError, match=r"tracker.run\(model="):
         tracker.run(results=results)
     with pytest.raises(RequestError, match="what no file can hold"):

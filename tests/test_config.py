@@ -10,9 +10,10 @@ from pydantic import ValidationError
 
 from tests.conftest import golden
 from tracker.core.ablations import removals
+from tracker.core.asked import load_experiment
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError
-from tracker.core.experiment import Experiment, load_experiment
+from tracker.core.experiment import Experiment
 from tracker.core.extent import DEFAULT_SEED
 from tracker.ledger.keys import request_key
 
@@ -41,7 +42,7 @@ def load(tmp_path):
     def load(text: str) -> Experiment:
         path = tmp_path / "study.yaml"
         path.write_text(text, encoding="utf-8")
-        return load_experiment(path)[0]
+        return load_experiment(path).file
 
     return load
 
@@ -53,7 +54,8 @@ def test_there_are_shipped_experiments() -> None:
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 class TestShipped:
     def test_loads_and_expands(self, path: Path) -> None:
-        experiment, text = load_experiment(path)
+        asked = load_experiment(path)
+        experiment, text = asked.file, asked.text
         assert text == path.read_text(encoding="utf-8")
         raw = yaml.safe_load(text)["parameters"]
         benchmarks = raw["benchmark"].get("values") or [raw["benchmark"]["value"]]
@@ -187,10 +189,11 @@ def test_layers(load, layer: str, layers: tuple[int, ...]) -> None:
 def test_all_layers_are_those_of_each_model(tmp_path, layer: str) -> None:
     path = tmp_path / "study.yaml"
     path.write_text(HEAD + "  model: {values: [aa, b]}\n" + BENCHMARK + f"  layer: {layer}\n")
-    experiment, text = load_experiment(path, lambda request: 2 * len(request.model))
+    asked = load_experiment(path, depth=lambda request: 2 * len(request.model))
+    experiment, text = asked.file, asked.text
     assert [cell.layers for cell in experiment.cells()] == [(0, 1, 2, 3), (0, 1)]
     assert "all" in text
-    assert [cell.layers for cell in load_experiment(path)[0].cells()] == [(), ()]
+    assert [cell.layers for cell in load_experiment(path).file.cells()] == [(), ()]
 
 
 @pytest.mark.parametrize(("change", "said"), golden("experiments"))
@@ -240,7 +243,6 @@ def test_a_missing_file_names_the_nearest(tmp_path) -> None:
         ("smolm2.yaml", "there is no experiment file .*Did you mean '.*/smollm2.yaml'"),
         ("demo.yml", r"Did you mean '.*/experiments/demo\.yaml'\?"),
         ("no-folder/x.yaml", "there is no experiment file"),
-        ("", "cannot be read"),
         ("latin.yaml", "cannot be read: it is no UTF-8 text"),
     ):
         with pytest.raises(ExperimentError, match=said):

@@ -11,9 +11,9 @@ from tests.conftest import cli, refused, save_llama
 from tests.fuzz import folders, tried
 from tracker import api
 from tracker.core import experiment, safe_yaml
+from tracker.core.asked import load_experiment
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError, RequestError
-from tracker.core.experiment import load_experiment
 from tracker.measuring.job import Options
 from tracker.pruning.search.request import load_searches
 
@@ -195,5 +195,5 @@ def test_a_large_grid_is_expanded_once_a_cell(tmp_path):
     path = tmp_path / "x.yaml"
     names = {key: [f"{key}{number}" for number in range(100)] for key in ASKED}
     path.write_text(grid(layer=range(10), **names))
-    experiment, _ = load_experiment(path)
+    experiment = load_experiment(path).file
     assert len(set(experiment.cells())) == 10_000

@@ -26,6 +26,8 @@ from tracker.pruning.search.settings import OF_CELLS, SearchSettings
 DOCS = Path(__file__).parents[1] / "docs"
 SEARCHED = {*OF_CELLS, *SearchSettings.model_fields}
 RUNNING = set(api.Running.__optional_keys__) - {"progress"}
+MACHINE = {"device", "memory", "weights", "trust_remote_code"}
+ASKED = {"experiment", "changes"}
 EXPORTED = {*inspect.signature(api.export).parameters, *api.Working.__optional_keys__}
 
 
@@ -73,8 +75,15 @@ def test_each_field_says_what_it_is() -> None:
     ("command", "asked"),
     [
         ("evaluate", {*KEYS, "project", *RUNNING}),
-        ("run", {*KEYS, "experiment", "changes", "executor", "slurm", *RUNNING}),
-        ("prune", {*SEARCHED, "project", "experiment", "output", *RUNNING}),
+        ("run", {*KEYS, *ASKED, "executor", "slurm", *RUNNING}),
+        (
+            "bench",
+            {*KEYS, *ASKED, "components", "checking", "offload", "as_json", *MACHINE}
+            - {"component"},
+        ),
+        ("plan", {*KEYS, *SEARCHED, *ASKED, "gflops", "results", "trust_remote_code"}),
+        ("validate", {*KEYS, *SEARCHED, *ASKED, "trust_remote_code"}),
+        ("prune", {*SEARCHED, *ASKED, "project", "output", *RUNNING}),
         ("export", EXPORTED - {"settings", "progress"}),
     ],
 )

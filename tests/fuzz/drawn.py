@@ -119,14 +119,17 @@ def experiment_texts(draw: st.DrawFn, model: str) -> bytes:
 
 
 OPTIONS = {
-    "run": ["--results", "--track", "--device", "--memory", "--executor", "--slurm"],
+    "run": [
+        *("--results", "--track", "--device", "--memory", "--executor", "--slurm"),
+        *("--benchmark", "--layer", "--limit", "--set"),
+    ],
     "evaluate": [
         *("--model", "--benchmark", "--layer", "--component", "--span", "--removed", "--revision"),
         *("--dtype", "--num_fewshot", "--limit", "--metric", "--seed", "--apply_chat_template"),
         *("--data", "--project", "--results", "--track", "--device", "--memory"),
     ],
-    "validate": ["--trust-remote-code"],
-    "plan": ["--gflops", "--results"],
+    "validate": ["--benchmark", "--limit", "--set"],
+    "plan": ["--gflops", "--results", "--benchmark", "--data"],
     "report": ["--format", "--output", "--publish", "--results"],
     "leaderboard": ["--publish", "--results"],
     "sync": ["--to", "--results"],
@@ -152,9 +155,10 @@ RIGHT = {
     "--memory": "1GiB",
     "--output": "out.md",
     "--metric": "acc",
+    "--set": "limit=2",
 }
 """What an option may well say."""
-ARGUMENT = {"run": 1, "validate": 1, "plan": 1, "report": 2, "leaderboard": 2}
+ARGUMENT = {"run": 1, "validate": 1, "plan": 1, "bench": 1, "report": 2, "leaderboard": 2}
 """How many words that are no options a command takes."""
 
 

@@ -10,7 +10,7 @@ from filelock import Timeout
 
 from tests.runner.elsewhere import Heard, arc
 from tracker.benchmarks.benchmark import open_benchmark
-from tracker.core.experiment import load_experiment
+from tracker.core.asked import load_experiment
 from tracker.core.extent import random_order
 from tracker.executors.handout import ATTEMPTS, Cell, Handout, Task
 from tracker.executors.worker import Worker
@@ -28,7 +28,7 @@ class Desk:
 
     def __init__(self, file: Path, results: Path) -> None:
         ledger = Ledger(results)
-        requests = load_experiment(file)[0].cells()
+        requests = load_experiment(file).file.cells()
         jobs = [Job((look_up(each, ledger),), open_benchmark(each)) for each in requests]
         self.results = results
         self.heard = Heard()

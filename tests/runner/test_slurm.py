@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, typed, wait_for
+from tracker.core.asked import load_experiment
 from tracker.core.distribution import install_extra
-from tracker.core.experiment import load_experiment
 from tracker.executors import slurm_job as job
 from tracker.ledger.blocks import BLOCK
 from tracker.measuring.job import Options
@@ -128,7 +128,7 @@ def test_a_job_that_never_measures_anything_is_not_started_for_ever(
     monkeypatch.setattr(job, "open_model", lambda *_: None)
     monkeypatch.setattr(job, "measure_cell", stopped)
     file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
-    (request,) = load_experiment(file)[0].cells()
+    (request,) = load_experiment(file).file.cells()
     asked = job.CellJob([request], tmp_path / "results", Options())
     for _ in range(job.STARTS):
         with pytest.raises(SystemExit):

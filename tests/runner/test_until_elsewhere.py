@@ -13,8 +13,8 @@ from tests.runner.elsewhere import Heard, arc, run, shards, wait_for
 from tests.runner.test_handout import Desk
 from tracker import api
 from tracker.core.answers import statement
+from tracker.core.asked import load_experiment
 from tracker.core.errors import ExperimentError, ResultsError
-from tracker.core.experiment import load_experiment
 from tracker.executors.handout import AHEAD
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
@@ -51,7 +51,7 @@ def test_blocks_ahead_of_their_turn_change_nothing(asked, tmp_path):
     assert most > 1
     assert not out
     assert desk.heard.counted == desk.heard.expected
-    (request,) = load_experiment(asked)[0].cells()
+    (request,) = load_experiment(asked).file.cells()
     (store,) = Ledger(tmp_path / "results").cells()
     cell = record_of(store, store.views.of(request))
     assert (cell.answer, cell.runs) == (alone.answer, alone.runs)
@@ -116,7 +116,7 @@ def test_a_killed_run_and_two_at_once_give_one_answer(tiny_llama, experiment, st
 
 def trial(file: Path, layer: int):
     """What a sweep asks of one of its trials."""
-    (cell,) = load_experiment(file)[0].cells()
+    (cell,) = load_experiment(file).file.cells()
     known = {name: getattr(cell, name) for name in ("model", "benchmark", "data", "until")}
     return cell, trial_request({**known, "layer": layer})
 
@@ -158,7 +158,7 @@ def test_a_trial_that_asks_of_a_whole_cell_finds_it(tiny_llama, experiment, tmp_
     file = experiment(model, **settings)
     (whole,) = run(file, results).cells
     assert whole.is_complete
-    (cell,) = load_experiment(file)[0].cells()
+    (cell,) = load_experiment(file).file.cells()
     known = {name: getattr(cell, name) for name in ("model", "benchmark", "data")}
     # It is about all runs of the cell: of this one alone it has no answer.
     asked = trial_request({**known, "layer": 2, "until": "drop within 99 pp at 50 %"})

@@ -11,7 +11,7 @@ import yaml
 
 from tests.conftest import cli, save_llama
 from tracker import api
-from tracker.core.experiment import load_experiment
+from tracker.core.asked import load_experiment
 from tracker.core.findings import FindingRecord
 from tracker.core.tables import Entry, Table
 from tracker.ledger.cells import CellStore
@@ -60,9 +60,9 @@ def small(study: str, folder: Path, benchmarks: Sequence[str], sample: int, **to
 
 def asked_for(path: Path, results: Path) -> StudyContext:
     """What a study is asked over an experiment file."""
-    experiment, _ = load_experiment(path)
-    publisher = Publisher([], experiment.destination, results)
-    return StudyContext(path, experiment, Ledger(results), Options("cpu"), Silent(), publisher)
+    asked = load_experiment(path)
+    publisher = Publisher([], asked.file.destination, results)
+    return StudyContext(asked, Ledger(results), Options("cpu"), Silent(), publisher)
 
 
 def stores(path: Path, results: Path) -> list[CellStore]:

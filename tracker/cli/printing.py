@@ -197,7 +197,7 @@ def print_next(experiment: str, results: Path, cells: Sequence[CellRecord]) -> N
     more = max((some for some in needed if some and some < _MANY), default=None)
     if more is not None and all(cell.sample_seed is not None for cell in cells):
         sample = math.ceil(more / 100) * 100
-        say(f"next, to tell more layers apart: tracker run {experiment} --set sample={sample}{at}")
+        say(f"next, to tell more layers apart: tracker run {experiment} --sample {sample}{at}")
     else:
         say(f"next: tracker leaderboard{at}")
 
@@ -246,8 +246,8 @@ def print_boards(cells: Sequence[CellRecord]) -> None:
         say(f"left out: {' '.join(notes[:_SAID])}{more}")
 
 
-def print_end(outcome: Finished, page: Path | None) -> None:
-    """Say where a run's page and runs are, and what went wrong."""
+def print_end(outcome: Finished, page: Path | None, experiment: Path | None = None) -> None:
+    """Say where a run's page, its runs and its new `experiment` file are, and what went wrong."""
     say()
     if page is not None:
         say(f"report: {page}")
@@ -260,6 +260,8 @@ def print_end(outcome: Finished, page: Path | None) -> None:
             error=True,
         )
     print_each("not published", outcome.unpublished)
+    if experiment is not None and not outcome.unwritten:
+        say(f"experiment: {experiment}")
     if outcome.unwritten:
         say(f"not written: {outcome.unwritten}", error=True)
     print_each("damaged", outcome.damaged)

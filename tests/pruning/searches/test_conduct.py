@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import cli, refused
+from tests.conftest import cli, printed, refused
 from tests.own import write_pair
 from tracker import api
 from tracker.cli.pruning import export as exporting
@@ -244,7 +244,7 @@ def test_a_search_that_does_not_do_what_is_said_is_refused(
 
 def test_a_file_of_several_strategies_may_say_what_some_do_not_do(write) -> None:
     path = write(strategy=["accuracy", "beam", "random"], rescoring="lazy", draws=2)
-    first, *_, last = load_searches(path)[0].searches()
+    first, *_, last = load_searches(path).file.searches()
     assert (first.rescored, last.draws_of) == ("lazy", (1, 2))
 
 
@@ -254,9 +254,15 @@ def test_benchmarks_that_calibrate_are_typed_as_lm_eval_takes_them() -> None:
     assert [each.benchmark for each in asked.calibration()] == ["copa", "winogrande"]
 
 
-def test_a_file_and_a_trial_are_not_mixed(write, prune) -> None:
-    refused(prune(write(), "--remove", 3), "--remove is said in")
-    refused(prune("--benchmark", "arc_easy"), "or --model for one search")
+def test_a_search_without_a_file_is_gone_on_with_by_what_was_typed(model, tmp_path: Path) -> None:
+    said = {"model": model, **SETTINGS, "strategy": "accuracy", "sample": 40}
+    results = tmp_path / "results"
+    with pytest.raises(KeyboardInterrupt):
+        api.prune(**said, results=results, track=[], progress=Killed(1))
+    (*_, line) = said_of_unfinished(results)
+    command = shlex.split(line[line.index("tracker prune") :])[1:]
+    assert printed(*command, "--track", "none")
+    assert said_of_unfinished(results) == []
 
 
 @pytest.fixture

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, model_validator
 
+from tracker.core.asked import Asked, FileKind, Given, is_of_removals, understand
 from tracker.core.config import CellRequest, Name
 from tracker.core.errors import ExperimentError, RequestError, did_you_mean
-from tracker.core.experiment import MAX_CELLS, Grid, Sweep, grid_of, is_of_removals, load_file
+from tracker.core.experiment import MAX_CELLS, Grid, Sweep, grid_of
 from tracker.core.kinds import Component
 from tracker.core.problems import checked
 from tracker.core.prune_records import Rescoring
@@ -225,20 +225,27 @@ class PruneFile(Sweep):
         return sorted(capped, key=lambda one: [str(part) for part in one.cell.model_settings])
 
 
-def load_searches(path: Path) -> tuple[PruneFile, str]:
-    """Read and check an experiment file of searches.
+def load_searches(given: Given, settings: Mapping[str, Any] | None = None) -> Asked[PruneFile]:
+    """Read and check what searches are asked for.
 
     Args:
-        path: The YAML file.
+        given: The file, or what stands for one.
+        settings: Keys of the file with their values, as `with_settings` takes them.
 
     Returns:
-        What it asks for, and the file's exact text for the record.
+        What is asked for.
 
     Raises:
         ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
     """
-    other = (
-        "says itself what is removed ('layer'), where a search takes 'remove' or 'keep', such as "
-        "remove: {value: 8}. To measure it: tracker run"
-    )
-    return load_file(path, PruneFile, PruneFile.searches, is_of_removals, other)
+    return understand(given, settings or {}, _SEARCHES)
+
+
+_SEARCHES = FileKind(
+    PruneFile,
+    PruneFile.searches,
+    {"method": "grid", "command": ["tracker", "prune", "${args}"]},
+    is_of_removals,
+    "says itself what is removed ('layer'), where a search takes 'remove' or 'keep', such as "
+    "remove: {value: 8}. To measure it: tracker run",
+)

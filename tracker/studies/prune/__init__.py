@@ -112,7 +112,7 @@ class Prune(Study):
         if not cells:
             return StudyResult((), ["No benchmark of the file has an accuracy."], lacking=lacking)
         searches = [search for cell in cells for search in self._searches(cell, cells)]
-        lender = Lender(asked.ledger, asked.options, asked.progress, self._typed(asked.file))
+        lender = Lender(asked.ledger, asked.options, asked.progress, self._typed(asked.asked.typed))
         pursued = pursue(searches, lender, asked.publisher)
         result = StudyResult(
             _ASSUMED,
@@ -133,8 +133,10 @@ class Prune(Study):
             )
         return result
 
-    def _typed(self, file: Path) -> list[str]:
-        """Write the command, with what was said besides the file."""
+    def _typed(self, asked: Sequence[str]) -> list[str]:
+        """Write the command for what was `asked`, with what this study alone was told."""
+        if not asked:
+            return []
         strategies = self._strategies if self._strategies != STRATEGIES else ()
         text = () if self._text is None else (self._text.removeprefix("corpus:"),)
         test_sample = () if self._test_sample is None else (str(self._test_sample),)
@@ -147,7 +149,7 @@ class Prune(Study):
         words = [
             word for flag, values in typed.items() for value in values for word in (flag, value)
         ]
-        return ["tracker", "study", self.name, str(file), *words]
+        return ["tracker", "study", self.name, *asked, *words]
 
     def _searches(self, cell: CellRequest, cells: Sequence[CellRequest]) -> list[SearchRequest]:
         """List the searches for one benchmark, of a file with these cells."""

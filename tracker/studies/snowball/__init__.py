@@ -64,7 +64,7 @@ class Snowball(Study):
             if not whole or "remove" not in request.interventions:
                 raise RequestError(
                     f"{request.title}: snowball sets growth beside the drops of whole single "
-                    f"layers; in {asked.file}, let 'component' hold layer, 'span' 1 and "
+                    f"layers; in {asked.asked.source}, let 'component' hold layer, 'span' 1 and "
                     "'intervention' remove, or leave them out"
                 )
         return requests
@@ -128,7 +128,7 @@ def _lacking(cell: Figures | None, asked: StudyContext) -> Iterator[str]:
     if absent := cell.layers - len(cell.explained.layers if cell.explained else []):
         yield (
             f"the {measure_of(cell.record).change} of {absent} of {cell.layers} layers; add them "
-            f"to 'layer' in {asked.file}"
+            f"to 'layer' in {asked.asked.source}"
         )
 
 

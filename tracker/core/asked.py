@@ -1,0 +1,321 @@
+"""What is asked for, however it is given: a file, a model's name, a dict, keywords, or a mixture.
+
+Commands and functions of Python that take an experiment all read it here, as one file that says it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from tracker.core.errors import ExperimentError, RequestError
+from tracker.core.experiment import ALL, EVALUATE, Depth, Experiment, Sweep
+from tracker.core.problems import first_problem
+from tracker.core.safe_yaml import parsed, read_yaml, short
+
+S = TypeVar("S", bound=Sweep)
+Given = str | os.PathLike[str] | Mapping[str, Any] | None
+"""An experiment file, a model's name or folder, a dict of the file's shape, or nothing."""
+NAMELESS = "the experiment"
+"""What messages call an experiment that no file holds."""
+
+
+@dataclass(frozen=True)
+class Asked(Generic[S]):
+    """What is asked for.
+
+    Attributes:
+        file: What an experiment file says.
+        text: The text of the file that says so.
+        name: What a results folder calls that file.
+        source: What messages call it.
+        typed: What is typed behind a command to ask for it again; empty where it is a dict.
+        is_new: Whether no file says it yet.
+    """
+
+    file: S
+    text: str = field(repr=False)
+    name: str
+    source: str
+    typed: tuple[str, ...]
+    is_new: bool
+
+
+@dataclass(frozen=True)
+class FileKind(Generic[S]):
+    """A kind of experiment file.
+
+    Attributes:
+        schema: What it may say.
+        expand: Expands its grid; RequestError for a value of the wrong kind.
+        new: What a file holds besides what is said by keywords.
+        is_other: Whether what stands in a file is of another kind.
+        other: What is said of such a file; ends with the command for it.
+    """
+
+    schema: type[S]
+    expand: Callable[[S], object]
+    new: Mapping[str, Any]
+    is_other: Callable[[Any], bool]
+    other: str
+
+    @property
+    def keys(self) -> list[str]:
+        """Name the keys under `parameters`."""
+        parameters: Any = self.schema.model_fields["parameters"].annotation
+        return list(parameters.model_fields)
+
+
+def load_experiment(
+    given: Given, settings: Mapping[str, Any] | None = None, depth: Depth | None = None
+) -> Asked[Experiment]:
+    """Read and check an experiment.
+
+    Args:
+        given: The file, or what stands for one.
+        settings: Keys of the file with their values, as `with_settings` takes them.
+        depth: Counts the layers of a cell's model, which `layer: {value: all}` asks for; None
+            where the experiment is only checked.
+
+    Returns:
+        What is asked for.
+
+    Raises:
+        ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
+    """
+    asked = understand(given, settings or {}, REMOVALS)
+    asked.file._depth = depth
+    return asked
+
+
+def names_model(given: Given) -> bool:
+    """Say whether what is given names a model: it is no YAML file, and no other file but GGUF."""
+    if given is None or isinstance(given, Mapping):
+        return False
+    path = Path(given)
+    try:
+        is_file = path.exists() and not path.is_dir()
+    except OSError:  # no file system holds that name
+        is_file = False
+    return path.suffix not in (".yaml", ".yml") and (path.suffix == ".gguf" or not is_file)
+
+
+def with_model(given: Given, settings: Mapping[str, Any]) -> tuple[Given, dict[str, Any]]:
+    """Put a model that is given among the settings; ExperimentError where they name another one."""
+    if given is None or isinstance(given, Mapping) or not names_model(given):
+        return given, dict(settings)
+    model = os.fspath(given)
+    if settings.get("model", model) != model:
+        raise ExperimentError(f"two models are given, {model} and {settings['model']}")
+    return None, {**settings, "model": model}
+
+
+def understand(given: Given, settings: Mapping[str, Any], kind: FileKind[S]) -> Asked[S]:
+    """Read and check what is asked for, as `load_experiment`, in a file of some kind."""
+    given, settings = with_model(given, settings)
+    path = None if given is None or isinstance(given, Mapping) else Path(given)
+    if path is None:
+        raw, text, source = given, "", NAMELESS
+    else:
+        raw, text = read_yaml(path)
+        source = str(path)
+        if kind.is_other(raw):
+            raise ExperimentError(f"{path} {kind.other} {path}")
+    name = source
+    if settings and raw is not None:
+        name = f"{source} with {', '.join(_assignments(settings))}"
+    is_new = path is None or bool(settings)
+    if is_new:
+        raw, text = _written(_changed(raw, settings, kind, source), name)
+    file = _checked(raw, name, kind)
+    typed = () if isinstance(given, Mapping) else _typed(path, settings)
+    called = _file_name(file, text) if is_new or path is None else path.name
+    return Asked(file, text, called, source, typed, is_new)
+
+
+def _checked(raw: Any, name: str, kind: FileKind[S]) -> S:
+    _refuse_shape(raw, name, kind)
+    try:
+        _refuse_sweeps(raw)
+        file = kind.schema.model_validate(raw)
+        kind.expand(file)
+    except ValidationError as error:
+        raise ExperimentError(f"{name}: {first_problem(error, kind.schema)}") from None
+    except RequestError as error:
+        raise ExperimentError(f"{name}: {error}") from None
+    return file
+
+
+def _refuse_shape(raw: Any, name: str, kind: FileKind[S]) -> None:
+    """Refuse what is no mapping, or has keys where they do not belong."""
+    if not isinstance(raw, dict):
+        raise ExperimentError(
+            f"{name} holds no mapping; an experiment file starts with 'method: grid'"
+        )
+    flat = {key: value for key, value in raw.items() if key in kind.keys}
+    if flat and "parameters" not in raw:
+        shape = yaml.safe_dump(
+            with_settings(None, flat, kind), sort_keys=False, default_flow_style=None
+        )
+        raise ExperimentError(
+            f"{name}: {', '.join(map(repr, flat))} at the top belong under 'parameters'. "
+            f"Write:\n\n{shape}"
+        )
+
+
+def _changed(
+    raw: Any, settings: Mapping[str, Any], kind: FileKind[S], source: str
+) -> dict[str, Any]:
+    if raw is not None:
+        _refuse_shape(raw, source, kind)
+    return with_settings(raw, settings, kind)
+
+
+def _written(said: Mapping[str, Any], name: str) -> tuple[Any, str]:
+    """Write what a file would hold, and read it as it is read there."""
+    try:
+        text = yaml.safe_dump(dict(said), sort_keys=False, allow_unicode=True)
+    except yaml.YAMLError as error:
+        raise ExperimentError(
+            f"{name} holds what no file can hold: {short(error.args[-1])}. Write texts, numbers "
+            "and lists"
+        ) from None
+    return parsed(text, name), text
+
+
+def with_settings(
+    raw: Mapping[str, Any] | None, settings: Mapping[str, Any], kind: FileKind[S]
+) -> dict[str, Any]:
+    """Make an experiment of keywords, or change what one says.
+
+    Args:
+        raw: What stands in a file; None for nothing.
+        settings: Keys of the file with their values, or a list of values each; None is not said,
+            and takes back what `raw` says.
+        kind: Which kind of file; without one, all that is not said is as its `new` says.
+
+    Returns:
+        What the file would hold.
+    """
+    made = dict(kind.new if raw is None else raw)
+    said = made.get("parameters")
+    parameters = dict(said) if isinstance(said, Mapping) else {}
+    for name, value in settings.items():
+        if value is not None and (name in kind.keys or name not in Sweep.model_fields):
+            parameters[name] = _as_in_the_file(name, value)
+        elif value is not None:
+            made[name] = value
+        elif raw is not None:
+            parameters.pop(name, None)
+    if raw is None:  # whoever said what first, it is one file
+        order = {key: place for place, key in enumerate(kind.keys)}
+        parameters = dict(sorted(parameters.items(), key=lambda one: order.get(one[0], len(order))))
+    return {**made, "parameters": parameters}
+
+
+_LISTS: Mapping[str, type] = {"removed": int, "include_path": str, "calibrate": str}
+"""Keys whose values are lists → of what."""
+
+
+def _as_in_the_file(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping) and value.keys() <= {"value", "values", "min", "max"}:
+        return dict(value)
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, list | tuple | range):
+        value = [os.fspath(each) if isinstance(each, os.PathLike) else each for each in value]
+        single = _LISTS.get(name, ())
+        if not value or not all(isinstance(each, single) for each in value):
+            return {"values": value}
+    return {"value": dict(value) if isinstance(value, Mapping) else value}
+
+
+def _assignments(settings: Mapping[str, Any]) -> list[str]:
+    """Write settings as `--set` takes them."""
+    found = []
+    for name, value in settings.items():
+        said = _as_in_the_file(name, value)
+        (only,) = said.values() if len(said) == 1 else (said,)
+        found.append(f"{name}={only if isinstance(only, str) else json.dumps(only, default=str)}")
+    return found
+
+
+def _typed(path: Path | None, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Write the words that ask for it on the command line."""
+    sets = (word for each in _assignments(settings) for word in ("--set", each))
+    return (*([] if path is None else [str(path)]), *sets)
+
+
+def _file_name(file: Any, text: str) -> str:
+    """Name the file in which an experiment is kept that was none; others have other names."""
+    first: Mapping[str, Any] = file.parameters.options
+    name = file.name or f"{first['model'][0]}-{first['benchmark'][0]}"
+    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.")[-60:]
+    return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
+
+
+def asks_for_searches(given: Given, settings: Mapping[str, Any]) -> bool:
+    """Whether a file, or what stands for one, asks what to prune.
+
+    ExperimentError where the file cannot be read.
+    """
+    given, settings = with_model(given, settings)
+    if given is None or isinstance(given, Mapping):
+        raw: Any = given
+    else:
+        raw = read_yaml(Path(given))[0]
+    said = {name for name, value in settings.items() if value is not None}
+    return is_of_searches({"parameters": dict.fromkeys(_said(raw) | said)})
+
+
+def is_of_searches(raw: Any) -> bool:
+    """Whether a file asks what to prune, which is `tracker prune`'s to answer."""
+    return "layer" not in _said(raw) and bool(_OF_SEARCHES & _said(raw))
+
+
+def is_of_removals(raw: Any) -> bool:
+    """Whether a file says what is removed, which is `tracker run`'s to measure."""
+    return "layer" in _said(raw) and not _OF_SEARCHES & _said(raw)
+
+
+_OF_SEARCHES = {"remove", "keep", "strategy"}
+
+
+def _said(raw: Any) -> set[Any]:
+    parameters = raw.get("parameters") if isinstance(raw, Mapping) else None
+    return set(parameters) if isinstance(parameters, Mapping) else set()
+
+
+def _refuse_sweeps(raw: Mapping[Any, Any]) -> None:
+    """Refuse what W&B knows and an ablation study does not: ExperimentError with the reason."""
+    if raw.get("method") in _NO_GRID:
+        raise ExperimentError(
+            f"'method': {raw['method']} searches for the best run and leaves the others out; here "
+            "each run is a result, and all layers are measured together, which costs little more "
+            "than one. Write 'method: grid'; for fewer runs give fewer values, or 'run_cap'"
+        )
+    if "early_terminate" in raw:
+        raise ExperimentError(
+            "'early_terminate': it stops runs that look bad halfway; here each run is a result, a "
+            "cell's runs are measured together, and one that is stopped saves nothing. Leave it out"
+        )
+
+
+_NO_GRID = ("bayes", "random")
+
+REMOVALS = FileKind(
+    Experiment,
+    Experiment.cells,
+    {"method": "grid", "command": EVALUATE, "parameters": {"layer": {"value": ALL}}},
+    is_of_searches,
+    "asks for searches ('remove', 'keep' and 'strategy' say so): tracker prune",
+)
