@@ -339,6 +339,8 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         "each architecture is stress-tested once on a tiny copy"
     )
     for cell in cells:
+        if cell.reading is not None and not (cell.measured or cell.shared):
+            say(f"{cell.request.title}: {cell.reading.text}")
         if cell.request.until is not None:
             say(f"{cell.request.title}: {_until(cell)}")
     say(

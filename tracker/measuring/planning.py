@@ -17,6 +17,7 @@ from tracker.core.identities import HALF, BenchmarkIdentity
 from tracker.core.records import AnswerRecord
 from tracker.core.views import View
 from tracker.ledger.aligned import AlignedOutcomes
+from tracker.ledger.blocks import BLOCK
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import CellRace, refuse_unbounded
 from tracker.ledger.outcome_variance import spreads_of
@@ -32,6 +33,7 @@ from tracker.stats.sequential.forecast import forecast
 
 if TYPE_CHECKING:
     from tracker.engine.plan import Cost
+    from tracker.models.placement import Placement
 
 
 PILOT = 32
@@ -55,6 +57,40 @@ class Expected:
     open: float
 
 
+IN_CHECK = 2
+"""How often weights come past for the self-check: as masks are looked at, and as it is scored."""
+
+
+@dataclass(frozen=True)
+class PlannedReading:
+    """How weights come past that do not fit where they are computed with.
+
+    Attributes:
+        placement: Where they rest.
+        times: How often they come past at least: for the self-check, and for each block of
+            documents.
+        rate: Bytes that are read in a second, as it was measured; None where they are not here yet.
+    """
+
+    placement: Placement
+    times: int
+    rate: float | None
+
+    @property
+    def text(self) -> str:
+        """Put it into words."""
+        resting, total = self.placement, self.times * self.placement.moving
+        rate = ""
+        if self.rate is not None:
+            rate = f", {total / self.rate:,.0f} s at the {self.rate / 1e9:.1f} GB/s of here"
+        return (
+            f"{resting.total / 1e9:.1f} GB of weights do not fit into memory: "
+            f"{len(resting.elsewhere)} layers ({resting.moving / 1e9:.1f} GB) rest elsewhere and "
+            f"come past {self.times} times or more; that reads {total / 1e9:.0f} GB{rate}, most of "
+            "it while other layers are computed"
+        )
+
+
 @dataclass(frozen=True)
 class PlannedCell:
     """What one cell will cost.
@@ -70,6 +106,7 @@ class PlannedCell:
             a loss of which nothing is measured yet.
         observed: Whether that is what the median removal does that the ledger holds, and no
             assumption.
+        reading: How its weights come past; None where all are in place.
         answer: How the cell's question stands; None where nothing of it is measured, or it has
             none.
         expected: What its answer is expected to take; None where it is there, or where too few
@@ -84,6 +121,7 @@ class PlannedCell:
     dtype: str
     spread: OutcomeVariance | None
     observed: bool
+    reading: PlannedReading | None = None
     answer: AnswerRecord | None = None
     expected: Expected | None = None
 
@@ -169,11 +207,25 @@ def plan(
             PlannedCell(
                 *(request, runs, cell.complete, shared, found, texts.dtype, spread),
                 observed=known is not None,
+                reading=_reading(cell.source, texts),
                 answer=answer,
                 expected=expected,
             )
         )
     return planned
+
+
+def _reading(source: ModelSource, texts: PlannedTexts) -> PlannedReading | None:
+    """Say how the weights of a model come past, where it runs by default."""
+    from tracker.models.load import find_device, resting
+    from tracker.models.placement import read_rate
+
+    placement = resting(source, lambda: texts.model, find_device("auto"))
+    if placement is None:
+        return None
+    blocks = sum(-(-count // BLOCK) for count in Counter(d.task for d in texts.documents).values())
+    files = [path for path in source.files() if path.suffix == ".safetensors"]
+    return PlannedReading(placement, IN_CHECK + blocks, read_rate(files))
 
 
 def _with_second_times(found: Cost, texts: PlannedTexts, seed: int) -> Cost:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -126,18 +126,17 @@ def load_model(
         write_weights(source, hollow(source, "auto", trust_remote_code))
     place = find_device(device)
     spread = device == SPREAD and torch.cuda.device_count() > 1
-    resting = (
-        None if spread else _resting(source, dtype, place, trust_remote_code, weights, offload)
-    )
+    shape = partial(hollow, source, dtype, trust_remote_code)
+    where = None if spread else resting(source, shape, place, weights, offload)
     arguments = source.load_arguments(trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
         if spread:
             arguments["device_map"] = "auto"
-        elif resting:
+        elif where:
             # For weights that are in no file as they are used, such as experts'.
             made = TemporaryDirectory(dir=own_folder("offloaded"))
-            arguments |= _mapped(resting, place, offload) | {"offload_folder": made.name}
+            arguments |= _mapped(where, place, offload) | {"offload_folder": made.name}
         if not source.gguf_file and not trust_remote_code:
             arguments["use_safetensors"] = True
         arguments |= _how(source.arguments)
@@ -155,7 +154,7 @@ def load_model(
             "them"
         )
     layers, offloaded = find_layers(model), None
-    if resting:
+    if where:
         offloaded = take_over(model, layers, place, made)
     elif spread:
         place = torch.device(next(iter(model.hf_device_map.values())))
@@ -177,17 +176,30 @@ def load_model(
     return LoadedModel(model, tokenizer, layers, identity, place, offloaded)
 
 
-def _resting(
+def resting(
     source: ModelSource,
-    dtype: str,
+    shape: Callable[[], nn.Module],
     device: torch.device,
-    trusted: bool,
-    limit: int | None,
-    offload: str,
+    weights: int | None = None,
+    offload: str = "device",
 ) -> Placement | None:
-    """Say which layers rest elsewhere; None where all weights are in place."""
+    """Say which layers of a model rest elsewhere.
+
+    Args:
+        source: Where its files are.
+        shape: Makes the model on the meta device, where it must be looked at.
+        device: Where it is computed.
+        weights: As for `load_model`.
+        offload: The same.
+
+    Returns:
+        Where its parts rest; None where all weights are in place.
+
+    Raises:
+        ModelError: What was asked for cannot be.
+    """
     free = free_memory(device)
-    asked = limit is not None or offload != "device"
+    asked = weights is not None or offload != "device"
     if offload == "host" and device.type == "cpu":
         raise ModelError("on a CPU the host's memory is where layers are computed; offload to disk")
     kinds = {
@@ -207,16 +219,16 @@ def _resting(
     size = sum(path.stat().st_size for path in source.files())
     if not asked and is_known and size < SMALL * free:
         return None
-    return placed(hollow(source, dtype, trusted), free, limit, every=asked and limit is None)
+    return placed(shape(), free, weights, every=asked and weights is None)
 
 
-def _mapped(resting: Placement, device: torch.device, offload: str) -> dict[str, Any]:
+def _mapped(where: Placement, device: torch.device, offload: str) -> dict[str, Any]:
     """What transformers is told of where the parts of a model rest."""
     room = HOST * free_memory(torch.device("cpu"))
-    fits = device.type != "cpu" and resting.moving < room
+    fits = device.type != "cpu" and where.moving < room
     elsewhere = "cpu" if offload == "host" or (offload == "device" and fits) else "disk"
     return {
-        "device_map": {n: elsewhere if moves else str(device) for n, moves in resting.parts.items()}
+        "device_map": {n: elsewhere if moves else str(device) for n, moves in where.parts.items()}
     }
 
 

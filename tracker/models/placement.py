@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -11,13 +14,16 @@ from torch import nn
 
 from tracker.core.errors import ModelError
 from tracker.models.layers import find_layers
-from tracker.models.offloaded import ROOM
+from tracker.models.offloaded import AT_ONCE, ROOM
 
 FITS = 0.9
 """Share of the free memory up to which weights that fit are loaded as they are."""
 RESIDENT = 0.6
 """Share of the free memory that weights take where they do not fit: the rest is for what the layers
 compute."""
+
+TRIED = 2**29
+"""Bytes that are read to see how fast they come."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,20 @@ def placed(model: nn.Module, free: int, limit: int | None, every: bool = False) 
     elsewhere = tuple(k * len(sizes) // moving for k in range(moving))
     parts = dict(_parts(model, layers, "", {*elsewhere}))
     return Placement(elsewhere, parts, total, sum(sizes[layer] for layer in elsewhere))
+
+
+def read_rate(files: Sequence[Path]) -> float | None:
+    """Measure how many bytes of files are read in a second, by the beginning of the largest one.
+
+    None where there is none. What the system has kept of it comes faster than the rest would.
+    """
+    if not files:
+        return None
+    began, size = time.perf_counter(), 0
+    with max(files, key=lambda path: path.stat().st_size).open("rb", buffering=0) as file:
+        while size < TRIED and (part := file.read(AT_ONCE)):
+            size += len(part)
+    return size / (time.perf_counter() - began)
 
 
 def free_memory(device: torch.device) -> int:
