@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 # Else each of the hundreds of programs that tests start compiles tracker anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check docs families claims mutants fuzz dist dist-demo clean
+.PHONY: demo test check docs families gpu claims mutants fuzz dist dist-demo clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/demo
@@ -36,6 +36,10 @@ docs: .venv/dev
 
 families: .venv/dev
 	$(BIN)/python -m tests.engine.census
+
+# On a machine with an accelerator. To try it elsewhere: make gpu MODEL=shape:llama-3-8b@2 LIMIT=2
+gpu: .venv/dev
+	$(BIN)/python -m tests.gpu_table $(MODEL) $(LIMIT)
 
 claims: .venv/dev
 	$(BIN)/python -m tests.claims

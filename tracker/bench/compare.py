@@ -245,7 +245,8 @@ def bench(
     loop_seconds = None
     if some:
         baseline, *removed = seconds.values()
-        loop_seconds = baseline + (len(ablations) - 1) * statistics.mean(removed)
+        # A model of one layer has nothing to remove.
+        loop_seconds = baseline + (len(ablations) - 1) * statistics.mean(removed or [0.0])
     work = cost(loaded.model, documents, ablations, engine.max_length)
     on_cpu = loaded.device.type == "cpu"
     return Bench(
