@@ -32,8 +32,8 @@ def main(model: str = "shape:llama-3-8b", limit: str = "100") -> None:
         ratio = "–" if found["ratio"] is None else f"{found['ratio']:.1f}"
         say(
             f"| {model} | {benchmark}, {found['documents']} documents | {dtype} | "
-            f"{found['engine_seconds']:.0f} s | {found['check_seconds']:.0f} s | {loop} | {ratio} | "
-            f"{found['engine_gflops']:,.0f} GFLOP/s, {part:.0%} |"
+            f"{found['engine_seconds']:.0f} s | {found['check_seconds']:.0f} s | "
+            f"{loop} | {ratio} | {found['engine_gflops']:,.0f} GFLOP/s, {part:.0%} |"
         )
 
 
