@@ -131,3 +131,12 @@ def test_smollm2_answers_from_disk_as_it_does_from_memory(tmp_path):
         scored.append([each.responses for each in engine.score(documents, ablations)])
     assert 15 < len(loaded.offloaded.times) < 30
     assert scored[0] == scored[1]
+
+
+def test_a_layer_that_uses_another_ones_weights_is_refused(both):
+    """Was: both ways would have computed with nothing, and agreed."""
+    _, offloaded = both("llama")
+    first, last = offloaded.loaded.layers[0], offloaded.loaded.layers[3]
+    last.mlp.forward = lambda state: first.mlp.down_proj(first.mlp.up_proj(state))
+    with pytest.raises(CellError, match="uses another layer's weights"):
+        check(offloaded, make_documents(3), [INTACT])

@@ -135,7 +135,7 @@ class OffloadedWeights:
 
     One layer is computed with while the next one is read: there is room for two. A copy of the
     model shares its parameters, so that what is brought in is there for all copies; of a layer that
-    is absent, parameters have their shapes, and no numbers.
+    is absent, parameters have their shapes, and are not a number.
 
     Attributes:
         device: Where they are computed with.
@@ -309,12 +309,18 @@ def take_over(
             for own, held in list(module._parameters.items()):
                 if held is None or held.device == device:
                     continue
-                absent = torch.zeros(1, dtype=held.dtype, device=device).expand(held.shape)
+                # Whoever computes with it while it is absent says no number.
+                nothing = torch.zeros(1, dtype=held.dtype, device=device)
+                if held.is_floating_point():
+                    nothing.fill_(torch.nan)
+                absent = nothing.expand(held.shape)
                 parameter = nn.Parameter(absent, requires_grad=False)
                 module._parameters[own] = parameter
                 source: Slice | Tensor = held.data
                 if held.is_meta:
-                    about = index[f"{names[id(module)]}.{own}"]
+                    name = f"{names[id(module)]}.{own}"
+                    if (about := index.get(name)) is None:
+                        raise ModelError(f"transformers does not say where {name} is on disk")
                     source = slice_of(Path(about["safetensors_file"]), about["weight_name"])
                 elif device.type == "cuda":
                     source = held.data.pin_memory()

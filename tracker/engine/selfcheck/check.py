@@ -7,8 +7,9 @@ and the longest one are answered both ways again (`watch`).
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.documents import Document, Request
+from tracker.core.errors import CellError
 from tracker.engine.memory import only_new_garbage
 from tracker.engine.scoring.plain_call import read_for
 from tracker.engine.scoring.rows import common_beginning, tree_size
@@ -232,10 +234,25 @@ def _confirm(
         partial(truth.ask, questions),
     ]
     *scores, _ = engine.side_by_side(passes)
+    if engine.loaded.offloaded is not None:
+        _refuse_absent(engine, scores)
     for score, (_, some, asked) in zip(scores, rounds, strict=True):
         for number, d, r in asked:
             found += _compare(truth, score[d], number, some[number], r)
     return found
+
+
+def _refuse_absent(engine: Engine, scores: Iterable[Iterable[DocumentScores]]) -> None:
+    """Refuse a model that computes with weights which are not there: both ways agree then."""
+    said = (
+        each for some in scores for score in some for given in score.responses for each in given
+    )
+    if any(math.isnan(each.loglikelihood) for each in said):
+        raise CellError(
+            f"{engine.class_name} says no number while its weights rest elsewhere: a layer of it "
+            "uses another layer's weights. It must be in memory as a whole: a larger --weights, a "
+            "smaller dtype, or a larger machine"
+        )
 
 
 def _questions(
