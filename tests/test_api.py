@@ -180,6 +180,16 @@ def test_wrong_keywords_are_refused_with_what_was_meant(tmp_path: Path) -> None:
     assert not results.exists()
 
 
+class Heard(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
 @pytest.fixture
 def held(asked: dict[str, Any]) -> tuple[Any, Any]:
     """A model object and its tokenizer."""
@@ -207,10 +217,12 @@ def test_a_model_object_is_measured_as_its_folder(
     assert (again.outcome.models_loaded, again.cells) == (0, first.cells)
     (kept,) = (tmp_path / "results" / "models").iterdir()
     # The saved folder is the same model, so that it is the same measurement.
-    by_folder = tracker.run(model=own, **rest, **where)
-    assert by_folder.cells[0].key == first.cells[0].key
-    pd.testing.assert_frame_equal(
-        by_folder.layers.drop(columns="model"), first.layers.drop(columns="model")
+    heard = Heard()
+    by_folder = tracker.run(model=own, **rest, **where, progress=heard)
+    assert by_folder.cells == first.cells == tracker.load(where["results"]).cells
+    assert heard.said[-1] == (
+        f"saved has the weights of {kept.name}, which is measured here already: they share their "
+        "results, under that name"
     )
     with torch.no_grad():
         model.lm_head.weight[0] += 1

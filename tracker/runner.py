@@ -116,7 +116,8 @@ def run_cells(
             report.models_loaded = executor.models_loaded
     finally:
         finisher.wait()
-    report.cells = [records[request] for request in requests if request in records]
+    found = [records[request] for request in requests if request in records]
+    report.cells = list({record.place: record for record in found}.values())
     return report
 
 
@@ -133,6 +134,7 @@ class _Finisher:
         self._progress = progress
         self._alone = len(requests) == 1
         self._named = named_beside(requests)
+        self._shared: set[str] = set()
 
     def begun(self, cell: CellLookup, store: CellStore) -> None:
         """Show a cell while it is measured."""
@@ -167,6 +169,13 @@ class _Finisher:
             self._progress.say(f"{title}: {statement(record.answer)}")
         if note:
             self._progress.say(f"{title}: {note}")
+        mine, first = cell.source.name, record.model.name
+        if mine != first and mine not in self._shared:
+            self._shared.add(mine)
+            self._progress.say(
+                f"{mine} has the weights of {first}, which is measured here already: they share "
+                "their results, under that name"
+            )
         self._publishing.append((title, self._publisher.begin(outcome, whole, left)))
         while self._publishing and self._publishing[0][1].done():
             self._take()

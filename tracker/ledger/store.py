@@ -202,12 +202,17 @@ class Ledger:
     def cell(
         self, model: ModelIdentity, benchmark: BenchmarkIdentity, provenance: dict[str, str]
     ) -> CellStore:
-        """Open a cell, or make it; versions and machine are kept for a new one."""
+        """Open a cell, or make it; versions and machine are kept for a new one.
+
+        The same weights may have several names: what is measured keeps the first.
+        """
         self.create()
         key = cell_key(model, benchmark)
         folder = self.root / "cells" / folder_name(model.name, benchmark.name, key)
-        path = folder / "cell.json"
-        with lock_file(self.root / "locks" / f"{folder.name}.lock"):
+        with lock_file(self.root / "locks" / f"{key[:12]}.lock"):
+            if not folder.is_dir():
+                folder = min(folder.parent.glob(f"*--{key[:12]}"), default=folder)
+            path = folder / "cell.json"
             try:
                 CellIdentity.read(path.read_bytes())
             except (OSError, ValueError):  # new, or damaged; its shards are its own
