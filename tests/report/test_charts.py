@@ -11,7 +11,7 @@ from tracker.core.records import NOT_MEASURED
 from tracker.report.charts.across import depth_curves
 from tracker.report.charts.headline import headline, near_together
 from tracker.report.charts.model import relevance_curves
-from tracker.report.charts.style import LINES, OPEN
+from tracker.report.charts.style import LINES, OPEN, label_sides
 from tracker.report.leaderboard.claims import shown_in
 from tracker.report.leaderboard.layers import layer_board
 
@@ -182,6 +182,14 @@ def test_only_one_line_has_intervals_where_several_would_hide_each_other() -> No
     strong = trace(figure, "mean").marker.opacity
     assert [one == 1 for one in strong] == [verdicts[la] != "open" for la in range(LAYERS)]
     assert {*strong} == {1, OPEN}
+
+
+def test_labels_of_points_that_are_close_stand_apart() -> None:
+    assert len({*label_sides([(0.5, 0.5)] * 4)}) == 4
+    apart = label_sides([(0.1, 0.5), (0.9, 0.5)])
+    assert apart[0] == apart[1]
+    # A neighbour on the right and above leaves other sides.
+    assert label_sides([(0.5, 0.5), (0.5125, 0.532)])[0] != "top right"
 
 
 def test_no_line_has_a_colour_that_says_something_of_a_removal() -> None:

@@ -17,7 +17,13 @@ from playwright.sync_api import Browser, Locator
 
 from tracker.core.decision_records import DecisionsRecord
 from tracker.ledger.decisions import Decisions, decisions_record
-from tracker.report.charts.decisions import agreement, agreement_map, groups_sentence, margin_chart
+from tracker.report.charts.decisions import (
+    Agreement,
+    agreement,
+    agreement_map,
+    groups_sentence,
+    margin_chart,
+)
 from tracker.report.charts.style import OPEN
 from tracker.report.frames import document_frame
 from tracker.report.page import decisions as shown
@@ -106,7 +112,7 @@ class TestCharts:
     def test_layers_that_lose_the_same_documents_are_named(self, found, record) -> None:
         layers, grid, shown, groups = agreement(record)
         assert any({0, 1} <= set(group) for group in groups)
-        assert "0, 1" in groups_sentence(groups)
+        assert "0, 1" in groups_sentence(agreement(record))
         # Against numpy's correlation of the columns themselves.
         right = found.baseline.score > 0
         lost = {run.layer: found.lost(one)[right] for run, one in found.runs}
@@ -124,6 +130,14 @@ class TestCharts:
         for group in groups:
             places = [layers.index(layer) for layer in group]
             assert shown[np.ix_(places, places)].all()
+
+    def test_what_is_strong_in_the_map_is_what_is_said_of_it(self) -> None:
+        alike = np.eye(3, dtype=bool)
+        nothing = Agreement([4, 5, 6], np.eye(3), alike, [])
+        assert groups_sentence(nothing).startswith("No layers are shown")
+        alike[0, 1] = alike[1, 0] = True
+        pair = Agreement([4, 5, 6], np.eye(3), alike, [])
+        assert groups_sentence(pair).startswith("1 pair of layers is shown to break the same")
 
     def test_layers_that_lose_nothing_are_left_out_and_said(self, record) -> None:
         both = [list(row) for row in record.both]

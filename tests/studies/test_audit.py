@@ -12,6 +12,7 @@ import pytest
 
 from tests.ablations import single_layers
 from tracker import api
+from tracker.core.estimates import Estimate
 from tracker.core.proxies import PROXIES, passes
 from tracker.engine.scoring.streams import plan_streams
 from tracker.measuring import observing
@@ -105,11 +106,22 @@ class Drawn(Audited):
             for name, of_name in values.items()
         }
         lost = self.drop.means() / (before.mean() - 0.25)
+        spread = 1.96 * self.drop.values.std(axis=0) / documents**0.5
         self.record: Any = SimpleNamespace(
             n=documents,
             model=SimpleNamespace(layers=layers),
-            whole_layers=[SimpleNamespace(accuracy_relevance=float(each)) for each in lost],
+            whole_layers=[
+                SimpleNamespace(
+                    layer=layer,
+                    n=documents,
+                    accuracy_relevance=float(lost[layer]),
+                    cosine_score=float(self.measures["cosine_score"].means()[layer]),
+                    drop=Estimate(drop, drop - spread[layer], drop + spread[layer]),
+                )
+                for layer, drop in enumerate(self.drop.means().tolist())
+            ],
             higher_is_better=True,
+            is_raced=False,
         )
 
 
@@ -262,6 +274,17 @@ def test_cells_of_other_layers_are_left_out_of_every_mean_and_named() -> None:
     # Most cells say which layers are lined up.
     cells = [Drawn("long", SAME, 50, 0), *alike(2, 50, SAME[:9])]
     assert ModelAudit("m", cells).lined_up == cells[1:]
+
+
+def test_the_map_of_ranks_is_strong_where_the_drop_is_shown_to_have_another_rank() -> None:
+    few, many = (Drawn(str(n), SAME, n, 0) for n in (8, 4000))
+    (mapped,) = (one for one in charts_of(ModelAudit("m", [few, many])) if one.kind == "map")
+    open_, shown = mapped.shown
+    assert not any(open_)
+    off = {layer for layer, it_is in enumerate(shown) if it_is}
+    assert off, "its proxy orders layers weakly"
+    # A rank that is shown to be wrong is wrong by several places here.
+    assert all(abs(mapped.values[1][layer]) > 1 for layer in off)
 
 
 def test_a_benchmark_that_stands_there_twice_counts_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,9 +18,6 @@ from tracker.report.charts.hover import along_layers, run_hover
 from tracker.report.charts.maps import span_components, span_map
 from tracker.report.leaderboard.claims import RunOrder, shown_runs
 from tracker.stats.support import Verdict
-
-# Neighbours along the proxy axis write their labels to different sides.
-_SIDES = ("top left", "bottom right", "bottom left", "top right")
 
 
 def curve_title(cell: CellRecord) -> str:
@@ -178,9 +176,14 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
         ),
         key=lambda record: record.layer,
     )
-    by_score = sorted(records, key=lambda record: record.cosine_score or 0)
     shown = shown_runs(cell, cell.whole_layers)
-    side = {record.layer: _SIDES[rank % 4] for rank, record in enumerate(by_score)}
+    along = style.value_axis(PROXIES["cosine_score"].heading, [r.cosine_score for r in records])
+    scores = [record.cosine_score or 0.0 for record in records]
+    ends = [end for r in records for end in (r.drop.value, r.drop.low, r.drop.high)]
+    across = style.shares([math.log(x) for x in scores] if along.get("type") == "log" else scores)
+    up = style.shares([r.drop.value or 0.0 for r in records], [e for e in ends if e is not None])
+    sides = style.label_sides(list(zip(across, up, strict=True)))
+    side = dict(zip((record.layer for record in records), sides, strict=True))
     outer = {0, 1, cell.model.layers - 2, cell.model.layers - 1}
     data = []
     for name, symbol, width, group in (
@@ -215,6 +218,6 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
         scatter_title(cell),
         data,
         460,
-        xaxis=style.value_axis(PROXIES["cosine_score"].heading, [r.cosine_score for r in records]),
+        xaxis=along,
         yaxis=_change_axis(measure),
     )

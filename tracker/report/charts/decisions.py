@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -163,9 +162,16 @@ def agreement_map(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     return drawn
 
 
-def groups_sentence(groups: Sequence[Sequence[int]]) -> str:
+def groups_sentence(found: Agreement) -> str:
     """Say which layers break the same documents."""
-    if not groups:
+    if found.groups:
+        named = "; ".join(f"layers {', '.join(map(str, group))}" for group in found.groups)
+        return f"These break the same documents (mean φ of at least {ALIKE}): {named}."
+    pairs = (int(found.shown.sum()) - len(found.layers)) // 2
+    if not pairs:
         return "No layers are shown to break the same documents more often than by chance."
-    named = "; ".join(f"layers {', '.join(map(str, group))}" for group in groups)
-    return f"These break the same documents (mean φ of at least {ALIKE}): {named}."
+    are = "is" if pairs == 1 else "are"
+    return (
+        f"{counted(pairs, 'pair')} of layers {are} shown to break the same documents more often "
+        f"than by chance, but none make a group (mean φ of at least {ALIKE})."
+    )

@@ -37,6 +37,15 @@ MANY = 20
 """With more lines than this, a legend would be larger than its chart; hover boxes name them."""
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 _TITLE_COLUMNS = 95
+_SIDES = {
+    "top right": (1, 1), "bottom right": (1, -1), "top left": (-1, 1), "bottom left": (-1, -1),
+    "middle right": (1, 0), "middle left": (-1, 0), "top center": (0, 1), "bottom center": (0, -1),
+}  # fmt: skip
+_Box = tuple[float, float, float, float]
+"""Left, right, bottom, top."""
+_MARK, _LABEL, _AWAY = (0.008, 0.022), (0.013, 0.03), (0.0125, 0.032)
+"""Width and height of a mark, of a label of two digits, and how far apart they are, of a chart of
+1000 by 360 pixels."""
 _AXIS = {
     "gridcolor": FAINT,
     "linecolor": GREY,
@@ -163,6 +172,44 @@ def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
     exponents = range(math.floor(math.log10(min(found))), math.ceil(math.log10(max(found))) + 1)
     ticks = [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
     return {"type": "log", "tickvals": ticks, "title": {"text": title}, "zeroline": False}
+
+
+def shares(values: Sequence[float], span: Sequence[float] = ()) -> list[float]:
+    """Place values between the least (0) and the most (1) of them, or of a span."""
+    low, high = min(span or values, default=0.0), max(span or values, default=1.0)
+    return [(value - low) / ((high - low) or 1.0) for value in values]
+
+
+def label_sides(points: Sequence[tuple[float, float]]) -> list[str]:
+    """Choose on which side of each point its label stands, so that labels overlap little.
+
+    Args:
+        points: Where they are, both from 0 to 1, in a chart of usual size.
+
+    Returns:
+        Plotly's `textposition` of each.
+    """
+    taken = [_box(x, y, _MARK) for x, y in points]
+    found = []
+    for x, y in points:
+        boxes = {
+            name: _box(x + right * _AWAY[0], y + up * _AWAY[1], _LABEL)
+            for name, (right, up) in _SIDES.items()
+        }
+        best = min(boxes, key=lambda name: sum(_overlap(boxes[name], one) for one in taken))
+        taken.append(boxes[best])
+        found.append(best)
+    return found
+
+
+def _box(x: float, y: float, size: tuple[float, float]) -> _Box:
+    return x - size[0] / 2, x + size[0] / 2, y - size[1] / 2, y + size[1] / 2
+
+
+def _overlap(one: _Box, other: _Box) -> float:
+    wide = min(one[1], other[1]) - max(one[0], other[0])
+    high = min(one[3], other[3]) - max(one[2], other[2])
+    return max(0.0, wide) * max(0.0, high)
 
 
 def finite(value: float | None, scale: float = 1) -> float | None:

@@ -219,7 +219,7 @@ def _cell_section(
     if decided and decided.runs:
         charts["margins"] = margin_chart(cell, decided)
         charts["agreement"] = agreement_map(cell, decided)
-        groups = groups_sentence(agreement(decided).groups)
+        groups = groups_sentence(agreement(decided))
         decisions = DecisionsSection(decided, decision_table(cell, decided), groups)
     return CellSection(
         id=name,
