@@ -74,6 +74,18 @@ class TestCharts:
         (bars,) = (t for t in figure.data if t.name == "cosine score")
         assert list(bars.y) == [r.cosine_score for r in cell.whole_layers]
 
+    def test_many_lines_have_their_intervals_in_their_hover_boxes_alone(self) -> None:
+        few = several(spans=(1,))
+        more = tuple(
+            run.model_copy(update={"intervention": "mean", "ablation": f"mean:{run.layer}"})
+            for run in build_cell().runs
+        )
+        for cell, drawn in ((few, True), (few.model_copy(update={"runs": few.runs + more}), False)):
+            lines = [t for t in charts.layer_curve(cell).data if t.name != "cosine score"]
+            assert len(lines) == (3 if drawn else 4)
+            assert {t.error_y.array is not None for t in lines} == {drawn}
+            assert "95 % interval" in lines[0].hovertext[0]
+
     def test_the_span_map_holds_every_drop_at_its_place(self) -> None:
         cell = several()
         assert charts.span_components(cell) == ["layer", "attention", "mlp"]

@@ -75,10 +75,10 @@ def layer_curve(cell: CellRecord) -> style.Chart:
     """Draw the accuracy drop (or loss increase) of every layer above its cosine score.
 
     Two panels share the layer axis, because two scales in one panel would suggest a comparison of
-    heights that means nothing. Drops are in pp, increases in the loss's unit, with 95 % intervals
-    (trace `accuracy drop` or `loss increase`; one trace a kind, under its name, where there
-    are several); cosine scores are the trace `cosine score`. Undefined and missing layers are gaps;
-    spans of several layers are not in it.
+    heights that means nothing. Drops are in pp, increases in the loss's unit (trace `accuracy drop`
+    or `loss increase`; one trace a kind, under its name, where there are several), with 95 %
+    intervals where these are few lines; cosine scores are the trace `cosine score`. Undefined and
+    missing layers are gaps; spans of several layers are not in it.
     """
     kinds = curve_kinds(cell)
     shown = shown_runs(cell, [run for run in cell.runs if run.span == 1])
@@ -108,7 +108,9 @@ def layer_curve(cell: CellRecord) -> style.Chart:
                 places,
                 drops,
                 hover,
-                error_y=style.errors(intervals, measure.scale, color=colour),
+                error_y=style.errors(intervals, measure.scale, color=colour)
+                if len(kinds) <= style.FEW
+                else {},
                 mode="lines+markers",
                 line={"color": style.FAINT if single else look.colour, "width": 1},
                 marker={"size": 7, "opacity": opacity} | marker,

@@ -14,7 +14,17 @@ from tracker.core.kinds import KINDS
 from tracker.core.records import CellRecord, layers_of
 from tracker.report import wording
 from tracker.report.charts.maps import centred_map
-from tracker.report.charts.style import FAINT, GREY, Chart, chart, errors, layer_axis, trace
+from tracker.report.charts.style import (
+    FAINT,
+    FEW,
+    GREY,
+    Chart,
+    chart,
+    errors,
+    layer_axis,
+    line,
+    trace,
+)
 from tracker.stats.agreement import clustered, more_than_chance, phi
 from tracker.stats.arrays import Array, Mask
 from tracker.stats.ratios import SCALES
@@ -45,12 +55,12 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     low, middle, high = decided.margins
     several = len(kinds) > 1
     traces = []
-    for kind in kinds:
+    for number, kind in enumerate(kinds):
         mine = {
             one.run: one.margins for one in decided.runs if one.run.kind == kind and one.margins
         }
         quartiles = [Estimate(half, lower, upper) for lower, half, upper in mine.values()]
-        look = {"color": KINDS[kind.word].colour, "width": 1}
+        look = line(number) if several else {"color": KINDS[kind.word].colour}
         hover = [
             f"{run.label()}: median {two_digits(half)}, half of the documents from "
             f"{two_digits(lower)} to {two_digits(upper)}"
@@ -63,7 +73,9 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
                 [run.layer for run in mine],
                 [quartile.value for quartile in quartiles],
                 hover,
-                error_y=errors(quartiles),
+                error_y=errors(quartiles, color=look["color"] if several else GREY)
+                if len(kinds) <= FEW
+                else {},
                 mode="lines+markers" if several else "markers",
                 line=look,
                 marker={"color": look["color"], "size": 7, "symbol": KINDS[kind.word].mark},

@@ -24,7 +24,7 @@ from tracker.core.tables import headed, written
 from tracker.core.text import harmless
 from tracker.ledger.files import write_text
 from tracker.report import tables, wording
-from tracker.report.charts.style import TEMPLATE
+from tracker.report.charts.style import FEW, TEMPLATE
 from tracker.report.leaderboard import rules
 from tracker.report.leaderboard.proxies import agreements
 from tracker.report.page import sections
@@ -136,6 +136,7 @@ def render_page(
         compared=compared_sentence(cells),
         agreements=[agreement_sentence(one) for one in agreements(cells)],
         rules=rules,
+        few=FEW,
         proxies=OBSERVED,
         replaced_by=REPLACED_BY,
         overview=tables.overview_table(cells),
