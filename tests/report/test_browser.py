@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from playwright.sync_api import Browser, Locator, Page
 
+from tests.studies.test_findings import FINDING
 from tracker.report import frames
 from tracker.report.leaderboard.layers import LayerBoard, layer_board
 from tracker.report.page.html import render_report
@@ -133,6 +134,20 @@ def test_intervals_are_ink_or_have_the_colour_of_their_line(drawn: Page) -> None
         for place in (1, 2)
     )
     assert len({ink, first, second}) == 3
+
+
+def test_a_loaded_page_can_be_captured_and_read_aloud(chromium: Browser, tmp_path: Path) -> None:
+    path = render_report(study(), {}, tmp_path / "page.html", {}, [FINDING])
+    page = chromium.new_page(offline=True)
+    page.goto(path.as_uri(), wait_until="load")
+    charts = page.locator(".chart").all()
+    assert len(charts) == 5 + 3 * 2 + 2
+    for chart in charts:
+        assert chart.locator("svg.main-svg").count(), chart.get_attribute("id")
+        assert chart.get_attribute("role") == "img"
+        assert chart.get_attribute("aria-label")
+    assert page.locator("iframe").count() == 0
+    page.close()
 
 
 def test_a_leaderboard_is_sorted_by_click_and_by_keyboard(page: Page, board: LayerBoard) -> None:

@@ -284,11 +284,26 @@
     }
   }, { rootMargin: "800px" });
   all(".table").forEach((box) => near.observe(box));
+  // Whoever prints or captures a page waits until it is loaded, and it loads as long as a frame of its does.
+  const loading = document.body.appendChild(make("iframe", { hidden: true }));
+  loading.contentDocument.open();
+  const drawSoon = async () => {
+    const open = all(".chart").filter((box) => !box.closest("details:not([open])"));
+    if (open.length > 40) return;
+    for (const box of open) {
+      await new Promise((done) => { setTimeout(done); });
+      draw(box);
+    }
+  };
   Promise.all([unpack("plotly"), unpack("charts")]).then(([plotly, packed]) => {
     document.head.append(make("script", { textContent: plotly }));
     ({ template, figures } = JSON.parse(packed));
     all(".chart").forEach((box) => near.observe(box));
     document.documentElement.dataset.charts = "ready";
+    return drawSoon();
+  }).finally(() => {
+    loading.contentDocument.close();
+    loading.remove();
   });
 
   // Links lead into closed sections too.
