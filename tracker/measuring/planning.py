@@ -207,7 +207,7 @@ def plan(
             PlannedCell(
                 *(request, runs, cell.complete, shared, found, texts.dtype, spread),
                 observed=known is not None,
-                reading=_reading(cell.source, texts),
+                reading=_reading(cell.source, texts, trust_remote_code),
                 answer=answer,
                 expected=expected,
             )
@@ -215,12 +215,14 @@ def plan(
     return planned
 
 
-def _reading(source: ModelSource, texts: PlannedTexts) -> PlannedReading | None:
+def _reading(
+    source: ModelSource, texts: PlannedTexts, trust_remote_code: bool
+) -> PlannedReading | None:
     """Say how the weights of a model come past, where it runs by default."""
     from tracker.models.load import find_device, resting
     from tracker.models.placement import read_rate
 
-    placement = resting(source, lambda: texts.model, find_device("auto"))
+    placement = resting(source, lambda: texts.model, find_device("auto"), trust_remote_code)
     if placement is None:
         return None
     blocks = sum(-(-count // BLOCK) for count in Counter(d.task for d in texts.documents).values())

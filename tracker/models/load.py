@@ -127,7 +127,7 @@ def load_model(
     place = find_device(device)
     spread = device == SPREAD and torch.cuda.device_count() > 1
     shape = partial(hollow, source, dtype, trust_remote_code)
-    where = None if spread else resting(source, shape, place, weights, offload)
+    where = None if spread else resting(source, shape, place, trust_remote_code, weights, offload)
     arguments = source.load_arguments(trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
@@ -180,6 +180,7 @@ def resting(
     source: ModelSource,
     shape: Callable[[], nn.Module],
     device: torch.device,
+    trusted: bool = False,
     weights: int | None = None,
     offload: str = "device",
 ) -> Placement | None:
@@ -189,6 +190,7 @@ def resting(
         source: Where its files are.
         shape: Makes the model on the meta device, where it must be looked at.
         device: Where it is computed.
+        trusted: Whether code that comes with it may run.
         weights: As for `load_model`.
         offload: The same.
 
@@ -202,8 +204,10 @@ def resting(
     asked = weights is not None or offload != "device"
     if offload == "host" and device.type == "cpu":
         raise ModelError("on a CPU the host's memory is where layers are computed; offload to disk")
+    quantised = getattr(read_config(source, trusted), "quantization_config", None)
     kinds = {
         "a GGUF file": source.gguf_file,
+        "quantised ones": quantised,
         "an adapter": source.adapter,
         "bitsandbytes": _how(source.arguments).get("quantization_config"),
     }
