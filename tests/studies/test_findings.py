@@ -134,7 +134,8 @@ def test_a_map_is_faint_where_nothing_is_shown() -> None:
     assert [list(row) for row in strong.z] == [[None, 50], [None, None]]
     assert [list(row) for row in faint.z] == [[None, None], [-25, None]]
     assert (faint.opacity, list(zip(dots.x, dots.y, strict=True))) == (OPEN, [(1, "0")])
-    assert "so" in chart.explains
+    assert chart.explains == "Colours: interaction. Strong: so. Faint: nothing is shown."
+    assert chart.layout["height"] < 300, "two rows need no more"
 
 
 def test_a_logarithmic_axis_has_whole_numbers() -> None:

@@ -161,7 +161,6 @@ def centred_map(
     height: int,
     shown: Sequence[Sequence[bool]] | None = None,
     crosses: bool = True,
-    named: bool = False,
     **layout: Any,
 ) -> Chart:
     """Draw a heat map whose colours are centred at 0.
@@ -181,7 +180,6 @@ def centred_map(
         height: In pixels.
         shown: Of which values something is shown; None where nobody asked.
         crosses: Whether gaps with a hover box are marked (trace `undefined`).
-        named: Whether the name stands above the colours.
         **layout: The axes: `xaxis`, and `yaxis` where it is not `ROWS`.
 
     Returns:
@@ -219,8 +217,6 @@ def centred_map(
         data.append(_marks("undefined", gaps, _CROSS))
     colours = {"cmin": -largest, "cmid": 0, "cmax": largest, "colorscale": _SCALE}
     bar = COLOUR_BAR | {"tickvals": [-largest, 0, largest], "ticktext": list(ticks)}
-    if named:
-        bar |= {"title": {"text": html.escape(name), "side": "top"}}
     axes = {"yaxis": ROWS, "coloraxis": colours | {"colorbar": bar}} | layout
     return chart(title, data, height, margin={"b": 105}, **axes)
 

@@ -14,7 +14,7 @@ from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord, FoundChart, Line, LineChart, MapChart
 from tracker.core.formats import WRITTEN, three_digits, with_interval
 from tracker.core.records import WHOLE_LAYER, CellRecord, Place
-from tracker.report.charts.maps import ROWS, centred_map, strongest
+from tracker.report.charts.maps import ROWS, centred_map, strongest, two_lines
 from tracker.report.charts.style import (
     FEW,
     Chart,
@@ -233,7 +233,7 @@ def _map(found: MapChart) -> Chart:
         found.title,
         found.name,
         columns=found.columns,
-        rows=[html.escape(row) for row in found.rows],
+        rows=[two_lines(row) for row in found.rows],
         values=values,
         hovers=found.hovers
         or [
@@ -243,11 +243,11 @@ def _map(found: MapChart) -> Chart:
         ticks=(f"−{most}", "0", f"{most} {form.name}".strip()),
         largest=largest,
         shown=found.shown or None,
-        named=True,
-        height=165 + max(16, 480 // max(1, len(found.rows))) * len(found.rows),
+        height=165 + min(40, max(16, 480 // max(1, len(found.rows)))) * len(found.rows),
         crosses=False,
         xaxis=layer_axis(found.columns, found.x),
         yaxis=ROWS | {"title": {"text": found.y}},
     )
-    says = f"Strong: {found.shown_by}. Faint: nothing is shown." if found.shown else ""
-    return replace(drawn, explains=says)
+    says = [f"Colours: {found.name}."]
+    says += [f"Strong: {found.shown_by}. Faint: nothing is shown."] if found.shown else []
+    return replace(drawn, explains=" ".join(says))
