@@ -158,6 +158,15 @@ def test_a_field_of_a_heat_map_is_strong_and_has_a_dot_where_something_is_shown(
     assert fields == list(zip(dots.x, dots.y, strict=True)) == shown != []
 
 
+def test_a_long_label_of_a_row_takes_lines_and_not_the_width_of_a_phone() -> None:
+    cells = [build_cell(sample_seed=1234), build_cell(n=8, sample_seed=1234)]
+    figure = charts.heat_map(cells)
+    lines = figure.data[0].y[0].split("<br>")
+    assert lines[0] == "arc_easy"
+    assert max(map(len, lines)) <= 24
+    assert figure.layout.height - charts.heat_map([build_cell()]).layout.height > 12 * len(lines)
+
+
 def test_nothing_is_strong_where_intervals_are_wide() -> None:
     cell = build_cell(n=8)
     board = layer_board([cell, build_cell("piqa", n=8)])

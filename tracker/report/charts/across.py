@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tracker.core.formats import counted, three_digits, two_digits
 from tracker.report.charts import style
 from tracker.report.charts.hover import estimate_hover
-from tracker.report.charts.maps import centred_map, strongest, two_lines
+from tracker.report.charts.maps import centred_map, row_height, row_label, strongest
 from tracker.report.layer_figures import relative_depth
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.leaderboard.pairs import Pair
@@ -103,7 +103,7 @@ def difference_chart(pair: Pair) -> style.Chart:
     if len(rows) > style.FEW:
         largest = strongest(values)
         most = f"{three_digits(largest)} {measure.unit}"
-        labels = [two_lines(shared.benchmark) for shared in pair.comparisons]
+        labels = [row_label(shared.benchmark) for shared in pair.comparisons]
         return centred_map(
             difference_title(pair),
             title,
@@ -114,7 +114,7 @@ def difference_chart(pair: Pair) -> style.Chart:
             shown=[[layer in shared.shown for layer in layers] for shared in pair.comparisons],
             ticks=(f"−{most}<br>more to the second", "0<br>alike", f"{most}<br>more to the first"),
             largest=largest,
-            height=165 + 34 * len(labels),
+            height=165 + row_height(labels) * len(labels),
             xaxis=style.layer_axis(layers),
         )
     data = []

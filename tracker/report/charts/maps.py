@@ -11,7 +11,7 @@ from tracker.core.kinds import Component
 from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunIdentity, layers_of
 from tracker.report import wording
 from tracker.report.charts.hover import along_layers
-from tracker.report.charts.style import GREY, OPEN, Chart, chart, finite, layer_axis, trace
+from tracker.report.charts.style import GREY, OPEN, Chart, chart, finite, layer_axis, trace, wrap
 from tracker.report.leaderboard.claims import shown_runs
 
 # Fading to transparency, not to white, keeps 0 quiet on light and on dark pages.
@@ -60,24 +60,31 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
     if len({cell.model.key for cell in cells}) != 1:
         raise ValueError("heat_map takes benchmarks of exactly one model")
     layers = layers_of(WHOLE_LAYER, *cells)
+    labels = [row_label(label) for label in wording.benchmark_labels(cells)]
     return centred_map(
         heat_title(cells),
         "accuracy relevance",
         columns=layers,
-        rows=[two_lines(label) for label in wording.benchmark_labels(cells)],
+        rows=labels,
         values=[[cell.relevance(layer)[0] for layer in layers] for cell in cells],
         hovers=[along_layers(cell, WHOLE_LAYER, layers)[1] for cell in cells],
         shown=[_shown(cell, [WHOLE_LAYER], layers)[0] for cell in cells],
         ticks=("≤ −1<br>removal helps", "0<br>no change", "1<br>to chance"),
         largest=1,
-        height=165 + 40 * len(cells),
+        height=165 + row_height(labels) * len(cells),
         xaxis=layer_axis(layers),
     )
 
 
-def two_lines(label: str) -> str:
+def row_label(label: str) -> str:
     """Write the label of a row: a benchmark, and below it what else tells it apart."""
-    return html.escape(label).replace(" · ", "<br>", 1)
+    name, _, rest = label.partition(" · ")
+    return "<br>".join(filter(None, (html.escape(name), wrap(rest, 24))))
+
+
+def row_height(labels: Sequence[str]) -> int:
+    """How high rows with such labels are, in pixels: high enough for the one of most lines."""
+    return max((15 * (label.count("<br>") + 1) + 10 for label in labels), default=0)
 
 
 def span_components(cell: CellRecord) -> list[Component]:

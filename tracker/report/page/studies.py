@@ -14,7 +14,7 @@ from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord, FoundChart, Line, LineChart, MapChart
 from tracker.core.formats import WRITTEN, three_digits, with_interval
 from tracker.core.records import WHOLE_LAYER, CellRecord, Place
-from tracker.report.charts.maps import ROWS, centred_map, strongest, two_lines
+from tracker.report.charts.maps import ROWS, centred_map, row_height, row_label, strongest
 from tracker.report.charts.style import (
     FEW,
     Chart,
@@ -226,6 +226,7 @@ def _map(found: MapChart) -> Chart:
     def worded(value: float | None) -> str:
         return "undefined" if value is None else f"{form.write(value)} {form.name}".strip()
 
+    rows = [row_label(row) for row in found.rows]
     values = [[finite(value, form.scale) for value in row] for row in found.values]
     largest = strongest(values)
     most = three_digits(largest)
@@ -233,7 +234,7 @@ def _map(found: MapChart) -> Chart:
         found.title,
         found.name,
         columns=found.columns,
-        rows=[two_lines(row) for row in found.rows],
+        rows=rows,
         values=values,
         hovers=found.hovers
         or [
@@ -243,7 +244,7 @@ def _map(found: MapChart) -> Chart:
         ticks=(f"−{most}", "0", f"{most} {form.name}".strip()),
         largest=largest,
         shown=found.shown or None,
-        height=165 + min(40, max(16, 480 // max(1, len(found.rows)))) * len(found.rows),
+        height=165 + max(16, min(row_height(rows), 480 // max(1, len(rows)))) * len(rows),
         crosses=False,
         xaxis=layer_axis(found.columns, found.x),
         yaxis=ROWS | {"title": {"text": found.y}},
