@@ -163,7 +163,7 @@ def test_a_long_label_of_a_row_takes_lines_and_not_the_width_of_a_phone() -> Non
     figure = charts.heat_map(cells)
     lines = figure.data[0].y[0].split("<br>")
     assert lines[0] == "arc_easy"
-    assert max(map(len, lines)) <= 24
+    assert max(map(len, lines)) <= 18
     assert figure.layout.height - charts.heat_map([build_cell()]).layout.height > 12 * len(lines)
 
 

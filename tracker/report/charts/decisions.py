@@ -158,7 +158,7 @@ def agreement_map(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
         values=[[round(float(value), 2) for value in row] for row in found.phi],
         hovers=(),
         shown=found.shown.tolist(),
-        ticks=("−1<br>never the same", "0<br>as by chance", "1<br>the same"),
+        ticks=("−1<br>never the same", "0<br>chance", "1<br>the same"),
         largest=1,
         height=170 + 15 * len(layers),
         crosses=False,

@@ -30,7 +30,10 @@ ROWS = {"autorange": "reversed", "showgrid": False, "ticks": "", "type": "catego
 COLOUR_BAR = {
     "orientation": "h",
     "thickness": 9,
-    "len": 0.75,
+    # As long on a phone, where labels would be slanted on fewer pixels.
+    "lenmode": "pixels",
+    "len": 200,
+    "tickangle": 0,
     "yref": "container",
     "y": 0.02,
     "yanchor": "bottom",
@@ -79,7 +82,7 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
 def row_label(label: str) -> str:
     """Write the label of a row: a benchmark, and below it what else tells it apart."""
     name, _, rest = label.partition(" · ")
-    return "<br>".join(filter(None, (html.escape(name), wrap(rest, 24))))
+    return "<br>".join(filter(None, (html.escape(name), wrap(rest, 18))))
 
 
 def row_height(labels: Sequence[str]) -> int:
