@@ -11,6 +11,7 @@ from scipy import stats
 from tracker.core.estimates import Estimate
 from tracker.stats.rank_agreement import row_coefficients
 from tracker.stats.reliability import (
+    differ,
     disjoint_means,
     documents_for,
     documents_needed,
@@ -157,3 +158,17 @@ def test_the_interval_holds_how_many_documents_other_documents_would_ask_for() -
         found = positive_estimate(needed, ["a"] * documents, seed=0)
         inside.append(found.low is None or found.low < truth < found.high)
     assert sum(inside) >= 10
+
+
+def test_layers_that_do_not_differ_are_rarely_said_to() -> None:
+    """Also where some layers change many documents and others few, in both directions alike."""
+    share, called = np.linspace(0.02, 0.5, 16), 0
+    for seed in range(100):
+        luck = np.random.default_rng(seed).random((60, 16))
+        called += (
+            differ(np.where(luck < share / 2, 1.0, -1.0 * (luck < share)), np.ones(60), 0) < 0.05
+        )
+    assert called <= 11  # of 5 expected, with probability 99 %
+    luck = np.random.default_rng(0).random((60, 16))
+    assert differ((luck < np.linspace(0, 0.5, 16)) * 1.0, np.ones(60), 0) < 0.001
+    assert differ(np.ones((60, 16)), np.ones(60), 0) == 1

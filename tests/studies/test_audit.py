@@ -252,7 +252,27 @@ def test_a_layer_order_that_is_the_drops_own_is_called_best() -> None:
     row = row_of(tables_of(audit)[0], "Jensen–Shannon divergence")
     assert row["top-5 overlap"].value > 0.7
     assert row["by chance"].value == pytest.approx(5 / LAYERS)
-    assert any("orders the layers best" in line for line in answers_of(audit))
+    assert audit.ranks["js"] == (1, 1)
+    said = " ".join(answers_of(audit))
+    assert f"Jensen–Shannon divergence orders the layers best of {len(PROXIES)} proxies" in said
+
+
+def test_proxies_that_are_not_told_apart_are_not_called_best() -> None:
+    """Was: the one with the largest coefficient on these documents."""
+    audit = ModelAudit("m", alike(3, 120))
+    assert {*audit.ranks.values()} == {(1, len(PROXIES))}
+    said = " ".join(answers_of(audit))
+    assert f"of {len(PROXIES)} proxies none is shown to order the layers better" in said
+    assert {(rank.low, rank.high) for rank in column(tables_of(audit)[0], "its rank")} == {
+        (1, len(PROXIES))
+    }
+    cells = alike(3, 120)
+    for cell in cells:
+        replace(cell, "kl", np.random.default_rng(1).standard_normal(LAYERS))
+        replace(cell, "js", np.random.default_rng(1).standard_normal(LAYERS))
+    (said,) = (line for line in answers_of(ModelAudit("m", cells)) if "which of" in line)
+    assert "orders the layers best is open; it may be " in said
+    assert "divergence" not in said
 
 
 def test_cells_of_other_layers_are_left_out_of_every_mean_and_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tracker.core.findings import FindingRecord
 from tracker.core.tables import Entry
 from tracker.stats.reliability import spearman_brown, stratified_orders
 from tracker.stats.resampling import SEED
-from tracker.studies.calibration.figures import DRAWS, Curve, Ranked, curve_of
+from tracker.studies.calibration.figures import DRAWS, Curve, Ranked, curve_of, judged
 from tracker.studies.calibration.layout import agreement_table, needed_table
 
 from .conftest import Small, conducted, plain, small, stores
@@ -156,6 +157,18 @@ def test_of_layers_that_differ_a_number_is_named(monkeypatch: pytest.MonkeyPatch
     curve = _curve(np.linspace(0.02, 0.3, 30), 0)
     assert curve.needed.low < curve.needed.value < curve.needed.high
     assert curve.predicted(128) == pytest.approx(spearman_brown(curve.agreement(64).value, 2))
+
+
+def test_of_many_rankings_a_number_is_named_where_all_tests_together_allow_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Was: each by itself, so that of several one was named by luck."""
+    monkeypatch.setattr("tracker.studies.calibration.figures.SIZES", (10, 20, 50))
+    curve = _curve(np.linspace(0.02, 0.3, 30), 0)
+    lucky = replace(curve, p_value=0.03)
+    first, alone = judged([lucky, lucky])[0], judged([lucky])[0]
+    assert alone.needed == curve.needed
+    assert first.needed.reason == "two halves agree no surer than chance"
 
 
 def test_a_drop_that_is_the_same_everywhere_ranks_nothing(

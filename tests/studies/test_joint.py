@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +18,16 @@ from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.ablations import Ablation
 from tracker.ledger.paired import PairedOutcomes
 from tracker.measuring.meter import open_model
-from tracker.studies.joint import Joint
+from tracker.studies.joint import Joint, _answer
 from tracker.studies.joint.figures import Pairs, pairs_of
+from tracker.studies.joint.layout import strongest
 
-from .conftest import asked_for, stores
+from .conftest import asked_for, column, stores
 
 DOCUMENTS = 16
+RECORD: Any = SimpleNamespace(
+    title="a cell", n=40, model=SimpleNamespace(name="m"), benchmark=SimpleNamespace(title="b")
+)
 
 
 def test_every_pair_is_asked_for_once_beside_the_file_itself(experiment, tmp_path: Path) -> None:
@@ -119,6 +125,22 @@ def test_drops_that_are_known() -> None:
     assert found.explained.value == pytest.approx(
         1 - ((both - sums) ** 2).sum() / ((both - both.mean()) ** 2).sum()
     )
+
+
+def test_a_pair_is_called_the_strongest_where_that_is_shown() -> None:
+    """Was: the largest of those that are significant each for itself."""
+    found, _ = _known(room=None)
+    said = _answer(RECORD, found)
+    assert "the most redundant are layers 0 and 1, by 50.0 pp" in said
+    (first, *_) = column(table := strongest(RECORD, found, 1), "its rank")
+    assert (first.low, first.high) == (1, 1)
+    assert column(table, "interaction")[0].low < found.found[0].low
+    # Of two that are as strong neither is the most redundant.
+    drops = _known(room=None)[1]
+    drops[:, 4 + found.pairs.index((1, 3))] = np.arange(40) < 24
+    level = PairedOutcomes(np.zeros(40), -drops, np.full(40, 1 / 40))
+    said = _answer(RECORD, pairs_of("", "points", level, range(4), found.pairs, None, None))
+    assert "which are the most redundant is open" in said
 
 
 def test_pairs_at_the_floor_are_left_out() -> None:

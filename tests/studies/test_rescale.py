@@ -87,7 +87,8 @@ def test_a_corpus_has_no_outcomes_to_test(tiny_llama, experiment, tmp_path: Path
     corpus = {"benchmark": [f"corpus:{text}"], "data": None, "limit": None, "metric": "loss"}
     path = experiment(tiny_llama(), layer=[1], **corpus)
     found = conducted("rescale", path, tmp_path / "results")
-    assert re.match(r"A layer costs \S+ nats a token when it is removed, ", found.answers[0])
+    said = r"A layer costs \S+ nats a token \(\S+ to \S+\) when it is removed, "
+    assert re.match(said, found.answers[0])
     row = found.tables[1].rows[0]
     assert plain(row) == ["a factor", 0, None, None]
     (fitted_on,) = (row[-1] for row in found.tables[0].rows)
@@ -112,9 +113,10 @@ def test_a_loss_is_said_in_its_own_unit() -> None:
     cell = costs(BITS, 1.15, None)
     cost, won_back, *_ = _answers([cell])
     assert cost == (
-        "A layer costs 2.300 bits per byte when it is removed, 1.840 bits per byte with a factor, "
-        "1.380 bits per byte with its mean update, 0.690 bits per byte with a linear map; over 1 "
-        "benchmark (50 documents)."
+        "A layer costs 2.300 bits per byte (2.300 to 2.300) when it is removed, 1.840 bits per "
+        "byte (1.840 to 1.840) with a factor, 1.380 bits per byte (1.380 to 1.380) with its mean "
+        "update, 0.690 bits per byte (0.690 to 0.690) with a linear map; over 1 benchmark (50 "
+        "documents)."
     )
     assert won_back.startswith("Won back of the loss increase: a factor 20 %")
     head = summary([cell]).headings[2]
@@ -134,8 +136,13 @@ def test_bits_and_fractions_have_no_sum(monkeypatch) -> None:
     subjects = [SimpleNamespace(request=request) for request in requests]
     monkeypatch.setattr(module, "costs", lambda mine: cells[subjects.index(mine[0])])
     said = Rescale().say(None, subjects)
-    assert said.answers[0].startswith("By accuracy in pp: A layer costs 40.0 pp when")
-    assert "By loss in bits per byte: A layer costs 2.300 bits per byte when" in said.answers[5]
+    assert said.answers[0].startswith(
+        "By accuracy in pp: A layer costs 40.0 pp (40.0 to 40.0) when"
+    )
+    assert (
+        "By loss in bits per byte: A layer costs 2.300 bits per byte (2.300 to 2.300) when"
+        in said.answers[5]
+    )
     assert [len(table.rows) for table in said.tables[:2]] == [2, 1]
 
 
@@ -152,7 +159,7 @@ def test_what_is_not_finite_is_said() -> None:
     cell = costs()
     cell.drops["linear"].mean[0] = np.nan
     cost, won_back, *_ = _answers([cell])
-    assert "12.0 pp with its mean update, an undefined amount (not finite for 1 of 3 lay" in cost
+    assert "its mean update, an undefined amount (not finite for 1 of 3 layers) with a" in cost
     assert "a linear map undefined (a drop is not a finite number)" in won_back
     assert drop_chart(cell).lines[3].values == (None, pytest.approx(0.06), pytest.approx(0.09))
     assert layer_table(cell).rows[0][4].reason == "a drop is not a finite number"

@@ -138,7 +138,6 @@ def test_streams_that_share_are_planned_together() -> None:
 def test_what_bounds_a_question(cell: MeasuredDocuments) -> None:
     means, sds = cell.drops.mean(axis=0), cell.drops.std(axis=0)
     found = hardest(cell, question("top 2 within 1 pp"))
-    assert [run.layer for run in found.runs] == [1, 2]
     assert found.distance == pytest.approx(means[1] - means[2] + 0.01)
     difference = cell.drops[:, 1] - cell.drops[:, 2]
     assert found.sd == pytest.approx(difference.std())
@@ -149,7 +148,6 @@ def test_what_bounds_a_question(cell: MeasuredDocuments) -> None:
         endless = (reach * bound.sd / bound.distance) ** 2
         assert bound.documents.value == pytest.approx(1 / (1 / endless + 1 / 400), abs=1)
     found = hardest(cell, question("sign"))
-    assert [run.layer for run in found.runs] == [5]  # it loses as many as it wins
     assert found.documents.reason == "the drop is 0, which only all documents show"
     tied = cell_of(cell.drops[:, [0, 1, 1, 3, 4, 5]])
     assert "two runs tie" in (hardest(tied, question("top 2")).documents.reason or "")
@@ -192,6 +190,9 @@ def test_what_a_cell_saves(study: Small) -> None:
     said = rf"{N} of {SPLIT} documents, 4 runs: .*top 1 within 5 pp: open .* 'drop within 30"
     assert re.search(said, finding.answers[0]) is not None
     assert "Of 400 races" in finding.answers[-1]
+    # Which runs are at the edge is chance: was 'bounded by layer 2 and layer 0'.
+    texts = [*finding.answers, *map(str, column(bounds, "the hardest to know"))]
+    assert not [text for text in texts if re.search(r"layers? \d", text)]
 
 
 def test_a_metric_without_bounds_is_said(study: Small) -> None:

@@ -24,7 +24,7 @@ from tracker.ledger.findings import findings
 from tracker.ledger.observations import read_observations
 from tracker.measuring.observing import Observed
 from tracker.studies import snowball as module
-from tracker.studies.snowball import _between, _explains, _too_few, _whether
+from tracker.studies.snowball import _between, _explains, _most, _too_few, _whether
 from tracker.studies.snowball.figures import COSINE, END, _tokens
 from tracker.studies.snowball.layout import NOT_MEASURED
 
@@ -162,8 +162,9 @@ def test_what_is_said_follows_from_the_growth(conduct: Conduct, drawn: Callable[
     assert re.search(r"; median ×(7\.[5-9]|8)\S* \(n = 30\)", whether)
     assert re.search(r"it ends 3[567]\S* times \(median\) as large as if", whether)
     assert most.startswith(
-        "tiny-llama on arc_easy (30 documents): most after the removal of layer 1 ×8."
+        "tiny-llama on arc_easy (30 documents): of all removals most grows that of layer 1 ×8."
     )
+    assert "; least that of layer 2 ×0.5" in most
     # Twice as fast, as fast, more slowly.
     assert "a removal grows more than random directions of the same norm in 1 of 3" in chance
     assert "less in 1 " in chance
@@ -174,7 +175,7 @@ def test_what_is_said_follows_from_the_growth(conduct: Conduct, drawn: Callable[
     assert column(table, "as handed on")[0].value == pytest.approx(64, rel=0.1)
     assert "0 of these 6 verdicts change" in finding.answers[-1]
     # Both benchmarks have the same differences.
-    (between,) = (line for line in finding.answers if line.startswith("Growth depends"))
+    (between,) = (line for line in finding.answers if line.startswith("Growth is shown"))
     assert "in 0 of 3 layers (arc_easy, arc_challenge" in between
 
 
@@ -221,6 +222,19 @@ def test_only_decided_layers_contradict(factors, documents: int, verdict: str) -
         "adjusted for so many, needs 11; raise 'sample' or 'limit'"
     )
     assert _too_few(found) == (few if documents == 8 else "")
+
+
+def test_layers_that_grow_alike_are_not_put_in_order() -> None:
+    """Was: the three largest factors and the smallest one, whatever their intervals."""
+    same = cell(around(*[2.0] * 8, documents=20))
+    assert _most(same) == (
+        "m on arc_easy (20 documents): which removals grow most is open (95 % confidence for all "
+        "layers)."
+    )
+    apart = cell(around(9, 8, 7, *[2.0] * 5, documents=20))
+    assert "the 3 that grow most include that of layer 0 ×" in (said := _most(apart))
+    assert "; layer 2 ×" in said
+    assert "least" not in said
 
 
 def test_growth_is_compared_between_documents_of_their_own() -> None:

@@ -16,8 +16,12 @@ from scipy import stats
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import LEVEL
 from tracker.stats.arrays import Array, Numbers, Strata
+from tracker.stats.rank_agreement import rounded
 from tracker.stats.resampling import jackknife_error
 
+FLIPS = 19_999
+_CHUNK = 1000
+"""Signs that are held in memory at once."""
 _GROUPS = 10
 """Parts of the documents that are left out in turn, for an interval."""
 
@@ -156,6 +160,43 @@ def documents_needed(
         return float(known[0][0]), False
     (n, r), (m, s) = known[below[-1]], known[below[-1] + 1]
     return float(n * (m / n) ** ((target - r) / (s - r))), False
+
+
+def differ(values: Array, weights: Array, seed: int) -> float:
+    """Test whether layers have different means at all.
+
+    Each document's figures are taken less their own mean over layers. If layers do not differ, and
+    a document's deviations are as likely to be x as −x, all signs of the documents are equally
+    likely; p is the share of signs under which the squares of the layers' means sum to as much as
+    was found.
+
+    Args:
+        values: `[documents, layers]`.
+        weights: `[documents]`, 0 or more; a document of weight 0 does not count.
+        seed: Seed of the signs.
+
+    Returns:
+        The p-value, from `FLIPS` drawn signs.
+
+    References:
+        R. A. Fisher, The Design of Experiments (1935), section 21. B. Phipson, G. K. Smyth,
+        Statistical Applications in Genetics and Molecular Biology 9 (2010) 39.
+
+    Examples:
+        >>> differ(np.tile([0.0, 0.0, 1.0], (20, 1)), np.ones(20), 0) < 0.001
+        True
+    """
+    counted = weights > 0
+    apart = values[counted] - values[counted].mean(axis=1, keepdims=True)
+    weighed = apart * weights[counted, None]
+    found = float((rounded(weighed.sum(axis=0)) ** 2).sum())
+    generator = np.random.default_rng(seed)
+    as_far = 0
+    for first in range(0, FLIPS, _CHUNK):
+        size = (min(_CHUNK, FLIPS - first), len(weighed))
+        sums = generator.choice((-1.0, 1.0), size) @ weighed
+        as_far += int(((sums**2).sum(axis=1) >= found * (1 - 1e-9)).sum())
+    return (as_far + 1) / (FLIPS + 1)
 
 
 def positive_estimate(figure: Callable[[Numbers], float], strata: Strata, seed: int) -> Estimate:

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from tracker.core.estimates import Estimate
@@ -137,7 +138,22 @@ def ranks(figures: Sequence[Estimate]) -> list[tuple[int, int]]:
         )
         for end in ("value", "low", "high")
     )
-    # [one, other]: one is surely the larger; no comparison with NaN holds.
-    larger = value[:, None] - value > np.hypot((value - low)[:, None], high - value)
-    best, worst = 1 + larger.sum(axis=0), len(figures) - larger.sum(axis=1)
+    # No comparison with NaN holds.
+    return between(value[:, None] - value > np.hypot((value - low)[:, None], high - value))
+
+
+def between(larger: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Say between which ranks some things lie, 1 for the largest.
+
+    Args:
+        larger: `[things, things]`, whether the one is surely larger than the other.
+
+    Returns:
+        The best and the worst rank of each.
+
+    Examples:
+        >>> between(np.array([[False, True, True], [False] * 3, [False] * 3]))
+        [(1, 1), (2, 3), (2, 3)]
+    """
+    best, worst = 1 + larger.sum(axis=0), len(larger) - larger.sum(axis=1)
     return [(int(first), int(last)) for first, last in zip(best, worst, strict=True)]

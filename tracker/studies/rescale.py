@@ -17,7 +17,7 @@ import numpy as np
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
 from tracker.core.findings import Line, LineChart
-from tracker.core.formats import Measure, counted, fixed, measure_of
+from tracker.core.formats import Measure, counted, ends, fixed, measure_of
 from tracker.core.kinds import Intervention
 from tracker.core.records import RunIdentity
 from tracker.core.tables import Column, Table, estimate, table
@@ -126,7 +126,10 @@ def _cost(cells: Sequence[Costs], way: Intervention) -> str:
         of = sum(len(cell.layers) for cell in cells)
         return f"an undefined amount (not finite for {bad} of {of} layers)"
     mean = float(np.mean([cell.drops[way].mean.mean() for cell in cells]))
-    return f"{measure.write(mean)} {measure.unit}"
+    drawn = np.mean([cell.drops[way].drawn.mean(axis=1) for cell in cells], axis=0)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    between = ends(float(low), float(high), measure.write)
+    return f"{measure.write(mean)} {measure.unit}{between}"
 
 
 def won_back(cells: Sequence[Costs], way: Intervention, nats: bool) -> Estimate:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from tracker.core.answers import interval_name, statement
+from tracker.core.formats import counted, interval, measure_of
 from tracker.core.kinds import REPLACED_BY
 from tracker.core.records import WHOLE_LAYER, CellRecord, RunRecord
 from tracker.core.text import as_markdown
+from tracker.stats.support import together, verdicts
 from tracker.tracking.identity import intact_name, run_name
 
 
@@ -69,14 +71,27 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
     what = f"**{as_markdown(run_name(cell, run))}**: `{cell.metric}` on {on} {how}"
     if run.accuracy_drop is None:
         return f"{what}; its drop is not defined: {run.reasons.get('accuracy_drop', 'no reason')}."
+    measure, falls = measure_of(cell), (run.accuracy_drop >= 0) == cell.higher_is_better
+    low, high = run.accuracy_drop_low, run.accuracy_drop_high
+    if run.accuracy_drop < 0:
+        low, high = (None if end is None else -end for end in (high, low))
+    by = f"{measure.write(abs(run.accuracy_drop))} {measure.unit}"
+    between = interval(low, high, measure.write)
+    between = f" ({interval_name(cell)} {between})" if between else ""
+    chance = f", which may be chance among {counted(len(cell.runs), 'run')}"
+    text = f"{what}; it {'falls' if falls else 'rises'} by {by}{between}"
+    text += f"{'' if _is_shown(cell, run) else chance}."
     if not cell.higher_is_better:
-        return f"{what}; the loss grows by {run.accuracy_drop:.4g}."
-    drop = f"{100 * run.accuracy_drop:.1f} percentage points"
-    if run.accuracy_drop_low is None or run.accuracy_drop_high is None:
-        return f"{what}; it falls by {drop}."
-    low, high = 100 * run.accuracy_drop_low, 100 * run.accuracy_drop_high
-    text = f"{what}; it falls by {drop} ({interval_name(cell)} {low:.1f} to {high:.1f})."
+        return text
     return text + _rounding(cell, run.rounded, run.n, run.drop_rounding, "the fall")
+
+
+def _is_shown(cell: CellRecord, run: RunRecord) -> bool:
+    """Whether it is shown that a run changes anything, among all runs of its cell at once."""
+    drops = [one.drop for one in cell.runs]
+    if not cell.is_raced:
+        drops = together(drops, [one.n for one in cell.runs])
+    return verdicts(drops)[cell.runs.index(run)] != "open"
 
 
 def _rounding(

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import groupby
-from operator import itemgetter
-
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
-from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, p_value, points, two_digits, with_interval
 from tracker.core.proxies import PROXIES, passes
-from tracker.report.wording import benchmark_labels, model_labels
-from tracker.stats.resampling import bias_corrected_interval
+from tracker.report.wording import benchmark_labels, listed, model_labels
 from tracker.studies.audit.figures import ModelAudit, pooled
 from tracker.studies.audit.layout import charts_of, tables_of
 from tracker.studies.audit.measures import DROP, Audited
@@ -128,8 +123,8 @@ def _task(audit: ModelAudit) -> str:
     sentence = (
         f"over {counted(len(above), 'benchmark')} a layer's z-scored accuracy drop varies by "
         f"{two_digits(drop.raw)}, its cosine score by {two_digits(cosine.raw)} (larger in "
-        f"{test.larger} of {test.n} layers, Wilcoxon p = {p_value(test.p_value)}, in blocks of "
-        f"neighbouring layers {p_value(test.block_p)})"
+        f"{test.larger} of {test.n} layers, Wilcoxon p = {p_value(test.p_value)}, with "
+        f"neighbouring layers in blocks p = {p_value(test.block_p)})"
     )
     excess = cosine.excess
     if drop.clean is None or cosine.clean is None or excess is None or excess.value is None:
@@ -155,48 +150,39 @@ def _task(audit: ModelAudit) -> str:
 
 
 def _best(audit: ModelAudit) -> str:
-    best, cosine = next(iter(audit.summaries.values())), audit.summaries.get("cosine_score")
+    """Say which proxy orders the layers best, where that is shown in comparison with all others."""
+    first = [name for name, (best, _) in audit.ranks.items() if best == 1]
+    labels, of = [PROXIES[name].label for name in first], len(audit.summaries)
+    if len(first) > 1 and len(first) == of:
+        return f"of {of} proxies none is shown to order the layers better than another."
+    if len(first) > 1:
+        return (
+            f"which of {of} proxies orders the layers best is open; it may be "
+            f"{listed(labels, 'or')}."
+        )
+    best, cosine = audit.summaries[first[0]], audit.summaries.get("cosine_score")
     sentence = (
-        f"{PROXIES[best.proxy].label} orders the layers best, with a mean Spearman of "
+        f"{labels[0]} orders the layers best of {of} proxies, with a mean Spearman of "
         f"{with_interval(best.spearman)}"
     )
-    if cosine is not None and cosine is not best and cosine.cells == best.cells:
-        more = (best.spearman.value or 0.0) - (cosine.spearman.value or 0.0)
-        ends = bias_corrected_interval(more, best.resampled - cosine.resampled)
+    if cosine is not None and cosine is not best:
         sentence += (
-            f": {with_interval(Estimate(more, *ends))} more than the cosine score, for "
+            f": {with_interval(audit.apart(best, cosine))} more than the cosine score, for "
             f"{passes(best.proxy, audit.total, shared=True):g} times its forward passes"
         )
-    return f"{sentence}. It is the best of {len(audit.summaries)} on these documents."
+    return f"{sentence} (95 % confidence for all comparisons)."
 
 
 def _worth(audit: ModelAudit) -> str:
-    """Which one to trust, by what there is to spend."""
-    budgets, by_name, halved = audit.at_cost
-    best: list[tuple[str, float, float]] = []
-    for place, budget in enumerate(budgets):
-        there = {name: value for name, row in by_name.items() if (value := row[place]) is not None}
-        if there:
-            name, value = max(there.items(), key=itemgetter(1))
-            best.append((name, budget, value))
-    if not best:
+    """Say how noisy the drop is that a proxy is to predict."""
+    _, by_name, halved = audit.at_cost
+    if not by_name or halved is None:
         return ""
-    parts = []
-    for name, group in groupby(best, key=itemgetter(0)):
-        stretch = list(group)
-        low, (_, high, value) = stretch[0][1], stretch[-1]
-        label = PROXIES[name].label if name in PROXIES else f"the {audit.drop} itself"
-        span = f"at {low:,.0f}" if low == high else f"from {low:,.0f} to {high:,.0f}"
-        parts.append(f"{label} {span} (Spearman {two_digits(value)} at the end)")
-    sentence = (
-        "which to trust depends on the forward passes that there are to spend on a "
-        f"benchmark; of other documents' drops the best predictor is {', '.join(parts)}."
-    )
-    if halved is None:
-        return sentence
     return (
-        f"{sentence} The drop of half of the documents predicts that of the other half at "
-        f"{two_digits(halved)}: it is noisy, and a proxy with less noise may do better."
+        f"the drop of half of the documents predicts that of the other half at "
+        f"{two_digits(halved)}; where that is low, a proxy with less noise may do better. The "
+        "chart shows what each predicts for its forward passes, without intervals, so that which "
+        "to trust at a price is open."
     )
 
 

@@ -23,6 +23,7 @@ from tracker.stats.rank_agreement import (
     row_coefficients,
 )
 from tracker.stats.resampling import bias_corrected_interval
+from tracker.stats.support import between, pairs, together
 from tracker.stats.task_dependence import (
     Paired,
     Sample,
@@ -65,11 +66,6 @@ class Summary:
     kendall: float
     p_value: float
     resampled: Array
-
-    @cached_property
-    def worst(self) -> Audited:
-        """The benchmark in which it orders the layers worst."""
-        return min(self.cells, key=lambda cell: cell.found[self.proxy].spearman.value or 0.0)
 
     @cached_property
     def overlaps(self) -> tuple[float, float, float]:
@@ -148,7 +144,7 @@ class ModelAudit:
 
     @cached_property
     def summaries(self) -> dict[str, Summary]:
-        """By their names the proxies that can be compared, the best one first."""
+        """By their names the proxies that can be compared, by their measured mean coefficient."""
         summaries = {}
         for proxy in PROXIES:
             cells = [c for c in self.lined_up if c.found[proxy].spearman.value is not None]
@@ -169,6 +165,26 @@ class ModelAudit:
             )
         best_first = sorted(summaries, key=lambda s: -(summaries[s].spearman.value or 0.0))
         return {proxy: summaries[proxy] for proxy in best_first}
+
+    def apart(self, one: Summary, other: Summary) -> Estimate:
+        """How much better a proxy orders the layers than another, on the same documents.
+
+        The interval holds for all comparisons of two proxies at once.
+        """
+        if one.cells != other.cells or one.spearman.value is None or other.spearman.value is None:
+            return Estimate(None, reason="they are not defined on the same benchmarks")
+        value = one.spearman.value - other.spearman.value
+        ends = bias_corrected_interval(value, one.resampled - other.resampled)
+        documents = sum(cell.record.n for cell in one.cells)
+        (found,) = together([Estimate(value, *ends)], [documents], pairs(len(self.summaries)))
+        return found
+
+    @cached_property
+    def ranks(self) -> dict[str, tuple[int, int]]:
+        """Proxy → between which ranks it lies by how well it orders the layers, all at once."""
+        some = list(self.summaries.values())
+        better = [[(self.apart(one, other).low or 0.0) > 0 for other in some] for one in some]
+        return dict(zip(self.summaries, between(np.array(better, dtype=bool)), strict=True))
 
     @cached_property
     def adjusted(self) -> dict[str, float]:

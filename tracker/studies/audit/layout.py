@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from scipy import stats
@@ -38,17 +39,17 @@ def _proxies(audit: ModelAudit) -> Table:
 
         return Column(label, unit, entry)
 
-    def worst(summary: Summary) -> str:
-        spearman = summary.worst.found[summary.proxy].spearman
-        return f"{summary.worst.label}: {two_digits(spearman.value or 0.0)}"
+    def rank(summary: Summary) -> Estimate:
+        best, worst = audit.ranks[summary.proxy]
+        return Estimate(best, best, worst)
 
     total = audit.total
     columns = [
         Column("proxy", "text", _label),
+        replace(column("its rank", "count", rank), interval=True),
         column("mean Spearman", "coefficient", lambda s: s.spearman),
         column("inner layers", "coefficient", lambda s: estimate(s.inner, _no_inner(s.cells))),
         column("mean Kendall", "coefficient", lambda s: s.kendall),
-        column("worst benchmark", "text", worst),
         column(f"top-{TOP} overlap", "percent", lambda s: s.overlaps[0]),
         column(f"bottom-{TOP} overlap", "percent", lambda s: s.overlaps[1]),
         column("by chance", "percent", lambda s: s.overlaps[2]),
@@ -63,7 +64,8 @@ def _proxies(audit: ModelAudit) -> Table:
         [*summaries, *(proxy for proxy in PROXIES if proxy not in summaries)],
         [
             f"{audit.on}. Intervals are 95 % from resampling documents, benchmarks as they "
-            "are; inner layers leave out the first and last two.",
+            "are; inner layers leave out the first and last two. Ranks by mean Spearman, from "
+            "paired differences, hold for all proxies at once.",
             "Passes are forward passes of the whole model a document, for all layers together: "
             "one by one on pruned models, or sharing the layers below the removed one. The "
             f"{audit.drop} itself takes {dear:g} shared, and once more its other answers.",
@@ -244,8 +246,11 @@ def _cost(audit: ModelAudit) -> list[FoundChart]:
 
 
 def _depth(audit: ModelAudit) -> list[FoundChart]:
-    best_first = list(audit.summaries.values())
-    named = [s for s in best_first if s is best_first[0] or s.proxy == "cosine_score"]
+    named = [
+        s
+        for s in audit.summaries.values()
+        if s.proxy == "cosine_score" or audit.ranks[s.proxy] == (1, 1)
+    ]
     cells = [cell for cell in audit.cells if named and all(cell in s.cells for s in named)]
     if not cells:
         return []

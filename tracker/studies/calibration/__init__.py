@@ -18,7 +18,7 @@ from tracker.studies.base import (
     grouped,
     whole_layers,
 )
-from tracker.studies.calibration.figures import SHOWN, Curve, curve_of, joined, measures
+from tracker.studies.calibration.figures import SHOWN, Curve, curve_of, joined, judged, measures
 from tracker.studies.calibration.layout import (
     agreement_chart,
     agreement_table,
@@ -37,6 +37,9 @@ _ASSUMED = (
     "Beyond half of the documents nothing is measured: what is said there is extrapolated from "
     "two halves by the formula of Spearman and Brown (1910), as if all documents were drawn alike. "
     "It is exact for a ratio of variances, and approximate for a mean of rank correlations.",
+    "A number of documents is named where two halves agree surer than by chance, and the layers' "
+    "means differ by a test that flips the signs of documents' deviations from their own mean over "
+    "layers, adjusted over all rows of the table by Holm (1979).",
     "The interval of the number of documents is a jackknife over ten groups of documents, on the "
     "logarithm (Quenouille 1956); that the formula is approximate is not in it.",
     "Rank correlations are Spearman's with midranks and Kendall's tau-b. The overlap of the top k "
@@ -80,15 +83,20 @@ class Calibration(Study):
         """Say how well samples agree, by the drop and by what could stand in for it."""
         measured = [measures(subject) for subject in subjects]
         alone = [(subject.record.title, [n]) for n, subject in enumerate(subjects)]
-        result, rows = StudyResult(_ASSUMED), []
+        result, found = StudyResult(_ASSUMED), []
         for title, members in [*_together(subjects), *alone]:
             rankings = [
                 joined(parts) for parts in zip(*(measured[n] for n in members), strict=True)
             ]
             result.lacking += [f"{title}, by {r.name}: {r.reason}" for r in rankings if r.reason]
             curves = [curve_of(r, self._wanted) for r in rankings if not r.reason]
+            found.append((title, members, not rankings[0].reason, curves))
+        every = iter(judged([curve for *_, curves in found for curve in curves]))
+        rows = []
+        for title, members, ranked, some in found:
+            curves = [next(every) for _ in some]
             rows += [(title, curve) for curve in curves]
-            if not rankings[0].reason:
+            if ranked:
                 cells = [subjects[n].record for n in members]
                 result.answers.append(self._answer(cells, curves[0], curves[1:]))
                 result.tables.append(agreement_table(title, curves[0]))
@@ -116,9 +124,10 @@ class Calibration(Study):
             answer += (
                 f"rank correlation {two_digits(agreed.value)} (middle 95 % of draws "
                 f"{interval(agreed.low, agreed.high, two_digits)}); {self._until(drop, cells)}. "
-                f"They share {_percent(drop, n, f'top {top}')} of the {top} that matter most (by "
-                f"chance {top / drop.layers:.0%}), and {_percent(drop, n, f'bottom {bottom}')} of "
-                f"the {bottom} that matter least ({bottom / drop.layers:.0%})."
+                f"Of the {top} layers with the largest {drop.name} they share "
+                f"{_percent(drop, n, f'top {top}')} (by chance {top / drop.layers:.0%}), and of "
+                f"the {bottom} with the smallest {_percent(drop, n, f'bottom {bottom}')} "
+                f"({bottom / drop.layers:.0%})."
             )
         needed = [(curve.name, curve.needed.value) for curve in others]
         quick = [f"{name} {_rounded(value):,}" for name, value in needed if value is not None]

@@ -13,16 +13,18 @@ from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, measure_of
 from tracker.core.proxies import OBSERVED, PROXIES
 from tracker.ledger.paired import Array
+from tracker.stats.multiple import holm
 from tracker.stats.proxies import per_token
 from tracker.stats.rank_agreement import overlap, rounded, row_coefficients
 from tracker.stats.reliability import (
+    differ,
     disjoint_means,
     documents_needed,
     positive_estimate,
     spearman_brown,
 )
 from tracker.stats.resampling import SEED
-from tracker.studies.base import FEWEST, Subject, side
+from tracker.studies.base import FEWEST, SIGNIFICANT, Subject, side
 
 Documents = NDArray[np.int64]
 DRAWS = 400
@@ -71,6 +73,7 @@ class Curve:
         within: A sample beside all documents, likewise.
         needed: How many documents reach the wanted reliability; undefined where two halves agree no
             surer than chance.
+        p_value: That of a test whether the layers differ at all.
         extrapolated: Whether these are more than half of the documents.
     """
 
@@ -81,6 +84,7 @@ class Curve:
     apart: dict[str, Array]
     within: dict[str, Array]
     needed: Estimate
+    p_value: float
     extrapolated: bool
 
     @property
@@ -111,7 +115,7 @@ class Curve:
         measured = self.agreement(self.half)
         if measured.low is None:
             return measured.reason or ""
-        return "" if side(measured) > 0 else DISAGREE
+        return "" if side(measured) > 0 and self.p_value < SIGNIFICANT else DISAGREE
 
     def predicted(self, n: float) -> float | None:
         """The rank correlation of two samples of any size, by Spearman and Brown."""
@@ -206,8 +210,23 @@ def curve_of(ranked: Ranked, wanted: float) -> Curve:
         {name: _statistic(name, first, second) for name in statistics},
         {name: _statistic(name, first, whole) for name in statistics},
         Estimate(None, reason=DISAGREE) if estimate.value is None else estimate,
+        differ(values, weights, SEED),
         extrapolated,
     )
+    return _doubted(curve)
+
+
+def judged(curves: Sequence[Curve]) -> list[Curve]:
+    """Let numbers of documents stand where layers differ in all of a study's tests (Holm)."""
+    adjusted = holm([curve.p_value for curve in curves])
+    return [
+        _doubted(replace(curve, p_value=p))
+        for curve, p in zip(curves, adjusted, strict=True)
+        if p is not None
+    ]
+
+
+def _doubted(curve: Curve) -> Curve:
     return replace(curve, needed=Estimate(None, reason=curve.doubt)) if curve.doubt else curve
 
 

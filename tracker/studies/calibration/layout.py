@@ -39,8 +39,9 @@ def needed_table(rows: Sequence[tuple[str, Curve]], wanted: float) -> Table:
             "Agreement is the mean Spearman correlation of two samples; in brackets the middle "
             "95 % of random draws. That of all documents with as many others is extrapolated "
             "by Spearman-Brown. The interval of the number is a jackknife over documents. Where "
-            "the brackets of two halves hold 0, or a tenth less of the documents leaves the number "
-            "undefined, two halves agree no surer than chance, and no number is named.",
+            "the brackets of two halves hold 0, a tenth less of the documents leaves the number "
+            "undefined, or the layers are not shown to differ (Holm over all rows), two halves "
+            "agree no surer than chance, and no number is named.",
         ),
     )
 

@@ -14,6 +14,7 @@ from tracker.studies.base import (
     Subject,
     refuse_removed,
     removing_whole_layers,
+    side,
     whole_layers,
 )
 from tracker.studies.joint.figures import Pairs, measured
@@ -29,7 +30,9 @@ _ASSUMED = (
     "Intervals: of a pair from paired documents, for outcomes that are right or wrong with one "
     "document of +1 and one of −1 added (after Bonett and Price 2012), otherwise Student's t; of "
     "summaries Student's t over documents' own means; of coefficients from resampled documents. "
-    "They hold the layers, and which pairs are at the floor, as they are.",
+    "They hold the layers, and which pairs are at the floor, as they are. Of the strongest pairs "
+    "they hold for all pairs at once (Bonferroni); a pair is called the most redundant where that "
+    "is shown in comparison with every other one.",
     "Tests: sign flips of the documents' interactions (exact where they are whole numbers), as if "
     "each were as likely to be x as −x; over all pairs of a benchmark that are not at the floor, "
     f"Benjamini-Hochberg at a false discovery rate of {SIGNIFICANT:.0%}.",
@@ -99,21 +102,24 @@ def _answer(record: CellRecord, pairs: Pairs) -> str:
             f"{with_interval(pairs.explained)}. "
         )
     if (mean := pairs.mean.value) is not None:
-        more = "more" if mean >= 0 else "less"
+        more = {1: "more", -1: "less", 0: "neither surely more nor surely less"}[side(pairs.mean)]
+        by = f"{pairs.write(abs(mean))} " if side(pairs.mean) else ""
         answer += (
-            f"On average two layers cost {pairs.write(abs(mean))} {more} together than the "
-            f"sum (interaction {pairs.write(pairs.mean)}). "
+            f"On average two layers cost {by}{more} together than the sum (interaction "
+            f"{pairs.write(pairs.mean)}). "
         )
     redundant, sub_additive = pairs.significant(1), pairs.significant(-1)
     answer += (
-        f"Significant after Benjamini-Hochberg: {len(redundant)} redundant and "
+        f"At a false discovery rate of {SIGNIFICANT:.0%}: {len(redundant)} redundant and "
         f"{len(sub_additive)} sub-additive pairs"
     )
-    for word, places in (("redundant", redundant), ("sub-additive", sub_additive)):
-        if places:
-            place = max(places, key=lambda n: abs(pairs.value(n) or 0))
+    for word, sign, places in (("redundant", 1, redundant), ("sub-additive", -1, sub_additive)):
+        if (place := pairs.strongest(sign)) is not None:
             i, j = pairs.pairs[place]
-            answer += f"; the most {word} is {i} with {j}, by {pairs.write(pairs.found[place])}"
+            by = pairs.write(pairs.at_once[place])
+            answer += f"; the most {word} are layers {i} and {j}, by {by}"
+        elif places:
+            answer += f"; which are the most {word} is open"
     if at_floor:
         answer += f". {at_floor:,} of {of:,} pairs are at the floor and left out"
     return answer + "."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
@@ -18,7 +19,9 @@ from tracker.ledger.paired import Array, PairedOutcomes
 from tracker.stats.accuracy import mean_interval
 from tracker.stats.interaction import additivity, interactions
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
-from tracker.studies.base import SIGNIFICANT, Subject
+from tracker.stats.support import pairs as pairs_among
+from tracker.stats.support import ranks, together
+from tracker.studies.base import SIGNIFICANT, Subject, side
 
 Pair = tuple[int, int]
 
@@ -40,6 +43,7 @@ class Pairs:
         by_distance: Layers apart → the same for these pairs.
         rank: Spearman's coefficient of sums and joint drops, over these pairs.
         explained: R² of the sums as predictions.
+        documents: How many documents all of it rests on.
     """
 
     measure: str
@@ -54,6 +58,40 @@ class Pairs:
     by_distance: Mapping[int, Estimate]
     rank: Estimate
     explained: Estimate
+    documents: int
+
+    @property
+    def open(self) -> list[int]:
+        """The pairs that are not at the floor, by their places."""
+        return [place for place, at in enumerate(self.floor) if not at]
+
+    @cached_property
+    def at_once(self) -> dict[int, Estimate]:
+        """Place → its interaction, with an interval that holds for all pairs off the floor."""
+        return dict(zip(self.open, self._wide(len(self.open)), strict=True))
+
+    @cached_property
+    def ranks(self) -> dict[int, tuple[int, int]]:
+        """Place → between which ranks its interaction lies, all at once; 1 for the largest."""
+        wide = self._wide(pairs_among(len(self.open)))
+        return dict(zip(self.open, ranks(wide), strict=True))
+
+    def _wide(self, family: int) -> list[Estimate]:
+        """The interactions off the floor, with intervals that hold for so many statements.
+
+        They are widened as those of Student's distribution; of outcomes that are right or wrong
+        they have the normal one, and are a little too wide then.
+        """
+        found = [replace(self.found[place], p_value=None) for place in self.open]
+        return together(found, [self.documents] * len(found), family)
+
+    def strongest(self, sign: int) -> int | None:
+        """The place of the pair that is shown to interact most, by sign; None where it is open."""
+        at_the_end = (1, 1) if sign > 0 else (len(self.open), len(self.open))
+        for place, between in self.ranks.items():
+            if between == at_the_end and sign * side(self.at_once[place]) > 0:
+                return place
+        return None
 
     def write(self, drop: Estimate | float) -> str:
         """Write a drop with its unit, and its interval where it has one."""
@@ -162,4 +200,5 @@ def pairs_of(
         {d: mean_over(open_[apart[open_] == d]) for d in sorted(set(apart.tolist()))},
         rank,
         explained,
+        len(drops),
     )

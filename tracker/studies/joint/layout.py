@@ -49,14 +49,20 @@ def summary(rows: Sequence[tuple[CellRecord, Pairs]]) -> Table:
 
 
 def strongest(record: CellRecord, one: Pairs, sign: int) -> Table:
-    """List the pairs whose interaction of a sign is the largest."""
+    """List the pairs whose measured interaction of a sign is the largest."""
+
+    def rank(n: int) -> Estimate:
+        best, worst = one.ranks[n]
+        return Estimate(best, best, worst)
+
     values = [(sign * (one.value(n) or 0), n) for n in range(len(one.pairs))]
     chosen = [n for value, n in sorted(values, reverse=True)[:STRONGEST] if value > 0]
     word = "redundant: together they cost more" if sign > 0 else "sub-additive: they cost less"
     columns: tuple[Column[int], ...] = (
         Column("layers", "text", lambda n: "{}, {}".format(*one.pairs[n])),
         Column("apart", "count", lambda n: one.pairs[n][1] - one.pairs[n][0]),
-        Column("interaction", one.unit, lambda n: one.found[n]),
+        Column("interaction", one.unit, one.at_once.__getitem__),
+        Column("its rank", "count", rank, interval=True),
         Column("both", one.unit, lambda n: float(one.together[n])),
         Column("the first", one.unit, lambda n: one.alone[one.pairs[n][0]]),
         Column("the second", one.unit, lambda n: one.alone[one.pairs[n][1]]),
@@ -68,8 +74,9 @@ def strongest(record: CellRecord, one: Pairs, sign: int) -> Table:
         columns,
         chosen,
         (
-            f"The largest of {int((~one.floor).sum()):,} interactions, which are therefore larger "
-            "here than other documents would show.",
+            f"The largest measured ones of {len(one.open):,} interactions, which are therefore "
+            "larger here than other documents would show. Intervals, and ranks from the most "
+            "redundant pair on, hold for all of them at once with 95 % confidence.",
         ),
     )
 

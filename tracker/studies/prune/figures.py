@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -12,12 +13,14 @@ import numpy as np
 from tracker.core.estimates import Estimate
 from tracker.core.prune_records import PruneRecord
 from tracker.pruning.search.figures import Choices
+from tracker.pruning.search.strategies import NULL
 from tracker.stats.combined import mean
 from tracker.stats.interaction import interactions
 from tracker.stats.multiple import holm
 from tracker.stats.rank_agreement import rounded
 from tracker.stats.resampling import SEED
-from tracker.studies.base import SIGNIFICANT
+from tracker.stats.support import between, together, verdicts
+from tracker.studies.base import SIGNIFICANT, side
 
 OWN, TASKS, TEXT = "its own task", "all tasks", "plain text"
 """What documents chose."""
@@ -165,8 +168,30 @@ class Compared:
 
     def _adjusted(self, pairs: Sequence[tuple[Way, Way]]) -> list[Beside]:
         found = [self.apart_mean(*pair) for pair in pairs]
+        wide = together(found, [self.documents] * len(found))
         adjusted = holm([one.p_value for one in found])
-        return [Beside(*pair, one, p) for pair, one, p in zip(pairs, found, adjusted, strict=True)]
+        return [Beside(*pair, one, p) for pair, one, p in zip(pairs, wide, adjusted, strict=True)]
+
+    def places(self, amount: str) -> dict[str, tuple[int, int]]:
+        """Strategy → between which ranks its mean test accuracy lies, all at once; 1 = the most.
+
+        Calibrated on each benchmark itself. Without random draws, which the others are held
+        against, and what has no mean.
+        """
+        ways = [Way(name, amount) for name in self.strategies(amount) if name != NULL]
+        ways = [way for way in ways if self.level_mean(way).value is not None]
+        places = list(combinations(range(len(ways)), 2))
+        apart = [self.apart_mean(ways[one], ways[other]) for one, other in places]
+        more = np.zeros((len(ways), len(ways)), dtype=bool)
+        said = verdicts(together(apart, [self.documents] * len(apart)))
+        for (one, other), verdict in zip(places, said, strict=True):
+            more[one, other], more[other, one] = verdict == "costs", verdict == "helps"
+        return dict(zip([way.strategy for way in ways], between(more), strict=True))
+
+    @property
+    def documents(self) -> int:
+        """The test documents over which means are taken."""
+        return sum(self.benchmarks[name].n for name in self.counted)
 
     def searches(self, way: Way) -> list[PruneRecord]:
         """The searches of a way, each once, whichever benchmarks it served."""
@@ -190,7 +215,8 @@ class Beside:
     Attributes:
         one: The way that is held against the other.
         other: The other one.
-        found: How much more it answers on average.
+        found: How much more it answers on average; the interval, unlike its p-value, holds for all
+            that are held against each other at once.
         p: The p-value of that after Holm over all that are held against each other; None without.
     """
 
@@ -201,7 +227,16 @@ class Beside:
 
     @property
     def sign(self) -> int:
-        """Whether the one answers significantly more (1) or less (−1); 0 where neither is shown."""
-        if self.found.value is None or self.p is None or self.p >= SIGNIFICANT:
-            return 0
-        return 1 if self.found.value > 0 else -1
+        """Whether the one answers significantly more (1) or less (−1); 0 where neither is shown.
+
+        Both the interval and the test must show it.
+        """
+        return 0 if self.p is None or self.p >= SIGNIFICANT else side(self.found)
+
+    @property
+    def settled_by(self) -> float | None:
+        """How many times as many test documents would show such a difference; None without one."""
+        value, low, high = self.found.value, self.found.low, self.found.high
+        if not value or low is None or high is None:
+            return None
+        return ((high - low) / 2 / value) ** 2

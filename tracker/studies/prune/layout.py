@@ -101,7 +101,8 @@ def _differences(group: Compared, amount: str) -> list[Table]:
             pairs,
             [
                 f"p: of the difference on {group.over}, by sign flips of the test documents, "
-                "adjusted over the rows. Intervals are not adjusted."
+                "adjusted over the rows. Intervals of the mean hold for all rows at once "
+                "(Bonferroni), those of a benchmark each for itself."
             ],
         )
     ]

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from tracker.core.estimates import Estimate
 from tracker.core.formats import p_value, points, two_digits, with_interval
-from tracker.pruning.search.figures import calibration_documents
+from tracker.pruning.search.figures import calibration_documents, level_text
 from tracker.pruning.search.report import unsure_sentence
-from tracker.stats.rank_agreement import rounded
+from tracker.report.wording import listed
 from tracker.studies.prune.figures import ACCURACY, COSINES, OWN, Beside, Compared, Way
 from tracker.studies.prune.layout import (
     HOURS_OF_THE_PAPER,
@@ -18,6 +18,9 @@ from tracker.studies.prune.layout import (
     SHARE_OF_THE_PAPER,
     how_many,
 )
+
+_MANY = 1000
+"""So many times as many test documents nobody has."""
 
 
 def answers_of(group: Compared) -> Iterator[str]:
@@ -47,27 +50,35 @@ def _against_cosine(group: Compared, amount: str) -> list[Beside]:
 
 
 def _level(level: Estimate) -> str:
-    return with_interval(level, points, " %")
+    return level_text(level, "%")
 
 
 def _best(group: Compared, amount: str) -> str:
-    levels = {name: group.level_mean(Way(name, amount)) for name in group.strategies(amount)}
-    ranked = {name: level.value for name, level in levels.items() if level.value is not None}
+    """Say which strategy leaves the most, where that is shown in comparison with all others."""
     sentence = f"{group.title}, {how_many(group, amount)}"
-    if not ranked:
-        why = next(iter(levels.values())).reason
+    places = group.places(amount)
+    levels = {name: group.level_mean(Way(name, amount)) for name in places}
+    if not places:
+        every = (group.level_mean(Way(name, amount)) for name in group.strategies(amount))
+        why = next((level.reason for level in every if level.reason), "all draw at random")
         return f"{sentence}: no strategy can be judged ({why})."
-    best = max(ranked, key=ranked.__getitem__)
-    level_too = [
-        name
-        for name, value in ranked.items()
-        if rounded(value) == rounded(ranked[best]) and name != best
-    ]
-    ties = f", level with {', '.join(level_too)}" if level_too else ""
-    sentence += (
-        f", {group.over}: of {len(ranked)} strategies {best} leaves the most, a test accuracy of "
-        f"{_level(levels[best])}{ties}; unpruned {_level(group.level_mean(None))}."
-    )
+    first = [name for name, (best, _) in places.items() if best == 1]
+    values = [level.value or 0.0 for level in levels.values()]
+    unpruned = f"unpruned {_level(group.level_mean(None))}"
+    if len(places) == 1:
+        what = f"{first[0]} leaves a test accuracy of {_level(levels[first[0]])}"
+    elif len(first) == 1:
+        what = (
+            f"{first[0]} leaves the most of {len(places)} strategies, a test accuracy of "
+            f"{_level(levels[first[0]])}"
+        )
+    else:
+        which = "each of them" if len(first) == len(places) else listed(first, "or")
+        what = (
+            f"which of {len(places)} strategies leaves the most is open, it may be {which}; they "
+            f"leave test accuracies of {points(min(values))} to {points(max(values))} %"
+        )
+    sentence += f", {group.over}: {what}; {unpruned}."
     beside = group.beside(amount)
     if not beside:
         return sentence
@@ -90,7 +101,10 @@ def _verdict(pair: Beside) -> str:
         found = Estimate(-found.value, low, high)
     by = with_interval(found, points, " pp")
     if pair.sign == 0:
-        return f"{one} and {other} are not told apart, their difference is {by}{p}"
+        times = pair.settled_by
+        known = times is not None and 1 < times < _MANY
+        more = f"; about {times:.2g} times as many test documents would tell" if known else ""
+        return f"{one} and {other} are not told apart, their difference is {by}{p}{more}"
     return f"{one} beats {other} by {by}{p}"
 
 

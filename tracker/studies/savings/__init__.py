@@ -23,7 +23,7 @@ from tracker.studies.savings.figures import (
 from tracker.studies.savings.layout import (
     bounds_table,
     extent,
-    named,
+    hardest_of,
     passes_chart,
     savings_table,
     times,
@@ -140,7 +140,7 @@ def _bounded(cell: MeasuredDocuments, replays: Sequence[Replayed]) -> str:
         key=lambda race: (most(race.passes, 0.5), race.bound.documents.value or math.inf),
     )
     bound, needed = dearest.bound, dearest.bound.documents
-    answer = f"{cell.title}: the dearest, '{dearest.asked}', is bounded by {named(bound)}"
+    answer = f"{cell.title}: the dearest, '{dearest.asked}', is bounded by {hardest_of(dearest)}"
     if needed.value is None:
         return f"{answer}: {needed.reason}."
     took = most(dearest.documents, 0.5) * cell.population

@@ -187,7 +187,6 @@ class Hardest:
     """What bounds a question's cost.
 
     Attributes:
-        runs: Whose drop, or whose difference of two drops, is the hardest to know.
         distance: How exactly it must be known: for a set, how far the last one in and the first
             one out are apart, with what is tolerated; for a sign, the drop; else what is asked.
         sd: The standard deviation of a document's drop, or difference.
@@ -195,7 +194,6 @@ class Hardest:
             that was right in advance, with the same confidence for all, and the power `POWER`.
     """
 
-    runs: tuple[RunIdentity, ...]
     distance: float
     sd: float
     documents: Estimate
@@ -213,13 +211,13 @@ def hardest(cell: MeasuredDocuments, asked: Question) -> Hardest:
         distance = abs(float(difference.mean())) + (asked.within or 0.0)
         sd, comparisons = float(difference.std()), asked.count * (runs - asked.count)
     elif asked.kind == "drop":
-        ends, power = np.array([np.argmax(sds)]), 0.0
-        distance, sd = asked.within or 0.0, float(sds[ends[0]])
+        power = 0.0
+        distance, sd = asked.within or 0.0, float(sds.max())
     else:
         with np.errstate(divide="ignore", invalid="ignore"):
             hard = np.where(sds > 0, sds / np.where(abs(means) > SAME, abs(means), np.nan), 0.0)
-        ends = np.array([np.argmax(np.where(np.isnan(hard), np.inf, hard))])
-        distance, sd = abs(float(means[ends[0]])), float(sds[ends[0]])
+        place = int(np.argmax(np.where(np.isnan(hard), np.inf, hard)))
+        distance, sd = abs(float(means[place])), float(sds[place])
     if distance <= SAME:
         tie = "two runs tie" if asked.count else "the drop is 0"
         documents = Estimate(None, reason=f"{tie}, which only all documents show")
@@ -227,7 +225,7 @@ def hardest(cell: MeasuredDocuments, asked: Question) -> Hardest:
         reach = float(stats.norm.ppf(1 - (1 - asked.level) / comparisons)) + power
         endless = (reach * sd / distance) ** 2
         documents = Estimate(float(math.ceil(endless / (1 + endless / cell.population))))
-    return Hardest(tuple(cell.runs[n] for n in ends), distance, sd, documents)
+    return Hardest(distance, sd, documents)
 
 
 def orders_of(documents: int) -> NDArray[np.int64]:

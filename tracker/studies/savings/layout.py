@@ -12,7 +12,6 @@ from tracker.core.tables import Column, Table, table
 from tracker.studies.savings.figures import (
     ORDERS,
     POWER,
-    Hardest,
     MeasuredDocuments,
     Replayed,
     most,
@@ -30,12 +29,13 @@ def extent(cell: MeasuredDocuments) -> str:
     return f"{measured}{cell.population:,} documents"
 
 
-def named(bound: Hardest) -> str:
-    """Name what is the hardest to know."""
-    names = [run.label() for run in bound.runs]
-    if len(names) == 2:
-        return f"{names[0]} and {names[1]}, {_fine(bound.distance)} pp to tell apart"
-    return f"{names[0]}, to be known by {_fine(bound.distance)} pp"
+def hardest_of(race: Replayed) -> str:
+    """Say what is the hardest to know; other documents would find it between other runs."""
+    distance = f"{_fine(race.bound.distance)} pp"
+    if race.asked.count is not None:
+        return f"the last one in and the first one out, {distance} to tell apart"
+    which = "varies most" if race.asked.kind == "drop" else "is the hardest to tell from 0"
+    return f"the drop that {which}, to be known by {distance}"
 
 
 def _ended(cell: MeasuredDocuments) -> str:
@@ -88,7 +88,7 @@ def bounds_table(cell: MeasuredDocuments, replays: Sequence[Replayed]) -> Table:
 
     columns: tuple[Column[Replayed], ...] = (
         Column("question", "text", lambda race: str(race.asked)),
-        Column("the hardest to know", "text", lambda race: named(race.bound)),
+        Column("the hardest to know", "text", hardest_of),
         Column("standard deviation of a document", "points", lambda race: race.bound.sd),
         Column("documents of one look", "count", lambda race: race.bound.documents),
         Column("documents of the race", "count", raced, _ended(cell)),

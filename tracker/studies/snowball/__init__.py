@@ -39,6 +39,9 @@ from tracker.studies.snowball.layout import (
     summary,
 )
 
+_FIRST = 3
+"""A layer that is surely among so many whose removals grow most is named."""
+
 
 class Snowball(Study):
     """Each layer removed, and perturbed as much at random, followed through all later layers.
@@ -188,18 +191,27 @@ def _most(cell: Figures) -> str:
     defined = [layer for layer, factor in enumerate(factors) if factor.value is not None]
     if not defined:
         return f"{_where(cell)}: {factors[0].reason}."
-    order = sorted(defined, key=lambda layer: -(factors[layer].value or 0))
+    between = dict(zip(defined, tokens.removed.ranks(cell.documents), strict=True))
+    first = max(1, min(_FIRST, len(defined) // 2))
+    most = sorted(
+        (layer for layer in defined if between[layer][1] <= first),
+        key=lambda layer: -(factors[layer].value or 0),
+    )
     parts = [
         f"layer {layer} ×{with_interval(factors[layer], three_digits)}, "
         f"from {points(tokens.paths[layer, layer])} "
         f"% to {points(tokens.paths[layer, -1])} % of the stream's norm, larger behind "
         f"{tokens.growing_steps(layer)} later layers"
-        for layer in order[:3]
+        for layer in most
     ]
-    return (
-        f"{_where(cell)}: most after the removal of {'; '.join(parts)}; least of layer {order[-1]} "
-        f"×{with_interval(factors[order[-1]], three_digits)}."
-    )
+    least = [layer for layer in defined if between[layer][0] == len(defined)]
+    sentence = f"{_where(cell)}: which removals grow most is open"
+    if parts:
+        among = f"the {first} that grow most include" if first > 1 else "most grows"
+        sentence = f"{_where(cell)}: of all removals {among} that of {'; '.join(parts)}"
+    for layer in least:
+        sentence += f"; least that of layer {layer} ×{with_interval(factors[layer], three_digits)}"
+    return f"{sentence} (95 % confidence for all layers)."
 
 
 def _against_chance(cell: Figures, draws: int) -> str:
@@ -265,17 +277,9 @@ def _between(cells: Sequence[Figures]) -> str:
             f"Whether growth differs between {names} cannot be tested: five documents of each are "
             "needed; raise 'sample' or 'limit'."
         )
-    ratios = []
-    for layer in layers:
-        factors = (cell.tokens.removed.factors[layer].value for cell in cells)
-        values = [value for value in factors if value is not None]
-        ratios.append(max(values) / min(values) if len(values) > 1 else 0.0)
-    far = int(np.argmax(ratios))
     return (
-        f"Growth depends on the benchmark in {sum(p < SIGNIFICANT for p in adjusted)} of "
-        f"{len(adjusted)} layers ({names}; Kruskal–Wallis over documents, Holm over layers); "
-        f"furthest apart is layer {far}, where the largest factor is {three_digits(ratios[far])} "
-        "times the smallest."
+        f"Growth is shown to depend on the benchmark in {sum(p < SIGNIFICANT for p in adjusted)} "
+        f"of {len(adjusted)} layers ({names}; Kruskal–Wallis over documents, Holm over layers)."
     )
 
 

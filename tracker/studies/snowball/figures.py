@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from tracker.stats.multiple import holm
 from tracker.stats.proxies import per_token, proxy_means
 from tracker.stats.rank_agreement import places
 from tracker.stats.resampling import SEED
+from tracker.stats.support import pairs, ranks, together
 from tracker.studies.base import SIGNIFICANT, Subject, lined_up, side
 
 Array = NDArray[np.float64]
@@ -55,6 +57,12 @@ class Growth:
             None if p is None or factor.low is None else side(factor, 1) * (p < SIGNIFICANT)
             for factor, p in zip(self.factors, self.p_values, strict=True)
         ]
+
+    def ranks(self, documents: int) -> list[tuple[int, int]]:
+        """Between which ranks each defined factor lies, 1 for the largest; all of them at once."""
+        defined = [factor for factor in self.factors if factor.value is not None]
+        logs = [_log(factor) for factor in defined]
+        return ranks(together(logs, [documents] * len(logs), pairs(len(logs))))
 
     @property
     def defined(self) -> list[float]:
@@ -167,6 +175,14 @@ class Figures:
     def layers(self) -> int:
         """How many the model has."""
         return self.record.model.layers
+
+
+def _log(factor: Estimate) -> Estimate:
+    """Take a factor's logarithm, on which its interval is about symmetric."""
+    value, low, high = (
+        math.log(end) if end else None for end in (factor.value, factor.low, factor.high)
+    )
+    return Estimate(value, low, high)
 
 
 def figures(subject: Subject, observed: Observed) -> Figures | None:

@@ -1,0 +1,31 @@
+"""What the note of a run says of its layer."""
+
+from __future__ import annotations
+
+from tests.report.conftest import build_cell
+from tracker.tracking.notes import layer_note
+
+
+def test_a_note_says_what_may_be_chance_among_all_runs_of_its_cell() -> None:
+    """Was: what one interval for itself says."""
+    cell = build_cell()
+    loud, quiet, rises = (
+        cell.runs[layer].model_copy(
+            update={
+                "accuracy_drop": drop,
+                "accuracy_drop_low": drop - 0.05,
+                "accuracy_drop_high": drop + 0.05,
+                "mcnemar_p": p,
+            }
+        )
+        for layer, (drop, p) in enumerate([(0.2, 1e-9), (0.06, 0.02), (-0.02, 0.6)])
+    )
+    cell = cell.model_copy(update={"runs": (loud, quiet, rises, *cell.runs[3:])})
+    assert layer_note(cell, loud).endswith("it falls by 20.0 pp (95 % interval 15.0 to 25.0).")
+    chance = f", which may be chance among {len(cell.runs)} runs."
+    assert layer_note(cell, quiet).endswith(
+        f"it falls by 6.0 pp (95 % interval 1.0 to 11.0){chance}"
+    )
+    assert layer_note(cell, rises).endswith(
+        f"it rises by 2.0 pp (95 % interval −3.0 to 7.0){chance}"
+    )
