@@ -59,8 +59,8 @@ def test_power_is_said_under_every_table_of_runs() -> None:
     shares = sorted(0.12 * 159 / 160 + run.accuracy_drop**2 for run in cell.runs)
     middle = (shares[14] + shares[15]) / 2
     found = re.fullmatch(
-        r"Power \(80 %, two-sided 5 %, paired\): the smallest accuracy drop that 160 documents "
-        r"reveal is (.+) pp under the median removal, (.+) pp under the one that changes most; "
+        r"The smallest accuracy drop that 160 documents reveal, with 80 % power \(two-sided 5 %, "
+        r"paired\): (.+) pp under the median removal, (.+) pp under the one that changes most\. "
         r"3 pp would take (.+) and (.+) documents\.",
         says,
     )

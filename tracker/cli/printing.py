@@ -43,8 +43,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None, brief: bool = 
     """
     from tracker.report.caveats import looks_note, rounding_note
     from tracker.report.leaderboard.claims import shown_in
-    from tracker.report.leaderboard.rules import CORRELATION_RULE
-    from tracker.report.wording import beneath, power_sentence, sentence
+    from tracker.report.wording import beneath, power_sentence
 
     shown = [
         run for run in cell.runs if only is None or (run.kind, run.layer) == (only.kind, only.layer)
@@ -64,22 +63,15 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None, brief: bool = 
     metric = "" if cell.other_metric else cell.metric
     title = " · ".join(filter(None, (cell.heading, metric, cell.documents)))
     say()
-    print_table(table(title, columns, [run_table.CellRun(cell, run) for run in shown]))
+    print_table(made := table(title, columns, [run_table.CellRun(cell, run) for run in shown]))
     if brief:
         say(_unlisted(len(cell.runs) - len(shown), len(cell.runs)))
-    elsewhere = {"mcnemar_p", "rounded", "drop_rounding"}
-    reasons = {why for run in shown for name, why in run.reasons.items() if name not in elsewhere}
     said = {"baseline_rounded", *(("n", "baseline_low") if cell.is_raced else ())}
-    reasons |= {why for name, why in cell.reasons.items() if name not in said}
-    for why in sorted(reasons):
-        say(f"{DASH} {why}")
-    figures = [beneath(cell).strip()]
-    if not brief:
-        related = not only and any(record.between for record in cell.correlations)
-        figures = [power_sentence(cell, shown), "" if only else sentence(cell)]
-        figures += [CORRELATION_RULE] if related else []
-    answer = None if cell.answer is None else statement(cell.answer)
-    for line in filter(None, (looks_note(cell), rounding_note(cell), *figures, answer)):
+    lacking = [f"{DASH} {why}" for name, why in cell.reasons.items() if name not in said]
+    power = "" if brief else power_sentence(cell, shown)
+    notes = (looks_note(cell), rounding_note(cell), beneath(cell).strip(), power)
+    answer = "" if cell.answer is None else statement(cell.answer)
+    for line in (*_dashes(made), *lacking, *filter(None, (*notes, answer))):
         say(line)
 
 
@@ -345,11 +337,12 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
             say(f"{cell.request.title}: {_until(cell)}")
     say(
         f"reveals: the smallest drop that so many documents show with {100 * POWER:.0f} % power "
-        f"(two-sided {100 * ALPHA:.0f} %, paired), and how many show {100 * MEANT:.0f} pp, if a "
-        "removal changes half of the outcomes, as often as unrelated models differ"
+        f"(two-sided {100 * ALPHA:.0f} %, paired)"
     )
+    say(f"for {100 * MEANT:.0f} pp: how many documents show a drop of {100 * MEANT:.0f} pp")
+    say("Both assume that a removal changes half of the outcomes, as between unrelated models")
     if any(cell.observed for cell in cells):
-        say("*: if it changes as many as the median removal does that is measured already")
+        say("*: assumes that it changes as many as the median removal that is measured already")
 
 
 class _Rates:
@@ -449,19 +442,19 @@ def _until(cell: PlannedCell) -> str:
     head, found = f"until {cell.request.until}", cell.expected
     if found is None:
         return (
-            f"{head}: the table says what all documents take; how many the answer takes can be "
-            f"said once {PILOT} are measured. A pilot measures them, and nothing is measured "
-            "twice: put 'sample: {value: 64}' in the place of 'until', and tracker run"
+            f"{head}: the table says what all documents take. Plan says what the answer takes once "
+            f"{PILOT} are measured: --set until=null --sample 64 measures some, and nothing is "
+            "measured twice"
         )
     (documents, more), (share, larger) = found.documents, found.share
     text = (
         f"{head}: about {documents:,} of {cell.cost.documents:,} documents and "
-        f"{100 * share:.0f} % of the layer passes, in nine of ten cases at most {more:,} and "
-        f"{100 * larger:.0f} % (simulated from {found.measured:,} measured documents; too low "
-        "where these are few)"
+        f"{100 * share:.0f} % of the layer passes; in nine of ten cases at most {more:,} and "
+        f"{100 * larger:.0f} %. This is simulated from {found.measured:,} measured documents; "
+        "few give too low a figure"
     )
     if found.open:
-        text += f"; all documents leave it open in {100 * found.open:.0f} % of the simulations"
+        text += f". In {100 * found.open:.0f} % of the simulations all documents leave it open"
     return text
 
 

@@ -44,9 +44,9 @@ def looks_note(cell: CellRecord) -> str:
     if not cell.is_raced:
         return ""
     return (
-        f"{capital(cell.reasons['n'])}. Each run’s figures rest on its own documents, and its "
-        f"interval is a {interval_name(cell)}, which holds at every look and for all runs "
-        "together; what holds for one look is left out. The baseline, the proxies and the "
+        f"{capital(cell.reasons['n'])}. Each run’s figures rest on its own documents. Its interval "
+        f"is a {interval_name(cell)}, which holds at every look and for all runs together. "
+        "What holds for one look is left out. The baseline, the proxies and the "
         f"correlations rest on the {counted(cell.n, 'document')} that all runs share. Without "
         "‘until’ the same experiment measures the rest."
     )
@@ -69,13 +69,13 @@ def rounding_note(cell: CellRecord) -> str:
     text = (
         f"{dtype} decides up to {count:,} of {cell.n:,} documents of the intact model by rounding"
     )
+    text += "."
     if count:
         text += (
-            ": computed in another way, in lm-eval’s other batch sizes too, some of these are "
-            f"judged otherwise, and the baseline moves (± {measure.write(moved)} {measure.unit}, "
-            "95 %)"
+            " Computed in another way, such as another batch size of lm-eval, some of these are "
+            f"judged otherwise: the baseline moves by up to {measure.write(moved)} {measure.unit} "
+            "(95 %)."
         )
-    text += "."
     rounded = {run.rounded for run in cell.runs if run.rounded is not None}
     if rounded:
         span = " to ".join(f"{number:,}" for number in sorted({min(rounded), max(rounded)}))

@@ -342,32 +342,31 @@ def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
         runs: Some of its runs.
 
     Returns:
-        A sentence, also where it is undefined; empty without any run, and where an answer decides
+        Two sentences, or why it is undefined; empty without any run, and where an answer decides
         how many documents there are.
     """
     if not runs or cell.is_raced:  # the power of one look
         return ""
     measure = measure_of(cell)
-    head = f"Power ({POWER:.0%}, two-sided {ALPHA:.0%}, paired)".replace("%", " %")
     found = spreads_of(runs)
     if found is None:
         why = next((r.reasons["drop_sd"] for r in runs if "drop_sd" in r.reasons), "")
-        return f"{head}: undefined ({why or 'no outcome of a document has changed'})."
+        return f"Power is undefined: {why or 'no outcome of a document has changed'}."
     under = (" under the median removal", " under the one that changes most")
     named = [(found[0], "")] if len(runs) == 1 else [*zip(found, under, strict=True)]
     changes = [(spread.change(cell.n), which) for spread, which in named]
     smallest = ", ".join(
-        ("none" if change is None else f"{measure.write(change)} {measure.unit}") + which
+        f"{'none' if change is None else f'{measure.write(change)} {measure.unit}'}{which}"
         for change, which in changes
     )
     text = (
-        f"{head}: the smallest {measure.change} that {counted(cell.n, 'document')} reveal is "
-        f"{smallest}"
+        f"The smallest {measure.change} that {counted(cell.n, 'document')} reveal, with "
+        f"{100 * POWER:.0f} % power (two-sided {100 * ALPHA:.0f} %, paired): {smallest}."
     )
     if cell.higher_is_better:
         needed = " and ".join(f"{spread.documents(MEANT):,}" for spread, _ in named)
-        text += f"; {100 * MEANT:.0f} pp would take {needed} documents"
-    return f"{text}."
+        text += f" {100 * MEANT:.0f} pp would take {needed} documents."
+    return text
 
 
 def summary(cells: Sequence[CellRecord]) -> str:
