@@ -192,7 +192,7 @@ def test_where_noise_is_taken_off_of_fewer_benchmarks_they_are_named() -> None:
     assert audit.reliable == cells
     said = on_the_task(audit)
     assert "m: over 3 benchmarks" in said
-    assert "on the 2 of them whose drops are more signal than noise (b0, b1) the drop" in said
+    assert "On the 2 of them whose drops are more signal than noise (b0, b1) the drop" in said
     # Over the same two, noise left in.
     assert audit.spreads[DROP].noisy == pytest.approx(ModelAudit("m", cells).spreads[DROP].raw)
     assert "leaves 2 benchmarks" in " ".join(tables_of(audit)[3].notes)
@@ -224,7 +224,7 @@ def test_too_few_documents_say_how_many_it_takes() -> None:
     assert "raise sample:" in line
     assert "and has 30" in line
     said = on_the_task(audit)
-    assert said.endswith("how much of it is noise of the documents is open.")
+    assert said.endswith("How much of it is noise of the documents is open.")
 
 
 def test_a_proxy_that_cannot_be_said_has_its_reason_and_the_others_their_place() -> None:

@@ -63,7 +63,7 @@ def test_pairs_are_those_of_models_that_really_lack_both(
     logprob = dict(zip(removed, of_gold, strict=True))
 
     cells = {cell.removed: cell for cell in done.outcome.cells}
-    chart = next(c for c in done.finding.charts if "by gold_logprob_drop" in c.title)
+    chart = next(c for c in done.finding.charts if "by gold log-prob drop" in c.title)
     for i, j in pairs:
         run = cells[(i,)].runs_of()[j]
         assert (run.accuracy, run.ablation) == (pytest.approx(accuracy[i, j]), f"layers:{i},{j}")
@@ -79,7 +79,7 @@ def test_pairs_are_those_of_models_that_really_lack_both(
     assert set(rows["ablation"]) == {Ablation(layers).name for layers in removed}
     measures = {row[1] for row in done.finding.tables[0].rows}
     at_chance = accuracy[()] <= 0.25
-    assert measures == {"gold_logprob_drop"} | (set() if at_chance else {"accuracy drop"})
+    assert measures == {"gold log-prob drop"} | (set() if at_chance else {"accuracy drop"})
     assert any("nothing to lose" in each for each in done.finding.lacking) == at_chance
 
     # The section shows the pairs; as cells they would count among those that proxies order.
@@ -131,7 +131,7 @@ def test_a_pair_is_called_the_strongest_where_that_is_shown() -> None:
     """Was: the largest of those that are significant each for itself."""
     found, _ = _known(room=None)
     said = _answer(RECORD, found)
-    assert "the most redundant are layers 0 and 1, by 50.0 pp" in said
+    assert "The most redundant are layers 0 and 1, by 50.0 pp" in said
     (first, *_) = column(table := strongest(RECORD, found, 1), "its rank")
     assert (first.low, first.high) == (1, 1)
     assert column(table, "interaction")[0].low < found.found[0].low
@@ -140,7 +140,7 @@ def test_a_pair_is_called_the_strongest_where_that_is_shown() -> None:
     drops[:, 4 + found.pairs.index((1, 3))] = np.arange(40) < 24
     level = PairedOutcomes(np.zeros(40), -drops, np.full(40, 1 / 40))
     said = _answer(RECORD, pairs_of("", "points", level, range(4), found.pairs, None, None))
-    assert "which are the most redundant is open" in said
+    assert "Which are the most redundant is open" in said
 
 
 def test_pairs_at_the_floor_are_left_out() -> None:

@@ -157,10 +157,10 @@ def test_what_is_said_follows_from_the_growth(conduct: Conduct, drawn: Callable[
     assert whether.startswith(
         "tiny-llama: the snowball effect is there in most layers, as the paper"
     )
-    assert "in 4 of 6 cases and shrinks in 2 (arc_easy 2 grow, 1 shrink, 0 undecided" in whether
+    assert "in 4 of 6 cases and shrinks in 2. " in whether
     # 2³, 3², 0.5¹, and as many times as much as 0.5³, 0.5², 0.5¹.
-    assert re.search(r"; median ×(7\.[5-9]|8)\S* \(n = 30\)", whether)
-    assert re.search(r"it ends 3[567]\S* times \(median\) as large as if", whether)
+    assert 7.5 <= column(finding.tables[0], "median growth")[0].value <= 8.9
+    assert re.search(r"It ends 3[567]\S* times \(median\) as large as if", whether)
     assert most.startswith(
         "tiny-llama on arc_easy (30 documents): of all removals most grows that of layer 1 ×8."
     )
@@ -233,7 +233,7 @@ def test_layers_that_grow_alike_are_not_put_in_order() -> None:
     )
     apart = cell(around(9, 8, 7, *[2.0] * 5, documents=20))
     assert "the 3 that grow most include that of layer 0 ×" in (said := _most(apart))
-    assert "; layer 2 ×" in said
+    assert ", layer 2 ×" in said
     assert "least" not in said
 
 

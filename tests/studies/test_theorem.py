@@ -50,7 +50,7 @@ def test_on_a_real_benchmark(tiny_llama, experiment, tmp_path: Path) -> None:
     asked = {"results": results, "track": [], "epsilon": (1e-8, 0.1)}
     done = api.study("theorem", path, **asked)
     assert done.finding.answers[0] == (
-        "A model of 5 layers answers all 12 documents of arc_easy; its layer 2 has the cosine "
+        "A model of 5 layers answers all 12 documents of arc_easy. Its layer 2 has the cosine "
         "score 1e−8, the lowest: any other is more than 9.7e7 times as high. Without it not one "
         "document is answered."
     )
@@ -121,7 +121,7 @@ def test_twins_and_contexts_of_their_own(tiny_llama, experiment, tmp_path: Path)
     path = experiment(tiny_llama(), benchmark=["winogrande"], limit=24)
     finding = conducted("theorem", path, tmp_path / "results", epsilon=(1e-8,))
     assert finding.answers[0].startswith(
-        "A model of 5 layers answers all 24 documents of winogrande; its layer 2 has the cosine "
+        "A model of 5 layers answers all 24 documents of winogrande. Its layer 2 has the cosine "
         "score 1e−8, the lowest"
     )
     assert plain(finding.tables[0].rows[0][4:6]) == [1, 0]

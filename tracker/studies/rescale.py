@@ -111,7 +111,9 @@ def _answers(cells: Sequence[Costs]) -> list[str]:
         ("the loss of gold log-probability", True),
     ):
         shares = {way: won_back(cells, way, nats) for way in ways}
-        text = ", ".join(f"{NAMES[way]} {_share(share)}" for way, share in shares.items())
+        texts = {NAMES[way]: _share(share) for way, share in shares.items()}
+        (only, *others) = dict.fromkeys(texts.values())
+        text = only if not others else ", ".join(f"{name} {said}" for name, said in texts.items())
         answers.append(f"Won back of {what}: {text}.")
         if shares["scale"].low is not None:
             part = {1: "mostly", -1: "not only", 0: "perhaps"}[side(shares["scale"], 0.5)]

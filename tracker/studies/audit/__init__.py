@@ -92,7 +92,7 @@ def _pooled(audit: ModelAudit) -> str:
     benchmarks = sum(bool(c.inner) and c.record.higher_is_better for c in summary.cells)
     return (
         f"{start}over inner layers × {counted(benchmarks, 'benchmark')} the cosine score and "
-        f"the accuracy drop correlate at r = {with_interval(found)}, "
+        f"the accuracy drop correlate at r = {with_interval(found)}: "
         f"{verdict}. Benchmark by benchmark, all layers, Spearman is "
         f"{with_interval(summary.spearman)} on average ({audit.on}; Holm's p over all proxies "
         f"{p_value(audit.adjusted['cosine_score'])})."
@@ -104,13 +104,12 @@ def _differ(audit: ModelAudit) -> str:
         return ""
     exact, major = audit.orders["cosine_score"]
     return (
-        f"cosine score and {audit.drop} rank {points(exact.share)} % of layers apart, "
-        f"where random orders rank {points(exact.chance)} % apart (the paper: "
-        f"{points(PAPER_DIFFER)} %, without a chance level), and "
-        f"{points(major.share)} % by more than a quarter of the layers, where random "
-        f"orders do {points(major.chance)} % (p = {p_value(major.smooth_p)} of agreeing "
-        f"better than chance; the paper: {points(PAPER_MAJORLY)} % by a threshold that it "
-        "does not say)."
+        f"cosine score and {audit.drop} give {points(exact.share)} % of the layers another rank, "
+        f"random orders {points(exact.chance)} % (the paper: {points(PAPER_DIFFER)} %, without a "
+        f"chance level). {points(major.share)} % are more than a quarter of the layers apart, "
+        f"with random orders {points(major.chance)} % (p = {p_value(major.smooth_p)} of agreeing "
+        f"better than chance; the paper: {points(PAPER_MAJORLY)} % by a threshold that it does "
+        "not say)."
     )
 
 
@@ -128,18 +127,18 @@ def _task(audit: ModelAudit) -> str:
     )
     excess = cosine.excess
     if drop.clean is None or cosine.clean is None or excess is None or excess.value is None:
-        return f"{sentence}; how much of it is noise of the documents is open."
-    before = "without the noise of the documents the drop varies"
+        return f"{sentence}. How much of it is noise of the documents is open."
+    before = "Without the noise of the documents the drop varies"
     if len(audit.reliable) < len(above):
         names = ", ".join(cell.label for cell in audit.reliable)
         before = (
-            f"on the {len(audit.reliable)} of them whose drops are more signal than noise "
+            f"On the {len(audit.reliable)} of them whose drops are more signal than noise "
             f"({names}) the drop varies by {two_digits(drop.noisy or 0.0)}, and without the noise "
             "of the documents"
         )
     sentence += (
-        f"; {before} by {two_digits(drop.clean)}, the cosine score by {two_digits(cosine.clean)}, "
-        f"a difference of {with_interval(excess)}, so that "
+        f". {before} by {two_digits(drop.clean)}, the cosine score by {two_digits(cosine.clean)}, "
+        f"a difference of {with_interval(excess)}: "
     )
     if side(excess) > 0:
         return f"{sentence}relevance depends on the task more than cosine says."
@@ -180,9 +179,9 @@ def _worth(audit: ModelAudit) -> str:
         return ""
     return (
         f"the drop of half of the documents predicts that of the other half at "
-        f"{two_digits(halved)}; where that is low, a proxy with less noise may do better. The "
-        "chart shows what each predicts for its forward passes, without intervals, so that which "
-        "to trust at a price is open."
+        f"{two_digits(halved)}. Where that is low, a proxy with less noise may do better. The "
+        "chart shows what each predicts for its forward passes, without intervals: which to "
+        "trust at a price is open."
     )
 
 

@@ -150,7 +150,7 @@ def _disagreements(audit: ModelAudit) -> Table:
         ],
         audit.orders,
         [
-            f"Majorly: by more than {MAJOR:.0%} of the layers. Ties share their mean rank. "
+            f"Majorly: by more than {100 * MAJOR:.0f} % of the layers. Ties share their mean rank. "
             "p: how often orders that know nothing of each other differ as rarely, layers "
             "shuffled freely or as smooth over depth as they are; not adjusted."
         ],

@@ -9,6 +9,7 @@ from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.formats import DASH, interval, two_digits
 from tracker.core.records import CellRecord
+from tracker.report.wording import capital
 from tracker.studies.base import (
     FEWEST,
     Study,
@@ -123,11 +124,11 @@ class Calibration(Study):
             bottom = max(k for _, end, k in drop.tops if end == "bottom")
             answer += (
                 f"rank correlation {two_digits(agreed.value)} (middle 95 % of draws "
-                f"{interval(agreed.low, agreed.high, two_digits)}); {self._until(drop, cells)}. "
-                f"Of the {top} layers with the largest {drop.name} they share "
-                f"{_percent(drop, n, f'top {top}')} (by chance {top / drop.layers:.0%}), and of "
-                f"the {bottom} with the smallest {_percent(drop, n, f'bottom {bottom}')} "
-                f"({bottom / drop.layers:.0%})."
+                f"{interval(agreed.low, agreed.high, two_digits)}). "
+                f"{capital(self._until(drop, cells))}. Of the {top} layers with the largest "
+                f"{drop.name} they share {_percent(drop, n, f'top {top}')} (by chance "
+                f"{_share(top, drop)}), and of the {bottom} with the smallest "
+                f"{_percent(drop, n, f'bottom {bottom}')} ({_share(bottom, drop)})."
             )
         needed = [(curve.name, curve.needed.value) for curve in others]
         quick = [f"{name} {_rounded(value):,}" for name, value in needed if value is not None]
@@ -165,9 +166,13 @@ def _together(subjects: Sequence[Subject]) -> list[tuple[str, list[int]]]:
     return together
 
 
+def _share(some: int, of: Curve) -> str:
+    return f"{100 * some / of.layers:.0f} %"
+
+
 def _percent(curve: Curve, n: int, statistic: str) -> str:
     value = curve.agreement(n, statistic).value
-    return DASH if value is None else f"{value:.0%}"
+    return DASH if value is None else f"{100 * value:.0f} %"
 
 
 def _rounded(value: float) -> int:

@@ -53,7 +53,7 @@ def agreement_table(title: str, drop: Curve) -> Table:
         return Column(f"{name} shared", "percent", lambda n: drop.agreement(n, name))
 
     chance = ", ".join(
-        f"{k / drop.layers:.0%} of the {name}" for name, end, k in drop.tops if end == "top"
+        f"{100 * k / drop.layers:.0f} % of the {name}" for name, end, k in drop.tops if end == "top"
     )
     with_all = f"a sample with all {drop.documents:,}"
     return table(

@@ -35,7 +35,7 @@ _ASSUMED = (
     "is shown in comparison with every other one.",
     "Tests: sign flips of the documents' interactions (exact where they are whole numbers), as if "
     "each were as likely to be x as −x; over all pairs of a benchmark that are not at the floor, "
-    f"Benjamini-Hochberg at a false discovery rate of {SIGNIFICANT:.0%}.",
+    f"Benjamini-Hochberg at a false discovery rate of {100 * SIGNIFICANT:.0f} %.",
     "R² is that of the sum itself as the prediction of the joint drop; no line is fitted.",
 )
 
@@ -80,7 +80,8 @@ class Joint(Study):
             for pairs in measures:
                 rows.append((record, pairs))
                 result.charts += [interaction_map(record, pairs), distance_chart(record, pairs)]
-                result.tables += [strongest(record, pairs, sign) for sign in (1, -1)]
+                tables = (strongest(record, pairs, sign) for sign in (1, -1))
+                result.tables += [each for each in tables if each.rows]
                 result.answers.append(_answer(record, pairs))
         if rows:
             result.tables.insert(0, summary(rows))
@@ -98,7 +99,7 @@ def _answer(record: CellRecord, pairs: Pairs) -> str:
     if pairs.rank.value is not None and pairs.explained.value is not None:
         answer += (
             f"the sum of single drops ranks the joint drops of {of - at_floor:,} pairs with "
-            f"Spearman {with_interval(pairs.rank)}, and as a prediction has R² "
+            f"Spearman {with_interval(pairs.rank)}. As a prediction it has R² "
             f"{with_interval(pairs.explained)}. "
         )
     if (mean := pairs.mean.value) is not None:
@@ -110,16 +111,16 @@ def _answer(record: CellRecord, pairs: Pairs) -> str:
         )
     redundant, sub_additive = pairs.significant(1), pairs.significant(-1)
     answer += (
-        f"At a false discovery rate of {SIGNIFICANT:.0%}: {len(redundant)} redundant and "
+        f"At a false discovery rate of {100 * SIGNIFICANT:.0f} %: {len(redundant)} redundant and "
         f"{len(sub_additive)} sub-additive pairs"
     )
     for word, sign, places in (("redundant", 1, redundant), ("sub-additive", -1, sub_additive)):
         if (place := pairs.strongest(sign)) is not None:
             i, j = pairs.pairs[place]
             by = pairs.write(pairs.at_once[place])
-            answer += f"; the most {word} are layers {i} and {j}, by {by}"
+            answer += f". The most {word} are layers {i} and {j}, by {by}"
         elif places:
-            answer += f"; which are the most {word} is open"
+            answer += f". Which are the most {word} is open"
     if at_floor:
         answer += f". {at_floor:,} of {of:,} pairs are at the floor and left out"
     return answer + "."

@@ -131,14 +131,14 @@ def measured(subject: Subject) -> tuple[list[Pairs], list[str]]:
     found = []
     for measure, unit, paired, most in (
         (own.change, own.form, outcomes.by_metric(ablations), room),
-        ("gold_logprob_drop", "nats", outcomes.by_gold_logprob(ablations), None),
+        ("gold log-prob drop", "nats", outcomes.by_gold_logprob(ablations), None),
     ):
         if bad := int((~np.isfinite(paired.drops).all(axis=1)).sum()):
             why.append(f"{measure}: {bad} of {len(paired.drops)} documents have no finite score")
         elif most is not None and most <= 0:
             why.append(
                 f"{measure}: the baseline is at or below chance, so there is nothing to lose; "
-                "gold_logprob_drop has no floor"
+                "the gold log-prob drop has no floor"
             )
         else:
             found.append(pairs_of(measure, unit, paired, layers, pairs, outcomes.strata, most))

@@ -43,7 +43,8 @@ def summary(rows: Sequence[tuple[CellRecord, Pairs]]) -> Table:
         (
             "Interaction: drop of both minus the sum of both drops, over pairs that are not at the "
             "floor. Redundant (above 0) and sub-additive (below 0): significant after "
-            f"Benjamini-Hochberg at {SIGNIFICANT:.0%}. In brackets 95 % intervals over documents.",
+            f"Benjamini-Hochberg at {100 * SIGNIFICANT:.0f} %. In brackets 95 % intervals over "
+            "documents.",
         ),
     )
 
@@ -100,7 +101,7 @@ def interaction_map(record: CellRecord, pairs: Pairs) -> MapChart:
         values=tuple(tuple(None if n is None else pairs.value(n) for n in row) for row in grid),
         hovers=tuple(tuple("" if n is None else _hover(pairs, n) for n in row) for row in grid),
         shown=tuple(tuple(n in sure for n in row) for row in grid),
-        shown_by=f"significant after Benjamini-Hochberg at {SIGNIFICANT:.0%}",
+        shown_by=f"significant after Benjamini-Hochberg at {100 * SIGNIFICANT:.0f} %",
     )
 
 

@@ -42,9 +42,10 @@ _ASSUMED = (
     "variance estimates recovery (Donner and Zou 2012). Intervals say what other test documents "
     "would give; the benchmarks, the calibration documents and what these chose are held fixed.",
     "Tests: sign flips of the documents' differences, as if each were as likely to be x as −x; "
-    f"called significant where p, adjusted by Holm (1979), is below {SIGNIFICANT:.0%}, and the "
-    "interval that holds for all comparisons at once (Bonferroni) is on one side of 0. A strategy "
-    "leaves the most where it is so beside every other one but random, which is never called best.",
+    f"called significant where p, adjusted by Holm (1979), is below {100 * SIGNIFICANT:.0f} %, and "
+    "the interval that holds for all comparisons at once (Bonferroni) is on one side of 0. A "
+    "strategy leaves the most where it is so beside every other one but random, which is never "
+    "called best.",
     "A strategy that draws at random counts, document by document, by the mean of its draws.",
     f"{COST} Every candidate is scored again after each removal.",
 )

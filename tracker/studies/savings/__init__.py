@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tracker.core.ablations import removals
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
-from tracker.core.formats import defined, points
+from tracker.core.formats import counted, defined, points
 from tracker.core.questions import question
 from tracker.studies.base import Study, StudyContext, StudyResult, Subject
 from tracker.studies.savings.figures import (
@@ -112,18 +112,20 @@ class Savings(Study):
 
 
 def _answer(cell: MeasuredDocuments, replays: Sequence[Replayed]) -> str:
-    parts = [f"{race.asked}: {_share(race, 0.5)} ({_share(race, 0.9)})" for race in replays]
-    answer = (
-        f"{cell.title}, {extent(cell)}, {len(cell.runs)} runs: what each question "
-        f"takes of all layer passes, in the median of {ORDERS} orders (in nine of ten at most): "
-        f"{'; '.join(parts)}."
-    )
+    head = f"{cell.title}, {extent(cell)}, {len(cell.runs)} runs"
     cheapest = min(replays, key=lambda race: most(race.passes, 0.5))
+    if not defined(most(cheapest.passes, 0.5)):
+        asked = counted(len(replays), "question")
+        return f"{head}: of {asked} none is answered in the median of {ORDERS} orders."
+    answer = (
+        f"{head}: '{cheapest.asked}' takes the least, {_share(cheapest, 0.5)} of all layer passes "
+        f"in the median of {ORDERS} orders (in nine of ten at most {_share(cheapest, 0.9)})"
+    )
     if not (fewer := times(cell, cheapest)):
-        return answer
+        return f"{answer}."
     return (
-        f"{answer} '{cheapest.asked}' takes {fewer:.3g} times fewer than lm-eval once for each "
-        f"run, of which a factor of {cell.plain / cell.everything:.3g} is the sharing of layers."
+        f"{answer}. That is {fewer:.3g} times fewer than lm-eval once for each run, of which a "
+        f"factor of {cell.plain / cell.everything:.3g} is the sharing of layers."
     )
 
 
@@ -146,9 +148,9 @@ def _bounded(cell: MeasuredDocuments, replays: Sequence[Replayed]) -> str:
     took = most(dearest.documents, 0.5) * cell.population
     ended = f"took {took:,.0f}" if defined(took) else "was open after all that are measured"
     return (
-        f"{answer}, where a document has a standard deviation of {points(bound.sd)} pp: a test "
-        f"that looks once, at the number of documents that is right in advance, would need "
-        f"{needed.value:,.0f} of the {cell.population:,}; the race {ended}."
+        f"{answer}, where a document has a standard deviation of {points(bound.sd)} pp. A test "
+        f"that looks once, at the right number of documents, would need {needed.value:,.0f} of the "
+        f"{cell.population:,}; the race {ended}."
     )
 
 
@@ -157,6 +159,6 @@ def _errors(races: Sequence[Replayed]) -> str:
     worst = max(float(race.wrong.mean()) for race in races)
     promised = max(1 - race.asked.level for race in races)
     return (
-        f"Of {len(races) * ORDERS:,} races {wrong:,} ended with a wrong answer; of one question in "
-        f"one benchmark at most {points(worst)} %, where {points(promised)} % are promised at most."
+        f"Of {len(races) * ORDERS:,} races {wrong:,} ended with a wrong answer. Of one question in "
+        f"one benchmark it is at most {points(worst)} %, where {points(promised)} % are promised."
     )

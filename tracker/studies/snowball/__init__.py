@@ -10,7 +10,7 @@ import numpy as np
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.core.errors import RequestError
-from tracker.core.formats import measure_of, p_value, points, three_digits, with_interval
+from tracker.core.formats import measure_of, p_value, three_digits, with_interval
 from tracker.engine.observers.perturbation_growth import perturbation_growth, verify_growth
 from tracker.engine.refusal import refused
 from tracker.engine.scoring.sweep import Engine
@@ -158,19 +158,12 @@ def _whether(cells: Sequence[Figures]) -> str:
         verdict = "the snowball effect is the exception and not the rule here, against the paper"
     else:
         verdict = "whether most layers snowball is open; raise 'sample' or 'limit'"
-    parts = [
-        f"{cell.record.benchmark.title} {each.count(1)} grow, {each.count(-1)} shrink, "
-        f"{each.count(0)} undecided; median ×{three_digits(cell.tokens.removed.median)} "
-        f"(n = {cell.documents})"
-        for cell, each in zip(cells, signs, strict=True)
-    ]
     handed_on = [factor for cell in cells for factor in cell.tokens.handed_on.defined]
     return (
         f"{model}: {verdict}. From right behind a removed layer to the last layer, the relative "
         f"difference to the intact residual stream grows in {grow} of {of} cases and shrinks in "
-        f"{shrink} ({'; '.join(parts)}). Later layers do add to it: it ends "
-        f"{three_digits(float(np.median(handed_on)))} times (median) as large as if they had "
-        "handed it on as it was; but the stream grows too."
+        f"{shrink}. It ends {three_digits(float(np.median(handed_on)))} times (median) as large as "
+        "if later layers had handed it on as it was; but the stream grows too."
     )
 
 
@@ -187,30 +180,29 @@ def _too_few(cell: Figures) -> str:
 
 
 def _most(cell: Figures) -> str:
-    tokens, factors = cell.tokens, cell.tokens.removed.factors
+    grow = cell.tokens.removed
+    factors = grow.factors
     defined = [layer for layer, factor in enumerate(factors) if factor.value is not None]
     if not defined:
         return f"{_where(cell)}: {factors[0].reason}."
-    between = dict(zip(defined, tokens.removed.ranks(cell.documents), strict=True))
+    between = dict(zip(defined, grow.ranks(cell.documents), strict=True))
     first = max(1, min(_FIRST, len(defined) // 2))
     most = sorted(
         (layer for layer in defined if between[layer][1] <= first),
         key=lambda layer: -(factors[layer].value or 0),
     )
-    parts = [
-        f"layer {layer} ×{with_interval(factors[layer], three_digits)}, "
-        f"from {points(tokens.paths[layer, layer])} "
-        f"% to {points(tokens.paths[layer, -1])} % of the stream's norm, larger behind "
-        f"{tokens.growing_steps(layer)} later layers"
-        for layer in most
-    ]
-    least = [layer for layer in defined if between[layer][0] == len(defined)]
+
+    def grown(layer: int) -> str:
+        return f"layer {layer} ×{with_interval(factors[layer], three_digits)}"
+
     sentence = f"{_where(cell)}: which removals grow most is open"
-    if parts:
+    if most:
         among = f"the {first} that grow most include" if first > 1 else "most grows"
-        sentence = f"{_where(cell)}: of all removals {among} that of {'; '.join(parts)}"
-    for layer in least:
-        sentence += f"; least that of layer {layer} ×{with_interval(factors[layer], three_digits)}"
+        named = ", ".join(map(grown, most))
+        sentence = f"{_where(cell)}: of all removals {among} that of {named}"
+    for layer in defined:
+        if between[layer][0] == len(defined):
+            sentence += f"; least that of {grown(layer)}"
     return f"{sentence} (95 % confidence for all layers)."
 
 
@@ -222,7 +214,7 @@ def _against_chance(cell: Figures, draws: int) -> str:
     return (
         f"{_where(cell)}: a removal grows more than random directions of the same norm in "
         f"{signs.count(1)} of {len(signs) - signs.count(None)} layers, less in {signs.count(-1)} "
-        f"(median ratio {three_digits(beside.median)}); random directions ({draws} a token) "
+        f"(median ratio {three_digits(beside.median)}). Random directions ({draws} a token) "
         f"snowball in {tokens.random.signs.count(1)}, other tokens' updates in "
         f"{tokens.shuffled.signs.count(1)}."
     )
@@ -238,10 +230,10 @@ def _explains(cell: Figures) -> list[str]:
     better = explained.better[END]
     verdicts = {1: "a better", -1: "a worse", 0: "neither a surely better nor a surely worse"}
     predicts = (
-        f"{where}: how far a removal has moved the stream before the head is "
-        f"{verdicts[side(better)]} predictor of the {measure_of(cell.record).change} than the "
-        f"cosine score: Spearman {with_interval(end)} against {with_interval(cosine)}, "
-        f"difference {with_interval(better)} over {len(explained.layers)} layers."
+        f"{where}: how far a removal moves the stream before the head is {verdicts[side(better)]} "
+        f"predictor of the {measure_of(cell.record).change} than the cosine score. Spearman is "
+        f"{with_interval(end)} against {with_interval(cosine)}, difference {with_interval(better)} "
+        f"over {len(explained.layers)} layers."
     )
     growth = explained.partial["growth after removal"]
     depth = explained.partial["layers that follow"]
@@ -251,7 +243,7 @@ def _explains(cell: Figures) -> list[str]:
     does = p is not None and p < SIGNIFICANT and growth.value > 0
     explains = (
         f"{where}: growth {'explains part of' if does else 'is not shown to explain'} what "
-        f"the cosine score misjudges: with it held fixed, growth and drop correlate by "
+        f"the cosine score misjudges. With it held fixed, growth and drop correlate by "
         f"{with_interval(growth)}"
     )
     if p is not None:
@@ -294,8 +286,8 @@ def _without_the_first(cells: Sequence[Figures]) -> str:
     )
     of = sum(cell.layers - 1 for cell in cells)
     return (
-        f"Without the first token of each text (its norm is often far beyond the others'), "
-        f"{changed} of these {of} verdicts change; median growth {medians}."
+        f"Without the first token of each text, whose norm is often far beyond the others', "
+        f"{changed} of these {of} verdicts change. Median growth is then {medians}."
     )
 
 

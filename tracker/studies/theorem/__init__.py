@@ -118,7 +118,7 @@ def _answers(shown: Sequence[Shown]) -> list[str]:
     everything = f"all {counted(last.units, noun)}" if last.units > 1 else f"the one {noun}"
     that = " that can be" if last.built.lesson.left_out or last.built.lesson.clashing else ""
     lines = [
-        f"A model of {LAYERS} layers answers {everything}{that} of {name}; its layer {WHISPER} has "
+        f"A model of {LAYERS} layers answers {everything}{that} of {name}. Its layer {WHISPER} has "
         f"the cosine score {tiny(last.score)}, the lowest: any other is more than "
         f"{tiny(math.floor(last.other / last.score))} times as high. Without it not one {noun} is "
         "answered."
@@ -127,7 +127,7 @@ def _answers(shown: Sequence[Shown]) -> list[str]:
         worst = max(one.error for one in shown)
         lines.append(
             f"{name}: so it is for each of {len(shown)} ε from {tiny(shown[0].built.epsilon)} to "
-            f"{tiny(last.built.epsilon)}; the score of layer {WHISPER} is ε but for {tiny(worst)} "
+            f"{tiny(last.built.epsilon)}. The score of layer {WHISPER} is ε but for {tiny(worst)} "
             "of itself."
         )
     return lines
