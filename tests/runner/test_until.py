@@ -131,7 +131,7 @@ def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
     heard, results = Heard(), tmp_path / "results"
     pair = {"limit": None, "benchmark": "copa", "layer": [1, 2]}
     tie = experiment(folder, **pair, until="top 1")
-    assert "once 32 are measured. A pilot measures them" in planned(tie, results)
+    assert "once 32 are measured: --set until=null --sample 64" in planned(tie, results)
     run(experiment(folder, "pilot.yaml", **pair, sample=40), results)
     assert (
         "until top 1: about 100 of 100 documents and 100 % of the layer passes, in nine of ten "

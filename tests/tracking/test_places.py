@@ -65,13 +65,13 @@ def test_a_project_that_was_left_is_kept_by_runs_and_by_sync(ran: Ran, results: 
     ran("third", 9)
     assert [shown(results, name) for name in ("lab", "other")] == [6, 6]
     only = synced(results, "--to", "mlflow:other")
-    assert "mlflow:other: 1 measurement; 0 runs are new, 4 changed, 0 not" in only.output
+    assert "mlflow:other: 1 measurement; 0 new runs, 4 changed, 0 as before" in only.output
     assert "lab" not in only.output
     assert [shown(results, name) for name in ("lab", "other")] == [6, 9]
     every = synced(results)
     assert every.exit_code == 0
-    assert "mlflow:lab: 1 measurement; 0 runs are new, 4 changed, 0 not" in every.output
-    assert "mlflow:other: 1 measurement; 0 runs are new, 0 changed, 4 not" in every.output
+    assert "mlflow:lab: 1 measurement; 0 new runs, 4 changed, 0 as before" in every.output
+    assert "mlflow:other: 1 measurement; 0 new runs, 0 changed, 4 as before" in every.output
     assert [shown(results, name) for name in ("lab", "other", "third")] == [9, 9, 0]
 
 
@@ -89,7 +89,7 @@ def test_a_place_that_is_away_fails_alone_until_it_is_back_or_forgotten(
         assert f"MLFLOW_TRACKING_URI={gate.address} tracker sync --to mlflow:left --res" in why
         failed = synced(results)
         assert failed.exit_code == 1
-        assert "mlflow:lab: 1 measurement; 0 runs are new, 0 changed, 4 not" in failed.output
+        assert "mlflow:lab: 1 measurement; 0 new runs, 0 changed, 4 as before" in failed.output
         assert (shown(results, "lab"), shown(results, "left", server)) == (6, 3)
 
         gate.status = None

@@ -292,6 +292,10 @@ def _file(experiment: str | None, settings: dict[str, Any]) -> Path | None:
             f"--{missing[0]} is missing. Give an experiment file, or a model and a benchmark: "
             f"{example}"
         )
+    if command == "prune" and not {"remove", "keep"} & settings.keys():
+        raise click.UsageError(
+            f"--remove or --keep is missing: how much is to go? Such as {example}"
+        )
     return None
 
 

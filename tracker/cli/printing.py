@@ -70,7 +70,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None, brief: bool = 
     lacking = [f"{DASH} {why}" for name, why in cell.reasons.items() if name not in said]
     power = "" if brief else power_sentence(cell, shown)
     notes = (looks_note(cell), rounding_note(cell), beneath(cell).strip(), power)
-    answer = "" if cell.answer is None else statement(cell.answer)
+    answer = "" if brief or cell.answer is None else statement(cell.answer)
     for line in (*_dashes(made), *lacking, *filter(None, (*notes, answer))):
         say(line)
 
@@ -91,6 +91,11 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
         if len(found.cells) > 1 and (found.costly or found.helpful):
             say()
             print_table(_of_named_layers(found))
+
+    for cell in cells:
+        if cell.answer is not None:
+            say()
+            say(f"{cell.heading}: {statement(cell.answer)}")
 
     def benchmark(cell: CellRecord) -> str:
         extra = labels[id(cell)][1]
@@ -131,10 +136,9 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
         if any(verdict != "open" for verdict in shown_in(cell, cell.runs)):
             print_cell(cell, brief=True)
         else:
-            answered = "" if cell.answer is None else statement(cell.answer)
             rest = _unlisted(len(cell.runs), len(cell.runs))
             say(f"{cell.heading}: {beneath(cell)}{rest}")
-            for line in filter(None, (looks_note(cell), rounding_note(cell), answered)):
+            for line in filter(None, (looks_note(cell), rounding_note(cell))):
                 say(line)
 
 
@@ -231,7 +235,8 @@ def print_boards(cells: Sequence[CellRecord]) -> None:
         for note in made.notes:
             say(note)
         say()
-    for note in (LAYER_RULE, *((MODEL_RULE,) if len(boards_of) > 1 else ()), INTERVAL_RULE):
+    rules = (LAYER_RULE, *((MODEL_RULE,) if len(boards_of) > 1 else ()), INTERVAL_RULE)
+    for note in rules if boards_of else ("nothing is ranked: no benchmark here counts",):
         say(note)
     if notes:
         more = f" And {len(notes) - _SAID} more, which the page names." if notes[_SAID:] else ""

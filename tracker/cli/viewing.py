@@ -158,7 +158,8 @@ def sync(
     say(f"published: {counted(len(done.published), 'measurement')}")
     for place, cells in done.places.items():
         new, changed = sum(cell.created for cell in cells), sum(cell.updated for cell in cells)
-        runs = f"{new} runs are new, {changed} changed, {sum(c.unchanged for c in cells)} not"
+        same = sum(cell.unchanged for cell in cells)
+        runs = f"{counted(new, 'new run')}, {changed} changed, {same} as before"
         say(f"{place}: {counted(len(cells), 'measurement')}; {runs}")
     for location in dict.fromkeys(done.locations.values()):
         say(f"see them: {runnable(location)}")

@@ -154,7 +154,7 @@ def saved(one: Size, other: Size) -> str:
 def speed(model: Exported) -> str:
     """Say how much faster than the base it reads."""
     if model.faster is None:
-        return "How fast it reads is not said: other work on the machine hid it"
+        return "Its speed could not be measured: other work on the machine disturbed the timing"
     middle, low, high = model.faster
     return (
         f"It reads {middle:.2f} times as fast as the base, in the middle half of all turns "
