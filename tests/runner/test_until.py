@@ -134,9 +134,9 @@ def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
     assert "once 32 are measured: --set until=null --sample 64" in planned(tie, results)
     run(experiment(folder, "pilot.yaml", **pair, sample=40), results)
     assert (
-        "until top 1: about 100 of 100 documents and 100 % of the layer passes, in nine of ten "
-        "cases at most 100 and 100 % (simulated from 40 measured documents; too low where these "
-        "are few); all documents leave it open in 100 % of the simulations"
+        "until top 1: about 100 of 100 documents and 100 % of the layer passes; in nine of ten "
+        "cases at most 100 and 100 %. This is simulated from 40 measured documents; few give too "
+        "low a figure. In 100 % of the simulations all documents leave it open"
     ) in planned(tie, results)
     done = run(tie, results, heard)
     assert [each.accuracy_drop for each in done.cells[0].runs] == [0, 0]
