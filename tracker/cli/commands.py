@@ -95,11 +95,11 @@ def run(
     slurm: tuple[tuple[str, Any], ...],
     **how: Any,
 ) -> None:
-    """Measure what EXPERIMENT says, or a MODEL; continues what is measured already.
+    """Measure an experiment, or continue it.
 
-    Without a file, --benchmark and the other options say what would stand in it. Beside one, they
-    take the place of what it says. Either is written into the results folder as a file, and running
-    that file is the same.
+    EXPERIMENT is a file. Without one, give a MODEL: then --benchmark and the other options say what
+    would stand in a file. Beside a file, they take the place of what it says. Either is written
+    into the results folder as a file, and running that file is the same.
 
     \b
     Examples:
@@ -132,7 +132,7 @@ def run(
 @project_option(default="tracker")
 @running
 def evaluate(project: str, **settings: Any) -> None:
-    """Measure one (model, benchmark, layer): the program that a sweep's trial calls.
+    """Measure one layer: what a sweep's trial calls.
 
     The first trial of a (model, benchmark) measures all that its sweep asks of it at once (outside
     a sweep: all layers), which costs little more than one; the others find theirs in the results
@@ -183,9 +183,9 @@ def bench(
     as_json: bool,
     **how: Any,
 ) -> None:
-    """Time the engine against the lm-eval loop, side by side, and compare their numbers.
+    """Time the engine against lm-eval, layer by layer.
 
-    The loop is lm-eval's own Hugging Face model on the really pruned model, at the fastest of a few
+    Both run side by side, and their numbers are compared. The loop is lm-eval's own Hugging Face model on the really pruned model, at the fastest of a few
     batch sizes; it runs for the baseline and four removals of each component, and is extrapolated
     to all. Where layers rest elsewhere it is left out: each of its calls would read them all. One
     model and one benchmark are timed, always with every layer.
@@ -223,7 +223,10 @@ def bench(
 @asking(search=OF_SEARCHES)
 @trust
 def validate(experiment: Path | None, settings: dict[str, Any], trust_remote_code: bool) -> None:
-    """Check EXPERIMENT, or what is asked of a MODEL, without loading the model's weights.
+    """Check an experiment without loading weights.
+
+    EXPERIMENT is a file; without one, the options say what is asked of a MODEL, as in 'tracker run'
+    and 'tracker prune'.
 
     \b
     Examples:
@@ -255,7 +258,10 @@ def validate(experiment: Path | None, settings: dict[str, Any], trust_remote_cod
 def plan(
     experiment: Path | None, settings: dict[str, Any], gflops: float | None, **where: Any
 ) -> None:
-    """Say what EXPERIMENT will cost, or what is asked of a MODEL, before anything is spent.
+    """Say what an experiment will cost.
+
+    EXPERIMENT is a file; without one, the options say what is asked of a MODEL, as in 'tracker run'
+    and 'tracker prune'. Nothing is measured.
 
     \b
     Examples:

@@ -248,7 +248,7 @@ def asking(
 
 OF_SEARCHES = tuple(key for key in SearchSettings.model_fields if key not in KEYS)
 """What is said of searches alone."""
-_experiment = click.argument("experiment", metavar="EXPERIMENT|MODEL", required=False)
+_experiment = click.argument("experiment", metavar="[EXPERIMENT|MODEL]", required=False)
 _layer = click.option(
     "--layer", type=Layers(every=True), help="The layers, such as 3,17 or 3-7. Default: all."
 )

@@ -17,9 +17,9 @@ from tracker.studies.registry import DRAWS, RELIABILITY
 
 @main.group()
 def study() -> None:
-    """Answer a question of the paper or of its reviewers over an experiment file.
+    """Answer a question of the paper or its reviewers.
 
-    Each command below is one question, asked of all models and benchmarks in EXPERIMENT: a file, or
+    The paper is arXiv 2605.14075. Each command below is one question, asked of all models and benchmarks in EXPERIMENT: a file, or
     a MODEL with --benchmark, as 'tracker run' takes them. A study measures just what its answer
     lacks: what the results folder holds already is not measured again, and the rest is tracked. It
     prints its answer, and adds tables and charts to the report in the results folder.

@@ -56,9 +56,9 @@ if TYPE_CHECKING:
 @documents_option
 @results_option
 def report(sources: tuple[str, ...], **settings: Any) -> None:
-    """Write a report over results folders and tracking projects; without SOURCES, over --results.
+    """Write a report: a page, tables or figures.
 
-    A source is a results folder, mlflow:URI/EXPERIMENT, or wandb:ENTITY/PROJECT. What a tracking
+    It is over results folders and tracking projects; without SOURCES, over --results. A source is a results folder, mlflow:URI/EXPERIMENT, or wandb:ENTITY/PROJECT. What a tracking
     project holds is downloaded once.
 
     \b
@@ -84,7 +84,9 @@ def report(sources: tuple[str, ...], **settings: Any) -> None:
 @publish_option("these results, on the leaderboard that its team shares")
 @results_option
 def leaderboard(sources: tuple[str, ...], **settings: Any) -> None:
-    """Rank layers within models, and models by how much a removal hurts.
+    """Rank layers within models, and models.
+
+    Models are ranked by how much a removal hurts.
 
     A source is a results folder, mlflow:URI/EXPERIMENT, or wandb:ENTITY/PROJECT; without SOURCES,
     --results.
@@ -135,7 +137,7 @@ def _end(notes: Iterable[str], head: str, failed: Mapping[str, str]) -> NoReturn
 def sync(
     to: tuple[str, ...] | None, sweep: str | None, publish_documents: bool, results: Path
 ) -> None:
-    """Publish from the results folder what a tracking backend does not have yet.
+    """Publish what a tracking backend does not have yet.
 
     \b
     Examples:
@@ -186,7 +188,9 @@ def _sync_sweep(sweep: str, results: Path) -> NoReturn:
 @folder_argument
 @results_option
 def list_cells(folder: Path | None, results: Path) -> None:
-    """List what a results folder holds; without FOLDER, that of --results.
+    """List what a results folder holds.
+
+    Without FOLDER it is that of --results.
 
     \b
     Examples:
@@ -262,9 +266,9 @@ def _documents(cell: CellRecord) -> str:
 @trust
 @results_option
 def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: Any) -> None:
-    """Write lm-eval's own result files, as lm_eval --log_samples does, of every measured model.
+    """Write lm-eval's own files of every model.
 
-    results_DATE.json and samples_TASK_DATE.jsonl of the intact model, and of the model without what
+    They are those of lm_eval --log_samples, of each measured model: results_DATE.json and samples_TASK_DATE.jsonl of the intact model, and of the model without what
     each run removed: model_args says it, as removed_layers=3. No model runs, but the benchmark's
     data is read again. The files hold the texts of the documents.
 
@@ -291,9 +295,9 @@ def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: An
     "--against", type=Place(), help="A copy of the folder to compare with, outcome by outcome."
 )
 def check(folder: Path | None, results: Path, against: Path | None) -> None:
-    """Verify that a results folder holds what was written; without FOLDER, that of --results.
+    """Verify that a results folder is undamaged.
 
-    Every file states a digest of itself. A shard that does not fit its own is set aside, and
+    Without FOLDER it is that of --results. Every file states a digest of itself. A shard that does not fit its own is set aside, and
     computed again when its experiment runs the next time. Exit code 1 on any damage.
 
     \b
