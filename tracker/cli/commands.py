@@ -185,10 +185,11 @@ def bench(
 ) -> None:
     """Time the engine against lm-eval, layer by layer.
 
-    Both run side by side, and their numbers are compared. The loop is lm-eval's own Hugging Face model on the really pruned model, at the fastest of a few
-    batch sizes; it runs for the baseline and four removals of each component, and is extrapolated
-    to all. Where layers rest elsewhere it is left out: each of its calls would read them all. One
-    model and one benchmark are timed, always with every layer.
+    Both run side by side, and their numbers are compared. The loop is lm-eval's own Hugging Face
+    model on the really pruned model, at the fastest of a few batch sizes; it runs for the baseline
+    and four removals of each component, and is extrapolated to all. Where layers rest elsewhere it
+    is left out: each of its calls would read them all. One model and one benchmark are timed,
+    always with every layer.
 
     A model that is not here can be timed by its shape, with random weights: shape:llama-3-8b,
     shape:llama-2-13b, shape:qwen3-30b-a3b, shape:llama-3-70b, or shape:FOLDER_OR_ID; @8 behind it

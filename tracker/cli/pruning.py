@@ -68,11 +68,12 @@ _OF_BENCHMARKS = [
 def export(track: tuple[str, ...] | None, **settings: Any) -> None:
     """Save a model without some of its layers.
 
-    It is a checkpoint that anybody loads. What is saved is held against what was measured before it is moved into place: a fresh process
-    loads it with plain transformers, where it must say what the really pruned model says here; with
-    --benchmark plain lm-eval scores it there, and must find the accuracy that was measured, to the
-    digit. The folder also holds a model card and tracker.json: what was removed, what that costs
-    and saves, and how mergekit and llama.cpp make the same model, where they can.
+    It is a checkpoint that anybody loads. What is saved is held against what was measured before it
+    is moved into place: a fresh process loads it with plain transformers, where it must say what
+    the really pruned model says here; with --benchmark plain lm-eval scores it there, and must find
+    the accuracy that was measured, to the digit. The folder also holds a model card and
+    tracker.json: what was removed, what that costs and saves, and how mergekit and llama.cpp make
+    the same model, where they can.
 
     \b
     Examples:

@@ -58,8 +58,9 @@ if TYPE_CHECKING:
 def report(sources: tuple[str, ...], **settings: Any) -> None:
     """Write a report: a page, tables or figures.
 
-    It is over results folders and tracking projects; without SOURCES, over --results. A source is a results folder, mlflow:URI/EXPERIMENT, or wandb:ENTITY/PROJECT. What a tracking
-    project holds is downloaded once.
+    It is over results folders and tracking projects; without SOURCES, over --results. A source is a
+    results folder, mlflow:URI/EXPERIMENT, or wandb:ENTITY/PROJECT. What a tracking project holds is
+    downloaded once.
 
     \b
     Examples:
@@ -268,9 +269,10 @@ def _documents(cell: CellRecord) -> str:
 def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: Any) -> None:
     """Write lm-eval's own files of every model.
 
-    They are those of lm_eval --log_samples, of each measured model: results_DATE.json and samples_TASK_DATE.jsonl of the intact model, and of the model without what
-    each run removed: model_args says it, as removed_layers=3. No model runs, but the benchmark's
-    data is read again. The files hold the texts of the documents.
+    They are those of lm_eval --log_samples, of each measured model: results_DATE.json and
+    samples_TASK_DATE.jsonl of the intact model, and of the model without what each run removed:
+    model_args says it, as removed_layers=3. No model runs, but the benchmark's data is read again.
+    The files hold the texts of the documents.
 
     \b
     Examples:
@@ -297,8 +299,9 @@ def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: An
 def check(folder: Path | None, results: Path, against: Path | None) -> None:
     """Verify that a results folder is undamaged.
 
-    Without FOLDER it is that of --results. Every file states a digest of itself. A shard that does not fit its own is set aside, and
-    computed again when its experiment runs the next time. Exit code 1 on any damage.
+    Without FOLDER it is that of --results. Every file states a digest of itself. A shard that does
+    not fit its own is set aside, and computed again when its experiment runs the next time. Exit
+    code 1 on any damage.
 
     \b
     Examples:
