@@ -19,7 +19,7 @@ from tracker.core.ablations import Ablation
 from tracker.ledger.paired import PairedOutcomes
 from tracker.measuring.meter import open_model
 from tracker.studies.joint import Joint, _answer
-from tracker.studies.joint.figures import Pairs, pairs_of
+from tracker.studies.joint.figures import Pairs, adjusted, pairs_of
 from tracker.studies.joint.layout import strongest
 
 from .conftest import asked_for, column, stores
@@ -105,7 +105,8 @@ def _known(room: float | None) -> tuple[Pairs, np.ndarray]:
     drops = np.stack([first, second, most, nothing, *both], axis=1).astype(float)
     paired = PairedOutcomes(np.zeros(40), -drops, np.full(40, 1 / 40))
     pairs = list(combinations(range(4), 2))
-    return pairs_of("accuracy drop", "points", paired, range(4), pairs, None, room), drops
+    (found,) = adjusted([pairs_of("accuracy drop", "points", paired, range(4), pairs, None, room)])
+    return found, drops
 
 
 def test_drops_that_are_known() -> None:
@@ -139,8 +140,18 @@ def test_a_pair_is_called_the_strongest_where_that_is_shown() -> None:
     drops = _known(room=None)[1]
     drops[:, 4 + found.pairs.index((1, 3))] = np.arange(40) < 24
     level = PairedOutcomes(np.zeros(40), -drops, np.full(40, 1 / 40))
-    said = _answer(RECORD, pairs_of("", "points", level, range(4), found.pairs, None, None))
+    (twins,) = adjusted([pairs_of("", "points", level, range(4), found.pairs, None, None)])
+    said = _answer(RECORD, twins)
     assert "Which are the most redundant is open" in said
+
+
+def test_pairs_of_all_benchmarks_are_tested_together() -> None:
+    """Was: each benchmark and measure for itself, so that many of them found something by luck."""
+    found, _ = _known(room=0.9)
+    both = adjusted([found, found])
+    p = [found.found[place].p_value for place in found.open]
+    together = stats.false_discovery_control([*p, *p])
+    assert list(both[1].q[~found.floor]) == pytest.approx(list(together[len(p) :]))
 
 
 def test_pairs_at_the_floor_are_left_out() -> None:

@@ -17,7 +17,7 @@ from tracker.studies.base import (
     side,
     whole_layers,
 )
-from tracker.studies.joint.figures import Pairs, measured
+from tracker.studies.joint.figures import Pairs, adjusted, measured
 from tracker.studies.joint.layout import distance_chart, interaction_map, strongest, summary
 
 _ASSUMED = (
@@ -34,8 +34,8 @@ _ASSUMED = (
     "they hold for all pairs at once (Bonferroni); a pair is called the most redundant where that "
     "is shown in comparison with every other one.",
     "Tests: sign flips of the documents' interactions (exact where they are whole numbers), as if "
-    "each were as likely to be x as −x; over all pairs of a benchmark that are not at the floor, "
-    f"Benjamini-Hochberg at a false discovery rate of {100 * SIGNIFICANT:.0f} %.",
+    "each were as likely to be x as −x; over all pairs off the floor, of all benchmarks and "
+    f"measures, Benjamini-Hochberg at a false discovery rate of {100 * SIGNIFICANT:.0f} %.",
     "R² is that of the sum itself as the prediction of the joint drop; no line is fitted.",
 )
 
@@ -70,19 +70,21 @@ class Joint(Study):
     def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Set the joint drops of each cell beside the sums."""
         result = StudyResult(_ASSUMED)
-        rows: list[tuple[CellRecord, Pairs]] = []
+        found: list[tuple[CellRecord, Pairs]] = []
         for subject in subjects:
             record = subject.record
             if record.removed:
                 continue
             measures, why = measured(subject)
             result.lacking += [f"{record.title}: {reason}" for reason in why]
-            for pairs in measures:
-                rows.append((record, pairs))
-                result.charts += [interaction_map(record, pairs), distance_chart(record, pairs)]
-                tables = (strongest(record, pairs, sign) for sign in (1, -1))
-                result.tables += [each for each in tables if each.rows]
-                result.answers.append(_answer(record, pairs))
+            found += [(record, pairs) for pairs in measures]
+        records = [record for record, _ in found]
+        rows = list(zip(records, adjusted([pairs for _, pairs in found]), strict=True))
+        for record, pairs in rows:
+            result.charts += [interaction_map(record, pairs), distance_chart(record, pairs)]
+            tables = (strongest(record, pairs, sign) for sign in (1, -1))
+            result.tables += [each for each in tables if each.rows]
+            result.answers.append(_answer(record, pairs))
         if rows:
             result.tables.insert(0, summary(rows))
         else:

@@ -37,7 +37,8 @@ class Pairs:
         alone: `[layers]`, what each layer costs, by its number.
         together: `[pairs]`, what both cost.
         found: Each pair's interaction.
-        q: `[pairs]`, its p-value after Benjamini and Hochberg; NaN at the floor.
+        q: `[pairs]`, its p-value after Benjamini and Hochberg; NaN at the floor, and before
+            `adjusted`.
         floor: `[pairs]`, whether there is too little to lose for a sum.
         mean: The mean interaction over pairs that are not at the floor.
         by_distance: Layers apart → the same for these pairs.
@@ -154,7 +155,7 @@ def pairs_of(
     strata: Strata | None,
     room: float | None,
 ) -> Pairs:
-    """Compare joint drops with sums.
+    """Compare joint drops with sums; `adjusted` tests them.
 
     `paired` has the layers' ablations, then those of the pairs; `room` is what can be lost at most,
     None where that is not bounded.
@@ -173,9 +174,6 @@ def pairs_of(
     # A sum of fractions may pass what there is to lose by rounding alone.
     floor = np.zeros(len(pairs), bool) if room is None else most > room + 1e-9
     (open_,) = np.nonzero(~floor)
-    q = np.full(len(pairs), np.nan)
-    if len(open_):
-        q[open_] = stats.false_discovery_control([found[n].p_value for n in open_])
     drawn = resampled_means(drops, RESAMPLES, SEED, strata, weights)
     drawn_sums, drawn_both = sums(drawn)[:, open_], drawn[:, len(layers) + open_]
     rank, explained = additivity(sums(alone)[open_], together[open_], (drawn_sums, drawn_both))
@@ -194,7 +192,7 @@ def pairs_of(
         dict(zip(layers, alone.tolist(), strict=True)),
         together,
         found,
-        q,
+        np.full(len(pairs), np.nan),
         floor,
         mean_over(open_),
         {d: mean_over(open_[apart[open_] == d]) for d in sorted(set(apart.tolist()))},
@@ -202,3 +200,12 @@ def pairs_of(
         explained,
         len(drops),
     )
+
+
+def adjusted(every: Sequence[Pairs]) -> list[Pairs]:
+    """Adjust the p-values of all pairs of a study that are off the floor (Benjamini-Hochberg)."""
+    p_values = [one.found[place].p_value for one in every for place in one.open]
+    q = iter(stats.false_discovery_control(p_values) if p_values else [])
+    return [
+        replace(one, q=np.array([np.nan if at else next(q) for at in one.floor])) for one in every
+    ]

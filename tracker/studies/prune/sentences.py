@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 
 from tracker.core.estimates import Estimate
-from tracker.core.formats import p_value, points, two_digits, with_interval
+from tracker.core.formats import p_value, points, three_digits, two_digits, with_interval
 from tracker.pruning.search.figures import calibration_documents, level_text
 from tracker.pruning.search.report import unsure_sentence
 from tracker.report.wording import listed
@@ -101,9 +101,13 @@ def _verdict(pair: Beside) -> str:
         found = Estimate(-found.value, low, high)
     by = with_interval(found, points, " pp")
     if pair.sign == 0:
-        times = pair.settled_by
-        known = times is not None and 1 < times < _MANY
-        more = f"; about {times:.2g} times as many test documents would tell" if known else ""
+        times = pair.settled_by or 0.0
+        known = 1 < times < _MANY
+        more = (
+            f"; about {three_digits(times)} times as many test documents would tell"
+            if known
+            else ""
+        )
         return f"{one} and {other} are not told apart, their difference is {by}{p}{more}"
     return f"{one} beats {other} by {by}{p}"
 

@@ -202,7 +202,7 @@ def charts_of(each: Figures) -> Iterator[FoundChart]:
     )
     paths = tokens.paths
     yield LineChart(
-        title=f"{each.record.heading}: paths of the layers that cosine misjudges most",
+        title=f"{each.record.heading}: paths of layers whose measured ranks are furthest apart",
         x="behind layer (0-based)",
         y="relative difference to the intact stream",
         unit="percent",
