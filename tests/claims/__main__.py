@@ -29,7 +29,7 @@ SIZES = (8, 30, 100, 400)
 def some(seed: int, costs: Mapping[int, float], documents: int) -> list[tuple[dict, bool]]:
     """Try folders from a seed on: where it is said → what is not so; whether all are named."""
     with tempfile.TemporaryDirectory() as scratch:
-        found = tried(Path(scratch), range(seed, seed + ALIKE), costs, documents)
+        found = tried(Path(scratch), range(seed, seed + ALIKE), costs, documents, studies=True)
         return [(wrong, {*THREE} <= named(said["run"][0])) for said, wrong in found]
 
 

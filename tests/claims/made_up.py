@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from tracker.core.ablations import INTACT, ablate
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document, Response
 from tracker.core.extent import ALL
@@ -21,7 +24,6 @@ OPTIONS = 4
 BENCHMARKS = ("arc_easy", "openbookqa")
 ALIKE = 10
 """So many seeds, from a multiple of it on, make models that differ by chance alone."""
-ABLATION = "layer:{}".format
 THREE = {0: 4.0, 3: 3.0, 7: 2.0}
 """Three layers that matter, by how many nats their removal lowers the right option."""
 
@@ -32,6 +34,7 @@ def write_results(
     costs: Mapping[int, float],
     documents: int = 100,
     name: str = "made-up",
+    pairs: int = 0,
 ) -> None:
     """Measure a made-up model on two benchmarks, without and with each of its layers removed.
 
@@ -45,6 +48,7 @@ def write_results(
         costs: Layer → by how much its removal lowers the score of right options, in nats.
         documents: Of each benchmark.
         name: The model's.
+        pairs: Of so many first layers every two are removed together as well.
     """
     dice = np.random.default_rng(seed)
     ledger = Ledger(folder)
@@ -80,9 +84,26 @@ def write_results(
             primary_metric="acc",
         )
         store = ledger.cell(model, benchmark, {"torch": "2"})
-        _measure(store, dice, costs, documents, size)
+        _measure(store, dice, costs, documents, size, pairs)
         request = CellRequest(model="m", benchmark=benchmark_name, layers=tuple(range(LAYERS)))
         store.views.ask(request, "layers")
+
+
+def draw_scores(
+    dice: np.random.Generator,
+    sets: Sequence[tuple[int, ...]],
+    costs: Mapping[int, float],
+    documents: int,
+    size: float,
+) -> tuple[NDArray[np.int64], list[NDArray[np.float64]]]:
+    """Draw which options are right, and scores of all options without some sets of layers."""
+    gold = dice.integers(0, OPTIONS, documents)
+    truth = dice.normal(-8, 2, (documents, OPTIONS))
+    truth[np.arange(documents), gold] += 1.5
+    scores = [truth + dice.normal(0, size, truth.shape) for _ in sets]
+    for gone, table in zip(sets, scores, strict=True):
+        table[np.arange(documents), gold] -= sum(costs.get(layer, 0.0) for layer in gone)
+    return gold, scores
 
 
 def _measure(
@@ -91,17 +112,12 @@ def _measure(
     costs: Mapping[int, float],
     documents: int,
     size: float,
+    pairs: int,
 ) -> None:
     (task,) = store.identity.benchmark.tasks
-    gold = dice.integers(0, OPTIONS, documents)
-    truth = dice.normal(-8, 2, (documents, OPTIONS))
-    truth[np.arange(documents), gold] += 1.5
-    scores = {
-        name: truth + dice.normal(0, size, truth.shape)
-        for name in ("baseline", *map(ABLATION, range(LAYERS)))
-    }
-    for layer, cost in costs.items():
-        scores[ABLATION(layer)][np.arange(documents), gold] -= cost
+    sets = [(), *((layer,) for layer in range(LAYERS)), *combinations(range(pairs), 2)]
+    gold, drawn = draw_scores(dice, sets, costs, documents, size)
+    scores = {ablate("layer", gone).name: table for gone, table in zip(sets, drawn, strict=True)}
     cosine = 10 * dice.uniform(0.9, 1, LAYERS)
     observed = (10, [cosine.tolist(), [1.0] * LAYERS, [1.0] * LAYERS])
     for block in store.blocks(ALL):
@@ -111,7 +127,7 @@ def _measure(
                 name,
                 [Response(float(score), False, 0) for score in table[doc]],
                 {"acc": float(table[doc].argmax() == gold[doc])},
-                observed if name == "baseline" else None,
+                observed if name == INTACT.name else None,
             )
             for doc in store.documents(block, ALL)
             for name, table in scores.items()

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from html.parser import HTMLParser
-from itertools import permutations
+from itertools import chain, permutations
 from pathlib import Path
 
 from click.testing import CliRunner
@@ -18,6 +18,7 @@ from tracker.cli.printing import print_cell, print_measured
 
 from ..report.test_html import read as read_tables
 from .made_up import LAYERS, write_results
+from .studied import PAIRS, is_false_of, said_by_studies
 
 _UNREAD = {"script", "style", "table", "svg", "template", "button"}
 _BLOCKS = {"p", "li", "h1", "h2", "h3", "h4", "figcaption", "small", "summary", "div", "section"}
@@ -148,14 +149,25 @@ def read(results: Path, rival: Path) -> dict[str, list[str]]:
 
 
 def tried(
-    folder: Path, seeds: Iterable[int], costs: Mapping[int, float], documents: int
+    folder: Path,
+    seeds: Iterable[int],
+    costs: Mapping[int, float],
+    documents: int,
+    studies: bool = False,
 ) -> Iterator[tuple[dict[str, list[str]], dict[str, list[str]]]]:
-    """Make results folders, and read each beside the next: what is said, and what is not so."""
-    made = [folder / str(seed) for seed in seeds]
+    """Make results folders, and read each beside the next: what is said, and what is not so.
+
+    Of `studies` too, which take seconds.
+    """
+    made, pairs = [folder / str(seed) for seed in seeds], PAIRS if studies else 0
     for results in made:
-        write_results(results, int(results.name), costs, documents, f"made-up-{results.name}")
+        name = f"made-up-{results.name}"
+        write_results(results, int(results.name), costs, documents, name, pairs)
     for results, rival in zip(made, [*made[1:], made[0]], strict=True):
         said = read(results, rival)
+        if studies:
+            answers = said_by_studies(results, costs, int(results.name))
+            said |= {"studies": [*chain(*map(sentences, answers))]}
         yield said, {where: false_statements(where, each, costs) for where, each in said.items()}
 
 
@@ -174,6 +186,8 @@ def false_statements(where: str, said: Sequence[str], costs: Mapping[int, float]
             return order[1] not in true or order[2] in true
         if sentence.startswith("These break the same documents"):
             return False
+        if where == "studies" and is_false_of(sentence, costs):
+            return True
         if (small := _SMALL.match(sentence)) and int(small[1]) > LAYERS - len(true):
             return True
         layers = {*map(str, named(sentence))}

@@ -31,6 +31,18 @@ def test_where_three_matter_these_are_named(tmp_path: Path) -> None:
     assert len(wrong) < 3, wrong
 
 
+@pytest.mark.parametrize("costs", [{}, THREE])
+def test_studies_say_nothing_that_is_not_there(tmp_path: Path, costs: dict[int, float]) -> None:
+    wrong = []
+    for said, found in tried(tmp_path, range(3), costs, 60, studies=True):
+        wrong += [found["studies"]] if found["studies"] else []
+        # What accuracy spares is told from what takes a layer that matters, and from nothing else.
+        better = "better than cosine_oneshot, last, random" if costs else "better than no other"
+        assert any(better in each for each in said["studies"])
+        assert any("may be each of them" in each for each in said["studies"]) != bool(costs)
+    assert len(wrong) < 2, wrong
+
+
 def test_what_is_said_is_read() -> None:
     assert named("Without layer 0, 3 or 7 it falls, as of layers 11–13.") == {0, 3, 7, 11, 12, 13}
     assert named("14 of 30 layers cost less than 5 pp.") == set()
@@ -51,6 +63,27 @@ def test_what_is_not_so_is_found() -> None:
     assert {*false_statements("page", said, THREE)} == few
     alike = ["a minus b: shown: 1 of 32 differences, such as layer 3 on piqa", "a before b"]
     assert false_statements("models", alike, THREE) == alike
+
+
+def test_what_studies_say_that_is_not_so_is_found() -> None:
+    said = [
+        *("0.9 needs about 300.", "Documents for 0.9 by other figures: cosine score 8."),
+        *("Documents for 0.9 by other figures: gold log-prob drop 300.", "a beats b by 1.0 pp."),
+        *(
+            "At a false discovery rate of 5%: 2 redundant and 1 sub-additive pairs.",
+            "layers 0 and 3",
+        ),
+        *(
+            "m: gold log-prob drop orders the layers best of 7 proxies",
+            "m: a leaves the most of 4.",
+        ),
+        "m: KL divergence orders the layers best of 7 proxies",
+    ]
+    assert false_statements("studies", said, THREE) == said[7:]
+    assert [each for each in said if each not in false_statements("studies", said, {})] == [
+        said[1],
+        said[6],
+    ]
 
 
 def test_what_is_open_is_said_with_what_would_settle_it(tmp_path: Path) -> None:

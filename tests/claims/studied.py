@@ -1,0 +1,123 @@
+"""What studies say of made-up results, without a model, and what of it is not so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import Mock, patch
+
+import numpy as np
+
+from tracker import api
+from tracker.core.config import CellRequest
+from tracker.core.estimates import Estimate
+from tracker.ledger.observations import write_observations
+from tracker.ledger.paired import PairedOutcomes
+from tracker.ledger.store import Ledger
+from tracker.pruning.search.figures import Choices
+from tracker.studies import savings
+from tracker.studies.audit import Audit
+from tracker.studies.audit.measures import KIND
+from tracker.studies.base import Subject
+from tracker.studies.calibration import Calibration
+from tracker.studies.calibration import figures as calibration
+from tracker.studies.joint import Joint
+from tracker.studies.prune.figures import Compared, PrunedFor, Way
+from tracker.studies.prune.sentences import answers_of
+from tracker.studies.savings import Savings
+
+from .made_up import BENCHMARKS, LAYERS, draw_scores
+
+ASKED = ("drop within 5 pp", "top 3", "prune 8 within 1 pp", "sign")
+TOKENS = 10.0
+STRATEGIES = ("accuracy", "gold_logprob", "cosine_oneshot", "last", "random")
+SPARED = STRATEGIES[:2]
+"""Strategies that remove no layer that matters; where some do, the others remove one of them."""
+AMOUNT = "25 %"
+PAIRS = 8
+"""Of so many first layers every two are removed together."""
+_COUNTED = re.compile(r": (\d+) redundant and (\d+) sub-additive pairs")
+_NEVER = (
+    "leaves the most of",
+    "significantly worse",
+    "relevance depends on the task more",
+    "more than in any of the paper's models",
+)
+"""What is not so, whatever layers matter: proxies but one, and strategies, are alike."""
+_OF_NOTHING = ("needs about", "third claim", " beats ", "significantly better than")
+"""What is not so where no layer matters."""
+
+
+def said_by_studies(results: Path, costs: Mapping[int, float], seed: int) -> Iterator[str]:
+    """Read the answers of the studies that need no model."""
+    dice = np.random.default_rng(seed)
+    subjects = _subjects(results)
+    for subject in subjects:
+        _observe(subject, dice)
+    orders = savings.orders_of
+    with ExitStack() as quick:
+        # No sentence names anything by the races, and fewer draws are the same on average.
+        for place, name, value in (
+            (savings, "orders_of", lambda documents: orders(documents)[:2]),
+            (calibration, "DRAWS", 100),
+            (calibration, "JACKKNIFE_DRAWS", 25),
+            (Compared, "removed", lambda *_: [1]),  # no search stands behind it
+        ):
+            quick.enter_context(patch.object(place, name, value))
+        for study in (Calibration(), Savings(ASKED), Audit(), Joint()):
+            yield from study.say(Mock(), subjects).answers
+        yield from answers_of(_pruned(costs, dice, subjects[0].record.n))
+
+
+def _subjects(results: Path) -> list[Subject]:
+    stores = {store.identity.key: store for store in Ledger(results).cells()}
+    found = []
+    for record in api.ls(results):
+        name = record.benchmark.name
+        request = CellRequest(model="m", benchmark=name, layers=tuple(range(LAYERS)))
+        found.append(Subject(request, stores[record.key], record))
+    return found
+
+
+def _observe(subject: Subject, dice: np.random.Generator) -> None:
+    """Observe proxies that have nothing to do with what any layer costs."""
+    names = ("lens_changes", "kl", "js", "loss_increase", "gate_gradient")
+    level = {name: dice.normal(1, 0.3, LAYERS) for name in names}
+    extent = subject.request.extent
+    for block in subject.store.blocks(extent):
+        found = {
+            doc: {name: TOKENS * dice.normal(at, 0.3) for name, at in level.items()}
+            | {"tokens": np.array(TOKENS), "predicted": np.array(TOKENS - 1)}
+            for doc in subject.store.documents(block, extent)
+        }
+        write_observations(subject.store.folder, KIND, block, found)
+
+
+def _pruned(costs: Mapping[int, float], dice: np.random.Generator, documents: int) -> Compared:
+    """Prune by strategies of which two cost nothing, and the others a layer that matters."""
+    group, worst = Compared("made-up", LAYERS), max(costs, default=None, key=costs.get)
+    lost = (worst,) if worst is not None else ()
+    sets = [(), *(() if name in SPARED else lost for name in STRATEGIES)]
+    for name in BENCHMARKS:
+        gold, scores = draw_scores(dice, sets, costs, documents, 1.0)
+        before, *after = ((each.argmax(axis=1) == gold) * 1.0 for each in scores)
+        group.benchmarks[name] = PrunedFor(Estimate(float(before.mean())), documents, "acc")
+        for strategy, right in zip(STRATEGIES, after, strict=True):
+            answered = PairedOutcomes(before, right[:, None], np.full(documents, 1 / documents))
+            group.found[Way(strategy, AMOUNT), name] = Choices((), (answered,))
+    return group
+
+
+def is_false_of(sentence: str, costs: Mapping[int, float]) -> bool:
+    """Say whether a study's sentence is not so, besides the layers that it names."""
+    if any(words in sentence for words in (*_NEVER, *(() if costs else _OF_NOTHING))):
+        return "better than no other" not in sentence
+    if "orders the layers best of" in sentence:
+        return "gold log-prob drop orders" not in sentence
+    if counts := _COUNTED.search(sentence):
+        return sum(map(int, counts.groups())) > len(costs) * (len(costs) - 1) / 2
+    if "by other figures" in sentence and not costs:
+        return "gold" in sentence.partition("by other figures")[2]
+    return False
