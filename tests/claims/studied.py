@@ -113,7 +113,7 @@ def _pruned(costs: Mapping[int, float], dice: np.random.Generator, documents: in
 def is_false_of(sentence: str, costs: Mapping[int, float]) -> bool:
     """Say whether a study's sentence is not so, besides the layers that it names."""
     if any(words in sentence for words in (*_NEVER, *(() if costs else _OF_NOTHING))):
-        return "better than no other" not in sentence
+        return "better than no other" not in sentence and "is open" not in sentence
     if "orders the layers best of" in sentence:
         return "gold log-prob drop orders" not in sentence
     if counts := _COUNTED.search(sentence):
