@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from tracker import api
 from tracker.cli import main
 from tracker.cli.printing import print_cell, print_measured
+from tracker.core.formats import DASH
 
 from ..report.test_html import read as read_tables
 from .made_up import LAYERS, write_results
@@ -66,8 +67,10 @@ def prose(page: str) -> dict[str, list[str]]:
 
 
 def rows(page: str, table: str) -> list[dict[str, str]]:
-    """Read a table of a page: a row is the beginning of each column's head → text."""
+    """Read a table of a page, if it is there: a row is the beginning of a column's head → text."""
     found = read_tables(page)
+    if table not in found.tables:
+        return []
     names = [re.split(r"[,(]", head)[0].strip() for head in found.headers[table]]
     return [dict(zip(names, (text for text, _ in row), strict=True)) for row in found.tables[table]]
 
@@ -90,7 +93,7 @@ def named(sentence: str) -> set[int]:
 
 def in_order(ranks: Mapping[str, str]) -> Iterator[str]:
     """Say which of some things stand surely before which, by ranks such as `1 to 3`."""
-    ends = {name: [*map(int, rank.split(" to "))] for name, rank in ranks.items()}
+    ends = {name: [*map(int, rank.split(" to "))] for name, rank in ranks.items() if rank != DASH}
     for one, other in permutations(ends, 2):
         if ends[one][-1] < ends[other][0]:
             yield f"{one} before {other}"

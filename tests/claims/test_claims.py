@@ -46,7 +46,7 @@ def test_studies_say_nothing_that_is_not_there(tmp_path: Path, costs: dict[int, 
 def test_what_is_said_is_read() -> None:
     assert named("Without layer 0, 3 or 7 it falls, as of layers 11–13.") == {0, 3, 7, 11, 12, 13}
     assert named("14 of 30 layers cost less than 5 pp.") == set()
-    ranks = {"0": "1 to 2", "3": "1 to 3", "5": "3 to 3"}
+    ranks = {"0": "1 to 2", "3": "1 to 3", "5": "3 to 3", "6": "–"}
     assert [*in_order(ranks)] == ["0 before 5"]
     assert [
         *listed("layer (0-based)  drop\n      3   20.1 (1.0 to 39.2)\n15 of 16 runs are not")
