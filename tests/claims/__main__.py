@@ -46,7 +46,13 @@ def main(folders: int, *sizes: int) -> None:
             wrong = Counter(where for found, _ in done for where in found if found[where])
             shares = [f"{100 * wrong[where] / len(done):.1f} %" for where in done[0][0]]
             both = f"{100 * sum(all_named for _, all_named in done) / len(done):.0f} %"
-            row = (len(costs) or "none", documents, len(done), both if costs else "–", *shares)
+            row = (
+                "three" if costs else "none",
+                documents,
+                len(done),
+                both if costs else "–",
+                *shares,
+            )
             say(f"| {' | '.join(map(str, row))} |")
             every = Counter(each for found, _ in done for said in found.values() for each in said)
             for sentence, count in every.most_common(8):
