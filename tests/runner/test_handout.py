@@ -105,7 +105,7 @@ def test_documents_that_kill_their_workers_fail_their_cell_alone(desk):
     while task := found.next():
         if task.cell.request.benchmark == "arc_easy" and task.block and task.block.number == 1:
             found.opened = None
-            found.handout.lost(task, "out of memory", workers=1)
+            found.handout.lost(task, "worker 1", "out of memory", workers=1)
             deaths += 1
         else:
             found.do(task)

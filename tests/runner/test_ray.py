@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import tempfile
@@ -123,6 +124,7 @@ def test_what_a_killed_worker_did_is_done_again(cluster, here, tiny_llama, exper
     killer.join()
     assert killed
     assert not found.outcome.failed
-    assert any(line.startswith("a worker died; what it did is done again") for line in heard.lines)
+    died = r"worker [12] on \S+ died; what it did is done again \(.+\)"
+    assert sum(bool(re.fullmatch(died, line)) for line in heard.lines) == 1
     assert heard.counted == heard.expected
     same(here / "local", here / "ray")

@@ -63,7 +63,7 @@ def test_a_worker_that_dies_and_a_process_that_helps_change_nothing(asked, tmp_p
     (alone,) = run(asked, tmp_path / "alone").cells
     desk = Desk(asked, tmp_path / "results")
     desk.do(desk.next())
-    desk.handout.lost(desk.next(), "out of memory", workers=1)
+    desk.handout.lost(desk.next(), "worker 1", "out of memory", workers=1)
     desk.opened = None
     desk.do(desk.next())  # opened again
     first = desk.next()

@@ -122,6 +122,8 @@ class Handout:
                 with self._failing(cell):
                     task = self._next_block(cell, cell.store)
             if task is not None:
+                if cell.store is None:
+                    self._say_once(f"loading {cell.job.cells[0].source.name}")
                 self._out.add(task)
                 return task
             self._end_if_complete(cell)
@@ -164,8 +166,12 @@ class Handout:
         self._progress.expect(sum(pending.values()) - sum(cell.pending.values()))
         cell.pending = pending
 
-    def opened(self, task: Task, facts: Facts, fresh: bool) -> None:
-        """Take what a worker knows of a cell it has opened; `fresh` if it had to load the model."""
+    def opened(self, task: Task, facts: Facts, fresh: bool, said: Sequence[str] = ()) -> None:
+        """Take what a worker knows of a cell it has opened, and pass on what it `said`.
+
+        `fresh` if it had to load the model.
+        """
+        self._say(said)
         self.models_loaded += fresh
         cell = task.cell
         self._out.discard(task)
@@ -181,13 +187,12 @@ class Handout:
                 raise CellError("the workers do not all see the same model and data")
         self._end_if_complete(cell)
 
-    def measured(self, task: Task, shards: Sequence[Measured], lost: Sequence[str]) -> None:
-        """Write what a worker has measured, and pass on which sharing its self-check `lost`."""
+    def measured(self, task: Task, shards: Sequence[Measured], said: Sequence[str]) -> None:
+        """Write what a worker has measured, and pass on what it `said`."""
         cell, block = task.cell, task.block
         assert cell.store is not None
         assert block is not None
-        for line in lost:
-            self._say_once(line)
+        self._say(said)
         with self._failing(cell):
             for shard in shards:
                 cell.store.write(block, shard.rows, shard.metadata)
@@ -201,11 +206,12 @@ class Handout:
 
     def failed(self, task: Task, error: Exception) -> None:
         """Let the cell of a task fail."""
+        log.debug("%s failed", task.cell.job.title, exc_info=error)
         self._return(task, undone=True)
         self._fail(task.cell, error)
 
-    def lost(self, task: Task, why: str, workers: int) -> None:
-        """Have a task done again because its worker died, `ATTEMPTS` times at most.
+    def lost(self, task: Task, who: str, why: str, workers: int) -> None:
+        """Have a task done again because the worker `who` died, `ATTEMPTS` times at most.
 
         Opening a cell that some worker has opened already may fail so often on each of the
         `workers`.
@@ -216,7 +222,7 @@ class Handout:
         # Where one machine could open the cell, another one that cannot does not decide.
         bound = ATTEMPTS * (workers if block is None and cell.store is not None else 1)
         if cell.losses[block] < bound:
-            self._progress.say(f"a worker died; what it did is done again ({why})")
+            self._progress.say(f"{who} died; what it did is done again ({why})")
             return
         what = "opening it" if block is None else f"the same documents of {block.task}"
         self._fail(cell, CellError(f"{bound} workers died over {what}; the last: {why}"))
@@ -260,6 +266,10 @@ class Handout:
             cell.ended = True
             for asked in cell.job.cells:
                 self._done(asked, cell.store)
+
+    def _say(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self._say_once(line)
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:
