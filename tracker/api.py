@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
@@ -67,7 +67,8 @@ class Working(TypedDict, total=False):
 
     Attributes:
         results: The results folder; `results` where it is not said.
-        device: `auto` (an accelerator if there is one, and the default), or a torch device.
+        device: `auto` (an accelerator if there is one, and the default), a torch device, `spread`
+            (one model over all accelerators), or `all` (a worker on each where cells are measured).
         trust_remote_code: Whether code and pickles from a download may run; by default not.
         memory: Bytes that hidden states, keys and values may take; None = half of what is free.
         weights: Bytes that a model's weights may take where it runs; None = as many as fit.
@@ -90,10 +91,14 @@ class Running(Working, total=False):
             `none` for none; None for W&B in the trial of a W&B sweep, else MLflow.
         publish_documents: Whether the texts of documents are published too where they are not of
             the hub or a package: those of a folder or a corpus; by default not.
+        workers: How many processes measure cells side by side; None = this one alone.
+        devices_per_worker: How many accelerators each of them has; None = as many as are needed.
     """
 
     track: str | Sequence[str] | None
     publish_documents: bool
+    workers: int | None
+    devices_per_worker: int | None
 
 
 class _Work:
@@ -104,7 +109,7 @@ class _Work:
 
     def __init__(self, how: Mapping[str, Any], **more: Any) -> None:
         _refuse_unknown(how, sorted(Running.__optional_keys__))
-        told = ("device", "trust_remote_code", "memory", "weights")
+        told = [each.name for each in fields(Options)]
         self.options = Options(**{name: how[name] for name in told if name in how}, **more)
         self.ledger = Ledger(Path(how.get("results", RESULTS)))
         quiet = "progress" in how

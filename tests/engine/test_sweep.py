@@ -198,7 +198,9 @@ def test_running_out_of_memory_halves_the_row_and_goes_on(monkeypatch, fits):
 
     monkeypatch.setattr(sweep, "score_row", small)
     counted = []
-    same(engine_of("llama").score(documents, SIX, counted.append), plenty)
+    engine = engine_of("llama")
+    same(engine.score(documents, SIX, counted.append), plenty)
+    assert engine.notes == [sweep.HALVED]
     assert sum(counted) >= sum(len(d.requests) for d in documents) * len(SIX)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import tracker
 from tests.own import write_tasks
@@ -157,7 +158,12 @@ class TestArguments:
             ({"pretrained": "m"}, "pretrained has a key of its own: model"),
             ({"dtype": "float16"}, "dtype has a key of its own: dtype"),
             ({"load_in_4bit": "please"}, "load_in_4bit is yes or no, not 'please'"),
-            ({"load_in_4bit": True}, "needs the package bitsandbytes.*pip install bitsandbytes"),
+            ({"device_map": "auto"}, "no device_map; --device spread"),
+            ({"parallelize": True}, "no parallelize; --device spread"),
+            ({"max_memory": {0: "8GiB"}}, "no max_memory; --weights 8GiB"),
+            ({"max_memory_per_gpu": "8GiB"}, "no max_memory_per_gpu; --weights 8GiB"),
+            ({"max_cpu_memory": "8GiB"}, "no max_cpu_memory; .*--weights 8GiB"),
+            ({"offload_folder": "there"}, "no offload_folder; .*TRACKER_CACHE"),
             ({"peft": "no folder at all"}, "neither a folder here nor a hub id"),
             ({"delta": "m"}, "no 'delta'"),
         ],
@@ -167,6 +173,55 @@ class TestArguments:
     ) -> None:
         with pytest.raises(RequestError, match=said):
             source(tiny_llama(), **arguments)
+
+    def test_bits_without_their_package(
+        self, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        find = importlib.util.find_spec
+        no_bits = lambda name: None if name == "bitsandbytes" else find(name)  # noqa: E731
+        monkeypatch.setattr(importlib.util, "find_spec", no_bits)
+        with pytest.raises(ModelError, match=r"needs .*bitsandbytes.*pip install bitsandbytes"):
+            source(tiny_llama(), load_in_4bit=True)
+
+    @pytest.mark.parametrize(("bits", "kind"), [(4, "Linear4bit"), (8, "Linear8bitLt")])
+    def test_few_bits_are_measured_and_never_moved(
+        self,
+        tmp_path: Path,
+        folder: Path,
+        tiny_llama: Callable[..., Path],
+        monkeypatch: pytest.MonkeyPatch,
+        bits: int,
+        kind: str,
+    ) -> None:
+        """transformers puts such weights where they are to be; `to` may spoil them afterwards."""
+        linear = getattr(pytest.importorskip("bitsandbytes").nn, kind)
+        # On a CPU bitsandbytes takes multiples of 32 and 64 alone.
+        base = tiny_llama(hidden_size=64, intermediate_size=128, num_key_value_heads=4)
+        moved: list[type] = []
+        move = PreTrainedModel.to
+        monkeypatch.setattr(
+            PreTrainedModel, "to", lambda self, *to: moved.append(type(self)) or move(self, *to)
+        )
+
+        def quantised(asked: bool) -> int:
+            model = load_model(source(base, **{f"load_in_{bits}bit": asked}), device="cpu").model
+            return sum(isinstance(each, linear) for each in model.modules())
+
+        assert quantised(False) == 0
+        assert len(moved) == 1
+        assert quantised(True) == 4 * 7
+        assert len(moved) == 1
+        file = write_study(
+            tmp_path / "few.yaml",
+            model=str(base),
+            benchmark="paint",
+            include_path=str(folder),
+            layer=LAYERS,
+            model_args={f"load_in_{bits}bit": True},
+        )
+        results = run(file, tmp_path / "results")
+        assert not results.outcome.failed
+        assert results.cells[0].model.arguments == {f"load_in_{bits}bit": "True"}
 
     def test_a_checkpoint_whose_package_is_not_here(self, tiny_llama: Callable[..., Path]) -> None:
         base = tiny_llama()

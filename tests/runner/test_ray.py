@@ -14,6 +14,7 @@ import pytest
 
 from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, typed, wait_for
 from tracker.ledger.blocks import BLOCK
+from tracker.measuring.job import Options
 
 RAY = ("--track", "none", "--executor", "ray")
 
@@ -128,3 +129,31 @@ def test_what_a_killed_worker_did_is_done_again(cluster, here, tiny_llama, exper
     assert sum(bool(re.fullmatch(died, line)) for line in heard.lines) == 1
     assert heard.counted == heard.expected
     same(here / "local", here / "ray")
+
+
+def test_a_worker_gets_as_many_gpus_of_a_node_as_its_model_needs(monkeypatch):
+    """GPUs that are not here: what is asked of Ray."""
+    from tracker.executors import ray as executor
+
+    def node(number: int, gpus: int) -> dict[str, object]:
+        resources = {"CPU": 16.0, "GPU": float(gpus)}
+        host = f"host{number}"
+        return {
+            "NodeID": f"{number:056x}",
+            "Alive": True,
+            "NodeManagerHostname": host,
+            "Resources": resources,
+        }
+
+    monkeypatch.setattr("ray.nodes", lambda: [node(1, 4), node(2, 0), node(3, 3)])
+    one, two = (list(executor._slots(Options(), each)) for each in (1, 2))
+    assert [slot.name for slot in two] == [
+        f"worker {n} on host{m}" for n, m in ((1, 1), (2, 1), (3, 3))
+    ]
+    assert [slot._resources["num_gpus"] for slot in two] == [2, 2, 2]
+    assert {slot._options.device for slot in two} == {"spread"}
+    assert len(one) == 7
+    assert {slot._options.device for slot in one} == {"auto"}
+    assert not list(executor._slots(Options(), 5))
+    on_cpus = list(executor._slots(Options(device="cpu"), 1))
+    assert [slot._resources for slot in on_cpus] == [{"num_cpus": 16}] * 3

@@ -377,7 +377,8 @@ def machine(function: F) -> F:
         "--device",
         default="auto",
         show_default=True,
-        help="auto, cpu, cuda, cuda:1, mps, …, or 'spread': over all accelerators.",
+        help="auto, cpu, cuda, cuda:1, mps, …; 'spread': one model over all accelerators; 'all': a "
+        "worker with the model on each accelerator, where commands measure benchmarks.",
     )
     memory = click.option(
         "--memory",
@@ -402,7 +403,20 @@ def running(function: F) -> F:
         help="Tracking backends, comma-separated: mlflow, wandb, wandb:ENTITY/PROJECT, trackio, or "
         "'none'. Default: mlflow; in the trial of a W&B sweep: wandb.",
     )
-    return results_option(track(documents_option(machine(trust(function)))))
+    workers = click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        help="So many processes measure side by side, each with the model. On CPUs they part the "
+        "cores; on accelerators see --device all. Default: this process alone.",
+    )
+    devices = click.option(
+        "--devices-per-worker",
+        type=click.IntRange(min=1),
+        help="How many accelerators each worker's model is spread over. Default: as many as its "
+        "weights need.",
+    )
+    more = machine(workers(devices(trust(function))))
+    return results_option(track(documents_option(more)))
 
 
 def finite(ctx: Any, param: Any, value: float | None) -> float | None:

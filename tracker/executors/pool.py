@@ -32,7 +32,7 @@ class Slot(Protocol):
         """Ask the worker for what a method of `Worker` returns."""
 
     def answer(self) -> Any:
-        """Take what came; raises what the method raised, and LostError for a worker that is gone."""
+        """Take what came; raises what the method raised, or LostError for a worker that is gone."""
 
     def kill(self) -> None:
         """End the worker, if there is one."""
@@ -45,7 +45,7 @@ Wait = Callable[[Sequence[S], float], Iterable[S]]
 
 @dataclass(eq=False)
 class _Place(Generic[S]):
-    """A slot, and what its worker does: first it starts, then it opens cells and measures blocks."""
+    """A slot and what its worker does: first it starts, then it opens cells and measures blocks."""
 
     slot: S
     is_busy: bool = False

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,26 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tracker.core.errors import RequestError
 from tracker.executors.base import last_line
+from tracker.executors.devices import largest
 from tracker.executors.handout import Handout
 from tracker.executors.pool import LostError, Pool
 from tracker.executors.worker import Worker, environment
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Begun, Done, Job, Options
 from tracker.measuring.progress import Progress, telling
+from tracker.models.load import SPREAD
+from tracker.models.placement import devices_for
+
+_PATIENCE = 60.0
+"""Seconds that nodes may take to say what is free on a GPU."""
 
 
 class RayExecutor:
     """Measures cells on the cluster of RAY_ADDRESS, or the one that `ray start` made here.
 
-    Where there is neither, a local one lives as long as the run. Every GPU has a worker; in a
-    cluster without GPUs, every node has one with all of its CPUs. RequestError for a cluster that
-    cannot be reached, or has no room for a worker.
+    Where there is neither, a local one lives as long as the run. Every GPU has a worker, or as many
+    GPUs of a node as the model needs; in a cluster without GPUs, every node has one with all of its
+    CPUs. RequestError for a cluster that cannot be reached, or has no room for a worker.
     """
 
     def __init__(self, options: Options) -> None:
@@ -46,10 +53,13 @@ class RayExecutor:
                     "RAY_ADDRESS, then where 'ray start' made one here; to do without, unset "
                     "RAY_ADDRESS and type: ray stop"
                 ) from None
-        self._slots = list(_slots(options))
-        if not self._slots:
+        asked = options.devices_per_worker
+        if not list(_slots(options, asked or 1)):
             self._disconnect()
-            raise RequestError("the Ray cluster has no node with a GPU or a CPU to give")
+            what = (
+                f"{asked} GPUs, as --devices-per-worker asks" if asked else "a GPU or a CPU to give"
+            )
+            raise RequestError(f"the Ray cluster has no node with {what}")
 
     def measure(
         self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, begun: Begun, done: Done
@@ -57,8 +67,10 @@ class RayExecutor:
         """Measure cells, handing their blocks to the workers of the cluster."""
         handout = Handout(jobs, ledger, progress, begun, done)
         try:
-            with telling(progress, f"Ray, workers: {len(self._slots)}", 0):
-                Pool(self._slots, _answered, handout, progress).run()
+            each = self._options.devices_per_worker or _needed(jobs, self._options)
+            slots = list(_slots(self._options, each))
+            with telling(progress, f"Ray, workers: {len(slots)}", 0):
+                Pool(slots, _answered, handout, progress).run()
         except RayError as error:
             handout.give_up(f"the Ray cluster was lost: {last_line(error)}")
         finally:
@@ -74,10 +86,11 @@ class _Slot:
     """A place at a GPU, at several, or at a node."""
 
     def __init__(
-        self, name: str, node: str, resources: Mapping[str, float], options: Options
+        self, name: str, node: str, resources: Mapping[str, float], options: Options, beside: int
     ) -> None:
         self.name = name
         self.answers: Any = None
+        self._beside = beside
         self._where = NodeAffinitySchedulingStrategy(node, soft=False)
         self._resources, self._options = resources, options
         self._actor: Any = None
@@ -85,7 +98,7 @@ class _Slot:
     def start(self) -> None:
         """Begin to start an actor."""
         actor = ray.remote(Worker).options(scheduling_strategy=self._where, **self._resources)
-        self._actor = actor.remote(self._options, str(Path.cwd()), environment())
+        self._actor = actor.remote(self._options, str(Path.cwd()), environment(), self._beside)
         self.answers = self._actor.__ray_ready__.remote()
 
     def ask(self, method: str, *arguments: Any) -> None:
@@ -128,15 +141,55 @@ def _look_for_cluster() -> None:
         raise OSError(f"nobody answers at {address}: {error.strerror or error}") from None
 
 
-def _slots(options: Options) -> Iterator[_Slot]:
-    """Find a place for a worker at every GPU, or else at every node."""
+def _slots(options: Options, each: int) -> Iterator[_Slot]:
+    """Find a place for a worker at every so many GPUs of a node, or else at every node."""
     nodes = [(node, node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    gpus = [int(has.get("GPU", 0)) if options.device != "cpu" else 0 for _, has in nodes]
+    gpus = _gpus(options)
+    on = replace(options, device=SPREAD if each > 1 else options.device, devices_per_worker=None)
     number = 0
-    for (node, has), there in zip(nodes, gpus, strict=True):
+    for node, has in nodes:
         cpus = int(has.get("CPU", 0))
-        each = {"num_gpus": 1, "num_cpus": min(1, cpus)} if any(gpus) else {"num_cpus": cpus}
-        for _ in range(there if any(gpus) else min(1, cpus)):
+        places, wants = min(1, cpus), {"num_cpus": cpus}
+        if gpus or each > 1:
+            places = gpus.get(node["NodeID"], 0) // each
+            wants = {"num_gpus": each, "num_cpus": min(1, cpus)}
+        for _ in range(places):
             number += 1
             name = f"worker {number} on {node['NodeManagerHostname']}"
-            yield _Slot(name, node["NodeID"], each, options)
+            yield _Slot(name, node["NodeID"], wants, on, places)
+
+
+def _gpus(options: Options) -> dict[str, int]:
+    """Count the GPUs of each node that has some."""
+    if options.device == "cpu":
+        return {}
+    found = {n["NodeID"]: int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]}
+    return {node: gpus for node, gpus in found.items() if gpus}
+
+
+def _needed(jobs: Sequence[Job], options: Options) -> int:
+    """Say how many GPUs of a node the largest model takes; one where a node does not say."""
+    gpus = _gpus(options)
+    most = max(gpus.values(), default=1)
+    if most == 1 or options.weights is not None:
+        return 1
+    asked = [
+        ray.remote(_free)
+        .options(
+            num_gpus=1, num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n, False)
+        )
+        .remote()
+        for n in gpus
+    ]
+    try:
+        free = min(ray.get(asked, timeout=_PATIENCE))
+    except RayError:
+        return 1
+    return devices_for(largest(jobs, options), free, most)
+
+
+def _free() -> int:
+    """Say how many bytes are free on a GPU."""
+    import torch
+
+    return torch.cuda.mem_get_info()[0]

@@ -18,7 +18,7 @@ def open_executor(options: Options) -> Executor:
 
     RequestError if its extra is not installed, or it cannot do what was asked of it here.
     """
-    name = options.executor
+    name = "processes" if options.has_workers else options.executor
     try:
         module = import_module(f"tracker.executors.{name}")
         executor: Executor = getattr(module, f"{name.title()}Executor")(options)

@@ -1,4 +1,4 @@
-"""What a worker on another machine keeps: a loaded model, and the cell that it was given last."""
+"""What a worker in another process keeps: a loaded model, and the cell that it was given last."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.core.config import CellRequest
+from tracker.ledger.checks import Checks
 from tracker.measuring.job import Options
 from tracker.measuring.meter import Facts, Measured, Meter, Model, open_model
 
@@ -20,27 +21,49 @@ def environment() -> dict[str, str]:
 
 
 class Worker:
-    """Measures blocks of documents; writes nothing.
+    """Measures blocks of documents; writes none.
 
-    `folder` is where the driver runs, so that relative paths mean the same; `variables` are the
-    driver's `environment()`.
+    Args:
+        options: How to run.
+        folder: Where the driver runs, so that relative paths mean the same.
+        variables: The driver's `environment()`.
+        beside: How many workers there are on this machine, which share its memory.
+        checks: Where verdicts on architectures are kept, if they can be from here.
     """
 
-    def __init__(self, options: Options, folder: str, variables: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        options: Options,
+        folder: str,
+        variables: Mapping[str, str],
+        beside: int = 1,
+        checks: Checks | None = None,
+    ) -> None:
         # Before the libraries are imported, which read them then.
         os.environ.update(variables)
         with suppress(OSError):  # not there: absolute paths still work
             os.chdir(folder)
         self._options = options
+        self._beside = beside
+        self._checks = checks
         self._model: Model | None = None
         self._meter: Meter | None = None
         self._checked = False
 
-    def open(self, requests: Sequence[CellRequest]) -> tuple[Facts, bool]:
-        """Make a cell ready to be measured; its facts, and whether its model had to be loaded.
+    def open(self, requests: Sequence[CellRequest]) -> tuple[Facts, bool, list[str]]:
+        """Make a cell ready to be measured.
 
         RequestError if the model or the data is not where this worker is.
+
+        Args:
+            requests: The cell's, which differ in their runs alone.
+
+        Returns:
+            The cell's facts, whether its model had to be loaded, and what is to be said of that.
         """
+        from tracker.models.placement import share_memory
+
+        share_memory(self._beside)
         self._meter, request = None, requests[0]
         fresh = self._model is None or self._model.settings != request.model_settings
         if fresh:
@@ -49,7 +72,9 @@ class Worker:
         assert self._model is not None
         self._meter = Meter(requests, open_benchmark(request), self._model, self._options)
         self._checked = False
-        return self._meter.facts, fresh
+        offloaded = self._model.loaded.offloaded
+        said = [] if offloaded is None else [f"{self._model.loaded.identity.name}: {offloaded}"]
+        return self._meter.facts, fresh, said
 
     def measure(
         self, task: str, missing: Mapping[tuple[str, ...], list[int]]
@@ -61,9 +86,11 @@ class Worker:
             missing: Names of ablations → the documents that lack just these.
 
         Returns:
-            The outcomes, and what the self-check said where this is the cell's first block here.
+            The outcomes; and what is to be said: what the self-check said where this is the cell's
+            first block here, and what was said while it was measured.
         """
         assert self._meter is not None, "open() comes first"
-        lost = [] if self._checked else self._meter.check()
+        said = [] if self._checked else self._meter.check(self._checks)
         self._checked = True
-        return [self._meter.measure(task, *each) for each in missing.items()], lost
+        measured = [self._meter.measure(task, *each) for each in missing.items()]
+        return measured, [*said, *self._meter.notes()]

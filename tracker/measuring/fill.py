@@ -158,6 +158,8 @@ def _fill_block(
 
     for absent, indices in store.missing(block, extent, names).items():
         shard = meter.measure(block.task, absent, indices, advance)
+        for line in meter.notes():
+            progress.say(line)
         store.write(block, shard.rows, shard.metadata)
         store.texts.add(block.name, shard.texts)
     return done

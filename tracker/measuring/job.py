@@ -21,19 +21,24 @@ class Options:
     """How to run, as opposed to what.
 
     Attributes:
-        device: `auto`, or a torch device.
+        device: `auto`, a torch device, `spread` (one model over all accelerators), or `all` (a
+            worker on each).
         trust_remote_code: Whether code and pickles from a download may run.
         memory: Bytes that hidden states, keys and values may take; None = half of what is free.
         weights: Bytes that a model's weights may take where they are computed with; None = as many
             as fit. The layers beyond rest in the host's memory or on disk.
         offload: Where layers rest until they are needed: one of `RESTS`. `device` is where the
             model runs, as far as they fit.
+        workers: How many processes of this machine measure side by side; None = this one, or with
+            device `all` as many as there are accelerators for.
+        devices_per_worker: How many accelerators each worker has; None = as many as the weights
+            need.
         executor: Where: one of `EXECUTORS`.
         slurm: What each SLURM job asks for, in submitit's words.
 
     Raises:
-        RequestError: There is no such executor, SLURM is told what it is not asked to do, or the
-            memory was not meant.
+        RequestError: There is no such executor, it is told what it does not do, or the memory was
+            not meant.
     """
 
     device: str = "auto"
@@ -41,6 +46,8 @@ class Options:
     memory: int | None = None
     weights: int | None = None
     offload: str = "device"
+    workers: int | None = None
+    devices_per_worker: int | None = None
     executor: str = "local"
     slurm: Mapping[str, Any] = field(default_factory=dict)
 
@@ -59,6 +66,40 @@ class Options:
             raise RequestError("--slurm says what SLURM jobs ask for; add --executor slurm")
         _refuse_no_size("memory", self.memory)
         _refuse_no_size("weights", self.weights)
+        self._refuse_workers()
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether cells are measured by processes of their own on this machine."""
+        return self.executor == "local" and (self.device == "all" or bool(self._said_of_workers))
+
+    @property
+    def _said_of_workers(self) -> dict[str, int]:
+        said = {"workers": self.workers, "devices_per_worker": self.devices_per_worker}
+        return {name: number for name, number in said.items() if number is not None}
+
+    def _refuse_workers(self) -> None:
+        """Refuse what is said of workers where others decide."""
+        said = self._said_of_workers
+        for name, number in said.items():
+            if not isinstance(number, Integral) or number < 1:
+                raise RequestError(f"{name} is {number!r}; write a whole number from 1 on")
+        if said and self.device == "spread":
+            raise RequestError(
+                "--device spread is one model over all accelerators; for workers with some of them "
+                "each: --device all --devices-per-worker 2"
+            )
+        if self.executor == "ray" and self.workers is not None:
+            raise RequestError(
+                "--workers is for this machine; Ray has a worker at every GPU, or at every "
+                "--devices-per-worker of them, or at every node"
+            )
+        if self.executor == "slurm" and (said or self.device == "all"):
+            raise RequestError(
+                "a SLURM job measures in one process. For a model that needs several GPUs: --slurm "
+                "gpus_per_node=2 --device spread. For several workers in a job, have sbatch type: "
+                "tracker run FILE --device all"
+            )
 
 
 def _refuse_no_size(name: str, size: Any) -> None:

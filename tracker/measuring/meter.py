@@ -115,6 +115,7 @@ class Meter:
         self._model = model
         self._memory = options.memory
         self._scorer: Scorer | None = None
+        self._noted = 0
         self._encoder = RequestEncoder(loaded.model, loaded.tokenizer, request)
         documents = benchmark.documents(self._encoder, request.extent)
         self.documents = {(document.task, document.index): document for document in documents}
@@ -138,6 +139,12 @@ class Meter:
         """What scores the documents, with as much sharing as `check` found exact."""
         assert self._scorer is not None, "check() comes first"
         return self._scorer.engine
+
+    def notes(self) -> list[str]:
+        """Take what is to be said of what was measured since this was asked."""
+        name, said = self.facts.model.name, self.engine.notes[self._noted :]
+        self._noted += len(said)
+        return [f"{name}: {line}" for line in said]
 
     def check(self, kept: Kept | None = None) -> list[str]:
         """Find out what this model can share exactly; must come before `measure`.

@@ -19,13 +19,13 @@ from tracker.core.provenance import content_hash
 from tracker.ledger.cache import own_folder
 from tracker.models.layers import find_layers
 from tracker.models.offloaded import OffloadedWeights, take_over
-from tracker.models.placement import Placement, free_memory, placed
+from tracker.models.placement import Placement, bytes_of, free_memory, placed
 from tracker.models.random_weights import write_weights
 from tracker.models.sources import BITS, ModelSource, read_config, require, unreadable
 
 log = logging.getLogger(__name__)
 
-SPREAD = "spread"
+SPREAD, ALL = "spread", "all"
 SMALL = 0.2
 """Share of the free memory below which files hold weights that fit, in whatever dtype."""
 HOST = 0.6
@@ -119,9 +119,9 @@ def load_model(
             f"{source.source} is an {'encoder-decoder' if both else 'encoder'} "
             f"({config.model_type}); tracker measures decoder-only language models"
         )
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method in _QUANTISERS:
-        require(_QUANTISERS[method], f"{source.source} is a {method} checkpoint and")
+    quantiser = _quantiser(source, config)
+    if quantiser is not None:
+        require(_QUANTISERS[quantiser], f"{source.source} is a {quantiser} checkpoint and")
     if source.is_shape:
         write_weights(source, hollow(source, "auto", trust_remote_code))
     place = find_device(device)
@@ -133,6 +133,8 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
         if spread:
             arguments["device_map"] = "auto"
+        elif quantiser:  # moved once they are there, such weights may be spoiled
+            arguments["device_map"] = {"": str(place)}
         elif where:
             # For weights that are in no file as they are used, such as experts'.
             made = TemporaryDirectory(dir=own_folder("offloaded"))
@@ -158,7 +160,7 @@ def load_model(
         offloaded = take_over(model, layers, place, made)
     elif spread:
         place = torch.device(next(iter(model.hf_device_map.values())))
-    else:
+    elif not quantiser:
         model = model.to(place)
     model = model.eval().requires_grad_(False)
     fingerprint = source.fingerprint()
@@ -240,11 +242,19 @@ def _how(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What transformers is told of how to load the weights."""
     how = {name: v for name, v in arguments.items() if name == "attn_implementation"}
     bits = {name: v for name, v in arguments.items() if name.startswith(BITS)}
-    if bits:
+    if bits.get("load_in_4bit") or bits.get("load_in_8bit"):
         from transformers import BitsAndBytesConfig
 
         how["quantization_config"] = BitsAndBytesConfig(**bits)
     return how
+
+
+def _quantiser(source: ModelSource, config: Any) -> str | None:
+    """Name what makes or reads quantised weights; None where they are as they stand in files."""
+    if _how(source.arguments).keys() & {"quantization_config"}:
+        return "bitsandbytes"
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    return method if method in _QUANTISERS else None
 
 
 def _adapted(model: Any, source: ModelSource, tokenizer: Any) -> Any:
@@ -274,6 +284,16 @@ def weightless(source: ModelSource, dtype: str, trust_remote_code: bool = False)
     """
     model = hollow(source, dtype, trust_remote_code)
     return model, _tokenizer(source, trust_remote_code, content_hash(source.stamp()))
+
+
+def weight_bytes(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> int | None:
+    """Say how many bytes a model's weights will take; None where that is a quantiser's matter.
+
+    ModelError if the configuration cannot be read.
+    """
+    if _quantiser(source, read_config(source, trust_remote_code)) is not None:
+        return None
+    return bytes_of(hollow(source, dtype, trust_remote_code))
 
 
 def hollow(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> Any:
@@ -309,11 +329,11 @@ def _tokenizer(source: ModelSource, trust_remote_code: bool, stamp: str) -> Any:
 
 
 def find_device(name: str) -> torch.device:
-    """Find a device: `auto` or `spread` (the first accelerator if there is one), or a torch device.
+    """Find a device: the first accelerator if there is one (`auto`, `spread`, `all`), or torch's.
 
     ModelError if there is none of that name.
     """
-    if name in ("auto", SPREAD):
+    if name in ("auto", SPREAD, ALL):
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -323,7 +343,7 @@ def find_device(name: str) -> torch.device:
         raise ModelError(
             f"unknown device {name!r}; "
             + ("a GPU is called cuda here, or mps on a Mac; " if "gpu" in name.lower() else "")
-            + "use auto, spread, cpu, cuda, cuda:1, mps"
+            + "use auto, all, spread, cpu, cuda, cuda:1, mps"
         ) from None
     try:
         torch.empty(1, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ compute."""
 
 TRIED = 2**29
 """Bytes that are read to see how fast they come."""
+_parts_of_memory = 1
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ def placed(model: nn.Module, free: int, limit: int | None, every: bool = False) 
         ModelError: Not even two layers fit beside the embeddings and the head.
     """
     layers = find_layers(model)
-    sizes = [_bytes(layer) for layer in layers]
-    total = _bytes(model)
+    sizes = [bytes_of(layer) for layer in layers]
+    total = bytes_of(model)
     if not every and total <= (FITS * free if limit is None else limit):
         return None
     most = int(RESIDENT * free) if limit is None else limit
@@ -96,15 +98,45 @@ def read_rate(files: Sequence[Path]) -> float | None:
     return size / (time.perf_counter() - began)
 
 
+def share_memory(processes: int) -> None:
+    """Let this process count on its part of the host's free memory alone, of so many equal ones."""
+    global _parts_of_memory
+    _parts_of_memory = processes
+
+
 def free_memory(device: torch.device) -> int:
-    """Say how many bytes are free where a model is."""
+    """Say how many bytes are free for this process on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // _parts_of_memory
 
 
-def _bytes(module: nn.Module) -> int:
-    """Bytes of a module's weights, tied ones once."""
+def least_free(model: nn.Module) -> int:
+    """Say how many bytes are free on the fullest of the devices that hold a model."""
+    devices = {p.device for p in model.parameters() if not p.is_meta}
+    return min(map(free_memory, devices))
+
+
+def devices_for(weights: int, free: int, devices: int) -> int:
+    """Say over how many devices a model is to be spread.
+
+    Args:
+        weights: Bytes of its weights.
+        free: Bytes that are free on the fullest device.
+        devices: How many there are.
+
+    Returns:
+        As many as leave room for what the layers compute. One where the weights fit on it, and
+        where they do not even fit on all: then layers rest elsewhere.
+    """
+    if weights <= FITS * free:
+        return 1
+    needed = math.ceil(weights / (RESIDENT * free))
+    return needed if needed <= devices else 1
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Count the bytes of a module's weights, tied ones once."""
     return sum(p.numel() * p.itemsize for p in {id(p): p for p in module.parameters()}.values())
 
 

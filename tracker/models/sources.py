@@ -53,12 +53,28 @@ _SAID_ELSEWHERE = {
     "revision": "revision: {value: …}",
     "dtype": "dtype: {value: …}",
     "trust_remote_code": "--trust-remote-code",
-    "device": "--device",
-    "parallelize": "--device spread",
     "enable_thinking": "enable_thinking: {value: …}",
     "think_end_token": "think_end_token: {value: …}",
     "chat_template_args": "chat_template_args: {value: …}",
 }
+_WEIGHTS = (
+    "--weights 8GiB says what weights may take where the model runs; other layers come when they "
+    "are needed"
+)
+_INSTEAD = {
+    "device": "--device says where the model runs",
+    "device_map": "--device spread puts one model over all accelerators, --device cuda:1 on one; "
+    "layers that do not fit come when they are needed",
+    "max_cpu_memory": "layers rest in the host's memory if it holds them, and on disk if not; with "
+    "--device cpu, --weights 8GiB bounds what they take",
+    "max_memory": _WEIGHTS,
+    "max_memory_per_gpu": _WEIGHTS,
+    "offload_folder": "layers are read from the model's own files; what has to be written first is "
+    "in the folder that TRACKER_CACHE names",
+    "parallelize": "--device spread puts one model over all accelerators, --device all a copy on "
+    "each",
+}
+"""lm-eval's words for where a model is → what is typed here, or what happens by itself."""
 BITS = ("load_in_", "bnb_")
 """What arguments of bitsandbytes begin with."""
 _LONG_TO_READ = 2e9
@@ -244,6 +260,8 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     for name, value in arguments.items():
         if name in _SAID_ELSEWHERE:
             raise ModelError(f"model_args: {name} has a key of its own: {_SAID_ELSEWHERE[name]}")
+        if name in _INSTEAD:
+            raise ModelError(f"model_args: tracker takes no {name}; {_INSTEAD[name]}")
         if name not in _ARGUMENTS:
             near = did_you_mean(name, _ARGUMENTS)
             raise ModelError(

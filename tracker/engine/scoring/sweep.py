@@ -35,7 +35,7 @@ from tracker.engine.scoring.stand_in import StandIn, replacements
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
-from tracker.models.placement import free_memory
+from tracker.models.placement import least_free
 from tracker.models.pruned import left, pruned, put_back, remember
 from tracker.models.reloaded import as_loaded
 from tracker.models.sublayers import Sublayers, find_sublayers
@@ -46,6 +46,10 @@ ROW_TOKENS = 192
 """Nodes of a prefix tree on a CPU: enough to keep a matrix product busy, few enough for a dense
 mask."""
 ROW_TOKENS_ACCELERATOR = 1024
+HALVED = (
+    "out of memory: what did not fit at once is measured in halves, which takes longer and changes "
+    "no figure; with --memory 4GiB, or whatever is free there, it fits at once"
+)
 SIGHT = 256
 """Lengths of text at which layers' masks are looked at are multiples of this."""
 
@@ -96,10 +100,12 @@ class Engine:
         max_length: Tokens that it reads at most, as lm-eval determines it.
         sharing: What is shared; `check` lowers it where sharing is not exact.
         row_tokens: Largest size of a row of several documents; None = by the device.
-        memory: Bytes that hidden states and kept prefixes may take; None = half of what is free.
+        memory: Bytes that hidden states and kept prefixes may take; None = half of what is free on
+            the fullest device.
         quirks: What a call of the model does beside its answer.
         stand_ins: What stands in for layers, where an ablation asks for it: layer → that.
         known: What was found out of the model, for all engines of it.
+        notes: What is to be said of how it went, each line once; engines of copies add to them.
     """
 
     loaded: LoadedModel
@@ -110,6 +116,7 @@ class Engine:
     quirks: Quirks = NO_HABITS
     stand_ins: Mapping[int, StandIn] = field(default_factory=dict, repr=False, compare=False)
     known: Known = field(default_factory=Known, repr=False, compare=False)
+    notes: list[str] = field(default_factory=list, repr=False, compare=False)
     _kept: list[Prefix] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def with_sharing(self, sharing: Sharing) -> Engine:
@@ -360,6 +367,8 @@ class Engine:
         if self.quirks.lengths != ANY_LENGTH:
             # Its rows may hold some requests of a document, and others not.
             raise CellError(f"out of memory: {failed}. Use --memory, or a smaller dtype")
+        if HALVED not in self.notes:
+            self.notes.append(HALVED)
         numbers = sorted({document for document, _ in row.requests})
         middle = len(numbers) // 2
         if middle:
@@ -401,7 +410,7 @@ class Engine:
 
     @cached_property
     def _budget(self) -> int:
-        return self.memory or free_memory(self.loaded.device) // 2
+        return self.memory or least_free(self.loaded.model) // 2
 
     def _prefix(self, documents: Sequence[Document], plan: StreamPlan) -> Prefix | None:
         """Read what all documents begin with, or use what was read for earlier ones."""

@@ -1,0 +1,203 @@
+"""Worker processes of this machine: what comes out is what one process gives."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, wait_for
+from tracker.core.config import cell_request
+from tracker.core.errors import RequestError
+from tracker.executors import devices, processes
+from tracker.executors.child import Child, answered
+from tracker.executors.devices import grouped
+from tracker.executors.pool import LostError
+from tracker.executors.processes import ProcessesExecutor
+from tracker.ledger.blocks import BLOCK
+from tracker.measuring.job import Options
+
+WORKER = "tracker.executors.child"
+LAYERS = list(range(8))
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def long(tiny_llama, experiment):
+    """A study that takes long enough to be interrupted."""
+    return experiment(tiny_llama(layers=8), layer=LAYERS, limit=4 * BLOCK + 5)
+
+
+def test_a_failure_stays_in_its_cell(one_cell_fails):
+    one_cell_fails("--workers", "2")
+
+
+def test_three_give_what_one_process_gives(tiny_llama, experiment, tmp_path):
+    data = arc(tmp_path / "data", BLOCK + 8)
+    file = experiment(
+        tiny_llama(),
+        benchmark=["arc_easy", "arc_challenge"],
+        data=str(data),
+        limit=None,
+        sample=BLOCK + 4,
+    )
+    run(file, tmp_path / "one")
+    heard = Heard()
+    found = run(file, tmp_path / "three", heard, workers=3)
+    assert not found.outcome.failed
+    same(tmp_path / "one", tmp_path / "three")
+    # Two cells of one model: each worker has loaded it once.
+    assert 1 <= found.outcome.models_loaded <= 3
+    assert heard.counted == heard.expected == 2 * (BLOCK + 4) * 3 * 5
+    assert heard.finished
+    assert heard.lines.count("3 workers, 1 thread each") == 1
+    assert heard.lines.count("loading tiny-llama") == 1
+    assert not list(descendants(WORKER))
+
+    again = run(file, tmp_path / "three", workers=3)
+    assert again.outcome.models_loaded == 0
+    assert again.cells == found.cells
+
+
+def test_what_a_killed_worker_did_is_done_again(long, tmp_path):
+    run(long, tmp_path / "one")
+    results, killed = tmp_path / "two", []
+
+    def kill() -> None:
+        wait_for(lambda: shards(results))
+        victim = next(descendants(WORKER))
+        victim.send_signal(signal.SIGKILL)
+        killed.append(victim.pid)
+
+    heard = Heard()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    found = run(long, results, heard, workers=2)
+    killer.join()
+    assert killed
+    assert not found.outcome.failed
+    (said,) = [line for line in heard.lines if "died" in line]
+    assert said.startswith("worker 1 died; what it did is done again (killed, as the system does")
+    assert heard.counted == heard.expected
+    same(tmp_path / "one", results)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_who_started_it(long, start, tmp_path, how):
+    results = tmp_path / "results"
+    process = start("run", long, "--results", results, "--track", "none", "--workers", "2")
+    wait_for(lambda: shards(results))
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    process.send_signal(how)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}[how], output
+    psutil.wait_procs(workers, timeout=30)
+    assert not any(worker.is_running() for worker in workers)
+
+
+def test_a_users_script_is_not_run_again(long, tmp_path):
+    """`multiprocessing` would, in each worker, where no `if __name__` stands before it."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import tracker\nprint('begins')\n"
+        f"done = tracker.run({str(long)!r}, limit=4, results={str(tmp_path / 'results')!r}, "
+        "track='none', workers=2)\nprint('failed', done.outcome.failed)\n"
+    )
+    said = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
+    assert said.stdout.split("\n")[:2] == ["begins", "failed {}"], said.stderr
+
+
+class TestOneThatCannotStart:
+    def test_says_why(self, monkeypatch, long, tmp_path):
+        monkeypatch.setattr(
+            "tracker.executors.child._PROGRAM", "raise SystemExit('no such device')"
+        )
+        heard = Heard()
+        found = run(long, tmp_path / "results", heard, workers=2)
+        (why,) = found.outcome.failed.values()
+        assert why == "no worker is left: exit code 1: no such device"
+        assert "worker 1 cannot start: exit code 1: no such device" in heard.lines
+
+    def test_is_told_of_an_error_of_its_own(self):
+        child = Child("worker 1", {}, "too few arguments")
+        child.start()
+        try:
+            assert answered([child], 60) == [child]
+            with pytest.raises(Exception, match="TypeError") as caught:
+                child.answer()
+            assert not isinstance(caught.value, LostError)
+        finally:
+            child.kill()
+
+
+class TestDevices:
+    """Of accelerators there are none here: what a worker is told, and who says how many."""
+
+    @pytest.fixture
+    def eight(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(f"GPU-{n}" for n in range(2, 10)))
+        monkeypatch.setattr(processes, "_least_free", lambda: 79 * 2**30)
+        return lambda **said: ProcessesExecutor(Options(device="all", **said))
+
+    @pytest.mark.parametrize(
+        ("weights", "said", "sees"),
+        [
+            (16, {}, [f"GPU-{n}" for n in range(2, 10)]),
+            (16, {"workers": 2}, ["GPU-2", "GPU-3"]),
+            (16, {"devices_per_worker": 4}, ["GPU-2,GPU-3,GPU-4,GPU-5", "GPU-6,GPU-7,GPU-8,GPU-9"]),
+            # Three are needed, two workers have three each, and none is to be idle.
+            (141, {}, ["GPU-2,GPU-3,GPU-4,GPU-5", "GPU-6,GPU-7,GPU-8,GPU-9"]),
+            (141, {"devices_per_worker": 3}, ["GPU-2,GPU-3,GPU-4", "GPU-5,GPU-6,GPU-7"]),
+            (141, {"weights": 2**33, "workers": 1}, ["GPU-2"]),
+        ],
+    )
+    def test_each_worker_sees_its_own(self, eight, monkeypatch, weights, said, sees):
+        monkeypatch.setattr(processes, "largest", lambda jobs, options: weights * 2**30)
+        places = eight(**said)._places([])
+        assert [place.sees for place in places] == sees
+        assert {place.device for place in places} == {"spread" if "," in sees[0] else "cuda"}
+
+    def test_of_weights_it_is_known_what_they_take(self, tiny_llama):
+        folder = tiny_llama()
+        file = (folder / "model.safetensors").stat().st_size
+        request = cell_request(model=str(folder), benchmark="b", layers=(0,))
+        size = devices.largest([SimpleNamespace(requests=(request,))], Options())
+        assert 0 <= file - size < 10_000  # the file's header
+
+    def test_more_than_there_are(self, eight):
+        with pytest.raises(RequestError, match=r"9 workers of 1 accelerators each: .* has 8"):
+            eight(workers=9)
+        with pytest.raises(RequestError, match=r"1 workers of 9 accelerators each: .* has 8"):
+            eight(devices_per_worker=9)
+        assert grouped(["0", "1", "2"], 2) == [range(2)]
+
+    def test_without_any(self):
+        if torch.cuda.is_available():
+            pytest.skip("there are some")
+        assert len(ProcessesExecutor(Options(device="all"))._places([])) == 1
+        with pytest.raises(RequestError, match="no accelerators to choose from"):
+            ProcessesExecutor(Options(device="all", devices_per_worker=2))
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"workers": 0}, "workers is 0; write a whole number from 1 on"),
+        ({"workers": 2, "device": "spread"}, "--device all --devices-per-worker 2"),
+        ({"workers": 2, "executor": "ray"}, "Ray has a worker at every GPU"),
+        ({"device": "all", "executor": "slurm"}, "--slurm gpus_per_node=2 --device spread"),
+        ({"devices_per_worker": 2, "executor": "slurm"}, "gpus_per_node=2 --device spread"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(said, why):
+    with pytest.raises(RequestError, match=why):
+        Options(**said)

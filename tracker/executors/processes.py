@@ -1,0 +1,153 @@
+"""Measuring cells in several processes of this machine: one a device, or parts of its cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from tracker.core.errors import RequestError
+from tracker.executors.child import Child, answered
+from tracker.executors.devices import grouped, largest
+from tracker.executors.handout import Handout
+from tracker.executors.pool import Pool
+from tracker.executors.worker import environment
+from tracker.ledger.checks import Checks
+from tracker.ledger.store import Ledger
+from tracker.measuring.job import Begun, Done, Job, Options
+from tracker.measuring.progress import Progress, telling
+from tracker.models.load import SPREAD, find_device
+from tracker.models.placement import devices_for
+
+_FREE = (
+    "import torch; "
+    "print(min(torch.cuda.mem_get_info(n)[0] for n in range(torch.cuda.device_count())))"
+)
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a worker works.
+
+    Attributes:
+        name: What it is called in messages; empty for a part of the cores.
+        device: The device that its model is loaded on.
+        sees: The accelerators that it sees, as `CUDA_VISIBLE_DEVICES` names them; None = all.
+    """
+
+    name: str
+    device: str
+    sees: str | None = None
+
+
+class ProcessesExecutor:
+    """Measures cells with worker processes, each with the model, which share the cells' blocks.
+
+    With accelerators there is one for each, or for each group of as many as the model needs;
+    without, as many as were asked for. RequestError for what this machine has not.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.models_loaded = 0
+        self._options = options
+        self._devices = _accelerators(options.device)
+        if not self._devices:
+            place = find_device(options.device)
+            if options.devices_per_worker:
+                raise RequestError("--devices-per-worker: there are no accelerators to choose from")
+            if place.type != "cpu" and (options.workers or 1) > 1:
+                raise RequestError(
+                    f"--workers {options.workers}: on {place} is place for one; use --device all, "
+                    "or --device cpu, which parts the cores"
+                )
+        elif options.devices_per_worker or options.workers:
+            grouped(self._devices, options.devices_per_worker or 1, options.workers)
+
+    def measure(
+        self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, begun: Begun, done: Done
+    ) -> None:
+        """Measure cells, handing their blocks to the workers."""
+        places = self._places(jobs)
+        threads = _threads(len(places))
+        children = [
+            self._child(number, place, len(places), threads, ledger)
+            for number, place in enumerate(places, 1)
+        ]
+        progress.say(_about(places, threads))
+        handout = Handout(jobs, ledger, progress, begun, done)
+        try:
+            with telling(progress, f"workers: {len(children)}", 0):
+                Pool(children, answered, handout, progress).run()
+        finally:
+            self.models_loaded = handout.models_loaded
+
+    def _places(self, jobs: Sequence[Job]) -> list[_Place]:
+        options = self._options
+        if not self._devices:
+            return [_Place("", options.device)] * (options.workers or 1)
+        asked = options.devices_per_worker
+        groups = grouped(self._devices, asked or self._needed(jobs), options.workers, asked is None)
+        return [
+            _Place(
+                " and ".join(f"cuda:{n}" for n in group),
+                SPREAD if len(group) > 1 else "cuda",
+                ",".join(self._devices[n] for n in group),
+            )
+            for group in groups
+        ]
+
+    def _child(
+        self, number: int, place: _Place, workers: int, threads: int, ledger: Ledger
+    ) -> Child:
+        told = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        if place.sees is not None:
+            told[_VISIBLE] = place.sees
+        options = replace(self._options, device=place.device, workers=None, devices_per_worker=None)
+        name = f"worker {number}" + (f" on {place.name}" if place.name else "")
+        checks = Checks(ledger.root)
+        return Child(name, told, options, str(Path.cwd()), environment(), workers, checks)
+
+    def _needed(self, jobs: Sequence[Job]) -> int:
+        """Say how many devices the largest model takes."""
+        if len(self._devices) == 1 or self._options.weights is not None:
+            return 1
+        return devices_for(largest(jobs, self._options), _least_free(), len(self._devices))
+
+
+def _accelerators(device: str) -> list[str]:
+    """Name the accelerators that workers may have, as `CUDA_VISIBLE_DEVICES` does."""
+    if device not in ("all", "auto", "cuda"):
+        return []
+    count, said = torch.cuda.device_count(), os.environ.get(_VISIBLE)
+    return said.split(",")[:count] if said else [str(number) for number in range(count)]
+
+
+def _least_free() -> int:
+    """Say how many bytes are free on the fullest accelerator.
+
+    Who asks takes some of each; so a process asks that ends.
+    """
+    asked = subprocess.run([sys.executable, "-c", _FREE], capture_output=True, text=True)
+    if asked.returncode:
+        said = asked.stderr.strip().splitlines() or ["no reason"]
+        raise RequestError(f"the accelerators do not say what is free on them: {said[-1]}")
+    return int(asked.stdout)
+
+
+def _threads(workers: int) -> int:
+    """Say how many threads each of some workers has: those of one process, where that was said."""
+    own = os.environ.get("OMP_NUM_THREADS", "")
+    return int(own) if own.isdecimal() else max(1, torch.get_num_threads() // workers)
+
+
+def _about(places: Sequence[_Place], threads: int) -> str:
+    """Say who measures."""
+    what = f"{len(places)} worker{'s' * (len(places) > 1)}"
+    each = f"{threads} thread{'s' * (threads > 1)}{' each' * (len(places) > 1)}"
+    return f"{what}: {'; '.join(p.name for p in places)}" if places[0].name else f"{what}, {each}"
