@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tracker.engine.refusal import RefusalError, refused
+from tracker.engine.refusal import RefusalError, device_is_lost, refused
 
 ENGINE: dict[str, Any] = {"__name__": "tracker.engine.made_here"}
 exec("def ours(call):\n    return call()", ENGINE)
@@ -28,7 +28,7 @@ class Layer(nn.Module):
         return call()
 
 
-RAISED = (ValueError, KeyError, TypeError, RefusalError, torch.OutOfMemoryError)
+RAISED = (RuntimeError, ValueError, KeyError, TypeError, RefusalError, torch.OutOfMemoryError)
 
 
 def caught(call: Callable[[], Any]) -> Exception:
@@ -77,3 +77,11 @@ def test_it_is_told_in_one_line(message, line):
 
 def test_it_is_told_shortly():
     assert refused(RefusalError("ab" * 100)) == "ab" * 80
+
+
+def test_a_device_that_is_lost_is_no_models_refusal():
+    lost = RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be …")
+    found = caught(lambda: Layer()(lambda: fail(lost)))
+    assert device_is_lost(found)
+    assert refused(found) is None
+    assert not device_is_lost(torch.OutOfMemoryError("CUDA out of memory"))

@@ -13,9 +13,10 @@ from tests.engine.registry import families, variants
 from tests.engine.test_registry import find
 from tests.models.test_layers import WIDE, make
 from tracker.core.errors import ModelError
-from tracker.models.checkpoint import refuse_unsizable, resized, save, weight_bytes, without
+from tracker.models.checkpoint import refuse_unsizable, resized, save, without
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, load_model
+from tracker.models.placement import weight_bytes
 from tracker.models.pruned import left, pruned
 from tracker.models.reloaded import reloaded as in_memory
 from tracker.models.sources import find_model

@@ -20,7 +20,8 @@ def test_what_is_free_on_the_fullest_device_counts(monkeypatch):
     parts = [torch.device("cuda", n) for n in (0, 0, 1)]
     weights = [SimpleNamespace(device=part, is_meta=False) for part in parts]
     weights.append(SimpleNamespace(device=torch.device("meta"), is_meta=True))
-    assert least_free(SimpleNamespace(parameters=lambda: weights)) == 7
+    assert least_free(SimpleNamespace(parameters=lambda: weights), parts[0]) == 7
+    assert least_free(SimpleNamespace(parameters=lambda: weights[3:]), parts[0]) == 30
 
 
 def test_processes_part_the_hosts_memory_and_no_devices(monkeypatch):

@@ -14,7 +14,7 @@ import torch
 
 from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, wait_for
 from tracker.core.config import cell_request
-from tracker.core.errors import RequestError
+from tracker.core.errors import ModelError, RequestError
 from tracker.executors import devices, processes
 from tracker.executors.child import Child, answered
 from tracker.executors.devices import grouped
@@ -138,6 +138,41 @@ class TestOneThatCannotStart:
             child.kill()
 
 
+LOST = """
+from tracker.executors import child, worker
+def lost(*asked):
+    raise RuntimeError("CUDA error: unspecified launch failure\\nCompile with TORCH_USE_CUDA_DSA")
+worker.open_model = lost
+child.serve()
+"""
+
+
+def test_a_worker_whose_device_is_lost_ends(monkeypatch):
+    """Nothing can be computed in its process any more; another process, or device, may."""
+    monkeypatch.setattr("tracker.executors.child._PROGRAM", LOST)
+    child = Child("worker 1", {}, Options(), ".", {})
+    child.start()
+    try:
+        assert child.answer() is None
+        child.ask("open", ["a request"])
+        with pytest.raises(LostError) as caught:
+            child.answer()
+        assert str(caught.value) == "exit code 1: CUDA error: unspecified launch failure"
+    finally:
+        child.kill()
+
+
+def test_a_device_that_is_not_there_is_said_at_the_start():
+    if torch.cuda.is_available():
+        pytest.skip("it is there")
+    for device in ("cuda", "spread"):
+        child = Child("worker 1", {"CUDA_VISIBLE_DEVICES": "0,1"}, Options(device=device), ".", {})
+        child.start()
+        with pytest.raises(ModelError, match=r"cuda|accelerators 0,1 only 0 are there"):
+            child.answer()
+        child.kill()
+
+
 class TestDevices:
     """Of accelerators there are none here: what a worker is told, and who says how many."""
 
@@ -161,7 +196,7 @@ class TestDevices:
         ],
     )
     def test_each_worker_sees_its_own(self, eight, monkeypatch, weights, said, sees):
-        monkeypatch.setattr(processes, "largest", lambda jobs, options: weights * 2**30)
+        monkeypatch.setattr(devices, "largest", lambda jobs, options: weights * 2**30)
         places = eight(**said)._places([])
         assert [place.sees for place in places] == sees
         assert {place.device for place in places} == {"spread" if "," in sees[0] else "cuda"}

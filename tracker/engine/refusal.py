@@ -16,6 +16,12 @@ class RefusalError(Exception):
     """A model is not built the way that some sharing needs; says what was found."""
 
 
+def device_is_lost(error: Exception) -> bool:
+    """Say whether nothing can be computed on the device in this process any more."""
+    kind = getattr(torch, "AcceleratorError", None)  # since torch 2.8
+    return (kind is not None and isinstance(error, kind)) or str(error).startswith("CUDA error")
+
+
 def refused(error: Exception) -> str | None:
     """Say why a model cannot be run in some way.
 
@@ -23,10 +29,10 @@ def refused(error: Exception) -> str | None:
         error: What was raised while the engine ran the model.
 
     Returns:
-        One line; None where the error is not the model's: memory ran out, or it was raised in
-        tracker's own code, and must go up.
+        One line; None where the error is not the model's: memory ran out, the device is lost, or it
+        was raised in tracker's own code, and must go up.
     """
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or device_is_lost(error):
         return None
     if not isinstance(error, RefusalError) and _raised_by_us(error.__traceback__):
         return None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from tracker.core.errors import RequestError, TrackerError
 from tracker.measuring.job import Job, Options
-from tracker.models.load import weight_bytes
+from tracker.models.load import bytes_to_load
+from tracker.models.placement import devices_for
 from tracker.models.sources import find_model
 
 
@@ -39,12 +40,31 @@ def grouped(
     return [range(group * each, (group + 1) * each) for group in range(groups)]
 
 
+def needed(
+    jobs: Sequence[Job], options: Options, devices: int, least_free: Callable[[], int]
+) -> int:
+    """Say how many devices a worker needs.
+
+    Args:
+        jobs: The cells.
+        options: How they are measured.
+        devices: How many devices there are for a worker at most.
+        least_free: Says how many bytes are free on the fullest device; it may take seconds.
+
+    Returns:
+        As many as the weights of the largest model ask for; one where layers are to rest elsewhere.
+    """
+    if devices == 1 or options.weights is not None or options.offload != "device":
+        return 1
+    return devices_for(largest(jobs, options), least_free(), devices)
+
+
 def largest(jobs: Sequence[Job], options: Options) -> int:
     """Say how many bytes the weights of the largest model take, of those of which it is known."""
     found = 0
     for request in {job.requests[0].model_settings: job.requests[0] for job in jobs}.values():
         with suppress(TrackerError):  # the worker that loads it will say so
             source = find_model(request.model, request.revision, request.model_args)
-            size = weight_bytes(source, request.dtype, options.trust_remote_code)
+            size = bytes_to_load(source, request.dtype, options.trust_remote_code)
             found = max(found, size or 0)
     return found

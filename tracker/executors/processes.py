@@ -13,7 +13,7 @@ import torch
 
 from tracker.core.errors import RequestError
 from tracker.executors.child import Child, answered
-from tracker.executors.devices import grouped, largest
+from tracker.executors.devices import grouped, needed
 from tracker.executors.handout import Handout
 from tracker.executors.pool import Pool
 from tracker.executors.worker import environment
@@ -22,7 +22,6 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.job import Begun, Done, Job, Options
 from tracker.measuring.progress import Progress, telling
 from tracker.models.load import SPREAD, find_device
-from tracker.models.placement import devices_for
 
 _FREE = (
     "import torch; "
@@ -92,7 +91,8 @@ class ProcessesExecutor:
         if not self._devices:
             return [_Place("", options.device)] * (options.workers or 1)
         asked = options.devices_per_worker
-        groups = grouped(self._devices, asked or self._needed(jobs), options.workers, asked is None)
+        each = asked or needed(jobs, options, len(self._devices), _least_free)
+        groups = grouped(self._devices, each, options.workers, asked is None)
         return [
             _Place(
                 " and ".join(f"cuda:{n}" for n in group),
@@ -112,12 +112,6 @@ class ProcessesExecutor:
         name = f"worker {number}" + (f" on {place.name}" if place.name else "")
         checks = Checks(ledger.root)
         return Child(name, told, options, str(Path.cwd()), environment(), workers, checks)
-
-    def _needed(self, jobs: Sequence[Job]) -> int:
-        """Say how many devices the largest model takes."""
-        if len(self._devices) == 1 or self._options.weights is not None:
-            return 1
-        return devices_for(largest(jobs, self._options), _least_free(), len(self._devices))
 
 
 def _accelerators(device: str) -> list[str]:

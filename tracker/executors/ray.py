@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tracker.core.errors import RequestError
 from tracker.executors.base import last_line
-from tracker.executors.devices import largest
+from tracker.executors.devices import needed
 from tracker.executors.handout import Handout
 from tracker.executors.pool import LostError, Pool
 from tracker.executors.worker import Worker, environment
@@ -25,7 +25,6 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.job import Begun, Done, Job, Options
 from tracker.measuring.progress import Progress, telling
 from tracker.models.load import SPREAD
-from tracker.models.placement import devices_for
 
 _PATIENCE = 60.0
 """Seconds that nodes may take to say what is free on a GPU."""
@@ -67,8 +66,7 @@ class RayExecutor:
         """Measure cells, handing their blocks to the workers of the cluster."""
         handout = Handout(jobs, ledger, progress, begun, done)
         try:
-            each = self._options.devices_per_worker or _needed(jobs, self._options)
-            slots = list(_slots(self._options, each))
+            slots = list(_slots(self._options, self._each(jobs)))
             with telling(progress, f"Ray, workers: {len(slots)}", 0):
                 Pool(slots, _answered, handout, progress).run()
         except RayError as error:
@@ -76,6 +74,15 @@ class RayExecutor:
         finally:
             self.models_loaded = handout.models_loaded
             self._disconnect()
+
+    def _each(self, jobs: Sequence[Job]) -> int:
+        """Say how many GPUs a worker has."""
+        options, gpus = self._options, _gpus(self._options)
+        if options.devices_per_worker is not None:
+            return options.devices_per_worker
+        with suppress(RayError):  # a node that does not say what is free
+            return needed(jobs, options, max(gpus.values(), default=1), lambda: _least_free(gpus))
+        return 1
 
     def _disconnect(self) -> None:
         if self._ours:
@@ -167,25 +174,12 @@ def _gpus(options: Options) -> dict[str, int]:
     return {node: gpus for node, gpus in found.items() if gpus}
 
 
-def _needed(jobs: Sequence[Job], options: Options) -> int:
-    """Say how many GPUs of a node the largest model takes; one where a node does not say."""
-    gpus = _gpus(options)
-    most = max(gpus.values(), default=1)
-    if most == 1 or options.weights is not None:
-        return 1
-    asked = [
-        ray.remote(_free)
-        .options(
-            num_gpus=1, num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n, False)
-        )
-        .remote()
-        for n in gpus
-    ]
-    try:
-        free = min(ray.get(asked, timeout=_PATIENCE))
-    except RayError:
-        return 1
-    return devices_for(largest(jobs, options), free, most)
+def _least_free(nodes: Iterable[str]) -> int:
+    """Say how many bytes are free on the fullest of some GPUs, one of each node."""
+    there = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    ask = ray.remote(num_gpus=1, num_cpus=0)(_free)
+    asked = [ask.options(scheduling_strategy=each).remote() for each in there]
+    return int(min(ray.get(asked, timeout=_PATIENCE)))
 
 
 def _free() -> int:

@@ -3,21 +3,55 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.core.config import CellRequest
+from tracker.core.errors import ModelError, first_line
 from tracker.ledger.checks import Checks
 from tracker.measuring.job import Options
 from tracker.measuring.meter import Facts, Measured, Meter, Model, open_model
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _ENVIRONMENT = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "TQDM_")
 
 
 def environment() -> dict[str, str]:
     """What this process is told of models and data, so that workers are told the same."""
     return {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
+
+
+def _ends_without_device(method: Callable[P, T]) -> Callable[P, T]:
+    """Let this process end where its device is lost, so that another one does what it did."""
+
+    @wraps(method)
+    def ends(*arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return method(*arguments, **named)
+        except Exception as error:
+            from tracker.engine.refusal import device_is_lost
+
+            if device_is_lost(error):
+                raise SystemExit(first_line(error)) from None
+            raise
+
+    return ends
+
+
+def _refuse_lack(device: str) -> None:
+    """Refuse to work without the accelerators that are meant (ModelError)."""
+    import torch
+
+    from tracker.models.load import SPREAD, find_device
+
+    find_device(device)
+    meant, there = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    if device == SPREAD and meant and there < len(meant.split(",")):
+        raise ModelError(f"of the accelerators {meant} only {there} are there")
 
 
 class Worker:
@@ -43,6 +77,7 @@ class Worker:
         os.environ.update(variables)
         with suppress(OSError):  # not there: absolute paths still work
             os.chdir(folder)
+        _refuse_lack(options.device)
         self._options = options
         self._beside = beside
         self._checks = checks
@@ -50,6 +85,7 @@ class Worker:
         self._meter: Meter | None = None
         self._checked = False
 
+    @_ends_without_device
     def open(self, requests: Sequence[CellRequest]) -> tuple[Facts, bool, list[str]]:
         """Make a cell ready to be measured.
 
@@ -76,6 +112,7 @@ class Worker:
         said = [] if offloaded is None else [f"{self._model.loaded.identity.name}: {offloaded}"]
         return self._meter.facts, fresh, said
 
+    @_ends_without_device
     def measure(
         self, task: str, missing: Mapping[tuple[str, ...], list[int]]
     ) -> tuple[list[Measured], list[str]]:

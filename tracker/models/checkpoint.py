@@ -235,11 +235,6 @@ def save(loaded: LoadedModel, twin: Any, folder: Path) -> None:
     loaded.tokenizer.save_pretrained(folder)
 
 
-def weight_bytes(model: Any) -> int:
-    """Count the bytes of a model's weights, tied ones once."""
-    return sum(each.numel() * each.element_size() for each in model.parameters())
-
-
 def release() -> None:
     """Give back what models have left of an accelerator's memory, for another process to use."""
     gc.collect()

@@ -19,7 +19,7 @@ from tracker.core.provenance import content_hash
 from tracker.ledger.cache import own_folder
 from tracker.models.layers import find_layers
 from tracker.models.offloaded import OffloadedWeights, take_over
-from tracker.models.placement import Placement, bytes_of, free_memory, placed
+from tracker.models.placement import Placement, free_memory, placed, weight_bytes
 from tracker.models.random_weights import write_weights
 from tracker.models.sources import BITS, ModelSource, read_config, require, unreadable
 
@@ -286,14 +286,14 @@ def weightless(source: ModelSource, dtype: str, trust_remote_code: bool = False)
     return model, _tokenizer(source, trust_remote_code, content_hash(source.stamp()))
 
 
-def weight_bytes(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> int | None:
+def bytes_to_load(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> int | None:
     """Say how many bytes a model's weights will take; None where that is a quantiser's matter.
 
     ModelError if the configuration cannot be read.
     """
     if _quantiser(source, read_config(source, trust_remote_code)) is not None:
         return None
-    return bytes_of(hollow(source, dtype, trust_remote_code))
+    return weight_bytes(hollow(source, dtype, trust_remote_code))
 
 
 def hollow(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> Any:

@@ -63,8 +63,8 @@ def placed(model: nn.Module, free: int, limit: int | None, every: bool = False) 
         ModelError: Not even two layers fit beside the embeddings and the head.
     """
     layers = find_layers(model)
-    sizes = [bytes_of(layer) for layer in layers]
-    total = bytes_of(model)
+    sizes = [weight_bytes(layer) for layer in layers]
+    total = weight_bytes(model)
     if not every and total <= (FITS * free if limit is None else limit):
         return None
     most = int(RESIDENT * free) if limit is None else limit
@@ -111,10 +111,9 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // _parts_of_memory
 
 
-def least_free(model: nn.Module) -> int:
-    """Say how many bytes are free on the fullest of the devices that hold a model."""
-    devices = {p.device for p in model.parameters() if not p.is_meta}
-    return min(map(free_memory, devices))
+def least_free(model: nn.Module, device: torch.device) -> int:
+    """Say how many bytes are free on the fullest device of a model: its inputs', its weights'."""
+    return min(map(free_memory, {device, *(p.device for p in model.parameters() if not p.is_meta)}))
 
 
 def devices_for(weights: int, free: int, devices: int) -> int:
@@ -135,9 +134,9 @@ def devices_for(weights: int, free: int, devices: int) -> int:
     return needed if needed <= devices else 1
 
 
-def bytes_of(module: nn.Module) -> int:
+def weight_bytes(module: nn.Module) -> int:
     """Count the bytes of a module's weights, tied ones once."""
-    return sum(p.numel() * p.itemsize for p in {id(p): p for p in module.parameters()}.values())
+    return sum(each.numel() * each.itemsize for each in module.parameters())
 
 
 def _parts(module: nn.Module, layers: nn.ModuleList, path: str, elsewhere: set[int]) -> Any:

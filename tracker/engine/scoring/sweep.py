@@ -410,7 +410,7 @@ class Engine:
 
     @cached_property
     def _budget(self) -> int:
-        return self.memory or least_free(self.loaded.model) // 2
+        return self.memory or least_free(self.loaded.model, self.loaded.device) // 2
 
     def _prefix(self, documents: Sequence[Document], plan: StreamPlan) -> Prefix | None:
         """Read what all documents begin with, or use what was read for earlier ones."""

@@ -185,6 +185,7 @@ def _save(
     """
     from tracker.models import checkpoint
     from tracker.models.load import load_model
+    from tracker.models.placement import weight_bytes
     from tracker.models.speed import times_as_fast
 
     options, removed = asked.options, asked.pruning.removed
@@ -194,7 +195,7 @@ def _save(
     twin = checkpoint.without(loaded.model, removed)
     # Before it is saved, which names the class in a configuration that does not, as a GGUF file's.
     resized = checkpoint.resized(loaded.model, twin)
-    _refuse_small_disk(folder, checkpoint.weight_bytes(twin))
+    _refuse_small_disk(folder, weight_bytes(twin))
     progress.say("writing the checkpoint")
     checkpoint.save(loaded, twin, folder)
     progress.say("measuring how fast both read")
@@ -202,7 +203,7 @@ def _save(
     length = min(LENGTH, longest or LENGTH)
     faster = times_as_fast(twin, loaded.model, BATCH, length)
     before, after = (
-        Size(layers, model.num_parameters(), checkpoint.weight_bytes(model))
+        Size(layers, model.num_parameters(), weight_bytes(model))
         for model, layers in ((loaded.model, len(loaded.layers)), (twin, len(kept)))
     )
     wanted = expected(loaded, twin, options.device)
