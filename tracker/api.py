@@ -209,7 +209,7 @@ def run(
         experiment: The YAML file, a dict of its shape, or the name or folder of a model; None where
             keywords say everything.
         tokenizer: The tokenizer, where `model` is a model object.
-        executor: Where cells are measured: `local` (this process), `ray` or `slurm`.
+        executor: Where cells are measured: `local` (this machine), `ray` or `slurm`.
         slurm: What each SLURM job asks for, in submitit's words: `{"partition": "gpu"}`.
         **settings: The results folder, backends, device, …: as `Running` says. And keys of the
             experiment file, each with a value or a list of values: model, benchmark, sample, ….

@@ -144,7 +144,7 @@ def test_workers_that_see_other_weights_are_refused(desk):
     found = desk("arc_easy")
     first, second = found.next(), found.next()
     assert first.block is second.block is None
-    facts, fresh = found.worker.open(first.cell.job.requests)
+    facts, fresh, _ = found.worker.open(first.cell.job.requests)
     found.handout.opened(first, facts, fresh)
     other = facts.model.model_copy(update={"fingerprint": "another"})
     found.handout.opened(second, replace(facts, model=other), True)

@@ -75,7 +75,7 @@ def main(debug: bool) -> None:
     type=click.Choice(EXECUTORS),
     default="local",
     show_default=True,
-    help="Where benchmarks are measured. local: in this process. ray: on the Ray cluster that "
+    help="Where benchmarks are measured. local: on this machine. ray: on the Ray cluster that "
     "RAY_ADDRESS names, or that 'ray start' made on this machine; where there is neither, on one "
     "that lives as long as the run. slurm: in a job array, one job a benchmark; Ctrl-C cancels it.",
 )
