@@ -538,7 +538,7 @@ def test_plan_says_what_its_documents_reveal(model, experiment, tmp_path):
     unknown = cli("plan", file, "--gflops", 100, *settings).output
     assert f" {100 * UNRELATED.change(40):.1f} pp " in unknown
     assert "4,359" in unknown
-    assert "*: if" not in unknown
+    assert "*: assumes" not in unknown
     done = tracker.run(file, results=tmp_path / "results", track=[])
     median = statistics.median(
         run.drop_sd**2 * 39 / 40 + run.accuracy_drop**2 for run in done.cells[0].runs
@@ -547,7 +547,7 @@ def test_plan_says_what_its_documents_reveal(model, experiment, tmp_path):
     spread = OutcomeVariance(median, binary=True)
     assert f" {100 * spread.change(200):.1f} pp* " in known
     assert f"{spread.documents(0.03):,}*" in known
-    assert "*: if it changes as many" in known
+    assert "*: assumes that it changes as many" in known
 
 
 def test_plan_reckons_with_what_a_model_computes_in(model, experiment, monkeypatch):
