@@ -242,6 +242,10 @@ def test_a_model_object_is_refused_where_it_would_be_another(
         tracker.run(**asked, tokenizer=tokenizer, executor="ray")
     with pytest.raises(RequestError, match=r"parameters\.limit"):
         tracker.run(**asked, tokenizer=tokenizer, limit=-1)
+    with pytest.raises(RequestError, match="run, study and prune take the object"):
+        tracker.plan(**asked)
+    with pytest.raises(RequestError, match=r"benchmark is missing; .*run\(model=model, benchmark="):
+        tracker.run(model=model, tokenizer=tokenizer, results=tmp_path / "none")
     model.model.layers[1].register_forward_hook(lambda *_: None)
     with pytest.raises(RequestError, match=r"model\.layers\.1 of the model has a hook"):
         tracker.run(**asked, tokenizer=tokenizer)

