@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Locator
 from tracker.core.decision_records import DecisionsRecord
 from tracker.ledger.decisions import Decisions, decisions_record
 from tracker.report.charts.decisions import (
-    Agreement,
+    LossAgreement,
     agreement,
     agreement_map,
     groups_sentence,
@@ -133,10 +133,10 @@ class TestCharts:
 
     def test_what_is_strong_in_the_map_is_what_is_said_of_it(self) -> None:
         alike = np.eye(3, dtype=bool)
-        nothing = Agreement([4, 5, 6], np.eye(3), alike, [])
+        nothing = LossAgreement([4, 5, 6], np.eye(3), alike, [])
         assert groups_sentence(nothing).startswith("No layers are shown")
         alike[0, 1] = alike[1, 0] = True
-        pair = Agreement([4, 5, 6], np.eye(3), alike, [])
+        pair = LossAgreement([4, 5, 6], np.eye(3), alike, [])
         assert groups_sentence(pair).startswith("1 pair of layers is shown to break the same")
 
     def test_layers_that_lose_nothing_are_left_out_and_said(self, record) -> None:

@@ -97,7 +97,7 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     )
 
 
-class Agreement(NamedTuple):
+class LossAgreement(NamedTuple):
     """Which layers break the same documents.
 
     Attributes:
@@ -113,7 +113,7 @@ class Agreement(NamedTuple):
     groups: list[list[int]]
 
 
-def agreement(decided: DecisionsRecord) -> Agreement:
+def agreement(decided: DecisionsRecord) -> LossAgreement:
     """Correlate which documents the layers lose, and cluster them."""
     both = np.array(decided.both, dtype=np.float64).reshape((len(decided.both),) * 2)
     found = phi(both, np.diag(both), decided.right)
@@ -129,7 +129,7 @@ def agreement(decided: DecisionsRecord) -> Agreement:
         if all(alike[one, other] for one, other in combinations(group, 2))
     ]
     known_by = alike | np.eye(len(layers), dtype=bool)
-    return Agreement(
+    return LossAgreement(
         [layers[number] for number in order],
         square[np.ix_(order, order)],
         known_by[np.ix_(order, order)],
@@ -174,7 +174,7 @@ def agreement_map(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     return drawn
 
 
-def groups_sentence(found: Agreement) -> str:
+def groups_sentence(found: LossAgreement) -> str:
     """Say which layers break the same documents."""
     if found.groups:
         named = "; ".join(f"layers {', '.join(map(str, group))}" for group in found.groups)
