@@ -61,7 +61,8 @@ class PruneStep(Record):
     """By how much the runner-up scores worse."""
     margin_low: float | None = None
     margin_high: float | None = None
-    """Both ends of the 95 % interval of `margin`, from the calibration documents."""
+    """Both ends of the interval of `margin`, from the calibration documents; with 95 % it holds
+    beside every other candidate of the step."""
     separates: int | None = None
     """About how many calibration documents would separate the two; None where these do, or where
     they are level and no number does."""

@@ -272,6 +272,13 @@ def test_how_many_documents_would_tell_two_apart() -> None:
     half = 1.984 * apart.std(ddof=1) / 10
     assert step.margin_low == pytest.approx(apart.mean() - half, abs=1e-3)
     assert step.separates == pytest.approx(100 * (half / apart.mean()) ** 2, rel=0.01)
+    # Beside twenty more it is the best of many: at 0.05 / 21.
+    more = np.concatenate([values, np.full((100, 20), 1.0)], axis=1)
+    sets = [(n,) for n in range(22)]
+    wide = Losses(sets, more, np.full(100, 0.01), np.zeros(22)).step(())
+    assert wide.runner_up == step.runner_up
+    half = 3.118 * apart.std(ddof=1) / 10
+    assert wide.margin_low == pytest.approx(apart.mean() - half, abs=1e-3)
 
 
 def test_what_is_not_finite_goes_last_or_is_refused() -> None:

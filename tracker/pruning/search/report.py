@@ -74,8 +74,9 @@ ASSUMED = (
     "Accuracy: Wilson's interval; what is lost, and differences of two prunings: paired documents "
     "(Bonett and Price 2012), of the sentences for all their differences at once (Bonferroni). Of "
     "several random draws the mean counts, document by document.",
-    "A runner-up is told apart where the 95 % interval of its paired loss to what was chosen, on "
-    "the calibration documents, is above 0; of the best of many candidates it is rather hopeful.",
+    "A runner-up is told apart where the interval of its paired loss to what was chosen, on the "
+    "calibration documents, is above 0; with 95 % it holds beside every other candidate of the "
+    "step (Bonferroni).",
     COST,
 )
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
+from tracker.core.estimates import Estimate
 from tracker.core.kinds import Component
 from tracker.core.proxies import PROXIES, passes
 from tracker.core.prune_records import PruneCost, PruneStep
@@ -29,6 +30,7 @@ from tracker.pruning.search.cells import OpenCell
 from tracker.stats.accuracy import mean_interval
 from tracker.stats.proxies import per_token
 from tracker.stats.rank_agreement import rounded
+from tracker.stats.support import together
 
 Array = NDArray[np.float64]
 Set = tuple[int, ...]
@@ -98,7 +100,10 @@ class Losses:
         apart = self.values[:, second] - self.values[:, best]
         extra = (1.0, -1.0) if self.binary else ()
         margin = float(means[second] - means[best])
-        low, high = mean_interval(apart, self.weights, extra)
+        # It is the best of many: the interval holds beside each of the others.
+        one = Estimate(margin, *mean_interval(apart, self.weights, extra))
+        (wide,) = together([one], [len(apart)], len(others))
+        low, high = wide.low, wide.high
         found: dict[str, object] = {
             "runner_up": self.sets[second],
             "margin": margin,
