@@ -60,7 +60,13 @@ def test_zero_and_no_are_said_of_a_search(monkeypatch: pytest.MonkeyPatch) -> No
         raise RequestError("far enough")
 
     monkeypatch.setattr(tracker.api, "prune", prune)
-    typed = ["--strategy=last", "--num_fewshot=0", "--seed=0", "--fewshot_as_multiturn=False"]
+    typed = [
+        "--strategy=last",
+        "--remove=1",
+        "--num_fewshot=0",
+        "--seed=0",
+        "--fewshot_as_multiturn=False",
+    ]
     cli("prune", *COMMON[1:3], *typed)
     assert (found["num_fewshot"], found["seed"], found["fewshot_as_multiturn"]) == (0, 0, False)
 
