@@ -153,8 +153,7 @@ def _why(searched: Sequence[Searched], found: Recommended, labels: Mapping[str, 
         return f"{text}."
     second = (one.record for one in searched if one.record.removed == step.runner_up)
     next_ = listed([labels[one.name] for one in second if one.strategy != NULL])
-    text += f"; they are too few to tell it from that of {next_}"
-    return f"{text}{f' (about {step.separates:,} would)' if step.separates else ''}."
+    return f"{text}; they are too few to tell it from that of {next_}."
 
 
 def _beside(searched: Sequence[Searched], chosen: Sequence[Searched]) -> Iterator[str]:
