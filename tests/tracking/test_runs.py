@@ -17,8 +17,9 @@ from .conftest import cell_record, of_kind
 def test_a_layer_that_is_replaced_is_said_to_be() -> None:
     cell = cell_record(layers=(0, 1))
     mean = of_kind("layer", 1, 1, "mean:1", intervention="mean")
+    cell = cell.model_copy(update={"runs": (*cell.runs, mean)})
     assert "replaced by its mean update" in layer_run(cell, mean).note
-    page = render_page([cell.model_copy(update={"runs": (*cell.runs, mean)})], {})
+    page = render_page([cell], {})
     assert "each layer was replaced by its mean update in turn" in page
 
 
