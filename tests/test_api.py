@@ -160,6 +160,20 @@ def test_a_keyword_is_written_as_the_file_has_it(
     assert with_settings(None, {keyword: value}, REMOVALS)["parameters"][keyword] == written
 
 
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ({"sample": 3}, {"sample": {"value": 3}}),
+        ({"limit": None}, {}),
+        ({"limit": 2, "sample": 3}, None),
+    ],
+)
+def test_the_first_documents_and_some_at_random_take_each_others_place(given, left):
+    file = {"parameters": {"limit": {"value": 8}}}
+    both = {"limit": {"value": 2}, "sample": {"value": 3}}  # refused by the schema
+    assert with_settings(file, given, REMOVALS)["parameters"] == (both if left is None else left)
+
+
 def test_wrong_keywords_are_refused_with_what_was_meant(tmp_path: Path) -> None:
     results = tmp_path / "results"
     with pytest.raises(RequestError, match=r"there is no 'benchmrk'. Did you mean 'benchmark'"):

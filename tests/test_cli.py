@@ -164,7 +164,7 @@ def test_a_model_is_run_without_a_file_and_written_down_as_one(model, tmp_path):
     assert "experiment:" not in again
     assert [*(results / "experiments").glob("*.yaml")] == [kept]
 
-    more = printed("run", kept, "--set=layer=all", "--set", "limit=null", "--set=sample=3", *there)
+    more = printed("run", kept, "--set=layer=all", "--sample=3", *there)
     (_, other) = sorted((results / "experiments").glob("*.yaml"), key=lambda p: p.stat().st_mtime)
     assert f"experiment: {other}" in more
     asked = load_experiment(other, depth=lambda request: 4).file.cells()[0]

@@ -200,7 +200,7 @@ def with_settings(
     Args:
         raw: What stands in a file; None for nothing.
         settings: Keys of the file with their values, or a list of values each; None is not said,
-            and takes back what `raw` says.
+            and takes back what `raw` says. `limit` and `sample` take each other's place.
         kind: Which kind of file; without one, all that is not said is as its `new` says.
 
     Returns:
@@ -211,6 +211,9 @@ def with_settings(
     parameters = dict(said) if isinstance(said, Mapping) else {}
     for name, value in settings.items():
         if value is not None and (name in kind.keys or name not in Sweep.model_fields):
+            other = _INSTEAD.get(name)
+            if other and other not in settings:
+                parameters.pop(other, None)
             parameters[name] = _as_in_the_file(name, value)
         elif value is not None:
             made[name] = value
@@ -222,6 +225,8 @@ def with_settings(
     return {**made, "parameters": parameters}
 
 
+_INSTEAD = {"limit": "sample", "sample": "limit"}
+"""Which key of a file goes where another is given beside the file: both ask how many documents."""
 _LISTS: Mapping[str, type] = {"removed": int, "include_path": str, "calibrate": str}
 """Keys whose values are lists → of what."""
 
