@@ -82,6 +82,16 @@ def test_weights_come_past_once_for_a_check_and_once_for_a_block(both):
     assert [one.responses for one in ours] == [other.responses for other in theirs]
 
 
+def test_a_layer_that_comes_past_is_progress(both):
+    documents = make_documents(6)
+    due = sum(len(document.requests) for document in documents) * len(ABLATIONS)
+    resident, offloaded = [], []
+    for engine, told in zip(both("llama"), (resident, offloaded), strict=True):
+        engine.score(documents, ABLATIONS, told.append)
+    assert sum(resident) == sum(offloaded) == due
+    assert offloaded[:3] == [due // 4] * 3  # of four layers; all rows end together
+
+
 def test_a_plain_call_brings_in_each_layer_once(both):
     resident, offloaded = both("llama")
     text = range(3, 20)

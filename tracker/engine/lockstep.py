@@ -9,6 +9,7 @@ it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -47,6 +48,48 @@ def side_by_side(
         yield from hub.join(started)
     else:
         yield from _Hub(weights).run(started)
+
+
+@contextmanager
+def reporting(
+    weights: OffloadedWeights | None, due: int, progress: Callable[[int], None]
+) -> Iterator[Callable[[int], None]]:
+    """Report what passes find, each thing once, and not only at their end.
+
+    Args:
+        weights: The weights that rest elsewhere; with each layer of them that comes past, a share
+            of what is due is reported ahead. None where all are in place.
+        due: How much is found in all.
+        progress: Called with how much more there is.
+
+    Yields:
+        What is called with how much a pass has found.
+    """
+    told = done = 0
+
+    def tell(total: int) -> None:
+        nonlocal told
+        if total > told:
+            progress(total - told)
+            told = total
+
+    def found(more: int) -> None:
+        nonlocal done
+        done += more
+        tell(done)
+
+    if weights is None:
+        yield found
+        return
+
+    def came() -> None:
+        tell(min(due, told + due // len(weights.times)))
+
+    weights.heard.append(came)
+    try:
+        yield found
+    finally:
+        weights.heard.remove(came)
 
 
 class _Hub:

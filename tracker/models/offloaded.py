@@ -143,6 +143,7 @@ class OffloadedWeights:
             side puts itself here.
         times: Layer → how often it was brought in.
         waited: Seconds that were spent waiting for weights.
+        heard: Called with nothing when a layer has come.
 
     Args:
         device: Where they are computed with.
@@ -160,6 +161,7 @@ class OffloadedWeights:
         self.wait: Callable[[int], None] = self.bring
         self.times = dict.fromkeys(sorted(rests), 0)
         self.waited = 0.0
+        self.heard: list[Callable[[], None]] = []
         self._weights = {layer: list(_placed(rests[layer])) for layer in self.times}
         self._ends = {layer: each[-1].stop for layer, each in self._weights.items()}
         self._slots = [
@@ -220,6 +222,8 @@ class OffloadedWeights:
         behind = next((other for other in self.times if other > layer), None)
         if behind is not None and self._find(behind) is None:
             self._start(behind, self._slots[0])
+        for hear in self.heard:
+            hear()
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ from tracker.core.ablations import INTACT, Ablation
 from tracker.core.documents import Document, Request, Response
 from tracker.core.errors import CellError, ModelError
 from tracker.core.proxies import OBSERVED
-from tracker.engine.lockstep import side_by_side
+from tracker.engine.lockstep import reporting, side_by_side
 from tracker.engine.memory import stream_bytes
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.decode import decoding
@@ -188,7 +188,8 @@ class Engine:
         Args:
             documents: What to score.
             ablations: What to remove; must include the baseline, and nothing twice.
-            progress: Called with the responses of each finished row: requests times ablations.
+            progress: Called with the responses of each finished row (requests times ablations), or
+                a share of them for each layer that comes past, where rows wait for weights.
 
         Returns:
             One result a document.
@@ -202,7 +203,7 @@ class Engine:
         tokens = [0] * len(documents)
         places = {ablation: place for place, ablation in enumerate(ablations)}
         try:
-            for row, ablated, scores in self._in_groups(documents, ablations):
+            for row, ablated, scores in self._in_groups(documents, ablations, progress):
                 which = torch.tensor([places[ablation] for ablation in ablated])
                 for number, (document, request) in enumerate(row.requests):
                     loglikelihoods[document, which, request] = scores.loglikelihoods[:, number]
@@ -210,7 +211,6 @@ class Engine:
                 for (document, path), proxies in zip(row.gold, scores.proxies, strict=False):
                     sums[document] += proxies
                     tokens[document] += row.prefix + len(path)
-                progress(len(row.requests) * len(ablated))
         finally:
             # The next cell on this model takes down its state as that of a fresh one.
             self.put_back()
@@ -243,11 +243,14 @@ class Engine:
         return long and cache_argument(self.head.base) is not None
 
     def _in_groups(
-        self, documents: Sequence[Document], ablations: Sequence[Ablation]
+        self,
+        documents: Sequence[Document],
+        ablations: Sequence[Ablation],
+        progress: Callable[[int], None],
     ) -> Iterator[_Scored]:
         """Score as many ablations at a time as the budget allows for the largest document."""
         for number, group in enumerate(self.groups(ablations, max(map(_tokens, documents)))):
-            for row, ablated, scores in self._scored(documents, group):
+            for row, ablated, scores in self._scored(documents, group, progress):
                 yield row if number == 0 else replace(row, gold=[]), ablated, scores
 
     def groups(self, ablations: Sequence[Ablation], tokens: int) -> Iterator[list[Ablation]]:
@@ -262,11 +265,16 @@ class Engine:
         return self._budget // (tokens * stream_bytes(self.loaded.model))
 
     def _scored(
-        self, documents: Sequence[Document], ablations: Sequence[Ablation]
+        self,
+        documents: Sequence[Document],
+        ablations: Sequence[Ablation],
+        progress: Callable[[int], None] = lambda responses: None,
     ) -> Iterator[_Scored]:
         """Score rows; one that does not fit into memory is halved."""
         if not self.sharing.depth:
-            yield from self._scored_apart(documents, ablations)
+            for row, ablated, scores in self._scored_apart(documents, ablations):
+                yield row, ablated, scores
+                progress(len(row.requests) * len(ablated))
             return
         plan = plan_streams(ablations, len(self.loaded.layers))
         prefix = self._prefix(documents, plan) if self.sharing.prefix else None
@@ -278,14 +286,17 @@ class Engine:
                 return str(error)
 
         for rows in self._at_once(self._rows(documents, plan, prefix), plan):
-            each = self.side_by_side(partial(attempt, row) for row in rows)
-            for row, scores in zip(rows, each, strict=True):
-                if isinstance(scores, RowScores):
-                    yield row, ablations, scores
-                    continue
-                # Outside the handler, so that the failed row's tensors are free.
-                torch.cuda.empty_cache()
-                yield from self._halved(row, documents, ablations, scores)
+            due = [len(row.requests) * len(ablations) for row in rows]
+            with reporting(self.loaded.offloaded, sum(due), progress) as report:
+                each = self.side_by_side(partial(attempt, row) for row in rows)
+                for row, responses, scores in zip(rows, due, each, strict=True):
+                    if isinstance(scores, RowScores):
+                        yield row, ablations, scores
+                    else:
+                        # Outside the handler, so that the failed row's tensors are free.
+                        torch.cuda.empty_cache()
+                        yield from self._halved(row, documents, ablations, scores)
+                    report(responses)
 
     def side_by_side(self, passes: Iterable[Callable[[], T]]) -> Iterator[T]:
         """Run passes of the model, or of copies of it, by turns where its weights come past."""
