@@ -8,6 +8,7 @@ import pytest
 
 from tracker.core import formats
 from tracker.core.records import NOT_MEASURED
+from tracker.report.charts import style
 from tracker.report.charts.across import depth_curves
 from tracker.report.charts.headline import headline, near_together
 from tracker.report.charts.model import relevance_curves
@@ -286,3 +287,13 @@ def test_numbers_of_near_layers_stand_together_where_a_phone_would_overlay_them(
     marked: list[int], notes: list[tuple[float, str]]
 ) -> None:
     assert near_together(marked) == notes
+
+
+def test_a_figure_that_stands_alone_says_what_faint_means():
+    def drawn(**look):
+        return style.chart("title", [style.trace("bar", "", [0, 1], [2, 3], [], **look)], 99)
+
+    for look in ({"opacity": style.OPEN}, {"marker": {"opacity": style.strength([True, False])}}):
+        assert "faint: open" in drawn(**look).figure().layout.title.text
+    plain = drawn(marker={"opacity": style.strength([True, True])})
+    assert plain.figure().layout.title.text == "title"

@@ -92,8 +92,13 @@ class Chart:
     explains: str = ""
 
     def figure(self) -> go.Figure:
-        """Make a figure that stands alone, with its title in it and its legend at the bottom."""
-        lines = textwrap.wrap(self.title, _TITLE_COLUMNS)
+        """Make a figure that stands alone, with its title in it and its legend at the bottom.
+
+        Where something is drawn faintly, a line below the title says what that means.
+        """
+        lines = [html.escape(line) for line in textwrap.wrap(self.title, _TITLE_COLUMNS)]
+        if any(map(_is_faint, self.data)):
+            lines.append('<span style="font-size: 11px">faint: open, it may be chance</span>')
         named = sum(map(_is_named, self.data))
         figure = go.Figure(self.data, self.layout)
         return figure.update_layout(
@@ -102,7 +107,7 @@ class Chart:
             legend={"y": 0, "yref": "container", "yanchor": "bottom"},
             height=self.layout["height"] + 20 * len(lines) + 12 * named,
             title={
-                "text": "<br>".join(html.escape(line) for line in lines),
+                "text": "<br>".join(lines),
                 "font": {"size": 14},
                 "x": 0,
                 "xref": "paper",
@@ -130,6 +135,12 @@ def trace(
 def _is_named(trace: dict[str, Any]) -> bool:
     """Whether it stands in a legend: without a word on it, where it is not alone."""
     return bool(trace.get("showlegend", trace.get("type") == "scatter"))
+
+
+def _is_faint(trace: dict[str, Any]) -> bool:
+    """Whether some of it is drawn as that of which nothing is shown."""
+    strengths = [trace.get("opacity"), trace.get("marker", {}).get("opacity")]
+    return any(OPEN in (each if isinstance(each, list) else [each]) for each in strengths)
 
 
 def line(number: int) -> dict[str, Any]:
