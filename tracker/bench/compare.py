@@ -159,6 +159,7 @@ def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepa
     from tracker.benchmarks.encoder import RequestEncoder
     from tracker.engine.memory import keep_freed_memory
     from tracker.engine.scoring.sweep import Engine
+    from tracker.measuring.row_size import with_fastest_rows
     from tracker.models.load import load_model
 
     keep_freed_memory()
@@ -172,7 +173,7 @@ def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepa
     if any(document.prompt is not None for document in documents):
         raise BenchmarkError(f"{request.benchmark} generates texts; tracker bench times scoring")
     return Prepared(
-        Engine(loaded, encoder.max_length, memory=options.memory),
+        with_fastest_rows(Engine(loaded, encoder.max_length, memory=options.memory)),
         documents,
         f"{request.benchmark}, {benchmark.identity.num_fewshot}-shot",
     )

@@ -153,6 +153,7 @@ class Meter:
         steady the model is.
         """
         from tracker.engine.scoring.sweep import Engine
+        from tracker.measuring.row_size import with_fastest_rows
         from tracker.measuring.scorer import checked_scorer
 
         loaded = self._model.loaded
@@ -161,6 +162,7 @@ class Meter:
             return self._calibration.fit(engine, self.ablations) if self._calibration else {}
 
         engine = Engine(loaded, self._encoder.max_length, memory=self._memory)
+        engine = with_fastest_rows(engine)
         documents = list(self.documents.values())
         self._scorer, said = checked_scorer(
             engine, loaded.tokenizer, documents, self.ablations, kept, fit

@@ -1,0 +1,40 @@
+"""The size of a row is what is fastest here, found once; no answer depends on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.engine.families import tiny_model
+from tests.engine.plain import engine_of
+from tracker.engine.scoring.row_size import SIZES, chosen, fastest
+from tracker.engine.scoring.sweep import ROW_TOKENS
+from tracker.measuring import row_size
+
+
+@pytest.fixture
+def engine():
+    return engine_of(tiny_model("llama").bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"), [((1, 0.97, 0.96), 192), ((1, 0.9, 0.8), 768), ((1, 2, 3), 192)]
+)
+def test_another_size_must_be_clearly_faster(seconds, best):
+    assert chosen(dict(zip(SIZES, seconds, strict=True))) == best
+
+
+def test_trying_leaves_the_model_as_it_is(engine):
+    before = {name: each.clone() for name, each in engine.loaded.model.state_dict().items()}
+    assert fastest(engine) in SIZES
+    torch.testing.assert_close(engine.loaded.model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_it_is_tried_once_and_for_half_precision_alone(engine, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRACKER_CACHE", str(tmp_path))
+    monkeypatch.setattr(row_size, "fastest", lambda engine: 768)
+    assert row_size.with_fastest_rows(engine).most_row_tokens == 768
+    monkeypatch.delattr(row_size, "fastest")
+    assert row_size.with_fastest_rows(engine).most_row_tokens == 768
+    plain = engine_of(tiny_model("llama"))
+    assert row_size.with_fastest_rows(plain).most_row_tokens == ROW_TOKENS
