@@ -22,6 +22,12 @@ def device_is_lost(error: Exception) -> bool:
     return (kind is not None and isinstance(error, kind)) or str(error).startswith("CUDA error")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether there was no memory for what was to be computed, on whatever device."""
+    # torch has no class for the host's own memory.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def refused(error: Exception) -> str | None:
     """Say why a model cannot be run in some way.
 
@@ -32,7 +38,7 @@ def refused(error: Exception) -> str | None:
         One line; None where the error is not the model's: memory ran out, the device is lost, or it
         was raised in tracker's own code, and must go up.
     """
-    if isinstance(error, torch.OutOfMemoryError) or device_is_lost(error):
+    if is_out_of_memory(error) or device_is_lost(error):
         return None
     if not isinstance(error, RefusalError) and _raised_by_us(error.__traceback__):
         return None

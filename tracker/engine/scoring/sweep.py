@@ -22,7 +22,7 @@ from tracker.core.errors import CellError, ModelError
 from tracker.core.proxies import OBSERVED
 from tracker.engine.lockstep import reporting, side_by_side
 from tracker.engine.memory import stream_bytes
-from tracker.engine.refusal import RefusalError
+from tracker.engine.refusal import RefusalError, is_out_of_memory
 from tracker.engine.scoring.decode import decoding
 from tracker.engine.scoring.head import Head
 from tracker.engine.scoring.masks import Sight, look
@@ -282,7 +282,9 @@ class Engine:
         def attempt(row: Row) -> RowScores | str:
             try:
                 return self._score_row(row, plan, prefix)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 return str(error)
 
         for rows in self._at_once(self._rows(documents, plan, prefix), plan):
@@ -438,7 +440,9 @@ class Engine:
         self.put_back()
         try:
             self._kept.append(read_prefix(self.parts(plan), plan, shared))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return None
         return self._kept[0]
 
