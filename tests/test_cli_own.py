@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+from ast import literal_eval
 from typing import Any
 
 import pytest
 
 import tracker.api
-from tests.conftest import cli, refused
+from tests.conftest import cli, golden, refused
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.runner import Finished
@@ -27,28 +29,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[CellRequest]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("typed", "field", "value"),
-    [
-        (["--gen_kwargs={'max_gen_toks': 4}"], "gen_kwargs", '{"max_gen_toks": 4}'),
-        (["--gen_kwargs", "max_gen_toks=4"], "gen_kwargs", '{"max_gen_toks": 4}'),
-        (['--metadata={"max_seq_lengths": [4096]}'], "metadata", '{"max_seq_lengths": [4096]}'),
-        (["--include_path=['mine', 'theirs']"], "include_path", ("mine", "theirs")),
-        (["--include-path", "mine"], "include_path", ("mine",)),
-        (["--apply_chat_template=True"], "apply_chat_template", True),
-        (["--apply_chat_template=False"], "apply_chat_template", False),
-        (["--apply_chat_template=rag"], "apply_chat_template", "rag"),
-        (["--fewshot_as_multiturn=False"], "fewshot_as_multiturn", False),
-        (["--think_end_token=</think>"], "think_end_token", "</think>"),
-        (["--system_instruction=You are = a, b."], "system_instruction", "You are = a, b."),
-        (["--enable_thinking=None"], "enable_thinking", None),
-    ],
-)
-def test_one(asked: list[CellRequest], typed: list[str], field: str, value: Any) -> None:
-    result = cli(*COMMON, *typed)
+@pytest.mark.parametrize(("typed", "field", "value"), golden("trial_settings"))
+def test_one(asked: list[CellRequest], typed: str, field: str, value: str) -> None:
+    result = cli(*COMMON, *shlex.split(typed))
     assert result.exit_code == 0, result.output
     (request,) = asked
-    assert getattr(request, field) == value
+    assert getattr(request, field) == literal_eval(value)
 
 
 def test_zero_and_no_are_said_of_a_search(monkeypatch: pytest.MonkeyPatch) -> None:

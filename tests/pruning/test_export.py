@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import resource
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
-from tests.conftest import cli, printed, refused, save_tokenizer
+from tests.conftest import cli, golden, printed, refused, save_tokenizer
 from tests.engine.test_registry import find
 from tests.own import write_tasks
 from tests.plain import evaluate
@@ -372,22 +373,10 @@ class TestRefused:
         refused(cli("export", base, "--remove", 1, "--output", tmp_path / place), why)
         assert [p.name for p in (tmp_path / "there").iterdir()] == ["thesis.tex"]
 
-    @pytest.mark.parametrize(
-        ("typed", "why"),
-        [
-            ((1, "--component", "attention"), "the model classes of LLM-Drop"),
-            (("3,1", "--component", "mlp"), '{"drop_attn_list": [], "drop_mlp_list": [1, 3]}'),
-            ((9,), "layer 9 is out of range: "),
-            (("0,1,2,3",), "no layer would be left"),
-            (("[]",), "nothing is to be removed"),
-            ((1, "--sample", 3), "--sample is about a benchmark"),
-            ((1, "--benchmark", f"corpus:{__file__}"), "and no task of lm-eval"),
-            ((1, "--register", "lighter"), "add --track mlflow"),
-            ((1, "--track", "clearml"), "no tracking backend"),
-        ],
-    )
+    @pytest.mark.parametrize(("typed", "why"), golden("exports"))
     def test_what_does_not_fit(self, base, tmp_path, typed, why):
-        refused(cli("export", base, "--output", tmp_path / "out", "--remove", *typed), why)
+        words = shlex.split(typed.replace("TEXT", __file__))
+        refused(cli("export", base, "--output", tmp_path / "out", "--remove", *words), why)
 
     def test_an_adapter_beside_the_weights(self, base, tmp_path):
         (tmp_path / "adapter_config.json").write_text("{}")

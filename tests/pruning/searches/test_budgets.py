@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.conftest import golden
 from tracker.core.errors import ExperimentError
 from tracker.pruning.search import timing
 from tracker.pruning.search.budgets import Budget, amount, budget
@@ -23,27 +24,16 @@ from tracker.pruning.search.strategies import STRATEGIES, Search
 from .conftest import LAYERS
 
 
-@pytest.mark.parametrize(
-    ("given", "value", "measure", "share"),
-    [
-        (8, 8, "parts", False),
-        ("8", 8, "parts", False),
-        ("25 %", 0.25, "parts", True),
-        ("25%", 0.25, "parts", True),
-        ("12.5 % parameters", 0.125, "parameters", True),
-        ("5 % bytes", 0.05, "bytes", True),
-        ("30 % seconds", 0.3, "seconds", True),
-        ("100M parameters", 1e8, "parameters", False),
-        ("1.5B parameters", 1.5e9, "parameters", False),
-        ("200 MB", 2e8, "bytes", False),
-        ("1 GiB", 2**30, "bytes", False),
-        ("5 ms", 0.005, "seconds", False),
-    ],
-)
-def test_an_amount_is_read(given: int | str, value: float, measure: str, share: bool) -> None:
+@pytest.mark.parametrize(("given", "value", "measure", "share"), golden("amounts"))
+def test_an_amount_is_read(given: str, value: str, measure: str, share: str) -> None:
     found = amount(given)
-    assert (found.value, found.measure, found.share) == (pytest.approx(value), measure, share)
+    assert (found.value, found.measure, found.share) == (
+        pytest.approx(float(value)),
+        measure,
+        share == "a share",
+    )
     assert amount(found.text) == found
+    assert amount(8) == amount("8")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import cli, printed, refused
+from tests.conftest import cli, golden, printed, refused
 from tests.own import write_pair
 from tracker import api
 from tracker.cli.pruning import export as exporting
@@ -163,33 +163,9 @@ def test_a_killed_search_goes_on_after_its_last_block(write, tmp_path: Path) -> 
             assert sum(shard.table.num_rows for shard in shards if shard) == len(rows)
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"remove": 5}, "leaves no layer: of 5 parts, remove at most 4 parts"),
-        ({"remove": None}, "'remove' or 'keep', one of the two"),
-        ({"keep": 3}, "'remove' or 'keep', one of the two"),
-        ({"remove": None, "keep": 5}, "removes nothing: the model has 5 parts"),
-        ({"remove": "lots"}, "'lots' is no amount; write one of: 8, 25 %"),
-        ({"remove": None, "keep": "900 MB"}, "removes nothing: the model has 0.2 MB"),
-        ({"strategy": "acuracy"}, "there is no strategy 'acuracy'. Did you mean 'accuracy'?"),
-        ({"sample": 1}, "1 calibration document tells no layers apart; raise 'sample' to 2"),
-        ({"unit": "mlp", "strategy": "cosine"}, "cosine scores whole layers, and 'unit' is mlp"),
-        ({"unit": "mlp", "remove": "25 % bytes"}, "'unit' is mlp, of which"),
-        ({"rescoring": "race"}, "takes as many calibration documents as it needs; leave"),
-        ({"rescoring": "race", "sample": None, "strategy": "gold_logprob"}, "is for accuracy"),
-        ({"calibrate": [["arc_easy", "nosuchtask"]]}, "nosuchtask"),
-        (
-            {"rescoring": ["full", "lazy"], "strategy": ["beam", "last"]},
-            "lazy' is for accuracy and",
-        ),
-        ({"draws": 2, "strategy": ["beam", "last"]}, "'draws' is for random and evolutionary, and"),
-        ({"layer": 3}, "unknown key 'parameters.layer'"),
-        ({"layer": 3, "remove": None, "strategy": None}, "says itself what is removed ('layer'), "),
-    ],
-)
-def test_what_cannot_be_is_refused(write, prune, tmp_path: Path, settings, words: str) -> None:
-    done = prune(write(**{"strategy": "accuracy", **settings}))
+@pytest.mark.parametrize(("settings", "words"), golden("searches"))
+def test_what_cannot_be_is_refused(write, prune, tmp_path: Path, settings: str, words: str) -> None:
+    done = prune(write(**{"strategy": "accuracy", **json.loads(settings)}))
     refused(done, words)
     assert not list((tmp_path / "results").glob("searches/*"))
 
