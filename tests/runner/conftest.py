@@ -10,24 +10,16 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.runner.elsewhere import Heard, arc, run, typed
+from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, typed, wait_for
 from tracker.api import Results
-
-
-@pytest.fixture
-def one_thread(monkeypatch):
-    """Compute here as the workers of the tests do, so that sums are added in the same order."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from tracker.ledger.blocks import BLOCK
 
 
 @pytest.fixture
@@ -42,6 +34,71 @@ def measure(experiment: Callable[..., Path], tmp_path: Path) -> Callable[..., Re
         return done
 
     return measure
+
+
+@pytest.fixture
+def long(tiny_llama: Callable[..., Path], experiment: Callable[..., Path]) -> Path:
+    """A study that takes long enough for something to happen meanwhile."""
+    return experiment(tiny_llama(layers=6), layer=list(range(6)), limit=5 * BLOCK + 5)
+
+
+@pytest.fixture
+def as_one_process(
+    tiny_llama: Callable[..., Path],
+    experiment: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., tuple[Results, Heard]]:
+    """Run two cells of one model elsewhere, by relative paths: nothing differs, nothing is lost."""
+
+    def check(**elsewhere: object) -> tuple[Results, Heard]:
+        monkeypatch.chdir(tmp_path)
+        arc(Path("data"), BLOCK + 8)
+        both = {"benchmark": ["arc_easy", "arc_challenge"], "data": "./data"}
+        sampled = {"limit": None, "sample": BLOCK + 4}
+        file = experiment(f"./{tiny_llama().name}", **both, **sampled)
+        run(file, tmp_path / "one")
+        heard = Heard()
+        found = run(file, tmp_path / "elsewhere", heard, **elsewhere)
+        assert not found.outcome.failed
+        same(tmp_path / "one", tmp_path / "elsewhere")
+        assert heard.counted == heard.expected
+        assert heard.finished
+        again = run(file, tmp_path / "elsewhere", **elsewhere)
+        assert again.outcome.models_loaded == 0
+        assert again.cells == found.cells
+        return found, heard
+
+    return check
+
+
+@pytest.fixture
+def worker_is_killed(long: Path, tmp_path: Path) -> Callable[..., str]:
+    """Kill a worker of a run by a part of its command: all is measured; what is said of it."""
+
+    def check(words: str, **elsewhere: object) -> str:
+        run(long, tmp_path / "one")
+        results, killed = tmp_path / "elsewhere", []
+
+        def kill() -> None:
+            wait_for(lambda: shards(results) and [*descendants(words)])
+            victim = next(descendants(words))
+            victim.send_signal(signal.SIGKILL)
+            killed.append(victim.pid)
+
+        heard = Heard()
+        killer = threading.Thread(target=kill)
+        killer.start()
+        found = run(long, results, heard, **elsewhere)
+        killer.join()
+        assert killed
+        assert not found.outcome.failed
+        assert heard.counted == heard.expected
+        same(tmp_path / "one", results)
+        (said,) = [line for line in heard.lines if "died" in line]
+        return said
+
+    return check
 
 
 @pytest.fixture

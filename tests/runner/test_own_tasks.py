@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import tracker
+from tests.conftest import golden
 from tests.own import write_tasks
 from tests.plain import HFLM, cut, evaluate, tasks_in
 from tests.runner.elsewhere import run, write_study
@@ -151,28 +152,10 @@ class TestArguments:
         eager = source(tiny_llama(), attn_implementation="eager")
         assert load_model(eager, device="cpu").model.config._attn_implementation == "eager"
 
-    @pytest.mark.parametrize(
-        ("arguments", "said"),
-        [
-            ({"parallelise": True}, "no 'parallelise', and what it does to the numbers"),
-            ({"pretrained": "m"}, "pretrained has a key of its own: model"),
-            ({"dtype": "float16"}, "dtype has a key of its own: dtype"),
-            ({"load_in_4bit": "please"}, "load_in_4bit is yes or no, not 'please'"),
-            ({"device_map": "auto"}, "no device_map; --device spread"),
-            ({"parallelize": True}, "no parallelize; --device spread"),
-            ({"max_memory": {0: "8GiB"}}, "no max_memory; --weights 8GiB"),
-            ({"max_memory_per_gpu": "8GiB"}, "no max_memory_per_gpu; --weights 8GiB"),
-            ({"max_cpu_memory": "8GiB"}, "no max_cpu_memory; .*--weights 8GiB"),
-            ({"offload_folder": "there"}, "no offload_folder; .*TRACKER_CACHE"),
-            ({"peft": "no folder at all"}, "neither a folder here nor a hub id"),
-            ({"delta": "m"}, "no 'delta'"),
-        ],
-    )
-    def test_nonsense(
-        self, tiny_llama: Callable[..., Path], arguments: dict[str, Any], said: str
-    ) -> None:
+    @pytest.mark.parametrize(("arguments", "said"), golden("model_args"))
+    def test_nonsense(self, tiny_llama: Callable[..., Path], arguments: str, said: str) -> None:
         with pytest.raises(RequestError, match=said):
-            source(tiny_llama(), **arguments)
+            source(tiny_llama(), **json.loads(arguments))
 
     def test_bits_without_their_package(
         self, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch

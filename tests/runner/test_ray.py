@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import signal
 import socket
 import tempfile
-import threading
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, typed, wait_for
+from tests.runner.elsewhere import arc, typed
 from tracker.ledger.blocks import BLOCK
 from tracker.measuring.job import Options
 
@@ -80,55 +77,18 @@ def test_a_cluster_that_is_gone_is_said_at_once(
     assert "ray stop" in said
 
 
-def test_two_nodes_give_what_one_process_gives(cluster, here, tiny_llama, experiment):
-    arc(here / "data", BLOCK + 8)
-    name = tiny_llama().name
-    file = experiment(
-        f"./{name}",
-        benchmark=["arc_easy", "arc_challenge"],
-        data="./data",
-        limit=None,
-        sample=BLOCK + 4,
-    )
-    run(file, here / "local")
-    heard = Heard()
-    found = run(file, here / "ray", heard, executor="ray")
-    assert not found.outcome.failed
-    same(here / "local", here / "ray")
+@pytest.mark.usefixtures("cluster", "here")
+def test_two_nodes_give_what_one_process_gives(as_one_process):
+    found, heard = as_one_process(executor="ray")
     # Two cells of one model: each worker has loaded it once.
     assert 1 <= found.outcome.models_loaded <= 2
-    assert heard.counted == heard.expected == 2 * (BLOCK + 4) * 3 * 5
-    assert heard.finished
-
-    again = run(file, here / "ray", executor="ray")
-    assert again.outcome.models_loaded == 0
-    assert again.cells == found.cells
+    assert heard.expected == 2 * (BLOCK + 4) * 3 * 5
 
 
-def test_what_a_killed_worker_did_is_done_again(cluster, here, tiny_llama, experiment):
-    model = tiny_llama(layers=8)
-    file = experiment(model, layer=list(range(8)), limit=3 * BLOCK + 5)
-    run(file, here / "local")
-    killed: list[int] = []
-
-    def kill() -> None:
-        wait_for(lambda: shards(here / "ray"))
-        wait_for(lambda: list(descendants("ray::Worker.measure")))
-        victim: psutil.Process = next(descendants("ray::Worker.measure"))
-        victim.send_signal(signal.SIGKILL)
-        killed.append(victim.pid)
-
-    heard = Heard()
-    killer = threading.Thread(target=kill)
-    killer.start()
-    found = run(file, here / "ray", heard, executor="ray")
-    killer.join()
-    assert killed
-    assert not found.outcome.failed
-    died = r"worker [12] on \S+ died; what it did is done again \(.+\)"
-    assert sum(bool(re.fullmatch(died, line)) for line in heard.lines) == 1
-    assert heard.counted == heard.expected
-    same(here / "local", here / "ray")
+@pytest.mark.usefixtures("cluster", "here")
+def test_what_a_killed_worker_did_is_done_again(worker_is_killed):
+    said = worker_is_killed("ray::Worker.measure", executor="ray")
+    assert re.fullmatch(r"worker [12] on \S+ died; what it did is done again \(.+\)", said)
 
 
 def test_a_worker_gets_as_many_gpus_of_a_node_as_its_model_needs(monkeypatch):

