@@ -17,6 +17,7 @@ import torch
 import yaml
 
 import tracker
+from tests.runner.elsewhere import Heard
 from tracker import api
 from tracker.core.asked import REMOVALS, load_experiment, with_settings
 from tracker.core.errors import RequestError, ResultsError
@@ -194,16 +195,6 @@ def test_wrong_keywords_are_refused_with_what_was_meant(tmp_path: Path) -> None:
     assert not results.exists()
 
 
-class Heard(Silent):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
-
-
 @pytest.fixture
 def held(asked: dict[str, Any]) -> tuple[Any, Any]:
     """A model object and its tokenizer."""
@@ -234,7 +225,7 @@ def test_a_model_object_is_measured_as_its_folder(
     heard = Heard()
     by_folder = tracker.run(model=own, **rest, **where, progress=heard)
     assert by_folder.cells == first.cells == tracker.load(where["results"]).cells
-    assert heard.said[-1] == (
+    assert heard.lines[-1] == (
         f"saved has the weights of {kept.name}, which is measured here already: they share their "
         "results, under that name"
     )

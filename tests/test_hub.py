@@ -71,10 +71,11 @@ def two_models(experiment) -> Path:
 )
 def test_a_model_that_the_hub_refuses(asked, two_models, status, headers, said):
     asked.hub.status, asked.hub.headers = status, headers
-    for command in ("validate", "plan"):
+    for command in ("validate", "plan")[: 2 if status == 401 else 1]:
         assert said.format(hub=asked.hub.address) in asked.give(command, two_models)
         assert (asked.code, len(asked.lines)) == (2, 1)
-    assert asked.times("org/model/resolve") == 2, "once a process"
+        assert asked.times("org/model/resolve") == 1, "once a process"
+        asked.hub.asked.clear()
 
 
 @pytest.mark.parametrize(("status", "said"), [(429, "limits how often"), (503, "status 503")])
@@ -115,8 +116,6 @@ def test_no_hub_at_all(asked, two_models):
     [
         ({"status": 404, "headers": {"X-Error-Code": "RepoNotFound"}}, "the hub has no allenai/ai"),
         ({"status": 403, "headers": GATED}, "at {hub}/datasets/allenai/ai2_arc, then set HF_TOKEN"),
-        ({"status": 429}, "the hub limits how often it is asked"),
-        ({"status": 200, "body": b"\0nonsense"}, "cannot be read from the hub"),
         ({"silent": True}, "{hub} does not answer: timed out"),
     ],
 )

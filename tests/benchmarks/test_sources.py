@@ -128,19 +128,11 @@ class TestPackage:
     @pytest.mark.parametrize(
         ("path", "name", "split", "count"),
         [
-            ("allenai/ai2_arc", "ARC-Easy", "validation", 570),
-            ("allenai/ai2_arc", "ARC-Challenge", "validation", 299),
-            ("allenai/openbookqa", "main", "validation", 500),
             ("allenai/sciq", None, "validation", 1000),
-            ("allenai/winogrande", "winogrande_xl", "validation", 1267),
-            ("aps/super_glue", "copa", "validation", 100),
             ("aps/super_glue", "cb", "validation", 56),
-            ("baber/piqa", None, "validation", 1838),
             ("lighteval/siqa", None, "validation", 1954),
             ("nyu-mll/glue", "rte", "validation", 277),
-            ("Rowan/hellaswag", None, "validation", 10042),
             ("tau/commonsense_qa", None, "validation", 1221),
-            ("cais/mmlu", "anatomy", "test", 135),
             ("cais/mmlu", "anatomy", "dev", 5),
         ],
     )

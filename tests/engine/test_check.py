@@ -101,24 +101,6 @@ def test_a_verdict_is_kept_and_a_damaged_one_is_made_again(spy):
     assert len(kept) == 4, "another ablation is another question"
 
 
-def test_every_ablation_is_tried_and_confirmed(spy):
-    asked = spy(Engine, "without", lambda engine, ablation: ablation)
-    ablations = [*ABLATIONS, *(ablate("attention", [i]) for i in range(4))]
-    check(engine_of("llama"), make_documents(3), ablations)
-    assert set(asked) >= set(ablations)
-
-
-def test_a_model_that_no_call_changes_has_no_habits():
-    model = tiny_model("llama")
-    engine = engine_of(model)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    checked = check(engine, make_documents(3), ABLATIONS)
-    assert checked.engine.sharing == FULL
-    assert not checked.engine.quirks.leftovers
-    assert not checked.engine.quirks.first
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
 class Recalled(Memory):
     """Recalls one verdict, whatever was checked: what follows from it is under test."""
 
@@ -173,30 +155,6 @@ def test_what_the_model_refuses_is_lost_with_its_reason(caplog):
         "several texts with a mask of their own"
     )
     assert "no such mask" in caplog.text
-
-
-def test_what_changes_an_answer_is_lost_with_how_far(monkeypatch):
-    monkeypatch.setattr(reference, "DRAWS", 1)
-    model = tiny_model("llama")
-    when_masked(model, lambda output: (3 * output[0], *output[1:]))
-    found = checked(model)
-    assert found.engine.sharing == DEPTH_ONLY
-    before, nats, after = found.lost.partition(found.lost.split()[-2])
-    assert before == (
-        "shared over depth alone, and not over tokens or documents, because sharing more changes a "
-        "log-likelihood by "
-    )
-    assert 1e-3 < float(nats) < 100
-    assert after == " nats"
-
-
-def test_a_model_that_does_not_run_says_why():
-    model = tiny_model("llama")
-    model.model.layers[0].register_forward_hook(fail)
-    with pytest.raises(
-        CellError, match=r"^LlamaForCausalLM cannot be asked one request at a time: no such"
-    ):
-        checked(model)
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from tests.engine.families import tiny_model
-from tests.engine.plain import Output, answers, asking, engine_of, make_documents, passed
+from tests.engine.plain import answers, asking, engine_of, make_documents, passed
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.errors import CellError
 from tracker.core.kinds import Action
 from tracker.engine.fitting import first_tokens, fit
 from tracker.engine.scoring import sweep
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
-from tracker.engine.scoring.stand_in import Fitted, MadeUp, replacements
+from tracker.engine.scoring.stand_in import Fitted, MadeUp
 from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.layers import find_layers
@@ -144,25 +144,6 @@ def test_the_check_on_a_miniature_tries_them_all_and_finds_them_exact():
     engine = engine_of("llama", stand_ins=STAND_INS)
     verdict = check_miniature(engine, ABLATIONS, (), blank=False)
     assert (verdict.sharing, verdict.lost) == (FULL, None)
-
-
-class _Answering(nn.Module):
-    """Writes into its input, as layers may."""
-
-    def forward(self, hidden_states, kind):
-        return kind((hidden_states.exp_(), "weights"))
-
-
-@pytest.mark.parametrize("kind", [tuple, list, Output._make])
-def test_a_replaced_layer_returns_all_else_as_it_did(kind):
-    layer, state = _Answering(), torch.randn(2, 3, 6)
-    ablation = Ablation(replaced=(("scale", 1),))
-    replacements(ablation, {1: MadeUp(1)}, "Class")[1](layer)
-    found = layer(state.clone(), kind)
-    assert type(found) is type(kind((state, "weights")))
-    torch.testing.assert_close(found[0], 0.7 * state)
-    torch.testing.assert_close(layer(hidden_states=state.clone(), kind=kind)[0], 0.7 * state)
-    assert found[1] == "weights"
 
 
 def test_what_a_replaced_layer_costs_is_what_it_passes():

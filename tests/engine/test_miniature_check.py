@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path as FilePath
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +32,7 @@ from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_O
 from tracker.engine.scoring.stand_in import MadeUp
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck import miniature_check, removability
-from tracker.engine.selfcheck.miniature_check import check_longer_texts, most_sharing, reachable
+from tracker.engine.selfcheck.miniature_check import check_longer_texts, reachable
 from tracker.engine.selfcheck.probe_texts import FIRST, probe_calls
 from tracker.engine.selfcheck.quirks import STEPS, Findings, Path
 from tracker.engine.selfcheck.reference import Comparison, Reference
@@ -105,12 +104,6 @@ class TestKey:
             setattr(other.config, f"{kernels}_implementation", name)
             keys.append(key_of(other))
         assert len(set(keys)) == 12
-
-    def test_a_configuration_may_name_no_kernels(self) -> None:
-        class Bare:
-            config = SimpleNamespace(to_dict=dict)
-
-        assert key_of(Bare(), paths=()) != key_of(Bare())
 
     def test_the_code_and_what_runs_it_count(self, monkeypatch) -> None:
         model = tiny_model("llama")
@@ -222,82 +215,6 @@ def llama(kind: type) -> Any:
 
 
 APART = "a checkpoint without a layer is not the model that skips it, so nothing is shared"
-
-
-def answers(given: dict[Sharing, Comparison | Exception]) -> Callable[[Sharing], Comparison]:
-    """Compare as given, and fail where something else is asked."""
-
-    def compare(sharing: Sharing) -> Comparison:
-        found = given[sharing]
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    return compare
-
-
-class Named:
-    """An engine whose model is only named; what tells no reason is not copied to look for one."""
-
-    class_name = "Model"
-
-    def copy(self) -> None:
-        pytest.fail("a copy was made")
-
-
-ENGINE: Any = Named()
-WRONG = Comparison(9, 0.123456, 0, "document 0")
-UNSTEADY = Comparison(9, 7.0, 3, "document 0")
-
-
-class TestMostSharing:
-    RIGHT = Comparison(9, 1e-6)
-
-    def test_what_is_exact_is_taken_at_once(self) -> None:
-        for start in (FULL, NO_PREFIX, DEPTH_ONLY, PLAIN, ONE_BY_ONE):
-            found = most_sharing(start, ENGINE, answers({start: self.RIGHT}))
-            assert found == (start, self.RIGHT, None)
-
-    @pytest.mark.parametrize(
-        ("lost", "said"),
-        [
-            ([WRONG], "sharing more changes a log-likelihood by 0.123 nats"),
-            ([WRONG, RefusalError("no such mask")], "no such mask"),
-            (
-                [RefusalError("no such mask"), WRONG, UNSTEADY],
-                "sharing more changes a log-likelihood by 7 nats, mostly where the model is "
-                "discontinuous "
-                "(3 answers)",
-            ),
-            ([UNSTEADY] * 3 + [WRONG], "a call of several texts changes a log-likelihood by 0.123"),
-        ],
-    )
-    def test_what_was_lost_last_says_why(self, monkeypatch, lost, said: str) -> None:
-        """It is the least, so that its reason holds for all that was lost before."""
-        monkeypatch.setattr(ENGINE, "copy", lambda: SimpleNamespace(device="cpu"))
-        ways = (FULL, NO_PREFIX, DEPTH_ONLY, PLAIN, ONE_BY_ONE)
-        given = answers(dict(zip(ways, [*lost, self.RIGHT], strict=False)))
-        sharing, found, why = most_sharing(FULL, ENGINE, given)
-        assert (sharing, found) == (ways[len(lost)], self.RIGHT)
-        assert why.startswith(said)
-
-    def test_less_than_was_lost_before_is_not_tried(self) -> None:
-        given = answers({DEPTH_ONLY: WRONG, PLAIN: self.RIGHT})
-        found = most_sharing(DEPTH_ONLY, ENGINE, given)
-        assert found == (PLAIN, self.RIGHT, "sharing more changes a log-likelihood by 0.123 nats")
-
-    def test_a_model_that_does_not_run_at_all_is_no_loss(self) -> None:
-        no = RefusalError("no such mask")
-        given = answers({PLAIN: no, ONE_BY_ONE: no})
-        with pytest.raises(
-            CellError, match=r"^Model cannot be asked one request at a time: no such mask$"
-        ):
-            most_sharing(PLAIN, ENGINE, given)
-
-    @pytest.mark.parametrize("where", [FULL, PLAIN])
-    def test_a_full_memory_is_no_loss_either(self, where: Sharing) -> None:
-        with pytest.raises(torch.OutOfMemoryError):
-            most_sharing(where, ENGINE, answers({where: torch.OutOfMemoryError("full")}))
 
 
 class TestCheck:
@@ -668,6 +585,15 @@ class TestMiniatures:
         watched.engines.clear()
         with pytest.raises(CellError, match=r"^LlamaForCausalLM contradicts itself: -1 nats sh"):
             verdict_on("llama")
+
+
+def test_a_full_memory_is_no_loss(monkeypatch) -> None:
+    def compared(*_: Any) -> Comparison:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(miniature_check, "_compared", compared)
+    with pytest.raises(torch.OutOfMemoryError):
+        verdict_on("llama")
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -132,12 +132,12 @@ def test_smollm2_answers_from_disk_as_it_does_from_memory(tmp_path):
     plain.save_pretrained(tmp_path / "smollm2")
     real.tokenizer.save_pretrained(tmp_path / "smollm2")
     found = find_model(str(tmp_path / "smollm2"))
-    ablations = single_layers((0, 7, 11, 29))
+    ablations = single_layers((0, 11, 29))
     documents = make_documents(3)
     scored = []
     for weights in (None, 150 * 2**20):
         loaded = load_model(found, "auto", "cpu", weights=weights)
-        engine = check(Engine(loaded, MAX_LENGTH), documents, ablations).engine
+        engine = Engine(loaded, MAX_LENGTH, sharing=FULL)
         scored.append([each.responses for each in engine.score(documents, ablations)])
     assert 15 < len(loaded.offloaded.times) < 30
     assert scored[0] == scored[1]

@@ -81,18 +81,6 @@ class TestFindings:
         found = find_quirks(changed(tiny_model("llama"), counting), [POSITIONS])
         assert (found.lengths, found.causal) == ((((), True),), True)
 
-    def test_a_model_that_looks_ahead(self) -> None:
-        """At what follows, and not at how much does."""
-
-        def ahead(model: Any, forward: Any, input_ids: Any, **kwargs: Any) -> Any:
-            output = forward(input_ids, **kwargs)
-            later = input_ids.roll(-1, 1)[..., None]
-            later[:, -1] = 0
-            output.logits = output.logits + later
-            return output
-
-        assert not find_quirks(changed(tiny_model("llama"), ahead), []).causal
-
     @pytest.mark.parametrize(("weight", "once"), [(True, True), (True, False), (False, True)])
     def test_what_calls_change(self, weight: bool, once: bool) -> None:
         """The first call alone, or each; a weight, or something beside the weights."""

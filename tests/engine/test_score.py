@@ -12,7 +12,7 @@ import torch
 from tests.ablations import single_layers
 from tests.engine.families import tiny_model
 from tests.engine.plain import MAX_LENGTH, answers, engine_of, make_documents
-from tracker.core.ablations import INTACT, ablate
+from tracker.core.ablations import INTACT
 from tracker.core.proxies import OBSERVED
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.masks import Sight
@@ -111,20 +111,6 @@ def test_texts_in_rows_of_their_own_need_no_masks(parts: Parts) -> None:
         for number, request in enumerate(row.requests):
             expected = whole[:, tree.requests.index(request)]
             torch.testing.assert_close(found[:, number], expected, atol=1e-4, rtol=0)
-
-
-def test_sublayers_are_taken_out_where_a_plan_asks_for_it() -> None:
-    engine = engine_of("llama")
-    (document,) = make_documents(1)
-    (row,) = tree_rows([document], MAX_LENGTH, 1000)
-    plan = plan_streams([INTACT, ablate("mlp", [1])], 4)
-    intact, without = score_row(engine.parts(plan), plan, row).loglikelihoods
-    (alone,) = engine.without(ablate("mlp", [1])).score([document], [INTACT])
-    expected = [response.loglikelihood for response in alone.responses[0]]
-    assert [float(without[row.requests.index((0, n))]) for n in range(len(expected))] == (
-        pytest.approx(expected, abs=1e-4)
-    )
-    assert not torch.allclose(intact, without)
 
 
 class TestRefusals:

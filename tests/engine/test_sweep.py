@@ -81,27 +81,6 @@ def test_wrong_sharing_is_found(monkeypatch, dtype):
     assert "because sharing more changes a log-likelihood by" in checked.lost
 
 
-def test_a_bug_of_ours_is_no_loss_of_sharing(monkeypatch):
-    def broken(documents):
-        raise AssertionError("never called with these arguments")
-
-    monkeypatch.setattr(sweep, "tree_rows", broken)
-    with pytest.raises(TypeError, match="positional argument"):
-        check(engine_of("llama"), make_documents(), single_layers([0]))
-
-
-def test_proxies_are_the_same_however_the_tokens_are_shared():
-    model = tiny_model("llama")
-    documents = make_documents()
-    full = engine_of(model, FULL, row_tokens=40).score(documents, [INTACT])
-    plain = engine_of(model, PLAIN).score(documents, [INTACT])
-    for one, other, read in zip(full, plain, documents, strict=True):
-        gold = read.requests[read.gold]
-        assert one.proxy_tokens == len(gold.context) + len(gold.continuation)
-        assert one.proxy_tokens == other.proxy_tokens
-        torch.testing.assert_close(one.proxy_sums, other.proxy_sums, atol=1e-3, rtol=1e-4)
-
-
 def test_long_contexts_lose_their_beginning_as_in_lm_eval():
     model = tiny_model("llama")
     draw = random.Random(3)
@@ -269,7 +248,8 @@ def test_weights_that_accelerate_brings_in_when_they_are_needed(tmp_path):
         same(engine_of(model, sharing).score(documents, ablations), truth)
 
 
-def test_the_sums_are_those_of_the_layers_own_inputs_and_outputs():
+@pytest.mark.parametrize("sharing", [FULL, PLAIN], ids=["full", "plain"])
+def test_the_sums_are_those_of_the_layers_own_inputs_and_outputs(sharing):
     """By hooks on the model as it is; and the hits are the continuation's likeliest tokens."""
     model = tiny_model("llama")
     for read in make_documents(3, seed=2):
@@ -277,7 +257,8 @@ def test_the_sums_are_those_of_the_layers_own_inputs_and_outputs():
         seen, said = passed(model, gold.context + gold.continuation)
         cosines = [torch.cosine_similarity(a, b, dim=-1).sum() for a, b in seen]
         updates = [((b - a).norm(dim=-1) / a.norm(dim=-1)).sum() for a, b in seen]
-        (score,) = engine_of(model).score([read], [INTACT])
+        (score,) = engine_of(model, sharing).score([read], [INTACT])
+        assert score.proxy_tokens == len(gold.context) + len(gold.continuation)
         found = score.proxy_sums.float()
         torch.testing.assert_close(found[0], torch.stack(cosines), atol=1e-3, rtol=1e-4)
         torch.testing.assert_close(found[2], torch.stack(updates), atol=1e-3, rtol=1e-4)

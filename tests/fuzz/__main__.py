@@ -12,7 +12,7 @@ from tests.fuzz import folders, tried
 
 SEED = 20261125
 COUNTS = {"experiments": 7500, "command_lines": 2000, "configurations": 500}
-FLIPS, FILES, KILLS = 500, 100, 50
+FLIPS, FILES, KILLS = 500, 100, 100
 MANY_HANDS = {"months": 24, "caches": 40, "users": 60}
 
 
@@ -42,9 +42,6 @@ def main() -> int:
         for kind, count in MANY_HANDS.items():
             add(getattr(folders, kind)(model, count, SEED, room))
         add(folders.kills(model, [str(TRACKER)], KILLS, SEED, room))
-        file = room / "killed.yaml"
-        file.write_text(folders.experiment(model, layer=[0, 1, 2, 3], limit=400))
-        add(tried.kills(file, [str(TRACKER)], KILLS, SEED, room))
     return int(found_any)
 
 

@@ -172,28 +172,6 @@ def ledgers(flips: int, files: int, start: int, room: Path) -> tuple[Tried, Trie
     return bits, replaced
 
 
-def kills(file: Path, program: list[str], count: int, start: int, room: Path) -> Tried:
-    """Kill runs at any moment, and let others go on; what is there at the end is counted."""
-    tried, draw = Tried("kills"), random.Random(start)
-    _run(program, file, room / "undisturbed").wait()
-    truth = outcomes(room / "undisturbed")
-    folder, number = room / "killed-0", 0
-    began = time.monotonic()
-    _run(program, file, room / "timed").wait()
-    length = time.monotonic() - began
-    while tried.counts.total() < count:
-        before = shards(folder)
-        alive = killed(_run(program, file, folder), draw.uniform(0.3, 1.1) * length)
-        if alive:
-            tried.add(*kept(folder, before))
-        elif outcomes(folder).equals(truth):
-            number += 1
-            folder = room / f"killed-{number}"
-        else:
-            tried.add(LOST, f"{folder}: it ended with other outcomes")
-    return tried
-
-
 def killed(process: subprocess.Popen[bytes], after: float) -> bool:
     """Kill a process after some seconds; whether it was still at it."""
     time.sleep(after)
@@ -213,11 +191,6 @@ def kept(results: Path, before: Mapping[Path, bytes]) -> tuple[str, str]:
     if tables and pd.concat(tables).duplicated(places).any():
         return DOUBLED, f"{results}: doubled"
     return FINE, ""
-
-
-def _run(program: list[str], file: Path, results: Path) -> subprocess.Popen[bytes]:
-    command = [*program, "run", str(file), "--results", str(results), "--track", "none"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def shards(results: Path) -> dict[Path, bytes]:

@@ -49,14 +49,6 @@ def logits(model: nn.Module, **arguments) -> torch.Tensor:
         return model(TOKENS, **arguments).logits
 
 
-def indices(model: nn.Module) -> list[list[int]]:
-    """The index that each layer's modules go by in the key-value cache."""
-    return [
-        sorted({m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")})
-        for layer in find_layers(model)
-    ]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 class TestFamilies:
     def test_the_layers_are_the_models_own(self, family: str) -> None:
@@ -82,14 +74,6 @@ class TestFamilies:
         assert len(find_layers(copy)) == len(kept)
         assert torch.equal(logits(copy), logits(truth))
         assert not torch.allclose(logits(copy), logits(model))
-
-    def test_the_remaining_layers_are_counted_anew(self, family: str) -> None:
-        model = make(family)
-        copy = pruned(model, [1])
-        assert indices(copy) == [[0], [1], [2]]
-        assert copy.config.num_hidden_layers == 3
-        assert torch.equal(logits(copy, use_cache=True), logits(copy, use_cache=False))
-        assert indices(model) == [[0], [1], [2], [3]]
 
     def test_the_rest_can_generate(self, family: str) -> None:
         """With a hole in the key-value cache a step would differ from the whole text at once."""

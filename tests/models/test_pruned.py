@@ -293,13 +293,6 @@ def test_what_a_call_changes_is_found_and_put_back(model: nn.Module) -> None:
     assert "frequencies" in model.inner._buffers
 
 
-def test_only_the_wanted_attributes_are_taken_down(model: nn.Module) -> None:
-    taken = remember(model, {"cache", "length"})
-    assert {name for _, name in taken} == {"cache", "length"}
-    there = {place for place, value in taken.items() if value != "no such attribute"}
-    assert there == {("inner", "cache"), ("inner", "length")}
-
-
 def test_values_of_other_kinds_differ() -> None:
     one = {("", str(n)): value for n, value in enumerate((1, 1, 0, torch.ones(1), 1.0, "1"))}
     other = {

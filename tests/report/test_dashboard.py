@@ -13,13 +13,11 @@ import pandas as pd
 import pytest
 from plotly.graph_objects import Figure
 
-from tracker.core.formats import fixed, points, two_digits, with_interval
 from tracker.core.records import CellRecord
 from tracker.ledger.decisions import decisions_record
 from tracker.report.charts import across, model, ranks, style
 from tracker.report.leaderboard.claims import answer
 from tracker.report.leaderboard.layers import layer_board
-from tracker.report.leaderboard.models import model_board
 from tracker.report.leaderboard.pairs import compare, pairs_of
 from tracker.report.leaderboard.proxies import agreements, cosine_ranks, misjudged
 from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
@@ -38,7 +36,7 @@ from .conftest import (
     with_layer,
 )
 from .drawn import grid
-from .test_html import HOSTILE, read
+from .test_html import HOSTILE
 
 
 @pytest.fixture(scope="module", name="page")
@@ -64,25 +62,6 @@ def drawn(page: str) -> dict[str, list]:
 
 
 class TestOverview:
-    def test_leaderboard_equals_the_records(self, page: str) -> None:
-        board = layer_board(study())
-        ranks = cosine_ranks(board)
-        rows = read(page).tables["model-1-board"]
-        for row, one in zip(rows, board.layers, strict=True):
-            texts = [text for text, _ in row]
-            assert texts == [
-                f"{one.best_rank} to {one.worst_rank}" if one.rank else "–",
-                str(one.layer),
-                board.claims.word(one.layer),
-                with_interval(one.relevance),
-                with_interval(one.drop, points),
-                fixed(one.cosine_score, 3),
-                str(ranks.get(one.layer, "–")),
-                str(one.benchmarks),
-            ]
-            assert row[0][1] == ("" if one.rank else "not defined on every benchmark")
-        assert "Layers 7, 8, 12: no rank: not defined on every benchmark." in page
-
     def test_every_proxy_stands_beside_chance(self, page: str) -> None:
         for found in agreements(two_models()):
             assert agreement_sentence(found) in page
@@ -221,21 +200,6 @@ class TestAcross:
     def test_one_model_has_nothing_to_be_compared_with(self) -> None:
         page = render_page(study(), {})
         assert 'id="across"' not in page
-
-    def test_models_are_ranked(self, page: str) -> None:
-        board = model_board(two_models())
-        rows = read(page).tables["model-board"]
-        for row, one in zip(rows, board.models, strict=True):
-            texts = [text for text, _ in row]
-            assert texts[:2] == [f"{one.best_rank} to {one.worst_rank}", one.model.name]
-            assert texts[2].startswith(two_digits(one.relevance.value))
-            assert texts[3].startswith(points(one.drop.value))
-            worst = "–" if one.worst_layer is None else str(one.worst_layer)
-            assert texts[4:] == [worst, str(one.costly), str(one.layers)]
-        assert f"<li>{board.open}</li>" in page
-        assert "Benchmarks that count: arc_easy · 0-shot." in page
-        for name, why in board.left_out.items():
-            assert f"<li>{name}: {why}</li>" in page
 
     @pytest.mark.parametrize("benchmarks", [["a", "b"], ["a", "b", "c", "d"]])
     def test_differences_equal_those_of_the_leaderboard(self, benchmarks: list[str]) -> None:

@@ -148,10 +148,3 @@ def test_a_run_is_updated_when_its_part_of_the_answer_changes(cell: CellRecord) 
         assert digest(cell) == digest(cell)
         assert digest(cell) != digest(other)
     assert run_key(cell, "cell") == run_key(build_cell(), "cell"), "continued, it is the same run"
-
-
-def test_without_a_question_nothing_is_marked() -> None:
-    whole = build_cell()
-    assert not [tag for tag in mlflow_run(cell_run(whole)).tags if "until" in tag]
-    assert "until" not in cell_run(whole).config["tracker"]
-    assert "answer" not in whole.model_dump(mode="json")

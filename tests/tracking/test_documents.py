@@ -12,6 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.conftest import cli
+from tests.runner.elsewhere import Heard
 from tracker import api
 from tracker.core.decision_records import PRIVATE
 from tracker.ledger.store import Ledger
@@ -24,14 +25,6 @@ from tracker.tracking.figures import LoggedTable, logged_documents
 from .conftest import Maker
 
 SECRET = "the merger with the heart company is planned for May"
-
-
-class Listener(Silent):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
 
 
 @pytest.fixture
@@ -62,7 +55,7 @@ def test_what_is_public_is_published_and_what_is_ones_own_when_asked(
     study: Path, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
-    listener = Listener()
+    listener = Heard()
     done = api.run(study, results=results, progress=listener)
     assert done.outcome.exit_code == 0
     found = published(results)
@@ -96,8 +89,8 @@ def test_what_is_public_is_published_and_what_is_ones_own_when_asked(
         len(run.named)
         for run in decisions_of(stores[corpus], stores[corpus].views.asked()[0].view).runs
     )
-    assert sum(TEXTS_PUBLIC in line for line in listener.said) == 1
-    assert sum(PRIVATE in line for line in listener.said) == 1
+    assert sum(TEXTS_PUBLIC in line for line in listener.lines) == 1
+    assert sum(PRIVATE in line for line in listener.lines) == 1
     everywhere = [p for p in (results / "mlartifacts").rglob("*") if p.is_file()]
     assert everywhere
     assert not any(SECRET.encode() in path.read_bytes() for path in everywhere)

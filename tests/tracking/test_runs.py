@@ -9,18 +9,9 @@ from tracker.report.page.html import render_page
 from tracker.tracking.figures import curve_name, is_curve
 from tracker.tracking.mlflow.runs import mlflow_run
 from tracker.tracking.runs import cell_run, layer_run
-from tracker.tracking.wandb.runs import group_of, run_id
+from tracker.tracking.wandb.runs import group_of, labels_of, run_id
 
 from .conftest import cell_record, of_kind
-
-
-def test_a_layer_that_is_replaced_is_said_to_be() -> None:
-    cell = cell_record(layers=(0, 1))
-    mean = of_kind("layer", 1, 1, "mean:1", intervention="mean")
-    cell = cell.model_copy(update={"runs": (*cell.runs, mean)})
-    assert "replaced by its mean update" in layer_run(cell, mean).note
-    page = render_page([cell], {})
-    assert "each layer was replaced by its mean update in turn" in page
 
 
 def test_complete_means_all_runs_and_all_documents() -> None:
@@ -87,3 +78,19 @@ def test_curves_are_told_from_other_metrics() -> None:
     assert is_curve("mean/accuracy_drop")
     others = ("meen/accuracy_drop", "n", "baseline_accuracy", "metric/accuracy")
     assert not any(map(is_curve, (*others, "baseline_metric/accuracy")))
+
+
+# Was: names grew with the removed layers, beyond what W&B takes.
+def test_names_that_are_too_long_are_cut_and_stay_apart() -> None:
+    cell = cell_record(layers=(0,))
+    model = cell.model.model_copy(update={"name": "a-model-with-a-long-name-" * 3})
+    benchmark = cell.benchmark.model_copy(update={"name": "größe_" * 20})
+    labels = []
+    for many in (16, 60):
+        changes = {"model": model, "benchmark": benchmark, "removed": tuple(range(2, 2 + many))}
+        one = cell.model_copy(update=changes)
+        for run in (cell_run(one), layer_run(one, one.runs[0])):
+            labels.append(labels_of(one, run.name, run.kind))
+    assert {len(each[name]) for each in labels for name in ("name", "group")} <= {*range(129)}
+    assert len({each["group"] for each in labels}) == 2
+    assert len({each["name"] for each in labels}) == 4  # each named by what it lacks
