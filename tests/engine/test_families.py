@@ -20,7 +20,7 @@ from tests.engine.plain import (
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.errors import ModelError
 from tracker.engine.scoring.prefix import SHORTEST
-from tracker.engine.scoring.sharing import FULL, PLAIN
+from tracker.engine.scoring.sharing import FULL
 from tracker.engine.selfcheck.check import check
 from tracker.engine.selfcheck.reasons import LEFT
 from tracker.models.layers import find_layers
@@ -54,12 +54,6 @@ class TestFamilies:
             assert "\n" not in checked.lost
         assert checked.difference < 1e-4
         agree(checked.engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)
-
-    def test_without_sharing_too(self, family):
-        """What the self-check trusts: the layers really taken out, and the rest re-indexed."""
-        model, documents = tiny_model(family), make_documents(2)
-        engine = engine_of(model, PLAIN)
-        agree(engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)
 
     def test_its_sublayers_too_or_it_is_refused(self, family):
         model, documents = tiny_model(family), make_documents(2)
