@@ -153,7 +153,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def lend_tasks(cache: Path) -> None:
     """Put what lm-eval calls its tasks into a cache: a program takes seconds to find that out."""
-    from tracker.benchmarks.task_index import known_tasks
+    from tracker.benchmarks.factory import known_tasks
     from tracker.ledger.cache import cache_folder
 
     known_tasks()

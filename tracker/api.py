@@ -331,8 +331,7 @@ def study(
     Example:
         >>> tracker.study("audit", "experiments/demo.yaml", sample=50).finding.answers
     """
-    from tracker.studies.base import StudyContext
-    from tracker.studies.conduct import conduct
+    from tracker.studies.base import StudyContext, conduct
     from tracker.studies.registry import open_study, told_to
 
     how, alone = _how(settings), told_to(name)

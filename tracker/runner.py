@@ -16,7 +16,7 @@ from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError, TrackerError
 from tracker.core.records import CellRecord
 from tracker.core.views import View
-from tracker.executors.registry import open_executor
+from tracker.executors.base import open_executor
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import refuse_unbounded
 from tracker.ledger.keys import GROWS, RUNS

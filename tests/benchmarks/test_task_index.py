@@ -11,7 +11,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from tests.plain import tasks_in
-from tracker.benchmarks import task_index
+from tracker.benchmarks import factory
 from tracker.ledger.notes import read_note, write_note
 
 DATA = ("dataset_path", "dataset_name")
@@ -19,7 +19,7 @@ DATA = ("dataset_path", "dataset_name")
 
 def again() -> dict:
     """Ask as a new process does."""
-    return task_index.known_tasks.__wrapped__()
+    return factory.known_tasks.__wrapped__()
 
 
 @pytest.fixture(autouse=True)
@@ -34,15 +34,15 @@ def folder(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     (folder / "own.yaml").write_text("task: own\n")
     monkeypatch.setattr(lm_eval.tasks, "__file__", str(folder / "__init__.py"))
-    monkeypatch.setattr(task_index, "TaskManager", partial(tasks_in, folder))
+    monkeypatch.setattr(factory, "TaskManager", partial(tasks_in, folder))
     return folder
 
 
 def test_every_task_is_found_where_lm_eval_finds_it(monkeypatch) -> None:
     theirs = TaskManager()
-    monkeypatch.setattr(task_index, "TaskManager", lambda: theirs)
+    monkeypatch.setattr(factory, "TaskManager", lambda: theirs)
     first = again()
-    monkeypatch.delattr(task_index, "TaskManager")  # it cannot be asked a second time
+    monkeypatch.delattr(factory, "TaskManager")  # it cannot be asked a second time
     for ours in (first, again()):
         assert ours.keys() == theirs.task_index.keys()
         for name, entry in theirs.task_index.items():
@@ -73,7 +73,7 @@ def test_builds_that_write_it_otherwise_do_not_read_each_others(
     folder, tmp_path, monkeypatch
 ) -> None:
     for form in (1, 2):
-        monkeypatch.setattr(task_index, "_FORMAT", form, raising=False)
+        monkeypatch.setattr(factory, "_FORMAT", form, raising=False)
         assert set(again()) == {"own"}
     assert len(list((tmp_path / "cache").rglob("*.json"))) == 2
 

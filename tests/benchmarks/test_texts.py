@@ -12,7 +12,7 @@ from tests.own import write_tasks
 from tests.plain import write_rows
 from tracker.benchmarks.corpus import Corpus
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.benchmarks.texts import is_public
+from tracker.benchmarks.tasks import is_public
 from tracker.core.documents import DocumentText
 from tracker.core.extent import Extent
 

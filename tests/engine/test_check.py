@@ -33,8 +33,8 @@ from tracker.engine.selfcheck.check import (
     watched_documents,
 )
 from tracker.engine.selfcheck.miniature_check import WAYS
+from tracker.engine.selfcheck.reasons import Verdict
 from tracker.engine.selfcheck.reference import Reference
-from tracker.engine.selfcheck.verdict import Verdict
 
 ABLATIONS = single_layers((0, 1, 2, 3))
 

@@ -35,9 +35,9 @@ from tracker.engine.selfcheck import miniature_check, removability
 from tracker.engine.selfcheck.miniature_check import check_longer_texts, reachable
 from tracker.engine.selfcheck.probe_texts import FIRST, probe_calls
 from tracker.engine.selfcheck.quirks import STEPS, Findings, Path
+from tracker.engine.selfcheck.reasons import Verdict
 from tracker.engine.selfcheck.reference import Comparison, Reference
 from tracker.engine.selfcheck.removability import _alike, as_removed
-from tracker.engine.selfcheck.verdict import Verdict
 from tracker.models.pruned import put_back
 
 ABLATIONS = single_layers((0, 1, 2, 3))

@@ -31,7 +31,7 @@ from tests.fuzz.tried import (
     shards,
 )
 from tracker import api
-from tracker.benchmarks import task_index
+from tracker.benchmarks import factory
 from tracker.ledger import cache
 from tracker.ledger.notes import read_note, write_note
 from tracker.ledger.store import Ledger
@@ -104,13 +104,13 @@ def caches(model: Path, count: int, start: int, room: Path) -> Tried:
     tried, draw = Tried("planted caches"), random.Random(start)
 
     def found() -> tuple[Any, ...]:
-        tasks = task_index.known_tasks.__wrapped__()
+        tasks = factory.known_tasks.__wrapped__()
         places = [tasks[name].yaml_path for name in ("arc_easy", "piqa", "hellaswag")]
         return (*places, find_model(str(model)).fingerprint())
 
-    theirs = task_index.TaskManager()  # it takes seconds, and says the same each time
+    theirs = factory.TaskManager()  # it takes seconds, and says the same each time
     environment = patch.dict(os.environ, {"TRACKER_CACHE": str(room / "planted")})
-    with environment, patch.object(task_index, "TaskManager", lambda: theirs):
+    with environment, patch.object(factory, "TaskManager", lambda: theirs):
         truth = found()
         for _ in range(count):
             notes = sorted((room / "planted").glob("*/*.json"))

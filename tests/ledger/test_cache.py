@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tracker.ledger import cache as caching
-from tracker.ledger.cache import keep, note_path, only_mine, own_folder, recall
-from tracker.ledger.checks import Checks
+from tracker.ledger.cache import Checks, keep, note_path, only_mine, own_folder, recall
 
 KEY = "0123456789abcdef" * 4
 SAID = {"what": "was found"}

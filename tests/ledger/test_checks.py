@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tracker.ledger.checks import Checks
+from tracker.ledger.cache import Checks
 
 KEY = "0123456789abcdef" * 4
 

@@ -17,7 +17,7 @@ from tracker.ledger.early_stopping import CellRace
 from tracker.ledger.interim import interim_estimates
 from tracker.measuring import planning
 from tracker.measuring.derive import record_of
-from tracker.stats.sequential.forecast import Forecast
+from tracker.stats.sequential.stopping import Forecast
 
 from . import conftest
 from .conftest import enter, measure, measure_all

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tracker.core.errors import ModelError
-from tracker.models import random_weights
+from tracker.models import load
 from tracker.models.load import hollow, load_model
 from tracker.models.sources import find_model
 
@@ -52,7 +52,7 @@ def test_no_token_is_beyond_a_small_vocabulary():
 
 def test_a_disk_without_room_is_said_before_anything_is_written(tiny_llama, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(random_weights.shutil, "disk_usage", lambda place: usage(1, 1, 1000))
+    monkeypatch.setattr(load.shutil, "disk_usage", lambda place: usage(1, 1, 1000))
     with pytest.raises(ModelError, match=r"takes .* GB in .* take fewer layers"):
         load_model(find_model(f"shape:{tiny_llama()}"))
 

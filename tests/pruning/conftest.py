@@ -9,7 +9,7 @@ import pytest
 
 import tracker
 from tests.conftest import save_llama
-from tracker.models import checkpoint, speed
+from tracker.models import checkpoint
 from tracker.pruning.export.facts import Exported
 
 SAMPLE = 40
@@ -22,7 +22,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch):
-    monkeypatch.setattr(speed, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     # Here are no models worth releasing, and a worker has imported much that is looked through.
     monkeypatch.setattr(checkpoint, "release", lambda: None)
 
@@ -32,7 +32,7 @@ def exported(base, tmp_path_factory) -> Exported:
     """By the front door, into a folder here, with a real fresh process."""
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as there:
-        there.setattr(speed, "SECONDS", 0.0)
+        there.setattr(checkpoint, "SECONDS", 0.0)
         there.chdir(folder)
         found = tracker.export(
             str(base),

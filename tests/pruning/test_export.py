@@ -33,7 +33,7 @@ from tracker.core.estimates import Estimate
 from tracker.core.extent import random_order
 from tracker.ledger.store import Ledger
 from tracker.measuring.prepare import look_up
-from tracker.models import checkpoint, speed
+from tracker.models import checkpoint
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
 from tracker.pruning.export import proof
@@ -175,7 +175,7 @@ def test_a_configuration_that_names_no_class_says_nothing_anew(
         layers = [each.config.num_hidden_layers for each in (model, base)]
         return (*map(float, layers), float(length))
 
-    monkeypatch.setattr(speed, "times_as_fast", times)
+    monkeypatch.setattr(checkpoint, "times_as_fast", times)
     done = export(folder)
     assert done.resized == ()
     assert "--prune-layers 1 " in done.recipes["llama.cpp"]

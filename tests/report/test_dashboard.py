@@ -22,8 +22,7 @@ from tracker.report.leaderboard.pairs import compare, pairs_of
 from tracker.report.leaderboard.proxies import agreements, cosine_ranks, misjudged
 from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 from tracker.report.leaderboard.tables import difference_table, layer_board_table, misjudged_table
-from tracker.report.page.html import render_page, render_report
-from tracker.report.sentences import agreement_sentence
+from tracker.report.page.html import agreement_sentence, render_page, render_report
 
 from .conftest import (
     AT_CHANCE,

@@ -13,7 +13,7 @@ import pytest
 
 from tracker.core.records import CellRecord, RunIdentity
 from tracker.core.tables import Table
-from tracker.report import caveats, sentences, tables, wording
+from tracker.report import caveats, tables, wording
 from tracker.report.charts import cells as charts
 from tracker.report.charts import headline, maps
 from tracker.report.charts.ranks import rank_chart
@@ -21,6 +21,7 @@ from tracker.report.export import boards
 from tracker.report.leaderboard.claims import answer
 from tracker.report.leaderboard.comparable import models_of
 from tracker.report.leaderboard.layers import layer_board
+from tracker.report.page.html import compared_sentence
 
 from .conftest import as_read, build_cell, study, two_models, with_layer
 from .test_editions import ONE, THREE, TWO, edition
@@ -115,7 +116,7 @@ def lines(table: Table) -> Iterator[str]:
 def said(cells: list[CellRecord]) -> Iterator[str]:
     """Say everything that people read of some cells, a line each."""
     yield wording.summary(cells)
-    yield sentences.compared_sentence(cells)
+    yield compared_sentence(cells)
     yield from lines(tables.overview_table(cells))
     yield from map(str, [*wording.row_labels(cells), *wording.row_labels(cells, documents=False)])
     ranked, notes = boards(cells)

@@ -20,7 +20,7 @@ from tracker.tracking.figures import answer_figures
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.runs import mlflow_run
 from tracker.tracking.runs import cell_run, intact_run, layer_run
-from tracker.tracking.wandb.runs import labels_of
+from tracker.tracking.wandb.writing import labels_of
 
 from .conftest import build_cell
 

@@ -17,7 +17,7 @@ from tests.conftest import save_llama
 from tests.fuzz.folders import ANN, BOB, TEAM, user
 from tests.runner.elsewhere import typed as type_it
 from tests.runner.elsewhere import write_study
-from tracker.benchmarks.task_index import known_tasks
+from tracker.benchmarks.factory import known_tasks
 
 pytestmark = [
     pytest.mark.skipif(

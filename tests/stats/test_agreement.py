@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tracker.stats.agreement import clustered, phi
+from tracker.stats.decisions import clustered, phi
 
 DRAW = np.random.default_rng(3)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tracker.stats.recovered import recovered
+from tracker.stats.combined import recovered
 from tracker.stats.resampling import resampled_means
 
 

@@ -23,8 +23,16 @@ from tracker.pruning.search import cells
 from tracker.pruning.search.figures import Choices
 from tracker.report.page.studies import standing_alone
 from tracker.stats.accuracy import accuracy, accuracy_drop
-from tracker.studies.prune.figures import OWN, TASKS, TEXT, Beside, Compared, PrunedFor, Way
-from tracker.studies.prune.gathering import _at_chance
+from tracker.studies.prune.figures import (
+    OWN,
+    TASKS,
+    TEXT,
+    Beside,
+    Compared,
+    PrunedFor,
+    Way,
+    _at_chance,
+)
 from tracker.studies.prune.layout import charts_of
 from tracker.studies.prune.sentences import _against_paper, _best, _verdict
 

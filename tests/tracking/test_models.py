@@ -18,10 +18,10 @@ import tracker
 from tests.conftest import save_llama
 from tracker.benchmarks import reference_process
 from tracker.core.estimates import Estimate
-from tracker.models import speed
+from tracker.models import checkpoint
 from tracker.pruning.export import proof
+from tracker.pruning.export.checkpoint import publish
 from tracker.pruning.export.facts import Accuracy, Exported
-from tracker.pruning.export.publishing import publish
 from tracker.tracking import open_backend
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.runs import KIND_TAG
@@ -35,7 +35,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A tiny model without two of its layers, and made-up accuracies."""
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as there:
-        there.setattr(speed, "SECONDS", 0.0)
+        there.setattr(checkpoint, "SECONDS", 0.0)
         there.setattr(proof, "_ask", lambda asked, _: {**reference_process.main(asked), "ours": []})
         found = tracker.export(str(save_llama(folder / "tiny")), [1, 2], folder / "lighter")
     cost = Accuracy(

@@ -137,7 +137,7 @@ def plainly(
 
     Seconds, and the answers to all requests in order.
     """
-    from tracker.benchmarks.plain import score_with_lm_eval
+    from tracker.benchmarks.encoder import score_with_lm_eval
 
     pruned = engine.without(ablation).loaded
     return timed(lambda: score_with_lm_eval(pruned.model, pruned.tokenizer, documents, batch_size))

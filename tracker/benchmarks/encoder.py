@@ -1,4 +1,7 @@
-"""lm-eval's own tokenisation of its requests, without its scoring."""
+"""lm-eval's own tokenisation of its requests, without its scoring.
+
+Beside it lm-eval's own scoring, untouched: what tracker is measured against.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,26 @@ from lm_eval.api.instance import Instance
 from tracker.benchmarks.private import HFLM
 from tracker.core.arguments import decoded
 from tracker.core.config import CellRequest
-from tracker.core.documents import Request
+from tracker.core.documents import Document, Request
 from tracker.core.errors import BenchmarkError, first_line
+
+
+def score_with_lm_eval(
+    model: Any, tokenizer: Any, documents: Sequence[Document], batch_size: int
+) -> list[tuple[float, bool]]:
+    """Score documents once, as `lm_eval` does, with its grouping of one-token continuations on.
+
+    The model may be pruned. Log-likelihood and greedy flag of all requests of all documents, in
+    order.
+    """
+    plain = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    requests = [
+        (None, list(request.context), list(request.continuation))
+        for document in documents
+        for request in document.requests
+    ]
+    answers: list[tuple[float, bool]] = plain._loglikelihood_tokens(requests, disable_tqdm=True)
+    return answers
 
 
 class RequestEncoder(HFLM):  # type: ignore[misc]

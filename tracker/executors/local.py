@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
-from tracker.ledger.checks import Checks
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import fill, fill_until, open_cell
 from tracker.measuring.job import Begun, Done, Job, Options

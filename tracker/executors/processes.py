@@ -17,7 +17,7 @@ from tracker.executors.devices import grouped, needed
 from tracker.executors.handout import Handout
 from tracker.executors.pool import Pool
 from tracker.executors.worker import environment
-from tracker.ledger.checks import Checks
+from tracker.ledger.cache import Checks
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Begun, Done, Job, Options
 from tracker.measuring.progress import Progress, telling

@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.core.config import CellRequest
 from tracker.core.errors import ModelError, first_line
-from tracker.ledger.checks import Checks
+from tracker.ledger.cache import Checks
 from tracker.measuring.job import Options
 from tracker.measuring.meter import Facts, Measured, Meter, Model, open_model
 

@@ -16,8 +16,8 @@ from tracker.core.documents import Document
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check
 from tracker.ledger.blocks import Block
+from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
-from tracker.ledger.checks import Checks
 from tracker.ledger.observations import Arrays, read_observations, write_observations
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options

@@ -29,7 +29,7 @@ from tracker.measuring.rounding_sample import computed_twice
 from tracker.models.sources import ModelSource, count_layers
 from tracker.stats.accuracy import weights_by_task
 from tracker.stats.power import UNRELATED, OutcomeVariance
-from tracker.stats.sequential.forecast import forecast
+from tracker.stats.sequential.stopping import forecast
 
 if TYPE_CHECKING:
     from tracker.engine.plan import Cost

@@ -1,17 +1,26 @@
-"""Loading a causal language model and its tokenizer with transformers."""
+"""Loading a causal language model and its tokenizer with transformers.
+
+Also a model of a given shape with random weights, to time what is not here yet. Its numbers say
+nothing; layers, sizes, tokens and calls are those of the real model.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from filelock import FileLock
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from tracker.core.errors import ModelError, first_line
 from tracker.core.identities import ModelIdentity
@@ -20,8 +29,61 @@ from tracker.ledger.cache import own_folder
 from tracker.models.layers import find_layers
 from tracker.models.offloaded import OffloadedWeights, take_over
 from tracker.models.placement import Placement, free_memory, placed, weight_bytes
-from tracker.models.random_weights import write_weights
 from tracker.models.sources import BITS, ModelSource, read_config, require, unreadable
+
+STD = 0.02
+"""Standard deviation of the weights, as most configurations have it."""
+SHARD = 2 * 2**30
+"""Bytes of a file of weights, about: so many are in memory while they are drawn."""
+_INDEX = "model.safetensors.index.json"
+
+
+def write_weights(source: ModelSource, model: nn.Module) -> None:
+    """Write random weights into a shape's folder, once.
+
+    Args:
+        source: The shape.
+        model: Its model on the meta device, in the dtype in which the weights are written.
+
+    Raises:
+        ModelError: The disk has no room for them.
+    """
+    folder = Path(source.location)
+    with FileLock(folder / "lock"):
+        if (folder / _INDEX).is_file():
+            return
+        size = sum(p.numel() * p.itemsize for p in model.parameters())
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            raise ModelError(
+                f"{source.source} takes {size / 1e9:.0f} GB in {folder}, and {free / 1e9:.0f} are "
+                f"free; take fewer layers ({source.source.partition('@')[0]}@4), or set "
+                "XDG_CACHE_HOME to a larger disk"
+            )
+        places: dict[str, str] = {}
+        for number, shard in enumerate(_shards(model)):
+            file = f"model-{number:05}.safetensors"
+            save_file(shard, folder / file, {"format": "pt"})
+            places |= dict.fromkeys(shard, file)
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        (folder / _INDEX).write_text(json.dumps(index))
+
+
+@torch.inference_mode()
+def _shards(model: Any) -> Iterator[dict[str, Tensor]]:
+    """Draw the weights, a file at a time: matrices of a normal distribution, vectors of ones."""
+    generator = torch.Generator().manual_seed(0)
+    shard: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        weight = torch.empty(parameter.shape, dtype=parameter.dtype)
+        is_matrix = parameter.ndim > 1
+        shard[name] = weight.normal_(0, STD, generator=generator) if is_matrix else weight.fill_(1)
+        if sum(each.nbytes for each in shard.values()) > SHARD:
+            yield shard
+            shard = {}
+    if shard:
+        yield shard
+
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from tracker.core.tables import Column, Table, estimate, table
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.paired import Array
 from tracker.stats.accuracy import accuracy_drop
+from tracker.stats.combined import recovered
 from tracker.stats.multiple import holm
-from tracker.stats.recovered import recovered
 from tracker.stats.resampling import RESAMPLES
 from tracker.studies.base import (
     SIGNIFICANT,

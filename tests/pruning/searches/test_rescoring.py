@@ -15,9 +15,8 @@ from tracker.core.questions import question
 from tracker.pruning.search.budgets import Budget
 from tracker.pruning.search.cells import Lender, OpenCell
 from tracker.pruning.search.request import SearchRequest
-from tracker.pruning.search.rescoring import BATCH, QUESTION
 from tracker.pruning.search.scores import Scores, Set
-from tracker.pruning.search.strategies import STRATEGIES, Search
+from tracker.pruning.search.strategies import BATCH, QUESTION, STRATEGIES, Search
 from tracker.stats.sequential.stopping import Race
 
 from .conftest import LAYERS, Known

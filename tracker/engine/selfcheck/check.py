@@ -36,9 +36,8 @@ from tracker.engine.selfcheck.miniature_check import (
     most_sharing,
     reachable,
 )
-from tracker.engine.selfcheck.reasons import less
+from tracker.engine.selfcheck.reasons import Verdict, less
 from tracker.engine.selfcheck.reference import Comparison, Reference
-from tracker.engine.selfcheck.verdict import Verdict
 
 VERDICT = TypeAdapter(Verdict)
 """Verdicts as JSON."""

@@ -31,10 +31,9 @@ from tracker.engine.scoring.stand_in import MadeUp
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.probe_texts import FIRST, probe_calls, reaching_calls, switching_calls
 from tracker.engine.selfcheck.quirks import Path, find_quirks, find_switches, shortened
-from tracker.engine.selfcheck.reasons import in_words, less, of_difference, of_refusal
+from tracker.engine.selfcheck.reasons import Verdict, in_words, less, of_difference, of_refusal
 from tracker.engine.selfcheck.reference import Comparison, Reference
 from tracker.engine.selfcheck.removability import as_removed
-from tracker.engine.selfcheck.verdict import Verdict
 from tracker.models.layers import find_layers
 from tracker.models.miniature import miniature
 from tracker.models.shrinking import numbers

@@ -16,8 +16,8 @@ from tracker.core.errors import CellError, ModelError
 from tracker.engine.refusal import tried
 from tracker.engine.scoring.sharing import NO_HABITS, PLAIN
 from tracker.engine.scoring.sweep import Engine
+from tracker.engine.selfcheck.reasons import Verdict
 from tracker.engine.selfcheck.reference import Reference
-from tracker.engine.selfcheck.verdict import Verdict
 from tracker.models.reloaded import as_made, lacking, reloaded
 from tracker.models.sublayers import returning
 

@@ -1,13 +1,16 @@
-"""Saves a model without some of its layers, once it is proved to be the one that was measured."""
+"""Saves a model without some of its layers, once it is proved to be the one that was measured.
+
+It is handed to the tracking backends beside the cells that say why it is as it is.
+"""
 
 from __future__ import annotations
 
 import errno
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from tracker.core.errors import CellError, RequestError, TrackerError, WorkError
 from tracker.core.formats import counted, measure_of
 from tracker.core.kinds import Component
 from tracker.core.provenance import machine
+from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.prepare import look_up
@@ -27,11 +31,64 @@ from tracker.pruning.export.card import write_card
 from tracker.pruning.export.chosen import chosen, that_chose
 from tracker.pruning.export.facts import Accuracy, Exported, Pruning, Size
 from tracker.pruning.export.proof import ExpectedAnswers, MeasuredCell, expected, prove
-from tracker.pruning.export.publishing import publish
 from tracker.pruning.export.recipes import recipes, skip_lists, windows_of
 from tracker.runner import run_cells
 from tracker.team.publish import Publisher
-from tracker.tracking import service, target
+from tracker.tracking import open_models, service, target
+from tracker.tracking.base import SavedModel
+
+
+def publish(
+    model: Exported,
+    made_of: Sequence[CellRecord],
+    track: Sequence[str],
+    project: str,
+    results: Path,
+    register: str | None = None,
+) -> Exported:
+    """Publish a model; what one backend refuses does not keep the others from it.
+
+    Args:
+        model: What was saved.
+        made_of: The cells that chose it, or say what it costs.
+        track: The backends, each as `BACKEND` or `BACKEND:PROJECT`.
+        project: Where none is named.
+        results: The results folder.
+        register: The name under which MLflow's registry keeps it; None for none.
+
+    Returns:
+        The model, with where it is and what went wrong.
+    """
+    facts, folder = model.as_json(), model.folder.absolute()
+    shown = SavedModel(folder, model.name, facts, _figures(model), tuple(made_of), register)
+    locations, unpublished = {}, {}
+    for text in track:
+        to = target(text)
+        with closing(open_models(to.backend, to.project or project, results, to.server)) as models:
+            try:
+                locations[to.backend] = models.add_model(shown)
+            except TrackerError as error:
+                unpublished[text] = str(error)
+    return replace(model, locations=locations, unpublished=unpublished)
+
+
+def _figures(model: Exported) -> dict[str, float]:
+    """Numbers of a model, by names that every backend takes."""
+    sizes = {"base": model.before, "pruned": model.after}
+    found: dict[str, float] = {
+        f"{name}/{what}": number
+        for name, size in sizes.items()
+        for what, number in asdict(size).items()
+    }
+    if model.faster is not None:
+        found["pruned/times_as_fast"] = model.faster[0]
+    for each in model.accuracy:
+        metric = f"{each.benchmark}/{each.metric.replace(',', ' ')}"
+        for name, level in (("base", each.before), ("pruned", each.after)):
+            if level.value is not None:
+                found[f"{name}/{metric}"] = level.value
+    return found
+
 
 BATCH, LENGTH = 1, 256
 """What the models read while they are timed."""
@@ -184,9 +241,9 @@ def _save(
     When this returns, no model is in memory any more: the fresh process may need the room.
     """
     from tracker.models import checkpoint
+    from tracker.models.checkpoint import times_as_fast
     from tracker.models.load import load_model
     from tracker.models.placement import weight_bytes
-    from tracker.models.speed import times_as_fast
 
     options, removed = asked.options, asked.pruning.removed
     progress.say(f"loading {source.name}")

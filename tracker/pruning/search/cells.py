@@ -19,8 +19,8 @@ from tracker.core.views import View
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.aligned import AlignedOutcomes
+from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
-from tracker.ledger.checks import Checks
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.paired import Array, PairedOutcomes
 from tracker.ledger.shards import read_shard

@@ -18,10 +18,17 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.prepare import look_up
 from tracker.pruning.search.cells import Lender, OpenCell
 from tracker.pruning.search.figures import Searched
-from tracker.pruning.search.recommending import Recommended, recommended
 from tracker.pruning.search.report import finding_of
 from tracker.pruning.search.request import Goal, SearchRequest
-from tracker.pruning.search.search import Found, budget_of, refuse_mixed, refuse_unknown, search
+from tracker.pruning.search.search import (
+    Found,
+    Recommended,
+    budget_of,
+    recommended,
+    refuse_mixed,
+    refuse_unknown,
+    search,
+)
 from tracker.runner import Finished, run_cells
 from tracker.team.publish import Publisher
 

@@ -27,8 +27,8 @@ from tracker.pruning.search.figures import (
     separated,
     tested,
 )
-from tracker.pruning.search.recommending import Recommended
 from tracker.pruning.search.request import Goal
+from tracker.pruning.search.search import Recommended
 from tracker.pruning.search.strategies import NULL
 from tracker.report.page.studies import SEARCH
 from tracker.report.wording import listed

@@ -25,8 +25,8 @@ from tracker.report.charts.style import (
     line,
     trace,
 )
-from tracker.stats.agreement import clustered, more_than_chance, phi
 from tracker.stats.arrays import Array, Mask
+from tracker.stats.decisions import clustered, more_than_chance, phi
 from tracker.stats.ratios import SCALES
 
 ALIKE = 0.5

@@ -34,7 +34,6 @@ from tracker.report.leaderboard.tables import (
     proxy_table,
     relevance_interval_table,
 )
-from tracker.report.page import facts
 from tracker.report.page.decisions import decision_table
 
 
@@ -240,8 +239,8 @@ def _cell_section(
         layers=tables.layer_table(cell),
         layers_heading="Layers" if only_layers(cell) else "Runs",
         correlations=tables.correlation_table(cell),
-        provenance=facts.provenance_table(cell),
-        tasks=facts.task_table(cell),
+        provenance=tables.provenance_table(cell),
+        tasks=tables.task_table(cell),
         decisions=decisions,
     )
 

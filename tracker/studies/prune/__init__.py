@@ -22,8 +22,7 @@ from tracker.studies.base import (
     removing_whole_layers,
     whole_layers,
 )
-from tracker.studies.prune.figures import ACCURACY, COSINES
-from tracker.studies.prune.gathering import compared
+from tracker.studies.prune.figures import ACCURACY, COSINES, compared
 from tracker.studies.prune.layout import charts_of, tables_of
 from tracker.studies.prune.sentences import answers_of
 

@@ -30,9 +30,17 @@ from tracker.ledger.files import make_folder, write_text
 from tracker.tracking.base import BOARD, BOARD_FILE, Backend, Page, Pages, RemoteCell, SavedModel
 from tracker.tracking.foreign import downloading, refuse_lies
 from tracker.tracking.runs import DescribedRun, artifact_name
-from tracker.tracking.wandb.runs import FORMAT, group_of, labels_of, model_name, run_id
 from tracker.tracking.wandb.session import finished, is_offline, log_in, session, start
-from tracker.tracking.wandb.writing import attach, wandb_table, write
+from tracker.tracking.wandb.writing import (
+    FORMAT,
+    attach,
+    group_of,
+    labels_of,
+    model_name,
+    run_id,
+    wandb_table,
+    write,
+)
 
 _DELETED = "previously created and deleted"
 """What the server says, with 409, to the id of a run that was deleted."""

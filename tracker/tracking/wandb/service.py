@@ -56,7 +56,7 @@ class WandbService(Service):
 
     @override
     def open_live_run(self, project: str, results: Path, server: str | None) -> LiveRun:
-        isolated = self._isolated("live_run:WandbLiveRun", project, results, without=_SWEEP)
+        isolated = self._isolated("sweep:WandbLiveRun", project, results, without=_SWEEP)
         return cast(LiveRun, isolated)
 
     @override
