@@ -148,7 +148,7 @@ def table(
     title: str,
     columns: Iterable[Column[Row]],
     rows: Iterable[Row],
-    notes: Iterable[str] = (),
+    *notes: str,
     header: int = 0,
     sorted_by: int | None = None,
 ) -> Table:
@@ -160,7 +160,7 @@ def table(
             Heading(label=c.label, unit=c.unit, name=c.name, interval=c.interval) for c in columns
         ),
         rows=tuple(tuple(column.entry(row) for column in columns) for row in rows),
-        notes=tuple(notes),
+        notes=notes,
         header=header,
         sorted_by=sorted_by,
     )

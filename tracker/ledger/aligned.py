@@ -19,9 +19,10 @@ from tracker.core.records import WHOLE_LAYER, RunIdentity
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC, PROVENANCE
-from tracker.ledger.paired import Array, PairedOutcomes
+from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.views import CellIdentity
 from tracker.stats.accuracy import weights_by_task
+from tracker.stats.arrays import Array
 from tracker.stats.ratios import SCALES, document_ratios
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 

@@ -20,8 +20,8 @@ from tracker.core.views import View
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
 from tracker.ledger.options import OptionScores
-from tracker.ledger.paired import Array
 from tracker.ledger.texts import KeptText
+from tracker.stats.arrays import Array
 from tracker.stats.decisions import choices, margins, shares
 
 SHOWN = 30

@@ -14,8 +14,8 @@ import pandas as pd
 from tracker.core.ablations import Ablation
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.outcomes import AGAIN
-from tracker.ledger.paired import Array
 from tracker.ledger.texts import KeptText
+from tracker.stats.arrays import Array
 from tracker.stats.decisions import choices
 from tracker.stats.rounding import movement, turning
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import accuracy, accuracy_drop, drop_sd
-
-Array = NDArray[np.float64]
+from tracker.stats.arrays import Array
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from tracker.core.records import WHOLE_LAYER, RunAnswer, RunIdentity, RunRecord
 from tracker.ledger.aligned import AlignedOutcomes, pairs
 from tracker.ledger.options import Chances, Texts, judged
 from tracker.ledger.outcomes import METRIC, PROVENANCE
-from tracker.ledger.paired import Array, PairedOutcomes
+from tracker.ledger.paired import PairedOutcomes
 from tracker.stats.accuracy import accuracy, accuracy_relevance, chance_accuracy, mean_interval
+from tracker.stats.arrays import Array
 from tracker.stats.proxies import proxy_means
 from tracker.stats.ratios import RATIO, ratio_of_sums
 from tracker.stats.rounding import shift, within

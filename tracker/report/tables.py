@@ -215,13 +215,15 @@ def correlation_table(cell: CellRecord) -> Table:
         "without the first two and the last two).",
         pick(columns, *names),
         [(cell, record) for record in cell.correlations],
-        [CORRELATION_RULE]
-        + [
-            f"{COEFFICIENTS[record.coefficient]}, {_proxy(record)}, "
-            f"{SUBSETS[record.subset]}: undefined: {record.reason or NO_REASON}."
-            for record in cell.correlations
-            if not defined(record.value)
-        ],
+        *(
+            [CORRELATION_RULE]
+            + [
+                f"{COEFFICIENTS[record.coefficient]}, {_proxy(record)}, "
+                f"{SUBSETS[record.subset]}: undefined: {record.reason or NO_REASON}."
+                for record in cell.correlations
+                if not defined(record.value)
+            ]
+        ),
     )
 
 

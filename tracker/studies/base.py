@@ -24,7 +24,6 @@ from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
 from tracker.ledger.findings import keep_finding
-from tracker.ledger.paired import Array
 from tracker.ledger.store import Ledger
 from tracker.measuring import observing
 from tracker.measuring.derive import record_of
@@ -33,6 +32,7 @@ from tracker.measuring.observing import Observe, Observed
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
 from tracker.runner import Finished, run_cells
+from tracker.stats.arrays import Array
 from tracker.team.publish import Publisher
 
 T = TypeVar("T")

@@ -22,8 +22,8 @@ from tracker.core.kinds import Intervention
 from tracker.core.records import RunIdentity
 from tracker.core.tables import Column, Table, estimate, table
 from tracker.ledger.aligned import AlignedOutcomes
-from tracker.ledger.paired import Array
 from tracker.stats.accuracy import accuracy_drop
+from tracker.stats.arrays import Array
 from tracker.stats.combined import recovered
 from tracker.stats.multiple import holm
 from tracker.stats.resampling import RESAMPLES
@@ -260,11 +260,9 @@ def summary(cells: Sequence[Costs]) -> Table:
             Column("fitted on", "text", lambda cell: cell.fitted_on or None, "it is not known"),
         ],
         cells,
-        (
-            "Won back: 1 − (sum of the drops with the stand-in) / (sum of the drops of "
-            "removals), over all layers, with 95 % intervals from resampling documents. "
-            "Below 0: worse than nothing in the layer's place.",
-        ),
+        "Won back: 1 − (sum of the drops with the stand-in) / (sum of the drops of "
+        "removals), over all layers, with 95 % intervals from resampling documents. "
+        "Below 0: worse than nothing in the layer's place.",
     )
 
 
@@ -305,10 +303,8 @@ def significant(cells: Sequence[Costs]) -> Table:
         "Layers where a stand-in does otherwise than nothing",
         columns,
         rows,
-        (
-            "Exact McNemar tests, Holm's adjustment within each row, 5 %; layers of metrics that "
-            "are not right or wrong a document are not tested.",
-        ),
+        "Exact McNemar tests, Holm's adjustment within each row, 5 %; layers of metrics that "
+        "are not right or wrong a document are not tested.",
     )
 
 

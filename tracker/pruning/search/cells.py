@@ -22,7 +22,7 @@ from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
-from tracker.ledger.paired import Array, PairedOutcomes
+from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.shards import read_shard
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import fill, lacking, open_cell
@@ -31,6 +31,7 @@ from tracker.measuring.meter import Meter, Model, Place, open_model
 from tracker.measuring.observing import Documents, Observe, Observed, observe
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
+from tracker.stats.arrays import Array
 
 _COLUMNS = ["task", "doc", "ablation", "gold", "rolling", "loglikelihoods"]
 

@@ -13,8 +13,9 @@ from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
 from tracker.core.formats import WRITTEN, defined, with_interval
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
-from tracker.ledger.paired import Array, PairedOutcomes
+from tracker.ledger.paired import PairedOutcomes
 from tracker.stats.accuracy import accuracy, accuracy_drop
+from tracker.stats.arrays import Array
 
 if TYPE_CHECKING:  # it knows the strategies, and they need torch
     from tracker.pruning.search.request import SearchRequest

@@ -14,7 +14,6 @@ from tracker.core.config import CellRequest
 from tracker.core.kinds import Component
 from tracker.core.proxies import passes
 from tracker.engine.plan import Reading, reading
-from tracker.ledger.paired import Array
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.planning import texts_of
@@ -25,6 +24,7 @@ from tracker.pruning.search.request import Goal, SearchRequest, deciding
 from tracker.pruning.search.scores import Losses, Scores, Set, grown
 from tracker.pruning.search.search import budget_of, refuse_few, refuse_mixed, refuse_unknown
 from tracker.pruning.search.strategies import NULL, STRATEGIES, Search
+from tracker.stats.arrays import Array
 
 
 @dataclass(frozen=True)

@@ -271,7 +271,7 @@ def _table(records: Sequence[PruneRecord]) -> Table:
         f"{counted(first.baseline.n, 'test document')}{part}",
         columns,
         [None, *records],
-        dict.fromkeys(
+        *dict.fromkeys(
             f"calibration documents: {_calibration(one)}" for one in records if one.calibration
         ),
     )
@@ -344,7 +344,7 @@ def _sets(records: Sequence[PruneRecord]) -> Table:
         f"{first.model.name} · {_benchmark(first)}: step by step",
         columns,
         [_Step(labels[one.name], *step) for one in records for step in enumerate(one.steps, 1)],
-        ["score: what the strategy makes small, on the calibration documents, in its unit"],
+        "score: what the strategy makes small, on the calibration documents, in its unit",
     )
 
 

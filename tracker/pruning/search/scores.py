@@ -28,11 +28,11 @@ from tracker.measuring.meter import Place
 from tracker.measuring.observing import Observe
 from tracker.pruning.search.cells import OpenCell
 from tracker.stats.accuracy import mean_interval
+from tracker.stats.arrays import Array
 from tracker.stats.proxies import per_token
 from tracker.stats.rank_agreement import rounded
 from tracker.stats.support import together
 
-Array = NDArray[np.float64]
 Set = tuple[int, ...]
 """Parts that are removed together, ascending."""
 

@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tracker.core.formats import defined
 from tracker.core.proxies import OBSERVED
 from tracker.core.records import CellRecord
 from tracker.report.leaderboard.layers import LayerBoard, LayerStanding
 from tracker.report.wording import correlation
+from tracker.stats.arrays import Array
 from tracker.stats.rank_agreement import places, ranks_apart
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

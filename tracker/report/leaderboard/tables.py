@@ -133,7 +133,7 @@ def layer_board_table(board: LayerBoard, label: str) -> Table:
             columns["benchmarks"],
         ],
         _layer_rows(board, label),
-        _notes(board),
+        *_notes(board),
         header=1,
     )
 
@@ -261,7 +261,7 @@ def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
         f"{counted(len(board.benchmarks), 'common benchmark')}.",
         [_between(_ALONE), *pick(named(model_board_columns()), *names, "layers")],
         _model_rows(board, labels),
-        filter(None, [board.open]),
+        *filter(None, [board.open]),
         header=1,
     )
 

@@ -72,7 +72,7 @@ def decision_table(cell: CellRecord, decided: DecisionsRecord) -> Table:
         f"{counted(decided.n, 'document')}; lost: worse than intact, won: better.",
         columns,
         rows,
-        notes,
+        *notes,
     )
 
 

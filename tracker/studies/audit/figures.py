@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tracker.core.estimates import Estimate
 from tracker.core.findings import gaps
 from tracker.core.formats import counted
 from tracker.core.proxies import PROXIES, passes
+from tracker.stats.arrays import Array
 from tracker.stats.budgets import at_equal_cost
 from tracker.stats.multiple import holm
 from tracker.stats.rank_agreement import (
@@ -36,7 +36,6 @@ from tracker.stats.task_dependence import (
 from tracker.studies.audit.measures import DROP, Audited
 from tracker.studies.base import FEWEST
 
-Array = NDArray[np.float64]
 TOP = 5
 """Layers that are called the most, or the least, relevant ones."""
 MAJOR = 1 / 4

@@ -62,17 +62,15 @@ def _proxies(audit: ModelAudit) -> Table:
         f"{audit.name}: how well each proxy orders the layers by their {audit.drop}",
         columns,
         [*summaries, *(proxy for proxy in PROXIES if proxy not in summaries)],
-        [
-            f"{audit.on}. Intervals are 95 % from resampling documents, benchmarks as they "
-            "are; inner layers leave out the first and last two. Ranks by mean Spearman, from "
-            "paired differences, hold for all proxies at once.",
-            "Passes are forward passes of the whole model a document, for all layers together: "
-            "one by one on pruned models, or sharing the layers below the removed one. The "
-            f"{audit.drop} itself takes {dear:g} shared, and once more its other answers.",
-            "Sources: "
-            + "; ".join(f"{p.label}: {p.source}" for p in PROXIES.values() if p.source)
-            + ".",
-        ],
+        f"{audit.on}. Intervals are 95 % from resampling documents, benchmarks as they "
+        "are; inner layers leave out the first and last two. Ranks by mean Spearman, from "
+        "paired differences, hold for all proxies at once.",
+        "Passes are forward passes of the whole model a document, for all layers together: "
+        "one by one on pruned models, or sharing the layers below the removed one. The "
+        f"{audit.drop} itself takes {dear:g} shared, and once more its other answers.",
+        "Sources: "
+        + "; ".join(f"{p.label}: {p.source}" for p in PROXIES.values() if p.source)
+        + ".",
     )
 
 
@@ -122,10 +120,8 @@ def _benchmarks(audit: ModelAudit) -> Table:
         f"{audit.name}: every proxy beside the {audit.drop}, benchmark by benchmark",
         columns,
         rows,
-        [
-            "p-values are those of Spearman's coefficient against series as smooth over depth; "
-            "adjusted over all rows of the table."
-        ],
+        "p-values are those of Spearman's coefficient against series as smooth over depth; "
+        "adjusted over all rows of the table.",
     )
 
 
@@ -149,11 +145,9 @@ def _disagreements(audit: ModelAudit) -> Table:
             *columns([f"majorly{word}" for word in words], 1),
         ],
         audit.orders,
-        [
-            f"Majorly: by more than {100 * MAJOR:.0f} % of the layers. Ties share their mean rank. "
-            "p: how often orders that know nothing of each other differ as rarely, layers "
-            "shuffled freely or as smooth over depth as they are; not adjusted."
-        ],
+        f"Majorly: by more than {100 * MAJOR:.0f} % of the layers. Ties share their mean rank. "
+        "p: how often orders that know nothing of each other differ as rarely, layers "
+        "shuffled freely or as smooth over depth as they are; not adjusted.",
     )
 
 
@@ -197,19 +191,17 @@ def _variances(audit: ModelAudit) -> list[Table]:
             f"{audit.name}: variance of a layer's z-score from benchmark to benchmark",
             columns,
             audit.spreads,
-            [
-                f"{counted(len(audit.above_chance), 'benchmark')} above chance. z-scored over "
-                "layers per benchmark; mean over layers: 0 = layers matter alike everywhere, "
-                "1 = no two benchmarks have anything in common.",
-                "Relevance is the drop on another scale, but for layers that fall below "
-                "chance, so their z-scores are the same.",
-                "Share of the spread of drops over layers that is not noise of the documents: "
-                f"{shares}. Below {RELIABLE} a benchmark is left out where noise is taken off, "
-                f"which leaves {counted(len(audit.reliable), 'benchmark')} for the last three "
-                "columns. Their interval is the jackknife over documents.",
-                "Wilcoxon's p takes layers as independent, which they are not: where it and "
-                "the p of signs that change in blocks differ, trust the latter.",
-            ],
+            f"{counted(len(audit.above_chance), 'benchmark')} above chance. z-scored over "
+            "layers per benchmark; mean over layers: 0 = layers matter alike everywhere, "
+            "1 = no two benchmarks have anything in common.",
+            "Relevance is the drop on another scale, but for layers that fall below "
+            "chance, so their z-scores are the same.",
+            "Share of the spread of drops over layers that is not noise of the documents: "
+            f"{shares}. Below {RELIABLE} a benchmark is left out where noise is taken off, "
+            f"which leaves {counted(len(audit.reliable), 'benchmark')} for the last three "
+            "columns. Their interval is the jackknife over documents.",
+            "Wilcoxon's p takes layers as independent, which they are not: where it and "
+            "the p of signs that change in blocks differ, trust the latter.",
         )
     ]
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tracker.core.documents import Document
 from tracker.core.estimates import Estimate
@@ -19,6 +18,7 @@ from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.observations import Arrays
 from tracker.ledger.tables import OUTER
 from tracker.measuring.observing import Observe, Observed
+from tracker.stats.arrays import Array
 from tracker.stats.budgets import LayerMeasure
 from tracker.stats.correlation import correlate
 from tracker.stats.proxies import per_token
@@ -26,7 +26,6 @@ from tracker.stats.rank_agreement import row_coefficients
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 from tracker.studies.base import FEWEST, StudyContext, Subject, lined_up, observe
 
-Array = NDArray[np.float64]
 KIND = "output-proxies-1"
 """What is observed besides outcomes: the sums of `output_proxies`."""
 DROP = "accuracy drop"

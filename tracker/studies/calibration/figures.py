@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, measure_of
 from tracker.core.proxies import OBSERVED, PROXIES
-from tracker.ledger.paired import Array
+from tracker.stats.arrays import Array, Numbers
 from tracker.stats.multiple import holm
 from tracker.stats.proxies import per_token
 from tracker.stats.rank_agreement import overlap, rounded, row_coefficients
@@ -26,7 +26,6 @@ from tracker.stats.reliability import (
 from tracker.stats.resampling import SEED
 from tracker.studies.base import FEWEST, SIGNIFICANT, Subject, side
 
-Documents = NDArray[np.int64]
 DRAWS = 400
 """Pairs of samples behind each figure."""
 JACKKNIFE_DRAWS = 100
@@ -192,7 +191,7 @@ def curve_of(ranked: Ranked, wanted: float) -> Curve:
     whole = np.broadcast_to(_mean_figures(ranked), first.shape)
     statistics = _statistics(layers)
 
-    def needed(chosen: Documents) -> tuple[float, bool]:
+    def needed(chosen: Numbers) -> tuple[float, bool]:
         half = len(chosen) // 2
         few = [n for n in sizes if n < half] + [half]
         part = values[chosen], weights[chosen], strata[chosen]

@@ -35,14 +35,12 @@ def needed_table(rows: Sequence[tuple[str, Curve]], wanted: float) -> Table:
         f"How many documents rank the layers with a reliability of {wanted:g}",
         columns,
         rows,
-        (
-            "Agreement is the mean Spearman correlation of two samples; in brackets the middle "
-            "95 % of random draws. That of all documents with as many others is extrapolated "
-            "by Spearman-Brown. The interval of the number is a jackknife over documents. Where "
-            "the brackets of two halves hold 0, a tenth less of the documents leaves the number "
-            "undefined, or the layers are not shown to differ (Holm over all rows), two halves "
-            "agree no surer than chance, and no number is named.",
-        ),
+        "Agreement is the mean Spearman correlation of two samples; in brackets the middle "
+        "95 % of random draws. That of all documents with as many others is extrapolated "
+        "by Spearman-Brown. The interval of the number is a jackknife over documents. Where "
+        "the brackets of two halves hold 0, a tenth less of the documents leaves the number "
+        "undefined, or the layers are not shown to differ (Holm over all rows), two halves "
+        "agree no surer than chance, and no number is named.",
     )
 
 
@@ -67,11 +65,9 @@ def agreement_table(title: str, drop: Curve) -> Table:
             *(shared(name) for name, _, _ in drop.tops),
         ),
         [n for n in drop.sizes if n in SHOWN or n == drop.half],
-        (
-            f"In brackets the middle 95 % of {DRAWS} random draws. By chance two orders share "
-            f"{chance}, and as many of the bottom. A sample is part of all documents, which is why "
-            "it agrees better with them than with another sample.",
-        ),
+        f"In brackets the middle 95 % of {DRAWS} random draws. By chance two orders share "
+        f"{chance}, and as many of the bottom. A sample is part of all documents, which is why "
+        "it agrees better with them than with another sample.",
     )
 
 

@@ -15,8 +15,9 @@ from tracker.core.ablations import Ablation
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.formats import WRITTEN, measure_of, with_interval
 from tracker.ledger.aligned import Strata
-from tracker.ledger.paired import Array, PairedOutcomes
+from tracker.ledger.paired import PairedOutcomes
 from tracker.stats.accuracy import mean_interval
+from tracker.stats.arrays import Array
 from tracker.stats.interaction import additivity, interactions
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 from tracker.stats.support import pairs as pairs_among

@@ -40,12 +40,10 @@ def summary(rows: Sequence[tuple[CellRecord, Pairs]]) -> Table:
         "How well the drops of two layers add up",
         columns,
         rows,
-        (
-            "Interaction: drop of both minus the sum of both drops, over pairs that are not at the "
-            "floor. Redundant (above 0) and sub-additive (below 0): significant after "
-            f"Benjamini-Hochberg at {100 * SIGNIFICANT:.0f} %. In brackets 95 % intervals over "
-            "documents.",
-        ),
+        "Interaction: drop of both minus the sum of both drops, over pairs that are not at the "
+        "floor. Redundant (above 0) and sub-additive (below 0): significant after "
+        f"Benjamini-Hochberg at {100 * SIGNIFICANT:.0f} %. In brackets 95 % intervals over "
+        "documents.",
     )
 
 
@@ -74,11 +72,9 @@ def strongest(record: CellRecord, one: Pairs, sign: int) -> Table:
         f"{record.title}: the most {word} than the sum, by {one.measure}",
         columns,
         chosen,
-        (
-            f"The largest measured ones of {len(one.open):,} interactions, which are therefore "
-            "larger here than other documents would show. Intervals, and ranks from the most "
-            "redundant pair on, hold for all of them at once with 95 % confidence.",
-        ),
+        f"The largest measured ones of {len(one.open):,} interactions, which are therefore "
+        "larger here than other documents would show. Intervals, and ranks from the most "
+        "redundant pair on, hold for all of them at once with 95 % confidence.",
     )
 
 

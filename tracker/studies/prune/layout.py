@@ -77,7 +77,9 @@ def _accuracies(group: Compared, amount: str) -> Table:
         "its own calibration documents",
         [strategy, *_with_mean(group, "percent", group.level, group.level_mean)],
         [None, *(Way(name, amount) for name in group.strategies(amount))],
-        [f"Test documents: {measured}.", *left_out, *drawn.values()],
+        f"Test documents: {measured}.",
+        *left_out,
+        *drawn.values(),
     )
 
 
@@ -99,11 +101,9 @@ def _differences(group: Compared, amount: str) -> list[Table]:
                 Column("p (Holm)", "p", _p),
             ],
             pairs,
-            [
-                f"p: of the difference on {group.over}, by sign flips of the test documents, "
-                "adjusted over the rows. Intervals of the mean hold for all rows at once "
-                "(Bonferroni), those of a benchmark each for itself."
-            ],
+            f"p: of the difference on {group.over}, by sign flips of the test documents, "
+            "adjusted over the rows. Intervals of the mean hold for all rows at once "
+            "(Bonferroni), those of a benchmark each for itself.",
         )
     ]
 
@@ -133,7 +133,7 @@ def _calibrations(group: Compared, amount: str) -> list[Table]:
             f"{group.title}: what calibrates, {how_many(group, amount)}, {group.over}",
             columns,
             pairs,
-            [f"{PAPER}: {theirs} %, by accuracy and by cosine; plain text there is C4."],
+            f"{PAPER}: {theirs} %, by accuracy and by cosine; plain text there is C4.",
         )
     ]
 
@@ -163,13 +163,11 @@ def _costs(group: Compared) -> Table:
         f"{group.title}: what a search cost",
         columns,
         [way for way in group.ways if group.searches(way)],
-        [
-            "Means of the searches: one a benchmark and draw, or one for all of them. "
-            "Evaluations and passes are of all of a search's calibration documents; not told "
-            "apart: steps at which these do not separate the choice from the runner-up.",
-            f"{PAPER}, by accuracy: 228 evaluations in about {HOURS_OF_THE_PAPER} h, another model "
-            "on another machine.",
-        ],
+        "Means of the searches: one a benchmark and draw, or one for all of them. "
+        "Evaluations and passes are of all of a search's calibration documents; not told "
+        "apart: steps at which these do not separate the choice from the runner-up.",
+        f"{PAPER}, by accuracy: 228 evaluations in about {HOURS_OF_THE_PAPER} h, another model "
+        "on another machine.",
     )
 
 

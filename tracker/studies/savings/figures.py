@@ -19,13 +19,12 @@ from tracker.core.records import RunIdentity
 from tracker.engine.scoring.streams import plain_passes, plan_streams
 from tracker.ledger.blocks import turns
 from tracker.ledger.early_stopping import refuse_unbounded
+from tracker.stats.arrays import Array, Mask
 from tracker.stats.resampling import SEED
 from tracker.stats.sequential.stopping import Race
 from tracker.stats.sequential.top_k import SAME
 from tracker.studies.base import Subject
 
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 ORDERS = 200
 """Random orders of the documents, each of which is raced through."""
 POWER = 0.8

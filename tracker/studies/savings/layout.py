@@ -70,13 +70,11 @@ def savings_table(cell: MeasuredDocuments, replays: Sequence[Replayed]) -> Table
         f"{cell.title}: what each question takes, by {extent(cell)}",
         columns,
         replays,
-        (
-            f"Documents and layer passes: the median of {ORDERS} random orders, and what nine of "
-            "ten took at most, of those that all documents of the split and all runs take. Fewer "
-            "than lm-eval: the layer passes of lm-eval once for the baseline and once for each "
-            "run, over the median. The end is that of the measured documents; where it is that of "
-            "the split, unanswered are exact ties.",
-        ),
+        f"Documents and layer passes: the median of {ORDERS} random orders, and what nine of "
+        "ten took at most, of those that all documents of the split and all runs take. Fewer "
+        "than lm-eval: the layer passes of lm-eval once for the baseline and once for each "
+        "run, over the median. The end is that of the measured documents; where it is that of "
+        "the split, unanswered are exact ties.",
     )
 
 
@@ -97,13 +95,11 @@ def bounds_table(cell: MeasuredDocuments, replays: Sequence[Replayed]) -> Table:
         f"{cell.title}: what bounds each question",
         columns,
         replays,
-        (
-            "For a set: the last one in and the first one out, with how far they are apart, what "
-            "is tolerated included, and the standard deviation of their difference. One look: "
-            "documents of a test with a fixed number of them, known in advance, with the same "
-            f"confidence for all runs and, for sets and signs, {points(POWER)} % power. The race: "
-            "the median, until nobody is open.",
-        ),
+        "For a set: the last one in and the first one out, with how far they are apart, what "
+        "is tolerated included, and the standard deviation of their difference. One look: "
+        "documents of a test with a fixed number of them, known in advance, with the same "
+        f"confidence for all runs and, for sets and signs, {points(POWER)} % power. The race: "
+        "the median, until nobody is open.",
     )
 
 

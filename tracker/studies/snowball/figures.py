@@ -14,6 +14,7 @@ from tracker.core.proxies import PROXIES
 from tracker.core.records import CellRecord
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.measuring.observing import Observed
+from tracker.stats.arrays import Array
 from tracker.stats.correlation import (
     correlate,
     correlation_difference,
@@ -27,7 +28,6 @@ from tracker.stats.resampling import SEED
 from tracker.stats.support import pairs, ranks, together
 from tracker.studies.base import SIGNIFICANT, Subject, lined_up, side
 
-Array = NDArray[np.float64]
 ALL, LATER = 0, 1
 """Places of the means over all tokens, and over all but the first of a text."""
 LAST = "no layer follows it"

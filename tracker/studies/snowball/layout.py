@@ -60,15 +60,13 @@ def layer_table(each: Figures) -> Table:
         f"{each.record.heading}: the relative difference after each layer's removal",
         columns,
         range(len(factors)),
-        (
-            f"{each.documents} documents; geometric means over them, growth with 95 % intervals "
-            "from resampling them. Verdict: Wilcoxon's signed rank test, Holm over layers, 5 %, "
-            "and an interval without 1.",
-            "random, other tokens': growth of random directions and of other tokens' updates of "
-            "the same norm. As handed on: how many times as large as if all later layers had "
-            "handed the difference on as it was. Rank 1: the largest cosine score or drop. Drops "
-            "have these ranks with 95 % confidence for all layers.",
-        ),
+        f"{each.documents} documents; geometric means over them, growth with 95 % intervals "
+        "from resampling them. Verdict: Wilcoxon's signed rank test, Holm over layers, 5 %, "
+        "and an interval without 1.",
+        "random, other tokens': growth of random directions and of other tokens' updates of "
+        "the same norm. As handed on: how many times as large as if all later layers had "
+        "handed the difference on as it was. Rank 1: the largest cosine score or drop. Drops "
+        "have these ranks with 95 % confidence for all layers.",
     )
 
 
@@ -122,10 +120,8 @@ def predictors(each: Figures) -> Table:
         f"{each.record.heading}: what orders the layers as their drops do",
         columns,
         rows,
-        (
-            "Intervals: documents drawn anew. p: against series as smooth over depth that are "
-            "unrelated; not adjusted for the number of rows.",
-        ),
+        "Intervals: documents drawn anew. p: against series as smooth over depth that are "
+        "unrelated; not adjusted for the number of rows.",
     )
 
 
@@ -158,7 +154,7 @@ def summary(found: Sequence[Figures]) -> Table:
         "Does it snowball?",
         columns,
         found,
-        ("~: Spearman's coefficient over layers, with 95 % intervals over documents.",),
+        "~: Spearman's coefficient over layers, with 95 % intervals over documents.",
     )
 
 

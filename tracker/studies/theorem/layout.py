@@ -37,7 +37,7 @@ def models_table(shown: Sequence[Shown]) -> Table:
         f"{counted(lost, 'document')} of {record.n:,} could not be taught, and counts as it falls"
     )
     title = f"{record.benchmark.title}, {record.documents}"
-    return table(title, columns, shown, (note,) if lost else ())
+    return table(title, columns, shown, *(note,) if lost else ())
 
 
 def layers_table(shown: Shown) -> Table:
