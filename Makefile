@@ -45,7 +45,7 @@ claims: .venv/dev
 	$(BIN)/python -m tests.claims
 
 # Of one module only, and thirty of its mutants:
-# make mutants MODULE=tracker/stats/surrogates.py SAMPLE=30
+# make mutants MODULE=tracker/stats/rank_agreement.py SAMPLE=30
 mutants: export OMP_NUM_THREADS = 1
 mutants: .venv/dev
 	$(BIN)/python -P tests/mutants.py $(if $(SAMPLE),--sample $(SAMPLE)) $(MODULE)

@@ -14,7 +14,7 @@ from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError
 from tracker.core.experiment import Experiment
 from tracker.core.extent import DEFAULT_SEED
-from tracker.ledger.keys import request_key
+from tracker.ledger.views import request_key
 
 from .tracking.wandb_double import expand
 

@@ -21,7 +21,7 @@ from tracker.core.proxies import (
     observed,
     relative_update,
 )
-from tracker.stats.proxies import proxy_means
+from tracker.stats.arrays import proxy_means
 
 
 def test_against_torch_in_double_precision() -> None:
@@ -134,7 +134,7 @@ def test_every_token_counts_once() -> None:
 
 
 def test_who_only_reads_the_list_needs_no_torch() -> None:
-    read = "import tracker.core.proxies; from tracker.stats import accuracy, correlation, proxies"
+    read = "import tracker.core.proxies; from tracker.stats import accuracy, arrays, correlation"
     code = f"import sys; {read}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -407,11 +407,10 @@ def prune(
     from tracker.pruning.export import checkpoint
     from tracker.pruning.export.chosen import chosen_by
     from tracker.pruning.search.cells import Lender
-    from tracker.pruning.search.conduct import conduct
+    from tracker.pruning.search.conduct import conduct, trial
     from tracker.pruning.search.report import export_line, savable
     from tracker.pruning.search.request import load_searches, refuse_draws, search_request
     from tracker.pruning.search.settings import SearchSettings
-    from tracker.pruning.search.trial import trial
 
     known = [*_SAID, *SearchSettings.model_fields, *sorted(Running.__optional_keys__)]
     _refuse_unknown(settings, known)

@@ -19,8 +19,8 @@ from tracker.core.views import View
 from tracker.executors.base import open_executor
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import refuse_unbounded
-from tracker.ledger.keys import GROWS, RUNS
 from tracker.ledger.store import Ledger
+from tracker.ledger.views import GROWS, RUNS
 from tracker.measuring.derive import record_of
 from tracker.measuring.job import Job, Options
 from tracker.measuring.prepare import CellLookup, check_layers, check_range, look_up

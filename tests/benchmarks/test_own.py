@@ -21,7 +21,7 @@ from tracker.core.documents import Document
 from tracker.core.errors import BenchmarkError, RequestError
 from tracker.core.extent import ALL
 from tracker.core.identities import BenchmarkIdentity
-from tracker.ledger.keys import request_key
+from tracker.ledger.views import request_key
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.errors import BenchmarkError
 from tracker.core.extent import ALL, Extent
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity
-from tracker.ledger.keys import cell_key
+from tracker.ledger.views import cell_key
 
 PARTS = ("calibration", "test")
 MODEL = ModelIdentity(

@@ -13,8 +13,8 @@ import numpy as np
 from tracker import api
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
-from tracker.ledger.observations import write_observations
 from tracker.ledger.paired import PairedOutcomes
+from tracker.ledger.shards import write_observations
 from tracker.ledger.store import Ledger
 from tracker.pruning.search.figures import Choices
 from tracker.studies import savings

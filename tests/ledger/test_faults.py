@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from tests.ledger import faults
-from tracker.ledger.keys import cell_key
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import verify
+from tracker.ledger.views import cell_key
 from tracker.measuring.derive import all_records
 
 FLIPS = 150

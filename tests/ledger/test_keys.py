@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tracker.core.config import CellRequest
-from tracker.ledger.keys import cell_key, folder_name, request_key
+from tracker.ledger.views import cell_key, folder_name, request_key
 
 from .conftest import benchmark_identity, model_identity
 

@@ -13,7 +13,7 @@ from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import AGAIN
 from tracker.ledger.texts import text_row
-from tracker.stats.rounding import movement, shift, turning, within
+from tracker.stats.decisions import movement, shift, turning, within
 
 from .conftest import Row, asks, cell_record, row
 

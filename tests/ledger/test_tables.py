@@ -18,7 +18,6 @@ from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger import runs, tables
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcome_variance import outcome_variance
 from tracker.ledger.outcomes import COMPARED
 from tracker.stats.correlation import correlate
 from tracker.stats.power import OutcomeVariance

@@ -13,8 +13,7 @@ from tracker.core.config import CellRequest
 from tracker.core.extent import Extent, random_order, shuffled
 from tracker.core.records import CellRecord
 from tracker.ledger.cells import CellStore
-from tracker.ledger.early_stopping import CellRace
-from tracker.ledger.interim import interim_estimates
+from tracker.ledger.early_stopping import CellRace, interim_estimates
 from tracker.measuring import planning
 from tracker.measuring.derive import record_of
 from tracker.stats.sequential.stopping import Forecast

@@ -15,7 +15,7 @@ from plotly.graph_objects import Figure
 
 from tracker.core.records import CellRecord
 from tracker.ledger.decisions import decisions_record
-from tracker.report.charts import across, model, ranks, style
+from tracker.report.charts import across, model, style
 from tracker.report.leaderboard.claims import answer
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.leaderboard.pairs import compare, pairs_of
@@ -98,7 +98,7 @@ class TestRanks:
     def test_a_layer_is_strong_where_its_ranks_miss_the_diagonal(self) -> None:
         board = layer_board([build_cell(n=2000)])
         by_cosine = cosine_ranks(board)
-        drawn = ranks.rank_chart(board, "m")
+        drawn = model.rank_chart(board, "m")
         _, *groups = drawn.figure().data
         standings = {str(standing.layer): standing for standing in board.ranked}
         off = []
@@ -117,12 +117,12 @@ class TestRanks:
         assert f"m: {len(off)} of {LAYERS} layers are shown to stand elsewhere" in drawn.title
 
     def test_nothing_is_strong_where_ranks_are_open(self) -> None:
-        drawn = ranks.rank_chart(layer_board([build_cell(n=8)]), "m")
+        drawn = model.rank_chart(layer_board([build_cell(n=8)]), "m")
         _, faint, strong = drawn.figure().data
         assert (len(faint.x), faint.marker.opacity, len(strong.x)) == (LAYERS, style.OPEN, 0)
         assert "none of 30 layers is shown to stand elsewhere" in drawn.title
         unscored = with_layer(build_cell(), 4, cosine_score=None)
-        assert ranks.rank_chart(layer_board([unscored]), "m") is None
+        assert model.rank_chart(layer_board([unscored]), "m") is None
 
     def test_the_most_misjudged_layer_comes_first(self) -> None:
         board = layer_board([build_cell(n=2000)])

@@ -16,7 +16,7 @@ from tracker.core.tables import Table
 from tracker.report import caveats, tables, wording
 from tracker.report.charts import cells as charts
 from tracker.report.charts import headline, maps
-from tracker.report.charts.ranks import rank_chart
+from tracker.report.charts.model import rank_chart
 from tracker.report.export import boards
 from tracker.report.leaderboard.claims import answer
 from tracker.report.leaderboard.comparable import models_of

@@ -29,7 +29,7 @@ from tracker.ledger.options import judged
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
-from tracker.stats.rounding import LEAST_CHANCE, movement
+from tracker.stats.decisions import LEAST_CHANCE, movement
 
 BATCH_SIZES = (1, 4, 16)
 

@@ -17,7 +17,7 @@ from tracker.ledger.notes import sealed
 from tracker.ledger.shards import read_shard, shard_digest, shard_file
 from tracker.measuring.derive import record_of
 from tracker.measuring.progress import Silent
-from tracker.team import pull as pulling
+from tracker.team import collect as pulling
 from tracker.tracking.base import RemoteCell, Target
 
 (CELL,) = (Path(__file__).parents[1] / "ledger" / "kept" / "cells").iterdir()

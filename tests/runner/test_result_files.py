@@ -40,7 +40,7 @@ from tracker.core.views import View
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import AskedView
 from tracker.models.pruned import pruned
-from tracker.team.evaluated import changed_args, model_args
+from tracker.team.result_files import changed_args, model_args
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,8 +14,7 @@ from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.extent import random_order
 from tracker.core.questions import question
-from tracker.ledger.early_stopping import CellRace
-from tracker.ledger.interim import interim_estimates
+from tracker.ledger.early_stopping import CellRace, interim_estimates
 from tracker.ledger.store import Ledger
 from tracker.measuring import derive
 from tracker.stats.sequential.stopping import Race

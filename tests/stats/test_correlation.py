@@ -13,9 +13,8 @@ from tests.stats.drawn import Array, ar1
 from tracker.core.estimates import Estimate
 from tracker.stats import rank_agreement
 from tracker.stats.correlation import correlate, correlation_difference, partial_correlate
-from tracker.stats.rank_agreement import COEFFICIENTS, row_coefficients
+from tracker.stats.rank_agreement import COEFFICIENTS, row_coefficients, surrogate_series
 from tracker.stats.resampling import resampled_means
-from tracker.stats.surrogates import surrogate_series
 
 SCIPY = {"spearman": stats.spearmanr, "kendall": stats.kendalltau, "pearson": stats.pearsonr}
 

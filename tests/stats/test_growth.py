@@ -11,7 +11,7 @@ from scipy import stats
 from tracker.core.estimates import Estimate
 from tracker.stats import growth as module
 from tracker.stats.growth import fewest_to_show, growths, unequal_growth
-from tracker.stats.multiple import holm
+from tracker.stats.support import holm
 
 
 def growth(first, last, strata=None) -> Estimate:

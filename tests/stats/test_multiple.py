@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracker.stats.multiple import holm
+from tracker.stats.support import holm
 
 p_values = st.lists(st.one_of(st.none(), st.floats(0, 1)), max_size=6)
 

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tracker.stats.decisions import choices
-from tracker.stats.rounding import LEAST_CHANCE, movement, shift, turning, within
+from tracker.stats.decisions import LEAST_CHANCE, choices, movement, shift, turning, within
 
 NONE = math.nan
 DOCUMENTS, OPTIONS = 4000, 4

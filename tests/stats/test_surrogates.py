@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from tests.stats.drawn import Array
-from tracker.stats.surrogates import _SMOOTHNESS, _likely, surrogate_series
+from tracker.stats.rank_agreement import _SMOOTHNESS, _likely, surrogate_series
 
 
 def smooth(layers: int) -> Array:

@@ -11,7 +11,7 @@ from tracker.cli.printing import print_finding
 from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord, Line, LineChart, MapChart
 from tracker.core.tables import Column, EntryText, Heading, Table, headed, table, written
-from tracker.ledger.findings import findings, keep_finding
+from tracker.ledger.store import findings, keep_finding
 from tracker.report.charts.style import FEW, OPEN
 from tracker.report.export import export, figures
 from tracker.report.page.html import render_page

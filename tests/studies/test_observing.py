@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tracker.engine.scoring.sweep import Engine
-from tracker.ledger.observations import Arrays
+from tracker.ledger.shards import Arrays
 from tracker.measuring.derive import record_of
 from tracker.measuring.observing import Observed
 from tracker.runner import run_cells

@@ -15,10 +15,9 @@ from tests.own import write_pair
 from tracker import api
 from tracker.core.ablations import ablate
 from tracker.core.estimates import Estimate
-from tracker.ledger.findings import searches
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.paired import PairedOutcomes
-from tracker.ledger.store import Ledger
+from tracker.ledger.store import Ledger, searches
 from tracker.pruning.search import cells
 from tracker.pruning.search.figures import Choices
 from tracker.report.page.studies import standing_alone

@@ -20,8 +20,8 @@ from tracker.core.findings import FindingRecord, MapChart
 from tracker.core.tables import Table
 from tracker.engine.refusal import RefusalError
 from tracker.ledger.blocks import Block
-from tracker.ledger.findings import findings
-from tracker.ledger.observations import read_observations
+from tracker.ledger.shards import read_observations
+from tracker.ledger.store import findings
 from tracker.measuring.observing import Observed
 from tracker.studies import snowball as module
 from tracker.studies.snowball import _between, _explains, _most, _too_few, _whether

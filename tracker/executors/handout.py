@@ -18,8 +18,8 @@ from tracker.core.errors import CellError
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import CellRace
-from tracker.ledger.keys import cell_key
 from tracker.ledger.store import Ledger
+from tracker.ledger.views import cell_key
 from tracker.measuring.fill import look, names_of, open_cell
 from tracker.measuring.job import Begun, Done, Job
 from tracker.measuring.meter import Facts, Measured, Place

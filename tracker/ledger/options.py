@@ -16,8 +16,7 @@ from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.outcomes import AGAIN
 from tracker.ledger.texts import KeptText
 from tracker.stats.arrays import Array
-from tracker.stats.decisions import choices
-from tracker.stats.rounding import movement, turning
+from tracker.stats.decisions import choices, movement, turning
 
 Texts = Callable[[], Mapping[tuple[str, int], KeptText]]
 """Reads what a cell's documents say."""

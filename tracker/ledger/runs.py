@@ -17,10 +17,9 @@ from tracker.ledger.options import Chances, Texts, judged
 from tracker.ledger.outcomes import METRIC, PROVENANCE
 from tracker.ledger.paired import PairedOutcomes
 from tracker.stats.accuracy import accuracy, accuracy_relevance, chance_accuracy, mean_interval
-from tracker.stats.arrays import Array
-from tracker.stats.proxies import proxy_means
+from tracker.stats.arrays import Array, proxy_means
+from tracker.stats.decisions import shift, within
 from tracker.stats.ratios import RATIO, ratio_of_sums
-from tracker.stats.rounding import shift, within
 
 Aggregate = Callable[[str, Sequence[float | str]], float | None]
 ONE_LOOK = "it holds for one look, and how many documents there are was decided by many"

@@ -22,6 +22,8 @@ RESULTS/
 
 Whatever is shown from it states a digest of itself. What does not fit its digest is derived or
 measured again where that is possible, and said where it is not.
+
+And what studies and searches found, beside the cells it was found in.
 """
 
 from __future__ import annotations
@@ -31,23 +33,72 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+from urllib.parse import quote, unquote
 
 from tracker.core.distribution import FORMAT, other_format
 from tracker.core.errors import ResultsError
 from tracker.core.findings import FindingRecord
-from tracker.core.identities import BenchmarkIdentity, ModelIdentity
+from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record
 from tracker.core.prune_records import PruneRecord
 from tracker.core.records import Place
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import closed, lock_file, owner_of, write_text
-from tracker.ledger.findings import findings, searches
-from tracker.ledger.keys import cell_key, folder_name
-from tracker.ledger.notes import read_note, reason, write_note
-from tracker.ledger.views import AskedView, CellIdentity
+from tracker.ledger.notes import read_note, reason, unsealed, write_note
+from tracker.ledger.views import AskedView, CellIdentity, cell_key, folder_name
+
+Found = TypeVar("Found", bound=Record)
+
+
+def keep_finding(root: Path, finding: FindingRecord) -> None:
+    """Keep a finding in a results folder, in place of what the study said of the file before."""
+    path = root / "studies" / f"{quote(finding.name, safe='')}.json"
+    write_note(path, finding.model_dump(mode="json"))
+
+
+def keep_search(root: Path, record: PruneRecord) -> Path:
+    """Keep a search in a results folder, in place of what it found before; its file."""
+    path = root / "searches" / f"{record.name}.json"
+    write_note(path, record.model_dump(mode="json"))
+    return path
+
+
+def findings(root: Path, damaged: dict[str, str]) -> list[FindingRecord]:
+    """List what studies found, by name; `damaged` gets files that cannot be used → what to do."""
+
+    def again(path: Path) -> str:
+        """Say what finds it again, as far as a file's name tells it."""
+        study, _, experiment = unquote(path.stem).partition("--")
+        command = "prune" if study == "search" else f"study {study}"
+        return f"type `tracker {command} {experiment or 'FILE'}.yaml`"
+
+    return _listed(root, "studies", FindingRecord, damaged, again)
+
+
+def searches(root: Path, damaged: dict[str, str]) -> list[PruneRecord]:
+    """List what searches found, by name; `damaged` as in `findings`."""
+    again = "type its `tracker prune` again"
+    return _listed(root, "searches", PruneRecord, damaged, lambda path: again)
+
+
+def _listed(
+    root: Path,
+    folder: str,
+    kind: type[Found],
+    damaged: dict[str, str],
+    again: Callable[[Path], str],
+) -> list[Found]:
+    found = []
+    for path in sorted(root.glob(f"{folder}/*.json")):
+        try:
+            found.append(kind.model_validate(unsealed(path.read_bytes())))
+        except (OSError, ValueError) as error:
+            damaged[str(path)] = f"{reason(error)}; {again(path)}, or delete it"
+    return found
+
 
 _WRITTEN = ("cells", "experiments", "index", "locks")
 """Folders that a measurement writes."""

@@ -29,10 +29,10 @@ from tracker.ledger.runs import (
     run_record,
 )
 from tracker.stats.accuracy import accuracy
+from tracker.stats.arrays import per_token, proxy_means
 from tracker.stats.correlation import correlate
-from tracker.stats.proxies import per_token, proxy_means
+from tracker.stats.decisions import within
 from tracker.stats.rank_agreement import COEFFICIENTS
-from tracker.stats.rounding import within
 
 OUTER = 2
 """Layers at each end that the subset `inner` leaves out, as the paper leaves out its outliers."""

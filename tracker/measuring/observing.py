@@ -18,7 +18,7 @@ from tracker.engine.selfcheck.check import check
 from tracker.ledger.blocks import Block
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
-from tracker.ledger.observations import Arrays, read_observations, write_observations
+from tracker.ledger.shards import Arrays, read_observations, write_observations
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model

@@ -20,8 +20,8 @@ from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.blocks import BLOCK
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import CellRace, refuse_unbounded
-from tracker.ledger.outcome_variance import spreads_of
 from tracker.ledger.outcomes import METRIC
+from tracker.ledger.paired import spreads_of
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import answer_of, record_of
 from tracker.measuring.prepare import CellLookup, check_layers, look_up

@@ -12,8 +12,8 @@ from tracker.core.errors import ExperimentError, UnreachableError
 from tracker.core.provenance import package_versions
 from tracker.core.records import RunIdentity
 from tracker.ledger.cells import CellStore
-from tracker.ledger.keys import request_key
 from tracker.ledger.store import Ledger
+from tracker.ledger.views import request_key
 from tracker.measuring.derive import answer_of
 from tracker.models.sources import ModelSource, count_layers, find_model
 

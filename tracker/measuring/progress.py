@@ -26,8 +26,23 @@ class Progress(Protocol):
         """Hear that the work has ended."""
 
 
-class Silent(Progress):
+class Silent:
     """Listens to nothing."""
+
+    def say(self, message: str) -> None:
+        """Ignore a line."""
+
+    def start(self, title: str, total: int, unit: str = "responses") -> None:
+        """Ignore the beginning of some work."""
+
+    def expect(self, more: int) -> None:
+        """Ignore that there is more of it."""
+
+    def advance(self, responses: int) -> None:
+        """Ignore progress."""
+
+    def finish(self) -> None:
+        """Ignore its end."""
 
 
 @contextmanager

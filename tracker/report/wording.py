@@ -27,10 +27,10 @@ from tracker.core.records import (
     RunRecord,
     layers_of,
 )
-from tracker.ledger.outcome_variance import spreads_of
+from tracker.ledger.paired import spreads_of
 from tracker.report.editions import edition_labels
-from tracker.stats.multiple import holm
 from tracker.stats.power import ALPHA, MEANT, POWER
+from tracker.stats.support import holm
 
 
 def kind_words(kind: Kind) -> str:

@@ -10,9 +10,14 @@ import numpy as np
 
 from tracker.core.estimates import Estimate
 from tracker.stats.arrays import Array, divided
-from tracker.stats.rank_agreement import Coefficient, midranks, rounded, row_coefficients
+from tracker.stats.rank_agreement import (
+    Coefficient,
+    midranks,
+    rounded,
+    row_coefficients,
+    surrogate_series,
+)
 from tracker.stats.resampling import bias_corrected_interval
-from tracker.stats.surrogates import surrogate_series
 
 
 def correlate(

@@ -19,8 +19,36 @@ from scipy import stats
 
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import LEVEL
-from tracker.stats.multiple import holm
 from tracker.stats.power import ALPHA
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Adjust p-values by Holm's method: called significant below α, one in all is wrong with at
+    most the probability α.
+
+    It assumes nothing of how the tests depend on each other.
+
+    Args:
+        p_values: One a test; None for a test that could not be made, which does not count.
+
+    Returns:
+        The adjusted p-values, at most 1, in the same order; None stays None.
+
+    References:
+        S. Holm, Scandinavian Journal of Statistics 6 (1979) 65-70.
+
+    Examples:
+        >>> holm([0.01, 0.04, None, 0.03])
+        [0.03, 0.06, None, 0.06]
+    """  # fmt: skip
+    made = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    least = 0.0
+    for rank, (p, place) in enumerate(made):
+        least = max(least, min(1.0, p * (len(made) - rank)))
+        adjusted[place] = least
+    return adjusted
+
 
 Verdict = Literal["costs", "helps", "open"]
 """What is shown of a removal: accuracy is lost without the layer, won, or neither is shown."""

@@ -23,8 +23,7 @@ from tracker.core.views import View
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
-from tracker.ledger.findings import keep_finding
-from tracker.ledger.store import Ledger
+from tracker.ledger.store import Ledger, keep_finding
 from tracker.measuring import observing
 from tracker.measuring.derive import record_of
 from tracker.measuring.job import Options

@@ -25,8 +25,8 @@ from tracker.ledger.aligned import AlignedOutcomes
 from tracker.stats.accuracy import accuracy_drop
 from tracker.stats.arrays import Array
 from tracker.stats.combined import recovered
-from tracker.stats.multiple import holm
 from tracker.stats.resampling import RESAMPLES
+from tracker.stats.support import holm
 from tracker.studies.base import (
     SIGNIFICANT,
     Study,

@@ -19,7 +19,7 @@ from tracker.core.errors import TrackerError
 from tracker.core.records import CellRecord
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
-from tracker.ledger.interim import Interim, interim_estimates
+from tracker.ledger.early_stopping import Interim, interim_estimates
 from tracker.tracking.base import PROGRESS, Ending, LiveRun
 from tracker.tracking.figures import only_defined
 from tracker.tracking.identity import run_key

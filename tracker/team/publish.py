@@ -27,12 +27,14 @@ from tracker.measuring.derive import decisions_of, record_of
 from tracker.report.charts.cells import cell_charts
 from tracker.report.wording import row_labels
 from tracker.team.live import Live
-from tracker.team.places import file_of, places_of, remember
 from tracker.tracking import (
     default_targets,
     destination,
+    file_of,
     open_backend,
     open_live_run,
+    places_of,
+    remember,
     service,
     target,
 )

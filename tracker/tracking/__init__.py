@@ -2,18 +2,26 @@
 
 The ledger is the source of truth. A backend is given frozen records and files, and can be filled
 again from the ledger at any time. Which there are, and what each can, is said here alone.
+
+The places that a results folder was published to are kept, each a file, until it is deleted.
+Another folder's place may be planted, and its server would get this user's login: so a place is
+contacted where the environment names its server, or where there is no login that it could get.
 """
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import cast
+from urllib.parse import quote
 
 from tracker.core.errors import RequestError, did_you_mean
 from tracker.core.provenance import content_hash
 from tracker.core.text import masked
+from tracker.ledger.cells import CellStore
+from tracker.ledger.notes import read_note, write_note
 from tracker.tracking.base import Ability, Backend, LiveRun, Models, Service, Target
 from tracker.tracking.wandb.service import in_sweep
 
@@ -122,3 +130,27 @@ def destination(name: str, project: str, results: Path, server: str | None = Non
     if local is not None and local.exists():
         made = [local.stat().st_ino, str(local.absolute())]
     return content_hash([name, project, setting, made])
+
+
+def file_of(place: Target, results: Path) -> Path:
+    """Say where it stands that a results folder keeps a place."""
+    name = re.sub(r"[^\w.-]+", "-", service(place.backend).title_of(place), flags=re.ASCII)[:80]
+    return results / "places" / f"{name}--{content_hash(vars(place))[:8]}.json"
+
+
+def remember(place: Target, results: Path) -> str:
+    """Keep a place, and say by which name receipts know it."""
+    path = file_of(place, results)
+    if not read_note(path):
+        write_note(path, dict(vars(place)))
+    return path.stem
+
+
+def places_of(store: CellStore, view: str, results: Path) -> dict[str, Target]:
+    """Recall where a view was published to, or should have been: name → place."""
+    found = {}
+    for name in store.places(view):
+        note = read_note(results / "places" / f"{quote(name, safe='')}.json")
+        if note.get("backend") in BACKENDS and isinstance(note.get("project"), str):
+            found[name] = Target(note["backend"], note["project"], note.get("server"))
+    return found

@@ -19,8 +19,7 @@ from tracker.core.config import cell_request
 from tracker.core.errors import ModelError, WorkError
 from tracker.core.estimates import Estimate
 from tracker.core.extent import ALL, Extent
-from tracker.ledger.findings import keep_search, searches
-from tracker.ledger.store import Ledger
+from tracker.ledger.store import Ledger, keep_search, searches
 from tracker.measuring.progress import Silent
 from tracker.models import checkpoint as models
 from tracker.pruning.export import checkpoint

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import refused
 from tracker.core.estimates import Estimate
 from tracker.core.formats import points
-from tracker.ledger.findings import searches
+from tracker.ledger.store import searches
 from tracker.pruning.search.figures import end, level_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")

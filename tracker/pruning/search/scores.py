@@ -23,13 +23,12 @@ from tracker.core.prune_records import PruneCost, PruneStep
 from tracker.engine.observers.divergence import output_proxies
 from tracker.engine.observers.span_similarity import span_similarity
 from tracker.engine.scoring.sweep import Engine
-from tracker.ledger.observations import Arrays
+from tracker.ledger.shards import Arrays
 from tracker.measuring.meter import Place
 from tracker.measuring.observing import Observe
 from tracker.pruning.search.cells import OpenCell
 from tracker.stats.accuracy import mean_interval
-from tracker.stats.arrays import Array
-from tracker.stats.proxies import per_token
+from tracker.stats.arrays import Array, per_token
 from tracker.stats.rank_agreement import rounded
 from tracker.stats.support import together
 

@@ -13,7 +13,7 @@ from statistics import median
 from tracker.core.estimates import Estimate
 from tracker.core.formats import about, counted, measure_of
 from tracker.core.records import CellRecord, RunRecord
-from tracker.ledger.outcome_variance import outcome_variance
+from tracker.ledger.paired import outcome_variance
 from tracker.report.leaderboard.comparable import countable
 from tracker.report.wording import benchmark_labels, capital, listed
 from tracker.stats.combined import mean

@@ -17,8 +17,7 @@ from tracker.report.charts.cells import curve_kinds, layer_curve, proxy_scatter
 from tracker.report.charts.decisions import agreement, agreement_map, groups_sentence, margin_chart
 from tracker.report.charts.headline import headline
 from tracker.report.charts.maps import heat_map, span_components, span_map
-from tracker.report.charts.model import proxy_curves, relevance_curves
-from tracker.report.charts.ranks import rank_chart
+from tracker.report.charts.model import proxy_curves, rank_chart, relevance_curves
 from tracker.report.charts.style import Chart
 from tracker.report.leaderboard.claims import answer
 from tracker.report.leaderboard.comparable import models_of

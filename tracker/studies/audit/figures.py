@@ -14,7 +14,6 @@ from tracker.core.formats import counted
 from tracker.core.proxies import PROXIES, passes
 from tracker.stats.arrays import Array
 from tracker.stats.budgets import at_equal_cost
-from tracker.stats.multiple import holm
 from tracker.stats.rank_agreement import (
     Disagreement,
     disagreement,
@@ -23,7 +22,7 @@ from tracker.stats.rank_agreement import (
     row_coefficients,
 )
 from tracker.stats.resampling import bias_corrected_interval
-from tracker.stats.support import between, pairs, together
+from tracker.stats.support import between, holm, pairs, together
 from tracker.stats.task_dependence import (
     Paired,
     Sample,

@@ -14,8 +14,8 @@ from tracker.core.formats import counted, two_digits
 from tracker.core.proxies import PROXIES, passes
 from tracker.core.tables import Column, Table, Value, estimate, table
 from tracker.report.leaderboard.claims import ranks_in
-from tracker.stats.multiple import holm
 from tracker.stats.rank_agreement import midranks, places
+from tracker.stats.support import holm
 from tracker.stats.task_dependence import BLOCK
 from tracker.studies.audit.figures import MAJOR, RELIABLE, TOP, ModelAudit, Spreads, Summary, means
 from tracker.studies.audit.measures import DROP, Audited, Ordering

@@ -15,13 +15,12 @@ from tracker.core.records import CellRecord
 from tracker.engine.observers.divergence import output_proxies
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.aligned import AlignedOutcomes
-from tracker.ledger.observations import Arrays
+from tracker.ledger.shards import Arrays
 from tracker.ledger.tables import OUTER
 from tracker.measuring.observing import Observe, Observed
-from tracker.stats.arrays import Array
+from tracker.stats.arrays import Array, per_token
 from tracker.stats.budgets import LayerMeasure
 from tracker.stats.correlation import correlate
-from tracker.stats.proxies import per_token
 from tracker.stats.rank_agreement import row_coefficients
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 from tracker.studies.base import FEWEST, StudyContext, Subject, lined_up, observe

@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, measure_of
 from tracker.core.proxies import OBSERVED, PROXIES
-from tracker.stats.arrays import Array, Numbers
-from tracker.stats.multiple import holm
-from tracker.stats.proxies import per_token
+from tracker.stats.arrays import Array, Numbers, per_token
 from tracker.stats.rank_agreement import overlap, rounded, row_coefficients
 from tracker.stats.reliability import (
     differ,
@@ -24,6 +22,7 @@ from tracker.stats.reliability import (
     spearman_brown,
 )
 from tracker.stats.resampling import SEED
+from tracker.stats.support import holm
 from tracker.studies.base import FEWEST, SIGNIFICANT, Subject, side
 
 DRAWS = 400

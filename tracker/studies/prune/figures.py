@@ -22,10 +22,9 @@ from tracker.pruning.search.strategies import NULL
 from tracker.stats.accuracy import accuracy
 from tracker.stats.combined import mean
 from tracker.stats.interaction import interactions
-from tracker.stats.multiple import holm
 from tracker.stats.rank_agreement import rounded
 from tracker.stats.resampling import SEED
-from tracker.stats.support import between, together, verdicts
+from tracker.stats.support import between, holm, together, verdicts
 from tracker.studies.base import SIGNIFICANT, side
 
 OWN, TASKS, TEXT = "its own task", "all tasks", "plain text"

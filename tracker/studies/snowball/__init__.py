@@ -14,10 +14,10 @@ from tracker.core.formats import measure_of, p_value, three_digits, with_interva
 from tracker.engine.observers.perturbation_growth import perturbation_growth, verify_growth
 from tracker.engine.refusal import refused
 from tracker.engine.scoring.sweep import Engine
-from tracker.ledger.observations import Arrays
+from tracker.ledger.shards import Arrays
 from tracker.measuring.observing import Observe
 from tracker.stats.growth import fewest_to_show, unequal_growth
-from tracker.stats.multiple import holm
+from tracker.stats.support import holm
 from tracker.studies.base import (
     SIGNIFICANT,
     Study,

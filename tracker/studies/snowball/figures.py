@@ -14,18 +14,16 @@ from tracker.core.proxies import PROXIES
 from tracker.core.records import CellRecord
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.measuring.observing import Observed
-from tracker.stats.arrays import Array
+from tracker.stats.arrays import Array, per_token, proxy_means
 from tracker.stats.correlation import (
     correlate,
     correlation_difference,
     partial_correlate,
 )
 from tracker.stats.growth import growths
-from tracker.stats.multiple import holm
-from tracker.stats.proxies import per_token, proxy_means
 from tracker.stats.rank_agreement import places
 from tracker.stats.resampling import SEED
-from tracker.stats.support import pairs, ranks, together
+from tracker.stats.support import holm, pairs, ranks, together
 from tracker.studies.base import SIGNIFICANT, Subject, lined_up, side
 
 ALL, LATER = 0, 1
