@@ -73,7 +73,9 @@ class ProcessesExecutor:
     ) -> None:
         """Measure cells, handing their blocks to the workers."""
         places = self._places(jobs)
-        threads = _threads(len(places))
+        # Say how many threads each of some workers has: those of one process, where that was said.
+        own = os.environ.get("OMP_NUM_THREADS", "")
+        threads = int(own) if own.isdecimal() else max(1, torch.get_num_threads() // len(places))
         children = [
             self._child(number, place, len(places), threads, ledger)
             for number, place in enumerate(places, 1)
@@ -132,12 +134,6 @@ def _least_free() -> int:
         said = asked.stderr.strip().splitlines() or ["no reason"]
         raise RequestError(f"the accelerators do not say what is free on them: {said[-1]}")
     return int(asked.stdout)
-
-
-def _threads(workers: int) -> int:
-    """Say how many threads each of some workers has: those of one process, where that was said."""
-    own = os.environ.get("OMP_NUM_THREADS", "")
-    return int(own) if own.isdecimal() else max(1, torch.get_num_threads() // workers)
 
 
 def _about(places: Sequence[_Place], threads: int) -> str:

@@ -24,9 +24,10 @@ def probe_calls(vocabulary: int, longest: int) -> list[list[Document]]:
     `vocabulary` is how many token ids there are.
     """
     tokens = _drawing(vocabulary, longest - 1)
+    # Texts that end just before every second threshold, and go on.
     return [
         _branches(tokens),
-        _both_sides(tokens),
+        _documents([(tokens(n - 1), [tokens(n // 8), (3,)]) for n in STEPS[1::2]]),
         *(_shared(tokens, min(kept, longest - 12)) for kept in (SHORTEST + 4, SHORTEST + 1)),
     ]
 
@@ -95,11 +96,6 @@ def _branches(tokens: _Tokens) -> list[Document]:
     spoken = [(tokens(n), [tokens(k) for k in (1, 1, 3, 6)]) for n in (7, 15)]
     long = [(tokens(5), [tokens(30), tokens(28)])]
     return _documents([*letters, *spoken, *long])
-
-
-def _both_sides(tokens: _Tokens) -> list[Document]:
-    """Texts that end just before every second threshold, and go on."""
-    return _documents([(tokens(n - 1), [tokens(n // 8), (3,)]) for n in STEPS[1::2]])
 
 
 def _shared(tokens: _Tokens, kept: int) -> list[Document]:

@@ -86,13 +86,9 @@ class Agreement:
 
 def agreements(cells: Sequence[CellRecord]) -> list[Agreement]:
     """Say how well each proxy orders the layers of cells of any models, with chance beside it."""
-    compared = _on_the_same_documents(cells)
+    # Leave out cells whose layers were not looked at on the same documents: they have no order.
+    compared = [cell for cell in cells if not cell.is_raced]
     return [_agreement(proxy.name, compared) for proxy in OBSERVED]
-
-
-def _on_the_same_documents(cells: Sequence[CellRecord]) -> list[CellRecord]:
-    """Leave out cells whose layers were not looked at on the same documents: they have no order."""
-    return [cell for cell in cells if not cell.is_raced]
 
 
 def _agreement(proxy: str, cells: Sequence[CellRecord]) -> Agreement:

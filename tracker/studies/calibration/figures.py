@@ -175,12 +175,6 @@ def _mean_figures(ranked: Ranked) -> Array:
     return np.average(ranked.values[counted], axis=0, weights=ranked.weights[counted])
 
 
-def _statistics(layers: int) -> list[str]:
-    """Name the statistics: correlations, and the top and bottom five layers, or quarter of all."""
-    ks = sorted({k for k in (5, math.ceil(layers / 4)) if k < layers})
-    return ["spearman", "kendall", *(f"{end} {k}" for end in ("top", "bottom") for k in ks)]
-
-
 def curve_of(ranked: Ranked, wanted: float) -> Curve:
     """Draw samples of every size, and find which reaches the wanted reliability."""
     documents, layers = ranked.values.shape
@@ -188,7 +182,9 @@ def curve_of(ranked: Ranked, wanted: float) -> Curve:
     values, weights, strata = ranked.values, ranked.weights, ranked.strata
     first, second = disjoint_means(values, weights, strata, sizes, DRAWS, SEED)
     whole = np.broadcast_to(_mean_figures(ranked), first.shape)
-    statistics = _statistics(layers)
+    # Name the statistics: correlations, and the top and bottom five layers, or quarter of all.
+    ks = sorted({k for k in (5, math.ceil(layers / 4)) if k < layers})
+    statistics = ["spearman", "kendall", *(f"{end} {k}" for end in ("top", "bottom") for k in ks)]
 
     def needed(chosen: Numbers) -> tuple[float, bool]:
         half = len(chosen) // 2

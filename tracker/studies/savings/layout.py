@@ -31,7 +31,8 @@ def extent(cell: MeasuredDocuments) -> str:
 
 def hardest_of(race: Replayed) -> str:
     """Say what is the hardest to know; other documents would find it between other runs."""
-    distance = f"{_fine(race.bound.distance)} pp"
+    # Write a distance, which may be a small part of a point.
+    distance = f"{100 * race.bound.distance:.2g} pp"
     if race.asked.count is not None:
         return f"the last one in and the first one out, {distance} to tell apart"
     which = "varies most" if race.asked.kind == "drop" else "is the hardest to tell from 0"
@@ -40,11 +41,6 @@ def hardest_of(race: Replayed) -> str:
 
 def _ended(cell: MeasuredDocuments) -> str:
     return f"open after all {len(cell.drops):,} that are measured"
-
-
-def _fine(distance: float) -> str:
-    """Write a distance, which may be a small part of a point."""
-    return f"{100 * distance:.2g}"
 
 
 def savings_table(cell: MeasuredDocuments, replays: Sequence[Replayed]) -> Table:
