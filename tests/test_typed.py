@@ -14,7 +14,7 @@ from tests.conftest import cli, golden, refused
 from tests.ledger import faults
 from tracker.cli import boundary, viewing
 from tracker.core.text import harmless, masked
-from tracker.ledger.notes import sealed
+from tracker.ledger.files import sealed
 
 LONG = "a" * 300
 SECRET = "hunter2-not-to-be-seen"

@@ -31,8 +31,7 @@ from tracker.measuring.derive import all_records
 from tracker.measuring.job import Options
 from tracker.measuring.prepare import widened
 from tracker.measuring.progress import Progress, Silent
-from tracker.notebook import default_progress
-from tracker.results import Results
+from tracker.results import Results, default_progress
 from tracker.results import load as results_of
 from tracker.runner import Finished, run_cells
 from tracker.team import publish as publishing

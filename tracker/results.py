@@ -1,16 +1,22 @@
-"""What was measured, as notebooks and scripts read it."""
+"""What was measured, as notebooks and scripts read it.
+
+A progress bar stands where a notebook runs.
+"""
 
 from __future__ import annotations
 
 import html
+import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tracker.core.errors import RequestError, did_you_mean
 from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import every_record
+from tracker.measuring.progress import Progress, Silent
 from tracker.runner import Finished
 
 if TYPE_CHECKING:
@@ -18,6 +24,49 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from tracker.report.leaderboard.layers import LayerBoard
+
+
+def default_progress() -> Progress:
+    """Listen with a bar in a notebook, and not at all elsewhere."""
+    # What was not imported does not run; importing it takes half a second.
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return Bar() if getattr(shell, "kernel", None) is not None else Silent()
+
+
+class Bar:
+    """Shows a run below a notebook's code: a bar, and lines above it."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def say(self, message: str) -> None:
+        """Print a line."""
+        print(message)  # noqa: T201
+
+    def start(self, title: str, total: int, unit: str = "responses") -> None:
+        """Open the bar of some work."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is plain text without ipywidgets
+            from tqdm.auto import tqdm
+        self._bar = tqdm(total=total, desc=title, unit=f" {unit}", disable=False)
+
+    def expect(self, more: int) -> None:
+        """Let the bar be longer, or shorter."""
+        if self._bar is not None:
+            self._bar.total += more
+            self._bar.refresh()
+
+    def advance(self, responses: int) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(responses)
+
+    def finish(self) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
 
 _ROWS = 10
 """Layers in the table that a notebook shows."""

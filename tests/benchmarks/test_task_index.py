@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 
 from tests.plain import tasks_in
 from tracker.benchmarks import factory
-from tracker.ledger.notes import read_note, write_note
+from tracker.ledger.files import read_note, write_note
 
 DATA = ("dataset_path", "dataset_name")
 

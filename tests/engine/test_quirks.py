@@ -16,8 +16,7 @@ from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import Lengths
 from tracker.engine.selfcheck import quirks
 from tracker.engine.selfcheck.quirks import Findings, Path, find_quirks, find_switches, shortened
-from tracker.models.miniature import miniature
-from tracker.models.shrinking import numbers
+from tracker.models.miniature import miniature, numbers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -33,7 +33,7 @@ from tests.fuzz.tried import (
 from tracker import api
 from tracker.benchmarks import factory
 from tracker.ledger import cache
-from tracker.ledger.notes import read_note, write_note
+from tracker.ledger.files import read_note, write_note
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import verify
 from tracker.models.sources import find_model

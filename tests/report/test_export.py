@@ -18,7 +18,7 @@ from tracker.core.records import CellRecord
 from tracker.report.export import FORMATS, export, figures, frames
 from tracker.report.frames import correlation_frame, layer_frame
 from tracker.report.leaderboard.layers import layer_board
-from tracker.tracking.notes import cell_note, intact_note, layer_note
+from tracker.tracking.runs import cell_note, intact_note, layer_note
 
 from .conftest import CONSTANT, LAYERS, build_cell
 

@@ -15,7 +15,7 @@ from tracker.core.errors import WorkError
 from tracker.core.proxies import PROXIES
 from tracker.core.records import CellRecord
 from tracker.report import tables
-from tracker.report.page.downloads import packed
+from tracker.report.frames import packed
 from tracker.report.page.html import render_page, render_report
 
 from .conftest import AT_CHANCE, CONSTANT, EXPERIMENT, build_cell, study, with_layer

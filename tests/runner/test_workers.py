@@ -14,10 +14,9 @@ import torch
 from tests.runner.elsewhere import Heard, descendants, run, shards, wait_for
 from tracker.core.config import cell_request
 from tracker.core.errors import ModelError, RequestError
-from tracker.executors import devices, processes
+from tracker.executors import pool, processes
 from tracker.executors.child import Child, answered
-from tracker.executors.devices import grouped
-from tracker.executors.pool import LostError
+from tracker.executors.pool import LostError, grouped
 from tracker.executors.processes import ProcessesExecutor
 from tracker.ledger.blocks import BLOCK
 from tracker.measuring.job import Options
@@ -155,7 +154,7 @@ class TestDevices:
         ],
     )
     def test_each_worker_sees_its_own(self, eight, monkeypatch, weights, said, sees):
-        monkeypatch.setattr(devices, "largest", lambda jobs, options: weights * 2**30)
+        monkeypatch.setattr(pool, "largest", lambda jobs, options: weights * 2**30)
         places = eight(**said)._places([])
         assert [place.sees for place in places] == sees
         assert {place.device for place in places} == {"spread" if "," in sees[0] else "cuda"}
@@ -164,7 +163,7 @@ class TestDevices:
         folder = tiny_llama()
         file = (folder / "model.safetensors").stat().st_size
         request = cell_request(model=str(folder), benchmark="b", layers=(0,))
-        size = devices.largest([SimpleNamespace(requests=(request,))], Options())
+        size = pool.largest([SimpleNamespace(requests=(request,))], Options())
         assert 0 <= file - size < 10_000  # the file's header
 
     def test_more_than_there_are(self, eight):

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tracker.stats.accuracy import weights_by_task
-from tracker.stats.ratios import SCALES, document_ratios, ratio_of_sums
+from tracker.stats.accuracy import SCALES, document_ratios, ratio_of_sums, weights_by_task
 
 SUMS = np.array([-30.0, -2.0, 0.0, -9.0])
 UNITS = np.array([10.0, 4.0, 0.0, 6.0])

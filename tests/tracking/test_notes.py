@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.report.conftest import build_cell
-from tracker.tracking.notes import layer_note
+from tracker.tracking.runs import layer_note
 
 
 def test_a_note_says_what_may_be_chance_among_all_runs_of_its_cell() -> None:

@@ -13,7 +13,7 @@ from tracker.core.config import CellRequest
 from tracker.core.distribution import package_folder
 from tracker.core.errors import BenchmarkError, did_you_mean
 from tracker.core.identities import BenchmarkIdentity
-from tracker.stats.ratios import SCALES
+from tracker.stats.accuracy import SCALES
 
 
 def open_benchmark(request: CellRequest) -> Benchmark:

@@ -27,7 +27,7 @@ from tracker.core.identities import BenchmarkIdentity, TaskIdentity
 from tracker.core.provenance import content_hash, file_stamp
 from tracker.core.safe_yaml import short
 from tracker.core.text import harmless
-from tracker.stats.ratios import RATIO
+from tracker.stats.accuracy import RATIO
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder

@@ -485,7 +485,7 @@ def _duration(seconds: float) -> str:
 
 def print_export(model: Exported) -> None:
     """Say what was saved, what it costs and saves, what was proved, and what else makes it."""
-    from tracker.pruning.export.card import saved, speed
+    from tracker.pruning.export.facts import saved, speed
     from tracker.pruning.export.recipes import by_other_tools, why_none
     from tracker.pruning.search.figures import level_text
 

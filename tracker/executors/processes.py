@@ -13,9 +13,8 @@ import torch
 
 from tracker.core.errors import RequestError
 from tracker.executors.child import Child, answered
-from tracker.executors.devices import grouped, needed
 from tracker.executors.handout import Handout
-from tracker.executors.pool import Pool
+from tracker.executors.pool import Pool, grouped, needed
 from tracker.executors.worker import environment
 from tracker.ledger.cache import Checks
 from tracker.ledger.store import Ledger

@@ -17,9 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tracker.core.errors import RequestError
 from tracker.executors.base import last_line
-from tracker.executors.devices import needed
 from tracker.executors.handout import Handout
-from tracker.executors.pool import LostError, Pool
+from tracker.executors.pool import LostError, Pool, needed
 from tracker.executors.worker import Worker, environment
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Begun, Done, Job, Options

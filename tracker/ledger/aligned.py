@@ -21,9 +21,8 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC, PROVENANCE
 from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.views import CellIdentity
-from tracker.stats.accuracy import weights_by_task
+from tracker.stats.accuracy import SCALES, document_ratios, weights_by_task
 from tracker.stats.arrays import Array
-from tracker.stats.ratios import SCALES, document_ratios
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 
 Strata = NDArray[np.str_]

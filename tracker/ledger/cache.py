@@ -28,7 +28,7 @@ from typing import Any
 import platformdirs
 
 from tracker.core.errors import WorkError
-from tracker.ledger.notes import read_note, write_note
+from tracker.ledger.files import read_note, write_note
 
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _PASSABLE = stat.S_IXGRP | stat.S_IXOTH

@@ -24,8 +24,7 @@ from tracker.core.identities import Record
 from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord, utc
 from tracker.ledger.blocks import BLOCK, Block, places
-from tracker.ledger.files import lock_file, make_folder, write_bytes
-from tracker.ledger.notes import read_note, write_note
+from tracker.ledger.files import lock_file, make_folder, read_note, write_bytes, write_note
 from tracker.ledger.outcomes import PROVENANCE, outcome_table
 from tracker.ledger.shards import ASIDE, Shard, read_shard, shard_about, shard_file
 from tracker.ledger.texts import Texts

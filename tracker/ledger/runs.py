@@ -16,10 +16,16 @@ from tracker.ledger.aligned import AlignedOutcomes, pairs
 from tracker.ledger.options import Chances, Texts, judged
 from tracker.ledger.outcomes import METRIC, PROVENANCE
 from tracker.ledger.paired import PairedOutcomes
-from tracker.stats.accuracy import accuracy, accuracy_relevance, chance_accuracy, mean_interval
+from tracker.stats.accuracy import (
+    RATIO,
+    accuracy,
+    accuracy_relevance,
+    chance_accuracy,
+    mean_interval,
+    ratio_of_sums,
+)
 from tracker.stats.arrays import Array, proxy_means
 from tracker.stats.decisions import shift, within
-from tracker.stats.ratios import RATIO, ratio_of_sums
 
 Aggregate = Callable[[str, Sequence[float | str]], float | None]
 ONE_LOOK = "it holds for one look, and how many documents there are was decided by many"

@@ -46,8 +46,16 @@ from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record
 from tracker.core.prune_records import PruneRecord
 from tracker.core.records import Place
 from tracker.ledger.cells import CellStore
-from tracker.ledger.files import closed, lock_file, owner_of, write_text
-from tracker.ledger.notes import read_note, reason, unsealed, write_note
+from tracker.ledger.files import (
+    closed,
+    lock_file,
+    owner_of,
+    read_note,
+    reason,
+    unsealed,
+    write_note,
+    write_text,
+)
 from tracker.ledger.views import AskedView, CellIdentity, cell_key, folder_name
 
 Found = TypeVar("Found", bound=Record)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tracker.ledger.cells import CellStore
-from tracker.ledger.notes import reason, unsealed
+from tracker.ledger.files import reason, unsealed
 from tracker.ledger.outcomes import PROVENANCE
 from tracker.ledger.shards import ASIDE, Shard
 from tracker.ledger.store import Ledger

@@ -23,8 +23,7 @@ from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record
 from tracker.core.provenance import content_hash
 from tracker.core.records import RunIdentity, view_name
 from tracker.core.views import Until, View
-from tracker.ledger.files import lock_file
-from tracker.ledger.notes import reason, sealed, unsealed, write_note
+from tracker.ledger.files import lock_file, reason, sealed, unsealed, write_note
 
 RUNS = {"layers", "components", "spans", "interventions", "only"}
 """Keys of a request that say which runs it asks for."""

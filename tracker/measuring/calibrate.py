@@ -2,10 +2,14 @@
 
 It is the documents at the end of the benchmark's random order, of which a sample is the beginning:
 context and gold continuation, as the proxies read them. Their answers are not used as such.
+
+In half precision some documents are computed twice, to see what rounding decides: which ones is
+said here too.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +20,7 @@ from tracker.benchmarks.base import Benchmark
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
-from tracker.core.extent import Extent, random_order
+from tracker.core.extent import Extent, random_order, shuffled
 from tracker.core.kinds import Action
 from tracker.core.provenance import content_hash
 
@@ -24,6 +28,35 @@ if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder
     from tracker.engine.scoring.stand_in import StandIn
     from tracker.engine.scoring.sweep import Engine
+
+
+RATE = 64
+"""One in so many documents is computed twice."""
+LEAST_TWICE = 4
+"""Documents of a cell that are at least: the first ones of its random order, which a question that
+is answered early has looked at."""
+
+
+def computed_twice(documents: Sequence[Document], seed: int) -> set[tuple[str, int]]:
+    """Draw the documents, as (task, index), that are computed twice in half precision.
+
+    Args:
+        documents: The cell's documents. Only those have a margin that have two options.
+        seed: Of the documents' random order.
+
+    Returns:
+        The same ones each time, and more of them when there are more documents.
+    """
+    of_task: dict[str, list[int]] = {}
+    for document in documents:
+        if document.choices > 1:
+            of_task.setdefault(document.task, []).append(document.index)
+    every = [(task, index) for task, some in of_task.items() for index in some]
+    drawn = {
+        place for place in every if random.Random("/".join(map(str, place))).random() < 1 / RATE
+    }
+    return drawn | {*shuffled(seed, of_task)[:LEAST_TWICE]}
+
 
 LEAST = 4
 """Tokens a dimension that a linear map needs at least: with fewer, it explains noise."""

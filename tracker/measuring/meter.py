@@ -19,9 +19,8 @@ from tracker.core.provenance import machine, package_versions
 from tracker.core.records import WHICH
 from tracker.ledger.outcomes import outcome_row
 from tracker.ledger.texts import text_row
-from tracker.measuring.calibrate import CalibrationTexts, calibration
+from tracker.measuring.calibrate import CalibrationTexts, calibration, computed_twice
 from tracker.measuring.prepare import check_range
-from tracker.measuring.rounding_sample import computed_twice
 from tracker.models.sources import find_model
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from tracker.ledger.early_stopping import CellRace, refuse_unbounded
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.paired import spreads_of
 from tracker.ledger.store import Ledger
+from tracker.measuring.calibrate import computed_twice
 from tracker.measuring.derive import answer_of, record_of
 from tracker.measuring.prepare import CellLookup, check_layers, look_up
-from tracker.measuring.rounding_sample import computed_twice
 from tracker.models.sources import ModelSource, count_layers
 from tracker.stats.accuracy import weights_by_task
 from tracker.stats.power import UNRELATED, OutcomeVariance

@@ -2,23 +2,291 @@
 
 What sharing may break lies in the code of an architecture and in the pattern of its layers, not in
 its weights; so it can be checked on a model that costs nearly nothing.
+
+Its configuration is the model's, made small: same layers and pattern, few heads and experts.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import combinations, product
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from tracker.models.layers import find_layers
 from tracker.models.pruned import duplicate
 from tracker.models.reloaded import Shapes, shapes
-from tracker.models.shrinking import SHRINK, small_config
+
+VOCABULARY = 128
+HEADS = 4
+HEAD = 8
+"""How wide the widest head is at least, where it was wider."""
+QUERIES_AND_KEYS = (
+    ("num_attention_heads", "num_key_value_heads"),
+    ("num_attention_heads", "num_kv_heads"),
+    ("num_attention_heads", "num_query_groups"),
+    ("num_attention_heads_per_layer", "num_key_value_heads"),
+    ("swa_num_attention_heads", "swa_num_key_value_heads"),
+    ("linear_num_value_heads", "linear_num_key_heads"),
+    ("linear_num_heads", ""),
+)
+HEAD_SIZES = (
+    "head_dim", "dim_head", "d_head", "kv_channels", "attention_head_dim", "swa_head_dim",
+    "swa_v_head_dim", "v_head_dim", "qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim",
+    "index_head_dim", "rotary_dim", "linear_head_dim", "linear_key_head_dim",
+    "linear_value_head_dim",
+)  # fmt: skip
+"""Made small by one divisor, so that parts of a head stay parts of it."""
+LIKE_HIDDEN = (
+    "attention_hidden_size", "embedding_dim", "embedding_size", "lru_width", "mamba_d_ssm",
+    "word_embed_proj_dim",
+)  # fmt: skip
+"""Made small as the hidden size is."""
+MAMBA = (
+    ("num_heads", "head_dim", "n_groups"),
+    ("mamba_n_heads", "mamba_d_head", "mamba_n_groups"),
+    ("mamba_num_heads", "mamba_head_dim", "n_groups"),
+    ("n_mamba_heads", "mamba_headdim", "mamba_ngroups"),
+)
+"""Heads of a state space model, how wide each is, and the groups that they stand in."""
+BETWEEN = (
+    "block_multiple_of", "d_inner", "decoder_ffn_dim", "dense_intermediate_size",
+    "depthwise_seperable_out_channel", "dff", "dim_ff", "encoder_ffn_dim", "expert_ffn_hidden_size",
+    "ext_pw_out_channel", "ffn_dim", "ffn_hidden_size", "ffn_round_up_to_multiple_of",
+    "intermediate_size", "intermediate_size_mlp", "mlp_dim", "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size", "n_inner", "nemo_conv_channels",
+    "shared_expert_intermediate_size", "shared_experts_intermediate_size",
+    "shared_intermediate_size",
+)  # fmt: skip
+EXPERTS = (
+    "moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts", "zero_expert_num",
+)  # fmt: skip
+CHOSEN = (
+    "moe_k", "moe_topk", "num_experts_per_tok", "num_experts_per_token", "top_k_experts",
+)  # fmt: skip
+GROUPS = ("n_group", "num_expert_group")
+RANKS = (
+    "adapter_rank", "attention_lora_dim", "gate_lora_rank", "gated_norm_rank",
+    "hidden_size_per_layer_input", "kv_lora_rank", "laurel_rank", "loop_gate_rank", "mamba_dt_rank",
+    "o_lora_rank", "q_lora_rank", "router_hidden_size", "time_step_rank",
+)  # fmt: skip
+DEPTHS = ("depth", "encoder_layers", "num_hidden_layers", "num_layers")
+VOCABULARIES = (
+    "pronunciation_vocab_size", "shape_vocab_size", "unpadded_vocab_size", "vocab_size",
+    "vocab_size_per_layer_input",
+)  # fmt: skip
+BLOCKS = ("chunk_size", "mamba_chunk_size")
+"""In how large blocks a state space model sums, padding every text to one; no sum depends on it."""
+STATES = ("mamba_d_state", "ssm_state_size", "state_size")
+
+
+def _sizes(config: Any, name: str) -> list[int]:
+    """What a configuration says under a name: once, once a layer, or not at all."""
+    name = config.attribute_map.get(name, name)
+    said = [vars(config).get(name), *(layer.get(name) for layer in _uneven(config).values())]
+    flat = [each for one in said for each in (one if isinstance(one, (list, tuple)) else (one,))]
+    return [each for each in flat if type(each) is int and each > 0]
+
+
+def _change(config: Any, names: Iterable[str], small: Callable[[int], int]) -> None:
+    """Change whatever sizes stand under some names, each once."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(one(each) for each in value)
+        return small(value) if type(value) is int and value > 0 else value
+
+    # A class may know a name under another one.
+    own = {config.attribute_map.get(name, name) for name in names}
+    uneven = {
+        int(index): {name: one(value) if name in own else value for name, value in layer.items()}
+        for index, layer in _uneven(config).items()
+    }
+    for name in own & vars(config).keys():
+        setattr(config, name, one(vars(config)[name]))
+    if uneven:
+        config.per_layer_config = uneven
+
+
+def _uneven(config: Any) -> dict[str, dict[str, Any]]:
+    """Sizes that single layers have for themselves."""
+    if not getattr(config, "is_heterogeneous", False):
+        return {}
+    uneven: dict[str, dict[str, Any]] = config.to_dict()["per_layer_config"]
+    return uneven
+
+
+def _at_most(most: int, *names: str) -> Callable[[Any], None]:
+    return lambda config: _change(config, names, lambda value: min(value, most))
+
+
+def _heads(config: Any) -> None:
+    """Four heads of queries; as many of keys and values, or two, or one; each about 8 wide."""
+    before = copy.copy(config)
+    sizes = [each for name in HEAD_SIZES for each in _sizes(config, name)]
+    hidden = (_sizes(config, "hidden_size") or [0])[0]
+    heads = (_sizes(config, "num_attention_heads") or [0])[0]
+    # The width of a head that nobody names.
+    size = (_sizes(config, "head_dim") or [hidden // heads if heads else HEAD])[0]
+    turned = [int(size * part + 0.5) for part in _parts(vars(config)) if 0 < part <= 1]
+    sizes += [size, *turned]
+    divisor = max(
+        (
+            each
+            for each in range(1, max(sizes) // HEAD + 1)
+            if all(one % (2 * each) == 0 for one in sizes)
+        ),
+        default=1,
+    )
+    wide = HEADS * HEAD if heads else 2 * HEAD
+    if heads and heads * size in (hidden, 2 * hidden):
+        wide = min(heads, HEADS) * (size // divisor) * hidden // (heads * size)
+    _change(config, HEAD_SIZES, lambda value: value // divisor)
+    for queries, keys in QUERIES_AND_KEYS:
+        if many := _sizes(config, queries):
+            _change(config, [keys], partial(_few_keys, many=many))
+    _change(config, {pair[0] for pair in QUERIES_AND_KEYS}, lambda value: min(value, HEADS))
+    if hidden:
+        _hidden(config, before, min(wide, hidden))
+    _change_rotary(getattr(config, "rope_parameters", None), divisor)
+
+
+def _few_keys(keys: int, many: Sequence[int]) -> int:
+    return min(keys, HEADS if keys in many else 2)
+
+
+def _parts(settings: Any) -> Iterator[float]:
+    """How much of a head has rotary positions, wherever it is said."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _parts(value)
+        elif name == "partial_rotary_factor" and value is not None:
+            yield value
+
+
+def _hidden(config: Any, before: Any, wide: int) -> None:
+    """The hidden size, and what goes with it."""
+    hidden = before.hidden_size
+    _change(config, ["hidden_size", *LIKE_HIDDEN], lambda value: value * wide // hidden)
+    if hasattr(config, "state_size"):
+        _change(config, ["intermediate_size"], lambda value: value * wide // hidden)
+    for many, size, groups in MAMBA:
+        for heads, each in zip(_sizes(config, many), _sizes(before, size), strict=False):
+            inner = heads * each * wide // hidden
+            setattr(config, many, inner // min(inner, HEAD))
+            setattr(config, size, min(inner, HEAD))
+            _change(config, [groups], lambda value: min(value, 2))
+
+
+def _change_rotary(rotary: Any, divisor: int) -> None:
+    """One factor a pair of places in a head, and how many of them go with each axis."""
+    for name, value in rotary.items() if isinstance(rotary, dict) else ():
+        if isinstance(value, dict):
+            _change_rotary(value, divisor)
+        elif isinstance(value, (list, tuple)):
+            if name.endswith("_section"):
+                ends = [sum(value[: i + 1]) // divisor for i in range(len(value))]
+                rotary[name] = [b - a for a, b in zip([0, *ends], ends, strict=False)]
+            elif name.endswith("_factor"):
+                rotary[name] = value[::divisor]
+
+
+def _between(config: Any) -> None:
+    # What a state space model calls so goes with its hidden size.
+    if not hasattr(config, "state_size"):
+        _at_most(16, *BETWEEN)(config)
+
+
+def _experts(config: Any) -> None:
+    """Four experts of which a token gets two; of groups two, one of them chosen."""
+    _change(config, EXPERTS, lambda value: min(value, 4))
+    _change(config, (*CHOSEN, *GROUPS), lambda value: min(value, 2))
+    _change(config, ["topk_group"], lambda _: 1)
+
+
+def _words(config: Any) -> None:
+    """A small vocabulary with every special token in it."""
+    _change(config, VOCABULARIES, lambda value: min(value, VOCABULARY))
+    rare = VOCABULARY
+    for name, value in list(vars(config).items()):
+        if name == "pad_token_id" and value is not None:
+            config.pad_token_id = 0
+        elif name.endswith(("_token_id", "_token_index")) and value is not None:
+            several = isinstance(value, (list, tuple))
+            if any(each >= VOCABULARY for each in (value if several else [value])):
+                rare -= 1
+                setattr(config, name, type(value)([rare]) if several else rare)
+
+
+SHRINK: tuple[Callable[[Any], None], ...] = (
+    _heads,
+    _between,
+    _experts,
+    _at_most(8, *RANKS),
+    _at_most(8, *STATES),
+    _at_most(2, "o_groups"),
+    _at_most(16, *BLOCKS),
+)
+"""What can be made small, each for itself."""
+
+
+def small_config(config: Any, shrink: Sequence[Callable[[Any], None]]) -> Any | None:
+    """Copy a configuration made small by some of `SHRINK`; None where the configuration refuses."""
+    small = copy.deepcopy(config)
+    small.__dict__.pop("quantization_config", None)
+    text = small.get_text_config()
+    try:
+        for part in {id(each): each for each in (small, text, *vars(small).values())}.values():
+            if not isinstance(part, PreTrainedConfig):
+                continue
+            _words(part)
+            for each in shrink:
+                each(part)
+            # A part that sees pictures, say: the model is built with it and runs without it.
+            if part is not small and part is not text:
+                _change(part, DEPTHS, lambda _: 1)
+    except Exception:  # noqa: BLE001 - a configuration may refuse what it is told
+        return None
+    return small
+
+
+def numbers(config: Any) -> Iterator[tuple[tuple[str, ...], float]]:
+    """List the numbers of a text configuration, nested ones too: whole, from 4 on, with paths."""
+
+    def walk(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], float]]:
+        if isinstance(value, dict):
+            for name, item in value.items():
+                yield from walk((*path, name), item)
+        elif type(value) in (int, float) and 4 <= value < math.inf and value == int(value):
+            yield path, value
+
+    for name, value in vars(config).items():
+        if not name.startswith("_"):
+            yield from walk((name,), value)
+
+
+def with_numbers(config: Any, chosen: dict[tuple[str, ...], float]) -> Any:
+    """Copy a model's configuration, the numbers at some paths of its text part changed."""
+    changed = copy.deepcopy(config)
+    text = changed.get_text_config()
+    for (first, *rest), value in chosen.items():
+        if not rest:
+            setattr(text, first, value)
+            continue
+        inside = getattr(text, first)
+        for name in rest[:-1]:
+            inside = inside[name]
+        inside[rest[-1]] = value
+    return changed
+
 
 LARGEST = 8_000_000
 """Weights above which a model is no miniature."""

@@ -40,7 +40,7 @@ from tracker.report.wording import (
     row_labels,
     run_list,
 )
-from tracker.stats.ratios import RATIO
+from tracker.stats.accuracy import RATIO
 
 COEFFICIENTS = {"spearman": "Spearman", "kendall": "Kendall tau-b", "pearson": "Pearson"}
 SUBSETS = {"all": "all layers", "inner": "without the two outer layers at each end"}

@@ -26,8 +26,7 @@ from tracker.core.text import masked
 from tracker.core.views import View
 from tracker.ledger.cache import own_folder
 from tracker.ledger.cells import CellStore
-from tracker.ledger.files import write_text
-from tracker.ledger.notes import read_note, write_note
+from tracker.ledger.files import read_note, write_note, write_text
 from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_texts
 from tracker.ledger.views import CellIdentity, folder_name

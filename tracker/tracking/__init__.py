@@ -21,7 +21,7 @@ from tracker.core.errors import RequestError, did_you_mean
 from tracker.core.provenance import content_hash
 from tracker.core.text import masked
 from tracker.ledger.cells import CellStore
-from tracker.ledger.notes import read_note, write_note
+from tracker.ledger.files import read_note, write_note
 from tracker.tracking.base import Ability, Backend, LiveRun, Models, Service, Target
 from tracker.tracking.wandb.service import in_sweep
 

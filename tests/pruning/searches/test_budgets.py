@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import golden
 from tracker.core.errors import ExperimentError
-from tracker.pruning.search import timing
+from tracker.pruning.search import search
 from tracker.pruning.search.budgets import Budget, amount, budget
 from tracker.pruning.search.cells import Lender, OpenCell
 from tracker.pruning.search.planning import _Counted
@@ -115,11 +115,11 @@ def test_parameters_bytes_and_seconds_are_those_of_the_model(
     assert half.needed == pytest.approx(real.num_parameters() / 2)
     in_bytes = budget_of(ask(strategy="last", remove="50 % bytes", dtype="float16"), lend())
     assert in_bytes.each == tuple(2.0 * size for size in sizes)
-    monkeypatch.setattr(timing, "_measured", lambda loaded: ([0.1] * LAYERS, 0.7))
+    monkeypatch.setattr(search, "_measured", lambda loaded: ([0.1] * LAYERS, 0.7))
     seconds = budget_of(ask(strategy="last", remove="20 % seconds"), lend())
     assert (seconds.each, seconds.needed) == ((0.1,) * LAYERS, pytest.approx(0.14))
     # Measured once: the next process has the same budget.
-    monkeypatch.setattr(timing, "_measured", lambda loaded: pytest.fail("measured again"))
+    monkeypatch.setattr(search, "_measured", lambda loaded: pytest.fail("measured again"))
     assert budget_of(ask(strategy="last", remove="20 % seconds"), lend()) == seconds
 
 
@@ -129,11 +129,11 @@ def test_a_layer_s_time_is_its_own(
     """By a clock that each layer moves by as much as its place says."""
     loaded = lend().model(ask(strategy="last", remove=1).cell).loaded
     clock = [0.0]
-    monkeypatch.setattr(timing, "_now", lambda: clock[0])
+    monkeypatch.setattr(search, "_now", lambda: clock[0])
 
     def slow(place: int):
         def hook(module, args) -> None:
-            clock[0] += (1 + place) * timing.TOKENS
+            clock[0] += (1 + place) * search.TOKENS
 
         return hook
 
@@ -141,7 +141,7 @@ def test_a_layer_s_time_is_its_own(
         layer.mlp.register_forward_pre_hook(slow(place))
         for place, layer in enumerate(loaded.layers)
     ]
-    layers, whole = timing._measured(loaded)
+    layers, whole = search._measured(loaded)
     for handle in handles:
         handle.remove()
     assert layers == [1 + place for place in range(LAYERS)]

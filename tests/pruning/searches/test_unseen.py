@@ -13,7 +13,7 @@ from tests.conftest import save_tokenizer
 from tests.engine.truth import truths, without
 from tracker.core.ablations import INTACT, Ablation
 from tracker.ledger.outcomes import AGAIN
-from tracker.measuring.rounding_sample import LEAST
+from tracker.measuring.calibrate import LEAST_TWICE
 from tracker.pruning.search.cells import OpenCell, _drawn
 from tracker.pruning.search.search import budget_of, search
 
@@ -83,4 +83,4 @@ def test_of_candidates_nothing_is_computed_twice_and_of_what_is_tested_some_is(
     twice = tested.store.read()
     twice = twice[twice[AGAIN].notna()]
     assert set(twice["ablation"]) == {INTACT.name, FIRST.name}
-    assert twice["doc"].nunique() == LEAST
+    assert twice["doc"].nunique() == LEAST_TWICE

@@ -35,8 +35,7 @@ from tracker.engine.selfcheck.reasons import Verdict, in_words, less, of_differe
 from tracker.engine.selfcheck.reference import Comparison, Reference
 from tracker.engine.selfcheck.removability import as_removed
 from tracker.models.layers import find_layers
-from tracker.models.miniature import miniature
-from tracker.models.shrinking import numbers
+from tracker.models.miniature import miniature, numbers
 
 WAYS = (FULL, NO_PREFIX, DEPTH_ONLY, PLAIN)
 """From the most sharing to the least."""

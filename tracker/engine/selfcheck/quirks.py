@@ -18,10 +18,9 @@ from torch import Tensor
 from tracker.engine.refusal import tried
 from tracker.engine.scoring.plain_call import logits_of
 from tracker.engine.scoring.rows import Lengths
-from tracker.models.miniature import build
+from tracker.models.miniature import build, numbers, with_numbers
 from tracker.models.pruned import changed, duplicate, remember
 from tracker.models.reloaded import shapes
-from tracker.models.shrinking import numbers, with_numbers
 
 Path = tuple[str, ...]
 """Where a number stands in a text model's configuration."""

@@ -28,8 +28,8 @@ from tracker.engine.scoring.sharing import (
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.quirks import Path
 from tracker.engine.selfcheck.reference import Comparison
+from tracker.models.miniature import numbers
 from tracker.models.pruned import remember
-from tracker.models.shrinking import numbers
 
 
 @dataclass(frozen=True)

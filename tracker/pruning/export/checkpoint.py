@@ -27,9 +27,8 @@ from tracker.measuring.job import Options
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, find_model
-from tracker.pruning.export.card import write_card
 from tracker.pruning.export.chosen import chosen, that_chose
-from tracker.pruning.export.facts import Accuracy, Exported, Pruning, Size
+from tracker.pruning.export.facts import Accuracy, Exported, Pruning, Size, write_card
 from tracker.pruning.export.proof import ExpectedAnswers, MeasuredCell, expected, prove
 from tracker.pruning.export.recipes import recipes, skip_lists, windows_of
 from tracker.runner import run_cells

@@ -25,9 +25,9 @@ from tracker.report.charts.style import (
     line,
     trace,
 )
+from tracker.stats.accuracy import SCALES
 from tracker.stats.arrays import Array, Mask
 from tracker.stats.decisions import clustered, more_than_chance, phi
-from tracker.stats.ratios import SCALES
 
 ALIKE = 0.5
 """Layers break the same documents where their mean correlation is at least this."""

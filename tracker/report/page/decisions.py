@@ -12,7 +12,7 @@ from tracker.core.run_table import CellRun, pick, run_columns, telling_apart
 from tracker.core.tables import Column, Table, Value, table
 from tracker.ledger.decisions import SHOWN
 from tracker.report.charts.decisions import margin_name
-from tracker.report.page.downloads import packed_json
+from tracker.report.frames import packed_json
 
 BUDGET = 2_000_000
 """Characters that the documents of all cells may take of a page."""

@@ -27,11 +27,11 @@ from tracker.core.text import harmless
 from tracker.ledger.files import write_text
 from tracker.report import tables, wording
 from tracker.report.charts.style import FEW, TEMPLATE
+from tracker.report.frames import layer_files, packed, packed_json
 from tracker.report.leaderboard import rules
 from tracker.report.leaderboard.proxies import Agreement, agreements
 from tracker.report.page import sections
 from tracker.report.page.decisions import packed_documents
-from tracker.report.page.downloads import layer_files, packed, packed_json
 from tracker.report.page.studies import standing_alone, study_sections
 
 

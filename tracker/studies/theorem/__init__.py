@@ -19,8 +19,7 @@ from tracker.ledger.files import lock_file
 from tracker.models.counterexample import LARGEST, LAYERS, SMALLEST, WHISPER, Counterexample
 from tracker.studies.base import Study, StudyContext, StudyResult, Subject, grouped
 from tracker.studies.theorem.building import build, fingerprint, save, taught_by
-from tracker.studies.theorem.figures import Built, Shown, measured
-from tracker.studies.theorem.layout import layers_table, models_table, tiny
+from tracker.studies.theorem.figures import Built, Shown, layers_table, measured, models_table, tiny
 
 EPSILONS = (1e-1, 1e-2, 1e-4, 1e-6, 1e-8)
 _ASSUMED = (

@@ -45,7 +45,6 @@ from tracker.tracking.base import (
 from tracker.tracking.foreign import downloading, refuse_lies
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.database import artifact_folder, create_database, follow_folder
-from tracker.tracking.mlflow.ranked import every_page, ranked
 from tracker.tracking.mlflow.runs import (
     FILES_TAG,
     KEY_TAG,
@@ -56,7 +55,16 @@ from tracker.tracking.mlflow.runs import (
     tables_tag,
     tags_of,
 )
-from tracker.tracking.mlflow.writing import DIGEST_TAG, attach, lacks, later, stated_digests, write
+from tracker.tracking.mlflow.writing import (
+    DIGEST_TAG,
+    attach,
+    every_page,
+    lacks,
+    later,
+    ranked,
+    stated_digests,
+    write,
+)
 from tracker.tracking.runs import DescribedRun, cell_run
 
 _RUNS_FIRST = {"mlflow.experimentKind": "custom_model_development"}

@@ -10,8 +10,7 @@ from tracker.core.identities import TaskIdentity
 from tracker.core.provenance import content_hash
 from tracker.core.records import BASELINE, CellRecord
 from tracker.tracking.identity import first_label, run_key
-from tracker.tracking.notes import cell_note
-from tracker.tracking.runs import DescribedRun
+from tracker.tracking.runs import DescribedRun, cell_note
 
 FORMAT = "7"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
