@@ -30,6 +30,7 @@ from tracker.core.config import CellRequest
 from tracker.core.documents import Document, DocumentText, Prompt, Request, Response
 from tracker.core.errors import BenchmarkError
 from tracker.core.extent import Extent
+from tracker.core.grouping import grouped
 from tracker.core.identities import BenchmarkIdentity
 from tracker.core.provenance import content_hash
 
@@ -182,9 +183,7 @@ class LmEvalBenchmark:
             self._rehearse(task)
         except (*UNREADABLE, ArithmeticError, OSError, AssertionError) as error:
             raise unreadable(name, self._source, error) from None
-        by_document: dict[int, list[Any]] = {}
-        for instance in task.instances:
-            by_document.setdefault(instance.doc_id, []).append(instance)
+        by_document = grouped(task.instances, lambda instance: instance.doc_id)
         if chosen is not None:  # lm-eval counts the chosen ones
             by_document = dict(zip(chosen, by_document.values(), strict=True))
         return {i: sorted(by_document[i], key=lambda instance: instance.idx) for i in wanted}

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -244,14 +244,12 @@ def _as_in_the_file(name: str, value: Any) -> Any:
     return {"value": dict(value) if isinstance(value, Mapping) else value}
 
 
-def _assignments(settings: Mapping[str, Any]) -> list[str]:
+def _assignments(settings: Mapping[str, Any]) -> Iterator[str]:
     """Write settings as `--set` takes them."""
-    found = []
     for name, value in settings.items():
         said = _as_in_the_file(name, value)
         (only,) = said.values() if len(said) == 1 else (said,)
-        found.append(f"{name}={only if isinstance(only, str) else json.dumps(only, default=str)}")
-    return found
+        yield f"{name}={only if isinstance(only, str) else json.dumps(only, default=str)}"
 
 
 def _typed(path: Path | None, settings: Mapping[str, Any]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import torch
 
 from tracker.core.ablations import Ablation
 from tracker.core.documents import Document
+from tracker.core.grouping import grouped
 from tracker.engine.memory import stream_bytes
 from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.plain_call import read_for
@@ -113,12 +114,10 @@ def reading(model: Any, documents: Sequence[Document], max_length: int) -> Readi
         """Operations of one attention in which some tokens see so many keys."""
         return float(tokens * (2 * attention + 4 * keys * hidden))
 
-    tasks: dict[str, list[Document]] = {}  # whose documents are scored together
-    for document in documents:
-        tasks.setdefault(document.task, []).append(document)
     tokens = widest = kept = 0
     attentions = 0.0
-    for together in tasks.values():
+    # A task's documents are scored together.
+    for together in grouped(documents, lambda document: document.task).values():
         shared = len(common_beginning(together, max_length))
         prefix = shared if shared >= SHORTEST else 0
         tokens += prefix

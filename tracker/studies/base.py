@@ -5,7 +5,7 @@ And from its file to its section: measure what it lacks, ask it, keep what it sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -144,14 +144,6 @@ def side(estimate: Estimate, of: float = 0.0) -> int:
     if estimate.low is None or estimate.high is None:
         return 0
     return int(estimate.low > of) - int(estimate.high < of)
-
-
-def grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
-    """Put together what has the same key, in order."""
-    groups: dict[Hashable, list[T]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return list(groups.values())
 
 
 @dataclass

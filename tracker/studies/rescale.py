@@ -18,6 +18,7 @@ from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
 from tracker.core.findings import Line, LineChart
 from tracker.core.formats import Measure, counted, ends, fixed, measure_of
+from tracker.core.grouping import grouped
 from tracker.core.kinds import Intervention
 from tracker.core.records import RunIdentity
 from tracker.core.tables import Column, Table, estimate, table
@@ -33,7 +34,6 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
-    grouped,
     refuse_removed,
     removing_whole_layers,
     side,
@@ -83,12 +83,12 @@ class Rescale(Study):
         """Answer; see the module."""
         # The parts of each cell: without layers, and with linear maps.
         parts = grouped(subjects, lambda one: one.request.model_copy(update={"interventions": ()}))
-        cells = [cell for mine in parts if (cell := costs(mine)) is not None]
+        cells = [cell for mine in parts.values() if (cell := costs(mine)) is not None]
         if not cells:
             why = "no benchmark was measured with layers removed; run it again"
             return StudyResult((), lacking=[why])
         # Bits and fractions have no sum.
-        alike = grouped(cells, lambda cell: cell.measure)
+        alike = grouped(cells, lambda cell: cell.measure).values()
         result = StudyResult(_ASSUMED, tables=[*map(summary, alike), significant(cells)])
         for some in alike:
             by = f"By {some[0].measure.level} in {some[0].measure.unit}: " if len(alike) > 1 else ""

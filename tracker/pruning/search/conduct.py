@@ -14,6 +14,7 @@ from tracker.core.config import CellRequest
 from tracker.core.errors import CellError, RequestError, TrackerError, TrackingError
 from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord
+from tracker.core.grouping import grouped
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
 from tracker.core.records import CellRecord, Place
 from tracker.ledger.store import Ledger, keep_finding, keep_search
@@ -114,11 +115,8 @@ def pursue(
     said = {request.title: why for request, why in failed.items()}
     if not found:
         raise CellError("\n".join(f"{title}: {why}" for title, why in said.items()))
-    tests: dict[CellRequest, list[Found]] = {}
-    for one in found:
-        tests.setdefault(one.asked.test(), []).append(one)
     recommendations: dict[Goal, Recommended] = {}
-    for test, chosen in tests.items():
+    for test, chosen in grouped(found, lambda one: one.asked.test()).items():
         for goal in dict.fromkeys(one.asked.goal for one in chosen) if recommend else ():
             some = [one for one in chosen if one.asked.goal == goal]
             recommendations[goal] = recommended(some, lender, cells)

@@ -15,6 +15,7 @@ from tracker.core.estimates import Estimate, Unit
 from tracker.core.extent import DEFAULT_SEED
 from tracker.core.findings import FindingRecord, Line, LineChart
 from tracker.core.formats import WRITTEN, counted, ends
+from tracker.core.grouping import grouped
 from tracker.core.prune_records import PruneRecord, PruneStep
 from tracker.core.tables import Column, Table, estimate, table
 from tracker.pruning.search.figures import (
@@ -45,7 +46,8 @@ def finding_of(
     failed: Mapping[str, str],
 ) -> FindingRecord:
     """Say what searches of one file found."""
-    groups = grouped(searched)
+    # One model, one set of test documents and one unit stand in one table.
+    groups = grouped(searched, lambda one: one.asked.goal[:2]).values()
     records = [[one.record for one in some] for some in groups]
     return FindingRecord(
         study=SEARCH,
@@ -79,14 +81,6 @@ ASSUMED = (
     "step (Bonferroni).",
     COST,
 )
-
-
-def grouped(searched: Sequence[Searched]) -> list[list[Searched]]:
-    """Put together what stands in one table: one model, one set of test documents, one unit."""
-    groups: dict[object, list[Searched]] = {}
-    for one in searched:
-        groups.setdefault(one.asked.goal[:2], []).append(one)
-    return list(groups.values())
 
 
 def _level(record: PruneRecord, level: Estimate) -> str:

@@ -12,6 +12,7 @@ from statistics import median
 
 from tracker.core.estimates import Estimate
 from tracker.core.formats import about, counted, measure_of
+from tracker.core.grouping import grouped
 from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.paired import outcome_variance
 from tracker.report.leaderboard.comparable import countable
@@ -324,9 +325,7 @@ def _causes(found: Claims, named: Collection[int]) -> list[str]:
 
 def _grouped(which: dict[int, list[CellRecord]]) -> list[tuple[str, list[int]]]:
     """Gather the layers that are named for the same benchmarks, those of most benchmarks first."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for layer, cells in which.items():
-        groups.setdefault(tuple(map(id, cells)), []).append(layer)
+    groups = grouped(which, lambda layer: tuple(map(id, which[layer])))
     every = sorted(groups.items(), key=lambda item: (-len(item[0]), item[1]))
     return [(name_benchmarks(which[layers[0]]), sorted(layers)) for _, layers in every]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from tracker.core.grouping import grouped
 from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord
 from tracker.report.editions import outdated
@@ -12,10 +13,7 @@ from tracker.report.wording import benchmark_labels
 
 def models_of(cells: Iterable[CellRecord]) -> list[list[CellRecord]]:
     """Group cells by model: name, weights and dtype."""
-    groups: dict[tuple[str, str, str], list[CellRecord]] = {}
-    for cell in cells:
-        groups.setdefault(cell.model.key, []).append(cell)
-    return list(groups.values())
+    return list(grouped(cells, lambda cell: cell.model.key).values())
 
 
 def setting(cell: CellRecord) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.formats import counted, p_value, points, two_digits, with_interval
+from tracker.core.grouping import grouped
 from tracker.core.proxies import PROXIES, passes
 from tracker.report.wording import benchmark_labels, listed, model_labels
 from tracker.studies.audit.figures import ModelAudit, pooled
@@ -16,7 +17,6 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
-    grouped,
     is_whole_layer,
     removing_whole_layers,
     side,
@@ -55,7 +55,7 @@ class Audit(Study):
 
     def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Compare, model by model."""
-        by_model = grouped(subjects, lambda subject: subject.record.model.key)
+        by_model = grouped(subjects, lambda subject: subject.record.model.key).values()
         names = model_labels([mine[0].record.model for mine in by_model])
         result = StudyResult(_ASSUMPTIONS)
         for name, mine in zip(names, by_model, strict=True):

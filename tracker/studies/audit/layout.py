@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -151,9 +151,9 @@ def _disagreements(audit: ModelAudit) -> Table:
     )
 
 
-def _variances(audit: ModelAudit) -> list[Table]:
+def _variances(audit: ModelAudit) -> Iterator[Table]:
     if not audit.spreads:
-        return []
+        return
     tests = [spread.test for spread in audit.spreads.values()]
     p_values = holm([None if test is None else test.p_value for test in tests])
     adjusted = dict(zip(audit.spreads, p_values, strict=True))
@@ -186,24 +186,22 @@ def _variances(audit: ModelAudit) -> list[Table]:
     shares = ", ".join(
         f"{cell.label} {two_digits(audit.reliabilities[cell.label])}" for cell in audit.above_chance
     )
-    return [
-        table(
-            f"{audit.name}: variance of a layer's z-score from benchmark to benchmark",
-            columns,
-            audit.spreads,
-            f"{counted(len(audit.above_chance), 'benchmark')} above chance. z-scored over "
-            "layers per benchmark; mean over layers: 0 = layers matter alike everywhere, "
-            "1 = no two benchmarks have anything in common.",
-            "Relevance is the drop on another scale, but for layers that fall below "
-            "chance, so their z-scores are the same.",
-            "Share of the spread of drops over layers that is not noise of the documents: "
-            f"{shares}. Below {RELIABLE} a benchmark is left out where noise is taken off, "
-            f"which leaves {counted(len(audit.reliable), 'benchmark')} for the last three "
-            "columns. Their interval is the jackknife over documents.",
-            "Wilcoxon's p takes layers as independent, which they are not: where it and "
-            "the p of signs that change in blocks differ, trust the latter.",
-        )
-    ]
+    yield table(
+        f"{audit.name}: variance of a layer's z-score from benchmark to benchmark",
+        columns,
+        audit.spreads,
+        f"{counted(len(audit.above_chance), 'benchmark')} above chance. z-scored over "
+        "layers per benchmark; mean over layers: 0 = layers matter alike everywhere, "
+        "1 = no two benchmarks have anything in common.",
+        "Relevance is the drop on another scale, but for layers that fall below "
+        "chance, so their z-scores are the same.",
+        "Share of the spread of drops over layers that is not noise of the documents: "
+        f"{shares}. Below {RELIABLE} a benchmark is left out where noise is taken off, "
+        f"which leaves {counted(len(audit.reliable), 'benchmark')} for the last three "
+        "columns. Their interval is the jackknife over documents.",
+        "Wilcoxon's p takes layers as independent, which they are not: where it and "
+        "the p of signs that change in blocks differ, trust the latter.",
+    )
 
 
 def _label(name: str) -> str:
@@ -215,7 +213,7 @@ def charts_of(audit: ModelAudit) -> list[FoundChart]:
     return [*_cost(audit), *_depth(audit), *_map(audit)]
 
 
-def _cost(audit: ModelAudit) -> list[FoundChart]:
+def _cost(audit: ModelAudit) -> Iterator[FoundChart]:
     budgets, found, _ = audit.at_cost
     lines = [
         Line(name=audit.drop if name == DROP else _label(name), values=row)
@@ -223,21 +221,19 @@ def _cost(audit: ModelAudit) -> list[FoundChart]:
         if any(value is not None for value in row)
     ]
     if not lines:
-        return []
-    return [
-        LineChart(
-            title=f"{audit.name}: what a proxy predicts for what it costs",
-            x="forward passes spent on a benchmark",
-            y="Spearman with the drop of other documents",
-            unit="coefficient",
-            places=tuple(budgets),
-            lines=tuple(lines),
-            log_x=True,
-        )
-    ]
+        return
+    yield LineChart(
+        title=f"{audit.name}: what a proxy predicts for what it costs",
+        x="forward passes spent on a benchmark",
+        y="Spearman with the drop of other documents",
+        unit="coefficient",
+        places=tuple(budgets),
+        lines=tuple(lines),
+        log_x=True,
+    )
 
 
-def _depth(audit: ModelAudit) -> list[FoundChart]:
+def _depth(audit: ModelAudit) -> Iterator[FoundChart]:
     named = [
         s
         for s in audit.summaries.values()
@@ -245,28 +241,26 @@ def _depth(audit: ModelAudit) -> list[FoundChart]:
     ]
     cells = [cell for cell in audit.cells if named and all(cell in s.cells for s in named)]
     if not cells:
-        return []
+        return
     profiles = {audit.drop: means(DROP, cells)}
     profiles |= {PROXIES[s.proxy].label: means(s.proxy, cells) for s in named}
-    return [
-        LineChart(
-            title=f"{audit.name}: measured ranks of the layers over depth, mean over benchmarks",
-            x="layer (0-based)",
-            y="rank, the least relevant is 1",
-            unit="count",
-            places=tuple(cells[0].layers),
-            lines=tuple(
-                Line(name=name, values=tuple(midranks(rows).mean(axis=0).tolist()))
-                for name, rows in profiles.items()
-            ),
-        )
-    ]
+    yield LineChart(
+        title=f"{audit.name}: measured ranks of the layers over depth, mean over benchmarks",
+        x="layer (0-based)",
+        y="rank, the least relevant is 1",
+        unit="count",
+        places=tuple(cells[0].layers),
+        lines=tuple(
+            Line(name=name, values=tuple(midranks(rows).mean(axis=0).tolist()))
+            for name, rows in profiles.items()
+        ),
+    )
 
 
-def _map(audit: ModelAudit) -> list[FoundChart]:
+def _map(audit: ModelAudit) -> Iterator[FoundChart]:
     cells = [c for c in audit.cells if c.found["cosine_score"].spearman.value is not None]
     if not cells:
-        return []
+        return
     columns = sorted({layer for cell in cells for layer in cell.layers})
     values, shown = [], []
     for cell in cells:
@@ -282,18 +276,16 @@ def _map(audit: ModelAudit) -> list[FoundChart]:
             if not best <= score <= worst
         }
         shown.append(tuple(layer in off for layer in columns))
-    return [
-        MapChart(
-            title=f"{audit.name}: ranks by cosine score beside those by the measured {audit.drop}",
-            x="layer (0-based)",
-            y="benchmark",
-            name=f"ranks by cosine score above those by {audit.drop}",
-            unit="count",
-            columns=tuple(columns),
-            rows=tuple(cell.label for cell in cells),
-            values=tuple(values),
-            shown=tuple(shown),
-            shown_by=f"the cosine score gives a rank that is shown not to be that by {audit.drop}, "
-            "with 95 % confidence for all layers of the benchmark",
-        )
-    ]
+    yield MapChart(
+        title=f"{audit.name}: ranks by cosine score beside those by the measured {audit.drop}",
+        x="layer (0-based)",
+        y="benchmark",
+        name=f"ranks by cosine score above those by {audit.drop}",
+        unit="count",
+        columns=tuple(columns),
+        rows=tuple(cell.label for cell in cells),
+        values=tuple(values),
+        shown=tuple(shown),
+        shown_by=f"the cosine score gives a rank that is shown not to be that by {audit.drop}, "
+        "with 95 % confidence for all layers of the benchmark",
+    )

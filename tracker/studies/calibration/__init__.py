@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.formats import DASH, interval, two_digits
+from tracker.core.grouping import grouped
 from tracker.core.records import CellRecord
 from tracker.report.wording import capital
 from tracker.studies.base import (
@@ -16,7 +17,6 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
-    grouped,
     whole_layers,
 )
 from tracker.studies.calibration.figures import SHOWN, Curve, curve_of, joined, judged, measures
@@ -149,7 +149,7 @@ class Calibration(Study):
         return f"{self._wanted:g} needs about {_rounded(needed.value):,} ({how}){more}"
 
 
-def _together(subjects: Sequence[Subject]) -> list[tuple[str, list[int]]]:
+def _together(subjects: Sequence[Subject]) -> Iterator[tuple[str, list[int]]]:
     """Group the benchmarks of each model on which its accuracy ranks the same layers."""
 
     def alike(n: int) -> object:
@@ -157,13 +157,11 @@ def _together(subjects: Sequence[Subject]) -> list[tuple[str, list[int]]]:
         return record.model.key, record.removed, tuple(run.layer for run in record.whole_layers)
 
     accuracies = [n for n, subject in enumerate(subjects) if subject.record.higher_is_better]
-    together = []
-    for members in grouped(accuracies, alike):
+    for members in grouped(accuracies, alike).values():
         cells = [subjects[n].record for n in members]
         # A benchmark that stands there twice would be its own second sample.
         if 1 < len(cells) == len({cell.benchmark.title for cell in cells}):
-            together.append((f"{cells[0].model.name} · mean of {len(cells)} benchmarks", members))
-    return together
+            yield f"{cells[0].model.name} · mean of {len(cells)} benchmarks", members
 
 
 def _share(some: int, of: Curve) -> str:

@@ -83,39 +83,36 @@ def _accuracies(group: Compared, amount: str) -> Table:
     )
 
 
-def _differences(group: Compared, amount: str) -> list[Table]:
+def _differences(group: Compared, amount: str) -> Iterator[Table]:
     pairs = group.beside(amount)
     if not pairs:
-        return []
+        return
 
     def apart(row: Beside, name: str) -> Estimate:
         return group.apart(row.one, row.other, name)
 
-    return [
-        table(
-            f"{group.title}: by how much pruning by accuracy answers more, "
-            f"{how_many(group, amount)}",
-            [
-                Column("than by", "text", lambda row: row.other.strategy),
-                *_with_mean(group, "points", apart, lambda row: row.found),
-                Column("p (Holm)", "p", _p),
-            ],
-            pairs,
-            f"p: of the difference on {group.over}, by sign flips of the test documents, "
-            "adjusted over the rows. Intervals of the mean hold for all rows at once "
-            "(Bonferroni), those of a benchmark each for itself.",
-        )
-    ]
+    yield table(
+        f"{group.title}: by how much pruning by accuracy answers more, {how_many(group, amount)}",
+        [
+            Column("than by", "text", lambda row: row.other.strategy),
+            *_with_mean(group, "points", apart, lambda row: row.found),
+            Column("p (Holm)", "p", _p),
+        ],
+        pairs,
+        f"p: of the difference on {group.over}, by sign flips of the test documents, "
+        "adjusted over the rows. Intervals of the mean hold for all rows at once "
+        "(Bonferroni), those of a benchmark each for itself.",
+    )
 
 
 def _p(row: Beside) -> Estimate:
     return estimate(row.p, row.found.reason)
 
 
-def _calibrations(group: Compared, amount: str) -> list[Table]:
+def _calibrations(group: Compared, amount: str) -> Iterator[Table]:
     pairs = group.calibrated(amount)
     if not any(each.one.calibration != OWN for each in pairs):
-        return []
+        return
     theirs = ", ".join(
         f"on {name} {100 * ours:.2f} and {100 * cosine:.2f}"
         for name, (ours, cosine) in OF_THE_PAPER.items()
@@ -128,14 +125,12 @@ def _calibrations(group: Compared, amount: str) -> list[Table]:
         Column("difference", "points", lambda row: row.found),
         Column("p (Holm)", "p", _p),
     )
-    return [
-        table(
-            f"{group.title}: what calibrates, {how_many(group, amount)}, {group.over}",
-            columns,
-            pairs,
-            f"{PAPER}: {theirs} %, by accuracy and by cosine; plain text there is C4.",
-        )
-    ]
+    yield table(
+        f"{group.title}: what calibrates, {how_many(group, amount)}, {group.over}",
+        columns,
+        pairs,
+        f"{PAPER}: {theirs} %, by accuracy and by cosine; plain text there is C4.",
+    )
 
 
 def _costs(group: Compared) -> Table:

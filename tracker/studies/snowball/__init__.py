@@ -11,6 +11,7 @@ from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.core.errors import RequestError
 from tracker.core.formats import measure_of, p_value, three_digits, with_interval
+from tracker.core.grouping import grouped
 from tracker.engine.observers.perturbation_growth import perturbation_growth, verify_growth
 from tracker.engine.refusal import refused
 from tracker.engine.scoring.sweep import Engine
@@ -24,7 +25,6 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
-    grouped,
     observe,
     refuse_removed,
     side,
@@ -91,7 +91,7 @@ class Snowball(Study):
             cell = figures(subject, observed)
             result.lacking += [f"{title}: {why}" for why in _lacking(cell, asked)]
             cells += [cell] if cell is not None else []
-        several = grouped(cells, lambda cell: cell.record.model.key)
+        several = grouped(cells, lambda cell: cell.record.model.key).values()
         result.answers += [line for some in several for line in _answers(some, self._draws)]
         result.tables += [summary(cells)] if cells else []
         result.charts += [beside_each_other(some) for some in several if len(some) > 1]

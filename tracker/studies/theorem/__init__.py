@@ -15,9 +15,10 @@ from functools import cache
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.formats import counted
+from tracker.core.grouping import grouped
 from tracker.ledger.files import lock_file
 from tracker.models.counterexample import LARGEST, LAYERS, SMALLEST, WHISPER, Counterexample
-from tracker.studies.base import Study, StudyContext, StudyResult, Subject, grouped
+from tracker.studies.base import Study, StudyContext, StudyResult, Subject
 from tracker.studies.theorem.building import build, fingerprint, save, taught_by
 from tracker.studies.theorem.figures import Built, Shown, layers_table, measured, models_table, tiny
 
@@ -75,7 +76,7 @@ class Theorem(Study):
         built = {model.request: model for models in self._models(asked) for model in models}
         measures = [measured(subject, built[subject.request]) for subject in subjects]
         result = StudyResult([_ASSUMED])
-        for shown in grouped(measures, lambda one: one.built.cell):
+        for shown in grouped(measures, lambda one: one.built.cell).values():
             result.answers += _answers(shown)
             result.tables += [models_table(shown), layers_table(shown[-1])]
             result.lacking += _left_out(shown[0])
@@ -135,7 +136,7 @@ def _answers(shown: Sequence[Shown]) -> list[str]:
 def _left_out(shown: Shown) -> list[str]:
     """Say which documents no such model answers, and why."""
     taught, name, lines = shown.built.lesson, shown.subject.record.benchmark.title, []
-    for places in grouped(taught.left_out, taught.left_out.__getitem__):
+    for places in grouped(taught.left_out, taught.left_out.__getitem__).values():
         docs = [f"{doc}" if task == name else f"{doc} of {task}" for task, doc in places]
         some = ", ".join([*docs[:5], *(["…"] if len(docs) > 5 else [])])
         lines.append(
