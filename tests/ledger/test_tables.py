@@ -19,6 +19,7 @@ from tracker.ledger import runs, tables
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import COMPARED
+from tracker.ledger.paired import outcome_variance
 from tracker.stats.correlation import correlate
 from tracker.stats.power import OutcomeVariance
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means

@@ -9,7 +9,7 @@ from tracker.report.page.html import render_page
 from tracker.tracking.figures import curve_name, is_curve
 from tracker.tracking.mlflow.runs import mlflow_run
 from tracker.tracking.runs import cell_run, layer_run
-from tracker.tracking.wandb.runs import group_of, labels_of, run_id
+from tracker.tracking.wandb.writing import group_of, labels_of, run_id
 
 from .conftest import cell_record, of_kind
 

@@ -97,11 +97,6 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
             say()
             say(f"{cell.heading}: {statement(cell.answer)}")
 
-    def benchmark(cell: CellRecord) -> str:
-        extra = labels[id(cell)][1]
-        which = (cell.benchmark.title, cell.beneath, f"({cell.metric})", extra and f"· {extra}")
-        return " ".join(filter(None, which))
-
     def baseline(cell: CellRecord) -> str:
         measure, level = measure_of(cell), cell.baseline
         if level.value is None:
@@ -119,7 +114,7 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
 
     columns: tuple[Column[CellRecord], ...] = (
         Column("model", "text", lambda cell: labels[id(cell)][0]),
-        Column("benchmark", "text", benchmark),
+        Column("benchmark", "text", lambda cell: benchmark_of(cell, labels[id(cell)][1])),
         Column("documents", "count", lambda cell: cell.counted),
         Column("intact model (95 % interval)", "count", baseline),
         Column("guessing", "count", chance),
@@ -172,6 +167,12 @@ def _benchmarks(cells: Sequence[CellRecord]) -> Iterator[tuple[CellRecord, str]]
     from tracker.report.wording import benchmark_labels
 
     return zip(cells, benchmark_labels(cells), strict=True)
+
+
+def benchmark_of(cell: CellRecord, extra: str) -> str:
+    """Name a cell's benchmark in a row, with what else tells it from the others."""
+    which = (cell.benchmark.title, cell.beneath, f"({cell.metric})", extra and f"· {extra}")
+    return " ".join(filter(None, which))
 
 
 def _by_model(cells: Sequence[CellRecord]) -> dict[str, list[CellRecord]]:

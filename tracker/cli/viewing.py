@@ -25,7 +25,7 @@ from tracker.cli.options import (
     sources_argument,
     trust,
 )
-from tracker.cli.printing import print_boards, print_each, runnable
+from tracker.cli.printing import benchmark_of, print_boards, print_each, runnable
 from tracker.cli.terminal import Show, begin, print_table, say
 from tracker.core.formats import counted
 from tracker.core.tables import Column, table
@@ -207,11 +207,6 @@ def list_cells(folder: Path | None, results: Path) -> None:
     cells = api.ls(results, damaged, unfinished)
     labels = dict(zip(map(id, cells), row_labels(cells), strict=True))
 
-    def benchmark(cell: CellRecord) -> str:
-        extra = labels[id(cell)][1]
-        which = (cell.benchmark.title, cell.beneath, f"({cell.metric})", extra and f"· {extra}")
-        return " ".join(filter(None, which))
-
     def layers(cell: CellRecord) -> str:
         return f"{len({run.layer for run in cell.runs})} of {cell.model.layers}"
 
@@ -224,7 +219,7 @@ def list_cells(folder: Path | None, results: Path) -> None:
 
     columns: tuple[Column[CellRecord], ...] = (
         Column("model", "text", lambda cell: labels[id(cell)][0]),
-        Column("benchmark", "text", benchmark),
+        Column("benchmark", "text", lambda cell: benchmark_of(cell, labels[id(cell)][1])),
         Column("shots", "count", lambda cell: cell.benchmark.num_fewshot),
         Column("documents", "count", _documents),
         Column("layers", "text", layers),

@@ -240,7 +240,6 @@ def _save(
     When this returns, no model is in memory any more: the fresh process may need the room.
     """
     from tracker.models import checkpoint
-    from tracker.models.checkpoint import times_as_fast
     from tracker.models.load import load_model
     from tracker.models.placement import weight_bytes
 
@@ -257,7 +256,7 @@ def _save(
     progress.say("measuring how fast both read")
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     length = min(LENGTH, longest or LENGTH)
-    faster = times_as_fast(twin, loaded.model, BATCH, length)
+    faster = checkpoint.times_as_fast(twin, loaded.model, BATCH, length)
     before, after = (
         Size(layers, model.num_parameters(), weight_bytes(model))
         for model, layers in ((loaded.model, len(loaded.layers)), (twin, len(kept)))

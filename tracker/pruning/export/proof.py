@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from tracker.benchmarks.standalone import write_tasks
 from tracker.core.ablations import ablate
@@ -21,12 +23,8 @@ from tracker.core.records import CellRecord
 from tracker.engine.selfcheck.check import HALF, SINGLE
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
+from tracker.models.load import LoadedModel
 from tracker.pruning.export.facts import Proof
-
-if TYPE_CHECKING:
-    import torch
-
-    from tracker.models.load import LoadedModel
 
 TEXTS = (
     "The capital of France is Paris, and that of Japan is",
@@ -62,8 +60,6 @@ class ExpectedAnswers:
 
 def expected(loaded: LoadedModel, twin: Any, device: str) -> ExpectedAnswers:
     """Ask the really pruned copy of a loaded model."""
-    import torch
-
     tokens = [loaded.tokenizer(text).input_ids for text in TEXTS]
     logits = []
     with torch.inference_mode():
