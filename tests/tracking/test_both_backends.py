@@ -1,4 +1,4 @@
-"""The real program with both backends at once: what one lacks does not keep the other from it."""
+"""Both backends at once: what one lacks does not keep the other from it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import cli, printed
 from tracker import api
 from tracker.tracking.figures import flat_metrics
 
@@ -23,27 +24,28 @@ PASSWORD = "planted-mlflow-password"
 
 
 def test_one_is_away_and_no_secret_is_anywhere(
-    client: Client, double: WandbDouble, study: Path
+    client: Client, double: WandbDouble, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study.write_text(f"entity: team\nproject: layers\n{study.read_text()}")
-    away = f"http://ann:{PASSWORD}@127.0.0.1:{free_port()}"
-    broken = client.call(
-        *("tracker", "run", str(study), "--track", "mlflow,wandb"), MLFLOW_TRACKING_URI=away
-    )
-    assert broken.returncode == 1
-    assert "not published: tiny-llama" in broken.stderr.replace(str(client.folder) + "/", "")
-    assert "tracker sync --to mlflow:team/layers" in broken.stderr
-    assert f"runs:   {double.url}/team/layers" in broken.stdout
+    client.lend(monkeypatch)
+    there = ("--results", client.folder / "results")
+    with monkeypatch.context() as away:
+        address = f"http://ann:{PASSWORD}@127.0.0.1:{free_port()}"
+        away.setenv("MLFLOW_TRACKING_URI", address)
+        broken = cli("run", study, "--track", "mlflow,wandb", *there)
+    assert broken.exit_code == 1
+    assert "not published: tiny-llama" in broken.output.replace(str(client.folder) + "/", "")
+    assert "tracker sync --to mlflow:team/layers" in broken.output
+    assert f"runs:   {double.url}/team/layers" in broken.output
 
     (cell,) = api.ls(client.folder / "results")
     assert len(shown(double, cell)) == 4
 
-    whole = client.call("tracker", "sync", "--to", "mlflow,wandb")
-    assert whole.returncode == 0, whole.stderr
+    whole = printed("sync", "--to", "mlflow,wandb", *there)
     assert len(Store(local(client.folder / "results"), "team/layers").runs) == 4
     assert len(runs(double)) == 4
 
-    said = broken.stdout + broken.stderr + whole.stdout + whole.stderr
+    said = broken.output + whole
     written = [p for p in client.folder.rglob("*") if p.is_file()]
     assert len(written) > 20
     for secret in (PASSWORD, double.key):
