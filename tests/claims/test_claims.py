@@ -9,6 +9,7 @@ import pytest
 from tracker import api
 from tracker.report.leaderboard.claims import answer, claims
 
+from .__main__ import words
 from .made_up import THREE, write_results
 from .reading import false_statements, in_order, listed, named, tried
 
@@ -51,6 +52,11 @@ def test_what_is_said_is_read() -> None:
     assert [
         *listed("layer (0-based)  drop\n      3   20.1 (1.0 to 39.2)\n15 of 16 runs are not")
     ] == ["layer 3 matters"]
+
+
+def test_a_sentence_is_the_same_of_other_layers() -> None:
+    said = "It falls without layer 0, 3 or 11."
+    assert words(said) == words("It falls without layer 12.") == "It falls without layer #."
 
 
 def test_what_is_not_so_is_found() -> None:
