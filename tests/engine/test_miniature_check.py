@@ -272,6 +272,7 @@ class TestCheck:
         rows, texts = (
             spy(Engine, name, lambda *_: torch.get_num_threads()) for name in ("score", "read")
         )
+        request.addfinalizer(lambda: torch.set_num_threads(1))
         torch.set_num_threads(2)
         engine = engine_of("llama")
         verdict_on(engine)
