@@ -272,8 +272,9 @@ class Engine:
     ) -> Iterator[_Scored]:
         """Score rows; one that does not fit into memory is halved."""
         if not self.sharing.depth:
-            for row, ablated, scores in self._scored_apart(documents, ablations):
-                yield row, ablated, scores
+            for scored in self._scored_apart(documents, ablations):
+                yield scored
+                row, ablated, _ = scored
                 progress(len(row.requests) * len(ablated))
             return
         plan = plan_streams(ablations, len(self.loaded.layers))
