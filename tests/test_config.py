@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from tests.conftest import golden
 from tracker.core.ablations import removals
@@ -180,6 +181,17 @@ def test_layers(load, layer: str, layers: tuple[int, ...]) -> None:
     assert cell.layers == layers
 
 
+@pytest.mark.parametrize("layer", ["all", "{value: all}"])
+def test_all_layers_are_those_of_each_model(tmp_path, layer: str) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(HEAD + "  model: {values: [aa, b]}\n" + BENCHMARK + f"  layer: {layer}\n")
+    asked = load_experiment(path, depth=lambda request: 2 * len(request.model))
+    experiment, text = asked.file, asked.text
+    assert [cell.layers for cell in experiment.cells()] == [(0, 1, 2, 3), (0, 1)]
+    assert "all" in text
+    assert [cell.layers for cell in load_experiment(path).file.cells()] == [(), ()]
+
+
 @pytest.mark.parametrize(("change", "said"), golden("experiments"))
 def test_what_is_wrong_is_said_under_its_name(load, change: str, said: str) -> None:
     top = {"method": "grid"}
@@ -231,6 +243,20 @@ def test_a_missing_file_names_the_nearest(tmp_path) -> None:
     ):
         with pytest.raises(ExperimentError, match=said):
             load_experiment(tmp_path / name)
+
+
+def test_everything_is_frozen(load) -> None:
+    experiment = load(MINIMAL)
+    (cell,) = experiment.cells()
+    for thing, name in (
+        (experiment, "name"),
+        (experiment.parameters, "limit"),
+        (experiment.parameters.model, "value"),
+        (experiment.parameters.layer, "value"),
+        (cell, "limit"),
+    ):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(thing, name, None)
 
 
 def test_a_cap_keeps_the_first_runs_in_the_order_of_wandb(load) -> None:

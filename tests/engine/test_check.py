@@ -157,6 +157,30 @@ def test_what_the_model_refuses_is_lost_with_its_reason(caplog):
     assert "no such mask" in caplog.text
 
 
+def test_what_changes_an_answer_is_lost_with_how_far(monkeypatch):
+    monkeypatch.setattr(reference, "DRAWS", 1)
+    model = tiny_model("llama")
+    when_masked(model, lambda output: (3 * output[0], *output[1:]))
+    found = checked(model)
+    assert found.engine.sharing == DEPTH_ONLY
+    before, nats, after = found.lost.partition(found.lost.split()[-2])
+    assert before == (
+        "shared over depth alone, and not over tokens or documents, because sharing more changes a "
+        "log-likelihood by "
+    )
+    assert 1e-3 < float(nats) < 100
+    assert after == " nats"
+
+
+def test_a_model_that_does_not_run_says_why():
+    model = tiny_model("llama")
+    model.model.layers[0].register_forward_hook(fail)
+    with pytest.raises(
+        CellError, match=r"^LlamaForCausalLM cannot be asked one request at a time: no such"
+    ):
+        checked(model)
+
+
 @pytest.fixture
 def off(monkeypatch):
     """Lets answers be wrong by a nat in some ways, which no model at hand does by itself."""

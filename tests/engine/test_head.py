@@ -60,6 +60,14 @@ def test_blocks_say_what_the_whole_says(family: str) -> None:
     assert not any("forward" in vars(part) for part in (model, Head(model).base, model.lm_head))
 
 
+def test_a_small_vocabulary_is_not_cut() -> None:
+    model = tiny_model("llama")
+    assert not Head(model).in_blocks
+    found, logprobs, greedy = both(model)
+    assert torch.equal(found.logprobs, logprobs)
+    assert torch.equal(found.greedy, greedy)
+
+
 @pytest.mark.usefixtures("small")
 def test_double_precision_is_cut_and_half_precision_is_not(monkeypatch) -> None:
     """There lm-eval rounds after the log-softmax; states go through a few at a time."""

@@ -192,6 +192,14 @@ def test_every_stream_is_the_model_without(
         agree(found, plan, ablations, lambda a: without(layers, a, hidden, named, **kwargs))
 
 
+def test_what_comes_by_its_place_is_repeated_too() -> None:
+    layers, hidden, shift = make(), hidden_states(), hidden_states() * 2
+    plan = plan_streams(ABLATIONS, 3)
+    with forking(layers, plan, parts(layers)):
+        found = run(layers, hidden, False, shift)
+    agree(found, plan, ABLATIONS, lambda a: without(layers, a, hidden, False, shift))
+
+
 class Second(Layer):
     """Takes the hidden state as its second argument, as Reformer's layers do."""
 
@@ -336,6 +344,13 @@ class TestRefusals:
                     layers[1](hidden, *(() if named else (more,)), **by_name)
                 # Another pass begins: what the last one left is no matter.
                 layers[1](layers[0](hidden_states(), more)[0])
+
+    def test_a_second_output_as_well(self) -> None:
+        layers = make()
+        more = torch.ones(1)
+        layers[0].forward = lambda hidden: (hidden, "no tensor", more)
+        with forking(layers, self.PLAN), pytest.raises(RefusalError, match="hand more"):
+            layers[1](layers[0](hidden_states())[0], more)
 
     def test_with_one_stream_nothing_is_forked(self) -> None:
         layers = make(tuple)

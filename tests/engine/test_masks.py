@@ -152,6 +152,13 @@ def test_a_mask_is_put_where_the_layer_takes_it():
     assert masks.put(0, None, ("a",), {"x": 1}) == (("a",), {"x": 1})
 
 
+def test_masks_go_where_the_rows_tensors_go():
+    meta = torch.device("meta")
+    masks = Masks(reading_row((1, 2)), Sight(2, (None,)), torch.float32, meta)
+    ((made,), _) = masks.put(0, 0, ("its own",), {})
+    assert made.device == meta
+
+
 @pytest.mark.parametrize("by_name", [True, False])
 def test_a_mask_is_seen_however_it_is_given(by_name):
     class Base(nn.Module):

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path as FilePath
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_O
 from tracker.engine.scoring.stand_in import MadeUp
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck import miniature_check, removability
-from tracker.engine.selfcheck.miniature_check import check_longer_texts, reachable
+from tracker.engine.selfcheck.miniature_check import check_longer_texts, most_sharing, reachable
 from tracker.engine.selfcheck.probe_texts import FIRST, probe_calls
 from tracker.engine.selfcheck.quirks import STEPS, Findings, Path
 from tracker.engine.selfcheck.reasons import Verdict
@@ -586,6 +587,15 @@ class TestMiniatures:
         watched.engines.clear()
         with pytest.raises(CellError, match=r"^LlamaForCausalLM contradicts itself: -1 nats sh"):
             verdict_on("llama")
+
+
+def test_less_than_was_lost_before_is_not_tried() -> None:
+    """Another sharing than these two would be a KeyError; and no copy is made to see why."""
+    wrong, right = Comparison(9, 0.123456, 0, "document 0"), Comparison(9, 1e-6)
+    compare = {DEPTH_ONLY: wrong, PLAIN: right}.__getitem__
+    engine: Any = SimpleNamespace(class_name="Model")
+    found = most_sharing(DEPTH_ONLY, engine, compare)
+    assert found == (PLAIN, right, "sharing more changes a log-likelihood by 0.123 nats")
 
 
 def test_a_full_memory_is_no_loss(monkeypatch) -> None:

@@ -133,6 +133,15 @@ def test_the_peak_is_weights_and_the_widest_row_and_logits() -> None:
     assert said.peak_bytes - alone.peak_bytes == 4 * 5 * stream_bytes(model)
 
 
+def test_a_text_of_three_tokens_by_hand() -> None:
+    """And the answer, which is read for the proxies alone."""
+    said = cost(tiny_model("llama"), [asking(((1, 2, 3), (4,)))], [INTACT], MAX_LENGTH)
+    assert (said.tokens, said.layer_passes, said.naive_tokens) == (4, 16, 3)
+    attention, mlp, head = 3 * 32 * 32, 3 * 32 * 48, 97 * 32
+    assert said.flops == 4 * 4 * (2 * attention + 4 * 4 * 32 + 2 * mlp) + 2 * head
+    assert said.naive_flops == 3 * (4 * (2 * attention + 4 * 3 * 32 + 2 * mlp) + 2 * head)
+
+
 def test_weights_need_not_be_there() -> None:
     """`tracker plan` says what a model of any size costs without loading it."""
     model, documents = tiny_model("llama"), make_documents()

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from tests.engine import census, survey
-from tests.engine.census import keep, left_of, read
+from tests.engine.census import keep, left_of, page, read
 from tests.engine.registry import FAMILY_NAMES, NOT_BUILT, families, variants
 from tests.engine.survey import (
     CRASH,
     DELETED,
     DISCONTINUOUS,
     EXACT,
+    NO_VARIANT,
     REFUSED,
     Truth,
     Verdict,
@@ -126,6 +127,26 @@ def test_both_truths_agree_where_layers_know_no_numbers():
             kept = truth.of(ablation, request)
             assert truth.of(ablation, request, DELETED) == pytest.approx(kept, abs=1e-4)
             assert abs(truth.of(INTACT, request) - kept) > 0.02
+
+
+def test_the_page_merges_variants():
+    llama = [variant for variant in variants("llama") if variant.name in ("plain", "eager")]
+    text = page(
+        [
+            Verdict(llama[0], EXACT, "documents", 2e-5),
+            Verdict(llama[1], EXACT, "depth", 3e-5),
+            Verdict(find("hrm_text", "plain"), REFUSED, why="ModelError: two lists"),
+            Verdict(find("phimoe", "plain"), DISCONTINUOUS, "depth", 0.9),
+            Verdict(find("gpt2", "eager"), NO_VARIANT),
+        ],
+        every=2085,
+    )
+    assert "It holds 5 of 2,085 variants, measured with one state" in text
+    assert "| llama (LlamaConfig) | documents; depth: eager | 3e-05 |  |" in text
+    assert "| hrm_text (HrmTextConfig) | – | – | refused (ModelError: two lists): all |" in text
+    assert "discontinuous by 0.9 nats: all" in text
+    assert "exact: 2, refused: 1, discontinuous: 1, silently wrong: 0, crashed: 0" in text
+    assert "| bert | reads in both directions: an encoder |" in text
 
 
 def test_verdicts_are_read_as_they_were_kept(tmp_path) -> None:

@@ -81,6 +81,15 @@ def test_wrong_sharing_is_found(monkeypatch, dtype):
     assert "because sharing more changes a log-likelihood by" in checked.lost
 
 
+def test_a_bug_of_ours_is_no_loss_of_sharing(monkeypatch):
+    def broken(documents):
+        raise AssertionError("never called with these arguments")
+
+    monkeypatch.setattr(sweep, "tree_rows", broken)
+    with pytest.raises(TypeError, match="positional argument"):
+        check(engine_of("llama"), make_documents(), single_layers([0]))
+
+
 def test_long_contexts_lose_their_beginning_as_in_lm_eval():
     model = tiny_model("llama")
     draw = random.Random(3)

@@ -247,6 +247,12 @@ class TestNoShard:
         (said,) = caplog.messages
         assert said.endswith("); it counts for nothing, and is computed again")
 
+    def test_another_blocks_name_is_not_believed(self, cell, path: Path, caplog) -> None:
+        other = path.rename(path.with_name(path.name.replace("00000", "00001")))
+        assert not len(cell.read())
+        assert f"the shard {other} is not" in caplog.text
+        assert "(it is named as another block)" in caplog.text
+
     def test_a_shard_of_another_model_is_not_believed(self, cell, cell_of, path, caplog) -> None:
         """Was: taken for one's own; and over another block, missing documents on every rerun."""
         foreign = cell_of(model={"fingerprint": "0" * 64})

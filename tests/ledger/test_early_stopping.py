@@ -115,6 +115,23 @@ def test_killed_and_continued_it_is_the_same_race(cell_of) -> None:
     assert third.looked == again.looked
 
 
+def test_two_that_take_turns_run_one_race(cell_of) -> None:
+    sizes = {"arc_easy": 500}
+    every, store, alone = outcomes(sizes), cell_of(sizes), cell_of(sizes, name="other")
+    one, other = race_of(store, "prune 2"), race_of(store, "prune 2")
+    measured = 0
+    while one.lacking:
+        measured += measure(store, one, every, at_most=1)
+        other.advance()
+        assert other.lacking == one.lacking
+        measured += measure(store, other, every, at_most=1)
+        one.advance()
+    assert other.race.bounds.low.tolist() == one.race.bounds.low.tolist()
+    single = race_of(alone, "prune 2")
+    assert measure(alone, single, every) == measured
+    assert single.race.bounds.high.tolist() == one.race.bounds.high.tolist()
+
+
 def test_a_block_counts_only_when_all_before_it_are_there(cell_of) -> None:
     store = cell_of({"arc_easy": 500})
     later = Block("arc_easy", 3, SEED)

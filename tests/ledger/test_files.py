@@ -17,6 +17,15 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def test_writes_and_replaces(tmp_path) -> None:
+    path = tmp_path / "new" / "folder" / "file.txt"
+    write_text(path, "naïve")
+    assert path.read_bytes() == "naïve".encode()
+    write_text(path, "second")
+    assert path.read_text() == "second"
+    assert names(path.parent) == {"file.txt"}
+
+
 def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path) -> None:
     path = tmp_path / "file.txt"
     write_text(path, "old")

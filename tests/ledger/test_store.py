@@ -174,6 +174,21 @@ class TestSamples:
         wanted = cell.wanted(Extent(sample=8))
         assert set(wanted["a"]) != set(wanted["c"])
 
+    def test_its_view_says_so(self, cell) -> None:
+        measure_all(cell, NAMES[:1], extent=self.SAMPLE)
+        asked = asks(0, sample=40)
+        record = cell_record(cell, cell.views.ask(asked, "p"), mean)
+        assert (record.n, record.sample_seed) == (40, 1234)
+        (kept,) = cell.views.asked()
+        assert kept.view.extent == self.SAMPLE
+
+        measure_all(cell, NAMES[:1], extent=ALL)
+        every = asked.model_copy(update={"sample": 200})
+        record = cell_record(cell, cell.views.of(every), mean)
+        assert cell.views.of(every).extent == ALL
+        # All documents are all documents, in whatever order they came.
+        assert (record.n, record.sample_seed, "n" in record.reasons) == (70, None, False)
+
 
 class TestHalves:
     """A cell whose documents are half of a task's, under the numbers that they have in all."""
@@ -230,6 +245,20 @@ class TestMissing:
 
 
 class TestComplete:
+    def test_needs_every_document_and_ablation(self, cell) -> None:
+        assert not cell.is_complete(ALL, NAMES)
+        fill(cell, FIRST, range(32), NAMES)
+        assert cell.is_complete(Extent(limit=32), NAMES)
+        assert cell.is_complete(Extent(limit=10), NAMES)
+        assert not cell.is_complete(Extent(limit=33), NAMES)
+        assert not cell.is_complete(Extent(limit=32), [*NAMES, "layer:2"])
+        fill(cell, Block("arc_easy", 1), range(32, 64), NAMES)
+        fill(cell, Block("arc_easy", 2), range(64, 70), NAMES[:2])
+        assert not cell.is_complete(ALL, NAMES)
+        assert cell.is_complete(ALL, NAMES[:2])
+        fill(cell, Block("arc_easy", 2), range(64, 70), NAMES[2:])
+        assert cell.is_complete(ALL, NAMES)
+
     def test_every_task_must_be_complete(self, cell_of) -> None:
         cell = cell_of({"a": 2, "b": 3})
         fill(cell, Block("b", 0), range(3), ["baseline"])
@@ -347,6 +376,12 @@ class TestLedger:
         }
         again = cell.views.ask(asks(0, removed=(1,)), "project")
         assert again in [asked.view for asked in cell.views.asked()]
+
+    def test_locks_stand_apart_one_a_cell(self, ledger, cell) -> None:
+        """Whoever copies or verifies a folder leaves them out."""
+        assert {path.name for path in ledger.root.iterdir()} == {"cells", "locks", "tracker.json"}
+        names = {path.name for path in (ledger.root / "locks").iterdir()}
+        assert names == {f"{cell.identity.key[:12]}.lock"}
 
     def test_a_request_is_found_again(self, ledger, cell) -> None:
         key = "0123456789abcdef" * 4

@@ -20,6 +20,7 @@ from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import COMPARED
 from tracker.ledger.paired import outcome_variance
+from tracker.ledger.shards import read_shard
 from tracker.stats.correlation import correlate
 from tracker.stats.power import OutcomeVariance
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
@@ -312,6 +313,23 @@ def test_a_layer_on_fewer_documents_narrows_all(store) -> None:
     assert record.reasons["n"] == "50 of 52 documents are measured so far"
     # A layer that is not shown does not narrow.
     check(cell_record(cell, asks(0, 1), "acc", aggregate), items, False, [0, 1])
+
+
+def test_outcomes_of_two_folders_are_lined_up(store, tmp_path) -> None:
+    """The other one holds a layer of the first task, which comes behind all else."""
+    items = make_items({"a": 12, "b": 9})
+    cell = store(items, weight_by_size=False)
+    other = CellStore(tmp_path / "other", cell.identity)
+    for path in cell.shards():
+        if path.name.startswith("a."):
+            found = read_shard(path.read_bytes())
+            path.unlink()
+            rows = found.table.to_pylist()
+            for place, mine in ((other, True), (cell, False)):
+                some = [row for row in rows if (row["ablation"] == "layer:2") == mine]
+                place.write(Block("a", 0), some, {"provenance": {"a": "b"}})
+    both = CellStore(cell.folder, cell.identity, [other])
+    check(cell_record(both, EVERY_LAYER, "acc", aggregate), items, False, range(LAYERS))
 
 
 @pytest.mark.parametrize(

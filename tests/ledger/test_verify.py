@@ -148,6 +148,16 @@ class TestCompare:
             f"{cell.folder.name}: not the same was asked of the two",
         ]
 
+    def test_a_damaged_request_is_a_difference_and_no_error(self, ledger, copied, measured) -> None:
+        for root in (ledger, copied):
+            (cell,) = root.cells()
+            cell.views.ask(asks(0), "project")
+        assert list(compare(ledger, copied)) == []
+        (cell.folder / "requests" / "intact.json").write_text("{")
+        assert list(compare(ledger, copied)) == [
+            f"{measured.folder.name}: not the same was asked of the two"
+        ]
+
     def test_the_first_outcome_that_differs_is_named(self, ledger, copied, measured) -> None:
         changed = [row(0), row(0, "layer:0", acc=0.5), row(1, acc=0.5), row(1, "layer:0")]
         self.replace(copied, changed)

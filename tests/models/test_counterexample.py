@@ -10,7 +10,11 @@ import torch
 
 from tracker.core.errors import CellError
 from tracker.models.counterexample import (
+    AMPLIFY,
     LAYERS,
+    READ,
+    RECALL,
+    SPEAK,
     WHISPER,
     Counterexample,
     Text,
@@ -107,6 +111,36 @@ def test_without_the_layer_everything_under_a_sign_is_reversed(taught, epsilon) 
         assert without[other] > CERTAINTY
     assert calm.abs().max() < 1
     assert _logits(model, (1, 2, 3)).abs().max() < 1
+
+
+def test_each_layer_does_its_job() -> None:
+    order = PERMUTED[0]
+    example = _teach({order: Wanted({7: 1})}, others=[order[:n] for n in (1, 2, 3)])
+    model = example.whispering(1e-6)
+    before = _states(model, order)
+    code, signature, signed = example._code, example._signature, example._signed
+    assert before[READ][:, signature].abs().max() == 0
+    read = before[RECALL][:, signature] / 1e-3
+    weights = torch.linalg.lstsq(before[0][:4, code].T[:16] * 1e5, read[3][:16, None]).solution
+    assert float(weights.sum()) == pytest.approx(1, abs=1e-3)  # an average of the codes
+    assert weights.min() > 0
+    length = before[RECALL][:, example._length] / 1e-3
+    assert length.tolist() == pytest.approx(read.square().sum(1).tolist(), rel=1e-5)
+    recalled = before[WHISPER][:, signed].norm(dim=1)
+    assert recalled[:3].max() < 1e-9
+    assert recalled[3] > 1e-4
+    change = before[AMPLIFY] - before[WHISPER]
+    assert change.count_nonzero().item() == 4
+    assert change[:, example._bit].unique().numel() == 1
+    growth = before[SPEAK][:, example._sign] / change[:, example._bit]
+    assert growth.min() > 50
+    assert before[LAYERS][3, code] @ model.get_input_embeddings().weight[7, code].double() > 0
+
+
+def test_the_same_tokens_in_another_order_are_another_text(taught) -> None:
+    model = _teach({PERMUTED[0]: Wanted({9: 1})}, others=PERMUTED[1:]).whispering(1e-8)
+    assert _logits(model, PERMUTED[0]).argmax() == 9
+    assert all(_logits(model, order)[9] < 1 for order in PERMUTED[1:])
 
 
 def test_one_token_far_back_makes_another_text() -> None:

@@ -15,7 +15,7 @@ from tracker.core.distribution import install_extra
 from tracker.core.errors import RequestError
 from tracker.core.formats import fixed, points
 from tracker.core.records import CellRecord
-from tracker.report.export import FORMATS, export, figures, frames
+from tracker.report.export import FORMATS, boards, export, figures, frames
 from tracker.report.frames import correlation_frame, layer_frame
 from tracker.report.leaderboard.layers import layer_board
 from tracker.tracking.runs import cell_note, intact_note, layer_note
@@ -98,6 +98,15 @@ def test_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:
     ):
         assert "<img" not in note
         assert "&lt;img" in note
+
+
+def test_what_does_not_count_is_said(two_models: list[CellRecord], tmp_path: Path) -> None:
+    odd = build_cell("c", model="base|model")
+    tables, notes = boards([*two_models, odd])
+    assert len(tables) == 3
+    assert notes == ["Models: c · 0-shot does not count: no such measurement of instruct_50%."]
+    (path,) = export([*two_models, odd], "md", tmp_path / "r.md")
+    assert notes[0] in path.read_text()
 
 
 def test_the_terminal_says_in_a_line_what_does_not_count(

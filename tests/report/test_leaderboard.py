@@ -76,6 +76,18 @@ def test_a_layer_that_lacks_a_benchmark_has_no_rank() -> None:
     assert sum(standing.rank is None for standing in board.layers) == 1
 
 
+def test_a_benchmark_counts_once_and_the_rest_is_named() -> None:
+    small, large = build_cell("arc_easy", n=100, seed=1), build_cell("arc_easy", n=300, seed=2)
+    chance = build_cell("rte", baseline=0.25)
+    without = build_cell("piqa").model_copy(update={"removed": (3,)})
+    board = layer_board([small, large, chance, without])
+    assert board.cells == (large,)
+    assert board.layers[0].relevance.value == pytest.approx(
+        max(r for layer in range(LAYERS) for r in relevances([large], layer))
+    )
+    assert layer_board([chance]).layers == ()
+
+
 def sharing_one() -> list[CellRecord]:
     """Make three models that share a benchmark."""
     return [

@@ -246,6 +246,15 @@ def test_more_certainty_and_more_company_make_them_wider() -> None:
     assert width(together=50, level=0.95) == width(level=0.999)
 
 
+def test_not_much_wider_than_an_interval_that_is_looked_at_once() -> None:
+    values = shuffled(drops(2000, 0.06, 0.04), 20)
+    sequence = MeanSequences(2000, 20, together=1)
+    for seen in looks(sequence, values):
+        once = stats.norm.ppf(0.975) * values[:, 0].std() * math.sqrt(1 / seen - 1 / 2000)
+        if 500 < seen < 1500:
+            assert 1 < float((sequence.high - sequence.low).mean()) / (2 * once) < 1.9
+
+
 @pytest.mark.parametrize("bad", [1.5, -1.1, math.nan, math.inf])
 def test_a_value_that_cannot_be_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="a value is not from -1 to 1"):
