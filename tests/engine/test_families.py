@@ -11,16 +11,19 @@ import pytest
 from tests.ablations import single_layers
 from tests.engine.families import FAMILIES, LAYERS, tiny_model
 from tests.engine.plain import (
+    MAX_LENGTH,
     agree,
     answers,
     engine_of,
+    loaded,
     make_documents,
     skipped,
 )
 from tracker.core.ablations import INTACT, Ablation
-from tracker.core.errors import ModelError
+from tracker.core.errors import CellError, ModelError
 from tracker.engine.scoring.prefix import SHORTEST
-from tracker.engine.scoring.sharing import FULL
+from tracker.engine.scoring.sharing import FULL, PLAIN
+from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check
 from tracker.engine.selfcheck.reasons import LEFT
 from tracker.models.layers import find_layers
@@ -54,6 +57,12 @@ class TestFamilies:
             assert "\n" not in checked.lost
         assert checked.difference < 1e-4
         agree(checked.engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)
+
+    def test_without_sharing_too(self, family):
+        """What the self-check trusts: the layers really taken out, and the rest re-indexed."""
+        model, documents = tiny_model(family), make_documents(2)
+        engine = engine_of(model, PLAIN)
+        agree(engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)
 
     def test_its_sublayers_too_or_it_is_refused(self, family):
         model, documents = tiny_model(family), make_documents(2)
@@ -97,3 +106,28 @@ def test_a_long_common_beginning_is_read_once(family):
     engine = engine_of(model, row_tokens=40)
     assert engine.shares_a_prefix(documents)
     agree(engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)
+
+
+def test_a_model_that_cannot_be_measured_says_what_it_does():
+    """Gemma 3n passes on several predictions of the hidden state, and the batch comes second."""
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    config = Gemma3nTextConfig(
+        vocab_size=300,
+        vocab_size_per_layer_input=300,
+        hidden_size=32,
+        hidden_size_per_layer_input=8,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_kv_shared_layers=2,
+        head_dim=8,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    engine = Engine(loaded(Gemma3nForCausalLM(config).eval()), MAX_LENGTH)
+    with pytest.raises(CellError, match=r"its layers pass on \(2, 1, 18, 32\), and not \[texts"):
+        check(engine, make_documents(2), ABLATIONS)

@@ -271,6 +271,13 @@ def test_it_is_asked_only_for_what_it_can_say() -> None:
     measure(made(Reader), Draw().spoken((12, 9, 20), (1, 3)), (1, 2))
 
 
+class Listing(LlamaForCausalLM):
+    """Returns a tuple, whatever it is asked for."""
+
+    def forward(self, *args: Any, **more: Any) -> Any:
+        return super().forward(*args, **more).to_tuple()
+
+
 class Last(LlamaForCausalLM):
     """Returns what it says of the last token alone, as models made for generating may do."""
 
@@ -298,10 +305,19 @@ class ForGood(LlamaForCausalLM):
             self.switch["turn"] = 0.5
 
 
+class Tiring(ForGood):
+    """Counts its calls where nobody looks, and turns positions by how many there were."""
+
+    def count(self, tokens: int) -> None:
+        self.switch["turn"] = self.switch.get("turn", 1.0) * 0.99
+
+
 @pytest.mark.parametrize(
     ("kind", "contexts", "said"),
     [
         (ForGood, (110, 120), r"contradicts itself: it says \S+ nats of a text after shorter ones"),
+        (Tiring, (110, 120), r"contradicts itself: it says \S+ nats of a text after shorter ones"),
+        (Listing, (12, 9), ".*it does not return 'logits' of every token"),
         (Last, (12, 9), ".*it does not return 'logits' of every token"),
     ],
 )

@@ -94,7 +94,7 @@ def by_races(cell: MeasuredDocuments, text: str, orders: np.ndarray) -> dict[str
 def test_a_replay_is_a_race(cell: MeasuredDocuments, text: str, group: bool, others: int) -> None:
     """Of all documents or a sample; of a group whole blocks of each task are measured."""
     assert cell.everything == 21  # 6 for the baseline, and 5 + 4 + 3 + 2 + 1 + 0
-    cell, orders = replace(cell, counts={"t": 400 + others}), orders_of(400)[:2]
+    cell, orders = replace(cell, counts={"t": 400 + others}), orders_of(400)[:4]
     if group:
         tasks = tuple("ab"[number % 5 == 0] for number in range(400))
         cell = replace(cell, tasks=tasks, counts={"a": 320 + others, "b": 80})
