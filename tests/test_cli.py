@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 import tracker
 from tests.conftest import TRACKER, cli, golden, printed, refused, save_llama
@@ -316,6 +317,15 @@ def test_the_table_is_printed_where_the_page_cannot_be_written(model, experiment
     assert f"not written: {results / 'report.html'} cannot be written" in found.output
 
 
+def test_ls_shows_the_others_beside_a_damaged_cell(tmp_path):
+    root = faults.make(tmp_path / "results")
+    (root / "cells" / "more").mkdir()
+    found = cli("ls", "--results", root)
+    assert found.exit_code == 1
+    assert "tiny-6" in found.output
+    assert f"damaged: {root / 'cells' / 'more'}: its cell.json cannot be used" in found.output
+
+
 @pytest.mark.parametrize(("every", "lines"), [(0, [4, 9, 10, 10]), (300, [10])])
 def test_a_log_gets_the_bar_as_a_line_now_and_then(capsys, monkeypatch, every, lines):
     """Was: nobody could tell from a job's log whether it went on, for hours."""
@@ -489,6 +499,26 @@ def test_wrong_requests_are_refused_and_nothing_is_written(model, experiment, tm
     refused(run(experiment(model)), "newer tracker", "99")
     for command in ("ls", "sync", "report", "check"):
         refused(cli(command, "--results", tmp_path / "empty"), "is not a results folder")
+
+
+def test_a_tracking_store_that_cannot_be_written_costs_an_upload_not_a_result(
+    model, experiment, tmp_path
+):
+    results = tmp_path / "results"
+    (results / "mlflow.db").mkdir(parents=True)
+    file = experiment(model)
+    result = cli("run", file, "--results", results)
+    assert result.exit_code == 1, result.output
+    for words in ("not published", "tracker sync", "Spearman"):
+        assert words in result.output
+    assert cli("sync", "--results", results).exit_code == 1
+
+    (results / "mlflow.db").rmdir()
+    client = MlflowClient(tracking_uri=f"sqlite:///{results / 'mlflow.db'}")
+    for _ in range(2):
+        printed("sync", "--results", results)
+        (project,) = [e for e in client.search_experiments() if e.name == "tracker"]
+        assert len(client.search_runs([project.experiment_id])) == 6
 
 
 def test_what_a_library_ignores_is_not_shown():

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 import tracker
@@ -61,6 +62,27 @@ def test_a_killed_run_continues_and_ends_with_the_same_numbers(study, start, tmp
     assert all(path.read_bytes() == content for path, content in kept.items())
     pd.testing.assert_frame_equal(outcomes(killed), outcomes(undisturbed), check_exact=True)
     assert not list(killed.glob("cells/*/shards/.*.tmp"))
+
+
+def test_two_runs_at_once_share_the_work(study, start, tmp_path):
+    documents, results = 2 * BLOCK + 5, tmp_path / "shared"
+    file = study(documents)
+    both = [start("run", file, "--results", results) for _ in range(2)]
+    for process in both:
+        output = finish(process)
+        assert process.returncode == 0, output
+        assert "Spearman" in output
+    together = pd.concat(pq.read_table(path).to_pandas() for path in shards(results))
+    # Counted in the files themselves: nothing was computed twice, nothing is missing.
+    assert not together.duplicated(["task", "doc", "ablation"]).any()
+    assert len(together) == documents * (LAYERS + 1)
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{results / 'mlflow.db'}")
+    (project,) = [e for e in client.search_experiments() if e.name == "tracker"]
+    runs = client.search_runs([project.experiment_id])
+    assert len(runs) == LAYERS + 2
 
 
 def test_a_full_disk_stops_cleanly_and_the_next_run_continues(study, start, tmp_path):

@@ -17,13 +17,16 @@ from tracker import api
 from tracker.core.asked import load_experiment
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
+from tracker.core.views import View
+from tracker.ledger.cells import CellStore
+from tracker.ledger.early_stopping import interim_estimates
 from tracker.ledger.store import Ledger
 from tracker.team import live
-from tracker.team.live import Live
+from tracker.team.live import Live, progress_figures
 from tracker.team.publish import Trial
 from tracker.tracking import open_backend, open_live_run
 from tracker.tracking.base import LiveRun
-from tracker.tracking.figures import flat_metrics
+from tracker.tracking.figures import cell_figures, flat_metrics
 
 from .wandb_client import Client
 from .wandb_double import WandbDouble
@@ -181,3 +184,34 @@ def test_the_measurement_waits_for_no_picture(measured: Measured) -> None:
     assert not left.is_set()
     shown.close()
     assert left.wait(60)
+
+
+def test_what_is_known_so_far_is_what_the_record_says(measured: Measured) -> None:
+    store, view, record = measured.store, measured.view, measured.record
+    found = interim_estimates(store, view)
+    assert (found.documents, found.wanted, found.tokens) == (record.n, 6, record.tokens)
+    assert [(d.value, d.low, d.high) for d in found.drops.values()] == [
+        (run.accuracy_drop, run.accuracy_drop_low, run.accuracy_drop_high) for run in record.runs
+    ]
+    # What it took is with the cell, too.
+    assert record.seconds is not None
+    assert record.peak_bytes is not None
+    assert 0 < record.seconds < 3600
+    assert record.peak_bytes > 2**20
+    shown = cell_figures(record)
+    assert (shown["seconds"], shown["peak_bytes"]) == (record.seconds, record.peak_bytes)
+    grown = view.model_copy(update={"limit": 12})
+    half = interim_estimates(store, grown)
+    assert (half.documents, half.wanted) == (6, 12)
+    nothing = interim_estimates(*lacking(store, view))
+    assert (nothing.documents, nothing.drops) == (0, {})
+    figures = progress_figures(nothing, half, 3.0, record)
+    assert figures["progress/seconds_left"] == 3.0
+    assert figures["progress/tokens_per_second"] == record.tokens / 3
+    assert "progress/seconds_left" not in progress_figures(half, half, 3.0, record)
+
+
+def lacking(store: CellStore, view: View) -> tuple[CellStore, View]:
+    """Ask for a run that is not measured."""
+    more = view.runs[0].model_copy(update={"component": "mlp"})
+    return store, view.model_copy(update={"runs": (*view.runs, more)})

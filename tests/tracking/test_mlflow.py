@@ -24,6 +24,7 @@ from tracker.tracking.figures import flat_metrics, intact_metrics
 from tracker.tracking.identity import content_digest
 from tracker.tracking.isolated import Isolated
 from tracker.tracking.mlflow.backend import MlflowBackend
+from tracker.tracking.mlflow.database import create_database
 
 from .conftest import cell_record, local
 from .mlflow_server import free_port
@@ -278,6 +279,16 @@ def test_first_use_creates_the_store_in_the_results_folder(
     assert Path.cwd().joinpath("mlruns").exists() is False
 
 
+def test_the_environment_names_the_store(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", local(results))
+    elsewhere = tmp_path / "elsewhere"
+    published = publish(elsewhere, cell_record())
+    assert str(results) in published.location
+    assert len(Store(local(results)).runs) == 6
+
+
 @pytest.mark.parametrize("where", ["new sqlite file", "server"])
 def test_two_processes_at_once_create_each_run_once(
     where: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -374,3 +385,9 @@ def test_the_digest_depends_on_content_alone() -> None:
         other = cell.model_copy(update={"baseline_accuracy": cell.baseline_accuracy * factor})
         assert other != cell
         assert (content_digest(other) == content_digest(cell)) == equal
+
+
+def test_an_existing_database_is_left_alone(template: Path) -> None:
+    before = template.read_bytes()
+    create_database(template)
+    assert template.read_bytes() == before

@@ -60,7 +60,7 @@ def complete(uri: str, project: str, cell: CellRecord, file: Path, folder: Path)
     assert len(store.cell(cell).inputs.dataset_inputs) == 1
 
 
-@pytest.mark.parametrize(("status", "first"), [(401, 1), (429, MIDDLE), (507, MIDDLE)])
+@pytest.mark.parametrize(("status", "first"), [(401, 1), (429, MIDDLE), (500, 1), (507, MIDDLE)])
 def test_a_server_that_refuses(
     server: str, results: Path, file: Path, status: int, first: int
 ) -> None:

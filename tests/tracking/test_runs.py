@@ -14,6 +14,15 @@ from tracker.tracking.wandb.writing import group_of, labels_of, run_id
 from .conftest import cell_record, of_kind
 
 
+def test_a_layer_that_is_replaced_is_said_to_be() -> None:
+    cell = cell_record(layers=(0, 1))
+    mean = of_kind("layer", 1, 1, "mean:1", intervention="mean")
+    cell = cell.model_copy(update={"runs": (*cell.runs, mean)})
+    assert "replaced by its mean update" in layer_run(cell, mean).note
+    page = render_page([cell], {})
+    assert "each layer was replaced by its mean update in turn" in page
+
+
 def test_complete_means_all_runs_and_all_documents() -> None:
     """Was: a cell that lacked documents, but no run, was published as complete."""
     whole = cell_record()

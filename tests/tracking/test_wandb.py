@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -212,6 +214,30 @@ IMPATIENT = {
     "WANDB__FILE_STREAM_RETRY_MAX": "1",
     "WANDB__FILE_TRANSFER_RETRY_MAX": "1",
 }
+
+
+@pytest.mark.parametrize("how", ["stop", 500, 401])
+def test_what_a_dying_server_lacks_is_completed(
+    double: WandbDouble, publish: Publisher, how: str | int
+) -> None:
+    def die() -> None:
+        while ("team", "layers") not in double.projects or len(runs_of(double)) < 3:
+            time.sleep(0.005)
+        double.stop() if how == "stop" else double.fail_with(int(how))
+
+    cell = cell_record()
+    death = threading.Thread(target=die)
+    death.start()
+    said = publish(cell, **IMPATIENT)
+    death.join()
+    assert "tracker sync --to wandb:team/layers" in said["error"]
+    assert publish.client.environment["WANDB_API_KEY"] not in said["error"]
+
+    double.start() if how == "stop" else double.fail_with(None)
+    created, updated, unchanged = counts(publish(cell))
+    assert created + updated + unchanged == 6
+    assert created < 6
+    shown(double, cell)
 
 
 # Was: after a failure, the client was torn down and every wandb-core child was killed.
