@@ -417,14 +417,15 @@ OURS = {
 
 
 class TestErrorsOfOurOwn:
+    @pytest.mark.parametrize("error", [AttributeError, KeyError, TypeError])
     @pytest.mark.parametrize("place", OURS)
-    def test_they_are_raised_and_no_refusal_of_the_model(self, monkeypatch, place):
+    def test_they_are_raised_and_no_refusal_of_the_model(self, monkeypatch, place, error):
         def broken(*args: Any) -> Any:
-            raise TypeError("a bug of ours")
+            raise error("a bug of ours")
 
         monkeypatch.setattr(OURS[place], broken)
         engine = Engine(loaded(FAMILIES["llama"].model()), MAX_LENGTH)
-        with pytest.raises(TypeError, match="a bug of ours"):
+        with pytest.raises(error, match="a bug of ours"):
             check(engine, Draw().spoken((9, 9), (1, 3)), single_layers((0, 1)))
 
     def test_a_score_that_never_arrived_is_not_zero(self, monkeypatch):

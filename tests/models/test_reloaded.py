@@ -23,8 +23,17 @@ COMPUTED = [
 """Where a copy in memory has what its class would compute otherwise."""
 OTHERS = [
     ("deepseek_v3", "plain"),  # the first layer without experts is counted anew
+    ("gemma3_text", "plain"),
+    ("glm_moe_dsa", "plain"),
+    ("gpt_neo", "plain"),
+    ("granitemoehybrid", "plain"),
     ("jamba", "plain"),
+    ("llama4_text", "plain"),
+    ("mamba2", "plain"),
     ("qwen2", "use_sliding_window True"),
+    ("recurrent_gemma", "plain"),
+    ("rwkv", "plain"),
+    ("smollm3", "plain"),
     ("zamba2", "plain"),  # which weights are tied depends on the places
 ]
 
