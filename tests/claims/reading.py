@@ -108,12 +108,18 @@ def of_tables(page: str) -> Iterator[str]:
     yield from in_order({row["layer"]: row["rank"] for row in board})
     for row in rows(page, "overview"):
         for layer in re.findall(r"(\d+)\xa0\(", row["layers shown to matter"]):
-            yield f"layer {layer} matters"
+            yield f"layer {layer} matters on {row['benchmark']}"
 
 
 def listed(text: str) -> Iterator[str]:
     """Read which layers the tables list that end a run: those that are shown to matter."""
-    return (f"layer {row[1]} matters" for row in map(_ROW.match, text.splitlines()) if row)
+    before = table = ""
+    for line in text.splitlines():
+        if line.startswith("layer (0-based)"):
+            table = before or "mean"
+        if row := _ROW.match(line):
+            yield f"layer {row[1]} matters: {table}"
+        before = line
 
 
 def read(results: Path, rival: Path) -> dict[str, list[str]]:
