@@ -65,7 +65,7 @@ def reporting(
     Yields:
         What is called with how much a pass has found.
     """
-    told = done = 0
+    told = done = came_past = 0
 
     def tell(total: int) -> None:
         nonlocal told
@@ -83,7 +83,10 @@ def reporting(
         return
 
     def came() -> None:
-        tell(min(due, told + due // len(weights.times)))
+        nonlocal came_past
+        came_past += 1
+        # Each layer is passed by one stream more than the one below, so that time goes as a square.
+        tell(int(due * min(1.0, came_past / len(weights.times)) ** 2))
 
     weights.heard.append(came)
     try:
