@@ -14,8 +14,8 @@ from tracker.core.proxies import PROXIES
 from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunRecord, layers_of
 from tracker.report import wording
 from tracker.report.charts import style
+from tracker.report.charts.hover import along_layers, run_hover
 from tracker.report.charts.maps import span_components, span_map
-from tracker.report.charts.style import along_layers, run_hover
 from tracker.report.leaderboard.claims import RunOrder, shown_runs
 from tracker.stats.support import Verdict
 

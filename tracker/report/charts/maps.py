@@ -10,17 +10,8 @@ from tracker.core import formats
 from tracker.core.kinds import Component
 from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunIdentity, layers_of
 from tracker.report import wording
-from tracker.report.charts.style import (
-    GREY,
-    OPEN,
-    Chart,
-    along_layers,
-    chart,
-    finite,
-    layer_axis,
-    trace,
-    wrap,
-)
+from tracker.report.charts.hover import along_layers
+from tracker.report.charts.style import GREY, OPEN, Chart, chart, finite, layer_axis, trace, wrap
 from tracker.report.leaderboard.claims import shown_runs
 
 # Fading to transparency, not to white, keeps 0 quiet on light and on dark pages.

@@ -12,7 +12,7 @@ from tracker.core.formats import counted, defined, two_digits, write
 from tracker.core.proxies import OBSERVED, Proxy
 from tracker.core.records import WHOLE_LAYER, CellRecord, layers_of
 from tracker.report.charts import style
-from tracker.report.charts.style import estimate_hover
+from tracker.report.charts.hover import estimate_hover
 from tracker.report.layer_figures import layer_relevance, why_undefined
 from tracker.report.leaderboard.claims import shown_runs
 from tracker.report.leaderboard.layers import LayerBoard
