@@ -11,7 +11,7 @@ import torch
 
 from tracker.core.ablations import Ablation
 from tracker.core.documents import Document, Request
-from tracker.engine.refusal import RefusalError
+from tracker.engine.refusal import tried
 from tracker.engine.scoring.sharing import FULL
 from tracker.engine.scoring.sweep import ROW_TOKENS, Engine
 
@@ -46,23 +46,25 @@ def fastest(engine: Engine) -> int:
     Returns:
         One of `SIZES`; the default where the model cannot take such rows.
     """
+    seconds, _ = tried(lambda: _timed(engine))  # why it cannot, the check says
+    return ROW_TOKENS if seconds is None else chosen(seconds)
+
+
+def _timed(engine: Engine) -> dict[int, float]:
     total = len(engine.loaded.layers)
     copy = engine.without(Ablation(layers=tuple(range(LAYERS, total))))
     layers = range(min(LAYERS, total))
     ablations = [Ablation(some) for count in range(LAYERS) for some in combinations(layers, count)]
     documents = _documents(engine)
     seconds = dict.fromkeys(SIZES, float("inf"))
-    try:
-        for turn in range(TURNS + 1):
-            for size in SIZES:
-                tried = replace(copy, sharing=FULL, row_tokens=size)
-                start = time.perf_counter()
-                tried.score(documents, ablations)
-                if turn:  # the first one warms up
-                    seconds[size] = min(seconds[size], time.perf_counter() - start)
-    except (RefusalError, RuntimeError, TypeError, ValueError):  # the check says what it is
-        return ROW_TOKENS
-    return chosen(seconds)
+    for turn in range(TURNS + 1):
+        for size in SIZES:
+            sized = replace(copy, sharing=FULL, row_tokens=size)
+            start = time.perf_counter()
+            sized.score(documents, ablations)
+            if turn:  # the first one warms up
+                seconds[size] = min(seconds[size], time.perf_counter() - start)
+    return seconds
 
 
 def chosen(seconds: Mapping[int, float]) -> int:
