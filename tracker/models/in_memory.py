@@ -82,6 +82,13 @@ def _refuse_what_is_lost(model: Any, tokenizer: Any) -> None:
         raise ModelError("a model object needs its tokenizer: tokenizer=AutoTokenizer.from_…")
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise ModelError("some of the model's weights are not in memory; load all of them, or save")
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is not None and not quantiser.is_serializable():
+        method = quantiser.quantization_config.quant_method
+        raise ModelError(
+            f"the model's weights are quantised by {getattr(method, 'value', method)}, and "
+            "transformers cannot save them; give the file or folder that it was loaded from"
+        )
     if changed := next(_changed(model), None):
         raise ModelError(
             f"{changed} of the model has a hook or another forward, which a saved copy would lack; "
