@@ -16,22 +16,25 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from tracker.core import answers, run_table
 from tracker.core.decision_records import DecisionsRecord
 from tracker.core.findings import FindingRecord
-from tracker.core.formats import counted, defined, points, two_digits
+from tracker.core.formats import counted, defined, measure_of, points, two_digits
 from tracker.core.kinds import REPLACED_BY
 from tracker.core.proxies import OBSERVED, PROXIES
 from tracker.core.records import CellRecord, Place
 from tracker.core.tables import headed, written
 from tracker.core.text import harmless
 from tracker.ledger.files import write_text
-from tracker.report import tables, wording
+from tracker.report import caveats, tables, wording
+from tracker.report.charts import decisions
 from tracker.report.charts.style import FEW, TEMPLATE
 from tracker.report.frames import layer_files, packed, packed_json
-from tracker.report.leaderboard import rules
+from tracker.report.leaderboard import claims, rules
 from tracker.report.leaderboard.proxies import Agreement, agreements
+from tracker.report.leaderboard.tables import layer_board_table, misjudged_table
 from tracker.report.page import sections
-from tracker.report.page.decisions import packed_documents
+from tracker.report.page.decisions import decision_table, packed_documents
 from tracker.report.page.studies import standing_alone, study_sections
 
 
@@ -146,7 +149,9 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"headed": headed, "written": written}
+    modules = (answers, caveats, claims, decisions, rules, run_table, tables, wording)
+    functions = (decision_table, headed, layer_board_table, measure_of, misjudged_table, written)
+    environment.globals |= {each.__name__.split(".")[-1]: each for each in (*modules, *functions)}
     return environment
 
 
@@ -191,7 +196,7 @@ def render_page(
         ),
         documents=packed_documents(
             {
-                f"{one.id}-documents": (one.cell, one.decisions.record)
+                f"{one.id}-documents": (one.cell, one.decisions)
                 for model in models
                 for one in model.cells
                 if one.decisions
@@ -202,7 +207,6 @@ def render_page(
         summary=wording.summary(cells),
         compared=compared_sentence(cells),
         agreements=[agreement_sentence(one) for one in agreements(cells)],
-        rules=rules,
         few=FEW,
         proxies=OBSERVED,
         replaced_by=REPLACED_BY,

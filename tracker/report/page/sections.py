@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tracker.core import answers, formats
 from tracker.core.decision_records import DecisionsRecord
-from tracker.core.identities import ModelIdentity
 from tracker.core.records import WHOLE_LAYER, CellRecord, Place
-from tracker.core.run_table import only_layers
 from tracker.core.tables import Table
-from tracker.report import caveats, tables, wording
+from tracker.report import tables, wording
 from tracker.report.charts.across import depth_curves, difference_chart
 from tracker.report.charts.cells import curve_kinds, layer_curve, proxy_scatter
-from tracker.report.charts.decisions import agreement, agreement_map, groups_sentence, margin_chart
+from tracker.report.charts.decisions import agreement_map, margin_chart
 from tracker.report.charts.headline import headline
 from tracker.report.charts.maps import heat_map, span_components, span_map
 from tracker.report.charts.model import proxy_curves, rank_chart, relevance_curves
 from tracker.report.charts.style import Chart
-from tracker.report.leaderboard.claims import answer
 from tracker.report.leaderboard.comparable import models_of
 from tracker.report.leaderboard.layers import LayerBoard, layer_board
 from tracker.report.leaderboard.models import ModelBoard, model_board
@@ -27,13 +23,10 @@ from tracker.report.leaderboard.pairs import pairs_of
 from tracker.report.leaderboard.tables import (
     depth_table,
     difference_table,
-    layer_board_table,
-    misjudged_table,
     model_board_table,
     proxy_table,
     relevance_interval_table,
 )
-from tracker.report.page.decisions import decision_table
 
 
 @dataclass(frozen=True)
@@ -52,53 +45,32 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class DecisionsSection:
-    """What the page shows, besides charts, of the documents that a cell's runs lose and win."""
-
-    record: DecisionsRecord
-    table: Table
-    groups: str
-
-
-@dataclass(frozen=True)
 class CellSection:
-    """Everything that the page shows of one cell; `charts` are those that can be drawn, by name."""
+    """One cell on the page; `charts` are those that can be drawn, by name.
+
+    `decisions` are there where its runs are known document by document.
+    """
 
     id: str
     label: str
     cell: CellRecord
-    measure: formats.Measure
-    answer: str
-    interval: str
-    sentence: str
-    warnings: tuple[str, ...]
     charts: dict[str, Figure]
     curve_lines: int
-    layers: Table
-    layers_heading: str
-    correlations: Table
-    provenance: Table
-    tasks: Table
-    decisions: DecisionsSection | None
+    decisions: DecisionsRecord | None
 
 
 @dataclass(frozen=True)
 class ModelSection:
-    """One model: its leaderboard, its charts over depth by name, and its cells.
+    """One model: the board of its layers, its charts over depth by name, and its cells.
 
     A chart is lacking where no whole layer is removed, or no benchmark defines a relevance.
     """
 
     id: str
     label: str
-    identity: ModelIdentity
     board: LayerBoard
-    leaderboard: Table | None
-    answer: str
-    measured: str
     cells: tuple[CellSection, ...]
     charts: dict[str, Figure]
-    misjudged: Table | None
 
     @property
     def figures(self) -> tuple[Figure, ...]:
@@ -142,7 +114,7 @@ def across_section(
     ranked_layers = [model.board for model in models]
     labels = [model.label for model in models]
     board = model_board(cells)
-    names = {model.identity.key: model.label for model in models}
+    names = {model.board.model.key: model.label for model in models}
     pairs, count = pairs_of(cells)
     table = depth_table(ranked_layers, labels)
     return AcrossSection(
@@ -186,17 +158,12 @@ def _model_section(
     return ModelSection(
         id=name,
         label=label,
-        identity=cells[0].model,
         board=board,
-        leaderboard=layer_board_table(board, label) if board.layers else None,
-        answer=answer(board.claims),
-        measured=wording.measured(board.claims.cells),
         cells=tuple(
             _cell_section(cell, decided.get(cell.place), benchmark, f"{name}-cell-{index}")
             for index, (cell, benchmark) in enumerate(zip(cells, benchmarks, strict=True), 1)
         ),
         charts=drawn,
-        misjudged=misjudged_table(board, label) if board.layers else None,
     )
 
 
@@ -213,34 +180,20 @@ def _cell_section(
     charts |= {f"spans-{part}": span_map(cell, part) for part in span_components(cell)}
     if _has_whole_layers(cell):
         charts["scatter"] = proxy_scatter(cell)
-    decisions = None
     if decided and decided.runs:
         charts["margins"] = margin_chart(cell, decided)
         charts["agreement"] = agreement_map(cell, decided)
-        groups = groups_sentence(agreement(decided))
-        decisions = DecisionsSection(decided, decision_table(cell, decided), groups)
     return CellSection(
         id=name,
         label=label,
         cell=cell,
-        measure=formats.measure_of(cell),
-        answer=answers.statement(cell.answer) if cell.answer else "",
-        interval=answers.interval_name(cell),
-        # The title of the scatter says the rest.
-        sentence=wording.beneath(cell) if _has_whole_layers(cell) else wording.sentence(cell),
-        warnings=caveats.warnings(cell),
         charts={
             end: _figure(chart, f"{name}-{end}", subject=cell.title)
             for end, chart in charts.items()
             if chart
         },
         curve_lines=len(lines),
-        layers=tables.layer_table(cell),
-        layers_heading="Layers" if only_layers(cell) else "Runs",
-        correlations=tables.correlation_table(cell),
-        provenance=tables.provenance_table(cell),
-        tasks=tables.task_table(cell),
-        decisions=decisions,
+        decisions=decided if decided and decided.runs else None,
     )
 
 
