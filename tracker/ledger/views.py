@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -113,18 +114,13 @@ class AskedView(Record):
     view: View
 
 
+@dataclass(frozen=True)
 class Views:
     """The views of one cell on disk."""
 
-    def __init__(
-        self,
-        folder: Path,
-        identity: CellIdentity,
-        is_complete: Callable[[Extent, Collection[str]], bool],
-    ) -> None:
-        self.folder = folder
-        self.identity = identity
-        self._is_complete = is_complete
+    folder: Path
+    identity: CellIdentity
+    is_complete: Callable[[Extent, Collection[str]], bool]
 
     def of(self, request: CellRequest) -> View:
         """Say what a request shows of this cell, whatever else was asked of it."""
@@ -253,7 +249,7 @@ class Views:
 
     def _are_whole(self, view: View, runs: Collection[RunIdentity]) -> bool:
         names = [ablation_of(run, view.removed).name for run in runs]
-        return not names or self._is_complete(view.extent, names)
+        return not names or self.is_complete(view.extent, names)
 
     def _beside(self, view: View, known: Collection[View], named: bool = False) -> View:
         """Tell a view from those that were there before."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import NamedTuple
 
 from filelock import Timeout
 
@@ -93,44 +95,37 @@ def fill_until(race: CellRace, store: CellStore, meter: Meter, progress: Progres
 
     A block that another process holds is waited for: what comes after it depends on it.
     """
+    filler = _Filler(store, meter, race.extent, progress)
     expected = sum(at_most(race, store, meter.facts.responses).values())
     with telling(progress, store.identity.benchmark.title, expected):
         while race.lacking is not None:
-            block, names = race.lacking
-            try:
-                with store.lock(block).acquire(timeout=0):
-                    expected -= _fill_block(store, block, names, meter, race.extent, progress)
-            except Timeout:
+            done = filler.fill(*race.lacking)
+            if done is None:
                 time.sleep(WAIT)
             left = sum(look(race, store, meter.facts.responses, progress).values())
-            progress.expect(left - expected)
+            progress.expect(left - expected + (done or 0))
             expected = left
 
 
 def fill(
-    store: CellStore,
-    left: Mapping[Block, int],
-    meter: Meter,
-    extent: Extent,
-    progress: Progress,
+    store: CellStore, left: Mapping[Block, int], meter: Meter, extent: Extent, progress: Progress
 ) -> None:
     """Measure what a cell lacks: the blocks, and how many responses each of them lacks.
 
     A block that another process holds is left to it and looked at again at the end: if that
     process dies, its lock goes with it and the block is computed here.
     """
+    filler = _Filler(store, meter, extent, progress)
     names = [ablation.name for ablation in meter.ablations]
     pending, told = list(left), False
     with telling(progress, store.identity.benchmark.title, sum(left.values())):
         while pending:
             held = []
             for block in pending:
-                try:
-                    with store.lock(block).acquire(timeout=0):
-                        done = _fill_block(store, block, names, meter, extent, progress)
-                        progress.advance(left[block] - done)
-                except Timeout:
+                if (done := filler.fill(block, names)) is None:
                     held.append(block)
+                else:
+                    progress.advance(left[block] - done)
             if held == pending:
                 if not told:
                     what = "1 block is" if len(held) == 1 else f"{len(held)} blocks are"
@@ -140,26 +135,29 @@ def fill(
             pending = held
 
 
-def _fill_block(
-    store: CellStore,
-    block: Block,
-    names: Sequence[str],
-    meter: Meter,
-    extent: Extent,
-    progress: Progress,
-) -> int:
-    """Measure what one block lacks; returns the responses that were reported as scored."""
-    done = 0
+class _Filler(NamedTuple):
+    """Measures blocks of a cell."""
 
-    def advance(responses: int) -> None:
-        nonlocal done
-        done += responses
-        progress.advance(responses)
+    store: CellStore
+    meter: Meter
+    extent: Extent
+    progress: Progress
 
-    for absent, indices in store.missing(block, extent, names).items():
-        shard = meter.measure(block.task, absent, indices, advance)
-        for line in meter.notes():
-            progress.say(line)
-        store.write(block, shard.rows, shard.metadata)
-        store.texts.add(block.name, shard.texts)
-    return done
+    def fill(self, block: Block, names: Sequence[str]) -> int | None:
+        """Measure what one block lacks, and count the responses; None if another process does."""
+        done = 0
+
+        def advance(responses: int) -> None:
+            nonlocal done
+            done += responses
+            self.progress.advance(responses)
+
+        with suppress(Timeout), self.store.lock(block).acquire(timeout=0):
+            for absent, indices in self.store.missing(block, self.extent, names).items():
+                shard = self.meter.measure(block.task, absent, indices, advance)
+                for line in self.meter.notes():
+                    self.progress.say(line)
+                self.store.write(block, shard.rows, shard.metadata)
+                self.store.texts.add(block.name, shard.texts)
+            return done
+        return None

@@ -8,7 +8,7 @@ is computed again, and no name in it becomes a path here.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from tracker.core.decision_records import DecisionsRecord
 from tracker.core.distribution import other_format
 from tracker.core.errors import TrackerError, TrackingError
 from tracker.core.findings import FindingRecord
+from tracker.core.grouping import grouped
 from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord, Place
 from tracker.core.text import masked
@@ -145,7 +146,7 @@ def _fetch(backend: Backend, files: Isolated, cell: RemoteCell, root: Path) -> N
     write_note(_note_path(root, cell), note | {"view": store.views.name_of(asked.view)})
 
 
-@dataclass(frozen=True)
+@dataclass
 class Collected:
     """Cells from several sources.
 
@@ -160,13 +161,13 @@ class Collected:
         unfinished: Folders of cells that are begun, and not among them, with what to do.
     """
 
-    cells: tuple[CellRecord, ...]
+    cells: tuple[CellRecord, ...] = ()
     experiments: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     findings: tuple[FindingRecord, ...] = ()
     origins: dict[Place, tuple[CellStore, View]] = field(default_factory=dict)
-    searched: Collection[Place] = ()
-    unfinished: tuple[str, ...] = ()
+    searched: set[Place] = field(default_factory=set)
+    unfinished: list[str] = field(default_factory=list)
 
     def decisions(self) -> dict[Place, DecisionsRecord]:
         """Derive what the cells' runs decide document by document: a cell's place → that."""
@@ -192,60 +193,51 @@ def collect(sources: Sequence[str], progress: Progress, anew: bool = False) -> C
         RequestError: A source is no source.
     """
     opened = {source: _opened(source) for source in sources}
+    found = Collected()
     views: list[tuple[CellStore, View]] = []
-    experiments: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    findings: dict[FindingRecord, None] = {}
-    searched: set[Place] = set()
-    unfinished: list[str] = []
     for source, place in opened.items():
         try:
             if isinstance(place, Target):
                 there, lacking = pull(place, source, progress)
                 views += there
-                failed |= lacking
+                found.failed |= lacking
                 continue
             contents = place.contents()
-            failed |= contents.damaged
+            found.failed |= contents.damaged
             views += [(store, asked.view) for store, asked in contents.views]
-            findings |= dict.fromkeys(contents.findings)
-            searched |= contents.searched
-            unfinished += [f"{cell.folder}: {why}" for cell, why in contents.unfinished]
+            found.findings = tuple(dict.fromkeys((*found.findings, *contents.findings)))
+            found.searched |= contents.searched
+            found.unfinished += [f"{cell.folder}: {why}" for cell, why in contents.unfinished]
             for name, text in contents.experiments.items():
-                if experiments.setdefault(name, text) != text:
-                    experiments[f"{name} ({masked(source)})"] = text
+                if found.experiments.setdefault(name, text) != text:
+                    found.experiments[f"{name} ({masked(source)})"] = text
         except TrackerError as error:
-            failed[masked(source)] = masked(str(error))
-    cells, origins = [], {}
+            found.failed[masked(source)] = masked(str(error))
+    cells = []
     asked = {id(store): store for store, _ in views}
     if anew:
         for store in {store.folder: store for store in asked.values()}.values():
             store.proofs(anew=True)
-    for same in _same(views):
+    for same in grouped(views, _shown).values():
         try:
             origin = _joined(same)
             asked[id(origin[0])] = origin[0]
             cells.append(record_of(*origin))
-            origins[cells[-1].place] = origin
+            found.origins[cells[-1].place] = origin
         except TrackerError as error:
-            failed[str(same[0][0].folder)] = str(error)
+            found.failed[str(same[0][0].folder)] = str(error)
     for store in asked.values():
-        failed |= store.damage()
-    shown = tuple(merged(cell for cell in cells if cell.n))
-    return Collected(
-        *(shown, experiments, failed, tuple(findings), origins, searched), tuple(unfinished)
-    )
+        found.failed |= store.damage()
+    found.cells = tuple(merged(cell for cell in cells if cell.n))
+    return found
 
 
-def _same(views: Iterable[tuple[CellStore, View]]) -> Iterable[list[tuple[CellStore, View]]]:
-    """Group what shows one cell by one metric, over the same layers beneath and documents."""
-    groups: dict[object, list[tuple[CellStore, View]]] = {}
-    for store, view in views:
-        documents = tuple(store.counts(view.extent).values())
-        until = None if store.views.is_whole(view) else view.until
-        place = (store.identity.key, view.removed, view.metric, documents, view.seed, until)
-        groups.setdefault(place, []).append((store, view))
-    return groups.values()
+def _shown(one: tuple[CellStore, View]) -> Hashable:
+    """Say what is shown: one cell by one metric, over some layers beneath and some documents."""
+    store, view = one
+    documents = tuple(store.counts(view.extent).values())
+    until = None if store.views.is_whole(view) else view.until
+    return store.identity.key, view.removed, view.metric, documents, view.seed, until
 
 
 def _joined(same: Sequence[tuple[CellStore, View]]) -> tuple[CellStore, View]:

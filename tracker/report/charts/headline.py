@@ -37,6 +37,7 @@ def headline(board: LayerBoard, label: str) -> style.Chart:
     over = counted(len(board.cells), "benchmark")
     what = "accuracy relevance"
     noisy = not found.costly and any(drop.value is not None for drop in _falls(found).values())
+    shown = {*found.costly, *found.helpful}
     above, between, below = _PANELS[3 if noisy else 2]
     data = [
         style.trace(
@@ -56,7 +57,7 @@ def headline(board: LayerBoard, label: str) -> style.Chart:
                 "color": [
                     style.HELPS if layer in found.helpful else style.MATTERS for layer in layers
                 ],
-                "opacity": _strength(layers, {*found.costly, *found.helpful}),
+                "opacity": style.strength(layer in shown for layer in layers),
             },
         ),
         style.trace(
@@ -121,10 +122,6 @@ def near_together(layers: Sequence[int]) -> list[tuple[float, str]]:
     return [((near[0] + near[-1]) / 2, ", ".join(map(str, near))) for near in groups]
 
 
-def _strength(layers: Sequence[int], shown: set[int]) -> list[float]:
-    return [1.0 if layer in shown else style.OPEN for layer in layers]
-
-
 def _falls(found: Claims) -> dict[int, Estimate]:
     """The mean fall of the right answer's log-probability: layer → with an interval for all."""
     return {
@@ -155,7 +152,10 @@ def _falls_trace(found: Claims, layers: Sequence[int]) -> tuple[dict[str, Any], 
         ],
         yaxis="y3",
         error_y=style.errors(rooted),
-        marker={"color": style.MATTERS, "opacity": _strength(layers, {*found.falling})},
+        marker={
+            "color": style.MATTERS,
+            "opacity": style.strength(la in found.falling for la in layers),
+        },
     )
     return drawn, {
         "title": {"text": "log-prob. lost"},

@@ -111,7 +111,7 @@ def span_map(cell: CellRecord, component: Component) -> Chart:
     that is no run is blank.
     """
     measure = formats.measure_of(cell)
-    kinds = [Kind(component, span) for span in _spans(cell, component)]
+    kinds = [kind for kind in cell.kinds if kind == Kind(component, kind.span)]
     layers = sorted({layer for kind in kinds for layer in layers_of(kind, cell)})
     values: list[list[float | None]] = []
     hovers: list[list[str]] = []
@@ -143,14 +143,6 @@ def _shown(cell: CellRecord, kinds: Sequence[Kind], layers: Sequence[int]) -> li
     verdicts = shown_runs(cell, [run for run in cell.runs if run.kind in kinds])
     runs = [[RunIdentity(layer=layer, **kind._asdict()) for layer in layers] for kind in kinds]
     return [[verdicts.get(run.order, "open") != "open" for run in row] for row in runs]
-
-
-def _spans(cell: CellRecord, component: Component) -> list[int]:
-    return [
-        kind.span
-        for kind in cell.kinds
-        if kind.component == component and kind.intervention == "remove"
-    ]
 
 
 def strongest(values: Sequence[Sequence[float | None]]) -> float:

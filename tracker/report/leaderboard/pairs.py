@@ -86,11 +86,12 @@ def pairs_of(cells: Sequence[CellRecord]) -> tuple[list[Pair], int]:
                 if measure_of(cell) == measure
             ]
             family = sum(len(differences) for *_, differences in here)
-            comparisons = tuple(
-                SharedBenchmark(name, one.n, differences, _told_apart(one, other, family))
-                for name, one, other, differences in here
-            )
-            found.append(Pair(labels[i], labels[j], measure, comparisons))
+            comparisons = []
+            for name, one, other, differences in here:
+                wide = compare(one, other, family)
+                shown = frozenset(layer for layer in wide if sure(wide[layer]))
+                comparisons.append(SharedBenchmark(name, one.n, differences, shown))
+            found.append(Pair(labels[i], labels[j], measure, tuple(comparisons)))
     return found[:MOST], total
 
 
@@ -110,7 +111,3 @@ def compare(one: CellRecord, other: CellRecord, family: int = 1) -> dict[int, Es
         for run in one.whole_layers
         if run.layer in theirs
     }
-
-
-def _told_apart(one: CellRecord, other: CellRecord, family: int) -> frozenset[int]:
-    return frozenset(n for n, found in compare(one, other, family).items() if sure(found))
