@@ -30,7 +30,7 @@ from tracker.measuring import prepare
 from tracker.measuring.derive import all_records
 from tracker.measuring.job import Options
 from tracker.measuring.prepare import widened
-from tracker.measuring.progress import Progress, Silent
+from tracker.measuring.progress import Progress, Silent, telling
 from tracker.results import Results, default_progress
 from tracker.results import load as results_of
 from tracker.runner import Finished, run_cells
@@ -966,11 +966,8 @@ def check(
     ledger = Ledger.existing(Path(results))
     other = None if against is None else Ledger.existing(Path(against))
     progress = progress or Silent()
-    progress.start("verifying", len(ledger.cells()), "measurements")
-    try:
+    with telling(progress, "verifying", len(ledger.cells()), "measurements"):
         found = verify(ledger, progress.advance)
-    finally:
-        progress.finish()
     return found, [] if other is None else list(compare(ledger, other))
 
 

@@ -171,13 +171,10 @@ class Results:
 
     def _boards(self) -> dict[str, LayerBoard]:
         """Rank the layers of each model: its name → that."""
-        from tracker.report.leaderboard.comparable import models_of
+        from tracker.report.leaderboard.comparable import named_models
         from tracker.report.leaderboard.layers import layer_board
-        from tracker.report.wording import model_labels
 
-        groups = models_of(self.cells)
-        names = model_labels([group[0].model for group in groups])
-        return {name: layer_board(group) for name, group in zip(names, groups, strict=True)}
+        return {name: layer_board(group) for name, group in named_models(self.cells).items()}
 
     def _repr_html_(self) -> str:
         """Say the answer, and show the layers that cost most."""

@@ -17,7 +17,6 @@ from tracker.core.errors import BenchmarkError
 from tracker.core.provenance import machine, package_versions
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Progress
-from tracker.models.sources import find_model
 
 if TYPE_CHECKING:
     from tracker.core.documents import Document
@@ -157,17 +156,13 @@ def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepa
     """
     from tracker.benchmarks.benchmark import open_benchmark
     from tracker.benchmarks.encoder import RequestEncoder
-    from tracker.engine.memory import keep_freed_memory
     from tracker.engine.scoring.sweep import Engine
+    from tracker.measuring.meter import open_model
     from tracker.measuring.row_size import with_fastest_rows
-    from tracker.models.load import load_model
 
-    keep_freed_memory()
-    source = find_model(request.model, request.revision, request.model_args)
     benchmark = open_benchmark(request)
     progress.say(f"loading {request.model}")
-    how = (options.device, options.trust_remote_code, options.weights, options.offload)
-    loaded = load_model(source, request.dtype, *how)
+    loaded = open_model(request, options).loaded
     encoder = RequestEncoder(loaded.model, loaded.tokenizer, request)
     documents = benchmark.documents(encoder, request.extent)
     if any(document.prompt is not None for document in documents):

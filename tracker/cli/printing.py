@@ -79,10 +79,11 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
     """Print what was found: an answer a model, the intact models, and which runs do something."""
     from tracker.report.caveats import looks_note, rounding_note
     from tracker.report.leaderboard.claims import answer, claims, shown_in
+    from tracker.report.leaderboard.comparable import named_models
     from tracker.report.wording import beneath, correlation, row_labels, short_correlation
 
     labels = dict(zip(map(id, cells), row_labels(cells), strict=True))
-    models = _by_model(cells)
+    models = named_models(cells)
     for model, mine in models.items():
         found = claims(mine)
         if found.layers:
@@ -146,7 +147,10 @@ def _unlisted(count: int, of: int) -> str:
 
 def _of_named_layers(found: Claims) -> Table:
     """Lay out the layers that an answer names, on average and benchmark by benchmark."""
+    from tracker.report.wording import benchmark_labels
+
     measure = measure_of(found.cells[0])
+    labelled = zip(found.cells, benchmark_labels(found.cells), strict=True)
 
     def mean(layer: int) -> str:
         drop = found.drops[layer]
@@ -158,15 +162,9 @@ def _of_named_layers(found: Claims) -> Table:
     columns: tuple[Column[int], ...] = (
         Column("layer (0-based)", "count", str),
         Column(f"mean {measure.change} ({measure.unit})", "count", mean),
-        *(Column(name, "count", on(cell)) for cell, name in _benchmarks(found.cells)),
+        *(Column(name, "count", on(cell)) for cell, name in labelled),
     )
     return table("", columns, [*found.costly, *found.helpful])
-
-
-def _benchmarks(cells: Sequence[CellRecord]) -> Iterator[tuple[CellRecord, str]]:
-    from tracker.report.wording import benchmark_labels
-
-    return zip(cells, benchmark_labels(cells), strict=True)
 
 
 def benchmark_of(cell: CellRecord, extra: str) -> str:
@@ -175,22 +173,14 @@ def benchmark_of(cell: CellRecord, extra: str) -> str:
     return " ".join(filter(None, which))
 
 
-def _by_model(cells: Sequence[CellRecord]) -> dict[str, list[CellRecord]]:
-    from tracker.report.wording import row_labels
-
-    models: dict[str, list[CellRecord]] = {}
-    for cell, (model, _) in zip(cells, row_labels(cells), strict=True):
-        models.setdefault(model, []).append(cell)
-    return models
-
-
 def print_next(experiment: str, results: Path, cells: Sequence[CellRecord]) -> None:
     """Say how to see every figure, and what may be done next."""
     from tracker.report.leaderboard.claims import claims
+    from tracker.report.leaderboard.comparable import models_of
 
     at = "" if results == Path("results") else f" --results {shlex.quote(str(results))}"
     say(f"all figures: tracker report --format csv{at}")
-    needed = [claims(mine).settled_by() for mine in _by_model(cells).values()]
+    needed = [claims(mine).settled_by() for mine in models_of(cells)]
     more = max((some for some in needed if some and some < _MANY), default=None)
     if more is not None and all(cell.sample_seed is not None for cell in cells):
         sample = math.ceil(more / 100) * 100

@@ -10,7 +10,7 @@ said here too.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from tracker.core.ablations import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
 from tracker.core.extent import Extent, random_order, shuffled
+from tracker.core.grouping import grouped
 from tracker.core.kinds import Action
 from tracker.core.provenance import content_hash
 
@@ -47,10 +48,7 @@ def computed_twice(documents: Sequence[Document], seed: int) -> set[tuple[str, i
     Returns:
         The same ones each time, and more of them when there are more documents.
     """
-    of_task: dict[str, list[int]] = {}
-    for document in documents:
-        if document.choices > 1:
-            of_task.setdefault(document.task, []).append(document.index)
+    of_task = _numbers(document for document in documents if document.choices > 1)
     every = [(task, index) for task, some in of_task.items() for index in some]
     drawn = {
         place for place in every if random.Random("/".join(map(str, place))).random() < 1 / RATE
@@ -142,10 +140,12 @@ def calibration(benchmark: Benchmark, encoder: RequestEncoder, width: int) -> Ca
         each *= 2
     if not tokens:
         raise CellError(f"{benchmark.identity.name} has no text to fit anything on")
-    numbers: dict[str, list[int]] = {}
-    for one in documents:
-        numbers.setdefault(one.task, []).append(one.index)
-    return CalibrationTexts(texts, numbers, tokens)
+    return CalibrationTexts(texts, _numbers(documents), tokens)
+
+
+def _numbers(documents: Iterable[Document]) -> dict[str, list[int]]:
+    by_task = grouped(documents, lambda document: document.task)
+    return {task: [document.index for document in some] for task, some in by_task.items()}
 
 
 def _text(document: Document, most: int) -> tuple[int, ...]:

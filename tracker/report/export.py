@@ -22,7 +22,7 @@ from tracker.report import wording
 from tracker.report.charts.cells import cell_charts
 from tracker.report.charts.maps import heat_map
 from tracker.report.frames import correlation_frame, frame_of, layer_frame
-from tracker.report.leaderboard.comparable import models_of
+from tracker.report.leaderboard.comparable import models_of, named_models
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.leaderboard.models import model_board
 from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
@@ -66,9 +66,7 @@ def figures(cells: Sequence[CellRecord], findings: Found = ()) -> dict[str, go.F
         for stem, each in by_stem(findings)
         for number, drawn in enumerate(each.charts, 1)
     }
-    groups = models_of(cells)
-    names = wording.model_labels([group[0].model for group in groups])
-    for name, group in zip(names, groups, strict=True):
+    for name, group in named_models(cells).items():
         mapped = [cell for cell in group if cell.whole_layers]
         if mapped:
             found[_file_name(name, "heat map")] = heat_map(mapped).figure()
@@ -143,16 +141,14 @@ def boards(cells: Sequence[CellRecord]) -> tuple[list[Table], list[str]]:
 
     With them comes what does not count, and why.
     """
-    groups = [layer_board(group) for group in models_of(cells)]
-    names = wording.model_labels([board.model for board in groups])
-    labelled = list(zip(names, groups, strict=True))
-    tables = [layer_board_table(board, name) for name, board in labelled if board.layers]
+    layers = {name: layer_board(group) for name, group in named_models(cells).items()}
+    tables = [layer_board_table(board, name) for name, board in layers.items() if board.layers]
     notes = [
         f"{name}: {benchmark} does not count: {why}."
-        for name, board in labelled
+        for name, board in layers.items()
         for benchmark, why in board.left_out.items()
     ]
-    if len(groups) > 1:
+    if len(layers) > 1:
         models = model_board(cells)
         labels = wording.model_labels([one.model for one in models.models])
         tables.append(model_board_table(models, labels))

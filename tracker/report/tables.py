@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from tracker.core.estimates import Estimate
 from tracker.core.formats import DASH, counted, defined, measure_of, write
+from tracker.core.grouping import grouped
 from tracker.core.identities import TaskIdentity
 from tracker.core.proxies import OBSERVED, PROXIES
 from tracker.core.records import (
@@ -195,11 +196,8 @@ def _by_reason(
     cell: CellRecord, reasons: Iterable[tuple[RunIdentity, str | None]]
 ) -> list[tuple[str, str]]:
     """Gather the runs of which the same is said: their names, and what that is."""
-    runs: dict[str, list[RunIdentity]] = {}
-    for run, why in reasons:
-        if why:
-            runs.setdefault(why, []).append(run)
-    return [(run_list(which, cell), why) for why, which in runs.items()]
+    said = grouped(reasons, lambda each: each[1])
+    return [(run_list([run for run, _ in each], cell), why) for why, each in said.items() if why]
 
 
 def correlation_table(cell: CellRecord) -> Table:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,11 +62,11 @@ def pull(
     root = own_folder(f"{source.backend}-{content_hash([where, source.project])[:16]}")
     ledger = Ledger(root)
     ledger.create()
-    backend = open_backend(source.backend, source.project or "", root, source.server)
+    opened = open_backend(source.backend, source.project or "", root, source.server)
     # It may not hold much memory.
-    files = Isolated("what reads downloaded files", "tracker.tracking.foreign:ForeignFiles")
+    reader = Isolated("what reads downloaded files", "tracker.tracking.foreign:ForeignFiles")
     failed: dict[str, str] = {}
-    try:
+    with closing(opened) as backend, closing(reader) as files:
         there = backend.cells()
         with FileLock(root / "pull.lock"):
             sound = {store.identity.key: store for store in ledger.cells()}
@@ -79,9 +80,6 @@ def pull(
                     failed[f"{cell.name} of {masked(name)}"] = masked(str(error))
                 progress.advance(1)
             progress.finish()
-    finally:
-        files.close()
-        backend.close()
     wanted = {(note.get("cell"), note.get("view")) for note in (_note(root, c) for c in there)}
     views = [
         (store, asked.view)

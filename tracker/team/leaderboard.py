@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 from tracker.core.distribution import other_format
 from tracker.core.errors import ResultsError
+from tracker.core.grouping import grouped
 from tracker.core.identities import Record, Shown
 from tracker.core.records import CellRecord
 from tracker.report.export import board_data
@@ -66,13 +67,10 @@ class Board(Record):
 
 def merge(boards: Iterable[Board]) -> Board:
     """Merge versions; the result does not depend on their order."""
-    views: dict[object, list[BoardEntry]] = {}
-    holds: set[str] = set()
-    for board in boards:
-        holds |= set(board.holds)
-        for entry in board.entries:
-            cell = entry.cell
-            views.setdefault((cell.key, cell.removed, cell.metric), []).append(entry)
+    boards = [*boards]
+    holds = {version for board in boards for version in board.holds}
+    entries = (entry for board in boards for entry in board.entries)
+    views = grouped(entries, lambda each: (each.cell.key, each.cell.removed, each.cell.metric))
     kept = {
         (entry.cell.place, entry.order): entry
         for view in views.values()

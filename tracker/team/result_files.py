@@ -25,7 +25,7 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC, PROVENANCE
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import cell_key
-from tracker.measuring.progress import Progress
+from tracker.measuring.progress import Progress, telling
 from tracker.models.sources import find_model
 
 if TYPE_CHECKING:
@@ -234,12 +234,9 @@ def write_result_files(
         )
     calls = _calls(parts)
     output.mkdir(parents=True, exist_ok=True)
-    progress.start("writing", sum(len(_ablations(call)) for call in calls), "models")
-    try:
+    with telling(progress, "writing", sum(len(_ablations(call)) for call in calls), "models"):
         for call in calls:
             _write_call(call, output, trust_remote_code, progress, done)
-    finally:
-        progress.finish()
     return done
 
 

@@ -8,12 +8,18 @@ from tracker.core.grouping import grouped
 from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord
 from tracker.report.editions import outdated
-from tracker.report.wording import benchmark_labels
+from tracker.report.wording import benchmark_labels, model_labels
 
 
 def models_of(cells: Iterable[CellRecord]) -> list[list[CellRecord]]:
     """Group cells by model: name, weights and dtype."""
     return list(grouped(cells, lambda cell: cell.model.key).values())
+
+
+def named_models(cells: Iterable[CellRecord]) -> dict[str, list[CellRecord]]:
+    """Group cells by model: its label among these models → its cells."""
+    groups = models_of(cells)
+    return dict(zip(model_labels([group[0].model for group in groups]), groups, strict=True))
 
 
 def setting(cell: CellRecord) -> str:

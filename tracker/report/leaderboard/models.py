@@ -18,9 +18,9 @@ from tracker.core.formats import about
 from tracker.core.identities import ModelIdentity
 from tracker.core.records import CellRecord
 from tracker.report.editions import outdated
-from tracker.report.leaderboard.comparable import models_of, setting, unusable, worth
+from tracker.report.leaderboard.comparable import named_models, setting, unusable, worth
 from tracker.report.leaderboard.layers import layer_board, mean_relevance
-from tracker.report.wording import benchmark_labels, model_labels
+from tracker.report.wording import benchmark_labels
 from tracker.stats.combined import mean
 from tracker.stats.power import OutcomeVariance
 from tracker.stats.rank_agreement import places
@@ -100,12 +100,12 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
 
     Nobody has a rank where no two models share a benchmark, or there is one model.
     """
-    groups = models_of(cells)
-    names = model_labels([group[0].model for group in groups])
+    groups = named_models(cells)
+    names = [*groups]
     left_out: dict[str, str] = {}
     known: list[dict[str, CellRecord]] = []
     unused: defaultdict[tuple[str, str], dict[str, str]] = defaultdict(dict)
-    for name, group in zip(names, groups, strict=True):
+    for name, group in groups.items():
         labels = benchmark_labels(group)
         known.append({})
         for cell, label in zip(group, labels, strict=True):
@@ -124,7 +124,7 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
         if key in shared or key not in every:
             left_out |= {f"{label} of {name}": why for name, why in each.items()}
     standings = []
-    for place, (group, mine) in enumerate(zip(groups, known, strict=True)):
+    for place, (group, mine) in enumerate(zip(groups.values(), known, strict=True)):
         lacking = [label for key, label in zip(shared, labels, strict=True) if key not in mine]
         if shared and lacking:
             left_out[names[place]] = f"not all its layers are measured on {', '.join(lacking)}"

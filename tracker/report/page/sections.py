@@ -16,7 +16,7 @@ from tracker.report.charts.headline import headline
 from tracker.report.charts.maps import heat_map, span_components, span_map
 from tracker.report.charts.model import proxy_curves, rank_chart, relevance_curves
 from tracker.report.charts.style import Chart
-from tracker.report.leaderboard.comparable import models_of
+from tracker.report.leaderboard.comparable import named_models
 from tracker.report.leaderboard.layers import LayerBoard, layer_board
 from tracker.report.leaderboard.models import ModelBoard, model_board
 from tracker.report.leaderboard.pairs import pairs_of
@@ -97,11 +97,10 @@ def model_sections(
 
     `decided` is what the runs of some cells decide document by document, by the cell's place.
     """
-    groups = models_of(cells)
-    labels = wording.model_labels([group[0].model for group in groups])
+    groups = named_models(cells)
     return tuple(
         _model_section(group, decided, label, f"model-{number}", alone=len(groups) == 1)
-        for number, (group, label) in enumerate(zip(groups, labels, strict=True), 1)
+        for number, (label, group) in enumerate(groups.items(), 1)
     )
 
 
