@@ -16,9 +16,9 @@ from tests.conftest import golden
 from tests.runner.elsewhere import arc, descendants, run, same, shards, typed, wait_for
 from tracker.core.asked import load_experiment
 from tracker.core.distribution import install_extra
-from tracker.executors import slurm_job as job
 from tracker.measuring.job import Options
 
+job = pytest.importorskip("tracker.executors.slurm", exc_type=ImportError)
 LOCAL = {"executor": "slurm", "slurm": {"cluster": "local"}}
 JOB = "submitit.core._submit"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,24 @@ import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import Checkpointable
 
+from tracker.benchmarks.benchmark import open_benchmark
 from tracker.core.config import CellRequest
-from tracker.core.errors import CellError, RequestError, did_you_mean, first_line
+from tracker.core.errors import CellError, RequestError, TrackerError, did_you_mean, first_line
 from tracker.executors.base import last_line
-from tracker.executors.slurm_job import CellJob, JobEnd, shards
+from tracker.executors.local import measure_cell
 from tracker.ledger.blocks import BLOCK
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import names_of
 from tracker.measuring.job import Begun, Done, Job, Options
+from tracker.measuring.meter import open_model
 from tracker.measuring.prepare import look_up
-from tracker.measuring.progress import Progress
+from tracker.measuring.progress import Progress, Silent
 
 POLL = 2.0
 """Seconds between two looks at the jobs and at the ledger."""
+STARTS = 4
+"""How many starts of a job in a row may end without a new shard."""
 _COMMON = (
     *("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node"),
     *("tasks_per_node", "stderr_to_stdout"),
@@ -38,10 +42,6 @@ _COMMON = (
 """Parameters that submitit takes for every kind of cluster; the others are sbatch's."""
 _DEFAULTS = {"name": "tracker", "timeout_min": 60}
 log = logging.getLogger(__name__)
-
-
-class _Requeued(CellJob, Checkpointable):  # type: ignore[misc]
-    """A job that submitit queues again when it is timed out or preempted."""
 
 
 class SlurmExecutor:
@@ -69,7 +69,7 @@ class SlurmExecutor:
         ledger.create()
         root = ledger.root.resolve()
         executor = _executor(root / "slurm" / "%j", self._cluster, self._parameters)
-        cells = [_Requeued(job.requests, root, self._options) for job in jobs]
+        cells = [CellJob(job.requests, root, self._options) for job in jobs]
         try:
             submitted = executor.submit_array(cells)
         except FailedJobError as error:
@@ -192,3 +192,76 @@ def _executor(folder: Path, cluster: str, parameters: Mapping[str, Any]) -> Any:
             "this machine with --slurm cluster=local"
         ) from None
     return executor
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """What a job says to the process that submitted it.
+
+    Attributes:
+        error: What went wrong; None when nothing of the cell is missing any more.
+        lost: What the self-check said.
+        models_loaded: How many times it loaded the model.
+    """
+
+    error: TrackerError | None = None
+    lost: tuple[str, ...] = ()
+    models_loaded: int = 0
+
+
+@dataclass
+class CellJob(Checkpointable):  # type: ignore[misc]
+    """Measures one cell in the shared results folder, for requests that differ in their runs alone.
+
+    It publishes nothing. When it is timed out or preempted, submitit queues it again, and it
+    continues from the shards.
+    """
+
+    requests: Sequence[CellRequest]
+    results: Path
+    options: Options
+    _shards: int = -1
+    _starts: int = 0
+
+    def __call__(self) -> JobEnd:
+        """Measure what the cell lacks."""
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        try:
+            return self._run()
+        except TrackerError as error:
+            return JobEnd(error)
+        except Exception as error:
+            log.info("failed", exc_info=True)
+            return JobEnd(CellError(f"{type(error).__name__}: {error}"))
+
+    def _run(self) -> JobEnd:
+        ledger = Ledger(self.results)
+        asked = [look_up(request, ledger) for request in self.requests]
+        cells = tuple(cell for cell in asked if not cell.complete)
+        if not cells:
+            return JobEnd()
+        found = len(shards(cells[0].store))
+        self._starts = self._starts + 1 if found == self._shards else 1
+        self._shards = found
+        if self._starts > STARTS:
+            raise CellError(
+                f"its job was stopped {STARTS} times before a single block of documents was "
+                "measured; give it more time: --slurm timeout_min=240"
+            )
+        log.info("loading %s", cells[0].source.name)
+        model = open_model(cells[0].request, self.options)
+        job = Job(cells, open_benchmark(cells[0].request))
+        _, lost = measure_cell(job, model, ledger, self.options, _Log())
+        return JobEnd(lost=tuple(lost), models_loaded=1)
+
+
+class _Log(Silent):
+    """Writes what is said into the job's log."""
+
+    def say(self, message: str) -> None:
+        log.info(message)
+
+
+def shards(store: CellStore | None) -> list[Path]:
+    """List the files of a cell's shards; none where the cell is not known yet."""
+    return [] if store is None else store.shards()

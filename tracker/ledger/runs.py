@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -120,24 +121,23 @@ def run_record(
         ablation=ablation.name,
         n=len(outcomes.tasks),
         accuracy=accurate.value,
-        accuracy_drop=drop.value,
-        accuracy_drop_low=drop.low,
-        accuracy_drop_high=drop.high,
+        **flat(drop, "accuracy_drop", "accuracy_drop"),
         drop_sd=spread.value,
         mcnemar_p=drop.p_value,
         accuracy_relevance=relevance.value,
-        gold_logprob_drop=gold.value,
-        gold_logprob_low=gold.low,
-        gold_logprob_high=gold.high,
-        options_logprob_drop=options.value,
-        options_logprob_low=options.low,
-        options_logprob_high=options.high,
+        **flat(gold, "gold_logprob_drop", "gold_logprob"),
+        **flat(options, "options_logprob_drop", "options_logprob"),
         rounded=None if mine.chances is None else within(mine.chances),
         drop_rounding=moved_by_rounding(intact.weights, intact.judged, mine),
         metrics=metrics,
         reasons={name: reason for name, reason in undefined.items() if reason},
         **{name: proxy.value for name, proxy in proxies.items()},
     )
+
+
+def flat(figure: Estimate, name: str, stem: str) -> dict[str, Any]:
+    """Lay a figure and the ends of its interval out as fields of a record."""
+    return {name: figure.value, f"{stem}_low": figure.low, f"{stem}_high": figure.high}
 
 
 def moved_by_rounding(weights: Array, *models: Chances) -> float | None:
