@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tracker.core.config import CellRequest
+from tracker.core.grouping import grouped
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import CellRace
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
-from tracker.team.collect import _joined, _same, merged
+from tracker.team.collect import _joined, _shown, merged
 
 from .conftest import asks, benchmark_identity, measure, measure_all, model_identity
 
@@ -199,7 +200,7 @@ def test_what_is_known_of_a_run_is_shown(case: str, ledger: Ledger) -> None:
     assert len({record.view for record in records}) == len(records)
     assert all(record.is_raced or record.is_complete for record in records)
     pairs = [(store, asked.view) for asked in store.views.asked()]
-    gathered = merged(record_of(*_joined(same)) for same in _same(pairs))
+    gathered = merged(record_of(*_joined(same)) for same in grouped(pairs, _shown).values())
     assert sorted(each.view for each in gathered) == sorted(each.view for each in records)
     # Asked again, nothing changes.
     before = shown(store)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 
@@ -15,6 +16,7 @@ from tracker.cli.boundary import Boundary
 from tracker.cli.options import (
     OF_SEARCHES,
     Setting,
+    Told,
     TrialCommand,
     asking,
     finite,
@@ -68,32 +70,28 @@ def main(debug: bool) -> None:
     quiet(debug)
 
 
+class Elsewhere(Told):
+    """What may be elsewhere: what measures, and layers."""
+
+    executor: Annotated[str, click.Choice(EXECUTORS)] = "local"
+    """Where benchmarks are measured. local: on this machine. ray: on the Ray cluster that
+    RAY_ADDRESS names, or that 'ray start' made on this machine; where there is neither, on one that
+    lives as long as the run. slurm: in a job array, one job a benchmark; Ctrl-C cancels it."""
+    slurm: Annotated[tuple[tuple[str, Any], ...], Setting()] = ()
+    """What each SLURM job asks for, in the words of submitit and sbatch; may be given several
+    times: partition=gpu, timeout_min=240 (default: 60), gpus_per_node=1, cpus_per_task=8,
+    mem_gb=64. cluster=local tries the same jobs without SLURM."""
+    offload: Annotated[str, click.Choice(RESTS)] = "device"
+    """Where layers rest until they are needed: on the device, in the host's memory, on disk; all of
+    them, or with --weights those beyond it."""
+
+
 @main.command()
 @asking()
-@click.option(
-    "--executor",
-    type=click.Choice(EXECUTORS),
-    default="local",
-    show_default=True,
-    help="Where benchmarks are measured. local: on this machine. ray: on the Ray cluster that "
-    "RAY_ADDRESS names, or that 'ray start' made on this machine; where there is neither, on one "
-    "that lives as long as the run. slurm: in a job array, one job a benchmark; Ctrl-C cancels it.",
-)
-@click.option(
-    "--slurm",
-    multiple=True,
-    type=Setting(),
-    help="What each SLURM job asks for, in the words of submitit and sbatch; may be given several "
-    "times: partition=gpu, timeout_min=240 (default: 60), gpus_per_node=1, cpus_per_task=8, "
-    "mem_gb=64. cluster=local tries the same jobs without SLURM.",
-)
+@keys(Elsewhere, "executor", "slurm")
 @running
 def run(
-    experiment: Path | None,
-    settings: dict[str, Any],
-    executor: str,
-    slurm: tuple[tuple[str, Any], ...],
-    **how: Any,
+    experiment: Path | None, settings: dict[str, Any], slurm: Sequence[tuple[str, Any]], **how: Any
 ) -> None:
     """Measure an experiment, or continue it.
 
@@ -115,9 +113,7 @@ def run(
     """
     from tracker import api
 
-    done = api.run(
-        experiment, executor=executor, slurm=dict(slurm), progress=Show(), **settings, **how
-    )
+    done = api.run(experiment, slurm=dict(slurm), progress=Show(), **settings, **how)
     if done.cells:
         print_measured(done.cells)
     print_end(done.outcome, done.report, done.experiment if settings else None)
@@ -164,14 +160,7 @@ def evaluate(project: str, **settings: Any) -> None:
     help="What of every layer is removed; may be given several times. Default: layer.",
 )
 @machine
-@click.option(
-    "--offload",
-    type=click.Choice(RESTS),
-    default="device",
-    show_default=True,
-    help="Where layers rest until they are needed: on the device, in the host's memory, on disk; "
-    "all of them, or with --weights those beyond it.",
-)
+@keys(Elsewhere, "offload")
 @click.option("--check/--no-check", "checking", default=True, help="Whether to run the self-check.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @trust

@@ -8,11 +8,11 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
 from click.core import ParameterSource
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from tracker.core import config
 from tracker.core.arguments import Arguments
@@ -192,7 +192,7 @@ def keys(model: type[BaseModel], *names: str, defaults: bool = True) -> Callable
             field = KEYS.get(name, name) if model is CellRequest else name
             about = model.model_fields[field]
             told: dict[str, Any] = {"help": " ".join((about.description or "").split())}
-            told |= _kind_of(hints[field])
+            told |= _told(hints[field]) if issubclass(model, Told) else _kind_of(hints[field])
             default = about.default
             if field in IN_THE_FILE and not about.is_required():
                 (default,) = default
@@ -203,7 +203,8 @@ def keys(model: type[BaseModel], *names: str, defaults: bool = True) -> Callable
                     told |= {"default": default, "show_default": True}
                 else:
                     told["help"] += f" Default: {default}."
-            spelled = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+            dashed = f"--{name.replace('_', '-')}"
+            spelled = [dashed] if issubclass(model, Told) else dict.fromkeys((f"--{name}", dashed))
             function = click.option(*spelled, **told)(function)
         return function
 
@@ -329,13 +330,57 @@ def _kind_of(hint: Any) -> dict[str, Any]:
     return {"type": click.INT if kinds == [int] else click.STRING}
 
 
-results_option = click.option(
-    "--results",
-    type=Place(),
-    default=Path("results"),
-    show_default=True,
-    help="The results folder; several processes may share it.",
-)
+class Told(BaseModel):
+    """What commands are told besides experiments: a schema, as `CellRequest` is of those.
+
+    A type of click's own stands in the annotation. What is yes or no is a flag; what is a tuple may
+    be given several times.
+    """
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+def _told(hint: Any) -> dict[str, Any]:
+    """Say of which type such an option is."""
+    kind, *types = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    if kind is bool:
+        return {"is_flag": True}
+    several = {"multiple": True} if get_origin(kind) is tuple else {}
+    return several | ({"type": types[0]} if types else _kind_of(kind))
+
+
+class Working(Told):
+    """How commands work, and where what they measure is kept."""
+
+    results: Annotated[Path, Place()] = Path("results")
+    """The results folder; several processes may share it."""
+    publish_documents: bool = False
+    """Publish what documents say also where they come from a folder or a corpus. Texts of the hub
+    or a package are always published."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps, …; 'spread': one model over all accelerators; 'all': a worker
+    with the model on each accelerator, where commands measure benchmarks."""
+    memory: Annotated[int | None, Bytes()] = None
+    """What hidden states, keys and values may take, e.g. 4GiB; default: half of what is free where
+    the model is."""
+    weights: Annotated[int | None, Bytes()] = None
+    """What the model's weights may take where it runs, e.g. 8GiB; default: all that fits. Other
+    layers are read from the host's memory or from disk when they are needed."""
+    workers: Positive | None = None
+    """So many processes measure side by side, each with the model. On CPUs they part the cores; on
+    accelerators see --device all. Default: this process alone."""
+    devices_per_worker: Positive | None = None
+    """How many accelerators each worker's model is spread over. Default: as many as its weights
+    need."""
+    trust_remote_code: bool = False
+    """Run code and read pickles that come with a model. Off: safetensors and GGUF only."""
+
+
+results_option = keys(Working, "results")
+documents_option = keys(Working, "publish_documents")
+machine = keys(Working, "device", "memory", "weights")
+"""Where a model runs."""
+trust = keys(Working, "trust_remote_code")
 folder_argument = click.argument("folder", required=False, type=Place())
 """The results folder, for commands that need no more; `--results` says the same."""
 
@@ -350,18 +395,6 @@ def chosen(folder: Path | None, results: Path) -> Path:
     return folder
 
 
-documents_option = click.option(
-    "--publish-documents",
-    is_flag=True,
-    help="Publish what documents say also where they come from a folder or a corpus. Texts of the "
-    "hub or a package are always published.",
-)
-trust = click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    help="Run code and read pickles that come with a model. Off: safetensors and GGUF only.",
-)
-
 sources_argument = click.argument("sources", nargs=-1, type=Word())
 
 
@@ -369,30 +402,6 @@ def project_option(**more: Any) -> Callable[[F], F]:
     """Add the option that names the tracking backends' project."""
     told = {"envvar": "WANDB_PROJECT", "show_default": True, **more}
     return click.option("--project", type=Word(), **told)
-
-
-def machine(function: F) -> F:
-    """Add the options that say where a model runs."""
-    device = click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        help="auto, cpu, cuda, cuda:1, mps, …; 'spread': one model over all accelerators; 'all': a "
-        "worker with the model on each accelerator, where commands measure benchmarks.",
-    )
-    memory = click.option(
-        "--memory",
-        type=Bytes(),
-        help="What hidden states, keys and values may take, e.g. 4GiB; default: half of what is "
-        "free where the model is.",
-    )
-    weights = click.option(
-        "--weights",
-        type=Bytes(),
-        help="What the model's weights may take where it runs, e.g. 8GiB; default: all that "
-        "fits. Other layers are read from the host's memory or from disk when they are needed.",
-    )
-    return device(memory(weights(function)))
 
 
 def running(function: F) -> F:
@@ -403,20 +412,8 @@ def running(function: F) -> F:
         help="Tracking backends, comma-separated: mlflow, wandb, wandb:ENTITY/PROJECT, trackio, or "
         "'none'. Default: mlflow; in the trial of a W&B sweep: wandb.",
     )
-    workers = click.option(
-        "--workers",
-        type=click.IntRange(min=1),
-        help="So many processes measure side by side, each with the model. On CPUs they part the "
-        "cores; on accelerators see --device all. Default: this process alone.",
-    )
-    devices = click.option(
-        "--devices-per-worker",
-        type=click.IntRange(min=1),
-        help="How many accelerators each worker's model is spread over. Default: as many as its "
-        "weights need.",
-    )
-    more = machine(workers(devices(trust(function))))
-    return results_option(track(documents_option(more)))
+    more = keys(Working, *[name for name in Working.model_fields if name != "results"])
+    return results_option(track(more(function)))
 
 
 def finite(ctx: Any, param: Any, value: float | None) -> float | None:

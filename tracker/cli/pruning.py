@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 
@@ -12,6 +13,7 @@ from tracker.cli.commands import main
 from tracker.cli.options import (
     Layers,
     Place,
+    Told,
     TrialCommand,
     Word,
     asking,
@@ -35,24 +37,26 @@ _OF_BENCHMARKS = [
 ]
 
 
+class Exporting(Told):
+    """Which model is saved, and where."""
+
+    remove: Annotated[Sequence[int], Layers()]
+    """The layers, 0-based: 3,17 or 3-7."""
+    output: Annotated[Path, Place()]
+    """The folder that is made."""
+    component: Annotated[str, click.Choice(COMPONENTS)] = "layer"
+    """Whole layers alone can be loaded by plain transformers; anything else is refused, with the
+    lists for code that skips attentions or MLPs."""
+    benchmark: str | None = None
+    """What the removal is measured on and the export proved, by plain lm-eval: a task or a group.
+    Default: none, and the logits of a few texts are the proof."""
+
+
 @main.command()
 @click.argument("model", type=Word())
-@click.option("--remove", required=True, type=Layers(), help="The layers, 0-based: 3,17 or 3-7.")
-@click.option("--output", required=True, type=Place(), help="The folder that is made.")
-@click.option(
-    "--component",
-    type=click.Choice(COMPONENTS),
-    default="layer",
-    show_default=True,
-    help="Whole layers alone can be loaded by plain transformers; anything else is refused, with "
-    "the lists for code that skips attentions or MLPs.",
-)
+@keys(Exporting, "remove", "output", "component")
 @keys(CellRequest, "revision", "dtype", defaults=False)
-@click.option(
-    "--benchmark",
-    help="What the removal is measured on and the export proved, by plain lm-eval: a task or a "
-    "group. Default: none, and the logits of a few texts are the proof.",
-)
+@keys(Exporting, "benchmark")
 @keys(CellRequest, *_OF_BENCHMARKS, defaults=False)
 @project_option(default="tracker")
 @click.option(

@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 
 from tracker.cli.commands import main
-from tracker.cli.options import Place, asking, running
+from tracker.cli.options import Place, Told, asking, keys, running
 from tracker.cli.printing import print_end, print_finding
 from tracker.cli.terminal import Show, begin
 from tracker.studies.registry import DRAWS, RELIABILITY
+
+
+class Studying(Told):
+    """What some studies are told."""
+
+    reliability: Annotated[float, click.FLOAT] = RELIABILITY
+    """The rank correlation of two samples that is wanted."""
+    remove: tuple[str, ...] = ()
+    """How much goes, as in 'tracker prune'; may be given again. Default: 25 % and 50 %."""
+    strategy: tuple[str, ...] = ()
+    """How to choose, as in 'tracker prune'; may be given again. Default: accuracy, gold_logprob,
+    taylor, perplexity, cosine_oneshot, relative_update, last and random."""
+    text: Annotated[Path | None, Place()] = None
+    """Plain text to calibrate on too: a .txt file with blank lines between documents, or a .jsonl
+    file."""
+    draws: Annotated[int, click.IntRange(1, 1000)] = DRAWS
+    """Random directions for each layer and token; each costs as much as all removals."""
+    epsilon: Annotated[tuple[float, ...], click.FLOAT] = ()
+    """Cosine score of the deciding layer; may be given again. Default: 1e-1, 1e-2, 1e-4, 1e-6 and
+    1e-8."""
 
 
 @main.group()
@@ -74,13 +94,7 @@ def audit(**asked: Any) -> None:
 
 @study.command()
 @asking()
-@click.option(
-    "--reliability",
-    type=float,
-    default=RELIABILITY,
-    show_default=True,
-    help="The rank correlation of two samples that is wanted.",
-)
+@keys(Studying, "reliability")
 @running
 def calibration(**asked: Any) -> None:
     """How many documents until the ranking of layers is stable?
@@ -120,23 +134,7 @@ def joint(**asked: Any) -> None:
 
 @study.command()
 @asking()
-@click.option(
-    "--remove",
-    multiple=True,
-    help="How much goes, as in 'tracker prune'; may be given again. Default: 25 % and 50 %.",
-)
-@click.option(
-    "--strategy",
-    multiple=True,
-    help="How to choose, as in 'tracker prune'; may be given again. Default: accuracy, "
-    "gold_logprob, taylor, perplexity, cosine_oneshot, relative_update, last and random.",
-)
-@click.option(
-    "--text",
-    type=Place(),
-    help="Plain text to calibrate on too: a .txt file with blank lines between documents, or a "
-    ".jsonl file.",
-)
+@keys(Studying, "remove", "strategy", "text")
 @click.option(
     "--test_sample",
     "--test-sample",
@@ -211,13 +209,7 @@ def savings(**asked: Any) -> None:
 
 @study.command()
 @asking()
-@click.option(
-    "--draws",
-    type=click.IntRange(1, 1000),
-    default=DRAWS,
-    show_default=True,
-    help="Random directions for each layer and token; each costs as much as all removals.",
-)
+@keys(Studying, "draws")
 @running
 def snowball(**asked: Any) -> None:
     """Do later layers amplify what a removal changes?
@@ -238,13 +230,7 @@ def snowball(**asked: Any) -> None:
 
 @study.command()
 @asking()
-@click.option(
-    "--epsilon",
-    type=float,
-    multiple=True,
-    help="Cosine score of the deciding layer; may be given again. Default: 1e-1, 1e-2, 1e-4, 1e-6 "
-    "and 1e-8.",
-)
+@keys(Studying, "epsilon")
 @running
 def theorem(**asked: Any) -> None:
     """Can the lowest cosine score decide every answer?

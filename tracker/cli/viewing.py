@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import click
 
@@ -15,11 +15,13 @@ from tracker.cli.options import (
     FORMATS,
     Layers,
     Place,
+    Told,
     Word,
     backends,
     chosen,
     documents_option,
     folder_argument,
+    keys,
     publish_option,
     results_option,
     sources_argument,
@@ -241,24 +243,22 @@ def _documents(cell: CellRecord) -> str:
     return " ".join(filter(None, (str(cell.n), cell.drawn)))
 
 
+class Samples(Told):
+    """Which result files are written, and where."""
+
+    output: Annotated[Path, Place()]
+    """A folder that gets one folder a model, as lm_eval --output_path."""
+    model: Annotated[tuple[str, ...], Word()] = ()
+    """Only this model; may be repeated."""
+    benchmark: Annotated[tuple[str, ...], Word()] = ()
+    """Only this benchmark; may be repeated."""
+    layer: Annotated[tuple[tuple[int, ...], ...], Layers()] = ()
+    """Only removals that begin at these layers, such as 3,17 or 3-7, and the intact model; may be
+    repeated."""
+
+
 @main.command()
-@click.option(
-    "--output",
-    type=Place(),
-    required=True,
-    help="A folder that gets one folder a model, as lm_eval --output_path.",
-)
-@click.option("--model", multiple=True, type=Word(), help="Only this model; may be repeated.")
-@click.option(
-    "--benchmark", multiple=True, type=Word(), help="Only this benchmark; may be repeated."
-)
-@click.option(
-    "--layer",
-    multiple=True,
-    type=Layers(),
-    help="Only removals that begin at these layers, such as 3,17 or 3-7, and the intact model; may "
-    "be repeated.",
-)
+@keys(Samples, *Samples.model_fields)
 @trust
 @results_option
 def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: Any) -> None:
