@@ -33,7 +33,7 @@ def default_progress() -> Progress:
     return Bar() if getattr(shell, "kernel", None) is not None else Silent()
 
 
-class Bar:
+class Bar(Progress):
     """Shows a run below a notebook's code: a bar, and lines above it."""
 
     def __init__(self) -> None:

@@ -14,6 +14,7 @@ import click
 
 from tracker.core.tables import Table, headed, written
 from tracker.core.text import harmless, masked
+from tracker.measuring.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,7 +81,7 @@ def print_table(made: Table) -> None:
     console().print(printed)
 
 
-class Show:
+class Show(Progress):
     """Shows a run: a bar with the remaining time, and lines above it.
 
     What is written into a file, as a job's log is, gets the bar as a line now and then.

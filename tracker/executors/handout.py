@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 
 from filelock import FileLock, Timeout
 
@@ -90,8 +91,8 @@ class Handout:
         self.models_loaded = 0
         self._cells = [Cell(job) for job in jobs]
         self._out: set[Task] = set()
-        self._said: set[str] = set()
         self._ledger, self._progress = ledger, progress
+        self._say_once = cache(progress.say)
         self._begun, self._done = begun, done
 
     @property
@@ -171,7 +172,8 @@ class Handout:
 
         `fresh` if it had to load the model.
         """
-        self._say(said)
+        for line in said:
+            self._say_once(line)
         self.models_loaded += fresh
         cell = task.cell
         self._out.discard(task)
@@ -192,7 +194,8 @@ class Handout:
         cell, block = task.cell, task.block
         assert cell.store is not None
         assert block is not None
-        self._say(said)
+        for line in said:
+            self._say_once(line)
         with self._failing(cell):
             for shard in shards:
                 cell.store.write(block, shard.rows, shard.metadata)
@@ -266,12 +269,3 @@ class Handout:
             cell.ended = True
             for asked in cell.job.cells:
                 self._done(asked, cell.store)
-
-    def _say(self, lines: Sequence[str]) -> None:
-        for line in lines:
-            self._say_once(line)
-
-    def _say_once(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
-            self._progress.say(line)

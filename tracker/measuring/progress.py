@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 
-class Progress(Protocol):
-    """Listens to a run."""
+class Progress:
+    """Listens to a run; what it does not hear of is ignored."""
 
     def say(self, message: str) -> None:
         """Hear one line about something that takes a while or needs attention."""
@@ -26,23 +25,8 @@ class Progress(Protocol):
         """Hear that the work has ended."""
 
 
-class Silent:
+class Silent(Progress):
     """Listens to nothing."""
-
-    def say(self, message: str) -> None:
-        """Ignore a line."""
-
-    def start(self, title: str, total: int, unit: str = "responses") -> None:
-        """Ignore the beginning of some work."""
-
-    def expect(self, more: int) -> None:
-        """Ignore that there is more of it."""
-
-    def advance(self, responses: int) -> None:
-        """Ignore progress."""
-
-    def finish(self) -> None:
-        """Ignore its end."""
 
 
 @contextmanager
