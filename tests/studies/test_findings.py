@@ -11,7 +11,7 @@ from tracker.cli.printing import print_finding
 from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord, Line, LineChart, MapChart
 from tracker.core.tables import Column, EntryText, Heading, Table, headed, table, written
-from tracker.ledger.store import findings, keep_finding
+from tracker.ledger.store import keep_finding, listed
 from tracker.report.charts.style import FEW, OPEN
 from tracker.report.export import export, figures
 from tracker.report.page.html import render_page
@@ -43,11 +43,11 @@ FINDING = FindingRecord(
 def test_what_is_kept_comes_back_and_an_edit_is_noticed(tmp_path: Path) -> None:
     keep_finding(tmp_path, FINDING)
     damaged: dict[str, str] = {}
-    assert findings(tmp_path, damaged) == [FINDING]
+    assert listed(tmp_path / "studies", FindingRecord, damaged) == [FINDING]
     assert not damaged
     (path,) = tmp_path.glob("studies/*.json")
     path.write_text(path.read_text().replace("No.", "Yes"))
-    assert findings(tmp_path, damaged) == []
+    assert listed(tmp_path / "studies", FindingRecord, damaged) == []
     assert damaged == {
         str(path): "its digest is not that of what it says: it was edited or damaged; type "
         f"`tracker study {FINDING.study} {FINDING.experiment}`, or delete it"
@@ -60,7 +60,7 @@ def test_a_damaged_finding_names_the_command_that_finds_it(tmp_path: Path) -> No
     for name in ("search--p", "joint--my%20own"):
         (tmp_path / "studies" / f"{name}.json").write_text("{}")
     damaged: dict[str, str] = {}
-    assert findings(tmp_path, damaged) == []
+    assert listed(tmp_path / "studies", FindingRecord, damaged) == []
     joint, search = damaged.values()
     assert "`tracker prune p.yaml`" in search
     assert "`tracker study joint my own.yaml`" in joint

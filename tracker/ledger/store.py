@@ -33,7 +33,7 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -74,38 +74,24 @@ def keep_search(root: Path, record: PruneRecord) -> Path:
     return path
 
 
-def findings(root: Path, damaged: dict[str, str]) -> list[FindingRecord]:
-    """List what studies found, by name; `damaged` gets files that cannot be used → what to do."""
-
-    def again(path: Path) -> str:
-        """Say what finds it again, as far as a file's name tells it."""
-        study, _, experiment = unquote(path.stem).partition("--")
-        command = "prune" if study == "search" else f"study {study}"
-        return f"type `tracker {command} {experiment or 'FILE'}.yaml`"
-
-    return _listed(root, "studies", FindingRecord, damaged, again)
-
-
-def searches(root: Path, damaged: dict[str, str]) -> list[PruneRecord]:
-    """List what searches found, by name; `damaged` as in `findings`."""
-    again = "type its `tracker prune` again"
-    return _listed(root, "searches", PruneRecord, damaged, lambda path: again)
-
-
-def _listed(
-    root: Path,
-    folder: str,
-    kind: type[Found],
-    damaged: dict[str, str],
-    again: Callable[[Path], str],
-) -> list[Found]:
+def listed(folder: Path, kind: type[Found], damaged: dict[str, str]) -> list[Found]:
+    """List what was found, by name; `damaged` gets files that cannot be used → what to do."""
     found = []
-    for path in sorted(root.glob(f"{folder}/*.json")):
+    for path in sorted(folder.glob("*.json")):
         try:
             found.append(kind.model_validate(unsealed(path.read_bytes())))
         except (OSError, ValueError) as error:
-            damaged[str(path)] = f"{reason(error)}; {again(path)}, or delete it"
+            damaged[str(path)] = f"{reason(error)}; {_again(path)}, or delete it"
     return found
+
+
+def _again(path: Path) -> str:
+    """Say what finds it again, as far as a file's name tells it."""
+    if path.parent.name == "searches":
+        return "type its `tracker prune` again"
+    study, _, experiment = unquote(path.stem).partition("--")
+    command = "prune" if study == "search" else f"study {study}"
+    return f"type `tracker {command} {experiment or 'FILE'}.yaml`"
 
 
 _WRITTEN = ("cells", "experiments", "index", "locks")
@@ -230,8 +216,8 @@ class Ledger:
         """List everything that can be shown; what is damaged keeps nothing else away."""
         unreadable = {str(self.root / name): closed(self.root / name) for name in _READ}
         found = Contents(damaged={path: why for path, why in unreadable.items() if why})
-        found.findings.extend(findings(self.root, found.damaged))
-        found.searches.extend(searches(self.root, found.damaged))
+        found.findings.extend(listed(self.root / "studies", FindingRecord, found.damaged))
+        found.searches.extend(listed(self.root / "searches", PruneRecord, found.damaged))
         searched = {each.key for record in found.searches for each in record.calibration}
         searched |= {cell_key(record.model, record.benchmark) for record in found.searches}
         for cell in self.cells(found.damaged):

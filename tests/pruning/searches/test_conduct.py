@@ -19,7 +19,8 @@ from tracker.core.config import cell_request
 from tracker.core.errors import ModelError, WorkError
 from tracker.core.estimates import Estimate
 from tracker.core.extent import ALL, Extent
-from tracker.ledger.store import Ledger, keep_search, searches
+from tracker.core.prune_records import PruneRecord
+from tracker.ledger.store import Ledger, keep_search, listed
 from tracker.measuring.progress import Silent
 from tracker.models import checkpoint as models
 from tracker.pruning.export import checkpoint
@@ -40,7 +41,7 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(
     path = write(strategy=["accuracy", "cosine_oneshot", "last", "random"], draws=2)
     done = prune(path)
     assert done.exit_code == 0, done.output
-    records = searches(results, {})
+    records = listed(results / "searches", PruneRecord, {})
     assert sorted(one.label for one in records) == [
         "accuracy", "cosine_oneshot", "last", "random 1", "random 2",
     ]  # fmt: skip
@@ -95,7 +96,7 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(
     monkeypatch.setattr(cells, "open_model", lambda *given: pytest.fail("loaded again"))
     again = prune(path)
     assert again.exit_code == 0, again.output
-    assert searches(results, {}) == records
+    assert listed(results / "searches", PruneRecord, {}) == records
     # The greedy search alone needed more than the one that looks once.
     cost = {one.label: one.cost for one in records}
     assert cost["cosine_oneshot"].evaluations == cost["cosine_oneshot"].passes == 1
@@ -289,7 +290,9 @@ def test_that_attentions_cannot_be_saved_is_said(write, prune) -> None:
 def test_a_changed_file_of_a_search_is_noticed(search_for, tmp_path: Path) -> None:
     search_for(strategy="last", remove=1)
     (path,) = (tmp_path / "results").glob("searches/*.json")
-    assert [found.strategy for found in searches(tmp_path / "results", {})] == ["last"]
+    assert [
+        found.strategy for found in listed(tmp_path / "results" / "searches", PruneRecord, {})
+    ] == ["last"]
     path.write_text(path.read_text().replace('"last"', '"best"'))
     damaged = api.check(tmp_path / "results")[0].damaged
     assert Ledger(tmp_path / "results").contents().searches == []
@@ -322,7 +325,7 @@ def test_one_command_saves_the_recommended_and_its_card_says_how_it_was_chosen(
     path = write(strategy=["accuracy", "last"])
     done = prune(path, "--output", lighter)
     assert done.exit_code == 0, done.output
-    records = {one.strategy: one for one in searches(results, {})}
+    records = {one.strategy: one for one in listed(results / "searches", PruneRecord, {})}
     best = min(records.values(), key=lambda one: truth.key("accuracy", one.removed))
 
     facts = json.loads((lighter / "tracker.json").read_text())

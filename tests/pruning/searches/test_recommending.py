@@ -10,7 +10,8 @@ import pytest
 from tests.conftest import refused
 from tracker.core.estimates import Estimate
 from tracker.core.formats import points
-from tracker.ledger.store import searches
+from tracker.core.prune_records import PruneRecord
+from tracker.ledger.store import listed
 from tracker.pruning.search.figures import end, level_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_calibration_documents_recommend(write, prune, truth, tmp_path: Path) -> None:
     """Was: the set that tested best."""
     done = prune(write(strategy=["accuracy", "cosine_oneshot", "last", "random"]))
-    records = searches(tmp_path / "results", {})
+    records = listed(tmp_path / "results" / "searches", PruneRecord, {})
     sets = {one.removed: end(one).drop for one in records if one.strategy != "random"}
     best = min(sets, key=lambda removed: truth.key("accuracy", removed))
     assert sets[best] > min(sets.values())
@@ -33,7 +34,7 @@ def test_calibration_documents_recommend(write, prune, truth, tmp_path: Path) ->
 def test_a_lucky_draw_is_neither_recommended_nor_left_out(write, prune, tmp_path: Path) -> None:
     """Was: the best draw was recommended, and the mean was that of the others."""
     done = prune(write(strategy=["accuracy", "random"]))
-    records = searches(tmp_path / "results", {})
+    records = listed(tmp_path / "results" / "searches", PruneRecord, {})
     (chosen,) = (one for one in records if one.strategy == "accuracy")
     levels = [end(one).accuracy for one in records if one.strategy == "random"]
     assert max(levels) > end(chosen).accuracy
