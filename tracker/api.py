@@ -116,8 +116,8 @@ class _Work:
         track = how.get("track")
         self.track: Sequence[str] = default_targets() if track is None else _targets(track)
         self._texts = how.get("publish_documents", False)
-        depth = prepare.depth_in(self.ledger, self.options.trust_remote_code)
-        self.read = partial(load_experiment, depth=depth)
+        count = prepare.counting_in(self.ledger, self.options.trust_remote_code)
+        self.read = partial(load_experiment, count=count)
 
     def publisher(self, project: str, trial: Trial | None = None) -> closing[Publisher]:
         """Open what publishes, closed at the end; RequestError where nobody is logged in to it."""
@@ -545,8 +545,8 @@ def plan(
     _refuse_incomplete(experiment, settings, "plan(")
     _refuse_object(settings)
     ledger = Ledger(Path(results))
-    depth = prepare.depth_in(ledger, trust_remote_code)
-    asked = load_experiment(experiment, settings, depth).file
+    count = prepare.counting_in(ledger, trust_remote_code)
+    asked = load_experiment(experiment, settings, count).file
     if asked.capped and progress is not None:
         progress.say(asked.capped)
     return planning.plan(asked.cells(), ledger, trust_remote_code)

@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
 from tracker.core.answers import statement
-from tracker.core.config import CellRequest
+from tracker.core.config import RUNS, CellRequest
 from tracker.core.errors import RequestError, TrackerError
+from tracker.core.model_parts import ModelParts
 from tracker.core.records import CellRecord
 from tracker.core.views import View
 from tracker.executors.base import open_executor
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import refuse_unbounded
 from tracker.ledger.store import Ledger
-from tracker.ledger.views import GROWS, RUNS
+from tracker.ledger.views import GROWS
 from tracker.measuring.derive import record_of
 from tracker.measuring.job import Job, Options
 from tracker.measuring.prepare import CellLookup, check_layers, check_range, look_up
@@ -99,7 +100,7 @@ def run_cells(
     for cell in asked:
         if cell.store is not None:
             chosen_metric(cell.store.identity.benchmark, cell.request.metric)
-            check_range(cell.request, cell.store.identity.model.layers)
+            check_range(cell.request, ModelParts(cell.store.identity.model.layers))
     finisher = _Finisher(publisher, progress, requests)
     if todo:
         progress.say("checking models and benchmarks")

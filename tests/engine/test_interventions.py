@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.engine.families import tiny_model
 from tests.engine.plain import answers, asking, engine_of, make_documents, passed
-from tracker.core.ablations import INTACT, Ablation
+from tracker.core.ablations import INTACT, Ablation, Stretch
 from tracker.core.errors import CellError
 from tracker.core.kinds import Action
 from tracker.engine.fitting import first_tokens, fit
@@ -22,12 +22,13 @@ from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.layers import find_layers
 
-WAYS = ("mean", "scale", "linear", "int8", "int4", "repeat")
+WAYS = ("mean", "scale", "linear", "int8", "int4")
 ABLATIONS = [
     INTACT,
     *(Ablation(replaced=((done, layer),)) for done in WAYS for layer in (0, 2, 3)),
     Ablation((1,), replaced=(("int4", 2),)),
-    Ablation((1,), replaced=(("repeat", 2),)),
+    *(Ablation(repeated=(Stretch(layer, layer + 1),)) for layer in (0, 2, 3)),
+    Ablation((1,), repeated=(Stretch(2, 3),)),
     Ablation(mlp=(2,)),
     Ablation(attention=(2,)),
 ]
@@ -73,9 +74,11 @@ def _changed(model, ablation):
             "mean": lambda inner, x, m=mean: _like(inner(x), x + m),
             "scale": lambda inner, x: _like(inner(x), 0.7 * x),
             "linear": lambda inner, x, w=weight, b=bias: _like(inner(x), x @ w.T + b),
-            "repeat": lambda inner, x: inner(_state(inner(x))),
         }[done]
         layers[layer] = _Instead(layers[layer], function)
+    for stretch in ablation.repeated:
+        twice = _Instead(layers[stretch.start], lambda inner, x: inner(_state(inner(x))))
+        layers[stretch.start] = twice
     for layer in ablation.layers:
         layers[layer] = _Instead(layers[layer], lambda inner, x: _like(inner(x), x))
     for name, numbers in (("self_attn", ablation.attention), ("mlp", ablation.mlp)):
@@ -133,7 +136,7 @@ def test_a_kept_beginning_serves_all_but_what_passes_a_layer_twice(spy):
     model = tiny_model("llama")
     documents = make_documents(3, shared=60)
     read = spy(sweep, "read_prefix", lambda parts, plan, tokens: plan.repeats)
-    once = [a for a in ABLATIONS if not any(done == "repeat" for done, _ in a.replaced)]
+    once = [ablation for ablation in ABLATIONS if not ablation.repeated]
     engine = engine_of(model, FULL, row_tokens=40, stand_ins=STAND_INS)
     _agree(engine.score(documents, once), model, once)
     _agree(engine.score(documents, ABLATIONS), model)
@@ -148,9 +151,10 @@ def test_the_check_on_a_miniature_tries_them_all_and_finds_them_exact():
 
 def test_what_a_replaced_layer_costs_is_what_it_passes():
     one = Ablation(replaced=(("mean", 1),))
-    two = Ablation(replaced=(("repeat", 1),))
+    two = Ablation(repeated=(Stretch(1, 2),))
     assert plan_streams([INTACT, one], 4).layer_passes == 4 + 2
-    assert plan_streams([INTACT, two], 4).layer_passes == 4 + 3 + 1
+    # It leaves the baseline behind the layer, and passes it once more.
+    assert plan_streams([INTACT, two], 4).layer_passes == 4 + 1 + 2
     quantised = Ablation(replaced=(("int8", 1),))
     assert plan_streams([INTACT, quantised], 4).layer_passes == 4 + 3
     # Its attention has other weights than the baseline's, from which it would be taken else.
@@ -204,7 +208,7 @@ class TestFit:
 def test_a_layer_twice_is_a_deeper_model():
     model = tiny_model("gemma3")
     engine = engine_of(model)
-    twice = engine.without(Ablation((0,), replaced=(("repeat", 2),))).loaded.model
+    twice = engine.without(Ablation((0,), repeated=(Stretch(2, 3),))).loaded.model
     assert len(find_layers(twice)) == 4
     config = twice.config.get_text_config()
     kinds = model.config.get_text_config().layer_types
@@ -214,5 +218,5 @@ def test_a_layer_twice_is_a_deeper_model():
     assert one is not other
     assert one.self_attn.q_proj.weight is other.self_attn.q_proj.weight
     asked = asking(((5, 6, 7), (8, 9)))
-    right = answers(_changed(model, Ablation((0,), replaced=(("repeat", 2),))), asked)
+    right = answers(_changed(model, Ablation((0,), repeated=(Stretch(2, 3),))), asked)
     assert answers(twice, asked)[0][0] == pytest.approx(right[0][0], abs=1e-4)

@@ -10,7 +10,7 @@ from tests.conftest import save_tokenizer
 from tests.engine.families import tiny_model
 from tests.engine.plain import MAX_LENGTH, make_documents
 from tests.engine.truth import layers_of
-from tracker.core.ablations import INTACT, Ablation, ablate
+from tracker.core.ablations import INTACT, Ablation, Part, Stretch, ablate
 from tracker.core.errors import CellError
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import Engine
@@ -102,7 +102,12 @@ def test_a_plain_call_brings_in_each_layer_once(both):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_parts_and_interventions_are_those_of_the_model_in_memory(both, dtype):
-    ablations = [INTACT, *(Ablation(replaced=((done, 2),)) for done in ("int8", "int4", "repeat"))]
+    ablations = [
+        INTACT,
+        *(Ablation(replaced=((done, 2),)) for done in ("int8", "int4")),
+        Ablation(repeated=(Stretch(2, 3),)),
+        Ablation(parts=(Part("head", 2, 1),)),
+    ]
     ablations += [ablate("attention", [1]), ablate("mlp", [3])]
     resident, offloaded = both("llama", dtype)
     documents = make_documents(4)

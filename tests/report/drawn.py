@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from tracker.core.kinds import Component
 from tracker.core.records import CellRecord
 from tracker.report.charts import cells as cell_charts
 from tracker.report.charts import maps, style
 
 curve_title, scatter_title = cell_charts.curve_title, cell_charts.scatter_title
-heat_title, span_title = maps.heat_title, maps.span_title
-curve_kinds, span_components = cell_charts.curve_kinds, maps.span_components
+heat_title, map_title = maps.heat_title, maps.map_title
+curve_kinds, mapped = cell_charts.curve_kinds, maps.mapped
 HELPS, MATTERS = style.HELPS, style.MATTERS
 
 
@@ -38,5 +37,5 @@ def heat_map(cells: Sequence[CellRecord]) -> go.Figure:
     return maps.heat_map(cells).figure()
 
 
-def span_map(cell: CellRecord, component: Component) -> go.Figure:
-    return maps.span_map(cell, component).figure()
+def kind_map(cell: CellRecord, name: str) -> go.Figure:
+    return maps.kind_map(cell, maps.mapped(cell)[name]).figure()

@@ -136,7 +136,7 @@ def said(cells: list[CellRecord]) -> Iterator[str]:
     for cell in cells:
         yield from ("", f"# {cell.title}", cell.documents, wording.sentence(cell))
         yield from (charts.curve_title(cell), charts.scatter_title(cell))
-        yield from (maps.span_title(cell, part) for part in maps.span_components(cell))
+        yield from (maps.map_title(cell, kinds) for kinds in maps.mapped(cell).values())
         yield from caveats.warnings(cell)
         for trace in charts.layer_curve(cell).data:
             yield from trace["hovertext"][3:4]

@@ -88,9 +88,9 @@ class TestCharts:
 
     def test_the_span_map_holds_every_drop_at_its_place(self) -> None:
         cell = several()
-        assert charts.span_components(cell) == ["layer", "attention", "mlp"]
-        assert charts.span_components(several(spans=(4,))) == []
-        figure = charts.span_map(cell, "mlp")
+        assert list(charts.mapped(cell)) == ["layer", "attention", "mlp"]
+        assert charts.mapped(several(spans=(4,))) == {}
+        figure = charts.kind_map(cell, "mlp")
         rows = list(figure.data[0].y)
         values = charts.grid(figure)
         assert rows == ["1", "2", "4"]
@@ -112,7 +112,7 @@ class TestCharts:
         missing = (RunIdentity(layer=9, span=2),)
         layers = tuple(r for r in layers if (r.layer, r.span) != (9, 2))
         cell = cell.model_copy(update={"runs": layers, "missing": missing})
-        *_, gaps = charts.span_map(cell, "layer").data
+        *_, gaps = charts.kind_map(cell, "layer").data
         assert list(zip(gaps.x, gaps.y, strict=True)) == [(3, "2"), (9, "2")]
         assert "a reason" in gaps.hovertext[0]
         assert NOT_MEASURED in gaps.hovertext[1]
@@ -139,7 +139,7 @@ def test_the_page_shows_each_view_and_leaves_out_what_has_no_runs() -> None:
         assert page.count(f'id="model-1-cell-{number}"') == 1
         assert f'href="#model-1-cell-{number}"' in page
     for component in ("layer", "attention", "mlp"):
-        assert f'id="model-1-cell-1-spans-{component}-title"' in page
+        assert f'id="model-1-cell-1-map-{component}-title"' in page
     assert "one line for each component of a layer" in text
     assert "<h4>Runs</h4>" in page
     assert 'id="model-1-cell-2-scatter"' in page
@@ -154,7 +154,7 @@ def test_a_page_without_any_whole_layer_has_no_relevance_map() -> None:
     page = html.render_page([several(("mlp",), (2, 4), correlations=())], {})
     assert 'id="model-1-heat-map"' not in page
     assert 'id="model-1-cell-1-curve"' not in page
-    assert 'id="model-1-cell-1-spans-mlp-title"' in page
+    assert 'id="model-1-cell-1-map-mlp-title"' in page
 
 
 def test_the_frames_name_component_span_and_removed() -> None:

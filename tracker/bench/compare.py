@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tracker.core.ablations import Ablation, ablations_of
 from tracker.core.config import CellRequest
 from tracker.core.errors import BenchmarkError
+from tracker.core.model_parts import with_all_parts
 from tracker.core.provenance import machine, package_versions
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Progress
+from tracker.models.sources import parts_of
 
 if TYPE_CHECKING:
     from tracker.core.documents import Document
@@ -198,7 +200,8 @@ def bench(
     documents, loaded = ready.documents, ready.engine.loaded
     total = loaded.identity.layers
     alone = {"spans": (1,), "interventions": ("remove",), "removed": (), "only": None}
-    asked = request.model_copy(update={"layers": tuple(range(total)), **alone})
+    parts = parts_of(loaded.model.config.get_text_config())
+    asked = with_all_parts(request.model_copy(update={"layers": (), **alone}), parts)
     ablations = ablations_of(asked, total)
 
     check_seconds, engine = None, ready.engine

@@ -195,7 +195,7 @@ def keys(model: type[BaseModel], *names: str, defaults: bool = True) -> Callable
             told |= _told(hints[field]) if issubclass(model, Told) else _kind_of(hints[field])
             default = about.default
             if field in IN_THE_FILE and not about.is_required():
-                (default,) = default
+                default = next(iter(default), None)
             if about.is_required():
                 told["required"] = defaults
             elif default not in (None, (), False):
@@ -226,7 +226,7 @@ def asking(
         A decorator.
     """
     first = [key for key in said if key in ("model", "benchmark")]
-    rest = [key for key in said if key not in (*first, *search, "layer")]
+    rest = [key for key in said if key not in (*first, *search, "layer", "head")]
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
@@ -241,6 +241,7 @@ def asking(
 
         made = keys(CellRequest, *rest, defaults=False)(_set(asked))
         made = keys(SearchSettings, *search, defaults=False)(made)
+        made = _head(made) if "head" in said else made
         made = _layer(made) if "layer" in said else made
         return _experiment(keys(CellRequest, *first, defaults=False)(made))
 
@@ -252,6 +253,12 @@ OF_SEARCHES = tuple(key for key in SearchSettings.model_fields if key not in KEY
 _experiment = click.argument("experiment", metavar="[EXPERIMENT|MODEL]", required=False)
 _layer = click.option(
     "--layer", type=Layers(every=True), help="The layers, such as 3,17 or 3-7. Default: all."
+)
+_head = click.option(
+    "--head",
+    type=Layers(),
+    help="The heads of each layer, such as 0,3 or 0-3, or groups of heads, where component is head "
+    "or kv_head. Default: all.",
 )
 _set = click.option(
     "--set",

@@ -5,10 +5,57 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, product
+from typing import NamedTuple
 
 from tracker.core.config import CellRequest
-from tracker.core.kinds import Action, Component, Intervention
+from tracker.core.kinds import NUMBERED, Action, Component, Intervention
 from tracker.core.records import BASELINE, RunIdentity
+
+
+class Part(NamedTuple):
+    """One of several parts of a layer: a head, or a group of heads."""
+
+    component: Component
+    layer: int
+    number: int
+
+
+class Stretch(NamedTuple):
+    """Neighbouring layers that are passed several times: `start` to `stop`, half-open."""
+
+    start: int
+    stop: int
+    times: int = 2
+
+    @property
+    def layers(self) -> range:
+        """The layers of it."""
+        return range(self.start, self.stop)
+
+    @property
+    def extra(self) -> int:
+        """How many layers are passed besides."""
+        return (self.times - 1) * (self.stop - self.start)
+
+    @property
+    def name(self) -> str:
+        """The name in the ledger: `repeat:5`, `repeat:3-6`, `repeat3:3-6` for three times."""
+        last = f"-{self.stop - 1}" if self.stop - self.start > 1 else ""
+        return f"repeat{self.times if self.times != 2 else ''}:{self.start}{last}"
+
+
+class Done(NamedTuple):
+    """What an ablation does at one layer: to which of its parts, or from where layers come again.
+
+    A stretch is named at its last layer, behind which it begins again.
+    """
+
+    action: Action
+    parts: tuple[Part, ...] = ()
+    stretch: Stretch | None = None
+
+
+_PASS = Done(Action.PASS)
 
 
 @dataclass(frozen=True)
@@ -19,18 +66,22 @@ class Ablation:
         layers: The removed layers, 0-based, ascending; none for the baseline.
         attention: Layers whose attention adds nothing to the residual stream.
         mlp: Layers whose MLP adds nothing to the residual stream.
-        replaced: What else is done to which layers: pairs of an intervention and a layer.
+        replaced: What stands in for which layers: pairs of an intervention and a layer.
+        parts: Heads, or groups of them, that add nothing to what their attention gives.
+        repeated: Stretches that are passed several times; no two end at the same layer.
     """
 
     layers: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
     replaced: tuple[tuple[Intervention, int], ...] = ()
+    parts: tuple[Part, ...] = ()
+    repeated: tuple[Stretch, ...] = ()
 
     @property
     def name(self) -> str:
-        """The name in the ledger: `baseline`, `layer:3`, `layers:3,17`, `layers:3,17+mean:5`."""
-        parts = [
+        """The name in the ledger: `baseline`, `layer:3`, `layers:3,17+mean:5`, `head:3.0`."""
+        sets = [
             f"{component}:{','.join(map(str, numbers))}"
             for component, numbers in (
                 ("layer" if len(self.layers) == 1 else "layers", self.layers),
@@ -40,28 +91,29 @@ class Ablation:
             )
             if numbers
         ]
-        return "+".join(parts) or BASELINE
+        parts = [f"{part.component}:{part.layer}.{part.number}" for part in self.parts]
+        return "+".join((*sets, *parts, *(each.name for each in self.repeated))) or BASELINE
 
     @property
     def has_sublayers(self) -> bool:
-        """Whether it removes less than whole layers somewhere."""
+        """Whether it removes a whole sublayer somewhere."""
         return bool(self.attention or self.mlp)
 
-    @property
-    def repeated(self) -> tuple[int, ...]:
-        """The layers that are passed twice."""
-        return tuple(at for done, at in self.replaced if Action(done) is Action.REPEAT)
-
-    def at(self, layer: int) -> Action:
+    def at(self, layer: int) -> Done:
         """Say what it does at a layer."""
         attention, mlp = layer in self.attention, layer in self.mlp
         if layer in self.layers or (attention and mlp):
-            return Action.SKIP
+            return Done(Action.SKIP)
         if attention:
-            return Action.NO_ATTENTION
+            return Done(Action.NO_ATTENTION)
         if mlp:
-            return Action.NO_MLP
-        return next((Action(done) for done, at in self.replaced if at == layer), Action.PASS)
+            return Done(Action.NO_MLP)
+        if parts := tuple(part for part in self.parts if part.layer == layer):
+            return Done(Action.NO_HEADS, parts)
+        for stretch in self.repeated:
+            if stretch.stop == layer + 1:
+                return Done(Action.REPEAT, stretch=stretch)
+        return next((Done(Action(done)) for done, at in self.replaced if at == layer), _PASS)
 
     @property
     def is_fitted(self) -> bool:
@@ -87,37 +139,76 @@ def ablate(component: Component, layers: Iterable[int], removed: Iterable[int] =
 
 def ablation_of(run: RunIdentity, removed: Iterable[int]) -> Ablation:
     """Say what a run does, where some layers are removed as a whole besides."""
+    beneath = tuple(sorted(removed))
+    if run.intervention == "repeat":
+        stretch = Stretch(run.layer, run.layer + run.span, run.repeats)
+        return Ablation(beneath, repeated=(stretch,))
     if run.intervention != "remove":
-        return Ablation(tuple(sorted(removed)), replaced=((run.intervention, run.layer),))
+        return Ablation(beneath, replaced=((run.intervention, run.layer),))
+    if run.number is not None:
+        return Ablation(beneath, parts=(Part(run.component, run.layer, run.number),))
     return ablate(run.component, range(run.layer, run.layer + run.span), removed)
 
 
 def first_run(request: CellRequest) -> RunIdentity:
     """Say which run a request for one run asks for, whether there is such a run or not."""
-    return RunIdentity(
-        component=request.components[0],
-        layer=request.layers[0],
-        span=request.spans[0],
-        intervention=request.interventions[0],
-    )
+    return next(_grid(request, request.layers[0] + request.spans[0]))
+
+
+def _grid(request: CellRequest, layers: int) -> Iterator[RunIdentity]:
+    """List every combination of what is asked for, be it a run or not; none twice."""
+    found: dict[RunIdentity, None] = {}
+    asked = (request.components, request.interventions, request.spans, request.layers)
+    for component, done, span, layer in product(*asked):
+        numbers = request.heads if component in NUMBERED else (None,)
+        for number, repeats in product(numbers, request.repeats if done == "repeat" else (2,)):
+            run = RunIdentity(
+                component=component,
+                layer=layer,
+                span=span,
+                intervention=done,
+                number=number,
+                repeats=repeats,
+            )
+            found.setdefault(run)
+    yield from found
+
+
+def why_no_run(run: RunIdentity, request: CellRequest, layers: int) -> str | None:
+    """Say why a combination of what is asked for is no run; None where it is one."""
+    whole = range(run.layer, run.layer + run.span)
+    if run.component in NUMBERED and (run.intervention, run.span) != ("remove", 1):
+        return f"{run.component} is removed from one layer at a time"
+    if run.intervention == "repeat" and run.component != "layer":
+        return "repeat is done to whole layers"
+    if run.intervention not in ("remove", "repeat") and (run.component, run.span) != ("layer", 1):
+        return f"{run.intervention} is done to whole single layers"
+    if whole.stop > layers:
+        return (
+            f"{run.span} layers from layer {run.layer} on reach beyond layer {layers - 1}, the "
+            "last one"
+        )
+    if set(whole) & set(request.removed):
+        what = f"layer {run.layer}"
+        if run.span > 1:
+            what = f"one of layers {run.layer} to {whole.stop - 1}"
+        return f"{what} is among the removed layers {', '.join(map(str, request.removed))}"
+    if len(ablation_of(run, request.removed).layers) >= layers:
+        return "no layer would be left"
+    return None
 
 
 def removals(request: CellRequest, layers: int) -> Iterator[RunIdentity]:
-    """List the runs of a cell: components outermost, then interventions, spans, layers.
+    """List the runs of a cell: components outermost, then interventions, spans, layers, heads.
 
     A span that reaches beyond the last layer, one that holds a layer which is removed already, one
-    that would leave no layer at all, and anything but a whole single layer that is to be replaced,
-    is no run and is left out.
+    that would leave no layer at all, and a part to which what is to be done cannot be done, is no
+    run and is left out.
     """
     only = None if request.only is None else set(request.only)
-    grid = (request.components, request.interventions, request.spans, request.layers)
-    for component, done, span, layer in product(*grid):
-        whole = range(layer, layer + span)
-        run = RunIdentity(component=component, layer=layer, span=span, intervention=done)
-        asked = only is None or (component, span, layer, done) in only
-        possible = done == "remove" or (component, span) == ("layer", 1)
-        fits = possible and whole.stop <= layers and not set(whole) & set(request.removed)
-        if asked and fits and len(ablation_of(run, request.removed).layers) < layers:
+    for run in _grid(request, layers):
+        asked = only is None or run.asked in only
+        if asked and why_no_run(run, request, layers) is None:
             yield run
 
 

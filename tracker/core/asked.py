@@ -18,7 +18,8 @@ import yaml
 from pydantic import ValidationError
 
 from tracker.core.errors import ExperimentError, RequestError
-from tracker.core.experiment import ALL, EVALUATE, Depth, Experiment, Sweep
+from tracker.core.experiment import ALL, EVALUATE, Experiment, Sweep
+from tracker.core.model_parts import Counting
 from tracker.core.problems import first_problem
 from tracker.core.safe_yaml import parsed, read_yaml, short
 
@@ -76,14 +77,14 @@ class FileKind(Generic[S]):
 
 
 def load_experiment(
-    given: Given, settings: Mapping[str, Any] | None = None, depth: Depth | None = None
+    given: Given, settings: Mapping[str, Any] | None = None, count: Counting | None = None
 ) -> Asked[Experiment]:
     """Read and check an experiment.
 
     Args:
         given: The file, or what stands for one.
         settings: Keys of the file with their values, as `with_settings` takes them.
-        depth: Counts the layers of a cell's model, which `layer: {value: all}` asks for; None
+        count: Counts the parts of a cell's model, of which `layer: {value: all}` asks for all; None
             where the experiment is only checked.
 
     Returns:
@@ -93,7 +94,7 @@ def load_experiment(
         ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
     """
     asked = understand(given, settings or {}, REMOVALS)
-    asked.file._depth = depth
+    asked.file._count = count
     return asked
 
 

@@ -38,6 +38,7 @@ Name = Annotated[
 ]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=0)]
+Times = Annotated[int, Field(ge=2)]
 
 
 def _ascending(given: Any) -> Any:
@@ -114,11 +115,16 @@ class CellRequest(Strict):
     """How many layers are removed together, from that layer on."""
     interventions: tuple[Intervention, ...] = ("remove",)
     """What is done to the layer: it is removed; or replaced by its mean update, a factor or a
-    linear map of its input (fitted on calibration text); has its weights quantised; or runs
-    twice."""
-    only: tuple[tuple[Component, int, int, Intervention], ...] | None = None
-    """Which (component, span, layer, intervention) of these are asked for; None = every
-    combination."""
+    linear map of its input (fitted on calibration text); has its weights quantised; or is passed
+    again, with those that span holds."""
+    heads: tuple[Count, ...] = ()
+    """Which head of the layer, or group of heads, 0-based, where component is head or kv_head;
+    default: all that the model has."""
+    repeats: tuple[Times, ...] = (2,)
+    """How often the layers are passed where intervention is repeat."""
+    only: tuple[tuple[Component, int, int, Intervention, Count | None, Times], ...] | None = None
+    """Which (component, span, layer, intervention, head, repeats) of these are asked for; None =
+    every combination."""
     removed: Layers = ()
     """Layers that are removed as a whole besides: 3,17 or 3-7 or [3, 17]."""
     revision: Name | None = None
@@ -228,8 +234,12 @@ IN_THE_FILE = {
     "components": "component",
     "spans": "span",
     "interventions": "intervention",
+    "heads": "head",
+    "repeats": "repeats",
 }
 """Fields that hold several values, and the keys of files and options that give one."""
+RUNS = {*IN_THE_FILE, "only"}
+"""Fields that say which runs of a cell are asked for."""
 KEYS: Mapping[str, str] = {
     IN_THE_FILE.get(field, field): field for field in CellRequest.model_fields if field != "only"
 }

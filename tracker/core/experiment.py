@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -38,6 +38,7 @@ from tracker.core.config import (
 )
 from tracker.core.errors import ExperimentError
 from tracker.core.extent import DEFAULT_SEED, Positive
+from tracker.core.model_parts import Counting, numbered_components, with_all_parts
 from tracker.core.problems import checked
 from tracker.core.safe_yaml import SHOWN, short
 
@@ -88,8 +89,6 @@ class Choice(_Value):
 
 ALL = "all"
 """Every layer that a model has."""
-Depth = Callable[[CellRequest], int]
-"""How many layers the model of a request has."""
 
 
 def _number_or_all(given: Any, number: ValidatorFunctionWrapHandler) -> Any:
@@ -170,8 +169,17 @@ else:
     )
 
 
-_TOGETHER = {"component": "layer", "span": 1, "layer": None, "intervention": "remove"}
-"""What tells the runs of one cell apart, each with what it is where nothing is said."""
+_TOGETHER = {
+    "component": "layer",
+    "span": 1,
+    "layer": None,
+    "intervention": "remove",
+    "head": None,
+    "repeats": 2,
+}
+"""What tells the runs of one cell apart, in the order of `CellRequest.only`, each with what it is
+where nothing is said."""
+_FIELDS = {key: field for field, key in IN_THE_FILE.items()}
 
 
 class Goal(Strict):
@@ -205,7 +213,7 @@ class Experiment(Sweep):
     """One experiment file."""
 
     parameters: Parameters
-    _depth: Depth | None = PrivateAttr(None)
+    _count: Counting | None = PrivateAttr(None)
 
     @property
     def takes_all(self) -> bool:
@@ -268,13 +276,14 @@ class Experiment(Sweep):
             settings = {name: value for name, value in point.items() if value is not None}
             # By what they look like: what is of the wrong kind may have no hash.
             for name, kinds in zip(_TOGETHER, zip(*some, strict=True), strict=True):
-                settings[f"{name}s"] = tuple({repr(kind): kind for kind in kinds}.values())
+                said = {repr(kind): kind for kind in kinds if kind is not None}
+                settings[_FIELDS[name]] = tuple(said.values())
             every = self.takes_all
             settings["layers"] = () if every else tuple(sorted(settings["layers"]))
             settings["only"] = tuple(some) if self.capped else None
             cell = checked(CellRequest, settings, "parameters.", IN_THE_FILE)
-            if every and self._depth is not None:
-                cell = cell.model_copy(update={"layers": tuple(range(self._depth(cell)))})
+            if self._count is not None and (every or numbered_components(cell)):
+                cell = with_all_parts(cell, self._count(cell))
             if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
                 raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")
             cells[cell] = None

@@ -10,8 +10,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, get_args
 
-Component = Literal["layer", "attention", "mlp"]
-"""What of a layer is removed: all of it, or one of its two sublayers."""
+SearchUnit = Literal["layer", "attention", "mlp"]
+"""What a search removes: whole layers, or one of their two sublayers."""
+Component = Literal["layer", "attention", "mlp", "head", "kv_head"]
+"""What of a layer is removed: all of it, one of its two sublayers, one attention head, or all heads
+that share keys and values."""
+NUMBERED: tuple[Component, ...] = ("head", "kv_head")
+"""Components of which a layer has several: each has a number, 0-based."""
 Intervention = Literal["remove", "mean", "scale", "linear", "int8", "int4", "repeat"]
 """What is done to a layer: it is removed, or something stands in its place."""
 COMPONENTS: tuple[Component, ...] = get_args(Component)
@@ -25,6 +30,7 @@ class Action(Enum):
     SKIP = "skip"
     NO_ATTENTION = "no attention"
     NO_MLP = "no mlp"
+    NO_HEADS = "no heads"
     MEAN = "mean"
     SCALE = "scale"
     LINEAR = "linear"
@@ -71,6 +77,8 @@ KINDS: Mapping[str, KindLook] = {
     "layer": KindLook("the layer", "#3d74a8", "circle"),
     "attention": KindLook("its attention", "#a8558f", "square"),
     "mlp": KindLook("its MLP", "#5f8a3a", "diamond"),
+    "head": KindLook("an attention head", "#b06a3d", "square-open"),
+    "kv_head": KindLook("heads that share keys and values", "#8a5a44", "square-cross"),
     "mean": KindLook("its mean update", "#2f8f8f", "triangle-up", fitted=True),
     "scale": KindLook("a factor", "#8c7a2e", "triangle-down", fitted=True),
     "linear": KindLook("a linear map", "#7a6bc0", "pentagon", fitted=True),

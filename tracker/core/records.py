@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from tracker.core.config import Count
+from tracker.core.config import Count, Times
 from tracker.core.estimates import Estimate
 from tracker.core.extent import Positive
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
@@ -35,11 +35,23 @@ class Kind(NamedTuple):
     component: Component = "layer"
     span: int = 1
     intervention: Intervention = "remove"
+    number: int | None = None
+    repeats: int = 2
 
     @property
     def word(self) -> str:
-        """What it is called beside others of one layer: `layer`, `attention`, `mean`."""
+        """What it is called beside others of one layer: `layer`, `attention`, `mean`, `head`."""
         return self.component if self.intervention == "remove" else self.intervention
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is done to single layers as such, and so is a curve over the layers."""
+        return self.span == 1 and self.number is None
+
+    @property
+    def family(self) -> Kind:
+        """What it shares with others of its map: all but the span and the number."""
+        return self._replace(span=1, number=None)
 
 
 Place = tuple[str, str, int]
@@ -61,26 +73,47 @@ class RunIdentity(Record):
     """How many layers, from `layer` on."""
     intervention: Intervention = Field("remove", exclude_if=lambda done: done == "remove")
     """What is done to the layer; written where it is not removed."""
+    number: Count | None = Field(None, exclude_if=lambda number: number is None)
+    """Which head, or group of heads, of the layer, 0-based; None where a layer has only one."""
+    repeats: Times = Field(2, exclude_if=lambda times: times == 2)
+    """How often the layers are passed where they are repeated; written where it is not twice."""
 
     @property
     def kind(self) -> Kind:
-        """Component, span and intervention: runs of one kind form a curve over the layers."""
-        return Kind(self.component, self.span, self.intervention)
+        """All but the layer: runs of one kind form a curve over the layers."""
+        return Kind(self.component, self.span, self.intervention, self.number, self.repeats)
 
     @property
-    def order(self) -> tuple[int, int, int, int]:
+    def asked(self) -> tuple[Component, int, int, Intervention, int | None, int]:
+        """The run as `CellRequest.only` names it."""
+        return (
+            self.component,
+            self.span,
+            self.layer,
+            self.intervention,
+            self.number,
+            self.repeats,
+        )
+
+    @property
+    def order(self) -> tuple[int, ...]:
         """What runs are sorted by: components outermost (layer, attention, mlp), interventions,
-        spans."""
-        component = COMPONENTS.index(self.component)
-        return (component, INTERVENTIONS.index(self.intervention), self.span, self.layer)
+        spans; of one layer by their number."""
+        component, done = COMPONENTS.index(self.component), INTERVENTIONS.index(self.intervention)
+        number = -1 if self.number is None else self.number
+        return (component, done, self.repeats, self.span, self.layer, number)
 
     def label(self, digits: int = 1) -> str:
-        """Name the run where people read it: `layers 3–6`, `attention 3`, `mlp 3–6`, `mean 3`.
+        """Name the run where people read it: `layers 3–6`, `mlp 3–6`, `mean 3`, `layer 3 head 0`.
 
         A layer's number is filled up with zeros to `digits`.
         """
-        word = "layers" if self.component == "layer" and self.span > 1 else self.kind.word
         first, last = (f"{n:0{digits}d}" for n in (self.layer, self.layer + self.span - 1))
+        if self.number is not None:
+            return f"layer {first} {self.kind.word} {self.number}"
+        word = "layers" if self.component == "layer" and self.span > 1 else self.kind.word
+        if self.intervention == "repeat":
+            word = "repeat" if self.repeats == 2 else f"repeat {self.repeats} times:"
         return f"{word} {first}" if self.span == 1 else f"{word} {first}–{last}"
 
 

@@ -27,7 +27,7 @@ from tracker.core.tables import Column, Value
 Row = TypeVar("Row")
 CELL = ("key", "model", "benchmark", "num_fewshot", "metric", "removed", "sample_seed")
 """Names of the columns that say which cell a row is of."""
-WHICH_RUN = ("component", "layer", "span", "intervention")
+WHICH_RUN = ("component", "layer", "number", "span", "intervention", "repeats")
 """Names of the columns that say which of its runs."""
 
 
@@ -80,15 +80,19 @@ def only_layers(cell: CellRecord) -> bool:
 def telling_apart(cell: CellRecord) -> list[str]:
     """Choose the columns that name the runs of a cell: as few as tell them apart.
 
-    The layer; the component and the span where something else than one whole layer is removed; the
-    intervention where one is replaced.
+    The layer; the component, which of its parts and the span where something else than one whole
+    layer is removed; the intervention where one is replaced.
     """
-    differing = (
+    usual = WHOLE_LAYER._asdict()
+    return [
         name
-        for name, usual in WHOLE_LAYER._asdict().items()
-        if any(getattr(kind, name) != usual for kind in cell.kinds)
-    )
-    return ["layer", *differing]
+        for name in WHICH_RUN
+        if name == "layer" or any(getattr(kind, name) != usual[name] for kind in cell.kinds)
+    ]
+
+
+def _passes(row: CellRun) -> int:
+    return row.run.repeats if row.run.intervention == "repeat" else 1
 
 
 def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
@@ -102,8 +106,10 @@ def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
             *cell_columns(lambda row: row.cell).values(),
             Column("component", "text", lambda row: row.run.component, name="component"),
             Column(f"{first} (0-based)", "count", lambda row: row.run.layer, name="layer"),
+            Column("number (0-based)", "count", lambda row: row.run.number, name="number"),
             Column("span (layers)", "count", lambda row: row.run.span, name="span"),
             Column("intervention", "text", lambda row: row.run.intervention, name="intervention"),
+            Column("passes", "count", _passes, name="repeats"),
             _figure("ablation", "ablation", "text"),
             _figure("n", "documents", "count"),
             Column("until", "text", _until, name="until"),

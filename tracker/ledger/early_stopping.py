@@ -237,6 +237,7 @@ class CellRace:
 
 def passes(ablation: Ablation, layers: int) -> int:
     """Count the layers that a stream passes which leaves the intact one where it first differs."""
-    actions = [ablation.at(layer) for layer in range(layers)]
+    actions = [ablation.at(layer).action for layer in range(layers)]
     first = next(layer for layer, action in enumerate(actions) if action is not Action.PASS)
-    return sum(action.enters for action in actions[first:]) + actions.count(Action.REPEAT)
+    again = sum(stretch.extra for stretch in ablation.repeated)
+    return sum(action.enters for action in actions[first:]) + again

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from tracker.core.ablations import ablation_of, removals
-from tracker.core.config import CellRequest
+from tracker.core.config import RUNS, CellRequest
 from tracker.core.distribution import FORMAT, other_format
 from tracker.core.errors import ResultsError
 from tracker.core.extent import Extent
@@ -25,10 +25,6 @@ from tracker.core.provenance import content_hash
 from tracker.core.records import RunIdentity, view_name
 from tracker.core.views import Until, View
 from tracker.ledger.files import lock_file, reason, sealed, unsealed, write_note
-
-RUNS = {"layers", "components", "spans", "interventions", "only"}
-"""Keys of a request that say which runs it asks for."""
-
 
 GROWS = RUNS | {"removed", "limit", "sample", "until", "metric"}
 """Keys of a request by which a cell grows: no document's outcome hangs on them."""

@@ -21,7 +21,7 @@ from tracker.ledger.outcomes import outcome_row
 from tracker.ledger.texts import text_row
 from tracker.measuring.calibrate import CalibrationTexts, calibration, computed_twice
 from tracker.measuring.prepare import check_range
-from tracker.models.sources import find_model
+from tracker.models.sources import find_model, parts_of
 
 if TYPE_CHECKING:
     from tracker.engine.scoring.stand_in import StandIn
@@ -109,7 +109,7 @@ class Meter:
 
         loaded, request = model.loaded, requests[0]
         for each in requests:
-            check_range(each, loaded.identity.layers)
+            check_range(each, parts_of(loaded.model.config.get_text_config()))
         self._benchmark = benchmark
         self._model = model
         self._memory = options.memory

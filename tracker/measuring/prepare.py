@@ -6,16 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
-from tracker.core.ablations import ablations_of, removals
-from tracker.core.config import CellRequest
+from tracker.core.ablations import ablations_of, first_run, removals, why_no_run
+from tracker.core.config import RUNS, CellRequest
 from tracker.core.errors import ExperimentError, UnreachableError
+from tracker.core.model_parts import (
+    Counting,
+    ModelParts,
+    check_parts,
+    numbered_components,
+    with_all_parts,
+)
 from tracker.core.provenance import package_versions
 from tracker.core.records import RunIdentity
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import request_key
 from tracker.measuring.derive import answer_of
-from tracker.models.sources import ModelSource, count_layers, find_model
+from tracker.models.sources import ModelSource, count_parts, find_model
 
 
 @dataclass(frozen=True)
@@ -47,16 +54,19 @@ def look_up(request: CellRequest, ledger: Ledger) -> CellLookup:
     return CellLookup(request, source, key, store, complete)
 
 
-def depth_in(ledger: Ledger, trust_remote_code: bool) -> Callable[[CellRequest], int]:
-    """Count the layers of a request's model; what the ledger knows is not looked up again."""
+def counting_in(ledger: Ledger, trust_remote_code: bool) -> Counting:
+    """Count the parts of a request's model; layers that the ledger knows are not looked up again.
 
-    def depth(request: CellRequest) -> int:
+    So a cell that is measured needs its model no more, unless heads are asked for.
+    """
+
+    def count(request: CellRequest) -> ModelParts:
         asked = look_up(request.model_copy(update={"until": None}), ledger)
-        if asked.store is not None:
-            return asked.store.identity.model.layers
-        return count_layers(asked.source, trust_remote_code)
+        if asked.store is not None and not numbered_components(request):
+            return ModelParts(asked.store.identity.model.layers)
+        return count_parts(asked.source, trust_remote_code)
 
-    return depth
+    return count
 
 
 def _is_complete(store: CellStore, request: CellRequest) -> bool:
@@ -97,9 +107,14 @@ def widened(
     """
     asked = look_up(request.model_copy(update={"until": None}), ledger)
     store, whole = asked.store, asked.request
-    layers = store.identity.model.layers if store else count_layers(asked.source, trust_remote_code)
-    _check_bounds(request, layers)
-    why = None if any(removals(request, layers)) else no_run(request, layers)
+    parts = counting_in(ledger, trust_remote_code)(request)
+    layers = parts.layers
+    if numbered_components(request) and not request.heads:
+        raise ExperimentError(
+            f"which {request.components[0]} of the layer? Give its number: --head 0"
+        )
+    check_parts(request, parts)
+    why = why_no_run(first_run(request), request, layers)
     before = asked_before(request, store)
     if store is not None and before is not None and _is_complete(store, before):
         return before, why
@@ -117,7 +132,7 @@ def widened(
     if cell is None:
         return request.model_copy(update={"layers": tuple(range(layers))}), why
     fitting = tuple(layer for layer in cell.layers if layer < layers)
-    more = {name: getattr(cell, name) for name in ("components", "spans", "interventions", "only")}
+    more = {name: getattr(cell, name) for name in RUNS}
     return request.model_copy(update={**more, "layers": fitting}), why
 
 
@@ -138,66 +153,46 @@ def asked_before(request: CellRequest, store: CellStore | None) -> CellRequest |
 
 def _with_runs(request: CellRequest, runs: Sequence[RunIdentity]) -> CellRequest:
     """Ask for just these runs."""
-    only = tuple((*run.kind[:2], run.layer, run.intervention) for run in runs)
+    only = tuple(run.asked for run in runs)
     if not only:
         return request
-    components, spans, layers, interventions = (
-        tuple(dict.fromkeys(each)) for each in zip(*only, strict=True)
+    components, spans, layers, interventions, heads, repeats = (
+        tuple(dict.fromkeys(one for one in each if one is not None))
+        for each in zip(*only, strict=True)
     )
-    asked = {"components": components, "spans": spans, "interventions": interventions}
-    return request.model_copy(update={**asked, "layers": tuple(sorted(layers)), "only": only})
-
-
-def no_run(request: CellRequest, layers: int) -> str:
-    """Say why none of the layers that were asked for begins a run."""
-    layer, span = request.layers[0], request.spans[0]
-    if request.interventions[0] != "remove" and (request.components[0], span) != ("layer", 1):
-        return f"{request.interventions[0]} is done to whole single layers"
-    if layer + span > layers:
-        return f"{span} layers from layer {layer} on reach beyond layer {layers - 1}, the last one"
-    if not set(range(layer, layer + span)) & set(request.removed):
-        return "no layer would be left"
-    what = f"layer {layer}" if span == 1 else f"one of layers {layer} to {layer + span - 1}"
-    return f"{what} is among the removed layers {', '.join(map(str, request.removed))}"
+    return request.model_copy(
+        update={
+            "components": components,
+            "spans": spans,
+            "layers": tuple(sorted(layers)),
+            "interventions": interventions,
+            "heads": tuple(sorted(heads)),
+            "repeats": repeats,
+            "only": only,
+        }
+    )
 
 
 def check_layers(asked: Sequence[CellLookup], trust_remote_code: bool) -> None:
     """Raise ExperimentError for a layer out of range, saying how many layers the model has."""
     for cell in asked:
-        check_range(cell.request, count_layers(cell.source, trust_remote_code))
+        check_range(cell.request, count_parts(cell.source, trust_remote_code))
 
 
-def check_range(request: CellRequest, layers: int) -> None:
-    """Raise ExperimentError where a layer is none of so many, nothing is left to remove, or what is
-    left answers no question."""
-    _check_bounds(request, layers)
+def check_range(request: CellRequest, parts: ModelParts) -> None:
+    """Raise ExperimentError where a layer or head is not there, nothing is left to remove, or what
+    is left answers no question."""
+    check_parts(request, parts)
+    layers = parts.layers
     runs = len(list(removals(request, layers)))
     if request.question is not None:
         try:
             request.question.refuse(runs)
         except ValueError as error:
             raise ExperimentError(f"{request.title}: 'until': {error}") from None
-    whole = "layer" in request.components and 1 in request.spans
-    if request.layers and "remove" not in request.interventions and not whole:
-        raise ExperimentError(
-            f"{request.title}: {', '.join(request.interventions)} can be done to whole single "
-            "layers alone; leave 'component' and 'span' out, or add 'remove' to 'intervention'"
-        )
     if request.layers and not runs:
-        raise ExperimentError(
-            f"{request.title}: nothing is left to remove; every span of "
-            f"{' or '.join(map(str, request.spans))} layers reaches beyond layer {layers - 1} or "
-            "holds a layer of 'removed'"
-        )
-
-
-def _check_bounds(request: CellRequest, layers: int) -> None:
-    beyond = [layer for layer in (*request.layers, *request.removed) if layer >= layers]
-    if beyond:
-        raise ExperimentError(
-            f"layer {beyond[0]} is out of range: {request.model} has {layers} layers, "
-            f"0 to {layers - 1}"
-        )
+        why = why_no_run(first_run(request), request, layers)
+        raise ExperimentError(f"{request.title}: nothing of what is asked for is a run ({why})")
 
 
 def validate(requests: Sequence[CellRequest], trust_remote_code: bool) -> tuple[int, list[str]]:
@@ -220,13 +215,12 @@ def validate(requests: Sequence[CellRequest], trust_remote_code: bool) -> tuple[
         source = find_model(request.model, request.revision, request.model_args)
         check_benchmark(request)
         try:
-            layers = count_layers(source, trust_remote_code)
+            parts = count_parts(source, trust_remote_code)
         except UnreachableError as error:
             notes[request.model] = str(error)
             layers = max(request.layers, default=0) + max(request.spans)
         else:
-            every = request.layers or tuple(range(layers))
-            request = request.model_copy(update={"layers": every})
-            check_range(request, layers)
+            request, layers = with_all_parts(request, parts), parts.layers
+            check_range(request, parts)
         runs += len(list(removals(request, layers)))
     return runs, list(notes.values())

@@ -8,11 +8,14 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tracker.core.ablations import Stretch
+from tracker.core.errors import ModelError
 from tracker.models.layers import find_layers, owner
 from tracker.models.sublayers import add_nothing, call_with, first_of, returning
 
@@ -46,9 +49,9 @@ def pruned(
     fresh: State | None = None,
     stay: bool = False,
     changes: Mapping[int, Callable[[nn.Module], None]] = {},
-    repeated: Collection[int] = (),
+    repeated: Sequence[Stretch] = (),
 ) -> Any:
-    """Copy a model without some of its layers, or with some of them twice, all re-indexed.
+    """Copy a model without some of its layers, or with some of them again, all re-indexed.
 
     What belongs to a layer is found by its shape: a list in the configuration with one entry a
     layer, a number in each layer that is the layer's own place, a table whose keys are places.
@@ -61,7 +64,7 @@ def pruned(
         stay: Whether the layers stay where they are and hand on their input, for a model that
             cannot be cut.
         changes: What changes the copies of some layers, by the layer's place in the model.
-        repeated: The layers that stand twice in the copy, the second behind the first.
+        repeated: Stretches of layers that stand several times in the copy, one behind another.
 
     Returns:
         The copy.
@@ -83,8 +86,14 @@ def pruned(
     if stay:
         for index in removed:
             returning(own[index], lambda state: state)
-        for index in repeated:
-            own[index].register_forward_hook(_once_more, with_kwargs=True)
+        for stretch in repeated:
+            if len(stretch.layers) > 1:
+                raise ModelError(
+                    f"{type(model).__name__} cannot be cut, so its layers {stretch.start} to "
+                    f"{stretch.stop - 1} cannot be passed again together"
+                )
+            hook = partial(_again, stretch.times)
+            own[stretch.start].register_forward_hook(hook, with_kwargs=True)
     elif kept != list(range(len(layers))):
         _take_out(twin, own, kept)
     for module in silent:
@@ -93,9 +102,15 @@ def pruned(
     return twin
 
 
-def left(total: int, removed: Collection[int] = (), repeated: Collection[int] = ()) -> list[int]:
-    """List which of so many layers a copy has, in order; a repeated one twice."""
-    return [i for i in range(total) if i not in removed for _ in range(1 + (i in repeated))]
+def left(total: int, removed: Collection[int] = (), repeated: Sequence[Stretch] = ()) -> list[int]:
+    """List which of so many layers a copy has, in order; repeated ones several times."""
+    kept: list[int] = []
+    for index in range(total):
+        kept += [index] if index not in removed else []
+        for stretch in repeated:
+            if stretch.stop == index + 1:
+                kept += [*stretch.layers] * (stretch.times - 1)
+    return kept
 
 
 def duplicate(model: Any, memo: dict[int, Any] | None = None) -> Any:
@@ -140,7 +155,7 @@ def _shared(model: Any) -> Iterator[Any]:
 
 
 def _take_out(twin: Any, layers: nn.ModuleList, kept: Sequence[int]) -> None:
-    """Leave only the kept layers in a copy, which nobody else uses; one may be kept twice."""
+    """Leave only the kept layers in a copy, which nobody else uses; one may be kept again."""
     total = len(layers)
     parent, name = owner(twin, layers)
     places = _places(layers)
@@ -260,9 +275,11 @@ def _computed(config: Any) -> Iterator[tuple[str, Any]]:
                     continue
 
 
-def _once_more(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """Let a layer run again on what it returned."""
-    return call_with(module.forward, first_of(output), args, kwargs)
+def _again(times: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Let a layer run again on what it returned, so many times in all."""
+    for _ in range(times - 1):
+        output = call_with(module.forward, first_of(output), args, kwargs)
+    return output
 
 
 @torch.no_grad()

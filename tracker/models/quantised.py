@@ -8,6 +8,8 @@ torch's own `fake_quantize_per_channel_affine`, and the weights are those of tor
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,11 +48,23 @@ def outputs_first(module: nn.Module) -> Tensor:
 
 def quantise(layer: nn.Module, bits: int, name: str) -> None:
     """Give a layer, called `name`, quantised weights of its own."""
-    maps = linear_maps(layer, name)
+    reweighted(layer, linear_maps(layer, name), partial(quantised, bits=bits))
+
+
+def reweighted(
+    layer: nn.Module, maps: Sequence[nn.Module], change: Callable[[Tensor], Tensor]
+) -> None:
+    """Give linear maps of a layer weights of their own.
+
+    Args:
+        layer: The layer.
+        maps: Linear maps of it.
+        change: Makes a weight [outputs, inputs] of a weight [outputs, inputs].
+    """
 
     def give(*_: Any) -> None:
         for module in maps:
-            weight = quantised(outputs_first(module), bits)
+            weight = change(outputs_first(module).detach())
             own = weight.T if isinstance(module, Conv1D) else weight
             module.weight = nn.Parameter(own, requires_grad=False)
 

@@ -25,6 +25,7 @@ from tracker.core.config import MAX_LAYERS
 from tracker.core.distribution import package_folder, pip_install
 from tracker.core.errors import ModelError, UnreachableError, did_you_mean, first_line
 from tracker.core.hub import ask, check_name, refusal, unreachable
+from tracker.core.model_parts import ModelParts
 from tracker.core.provenance import content_hash, file_hash, file_stamp, package_versions
 from tracker.core.safe_yaml import short
 from tracker.ledger.cache import keep, own_folder, recall
@@ -452,25 +453,39 @@ def read_config(model: ModelSource, trust_remote_code: bool = False) -> Any:
 
 
 def count_layers(model: ModelSource, trust_remote_code: bool = False) -> int:
-    """Count a model's layers, or recall the count of files that are the same.
+    """Count a model's layers, as `count_parts`."""
+    return count_parts(model, trust_remote_code).layers
+
+
+def count_parts(model: ModelSource, trust_remote_code: bool = False) -> ModelParts:
+    """Count a model's layers and heads, or recall the counts of files that are the same.
 
     ModelError if the configuration cannot be reached or read; it says what to do offline.
     """
     stamp = model.stamp() if model.is_local else None
     if stamp is None:
-        return int(read_config(model, trust_remote_code).num_hidden_layers)
+        return parts_of(read_config(model, trust_remote_code))
     # What this version of transformers read before, it reads again.
     key = content_hash([stamp, package_versions()["transformers"], trust_remote_code])
-    layers = recall("layers", key).get("layers")
-    if layers is None:
-        layers = _layers_of_gguf(model) if model.gguf_file else None
-        layers = layers or read_config(model, trust_remote_code).num_hidden_layers
-        keep("layers", key, {"layers": layers})
-    return int(layers)
+    kept = recall("parts", key)
+    if "layers" in kept:
+        return ModelParts(**kept)
+    parts = _parts_of_gguf(model) if model.gguf_file else None
+    parts = parts or parts_of(read_config(model, trust_remote_code))
+    keep("parts", key, parts._asdict())
+    return parts
 
 
-def _layers_of_gguf(model: ModelSource) -> int | None:
-    """Read a GGUF file's number of layers without torch; None where transformers must tell."""
+def parts_of(config: Any) -> ModelParts:
+    """Count layers and heads by a text model's configuration."""
+    heads = getattr(config, "num_attention_heads", None)
+    groups = getattr(config, "num_key_value_heads", None)
+    head, kv_head = (each if isinstance(each, int) else None for each in (heads, groups))
+    return ModelParts(int(config.num_hidden_layers), head, kv_head)
+
+
+def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
+    """Read a GGUF file's counts without torch; None where transformers must tell."""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     from tracker.models.gguf_file import Reader
@@ -478,10 +493,16 @@ def _layers_of_gguf(model: ModelSource) -> int | None:
     try:
         reader = Reader(Path(model.location) / str(model.gguf_file))
         kind = reader.get_field("general.architecture").contents()
-        layers = reader.get_field(f"{kind}.block_count").contents()
+        counts = [
+            reader.get_field(f"{kind}.{name}").contents()
+            for name in ("block_count", "attention.head_count", "attention.head_count_kv")
+        ]
     except Exception:  # noqa: BLE001  transformers reads it again, and says what is wrong
         return None
-    return int(layers) if kind in GGUF_CONFIG_MAPPING and 0 < layers <= MAX_LAYERS else None
+    if not all(isinstance(count, int) for count in counts):  # a list, with one for each layer
+        return None
+    parts = ModelParts(*counts)
+    return parts if kind in GGUF_CONFIG_MAPPING and 0 < parts.layers <= MAX_LAYERS else None
 
 
 @cache

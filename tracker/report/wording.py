@@ -40,9 +40,12 @@ def kind_words(kind: Kind) -> str:
         kind: Component, span and intervention.
 
     Returns:
-        For example `layer`, `attention`, `mlp, 4 at a time` or `mean`.
+        For example `layer`, `attention`, `mlp, 4 at a time`, `head 3` or `mean`.
     """
-    return kind.word if kind.span == 1 else f"{kind.word}, {kind.span} at a time"
+    word = kind.word if kind.number is None else f"{kind.word} {kind.number}"
+    if kind.repeats != 2:
+        word += f" {kind.repeats} times"
+    return word if kind.span == 1 else f"{word}, {kind.span} at a time"
 
 
 def run_list(runs: Sequence[RunIdentity], cell: CellRecord) -> str:
@@ -416,18 +419,24 @@ def summary(cells: Sequence[CellRecord]) -> str:
 def _turns(cells: Sequence[CellRecord]) -> str:
     """Say what was changed in turn."""
     found = {kind for cell in cells for kind in cell.kinds} or {WHOLE_LAYER}
-    spans = {kind.component for kind in found if kind.span > 1}
+    removing = {kind for kind in found if kind.intervention == "remove"}
+    spans = {kind.component for kind in removing if kind.span > 1}
+    parts = {kind.component for kind in removing}
     shown = {
         "each layer": WHOLE_LAYER in found,
         "each layer’s attention": Kind("attention") in found,
         "each layer’s MLP": Kind("mlp") in found,
+        "each attention head": "head" in parts,
+        "each group of heads": "kv_head" in parts,
         "each span of layers": "layer" in spans,
         "the attention or MLP of each span": bool(spans - {"layer"}),
     }
     removed = listed([words for words, there in shown.items() if there])
+    stretches = any(kind.intervention == "repeat" and kind.span > 1 for kind in found)
     replaced = listed([w for done, w in REPLACED_BY.items() if Kind(intervention=done) in found])
     clauses = [f"{removed} was removed in turn"] if removed else []
     clauses += [f"each layer was replaced by {replaced} in turn"] if replaced else []
+    clauses += ["each stretch of layers was passed again in turn"] if stretches else []
     return "; ".join(clauses)
 
 

@@ -16,8 +16,7 @@ from tracker.core.errors import CellError, ExperimentError, RequestError
 from tracker.core.estimates import Estimate
 from tracker.core.experiment import Experiment
 from tracker.core.findings import FindingRecord, FoundChart
-from tracker.core.kinds import Component, Intervention
-from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, Place
+from tracker.core.records import CellRecord, Place
 from tracker.core.tables import Table
 from tracker.core.views import View
 from tracker.engine.scoring.sweep import Engine
@@ -112,22 +111,22 @@ def whole_layers(request: CellRequest) -> tuple[int, ...]:
     """List the layers that a request removes alone and as a whole, ascending."""
     if request.only is not None:
         return tuple(sorted(run[2] for run in request.only if is_whole_layer(run)))
-    asked = (request.components, request.spans, request.interventions)
-    whole = all(value in values for value, values in zip(WHOLE_LAYER, asked, strict=True))
+    whole = (
+        "layer" in request.components and 1 in request.spans and "remove" in request.interventions
+    )
     return tuple(sorted(request.layers)) if whole else ()
 
 
-def is_whole_layer(run: tuple[Component, int, int, Intervention]) -> bool:
+def is_whole_layer(run: Sequence[Any]) -> bool:
     """Say whether one of a request's `only` removes one whole layer."""
-    component, span, _, intervention = run
-    return Kind(component, span, intervention) == WHOLE_LAYER
+    component, span, _, intervention, *_ = run
+    return (component, span, intervention) == ("layer", 1, "remove")
 
 
 def removing_whole_layers(request: CellRequest, **update: Any) -> CellRequest:
     """Ask for whole single layers of a cell and nothing else, with other fields as in `update`."""
-    names = ("components", "spans", "interventions")
-    alone = {name: (value,) for name, value in zip(names, WHOLE_LAYER, strict=True)}
-    return request.model_copy(update={**alone, "only": None, **update})
+    alone = {"components": ("layer",), "spans": (1,), "interventions": ("remove",), "only": None}
+    return request.model_copy(update={**alone, **update})
 
 
 def refuse_removed(cell: CellRequest, why: str, asked: StudyContext) -> None:

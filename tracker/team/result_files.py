@@ -115,7 +115,11 @@ def changed_args(ablation: Ablation) -> dict[str, str]:
         "removed_mlp": ablation.mlp,
     }
     args = {name: "+".join(map(str, layers)) for name, layers in removed.items() if layers}
-    return args | {f"{done}_layers": str(layer) for done, layer in ablation.replaced}
+    args |= {f"{done}_layers": str(layer) for done, layer in ablation.replaced}
+    args |= {f"removed_{part.component}": f"{part.layer}.{part.number}" for part in ablation.parts}
+    for stretch in ablation.repeated:
+        args["repeated_layers"] = stretch.name.partition(":")[2]
+    return args
 
 
 def _typed(args: dict[str, str]) -> list[str]:

@@ -11,14 +11,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tracker.core.ablations import first_run, removals
+from tracker.core.ablations import first_run, removals, why_no_run
 from tracker.core.config import IN_THE_FILE, KEYS, CellRequest, run_request
 from tracker.core.errors import ResultsError, TrackerError
 from tracker.core.experiment import Experiment
 from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
-from tracker.measuring.prepare import asked_before, look_up, no_run
+from tracker.measuring.prepare import asked_before, look_up
 from tracker.tracking.base import SweepTrial
 from tracker.tracking.wandb.service import open_sweep
 
@@ -107,6 +107,7 @@ def _measured(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunReco
         raise ResultsError(f"{ledger.root} does not hold all of it")
     layers = store.identity.model.layers
     if not any(removals(request, layers)):
-        raise ResultsError(f"it is no run: {no_run(request, layers)}")
+        why = why_no_run(first_run(request), request, layers)
+        raise ResultsError(f"it is no run: {why}")
     record, wanted = record_of(store, store.views.of(whole)), first_run(request).order
     return record, next(run for run in record.runs if run.order == wanted)

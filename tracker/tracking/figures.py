@@ -32,7 +32,7 @@ CURVES = (
 )
 """Figures of a `RunRecord` that a cell's run shows as curves over the layers."""
 _KINDS = "|".join(f"{word}/" for word in KINDS if word != "layer")
-_CURVE = re.compile(rf"({_KINDS})?(span\d+/)?({'|'.join(CURVES)})")
+_CURVE = re.compile(rf"({_KINDS})?(\d+/)?(x\d+/)?(span\d+/)?({'|'.join(CURVES)})")
 _LAYER_VALUES = (*CURVES, "mcnemar_p", "rounded", "drop_rounding")
 Scalar = str | int | float | None
 
@@ -61,12 +61,14 @@ def metric_name(name: str) -> str:
 def curve_name(run: RunIdentity, figure: str) -> str:
     """Name the curve that a run's figure, one of `CURVES`, is a point of.
 
-    Its own name for whole single layers; else `attention/accuracy_drop`, `span4/accuracy_drop` or
-    `mean/accuracy_drop`.
+    Its own name for whole single layers; else `attention/accuracy_drop`, `span4/accuracy_drop`,
+    `head/3/accuracy_drop` or `repeat/x3/span4/accuracy_drop`.
     """
     component = "" if run.kind.word == "layer" else f"{run.kind.word}/"
+    number = "" if run.number is None else f"{run.number}/"
+    times = "" if run.repeats == 2 else f"x{run.repeats}/"
     span = "" if run.span == 1 else f"span{run.span}/"
-    return f"{component}{span}{figure}"
+    return f"{component}{number}{times}{span}{figure}"
 
 
 def is_curve(name: str) -> bool:

@@ -104,6 +104,8 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
     """
     done = REPLACED_BY.get(run.intervention)
     how = f"with the layer replaced by {done}" if done else "without it"
+    if run.intervention == "repeat":
+        how = f"with it passed {'again' if run.repeats == 2 else f'{run.repeats} times'}"
     on = cell.documents_of(f"{run.n:,}")
     what = f"**{as_markdown(run_name(cell, run))}**: `{cell.metric}` on {on} {how}"
     if run.accuracy_drop is None:
@@ -153,6 +155,9 @@ def _what_is_removed(cell: CellRecord) -> str:
             "one layer is removed, or its attention or MLP alone (curves `attention/…`, `mlp/…`), "
             "or several layers from a first one on (curves `span4/…` for 4 of them)"
         )
+        if parts := dict.fromkeys(kind.component for kind in kinds if kind.number is not None):
+            words = " and ".join(f"`{word}/3/…`" for word in parts)
+            text += f", or one of its heads or groups of heads (curves {words} for number 3)"
     done = [word for word in REPLACED_BY if any(kind.intervention == word for kind in kinds)]
     if done:
         text += f", or replaced (curves {', '.join(f'`{word}/…`' for word in done)})"

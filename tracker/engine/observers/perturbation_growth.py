@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tracker.core.ablations import Done
 from tracker.core.documents import Document
 from tracker.core.kinds import Action
 from tracker.engine.refusal import RefusalError
@@ -204,8 +205,8 @@ class _Pass:
         steps, streams = [], 1
         for layer in range(len(self.engine.loaded.layers)):
             new = self.directions.of_a_layer if layer in self.group else 0
-            actions = (*[Action.PASS] * streams, *[Action.SKIP] * new)
-            steps.append(LayerStep(streams, (0,) * new, actions))
+            done = (*[Done(Action.PASS)] * streams, *[Done(Action.SKIP)] * new)
+            steps.append(LayerStep(streams, (0,) * new, done))
             streams += new
         return StreamPlan(tuple(steps), ())
 

@@ -46,14 +46,20 @@ def decoding(
     cache = new_cache() if prefix is None else prefix.cache
     if rest:
         run_base(parts, plan, reading_row(rest, begun), cache)
-    actions = [tuple(a.at(layer) for a in ablations) for layer in range(len(parts.layers))]
+    done = [tuple(a.at(layer) for a in ablations) for layer in range(len(parts.layers))]
     together = StreamPlan(
-        tuple(LayerStep(len(ablations), (), each) for each in actions),
+        tuple(LayerStep(len(ablations), (), each) for each in done),
         (tuple(range(len(ablations))),) * len(parts.layers),
     )
     own = _handed_out(cache, plan, len(prompt) - 1)
-    stand_ins = parts.stand_ins
-    with forking(parts.layers, together, parts.sublayers, batched=True, stand_ins=stand_ins):
+    with forking(
+        parts.layers,
+        together,
+        parts.sublayers,
+        batched=True,
+        stand_ins=parts.stand_ins,
+        heads=parts.heads,
+    ):
         yield own
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from tracker.core.ablations import Stretch
 from tracker.core.kinds import Action
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.masks import Masks, mask_place
 from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.streams import LayerStep, StreamPlan
+from tracker.models.heads import Heads, heads_at
 from tracker.models.quantised import linear_maps, outputs_first, quantised
 from tracker.models.sublayers import (
     Sublayers,
@@ -41,6 +43,7 @@ def forking(
     batched: bool = False,
     masks: Masks | None = None,
     stand_ins: Mapping[int, StandIn] | None = None,
+    heads: Sequence[Heads | None] | None = None,
 ) -> Iterator[None]:
     """Let a model's layers fork streams while the context is open.
 
@@ -63,11 +66,13 @@ def forking(
         batched: Whether what a layer is given besides is cut to the streams that enter it.
         masks: What each layer gets in place of the model's own mask.
         stand_ins: What stands in for layers; needed where the plan asks for it.
+        heads: The heads of each layer's attention; needed where the plan takes some out.
 
     Yields:
         Nothing; on exit, also by an exception, the layers are what they were.
     """
     handed: list[Tensor] = []
+    forks: list[_LayerFork] = []
     with ExitStack() as stack:
         for index, (layer, step) in enumerate(zip(layers, plan.steps, strict=True)):
             turn = _Turn()
@@ -83,29 +88,57 @@ def forking(
                 handed,
                 stand_ins.get(index) if stand_ins else None,
                 turn,
+                forks,
             )
+            forks.append(fork)
             stack.enter_context(replaced_forward(layer, fork))
-            inside: list[tuple[nn.Module, tuple[int | None, ...]]] = []
+            # Which of the entering streams each part of the layer computes.
+            inside: list[tuple[nn.Module, Sequence[int]]] = []
             if step.has_sublayers:
                 assert sublayers is not None
                 parts = sublayers[index]
-                inside = [(parts.attention, step.attention), (parts.mlp, step.mlp)]
-            for module, sources in inside:
-                part = _SublayerFork(module, sources, module.forward, batched, turn)
-                stack.enter_context(replaced_forward(module, part))
+                for module, computed, taken, made in (
+                    (parts.attention, step.computed, step.projected, len(step.heads)),
+                    (parts.mlp, step.mlps, step.mlp, len(step.mlps)),
+                ):
+                    inside.append((module, computed))
+                    part = _SublayerFork(
+                        module, computed, taken, made, module.forward, batched, turn
+                    )
+                    stack.enter_context(replaced_forward(module, part))
+            projection = None
+            if step.has_heads:
+                assert heads is not None
+                found = heads_at(heads, index, type(layer).__name__)
+                projection = layer.get_submodule(found.projection)
+                inside.insert(0, (projection, [source for source, _ in step.heads]))
             if any(action.bits for action in step.actions):
                 for each in linear_maps(layer, f"layer {index}"):
                     mine = [s for module, s in inside if any(m is each for m in module.modules())]
-                    own = _QuantisedFork(each, step, mine[0] if mine else None, each.forward, turn)
+                    sources = mine[0] if mine else range(len(step.entering))
+                    own = _QuantisedFork(each, step, sources, each.forward, turn)
                     stack.enter_context(replaced_forward(each, own))
+            if projection is not None:
+                name = type(layer).__name__
+                columns = [[found.columns(part, name) for part in gone] for _, gone in step.heads]
+                of = [step.computed.index(source) for source, _ in step.heads]
+                without = _HeadFork(of, columns, projection.forward, turn)
+                stack.enter_context(replaced_forward(projection, without))
         yield
 
 
 @dataclass
 class _Turn:
-    """Whether a layer is passed for the first time, by all who enter it, or by those once more."""
+    """What a layer's own modules must know of the pass, and what those behind it of the layer.
 
-    second: bool = False
+    Attributes:
+        again: Whether the layer is passed again, by streams that repeat it.
+        given: What the layer was given besides the hidden state, by place and by name, and whether
+            that came by name, where a stretch that is passed again holds the layer.
+    """
+
+    again: bool = False
+    given: tuple[bool, Any, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,8 +150,9 @@ class _LayerFork:
     layer as one batch `going`. Its output fills their places in `after` [streams after, rows,
     tokens, hidden]; a stream that skips the layer gets its own `before` there, or what stands in
     for the layer makes of it. Nothing is added up between streams, so each place holds what the
-    layer, or nothing, makes of it alone. Streams that repeat the layer pass it once more, as a
-    smaller batch, before their places are filled.
+    layer, or nothing, makes of it alone. Streams that repeat a
+    stretch of layers which ends here pass it again, as a smaller batch, before their places are
+    filled: each layer of it with what it was given besides the hidden state when all passed it.
 
     `handed` holds what earlier layers of the pass returned besides the hidden state. A layer that
     is given one of those, while streams fork, is refused: it would be another stream's.
@@ -135,6 +169,7 @@ class _LayerFork:
     handed: list[Tensor]
     stand_in: StandIn | None
     turn: _Turn
+    forks: list[_LayerFork]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take and return a hidden state [streams × rows, tokens, hidden], as the layer does."""
@@ -158,7 +193,8 @@ class _LayerFork:
         if self.batched and not everyone:
             rest, kwargs = _cut((rest, kwargs), step.streams, entering)
         rows = tuple(before.shape[1:])
-        output = self._passed(going, named, rest, kwargs, rows, len(entering))
+        self.turn.given = (named, rest, kwargs)
+        output = self._passed(going, rows, len(entering))
         if everyone:
             returned(self.module, going, hidden)
         passed = first_of(output)
@@ -166,18 +202,18 @@ class _LayerFork:
             self.handed.extend(other for other in output[1:] if isinstance(other, Tensor))
         after = passed.new_empty(len(step.actions), *before.shape[1:])
         passed = _by_stream(passed, len(entering))
-        if repeating := step.places(Action.REPEAT):
-            if self.batched:
-                raise RefusalError("a layer that is passed twice would need two caches")
-            self.turn.second = True
-            once = passed[repeating].flatten(0, 1)
-            twice = self._passed(once, named, rest, kwargs, rows, len(repeating))
-            self.turn.second = False
-            passed[repeating] = _by_stream(first_of(twice), len(repeating))
         if entering == list(range(len(entering))):
             after[: len(entering)] = passed
         else:
             after[entering] = passed
+        if step.repeating:
+            if self.batched:
+                raise RefusalError("a layer that is passed again would need a cache of its own")
+            sources = [entering.index(source) for _, source, _ in step.repeating]
+            stretches = [stretch for *_, stretch in step.repeating]
+            after[[stream for stream, *_ in step.repeating]] = self._again(
+                passed[sources], stretches, rows
+            )
         for stream, action in enumerate(step.actions):
             if action is Action.SKIP:
                 after[stream] = before[step.origin(stream)]
@@ -188,16 +224,30 @@ class _LayerFork:
             self.observe(self.index, before[0].to(after.device), after[0])
         return with_first(output, after.flatten(0, 1))
 
-    def _passed(
-        self,
-        going: Tensor,
-        named: bool,
-        rest: Any,
-        kwargs: Any,
-        rows: tuple[int, ...],
-        streams: int,
-    ) -> Any:
+    def _again(self, states: Tensor, stretches: Sequence[Stretch], rows: tuple[int, ...]) -> Tensor:
+        """Let streams [streams, rows, tokens, …] pass stretches again that end at this layer."""
+        for time in range(1, max(stretch.times for stretch in stretches)):
+            for layer in range(min(stretch.start for stretch in stretches), self.index + 1):
+                some = [
+                    place
+                    for place, stretch in enumerate(stretches)
+                    if stretch.start <= layer and time < stretch.times
+                ]
+                if not some:
+                    continue
+                fork = self.forks[layer]
+                fork.turn.again = True
+                try:
+                    passed = first_of(fork._passed(states[some].flatten(0, 1), rows, len(some)))
+                finally:
+                    fork.turn.again = False
+                states[some] = _by_stream(passed, len(some)).to(states.device)
+        return states
+
+    def _passed(self, going: Tensor, rows: tuple[int, ...], streams: int) -> Any:
         """Let streams pass the layer, and refuse what it returns where that is no hidden state."""
+        assert self.turn.given is not None
+        named, rest, kwargs = self.turn.given
         if streams > 1 and not self.batched:
             rest = tuple(_per_stream("", value, rows, streams) for value in rest)
             kwargs = {n: _per_stream(n, v, rows, streams) for n, v in kwargs.items()}
@@ -219,25 +269,23 @@ class _QuantisedFork:
     """One linear map of a layer, in which some streams have quantised weights.
 
     In come [streams × rows, tokens, inputs], or all of a stream's tokens in a row, of the streams
-    that the part of the layer computes: those that `sources` names where a sublayer is removed from
-    others, else all that enter. Everything is mapped once, and what comes of the quantised streams
-    is computed again with the weights that they have, which are made anew in each call: kept, they
-    would take as much memory as the model.
+    that the part of the layer computes, `sources` among those that enter. Everything is mapped
+    once, and what comes of the quantised streams is computed again with the weights that they have,
+    which are made anew in each call: kept, they would take as much memory as the model.
     """
 
     module: nn.Module
     step: LayerStep
-    sources: tuple[int | None, ...] | None
+    sources: Sequence[int]
     forward: Callable[..., Any]
     turn: _Turn
 
     def __call__(self, given: Tensor) -> Tensor:
         """Take and return what the linear map does."""
         output: Tensor = self.forward(given)
-        if self.turn.second:
+        if self.turn.again:
             return output
-        entering = range(len(self.step.entering))
-        computed = sorted({*(entering if self.sources is None else self.sources)} - {None})
+        computed = self.sources
         if len(given) % len(computed):
             raise RefusalError("a linear map of its layers has no row a stream")
         ours, found = _by_stream(given, len(computed)), _by_stream(output, len(computed))
@@ -257,25 +305,27 @@ class _SublayerFork:
 
     Streams that fork within the layer enter it with the same state, so the attention of such a
     state is computed once: with its MLP removed, a stream takes the attention of the baseline.
-    `sources` names for each entering stream the place whose output it takes, and None where the
-    sublayer is removed. The input [entering × rows, tokens, hidden] is cut to the places that are
-    computed, the sublayer runs on these, and its output is dealt out to [entering × rows, tokens,
-    hidden] again. For None stands what a silent sublayer gives: zeros where the layer adds to the
-    residual stream, the residual stream itself where the sublayer does. What else the sublayer is
-    given is cut along with it, if it has a row a stream.
+    The input [entering × rows, tokens, hidden] is cut to the places that are `computed`, the
+    sublayer runs on these, and gives `made` outputs: one for each, or more where some lack heads.
+    `taken` names for each entering stream the one that it takes, and None where the sublayer is
+    removed: the outputs are dealt out to [entering × rows, tokens, hidden] again. For None stands
+    what a silent sublayer gives: zeros where the layer adds to the residual stream, the residual
+    stream itself where the sublayer does. What else the sublayer is given is cut along with it, if
+    it has a row a stream.
     """
 
     module: nn.Module
-    sources: tuple[int | None, ...]
+    computed: Sequence[int]
+    taken: tuple[int | None, ...]
+    made: int
     forward: Callable[..., Any]
     batched: bool
     turn: _Turn
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take and return what the sublayer does, computing only what the streams need."""
-        entering = len(self.sources)
-        computed = sorted({source for source in self.sources if source is not None})
-        if self.turn.second or computed == list(range(entering)):
+        entering, computed = len(self.taken), list(self.computed)
+        if self.turn.again or self.taken == tuple(range(entering)) == tuple(computed):
             return self.forward(*args, **kwargs)
         given = (args, kwargs)
         if self.batched:
@@ -290,13 +340,15 @@ class _SublayerFork:
         output = self.forward(*args, **kwargs)
         # Never of no stream: the baseline passes everything.
         added = first_of(output)
-        each = _by_stream(added, len(computed))
-        silent = nothing(self.module, *given, added, len(added) * entering // len(computed))
+        if len(added) % self.made:
+            raise RefusalError("what its attention makes of its heads has no row a stream")
+        each = _by_stream(added, self.made)
+        silent = nothing(self.module, *given, added, len(added) * entering // self.made)
         nil = _by_stream(silent, entering)
         merged = torch.stack(
             [
-                nil[place] if source is None else each[computed.index(source)]
-                for place, source in enumerate(self.sources)
+                nil[place] if source is None else each[source]
+                for place, source in enumerate(self.taken)
             ]
         ).flatten(0, 1)
         return with_first(output, merged)
@@ -305,7 +357,35 @@ class _SublayerFork:
         """Cut what has a row a stream and a column a token, as the hidden states have."""
         if not isinstance(value, Tensor) or value.shape[:2] != hidden.shape[:2]:
             return value
-        return _by_stream(value, len(self.sources))[computed].flatten(0, 1)
+        return _by_stream(value, len(self.taken))[computed].flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class _HeadFork:
+    """An attention's output projection, before which some streams lose heads.
+
+    In come [computed × rows, tokens, columns], all heads side by side; `of` names for each output
+    which of these it is made of, and `columns` which columns of it are zero. A checkpoint whose
+    projection has zeros there computes the same.
+    """
+
+    of: list[int]
+    columns: Sequence[Sequence[slice]]
+    forward: Callable[..., Any]
+    turn: _Turn
+
+    def __call__(self, given: Tensor) -> Any:
+        """Take what all heads give, and return what the projection makes of it, an output each."""
+        if self.turn.again:
+            return self.forward(given)
+        streams = max(self.of) + 1
+        if len(given) % streams:
+            raise RefusalError("the heads of its attention have no row a stream")
+        each = _by_stream(given, streams)[self.of]
+        for state, gone in zip(each, self.columns, strict=True):
+            for columns in gone:
+                state[..., columns] = 0
+        return self.forward(each.flatten(0, 1))
 
 
 def _cut(value: Any, streams: int, entering: list[int]) -> Any:

@@ -20,6 +20,7 @@ from tracker.engine.scoring.prefix import Prefix, cache_argument, new_cache
 from tracker.engine.scoring.rows import Row, reading_row
 from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
+from tracker.models.heads import Heads
 from tracker.models.sublayers import Sublayers
 
 
@@ -51,6 +52,7 @@ class Parts:
         device: Where its inputs go.
         sight: How far each layer sees in a text of some length.
         stand_ins: What stands in for layers, where that is asked for.
+        heads: The heads of their attentions; None where they are not asked for.
     """
 
     model: Any
@@ -60,6 +62,7 @@ class Parts:
     device: torch.device
     sight: Callable[[int], Sight]
     stand_ins: Mapping[int, StandIn] | None = None
+    heads: Sequence[Heads | None] | None = None
 
     @property
     def base(self) -> Any:
@@ -143,8 +146,15 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         cached["position_ids"] = row.positions.to(device)
         sight = parts.sight(int(row.positions.max()) + 1)
         masks = Masks(row, sight, parts.model.dtype, device)
-    stand_ins = parts.stand_ins
-    with forking(parts.layers, plan, parts.sublayers, observe, masks=masks, stand_ins=stand_ins):
+    with forking(
+        parts.layers,
+        plan,
+        parts.sublayers,
+        observe,
+        masks=masks,
+        stand_ins=parts.stand_ins,
+        heads=parts.heads,
+    ):
         output = parts.base(
             input_ids=row.input_ids.to(device), use_cache=name is not None, **cached
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tracker.core.ablations import Ablation
+from tracker.core.grouping import grouped
 from tracker.core.kinds import Action
+from tracker.models.heads import Heads, heads_at, take_out
 from tracker.models.quantised import quantise
 from tracker.models.sublayers import returning
 
@@ -67,24 +69,34 @@ class MadeUp:
         return Fitted(mean, 0.7, (weight, bias)).change(action, state)
 
 
-def replacements(
-    ablation: Ablation, stand_ins: Mapping[int, StandIn], name: str
+def changes(
+    ablation: Ablation,
+    stand_ins: Mapping[int, StandIn],
+    heads: Sequence[Heads | None],
+    name: str,
 ) -> dict[int, Callable[[nn.Module], None]]:
-    """List what really changes the layers that an ablation replaces, but for those it repeats.
+    """List what really changes the layers that an ablation neither removes nor repeats.
 
     Args:
         ablation: What is done.
         stand_ins: Layer → what stands in for it.
+        heads: The heads of each layer's attention; needed where some are taken out.
         name: The model's class.
 
     Returns:
         Layer → what changes the layer of a copy: its weights, or what it returns.
     """
-    return {
+    found: dict[int, Callable[[nn.Module], None]] = {
         layer: partial(_replace, Action(done), stand_ins.get(layer), f"layer {layer} of {name}")
         for done, layer in ablation.replaced
-        if Action(done) is not Action.REPEAT
     }
+    for layer, parts in grouped(ablation.parts, lambda part: part.layer).items():
+        own = heads_at(heads, layer, name)
+        columns = [own.columns(part, name) for part in parts]
+        found[layer] = partial(
+            take_out, heads=own, columns=columns, name=f"layer {layer} of {name}"
+        )
+    return found
 
 
 def _replace(action: Action, stand_in: StandIn | None, name: str, layer: nn.Module) -> None:

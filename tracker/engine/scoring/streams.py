@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from tracker.core.ablations import INTACT, Ablation
+from tracker.core.ablations import INTACT, Ablation, Done, Part, Stretch
 from tracker.core.kinds import Action
 
-_OF_PARTS = (Action.PASS, Action.NO_ATTENTION, Action.NO_MLP)
+_OF_PARTS = (Action.PASS, Action.NO_ATTENTION, Action.NO_MLP, Action.NO_HEADS)
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,39 @@ class LayerStep:
     Attributes:
         streams: Streams before the layer.
         forked: Whose input to the layer becomes a new stream, behind all others.
-        actions: What happens to each stream, the new ones included.
+        done: What happens to each stream, the new ones included.
     """
 
     streams: int
     forked: tuple[int, ...]
-    actions: tuple[Action, ...]
+    done: tuple[Done, ...]
+
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        """What happens to each stream, in a word."""
+        return tuple(done.action for done in self.done)
 
     @cached_property
     def entering(self) -> tuple[int, ...]:
-        """Streams that enter the layer."""
-        return tuple(i for i, action in enumerate(self.actions) if action.enters)
+        """Streams that enter the layer: of those that repeat a stretch of layers behind it, only
+        one for which no other stream with its state does."""
+        behind = {stream for stream, source, _ in self.repeating if source != stream}
+        return tuple(
+            i for i, action in enumerate(self.actions) if action.enters and i not in behind
+        )
+
+    @cached_property
+    def repeating(self) -> tuple[tuple[int, int, Stretch], ...]:
+        """Streams that pass a stretch again, each with the stream whose output it begins with."""
+        first: dict[int, int] = {}
+        for stream, action in enumerate(self.actions):
+            if action in (Action.PASS, Action.REPEAT):
+                first.setdefault(self.origin(stream), stream)
+        return tuple(
+            (stream, first[self.origin(stream)], done.stretch)
+            for stream, done in enumerate(self.done)
+            if done.stretch is not None
+        )
 
     def places(self, *actions: Action) -> list[int]:
         """Say where among the entering streams some actions happen."""
@@ -43,8 +65,13 @@ class LayerStep:
 
     @cached_property
     def has_sublayers(self) -> bool:
-        """Whether some stream skips a sublayer alone."""
-        return bool(self.places(Action.NO_ATTENTION, Action.NO_MLP))
+        """Whether some stream skips a sublayer alone, or a part of one."""
+        return bool(self.places(Action.NO_ATTENTION, Action.NO_MLP, Action.NO_HEADS))
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether some stream lacks heads."""
+        return Action.NO_HEADS in self.actions
 
     def origin(self, stream: int) -> int:
         """The stream before the layer whose state a stream enters with."""
@@ -68,10 +95,39 @@ class LayerStep:
         return tuple(found)
 
     @cached_property
-    def mlp(self) -> tuple[int | None, ...]:
-        """The same for the MLP, which no two streams share."""
+    def heads(self) -> tuple[tuple[int, tuple[Part, ...]], ...]:
+        """What is made of the computed attentions: of which place's, and without which heads."""
+        made = {
+            (source, self.done[stream].parts): None
+            for stream, source in zip(self.entering, self.attention, strict=True)
+            if source is not None
+        }
+        return tuple(sorted(made))
+
+    @cached_property
+    def projected(self) -> tuple[int | None, ...]:
+        """For each entering stream, which of `heads` it takes; None = no attention."""
+        return tuple(
+            None if source is None else self.heads.index((source, self.done[stream].parts))
+            for stream, source in zip(self.entering, self.attention, strict=True)
+        )
+
+    @cached_property
+    def computed(self) -> tuple[int, ...]:
+        """Places among the entering streams whose attention is computed."""
+        return tuple(sorted({source for source in self.attention if source is not None}))
+
+    @cached_property
+    def mlps(self) -> tuple[int, ...]:
+        """Places among the entering streams whose MLP is computed: no two streams share one."""
         without = self.places(Action.NO_MLP)
-        return tuple(None if p in without else p for p in range(len(self.entering)))
+        return tuple(place for place in range(len(self.entering)) if place not in without)
+
+    @cached_property
+    def mlp(self) -> tuple[int | None, ...]:
+        """For each entering stream, which of the computed MLPs it takes; None = none."""
+        place_of = {place: number for number, place in enumerate(self.mlps)}
+        return tuple(place_of.get(place) for place in range(len(self.entering)))
 
 
 @dataclass(frozen=True)
@@ -95,9 +151,8 @@ class StreamPlan:
     def attention_of(self) -> Iterator[tuple[int | None, ...]]:
         """For each layer and ablation, which of the computed attentions it takes; None = none."""
         for step, path in zip(self.steps, self.paths, strict=True):
-            computed = sorted({source for source in step.attention if source is not None})
             of = {
-                stream: computed.index(source)
+                stream: step.computed.index(source)
                 for stream, source in zip(step.entering, step.attention, strict=True)
                 if source is not None
             }
@@ -106,12 +161,12 @@ class StreamPlan:
     @property
     def attention_passes(self) -> int:
         """How many times a token passes an attention, all streams together."""
-        return sum(len({*step.attention} - {None}) for step in self.steps) + self.repeats
+        return sum(len(step.computed) for step in self.steps) + self.repeats
 
     @property
     def mlp_passes(self) -> int:
         """How many times a token passes an MLP, all streams together."""
-        return sum(len({*step.mlp} - {None}) for step in self.steps) + self.repeats
+        return sum(len(step.mlps) for step in self.steps) + self.repeats
 
     @property
     def layer_passes(self) -> float:
@@ -120,13 +175,18 @@ class StreamPlan:
 
     @property
     def has_sublayers(self) -> bool:
-        """Whether some stream skips a sublayer alone."""
+        """Whether some stream skips a sublayer alone, or a part of one."""
         return any(step.has_sublayers for step in self.steps)
 
     @property
+    def has_heads(self) -> bool:
+        """Whether some stream lacks heads."""
+        return any(step.has_heads for step in self.steps)
+
+    @property
     def repeats(self) -> int:
-        """How many times a stream passes a layer twice."""
-        return sum(len(step.places(Action.REPEAT)) for step in self.steps)
+        """How many times a stream passes a layer again."""
+        return sum(stretch.extra for step in self.steps for _, _, stretch in step.repeating)
 
     @property
     def streams(self) -> int:
@@ -145,15 +205,15 @@ def plan_streams(ablations: Sequence[Ablation], layers: int) -> StreamPlan:
     for layer in range(layers):
         own, new = [], []
         for stream, group in enumerate(groups):
-            by_action: dict[Action, list[int]] = {}
+            by_done: dict[Done, list[int]] = {}
             for i in group:
-                by_action.setdefault(ablations[i].at(layer), []).append(i)
+                by_done.setdefault(ablations[i].at(layer), []).append(i)
             # A stream that passes stays where it is, so that the baseline remains stream 0.
-            first, *others = sorted(by_action, key=lambda action: action is not Action.PASS)
-            own.append((stream, first, by_action[first]))
-            new += [(stream, action, by_action[action]) for action in others]
-        forked, actions = tuple(s for s, *_ in new), tuple(a for _, a, _ in (*own, *new))
-        steps.append(LayerStep(len(groups), forked, actions))
+            first, *others = sorted(by_done, key=lambda done: done.action is not Action.PASS)
+            own.append((stream, first, by_done[first]))
+            new += [(stream, done, by_done[done]) for done in others]
+        forked, done = tuple(s for s, *_ in new), tuple(d for _, d, _ in (*own, *new))
+        steps.append(LayerStep(len(groups), forked, done))
         groups = [members for *_, members in (*own, *new)]
         stream_of = {i: stream for stream, group in enumerate(groups) for i in group}
         paths.append(tuple(stream_of[i] for i in range(len(ablations))))
@@ -162,6 +222,7 @@ def plan_streams(ablations: Sequence[Ablation], layers: int) -> StreamPlan:
 
 def plain_passes(ablations: Sequence[Ablation], layers: int) -> tuple[int, int]:
     """Count the attentions and MLPs that a token passes where each ablation is run on its own."""
-    actions = [ablation.at(layer) for ablation in ablations for layer in range(layers)]
-    entered = sum(action.enters for action in actions) + actions.count(Action.REPEAT)
+    actions = [ablation.at(layer).action for ablation in ablations for layer in range(layers)]
+    again = sum(stretch.extra for ablation in ablations for stretch in ablation.repeated)
+    entered = sum(action.enters for action in actions) + again
     return entered - actions.count(Action.NO_ATTENTION), entered - actions.count(Action.NO_MLP)

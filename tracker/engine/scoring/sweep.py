@@ -31,8 +31,9 @@ from tracker.engine.scoring.prefix import SHORTEST, Prefix, cache_argument
 from tracker.engine.scoring.rows import ANY_LENGTH, Row, common_beginning, flat_rows, tree_rows
 from tracker.engine.scoring.score import Parts, RowScores, kept_bytes, read_prefix, score_row
 from tracker.engine.scoring.sharing import ALONE, FULL, NO_HABITS, PLAIN, Quirks, Sharing
-from tracker.engine.scoring.stand_in import StandIn, replacements
+from tracker.engine.scoring.stand_in import StandIn, changes
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
+from tracker.models.heads import Heads, find_heads
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
 from tracker.models.placement import least_free
@@ -81,11 +82,13 @@ class Known:
         sight: How far its layers see.
         kept_bytes: What the keys and values of one token take in one attention.
         sublayers: Each layer's attention and MLP.
+        heads: The heads of each layer's attention.
     """
 
     sight: Sight | None = None
     kept_bytes: int | None = None
     sublayers: list[Sublayers] | None = None
+    heads: list[Heads | None] | None = None
 
 
 _Scored = tuple[Row, Sequence[Ablation], RowScores]
@@ -135,6 +138,7 @@ class Engine:
         """
         self.put_back()
         parts = self._sublayers if ablation.has_sublayers else []
+        heads = self._heads if ablation.parts else []
         silent = [
             *(parts[layer].attention for layer in ablation.attention),
             *(parts[layer].mlp for layer in ablation.mlp),
@@ -146,7 +150,7 @@ class Engine:
             ablation.layers,
             silent,
             quirks.first,
-            changes=replacements(ablation, self.stand_ins, self.class_name),
+            changes=changes(ablation, self.stand_ins, heads, self.class_name),
             repeated=ablation.repeated,
         )
         model = make(stay=quirks.stay and not quirks.loaded)
@@ -428,7 +432,7 @@ class Engine:
 
     def _prefix(self, documents: Sequence[Document], plan: StreamPlan) -> Prefix | None:
         """Read what all documents begin with, or use what was read for earlier ones."""
-        # A layer that is passed twice would need two caches.
+        # A layer that is passed again would need a cache of its own.
         if plan.repeats or not self.shares_a_prefix(documents):
             return None
         shared = common_beginning(documents, self.max_length)
@@ -449,9 +453,17 @@ class Engine:
 
     def parts(self, plan: StreamPlan) -> Parts:
         """Take the model apart for a plan."""
-        sublayers = self._sublayers if plan.has_sublayers else None
-        model, layers, device = self.loaded.model, self.loaded.layers, self.loaded.device
-        return Parts(model, layers, sublayers, self.head, device, self._sight, self.stand_ins)
+        loaded = self.loaded
+        return Parts(
+            loaded.model,
+            loaded.layers,
+            self._sublayers if plan.has_sublayers else None,
+            self.head,
+            loaded.device,
+            self._sight,
+            self.stand_ins,
+            self._heads if plan.has_heads else None,
+        )
 
     def _sight(self, tokens: int) -> Sight:
         """How far each layer sees in a text of so many tokens."""
@@ -490,6 +502,18 @@ class Engine:
             self.known.sublayers = found
         return self.known.sublayers
 
+    @property
+    def _heads(self) -> list[Heads | None]:
+        if self.known.heads is None:
+            sublayers, loaded = self._sublayers, self.loaded
+            self.put_back()
+            # It changes what the attention of all passes is.
+            with nullcontext() if loaded.offloaded is None else loaded.offloaded.alone():
+                found = find_heads(loaded.model, sublayers, loaded.layers, loaded.device)
+            self.put_back()
+            self.known.heads = found
+        return self.known.heads
+
     def _score_row(self, row: Row, plan: StreamPlan, prefix: Prefix | None) -> RowScores:
         """Score one row for every ablation, in the order of the ablations."""
         self.put_back()
@@ -508,7 +532,7 @@ class Engine:
         if cache_argument(self.loaded.model) is None:
             raise RefusalError("it takes no cache of keys and values")
         if plan_streams(ablations, len(self.loaded.layers)).repeats:
-            raise RefusalError("a layer that is passed twice would need two caches")
+            raise RefusalError("a layer that is passed again would need a cache of its own")
         each = tokens * len(self.loaded.layers) * self._kept_bytes
         return _grouped(ablations, self._budget // 2 // each)
 

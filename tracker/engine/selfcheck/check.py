@@ -35,6 +35,7 @@ from tracker.engine.selfcheck.miniature_check import (
     miniature_key,
     most_sharing,
     reachable,
+    some_of,
 )
 from tracker.engine.selfcheck.reasons import Verdict, less
 from tracker.engine.selfcheck.reference import Comparison, Reference
@@ -264,7 +265,7 @@ def _questions(
     short = [_shortened(document) for document in documents]
     if short != list(documents):
         yield documents, [INTACT]
-    yield short, ablations
+    yield short, some_of(ablations)
 
 
 def _shortened(document: Document) -> Document:

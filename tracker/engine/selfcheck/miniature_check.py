@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from tracker.core.ablations import INTACT, Ablation
+from tracker.core.ablations import INTACT, Ablation, Part
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
 from tracker.core.provenance import content_hash, file_hash, machine, package_versions
@@ -36,6 +36,7 @@ from tracker.engine.selfcheck.reference import Comparison, Reference
 from tracker.engine.selfcheck.removability import as_removed
 from tracker.models.layers import find_layers
 from tracker.models.miniature import miniature, numbers
+from tracker.models.sources import parts_of
 
 WAYS = (FULL, NO_PREFIX, DEPTH_ONLY, PLAIN)
 """From the most sharing to the least."""
@@ -56,6 +57,8 @@ LONGEST_REACH = 1024
 """Tokens up to which a miniature is asked every length: of more, calls would be no cheap matter."""
 TEXTS = 5
 """Texts that are asked in two orders, besides the longest."""
+DRAWN = 128
+"""Of so many heads or stretches each is asked; of more, these are drawn."""
 _Place = tuple[Ablation, int, int, int]
 """Which ablation, and the number of a call, a document and a request."""
 
@@ -117,8 +120,8 @@ def check_miniature(
     """
     small = miniature(engine.loaded.model)
     if small is None:
-        return _check_itself(engine, ablations)
-    return _check_small(engine, small, ablations, paths, blank)
+        return _check_itself(engine, some_of(ablations))
+    return _check_small(engine, small, _of_its_parts(small, some_of(ablations)), paths, blank)
 
 
 def check_longer_texts(
@@ -150,7 +153,7 @@ def check_longer_texts(
     if blank:
         _blank(small)
     longest, nodes, widest = rows
-    some = list(dict.fromkeys((INTACT, ablations[len(ablations) // 2])))
+    some = _of_its_parts(small, (INTACT, ablations[len(ablations) // 2]))
 
     def checked(calls: Sequence[Sequence[Document]], tokens: int) -> Verdict:
         asked = list(_asked(calls, some, SOME))
@@ -182,6 +185,35 @@ def _switches(
     known = verdict.quirks(small).lengths
     found = find_switches(small, known, {*lengths, longest})
     return found.thresholds[len(known.thresholds) :], found.each
+
+
+def some_of(ablations: Sequence[Ablation]) -> list[Ablation]:
+    """Leave out most of what is done to parts, or with stretches, where that are very many.
+
+    A model has hundreds of heads and thousands of stretches, which all go the same ways; which ones
+    are asked is drawn. What removes layers stays.
+    """
+    many = [ablation for ablation in ablations if ablation.parts or ablation.repeated]
+    if len(many) <= DRAWN:
+        return list(ablations)
+    out = set(many) - set(random.Random(0).sample(many, DRAWN))
+    return [ablation for ablation in ablations if ablation not in out]
+
+
+def _of_its_parts(small: Any, ablations: Sequence[Ablation]) -> list[Ablation]:
+    """Take a miniature's few heads for the many of its model; no ablation twice."""
+    parts = parts_of(small.config.get_text_config())
+
+    def its(part: Part) -> Part:
+        count = parts.numbered(part.component)
+        return part._replace(number=part.number % count) if count else part
+
+    return list(
+        dict.fromkeys(
+            replace(ablation, parts=tuple(sorted({*map(its, ablation.parts)})))
+            for ablation in ablations
+        )
+    )
 
 
 @contextmanager

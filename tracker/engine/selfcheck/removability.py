@@ -83,14 +83,12 @@ def as_removed(truth: Reference, ablations: Sequence[Ablation], verdict: Verdict
     loading = _loading(engine, still)
     seen: dict[Ablation, _Seen] = {}
     for ablation in ablations:
-        changed = Ablation(
-            ablation.layers, replaced=tuple(("repeat", layer) for layer in ablation.repeated)
-        )
+        changed = Ablation(ablation.layers, repeated=ablation.repeated)
         if changed != INTACT and changed not in seen:
             seen[changed] = found = _see(truth, still, changed, loading)
             if found.copy is None and found.skip is None and found.saved is None:
                 raise CellError(
-                    f"{name} does not run without {_named(changed)} ({found.refusal}); leave it "
+                    f"{name} does not run {_named(changed)} ({found.refusal}); leave it "
                     "out of 'layer'"
                 )
     for _ in range(2):
@@ -106,8 +104,7 @@ def as_removed(truth: Reference, ablations: Sequence[Ablation], verdict: Verdict
     else:
         why = seen[other[0]].refusal or seen[other[0]].unsaved
         raise CellError(
-            f"{name} cannot be cut to be without {_named(other[0])} ({why}); leave it out of "
-            "'layer'"
+            f"{name} cannot be cut to be {_named(other[0])} ({why}); leave it out of 'layer'"
         )
     verdict = replace(verdict, stay=stay, loaded=loaded, which=_which(seen))
     if apart:
@@ -162,13 +159,13 @@ def _see(truth: Reference, still: Engine, ablation: Ablation, loading: _Loading)
             again = loading.of(engine, copied, ablation)
         except ModelError as error:
             unsaved = _OTHER
-            log.debug("no checkpoint without %s: %s", _named(ablation), error)
+            log.debug("no checkpoint %s: %s", _named(ablation), error)
         else:
             model, twin, made = (each.loaded.model for each in (engine, copied, again))
             lacks = bool(lacking(model, loading.whole, twin, made, engine.left(ablation)))
             saved, why = _text_of(again)
             if saved is None:
-                log.debug("loaded without %s, it does not run: %s", _named(ablation), why)
+                log.debug("loaded %s, it does not run: %s", _named(ablation), why)
     copy = None
     if copied is not None:
         copy, refusal = _text_of(copied)
@@ -192,7 +189,7 @@ def _which(seen: Mapping[Ablation, _Seen]) -> str | None:
         return None
     some = [_named(ablation) for ablation in without[:SHOWN]]
     some += [f"{len(without) - SHOWN} more"] if len(without) > SHOWN else []
-    where = f"without {' or '.join(some)}" if len(without) < len(seen) else "whatever is removed"
+    where = " or ".join(some) if len(without) < len(seen) else "whatever is removed"
     return (
         f"{where}, what is measured is the model whose layer stays in its place and hands on its "
         f"input, not a saved checkpoint ({seen[without[0]].unsaved})"
@@ -201,7 +198,9 @@ def _which(seen: Mapping[Ablation, _Seen]) -> str | None:
 
 def _named(ablation: Ablation) -> str:
     plural = "s" if len(ablation.layers) > 1 else ""
-    return f"layer{plural} {', '.join(map(str, ablation.layers))}"
+    words = [f"without layer{plural} {', '.join(map(str, ablation.layers))}"]
+    again = [f"with {each.name.partition(':')[2]} passed again" for each in ablation.repeated]
+    return " and ".join((words if ablation.layers else []) + again)
 
 
 def _text_of(engine: Engine) -> tuple[Tensor | None, str | None]:

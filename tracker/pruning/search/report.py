@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from tracker.core.config import CellRequest
+from tracker.core.config import RUNS, CellRequest
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.extent import DEFAULT_SEED
 from tracker.core.findings import FindingRecord, Line, LineChart
@@ -384,7 +384,7 @@ def export_line(record: PruneRecord, asked: CellRequest, results: Path) -> str:
     return shlex.join(words)
 
 
-_SAID = ("model", "dtype", "layers", "components", "spans", "interventions", "only", "removed")
+_SAID = {*RUNS, "model", "dtype", "removed"}
 
 
 def _typed(value: object) -> str:

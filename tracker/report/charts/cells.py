@@ -15,7 +15,7 @@ from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunRecord, layer
 from tracker.report import wording
 from tracker.report.charts import style
 from tracker.report.charts.hover import along_layers, run_hover
-from tracker.report.charts.maps import span_components, span_map
+from tracker.report.charts.maps import kind_map, mapped
 from tracker.report.leaderboard.claims import RunOrder, shown_runs
 from tracker.stats.support import Verdict
 
@@ -23,7 +23,7 @@ from tracker.stats.support import Verdict
 def curve_title(cell: CellRecord) -> str:
     """Say in plain text which runs of the layer curve are shown to cost or help, and on what."""
     measure = formats.measure_of(cell)
-    records = [r for r in cell.runs if r.span == 1]
+    records = [run for run in cell.runs if run.kind.is_single]
     if not any(formats.defined(record.accuracy_drop) for record in records):
         return f"{cell.title}: no {measure.change} is defined"
     shown = shown_runs(cell, records)
@@ -66,8 +66,8 @@ def cell_charts(cell: CellRecord) -> dict[str, go.Figure]:
         found["accuracy_drop"] = layer_curve(cell).figure()
     if cell.whole_layers:
         found["proxies"] = proxy_scatter(cell).figure()
-    for component in span_components(cell):
-        found[f"spans_{component}"] = span_map(cell, component).figure()
+    for name, kinds in mapped(cell).items():
+        found[f"map_{name}"] = kind_map(cell, kinds).figure()
     return found
 
 
@@ -78,10 +78,10 @@ def layer_curve(cell: CellRecord) -> style.Chart:
     heights that means nothing. Drops are in pp, increases in the loss's unit (trace `accuracy drop`
     or `loss increase`; one trace a kind, under its name, where there are several), with 95 %
     intervals where these are few lines; cosine scores are the trace `cosine score`. Undefined and
-    missing layers are gaps; spans of several layers are not in it.
+    missing layers are gaps; spans of several layers, and heads, are not in it.
     """
     kinds = curve_kinds(cell)
-    shown = shown_runs(cell, [run for run in cell.runs if run.span == 1])
+    shown = shown_runs(cell, [run for run in cell.runs if run.kind.is_single])
     single = len(kinds) == 1
     measure = formats.measure_of(cell)
     data: list[dict[str, Any]] = []
@@ -104,7 +104,7 @@ def layer_curve(cell: CellRecord) -> style.Chart:
         data.append(
             style.trace(
                 "scatter",
-                measure.change if single else kind.word,
+                measure.change if single else wording.kind_words(kind),
                 places,
                 drops,
                 hover,
@@ -160,7 +160,7 @@ def _change_axis(measure: formats.Measure) -> dict[str, Any]:
 
 def curve_kinds(cell: CellRecord) -> list[Kind]:
     """List the kinds of which the layer curve draws single layers; whole ones without runs."""
-    return [kind for kind in cell.kinds if kind.span == 1] if cell.kinds else [WHOLE_LAYER]
+    return [kind for kind in cell.kinds if kind.is_single] if cell.kinds else [WHOLE_LAYER]
 
 
 def proxy_scatter(cell: CellRecord) -> style.Chart:

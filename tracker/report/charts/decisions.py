@@ -46,11 +46,12 @@ def margin_name(cell: CellRecord, decided: DecisionsRecord) -> str:
 def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     """Draw the median margin of every run with its quartiles, beside the intact model's.
 
-    None where no margin is defined.
+    None where no margin is defined, and where what was removed are parts of layers alone.
     """
-    if decided.margins is None or not any(run.margins for run in decided.runs):
+    there = {run.run.kind for run in decided.runs if run.margins}
+    kinds = [kind for kind in cell.kinds if kind in there and kind.number is None]
+    if decided.margins is None or not kinds:
         return None
-    kinds = [kind for kind in cell.kinds if any(run.run.kind == kind for run in decided.runs)]
     layers = sorted({layer for kind in kinds for layer in layers_of(kind, cell)})
     low, middle, high = decided.margins
     several = len(kinds) > 1

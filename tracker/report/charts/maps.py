@@ -1,4 +1,4 @@
-"""Heat maps: layers × benchmarks, and spans × layers."""
+"""Heat maps: layers × benchmarks, and layers × spans or heads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tracker.core import formats
-from tracker.core.kinds import Component
 from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunIdentity, layers_of
 from tracker.report import wording
 from tracker.report.charts.hover import along_layers
@@ -90,51 +89,88 @@ def row_height(labels: Sequence[str]) -> int:
     return max((15 * (label.count("<br>") + 1) + 10 for label in labels), default=0)
 
 
-def span_components(cell: CellRecord) -> list[Component]:
-    """List the components removed in two spans or more, so that a span map shows something."""
-    components = [kind.component for kind in cell.kinds if kind.intervention == "remove"]
-    return [name for name in dict.fromkeys(components) if components.count(name) > 1]
+def mapped(cell: CellRecord) -> dict[str, list[Kind]]:
+    """Find the kinds of runs that make a map together, by its name.
+
+    They are the spans of one component, where there are several, and the heads: a row each.
+    """
+    families: dict[Kind, list[Kind]] = {}
+    for kind in sorted(cell.kinds, key=lambda kind: (kind.span, kind.number or 0)):
+        families.setdefault(kind.family, []).append(kind)
+    return {
+        family.word if family.repeats == 2 else f"{family.word}-{family.repeats}": kinds
+        for family, kinds in families.items()
+        if len(kinds) > 1 or kinds[0].number is not None
+    }
 
 
-def span_title(cell: CellRecord, component: Component) -> str:
-    """Say in plain text what the map shows."""
-    measure = formats.measure_of(cell)
-    what = "layers" if component == "layer" else f"layers’ {component}"
-    return f"{cell.title}: {measure.change} by first layer and number of removed {what}"
+def _rows_of(kinds: Sequence[Kind]) -> tuple[str, str]:
+    """Say what the rows of a map are: in its title, and beside its axis."""
+    kind = kinds[0]
+    if kind.number is not None:
+        return f"layer and {kind.component}", kind.component
+    first = "first layer and number of "
+    if kind.intervention == "repeat":
+        times = "again" if kind.repeats == 2 else f"{kind.repeats} times"
+        return f"{first}layers that are passed {times}", f"layers passed {times}"
+    what = "layers" if kind.component == "layer" else f"layers’ {kind.component}"
+    return f"{first}removed {what}", "layers"
 
 
-def span_map(cell: CellRecord, component: Component) -> Chart:
-    """Draw the accuracy drop (or loss increase) by first layer and number of removed layers.
+def map_caption(kinds: Sequence[Kind]) -> str:
+    """Say how a map of kinds is read: what its rows and columns are, and what is blank in it."""
+    kind = kinds[0]
+    if kind.number is not None:
+        what = "head" if kind.component == "head" else "group of heads that share keys and values"
+        return f"Each cell is one {what}: the row is its number, the column its layer."
+    done = "removed together"
+    if kind.intervention == "repeat":
+        done = "passed again" if kind.repeats == 2 else f"passed {kind.repeats} times"
+    return (
+        f"Each cell is one run: the row says how many layers are {done}, the column which is the "
+        "first. Blank: not asked for, or it would reach beyond the last layer or hold a layer that "
+        "is removed already."
+    )
 
-    A row a span, centred at 0; what is shown of all runs of the map is strong, all else faint.
-    Undefined and missing values are gaps marked by crosses that say why (trace `undefined`); a span
-    that is no run is blank.
+
+def map_title(cell: CellRecord, kinds: Sequence[Kind]) -> str:
+    """Say in plain text what a map of kinds shows."""
+    return f"{cell.title}: {formats.measure_of(cell).change} by {_rows_of(kinds)[0]}"
+
+
+def kind_map(cell: CellRecord, kinds: Sequence[Kind]) -> Chart:
+    """Draw the accuracy drop (or loss increase) by layer and by what tells kinds apart.
+
+    A row a span or a head, centred at 0; what is shown of all runs of the map is strong, all else
+    faint. Undefined and missing values are gaps marked by crosses that say why (trace `undefined`);
+    what is no run is blank.
     """
     measure = formats.measure_of(cell)
-    kinds = [kind for kind in cell.kinds if kind == Kind(component, kind.span)]
+    numbered = kinds[0].number is not None
     layers = sorted({layer for kind in kinds for layer in layers_of(kind, cell)})
     values: list[list[float | None]] = []
     hovers: list[list[str]] = []
     for kind in kinds:
-        there = layers_of(kind, cell)
+        there = {*layers_of(kind, cell)}
         records, texts = along_layers(cell, kind, layers)
         values.append([finite(r.accuracy_drop, measure.scale) if r else None for r in records])
         hovers.append([t if layer in there else "" for layer, t in zip(layers, texts, strict=True)])
     largest = strongest(values)
     most = formats.three_digits(largest)
+    done = "passing it again" if kinds[0].intervention == "repeat" else "removal"
     return centred_map(
-        span_title(cell, component),
+        map_title(cell, kinds),
         measure.change,
         columns=layers,
-        rows=[str(kind.span) for kind in kinds],
+        rows=[str(kind.number if numbered else kind.span) for kind in kinds],
         values=values,
         hovers=hovers,
         shown=_shown(cell, kinds, layers),
-        ticks=(f"−{most}<br>removal helps", "0<br>no change", most),
+        ticks=(f"−{most}<br>{done} helps", "0<br>no change", most),
         largest=largest,
-        height=165 + 30 * len(kinds),
-        xaxis=layer_axis(layers, "first layer (0-based)"),
-        yaxis=ROWS | {"title": {"text": "layers"}},
+        height=165 + max(30 * min(len(kinds), _DOTTED), 14 * len(kinds)),
+        xaxis=layer_axis(layers, "layer (0-based)" if numbered else "first layer (0-based)"),
+        yaxis=ROWS | {"title": {"text": _rows_of(kinds)[1]}},
     )
 
 

@@ -28,7 +28,7 @@ FIRST = 5
 _MOST = 1_000_000
 """More documents than this nobody measures."""
 
-RunOrder = tuple[int, int, int, int]
+RunOrder = tuple[int, ...]
 """A run's `order`, by which it is found."""
 _ByCell = dict[str, dict[int, Estimate]]
 """A cell's key → layer → a figure, whose interval holds together with all others."""

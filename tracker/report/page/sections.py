@@ -13,7 +13,7 @@ from tracker.report.charts.across import depth_curves, difference_chart
 from tracker.report.charts.cells import curve_kinds, layer_curve, proxy_scatter
 from tracker.report.charts.decisions import agreement_map, margin_chart
 from tracker.report.charts.headline import headline
-from tracker.report.charts.maps import heat_map, span_components, span_map
+from tracker.report.charts.maps import heat_map, kind_map, map_caption, mapped
 from tracker.report.charts.model import proxy_curves, rank_chart, relevance_curves
 from tracker.report.charts.style import Chart
 from tracker.report.leaderboard.comparable import named_models
@@ -55,6 +55,8 @@ class CellSection:
     label: str
     cell: CellRecord
     charts: dict[str, Figure]
+    maps: dict[str, str]
+    """How each chart that is a map is read, by its name."""
     curve_lines: int
     decisions: DecisionsRecord | None
 
@@ -176,7 +178,8 @@ def _cell_section(
 ) -> CellSection:
     lines = curve_kinds(cell)
     charts: dict[str, Chart | None] = {"curve": layer_curve(cell)} if lines else {}
-    charts |= {f"spans-{part}": span_map(cell, part) for part in span_components(cell)}
+    maps = {f"map-{name}": kinds for name, kinds in mapped(cell).items()}
+    charts |= {end: kind_map(cell, kinds) for end, kinds in maps.items()}
     if _has_whole_layers(cell):
         charts["scatter"] = proxy_scatter(cell)
     if decided and decided.runs:
@@ -191,6 +194,7 @@ def _cell_section(
             for end, chart in charts.items()
             if chart
         },
+        maps={end: map_caption(kinds) for end, kinds in maps.items()},
         curve_lines=len(lines),
         decisions=decided if decided and decided.runs else None,
     )

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-from tracker.core.config import CellRequest
+from tracker.core.config import RUNS, CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.formats import counted
 from tracker.core.grouping import grouped
@@ -97,8 +97,8 @@ class Theorem(Study):
 
 def _of_documents(cell: CellRequest) -> CellRequest:
     """What of a cell says which documents, and how they are tokenised."""
-    runs = ("components", "spans", "interventions", "only", "removed", "dtype")
-    plain = {name: CellRequest.model_fields[name].default for name in runs}
+    unsaid = {*RUNS, "removed", "dtype"} - {"layers"}
+    plain = {name: CellRequest.model_fields[name].default for name in unsaid}
     return cell.model_copy(update={**plain, "layers": (0,)})
 
 

@@ -1,0 +1,202 @@
+"""Heads that are taken out and stretches that are passed again, against models changed by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tests.engine.families import FAMILIES, tiny_model
+from tests.engine.plain import answers, asking, engine_of, make_documents
+from tracker.core.ablations import INTACT, Ablation, Part, Stretch, ablation_of
+from tracker.core.errors import CellError, TrackerError
+from tracker.core.records import RunIdentity
+from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
+from tracker.engine.scoring.streams import plan_streams
+from tracker.engine.selfcheck.miniature_check import check_miniature
+from tracker.models.layers import find_layers
+
+PROJECTIONS = {
+    "llama": "self_attn.o_proj",
+    "qwen3": "self_attn.o_proj",
+    "gemma2": "self_attn.o_proj",
+    "gemma3": "self_attn.o_proj",
+    "phi3": "self_attn.o_proj",
+    "gpt2": "attn.c_proj",
+    "gpt_neox": "attention.dense",
+    "opt": "self_attn.out_proj",
+    "deepseek_v3": "self_attn.o_proj",
+}
+"""Of some families, by name: the map that all heads of an attention pass."""
+
+
+def heads(layer, *numbers, component="head"):
+    """Take some heads of a layer out."""
+    return Ablation(parts=tuple(Part(component, layer, number) for number in numbers))
+
+
+HEADS = [
+    INTACT,
+    *(heads(layer, number) for layer in (0, 1, 3) for number in range(4)),
+    heads(2, 1, 3),
+    *(heads(layer, group, component="kv_head") for layer in (0, 2) for group in (0, 1)),
+    Ablation((1,), parts=(Part("head", 2, 0),)),
+    Ablation(attention=(2,)),
+    Ablation(mlp=(2,)),
+    Ablation(replaced=(("int4", 2),)),
+]
+STRETCHES = [
+    INTACT,
+    *(Ablation(repeated=(Stretch(i, j),)) for i in range(4) for j in range(i + 1, 5)),
+    Ablation(repeated=(Stretch(1, 3, 3),)),
+    Ablation((0,), repeated=(Stretch(2, 4),)),
+    Ablation((3,)),
+]
+
+
+def _without_heads(model, family, ablation):
+    """Zero the columns of heads in a copy's weights, by the configuration's numbers."""
+    twin = copy.deepcopy(model)
+    config = twin.config.get_text_config()
+    for part in ablation.parts:
+        weight = find_layers(twin)[part.layer].get_submodule(PROJECTIONS[family]).weight
+        weight = weight.T if family == "gpt2" else weight
+        width = weight.shape[1] // config.num_attention_heads
+        groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        each = config.num_attention_heads // groups if part.component == "kv_head" else 1
+        first = part.number * each * width
+        weight.data[:, first : first + each * width] = 0
+    return twin
+
+
+def _deeper(family, model, ablation):
+    """Make a model of a configuration with more layers, and give it the weights by their names."""
+    order = [i for i in range(4) if i not in ablation.layers]
+    for stretch in ablation.repeated:
+        at = order.index(stretch.stop - 1) + 1
+        order[at:at] = [*range(stretch.start, stretch.stop)] * (stretch.times - 1)
+    config = FAMILIES[family].config()
+    config.num_hidden_layers = len(order)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in order]
+    deeper = type(model)(config).float().eval().requires_grad_(False)
+    weights = {}
+    for name, value in model.state_dict().items():
+        if ".layers." not in name:
+            weights[name] = value
+            continue
+        before, _, rest = name.partition(".layers.")
+        number, _, path = rest.partition(".")
+        for place, index in enumerate(order):
+            if index == int(number):
+                weights[f"{before}.layers.{place}.{path}"] = value
+    deeper.load_state_dict(weights)
+    return deeper
+
+
+def _agree(scores, ablations, make):
+    for number, ablation in enumerate(ablations):
+        changed = make(ablation)
+        for score in scores:
+            right = answers(changed, score.document)
+            for ours, (expected, _) in zip(score.responses[number], right, strict=True):
+                assert ours.loglikelihood == pytest.approx(expected, abs=2e-3), ablation.name
+
+
+@pytest.mark.parametrize("family", PROJECTIONS)
+def test_a_model_without_a_head_is_one_whose_projection_ignores_it(family):
+    model = tiny_model(family)
+    alone = [a for a in HEADS if not (a.layers or a.attention or a.mlp or a.replaced)]
+    groups = getattr(model.config.get_text_config(), "num_key_value_heads", 4)
+    if groups == 4 or family == "deepseek_v3":  # whose heads share nothing that is kept
+        alone = [a for a in alone if all(part.component == "head" for part in a.parts)]
+    for sharing in (FULL, DEPTH_ONLY, PLAIN):
+        engine = engine_of(model, sharing, row_tokens=40)
+        scores = engine.score(make_documents(3), alone)
+        _agree(scores, alone, lambda ablation: _without_heads(model, family, ablation))
+
+
+@pytest.mark.parametrize("sharing", [FULL, DEPTH_ONLY], ids=["full", "depth"])
+def test_heads_share_a_layer_with_all_else_that_is_done_to_it(sharing):
+    model = tiny_model("llama")
+    engine = engine_of(model, sharing, row_tokens=40)
+    together = engine.score(make_documents(3), HEADS)
+    alone = engine_of(model, PLAIN).score(make_documents(3), HEADS)
+    for mine, right in zip(together, alone, strict=True):
+        for ours, theirs in zip(mine.responses, right.responses, strict=True):
+            for one, other in zip(ours, theirs, strict=True):
+                assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2", "mixtral"])
+@pytest.mark.parametrize("sharing", [FULL, DEPTH_ONLY, PLAIN], ids=["full", "depth", "plain"])
+def test_a_model_that_passes_layers_again_is_a_deeper_one(family, sharing):
+    model = tiny_model(family)
+    engine = engine_of(model, sharing, row_tokens=40)
+    scores = engine.score(make_documents(3), STRETCHES)
+    _agree(scores, STRETCHES, lambda ablation: _deeper(family, model, ablation))
+
+
+def test_what_parts_cost_is_what_they_pass():
+    # Four heads share the attention of layer 1: only its MLP and what is above are passed again.
+    plan = plan_streams([INTACT, *(heads(1, number) for number in range(4))], 4)
+    assert (plan.attention_passes, plan.mlp_passes) == (4 + 4 * 2, 4 + 4 * 3)
+    # All stretches of L layers: each leaves the baseline behind its last layer.
+    plan = plan_streams([a for a in STRETCHES if a.repeated[:1] != () or a == INTACT][:11], 4)
+    again = sum(j - i for i in range(4) for j in range(i + 1, 5))
+    behind = sum(4 - j for i in range(4) for j in range(i + 1, 5))
+    assert plan.layer_passes == 4 + again + behind
+
+
+def test_the_check_on_a_miniature_finds_parts_exact():
+    for ablations in (HEADS, STRETCHES):
+        verdict = check_miniature(engine_of("llama"), ablations, (), blank=False)
+        assert (verdict.sharing, verdict.lost) == (FULL, None)
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "said"),
+    [
+        ("llama", Part("head", 1, 4), "layer 1 of .* has 4 heads, 0 to 3; leave 4 out of 'head'"),
+        ("llama", Part("kv_head", 1, 2), "has 2 groups of heads, 0 to 1"),
+        ("mamba", Part("head", 1, 0), "component"),
+        ("bloom", Part("head", 1, 0), "no attention heads that could be taken out"),
+    ],
+)
+def test_what_has_no_such_head_is_refused_by_name(family, part, said):
+    engine = engine_of(tiny_model(family))
+    with pytest.raises(TrackerError, match=said):
+        engine.without(Ablation(parts=(part,)))
+    if family == "llama":
+        with pytest.raises(TrackerError, match=said):
+            engine.score(make_documents(1), [INTACT, Ablation(parts=(part,))])
+
+
+def test_a_head_of_quantised_weights_is_refused():
+    model = tiny_model("llama")
+    projection = find_layers(model)[1].self_attn.o_proj
+    projection.weight = torch.nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
+    engine = engine_of(tiny_model("llama"))
+    heads_of = engine._heads
+    quantised = engine_of(model)
+    quantised.known.heads = heads_of
+    with pytest.raises(CellError, match="is quantised, and has no columns of numbers"):
+        quantised.without(heads(1, 0))
+
+
+def test_runs_name_what_they_do():
+    def run(**said):
+        return RunIdentity(layer=3, **said)
+
+    named = {
+        run(component="head", number=1): ("head:3.1", "layer 3 head 1"),
+        run(component="kv_head", number=0): ("kv_head:3.0", "layer 3 kv_head 0"),
+        run(intervention="repeat"): ("repeat:3", "repeat 3"),
+        run(intervention="repeat", span=4): ("repeat:3-6", "repeat 3–6"),
+        run(intervention="repeat", span=2, repeats=3): ("repeat3:3-4", "repeat 3 times: 3–4"),
+    }
+    for each, (name, label) in named.items():
+        assert (ablation_of(each, ()).name, each.label()) == (name, label)
+    asked = asking(((5, 6), (7,)))
+    assert len(engine_of("llama").score([asked], [INTACT, heads(0, 0)])[0].responses) == 2

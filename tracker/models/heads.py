@@ -1,0 +1,171 @@
+"""Finding the heads of attentions by structure, and proving that they are the columns of a map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.pytorch_utils import Conv1D
+
+from tracker.core.ablations import Part
+from tracker.core.errors import CellError, ModelError
+from tracker.models.quantised import outputs_first, reweighted
+from tracker.models.sublayers import Sublayers
+
+TOKENS = 6
+"""Length of the text that the proof runs on."""
+_PROOF = "tracker_proof_of_heads"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of one attention: neighbouring columns of its output projection's input.
+
+    Attributes:
+        projection: The linear map that all heads pass, as its layer names it.
+        count: How many heads there are.
+        groups: How many groups of them share keys and values.
+        width: How many columns each has.
+    """
+
+    projection: str
+    count: int
+    groups: int
+    width: int
+
+    def columns(self, part: Part, name: str) -> slice:
+        """Say which columns a head or a group of heads has; CellError where it is not there."""
+        each = self.count // self.groups if part.component == "kv_head" else 1
+        if part.number >= self.count // each:
+            what = "groups of heads" if part.component == "kv_head" else "heads"
+            raise CellError(
+                f"layer {part.layer} of {name} has {self.count // each} {what}, 0 to "
+                f"{self.count // each - 1}; leave {part.number} out of 'head'"
+            )
+        first = part.number * each * self.width
+        return slice(first, first + each * self.width)
+
+
+@torch.inference_mode()
+def find_heads(
+    model: Any, sublayers: Sequence[Sublayers], layers: nn.ModuleList, device: torch.device
+) -> list[Heads | None]:
+    """Find the heads of every layer's attention.
+
+    For one call on a short text the attention of transformers is another one, in which every second
+    head gives ones and all others zeros. The output projection is the linear map whose input then
+    has ones (or anything but zeros) in just these columns.
+
+    Args:
+        model: A causal language model of transformers.
+        sublayers: Its layers' attentions.
+        layers: Its decoder layers.
+        device: Where its inputs go.
+
+    Returns:
+        One entry a layer; None where its attention has no such heads.
+    """
+    shapes: list[tuple[int, int, int]] = []
+    given: dict[nn.Module, Tensor] = {}
+    found: dict[int, Heads] = {}
+
+    def alternating(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, None]:
+        batch, heads, tokens, _width = query.shape
+        output = value.new_zeros(batch, tokens, heads, value.shape[-1])
+        output[:, :, ::2] = 1
+        shapes.append((heads, key.shape[1], value.shape[-1]))
+        return output, None
+
+    def before(place: int) -> Any:
+        def begin(*_: Any) -> None:
+            shapes.clear()
+            given.clear()
+
+        return begin
+
+    def behind(place: int) -> Any:
+        def look(*_: Any) -> None:
+            if len(shapes) != 1:
+                return
+            heads, groups, width = shapes[0]
+            there = torch.arange(heads, device=device).repeat_interleave(width) % 2 == 0
+            paths = {module: path for path, module in layers[place].named_modules()}
+            those = [m for m, x in given.items() if torch.equal((x != 0).any(0), there)]
+            if len(those) == 1 and heads % groups == 0:
+                found[place] = Heads(paths[those[0]], heads, groups, width)
+
+        return look
+
+    def taken(module: nn.Module, args: Any) -> None:
+        given[module] = args[0].flatten(0, -2).to(device)
+
+    with ExitStack() as stack:
+        stack.enter_context(_attention(model, alternating))
+        for place, parts in enumerate(sublayers):
+            attention = parts.attention
+            stack.enter_context(attention.register_forward_pre_hook(before(place)))
+            stack.enter_context(attention.register_forward_hook(behind(place)))
+            for module in attention.modules():
+                if isinstance(module, (nn.Linear, Conv1D)):
+                    stack.enter_context(module.register_forward_pre_hook(taken))
+        try:
+            model(torch.arange(1, TOKENS + 1, device=device)[None], use_cache=False)
+        except Exception as error:
+            raise ModelError(
+                f"{type(model).__name__}: its heads cannot be told apart ({error}); leave head and "
+                "kv_head out of 'component'"
+            ) from error
+    return [found.get(place) for place in range(len(sublayers))]
+
+
+@contextmanager
+def _attention(model: nn.Module, function: Any) -> Iterator[None]:
+    """Let a function be the attention of all of a model's modules until exit."""
+    AttentionInterface.register(_PROOF, function)
+    AttentionMaskInterface.register(_PROOF, sdpa_mask)
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation = _PROOF
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+
+def heads_at(found: Sequence[Heads | None], layer: int, name: str) -> Heads:
+    """Give the heads of a layer of a model called `name`; CellError where it has none."""
+    heads = found[layer]
+    if heads is None:
+        raise CellError(
+            f"layer {layer} of {name} has no attention heads that could be taken out alone; leave "
+            "it out of 'layer', or head and kv_head out of 'component'"
+        )
+    return heads
+
+
+def take_out(layer: nn.Module, heads: Heads, columns: Sequence[slice], name: str) -> None:
+    """Give a layer, called `name`, an output projection of its own that ignores some columns."""
+    projection = layer.get_submodule(heads.projection)
+    if not outputs_first(projection).is_floating_point():
+        raise CellError(
+            f"{heads.projection} of {name} is quantised, and has no columns of numbers; leave head "
+            "and kv_head out of 'component'"
+        )
+
+    def without(weight: Tensor) -> Tensor:
+        changed = weight.clone()
+        for each in columns:
+            changed[:, each] = 0
+        return changed
+
+    reweighted(layer, [projection], without)
