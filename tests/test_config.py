@@ -14,6 +14,7 @@ from tracker.core.asked import load_experiment
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError
 from tracker.core.experiment import Experiment
+from tracker.core.model_parts import ModelParts
 from tracker.core.extent import DEFAULT_SEED
 from tracker.ledger.views import request_key
 

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict
 
-from tracker.core.config import KEYS, Name, Strict, several
+from tracker.core.config import IN_THE_FILE, KEYS, Name, Strict, several
 from tracker.core.extent import Positive
-from tracker.core.kinds import Component
+from tracker.core.kinds import SearchUnit
 from tracker.core.prune_records import Rescoring
 from tracker.pruning.search.budgets import amount
 
@@ -41,7 +41,7 @@ class SearchSettings(Strict):
     """What goes at least: 8, 25 %, 25 % parameters, 70 MB, 5 ms, …."""
     keep: Written | None = None
     """What stays at most: 22, 100M parameters, 200 MB, …."""
-    unit: Component = "layer"
+    unit: SearchUnit = "layer"
     """What goes."""
     calibrate: Annotated[tuple[Name, ...], BeforeValidator(_several)] = ()
     """Benchmarks that choose, comma-separated; default: the benchmark itself."""
@@ -59,7 +59,7 @@ class SearchSettings(Strict):
 OF_CELLS = tuple(
     key
     for key in KEYS
-    if key not in ("layer", "component", "span", "intervention", "removed")
-    and key not in ("part", "limit", "sample", "until")
+    if key not in IN_THE_FILE.values()
+    and key not in ("removed", "part", "limit", "sample", "until")
 )
 """What is said of the benchmarks of a search, which removes and draws documents itself."""
