@@ -6,6 +6,7 @@ from tracker.core.ablations import INTACT, Ablation, ablate, ablation_of, ablati
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError
 from tracker.core.kinds import Action
+from tracker.core.model_parts import ModelParts
 from tracker.core.records import RunIdentity
 from tracker.measuring.prepare import check_range
 
@@ -34,9 +35,9 @@ def test_names(ablation: Ablation, name: str) -> None:
 def test_what_happens_at_each_layer() -> None:
     ablation = Ablation((0,), attention=(0, 1, 3), mlp=(2, 3))
     # Both halves of a layer are the whole of it.
-    actions = [ablation.at(layer).name for layer in range(5)]
+    actions = [ablation.at(layer).action.name for layer in range(5)]
     assert actions == ["SKIP", "NO_ATTENTION", "NO_MLP", "SKIP", "PASS"]
-    assert {INTACT.at(layer) for layer in range(5)} == {Action.PASS}
+    assert {INTACT.at(layer).action for layer in range(5)} == {Action.PASS}
 
 
 @pytest.mark.parametrize(
@@ -98,8 +99,8 @@ def test_a_cell_has_the_baseline_what_is_removed_and_every_run_once() -> None:
 
 def test_a_sublayer_that_is_to_be_replaced_says_why_it_is_no_run():
     asked = request(layers=(3,), components=("attention",), interventions=("mean",))
-    with pytest.raises(ExperimentError, match="mean can be done to whole single layers alone; lea"):
-        check_range(asked, 30)
+    with pytest.raises(ExperimentError, match=r"is a run \(mean is done to whole single"):
+        check_range(asked, ModelParts(30))
     both = asked.model_copy(update={"interventions": ("remove", "mean")})
     assert [run.intervention for run in removals(both, 30)] == ["remove"]
-    check_range(both, 30)
+    check_range(both, ModelParts(30))

@@ -24,6 +24,7 @@ from tracker.cli.commands import main
 from tracker.cli.printing import runnable
 from tracker.core.asked import load_experiment
 from tracker.core.errors import ExperimentError
+from tracker.core.model_parts import ModelParts
 from tracker.ledger.store import Ledger
 from tracker.measuring.planning import plan
 from tracker.stats.power import UNRELATED, OutcomeVariance
@@ -166,7 +167,7 @@ def test_a_model_is_run_without_a_file_and_written_down_as_one(model, tmp_path):
     more = printed("run", kept, "--set=layer=all", "--sample=3", *there)
     (_, other) = sorted((results / "experiments").glob("*.yaml"), key=lambda p: p.stat().st_mtime)
     assert f"experiment: {other}" in more
-    asked = load_experiment(other, depth=lambda request: 4).file.cells()[0]
+    asked = load_experiment(other, count=lambda request, kinds: ModelParts(4)).file.cells()[0]
     assert (asked.layers, asked.sample, asked.limit) == ((0, 1, 2, 3), 3, None)
 
 

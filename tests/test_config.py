@@ -14,8 +14,8 @@ from tracker.core.asked import load_experiment
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError
 from tracker.core.experiment import Experiment
-from tracker.core.model_parts import ModelParts
 from tracker.core.extent import DEFAULT_SEED
+from tracker.core.model_parts import ModelParts
 from tracker.ledger.views import request_key
 
 from .tracking.wandb_double import expand
@@ -186,7 +186,7 @@ def test_layers(load, layer: str, layers: tuple[int, ...]) -> None:
 def test_all_layers_are_those_of_each_model(tmp_path, layer: str) -> None:
     path = tmp_path / "study.yaml"
     path.write_text(HEAD + "  model: {values: [aa, b]}\n" + BENCHMARK + f"  layer: {layer}\n")
-    asked = load_experiment(path, depth=lambda request: 2 * len(request.model))
+    asked = load_experiment(path, count=lambda asked, kinds: ModelParts(2 * len(asked.model)))
     experiment, text = asked.file, asked.text
     assert [cell.layers for cell in experiment.cells()] == [(0, 1, 2, 3), (0, 1)]
     assert "all" in text

@@ -509,7 +509,7 @@ def validate(
         return Validated(searches=len(searches))
     asked = load_experiment(experiment, settings).file
     cells = asked.cells()
-    runs, unchecked = prepare.validate(cells, trust_remote_code)
+    runs, unchecked = prepare.validate(cells, trust_remote_code, asked.kinds)
     notes = [*filter(None, [asked.capped]), *(f"not checked: {each}" for each in unchecked)]
     return Validated(len(cells), runs, notes=tuple(notes))
 

@@ -17,7 +17,16 @@ from pydantic import BaseModel, ConfigDict
 from tracker.core import config
 from tracker.core.arguments import Arguments
 from tracker.core.asked import names_model
-from tracker.core.config import IN_THE_FILE, KEYS, MAX_LAYERS, SEVERAL, CellRequest, Count, Name
+from tracker.core.config import (
+    IN_THE_FILE,
+    KEYS,
+    MAX_LAYERS,
+    SEVERAL,
+    CellRequest,
+    Count,
+    Name,
+    Times,
+)
 from tracker.core.errors import did_you_mean
 from tracker.core.experiment import ALL, Sweep
 from tracker.core.extent import Positive
@@ -329,7 +338,7 @@ def _kind_of(hint: Any) -> dict[str, Any]:
         return {"metavar": "SETTINGS"}
     if config.Layers in kinds:
         return {"type": Layers()}
-    for least, kind in enumerate((Count, Positive)):
+    for least, kind in enumerate((Count, Positive, Times)):
         if kind in kinds:
             return {"type": click.IntRange(min=least)}
     if get_origin(kinds[0]) is Literal:

@@ -28,7 +28,7 @@ from tracker.cli.options import (
 from tracker.cli.printing import print_end, print_export, print_finding
 from tracker.cli.terminal import Show, begin, say
 from tracker.core.config import KEYS, CellRequest
-from tracker.core.kinds import COMPONENTS
+from tracker.core.kinds import UNITS
 from tracker.pruning.search.settings import OF_CELLS, SearchSettings
 
 _OF_RUNS = ("layer", "component", "span", "intervention", "removed", "until")
@@ -44,7 +44,7 @@ class Exporting(Told):
     """The layers, 0-based: 3,17 or 3-7."""
     output: Annotated[Path, Place()]
     """The folder that is made."""
-    component: Annotated[str, click.Choice(COMPONENTS)] = "layer"
+    component: Annotated[str, click.Choice(UNITS)] = "layer"
     """Whole layers alone can be loaded by plain transformers; anything else is refused, with the
     lists for code that skips attentions or MLPs."""
     benchmark: str | None = None

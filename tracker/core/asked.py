@@ -233,7 +233,7 @@ _LISTS: Mapping[str, type] = {"removed": int, "include_path": str, "calibrate": 
 
 
 def _as_in_the_file(name: str, value: Any) -> Any:
-    if isinstance(value, Mapping) and value.keys() <= {"value", "values", "min", "max"}:
+    if isinstance(value, Mapping) and value.keys() <= {"value", "values", "min", "max", "kind"}:
         return dict(value)
     if isinstance(value, os.PathLike):
         value = os.fspath(value)

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     PrivateAttr,
     ValidatorFunctionWrapHandler,
@@ -35,6 +36,7 @@ from tracker.core.config import (
     Count,
     Name,
     Strict,
+    several,
 )
 from tracker.core.errors import ExperimentError
 from tracker.core.extent import DEFAULT_SEED, Positive
@@ -68,22 +70,28 @@ class _Value(Strict):
 
 
 class Choice(_Value):
-    """One value of a grid, or several."""
+    """One value of a grid, or several, of numbers also all from one to another."""
 
     value: Any = None
     values: list[Any] | None = None
+    min: Count | None = None
+    max: Count | None = None
 
     @model_validator(mode="after")
     def _one_of(self) -> Choice:
-        if ("value" in self.model_fields_set) == ("values" in self.model_fields_set):
+        said = self.model_fields_set
+        if len({"value", "values"} & said) + bool({"min", "max"} & said) != 1:
             raise ValueError("needs either 'value' or 'values'")
+        _refuse_no_stretch(self.min, self.max)
         if self.values is not None:
             _refuse_empty_or_repeated(self.values)
         return self
 
     @property
-    def options(self) -> list[Any]:
+    def options(self) -> Sequence[Any]:
         """The grid's values, in the order of the file."""
+        if self.min is not None and self.max is not None:
+            return range(self.min, self.max + 1)
         return [self.value] if self.values is None else self.values
 
 
@@ -93,11 +101,13 @@ ALL = "all"
 
 def _number_or_all(given: Any, number: ValidatorFunctionWrapHandler) -> Any:
     if isinstance(given, str) and given != ALL:
-        raise ValueError(f"a layer is a number, or all; not {short(given)}")
+        raise ValueError(f"it is a number, or all; not {short(given)}")
     return given if given == ALL else number(given)
 
 
-class _Layers(_Value):
+class _Heads(_Value):
+    """Which heads of a layer; all of them, which need not be said."""
+
     value: Annotated[Count | None, WrapValidator(_number_or_all)] = None
     values: list[Count] | None = None
     min: Count | None = None
@@ -109,13 +119,10 @@ class _Layers(_Value):
         return {"value": ALL} if given == ALL else given
 
     @model_validator(mode="after")
-    def _one_of(self) -> _Layers:
-        stretch = (self.min, self.max) != (None, None)
-        spellings = (self.value is not None, self.values is not None, stretch)
-        if sum(spellings) != 1 or (self.min is None) != (self.max is None):
+    def _one_of(self) -> _Heads:
+        if self._spellings() != 1:
             raise ValueError("needs 'value', 'values', or 'min' and 'max'")
-        if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"min {self.min} is above max {self.max}")
+        _refuse_no_stretch(self.min, self.max)
         value = self.value if isinstance(self.value, int) else 0
         last = max(self.values or [value, self.max or 0])
         if last >= MAX_LAYERS:
@@ -124,12 +131,39 @@ class _Layers(_Value):
             _refuse_empty_or_repeated(self.values)
         return self
 
+    def _spellings(self) -> int:
+        stretch = (self.min, self.max) != (None, None)
+        return sum((self.value is not None, self.values is not None, stretch))
+
     @property
-    def options(self) -> Sequence[int | str]:
-        """The layers, 0-based, in the order of the file; or `ALL`."""
+    def options(self) -> Sequence[int | str | None]:
+        """The numbers, in the order of the file; None alone for all."""
+        if str(self.value) == ALL:
+            return [None]
         if self.min is not None and self.max is not None:
             return range(self.min, self.max + 1)
         return self.values or [self.value or 0]
+
+
+class _Layers(_Heads):
+    """Which layers of a model; all of them, or those of a kind."""
+
+    kind: Annotated[tuple[Name, ...], BeforeValidator(several)] | None = None
+
+    def _spellings(self) -> int:
+        return super()._spellings() + (self.kind is not None)
+
+    @property
+    def options(self) -> Sequence[int | str | None]:
+        """The layers, 0-based, in the order of the file; `ALL` for all, or all of a kind."""
+        return [ALL] if str(self.value) == ALL or self.kind else super().options
+
+
+def _refuse_no_stretch(first: int | None, last: int | None) -> None:
+    if (first is None) != (last is None):
+        raise ValueError("needs 'value', 'values', or 'min' and 'max'")
+    if first is not None and last is not None and first > last:
+        raise ValueError(f"min {first} is above max {last}")
 
 
 def _refuse_empty_or_repeated(values: list[Any]) -> None:
@@ -156,7 +190,7 @@ def grid_of(name: str, keys: Mapping[str, FieldInfo]) -> type[Grid]:
     """Make the grid of what may be asked: each key takes a value of its field, or several."""
     fields: dict[str, Any] = {}
     for key, field in keys.items():
-        kind = _Layers if key == "layer" else Choice
+        kind = {"layer": _Layers, "head": _Heads}.get(key, Choice)
         fields[key] = (kind, ...) if field.is_required() else (kind | None, None)
     return create_model(name, __base__=Grid, **fields)
 
@@ -217,8 +251,14 @@ class Experiment(Sweep):
 
     @property
     def takes_all(self) -> bool:
-        """Whether it asks for all layers, however many each model has."""
+        """Whether it asks for all layers, or those of a kind, however many each model has."""
         return list(self.parameters.options["layer"]) == [ALL]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of which kinds of layers it takes all; none for layers of any kind."""
+        layer: _Layers = vars(self.parameters)["layer"]
+        return layer.kind or ()
 
     @property
     def size(self) -> int:
@@ -276,14 +316,16 @@ class Experiment(Sweep):
             settings = {name: value for name, value in point.items() if value is not None}
             # By what they look like: what is of the wrong kind may have no hash.
             for name, kinds in zip(_TOGETHER, zip(*some, strict=True), strict=True):
-                said = {repr(kind): kind for kind in kinds if kind is not None}
+                said = {repr(kind): kind for kind in kinds}
                 settings[_FIELDS[name]] = tuple(said.values())
+            if settings["heads"] == (None,):
+                settings["heads"] = ()
             every = self.takes_all
             settings["layers"] = () if every else tuple(sorted(settings["layers"]))
             settings["only"] = tuple(some) if self.capped else None
             cell = checked(CellRequest, settings, "parameters.", IN_THE_FILE)
             if self._count is not None and (every or numbered_components(cell)):
-                cell = with_all_parts(cell, self._count(cell))
+                cell = with_all_parts(cell, self._count(cell, self.kinds))
             if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
                 raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")
             cells[cell] = None

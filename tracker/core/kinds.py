@@ -20,6 +20,7 @@ NUMBERED: tuple[Component, ...] = ("head", "kv_head")
 Intervention = Literal["remove", "mean", "scale", "linear", "int8", "int4", "repeat"]
 """What is done to a layer: it is removed, or something stands in its place."""
 COMPONENTS: tuple[Component, ...] = get_args(Component)
+UNITS: tuple[SearchUnit, ...] = get_args(SearchUnit)
 INTERVENTIONS: tuple[Intervention, ...] = get_args(Intervention)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from tracker.core.config import CellRequest
@@ -11,11 +11,19 @@ from tracker.core.kinds import NUMBERED, Component
 
 
 class ModelParts(NamedTuple):
-    """How many layers, attention heads and groups of heads; None where that is not said."""
+    """What a model has.
+
+    Attributes:
+        layers: How many layers.
+        head: How many attention heads a layer has; None where that is not said.
+        kv_head: How many groups of heads share keys and values; the same.
+        of_kind: The layers of the kinds that are asked for; None for layers of any kind.
+    """
 
     layers: int
     head: int | None = None
     kv_head: int | None = None
+    of_kind: tuple[int, ...] | None = None
 
     def numbered(self, component: Component) -> int | None:
         """Count the parts of a layer that have numbers."""
@@ -23,8 +31,8 @@ class ModelParts(NamedTuple):
         return found
 
 
-Counting = Callable[[CellRequest], ModelParts]
-"""Counts the parts of a request's model."""
+Counting = Callable[[CellRequest, Collection[str]], ModelParts]
+"""Counts the parts of a request's model, and finds its layers of some kinds."""
 
 
 def numbered_components(request: CellRequest) -> list[Component]:
@@ -39,7 +47,7 @@ def with_all_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
     """
     found: dict[str, tuple[int, ...]] = {}
     if not request.layers:
-        found["layers"] = tuple(range(parts.layers))
+        found["layers"] = tuple(range(parts.layers)) if parts.of_kind is None else parts.of_kind
     if (some := numbered_components(request)) and not request.heads:
         counts = {component: parts.numbered(component) for component in some}
         for component, count in counts.items():

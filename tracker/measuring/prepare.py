@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
@@ -60,11 +60,11 @@ def counting_in(ledger: Ledger, trust_remote_code: bool) -> Counting:
     So a cell that is measured needs its model no more, unless heads are asked for.
     """
 
-    def count(request: CellRequest) -> ModelParts:
+    def count(request: CellRequest, kinds: Collection[str] = ()) -> ModelParts:
         asked = look_up(request.model_copy(update={"until": None}), ledger)
-        if asked.store is not None and not numbered_components(request):
+        if asked.store is not None and not kinds and not numbered_components(request):
             return ModelParts(asked.store.identity.model.layers)
-        return count_parts(asked.source, trust_remote_code)
+        return count_parts(asked.source, trust_remote_code, kinds)
 
     return count
 
@@ -107,7 +107,7 @@ def widened(
     """
     asked = look_up(request.model_copy(update={"until": None}), ledger)
     store, whole = asked.store, asked.request
-    parts = counting_in(ledger, trust_remote_code)(request)
+    parts = counting_in(ledger, trust_remote_code)(request, ())
     layers = parts.layers
     if numbered_components(request) and not request.heads:
         raise ExperimentError(
@@ -195,12 +195,15 @@ def check_range(request: CellRequest, parts: ModelParts) -> None:
         raise ExperimentError(f"{request.title}: nothing of what is asked for is a run ({why})")
 
 
-def validate(requests: Sequence[CellRequest], trust_remote_code: bool) -> tuple[int, list[str]]:
+def validate(
+    requests: Sequence[CellRequest], trust_remote_code: bool, kinds: Collection[str] = ()
+) -> tuple[int, list[str]]:
     """Check that what was asked for exists, without loading weights or data.
 
     Args:
         requests: The cells; one that names no layers asks for all that its model has.
         trust_remote_code: Whether code from the download may run.
+        kinds: Of which kinds the layers are, where they are not named.
 
     Returns:
         How many runs there are, and what could not be checked: a hub model whose configuration
@@ -215,7 +218,7 @@ def validate(requests: Sequence[CellRequest], trust_remote_code: bool) -> tuple[
         source = find_model(request.model, request.revision, request.model_args)
         check_benchmark(request)
         try:
-            parts = count_parts(source, trust_remote_code)
+            parts = count_parts(source, trust_remote_code, kinds)
         except UnreachableError as error:
             notes[request.model] = str(error)
             layers = max(request.layers, default=0) + max(request.spans)

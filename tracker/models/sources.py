@@ -11,7 +11,7 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
@@ -25,6 +25,7 @@ from tracker.core.config import MAX_LAYERS
 from tracker.core.distribution import package_folder, pip_install
 from tracker.core.errors import ModelError, UnreachableError, did_you_mean, first_line
 from tracker.core.hub import ask, check_name, refusal, unreachable
+from tracker.core.layer_kinds import layers_of_kind
 from tracker.core.model_parts import ModelParts
 from tracker.core.provenance import content_hash, file_hash, file_stamp, package_versions
 from tracker.core.safe_yaml import short
@@ -457,11 +458,26 @@ def count_layers(model: ModelSource, trust_remote_code: bool = False) -> int:
     return count_parts(model, trust_remote_code).layers
 
 
-def count_parts(model: ModelSource, trust_remote_code: bool = False) -> ModelParts:
+def count_parts(
+    model: ModelSource, trust_remote_code: bool = False, kinds: Collection[str] = ()
+) -> ModelParts:
     """Count a model's layers and heads, or recall the counts of files that are the same.
 
-    ModelError if the configuration cannot be reached or read; it says what to do offline.
+    Args:
+        model: The model.
+        trust_remote_code: Whether code from the download may run.
+        kinds: Of which kinds layers are asked for; none for layers of any kind.
+
+    Returns:
+        The counts, and the layers of these kinds.
+
+    Raises:
+        ModelError: The configuration cannot be reached or read, and it says what to do offline; or
+            the model has no layers of such a kind.
     """
+    if kinds:
+        config = read_config(model, trust_remote_code)
+        return parts_of(config)._replace(of_kind=layers_of_kind(config, kinds))
     stamp = model.stamp() if model.is_local else None
     if stamp is None:
         return parts_of(read_config(model, trust_remote_code))

@@ -14,7 +14,7 @@ from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
 from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.core.config import CellRequest
 from tracker.core.identities import BenchmarkIdentity
-from tracker.core.kinds import COMPONENTS
+from tracker.core.kinds import UNITS
 from tracker.core.views import View
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.engine.scoring.sweep import Engine
@@ -82,7 +82,7 @@ def _drawn(shapes: Collection[_Shape], layers: int) -> Iterator[Ablation]:
     """
     draw = random.Random(0)
     sizes = {min(size, layers // 2) for size in (2, 3, layers // 4, layers // 2)} - {0, 1}
-    for component, most in zip(COMPONENTS, map(max, zip(*shapes, strict=True)), strict=True):
+    for component, most in zip(UNITS, map(max, zip(*shapes, strict=True)), strict=True):
         for size in sorted(sizes) if most > 1 else ():
             first = draw.randrange(layers - size + 1)
             yield ablate(component, range(first, first + size))
