@@ -172,10 +172,10 @@ def test_a_leaderboard_is_sorted_by_click_and_by_keyboard(page: Page, board: Lay
     # Layers without a rank come last, whichever way the others run.
     heads.nth(0).get_by_role("button").click()
     heads.nth(0).get_by_role("button").click()
-    unranked = {one.layer for one in board.layers if one.rank is None}
+    unranked = {one.layer for one in board.layers if one.rank.value is None}
     assert set(shown(layers)[-len(unranked) :]) == unranked
-    last = max(one.best_rank for one in board.ranked)
-    assert shown(layers)[0] in {one.layer for one in board.ranked if one.best_rank == last}
+    last = max(one.rank.low for one in board.ranked)
+    assert shown(layers)[0] in {one.layer for one in board.ranked if one.rank.low == last}
 
 
 def test_a_table_is_filtered_by_keyboard(page: Page) -> None:
@@ -196,7 +196,7 @@ def test_a_table_is_filtered_by_keyboard(page: Page) -> None:
 
 def test_the_csv_of_a_table_holds_exact_figures(drawn: Page, board: LayerBoard) -> None:
     for row, one in zip(read_csv(drawn, BOARD), board.layers, strict=True):
-        for end, rank in (("low", one.best_rank), ("high", one.worst_rank)):
+        for end, rank in (("low", one.rank.low), ("high", one.rank.high)):
             assert row[f"rank, 95 % confidence for all: {end}"] == str(rank or "")
         relevance = "mean relevance with 95 % interval"
         assert float(row[relevance]) == one.relevance.value

@@ -108,7 +108,7 @@ class TestRanks:
                 assert group.x[place] == by_cosine[standing.layer]
                 best = rank - group.error_y.arrayminus[place]
                 worst = rank + group.error_y.array[place]
-                assert (best, worst) == (standing.best_rank, standing.worst_rank)
+                assert (best, worst) == (standing.rank.low, standing.rank.high)
                 if not best <= group.x[place] <= worst:
                     off.append(standing.layer)
                 assert (group.marker.opacity == 1) == (standing.layer in off)
@@ -129,7 +129,7 @@ class TestRanks:
         ranks = cosine_ranks(board)
         found = misjudged(board)
         outside = {
-            one.layer: max(one.best_rank - ranks[one.layer], ranks[one.layer] - one.worst_rank)
+            one.layer: max(one.rank.low - ranks[one.layer], ranks[one.layer] - one.rank.high)
             for one in board.layers
         }
         assert found
@@ -140,7 +140,7 @@ class TestRanks:
         first = found[0]
         assert [value.text for value in row[:4]] == [
             str(first.standing.layer),
-            f"{first.standing.best_rank} to {first.standing.worst_rank}",
+            f"{first.standing.rank.low} to {first.standing.rank.high}",
             str(first.cosine_rank),
             str(first.off),
         ]

@@ -117,7 +117,7 @@ def test_models_are_compared_on_the_latest_that_they_share() -> None:
     assert "its task was edited since: what was measured last counts" in found.left_out.values()
     # Where they do not share it, they are compared on what they share.
     found = model_board([ONE, TWO, other[0]])
-    assert [model.rank for model in found.models] == [1, 1]
+    assert [model.rank.value for model in found.models] == [1, 1]
 
 
 @pytest.mark.parametrize(

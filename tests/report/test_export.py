@@ -64,7 +64,7 @@ def test_markdown_and_latex_say_the_leaderboard(
     text = text.partition("base\\|model: its layers")[2]
     row = next(line for line in text.splitlines() if line.startswith("| 1 to"))
     cells = [part.strip() for part in re.split(r"(?<!\\)\|", row)[1:-1]]
-    assert cells[:2] == [f"{first.best_rank} to {first.worst_rank}", str(first.layer)]
+    assert cells[:2] == [f"{first.rank.low} to {first.rank.high}", str(first.layer)]
     assert cells[3] == relevance
     assert cells[4].startswith(points(first.drop.value or 0))
     source = latex.read_text()

@@ -28,7 +28,7 @@ def relevances(cells: list[CellRecord], layer: int) -> list[float]:
 
 def named(board: ModelBoard) -> dict[str, int | None]:
     """Model → rank, in the order of the board."""
-    return {standing.model.name: standing.rank for standing in board.models}
+    return {standing.model.name: standing.rank.value for standing in board.models}
 
 
 def test_layers_stand_where_their_mean_relevance_puts_them() -> None:
@@ -43,10 +43,10 @@ def test_layers_stand_where_their_mean_relevance_puts_them() -> None:
 
     for standing in board.layers:
         assert standing.relevance.value == pytest.approx(means[standing.layer])
-        assert standing.rank == rank(means, standing.layer)
+        assert standing.rank.value == rank(means, standing.layer)
         assert standing.benchmarks == 3
-        assert standing.best_rank <= standing.rank <= standing.worst_rank
-    assert board.ranked == sorted(board.layers, key=lambda standing: standing.rank)
+        assert standing.rank.low <= standing.rank.value <= standing.rank.high
+    assert board.ranked == sorted(board.layers, key=lambda standing: standing.rank.value)
     assert board.layers[0].layer == max(means, key=means.get)
 
 
@@ -71,9 +71,9 @@ def test_a_layer_that_lacks_a_benchmark_has_no_rank() -> None:
     cells = [build_cell("arc_easy", missing=(7,)), build_cell("piqa")]
     board = layer_board(cells)
     last = board.layers[-1]
-    assert (last.layer, last.rank, last.benchmarks, last.best_rank) == (7, None, 1, None)
+    assert (last.layer, last.rank.value, last.benchmarks, last.rank.low) == (7, None, 1, None)
     assert last.relevance.value == pytest.approx(relevances([cells[1]], 7)[0])
-    assert sum(standing.rank is None for standing in board.layers) == 1
+    assert sum(standing.rank.value is None for standing in board.layers) == 1
 
 
 def test_a_benchmark_counts_once_and_the_rest_is_named() -> None:
@@ -147,7 +147,7 @@ def test_models_are_told_apart_where_their_intervals_are() -> None:
         cells.append(build_cell(model="solid", n=documents, baseline=0.9))
         found = model_board(cells)
         assert named(found) == {"solid": 1, "weak": 2}
-        between = [(one.best_rank, one.worst_rank) for one in found.models]
+        between = [(one.rank.low, one.rank.high) for one in found.models]
         assert between == ([(1, 1), (2, 2)] if apart else [(1, 2), (1, 2)])
         assert bool(found.open) is not apart
     # With as many documents as it names, a difference of 0.1 is one of its intervals and some more.
@@ -174,7 +174,7 @@ def test_a_rank_lies_in_its_interval_below_chance_too() -> None:
             for cell, drop in zip((easy, hard), drops, strict=True)
         )
     standings = layer_board([easy, hard]).ranked
-    assert all(one.best_rank <= one.rank <= one.worst_rank for one in standings)
+    assert all(one.rank.low <= one.rank.value <= one.rank.high for one in standings)
     assert [one.layer for one in standings[:2]] == [6, 5]
 
 
@@ -193,7 +193,7 @@ def test_more_documents_of_one_model_take_nobodys_rank() -> None:
     """Was: one colleague's larger n left no benchmark that all models shared."""
     few = [build_cell(model=name, n=100, seed=3) for name in ("a", "b", "c")]
     before = model_board(few)
-    assert all(s.rank for s in before.models)
+    assert all(s.rank.value for s in before.models)
     many = build_cell(model="a", n=400, seed=3)
     # The colleague adds to what was there …
     board = model_board([*few, many])
@@ -260,7 +260,7 @@ def test_other_settings_are_not_compared(change: dict[str, object]) -> None:
     assert setting(one) != setting(other)
     board = model_board([one, other])
     assert board.benchmarks == ()
-    assert all(s.rank is None and s.relevance.value is None for s in board.models)
+    assert all(s.rank.value is None and s.relevance.value is None for s in board.models)
     assert len(board.left_out) == 2
 
 
@@ -286,7 +286,7 @@ def test_as_many_documents_are_not_the_same_ones_while_a_cell_grows() -> None:
         update={"reasons": {"n": "160 of 200 documents are measured so far"}}
     )
     assert setting(one) == setting(other) != setting(growing)
-    assert all(s.rank is None for s in model_board([one, growing]).models)
+    assert all(s.rank.value is None for s in model_board([one, growing]).models)
     # The source of equal documents does not count.
     hub = other.benchmark.model_copy(update={"data": "hub"})
     assert setting(one) == setting(other.model_copy(update={"benchmark": hub}))
@@ -320,5 +320,5 @@ def test_proxies_are_set_beside_chance() -> None:
 def test_nothing_to_rank() -> None:
     assert model_board([]).models == ()
     (one,) = model_board([build_cell()]).models
-    assert one.rank is None
+    assert one.rank.value is None
     assert one.relevance.value is not None

@@ -72,7 +72,7 @@ def _depth_title(boards: Sequence[LayerBoard], labels: Sequence[str]) -> str:
         f"layer {standing.layer} of {label}"
         for board, label in zip(boards, labels, strict=True)
         for standing in board.ranked
-        if standing.worst_rank == 1
+        if standing.rank.high == 1
     ]
     return f"{text}; shown to matter most: {listed(first)}" if first else text
 

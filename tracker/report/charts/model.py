@@ -44,7 +44,7 @@ def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:
         ("stands elsewhere", 1.0, style.GREY),
     ):
         mine = [one for one in standings if (one.layer in wrong) == (opacity == 1)]
-        ranks = [Estimate(one.rank, one.best_rank, one.worst_rank) for one in mine]
+        ranks = [one.rank for one in mine]
         hovers = [
             estimate_hover(
                 f"layer {one.layer}",
@@ -60,7 +60,7 @@ def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:
                 "scatter",
                 name,
                 [proxy[one.layer] for one in mine],
-                [one.rank for one in mine],
+                [rank.value for rank in ranks],
                 hovers,
                 error_y=style.errors(ranks, color=colour),
                 mode="markers+text",
@@ -168,7 +168,7 @@ def _relevance(
 def relevance_title(board: LayerBoard, label: str) -> str:
     """Say in plain text what is drawn, and which layer is shown to matter most."""
     text = f"{label}: accuracy relevance over depth, {counted(len(board.cells), 'benchmark')}"
-    first = [standing.layer for standing in board.ranked if standing.worst_rank == 1]
+    first = [standing.layer for standing in board.ranked if standing.rank.high == 1]
     return f"{text}; layer {first[0]} matters most" if first else text
 
 

@@ -28,9 +28,8 @@ class LayerStanding:
         drop: Mean accuracy drop over the benchmarks, a fraction.
         cosine_score: Mean cosine score over the benchmarks; None where one is undefined.
         benchmarks: How many benchmarks define its relevance.
-        rank: 1 = matters most; None where a benchmark is lacking.
-        best_rank: The best that its rank may be; `worst_rank` the worst. All ranks of a board lie
-            between theirs with 95 % confidence.
+        rank: 1 = matters most; undefined where a benchmark is lacking. From the best to the worst
+            that it may be: all ranks of a board lie between theirs with 95 % confidence.
     """
 
     layer: int
@@ -38,9 +37,7 @@ class LayerStanding:
     drop: Estimate
     cosine_score: float | None
     benchmarks: int
-    rank: int | None
-    best_rank: int | None
-    worst_rank: int | None
+    rank: Estimate
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class LayerBoard:
     @property
     def ranked(self) -> list[LayerStanding]:
         """Those that have a rank, the most relevant first."""
-        return [standing for standing in self.layers if standing.rank is not None]
+        return [standing for standing in self.layers if standing.rank.value is not None]
 
     @property
     def by_depth(self) -> list[LayerStanding]:
@@ -89,8 +86,9 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
     }
     full = [layer for layer in layers if benchmarks[layer] == len(counted)]
     means = {layer: mean(relevances[layer]) for layer in layers}
-    ranks = dict(zip(full, places([means[layer].value for layer in full]), strict=True))
-    between = dict(zip(full, _rank_intervals(counted, full), strict=True))
+    by_mean = places([means[layer].value for layer in full])
+    between = zip(full, by_mean, _rank_intervals(counted, full), strict=True)
+    ranks = {layer: Estimate(rank, *ends) for layer, rank, ends in between}
     standings = []
     for layer in layers:
         runs = [of_cell[layer] for of_cell in by_cell if layer in of_cell]
@@ -102,12 +100,10 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
                 drop=mean([run.drop for run in runs]),
                 cosine_score=sum(scores) / len(scores) if len(scores) == len(runs) else None,
                 benchmarks=benchmarks[layer],
-                rank=ranks.get(layer),
-                best_rank=between.get(layer, (None, None))[0],
-                worst_rank=between.get(layer, (None, None))[1],
+                rank=ranks.get(layer, Estimate(None, reason=means[layer].reason)),
             )
         )
-    standings.sort(key=lambda s: (s.rank is None, s.rank, s.layer))
+    standings.sort(key=lambda s: (s.rank.value is None, s.rank.value, s.layer))
     return LayerBoard(cells[0].model, tuple(counted), tuple(standings), left_out, claims(cells))
 
 

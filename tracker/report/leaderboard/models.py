@@ -29,6 +29,7 @@ from tracker.stats.support import pairs, ranks
 APART = 0.1
 """A difference of two models' mean relevance for which is said how many documents show it."""
 _Z = NormalDist().inv_cdf(0.975)
+_NO_RANK = Estimate(None)
 _NOTHING_SHARED = "no two models share a benchmark on all their layers"
 
 
@@ -45,9 +46,9 @@ class ModelStanding:
         costly: Layers that are shown to matter, on average over the common benchmarks; None without
             any benchmark.
         layers: Layers behind these figures.
-        rank: 1 = hurt least; None where it lacks what counts, or there is nobody to compare with.
-        best_rank: The best that its rank may be; `worst_rank` the worst. All ranks of a board lie
-            between theirs with 95 % confidence.
+        rank: 1 = hurt least; undefined where it lacks what counts, or there is nobody to compare
+            with. From the best to the worst that it may be: all ranks of a board lie between theirs
+            with 95 % confidence.
     """
 
     model: ModelIdentity
@@ -56,9 +57,7 @@ class ModelStanding:
     worst_layer: int | None
     costly: int | None
     layers: int
-    rank: int | None = None
-    best_rank: int | None = None
-    worst_rank: int | None = None
+    rank: Estimate = _NO_RANK
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,10 @@ class ModelBoard:
     @property
     def open(self) -> str:
         """Say which orders of two models are not shown; empty where all are."""
-        ranked = [model for model in self.models if model.rank is not None]
+        ranked = [model for model in self.models if model.rank.value is not None]
         total = len(ranked) * (len(ranked) - 1) // 2
         # A rank's best is one more than how many are surely before it.
-        undecided = total - sum((model.best_rank or 1) - 1 for model in ranked)
+        undecided = total - sum(int(model.rank.low or 1) - 1 for model in ranked)
         if not undecided:
             return ""
         text = "Which of the two models is hurt less is open"
@@ -138,12 +137,10 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
         values = [standings[place].relevance.value for place in ranked]
         by_value = places(values, lowest_first=True)
         between = _rank_intervals(rivals)
-        for place, rank, (best, worst) in zip(ranked, by_value, between, strict=True):
-            standings[place] = replace(
-                standings[place], rank=rank, best_rank=best, worst_rank=worst
-            )
+        for place, rank, ends in zip(ranked, by_value, between, strict=True):
+            standings[place] = replace(standings[place], rank=Estimate(rank, *ends))
         needed = _needed(rivals, [standings[place].relevance for place in ranked])
-    standings.sort(key=lambda s: (s.rank is None, s.rank or 0))
+    standings.sort(key=lambda s: (s.rank.value is None, s.rank.value or 0))
     return ModelBoard(tuple(standings), tuple(labels), left_out, needed)
 
 
@@ -235,14 +232,14 @@ def _mean_relevance(cells: Sequence[CellRecord], family: int = 1) -> Estimate:
 def _model_standing(model: ModelIdentity, cells: Sequence[CellRecord], why: str) -> ModelStanding:
     if not cells:
         nothing = Estimate(None, reason=why)
-        return ModelStanding(model, nothing, nothing, None, None, 0)
+        return ModelStanding(model, nothing, nothing, None, None, 0, nothing)
     board = layer_board(cells)
     layers = board.ranked
     return ModelStanding(
         model=model,
         relevance=_mean_relevance(cells),
         drop=mean([standing.drop for standing in layers], independent=False),
-        worst_layer=next((layer.layer for layer in layers if layer.worst_rank == 1), None),
+        worst_layer=next((layer.layer for layer in layers if layer.rank.high == 1), None),
         costly=len(board.claims.costly),
         layers=len(layers),
     )

@@ -49,7 +49,7 @@ def misjudged(board: LayerBoard) -> list[Misjudged]:
     wrong = []
     for layer, rank in cosine_ranks(board).items():
         standing = next(standing for standing in board.ranked if standing.layer == layer)
-        best, worst = standing.best_rank or 1, standing.worst_rank or len(board.ranked)
+        best, worst = (int(end) for end in standing.rank.between or (1, len(board.ranked)))
         off = max(best - rank, rank - worst)
         if off > 0:
             wrong.append(Misjudged(standing, rank, off))

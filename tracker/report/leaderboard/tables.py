@@ -67,24 +67,19 @@ def _with_ends(column: Column[Any]) -> tuple[Column[Any], ...]:
 def _ranks(otherwise: str) -> tuple[Column[Any], ...]:
     """State the columns for code of where the rows stand."""
 
-    def column(name: str) -> Column[Any]:
+    def column(name: str, end: str) -> Column[Any]:
         def value(row: Any) -> Estimate:
-            return Estimate(getattr(row.standing, name), reason=row.standing.relevance.reason)
+            return Estimate(getattr(row.standing.rank, end), reason=row.standing.rank.reason)
 
         return Column(name.replace("_", " "), "count", value, otherwise, name)
 
-    return tuple(map(column, ("rank", "best_rank", "worst_rank")))
+    return column("rank", "value"), column("best_rank", "low"), column("worst_rank", "high")
 
 
 def _between(otherwise: str = "", label: str = "rank") -> Column[Any]:
     """State the column for people of where the rows stand: between which ranks."""
-
-    def between(row: Any) -> Estimate:
-        found = row.standing
-        ends = (found.best_rank, found.worst_rank)
-        return Estimate(found.rank, *ends, reason=found.relevance.reason)
-
-    return Column(f"{label}, 95 % confidence for all", "count", between, otherwise, interval=True)
+    label = f"{label}, 95 % confidence for all"
+    return Column(label, "count", lambda row: row.standing.rank, otherwise, interval=True)
 
 
 def layer_board_columns() -> tuple[Column[RankedLayer], ...]:
@@ -143,7 +138,9 @@ def _notes(board: LayerBoard) -> list[str]:
     layers = [standing.layer for standing in board.by_depth]
     misses_cosine_ranks = board.ranked and not cosine_ranks(board)
     dashes = {
-        f"no rank: {_NO_RANK}": [layer.layer for layer in board.by_depth if layer.rank is None],
+        f"no rank: {_NO_RANK}": [
+            layer.layer for layer in board.by_depth if layer.rank.value is None
+        ],
         "no mean cosine score: undefined on a benchmark": [
             layer.layer for layer in board.by_depth if layer.cosine_score is None
         ],
