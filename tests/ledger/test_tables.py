@@ -539,8 +539,10 @@ class TestCorrelations:
             np.average(angles, axis=0, weights=tokens),
             np.average(drops, axis=0, weights=weights),
             coefficient="pearson",
-            resampled_proxy=resampled_means(angles, RESAMPLES, SEED, tasks, tokens),
-            resampled_drop=resampled_means(drops, RESAMPLES, SEED, tasks, weights),
+            resampled=(
+                resampled_means(angles, RESAMPLES, SEED, tasks, tokens),
+                resampled_means(drops, RESAMPLES, SEED, tasks, weights),
+            ),
         )
         (found,) = (
             c

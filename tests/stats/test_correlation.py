@@ -111,7 +111,10 @@ def test_undefined_correlations(
     coefficient: str, proxy: list[float], drop: list[float], reason: str
 ) -> None:
     found = correlate(
-        np.array(proxy), np.array(drop), coefficient=coefficient, resampled_drop=np.ones((9, 3))
+        np.array(proxy),
+        np.array(drop),
+        coefficient=coefficient,
+        resampled=(np.array([proxy]), np.ones((9, 3))),
     )
     assert found == Estimate(None, reason=reason)
 
@@ -212,7 +215,7 @@ def test_interval_covers_the_coefficient_of_other_documents(coefficient: str) ->
         differences = right.astype(float) - np.where(right, lucky[0] > loss, lucky[1] < 0.05)
         drawn = resampled_means(differences, 200, seed)
         drop, said = differences.mean(axis=0), {"coefficient": coefficient, "surrogates": 1}
-        found.append(correlate(proxy, drop, resampled_drop=drawn, **said))
+        found.append(correlate(proxy, drop, resampled=(proxy[None], drawn), **said))
     expected = np.mean([each.value for each in found])
     assert np.mean([each.low <= expected <= each.high for each in found]) > 0.85
 
@@ -222,20 +225,22 @@ def test_interval_resamples_proxy_and_drop_together() -> None:
     values = np.random.default_rng(0).normal(size=(50, 6))
     resampled = resampled_means(values, 100, seed=0)
     means = values.mean(axis=0)
-    both = correlate(
-        means, means, coefficient="spearman", resampled_proxy=resampled, resampled_drop=resampled
-    )
+    both = correlate(means, means, coefficient="spearman", resampled=(resampled, resampled))
     assert (both.low, both.high) == (pytest.approx(1), pytest.approx(1))
-    one = correlate(means, means, coefficient="spearman", resampled_proxy=resampled)
+    fixed = (resampled, means[None])
+    one = correlate(means, means, coefficient="spearman", resampled=fixed)
     assert one.low < 0.9
     assert one.high == 1  # clipped
-    mirrored = correlate(means, -means, coefficient="spearman", resampled_proxy=resampled)
+    fixed = (resampled, -means[None])
+    mirrored = correlate(means, -means, coefficient="spearman", resampled=fixed)
     assert mirrored.low == -1
 
 
 def test_constant_resamples_leave_the_value_without_an_interval() -> None:
     values = np.arange(4.0)
-    found = correlate(values, values, coefficient="kendall", resampled_drop=np.zeros((50, 4)))
+    found = correlate(
+        values, values, coefficient="kendall", resampled=(values[None], np.zeros((50, 4)))
+    )
     assert (found.value, found.low, found.high) == (pytest.approx(1), None, None)
 
 

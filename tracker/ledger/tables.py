@@ -234,8 +234,7 @@ def _correlations(
                 value[chosen],
                 drop[chosen],
                 coefficient=coefficient,
-                resampled_proxy=drawn[:, chosen],
-                resampled_drop=drawn_drop[:, chosen],
+                resampled=(drawn[:, chosen], drawn_drop[:, chosen]),
             )
             if raced:
                 found = Estimate(found.value, reason=found.reason or ONE_LOOK)

@@ -25,8 +25,7 @@ def correlate(
     drop: Array,
     *,
     coefficient: Coefficient,
-    resampled_proxy: Array | None = None,
-    resampled_drop: Array | None = None,
+    resampled: tuple[Array, Array] | None = None,
     surrogates: int = 4999,
     seed: int = 0,
 ) -> Estimate:
@@ -50,10 +49,8 @@ def correlate(
         proxy: `[layers]`, larger = the layer changes more; NaN where undefined.
         drop: `[layers]`, the accuracy drop of the same layers; NaN where undefined.
         coefficient: One of `COEFFICIENTS`.
-        resampled_proxy: `[resamples, layers]`, the proxy from resampled documents; None to hold it
-            fixed.
-        resampled_drop: `[resamples, layers]`, the drop from the same resampled documents; None to
-            hold it fixed. Without either there is no interval.
+        resampled: Both from the same resampled documents, `[resamples, layers]` each, or `[1,
+            layers]` for one that is held fixed. None: there is no interval.
         surrogates: How many series to draw in place of each.
         seed: Seed of these series.
 
@@ -77,12 +74,8 @@ def correlate(
         return Estimate(None, reason=reason)
     (value,) = row_coefficients(x[None], y[None], coefficient).tolist()
     low = high = None
-    if resampled_proxy is not None or resampled_drop is not None:
-        rows = row_coefficients(
-            x[None] if resampled_proxy is None else resampled_proxy,
-            y[None] if resampled_drop is None else resampled_drop,
-            coefficient,
-        )
+    if resampled is not None:
+        rows = row_coefficients(*resampled, coefficient)
         low, high = bias_corrected_interval(value, rows, -1, 1)
     if coefficient == "spearman":
         # Ranks move with their layers: ranking once is ranking every order.

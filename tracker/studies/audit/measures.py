@@ -103,9 +103,7 @@ class Audited:
 
     def _ordering(self, name: str, drawn_drop: Array) -> Ordering:
         x, y, drawn = self.measures[name].means(), self.drop.means(), self.drawn(name)
-        spearman = correlate(
-            x, y, coefficient="spearman", resampled_proxy=drawn, resampled_drop=drawn_drop
-        )
+        spearman = correlate(x, y, coefficient="spearman", resampled=(drawn, drawn_drop))
         if spearman.value is None:
             why = spearman.reason or ""
             if why.startswith("the proxy is undefined"):

@@ -282,9 +282,7 @@ def _explained(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> Explained 
         drop,
         cosine,
         predictors={
-            name: correlate(
-                value, drop, coefficient="spearman", resampled_proxy=rows, resampled_drop=drawn_drop
-            )
+            name: correlate(value, drop, coefficient="spearman", resampled=(rows, drawn_drop))
             for name, (value, rows) in {COSINE: with_drawn, **ends}.items()
         },
         better={
