@@ -23,7 +23,7 @@ from tracker.ledger.early_stopping import refuse_unbounded
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import GROWS
 from tracker.measuring.derive import record_of
-from tracker.measuring.job import Job, Options
+from tracker.measuring.job import Job, Options, Reporting
 from tracker.measuring.prepare import CellLookup, check_layers, check_range, look_up
 from tracker.measuring.progress import Progress
 from tracker.team.publish import Publication, Publisher
@@ -113,7 +113,7 @@ def run_cells(
     report, records = finisher.report, finisher.records
     try:
         if todo:
-            executor.measure(jobs, ledger, progress, finisher.begun, finisher.done)
+            executor.measure(jobs, Reporting(ledger, progress, finisher.begun, finisher.done))
             report.models_loaded = executor.models_loaded
     finally:
         finisher.wait()

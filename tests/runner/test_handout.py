@@ -17,7 +17,7 @@ from tracker.executors.worker import Worker
 from tracker.ledger.blocks import BLOCK, Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
-from tracker.measuring.job import Job, Options
+from tracker.measuring.job import Job, Options, Reporting
 from tracker.measuring.prepare import look_up
 
 DOCUMENTS = BLOCK + 8
@@ -34,7 +34,7 @@ class Desk:
         self.heard = Heard()
         self.began: list[str] = []
         self.ends: dict[str, CellStore | Exception] = {}
-        self.handout = Handout(jobs, ledger, self.heard, self.begin, self.end)
+        self.handout = Handout(jobs, Reporting(ledger, self.heard, self.begin, self.end))
         self.worker = Worker(Options(), str(Path.cwd()), {})
         self.opened: Cell | None = None
 

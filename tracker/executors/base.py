@@ -11,9 +11,7 @@ from typing import Protocol
 
 from tracker.core.distribution import install_extra
 from tracker.core.errors import RequestError
-from tracker.ledger.store import Ledger
-from tracker.measuring.job import Begun, Done, Job, Options
-from tracker.measuring.progress import Progress
+from tracker.measuring.job import Job, Options, Reporting
 
 
 class Executor(Protocol):
@@ -25,17 +23,12 @@ class Executor(Protocol):
 
     models_loaded: int
 
-    def measure(
-        self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, begun: Begun, done: Done
-    ) -> None:
+    def measure(self, jobs: Sequence[Job], to: Reporting) -> None:
         """Measure cells.
 
         Args:
             jobs: The cells, equal models next to each other.
-            ledger: The results folder.
-            progress: Told what happens.
-            begun: Told of each cell when it is about to be measured.
-            done: Told of each cell when it is finished or has failed.
+            to: Where they are kept, and who hears of them.
         """
 
 

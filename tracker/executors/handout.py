@@ -19,12 +19,10 @@ from tracker.core.errors import CellError
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import CellRace
-from tracker.ledger.store import Ledger
 from tracker.ledger.views import cell_key
 from tracker.measuring.fill import look, names_of, open_cell
-from tracker.measuring.job import Begun, Done, Job
+from tracker.measuring.job import Job, Reporting
 from tracker.measuring.meter import Facts, Measured, Place
-from tracker.measuring.progress import Progress
 
 AHEAD = 4
 """Of so many blocks that a race has looked at, one may be measured before its turn."""
@@ -85,15 +83,12 @@ class Handout:
     failed, and `models_loaded` counts how many times the workers loaded a model.
     """
 
-    def __init__(
-        self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, begun: Begun, done: Done
-    ) -> None:
+    def __init__(self, jobs: Sequence[Job], to: Reporting) -> None:
         self.models_loaded = 0
         self._cells = [Cell(job) for job in jobs]
         self._out: set[Task] = set()
-        self._ledger, self._progress = ledger, progress
-        self._say_once = cache(progress.say)
-        self._begun, self._done = begun, done
+        self._to, self._progress = to, to.progress
+        self._say_once = cache(to.progress.say)
 
     @property
     def ended(self) -> bool:
@@ -179,12 +174,12 @@ class Handout:
         self._out.discard(task)
         with self._failing(cell):
             if cell.store is None and not cell.ended:
-                cell.store, cell.pending, cell.race = open_cell(cell.job, facts, self._ledger)
+                cell.store, cell.pending, cell.race = open_cell(cell.job, facts, self._to.ledger)
                 cell.responses = facts.responses
                 self._progress.expect(sum(cell.pending.values()))
                 if cell.pending:
                     for asked in cell.job.cells:
-                        self._begun(asked, cell.store)
+                        self._to.begun(asked, cell.store)
             elif cell.store and cell_key(facts.model, facts.benchmark) != cell.store.identity.key:
                 raise CellError("the workers do not all see the same model and data")
         self._end_if_complete(cell)
@@ -261,11 +256,11 @@ class Handout:
             cell.ended = True
             self._progress.expect(-sum(cell.pending.values()))
             for asked in cell.job.cells:
-                self._done(asked, error)
+                self._to.done(asked, error)
 
     def _end_if_complete(self, cell: Cell) -> None:
         busy = any(task.cell is cell and task.block is not None for task in self._out)
         if cell.store is not None and not (cell.ended or cell.pending or busy):
             cell.ended = True
             for asked in cell.job.cells:
-                self._done(asked, cell.store)
+                self._to.done(asked, cell.store)

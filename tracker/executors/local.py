@@ -7,11 +7,9 @@ from collections.abc import Sequence
 
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
-from tracker.ledger.store import Ledger
 from tracker.measuring.fill import fill, fill_until, open_cell
-from tracker.measuring.job import Begun, Done, Job, Options
+from tracker.measuring.job import Job, Options, Reporting
 from tracker.measuring.meter import Meter, Model, open_model
-from tracker.measuring.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +24,7 @@ class LocalExecutor:
         self.models_loaded = 0
         self._options = options
 
-    def measure(
-        self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, begun: Begun, done: Done
-    ) -> None:
+    def measure(self, jobs: Sequence[Job], to: Reporting) -> None:
         """Measure cells, each with all of this process."""
         model: Model | None = None
         for job in jobs:
@@ -37,26 +33,21 @@ class LocalExecutor:
             try:
                 if model is None or model.settings != request.model_settings:
                     model = None  # frees the previous model before the next one comes
-                    progress.say(f"loading {job.cells[0].source.name}")
+                    to.progress.say(f"loading {job.cells[0].source.name}")
                     model = open_model(request, self._options)
                     self.models_loaded += 1
                     if model.loaded.offloaded is not None:
-                        progress.say(f"{model.loaded.identity.name}: {model.loaded.offloaded}")
-                outcome, _ = measure_cell(job, model, ledger, self._options, progress, begun)
+                        to.progress.say(f"{model.loaded.identity.name}: {model.loaded.offloaded}")
+                outcome, _ = measure_cell(job, model, self._options, to)
             except Exception as error:
                 log.debug("%s failed", job.title, exc_info=True)
                 outcome = error
             for cell in job.cells:
-                done(cell, outcome)
+                to.done(cell, outcome)
 
 
 def measure_cell(
-    job: Job,
-    model: Model,
-    ledger: Ledger,
-    options: Options,
-    progress: Progress,
-    begun: Begun = lambda asked, store: None,
+    job: Job, model: Model, options: Options, to: Reporting
 ) -> tuple[CellStore, list[str]]:
     """Measure what a cell lacks with a loaded model; it, and what the self-check said.
 
@@ -64,17 +55,17 @@ def measure_cell(
     """
     request = job.requests[0]
     meter = Meter(job.requests, job.benchmark, model, options)
-    store, lacking, race = open_cell(job, meter.facts, ledger)
+    store, lacking, race = open_cell(job, meter.facts, to.ledger)
     if not lacking:
         return store, []
     for cell in job.cells:
-        begun(cell, store)
-    progress.say(f"{request.benchmark}: checking that sharing is exact for this model")
-    lost = meter.check(Checks(ledger.root))
+        to.begun(cell, store)
+    to.progress.say(f"{request.benchmark}: checking that sharing is exact for this model")
+    lost = meter.check(Checks(to.ledger.root))
     for line in lost:
-        progress.say(line)
+        to.progress.say(line)
     if race is None:
-        fill(store, lacking, meter, request.extent, progress)
+        fill(store, lacking, meter, request.extent, to.progress)
     else:
-        fill_until(race, store, meter, progress)
+        fill_until(race, store, meter, to.progress)
     return store, lost

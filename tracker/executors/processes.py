@@ -18,8 +18,8 @@ from tracker.executors.pool import Pool, grouped, needed
 from tracker.executors.worker import environment
 from tracker.ledger.cache import Checks
 from tracker.ledger.store import Ledger
-from tracker.measuring.job import Begun, Done, Job, Options
-from tracker.measuring.progress import Progress, telling
+from tracker.measuring.job import Job, Options, Reporting
+from tracker.measuring.progress import telling
 from tracker.models.load import SPREAD, find_device
 
 _FREE = (
@@ -67,23 +67,21 @@ class ProcessesExecutor:
         elif options.devices_per_worker or options.workers:
             grouped(self._devices, options.devices_per_worker or 1, options.workers)
 
-    def measure(
-        self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, begun: Begun, done: Done
-    ) -> None:
+    def measure(self, jobs: Sequence[Job], to: Reporting) -> None:
         """Measure cells, handing their blocks to the workers."""
         places = self._places(jobs)
         # Say how many threads each of some workers has: those of one process, where that was said.
         own = os.environ.get("OMP_NUM_THREADS", "")
         threads = int(own) if own.isdecimal() else max(1, torch.get_num_threads() // len(places))
         children = [
-            self._child(number, place, len(places), threads, ledger)
+            self._child(number, place, len(places), threads, to.ledger)
             for number, place in enumerate(places, 1)
         ]
-        progress.say(_about(places, threads))
-        handout = Handout(jobs, ledger, progress, begun, done)
+        to.progress.say(_about(places, threads))
+        handout = Handout(jobs, to)
         try:
-            with telling(progress, f"workers: {len(children)}", 0):
-                Pool(children, answered, handout, progress).run()
+            with telling(to.progress, f"workers: {len(children)}", 0):
+                Pool(children, answered, handout, to.progress).run()
         finally:
             self.models_loaded = handout.models_loaded
 

@@ -20,9 +20,8 @@ from tracker.executors.base import last_line
 from tracker.executors.handout import Handout
 from tracker.executors.pool import LostError, Pool, needed
 from tracker.executors.worker import Worker, environment
-from tracker.ledger.store import Ledger
-from tracker.measuring.job import Begun, Done, Job, Options
-from tracker.measuring.progress import Progress, telling
+from tracker.measuring.job import Job, Options, Reporting
+from tracker.measuring.progress import telling
 from tracker.models.load import SPREAD
 
 _PATIENCE = 60.0
@@ -59,15 +58,13 @@ class RayExecutor:
             )
             raise RequestError(f"the Ray cluster has no node with {what}")
 
-    def measure(
-        self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, begun: Begun, done: Done
-    ) -> None:
+    def measure(self, jobs: Sequence[Job], to: Reporting) -> None:
         """Measure cells, handing their blocks to the workers of the cluster."""
-        handout = Handout(jobs, ledger, progress, begun, done)
+        handout = Handout(jobs, to)
         try:
             slots = list(_slots(self._options, self._each(jobs)))
-            with telling(progress, f"Ray, workers: {len(slots)}", 0):
-                Pool(slots, _answered, handout, progress).run()
+            with telling(to.progress, f"Ray, workers: {len(slots)}", 0):
+                Pool(slots, _answered, handout, to.progress).run()
         except RayError as error:
             handout.give_up(f"the Ray cluster was lost: {last_line(error)}")
         finally:

@@ -26,10 +26,10 @@ from tracker.ledger.blocks import BLOCK
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import names_of
-from tracker.measuring.job import Begun, Done, Job, Options
+from tracker.measuring.job import Begun, Job, Options, Reporting
 from tracker.measuring.meter import open_model
 from tracker.measuring.prepare import look_up
-from tracker.measuring.progress import Progress, Silent
+from tracker.measuring.progress import Silent
 
 POLL = 2.0
 """Seconds between two looks at the jobs and at the ledger."""
@@ -62,12 +62,10 @@ class SlurmExecutor:
         checks = "debug" if self._cluster == "local" else self._cluster
         _executor(Path("slurm"), checks, self._parameters)
 
-    def measure(
-        self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, begun: Begun, done: Done
-    ) -> None:
+    def measure(self, jobs: Sequence[Job], to: Reporting) -> None:
         """Measure cells, one a job; the results folder is on a file system that all nodes share."""
-        ledger.create()
-        root = ledger.root.resolve()
+        to.ledger.create()
+        root = to.ledger.root.resolve()
         executor = _executor(root / "slurm" / "%j", self._cluster, self._parameters)
         cells = [CellJob(job.requests, root, self._options) for job in jobs]
         try:
@@ -75,38 +73,38 @@ class SlurmExecutor:
         except FailedJobError as error:
             raise RequestError(f"SLURM refused the jobs: {last_line(error)}") from None
         what = f"{len(jobs)} job{'s' * (len(jobs) > 1)}"
-        progress.say(f"submitted {what}; their logs are in {ledger.root / 'slurm'}")
-        waiting = [_Waiting(*each, ledger) for each in zip(jobs, submitted, strict=True)]
-        progress.start("SLURM", sum(each.left for each in waiting), "blocks")
+        to.progress.say(f"submitted {what}; their logs are in {to.ledger.root / 'slurm'}")
+        waiting = [_Waiting(*each, to.ledger) for each in zip(jobs, submitted, strict=True)]
+        to.progress.start("SLURM", sum(each.left for each in waiting), "blocks")
         try:
             while waiting:
                 time.sleep(POLL)
                 for each in list(waiting):
                     ended = each.submission.done()
-                    progress.advance(each.advance(begun))
+                    to.progress.advance(each.advance(to.begun))
                     if ended:
                         waiting.remove(each)
-                        self._end(each, progress, done)
+                        self._end(each, to)
         finally:
-            progress.finish()
+            to.progress.finish()
             for each in waiting:  # the driver was stopped
                 each.submission.cancel(check=False)
 
-    def _end(self, waiting: _Waiting, progress: Progress, done: Done) -> None:
+    def _end(self, waiting: _Waiting, to: Reporting) -> None:
         """Take what a job said."""
         outcomes = waiting.outcomes()
         self.models_loaded += sum(outcome.models_loaded for outcome in outcomes)
         for line in dict.fromkeys(line for outcome in outcomes for line in outcome.lost):
             if line not in self._said:
                 self._said.add(line)
-                progress.say(line)
+                to.progress.say(line)
         errors = [outcome.error for outcome in outcomes if outcome.error is not None]
         if errors or waiting.job.requests[0].until is not None:
-            progress.expect(-waiting.left)  # of a question, as many as the answer left
+            to.progress.expect(-waiting.left)  # of a question, as many as the answer left
         else:
-            progress.advance(waiting.left)
+            to.progress.advance(waiting.left)
         for cell in waiting.job.cells:
-            done(cell, errors[0] if errors else waiting.store(cell.request))
+            to.done(cell, errors[0] if errors else waiting.store(cell.request))
 
 
 class _Waiting:
@@ -251,7 +249,8 @@ class CellJob(Checkpointable):  # type: ignore[misc]
         log.info("loading %s", cells[0].source.name)
         model = open_model(cells[0].request, self.options)
         job = Job(cells, open_benchmark(cells[0].request))
-        _, lost = measure_cell(job, model, ledger, self.options, _Log())
+        to = Reporting(ledger, _Log(), lambda *_: None, lambda *_: None)
+        _, lost = measure_cell(job, model, self.options, to)
         return JobEnd(lost=tuple(lost), models_loaded=1)
 
 

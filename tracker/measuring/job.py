@@ -11,7 +11,9 @@ from tracker.benchmarks.base import Benchmark
 from tracker.core.config import EXECUTORS, RESTS, CellRequest
 from tracker.core.errors import RequestError, did_you_mean
 from tracker.ledger.cells import CellStore
+from tracker.ledger.store import Ledger
 from tracker.measuring.prepare import CellLookup
+from tracker.measuring.progress import Progress
 
 _LEAST = 2**20
 
@@ -143,3 +145,20 @@ Begun = Callable[[CellLookup, CellStore], None]
 """Told of each cell that lacks something, when it is about to be measured."""
 Done = Callable[[CellLookup, CellStore | Exception], None]
 """Told of each cell once: that nothing of it is missing any more, or what went wrong."""
+
+
+@dataclass(frozen=True)
+class Reporting:
+    """Where measured cells are kept, and who hears of them.
+
+    Attributes:
+        ledger: The results folder.
+        progress: Told what happens.
+        begun: Told of each cell when it is about to be measured.
+        done: Told of each cell when it is finished or has failed.
+    """
+
+    ledger: Ledger
+    progress: Progress
+    begun: Begun
+    done: Done
