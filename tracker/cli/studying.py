@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,6 +60,11 @@ def study() -> None:
     """
 
 
+def _question(command: Callable[..., None]) -> click.Command:
+    """Make the command of a study, which is asked as all others are."""
+    return study.command()(asking()(command))
+
+
 def _answer(name: str, experiment: Path | None, settings: dict[str, Any], **told: Any) -> None:
     """Conduct a study, print what it found, and end."""
     begin()
@@ -70,8 +76,7 @@ def _answer(name: str, experiment: Path | None, settings: dict[str, Any], **told
     sys.exit(done.outcome.exit_code)
 
 
-@study.command()
-@asking()
+@_question
 @running
 def audit(**asked: Any) -> None:
     """Which proxy tells what a layer's removal costs?
@@ -92,8 +97,7 @@ def audit(**asked: Any) -> None:
     _answer("audit", **asked)
 
 
-@study.command()
-@asking()
+@_question
 @keys(Studying, "reliability")
 @running
 def calibration(**asked: Any) -> None:
@@ -113,8 +117,7 @@ def calibration(**asked: Any) -> None:
     _answer("calibration", **asked)
 
 
-@study.command()
-@asking()
+@_question
 @running
 def joint(**asked: Any) -> None:
     """Do the drops of two layers add up?
@@ -132,8 +135,7 @@ def joint(**asked: Any) -> None:
     _answer("joint", **asked)
 
 
-@study.command()
-@asking()
+@_question
 @keys(Studying, "remove", "strategy", "text")
 @click.option(
     "--test_sample",
@@ -161,8 +163,7 @@ def prune(**asked: Any) -> None:
     _answer("prune", **asked)
 
 
-@study.command()
-@asking()
+@_question
 @running
 def rescale(**asked: Any) -> None:
     """Is what a removal costs only missing scale?
@@ -181,8 +182,7 @@ def rescale(**asked: Any) -> None:
     _answer("rescale", **asked)
 
 
-@study.command()
-@asking()
+@_question
 @click.option(
     "--question",
     "questions",
@@ -207,8 +207,7 @@ def savings(**asked: Any) -> None:
     _answer("savings", **asked)
 
 
-@study.command()
-@asking()
+@_question
 @keys(Studying, "draws")
 @running
 def snowball(**asked: Any) -> None:
@@ -228,8 +227,7 @@ def snowball(**asked: Any) -> None:
     _answer("snowball", **asked)
 
 
-@study.command()
-@asking()
+@_question
 @keys(Studying, "epsilon")
 @running
 def theorem(**asked: Any) -> None:

@@ -50,14 +50,11 @@ _ARGUMENTS = {
     "peft": "an adapter: a folder or a hub id",
     "subfolder": "a folder's name",
 }
+_KEYS = ("revision", "dtype", "enable_thinking", "think_end_token", "chat_template_args")
 _SAID_ELSEWHERE = {
     "pretrained": "model: {value: …}",
-    "revision": "revision: {value: …}",
-    "dtype": "dtype: {value: …}",
     "trust_remote_code": "--trust-remote-code",
-    "enable_thinking": "enable_thinking: {value: …}",
-    "think_end_token": "think_end_token: {value: …}",
-    "chat_template_args": "chat_template_args: {value: …}",
+    **{name: f"{name}: {{value: …}}" for name in _KEYS},
 }
 _WEIGHTS = (
     "--weights 8GiB says what weights may take where the model runs; other layers come when they "

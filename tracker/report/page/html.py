@@ -103,12 +103,6 @@ def _differ(found: Agreement) -> str:
     )
 
 
-_OPEN_CELLS = 12
-"""With more cells than this, their sections are closed at first."""
-_OPEN_BOARDS = 3
-"""With more models than this, only the first one's leaderboard is open at first."""
-
-
 def render_report(
     cells: Sequence[CellRecord],
     experiments: Mapping[str, str],
@@ -151,7 +145,10 @@ def _templates() -> Environment:
     )
     modules = (answers, caveats, claims, decisions, rules, run_table, tables, wording)
     functions = (decision_table, headed, layer_board_table, measure_of, misjudged_table, written)
-    environment.globals |= {each.__name__.split(".")[-1]: each for each in (*modules, *functions)}
+    sentences = (agreement_sentence, agreements, compared_sentence)
+    every = (*modules, *functions, *sentences)
+    environment.globals |= {each.__name__.split(".")[-1]: each for each in every}
+    environment.globals |= {"few": FEW, "proxies": OBSERVED, "replaced_by": REPLACED_BY}
     return environment
 
 
@@ -204,20 +201,10 @@ def render_page(
         ),
         csv=csv,
         parquet=parquet,
-        summary=wording.summary(cells),
-        compared=compared_sentence(cells),
-        agreements=[agreement_sentence(one) for one in agreements(cells)],
-        few=FEW,
-        proxies=OBSERVED,
-        replaced_by=REPLACED_BY,
-        overview=tables.overview_table(cells),
         overview_links=[ids[cell.place] for cell in cells],
         models=models,
         across=across,
         studies=studies,
         cells=cells,
-        open_cells=len(cells) <= _OPEN_CELLS,
-        open_boards=len(models) <= _OPEN_BOARDS,
         experiments={harmless(name): harmless(text) for name, text in experiments.items()},
-        heading=models[0].label if len(models) == 1 else "",
     )
