@@ -361,6 +361,7 @@ class TestCheck:
 
 
 RIGHT = Comparison(100, 1e-6)
+WRONG = Comparison(9, 0.123456, 0, "document 0")
 
 
 class Watched:
@@ -591,11 +592,33 @@ class TestMiniatures:
 
 def test_less_than_was_lost_before_is_not_tried() -> None:
     """Another sharing than these two would be a KeyError; and no copy is made to see why."""
-    wrong, right = Comparison(9, 0.123456, 0, "document 0"), Comparison(9, 1e-6)
-    compare = {DEPTH_ONLY: wrong, PLAIN: right}.__getitem__
+    compare = {DEPTH_ONLY: WRONG, PLAIN: RIGHT}.__getitem__
     engine: Any = SimpleNamespace(class_name="Model")
     found = most_sharing(DEPTH_ONLY, engine, compare)
-    assert found == (PLAIN, right, "sharing more changes a log-likelihood by 0.123 nats")
+    assert found == (PLAIN, RIGHT, "sharing more changes a log-likelihood by 0.123 nats")
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ([WRONG, RefusalError("no such mask")], "no such mask"),
+        ([RefusalError("no such mask"), WRONG], "sharing more changes a log-likelihood by 0.123"),
+    ],
+)
+def test_what_was_lost_last_says_why(lost, said: str) -> None:
+    """It is the least, so that its reason holds for all that was lost before."""
+    given = dict(zip((FULL, NO_PREFIX, DEPTH_ONLY), [*lost, RIGHT], strict=True))
+
+    def compare(sharing: Sharing) -> Comparison:
+        if isinstance(found := given[sharing], RefusalError):
+            raise found
+        return found
+
+    copied = SimpleNamespace(device="cpu")
+    engine: Any = SimpleNamespace(class_name="Model", copy=lambda: copied)
+    sharing, found, why = most_sharing(FULL, engine, compare)
+    assert (sharing, found) == (DEPTH_ONLY, RIGHT)
+    assert why.startswith(said)
 
 
 def test_a_full_memory_is_no_loss(monkeypatch) -> None:

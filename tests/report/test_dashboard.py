@@ -13,11 +13,13 @@ import pandas as pd
 import pytest
 from plotly.graph_objects import Figure
 
+from tracker.core.formats import points, two_digits
 from tracker.core.records import CellRecord
 from tracker.ledger.decisions import decisions_record
 from tracker.report.charts import across, model, style
 from tracker.report.leaderboard.claims import answer
 from tracker.report.leaderboard.layers import layer_board
+from tracker.report.leaderboard.models import model_board
 from tracker.report.leaderboard.pairs import compare, pairs_of
 from tracker.report.leaderboard.proxies import agreements, cosine_ranks, misjudged
 from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
@@ -35,7 +37,7 @@ from .conftest import (
     with_layer,
 )
 from .drawn import grid
-from .test_html import HOSTILE
+from .test_html import HOSTILE, read
 
 
 @pytest.fixture(scope="module", name="page")
@@ -199,6 +201,20 @@ class TestAcross:
     def test_one_model_has_nothing_to_be_compared_with(self) -> None:
         page = render_page(study(), {})
         assert 'id="across"' not in page
+
+    def test_models_are_ranked(self, page: str) -> None:
+        board = model_board(two_models())
+        for row, one in zip(read(page).tables["model-board"], board.models, strict=True):
+            texts = [text for text, _ in row]
+            assert texts[:2] == [f"{one.rank.low} to {one.rank.high}", one.model.name]
+            assert texts[2].startswith(two_digits(one.relevance.value))
+            assert texts[3].startswith(points(one.drop.value))
+            worst = "–" if one.worst_layer is None else str(one.worst_layer)
+            assert texts[4:] == [worst, str(one.costly), str(one.layers)]
+        assert f"<li>{board.open}</li>" in page
+        assert "Benchmarks that count: arc_easy · 0-shot." in page
+        for name, why in board.left_out.items():
+            assert f"<li>{name}: {why}</li>" in page
 
     @pytest.mark.parametrize("benchmarks", [["a", "b"], ["a", "b", "c", "d"]])
     def test_differences_equal_those_of_the_leaderboard(self, benchmarks: list[str]) -> None:

@@ -76,6 +76,29 @@ def test_colleagues_results_stand_beside_ones_own(ran: Ran, tmp_path: Path) -> N
     assert len(repr(done)) < 500  # a notebook shows it
 
 
+def test_a_record_is_derived_once(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = ran()
+    first = content(api.ls(results))
+
+    def never(*_: object) -> CellRecord:
+        raise AssertionError("it was derived again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tracker.measuring.derive.cell_record", never)
+        patched.setattr("tracker.measuring.derive.decisions", never)
+        assert content(api.ls(results)) == content(api.report(results).cells) == first
+        patched.setattr("tracker.measuring.derive._code", lambda: "another formula")
+        with pytest.raises(AssertionError, match="derived again"):
+            api.ls(results)
+    kept = list(results.glob("cells/*/derived/*.json"))
+    assert {path.name for path in kept} == {"intact.json", "intact.decisions.json"}
+    for path in kept:
+        path.write_text("{damaged")
+    assert content(api.report(results).cells) == first
+    ran(limit=9)
+    assert [cell.n for cell in api.ls(results)] == [9]
+
+
 def test_a_report_of_damaged_outcomes_says_what_is_missing(ran: Ran, tmp_path: Path) -> None:
     """Was: exit code 0, and documents that the records still counted were gone from their table."""
     results = ran(limit=40)

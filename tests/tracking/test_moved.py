@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -13,7 +14,10 @@ from mlflow.tracking._tracking_service import utils as mlflow_cache
 
 from tracker import api
 from tracker.ledger.store import Ledger
+from tracker.tracking.figures import flat_metrics
+from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.database import create_database, follow_folder
+from tracker.tracking.wandb.writing import run_id
 
 from .conftest import Maker, cell_record, local
 from .test_mlflow import Store
@@ -105,6 +109,20 @@ def test_offline_runs(double: WandbDouble, publish: Publisher, how: str) -> None
     for (kind, _), collection in double.projects["team", "layers"].artifacts.items():
         kinds[kind] = kinds.get(kind, 0) + len([one for one in collection.versions if one.files])
     assert kinds == {"run_table": 3, "outcomes": 1}
+
+
+def test_offline_runs_wait_and_are_not_written_twice(
+    double: WandbDouble, publish: Publisher
+) -> None:
+    cell = cell_record(layers=(0,))
+    said = publish(cell, WANDB_MODE="offline")
+    assert said["location"] == f"wandb sync {publish.results / 'wandb'}/offline-run-*"
+    assert (counts(said), counts(publish(cell, WANDB_MODE="offline"))) == ((3, 0, 0), (0, 0, 3))
+    assert not double.requests
+    name = run_id(run_key(cell, "layer:0"))
+    (file,) = publish.results.glob(f"wandb/offline-run-*-{name}/*.wandb")
+    said = publish.client.cli("leet", "inspect", "--json", "--summary", str(file))
+    assert flat_metrics(cell.runs[0]).items() <= json.loads(said)["summary"].items()
 
 
 BEHIND = """

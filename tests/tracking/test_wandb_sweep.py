@@ -162,6 +162,16 @@ print(json.dumps("torch" in sys.modules))
     assert first == later
 
 
+def test_a_trial_that_fails_is_failed_in_the_sweep(
+    client: Client, double: WandbDouble, experiment: Maker
+) -> None:
+    sweep = start(client, double, experiment(client.folder / "nowhere", layer=[3]))
+    client.agent(f"team/layers/{sweep.name}")
+    (run,) = (double.run(run_id, "layers") for run_id in sweep.handed_out)
+    assert (run.state, run.exit_code) == ("failed", 1)
+    assert "nowhere" in run.values["tracker"]["note"]
+
+
 def test_a_trial_may_be_a_search(
     client: Client, double: WandbDouble, tiny_llama: Maker, tmp_path: Path
 ) -> None:
