@@ -501,12 +501,20 @@ def validate(
     _refuse_incomplete(experiment, settings, "validate(")
     _refuse_object(settings)
     if asks_for_searches(experiment, settings):
+        from tracker.pruning.search.beforehand import refuse_unsavable
+        from tracker.pruning.search.cells import Lender
         from tracker.pruning.search.request import load_searches
-        from tracker.pruning.search.search import refuse_unknown
+        from tracker.pruning.search.search import budget_of, refuse_unknown
 
         searches = load_searches(experiment, settings).file.searches()
         refuse_unknown(searches, trust_remote_code)
-        return Validated(searches=len(searches))
+        options = Options(trust_remote_code=trust_remote_code)
+        lender = Lender(Ledger(RESULTS), options, Silent())
+        # How long layers take is measured, which loads the weights.
+        known = [each for each in searches if each.amount.measure != "seconds"]
+        budgets = [budget_of(each, lender) for each in known]
+        found = refuse_unsavable(known, budgets, trust_remote_code)
+        return Validated(searches=len(searches), notes=tuple(filter(None, found)))
     asked = load_experiment(experiment, settings).file
     cells = asked.cells()
     runs, unchecked = prepare.validate(cells, trust_remote_code, asked.kinds)

@@ -228,12 +228,21 @@ def with_settings(
 
 _INSTEAD = {"limit": "sample", "sample": "limit"}
 """Which key of a file goes where another is given beside the file: both ask how many documents."""
-_LISTS: Mapping[str, type] = {"removed": int, "include_path": str, "calibrate": str}
+_LISTS: Mapping[str, type | tuple[type, ...]] = {
+    "removed": int,
+    "include_path": str,
+    "calibrate": str,
+    "protect": (int, str),
+    "among": (int, str),
+}
 """Keys whose values are lists → of what."""
 
 
 def _as_in_the_file(name: str, value: Any) -> Any:
-    if isinstance(value, Mapping) and value.keys() <= {"value", "values", "min", "max", "kind"}:
+    own = {"value", "values", "min", "max", "kind"}
+    if name in ("protect", "among"):  # whose one value may be a mapping
+        own = {"value", "values"}
+    if isinstance(value, Mapping) and value.keys() <= own:
         return dict(value)
     if isinstance(value, os.PathLike):
         value = os.fspath(value)

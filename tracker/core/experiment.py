@@ -186,11 +186,16 @@ class Grid(Strict):
         return {name: choice.options for name, choice in grid.items() if choice is not None}
 
 
-def grid_of(name: str, keys: Mapping[str, FieldInfo]) -> type[Grid]:
-    """Make the grid of what may be asked: each key takes a value of its field, or several."""
+def grid_of(
+    name: str, keys: Mapping[str, FieldInfo], kinds: Mapping[str, type[Choice]] = {}
+) -> type[Grid]:
+    """Make the grid of what may be asked: each key takes a value of its field, or several.
+
+    `kinds` are of some keys what holds the values.
+    """
     fields: dict[str, Any] = {}
     for key, field in keys.items():
-        kind = {"layer": _Layers, "head": _Heads}.get(key, Choice)
+        kind = {"layer": _Layers, "head": _Heads, **kinds}.get(key, Choice)
         fields[key] = (kind, ...) if field.is_required() else (kind | None, None)
     return create_model(name, __base__=Grid, **fields)
 

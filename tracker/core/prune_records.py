@@ -116,6 +116,12 @@ class PruneRecord(Record):
     rescoring: Rescoring = "full"
     amount: Shown
     """How much was to go: `remove 8`, `keep 100M parameters`."""
+    protected: Layers = ()
+    """Layers that were not to go."""
+    among: Layers | None = None
+    """The only layers that were to go; None = all."""
+    at_least: dict[str, str] = Field(default_factory=dict)
+    """Kind of layers → how many were to stay: `2`, or `1 of 4` of any four in a row."""
     calibration: tuple[Calibrated, ...] = ()
     """Empty where the strategy looks at no document."""
     steps: tuple[PruneStep, ...]

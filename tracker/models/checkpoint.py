@@ -173,6 +173,23 @@ def refuse_unsizable(
     Raises:
         ModelError: Its configuration cannot say what would be left, or what loads is another model.
     """
+    refuse_packed(source, trust_remote_code)
+    model = hollow(source, "auto", trust_remote_code)
+    total = len(find_layers(model))
+    small = miniature(model)
+    for some in [removed] if removed is not None else [[0], [total // 2]]:
+        beyond = [layer for layer in some if not 0 <= layer < total]
+        if beyond or len(set(some)) >= total:
+            what = f"layer {beyond[0]} is out of range" if beyond else "no layer would be left"
+            raise ModelError(f"{what}: {source.source} has {total} layers, 0 to {total - 1}")
+        if small is None:
+            without(model, some)
+        else:
+            _try(small, some)
+
+
+def refuse_packed(source: ModelSource, trust_remote_code: bool = False) -> None:
+    """Refuse a model whose weights are no one plain checkpoint: ModelError; reads no weights."""
     if source.adapter is not None:
         raise ModelError(
             f"model_args: {source.source} with an adapter beside its weights is no one checkpoint; "
@@ -187,18 +204,6 @@ def refuse_unsizable(
             f"{source.source} is quantised, and what layers lack would have to be packed anew: "
             "export the model in float32 or bfloat16, and quantise what is exported"
         )
-    model = hollow(source, "auto", trust_remote_code)
-    total = len(find_layers(model))
-    small = miniature(model)
-    for some in [removed] if removed is not None else [[0], [total // 2]]:
-        beyond = [layer for layer in some if not 0 <= layer < total]
-        if beyond or len(set(some)) >= total:
-            what = f"layer {beyond[0]} is out of range" if beyond else "no layer would be left"
-            raise ModelError(f"{what}: {source.source} has {total} layers, 0 to {total - 1}")
-        if small is None:
-            without(model, some)
-        else:
-            _try(small, some)
 
 
 def _try(small: Any, removed: Collection[int]) -> None:

@@ -62,12 +62,14 @@ def ask(model: Path) -> Callable[..., SearchRequest]:
 
 @pytest.fixture
 def write(tmp_path: Path, model: Path) -> Callable[..., Path]:
-    """Write a file of searches; None leaves a key out."""
+    """Write a file of searches; None leaves a key out, a dict is written as it is."""
 
     def make(**settings: object) -> Path:
         said = {"model": str(model), **SETTINGS, **settings}
         grid = {
-            key: {"values" if isinstance(value, list) else "value": value}
+            key: value
+            if isinstance(value, dict)
+            else {"values" if isinstance(value, list) else "value": value}
             for key, value in said.items()
             if value is not None
         }

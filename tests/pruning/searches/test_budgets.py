@@ -87,7 +87,7 @@ def test_layers_of_unequal_size_meet_the_budget_and_one_stays(name: str, rescori
             "evolutionary": sum(sorted(each)[:-1]) >= needed,
         }.get(name, any(fits))
         if not possible:
-            with pytest.raises(ExperimentError, match="layers differ in size"):
+            with pytest.raises(ExperimentError, match="that is not enough"):
                 list(STRATEGIES[name](search))
             continue
         steps = list(STRATEGIES[name](search))

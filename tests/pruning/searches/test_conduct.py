@@ -25,7 +25,7 @@ from tracker.measuring.progress import Silent
 from tracker.models import checkpoint as models
 from tracker.pruning.export import checkpoint
 from tracker.pruning.export.chosen import chosen, chosen_by, that_chose
-from tracker.pruning.search import cells, report
+from tracker.pruning.search import beforehand, cells, report
 from tracker.pruning.search import search as searching
 from tracker.pruning.search.request import load_searches, search_request
 
@@ -271,8 +271,8 @@ def test_a_model_that_could_not_be_saved_is_refused_before_the_search(
     def refuse(*given: object, **more: object) -> None:
         raise ModelError("its configuration cannot say what would be left")
 
-    assert searching.refuse_unsizable is models.refuse_unsizable
-    monkeypatch.setattr(searching, "refuse_unsizable", refuse)
+    assert beforehand.refuse_unsizable is models.refuse_unsizable
+    monkeypatch.setattr(beforehand, "refuse_unsizable", refuse)
     with pytest.raises(ModelError, match="cannot say what would be left"):
         search_for(strategy="last")
     assert not (tmp_path / "results").exists()

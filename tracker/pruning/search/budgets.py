@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from tracker.core.errors import ExperimentError
+from tracker.core.formats import counted
 from tracker.core.safe_yaml import short
+from tracker.pruning.search.constraints import FREE, Constraints
 
 Measure = Literal["parts", "parameters", "bytes", "seconds"]
 FORMS = "8, 25 %, 25 % parameters, 25 % bytes, 25 % seconds, 34M parameters, 70 MB or 5 ms"
@@ -99,19 +102,40 @@ class Budget:
     Attributes:
         each: What each part takes: 1, parameters, bytes or seconds.
         needed: What is to go at least; `budget` sees to it that a part can stay.
+        fixed: Parts that stay.
+        least: Some parts, and how many of them stay at least.
     """
 
     each: tuple[float, ...]
     needed: float
+    fixed: frozenset[int] = frozenset()
+    least: tuple[tuple[tuple[int, ...], int], ...] = ()
+
+    @property
+    def free(self) -> list[int]:
+        """The parts that may go."""
+        return [part for part in range(len(self.each)) if part not in self.fixed]
 
     @property
     def count(self) -> int:
-        """How many parts are enough, whichever; ExperimentError if not even all but one."""
-        smallest = sorted(range(len(self.each)), key=lambda part: self.each[part])
-        for n in range(1, len(self.each)):
+        """How many parts are enough, whichever; ExperimentError if not even all that may go."""
+        smallest = sorted(self.free, key=lambda part: self.each[part])
+        for n in range(1, len(smallest) + 1):
             if self.enough(smallest[:n]):
-                return n
+                if self.of_parts(n).reachable(()):
+                    return n
+                break
         raise out_of_reach("evolutionary takes so many layers, whichever they are")
+
+    def of_parts(self, count: int) -> Budget:
+        """A budget of so many parts, of the same ones."""
+        return replace(self, each=(1.0,) * len(self.each), needed=count)
+
+    def allows(self, removed: Collection[int]) -> bool:
+        """Whether these parts may go together."""
+        return self.fixed.isdisjoint(removed) and all(
+            sum(part not in removed for part in parts) >= stay for parts, stay in self.least
+        )
 
     def enough(self, removed: Collection[int]) -> bool:
         """Whether it is enough to remove these parts."""
@@ -119,26 +143,40 @@ class Budget:
         return gone >= self.needed * (1 - 1e-9)
 
     def reachable(self, removed: Collection[int]) -> bool:
-        """Whether enough can still go once these are gone, and a part stay."""
-        parts = set(range(len(self.each)))
-        return any(self.enough(parts - {stays}) for stays in parts.difference(removed))
+        """Whether these may go, and enough with them, and a part stay."""
+        return self.allows(removed) and self.enough(self.most(removed))
+
+    def most(self, removed: Collection[int] = ()) -> set[int]:
+        """The largest set of parts that may go together, if these do, so that a part stays."""
+        free = set(self.free)
+        if self.least:
+            return _largest(self, frozenset(removed))
+        stay = {} if self.fixed else free.difference(removed)
+        return free - {min(stay, key=lambda part: self.each[part])} if stay else free
 
     def left(self, removed: Collection[int]) -> list[int]:
         """The parts that could go next."""
-        parts = [part for part in range(len(self.each)) if part not in removed]
-        return [part for part in parts if self.reachable((*removed, part))]
+        most = self.most(removed)
+        sure = most if self.enough(most) else set()
+        parts = [part for part in self.free if part not in removed]
+        return [part for part in parts if part in sure or self.reachable((*removed, part))]
 
 
 def out_of_reach(why: str) -> ExperimentError:
     """Make the error of a strategy that cannot remove enough."""
     return ExperimentError(
-        f"{why}, and that is not enough, since layers differ in size; let less go, or take a "
-        "strategy that chooses layer by layer, such as accuracy"
+        f"{why}, and that is not enough; let less go, or take a strategy that chooses layer by "
+        "layer, such as accuracy"
     )
 
 
 def budget(
-    word: Literal["remove", "keep"], asked: Amount, each: Sequence[float], total: float, title: str
+    word: Literal["remove", "keep"],
+    asked: Amount,
+    each: Sequence[float],
+    total: float,
+    title: str,
+    constraints: Constraints = FREE,
 ) -> Budget:
     """Say when enough is removed.
 
@@ -148,12 +186,13 @@ def budget(
         each: What each part takes, in the amount's measure.
         total: What the whole model takes; for `parts`, how many there are.
         title: The search, for messages.
+        constraints: What must stay.
 
     Returns:
         The budget.
 
     Raises:
-        ExperimentError: Nothing would go, or everything.
+        ExperimentError: Nothing would go, or everything, or more than may.
     """
     value = asked.value * total if asked.share else asked.value
     needed = value if word == "remove" else total - value
@@ -162,19 +201,50 @@ def budget(
             f"{title}: '{word}: {asked.text}' removes nothing: the model has "
             f"{_written(total, asked.measure)}; keep less"
         )
-    most = sum(each) - min(each)
-    if needed > most * (1 + 1e-9):
+    groups = ((one.groups(len(each)), one.count) for one in constraints.least)
+    least = dict.fromkeys((parts, count) for some, count in groups for parts in some)
+    found = Budget(tuple(each), needed, constraints.fixed(len(each)), tuple(least))
+    if not found.reachable(()):
+        most = sum(each[part] for part in found.most())
         limit, bound = ("at most", most) if word == "remove" else ("no less than", total - most)
+        names = constraints.names
+        why = f"does not fit {names}" if names else "leaves no layer"
         raise ExperimentError(
-            f"{title}: '{word}: {asked.text}' leaves no layer: of "
+            f"{title}: '{word}: {asked.text}' {why}: of "
             f"{_written(total, asked.measure)}, {word} {limit} {_written(bound, asked.measure)}"
         )
-    return Budget(tuple(each), needed)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _largest(within: Budget, removed: frozenset[int]) -> set[int]:
+    """The largest set of parts that may go together, with some: by integer programming."""
+    # Commands that ask nothing of the kind begin without it.
+    import numpy as np
+    from scipy import optimize
+
+    parts = range(len(within.each))
+    # Which parts stay of all, at least one, and of each group so many.
+    groups = [(parts, 1), *within.least]
+    holds = np.array([[part in group for part in parts] for group, _ in groups], dtype=float)
+    may_go = holds.sum(axis=1) - [stay for _, stay in groups]
+    found = optimize.milp(
+        -np.array(within.each) / max(within.each),
+        integrality=np.ones(len(parts)),
+        bounds=optimize.Bounds(
+            [float(part in removed) for part in parts],
+            [float(part not in within.fixed) for part in parts],
+        ),
+        constraints=optimize.LinearConstraint(holds, ub=may_go),
+        options={"mip_rel_gap": 0},
+    )
+    assert found.x is not None  # what is removed is allowed
+    return {part for part in parts if found.x[part] > 0.5}
 
 
 def _written(value: float, measure: Measure) -> str:
     if measure == "parts":
-        return f"{value:,.0f} parts"
+        return counted(round(value), "part")
     if measure == "parameters":
         return f"{value / 1e6:,.1f}M parameters"
     if measure == "bytes":

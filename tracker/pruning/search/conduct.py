@@ -19,7 +19,9 @@ from tracker.core.prune_records import PruneRecord, PruneStep, Tested
 from tracker.core.records import CellRecord, Place
 from tracker.ledger.store import Ledger, keep_finding, keep_search
 from tracker.measuring.prepare import look_up
+from tracker.pruning.search.beforehand import refuse_unsavable
 from tracker.pruning.search.cells import Lender, OpenCell
+from tracker.pruning.search.constraints import Constraints
 from tracker.pruning.search.figures import Searched, end
 from tracker.pruning.search.report import finding_of
 from tracker.pruning.search.request import Goal, SearchRequest
@@ -31,6 +33,7 @@ from tracker.pruning.search.search import (
     refuse_mixed,
     refuse_unknown,
     search,
+    stays_of,
 )
 from tracker.runner import Finished, run_cells
 from tracker.team.publish import Publisher, Trial
@@ -102,6 +105,9 @@ def pursue(
     cells: dict[CellRequest, OpenCell] = {}
     refuse_mixed(asked, lender, cells)
     budgets = [budget_of(each, lender) for each in asked]
+    for note in dict.fromkeys(refuse_unsavable(asked, budgets, options.trust_remote_code)):
+        if note:
+            progress.say(note)
     found: list[Found] = []
     failed: dict[SearchRequest, str] = {}
     for request, within in zip(asked, budgets, strict=True):
@@ -131,7 +137,9 @@ def pursue(
     searched = []
     for one, asked_for in zip(found, steps, strict=True):
         tested = cells[one.asked.test()]
-        record = _record(one, tested, [shown[run] for run in asked_for if run in shown])
+        places = [shown[run] for run in asked_for if run in shown]
+        stays = stays_of(one.asked, options.trust_remote_code)
+        record = _record(one, tested, places, stays)
         keep_search(ledger.root, record)
         answered = tested.paired(ablations_of(one)).scores
         searched.append(Searched(one.asked, record, answered, asked_for[-1]))
@@ -173,7 +181,9 @@ def _by_request(
     return found
 
 
-def _record(found: Found, cell: OpenCell, places: Sequence[Place]) -> PruneRecord:
+def _record(
+    found: Found, cell: OpenCell, places: Sequence[Place], stays: Constraints
+) -> PruneRecord:
     tested = [
         step.model_copy(update={"test": _tested(cell, ablation)})
         for step, ablation in zip(found.steps, ablations_of(found), strict=True)
@@ -191,6 +201,9 @@ def _record(found: Found, cell: OpenCell, places: Sequence[Place]) -> PruneRecor
         draw=found.draw,
         rescoring=asked.rescored,
         amount=asked.asked,
+        protected=stays.protected,
+        among=stays.among,
+        at_least={one.kind: str(one) for one in stays.least},
         calibration=found.calibration,
         steps=tuple(tested),
         baseline=_tested(cell, INTACT),

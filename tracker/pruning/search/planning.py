@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-
-import numpy as np
 
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.config import CellRequest
@@ -19,12 +16,12 @@ from tracker.measuring.job import Options
 from tracker.measuring.planning import texts_of
 from tracker.measuring.progress import Silent
 from tracker.models.sources import find_model
+from tracker.pruning.search.beforehand import MadeUp, refuse_unsavable
 from tracker.pruning.search.cells import Lender, planned
 from tracker.pruning.search.request import Goal, SearchRequest, deciding
-from tracker.pruning.search.scores import Losses, Scores, Set, grown
+from tracker.pruning.search.scores import Losses, Set
 from tracker.pruning.search.search import budget_of, refuse_few, refuse_mixed, refuse_unknown
 from tracker.pruning.search.strategies import NULL, STRATEGIES, Search
-from tracker.stats.arrays import Array
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,7 @@ class PlannedSearch:
         passes: What the engine computes for the sets, in passes of all calibration documents
             through the whole intact model; None for a test.
         at_most: Whether it may take less, since candidates are not all scored again.
+        note: What is to be known of it besides; empty where nothing is.
     """
 
     request: SearchRequest | CellRequest
@@ -53,6 +51,7 @@ class PlannedSearch:
     steps: int | None = None
     passes: float | None = None
     at_most: bool = False
+    note: str = ""
 
 
 def plan_searches(
@@ -91,8 +90,9 @@ def plan_searches(
     compared: dict[Goal, dict[Ablation, None]] = {}
     tested: dict[CellRequest, dict[Ablation, None]] = {}
     searches, more = [], []
-    for request in asked:
-        within = budget_of(request, lender)
+    budgets = [budget_of(request, lender) for request in asked]
+    notes = refuse_unsavable(asked, budgets, trust_remote_code)
+    for request, within, note in zip(asked, budgets, notes, strict=True):
         cells = {each: read(each)[0] for each in request.calibration()}
         for each, there in cells.items():
             refuse_few(each, there.documents)
@@ -118,6 +118,7 @@ def plan_searches(
                 steps=steps,
                 passes=sum(scores.passes for scores in counts),
                 at_most=request.rescored != "full",
+                note=note,
             )
         )
     for goal, sets in compared.items():
@@ -137,8 +138,8 @@ def _measuring(
     return PlannedSearch(request, there.documents, len(sets), flops, dtype, naive_flops)
 
 
-class _Counted(Scores):
-    """Scores that are made up: a part's cost is drawn at random, and costs add up.
+class _Counted(MadeUp):
+    """Scores that are made up, and what they would take.
 
     `known` is what earlier searches asked of each cell; `passes`, `flops` and `naive_flops` are as
     in `PlannedSearch`.
@@ -151,7 +152,7 @@ class _Counted(Scores):
         layers: int,
         known: dict[CellRequest, set[object]],
     ) -> None:
-        super().__init__([], unit, layers)
+        super().__init__(unit, layers)
         self.passes = self.flops = 0.0
         self.naive_flops: float | None = 0.0
         self._readings, self._known = readings, known
@@ -178,7 +179,7 @@ class _Counted(Scores):
                 self.flops += there.flops(planned(lacking, self.layers))
             if self.naive_flops is not None:
                 self.naive_flops += there.naive_flops(lacking)
-        return self._made_up(by, sets)
+        return super().losses(by, sets)
 
     def proxy(self, name: str, removed: Set, spans: Sequence[range] | None = None) -> Losses:
         """Count what a proxy of the model that lacks some layers takes."""
@@ -194,9 +195,4 @@ class _Counted(Scores):
                 if key not in known:
                     known.add(key)
                     self.flops += price * there.flops(planned((), self.layers))
-        return self._made_up(name, [grown(removed, *(left[n] for n in span)) for span in spans])
-
-    def _made_up(self, by: str, sets: Sequence[Set]) -> Losses:
-        costs = [random.Random(f"{by}/{part}").random() for part in range(self.layers)]
-        values: Array = np.array([[sum(costs[part] for part in each) for each in sets]])
-        return Losses([grown(each) for each in sets], values, np.ones(1), np.zeros(len(sets)))
+        return super().proxy(name, removed, spans)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -18,6 +17,7 @@ from tracker.core.formats import WRITTEN, counted, ends
 from tracker.core.grouping import grouped
 from tracker.core.prune_records import PruneRecord, PruneStep
 from tracker.core.tables import Column, Table, estimate, table
+from tracker.pruning.search.constraints import in_words
 from tracker.pruning.search.figures import (
     NO_SCORE,
     Choices,
@@ -97,17 +97,37 @@ def _answers(
         first = some[0].record
         head = f"{first.model.name} on {_benchmark(first)}, {first.amount}"
         if chosen:
-            yield f"{head}: {_set(chosen, labels)}{_why(some, recommended[goal], labels)}"
+            text = f"{head}: {_set(chosen, labels)}{_why(some, recommended[goal], labels)}"
+            yield " ".join((text, *constrained(first)))
         else:
-            yield (
+            text = (
                 f"{head}: nothing is recommended, since {recommended[goal].reason}. Unpruned it "
                 f"has a test {_metric(first)} of {_level(first, first.baseline.level)}, "
                 f"n = {first.baseline.n:,}."
             )
+            yield " ".join((text, *constrained(first)))
         yield from _beside(some, chosen)
         for one in some:
             for sentence in unsure_sentence([one.record], "the choice"):
                 yield f"{labels[one.record.name]}: {sentence}"
+
+
+def constrained(record: PruneRecord) -> Iterator[str]:
+    """Say in a sentence each what was not to go, whatever a search finds."""
+    unit = record.unit
+    if record.protected:
+        verb = "was" if len(record.protected) == 1 else "were"
+        yield f"{_parts(unit, record.protected).capitalize()} {verb} protected."
+    if record.among is not None:
+        yield f"Only {_parts(unit, record.among)} could go."
+    for kind, said in record.at_least.items():
+        count, _, width = said.partition(" of ")
+        among = f" among any {width} layers in a row" if width else ""
+        yield f"{counted(int(count), unit)} of kind {kind} at least had to stay{among}."
+
+
+def _parts(unit: str, parts: Sequence[int]) -> str:
+    return f"{unit}{'s' if len(parts) > 1 else ''} {listed(in_words(parts))}"
 
 
 def chosen_of(searched: Sequence[Searched], found: Recommended) -> list[Searched]:
@@ -288,14 +308,24 @@ def _calibration(record: PruneRecord) -> str:
 
 
 def _labels(records: Sequence[PruneRecord]) -> dict[str, str]:
-    """Name searches by their strategies, and by what they were calibrated on where that differs."""
-    alike = Counter((one.label, one.amount) for one in records)
-    return {
-        one.name: f"{one.label}, {_calibration(one)}"
-        if alike[one.label, one.amount] > 1 and one.calibration
-        else one.label
-        for one in records
-    }
+    """Name searches by their strategies, and where these are alike by what else differs.
+
+    That is what they were calibrated on, and what was to stay.
+    """
+    found = {}
+    for alike in grouped(records, lambda one: (one.label, one.amount)).values():
+        for one in alike:
+            words = [text(one) for text in (_calibration, _stays) if len(set(map(text, alike))) > 1]
+            found[one.name] = ", ".join(filter(None, (one.label, *words)))
+    return found
+
+
+def _stays(record: PruneRecord) -> str:
+    """Name what was to stay, as a part of a label."""
+    among = "" if record.among is None else f"among {listed(in_words(record.among))}"
+    protected = f"without {listed(in_words(record.protected))}" if record.protected else ""
+    least = (f"{said} {kind} left" for kind, said in record.at_least.items())
+    return ", ".join(filter(None, (among, protected, *least)))
 
 
 def _benchmark(record: PruneRecord) -> str:

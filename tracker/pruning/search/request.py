@@ -18,19 +18,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, model_validator
 
+from tracker.core.arguments import decoded
 from tracker.core.asked import Asked, FileKind, Given, is_of_removals, understand
 from tracker.core.config import CellRequest, Name
 from tracker.core.errors import ExperimentError, RequestError, did_you_mean
-from tracker.core.experiment import MAX_CELLS, Grid, Sweep, grid_of
+from tracker.core.experiment import MAX_CELLS, Choice, Grid, Sweep, grid_of
 from tracker.core.kinds import Component
 from tracker.core.problems import checked
 from tracker.core.prune_records import Rescoring
 from tracker.pruning.search.budgets import Amount, amount
+from tracker.pruning.search.constraints import CONSTRAINTS, in_words
 from tracker.pruning.search.settings import OF_CELLS, SearchSettings
 from tracker.pruning.search.strategies import BLIND, DRAWN, NULL, OF_LAYERS, RESCORED, STRATEGIES
 
-Goal = tuple[CellRequest, Component, str]
-"""The test documents of searches, what goes, and how much of it."""
+Goal = tuple[CellRequest, Component, str, str]
+"""The test documents of searches, what goes, how much of it, and what must stay."""
 DEFAULT = ("accuracy", "cosine_oneshot", NULL)
 """Strategies where none is named: what really counts, beside the usual proxy and chance."""
 
@@ -98,8 +100,22 @@ class SearchRequest(SearchSettings):
     @property
     def title(self) -> str:
         """The search's name in messages."""
-        on = f", calibrated on {', '.join(self.calibrate)}" if self.calibrate else ""
-        return f"{self.cell.title}, {self.strategy}, {self.asked}{on}"
+        on = f"calibrated on {', '.join(self.calibrate)}" if self.calibrate else ""
+        words = (self.cell.title, self.strategy, self.asked, self.stays, on)
+        return ", ".join(filter(None, words))
+
+    @property
+    def stays(self) -> str:
+        """What must stay as it was written: `protect 0, 1, last`; empty where nothing must."""
+        said = {key: ", ".join(in_words(getattr(self, key))) for key in ("protect", "among")}
+        said["at_least"] = ", ".join(f"{k}: {n}" for k, n in decoded(self.at_least).items())
+        return ", ".join(f"{key} {words}" for key, words in said.items() if words)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that was said, as ever: what could not be said once is left out where it is not."""
+        said = self.model_dump(mode="json", exclude={"cell": {"heads", "repeats"}})
+        return {key: value for key, value in said.items() if value or key not in CONSTRAINTS}
 
     @property
     def draws_of(self) -> tuple[int | None, ...]:
@@ -132,7 +148,19 @@ class SearchRequest(SearchSettings):
     @property
     def goal(self) -> Goal:
         """What it has in common with other ways to choose: their sets can be compared."""
-        return self.test(), self.unit, self.asked
+        return self.test(), self.unit, self.asked, self.stays
+
+
+class _Constraint(Choice):
+    """One value that may be a mapping itself: W&B takes each number of a range for a value."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_range(cls, given: Any) -> Any:
+        if isinstance(given, dict) and not given.keys() & {"value", "values"}:
+            written = ", ".join(f"{key}: {value}" for key, value in given.items())
+            raise ValueError(f"write {{value: {{{written}}}}}: what must stay is one value")
+        return given
 
 
 if TYPE_CHECKING:  # which takes no class that is made
@@ -142,6 +170,7 @@ else:
         "SearchParameters",
         {key: CellRequest.model_fields[key] for key in OF_CELLS}
         | {key: SearchRequest.model_fields[key] for key in SearchSettings.model_fields},
+        dict.fromkeys(CONSTRAINTS, _Constraint),
     )
 
 

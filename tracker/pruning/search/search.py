@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,12 +26,13 @@ from tracker.core.provenance import content_hash, machine
 from tracker.core.prune_records import Calibrated, PruneCost, PruneStep
 from tracker.ledger.files import read_note, write_note
 from tracker.ledger.store import Ledger
-from tracker.models.checkpoint import refuse_unsizable
+from tracker.models.checkpoint import refuse_packed
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, weightless
-from tracker.models.sources import ModelSource, count_layers, find_model
+from tracker.models.sources import ModelSource, count_layers, find_model, read_config
 from tracker.pruning.search.budgets import Budget, budget
 from tracker.pruning.search.cells import Lender, OpenCell
+from tracker.pruning.search.constraints import FREE, Constraints, constraints_of
 from tracker.pruning.search.request import SearchRequest, deciding
 from tracker.pruning.search.scores import Scores, Set
 from tracker.pruning.search.strategies import NULL, STRATEGIES, Search
@@ -132,13 +134,13 @@ class Found:
         asked = self.asked
         words = [asked.cell.model, asked.cell.benchmark, asked.strategy, self.draw, asked.asked]
         chose = [each.key for each in self.calibration]
-        digest = content_hash([asked.model_dump(mode="json"), self.draw, tests, chose])[:8]
+        digest = content_hash([asked.identity, self.draw, tests, chose])[:8]
         readable = "-".join(re.sub(r"[^A-Za-z0-9_]+", "-", str(w)).strip("-") for w in words if w)
         return f"{readable[-100:].lstrip('-')}-{digest}"
 
 
 def refuse_unknown(searches: Sequence[SearchRequest], trust_remote_code: bool = False) -> None:
-    """Refuse models and benchmarks that are not there, and models that could not be saved.
+    """Refuse models, layers and benchmarks that are not there, and models that are never saved.
 
     It is done before anything is measured, and raises RequestError.
     """
@@ -147,7 +149,8 @@ def refuse_unknown(searches: Sequence[SearchRequest], trust_remote_code: bool = 
         source = find_model(asked.cell.model, asked.cell.revision, asked.cell.model_args)
         if asked.unit == "layer" and source not in tried:
             tried.add(source)
-            refuse_unsizable(source, trust_remote_code=trust_remote_code)
+            refuse_packed(source, trust_remote_code)
+        stays_of(asked, trust_remote_code)
         for request in (*asked.calibration(), asked.test()):
             check_benchmark(request)
 
@@ -197,6 +200,7 @@ def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
     cell, measure = asked.cell, asked.amount.measure
     source = find_model(cell.model, cell.revision, cell.model_args)
     trust = lender.options.trust_remote_code
+    within = stays_of(asked, trust)  # what is wrong with it is said before anything is timed
     if measure == "seconds":
         each, total = seconds_a_token(lender.model(cell).loaded, lender.ledger)
     elif measure == "parts":
@@ -208,7 +212,21 @@ def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
         layers = find_layers(model)
         each = [float(size * sum(p.numel() for p in one.parameters())) for one in layers]
         total = float(size * model.num_parameters())
-    return budget(asked.word, asked.amount, each, total, asked.title)
+    return budget(asked.word, asked.amount, each, total, asked.title, within)
+
+
+def stays_of(asked: SearchRequest, trust_remote_code: bool = False) -> Constraints:
+    """Find what must stay of a search's model; ExperimentError for a layer that is not there."""
+    cell = asked.cell
+    source = find_model(cell.model, cell.revision, cell.model_args)
+    if not asked.stays:
+        return FREE
+    total = count_layers(source, trust_remote_code)
+    config = partial(read_config, source, trust_remote_code)
+    try:
+        return constraints_of(asked.protect, asked.among, asked.at_least, total, config)
+    except ExperimentError as error:
+        raise ExperimentError(f"{asked.title}: {error}") from None
 
 
 def search(

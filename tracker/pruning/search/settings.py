@@ -11,6 +11,7 @@ from tracker.core.extent import Positive
 from tracker.core.kinds import SearchUnit
 from tracker.core.prune_records import Rescoring
 from tracker.pruning.search.budgets import amount
+from tracker.pruning.search.constraints import Chosen, Ratios
 
 DRAWS = 3
 
@@ -43,6 +44,13 @@ class SearchSettings(Strict):
     """What stays at most: 22, 100M parameters, 200 MB, …."""
     unit: SearchUnit = "layer"
     """What goes."""
+    protect: Chosen = ()
+    """Layers that stay: 0,1,last or 3-7 or odd, even, or a kind such as full_attention."""
+    among: Chosen = ()
+    """The only layers that may go, written alike; default: all."""
+    at_least: Ratios | None = None
+    """How many of a kind stay, of all or of any so many layers in a row: full_attention=2,
+    'full_attention=1 of 4'."""
     calibrate: Annotated[tuple[Name, ...], BeforeValidator(_several)] = ()
     """Benchmarks that choose, comma-separated; default: the benchmark itself."""
     sample: Positive | None = None

@@ -9,12 +9,13 @@ Some of them do not score every candidate on every document after each removal.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
+from tracker.core.grouping import grouped
 from tracker.core.proxies import PROXIES
 from tracker.core.prune_records import PruneStep, Rescoring
 from tracker.core.records import RunIdentity
@@ -72,6 +73,11 @@ def race(scores: Scores, budget: Budget) -> Iterator[PruneStep]:
     removed: Set = ()
     while not budget.enough(removed):
         left = budget.left(removed)
+        if len(left) == 1:
+            removed = grown(removed, *left)
+            alone = dict.fromkeys(("score", "margin"), "nothing else may go")
+            yield PruneStep(removed=removed, layer=left[0], reasons=alone)
+            continue
         runs = tuple(RunIdentity(layer=part) for part in left)
         until = Until(question=QUESTION, seed=cell.request.seed, runs=runs)
         view = cell.view.model_copy(update={"removed": removed, "runs": runs, "until": until})
@@ -119,9 +125,9 @@ class Search:
     rescoring: Rescoring = "full"
 
     @property
-    def parts(self) -> range:
-        """The parts that there are."""
-        return range(self.scores.layers)
+    def parts(self) -> list[int]:
+        """The parts that may go."""
+        return self.budget.free
 
     def fitting(self, losses: Losses) -> list[int]:
         """The order of sets, without those with which the budget could not be met any more."""
@@ -186,15 +192,20 @@ def contiguous(search: Search) -> Iterator[PruneStep]:
 
     For each length the best stretch of all; they need not lie within each other.
     """
+    within, total = search.budget, search.scores.layers
+    every = (range(first, end) for first in range(total) for end in range(first + 1, total + 1))
+    stretches = grouped(filter(within.allows, every), len)
+    lengths = [n for n, some in stretches.items() if n < total and any(map(within.enough, some))]
+    longest = max(lengths, default=0)
+    if longest == 0:
+        raise out_of_reach("angular removes a stretch of layers, each of which may go")
     length = 0
     removed: Set = ()
-    while not search.budget.enough(removed):
+    while not within.enough(removed):
         length += 1
-        spans = [range(n, n + length) for n in range(len(search.parts) - length + 1)]
-        if length == len(search.parts) - 1:
-            spans = [span for span in spans if search.budget.enough(span)]
-        if not spans:
-            raise out_of_reach("angular removes a stretch from the first layer, or to the last")
+        spans = stretches[length]
+        if length == longest:
+            spans = [span for span in spans if within.enough(span)]
         losses = search.scores.proxy("angular_distance", (), spans)
         step = losses.step(None)
         nested = set(removed) < set(step.removed)
@@ -205,20 +216,27 @@ def contiguous(search: Search) -> Iterator[PruneStep]:
 
 def last(search: Search) -> Iterator[PruneStep]:
     """Remove from the end, but for the very last part, which speaks to the head."""
-    if not search.budget.enough(search.parts[:-1]):
+    within = search.budget
+    within = replace(within, fixed=within.fixed | {search.scores.layers - 1})
+    if not within.reachable(()):
         raise out_of_reach("last leaves the very last layer")
-    yield from _in_order(search, list(reversed(search.parts[:-1])))
+    yield from _in_order(search, _fitting(reversed(within.free), within))
 
 
 def at_random(search: Search) -> Iterator[PruneStep]:
     """Remove in a random order."""
-    order = list(search.parts)
+    order = list(range(search.scores.layers))
     search.lots("random").shuffle(order)
-    fitting: list[int] = []
+    yield from _in_order(search, _fitting(order, search.budget))
+
+
+def _fitting(order: Iterable[int], within: Budget) -> list[int]:
+    """Leave out of an order those parts that, beside the ones before, may not go."""
+    found: list[int] = []
     for part in order:
-        if search.budget.reachable((*fitting, part)):
-            fitting.append(part)
-    yield from _in_order(search, fitting)
+        if within.reachable((*found, part)):
+            found.append(part)
+    return found
 
 
 def _in_order(search: Search, order: Sequence[int]) -> Iterator[PruneStep]:
@@ -261,7 +279,7 @@ def evolutionary(search: Search) -> Iterator[PruneStep]:
     A mutation puts one part back and removes another one; a third of them do it twice.
     """
     lots, size = search.lots("evolutionary"), search.budget.count
-    parts = list(search.parts)
+    parts = search.parts
 
     def drawn(seen: set[Set], make: Callable[[], Set]) -> list[Set]:
         """Make up to a population of sets that are new; fewer where there are no more."""
@@ -270,7 +288,7 @@ def evolutionary(search: Search) -> Iterator[PruneStep]:
             if len(found) == POPULATION:
                 break
             one = make()
-            if one not in seen:
+            if one not in seen and search.budget.allows(one):
                 seen.add(one)
                 found.append(one)
         return found
@@ -282,13 +300,19 @@ def evolutionary(search: Search) -> Iterator[PruneStep]:
             one = (one - {back}) | {out}
         return tuple(sorted(one))
 
+    def any_one() -> Set:
+        one = lots.sample(parts, size)
+        if not search.budget.allows(one):
+            one = _fitting(lots.sample(parts, len(parts)), search.budget.of_parts(size))[:size]
+        return tuple(sorted(one))
+
     seen: set[Set] = set()
-    population = drawn(seen, lambda: tuple(sorted(lots.sample(parts, size))))
+    population = drawn(seen, any_one)
     for generation in range(GENERATIONS + 1):
         losses = search.scores.losses("accuracy", population)
         order = losses.order
         population = [population[place] for place in order[:POPULATION]]
-        if generation < GENERATIONS:
+        if generation < GENERATIONS and size < len(parts):
             population += drawn(seen, mutant)
     yield losses.step(None)
 

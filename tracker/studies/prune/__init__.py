@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
+from tracker.pruning.search.beforehand import refuse_unsavable
 from tracker.pruning.search.cells import Lender
 from tracker.pruning.search.conduct import pursue
 from tracker.pruning.search.report import COST
@@ -96,8 +97,9 @@ class Prune(Study):
             searches = self._searches(wanted, [wanted])
             # Wrong settings are said before anything is measured.
             refuse_unknown(searches, asked.options.trust_remote_code)
-            for search in {one.remove: one for one in searches}.values():
-                budget_of(search, lender)
+            budgets = {one.remove: budget_of(one, lender) for one in searches}
+            within = [budgets[one.remove] for one in searches]
+            refuse_unsavable(searches, within, asked.options.trust_remote_code)
             requests.append(wanted)
         searches = [s for cell in requests for s in self._searches(cell, requests)]
         refuse_mixed(searches, lender, {})

@@ -1,0 +1,101 @@
+"""What searches of a model whose layers follow a period may find, held against the period."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, JambaConfig
+
+from tests.conftest import cli, printed, refused, save_tokenizer
+from tracker.core.errors import ModelError
+from tracker.pruning.search.beforehand import ends_of, refuse_unsavable
+from tracker.pruning.search.cells import Lender
+from tracker.pruning.search.request import SearchRequest
+from tracker.pruning.search.scores import Set
+from tracker.pruning.search.search import budget_of
+
+LAYERS, PERIOD = 8, 4
+
+
+@pytest.fixture(scope="module")
+def jamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Attention in every fourth layer, from layer 2 on, and experts in every other one."""
+    folder = tmp_path_factory.mktemp("jamba")
+    config = JambaConfig(
+        vocab_size=save_tokenizer(folder, bos=False), hidden_size=32, intermediate_size=48,
+        num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, num_experts=4,
+        attn_layer_period=PERIOD, attn_layer_offset=2, expert_layer_period=2,
+        expert_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def fits(removed: Set) -> bool:
+    """Whether each layer that is left comes to a place where a layer of its kind belongs."""
+    kept = [layer for layer in range(LAYERS) if layer not in removed]
+    kinds = [(layer % PERIOD == 2, layer % 2 == 1) for layer in range(LAYERS)]
+    return all(kinds[layer] == kinds[place] for place, layer in enumerate(kept))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"strategy": "last", "remove": 4},
+        {"strategy": "last", "remove": 3},
+        {"strategy": "last", "remove": 2},
+        {"strategy": "random", "remove": 2, "draws": 9},
+        {"strategy": "random", "remove": 1, "draws": 1},
+        {"strategy": "angular", "remove": 4},
+        {"strategy": "angular", "remove": 3},
+        {"strategy": "accuracy", "remove": 4},
+        {"strategy": "gold_logprob_oneshot", "remove": 4},
+        {"strategy": "accuracy", "remove": 4, "among": "4-7"},
+        {"strategy": "accuracy", "remove": 4, "among": "3-7"},
+        {"strategy": "accuracy", "remove": 4, "protect": {"kind": "attention"}},
+    ],
+)
+def test_sets_that_break_a_period_are_found_out_before_anything_is_measured(
+    ask: Callable[..., SearchRequest], lend: Callable[..., Lender], jamba: Path, said: Any
+) -> None:
+    asked = ask(model=str(jamba), **said)
+    within = budget_of(asked, lend())
+    found = [fits(end) for end in ends_of(asked, within)]
+    way = "Stretches of 4 layers, or of a multiple, can go: write strategy: {value: angular}"
+    if all(found):
+        assert refuse_unsavable([asked], [within]) == [""]
+    elif any(found):
+        (note,) = refuse_unsavable([asked], [within])
+        assert "what it finds may be no checkpoint: JambaForCausalLM: its configuration" in note
+        assert way in note
+    else:
+        with pytest.raises(ModelError, match="cannot say that layer") as refusal:
+            refuse_unsavable([asked], [within])
+        assert way in str(refusal.value)
+
+
+def test_what_is_said_of_such_sets_is_planned_validated_and_refused(
+    write, prune, jamba: Path, tmp_path: Path
+) -> None:
+    some = write(model=str(jamba), strategy="random", remove=1, draws=9)
+    note = "arc_easy, random, remove 1: what it finds may be no checkpoint"
+    assert note in " ".join(printed("validate", some).split())
+    assert note in " ".join(printed("plan", some, "--gflops=1").split())
+    none = write(model=str(jamba), strategy="gold_logprob_oneshot", remove=4)
+    for done in (prune(none), cli("plan", none), cli("validate", none)):
+        refused(done, "can go: write strategy: {value: angular} and remove: {value: 4}")
+    assert not (tmp_path / "results").exists()
+    assert "1 search" in printed("validate", write(model=str(jamba), strategy="last", remove=4))
+
+
+def test_what_goes_by_a_period_is_saved(write, prune, jamba: Path, tmp_path: Path) -> None:
+    path = write(model=str(jamba), strategy="last", remove=4, test_sample=4, dtype="float32")
+    done = prune(path, "--output", tmp_path / "lighter")
+    assert done.exit_code == 0, done.output
+    left = AutoModelForCausalLM.from_pretrained(tmp_path / "lighter").config
+    assert left.num_hidden_layers == LAYERS - 4

@@ -1,0 +1,303 @@
+"""What must stay does stay, and beside it every strategy chooses what a naive one does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.conftest import golden, printed
+from tracker.core.errors import ExperimentError
+from tracker.core.prune_records import PruneCost, PruneRecord
+from tracker.ledger.store import searches
+from tracker.pruning.search import strategies
+from tracker.pruning.search.beforehand import MadeUp, ends_of
+from tracker.pruning.search.budgets import Budget, amount, budget
+from tracker.pruning.search.cells import OpenCell
+from tracker.pruning.search.constraints import constraints_of
+from tracker.pruning.search.request import SearchRequest, search_request
+from tracker.pruning.search.scores import Scores, Set
+from tracker.pruning.search.search import Found
+from tracker.pruning.search.strategies import STRATEGIES, Search
+
+from .conftest import GO, LAYERS, Truth
+from .test_strategies import cosine, grown, naive_proxy, turned
+
+KINDS = ["full", "mamba", "mamba", "full", "mamba"]
+CONFIG = SimpleNamespace(num_hidden_layers=LAYERS, layer_types=KINDS)
+CASES: dict[str, tuple[dict[str, Any], Callable[[set[int]], bool]]] = {
+    "protect": ({"protect": "0"}, lambda s: 0 not in s),
+    "both ends": ({"protect": [1, "last"]}, lambda s: not {1, 4} & s),
+    "range": ({"among": {"min": 1, "max": 3}}, lambda s: s <= {1, 2, 3}),
+    "kind": ({"among": {"kind": "mamba"}}, lambda s: s <= {1, 2, 4}),
+    "both": ({"among": "even,odd", "protect": [2]}, lambda s: 2 not in s),
+    "so many": ({"at_least": {"mamba": 2}}, lambda s: len({1, 2, 4} & s) <= 1),
+    "of 3": ({"at_least": {"mamba": "1 of 3"}}, lambda s: not ({1, 2} <= s or {2, 4} <= s)),
+    "of 4": ({"at_least": "odd=1 of 4"}, lambda s: not {1, 3} <= s),
+}
+"""What is written → which sets that leaves, by hand."""
+
+
+def asked(**said: Any) -> SearchRequest:
+    return search_request({"model": "m", "benchmark": "copa", "remove": GO, **said})
+
+
+def within(case: str) -> Budget:
+    """The budget of a search of layers of `KINDS`."""
+    one = asked(strategy="last", **CASES[case][0])
+    found = constraints_of(one.protect, one.among, one.at_least, LAYERS, lambda: CONFIG)
+    return budget("remove", amount(GO), [1.0] * LAYERS, LAYERS, "t", found)
+
+
+def ends(case: str) -> list[Set]:
+    return [s for s in combinations(range(LAYERS), GO) if CASES[case][1](set(s))]
+
+
+def leads(case: str, sets: list[Set]) -> list[Set]:
+    """Those sets that are a part of one that is large enough."""
+    return [s for s in sets if any(set(s) <= set(end) for end in ends(case))]
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def run(cell: OpenCell, case: str, strategy: str, **more: Any) -> list[Set]:
+    scores = Scores([cell], "layer", LAYERS)
+    given = Search(scores, within(case), **more)
+    return [step.removed for step in STRATEGIES[strategy](given)]
+
+
+@pytest.mark.parametrize("by", ["accuracy", "gold_logprob"])
+def test_greedy_takes_the_best_that_leads_to_enough(cell, truth: Truth, case: str, by: str) -> None:
+    removed, expected = (), []
+    while len(removed) < GO:
+        removed = min(leads(case, grown(removed)), key=lambda each: truth.key(by, each))
+        expected.append(removed)
+    assert run(cell, case, by) == expected
+
+
+@pytest.mark.parametrize("by", ["accuracy", "gold_logprob", "cosine"])
+def test_one_shot_takes_the_next_that_leads_to_enough(cell, truth: Truth, case: str, by) -> None:
+    once = naive_proxy("cosine", truth, ()) if by == "cosine" else {}
+    order = sorted(range(LAYERS), key=lambda n: once.get(n) or truth.key(by, (n,)))  # type: ignore[arg-type, return-value]
+    removed, expected = (), []
+    while len(removed) < GO:
+        candidates = leads(case, [tuple(sorted((*removed, n))) for n in order if n not in removed])
+        removed = candidates[0]
+        expected.append(removed)
+    assert run(cell, case, f"{by}_oneshot") == expected
+
+
+def test_a_proxy_takes_the_smallest_that_leads_to_enough(cell, truth: Truth) -> None:
+    removed: Set = ()
+    for step in run(cell, "of 3", "cosine"):
+        figures = naive_proxy("cosine", truth, removed)
+        order = [tuple(sorted((*removed, n))) for n in sorted(figures, key=lambda n: figures[n])]
+        removed = leads("of 3", order)[0]
+        assert step == removed
+
+
+def test_a_beam_keeps_the_best_that_lead_to_enough(cell, truth: Truth, case: str) -> None:
+    kept: list[Set] = [()]
+    for _ in range(GO):
+        sets = leads(case, sorted({each for one in kept for each in grown(one)}))
+        kept = sorted(sets, key=lambda each: truth.key("accuracy", each))[: strategies.WIDTH]
+    assert run(cell, case, "beam")[-1] == kept[0]
+
+
+def test_evolution_finds_the_best_of_those_that_may_go(cell, truth: Truth, case: str) -> None:
+    best = min(ends(case), key=lambda each: truth.key("accuracy", each))
+    assert run(cell, case, "evolutionary") == [best]
+
+
+def test_the_best_stretch_of_those_that_may_go_goes(cell, truth: Truth, case: str) -> None:
+    angles = turned(truth.model, truth, lambda b, a: cosine(b, a).clamp(-1, 1).arccos())
+    allowed = CASES[case][1]
+
+    def stretches(length: int) -> Iterator[Set]:
+        for first in range(LAYERS - length + 1):
+            if allowed(set(stretch := tuple(range(first, first + length)))):
+                yield stretch
+
+    if not list(stretches(GO)):
+        with pytest.raises(ExperimentError, match="each of which may go, and that is not enough"):
+            run(cell, case, "angular")
+        return
+    expected = [min(stretches(n), key=lambda s: angles[s[0]][s[-1]]) for n in range(1, GO + 1)]
+    assert run(cell, case, "angular") == expected
+
+
+def test_the_last_that_may_go_go_but_for_the_very_last(cell, case: str) -> None:
+    possible = [s for s in ends(case) if LAYERS - 1 not in s]
+    if not possible:
+        with pytest.raises(ExperimentError, match="last leaves the very last layer"):
+            run(cell, case, "last")
+        return
+    # The latest, and of these the latest: as a number is read.
+    assert run(cell, case, "last")[-1] == max(possible, key=lambda s: s[::-1])
+
+
+def test_random_draws_are_all_that_may_go_and_nothing_else(cell, case: str) -> None:
+    drawn = {run(cell, case, "random", seed=seed)[-1] for seed in range(60)}
+    assert drawn == set(ends(case))
+
+
+@pytest.mark.parametrize("rescoring", ["lazy", "race"])
+def test_what_is_not_scored_in_full_leaves_what_must_stay(ask, lend, case: str, rescoring) -> None:
+    said = {"benchmark": "copa", "strategy": "accuracy", "rescoring": rescoring, "sample": None}
+    cell = OpenCell(ask(**said).calibration()[0], lend())
+    assert run(cell, case, "accuracy", rescoring=rescoring)[-1] in ends(case)
+
+
+def naive(each: tuple[float, ...], needed: float, within: Budget) -> list[set[int]]:
+    """All sets that are enough, leave what must stay, and leave a part."""
+    parts = range(len(each))
+    return [
+        set(s)
+        for n in range(1, len(each))
+        for s in combinations(parts, n)
+        if sum(each[p] for p in s) >= needed
+        and not within.fixed & set(s)
+        and all(len(set(group) - set(s)) >= stay for group, stay in within.least)
+    ]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_whatever_must_stay_the_budget_is_met_or_it_is_said(strategy: str) -> None:
+    """Layers of any sizes, any of them fixed, any sets of which some stay."""
+    lots = random.Random(7)
+    for _ in range(60):
+        total = lots.randint(3, 7)
+        each = tuple(float(lots.choice((1, 1, 2, 5))) for _ in range(total))
+        parts = range(total)
+        fixed = frozenset(p for p in parts if lots.random() < 0.2)
+        groups = [tuple(sorted(lots.sample(parts, lots.randint(1, total)))) for _ in range(2)]
+        least = tuple((group, lots.randint(1, len(group))) for group in groups)
+        one = Budget(each, float(lots.randint(1, int(sum(each)))), fixed, least)
+        possible = naive(each, one.needed, one)
+        assert one.reachable(()) == bool(possible)
+        for s in (set(lots.sample(parts, n)) for n in range(total)):
+            assert one.reachable(s) == any(s <= end for end in possible), (one, s)
+            if one.reachable(s):
+                assert one.left(s) == [
+                    p for p in parts if p not in s and any({*s, p} <= end for end in possible)
+                ]
+        if not possible:
+            continue
+        try:
+            steps = list(STRATEGIES[strategy](Search(MadeUp("layer", total), one)))
+        except ExperimentError:
+            assert strategy in ("last", "angular", "evolutionary")
+            continue
+        assert set(steps[-1].removed) in possible
+        assert not any(one.enough(step.removed) for step in steps[:-1])
+
+
+@pytest.mark.parametrize(("written", "meant"), golden("layers_said"))
+def test_layers_are_understood_however_they_are_written(written: str, meant: str) -> None:
+    protect = asked(strategy="last", protect=written).protect
+    assert ", ".join(map(str, protect)) == meant
+    assert asked(strategy="last", protect=list(protect)).protect == protect
+
+
+def test_other_constraints_are_another_search_and_none_is_the_same_as_ever() -> None:
+    """The name of a search without any is what it was before there were constraints."""
+    cost = PruneCost(evaluations=0, passes=0, seconds=0)
+
+    def name(**said: Any) -> str:
+        one = asked(strategy="random", sample=32, remove=8, **said)
+        return Found(one, 2, (), (), cost).name("tests")
+
+    assert name() == "m-copa-random-2-remove-8-72dd68c6"
+    said = [{}, {"protect": [0, "last"]}, {"among": "3-9"}, {"at_least": {"odd": 3}}]
+    assert len({name(**each) for each in said}) == 4
+    assert name(protect="last,0") == name(protect=["last", "0"]) == name(protect=[0, "last"])
+    assert name(at_least="odd=3") == name(at_least={"odd": "3"}) == name(at_least={"odd": 3})
+
+
+class Seen(MadeUp):
+    """Takes down which sets are scored."""
+
+    sets: tuple[Set, ...] = ()
+
+    def losses(self, by: str, sets: Any) -> Any:
+        self.sets = (*self.sets, *sets)
+        return super().losses(by, sets)
+
+
+@pytest.mark.parametrize("strategy", ["accuracy_oneshot", "accuracy", "beam"])
+def test_what_may_go_alone_is_scored(strategy: str) -> None:
+    scores = Seen("layer", LAYERS)
+    one = Budget((1.0,) * LAYERS, 2, frozenset({0, 2, 4}))
+    list(STRATEGIES[strategy](Search(scores, one)))
+    assert {part for each in scores.sets for part in each} == {1, 3}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_file_says_what_must_stay_and_the_page_repeats_it(write, prune, tmp_path: Path) -> None:
+    path = write(
+        strategy=["accuracy", "cosine_oneshot", "last", "random"],
+        protect={"values": [[0, "last"], [0, 1]]},
+        at_least={"value": {"odd": "1 of 4"}},
+        test_sample=4,
+    )
+    plan = printed("plan", path, "--gflops=1", f"--results={tmp_path}/new")
+    assert "arc_easy: last, remove 2, protect 0, last, at_least odd: 1 of 4" in plan
+    done = prune(path)
+    assert done.exit_code == 0, done.output
+    records = searches(tmp_path / "results", {})
+    assert len(records) == 2 * (3 + 3)
+    for one in records:
+        assert not {1, 3} <= set(one.removed)
+        assert not set(one.protected) & set(one.removed)
+        assert (one.protected, one.among, one.at_least) in (
+            ((0, 4), None, {"odd": "1 of 4"}),
+            ((0, 1), None, {"odd": "1 of 4"}),
+        )
+        assert PruneRecord.model_validate_json(one.model_dump_json()) == one
+    page = (tmp_path / "results" / "report.html").read_text(encoding="utf-8")
+    for text in (" ".join(done.output.split()), page):
+        assert "Layers 0 and 4 were protected." in text
+        assert "1 layer of kind odd at least had to stay among any 4 layers in a row." in text
+    # What could be told apart by its amount alone is, by what was to stay.
+    assert "last, without 0 and 1" in done.output
+
+    # As W&B passes it on, for the same search.
+    trial = prune(
+        *(f"--{key}={value}" for key, value in _parameters(path).items()),
+        "--strategy=last",
+        "--protect=[0, 'last']",
+        "--at_least={'odd': '1 of 4'}",
+    )
+    assert trial.exit_code == 0, trial.output
+    assert {one.name for one in searches(tmp_path / "results", {})} == {r.name for r in records}
+
+
+def _parameters(path: Path) -> dict[str, Any]:
+    import yaml
+
+    said = yaml.safe_load(path.read_text())["parameters"]
+    return {key: one["value"] for key, one in said.items() if "value" in one and key != "at_least"}
+
+
+def test_attentions_stay_too(write, prune, tmp_path: Path) -> None:
+    done = prune(write(strategy="last", unit="attention", among={"value": {"min": 0, "max": 2}}))
+    assert done.exit_code == 0, done.output
+    (record,) = searches(tmp_path / "results", {})
+    assert (record.removed, record.among) == ((1, 2), (0, 1, 2))
+    assert "Only attentions 0 to 2 could go." in " ".join(done.output.split())
+
+
+def test_a_search_without_documents_says_beforehand_how_it_ends() -> None:
+    one = asked(strategy="random", draws=2)
+    assert all(len(end) == GO for end in ends_of(one, within("of 3")))
+    given = [Search(MadeUp("layer", LAYERS), within("of 3"), 1234, draw) for draw in (1, 2)]
+    drawn = [list(STRATEGIES["random"](each))[-1].removed for each in given]
+    assert ends_of(one, within("of 3")) == list(dict.fromkeys(drawn))
