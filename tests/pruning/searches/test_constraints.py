@@ -265,7 +265,7 @@ def test_a_file_says_what_must_stay_and_the_page_repeats_it(write, prune, tmp_pa
     page = (tmp_path / "results" / "report.html").read_text(encoding="utf-8")
     for text in (" ".join(done.output.split()), page):
         assert "Layers 0 and 4 were protected." in text
-        assert "1 layer of kind odd at least had to stay among any 4 layers in a row." in text
+        assert "Of any 4 layers in a row at least 1 of kind odd had to stay." in text
     # What could be told apart by its amount alone is, by what was to stay.
     assert "last, without 0 and 1" in done.output
 

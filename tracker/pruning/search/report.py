@@ -122,8 +122,8 @@ def constrained(record: PruneRecord) -> Iterator[str]:
         yield f"Only {_parts(unit, record.among)} could go."
     for kind, said in record.at_least.items():
         count, _, width = said.partition(" of ")
-        among = f" among any {width} layers in a row" if width else ""
-        yield f"{counted(int(count), unit)} of kind {kind} at least had to stay{among}."
+        some = f"any {width} {unit}s in a row" if width else f"all {unit}s"
+        yield f"Of {some} at least {count} of kind {kind} had to stay."
 
 
 def _parts(unit: str, parts: Sequence[int]) -> str:
