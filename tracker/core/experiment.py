@@ -195,7 +195,8 @@ def grid_of(
     """
     fields: dict[str, Any] = {}
     for key, field in keys.items():
-        kind = {"layer": _Layers, "head": _Heads, **kinds}.get(key, Choice)
+        own: dict[str, type[_Value]] = {"layer": _Layers, "head": _Heads, **kinds}
+        kind = own.get(key, Choice)
         fields[key] = (kind, ...) if field.is_required() else (kind | None, None)
     return create_model(name, __base__=Grid, **fields)
 

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import golden, printed
 from tracker.core.errors import ExperimentError
 from tracker.core.prune_records import PruneCost, PruneRecord
-from tracker.ledger.store import searches
+from tracker.ledger.store import listed
 from tracker.pruning.search import strategies
 from tracker.pruning.search.beforehand import MadeUp, ends_of
 from tracker.pruning.search.budgets import Budget, amount, budget
@@ -252,7 +252,7 @@ def test_a_file_says_what_must_stay_and_the_page_repeats_it(write, prune, tmp_pa
     assert "arc_easy: last, remove 2, protect 0, last, at_least odd: 1 of 4" in plan
     done = prune(path)
     assert done.exit_code == 0, done.output
-    records = searches(tmp_path / "results", {})
+    records = listed(tmp_path / "results" / "searches", PruneRecord, {})
     assert len(records) == 2 * (3 + 3)
     for one in records:
         assert not {1, 3} <= set(one.removed)
@@ -277,7 +277,9 @@ def test_a_file_says_what_must_stay_and_the_page_repeats_it(write, prune, tmp_pa
         "--at_least={'odd': '1 of 4'}",
     )
     assert trial.exit_code == 0, trial.output
-    assert {one.name for one in searches(tmp_path / "results", {})} == {r.name for r in records}
+    assert {one.name for one in listed(tmp_path / "results" / "searches", PruneRecord, {})} == {
+        r.name for r in records
+    }
 
 
 def _parameters(path: Path) -> dict[str, Any]:
@@ -290,7 +292,7 @@ def _parameters(path: Path) -> dict[str, Any]:
 def test_attentions_stay_too(write, prune, tmp_path: Path) -> None:
     done = prune(write(strategy="last", unit="attention", among={"value": {"min": 0, "max": 2}}))
     assert done.exit_code == 0, done.output
-    (record,) = searches(tmp_path / "results", {})
+    (record,) = listed(tmp_path / "results" / "searches", PruneRecord, {})
     assert (record.removed, record.among) == ((1, 2), (0, 1, 2))
     assert "Only attentions 0 to 2 could go." in " ".join(done.output.split())
 
