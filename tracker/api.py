@@ -378,11 +378,7 @@ class Pruned:
 
 
 def prune(
-    experiment: Given = None,
-    *,
-    tokenizer: Any = None,
-    output: Where | None = None,
-    **settings: Any,
+    experiment: Given = None, *, tokenizer: Any = None, output: Where | None = None, **settings: Any
 ) -> Pruned:
     """Search for what to prune on some documents, and test what was chosen on others.
 

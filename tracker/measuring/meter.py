@@ -97,11 +97,7 @@ class Meter:
     """
 
     def __init__(
-        self,
-        requests: Sequence[CellRequest],
-        benchmark: Benchmark,
-        model: Model,
-        options: Options,
+        self, requests: Sequence[CellRequest], benchmark: Benchmark, model: Model, options: Options
     ) -> None:
         from tracker.benchmarks.encoder import RequestEncoder
         from tracker.engine.selfcheck.check import watched_documents

@@ -12,13 +12,7 @@ from tracker.core.decision_records import DecisionsRecord
 from tracker.core.kinds import KINDS
 from tracker.core.proxies import FIGURES
 from tracker.core.records import AnswerRecord, CellRecord, RunIdentity, RunRecord
-from tracker.core.run_table import (
-    correlation_columns,
-    metric_columns,
-    pick,
-    run_columns,
-    runs_of,
-)
+from tracker.core.run_table import correlation_columns, metric_columns, pick, run_columns, runs_of
 from tracker.core.tables import Table, table
 
 CURVES = (

@@ -216,10 +216,4 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
                 showlegend=False,
             )
         )
-    return style.chart(
-        scatter_title(cell),
-        data,
-        460,
-        xaxis=along,
-        yaxis=_change_axis(measure),
-    )
+    return style.chart(scatter_title(cell), data, 460, xaxis=along, yaxis=_change_axis(measure))

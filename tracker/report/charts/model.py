@@ -151,10 +151,7 @@ def _explains(board: LayerBoard) -> str:
 
 
 def _relevance(
-    name: str,
-    layers: Sequence[int],
-    figures: Sequence[Estimate],
-    samples: Sequence[str],
+    name: str, layers: Sequence[int], figures: Sequence[Estimate], samples: Sequence[str]
 ) -> dict[str, Any]:
     """Draw the relevance of layers, with what each rests on."""
     hover = [

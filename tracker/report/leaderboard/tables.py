@@ -217,10 +217,7 @@ def model_board_columns() -> tuple[Column[RankedModel], ...]:
         return Estimate(row.standing.costly, reason=row.standing.relevance.reason or NO_REASON)
 
     relevance = "mean relevance of a layer with 95 % interval"
-    worst, surely = (
-        "most critical layer (0-based)",
-        "layers that are shown to matter",
-    )
+    worst, surely = ("most critical layer (0-based)", "layers that are shown to matter")
     return (
         Column("model", "text", lambda row: row.model, name="model"),
         *_ranks(_ALONE),

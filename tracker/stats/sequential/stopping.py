@@ -100,12 +100,7 @@ class Race:
         self._duels = None
         if asked.count is not None:
             self._duels = SequentialTopK(
-                population,
-                runs,
-                asked.count,
-                within=asked.within,
-                level=asked.level,
-                reach=reach,
+                population, runs, asked.count, within=asked.within, level=asked.level, reach=reach
             )
         self.seen = np.zeros(runs, dtype=np.int64)
         self._unread: list[tuple[Array, Numbers]] = []

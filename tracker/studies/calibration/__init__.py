@@ -11,14 +11,7 @@ from tracker.core.formats import DASH, interval, two_digits
 from tracker.core.grouping import grouped
 from tracker.core.records import CellRecord
 from tracker.report.wording import capital
-from tracker.studies.base import (
-    FEWEST,
-    Study,
-    StudyContext,
-    StudyResult,
-    Subject,
-    whole_layers,
-)
+from tracker.studies.base import FEWEST, Study, StudyContext, StudyResult, Subject, whole_layers
 from tracker.studies.calibration.figures import SHOWN, Curve, curve_of, joined, judged, measures
 from tracker.studies.calibration.layout import (
     agreement_chart,

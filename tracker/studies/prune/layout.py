@@ -39,10 +39,7 @@ def how_many(group: Compared, amount: str) -> str:
 
 
 def _with_mean(
-    group: Compared,
-    unit: Unit,
-    of: Callable[[Row, str], Estimate],
-    mean: Callable[[Row], Estimate],
+    group: Compared, unit: Unit, of: Callable[[Row, str], Estimate], mean: Callable[[Row], Estimate]
 ) -> Iterator[Column[Row]]:
     """State a column for each benchmark, and the mean."""
 

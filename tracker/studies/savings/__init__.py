@@ -138,8 +138,7 @@ def _bounded(cell: MeasuredDocuments, replays: Sequence[Replayed]) -> str:
     """Say what bounds the dearest question."""
     # Of those that are open after all that are measured, the one that needs the most.
     dearest = max(
-        replays,
-        key=lambda race: (most(race.passes, 0.5), race.bound.documents.value or math.inf),
+        replays, key=lambda race: (most(race.passes, 0.5), race.bound.documents.value or math.inf)
     )
     bound, needed = dearest.bound, dearest.bound.documents
     answer = f"{cell.title}: the dearest, '{dearest.asked}', is bounded by {hardest_of(dearest)}"

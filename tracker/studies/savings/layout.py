@@ -9,13 +9,7 @@ import numpy as np
 from tracker.core.findings import Line, LineChart
 from tracker.core.formats import points
 from tracker.core.tables import Column, Table, table
-from tracker.studies.savings.figures import (
-    ORDERS,
-    POWER,
-    MeasuredDocuments,
-    Replayed,
-    most,
-)
+from tracker.studies.savings.figures import ORDERS, POWER, MeasuredDocuments, Replayed, most
 
 
 def times(cell: MeasuredDocuments, race: Replayed) -> float:

@@ -15,11 +15,7 @@ from tracker.core.records import CellRecord
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.measuring.observing import Observed
 from tracker.stats.arrays import Array, per_token, proxy_means
-from tracker.stats.correlation import (
-    correlate,
-    correlation_difference,
-    partial_correlate,
-)
+from tracker.stats.correlation import correlate, correlation_difference, partial_correlate
 from tracker.stats.growth import growths
 from tracker.stats.rank_agreement import places
 from tracker.stats.resampling import SEED

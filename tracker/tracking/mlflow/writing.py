@@ -254,10 +254,7 @@ def _latest(found: Any) -> Iterator[Any]:
 
 
 def _metrics(
-    run: MlflowRun,
-    values: Mapping[tuple[str, int], float],
-    model: ShownModel | None,
-    now: int,
+    run: MlflowRun, values: Mapping[tuple[str, int], float], model: ShownModel | None, now: int
 ) -> list[Metric]:
     """Lay values out as metrics of a run, and of its model where it is one of a model."""
     if model is None or run.measured_on is None:
