@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import click
+from pydantic import Field
 
 from tracker.cli.boundary import Boundary
 from tracker.cli.options import (
@@ -150,19 +151,22 @@ def evaluate(project: str, **settings: Any) -> None:
     sys.exit(outcome.exit_code)
 
 
+class Benching(Told):
+    """What is timed, and how it is said."""
+
+    components: Annotated[tuple[str, ...], click.Choice(COMPONENTS)] = Field((), alias="component")
+    """What of every layer is removed; may be given several times. Default: layer."""
+    as_json: bool = Field(False, alias="json")
+    """Print the figures as JSON."""
+
+
 @main.command()
 @asking(said=tuple(key for key in KEYS if key != "component"))
-@click.option(
-    "--component",
-    "components",
-    multiple=True,
-    type=click.Choice(COMPONENTS),
-    help="What of every layer is removed; may be given several times. Default: layer.",
-)
+@keys(Benching, "components")
 @machine
 @keys(Elsewhere, "offload")
 @click.option("--check/--no-check", "checking", default=True, help="Whether to run the self-check.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@keys(Benching, "as_json")
 @trust
 def bench(
     experiment: Path | None,

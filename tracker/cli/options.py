@@ -212,8 +212,9 @@ def keys(model: type[BaseModel], *names: str, defaults: bool = True) -> Callable
                     told |= {"default": default, "show_default": True}
                 else:
                     told["help"] += f" Default: {default}."
-            dashed = f"--{name.replace('_', '-')}"
-            spelled = [dashed] if issubclass(model, Told) else dict.fromkeys((f"--{name}", dashed))
+            dashed = f"--{about.alias or name.replace('_', '-')}"
+            typed = name if issubclass(model, Told) else f"--{name}"
+            spelled = dict.fromkeys((typed, dashed))
             function = click.option(*spelled, **told)(function)
         return function
 
@@ -349,8 +350,8 @@ def _kind_of(hint: Any) -> dict[str, Any]:
 class Told(BaseModel):
     """What commands are told besides experiments: a schema, as `CellRequest` is of those.
 
-    A type of click's own stands in the annotation. What is yes or no is a flag; what is a tuple may
-    be given several times.
+    A type of click's own stands in the annotation, and what is typed is the alias if it is another
+    name. What is yes or no is a flag; what is a tuple may be given several times.
     """
 
     model_config = ConfigDict(use_attribute_docstrings=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import click
+from pydantic import Field
 
 from tracker.cli.commands import main
 from tracker.cli.options import Place, Told, asking, keys, running
@@ -29,6 +30,8 @@ class Studying(Told):
     text: Annotated[Path | None, Place()] = None
     """Plain text to calibrate on too: a .txt file with blank lines between documents, or a .jsonl
     file."""
+    questions: tuple[str, ...] = Field((), alias="question")
+    """A question as 'until' takes it; may be given again. Default: nine, such as 'top 5'."""
     draws: Annotated[int, click.IntRange(1, 1000)] = DRAWS
     """Random directions for each layer and token; each costs as much as all removals."""
     epsilon: Annotated[tuple[float, ...], click.FLOAT] = ()
@@ -183,12 +186,7 @@ def rescale(**asked: Any) -> None:
 
 
 @_question
-@click.option(
-    "--question",
-    "questions",
-    multiple=True,
-    help="A question as 'until' takes it; may be given again. Default: nine, such as 'top 5'.",
-)
+@keys(Studying, "questions")
 @running
 def savings(**asked: Any) -> None:
     """How much less has to be measured where a question is enough?

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import click
+from pydantic import Field
 
 from tracker.cli.commands import main
 from tracker.cli.options import (
@@ -38,22 +39,19 @@ if TYPE_CHECKING:
     from tracker.ledger.verify import VerifiedCell
 
 
+class Reporting(Told):
+    """Which report is written, and where."""
+
+    form: Annotated[str, click.Choice(FORMATS)] = Field("html", alias="format")
+    """html: the page. md, tex: tables. csv, parquet: everything. png, pdf: figures."""
+    output: Annotated[Path | None, Place()] = None
+    """A file for html, md and tex, a folder otherwise; default: in the results folder, or here
+    where there are several sources."""
+
+
 @main.command()
 @sources_argument
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(FORMATS),
-    default="html",
-    show_default=True,
-    help="html: the page. md, tex: tables. csv, parquet: everything. png, pdf: figures.",
-)
-@click.option(
-    "--output",
-    type=Place(),
-    help="A file for html, md and tex, a folder otherwise; default: in the results folder, or here "
-    "where there are several sources.",
-)
+@keys(Reporting, "form", "output")
 @publish_option("the page, as a run of its own")
 @documents_option
 @results_option
