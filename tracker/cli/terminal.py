@@ -23,15 +23,8 @@ if TYPE_CHECKING:
 EVERY = 300
 """Seconds between two lines about some work where no terminal shows its bar."""
 LOUD = (
-    "accelerate",
-    "lm_eval",
-    "lm-eval",
-    "datasets",
-    "transformers",
-    "alembic",
-    "mlflow",
-    "urllib3",
-    "httpx",
+    *("accelerate", "lm_eval", "lm-eval", "datasets", "transformers"),
+    *("alembic", "mlflow", "urllib3", "httpx"),
 )
 """Libraries that log what a user does not need."""
 

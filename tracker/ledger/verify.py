@@ -13,15 +13,8 @@ from tracker.ledger.shards import ASIDE, Shard
 from tracker.ledger.store import Ledger
 
 _NOTES = (
-    "index/*.json",
-    "checks/*.json",
-    "places/*.json",
-    "pulled/*.json",
-    "searches/timing/*.json",
-    "cells/*/derived/*.json",
-    "cells/*/receipts/*.json",
-    "cells/*/begun/*.json",
-    "cells/*/verified.json",
+    *(f"{folder}/*.json" for folder in ("index", "checks", "places", "pulled", "searches/timing")),
+    *(f"cells/*/{notes}.json" for notes in ("derived/*", "receipts/*", "begun/*", "verified")),
 )
 """Where small files stand that are made again when they are not what was written."""
 _ASIDE = (

@@ -54,16 +54,13 @@ class Options:
     slurm: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.executor not in EXECUTORS:
-            raise RequestError(
-                f"there is no executor {self.executor!r}; use one of: {', '.join(EXECUTORS)}."
-                + did_you_mean(self.executor, EXECUTORS)
-            )
-        if self.offload not in RESTS:
-            raise RequestError(
-                f"layers cannot be offloaded to {self.offload!r}; use one of: {', '.join(RESTS)}."
-                + did_you_mean(self.offload, RESTS)
-            )
+        for what, said, known in (
+            ("there is no executor", self.executor, EXECUTORS),
+            ("layers cannot be offloaded to", self.offload, RESTS),
+        ):
+            if said not in known:
+                text = f"{what} {said!r}; use one of: {', '.join(known)}."
+                raise RequestError(text + did_you_mean(said, known))
         if self.slurm and self.executor != "slurm":
             raise RequestError("--slurm says what SLURM jobs ask for; add --executor slurm")
         _refuse_no_size("memory", self.memory)

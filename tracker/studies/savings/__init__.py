@@ -30,14 +30,9 @@ from tracker.studies.savings.layout import (
 )
 
 QUESTIONS = (
-    "drop within 2 pp",
-    "drop within 5 pp",
-    "top 5",
-    "top 5 within 1 pp",
-    "top 5 within 2 pp",
-    "prune 8",
-    "prune 8 within 0.5 pp",
-    "prune 8 within 1 pp",
+    *("drop within 2 pp", "drop within 5 pp"),
+    *("top 5", "top 5 within 1 pp", "top 5 within 2 pp"),
+    *("prune 8", "prune 8 within 0.5 pp", "prune 8 within 1 pp"),
     "sign",
 )
 """What is asked where nothing else is said."""

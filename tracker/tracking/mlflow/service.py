@@ -21,13 +21,7 @@ from tracker.tracking.base import (
     without_login,
 )
 
-_LOGINS = (
-    "MLFLOW_TRACKING_USERNAME",
-    "MLFLOW_TRACKING_PASSWORD",
-    "MLFLOW_TRACKING_TOKEN",
-    "MLFLOW_TRACKING_AUTH",
-    "MLFLOW_TRACKING_AWS_SIGV4",
-)
+_LOGINS = ("USERNAME", "PASSWORD", "TOKEN", "AUTH", "AWS_SIGV4")
 _LOGIN_FILE = Path("~/.mlflow/credentials")
 
 
@@ -87,7 +81,10 @@ class MlflowService(Service):
         if place.server == here:
             return Target(self.name, place.project)
         is_remote = urlsplit(place.server).scheme not in ("sqlite", "file", "")
-        has_login = any(map(os.environ.get, _LOGINS)) or _LOGIN_FILE.expanduser().exists()
+        has_login = (
+            any(os.environ.get(f"MLFLOW_TRACKING_{name}") for name in _LOGINS)
+            or _LOGIN_FILE.expanduser().exists()
+        )
         if is_remote and has_login:
             raise other_login(place, "MLFLOW_TRACKING_URI", results)
         return place
