@@ -167,6 +167,19 @@ class Named(click.ParamType):  # type: ignore[type-arg]
             return str(value)
 
 
+class Backends(click.ParamType):  # type: ignore[type-arg]
+    """Tracking backends, comma-separated; none for `none`."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
+        """Read them."""
+        names = tuple(name.strip() for name in value.split(",") if name.strip())
+        if not names:
+            self.fail(f"{value!r} names no tracking backend; write mlflow, or none", param, ctx)
+        return () if names == ("none",) else names
+
+
 class TrialCommand(click.Command):
     """Takes `--name=None`, which is what W&B makes of a null in a grid, for nothing said."""
 
@@ -371,6 +384,9 @@ class Working(Told):
 
     results: Annotated[Path, Place()] = Path("results")
     """The results folder; several processes may share it."""
+    track: Annotated[tuple[str, ...] | None, Backends()] = None
+    """Tracking backends, comma-separated: mlflow, wandb, wandb:ENTITY/PROJECT, trackio, or 'none'.
+    Default: mlflow; in the trial of a W&B sweep: wandb."""
     publish_documents: bool = False
     """Publish what documents say also where they come from a folder or a corpus. Texts of the hub
     or a package are always published."""
@@ -421,16 +437,8 @@ def project_option(**more: Any) -> Callable[[F], F]:
     return click.option("--project", type=Word(), **told)
 
 
-def running(function: F) -> F:
-    """Add the options of commands that load a model."""
-    track = click.option(
-        "--track",
-        callback=backends,
-        help="Tracking backends, comma-separated: mlflow, wandb, wandb:ENTITY/PROJECT, trackio, or "
-        "'none'. Default: mlflow; in the trial of a W&B sweep: wandb.",
-    )
-    more = keys(Working, *[name for name in Working.model_fields if name != "results"])
-    return results_option(track(more(function)))
+running = keys(Working, *Working.model_fields)
+"""How commands that load a model work."""
 
 
 def finite(ctx: Any, param: Any, value: float | None) -> float | None:
@@ -438,16 +446,6 @@ def finite(ctx: Any, param: Any, value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value} is no number", ctx, param)
     return value
-
-
-def backends(ctx: Any, param: Any, text: str | None) -> tuple[str, ...] | None:
-    """Read tracking backends: none for `none`, None where nothing is said."""
-    if text is None:
-        return None
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names:
-        raise click.BadParameter(f"{text!r} names no tracking backend; write mlflow, or none")
-    return () if names == ("none",) else names
 
 
 def publish_option(what: str) -> Callable[[F], F]:

@@ -11,13 +11,13 @@ import click
 
 from tracker.cli.commands import main
 from tracker.cli.options import (
+    Backends,
     Layers,
     Place,
     Told,
     TrialCommand,
     Word,
     asking,
-    backends,
     keys,
     machine,
     project_option,
@@ -50,6 +50,9 @@ class Exporting(Told):
     benchmark: str | None = None
     """What the removal is measured on and the export proved, by plain lm-eval: a task or a group.
     Default: none, and the logits of a few texts are the proof."""
+    track: Annotated[tuple[str, ...] | None, Backends()] = None
+    """Tracking backends that get the whole checkpoint, comma-separated: mlflow, wandb,
+    wandb:ENTITY/PROJECT. Default: none."""
 
 
 @main.command()
@@ -59,12 +62,7 @@ class Exporting(Told):
 @keys(Exporting, "benchmark")
 @keys(CellRequest, *_OF_BENCHMARKS, defaults=False)
 @project_option(default="tracker")
-@click.option(
-    "--track",
-    callback=backends,
-    help="Tracking backends that get the whole checkpoint, comma-separated: mlflow, wandb, "
-    "wandb:ENTITY/PROJECT. Default: none.",
-)
+@keys(Exporting, "track")
 @click.option("--register", type=Word(), help="Register it in MLflow's registry under this name.")
 @machine
 @trust

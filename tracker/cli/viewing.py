@@ -14,11 +14,11 @@ from pydantic import Field
 from tracker.cli.commands import main
 from tracker.cli.options import (
     FORMATS,
+    Backends,
     Layers,
     Place,
     Told,
     Word,
-    backends,
     chosen,
     documents_option,
     folder_argument,
@@ -119,14 +119,17 @@ def _end(notes: Iterable[str], head: str, failed: Mapping[str, str]) -> NoReturn
     sys.exit(1 if failed else 0)
 
 
+class Syncing(Told):
+    """Where runs go."""
+
+    to: Annotated[tuple[str, ...] | None, Backends()] = None
+    """Backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT, trackio.
+    Without a project, each benchmark goes to that of its experiment.  [default: wherever each was
+    published before, else mlflow]"""
+
+
 @main.command()
-@click.option(
-    "--to",
-    callback=backends,
-    help="Backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT, trackio. "
-    "Without a project, each benchmark goes to that of its experiment.  [default: wherever each "
-    "was published before, else mlflow]",
-)
+@keys(Syncing, "to")
 @click.option(
     "--sweep",
     metavar="ENTITY/PROJECT/ID",
