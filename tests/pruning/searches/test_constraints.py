@@ -16,7 +16,7 @@ from tracker.core.errors import ExperimentError
 from tracker.core.prune_records import PruneCost, PruneRecord
 from tracker.ledger.store import listed
 from tracker.pruning.search import strategies
-from tracker.pruning.search.beforehand import MadeUp, ends_of
+from tracker.pruning.search.beforehand import DrawnScores, ends_of
 from tracker.pruning.search.budgets import Budget, amount, budget
 from tracker.pruning.search.cells import OpenCell
 from tracker.pruning.search.constraints import constraints_of
@@ -192,7 +192,7 @@ def test_whatever_must_stay_the_budget_is_met_or_it_is_said(strategy: str) -> No
         if not possible:
             continue
         try:
-            steps = list(STRATEGIES[strategy](Search(MadeUp("layer", total), one)))
+            steps = list(STRATEGIES[strategy](Search(DrawnScores("layer", total), one)))
         except ExperimentError:
             assert strategy in ("last", "angular", "evolutionary")
             continue
@@ -222,7 +222,7 @@ def test_other_constraints_are_another_search_and_none_is_the_same_as_ever() -> 
     assert name(at_least="odd=3") == name(at_least={"odd": "3"}) == name(at_least={"odd": 3})
 
 
-class Seen(MadeUp):
+class Seen(DrawnScores):
     """Takes down which sets are scored."""
 
     sets: tuple[Set, ...] = ()
@@ -300,6 +300,6 @@ def test_attentions_stay_too(write, prune, tmp_path: Path) -> None:
 def test_a_search_without_documents_says_beforehand_how_it_ends() -> None:
     one = asked(strategy="random", draws=2)
     assert all(len(end) == GO for end in ends_of(one, within("of 3")))
-    given = [Search(MadeUp("layer", LAYERS), within("of 3"), 1234, draw) for draw in (1, 2)]
+    given = [Search(DrawnScores("layer", LAYERS), within("of 3"), 1234, draw) for draw in (1, 2)]
     drawn = [list(STRATEGIES["random"](each))[-1].removed for each in given]
     assert ends_of(one, within("of 3")) == list(dict.fromkeys(drawn))

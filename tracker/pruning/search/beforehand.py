@@ -27,7 +27,7 @@ TRIED = 4
 """Sets, drawn at random, that stand for what a search may end with."""
 
 
-class MadeUp(Scores):
+class DrawnScores(Scores):
     """Scores that are made up: a part's cost is drawn at random, and costs add up.
 
     Another `lot` draws other costs.
@@ -48,25 +48,25 @@ class MadeUp(Scores):
         left = [layer for layer in range(self.layers) if layer not in removed]
         spans = [range(n, n + 1) for n in range(len(left))] if spans is None else spans
         sets = [grown(removed, *(left[n] for n in span)) for span in spans]
-        return MadeUp.losses(self, name, sets)
+        return DrawnScores.losses(self, name, sets)
 
 
-def ends_of(asked: SearchRequest, within: Budget) -> list[Set]:
+def ends_of(asked: SearchRequest, within: Budget, lots: int = TRIED) -> list[Set]:
     """List sets that a search may end with: all of them where it looks at no document.
 
-    ExperimentError where it can end with none.
+    ExperimentError where it can end with none. By so many `lots` scores are made up.
     """
-    lots = [""] if asked.strategy in BLIND else [f"/{n}" for n in range(TRIED)]
+    blind = asked.strategy in BLIND
+    draws = [(draw or 1, "") for draw in asked.draws_of]
     found: dict[Set, None] = {}
-    for draw in asked.draws_of:
-        for lot in lots:
-            scores = MadeUp(asked.unit, len(within.each), lot)
-            given = Search(scores, within, asked.cell.seed, draw or 1)
-            try:
-                *_, step = STRATEGIES[asked.strategy](given)
-            except ExperimentError as error:
-                raise ExperimentError(f"{asked.title}: {error}") from None
-            found[step.removed] = None
+    for draw, lot in draws if blind else [(1, f"/{lot}") for lot in range(lots)]:
+        scores = DrawnScores(asked.unit, len(within.each), lot)
+        given = Search(scores, within, asked.cell.seed, draw)
+        try:
+            *_, step = STRATEGIES[asked.strategy](given)
+        except ExperimentError as error:
+            raise ExperimentError(f"{asked.title}: {error}") from None
+        found[step.removed] = None
     return list(found)
 
 
@@ -100,10 +100,12 @@ def refuse_unsavable(
         return ""
 
     def note(asked: SearchRequest, within: Budget) -> str:
-        ends, cell = ends_of(asked, within), asked.cell
+        cell = asked.cell
         why = partial(why_not, find_model(cell.model, cell.revision, cell.model_args))
         if asked.unit != "layer" or not why(None):
+            ends_of(asked, within, 1)
             return ""
+        ends = ends_of(asked, within)
         reasons = list(filter(None, map(why, ends)))
         if not reasons:
             return ""

@@ -16,7 +16,7 @@ from tracker.measuring.job import Options
 from tracker.measuring.planning import texts_of
 from tracker.measuring.progress import Silent
 from tracker.models.sources import find_model
-from tracker.pruning.search.beforehand import MadeUp, refuse_unsavable
+from tracker.pruning.search.beforehand import DrawnScores, refuse_unsavable
 from tracker.pruning.search.cells import Lender, planned
 from tracker.pruning.search.request import Goal, SearchRequest, deciding
 from tracker.pruning.search.scores import Losses, Set
@@ -60,8 +60,8 @@ def plan_searches(
     """Count what searches and their tests will cost, as if nothing of it were measured.
 
     Which sets are tried depends on what will be measured. How many they are does not (but for a
-    beam, which may come to one on two ways), and how much they share hardly does. A budget in
-    seconds loads the model, to time it.
+    beam, which may come to one on two ways, and for what `at_least` leaves), and how much they
+    share hardly does. A budget in seconds loads the model, to time it.
 
     Args:
         asked: The searches.
@@ -138,7 +138,7 @@ def _measuring(
     return PlannedSearch(request, there.documents, len(sets), flops, dtype, naive_flops)
 
 
-class _Counted(MadeUp):
+class _Counted(DrawnScores):
     """Scores that are made up, and what they would take.
 
     `known` is what earlier searches asked of each cell; `passes`, `flops` and `naive_flops` are as
