@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,25 +64,30 @@ def study() -> None:
     """
 
 
-def _question(command: Callable[..., None]) -> click.Command:
-    """Make the command of a study, which is asked as all others are."""
-    return study.command()(asking()(command))
+def _question(*options: Callable[..., Any]) -> Callable[[Callable[[], None]], click.Command]:
+    """Make a study's command, with options of its own; its name and its help are a function's."""
+
+    def made(question: Callable[[], None]) -> click.Command:
+        @functools.wraps(question)
+        def answer(experiment: Path | None, settings: dict[str, Any], **told: Any) -> None:
+            begin()
+            from tracker import api
+
+            done = api.study(question.__name__, experiment, progress=Show(), **settings, **told)
+            print_finding(done.finding)
+            print_end(done.outcome, done.report, done.experiment if settings else None)
+            sys.exit(done.outcome.exit_code)
+
+        command: Callable[..., None] = answer
+        for option in (running, *reversed(options), asking()):
+            command = option(command)
+        return study.command()(command)
+
+    return made
 
 
-def _answer(name: str, experiment: Path | None, settings: dict[str, Any], **told: Any) -> None:
-    """Conduct a study, print what it found, and end."""
-    begin()
-    from tracker import api
-
-    done = api.study(name, experiment, progress=Show(), **settings, **told)
-    print_finding(done.finding)
-    print_end(done.outcome, done.report, done.experiment if settings else None)
-    sys.exit(done.outcome.exit_code)
-
-
-@_question
-@running
-def audit(**asked: Any) -> None:
+@_question()
+def audit() -> None:
     """Which proxy tells what a layer's removal costs?
 
     A proxy is a figure that stands in for the accuracy drop, as the cosine score does.
@@ -97,13 +103,10 @@ def audit(**asked: Any) -> None:
       tracker study audit experiments/demo.yaml
       tracker study audit experiments/demo.yaml --results results --track none
     """
-    _answer("audit", **asked)
 
 
-@_question
-@keys(Studying, "reliability")
-@running
-def calibration(**asked: Any) -> None:
+@_question(keys(Studying, "reliability"))
+def calibration() -> None:
     """How many documents until the ranking of layers is stable?
 
     Random samples are drawn from the measured documents, and two of them that share none are asked
@@ -117,12 +120,10 @@ def calibration(**asked: Any) -> None:
       tracker study calibration experiments/demo.yaml
       tracker study calibration experiments/demo.yaml --reliability 0.8
     """
-    _answer("calibration", **asked)
 
 
-@_question
-@running
-def joint(**asked: Any) -> None:
+@_question()
+def joint() -> None:
     """Do the drops of two layers add up?
 
     Every two of the layers in EXPERIMENT are removed together, and what both cost is set beside the
@@ -135,19 +136,18 @@ def joint(**asked: Any) -> None:
       tracker study joint experiments/demo.yaml
       tracker study joint experiments/demo.yaml --track none
     """
-    _answer("joint", **asked)
 
 
-@_question
-@keys(Studying, "remove", "strategy", "text")
-@click.option(
-    "--test_sample",
-    "--test-sample",
-    type=click.IntRange(1),
-    help="Test documents of each task. Default: as many as choose.",
+@_question(
+    keys(Studying, "remove", "strategy", "text"),
+    click.option(
+        "--test_sample",
+        "--test-sample",
+        type=click.IntRange(1),
+        help="Test documents of each task. Default: as many as choose.",
+    ),
 )
-@running
-def prune(**asked: Any) -> None:
+def prune() -> None:
     """Does pruning by accuracy beat pruning by proxies?
 
     Layers are searched, for each benchmark in EXPERIMENT, by several strategies: by the accuracy
@@ -163,12 +163,10 @@ def prune(**asked: Any) -> None:
       tracker study prune experiments/study.yaml --remove "25 %" --text c4.txt
       tracker study prune experiments/demo.yaml --strategy accuracy --strategy cosine_oneshot
     """
-    _answer("prune", **asked)
 
 
-@_question
-@running
-def rescale(**asked: Any) -> None:
+@_question()
+def rescale() -> None:
     """Is what a removal costs only missing scale?
 
     Each layer in EXPERIMENT is removed, and replaced by a factor of its input, by its mean update
@@ -182,13 +180,10 @@ def rescale(**asked: Any) -> None:
       tracker study rescale experiments/replaced.yaml
       tracker study rescale experiments/demo.yaml --results results --track none
     """
-    _answer("rescale", **asked)
 
 
-@_question
-@keys(Studying, "questions")
-@running
-def savings(**asked: Any) -> None:
+@_question(keys(Studying, "questions"))
+def savings() -> None:
     """How much less has to be measured where a question is enough?
 
     'until' in an experiment file ends a benchmark when its question is answered. This study
@@ -202,13 +197,10 @@ def savings(**asked: Any) -> None:
       tracker study savings experiments/demo.yaml
       tracker study savings experiments/demo.yaml --question "top 3" --question "prune 10 at 99 %"
     """
-    _answer("savings", **asked)
 
 
-@_question
-@keys(Studying, "draws")
-@running
-def snowball(**asked: Any) -> None:
+@_question(keys(Studying, "draws"))
+def snowball() -> None:
     """Do later layers amplify what a removal changes?
 
     Each layer is removed, and perturbed by as much in random directions. The difference to the
@@ -222,13 +214,10 @@ def snowball(**asked: Any) -> None:
       tracker study snowball experiments/demo.yaml
       tracker study snowball experiments/demo.yaml --draws 8
     """
-    _answer("snowball", **asked)
 
 
-@_question
-@keys(Studying, "epsilon")
-@running
-def theorem(**asked: Any) -> None:
+@_question(keys(Studying, "epsilon"))
+def theorem() -> None:
     """Can the lowest cosine score decide every answer?
 
     The paper proves that it can; this study builds the model that shows it. For the documents of
@@ -242,4 +231,3 @@ def theorem(**asked: Any) -> None:
       tracker study theorem experiments/demo.yaml
       tracker study theorem experiments/demo.yaml --epsilon 1e-3 --epsilon 1e-8
     """
-    _answer("theorem", **asked)
