@@ -136,7 +136,7 @@ class Results:
 
         mine = {cell.place: cell for cell in self.cells}
         records = every_record(Ledger.existing(self.folder).contents()) if mine else ()
-        found = [(r, decisions(store, view)) for r, store, view in records if r.place in mine]
+        found = [(r, decisions(s, asked.view)) for r, s, asked in records if r.place in mine]
         return document_frame([(r, each) for r, each in found if each], changed=False)
 
     def plot(self, model: str | None = None) -> go.Figure:

@@ -16,6 +16,7 @@ from tracker.ledger.decisions import decisions, decisions_record
 from tracker.ledger.early_stopping import CellRace
 from tracker.ledger.store import Contents
 from tracker.ledger.tables import cell_record
+from tracker.ledger.views import AskedView
 
 
 def record_of(store: CellStore, view: View) -> CellRecord:
@@ -90,11 +91,11 @@ def all_records(contents: Contents) -> list[CellRecord]:
     return [record for record, _, _ in every_record(contents)]
 
 
-def every_record(contents: Contents) -> Iterator[tuple[CellRecord, CellStore, View]]:
+def every_record(contents: Contents) -> Iterator[tuple[CellRecord, CellStore, AskedView]]:
     """Derive records as `all_records`, each with the view that it was derived from."""
     for store, asked in contents.views:
         try:
-            yield record_of(store, asked.view), store, asked.view
+            yield record_of(store, asked.view), store, asked
         except TrackerError as error:
             contents.damaged[str(store.folder)] = str(error)
         contents.damaged.update(store.damage())

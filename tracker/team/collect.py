@@ -168,10 +168,19 @@ class Collected:
     unfinished: list[str] = field(default_factory=list)
 
     def decisions(self) -> dict[Place, DecisionsRecord]:
-        """Derive what the cells' runs decide document by document: a cell's place → that."""
-        mine = {cell.place: self.origins.get(cell.place) for cell in self.cells}
-        found = {place: decisions_of(*origin) for place, origin in mine.items() if origin}
-        return {place: record for place, record in found.items() if record is not None}
+        """Derive what the cells' runs decide document by document: a cell's place → that.
+
+        What cannot be read joins `failed`.
+        """
+        found = {}
+        for place in [cell.place for cell in self.cells if cell.place in self.origins]:
+            store, view = self.origins[place]
+            try:
+                if record := decisions_of(store, view):
+                    found[place] = record
+            except TrackerError as error:
+                self.failed[str(store.folder)] = str(error)
+        return found
 
 
 def collect(sources: Sequence[str], progress: Progress, anew: bool = False) -> Collected:

@@ -23,7 +23,7 @@ from tracker.core.text import masked
 from tracker.ledger.cells import CellStore, measured_last
 from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_texts
-from tracker.measuring.derive import decisions_of, record_of
+from tracker.measuring.derive import decisions_of, every_record
 from tracker.report.charts.cells import cell_charts
 from tracker.report.wording import row_labels
 from tracker.team.live import Live
@@ -405,13 +405,7 @@ def sync(ledger: Ledger, to: Sequence[str] | None, texts: bool = False) -> Synce
     begun = [f"not published yet: {cell.folder}: {why}" for cell, why in contents.unfinished]
     synced = Synced(failed=contents.damaged, notes=begun)
     publishers: dict[tuple[str, bool], Publisher] = {}
-    for store, asked in contents.views:
-        try:
-            record = record_of(store, asked.view)
-        except TrackerError as error:
-            synced.failed[str(store.folder)] = str(error)
-            continue
-        synced.failed.update(store.damage())
+    for record, store, asked in every_record(contents):
         known = any(
             service(place.backend).is_kept_here(place)
             for place in places_of(store, record.view, ledger.root).values()

@@ -16,7 +16,7 @@ from tracker.core.records import CellRecord, Place
 from tracker.core.text import masked
 from tracker.ledger.decisions import decisions
 from tracker.ledger.store import Ledger
-from tracker.measuring.derive import decisions_of, every_record
+from tracker.measuring.derive import every_record
 from tracker.report.export import FORMATS, export, figures
 from tracker.report.frames import document_frame
 from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
@@ -38,21 +38,17 @@ def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
     With its path comes what of the folder it cannot show → what to do.
     """
     contents = ledger.contents()
-    records, decided = [], {}
-    for record, store, view in every_record(contents):
-        if record.n:
-            records.append(record)
-            try:
-                if found := decisions_of(store, view):
-                    decided[record.place] = found
-            except TrackerError as error:
-                contents.damaged[str(store.folder)] = str(error)
-    page = ledger.root / "report.html"
-    path = render_report(
-        *(records, contents.experiments, page, decided, contents.findings),
-        searches=contents.searched,
+    found = Collected(
+        experiments=contents.experiments,
+        failed=contents.damaged,
+        findings=tuple(contents.findings),
+        searched=contents.searched,
     )
-    return path, contents.damaged
+    for record, store, asked in every_record(contents):
+        if record.n:
+            found.cells += (record,)
+            found.origins[record.place] = store, asked.view
+    return _page(found, ledger.root / "report.html", found.decisions()), found.failed
 
 
 def write(found: Collected, form: str, path: Path) -> list[Path]:
