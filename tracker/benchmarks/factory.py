@@ -138,8 +138,7 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
                 )
             config["test_split"] = None
         examples = config.get("fewshot_split") or config.get("training_split")
-        own = config.get("num_fewshot")
-        wanted = own if self._num_fewshot is None or own == 0 else self._num_fewshot
+        wanted = shots(config.get("num_fewshot"), self._num_fewshot)
         in_the_task = "samples" in (config.get("fewshot_config") or {})
         if wanted and examples not in splits and not in_the_task:
             raise BenchmarkError(
@@ -149,6 +148,14 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
         for key in ("training_split", "validation_split", "fewshot_split"):
             if config.get(key) not in splits:
                 config[key] = None
+
+
+def shots(own: int | None, asked: int | None) -> int:
+    """How many examples stand before a document, by lm-eval's own rule.
+
+    A task that says 0 takes none, whatever is asked.
+    """
+    return (own if own == 0 or asked is None else asked) or 0
 
 
 def _brings_its_data(config: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ import yaml
 from lm_eval.api.samplers import FirstNSampler
 
 from tracker.benchmarks.corpus import is_corpus
-from tracker.benchmarks.factory import SourcedFactory, entries, find_task
+from tracker.benchmarks.factory import SourcedFactory, entries, find_task, shots
 from tracker.benchmarks.own import folders
 from tracker.benchmarks.parts import choose_part
 from tracker.benchmarks.sources import find_data
@@ -74,7 +74,7 @@ def write_tasks(
     folder.mkdir(parents=True)
     tasks = {name: built[2] for name, built in factory.built.items() if name in documents}
     for task in tasks.values():
-        choose_part(task, request, _shots(request, task))
+        choose_part(task, request, shots(task.config.num_fewshot, request.num_fewshot))
     for number, name in enumerate(documents):
         if name not in factory.built or factory.built[name][0].yaml_path is None:
             raise BenchmarkError(
@@ -116,12 +116,6 @@ def _stated(factory: _Recording, name: str, folder: Path, parted: bool) -> dict[
     return {**stated, "dataset_kwargs": {"data_files": files}, **named}
 
 
-def _shots(request: CellRequest, task: Any) -> int:
-    """How many examples stand before a document, by lm-eval's own rule."""
-    own, asked = task.config.num_fewshot, request.num_fewshot
-    return int((own if own == 0 or asked is None else asked) or 0)
-
-
 def _settings(request: CellRequest) -> dict[str, Any]:
     """What lm-eval is told of the prompts."""
     chat = bool(request.apply_chat_template)
@@ -149,7 +143,8 @@ def _which(
     if all(numbers == list(range(len(numbers))) for numbers in wanted.values()):
         return {"limit": first, "samples": None, "only": None}
     in_turn = any(
-        _shots(request, task) and not isinstance(task.sampler, FirstNSampler)
+        shots(task.config.num_fewshot, request.num_fewshot)
+        and not isinstance(task.sampler, FirstNSampler)
         for task in tasks.values()
     )
     if in_turn:

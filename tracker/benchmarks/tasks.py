@@ -19,7 +19,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.benchmarks.factory import UNREADABLE, build, find_task, unreadable
+from tracker.benchmarks.factory import UNREADABLE, build, find_task, shots, unreadable
 from tracker.benchmarks.fingerprint import is_own, metric_name, metric_names, task_identity
 from tracker.benchmarks.own import check_own, folders
 from tracker.benchmarks.parts import choose_part, said_part
@@ -258,12 +258,8 @@ class LmEvalBenchmark:
             # lm-eval takes the name of a column that is missing for the text itself.
             if isinstance(column, str) and column.isidentifier() and column not in task.features:
                 raise unreadable(task.task_name, self._source, KeyError(column))
-        own = task.get_config("num_fewshot")
-        asked = self._request.num_fewshot
-        if asked is not None and own != 0:
-            task.set_config(key="num_fewshot", value=asked)
-        elif own is None:
-            task.set_config(key="num_fewshot", value=0)
+        examples = shots(task.get_config("num_fewshot"), self._request.num_fewshot)
+        task.set_config(key="num_fewshot", value=examples)
 
     @staticmethod
     def _refuse_sampling(task: Any) -> None:
