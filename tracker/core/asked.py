@@ -258,7 +258,9 @@ def _assignments(settings: Mapping[str, Any]) -> Iterator[str]:
     """Write settings as `--set` takes them."""
     for name, value in settings.items():
         said = _as_in_the_file(name, value)
-        (only,) = said.values() if len(said) == 1 else (said,)
+        only = next(iter(said.values()), said)
+        if _as_in_the_file(name, only) != said:  # a stretch, a kind, or several lists
+            only = said
         yield f"{name}={only if isinstance(only, str) else json.dumps(only, default=str)}"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import golden, printed
+from tracker.cli.options import Setting
 from tracker.core.errors import ExperimentError
 from tracker.core.prune_records import PruneCost, PruneRecord
 from tracker.ledger.store import listed
@@ -20,7 +21,7 @@ from tracker.pruning.search.beforehand import DrawnScores, ends_of
 from tracker.pruning.search.budgets import Budget, amount, budget
 from tracker.pruning.search.cells import OpenCell
 from tracker.pruning.search.constraints import constraints_of
-from tracker.pruning.search.request import SearchRequest, search_request
+from tracker.pruning.search.request import SearchRequest, load_searches, search_request
 from tracker.pruning.search.scores import Scores, Set
 from tracker.pruning.search.search import Found
 from tracker.pruning.search.strategies import STRATEGIES, Search
@@ -303,3 +304,26 @@ def test_a_search_without_documents_says_beforehand_how_it_ends() -> None:
     given = [Search(DrawnScores("layer", LAYERS), within("of 3"), 1234, draw) for draw in (1, 2)]
     drawn = [list(STRATEGIES["random"](each))[-1].removed for each in given]
     assert ends_of(one, within("of 3")) == list(dict.fromkeys(drawn))
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ({"protect": [0, "last"]}, [{"protect": (0, "last")}]),
+        ({"protect": range(2)}, [{"protect": (0, 1)}]),
+        ({"protect": [[0], [0, 1]]}, [{"protect": (0,)}, {"protect": (0, 1)}]),
+        ({"among": {"min": 1, "max": 3}}, [{"among": (1, 2, 3)}]),
+        ({"among": {"kind": "odd"}}, [{"among": ("odd",)}]),
+        ({"among": {"values": ["odd", "even"]}}, [{"among": ("odd",)}, {"among": ("even",)}]),
+        ({"calibrate": {"values": ["a", "b"]}}, [{"calibrate": ("a",)}, {"calibrate": ("b",)}]),
+        ({"at_least": {"odd": 1}}, [{"at_least": '{"odd": "1"}'}]),
+    ],
+)
+def test_python_and_set_take_the_values_of_a_file(said: dict[str, Any], meant: list[Any]) -> None:
+    """Also as the command that goes on with a search is typed."""
+    given = {"model": "m", "benchmark": "copa", "remove": 1, "strategy": "last"}
+    asked = load_searches(None, given | said)
+    found = [each.model_dump(include=set(said)) for each in asked.file.searches()]
+    assert found == meant
+    sets = [Setting(yaml=True).convert(each, None, None) for each in asked.typed[1::2]]
+    assert load_searches(None, dict(sets)).file == asked.file
