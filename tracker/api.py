@@ -40,6 +40,7 @@ from tracker.team.publish import Publisher, Synced, Trial
 from tracker.team.result_files import Written, write_result_files
 from tracker.team.sweeps import SweepFilled, asked_of_cell, fill_sweep
 from tracker.tracking import default_targets, service, target
+from tracker.tracking.runs import Which
 from tracker.tracking.wandb.service import in_sweep
 
 if TYPE_CHECKING:
@@ -90,12 +91,15 @@ class Running(Working, total=False):
             `none` for none; None for W&B in the trial of a W&B sweep, else MLflow.
         publish_documents: Whether the texts of documents are published too where they are not of
             the hub or a package: those of a folder or a corpus; by default not.
+        runs: Which runs backends get of a cell: `all`, the cell's with their table (`cells`), or by
+            default each of up to 200 of a kind (`auto`).
         workers: How many processes measure cells side by side; None = this one alone.
         devices_per_worker: How many accelerators each of them has; None = as many as are needed.
     """
 
     track: str | Sequence[str] | None
     publish_documents: bool
+    runs: Which
     workers: int | None
     devices_per_worker: int | None
 
@@ -116,6 +120,7 @@ class _Work:
         track = how.get("track")
         self.track: Sequence[str] = default_targets() if track is None else _targets(track)
         self._texts = how.get("publish_documents", False)
+        self._which: Which = how.get("runs", "auto")
         count = prepare.counting_in(self.ledger, self.options.trust_remote_code)
         self.read = partial(load_experiment, count=count)
 
@@ -123,7 +128,8 @@ class _Work:
         """Open what publishes, closed at the end; RequestError where nobody is logged in to it."""
         for text in self.track:
             service(target(text).backend).refuse_closed(self.ledger.root)
-        return closing(Publisher(self.track, project, self.ledger.root, self._texts, trial))
+        where = (self.track, project, self.ledger.root)
+        return closing(Publisher(*where, self._texts, trial, which=self._which))
 
     def kept(self, asked: Asked[Any]) -> Path:
         """Say where the results folder keeps what was asked for."""
@@ -867,6 +873,7 @@ def sync(
     *,
     results: Where = RESULTS,
     publish_documents: bool = False,
+    runs: Which = "auto",
 ) -> Synced:
     """Publish from the ledger what the backends do not have yet, asking the backends themselves.
 
@@ -877,6 +884,7 @@ def sync(
         results: The results folder.
         publish_documents: Whether the texts of documents are published too where they are not of
             the hub or a package: those of a folder or a corpus.
+        runs: Which runs backends get of a cell, as for `run`.
 
     Returns:
         What was published and what was not.
@@ -888,9 +896,8 @@ def sync(
     Example:
         >>> tracker.sync("wandb:my-team/layers")
     """
-    return publishing.sync(
-        Ledger.existing(Path(results)), None if to is None else _targets(to), publish_documents
-    )
+    targets = None if to is None else _targets(to)
+    return publishing.sync(Ledger.existing(Path(results)), targets, publish_documents, runs)
 
 
 def log_samples(

@@ -390,6 +390,9 @@ class Working(Told):
     publish_documents: bool = False
     """Publish what documents say also where they come from a folder or a corpus. Texts of the hub
     or a package are always published."""
+    runs: Literal["auto", "all", "cells"] = "auto"
+    """Which runs trackers get of a benchmark: one for each (all), or one for all, with their table
+    and maps (cells). auto: one for each, of up to 200 of a kind, such as layers or heads."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps, …; 'spread': one model over all accelerators; 'all': a worker
     with the model on each accelerator, where commands measure benchmarks."""
@@ -411,6 +414,7 @@ class Working(Told):
 
 results_option = keys(Working, "results")
 documents_option = keys(Working, "publish_documents")
+runs_option = keys(Working, "runs")
 machine = keys(Working, "device", "memory", "weights")
 """Where a model runs."""
 trust = keys(Working, "trust_remote_code")

@@ -25,6 +25,7 @@ from tracker.cli.options import (
     keys,
     publish_option,
     results_option,
+    runs_option,
     sources_argument,
     trust,
 )
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from tracker.api import Reported
     from tracker.core.records import CellRecord
     from tracker.ledger.verify import VerifiedCell
+    from tracker.tracking.runs import Which
 
 
 class Reporting(Told):
@@ -136,10 +138,15 @@ class Syncing(Told):
     help="Instead: fill the runs of this W&B sweep whose trials were killed or failed, and say "
     "which still want measuring.",
 )
+@runs_option
 @documents_option
 @results_option
 def sync(
-    to: tuple[str, ...] | None, sweep: str | None, publish_documents: bool, results: Path
+    to: tuple[str, ...] | None,
+    sweep: str | None,
+    publish_documents: bool,
+    runs: Which,
+    results: Path,
 ) -> None:
     """Publish what a tracking backend does not have yet.
 
@@ -160,13 +167,13 @@ def sync(
         _sync_sweep(sweep, results)
     if to == ():
         raise click.BadParameter("'none' is nothing to publish to; write mlflow or wandb")
-    done = api.sync(to, results=results, publish_documents=publish_documents)
+    done = api.sync(to, results=results, publish_documents=publish_documents, runs=runs)
     say(f"published: {counted(len(done.published), 'measurement')}")
     for place, cells in done.places.items():
         new, changed = sum(cell.created for cell in cells), sum(cell.updated for cell in cells)
         same = sum(cell.unchanged for cell in cells)
-        runs = f"{counted(new, 'new run')}, {changed} changed, {same} as before"
-        say(f"{place}: {counted(len(cells), 'measurement')}; {runs}")
+        made = f"{counted(new, 'new run')}, {changed} changed, {same} as before"
+        say(f"{place}: {counted(len(cells), 'measurement')}; {made}")
     for location in dict.fromkeys(done.locations.values()):
         say(f"see them: {runnable(location)}")
     _end(done.notes, "not published", done.failed)

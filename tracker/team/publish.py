@@ -17,6 +17,7 @@ from tracker.core.ablations import first_run
 from tracker.core.config import CellRequest
 from tracker.core.decision_records import PRIVATE
 from tracker.core.errors import TrackerError, TrackingError, WorkError
+from tracker.core.formats import counted
 from tracker.core.provenance import content_hash
 from tracker.core.records import INTACT_VIEW, CellRecord
 from tracker.core.text import masked
@@ -49,6 +50,7 @@ from tracker.tracking.base import (
 )
 from tracker.tracking.figures import LoggedTable, logged_documents
 from tracker.tracking.identity import content_digest
+from tracker.tracking.runs import Which, one_by_one
 from tracker.tracking.wandb.service import in_sweep, open_trial
 
 _PATIENCE = 60.0
@@ -121,7 +123,8 @@ class Publisher:
     get `project`. Where else a cell was published before is kept in step, unless nothing is tracked
     or `others` says otherwise; a sweep's trial leaves that to others. In a sweep the `trial` is
     W&B's run of the cell. What documents say is published where it is public, and elsewhere if
-    `texts` says so. RequestError if there is no such backend.
+    `texts` says so; `which` of a cell's runs are runs of their own. RequestError if there is no
+    such backend.
     """
 
     def __init__(
@@ -132,7 +135,9 @@ class Publisher:
         texts: bool = False,
         trial: Trial | None = None,
         others: bool | None = None,
+        which: Which = "auto",
     ) -> None:
+        self._which = which
         self.project = project
         self._others = (bool(track) if others is None else others) and not in_sweep()
         self._away: dict[Target, str] = {}
@@ -209,6 +214,9 @@ class Publisher:
         """Publish a cell; what one place refuses does not keep the others from it."""
         record = _told_apart(store, record)
         outcome, errors = Publication(), []
+        if not in_sweep() and (apart := len(one_by_one(record, self._which))) < len(record.runs):
+            rest = counted(len(record.runs) - apart, "run")
+            outcome.notes.append(f"{rest} are one with their table; --runs all makes one of each")
         asked = {service(to.backend).place_of(to, self.project): to for to in self._targets}
         parts: _Parts | None = None
         charts = None
@@ -227,7 +235,8 @@ class Publisher:
                 charts = cell_charts(record) if charts is None else charts
                 if to not in self._open:
                     self._open[to] = open_backend(*self._there(to))
-                published = self._open[to].publish(record, parts.files, charts, parts.tables)
+                backend = self._open[to]
+                published = backend.publish(record, parts.files, charts, parts.tables, self._which)
                 outcome.places[title] = published.location
                 outcome.done[title] = published
                 outcome.notes += published.notes
@@ -391,13 +400,15 @@ def _files(store: CellStore, record: CellRecord) -> list[Path]:
     return [store.folder / "cell.json", view, *store.shards(), *store.texts.files()]
 
 
-def sync(ledger: Ledger, to: Sequence[str] | None, texts: bool = False) -> Synced:
+def sync(
+    ledger: Ledger, to: Sequence[str] | None, texts: bool = False, which: Which = "auto"
+) -> Synced:
     """Publish every view of a cell that a place lacks, asking the backends themselves.
 
     Each of `to` is `BACKEND` or `BACKEND:PROJECT`; without a project, cells go to the one that
     they were measured for. None = every place that a view was published to; the default where there
-    is none, and where the environment names a server. What documents say is published as by a
-    `Publisher`.
+    is none, and where the environment names a server. What documents say, and `which` runs, is
+    published as by a `Publisher`.
     """
     ledger.create()
     contents = ledger.contents()
@@ -414,7 +425,9 @@ def sync(ledger: Ledger, to: Sequence[str] | None, texts: bool = False) -> Synce
         targets = (default_targets() if to is None else to) if anew else ()
         publisher = publishers.get((asked.project, anew))
         if publisher is None:
-            publisher = Publisher(targets, asked.project, ledger.root, texts, others=to is None)
+            publisher = Publisher(
+                targets, asked.project, ledger.root, texts, others=to is None, which=which
+            )
             publishers[asked.project, anew] = publisher
         outcome = publisher.publish(store, record)
         synced.locations.update(outcome.places)

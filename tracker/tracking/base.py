@@ -27,7 +27,7 @@ from tracker.ledger.files import lock_file
 from tracker.tracking.figures import LoggedTable
 from tracker.tracking.identity import files_digest
 from tracker.tracking.isolated import Isolated
-from tracker.tracking.runs import DescribedRun, described
+from tracker.tracking.runs import DescribedRun, Which, described
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -222,8 +222,11 @@ class Backend(ABC):
         artifacts: Sequence[Path],
         charts: Mapping[str, Figure],
         tables: Mapping[str, LoggedTable] = {},
+        which: Which = "auto",
     ) -> Published:
         """Publish the cell as one run, one for the intact model, and one more for each of its runs.
+
+        Of very many runs of a kind the cell's run has the table alone; `which` may say otherwise.
 
         Publishing the same again creates nothing and logs nothing twice; a changed record updates
         the runs that it has. After a failure anywhere, publishing again repairs what is missing.
@@ -234,6 +237,7 @@ class Backend(ABC):
             charts: Plotly figures of the cell's run, by name.
             tables: Tables of the cell's run besides those of the record, by name; they follow from
                 the artifacts.
+            which: Which of its runs are runs of their own.
 
         Returns:
             How many runs were created, updated and left alone, and where to look at them.
@@ -243,7 +247,7 @@ class Backend(ABC):
         """
         advice = when_mended(self._setting() + sync_command(self._results, self._to))
         with self._one_writer("did not take the runs", advice):
-            outcomes = Counter(self._write(described(cell, artifacts, charts, tables)))
+            outcomes = Counter(self._write(described(cell, artifacts, charts, tables, which)))
             return Published(
                 created=outcomes["created"],
                 updated=outcomes["updated"],

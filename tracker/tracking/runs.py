@@ -6,7 +6,9 @@ What a run says of itself in a few words of Markdown is alike in every backend.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -167,6 +169,10 @@ def _what_is_removed(cell: CellRecord) -> str:
     return text
 
 
+Which = Literal["auto", "all", "cells"]
+"""Which of a cell's runs are runs of their own for a backend."""
+MANY = 200
+"""Of so many runs of a kind each is one, where nothing else is asked."""
 ARTIFACT_NAME = 128  # wandb/sdk/artifacts/_validators.py, NAME_MAXLEN
 NOT_IN_NAMES = r"[^A-Za-z0-9_.-]+"
 Value = TypeVar("Value")
@@ -296,17 +302,29 @@ class DescribedRun:
         )
 
 
+def one_by_one(cell: CellRecord, which: Which) -> list[RunRecord]:
+    """List those of a cell's runs that a backend gets as runs of their own.
+
+    Of more than `MANY` of a kind, such as the heads of all layers, the cell's own run has the table
+    and the map, and nobody wants to see thousands of runs; `which` may say otherwise.
+    """
+    count = Counter(run.kind.family for run in cell.runs)
+    most = {"all": math.inf, "cells": 0, "auto": MANY}[which]
+    return [run for run in cell.runs if count[run.kind.family] <= most]
+
+
 def described(
     cell: CellRecord,
     files: Sequence[Path],
     charts: Mapping[str, Figure],
     tables: Mapping[str, LoggedTable] = {},
+    which: Which = "auto",
 ) -> list[DescribedRun]:
-    """Describe all runs of a cell, its own last: the newest stands first in a backend's list.
+    """Describe the runs of a cell, its own last: the newest stands first in a backend's list.
 
     Before it come the model that its runs begin with, and before that the runs, the last one first.
     """
-    runs = [layer_run(cell, run) for run in reversed(cell.runs)]
+    runs = [layer_run(cell, run) for run in reversed(one_by_one(cell, which))]
     return [*runs, intact_run(cell), cell_run(cell, files, charts, tables)]
 
 
@@ -346,9 +364,12 @@ def cell_run(
     figures = cell_figures(cell)
     reasons = {**not_finite(figures), **cell.reasons}
     curves = []
+    # Of very many runs of a kind there would be hundreds of curves.
+    alone = {run.ablation for run in one_by_one(cell, "auto")}
     for run in cell.runs:
         known = flat_metrics(run)
-        points = {curve_name(run, name): known[name] for name in CURVES if name in known}
+        names = CURVES if run.ablation in alone else ("accuracy_drop",)
+        points = {curve_name(run, name): known[name] for name in names if name in known}
         curves.append((run.layer, points))
     return DescribedRun(
         cell=cell,

@@ -71,6 +71,7 @@ def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> st
     """Link a cell's runs, as many as its note has room for; `ids` are MLflow's, by run key."""
     digits = max(2, len(str(cell.model.layers - 1)))
     labels = {BASELINE: first_label(cell), **{run.ablation: run.label(digits) for run in cell.runs}}
+    labels = {name: label for name, label in labels.items() if run_key(cell, name) in ids}
     room = _TAG_CHARACTERS - len(cell_note(cell)) - 100
     text = "\n\nRuns:"
     for ablation, label in labels.items():
