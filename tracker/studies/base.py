@@ -169,10 +169,12 @@ class Study(Protocol):
     Attributes:
         name: What it is called on the command line.
         question: What it asks, as a sentence that heads its section.
+        races: Whether `until` may end its measuring early.
     """
 
     name: str
     question: str
+    races: bool = False
 
     def requests(self, asked: StudyContext) -> list[CellRequest]:
         """List the cells that it needs measured, equal models next to each other.
@@ -203,7 +205,7 @@ def conduct(study: Study, asked: StudyContext) -> tuple[FindingRecord, Finished]
     itself. RequestError if the file is not enough, CellError where no cell could be measured.
     """
     requests = study.requests(asked)
-    if any(request.until is not None for request in requests):
+    if not study.races and any(request.until is not None for request in requests):
         raise ExperimentError(
             "'until' stops at the answer to another question than a study's; leave it out of the "
             "file, or write 'sample' for fewer documents"

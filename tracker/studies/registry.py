@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 STUDIES = (
     *("audit", "calibration", "joint", "prune"),
-    *("rescale", "savings", "snowball", "theorem"),
+    *("repeat", "rescale", "savings", "snowball", "theorem"),
 )
 """By name; the class of each, named as it, is in the module or folder of this package so named."""
 DRAWS = 2

@@ -237,8 +237,12 @@ class DescribedRun:
     @property
     def which(self) -> dict[str, str | int]:
         """Which run of the cell it is."""
-        names = ("layer", "component", "span", "intervention") if self.run else ()
-        return {name: getattr(self.run, name) for name in names}
+        if (run := self.run) is None:
+            return {}
+        names = ("layer", "component", "span", "intervention")
+        found = {name: getattr(run, name) for name in names}
+        found |= {} if run.number is None else {"head": run.number}
+        return found | ({"repeats": run.repeats} if run.intervention == "repeat" else {})
 
     @property
     def marks(self) -> dict[str, str]:
