@@ -1,0 +1,128 @@
+"""What is said of stretches that are passed again follows from the ledger, and from chance."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tracker import api
+from tracker.ledger.outcomes import METRIC
+from tracker.ledger.store import Ledger
+from tracker.stats.selection import best_by_chance
+from tracker.studies.repeat import TESTED, all_stretches
+
+from .conftest import Small, column, plain, small
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> Small:
+    return small("repeat", tmp_path_factory.mktemp("repeat"), ["arc_easy"], 24)
+
+
+def _frames(results: Path) -> dict[str, pd.DataFrame]:
+    return {
+        store.identity.benchmark.settings["part"]: store.read() for store in Ledger(results).cells()
+    }
+
+
+def test_the_best_is_chosen_on_one_half_and_tested_on_the_other(found: Small):
+    frames = _frames(found.results)
+    gains = {}
+    for part, frame in frames.items():
+        pairs = zip(frame["loglikelihoods"], frame["gold"], strict=True)
+        frame["gold_logprob"] = [answers[int(gold)] for answers, gold in pairs]
+        means = frame.groupby("ablation")[[f"{METRIC}acc", "gold_logprob"]].mean()
+        gains[part] = means - means.loc["baseline"]
+    # All ten stretches of four layers chose; those that gained most were tested, and no other.
+    chose = gains["calibration"].drop("baseline")
+    assert len(chose) == 10
+    order = chose.sort_values([f"{METRIC}acc", "gold_logprob"], ascending=False).index
+    assert set(frames["test"]["ablation"]) == {"baseline", *order[:TESTED]}
+    documents = [set(zip(frame["task"], frame["doc"], strict=True)) for frame in frames.values()]
+    assert not documents[0] & documents[1]
+    (table,) = found.finding.tables
+    named = [
+        f"layer {s[0]} twice" if len(s) == 1 else f"layers {s[0]} to {s[1]} twice"
+        for s in (name.partition(":")[2].split("-") for name in order[:TESTED])
+    ]
+    assert plain(column(table, "passed")) == named
+    for label, part in (
+        ("gain where it was chosen", "calibration"),
+        ("gain on test documents", "test"),
+    ):
+        expected = gains[part].loc[order[:TESTED], f"{METRIC}acc"]
+        assert plain(column(table, label)) == pytest.approx([*expected])
+    (answer,) = found.finding.answers
+    assert f"of 10 stretches the best on 24 calibration documents is {named[0]}" in answer
+    assert "By chance alone the best of so many would be" in answer
+    assert "On 24 test documents it is worth" in answer
+
+
+def test_another_week_measures_nothing_and_says_the_same(found: Small):
+    again = api.study("repeat", found.path, results=found.results, track=[])
+    assert again.outcome.models_loaded == 0
+    assert again.finding == found.finding
+
+
+def test_a_file_may_name_its_stretches_or_race_them(found: Small, tmp_path: Path):
+    settings = {"span": [2], "intervention": "repeat", "repeats": 3}
+    asked = api.study("repeat", found.path, results=tmp_path / "some", track=[], **settings)
+    assert "of 3 stretches" in asked.finding.answers[0]
+    assert "3 times" in asked.finding.answers[0]
+    raced = api.study(
+        "repeat",
+        found.path,
+        results=tmp_path / "raced",
+        track=[],
+        sample=None,
+        until="prune 2 within 20 pp",
+    )
+    (table,) = raced.finding.tables
+    assert len(table.rows) == 2
+    assert "By chance" not in raced.finding.answers[0]
+
+
+def test_what_is_asked_otherwise_is_refused(found: Small, refused):
+    assert "write 'sample: {value: 5}' instead of 'limit'" in refused(
+        "repeat", found.path, "--limit", "5"
+    )
+    said = refused("repeat", found.path, "--until", "top 5", "--set", "sample=null")
+    assert "write 'until: {value: prune 5 within 2 pp}'" in said
+    assert "leave 'removed' out" in refused("repeat", found.path, "--removed", "0")
+
+
+def test_stretches_are_all_neighbours_among_some_layers():
+    asked = all_stretches([0, 1, 2, 5])
+    runs = {(layer, span) for _, span, layer, *_ in asked["only"]}
+    expected = {(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (2, 1), (5, 1)}
+    assert runs == expected
+    assert len(all_stretches(range(30))["only"]) == 465
+
+
+def test_the_best_by_chance_is_that_of_all_signs():
+    draw = np.random.default_rng(3)
+    gains = draw.integers(-1, 2, (10, 6)).astype(float)
+    weights = draw.random(10)
+    weights /= weights.sum()
+    every = [
+        (np.array(signs) @ (gains * weights[:, None])).max()
+        for signs in itertools.product((-1.0, 1.0), repeat=10)
+    ]
+    found = best_by_chance(gains, weights)
+    assert found.middle == pytest.approx(np.median(every), abs=0.02)
+    assert found.high == pytest.approx(np.quantile(every, 0.95), abs=0.02)
+    best = (gains * weights[:, None]).sum(0).max()
+    assert found.p_value == pytest.approx(np.mean(np.array(every) >= best - 1e-12), abs=0.04)
+
+
+def test_where_nothing_is_gained_the_best_is_seldom_called_more_than_chance():
+    draw = np.random.default_rng(0)
+    called = 0
+    for seed in range(200):
+        gains = draw.integers(-1, 2, (60, 40)).astype(float)
+        called += best_by_chance(gains, seed=seed).p_value <= 0.05
+    assert called <= 20  # 5 % of 200, and three standard deviations
