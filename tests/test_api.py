@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from html import unescape
-from inspect import isfunction
+from inspect import isfunction, signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +53,14 @@ def test_a_file_a_dict_and_keywords_ask_the_same(asked: dict[str, Any], tmp_path
     assert one.cost == other.cost
     assert [run.layer for run in by_file.cells[0].whole_layers] == [0, 1, 2, 3]
     assert [path.name for path in kept.parent.glob("*.yaml")] == [kept.name]
+
+
+def test_a_report_is_made_after_whatever_else_was_called(tmp_path: Path) -> None:
+    assert callable(tracker.ls)
+    # By now there is a package of that name, imported by the API.
+    with pytest.raises(ResultsError, match="is not a results folder"):
+        tracker.report(tmp_path)
+    assert signature(tracker.report) == signature(api.report)
 
 
 def test_results_are_read_again_from_their_folder(asked: dict[str, Any], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tracker.core.distribution import __version__
@@ -54,6 +56,10 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         from tracker import api
 
+        # The package of this name, which the API imports, takes the function's place here.
+        sys.modules["tracker.report"].__class__ = type(
+            "Report", (ModuleType,), {"__call__": staticmethod(api.report)}
+        )
         return getattr(api, name)
     raise AttributeError(f"module 'tracker' has no attribute {name!r}")
 
