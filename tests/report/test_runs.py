@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tracker.core.ablations import ablation_of
 from tracker.core.records import NOT_MEASURED, CellRecord, Kind, RunIdentity, RunRecord
 from tracker.report import frames
 from tracker.report.page import html
@@ -155,6 +156,49 @@ def test_a_page_without_any_whole_layer_has_no_relevance_map() -> None:
     assert 'id="model-1-heat-map"' not in page
     assert 'id="model-1-cell-1-curve"' not in page
     assert 'id="model-1-cell-1-map-mlp-title"' in page
+
+
+def numbered(record: RunRecord, **which: Any) -> RunRecord:
+    """Make a run of a head, or of a stretch that is passed again, from that of a whole layer."""
+    run = record.model_copy(update={**which, **dict.fromkeys(PROXIES)})
+    return run.model_copy(update={"ablation": ablation_of(run, ()).name})
+
+
+def test_the_map_of_heads_has_a_row_a_head() -> None:
+    cell = build_cell()
+    heads = tuple(
+        numbered(run, component="head", number=head, accuracy_drop=run.layer / 100 + head / 1000)
+        for run in cell.runs[:4]
+        for head in range(3)
+    )
+    cell = cell.model_copy(update={"runs": (*cell.runs, *heads)})
+    assert list(charts.mapped(cell)) == ["head"]
+    figure = charts.kind_map(cell, "head")
+    assert list(figure.data[0].y) == ["0", "1", "2"]
+    assert charts.grid(figure)[2] == pytest.approx([0.2, 1.2, 2.2, 3.2])
+    assert "layer 1 head 2" in figure.data[0].hovertext[2][1]
+    assert [kind.word for kind in charts.curve_kinds(cell)] == ["layer"]
+    frame = frames.layer_frame([cell])
+    row = frame[(frame["number"] == 2) & (frame["layer"] == 3)].iloc[0]
+    assert (row["component"], row["span"]) == ("head", 1)
+    assert frame["number"].isna().sum() == LAYERS
+
+
+def test_thousands_of_runs_are_a_map_on_a_page_that_opens() -> None:
+    cell = build_cell()
+    runs = tuple(
+        numbered(cell.runs[(first + span) % LAYERS], layer=first, span=span, intervention="repeat")
+        for first in range(64)
+        for span in range(1, 65 - first)
+    )
+    assert len(runs) == 2080
+    model = cell.model.model_copy(update={"layers": 64})
+    cell = cell.model_copy(update={"runs": runs, "correlations": (), "model": model})
+    page = html.render_page([cell], {})
+    assert 'id="model-1-cell-1-map-repeat-title"' in page
+    assert 'id="model-1-cell-1-curve-title"' not in page
+    assert "number of layers that are passed again" in page
+    assert len(page) < 8_000_000
 
 
 def test_the_frames_name_component_span_and_removed() -> None:

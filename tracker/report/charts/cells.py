@@ -159,8 +159,16 @@ def _change_axis(measure: formats.Measure) -> dict[str, Any]:
 
 
 def curve_kinds(cell: CellRecord) -> list[Kind]:
-    """List the kinds of which the layer curve draws single layers; whole ones without runs."""
-    return [kind for kind in cell.kinds if kind.is_single] if cell.kinds else [WHOLE_LAYER]
+    """List the kinds of which the layer curve draws single layers; whole ones without runs.
+
+    Layers that are passed again are a row of the map of all stretches, where there is one.
+    """
+    on_maps = [kind for kinds in mapped(cell).values() for kind in kinds]
+    return [
+        kind
+        for kind in cell.kinds or [WHOLE_LAYER]
+        if kind.is_single and not (kind.intervention == "repeat" and kind in on_maps)
+    ]
 
 
 def proxy_scatter(cell: CellRecord) -> style.Chart:
