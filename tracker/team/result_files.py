@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tracker.benchmarks.tasks import LmEvalBenchmark
 
 
-def started(parts: Sequence[Part]) -> float | None:
+def started(parts: Sequence[CellPart]) -> float | None:
     """Say when the first outcomes were written, in seconds since 1970; None where none says."""
     names = ["task", "doc"]
     shards = [part.store.shard(path, names) for part in parts for path in part.store.shards()]
@@ -43,7 +43,7 @@ def started(parts: Sequence[Part]) -> float | None:
 
 
 def evaluated(
-    parts: Sequence[Part],
+    parts: Sequence[CellPart],
     ablation: Ablation,
     rows: Sequence[Mapping[Any, Any]],
     started: float | None,
@@ -127,7 +127,7 @@ def _typed(args: dict[str, str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Part:
+class CellPart:
     """A cell's outcomes on one set of documents, and the ablations that were asked of it."""
 
     store: CellStore
@@ -219,7 +219,7 @@ def write_result_files(
     if output.exists() and not output.is_dir():
         raise RequestError(f"--output: {output} is a file; name a folder")
     done = Written()
-    parts: list[Part] = []
+    parts: list[CellPart] = []
     begun: set[int] = set()
     for store in _chosen(ledger.cells(done.failed), models, benchmarks):
         views = [asked.view for asked in store.views.asked(done.failed)]
@@ -278,7 +278,7 @@ def _names(store: CellStore) -> set[str]:
     return {store.identity.model.name, store.identity.model.source}
 
 
-def _parts(store: CellStore, views: Sequence[View], layers: Collection[int]) -> Iterator[Part]:
+def _parts(store: CellStore, views: Sequence[View], layers: Collection[int]) -> Iterator[CellPart]:
     """Gather the views of a cell that show the same documents."""
     for extent in dict.fromkeys(view.extent for view in views):
         ablations = [INTACT]
@@ -286,12 +286,12 @@ def _parts(store: CellStore, views: Sequence[View], layers: Collection[int]) -> 
             wanted = [run for run in view.runs if not layers or run.layer in layers]
             ablations.append(ablate("layer", view.removed))
             ablations += [ablation_of(run, view.removed) for run in wanted]
-        yield Part(store, extent, tuple(dict.fromkeys(ablations)))
+        yield CellPart(store, extent, tuple(dict.fromkeys(ablations)))
 
 
-def _calls(parts: Sequence[Part]) -> list[list[Part]]:
+def _calls(parts: Sequence[CellPart]) -> list[list[CellPart]]:
     """Put together what one call of lm-eval could have evaluated; no task stands in one twice."""
-    calls: dict[str, list[list[Part]]] = {}
+    calls: dict[str, list[list[CellPart]]] = {}
     for part in parts:
         alike = calls.setdefault(part.together, [])
         for call in alike:
@@ -303,17 +303,17 @@ def _calls(parts: Sequence[Part]) -> list[list[Part]]:
     return [call for alike in calls.values() for call in alike]
 
 
-def _ablations(call: Sequence[Part]) -> list[Ablation]:
+def _ablations(call: Sequence[CellPart]) -> list[Ablation]:
     return list(dict.fromkeys(ablation for part in call for ablation in part.ablations))
 
 
 def _write_call(
-    call: Sequence[Part], output: Path, trust: bool, progress: Progress, done: Written
+    call: Sequence[CellPart], output: Path, trust: bool, progress: Progress, done: Written
 ) -> None:
     """Write the files of every model of one call."""
     from tracker.benchmarks.results import Questions
 
-    parts: dict[Part, LmEvalBenchmark] = {}
+    parts: dict[CellPart, LmEvalBenchmark] = {}
     for part in call:
         try:
             parts[part] = _open(part.store)
