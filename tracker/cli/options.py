@@ -249,7 +249,7 @@ def asking(
         A decorator.
     """
     first = [key for key in said if key in ("model", "benchmark")]
-    rest = [key for key in said if key not in (*first, *search, "layer", "head")]
+    rest = [key for key in said if key not in (*first, *search, "layer", "head", "expert")]
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
@@ -264,6 +264,7 @@ def asking(
 
         made = keys(CellRequest, *rest, defaults=False)(_set(asked))
         made = keys(SearchSettings, *search, defaults=False)(made)
+        made = _expert(made) if "expert" in said else made
         made = _head(made) if "head" in said else made
         made = _layer(made) if "layer" in said else made
         return _experiment(keys(CellRequest, *first, defaults=False)(made))
@@ -282,6 +283,12 @@ _head = click.option(
     type=Layers(),
     help="The heads of each layer, such as 0,3 or 0-3, or groups of heads, where component is head "
     "or kv_head. Default: all.",
+)
+_expert = click.option(
+    "--expert",
+    type=Layers(),
+    help="The routed experts of each layer, such as 0,3 or 0-3, where component is expert. "
+    "Default: all.",
 )
 _set = click.option(
     "--set",

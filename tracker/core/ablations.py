@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from itertools import chain, product
 from typing import NamedTuple
 
-from tracker.core.config import CellRequest
+from tracker.core.config import IN_THE_FILE, CellRequest, field_of
+from tracker.core.errors import ExperimentError
 from tracker.core.kinds import NUMBERED, Action, Component, Intervention
 from tracker.core.records import BASELINE, RunIdentity
 
 
 class Part(NamedTuple):
-    """One of several parts of a layer: a head, or a group of heads."""
+    """One of several parts of a layer: a head, a group of heads, or a routed expert."""
 
     component: Component
     layer: int
@@ -54,6 +55,16 @@ class Done(NamedTuple):
     parts: tuple[Part, ...] = ()
     stretch: Stretch | None = None
 
+    @property
+    def heads(self) -> tuple[Part, ...]:
+        """The heads, and groups of them, that its attention lacks."""
+        return tuple(part for part in self.parts if part.component != "expert")
+
+    @property
+    def experts(self) -> tuple[Part, ...]:
+        """The experts that its MLP lacks."""
+        return tuple(part for part in self.parts if part.component == "expert")
+
 
 _PASS = Done(Action.PASS)
 
@@ -67,7 +78,8 @@ class Ablation:
         attention: Layers whose attention adds nothing to the residual stream.
         mlp: Layers whose MLP adds nothing to the residual stream.
         replaced: What stands in for which layers: pairs of an intervention and a layer.
-        parts: Heads, or groups of them, that add nothing to what their attention gives.
+        parts: Heads, or groups of them, that add nothing to what their attention gives, and experts
+            that no token is sent to.
         repeated: Stretches that are passed several times; no two end at the same layer.
     """
 
@@ -109,7 +121,7 @@ class Ablation:
         if mlp:
             return Done(Action.NO_MLP)
         if parts := tuple(part for part in self.parts if part.layer == layer):
-            return Done(Action.NO_HEADS, parts)
+            return Done(Action.NO_PARTS, parts)
         for stretch in self.repeated:
             if stretch.stop == layer + 1:
                 return Done(Action.REPEAT, stretch=stretch)
@@ -151,7 +163,14 @@ def ablation_of(run: RunIdentity, removed: Iterable[int]) -> Ablation:
 
 
 def first_run(request: CellRequest) -> RunIdentity:
-    """Say which run a request for one run asks for, whether there is such a run or not."""
+    """Say which run a request for one run asks for, whether there is such a run or not.
+
+    ExperimentError where it does not say which part of the layer.
+    """
+    for part in request.components:
+        if part in NUMBERED and not request.numbers(part):
+            key = IN_THE_FILE[field_of(part)]
+            raise ExperimentError(f"which {part} of the layer? Give its number: --{key} 0")
     return next(_grid(request, request.layers[0] + request.spans[0]))
 
 
@@ -160,7 +179,7 @@ def _grid(request: CellRequest, layers: int) -> Iterator[RunIdentity]:
     found: dict[RunIdentity, None] = {}
     asked = (request.components, request.interventions, request.spans, request.layers)
     for component, done, span, layer in product(*asked):
-        numbers = request.heads if component in NUMBERED else (None,)
+        numbers = request.numbers(component) if component in NUMBERED else (None,)
         for number, repeats in product(numbers, request.repeats if done == "repeat" else (2,)):
             run = RunIdentity(
                 component=component,

@@ -120,11 +120,14 @@ class CellRequest(Strict):
     heads: tuple[Count, ...] = ()
     """Which head of the layer, or group of heads, 0-based, where component is head or kv_head;
     default: all that the model has."""
+    experts: tuple[Count, ...] = ()
+    """Which routed expert of the layer, 0-based, where component is expert; default: all that the
+    model has."""
     repeats: tuple[Times, ...] = (2,)
     """How often the layers are passed where intervention is repeat."""
     only: tuple[tuple[Component, int, int, Intervention, Count | None, Times], ...] | None = None
-    """Which (component, span, layer, intervention, head, repeats) of these are asked for; None =
-    every combination."""
+    """Which (component, span, layer, intervention, number of the part, repeats) of these are asked
+    for; None = every combination."""
     removed: Layers = ()
     """Layers that are removed as a whole besides: 3,17 or 3-7 or [3, 17]."""
     revision: Name | None = None
@@ -191,6 +194,11 @@ class CellRequest(Strict):
             )
         return self
 
+    def numbers(self, component: Component) -> tuple[int, ...]:
+        """Say which of a layer's parts of a kind are asked for; none for all."""
+        found: tuple[int, ...] = getattr(self, field_of(component))
+        return found
+
     @property
     def extent(self) -> Extent:
         """Which documents are wanted, at most where there is a question."""
@@ -217,6 +225,11 @@ class CellRequest(Strict):
         return (self.model, self.revision, self.dtype, self.model_args)
 
 
+def field_of(component: Component) -> Literal["heads", "experts"]:
+    """Name the field that holds the numbers of a layer's parts of a kind."""
+    return "experts" if component == "expert" else "heads"
+
+
 def cell_request(**settings: Any) -> CellRequest:
     """Make a request of options (None = not said); RequestError for a value of the wrong kind."""
     said = {name: value for name, value in settings.items() if value is not None}
@@ -235,6 +248,7 @@ IN_THE_FILE = {
     "spans": "span",
     "interventions": "intervention",
     "heads": "head",
+    "experts": "expert",
     "repeats": "repeats",
 }
 """Fields that hold several values, and the keys of files and options that give one."""

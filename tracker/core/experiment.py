@@ -40,6 +40,7 @@ from tracker.core.config import (
 )
 from tracker.core.errors import ExperimentError
 from tracker.core.extent import DEFAULT_SEED, Positive
+from tracker.core.kinds import NUMBERED
 from tracker.core.model_parts import Counting, numbered_components, with_all_parts
 from tracker.core.problems import checked
 from tracker.core.safe_yaml import SHOWN, short
@@ -105,8 +106,8 @@ def _number_or_all(given: Any, number: ValidatorFunctionWrapHandler) -> Any:
     return given if given == ALL else number(given)
 
 
-class _Heads(_Value):
-    """Which heads of a layer; all of them, which need not be said."""
+class _Parts(_Value):
+    """Which heads or experts of a layer; all of them, which need not be said."""
 
     value: Annotated[Count | None, WrapValidator(_number_or_all)] = None
     values: list[Count] | None = None
@@ -119,7 +120,7 @@ class _Heads(_Value):
         return {"value": ALL} if given == ALL else given
 
     @model_validator(mode="after")
-    def _one_of(self) -> _Heads:
+    def _one_of(self) -> _Parts:
         if self._spellings() != 1:
             raise ValueError("needs 'value', 'values', or 'min' and 'max'")
         _refuse_no_stretch(self.min, self.max)
@@ -145,7 +146,7 @@ class _Heads(_Value):
         return self.values or [self.value or 0]
 
 
-class _Layers(_Heads):
+class _Layers(_Parts):
     """Which layers of a model; all of them, or those of a kind."""
 
     kind: Annotated[tuple[Name, ...], BeforeValidator(several)] | None = None
@@ -195,7 +196,7 @@ def grid_of(
     """
     fields: dict[str, Any] = {}
     for key, field in keys.items():
-        own: dict[str, type[_Value]] = {"layer": _Layers, "head": _Heads, **kinds}
+        own: dict[str, type[_Value]] = {"layer": _Layers, "head": _Parts, "expert": _Parts, **kinds}
         kind = own.get(key, Choice)
         fields[key] = (kind, ...) if field.is_required() else (kind | None, None)
     return create_model(name, __base__=Grid, **fields)
@@ -215,11 +216,18 @@ _TOGETHER = {
     "layer": None,
     "intervention": "remove",
     "head": None,
+    "expert": None,
     "repeats": 2,
 }
-"""What tells the runs of one cell apart, in the order of `CellRequest.only`, each with what it is
-where nothing is said."""
+"""What tells the runs of one cell apart, each with what it is where nothing is said."""
 _FIELDS = {key: field for field, key in IN_THE_FILE.items()}
+
+
+def _only(said: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Write a point of a grid as `CellRequest.only` has it."""
+    component, span, layer, done, head, expert, repeats = said
+    number = expert if component == "expert" else head
+    return component, span, layer, done, number if component in NUMBERED else None, repeats
 
 
 class Goal(Strict):
@@ -324,11 +332,12 @@ class Experiment(Sweep):
             for name, kinds in zip(_TOGETHER, zip(*some, strict=True), strict=True):
                 said = {repr(kind): kind for kind in kinds}
                 settings[_FIELDS[name]] = tuple(said.values())
-            if settings["heads"] == (None,):
-                settings["heads"] = ()
+            for field in ("heads", "experts"):
+                if settings[field] == (None,):
+                    settings[field] = ()
             every = self.takes_all
             settings["layers"] = () if every else tuple(sorted(settings["layers"]))
-            settings["only"] = tuple(some) if self.capped else None
+            settings["only"] = tuple(map(_only, some)) if self.capped else None
             cell = checked(CellRequest, settings, "parameters.", IN_THE_FILE)
             if self._count is not None and (every or numbered_components(cell)):
                 cell = with_all_parts(cell, self._count(cell, self.kinds))

@@ -12,10 +12,10 @@ from typing import Literal, get_args
 
 SearchUnit = Literal["layer", "attention", "mlp"]
 """What a search removes: whole layers, or one of their two sublayers."""
-Component = Literal["layer", "attention", "mlp", "head", "kv_head"]
-"""What of a layer is removed: all of it, one of its two sublayers, one attention head, or all heads
-that share keys and values."""
-NUMBERED: tuple[Component, ...] = ("head", "kv_head")
+Component = Literal["layer", "attention", "mlp", "head", "kv_head", "expert"]
+"""What of a layer is removed: all of it, one of its two sublayers, one attention head, all heads
+that share keys and values, or one routed expert."""
+NUMBERED: tuple[Component, ...] = ("head", "kv_head", "expert")
 """Components of which a layer has several: each has a number, 0-based."""
 Intervention = Literal["remove", "mean", "scale", "linear", "int8", "int4", "repeat"]
 """What is done to a layer: it is removed, or something stands in its place."""
@@ -31,7 +31,7 @@ class Action(Enum):
     SKIP = "skip"
     NO_ATTENTION = "no attention"
     NO_MLP = "no mlp"
-    NO_HEADS = "no heads"
+    NO_PARTS = "no parts"
     MEAN = "mean"
     SCALE = "scale"
     LINEAR = "linear"
@@ -80,6 +80,7 @@ KINDS: Mapping[str, KindLook] = {
     "mlp": KindLook("its MLP", "#5f8a3a", "diamond"),
     "head": KindLook("an attention head", "#b06a3d", "square-open"),
     "kv_head": KindLook("heads that share keys and values", "#8a5a44", "square-cross"),
+    "expert": KindLook("a routed expert", "#4f8a6b", "diamond-open"),
     "mean": KindLook("its mean update", "#2f8f8f", "triangle-up", fitted=True),
     "scale": KindLook("a factor", "#8c7a2e", "triangle-down", fitted=True),
     "linear": KindLook("a linear map", "#7a6bc0", "pentagon", fitted=True),

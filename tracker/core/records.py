@@ -74,7 +74,8 @@ class RunIdentity(Record):
     intervention: Intervention = Field("remove", exclude_if=lambda done: done == "remove")
     """What is done to the layer; written where it is not removed."""
     number: Count | None = Field(None, exclude_if=lambda number: number is None)
-    """Which head, or group of heads, of the layer, 0-based; None where a layer has only one."""
+    """Which head, group of heads or expert of the layer, 0-based; None where a layer has only
+    one."""
     repeats: Times = Field(2, exclude_if=lambda times: times == 2)
     """How often the layers are passed where they are repeated; written where it is not twice."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
 from tracker.core.ablations import ablations_of, first_run, removals, why_no_run
-from tracker.core.config import RUNS, CellRequest
+from tracker.core.config import RUNS, CellRequest, field_of
 from tracker.core.errors import ExperimentError, UnreachableError
 from tracker.core.model_parts import (
     Counting,
@@ -109,10 +109,6 @@ def widened(
     store, whole = asked.store, asked.request
     parts = counting_in(ledger, trust_remote_code)(request, ())
     layers = parts.layers
-    if numbered_components(request) and not request.heads:
-        raise ExperimentError(
-            f"which {request.components[0]} of the layer? Give its number: --head 0"
-        )
     check_parts(request, parts)
     why = why_no_run(first_run(request), request, layers)
     before = asked_before(request, store)
@@ -156,17 +152,20 @@ def _with_runs(request: CellRequest, runs: Sequence[RunIdentity]) -> CellRequest
     only = tuple(run.asked for run in runs)
     if not only:
         return request
-    components, spans, layers, interventions, heads, repeats = (
-        tuple(dict.fromkeys(one for one in each if one is not None))
-        for each in zip(*only, strict=True)
+    components, spans, layers, interventions, _, repeats = (
+        tuple(dict.fromkeys(each)) for each in zip(*only, strict=True)
     )
+    numbers: dict[str, set[int]] = {"heads": set(), "experts": set()}
+    for run in runs:
+        if run.number is not None:
+            numbers[field_of(run.component)].add(run.number)
     return request.model_copy(
         update={
             "components": components,
             "spans": spans,
             "layers": tuple(sorted(layers)),
             "interventions": interventions,
-            "heads": tuple(sorted(heads)),
+            **{field: tuple(sorted(some)) for field, some in numbers.items()},
             "repeats": repeats,
             "only": only,
         }

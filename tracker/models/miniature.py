@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from tracker.core.model_parts import ROUTED
 from tracker.models.layers import find_layers
 from tracker.models.pruned import duplicate
 from tracker.models.reloaded import Shapes, shapes
@@ -66,9 +67,7 @@ BETWEEN = (
     "shared_expert_intermediate_size", "shared_experts_intermediate_size",
     "shared_intermediate_size",
 )  # fmt: skip
-EXPERTS = (
-    "moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts", "zero_expert_num",
-)  # fmt: skip
+EXPERTS = (*ROUTED, "zero_expert_num")
 CHOSEN = (
     "moe_k", "moe_topk", "num_experts_per_tok", "num_experts_per_token", "top_k_experts",
 )  # fmt: skip

@@ -26,7 +26,7 @@ from tracker.core.distribution import package_folder, pip_install
 from tracker.core.errors import ModelError, UnreachableError, did_you_mean, first_line
 from tracker.core.hub import ask, check_name, refusal, unreachable
 from tracker.core.layer_kinds import layers_of_kind
-from tracker.core.model_parts import ModelParts
+from tracker.core.model_parts import ROUTED, ModelParts
 from tracker.core.provenance import content_hash, file_hash, file_stamp, package_versions
 from tracker.core.safe_yaml import short
 from tracker.ledger.cache import keep, own_folder, recall
@@ -458,7 +458,7 @@ def count_layers(model: ModelSource, trust_remote_code: bool = False) -> int:
 def count_parts(
     model: ModelSource, trust_remote_code: bool = False, kinds: Collection[str] = ()
 ) -> ModelParts:
-    """Count a model's layers and heads, or recall the counts of files that are the same.
+    """Count a model's layers, heads and experts, or recall the counts of files that are the same.
 
     Args:
         model: The model.
@@ -479,7 +479,8 @@ def count_parts(
     if stamp is None:
         return parts_of(read_config(model, trust_remote_code))
     # What this version of transformers read before, it reads again.
-    key = content_hash([stamp, package_versions()["transformers"], trust_remote_code])
+    versions = package_versions()["transformers"], ModelParts._fields
+    key = content_hash([stamp, versions, trust_remote_code])
     kept = recall("parts", key)
     if "layers" in kept:
         return ModelParts(**kept)
@@ -490,11 +491,13 @@ def count_parts(
 
 
 def parts_of(config: Any) -> ModelParts:
-    """Count layers and heads by a text model's configuration."""
+    """Count layers, heads and experts by a text model's configuration."""
     heads = getattr(config, "num_attention_heads", None)
     groups = getattr(config, "num_key_value_heads", None)
     head, kv_head = (each if isinstance(each, int) else None for each in (heads, groups))
-    return ModelParts(int(config.num_hidden_layers), head, kv_head)
+    routed = (getattr(config, name, None) for name in ROUTED)
+    expert = next((count for count in routed if isinstance(count, int) and count > 1), None)
+    return ModelParts(int(config.num_hidden_layers), head, kv_head, expert=expert)
 
 
 def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
@@ -510,11 +513,12 @@ def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
             reader.get_field(f"{kind}.{name}").contents()
             for name in ("block_count", "attention.head_count", "attention.head_count_kv")
         ]
+        experts = reader.get_field(f"{kind}.expert_count")
     except Exception:  # noqa: BLE001  transformers reads it again, and says what is wrong
         return None
     if not all(isinstance(count, int) for count in counts):  # a list, with one for each layer
         return None
-    parts = ModelParts(*counts)
+    parts = ModelParts(*counts, expert=None if experts is None else experts.contents() or None)
     return parts if kind in GGUF_CONFIG_MAPPING and 0 < parts.layers <= MAX_LAYERS else None
 
 

@@ -428,6 +428,7 @@ def _turns(cells: Sequence[CellRecord]) -> str:
         "each layer’s MLP": Kind("mlp") in found,
         "each attention head": "head" in parts,
         "each group of heads": "kv_head" in parts,
+        "each routed expert": "expert" in parts,
         "each span of layers": "layer" in spans,
         "the attention or MLP of each span": bool(spans - {"layer"}),
     }

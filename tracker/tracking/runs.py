@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tracker.core.answers import interval_name, statement
+from tracker.core.config import IN_THE_FILE, field_of
 from tracker.core.formats import counted, interval, measure_of
 from tracker.core.identities import Record
 from tracker.core.kinds import REPLACED_BY
@@ -241,7 +242,8 @@ class DescribedRun:
             return {}
         names = ("layer", "component", "span", "intervention")
         found = {name: getattr(run, name) for name in names}
-        found |= {} if run.number is None else {"head": run.number}
+        if run.number is not None:
+            found |= {IN_THE_FILE[field_of(run.component)]: run.number}
         return found | ({"repeats": run.repeats} if run.intervention == "repeat" else {})
 
     @property

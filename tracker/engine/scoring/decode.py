@@ -59,6 +59,7 @@ def decoding(
         batched=True,
         stand_ins=parts.stand_ins,
         heads=parts.heads,
+        experts=parts.experts,
     ):
         yield own
 

@@ -17,10 +17,12 @@ from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.masks import Masks, mask_place
 from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.streams import LayerStep, StreamPlan
+from tracker.models.experts import Experts, experts_at, routed
 from tracker.models.heads import Heads, heads_at
 from tracker.models.quantised import linear_maps, outputs_first, quantised
 from tracker.models.sublayers import (
     Sublayers,
+    call_with,
     first_of,
     lent,
     nothing,
@@ -44,6 +46,7 @@ def forking(
     masks: Masks | None = None,
     stand_ins: Mapping[int, StandIn] | None = None,
     heads: Sequence[Heads | None] | None = None,
+    experts: Sequence[Experts | None] | None = None,
 ) -> Iterator[None]:
     """Let a model's layers fork streams while the context is open.
 
@@ -67,6 +70,7 @@ def forking(
         masks: What each layer gets in place of the model's own mask.
         stand_ins: What stands in for layers; needed where the plan asks for it.
         heads: The heads of each layer's attention; needed where the plan takes some out.
+        experts: The routed experts of each layer's MLP; the same.
 
     Yields:
         Nothing; on exit, also by an exception, the layers are what they were.
@@ -124,6 +128,14 @@ def forking(
                 of = [step.computed.index(source) for source, _ in step.heads]
                 without = _HeadFork(of, columns, projection.forward, turn)
                 stack.enter_context(replaced_forward(projection, without))
+            if step.has_experts:
+                assert experts is not None
+                name = type(layer).__name__
+                those = experts_at(experts, index, name)
+                router = layer.get_submodule(those.router)
+                kept = [those.left(gone, name) if gone else None for gone in step.experts]
+                routing = _RouterFork(router, those, kept, router.forward, turn)
+                stack.enter_context(replaced_forward(router, routing))
         yield
 
 
@@ -386,6 +398,45 @@ class _HeadFork:
             for columns in gone:
                 state[..., columns] = 0
         return self.forward(each.flatten(0, 1))
+
+
+@dataclass(frozen=True)
+class _RouterFork:
+    """A mixture's router, which in some streams chooses among fewer experts.
+
+    In come the tokens of the streams whose MLPs are computed, stream by stream; `kept` names for
+    each the experts that are left, None for all. What the router says of each stream is what it
+    says where it has rows for these experts alone, in the numbers of all: so the experts are
+    called once.
+    """
+
+    module: nn.Module
+    experts: Experts
+    kept: Sequence[list[int] | None]
+    forward: Callable[..., Any]
+    turn: _Turn
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Take what the router takes, and return what it returns, of all streams."""
+        if self.turn.again:
+            return self.forward(*args, **kwargs)
+        streams = len(self.kept)
+        state: Tensor = state_of(args, kwargs)
+        if len(state) % streams:
+            raise RefusalError("the router of its experts has no row a stream")
+        each, given = _by_stream(state, streams), (args, kwargs)
+        all_of_them = [place for place, kept in enumerate(self.kept) if kept is None]
+        # Never of no stream: the baseline lacks none.
+        whole = call_with(self.forward, each[all_of_them].flatten(0, 1), *given)
+        parted = zip(*(_by_stream(one, len(all_of_them)) for one in whole), strict=True)
+        said = [
+            next(parted)
+            if kept is None
+            else routed(self.module, self.experts, kept, whole, state, given)
+            for kept, state in zip(self.kept, each, strict=True)
+        ]
+        make = getattr(type(whole), "_make", type(whole))
+        return make(torch.cat(parts) for parts in zip(*said, strict=True))
 
 
 def _cut(value: Any, streams: int, entering: list[int]) -> Any:

@@ -20,6 +20,7 @@ from tracker.engine.scoring.prefix import Prefix, cache_argument, new_cache
 from tracker.engine.scoring.rows import Row, reading_row
 from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
+from tracker.models.experts import Experts
 from tracker.models.heads import Heads
 from tracker.models.sublayers import Sublayers
 
@@ -53,6 +54,7 @@ class Parts:
         sight: How far each layer sees in a text of some length.
         stand_ins: What stands in for layers, where that is asked for.
         heads: The heads of their attentions; None where they are not asked for.
+        experts: The routed experts of their MLPs; the same.
     """
 
     model: Any
@@ -63,6 +65,7 @@ class Parts:
     sight: Callable[[int], Sight]
     stand_ins: Mapping[int, StandIn] | None = None
     heads: Sequence[Heads | None] | None = None
+    experts: Sequence[Experts | None] | None = None
 
     @property
     def base(self) -> Any:
@@ -154,6 +157,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         masks=masks,
         stand_ins=parts.stand_ins,
         heads=parts.heads,
+        experts=parts.experts,
     ):
         output = parts.base(
             input_ids=row.input_ids.to(device), use_cache=name is not None, **cached

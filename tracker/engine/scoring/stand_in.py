@@ -10,9 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tracker.core.ablations import Ablation
+from tracker.core.ablations import Ablation, Done
 from tracker.core.grouping import grouped
 from tracker.core.kinds import Action
+from tracker.models.experts import Experts, experts_at, take_experts
 from tracker.models.heads import Heads, heads_at, take_out
 from tracker.models.quantised import quantise
 from tracker.models.sublayers import returning
@@ -73,6 +74,7 @@ def changes(
     ablation: Ablation,
     stand_ins: Mapping[int, StandIn],
     heads: Sequence[Heads | None],
+    experts: Sequence[Experts | None],
     name: str,
 ) -> dict[int, Callable[[nn.Module], None]]:
     """List what really changes the layers that an ablation neither removes nor repeats.
@@ -81,6 +83,7 @@ def changes(
         ablation: What is done.
         stand_ins: Layer → what stands in for it.
         heads: The heads of each layer's attention; needed where some are taken out.
+        experts: The routed experts of each layer's MLP; the same.
         name: The model's class.
 
     Returns:
@@ -91,12 +94,23 @@ def changes(
         for done, layer in ablation.replaced
     }
     for layer, parts in grouped(ablation.parts, lambda part: part.layer).items():
-        own = heads_at(heads, layer, name)
-        columns = [own.columns(part, name) for part in parts]
-        found[layer] = partial(
-            take_out, heads=own, columns=columns, name=f"layer {layer} of {name}"
-        )
+        done, where = Done(Action.NO_PARTS, tuple(parts)), f"layer {layer} of {name}"
+        lost: list[Callable[[nn.Module], None]] = []
+        if done.heads:
+            own = heads_at(heads, layer, name)
+            columns = [own.columns(part, name) for part in done.heads]
+            lost.append(partial(take_out, heads=own, columns=columns, name=where))
+        if done.experts:
+            those = experts_at(experts, layer, name)
+            kept = those.left(done.experts, name)
+            lost.append(partial(take_experts, experts=those, kept=kept, name=where))
+        found[layer] = partial(_one_by_one, lost)
     return found
+
+
+def _one_by_one(changes: Sequence[Callable[[nn.Module], None]], layer: nn.Module) -> None:
+    for change in changes:
+        change(layer)
 
 
 def _replace(action: Action, stand_in: StandIn | None, name: str, layer: nn.Module) -> None:

@@ -15,7 +15,7 @@ from functools import cached_property
 from tracker.core.ablations import INTACT, Ablation, Done, Part, Stretch
 from tracker.core.kinds import Action
 
-_OF_PARTS = (Action.PASS, Action.NO_ATTENTION, Action.NO_MLP, Action.NO_HEADS)
+_OF_PARTS = (Action.PASS, Action.NO_ATTENTION, Action.NO_MLP, Action.NO_PARTS)
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,17 @@ class LayerStep:
     @cached_property
     def has_sublayers(self) -> bool:
         """Whether some stream skips a sublayer alone, or a part of one."""
-        return bool(self.places(Action.NO_ATTENTION, Action.NO_MLP, Action.NO_HEADS))
+        return bool(self.places(Action.NO_ATTENTION, Action.NO_MLP, Action.NO_PARTS))
 
     @property
     def has_heads(self) -> bool:
         """Whether some stream lacks heads."""
-        return Action.NO_HEADS in self.actions
+        return any(done.heads for done in self.done)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some stream lacks experts."""
+        return any(done.experts for done in self.done)
 
     def origin(self, stream: int) -> int:
         """The stream before the layer whose state a stream enters with."""
@@ -98,7 +103,7 @@ class LayerStep:
     def heads(self) -> tuple[tuple[int, tuple[Part, ...]], ...]:
         """What is made of the computed attentions: of which place's, and without which heads."""
         made = {
-            (source, self.done[stream].parts): None
+            (source, self.done[stream].heads): None
             for stream, source in zip(self.entering, self.attention, strict=True)
             if source is not None
         }
@@ -108,7 +113,7 @@ class LayerStep:
     def projected(self) -> tuple[int | None, ...]:
         """For each entering stream, which of `heads` it takes; None = no attention."""
         return tuple(
-            None if source is None else self.heads.index((source, self.done[stream].parts))
+            None if source is None else self.heads.index((source, self.done[stream].heads))
             for stream, source in zip(self.entering, self.attention, strict=True)
         )
 
@@ -122,6 +127,11 @@ class LayerStep:
         """Places among the entering streams whose MLP is computed: no two streams share one."""
         without = self.places(Action.NO_MLP)
         return tuple(place for place in range(len(self.entering)) if place not in without)
+
+    @cached_property
+    def experts(self) -> tuple[tuple[Part, ...], ...]:
+        """For each computed MLP, the experts that it lacks."""
+        return tuple(self.done[self.entering[place]].experts for place in self.mlps)
 
     @cached_property
     def mlp(self) -> tuple[int | None, ...]:
@@ -182,6 +192,11 @@ class StreamPlan:
     def has_heads(self) -> bool:
         """Whether some stream lacks heads."""
         return any(step.has_heads for step in self.steps)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some stream lacks experts."""
+        return any(step.has_experts for step in self.steps)
 
     @property
     def repeats(self) -> int:

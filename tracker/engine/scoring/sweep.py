@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tracker.core.ablations import INTACT, Ablation
+from tracker.core.ablations import INTACT, Ablation, Done
 from tracker.core.documents import Document, Request, Response
 from tracker.core.errors import CellError, ModelError
+from tracker.core.kinds import Action
 from tracker.core.proxies import OBSERVED
 from tracker.engine.lockstep import reporting, side_by_side
 from tracker.engine.memory import stream_bytes
@@ -33,6 +34,7 @@ from tracker.engine.scoring.score import Parts, RowScores, kept_bytes, read_pref
 from tracker.engine.scoring.sharing import ALONE, FULL, NO_HABITS, PLAIN, Quirks, Sharing
 from tracker.engine.scoring.stand_in import StandIn, changes
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
+from tracker.models.experts import Experts, find_experts
 from tracker.models.heads import Heads, find_heads
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
@@ -83,12 +85,14 @@ class Known:
         kept_bytes: What the keys and values of one token take in one attention.
         sublayers: Each layer's attention and MLP.
         heads: The heads of each layer's attention.
+        experts: The routed experts of each layer's MLP.
     """
 
     sight: Sight | None = None
     kept_bytes: int | None = None
     sublayers: list[Sublayers] | None = None
     heads: list[Heads | None] | None = None
+    experts: list[Experts | None] | None = None
 
 
 _Scored = tuple[Row, Sequence[Ablation], RowScores]
@@ -138,7 +142,9 @@ class Engine:
         """
         self.put_back()
         parts = self._sublayers if ablation.has_sublayers else []
-        heads = self._heads if ablation.parts else []
+        lost = Done(Action.NO_PARTS, ablation.parts)
+        heads = self._heads if lost.heads else []
+        experts = self._experts if lost.experts else []
         silent = [
             *(parts[layer].attention for layer in ablation.attention),
             *(parts[layer].mlp for layer in ablation.mlp),
@@ -150,7 +156,7 @@ class Engine:
             ablation.layers,
             silent,
             quirks.first,
-            changes=changes(ablation, self.stand_ins, heads, self.class_name),
+            changes=changes(ablation, self.stand_ins, heads, experts, self.class_name),
             repeated=ablation.repeated,
         )
         model = make(stay=quirks.stay and not quirks.loaded)
@@ -463,6 +469,7 @@ class Engine:
             self._sight,
             self.stand_ins,
             self._heads if plan.has_heads else None,
+            self._experts if plan.has_experts else None,
         )
 
     def _sight(self, tokens: int) -> Sight:
@@ -505,14 +512,24 @@ class Engine:
     @property
     def _heads(self) -> list[Heads | None]:
         if self.known.heads is None:
-            sublayers, loaded = self._sublayers, self.loaded
-            self.put_back()
-            # It changes what the attention of all passes is.
-            with nullcontext() if loaded.offloaded is None else loaded.offloaded.alone():
-                found = find_heads(loaded.model, sublayers, loaded.layers, loaded.device)
-            self.put_back()
-            self.known.heads = found
+            self.known.heads = self._found(find_heads)
         return self.known.heads
+
+    @property
+    def _experts(self) -> list[Experts | None]:
+        if self.known.experts is None:
+            self.known.experts = self._found(find_experts)
+        return self.known.experts
+
+    def _found(self, find: Callable[..., list[T]]) -> list[T]:
+        """Find parts of all layers' sublayers, which takes a call."""
+        sublayers, loaded = self._sublayers, self.loaded
+        self.put_back()
+        # It changes what the sublayers of all passes are, or looks into them.
+        with nullcontext() if loaded.offloaded is None else loaded.offloaded.alone():
+            found = find(loaded.model, sublayers, loaded.layers, loaded.device)
+        self.put_back()
+        return found
 
     def _score_row(self, row: Row, plan: StreamPlan, prefix: Prefix | None) -> RowScores:
         """Score one row for every ablation, in the order of the ablations."""

@@ -114,7 +114,7 @@ class SearchRequest(SearchSettings):
     @property
     def identity(self) -> dict[str, Any]:
         """All that was said, as ever: what could not be said once is left out where it is not."""
-        said = self.model_dump(mode="json", exclude={"cell": {"heads", "repeats"}})
+        said = self.model_dump(mode="json", exclude={"cell": {"heads", "experts", "repeats"}})
         return {key: value for key, value in said.items() if value or key not in CONSTRAINTS}
 
     @property

@@ -121,7 +121,8 @@ def map_caption(kinds: Sequence[Kind]) -> str:
     """Say how a map of kinds is read: what its rows and columns are, and what is blank in it."""
     kind = kinds[0]
     if kind.number is not None:
-        what = "head" if kind.component == "head" else "group of heads that share keys and values"
+        parts = {"head": "head", "kv_head": "group of heads that share keys and values"}
+        what = parts.get(kind.component, "routed expert")
         return f"Each cell is one {what}: the row is its number, the column its layer."
     done = "removed together"
     if kind.intervention == "repeat":

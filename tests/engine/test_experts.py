@@ -1,0 +1,192 @@
+"""Routed experts that are taken out, against models that a smaller configuration makes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from tests.engine.families import tiny_model
+from tests.engine.plain import answers, engine_of, make_documents
+from tests.engine.registry import Variant, tiny
+from tracker.core.ablations import INTACT, Ablation, Part, ablation_of, first_run, removals
+from tracker.core.config import run_request
+from tracker.core.errors import TrackerError
+from tracker.core.experiment import Experiment
+from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
+from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
+from tracker.engine.scoring.streams import plan_streams
+from tracker.engine.selfcheck.miniature_check import check_miniature
+from tracker.models.layers import find_layers
+from tracker.models.sources import parts_of
+
+MIXTURES = {
+    "mixtral": "num_local_experts",
+    "qwen3_moe": "num_experts",
+    "olmoe": "num_experts",
+    "deepseek_v3": "n_routed_experts",
+    "gpt_oss": "num_local_experts",
+    "granitemoe": "num_local_experts",
+    "phimoe": "num_local_experts",
+    "jamba": "num_experts",
+}
+"""Families, and what their configurations call how many experts a layer has."""
+MORE = {"deepseek_v3": {"n_group": 1, "topk_group": 1}, "jamba": {"expert_layer_offset": 1}}
+
+
+def mixture(family, experts=5, **more):
+    """Make a tiny mixture, a token of which goes to two experts of a layer."""
+    settings = {**tiny(family), **MORE.get(family, {}), MIXTURES[family]: experts, **more}
+    return Variant(family, "plain", settings).model()
+
+
+def experts(layer, *numbers):
+    """Take some experts of a layer out."""
+    return Ablation(parts=tuple(Part("expert", layer, number) for number in numbers))
+
+
+def smaller(model, family, ablation):
+    """Make a model of a configuration with fewer experts, and put its layers in a copy."""
+    by_layer = {}
+    for part in ablation.parts:
+        by_layer.setdefault(part.layer, []).append(part.number)
+    twin = copy.deepcopy(model)
+    for layer, gone in by_layer.items():
+        config = copy.deepcopy(model.config)
+        count = getattr(config, MIXTURES[family])
+        setattr(config, MIXTURES[family], count - len(gone))
+        fewer = type(model)(config).float().eval().requires_grad_(False)
+        kept = [number for number in range(count) if number not in gone]
+        wanted = fewer.state_dict()
+        fewer.load_state_dict(
+            {
+                name: value if value.shape == wanted[name].shape else value[kept]
+                for name, value in model.state_dict().items()
+            }
+        )
+        find_layers(twin)[layer] = find_layers(fewer)[layer]
+    return twin
+
+
+def asked_of(model):
+    """List what is taken out of the layers that have experts."""
+    there = [
+        i
+        for i, layer in enumerate(find_layers(model))
+        if any(p.ndim == 3 and len(p) == 5 for p in layer.parameters())
+    ]
+    first, last = there[0], there[-1]
+    return [
+        INTACT,
+        *(experts(layer, number) for layer in (first, last) for number in range(5)),
+        experts(first, 1, 3),
+        Ablation(parts=(Part("expert", first, 2), Part("expert", last, 0))),
+    ]
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_model_without_an_expert_is_one_that_never_had_it(family):
+    model = mixture(family)
+    asked = asked_of(model)
+    truths = [smaller(model, family, ablation) for ablation in asked]
+    documents = make_documents(3)
+    right = [[answers(truth, document) for document in documents] for truth in truths]
+    for sharing in (FULL, DEPTH_ONLY, PLAIN):
+        if family == "jamba" and sharing == FULL:  # recurrent: no tree of tokens
+            continue
+        scores = engine_of(model, sharing, row_tokens=40).score(documents, asked)
+        for number, ablation in enumerate(asked):
+            for score, expected in zip(scores, right[number], strict=True):
+                for ours, (loglikelihood, _) in zip(score.responses[number], expected, strict=True):
+                    assert ours.loglikelihood == pytest.approx(loglikelihood, abs=1e-3), ablation
+    moved = [abs(right[n][d][0][0] - right[0][d][0][0]) for n in range(1, 11) for d in range(3)]
+    assert sum(move > 0.01 for move in moved) > len(moved) / 3
+
+
+@pytest.mark.parametrize("sharing", [FULL, DEPTH_ONLY], ids=["full", "depth"])
+def test_experts_share_a_layer_with_all_else_that_is_done_to_it(sharing):
+    asked = [
+        INTACT,
+        experts(1, 0),
+        experts(1, 4),
+        Ablation(parts=(Part("head", 1, 0),)),
+        Ablation(parts=(Part("expert", 1, 0), Part("head", 1, 0))),
+        Ablation(attention=(1,)),
+        Ablation(mlp=(1,)),
+        Ablation((0,), parts=(Part("expert", 1, 3),)),
+        Ablation((1,)),
+    ]
+    model = mixture("mixtral")
+    together = engine_of(model, sharing, row_tokens=40).score(make_documents(3), asked)
+    alone = engine_of(model, PLAIN).score(make_documents(3), asked)
+    for mine, right in zip(together, alone, strict=True):
+        for ours, theirs in zip(mine.responses, right.responses, strict=True):
+            for one, other in zip(ours, theirs, strict=True):
+                assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-3)
+
+
+def test_experts_of_a_layer_share_its_attention_and_have_an_mlp_each():
+    plan = plan_streams([INTACT, *(experts(1, number) for number in range(5))], 4)
+    assert (plan.attention_passes, plan.mlp_passes) == (4 + 5 * 2, 4 + 5 * 3)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_the_check_on_a_miniature_finds_experts_exact(family):
+    # More than a miniature has, which takes its own for them.
+    ablations = [INTACT, *(experts(layer, number) for layer in (1, 3) for number in (0, 3, 6))]
+    verdict = check_miniature(engine_of(mixture(family, 8)), ablations, (), blank=False)
+    assert (verdict.sharing, verdict.lost) == (FULL, None)
+
+
+def test_experts_are_found_where_they_are():
+    found = engine_of(mixture("jamba"))._experts
+    assert [each and (each.router, each.held, each.count, each.chosen) for each in found] == [
+        None, ("feed_forward.router", "feed_forward.experts", 5, 2),
+    ] * 2  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "gone", "said"),
+    [
+        (lambda: mixture("mixtral"), (5,), "has 5 experts, 0 to 4; leave 5 out of 'expert'"),
+        (lambda: mixture("mixtral"), (0, 1, 2, 3), "sends each token to 2 of 5 experts"),
+        (lambda: mixture("mixtral", 2), (0,), "to 2 of 2 experts, and without 1 of them too few"),
+        (lambda: mixture("deepseek_v3", 4, n_group=2), (0,), "cannot do without an expert"),
+        (lambda: "llama", (0,), "layer 1 of .* has no routed experts that could be taken out"),
+        (lambda: "jamba", (0,), "expert"),
+    ],
+)
+def test_what_has_no_such_expert_is_refused_by_name(model, gone, said):
+    engine = engine_of(model())
+    layer = 0 if said == "expert" else 1
+    with pytest.raises(TrackerError, match=said):
+        engine.without(experts(layer, *gone))
+    with pytest.raises(TrackerError, match=said):
+        engine.score(make_documents(1), [INTACT, experts(layer, *gone)])
+
+
+def test_files_and_commands_say_which_experts():
+    parameters = {
+        "model": {"value": "m"}, "benchmark": {"value": "b"}, "layer": {"min": 0, "max": 1},
+        "component": {"values": ["layer", "head", "expert"]}, "head": {"value": 1},
+        "expert": {"values": [0, 3]},
+    }  # fmt: skip
+    names = {"layer:0", "head:0.1", "expert:0.0", "expert:0.3"}
+    names |= {name.replace(":0", ":1") for name in names}
+    # Under a cap, as W&B counts, each combination is one of the runs that it is.
+    for cap, out in (({"run_cap": 11}, {"expert:1.3"}), ({}, set())):
+        sweep = Experiment.model_validate({"method": "grid", "parameters": parameters, **cap})
+        (cell,) = sweep.cells()
+        runs = list(removals(cell, 2))
+        assert {ablation_of(run, ()).name for run in runs} == names - out
+    assert runs[-1].label() == "layer 1 expert 3"
+    one = {"model": "m", "benchmark": "b", "layer": 3, "component": "expert"}
+    assert first_run(run_request({**one, "expert": 2})).number == 2
+    with pytest.raises(TrackerError, match=r"which expert of the layer.* --expert 0"):
+        first_run(run_request(one))
+    every = with_all_parts(run_request({**one, "layer": 1}), ModelParts(2, expert=8))
+    assert every.experts == tuple(range(8))
+    with pytest.raises(TrackerError, match=r"expert 8 is out of range: .* 8 experts, 0 to 7"):
+        check_parts(run_request({**one, "layer": 1, "expert": 8}), ModelParts(2, expert=8))
+    assert parts_of(mixture("deepseek_v3", 6).config).expert == 6
+    assert parts_of(tiny_model("llama").config).expert is None

@@ -1,0 +1,268 @@
+"""Finding the routed experts of mixtures by structure, and making routers that lack some of them.
+
+A mixture is two modules: a router, which says for each token to which experts it goes and with what
+weights, and the experts, whose tensors have one entry an expert. A router that lacks an expert is
+the same module without that row, as a checkpoint without that expert has it: how the scores of the
+others are normalised is the router's own affair.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracker.core.ablations import Part
+from tracker.core.errors import CellError, ModelError
+from tracker.models.offloaded import is_absent
+from tracker.models.sublayers import Sublayers, call_with
+
+TOKENS = 16
+"""Length of the text that the proof runs on."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of one layer.
+
+    Attributes:
+        router: The module that chooses among them, as the layer names it.
+        held: The module that holds their tensors, as the layer names it.
+        count: How many there are.
+        chosen: To how many of them a token goes.
+        removable: Whether the router does without one, and chooses among the others as before.
+    """
+
+    router: str
+    held: str
+    count: int
+    chosen: int
+    removable: bool
+
+    def left(self, parts: Sequence[Part], name: str) -> list[int]:
+        """List the experts that are left in a layer of a model called `name`; CellError if none."""
+        gone = {part.number for part in parts}
+        layer, last = parts[0].layer, max(gone)
+        if last >= self.count:
+            raise CellError(
+                f"layer {layer} of {name} has {self.count} experts, 0 to {self.count - 1}; leave "
+                f"{last} out of 'expert'"
+            )
+        if self.count - len(gone) < self.chosen:
+            raise CellError(
+                f"layer {layer} of {name} sends each token to {self.chosen} of {self.count} "
+                f"experts, and without {len(gone)} of them too few are left; leave it out of "
+                "'layer', or expert out of 'component'"
+            )
+        if not self.removable:
+            raise CellError(
+                f"the router of layer {layer} of {name} cannot do without an expert: it chooses by "
+                "groups of one size, or otherwise than each token's best ones; leave expert out of "
+                "'component'"
+            )
+        return [number for number in range(self.count) if number not in gone]
+
+
+@torch.inference_mode()
+def find_experts(
+    model: Any, sublayers: Sequence[Sublayers], layers: nn.ModuleList, device: torch.device
+) -> list[Experts | None]:
+    """Find the routed experts of every layer's MLP.
+
+    Experts are a module whose own tensors all have the same number of entries, one of them with a
+    matrix in each, and that is called with a choice: numbers of experts for each token, and as many
+    weights. The router is the innermost module that returned this choice and has a row an expert.
+    It is then asked again without the least chosen expert: what did not go there goes where it
+    went.
+
+    Args:
+        model: A causal language model of transformers.
+        sublayers: Its layers' MLPs.
+        layers: Its decoder layers.
+        device: Where its inputs go.
+
+    Returns:
+        One entry a layer; None where its MLP has no such experts.
+    """
+    found: dict[int, Experts] = {}
+    choices: list[tuple[nn.Module, Any, Any, Tensor]] = []
+
+    def begin(*_: Any) -> None:
+        choices.clear()
+
+    def chose(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        for choice in _integers(output if isinstance(output, tuple) else ()):
+            choices.append((module, args, kwargs, choice))
+
+    def held_by(place: int) -> Any:
+        def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+            paths = {each: path for path, each in layers[place].named_modules()}
+            count = _entries(module)
+            for choice in _integers((*args, *kwargs.values())):
+                for router, its_args, its_kwargs, made in choices:
+                    if not torch.equal(made, choice) or not _has_rows(router, count):
+                        continue
+                    removable = _does_without(router, its_args, its_kwargs, made, count)
+                    path, own = paths[router], paths[module]
+                    found[place] = Experts(path, own, count, made.shape[-1], removable)
+                    return
+
+        return look
+
+    with ExitStack() as stack:
+        for place, parts in enumerate(sublayers):
+            stack.enter_context(parts.mlp.register_forward_pre_hook(begin))
+            for module in parts.mlp.modules():
+                stack.enter_context(module.register_forward_hook(chose, with_kwargs=True))
+                if _entries(module):
+                    look = held_by(place)
+                    stack.enter_context(module.register_forward_pre_hook(look, with_kwargs=True))
+        try:
+            model(torch.arange(1, TOKENS + 1, device=device)[None], use_cache=False)
+        except Exception as error:
+            raise ModelError(
+                f"{type(model).__name__}: its experts cannot be told apart ({error}); leave expert "
+                "out of 'component'"
+            ) from error
+    return [found.get(place) for place in range(len(sublayers))]
+
+
+def _integers(values: Sequence[Any]) -> list[Tensor]:
+    """Pick the tables of whole numbers [tokens, chosen]."""
+    tensors = [value for value in values if isinstance(value, Tensor) and value.ndim == 2]
+    return [each for each in tensors if each.dtype in (torch.int64, torch.int32)]
+
+
+def _entries(module: nn.Module) -> int:
+    """Count a module's experts; 0 where its own tensors have not one entry an expert."""
+    own = [each for each in module._parameters.values() if each is not None]
+    counts = {len(each) if each.ndim else 0 for each in own}
+    if len(counts) != 1 or not any(each.ndim == 3 for each in own):
+        return 0
+    return count if (count := counts.pop()) > 1 else 0
+
+
+def _has_rows(module: nn.Module, count: int) -> bool:
+    return any(p.ndim == 2 and len(p) == count for p in module.parameters())
+
+
+def _does_without(router: nn.Module, args: Any, kwargs: Any, choice: Tensor, count: int) -> bool:
+    """Whether a router that lacks its least chosen expert chooses as before where it may."""
+    if choice.shape[-1] >= count:
+        return True  # of which none may go anyway
+    least = int(torch.bincount(choice.flatten(), minlength=count).argmin())
+    kept = [number for number in range(count) if number != least]
+    try:
+        output = lacking(router, kept, count).forward(*args, **kwargs)
+    except Exception:  # noqa: BLE001 - whatever a router says to a number that it cannot divide
+        return False
+    numbers = torch.tensor(kept, device=choice.device)
+    made = numbers[next(each for each in _integers(output) if each.shape == choice.shape)]
+    others = (choice != least).all(-1)
+    return torch.equal(made[others].sort(-1).values, choice[others].sort(-1).values)
+
+
+def lacking(module: nn.Module, kept: Sequence[int], count: int) -> nn.Module:
+    """Copy a router, or the module that holds experts, with the entries of only some experts."""
+    twin = copy.copy(module)
+    own = vars(twin)
+    own.pop("forward", None)  # what somebody put in the place of the class's own
+
+    def cut(value: Any) -> Any:
+        if value is None or not value.ndim or len(value) != count:
+            return value
+        return value[torch.tensor(kept, device=value.device)]
+
+    own["_parameters"] = {
+        name: None if value is None else nn.Parameter(cut(value), requires_grad=False)
+        for name, value in module._parameters.items()
+    }
+    own["_buffers"] = {name: cut(value) for name, value in module._buffers.items()}
+    own["_modules"] = {
+        name: None if each is None else lacking(each, kept, count)
+        for name, each in module._modules.items()
+    }
+    for name, value in own.items():
+        if type(value) is int and value == count and ("expert" in name or name == "out_features"):
+            own[name] = len(kept)
+    return twin
+
+
+def routed(
+    router: nn.Module,
+    experts: Experts,
+    kept: Sequence[int],
+    whole: Sequence[Any],
+    state: Tensor,
+    given: tuple[Any, Any],
+) -> tuple[Any, ...]:
+    """Ask a router that lacks some experts, and say what it says in the numbers of all.
+
+    Args:
+        router: The router of all experts.
+        experts: What is known of them.
+        kept: The experts that are left.
+        whole: What the router of all says of other tokens.
+        state: The tokens.
+        given: What the router is called with by place and by name, other tokens among it.
+
+    Returns:
+        An entry for each of `whole`; the score of an expert that is gone is −∞.
+    """
+    own = lacking(router, kept, experts.count)
+    numbers = torch.tensor(kept, device=state.device)
+
+    def in_all(part: Tensor, like: Tensor) -> Tensor:
+        if not part.is_floating_point():
+            return numbers[part]
+        if part.shape[-1] == like.shape[-1]:
+            return part
+        scores = part.new_full((*part.shape[:-1], experts.count), -torch.inf)
+        scores[..., numbers] = part
+        return scores
+
+    said = call_with(own.forward, state, *given)
+    return tuple(in_all(part, like) for part, like in zip(said, whole, strict=True))
+
+
+def take_experts(layer: nn.Module, experts: Experts, kept: Sequence[int], name: str) -> None:
+    """Give a layer, called `name`, a router and tensors without the experts that are not kept."""
+    theirs = {path: layer.get_submodule(path) for path in (experts.router, experts.held)}
+    tensors = [each for module in theirs.values() for each in module.parameters()]
+    if not all(each.is_floating_point() for each in tensors):
+        raise CellError(
+            f"the experts of {name} are quantised, and cannot be taken apart; leave expert out of "
+            "'component'"
+        )
+
+    def give(*_: Any) -> None:
+        for path, module in theirs.items():
+            layer.set_submodule(path, lacking(module, kept, experts.count))
+
+    if not any(is_absent(each) for each in tensors):
+        give()
+        return
+
+    def take_back(*_: Any) -> None:
+        for path, module in theirs.items():
+            layer.set_submodule(path, module)
+
+    # They are there while the layer is called, and then they go.
+    layer.register_forward_pre_hook(give)
+    layer.register_forward_hook(take_back, always_call=True)
+
+
+def experts_at(found: Sequence[Experts | None], layer: int, name: str) -> Experts:
+    """Give the experts of a layer of a model called `name`; CellError where it has none."""
+    experts = found[layer]
+    if experts is None:
+        raise CellError(
+            f"layer {layer} of {name} has no routed experts that could be taken out alone; leave "
+            "it out of 'layer', or expert out of 'component'"
+        )
+    return experts
