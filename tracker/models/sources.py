@@ -518,7 +518,9 @@ def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
         return None
     if not all(isinstance(count, int) for count in counts):  # a list, with one for each layer
         return None
-    parts = ModelParts(*counts, expert=None if experts is None else experts.contents() or None)
+    parts = ModelParts(*counts)
+    if experts is not None:
+        parts = parts._replace(expert=experts.contents() or None)
     return parts if kind in GGUF_CONFIG_MAPPING and 0 < parts.layers <= MAX_LAYERS else None
 
 
