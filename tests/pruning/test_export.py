@@ -137,6 +137,38 @@ class TestExported:
         assert beside == ["lighter", "results"]
 
 
+def test_layers_that_are_passed_again_are_measured_saved_proved_and_described(
+    repeated, base, tmp_path
+):
+    """Plain lm-eval finds, in a fresh process, what the run of these layers measured."""
+    ran = tracker.run(
+        str(base), benchmark="arc_easy", data=DATA, sample=SAMPLE, layer=1, span=2,
+        intervention="repeat", repeats=3, track="none", results=tmp_path / "run",
+    )  # fmt: skip
+    (run,) = ran.cells[0].runs
+    (accuracy,) = repeated.accuracy
+    assert accuracy.before.value == ran.cells[0].baseline_accuracy
+    assert accuracy.after.value == run.accuracy == repeated.proof.figure["acc"]
+    assert accuracy.after.low < accuracy.after.value < accuracy.after.high
+    assert (repeated.proof.documents, repeated.proof.difference) == (SAMPLE, 0)
+    assert repeated.kept == (0, *(1, 2) * 3, 3)
+    sizes = (repeated.before, repeated.after)
+    assert [each.layers for each in sizes] == [4, 8]
+    facts = json.loads((repeated.folder / "tracker.json").read_text())
+    assert facts["change"] == "layers 1 to 2 are passed 3 times"
+    assert facts["repeated"] == [{"start": 1, "stop": 3, "times": 3}]
+    card = (repeated.folder / "README.md").read_text()
+    for said in (
+        "# tiny-repeat3-1-2",
+        "with layers 1 to 2 of its 4 passed 3 times",
+        "Layers 1 to 2 are passed 3 times (0-based)",
+        f"| parameters | {sizes[0].parameters:,} | {sizes[1].parameters:,} | +",
+        "convert_hf_to_gguf.py . --outfile repeated.gguf",
+    ):
+        assert said in card
+    assert "removed" not in card
+
+
 def test_what_a_search_knows_is_told_and_names_are_shown_and_not_obeyed(exported):
     """The seam for whoever chooses layers: `Pruning`.
 
@@ -375,7 +407,7 @@ class TestRefused:
     @pytest.mark.parametrize(("typed", "why"), golden("exports"))
     def test_what_does_not_fit(self, base, tmp_path, typed, why):
         words = shlex.split(typed.replace("TEXT", __file__))
-        refused(cli("export", base, "--output", tmp_path / "out", "--remove", *words), why)
+        refused(cli("export", base, "--output", tmp_path / "out", *words), why)
 
     def test_an_adapter_beside_the_weights(self, base, tmp_path):
         (tmp_path / "adapter_config.json").write_text("{}")

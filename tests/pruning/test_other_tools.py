@@ -67,10 +67,12 @@ def llama():
 
 
 @pytest.mark.usefixtures("mergekit")
-def test_mergekit_makes_the_model_that_is_exported(exported, base, tmp_path):
+@pytest.mark.parametrize("which", ["exported", "repeated"])
+def test_mergekit_makes_the_model_that_is_exported(which, request, base, tmp_path):
     """Was: given a folder as it was typed, wherever mergekit is called."""
-    assert str(base.resolve()) in exported.recipes["mergekit"]
-    assert same(merge(exported.recipes["mergekit"], tmp_path), weights(exported.folder))
+    made = request.getfixturevalue(which)
+    assert str(base.resolve()) in made.recipes["mergekit"]
+    assert same(merge(made.recipes["mergekit"], tmp_path), weights(made.folder))
 
 
 @pytest.mark.usefixtures("mergekit")

@@ -26,6 +26,8 @@ from tracker.pruning.export.recipes import (
         ([0, 2], [(0, 1), (2, 3)]),
         ([1, 2, 5, 7, 8], [(1, 3), (5, 6), (7, 9)]),
         ([4], [(4, 5)]),
+        ([*range(12), *range(8, 12), *range(12, 30)], [(0, 12), (8, 30)]),
+        ([0, 1, 1, 2, 1, 2], [(0, 2), (1, 3), (1, 3)]),
     ],
 )
 def test_mergekit_passes_through_what_is_kept(kept, ranges):
@@ -109,6 +111,23 @@ def test_llama_cpp_is_told_of_windows_where_a_removal_breaks_the_period(removed,
         assert f"windows = {[kind == 'sliding_attention' for kind in types]}" in program
     assert windows_of("qwen3", types) is None
     assert recipes(file, base(file), kept, removed, ["head_dim", "layer_types"], windows) == {}
+
+
+def test_of_layers_that_come_again_llama_cpp_converts_the_folder():
+    folder = ModelSource("org/model", "org/model")
+    found = recipes(folder, base(folder), [0, 1, 1, 2], [])
+    assert "layer_range: [1, 3]" in found["mergekit"]
+    (_, merged), (words, converted) = [(each[0], each[2]) for each in by_other_tools(found)]
+    assert merged == found["mergekit"].rstrip()
+    assert "llama-quantize repeats no layers" in words
+    assert converted == "python llama.cpp/convert_hf_to_gguf.py . --outfile repeated.gguf"
+    # Layers 4 and 5 of a period of six come twice: what sees everything is no longer every sixth.
+    types = ["full_attention" if n in (5, 7) else "sliding_attention" for n in range(8)]
+    windows = windows_of("gemma3_text", types)
+    kept = [*range(6), 4, 5]
+    found = recipes(folder, base(folder), kept, [], ["layer_types"], windows)
+    assert 'GGUFReader("repeated.gguf")' in found[WINDOWS]
+    assert [language for _, language, _ in by_other_tools(found)] == ["sh", "python"]
 
 
 def test_skip_lists_are_those_of_llm_drop():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ import pandas as pd
 import pytest
 
 from tracker import api
+from tracker.cli.pruning import export as exporting
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.store import Ledger
 from tracker.stats.selection import best_by_chance
+from tracker.studies import repeat
 from tracker.studies.repeat import TESTED, all_stretches
 
 from .conftest import Small, column, plain, small
@@ -84,6 +87,27 @@ def test_a_file_may_name_its_stretches_or_race_them(found: Small, tmp_path: Path
     (table,) = raced.finding.tables
     assert len(table.rows) == 2
     assert "By chance" not in raced.finding.answers[0]
+
+
+def test_the_best_that_is_shown_to_be_better_is_saved_by_what_it_says_to_type(
+    found: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What is typed is held against the test documents, which the study has measured."""
+    assert found.done.exports == (), "of a random model none is shown to be better"
+    monkeypatch.setattr(repeat, "shown_in", lambda cell, runs: ["costs", "helps", "helps", "open"])
+    settings = {"span": [2, 3], "intervention": "repeat", "repeats": 3, "layer": [0, 1]}
+    results = tmp_path / "results"
+    asked = api.study("repeat", found.path, results=results, track=[], **settings)
+    (line,) = asked.exports
+    (table,) = asked.finding.tables
+    best = plain(column(table, "passed"))[1]
+    first, last = (int(word) for word in best.split() if word.isdigit() and word != "3")
+    words = shlex.split(line)
+    assert words[:2] == ["tracker", "export"]
+    given = exporting.make_context("export", words[2:]).params
+    assert (given["repeat"], given["repeats"]) == (tuple(range(first, last + 1)), 3)
+    assert (given["part"], given["sample"], given["results"]) == ("test", 24, results)
+    assert str(given["output"]) == "deeper"
 
 
 def test_what_is_asked_otherwise_is_refused(found: Small, refused):

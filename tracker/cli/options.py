@@ -216,7 +216,7 @@ def keys(model: type[BaseModel], *names: str, defaults: bool = True) -> Callable
             told: dict[str, Any] = {"help": " ".join((about.description or "").split())}
             told |= _told(hints[field]) if issubclass(model, Told) else _kind_of(hints[field])
             default = about.default
-            if field in IN_THE_FILE and not about.is_required():
+            if model is CellRequest and field in IN_THE_FILE and not about.is_required():
                 default = next(iter(default), None)
             if about.is_required():
                 told["required"] = defaults

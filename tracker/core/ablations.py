@@ -39,6 +39,22 @@ class Stretch(NamedTuple):
         return (self.times - 1) * (self.stop - self.start)
 
     @property
+    def which(self) -> str:
+        """The layers in words: `layer 5`, `layers 3 to 6`."""
+        last = self.stop - 1
+        return f"layer {last}" if last == self.start else f"layers {self.start} to {last}"
+
+    @property
+    def often(self) -> str:
+        """How often they are passed, in words."""
+        return "twice" if self.times == 2 else f"{self.times} times"
+
+    @property
+    def clause(self) -> str:
+        """What is done, in words: `layers 3 to 6 are passed twice`."""
+        return f"{self.which} {'are' if len(self.layers) > 1 else 'is'} passed {self.often}"
+
+    @property
     def name(self) -> str:
         """The name in the ledger: `repeat:5`, `repeat:3-6`, `repeat3:3-6` for three times."""
         last = f"-{self.stop - 1}" if self.stop - self.start > 1 else ""
@@ -149,12 +165,16 @@ def ablate(component: Component, layers: Iterable[int], removed: Iterable[int] =
     )
 
 
+def stretch_of(run: RunIdentity) -> Stretch:
+    """Say which layers a run passes again."""
+    return Stretch(run.layer, run.layer + run.span, run.repeats)
+
+
 def ablation_of(run: RunIdentity, removed: Iterable[int]) -> Ablation:
     """Say what a run does, where some layers are removed as a whole besides."""
     beneath = tuple(sorted(removed))
     if run.intervention == "repeat":
-        stretch = Stretch(run.layer, run.layer + run.span, run.repeats)
-        return Ablation(beneath, repeated=(stretch,))
+        return Ablation(beneath, repeated=(stretch_of(run),))
     if run.intervention != "remove":
         return Ablation(beneath, replaced=((run.intervention, run.layer),))
     if run.number is not None:

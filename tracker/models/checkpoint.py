@@ -1,6 +1,7 @@
-"""A model without some of its layers as an ordinary checkpoint, which plain transformers loads.
+"""A model without some of its layers, or with some again, as an ordinary checkpoint.
 
-The layers are taken out by `pruned`, as wherever else a model is really pruned. What is added here:
+Plain transformers loads it. The layers are those of `pruned`, as wherever else a model is really
+changed. What is added here:
 the configuration says in numbers and lists all that the model is, or the model is refused.
 
 And how much faster one model reads than another, measured by turns in one process.
@@ -8,6 +9,7 @@ And how much faster one model reads than another, measured by turns in one proce
 
 from __future__ import annotations
 
+import copy
 import gc
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -19,11 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from tracker.core.ablations import Stretch
 from tracker.core.errors import ModelError, first_line
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, hollow
 from tracker.models.miniature import miniature
-from tracker.models.pruned import pruned
+from tracker.models.pruned import left, pruned
 from tracker.models.reloaded import Shapes, as_loaded, misfit, shapes
 from tracker.models.sources import BITS, ModelSource, read_config
 
@@ -96,21 +99,27 @@ _TRANSFORMERS = "transformers."
 """Where its own classes are, and those of downloads are not."""
 
 
-def without(model: Any, removed: Collection[int]) -> Any:
-    """Copy a model without some layers, with a configuration that says all of what is left.
+def without(model: Any, removed: Collection[int], repeated: Sequence[Stretch] = ()) -> Any:
+    """Copy a model without some layers, or with some again, and say so in its configuration.
 
     Args:
         model: A causal language model of transformers.
         removed: The layers to take out, 0-based.
+        repeated: Stretches of layers that are passed several times.
 
     Returns:
-        The copy; it shares the weights.
+        The copy; it shares the weights, but for a layer's further passes, which have their own: a
+        file of safetensors holds what is shared once, and the class would look for it twice.
 
     Raises:
         ModelError: Its configuration cannot say what is left; says why.
     """
-    kept = [index for index in range(len(find_layers(model))) if index not in removed]
-    twin = pruned(model, removed)
+    kept = left(len(find_layers(model)), removed, repeated)
+    twin = pruned(model, removed, repeated=repeated)
+    layers = find_layers(twin)
+    for place, index in enumerate(kept):
+        if index in kept[:place]:
+            layers[place] = copy.deepcopy(layers[place])
     config = twin.config.get_text_config()
     kind = type(model) if _brings_code(model) else None
     if kind is None:
@@ -121,8 +130,8 @@ def without(model: Any, removed: Collection[int]) -> Any:
         as_loaded(model, twin, kept)
     why = _misfit(twin.config, shapes(twin), kind)
     if why:
-        gone = f"{_named(removed)} {'is' if len(removed) == 1 else 'are'} gone"
-        raise ModelError(f"{type(model).__name__}: its configuration cannot say that {gone}: {why}")
+        said = _clauses(removed, repeated)
+        raise ModelError(f"{type(model).__name__}: its configuration cannot say that {said}: {why}")
     return twin
 
 
@@ -158,9 +167,14 @@ def _misfit(config: Any, wanted: Shapes, kind: type | None) -> str | None:
 
 
 def refuse_unsizable(
-    source: ModelSource, removed: Collection[int] | None = None, trust_remote_code: bool = False
+    source: ModelSource,
+    removed: Collection[int] | None = None,
+    trust_remote_code: bool = False,
+    repeated: Sequence[Stretch] = (),
 ) -> None:
-    """Refuse a model that plain transformers could not load without some layers; reads no weights.
+    """Refuse what plain transformers could not load without some layers, or with some again.
+
+    Reads no weights.
 
     A miniature of the model is cut, saved, loaded and asked, which takes a second.
 
@@ -169,6 +183,7 @@ def refuse_unsizable(
         removed: The layers; None before it is known which: then one at the beginning and one in the
             middle, each alone.
         trust_remote_code: Whether code from a download may run.
+        repeated: Stretches of layers that are passed several times.
 
     Raises:
         ModelError: Its configuration cannot say what would be left, or what loads is another model.
@@ -178,14 +193,15 @@ def refuse_unsizable(
     total = len(find_layers(model))
     small = miniature(model)
     for some in [removed] if removed is not None else [[0], [total // 2]]:
-        beyond = [layer for layer in some if not 0 <= layer < total]
+        named = [*some, *(layer for stretch in repeated for layer in stretch.layers)]
+        beyond = [layer for layer in named if not 0 <= layer < total]
         if beyond or len(set(some)) >= total:
             what = f"layer {beyond[0]} is out of range" if beyond else "no layer would be left"
             raise ModelError(f"{what}: {source.source} has {total} layers, 0 to {total - 1}")
         if small is None:
-            without(model, some)
+            without(model, some, repeated)
         else:
-            _try(small, some)
+            _try(small, some, repeated)
 
 
 def refuse_packed(source: ModelSource, trust_remote_code: bool = False) -> None:
@@ -206,23 +222,23 @@ def refuse_packed(source: ModelSource, trust_remote_code: bool = False) -> None:
         )
 
 
-def _try(small: Any, removed: Collection[int]) -> None:
-    """Cut, save and load a miniature; ModelError where what is loaded says something else."""
+def _try(small: Any, removed: Collection[int], repeated: Sequence[Stretch]) -> None:
+    """Change, save and load a miniature; ModelError where what is loaded says something else."""
     from transformers import AutoModelForCausalLM
 
     name = type(small).__name__
     small.float()
-    twin = without(small, removed)
+    twin = without(small, removed, repeated)
     config = twin.config.get_text_config()
     # The row of the token that fills up is whatever a class sets it to when it loads.
     filler = getattr(config, "pad_token_id", None)
     tokens = [token for token in range(config.vocab_size) if token != filler]
     ids = torch.tensor([(tokens * PROBE)[:PROBE]])
-    gone = _named(removed)
+    so = f"where {_clauses(removed, repeated)}" if repeated else f"without {_named(removed)}"
     try:
         said = _ask(twin, ids)
     except Exception as error:  # noqa: BLE001  whatever a class says where a layer is missing
-        raise ModelError(f"{name} does not run without {gone}: {first_line(error)}") from None
+        raise ModelError(f"{name} does not run {so}: {first_line(error)}") from None
     with TemporaryDirectory() as folder, _no_bars():
         try:
             twin.save_pretrained(folder)
@@ -234,11 +250,11 @@ def _try(small: Any, removed: Collection[int]) -> None:
             heard = _ask(again.eval(), ids)
         except Exception as error:  # noqa: BLE001  the same
             why = f"cannot be saved and loaded: {first_line(error)}"
-            raise ModelError(f"{name} without {gone} {why}") from None
+            raise ModelError(f"{name} {so} {why}") from None
     far = float((said - heard)[..., tokens].abs().max())
     if left or not far <= ROUNDING * max(1.0, float(said.abs().max())):
         raise ModelError(
-            f"{name} without {gone}, saved and loaded by plain transformers, is another "
+            f"{name} {so}, saved and loaded by plain transformers, is another "
             f"model (logits differ by {far:.3g}): {_difference(twin, again)}"
         )
 
@@ -273,6 +289,12 @@ def _difference(one: Any, other: Any) -> str:
             if plain and computed.get(name) != value:
                 return f"{path}.{name} was {value}, and its class computes {computed.get(name)}"
     return "its class computes something from where a layer stands"
+
+
+def _clauses(removed: Collection[int], repeated: Sequence[Stretch]) -> str:
+    """Say what was done to which layers."""
+    gone = f"{_named(removed)} {'is' if len(removed) == 1 else 'are'} gone"
+    return " and ".join([gone] * bool(removed) + [stretch.clause for stretch in repeated])
 
 
 def _named(removed: Collection[int]) -> str:

@@ -149,7 +149,8 @@ def side(estimate: Estimate, of: float = 0.0) -> int:
 class StudyResult:
     """What a study says; see `FindingRecord`.
 
-    Beside it stand what became of cells that it ran itself, and places of them on which it rests.
+    Beside it stand what became of cells that it ran itself, and places of them on which it rests;
+    and what to type to save models that it found to be better, which is told and not kept.
     """
 
     assumptions: Sequence[str]
@@ -159,6 +160,7 @@ class StudyResult:
     lacking: list[str] = field(default_factory=list)
     ran: Finished = field(default_factory=Finished)
     rests_on: Sequence[Place] = ()
+    exports: list[str] = field(default_factory=list)
 
 
 class Study(Protocol):
@@ -198,11 +200,13 @@ class Study(Protocol):
         ...
 
 
-def conduct(study: Study, asked: StudyContext) -> tuple[FindingRecord, Finished]:
+def conduct(
+    study: Study, asked: StudyContext
+) -> tuple[FindingRecord, Finished, Sequence[str]]:
     """Measure and publish the cells of a study as `run_cells` does, and keep what it finds.
 
-    Returns what it says, and what became of the cells that it needs and of those that it ran
-    itself. RequestError if the file is not enough, CellError where no cell could be measured.
+    Returns what it says, what became of the cells that it needs and of those that it ran itself,
+    and what to type to save what it found. RequestError if the file is not enough, CellError where no cell could be measured.
     """
     requests = study.requests(asked)
     if not study.races and any(request.until is not None for request in requests):
@@ -236,4 +240,4 @@ def conduct(study: Study, asked: StudyContext) -> tuple[FindingRecord, Finished]
         rests_on=tuple(dict.fromkeys(places)),
     )
     keep_finding(asked.ledger.root, finding)
-    return finding, outcome
+    return finding, outcome, result.exports

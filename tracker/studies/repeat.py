@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tracker.core.ablations import stretch_of
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate
@@ -21,6 +23,7 @@ from tracker.core.records import CellRecord, RunIdentity, RunRecord
 from tracker.core.tables import Column, Table, table
 from tracker.measuring.derive import record_of
 from tracker.measuring.prepare import look_up
+from tracker.pruning.search.report import saving_line
 from tracker.pruning.search.request import calibration_of
 from tracker.report.leaderboard.claims import shown_in
 from tracker.runner import run_cells
@@ -121,11 +124,24 @@ class Repeat(Study):
             if not runs:
                 result.lacking.append(f"{subject.record.title}: no stretch has a defined gain")
                 continue
-            found.append(_tested(subject, runs, _measured(tests[subject.request], asked)))
+            test = tests[subject.request]
+            found.append(_tested(subject, runs, _measured(test, asked)))
+            result.exports += export_lines(found[-1].tested, test, asked.ledger.root)
         result.rests_on = [one.test.place for one in found if one.test is not None]
         result.answers = [sentence for one in found for sentence in _answers(one)]
         result.tables = [_table(one) for one in found]
         return result
+
+
+def export_lines(tested: Sequence[Tested], asked: CellRequest, results: Path) -> list[str]:
+    """What to type to save the best stretch that is shown to be better; nothing where none is."""
+    for row in tested:
+        if row.verdict == "helps":
+            stretch = stretch_of(row.chosen)
+            change = ["--repeat", stretch.name.partition(":")[2]]
+            change += ["--repeats", str(stretch.times)] if stretch.times != 2 else []
+            return [saving_line([*change, "--output", "deeper"], asked, results)]
+    return []
 
 
 def all_stretches(layers: Sequence[int]) -> dict[str, Any]:
@@ -246,9 +262,8 @@ def _answers(one: Stretches) -> list[str]:
 
 def _stretch(run: RunRecord) -> str:
     """Name a stretch in a sentence."""
-    last = run.layer + run.span - 1
-    named = f"layer {run.layer}" if run.span == 1 else f"layers {run.layer} to {last}"
-    return f"{named} {'twice' if run.repeats == 2 else f'{run.repeats} times'}"
+    stretch = stretch_of(run)
+    return f"{stretch.which} {stretch.often}"
 
 
 _VERDICTS = {"helps": "better", "costs": "worse", "open": "open"}

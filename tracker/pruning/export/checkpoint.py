@@ -1,4 +1,4 @@
-"""Saves a model without some of its layers, once it is proved to be the one that was measured.
+"""Saves a model without some of its layers, or with some again, once it is proved to be the one that was measured.
 
 It is handed to the tracking backends beside the cells that say why it is as it is.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 from tracker.benchmarks.benchmark import check_benchmark
 from tracker.benchmarks.standalone import refuse_alone
+from tracker.core.ablations import Stretch
 from tracker.core.config import CellRequest, cell_request
 from tracker.core.errors import CellError, RequestError, TrackerError, WorkError
 from tracker.core.formats import counted, measure_of
@@ -73,17 +74,18 @@ def publish(
 
 def _figures(model: Exported) -> dict[str, float]:
     """Numbers of a model, by names that every backend takes."""
-    sizes = {"base": model.before, "pruned": model.after}
+    own = "repeated" if model.pruning.repeated else "pruned"
+    sizes = {"base": model.before, own: model.after}
     found: dict[str, float] = {
         f"{name}/{what}": number
         for name, size in sizes.items()
         for what, number in asdict(size).items()
     }
     if model.faster is not None:
-        found["pruned/times_as_fast"] = model.faster[0]
+        found[f"{own}/times_as_fast"] = model.faster[0]
     for each in model.accuracy:
         metric = f"{each.benchmark}/{each.metric.replace(',', ' ')}"
-        for name, level in (("base", each.before), ("pruned", each.after)):
+        for name, level in (("base", each.before), (own, each.after)):
             if level.value is not None:
                 found[f"{name}/{metric}"] = level.value
     return found
@@ -134,6 +136,35 @@ def request(model: str, benchmark: str | None, **settings: Any) -> CellRequest:
     return cell_request(model=model, benchmark=benchmark or "none", layers=(), **settings)
 
 
+def change(
+    remove: Sequence[int], repeat: Sequence[int], repeats: int | None, component: Component
+) -> Pruning:
+    """Say which layers go, or are passed again; RequestError for what is no such change."""
+    if repeats is not None and not repeat:
+        raise RequestError("--repeats says how often layers are passed; name them: --repeat 8-11")
+    if not repeat:
+        if not remove:
+            raise RequestError(
+                "nothing is to be removed or repeated; name layers, as in --remove 3,17 or "
+                "--repeat 8-11"
+            )
+        refuse_parts(component, tuple(remove))
+        return Pruning(tuple(remove))
+    if remove:
+        raise RequestError(
+            "--remove and --repeat are saved one after the other: export with the one, and give "
+            "the folder that it makes to 'tracker export FOLDER' with the other"
+        )
+    if component != "layer":
+        raise RequestError("--repeat passes whole layers again; leave --component out")
+    stretch = Stretch(repeat[0], repeat[-1] + 1, 2 if repeats is None else repeats)
+    if list(repeat) != list(stretch.layers):
+        raise RequestError("--repeat is one stretch of neighbours, as in --repeat 8-11")
+    if stretch.times < 2:
+        raise RequestError("--repeats counts all passes: 2 is twice")
+    return Pruning((), repeated=stretch)
+
+
 def refuse_parts(component: Component, layers: tuple[int, ...]) -> None:
     """Refuse to save a model without some attentions or MLPs: RequestError."""
     if component == "layer":
@@ -171,7 +202,7 @@ def refuse_output(output: Path) -> None:
 
 
 def export(asked: ExportRequest, progress: Progress) -> Exported:
-    """Save a model without some of its layers.
+    """Save a model without some of its layers, or with some again.
 
     Args:
         asked: What, and how.
@@ -188,8 +219,6 @@ def export(asked: ExportRequest, progress: Progress) -> Exported:
     from tracker.models.checkpoint import refuse_unsizable, release
 
     request, removed = asked.request, tuple(sorted(asked.pruning.removed))
-    if not removed:
-        raise RequestError("nothing is to be removed; name layers, as in --remove 3,17")
     opened = [target(text, "lighter models") for text in asked.track]
     refuse_output(asked.output)
     if asked.register and not any("registered models" in service(to.backend).can for to in opened):
@@ -199,15 +228,16 @@ def export(asked: ExportRequest, progress: Progress) -> Exported:
         refuse_alone(request)
         check_benchmark(request)
     progress.say("checking that the configuration can say what is left")
-    refuse_unsizable(source, removed, asked.options.trust_remote_code)
+    trust, stretches = asked.options.trust_remote_code, asked.pruning.stretches
+    refuse_unsizable(source, removed, trust, stretches)
     measured = _measure(asked, removed, progress) if asked.on_benchmark else None
     with _beside(asked.output) as folder:
         model, wanted = _save(asked, source, folder, progress)
         progress.say("loading it in a fresh process" + (", for lm-eval" if measured else ""))
         release()
-        proof = prove(folder, wanted, measured, asked.options.trust_remote_code)
+        proof = prove(folder, wanted, measured, trust)
         pruning = asked.pruning
-        if pruning.strategy is None:
+        if pruning.strategy is None and not stretches:
             pruning = chosen(asked.ledger, model.base, pruning.removed)
         own = () if measured is None else (_accuracy(measured, pruning, asked.ledger),)
         # What was measured on just these documents is not said again.
@@ -220,8 +250,12 @@ def export(asked: ExportRequest, progress: Progress) -> Exported:
 
 
 def _measure(asked: ExportRequest, removed: tuple[int, ...], progress: Progress) -> MeasuredCell:
-    """Measure what the removal costs on the benchmark, or recall it."""
-    request = asked.request.model_copy(update={"layers": (), "removed": removed})
+    """Measure what the change costs on the benchmark, or recall it."""
+    runs: dict[str, Any] = {"layers": (), "removed": removed}
+    for stretch in asked.pruning.stretches:
+        runs = {"layers": (stretch.start,), "spans": (len(stretch.layers),)}
+        runs |= {"interventions": ("repeat",), "repeats": (stretch.times,)}
+    request = asked.request.model_copy(update=runs)
     publisher = Publisher(asked.track, asked.project, asked.ledger.root)
     with closing(publisher):
         done = run_cells([request], asked.ledger, publisher, asked.options, progress)
@@ -242,12 +276,13 @@ def _save(
     from tracker.models import checkpoint
     from tracker.models.load import load_model
     from tracker.models.placement import weight_bytes
+    from tracker.models.pruned import left
 
-    options, removed = asked.options, asked.pruning.removed
+    options, removed, stretches = asked.options, asked.pruning.removed, asked.pruning.stretches
     progress.say(f"loading {source.name}")
     loaded = load_model(source, asked.request.dtype, options.device, options.trust_remote_code)
-    kept = tuple(layer for layer in range(len(loaded.layers)) if layer not in removed)
-    twin = checkpoint.without(loaded.model, removed)
+    kept = tuple(left(len(loaded.layers), removed, stretches))
+    twin = checkpoint.without(loaded.model, removed, stretches)
     # Before it is saved, which names the class in a configuration that does not, as a GGUF file's.
     resized = checkpoint.resized(loaded.model, twin)
     _refuse_small_disk(folder, weight_bytes(twin))
@@ -292,7 +327,7 @@ def _speed_on(on: ExpectedAnswers, dtype: str, length: int) -> str:
 
 
 def _accuracy(measured: MeasuredCell, pruning: Pruning, ledger: Ledger) -> Accuracy:
-    """Say what the removal costs on a cell, and how many of its documents chose the layers."""
+    """Say what the change costs on a cell, and how many of its documents chose the layers."""
     cell = measured.cell
     chose = that_chose(ledger, pruning, measured.store, measured.request.extent)
     among = f", {chose:,} of which chose the layers" if chose else ""
@@ -305,7 +340,7 @@ def _accuracy(measured: MeasuredCell, pruning: Pruning, ledger: Ledger) -> Accur
         documents=f"{cell.documents}{part}{among}",
         n=cell.n,
         before=cell.baseline,
-        after=cell.remaining,
+        after=measured.level,
         unit=measure.level_unit,
     )
 

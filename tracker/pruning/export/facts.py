@@ -1,4 +1,4 @@
-"""What is known of a pruned model: how it was chosen, and what was measured of it.
+"""What is known of a pruned or deepened model: how it was chosen, and what was measured of it.
 
 They stand in its model card, and beside it for machines.
 """
@@ -9,10 +9,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic_core import to_jsonable_python
 
+from tracker.core.ablations import Stretch
 from tracker.core.estimates import Estimate
 from tracker.core.hub import check_name
 from tracker.core.identities import ModelIdentity
@@ -40,7 +41,7 @@ class Accuracy:
         documents: Which documents, in words.
         n: How many.
         before: Of the intact model.
-        after: Of the pruned model.
+        after: Of the changed model.
         unit: `%` for an accuracy, else that of the loss.
     """
 
@@ -56,7 +57,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Pruning:
-    """Which layers are to go, and what is known of the choice.
+    """Which layers are to go, or are passed again, and what is known of the choice.
 
     Attributes:
         removed: The layers, 0-based, in the order in which they were chosen.
@@ -65,6 +66,7 @@ class Pruning:
         tested: What it cost on documents that chose nothing.
         chosen_by: The cells whose outcomes chose: trackers lead from the model to them.
         documents: The documents that chose.
+        repeated: The layers that are passed again; then none go.
     """
 
     removed: tuple[int, ...]
@@ -73,6 +75,12 @@ class Pruning:
     tested: tuple[Accuracy, ...] = ()
     chosen_by: tuple[CellRecord, ...] = field(default=(), repr=False)
     documents: tuple[Calibrated, ...] = field(default=(), repr=False)
+    repeated: Stretch | None = None
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """The stretches that are passed again: one, or none."""
+        return () if self.repeated is None else (self.repeated,)
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ class Proof:
 
     Attributes:
         texts: How many texts were read by both, and
-        difference: the largest difference of a logit from the model that was really pruned here.
+        difference: the largest difference of a logit from the model that was really changed here.
         task: The tasks that lm-eval scored; empty without a benchmark.
         documents: How many documents.
         figure: lm-eval's own figure, by the metric's name, where it scored just these documents of
@@ -121,7 +129,7 @@ class Proof:
         how = "bit by bit" if off == 0 else f"to within {off:.1e} (rounding)"
         said = [
             f"Loaded in a fresh process by plain AutoModelForCausalLM, {self.texts} texts have the "
-            f"logits of the model that was really pruned, {how}."
+            f"logits of the model that was really changed, {how}."
         ]
         if self.tasks:
             name = self.tasks[0] if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
@@ -136,22 +144,22 @@ class Proof:
 
 @dataclass(frozen=True)
 class Exported:
-    """A pruned model that was saved, and what is known of it.
+    """A pruned or deepened model that was saved, and what is known of it.
 
     Attributes:
         folder: Where it is.
         base: The model that it was made of.
-        pruning: What was removed, and why.
+        pruning: What was removed, or is repeated, and why.
         kept: The original layer of each layer, in order: what healing by distillation needs.
         before: The base's size.
-        after: The pruned model's.
+        after: The saved model's.
         faster: How many times as fast as the base it reads, by turns: the median of all turns, and
             the ends of their middle half; None where other work on the machine kept it from being
             seen.
         speed_on: On what that was measured, in words.
         recipes: What makes the same model elsewhere, by tool; nothing where something is resized.
         resized: What the configuration says anew besides how many layers there are.
-        accuracy: What the removal costs; first what was measured for this export.
+        accuracy: What the change costs; first what was measured for this export.
         proof: What was proved of the files.
         locations: Where it was published, by backend.
         unpublished: Backend → why it does not have it.
@@ -175,6 +183,9 @@ class Exported:
     @property
     def name(self) -> str:
         """What the model is called."""
+        repeated = self.pruning.repeated
+        if repeated is not None:
+            return f"{self.base.name}-{repeated.name.replace(':', '-')}"
         return f"{self.base.name}-{self.after.layers}-of-{self.before.layers}-layers"
 
     @property
@@ -189,6 +200,8 @@ class Exported:
             "name": self.name,
             "removed": sorted(pruning.removed),
             "removed_in_order": pruning.removed,
+            "repeated": [stretch._asdict() for stretch in pruning.stretches],
+            "change": _change(pruning),
             "strategy": pruning.strategy,
             "calibration": pruning.calibration,
             "chosen_by": [cell.key for cell in pruning.chosen_by],
@@ -200,6 +213,7 @@ class Exported:
 
 
 FACTS = "tracker.json"
+_TAGS = (["pruned", "layer-pruning"], ["self-merge", "repeated-layers"])
 _USE = """In the folder of this card, or with its path or its name on the hub instead of the dot:
 
 ```python
@@ -239,7 +253,7 @@ def _front_matter(model: Exported) -> Any:
         base_model=model.base.source if _is_on_the_hub(model) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pruned", "layer-pruning", "layer-tracker"],
+        tags=[*_TAGS[model.pruning.repeated is not None], "layer-tracker"],
         model_name=model.name if results else None,
         eval_results=results or None,
     )
@@ -255,22 +269,21 @@ def _is_on_the_hub(model: Exported) -> bool:
 
 def text(model: Exported) -> str:
     """Write what the card says below its front matter."""
-    base, chosen = model.base, model.pruning.removed
-    gone = tuple(sorted(chosen))
-    order = "" if chosen == gone else f", in the order {_listed(chosen)}"
+    base, stretch = model.base, model.pruning.repeated
     revision = f" at revision `{base.revision}`" if base.revision else ""
+    told = _removed(model) if stretch is None else _repeated(model, stretch)
     parts = [
         f"# {as_markdown(model.name)}",
-        f"`{base.source}`{revision} ({base.architecture}, {base.dtype}) without "
-        f"{len(gone)} of its {model.before.layers} layers, and not trained since.",
+        f"`{base.source}`{revision} ({base.architecture}, {base.dtype}) {told.short}, and not "
+        "trained since.",
         _USE,
-        "## What was removed",
-        f"Layers {_listed(gone)} (0-based){order}. {_chosen(model)}",
+        f"## {told.heading}",
+        told.what,
         "Layer of this model → layer of the base, for healing by distillation:",
         f"`{json.dumps(list(model.kept))}`",
-        "## What it costs",
+        f"## {told.accuracy}",
         accuracy_table(model.accuracy) if model.accuracy else "Not measured.",
-        "## What it saves",
+        f"## {told.size}",
         size_table(model),
         f"{speed(model)} ({model.speed_on}).",
         "## What was proved",
@@ -281,6 +294,49 @@ def text(model: Exported) -> str:
         f"`{FACTS}` holds these facts for machines.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+class _Told(NamedTuple):
+    """What a card says of one way to change a model."""
+
+    short: str
+    what: str
+    heading: str
+    accuracy: str
+    size: str
+
+
+def _removed(model: Exported) -> _Told:
+    chosen = model.pruning.removed
+    gone = tuple(sorted(chosen))
+    order = "" if chosen == gone else f", in the order {_listed(chosen)}"
+    return _Told(
+        f"without {len(gone)} of its {model.before.layers} layers",
+        f"Layers {_listed(gone)} (0-based){order}. {_chosen(model)}",
+        "What was removed",
+        "What it costs",
+        "What it saves",
+    )
+
+
+def _repeated(model: Exported, stretch: Stretch) -> _Told:
+    clause = f"{stretch.clause[0].upper()}{stretch.clause[1:]}"
+    return _Told(
+        f"with {stretch.which} of its {model.before.layers} passed {stretch.often}",
+        f"{clause} (0-based): {stretch.times} copies, each with its own weights, stand one behind "
+        "the other. The stretch was named by hand.",
+        "What is repeated",
+        "What it is worth",
+        "What it takes",
+    )
+
+
+def _change(pruning: Pruning) -> str:
+    """Say in a clause what was done."""
+    if pruning.repeated is not None:
+        return pruning.repeated.clause
+    are = "layers {} are" if len(pruning.removed) > 1 else "layer {} is"
+    return f"{are.format(_listed(sorted(pruning.removed)))} removed"
 
 
 def _by_other_tools(model: Exported) -> list[str]:
@@ -304,7 +360,7 @@ def _listed(layers: Sequence[int]) -> str:
 
 
 def accuracy_table(rows: Sequence[Accuracy]) -> str:
-    """Lay out what the removal costs, with 95 % intervals."""
+    """Lay out what the change costs, with 95 % intervals."""
     lines = [
         "| benchmark | metric | documents | before (95 % interval) | after (95 % interval) |",
         "|---|---|---|---|---|",
@@ -319,7 +375,7 @@ def accuracy_table(rows: Sequence[Accuracy]) -> str:
 
 
 def size_table(model: Exported) -> str:
-    """Lay out what the removal saves."""
+    """Lay out what the change saves, or takes."""
     lines = ["| | base | this model | change |", "|---|---|---|---|"]
     heads = {"layers": "layers", "parameters": "parameters", "bytes": "bytes of weights"}
     for name, head in heads.items():
@@ -330,7 +386,12 @@ def size_table(model: Exported) -> str:
 
 
 def saved(one: Size, other: Size) -> str:
-    """Say in a line what a removal saves."""
+    """Say in a line what a change saves, or takes."""
+    if other.layers > one.layers:
+        return (
+            f"{other.layers} layers instead of {one.layers}; {other.parameters:,} parameters "
+            f"instead of {one.parameters:,}; {other.bytes:,} bytes instead of {one.bytes:,}"
+        )
     return (
         f"{other.layers} of {one.layers} layers; {other.parameters:,} of {one.parameters:,} "
         f"parameters; {other.bytes:,} of {one.bytes:,} bytes"

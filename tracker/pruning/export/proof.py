@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 from tracker.benchmarks.standalone import write_tasks
-from tracker.core.ablations import ablate
+from tracker.core.ablations import Ablation, ablations_of
 from tracker.core.config import CellRequest
 from tracker.core.errors import WorkError
+from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord
 from tracker.engine.selfcheck.check import HALF, SINGLE
+from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
 from tracker.models.load import LoadedModel
@@ -32,14 +34,14 @@ TEXTS = (
     "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) +",
     "Im Jahre 1969 betrat der erste Mensch den Mond; 月に初めて",
 )
-"""What the saved model and the really pruned one both read."""
+"""What the saved model and the really changed one both read."""
 _REFERENCE = Path(__file__).parents[2] / "benchmarks" / "reference_process.py"
 _SAID = 600
 
 
 @dataclass(frozen=True)
 class ExpectedAnswers:
-    """What the really pruned model says, here.
+    """What the really changed model says, here.
 
     Attributes:
         tokens: Of each of `TEXTS`.
@@ -59,7 +61,7 @@ class ExpectedAnswers:
 
 
 def expected(loaded: LoadedModel, twin: Any, device: str) -> ExpectedAnswers:
-    """Ask the really pruned copy of a loaded model."""
+    """Ask the really changed copy of a loaded model."""
     tokens = [loaded.tokenizer(text).input_ids for text in TEXTS]
     logits = []
     with torch.inference_mode():
@@ -78,11 +80,30 @@ def expected(loaded: LoadedModel, twin: Any, device: str) -> ExpectedAnswers:
 
 @dataclass(frozen=True)
 class MeasuredCell:
-    """What the engine measured of the pruned model: a cell, and what was asked of it."""
+    """What the engine measured of the changed model: a cell, and what was asked of it."""
 
     request: CellRequest
     store: CellStore
     cell: CellRecord
+
+    @property
+    def ablation(self) -> Ablation:
+        """The change: the cell's one run, or what the whole cell lacks."""
+        return ablations_of(self.request, self.cell.model.layers)[-1]
+
+    @property
+    def accuracy(self) -> float | None:
+        """The cell's metric under the change."""
+        runs = self.cell.runs
+        return runs[0].accuracy if runs else self.cell.removed_accuracy
+
+    @property
+    def level(self) -> Estimate:
+        """The same with its interval."""
+        if not self.cell.runs:
+            return self.cell.remaining
+        view = self.store.views.of(self.request)
+        return AlignedOutcomes(self.store, view).by_metric([self.ablation]).level(0)
 
 
 def prove(
@@ -95,7 +116,7 @@ def prove(
 
     Args:
         checkpoint: The folder.
-        wanted: What the really pruned model said.
+        wanted: What the really changed model said.
         measured: What was measured on a benchmark; None for the texts alone.
         trust_remote_code: Whether code in the folder may run.
 
@@ -174,8 +195,8 @@ def _refuse_other_model(answer: Mapping[str, Any], wanted: ExpectedAnswers) -> N
         )
     if answer["parameters"] != wanted.parameters:
         raise WorkError(
-            f"plain transformers loads {answer['parameters']:,} parameters, and the pruned model "
-            f"has {wanted.parameters:,}"
+            f"plain transformers loads {answer['parameters']:,} parameters, and the model "
+            f"here has {wanted.parameters:,}"
         )
     for text, saved, ours in zip(TEXTS, answer["tokens"], wanted.tokens, strict=True):
         if saved != ours:
@@ -204,7 +225,7 @@ def _same_outcomes(
     half: bool,
 ) -> tuple[float, int]:
     """Refuse documents that lm-eval judges otherwise; the largest difference in nats, and ties."""
-    name = ablate("layer", measured.request.removed).name
+    name = measured.ablation.name
     frame = measured.store.read()
     rows = frame[frame["ablation"] == name].set_index(["task", "doc"])
     far, ties, seen = 0.0, set(), set()
@@ -235,7 +256,7 @@ def _same_outcomes(
 
 def _figure(answer: Mapping[str, Any], measured: MeasuredCell, ties: int) -> dict[str, float]:
     """Take lm-eval's own figure of one task; refuse another one than was measured."""
-    metric, ours = measured.cell.metric, measured.cell.removed_accuracy
+    metric, ours = measured.cell.metric, measured.accuracy
     if len(answer["results"]) != 1:
         return {}
     (row,) = answer["results"].values()

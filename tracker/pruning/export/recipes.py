@@ -17,6 +17,8 @@ from tracker.models.sources import PACKAGE, ModelSource
 
 WINDOWS = "llama.cpp, windows"
 """The recipe that writes down which layers see a window, where llama.cpp would guess wrong."""
+CONVERTED = "llama.cpp, converted"
+"""The recipe that converts the saved folder: llama-quantize removes layers, and repeats none."""
 Windows = tuple[str, int, list[bool]]
 """What llama.cpp calls a model, after how many layers it expects one that sees everything, and of
 each layer whether it sees a window."""
@@ -26,7 +28,7 @@ says it, which neither its converter nor llama-quantize writes: its name of them
 whose last layer sees everything."""
 _WHY_WINDOWS = (
     "llama.cpp computes from a layer's place whether it sees a window, and the layers that are "
-    "left do not follow the period of the base. So pruned.gguf is another model, and so is what "
+    "there do not follow the period of the base. So that file is another model, and so is whatever "
     "convert_hf_to_gguf.py makes of this folder, until the file says which layers see a window "
     "(read by b11739). This writes it:"
 )
@@ -44,7 +46,7 @@ _WITH_WINDOWS = Template("""\
 import gguf
 
 windows = $windows
-read, write = gguf.GGUFReader("pruned.gguf"), gguf.GGUFWriter("pruned-windows.gguf", "$name")
+read, write = gguf.GGUFReader("$file.gguf"), gguf.GGUFWriter("$file-windows.gguf", "$name")
 for field in read.fields.values():
     if not field.name.startswith("GGUF.") and field.name != "general.architecture":
         write.add_key_value(field.name, field.contents(), field.types[0], field.types[-1])
@@ -69,14 +71,15 @@ def recipes(
     """Say how mergekit and llama.cpp make a model: tool → what it is given.
 
     mergekit reads safetensors: of a GGUF file there is also what writes it as such. llama.cpp reads
-    GGUF: a base in another form is called by its name. There is nothing where a configuration has
+    GGUF: a base in another form is called by its name. Where no layer goes, some are kept again: then
+    it converts the folder that is saved. There is nothing where a configuration has
     entries that are `resized`, which neither does, but what llama.cpp finds out by itself, or is
     told: the `windows`.
 
     Args:
         source: The base.
         base: Which one it is.
-        kept: The layers that stay.
+        kept: The layers that the model has, in order; repeated ones several times.
         removed: The layers that go.
         resized: What the configuration says anew.
         windows: What `windows_of` says.
@@ -84,19 +87,22 @@ def recipes(
     Returns:
         What each tool is given; empty where none makes the model.
     """
-    quantize = llama_quantize(_gguf(source), removed)
+    file = "pruned" if removed else "repeated"
+    made = {CONVERTED: f"python llama.cpp/convert_hf_to_gguf.py . --outfile {file}.gguf"}
+    if removed:
+        made = {"llama.cpp": llama_quantize(_gguf(source), removed)}
     if resized:
         if windows is None or set(resized) != {"layer_types"}:
             return {}
         name, period, windowed = windows
-        found = {"llama.cpp": quantize}
+        found = dict(made)
         if windowed != [place % period != 0 for place in range(1, len(windowed) + 1)]:
-            found[WINDOWS] = _WITH_WINDOWS.substitute(name=name, windows=windowed)
+            found[WINDOWS] = _WITH_WINDOWS.substitute(name=name, windows=windowed, file=file)
         return found
     found = {"mergekit": mergekit(_safetensors(source, base), base.dtype, kept)}
     if source.gguf_file:
         found = {"safetensors": as_safetensors(source, base.dtype), **found}
-    return found | {"llama.cpp": quantize}
+    return found | made
 
 
 def why_none(resized: Sequence[str]) -> str:
@@ -125,7 +131,11 @@ def by_other_tools(found: Mapping[str, str]) -> list[tuple[str, str, str]]:
             said.append((words, "python", found["safetensors"]))
         words = "mergekit (`mergekit-yaml RECIPE.yaml OUTPUT`):"
         said.append((words, "yaml", found["mergekit"]))
-    said.append(("llama.cpp, on a GGUF file of the base:", "sh", found["llama.cpp"]))
+    if "llama.cpp" in found:
+        said.append(("llama.cpp, on a GGUF file of the base:", "sh", found["llama.cpp"]))
+    if CONVERTED in found:
+        words = "llama.cpp (llama-quantize repeats no layers), in the folder that is saved:"
+        said.append((words, "sh", found[CONVERTED]))
     if WINDOWS in found:
         said.append((_WHY_WINDOWS, "python", found[WINDOWS]))
     return [(words, language, program.rstrip()) for words, language, program in said]
@@ -170,7 +180,7 @@ def as_safetensors(source: ModelSource, dtype: str) -> str:
 
 
 def mergekit(base: str, dtype: str, kept: Sequence[int]) -> str:
-    """Write a passthrough configuration: ranges of kept layers, half-open."""
+    """Write a passthrough configuration: ranges of kept layers, half-open; they may overlap."""
     slices = [
         {"sources": [{"model": base, "layer_range": [first, stop]}]} for first, stop in runs(kept)
     ]
@@ -179,7 +189,7 @@ def mergekit(base: str, dtype: str, kept: Sequence[int]) -> str:
 
 
 def runs(kept: Sequence[int]) -> list[tuple[int, int]]:
-    """Put ascending layers into half-open ranges."""
+    """Put layers into half-open ranges, each as long as it ascends by one."""
     breaks = [place for place, (one, next_) in enumerate(pairwise(kept), 1) if next_ != one + 1]
     bounds = [0, *breaks, len(kept)]
     return [(kept[start], kept[stop - 1] + 1) for start, stop in pairwise(bounds)]

@@ -404,8 +404,13 @@ def savable(
 
 def export_line(record: PruneRecord, asked: CellRequest, results: Path) -> str:
     """What to type to save a pruning, held against the documents that tested it."""
-    words = ["tracker", "export", asked.model, "--dtype", asked.dtype]
-    words += ["--remove", ",".join(map(str, record.removed)), "--output", "lighter"]
+    removed = ["--remove", ",".join(map(str, record.removed)), "--output", "lighter"]
+    return saving_line(removed, asked, results)
+
+
+def saving_line(change: Sequence[str], asked: CellRequest, results: Path) -> str:
+    """What to type to save a change of a model, held against the documents that were asked for."""
+    words = ["tracker", "export", asked.model, "--dtype", asked.dtype, *change]
     for name, field in CellRequest.model_fields.items():
         value = getattr(asked, name)
         if name not in _SAID and (value != field.default or name == "benchmark"):
