@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 import transformers
-
 from safetensors.torch import load_file
 
 from tests.engine.families import tiny_model

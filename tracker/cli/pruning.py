@@ -82,8 +82,8 @@ def export(
 
     It is a checkpoint that anybody loads. What is saved is held against what was measured before it
     is moved into place: a fresh process loads it with plain transformers, where it must say what
-    the really changed model says here; with --benchmark plain lm-eval scores it there, and must find
-    the accuracy that was measured, to the digit. The folder also holds a model card and
+    the really changed model says here; with --benchmark plain lm-eval scores it there, and must
+    find the accuracy that was measured, to the digit. The folder also holds a model card and
     tracker.json: what was changed, what that costs and saves, and how mergekit and llama.cpp make
     the same model, where they can.
 
@@ -97,8 +97,8 @@ def export(
     """
     from tracker import api
 
-    given = {"remove": remove or (), "repeat": repeat or (), "track": track or ()}
-    done = api.export(**given, progress=Show(), **settings)
+    settings |= {"repeat": repeat or (), "track": track or ()}
+    done = api.export(remove=remove or (), progress=Show(), **settings)
     print_export(done)
     sys.exit(done.exit_code)
 

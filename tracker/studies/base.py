@@ -200,13 +200,12 @@ class Study(Protocol):
         ...
 
 
-def conduct(
-    study: Study, asked: StudyContext
-) -> tuple[FindingRecord, Finished, Sequence[str]]:
+def conduct(study: Study, asked: StudyContext) -> tuple[FindingRecord, Finished, Sequence[str]]:
     """Measure and publish the cells of a study as `run_cells` does, and keep what it finds.
 
     Returns what it says, what became of the cells that it needs and of those that it ran itself,
-    and what to type to save what it found. RequestError if the file is not enough, CellError where no cell could be measured.
+    and what to type to save what it found. RequestError if the file is not enough, CellError where
+    no cell could be measured.
     """
     requests = study.requests(asked)
     if not study.races and any(request.until is not None for request in requests):

@@ -1,6 +1,7 @@
-"""Saves a model without some of its layers, or with some again, once it is proved to be the one that was measured.
+"""Saves a model without some of its layers, or with some again.
 
-It is handed to the tracking backends beside the cells that say why it is as it is.
+It is proved first to be the one that was measured, and is handed to the tracking backends beside
+the cells that say why it is as it is.
 """
 
 from __future__ import annotations

@@ -71,10 +71,10 @@ def recipes(
     """Say how mergekit and llama.cpp make a model: tool → what it is given.
 
     mergekit reads safetensors: of a GGUF file there is also what writes it as such. llama.cpp reads
-    GGUF: a base in another form is called by its name. Where no layer goes, some are kept again: then
-    it converts the folder that is saved. There is nothing where a configuration has
-    entries that are `resized`, which neither does, but what llama.cpp finds out by itself, or is
-    told: the `windows`.
+    GGUF: a base in another form is called by its name. Where no layer goes, some come again: then
+    it converts the folder that is saved. There is nothing where a configuration has entries that
+    are `resized`, which neither does, but what llama.cpp finds out by itself, or is told: the
+    `windows`.
 
     Args:
         source: The base.
