@@ -133,7 +133,7 @@ class Repeat(Study):
         return result
 
 
-def export_lines(tested: Sequence[Tested], asked: CellRequest, results: Path) -> list[str]:
+def export_lines(tested: Sequence[TestedStretch], asked: CellRequest, results: Path) -> list[str]:
     """What to type to save the best stretch that is shown to be better; nothing where none is."""
     for row in tested:
         if row.verdict == "helps":
