@@ -191,10 +191,10 @@ def first_run(request: CellRequest) -> RunIdentity:
         if part in NUMBERED and not request.numbers(part):
             key = IN_THE_FILE[field_of(part)]
             raise ExperimentError(f"which {part} of the layer? Give its number: --{key} 0")
-    return next(_grid(request, request.layers[0] + request.spans[0]))
+    return next(_grid(request))
 
 
-def _grid(request: CellRequest, layers: int) -> Iterator[RunIdentity]:
+def _grid(request: CellRequest) -> Iterator[RunIdentity]:
     """List every combination of what is asked for, be it a run or not; none twice."""
     found: dict[RunIdentity, None] = {}
     asked = (request.components, request.interventions, request.spans, request.layers)
@@ -245,7 +245,7 @@ def removals(request: CellRequest, layers: int) -> Iterator[RunIdentity]:
     run and is left out.
     """
     only = None if request.only is None else set(request.only)
-    for run in _grid(request, layers):
+    for run in _grid(request):
         asked = only is None or run.asked in only
         if asked and why_no_run(run, request, layers) is None:
             yield run

@@ -146,10 +146,17 @@ class _Parts(_Value):
         return self.values or [self.value or 0]
 
 
+def _words(given: Any) -> Any:
+    found = several(given)
+    if not isinstance(found, tuple):
+        raise ValueError(f"a kind of layers is a word, such as full_attention; not {short(given)}")
+    return found
+
+
 class _Layers(_Parts):
     """Which layers of a model; all of them, or those of a kind."""
 
-    kind: Annotated[tuple[Name, ...], BeforeValidator(several)] | None = None
+    kind: Annotated[tuple[Name, ...], BeforeValidator(_words)] | None = None
 
     def _spellings(self) -> int:
         return super()._spellings() + (self.kind is not None)

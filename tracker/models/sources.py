@@ -474,7 +474,10 @@ def count_parts(
     """
     if kinds:
         config = read_config(model, trust_remote_code)
-        return parts_of(config)._replace(of_kind=layers_of_kind(config, kinds))
+        try:
+            return parts_of(config)._replace(of_kind=layers_of_kind(config, kinds))
+        except ModelError as error:
+            raise ModelError(f"{model.source}: {error}") from None
     stamp = model.stamp() if model.is_local else None
     if stamp is None:
         return parts_of(read_config(model, trust_remote_code))
