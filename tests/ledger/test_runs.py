@@ -112,3 +112,20 @@ def test_what_lies_beneath_may_not_be_measured_yet(show) -> None:
     assert (record.removed_accuracy, record.removed_low) == (None, None)
     assert record.reasons == {"removed_accuracy": "not measured yet"}
     assert [run.label() for run in record.missing] == ["layer 1", "layer 3"]
+
+
+def test_an_expert_to_which_nothing_went_costs_nothing_that_can_be_said(cell) -> None:
+    """The same right answers with other log-probabilities are a drop of zero; without, none."""
+    said = {"baseline": -1.5, "expert:0.0": -1.50001, "expert:0.1": -1.6, "head:0.0": -1.5}
+    write_all(
+        cell,
+        [row(doc, name, said=(ll, -0.25)) for doc in range(DOCUMENTS) for name, ll in said.items()],
+    )
+    asked = asks(0, components=("expert", "head"), experts=(0, 1), heads=(0,))
+    head, idle, moved = cell_record(cell, asked).runs
+    figures = ("accuracy_drop", "gold_logprob_drop", "options_logprob_drop", "accuracy_relevance")
+    for name in figures:
+        assert getattr(idle, name) is None
+        assert "no token that an answer depends on went to this expert" in idle.reasons[name]
+    assert (idle.accuracy_drop_low, idle.accuracy) == (None, 1)
+    assert (moved.accuracy_drop, head.accuracy_drop) == (0, 0)

@@ -26,6 +26,8 @@ from tracker.stats.arrays import Array
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 
 Strata = NDArray[np.str_]
+SAME = 1e-6, 1e-4
+"""Share of itself, and nats, by which a log-probability differs by rounding alone in float32."""
 
 
 class AlignedOutcomes:
@@ -215,6 +217,17 @@ class AlignedOutcomes:
     def options(self, ablation: Ablation) -> Array:
         """The log-probability of all of a document's options together; NaN where it has none."""
         return self._once(f"options {ablation.name}", lambda: options_logprobs(self.of(ablation)))
+
+    def moves_nothing(self, ablation: Ablation) -> bool:
+        """Whether an ablation changes no log-probability by more than rounding, and no text."""
+        before, after = self.of(INTACT), self.of(ablation)
+        if "text" in before and list(before["text"]) != list(after["text"]):
+            return False
+        one, other = (
+            np.concatenate([*rows["loglikelihoods"], []]).astype(np.float64)
+            for rows in (before, after)
+        )
+        return bool(len(one) and np.isfinite(one).all() and np.allclose(one, other, *SAME))
 
     def proxy_sums(self, proxy: Proxy) -> Array:
         """What is observed of a proxy, summed over each document's tokens [documents, layers].

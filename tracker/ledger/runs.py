@@ -35,6 +35,7 @@ ONE_LOOK = "it holds for one look, and how many documents there are was decided 
 _ENDS = ("gold_logprob_low", "gold_logprob_high", "options_logprob_low", "options_logprob_high")
 _NOT_FINITE = "a hidden state of a baseline token is not finite or is zero"
 _WHOLE_ONLY = "measured for whole single layers only"
+_NOT_ASKED = "no log-probability moved: no token that an answer depends on went to this expert"
 _NO_METRIC = "a document has no finite score, or only lm-eval can aggregate this metric"
 
 
@@ -94,11 +95,20 @@ def run_record(
     ablation = outcomes.ablation(run)
     paired = outcomes.by_metric([ablation])
     drop, spread, accurate = paired.drop(0), paired.drop_sd(0), paired.level(0)
+    idle = run.component == "expert" and outcomes.moves_nothing(ablation)
+    if idle:  # what was not asked costs nothing that could be said
+        drop = spread = Estimate(None, reason=_NOT_ASKED)
     relevance = Estimate(None, reason=f"{outcomes.metric} is no accuracy")
     if intact.chance is not None:
-        relevance = accuracy_relevance(intact.baseline.value, accurate.value, intact.chance)
+        relevance = (
+            drop
+            if idle
+            else accuracy_relevance(intact.baseline.value, accurate.value, intact.chance)
+        )
     gold = _mean_drop(outcomes.by_gold_logprob([ablation]), "finite gold score")
     options = _mean_drop(outcomes.by_options([ablation]), "options of a finite score")
+    if idle:
+        gold = options = drop
     metrics = metric_values(outcomes, ablation, aggregate)
     mine = judged(outcomes, ablation, intact.texts)
     untested = drop.reason or "the outcomes are not all right or wrong"

@@ -35,7 +35,7 @@ class Experts:
         held: The module that holds their tensors, as the layer names it.
         count: How many there are.
         chosen: To how many of them a token goes.
-        removable: Whether the router does without one, and chooses among the others as before.
+        removable: Whether the router does without one, and chooses among the others.
     """
 
     router: str
@@ -43,6 +43,11 @@ class Experts:
     count: int
     chosen: int
     removable: bool
+
+    @property
+    def block(self) -> str:
+        """The module that both are in, as the layer names it."""
+        return self.held.rpartition(".")[0]
 
     def left(self, parts: Sequence[Part], name: str) -> list[int]:
         """List the experts that are left in a layer of a model called `name`; CellError if none."""
@@ -61,9 +66,8 @@ class Experts:
             )
         if not self.removable:
             raise CellError(
-                f"the router of layer {layer} of {name} cannot do without an expert: it chooses by "
-                "groups of one size, or otherwise than each token's best ones; leave expert out of "
-                "'component'"
+                f"the router of layer {layer} of {name} cannot do without an expert, since it "
+                "chooses by groups of one size or the like; leave expert out of 'component'"
             )
         return [number for number in range(self.count) if number not in gone]
 
@@ -77,8 +81,7 @@ def find_experts(
     Experts are a module whose own tensors all have the same number of entries, one of them with a
     matrix in each, and that is called with a choice: numbers of experts for each token, and as many
     weights. The router is the innermost module that returned this choice and has a row an expert.
-    It is then asked again without the least chosen expert: what did not go there goes where it
-    went.
+    It is then asked again without an expert.
 
     Args:
         model: A causal language model of transformers.
@@ -108,8 +111,9 @@ def find_experts(
                     if not torch.equal(made, choice) or not _has_rows(router, count):
                         continue
                     removable = _does_without(router, its_args, its_kwargs, made, count)
-                    path, own = paths[router], paths[module]
-                    found[place] = Experts(path, own, count, made.shape[-1], removable)
+                    own = Experts(paths[router], paths[module], count, made.shape[-1], removable)
+                    if own.router.rpartition(".")[0] == own.block:
+                        found[place] = own
                     return
 
         return look
@@ -148,49 +152,79 @@ def _entries(module: nn.Module) -> int:
 
 
 def _has_rows(module: nn.Module, count: int) -> bool:
+    """Whether a module has a row an expert."""
     return any(p.ndim == 2 and len(p) == count for p in module.parameters())
 
 
 def _does_without(router: nn.Module, args: Any, kwargs: Any, choice: Tensor, count: int) -> bool:
-    """Whether a router that lacks its least chosen expert chooses as before where it may."""
+    """Whether a router that lacks its last expert chooses as many of the others for each token."""
     if choice.shape[-1] >= count:
         return True  # of which none may go anyway
-    least = int(torch.bincount(choice.flatten(), minlength=count).argmin())
-    kept = [number for number in range(count) if number != least]
+    kept = range(count - 1)
+    given = _besides((args, kwargs), kept, count)
     try:
-        output = lacking(router, kept, count).forward(*args, **kwargs)
+        output = lacking(router, kept, count).forward(*given[0], **given[1])
     except Exception:  # noqa: BLE001 - whatever a router says to a number that it cannot divide
         return False
-    numbers = torch.tensor(kept, device=choice.device)
-    made = numbers[next(each for each in _integers(output) if each.shape == choice.shape)]
-    others = (choice != least).all(-1)
-    return torch.equal(made[others].sort(-1).values, choice[others].sort(-1).values)
+    made = next((each for each in _integers(output) if each.shape == choice.shape), None)
+    if made is None or made.min() < 0 or made.max() >= len(kept):
+        return False
+    return bool((made.sort(-1).values.diff(dim=-1) > 0).all())
 
 
-def lacking(module: nn.Module, kept: Sequence[int], count: int) -> nn.Module:
-    """Copy a router, or the module that holds experts, with the entries of only some experts."""
+def lacking(
+    module: nn.Module, kept: Sequence[int], count: int, inside: Sequence[nn.Module] = ()
+) -> nn.Module:
+    """Copy a module of a mixture with the entries of only some experts.
+
+    Args:
+        module: A router, the module that holds experts, or the one that both are in.
+        kept: The experts whose entries are left.
+        count: How many there are.
+        inside: Which of its parts have such entries; none for all.
+
+    Returns:
+        The copy; all else it shares with the module.
+    """
     twin = copy.copy(module)
     own = vars(twin)
     own.pop("forward", None)  # what somebody put in the place of the class's own
 
-    def cut(value: Any) -> Any:
-        if value is None or not value.ndim or len(value) != count:
-            return value
-        return value[torch.tensor(kept, device=value.device)]
-
     own["_parameters"] = {
-        name: None if value is None else nn.Parameter(cut(value), requires_grad=False)
+        name: None if value is None else nn.Parameter(_cut(value, kept, count), requires_grad=False)
         for name, value in module._parameters.items()
     }
-    own["_buffers"] = {name: cut(value) for name, value in module._buffers.items()}
+    own["_buffers"] = {
+        name: None if value is None else _cut(value, kept, count)
+        for name, value in module._buffers.items()
+    }
     own["_modules"] = {
-        name: None if each is None else lacking(each, kept, count)
+        name: each
+        if each is None or (inside and each not in inside)
+        else lacking(each, kept, count)
         for name, each in module._modules.items()
     }
     for name, value in own.items():
         if type(value) is int and value == count and ("expert" in name or name == "out_features"):
             own[name] = len(kept)
     return twin
+
+
+def _cut(value: Tensor, kept: Sequence[int], count: int) -> Tensor:
+    """Leave some entries of a tensor that has one an expert, also of a row of them."""
+    axis = 1 if value.ndim == 2 and len(value) == 1 else 0
+    if not value.ndim or value.shape[axis] != count:
+        return value
+    return value.index_select(axis, torch.tensor(kept, device=value.device))
+
+
+def _besides(given: Any, kept: Sequence[int], count: int) -> Any:
+    """Leave some entries of what a router is called with besides the tokens: a bias of scores."""
+    if isinstance(given, dict):
+        return {name: _besides(value, kept, count) for name, value in given.items()}
+    if isinstance(given, tuple):
+        return tuple(_besides(value, kept, count) for value in given)
+    return _cut(given, kept, count) if isinstance(given, Tensor) and given.ndim == 1 else given
 
 
 def routed(
@@ -226,14 +260,15 @@ def routed(
         scores[..., numbers] = part
         return scores
 
-    said = call_with(own.forward, state, *given)
+    said = call_with(own.forward, state, *_besides(given, kept, experts.count))
     return tuple(in_all(part, like) for part, like in zip(said, whole, strict=True))
 
 
 def take_experts(layer: nn.Module, experts: Experts, kept: Sequence[int], name: str) -> None:
     """Give a layer, called `name`, a router and tensors without the experts that are not kept."""
-    theirs = {path: layer.get_submodule(path) for path in (experts.router, experts.held)}
-    tensors = [each for module in theirs.values() for each in module.parameters()]
+    router, held = (layer.get_submodule(path) for path in (experts.router, experts.held))
+    theirs = layer.get_submodule(experts.block)
+    tensors = [*router.parameters(), *held.parameters()]
     if not all(each.is_floating_point() for each in tensors):
         raise CellError(
             f"the experts of {name} are quantised, and cannot be taken apart; leave expert out of "
@@ -241,16 +276,15 @@ def take_experts(layer: nn.Module, experts: Experts, kept: Sequence[int], name: 
         )
 
     def give(*_: Any) -> None:
-        for path, module in theirs.items():
-            layer.set_submodule(path, lacking(module, kept, experts.count))
+        fewer = lacking(theirs, kept, experts.count, (router, held))
+        layer.set_submodule(experts.block, fewer)
 
     if not any(is_absent(each) for each in tensors):
         give()
         return
 
     def take_back(*_: Any) -> None:
-        for path, module in theirs.items():
-            layer.set_submodule(path, module)
+        layer.set_submodule(experts.block, theirs)
 
     # They are there while the layer is called, and then they go.
     layer.register_forward_pre_hook(give)
