@@ -54,13 +54,14 @@ def test_every_row_is_the_pruned_model(family, length, begun):
         assert [row] == generate(engine.without(ablation).loaded.model, prompt), ablation
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("begun", [0, 6])
-def test_texts_are_generated_without_heads(family, begun):
+def test_texts_are_generated_without_heads_and_experts(family, begun):
     model = tiny_model(family)
     engine = Engine(loaded(model), 64)
-    heads = [Ablation(parts=(Part("head", layer, head),)) for layer in (0, 2) for head in (1, 3)]
-    ablations = [INTACT, *heads, ablate("attention", [2]), ablate("layer", [1])]
+    kind = "expert" if family in ("mixtral", "gpt_oss") else "head"
+    parted = [Ablation(parts=(Part(kind, layer, n),)) for layer in (0, 2) for n in (1, 3)]
+    ablations = [INTACT, *parted, ablate("attention", [2]), ablate("layer", [1])]
     plan = plan_streams(ablations, 4)
     parts, ids = engine.parts(plan), PROMPT[0].tolist()
     prefix = read_prefix(parts, plan, tuple(ids[:begun])) if begun else None
@@ -68,8 +69,8 @@ def test_texts_are_generated_without_heads(family, begun):
         rows = generate(model, PROMPT.repeat(len(ablations), 1), **{cache_argument(model): cache})
     for ablation, row in zip(ablations, rows, strict=True):
         assert [row] == generate(engine.without(ablation).loaded.model, PROMPT), ablation
-    # Somewhere a head decides what is said.
-    assert len({*map(tuple, rows[: 1 + len(heads)])}) > 1
+    # Somewhere a part decides what is said.
+    assert len({*map(tuple, rows[: 1 + len(parted)])}) > 1
 
 
 def test_a_beginning_that_rows_were_scored_behind_serves_generation():

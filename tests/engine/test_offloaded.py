@@ -101,15 +101,19 @@ def test_a_plain_call_brings_in_each_layer_once(both):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_parts_and_interventions_are_those_of_the_model_in_memory(both, dtype):
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_parts_and_interventions_are_those_of_the_model_in_memory(both, family, dtype):
+    own = [Ablation(replaced=((done, 2),)) for done in ("int8", "int4")]
+    if family == "mixtral":
+        own = [Ablation(parts=(Part("expert", 2, number),)) for number in (0, 3)]
     ablations = [
         INTACT,
-        *(Ablation(replaced=((done, 2),)) for done in ("int8", "int4")),
+        *own,
         Ablation(repeated=(Stretch(2, 3),)),
         Ablation(parts=(Part("head", 2, 1),)),
     ]
     ablations += [ablate("attention", [1]), ablate("mlp", [3])]
-    resident, offloaded = both("llama", dtype)
+    resident, offloaded = both(family, dtype)
     documents = make_documents(4)
     ours, theirs = (check(engine, documents, ablations) for engine in (offloaded, resident))
     assert ours.engine.sharing == theirs.engine.sharing
