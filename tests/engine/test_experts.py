@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from tests.engine.families import tiny_model
-from tests.engine.plain import answers, engine_of, make_documents
+from tests.engine.plain import answers, asking, engine_of, make_documents
 from tests.engine.registry import Variant, tiny
 from tracker.core.ablations import INTACT, Ablation, Part, ablation_of, first_run, removals
 from tracker.core.config import run_request
 from tracker.core.errors import TrackerError
 from tracker.core.experiment import Experiment
 from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
+from tracker.engine.scoring import sweep
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.selfcheck.miniature_check import check_miniature
@@ -111,6 +112,33 @@ def test_a_model_without_an_expert_is_one_that_never_had_it(family):
                     assert ours.loglikelihood == pytest.approx(loglikelihood, abs=1e-3), ablation
     moved = [abs(right[n][d][0][0] - right[0][d][0][0]) for n in range(1, 11) for d in range(3)]
     assert sum(move > 0.01 for move in moved) > len(moved) / 3
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "olmoe"])
+def test_a_row_that_sends_nothing_to_an_expert_is_read_once(family, monkeypatch):
+    model = mixture(family, 12)
+    asked = [INTACT, *(experts(layer, number) for layer in range(4) for number in range(12))]
+    streams = []
+    score = sweep.score_row
+
+    def counted(parts, plan, row, prefix=None):
+        streams.append(plan.streams)
+        return score(parts, plan, row, prefix)
+
+    monkeypatch.setattr(sweep, "score_row", counted)
+    # Short texts, a row each.
+    documents = [asking(((5, 6 + n, 7), (8,)), index=n) for n in range(3)]
+    engine = engine_of(model, DEPTH_ONLY)
+    ours = engine.score(documents, asked)
+    monkeypatch.setattr(sweep, "WORTH", 100)
+    theirs = engine.score(documents, asked)
+    for one, other in zip(ours, theirs, strict=True):
+        for mine, right in zip(one.responses, other.responses, strict=True):
+            assert mine[0].loglikelihood == pytest.approx(right[0].loglikelihood, abs=2e-5)
+    shared, alone = streams[:3], streams[3:]
+    assert alone == [len(asked)] * 3
+    # Where all that are left share the weights, even those that were not chosen count.
+    assert shared == alone if family == "olmoe" else max(shared) < 40
 
 
 @pytest.mark.parametrize("sharing", [FULL, DEPTH_ONLY], ids=["full", "depth"])

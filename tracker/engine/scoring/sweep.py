@@ -26,6 +26,7 @@ from tracker.engine.memory import stream_bytes
 from tracker.engine.refusal import RefusalError, is_out_of_memory
 from tracker.engine.scoring.decode import decoding
 from tracker.engine.scoring.head import Head
+from tracker.engine.scoring.idle import WORTH, idle, of_experts
 from tracker.engine.scoring.masks import Sight, look
 from tracker.engine.scoring.plain_call import read, read_for, scored
 from tracker.engine.scoring.prefix import SHORTEST, Prefix, cache_argument
@@ -292,7 +293,7 @@ class Engine:
 
         def attempt(row: Row) -> RowScores | str:
             try:
-                return self._score_row(row, plan, prefix)
+                return self._score_row(row, plan, prefix, ablations)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -531,11 +532,22 @@ class Engine:
         self.put_back()
         return found
 
-    def _score_row(self, row: Row, plan: StreamPlan, prefix: Prefix | None) -> RowScores:
+    def _score_row(
+        self, row: Row, plan: StreamPlan, prefix: Prefix | None, ablations: Sequence[Ablation]
+    ) -> RowScores:
         """Score one row for every ablation, in the order of the ablations."""
+        prefix = prefix if row.prefix else None
+        some = [] if prefix or self.loaded.offloaded is not None else of_experts(ablations)
+        computed = ablations
+        if len(some) >= WORTH:
+            self.put_back()
+            unread = idle(self.parts(plan), row, some)
+            computed = [ablation for ablation in ablations if ablation not in unread]
+            plan = plan_streams(computed, len(self.loaded.layers)) if unread else plan
         self.put_back()
-        scores = score_row(self.parts(plan), plan, row, prefix if row.prefix else None)
-        order = torch.tensor(plan.stream_of)
+        scores = score_row(self.parts(plan), plan, row, prefix)
+        streams = dict(zip(computed, plan.stream_of, strict=True))
+        order = torch.tensor([streams.get(each, streams[INTACT]) for each in ablations])
         return replace(scores, loglikelihoods=scores.loglikelihoods[order], hits=scores.hits[order])
 
     def decoding_groups(

@@ -1,0 +1,113 @@
+"""Experts to which no token of a row goes: without them the row is what it was.
+
+Which those are one pass of the intact model says. The router is asked again without them, since
+some weigh the chosen experts by the scores of all: there a token changes that never went to one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracker.core.ablations import INTACT, Ablation, Part
+from tracker.core.grouping import grouped
+from tracker.engine.scoring.rows import Row
+from tracker.engine.scoring.score import Parts, run_base
+from tracker.engine.scoring.streams import plan_streams
+from tracker.models.experts import Experts, experts_at, routed
+from tracker.models.sublayers import state_of
+
+WORTH = 8
+"""Ablations of experts from which one more pass is worth it."""
+_Gone = tuple[Part, ...]
+
+
+def of_experts(ablations: Sequence[Ablation]) -> list[Ablation]:
+    """List the ablations that take out experts and nothing else."""
+    return [
+        each
+        for each in ablations
+        if each.parts
+        and each == Ablation(parts=each.parts)
+        and all(part.component == "expert" for part in each.parts)
+    ]
+
+
+@torch.inference_mode()
+def idle(parts: Parts, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]:
+    """Find out which ablations leave a row as the intact model reads it.
+
+    Args:
+        parts: The model, with its experts.
+        row: The row, which continues nothing.
+        ablations: Ablations of experts alone.
+
+    Returns:
+        Those of them that do, but for the rounding of weights.
+    """
+    assert parts.experts is not None
+    asked: defaultdict[int, set[_Gone]] = defaultdict(set)
+    for ablation in ablations:
+        for layer, gone in grouped(ablation.parts, lambda part: part.layer).items():
+            asked[layer].add(tuple(gone))
+    unread: dict[_Gone, bool] = {}
+
+    def look(
+        those: Experts,
+        gone: Collection[_Gone],
+        router: nn.Module,
+        args: Any,
+        kwargs: Any,
+        whole: Any,
+    ) -> None:
+        for each in gone:
+            kept = those.left(each, type(router).__name__)
+            # What finds out how far layers see calls them too, in the middle of the pass.
+            same = unread.get(each, True) and _same(router, those, kept, whole, (args, kwargs))
+            unread[each] = same
+
+    with ExitStack() as stack:
+        for layer, gone in asked.items():
+            module = parts.layers[layer]
+            those = experts_at(parts.experts, layer, type(module).__name__)
+            router = module.get_submodule(those.router)
+            hook = partial(look, those, gone)
+            stack.enter_context(router.register_forward_hook(hook, with_kwargs=True))
+        run_base(parts, plan_streams([INTACT], len(parts.layers)), row, None)
+    return {
+        ablation
+        for ablation in ablations
+        if all(
+            unread.get(tuple(gone), False)
+            for gone in grouped(ablation.parts, lambda part: part.layer).values()
+        )
+    }
+
+
+def _same(
+    router: nn.Module, experts: Experts, kept: Sequence[int], whole: Sequence[Any], given: Any
+) -> bool:
+    """Whether a router sends all tokens where it sent them, with the same weights."""
+    chosen = torch.zeros(experts.count, dtype=torch.bool, device=whole[0].device)
+    for table in whole:
+        if not table.is_floating_point():
+            chosen[table.flatten()] = True
+    chosen[list(kept)] = False
+    if chosen.any():
+        return False
+    fewer = routed(router, experts, kept, whole, state_of(*given), given)
+    return all(map(partial(_alike, experts.count), whole, fewer))
+
+
+def _alike(count: int, one: Tensor, other: Tensor) -> bool:
+    """Whether choices are equal, and weights but for rounding; scores of all experts are none."""
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    few = 4 * torch.finfo(one.dtype).eps
+    return one.shape[-1] == count or torch.allclose(one, other, rtol=few, atol=few)
