@@ -73,11 +73,11 @@ def idle(parts: Parts, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]
             unread[each] = same
 
     with ExitStack() as stack:
-        for layer, gone in asked.items():
+        for layer, each in asked.items():
             module = parts.layers[layer]
             those = experts_at(parts.experts, layer, type(module).__name__)
             router = module.get_submodule(those.router)
-            hook = partial(look, those, gone)
+            hook = partial(look, those, each)
             stack.enter_context(router.register_forward_hook(hook, with_kwargs=True))
         run_base(parts, plan_streams([INTACT], len(parts.layers)), row, None)
     return {
