@@ -12,8 +12,11 @@ import pytest
 
 from tracker import api
 from tracker.cli.pruning import export as exporting
+from tracker.core.ablations import Stretch
+from tracker.core.extent import Extent
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.store import Ledger
+from tracker.pruning.export.chosen import that_chose, tried
 from tracker.stats.selection import best_by_chance
 from tracker.studies import repeat
 from tracker.studies.repeat import TESTED, all_stretches
@@ -108,6 +111,18 @@ def test_the_best_that_is_shown_to_be_better_is_saved_by_what_it_says_to_type(
     assert (given["repeat"], given["repeats"]) == (tuple(range(first, last + 1)), 3)
     assert (given["part"], given["sample"], given["results"]) == ("test", 24, results)
     assert str(given["output"]) == "deeper"
+
+
+def test_documents_that_may_have_chosen_a_stretch_are_known_when_it_is_saved(found: Small):
+    ledger = Ledger(found.results)
+    stores = {store.identity.benchmark.settings["part"]: store for store in ledger.cells()}
+    model = stores["test"].identity.model
+    known = tried(ledger, model, Stretch(1, 3))
+    assert known.calibration == "24 documents of arc_easy (calibration)"
+    asked = Extent(sample=24)
+    chose = {part: that_chose(ledger, known, store, asked) for part, store in stores.items()}
+    assert chose == {"calibration": 24, "test": 0}
+    assert tried(ledger, model, Stretch(1, 3, 3)).documents == (), "nobody tried that"
 
 
 def test_what_is_asked_otherwise_is_refused(found: Small, refused):

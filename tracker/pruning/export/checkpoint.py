@@ -29,7 +29,7 @@ from tracker.measuring.job import Options
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, find_model
-from tracker.pruning.export.chosen import chosen, that_chose
+from tracker.pruning.export.chosen import chosen, that_chose, tried
 from tracker.pruning.export.facts import Accuracy, Exported, Pruning, Size, write_card
 from tracker.pruning.export.proof import ExpectedAnswers, MeasuredCell, expected, prove
 from tracker.pruning.export.recipes import recipes, skip_lists, windows_of
@@ -238,7 +238,9 @@ def export(asked: ExportRequest, progress: Progress) -> Exported:
         release()
         proof = prove(folder, wanted, measured, trust)
         pruning = asked.pruning
-        if pruning.strategy is None and not stretches:
+        if pruning.repeated is not None:
+            pruning = tried(asked.ledger, model.base, pruning.repeated)
+        elif pruning.strategy is None:
             pruning = chosen(asked.ledger, model.base, pruning.removed)
         own = () if measured is None else (_accuracy(measured, pruning, asked.ledger),)
         # What was measured on just these documents is not said again.
@@ -331,7 +333,8 @@ def _accuracy(measured: MeasuredCell, pruning: Pruning, ledger: Ledger) -> Accur
     """Say what the change costs on a cell, and how many of its documents chose the layers."""
     cell = measured.cell
     chose = that_chose(ledger, pruning, measured.store, measured.request.extent)
-    among = f", {chose:,} of which chose the layers" if chose else ""
+    verb = "may have chosen" if pruning.repeated else "chose"
+    among = f", {chose:,} of which {verb} the layers" if chose else ""
     measure, title = measure_of(cell), cell.benchmark.title
     part = "" if title == cell.benchmark.name else f" of {title}"
     return Accuracy(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from tracker.core.ablations import Stretch
 from tracker.core.extent import Extent
 from tracker.core.formats import counted
 from tracker.core.identities import ModelIdentity
@@ -41,6 +42,25 @@ def chosen(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...]) -> Pr
     ranks = [(r.steps[-1] == step, bool(r.calibration)) for r, step in found]
     best = [each for each, rank in zip(found, ranks, strict=True) if rank == max(ranks)]
     return _pruning(contents, best)
+
+
+def tried(ledger: Ledger, model: ModelIdentity, stretch: Stretch) -> Pruning:
+    """Say on which calibration documents a stretch of a model was passed again: they may choose."""
+    found = []
+    for store in ledger.cells():
+        benchmark = store.identity.benchmark
+        part = benchmark.settings.get("part")
+        if store.identity.model.key != model.key or part != "calibration":
+            continue
+        frame = store.read(columns=["task", "doc", "ablation"])
+        rows = frame[frame["ablation"] == stretch.name]
+        numbers = {str(task): tuple(map(int, some)) for task, some in rows.groupby("task")["doc"]}
+        if numbers:
+            about = {"key": store.identity.key, "benchmark": benchmark.name, "part": part}
+            about |= {"metric": benchmark.primary_metric, "n": len(rows), "documents": numbers}
+            found.append(Calibrated(**about))
+    said = ", ".join(map(_documents, found)) or None
+    return Pruning((), calibration=said, documents=tuple(found), repeated=stretch)
 
 
 def chosen_by(ledger: Ledger, record: PruneRecord, decided_on: Calibrated | None) -> Pruning:
@@ -83,10 +103,12 @@ def _cells(contents: Contents, records: Sequence[PruneRecord]) -> tuple[CellReco
 
 
 def _calibration(record: PruneRecord) -> str:
-    return ", ".join(
-        f"{counted(each.n, 'document')} of {each.benchmark}{f' ({each.part})' if each.part else ''}"
-        for each in record.calibration
-    )
+    return ", ".join(map(_documents, record.calibration))
+
+
+def _documents(each: Calibrated) -> str:
+    part = f" ({each.part})" if each.part else ""
+    return f"{counted(each.n, 'document')} of {each.benchmark}{part}"
 
 
 def _accuracy(record: PruneRecord, tested: Tested) -> Accuracy:

@@ -321,10 +321,12 @@ def _removed(model: Exported) -> _Told:
 
 def _repeated(model: Exported, stretch: Stretch) -> _Told:
     clause = f"{stretch.clause[0].upper()}{stretch.clause[1:]}"
+    on = model.pruning.calibration
+    known = f" It was tried on {as_markdown(on)}, which may have chosen it." if on else ""
     return _Told(
         f"with {stretch.which} of its {model.before.layers} passed {stretch.often}",
         f"{clause} (0-based): {stretch.times} copies, each with its own weights, stand one behind "
-        "the other. The stretch was named by hand.",
+        f"the other. The stretch was named by hand.{known}",
         "What is repeated",
         "What it is worth",
         "What it takes",
