@@ -56,9 +56,15 @@ def tried(ledger: Ledger, model: ModelIdentity, stretch: Stretch) -> Pruning:
         rows = frame[frame["ablation"] == stretch.name]
         numbers = {str(task): tuple(map(int, some)) for task, some in rows.groupby("task")["doc"]}
         if numbers:
-            about = {"key": store.identity.key, "benchmark": benchmark.name, "part": part}
-            about |= {"metric": benchmark.primary_metric, "n": len(rows), "documents": numbers}
-            found.append(Calibrated(**about))
+            one = Calibrated(
+                key=store.identity.key,
+                benchmark=benchmark.name,
+                metric=benchmark.primary_metric,
+                n=len(rows),
+                part=part,
+                documents=numbers,
+            )
+            found.append(one)
     said = ", ".join(map(_documents, found)) or None
     return Pruning((), calibration=said, documents=tuple(found), repeated=stretch)
 
