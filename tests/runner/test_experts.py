@@ -1,0 +1,81 @@
+"""A file that takes experts out, by the front door: lm-eval's numbers on the model without them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
+from tests.conftest import cli, printed, save_tokenizer
+from tests.engine.families import tiny_model
+from tests.plain import evaluate
+from tests.runner.elsewhere import run, write_study
+from tracker.ledger.store import Ledger
+from tracker.models.load import load_model
+from tracker.models.sources import find_model
+
+NEVER = "expert:2.1"
+"""Its router's bias lets no token go there."""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "mixture"
+    vocabulary = save_tokenizer(folder, False)
+    model = tiny_model("gpt_oss")
+    model.resize_token_embeddings(vocabulary)
+    model.model.layers[2].mlp.router.bias.data[1] = -1e4
+    model.save_pretrained(folder)
+    return folder
+
+
+def without(model, layer, number):
+    """Delete an expert's entries by their names, in a copy."""
+    twin = copy.deepcopy(model)
+    mlp = twin.model.layers[layer].mlp
+    kept = [each for each in range(mlp.router.num_experts) if each != number]
+    for module in (mlp.router, mlp.experts):
+        module.num_experts = len(kept)
+        for name, value in list(module.named_parameters()):
+            setattr(module, name, torch.nn.Parameter(value[kept], requires_grad=False))
+    return twin
+
+
+def test_experts_are_lm_evals(folder, tmp_path, one_thread):
+    results = tmp_path / "results"
+    file = write_study(
+        tmp_path / "experts.yaml", model=str(folder), benchmark="arc_easy", data=PACKAGE, limit=4,
+        dtype="float32", component="expert", layer=[0, 2],
+    )  # fmt: skip
+    (cell,) = run(file, results).cells
+    runs = {each.ablation: each for each in cell.runs}
+    assert list(runs) == [f"expert:{layer}.{number}" for layer in (0, 2) for number in range(4)]
+    (store,) = Ledger(results).cells()
+    frame = store.read()
+    loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)
+    for layer, number in ((0, 0), (0, 3), (2, 1), (2, 2)):
+        name = f"expert:{layer}.{number}"
+        changed = without(loaded.model, layer, number)
+        plain = HFLM(changed, tokenizer=loaded.tokenizer, batch_size=8)
+        found = evaluate(plain, tasks=["plain_arc_easy"], limit=4, task_manager=tasks)
+        for metric, value in runs[name].metrics.items():
+            assert value == found["results"]["plain_arc_easy"][f"{metric},none"], name
+        answered = frame[frame["ablation"] == name].set_index("doc").sort_index()
+        samples = sorted(found["samples"]["plain_arc_easy"], key=lambda s: s["doc_id"])
+        for (_, row), sample in zip(answered.iterrows(), samples, strict=True):
+            theirs = [float(response[0][0]) for response in sample["resps"]]
+            assert row["loglikelihoods"] == pytest.approx(theirs, abs=1e-3)
+    undefined = [name for name, each in runs.items() if each.accuracy_drop is None]
+    assert undefined == [NEVER]
+    assert "no token that an answer depends on went" in runs[NEVER].reasons["accuracy_drop"]
+    assert printed("report", results, "--format", "csv", "--output", tmp_path / "figures")
+    trial = ("evaluate", "--model", folder, "--benchmark", "arc_easy", "--data", PACKAGE)
+    asked = ("--limit", 4, "--dtype", "float32", "--component", "expert", "--layer", 2)
+    said = printed(*trial, *asked, "--expert", 1, "--results", results, "--track", "none")
+    assert "went to this expert" in said
+    assert (
+        "has 4 experts, 0 to 3" in cli(*trial, *asked, "--expert", 4, "--results", results).output
+    )
