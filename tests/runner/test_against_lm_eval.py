@@ -89,7 +89,7 @@ def test_every_number_is_lm_evals(smollm2, task_manager, measured, layer, record
     assert worst < 1e-3
 
 
-HEADS = [(layer, head) for layer in (0, 29) for head in (3, 8)]
+HEADS = [(layer, head) for layer in (11,) for head in (3, 8)]
 STRETCHES = [(8, 4)]
 """First layers of what is passed again, and how many."""
 
