@@ -295,8 +295,14 @@ def experts_at(found: Sequence[Experts | None], layer: int, name: str) -> Expert
     """Give the experts of a layer of a model called `name`; CellError where it has none."""
     experts = found[layer]
     if experts is None:
+        alike = [str(place) for place, each in enumerate(found) if each is None]
+        if len(alike) == len(found):
+            raise CellError(
+                f"{name} has no routed experts that could be taken out alone; leave expert out of "
+                "'component'"
+            )
         raise CellError(
             f"layer {layer} of {name} has no routed experts that could be taken out alone; leave "
-            "it out of 'layer', or expert out of 'component'"
+            f"such layers out of 'layer': {', '.join(alike)}"
         )
     return experts
