@@ -10,6 +10,7 @@ import pytest
 from tracker.core.ablations import ablation_of
 from tracker.core.records import NOT_MEASURED, CellRecord, Kind, RunIdentity, RunRecord
 from tracker.report import frames
+from tracker.report.leaderboard.claims import parts_answer
 from tracker.report.page import html
 
 from . import drawn as charts
@@ -182,6 +183,35 @@ def test_the_map_of_heads_has_a_row_a_head() -> None:
     row = frame[(frame["number"] == 2) & (frame["layer"] == 3)].iloc[0]
     assert (row["component"], row["span"]) == ("head", 1)
     assert frame["number"].isna().sum() == LAYERS
+
+
+def test_what_is_shown_of_heads_is_said_of_all_of_them_at_once() -> None:
+    cell = build_cell()
+
+    def head(number: int, drop: float) -> RunRecord:
+        ends = {"accuracy_drop_low": drop - 0.05, "accuracy_drop_high": drop + 0.05}
+        p = {"mcnemar_p": 1e-9 if abs(drop) > 0.1 else 0.5}
+        return numbered(
+            cell.runs[0], component="head", number=number, accuracy_drop=drop, **ends, **p
+        )
+
+    heads = [head(number, 0.06 if number else 0.3) for number in range(9)]
+    runs = (*cell.runs, *heads)
+    said = "Of 9 heads 1 is shown to cost accuracy: layer 0 head 0."
+    assert parts_answer(cell.model_copy(update={"runs": runs})) == said
+    alone = cell.model_copy(update={"runs": tuple(heads), "correlations": ()})
+    page = unescape(html.render_page([alone], {}))
+    assert said in page
+    assert "nothing is correlated" not in page
+    # Each alone would be shown, as 0.06 with 0.01 to 0.11; of nine at once it is not.
+    none = cell.model_copy(update={"runs": tuple(heads[1:])})
+    assert parts_answer(none) == "Of 8 heads none is shown to change accuracy."
+    assert parts_answer(cell) == ""
+    rises = cell.model_copy(update={"runs": (head(3, -0.3), head(4, -0.4), head(5, 0.3))})
+    assert parts_answer(rises) == (
+        "Of 3 heads 1 is shown to cost accuracy: layer 0 head 5; 2 are shown to raise accuracy: "
+        "layer 0 head 4 and layer 0 head 3."
+    )
 
 
 def test_thousands_of_runs_are_a_map_on_a_page_that_opens() -> None:

@@ -182,6 +182,55 @@ def claims(cells: Sequence[CellRecord]) -> Claims:
     )
 
 
+_MANY = {
+    "head": "head",
+    "kv_head": "group of heads",
+    "expert": "expert",
+    "repeat": "stretch of layers passed again",
+}
+"""What a run is, by its word, where a cell has one for each part of each layer, or each stretch."""
+
+
+def parts_answer(cell: CellRecord) -> str:
+    """Say what is shown of a cell's heads, experts and stretches, those of a kind all at once.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        For example `Of 270 heads 2 are shown to cost accuracy: layer 3 head 5, layer 0 head 1.`;
+        empty where it has no such runs.
+    """
+    families = grouped(cell.runs, lambda run: run.kind.family)
+    said = [
+        _shown_of(cell, _MANY[family.word], runs)
+        for family, runs in families.items()
+        if family.word in _MANY
+    ]
+    return " ".join(said)
+
+
+def _shown_of(cell: CellRecord, what: str, runs: Sequence[RunRecord]) -> str:
+    """Say it of the runs of a kind, the largest first."""
+    level = measure_of(cell).level
+    verdicts = shown_in(cell, runs)
+    order = sorted(zip(runs, verdicts, strict=True), key=lambda one: -(one[0].accuracy_drop or 0))
+    clauses = []
+    for verdict, does, some in (
+        ("costs", "cost" if cell.higher_is_better else "raise", order),
+        ("helps", "raise" if cell.higher_is_better else "lower", order[::-1]),
+    ):
+        named = [run.label() for run, mine in some if mine == verdict]
+        if named:
+            rest = [f"{len(named) - FIRST} more"] if len(named) > FIRST else []
+            names = listed([*named[:FIRST], *rest])
+            are = "is" if len(named) == 1 else "are"
+            clauses.append(f"{len(named)} {are} shown to {does} {level}: {names}")
+    return (
+        f"Of {counted(len(runs), what)} {'; '.join(clauses) or f'none is shown to change {level}'}."
+    )
+
+
 def shown_in(cell: CellRecord, runs: Sequence[RunRecord]) -> list[Verdict]:
     """Say what is shown of runs of one cell that stand side by side, all of it at once.
 
