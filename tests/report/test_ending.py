@@ -42,6 +42,17 @@ def test_a_run_ends_with_its_answer_and_lists_what_is_shown(
     assert not [line for line in lines if line.split()[:1] == ["5"]]
 
 
+def test_what_is_undefined_is_not_called_chance(capsys: pytest.CaptureFixture[str]) -> None:
+    cell = mattering("arc_easy")
+    gone = {f"accuracy_drop{end}": None for end in ("", "_low", "_high")} | {"mcnemar_p": None}
+    gone |= {"reasons": {"accuracy_drop": "nothing was asked"}}
+    runs = [run.model_copy(update=gone if run.layer > 27 else {}) for run in cell.runs]
+    print_measured([cell.model_copy(update={"runs": tuple(runs)})])
+    said = capsys.readouterr().out
+    assert f"27 of {len(runs)} runs are not listed: by itself" in said
+    assert "the drop of layer 28 and 1 more is undefined (nothing was asked)" in said
+
+
 def test_a_run_says_what_to_do_next(capsys: pytest.CaptureFixture[str]) -> None:
     cells = [build_cell(n=100, sample_seed=1234)]
     print_next("demo.yaml", Path("here"), cells)

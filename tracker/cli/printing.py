@@ -65,7 +65,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None, brief: bool = 
     say()
     print_table(made := table(title, columns, [run_table.CellRun(cell, run) for run in shown]))
     if brief:
-        say(_unlisted(len(cell.runs) - len(shown), len(cell.runs)))
+        say(_unlisted(cell, len(shown)))
     said = {"baseline_rounded", *(("n", "baseline_low") if cell.is_raced else ())}
     lacking = [f"{DASH} {why}" for name, why in cell.reasons.items() if name not in said]
     power = "" if brief else power_sentence(cell, shown)
@@ -133,17 +133,24 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
         if any(verdict != "open" for verdict in shown_in(cell, cell.runs)):
             print_cell(cell, brief=True)
         else:
-            rest = _unlisted(len(cell.runs), len(cell.runs))
-            say(f"{cell.heading}: {beneath(cell)}{rest}")
+            say(f"{cell.heading}: {beneath(cell)}{_unlisted(cell)}")
             for line in filter(None, (looks_note(cell), rounding_note(cell))):
                 say(line)
 
 
-def _unlisted(count: int, of: int) -> str:
-    if not count:
-        return ""
-    some = f"{count} of {counted(of, 'run')} {'is' if count == 1 else 'are'} not listed"
-    return f"{some}: by itself, what each changes is not told from chance yet"
+def _unlisted(cell: CellRecord, listed: int = 0) -> str:
+    """Say how many runs are not listed, and why."""
+    undefined = [run for run in cell.runs if run.accuracy_drop is None]
+    count = len(cell.runs) - listed - len(undefined)
+    said = []
+    if count:
+        some = f"{count} of {counted(len(cell.runs), 'run')} {'is' if count == 1 else 'are'}"
+        said.append(f"{some} not listed: by itself, what each changes is not told from chance yet")
+    if undefined:
+        why = cell.reason_of("accuracy_drop", undefined[0])
+        rest = f" and {len(undefined) - 1} more" if len(undefined) > 1 else ""
+        said.append(f"the drop of {undefined[0].label()}{rest} is undefined ({why})")
+    return "; ".join(said)
 
 
 def _of_named_layers(found: Claims) -> Table:
