@@ -6,7 +6,7 @@ from tracker.core.ablations import INTACT, Ablation, ablate, ablation_of, ablati
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError
 from tracker.core.kinds import Action
-from tracker.core.model_parts import ModelParts
+from tracker.core.model_parts import CONTROLS, ModelParts, with_all_parts
 from tracker.core.records import RunIdentity
 from tracker.measuring.prepare import check_range
 
@@ -104,3 +104,36 @@ def test_a_sublayer_that_is_to_be_replaced_says_why_it_is_no_run():
     both = asked.model_copy(update={"interventions": ("remove", "mean")})
     assert [run.intervention for run in removals(both, 30)] == ["remove"]
     check_range(both, ModelParts(30))
+
+
+def test_a_kind_with_a_span_is_neighbours_of_that_kind_and_controls_are_drawn():
+    parts = ModelParts(8, of_kind=(0, 1, 3, 4, 6))
+    asked = with_all_parts(request(layers=(), spans=(1, 3), control="random"), parts)
+    runs = list(removals(asked, 8))
+    alone = [run.layer for run in runs if run.span == 1]
+    assert alone == [0, 1, 3, 4, 6]
+    together = [run.changed for run in runs if run.span == 3 and not run.drawn]
+    assert together == [(0, 1, 3), (1, 3, 4), (3, 4, 6)]
+    drawn = [run.changed for run in runs if run.drawn]
+    assert len(drawn) == len({*drawn}) == CONTROLS
+    assert not {*drawn} & {*together}
+    assert all(len(some) == 3 and max(some) < 8 for some in drawn)
+    assert drawn == [run.changed for run in removals(asked, 8) if run.drawn]
+    assert {ablation_of(run, ()).name for run in runs if run.span == 3} == {
+        f"layers:{','.join(map(str, some))}" for some in (*together, *drawn)
+    }
+    # In the order in which records keep them, each once.
+    assert len({run.order for run in runs}) == len(runs)
+    assert [run.label() for run in runs if run.changed == (0, 1, 3)] == ["layers 0, 1, 3"]
+    neighbours = with_all_parts(request(layers=(), spans=(2,)), ModelParts(5, of_kind=(1, 2, 4)))
+    assert [run.label() for run in removals(neighbours, 5)] == ["layers 1–2", "layers 2, 4"]
+
+
+def test_controls_of_spans_are_others_than_the_spans():
+    asked = with_all_parts(
+        request(layers=(), spans=(2,), control="random", removed=(0,)), ModelParts(5)
+    )
+    runs = list(removals(asked, 5))
+    # Of the six pairs of four layers three are spans.
+    assert [run.changed for run in runs if not run.drawn] == [(1, 2), (2, 3), (3, 4)]
+    assert {run.changed for run in runs if run.drawn} == {(1, 3), (1, 4), (2, 4)}

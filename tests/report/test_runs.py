@@ -10,7 +10,7 @@ import pytest
 from tracker.core.ablations import ablation_of
 from tracker.core.records import NOT_MEASURED, CellRecord, Kind, RunIdentity, RunRecord
 from tracker.report import frames
-from tracker.report.leaderboard.claims import parts_answer
+from tracker.report.leaderboard.claims import controls_answer, parts_answer
 from tracker.report.page import html
 
 from . import drawn as charts
@@ -212,6 +212,36 @@ def test_what_is_shown_of_heads_is_said_of_all_of_them_at_once() -> None:
         "Of 3 heads 1 is shown to cost accuracy: layer 0 head 5; 2 are shown to raise accuracy: "
         "layer 0 head 4 and layer 0 head 3."
     )
+
+
+def test_what_layers_cost_together_is_held_against_sets_drawn_at_random() -> None:
+    cell = build_cell()
+
+    def together(layers: tuple[int, ...], drop: float, drawn: bool) -> RunRecord:
+        which = {"layer": layers[0], "span": len(layers), "members": layers, "drawn": drawn}
+        return numbered(cell.runs[0], accuracy_drop=drop, **which)
+
+    drawn = [together((0, n + 2), 0.2 + n / 1000, True) for n in range(40)]
+    one = cell.model_copy(update={"runs": (together((0, 5), 0.1, False), *drawn)})
+    assert controls_answer(one) == (
+        "2 layers removed together: accuracy drop 10.0 pp (the set), 22.0 of 40 sets drawn at "
+        "random (20.0 to 23.9). It is shown to differ from these (p = 0.049)."
+    )
+    inside = cell.model_copy(update={"runs": (together((0, 5), 0.201, False), *drawn)})
+    # Two of forty cost as little.
+    assert controls_answer(inside).endswith("is not shown to differ from these (p = 0.146).")
+    several = cell.model_copy(update={"runs": (*one.runs, together((0, 7), 0.2, False))})
+    assert controls_answer(several).startswith(
+        "2 layers removed together: accuracy drop 15.0 pp (2 sets, on average), 22.0"
+    )
+    assert "differ" not in controls_answer(several)
+    assert controls_answer(cell) == ""
+    page = unescape(html.render_page([one], {}))
+    assert controls_answer(one) in page
+    assert "layers 0, 5" in page
+    frame = frames.layer_frame([one])
+    assert frame["members"][0] == "0, 5"
+    assert frame["drawn"].notna().sum() == 40
 
 
 def test_thousands_of_runs_are_a_map_on_a_page_that_opens() -> None:

@@ -78,7 +78,13 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None, brief: bool = 
 def print_measured(cells: Sequence[CellRecord]) -> None:
     """Print what was found: an answer a model, the intact models, and which runs do something."""
     from tracker.report.caveats import looks_note, rounding_note
-    from tracker.report.leaderboard.claims import answer, claims, parts_answer, shown_in
+    from tracker.report.leaderboard.claims import (
+        answer,
+        claims,
+        controls_answer,
+        parts_answer,
+        shown_in,
+    )
     from tracker.report.leaderboard.comparable import named_models
     from tracker.report.wording import beneath, correlation, row_labels, short_correlation
 
@@ -94,7 +100,8 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
             print_table(_of_named_layers(found))
 
     for cell in cells:
-        said = (statement(cell.answer) if cell.answer else "", parts_answer(cell))
+        answered = statement(cell.answer) if cell.answer else ""
+        said = (answered, parts_answer(cell), controls_answer(cell))
         for text in filter(None, said):
             say()
             say(f"{cell.heading}: {text}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 from typing import NamedTuple
@@ -179,7 +179,7 @@ def ablation_of(run: RunIdentity, removed: Iterable[int]) -> Ablation:
         return Ablation(beneath, replaced=((run.intervention, run.layer),))
     if run.number is not None:
         return Ablation(beneath, parts=(Part(run.component, run.layer, run.number),))
-    return ablate(run.component, range(run.layer, run.layer + run.span), removed)
+    return ablate(run.component, run.changed, removed)
 
 
 def first_run(request: CellRequest) -> RunIdentity:
@@ -215,22 +215,21 @@ def _grid(request: CellRequest) -> Iterator[RunIdentity]:
 
 def why_no_run(run: RunIdentity, request: CellRequest, layers: int) -> str | None:
     """Say why a combination of what is asked for is no run; None where it is one."""
-    whole = range(run.layer, run.layer + run.span)
     if run.component in NUMBERED and (run.intervention, run.span) != ("remove", 1):
         return f"{run.component} is removed from one layer at a time"
     if run.intervention == "repeat" and run.component != "layer":
         return "repeat is done to whole layers"
     if run.intervention not in ("remove", "repeat") and (run.component, run.span) != ("layer", 1):
         return f"{run.intervention} is done to whole single layers"
-    if whole.stop > layers:
+    if max(run.changed) >= layers:
         return (
             f"{run.span} layers from layer {run.layer} on reach beyond layer {layers - 1}, the "
             "last one"
         )
-    if set(whole) & set(request.removed):
+    if set(run.changed) & set(request.removed):
         what = f"layer {run.layer}"
         if run.span > 1:
-            what = f"one of layers {run.layer} to {whole.stop - 1}"
+            what = f"one of layers {run.layer} to {max(run.changed)}"
         return f"{what} is among the removed layers {', '.join(map(str, request.removed))}"
     if len(ablation_of(run, request.removed).layers) >= layers:
         return "no layer would be left"
@@ -245,10 +244,20 @@ def removals(request: CellRequest, layers: int) -> Iterator[RunIdentity]:
     run and is left out.
     """
     only = None if request.only is None else set(request.only)
-    for run in _grid(request):
-        asked = only is None or run.asked in only
-        if asked and why_no_run(run, request, layers) is None:
+    asked = [run for run in _grid(request) if only is None or run.asked in only]
+    sets = (set_of(layers) for layers in request.sets)
+    drawn = (set_of(layers, drawn=True) for layers in request.drawn)
+    for run in dict.fromkeys((*asked, *sets, *drawn)):
+        if why_no_run(run, request, layers) is None:
             yield run
+
+
+def set_of(layers: Sequence[int], drawn: bool = False) -> RunIdentity:
+    """Say which run removes some layers together, ascending; neighbours are a span."""
+    first, span = layers[0], len(layers)
+    near = layers[-1] - first + 1 == span
+    members = None if near and not drawn else tuple(layers)
+    return RunIdentity(layer=first, span=span, members=members, drawn=drawn)
 
 
 def ablations_of(request: CellRequest, layers: int) -> list[Ablation]:

@@ -125,6 +125,13 @@ class CellRequest(Strict):
     model has."""
     repeats: tuple[Times, ...] = (2,)
     """How often the layers are passed where intervention is repeat."""
+    control: Literal["random"] | None = None
+    """random: beside spans, 40 sets of as many of the model's layers, drawn with the seed: what
+    layers cost together that have nothing to do with each other."""
+    sets: tuple[Layers, ...] = ()
+    """Layers of one kind that are removed together, though others lie between them."""
+    drawn: tuple[Layers, ...] = ()
+    """Sets of layers that were drawn at random."""
     only: tuple[tuple[Component, int, int, Intervention, Count | None, Times], ...] | None = None
     """Which (component, span, layer, intervention, number of the part, repeats) of these are asked
     for; None = every combination."""
@@ -252,9 +259,13 @@ IN_THE_FILE = {
     "repeats": "repeats",
 }
 """Fields that hold several values, and the keys of files and options that give one."""
-RUNS = {*IN_THE_FILE, "only"}
+_NO_KEYS = ("sets", "drawn", "only")
+"""Fields that follow from others."""
+RUNS = {*IN_THE_FILE, "control", *_NO_KEYS}
 """Fields that say which runs of a cell are asked for."""
 KEYS: Mapping[str, str] = {
-    IN_THE_FILE.get(field, field): field for field in CellRequest.model_fields if field != "only"
+    IN_THE_FILE.get(field, field): field
+    for field in CellRequest.model_fields
+    if field not in _NO_KEYS
 }
 """What may be said in an experiment file, on the command line and in Python → its field."""

@@ -346,7 +346,7 @@ class Experiment(Sweep):
             settings["layers"] = () if every else tuple(sorted(settings["layers"]))
             settings["only"] = tuple(map(_only, some)) if self.capped else None
             cell = checked(CellRequest, settings, "parameters.", IN_THE_FILE)
-            if self._count is not None and (every or numbered_components(cell)):
+            if self._count is not None and (every or cell.control or numbered_components(cell)):
                 cell = with_all_parts(cell, self._count(cell, self.kinds))
             if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
                 raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")

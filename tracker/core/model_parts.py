@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import NamedTuple
+import random
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from tracker.core.config import IN_THE_FILE, CellRequest, field_of
 from tracker.core.errors import ExperimentError
@@ -11,6 +12,10 @@ from tracker.core.kinds import NUMBERED, Component
 
 ROUTED = ("moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts")
 """What configurations call how many routed experts a layer has."""
+
+
+CONTROLS = 40
+"""Sets of each size that are drawn: as few as leave a two-sided p below 5 %."""
 
 
 class ModelParts(NamedTuple):
@@ -66,7 +71,43 @@ def with_all_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
                 f"{request.title}: it has {parts.head} heads in {parts.kv_head} groups a layer; "
                 "ask for head and kv_head in two files, or name some by 'head'"
             )
-    return request.model_copy(update=found) if found else request
+    request = request.model_copy(update=found) if found else request
+    spans = [span for span in request.spans if span > 1]
+    removing = "remove" in request.interventions and "layer" in request.components
+    if not (spans and removing and (request.control or parts.of_kind is not None)):
+        return request
+    more: dict[str, Any] = {}
+    if parts.of_kind is not None:
+        # Neighbours among the layers of the kind, whatever lies between them.
+        more["sets"] = tuple(
+            parts.of_kind[first : first + span]
+            for span in spans
+            for first in range(len(parts.of_kind) - span + 1)
+        )
+        more |= {"spans": (1,)} if 1 in request.spans else {"only": ()}
+    if request.control:
+        free = [layer for layer in range(parts.layers) if layer not in request.removed]
+        taken = {*more.get("sets", ()), *_windows(request.layers, spans)}
+        more["drawn"] = tuple(_drawn(free, spans, taken, request.seed))
+    return request.model_copy(update=more)
+
+
+def _windows(layers: Sequence[int], spans: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    yield from (tuple(range(first, first + span)) for span in spans for first in layers)
+
+
+def _drawn(
+    free: Sequence[int], spans: Sequence[int], taken: Collection[tuple[int, ...]], seed: int
+) -> Iterator[tuple[int, ...]]:
+    """Draw sets of each size that are not asked for already, each once, as many as there are."""
+    for span in spans:
+        draw = random.Random(f"control/{seed}/{span}")
+        found: set[tuple[int, ...]] = set()
+        for _ in range(50 * CONTROLS if span <= len(free) else 0):
+            some = tuple(sorted(draw.sample(free, span)))
+            if len(found) < CONTROLS and some not in taken and some not in found:
+                found.add(some)
+                yield some
 
 
 def check_parts(request: CellRequest, parts: ModelParts) -> None:

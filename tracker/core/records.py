@@ -37,6 +37,8 @@ class Kind(NamedTuple):
     intervention: Intervention = "remove"
     number: int | None = None
     repeats: int = 2
+    members: tuple[int, ...] | None = None
+    drawn: bool = False
 
     @property
     def word(self) -> str:
@@ -51,7 +53,7 @@ class Kind(NamedTuple):
     @property
     def family(self) -> Kind:
         """What it shares with others of its map: all but the span and the number."""
-        return self._replace(span=1, number=None)
+        return self._replace(span=1, number=None, members=None, drawn=False)
 
 
 Place = tuple[str, str, int]
@@ -79,10 +81,28 @@ class RunIdentity(Record):
     repeats: Times = Field(2, exclude_if=lambda times: times == 2)
     """How often the layers are passed where they are repeated; written where it is not twice."""
 
+    members: tuple[Count, ...] | None = Field(None, exclude_if=lambda layers: layers is None)
+    """The layers, ascending, where others lie between them; written then."""
+    drawn: bool = Field(False, exclude_if=lambda drawn: not drawn)
+    """Whether they were drawn at random, for others to be held against; written where they were."""
+
+    @property
+    def changed(self) -> tuple[int, ...]:
+        """The layers to which something is done, ascending."""
+        return self.members or tuple(range(self.layer, self.layer + self.span))
+
     @property
     def kind(self) -> Kind:
         """All but the layer: runs of one kind form a curve over the layers."""
-        return Kind(self.component, self.span, self.intervention, self.number, self.repeats)
+        return Kind(
+            self.component,
+            self.span,
+            self.intervention,
+            self.number,
+            self.repeats,
+            self.members,
+            self.drawn,
+        )
 
     @property
     def asked(self) -> tuple[Component, int, int, Intervention, int | None, int]:
@@ -102,13 +122,16 @@ class RunIdentity(Record):
         spans; of one layer by their number."""
         component, done = COMPONENTS.index(self.component), INTERVENTIONS.index(self.intervention)
         number = -1 if self.number is None else self.number
-        return (component, done, self.repeats, self.span, self.layer, number)
+        which = (self.layer, number, *(self.members or ()))
+        return (component, done, self.repeats, self.drawn, self.span, *which)
 
     def label(self, digits: int = 1) -> str:
         """Name the run where people read it: `layers 3–6`, `mlp 3–6`, `mean 3`, `layer 3 head 0`.
 
         A layer's number is filled up with zeros to `digits`.
         """
+        if self.members:
+            return f"layers {', '.join(map(str, self.members))}{' (drawn)' if self.drawn else ''}"
         first, last = (f"{n:0{digits}d}" for n in (self.layer, self.layer + self.span - 1))
         if self.number is not None:
             return f"layer {first} {self.kind.word} {self.number}"
@@ -502,7 +525,7 @@ class CellRecord(Record):
 
     def absence(self, run: RunIdentity) -> str:
         """Say why there is no record of a run."""
-        if set(self.removed) & set(range(run.layer, run.layer + run.span)):
+        if set(self.removed) & set(run.changed):
             return "removed already, beneath every run"
         missing = any((r.kind, r.layer) == (run.kind, run.layer) for r in self.missing)
         return NOT_MEASURED if missing else "not asked for"

@@ -27,7 +27,10 @@ from tracker.core.tables import Column, Value
 Row = TypeVar("Row")
 CELL = ("key", "model", "benchmark", "num_fewshot", "metric", "removed", "sample_seed")
 """Names of the columns that say which cell a row is of."""
-WHICH_RUN = ("component", "layer", "span", "intervention", "number", "repeats")
+WHICH_RUN = (
+    *("component", "layer", "span", "intervention"),
+    *("number", "repeats", "members", "drawn"),
+)
 """Names of the columns that say which of its runs."""
 
 
@@ -86,9 +89,13 @@ def telling_apart(cell: CellRecord) -> list[str]:
     usual = WHOLE_LAYER._asdict()
     return [
         name
-        for name in ("layer", "component", "number", "span", "intervention", "repeats")
+        for name in dict.fromkeys(("layer", "component", "number", *WHICH_RUN))
         if name == "layer" or any(getattr(kind, name) != usual[name] for kind in cell.kinds)
     ]
+
+
+def _members(row: CellRun) -> str | None:
+    return None if row.run.members is None else ", ".join(map(str, row.run.members))
 
 
 def _passes(row: CellRun) -> int:
@@ -110,6 +117,8 @@ def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
             Column("span (layers)", "count", lambda row: row.run.span, name="span"),
             Column("intervention", "text", lambda row: row.run.intervention, name="intervention"),
             Column("passes", "count", _passes, name="repeats"),
+            Column("layers", "text", _members, name="members"),
+            Column("drawn", "text", lambda row: "drawn" if row.run.drawn else None, name="drawn"),
             _figure("ablation", "ablation", "text"),
             _figure("n", "documents", "count"),
             Column("until", "text", _until, name="until"),

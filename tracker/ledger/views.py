@@ -265,7 +265,7 @@ class Views:
         if why := other_format(content.get("format")):
             raise ValueError(f"it {why}")
         asked = AskedView.model_validate_json(json.dumps(content))
-        layers = (*asked.view.removed, *(run.layer + run.span - 1 for run in asked.view.runs))
+        layers = (*asked.view.removed, *(max(run.changed) for run in asked.view.runs))
         if max(layers, default=0) >= self.identity.model.layers:
             raise ValueError(f"the model has no layer {max(layers)}")
         if asked.view.metric not in self.identity.benchmark.tasks[0].metrics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
 from tracker.core.ablations import ablations_of, first_run, removals, why_no_run
@@ -149,9 +150,14 @@ def asked_before(request: CellRequest, store: CellStore | None) -> CellRequest |
 
 def _with_runs(request: CellRequest, runs: Sequence[RunIdentity]) -> CellRequest:
     """Ask for just these runs."""
-    only = tuple(run.asked for run in runs)
-    if not only:
+    sets = tuple(run.changed for run in runs if run.members and not run.drawn)
+    drawn = tuple(run.changed for run in runs if run.drawn)
+    only = tuple(run.asked for run in runs if not run.members)
+    if not runs:
         return request
+    asked: dict[str, Any] = {"sets": sets, "drawn": drawn, "only": only}
+    if not only:
+        return request.model_copy(update=asked)
     components, spans, layers, interventions, _, repeats = (
         tuple(dict.fromkeys(each)) for each in zip(*only, strict=True)
     )
@@ -160,14 +166,14 @@ def _with_runs(request: CellRequest, runs: Sequence[RunIdentity]) -> CellRequest
         if run.number is not None:
             numbers[field_of(run.component)].add(run.number)
     return request.model_copy(
-        update={
+        update=asked
+        | {
             "components": components,
             "spans": spans,
             "layers": tuple(sorted(layers)),
             "interventions": interventions,
             **{field: tuple(sorted(some)) for field, some in numbers.items()},
             "repeats": repeats,
-            "only": only,
         }
     )
 

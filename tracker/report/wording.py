@@ -42,6 +42,8 @@ def kind_words(kind: Kind) -> str:
     Returns:
         For example `layer`, `attention`, `mlp, 4 at a time`, `head 3` or `mean`.
     """
+    if kind.members:
+        return f"layers {', '.join(map(str, kind.members))}"
     word = kind.word if kind.number is None else f"{kind.word} {kind.number}"
     if kind.repeats != 2:
         word += f" {kind.repeats} times"
@@ -63,6 +65,9 @@ def run_list(runs: Sequence[RunIdentity], cell: CellRecord) -> str:
     for kind in dict.fromkeys(run.kind for run in runs):
         mine = [run.layer for run in runs if run.kind == kind]
         total = len(layers_of(kind, cell))
+        if kind.members:
+            parts.append(kind_words(kind))
+            continue
         prefix = "" if kind == WHOLE_LAYER else f"{kind_words(kind)}: "
         parts.append(prefix + layer_list(mine, total))
     return "; ".join(parts)

@@ -242,6 +242,8 @@ class DescribedRun:
             return {}
         names = ("layer", "component", "span", "intervention")
         found = {name: getattr(run, name) for name in names}
+        if run.members:
+            found["members"] = ",".join(map(str, run.members))
         if run.number is not None:
             found |= {IN_THE_FILE[field_of(run.component)]: run.number}
         return found | ({"repeats": run.repeats} if run.intervention == "repeat" else {})
@@ -373,6 +375,8 @@ def cell_run(
     # Of very many runs of a kind there would be hundreds of curves.
     alone = {run.ablation for run in one_by_one(cell, "auto")}
     for run in cell.runs:
+        if run.members:  # several begin at one layer
+            continue
         known = flat_metrics(run)
         names = CURVES if run.ablation in alone else ("accuracy_drop",)
         points = {curve_name(run, name): known[name] for name in names if name in known}

@@ -49,7 +49,11 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     None where no margin is defined, and where what was removed are parts of layers alone.
     """
     there = {run.run.kind for run in decided.runs if run.margins}
-    kinds = [kind for kind in cell.kinds if kind in there and kind.number is None]
+    kinds = [
+        kind
+        for kind in cell.kinds
+        if kind in there and kind.number is None and kind.members is None
+    ]
     if decided.margins is None or not kinds:
         return None
     layers = sorted({layer for kind in kinds for layer in layers_of(kind, cell)})

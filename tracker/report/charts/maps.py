@@ -96,6 +96,8 @@ def mapped(cell: CellRecord) -> dict[str, list[Kind]]:
     """
     families: dict[Kind, list[Kind]] = {}
     for kind in sorted(cell.kinds, key=lambda kind: (kind.span, kind.number or 0)):
+        if kind.members:  # several begin at one layer
+            continue
         families.setdefault(kind.family, []).append(kind)
     return {
         family.word if family.repeats == 2 else f"{family.word}-{family.repeats}": kinds

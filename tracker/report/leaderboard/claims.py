@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from tracker.core.estimates import Estimate
-from tracker.core.formats import about, counted, measure_of
+from tracker.core.formats import about, counted, measure_of, p_value
 from tracker.core.grouping import grouped
 from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.paired import outcome_variance
@@ -23,6 +23,8 @@ from tracker.stats.support import Verdict, pairs, ranks, together, verdicts
 SMALL = 0.05
 """A drop below this, a fraction, is called small."""
 SMALL_IN_WORDS = f"{100 * SMALL:g} pp"
+SIGNIFICANT = 0.05
+"""A p-value below this shows something."""
 FIRST = 5
 """A layer that is surely among so many largest falls of log-probability is named."""
 _MOST = 1_000_000
@@ -229,6 +231,44 @@ def _shown_of(cell: CellRecord, what: str, runs: Sequence[RunRecord]) -> str:
     return (
         f"Of {counted(len(runs), what)} {'; '.join(clauses) or f'none is shown to change {level}'}."
     )
+
+
+def controls_answer(cell: CellRecord) -> str:
+    """Hold what layers cost together against sets of as many that were drawn at random.
+
+    Of one set p is the share of the drawn ones, itself counted among them, that cost as little or
+    as much, twice the smaller one: it assumes that the set is as good as drawn, if its layers are
+    like any others. Several sets that share layers have no such p.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        A sentence for each size; empty where none was drawn.
+    """
+    measure = measure_of(cell)
+    known = [run for run in cell.runs if run.kind.word == "layer" and run.accuracy_drop is not None]
+    sentences = []
+    for size, runs in grouped(known, lambda run: run.span).items():
+        mine = [run.accuracy_drop or 0.0 for run in runs if not run.drawn]
+        drawn = [run.accuracy_drop or 0.0 for run in runs if run.drawn]
+        if not mine or not drawn:
+            continue
+        ends = " to ".join(measure.write(each) for each in (min(drawn), max(drawn)))
+        which = "the set" if len(mine) == 1 else f"{len(mine)} sets, on average"
+        text = (
+            f"{size} layers removed together: {measure.change} "
+            f"{measure.write(sum(mine) / len(mine))} {measure.unit} ({which}), "
+            f"{measure.write(sum(drawn) / len(drawn))} of {len(drawn)} sets drawn at random "
+            f"({ends})"
+        )
+        if len(mine) == 1:
+            less, more = sum(one <= mine[0] for one in drawn), sum(one >= mine[0] for one in drawn)
+            p = min(1.0, 2 * (min(less, more) + 1) / (len(drawn) + 1))
+            shown = "is shown to differ" if p < SIGNIFICANT else "is not shown to differ"
+            text += f". It {shown} from these (p = {p_value(p)})"
+        sentences.append(f"{text}.")
+    return " ".join(sentences)
 
 
 def shown_in(cell: CellRecord, runs: Sequence[RunRecord]) -> list[Verdict]:
