@@ -18,7 +18,7 @@ from tracker.core.model_parts import with_all_parts
 from tracker.core.provenance import machine, package_versions
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Progress
-from tracker.models.sources import parts_of
+from tracker.models.sources import find_model, parts_of
 
 if TYPE_CHECKING:
     from tracker.core.documents import Document
@@ -162,6 +162,8 @@ def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepa
     from tracker.measuring.meter import open_model
     from tracker.measuring.row_size import with_fastest_rows
 
+    # A model that is not there is said before a benchmark's data are looked for.
+    find_model(request.model, request.revision, request.model_args)
     benchmark = open_benchmark(request)
     progress.say(f"loading {request.model}")
     loaded = open_model(request, options).loaded
