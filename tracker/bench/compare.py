@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tracker.core.ablations import Ablation, ablations_of
 from tracker.core.config import CellRequest
 from tracker.core.errors import BenchmarkError
+from tracker.core.grouping import grouped
 from tracker.core.model_parts import with_all_parts
 from tracker.core.provenance import machine, package_versions
 from tracker.measuring.job import Options
@@ -233,7 +234,7 @@ def bench(
     seconds: dict[str, float] = {}
     differences: list[float] = []
     disagreements = 0
-    some = [] if batch_size is None else [ablations[0], *_measured(ablations, total)]
+    some = [] if batch_size is None else [ablations[0], *_measured(ablations)]
     for ablation in some:
         progress.say(f"lm-eval: {ablation.name}")
         assert batch_size is not None
@@ -277,12 +278,13 @@ def bench(
     )
 
 
-def _measured(ablations: Sequence[Ablation], layers: int) -> list[Ablation]:
+def _measured(ablations: Sequence[Ablation]) -> list[Ablation]:
     """Choose evenly spaced ablations of each component, the first and last among them."""
-    removed = ablations[1:]
-    chosen = [round(i * (layers - 1) / (MEASURED - 1)) for i in range(MEASURED)]
-    starts = range(0, len(removed), layers)
-    return [removed[start + layer] for start in starts for layer in dict.fromkeys(chosen)]
+    found = []
+    for some in grouped(ablations[1:], lambda each: each.name.partition(":")[0]).values():
+        chosen = {round(i * (len(some) - 1) / (MEASURED - 1)) for i in range(MEASURED)}
+        found += [some[place] for place in sorted(chosen)]
+    return found
 
 
 @contextmanager
