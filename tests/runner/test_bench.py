@@ -38,6 +38,14 @@ def test_the_engine_is_set_beside_lm_eval(bench):
     assert 0 < found["engine_peak_gib"] < 16
 
 
+def test_of_many_heads_four_are_tried(bench):
+    found = bench(*ARC[:-1], "1", "--component", "head")
+    assert found["ablations"] == 1 + 4 * 4
+    tried = {"baseline", "head:0.0", "head:1.1", "head:2.2", "head:3.3"}
+    assert set(found["loop_evaluations"]) == tried
+    assert found["largest_difference"] < 1e-3
+
+
 def test_generation_is_not_timed(tiny_llama, tmp_path):
     folder = tmp_path / "openai" / "gsm8k" / "main"
     folder.mkdir(parents=True)
