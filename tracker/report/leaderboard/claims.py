@@ -185,12 +185,12 @@ def claims(cells: Sequence[CellRecord]) -> Claims:
 
 
 _MANY = {
-    "head": "head",
-    "kv_head": "group of heads",
-    "expert": "expert",
-    "repeat": "stretch of layers passed again",
+    "head": "heads",
+    "kv_head": "groups of heads",
+    "expert": "experts",
+    "repeat": "stretches passed again",
 }
-"""What a run is, by its word, where a cell has one for each part of each layer, or each stretch."""
+"""What runs are, by their word, where a cell has one a part of each layer, or one a stretch."""
 
 
 def parts_answer(cell: CellRecord) -> str:
@@ -228,9 +228,7 @@ def _shown_of(cell: CellRecord, what: str, runs: Sequence[RunRecord]) -> str:
             names = listed([*named[:FIRST], *rest])
             are = "is" if len(named) == 1 else "are"
             clauses.append(f"{len(named)} {are} shown to {does} {level}: {names}")
-    return (
-        f"Of {counted(len(runs), what)} {'; '.join(clauses) or f'none is shown to change {level}'}."
-    )
+    return f"Of {len(runs):,} {what} {'; '.join(clauses) or f'none is shown to change {level}'}."
 
 
 def controls_answer(cell: CellRecord) -> str:
