@@ -9,6 +9,7 @@ from tracker.core.kinds import Action
 from tracker.core.model_parts import CONTROLS, ModelParts, with_all_parts
 from tracker.core.records import RunIdentity
 from tracker.measuring.prepare import check_range
+from tracker.studies.base import removing_whole_layers
 
 
 def request(**settings: object) -> CellRequest:
@@ -127,6 +128,26 @@ def test_a_kind_with_a_span_is_neighbours_of_that_kind_and_controls_are_drawn():
     assert [run.label() for run in runs if run.changed == (0, 1, 3)] == ["layers 0, 1, 3"]
     neighbours = with_all_parts(request(layers=(), spans=(2,)), ModelParts(5, of_kind=(1, 2, 4)))
     assert [run.label() for run in removals(neighbours, 5)] == ["layers 1–2", "layers 2, 4"]
+
+
+def test_what_a_kind_with_a_span_would_lose_is_refused():
+    """Was: spans of other components, and stretches, went without a word."""
+    parts = ModelParts(8, of_kind=(0, 1, 3))
+    for more in ({"interventions": ("remove", "repeat")}, {"components": ("layer", "mlp")}):
+        with pytest.raises(ExperimentError, match="in a file of their own"):
+            with_all_parts(request(layers=(), spans=(1, 2), **more), parts)
+
+
+def test_a_study_of_single_layers_leaves_sets_and_controls_out():
+    """Was: they were measured with the layers that it asked for."""
+    asked = with_all_parts(
+        request(layers=(), spans=(1, 2), control="random"), ModelParts(6, of_kind=(0, 2, 4))
+    )
+    assert asked.sets
+    assert asked.drawn
+    alone = removing_whole_layers(asked)
+    assert [run.changed for run in removals(alone, 6)] == [(0,), (2,), (4,)]
+    assert with_all_parts(alone, ModelParts(6)) == alone
 
 
 def test_controls_of_spans_are_others_than_the_spans():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tracker.core.ablations import Ablation, ablations_of
-from tracker.core.config import CellRequest
+from tracker.core.config import ONE_EACH, CellRequest
 from tracker.core.errors import BenchmarkError
 from tracker.core.grouping import grouped
 from tracker.core.model_parts import with_all_parts
@@ -202,9 +202,10 @@ def bench(
     ready = prepare(request, options, progress)
     documents, loaded = ready.documents, ready.engine.loaded
     total = loaded.identity.layers
-    alone = {"spans": (1,), "interventions": ("remove",), "removed": (), "only": None}
+    said = {name: getattr(request, name) for name in ("components", "heads", "experts")}
+    alone = {**ONE_EACH, **said, "layers": (), "removed": ()}
     parts = parts_of(loaded.model.config.get_text_config())
-    asked = with_all_parts(request.model_copy(update={"layers": (), **alone}), parts)
+    asked = with_all_parts(request.model_copy(update=alone), parts)
     ablations = ablations_of(asked, total)
 
     check_seconds, engine = None, ready.engine

@@ -195,13 +195,12 @@ def first_run(request: CellRequest) -> RunIdentity:
 
 
 def _grid(request: CellRequest) -> Iterator[RunIdentity]:
-    """List every combination of what is asked for, be it a run or not; none twice."""
-    found: dict[RunIdentity, None] = {}
+    """List every combination of what is asked for, be it a run or not."""
     asked = (request.components, request.interventions, request.spans, request.layers)
     for component, done, span, layer in product(*asked):
         numbers = request.numbers(component) if component in NUMBERED else (None,)
         for number, repeats in product(numbers, request.repeats if done == "repeat" else (2,)):
-            run = RunIdentity(
+            yield RunIdentity(
                 component=component,
                 layer=layer,
                 span=span,
@@ -209,8 +208,6 @@ def _grid(request: CellRequest) -> Iterator[RunIdentity]:
                 number=number,
                 repeats=repeats,
             )
-            found.setdefault(run)
-    yield from found
 
 
 def why_no_run(run: RunIdentity, request: CellRequest, layers: int) -> str | None:

@@ -263,6 +263,10 @@ _NO_KEYS = ("sets", "drawn", "only")
 """Fields that follow from others."""
 RUNS = {*IN_THE_FILE, "control", *_NO_KEYS}
 """Fields that say which runs of a cell are asked for."""
+ONE_EACH: Mapping[str, Any] = {
+    field: CellRequest.model_fields[field].default for field in RUNS - {"layers"}
+}
+"""What they say where each of the layers is removed alone and as a whole, and nothing else."""
 KEYS: Mapping[str, str] = {
     IN_THE_FILE.get(field, field): field
     for field in CellRequest.model_fields

@@ -78,6 +78,11 @@ def with_all_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
         return request
     more: dict[str, Any] = {}
     if parts.of_kind is not None:
+        if (request.components, request.interventions) != (("layer",), ("remove",)):
+            raise ExperimentError(
+                f"{request.title}: layers of a kind are removed together as whole layers; ask for "
+                "other components and interventions in a file of their own, or leave 'kind' out"
+            )
         # Neighbours among the layers of the kind, whatever lies between them.
         more["sets"] = tuple(
             parts.of_kind[first : first + span]

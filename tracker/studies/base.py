@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from tracker.core.ablations import Ablation
 from tracker.core.asked import Asked
-from tracker.core.config import CellRequest
+from tracker.core.config import ONE_EACH, CellRequest
 from tracker.core.errors import CellError, ExperimentError, RequestError
 from tracker.core.estimates import Estimate
 from tracker.core.experiment import Experiment
@@ -125,8 +125,7 @@ def is_whole_layer(run: Sequence[Any]) -> bool:
 
 def removing_whole_layers(request: CellRequest, **update: Any) -> CellRequest:
     """Ask for whole single layers of a cell and nothing else, with other fields as in `update`."""
-    alone = {"components": ("layer",), "spans": (1,), "interventions": ("remove",), "only": None}
-    return request.model_copy(update={**alone, **update})
+    return request.model_copy(update={**ONE_EACH, **update})
 
 
 def refuse_removed(cell: CellRequest, why: str, asked: StudyContext) -> None:

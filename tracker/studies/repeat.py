@@ -104,7 +104,7 @@ class Repeat(Study):
                 wanted: dict[str, Any] = {"interventions": ("repeat",)}
             else:
                 wanted = all_stretches(cell.layers)
-            wanted["components"] = ("layer",)
+            wanted |= {"components": ("layer",), "sets": (), "drawn": ()}
             requests.append(calibration_of(cell.model_copy(update=wanted)))
         return requests
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-from tracker.core.config import RUNS, CellRequest
+from tracker.core.config import ONE_EACH, CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.formats import counted
 from tracker.core.grouping import grouped
@@ -97,9 +97,8 @@ class Theorem(Study):
 
 def _of_documents(cell: CellRequest) -> CellRequest:
     """What of a cell says which documents, and how they are tokenised."""
-    unsaid = {*RUNS, "removed", "dtype"} - {"layers"}
-    plain = {name: CellRequest.model_fields[name].default for name in unsaid}
-    return cell.model_copy(update={**plain, "layers": (0,)})
+    plain = {name: CellRequest.model_fields[name].default for name in ("removed", "dtype")}
+    return cell.model_copy(update={**ONE_EACH, **plain, "layers": (0,)})
 
 
 def _answers(shown: Sequence[Shown]) -> list[str]:
