@@ -122,6 +122,21 @@ def test_parts_and_interventions_are_those_of_the_model_in_memory(both, family, 
     assert [each.responses for each in one] == [each.responses for each in other]
 
 
+def test_a_stretch_that_is_passed_again_is_asked_of_a_deeper_model(both):
+    """Was: its first layers were gone by then, and the cell was refused."""
+    ablations = [INTACT, Ablation(repeated=(Stretch(1, 3),)), ablate("layer", [2])]
+    resident, offloaded = both("llama")
+    documents = make_documents(4)
+    ours, theirs = (check(engine, documents, ablations) for engine in (offloaded, resident))
+    assert not ours.engine.sharing.depth
+    assert "again" in ours.lost
+    one, other = (found.engine.score(documents, ablations) for found in (ours, theirs))
+    for mine, right in zip(one, other, strict=True):
+        for some, expected in zip(mine.responses, right.responses, strict=True):
+            for found, wanted in zip(some, expected, strict=True):
+                assert found.loglikelihood == pytest.approx(wanted.loglikelihood, abs=1e-3)
+
+
 def test_a_file_that_changes_meanwhile_is_said(both, tmp_path):
     _, offloaded = both("llama")
     text = range(3, 20)

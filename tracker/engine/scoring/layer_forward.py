@@ -19,6 +19,7 @@ from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.streams import LayerStep, StreamPlan
 from tracker.models.experts import Experts, experts_at, routed
 from tracker.models.heads import Heads, heads_at
+from tracker.models.offloaded import is_absent
 from tracker.models.quantised import linear_maps, outputs_first, quantised
 from tracker.models.sublayers import (
     Sublayers,
@@ -162,9 +163,9 @@ class _LayerFork:
     layer as one batch `going`. Its output fills their places in `after` [streams after, rows,
     tokens, hidden]; a stream that skips the layer gets its own `before` there, or what stands in
     for the layer makes of it. Nothing is added up between streams, so each place holds what the
-    layer, or nothing, makes of it alone. Streams that repeat a
-    stretch of layers which ends here pass it again, as a smaller batch, before their places are
-    filled: each layer of it with what it was given besides the hidden state when all passed it.
+    layer, or nothing, makes of it alone. Streams that repeat a stretch of layers which ends here
+    pass it again, as a smaller batch, before their places are filled: each layer of it with what it
+    was given besides the hidden state when all passed it.
 
     `handed` holds what earlier layers of the pass returned besides the hidden state. A layer that
     is given one of those, while streams fork, is refused: it would be another stream's.
@@ -248,6 +249,8 @@ class _LayerFork:
                 if not some:
                     continue
                 fork = self.forks[layer]
+                if any(map(is_absent, fork.module.parameters())):
+                    raise RefusalError("layers that rest elsewhere cannot be passed again together")
                 fork.turn.again = True
                 try:
                     passed = first_of(fork._passed(states[some].flatten(0, 1), rows, len(some)))
