@@ -84,12 +84,9 @@ def find_heads(
         shapes.append((heads, key.shape[1], value.shape[-1]))
         return output, None
 
-    def before(place: int) -> Any:
-        def begin(*_: Any) -> None:
-            shapes.clear()
-            given.clear()
-
-        return begin
+    def begin(*_: Any) -> None:
+        shapes.clear()
+        given.clear()
 
     def behind(place: int) -> Any:
         def look(*_: Any) -> None:
@@ -111,7 +108,7 @@ def find_heads(
         stack.enter_context(_attention(model, alternating))
         for place, parts in enumerate(sublayers):
             attention = parts.attention
-            stack.enter_context(attention.register_forward_pre_hook(before(place)))
+            stack.enter_context(attention.register_forward_pre_hook(begin))
             stack.enter_context(attention.register_forward_hook(behind(place)))
             for module in attention.modules():
                 if isinstance(module, (nn.Linear, Conv1D)):
