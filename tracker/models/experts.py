@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from tracker.core.ablations import Part
-from tracker.core.errors import CellError, ModelError
+from tracker.core.errors import CellError
 from tracker.models.offloaded import is_absent
-from tracker.models.sublayers import Sublayers, call_with
+from tracker.models.sublayers import Sublayers, call_with, part_at, read_a_text
 
 TOKENS = 16
 """Length of the text that the proof runs on."""
@@ -126,13 +126,7 @@ def find_experts(
                 if _entries(module):
                     look = held_by(place)
                     stack.enter_context(module.register_forward_pre_hook(look, with_kwargs=True))
-        try:
-            model(torch.arange(1, TOKENS + 1, device=device)[None], use_cache=False)
-        except Exception as error:
-            raise ModelError(
-                f"{type(model).__name__}: its experts cannot be told apart ({error}); leave expert "
-                "out of 'component'"
-            ) from error
+        read_a_text(model, TOKENS, device, "experts", "expert")
     return [found.get(place) for place in range(len(sublayers))]
 
 
@@ -293,16 +287,4 @@ def take_experts(layer: nn.Module, experts: Experts, kept: Sequence[int], name: 
 
 def experts_at(found: Sequence[Experts | None], layer: int, name: str) -> Experts:
     """Give the experts of a layer of a model called `name`; CellError where it has none."""
-    experts = found[layer]
-    if experts is None:
-        alike = [str(place) for place, each in enumerate(found) if each is None]
-        if len(alike) == len(found):
-            raise CellError(
-                f"{name} has no routed experts that could be taken out alone; leave expert out of "
-                "'component'"
-            )
-        raise CellError(
-            f"layer {layer} of {name} has no routed experts that could be taken out alone; leave "
-            f"such layers out of 'layer': {', '.join(alike)}"
-        )
-    return experts
+    return part_at(found, layer, name, "routed experts", "expert")

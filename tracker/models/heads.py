@@ -14,10 +14,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 from tracker.core.ablations import Part
-from tracker.core.errors import CellError, ModelError
+from tracker.core.errors import CellError
 from tracker.models.quantised import outputs_first, reweighted
-from tracker.models.sublayers import Sublayers
+from tracker.models.sublayers import Sublayers, part_at, read_a_text
 
+COMPONENTS = "head and kv_head"
+"""What to leave out where there are none."""
 TOKENS = 6
 """Length of the text that the proof runs on."""
 _PROOF = "tracker_proof_of_heads"
@@ -113,13 +115,7 @@ def find_heads(
             for module in attention.modules():
                 if isinstance(module, (nn.Linear, Conv1D)):
                     stack.enter_context(module.register_forward_pre_hook(taken))
-        try:
-            model(torch.arange(1, TOKENS + 1, device=device)[None], use_cache=False)
-        except Exception as error:
-            raise ModelError(
-                f"{type(model).__name__}: its heads cannot be told apart ({error}); leave head and "
-                "kv_head out of 'component'"
-            ) from error
+        read_a_text(model, TOKENS, device, "heads", COMPONENTS)
     return [found.get(place) for place in range(len(sublayers))]
 
 
@@ -141,13 +137,7 @@ def _attention(model: nn.Module, function: Any) -> Iterator[None]:
 
 def heads_at(found: Sequence[Heads | None], layer: int, name: str) -> Heads:
     """Give the heads of a layer of a model called `name`; CellError where it has none."""
-    heads = found[layer]
-    if heads is None:
-        raise CellError(
-            f"layer {layer} of {name} has no attention heads that could be taken out alone; leave "
-            "it out of 'layer', or head and kv_head out of 'component'"
-        )
-    return heads
+    return part_at(found, layer, name, "attention heads", COMPONENTS)
 
 
 def take_out(layer: nn.Module, heads: Heads, columns: Sequence[slice], name: str) -> None:

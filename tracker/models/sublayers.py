@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tracker.core.errors import ModelError
+from tracker.core.errors import CellError, ModelError
 
+T = TypeVar("T")
 TOKENS = 6
 """Length of the text that the proof runs on."""
 
@@ -61,6 +62,56 @@ def find_sublayers(
         found.append(Sublayers(parts[0], parts[-1]))
     _prove(model, layers, found, device or model.device)
     return found
+
+
+def read_a_text(model: Any, tokens: int, device: torch.device, what: str, components: str) -> None:
+    """Let a model read a short text, while hooks look for parts of its layers.
+
+    Args:
+        model: A causal language model of transformers.
+        tokens: Length of the text.
+        device: Where its inputs go.
+        what: What is looked for.
+        components: What to leave out where it cannot be found.
+
+    Raises:
+        ModelError: The model does not take it.
+    """
+    try:
+        model(torch.arange(1, tokens + 1, device=device)[None], use_cache=False)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__}: its {what} cannot be told apart ({error}); leave "
+            f"{components} out of 'component'"
+        ) from error
+
+
+def part_at(found: Sequence[T | None], layer: int, name: str, what: str, components: str) -> T:
+    """Give what was found of a layer's parts; CellError where it has none.
+
+    Args:
+        found: One entry a layer.
+        layer: Which layer.
+        name: What the model, or the layer, is called.
+        what: What the parts are.
+        components: What to leave out where no layer has any.
+
+    Returns:
+        The entry.
+    """
+    part = found[layer]
+    if part is not None:
+        return part
+    alike = [str(place) for place, each in enumerate(found) if each is None]
+    if len(alike) == len(found):
+        raise CellError(
+            f"{name} has no {what} that could be taken out alone; leave {components} out of "
+            "'component'"
+        )
+    raise CellError(
+        f"layer {layer} of {name} has no {what} that could be taken out alone; leave such layers "
+        f"out of 'layer': {', '.join(alike)}"
+    )
 
 
 @contextmanager
