@@ -9,13 +9,16 @@ from typing import Any
 
 import pandas as pd
 import psutil
+import pytest
 import yaml
 from click.testing import CliRunner
+from lm_eval.models.huggingface import HFLM
 
 import tracker
-from tests.plain import write_rows
+from tests.plain import evaluate, write_rows
 from tracker.api import Results
 from tracker.cli import main
+from tracker.core.records import RunRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.progress import Silent
 
@@ -64,6 +67,21 @@ def outcomes(results: Path) -> pd.DataFrame:
     """What the only cell of a results folder holds."""
     (store,) = Ledger(results).cells()
     return store.read().sort_values(["task", "doc", "ablation"], ignore_index=True)
+
+
+def is_lm_evals(
+    run: RunRecord, frame: pd.DataFrame, model: Any, tokenizer: Any, tasks: Any
+) -> None:
+    """Hold a run of arc_easy against plain lm-eval on the model that was really changed."""
+    plain = HFLM(model, tokenizer=tokenizer, batch_size=8)
+    found = evaluate(plain, tasks=["plain_arc_easy"], limit=run.n, task_manager=tasks)
+    for metric, value in run.metrics.items():
+        assert value == found["results"]["plain_arc_easy"][f"{metric},none"], run.ablation
+    answered = frame[frame["ablation"] == run.ablation].set_index("doc").sort_index()
+    samples = sorted(found["samples"]["plain_arc_easy"], key=lambda s: s["doc_id"])
+    for (_, row), sample in zip(answered.iterrows(), samples, strict=True):
+        theirs = [float(response[0][0]) for response in sample["resps"]]
+        assert row["loglikelihoods"] == pytest.approx(theirs, abs=1e-3)
 
 
 def typed(*words: object) -> tuple[int, str]:

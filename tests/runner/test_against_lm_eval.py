@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 import tracker
 from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in, rows
 from tests.plain import cut, evaluate
-from tests.runner.elsewhere import run, write_study
+from tests.runner.elsewhere import is_lm_evals, run, write_study
 from tracker.core.extent import random_order
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
@@ -138,15 +138,7 @@ def test_heads_and_stretches_are_lm_evals(smollm2, task_manager, tmp_path):
         for first, count in STRETCHES
     }
     for name, model in changed.items():
-        plain = HFLM(model, tokenizer=smollm2.tokenizer, batch_size=8)
-        found = evaluate(plain, tasks=["plain_arc_easy"], limit=3, task_manager=task_manager)
-        for metric, value in runs[name].metrics.items():
-            assert value == found["results"]["plain_arc_easy"][f"{metric},none"], name
-        answered = frame[frame["ablation"] == name].set_index("doc").sort_index()
-        samples = sorted(found["samples"]["plain_arc_easy"], key=lambda s: s["doc_id"])
-        for (_, row), sample in zip(answered.iterrows(), samples, strict=True):
-            theirs = [float(response[0][0]) for response in sample["resps"]]
-            assert row["loglikelihoods"] == pytest.approx(theirs, abs=1e-3)
+        is_lm_evals(runs[name], frame, model, smollm2.tokenizer, task_manager)
 
 
 def test_the_cosine_similarity_is_that_of_hooking_one_layer_at_a_time(smollm2, measured):

@@ -6,13 +6,11 @@ import copy
 
 import pytest
 import torch
-from lm_eval.models.huggingface import HFLM
 
 from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
 from tests.conftest import cli, printed, save_tokenizer
 from tests.engine.families import tiny_model
-from tests.plain import evaluate
-from tests.runner.elsewhere import run, write_study
+from tests.runner.elsewhere import is_lm_evals, run, write_study
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
@@ -59,15 +57,7 @@ def test_experts_are_lm_evals(folder, tmp_path, one_thread):
     for layer, number in ((0, 0), (0, 3), (2, 1), (2, 2)):
         name = f"expert:{layer}.{number}"
         changed = without(loaded.model, layer, number)
-        plain = HFLM(changed, tokenizer=loaded.tokenizer, batch_size=8)
-        found = evaluate(plain, tasks=["plain_arc_easy"], limit=4, task_manager=tasks)
-        for metric, value in runs[name].metrics.items():
-            assert value == found["results"]["plain_arc_easy"][f"{metric},none"], name
-        answered = frame[frame["ablation"] == name].set_index("doc").sort_index()
-        samples = sorted(found["samples"]["plain_arc_easy"], key=lambda s: s["doc_id"])
-        for (_, row), sample in zip(answered.iterrows(), samples, strict=True):
-            theirs = [float(response[0][0]) for response in sample["resps"]]
-            assert row["loglikelihoods"] == pytest.approx(theirs, abs=1e-3)
+        is_lm_evals(runs[name], frame, changed, loaded.tokenizer, tasks)
     undefined = [name for name, each in runs.items() if each.accuracy_drop is None]
     assert undefined == [NEVER]
     assert "no token that an answer depends on went" in runs[NEVER].reasons["accuracy_drop"]
