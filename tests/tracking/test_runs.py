@@ -8,7 +8,7 @@ from tracker.core.identities import Half
 from tracker.report.page.html import render_page
 from tracker.tracking.figures import curve_name, is_curve
 from tracker.tracking.mlflow.runs import mlflow_run
-from tracker.tracking.runs import cell_run, layer_run
+from tracker.tracking.runs import MANY, cell_run, layer_run, one_by_one
 from tracker.tracking.wandb.writing import group_of, labels_of, run_id
 
 from .conftest import cell_record, of_kind
@@ -21,6 +21,17 @@ def test_a_layer_that_is_replaced_is_said_to_be() -> None:
     assert "replaced by its mean update" in layer_run(cell, mean).note
     page = render_page([cell], {})
     assert "each layer was replaced by its mean update in turn" in page
+
+
+def test_whole_layers_stay_runs_of_their_own_beside_very_many_spans() -> None:
+    """Was: they were counted with the spans, and were left behind where they had been published."""
+    cell = cell_record()
+    spans = [of_kind("layer", n % 20, 2 + n // 20, f"layers:{n}") for n in range(MANY + 1)]
+    whole = cell.model_copy(update={"runs": (*cell.runs, *spans)})
+    assert one_by_one(whole, "auto") == [*cell.runs]
+    assert one_by_one(whole, "all") == [*whole.runs]
+    few = cell.model_copy(update={"runs": (*cell.runs, *spans[1:])})
+    assert one_by_one(few, "auto") == [*few.runs]
 
 
 def test_complete_means_all_runs_and_all_documents() -> None:

@@ -65,6 +65,7 @@ class KindLook:
         mark: Their symbol, one of plotly's.
         fitted: Whether what stands in was fitted on calibration text.
         bits: Bits of the layer's weights where they are quantised.
+        many: What several of a layer's, or of a model's, are called; empty where they are layers.
     """
 
     what: str
@@ -72,21 +73,24 @@ class KindLook:
     mark: str
     fitted: bool = False
     bits: int | None = None
+    many: str = ""
 
 
 KINDS: Mapping[str, KindLook] = {
     "layer": KindLook("the layer", "#3d74a8", "circle"),
     "attention": KindLook("its attention", "#a8558f", "square"),
     "mlp": KindLook("its MLP", "#5f8a3a", "diamond"),
-    "head": KindLook("an attention head", "#b06a3d", "square-open"),
-    "kv_head": KindLook("heads that share keys and values", "#8a5a44", "square-cross"),
-    "expert": KindLook("a routed expert", "#4f8a6b", "diamond-open"),
+    "head": KindLook("an attention head", "#b06a3d", "square-open", many="heads"),
+    "kv_head": KindLook(
+        "heads that share keys and values", "#8a5a44", "square-cross", many="groups of heads"
+    ),
+    "expert": KindLook("a routed expert", "#4f8a6b", "diamond-open", many="experts"),
     "mean": KindLook("its mean update", "#2f8f8f", "triangle-up", fitted=True),
     "scale": KindLook("a factor", "#8c7a2e", "triangle-down", fitted=True),
     "linear": KindLook("a linear map", "#7a6bc0", "pentagon", fitted=True),
     "int8": KindLook("itself in int8", "#6b7f8f", "hexagon", bits=8),
     "int4": KindLook("itself in int4", "#b5483f", "star", bits=4),
-    "repeat": KindLook("itself twice", "#b0607a", "cross"),
+    "repeat": KindLook("itself twice", "#b0607a", "cross", many="stretches passed again"),
 }
 """Every component that is removed and every intervention by its word."""
 REPLACED_BY: Mapping[Intervention, str] = {

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tracker.core.config import IN_THE_FILE, CellRequest, field_of
 from tracker.core.errors import ExperimentError
-from tracker.core.kinds import NUMBERED, Component
+from tracker.core.kinds import KINDS, NUMBERED, Component
 
 ROUTED = ("moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts")
 """What configurations call how many routed experts a layer has."""
@@ -126,8 +126,7 @@ def check_parts(request: CellRequest, parts: ModelParts) -> None:
     for component in numbered_components(request):
         count, last = parts.numbered(component), max(request.numbers(component), default=0)
         if count is not None and last >= count:
-            what = {"head": "heads", "kv_head": "groups of heads"}.get(component, "experts")
             raise ExperimentError(
                 f"{component} {last} is out of range: a layer of {request.model} "
-                f"has {count} {what}, 0 to {count - 1}"
+                f"has {count} {KINDS[component].many}, 0 to {count - 1}"
             )

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tracker.core.ablations import Part
 from tracker.core.errors import CellError
+from tracker.core.kinds import KINDS
 from tracker.models.quantised import outputs_first, reweighted
 from tracker.models.sublayers import Sublayers, part_at, read_a_text
 
@@ -45,10 +46,10 @@ class Heads:
         """Say which columns a head or a group of heads has; CellError where it is not there."""
         each = self.count // self.groups if part.component == "kv_head" else 1
         if part.number >= self.count // each:
-            what = "groups of heads" if part.component == "kv_head" else "heads"
             raise CellError(
-                f"layer {part.layer} of {name} has {self.count // each} {what}, 0 to "
-                f"{self.count // each - 1}; leave {part.number} out of 'head'"
+                f"layer {part.layer} of {name} has {self.count // each} "
+                f"{KINDS[part.component].many}, 0 to {self.count // each - 1}; leave {part.number} "
+                "out of 'head'"
             )
         first = part.number * each * self.width
         return slice(first, first + each * self.width)

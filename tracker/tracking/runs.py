@@ -20,7 +20,7 @@ from tracker.core.config import IN_THE_FILE, field_of
 from tracker.core.formats import counted, interval, measure_of
 from tracker.core.identities import Record
 from tracker.core.kinds import REPLACED_BY
-from tracker.core.records import WHOLE_LAYER, CellRecord, RunRecord
+from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunRecord
 from tracker.core.run_table import reasons_of
 from tracker.core.text import as_markdown
 from tracker.stats.support import together, verdicts
@@ -316,9 +316,14 @@ def one_by_one(cell: CellRecord, which: Which) -> list[RunRecord]:
     Of more than `MANY` of a kind, such as the heads of all layers, the cell's own run has the table
     and the map, and nobody wants to see thousands of runs; `which` may say otherwise.
     """
-    count = Counter(run.kind.family for run in cell.runs)
+    # Whole layers are not counted with the spans that may stand beside them.
+    count = Counter(map(_family, cell.runs))
     most = {"all": math.inf, "cells": 0, "auto": MANY}[which]
-    return [run for run in cell.runs if count[run.kind.family] <= most]
+    return [run for run in cell.runs if count[_family(run)] <= most]
+
+
+def _family(run: RunRecord) -> tuple[bool, Kind]:
+    return run.kind == WHOLE_LAYER, run.kind.family
 
 
 def described(

@@ -32,7 +32,7 @@ class LayerStep:
     forked: tuple[int, ...]
     done: tuple[Done, ...]
 
-    @property
+    @cached_property
     def actions(self) -> tuple[Action, ...]:
         """What happens to each stream, in a word."""
         return tuple(done.action for done in self.done)
@@ -68,12 +68,12 @@ class LayerStep:
         """Whether some stream skips a sublayer alone, or a part of one."""
         return bool(self.places(Action.NO_ATTENTION, Action.NO_MLP, Action.NO_PARTS))
 
-    @property
+    @cached_property
     def has_heads(self) -> bool:
         """Whether some stream lacks heads."""
         return any(done.heads for done in self.done)
 
-    @property
+    @cached_property
     def has_experts(self) -> bool:
         """Whether some stream lacks experts."""
         return any(done.experts for done in self.done)
@@ -112,8 +112,9 @@ class LayerStep:
     @cached_property
     def projected(self) -> tuple[int | None, ...]:
         """For each entering stream, which of `heads` it takes; None = no attention."""
+        place_of = {made: number for number, made in enumerate(self.heads)}
         return tuple(
-            None if source is None else self.heads.index((source, self.done[stream].heads))
+            None if source is None else place_of[source, self.done[stream].heads]
             for stream, source in zip(self.entering, self.attention, strict=True)
         )
 

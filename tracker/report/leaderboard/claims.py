@@ -13,18 +13,18 @@ from statistics import median
 from tracker.core.estimates import Estimate
 from tracker.core.formats import about, counted, measure_of, p_value
 from tracker.core.grouping import grouped
+from tracker.core.kinds import KINDS
 from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.paired import outcome_variance
 from tracker.report.leaderboard.comparable import countable
 from tracker.report.wording import benchmark_labels, capital, listed
 from tracker.stats.combined import mean
+from tracker.stats.power import ALPHA
 from tracker.stats.support import Verdict, pairs, ranks, together, verdicts
 
 SMALL = 0.05
 """A drop below this, a fraction, is called small."""
 SMALL_IN_WORDS = f"{100 * SMALL:g} pp"
-SIGNIFICANT = 0.05
-"""A p-value below this shows something."""
 FIRST = 5
 """A layer that is surely among so many largest falls of log-probability is named."""
 _MOST = 1_000_000
@@ -184,15 +184,6 @@ def claims(cells: Sequence[CellRecord]) -> Claims:
     )
 
 
-_MANY = {
-    "head": "heads",
-    "kv_head": "groups of heads",
-    "expert": "experts",
-    "repeat": "stretches passed again",
-}
-"""What runs are, by their word, where a cell has one a part of each layer, or one a stretch."""
-
-
 def parts_answer(cell: CellRecord) -> str:
     """Say what is shown of a cell's heads, experts and stretches, those of a kind all at once.
 
@@ -205,9 +196,9 @@ def parts_answer(cell: CellRecord) -> str:
     """
     families = grouped(cell.runs, lambda run: run.kind.family)
     said = [
-        _shown_of(cell, _MANY[family.word], runs)
+        _shown_of(cell, KINDS[family.word].many, runs)
         for family, runs in families.items()
-        if family.word in _MANY
+        if KINDS[family.word].many
     ]
     return " ".join(said)
 
@@ -263,7 +254,7 @@ def controls_answer(cell: CellRecord) -> str:
         if len(mine) == 1:
             less, more = sum(one <= mine[0] for one in drawn), sum(one >= mine[0] for one in drawn)
             p = min(1.0, 2 * (min(less, more) + 1) / (len(drawn) + 1))
-            shown = "is shown to differ" if p < SIGNIFICANT else "is not shown to differ"
+            shown = "is shown to differ" if p < ALPHA else "is not shown to differ"
             text += f". It {shown} from these (p = {p_value(p)})"
         sentences.append(f"{text}.")
     return " ".join(sentences)
