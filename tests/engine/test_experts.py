@@ -1,8 +1,11 @@
-"""Routed experts that are taken out, against models that a smaller configuration makes."""
+"""Experts that are taken out, against models of a smaller configuration or with weights of zero."""
 
 from __future__ import annotations
 
 import copy
+import math
+from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from tracker.core.config import run_request
 from tracker.core.errors import TrackerError
 from tracker.core.experiment import Experiment
 from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
+from tracker.core.records import RunIdentity
+from tracker.engine.observers.expert_load import expert_load
 from tracker.engine.scoring import sweep
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.scoring.streams import plan_streams
@@ -172,12 +177,168 @@ def test_experts_of_a_layer_share_its_attention_and_have_an_mlp_each():
 def test_the_check_on_a_miniature_finds_experts_exact(family):
     # More than a miniature has, which takes its own for them.
     ablations = [INTACT, *(experts(layer, number) for layer in (1, 3) for number in (0, 3, 6))]
+    ablations += [shared(3)] if family in SHARED else []
     verdict = check_miniature(engine_of(mixture(family, 8)), ablations, (), blank=False)
     assert (verdict.sharing, verdict.lost) == (FULL, None)
 
 
+def plain_load(model, document):
+    """Add up what each expert of each layer does with a text, token by token, expert by expert."""
+    gold = document.requests[document.gold]
+    tokens, found = gold.context + gold.continuation, {}
+
+    def note(layer, module, args, kwargs):
+        state, choice, weights = (*args, *kwargs.values())
+        sums = found[layer] = torch.zeros(2, 5, dtype=torch.float64)
+        for x, chosen, gates in zip(state, choice.tolist(), weights.tolist(), strict=True):
+            for expert, gate in zip(chosen, gates, strict=True):
+                sums[0, expert] += gate * output(module, expert, x).norm()
+                sums[1, expert] += 1
+
+    def output(module, expert, x):
+        into, out = module.gate_up_proj[expert], module.down_proj[expert]
+        if hasattr(module, "alpha"):  # GPT-OSS
+            both = x @ into + module.gate_up_proj_bias[expert]
+            gate, up = both[::2].clamp(max=module.limit), both[1::2]
+            hidden = (up.clamp(-module.limit, module.limit) + 1) * gate
+            hidden = hidden * torch.sigmoid(module.alpha * gate)
+            return hidden @ out + module.down_proj_bias[expert]
+        gate, up = (into @ x).chunk(2)
+        return out @ (module.act_fn(gate) * up)
+
+    with ExitStack() as stack, torch.inference_mode():
+        for place, layer in enumerate(find_layers(model)):
+            for module in layer.modules():
+                if any(p.ndim == 3 and len(p) == 5 for p in module.parameters(recurse=False)):
+                    hook = partial(note, place)
+                    stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        model(torch.tensor([tokens]), use_cache=False)
+    return found
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_what_an_expert_is_sent_and_what_it_makes_of_it(family):
+    model = mixture(family)
+    document = make_documents(1)[0]
+    right = plain_load(model, document)
+    parts = [Part("expert", layer, number) for layer in right for number in range(5)]
+    found = expert_load(engine_of(model), document, parts)
+    gold = document.requests[document.gold]
+    for part in parts:
+        saliency, count = right[part.layer][:, part.number].tolist()
+        assert found[part] == (pytest.approx(saliency, rel=1e-4), count)
+    sent = sum(count for _, count in found.values())
+    assert sent == 2 * len(right) * (len(gold.context) + len(gold.continuation))
+
+
+def test_windows_of_a_text_count_each_token_once():
+    engine = engine_of(mixture("mixtral"))
+    document = asking(((0,), range(9, 19)), ((3, 4, 5), (6, 7)), gold=None, rolling=True)
+    found = expert_load(engine, document, [Part("expert", 1, number) for number in range(5)])
+    (scores,) = engine.score([document], [INTACT])
+    assert sum(count for _, count in found.values()) == 2 * scores.proxy_tokens
+
+
+def test_experts_whose_outputs_are_not_added_up_cannot_be_told_apart():
+    model = mixture("mixtral")
+    held = find_layers(model)[1].mlp.experts
+
+    def squared(module, state, choice, weights):
+        return state * weights.square().sum(-1, keepdim=True)
+
+    held.__class__ = type("Squared", (type(held),), {"forward": squared})
+    parts = [Part("expert", 1, number) for number in range(5)]
+    found = expert_load(engine_of(model), make_documents(1)[0], parts)
+    assert sum(count for _, count in found.values()) > 0
+    assert all(math.isnan(saliency) == bool(count) for saliency, count in found.values())
+
+
+SHARED = {
+    "deepseek_v3": "mlp.shared_experts",
+    "qwen2_moe": "mlp.shared_expert",
+    "ernie4_5_moe": "mlp.shared_experts",
+    "llama4_text": "feed_forward.shared_expert",
+    "hunyuan_v1_moe": "mlp.shared_mlp",
+    "glm4_moe": "mlp.shared_experts",
+    "qwen3_next": "mlp.shared_expert",
+}
+"""Families with shared experts, and what these are called in a layer."""
+NO_TREE = ("qwen2_moe", "llama4_text", "qwen3_next")
+"""Those that share nothing over tokens: by their masks or chunks, or since they are recurrent."""
+
+
+def shared(*layers):
+    """Take the shared experts of some layers out."""
+    return Ablation(shared=layers)
+
+
+def without_shared(model, family, ablation):
+    """Zero the down projections of shared experts in a copy's weights."""
+    twin = copy.deepcopy(model)
+    for layer in ablation.shared:
+        for parameter in (
+            find_layers(twin)[layer].get_submodule(SHARED[family]).down_proj.parameters()
+        ):
+            parameter.data.zero_()
+    return twin
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_a_model_without_a_shared_expert_is_one_whose_shared_expert_gives_zeros(family):
+    model = Variant(family, "plain", tiny(family)).model()
+    there = [
+        place
+        for place, layer in enumerate(find_layers(model))
+        if any(path == SHARED[family] for path, _ in layer.named_modules())
+    ]
+    asked = [INTACT, *map(shared, there), shared(there[0], there[-1])]
+    truths = [without_shared(model, family, ablation) for ablation in asked]
+    documents = make_documents(3)
+    right = [[answers(truth, document) for document in documents] for truth in truths]
+    for sharing in (FULL, DEPTH_ONLY, PLAIN):
+        if family in NO_TREE and sharing == FULL:
+            continue
+        scores = engine_of(model, sharing, row_tokens=40).score(documents, asked)
+        for number, ablation in enumerate(asked):
+            for score, expected in zip(scores, right[number], strict=True):
+                for ours, (loglikelihood, _) in zip(score.responses[number], expected, strict=True):
+                    assert ours.loglikelihood == pytest.approx(loglikelihood, abs=1e-3), ablation
+    assert all(abs(right[n][0][0][0] - right[0][0][0][0]) > 1e-3 for n in range(1, len(asked)))
+
+
+def test_shared_experts_share_a_layer_with_all_else_that_is_done_to_it():
+    model = Variant("deepseek_v3", "plain", tiny("deepseek_v3") | MORE["deepseek_v3"]).model()
+    both = Ablation(parts=(Part("expert", 2, 0), Part("head", 2, 1)), shared=(2,))
+    asked = [
+        INTACT,
+        shared(2),
+        both,
+        experts(2, 0),
+        Ablation(mlp=(2,)),
+        Ablation((1,), shared=(2,)),
+    ]
+    together = engine_of(model, FULL, row_tokens=40).score(make_documents(3), asked)
+    alone = engine_of(model, PLAIN).score(make_documents(3), asked)
+    for mine, right in zip(together, alone, strict=True):
+        for ours, theirs in zip(mine.responses, right.responses, strict=True):
+            for one, other in zip(ours, theirs, strict=True):
+                assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-3)
+
+
+def test_layers_without_shared_experts_are_refused_by_name():
+    engine = engine_of(mixture("mixtral"))
+    for ask in (engine.without, lambda each: engine.score(make_documents(1), [INTACT, each])):
+        with pytest.raises(TrackerError, match=r"has no shared experts .* leave shared_expert out"):
+            ask(shared(1))
+    run = RunIdentity(component="shared_expert", layer=3)
+    assert (ablation_of(run, (1,)).name, run.label()) == (
+        "layer:1+shared_expert:3",
+        "shared_expert 3",
+    )
+
+
 def test_experts_are_found_where_they_are():
-    found = engine_of(mixture("jamba"))._experts
+    found = engine_of(mixture("jamba")).experts
     assert [each and (each.router, each.held, each.count, each.chosen) for each in found] == [
         None, ("feed_forward.router", "feed_forward.experts", 5, 2),
     ] * 2  # fmt: skip

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.ablations import single_layers
 from tests.engine.families import tiny_model
 from tests.engine.plain import MAX_LENGTH, asking, engine_of, make_documents
+from tests.engine.registry import Variant, tiny
 from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.core.documents import Document
 from tracker.engine import plan
@@ -28,6 +29,11 @@ from tracker.engine.scoring.rows import common_beginning
 from tracker.engine.selfcheck.check import plain_tokens
 
 ABLATIONS = [*single_layers((0, 1, 2, 3)), ablate("attention", [1]), ablate("mlp", [2])]
+
+
+def tiny_mixture(experts: int) -> Any:
+    """A mixture, a token of which goes to two experts of a layer."""
+    return Variant("mixtral", "plain", tiny("mixtral") | {"num_local_experts": experts}).model()
 
 
 def two_tasks(shared: int) -> list[Document]:
@@ -178,3 +184,10 @@ def test_the_rate_is_that_of_a_type_on_a_device(
     assert multiplied == {
         (torch.bfloat16, device or "cpu", (rows, size)) for rows in (2 * size, size)
     }
+
+
+def test_a_token_passes_the_experts_that_it_is_sent_to():
+    few, many = (tiny_mixture(count) for count in (2, 8))
+    two, eight = (plan.reading(model, make_documents(3), MAX_LENGTH) for model in (few, many))
+    routers = 2 * two.tokens * (8 - 2) * few.config.hidden_size
+    assert eight.engine[1] - two.engine[1] == routers

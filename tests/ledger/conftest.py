@@ -134,6 +134,7 @@ def row(
     rolling: bool = False,
     proxies: tuple[int, Sequence[Sequence[float]]] = (5, SUMS),
     again: Sequence[float] | None = None,
+    load: Sequence[float] | None = None,
 ) -> Row:
     """An outcome, of which the options' log-likelihoods are `said`."""
     count = len(said) if choices is None else choices
@@ -145,7 +146,7 @@ def row(
     kept = proxies if ablation == "baseline" else None
     if not isinstance(metrics, Mapping):
         metrics = dict.fromkeys(metrics, acc)
-    return outcome_row(document, ablation, first or [], metrics, kept, again=second)
+    return outcome_row(document, ablation, first or [], metrics, kept, again=second, load=load)
 
 
 def fill(cell: CellStore, block: Block, documents: Iterable[int], ablations: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from tracker.core.proxies import OBSERVED
 from tracker.core.records import CellRecord
 from tracker.ledger.cells import CellStore
+from tracker.ledger.outcomes import PART_SUMS
+from tracker.report.wording import sentence
 from tracker.stats.rank_agreement import COEFFICIENTS
 
 from .conftest import asks, cell_record, row, write_all
@@ -83,6 +86,73 @@ def test_proxies_and_correlations_rest_on_whole_single_layers(show) -> None:
             assert run.reasons.get(name) == why
     none = show(components=("attention",))
     assert (len(none.runs), none.whole_layers, none.correlations) == (4, (), ())
+
+
+EXPERTS = {
+    "expert:0.0": (12, [(2.0, 1), (9.0, 2)]),
+    "expert:0.1": (16, [(1.0, 4), (0.0, 0)]),
+    "expert:1.0": (15, [(4.0, 2), (3.0, 1)]),
+    "expert:1.1": (17, [(0.0, 0), (1.0, 1)]),
+    "expert:2.0": (18, [(0.0, 0), (0.0, 0)]),
+    "expert:2.1": (11, [(math.nan, 2), (6.0, 2)]),
+}
+"""How many documents are right without an expert; what is observed of even and of odd ones."""
+
+
+def expert_rows() -> list[Any]:
+    """Lay out what is measured of experts; each document has five tokens."""
+    right = {"baseline": (18, [None, None])} | EXPERTS
+    return [
+        row(doc, name, acc=float(doc < count), said=(-1.5 - len(name) * count / 99, -0.25),
+            load=load[doc % 2])
+        for name, (count, load) in right.items()
+        for doc in range(DOCUMENTS)
+    ]  # fmt: skip
+
+
+def test_proxies_of_experts_are_those_of_the_documents_tokens(cell: CellStore) -> None:
+    write_all(cell, expert_rows())
+    asked = {"components": ("expert",), "experts": (0, 1), "limit": DOCUMENTS}
+    record = cell_record(cell, asks(0, 1, 2, **asked))
+    runs = {run.ablation: run for run in record.runs}
+    seen = {name: (run.expert_saliency, run.routed_share) for name, run in runs.items()}
+    assert seen == {
+        "expert:0.0": (pytest.approx(11 / 3), pytest.approx(3 / 10)),
+        "expert:0.1": (pytest.approx(1 / 4), pytest.approx(4 / 10)),
+        "expert:1.0": (pytest.approx(7 / 3), pytest.approx(3 / 10)),
+        "expert:1.1": (pytest.approx(1), pytest.approx(1 / 10)),
+        "expert:2.0": (None, 0),
+        "expert:2.1": (None, pytest.approx(4 / 10)),
+    }
+    reasons = {name: run.reasons.get("expert_saliency") for name, run in runs.items()}
+    assert reasons["expert:2.0"] == "no token of these documents is routed to it"
+    assert "is not finite" in str(reasons["expert:2.1"])
+    found = {(c.proxy, c.coefficient): c for c in record.correlations if c.subset == "all"}
+    # Ranks of saliency 4 1 3 2, of drops 4 2 3 1.
+    assert found["expert_saliency", "spearman"].value == pytest.approx(0.8)
+    assert [c.n for c in found.values()] == [4, 4, 6, 6]
+    inner = [c for c in record.correlations if c.subset == "inner"]
+    assert {(c.n, c.reason) for c in inner} == {
+        (0, "0 experts, and a correlation needs at least 3")
+    }
+    assert "Spearman of expert saliency and accuracy drop: 0.80 (" in sentence(record)
+    assert "4 experts, 20 documents" in sentence(record)
+
+
+def test_experts_that_were_measured_before_were_not_observed(cell: CellStore) -> None:
+    old = [
+        {name: value for name, value in each.items() if name not in PART_SUMS}
+        for each in expert_rows()
+        if each["doc"] < 8
+    ]
+    write_all(cell, [*old, *(each for each in expert_rows() if each["doc"] >= 8)])
+    asked = {"components": ("expert",), "experts": (0, 1), "limit": DOCUMENTS}
+    record = cell_record(cell, asks(0, 1, 2, **asked))
+    why = "not observed when 8 of 20 documents were measured"
+    for run in record.runs:
+        assert (run.expert_saliency, run.routed_share) == (None, None)
+        assert {run.reasons["expert_saliency"], run.reasons["routed_share"]} == {why}
+    assert {c.reason for c in record.correlations} == {why}
 
 
 def test_layers_beneath_count_in_every_drop(show) -> None:

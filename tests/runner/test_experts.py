@@ -61,7 +61,17 @@ def test_experts_are_lm_evals(folder, tmp_path, one_thread):
     undefined = [name for name, each in runs.items() if each.accuracy_drop is None]
     assert undefined == [NEVER]
     assert "no token that an answer depends on went" in runs[NEVER].reasons["accuracy_drop"]
+    sums = [sum(each.routed_share for each in cell.runs if each.layer == layer) for layer in (0, 2)]
+    assert sums == pytest.approx([2, 2])
+    unsent = [name for name, each in runs.items() if each.expert_saliency is None]
+    assert (unsent, runs[NEVER].routed_share) == ([NEVER], 0)
+    assert "no token of these documents" in runs[NEVER].reasons["expert_saliency"]
+    assert {each.proxy for each in cell.correlations} == {"expert_saliency", "routed_share"}
     assert printed("report", results, "--format", "csv", "--output", tmp_path / "figures")
+    page = printed("report", results, "--output", tmp_path / "page.html") and (
+        tmp_path / "page.html"
+    ).read_text(encoding="utf-8")
+    assert "how well each proxy ranks the experts by accuracy drop" in page
     trial = ("evaluate", "--model", folder, "--benchmark", "arc_easy", "--data", PACKAGE)
     asked = ("--limit", 4, "--dtype", "float32", "--component", "expert", "--layer", 2)
     said = printed(*trial, *asked, "--expert", 1, "--results", results, "--track", "none")
@@ -69,3 +79,24 @@ def test_experts_are_lm_evals(folder, tmp_path, one_thread):
     assert (
         "has 4 experts, 0 to 3" in cli(*trial, *asked, "--expert", 4, "--results", results).output
     )
+
+
+def test_shared_experts_are_lm_evals(tmp_path, one_thread):
+    results, folder = tmp_path / "results", tmp_path / "mixture"
+    model = tiny_model("deepseek_v3")
+    model.resize_token_embeddings(save_tokenizer(folder, False))
+    model.save_pretrained(folder)
+    file = write_study(
+        tmp_path / "shared.yaml", model=str(folder), benchmark="arc_easy", data=PACKAGE, limit=4,
+        dtype="float32", component="shared_expert", layer=[1, 3],
+    )  # fmt: skip
+    (cell,) = run(file, results).cells
+    (store,) = Ledger(results).cells()
+    loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)
+    for each in cell.runs:
+        changed = copy.deepcopy(loaded.model)
+        changed.model.layers[each.layer].mlp.shared_experts.down_proj.weight.data.zero_()
+        is_lm_evals(each, store.read(), changed, loaded.tokenizer, tasks)
+    assert [each.ablation for each in cell.runs] == ["shared_expert:1", "shared_expert:3"]
+    assert printed("report", results, "--output", tmp_path / "page.html")
+    assert "each layer’s shared expert was removed" in (tmp_path / "page.html").read_text("utf-8")

@@ -321,3 +321,42 @@ def test_the_difference_of_two_coefficients_is_paired() -> None:
     assert correlation_difference(one, flat, (drop, drops), "spearman").reason == (
         "the proxy is the same in all 30 layers"
     )
+
+
+def dealt_anew(values: Array, within: Array) -> list[Array]:
+    """Every way to deal values anew within their groups."""
+    places = [np.flatnonzero(within == group) for group in np.unique(within)]
+    found = []
+    for order in itertools.product(*(itertools.permutations(some) for some in places)):
+        dealt = values.copy()
+        for some, mine in zip(places, order, strict=True):
+            dealt[some] = values[list(mine)]
+        found.append(dealt)
+    return found
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+def test_parts_are_dealt_anew_within_their_layers(coefficient) -> None:
+    within = np.array([1, 0, 1, 0, 1, 0, 2])
+    x = np.array([5.0, 1.0, 7.0, 3.0, 6.0, 2.0, 9.0])
+    y = np.array([0.3, 0.1, 0.7, 0.2, 0.6, 0.4, 0.1])
+    every = np.array(dealt_anew(x, within))
+    found = row_coefficients(every, y[None], coefficient)
+    (value,) = row_coefficients(x[None], y[None], coefficient)
+    rarer = min((found >= value - 1e-9).mean(), (found <= value + 1e-9).mean())
+    mine = correlate(x, y, coefficient=coefficient, within=within, what="expert")
+    assert mine.p_value == pytest.approx(min(1, 2 * rarer), abs=0.03)
+
+
+def test_what_layers_have_in_common_makes_nothing_of_their_parts_significant() -> None:
+    draw, within = np.random.default_rng(0), np.repeat(np.arange(6), 8)
+    low = 0
+    for _ in range(200):
+        x, y = draw.normal(size=(2, 48)) + 3 * within
+        found = correlate(x, y, coefficient="spearman", within=within, surrogates=199)
+        assert float(found.value or 0) > 0.8
+        low += found.p_value is not None and found.p_value <= 0.05
+    assert low <= 18  # 10 are expected; more than 18 come once in 200 times
+    assert "2 experts, and" in str(
+        correlate(x[:2], y[:2], coefficient="spearman", what="expert").reason
+    )

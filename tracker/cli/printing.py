@@ -58,7 +58,12 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None, brief: bool = 
         *(["n"] if cell.is_raced else []),
         *("accuracy_drop", "drop_interval"),
         *(["rounded"] if rounded else []),
-        *("accuracy_relevance", "cosine_score"),
+        "accuracy_relevance",
+        *(
+            proxy.name
+            for proxy in run_table.proxies_in(cell)
+            if proxy.name == "cosine_score" or proxy.component == "expert"
+        ),
     )
     metric = "" if cell.other_metric else cell.metric
     title = " · ".join(filter(None, (cell.heading, metric, cell.documents)))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tracker.core.config import IN_THE_FILE, CellRequest, field_of
 from tracker.core.errors import ExperimentError
-from tracker.core.kinds import NUMBERED, Action, Component, Intervention
+from tracker.core.kinds import NUMBERED, UNITS, Action, Component, Intervention
 from tracker.core.records import BASELINE, RunIdentity
 
 
@@ -64,17 +64,19 @@ class Stretch(NamedTuple):
 class Done(NamedTuple):
     """What an ablation does at one layer: to which of its parts, or from where layers come again.
 
-    A stretch is named at its last layer, behind which it begins again.
+    A stretch is named at its last layer, behind which it begins again. `shared` says whether its
+    MLP lacks the experts that every token passes.
     """
 
     action: Action
     parts: tuple[Part, ...] = ()
     stretch: Stretch | None = None
+    shared: bool = False
 
     @property
     def heads(self) -> tuple[Part, ...]:
         """The heads, and groups of them, that its attention lacks."""
-        return tuple(part for part in self.parts if part.component != "expert")
+        return tuple(part for part in self.parts if part.component in ("head", "kv_head"))
 
     @property
     def experts(self) -> tuple[Part, ...]:
@@ -97,6 +99,7 @@ class Ablation:
         parts: Heads, or groups of them, that add nothing to what their attention gives, and experts
             that no token is sent to.
         repeated: Stretches that are passed several times; no two end at the same layer.
+        shared: Layers whose shared experts add nothing to what their MLP gives.
     """
 
     layers: tuple[int, ...] = ()
@@ -105,6 +108,7 @@ class Ablation:
     replaced: tuple[tuple[Intervention, int], ...] = ()
     parts: tuple[Part, ...] = ()
     repeated: tuple[Stretch, ...] = ()
+    shared: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -115,6 +119,7 @@ class Ablation:
                 ("layer" if len(self.layers) == 1 else "layers", self.layers),
                 ("attention", self.attention),
                 ("mlp", self.mlp),
+                ("shared_expert", self.shared),
                 *((done, (layer,)) for done, layer in self.replaced),
             )
             if numbers
@@ -136,12 +141,22 @@ class Ablation:
             return Done(Action.NO_ATTENTION)
         if mlp:
             return Done(Action.NO_MLP)
-        if parts := tuple(part for part in self.parts if part.layer == layer):
-            return Done(Action.NO_PARTS, parts)
+        parts, shared = (
+            tuple(part for part in self.parts if part.layer == layer),
+            layer in self.shared,
+        )
+        if parts or shared:
+            return Done(Action.NO_PARTS, parts, shared=shared)
         for stretch in self.repeated:
             if stretch.stop == layer + 1:
                 return Done(Action.REPEAT, stretch=stretch)
         return next((Done(Action(done)) for done, at in self.replaced if at == layer), _PASS)
+
+    @property
+    def expert(self) -> Part | None:
+        """The routed expert that it takes out; None where that is not just one."""
+        one = self.parts[0] if len(self.parts) == 1 else None
+        return one if one is not None and one.component == "expert" else None
 
     @property
     def is_fitted(self) -> bool:
@@ -162,6 +177,7 @@ def ablate(component: Component, layers: Iterable[int], removed: Iterable[int] =
         layers=tuple(sorted(whole)),
         attention=tuple(sorted(chosen)) if component == "attention" else (),
         mlp=tuple(sorted(chosen)) if component == "mlp" else (),
+        shared=tuple(sorted(chosen)) if component == "shared_expert" else (),
     )
 
 
@@ -212,7 +228,7 @@ def _grid(request: CellRequest) -> Iterator[RunIdentity]:
 
 def why_no_run(run: RunIdentity, request: CellRequest, layers: int) -> str | None:
     """Say why a combination of what is asked for is no run; None where it is one."""
-    if run.component in NUMBERED and (run.intervention, run.span) != ("remove", 1):
+    if run.component not in UNITS and (run.intervention, run.span) != ("remove", 1):
         return f"{run.component} is removed from one layer at a time"
     if run.intervention == "repeat" and run.component != "layer":
         return "repeat is done to whole layers"

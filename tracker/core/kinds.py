@@ -12,9 +12,9 @@ from typing import Literal, get_args
 
 SearchUnit = Literal["layer", "attention", "mlp"]
 """What a search removes: whole layers, or one of their two sublayers."""
-Component = Literal["layer", "attention", "mlp", "head", "kv_head", "expert"]
+Component = Literal["layer", "attention", "mlp", "head", "kv_head", "expert", "shared_expert"]
 """What of a layer is removed: all of it, one of its two sublayers, one attention head, all heads
-that share keys and values, or one routed expert."""
+that share keys and values, one routed expert, or the experts that every token passes."""
 NUMBERED: tuple[Component, ...] = ("head", "kv_head", "expert")
 """Components of which a layer has several: each has a number, 0-based."""
 Intervention = Literal["remove", "mean", "scale", "linear", "int8", "int4", "repeat"]
@@ -85,6 +85,7 @@ KINDS: Mapping[str, KindLook] = {
         "heads that share keys and values", "#8a5a44", "square-cross", many="groups of heads"
     ),
     "expert": KindLook("a routed expert", "#4f8a6b", "diamond-open", many="experts"),
+    "shared_expert": KindLook("its shared expert", "#6a7f3d", "hexagram"),
     "mean": KindLook("its mean update", "#2f8f8f", "triangle-up", fitted=True),
     "scale": KindLook("a factor", "#8c7a2e", "triangle-down", fitted=True),
     "linear": KindLook("a linear map", "#7a6bc0", "pentagon", fitted=True),

@@ -1,4 +1,4 @@
-"""The proxies: cheap figures that are to tell what removing a layer costs, and their list.
+"""The proxies: cheap figures that are to tell what removing a layer or an expert costs.
 
 A proxy with `observe` is measured while the intact model answers: it takes the residual stream
 before and after a layer and answers per token, whatever the model computes in: the update in
@@ -7,6 +7,9 @@ layer that turns a token by 1e-4 has a cosine of 1 - 5e-9, which float32 calls 1
 averaged is the caller's: each document's context plus gold continuation, once, never padding. A
 token whose hidden state is all zeros has no direction, so its figures are NaN and so is every mean
 that includes it; torch's own cosine would call it 0, "turned by a right angle".
+
+Those of experts are sums over the tokens that a router sends to them, which
+`engine/observers/expert_load.py` observes of the experts that are taken out.
 
 The functions call nothing but methods of the tensors that they are given, so the list is read
 without torch.
@@ -18,6 +21,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from tracker.core.kinds import Component
 
 Tensor = Any
 """A tensor of torch."""
@@ -106,7 +111,7 @@ def _directions(states: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Proxy:
-    """A cheap figure of a layer; larger = the layer is to matter more.
+    """A cheap figure of a layer or an expert; larger = it is to matter more.
 
     Attributes:
         name: Its name in code: of the field, the column, the metric.
@@ -121,6 +126,9 @@ class Proxy:
         per_token: What is made of that before it is averaged; None where it is averaged itself.
         complement_of: The name of what `observe` gives, where the proxy is 1 minus its mean.
         strategy: The strategy that prunes by it; empty where there is none.
+        component: Of which part of the model it is.
+        over: The name of the proxy of an expert that counts the tokens which it is averaged over;
+            empty for all tokens.
     """
 
     name: str
@@ -133,6 +141,8 @@ class Proxy:
     per_token: Callable[[Tensor], Tensor] | None = None
     complement_of: str = ""
     strategy: str = ""
+    component: Component = "layer"
+    over: str = ""
 
     @property
     def heading(self) -> str:
@@ -210,9 +220,34 @@ PROXIES: Mapping[str, Proxy] = {
         Proxy("kl", "KL divergence", "nats", passes=None),
         Proxy("js", "Jensen–Shannon divergence", "nats", passes=None),
         Proxy("gold_logprob_drop", "gold log-prob drop", "nats", passes=None),
+        Proxy(
+            "expert_saliency",
+            "expert saliency",
+            "gate × norm",
+            formula="mean over its tokens of g(x) ‖f(x)‖",
+            source="REAP, arXiv 2510.13999",
+            # Each token passes its experts twice.
+            passes=2.0,
+            component="expert",
+            over="routed_share",
+        ),
+        Proxy(
+            "routed_share",
+            "routed share",
+            "share of tokens",
+            formula="tokens routed to it / all tokens",
+            passes=1.0,
+            component="expert",
+        ),
     )
 }
 """Every proxy that is set beside the accuracy drop, by its name."""
+OF_LAYERS: Mapping[str, Proxy] = {
+    name: proxy for name, proxy in PROXIES.items() if proxy.component == "layer"
+}
+"""Those of whole layers."""
+OF_EXPERTS = tuple(proxy for proxy in PROXIES.values() if proxy.component == "expert")
+"""Those of routed experts: every run that takes out one has them, of the intact model."""
 OBSERVED = tuple(proxy for proxy in PROXIES.values() if proxy.observe)
 """Those of a layer's input and output: every cell has them of its intact model."""
 
@@ -229,8 +264,8 @@ def observed(before: Tensor, after: Tensor) -> list[Tensor]:
     return [proxy.averaged(seen[proxy.observe]) for proxy in OBSERVED]
 
 
-FIGURES = tuple(name for proxy in OBSERVED for name in proxy.headings)
-"""What a run shows of these."""
+FIGURES = tuple(name for proxy in (*OBSERVED, *OF_EXPERTS) for name in proxy.headings)
+"""What a run shows of these, and of those of experts."""
 
 
 def passes(proxy: str, layers: int, shared: bool) -> float:

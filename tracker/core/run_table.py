@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 from tracker.core.answers import interval_name
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.formats import ACCURACY, measure_of
-from tracker.core.proxies import OBSERVED
+from tracker.core.proxies import OBSERVED, OF_EXPERTS, Proxy
 from tracker.core.records import (
     NO_REASON,
     WHOLE_LAYER,
@@ -80,6 +80,13 @@ def only_layers(cell: CellRecord) -> bool:
     return set(cell.kinds) <= {WHOLE_LAYER}
 
 
+def proxies_in(cell: CellRecord) -> list[Proxy]:
+    """List the proxies of what the runs of a cell remove: those of experts, of all else layers'."""
+    components = {kind.component for kind in cell.kinds}
+    experts = OF_EXPERTS if "expert" in components else ()
+    return [*(() if components == {"expert"} else OBSERVED), *experts]
+
+
 def telling_apart(cell: CellRecord) -> list[str]:
     """Choose the columns that name the runs of a cell: as few as tell them apart.
 
@@ -139,7 +146,7 @@ def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
             _figure("accuracy_relevance", "accuracy relevance", "relevance"),
             *(
                 _figure(name, label, "proxy")
-                for proxy in OBSERVED
+                for proxy in (*OBSERVED, *OF_EXPERTS)
                 for name, label in proxy.headings.items()
             ),
             _figure("rounded", "documents within rounding", "count"),

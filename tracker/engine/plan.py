@@ -21,7 +21,9 @@ from tracker.engine.scoring.rows import common_beginning, tree_rows
 from tracker.engine.scoring.streams import StreamPlan, plain_passes, plan_streams
 from tracker.engine.scoring.sweep import ROW_TOKENS
 from tracker.engine.selfcheck.check import plain_tokens
+from tracker.models.experts import entries
 from tracker.models.layers import find_layers
+from tracker.models.miniature import CHOSEN
 
 SECONDS = 0.5
 """How long the machine's speed is measured."""
@@ -183,12 +185,23 @@ def _work(operations: Sequence[float], passes: Sequence[int]) -> float:
 
 
 def _weights(model: Any) -> tuple[float, float]:
-    """Average weights of a layer's attention, and of the rest of its matrices."""
-    layers = find_layers(model)
-    attention = mlp = 0
+    """Average weights of a layer's attention, and of the rest of its matrices, that a token passes.
+
+    Of routed experts a token passes as many as its configuration says.
+    """
+    layers, config = find_layers(model), model.config.get_text_config()
+    numbers = (getattr(config, name, None) for name in CHOSEN)
+    chosen = next((each for each in numbers if isinstance(each, int)), None)
+
+    def passed(module: Any) -> float:
+        size: int = sum(each.numel() for each in module.parameters(recurse=False))
+        count = entries(module)
+        return size * chosen / count if count and chosen and chosen < count else size
+
+    attention = mlp = 0.0
     for layer in layers:
         first, *others = (
-            sum(p.numel() for p in part.parameters())
+            sum(map(passed, part.modules()))
             for part in layer.children()
             if any(p.ndim > 1 for p in part.parameters())
         )

@@ -237,6 +237,19 @@ class AlignedOutcomes:
         nothing = np.full(self.identity.model.layers, np.nan)
         return np.stack([nothing if each is None else each for each in self._sums(proxy)])
 
+    def part_sums(self, proxy: Proxy, runs: Sequence[RunIdentity]) -> Array:
+        """What is observed of the part that each run takes out, summed over each document's tokens.
+
+        `[documents, runs]`; NaN where it was not observed when a document was measured.
+        """
+        nothing = np.full(len(self.tasks), np.nan)
+        rows = (self.of(self.ablation(run)) for run in runs)
+        found = [
+            each[proxy.column].to_numpy(dtype=np.float64) if proxy.column in each else nothing
+            for each in rows
+        ]
+        return np.stack(found, axis=1) if found else np.empty((len(self.tasks), 0))
+
     def not_observed(self, proxy: Proxy) -> str:
         """Say so where a proxy was not observed of each document: it was measured before."""
         sums = self._sums(proxy)

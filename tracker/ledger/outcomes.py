@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 
 from tracker.core.documents import Document, Response
-from tracker.core.proxies import OBSERVED
+from tracker.core.proxies import OBSERVED, OF_EXPERTS
 
 METRIC = "metric/"
 """Columns that start so hold the task's metrics under lm-eval's names."""
@@ -19,6 +19,8 @@ AGAIN = "again"
 """Log-likelihoods of the outcomes that were computed twice, as they came out the second time."""
 PROXY_SUMS = tuple(proxy.column for proxy in OBSERVED)
 """Per layer, summed over `proxy_tokens` tokens; only in the baseline's rows."""
+PART_SUMS = tuple(proxy.column for proxy in OF_EXPERTS)
+"""Of the expert that an ablation takes out, summed over these tokens; only in its rows."""
 
 
 def outcome_row(
@@ -29,6 +31,7 @@ def outcome_row(
     proxies: tuple[int, Sequence[Sequence[float]]] | None,
     compared: tuple[int, float, int] | None = None,
     again: Sequence[Response] | None = None,
+    load: Sequence[float] | None = None,
 ) -> dict[str, object]:
     """Lay out one outcome.
 
@@ -41,6 +44,7 @@ def outcome_row(
         compared: Of an outcome that was answered again on a really pruned model: how many answers,
             the largest difference in nats, and how many differ where the model is discontinuous.
         again: The responses of an outcome that was computed twice, in another way.
+        load: For the ablation of an expert: what the intact model does with it, as `PART_SUMS`.
 
     Returns:
         Column → value.
@@ -64,6 +68,8 @@ def outcome_row(
     row.update(zip(COMPARED, compared or (None,) * len(COMPARED), strict=True))
     if again is not None:
         row[AGAIN] = [response.loglikelihood for response in again]
+    if load is not None:
+        row.update(zip(PART_SUMS, load, strict=True))
     return row
 
 
@@ -81,6 +87,7 @@ _SCHEMA = {
     "proxy_tokens": pa.int32(),
     **dict(zip(COMPARED, (pa.int32(), pa.float64(), pa.int32()), strict=True)),
     **dict.fromkeys(PROXY_SUMS, pa.list_(pa.float64())),
+    **dict.fromkeys(PART_SUMS, pa.float64()),
 }
 
 

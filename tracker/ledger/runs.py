@@ -11,7 +11,7 @@ import pandas as pd
 
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.estimates import Estimate
-from tracker.core.proxies import OBSERVED
+from tracker.core.proxies import OBSERVED, OF_EXPERTS, Proxy
 from tracker.core.records import WHOLE_LAYER, RunAnswer, RunIdentity, RunRecord
 from tracker.ledger.aligned import AlignedOutcomes, pairs
 from tracker.ledger.options import Chances, Texts, judged
@@ -25,7 +25,7 @@ from tracker.stats.accuracy import (
     mean_interval,
     ratio_of_sums,
 )
-from tracker.stats.arrays import Array, proxy_means
+from tracker.stats.arrays import Array, divided, proxy_means
 from tracker.stats.decisions import shift, within
 
 Aggregate = Callable[[str, Sequence[float | str]], float | None]
@@ -35,6 +35,8 @@ ONE_LOOK = "it holds for one look, and how many documents there are was decided 
 _ENDS = ("gold_logprob_low", "gold_logprob_high", "options_logprob_low", "options_logprob_high")
 _NOT_FINITE = "a hidden state of a baseline token is not finite or is zero"
 _WHOLE_ONLY = "measured for whole single layers only"
+_NEVER_ROUTED = "no token of these documents is routed to it"
+_NOT_ALONE = "what it gives to a token is not finite, or cannot be told from what others give"
 _NOT_ASKED = "no log-probability moved: no token that an answer depends on went to this expert"
 _NO_METRIC = "a document has no finite score, or only lm-eval can aggregate this metric"
 
@@ -85,6 +87,58 @@ class LayerProxies:
         if run.kind != WHOLE_LAYER:
             return dict.fromkeys(self._figures, Estimate(None, reason=_WHOLE_ONLY))
         return {name: figures[run.layer] for name, figures in self._figures.items()}
+
+
+class ExpertProxies:
+    """What was observed, in the intact model, of the experts that runs take out.
+
+    Args:
+        outcomes: The documents.
+
+    Attributes:
+        runs: The runs that take out an expert.
+        sums: Proxy → its sums over each document's tokens `[documents, runs]`.
+    """
+
+    def __init__(self, outcomes: AlignedOutcomes) -> None:
+        self.runs = [run for run in outcomes.runs if run.component == "expert"]
+        self.sums = {proxy.name: outcomes.part_sums(proxy, self.runs) for proxy in OF_EXPERTS}
+        self._tokens = np.tile(outcomes.tokens[:, None], len(self.runs))
+        self._places = {run.order: place for place, run in enumerate(self.runs)}
+
+    @property
+    def not_observed(self) -> str:
+        """Say so where some expert was not observed of each document: it was measured before."""
+        missing = int(np.isnan(self.sums["routed_share"]).any(axis=1).sum())
+        return _not_observed(missing, len(self._tokens)) if missing else ""
+
+    def counts(self, proxy: Proxy) -> Array:
+        """How many tokens each of its sums is averaged over `[documents, runs]`."""
+        return self.sums[proxy.over] if proxy.over else self._tokens
+
+    def means(self, proxy: Proxy) -> Array:
+        """The proxy of each run's expert `[runs]`; NaN where it is undefined."""
+        return divided(self.sums[proxy.name].sum(axis=0), self.counts(proxy).sum(axis=0))
+
+    def of(self, run: RunIdentity) -> dict[str, Estimate]:
+        """List the proxies of a run's expert, each with why it is undefined; none of other runs."""
+        if run.component != "expert":
+            return {}
+        place = self._places[run.order]
+        return {proxy.name: self._figure(proxy, place) for proxy in OF_EXPERTS}
+
+    def _figure(self, proxy: Proxy, place: int) -> Estimate:
+        routed = self.sums["routed_share"][:, place]
+        if lacking := int(np.isnan(routed).sum()):
+            why = _not_observed(lacking, len(routed))
+        else:
+            why = _NOT_ALONE if routed.sum() else _NEVER_ROUTED
+        value = finite(self.means(proxy)[place])
+        return Estimate(value, reason=why if value is None else None)
+
+
+def _not_observed(lacking: int, documents: int) -> str:
+    return f"not observed when {lacking} of {documents} documents were measured"
 
 
 def run_record(

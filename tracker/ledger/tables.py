@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import product
 from typing import Any
+
+import numpy as np
 
 from tracker.core.ablations import INTACT, ablate, ablation_of
 from tracker.core.estimates import Estimate
 from tracker.core.extent import ALL, shuffled
 from tracker.core.provenance import differences, united
-from tracker.core.proxies import OBSERVED
-from tracker.core.records import WHICH, AnswerRecord, CellRecord, CorrelationRecord
+from tracker.core.proxies import OBSERVED, OF_EXPERTS, Proxy
+from tracker.core.records import (
+    WHICH,
+    AnswerRecord,
+    CellRecord,
+    CorrelationRecord,
+    RunIdentity,
+    RunRecord,
+)
 from tracker.core.views import View
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore, measured_last
@@ -20,6 +29,7 @@ from tracker.ledger.outcomes import PROVENANCE
 from tracker.ledger.runs import (
     ONE_LOOK,
     Aggregate,
+    ExpertProxies,
     Intact,
     LayerProxies,
     at_all_looks,
@@ -30,13 +40,15 @@ from tracker.ledger.runs import (
     run_record,
 )
 from tracker.stats.accuracy import accuracy
-from tracker.stats.arrays import per_token, proxy_means
-from tracker.stats.correlation import correlate
+from tracker.stats.arrays import Array, Mask, divided, per_token, proxy_means
+from tracker.stats.correlation import DRAWS, correlate
 from tracker.stats.decisions import within
 from tracker.stats.rank_agreement import COEFFICIENTS
 
 OUTER = 2
 """Layers at each end that the subset `inner` leaves out, as the paper leaves out its outliers."""
+DEALS = 999
+"""How often the proxies of experts are dealt anew: there are thousands of them."""
 
 
 def cell_record(
@@ -108,14 +120,14 @@ def cell_record(
     if order:
         baseline, beneath = Estimate(baseline.value), Estimate(beneath.value)
         reasons["baseline_low"] = ONE_LOOK
-    proxies = LayerProxies(outcomes)
+    proxies, experts = LayerProxies(outcomes), ExpertProxies(outcomes)
     looked = {run.order: run for run in answer.runs} if answer and order else {}
     layers = []
     for run in outcomes.runs:
         own, bounds = intact, looked.get(run.order)
         if bounds is not None:
             own = Intact(every.of_documents({*order[: bounds.n]}, [run]), texts)
-        record = run_record(own, run, proxies.of(run), aggregate)
+        record = run_record(own, run, proxies.of(run) | experts.of(run), aggregate)
         layers.append(at_all_looks(record, bounds) if order else record)
     return CellRecord(
         **common,
@@ -128,7 +140,10 @@ def cell_record(
         baseline_options_logprob=finite(float(outcomes.plain_weights @ outcomes.options(INTACT))),
         **flat(beneath, "removed_accuracy", "removed"),
         runs=tuple(layers),
-        correlations=tuple(_correlations(outcomes, proxies, raced=bool(order))),
+        correlations=(
+            *_of_layers(outcomes, proxies, raced=bool(order)),
+            *_of_experts(outcomes, experts, layers, raced=bool(order)),
+        ),
         reasons=_known(reasons),
     )
 
@@ -207,34 +222,68 @@ def _beneath(outcomes: AlignedOutcomes, view: View) -> Estimate:
     return accuracy(outcomes.values(ablation), outcomes.weights)
 
 
-def _correlations(
+def _of_layers(
     outcomes: AlignedOutcomes, proxies: LayerProxies, raced: bool
 ) -> Iterator[CorrelationRecord]:
-    """Set every proxy beside the accuracy drop, over all layers and without the outer ones.
-
-    Of what a race has stopped, that is without what holds for one look.
-    """
+    """Set every proxy beside the accuracy drop, over all layers and without the outer ones."""
     runs = outcomes.whole_layers
     if not runs:
         return
-    layers = [run.layer for run in runs]
-    paired = outcomes.by_metric([outcomes.ablation(run) for run in runs])
-    total = outcomes.identity.model.layers
-    inner = [i for i, layer in enumerate(layers) if OUTER <= layer < total - OUTER]
-    subsets = {"all": list(range(len(layers))), "inner": inner}
-    drop = paired.mean_drops
-    drawn_drop = outcomes.resampled(paired.drops, paired.weights)
-    tokens = proxies.tokens
+    layers, tokens = [run.layer for run in runs], proxies.tokens
+    everyone = np.ones(len(runs), dtype=bool)
+    correlated = _correlated(outcomes, runs, raced)
     for proxy in OBSERVED:
         per_document = proxies.sums[proxy.name][:, layers]
         value = proxy.of(proxy_means(per_document, tokens))
         drawn = proxy.of(outcomes.resampled(per_token(per_document, tokens), tokens))
-        for coefficient, (subset, chosen) in product(COEFFICIENTS, subsets.items()):
+        yield from correlated(proxy, value, drawn, everyone, proxies.reasons[proxy.name])
+
+
+def _of_experts(
+    outcomes: AlignedOutcomes, experts: ExpertProxies, records: Sequence[RunRecord], raced: bool
+) -> Iterator[CorrelationRecord]:
+    """The same for experts, over those of which both figures are defined."""
+    if not experts.runs:
+        return
+    measured = np.array([r.accuracy_drop is not None for r in records if r.component == "expert"])
+    correlated = _correlated(outcomes, experts.runs, raced)
+    for proxy in OF_EXPERTS:
+        value = experts.means(proxy)
+        sums, counts = experts.sums[proxy.name], experts.counts(proxy)
+        drawn = divided(outcomes.resampled(sums), outcomes.resampled(counts))
+        usable = measured & np.isfinite(value)
+        yield from correlated(proxy, value, drawn, usable, experts.not_observed)
+
+
+def _correlated(
+    outcomes: AlignedOutcomes, runs: Sequence[RunIdentity], raced: bool
+) -> Callable[[Proxy, Array, Array, Mask, str], Iterator[CorrelationRecord]]:
+    """Make what sets a proxy of runs beside their accuracy drops.
+
+    Of what a race has stopped, that is without what holds for one look.
+    """
+    paired = outcomes.by_metric([outcomes.ablation(run) for run in runs])
+    drop, drawn_drop = paired.mean_drops, outcomes.resampled(paired.drops, paired.weights)
+    layers, total = np.array([run.layer for run in runs]), outcomes.identity.model.layers
+    inner = (layers >= OUTER) & (layers < total - OUTER)
+    subsets = {"all": np.ones(len(runs), dtype=bool), "inner": inner}
+
+    def records(
+        proxy: Proxy, value: Array, drawn: Array, usable: Mask, not_observed: str
+    ) -> Iterator[CorrelationRecord]:
+        of_experts = proxy.component == "expert"
+        for coefficient, (subset, inside) in product(COEFFICIENTS, subsets.items()):
+            if of_experts and coefficient == "kendall":
+                continue  # which takes all pairs, and there are thousands of experts
+            chosen = np.flatnonzero(inside & usable)
             found = correlate(
                 value[chosen],
                 drop[chosen],
                 coefficient=coefficient,
                 resampled=(drawn[:, chosen], drawn_drop[:, chosen]),
+                within=layers[chosen] if of_experts else None,
+                what=proxy.component,
+                surrogates=DEALS if of_experts else DRAWS,
             )
             if raced:
                 found = Estimate(found.value, reason=found.reason or ONE_LOOK)
@@ -248,5 +297,7 @@ def _correlations(
                 p_value=found.p_value,
                 n=len(chosen),
                 documents=len(outcomes.tasks),
-                reason=proxies.reasons[proxy.name] or found.reason,
+                reason=not_observed or found.reason,
             )
+
+    return records

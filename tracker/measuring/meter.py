@@ -10,9 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tracker.benchmarks.base import Benchmark
-from tracker.core.ablations import INTACT, Ablation, all_ablations
+from tracker.core.ablations import INTACT, Ablation, Part, all_ablations
 from tracker.core.config import CellRequest
-from tracker.core.documents import Response
+from tracker.core.documents import Document, Response
 from tracker.core.errors import CellError
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity
 from tracker.core.provenance import machine, package_versions
@@ -206,13 +206,16 @@ class Meter:
             partial(scorer.again, twice, scored),
             partial(truth.ask, asked),
         ]
-        results, finer, _ = scorer.engine.side_by_side(passes)
+        taken = [each.expert for each in scored if each.expert is not None]
+        passes += [partial(self._loads, documents, taken)] if taken else []
+        results, finer, _, *loads = scorer.engine.side_by_side(passes)
+        load = dict(zip(indices, loads[0], strict=True)) if loads else {}
         watched = self._watched(truth, results, scored, first)
         again = {each.document.index: each.responses for each in finer}
         rows: list[dict[str, object]] = []
         for result in results:
             other = again.get(result.document.index, [None] * len(scored))
-            rows += self._rows(result, names, scored, watched, other)
+            rows += self._rows(result, names, scored, watched, other, load)
         metadata: dict[str, object] = {
             "measured": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": f"{time.perf_counter() - start:.3f}",
@@ -229,6 +232,15 @@ class Meter:
             for each in results
         ]
         return Measured(rows, metadata, texts)
+
+    def _loads(
+        self, documents: Sequence[Document], parts: Sequence[Part]
+    ) -> list[Mapping[Part, Sequence[float]]]:
+        """Observe what the intact model does with some experts, document by document."""
+        from tracker.engine.observers.expert_load import expert_load
+
+        each = (partial(expert_load, self.engine, document, parts) for document in documents)
+        return [*self.engine.side_by_side(each)]
 
     def _watched(
         self,
@@ -258,6 +270,7 @@ class Meter:
         scored: Sequence[Ablation],
         watched: Mapping[tuple[Place, Ablation], Comparison],
         again: Sequence[Sequence[Response] | None],
+        loads: Mapping[int, Mapping[Part, Sequence[float]]],
     ) -> Iterator[dict[str, object]]:
         """Lay out what a document lacks: of what was scored, that under these ablations."""
         document, sums = result.document, (result.proxy_tokens, result.proxy_sums.tolist())
@@ -267,6 +280,7 @@ class Meter:
                 both = watched.get(((document.task, document.index), ablation))
                 compared = (both.compared, both.difference, both.unsteady) if both else None
                 proxies = sums if ablation == INTACT else None
+                load = loads[document.index][ablation.expert] if ablation.expert else None
                 yield outcome_row(
-                    document, ablation.name, responses, metrics, proxies, compared, twice
+                    document, ablation.name, responses, metrics, proxies, compared, twice, load
                 )

@@ -9,7 +9,7 @@ others are normalised is the router's own affair.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tracker.core.ablations import Part
 from tracker.core.errors import CellError
 from tracker.models.offloaded import is_absent
-from tracker.models.sublayers import Sublayers, call_with, part_at, read_a_text
+from tracker.models.sublayers import Sublayers, call_with, part_at, read_a_text, state_of
 
 TOKENS = 16
 """Length of the text that the proof runs on."""
@@ -99,14 +99,14 @@ def find_experts(
         choices.clear()
 
     def chose(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        for choice in _integers(output if isinstance(output, tuple) else ()):
+        for choice in integers(output if isinstance(output, tuple) else ()):
             choices.append((module, args, kwargs, choice))
 
     def held_by(place: int) -> Any:
         def look(module: nn.Module, args: Any, kwargs: Any) -> None:
             paths = {each: path for path, each in layers[place].named_modules()}
-            count = _entries(module)
-            for choice in _integers((*args, *kwargs.values())):
+            count = entries(module)
+            for choice in integers((*args, *kwargs.values())):
                 for router, its_args, its_kwargs, made in choices:
                     if not torch.equal(made, choice) or not _has_rows(router, count):
                         continue
@@ -123,20 +123,20 @@ def find_experts(
             stack.enter_context(parts.mlp.register_forward_pre_hook(begin))
             for module in parts.mlp.modules():
                 stack.enter_context(module.register_forward_hook(chose, with_kwargs=True))
-                if _entries(module):
+                if entries(module):
                     look = held_by(place)
                     stack.enter_context(module.register_forward_pre_hook(look, with_kwargs=True))
         read_a_text(model, TOKENS, device, "experts", "expert")
     return [found.get(place) for place in range(len(sublayers))]
 
 
-def _integers(values: Sequence[Any]) -> list[Tensor]:
+def integers(values: Sequence[Any]) -> list[Tensor]:
     """Pick the tables of whole numbers [tokens, chosen]."""
     tensors = [value for value in values if isinstance(value, Tensor) and value.ndim == 2]
     return [each for each in tensors if each.dtype in (torch.int64, torch.int32)]
 
 
-def _entries(module: nn.Module) -> int:
+def entries(module: nn.Module) -> int:
     """Count a module's experts; 0 where its own tensors have not one entry an expert."""
     own = [each for each in module._parameters.values() if each is not None]
     counts = {len(each) if each.ndim else 0 for each in own}
@@ -160,7 +160,7 @@ def _does_without(router: nn.Module, args: Any, kwargs: Any, choice: Tensor, cou
         output = lacking(router, kept, count).forward(*given[0], **given[1])
     except Exception:  # noqa: BLE001 - whatever a router says to a number that it cannot divide
         return False
-    made = next((each for each in _integers(output) if each.shape == choice.shape), None)
+    made = next((each for each in integers(output) if each.shape == choice.shape), None)
     if made is None or made.min() < 0 or made.max() >= len(kept):
         return False
     return bool((made.sort(-1).values.diff(dim=-1) > 0).all())
@@ -256,6 +256,43 @@ def routed(
 
     said = call_with(own.forward, state, *_besides(given, kept, experts.count))
     return tuple(in_all(part, like) for part, like in zip(said, whole, strict=True))
+
+
+def each_choice(
+    forward: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Give what each expert of a token makes of it, before it is weighed.
+
+    What holds the experts is called for one of a token's choices at a time, with a weight of 1.
+
+    Args:
+        forward: The forward pass of the module that holds the experts.
+        args: What it is called with.
+        kwargs: What it is called with by name.
+
+    Yields:
+        For each choice the experts' numbers [tokens], their weights [tokens] as the router hands
+        them over, and their outputs [tokens, width].
+    """
+    values, state = (*args, *kwargs.values()), state_of(args, kwargs)
+    choice = integers(values)[0]
+    weights = next(
+        each
+        for each in values
+        if each is not state and isinstance(each, Tensor) and each.shape == choice.shape
+        if each.is_floating_point()
+    )
+
+    def alone(value: Any, place: int) -> Any:
+        if value is weights:
+            return torch.ones_like(weights[:, :1])
+        return choice[:, place : place + 1].contiguous() if value is choice else value
+
+    for place in range(choice.shape[-1]):
+        given = [alone(value, place) for value in args]
+        named = {name: alone(value, place) for name, value in kwargs.items()}
+        output = forward(*given, **named)
+        yield choice[:, place], weights[:, place], output.flatten(0, -2)
 
 
 def take_experts(layer: nn.Module, experts: Experts, kept: Sequence[int], name: str) -> None:

@@ -218,13 +218,14 @@ def nothing(
         batch: The rows of the whole batch.
 
     Returns:
-        The residual stream where the sublayer itself adds to it (Bloom's do), zeros elsewhere.
+        The residual stream where the sublayer itself adds to it (Bloom's do); elsewhere zeros, to
+        which something may be added in place (Llama 4 adds the routed experts to the shared one).
     """
     names = _parameters(type(module).forward)
     if "residual" in names:
         residual: Tensor = (dict(zip(names, args, strict=False)) | dict(kwargs))["residual"]
         return residual
-    return torch.zeros_like(like[:1]).expand(batch, *like.shape[1:])
+    return like.new_zeros((batch, *like.shape[1:]))
 
 
 @cache

@@ -9,7 +9,7 @@ from tracker.core.estimates import Estimate
 from tracker.core.formats import DASH, counted, defined, measure_of, write
 from tracker.core.grouping import grouped
 from tracker.core.identities import TaskIdentity
-from tracker.core.proxies import OBSERVED, PROXIES
+from tracker.core.proxies import PROXIES
 from tracker.core.records import (
     NO_REASON,
     NOT_MEASURED,
@@ -26,13 +26,14 @@ from tracker.core.run_table import (
     metric_columns,
     only_layers,
     pick,
+    proxies_in,
     run_columns,
     telling_apart,
 )
 from tracker.core.tables import Column, Table, table
 from tracker.report.caveats import provenance_notes
 from tracker.report.leaderboard.claims import shown_in
-from tracker.report.leaderboard.rules import CORRELATION_RULE
+from tracker.report.leaderboard.rules import CORRELATION_RULE, EXPERT_RULE, P_OVER
 from tracker.report.wording import (
     benchmark_labels,
     capital,
@@ -40,11 +41,13 @@ from tracker.report.wording import (
     power_sentence,
     row_labels,
     run_list,
+    sample_of,
 )
 from tracker.stats.accuracy import RATIO
 
 COEFFICIENTS = {"spearman": "Spearman", "kendall": "Kendall tau-b", "pearson": "Pearson"}
 SUBSETS = {"all": "all layers", "inner": "without the two outer layers at each end"}
+RULES = {"layer": CORRELATION_RULE, "expert": EXPERT_RULE}
 _Labelled = tuple[CellRecord, tuple[str, str]]
 
 
@@ -160,7 +163,8 @@ def layer_table(cell: CellRecord) -> Table:
         *("accuracy", "accuracy_drop", "drop_interval"),
         *(["rounded", "drop_rounding"] if rounded else []),
         *("mcnemar_p", "accuracy_relevance"),
-        *(*(proxy.name for proxy in OBSERVED), "gold_logprob_drop", "options_logprob_drop"),
+        *(proxy.name for proxy in proxies_in(cell)),
+        *("gold_logprob_drop", "options_logprob_drop"),
     )
     runs = [CellRun(cell, run) for run in cell.all_runs]
     made = table("", [*pick(columns, *named), *figures, *metrics], runs)
@@ -204,17 +208,22 @@ def correlation_table(cell: CellRecord) -> Table:
     """Set one row for each proxy, coefficient and subset of layers, and why one is undefined."""
     names = ("proxy", "coefficient", "subset", "value", "between", "p_value", "n", "documents")
     columns = correlation_columns()
+    samples = list(dict.fromkeys(map(sample_of, cell.correlations))) or ["layer"]
+    over = " or ".join(f"{each}s" for each in samples)
+    p_over = " or ".join(P_OVER[each] for each in samples)
+    columns["n"] = replace(columns["n"], label=over)
+    columns["p_value"] = replace(columns["p_value"], label=p_over)
     columns["proxy"] = replace(columns["proxy"], value=lambda row: _proxy(row[1]))
     columns["coefficient"] = replace(
         columns["coefficient"], value=lambda row: COEFFICIENTS[row[1].coefficient]
     )
     return table(
-        f"{cell.title}: how well each proxy ranks the layers by {measure_of(cell).change} (inner: "
-        "without the first two and the last two).",
+        f"{cell.title}: how well each proxy ranks the {over} by {measure_of(cell).change} (inner: "
+        f"without the first two and the last two{' layers' if over != 'layers' else ''}).",
         pick(columns, *names),
         [(cell, record) for record in cell.correlations],
         *(
-            [CORRELATION_RULE]
+            [rule for what, rule in RULES.items() if what in samples]
             + [
                 f"{COEFFICIENTS[record.coefficient]}, {_proxy(record)}, "
                 f"{SUBSETS[record.subset]}: undefined: {record.reason or NO_REASON}."

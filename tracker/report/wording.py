@@ -16,7 +16,7 @@ from tracker.core.formats import (
 )
 from tracker.core.identities import ModelIdentity
 from tracker.core.kinds import REPLACED_BY
-from tracker.core.proxies import OBSERVED
+from tracker.core.proxies import OBSERVED, OF_EXPERTS, PROXIES
 from tracker.core.records import (
     NO_REASON,
     WHOLE_LAYER,
@@ -29,6 +29,7 @@ from tracker.core.records import (
 )
 from tracker.ledger.paired import spreads_of
 from tracker.report.editions import edition_labels
+from tracker.report.leaderboard.rules import P_OVER
 from tracker.stats.power import ALPHA, MEANT, POWER
 from tracker.stats.support import holm
 
@@ -234,6 +235,11 @@ def correlation(
     return next(found, None)
 
 
+def sample_of(record: CorrelationRecord) -> str:
+    """Say what a correlation is over: layers or experts, one of them as it is called."""
+    return PROXIES[record.proxy].component if record.proxy in PROXIES else "layer"
+
+
 def correlation_text(record: CorrelationRecord | None) -> str:
     """Write one correlation with its interval, its samples and its p-value.
 
@@ -246,7 +252,8 @@ def correlation_text(record: CorrelationRecord | None) -> str:
     """
     if record is None:
         return "not computed"
-    samples = f"{counted(record.n, 'layer')}, {counted(record.documents, 'document')}"
+    what = sample_of(record)
+    samples = f"{counted(record.n, what)}, {counted(record.documents, 'document')}"
     if not defined(record.value):
         return f"undefined ({record.reason or NO_REASON}; {samples})"
     between = interval(record.low, record.high, two_digits)
@@ -255,7 +262,7 @@ def correlation_text(record: CorrelationRecord | None) -> str:
         parts = [f"no interval: {record.reason or NO_REASON}"]
     if defined(record.p_value):
         p = "< 0.001" if record.p_value < 0.001 else f"= {record.p_value:.3f}"
-        parts.append(f"p over layers {p}")
+        parts.append(f"{P_OVER[what]} {p}")
     return f"{two_digits(record.value)} ({'; '.join([*parts, samples])})"
 
 
@@ -299,17 +306,24 @@ def sentence(cell: CellRecord) -> str:
     Returns:
         What the layers that every run lacks cost alone; and the Spearman correlation of cosine
         score and accuracy drop (or loss increase) over all layers and over the inner ones, or why
-        it is undefined; and that of every other proxy over all layers.
+        it is undefined; and that of every other proxy over all layers, or of experts.
     """
+    by_expert = ((p.label, correlation(cell, proxy=p.name)) for p in OF_EXPERTS)
+    experts = " ".join(
+        f"Spearman of {name} and {measure_of(cell).change}: {correlation_text(record)}."
+        for name, record in by_expert
+        if record
+    )
     if cell.runs and not cell.whole_layers:
-        return f"{beneath(cell)}No whole single layer was removed, so nothing is correlated."
+        nothing = "No whole single layer was removed, so nothing is correlated."
+        return f"{beneath(cell)}{experts or nothing}"
     found = ((p.label, correlation(cell, proxy=p.name)) for p in OBSERVED[1:])
     others = ", ".join(f"{name} {short_correlation(record)}" for name, record in found if record)
     others = f" Of other proxies: {others}." if others else ""
     return (
         f"{beneath(cell)}Spearman of cosine score and {measure_of(cell).change}: "
         f"{correlation_text(correlation(cell))}; without the two outer layers at each end "
-        f"{correlation_text(correlation(cell, 'inner'))}.{others}"
+        f"{correlation_text(correlation(cell, 'inner'))}.{others}{' ' * bool(experts)}{experts}"
     )
 
 
@@ -434,6 +448,7 @@ def _turns(cells: Sequence[CellRecord]) -> str:
         "each attention head": "head" in parts,
         "each group of heads": "kv_head" in parts,
         "each routed expert": "expert" in parts,
+        "each layer’s shared expert": "shared_expert" in parts,
         "each span of layers": "layer" in spans,
         "the attention or MLP of each span": bool(spans - {"layer"}),
     }

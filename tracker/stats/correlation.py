@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from tracker.core.estimates import Estimate
-from tracker.stats.arrays import Array, divided
+from tracker.stats.arrays import Array, Numbers, divided
 from tracker.stats.rank_agreement import (
     Coefficient,
     midranks,
@@ -19,6 +19,11 @@ from tracker.stats.rank_agreement import (
 )
 from tracker.stats.resampling import bias_corrected_interval
 
+DRAWS = 4999
+"""How many series stand for each that is redrawn."""
+_DEALT = 1_000_000
+"""Figures that are dealt anew at once."""
+
 
 def correlate(
     proxy: Array,
@@ -26,10 +31,12 @@ def correlate(
     *,
     coefficient: Coefficient,
     resampled: tuple[Array, Array] | None = None,
-    surrogates: int = 4999,
+    within: Numbers | None = None,
+    what: str = "layer",
+    surrogates: int = DRAWS,
     seed: int = 0,
 ) -> Estimate:
-    """Correlate a proxy with the accuracy drop over layers.
+    """Correlate a proxy with the accuracy drop over layers, or over parts of them.
 
     The interval and the p-value answer different questions. The interval keeps the layers and draws
     the documents anew: it says how far the measurement noise moves the coefficient (see
@@ -45,13 +52,21 @@ def correlate(
     for Pearson), and finds a true correlation of independent layers nearly as often as the free
     shuffle. Series that wander like a random walk are smoother than it allows for (6 to 10 %).
 
+    Of parts of layers, such as experts, the p-value tests that within a layer the two have nothing
+    to do with each other: it deals the proxies of each layer anew among its own parts, which are in
+    no order, and says how often that gives a coefficient as high, or as low, twice the rarer of
+    both. What the layers have in common is in the coefficient and in all that it is compared with,
+    so the test holds however much whole layers differ.
+
     Args:
         proxy: `[layers]`, larger = the layer changes more; NaN where undefined.
         drop: `[layers]`, the accuracy drop of the same layers; NaN where undefined.
         coefficient: One of `COEFFICIENTS`.
         resampled: Both from the same resampled documents, `[resamples, layers]` each, or `[1,
             layers]` for one that is held fixed. None: there is no interval.
-        surrogates: How many series to draw in place of each.
+        within: `[parts]`, the layer of each part; None where the sample is whole layers.
+        what: What is the sample, as it is called where it is too small.
+        surrogates: How many series to draw in place of each, or how often to deal.
         seed: Seed of these series.
 
     Returns:
@@ -70,7 +85,8 @@ def correlate(
         (0.6667, 0.37)
     """
     x, y = rounded(proxy), rounded(drop)
-    if reason := _undefined(3, "a correlation", ("the proxy", x), ("the accuracy drop", y)):
+    series = (("the proxy", x), ("the accuracy drop", y))
+    if reason := _undefined(3, "a correlation", *series, what=what):
         return Estimate(None, reason=reason)
     (value,) = row_coefficients(x[None], y[None], coefficient).tolist()
     low = high = None
@@ -80,7 +96,10 @@ def correlate(
     if coefficient == "spearman":
         # Ranks move with their layers: ranking once is ranking every order.
         x, y, coefficient = midranks(x), midranks(y), "pearson"
-    p_value = _surrogate_p(x, y, abs(value), coefficient, surrogates, seed)
+    if within is None:
+        p_value = _surrogate_p(x, y, abs(value), coefficient, surrogates, seed)
+    else:
+        p_value = _dealt_p(x, y, value, coefficient, within, surrogates, seed)
     return Estimate(value, low, high, p_value)
 
 
@@ -129,7 +148,7 @@ def partial_correlate(
     given: Array,
     *,
     resampled: tuple[Array, Array, Array] | None = None,
-    surrogates: int = 4999,
+    surrogates: int = DRAWS,
     seed: int = 0,
 ) -> Estimate:
     """Correlate the ranks of two series over layers, a third one held fixed.
@@ -194,17 +213,43 @@ def _without(rows: Array, about: Array) -> Array:
     return np.asarray(rows - np.outer(rows @ centred, centred) / (centred @ centred))
 
 
-def _undefined(fewest: int, figure: str, *series: tuple[str, Array]) -> str | None:
+def _undefined(
+    fewest: int, figure: str, *series: tuple[str, Array], what: str = "layer"
+) -> str | None:
     """Say why a figure of series by their names is undefined, or nothing when it is not."""
     n = len(series[0][1])
     if n < fewest:
-        return f"{n} layer{'' if n == 1 else 's'}, and {figure} needs at least {fewest}"
+        return f"{n} {what}{'' if n == 1 else 's'}, and {figure} needs at least {fewest}"
     for name, values in series:
         if missing := int((~np.isfinite(values)).sum()):
-            return f"{name} is undefined in {missing} of {n} layers"
+            return f"{name} is undefined in {missing} of {n} {what}s"
         if np.ptp(values) == 0:
-            return f"{name} is the same in all {n} layers"
+            return f"{name} is the same in all {n} {what}s"
     return None
+
+
+def _dealt_p(
+    x: Array,
+    y: Array,
+    value: float,
+    coefficient: Coefficient,
+    within: Numbers,
+    draws: int,
+    seed: int,
+) -> float:
+    """Deal a series anew within its groups; how often is its coefficient as extreme?"""
+    generator = np.random.default_rng(seed)
+    by_group = np.argsort(within, kind="stable")
+    higher = lower = 0
+    for first in range(0, draws, step := max(1, _DEALT // len(x))):
+        rows = min(step, draws - first)
+        dealt = np.empty((rows, len(x)))
+        keys = within + generator.random((rows, len(x)))
+        dealt[:, by_group] = x[np.argsort(keys, axis=1)]
+        found = row_coefficients(dealt, y[None], coefficient)
+        higher += int((found >= value - 1e-9).sum())
+        lower += int((found <= value + 1e-9).sum())
+    return min(1.0, 2 * (min(higher, lower) + 1) / (draws + 1))
 
 
 def _surrogate_p(

@@ -113,6 +113,7 @@ def changed_args(ablation: Ablation) -> dict[str, str]:
         "removed_layers": ablation.layers,
         "removed_attention": ablation.attention,
         "removed_mlp": ablation.mlp,
+        "removed_shared_expert": ablation.shared,
     }
     args = {name: "+".join(map(str, layers)) for name, layers in removed.items() if layers}
     args |= {f"{done}_layers": str(layer) for done, layer in ablation.replaced}

@@ -60,6 +60,7 @@ def decoding(
         stand_ins=parts.stand_ins,
         heads=parts.heads,
         experts=parts.experts,
+        shared=parts.shared,
     ):
         yield own
 

@@ -21,6 +21,7 @@ from tracker.models.experts import Experts, experts_at, routed
 from tracker.models.heads import Heads, heads_at
 from tracker.models.offloaded import is_absent
 from tracker.models.quantised import linear_maps, outputs_first, quantised
+from tracker.models.shared_experts import Shared, shared_at
 from tracker.models.sublayers import (
     Sublayers,
     call_with,
@@ -48,6 +49,7 @@ def forking(
     stand_ins: Mapping[int, StandIn] | None = None,
     heads: Sequence[Heads | None] | None = None,
     experts: Sequence[Experts | None] | None = None,
+    shared: Sequence[Shared | None] | None = None,
 ) -> Iterator[None]:
     """Let a model's layers fork streams while the context is open.
 
@@ -72,6 +74,7 @@ def forking(
         stand_ins: What stands in for layers; needed where the plan asks for it.
         heads: The heads of each layer's attention; needed where the plan takes some out.
         experts: The routed experts of each layer's MLP; the same.
+        shared: Its shared experts; the same.
 
     Yields:
         Nothing; on exit, also by an exception, the layers are what they were.
@@ -137,6 +140,12 @@ def forking(
                 kept = [those.left(gone, name) if gone else None for gone in step.experts]
                 routing = _RouterFork(router, those, kept, router.forward, turn)
                 stack.enter_context(replaced_forward(router, routing))
+            if step.has_shared:
+                assert shared is not None
+                for path in shared_at(shared, index, type(layer).__name__):
+                    module = layer.get_submodule(path)
+                    silent = _SharedFork(step, module.forward, turn)
+                    stack.enter_context(replaced_forward(module, silent))
         yield
 
 
@@ -440,6 +449,30 @@ class _RouterFork:
         ]
         make = getattr(type(whole), "_make", type(whole))
         return make(torch.cat(parts) for parts in zip(*said, strict=True))
+
+
+@dataclass(frozen=True)
+class _SharedFork:
+    """A shared expert, which in some streams gives zeros.
+
+    In come the tokens of the streams whose MLPs are computed, stream by stream.
+    """
+
+    step: LayerStep
+    forward: Callable[..., Any]
+    turn: _Turn
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Take what the expert takes, and return what it returns, of all streams."""
+        output = self.forward(*args, **kwargs)
+        if self.turn.again:
+            return output
+        added, streams = first_of(output), len(self.step.mlps)
+        if len(added) % streams:
+            raise RefusalError("its shared experts have no row a stream")
+        each = _by_stream(added, streams).clone()
+        each[self.step.without_shared] = 0
+        return with_first(output, each.reshape(added.shape))
 
 
 def _cut(value: Any, streams: int, entering: list[int]) -> Any:

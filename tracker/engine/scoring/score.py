@@ -22,6 +22,7 @@ from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.models.experts import Experts
 from tracker.models.heads import Heads
+from tracker.models.shared_experts import Shared
 from tracker.models.sublayers import Sublayers
 
 
@@ -55,6 +56,7 @@ class Parts:
         stand_ins: What stands in for layers, where that is asked for.
         heads: The heads of their attentions; None where they are not asked for.
         experts: The routed experts of their MLPs; the same.
+        shared: Their shared experts; the same.
     """
 
     model: Any
@@ -66,6 +68,7 @@ class Parts:
     stand_ins: Mapping[int, StandIn] | None = None
     heads: Sequence[Heads | None] | None = None
     experts: Sequence[Experts | None] | None = None
+    shared: Sequence[Shared | None] | None = None
 
     @property
     def base(self) -> Any:
@@ -158,6 +161,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         stand_ins=parts.stand_ins,
         heads=parts.heads,
         experts=parts.experts,
+        shared=parts.shared,
     ):
         output = parts.base(
             input_ids=row.input_ids.to(device), use_cache=name is not None, **cached

@@ -78,6 +78,11 @@ class LayerStep:
         """Whether some stream lacks experts."""
         return any(done.experts for done in self.done)
 
+    @cached_property
+    def has_shared(self) -> bool:
+        """Whether some stream lacks the shared experts."""
+        return any(done.shared for done in self.done)
+
     def origin(self, stream: int) -> int:
         """The stream before the layer whose state a stream enters with."""
         return stream if stream < self.streams else self.forked[stream - self.streams]
@@ -133,6 +138,11 @@ class LayerStep:
     def experts(self) -> tuple[tuple[Part, ...], ...]:
         """For each computed MLP, the experts that it lacks."""
         return tuple(self.done[self.entering[place]].experts for place in self.mlps)
+
+    @cached_property
+    def without_shared(self) -> list[int]:
+        """Which of the computed MLPs lack the shared experts."""
+        return [n for n, place in enumerate(self.mlps) if self.done[self.entering[place]].shared]
 
     @cached_property
     def mlp(self) -> tuple[int | None, ...]:
@@ -198,6 +208,11 @@ class StreamPlan:
     def has_experts(self) -> bool:
         """Whether some stream lacks experts."""
         return any(step.has_experts for step in self.steps)
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether some stream lacks shared experts."""
+        return any(step.has_shared for step in self.steps)
 
     @property
     def repeats(self) -> int:

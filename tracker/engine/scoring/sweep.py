@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tracker.core.ablations import INTACT, Ablation, Done
 from tracker.core.documents import Document, Request, Response
@@ -42,6 +42,7 @@ from tracker.models.load import LoadedModel
 from tracker.models.placement import least_free
 from tracker.models.pruned import left, pruned, put_back, remember
 from tracker.models.reloaded import as_loaded
+from tracker.models.shared_experts import Shared, find_shared, shared_at
 from tracker.models.sublayers import Sublayers, find_sublayers
 
 T = TypeVar("T")
@@ -87,6 +88,7 @@ class Known:
         sublayers: Each layer's attention and MLP.
         heads: The heads of each layer's attention.
         experts: The routed experts of each layer's MLP.
+        shared: Its shared experts.
     """
 
     sight: Sight | None = None
@@ -94,6 +96,7 @@ class Known:
     sublayers: list[Sublayers] | None = None
     heads: list[Heads | None] | None = None
     experts: list[Experts | None] | None = None
+    shared: list[Shared | None] | None = None
 
 
 _Scored = tuple[Row, Sequence[Ablation], RowScores]
@@ -145,10 +148,11 @@ class Engine:
         parts = self._sublayers if ablation.has_sublayers else []
         lost = Done(Action.NO_PARTS, ablation.parts)
         heads = self._heads if lost.heads else []
-        experts = self._experts if lost.experts else []
+        experts = self.experts if lost.experts else []
         silent = [
             *(parts[layer].attention for layer in ablation.attention),
             *(parts[layer].mlp for layer in ablation.mlp),
+            *(each for layer in ablation.shared for each in self._shared_of(layer)),
         ]
         quirks = self.quirks
         make = partial(
@@ -470,7 +474,8 @@ class Engine:
             self._sight,
             self.stand_ins,
             self._heads if plan.has_heads else None,
-            self._experts if plan.has_experts else None,
+            self.experts if plan.has_experts else None,
+            self._shared if plan.has_shared else None,
         )
 
     def _sight(self, tokens: int) -> Sight:
@@ -517,10 +522,22 @@ class Engine:
         return self.known.heads
 
     @property
-    def _experts(self) -> list[Experts | None]:
+    def experts(self) -> list[Experts | None]:
+        """The routed experts of each layer's MLP."""
         if self.known.experts is None:
             self.known.experts = self._found(find_experts)
         return self.known.experts
+
+    @property
+    def _shared(self) -> list[Shared | None]:
+        if self.known.shared is None:
+            self.known.shared = self._found(find_shared)
+        return self.known.shared
+
+    def _shared_of(self, layer: int) -> list[nn.Module]:
+        """The modules that are the shared experts of a layer."""
+        paths = shared_at(self._shared, layer, self.class_name)
+        return [self.loaded.layers[layer].get_submodule(path) for path in paths]
 
     def _found(self, find: Callable[..., list[T]]) -> list[T]:
         """Find parts of all layers' sublayers, which takes a call."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from tracker.core.answers import interval_name
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.formats import defined, measure_of, p_value, write
+from tracker.core.proxies import OF_EXPERTS
 from tracker.core.records import CellRecord, Kind, RunIdentity, RunRecord
 from tracker.report.charts.style import wrap
 from tracker.report.wording import named_interval
@@ -33,9 +34,11 @@ def run_hover(cell: CellRecord, run: RunIdentity, record: RunRecord | None) -> s
     lines = [head, f"{measure.change} {change}"]
     if record.mcnemar_p is not None:
         lines.append(f"McNemar p {p_value(record.mcnemar_p)} (unadjusted)")
+    of_expert = run.component == "expert"
+    proxies = [proxy.name for proxy in OF_EXPERTS] if of_expert else ["cosine_score"]
     shown: tuple[tuple[str, Unit], ...] = (
         ("accuracy_relevance", "relevance"),
-        ("cosine_score", "proxy"),
+        *((name, "proxy") for name in proxies),
     )
     for field, unit in shown:
         value = record.figure(field)

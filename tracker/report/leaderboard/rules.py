@@ -28,3 +28,15 @@ CORRELATION_RULE = (
     "same layers. p over layers says how often two unrelated series of layers, each as smooth over "
     "depth, would correlate as strongly. One may be clear where the other is not."
 )
+
+
+EXPERT_RULE = (
+    "The interval over documents says where the coefficient would be with other documents and the "
+    "same experts. p within layers says how often the proxies of each layer's experts, dealt anew "
+    "among them, would order the experts as well, or as badly. Experts of which a figure is "
+    "undefined are left out."
+)
+
+
+P_OVER = {"layer": "p over layers", "expert": "p within layers"}
+"""What the p-value of a correlation is called, by what the sample is."""

@@ -21,7 +21,7 @@ from tracker.core.decision_records import DecisionsRecord
 from tracker.core.findings import FindingRecord
 from tracker.core.formats import counted, defined, measure_of, points, two_digits
 from tracker.core.kinds import REPLACED_BY
-from tracker.core.proxies import OBSERVED, PROXIES
+from tracker.core.proxies import OBSERVED, OF_EXPERTS, PROXIES
 from tracker.core.records import CellRecord, Place
 from tracker.core.tables import headed, written
 from tracker.core.text import harmless
@@ -148,7 +148,8 @@ def _templates() -> Environment:
     sentences = (agreement_sentence, agreements, compared_sentence)
     every = (*modules, *functions, *sentences)
     environment.globals |= {each.__name__.split(".")[-1]: each for each in every}
-    environment.globals |= {"few": FEW, "proxies": OBSERVED, "replaced_by": REPLACED_BY}
+    environment.globals |= {"few": FEW, "replaced_by": REPLACED_BY}
+    environment.globals |= {"proxies": (*OBSERVED, *OF_EXPERTS)}
     return environment
 
 

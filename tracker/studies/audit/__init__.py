@@ -6,7 +6,7 @@ from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.formats import counted, p_value, points, two_digits, with_interval
 from tracker.core.grouping import grouped
-from tracker.core.proxies import PROXIES, passes
+from tracker.core.proxies import OF_LAYERS, passes
 from tracker.report.wording import benchmark_labels, listed, model_labels
 from tracker.studies.audit.figures import ModelAudit, pooled
 from tracker.studies.audit.layout import charts_of, tables_of
@@ -151,7 +151,7 @@ def _task(audit: ModelAudit) -> str:
 def _best(audit: ModelAudit) -> str:
     """Say which proxy orders the layers best, where that is shown in comparison with all others."""
     first = [name for name, (best, _) in audit.ranks.items() if best == 1]
-    labels, of = [PROXIES[name].label for name in first], len(audit.summaries)
+    labels, of = [OF_LAYERS[name].label for name in first], len(audit.summaries)
     if len(first) > 1 and len(first) == of:
         return f"of {of} proxies none is shown to order the layers better than another."
     if len(first) > 1:

@@ -11,7 +11,7 @@ import numpy as np
 from tracker.core.estimates import Estimate
 from tracker.core.findings import gaps
 from tracker.core.formats import counted
-from tracker.core.proxies import PROXIES, passes
+from tracker.core.proxies import OF_LAYERS, passes
 from tracker.stats.arrays import Array
 from tracker.stats.budgets import at_equal_cost
 from tracker.stats.rank_agreement import (
@@ -48,7 +48,7 @@ class Summary:
     """How well one proxy orders the layers, over all benchmarks where it can be said.
 
     Attributes:
-        proxy: Its name in `PROXIES`.
+        proxy: Its name in `OF_LAYERS`.
         cells: The benchmarks.
         spearman: Mean coefficient, always defined; the interval is from the documents.
         inner: Mean without the outer layers.
@@ -144,7 +144,7 @@ class ModelAudit:
     def summaries(self) -> dict[str, Summary]:
         """By their names the proxies that can be compared, by their measured mean coefficient."""
         summaries = {}
-        for proxy in PROXIES:
+        for proxy in OF_LAYERS:
             cells = [c for c in self.lined_up if c.found[proxy].spearman.value is not None]
             if not cells:
                 continue
@@ -235,7 +235,7 @@ class ModelAudit:
             raw = float(variance_across(relevance).mean())
             found["accuracy relevance"] = Spreads(raw, reason="its noise is that of the drop")
         found[DROP] = self._spread(DROP, raw_drop, None)
-        for proxy in PROXIES:
+        for proxy in OF_LAYERS:
             if all(cell.found[proxy].spearman.value is not None for cell in cells):
                 raw_proxy = variance_across(means(proxy, cells))
                 found[proxy] = self._spread(proxy, raw_proxy, compared(raw_drop, raw_proxy))
@@ -287,7 +287,7 @@ class ModelAudit:
         nothing = [np.nan] * (len(budgets) + 1)
         found = {
             name: gaps(np.mean([rows.get(name, nothing) for rows in by_cell], axis=0))
-            for name in (*PROXIES, DROP)
+            for name in (*OF_LAYERS, DROP)
         }
         return budgets, {name: row[:-1] for name, row in found.items()}, found[DROP][-1]
 

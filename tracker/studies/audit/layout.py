@@ -11,7 +11,7 @@ from scipy import stats
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.findings import FoundChart, Line, LineChart, MapChart
 from tracker.core.formats import counted, two_digits
-from tracker.core.proxies import PROXIES, passes
+from tracker.core.proxies import OF_LAYERS, passes
 from tracker.core.tables import Column, Table, Value, estimate, table
 from tracker.report.leaderboard.claims import ranks_in
 from tracker.stats.rank_agreement import midranks, places
@@ -61,7 +61,7 @@ def _proxies(audit: ModelAudit) -> Table:
     return table(
         f"{audit.name}: how well each proxy orders the layers by their {audit.drop}",
         columns,
-        [*summaries, *(proxy for proxy in PROXIES if proxy not in summaries)],
+        [*summaries, *(proxy for proxy in OF_LAYERS if proxy not in summaries)],
         f"{audit.on}. Intervals are 95 % from resampling documents, benchmarks as they "
         "are; inner layers leave out the first and last two. Ranks by mean Spearman, from "
         "paired differences, hold for all proxies at once.",
@@ -69,7 +69,7 @@ def _proxies(audit: ModelAudit) -> Table:
         "one by one on pruned models, or sharing the layers below the removed one. The "
         f"{audit.drop} itself takes {dear:g} shared, and once more its other answers.",
         "Sources: "
-        + "; ".join(f"{p.label}: {p.source}" for p in PROXIES.values() if p.source)
+        + "; ".join(f"{p.label}: {p.source}" for p in OF_LAYERS.values() if p.source)
         + ".",
     )
 
@@ -98,7 +98,7 @@ class _Tested(NamedTuple):
 
 
 def _benchmarks(audit: ModelAudit) -> Table:
-    tested = [(cell, proxy) for cell in audit.cells for proxy in PROXIES]
+    tested = [(cell, proxy) for cell in audit.cells for proxy in OF_LAYERS]
     p_values = [cell.found[proxy].spearman.p_value for cell, proxy in tested]
     given = [p for p in p_values if p is not None]
     adjusted = iter(stats.false_discovery_control(given) if given else [])
@@ -108,7 +108,7 @@ def _benchmarks(audit: ModelAudit) -> Table:
     ]
     columns: tuple[Column[_Tested], ...] = (
         Column("benchmark", "text", lambda row: row.cell.label),
-        Column("proxy", "text", lambda row: PROXIES[row.proxy].label),
+        Column("proxy", "text", lambda row: OF_LAYERS[row.proxy].label),
         Column("Spearman", "coefficient", lambda row: row.found.spearman),
         Column("inner layers", "coefficient", lambda row: row.entry(row.found.inner)),
         Column("Kendall", "coefficient", lambda row: row.entry(row.found.kendall)),
@@ -205,7 +205,7 @@ def _variances(audit: ModelAudit) -> Iterator[Table]:
 
 
 def _label(name: str) -> str:
-    return PROXIES[name].label if name in PROXIES else name
+    return OF_LAYERS[name].label if name in OF_LAYERS else name
 
 
 def charts_of(audit: ModelAudit) -> list[FoundChart]:
@@ -243,7 +243,7 @@ def _depth(audit: ModelAudit) -> Iterator[FoundChart]:
     if not cells:
         return
     profiles = {audit.drop: means(DROP, cells)}
-    profiles |= {PROXIES[s.proxy].label: means(s.proxy, cells) for s in named}
+    profiles |= {OF_LAYERS[s.proxy].label: means(s.proxy, cells) for s in named}
     yield LineChart(
         title=f"{audit.name}: measured ranks of the layers over depth, mean over benchmarks",
         x="layer (0-based)",

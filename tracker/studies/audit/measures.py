@@ -10,7 +10,7 @@ import numpy as np
 
 from tracker.core.documents import Document
 from tracker.core.estimates import Estimate
-from tracker.core.proxies import OBSERVED, PROXIES, passes
+from tracker.core.proxies import OBSERVED, OF_LAYERS, passes
 from tracker.core.records import CellRecord
 from tracker.engine.observers.divergence import output_proxies
 from tracker.engine.scoring.sweep import Engine
@@ -99,7 +99,7 @@ class Audited:
     def found(self) -> dict[str, Ordering]:
         """How well each proxy orders the layers."""
         drawn_drop = self.drawn(DROP)
-        return {name: self._ordering(name, drawn_drop) for name in PROXIES}
+        return {name: self._ordering(name, drawn_drop) for name in OF_LAYERS}
 
     def _ordering(self, name: str, drawn_drop: Array) -> Ordering:
         x, y, drawn = self.measures[name].means(), self.drop.means(), self.drawn(name)

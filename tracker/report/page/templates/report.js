@@ -60,8 +60,8 @@
     // A bar or a mark of a layer leads to its documents.
     box.on("plotly_click", ({ points: [{ x, text, data }] }) => {
       const layer = Math.round(data.mode === "markers+text" ? text : x);
-      const word = ["attention", "mlp", "mean", "scale", "linear", "int8", "int4", "repeat"]
-        .find((kind) => kind === data.name) ?? "layer";
+      const kinds = ["attention", "mlp", "shared_expert", "mean", "scale", "linear", "int8", "int4"];
+      const word = [...kinds, "repeat"].find((kind) => kind === data.name) ?? "layer";
       if (!Number.isNaN(layer)) openDocuments(box, `${word} ${layer}`);
     });
   };
