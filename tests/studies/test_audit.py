@@ -13,7 +13,7 @@ import pytest
 from tests.ablations import single_layers
 from tracker import api
 from tracker.core.estimates import Estimate
-from tracker.core.proxies import PROXIES, passes
+from tracker.core.proxies import OF_LAYERS, passes
 from tracker.engine.scoring.streams import plan_streams
 from tracker.measuring import observing
 from tracker.stats.budgets import LayerMeasure, at_equal_cost
@@ -35,15 +35,15 @@ def test_a_file_is_measured_observed_once_and_said(
     results = tmp_path / "results"
     said = conducted("audit", path, results)
     best, each, apart = said.tables[:3]
-    assert {row[0] for row in best.rows} == {proxy.label for proxy in PROXIES.values()}
-    assert len(each.rows) == 2 * len(PROXIES), said.lacking
+    assert {row[0] for row in best.rows} == {proxy.label for proxy in OF_LAYERS.values()}
+    assert len(each.rows) == 2 * len(OF_LAYERS), said.lacking
     # The page's own correlations are the same figures.
     columns = {"spearman": "Spearman", "kendall": "Kendall", "pearson": "Pearson"}
     cells = api.report(results).cells
     for name, known in (
         (cell.benchmark.name, known) for cell in cells for known in cell.correlations
     ):
-        row = row_of(each, f"{name} · 0-shot", PROXIES[known.proxy].label)
+        row = row_of(each, f"{name} · 0-shot", OF_LAYERS[known.proxy].label)
         if known.subset == "all":
             entry = row[columns[known.coefficient]]
             assert entry.value == pytest.approx(known.value, abs=1e-12)
@@ -99,7 +99,7 @@ class Drawn(Audited):
         profile = np.sin(np.arange(layers) * 1.7) + np.linspace(0, 1, layers)
         values = {DROP: before[:, None] * 1.0 - after} | {
             name: profile + 0.01 * generator.standard_normal((documents, layers))
-            for name in PROXIES
+            for name in OF_LAYERS
         }
         self.measures = {
             name: LayerMeasure(of_name, ones, passes(name, layers, shared=True))
@@ -254,17 +254,17 @@ def test_a_layer_order_that_is_the_drops_own_is_called_best() -> None:
     assert row["by chance"].value == pytest.approx(5 / LAYERS)
     assert audit.ranks["js"] == (1, 1)
     said = " ".join(answers_of(audit))
-    assert f"Jensen–Shannon divergence orders the layers best of {len(PROXIES)} proxies" in said
+    assert f"Jensen–Shannon divergence orders the layers best of {len(OF_LAYERS)} proxies" in said
 
 
 def test_proxies_that_are_not_told_apart_are_not_called_best() -> None:
     """Was: the one with the largest coefficient on these documents."""
     audit = ModelAudit("m", alike(3, 120))
-    assert {*audit.ranks.values()} == {(1, len(PROXIES))}
+    assert {*audit.ranks.values()} == {(1, len(OF_LAYERS))}
     said = " ".join(answers_of(audit))
-    assert f"of {len(PROXIES)} proxies none is shown to order the layers better" in said
+    assert f"of {len(OF_LAYERS)} proxies none is shown to order the layers better" in said
     assert {(rank.low, rank.high) for rank in column(tables_of(audit)[0], "its rank")} == {
-        (1, len(PROXIES))
+        (1, len(OF_LAYERS))
     }
     cells = alike(3, 120)
     for cell in cells:
