@@ -20,9 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from tracker.core.kinds import Component
+from typing import Any, Literal
 
 Tensor = Any
 """A tensor of torch."""
@@ -141,7 +139,7 @@ class Proxy:
     per_token: Callable[[Tensor], Tensor] | None = None
     complement_of: str = ""
     strategy: str = ""
-    component: Component = "layer"
+    component: Literal["layer", "expert"] = "layer"
     over: str = ""
 
     @property

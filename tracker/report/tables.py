@@ -33,8 +33,9 @@ from tracker.core.run_table import (
 from tracker.core.tables import Column, Table, table
 from tracker.report.caveats import provenance_notes
 from tracker.report.leaderboard.claims import shown_in
-from tracker.report.leaderboard.rules import CORRELATION_RULE, EXPERT_RULE, P_OVER
+from tracker.report.leaderboard.rules import CORRELATION_RULE, EXPERT_RULE
 from tracker.report.wording import (
+    P_OVER,
     benchmark_labels,
     capital,
     correlation,

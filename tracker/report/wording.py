@@ -29,7 +29,6 @@ from tracker.core.records import (
 )
 from tracker.ledger.paired import spreads_of
 from tracker.report.editions import edition_labels
-from tracker.report.leaderboard.rules import P_OVER
 from tracker.stats.power import ALPHA, MEANT, POWER
 from tracker.stats.support import holm
 
@@ -233,6 +232,10 @@ def correlation(
     wanted = (proxy, coefficient, subset)
     found = (r for r in cell.correlations if (r.proxy, r.coefficient, r.subset) == wanted)
     return next(found, None)
+
+
+P_OVER = {"layer": "p over layers", "expert": "p within layers"}
+"""What the p-value of a correlation is called, by what the sample is."""
 
 
 def sample_of(record: CorrelationRecord) -> str:

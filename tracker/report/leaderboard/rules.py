@@ -36,7 +36,3 @@ EXPERT_RULE = (
     "among them, would order the experts as well, or as badly. Experts of which a figure is "
     "undefined are left out."
 )
-
-
-P_OVER = {"layer": "p over layers", "expert": "p within layers"}
-"""What the p-value of a correlation is called, by what the sample is."""
