@@ -29,6 +29,7 @@ from tracker.cli.printing import print_end, print_export, print_finding
 from tracker.cli.terminal import Show, begin, say
 from tracker.core.config import KEYS, RUNS, CellRequest
 from tracker.core.kinds import UNITS
+from tracker.core.search_parts import many_of
 from tracker.pruning.search.settings import OF_CELLS, SearchSettings
 
 _OF_BENCHMARKS = [
@@ -143,7 +144,7 @@ def prune(
         say()
         say(f"to save the recommended one: {done.export}")
     for unit in dict.fromkeys(one.unit for one in done.records if one.unit != "layer"):
-        say(f"no command saves it: plain transformers loads no model without an {unit} of a layer")
+        say(f"no command saves it: tracker export takes whole layers out, and no {many_of(unit)}")
     if done.exported:
         say()
         print_export(done.exported)

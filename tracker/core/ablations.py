@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, product
 from typing import NamedTuple
 
 from tracker.core.config import IN_THE_FILE, CellRequest, field_of
 from tracker.core.errors import ExperimentError
+from tracker.core.grouping import grouped
 from tracker.core.kinds import NUMBERED, UNITS, Action, Component, Intervention
 from tracker.core.records import BASELINE, RunIdentity
+from tracker.core.search_parts import SearchParts
 
 
 class Part(NamedTuple):
@@ -141,16 +144,17 @@ class Ablation:
             return Done(Action.NO_ATTENTION)
         if mlp:
             return Done(Action.NO_MLP)
-        parts, shared = (
-            tuple(part for part in self.parts if part.layer == layer),
-            layer in self.shared,
-        )
+        parts, shared = tuple(self._parts_of.get(layer, ())), layer in self.shared
         if parts or shared:
             return Done(Action.NO_PARTS, parts, shared=shared)
         for stretch in self.repeated:
             if stretch.stop == layer + 1:
                 return Done(Action.REPEAT, stretch=stretch)
         return next((Done(Action(done)) for done, at in self.replaced if at == layer), _PASS)
+
+    @cached_property
+    def _parts_of(self) -> dict[int, list[Part]]:
+        return grouped(self.parts, lambda part: part.layer)
 
     @property
     def expert(self) -> Part | None:
@@ -179,6 +183,14 @@ def ablate(component: Component, layers: Iterable[int], removed: Iterable[int] =
         mlp=tuple(sorted(chosen)) if component == "mlp" else (),
         shared=tuple(sorted(chosen)) if component == "shared_expert" else (),
     )
+
+
+def without_parts(parts: SearchParts, removed: Iterable[int]) -> Ablation:
+    """Make the ablation of a set of what a search removes."""
+    if parts.unit not in NUMBERED:
+        return ablate(parts.unit, removed)
+    places = ((parts.layer_of(part), parts.number_of(part)) for part in sorted(removed))
+    return Ablation(parts=tuple(Part(parts.unit, *place) for place in places))
 
 
 def stretch_of(run: RunIdentity) -> Stretch:

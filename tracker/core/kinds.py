@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, get_args
 
-SearchUnit = Literal["layer", "attention", "mlp"]
-"""What a search removes: whole layers, or one of their two sublayers."""
+SearchUnit = Literal["layer", "attention", "mlp", "head", "kv_head", "expert"]
+"""What a search removes: whole layers, one of their two sublayers, or one of several parts."""
 Component = Literal["layer", "attention", "mlp", "head", "kv_head", "expert", "shared_expert"]
 """What of a layer is removed: all of it, one of its two sublayers, one attention head, all heads
 that share keys and values, one routed expert, or the experts that every token passes."""
@@ -20,7 +20,8 @@ NUMBERED: tuple[Component, ...] = ("head", "kv_head", "expert")
 Intervention = Literal["remove", "mean", "scale", "linear", "int8", "int4", "repeat"]
 """What is done to a layer: it is removed, or something stands in its place."""
 COMPONENTS: tuple[Component, ...] = get_args(Component)
-UNITS: tuple[SearchUnit, ...] = get_args(SearchUnit)
+UNITS: tuple[Component, ...] = ("layer", "attention", "mlp")
+"""Whole layers, and the two sublayers that each has."""
 INTERVENTIONS: tuple[Intervention, ...] = get_args(Intervention)
 
 

@@ -16,6 +16,7 @@ from tracker.core.extent import Positive
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
 from tracker.core.kinds import Component
 from tracker.core.records import Place
+from tracker.core.search_parts import SearchParts
 
 Rescoring = Literal["full", "lazy", "race"]
 """How a greedy search by outcomes scores its candidates again after each removal."""
@@ -50,9 +51,11 @@ class PruneStep(Record):
     """One step: what is removed then, by which score, and what that does to the test documents."""
 
     removed: Layers
-    """All that is removed after the step, ascending."""
+    """All that is removed after the step, ascending: layers, or parts as `SearchParts` numbers
+    them."""
     layer: int | None = None
-    """What the step removed; None where its set is not that of the step before, and one more."""
+    """What the step removed, likewise; None where its set is not that of the step before, and one
+    more."""
     score: float | None = None
     """What the strategy made as small as possible; None where it looks at none."""
     runner_up: Layers = ()
@@ -110,6 +113,11 @@ class PruneRecord(Record):
     part: str | None = None
     """Which part of the benchmark the test documents are of."""
     unit: Component = "layer"
+    per_layer: Positive = Field(1, exclude_if=lambda count: count == 1)
+    """How many parts a layer has, where it has several: part n is number n % `per_layer` of layer
+    n // `per_layer`."""
+    there: Positive | None = Field(None, exclude_if=lambda count: count is None)
+    """How many parts the model has, where a layer has several."""
     strategy: str
     draw: Positive | None = None
     """Which random draw, where the strategy draws."""
@@ -132,9 +140,19 @@ class PruneRecord(Record):
     """The tracked cells of its steps: key, view, documents."""
 
     @property
+    def parts(self) -> SearchParts:
+        """What is removed of: names its parts."""
+        return SearchParts(self.unit, self.model.layers, self.per_layer)
+
+    @property
     def removed(self) -> tuple[int, ...]:
         """What is removed in the end, ascending."""
         return self.steps[-1].removed
+
+    @property
+    def names(self) -> str:
+        """The same as people read it: `3, 17`, or `3.5, 17.0` for heads of layers 3 and 17."""
+        return self.parts.names(self.removed)
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -145,7 +163,7 @@ class PruneRecord(Record):
     @property
     def kept(self) -> tuple[int, ...]:
         """The places, in the intact model, of the layers that nothing is removed of."""
-        gone = set(self.removed)
+        gone = set(map(self.parts.layer_of, self.removed))
         return tuple(layer for layer in range(self.model.layers) if layer not in gone)
 
     @property

@@ -5,25 +5,38 @@ And what the blocks that are in the ledger say already, while the rest of a cell
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress, product
+from typing import NamedTuple, Protocol
 
 import numpy as np
+import pandas as pd
 
 from tracker.core.ablations import INTACT, Ablation, ablate, ablation_of
+from tracker.core.answers import contending
 from tracker.core.errors import ExperimentError, WorkError
 from tracker.core.estimates import Estimate
 from tracker.core.extent import ALL, Extent, shuffled
 from tracker.core.identities import BenchmarkIdentity
 from tracker.core.kinds import Action
+from tracker.core.questions import question
 from tracker.core.records import AnswerRecord, RunAnswer, RunIdentity
 from tracker.core.views import View
-from tracker.ledger.aligned import AlignedOutcomes
+from tracker.ledger.aligned import AlignedOutcomes, gold_logprobs
 from tracker.ledger.blocks import Block, turns
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
 from tracker.stats.accuracy import weights_by_task
+from tracker.stats.arrays import Array, Mask
+from tracker.stats.sequential.smallest import SmallestMean
 from tracker.stats.sequential.stopping import Race
+
+QUESTION = "prune 1 within 1 pp"
+"""What a race of candidates by accuracy answers."""
+WITHIN = 0.01
+"""What the winner of one by log-probability costs more than the best at most, in nats: a right
+answer that is 1 % less likely."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +92,78 @@ def _until_answered(outcomes: AlignedOutcomes, view: View) -> Interim:
     return Interim(len(intact.tasks), None, int(intact.tokens.sum()), drops)
 
 
-def refuse_unbounded(benchmark: BenchmarkIdentity, metric: str) -> None:
-    """Raise ExperimentError for a metric whose outcomes are not between 0 and 1."""
+def refuse_unbounded(benchmark: BenchmarkIdentity, metric: str, key: str = "until") -> None:
+    """Raise ExperimentError for a metric whose outcomes are not between 0 and 1.
+
+    `key` is what was said that asks for them.
+    """
     task = benchmark.tasks[0]
     if task.metrics.get(metric) != "mean" or not task.higher_is_better.get(metric, True):
         raise ExperimentError(
-            f"'until' needs a metric that is a mean of outcomes between 0 and 1, such as acc; "
-            f"{metric} of {benchmark.name} is none. Leave 'until' out, or name another "
+            f"'{key}' needs a metric that is a mean of outcomes between 0 and 1, such as acc; "
+            f"{metric} of {benchmark.name} is none. Leave '{key}' out, or name another "
             "'metric'"
         )
 
 
-class CellRace:
-    """The race that a cell's outcomes decide; the same one in every process, and after a kill.
+class Deciding(Protocol):
+    """What looks at documents until it is decided."""
+
+    @property
+    def open(self) -> Mask:
+        """`[runs]`, of whom nothing is decided."""
+        ...
+
+    def look(self, values: Array) -> None:
+        """Look at further documents, in their order: `[documents, runs]`, what each run costs."""
+        ...
+
+
+class Figure(NamedTuple):
+    """What of an outcome decides.
+
+    Attributes:
+        columns: What is read of it.
+        of: What it comes to, row by row.
+        why_not: Says of a document's figures, the intact model's first, why they cannot decide.
+    """
+
+    columns: Sequence[str]
+    of: Callable[[pd.DataFrame], Array]
+    why_not: Callable[[Array], str]
+
+
+def bounded(benchmark: BenchmarkIdentity, metric: str, key: str = "until") -> Figure:
+    """Decide by a metric.
+
+    Args:
+        benchmark: The benchmark.
+        metric: Its metric.
+        key: What was said that asks for it.
+
+    Returns:
+        What is read.
+
+    Raises:
+        ExperimentError: Its outcomes are not between 0 and 1.
+    """
+    refuse_unbounded(benchmark, metric, key)
+
+    def why_not(outcomes: Array) -> str:
+        wrong = ~((outcomes >= 0) & (outcomes <= 1))
+        if not wrong.any():
+            return ""
+        return (
+            f"'{key}' cannot be answered: {metric} is {outcomes[wrong][0]:g} for a document of "
+            f"{{task}}, and not between 0 and 1. Leave '{key}' out"
+        )
+
+    column = METRIC + metric
+    return Figure([column], lambda frame: frame[column].to_numpy(dtype=np.float64), why_not)
+
+
+class BlockRace:
+    """A race that a cell's outcomes decide; the same one in every process, and after a kill.
 
     All documents of the benchmark come in one random order, in which each task is in proportion. A
     look follows every block, at the documents before which nothing is missing. Blocks lack only
@@ -99,7 +171,6 @@ class CellRace:
     for nothing, because it may be there for a reason.
 
     Attributes:
-        race: How it stands, one mean for each run that the question is about.
         lacking: Which block is to be measured next, and under which ablations; None once the
             question is answered, or all documents have been looked at. Later blocks may be measured
             before it, under the same ones: who is settled then was measured for nothing.
@@ -111,6 +182,116 @@ class CellRace:
         population: Documents that there are.
         base: Layers that a token passes in what is always measured.
         costs: `[runs]`, layers that it passes besides in each run.
+    """
+
+    def __init__(
+        self,
+        store: CellStore,
+        seed: int,
+        ablations: Sequence[Ablation],
+        beneath: Sequence[Ablation],
+        figure: Figure,
+    ) -> None:
+        """Begin before the first document.
+
+        Args:
+            store: The cell.
+            seed: Decides the order of the documents.
+            ablations: What the question is about.
+            beneath: What is measured of each document besides.
+            figure: What of its outcomes decides.
+        """
+        every = store.wanted(ALL)
+        self.population = sum(map(len, every.values()))
+        self.extent = Extent(sample=max(self.population, 1), seed=seed)
+        self.looked = self.measured = self.done = self._passes = 0
+        self.lacking: tuple[Block, tuple[str, ...]] | None = None
+        self._store, self._beneath, self._figure = store, beneath, figure
+        self._names = [ablation.name for ablation in ablations]
+        layers = store.identity.model.layers
+        self.costs = np.array([passes(ablation, layers) for ablation in ablations])
+        self.base = layers + sum(passes(ablation, layers) for ablation in beneath)
+        self.order = shuffled(seed, every)
+        tasks = [task for task, _ in self.order]
+        self._turns = turns(tasks, store.counts(), seed)
+        self._drops: dict[tuple[str, int], np.ndarray] = {}
+        weights = weights_by_task(tasks, store.identity.benchmark.weight_by_size)
+        # A drop counts by its document's weight, and the mean of all is the benchmark's drop.
+        self._scale = weights * self.population
+
+    @property
+    def deciding(self) -> Deciding:
+        """What looks at the documents."""
+        raise NotImplementedError
+
+    @property
+    def contenders(self) -> str:
+        """Say who is left."""
+        raise NotImplementedError
+
+    @property
+    def most(self) -> float:
+        """How much a document counts at most, beside one in a plain mean."""
+        return float(self._scale.max())
+
+    @property
+    def open(self) -> Mask:
+        """`[runs]`, of whom nothing is decided."""
+        return self.deciding.open
+
+    def advance(self) -> None:
+        """Look at what was measured meanwhile, as far as it goes.
+
+        WorkError where a document has no score that could decide.
+        """
+        while self.open.any() and self.done < len(self._turns):
+            (block, size, end), names = self._turns[self.done], self.needed
+            documents = list(self._store.documents(block, self.extent))
+            columns = ["doc", "ablation", *self._figure.columns]
+            frame = self._store.read_block(block, self.extent, columns)
+            present = set(zip(frame["doc"], frame["ablation"], strict=True))
+            if not present.issuperset(product(documents, names)):
+                self.lacking = block, names
+                return
+            frame = frame.assign(figure=self._figure.of(frame))
+            table = frame.pivot(index="doc", columns="ablation", values="figure")
+            values = table.reindex(index=documents, columns=[INTACT.name, *self._names])
+            outcomes = values.to_numpy(dtype=np.float64)
+            self.measured += size
+            self._passes += size * (self.base + int(self.costs[self.open].sum()))
+            if why := self._figure.why_not(outcomes[:, np.isin(values.columns, names)]):
+                raise WorkError(why.format(task=block.task))
+            drops = outcomes[:, :1] - outcomes[:, 1:]
+            self._drops |= zip(((block.task, doc) for doc in documents), drops, strict=True)
+            taken = [self._drops.pop(place) for place in self.order[self.looked : end]]
+            self.deciding.look(np.stack(taken) * self._scale[self.looked : end, None])
+            self.looked = end
+            self.done += 1
+        self.lacking = None
+
+    @property
+    def left(self) -> list[Block]:
+        """The blocks that were not looked at, in the order in which they come."""
+        return [turn.block for turn in self._turns[self.done :]]
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Name the baseline, what lies beneath alone, and the runs that are open."""
+        always = (INTACT.name, *(ablation.name for ablation in self._beneath))
+        return (*always, *compress(self._names, self.open))
+
+    def measured_for(self, looked: np.ndarray) -> np.ndarray:
+        """Say how many documents must be measured before so many can be looked at."""
+        begins = [0, *(turn.end for turn in self._turns[:-1])]
+        begun = np.cumsum([0, *(turn.size for turn in self._turns)])
+        return np.asarray(begun[np.searchsorted(begins, looked, side="left")])
+
+
+class CellRace(BlockRace):
+    """The race that answers the question of a view.
+
+    Attributes:
+        race: How it stands, one mean for each run that the question is about.
     """
 
     def __init__(self, store: CellStore, view: View) -> None:
@@ -125,65 +306,27 @@ class CellRace:
             WorkError: As `advance`.
         """
         assert view.until is not None
-        refuse_unbounded(store.identity.benchmark, view.metric)
-        every, seed = store.wanted(ALL), view.until.seed
-        self.population = sum(map(len, every.values()))
-        self.extent = Extent(sample=max(self.population, 1), seed=seed)
-        self.looked = self.measured = self.done = self._passes = 0
-        self.lacking: tuple[Block, tuple[str, ...]] | None = None
-        self._until, self._store, self._metric = view.until, store, METRIC + view.metric
-        self._ablations = [ablation_of(run, view.removed) for run in view.until.runs]
-        self._names = [ablation.name for ablation in self._ablations]
-        self._beneath = [ablate("layer", view.removed)] if view.removed else []
-        layers = store.identity.model.layers
-        self.costs = np.array([passes(ablation, layers) for ablation in self._ablations])
-        self.base = layers + sum(passes(ablation, layers) for ablation in self._beneath)
-        self.order = shuffled(seed, every)
-        tasks = [task for task, _ in self.order]
-        self._turns = turns(tasks, store.counts(), seed)
-        self._drops: dict[tuple[str, int], np.ndarray] = {}
-        weights = weights_by_task(tasks, store.identity.benchmark.weight_by_size)
-        # A drop counts by its document's weight, and the mean of all is the benchmark's drop.
-        self._scale = weights * self.population
-        most = float(self._scale.max())
+        self._until = view.until
+        ablations = [ablation_of(run, view.removed) for run in view.until.runs]
+        beneath = [ablate("layer", view.removed)] if view.removed else []
+        figure = bounded(store.identity.benchmark, view.metric)
+        super().__init__(store, view.until.seed, ablations, beneath, figure)
         try:
             # Two drops of a document share what it was before, and that is between 0 and 1.
-            self.race = Race(view.until.asked, self.population, len(self._names), most)
+            self.race = Race(view.until.asked, self.population, len(ablations), self.most)
         except ValueError as error:
             raise ExperimentError(f"'until': {error}") from None
         self.advance()
 
-    def advance(self) -> None:
-        """Look at what was measured meanwhile, as far as it goes.
-
-        WorkError where a document has no finite score, or one that is not between 0 and 1.
-        """
-        while not self.race.standing.answered and self.done < len(self._turns):
-            (block, size, end), names = self._turns[self.done], self.needed
-            documents = list(self._store.documents(block, self.extent))
-            frame = self._store.read_block(block, self.extent, ["doc", "ablation", self._metric])
-            present = set(zip(frame["doc"], frame["ablation"], strict=True))
-            if not present.issuperset(product(documents, names)):
-                self.lacking = block, names
-                return
-            table = frame.pivot(index="doc", columns="ablation", values=self._metric)
-            values = table.reindex(index=documents, columns=[INTACT.name, *self._names])
-            outcomes = values.to_numpy(dtype=np.float64)
-            self.measured += size
-            self._passes += size * (self.base + int(self.costs[self.race.standing.open].sum()))
-            self._refuse_unusable(outcomes[:, np.isin(values.columns, names)], block)
-            drops = outcomes[:, :1] - outcomes[:, 1:]
-            self._drops |= zip(((block.task, doc) for doc in documents), drops, strict=True)
-            taken = [self._drops.pop(place) for place in self.order[self.looked : end]]
-            self.race.look(np.stack(taken) * self._scale[self.looked : end, None])
-            self.looked = end
-            self.done += 1
-        self.lacking = None
+    @property
+    def deciding(self) -> Deciding:
+        """What looks at the documents."""
+        return self.race
 
     @property
-    def left(self) -> list[Block]:
-        """The blocks that were not looked at, in the order in which they come."""
-        return [turn.block for turn in self._turns[self.done :]]
+    def contenders(self) -> str:
+        """Say whose part of the answer is not settled."""
+        return contending(self.record())
 
     def record(self) -> AnswerRecord:
         """Say how it stands."""
@@ -213,26 +356,72 @@ class CellRace:
             ),
         )
 
+
+class CandidateRace(BlockRace):
+    """The race of what could go next: which of some ablations costs least, within a tolerance."""
+
+    def __init__(
+        self,
+        store: CellStore,
+        view: View,
+        by: str,
+        seed: int,
+        ablations: Sequence[Ablation],
+        beneath: Sequence[Ablation],
+    ) -> None:
+        """Look at what the cell holds already.
+
+        Args:
+            store: The cell.
+            view: Its metric.
+            by: What decides: `accuracy`, its metric, or `gold_logprob`.
+            seed: Decides the order of the documents.
+            ablations: The candidates.
+            beneath: What is measured of each document besides.
+
+        Raises:
+            ExperimentError: The metric has no bounds.
+            WorkError: As `advance`.
+        """
+        key, count = "rescoring: race", len(ablations)
+        if by == "accuracy":
+            figure = bounded(store.identity.benchmark, view.metric, key)
+        else:
+            figure = Figure(["gold", "rolling", "loglikelihoods"], gold_logprobs, _no_gold)
+        super().__init__(store, seed, ablations, beneath, figure)
+        self._deciding: Race | SmallestMean
+        if by == "accuracy":
+            self._deciding = Race(question(QUESTION), self.population, count, self.most)
+        else:
+            self._deciding = SmallestMean(self.population, count, within=WITHIN)
+        self.advance()
+
     @property
-    def needed(self) -> tuple[str, ...]:
-        """Name the baseline, the layers beneath alone, and the runs that are open."""
-        always = (INTACT.name, *(ablation.name for ablation in self._beneath))
-        return (*always, *compress(self._names, self.race.standing.open))
+    def deciding(self) -> Race | SmallestMean:
+        """What looks at the documents."""
+        return self._deciding
 
-    def measured_for(self, looked: np.ndarray) -> np.ndarray:
-        """Say how many documents must be measured before so many can be looked at."""
-        begins = [0, *(turn.end for turn in self._turns[:-1])]
-        begun = np.cumsum([0, *(turn.size for turn in self._turns)])
-        return np.asarray(begun[np.searchsorted(begins, looked, side="left")])
+    @property
+    def contenders(self) -> str:
+        """Say how many are left."""
+        return f"{self.open.sum()} of {len(self._names)} candidates are left"
 
-    def _refuse_unusable(self, outcomes: np.ndarray, block: Block) -> None:
-        wrong = ~((outcomes >= 0) & (outcomes <= 1))
-        if wrong.any():
-            raise WorkError(
-                f"'until' cannot be answered: {self._metric.removeprefix(METRIC)} is "
-                f"{outcomes[wrong][0]:g} for a document of {block.task}, and not between 0 and 1. "
-                "Leave 'until' out"
-            )
+    @property
+    def winners(self) -> list[int]:
+        """The places of who costs least; several that are level, or that are open to the end."""
+        chosen = self.deciding.chosen
+        places: list[int] = np.flatnonzero(chosen if chosen.any() else self.open).tolist()
+        return places
+
+
+def _no_gold(outcomes: Array) -> str:
+    """Say so where a document has no right answer; a candidate without a score is out."""
+    if np.isfinite(outcomes[:, 0]).all():
+        return ""
+    return (
+        "a document of {task} has no finite log-probability of its right answer, by which "
+        "'rescoring: race' could decide; write rescoring: {{value: full}}"
+    )
 
 
 def passes(ablation: Ablation, layers: int) -> int:

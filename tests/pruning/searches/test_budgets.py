@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import golden
 from tracker.core.errors import ExperimentError
+from tracker.core.search_parts import SearchParts
 from tracker.pruning.search import search
 from tracker.pruning.search.budgets import Budget, amount, budget
 from tracker.pruning.search.cells import Lender, OpenCell
@@ -21,7 +22,7 @@ from tracker.pruning.search.scores import Scores
 from tracker.pruning.search.search import budget_of
 from tracker.pruning.search.strategies import STRATEGIES, Search
 
-from .conftest import LAYERS
+from .conftest import LAYERS, WHOLE
 
 
 @pytest.mark.parametrize(("given", "value", "measure", "share"), golden("amounts"))
@@ -78,7 +79,9 @@ def test_layers_of_unequal_size_meet_the_budget_and_one_stays(name: str, rescori
     lots = random.Random(4)
     for each, needed in (((1.0, 1.0, 10.0), 11.0), *(_sizes(lots) for _ in range(30))):
         within, parts = Budget(each, needed), range(len(each))
-        search = Search(_Counted({}, "layer", len(each), {}), within, rescoring=rescoring)
+        search = Search(
+            _Counted({}, SearchParts("layer", len(each)), {}), within, rescoring=rescoring
+        )
         whole = [tuple(p for p in parts if p != stays) for stays in parts]
         fits = [sum(each[p] for p in removed) >= needed for removed in whole]
         possible = {
@@ -153,7 +156,7 @@ def test_another_budget_of_one_shot_scores_measures_nothing(
 ) -> None:
     def steps(count: int, strategy: str) -> list[int | None]:
         within = Budget((1.0,) * LAYERS, count)
-        search = Search(Scores([cell], "layer", LAYERS), within)
+        search = Search(Scores([cell], WHOLE), within)
         return [step.layer for step in STRATEGIES[strategy](search)]
 
     one = {name: steps(1, name) for name in ("gold_logprob_oneshot", "cosine_oneshot")}

@@ -15,6 +15,7 @@ from tests.conftest import golden, printed
 from tracker.cli.options import Setting
 from tracker.core.errors import ExperimentError
 from tracker.core.prune_records import PruneCost, PruneRecord
+from tracker.core.search_parts import SearchParts
 from tracker.ledger.store import listed
 from tracker.pruning.search import strategies
 from tracker.pruning.search.beforehand import DrawnScores, ends_of
@@ -26,7 +27,7 @@ from tracker.pruning.search.scores import Scores, Set
 from tracker.pruning.search.search import Found
 from tracker.pruning.search.strategies import STRATEGIES, Search
 
-from .conftest import GO, LAYERS, Truth
+from .conftest import GO, LAYERS, WHOLE, Truth
 from .test_strategies import cosine, grown, naive_proxy, turned
 
 KINDS = ["full", "mamba", "mamba", "full", "mamba"]
@@ -70,7 +71,7 @@ def case(request: pytest.FixtureRequest) -> str:
 
 
 def run(cell: OpenCell, case: str, strategy: str, **more: Any) -> list[Set]:
-    scores = Scores([cell], "layer", LAYERS)
+    scores = Scores([cell], WHOLE)
     given = Search(scores, within(case), **more)
     return [step.removed for step in STRATEGIES[strategy](given)]
 
@@ -193,7 +194,9 @@ def test_whatever_must_stay_the_budget_is_met_or_it_is_said(strategy: str) -> No
         if not possible:
             continue
         try:
-            steps = list(STRATEGIES[strategy](Search(DrawnScores("layer", total), one)))
+            steps = list(
+                STRATEGIES[strategy](Search(DrawnScores(SearchParts("layer", total)), one))
+            )
         except ExperimentError:
             assert strategy in ("last", "angular", "evolutionary")
             continue
@@ -214,7 +217,7 @@ def test_other_constraints_are_another_search_and_none_is_the_same_as_ever() -> 
 
     def name(**said: Any) -> str:
         one = asked(strategy="random", sample=32, remove=8, **said)
-        return Found(one, 2, (), (), cost).name("tests")
+        return Found(one, WHOLE, 2, (), (), cost).name("tests")
 
     assert name() == "m-copa-random-2-remove-8-72dd68c6"
     said = [{}, {"protect": [0, "last"]}, {"among": "3-9"}, {"at_least": {"odd": 3}}]
@@ -235,7 +238,7 @@ class Seen(DrawnScores):
 
 @pytest.mark.parametrize("strategy", ["accuracy_oneshot", "accuracy", "beam"])
 def test_what_may_go_alone_is_scored(strategy: str) -> None:
-    scores = Seen("layer", LAYERS)
+    scores = Seen(WHOLE)
     one = Budget((1.0,) * LAYERS, 2, frozenset({0, 2, 4}))
     list(STRATEGIES[strategy](Search(scores, one)))
     assert {part for each in scores.sets for part in each} == {1, 3}
@@ -301,7 +304,7 @@ def test_attentions_stay_too(write, prune, tmp_path: Path) -> None:
 def test_a_search_without_documents_says_beforehand_how_it_ends() -> None:
     one = asked(strategy="random", draws=2)
     assert all(len(end) == GO for end in ends_of(one, within("of 3")))
-    given = [Search(DrawnScores("layer", LAYERS), within("of 3"), 1234, draw) for draw in (1, 2)]
+    given = [Search(DrawnScores(WHOLE), within("of 3"), 1234, draw) for draw in (1, 2)]
     drawn = [list(STRATEGIES["random"](each))[-1].removed for each in given]
     assert ends_of(one, within("of 3")) == list(dict.fromkeys(drawn))
 

@@ -12,14 +12,15 @@ import pytest
 from tracker.core.ablations import INTACT
 from tracker.core.extent import random_order
 from tracker.core.questions import question
+from tracker.ledger.early_stopping import QUESTION
 from tracker.pruning.search.budgets import Budget
 from tracker.pruning.search.cells import Lender, OpenCell
 from tracker.pruning.search.request import SearchRequest
 from tracker.pruning.search.scores import Scores, Set
-from tracker.pruning.search.strategies import BATCH, QUESTION, STRATEGIES, Search
+from tracker.pruning.search.strategies import BATCH, STRATEGIES, Search
 from tracker.stats.sequential.stopping import Race
 
-from .conftest import LAYERS, Known
+from .conftest import LAYERS, WHOLE, Known
 
 
 def chosen(known: Known, rescoring: str, count: int = 6) -> list[int | None]:
@@ -57,7 +58,7 @@ def test_a_lazy_search_of_a_model(cell: OpenCell) -> None:
     """With less than a batch of candidates it is the full one, and asks no more."""
 
     def run(rescoring: str) -> tuple[list[int | None], Scores]:
-        scores = Scores([cell], "layer", LAYERS)
+        scores = Scores([cell], WHOLE)
         search = Search(scores, Budget((1.0,) * LAYERS, 3), rescoring=rescoring)  # type: ignore[arg-type]
         return [step.layer for step in STRATEGIES["gold_logprob"](search)], scores
 
@@ -76,11 +77,11 @@ def racing(
 
 
 def test_a_race_leaves_the_best_of_what_all_documents_say(racing: OpenCell) -> None:
-    scores = Scores([racing], "layer", LAYERS)
+    scores = Scores([racing], WHOLE)
     search = Search(scores, Budget((1.0,) * LAYERS, 2), rescoring="race")
     steps = list(STRATEGIES["accuracy"](search))
     removed: Set = ()
-    full = Scores([racing], "layer", LAYERS)
+    full = Scores([racing], WHOLE)
     passes, evaluations, most = 0.0, 0.0, 0
     for step in steps:
         left = [n for n in range(LAYERS) if n not in removed]
@@ -127,9 +128,9 @@ def test_several_benchmarks_count_alike(
     for benchmark, sample in sizes.items():
         asked = ask(strategy="accuracy", remove=2, benchmark=benchmark, sample=sample)
         cells.append(OpenCell(asked.calibration()[0], lender))
-    both = Scores(cells, "layer", LAYERS)
+    both = Scores(cells, WHOLE)
     sets = [(n,) for n in range(LAYERS)]
-    alone = [Scores([cell], "layer", LAYERS) for cell in cells]
+    alone = [Scores([cell], WHOLE) for cell in cells]
     for by in ("accuracy", "gold_logprob"):
         found = both.losses(by, sets)
         assert found.values.shape == (12, LAYERS)

@@ -20,13 +20,13 @@ from tracker.pruning.search.cells import OpenCell
 from tracker.pruning.search.scores import Losses, Scores, Set
 from tracker.pruning.search.strategies import STRATEGIES, Search
 
-from .conftest import GO, LAYERS, Known, Truth
+from .conftest import GO, LAYERS, WHOLE, Known, Truth
 
 WITHIN = Budget((1.0,) * LAYERS, GO)
 
 
 def run(cell: OpenCell, strategy: str, **more: object) -> list[PruneStep]:
-    scores = Scores([cell], "layer", LAYERS)
+    scores = Scores([cell], WHOLE)
     return list(STRATEGIES[strategy](Search(scores, WITHIN, **more)))  # type: ignore[arg-type]
 
 

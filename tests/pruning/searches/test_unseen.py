@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig
 from tests.conftest import save_tokenizer
 from tests.engine.truth import truths, without
 from tracker.core.ablations import INTACT, Ablation
+from tracker.core.search_parts import SearchParts
 from tracker.ledger.outcomes import AGAIN
 from tracker.measuring.calibrate import LEAST_TWICE
 from tracker.pruning.search.cells import OpenCell, _drawn
@@ -52,16 +55,26 @@ def test_a_set_that_the_check_has_not_seen_is_exact(ask, lend, tmp_path: Path) -
 
 
 def test_sets_are_drawn_of_what_is_removed_together() -> None:
-    assert list(_drawn({(0, 0, 0), (1, 0, 0), (0, 1, 0)}, 30)) == []
-    layers = list(_drawn({(0, 0, 0), (2, 0, 0)}, 30))
+    whole = SearchParts("layer", 30)
+    layers = list(_drawn(whole, random.Random(0)))
     assert [len(each.layers) for each in layers] == [2] * 4 + [3] * 4 + [7] * 4 + [15] * 4
     for each in layers[::4]:
         assert each.layers == tuple(range(each.layers[0], each.layers[-1] + 1))
-    assert list(_drawn({(0, 0, 0), (2, 0, 0)}, 30)) == layers
-    both = list(_drawn({(0, 2, 1), (0, 1, 2)}, 8))
-    assert {bool(each.attention) for each in both} == {bool(each.mlp) for each in both}
-    assert {len(each.attention + each.mlp) for each in both} == {2, 3, 4}
-    assert list(_drawn({(2, 0, 0)}, 2)) == []
+    assert list(_drawn(whole, random.Random(0))) == layers
+    both = list(_drawn(SearchParts("mlp", 8), random.Random(0)))
+    assert {len(each.mlp) for each in both} == {2, 3, 4}
+    assert list(_drawn(SearchParts("layer", 2), random.Random(0))) == []
+
+
+def test_sets_of_experts_leave_a_layer_as_many_as_its_router_chooses() -> None:
+    mixtures = SearchParts("expert", 6, per_layer=4, there=(1, 3, 5), stay=2)
+    sets = [each.parts for each in _drawn(mixtures, random.Random(0))]
+    assert {len(each) for each in sets} == {2, 3, 4, 5, 6}
+    for each in sets:
+        assert len(set(each)) == len(each)
+        counts = Counter(part.layer for part in each)
+        assert counts.keys() <= {1, 3, 5}
+        assert max(counts.values()) <= 2
 
 
 @pytest.mark.usefixtures("one_thread")

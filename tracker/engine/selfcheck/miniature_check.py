@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ import torch
 from tracker.core.ablations import INTACT, Ablation, Part
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
+from tracker.core.grouping import grouped
 from tracker.core.provenance import content_hash, file_hash, machine, package_versions
 from tracker.engine.refusal import refused, tried
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
@@ -201,17 +202,24 @@ def some_of(ablations: Sequence[Ablation]) -> list[Ablation]:
 
 
 def _of_its_parts(small: Any, ablations: Sequence[Ablation]) -> list[Ablation]:
-    """Take a miniature's few heads for the many of its model; no ablation twice."""
+    """Take a miniature's few heads for the many of its model; no ablation twice.
+
+    Of sets no more than half of a layer's are left: a router chooses two of a miniature's four.
+    """
     parts = parts_of(small.config.get_text_config())
 
     def its(part: Part) -> Part:
         count = parts.numbered(part.component)
         return part._replace(number=part.number % count) if count else part
 
+    def some(given: Iterable[Part]) -> Iterator[Part]:
+        of_layers = grouped(sorted({*map(its, given)}), lambda part: part[:2])
+        for (component, _), own in of_layers.items():
+            yield from own[: max(1, (parts.numbered(component) or 2 * len(own)) // 2)]
+
     return list(
         dict.fromkeys(
-            replace(ablation, parts=tuple(sorted({*map(its, ablation.parts)})))
-            for ablation in ablations
+            replace(ablation, parts=tuple(some(ablation.parts))) for ablation in ablations
         )
     )
 

@@ -186,8 +186,8 @@ def refuse_units(units: Collection[Component]) -> None:
     others = sorted(set(units) - {"layer"})
     if others:
         raise RequestError(
-            f"--output saves models without whole layers, and 'unit' is {others[0]}, without which "
-            "plain transformers loads no model; leave --output out"
+            f"--output saves models without whole layers, and 'unit' is {others[0]}; leave "
+            "--output out"
         )
 
 

@@ -14,13 +14,14 @@ from functools import cache, partial
 import numpy as np
 
 from tracker.core.errors import ExperimentError, ModelError
-from tracker.core.kinds import Component
+from tracker.core.kinds import NUMBERED
+from tracker.core.search_parts import SearchParts
 from tracker.models.checkpoint import refuse_unsizable
 from tracker.models.sources import ModelSource, find_model
 from tracker.pruning.search.budgets import Budget
 from tracker.pruning.search.request import SearchRequest
 from tracker.pruning.search.scores import Losses, Scores, Set, grown
-from tracker.pruning.search.strategies import BLIND, STRATEGIES, Search
+from tracker.pruning.search.strategies import BLIND, SCORED, STRATEGIES, Search
 from tracker.stats.arrays import Array
 
 TRIED = 4
@@ -33,13 +34,17 @@ class DrawnScores(Scores):
     Another `lot` draws other costs.
     """
 
-    def __init__(self, unit: Component, layers: int, lot: str = "") -> None:
-        super().__init__([], unit, layers)
+    def __init__(self, parts: SearchParts, lot: str = "") -> None:
+        super().__init__([], parts)
         self._lot = lot
+        self._costs: dict[str, list[float]] = {}
 
     def losses(self, by: str, sets: Sequence[Set]) -> Losses:
         """Make up what sets cost."""
-        costs = [random.Random(f"{by}/{n}{self._lot}").random() for n in range(self.layers)]
+        if by not in self._costs:
+            lots = (random.Random(f"{by}/{n}{self._lot}") for n in range(self.parts.total))
+            self._costs[by] = [each.random() for each in lots]
+        costs = self._costs[by]
         values: Array = np.array([[sum(costs[part] for part in each) for each in sets]])
         return Losses([grown(each) for each in sets], values, np.ones(1), np.zeros(len(sets)))
 
@@ -60,7 +65,7 @@ def ends_of(asked: SearchRequest, within: Budget, lots: int = TRIED) -> list[Set
     draws = [(draw or 1, "") for draw in asked.draws_of]
     found: dict[Set, None] = {}
     for draw, lot in draws if blind else [(1, f"/{lot}") for lot in range(lots)]:
-        scores = DrawnScores(asked.unit, len(within.each), lot)
+        scores = DrawnScores(within.parts_of(asked.unit), lot)
         given = Search(scores, within, asked.cell.seed, draw)
         try:
             *_, step = STRATEGIES[asked.strategy](given)
@@ -101,6 +106,8 @@ def refuse_unsavable(
 
     def note(asked: SearchRequest, within: Budget) -> str:
         cell = asked.cell
+        if asked.unit in NUMBERED and asked.strategy in SCORED:
+            return ""  # they take one part after the other, and whatever goes first can
         why = partial(why_not, find_model(cell.model, cell.revision, cell.model_args))
         if asked.unit != "layer" or not why(None):
             ends_of(asked, within, 1)

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from tracker.core.errors import ExperimentError
 from tracker.core.formats import counted
+from tracker.core.kinds import NUMBERED, Component
 from tracker.core.safe_yaml import short
+from tracker.core.search_parts import SearchParts
 from tracker.pruning.search.constraints import FREE, Constraints
 
 Measure = Literal["parts", "parameters", "bytes", "seconds"]
 FORMS = "8, 25 %, 25 % parameters, 25 % bytes, 25 % seconds, 34M parameters, 70 MB or 5 ms"
 """How an amount is written."""
 
+_TOO_FEW: Mapping[Component, str] = {
+    "layer": "leaves no layer",
+    "head": "leaves layers without a head",
+    "kv_head": "leaves layers without a group of heads",
+    "expert": "leaves layers fewer experts than their routers choose",
+}
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?(.*)")
 _SHARES: Mapping[str, Measure] = {
     "%": "parts",
@@ -116,6 +125,10 @@ class Budget:
         """The parts that may go."""
         return [part for part in range(len(self.each)) if part not in self.fixed]
 
+    def parts_of(self, unit: Component) -> SearchParts:
+        """What it is a budget of."""
+        return SearchParts(unit, len(self.each))
+
     @property
     def count(self) -> int:
         """How many parts are enough, whichever; ExperimentError if not even all that may go."""
@@ -125,7 +138,7 @@ class Budget:
                 if self.of_parts(n).reachable(()):
                     return n
                 break
-        raise out_of_reach("evolutionary takes so many layers, whichever they are")
+        raise out_of_reach("evolutionary takes so many parts, whichever they are")
 
     def of_parts(self, count: int) -> Budget:
         """A budget of so many parts, of the same ones."""
@@ -154,6 +167,11 @@ class Budget:
         stay = {} if self.fixed else free.difference(removed)
         return free - {min(stay, key=lambda part: self.each[part])} if stay else free
 
+    @property
+    def largest(self) -> float:
+        """How much may go at most."""
+        return sum(self.each[part] for part in self.most())
+
     def left(self, removed: Collection[int]) -> list[int]:
         """The parts that could go next."""
         most = self.most(removed)
@@ -162,11 +180,59 @@ class Budget:
         return [part for part in parts if part in sure or self.reachable((*removed, part))]
 
 
+@dataclass(frozen=True)
+class BudgetOfParts(Budget):
+    """When enough is removed of parts of which a layer has several, each of size 1.
+
+    Attributes:
+        parts: What they are, and how many of each layer's stay at least.
+    """
+
+    parts: SearchParts = field(kw_only=True)
+
+    def parts_of(self, unit: Component) -> SearchParts:
+        """What it is a budget of."""
+        return self.parts
+
+    @cached_property
+    def _rooms(self) -> Mapping[int, int]:
+        """Layer → how many of its parts may go."""
+        most = self.parts.per_layer - self.parts.stay
+        return {layer: min(free, most) for layer, free in self._of_layers(self.free).items()}
+
+    def _of_layers(self, parts: Iterable[int]) -> Counter[int]:
+        return Counter(map(self.parts.layer_of, parts))
+
+    @property
+    def largest(self) -> float:
+        """How much may go at most."""
+        return float(sum(self._rooms.values()))
+
+    def allows(self, removed: Collection[int]) -> bool:
+        """Whether these parts may go together."""
+        gone = self._of_layers(removed).items()
+        fit = all(count <= self._rooms.get(layer, 0) for layer, count in gone)
+        return fit and self.fixed.isdisjoint(removed)
+
+    def reachable(self, removed: Collection[int]) -> bool:
+        """Whether these may go, and enough with them."""
+        return self.allows(removed) and self.largest >= self.needed * (1 - 1e-9)
+
+    def left(self, removed: Collection[int]) -> list[int]:
+        """The parts that could go next."""
+        if not self.reachable(removed):
+            return []
+        counts, gone = self._of_layers(removed), set(removed)
+        full = {layer for layer, room in self._rooms.items() if counts[layer] >= room}
+        free = (part for part in self.free if part not in gone)
+        return [part for part in free if self.parts.layer_of(part) not in full]
+
+
 def out_of_reach(why: str) -> ExperimentError:
     """Make the error of a strategy that cannot remove enough."""
     return ExperimentError(
-        f"{why}, and that is not enough; let less go, or take a strategy that chooses layer by "
-        "layer, such as accuracy"
+        f"{why}, and that is not enough; let less go, or take a strategy that chooses one by one, "
+        "such as accuracy"
     )
 
 
@@ -177,6 +243,7 @@ def budget(
     total: float,
     title: str,
     constraints: Constraints = FREE,
+    parts: SearchParts | None = None,
 ) -> Budget:
     """Say when enough is removed.
 
@@ -186,7 +253,8 @@ def budget(
         each: What each part takes, in the amount's measure.
         total: What the whole model takes; for `parts`, how many there are.
         title: The search, for messages.
-        constraints: What must stay.
+        constraints: What must stay, in layers.
+        parts: What goes; None = whole layers.
 
     Returns:
         The budget.
@@ -201,14 +269,21 @@ def budget(
             f"{title}: '{word}: {asked.text}' removes nothing: the model has "
             f"{_written(total, asked.measure)}; keep less"
         )
-    groups = ((one.groups(len(each)), one.count) for one in constraints.least)
-    least = dict.fromkeys((parts, count) for some, count in groups for parts in some)
-    found = Budget(tuple(each), needed, constraints.fixed(len(each)), tuple(least))
+    parts = parts or SearchParts("layer", len(each))
+    fixed = {*parts.of_layers(constraints.fixed(parts.layers))}
+    fixed |= set(range(parts.total)).difference(parts.numbers)
+    if parts.unit in NUMBERED:
+        found: Budget = BudgetOfParts(tuple(each), needed, frozenset(fixed), parts=parts)
+    else:
+        groups = ((one.groups(parts.layers), one.count) for one in constraints.least)
+        least = dict.fromkeys((layers, count) for some, count in groups for layers in some)
+        found = Budget(tuple(each), needed, frozenset(fixed), tuple(least))
     if not found.reachable(()):
-        most = sum(each[part] for part in found.most())
+        most = found.largest
         limit, bound = ("at most", most) if word == "remove" else ("no less than", total - most)
         names = constraints.names
-        why = f"does not fit {names}" if names else "leaves no layer"
+        too_few = _TOO_FEW.get(parts.unit, _TOO_FEW["layer"])
+        why = f"does not fit {names}" if names else too_few
         raise ExperimentError(
             f"{title}: '{word}: {asked.text}' {why}: of "
             f"{_written(total, asked.measure)}, {word} {limit} {_written(bound, asked.measure)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,10 +12,11 @@ import numpy as np
 
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
-from tracker.core.ablations import INTACT, Ablation, ablate
+from tracker.core.ablations import INTACT, Ablation, without_parts
 from tracker.core.config import CellRequest
 from tracker.core.identities import BenchmarkIdentity
-from tracker.core.kinds import UNITS
+from tracker.core.kinds import COMPONENTS
+from tracker.core.search_parts import SearchParts
 from tracker.core.views import View
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.engine.scoring.sweep import Engine
@@ -31,6 +33,8 @@ from tracker.measuring.meter import Meter, Model, Place, open_model
 from tracker.measuring.observing import Documents, Observe, Observed, observe
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
+from tracker.models.parts import find_parts
+from tracker.models.sources import find_model
 from tracker.stats.arrays import Array
 
 _COLUMNS = ["task", "doc", "ablation", "gold", "rolling", "loglikelihoods"]
@@ -71,23 +75,24 @@ _Shape = tuple[int, ...]
 
 
 def _shape(ablation: Ablation) -> _Shape:
-    """What kind of a removal it is: of each component none, one, or several (2)."""
-    return tuple(min(len(gone), 2) for gone in (ablation.layers, ablation.attention, ablation.mlp))
+    """What kind of a removal it is: of each of `COMPONENTS` none, one, or several (2)."""
+    gone = {"layer": ablation.layers, "attention": ablation.attention, "mlp": ablation.mlp}
+    parts = Counter(part.component for part in ablation.parts)
+    return tuple(min(len(gone.get(each, ())) + parts[each], 2) for each in COMPONENTS)
 
 
-def _drawn(shapes: Collection[_Shape], layers: int) -> Iterator[Ablation]:
-    """Draw sets of each component of which several are removed, the same ones each time.
+def _drawn(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
+    """Draw sets of parts.
 
-    Of each of some sizes, up to half of the layers, one is of neighbours and three are of any.
+    Of each of some sizes, up to half of all, one is of neighbours and three are of any.
     """
-    draw = random.Random(0)
-    sizes = {min(size, layers // 2) for size in (2, 3, layers // 4, layers // 2)} - {0, 1}
-    for component, most in zip(UNITS, map(max, zip(*shapes, strict=True)), strict=True):
-        for size in sorted(sizes) if most > 1 else ():
-            first = draw.randrange(layers - size + 1)
-            yield ablate(component, range(first, first + size))
-            for _ in range(_ANY):
-                yield ablate(component, draw.sample(range(layers), size))
+    total = len(parts.numbers)
+    sizes = {min(size, total // 2) for size in (2, 3, total // 4, total // 2)} - {0, 1}
+    for size in sorted(sizes):
+        first = draw.randrange(total - size + 1)
+        near = parts.numbers[first : first + size]
+        for some in (near, *(draw.sample(parts.numbers, size) for _ in range(_ANY))):
+            yield without_parts(parts, parts.allowed(some))
 
 
 class OpenCell:
@@ -235,8 +240,9 @@ class OpenCell:
         """Open what measures the baseline and some ablations, `candidates` as `measure` has it.
 
         Sharing is checked when something is removed that was not before: one layer, several,
-        attentions, MLPs; where it is several, on sets drawn at random too, because the check does
-        not see those that are asked for later. These are watched while they are measured.
+        attentions, MLPs, heads, experts; where it is several, on sets drawn at random too, because
+        the check does not see those that are asked for later. These are watched while they are
+        measured.
         """
         meter = self._meter
         if candidates:
@@ -247,12 +253,21 @@ class OpenCell:
             self.progress.say(
                 f"{self.request.benchmark}: checking that sharing is exact for this model"
             )
-            meter.ablations = list(asked | dict.fromkeys(_drawn(shapes, self.layers)))
+            meter.ablations = list(asked | dict.fromkeys(self._drawn(shapes)))
             for line in meter.check(Checks(self._lender.ledger.root)):
                 self.progress.say(line)
             self._checked |= shapes
         meter.ablations = list(asked)
         return meter
+
+    def _drawn(self, shapes: Collection[_Shape]) -> Iterator[Ablation]:
+        """Draw sets of each component of which several are removed, the same ones each time."""
+        asked, draw = self.request, random.Random(0)
+        source = find_model(asked.model, asked.revision, asked.model_args)
+        trusted = self._lender.options.trust_remote_code
+        for component, most in zip(COMPONENTS, map(max, zip(*shapes, strict=True)), strict=True):
+            if most > 1:
+                yield from _drawn(find_parts(source, component, trusted), draw)
 
     def passes(self, ablations: Sequence[Ablation]) -> float:
         """Price one engine call, the baseline with it, in passes of the intact model."""

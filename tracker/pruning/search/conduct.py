@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tracker.core.ablations import INTACT, Ablation, ablate
-from tracker.core.config import CellRequest
+from tracker.core.ablations import INTACT, Ablation, without_parts
+from tracker.core.config import CellRequest, field_of
 from tracker.core.errors import CellError, RequestError, TrackerError, TrackingError
 from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord
 from tracker.core.grouping import grouped
+from tracker.core.kinds import NUMBERED
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
 from tracker.core.records import CellRecord, Place
 from tracker.ledger.store import Ledger, keep_finding, keep_search
@@ -142,7 +143,8 @@ def pursue(
         record = _record(one, tested, places, stays)
         keep_search(ledger.root, record)
         answered = tested.paired(ablations_of(one)).scores
-        searched.append(Searched(one.asked, record, answered, asked_for[-1]))
+        last = next(filter(None, reversed(asked_for)), None)
+        searched.append(Searched(one.asked, record, answered, last))
     if not failed:
         for cell in cells.values():
             cell.end()
@@ -151,19 +153,23 @@ def pursue(
 
 def ablations_of(found: Found) -> list[Ablation]:
     """What the test documents are measured under: the set after each step."""
-    return [ablate(found.asked.unit, step.removed) for step in found.steps]
+    return [without_parts(found.parts, step.removed) for step in found.steps]
 
 
 def _run(found: Found, step: PruneStep) -> CellRequest | None:
     """Ask for a step as a run: what it removed, beneath what was gone.
 
-    None for attentions and MLPs, of which only one may be missing in a run.
+    None for attentions, MLPs, heads and experts, of which only one may be missing in a run.
     """
     last = step.layer if step.layer is not None else max(step.removed)
     beneath = tuple(layer for layer in step.removed if layer != last)
-    if found.asked.unit != "layer" and beneath:
+    unit, parts = found.asked.unit, found.parts
+    if unit != "layer" and beneath:
         return None
-    more = {"removed": beneath, "layers": (last,), "components": (found.asked.unit,)}
+    more: dict[str, object] = {"removed": beneath, "components": (unit,)}
+    more["layers"] = (parts.layer_of(last),)
+    if unit in NUMBERED:
+        more[field_of(unit)] = (parts.number_of(last),)
     return found.asked.test().model_copy(update=more)
 
 
@@ -188,7 +194,7 @@ def _record(
         step.model_copy(update={"test": _tested(cell, ablation)})
         for step, ablation in zip(found.steps, ablations_of(found), strict=True)
     ]
-    asked, identity = found.asked, cell.store.identity
+    asked, identity, parts = found.asked, cell.store.identity, found.parts
     return PruneRecord(
         name=found.name(identity.key),
         model=identity.model,
@@ -197,6 +203,8 @@ def _record(
         higher_is_better=cell.higher_is_better,
         part=cell.request.part,
         unit=asked.unit,
+        per_layer=parts.per_layer,
+        there=len(parts.numbers) if asked.unit in NUMBERED else None,
         strategy=asked.strategy,
         draw=found.draw,
         rescoring=asked.rescored,
@@ -248,7 +256,7 @@ def figures(record: PruneRecord) -> dict[str, float]:
 
 
 def _log(track: Sequence[str], results: Path, found: Pursued) -> None:
-    """Log the last step as the trial's run, with the figures of the search, and end.
+    """Log the last step that is one as the trial's run, with the figures of the search, and end.
 
     Of several draws it is the first. Where W&B refuses, `found.outcome` says so.
     """
@@ -257,9 +265,10 @@ def _log(track: Sequence[str], results: Path, found: Pursued) -> None:
     if not trial.joins:
         return
     try:
-        cell = next((c for c in found.outcome.cells if c.place == record.rests_on[-1]), None)
+        places = record.rests_on[-1:]
+        cell = next((c for c in found.outcome.cells if c.place in places), None)
         if request is None or cell is None:
-            trial.leave(f"{record.label}: its last step is no run")
+            trial.leave(f"{record.label}: no step of it is a run")
         else:
             trial.log(cell, figures(record))
     except TrackingError as error:

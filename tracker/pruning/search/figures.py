@@ -56,7 +56,7 @@ class Searched:
         asked: The search.
         record: What it found.
         answered: What the test documents come to after each step, more being better.
-        request: The request of the last step's run; None where it has none.
+        request: The request of the last step that is a run; None where none is.
     """
 
     asked: SearchRequest

@@ -8,8 +8,8 @@ from functools import cache
 
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.config import CellRequest
-from tracker.core.kinds import Component
 from tracker.core.proxies import passes
+from tracker.core.search_parts import SearchParts
 from tracker.engine.plan import Reading, reading
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
@@ -96,7 +96,7 @@ def plan_searches(
         cells = {each: read(each)[0] for each in request.calibration()}
         for each, there in cells.items():
             refuse_few(each, there.documents)
-        counts = [_Counted(cells, request.unit, len(within.each), known) for _ in request.draws_of]
+        counts = [_Counted(cells, within.parts_of(request.unit), known) for _ in request.draws_of]
         steps = 0
         for draw, scores in zip(request.draws_of, counts, strict=True):
             given = Search(scores, within, request.cell.seed, draw or 1)
@@ -148,11 +148,10 @@ class _Counted(DrawnScores):
     def __init__(
         self,
         readings: dict[CellRequest, Reading],
-        unit: Component,
-        layers: int,
+        parts: SearchParts,
         known: dict[CellRequest, set[object]],
     ) -> None:
-        super().__init__(unit, layers)
+        super().__init__(parts)
         self.passes = self.flops = 0.0
         self.naive_flops: float | None = 0.0
         self._readings, self._known = readings, known

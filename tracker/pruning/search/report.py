@@ -15,7 +15,9 @@ from tracker.core.extent import DEFAULT_SEED
 from tracker.core.findings import FindingRecord, Line, LineChart
 from tracker.core.formats import WRITTEN, counted, ends
 from tracker.core.grouping import grouped
+from tracker.core.kinds import NUMBERED, Component
 from tracker.core.prune_records import PruneRecord, PruneStep
+from tracker.core.search_parts import many_of
 from tracker.core.tables import Column, Table, estimate, table
 from tracker.pruning.search.constraints import in_words
 from tracker.pruning.search.figures import (
@@ -116,8 +118,9 @@ def constrained(record: PruneRecord) -> Iterator[str]:
     """Say in a sentence each what was not to go, whatever a search finds."""
     unit = record.unit
     if record.protected:
-        verb = "was" if len(record.protected) == 1 else "were"
-        yield f"{_parts(unit, record.protected).capitalize()} {verb} protected."
+        verb = "was" if len(record.protected) == 1 and unit not in NUMBERED else "were"
+        words = _parts(unit, record.protected)
+        yield f"{words[0].upper()}{words[1:]} {verb} protected."
     if record.among is not None:
         yield f"Only {_parts(unit, record.among)} could go."
     for kind, said in record.at_least.items():
@@ -126,8 +129,9 @@ def constrained(record: PruneRecord) -> Iterator[str]:
         yield f"Of {some} at least {count} of kind {kind} had to stay."
 
 
-def _parts(unit: str, parts: Sequence[int]) -> str:
-    return f"{unit}{'s' if len(parts) > 1 else ''} {listed(in_words(parts))}"
+def _parts(unit: Component, layers: Sequence[int]) -> str:
+    of = f"{many_of(unit)} of layer" if unit in NUMBERED else unit
+    return f"{of}{'s' if len(layers) > 1 else ''} {listed(in_words(layers))}"
 
 
 def chosen_of(searched: Sequence[Searched], found: Recommended) -> list[Searched]:
@@ -150,10 +154,10 @@ def _set(chosen: Sequence[Searched], labels: Mapping[str, str]) -> str:
     record = chosen[0].record
     by = listed([labels[one.record.name] for one in chosen])
     return (
-        f"by {by} it goes without {record.unit}s {', '.join(map(str, record.removed))} "
-        f"({len(record.removed)} of {record.model.layers}) and has a test {_metric(record)} of "
-        f"{_level(record, end(record).level)}, unpruned {_level(record, record.baseline.level)}, "
-        f"n = {record.baseline.n:,}."
+        f"by {by} it goes without {many_of(record.unit)} {record.names} "
+        f"({len(record.removed)} of {record.there or record.model.layers}) and has a test "
+        f"{_metric(record)} of {_level(record, end(record).level)}, unpruned "
+        f"{_level(record, record.baseline.level)}, n = {record.baseline.n:,}."
     )
 
 
@@ -245,7 +249,7 @@ def cost_columns(searches: Callable[[Row], Sequence[PruneRecord]]) -> tuple[Colu
 
 
 def frontier(
-    title: str, unit: str, better: bool, levels: Mapping[str, Sequence[Estimate | None]]
+    title: str, unit: Component, better: bool, levels: Mapping[str, Sequence[Estimate | None]]
 ) -> LineChart:
     """Draw what is left, the more goes: a line a strategy, of its level with 0, 1, … parts gone.
 
@@ -253,7 +257,7 @@ def frontier(
     """
     return LineChart(
         title=title,
-        x=f"{unit}s removed",
+        x=f"{many_of(unit)} removed",
         y=_tested(better),
         unit="percent" if better else "score",
         places=tuple(range(max(map(len, levels.values())))),
@@ -275,7 +279,7 @@ def _table(records: Sequence[PruneRecord]) -> Table:
     columns: tuple[Column[PruneRecord | None], ...] = (
         Column("strategy", "text", lambda one: labels[one.name] if one else "unpruned"),
         Column("amount", "text", lambda one: one.amount if one else "nothing"),
-        Column("removed", "text", lambda one: ", ".join(map(str, one.removed)) if one else "none"),
+        Column("removed", "text", lambda one: one.names if one else "none"),
         Column(_tested(first.higher_is_better), _unit(first), level, NO_SCORE),
         Column("lost", _unit(first, "points"), drop, NO_SCORE),
         *cost_columns(lambda one: [one] if one else []),
@@ -346,6 +350,9 @@ def _sets(records: Sequence[PruneRecord]) -> Table:
     """A row a step of each search that compared something."""
     first, labels = records[0], _labels(records)
 
+    def name(row: _Step) -> str | None:
+        return None if row.step.layer is None else first.parts.name(row.step.layer)
+
     def score(row: _Step) -> Estimate:
         return estimate(row.step.score, row.step.reasons.get("score") or NO_SCORE)
 
@@ -356,10 +363,13 @@ def _sets(records: Sequence[PruneRecord]) -> Table:
 
     lost = "test accuracy lost" if first.higher_is_better else "test loss added"
     whole = "the step chose all of its set"
+    of_steps: Column[_Step] = Column(first.unit, "count", lambda row: row.step.layer, whole)
+    if first.unit in NUMBERED:
+        of_steps = Column(first.unit, "text", name, whole)
     columns: tuple[Column[_Step], ...] = (
         Column("strategy", "text", lambda row: row.search),
         Column("step", "count", lambda row: row.number),
-        Column(first.unit, "count", lambda row: row.step.layer, whole),
+        of_steps,
         Column("score", "times", score),
         Column("runner-up worse by", "times", margin),
         Column(lost, _unit(first, "points"), lambda row: tested(row.step).lost, NO_SCORE),

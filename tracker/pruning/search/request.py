@@ -23,9 +23,10 @@ from tracker.core.asked import Asked, FileKind, Given, is_of_removals, understan
 from tracker.core.config import CellRequest, Name
 from tracker.core.errors import ExperimentError, RequestError, did_you_mean
 from tracker.core.experiment import MAX_CELLS, Choice, Grid, Sweep, grid_of
-from tracker.core.kinds import Component
+from tracker.core.kinds import NUMBERED, Component
 from tracker.core.problems import checked
 from tracker.core.prune_records import Rescoring
+from tracker.core.search_parts import many_of
 from tracker.pruning.search.budgets import Amount, amount
 from tracker.pruning.search.constraints import CONSTRAINTS, in_words
 from tracker.pruning.search.settings import OF_CELLS, SearchSettings
@@ -71,11 +72,15 @@ class SearchRequest(SearchSettings):
                     f"'unit' is {self.unit}, of which 'remove' and 'keep' count so many, or so "
                     f"many per cent; {self.amount.text} is of whole layers"
                 )
+        if self.unit in NUMBERED and self.at_least:
+            raise ValueError(
+                f"'at_least' counts layers that stay, and 'unit' is {self.unit}: of each layer "
+                f"some {many_of(self.unit)} stay anyway; write 'protect' or 'among'"
+            )
         if self.rescoring == "race":
-            if self.strategy == "gold_logprob" or self.unit != "layer" or len(self.calibrate) > 1:
+            if len(self.calibrate) > 1:
                 raise ValueError(
-                    "'rescoring: race' is for accuracy, whole layers and one calibration "
-                    "benchmark; write full or lazy"
+                    "'rescoring: race' is for one calibration benchmark; write full or lazy"
                 )
             if self.sample is not None:
                 raise ValueError(
@@ -96,8 +101,11 @@ class SearchRequest(SearchSettings):
 
     @property
     def asked(self) -> str:
-        """The amount as people read it: `remove 8`."""
-        return f"{self.word} {self.amount.text}"
+        """The amount as people read it: `remove 8`, `remove 8 heads`, `keep 75 % of experts`."""
+        of = "" if self.unit not in NUMBERED else f" {many_of(self.unit)}"
+        if of and self.amount.share:
+            of = f" of{of}"
+        return f"{self.word} {self.amount.text}{of}"
 
     @property
     def title(self) -> str:

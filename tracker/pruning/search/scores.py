@@ -13,13 +13,13 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.core.ablations import INTACT, Ablation, ablate
+from tracker.core.ablations import INTACT, Ablation, without_parts
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
 from tracker.core.estimates import Estimate
-from tracker.core.kinds import Component
 from tracker.core.proxies import PROXIES, passes
 from tracker.core.prune_records import PruneCost, PruneStep
+from tracker.core.search_parts import SearchParts
 from tracker.engine.observers.divergence import output_proxies
 from tracker.engine.observers.span_similarity import span_similarity
 from tracker.engine.scoring.sweep import Engine
@@ -33,8 +33,13 @@ from tracker.stats.rank_agreement import rounded
 from tracker.stats.support import together
 
 Set = tuple[int, ...]
-"""Parts that are removed together, ascending."""
+"""Parts that are removed together, ascending, as `SearchParts` numbers them."""
 
+NO_FINITE = (
+    "no removal has a finite score on all calibration documents; take another strategy, or dtype: "
+    "{value: float32}"
+)
+"""What is said where nothing can be compared."""
 _TURNING = ("cosine_score", "relative_update", "angular_distance")
 """Proxies that are kept together, as one kind of observation."""
 
@@ -86,10 +91,7 @@ class Losses:
         best, *others = self.order if order is None else order
         means = self.means
         if not math.isfinite(means[best]):
-            raise CellError(
-                "no removal has a finite score on all calibration documents; take another "
-                "strategy, or dtype: {value: float32}"
-            )
+            raise CellError(NO_FINITE)
         chosen = self.sets[best]
         added = None if before is None else next(iter(set(chosen) - set(before)))
         step = PruneStep(removed=chosen, layer=added, score=float(means[best]))
@@ -119,13 +121,13 @@ class Losses:
 class Scores:
     """What the calibration cells of a search say, and what it took to ask them.
 
-    Several cells count alike, whatever their sizes.
+    Several cells count alike, whatever their sizes. `parts` are what goes.
     """
 
-    def __init__(self, cells: Sequence[OpenCell], unit: Component, layers: int) -> None:
+    def __init__(self, cells: Sequence[OpenCell], parts: SearchParts) -> None:
         self.cells = cells
-        self.unit = unit
-        self.layers = layers
+        self.parts = parts
+        self.layers = parts.layers
         self.evaluated: set[Ablation] = set()
         self._passes = self._evaluations = 0.0
         self._seconds = 0.0
@@ -139,7 +141,7 @@ class Scores:
 
     def ablation(self, removed: Set) -> Ablation:
         """The ablation of a set."""
-        return ablate(self.unit, removed)
+        return without_parts(self.parts, removed)
 
     def losses(self, by: str, sets: Sequence[Set]) -> Losses:
         """Score sets by what they really cost: `accuracy`, or `gold_logprob`."""

@@ -22,13 +22,16 @@ from torch import nn
 from tracker.benchmarks.benchmark import check_benchmark
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError, TrackerError
+from tracker.core.kinds import NUMBERED
 from tracker.core.provenance import content_hash, machine
 from tracker.core.prune_records import Calibrated, PruneCost, PruneStep
+from tracker.core.search_parts import SearchParts
 from tracker.ledger.files import read_note, write_note
 from tracker.ledger.store import Ledger
 from tracker.models.checkpoint import refuse_packed
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, weightless
+from tracker.models.parts import find_parts
 from tracker.models.sources import ModelSource, count_layers, find_model, read_config
 from tracker.pruning.search.budgets import Budget, budget
 from tracker.pruning.search.cells import Lender, OpenCell
@@ -109,6 +112,7 @@ class Found:
 
     Attributes:
         asked: The search.
+        parts: What goes.
         draw: Which draw; None where nothing is drawn.
         steps: Its steps; none of them is tested.
         calibration: What chose.
@@ -116,6 +120,7 @@ class Found:
     """
 
     asked: SearchRequest
+    parts: SearchParts
     draw: int | None
     steps: tuple[PruneStep, ...]
     calibration: tuple[Calibrated, ...]
@@ -201,18 +206,20 @@ def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
     source = find_model(cell.model, cell.revision, cell.model_args)
     trust = lender.options.trust_remote_code
     within = stays_of(asked, trust)  # what is wrong with it is said before anything is timed
+    parts: SearchParts | None = None
     if measure == "seconds":
         each, total = seconds_a_token(lender.model(cell).loaded, lender.ledger)
     elif measure == "parts":
-        total = float(count_layers(source, trust))
-        each = [1.0] * int(total)
+        parts = find_parts(source, asked.unit, trust)
+        total = float(len(parts.numbers))
+        each = [1.0] * parts.total
     else:
         model, _ = weightless(source, cell.dtype, trust)
         size = 1 if measure == "parameters" else int(model.dtype.itemsize)
         layers = find_layers(model)
         each = [float(size * sum(p.numel() for p in one.parameters())) for one in layers]
         total = float(size * model.num_parameters())
-    return budget(asked.word, asked.amount, each, total, asked.title, within)
+    return budget(asked.word, asked.amount, each, total, asked.title, within, parts)
 
 
 def stays_of(asked: SearchRequest, trust_remote_code: bool = False) -> Constraints:
@@ -252,14 +259,14 @@ def search(
         refuse_few(cell.request, cell.n)
     _refuse_mixtures(asked, own)
     for draw in asked.draws_of:
-        scores = Scores(own, asked.unit, len(within.each))
+        scores = Scores(own, within.parts_of(asked.unit))
         given = Search(scores, within, asked.cell.seed, draw or 1, asked.rescored)
         steps = []
         for step in STRATEGIES[asked.strategy](given):
             steps.append(step)
-            lender.progress.say(_said(asked, draw, step))
+            lender.progress.say(_said(asked, scores.parts, draw, step))
         calibration = tuple(calibrated(cell, scores.looked_at(cell)) for cell in own)
-        yield Found(asked, draw, tuple(steps), calibration, scores.cost())
+        yield Found(asked, scores.parts, draw, tuple(steps), calibration, scores.cost())
 
 
 def refuse_few(request: CellRequest, documents: int) -> None:
@@ -294,15 +301,17 @@ def calibrated(cell: OpenCell, documents: dict[str, tuple[int, ...]]) -> Calibra
     )
 
 
-def _said(asked: SearchRequest, draw: int | None, step: PruneStep) -> str:
-    """Say in a line what a step removed."""
+def _said(asked: SearchRequest, parts: SearchParts, draw: int | None, step: PruneStep) -> str:
+    """Say in a line what a step removed; of parts of layers, which may be many, how many are."""
     name = asked.strategy if draw is None else f"{asked.strategy} {draw}"
     if asked.calibrate:
         name += f" calibrated on {', '.join(asked.calibrate)}"
-    gone = ", ".join(map(str, step.removed))
-    what = f"{asked.unit} {step.layer} goes; removed: {gone}"
-    if step.layer is None:
-        what = f"removed together: {gone}"
+    gone = parts.names(step.removed)
+    what = f"removed together: {gone}"
+    if step.layer is not None and parts.unit in NUMBERED:
+        what = f"{asked.unit} {parts.name(step.layer)} goes, {len(step.removed)} in all"
+    elif step.layer is not None:
+        what = f"{asked.unit} {step.layer} goes; removed: {gone}"
     return f"{asked.cell.benchmark}, {name}: {what}"
 
 
@@ -352,7 +361,7 @@ def recommended(
     lender.progress.say(f"{request.title}: which of {len(sets)} sets costs least")
     cell = cells.setdefault(request, OpenCell(request, lender))
     try:
-        step = Scores([cell], asked[0].unit, cell.layers).losses("accuracy", sets).step(None)
+        step = Scores([cell], found[0].parts).losses("accuracy", sets).step(None)
     except TrackerError as error:
         return Recommended(of=len(sets), reason=str(error))
     return Recommended(step.removed, len(sets), step, calibrated(cell, cell.documents))

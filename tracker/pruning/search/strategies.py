@@ -8,28 +8,26 @@ Some of them do not score every candidate on every document after each removal.
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
+from tracker.core.errors import CellError
 from tracker.core.grouping import grouped
 from tracker.core.proxies import PROXIES
 from tracker.core.prune_records import PruneStep, Rescoring
-from tracker.core.records import RunIdentity
-from tracker.core.views import Until
-from tracker.ledger.early_stopping import CellRace
+from tracker.ledger.early_stopping import CandidateRace
 from tracker.measuring.fill import fill_until
 from tracker.pruning.search.budgets import Budget, out_of_reach
-from tracker.pruning.search.scores import Losses, Scores, Set, grown
+from tracker.pruning.search.scores import NO_FINITE, Losses, Scores, Set, grown
 from tracker.stats.rank_agreement import rounded
 
 BATCH = 6
-"""Candidates that a lazy search scores in one engine call."""
-QUESTION = "prune 1 within 1 pp"
-"""What a race answers at each step."""
+"""Candidates that a lazy search scores in one engine call, or as many as a layer has."""
 
 
 def lazy(scores: Scores, budget: Budget, by: str) -> Iterator[PruneStep]:
@@ -40,13 +38,13 @@ def lazy(scores: Scores, budget: Budget, by: str) -> Iterator[PruneStep]:
     sum), and is an assumption otherwise: a part that became cheaper is overlooked.
     """
     removed: Set = ()
-    loss, costs = 0.0, dict.fromkeys(range(scores.layers), -np.inf)
+    loss, costs = 0.0, dict.fromkeys(range(scores.parts.total), -np.inf)
     while not budget.enough(removed):
         fresh: list[Set] = []
         left = sorted(budget.left(removed), key=lambda part: (costs[part], -part))
         while left:
             # All of them at first: nothing is known.
-            size = BATCH if removed else len(left)
+            size = max(BATCH, scores.parts.per_layer) if removed else len(left)
             batch, left = left[:size], left[size:]
             fresh += [grown(removed, part) for part in batch]
             losses = scores.losses(by, fresh)
@@ -63,11 +61,13 @@ def lazy(scores: Scores, budget: Budget, by: str) -> Iterator[PruneStep]:
         del costs[step.layer]
 
 
-def race(scores: Scores, budget: Budget) -> Iterator[PruneStep]:
+def race(scores: Scores, budget: Budget, by: str) -> Iterator[PruneStep]:
     """Let candidates leave as soon as the documents so far tell that they will not win.
 
-    Each step is the question `prune 1 within 1 pp`: with 95 % confidence the part that goes costs
-    at most a percentage point more than the best one. Documents come in blocks of 32, at random.
+    With 95 % confidence the part that goes costs at most a percentage point more than the best one
+    by accuracy (each step is the question `prune 1 within 1 pp`), and by log-probability at most
+    0.01 nats (`SmallestMean`, which says what that rests on). Documents come in blocks of 32, at
+    random.
     """
     (cell,) = scores.cells
     removed: Set = ()
@@ -78,23 +78,20 @@ def race(scores: Scores, budget: Budget) -> Iterator[PruneStep]:
             alone = dict.fromkeys(("score", "margin"), "nothing else may go")
             yield PruneStep(removed=removed, layer=left[0], reasons=alone)
             continue
-        runs = tuple(RunIdentity(layer=part) for part in left)
-        until = Until(question=QUESTION, seed=cell.request.seed, runs=runs)
-        view = cell.view.model_copy(update={"removed": removed, "runs": runs, "until": until})
-        racing = CellRace(cell.store, view)
         sets = [grown(removed, part) for part in left]
         ablations = [scores.ablation(each) for each in sets]
         beneath = [scores.ablation(removed)] if removed else []
+        racing = CandidateRace(cell.store, cell.view, by, cell.request.seed, ablations, beneath)
         if racing.lacking is not None:
             meter = cell.opened([*beneath, *ablations], candidates=True)
             fill_until(racing, cell.store, meter, cell.progress)
-        seen = racing.race.seen
+        seen, means = racing.deciding.seen, rounded(racing.deciding.means)
         scores.raced(cell, beneath, ablations, seen, racing.measured_for(seen), racing.order)
-        bounds, standing = racing.race.bounds, racing.race.standing
         # Where all documents leave several open, they are level: the later one goes.
-        may_go = np.flatnonzero(standing.chosen if standing.chosen.any() else standing.open)
-        means = rounded((bounds.low + bounds.high) / 2)
-        best = min(may_go.tolist(), key=lambda place: (means[place], -left[place]))
+        winners = sorted(racing.winners, key=lambda place: (means[place], -left[place]))
+        if not winners:
+            raise CellError(NO_FINITE)
+        best = winners[0]
         removed = sets[best]
         score, why = float(means[best]), "a race does not look at every candidate on all documents"
         yield PruneStep(removed=removed, layer=left[best], score=score, reasons={"margin": why})
@@ -145,7 +142,7 @@ def by_outcomes(search: Search, by: str) -> Iterator[PruneStep]:
     """Remove what costs least together with all that is gone; score again after each removal."""
     removed: Set = ()
     if search.rescoring == "race":
-        yield from race(search.scores, search.budget)
+        yield from race(search.scores, search.budget, by)
     elif search.rescoring == "lazy":
         yield from lazy(search.scores, search.budget, by)
     else:
@@ -178,7 +175,7 @@ def one_shot(search: Search, by: str = "", proxy: str = "") -> Iterator[PruneSte
     order = losses.order
     removed: Set = ()
     while not search.budget.enough(removed):
-        left = search.budget.left(removed)
+        left = set(search.budget.left(removed))
         order = [place for place in order if losses.sets[place][0] in left]
         step = losses.step((), order)
         (part,) = step.removed
@@ -215,9 +212,9 @@ def contiguous(search: Search) -> Iterator[PruneStep]:
 
 
 def last(search: Search) -> Iterator[PruneStep]:
-    """Remove from the end, but for the very last part, which speaks to the head."""
-    within = search.budget
-    within = replace(within, fixed=within.fixed | {search.scores.layers - 1})
+    """Remove from the end, but for the very last layer, which speaks to the head."""
+    within, parts = search.budget, search.scores.parts
+    within = replace(within, fixed=within.fixed | {*parts.of_layers([parts.layers - 1])})
     if not within.reachable(()):
         raise out_of_reach("last leaves the very last layer")
     yield from _in_order(search, _fitting(reversed(within.free), within))
@@ -225,28 +222,28 @@ def last(search: Search) -> Iterator[PruneStep]:
 
 def at_random(search: Search) -> Iterator[PruneStep]:
     """Remove in a random order."""
-    order = list(range(search.scores.layers))
+    order = list(range(search.scores.parts.total))
     search.lots("random").shuffle(order)
     yield from _in_order(search, _fitting(order, search.budget))
 
 
-def _fitting(order: Iterable[int], within: Budget) -> list[int]:
+def _fitting(order: Iterable[int], within: Budget) -> Iterator[int]:
     """Leave out of an order those parts that, beside the ones before, may not go."""
     found: list[int] = []
     for part in order:
         if within.reachable((*found, part)):
             found.append(part)
-    return found
+            yield part
 
 
-def _in_order(search: Search, order: Sequence[int]) -> Iterator[PruneStep]:
+def _in_order(search: Search, order: Iterable[int]) -> Iterator[PruneStep]:
     removed: Set = ()
     reasons = {"score": "the strategy looks at no document", "margin": "it compares nothing"}
     for part in order:
-        if search.budget.enough(removed):
-            return
         removed = grown(removed, part)
         yield PruneStep(removed=removed, layer=part, reasons=reasons)
+        if search.budget.enough(removed):
+            return
 
 
 def beam(search: Search) -> Iterator[PruneStep]:
@@ -303,7 +300,8 @@ def evolutionary(search: Search) -> Iterator[PruneStep]:
     def any_one() -> Set:
         one = lots.sample(parts, size)
         if not search.budget.allows(one):
-            one = _fitting(lots.sample(parts, len(parts)), search.budget.of_parts(size))[:size]
+            whole = _fitting(lots.sample(parts, len(parts)), search.budget.of_parts(size))
+            one = list(itertools.islice(whole, size))
         return tuple(sorted(one))
 
     seen: set[Set] = set()
@@ -335,6 +333,8 @@ STRATEGIES: Mapping[str, Strategy] = {
 """Every strategy by its name."""
 OF_LAYERS = (*_BY_PROXY, *(f"{name}_oneshot" for name in _BY_PROXY), "angular")
 """Strategies by figures that only whole layers have."""
+SCORED = (*OUTCOMES, *(f"{name}_oneshot" for name in OUTCOMES), "beam")
+"""Strategies that take one part after the other, and any that may go."""
 BLIND = ("last", NULL)
 """Strategies that look at no document."""
 DRAWN = (NULL, "evolutionary")

@@ -107,6 +107,21 @@ class Race:
         self.standing = self._stand()
 
     @property
+    def open(self) -> Mask:
+        """`[runs]`, whose part of the answer is not settled."""
+        return self.standing.open
+
+    @property
+    def chosen(self) -> Mask:
+        """`[runs]`, who is in the set that is asked for, as far as it is settled."""
+        return self.standing.chosen
+
+    @property
+    def means(self) -> Array:
+        """`[runs]`, the middle of what is known of each mean."""
+        return np.asarray((self.bounds.low + self.bounds.high) / 2)
+
+    @property
     def bounds(self) -> MeanSequences:
         """What is known of each mean, all of it together with the question's confidence.
 

@@ -1,0 +1,284 @@
+"""Searches for heads and experts, held against models from which they were really taken."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from itertools import combinations, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import printed, save_llama, save_tokenizer
+from tests.engine.test_experts import smaller
+from tests.engine.truth import layers_of, loglikelihood
+from tracker.core.ablations import Ablation, Part
+from tracker.core.errors import ExperimentError
+from tracker.core.prune_records import PruneRecord, PruneStep
+from tracker.core.search_parts import SearchParts
+from tracker.ledger.store import listed
+from tracker.measuring.job import Options
+from tracker.measuring.progress import Silent
+from tracker.pruning.search.beforehand import DrawnScores
+from tracker.pruning.search.budgets import BudgetOfParts
+from tracker.pruning.search.cells import Lender, OpenCell
+from tracker.pruning.search.request import SearchRequest, search_request
+from tracker.pruning.search.scores import Scores, Set
+from tracker.pruning.search.search import budget_of
+from tracker.pruning.search.strategies import OF_LAYERS, STRATEGIES, Search
+
+from .conftest import SETTINGS, opened
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+GO, DOCUMENTS = 3, 4
+UNITS = {"head": (4, 1), "kv_head": (2, 1), "expert": (4, 2)}
+"""What goes → how many a layer has, and how many of them must stay."""
+
+
+def without_heads(model: Any, each: int, parts: list[tuple[int, int]]) -> Any:
+    """Zero the columns of heads, `each` of a group, in a copy's weights."""
+    twin = copy.deepcopy(model)
+    for layer, number in parts:
+        width = each * twin.config.hidden_size // twin.config.num_attention_heads
+        first = number * width
+        layers_of(twin)[layer].self_attn.o_proj.weight.data[:, first : first + width] = 0
+    return twin
+
+
+class Truth:
+    """What plain forward passes of really changed models say, asked for as it is needed."""
+
+    def __init__(self, unit: str, request: Any) -> None:
+        self.unit = unit
+        self.model, self.documents, self.longest = opened(request)
+        self.per_layer, self.stay = UNITS[unit]
+        self.all = range(self.per_layer * len(layers_of(self.model)))
+        self._known: dict[Set, tuple[float, float]] = {}
+
+    def _changed(self, removed: Set) -> Any:
+        parts = [divmod(part, self.per_layer) for part in removed]
+        if self.unit == "expert":
+            gone = tuple(Part("expert", *place) for place in parts)
+            return smaller(self.model, "mixtral", Ablation(parts=gone))
+        return without_heads(self.model, 2 if self.unit == "kv_head" else 1, parts)
+
+    def answered(self, removed: Set) -> tuple[float, float]:
+        """The accuracy, and the mean log-probability of the right answers."""
+        if removed not in self._known:
+            model, right, gold = self._changed(removed), 0.0, 0.0
+            for document in self.documents:
+                each = [loglikelihood(model, one, self.longest) for one in document.requests]
+                right += int(np.argmax(each)) == document.gold
+                gold += each[document.gold or 0]
+            self._known[removed] = right / len(self.documents), gold / len(self.documents)
+        return self._known[removed]
+
+    def key(self, by: str, removed: Set) -> tuple[float, float, list[int]]:
+        """By what a set is chosen, as the docs say it."""
+        accuracy, gold = (round(-each, 4) for each in self.answered(removed))
+        first, second = (gold, accuracy) if by == "gold_logprob" else (accuracy, gold)
+        return first, second, sorted(-part for part in removed)
+
+    def fits(self, removed: Set) -> bool:
+        """Whether enough stay of each layer."""
+        layers = [part // self.per_layer for part in removed]
+        return all(self.per_layer - layers.count(n) >= self.stay for n in set(layers))
+
+    def candidates(self, removed: Set) -> Iterator[Set]:
+        """A part more than a set, of those that may go."""
+        for part in self.all:
+            more = tuple(sorted((*removed, part)))
+            if part not in removed and self.fits(more):
+                yield more
+
+
+def saved_mixtral(folder: Path) -> Path:
+    """A random Mixtral of two layers, a token of which goes to two experts of four."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    folder.mkdir()
+    config = MixtralConfig(
+        vocab_size=save_tokenizer(folder, bos=False), hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+        num_experts_per_tok=2, max_position_embeddings=256, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    MixtralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("parts")
+    llama = save_llama(folder / "llama", seed=3, layers=2)
+    return {"head": llama, "kv_head": llama, "expert": saved_mixtral(folder / "mixtral")}
+
+
+Ask = Callable[..., SearchRequest]
+
+
+@pytest.fixture(scope="module")
+def ask_for(models: dict[str, Path]) -> Ask:
+    """Make a request for a search of a unit."""
+
+    def make(unit: str, **more: Any) -> SearchRequest:
+        said = {**SETTINGS, "sample": DOCUMENTS, "test_sample": DOCUMENTS, "remove": GO}
+        said |= {"model": str(models[unit]), "unit": unit, "strategy": "accuracy"}
+        return search_request(said | more)
+
+    return make
+
+
+@pytest.fixture(scope="module", params=UNITS)
+def unit(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def truth(unit: str, ask_for: Ask, one_thread: None) -> Truth:
+    return Truth(unit, ask_for(unit).calibration()[0])
+
+
+@pytest.fixture(scope="module")
+def lender(results: Path) -> Lender:
+    from tracker.ledger.store import Ledger
+
+    return Lender(Ledger(results), Options("cpu"), Silent())
+
+
+def run(lender: Lender, asked: SearchRequest) -> list[PruneStep]:
+    within = budget_of(asked, lender)
+    cell = OpenCell(asked.calibration()[0], lender)
+    scores = Scores([cell], within.parts_of(asked.unit))
+    given = Search(scores, within, asked.cell.seed, rescoring=asked.rescored)
+    return list(STRATEGIES[asked.strategy](given))
+
+
+@pytest.mark.parametrize("by", ["accuracy", "gold_logprob"])
+def test_greedy_is_that_of_really_changed_models(
+    unit: str, truth: Truth, ask_for: Ask, lender: Lender, by: str
+) -> None:
+    removed: Set = ()
+    count = 2 if unit == "kv_head" else GO
+    for step in run(lender, ask_for(unit, strategy=by, remove=count)):
+        order = sorted(truth.candidates(removed), key=lambda each: truth.key(by, each))
+        assert step.removed == order[0]
+        assert step.score is not None
+        lost = np.subtract(truth.answered(()), truth.answered(order[0]))
+        assert step.score == pytest.approx(lost[int(by == "gold_logprob")], abs=1e-4)
+        assert step.runner_up == (order[1] if len(order) > 1 else ())
+        assert (step.layer,) == tuple(set(step.removed) - set(removed))
+        removed = step.removed
+    assert len(removed) == count
+
+
+@pytest.mark.parametrize("by", ["accuracy", "gold_logprob"])
+def test_one_shot_is_a_sort_that_leaves_each_layer_enough(
+    unit: str, truth: Truth, ask_for: Ask, lender: Lender, by: str
+) -> None:
+    """As many as may go: the smallest of all would take too many of some layer."""
+    order = sorted(truth.candidates(()), key=lambda each: truth.key(by, each))
+    most = 2 * (truth.per_layer - truth.stay)
+    expected: list[int] = []
+    for (part,) in order:
+        if truth.fits((*expected, part)):
+            expected.append(part)
+    steps = run(lender, ask_for(unit, strategy=f"{by}_oneshot", remove=most))
+    assert [step.layer for step in steps] == expected[:most]
+
+
+@pytest.mark.parametrize("by", ["accuracy", "gold_logprob"])
+def test_a_race_over_few_documents_is_the_full_search(
+    ask_for: Ask, lender: Lender, by: str
+) -> None:
+    """Nobody is out before the last of fifty: what is chosen is what all of them say."""
+    said = {"benchmark": "copa", "sample": None, "remove": 2, "strategy": by}
+    full, race = (run(lender, ask_for("head", rescoring=how, **said)) for how in ("full", "race"))
+    if by == "gold_logprob":
+        assert [step.removed for step in full] == [step.removed for step in race]
+        assert [step.score for step in full] == pytest.approx([step.score for step in race])
+    else:  # of level ones any may go
+        assert full[0].score == pytest.approx(race[0].score)
+
+
+PARTS = SearchParts("expert", 4, per_layer=3, there=(0, 2, 3), stay=2)
+"""Of which one a layer may go; layer 1 has none."""
+
+
+def naive(parts: SearchParts, fixed: frozenset[int], needed: int) -> list[set[int]]:
+    """All sets that are enough, of parts that are there and may go, and leave each layer enough."""
+    found = []
+    for size in range(needed, len(parts.numbers) + 1):
+        for some in combinations(parts.numbers, size):
+            counts = [sum(part // parts.per_layer == n for part in some) for n in parts.there or ()]
+            if not fixed & set(some) and max(counts) <= parts.per_layer - parts.stay:
+                found.append(set(some))
+    return found
+
+
+@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - set(OF_LAYERS)))
+def test_no_layer_is_left_with_too_few_whatever_chooses(strategy: str) -> None:
+    lots = random.Random(5)
+    for needed in (1, 2, 3):
+        fixed = frozenset(lots.sample(PARTS.numbers, 2)) | set(PARTS.of_layers([1]))
+        within = BudgetOfParts((1.0,) * PARTS.total, needed, fixed, parts=PARTS)
+        possible = naive(PARTS, fixed, needed)
+        assert within.reachable(()) == bool(possible)
+        for size in range(needed):
+            some = set(lots.sample(PARTS.numbers, size))
+            leads = any(some <= end for end in possible)
+            assert within.reachable(some) == leads
+            if leads:
+                rest = (part for part in PARTS.numbers if part not in some)
+                expected = [p for p in rest if any({*some, p} <= end for end in possible)]
+                assert within.left(some) == expected
+        try:
+            steps = list(STRATEGIES[strategy](Search(DrawnScores(PARTS), within)))
+        except ExperimentError:
+            assert strategy in ("last", "evolutionary")
+            continue
+        assert set(steps[-1].removed) in possible
+        assert len(steps[-1].removed) == needed
+
+
+def test_thousands_of_parts_are_chosen_in_no_time() -> None:
+    """A quarter of 6,144 experts at random, and one step of a greedy search."""
+    parts = SearchParts("expert", 48, per_layer=128, stay=8)
+    within = BudgetOfParts((1.0,) * parts.total, parts.total / 4, parts=parts)
+    search = Search(DrawnScores(parts), within)
+    *_, last = STRATEGIES["random"](search)
+    assert len(last.removed) == parts.total / 4
+    (step,) = islice(STRATEGIES["gold_logprob"](search), 1)
+    assert step.removed
+
+
+def test_a_file_of_heads_is_planned_searched_kept_and_shown(
+    write: Callable[..., Path], prune: Callable[..., Any], tmp_path: Path
+) -> None:
+    said = {"unit": "head", "protect": {"value": [0, "last"]}, "remove": 2, "sample": 4}
+    path = write(strategy=["gold_logprob_oneshot", "random"], draws=1, test_sample=4, **said)
+    plan = printed("plan", path, "--gflops=1", f"--results={tmp_path}/new")
+    assert "arc_easy: gold_logprob_oneshot, remove 2 heads" in " ".join(plan.split())
+    done = prune(path)
+    assert done.exit_code == 0, done.output
+    records = {r.strategy: r for r in listed(tmp_path / "results" / "searches", PruneRecord, {})}
+    assert len(records) == 2
+    for one in records.values():
+        assert (one.per_layer, one.there, one.protected) == (4, 20, (0, 4))
+        assert PruneRecord.model_validate_json(one.model_dump_json()) == one
+        assert {one.parts.layer_of(part) for part in one.removed} <= {1, 2, 3}
+        assert set(one.kept) >= {0, 4}
+    best = records["gold_logprob_oneshot"]
+    names = ", ".join(f"{part // 4}.{part % 4}" for part in best.removed)
+    assert best.names == names
+    # The first head alone is a run, as any that is asked for.
+    assert len(best.rests_on) == 1
+    page = (tmp_path / "results" / "report.html").read_text(encoding="utf-8")
+    for text in (" ".join(done.output.split()), page):
+        assert f"it goes without heads {names} (2 of 20)" in text
+        assert "Heads of layers 0 and 4 were protected." in text
+    assert "no command saves it: tracker export takes whole layers out, and no heads" in done.output
