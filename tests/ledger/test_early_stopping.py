@@ -7,17 +7,20 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
+from tracker.core.ablations import without_parts
 from tracker.core.answers import took
 from tracker.core.errors import ExperimentError, WorkError
-from tracker.core.extent import random_order, shuffled
+from tracker.core.extent import ALL, random_order, shuffled
 from tracker.core.questions import question
+from tracker.core.search_parts import SearchParts
 from tracker.ledger.blocks import Block, turns
 from tracker.ledger.cells import CellStore
-from tracker.ledger.early_stopping import CellRace
+from tracker.ledger.early_stopping import WITHIN, CandidateRace, CellRace
 from tracker.stats.accuracy import weights_by_task
+from tracker.stats.sequential.smallest import SmallestMean
 from tracker.stats.sequential.stopping import Race
 
-from .conftest import asks, fill, measure
+from .conftest import asks, fill, measure, row
 
 SEED = 5
 RUNS = 4
@@ -78,6 +81,53 @@ def test_a_single_task_is_the_race_over_its_outcomes(cell_of) -> None:
     # Whoever was settled was measured no longer.
     assert measured == plain.bounds.seen.sum() + found.looked
     assert plain.bounds.seen.min() < found.looked
+
+
+def test_candidates_leave_by_their_log_probability(cell_of) -> None:
+    """As in the race over the same figures; a block lacks only those who are left."""
+    store, names = cell_of({"arc_easy": 500}), ["baseline", *(f"head:1.{n}" for n in range(6))]
+    heads = SearchParts("head", 4, per_layer=6)
+    candidates = [without_parts(heads, [heads.of_layers([1])[n]]) for n in range(6)]
+    draw = np.random.default_rng(2)
+    lost = draw.normal([0.0, 0.4, 0.0, 0.3, 0.03, 0.5], 0.2, (500, 6)).clip(-1, 1)
+    gold = np.float32(-2 - np.column_stack([np.zeros(500), lost]))
+    view = store.views.of(asks())
+    race, measured = CandidateRace(store, view, "gold_logprob", SEED, candidates, []), 0
+    while race.lacking:
+        block, lacking = race.lacking
+        rows = [
+            row(doc, name, said=(-1.5, float(gold[doc, names.index(name)])))
+            for doc in store.documents(block, race.extent)
+            for name in lacking
+        ]
+        store.write(block, rows, {"device": "cpu"})
+        measured += len(rows)
+        race.advance()
+    plain = SmallestMean(500, 6, within=WITHIN)
+    order = random_order(SEED, "arc_easy", range(500))
+    drops = gold[order, :1].astype(float) - gold[order, 1:]
+    while plain.open.any():
+        plain.look(drops[plain.looked :][:32])
+    assert race.deciding.seen.tolist() == plain.seen.tolist()
+    assert plain.seen.min() == 128 < plain.seen.max()
+    assert race.winners == np.flatnonzero(plain.chosen).tolist()
+    assert drops.mean(axis=0)[race.winners[0]] <= drops.mean(axis=0).min() + WITHIN
+    assert measured == plain.seen.sum() + race.looked
+    assert CandidateRace(store, view, "gold_logprob", SEED, candidates, []).winners == race.winners
+
+
+def test_a_document_without_a_right_answer_decides_no_race(cell_of) -> None:
+    store = cell_of({"arc_easy": 70})
+    head = without_parts(SearchParts("head", 4, per_layer=6), [6])
+    for block in store.blocks(ALL):
+        rows = [
+            row(doc, name, gold=None)
+            for doc in store.documents(block, ALL)
+            for name in ("baseline", head.name)
+        ]
+        store.write(block, rows, {"device": "cpu"})
+    with pytest.raises(WorkError, match=r"of arc_easy has no finite .* write rescoring: \{value"):
+        CandidateRace(store, store.views.of(asks()), "gold_logprob", SEED, [head], [])
 
 
 def test_a_block_is_taken_by_its_first_document() -> None:

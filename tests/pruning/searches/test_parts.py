@@ -281,4 +281,5 @@ def test_a_file_of_heads_is_planned_searched_kept_and_shown(
     for text in (" ".join(done.output.split()), page):
         assert f"it goes without heads {names} (2 of 20)" in text
         assert "Heads of layers 0 and 4 were protected." in text
+        assert "both counted from 0" in text
     assert "no command saves it: tracker export takes whole layers out, and no heads" in done.output

@@ -289,10 +289,19 @@ def _table(records: Sequence[PruneRecord]) -> Table:
         f"{counted(first.baseline.n, 'test document')}{part}",
         columns,
         [None, *records],
+        *_numbered(first),
         *dict.fromkeys(
             f"calibration documents: {_calibration(one)}" for one in records if one.calibration
         ),
     )
+
+
+def _numbered(record: PruneRecord) -> Iterator[str]:
+    """Say what a name such as 12.5 is, by the first one."""
+    if record.unit in NUMBERED:
+        parts, first = record.parts, record.removed[0]
+        name, layer, number = parts.name(first), parts.layer_of(first), parts.number_of(first)
+        yield f"{name}: {record.unit} {number} of layer {layer}, both counted from 0"
 
 
 def _tested(higher_is_better: bool) -> str:
