@@ -3,7 +3,8 @@
 Log-probabilities have none, so that no bets on them can be bounded, and no interval holds exactly
 at every look. An asymptotic confidence sequence holds in the limit, as an interval by the normal
 distribution does of one look: it needs finite variances, and enough documents before its first
-look. What is so rare that it shows in none of these is not seen by it.
+look. What is so rare that it shows in none of these is not seen by it: what one document in 43
+shows is missed by 128 documents with a probability of 5 %.
 
 After t documents it is the mean ± σ̂ · √(2 (τρ² + 1) / (τρ)² · log(√(τρ² + 1) / α)), with the
 standard deviation σ̂ so far. Documents are drawn from a finite population without replacement, so
