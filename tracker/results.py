@@ -179,12 +179,15 @@ class Results:
     def _repr_html_(self) -> str:
         """Say the answer, and show the layers that cost most."""
         from tracker.report.export import texts
-        from tracker.report.leaderboard.claims import answer
+        from tracker.report.leaderboard.comparable import named_models
+        from tracker.report.leaderboard.parts import model_answer, part_boards
         from tracker.report.leaderboard.tables import layer_board_table
 
         parts = []
+        groups = named_models(self.cells)
         for name, board in self._boards().items():
-            parts.append(f"<p><b>{html.escape(name)}</b>: {html.escape(answer(board.claims))}</p>")
+            said = model_answer(board.claims, part_boards(groups[name]))
+            parts.append(f"<p><b>{html.escape(name)}</b>: {html.escape(said)}</p>")
             if board.layers:
                 table = texts(layer_board_table(board, name))
                 parts.append(table.head(_ROWS).to_html(index=False, border=0))

@@ -10,14 +10,16 @@ from statistics import NormalDist
 import pytest
 
 from tracker.core.estimates import Estimate
-from tracker.core.records import CellRecord
+from tracker.core.records import CellRecord, RunRecord
 from tracker.report.layer_figures import relevance_estimate
 from tracker.report.leaderboard.claims import claims
 from tracker.report.leaderboard.comparable import setting
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.leaderboard.models import ModelBoard, model_board
 from tracker.report.leaderboard.pairs import compare
+from tracker.report.leaderboard.parts import part_boards
 from tracker.report.leaderboard.proxies import agreements
+from tracker.report.leaderboard.tables import part_board_data, part_board_table
 
 from .conftest import LAYERS, build_cell, with_layer
 
@@ -48,6 +50,57 @@ def test_layers_stand_where_their_mean_relevance_puts_them() -> None:
         assert standing.rank.low <= standing.rank.value <= standing.rank.high
     assert board.ranked == sorted(board.layers, key=lambda standing: standing.rank.value)
     assert board.layers[0].layer == max(means, key=means.get)
+
+
+def as_heads(cell: CellRecord, *kept: RunRecord) -> CellRecord:
+    """The same figures of heads, two a layer; `kept` are its runs besides."""
+    heads = [
+        run.model_copy(
+            update={"component": "head", "layer": run.layer // 2, "number": run.layer % 2}
+        )
+        for run in cell.runs
+    ]
+    return cell.model_copy(update={"runs": (*kept, *heads)})
+
+
+def test_heads_stand_where_layers_of_the_same_figures_do() -> None:
+    cells = [build_cell(name, n=200, seed=4) for name in ("arc_easy", "piqa")]
+    layers, found = layer_board(cells), claims(cells)
+    (board,) = part_boards([as_heads(cells[0], *cells[0].runs), as_heads(cells[1])])
+    assert not board.left_out
+    assert [(2 * p.run.layer + p.run.number, p.relevance, p.drop, p.rank) for p in board.parts] == [
+        (layer.layer, layer.relevance, layer.drop, layer.rank) for layer in layers.layers
+    ]
+    assert {2 * p.run.layer + p.run.number: p.shown for p in board.parts} == {
+        layer: found.word(layer) for layer in range(LAYERS)
+    }
+    worst = board.parts[0].run
+    assert board.answer.startswith(f"Of {LAYERS} heads {len(found.costly)} are shown to cost")
+    assert f": {worst.label()}" in board.answer
+
+
+def test_a_part_without_a_figure_has_no_rank_and_one_that_lacks_a_benchmark_no_row() -> None:
+    nothing = dict.fromkeys(("accuracy", "accuracy_drop", "accuracy_relevance", "mcnemar_p"))
+    why = {"reasons": dict.fromkeys(nothing, "nothing reaches it")}
+    cells = [with_layer(build_cell(), 3, **nothing, **why), build_cell("piqa", missing=(7,))]
+    (board,) = part_boards([as_heads(cell) for cell in cells])
+    assert len(board.parts) == LAYERS - 1
+    last = board.parts[-1]
+    assert (last.run.label(), last.rank.value, last.shown) == ("layer 1 head 1", None, "open")
+    (alone,) = part_boards([as_heads(cells[0])])
+    last = alone.parts[-1]
+    assert (last.rank.value, last.rank.reason) == (None, "nothing reaches it")
+    assert last.shown == "undefined"
+
+
+def test_a_long_board_is_shown_from_both_ends() -> None:
+    (board,) = part_boards([as_heads(build_cell())])
+    shown = part_board_table(board, "m")
+    names = [part.run.label() for part in board.parts]
+    assert [row[1] for row in shown.rows] == names[:10] + names[-10:]
+    assert "its heads" in shown.title
+    assert f"{LAYERS - 20} more are between" in shown.title
+    assert len(part_board_data([("m", board)]).rows) == LAYERS
 
 
 def test_a_relevance_has_the_interval_of_its_drop_over_the_baseline() -> None:

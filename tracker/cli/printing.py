@@ -91,6 +91,7 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
         shown_in,
     )
     from tracker.report.leaderboard.comparable import named_models
+    from tracker.report.leaderboard.parts import part_boards
     from tracker.report.wording import beneath, correlation, row_labels, short_correlation
 
     labels = dict(zip(map(id, cells), row_labels(cells), strict=True))
@@ -100,6 +101,10 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
         if found.layers:
             say()
             say(f"{model}: {answer(found)}" if len(models) > 1 else answer(found))
+        for board in part_boards(mine):
+            if len(board.cells) > 1:  # what one says is said of each below
+                say()
+                say(f"{model}: {board.answer}" if len(models) > 1 else board.answer)
         if len(found.cells) > 1 and (found.costly or found.helpful):
             say()
             print_table(_of_named_layers(found))

@@ -25,12 +25,15 @@ from tracker.report.frames import correlation_frame, frame_of, layer_frame
 from tracker.report.leaderboard.comparable import models_of, named_models
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.leaderboard.models import model_board
+from tracker.report.leaderboard.parts import part_boards
 from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 from tracker.report.leaderboard.tables import (
     layer_board_data,
     layer_board_table,
     model_board_data,
     model_board_table,
+    part_board_data,
+    part_board_table,
 )
 from tracker.report.page.studies import by_stem, study_chart, study_frames
 from tracker.report.tables import overview_table
@@ -46,15 +49,22 @@ Write = Callable[[Sequence[CellRecord], Path, More, Found], list[Path]]
 
 
 def board_data(cells: Sequence[CellRecord]) -> dict[str, Table]:
-    """Lay `layer_leaderboard` and `model_leaderboard` out for code."""
-    return {
+    """Lay `layer_leaderboard` and `model_leaderboard` out for code.
+
+    `part_leaderboard` is there where heads, experts or stretches are ranked.
+    """
+    found = {
         "layer_leaderboard": layer_board_data([layer_board(group) for group in models_of(cells)]),
         "model_leaderboard": model_board_data(model_board(cells)),
     }
+    parts = [
+        (name, board) for name, group in named_models(cells).items() for board in part_boards(group)
+    ]
+    return found | ({"part_leaderboard": part_board_data(parts)} if parts else {})
 
 
 def frames(cells: Sequence[CellRecord]) -> dict[str, pd.DataFrame]:
-    """Make the frames `layers`, `correlations`, `layer_leaderboard` and `model_leaderboard`."""
+    """Make the frames `layers`, `correlations`, and those of `board_data`."""
     boards = {name: frame_of(made) for name, made in board_data(cells).items()}
     return {"layers": layer_frame(cells), "correlations": correlation_frame(cells)} | boards
 
@@ -137,12 +147,14 @@ def _latex(cells: Sequence[CellRecord], path: Path, more: More, findings: Found)
 
 
 def boards(cells: Sequence[CellRecord]) -> tuple[list[Table], list[str]]:
-    """Set the leaderboard of each model's layers, and that of the models where there are several.
+    """Set the leaderboards of each model's layers and parts, and of models where there are several.
 
     With them comes what does not count, and why.
     """
     layers = {name: layer_board(group) for name, group in named_models(cells).items()}
     tables = [layer_board_table(board, name) for name, board in layers.items() if board.layers]
+    for name, group in named_models(cells).items():
+        tables += [part_board_table(board, name) for board in part_boards(group)]
     notes = [
         f"{name}: {benchmark} does not count: {why}."
         for name, board in layers.items()

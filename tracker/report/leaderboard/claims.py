@@ -6,7 +6,7 @@ A page, a terminal, a leaderboard and a tracker name a layer where this module d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -74,7 +74,7 @@ class Claims:
         """The layers that are shown to cost less than `SMALL`."""
         if not self.is_accuracy:
             return []
-        return [layer for layer in self.layers if _high(self.drops, layer) < SMALL]
+        return [layer for layer in self.layers if _is_small(self.drops[layer])]
 
     @property
     def open(self) -> list[int]:
@@ -135,11 +135,7 @@ class Claims:
         """Say in a word or two what is shown of a layer."""
         if layer not in self.layers:
             return "not measured on all benchmarks"
-        if layer in self.costly:
-            return "matters"
-        if layer in self.helpful:
-            return "better without"
-        return f"below {SMALL_IN_WORDS}" if layer in self.small else "open"
+        return shown_word(self.verdicts[layer], self.drops[layer], self.is_accuracy)
 
     def settled_by(self) -> int | None:
         """How many documents of each benchmark show a mean drop of `SMALL` under half of the open
@@ -173,7 +169,8 @@ def claims(cells: Sequence[CellRecord]) -> Claims:
         counting = [c for c in cells if c.whole_layers and not c.is_raced and not c.removed][:1]
     every = [{run.layer for run in cell.whole_layers} for cell in counting]
     layers = tuple(sorted(set.intersection(*every))) if every else ()
-    drops = {layer: _mean_drop(counting, layer, len(layers)) for layer in layers}
+    runs = [cell.runs_of() for cell in counting]
+    drops = {layer: mean_drop([of[layer] for of in runs], len(layers)) for layer in layers}
     return Claims(
         cells=tuple(counting),
         layers=layers,
@@ -182,6 +179,33 @@ def claims(cells: Sequence[CellRecord]) -> Claims:
         gold=_together(counting, layers, lambda run: run.gold, pairs(len(layers))),
         options=_together(counting, layers, lambda run: run.options),
     )
+
+
+def mean_drop(runs: Sequence[RunRecord], family: int) -> Estimate:
+    """Average what one thing costs, with an interval that holds for a family of things.
+
+    Args:
+        runs: Its run on each benchmark.
+        family: How many things there are.
+
+    Returns:
+        The mean drop.
+    """
+    wide = together([run.drop for run in runs], [run.n for run in runs], family)
+    return mean(wide) if len(wide) > 1 else wide[0]  # with its exact test
+
+
+def shown_word(verdict: Verdict, drop: Estimate, is_accuracy: bool = True) -> str:
+    """Say in a word or two what is shown of a removal, of its drop or increase of a loss."""
+    if verdict == "costs":
+        return "matters"
+    if verdict == "helps":
+        return "better without"
+    return f"below {SMALL_IN_WORDS}" if is_accuracy and _is_small(drop) else "open"
+
+
+def _is_small(drop: Estimate) -> bool:
+    return drop.high is not None and drop.high < SMALL
 
 
 def parts_answer(cell: CellRecord) -> str:
@@ -204,22 +228,43 @@ def parts_answer(cell: CellRecord) -> str:
 
 
 def _shown_of(cell: CellRecord, what: str, runs: Sequence[RunRecord]) -> str:
-    """Say it of the runs of a kind, the largest first."""
-    level = measure_of(cell).level
-    verdicts = shown_in(cell, runs)
-    order = sorted(zip(runs, verdicts, strict=True), key=lambda one: -(one[0].accuracy_drop or 0))
+    """Say it of the runs of a kind."""
+    order = sorted(zip(runs, shown_in(cell, runs), strict=True), key=lambda one: _size(one[0]))
+    shown = {run.label(): verdict for run, verdict in order}
+    said = shown_sentence(what, shown, measure_of(cell).level, cell.higher_is_better)
+    return f"{said}."
+
+
+def _size(run: RunRecord) -> float:
+    return -(run.accuracy_drop or 0.0)
+
+
+def shown_sentence(
+    what: str, shown: Mapping[str, Verdict], level: str, higher_is_better: bool = True
+) -> str:
+    """Say of things of one sort what is shown of them.
+
+    Args:
+        what: What they are called.
+        shown: The label of each, from the largest drop to the smallest → what is shown of it.
+        level: What they cost.
+        higher_is_better: Whether that is an accuracy or the like.
+
+    Returns:
+        A sentence without its end.
+    """
     clauses = []
-    for verdict, does, some in (
-        ("costs", "cost" if cell.higher_is_better else "raise", order),
-        ("helps", "raise" if cell.higher_is_better else "lower", order[::-1]),
+    for verdict, does, order in (
+        ("costs", "cost" if higher_is_better else "raise", [*shown]),
+        ("helps", "raise" if higher_is_better else "lower", [*shown][::-1]),
     ):
-        named = [run.label() for run, mine in some if mine == verdict]
-        if named:
-            rest = [f"{len(named) - FIRST} more"] if len(named) > FIRST else []
-            names = listed([*named[:FIRST], *rest])
-            are = "is" if len(named) == 1 else "are"
-            clauses.append(f"{len(named)} {are} shown to {does} {level}: {names}")
-    return f"Of {len(runs):,} {what} {'; '.join(clauses) or f'none is shown to change {level}'}."
+        names = [label for label in order if shown[label] == verdict]
+        if names:
+            rest = [f"{len(names) - FIRST} more"] if len(names) > FIRST else []
+            are = "is" if len(names) == 1 else "are"
+            named = listed([*names[:FIRST], *rest])
+            clauses.append(f"{len(names)} {are} shown to {does} {level}: {named}")
+    return f"Of {len(shown):,} {what} {'; '.join(clauses) or f'none is shown to change {level}'}"
 
 
 def controls_answer(cell: CellRecord) -> str:
@@ -338,26 +383,19 @@ def answer(found: Claims) -> str:
     sentences += _causes(found, {*costly, *falling})
     if missed := found.missed:
         sentences.append(f"A choice by cosine score would miss {_layers(missed, 'and')}.")
-    return f"{' '.join(sentences)} ({basis(found)}.)"
+    return f"{' '.join(sentences)} ({basis(found.cells)}.)"
 
 
-def basis(found: Claims) -> str:
-    """Say on what it rests."""
-    counts = [*dict.fromkeys(cell.documents for cell in found.cells)]
-    each = " each" if len(found.cells) > 1 and len(counts) == 1 else ""
-    return f"{listed(counts)}{each}; 95 % confidence for all layers together"
+def basis(cells: Sequence[CellRecord], what: str = "layers") -> str:
+    """Say on what something rests that is said of all layers, or all else, of some cells."""
+    counts = [*dict.fromkeys(cell.documents for cell in cells)]
+    each = " each" if len(cells) > 1 and len(counts) == 1 else ""
+    return f"{listed(counts)}{each}; 95 % confidence for all {what} together"
 
 
 def _at_chance(cell: CellRecord) -> bool:
     low, chance = cell.baseline_low, cell.chance_accuracy
     return low is not None and chance is not None and low <= chance
-
-
-def _mean_drop(cells: Sequence[CellRecord], layer: int, family: int) -> Estimate:
-    """The mean drop of a layer, with an interval that holds for a family of layers."""
-    runs = [cell.runs_of()[layer] for cell in cells]
-    wide = together([run.drop for run in runs], [run.n for run in runs], family)
-    return mean(wide) if len(wide) > 1 else wide[0]  # with its exact test
 
 
 def _together(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 
 from tracker.core.grouping import grouped
 from tracker.core.provenance import content_hash
-from tracker.core.records import CellRecord
+from tracker.core.records import CellRecord, RunRecord
 from tracker.report.editions import outdated
 from tracker.report.wording import benchmark_labels, model_labels
+
+Pick = Callable[[CellRecord], Sequence[RunRecord]]
+"""Which runs of a cell a ranking is about."""
+_WHOLE_LAYERS: Pick = attrgetter("whole_layers")
 
 
 def models_of(cells: Iterable[CellRecord]) -> list[list[CellRecord]]:
@@ -35,17 +40,19 @@ def setting(cell: CellRecord) -> str:
     return content_hash([benchmark, cell.metric, cell.n, cell.sample_seed, cell.removed, growing])
 
 
-def countable(cells: Sequence[CellRecord]) -> tuple[list[CellRecord], dict[str, str]]:
+def countable(
+    cells: Sequence[CellRecord], of: Pick = _WHOLE_LAYERS
+) -> tuple[list[CellRecord], dict[str, str]]:
     """Choose the cells of one model that count, one a benchmark, in their order.
 
     Besides: benchmark → why it, or another cell of it, does not count.
     """
     labels = dict(zip(map(id, cells), benchmark_labels(cells), strict=True))
-    later = outdated(cell for cell in cells if not unusable(cell))
+    later = outdated(cell for cell in cells if not unusable(cell, of))
     left_out: dict[str, str] = {}
     usable: list[CellRecord] = []
     for cell in cells:
-        if why := unusable(cell):
+        if why := unusable(cell, of):
             left_out[labels[id(cell)]] = why
         elif latest := later.get(id(cell)):
             label = labels[id(latest)]
@@ -56,29 +63,29 @@ def countable(cells: Sequence[CellRecord]) -> tuple[list[CellRecord], dict[str, 
     best: dict[str, CellRecord] = {}
     for cell in usable:
         name = cell.benchmark.name
-        best[name] = max(best.get(name, cell), cell, key=worth)
+        best[name] = max(best.get(name, cell), cell, key=lambda cell: worth(cell, of))
     for cell in usable:
         if (counts := best[cell.benchmark.name]) is not cell:
             left_out[labels[id(cell)]] = f"the benchmark counts once, as {labels[id(counts)]}"
     return [cell for cell in usable if best[cell.benchmark.name] is cell], left_out
 
 
-def worth(cell: CellRecord) -> tuple[int, int, bool, bool]:
-    """Of two cells on one benchmark the larger counts: layers, documents, its own metric.
+def worth(cell: CellRecord, of: Pick = _WHOLE_LAYERS) -> tuple[int, int, bool, bool]:
+    """Of two cells on one benchmark the larger counts: runs, documents, its own metric.
 
     Of as many documents those that were drawn at random: the first ones are no sample.
     """
-    return len(cell.whole_layers), cell.n, not cell.other_metric, bool(cell.drawn)
+    return len(of(cell)), cell.n, not cell.other_metric, bool(cell.drawn)
 
 
-def unusable(cell: CellRecord) -> str | None:
+def unusable(cell: CellRecord, of: Pick = _WHOLE_LAYERS) -> str | None:
     """Say why a cell has no place in a ranking; None where it has one."""
     if cell.removed:
         return f"measured {cell.beneath}"
     if cell.is_raced:
         return cell.reasons["n"]
-    if not cell.whole_layers:
+    if not (runs := of(cell)):
         return "no whole single layer was removed"
-    if all(run.accuracy_relevance is None for run in cell.whole_layers):
-        return cell.reason_of("accuracy_relevance", cell.whole_layers[0])
+    if all(run.accuracy_relevance is None for run in runs):
+        return cell.reason_of("accuracy_relevance", runs[0])
     return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tracker.core.estimates import Estimate
 from tracker.core.identities import ModelIdentity
-from tracker.core.records import CellRecord
+from tracker.core.records import CellRecord, RunRecord
 from tracker.report.layer_figures import relevance_estimate
 from tracker.report.leaderboard.claims import Claims, claims
 from tracker.report.leaderboard.comparable import countable
@@ -86,9 +86,8 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
     }
     full = [layer for layer in layers if benchmarks[layer] == len(counted)]
     means = {layer: mean(relevances[layer]) for layer in layers}
-    by_mean = places([means[layer].value for layer in full])
-    between = zip(full, by_mean, _rank_intervals(counted, full), strict=True)
-    ranks = {layer: Estimate(rank, *ends) for layer, rank, ends in between}
+    placed = ranked(counted, [[runs[layer] for runs in by_cell] for layer in full])
+    ranks = dict(zip(full, placed, strict=True))
     standings = []
     for layer in layers:
         runs = [of_cell[layer] for of_cell in by_cell if layer in of_cell]
@@ -107,17 +106,36 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
     return LayerBoard(cells[0].model, tuple(counted), tuple(standings), left_out, claims(cells))
 
 
-def _rank_intervals(cells: Sequence[CellRecord], layers: Sequence[int]) -> list[tuple[int, int]]:
-    """Say between which ranks each layer lies by its mean relevance, all at once.
+def ranked(cells: Sequence[CellRecord], rows: Sequence[Sequence[RunRecord]]) -> list[Estimate]:
+    """Rank what has a relevance on every benchmark by its mean, 1 = the largest.
 
-    What the baseline has above chance scales all layers of a benchmark alike, so it is held fixed:
-    it changes no order on a benchmark.
+    What the baseline has above chance scales all runs of a benchmark alike, so it is held fixed in
+    the intervals: it changes no order on a benchmark.
+
+    Args:
+        cells: The benchmarks.
+        rows: Of each thing its run on each of them.
+
+    Returns:
+        The ranks, each from the best to the worst that it may be: all of them at once, with 95 %
+        confidence.
     """
+    by_mean = places([mean_relevance(cells, runs).value for runs in rows])
     ends = ("baseline_low", "baseline_high")
     fixed = [c.model_copy(update=dict.fromkeys(ends, c.baseline_accuracy)) for c in cells]
-    return rank_intervals([mean_relevance(fixed, layer, pairs(len(layers))) for layer in layers])
+    wide = [mean_relevance(fixed, runs, pairs(len(rows))) for runs in rows]
+    return [
+        Estimate(place, *between)
+        for place, between in zip(by_mean, rank_intervals(wide), strict=True)
+    ]
 
 
-def mean_relevance(cells: Sequence[CellRecord], layer: int, family: int = 1) -> Estimate:
-    """Average a layer's relevance over benchmarks; a family of such intervals holds at once."""
-    return mean([relevance_estimate(cell, cell.runs_of()[layer], family) for cell in cells])
+def mean_relevance(
+    cells: Sequence[CellRecord], runs: Sequence[RunRecord], family: int = 1
+) -> Estimate:
+    """Average the relevance of one thing over benchmarks, of each its run.
+
+    A family of such intervals holds at once.
+    """
+    each = zip(cells, runs, strict=True)
+    return mean([relevance_estimate(cell, run, family) for cell, run in each])

@@ -225,7 +225,11 @@ def _needed(models: Sequence[Sequence[CellRecord]], relevances: Sequence[Estimat
 
 def _mean_relevance(cells: Sequence[CellRecord], family: int = 1) -> Estimate:
     """Average the relevance of a model's layers; a family of such intervals holds at once."""
-    layers = [mean_relevance(cells, layer, family) for layer in range(cells[0].model.layers)]
+    by_cell = [cell.runs_of() for cell in cells]
+    layers = [
+        mean_relevance(cells, [runs[layer] for runs in by_cell], family)
+        for layer in range(cells[0].model.layers)
+    ]
     return mean(layers, independent=False)  # all are measured on the same documents
 
 

@@ -20,11 +20,14 @@ from tracker.report.layer_figures import layer_relevance, relative_depth, why_un
 from tracker.report.leaderboard.layers import LayerBoard, LayerStanding
 from tracker.report.leaderboard.models import ModelBoard, ModelStanding
 from tracker.report.leaderboard.pairs import Pair
+from tracker.report.leaderboard.parts import PartBoard, PartStanding
 from tracker.report.leaderboard.proxies import Misjudged, cosine_ranks, misjudged
 from tracker.report.wording import benchmark_labels, model_labels
 
 _MOST = 10
 """So many misjudged layers are listed at most."""
+_ENDS = 10
+"""So many parts of a kind are shown from either end of their ranking."""
 _NO_RANK = "not defined on every benchmark"
 _ALONE = "there is no other model to compare with"
 _NO_SCORE = "undefined on a benchmark, or in a layer that has a rank"
@@ -43,6 +46,15 @@ class RankedLayer(NamedTuple):
     standing: LayerStanding
     by_cosine: int | None
     shown: str
+
+
+class RankedPart(NamedTuple):
+    """A row of a leaderboard of parts, which are ranked on so many `benchmarks`."""
+
+    model: str
+    kind: str
+    standing: PartStanding
+    benchmarks: int
 
 
 class RankedModel(NamedTuple):
@@ -152,6 +164,63 @@ def _notes(board: LayerBoard) -> list[str]:
         if without
     ]
     return notes + provenance_notes(board.cells)
+
+
+def part_board_columns() -> tuple[Column[RankedPart], ...]:
+    """State the columns of a leaderboard of parts that code gets."""
+
+    def of_run(name: str, label: str) -> Column[RankedPart]:
+        return Column(label, "count", lambda row: getattr(row.standing.run, name), "", name)
+
+    return (
+        Column("model", "text", lambda row: row.model, name="model"),
+        Column("kind", "text", lambda row: row.kind, name="kind"),
+        Column("part", "text", lambda row: row.standing.run.label(), name="part"),
+        *_ranks(_NO_RANK),
+        of_run("layer", "layer (0-based)"),
+        of_run("span", "layers"),
+        of_run("number", "number in the layer (0-based)"),
+        *_with_ends(_standing("accuracy_relevance", _RELEVANCE, "relevance", field="relevance")),
+        *_with_ends(_standing("accuracy_drop", _DROP, "points", field="drop")),
+        Column("benchmarks", "count", lambda row: row.benchmarks, name="benchmarks"),
+        Column("shown", "text", lambda row: row.standing.shown, name="shown"),
+    )
+
+
+def _part_rows(board: PartBoard, label: str) -> list[RankedPart]:
+    return [RankedPart(label, board.many, part, len(board.cells)) for part in board.parts]
+
+
+def part_board_data(boards: Sequence[tuple[str, PartBoard]]) -> Table:
+    """Lay the leaderboards of heads, experts and stretches out for code, each with its model.
+
+    One row for each model and part, kind by kind, the most relevant first.
+    """
+    rows = [row for label, board in boards for row in _part_rows(board, label)]
+    return table("", part_board_columns(), rows)
+
+
+def part_board_table(board: PartBoard, label: str) -> Table:
+    """Set the leaderboard of one kind of a model's parts: both of its ends where it is long."""
+    rows = _part_rows(board, label)
+    between = len(rows) - 2 * _ENDS
+    title = (
+        f"{label}: its {board.many}, ranked by mean accuracy relevance over "
+        f"{counted(len(board.cells), 'benchmark')}"
+    )
+    if between > 0:
+        rows = rows[:_ENDS] + rows[-_ENDS:]
+        title += f"; {between:,} more are between the first {_ENDS} and the last {_ENDS}"
+    columns = named(part_board_columns())
+    return table(
+        f"{title}.",
+        [
+            _between(_NO_RANK),
+            *pick(columns, "part", "shown", "accuracy_relevance", "accuracy_drop"),
+        ],
+        rows,
+        header=1,
+    )
 
 
 def misjudged_table(board: LayerBoard, label: str) -> Table:

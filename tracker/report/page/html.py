@@ -32,7 +32,7 @@ from tracker.report.charts.style import FEW, TEMPLATE
 from tracker.report.frames import layer_files, packed, packed_json
 from tracker.report.leaderboard import claims, rules
 from tracker.report.leaderboard.proxies import Agreement, agreements
-from tracker.report.leaderboard.tables import layer_board_table, misjudged_table
+from tracker.report.leaderboard.tables import layer_board_table, misjudged_table, part_board_table
 from tracker.report.page import sections
 from tracker.report.page.decisions import decision_table, packed_documents
 from tracker.report.page.studies import standing_alone, study_sections
@@ -144,7 +144,15 @@ def _templates() -> Environment:
         lstrip_blocks=True,
     )
     modules = (answers, caveats, claims, decisions, rules, run_table, tables, wording)
-    functions = (decision_table, headed, layer_board_table, measure_of, misjudged_table, written)
+    functions = (
+        decision_table,
+        headed,
+        layer_board_table,
+        measure_of,
+        misjudged_table,
+        part_board_table,
+        written,
+    )
     sentences = (agreement_sentence, agreements, compared_sentence)
     every = (*modules, *functions, *sentences)
     environment.globals |= {each.__name__.split(".")[-1]: each for each in every}

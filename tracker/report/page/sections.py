@@ -20,6 +20,7 @@ from tracker.report.leaderboard.comparable import named_models
 from tracker.report.leaderboard.layers import LayerBoard, layer_board
 from tracker.report.leaderboard.models import ModelBoard, model_board
 from tracker.report.leaderboard.pairs import pairs_of
+from tracker.report.leaderboard.parts import PartBoard, model_answer, part_boards
 from tracker.report.leaderboard.tables import (
     depth_table,
     difference_table,
@@ -63,7 +64,7 @@ class CellSection:
 
 @dataclass(frozen=True)
 class ModelSection:
-    """One model: the board of its layers, its charts over depth by name, and its cells.
+    """One model: the boards of its layers and parts, its charts over depth by name, and its cells.
 
     A chart is lacking where no whole layer is removed, or no benchmark defines a relevance.
     """
@@ -71,8 +72,14 @@ class ModelSection:
     id: str
     label: str
     board: LayerBoard
+    parts: tuple[PartBoard, ...]
     cells: tuple[CellSection, ...]
     charts: dict[str, Figure]
+
+    @property
+    def answer(self) -> str:
+        """What is shown of its layers, and of its parts where it has boards of these."""
+        return model_answer(self.board.claims, self.parts)
 
     @property
     def figures(self) -> tuple[Figure, ...]:
@@ -160,6 +167,7 @@ def _model_section(
         id=name,
         label=label,
         board=board,
+        parts=tuple(part_boards(cells)),
         cells=tuple(
             _cell_section(cell, decided.get(cell.place), benchmark, f"{name}-cell-{index}")
             for index, (cell, benchmark) in enumerate(zip(cells, benchmarks, strict=True), 1)
