@@ -26,11 +26,18 @@ def _library() -> tuple[Any, Any, Any]:
     return bindings.ffi, library, silent  # which must live as long as the library
 
 
-def quantize(source: Path, made: Path, layers: Sequence[int] = (), to: int | str = COPY) -> None:
-    """Do what llama-quantize does (tools/quantize/quantize.cpp), with its --prune-layers."""
+def quantize(
+    source: Path,
+    made: Path,
+    layers: Sequence[int] = (),
+    to: int | str = COPY,
+    pure: bool = False,
+) -> None:
+    """Do what llama-quantize does (tools/quantize/quantize.cpp): --prune-layers, --pure."""
     ffi, library, _ = _library()
     asked = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
     asked.nthread, asked.only_copy, asked.allow_requantize = 1, to == COPY, to != COPY
+    asked.pure = pure
     asked.ftype = FLOAT32 if to == COPY else to
     gone = ffi.new("int32_t[]", [*layers, -1])
     asked.prune_layers = gone if layers else ffi.NULL

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.engine.families import tiny_model
 from tests.engine.plain import answers, asking, engine_of, make_documents, passed
-from tracker.core.ablations import INTACT, Ablation, Stretch
+from tracker.core.ablations import INTACT, Ablation, Rounded, Stretch
 from tracker.core.errors import CellError
 from tracker.core.kinds import Action
 from tracker.engine.fitting import first_tokens, fit
@@ -22,11 +22,21 @@ from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.layers import find_layers
 
-WAYS = ("mean", "scale", "linear", "int8", "int4")
+WAYS = ("mean", "scale", "linear")
+MAPS = [
+    *(Ablation(rounded=(Rounded("int8", layer),)) for layer in (0, 2, 3)),
+    Ablation(rounded=(Rounded("int4_row", 2),)),
+    Ablation(rounded=(Rounded("int4_row", 1, "self_attn.k_proj"),)),
+    Ablation(rounded=(Rounded("int4_row", 2, "mlp.down_proj"),)),
+    Ablation(rounded=(Rounded("int8", 2, "mlp.down_proj"),)),
+    Ablation(rounded=(Rounded("int4_row", 2, "attention"), Rounded("int8", 2, "mlp.up_proj"))),
+    Ablation(rounded=(Rounded("int4_row", 0, "mlp"), Rounded("int4_row", 3, "self_attn.o_proj"))),
+    Ablation((1,), rounded=(Rounded("int4_row", 2),)),
+]
 ABLATIONS = [
     INTACT,
     *(Ablation(replaced=((done, layer),)) for done in WAYS for layer in (0, 2, 3)),
-    Ablation((1,), replaced=(("int4", 2),)),
+    *MAPS,
     *(Ablation(repeated=(Stretch(layer, layer + 1),)) for layer in (0, 2, 3)),
     Ablation((1,), repeated=(Stretch(2, 3),)),
     Ablation(mlp=(2,)),
@@ -64,18 +74,20 @@ def _changed(model, ablation):
         draw = torch.Generator().manual_seed(layer)
         weight = torch.eye(width) + 0.3 * torch.randn(width, width, generator=draw) / width**0.5
         mean, bias = 0.3 * torch.randn(2, width, generator=draw)
-        bits = {"int8": 127.5, "int4": 7.5}.get(done)
-        if bits:
-            for module in layers[layer].modules():
-                if isinstance(module, nn.Linear):
-                    module.weight = nn.Parameter(_by_hand(module.weight, bits))
-            continue
         function = {
             "mean": lambda inner, x, m=mean: _like(inner(x), x + m),
             "scale": lambda inner, x: _like(inner(x), 0.7 * x),
             "linear": lambda inner, x, w=weight, b=bias: _like(inner(x), x @ w.T + b),
         }[done]
         layers[layer] = _Instead(layers[layer], function)
+    for form, layer, which in ablation.rounded:
+        for path, module in layers[layer].named_modules():
+            place = path.replace("self_attn", "attention") if which == "attention" else path
+            if isinstance(module, nn.Linear) and f"{place}.".startswith(
+                f"{which}." if which else ""
+            ):
+                half = {"int8": 127.5, "int4_row": 7.5}[form]
+                module.weight = nn.Parameter(_by_hand(module.weight, half))
     for stretch in ablation.repeated:
         twice = _Instead(layers[stretch.start], lambda inner, x: inner(_state(inner(x))))
         layers[stretch.start] = twice
@@ -103,15 +115,11 @@ def _like(output, state):
 
 
 def _by_hand(weight, half):
-    """Round each row, or each 32 (or as many as divide) inputs of it, to whole steps."""
-    outputs, inputs = weight.shape
-    size = inputs if half > 100 else max(g for g in range(1, 33) if inputs % g == 0)
+    """Round each row to whole steps."""
     found = weight.detach().clone()
-    for row in range(outputs):
-        for start in range(0, inputs, size):
-            group = found[row, start : start + size]
-            step = group.abs().max() / half
-            group[:] = (group * (1 / step)).round().clamp(-(half + 0.5), half - 0.5) * step
+    for row in found:
+        step = row.abs().max() / half
+        row[:] = (row * (1 / step)).round().clamp(-(half + 0.5), half - 0.5) * step
     return found
 
 
@@ -155,7 +163,7 @@ def test_what_a_replaced_layer_costs_is_what_it_passes():
     assert plan_streams([INTACT, one], 4).layer_passes == 4 + 2
     # It leaves the baseline behind the layer, and passes it once more.
     assert plan_streams([INTACT, two], 4).layer_passes == 4 + 1 + 2
-    quantised = Ablation(replaced=(("int8", 1),))
+    quantised = Ablation(rounded=(Rounded("int8", 1),))
     assert plan_streams([INTACT, quantised], 4).layer_passes == 4 + 3
     # Its attention has other weights than the baseline's, from which it would be taken else.
     assert plan_streams([INTACT, quantised, Ablation(mlp=(1,))], 4).attention_passes == 4 + 3 + 2
@@ -166,9 +174,9 @@ def test_experts_and_quantised_weights_are_no_linear_maps():
     model.model.layers[1].mlp.experts = nn.Parameter(torch.zeros(2, 3, 4))
     engine = engine_of(model)
     with pytest.raises(CellError, match=r"mlp.experts of layer 1 .* is no linear map"):
-        engine.without(Ablation(replaced=(("int8", 1),)))
-    with pytest.raises(CellError, match=r"mlp.experts of layer 1 is no linear map.*leave int8"):
-        engine.score(make_documents(1), [INTACT, Ablation(replaced=(("int4", 1),))])
+        engine.without(Ablation(rounded=(Rounded("int8", 1),)))
+    with pytest.raises(CellError, match=r"mlp.experts of layer 1 is no linear map.*leave formats"):
+        engine.score(make_documents(1), [INTACT, Ablation(rounded=(Rounded("int4", 1),))])
 
 
 class TestFit:

@@ -10,7 +10,7 @@ from tests.conftest import save_tokenizer
 from tests.engine.families import tiny_model
 from tests.engine.plain import MAX_LENGTH, make_documents
 from tests.engine.truth import layers_of
-from tracker.core.ablations import INTACT, Ablation, Part, Stretch, ablate
+from tracker.core.ablations import INTACT, Ablation, Part, Rounded, Stretch, ablate
 from tracker.core.errors import CellError
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import Engine
@@ -103,7 +103,7 @@ def test_a_plain_call_brings_in_each_layer_once(both):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_parts_and_interventions_are_those_of_the_model_in_memory(both, family, dtype):
-    own = [Ablation(replaced=((done, 2),)) for done in ("int8", "int4")]
+    own = [Ablation(rounded=(Rounded(done, 2),)) for done in ("int8", "int4_row")]
     if family == "mixtral":
         own = [Ablation(parts=(Part("expert", 2, number),)) for number in (0, 3)]
     ablations = [

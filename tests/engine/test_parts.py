@@ -9,7 +9,7 @@ import torch
 
 from tests.engine.families import FAMILIES, tiny_model
 from tests.engine.plain import answers, asking, engine_of, make_documents
-from tracker.core.ablations import INTACT, Ablation, Part, Stretch, ablation_of
+from tracker.core.ablations import INTACT, Ablation, Part, Rounded, Stretch, ablation_of
 from tracker.core.errors import CellError, TrackerError
 from tracker.core.records import RunIdentity
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
@@ -44,7 +44,7 @@ HEADS = [
     Ablation((1,), parts=(Part("head", 2, 0),)),
     Ablation(attention=(2,)),
     Ablation(mlp=(2,)),
-    Ablation(replaced=(("int4", 2),)),
+    Ablation(rounded=(Rounded("int4_row", 2),)),
 ]
 STRETCHES = [
     INTACT,
@@ -107,7 +107,7 @@ def _agree(scores, ablations, make):
 @pytest.mark.parametrize("family", PROJECTIONS)
 def test_a_model_without_a_head_is_one_whose_projection_ignores_it(family):
     model = tiny_model(family)
-    alone = [a for a in HEADS if not (a.layers or a.attention or a.mlp or a.replaced)]
+    alone = [a for a in HEADS if not (a.layers or a.attention or a.mlp or a.rounded)]
     groups = getattr(model.config.get_text_config(), "num_key_value_heads", 4)
     if groups == 4 or family == "deepseek_v3":  # whose heads share nothing that is kept
         alone = [a for a in alone if all(part.component == "head" for part in a.parts)]

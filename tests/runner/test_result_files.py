@@ -32,7 +32,7 @@ from tests.plain import tasks_in, write_rows
 from tests.runner.elsewhere import run as measure
 from tests.runner.elsewhere import typed, write_study
 from tracker.benchmarks import factory, results
-from tracker.core.ablations import Ablation
+from tracker.core.ablations import Ablation, Rounded, Stretch
 from tracker.core.extent import random_order
 from tracker.core.identities import ModelIdentity
 from tracker.core.records import RunIdentity
@@ -541,12 +541,17 @@ def test_model_args_are_what_lm_eval_takes(facts, args):
 
 def test_no_two_models_have_the_same_arguments():
     """Was: a model with a replaced layer was written as the intact one."""
-    done = ("mean", "scale", "linear", "int8", "int4", "repeat")
+    done = ("mean", "scale", "linear")
+    which = ("", "mlp", "mlp.up_proj")
     ablations = [
         Ablation(),
         Ablation((3,)),
         Ablation((1,), replaced=(("mean", 3),)),
         *(Ablation(replaced=((word, layer),)) for word in done for layer in (3, 4)),
+        *(Ablation(rounded=(Rounded("int4", layer, of),)) for of in which for layer in (3, 4)),
+        Ablation(rounded=(Rounded("int8", 3),)),
+        Ablation(repeated=(Stretch(3, 4),)),
+        Ablation(repeated=(Stretch(4, 5),)),
     ]
     assert len({tuple(changed_args(each).items()) for each in ablations}) == len(ablations)
     assert changed_args(ablations[2]) == {"removed_layers": "1", "mean_layers": "3"}

@@ -11,9 +11,14 @@ from typing import NamedTuple
 from tracker.core.config import IN_THE_FILE, CellRequest, field_of
 from tracker.core.errors import ExperimentError
 from tracker.core.grouping import grouped
-from tracker.core.kinds import NUMBERED, UNITS, Action, Component, Intervention
+from tracker.core.kinds import MAPS, NUMBERED, UNITS, Action, Component, Intervention
+from tracker.core.provenance import content_hash
 from tracker.core.records import BASELINE, RunIdentity
 from tracker.core.search_parts import SearchParts
+from tracker.core.weight_formats import FORMATS
+
+FEW_MAPS = 4
+"""So many rounded maps are named one by one."""
 
 
 class Part(NamedTuple):
@@ -64,6 +69,22 @@ class Stretch(NamedTuple):
         return f"repeat{self.times if self.times != 2 else ''}:{self.start}{last}"
 
 
+class Rounded(NamedTuple):
+    """Linear maps of one layer whose weights are those of a format.
+
+    `which` is one of them, as its path within the layer, or one of `MAPS`; empty for all.
+    """
+
+    format: str
+    layer: int
+    which: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name in the ledger: `int4:5`, `int4:5.mlp.down_proj`."""
+        return f"{self.format}:{self.layer}{'.' if self.which else ''}{self.which}"
+
+
 class Done(NamedTuple):
     """What an ablation does at one layer: to which of its parts, or from where layers come again.
 
@@ -75,6 +96,7 @@ class Done(NamedTuple):
     parts: tuple[Part, ...] = ()
     stretch: Stretch | None = None
     shared: bool = False
+    rounded: tuple[Rounded, ...] = ()
 
     @property
     def heads(self) -> tuple[Part, ...]:
@@ -99,6 +121,7 @@ class Ablation:
         attention: Layers whose attention adds nothing to the residual stream.
         mlp: Layers whose MLP adds nothing to the residual stream.
         replaced: What stands in for which layers: pairs of an intervention and a layer.
+        rounded: Linear maps whose weights are those of a format; of one layer none twice.
         parts: Heads, or groups of them, that add nothing to what their attention gives, and experts
             that no token is sent to.
         repeated: Stretches that are passed several times; no two end at the same layer.
@@ -112,6 +135,7 @@ class Ablation:
     parts: tuple[Part, ...] = ()
     repeated: tuple[Stretch, ...] = ()
     shared: tuple[int, ...] = ()
+    rounded: tuple[Rounded, ...] = ()
 
     @property
     def name(self) -> str:
@@ -128,12 +152,21 @@ class Ablation:
             if numbers
         ]
         parts = [f"{part.component}:{part.layer}.{part.number}" for part in self.parts]
-        return "+".join((*sets, *parts, *(each.name for each in self.repeated))) or BASELINE
+        rounded = [each.name for each in self.rounded]
+        if len(rounded) > FEW_MAPS:  # a mixture of formats
+            rounded = [f"rounded:{content_hash(rounded)[:16]}"]
+        more = [*rounded, *(each.name for each in self.repeated)]
+        return "+".join((*sets, *parts, *more)) or BASELINE
 
     @property
     def has_sublayers(self) -> bool:
         """Whether it removes a whole sublayer somewhere."""
         return bool(self.attention or self.mlp)
+
+    @property
+    def has_groups_of_maps(self) -> bool:
+        """Whether it rounds an attention's or an MLP's linear maps as a whole somewhere."""
+        return any(each.which in MAPS for each in self.rounded)
 
     def at(self, layer: int) -> Done:
         """Say what it does at a layer."""
@@ -147,6 +180,8 @@ class Ablation:
         parts, shared = tuple(self._parts_of.get(layer, ())), layer in self.shared
         if parts or shared:
             return Done(Action.NO_PARTS, parts, shared=shared)
+        if rounded := tuple(each for each in self.rounded if each.layer == layer):
+            return Done(Action.ROUNDED, rounded=rounded)
         for stretch in self.repeated:
             if stretch.stop == layer + 1:
                 return Done(Action.REPEAT, stretch=stretch)
@@ -203,6 +238,9 @@ def ablation_of(run: RunIdentity, removed: Iterable[int]) -> Ablation:
     beneath = tuple(sorted(removed))
     if run.intervention == "repeat":
         return Ablation(beneath, repeated=(stretch_of(run),))
+    if run.intervention in FORMATS:
+        maps = Rounded(run.intervention, run.layer, run.map or "")
+        return Ablation(beneath, rounded=(maps,))
     if run.intervention != "remove":
         return Ablation(beneath, replaced=((run.intervention, run.layer),))
     if run.number is not None:
@@ -215,6 +253,8 @@ def first_run(request: CellRequest) -> RunIdentity:
 
     ExperimentError where it does not say which part of the layer.
     """
+    if "linear" in request.components and not request.maps:
+        raise ExperimentError("which linear map of the layer? Give its name: --map mlp.down_proj")
     for part in request.components:
         if part in NUMBERED and not request.numbers(part):
             key = IN_THE_FILE[field_of(part)]
@@ -227,14 +267,17 @@ def _grid(request: CellRequest) -> Iterator[RunIdentity]:
     asked = (request.components, request.interventions, request.spans, request.layers)
     for component, done, span, layer in product(*asked):
         numbers = request.numbers(component) if component in NUMBERED else (None,)
-        for number, repeats in product(numbers, request.repeats if done == "repeat" else (2,)):
+        maps = request.maps if component == "linear" else (None,)
+        repeats = request.repeats if done == "repeat" else (2,)
+        for number, name, times in product(numbers, maps, repeats):
             yield RunIdentity(
                 component=component,
                 layer=layer,
                 span=span,
                 intervention=done,
                 number=number,
-                repeats=repeats,
+                map=name,
+                repeats=times,
             )
 
 
@@ -242,9 +285,17 @@ def why_no_run(run: RunIdentity, request: CellRequest, layers: int) -> str | Non
     """Say why a combination of what is asked for is no run; None where it is one."""
     if run.component not in UNITS and (run.intervention, run.span) != ("remove", 1):
         return f"{run.component} is removed from one layer at a time"
+    if run.component == "linear" and (run.intervention not in FORMATS or run.span != 1):
+        return (
+            "a linear map is given weights of a format, such as intervention: int4, one at a time"
+        )
     if run.intervention == "repeat" and run.component != "layer":
         return "repeat is done to whole layers"
-    if run.intervention not in ("remove", "repeat") and (run.component, run.span) != ("layer", 1):
+    if run.intervention in FORMATS and run.component not in ("layer", "linear"):
+        return f"{run.intervention} is done to layers, or to linear maps (component: linear)"
+    if run.intervention not in ("remove", "repeat") and run.span != 1:
+        return f"{run.intervention} is done to single layers"
+    if run.intervention not in ("remove", "repeat", *FORMATS) and run.component != "layer":
         return f"{run.intervention} is done to whole single layers"
     if max(run.changed) >= layers:
         return (

@@ -110,19 +110,23 @@ class CellRequest(Strict):
     layers: tuple[Count, ...]
     """The layer, 0-based."""
     components: tuple[Component, ...] = ("layer",)
-    """What of the layer is removed: all of it, or one of its sublayers."""
+    """What of the layer is changed: all of it, one of its sublayers, or a part of these."""
     spans: tuple[Positive, ...] = (1,)
     """How many layers are removed together, from that layer on."""
     interventions: tuple[Intervention, ...] = ("remove",)
     """What is done to the layer: it is removed; or replaced by its mean update, a factor or a
-    linear map of its input (fitted on calibration text); has its weights quantised; or is passed
-    again, with those that span holds."""
+    linear map of its input (fitted on calibration text); has weights of a format, such as int4 or
+    q4_k; or is passed again, with those that span holds."""
     heads: tuple[Count, ...] = ()
     """Which head of the layer, or group of heads, 0-based, where component is head or kv_head;
     default: all that the model has."""
     experts: tuple[Count, ...] = ()
     """Which routed expert of the layer, 0-based, where component is expert; default: all that the
     model has."""
+    maps: tuple[Name, ...] = ()
+    """Which linear map of the layer, as the checkpoint names it (self_attn.q_proj, mlp.down_proj),
+    or all of its attention or its mlp, where component is linear; default: each that the model
+    has."""
     repeats: tuple[Times, ...] = (2,)
     """How often the layers are passed where intervention is repeat."""
     control: Literal["random"] | None = None
@@ -132,9 +136,12 @@ class CellRequest(Strict):
     """Layers of one kind that are removed together, though others lie between them."""
     drawn: tuple[Layers, ...] = ()
     """Sets of layers that were drawn at random."""
-    only: tuple[tuple[Component, int, int, Intervention, Count | None, Times], ...] | None = None
-    """Which (component, span, layer, intervention, number of the part, repeats) of these are asked
-    for; None = every combination."""
+    only: (
+        tuple[tuple[Component, int, int, Intervention, Count | None, Times, Name | None], ...]
+        | None
+    ) = None
+    """Which (component, span, layer, intervention, number of the part, repeats, linear map) of
+    these are asked for; None = every combination."""
     removed: Layers = ()
     """Layers that are removed as a whole besides: 3,17 or 3-7 or [3, 17]."""
     revision: Name | None = None
@@ -256,6 +263,7 @@ IN_THE_FILE = {
     "interventions": "intervention",
     "heads": "head",
     "experts": "expert",
+    "maps": "map",
     "repeats": "repeats",
 }
 """Fields that hold several values, and the keys of files and options that give one."""

@@ -41,7 +41,7 @@ from tracker.core.config import (
 from tracker.core.errors import ExperimentError
 from tracker.core.extent import DEFAULT_SEED, Positive
 from tracker.core.kinds import NUMBERED
-from tracker.core.model_parts import Counting, numbered_components, with_all_parts
+from tracker.core.model_parts import Counting, has_parts, with_all_parts
 from tracker.core.problems import checked
 from tracker.core.safe_yaml import SHOWN, short
 
@@ -224,6 +224,7 @@ _TOGETHER = {
     "intervention": "remove",
     "head": None,
     "expert": None,
+    "map": None,
     "repeats": 2,
 }
 """What tells the runs of one cell apart, each with what it is where nothing is said."""
@@ -232,9 +233,10 @@ _FIELDS = {key: field for field, key in IN_THE_FILE.items()}
 
 def _only(said: tuple[Any, ...]) -> tuple[Any, ...]:
     """Write a point of a grid as `CellRequest.only` has it."""
-    component, span, layer, done, head, expert, repeats = said
+    component, span, layer, done, head, expert, name, repeats = said
     number = expert if component == "expert" else head
-    return component, span, layer, done, number if component in NUMBERED else None, repeats
+    numbered = number if component in NUMBERED else None
+    return component, span, layer, done, numbered, repeats, name if component == "linear" else None
 
 
 class Goal(Strict):
@@ -339,14 +341,14 @@ class Experiment(Sweep):
             for name, kinds in zip(_TOGETHER, zip(*some, strict=True), strict=True):
                 said = {repr(kind): kind for kind in kinds}
                 settings[_FIELDS[name]] = tuple(said.values())
-            for field in ("heads", "experts"):
-                if settings[field] == (None,):
+            for field in ("heads", "experts", "maps"):
+                if settings[field] in ((None,), (ALL,)):
                     settings[field] = ()
             every = self.takes_all
             settings["layers"] = () if every else tuple(sorted(settings["layers"]))
             settings["only"] = tuple(map(_only, some)) if self.capped else None
             cell = checked(CellRequest, settings, "parameters.", IN_THE_FILE)
-            if self._count is not None and (every or cell.control or numbered_components(cell)):
+            if self._count is not None and (every or cell.control or has_parts(cell)):
                 cell = with_all_parts(cell, self._count(cell, self.kinds))
             if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
                 raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")

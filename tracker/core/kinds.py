@@ -8,17 +8,50 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from itertools import product
 from typing import Literal, get_args
+
+from tracker.core.weight_formats import FORMATS
 
 SearchUnit = Literal["layer", "attention", "mlp", "head", "kv_head", "expert"]
 """What a search removes: whole layers, one of their two sublayers, or one of several parts."""
-Component = Literal["layer", "attention", "mlp", "head", "kv_head", "expert", "shared_expert"]
-"""What of a layer is removed: all of it, one of its two sublayers, one attention head, all heads
-that share keys and values, one routed expert, or the experts that every token passes."""
+Component = Literal[
+    "layer", "attention", "mlp", "head", "kv_head", "expert", "shared_expert", "linear"
+]
+"""What of a layer is changed: all of it, one of its two sublayers, one attention head, all heads
+that share keys and values, one routed expert, the experts that every token passes, or one linear
+map, which has a name."""
 NUMBERED: tuple[Component, ...] = ("head", "kv_head", "expert")
-"""Components of which a layer has several: each has a number, 0-based."""
-Intervention = Literal["remove", "mean", "scale", "linear", "int8", "int4", "repeat"]
-"""What is done to a layer: it is removed, or something stands in its place."""
+"""Components of which a layer has several, by their number, 0-based."""
+Intervention = Literal[
+    "remove",
+    "mean",
+    "scale",
+    "linear",
+    "int8",
+    "int4",
+    "repeat",
+    "int8_g32",
+    "int8_g128",
+    "int4_g128",
+    "int4_row",
+    "nf4",
+    "fp8",
+    "mxfp4",
+    "q2_k",
+    "q3_k",
+    "q4_0",
+    "q4_1",
+    "q4_k",
+    "iq4_nl",
+    "q5_0",
+    "q5_1",
+    "q5_k",
+    "q6_k",
+    "q8_0",
+]
+"""What is done to a layer: it is removed, something stands in its place, it is passed again, or its
+weights are those of a format."""
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 UNITS: tuple[Component, ...] = ("layer", "attention", "mlp")
 """Whole layers, and the two sublayers that each has."""
@@ -26,7 +59,7 @@ INTERVENTIONS: tuple[Intervention, ...] = get_args(Intervention)
 
 
 class Action(Enum):
-    """What an ablation does at one layer: nothing, a removal, or an `Intervention` by its word."""
+    """What an ablation does at one layer: nothing, a removal, or an intervention."""
 
     PASS = "pass"
     SKIP = "skip"
@@ -36,19 +69,13 @@ class Action(Enum):
     MEAN = "mean"
     SCALE = "scale"
     LINEAR = "linear"
-    INT8 = "int8"
-    INT4 = "int4"
+    ROUNDED = "rounded"
     REPEAT = "repeat"
 
     @property
     def is_fitted(self) -> bool:
         """Whether something that was fitted on calibration text stands in for the layer."""
         return self.value in KINDS and KINDS[self.value].fitted
-
-    @property
-    def bits(self) -> int | None:
-        """Bits of the layer's weights where they are quantised."""
-        return KINDS[self.value].bits if self.value in KINDS else None
 
     @property
     def enters(self) -> bool:
@@ -65,7 +92,6 @@ class KindLook:
         colour: Of its points; a mid-tone, legible on white and on black.
         mark: Their symbol, one of plotly's.
         fitted: Whether what stands in was fitted on calibration text.
-        bits: Bits of the layer's weights where they are quantised.
         many: What several of a layer's, or of a model's, are called; empty where they are layers.
     """
 
@@ -73,9 +99,10 @@ class KindLook:
     colour: str
     mark: str
     fitted: bool = False
-    bits: int | None = None
     many: str = ""
 
+
+_MARKS = ("hexagon", "star", "triangle-left", "triangle-right", "bowtie")
 
 KINDS: Mapping[str, KindLook] = {
     "layer": KindLook("the layer", "#3d74a8", "circle"),
@@ -90,12 +117,20 @@ KINDS: Mapping[str, KindLook] = {
     "mean": KindLook("its mean update", "#2f8f8f", "triangle-up", fitted=True),
     "scale": KindLook("a factor", "#8c7a2e", "triangle-down", fitted=True),
     "linear": KindLook("a linear map", "#7a6bc0", "pentagon", fitted=True),
-    "int8": KindLook("itself in int8", "#6b7f8f", "hexagon", bits=8),
-    "int4": KindLook("itself in int4", "#b5483f", "star", bits=4),
     "repeat": KindLook("itself twice", "#b0607a", "cross", many="stretches passed again"),
+    **{
+        name: KindLook(f"itself in {name}", colour, mark)
+        for name, (colour, mark) in zip(
+            FORMATS,
+            product(("#6b7f8f", "#b5483f", "#4c7a9c", "#997a2f"), _MARKS),
+            strict=False,
+        )
+    },
 }
 """Every component that is removed and every intervention by its word."""
 REPLACED_BY: Mapping[Intervention, str] = {
     word: KINDS[word].what for word in INTERVENTIONS if word != "remove"
 }
 """What stands in a layer's place where it is not removed."""
+MAPS = ("attention", "mlp")
+"""Names for several linear maps of a layer: all of its attention, or of its MLP."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from tracker.core.config import IN_THE_FILE, CellRequest, field_of
-from tracker.core.errors import ExperimentError
-from tracker.core.kinds import KINDS, NUMBERED, Component
+from tracker.core.errors import ExperimentError, did_you_mean
+from tracker.core.kinds import KINDS, MAPS, NUMBERED, Component
 
 ROUTED = ("moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts")
 """What configurations call how many routed experts a layer has."""
@@ -27,6 +28,7 @@ class ModelParts(NamedTuple):
         kv_head: How many groups of heads share keys and values; the same.
         of_kind: The layers of the kinds that are asked for; None for layers of any kind.
         expert: How many routed experts a layer has that has some; None where that is not said.
+        maps: The names of each layer's linear maps; None where nobody asked.
     """
 
     layers: int
@@ -34,6 +36,7 @@ class ModelParts(NamedTuple):
     kv_head: int | None = None
     of_kind: tuple[int, ...] | None = None
     expert: int | None = None
+    maps: tuple[tuple[str, ...], ...] | None = None
 
     def numbered(self, component: Component) -> int | None:
         """Count the parts of a layer that have numbers."""
@@ -48,6 +51,11 @@ Counting = Callable[[CellRequest, Collection[str]], ModelParts]
 def numbered_components(request: CellRequest) -> list[Component]:
     """List those of a request's components of which a layer has several."""
     return [component for component in request.components if component in NUMBERED]
+
+
+def has_parts(request: CellRequest) -> bool:
+    """Whether a request is about parts of which a layer has several."""
+    return bool(numbered_components(request)) or "linear" in request.components
 
 
 def with_all_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
@@ -72,6 +80,8 @@ def with_all_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
                 "ask for head and kv_head in two files, or name some by 'head'"
             )
     request = request.model_copy(update=found) if found else request
+    if "linear" in request.components and not request.maps:
+        request = _with_all_maps(request, parts)
     spans = [span for span in request.spans if span > 1]
     removing = "remove" in request.interventions and "layer" in request.components
     if not (spans and removing and (request.control or parts.of_kind is not None)):
@@ -95,6 +105,32 @@ def with_all_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
         taken = {*more.get("sets", ()), *_windows(request.layers, spans)}
         more["drawn"] = tuple(_drawn(free, spans, taken, request.seed))
     return request.model_copy(update=more)
+
+
+def _with_all_maps(request: CellRequest, parts: ModelParts) -> CellRequest:
+    """Name all linear maps of the layers that are asked for."""
+    if parts.maps is None:
+        raise ExperimentError(
+            f"{request.title}: which linear maps its layers have is not known here; name them by "
+            "'map'"
+        )
+    of_layer = dict(enumerate(parts.maps))
+    every = dict.fromkeys(name for layer in request.layers for name in of_layer.get(layer, ()))
+    named = request.model_copy(update={"maps": tuple(every)})
+    if all(set(of_layer.get(layer, every)) == set(every) for layer in request.layers):
+        return named
+    if request.components != ("linear",) or request.spans != (1,):
+        raise ExperimentError(
+            f"{request.title}: its layers have different linear maps; ask for them in a file of "
+            "their own, or name some by 'map'"
+        )
+    there = tuple(
+        ("linear", 1, layer, done, None, 2, name)
+        for done in request.interventions
+        for layer in request.layers
+        for name in of_layer[layer]
+    )
+    return named.model_copy(update={"only": there})
 
 
 def _windows(layers: Sequence[int], spans: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -122,6 +158,14 @@ def check_parts(request: CellRequest, parts: ModelParts) -> None:
             raise ExperimentError(
                 f"layer {layer} is out of range: {request.model} has {parts.layers} layers, "
                 f"0 to {parts.layers - 1}"
+            )
+    known = {*MAPS, *chain.from_iterable(parts.maps or ())}
+    for name in request.maps if parts.maps is not None and "linear" in request.components else ():
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise ExperimentError(
+                f"a layer of {request.model} has no linear map {name!r}.{near} It has "
+                f"{', '.join(sorted(known))}"
             )
     for component in numbered_components(request):
         count, last = parts.numbered(component), max(request.numbers(component), default=0)

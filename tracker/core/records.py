@@ -16,7 +16,7 @@ from tracker.core.config import Count, Times
 from tracker.core.estimates import Estimate
 from tracker.core.extent import Positive
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
-from tracker.core.kinds import COMPONENTS, INTERVENTIONS, Component, Intervention
+from tracker.core.kinds import COMPONENTS, INTERVENTIONS, KINDS, Component, Intervention
 
 BASELINE = "baseline"
 
@@ -39,6 +39,19 @@ class Kind(NamedTuple):
     repeats: int = 2
     members: tuple[int, ...] | None = None
     drawn: bool = False
+    map: str | None = None
+
+    @property
+    def part(self) -> int | str | None:
+        """Which part of the layer: its number, or a linear map's name; None for all of it."""
+        return self.map if self.number is None else self.number
+
+    @property
+    def many(self) -> str:
+        """What several of a layer's or a model's are called; empty where they are layers."""
+        return (
+            f"linear maps in {self.word}" if self.component == "linear" else KINDS[self.word].many
+        )
 
     @property
     def word(self) -> str:
@@ -48,12 +61,12 @@ class Kind(NamedTuple):
     @property
     def is_single(self) -> bool:
         """Whether it is done to single layers as such, and so is a curve over the layers."""
-        return self.span == 1 and self.number is None
+        return self.span == 1 and self.part is None
 
     @property
     def family(self) -> Kind:
-        """What it shares with others of its map: all but the span and the number."""
-        return self._replace(span=1, number=None, members=None, drawn=False)
+        """What it shares with others of its map: all but the span and which part it is."""
+        return self._replace(span=1, number=None, members=None, drawn=False, map=None)
 
 
 Place = tuple[str, str, int]
@@ -85,6 +98,9 @@ class RunIdentity(Record):
     """The layers, ascending, where others lie between them; written then."""
     drawn: bool = Field(False, exclude_if=lambda drawn: not drawn)
     """Whether they were drawn at random, for others to be held against; written where they were."""
+    map: str | None = Field(None, exclude_if=lambda name: name is None)
+    """Which linear map of the layer, as its path in the layer, or one of `MAPS`; written where it
+    is one."""
 
     @property
     def changed(self) -> tuple[int, ...]:
@@ -102,10 +118,11 @@ class RunIdentity(Record):
             self.repeats,
             self.members,
             self.drawn,
+            self.map,
         )
 
     @property
-    def asked(self) -> tuple[Component, int, int, Intervention, int | None, int]:
+    def asked(self) -> tuple[Component, int, int, Intervention, int | None, int, str | None]:
         """The run as `CellRequest.only` names it."""
         return (
             self.component,
@@ -114,16 +131,17 @@ class RunIdentity(Record):
             self.intervention,
             self.number,
             self.repeats,
+            self.map,
         )
 
     @property
-    def order(self) -> tuple[int, ...]:
+    def order(self) -> tuple[int | str, ...]:
         """What runs are sorted by: components outermost (layer, attention, mlp), interventions,
         spans; of one layer by their number."""
         component, done = COMPONENTS.index(self.component), INTERVENTIONS.index(self.intervention)
         number = -1 if self.number is None else self.number
-        which = (self.layer, number, *(self.members or ()))
-        return (component, done, self.repeats, self.drawn, self.span, *which)
+        which = (component, done, self.repeats, self.drawn, self.span, self.layer, number)
+        return (*which, self.map or "", *(self.members or ()))
 
     def label(self, digits: int = 1) -> str:
         """Name the run where people read it: `layers 3–6`, `mlp 3–6`, `mean 3`, `layer 3 head 0`.
@@ -135,6 +153,8 @@ class RunIdentity(Record):
         first, last = (f"{n:0{digits}d}" for n in (self.layer, self.layer + self.span - 1))
         if self.number is not None:
             return f"layer {first} {self.kind.word} {self.number}"
+        if self.map is not None:
+            return f"layer {first} {self.map} {self.intervention}"
         word = "layers" if self.component == "layer" and self.span > 1 else self.kind.word
         if self.intervention == "repeat":
             word = "repeat" if self.repeats == 2 else f"repeat {self.repeats} times:"

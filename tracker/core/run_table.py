@@ -121,6 +121,7 @@ def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
             Column("component", "text", lambda row: row.run.component, name="component"),
             Column(f"{first} (0-based)", "count", lambda row: row.run.layer, name="layer"),
             Column("number (0-based)", "count", lambda row: row.run.number, name="number"),
+            Column("linear map", "text", lambda row: row.run.map, name="map"),
             Column("span (layers)", "count", lambda row: row.run.span, name="span"),
             Column("intervention", "text", lambda row: row.run.intervention, name="intervention"),
             Column("passes", "count", _passes, name="repeats"),

@@ -102,10 +102,18 @@ class Meter:
         from tracker.benchmarks.encoder import RequestEncoder
         from tracker.engine.selfcheck.check import watched_documents
         from tracker.measuring.scorer import Scorer
+        from tracker.models.quantised import refuse_formats
+        from tracker.models.sublayers import find_sublayers
 
         loaded, request = model.loaded, requests[0]
         for each in requests:
             check_range(each, parts_of(loaded.model.config.get_text_config()))
+        self.ablations = all_ablations(requests, loaded.identity.layers)
+        refuse_formats(
+            self.ablations,
+            loaded.layers,
+            partial(find_sublayers, loaded.model, loaded.layers, loaded.device),
+        )
         self._benchmark = benchmark
         self._model = model
         self._memory = options.memory
@@ -117,7 +125,6 @@ class Meter:
         self._watch = watched_documents(documents)
         is_half = loaded.identity.is_half
         self.twice = computed_twice(documents, request.extent.seed) if is_half else set()
-        self.ablations = all_ablations(requests, loaded.identity.layers)
         self._calibration: CalibrationTexts | None = None
         if any(each.is_fitted for each in self.ablations):
             width = loaded.model.config.get_text_config().hidden_size

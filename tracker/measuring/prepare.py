@@ -14,7 +14,7 @@ from tracker.core.model_parts import (
     Counting,
     ModelParts,
     check_parts,
-    numbered_components,
+    has_parts,
     with_all_parts,
 )
 from tracker.core.provenance import package_versions
@@ -63,9 +63,14 @@ def counting_in(ledger: Ledger, trust_remote_code: bool) -> Counting:
 
     def count(request: CellRequest, kinds: Collection[str] = ()) -> ModelParts:
         asked = look_up(request.model_copy(update={"until": None}), ledger)
-        if asked.store is not None and not kinds and not numbered_components(request):
+        if asked.store is not None and not kinds and not has_parts(request):
             return ModelParts(asked.store.identity.model.layers)
-        return count_parts(asked.source, trust_remote_code, kinds)
+        parts = count_parts(asked.source, trust_remote_code, kinds)
+        if "linear" not in request.components or request.maps:
+            return parts
+        from tracker.models.maps import names_of_maps
+
+        return parts._replace(maps=names_of_maps(asked.source, trust_remote_code))
 
     return count
 
@@ -158,7 +163,7 @@ def _with_runs(request: CellRequest, runs: Sequence[RunIdentity]) -> CellRequest
     asked: dict[str, Any] = {"sets": sets, "drawn": drawn, "only": only}
     if not only:
         return request.model_copy(update=asked)
-    components, spans, layers, interventions, _, repeats = (
+    components, spans, layers, interventions, _, repeats, maps = (
         tuple(dict.fromkeys(each)) for each in zip(*only, strict=True)
     )
     numbers: dict[str, set[int]] = {"heads": set(), "experts": set()}
@@ -174,6 +179,7 @@ def _with_runs(request: CellRequest, runs: Sequence[RunIdentity]) -> CellRequest
             "interventions": interventions,
             **{field: tuple(sorted(some)) for field, some in numbers.items()},
             "repeats": repeats,
+            "maps": tuple(name for name in maps if name is not None),
         }
     )
 

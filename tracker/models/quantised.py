@@ -1,43 +1,147 @@
-"""A layer's weights, quantised and made numbers again, as a checkpoint with such weights computes.
+"""Linear maps whose weights are those of a format: rounded, and made numbers again.
 
-Symmetric and rounded to nearest, as torchao's weight-only configurations do it: int8 with a scale a
-row of the weight (an output), int4 with one for each `GROUP` inputs of a row. The rounding is
-torch's own `fake_quantize_per_channel_affine`, and the weights are those of torchao 0.18's
-`IntxWeightOnlyConfig` to the bit in float32; activations are left as they are.
+Integers are symmetric and rounded to nearest, as torchao's weight-only configurations do it, by
+torch's own `fake_quantize_per_channel_affine`; in float32 the weights are those of torchao 0.18's
+`IntxWeightOnlyConfig` to the bit. What a GGUF file holds is rounded by the package gguf or by
+llama.cpp's own library, and read back by gguf. Activations are left as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import ctypes
+import importlib.util
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tracker.core.errors import CellError
+from tracker.core.ablations import Ablation, Rounded
+from tracker.core.distribution import install_extra
+from tracker.core.errors import CellError, ExperimentError
+from tracker.core.kinds import MAPS
+from tracker.core.weight_formats import FORMATS, WeightFormat
 from tracker.models.offloaded import is_absent
+from tracker.models.sublayers import Sublayers
 
-GROUP = 32
-"""Inputs that share a scale in int4."""
-_LEVELS = {4: (-8, 7), 8: (-128, 127)}
+_INTEGERS = {"int8": (-128, 127), "int4": (-8, 7)}
+_LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
+_PACKAGES = ("llama_cpp_py_sync", "bitsandbytes")
+_TINY = torch.finfo(torch.float32).eps
 
 
-def quantised(weight: Tensor, bits: int) -> Tensor:
-    """Quantise a weight [outputs, inputs] to 4 or 8 bits, and make numbers of it again.
+def in_format(weight: Tensor, name: str) -> Tensor:
+    """Make of a weight what a format gives back.
 
-    Inputs that fill no group of 32 share the scale of the largest group that divides them.
+    Args:
+        weight: [outputs, inputs].
+        name: One of `FORMATS`.
+
+    Returns:
+        The weight, in its own dtype.
+
+    Raises:
+        CellError: Its rows have no whole blocks of the format.
     """
     outputs, inputs = weight.shape
-    group = inputs if bits == 8 else next(g for g in range(GROUP, 0, -1) if inputs % g == 0)
-    rows = weight.detach().float().reshape(-1, group)
-    low, high = _LEVELS[bits]
+    form = FORMATS[name].for_rows(inputs)
+    if form is None:
+        raise CellError(
+            f"{name} keeps {FORMATS[name].block} inputs together, and a weight has rows of "
+            f"{inputs}; take another format, or leave such maps out"
+        )
+    rows = weight.detach().float()
+    return _maker(form)(rows).reshape(outputs, inputs).to(weight.dtype)
+
+
+def _maker(form: WeightFormat) -> Callable[[Tensor], Tensor]:
+    word, _, _ = form.name.partition("_")
+    if word in _INTEGERS:
+        return partial(_integers, group=form.block, levels=_INTEGERS[word])
+    if form.name == "fp8":
+        return _fp8
+    return _nf4 if form.name == "nf4" else partial(_gguf, form=form)
+
+
+def _integers(rows: Tensor, group: int, levels: tuple[int, int]) -> Tensor:
+    parts = rows.reshape(-1, group or rows.shape[1])
+    low, high = levels
     # torchao's: the largest weight of a group is half of the levels away from 0.
-    scale = (rows.abs().amax(1) / ((high - low) / 2)).clamp_min(torch.finfo(torch.float32).eps)
+    scale = (parts.abs().amax(1) / ((high - low) / 2)).clamp_min(_TINY)
     zero = torch.zeros_like(scale, dtype=torch.int32)
-    whole = torch.fake_quantize_per_channel_affine(rows, scale, zero, 0, low, high)
-    return whole.reshape(outputs, inputs).to(weight.dtype)
+    return torch.fake_quantize_per_channel_affine(parts, scale, zero, 0, low, high)
+
+
+def _fp8(rows: Tensor) -> Tensor:
+    scale = (rows.abs().amax(1, keepdim=True) / _LARGEST_FP8).clamp_min(_TINY)
+    return (rows / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def _nf4(rows: Tensor) -> Tensor:
+    from bitsandbytes import functional
+
+    kept, state = functional.quantize_4bit(rows.contiguous(), blocksize=64, quant_type="nf4")
+    found: Tensor = functional.dequantize_4bit(kept, state)
+    return found
+
+
+def _gguf(rows: Tensor, form: WeightFormat) -> Tensor:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+    kind = GGMLQuantizationType[form.label]
+    given = np.ascontiguousarray(rows.cpu().numpy())
+    if not form.extra:
+        kept = quants.quantize(given, kind)
+    else:
+        block, size = GGML_QUANT_SIZES[kind]
+        kept = np.empty((len(given), given.shape[1] // block * size), np.uint8)
+        place = given.ctypes.data, kept.ctypes.data
+        made = _llama_cpp()(int(kind), *place, 0, *given.shape, None)
+        assert made == kept.size
+    return torch.from_numpy(quants.dequantize(kept, kind)).to(rows.device)
+
+
+@cache
+def _llama_cpp() -> Any:
+    """Find what rounds rows in llama.cpp's library (ggml.h, `ggml_quantize_chunk`)."""
+    import llama_cpp_py_sync
+
+    library = next(Path(llama_cpp_py_sync.__file__).parent.glob("*ggml-base*"))
+    quantise = ctypes.CDLL(str(library)).ggml_quantize_chunk
+    quantise.restype = ctypes.c_size_t
+    quantise.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3]
+    quantise.argtypes += [ctypes.c_void_p]
+    return quantise
+
+
+class RoundedWeights:
+    """Weights in a format, which are kept as far as they fit: many rows want the same ones.
+
+    Args:
+        most: So many bytes are kept, those that were wanted last.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kept: OrderedDict[tuple[int, str, str], Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def of(self, layer: int, path: str, module: nn.Module, name: str) -> Tensor:
+        """Give the weight [outputs, inputs] of a linear map of a layer in a format."""
+        key = (layer, path, name)
+        found = self._kept.get(key)
+        if found is None:
+            found = self._kept[key] = in_format(outputs_first(module), name)
+            self._bytes += found.nbytes
+        self._kept.move_to_end(key)
+        while self._bytes > self._most and self._kept:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return found
 
 
 def outputs_first(module: nn.Module) -> Tensor:
@@ -46,9 +150,77 @@ def outputs_first(module: nn.Module) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def quantise(layer: nn.Module, bits: int, name: str) -> None:
-    """Give a layer, called `name`, quantised weights of its own."""
-    reweighted(layer, linear_maps(layer, name), partial(quantised, bits=bits))
+def quantise(layer: nn.Module, formats: Mapping[str, str], name: str) -> None:
+    """Give linear maps of a layer, called `name`, weights of their own: path → format."""
+    maps = linear_maps(layer, name)
+    for path, form in formats.items():
+        reweighted(layer, [maps[path]], partial(in_format, name=form))
+
+
+def refuse_formats(
+    ablations: Sequence[Ablation],
+    layers: nn.ModuleList,
+    sublayers: Callable[[], Sequence[Sublayers]],
+) -> None:
+    """Refuse formats that these layers cannot be in, before anything is measured: ExperimentError.
+
+    `sublayers` finds the layers' attentions and MLPs, and is asked where a whole one is meant.
+    """
+    asked = {
+        each for ablation in ablations for each in ablation.rounded if each.layer < len(layers)
+    }
+    for each in sorted(asked):
+        form, layer, name = FORMATS[each.format], layers[each.layer], f"layer {each.layer}"
+        if form.extra and importlib.util.find_spec(_PACKAGES[form.name == "nf4"]) is None:
+            raise ExperimentError(
+                f"{form.name} is rounded by its makers' code, which is not installed. Type: "
+                f"{install_extra('quantise')}"
+            )
+        own = sublayers()[each.layer] if each.which in MAPS else None
+        try:
+            maps = linear_maps(layer, name)
+            paths = formats_of(layer, [each], own, name)
+        except CellError as error:
+            raise ExperimentError(str(error)) from None
+        for path in paths:
+            inputs = outputs_first(maps[path]).shape[1]
+            if form.for_rows(inputs) is None:
+                raise ExperimentError(
+                    f"{form.name} keeps {form.block} inputs together, and {path} of {name} has "
+                    f"rows of {inputs}; take another format, or name other linear maps by 'map'"
+                )
+
+
+def formats_of(
+    layer: nn.Module, rounded: Sequence[Rounded], sublayers: Sublayers | None, name: str
+) -> dict[str, str]:
+    """Say which linear maps of a layer have weights in a format: path → format.
+
+    Args:
+        layer: The layer.
+        rounded: What is rounded of it.
+        sublayers: Its attention and MLP; needed where either is meant as a whole.
+        name: What the layer is called in messages.
+
+    Returns:
+        Those that are rounded; of a map that is named twice the last format.
+
+    Raises:
+        CellError: It has no such map, or holds other matrices, or weights that are quantised.
+    """
+    maps = linear_maps(layer, name)
+    found: dict[str, str] = {}
+    for each in rounded:
+        if each.which in MAPS:
+            assert sublayers is not None
+            inside = {*getattr(sublayers, each.which).modules()}
+            some = [path for path, module in maps.items() if module in inside]
+        else:
+            some = [path for path in maps if each.which in ("", path)]
+        if not some:
+            raise CellError(f"{name} has no linear map {each.which}; it has {', '.join(maps)}")
+        found |= dict.fromkeys(some, each.format)
+    return found
 
 
 def reweighted(
@@ -82,18 +254,20 @@ def reweighted(
     layer.register_forward_hook(take_back, always_call=True)
 
 
-def linear_maps(layer: nn.Module, name: str) -> list[nn.Module]:
-    """List the linear maps of a layer, whose weights are quantised.
+def linear_maps(layer: nn.Module, name: str) -> dict[str, nn.Module]:
+    """List the linear maps of a layer by their paths in it.
 
     CellError where the layer, called `name`, holds other matrices, or weights that are quantised
     already.
     """
-    maps = [each for each in layer.modules() if isinstance(each, (nn.Linear, Conv1D))]
-    ours = {id(each.weight) for each in maps}
+    maps = {
+        path: each for path, each in layer.named_modules() if isinstance(each, (nn.Linear, Conv1D))
+    }
+    ours = {id(each.weight) for each in maps.values()}
     for path, parameter in layer.named_parameters():
         why = "" if parameter.is_floating_point() else "is quantised already"
         if parameter.ndim > 1 and id(parameter) not in ours:
-            why = "is no linear map, so it cannot be quantised"
+            why = "is no linear map, so it has no weights in a format"
         if why:
-            raise CellError(f"{path} of {name} {why}; leave int8 and int4 out of 'intervention'")
+            raise CellError(f"{path} of {name} {why}; leave formats out of 'intervention'")
     return maps

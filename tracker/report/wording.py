@@ -44,7 +44,7 @@ def kind_words(kind: Kind) -> str:
     """
     if kind.members:
         return f"layers {', '.join(map(str, kind.members))}"
-    word = kind.word if kind.number is None else f"{kind.word} {kind.number}"
+    word = kind.word if kind.part is None else f"{kind.word} {kind.part}"
     if kind.repeats != 2:
         word += f" {kind.repeats} times"
     return word if kind.span == 1 else f"{word}, {kind.span} at a time"
@@ -460,6 +460,8 @@ def _turns(cells: Sequence[CellRecord]) -> str:
     replaced = listed([w for done, w in REPLACED_BY.items() if Kind(intervention=done) in found])
     clauses = [f"{removed} was removed in turn"] if removed else []
     clauses += [f"each layer was replaced by {replaced} in turn"] if replaced else []
+    formats = listed([*dict.fromkeys(k.intervention for k in found if k.component == "linear")])
+    clauses += [f"each linear map had weights in {formats} in turn"] if formats else []
     clauses += ["each stretch of layers was passed again in turn"] if stretches else []
     return "; ".join(clauses)
 

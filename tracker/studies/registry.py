@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from tracker.studies.base import Study
 
 STUDIES = (
-    *("audit", "calibration", "joint", "prune"),
-    *("repeat", "rescale", "savings", "snowball", "theorem"),
+    *("audit", "calibration", "joint", "precision", "prune"),
+    *("quantise", "repeat", "rescale", "savings", "snowball", "theorem"),
 )
 """By name; the class of each, named as it, is in the module or folder of this package so named."""
 DRAWS = 2

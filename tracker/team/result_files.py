@@ -118,6 +118,7 @@ def changed_args(ablation: Ablation) -> dict[str, str]:
     args = {name: "+".join(map(str, layers)) for name, layers in removed.items() if layers}
     args |= {f"{done}_layers": str(layer) for done, layer in ablation.replaced}
     args |= {f"removed_{part.component}": f"{part.layer}.{part.number}" for part in ablation.parts}
+    args |= {f"{each.format}_weights": each.name.partition(":")[2] for each in ablation.rounded}
     for stretch in ablation.repeated:
         args["repeated_layers"] = stretch.name.partition(":")[2]
     return args

@@ -26,7 +26,8 @@ CURVES = (
 )
 """Figures of a `RunRecord` that a cell's run shows as curves over the layers."""
 _KINDS = "|".join(f"{word}/" for word in KINDS if word != "layer")
-_CURVE = re.compile(rf"({_KINDS})?(\d+/)?(x\d+/)?(span\d+/)?({'|'.join(CURVES)})")
+_PART = r"\d+/|[A-Za-z_][\w.]*/"
+_CURVE = re.compile(rf"(({_KINDS})({_PART})?)?(x\d+/)?(span\d+/)?({'|'.join(CURVES)})")
 _LAYER_VALUES = (*CURVES, "mcnemar_p", "rounded", "drop_rounding")
 Scalar = str | int | float | None
 
@@ -56,10 +57,10 @@ def curve_name(run: RunIdentity, figure: str) -> str:
     """Name the curve that a run's figure, one of `CURVES`, is a point of.
 
     Its own name for whole single layers; else `attention/accuracy_drop`, `span4/accuracy_drop`,
-    `head/3/accuracy_drop` or `repeat/x3/span4/accuracy_drop`.
+    `head/3/accuracy_drop`, `int4/mlp.down_proj/accuracy_drop` or `repeat/x3/span4/accuracy_drop`.
     """
     component = "" if run.kind.word == "layer" else f"{run.kind.word}/"
-    number = "" if run.number is None else f"{run.number}/"
+    number = "" if run.kind.part is None else f"{run.kind.part}/"
     times = "" if run.repeats == 2 else f"x{run.repeats}/"
     span = "" if run.span == 1 else f"span{run.span}/"
     return f"{component}{number}{times}{span}{figure}"

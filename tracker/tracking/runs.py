@@ -107,6 +107,8 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
     """
     done = REPLACED_BY.get(run.intervention)
     how = f"with the layer replaced by {done}" if done else "without it"
+    if run.map is not None:
+        how = f"with {run.map} in {run.intervention}"
     if run.intervention == "repeat":
         how = f"with it passed {'again' if run.repeats == 2 else f'{run.repeats} times'}"
     on = cell.documents_of(f"{run.n:,}")
@@ -246,6 +248,8 @@ class DescribedRun:
             found["members"] = ",".join(map(str, run.members))
         if run.number is not None:
             found |= {IN_THE_FILE[field_of(run.component)]: run.number}
+        if run.map is not None:
+            found["map"] = run.map
         return found | ({"repeats": run.repeats} if run.intervention == "repeat" else {})
 
     @property

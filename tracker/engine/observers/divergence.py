@@ -63,12 +63,35 @@ def output_proxies(
     for tokens, measured in measured_texts(document, engine.max_length):
         sums = {"predicted": torch.tensor(float(len(tokens) - max(measured, 1))).double()}
         if only != "gate_gradient":
-            sums |= _divergences(engine, tokens, measured, only)
+            singles = [Ablation((layer,)) for layer in range(_layers(engine))]
+            sums |= _divergences(engine, tokens, measured, only, singles)
         if only is None:
             sums["tokens"] = torch.tensor(float(len(tokens) - measured)).double()
             sums["lens_changes"] = _lens_changes(engine, tokens, measured)
         if only != "loss_increase":
             sums["gate_gradient"] = _gate_gradient(engine, tokens, measured)
+        found = {name: value + found.get(name, 0) for name, value in sums.items()}
+    return found
+
+
+def divergences(
+    engine: Engine, document: Document, ablations: Sequence[Ablation]
+) -> dict[str, Tensor]:
+    """Measure how far what the model says of a document is from what it says when it is changed.
+
+    Args:
+        engine: The engine, with as much sharing as is exact.
+        document: The document.
+        ablations: What is done to the model; not the baseline.
+
+    Returns:
+        Sums over the document's tokens, float64: `tokens` [], and of each ablation [ablations] its
+        `kl`, `js` and `loss_increase` as `output_proxies` has them of layers.
+    """
+    found: dict[str, Tensor] = {}
+    for tokens, measured in measured_texts(document, engine.max_length):
+        sums = {"tokens": torch.tensor(float(len(tokens) - measured)).double()}
+        sums |= _divergences(engine, tokens, measured, None, ablations)
         found = {name: value + found.get(name, 0) for name, value in sums.items()}
     return found
 
@@ -79,17 +102,20 @@ def _layers(engine: Engine) -> int:
 
 @torch.inference_mode()
 def _divergences(
-    engine: Engine, tokens: Sequence[int], measured: int, only: str | None
+    engine: Engine,
+    tokens: Sequence[int],
+    measured: int,
+    only: str | None,
+    ablations: Sequence[Ablation],
 ) -> dict[str, Tensor]:
     """Sum `kl`, `js` and `loss_increase` over a text, or the last one alone."""
-    layers = _layers(engine)
     names = ("kl", "js", "loss_increase") if only is None else (only,)
-    sums = {name: torch.zeros(layers, dtype=torch.float64) for name in names}
+    sums = {name: torch.zeros(len(ablations), dtype=torch.float64) for name in names}
+    place_of = {ablation: place for place, ablation in enumerate(ablations)}
     targets = torch.tensor(tokens)
-    singles = [Ablation((layer,)) for layer in range(layers)]
     # A token is predicted at the one before it, also the first that is measured.
     first = max(measured - 1, 0)
-    for group, places, logits in _logits(engine, [INTACT, *singles], tokens, first):
+    for group, places, logits in _logits(engine, [INTACT, *ablations], tokens, first):
         counted = torch.tensor(places, device=logits.device) >= measured
         following = targets[[place + 1 for place in places if place + 1 < len(tokens)]]
         own = following.to(logits.device)[:, None]
@@ -97,13 +123,13 @@ def _divergences(
         said = intact[: len(own)].gather(1, own).double().sum()
         # One at a time, so that what is in between stays in the cache.
         for ablation, other in zip(group[1:], logits[1:], strict=True):
-            (layer,), without = ablation.layers, _logprobs(other)
+            which, without = place_of[ablation], _logprobs(other)
             if only is None:
                 kl, js = _kl_and_js(intact, without)
-                sums["kl"][layer] += float(kl[counted].sum())
-                sums["js"][layer] += float(js[counted].sum())
+                sums["kl"][which] += float(kl[counted].sum())
+                sums["js"][which] += float(js[counted].sum())
             lost = said - without[: len(own)].gather(1, own).double().sum()
-            sums["loss_increase"][layer] += float(lost)
+            sums["loss_increase"][which] += float(lost)
     return sums
 
 

@@ -61,6 +61,7 @@ def decoding(
         heads=parts.heads,
         experts=parts.experts,
         shared=parts.shared,
+        rounded=parts.rounded,
     ):
         yield own
 

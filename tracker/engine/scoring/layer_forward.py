@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from tracker.engine.scoring.streams import LayerStep, StreamPlan
 from tracker.models.experts import Experts, experts_at, routed
 from tracker.models.heads import Heads, heads_at
 from tracker.models.offloaded import is_absent
-from tracker.models.quantised import linear_maps, outputs_first, quantised
+from tracker.models.quantised import RoundedWeights, formats_of, linear_maps
 from tracker.models.shared_experts import Shared, shared_at
 from tracker.models.sublayers import (
     Sublayers,
@@ -50,6 +51,7 @@ def forking(
     heads: Sequence[Heads | None] | None = None,
     experts: Sequence[Experts | None] | None = None,
     shared: Sequence[Shared | None] | None = None,
+    rounded: RoundedWeights | None = None,
 ) -> Iterator[None]:
     """Let a model's layers fork streams while the context is open.
 
@@ -75,6 +77,7 @@ def forking(
         heads: The heads of each layer's attention; needed where the plan takes some out.
         experts: The routed experts of each layer's MLP; the same.
         shared: Its shared experts; the same.
+        rounded: Makes weights in a format; the same.
 
     Yields:
         Nothing; on exit, also by an exception, the layers are what they were.
@@ -120,12 +123,22 @@ def forking(
                 found = heads_at(heads, index, type(layer).__name__)
                 projection = layer.get_submodule(found.projection)
                 inside.insert(0, (projection, [source for source, _ in step.heads]))
-            if any(action.bits for action in step.actions):
-                for each in linear_maps(layer, f"layer {index}"):
+            if step.is_rounded:
+                assert rounded is not None
+                name = f"layer {index}"
+                own_parts = sublayers[index] if sublayers else None
+                forms = [
+                    formats_of(layer, step.done[stream].rounded, own_parts, name)
+                    for stream in step.entering
+                ]
+                for path, each in linear_maps(layer, name).items():
                     mine = [s for module, s in inside if any(m is each for m in module.modules())]
                     sources = mine[0] if mine else range(len(step.entering))
-                    own = _QuantisedFork(each, step, sources, each.forward, turn)
-                    stack.enter_context(replaced_forward(each, own))
+                    asked = [forms[source].get(path) for source in sources]
+                    if any(asked):
+                        weights = partial(rounded.of, index, path, each)
+                        own = _RoundedFork(each, asked, weights, each.forward, turn)
+                        stack.enter_context(replaced_forward(each, own))
             if projection is not None:
                 name = type(layer).__name__
                 columns = [[found.columns(part, name) for part in gone] for _, gone in step.heads]
@@ -289,18 +302,18 @@ class _LayerFork:
 
 
 @dataclass(frozen=True)
-class _QuantisedFork:
-    """One linear map of a layer, in which some streams have quantised weights.
+class _RoundedFork:
+    """One linear map of a layer, which in some streams has weights in a format.
 
     In come [streams × rows, tokens, inputs], or all of a stream's tokens in a row, of the streams
-    that the part of the layer computes, `sources` among those that enter. Everything is mapped
-    once, and what comes of the quantised streams is computed again with the weights that they have,
-    which are made anew in each call: kept, they would take as much memory as the model.
+    that the part of the layer computes; `asked` names the format of each, None for its own
+    weights. Everything is mapped once by the module, and what comes of streams with other weights
+    is computed again with these.
     """
 
     module: nn.Module
-    step: LayerStep
-    sources: Sequence[int]
+    asked: Sequence[str | None]
+    weights: Callable[[str], Tensor]
     forward: Callable[..., Any]
     turn: _Turn
 
@@ -309,17 +322,13 @@ class _QuantisedFork:
         output: Tensor = self.forward(given)
         if self.turn.again:
             return output
-        computed = self.sources
-        if len(given) % len(computed):
+        if len(given) % len(self.asked):
             raise RefusalError("a linear map of its layers has no row a stream")
-        ours, found = _by_stream(given, len(computed)), _by_stream(output, len(computed))
-        actions = [self.step.actions[stream] for stream in self.step.entering]
-        for bits in {action.bits for action in actions if action.bits is not None}:
-            places = [computed.index(i) for i, action in enumerate(actions) if action.bits == bits]
-            if places:
-                weight = quantised(outputs_first(self.module), bits)
-                bias = cast("Tensor | None", self.module.bias)
-                found[places] = linear(ours[places], weight, bias)
+        ours, found = _by_stream(given, len(self.asked)), _by_stream(output, len(self.asked))
+        for form in dict.fromkeys(form for form in self.asked if form is not None):
+            places = [place for place, mine in enumerate(self.asked) if mine == form]
+            bias = cast("Tensor | None", self.module.bias)
+            found[places] = linear(ours[places], self.weights(form), bias)
         return found.reshape(output.shape)
 
 

@@ -23,6 +23,7 @@ from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.models.experts import Experts
 from tracker.models.heads import Heads
 from tracker.models.shared_experts import Shared
+from tracker.models.quantised import RoundedWeights
 from tracker.models.sublayers import Sublayers
 
 
@@ -57,6 +58,7 @@ class Parts:
         heads: The heads of their attentions; None where they are not asked for.
         experts: The routed experts of their MLPs; the same.
         shared: Their shared experts; the same.
+        rounded: Makes weights in a format.
     """
 
     model: Any
@@ -69,6 +71,7 @@ class Parts:
     heads: Sequence[Heads | None] | None = None
     experts: Sequence[Experts | None] | None = None
     shared: Sequence[Shared | None] | None = None
+    rounded: RoundedWeights | None = None
 
     @property
     def base(self) -> Any:
@@ -162,6 +165,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         heads=parts.heads,
         experts=parts.experts,
         shared=parts.shared,
+        rounded=parts.rounded,
     ):
         output = parts.base(
             input_ids=row.input_ids.to(device), use_cache=name is not None, **cached

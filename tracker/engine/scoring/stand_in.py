@@ -75,6 +75,7 @@ def changes(
     stand_ins: Mapping[int, StandIn],
     heads: Sequence[Heads | None],
     experts: Sequence[Experts | None],
+    formats: Mapping[int, Mapping[str, str]],
     name: str,
 ) -> dict[int, Callable[[nn.Module], None]]:
     """List what really changes the layers that an ablation neither removes nor repeats.
@@ -84,15 +85,19 @@ def changes(
         stand_ins: Layer → what stands in for it.
         heads: The heads of each layer's attention; needed where some are taken out.
         experts: The routed experts of each layer's MLP; the same.
+        formats: Layer → which of its linear maps have weights in which format.
         name: The model's class.
 
     Returns:
         Layer → what changes the layer of a copy: its weights, or what it returns.
     """
     found: dict[int, Callable[[nn.Module], None]] = {
-        layer: partial(_replace, Action(done), stand_ins.get(layer), f"layer {layer} of {name}")
+        layer: partial(_replace, Action(done), stand_ins.get(layer))
         for done, layer in ablation.replaced
     }
+    for layer, own_formats in formats.items():
+        where = f"layer {layer} of {name}"
+        found[layer] = partial(quantise, formats=own_formats, name=where)
     for layer, parts in grouped(ablation.parts, lambda part: part.layer).items():
         done, where = Done(Action.NO_PARTS, tuple(parts)), f"layer {layer} of {name}"
         lost: list[Callable[[nn.Module], None]] = []
@@ -113,10 +118,7 @@ def _one_by_one(changes: Sequence[Callable[[nn.Module], None]], layer: nn.Module
         change(layer)
 
 
-def _replace(action: Action, stand_in: StandIn | None, name: str, layer: nn.Module) -> None:
-    """Change a layer; one that something stands in for still runs, and its output is dropped."""
-    if action.bits is not None:
-        quantise(layer, action.bits, name)
-        return
+def _replace(action: Action, stand_in: StandIn | None, layer: nn.Module) -> None:
+    """Let something stand in for a layer, which still runs; its output is dropped."""
     assert stand_in is not None
     returning(layer, partial(stand_in.change, action))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tracker.core.ablations import INTACT, Ablation, Done, Part, Stretch
-from tracker.core.kinds import Action
+from tracker.core.kinds import MAPS, Action
 
 _OF_PARTS = (Action.PASS, Action.NO_ATTENTION, Action.NO_MLP, Action.NO_PARTS)
 
@@ -83,6 +83,11 @@ class LayerStep:
         """Whether some stream lacks the shared experts."""
         return any(done.shared for done in self.done)
 
+    @cached_property
+    def is_rounded(self) -> bool:
+        """Whether some stream has weights in a format."""
+        return any(done.rounded for done in self.done)
+
     def origin(self, stream: int) -> int:
         """The stream before the layer whose state a stream enters with."""
         return stream if stream < self.streams else self.forked[stream - self.streams]
@@ -93,14 +98,14 @@ class LayerStep:
 
         Streams that enter with the same state share one attention, those that remove parts alone.
         """
-        computed: dict[tuple[int, Action | None], int] = {}
+        computed: dict[tuple[int, Done | None], int] = {}
         found: list[int | None] = []
         for place, stream in enumerate(self.entering):
             action = self.actions[stream]
             if action is Action.NO_ATTENTION:
                 found.append(None)
                 continue
-            own = None if action in _OF_PARTS else action
+            own = None if action in _OF_PARTS else self.done[stream]
             found.append(computed.setdefault((self.origin(stream), own), place))
         return tuple(found)
 
@@ -213,6 +218,17 @@ class StreamPlan:
     def has_shared(self) -> bool:
         """Whether some stream lacks shared experts."""
         return any(step.has_shared for step in self.steps)
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether some stream has weights in a format."""
+        return any(step.is_rounded for step in self.steps)
+
+    @property
+    def has_groups_of_maps(self) -> bool:
+        """Whether an attention's or an MLP's linear maps are rounded as a whole somewhere."""
+        rounded = (each for step in self.steps for done in step.done for each in done.rounded)
+        return any(each.which in MAPS for each in rounded)
 
     @property
     def repeats(self) -> int:

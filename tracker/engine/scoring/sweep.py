@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tracker.core.ablations import INTACT, Ablation, Done
 from tracker.core.documents import Document, Request, Response
 from tracker.core.errors import CellError, ModelError
+from tracker.core.grouping import grouped
 from tracker.core.kinds import Action
 from tracker.core.proxies import OBSERVED
 from tracker.engine.lockstep import reporting, side_by_side
@@ -41,6 +42,7 @@ from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
 from tracker.models.placement import least_free
 from tracker.models.pruned import left, pruned, put_back, remember
+from tracker.models.quantised import RoundedWeights, formats_of
 from tracker.models.reloaded import as_loaded
 from tracker.models.shared_experts import Shared, find_shared, shared_at
 from tracker.models.sublayers import Sublayers, find_sublayers
@@ -89,6 +91,7 @@ class Known:
         heads: The heads of each layer's attention.
         experts: The routed experts of each layer's MLP.
         shared: Its shared experts.
+        rounded: Weights in some formats.
     """
 
     sight: Sight | None = None
@@ -97,6 +100,7 @@ class Known:
     heads: list[Heads | None] | None = None
     experts: list[Experts | None] | None = None
     shared: list[Shared | None] | None = None
+    rounded: RoundedWeights | None = None
 
 
 _Scored = tuple[Row, Sequence[Ablation], RowScores]
@@ -149,6 +153,17 @@ class Engine:
         lost = Done(Action.NO_PARTS, ablation.parts)
         heads = self._heads if lost.heads else []
         experts = self.experts if lost.experts else []
+        rounded = grouped(ablation.rounded, lambda each: each.layer)
+        whole = self._sublayers if ablation.has_groups_of_maps else []
+        formats = {
+            layer: formats_of(
+                self.loaded.layers[layer],
+                some,
+                whole[layer] if whole else None,
+                f"layer {layer} of {self.class_name}",
+            )
+            for layer, some in rounded.items()
+        }
         silent = [
             *(parts[layer].attention for layer in ablation.attention),
             *(parts[layer].mlp for layer in ablation.mlp),
@@ -161,7 +176,7 @@ class Engine:
             ablation.layers,
             silent,
             quirks.first,
-            changes=changes(ablation, self.stand_ins, heads, experts, self.class_name),
+            changes=changes(ablation, self.stand_ins, heads, experts, formats, self.class_name),
             repeated=ablation.repeated,
         )
         model = make(stay=quirks.stay and not quirks.loaded)
@@ -468,7 +483,7 @@ class Engine:
         return Parts(
             loaded.model,
             loaded.layers,
-            self._sublayers if plan.has_sublayers else None,
+            self._sublayers if plan.has_sublayers or plan.has_groups_of_maps else None,
             self.head,
             loaded.device,
             self._sight,
@@ -476,6 +491,8 @@ class Engine:
             self._heads if plan.has_heads else None,
             self.experts if plan.has_experts else None,
             self._shared if plan.has_shared else None,
+            self._experts if plan.has_experts else None,
+            self.rounded_weights if plan.is_rounded else None,
         )
 
     def _sight(self, tokens: int) -> Sight:
@@ -538,6 +555,13 @@ class Engine:
         """The modules that are the shared experts of a layer."""
         paths = shared_at(self._shared, layer, self.class_name)
         return [self.loaded.layers[layer].get_submodule(path) for path in paths]
+
+    @property
+    def rounded_weights(self) -> RoundedWeights:
+        """Weights in some formats, which are made once where they fit."""
+        if self.known.rounded is None:
+            self.known.rounded = RoundedWeights(self._budget // 8)
+        return self.known.rounded
 
     def _found(self, find: Callable[..., list[T]]) -> list[T]:
         """Find parts of all layers' sublayers, which takes a call."""

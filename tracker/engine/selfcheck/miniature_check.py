@@ -219,7 +219,13 @@ def _of_its_parts(small: Any, ablations: Sequence[Ablation]) -> list[Ablation]:
 
     return list(
         dict.fromkeys(
-            replace(ablation, parts=tuple(some(ablation.parts))) for ablation in ablations
+            replace(
+                ablation,
+                parts=tuple(some(ablation.parts)),
+                # Rows of a miniature fill no blocks of most formats.
+                rounded=tuple(each._replace(format="int8") for each in ablation.rounded),
+            )
+            for ablation in ablations
         )
     )
 

@@ -50,9 +50,7 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     """
     there = {run.run.kind for run in decided.runs if run.margins}
     kinds = [
-        kind
-        for kind in cell.kinds
-        if kind in there and kind.number is None and kind.members is None
+        kind for kind in cell.kinds if kind in there and kind.part is None and kind.members is None
     ]
     if decided.margins is None or not kinds:
         return None

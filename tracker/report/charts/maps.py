@@ -92,7 +92,8 @@ def row_height(labels: Sequence[str]) -> int:
 def mapped(cell: CellRecord) -> dict[str, list[Kind]]:
     """Find the kinds of runs that make a map together, by its name.
 
-    They are the spans of one component, where there are several, and the heads: a row each.
+    They are the spans of one component, where there are several, and the parts of layers: a row
+    each.
     """
     families: dict[Kind, list[Kind]] = {}
     for kind in sorted(cell.kinds, key=lambda kind: (kind.span, kind.number or 0)):
@@ -100,15 +101,22 @@ def mapped(cell: CellRecord) -> dict[str, list[Kind]]:
             continue
         families.setdefault(kind.family, []).append(kind)
     return {
-        family.word if family.repeats == 2 else f"{family.word}-{family.repeats}": kinds
+        _name(family): kinds
         for family, kinds in families.items()
-        if len(kinds) > 1 or kinds[0].number is not None
+        if len(kinds) > 1 or kinds[0].part is not None
     }
+
+
+def _name(family: Kind) -> str:
+    name = family.word if family.repeats == 2 else f"{family.word}-{family.repeats}"
+    return f"linear-{name}" if family.component == "linear" else name
 
 
 def _rows_of(kinds: Sequence[Kind]) -> tuple[str, str]:
     """Say what the rows of a map are: in its title, and beside its axis."""
     kind = kinds[0]
+    if kind.map is not None:
+        return f"layer and linear map in {kind.intervention}", "linear map"
     if kind.number is not None:
         return f"layer and {kind.component}", kind.component
     first = "first layer and number of "
@@ -122,6 +130,9 @@ def _rows_of(kinds: Sequence[Kind]) -> tuple[str, str]:
 def map_caption(kinds: Sequence[Kind]) -> str:
     """Say how a map of kinds is read: what its rows and columns are, and what is blank in it."""
     kind = kinds[0]
+    if kind.map is not None:
+        what = f"linear map with weights in {kind.intervention}"
+        return f"Each cell is one {what}: the row is its name, the column its layer."
     if kind.number is not None:
         parts = {"head": "head", "kv_head": "group of heads that share keys and values"}
         what = parts.get(kind.component, "routed expert")
@@ -149,7 +160,7 @@ def kind_map(cell: CellRecord, kinds: Sequence[Kind]) -> Chart:
     what is no run is blank.
     """
     measure = formats.measure_of(cell)
-    numbered = kinds[0].number is not None
+    numbered = kinds[0].part is not None
     layers = sorted({layer for kind in kinds for layer in layers_of(kind, cell)})
     values: list[list[float | None]] = []
     hovers: list[list[str]] = []
@@ -161,11 +172,12 @@ def kind_map(cell: CellRecord, kinds: Sequence[Kind]) -> Chart:
     largest = strongest(values)
     most = formats.three_digits(largest)
     done = "passing it again" if kinds[0].intervention == "repeat" else "removal"
+    done = "rounding" if kinds[0].map is not None else done
     return centred_map(
         map_title(cell, kinds),
         measure.change,
         columns=layers,
-        rows=[str(kind.number if numbered else kind.span) for kind in kinds],
+        rows=[str(kind.part if numbered else kind.span) for kind in kinds],
         values=values,
         hovers=hovers,
         shown=_shown(cell, kinds, layers),

@@ -13,7 +13,6 @@ from statistics import median
 from tracker.core.estimates import Estimate
 from tracker.core.formats import about, counted, measure_of, p_value
 from tracker.core.grouping import grouped
-from tracker.core.kinds import KINDS
 from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.paired import outcome_variance
 from tracker.report.leaderboard.comparable import countable
@@ -30,7 +29,7 @@ FIRST = 5
 _MOST = 1_000_000
 """More documents than this nobody measures."""
 
-RunOrder = tuple[int, ...]
+RunOrder = tuple[int | str, ...]
 """A run's `order`, by which it is found."""
 _ByCell = dict[str, dict[int, Estimate]]
 """A cell's key → layer → a figure, whose interval holds together with all others."""
@@ -219,11 +218,7 @@ def parts_answer(cell: CellRecord) -> str:
         empty where it has no such runs.
     """
     families = grouped(cell.runs, lambda run: run.kind.family)
-    said = [
-        _shown_of(cell, KINDS[family.word].many, runs)
-        for family, runs in families.items()
-        if KINDS[family.word].many
-    ]
+    said = [_shown_of(cell, family.many, runs) for family, runs in families.items() if family.many]
     return " ".join(said)
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from tracker.core.estimates import Estimate
 from tracker.core.grouping import grouped
 from tracker.core.identities import ModelIdentity
-from tracker.core.kinds import KINDS
 from tracker.core.records import CellRecord, Kind, RunRecord
 from tracker.report.leaderboard.claims import (
     Claims,
@@ -69,7 +68,7 @@ class PartBoard:
     @property
     def many(self) -> str:
         """What they are called: heads, experts, …."""
-        return KINDS[self.kind.word].many
+        return self.kind.many
 
     @property
     def answer(self) -> str:
@@ -83,9 +82,7 @@ class PartBoard:
 
 def part_boards(cells: Sequence[CellRecord]) -> list[PartBoard]:
     """Rank the parts of one model, kind by kind; none where a kind's benchmarks do not count."""
-    kinds = dict.fromkeys(
-        run.kind.family for cell in cells for run in cell.runs if KINDS[run.kind.word].many
-    )
+    kinds = dict.fromkeys(run.kind.family for cell in cells for run in cell.runs if run.kind.many)
     boards = [_board(cells, kind) for kind in kinds]
     return [board for board in boards if board.parts]
 

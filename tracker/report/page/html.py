@@ -25,6 +25,7 @@ from tracker.core.proxies import OBSERVED, OF_EXPERTS, PROXIES
 from tracker.core.records import CellRecord, Place
 from tracker.core.tables import headed, written
 from tracker.core.text import harmless
+from tracker.core.weight_formats import FORMATS
 from tracker.ledger.files import write_text
 from tracker.report import caveats, tables, wording
 from tracker.report.charts import decisions
@@ -156,7 +157,7 @@ def _templates() -> Environment:
     sentences = (agreement_sentence, agreements, compared_sentence)
     every = (*modules, *functions, *sentences)
     environment.globals |= {each.__name__.split(".")[-1]: each for each in every}
-    environment.globals |= {"few": FEW, "replaced_by": REPLACED_BY}
+    environment.globals |= {"few": FEW, "replaced_by": REPLACED_BY, "weight_formats": [*FORMATS]}
     environment.globals |= {"proxies": (*OBSERVED, *OF_EXPERTS)}
     return environment
 

@@ -1,0 +1,134 @@
+"""A weight in a format is what the file of its makers gives back."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from tests import llama_cpp
+from tracker.core.errors import CellError
+from tracker.core.kinds import INTERVENTIONS, KINDS
+from tracker.core.weight_formats import FORMATS
+from tracker.models.quantised import RoundedWeights, in_format
+
+GGUF = [form for form in FORMATS.values() if "GGUF" in form.source]
+
+
+def weight(outputs: int = 24, inputs: int = 256) -> torch.Tensor:
+    return 0.05 * torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(inputs))
+
+
+def test_every_format_may_be_asked_for_and_has_a_look() -> None:
+    assert {*FORMATS} < {*INTERVENTIONS}
+    looks = [(KINDS[name].colour, KINDS[name].mark) for name in FORMATS]
+    assert len({*looks}) == len(FORMATS)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_fewer_bits_are_a_larger_error_and_never_a_large_one(name: str) -> None:
+    given = weight()
+    error = (in_format(given, name) - given).norm() / given.norm()
+    bits = FORMATS[name].bits_of(256)
+    # Normal weights: half of the error for each bit, within a factor of three.
+    assert 0.3 < error / 2 ** (1 - bits) < 3 or name == "fp8"
+    assert in_format(given.bfloat16(), name).dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, gguf.GGUFReader]:
+    """A llama of one layer, by llama.cpp's own program in each of its types."""
+    pytest.importorskip("llama_cpp_py_sync", reason="pip install -e '.[dev]' brings it")
+    folder = tmp_path_factory.mktemp("gguf")
+    writer = gguf.GGUFWriter(folder / "float32.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(256)
+    writer.add_feed_forward_length(288)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_file_type(0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{n}" for n in range(64)])
+    shapes = {"attn_q": (256, 256), "attn_k": (128, 256), "attn_v": (128, 256)}
+    shapes |= {"attn_output": (256, 256), "ffn_gate": (288, 256), "ffn_up": (288, 256)}
+    shapes |= {"ffn_down": (256, 288)}
+    writer.add_tensor("token_embd.weight", weight(64).numpy())
+    writer.add_tensor("output_norm.weight", np.ones(256, np.float32))
+    for name in ("attn_norm", "ffn_norm"):
+        writer.add_tensor(f"blk.0.{name}.weight", np.ones(256, np.float32))
+    for name, shape in shapes.items():
+        writer.add_tensor(f"blk.0.{name}.weight", weight(*shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    made = {}
+    for form in GGUF:
+        path = folder / f"{form.name}.gguf"
+        kind = int(gguf.LlamaFileType[_FILE_TYPES.get(form.name, f"MOSTLY_{form.label}")])
+        llama_cpp.quantize(folder / "float32.gguf", path, to=kind, pure=True)
+        made[form.name] = gguf.GGUFReader(path)
+    return made
+
+
+_FILE_TYPES = {
+    "q3_k": "MOSTLY_Q3_K_M",
+    "q4_k": "MOSTLY_Q4_K_M",
+    "q5_k": "MOSTLY_Q5_K_M",
+    "mxfp4": "MOSTLY_MXFP4_MOE",
+}
+
+
+@pytest.mark.parametrize("name", [form.name for form in GGUF])
+def test_it_is_what_llama_cpp_puts_into_its_file(
+    files: dict[str, gguf.GGUFReader], name: str
+) -> None:
+    """Also where rows have no whole blocks, and llama.cpp takes another type instead."""
+    tensors = {each.name: each for each in files[name].tensors}
+    for part, rows in (("attn_k", (128, 256)), ("ffn_down", (256, 288))):
+        there = tensors[f"blk.0.{part}.weight"]
+        form = FORMATS[name].for_rows(rows[1])
+        assert form is not None
+        assert there.tensor_type.name == form.label
+        read = gguf.quants.dequantize(there.data, there.tensor_type)
+        np.testing.assert_array_equal(in_format(weight(*rows), name).numpy(), read)
+        assert 8 * there.n_bytes / there.n_elements == form.bits_of(rows[1])
+
+
+def test_integers_are_steps_of_the_largest_of_their_group() -> None:
+    given = weight(3, 256)
+    for name, size, half in (("int4_g128", 128, 7.5), ("int8_g32", 32, 127.5), ("int4", 32, 7.5)):
+        found = in_format(given, name).reshape(-1, size)
+        for old, new in zip(given.reshape(-1, size), found, strict=True):
+            step = old.abs().max() / half
+            torch.testing.assert_close((new / step).round() * step, new)
+            assert (new - old).abs().max() <= step * 0.51
+
+
+def test_fp8_has_three_bits_behind_the_point() -> None:
+    given = weight(2, 64)
+    for old, new in zip(given, in_format(given, "fp8"), strict=True):
+        scale = old.abs().max() / 448
+        for before, after in zip(old / scale, new / scale, strict=True):
+            spacing = 2.0 ** (max(before.abs().log2().floor().item(), -6) - 3)
+            assert abs(float(after - before)) <= spacing / 2 * 1.001
+
+
+def test_rows_without_whole_blocks_are_refused() -> None:
+    with pytest.raises(CellError, match=r"int4_g128 keeps 128 inputs together.*rows of 576"):
+        in_format(weight(2, 576), "int4_g128")
+
+
+def test_what_is_wanted_again_is_kept_as_far_as_it_fits() -> None:
+    module = torch.nn.Linear(64, 8, bias=False)
+    kept = RoundedWeights(most=2 * 64 * 8 * 4)
+    first = kept.of(0, "a", module, "int8")
+    assert kept.of(0, "a", module, "int8") is first
+    kept.of(0, "b", module, "int8")
+    assert kept.of(0, "a", module, "int8") is first
+    kept.of(1, "a", module, "int8")
+    assert kept.of(0, "a", module, "int8") is first
+    assert kept.of(1, "a", module, "int8") is kept.of(1, "a", module, "int8")

@@ -1,0 +1,125 @@
+"""What is said of rounded maps follows from plain passes of models that are really changed."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from tracker import api
+from tracker.ledger.store import Ledger
+from tracker.measuring.job import Options
+from tracker.measuring.observing import open_observed
+from tracker.measuring.progress import Silent
+from tracker.models.quantised import in_format
+from tracker.studies.precision import ERRORS, Precision
+
+from .conftest import Small, asked_for, column, plain, small
+
+MAPS = ["mlp.down_proj", "self_attn.q_proj"]
+ASKED = {"map": MAPS, "intervention": ["int8", "int4_row"]}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> Small:
+    return small("precision", tmp_path_factory.mktemp("precision"), ["arc_easy"], 8, **ASKED)
+
+
+@pytest.fixture(scope="module")
+def opened(found: Small):
+    """The cell, its model and its documents."""
+    (store,) = Ledger(found.results).cells()
+    (request,) = Precision().requests(asked_for(found.done.experiment, found.results))
+    engine, documents = open_observed(request, Ledger(found.results), Options(), Silent())
+    return store.read(), engine.loaded, documents
+
+
+def _texts(documents):
+    """The tokens of each document's context and right answer; all of them count."""
+    for document in documents.values():
+        request = document.requests[document.gold]
+        yield torch.tensor([[*request.context, *request.continuation]])
+
+
+def _changed(model, layer, path, form):
+    twin = copy.deepcopy(model)
+    module = twin.model.layers[layer].get_submodule(path)
+    module.weight.data = in_format(module.weight.data, form)
+    return twin
+
+
+@torch.inference_mode()
+def _errors(model, layer, path, form, documents):
+    """The four errors of a map by plain passes of two models."""
+    twin = _changed(model, layer, path, form)
+    made: list[torch.Tensor] = []
+    before, after = (m.model.layers[layer].get_submodule(path) for m in (model, twin))
+    hook = before.register_forward_hook(lambda module, args, out: made.extend((args[0], out)))
+    apart = size = angle = kl = 0.0
+    tokens = 0
+    for ids in _texts(documents):
+        made.clear()
+        intact, other = (m(ids).logits[0].log_softmax(-1).double() for m in (model, twin))
+        kl += float((intact.exp() * (intact - other)).sum())
+        given, old = made
+        new = after(given)
+        apart += float(((new - old) ** 2).sum())
+        size += float((old**2).sum())
+        angle += float((1 - torch.cosine_similarity(new, old, dim=-1)).sum())
+        tokens += ids.shape[1]
+    hook.remove()
+    weights = float(((after.weight - before.weight) ** 2).sum() / (before.weight**2).sum())
+    return weights, apart / size, angle / tokens, kl / tokens
+
+
+def test_errors_are_those_of_plain_passes(found: Small, opened):
+    _, loaded, documents = opened
+    for form, table in zip(ASKED["intervention"], found.finding.tables[1::3], strict=True):
+        for place in range(0, 8, 3):
+            layer = plain(column(table, "layer (0-based)"))[place]
+            path = plain(column(table, "linear map"))[place]
+            right = _errors(loaded.model, layer, path, form, documents)
+            ours = [plain(column(table, label))[place] for label in ERRORS.values()]
+            assert ours == pytest.approx(right, rel=2e-3, abs=2e-6)
+
+
+def test_orders_are_scipys(found: Small, opened):
+    frame, *_ = opened
+    gold = {
+        name: np.mean(
+            [float(each[int(of)]) for each, of in zip(f["loglikelihoods"], f["gold"], strict=True)]
+        )
+        for name, f in frame.groupby("ablation")
+    }
+    label = "fall of gold log-probability (nats)"
+    for number, form in enumerate(ASKED["intervention"]):
+        names, most, orders = found.finding.tables[3 * number : 3 * number + 3]
+        layers, maps = (plain(column(most, head)) for head in ("layer (0-based)", "linear map"))
+        places = [*zip(layers, maps, strict=True)]
+        falls = [gold["baseline"] - gold[f"{form}:{layer}.{path}"] for layer, path in places]
+        assert falls == sorted(falls, reverse=True)
+        assert plain(column(most, label)) == pytest.approx(falls)
+        entries = column(orders, orders.headings[1].label)
+        for error, entry in zip(ERRORS.values(), entries, strict=True):
+            right = stats.spearmanr(plain(column(most, error)), falls).statistic
+            assert entry.value == pytest.approx(right)
+            assert entry.low <= entry.value <= entry.high
+        pairs = [*zip(falls, maps, strict=True)]
+        means = {name: np.mean([fall for fall, path in pairs if path == name]) for name in MAPS}
+        rows = zip(plain(column(names, "linear map")), plain(column(names, label)), strict=True)
+        assert dict(rows) == pytest.approx(means)
+
+
+def test_it_is_asked_again_for_nothing_and_names_what_is_wrong(found: Small, refused):
+    again = api.study("precision", found.path, results=found.results, track=[], **ASKED)
+    assert again.outcome.models_loaded == 0
+    assert again.finding == found.finding
+    for words, said in (
+        ("--map=attention", "is several maps"),
+        ("--map=mlp.down", "has no linear map 'mlp.down'. Did you mean"),
+        ("--set=removed=[1]", "leave 'removed' out"),
+    ):
+        assert said in refused("precision", found.path, words)

@@ -1,0 +1,80 @@
+"""Formats of weights, as their makers define them: what they are called, and the bits they take.
+
+A map in a format has the weights that a file in that format gives back, in the model's own dtype.
+All of them round to nearest, or search scales that do so best; none is calibrated on text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+SCALE_BITS = 16
+"""What the scale of integers and of fp8 takes in a checkpoint: it has the weights' dtype."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """One format.
+
+    Attributes:
+        name: Its word in files and on the command line.
+        label: What its makers call it.
+        block: Inputs of a row that are kept together, which must fill a row; 0 for whole rows.
+        bits: Bits of a weight, with what its block takes besides; of whole rows without their
+            scale.
+        source: Who defines it, and by whose code weights are rounded.
+        instead: What llama.cpp takes where a row has no whole blocks; empty for nothing.
+        extra: Whether its makers' code is in the extra `quantise` alone.
+    """
+
+    name: str
+    label: str
+    block: int
+    bits: float
+    source: str
+    instead: str = ""
+    extra: bool = False
+
+    def for_rows(self, inputs: int) -> WeightFormat | None:
+        """The format of a map with rows of so many inputs; None where they have no whole blocks."""
+        if not self.block or inputs % self.block == 0:
+            return self
+        return FORMATS[self.instead].for_rows(inputs) if self.instead else None
+
+    def bits_of(self, inputs: int) -> float:
+        """Bits of a weight in rows of so many inputs, all told."""
+        return self.bits if self.block else self.bits + SCALE_BITS / inputs
+
+
+_TORCHAO = "torchao's IntxWeightOnlyConfig, symmetric"
+_GGUF, _LLAMA = "GGUF, rounded by the package gguf", "GGUF, rounded by llama.cpp"
+
+FORMATS: Mapping[str, WeightFormat] = {
+    each.name: each
+    for each in (
+        WeightFormat("int8", "int8, a scale a row", 0, 8, _TORCHAO),
+        WeightFormat("int8_g32", "int8, groups of 32", 32, 8.5, _TORCHAO),
+        WeightFormat("int8_g128", "int8, groups of 128", 128, 8.125, _TORCHAO),
+        WeightFormat("int4", "int4, groups of 32", 32, 4.5, _TORCHAO),
+        WeightFormat("int4_g128", "int4, groups of 128", 128, 4.125, _TORCHAO),
+        WeightFormat("int4_row", "int4, a scale a row", 0, 4, _TORCHAO),
+        WeightFormat(
+            "nf4", "NF4, blocks of 64", 64, 4.5, "bitsandbytes' quantize_4bit", extra=True
+        ),
+        WeightFormat("fp8", "fp8 e4m3, a scale a row", 0, 8, "torch.float8_e4m3fn"),
+        WeightFormat("mxfp4", "MXFP4", 32, 4.25, _GGUF),
+        WeightFormat("q2_k", "Q2_K", 256, 2.625, _LLAMA, instead="q4_0", extra=True),
+        WeightFormat("q3_k", "Q3_K", 256, 3.4375, _LLAMA, instead="q4_0", extra=True),
+        WeightFormat("q4_0", "Q4_0", 32, 4.5, _GGUF),
+        WeightFormat("q4_1", "Q4_1", 32, 5, _GGUF),
+        WeightFormat("q4_k", "Q4_K", 256, 4.5, _LLAMA, instead="q5_0", extra=True),
+        WeightFormat("iq4_nl", "IQ4_NL", 32, 4.5, _LLAMA, extra=True),
+        WeightFormat("q5_0", "Q5_0", 32, 5.5, _GGUF),
+        WeightFormat("q5_1", "Q5_1", 32, 6, _GGUF),
+        WeightFormat("q5_k", "Q5_K", 256, 5.5, _LLAMA, instead="q5_1", extra=True),
+        WeightFormat("q6_k", "Q6_K", 256, 6.5625, _LLAMA, instead="q8_0", extra=True),
+        WeightFormat("q8_0", "Q8_0", 32, 8.5, _GGUF),
+    )
+}
+"""Every format by its word."""

@@ -1,0 +1,53 @@
+"""The linear maps of a model's layers by its configuration: their names and shapes."""
+
+from __future__ import annotations
+
+from tracker.core.provenance import content_hash, package_versions
+from tracker.ledger.cache import keep, recall
+from tracker.models.layers import find_layers
+from tracker.models.load import hollow
+from tracker.models.quantised import linear_maps, outputs_first
+from tracker.models.sources import ModelSource
+
+Shape = tuple[int, int]
+"""Outputs and inputs."""
+
+
+def maps_of(source: ModelSource, trust_remote_code: bool = False) -> tuple[dict[str, Shape], ...]:
+    """List the linear maps of each layer, or recall those of files that are the same.
+
+    Args:
+        source: The model; no weight is read.
+        trust_remote_code: Whether code from the download may run.
+
+    Returns:
+        Of each layer the path of each map within it → its shape.
+
+    Raises:
+        ModelError: The configuration cannot be read.
+        CellError: A layer holds other matrices.
+    """
+    stamp = source.stamp() if source.is_local else None
+    key = content_hash([stamp, package_versions()["transformers"], trust_remote_code])
+    kept = recall("maps", key) if stamp is not None else {}
+    if "maps" not in kept:
+        layers = find_layers(hollow(source, "auto", trust_remote_code))
+        kept = {
+            "maps": [
+                {name: [*outputs_first(each).shape] for name, each in maps.items()}
+                for number, layer in enumerate(layers)
+                for maps in [linear_maps(layer, f"layer {number}")]
+            ]
+        }
+        if stamp is not None:
+            keep("maps", key, kept)
+    return tuple(
+        {name: (shape[0], shape[1]) for name, shape in layer.items()} for layer in kept["maps"]
+    )
+
+
+def names_of_maps(
+    source: ModelSource, trust_remote_code: bool = False
+) -> tuple[tuple[str, ...], ...]:
+    """Name the linear maps of each layer, as `maps_of`."""
+    return tuple(tuple(layer) for layer in maps_of(source, trust_remote_code))

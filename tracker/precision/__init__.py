@@ -1,0 +1,1 @@
+"""Which weights may have fewer bits: chosen within a budget, tested, and written."""

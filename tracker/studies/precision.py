@@ -1,0 +1,348 @@
+"""What does it cost to keep a linear map of a layer in fewer bits, and which error says so?
+
+Each map is given the weights of a format, alone. What that costs is set beside the errors by which
+tools choose bits: of the weights, of the outputs, of what the model says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tracker.core.ablations import Ablation, Rounded
+from tracker.core.config import CellRequest
+from tracker.core.documents import Document
+from tracker.core.errors import RequestError
+from tracker.core.estimates import Estimate
+from tracker.core.formats import measure_of, three_digits, with_interval
+from tracker.core.grouping import grouped
+from tracker.core.kinds import MAPS
+from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
+from tracker.core.provenance import content_hash
+from tracker.core.records import RunRecord
+from tracker.core.tables import Column, Table, table
+from tracker.core.weight_formats import FORMATS
+from tracker.engine.observers.divergence import divergences
+from tracker.engine.observers.rounding_error import rounding_errors
+from tracker.engine.scoring.sweep import Engine
+from tracker.ledger.shards import Arrays
+from tracker.measuring.observing import Observe
+from tracker.models.maps import names_of_maps
+from tracker.models.sources import find_model
+from tracker.report.leaderboard.claims import parts_answer, shown_in
+from tracker.report.wording import listed
+from tracker.stats.accuracy import mean_interval
+from tracker.stats.arrays import Array, divided
+from tracker.stats.rank_agreement import row_coefficients
+from tracker.stats.resampling import bias_corrected_interval
+from tracker.stats.support import Verdict, together
+from tracker.studies.base import (
+    Study,
+    StudyContext,
+    StudyResult,
+    Subject,
+    lined_up,
+    observe,
+    refuse_removed,
+)
+
+DEFAULT = "int4"
+"""The format where a file names none."""
+Resample = Callable[[Array], Array]
+"""Means of columns [documents, k] in each resample of the documents, [resamples, k]."""
+MOST = 10
+"""So many maps are listed, those of the largest fall."""
+ERRORS = {
+    "weight_error": "error of its weights",
+    "output_error": "error of its outputs",
+    "output_angle": "1 − cosine of its outputs",
+    "kl": "KL divergence of the output",
+}
+"""What a map is judged by where nobody measures what it costs, and what people call it."""
+_ASSUMED = (
+    "A map's weights are those that a file in the format gives back; activations stay as they are, "
+    "and all other maps.",
+    "Error of weights and of outputs: the squared distance over the squared size, of outputs over "
+    "all tokens of the documents (what activation-aware methods weigh by). KL: of the next token's "
+    "distribution from that of the intact model, in nats a token.",
+    "Spearman's coefficients are over the maps of a format; their intervals say what other "
+    "documents would give for the same maps.",
+)
+
+
+class RoundedMap(NamedTuple):
+    """One linear map in a format: its run, what is shown of it, and its errors by name."""
+
+    run: RunRecord
+    verdict: Verdict
+    errors: dict[str, float]
+
+
+class MapName(NamedTuple):
+    """All maps of one name: how many, and what one of them costs on average."""
+
+    name: str
+    layers: int
+    gold: Estimate
+    errors: dict[str, float]
+
+
+class Order(NamedTuple):
+    """How well an error orders the maps by the fall of gold log-probability, and by accuracy."""
+
+    error: str
+    gold: Estimate
+    drop: Estimate
+
+
+@dataclass(frozen=True)
+class InFormat:
+    """What one cell says of one format."""
+
+    subject: Subject
+    word: str
+    maps: Sequence[RoundedMap]
+    names: Sequence[MapName]
+    orders: Sequence[Order]
+
+    @property
+    def title(self) -> str:
+        """The model, the benchmark and the format."""
+        record = self.subject.record
+        return f"{record.model.name}, {record.benchmark.name}, {FORMATS[self.word].label}"
+
+
+class Precision(Study):
+    """See the module."""
+
+    name = "precision"
+    question = "What does it cost to keep one linear map in fewer bits, and which error says so?"
+
+    def requests(self, asked: StudyContext) -> list[CellRequest]:
+        """Ask for every linear map of the file's layers, or those that it names.
+
+        RequestError where layers are removed.
+        """
+        return [self._request(cell, asked) for cell in asked.experiment.cells()]
+
+    def _request(self, cell: CellRequest, asked: StudyContext) -> CellRequest:
+        refuse_removed(cell, "the maps of the intact model are rounded", asked)
+        if groups := [name for name in cell.maps if name in MAPS]:
+            raise RequestError(
+                f"{cell.title}: {groups[0]} is several maps, and a study looks at each; leave it "
+                "out of 'map'"
+            )
+        formats = tuple(done for done in cell.interventions if done in FORMATS) or (DEFAULT,)
+        wanted = cell.model_copy(
+            update={
+                "components": ("linear",),
+                "interventions": formats,
+                "spans": (1,),
+                "only": None,
+                "sets": (),
+                "drawn": (),
+                "control": None,
+            }
+        )
+        source = find_model(cell.model, cell.revision, cell.model_args)
+        names = names_of_maps(source, asked.options.trust_remote_code)
+        parts = ModelParts(len(names), maps=names)
+        check_parts(wanted, parts)
+        return with_all_parts(wanted, parts)
+
+    def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
+        """Set what each map costs beside its errors, format by format."""
+        result = StudyResult(_ASSUMED)
+        for subject in subjects:
+            by_format = grouped(subject.record.runs, lambda run: str(run.intervention))
+            result.answers.append(f"{subject.record.title}: {parts_answer(subject.record)}")
+            for word, runs in by_format.items():
+                one = _in_format(asked, subject, word, runs)
+                result.answers += _answers(one)
+                result.tables += [_names_table(one), _most_table(one), _orders_table(one)]
+        return result
+
+
+def _rounded(run: RunRecord) -> Rounded:
+    assert run.map is not None
+    return Rounded(run.intervention, run.layer, run.map)
+
+
+def _in_format(
+    asked: StudyContext, subject: Subject, word: str, runs: Sequence[RunRecord]
+) -> InFormat:
+    """Observe the maps of a format, and order them."""
+    maps = [_rounded(run) for run in runs]
+    key = content_hash([each.name for each in maps])[:8]
+    seen = observe(subject, f"rounding-{word}-{key}", asked, partial(_observer, maps=maps))
+    outcomes = subject.outcomes()
+    ablations = [outcomes.ablation(run) for run in runs]
+    gold, metric = outcomes.by_gold_logprob(ablations), outcomes.by_metric(ablations)
+    figures = lined_up(seen, outcomes)
+    errors, resampled = _errors(figures, outcomes.resampled)
+    orders = []
+    for name, values in errors.items():
+        against = [
+            _spearman(values, resampled[name], paired.mean_drops, outcomes.resampled(*drawn))
+            for paired in (gold, metric)
+            for drawn in [(paired.drops, paired.weights)]
+        ]
+        orders.append(Order(name, *against))
+    verdicts = shown_in(subject.record, runs)
+    rows = [
+        RoundedMap(run, verdict, {name: float(errors[name][place]) for name in errors})
+        for place, (run, verdict) in enumerate(zip(runs, verdicts, strict=True))
+    ]
+    names = _by_name(rows, gold.drops, gold.weights)
+    return InFormat(subject, word, rows, names, orders)
+
+
+def _observer(engine: Engine, maps: Sequence[Rounded]) -> Observe:
+    ablations = [Ablation(rounded=(each,)) for each in maps]
+
+    def watch(document: Document) -> Arrays:
+        found = rounding_errors(engine, document, maps)
+        found["kl"] = divergences(engine, document, ablations)["kl"]
+        return {name: np.asarray(value) for name, value in found.items()}
+
+    return watch
+
+
+def _errors(
+    figures: dict[str, Array], resample: Resample
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Sum errors up over documents, and in each resample of them.
+
+    Name → [maps], and name → [resamples, maps].
+    """
+    tokens = figures["tokens"][:, None]
+    over = {"output_error": figures["output_size"], "output_angle": tokens, "kl": tokens}
+    weights = figures["weight_error"][0]
+    found, drawn = {"weight_error": weights}, {"weight_error": weights[None]}
+    for name, under in over.items():
+        found[name] = divided(figures[name].sum(axis=0), under.sum(axis=0))
+        drawn[name] = divided(resample(figures[name]), resample(under))
+    return found, drawn
+
+
+def _spearman(error: Array, errors: Array, drop: Array, drops: Array) -> Estimate:
+    """Spearman's coefficient of an error and a drop over maps, with other documents' interval."""
+    (value,) = row_coefficients(error[None], drop[None], "spearman").tolist()
+    if not np.isfinite(value):
+        return Estimate(None, reason="one of the two is undefined, or the same for all maps")
+    rows = row_coefficients(errors, drops, "spearman")
+    return Estimate(value, *bias_corrected_interval(value, rows, -1, 1))
+
+
+def _by_name(maps: Sequence[RoundedMap], drops: Array, weights: Array) -> list[MapName]:
+    """Average what maps cost over layers, name by name, the costliest first."""
+    places = grouped(range(len(maps)), lambda place: str(maps[place].run.map))
+    falls = []
+    for mine in places.values():
+        each = drops[:, mine].mean(axis=1)
+        falls.append(
+            Estimate(float(weights @ each), *mean_interval(each, weights))
+            if np.isfinite(each).all()
+            else Estimate(None, reason="some document has no finite log-probability")
+        )
+    found = [
+        MapName(
+            name,
+            len(mine),
+            fall,
+            {key: float(np.mean([maps[place].errors[key] for place in mine])) for key in ERRORS},
+        )
+        for (name, mine), fall in zip(
+            places.items(), together(falls, [len(drops)] * len(falls)), strict=True
+        )
+    ]
+    return sorted(found, key=lambda one: -(one.gold.value or 0.0))
+
+
+def _answers(one: InFormat) -> list[str]:
+    """Say which names cost most, and how the errors order the maps."""
+    first = one.names[0]
+    text = f"{one.title}: on average over its layers, {first.name} lowers the log-probability of "
+    text += f"the right answer most, by {three_digits(first.gold.value or 0.0)} nats"
+    surely = first.gold.low is not None and all(
+        other.gold.high is not None and other.gold.high < first.gold.low for other in one.names[1:]
+    )
+    if len(one.names) == 1:
+        surely = True
+    text += "." if surely else "; which name does is open."
+    said = [
+        f"{ERRORS[order.error]} {with_interval(order.gold)}"
+        for order in one.orders
+        if order.gold.value is not None
+    ]
+    if said:
+        text += f" By that fall the errors order the {len(one.maps)} maps (Spearman): "
+        text += f"{listed(said)}."
+    return [text]
+
+
+def _named(names: Sequence[str]) -> list[Column[Any]]:
+    def column(name: str) -> Column[Any]:
+        return Column(ERRORS[name], "proxy", lambda row: row.errors[name], name=name)
+
+    return [column(name) for name in names]
+
+
+def _names_table(one: InFormat) -> Table:
+    columns: tuple[Column[MapName], ...] = (
+        Column("linear map", "text", lambda row: row.name),
+        Column("layers", "count", lambda row: row.layers),
+        Column("fall of gold log-probability (nats)", "nats", lambda row: row.gold),
+        *_named([*ERRORS]),
+    )
+    return table(
+        f"{one.title}: linear maps by name, one at a time, on average over layers.",
+        columns,
+        one.names,
+        "95 % intervals hold for all rows at once.",
+    )
+
+
+def _most_table(one: InFormat) -> Table:
+    measure = measure_of(one.subject.record)
+    rows = sorted(one.maps, key=lambda row: -(row.run.gold_logprob_drop or 0.0))[:MOST]
+    columns: tuple[Column[RoundedMap], ...] = (
+        Column("layer (0-based)", "count", lambda row: row.run.layer),
+        Column("linear map", "text", lambda row: row.run.map),
+        Column("fall of gold log-probability (nats)", "nats", lambda row: row.run.gold),
+        Column(measure.change, measure.form, lambda row: row.run.drop),
+        Column("shown", "text", lambda row: _SHOWN[row.verdict]),
+        *_named([*ERRORS]),
+    )
+    return table(
+        f"{one.title}: the {len(rows)} of {len(one.maps)} maps that lower the right answer's "
+        "log-probability most.",
+        columns,
+        rows,
+        "95 % intervals, each for itself; what is shown holds for all maps of the format at once.",
+    )
+
+
+_SHOWN = {"costs": "costs accuracy", "helps": "better so", "open": "open"}
+
+
+def _orders_table(one: InFormat) -> Table:
+    columns: tuple[Column[Order], ...] = (
+        Column("error", "text", lambda row: ERRORS[row.error]),
+        Column("Spearman with the fall of gold log-probability", "coefficient", lambda r: r.gold),
+        Column(
+            f"Spearman with the {measure_of(one.subject.record).change}",
+            "coefficient",
+            lambda row: row.drop,
+        ),
+    )
+    return table(
+        f"{one.title}: how errors order the {len(one.maps)} maps.",
+        columns,
+        one.orders,
+        "95 % intervals over documents, of the same maps.",
+    )
