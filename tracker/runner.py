@@ -115,8 +115,11 @@ def run_cells(
         if todo:
             executor.measure(jobs, Reporting(ledger, progress, finisher.begun, finisher.done))
             report.models_loaded = executor.models_loaded
-    finally:
+    except Exception:
         finisher.wait()
+        raise
+    # Who interrupts does not wait for an upload: 'tracker sync' completes it.
+    finisher.wait()
     found = [records[request] for request in requests if request in records]
     report.cells = list({record.place: record for record in found}.values())
     return report

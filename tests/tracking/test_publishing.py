@@ -87,15 +87,20 @@ def test_the_next_cell_is_measured_meanwhile_and_what_breaks_is_unpublished(
 def test_an_interrupt_does_not_wait_for_an_upload(
     study: Path, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    released = threading.Event()
+    released, drawn = threading.Event(), threading.Event()
 
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(publishing, "cell_charts", lambda _: released.wait(60) and {})
+    def charts(_: object) -> dict[str, object]:
+        released.wait(60)
+        drawn.set()
+        return {}
+
+    monkeypatch.setattr(publishing, "cell_charts", charts)
     with pytest.raises(KeyboardInterrupt):
         api.run(study, results=results, progress=Listener(interrupt))
-    assert not released.is_set()
+    assert not drawn.is_set(), "Was: the upload was waited for, and the test could not see it."
     released.set()
 
     # In a W&B trial it is done before anything else is.
