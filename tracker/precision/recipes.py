@@ -1,0 +1,114 @@
+"""How other tools give a model the same formats: llama.cpp's options, llm-compressor's recipe."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+
+import yaml
+
+from tracker.core.grouping import grouped
+from tracker.core.weight_formats import FORMATS
+
+Formats = Mapping[str, str]
+"""Path of a linear map in the model, as the checkpoint names it → format."""
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+
+
+def recipes(formats: Formats, architecture: str, layers: int, file: str) -> dict[str, str]:
+    """Say how other tools make a model with these formats: tool → what it is given.
+
+    Args:
+        formats: Which map has which format.
+        architecture: What transformers calls the model's kind (`model_type`).
+        layers: How many layers it has.
+        file: The GGUF file of the base, or what to call it.
+
+    Returns:
+        For llama.cpp where all formats are GGUF's and it has names for the maps; for
+        llm-compressor where all are integers or fp8.
+    """
+    found = {}
+    of_gguf = all(FORMATS[form].is_ggufs for form in formats.values())
+    if of_gguf and (names := _gguf_names(formats, architecture, layers)):
+        tensors = {names[path]: form for path, form in formats.items()}
+        found["llama.cpp"] = llama_quantize(tensors, file)
+    if all(form in _SCHEMES for form in formats.values()):
+        found["llm-compressor"] = llm_compressor(formats)
+    return found
+
+
+def _gguf_names(formats: Formats, architecture: str, layers: int) -> dict[str, str]:
+    """Find llama.cpp's names of maps; empty where it has none for one of them."""
+    import gguf
+
+    known = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
+    if known is None:
+        return {}
+    names = gguf.get_tensor_name_map(known, layers)
+    found = {path: names.get_name(path) for path in formats}
+    return (
+        {} if None in found.values() else {path: f"{name}.weight" for path, name in found.items()}
+    )
+
+
+def tensor_types(formats: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Write which tensors have which type: a regular expression and a type, in llama.cpp's words.
+
+    Args:
+        formats: Name of a tensor in a GGUF file (`blk.3.ffn_down.weight`) → format.
+
+    Returns:
+        One a format and name of a map: its layers stand in one expression.
+    """
+    said = []
+    by_name: dict[tuple[str, str], list[int]] = {}
+    for tensor, form in formats.items():
+        found = _BLOCK.fullmatch(tensor)
+        if found is None:
+            said.append((f"^{re.escape(tensor)}$", FORMATS[form].label.lower()))
+            continue
+        by_name.setdefault((found[2], form), []).append(int(found[1]))
+    for (name, form), layers in sorted(by_name.items()):
+        which = "|".join(map(str, sorted(layers)))
+        said.append((rf"^blk\.({which})\.{name}\.weight$", FORMATS[form].label.lower()))
+    return said
+
+
+def llama_quantize(formats: Mapping[str, str], file: str) -> str:
+    """Write the command of llama.cpp; all that is not named keeps sixteen bits."""
+    types = [*tensor_types(formats), (r"^blk\..*\.weight$", "f16")]
+    lines = [
+        "llama-quantize --allow-requantize --token-embedding-type f16 --output-tensor-type f16"
+    ]
+    lines += [f"  --tensor-type {shlex.quote(f'{which}={kind}')}" for which, kind in types]
+    return " \\\n".join([*lines, f"  {shlex.quote(file)} quantised.gguf Q8_0"])
+
+
+_SCHEMES: dict[str, dict[str, object]] = {
+    "int8": {"num_bits": 8, "type": "int", "strategy": "channel"},
+    "int8_g32": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 32},
+    "int8_g128": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 128},
+    "int4": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
+    "int4_g128": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128},
+    "int4_row": {"num_bits": 4, "type": "int", "strategy": "channel"},
+    "fp8": {"num_bits": 8, "type": "float", "strategy": "channel"},
+}
+"""Formats as compressed-tensors writes them."""
+
+
+def llm_compressor(formats: Formats) -> str:
+    """Write a recipe of llm-compressor: a group for each format, with the maps that are in it."""
+    groups = {}
+    by_format = grouped(formats, lambda path: formats[path])
+    for number, (form, paths) in enumerate(sorted(by_format.items())):
+        weights = {**_SCHEMES[form], "symmetric": True, "dynamic": False}
+        groups[f"group_{number}"] = {"targets": _exactly(paths), "weights": weights}
+    modifier = {"ignore": ["lm_head"], "config_groups": groups}
+    said = {"default_stage": {"default_modifiers": {"QuantizationModifier": modifier}}}
+    return yaml.safe_dump(said, sort_keys=False, width=1000)
+
+
+def _exactly(paths: Sequence[str]) -> list[str]:
+    return [f"re:^{re.escape(path)}$" for path in paths]
