@@ -283,7 +283,7 @@ def _grid(request: CellRequest) -> Iterator[RunIdentity]:
 
 def why_no_run(run: RunIdentity, request: CellRequest, layers: int) -> str | None:
     """Say why a combination of what is asked for is no run; None where it is one."""
-    if run.component not in UNITS and (run.intervention, run.span) != ("remove", 1):
+    if run.component not in (*UNITS, "linear") and (run.intervention, run.span) != ("remove", 1):
         return f"{run.component} is removed from one layer at a time"
     if run.component == "linear" and (run.intervention not in FORMATS or run.span != 1):
         return (

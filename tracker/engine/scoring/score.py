@@ -22,8 +22,8 @@ from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.models.experts import Experts
 from tracker.models.heads import Heads
-from tracker.models.shared_experts import Shared
 from tracker.models.quantised import RoundedWeights
+from tracker.models.shared_experts import Shared
 from tracker.models.sublayers import Sublayers
 
 

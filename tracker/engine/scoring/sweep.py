@@ -491,7 +491,6 @@ class Engine:
             self._heads if plan.has_heads else None,
             self.experts if plan.has_experts else None,
             self._shared if plan.has_shared else None,
-            self._experts if plan.has_experts else None,
             self.rounded_weights if plan.is_rounded else None,
         )
 
