@@ -119,7 +119,7 @@ class Deciding(Protocol):
         ...
 
 
-class Figure(NamedTuple):
+class RacedFigure(NamedTuple):
     """What of an outcome decides.
 
     Attributes:
@@ -133,7 +133,7 @@ class Figure(NamedTuple):
     why_not: Callable[[Array], str]
 
 
-def bounded(benchmark: BenchmarkIdentity, metric: str, key: str = "until") -> Figure:
+def bounded(benchmark: BenchmarkIdentity, metric: str, key: str = "until") -> RacedFigure:
     """Decide by a metric.
 
     Args:
@@ -159,7 +159,7 @@ def bounded(benchmark: BenchmarkIdentity, metric: str, key: str = "until") -> Fi
         )
 
     column = METRIC + metric
-    return Figure([column], lambda frame: frame[column].to_numpy(dtype=np.float64), why_not)
+    return RacedFigure([column], lambda frame: frame[column].to_numpy(dtype=np.float64), why_not)
 
 
 class BlockRace:
@@ -190,7 +190,7 @@ class BlockRace:
         seed: int,
         ablations: Sequence[Ablation],
         beneath: Sequence[Ablation],
-        figure: Figure,
+        figure: RacedFigure,
     ) -> None:
         """Begin before the first document.
 
@@ -387,7 +387,7 @@ class CandidateRace(BlockRace):
         if by == "accuracy":
             figure = bounded(store.identity.benchmark, view.metric, key)
         else:
-            figure = Figure(["gold", "rolling", "loglikelihoods"], gold_logprobs, _no_gold)
+            figure = RacedFigure(["gold", "rolling", "loglikelihoods"], gold_logprobs, _no_gold)
         super().__init__(store, seed, ablations, beneath, figure)
         self._deciding: Race | SmallestMean
         if by == "accuracy":

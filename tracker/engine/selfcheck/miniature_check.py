@@ -194,7 +194,11 @@ def some_of(ablations: Sequence[Ablation]) -> list[Ablation]:
     A model has hundreds of heads and thousands of stretches, which all go the same ways; which ones
     are asked is drawn. What removes layers stays.
     """
-    many = [ablation for ablation in ablations if ablation.parts or ablation.repeated]
+    many = [
+        ablation
+        for ablation in ablations
+        if ablation.parts or ablation.repeated or ablation.rounded
+    ]
     if len(many) <= DRAWN:
         return list(ablations)
     out = set(many) - set(random.Random(0).sample(many, DRAWN))

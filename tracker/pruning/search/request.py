@@ -34,7 +34,7 @@ from tracker.pruning.search.strategies import BLIND, DRAWN, NULL, OF_LAYERS, RES
 
 Goal = tuple[CellRequest, Component, str, str]
 """The test documents of searches, what goes, how much of it, and what must stay."""
-_NEVER_SAID = {"heads", "experts", "repeats", "control", "sets", "drawn"}
+_NEVER_SAID = {"heads", "experts", "maps", "repeats", "control", "sets", "drawn"}
 """Keys of a cell that came after searches had names."""
 DEFAULT = ("accuracy", "cosine_oneshot", NULL)
 """Strategies where none is named: what really counts, beside the usual proxy and chance."""
