@@ -13,6 +13,11 @@ from tracker.core.kinds import KINDS, MAPS, NUMBERED, Component
 
 ROUTED = ("moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts")
 """What configurations call how many routed experts a layer has."""
+CHOSEN = (
+    *("moe_k", "moe_topk", "num_experts_per_tok", "num_experts_per_token"),
+    "top_k_experts",
+)
+"""What they call to how many of them a token goes."""
 
 
 CONTROLS = 40
@@ -42,6 +47,15 @@ class ModelParts(NamedTuple):
         """Count the parts of a layer that have numbers."""
         found: int | None = getattr(self, component)
         return found
+
+
+def experts_of_a_token(config: Any) -> int:
+    """Say to how many routed experts a token goes by a text model's configuration; 0 for none."""
+    count, chosen = (
+        next((each for name in names if isinstance(each := getattr(config, name, None), int)), 0)
+        for names in (ROUTED, CHOSEN)
+    )
+    return min(count, chosen)
 
 
 Counting = Callable[[CellRequest, Collection[str]], ModelParts]

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from tracker.core.model_parts import experts_of_a_token
+
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 """Parameters of glibc's `mallopt(3)`."""
 
@@ -56,8 +58,17 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def stream_bytes(model: Any) -> int:
-    """Estimate how many bytes one token of one stream takes at most, inside a layer."""
+    """Estimate how many bytes one token of one stream takes at most, inside a layer.
+
+    A mixture holds a token once for each expert that it goes to: before, inside and behind it.
+    """
     config = model.config.get_text_config()
-    between = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    wide = 6 * config.hidden_size + 3 * (between if isinstance(between, int) else max(between))
+
+    def width(name: str, otherwise: int) -> int:
+        found = getattr(config, name, None) or otherwise
+        return found if isinstance(found, int) else max(found)
+
+    between = width("intermediate_size", 4 * config.hidden_size)
+    of_expert = 2 * config.hidden_size + 3 * width("moe_intermediate_size", between)
+    wide = 6 * config.hidden_size + max(3 * between, experts_of_a_token(config) * of_expert)
     return int(wide * model.dtype.itemsize)

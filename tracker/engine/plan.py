@@ -13,6 +13,7 @@ import torch
 from tracker.core.ablations import Ablation
 from tracker.core.documents import Document
 from tracker.core.grouping import grouped
+from tracker.core.model_parts import experts_of_a_token
 from tracker.engine.memory import stream_bytes
 from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.plain_call import read_for
@@ -23,7 +24,6 @@ from tracker.engine.scoring.sweep import ROW_TOKENS
 from tracker.engine.selfcheck.check import plain_tokens
 from tracker.models.experts import entries
 from tracker.models.layers import find_layers
-from tracker.models.miniature import CHOSEN
 
 SECONDS = 0.5
 """How long the machine's speed is measured."""
@@ -189,9 +189,7 @@ def _weights(model: Any) -> tuple[float, float]:
 
     Of routed experts a token passes as many as its configuration says.
     """
-    layers, config = find_layers(model), model.config.get_text_config()
-    numbers = (getattr(config, name, None) for name in CHOSEN)
-    chosen = next((each for each in numbers if isinstance(each, int)), None)
+    layers, chosen = find_layers(model), experts_of_a_token(model.config.get_text_config())
 
     def passed(module: Any) -> float:
         size: int = sum(each.numel() for each in module.parameters(recurse=False))

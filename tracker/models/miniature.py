@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from tracker.core.model_parts import ROUTED
+from tracker.core.model_parts import CHOSEN, ROUTED
 from tracker.models.layers import find_layers
 from tracker.models.pruned import duplicate
 from tracker.models.reloaded import Shapes, shapes
@@ -68,9 +68,6 @@ BETWEEN = (
     "shared_intermediate_size",
 )  # fmt: skip
 EXPERTS = (*ROUTED, "zero_expert_num")
-CHOSEN = (
-    "moe_k", "moe_topk", "num_experts_per_tok", "num_experts_per_token", "top_k_experts",
-)  # fmt: skip
 GROUPS = ("n_group", "num_expert_group")
 RANKS = (
     "adapter_rank", "attention_lora_dim", "gate_lora_rank", "gated_norm_rank",
