@@ -9,12 +9,13 @@ import torch
 
 from tracker.core.errors import ModelError
 from tracker.core.kinds import KINDS, NUMBERED, Component
+from tracker.core.model_parts import experts_of_a_token
 from tracker.core.search_parts import SearchParts
 from tracker.models.experts import find_experts
 from tracker.models.heads import find_heads
 from tracker.models.layers import find_layers
 from tracker.models.load import hollow
-from tracker.models.miniature import CHOSEN, miniature
+from tracker.models.miniature import miniature
 from tracker.models.sources import ModelSource, count_parts, parts_of, read_config
 from tracker.models.sublayers import find_sublayers
 
@@ -51,7 +52,7 @@ def find_parts(
         )
     stay = 1
     if unit == "expert":
-        stay = _chosen(read_config(source, trust_remote_code))
+        stay = experts_of_a_token(read_config(source, trust_remote_code))
     small = miniature(hollow(source, "auto", trust_remote_code))
     # Without a miniature the engine finds out, before it measures.
     there = tuple(range(counts.layers)) if small is None else _there(small, unit)
@@ -69,7 +70,7 @@ def _there(small: Any, unit: Component) -> tuple[int, ...]:
     sublayers = find_sublayers(small, layers)
     count = parts_of(config).numbered(unit)
     if unit == "expert":
-        chosen = _chosen(config)
+        chosen = experts_of_a_token(config)
         own = find_experts(small, sublayers, layers, _CPU)
         fit = [
             e is not None and e.removable and (e.count, e.chosen) == (count, chosen) for e in own
@@ -79,9 +80,3 @@ def _there(small: Any, unit: Component) -> tuple[int, ...]:
         counts = [(h.count if unit == "head" else h.groups) if h else None for h in heads]
         fit = [each == count for each in counts]
     return tuple(layer for layer, fits in enumerate(fit) if fits)
-
-
-def _chosen(config: Any) -> int:
-    """To how many experts a router sends a token, as a configuration says; 0 where it does not."""
-    said = (getattr(config, name, None) for name in CHOSEN)
-    return next((each for each in said if isinstance(each, int)), 0)
