@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from tests.engine.plain import MAX_LENGTH, make_documents
 from tests.engine.truth import layers_of
 from tracker.core.ablations import INTACT, Ablation, Part, Rounded, Stretch, ablate
 from tracker.core.errors import CellError
+from tracker.engine.observers.expert_load import expert_load
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check
@@ -98,6 +101,31 @@ def test_a_plain_call_brings_in_each_layer_once(both):
     text = range(3, 20)
     assert torch.equal(offloaded.read(text), resident.read(text))
     assert offloaded.loaded.offloaded.times == dict.fromkeys(range(4), 1)
+
+
+def test_experts_are_observed_beside_a_sweep(both):
+    """Both wait for the same layers, which come past once for them."""
+    parts = [Part("expert", layer, number) for layer in (1, 3) for number in (0, 1)]
+    asked = [INTACT, *(Ablation(parts=(part,)) for part in parts)]
+    documents, found = make_documents(3), []
+    for engine in both("mixtral"):
+        observe = [partial(expert_load, engine, document, parts) for document in documents]
+        passes = [
+            lambda engine=engine: engine.score(documents, asked),
+            lambda engine=engine, observe=observe: [*engine.side_by_side(observe)],
+        ]
+        scores, loads = engine.side_by_side(passes)
+        found.append(([score.responses for score in scores], loads))
+    assert found[0] == found[1]
+
+
+def test_shared_experts_are_taken_out_where_weights_come_past(both):
+    asked = [INTACT, Ablation(shared=(1,)), Ablation(shared=(3,))]
+    resident, offloaded = (
+        [score.responses for score in engine.score(make_documents(3), asked)]
+        for engine in both("deepseek_v3")
+    )
+    assert resident == offloaded
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
