@@ -386,15 +386,16 @@ def test_every_kind_of_run_has_a_name_and_a_curve_of_its_own(held: Held) -> None
         of_kind("layer", 1, 1, "mean:1", intervention="mean"),
         of_kind("head", 1, 1, "head:1.5", number=5),
         of_kind("layer", 1, 2, "repeat3:1-2", intervention="repeat", repeats=3),
+        of_kind("linear", 1, 1, "q4_k:1.mlp.up_proj", intervention="q4_k", map="mlp.up_proj"),
     )
     cell = cell.model_copy(update={"runs": (*cell.runs, *kinds)})
-    assert held.publish(cell) == (10, 0, 0)
+    assert held.publish(cell) == (11, 0, 0)
     mine = held.by_key()
     ends = " · arc_easy · SmolLM2-135M-Instruct"
     names = {mine[run_key(cell, run.ablation)].name.removesuffix(ends) for run in cell.runs}
     assert names == {
         *("layer 00", "layer 01", "layers 01–04", "attention 01", "mlp 01–04", "mean 01"),
-        *("layer 01 head 5", "repeat 3 times: 01–02"),
+        *("layer 01 head 5", "repeat 3 times: 01–02", "layer 01 mlp.up_proj q4_k"),
     }
     for run in kinds:
         seen = mine[run_key(cell, run.ablation)]
@@ -402,7 +403,8 @@ def test_every_kind_of_run_has_a_name_and_a_curve_of_its_own(held: Held) -> None
     curves = mine[run_key(cell, "cell")].curves
     drop = cell.runs[1].accuracy_drop
     assert [layer for layer, _ in curves["accuracy_drop"]] == [0, 1]
-    for kind in ("span4", "attention", "mlp/span4", "mean", "head/5", "repeat/x3/span2"):
+    own = ("head/5", "repeat/x3/span2", "q4_k/mlp.up_proj")
+    for kind in ("span4", "attention", "mlp/span4", "mean", *own):
         assert curves[f"{kind}/accuracy_drop"] == [(1, drop)]
     assert "attention/cosine_score" not in curves
 
