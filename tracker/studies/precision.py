@@ -21,7 +21,6 @@ from tracker.core.estimates import Estimate
 from tracker.core.formats import measure_of, three_digits, with_interval
 from tracker.core.grouping import grouped
 from tracker.core.kinds import MAPS
-from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
 from tracker.core.provenance import content_hash
 from tracker.core.records import RunRecord
 from tracker.core.tables import Column, Table, table
@@ -31,8 +30,7 @@ from tracker.engine.observers.rounding_error import rounding_errors
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import Arrays
 from tracker.measuring.observing import Observe
-from tracker.models.maps import names_of_maps
-from tracker.models.sources import find_model
+from tracker.precision.asked import each_map
 from tracker.report.leaderboard.claims import parts_answer, shown_in
 from tracker.report.wording import listed
 from tracker.stats.accuracy import mean_interval
@@ -137,22 +135,7 @@ class Precision(Study):
                 "out of 'map'"
             )
         formats = tuple(done for done in cell.interventions if done in FORMATS) or (DEFAULT,)
-        wanted = cell.model_copy(
-            update={
-                "components": ("linear",),
-                "interventions": formats,
-                "spans": (1,),
-                "only": None,
-                "sets": (),
-                "drawn": (),
-                "control": None,
-            }
-        )
-        source = find_model(cell.model, cell.revision, cell.model_args)
-        names = names_of_maps(source, asked.options.trust_remote_code)
-        parts = ModelParts(len(names), maps=names)
-        check_parts(wanted, parts)
-        return with_all_parts(wanted, parts)
+        return each_map(cell, formats, asked.options.trust_remote_code)
 
     def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Set what each map costs beside its errors, format by format."""

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from tracker.core.documents import Document
 from tracker.core.errors import RequestError, did_you_mean
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, ends, measure_of, three_digits, with_interval
-from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
 from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord
 from tracker.core.tables import Column, Table, table
@@ -35,9 +34,10 @@ from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.shards import Arrays
 from tracker.measuring.observing import Observe
 from tracker.models.load import hollow
-from tracker.models.maps import maps_of, names_of_maps
+from tracker.models.maps import maps_of
 from tracker.models.placement import weight_bytes
 from tracker.models.sources import find_model
+from tracker.precision.asked import each_layer, each_map
 from tracker.precision.budget import BitBudget, Choice, Unit, ablation_of, bits_of, budget, units_of
 from tracker.precision.choose import ENDS, alike, ends_kept, least_loss
 from tracker.pruning.search.cells import Lender, OpenCell
@@ -148,17 +148,11 @@ class Quantise(Study):
     def _request(self, cell: CellRequest, asked: StudyContext) -> CellRequest:
         refuse_removed(cell, "weights of the intact model are rounded", asked)
         trust = asked.options.trust_remote_code
-        wanted: dict[str, Any] = {"spans": (1,), "interventions": self.formats, "only": None}
-        wanted |= {"sets": (), "drawn": (), "control": None, "maps": (), "until": None}
-        wanted |= {"components": ("linear",) if self.by == "map" else ("layer",)}
-        made = calibration_of(cell.model_copy(update=wanted))
-        self._budget(made, trust)
+        chosen = calibration_of(cell.model_copy(update={"maps": (), "until": None}))
+        self._budget(chosen, trust)
         if self.by == "layer":
-            return made
-        names = names_of_maps(find_model(cell.model, cell.revision, cell.model_args), trust)
-        parts = ModelParts(len(names), maps=names)
-        check_parts(made, parts)
-        return with_all_parts(made, parts)
+            return each_layer(chosen, self.formats)
+        return each_map(chosen, self.formats, trust)
 
     def _budget(self, request: CellRequest, trust: bool) -> tuple[list[Unit], BitBudget]:
         """Find the units of a request's layers, and how many bits there are."""
