@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tracker.core.distribution import __version__
+
+# Torch takes large buffers in huge pages then, where Linux lends them: hundreds of streams pass
+# through tens of megabytes at a layer (docs/performance.md). It reads this once.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from tracker.api import (
