@@ -309,6 +309,7 @@ class Studied:
         outcome: What of the cells that it needs failed, and where their runs can be seen.
         experiment: Where the results folder keeps what was asked for, as an experiment file.
         exports: What to type to save each model that it shows to be better.
+        files: What it left in the results folder besides.
     """
 
     finding: FindingRecord = field(repr=False)
@@ -316,6 +317,7 @@ class Studied:
     outcome: Finished
     experiment: Path
     exports: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 def study(
@@ -350,9 +352,10 @@ def study(
     asked = _asked(work.read, experiment, settings, tokenizer, work)
     with work.publisher(asked.file.destination) as publisher:
         context = StudyContext(asked, work.ledger, work.options, work.progress, publisher)
-        finding, outcome, exports = conduct(chosen, context)
+        finding, outcome, result = conduct(chosen, context)
     page = _shown(work.ledger, asked, outcome)
-    return Studied(finding, page, outcome, work.kept(asked), tuple(exports))
+    more = tuple(result.exports), tuple(result.files)
+    return Studied(finding, page, outcome, work.kept(asked), *more)
 
 
 @dataclass(frozen=True)
@@ -420,8 +423,7 @@ def quantise(
     told: dict[str, Any] = {"budget": budget, "by": by, "test_sample": test_sample}
     told |= {} if format is None else {"format": format}
     done = study("quantise", experiment, tokenizer=tokenizer, **told, **settings)
-    kept = tuple(map(Path, done.exports))
-    saved = None
+    kept, saved = done.files, None
     if output is not None and len(kept) == 1:
         note = read_note(kept[0])
         work = _Work({name: settings[name] for name in Working.__optional_keys__ & settings.keys()})

@@ -186,7 +186,7 @@ class Results:
         parts = []
         groups = named_models(self.cells)
         for name, board in self._boards().items():
-            said = model_answer(board.claims, part_boards(groups[name]))
+            said = model_answer(board.claims, part_boards(groups[name]), groups[name])
             parts.append(f"<p><b>{html.escape(name)}</b>: {html.escape(said)}</p>")
             if board.layers:
                 table = texts(layer_board_table(board, name))

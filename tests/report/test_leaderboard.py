@@ -12,12 +12,12 @@ import pytest
 from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord, RunRecord
 from tracker.report.layer_figures import relevance_estimate
-from tracker.report.leaderboard.claims import claims
+from tracker.report.leaderboard.claims import claims, parts_answer
 from tracker.report.leaderboard.comparable import setting
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.leaderboard.models import ModelBoard, model_board
 from tracker.report.leaderboard.pairs import compare
-from tracker.report.leaderboard.parts import part_boards
+from tracker.report.leaderboard.parts import model_answer, part_boards
 from tracker.report.leaderboard.proxies import agreements
 from tracker.report.leaderboard.tables import part_board_data, part_board_table
 
@@ -91,6 +91,17 @@ def test_a_part_without_a_figure_has_no_rank_and_one_that_lacks_a_benchmark_no_r
     last = alone.parts[-1]
     assert (last.rank.value, last.rank.reason) == (None, "nothing reaches it")
     assert last.shown == "undefined"
+
+
+def test_parts_of_which_no_benchmark_counts_are_spoken_of_one_by_one() -> None:
+    """Was: nothing can be said of the layers."""
+    cell = build_cell()
+    runs = [run.model_copy(update={"accuracy_relevance": None}) for run in as_heads(cell).runs]
+    weak = cell.model_copy(update={"runs": tuple(runs)})
+    assert part_boards([weak]) == []
+    said = model_answer(claims([weak]), [], [weak])
+    assert said == f"arc_easy: {parts_answer(weak)}"
+    assert "nothing can be said" in model_answer(claims([]), [], [])
 
 
 def test_a_long_board_is_shown_from_both_ends() -> None:

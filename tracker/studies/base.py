@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tracker.core.ablations import Ablation
@@ -149,7 +150,8 @@ class StudyResult:
     """What a study says; see `FindingRecord`.
 
     Beside it stand what became of cells that it ran itself, and places of them on which it rests;
-    and what to type to save models that it found to be better, which is told and not kept.
+    what to type to save models that it found to be better, which is told and not kept; and files
+    that it left in the results folder.
     """
 
     assumptions: Sequence[str]
@@ -160,6 +162,7 @@ class StudyResult:
     ran: Finished = field(default_factory=Finished)
     rests_on: Sequence[Place] = ()
     exports: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
 
 
 class Study(Protocol):
@@ -199,12 +202,12 @@ class Study(Protocol):
         ...
 
 
-def conduct(study: Study, asked: StudyContext) -> tuple[FindingRecord, Finished, Sequence[str]]:
+def conduct(study: Study, asked: StudyContext) -> tuple[FindingRecord, Finished, StudyResult]:
     """Measure and publish the cells of a study as `run_cells` does, and keep what it finds.
 
-    Returns what it says, what became of the cells that it needs and of those that it ran itself,
-    and what to type to save what it found. RequestError if the file is not enough, CellError where
-    no cell could be measured.
+    Returns what is kept, what became of the cells that it needs and of those that it ran itself,
+    and what else it says. RequestError if the file is not enough, CellError where no cell could be
+    measured.
     """
     requests = study.requests(asked)
     if not study.races and any(request.until is not None for request in requests):
@@ -238,4 +241,4 @@ def conduct(study: Study, asked: StudyContext) -> tuple[FindingRecord, Finished,
         rests_on=tuple(dict.fromkeys(places)),
     )
     keep_finding(asked.ledger.root, finding)
-    return finding, outcome, result.exports
+    return finding, outcome, result

@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -136,6 +137,8 @@ class Quantise(Study):
                 )
         if len(self.formats) < 2:
             raise RequestError("--format: there is nothing to choose; name two formats or more")
+        if by not in get_args(By):
+            raise RequestError(f"--by is {' or '.join(get_args(By))}; not {by!r}")
         self.budget, self.by, self.test_sample = budget, by, test_sample
 
     def requests(self, asked: StudyContext) -> list[CellRequest]:
@@ -177,10 +180,9 @@ class Quantise(Study):
             candidates = self._candidates(asked, subject, units, within, losses)
             tried = self._tried(asked, subject, candidates, within)
             best = min(tried, key=lambda one: one.chosen_on)
-            kept = _keep(asked, subject, best)
             result.answers += _answers(subject, tried, best, within)
             result.tables += [_choices_table(subject, tried, best), _formats_table(subject, best)]
-            result.exports.append(kept)
+            result.files.append(_keep(asked, subject, best))
         return result
 
     def _candidates(
@@ -294,7 +296,7 @@ def _apart(paired: PairedOutcomes, place: int, other: int) -> Estimate:
     ).drop(0)
 
 
-def _keep(asked: StudyContext, subject: Subject, best: Tried) -> str:
+def _keep(asked: StudyContext, subject: Subject, best: Tried) -> Path:
     """Keep which map has which format in the results folder; say where."""
     record = subject.record
     stem = f"{record.model.name}-{record.benchmark.name}-{best.candidate.by}-{asked.asked.name}"
@@ -307,7 +309,7 @@ def _keep(asked: StudyContext, subject: Subject, best: Tried) -> str:
     request = subject.request
     loads = {"model": request.model, "revision": request.revision, "dtype": request.dtype}
     write_note(path, {**loads, "model_args": request.model_args, "formats": chosen})
-    return str(path)
+    return path
 
 
 def _written(record: CellRecord, figure: Estimate) -> str:

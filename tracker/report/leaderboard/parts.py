@@ -18,6 +18,7 @@ from tracker.report.leaderboard.claims import (
     basis,
     mean_drop,
     name_benchmarks,
+    parts_answer,
     shown_sentence,
     shown_word,
 )
@@ -87,9 +88,15 @@ def part_boards(cells: Sequence[CellRecord]) -> list[PartBoard]:
     return [board for board in boards if board.parts]
 
 
-def model_answer(found: Claims, boards: Sequence[PartBoard]) -> str:
-    """Say what is shown of a model's layers, if any were removed, and of its parts."""
+def model_answer(found: Claims, boards: Sequence[PartBoard], cells: Sequence[CellRecord]) -> str:
+    """Say what is shown of a model's layers, if any were removed, and of its parts.
+
+    Parts of which no benchmark counts, as of losses, are spoken of benchmark by benchmark.
+    """
     said = [board.answer for board in boards]
+    if not found.layers and not said:
+        each = ((cell.benchmark.title, parts_answer(cell)) for cell in cells)
+        said = [f"{title}: {text}" for title, text in each if text]
     return " ".join([answer(found), *said] if found.layers or not said else said)
 
 

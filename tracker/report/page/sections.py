@@ -79,7 +79,8 @@ class ModelSection:
     @property
     def answer(self) -> str:
         """What is shown of its layers, and of its parts where it has boards of these."""
-        return model_answer(self.board.claims, self.parts)
+        cells = [section.cell for section in self.cells]
+        return model_answer(self.board.claims, self.parts, cells)
 
     @property
     def figures(self) -> tuple[Figure, ...]:
