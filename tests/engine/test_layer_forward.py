@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.engine.plain import Output
 from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.layer_forward import forking
+from tracker.engine.scoring.layer_forward import Inside, forking
 from tracker.engine.scoring.streams import LayerStep, StreamPlan, plan_streams
 from tracker.models.sublayers import Sublayers
 
@@ -187,7 +187,7 @@ def test_every_stream_is_the_model_without(
     layers, hidden, kwargs = make(answer, named, adding), hidden_states(), BESIDES[besides]
     for ablations in (ABLATIONS, ABLATIONS[::-1], [INTACT, ABLATIONS[0]], ABLATIONS[1:3], [INTACT]):
         plan = plan_streams(ablations, 3)
-        with forking(layers, plan, parts(layers)):
+        with forking(layers, plan, Inside(parts(layers))):
             found = run(layers, hidden, named, **kwargs)
         agree(found, plan, ablations, lambda a: without(layers, a, hidden, named, **kwargs))
 
@@ -195,7 +195,7 @@ def test_every_stream_is_the_model_without(
 def test_what_comes_by_its_place_is_repeated_too() -> None:
     layers, hidden, shift = make(), hidden_states(), hidden_states() * 2
     plan = plan_streams(ABLATIONS, 3)
-    with forking(layers, plan, parts(layers)):
+    with forking(layers, plan, Inside(parts(layers))):
         found = run(layers, hidden, False, shift)
     agree(found, plan, ABLATIONS, lambda a: without(layers, a, hidden, False, shift))
 
@@ -215,7 +215,7 @@ def test_a_hidden_state_that_comes_by_its_name_goes_by_its_name(by_name: bool) -
         layer.__class__ = Second
     plan = plan_streams(ABLATIONS, 3)
     found = hidden
-    with forking(layers, plan, parts(layers)):
+    with forking(layers, plan, Inside(parts(layers))):
         for layer in layers:
             given = {"shift": shift} if by_name else {}
             found = layer(*(() if by_name else (shift,)), hidden_states=found, **given)
@@ -285,7 +285,7 @@ def test_what_has_a_row_a_stream_is_cut_to_those_that_enter() -> None:
         4, count, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3)
     )
     alibi = shift[:, :1, :TOKENS]
-    with forking(layers, plan, parts(layers), batched=True):
+    with forking(layers, plan, Inside(parts(layers)), batched=True):
         given = {"scale": torch.tensor(2.0), "alibi": alibi, "rotary": (cos, {"sin": sin})}
         streams = run(layers, hidden, False, shift, **given)
     for place, ablation in enumerate(ABLATIONS):
@@ -307,7 +307,7 @@ def test_masks_of_our_own_take_the_place_of_the_models() -> None:
     layers[1].__class__ = Asking
     plan = plan_streams(ABLATIONS, 3)
     masks: Any = Doubling()
-    with forking(layers, plan, parts(layers), masks=masks):
+    with forking(layers, plan, Inside(parts(layers)), masks=masks):
         found = run(layers, hidden, False, scale=1.0)
     assert asked == [(0, None), (1, 1), (2, None)]
     agree(found, plan, ABLATIONS, lambda a: without(layers, a, hidden, False, scale=2.0))
@@ -364,7 +364,7 @@ def test_the_baseline_is_observed(named: bool) -> None:
     layers, hidden = make(named=named), hidden_states()
     seen: list[tuple[int, Tensor, Tensor]] = []
     with forking(
-        layers, plan_streams(ABLATIONS, 3), parts(layers), lambda *what: seen.append(what)
+        layers, plan_streams(ABLATIONS, 3), Inside(parts(layers)), lambda *what: seen.append(what)
     ):
         run(layers, hidden, named)
     assert [index for index, _, _ in seen] == [0, 1, 2]

@@ -180,7 +180,7 @@ def test_a_head_of_quantised_weights_is_refused():
     engine = engine_of(tiny_model("llama"))
     heads_of = engine._heads
     quantised = engine_of(model)
-    quantised.known.heads = heads_of
+    quantised.known.inside.heads = heads_of
     with pytest.raises(CellError, match="is quantised, and has no columns of numbers"):
         quantised.without(heads(1, 0))
 

@@ -8,7 +8,7 @@ import torch
 from tests.ablations import single_layers
 from tests.engine.families import tiny_model
 from tracker.core.ablations import INTACT, Ablation, ablate
-from tracker.engine.scoring.layer_forward import forking
+from tracker.engine.scoring.layer_forward import Inside, forking
 from tracker.engine.scoring.streams import plan_streams
 from tracker.models.sublayers import find_sublayers
 
@@ -70,7 +70,7 @@ def test_the_plan_is_what_is_executed(ablations):
     for layer in layers:
         layer.self_attn.o_proj.register_forward_hook(lambda *call: attentions.append(len(call[-1])))
         layer.mlp.down_proj.register_forward_hook(lambda *call: mlps.append(len(call[-1])))
-    with forking(layers, plan, sublayers):
+    with forking(layers, plan, Inside(sublayers)):
         model.model(torch.randint(0, 90, (1, 7)), use_cache=False)
     assert (sum(attentions), sum(mlps)) == (plan.attention_passes, plan.mlp_passes)
 

@@ -55,13 +55,9 @@ def decoding(
     with forking(
         parts.layers,
         together,
-        parts.sublayers,
+        parts.inside,
         batched=True,
         stand_ins=parts.stand_ins,
-        heads=parts.heads,
-        experts=parts.experts,
-        shared=parts.shared,
-        rounded=parts.rounded,
     ):
         yield own
 

@@ -51,7 +51,7 @@ def idle(parts: Parts, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]
     Returns:
         Those of them that do, but for the rounding of weights.
     """
-    assert parts.experts is not None
+    assert parts.inside.experts is not None
     asked: defaultdict[int, set[_Gone]] = defaultdict(set)
     for ablation in ablations:
         for layer, gone in grouped(ablation.parts, lambda part: part.layer).items():
@@ -75,7 +75,7 @@ def idle(parts: Parts, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]
     with ExitStack() as stack:
         for layer, each in asked.items():
             module = parts.layers[layer]
-            those = experts_at(parts.experts, layer, type(module).__name__)
+            those = experts_at(parts.inside.experts, layer, type(module).__name__)
             router = module.get_submodule(those.router)
             hook = partial(look, those, each)
             stack.enter_context(router.register_forward_hook(hook, with_kwargs=True))

@@ -39,19 +39,34 @@ Observer = Callable[[int, Tensor, Tensor], None]
 """Called with a layer and the baseline's input and output of it, each [rows, tokens, hidden]."""
 
 
+@dataclass
+class Inside:
+    """What is inside a model's layers, as far as it was asked for: of each layer one entry.
+
+    Attributes:
+        sublayers: Its attention and MLP.
+        heads: The heads of its attention; None where there are none.
+        experts: The routed experts of its MLP; the same.
+        shared: Its shared experts; the same.
+        rounded: Makes weights in a format.
+    """
+
+    sublayers: Sequence[Sublayers] | None = None
+    heads: Sequence[Heads | None] | None = None
+    experts: Sequence[Experts | None] | None = None
+    shared: Sequence[Shared | None] | None = None
+    rounded: RoundedWeights | None = None
+
+
 @contextmanager
 def forking(
     layers: nn.ModuleList,
     plan: StreamPlan,
-    sublayers: Sequence[Sublayers] | None = None,
+    inside: Inside | None = None,
     observe: Observer | None = None,
     batched: bool = False,
     masks: Masks | None = None,
     stand_ins: Mapping[int, StandIn] | None = None,
-    heads: Sequence[Heads | None] | None = None,
-    experts: Sequence[Experts | None] | None = None,
-    shared: Sequence[Shared | None] | None = None,
-    rounded: RoundedWeights | None = None,
 ) -> Iterator[None]:
     """Let a model's layers fork streams while the context is open.
 
@@ -69,21 +84,19 @@ def forking(
     Args:
         layers: The model's decoder layers.
         plan: Where to fork.
-        sublayers: Each layer's attention and MLP; needed where the plan removes one alone.
+        inside: What is inside the layers; needed as far as the plan takes it apart.
         observe: Sees the baseline's input and output of each layer.
         batched: Whether what a layer is given besides is cut to the streams that enter it.
         masks: What each layer gets in place of the model's own mask.
-        stand_ins: What stands in for layers; needed where the plan asks for it.
-        heads: The heads of each layer's attention; needed where the plan takes some out.
-        experts: The routed experts of each layer's MLP; the same.
-        shared: Its shared experts; the same.
-        rounded: Makes weights in a format; the same.
+        stand_ins: What stands in for layers; the same.
 
     Yields:
         Nothing; on exit, also by an exception, the layers are what they were.
     """
     handed: list[Tensor] = []
     forks: list[_LayerFork] = []
+    inside = inside or Inside()
+    sublayers, rounded = inside.sublayers, inside.rounded
     with ExitStack() as stack:
         for index, (layer, step) in enumerate(zip(layers, plan.steps, strict=True)):
             turn = _Turn()
@@ -104,7 +117,7 @@ def forking(
             forks.append(fork)
             stack.enter_context(replaced_forward(layer, fork))
             # Which of the entering streams each part of the layer computes.
-            inside: list[tuple[nn.Module, Sequence[int]]] = []
+            computing: list[tuple[nn.Module, Sequence[int]]] = []
             if step.has_sublayers:
                 assert sublayers is not None
                 parts = sublayers[index]
@@ -112,17 +125,17 @@ def forking(
                     (parts.attention, step.computed, step.projected, len(step.heads)),
                     (parts.mlp, step.mlps, step.mlp, len(step.mlps)),
                 ):
-                    inside.append((module, computed))
+                    computing.append((module, computed))
                     part = _SublayerFork(
                         module, computed, taken, made, module.forward, batched, turn
                     )
                     stack.enter_context(replaced_forward(module, part))
             projection = None
             if step.has_heads:
-                assert heads is not None
-                found = heads_at(heads, index, type(layer).__name__)
+                assert inside.heads is not None
+                found = heads_at(inside.heads, index, type(layer).__name__)
                 projection = layer.get_submodule(found.projection)
-                inside.insert(0, (projection, [source for source, _ in step.heads]))
+                computing.insert(0, (projection, [source for source, _ in step.heads]))
             if step.is_rounded:
                 assert rounded is not None
                 name = f"layer {index}"
@@ -132,7 +145,7 @@ def forking(
                     for stream in step.entering
                 ]
                 for path, each in linear_maps(layer, name).items():
-                    mine = [s for module, s in inside if any(m is each for m in module.modules())]
+                    mine = [s for part, s in computing if any(m is each for m in part.modules())]
                     sources = mine[0] if mine else range(len(step.entering))
                     asked = [forms[source].get(path) for source in sources]
                     if any(asked):
@@ -146,16 +159,16 @@ def forking(
                 without = _HeadFork(of, columns, projection.forward, turn)
                 stack.enter_context(replaced_forward(projection, without))
             if step.has_experts:
-                assert experts is not None
+                assert inside.experts is not None
                 name = type(layer).__name__
-                those = experts_at(experts, index, name)
+                those = experts_at(inside.experts, index, name)
                 router = layer.get_submodule(those.router)
                 kept = [those.left(gone, name) if gone else None for gone in step.experts]
                 routing = _RouterFork(router, those, kept, router.forward, turn)
                 stack.enter_context(replaced_forward(router, routing))
             if step.has_shared:
-                assert shared is not None
-                for path in shared_at(shared, index, type(layer).__name__):
+                assert inside.shared is not None
+                for path in shared_at(inside.shared, index, type(layer).__name__):
                     module = layer.get_submodule(path)
                     silent = _SharedFork(step, module.forward, turn)
                     stack.enter_context(replaced_forward(module, silent))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,12 @@ from tracker.core.ablations import INTACT
 from tracker.core.proxies import OBSERVED, observed
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.head import Head
-from tracker.engine.scoring.layer_forward import forking
+from tracker.engine.scoring.layer_forward import Inside, forking
 from tracker.engine.scoring.masks import Masks, Sight
 from tracker.engine.scoring.prefix import Prefix, cache_argument, new_cache
 from tracker.engine.scoring.rows import Row, reading_row
 from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
-from tracker.models.experts import Experts
-from tracker.models.heads import Heads
-from tracker.models.quantised import RoundedWeights
-from tracker.models.shared_experts import Shared
-from tracker.models.sublayers import Sublayers
 
 
 @dataclass(frozen=True)
@@ -50,28 +45,20 @@ class Parts:
     Attributes:
         model: A causal language model of transformers, in evaluation mode.
         layers: The decoder layers that are there.
-        sublayers: Their attentions and MLPs; None where they are not asked for.
+        inside: What is inside them, as far as a plan needs it.
         head: What is behind its base.
         device: Where its inputs go.
         sight: How far each layer sees in a text of some length.
         stand_ins: What stands in for layers, where that is asked for.
-        heads: The heads of their attentions; None where they are not asked for.
-        experts: The routed experts of their MLPs; the same.
-        shared: Their shared experts; the same.
-        rounded: Makes weights in a format.
     """
 
     model: Any
     layers: nn.ModuleList
-    sublayers: Sequence[Sublayers] | None
+    inside: Inside
     head: Head
     device: torch.device
     sight: Callable[[int], Sight]
     stand_ins: Mapping[int, StandIn] | None = None
-    heads: Sequence[Heads | None] | None = None
-    experts: Sequence[Experts | None] | None = None
-    shared: Sequence[Shared | None] | None = None
-    rounded: RoundedWeights | None = None
 
     @property
     def base(self) -> Any:
@@ -158,14 +145,10 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
     with forking(
         parts.layers,
         plan,
-        parts.sublayers,
+        parts.inside,
         observe,
         masks=masks,
         stand_ins=parts.stand_ins,
-        heads=parts.heads,
-        experts=parts.experts,
-        shared=parts.shared,
-        rounded=parts.rounded,
     ):
         output = parts.base(
             input_ids=row.input_ids.to(device), use_cache=name is not None, **cached

@@ -28,6 +28,7 @@ from tracker.engine.refusal import RefusalError, is_out_of_memory
 from tracker.engine.scoring.decode import decoding
 from tracker.engine.scoring.head import Head
 from tracker.engine.scoring.idle import WORTH, idle, of_experts
+from tracker.engine.scoring.layer_forward import Inside
 from tracker.engine.scoring.masks import Sight, look
 from tracker.engine.scoring.plain_call import read, read_for, scored
 from tracker.engine.scoring.prefix import SHORTEST, Prefix, cache_argument
@@ -87,20 +88,12 @@ class Known:
     Attributes:
         sight: How far its layers see.
         kept_bytes: What the keys and values of one token take in one attention.
-        sublayers: Each layer's attention and MLP.
-        heads: The heads of each layer's attention.
-        experts: The routed experts of each layer's MLP.
-        shared: Its shared experts.
-        rounded: Weights in some formats.
+        inside: What is inside its layers, as far as anybody asked.
     """
 
     sight: Sight | None = None
     kept_bytes: int | None = None
-    sublayers: list[Sublayers] | None = None
-    heads: list[Heads | None] | None = None
-    experts: list[Experts | None] | None = None
-    shared: list[Shared | None] | None = None
-    rounded: RoundedWeights | None = None
+    inside: Inside = field(default_factory=Inside)
 
 
 _Scored = tuple[Row, Sequence[Ablation], RowScores]
@@ -483,15 +476,17 @@ class Engine:
         return Parts(
             loaded.model,
             loaded.layers,
-            self._sublayers if plan.has_sublayers or plan.has_groups_of_maps else None,
+            Inside(
+                self._sublayers if plan.has_sublayers or plan.has_groups_of_maps else None,
+                self._heads if plan.has_heads else None,
+                self.experts if plan.has_experts else None,
+                self._shared if plan.has_shared else None,
+                self.rounded_weights if plan.is_rounded else None,
+            ),
             self.head,
             loaded.device,
             self._sight,
             self.stand_ins,
-            self._heads if plan.has_heads else None,
-            self.experts if plan.has_experts else None,
-            self._shared if plan.has_shared else None,
-            self.rounded_weights if plan.is_rounded else None,
         )
 
     def _sight(self, tokens: int) -> Sight:
@@ -522,33 +517,32 @@ class Engine:
         return Head(self.loaded.model)
 
     @property
-    def _sublayers(self) -> list[Sublayers]:
-        if self.known.sublayers is None:
-            loaded = self.loaded
+    def _sublayers(self) -> Sequence[Sublayers]:
+        inside, loaded = self.known.inside, self.loaded
+        if inside.sublayers is None:
             # It silences parts of the model, which no other pass is to meet.
             with nullcontext() if loaded.offloaded is None else loaded.offloaded.alone():
-                found = find_sublayers(loaded.model, loaded.layers, loaded.device)
-            self.known.sublayers = found
-        return self.known.sublayers
+                inside.sublayers = find_sublayers(loaded.model, loaded.layers, loaded.device)
+        return inside.sublayers
 
     @property
-    def _heads(self) -> list[Heads | None]:
-        if self.known.heads is None:
-            self.known.heads = self._found(find_heads)
-        return self.known.heads
+    def _heads(self) -> Sequence[Heads | None]:
+        inside = self.known.inside
+        inside.heads = inside.heads or self._found(find_heads)
+        return inside.heads
 
     @property
-    def experts(self) -> list[Experts | None]:
+    def experts(self) -> Sequence[Experts | None]:
         """The routed experts of each layer's MLP."""
-        if self.known.experts is None:
-            self.known.experts = self._found(find_experts)
-        return self.known.experts
+        inside = self.known.inside
+        inside.experts = inside.experts or self._found(find_experts)
+        return inside.experts
 
     @property
-    def _shared(self) -> list[Shared | None]:
-        if self.known.shared is None:
-            self.known.shared = self._found(find_shared)
-        return self.known.shared
+    def _shared(self) -> Sequence[Shared | None]:
+        inside = self.known.inside
+        inside.shared = inside.shared or self._found(find_shared)
+        return inside.shared
 
     def _shared_of(self, layer: int) -> list[nn.Module]:
         """The modules that are the shared experts of a layer."""
@@ -558,9 +552,9 @@ class Engine:
     @property
     def rounded_weights(self) -> RoundedWeights:
         """Weights in some formats, which are made once where they fit."""
-        if self.known.rounded is None:
-            self.known.rounded = RoundedWeights(self._budget // 8)
-        return self.known.rounded
+        inside = self.known.inside
+        inside.rounded = inside.rounded or RoundedWeights(self._budget // 8)
+        return inside.rounded
 
     def _found(self, find: Callable[..., list[T]]) -> list[T]:
         """Find parts of all layers' sublayers, which takes a call."""
