@@ -115,6 +115,15 @@ def test_an_interrupt_does_not_wait_for_an_upload(
     assert threading.get_ident() in threads
 
 
+def test_how_runs_are_shown_is_said_where_they_are_shown(study: Path, results: Path) -> None:
+    """Was: also without any backend."""
+    for track, times in (([], 0), (["mlflow"], 2)):
+        heard = Listener(lambda: None)
+        api.run(study, results=results, track=track, runs="cells", progress=heard)
+        said = [line for line in heard.said if "one with their table" in line]
+        assert len(said) == times, heard.said
+
+
 @pytest.mark.parametrize("track", [("mlflow", "wandb:team/a"), ("wandb:team/a", "wandb:team/b")])
 def test_every_backend_shows_what_is_measured(
     track: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

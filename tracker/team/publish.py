@@ -214,7 +214,8 @@ class Publisher:
         """Publish a cell; what one place refuses does not keep the others from it."""
         record = _told_apart(store, record)
         outcome, errors = Publication(), []
-        if not in_sweep() and (apart := len(one_by_one(record, self._which))) < len(record.runs):
+        apart = len(one_by_one(record, self._which))
+        if self._targets and not in_sweep() and apart < len(record.runs):
             rest = counted(len(record.runs) - apart, "run")
             outcome.notes.append(f"{rest} are one with their table; --runs all makes one of each")
         asked = {service(to.backend).place_of(to, self.project): to for to in self._targets}
