@@ -43,6 +43,7 @@ from tracker.precision.budget import BitBudget, Choice, Unit, ablation_of, bits_
 from tracker.precision.choose import ENDS, alike, ends_kept, least_loss
 from tracker.pruning.search.cells import Lender, OpenCell
 from tracker.pruning.search.request import calibration_of
+from tracker.report.wording import listed
 from tracker.stats.accuracy import mean_interval
 from tracker.stats.arrays import Array
 from tracker.stats.support import together
@@ -54,6 +55,7 @@ from tracker.studies.base import (
     lined_up,
     observe,
     refuse_removed,
+    side,
 )
 
 By = Literal["map", "layer"]
@@ -339,13 +341,16 @@ def _answers(subject: Subject, tried: Sequence[Tried], best: Tried, within: BitB
     beside += f"{with_interval(best.gold_beside, three_digits, ' nats')} more log-probability"
     # Two statements, which hold together.
     wide = together([best.beside, best.gold_beside], [best.n] * 2)
-    better = [one.low is not None and one.low > 0 for one in wide]
-    shown = "is shown to beat" if any(better) else "is not shown to beat"
-    in_what = {(True, False): f" in {level}", (False, True): " in log-probability"}
+    sides = dict(zip((level, "log-probability"), map(side, wide), strict=True))
+    clauses = [
+        f"is shown to {does} {', '.join(forms)} everywhere ({alike_one.bits:.3g} bits) in "
+        f"{listed(measures)}"
+        for does, sign in (("beat", 1), ("lose to", -1))
+        if (measures := [measure for measure, which in sides.items() if which == sign])
+    ] or [f"is not shown to beat {', '.join(forms)} everywhere ({alike_one.bits:.3g} bits)"]
     text = (
-        f"{named}: the choice by {best.candidate.by} ({best.bits:.3g} bits a weight) {shown} "
-        f"{', '.join(forms)} everywhere ({alike_one.bits:.3g} bits)"
-        f"{in_what.get((better[0], better[1]), '')}: it keeps {beside}. It costs {cost}"
+        f"{named}: the choice by {best.candidate.by} ({best.bits:.3g} bits a weight) "
+        f"{', and '.join(clauses)}: it keeps {beside}. It costs {cost}"
     )
     if best.candidate.expected is not None:
         text += (
