@@ -71,7 +71,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built) -> None:
     assert metadata["Name"] == distribution.NAME == "layer-tracker"
     assert metadata["Version"] == tracker.__version__
     extras = set(metadata.get_all("Provides-Extra", []))
-    assert extras == {"ray", "slurm", "trackio", "figures", "reports", "dev"}
+    assert extras == {"ray", "slurm", "trackio", "figures", "quantise", "reports", "dev"}
     # Was: the extra `dev` asked an index for 'tracker', which is somebody else's.
     needed = [re.split(r"[\[<>=!; ]", text)[0] for text in metadata.get_all("Requires-Dist", [])]
     assert "tracker" not in needed

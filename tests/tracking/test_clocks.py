@@ -60,7 +60,7 @@ def is_shown(uri: str, project: str, cell: CellRecord) -> None:
     for name in CURVES:
         history = store.client.get_metric_history(store.cell(cell).info.run_id, name)
         newest = {p.step: p.value for p in sorted(history, key=lambda point: point.timestamp)}
-        wanted = {row.layer: getattr(row, name) for row in cell.runs}
+        wanted = {row.layer: row.figure(name) for row in cell.runs}
         assert {at: None if math.isnan(v) else v for at, v in newest.items()} == {
             at: value for at, value in wanted.items() if value is not None or at in newest
         }
