@@ -129,5 +129,12 @@ def test_another_week_measures_nothing_and_wrong_requests_are_refused(found, tmp
         wrong = cli(*told, *words)
         assert (wrong.exit_code, said in wrong.output) == (2, True), wrong.output
     assert not (tmp_path / "new").exists()
+    # Another budget is another answer about the same file, and stands beside it.
+    other = {**BUDGET, "budget": "7bpw"}
+    beside = api.quantise(str(model), **ASKED, **other, results=results, track=[]).finding
+    kept = [*(results / "studies").glob("quantise--*.json")]
+    assert len(kept) == 2
+    assert done.finding.again.startswith("tracker quantise --budget 6bpw --format q4_0,q8_0 ")
+    assert beside.again.startswith("tracker quantise --budget 7bpw --format q4_0,q8_0 ")
     layers = printed(*told, "--budget=7bpw", "--format=int8,int4_row", "--by=layer")
     assert "which map has which format" in layers

@@ -89,6 +89,8 @@ class FindingRecord(Record):
     """The file's name."""
     command: str = Field("", exclude_if=lambda text: not text)
     """What finds it again, but for the file; empty for `tracker study STUDY`."""
+    beside: str = Field("", exclude_if=lambda text: not text)
+    """What tells it from another answer of the study about the file, which stands beside it."""
     question: str
     answers: tuple[Shown, ...]
     """Sentences, the most important one first."""
@@ -109,4 +111,5 @@ class FindingRecord(Record):
     @property
     def name(self) -> str:
         """What tells it from other findings of a results folder."""
-        return f"{self.study}--{self.experiment.removesuffix('.yaml')}"
+        beside = f"--{self.beside}" if self.beside else ""
+        return f"{self.study}--{self.experiment.removesuffix('.yaml')}{beside}"

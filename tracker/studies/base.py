@@ -150,8 +150,8 @@ class StudyResult:
     """What a study says; see `FindingRecord`.
 
     Beside it stand what became of cells that it ran itself, and places of them on which it rests;
-    what to type to save models that it found to be better, which is told and not kept; and files
-    that it left in the results folder.
+    what to type to save models that it found to be better, which is told and not kept; files that
+    it left in the results folder; and `command` and `beside` of its finding, where it has some.
     """
 
     assumptions: Sequence[str]
@@ -163,6 +163,8 @@ class StudyResult:
     rests_on: Sequence[Place] = ()
     exports: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
+    command: str = ""
+    beside: str = ""
 
 
 class Study(Protocol):
@@ -232,6 +234,8 @@ def conduct(study: Study, asked: StudyContext) -> tuple[FindingRecord, Finished,
     finding = FindingRecord(
         study=study.name,
         experiment=asked.asked.name,
+        command=result.command,
+        beside=result.beside,
         question=study.question,
         answers=tuple(result.answers),
         tables=tuple(result.tables),

@@ -9,6 +9,7 @@ documents, which recommend one; test documents, which none of them met, say what
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -170,7 +171,11 @@ class Quantise(Study):
 
     def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Choose, measure the choices, test them."""
-        result = StudyResult(_ASSUMED)
+        # Another budget, or other formats, are another question about the same file.
+        told = f"--budget {shlex.quote(self.budget)} --format {','.join(self.formats)}"
+        told += f" --by {self.by}" if self.by != "map" else ""
+        beside = re.sub(r"[^\w.]+", "-", f"{self.budget} {self.by} {' '.join(self.formats)}")
+        result = StudyResult(_ASSUMED, command=f"tracker quantise {told}", beside=beside)
         for subject in subjects:
             units, within = self._budget(subject.request, asked.options.trust_remote_code)
             losses = _losses(subject.record, units, self.formats)
