@@ -169,6 +169,7 @@ def refuse_formats(
     asked = {
         each for ablation in ablations for each in ablation.rounded if each.layer < len(layers)
     }
+    both = sublayers() if any(each.which in MAPS for each in asked) else None
     for each in sorted(asked):
         form, layer, name = FORMATS[each.format], layers[each.layer], f"layer {each.layer}"
         if form.extra and importlib.util.find_spec(_PACKAGES[form.name == "nf4"]) is None:
@@ -176,7 +177,7 @@ def refuse_formats(
                 f"{form.name} is rounded by its makers' code, which is not installed. Type: "
                 f"{install_extra('quantise')}"
             )
-        own = sublayers()[each.layer] if each.which in MAPS else None
+        own = both[each.layer] if both else None
         try:
             maps = linear_maps(layer, name)
             paths = formats_of(layer, [each], own, name)

@@ -7,15 +7,14 @@ tools choose bits: of the weights, of the outputs, of what the model says.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tracker.core.ablations import Ablation, Rounded
+from tracker.core.ablations import Rounded
 from tracker.core.config import CellRequest
-from tracker.core.documents import Document
 from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate
 from tracker.core.formats import measure_of, three_digits, with_interval
@@ -25,15 +24,11 @@ from tracker.core.provenance import content_hash
 from tracker.core.records import RunRecord
 from tracker.core.tables import Column, Table, table
 from tracker.core.weight_formats import FORMATS
-from tracker.engine.observers.divergence import divergences
-from tracker.engine.observers.rounding_error import rounding_errors
-from tracker.engine.scoring.sweep import Engine
-from tracker.ledger.shards import Arrays
-from tracker.measuring.observing import Observe
+from tracker.ledger.paired import PairedOutcomes
 from tracker.precision.asked import each_map
+from tracker.precision.observed import errors_of
 from tracker.report.leaderboard.claims import parts_answer, shown_in
 from tracker.report.wording import listed
-from tracker.stats.accuracy import mean_interval
 from tracker.stats.arrays import Array, divided
 from tracker.stats.rank_agreement import row_coefficients
 from tracker.stats.resampling import bias_corrected_interval
@@ -161,7 +156,7 @@ def _in_format(
     """Observe the maps of a format, and order them."""
     maps = [_rounded(run) for run in runs]
     key = content_hash([each.name for each in maps])[:8]
-    seen = observe(subject, f"rounding-{word}-{key}", asked, partial(_observer, maps=maps))
+    seen = observe(subject, f"rounding-{word}-{key}", asked, partial(errors_of, maps=maps, kl=True))
     outcomes = subject.outcomes()
     ablations = [outcomes.ablation(run) for run in runs]
     gold, metric = outcomes.by_gold_logprob(ablations), outcomes.by_metric(ablations)
@@ -180,19 +175,8 @@ def _in_format(
         RoundedMap(run, verdict, {name: float(errors[name][place]) for name in errors})
         for place, (run, verdict) in enumerate(zip(runs, verdicts, strict=True))
     ]
-    names = _by_name(rows, gold.drops, gold.weights)
+    names = _by_name(rows, gold)
     return InFormat(subject, word, rows, names, orders)
-
-
-def _observer(engine: Engine, maps: Sequence[Rounded]) -> Observe:
-    ablations = [Ablation(rounded=(each,)) for each in maps]
-
-    def watch(document: Document) -> Arrays:
-        found = rounding_errors(engine, document, maps)
-        found["kl"] = divergences(engine, document, ablations)["kl"]
-        return {name: np.asarray(value) for name, value in found.items()}
-
-    return watch
 
 
 def _errors(
@@ -221,17 +205,13 @@ def _spearman(error: Array, errors: Array, drop: Array, drops: Array) -> Estimat
     return Estimate(value, *bias_corrected_interval(value, rows, -1, 1))
 
 
-def _by_name(maps: Sequence[RoundedMap], drops: Array, weights: Array) -> list[MapName]:
+def _by_name(maps: Sequence[RoundedMap], gold: PairedOutcomes) -> list[MapName]:
     """Average what maps cost over layers, name by name, the costliest first."""
     places = grouped(range(len(maps)), lambda place: str(maps[place].run.map))
-    falls = []
-    for mine in places.values():
-        each = drops[:, mine].mean(axis=1)
-        falls.append(
-            Estimate(float(weights @ each), *mean_interval(each, weights))
-            if np.isfinite(each).all()
-            else Estimate(None, reason="some document has no finite log-probability")
-        )
+    falls = [
+        replace(gold, ablated=gold.ablated[:, mine].mean(axis=1, keepdims=True)).drop(0)
+        for mine in places.values()
+    ]
     found = [
         MapName(
             name,
@@ -240,7 +220,7 @@ def _by_name(maps: Sequence[RoundedMap], drops: Array, weights: Array) -> list[M
             {key: float(np.mean([maps[place].errors[key] for place in mine])) for key in ERRORS},
         )
         for (name, mine), fall in zip(
-            places.items(), together(falls, [len(drops)] * len(falls)), strict=True
+            places.items(), together(falls, [len(gold.weights)] * len(falls)), strict=True
         )
     ]
     return sorted(found, key=lambda one: -(one.gold.value or 0.0))

@@ -21,7 +21,6 @@ import numpy as np
 
 from tracker.core.ablations import Rounded
 from tracker.core.config import CellRequest
-from tracker.core.documents import Document
 from tracker.core.errors import RequestError, did_you_mean
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, ends, measure_of, three_digits, with_interval
@@ -29,12 +28,8 @@ from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord
 from tracker.core.tables import Column, Table, table
 from tracker.core.weight_formats import FORMATS
-from tracker.engine.observers.rounding_error import rounding_errors
-from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.files import write_note
 from tracker.ledger.paired import PairedOutcomes
-from tracker.ledger.shards import Arrays
-from tracker.measuring.observing import Observe
 from tracker.models.load import hollow
 from tracker.models.maps import maps_of
 from tracker.models.placement import weight_bytes
@@ -42,10 +37,10 @@ from tracker.models.sources import find_model
 from tracker.precision.asked import each_layer, each_map
 from tracker.precision.budget import BitBudget, Choice, Unit, ablation_of, bits_of, budget, units_of
 from tracker.precision.choose import ENDS, alike, ends_kept, least_loss
+from tracker.precision.observed import errors_of
 from tracker.pruning.search.cells import Lender, OpenCell
 from tracker.pruning.search.request import calibration_of
 from tracker.report.wording import listed
-from tracker.stats.accuracy import mean_interval
 from tracker.stats.arrays import Array
 from tracker.stats.support import together
 from tracker.studies.base import (
@@ -239,13 +234,11 @@ class Quantise(Study):
                 bits=bits_of(candidate.choice),
                 size=within.bytes_of(bits_of(candidate.choice)),
                 chosen_on=float(on_calibration[place]),
-                gold=_mean(gold.drops[:, place], gold.weights),
+                gold=gold.drop(place),
                 drop=metric.drop(place),
                 level=metric.level(place),
                 beside=None if place == alike_at else _apart(metric, place, alike_at),
-                gold_beside=None
-                if place == alike_at
-                else _mean(gold.drops[:, alike_at] - gold.drops[:, place], gold.weights),
+                gold_beside=None if place == alike_at else _apart(gold, place, alike_at),
             )
             for place, candidate in enumerate(candidates)
         ]
@@ -269,7 +262,7 @@ def _errors(
     """Observe the errors of weights and outputs [units, formats], by what people call them."""
     maps = [Rounded(form, unit.layer, unit.which) for unit in units for form in formats]
     key = content_hash([each.name for each in maps])[:8]
-    seen = observe(subject, f"rounding-{key}", asked, partial(_observer, maps=maps))
+    seen = observe(subject, f"rounding-{key}", asked, partial(errors_of, maps=maps))
     figures = lined_up(seen, subject.outcomes())
     shape = (len(units), len(formats))
     outputs = figures["output_error"].sum(axis=0) / figures["output_size"].sum(axis=0)
@@ -277,20 +270,6 @@ def _errors(
         "error of weights": figures["weight_error"][0].reshape(shape),
         "error of outputs": outputs.reshape(shape),
     }
-
-
-def _observer(engine: Engine, maps: Sequence[Rounded]) -> Observe:
-    def watch(document: Document) -> Arrays:
-        found = rounding_errors(engine, document, maps)
-        return {name: np.asarray(value) for name, value in found.items()}
-
-    return watch
-
-
-def _mean(values: Array, weights: Array) -> Estimate:
-    if not np.isfinite(values).all():
-        return Estimate(None, reason="some document has no finite log-probability")
-    return Estimate(float(weights @ values), *mean_interval(values, weights))
 
 
 def _apart(paired: PairedOutcomes, place: int, other: int) -> Estimate:

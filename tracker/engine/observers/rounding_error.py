@@ -14,10 +14,30 @@ from tracker.core.ablations import Rounded
 from tracker.core.documents import Document
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
-from tracker.models.quantised import linear_maps, outputs_first
+from tracker.models.quantised import outputs_first
 
 _Places = dict[tuple[int, str], list[int]]
 """Layer and path of a linear map → where among the maps that are asked for it stands."""
+
+
+@torch.inference_mode()
+def weight_errors(engine: Engine, maps: Sequence[Rounded]) -> Tensor:
+    """Measure how far weights are from themselves in a format, whatever is read.
+
+    Args:
+        engine: The engine.
+        maps: Single linear maps with their formats.
+
+    Returns:
+        Of each map [maps] the squared distance over the squared size, float64.
+    """
+    found = torch.zeros(len(maps), dtype=torch.float64)
+    for place, each in enumerate(maps):
+        module = engine.loaded.layers[each.layer].get_submodule(each.which)
+        own = outputs_first(module).float()
+        weight = engine.rounded_weights.of(each.layer, each.which, module, each.format).float()
+        found[place] = float((weight - own).square().sum() / own.square().sum())
+    return found
 
 
 @torch.inference_mode()
@@ -32,28 +52,22 @@ def rounding_errors(
         maps: Single linear maps with their formats.
 
     Returns:
-        Sums, float64. `tokens` []: how many tokens the document has. Of each map [maps]:
-        `weight_error`, the squared distance of its weights over their squared size, which is that
-        of the model and no sum; over tokens `output_error` and `output_size`, the squared distance
-        of its outputs and their squared size; and `output_angle`, 1 minus the cosine of the two
-        outputs.
+        Sums, float64. `tokens` []: how many tokens the document has. Of each map [maps], over
+        tokens: `output_error` and `output_size`, the squared distance of its outputs and their
+        squared size; and `output_angle`, 1 minus the cosine of the two outputs.
     """
     places: _Places = {}
     for place, each in enumerate(maps):
         places.setdefault((each.layer, each.which), []).append(place)
     names = ("output_error", "output_size", "output_angle")
     found = {name: torch.zeros(len(maps), dtype=torch.float64) for name in names}
-    found["weight_error"] = torch.zeros(len(maps), dtype=torch.float64)
     found["tokens"] = torch.zeros((), dtype=torch.float64)
     kept = engine.rounded_weights
 
     def look(layer: int, path: str, module: nn.Module, given: Tensor, made: Tensor) -> None:
-        own = outputs_first(module)
         states, before = (each.flatten(0, -2)[measured:] for each in (given, made))
         for place in places[layer, path]:
             weight = kept.of(layer, path, module, maps[place].format)
-            apart = (weight.float() - own.float()).square().sum()
-            found["weight_error"][place] = float(apart / own.float().square().sum())
             after = linear(states, weight, module.bias).float()  # type: ignore[arg-type]
             apart = (after - before.float()).square().sum()
             found["output_error"][place] += float(apart)
@@ -82,6 +96,6 @@ def _watched(layers: nn.ModuleList, asked: _Places, look: Callable[..., None]) -
 
     with ExitStack() as stack:
         for layer, path in asked:
-            module = linear_maps(layers[layer], f"layer {layer}")[path]
+            module = layers[layer].get_submodule(path)
             stack.enter_context(module.register_forward_hook(hook(layer, path)))
         yield

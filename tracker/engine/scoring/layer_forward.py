@@ -140,10 +140,9 @@ def forking(
                 assert rounded is not None
                 name = f"layer {index}"
                 own_parts = sublayers[index] if sublayers else None
-                forms = [
-                    formats_of(layer, step.done[stream].rounded, own_parts, name)
-                    for stream in step.entering
-                ]
+                asks = [step.done[stream].rounded for stream in step.entering]
+                # Of hundreds of streams that enter only a few ask for anything.
+                forms = [formats_of(layer, ask, own_parts, name) if ask else {} for ask in asks]
                 for path, each in linear_maps(layer, name).items():
                     mine = [s for part, s in computing if any(m is each for m in part.modules())]
                     sources = mine[0] if mine else range(len(step.entering))
