@@ -8,7 +8,8 @@ import gguf
 import torch
 
 from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
-from tests.conftest import cli, printed
+from tests.conftest import cli, printed, save_tokenizer
+from tests.engine.families import tiny_model
 from tests.runner.elsewhere import is_lm_evals, run, write_study
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
@@ -26,6 +27,20 @@ def changed(model, layer, path, kind):
     kept = gguf.quants.quantize(weight.detach().numpy(), kind)
     weight.data = torch.from_numpy(gguf.quants.dequantize(kept, kind))
     return twin
+
+
+def test_a_mixture_has_no_linear_maps_and_is_a_wrong_request(tmp_path):
+    """Was: exit code 1, as if some work had failed."""
+    folder = tmp_path / "mixture"
+    save_tokenizer(folder, False)
+    tiny_model("mixtral").save_pretrained(folder)
+    asked = (folder, "--benchmark=arc_easy", f"--data={PACKAGE}", "--sample=8")
+    results = tmp_path / "results"
+    told = ("--component=linear", "--intervention=int8")
+    for words in (("plan", *told), ("run", *told), ("quantise", "--budget=5bpw")):
+        wrong = cli(words[0], *asked, *words[1:], "--results", results)
+        assert (wrong.exit_code, "is no linear map" in wrong.output) == (2, True), wrong.output
+    assert not results.exists()
 
 
 def test_maps_are_lm_evals(tiny_llama, tmp_path, one_thread):

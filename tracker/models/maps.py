@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tracker.core.errors import CellError, ModelError
 from tracker.core.provenance import content_hash, package_versions
 from tracker.ledger.cache import keep, recall
 from tracker.models.layers import find_layers
@@ -24,19 +25,20 @@ def maps_of(source: ModelSource, trust_remote_code: bool = False) -> tuple[dict[
         Of each layer the path of each map within it → its shape.
 
     Raises:
-        ModelError: The configuration cannot be read.
-        CellError: A layer holds other matrices.
+        ModelError: The configuration cannot be read, or a layer holds other matrices.
     """
     stamp = source.stamp() if source.is_local else None
     key = content_hash([stamp, package_versions()["transformers"], trust_remote_code])
     kept = recall("maps", key) if stamp is not None else {}
     if "maps" not in kept:
         layers = find_layers(hollow(source, "auto", trust_remote_code))
+        try:
+            maps = [linear_maps(layer, f"layer {number}") for number, layer in enumerate(layers)]
+        except CellError as error:  # nothing is measured yet
+            raise ModelError(f"{source.source}: {error}") from None
         kept = {
             "maps": [
-                {name: [*outputs_first(each).shape] for name, each in maps.items()}
-                for number, layer in enumerate(layers)
-                for maps in [linear_maps(layer, f"layer {number}")]
+                {name: [*outputs_first(each).shape] for name, each in own.items()} for own in maps
             ]
         }
         if stamp is not None:
