@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.engine.families import tiny_model
-from tests.engine.plain import answers, asking, engine_of, make_documents
+from tests.engine.plain import alike, answers, asking, engine_of, make_documents
 from tests.engine.registry import Variant, tiny
 from tracker.core.ablations import INTACT, Ablation, Part, ablation_of, first_run, removals
 from tracker.core.config import run_request
@@ -162,10 +162,7 @@ def test_experts_share_a_layer_with_all_else_that_is_done_to_it(sharing):
     model = mixture("mixtral")
     together = engine_of(model, sharing, row_tokens=40).score(make_documents(3), asked)
     alone = engine_of(model, PLAIN).score(make_documents(3), asked)
-    for mine, right in zip(together, alone, strict=True):
-        for ours, theirs in zip(mine.responses, right.responses, strict=True):
-            for one, other in zip(ours, theirs, strict=True):
-                assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-3)
+    alike(together, alone)
 
 
 def test_experts_of_a_layer_share_its_attention_and_have_an_mlp_each():
@@ -319,10 +316,7 @@ def test_shared_experts_share_a_layer_with_all_else_that_is_done_to_it():
     ]
     together = engine_of(model, FULL, row_tokens=40).score(make_documents(3), asked)
     alone = engine_of(model, PLAIN).score(make_documents(3), asked)
-    for mine, right in zip(together, alone, strict=True):
-        for ours, theirs in zip(mine.responses, right.responses, strict=True):
-            for one, other in zip(ours, theirs, strict=True):
-                assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-3)
+    alike(together, alone)
 
 
 def test_layers_without_shared_experts_are_refused_by_name():

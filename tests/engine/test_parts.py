@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.engine.families import FAMILIES, tiny_model
-from tests.engine.plain import answers, asking, engine_of, make_documents
+from tests.engine.plain import alike, answers, asking, engine_of, make_documents
 from tracker.core.ablations import INTACT, Ablation, Part, Rounded, Stretch, ablation_of
 from tracker.core.errors import CellError, TrackerError
 from tracker.core.records import RunIdentity
@@ -123,10 +123,7 @@ def test_heads_share_a_layer_with_all_else_that_is_done_to_it(sharing):
     engine = engine_of(model, sharing, row_tokens=40)
     together = engine.score(make_documents(3), HEADS)
     alone = engine_of(model, PLAIN).score(make_documents(3), HEADS)
-    for mine, right in zip(together, alone, strict=True):
-        for ours, theirs in zip(mine.responses, right.responses, strict=True):
-            for one, other in zip(ours, theirs, strict=True):
-                assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-3)
+    alike(together, alone)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2", "mixtral"])

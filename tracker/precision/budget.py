@@ -101,6 +101,10 @@ class BitBudget:
     rest: int
     weights: int
 
+    def holds(self, choice: Choice) -> bool:
+        """Whether a choice of all units is within it, but for rounding."""
+        return bits_of(choice) <= self.bits * (1 + 1e-12)
+
     def bytes_of(self, bits: float) -> float:
         """What a model takes whose units have so many bits a weight."""
         return self.rest + bits * self.weights / 8

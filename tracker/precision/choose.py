@@ -58,7 +58,7 @@ def least_loss(
 def alike(units: Sequence[Unit], formats: Sequence[str], budget: BitBudget) -> Choice:
     """Give all units the one format that takes most of the budget."""
     every = [dict.fromkeys(units, form) for form in formats]
-    return max((one for one in every if bits_of(one) <= budget.bits * (1 + 1e-12)), key=bits_of)
+    return max(filter(budget.holds, every), key=bits_of)
 
 
 ENDS = 2
@@ -76,5 +76,4 @@ def ends_kept(units: Sequence[Unit], formats: Sequence[str], budget: BitBudget) 
     every: list[Choice] = [
         {unit: most if unit.layer in kept else form for unit in units} for form in formats
     ]
-    fitting = [one for one in every if bits_of(one) <= budget.bits * (1 + 1e-12)]
-    return max(fitting, key=bits_of, default=None)
+    return max(filter(budget.holds, every), key=bits_of, default=None)
