@@ -34,18 +34,22 @@ def quantize(
     to: int | str = COPY,
     pure: bool = False,
     types: Sequence[tuple[str, str]] = (),
+    embedding: str = "f16",
+    output: str = "f16",
 ) -> None:
     """Do what llama-quantize does (tools/quantize/quantize.cpp).
 
-    With its --prune-layers, --pure, and --tensor-type, with which what is no block has 16 bits.
+    With its --prune-layers, --pure, and --tensor-type, with which --token-embedding-type and
+    --output-tensor-type are told too.
     """
     ffi, library, _ = _library()
     asked = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
     asked.nthread, asked.only_copy, asked.allow_requantize = 1, to == COPY, to != COPY
     asked.pure = pure
     if types:
-        sixteen, end = int(GGMLQuantizationType.F16), len(types)
-        asked.output_tensor_type = asked.token_embedding_type = sixteen
+        end = len(types)
+        asked.token_embedding_type = int(GGMLQuantizationType[embedding.upper()])
+        asked.output_tensor_type = int(GGMLQuantizationType[output.upper()])
         patterns = [ffi.new("char[]", pattern.encode()) for pattern, _ in types]
         told = ffi.new("struct llama_model_tensor_override[]", end + 1)
         for place, (pattern, (_, kind)) in enumerate(zip(patterns, types, strict=True)):

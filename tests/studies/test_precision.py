@@ -19,7 +19,7 @@ from tracker.studies.precision import ERRORS, Precision
 
 from .conftest import Small, asked_for, column, plain, small
 
-MAPS = ["mlp.down_proj", "self_attn.q_proj"]
+MAPS = ["mlp.down_proj", "self_attn.q_proj", "embedding", "lm_head"]
 ASKED = {"map": MAPS, "intervention": ["int8", "int4_row"]}
 
 
@@ -44,9 +44,20 @@ def _texts(documents):
         yield torch.tensor([[*request.context, *request.continuation]])
 
 
+def _module(model, layer, path):
+    if path in ("embedding", "lm_head"):
+        assert layer is None
+        return model.model.embed_tokens if path == "embedding" else model.lm_head
+    return model.model.layers[layer].get_submodule(path)
+
+
+def _name(form, layer, path):
+    return f"{form}:{path}" if layer is None else f"{form}:{layer}.{path}"
+
+
 def _changed(model, layer, path, form):
     twin = copy.deepcopy(model)
-    module = twin.model.layers[layer].get_submodule(path)
+    module = _module(twin, layer, path)
     module.weight.data = in_format(module.weight.data, form)
     return twin
 
@@ -56,7 +67,7 @@ def _errors(model, layer, path, form, documents):
     """The four errors of a map by plain passes of two models."""
     twin = _changed(model, layer, path, form)
     made: list[torch.Tensor] = []
-    before, after = (m.model.layers[layer].get_submodule(path) for m in (model, twin))
+    before, after = (_module(m, layer, path) for m in (model, twin))
     hook = before.register_forward_hook(lambda module, args, out: made.extend((args[0], out)))
     apart = size = angle = kl = 0.0
     tokens = 0
@@ -78,7 +89,10 @@ def _errors(model, layer, path, form, documents):
 def test_errors_are_those_of_plain_passes(found: Small, opened):
     _, loaded, documents = opened
     for form, table in zip(ASKED["intervention"], found.finding.tables[1::3], strict=True):
-        for place in range(0, 8, 3):
+        names = plain(column(table, "linear map"))
+        places = [0, 3, 6, *(n for n, name in enumerate(names) if name in ("embedding", "lm_head"))]
+        assert len(places) == 5
+        for place in places:
             layer = plain(column(table, "layer (0-based)"))[place]
             path = plain(column(table, "linear map"))[place]
             right = _errors(loaded.model, layer, path, form, documents)
@@ -99,7 +113,7 @@ def test_orders_are_scipys(found: Small, opened):
         names, most, orders = found.finding.tables[3 * number : 3 * number + 3]
         layers, maps = (plain(column(most, head)) for head in ("layer (0-based)", "linear map"))
         places = [*zip(layers, maps, strict=True)]
-        falls = [gold["baseline"] - gold[f"{form}:{layer}.{path}"] for layer, path in places]
+        falls = [gold["baseline"] - gold[_name(form, *place)] for place in places]
         assert falls == sorted(falls, reverse=True)
         assert plain(column(most, label)) == pytest.approx(falls)
         entries = column(orders, orders.headings[1].label)

@@ -218,7 +218,7 @@ def list_cells(folder: Path | None, results: Path) -> None:
     labels = dict(zip(map(id, cells), row_labels(cells), strict=True))
 
     def layers(cell: CellRecord) -> str:
-        return f"{len({run.layer for run in cell.runs})} of {cell.model.layers}"
+        return f"{len({run.first for run in cell.runs} - {None})} of {cell.model.layers}"
 
     def runs(cell: CellRecord) -> str:
         measured = len(cell.runs)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from tracker.core.config import IN_THE_FILE, CellRequest, field_of
 from tracker.core.errors import ExperimentError
 from tracker.core.grouping import grouped
-from tracker.core.kinds import MAPS, NUMBERED, UNITS, Action, Component, Intervention
+from tracker.core.kinds import ENDS, MAPS, NUMBERED, UNITS, Action, Component, Intervention
 from tracker.core.provenance import content_hash
 from tracker.core.records import BASELINE, RunIdentity
 from tracker.core.search_parts import SearchParts
@@ -72,7 +72,8 @@ class Stretch(NamedTuple):
 class Rounded(NamedTuple):
     """Linear maps of one layer whose weights are those of a format.
 
-    `which` is one of them, as its path within the layer, or one of `MAPS`; empty for all.
+    `which` is one of them, as its path within the layer, or one of `MAPS`; empty for all. Or it is
+    one of `ENDS`, which are of no layer: `layer` is 0 then.
     """
 
     format: str
@@ -81,8 +82,15 @@ class Rounded(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name in the ledger: `int4:5`, `int4:5.mlp.down_proj`."""
+        """The name in the ledger: `int4:5`, `int4:5.mlp.down_proj`, `int4:embedding`."""
+        if self.is_end:
+            return f"{self.format}:{self.which}"
         return f"{self.format}:{self.layer}{'.' if self.which else ''}{self.which}"
+
+    @property
+    def is_end(self) -> bool:
+        """Whether it is the embedding or the head."""
+        return self.which in ENDS
 
 
 class Done(NamedTuple):
@@ -168,6 +176,16 @@ class Ablation:
         """Whether it rounds an attention's or an MLP's linear maps as a whole somewhere."""
         return any(each.which in MAPS for each in self.rounded)
 
+    @property
+    def ends(self) -> dict[str, str]:
+        """Which of `ENDS` has which format."""
+        return {each.which: each.format for each in self.rounded if each.is_end}
+
+    @cached_property
+    def rounded_of(self) -> dict[int, list[Rounded]]:
+        """What is rounded of which layers."""
+        return grouped((each for each in self.rounded if not each.is_end), lambda each: each.layer)
+
     def at(self, layer: int) -> Done:
         """Say what it does at a layer."""
         attention, mlp = layer in self.attention, layer in self.mlp
@@ -180,8 +198,8 @@ class Ablation:
         parts, shared = tuple(self._parts_of.get(layer, ())), layer in self.shared
         if parts or shared:
             return Done(Action.NO_PARTS, parts, shared=shared)
-        if rounded := tuple(each for each in self.rounded if each.layer == layer):
-            return Done(Action.ROUNDED, rounded=rounded)
+        if rounded := self.rounded_of.get(layer):
+            return Done(Action.ROUNDED, rounded=tuple(rounded))
         for stretch in self.repeated:
             if stretch.stop == layer + 1:
                 return Done(Action.REPEAT, stretch=stretch)
@@ -272,7 +290,7 @@ def _grid(request: CellRequest) -> Iterator[RunIdentity]:
         for number, name, times in product(numbers, maps, repeats):
             yield RunIdentity(
                 component=component,
-                layer=layer,
+                layer=0 if name in ENDS else layer,
                 span=span,
                 intervention=done,
                 number=number,
@@ -289,6 +307,8 @@ def why_no_run(run: RunIdentity, request: CellRequest, layers: int) -> str | Non
         return (
             "a linear map is given weights of a format, such as intervention: int4, one at a time"
         )
+    if run.is_end:
+        return None
     if run.intervention == "repeat" and run.component != "layer":
         return "repeat is done to whole layers"
     if run.intervention in FORMATS and run.component not in ("layer", "linear"):

@@ -125,8 +125,8 @@ class CellRequest(Strict):
     model has."""
     maps: tuple[Name, ...] = ()
     """Which linear map of the layer, as the checkpoint names it (self_attn.q_proj, mlp.down_proj),
-    or all of its attention or its mlp, where component is linear; default: each that the model
-    has."""
+    or all of its attention or its mlp, where component is linear; or embedding, lm_head, which are
+    of no layer; default: each that its layers have."""
     repeats: tuple[Times, ...] = (2,)
     """How often the layers are passed where intervention is repeat."""
     control: Literal["random"] | None = None

@@ -40,7 +40,7 @@ from tracker.core.config import (
 )
 from tracker.core.errors import ExperimentError
 from tracker.core.extent import DEFAULT_SEED, Positive
-from tracker.core.kinds import NUMBERED
+from tracker.core.kinds import ENDS, NUMBERED
 from tracker.core.model_parts import Counting, has_parts, with_all_parts
 from tracker.core.problems import checked
 from tracker.core.safe_yaml import SHOWN, short
@@ -236,7 +236,8 @@ def _only(said: tuple[Any, ...]) -> tuple[Any, ...]:
     component, span, layer, done, head, expert, name, repeats = said
     number = expert if component == "expert" else head
     numbered = number if component in NUMBERED else None
-    return component, span, layer, done, numbered, repeats, name if component == "linear" else None
+    name = name if component == "linear" else None
+    return component, span, 0 if name in ENDS else layer, done, numbered, repeats, name
 
 
 class Goal(Strict):

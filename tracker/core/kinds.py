@@ -134,3 +134,5 @@ REPLACED_BY: Mapping[Intervention, str] = {
 """What stands in a layer's place where it is not removed."""
 MAPS = ("attention", "mlp")
 """Names for several linear maps of a layer: all of its attention, or of its MLP."""
+ENDS = ("embedding", "lm_head")
+"""Names for the two matrices outside of a model's layers."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tracker.core.config import IN_THE_FILE, CellRequest, field_of
 from tracker.core.errors import ExperimentError, did_you_mean
-from tracker.core.kinds import KINDS, MAPS, NUMBERED, Component
+from tracker.core.kinds import ENDS, KINDS, MAPS, NUMBERED, Component
 
 ROUTED = ("moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts")
 """What configurations call how many routed experts a layer has."""
@@ -173,12 +173,12 @@ def check_parts(request: CellRequest, parts: ModelParts) -> None:
                 f"layer {layer} is out of range: {request.model} has {parts.layers} layers, "
                 f"0 to {parts.layers - 1}"
             )
-    known = {*MAPS, *chain.from_iterable(parts.maps or ())}
+    known = {*MAPS, *ENDS, *chain.from_iterable(parts.maps or ())}
     for name in request.maps if parts.maps is not None and "linear" in request.components else ():
         if name not in known:
             near = did_you_mean(name, known)
             raise ExperimentError(
-                f"a layer of {request.model} has no linear map {name!r}.{near} It has "
+                f"{request.model} has no linear map {name!r}.{near} It has "
                 f"{', '.join(sorted(known))}"
             )
     for component in numbered_components(request):

@@ -16,7 +16,7 @@ from tracker.core.config import Count, Times
 from tracker.core.estimates import Estimate
 from tracker.core.extent import Positive
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
-from tracker.core.kinds import COMPONENTS, INTERVENTIONS, KINDS, Component, Intervention
+from tracker.core.kinds import COMPONENTS, ENDS, INTERVENTIONS, KINDS, Component, Intervention
 
 BASELINE = "baseline"
 
@@ -45,6 +45,11 @@ class Kind(NamedTuple):
     def part(self) -> int | str | None:
         """Which part of the layer: its number, or a linear map's name; None for all of it."""
         return self.map if self.number is None else self.number
+
+    @property
+    def is_end(self) -> bool:
+        """Whether it is done to the embedding or the head, and to no layer."""
+        return self.map in ENDS
 
     @property
     def many(self) -> str:
@@ -83,7 +88,7 @@ class RunIdentity(Record):
     component: Component = "layer"
     """What of the layers is removed."""
     layer: Count
-    """The first changed layer."""
+    """The first changed layer; 0 where it is none, as of an embedding."""
     span: Positive = 1
     """How many layers, from `layer` on."""
     intervention: Intervention = Field("remove", exclude_if=lambda done: done == "remove")
@@ -99,12 +104,24 @@ class RunIdentity(Record):
     drawn: bool = Field(False, exclude_if=lambda drawn: not drawn)
     """Whether they were drawn at random, for others to be held against; written where they were."""
     map: str | None = Field(None, exclude_if=lambda name: name is None)
-    """Which linear map of the layer, as its path in the layer, or one of `MAPS`; written where it
-    is one."""
+    """Which linear map of the layer, as its path in the layer, or one of `MAPS`; or one of `ENDS`,
+    which are of no layer. Written where it is one."""
+
+    @property
+    def is_end(self) -> bool:
+        """Whether it changes the embedding or the head, and no layer."""
+        return self.kind.is_end
+
+    @property
+    def first(self) -> int | None:
+        """The first changed layer; None where none is."""
+        return None if self.is_end else self.layer
 
     @property
     def changed(self) -> tuple[int, ...]:
         """The layers to which something is done, ascending."""
+        if self.is_end:
+            return ()
         return self.members or tuple(range(self.layer, self.layer + self.span))
 
     @property
@@ -148,6 +165,8 @@ class RunIdentity(Record):
 
         A layer's number is filled up with zeros to `digits`.
         """
+        if self.is_end:
+            return f"{self.map} {self.intervention}"
         if self.members:
             return f"layers {', '.join(map(str, self.members))}{' (drawn)' if self.drawn else ''}"
         first, last = (f"{n:0{digits}d}" for n in (self.layer, self.layer + self.span - 1))

@@ -29,7 +29,7 @@ CELL = ("key", "model", "benchmark", "num_fewshot", "metric", "removed", "sample
 """Names of the columns that say which cell a row is of."""
 WHICH_RUN = (
     *("component", "layer", "span", "intervention"),
-    *("number", "repeats", "members", "drawn"),
+    *("number", "repeats", "members", "drawn", "map"),
 )
 """Names of the columns that say which of its runs."""
 
@@ -119,7 +119,11 @@ def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
         (
             *cell_columns(lambda row: row.cell).values(),
             Column("component", "text", lambda row: row.run.component, name="component"),
-            Column(f"{first} (0-based)", "count", lambda row: row.run.layer, name="layer"),
+            Column(
+                *(f"{first} (0-based)", "count", lambda row: row.run.first),
+                otherwise="of no layer",
+                name="layer",
+            ),
             Column("number (0-based)", "count", lambda row: row.run.number, name="number"),
             Column("linear map", "text", lambda row: row.run.map, name="map"),
             Column("span (layers)", "count", lambda row: row.run.span, name="span"),

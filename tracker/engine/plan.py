@@ -22,6 +22,7 @@ from tracker.engine.scoring.rows import common_beginning, tree_rows
 from tracker.engine.scoring.streams import StreamPlan, plain_passes, plan_streams
 from tracker.engine.scoring.sweep import ROW_TOKENS
 from tracker.engine.selfcheck.check import plain_tokens
+from tracker.models.ends import find_ends
 from tracker.models.experts import entries
 from tracker.models.layers import find_layers
 
@@ -63,8 +64,8 @@ class Cost:
 class Reading:
     """What it takes to score some documents under any ablations, with all sharing.
 
-    The operations of attentions and MLPs grow with how often a token passes one, those of the head
-    with the streams: `engine` and `plain` hold those of one.
+    The operations of attentions and MLPs grow with how often a token passes one, and those of the
+    head too: `engine` and `plain` hold those of one.
 
     Attributes:
         documents: Documents.
@@ -74,7 +75,7 @@ class Reading:
         widest: Tokens of the largest row.
         naive_tokens: Tokens that lm-eval reads for one evaluation.
         engine: Operations of one pass of all tokens through an attention, through an MLP, and of
-            one stream through the head.
+            those that predict something through the head.
         plain: The same for lm-eval.
     """
 
@@ -89,7 +90,7 @@ class Reading:
 
     def flops(self, plan: StreamPlan) -> float:
         """Count the operations of the streams of a plan."""
-        return _work(self.engine, (plan.attention_passes, plan.mlp_passes, plan.streams))
+        return _work(self.engine, (plan.attention_passes, plan.mlp_passes, plan.answers))
 
     def naive_flops(self, ablations: Sequence[Ablation]) -> float:
         """Count the operations of lm-eval, run once for each ablation."""
@@ -163,7 +164,8 @@ def cost(
         The counts.
     """
     found = reading(model, documents, max_length)
-    plan = plan_streams(ablations, found.layers)
+    tied = any(each.ends for each in ablations) and find_ends(model).tied
+    plan = plan_streams(ablations, found.layers, tied)
     size = int(model.dtype.itemsize)
     activations = plan.streams * found.widest * stream_bytes(model)
     return Cost(

@@ -427,6 +427,7 @@ def _no_gold(outcomes: Array) -> str:
 def passes(ablation: Ablation, layers: int) -> int:
     """Count the layers that a stream passes which leaves the intact one where it first differs."""
     actions = [ablation.at(layer).action for layer in range(layers)]
-    first = next(layer for layer, action in enumerate(actions) if action is not Action.PASS)
+    changed = (layer for layer, action in enumerate(actions) if action is not Action.PASS)
+    first = 0 if "embedding" in ablation.ends else next(changed, layers)
     again = sum(stretch.extra for stretch in ablation.repeated)
     return sum(action.enters for action in actions[first:]) + again

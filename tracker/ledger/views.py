@@ -265,7 +265,8 @@ class Views:
         if why := other_format(content.get("format")):
             raise ValueError(f"it {why}")
         asked = AskedView.model_validate_json(json.dumps(content))
-        layers = (*asked.view.removed, *(max(run.changed) for run in asked.view.runs))
+        changed = (layer for run in asked.view.runs for layer in run.changed)
+        layers = (*asked.view.removed, *changed)
         if max(layers, default=0) >= self.identity.model.layers:
             raise ValueError(f"the model has no layer {max(layers)}")
         if asked.view.metric not in self.identity.benchmark.tasks[0].metrics:

@@ -102,6 +102,7 @@ class Meter:
         from tracker.benchmarks.encoder import RequestEncoder
         from tracker.engine.selfcheck.check import watched_documents
         from tracker.measuring.scorer import Scorer
+        from tracker.models.ends import refuse_ends
         from tracker.models.quantised import refuse_formats
         from tracker.models.sublayers import find_sublayers
 
@@ -114,6 +115,7 @@ class Meter:
             loaded.layers,
             partial(find_sublayers, loaded.model, loaded.layers, loaded.device),
         )
+        refuse_ends(self.ablations, loaded.model)
         self._benchmark = benchmark
         self._model = model
         self._memory = options.memory

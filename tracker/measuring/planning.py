@@ -177,6 +177,7 @@ def plan(
     check_layers(asked, trust_remote_code)
     # What is refused is so without torch.
     from tracker.engine.plan import cost
+    from tracker.models.ends import refuse_ends
 
     planned = []
     before: set[CellRequest] = set()
@@ -191,6 +192,7 @@ def plan(
             refuse_unbounded(benchmark, metric)
         layers = count_layers(cell.source, trust_remote_code)
         ablations = ablations_of(request, layers)
+        refuse_ends(ablations, texts.model)
         found = cost(texts.model, texts.documents, ablations, texts.max_length)
         if texts.dtype in HALF:
             found = _with_second_times(found, texts, request.extent.seed)

@@ -139,7 +139,7 @@ class RoundedWeights:
             found = self._kept[key] = in_format(outputs_first(module), name)
             self._bytes += found.nbytes
         self._kept.move_to_end(key)
-        while self._bytes > self._most and self._kept:
+        while self._bytes > self._most and len(self._kept) > 1:  # that one is used now
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return found
 
@@ -167,16 +167,16 @@ def refuse_formats(
     `sublayers` finds the layers' attentions and MLPs, and is asked where a whole one is meant.
     """
     asked = {
-        each for ablation in ablations for each in ablation.rounded if each.layer < len(layers)
+        each
+        for ablation in ablations
+        for layer, some in ablation.rounded_of.items()
+        for each in some
+        if layer < len(layers)
     }
     both = sublayers() if any(each.which in MAPS for each in asked) else None
     for each in sorted(asked):
         form, layer, name = FORMATS[each.format], layers[each.layer], f"layer {each.layer}"
-        if form.extra and importlib.util.find_spec(_PACKAGES[form.name == "nf4"]) is None:
-            raise ExperimentError(
-                f"{form.name} is rounded by its makers' code, which is not installed. Type: "
-                f"{install_extra('quantise')}"
-            )
+        refuse_uninstalled(form)
         own = both[each.layer] if both else None
         try:
             maps = linear_maps(layer, name)
@@ -190,6 +190,15 @@ def refuse_formats(
                     f"{form.name} keeps {form.block} inputs together, and {path} of {name} has "
                     f"rows of {inputs}; take another format, or name other linear maps by 'map'"
                 )
+
+
+def refuse_uninstalled(form: WeightFormat) -> None:
+    """Refuse a format whose makers' code is not installed: ExperimentError."""
+    if form.extra and importlib.util.find_spec(_PACKAGES[form.name == "nf4"]) is None:
+        raise ExperimentError(
+            f"{form.name} is rounded by its makers' code, which is not installed. Type: "
+            f"{install_extra('quantise')}"
+        )
 
 
 def formats_of(

@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
+from tracker.core.ablations import ablations_of
 from tracker.core.config import ONE_EACH, CellRequest
+from tracker.core.kinds import ENDS
 from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
+from tracker.models.ends import refuse_ends
+from tracker.models.load import hollow
 from tracker.models.maps import names_of_maps
 from tracker.models.sources import find_model
 
 
-def each_layer(cell: CellRequest, formats: Sequence[str]) -> CellRequest:
-    """Ask for each of a cell's layers in each format, and for nothing else."""
-    return cell.model_copy(update={**ONE_EACH, "interventions": tuple(formats)})
+def each_layer(cell: CellRequest, formats: Sequence[str], ends: Sequence[str] = ()) -> CellRequest:
+    """Ask for each of a cell's layers in each format, for some of `ENDS`, and for nothing else."""
+    asked = cell.model_copy(update={**ONE_EACH, "interventions": tuple(formats)})
+    if not ends:
+        return asked
+    return asked.model_copy(update={"components": ("layer", "linear"), "maps": tuple(ends)})
 
 
 def each_map(
-    cell: CellRequest, formats: Sequence[str], trust_remote_code: bool = False
+    cell: CellRequest,
+    formats: Sequence[str],
+    trust_remote_code: bool = False,
+    ends: Sequence[str] = (),
 ) -> CellRequest:
     """Ask for each linear map of a cell's layers, or those that it names, in each format.
 
-    ExperimentError for a map that the model has not.
+    Args:
+        cell: The cell.
+        formats: The formats.
+        trust_remote_code: Whether code from the download may run.
+        ends: Which of `ENDS` are asked for besides.
+
+    Returns:
+        The request.
+
+    Raises:
+        ExperimentError: The model has no such map.
     """
     wanted: dict[str, Any] = {"components": ("linear",), "maps": cell.maps}
     asked = each_layer(cell, formats).model_copy(update=wanted)
@@ -29,4 +50,14 @@ def each_map(
     names = names_of_maps(source, trust_remote_code)
     parts = ModelParts(len(names), maps=names)
     check_parts(asked, parts)
-    return with_all_parts(asked, parts)
+    asked = with_all_parts(asked, parts)
+    if ends:
+        more: dict[str, Any] = {"maps": (*asked.maps, *ends)}
+        if asked.only is not None:  # layers differ in their maps
+            both = product(formats, ends)
+            every = (*asked.only, *(("linear", 1, 0, form, None, 2, end) for form, end in both))
+            more["only"] = every
+        asked = asked.model_copy(update=more)
+    if {*asked.maps} & {*ENDS}:
+        refuse_ends(ablations_of(asked, parts.layers), hollow(source, "auto", trust_remote_code))
+    return asked

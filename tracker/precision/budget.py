@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tracker.core.ablations import Ablation, Rounded
 from tracker.core.errors import RequestError
+from tracker.core.kinds import ENDS
 from tracker.core.weight_formats import FORMATS
 
 FORMS = "4.5bpw, 80 MB, 2.1 GB or 25 % bytes"
@@ -18,10 +19,10 @@ _BYTES = {"MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30}
 
 @dataclass(frozen=True)
 class Unit:
-    """Linear maps of one layer that get one format: one of them, a sublayer's, or all.
+    """Linear maps of one layer that get one format, one or all; or the embedding, or the head.
 
     Attributes:
-        layer: The layer, 0-based.
+        layer: The layer, 0-based; 0 for what is of none.
         which: As `Rounded.which`.
         shapes: Of each of its maps outputs and inputs.
     """
@@ -32,8 +33,20 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """What it is called: `layer 3 mlp.down_proj`, `layer 3`."""
+        """What it is called: `layer 3 mlp.down_proj`, `layer 3`, `embedding`."""
+        if self.is_end:
+            return self.which
         return f"layer {self.layer} {self.which}".strip()
+
+    @property
+    def place(self) -> str:
+        """The same in a file: `3.mlp.down_proj`, `3`, `embedding`."""
+        return self.which if self.is_end else f"{self.layer}.{self.which}".rstrip(".")
+
+    @property
+    def is_end(self) -> bool:
+        """Whether it is the embedding or the head."""
+        return self.which in ENDS
 
     @property
     def weights(self) -> int:
@@ -50,23 +63,36 @@ class Unit:
             own = FORMATS[form].for_rows(inputs)
             if own is None:
                 raise RequestError(
-                    f"{form} keeps {FORMATS[form].block} inputs together, and a map of "
-                    f"{self.name} has rows of {inputs}; leave it out of --format"
+                    f"{form} keeps {FORMATS[form].block} inputs together, and "
+                    f"{self.name if self.is_end else f'a map of {self.name}'} has rows of "
+                    f"{inputs}; leave it out of --format"
                 )
             total += outputs * inputs * own.bits_of(inputs)
         return total
 
 
 def units_of(
-    maps: Sequence[Mapping[str, tuple[int, int]]], layers: Sequence[int], each: bool
+    maps: Sequence[Mapping[str, tuple[int, int]]],
+    layers: Sequence[int],
+    each: bool,
+    ends: Mapping[str, tuple[int, int]] = {},
 ) -> list[Unit]:
     """List the units of some layers: each of their maps, or all of a layer together.
 
-    `maps` are of each layer the name of each map → its shape.
+    Args:
+        maps: Of each layer the name of each map → its shape.
+        layers: The layers.
+        each: Whether each map is a unit.
+        ends: The same of the embedding and the head, where they are units too.
+
+    Returns:
+        The units, the layers' first.
     """
+    others = [Unit(0, name, (shape,)) for name, shape in ends.items()]
     if each:
-        return [Unit(la, name, (shape,)) for la in layers for name, shape in maps[la].items()]
-    return [Unit(layer, "", tuple(maps[layer].values())) for layer in layers]
+        own = [Unit(la, name, (shape,)) for la in layers for name, shape in maps[la].items()]
+        return own + others
+    return [Unit(layer, "", tuple(maps[layer].values())) for layer in layers] + others
 
 
 Choice = Mapping[Unit, str]

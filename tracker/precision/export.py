@@ -14,9 +14,12 @@ from functools import partial
 from pathlib import Path
 
 from tracker.core.distribution import __version__
+from tracker.core.kinds import ENDS
+from tracker.core.weight_formats import FORMATS
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Progress
 from tracker.models import checkpoint
+from tracker.models.ends import find_ends, round_ends
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, load_model
 from tracker.models.pruned import pruned
@@ -62,7 +65,7 @@ def save(
     Args:
         source: The model.
         dtype: Of its weights.
-        formats: `3.mlp.down_proj`, or `3` for a whole layer → format.
+        formats: `3.mlp.down_proj`, or `3` for a whole layer, or `embedding`, `lm_head` → format.
         output: The folder that is made.
         options: On what device, and whether a download's code may run.
         progress: Told what happens.
@@ -80,7 +83,8 @@ def save(
     with beside(output) as folder:
         progress.say(f"loading {source.name}")
         loaded = load_model(source, dtype, options.device, options.trust_remote_code)
-        by_layer = _by_layer(loaded, formats)
+        of_ends = {name: form for name, form in formats.items() if name in ENDS}
+        by_layer = _by_layer(loaded, {n: form for n, form in formats.items() if n not in ENDS})
         name = type(loaded.model).__name__
         changes = {
             layer: partial(quantise, formats=own, name=f"layer {layer} of {name}")
@@ -88,15 +92,22 @@ def save(
         }
         progress.say("writing the checkpoint")
         twin = pruned(loaded.model, changes=changes)
+        round_ends(twin, of_ends)
         checkpoint.save(loaded, twin, folder)
         wanted = expected(loaded, twin, options.device)
-        paths = _paths(loaded, by_layer)
+        paths, ends = _paths(loaded, by_layer), _paths_of_ends(loaded, of_ends)
+        own = {
+            path: _resolved(loaded, which, form)
+            for (which, form), path in zip(of_ends.items(), ends, strict=True)
+        }
         made = recipes(
-            paths,
+            paths | own,
             loaded.model.config.get_text_config().model_type,
             len(loaded.layers),
             source.gguf_file or f"{source.name}.gguf",
+            tied=next(iter(ends)) if ends and find_ends(loaded.model).tied else "",
         )
+        paths |= ends
         facts = {"tracker": __version__, "base": source.source, "formats": paths}
         (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         for tool, text in made.items():
@@ -117,6 +128,20 @@ def _by_layer(loaded: LoadedModel, formats: Mapping[str, str]) -> dict[int, dict
         maps = linear_maps(loaded.layers[layer], f"layer {layer}")
         found.setdefault(layer, {}).update(dict.fromkeys([path] if path else maps, form))
     return found
+
+
+def _resolved(loaded: LoadedModel, which: str, form: str) -> str:
+    """Say which format an embedding or a head is in; llama.cpp is told, and takes no other."""
+    found = FORMATS[form].for_rows(find_ends(loaded.model).weight(which).shape[1])
+    assert found is not None
+    return found.name
+
+
+def _paths_of_ends(loaded: LoadedModel, formats: Mapping[str, str]) -> dict[str, str]:
+    """Name the embedding and the head as the checkpoint names them."""
+    names = {id(each): name for name, each in loaded.model.named_modules()}
+    ends = find_ends(loaded.model) if formats else None
+    return {names[id(ends.module(which))]: form for which, form in formats.items() if ends}
 
 
 def _paths(loaded: LoadedModel, by_layer: Mapping[int, Mapping[str, str]]) -> dict[str, str]:

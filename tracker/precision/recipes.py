@@ -13,10 +13,14 @@ from tracker.core.weight_formats import FORMATS
 
 Formats = Mapping[str, str]
 """Path of a linear map in the model, as the checkpoint names it → format."""
+_GGUF_ENDS = ("token_embd.weight", "output.weight")
+"""What its files call the embedding and the head."""
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
-def recipes(formats: Formats, architecture: str, layers: int, file: str) -> dict[str, str]:
+def recipes(
+    formats: Formats, architecture: str, layers: int, file: str, tied: str = ""
+) -> dict[str, str]:
     """Say how other tools make a model with these formats: tool → what it is given.
 
     Args:
@@ -24,6 +28,7 @@ def recipes(formats: Formats, architecture: str, layers: int, file: str) -> dict
         architecture: What transformers calls the model's kind (`model_type`).
         layers: How many layers it has.
         file: The GGUF file of the base, or what to call it.
+        tied: The path of the embedding, where it has a format and is the head too.
 
     Returns:
         For llama.cpp where all formats are GGUF's and it has names for the maps; for
@@ -33,9 +38,9 @@ def recipes(formats: Formats, architecture: str, layers: int, file: str) -> dict
     of_gguf = all(FORMATS[form].is_ggufs for form in formats.values())
     if of_gguf and (names := _gguf_names(formats, architecture, layers)):
         tensors = {names[path]: form for path, form in formats.items()}
-        found["llama.cpp"] = llama_quantize(tensors, file)
+        found["llama.cpp"] = llama_quantize(tensors, file, bool(tied))
     if all(form in _SCHEMES for form in formats.values()):
-        found["llm-compressor"] = llm_compressor(formats)
+        found["llm-compressor"] = llm_compressor(formats, tied)
     return found
 
 
@@ -76,11 +81,18 @@ def tensor_types(formats: Mapping[str, str]) -> list[tuple[str, str]]:
     return said
 
 
-def llama_quantize(formats: Mapping[str, str], file: str) -> str:
-    """Write the command of llama.cpp; all that is not named keeps sixteen bits."""
-    types = [*tensor_types(formats), (r"^blk\..*\.weight$", "f16")]
+def llama_quantize(formats: Mapping[str, str], file: str, tied: bool = False) -> str:
+    """Write the command of llama.cpp; all that is not named keeps sixteen bits.
+
+    Where the head is `tied` it has the embedding's format.
+    """
+    ends = {end: FORMATS[formats[end]].label.lower() for end in _GGUF_ENDS if end in formats}
+    embedding, head = (ends.get(end, "f16") for end in _GGUF_ENDS)
+    of_layers = {name: form for name, form in formats.items() if name not in _GGUF_ENDS}
+    types = [*tensor_types(of_layers), (r"^blk\..*\.weight$", "f16")]
     lines = [
-        "llama-quantize --allow-requantize --token-embedding-type f16 --output-tensor-type f16"
+        f"llama-quantize --allow-requantize --token-embedding-type {embedding} "
+        f"--output-tensor-type {embedding if tied else head}"
     ]
     lines += [f"  --tensor-type {shlex.quote(f'{which}={kind}')}" for which, kind in types]
     return " \\\n".join([*lines, f"  {shlex.quote(file)} quantised.gguf Q8_0"])
@@ -98,16 +110,21 @@ _SCHEMES: dict[str, dict[str, object]] = {
 """Formats as compressed-tensors writes them."""
 
 
-def llm_compressor(formats: Formats) -> str:
-    """Write a recipe of llm-compressor: a group for each format, with the maps that are in it."""
+def llm_compressor(formats: Formats, tied: str = "") -> str:
+    """Write a recipe of llm-compressor: a group for each format, with the maps that are in it.
+
+    An embedding that is `tied` to the head is left as it is: the recipe would round it once only.
+    """
     groups = {}
-    by_format = grouped(formats, lambda path: formats[path])
+    by_format = grouped((path for path in formats if path != tied), lambda path: formats[path])
     for number, (form, paths) in enumerate(sorted(by_format.items())):
         weights = {**_SCHEMES[form], "symmetric": True, "dynamic": False}
         groups[f"group_{number}"] = {"targets": _exactly(paths), "weights": weights}
-    modifier = {"ignore": ["lm_head"], "config_groups": groups}
+    ignored = [] if "lm_head" in formats else ["lm_head"]
+    modifier = {"ignore": ignored, "config_groups": groups}
     said = {"default_stage": {"default_modifiers": {"QuantizationModifier": modifier}}}
-    return yaml.safe_dump(said, sort_keys=False, width=1000)
+    why = f"# {tied} is left as it is: it is the head too.\n" if tied else ""
+    return why + yaml.safe_dump(said, sort_keys=False, width=1000)
 
 
 def _exactly(paths: Sequence[str]) -> list[str]:

@@ -65,7 +65,7 @@ def run_list(runs: Sequence[RunIdentity], cell: CellRecord) -> str:
     for kind in dict.fromkeys(run.kind for run in runs):
         mine = [run.layer for run in runs if run.kind == kind]
         total = len(layers_of(kind, cell))
-        if kind.members:
+        if kind.members or kind.is_end:
             parts.append(kind_words(kind))
             continue
         prefix = "" if kind == WHOLE_LAYER else f"{kind_words(kind)}: "
@@ -460,8 +460,16 @@ def _turns(cells: Sequence[CellRecord]) -> str:
     replaced = listed([w for done, w in REPLACED_BY.items() if Kind(intervention=done) in found])
     clauses = [f"{removed} was removed in turn"] if removed else []
     clauses += [f"each layer was replaced by {replaced} in turn"] if replaced else []
-    formats = listed([*dict.fromkeys(k.intervention for k in found if k.component == "linear")])
-    clauses += [f"each linear map had weights in {formats} in turn"] if formats else []
+    rounded = {kind for kind in found if kind.component == "linear"}
+    ends = {kind for kind in rounded if kind.is_end}
+    clauses += [
+        f"{what} had weights in {listed(sorted({kind.intervention for kind in some}))} in turn"
+        for what, some in (
+            ("each linear map", rounded - ends),
+            (listed(sorted({str(kind.map) for kind in ends})), ends),
+        )
+        if some
+    ]
     clauses += ["each stretch of layers was passed again in turn"] if stretches else []
     return "; ".join(clauses)
 

@@ -19,7 +19,7 @@ from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate
 from tracker.core.formats import measure_of, three_digits, with_interval
 from tracker.core.grouping import grouped
-from tracker.core.kinds import MAPS
+from tracker.core.kinds import ENDS, MAPS
 from tracker.core.provenance import content_hash
 from tracker.core.records import RunRecord
 from tracker.core.tables import Column, Table, table
@@ -76,10 +76,10 @@ class RoundedMap(NamedTuple):
 
 
 class MapName(NamedTuple):
-    """All maps of one name: how many, and what one of them costs on average."""
+    """All maps of one name: in how many layers, and what one of them costs on average."""
 
     name: str
-    layers: int
+    layers: int | None
     gold: Estimate
     errors: dict[str, float]
 
@@ -215,7 +215,7 @@ def _by_name(maps: Sequence[RoundedMap], gold: PairedOutcomes) -> list[MapName]:
     found = [
         MapName(
             name,
-            len(mine),
+            None if name in ENDS else len(mine),
             fall,
             {key: float(np.mean([maps[place].errors[key] for place in mine])) for key in ERRORS},
         )
@@ -229,7 +229,8 @@ def _by_name(maps: Sequence[RoundedMap], gold: PairedOutcomes) -> list[MapName]:
 def _answers(one: InFormat) -> list[str]:
     """Say which names cost most, and how the errors order the maps."""
     first = one.names[0]
-    text = f"{one.title}: on average over its layers, {first.name} lowers the log-probability of "
+    where = "" if first.layers is None else "on average over its layers, "
+    text = f"{one.title}: {where}{first.name} lowers the log-probability of "
     text += f"the right answer most, by {three_digits(first.gold.value or 0.0)} nats"
     surely = first.gold.low is not None and all(
         other.gold.high is not None and other.gold.high < first.gold.low for other in one.names[1:]
@@ -258,7 +259,7 @@ def _named(names: Sequence[str]) -> list[Column[Any]]:
 def _names_table(one: InFormat) -> Table:
     columns: tuple[Column[MapName], ...] = (
         Column("linear map", "text", lambda row: row.name),
-        Column("layers", "count", lambda row: row.layers),
+        Column("layers", "count", lambda row: row.layers, otherwise="of no layer"),
         Column("fall of gold log-probability (nats)", "nats", lambda row: row.gold),
         *_named([*ERRORS]),
     )
@@ -274,7 +275,7 @@ def _most_table(one: InFormat) -> Table:
     measure = measure_of(one.subject.record)
     rows = sorted(one.maps, key=lambda row: -(row.run.gold_logprob_drop or 0.0))[:MOST]
     columns: tuple[Column[RoundedMap], ...] = (
-        Column("layer (0-based)", "count", lambda row: row.run.layer),
+        Column("layer (0-based)", "count", lambda row: row.run.first, otherwise="of no layer"),
         Column("linear map", "text", lambda row: row.run.map),
         Column("fall of gold log-probability (nats)", "nats", lambda row: row.run.gold),
         Column(measure.change, measure.form, lambda row: row.run.drop),

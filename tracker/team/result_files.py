@@ -225,7 +225,7 @@ def write_result_files(
     begun: set[int] = set()
     for store in _chosen(ledger.cells(done.failed), models, benchmarks):
         views = [asked.view for asked in store.views.asked(done.failed)]
-        begun.update(run.layer for view in views for run in view.runs)
+        begun.update(run.layer for view in views for run in view.runs if not run.is_end)
         found = list(_parts(store, views, layers))
         if found and is_corpus(store.identity.benchmark.name):
             done.notes.append(f"{found[0].title}: a corpus is no task of lm-eval's; it is left out")
@@ -285,7 +285,7 @@ def _parts(store: CellStore, views: Sequence[View], layers: Collection[int]) -> 
     for extent in dict.fromkeys(view.extent for view in views):
         ablations = [INTACT]
         for view in [view for view in views if view.extent == extent]:
-            wanted = [run for run in view.runs if not layers or run.layer in layers]
+            wanted = [run for run in view.runs if not layers or run.first in layers]
             ablations.append(ablate("layer", view.removed))
             ablations += [ablation_of(run, view.removed) for run in wanted]
         yield CellPart(store, extent, tuple(dict.fromkeys(ablations)))

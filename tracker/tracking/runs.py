@@ -243,7 +243,7 @@ class DescribedRun:
         if (run := self.run) is None:
             return {}
         names = ("layer", "component", "span", "intervention")
-        found = {name: getattr(run, name) for name in names}
+        found = {name: getattr(run, name) for name in names[run.is_end :]}
         if run.members:
             found["members"] = ",".join(map(str, run.members))
         if run.number is not None:

@@ -20,7 +20,6 @@ from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.plain_call import logits_of
 from tracker.engine.scoring.rows import measured_texts, reading_row
 from tracker.engine.scoring.score import run_base
-from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.sublayers import first_of, replaced_forward, undisturbed, with_first
 
@@ -173,13 +172,13 @@ def _logits(
 
     Yields some ablations, the baseline first, some places, and [ablations, places, vocabulary].
     """
-    head = engine.head
     for group, output, states in _states(engine, ablations, tokens):
+        plan = engine.plan(group)
         vocabulary = engine.loaded.model.get_output_embeddings().weight.shape[0]
         size = max(1, LOGITS_BYTES // (4 * vocabulary * len(group)))
         for start in range(first, len(tokens), size):
             places = list(range(start, min(start + size, len(tokens))))
-            yield group, places, head.logits(output, states[:, places])
+            yield group, places, engine.logits(plan, output, states[:, places])
 
 
 def _states(
@@ -190,7 +189,7 @@ def _states(
     row = replace(reading_row(tokens), ancestors=None)
 
     def run(engine: Engine, group: Sequence[Ablation]) -> tuple[Any, Tensor]:
-        plan = plan_streams(group, _layers(engine))
+        plan = engine.plan(group)
         engine.put_back()
         output, _ = run_base(engine.parts(plan), plan, row, None)
         return output, output.last_hidden_state[list(plan.stream_of)]

@@ -12,8 +12,11 @@ from torch.nn.functional import cosine_similarity, linear
 
 from tracker.core.ablations import Rounded
 from tracker.core.documents import Document
+from tracker.core.kinds import ENDS
+from tracker.engine.observers.end_errors import at_ends
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
+from tracker.models.ends import find_ends
 from tracker.models.quantised import outputs_first
 
 _Places = dict[tuple[int, str], list[int]]
@@ -33,7 +36,7 @@ def weight_errors(engine: Engine, maps: Sequence[Rounded]) -> Tensor:
     """
     found = torch.zeros(len(maps), dtype=torch.float64)
     for place, each in enumerate(maps):
-        module = engine.loaded.layers[each.layer].get_submodule(each.which)
+        module = _module(engine, each.layer, each.which)
         own = outputs_first(module).float()
         weight = engine.rounded_weights.of(each.layer, each.which, module, each.format).float()
         found[place] = float((weight - own).square().sum() / own.square().sum())
@@ -58,30 +61,41 @@ def rounding_errors(
     """
     places: _Places = {}
     for place, each in enumerate(maps):
-        places.setdefault((each.layer, each.which), []).append(place)
+        if not each.is_end:
+            places.setdefault((each.layer, each.which), []).append(place)
     names = ("output_error", "output_size", "output_angle")
     found = {name: torch.zeros(len(maps), dtype=torch.float64) for name in names}
     found["tokens"] = torch.zeros((), dtype=torch.float64)
     kept = engine.rounded_weights
 
+    def compare(place: int, before: Tensor, after: Tensor) -> None:
+        apart = (after.float() - before.float()).square().sum()
+        found["output_error"][place] += float(apart)
+        found["output_size"][place] += float(before.float().square().sum())
+        turned = 1 - cosine_similarity(after.double(), before.double(), dim=-1)
+        found["output_angle"][place] += float(turned.sum())
+
     def look(layer: int, path: str, module: nn.Module, given: Tensor, made: Tensor) -> None:
         states, before = (each.flatten(0, -2)[measured:] for each in (given, made))
         for place in places[layer, path]:
             weight = kept.of(layer, path, module, maps[place].format)
-            after = linear(states, weight, module.bias).float()  # type: ignore[arg-type]
-            apart = (after - before.float()).square().sum()
-            found["output_error"][place] += float(apart)
-            found["output_size"][place] += float(before.float().square().sum())
-            turned = 1 - cosine_similarity(after.double(), before.double(), dim=-1)
-            found["output_angle"][place] += float(turned.sum())
+            compare(place, before, linear(states, weight, module.bias))  # type: ignore[arg-type]
 
     for tokens, measured in measured_texts(document, engine.max_length):
         engine.put_back()
         with _watched(engine.loaded.layers, places, look):
             ids = torch.tensor([tokens], device=engine.loaded.device)
             engine.head.base(input_ids=ids, use_cache=False)
+        for place, before, after in at_ends(engine, tokens, measured, maps):
+            compare(place, before, after)
         found["tokens"] += len(tokens) - measured
     return found
+
+
+def _module(engine: Engine, layer: int, path: str) -> nn.Module:
+    if path in ENDS:
+        return find_ends(engine.loaded.model).module(path)
+    return engine.loaded.layers[layer].get_submodule(path)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ row an ablation.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from transformers.cache_utils import Cache
 
@@ -40,7 +40,8 @@ def decoding(
         Keys and values of all but the prompt's last token, as the model takes them. A forward pass
         must have one row an ablation, in their order.
     """
-    plan = plan_streams(ablations, len(parts.layers))
+    ends, tied = parts.ends, parts.ends is not None and parts.ends.ends.tied
+    plan = plan_streams(ablations, len(parts.layers), tied)
     begun = 0 if prefix is None else len(prefix.tokens)
     rest = prompt[begun:-1]
     cache = new_cache() if prefix is None else prefix.cache
@@ -52,13 +53,19 @@ def decoding(
         (tuple(range(len(ablations))),) * len(parts.layers),
     )
     own = _handed_out(cache, plan, len(prompt) - 1)
-    with forking(
-        parts.layers,
-        together,
-        parts.inside,
-        batched=True,
-        stand_ins=parts.stand_ins,
-    ):
+    with ExitStack() as stack:
+        if ends is not None:
+            starts = [ablation.ends.get("embedding") for ablation in ablations]
+            stack.enter_context(ends.by_row("embedding", starts))
+            stack.enter_context(ends.by_row("lm_head", plan.heads))
+        layers = forking(
+            parts.layers,
+            together,
+            parts.inside,
+            batched=True,
+            stand_ins=parts.stand_ins,
+        )
+        stack.enter_context(layers)
         yield own
 
 

@@ -67,6 +67,7 @@ def forking(
     batched: bool = False,
     masks: Masks | None = None,
     stand_ins: Mapping[int, StandIn] | None = None,
+    begun: Sequence[Tensor] = (),
 ) -> Iterator[None]:
     """Let a model's layers fork streams while the context is open.
 
@@ -89,6 +90,8 @@ def forking(
         batched: Whether what a layer is given besides is cut to the streams that enter it.
         masks: What each layer gets in place of the model's own mask.
         stand_ins: What stands in for layers; the same.
+        begun: What streams with other embeddings enter the first layer with, each [rows, tokens,
+            …]: `plan.starts`, but for the model's own.
 
     Yields:
         Nothing; on exit, also by an exception, the layers are what they were.
@@ -113,6 +116,7 @@ def forking(
                 stand_ins.get(index) if stand_ins else None,
                 turn,
                 forks,
+                () if index else begun,
             )
             forks.append(fork)
             stack.enter_context(replaced_forward(layer, fork))
@@ -217,6 +221,7 @@ class _LayerFork:
     stand_in: StandIn | None
     turn: _Turn
     forks: list[_LayerFork]
+    begun: Sequence[Tensor]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take and return a hidden state [streams × rows, tokens, hidden], as the layer does."""
@@ -231,6 +236,8 @@ class _LayerFork:
         named = "hidden_states" in kwargs
         hidden: Tensor = kwargs.pop("hidden_states") if named else args[0]
         rest = args if named else args[1:]
+        if self.begun:
+            hidden = torch.cat([hidden, *self.begun])
         if len(hidden) % step.streams:
             raise RefusalError("something between its layers changes the batch")
         before = _by_stream(hidden, step.streams)

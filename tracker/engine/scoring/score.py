@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from tracker.core.ablations import INTACT
 from tracker.core.proxies import OBSERVED, observed
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.head import Head
+from tracker.engine.scoring.ends import RoundedEnds, first_states
+from tracker.engine.scoring.head import Head, Predictions
 from tracker.engine.scoring.layer_forward import Inside, forking
 from tracker.engine.scoring.masks import Masks, Sight
 from tracker.engine.scoring.prefix import Prefix, cache_argument, new_cache
@@ -27,8 +29,9 @@ class RowScores:
     """What one row says.
 
     Attributes:
-        loglikelihoods: Summed log-probability of each continuation [streams, requests], nats.
-        hits: How many of its tokens are the most likely ones [streams, requests].
+        loglikelihoods: Summed log-probability of each continuation [answers, requests], nats: of
+            each stream, or of each head that it passes (`StreamPlan.passing`).
+        hits: How many of its tokens are the most likely ones [answers, requests].
         proxies: What is observed of the layers, summed over the measured tokens of each of the
             row's gold paths [gold paths, `OBSERVED`, layers].
     """
@@ -50,6 +53,7 @@ class Parts:
         device: Where its inputs go.
         sight: How far each layer sees in a text of some length.
         stand_ins: What stands in for layers, where that is asked for.
+        ends: Its embedding and head, where a plan has them in formats.
     """
 
     model: Any
@@ -59,11 +63,16 @@ class Parts:
     device: torch.device
     sight: Callable[[int], Sight]
     stand_ins: Mapping[int, StandIn] | None = None
+    ends: RoundedEnds | None = None
 
     @property
     def base(self) -> Any:
         """The submodule that returns `last_hidden_state`."""
         return self.head.base
+
+    def having_head(self, form: str | None) -> AbstractContextManager[None]:
+        """Let the head have weights in a format until exit; None for its own."""
+        return self.ends.having("lm_head", form) if self.ends else nullcontext()
 
 
 @torch.inference_mode()
@@ -83,20 +92,37 @@ def score_row(parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = 
     sums = [seen[:, path].double().sum(1) + before for _, path in row.gold]
     proxies = torch.stack(sums) if sums else torch.zeros(0, len(OBSERVED), len(parts.layers))
     if not row.requests:
-        none = torch.zeros(plan.streams, 0)
+        none = torch.zeros(plan.answers, 0)
         return RowScores(none, none.int(), proxies)
     states = output.last_hidden_state
     kept, predictor, predicted, owner = (
         index.to(states.device) for index in (row.keep, row.predictor, row.predicted, row.owner)
     )
     hidden = states.unflatten(0, (plan.streams, -1)).flatten(1, 2)[:, kept]
-    found = parts.head.predictions(output, hidden, predictor, predicted)
+    found = _predictions(parts, plan, output, hidden, predictor, predicted)
     owner = owner.to(found.logprobs.device)
-    none = torch.zeros(plan.streams, len(row.requests), device=found.logprobs.device)
+    none = torch.zeros(plan.answers, len(row.requests), device=found.logprobs.device)
     # Summed in float32 and rounded once, as the sum of a half-precision tensor is in lm-eval.
     totals = none.index_add(1, owner, found.logprobs.float()).to(found.logprobs.dtype)
     hits = none.index_add(1, owner, found.greedy.float())
     return RowScores(totals.float().cpu(), hits.int().cpu(), proxies)
+
+
+def _predictions(
+    parts: Parts,
+    plan: StreamPlan,
+    output: Any,
+    hidden: Tensor,
+    predictor: Tensor,
+    predicted: Tensor,
+) -> Predictions:
+    """Let streams [streams, kept, hidden] pass their heads: [answers, predicted]."""
+    found = []
+    for form, streams in plan.passing.items():
+        mine = hidden if len(streams) == len(hidden) else hidden[streams]
+        with parts.having_head(form):
+            found.append(parts.head.predictions(output, mine, predictor, predicted))
+    return Predictions(*(torch.cat(each) for each in zip(*found, strict=True)))
 
 
 @torch.inference_mode()
@@ -142,6 +168,11 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         cached["position_ids"] = row.positions.to(device)
         sight = parts.sight(int(row.positions.max()) + 1)
         masks = Masks(row, sight, parts.model.dtype, device)
+    inputs = {"input_ids": row.input_ids.to(device), "use_cache": name is not None, **cached}
+    begun: list[Tensor] = []
+    if parts.ends is not None:
+        others = [form for form in plan.starts if form is not None]
+        begun = first_states(parts.base, parts.layers[0], parts.ends, others, inputs)
     with forking(
         parts.layers,
         plan,
@@ -149,10 +180,9 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         observe,
         masks=masks,
         stand_ins=parts.stand_ins,
+        begun=begun,
     ):
-        output = parts.base(
-            input_ids=row.input_ids.to(device), use_cache=name is not None, **cached
-        )
+        output = parts.base(**inputs)
     if len(figures) != len(parts.layers):
         raise RefusalError(f"its {len(parts.layers)} layers run {len(figures)} times in a pass")
     return output, torch.stack([each.cpu() for each in figures], dim=-1)

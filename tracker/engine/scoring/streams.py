@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tracker.core.ablations import INTACT, Ablation, Done, Part, Stretch
+from tracker.core.grouping import grouped
 from tracker.core.kinds import MAPS, Action
 
 _OF_PARTS = (Action.PASS, Action.NO_ATTENTION, Action.NO_MLP, Action.NO_PARTS)
@@ -163,15 +164,46 @@ class StreamPlan:
     Attributes:
         steps: One step a layer.
         paths: For each layer and each ablation, in order, the stream that holds it in the layer.
+        starts: For each stream before the first layer, in order, the format of its embedding.
+        heads: For each ablation, in order, the format of its head; none where all have their own.
     """
 
     steps: tuple[LayerStep, ...]
     paths: tuple[tuple[int, ...], ...]
+    starts: tuple[str | None, ...] = (None,)
+    heads: tuple[str | None, ...] = ()
 
     @property
     def stream_of(self) -> tuple[int, ...]:
         """For each ablation, in order, the stream that holds it after the last layer."""
         return self.paths[-1]
+
+    @cached_property
+    def passing(self) -> dict[str | None, list[int]]:
+        """Which streams pass a head in which format, the model's own first; some pass several."""
+        found: dict[str | None, set[int]] = {}
+        heads = self.heads or (None,) * len(self.stream_of)
+        for stream, head in sorted(zip(self.stream_of, heads, strict=True), key=_own_first):
+            found.setdefault(head, set()).add(stream)
+        return {head: sorted(streams) for head, streams in found.items()}
+
+    @cached_property
+    def answer_of(self) -> tuple[int, ...]:
+        """For each ablation, in order, which of the answers is its own: of `passing`, in order."""
+        every = ((s, head) for head, streams in self.passing.items() for s in streams)
+        places = {answer: place for place, answer in enumerate(every)}
+        heads = self.heads or (None,) * len(self.stream_of)
+        return tuple(places[answer] for answer in zip(self.stream_of, heads, strict=True))
+
+    @property
+    def answers(self) -> int:
+        """How often a token that predicts something passes a head, all streams together."""
+        return sum(map(len, self.passing.values()))
+
+    @property
+    def has_ends(self) -> bool:
+        """Whether an embedding or a head has a format somewhere."""
+        return any((*self.starts, *self.heads))
 
     @property
     def attention_of(self) -> Iterator[tuple[int | None, ...]]:
@@ -221,7 +253,7 @@ class StreamPlan:
 
     @property
     def is_rounded(self) -> bool:
-        """Whether some stream has weights in a format."""
+        """Whether some layer has weights in a format in some stream."""
         return any(step.is_rounded for step in self.steps)
 
     @property
@@ -241,13 +273,26 @@ class StreamPlan:
         return max(self.stream_of) + 1
 
 
-def plan_streams(ablations: Sequence[Ablation], layers: int) -> StreamPlan:
+def _own_first(passed: tuple[int, str | None]) -> tuple[bool, str, int]:
+    stream, head = passed
+    return head is not None, head or "", stream
+
+
+def head_of(ablation: Ablation, tied: bool) -> str | None:
+    """Say in which format a head is; one that is tied is the embedding."""
+    return ablation.ends.get("embedding" if tied else "lm_head")
+
+
+def plan_streams(ablations: Sequence[Ablation], layers: int, tied: bool = False) -> StreamPlan:
     """Plan where each ablation forks off: at the first layer where its set differs.
 
-    The baseline must be among the ablations and becomes stream 0.
+    The baseline must be among the ablations and becomes stream 0. An embedding in a format forks
+    in front of the first layer, and a head behind the last one: one that is `tied` does both.
     """
     intact = ablations.index(INTACT)
-    groups = [[intact, *(i for i in range(len(ablations)) if i != intact)]]
+    order = [intact, *(i for i in range(len(ablations)) if i != intact)]
+    started = grouped(order, lambda i: ablations[i].ends.get("embedding"))
+    groups = [*started.values()]
     steps, paths = [], []
     for layer in range(layers):
         own, new = [], []
@@ -264,7 +309,8 @@ def plan_streams(ablations: Sequence[Ablation], layers: int) -> StreamPlan:
         groups = [members for *_, members in (*own, *new)]
         stream_of = {i: stream for stream, group in enumerate(groups) for i in group}
         paths.append(tuple(stream_of[i] for i in range(len(ablations))))
-    return StreamPlan(tuple(steps), tuple(paths))
+    heads = tuple(head_of(ablation, tied) for ablation in ablations)
+    return StreamPlan(tuple(steps), tuple(paths), tuple(started), heads)
 
 
 def plain_passes(ablations: Sequence[Ablation], layers: int) -> tuple[int, int]:

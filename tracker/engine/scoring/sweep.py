@@ -26,6 +26,7 @@ from tracker.engine.lockstep import reporting, side_by_side
 from tracker.engine.memory import stream_bytes
 from tracker.engine.refusal import RefusalError, is_out_of_memory
 from tracker.engine.scoring.decode import decoding
+from tracker.engine.scoring.ends import RoundedEnds
 from tracker.engine.scoring.head import Head
 from tracker.engine.scoring.idle import WORTH, idle, of_experts
 from tracker.engine.scoring.layer_forward import Inside
@@ -37,6 +38,7 @@ from tracker.engine.scoring.score import Parts, RowScores, kept_bytes, read_pref
 from tracker.engine.scoring.sharing import ALONE, FULL, NO_HABITS, PLAIN, Quirks, Sharing
 from tracker.engine.scoring.stand_in import StandIn, changes
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
+from tracker.models.ends import find_ends, round_ends
 from tracker.models.experts import Experts, find_experts
 from tracker.models.heads import Heads, find_heads
 from tracker.models.layers import find_layers
@@ -146,7 +148,6 @@ class Engine:
         lost = Done(Action.NO_PARTS, ablation.parts)
         heads = self._heads if lost.heads else []
         experts = self.experts if lost.experts else []
-        rounded = grouped(ablation.rounded, lambda each: each.layer)
         whole = self._sublayers if ablation.has_groups_of_maps else []
         formats = {
             layer: formats_of(
@@ -155,7 +156,7 @@ class Engine:
                 whole[layer] if whole else None,
                 f"layer {layer} of {self.class_name}",
             )
-            for layer, some in rounded.items()
+            for layer, some in ablation.rounded_of.items()
         }
         silent = [
             *(parts[layer].attention for layer in ablation.attention),
@@ -178,6 +179,7 @@ class Engine:
                 as_loaded(self.loaded.model, model, self.left(ablation))
             except ModelError:  # of such layers there is no checkpoint
                 model = make(stay=quirks.stay)
+        round_ends(model, ablation.ends)
         changing = {name for _, name in quirks.leftovers}
         return replace(
             self,
@@ -300,7 +302,7 @@ class Engine:
                 row, ablated, _ = scored
                 progress(len(row.requests) * len(ablated))
             return
-        plan = plan_streams(ablations, len(self.loaded.layers))
+        plan = self.plan(ablations)
         prefix = self._prefix(documents, plan) if self.sharing.prefix else None
 
         def attempt(row: Row) -> RowScores | str:
@@ -470,9 +472,15 @@ class Engine:
             return None
         return self._kept[0]
 
+    def plan(self, ablations: Sequence[Ablation]) -> StreamPlan:
+        """Plan where the streams of some ablations fork."""
+        tied = any(each.ends for each in ablations) and find_ends(self.loaded.model).tied
+        return plan_streams(ablations, len(self.loaded.layers), tied)
+
     def parts(self, plan: StreamPlan) -> Parts:
         """Take the model apart for a plan."""
         loaded = self.loaded
+        ends = find_ends(loaded.model) if plan.has_ends else None
         return Parts(
             loaded.model,
             loaded.layers,
@@ -487,7 +495,24 @@ class Engine:
             loaded.device,
             self._sight,
             self.stand_ins,
+            RoundedEnds(ends, self.rounded_weights) if ends else None,
         )
+
+    def logits(self, plan: StreamPlan, output: Any, states: Tensor) -> Tensor:
+        """Run the head that each of a plan's ablations has: [ablations, kept, vocabulary].
+
+        `output` is what the base returned, `states` [ablations, kept, hidden] are the ablations'
+        own. All logits are there at once.
+        """
+        if not plan.has_ends:
+            return self.head.logits(output, states)
+        parts, places = self.parts(plan), grouped(range(len(states)), lambda n: plan.heads[n])
+        found = []
+        for form, some in places.items():
+            with parts.having_head(form):
+                found.append(self.head.logits(output, states[some]))
+        order = torch.tensor([place for some in places.values() for place in some])
+        return torch.cat(found)[order.argsort()]
 
     def _sight(self, tokens: int) -> Sight:
         """How far each layer sees in a text of so many tokens."""
@@ -577,11 +602,11 @@ class Engine:
             self.put_back()
             unread = idle(self.parts(plan), row, some)
             computed = [ablation for ablation in ablations if ablation not in unread]
-            plan = plan_streams(computed, len(self.loaded.layers)) if unread else plan
+            plan = self.plan(computed) if unread else plan
         self.put_back()
         scores = score_row(self.parts(plan), plan, row, prefix)
-        streams = dict(zip(computed, plan.stream_of, strict=True))
-        order = torch.tensor([streams.get(each, streams[INTACT]) for each in ablations])
+        places = dict(zip(computed, plan.answer_of, strict=True))
+        order = torch.tensor([places.get(each, places[INTACT]) for each in ablations])
         return replace(scores, loglikelihoods=scores.loglikelihoods[order], hits=scores.hits[order])
 
     def decoding_groups(
@@ -594,7 +619,7 @@ class Engine:
         """
         if cache_argument(self.loaded.model) is None:
             raise RefusalError("it takes no cache of keys and values")
-        if plan_streams(ablations, len(self.loaded.layers)).repeats:
+        if self.plan(ablations).repeats:
             raise RefusalError("a layer that is passed again would need a cache of its own")
         each = tokens * len(self.loaded.layers) * self._kept_bytes
         return _grouped(ablations, self._budget // 2 // each)
@@ -608,7 +633,7 @@ class Engine:
         Yields what transformers' `generate` takes besides: the prompt's keys and values; nothing
         for a model that takes none.
         """
-        plan = plan_streams(ablations, len(self.loaded.layers))
+        plan = self.plan(ablations)
         kept = next((k for k in self._kept if k.plan == plan and k.begins(prompt)), None)
         self.put_back()
         try:

@@ -197,7 +197,7 @@ def some_of(ablations: Sequence[Ablation]) -> list[Ablation]:
     many = [
         ablation
         for ablation in ablations
-        if ablation.parts or ablation.repeated or ablation.rounded
+        if ablation.parts or ablation.repeated or (ablation.rounded and not ablation.ends)
     ]
     if len(many) <= DRAWN:
         return list(ablations)

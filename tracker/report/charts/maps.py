@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tracker.core import formats
+from tracker.core.kinds import ENDS
 from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunIdentity, layers_of
 from tracker.report import wording
 from tracker.report.charts.hover import along_layers
@@ -132,7 +133,10 @@ def map_caption(kinds: Sequence[Kind]) -> str:
     kind = kinds[0]
     if kind.map is not None:
         what = f"linear map with weights in {kind.intervention}"
-        return f"Each cell is one {what}: the row is its name, the column its layer."
+        text = f"Each cell is one {what}: the row is its name, the column its layer."
+        if any(each.is_end for each in kinds):
+            text += " The embedding stands in the first column, lm_head in the last one."
+        return text
     if kind.number is not None:
         parts = {"head": "head", "kv_head": "group of heads that share keys and values"}
         what = parts.get(kind.component, "routed expert")
@@ -161,14 +165,16 @@ def kind_map(cell: CellRecord, kinds: Sequence[Kind]) -> Chart:
     """
     measure = formats.measure_of(cell)
     numbered = kinds[0].part is not None
-    layers = sorted({layer for kind in kinds for layer in layers_of(kind, cell)})
+    of_layers = {layer for kind in kinds if not kind.is_end for layer in layers_of(kind, cell)}
+    layers = sorted(of_layers) or [*range(cell.model.layers)]
     values: list[list[float | None]] = []
     hovers: list[list[str]] = []
     for kind in kinds:
         there = {*layers_of(kind, cell)}
-        records, texts = along_layers(cell, kind, layers)
+        where = _layers_along(kind, layers)
+        records, texts = along_layers(cell, kind, where)
         values.append([finite(r.accuracy_drop, measure.scale) if r else None for r in records])
-        hovers.append([t if layer in there else "" for layer, t in zip(layers, texts, strict=True)])
+        hovers.append([t if layer in there else "" for layer, t in zip(where, texts, strict=True)])
     largest = strongest(values)
     most = formats.three_digits(largest)
     done = "passing it again" if kinds[0].intervention == "repeat" else "removal"
@@ -189,10 +195,25 @@ def kind_map(cell: CellRecord, kinds: Sequence[Kind]) -> Chart:
     )
 
 
+def _layers_along(kind: Kind, layers: Sequence[int]) -> Sequence[int]:
+    """Say which layer's run of a kind stands in each column.
+
+    The embedding and the head are of no layer, and have one run, at 0: it stands in the first
+    column and in the last one, and in all others one that is not there.
+    """
+    if not kind.is_end:
+        return layers
+    place = 0 if kind.map == ENDS[0] else len(layers) - 1
+    return [0 if column == place else 1 for column in range(len(layers))]
+
+
 def _shown(cell: CellRecord, kinds: Sequence[Kind], layers: Sequence[int]) -> list[list[bool]]:
     """Say of which runs something is shown, of all of a map's runs of a cell at once."""
     verdicts = shown_runs(cell, [run for run in cell.runs if run.kind in kinds])
-    runs = [[RunIdentity(layer=layer, **kind._asdict()) for layer in layers] for kind in kinds]
+    runs = [
+        [RunIdentity(layer=layer, **kind._asdict()) for layer in _layers_along(kind, layers)]
+        for kind in kinds
+    ]
     return [[verdicts.get(run.order, "open") != "open" for run in row] for row in runs]
 
 

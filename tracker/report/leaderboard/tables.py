@@ -169,15 +169,17 @@ def _notes(board: LayerBoard) -> list[str]:
 def part_board_columns() -> tuple[Column[RankedPart], ...]:
     """State the columns of a leaderboard of parts that code gets."""
 
-    def of_run(name: str, label: str) -> Column[RankedPart]:
-        return Column(label, "count", lambda row: getattr(row.standing.run, name), "", name)
+    def of_run(field: str, label: str, name: str = "") -> Column[RankedPart]:
+        return Column(
+            label, "count", lambda row: getattr(row.standing.run, field), "", name or field
+        )
 
     return (
         Column("model", "text", lambda row: row.model, name="model"),
         Column("kind", "text", lambda row: row.kind, name="kind"),
         Column("part", "text", lambda row: row.standing.run.label(), name="part"),
         *_ranks(_NO_RANK),
-        of_run("layer", "layer (0-based)"),
+        of_run("first", "layer (0-based)", "layer"),
         of_run("span", "layers"),
         of_run("number", "number in the layer (0-based)"),
         *_with_ends(_standing("accuracy_relevance", _RELEVANCE, "relevance", field="relevance")),

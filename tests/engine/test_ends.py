@@ -1,0 +1,265 @@
+"""Embeddings and heads in formats, shared every way, against models changed by hand."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from scipy.special import softmax
+from scipy.stats import entropy
+from torch import nn
+
+from tests.engine.families import tiny_model
+from tests.engine.plain import answers, engine_of, make_documents
+from tests.engine.test_decode import PROMPT, generate
+from tracker.core.ablations import INTACT, Ablation, Rounded, Stretch
+from tracker.core.errors import ExperimentError
+from tracker.engine.observers.divergence import divergences
+from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
+from tracker.engine.plan import cost
+from tracker.engine.scoring import sweep
+from tracker.engine.scoring.prefix import cache_argument
+from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
+from tracker.engine.scoring.streams import plan_streams
+from tracker.engine.selfcheck.miniature_check import check_miniature
+from tracker.ledger.early_stopping import passes
+from tracker.models.ends import find_ends, refuse_ends
+
+HALF = {"int8": 127.5, "int4_row": 7.5}
+"""Steps from 0 to the largest weight of a row."""
+EMBEDDING = [Rounded(form, 0, "embedding") for form in HALF]
+HEAD = [Rounded(form, 0, "lm_head") for form in HALF]
+TIED = ["gpt2", "gemma3", "opt", "cohere"]
+"""Learned positions; a factor behind the embedding; logits with a factor."""
+UNTIED = ["llama", "qwen2", "granite", "mixtral"]
+"""And, of granite, factors of embeddings and logits."""
+
+
+def _ablations(tied: bool) -> list[Ablation]:
+    first, second = EMBEDDING
+    found = [
+        *(Ablation(rounded=(each,)) for each in EMBEDDING),
+        Ablation((2,), rounded=(second,)),
+        Ablation(mlp=(0,), rounded=(second,)),
+        Ablation((1,)),
+        Ablation((0,), rounded=(first,)),
+        Ablation(rounded=(second,), repeated=(Stretch(1, 2),)),
+    ]
+    if not tied:
+        found += [
+            *(Ablation(rounded=(each,)) for each in HEAD),
+            *(Ablation(rounded=(one, other)) for one in EMBEDDING for other in HEAD),
+            Ablation((2,), rounded=(HEAD[1],)),
+            Ablation(attention=(3,), rounded=(HEAD[1],)),
+        ]
+    return [INTACT, *found]
+
+
+def _model(family: str):
+    """A tiny model, tied or not as its family is in its files."""
+    model = tiny_model(family)
+    if (family in TIED) != find_ends(model).tied:
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(
+            model.get_input_embeddings().weight.data
+            if family in TIED
+            else head.weight.data.flip(0).clone(),
+            requires_grad=False,
+        )
+    return model
+
+
+def _changed(model, ablation):
+    """Round by hand, row for row, and let layers hand on their input."""
+    twin = copy.deepcopy(model)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    for form, _, which in ablation.rounded:
+        modules = [twin.get_input_embeddings(), twin.get_output_embeddings()]
+        weight = modules[which == "lm_head"].weight.detach().clone()
+        for row in weight:
+            step = (row.abs().max() / HALF[form]).clamp_min(1e-7)  # padding is zeros
+            low, high = -(HALF[form] + 0.5), HALF[form] - 0.5
+            row[:] = (row * (1 / step)).round().clamp(low, high) * step
+        for module in modules if tied else [modules[which == "lm_head"]]:
+            module.weight = nn.Parameter(weight, requires_grad=False)
+    return twin
+
+
+def _agree(model, scores, ablations):
+    engine = engine_of(model)
+    for number, ablation in enumerate(ablations):
+        # What else they do than round has its truths elsewhere.
+        rest = replace(ablation, rounded=())
+        changed = _changed(engine.without(rest).loaded.model, ablation)
+        for score in scores:
+            right = answers(changed, score.document)
+            for ours, (expected, _) in zip(score.responses[number], right, strict=True):
+                assert ours.loglikelihood == pytest.approx(expected, abs=2e-3), ablation.name
+
+
+def test_the_families_are_what_they_are_taken_for():
+    for family in (*TIED, *UNTIED):
+        assert find_ends(_model(family)).tied == (family in TIED)
+
+
+@pytest.mark.parametrize("family", [*TIED, *UNTIED])
+@pytest.mark.parametrize("sharing", [FULL, DEPTH_ONLY, PLAIN], ids=["full", "depth", "plain"])
+def test_every_stream_is_the_changed_model(family, sharing):
+    model, ablations = _model(family), _ablations(family in TIED)
+    own = {name: each.clone() for name, each in model.state_dict().items()}
+    engine = engine_of(model, sharing, row_tokens=40)
+    _agree(model, engine.score(make_documents(3), ablations), ablations)
+    for name, each in model.state_dict().items():
+        torch.testing.assert_close(each, own[name], rtol=0, atol=0)
+    assert find_ends(model).tied == (family in TIED)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_a_kept_beginning_serves_them(family, spy):
+    model = _model(family)
+    ablations = [each for each in _ablations(family in TIED) if not each.repeated]
+    read = spy(sweep, "read_prefix", lambda parts, plan, tokens: plan.streams)
+    engine = engine_of(model, FULL, row_tokens=40)
+    _agree(model, engine.score(make_documents(3, shared=60), ablations), ablations)
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "whole"])
+def test_a_vocabulary_in_blocks_has_the_head_that_is_asked_for(family, blocks, monkeypatch):
+    monkeypatch.setattr("tracker.engine.scoring.head.BLOCK", 40 if blocks else 1000)
+    model, ablations = _model(family), _ablations(family in TIED)
+    engine = engine_of(model)
+    assert engine.head.in_blocks == blocks
+    _agree(model, engine.score(make_documents(2), ablations), ablations)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom", "mamba"])
+def test_the_check_on_a_miniature_finds_them_exact(family):
+    model = tiny_model(family)
+    ablations = [a for a in _ablations(find_ends(model).tied) if not a.attention + a.mlp]
+    verdict = check_miniature(engine_of(model), ablations, (), blank=False)
+    assert verdict.sharing.depth, verdict.lost
+
+
+def test_embeddings_that_reach_layers_another_way_are_found_out():
+    """Zamba 2 gives its layers the embedding beside the hidden state."""
+    engine = engine_of(tiny_model("zamba2"))
+    for ablation in (Ablation((1,)), Ablation(rounded=(EMBEDDING[1],))):
+        verdict = check_miniature(engine, [INTACT, ablation], (), blank=False)
+        assert verdict.sharing.depth == (not ablation.rounded)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("begun", [0, 6])
+def test_every_text_is_generated_by_the_changed_model(family, begun):
+    model = _model(family)
+    tied = family in TIED
+    ablations = [a for a in _ablations(tied) if not a.repeated]
+    engine = engine_of(model, max_length=64)
+    plan, ids = engine.plan(ablations), PROMPT[0].tolist()
+    assert plan == plan_streams(ablations, 4, tied)
+    parts = engine.parts(plan)
+    prefix = sweep.read_prefix(parts, plan, tuple(ids[:begun])) if begun else None
+    with torch.inference_mode(), sweep.decoding(parts, ablations, ids, prefix) as cache:
+        rows = generate(model, PROMPT.repeat(len(ablations), 1), **{cache_argument(model): cache})
+    for ablation, row in zip(ablations, rows, strict=True):
+        assert [row] == generate(engine.without(ablation).loaded.model, PROMPT), ablation
+    # The tiny Gemma says its last token again, whatever is done to it.
+    assert len({*map(tuple, rows)}) > 3 or family == "gemma3"
+
+
+def test_what_they_cost_is_all_layers_or_none():
+    embedding, head = Ablation(rounded=(EMBEDDING[0],)), Ablation(rounded=(HEAD[0],))
+    for ablations, tied, layers, heads in (
+        ([embedding], False, 8, 2),
+        ([embedding], True, 8, 2),
+        ([head], False, 4, 2),
+        ([head, Ablation(rounded=(HEAD[1],))], False, 4, 3),
+        ([embedding, head], False, 8, 3),
+        # Behind the embedding it shares with that alone.
+        ([embedding, Ablation((2,), rounded=(EMBEDDING[0],))], False, 4 + 4 + 1, 3),
+    ):
+        plan = plan_streams([INTACT, *ablations], 4, tied)
+        assert (plan.layer_passes, plan.answers) == (layers, heads)
+    assert (passes(embedding, 4), passes(head, 4)) == (4, 0)
+    model, documents = _model("llama"), make_documents(2)
+    intact, rounded = (cost(model, documents, each, 96) for each in ([INTACT], [INTACT, head]))
+    assert rounded.layer_passes == intact.layer_passes
+    assert rounded.flops > intact.flops
+
+
+@torch.inference_mode()
+def _logits(model, tokens):
+    return model(torch.tensor([tokens]), use_cache=False).logits[0].double().numpy()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("sharing", [FULL, PLAIN], ids=["full", "plain"])
+def test_divergences_are_those_of_the_changed_model(family, sharing):
+    model = _model(family)
+    ablations = _ablations(family in TIED)[1:]
+    (document,) = make_documents(1)
+    request = document.requests[document.gold]
+    tokens = [*request.context, *request.continuation]
+    found = divergences(engine_of(model, sharing), document, ablations)["kl"]
+    p = softmax(_logits(model, tokens), axis=-1)
+    for ablation, ours in zip(ablations, found.tolist(), strict=True):
+        if ablation.rounded and ablation == Ablation(rounded=ablation.rounded):
+            q = softmax(_logits(_changed(model, ablation), tokens), axis=-1)
+            assert ours == pytest.approx(entropy(p, q, axis=-1).sum(), rel=1e-3), ablation.name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@torch.inference_mode()
+def test_errors_are_those_of_plain_passes(family):
+    model, (document,) = _model(family), make_documents(1)
+    maps = [*EMBEDDING, *([] if family in TIED else HEAD), Rounded("int8", 1, "mlp.down_proj")]
+    engine = engine_of(model)
+    found, weights = rounding_errors(engine, document, maps), weight_errors(engine, maps)
+    request = document.requests[document.gold]
+    ids = torch.tensor([[*request.context, *request.continuation]])
+    for place, each in enumerate(maps[:-1]):
+        ask = "get_input_embeddings" if each.which == "embedding" else "get_output_embeddings"
+        twin = _changed(model, Ablation(rounded=(each,)))
+        old, new = (getattr(m, ask)() for m in (model, twin))
+        given = ids[0]
+        if each.which == "lm_head":
+            given = model.model(ids).last_hidden_state[0]
+        before, after = old(given), new(given)
+        apart = float(((after - before) ** 2).sum())
+        assert found["output_error"][place] == pytest.approx(apart, rel=1e-3)
+        assert found["output_size"][place] == pytest.approx(float((before**2).sum()), rel=1e-4)
+        angle = float((1 - torch.cosine_similarity(after, before, dim=-1).double()).sum())
+        assert found["output_angle"][place] == pytest.approx(angle, abs=1e-4)
+        own = ((new.weight - old.weight) ** 2).sum() / (old.weight**2).sum()
+        assert weights[place] == pytest.approx(float(own), rel=1e-3)
+    assert found["tokens"] == ids.shape[1]
+
+
+def test_what_a_model_has_not_and_what_does_not_fit_is_refused():
+    def refused(model, which, form, said):
+        with pytest.raises(ExperimentError, match=said):
+            refuse_ends([INTACT, Ablation(rounded=(Rounded(form, 0, which),))], model)
+
+    refused(_model("gpt2"), "lm_head", "int8", r"one tensor for both; name it by 'map' as embed")
+    refused(_model("llama"), "embedding", "int4_g128", r"128 inputs together, and embedding .* 32")
+    without = _model("llama")
+    without.get_output_embeddings = lambda: None
+    refused(without, "lm_head", "int8", r"LlamaForCausalLM has no lm_head that is one matrix")
+    packed = _model("llama")
+    packed.lm_head.weight = nn.Parameter(torch.zeros(97, 32, dtype=torch.int8), requires_grad=False)
+    refused(packed, "lm_head", "int8", "is quantised already")
+    refuse_ends([INTACT, Ablation(rounded=(EMBEDDING[0],))], _model("gpt2"))
+    with torch.device("meta"):
+        tied = type(_model("gpt2"))(_model("gpt2").config)
+    refused(tied, "lm_head", "int8", "one tensor for both")
+
+
+def test_names_are_without_a_layer():
+    assert [each.name for each in (*EMBEDDING, *HEAD)] == [
+        "int8:embedding", "int4_row:embedding", "int8:lm_head", "int4_row:lm_head",
+    ]  # fmt: skip
+    assert Ablation((0,), rounded=(EMBEDDING[0],)).name == "layer:0+int8:embedding"

@@ -1,0 +1,64 @@
+"""What an embedding and a head give, with their own weights and with those of a format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracker.core.ablations import Rounded
+from tracker.engine.scoring.ends import RoundedEnds
+from tracker.engine.scoring.head import LOGITS_BYTES
+from tracker.engine.scoring.sweep import Engine
+from tracker.models.ends import find_ends
+
+
+def at_ends(
+    engine: Engine, tokens: Sequence[int], measured: int, maps: Sequence[Rounded]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Let the intact model read, and its embedding and head map what they are given again.
+
+    Args:
+        engine: The engine, whose model reads.
+        tokens: What it reads.
+        measured: From which token on it counts.
+        maps: What has formats; only what is the embedding or the head is looked at.
+
+    Yields:
+        The place of a map among `maps`, and of some tokens [tokens, …] what the module gives, and
+        what it gives in the format: of an embedding the rows that are looked up, of a head its
+        logits, before anything else is done with them.
+    """
+    asked = [place for place, each in enumerate(maps) if each.is_end]
+    if not asked:
+        return
+    ends = RoundedEnds(find_ends(engine.loaded.model), engine.rounded_weights)
+    seen: list[tuple[Any, Tensor]] = []
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append((args[0], output))
+
+    def compared(which: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+        given, before = seen.pop()
+        for place in asked:
+            if maps[place].which == which:
+                with ends.having(which, maps[place].format):
+                    after = ends.ends.module(which).forward(given)
+                yield place, before.flatten(0, -2), after.flatten(0, -2)
+
+    engine.put_back()
+    ids = torch.tensor([tokens], device=engine.loaded.device)
+    with ends.ends.embedding.register_forward_hook(look):
+        output = engine.head.base(input_ids=ids, use_cache=False)
+    for place, *both in compared("embedding"):
+        before, after = (each[measured:] for each in both)
+        yield place, before, after
+    if all(maps[place].which != "lm_head" for place in asked):
+        return
+    size = max(1, LOGITS_BYTES // (8 * len(ends.ends.weight("lm_head"))))
+    for states in output.last_hidden_state[:, measured:].split(size, dim=1):
+        with ends.ends.lm_head.register_forward_hook(look):
+            engine.head.logits(output, states)
+        yield from compared("lm_head")
