@@ -386,6 +386,7 @@ def quantise(
     format: str | Sequence[str] | None = None,
     by: Literal["map", "layer"] = "map",
     test_sample: int | None = None,
+    embeddings: bool = False,
     output: Where | None = None,
     tokenizer: Any = None,
     **settings: Any,
@@ -398,6 +399,7 @@ def quantise(
         format: The formats that may be taken; None for those of llama.cpp's own mixtures.
         by: What gets a format each: every linear map, or every layer.
         test_sample: Test documents of each task; None for as many as choose.
+        embeddings: Whether the embedding and the head get formats too.
         output: The folder that is made for the recommended choice; None for none.
         tokenizer: As for `run`.
         **settings: As for `run`.
@@ -421,6 +423,7 @@ def quantise(
     if output is not None:
         refuse_output(Path(output))
     told: dict[str, Any] = {"budget": budget, "by": by, "test_sample": test_sample}
+    told["embeddings"] = embeddings
     told |= {} if format is None else {"format": format}
     done = study("quantise", experiment, tokenizer=tokenizer, **told, **settings)
     kept, saved = done.files, None

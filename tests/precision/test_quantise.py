@@ -141,3 +141,43 @@ def test_another_week_measures_nothing_and_wrong_requests_are_refused(found, tmp
     assert beside.again.startswith("tracker quantise --budget 7bpw --format q4_0,q8_0 ")
     layers = printed(*told, "--budget=7bpw", "--format=int8,int4_row", "--by=layer")
     assert "which map has which format" in layers
+
+
+@pytest.mark.parametrize(("tied", "by"), [(False, "map"), (True, "layer")])
+def test_embedding_and_head_are_units_too(tied, by, tmp_path):
+    """The largest of all of a tiny model: a budget of theirs alone is not one of the whole."""
+    shape = {"layers": 2, "hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": tied}
+    model = save_llama(tmp_path / "tiny", **shape)
+    told = {"budget": "6bpw", "format": "q4_0,q8_0", "by": by, "test_sample": 6}
+    told |= {"results": tmp_path / "results", "output": tmp_path / "saved", "track": []}
+    done = api.quantise(str(model), **{**ASKED, "sample": 6}, **told, embeddings=True)
+    saved, base = (AutoModelForCausalLM.from_pretrained(f) for f in (done.saved.folder, model))
+    names = {"model.embed_tokens", *([] if tied else ["lm_head"])}
+    assert names < {*done.saved.formats}
+    assert (saved.lm_head.weight is saved.model.embed_tokens.weight) == tied
+    bits = total = 0
+    for name, weight in base.named_parameters():
+        form = done.saved.formats.get(name.removesuffix(".weight"))
+        assert (form is None) == (weight.ndim == 1)
+        right = weight if form is None else in_format(weight.data, form)
+        torch.testing.assert_close(saved.get_parameter(name).data, right.data, rtol=0, atol=0)
+        if form is not None:
+            bits += weight.numel() * FORMATS[form].bits_of(weight.shape[1])
+            total += weight.numel()
+    first, what = done.finding.tables[0], done.finding.tables[-1]
+    row = next(n for n, by in enumerate(plain(column(first, "chosen by"))) if "recomm" in by)
+    assert plain(column(first, "bits a weight"))[row] == pytest.approx(bits / total)
+    assert bits / total <= 6
+    of_no_layer = [
+        name
+        for name, layers in zip(
+            *(plain(column(what, at)) for at in ("what", "layers")), strict=True
+        )
+        if layers is None
+    ]
+    assert {*of_no_layer} == {"embedding", *([] if tied else ["lm_head"])}
+    command = (done.saved.folder / "llama.cpp.sh").read_text()
+    types = [done.saved.formats[name] for name in ("model.embed_tokens", "lm_head")[: 2 - tied]]
+    said = f"--token-embedding-type {types[0]} --output-tensor-type {types[-1]} "
+    assert said in command
+    assert done.finding.again.endswith("--embeddings") or " --embeddings " in done.finding.again

@@ -18,7 +18,7 @@ class Quantising(Told):
     """How many bits there are, and what gets them."""
 
     budget: str
-    """How many bits there are: 4.5bpw (bits a weight of the layers' linear maps), 80 MB, 2.1 GB or
+    """How many bits there are: 4.5bpw (bits a weight of what gets formats), 80 MB, 2.1 GB or
     25 % bytes (of the whole model)."""
     format: str | None = None
     """The formats that may be taken, comma-separated, such as q3_k,q4_k,q6_k (the default) or
@@ -27,6 +27,8 @@ class Quantising(Told):
     """What gets a format of its own: each linear map, or each layer."""
     test_sample: Annotated[int | None, click.IntRange(1)] = None
     """Test documents of each task. Default: as many as choose."""
+    embeddings: bool = False
+    """Give the embedding and the head formats too."""
     output: Annotated[Path | None, click.Path(path_type=Path)] = None
     """Save the recommended choice in this new folder, with what llama.cpp and llm-compressor are
     given to make the smaller file."""
@@ -34,7 +36,7 @@ class Quantising(Told):
 
 @main.command()
 @asking()
-@keys(Quantising, "budget", "format", "by", "test_sample", "output")
+@keys(Quantising, "budget", "format", "by", "test_sample", "embeddings", "output")
 @running
 def quantise(experiment: Path | None, settings: dict[str, Any], **told: Any) -> None:
     """Choose which weights may have fewer bits, and test the choice.

@@ -104,8 +104,14 @@ def refuse_ends(ablations: Sequence[Ablation], model: Any) -> None:
 
 
 def shapes_of_ends(model: Any) -> dict[str, tuple[int, int]]:
-    """List a model's embedding and head with their shapes; where both are one, the embedding."""
-    ends = find_ends(model)
+    """List a model's embedding and head with their shapes; where both are one, the embedding.
+
+    ExperimentError where one has no weights that could be rounded.
+    """
+    try:
+        ends = find_ends(model)
+    except CellError as error:
+        raise ExperimentError(str(error)) from None
     names = ENDS[:1] if ends.tied else ENDS
     shapes = {name: ends.weight(name).shape for name in names}
     return {name: (shape[0], shape[1]) for name, shape in shapes.items()}

@@ -68,12 +68,13 @@ ENDS = 2
 def ends_kept(units: Sequence[Unit], formats: Sequence[str], budget: BitBudget) -> Choice | None:
     """Give the first and the last two layers the format of most bits, all others one that fits.
 
-    None where no format fits then.
+    The embedding and the head have that of most bits too. None where no format fits then.
     """
-    layers = sorted({unit.layer for unit in units})
+    layers = sorted({unit.layer for unit in units if not unit.is_end})
     kept = {*layers[:ENDS], *layers[-ENDS:]}
     most = max(formats, key=lambda form: sum(unit.bits(form) for unit in units))
     every: list[Choice] = [
-        {unit: most if unit.layer in kept else form for unit in units} for form in formats
+        {unit: most if unit.is_end or unit.layer in kept else form for unit in units}
+        for form in formats
     ]
     return max(filter(budget.holds, every), key=bits_of, default=None)

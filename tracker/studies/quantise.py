@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from tracker.core import kinds
 from tracker.core.ablations import Rounded
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError, did_you_mean
@@ -30,6 +31,7 @@ from tracker.core.tables import Column, Table, table
 from tracker.core.weight_formats import FORMATS
 from tracker.ledger.files import write_note
 from tracker.ledger.paired import PairedOutcomes
+from tracker.models.ends import shapes_of_ends
 from tracker.models.load import hollow
 from tracker.models.maps import maps_of
 from tracker.models.placement import weight_bytes
@@ -63,8 +65,8 @@ _ASSUMED = (
     "What chooses and what tests are different documents. Losses are falls of the right answer's "
     "log-probability, added up over maps: that they add up is an assumption, and the sum stands "
     "beside what the whole choice was measured to cost.",
-    "Bits are those of the linear maps of layers, scales with them; embeddings, the head, norms "
-    "and biases stay as they are, and count in the size.",
+    "Bits are those of the linear maps of layers, scales with them{also}; {rest} stay as they are, "
+    "and count in the size.",
     "Recommended is the choice that costs least on the calibration documents. Differences of two "
     "choices: paired test documents, 95 % intervals (accuracy: Bonett and Price 2012).",
 )
@@ -112,7 +114,8 @@ class Quantise(Study):
 
     `budget` is how many bits there are (4.5bpw, 80 MB, 25 % bytes), `format` the formats that may
     be taken, `by` what gets one each (map or layer), `test_sample` how many test documents of each
-    task (None = as many as choose).
+    task (None = as many as choose), `embeddings` whether the embedding and the head get formats
+    too.
     """
 
     name = "quantise"
@@ -124,6 +127,7 @@ class Quantise(Study):
         format: str | Sequence[str] = DEFAULT,
         by: By = "map",
         test_sample: int | None = None,
+        embeddings: bool = False,
     ) -> None:
         names = format.split(",") if isinstance(format, str) else format
         self.formats = tuple(dict.fromkeys(name.strip() for name in names))
@@ -138,6 +142,7 @@ class Quantise(Study):
         if by not in get_args(By):
             raise RequestError(f"--by is {' or '.join(get_args(By))}; not {by!r}")
         self.budget, self.by, self.test_sample = budget, by, test_sample
+        self.embeddings = embeddings
 
     def requests(self, asked: StudyContext) -> list[CellRequest]:
         """Ask for each unit in each format on the calibration documents.
@@ -150,16 +155,18 @@ class Quantise(Study):
         refuse_removed(cell, "weights of the intact model are rounded", asked)
         trust = asked.options.trust_remote_code
         chosen = calibration_of(cell.model_copy(update={"maps": (), "until": None}))
-        self._budget(chosen, trust)
+        units, _ = self._budget(chosen, trust)
+        ends = [unit.which for unit in units if unit.is_end]
         if self.by == "layer":
-            return each_layer(chosen, self.formats)
-        return each_map(chosen, self.formats, trust)
+            return each_layer(chosen, self.formats, ends)
+        return each_map(chosen, self.formats, trust, ends)
 
     def _budget(self, request: CellRequest, trust: bool) -> tuple[list[Unit], BitBudget]:
         """Find the units of a request's layers, and how many bits there are."""
         source = find_model(request.model, request.revision, request.model_args)
-        units = units_of(maps_of(source, trust), request.layers, self.by == "map")
         model = hollow(source, request.dtype, trust)
+        ends = shapes_of_ends(model) if self.embeddings else {}
+        units = units_of(maps_of(source, trust), request.layers, self.by == "map", ends)
         whole, size = weight_bytes(model), int(model.dtype.itemsize)
         rest = whole - size * sum(unit.weights for unit in units)
         return units, budget(self.budget, units, rest, whole, self.formats)
@@ -169,8 +176,14 @@ class Quantise(Study):
         # Another budget, or other formats, are another question about the same file.
         told = f"--budget {shlex.quote(self.budget)} --format {','.join(self.formats)}"
         told += f" --by {self.by}" if self.by != "map" else ""
-        beside = re.sub(r"[^\w.]+", "-", f"{self.budget} {self.by} {' '.join(self.formats)}")
-        result = StudyResult(_ASSUMED, command=f"tracker quantise {told}", beside=beside)
+        told += " --embeddings" if self.embeddings else ""
+        words = [self.budget, self.by, *(["embeddings"] if self.embeddings else []), *self.formats]
+        beside = re.sub(r"[^\w.]+", "-", " ".join(words))
+        also, rest = ", of the embedding and of the head", "norms and biases"
+        if not self.embeddings:
+            also, rest = "", f"embeddings, the head, {rest}"
+        assumed = tuple(text.format(also=also, rest=rest) for text in _ASSUMED)
+        result = StudyResult(assumed, command=f"tracker quantise {told}", beside=beside)
         for subject in subjects:
             units, within = self._budget(subject.request, asked.options.trust_remote_code)
             losses = _losses(subject.record, units, self.formats)
@@ -286,10 +299,7 @@ def _keep(asked: StudyContext, subject: Subject, best: Tried) -> Path:
     """Keep which map has which format in the results folder; say where."""
     record = subject.record
     stem = f"{record.model.name}-{record.benchmark.name}-{best.candidate.by}-{asked.asked.name}"
-    chosen = {
-        f"{unit.layer}.{unit.which}".rstrip("."): form
-        for unit, form in best.candidate.choice.items()
-    }
+    chosen = {unit.place: form for unit, form in best.candidate.choice.items()}
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", stem).strip("-")
     path = asked.ledger.root / "formats" / f"{readable}-{content_hash(chosen)[:8]}.json"
     request = subject.request
@@ -386,7 +396,10 @@ def _formats_table(subject: Subject, best: Tried) -> Table:
     columns: tuple[Column[tuple[tuple[str, str], int]], ...] = (
         Column("what", "text", lambda row: row[0][0]),
         Column("format", "text", lambda row: row[0][1]),
-        Column("layers", "count", lambda row: row[1]),
+        Column(
+            *("layers", "count", lambda row: None if row[0][0] in kinds.ENDS else row[1]),
+            otherwise="of no layer",
+        ),
     )
     return table(
         f"{record.model.name}, {record.benchmark.name}: what is recommended.",
