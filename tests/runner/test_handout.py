@@ -55,7 +55,8 @@ class Desk:
         if task.block is None:
             self.handout.opened(task, *self.worker.open(task.cell.job.requests))
         else:
-            self.handout.measured(task, *self.worker.measure(task.block.task, task.missing))
+            asked = task.block.task, task.missing, task.whole
+            self.handout.measured(task, *self.worker.measure(*asked))
 
     def finish(self) -> None:
         while task := self.next():
@@ -97,6 +98,21 @@ def test_of_a_sample_no_more_is_handed_out(desk):
     assert set(store.read()["doc"]) == set(
         random_order(1234, "arc_easy", range(DOCUMENTS))[: BLOCK + 2]
     )
+
+
+def test_of_very_many_ablations_a_block_comes_in_portions(desk, monkeypatch):
+    """Was: 32 documents under 465 ablations were written after hours, or never."""
+    monkeypatch.setattr("tracker.ledger.blocks.PORTION", 100)
+    found, tasks = desk("arc_easy"), 0
+    while task := found.next():
+        found.do(task)
+        tasks += 1
+    assert tasks == 1 + 2 + 1, "of 32 documents and 5 ablations 20 and 12; and 8"
+    assert found.handout.ended
+    assert found.heard.counted == found.heard.expected == DOCUMENTS * 3 * 5
+    (store,) = Ledger(found.results).cells()
+    assert len(store.shards()) == 3
+    assert len(store.read()) == DOCUMENTS * 5
 
 
 def test_documents_that_kill_their_workers_fail_their_cell_alone(desk):
@@ -155,7 +171,7 @@ def test_what_the_self_check_says_is_said_once(desk):
     found = desk("arc_easy")
     found.do(found.next())
     while task := found.next():
-        shards, _ = found.worker.measure(task.block.task, task.missing)
+        shards, _ = found.worker.measure(task.block.task, task.missing, task.whole)
         found.handout.measured(task, shards, ["less sharing"])
     assert found.heard.lines.count("less sharing") == 1
 

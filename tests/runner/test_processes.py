@@ -14,6 +14,7 @@ import pytest
 import tracker
 from tests.runner.elsewhere import outcomes, run, shards
 from tracker.ledger.blocks import BLOCK
+from tracker.measuring.meter import Meter
 
 DOCUMENTS = 3 * BLOCK + 5
 LAYERS = 4
@@ -62,6 +63,34 @@ def test_a_killed_run_continues_and_ends_with_the_same_numbers(study, start, tmp
     assert all(path.read_bytes() == content for path, content in kept.items())
     pd.testing.assert_frame_equal(outcomes(killed), outcomes(undisturbed), check_exact=True)
     assert not list(killed.glob("cells/*/shards/.*.tmp"))
+
+
+def test_what_is_stopped_in_a_block_of_very_many_ablations_keeps_its_portions(
+    study, tmp_path, monkeypatch
+):
+    """Was: a map of 465 stretches had nothing to go on from for hours."""
+    monkeypatch.setattr("tracker.ledger.blocks.PORTION", 50)
+    file, measured = study(BLOCK), []
+    honest = Meter.measure
+
+    def stopped(self, task, names, indices, *rest):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(list(indices))
+        return honest(self, task, names, indices, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Meter, "measure", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(file, tmp_path / "stopped")
+    assert [len(each) for each in measured] == [10, 10]
+    assert len(outcomes(tmp_path / "stopped")) == 20 * (LAYERS + 1)
+    kept = {path: path.read_bytes() for path in shards(tmp_path / "stopped")}
+    assert not run(file, tmp_path / "stopped").outcome.failed
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert not run(file, tmp_path / "whole").outcome.failed
+    found = outcomes(tmp_path / "stopped"), outcomes(tmp_path / "whole")
+    pd.testing.assert_frame_equal(*found, check_exact=True)
 
 
 def test_two_runs_at_once_share_the_work(study, start, tmp_path):

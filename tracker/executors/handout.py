@@ -20,7 +20,7 @@ from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import CellRace
 from tracker.ledger.views import cell_key
-from tracker.measuring.fill import look, names_of, open_cell
+from tracker.measuring.fill import lacking_of, look, names_of, open_cell
 from tracker.measuring.job import Job, Reporting
 from tracker.measuring.meter import Facts, Measured, Place
 
@@ -66,6 +66,7 @@ class Task:
         block: Which of the cell's blocks is measured; None where the cell is opened.
         missing: Names of ablations → the documents of the block that lack just these.
         responses: How many responses that is.
+        whole: Whether all of it is measured at once; else a portion, and the block comes again.
         lock: Keeps other processes from the block.
     """
 
@@ -73,6 +74,7 @@ class Task:
     block: Block | None = None
     missing: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
     responses: int = 0
+    whole: bool = True
     lock: FileLock | None = None
 
 
@@ -145,7 +147,8 @@ class Handout:
                 continue
             missing = store.missing(block, cell.request.extent, names)
             if missing:
-                return Task(cell, block, missing, cell.pending.pop(block), lock)
+                whole = cell.race is not None  # which looks at whole blocks
+                return Task(cell, block, missing, cell.pending.pop(block), whole, lock)
             lock.release()
             if cell.race is None:
                 self._progress.advance(cell.pending.pop(block))
@@ -191,12 +194,19 @@ class Handout:
         assert block is not None
         for line in said:
             self._say_once(line)
+        left = 0
         with self._failing(cell):
             for shard in shards:
                 cell.store.write(block, shard.rows, shard.metadata)
                 cell.store.texts.add(block.name, shard.texts)
-        self._progress.advance(task.responses)
+            if not task.whole:
+                names = names_of(cell.job, cell.store)
+                extent = cell.request.extent
+                left = lacking_of(cell.store, block, cell.responses, extent, names)
+        self._progress.advance(task.responses - left)
         self._return(task)
+        if left:
+            cell.pending[block] = left
         if cell.race is not None and not cell.ended:
             with self._failing(cell):
                 self._look(cell, cell.store)

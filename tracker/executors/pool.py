@@ -167,7 +167,7 @@ class Pool(Generic[S]):
             if task.block is None:
                 place.slot.ask("open", task.cell.job.requests)
             else:
-                place.slot.ask("measure", task.block.task, task.missing)
+                place.slot.ask("measure", task.block.task, task.missing, task.whole)
 
     def _collect(self) -> None:
         """Take what workers have finished, and replace those that died."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -12,7 +12,9 @@ from urllib.parse import quote
 from tracker.core.extent import random_order
 
 BLOCK = 32
-"""Documents that are computed, locked and written together."""
+"""Documents that are locked together, and computed and written, unless ablations are very many."""
+PORTION = 2048
+"""Documents times ablations that are computed and written together, of a block of more."""
 
 
 @dataclass(frozen=True, order=True)
@@ -71,6 +73,23 @@ def turns(order: Sequence[str], counts: Mapping[str, int], seed: int | None = No
         Turn(block, min(BLOCK, counts[block.task] - block.number * BLOCK), end)
         for block, end in zip(begins.values(), ends, strict=True)
     ]
+
+
+def portions(
+    missing: Mapping[tuple[str, ...], Sequence[int]],
+) -> Iterator[tuple[tuple[str, ...], Sequence[int]]]:
+    """Part what a block lacks, so that a process that is killed loses minutes and not hours.
+
+    Args:
+        missing: Names of ablations → the documents that lack just these.
+
+    Yields:
+        The same, some documents at a time, `PORTION` answers at most where that is one or more.
+    """
+    for names, documents in missing.items():
+        size = max(1, PORTION // len(names))
+        for start in range(0, len(documents), size):
+            yield names, documents[start : start + size]
 
 
 @lru_cache(maxsize=256)

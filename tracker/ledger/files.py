@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shlex
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -99,6 +100,18 @@ def make_folder(path: Path) -> None:
             make_folder(path.parent)
         path.mkdir(exist_ok=True)
         share(path)
+
+
+@contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """Give a folder beside a place, which takes that place at the end, or is gone."""
+    folder = place.with_name(f".{place.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        folder.mkdir()
+        yield folder
+        folder.replace(place)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def share(path: Path) -> None:

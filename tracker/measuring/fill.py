@@ -11,7 +11,7 @@ from filelock import Timeout
 
 from tracker.core.ablations import all_ablations
 from tracker.core.extent import Extent
-from tracker.ledger.blocks import Block
+from tracker.ledger.blocks import Block, portions
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import BlockRace, CellRace
 from tracker.ledger.store import Ledger
@@ -52,14 +52,25 @@ def lacking(
     if store.is_complete(extent, names):
         return {}
     found = {
-        block: sum(
-            facts.responses[block.task, i] * len(absent)
-            for absent, indices in store.missing(block, extent, names).items()
-            for i in indices
-        )
+        block: lacking_of(store, block, facts.responses, extent, names)
         for block in store.blocks(extent)
     }
     return {block: count for block, count in found.items() if count}
+
+
+def lacking_of(
+    store: CellStore,
+    block: Block,
+    responses: Mapping[Place, int],
+    extent: Extent,
+    names: Sequence[str],
+) -> int:
+    """Count the responses that one block lacks of what is named."""
+    return sum(
+        responses[block.task, i] * len(absent)
+        for absent, indices in store.missing(block, extent, names).items()
+        for i in indices
+    )
 
 
 def names_of(job: Job, store: CellStore) -> list[str]:
@@ -152,7 +163,10 @@ class _Filler(NamedTuple):
             self.progress.advance(responses)
 
         with suppress(Timeout), self.store.lock(block).acquire(timeout=0):
-            for absent, indices in self.store.missing(block, self.extent, names).items():
+            missing = self.store.missing(block, self.extent, names)
+            # Weights that rest elsewhere are brought in once for all that is computed together.
+            whole = self.meter.engine.loaded.offloaded is not None
+            for absent, indices in missing.items() if whole else portions(missing):
                 shard = self.meter.measure(block.task, absent, indices, advance)
                 for line in self.meter.notes():
                     self.progress.say(line)

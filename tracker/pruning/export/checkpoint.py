@@ -7,7 +7,6 @@ the cells that say why it is as it is.
 from __future__ import annotations
 
 import errno
-import secrets
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -24,6 +23,7 @@ from tracker.core.formats import counted, measure_of
 from tracker.core.kinds import Component
 from tracker.core.provenance import machine
 from tracker.core.records import CellRecord
+from tracker.ledger.files import new_folder
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.prepare import look_up
@@ -361,11 +361,9 @@ def _refuse_small_disk(folder: Path, size: int) -> None:
 @contextmanager
 def beside(output: Path) -> Iterator[Path]:
     """Give a folder beside another, which takes its place at the end, or is gone."""
-    folder = output.with_name(f".{output.name}.{secrets.token_hex(8)}.tmp")
     try:
-        folder.mkdir()
-        yield folder
-        folder.replace(output)
+        with new_folder(output) as folder:
+            yield folder
     except TrackerError as error:
         raise type(error)(f"{output} is not written: {error}") from None
     except OSError as error:
@@ -376,5 +374,3 @@ def beside(output: Path) -> Iterator[Path]:
             raise
         # safetensors says so of a disk: "I/O error: No space left on device (os error 28)"
         raise WorkError(f"{output} is not written: {error}. Nothing of it is left.") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from tracker.core.config import CellRequest
 from tracker.core.errors import CellError, RequestError, WorkError
 from tracker.core.formats import counted
 from tracker.core.provenance import content_hash, file_hash, package_versions
+from tracker.ledger.files import new_folder
 from tracker.models.counterexample import Counterexample, hollow
 from tracker.models.load import weightless
 from tracker.models.sources import find_model
@@ -82,12 +81,9 @@ def build(cell: CellRequest, taught: Lesson, shape: tuple[int, int]) -> Countere
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Save a checkpoint so that it is there as a whole, or not at all."""
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.rename(folder)
+        with new_folder(folder) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
     except OSError as error:
         raise WorkError(f"{folder} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
