@@ -110,6 +110,15 @@ def answers(
     return found
 
 
+def rounded_rows(weight: Tensor, half: float) -> Tensor:
+    """Round each row of a weight to whole steps: the largest one is so many from 0."""
+    found = weight.detach().clone()
+    for row in found:
+        step = row.abs().max() / half
+        row[:] = (row * (1 / step)).round().clamp(-(half + 0.5), half - 0.5) * step
+    return found
+
+
 def passed(model: Any, tokens: Sequence[int]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Read a text plainly: each layer's input and output [tokens, …], and the logits."""
     seen = []

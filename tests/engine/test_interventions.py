@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.engine.families import tiny_model
-from tests.engine.plain import answers, asking, engine_of, make_documents, passed
+from tests.engine.plain import answers, asking, engine_of, make_documents, passed, rounded_rows
 from tracker.core.ablations import INTACT, Ablation, Rounded, Stretch
 from tracker.core.errors import CellError
 from tracker.core.kinds import Action
@@ -87,7 +87,7 @@ def _changed(model, ablation):
                 f"{which}." if which else ""
             ):
                 half = {"int8": 127.5, "int4_row": 7.5}[form]
-                module.weight = nn.Parameter(_by_hand(module.weight, half))
+                module.weight = nn.Parameter(rounded_rows(module.weight, half))
     for stretch in ablation.repeated:
         twice = _Instead(layers[stretch.start], lambda inner, x: inner(_state(inner(x))))
         layers[stretch.start] = twice
@@ -112,15 +112,6 @@ def _state(output):
 
 def _like(output, state):
     return (state, *output[1:]) if isinstance(output, tuple) else state
-
-
-def _by_hand(weight, half):
-    """Round each row to whole steps."""
-    found = weight.detach().clone()
-    for row in found:
-        step = row.abs().max() / half
-        row[:] = (row * (1 / step)).round().clamp(-(half + 0.5), half - 0.5) * step
-    return found
 
 
 def _agree(scores, model, ablations=ABLATIONS):
@@ -169,7 +160,7 @@ def test_what_a_replaced_layer_costs_is_what_it_passes():
     assert plan_streams([INTACT, quantised, Ablation(mlp=(1,))], 4).attention_passes == 4 + 3 + 2
 
 
-def test_experts_and_quantised_weights_are_no_linear_maps():
+def test_matrices_whose_inputs_nobody_tells_are_no_linear_maps():
     model = tiny_model("llama")
     model.model.layers[1].mlp.experts = nn.Parameter(torch.zeros(2, 3, 4))
     engine = engine_of(model)

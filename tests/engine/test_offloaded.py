@@ -133,7 +133,9 @@ def test_shared_experts_are_taken_out_where_weights_come_past(both):
 def test_parts_and_interventions_are_those_of_the_model_in_memory(both, family, dtype):
     own = [Ablation(rounded=(Rounded(done, 2),)) for done in ("int8", "int4_row")]
     if family == "mixtral":
-        own = [Ablation(parts=(Part("expert", 2, number),)) for number in (0, 3)]
+        which = ("", "mlp.experts.down_proj", "mlp.experts.1.gate_up_proj")
+        own = [Ablation(rounded=(Rounded("int4_row", 2, each),)) for each in which]
+        own += [Ablation(parts=(Part("expert", 2, number),)) for number in (0, 3)]
     ablations = [
         INTACT,
         *own,

@@ -52,7 +52,7 @@ def test_tokens_that_are_the_likeliest_are_counted(engine):
 
 def test_each_question_is_asked_once_and_one_copy_is_made_an_ablation(engine, spy):
     read = spy(Engine, "read", lambda engine, tokens: tokens)
-    made = spy(Engine, "without", lambda engine, ablation: ablation)
+    made = spy(Engine, "without", lambda engine, ablation, **how: ablation)
     truth = Reference(engine)
     for ablation in (INTACT, WITHOUT):
         for request in (REQUEST, Request((1, 2), (3,)), REQUEST):

@@ -11,6 +11,7 @@ from tests import llama_cpp
 from tracker.core.errors import CellError
 from tracker.core.kinds import INTERVENTIONS, KINDS
 from tracker.core.weight_formats import FORMATS
+from tracker.models.linear_maps import map_of
 from tracker.models.quantised import RoundedWeights, in_format
 
 GGUF = [form for form in FORMATS.values() if "GGUF" in form.source]
@@ -117,13 +118,20 @@ def test_fp8_has_three_bits_behind_the_point() -> None:
             assert abs(float(after - before)) <= spacing / 2 * 1.001
 
 
+def test_experts_are_rounded_one_by_one() -> None:
+    given = torch.stack([weight() * factor for factor in (1, 3, 0.1)])
+    for name in FORMATS:
+        found = in_format(given, name)
+        assert all(map(torch.equal, found, [in_format(each, name) for each in given])), name
+
+
 def test_rows_without_whole_blocks_are_refused() -> None:
     with pytest.raises(CellError, match=r"int4_g128 keeps 128 inputs together.*rows of 576"):
         in_format(weight(2, 576), "int4_g128")
 
 
 def test_what_is_wanted_again_is_kept_as_far_as_it_fits() -> None:
-    module = torch.nn.Linear(64, 8, bias=False)
+    module = map_of(torch.nn.Linear(64, 8, bias=False))
     kept = RoundedWeights(most=2 * 64 * 8 * 4)
     first = kept.of(0, "a", module, "int8")
     assert kept.of(0, "a", module, "int8") is first

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
 from tests.conftest import cli, printed, save_llama
 from tests.plain import evaluate
+from tests.runner.test_formats import save_mixture
 from tests.studies.conftest import column, plain
 from tracker import api
 from tracker.core.weight_formats import FORMATS
@@ -181,3 +182,30 @@ def test_embedding_and_head_are_units_too(tied, by, tmp_path):
     said = f"--token-embedding-type {types[0]} --output-tensor-type {types[-1]} "
     assert said in command
     assert done.finding.again.endswith("--embeddings") or " --embeddings " in done.finding.again
+
+
+def test_a_mixtures_experts_get_formats_and_its_routers_none(tmp_path):
+    model = tmp_path / "mixture"
+    save_mixture(model, "olmoe")
+    told = {"results": tmp_path / "results", "output": tmp_path / "saved", "track": []}
+    done = api.quantise(str(model), **ASKED, **BUDGET, **told)
+    saved = AutoModelForCausalLM.from_pretrained(done.saved.folder)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    formats = done.saved.formats
+    names = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
+    names |= {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    assert {*formats} == {f"model.layers.{layer}.{name}" for layer in (0, 1) for name in names}
+    weights = bits = 0.0
+    for name, weight in base.named_parameters():
+        form = formats.get(name.removesuffix(".weight"))
+        each = weight.data if weight.ndim == 3 else weight.data[None]
+        right = each if form is None else torch.stack([in_format(one, form) for one in each])
+        assert torch.equal(saved.get_parameter(name).data, right.reshape(weight.shape)), name
+        if form is not None:
+            weights += weight.numel()
+            bits += weight.numel() * FORMATS[form].bits_of(weight.shape[-1])
+    first = done.finding.tables[0]
+    row = next(n for n, by in enumerate(plain(column(first, "chosen by"))) if "recomm" in by)
+    assert plain(column(first, "bits a weight"))[row] == pytest.approx(bits / weights)
+    said = done.saved.recipes["llama.cpp"]
+    assert all(f"ffn_{name}_exps" in said for name in ("gate", "up", "down"))

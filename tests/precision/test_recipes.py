@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from tests import llama_cpp
@@ -57,6 +58,63 @@ def test_llama_cpp_makes_what_was_measured(smollm2, tmp_path: Path) -> None:
         ours = in_format(weight, formats[path]).numpy()
         assert np.array_equal(np.sort(read, axis=0), np.sort(ours, axis=0)), path
     assert {each.tensor_type.name for each in there.values()} == {"F16", "F32"}
+
+
+def test_llama_cpp_makes_experts_that_were_measured(tmp_path: Path) -> None:
+    """A gate and what it opens are one tensor here and two there; the router keeps its bits."""
+    pytest.importorskip("llama_cpp_py_sync", reason="pip install -e '.[dev]' brings it")
+    draw = torch.Generator().manual_seed(0)
+
+    def weight(*shape: int) -> torch.Tensor:
+        return 0.05 * torch.randn(*shape, generator=draw)
+
+    file, experts = tmp_path / "base.gguf", 4
+    writer = gguf.GGUFWriter(file, "olmoe")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(256)
+    writer.add_feed_forward_length(512)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_expert_count(experts)
+    writer.add_expert_used_count(2)
+    writer.add_file_type(0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{n}" for n in range(64)])
+    into, out = weight(experts, 2 * 512, 256), weight(experts, 256, 512)
+    tensors = {"ffn_gate_exps": into[:, :512], "ffn_up_exps": into[:, 512:], "ffn_down_exps": out}
+    tensors |= {f"attn_{name}": weight(256, 256) for name in ("q", "k", "v", "output")}
+    tensors |= {f"{name}_norm": torch.ones(256) for name in ("attn", "ffn", "attn_q", "attn_k")}
+    tensors["ffn_gate_inp"] = weight(experts, 256)
+    writer.add_tensor("token_embd.weight", weight(64, 256).numpy())
+    writer.add_tensor("output.weight", weight(64, 256).numpy())
+    writer.add_tensor("output_norm.weight", np.ones(256, np.float32))
+    for name, each in tensors.items():
+        writer.add_tensor(f"blk.0.{name}.weight", each.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path = "model.layers.0.mlp.experts"
+    formats = {f"{path}.gate_up_proj": "q3_k", f"{path}.down_proj": "q6_k"}
+    made = recipes(formats, "olmoe", 1, str(file))
+    assert [*made] == ["llama.cpp"]
+    words = shlex.split(made["llama.cpp"].replace("\\\n", " "))
+    types = [
+        words[n + 1].rpartition("=") for n, word in enumerate(words) if word == "--tensor-type"
+    ]
+    llama_cpp.quantize(
+        file, tmp_path / "made.gguf", to=int(gguf.LlamaFileType.MOSTLY_Q8_0),
+        types=[(pattern, kind) for pattern, _, kind in types],
+    )  # fmt: skip
+    there = {each.name: each for each in gguf.GGUFReader(tmp_path / "made.gguf").tensors}
+    gate, up = in_format(into, "q3_k").split(512, dim=1)
+    for name, right in (("gate", gate), ("up", up), ("down", in_format(out, "q6_k"))):
+        tensor = there[f"blk.0.ffn_{name}_exps.weight"]
+        read = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(read, right.numpy())
+    assert there["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
 
 
 def test_compressed_tensors_reads_its_groups_and_every_map_is_in_one() -> None:
@@ -150,3 +208,11 @@ def test_formats_that_a_tool_has_not_are_not_told_to_it() -> None:
     formats = {"model.layers.0.mlp.down_proj": "nf4", "model.layers.1.mlp.down_proj": "q4_0"}
     assert recipes(formats, "llama", 2, "base.gguf") == {}
     assert recipes({"model.layers.0.mlp.down_proj": "q4_0"}, "unheard of", 1, "base.gguf") == {}
+    # llm-compressor looks for modules; and llama.cpp parts this one in two, one of them turned.
+    assert recipes({"model.layers.0.mlp.experts.down_proj": "int8"}, "olmoe", 1, "base.gguf") == {}
+    absorbed = {"model.layers.0.self_attn.kv_b_proj": "q8_0"}
+    assert recipes(absorbed, "deepseek_v3", 1, "base.gguf") == {}
+    for kind in ("qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3"):
+        formats = {"model.layers.0.mlp.experts.gate_up_proj": "q4_0"}
+        said = recipes(formats, kind, 1, "base.gguf")["llama.cpp"]
+        assert re.findall(r"ffn_\w+", said) == ["ffn_gate_exps", "ffn_up_exps"]

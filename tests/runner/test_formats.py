@@ -10,7 +10,7 @@ import torch
 
 from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
 from tests.conftest import cli, printed, save_tokenizer
-from tests.engine.families import tiny_model
+from tests.engine.registry import Variant, tiny
 from tests.report.drawn import kind_map
 from tests.runner.elsewhere import is_lm_evals, run, write_study
 from tracker.ledger.store import Ledger
@@ -33,11 +33,11 @@ def changed(model, layer, path, kind):
     return twin
 
 
-def test_a_mixture_has_no_linear_maps_and_is_a_wrong_request(tmp_path):
+def test_a_model_of_other_matrices_has_no_linear_maps_and_is_a_wrong_request(tmp_path):
     """Was: exit code 1, as if some work had failed."""
-    folder = tmp_path / "mixture"
+    folder = tmp_path / "convolutions"
     save_tokenizer(folder, False)
-    tiny_model("mixtral").save_pretrained(folder)
+    Variant("lfm2", "plain", tiny("lfm2")).model().save_pretrained(folder)
     asked = (folder, "--benchmark=arc_easy", f"--data={PACKAGE}", "--sample=8")
     results = tmp_path / "results"
     told = ("--component=linear", "--intervention=int8")
@@ -45,6 +45,59 @@ def test_a_mixture_has_no_linear_maps_and_is_a_wrong_request(tmp_path):
         wrong = cli(words[0], *asked, *words[1:], "--results", results)
         assert (wrong.exit_code, "is no linear map" in wrong.output) == (2, True), wrong.output
     assert not results.exists()
+
+
+def save_mixture(folder, family):
+    """Make a folder with a tiny mixture whose rows fill blocks of 32, and a real tokenizer."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96}
+    shape = {name: size for name, size in sizes.items() if name in tiny(family)}
+    shape |= {"vocab_size": save_tokenizer(folder, False), "num_hidden_layers": 2}
+    model = Variant(family, "plain", tiny(family) | shape).model()
+    model.save_pretrained(folder)
+    return model
+
+
+def test_experts_matrices_are_lm_evals(tmp_path, one_thread):
+    """All of a layer's, one expert's, and with all else that the layer has."""
+    save_mixture(folder := tmp_path / "mixture", "mixtral")
+    said = {"model": str(folder), "benchmark": "arc_easy", "data": PACKAGE, "limit": 4}
+    said |= {"dtype": "float32", "layer": 1}
+    maps = [f"mlp.experts.{name}" for name in ("down_proj", "gate_up_proj", "2.down_proj")]
+    some = write_study(
+        tmp_path / "some.yaml", **said, component="linear", map=maps, intervention=["q4_0"]
+    )
+    results = tmp_path / "results"
+    (cell,) = run(some, results).cells
+    runs = {each.ablation: each for each in cell.runs}
+    assert {*runs} == {f"q4_0:1.{path}" for path in maps}
+    whole = write_study(tmp_path / "whole.yaml", **said, intervention=["q4_0"])
+    (cell,) = run(whole, results).cells
+    runs |= {each.ablation: each for each in cell.runs if each.map is None}
+    (store,) = Ledger(results).cells()
+    frame = store.read()
+    loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)
+    kind = gguf.GGMLQuantizationType.Q4_0
+    for ablation, result in runs.items():
+        twin = copy.deepcopy(loaded.model)
+        layer, which = twin.model.layers[1], ablation.removeprefix("q4_0:1").removeprefix(".")
+        rows = [
+            (f"self_attn.{n}_proj", layer.self_attn.get_submodule(f"{n}_proj").weight)
+            for n in "qkvo"
+        ]
+        for name in ("gate_up_proj", "down_proj"):
+            tensor = getattr(layer.mlp.experts, name)
+            for number in range(len(tensor)):
+                path = (
+                    f"mlp.experts.{number}.{name}"
+                    if number == 2 and which == maps[2]
+                    else f"mlp.experts.{name}"
+                )
+                rows.append((path, tensor[number]))
+        for path, weight in rows:
+            if which in ("", path):
+                kept = gguf.quants.quantize(weight.detach().numpy(), kind)
+                weight.data.copy_(torch.from_numpy(gguf.quants.dequantize(kept, kind)))
+        is_lm_evals(result, frame, twin, loaded.tokenizer, tasks)
 
 
 def test_maps_are_lm_evals(tiny_llama, tmp_path, one_thread):

@@ -124,9 +124,10 @@ class CellRequest(Strict):
     """Which routed expert of the layer, 0-based, where component is expert; default: all that the
     model has."""
     maps: tuple[Name, ...] = ()
-    """Which linear map of the layer, as the checkpoint names it (self_attn.q_proj, mlp.down_proj),
-    or all of its attention or its mlp, where component is linear; or embedding, lm_head, which are
-    of no layer; default: each that its layers have."""
+    """Which linear map of the layer, as the checkpoint names it (self_attn.q_proj, mlp.down_proj,
+    mlp.experts.down_proj for all experts, mlp.experts.7.down_proj for one), or all of its attention
+    or its mlp, where component is linear; or embedding, lm_head, which are of no layer; default:
+    each that its layers have, of all experts."""
     repeats: tuple[Times, ...] = (2,)
     """How often the layers are passed where intervention is repeat."""
     control: Literal["random"] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ CHOSEN = (
     "top_k_experts",
 )
 """What they call to how many of them a token goes."""
-
+_ONE_EXPERTS = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 
 CONTROLS = 40
 """Sets of each size that are drawn: as few as leave a two-sided p below 5 %."""
@@ -56,6 +57,12 @@ def experts_of_a_token(config: Any) -> int:
         for names in (ROUTED, CHOSEN)
     )
     return min(count, chosen)
+
+
+def one_experts(map_name: str) -> tuple[str, int] | None:
+    """Part `mlp.experts.7.down_proj` into `mlp.experts.down_proj` and 7; None where it has none."""
+    found = _ONE_EXPERTS.fullmatch(map_name)
+    return (f"{found[1]}.{found[3]}", int(found[2])) if found else None
 
 
 Counting = Callable[[CellRequest, Collection[str]], ModelParts]
@@ -175,7 +182,7 @@ def check_parts(request: CellRequest, parts: ModelParts) -> None:
             )
     known = {*MAPS, *ENDS, *chain.from_iterable(parts.maps or ())}
     for name in request.maps if parts.maps is not None and "linear" in request.components else ():
-        if name not in known:
+        if name not in known and (one_experts(name) or (name,))[0] not in known:
             near = did_you_mean(name, known)
             raise ExperimentError(
                 f"{request.model} has no linear map {name!r}.{near} It has "

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from tracker.core.ablations import Part
 from tracker.core.errors import CellError
 from tracker.core.kinds import KINDS
-from tracker.models.quantised import outputs_first, reweighted
+from tracker.models.linear_maps import map_of
+from tracker.models.quantised import reweighted
 from tracker.models.sublayers import Sublayers, part_at, read_a_text
 
 COMPONENTS = "head and kv_head"
@@ -144,7 +145,7 @@ def heads_at(found: Sequence[Heads | None], layer: int, name: str) -> Heads:
 def take_out(layer: nn.Module, heads: Heads, columns: Sequence[slice], name: str) -> None:
     """Give a layer, called `name`, an output projection of its own that ignores some columns."""
     projection = layer.get_submodule(heads.projection)
-    if not outputs_first(projection).is_floating_point():
+    if not map_of(projection).weight.is_floating_point():
         raise CellError(
             f"{heads.projection} of {name} is quantised, and has no columns of numbers; leave head "
             "and kv_head out of 'component'"
@@ -156,4 +157,4 @@ def take_out(layer: nn.Module, heads: Heads, columns: Sequence[slice], name: str
             changed[:, each] = 0
         return changed
 
-    reweighted(layer, [projection], without)
+    reweighted(layer, map_of(projection), without)

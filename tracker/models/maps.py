@@ -6,12 +6,13 @@ from tracker.core.errors import CellError, ModelError
 from tracker.core.provenance import content_hash, package_versions
 from tracker.ledger.cache import keep, recall
 from tracker.models.layers import find_layers
+from tracker.models.linear_maps import linear_maps
 from tracker.models.load import hollow
-from tracker.models.quantised import linear_maps, outputs_first
 from tracker.models.sources import ModelSource
 
 Shape = tuple[int, int]
-"""Outputs and inputs."""
+"""Outputs, of experts those of all, and inputs."""
+_KEPT = "linear_maps"
 
 
 def maps_of(source: ModelSource, trust_remote_code: bool = False) -> tuple[dict[str, Shape], ...]:
@@ -29,20 +30,16 @@ def maps_of(source: ModelSource, trust_remote_code: bool = False) -> tuple[dict[
     """
     stamp = source.stamp() if source.is_local else None
     key = content_hash([stamp, package_versions()["transformers"], trust_remote_code])
-    kept = recall("maps", key) if stamp is not None else {}
+    kept = recall(_KEPT, key) if stamp is not None else {}
     if "maps" not in kept:
         layers = find_layers(hollow(source, "auto", trust_remote_code))
         try:
             maps = [linear_maps(layer, f"layer {number}") for number, layer in enumerate(layers)]
         except CellError as error:  # nothing is measured yet
             raise ModelError(f"{source.source}: {error}") from None
-        kept = {
-            "maps": [
-                {name: [*outputs_first(each).shape] for name, each in own.items()} for own in maps
-            ]
-        }
+        kept = {"maps": [{name: [*each.shape] for name, each in own.items()} for own in maps]}
         if stamp is not None:
-            keep("maps", key, kept)
+            keep(_KEPT, key, kept)
     return tuple(
         {name: (shape[0], shape[1]) for name, shape in layer.items()} for layer in kept["maps"]
     )

@@ -8,10 +8,11 @@ llama.cpp's own library, and read back by gguf. Activations are left as they are
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import importlib.util
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from tracker.core.ablations import Ablation, Rounded
 from tracker.core.distribution import install_extra
 from tracker.core.errors import CellError, ExperimentError
 from tracker.core.kinds import MAPS
 from tracker.core.weight_formats import FORMATS, WeightFormat
+from tracker.models.linear_maps import LinearMap, linear_maps, map_at
 from tracker.models.offloaded import is_absent
 from tracker.models.sublayers import Sublayers
 
@@ -39,7 +40,7 @@ def in_format(weight: Tensor, name: str) -> Tensor:
     """Make of a weight what a format gives back.
 
     Args:
-        weight: [outputs, inputs].
+        weight: [outputs, inputs], or of experts [experts, outputs, inputs].
         name: One of `FORMATS`.
 
     Returns:
@@ -48,15 +49,20 @@ def in_format(weight: Tensor, name: str) -> Tensor:
     Raises:
         CellError: Its rows have no whole blocks of the format.
     """
-    outputs, inputs = weight.shape
+    inputs = weight.shape[-1]
     form = FORMATS[name].for_rows(inputs)
     if form is None:
         raise CellError(
             f"{name} keeps {FORMATS[name].block} inputs together, and a weight has rows of "
             f"{inputs}; take another format, or leave such maps out"
         )
+    if weight.ndim == 3:  # one after the other: all at once would take several times the room
+        found = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        for own, each in zip(found, weight, strict=True):
+            own.copy_(in_format(each, name))
+        return found
     rows = weight.detach().float()
-    return _maker(form)(rows).reshape(outputs, inputs).to(weight.dtype)
+    return _maker(form)(rows).reshape(weight.shape).to(weight.dtype)
 
 
 def _maker(form: WeightFormat) -> Callable[[Tensor], Tensor]:
@@ -131,12 +137,12 @@ class RoundedWeights:
         self._kept: OrderedDict[tuple[int, str, str], Tensor] = OrderedDict()
         self._bytes = 0
 
-    def of(self, layer: int, path: str, module: nn.Module, name: str) -> Tensor:
-        """Give the weight [outputs, inputs] of a linear map of a layer in a format."""
+    def of(self, layer: int, path: str, linear: LinearMap, name: str) -> Tensor:
+        """Give the weight of a linear map of a layer in a format, its outputs first."""
         key = (layer, path, name)
         found = self._kept.get(key)
         if found is None:
-            found = self._kept[key] = in_format(outputs_first(module), name)
+            found = self._kept[key] = in_format(linear.weight, name)
             self._bytes += found.nbytes
         self._kept.move_to_end(key)
         while self._bytes > self._most and len(self._kept) > 1:  # that one is used now
@@ -144,17 +150,67 @@ class RoundedWeights:
         return found
 
 
-def outputs_first(module: nn.Module) -> Tensor:
-    """View the weight of a linear map as [outputs, inputs]; GPT-2's has it the other way."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.T if isinstance(module, Conv1D) else weight
+Place = tuple[nn.Module, str]
+"""A module, and what it calls a parameter."""
 
 
-def quantise(layer: nn.Module, formats: Mapping[str, str], name: str) -> None:
-    """Give linear maps of a layer, called `name`, weights of their own: path → format."""
-    maps = linear_maps(layer, name)
-    for path, form in formats.items():
-        reweighted(layer, [maps[path]], partial(in_format, name=form))
+def weights_in(
+    maps: Mapping[str, LinearMap],
+    formats: Mapping[str, str],
+    of: Callable[[str, LinearMap, str], Tensor],
+) -> dict[Place, Tensor]:
+    """Make the parameters of maps that are in formats, laid out as modules hold them.
+
+    Args:
+        maps: Linear maps of a layer by their paths.
+        formats: Path of each that is rounded → format; one expert's goes before that of all.
+        of: Makes the weight, outputs first, of a path, its map and a format.
+
+    Returns:
+        Each parameter with what stands in its place.
+    """
+    found: dict[Place, Tensor] = {}
+    for path in sorted(formats, key=lambda path: maps[path].expert is not None):
+        own = maps[path]
+        place = (own.module, own.name)
+        beside = found.get(place, own.parameter)
+        found[place] = own.laid_out(of(path, own, formats[path]), beside)
+    return found
+
+
+def holding(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """Copy a module with other weights among its own parameters; all else it shares."""
+    twin = copy.copy(module)
+    own = vars(twin)
+    own.pop("forward", None)  # what somebody put in the place of the class's own
+    own["_parameters"] = dict(module._parameters)
+    for name, weight in weights.items():
+        own["_parameters"][name] = nn.Parameter(weight, requires_grad=False)
+    return twin
+
+
+def quantise(
+    layer: nn.Module,
+    formats: Mapping[str, str],
+    name: str,
+    number: int = 0,
+    kept: RoundedWeights | None = None,
+) -> None:
+    """Give linear maps of a layer weights in formats.
+
+    Args:
+        layer: The layer.
+        formats: Path of a map → format.
+        name: What the layer is called in messages.
+        number: Which layer it is.
+        kept: Where its weights are kept while it is not called, as far as they fit: then it has
+            them only while it is called. None = it has them for good.
+    """
+    every = linear_maps(layer, name)
+    maps = {path: map_at(every, path, name) for path in formats}
+    of = partial(RoundedWeights(0).of if kept is None else kept.of, number)
+    places = {(each.module, each.name) for each in maps.values()}
+    _lend(layer, places, partial(weights_in, maps, formats, of), briefly=kept is not None)
 
 
 def refuse_formats(
@@ -184,7 +240,7 @@ def refuse_formats(
         except CellError as error:
             raise ExperimentError(str(error)) from None
         for path in paths:
-            inputs = outputs_first(maps[path]).shape[1]
+            inputs = map_at(maps, path, name).shape[1]
             if form.for_rows(inputs) is None:
                 raise ExperimentError(
                     f"{form.name} keeps {form.block} inputs together, and {path} of {name} has "
@@ -224,60 +280,53 @@ def formats_of(
         if each.which in MAPS:
             assert sublayers is not None
             inside = {*getattr(sublayers, each.which).modules()}
-            some = [path for path, module in maps.items() if module in inside]
+            some = [path for path, own in maps.items() if own.module in inside]
         else:
-            some = [path for path in maps if each.which in ("", path)]
-        if not some:
-            raise CellError(f"{name} has no linear map {each.which}; it has {', '.join(maps)}")
+            some = [each.which] if each.which else [*maps]
+        for path in some or [each.which]:
+            map_at(maps, path, name)
         found |= dict.fromkeys(some, each.format)
     return found
 
 
-def reweighted(
-    layer: nn.Module, maps: Sequence[nn.Module], change: Callable[[Tensor], Tensor]
-) -> None:
-    """Give linear maps of a layer weights of their own.
+def reweighted(layer: nn.Module, linear: LinearMap, change: Callable[[Tensor], Tensor]) -> None:
+    """Give a linear map of a layer a weight of its own.
 
     Args:
         layer: The layer.
-        maps: Linear maps of it.
+        linear: The map.
         change: Makes a weight [outputs, inputs] of a weight [outputs, inputs].
     """
+    place = (linear.module, linear.name)
+
+    def made() -> dict[Place, Tensor]:
+        return {place: linear.laid_out(change(linear.weight.detach()), linear.parameter)}
+
+    _lend(layer, [place], made)
+
+
+def _lend(
+    layer: nn.Module,
+    places: Iterable[Place],
+    made: Callable[[], Mapping[Place, Tensor]],
+    briefly: bool = False,
+) -> None:
+    """Give a layer other parameters; `briefly` only while it is called.
+
+    So it is too where its own rest elsewhere, and come when it is called.
+    """
+    theirs = {place: getattr(*place) for place in places}
 
     def give(*_: Any) -> None:
-        for module in maps:
-            weight = change(outputs_first(module).detach())
-            own = weight.T if isinstance(module, Conv1D) else weight
-            module.weight = nn.Parameter(own, requires_grad=False)
-
-    theirs = [module.weight for module in maps]
-    if not any(is_absent(weight) for weight in theirs):
-        give()
-        return
+        for (module, name), weight in made().items():
+            setattr(module, name, nn.Parameter(weight, requires_grad=False))
 
     def take_back(*_: Any) -> None:
-        for module, weight in zip(maps, theirs, strict=True):
-            module.weight = weight
+        for (module, name), weight in theirs.items():
+            setattr(module, name, weight)
 
-    # They are there while the layer is called, and then they go.
-    layer.register_forward_pre_hook(give)
-    layer.register_forward_hook(take_back, always_call=True)
-
-
-def linear_maps(layer: nn.Module, name: str) -> dict[str, nn.Module]:
-    """List the linear maps of a layer by their paths in it.
-
-    CellError where the layer, called `name`, holds other matrices, or weights that are quantised
-    already.
-    """
-    maps = {
-        path: each for path, each in layer.named_modules() if isinstance(each, (nn.Linear, Conv1D))
-    }
-    ours = {id(each.weight) for each in maps.values()}
-    for path, parameter in layer.named_parameters():
-        why = "" if parameter.is_floating_point() else "is quantised already"
-        if parameter.ndim > 1 and id(parameter) not in ours:
-            why = "is no linear map, so it has no weights in a format"
-        if why:
-            raise CellError(f"{path} of {name} {why}; leave formats out of 'intervention'")
-    return maps
+    if briefly or any(map(is_absent, theirs.values())):
+        layer.register_forward_pre_hook(give)
+        layer.register_forward_hook(take_back, always_call=True)
+    else:
+        give()

@@ -21,9 +21,10 @@ from tracker.measuring.progress import Progress
 from tracker.models import checkpoint
 from tracker.models.ends import find_ends, round_ends
 from tracker.models.layers import find_layers
+from tracker.models.linear_maps import linear_maps
 from tracker.models.load import LoadedModel, load_model
 from tracker.models.pruned import pruned
-from tracker.models.quantised import linear_maps, quantise
+from tracker.models.quantised import quantise
 from tracker.models.sources import ModelSource
 from tracker.precision.recipes import recipes
 from tracker.pruning.export.checkpoint import beside, refuse_output

@@ -15,6 +15,9 @@ Formats = Mapping[str, str]
 """Path of a linear map in the model, as the checkpoint names it → format."""
 _GGUF_ENDS = ("token_embd.weight", "output.weight")
 """What its files call the embedding and the head."""
+_ARCHITECTURES = {"mixtral": "llama", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2"}
+"""What llama.cpp calls kinds that it writes otherwise than with other dashes."""
+_EXPERTS = re.compile(r"\.experts\.\w+$")
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
@@ -32,30 +35,45 @@ def recipes(
 
     Returns:
         For llama.cpp where all formats are GGUF's and it has names for the maps; for
-        llm-compressor where all are integers or fp8.
+        llm-compressor where all are integers or fp8, and no expert's.
     """
     found = {}
     of_gguf = all(FORMATS[form].is_ggufs for form in formats.values())
     if of_gguf and (names := _gguf_names(formats, architecture, layers)):
-        tensors = {names[path]: form for path, form in formats.items()}
+        tensors = {name: form for path, form in formats.items() for name in names[path]}
         found["llama.cpp"] = llama_quantize(tensors, file, bool(tied))
-    if all(form in _SCHEMES for form in formats.values()):
+    # It looks for modules, and experts' matrices are none.
+    if all(form in _SCHEMES and not _EXPERTS.search(path) for path, form in formats.items()):
         found["llm-compressor"] = llm_compressor(formats, tied)
     return found
 
 
-def _gguf_names(formats: Formats, architecture: str, layers: int) -> dict[str, str]:
+def _gguf_names(formats: Formats, architecture: str, layers: int) -> dict[str, list[str]]:
     """Find llama.cpp's names of maps; empty where it has none for one of them."""
     import gguf
 
-    known = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
+    wanted = _plain(_ARCHITECTURES.get(architecture, architecture))
+    known = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if _plain(name) == wanted), None)
     if known is None:
         return {}
     names = gguf.get_tensor_name_map(known, layers)
-    found = {path: names.get_name(path) for path in formats}
-    return (
-        {} if None in found.values() else {path: f"{name}.weight" for path, name in found.items()}
-    )
+    found = {path: [names.get_name(part) for part in _parted(path)] for path in formats}
+    # Its files hold the last one as two others, one of them turned.
+    if any(name is None or name.endswith(".attn_kv_b") for each in found.values() for name in each):
+        return {}
+    return {path: [f"{name}.weight" for name in each] for path, each in found.items()}
+
+
+def _parted(path: str) -> list[str]:
+    """Part experts' gates from what they open, as llama.cpp's converter does."""
+    halves = ("gate_proj", "up_proj") if _EXPERTS.search(path) else ()
+    return [path.replace("gate_up_proj", half) for half in halves if "gate_up_proj" in path] or [
+        path
+    ]
+
+
+def _plain(architecture: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", architecture.lower())
 
 
 def tensor_types(formats: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, linear
+from torch.nn.functional import cosine_similarity
+from torch.nn.functional import linear as apply
 
 from tracker.core.ablations import Rounded
 from tracker.core.documents import Document
+from tracker.core.errors import CellError
 from tracker.core.kinds import ENDS
 from tracker.engine.observers.end_errors import at_ends
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.ends import find_ends
-from tracker.models.quantised import outputs_first
+from tracker.models.experts import each_choice, integers
+from tracker.models.linear_maps import LinearMap, linear_maps, map_at, map_of
+from tracker.models.quantised import holding
 
 _Places = dict[tuple[int, str], list[int]]
 """Layer and path of a linear map → where among the maps that are asked for it stands."""
@@ -36,10 +40,17 @@ def weight_errors(engine: Engine, maps: Sequence[Rounded]) -> Tensor:
     """
     found = torch.zeros(len(maps), dtype=torch.float64)
     for place, each in enumerate(maps):
-        module = _module(engine, each.layer, each.which)
-        own = outputs_first(module).float()
-        weight = engine.rounded_weights.of(each.layer, each.which, module, each.format).float()
-        found[place] = float((weight - own).square().sum() / own.square().sum())
+        linear = _map_at(engine, each.layer, each.which)
+        weight = engine.rounded_weights.of(each.layer, each.which, linear, each.format)
+        # One expert after the other: they may take much room.
+        pairs = [
+            *zip(
+                *(own if own.ndim == 3 else own[None] for own in (linear.weight, weight)),
+                strict=True,
+            )
+        ]
+        apart = sum(float((one.float() - other.float()).square().sum()) for one, other in pairs)
+        found[place] = apart / sum(float(one.float().square().sum()) for one, _ in pairs)
     return found
 
 
@@ -57,7 +68,12 @@ def rounding_errors(
     Returns:
         Sums, float64. `tokens` []: how many tokens the document has. Of each map [maps], over
         tokens: `output_error` and `output_size`, the squared distance of its outputs and their
-        squared size; and `output_angle`, 1 minus the cosine of the two outputs.
+        squared size; and `output_angle`, 1 minus the cosine of the two outputs. Of experts' maps
+        it is the outputs of the experts, before they are weighed: of all to which a token goes, and
+        of the angle their mean.
+
+    Raises:
+        CellError: Its experts cannot be asked one by one.
     """
     places: _Places = {}
     for place, each in enumerate(maps):
@@ -68,22 +84,23 @@ def rounding_errors(
     found["tokens"] = torch.zeros((), dtype=torch.float64)
     kept = engine.rounded_weights
 
-    def compare(place: int, before: Tensor, after: Tensor) -> None:
+    def compare(place: int, before: Tensor, after: Tensor, share: float = 1) -> None:
         apart = (after.float() - before.float()).square().sum()
         found["output_error"][place] += float(apart)
         found["output_size"][place] += float(before.float().square().sum())
         turned = 1 - cosine_similarity(after.double(), before.double(), dim=-1)
-        found["output_angle"][place] += float(turned.sum())
+        found["output_angle"][place] += share * float(turned.sum())
 
-    def look(layer: int, path: str, module: nn.Module, given: Tensor, made: Tensor) -> None:
-        states, before = (each.flatten(0, -2)[measured:] for each in (given, made))
+    def look(layer: int, path: str, linear: LinearMap, *call: Any) -> None:
         for place in places[layer, path]:
-            weight = kept.of(layer, path, module, maps[place].format)
-            compare(place, before, linear(states, weight, module.bias))  # type: ignore[arg-type]
+            weight = kept.of(layer, path, linear, maps[place].format)
+            pairs = [*(_of_experts if linear.experts else _of_map)(linear, weight, measured, *call)]
+            for before, after in pairs:
+                compare(place, before, after, 1 / len(pairs))
 
     for tokens, measured in measured_texts(document, engine.max_length):
         engine.put_back()
-        with _watched(engine.loaded.layers, places, look):
+        with _watched(engine, places, look):
             ids = torch.tensor([tokens], device=engine.loaded.device)
             engine.head.base(input_ids=ids, use_cache=False)
         for place, before, after in at_ends(engine, tokens, measured, maps):
@@ -92,24 +109,56 @@ def rounding_errors(
     return found
 
 
-def _module(engine: Engine, layer: int, path: str) -> nn.Module:
+_Pairs = Iterator[tuple[Tensor, Tensor]]
+"""What a map, or an expert, gives [tokens, width], and what it gives with another weight."""
+
+
+def _of_map(
+    linear: LinearMap, weight: Tensor, measured: int, args: Any, kwargs: Any, output: Tensor
+) -> _Pairs:
+    states, before = (each.flatten(0, -2)[measured:] for each in (args[0], output))
+    yield before, apply(states, weight, linear.module.bias)  # type: ignore[arg-type]
+
+
+def _of_experts(
+    linear: LinearMap, weight: Tensor, measured: int, args: Any, kwargs: Any, output: Tensor
+) -> _Pairs:
+    """Ask the experts again, one of each token after the other."""
+    if not integers((*args, *kwargs.values())):
+        raise CellError(
+            f"{type(linear.module).__name__} is not told which tokens go to which experts, so what "
+            "one of them gives cannot be seen; leave the errors of its maps out"
+        )
+    own = linear.laid_out(weight, linear.parameter)
+    rounded = holding(linear.module, {linear.name: own})
+    both = (each_choice(each.forward, args, kwargs) for each in (linear.module, rounded))
+    for (numbers, _, before), (_, _, after) in zip(*both, strict=True):
+        mine = torch.arange(len(numbers), device=numbers.device) >= measured
+        if linear.expert is not None:
+            mine &= numbers == linear.expert
+        yield before[mine], after[mine]
+
+
+def _map_at(engine: Engine, layer: int, path: str) -> LinearMap:
     if path in ENDS:
-        return find_ends(engine.loaded.model).module(path)
-    return engine.loaded.layers[layer].get_submodule(path)
+        return map_of(find_ends(engine.loaded.model).module(path))
+    name = f"layer {layer} of {engine.class_name}"
+    return map_at(linear_maps(engine.loaded.layers[layer], name), path, name)
 
 
 @contextmanager
-def _watched(layers: nn.ModuleList, asked: _Places, look: Callable[..., None]) -> Iterator[None]:
-    """Show linear maps of layers, each with what it is given and what it makes."""
+def _watched(engine: Engine, asked: _Places, look: Callable[..., None]) -> Iterator[None]:
+    """Show linear maps of layers, each with what their modules are given and what they make."""
 
-    def hook(layer: int, path: str) -> Callable[..., None]:
-        def seen(module: nn.Module, args: Any, output: Any) -> None:
-            look(layer, path, module, args[0], output)
+    def hook(layer: int, path: str, linear: LinearMap) -> Callable[..., None]:
+        def seen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            look(layer, path, linear, args, kwargs, output)
 
         return seen
 
     with ExitStack() as stack:
         for layer, path in asked:
-            module = layers[layer].get_submodule(path)
-            stack.enter_context(module.register_forward_hook(hook(layer, path)))
+            linear = _map_at(engine, layer, path)
+            seen = hook(layer, path, linear)
+            stack.enter_context(linear.module.register_forward_hook(seen, with_kwargs=True))
         yield

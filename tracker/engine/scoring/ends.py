@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tracker.engine.refusal import RefusalError
 from tracker.models.ends import Ends
+from tracker.models.linear_maps import map_of
 from tracker.models.quantised import RoundedWeights
 from tracker.models.sublayers import replaced_forward, state_of
 
@@ -37,7 +38,7 @@ class RoundedEnds:
             return
         module = self.ends.module(which)
         name = "embedding" if self.ends.tied else which
-        own, rounded = module.weight, self.weights.of(0, name, module, form)
+        own, rounded = module.weight, self.weights.of(0, name, map_of(module), form)
         module.weight = nn.Parameter(rounded, requires_grad=False)
         try:
             yield

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from tracker.core.ablations import Stretch
+from tracker.core.grouping import grouped
 from tracker.core.kinds import Action
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.masks import Masks, mask_place
 from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.streams import LayerStep, StreamPlan
-from tracker.models.experts import Experts, experts_at, routed
+from tracker.models.experts import Experts, experts_at, integers, routed
 from tracker.models.heads import Heads, heads_at
+from tracker.models.linear_maps import LinearMap, linear_maps, map_at
 from tracker.models.offloaded import is_absent
-from tracker.models.quantised import RoundedWeights, formats_of, linear_maps
+from tracker.models.quantised import RoundedWeights, formats_of, holding, weights_in
 from tracker.models.shared_experts import Shared, shared_at
 from tracker.models.sublayers import (
     Sublayers,
@@ -37,6 +39,8 @@ from tracker.models.sublayers import (
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """Called with a layer and the baseline's input and output of it, each [rows, tokens, hidden]."""
+_Formats = tuple[tuple[str, str], ...]
+"""Paths of the maps of a module that are rounded, each with its format."""
 
 
 @dataclass
@@ -147,14 +151,21 @@ def forking(
                 asks = [step.done[stream].rounded for stream in step.entering]
                 # Of hundreds of streams that enter only a few ask for anything.
                 forms = [formats_of(layer, ask, own_parts, name) if ask else {} for ask in asks]
-                for path, each in linear_maps(layer, name).items():
-                    mine = [s for part, s in computing if any(m is each for m in part.modules())]
+                every = linear_maps(layer, name)
+                maps = {path: map_at(every, path, name) for form in forms for path in form}
+                weights = partial(rounded.of, index)
+                for module, paths in _by_module(maps).items():
+                    mine = [s for part, s in computing if any(m is module for m in part.modules())]
                     sources = mine[0] if mine else range(len(step.entering))
-                    asked = [forms[source].get(path) for source in sources]
-                    if any(asked):
-                        weights = partial(rounded.of, index, path, each)
-                        own = _RoundedFork(each, asked, weights, each.forward, turn)
-                        stack.enter_context(replaced_forward(each, own))
+                    asked = [
+                        tuple(
+                            (path, forms[source][path]) for path in paths if path in forms[source]
+                        )
+                        for source in sources
+                    ]
+                    kind = _ExpertsFork if maps[paths[0]].experts else _LinearFork
+                    own = kind(module, maps, asked, weights, module.forward, turn)
+                    stack.enter_context(replaced_forward(module, own))
             if projection is not None:
                 name = type(layer).__name__
                 columns = [[found.columns(part, name) for part in gone] for _, gone in step.heads]
@@ -320,21 +331,40 @@ class _LayerFork:
         return output
 
 
+def _by_module(maps: Mapping[str, LinearMap]) -> dict[nn.Module, list[str]]:
+    """Group the paths of maps by the module that holds their weights."""
+    return grouped(maps, lambda path: maps[path].module)
+
+
 @dataclass(frozen=True)
 class _RoundedFork:
-    """One linear map of a layer, which in some streams has weights in a format.
+    """A module of a layer that has in some streams weights in formats.
 
-    In come [streams × rows, tokens, inputs], or all of a stream's tokens in a row, of the streams
-    that the part of the layer computes; `asked` names the format of each, None for its own
-    weights. Everything is mapped once by the module, and what comes of streams with other weights
-    is computed again with these.
+    In come the rows of the streams that the part of the layer computes, stream by stream; `asked`
+    names for each the paths of its maps that are rounded, with their formats.
     """
 
     module: nn.Module
-    asked: Sequence[str | None]
-    weights: Callable[[str], Tensor]
+    maps: Mapping[str, LinearMap]
+    asked: Sequence[_Formats]
+    weights: Callable[[str, LinearMap, str], Tensor]
     forward: Callable[..., Any]
     turn: _Turn
+
+    @property
+    def alike(self) -> Iterator[tuple[_Formats, list[int]]]:
+        """Give the places of streams that have the same weights, with these."""
+        places = range(len(self.asked))
+        yield from grouped(places, lambda place: self.asked[place]).items()
+
+
+class _LinearFork(_RoundedFork):
+    """One linear map of a layer.
+
+    In come [streams × rows, tokens, inputs], or all of a stream's tokens in a row. Everything is
+    mapped once by the module, and what comes of streams with other weights is computed again with
+    these.
+    """
 
     def __call__(self, given: Tensor) -> Tensor:
         """Take and return what the linear map does."""
@@ -344,11 +374,47 @@ class _RoundedFork:
         if len(given) % len(self.asked):
             raise RefusalError("a linear map of its layers has no row a stream")
         ours, found = _by_stream(given, len(self.asked)), _by_stream(output, len(self.asked))
-        for form in dict.fromkeys(form for form in self.asked if form is not None):
-            places = [place for place, mine in enumerate(self.asked) if mine == form]
-            bias = cast("Tensor | None", self.module.bias)
-            found[places] = linear(ours[places], self.weights(form), bias)
+        for formats, places in self.alike:
+            for path, form in formats:
+                bias = cast("Tensor | None", self.module.bias)
+                weight = self.weights(path, self.maps[path], form)
+                found[places] = linear(ours[places], weight, bias)
         return found.reshape(output.shape)
+
+
+class _ExpertsFork(_RoundedFork):
+    """The experts of a mixture.
+
+    In come the tokens, all of a stream's in a row, and to which experts each goes with what
+    weights. Streams with the same weights are computed together.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Take what the experts take, and return what they return, of all streams."""
+        if self.turn.again:
+            return self.forward(*args, **kwargs)
+        streams, state = len(self.asked), state_of(args, kwargs)
+        choices = integers((*args, *kwargs.values()))
+        if not choices or len(choices[0]) % streams or len(state) % streams:
+            raise RefusalError("what its experts are given has no row a stream")
+
+        def of(places: list[int], value: Any) -> Any:
+            is_table = isinstance(value, Tensor) and value.shape == choices[0].shape
+            if value is not state and not is_table:
+                return value
+            return _by_stream(value, streams)[places].flatten(0, 1)
+
+        found: dict[int, Tensor] = {}
+        for formats, places in self.alike:
+            forward = self.forward
+            if formats:
+                weights = weights_in(self.maps, dict(formats), self.weights)
+                own = {name: weight for (_, name), weight in weights.items()}
+                forward = holding(self.module, own).forward
+            given = [of(places, value) for value in args]
+            output = forward(*given, **{name: of(places, v) for name, v in kwargs.items()})
+            found |= zip(places, _by_stream(output, len(places)), strict=True)
+        return torch.cat([found[place] for place in range(streams)])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tracker.core.grouping import grouped
 from tracker.core.kinds import Action
 from tracker.models.experts import Experts, experts_at, take_experts
 from tracker.models.heads import Heads, heads_at, take_out
-from tracker.models.quantised import quantise
+from tracker.models.quantised import RoundedWeights, quantise
 from tracker.models.sublayers import returning
 
 
@@ -77,6 +77,7 @@ def changes(
     experts: Sequence[Experts | None],
     formats: Mapping[int, Mapping[str, str]],
     name: str,
+    kept: RoundedWeights | None = None,
 ) -> dict[int, Callable[[nn.Module], None]]:
     """List what really changes the layers that an ablation neither removes nor repeats.
 
@@ -87,6 +88,7 @@ def changes(
         experts: The routed experts of each layer's MLP; the same.
         formats: Layer → which of its linear maps have weights in which format.
         name: The model's class.
+        kept: As for `quantise`.
 
     Returns:
         Layer → what changes the layer of a copy: its weights, or what it returns.
@@ -97,7 +99,7 @@ def changes(
     }
     for layer, own_formats in formats.items():
         where = f"layer {layer} of {name}"
-        found[layer] = partial(quantise, formats=own_formats, name=where)
+        found[layer] = partial(quantise, formats=own_formats, name=where, number=layer, kept=kept)
     for layer, parts in grouped(ablation.parts, lambda part: part.layer).items():
         done, where = Done(Action.NO_PARTS, tuple(parts)), f"layer {layer} of {name}"
         lost: list[Callable[[nn.Module], None]] = []

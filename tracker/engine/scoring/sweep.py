@@ -138,10 +138,12 @@ class Engine:
         """The name of the model's class, as it stands in messages."""
         return type(self.loaded.model).__name__
 
-    def without(self, ablation: Ablation) -> Engine:
+    def without(self, ablation: Ablation, briefly: bool = False) -> Engine:
         """Make an engine for a copy of the model from which an ablation is really taken out.
 
-        The copy shares the weights; sublayers stay where they are and add nothing.
+        The copy shares the weights; sublayers stay where they are and add nothing. With `briefly`,
+        for a few calls, a copy that has several layers in formats holds no more of their weights
+        than fit: a layer has them while it is called.
         """
         self.put_back()
         parts = self._sublayers if ablation.has_sublayers else []
@@ -163,6 +165,7 @@ class Engine:
             *(parts[layer].mlp for layer in ablation.mlp),
             *(each for layer in ablation.shared for each in self._shared_of(layer)),
         ]
+        kept = RoundedWeights(self._kept_weights) if briefly and len(formats) > 1 else None
         quirks = self.quirks
         make = partial(
             pruned,
@@ -170,7 +173,9 @@ class Engine:
             ablation.layers,
             silent,
             quirks.first,
-            changes=changes(ablation, self.stand_ins, heads, experts, formats, self.class_name),
+            changes=changes(
+                ablation, self.stand_ins, heads, experts, formats, self.class_name, kept
+            ),
             repeated=ablation.repeated,
         )
         model = make(stay=quirks.stay and not quirks.loaded)
@@ -578,8 +583,13 @@ class Engine:
     def rounded_weights(self) -> RoundedWeights:
         """Weights in some formats, which are made once where they fit."""
         inside = self.known.inside
-        inside.rounded = inside.rounded or RoundedWeights(self._budget // 8)
+        inside.rounded = inside.rounded or RoundedWeights(self._kept_weights)
         return inside.rounded
+
+    @property
+    def _kept_weights(self) -> int:
+        """Bytes that weights in formats may take while no layer has them."""
+        return self._budget // 8
 
     def _found(self, find: Callable[..., list[T]]) -> list[T]:
         """Find parts of all layers' sublayers, which takes a call."""

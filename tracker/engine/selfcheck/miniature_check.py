@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from tracker.core.ablations import INTACT, Ablation, Part
+from tracker.core.ablations import INTACT, Ablation, Part, Rounded
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
 from tracker.core.grouping import grouped
+from tracker.core.model_parts import one_experts
 from tracker.core.provenance import content_hash, file_hash, machine, package_versions
 from tracker.engine.refusal import refused, tried
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
@@ -216,6 +217,15 @@ def _of_its_parts(small: Any, ablations: Sequence[Ablation]) -> list[Ablation]:
         count = parts.numbered(part.component)
         return part._replace(number=part.number % count) if count else part
 
+    def its_map(each: Rounded) -> Rounded:
+        which, one = each.which, one_experts(each.which)
+        if one is not None and parts.expert:
+            of_all, number = one
+            holder, _, name = of_all.rpartition(".")
+            which = f"{holder}.{number % parts.expert}.{name}"
+        # Rows of a miniature fill no blocks of most formats.
+        return each._replace(format="int8", which=which)
+
     def some(given: Iterable[Part]) -> Iterator[Part]:
         of_layers = grouped(sorted({*map(its, given)}), lambda part: part[:2])
         for (component, _), own in of_layers.items():
@@ -226,8 +236,7 @@ def _of_its_parts(small: Any, ablations: Sequence[Ablation]) -> list[Ablation]:
             replace(
                 ablation,
                 parts=tuple(some(ablation.parts)),
-                # Rows of a miniature fill no blocks of most formats.
-                rounded=tuple(each._replace(format="int8") for each in ablation.rounded),
+                rounded=tuple(dict.fromkeys(map(its_map, ablation.rounded))),
             )
             for ablation in ablations
         )

@@ -76,7 +76,7 @@ class Reference:
         if ablation not in self._made:
             if not self.miniature:  # requests come ablation by ablation
                 self._made.clear()
-            self._made[ablation] = self.engine.without(ablation)
+            self._made[ablation] = self.engine.without(ablation, briefly=True)
         return self._made[ablation]
 
     def ask(self, questions: Sequence[tuple[Ablation, Request]]) -> None:

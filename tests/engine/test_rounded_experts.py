@@ -1,0 +1,251 @@
+"""Experts' matrices in formats, against models whose experts are rounded one by one."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.engine.plain import answers, asking, engine_of, make_documents, rounded_rows
+from tests.engine.registry import Variant, tiny
+from tests.engine.test_experts import experts, mixture
+from tracker.core.ablations import INTACT, Ablation, Rounded
+from tracker.core.errors import CellError
+from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
+from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
+from tracker.engine.selfcheck.miniature_check import check_miniature
+from tracker.engine.selfcheck.reference import Reference
+from tracker.models import quantised
+from tracker.models.layers import find_layers
+
+FAMILIES = (
+    "mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe",
+    "ernie4_5_moe", "minimax_m2",
+)  # fmt: skip
+INPUTS_FIRST = ("gpt_oss",)
+"""Families whose experts map x to x @ weight."""
+MATRICES = ("gate_up_proj", "down_proj")
+ROUTED = 5
+"""Experts of a layer, and so rows of its router, which stays as it is."""
+HALF = {"int8": 127.5, "int4_row": 7.5}
+
+
+def held_by(model, layer):
+    """Name the module of a layer that holds its experts."""
+    return next(
+        path
+        for path, m in find_layers(model)[layer].named_modules()
+        if MATRICES[0] in m._parameters
+    )
+
+
+def changed(model, family, ablation):
+    """Round by hand, in a copy: each expert's rows, and all linear maps but routers."""
+    twin = copy.deepcopy(model)
+    # What one expert has goes before what all have.
+    for form, place, which in sorted(ablation.rounded, key=lambda each: each.which.count(".")):
+        before, after = find_layers(model)[place], find_layers(twin)[place]
+        block = held_by(model, place).partition(".")[0]
+        half, of = HALF[form], {"mlp": block, "attention": "self_attn"}.get(which, which)
+
+        def meant(*names, of=of):
+            return any(f"{name}.".startswith(f"{of}." if of else "") for name in names)
+
+        for path, module in before.named_modules():
+            if isinstance(module, nn.Linear) and meant(path) and len(module.weight) != ROUTED:
+                after.get_submodule(path).weight.data = rounded_rows(module.weight, half)
+            for name in MATRICES if MATRICES[0] in module._parameters else ():
+                weight = getattr(module, name).detach()
+                other = getattr(after.get_submodule(path), name).data
+                for number in range(len(weight)):
+                    if meant(f"{path}.{name}", f"{path}.{number}.{name}"):
+                        turned = (
+                            each[number].T if family in INPUTS_FIRST else each[number]
+                            for each in (weight, other)
+                        )
+                        rows, there = turned
+                        there.copy_(rounded_rows(rows, half))
+    return twin
+
+
+def rounded(*each):
+    return Ablation(rounded=tuple(Rounded(*one) for one in each))
+
+
+def asked_of(model):
+    """List what is rounded of the second and the last layer."""
+    held, last = held_by(model, 1), held_by(model, 3)
+    return [
+        INTACT,
+        *(rounded(("int4_row", 1, f"{held}.{name}")) for name in MATRICES),
+        rounded(("int8", 1, f"{held}.down_proj")),
+        rounded(("int4_row", 3, f"{last}.3.down_proj")),
+        rounded(("int4_row", 3, f"{last}.0.gate_up_proj"), ("int8", 3, f"{last}.4.gate_up_proj")),
+        rounded(("int4_row", 3)),
+        rounded(("int4_row", 1, "mlp"), ("int8", 1, f"{held}.1.down_proj")),
+        rounded(("int4_row", 1, f"{held}.gate_up_proj"), ("int4_row", 3, f"{last}.down_proj")),
+        Ablation((1,), rounded=(Rounded("int4_row", 3, f"{last}.down_proj"),)),
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_in_a_format_are_those_that_are_rounded_one_by_one(family):
+    model = mixture(family)
+    asked, documents = asked_of(model), make_documents(3)
+    right = []
+    for ablation in asked:
+        twin = changed(model, family, ablation)
+        if ablation.layers:
+            twin = engine_of(twin).without(Ablation(ablation.layers)).loaded.model
+        right.append([answers(twin, document) for document in documents])
+    for sharing in (FULL, DEPTH_ONLY, PLAIN):
+        scores = engine_of(model, sharing, row_tokens=40).score(documents, asked)
+        for number, ablation in enumerate(asked):
+            for score, expected in zip(scores, right[number], strict=True):
+                for ours, (loglikelihood, _) in zip(score.responses[number], expected, strict=True):
+                    assert ours.loglikelihood == pytest.approx(loglikelihood, abs=2e-3), ablation
+    moved = [
+        max(abs(r[0] - w[0]) for d in range(3) for r, w in zip(some[d], right[0][d], strict=True))
+        for some in right[1:]
+    ]
+    assert sum(move > 1e-4 for move in moved) >= len(moved) - 1  # no token may go to an expert
+
+
+def test_experts_in_formats_share_a_layer_with_all_else_that_is_done_to_it():
+    model = mixture("mixtral")
+    asked = [
+        INTACT,
+        rounded(("int4_row", 1, "mlp.experts.down_proj")),
+        experts(1, 0),
+        Ablation(attention=(1,)),
+        Ablation(mlp=(1,)),
+        rounded(("int4_row", 1, "mlp")),
+        rounded(("int4_row", 1, "attention")),
+    ]
+    documents = make_documents(3)
+    together = engine_of(model, FULL, row_tokens=40).score(documents, asked)
+    alone = engine_of(model, PLAIN).score(documents, asked)
+    for one, other in zip(together, alone, strict=True):
+        for mine, right in zip(one.responses, other.responses, strict=True):
+            for each, its in zip(mine, right, strict=True):
+                assert each.loglikelihood == pytest.approx(its.loglikelihood, abs=1e-3)
+
+
+def test_the_check_on_a_miniature_tries_experts_that_it_has():
+    ablations = [INTACT, rounded(("q4_0", 1, "mlp.experts.6.down_proj")), rounded(("q3_k", 3))]
+    verdict = check_miniature(engine_of(mixture("mixtral", 8)), ablations, (), blank=False)
+    assert (verdict.sharing, verdict.lost) == (FULL, None)
+
+
+@pytest.mark.parametrize(
+    ("family", "layer", "said"),
+    [
+        ("lfm2", 0, r"conv\S* of layer 0 .* is no linear map"),
+        ("mamba", 1, r"of layer 1 .* is no linear map"),
+        # Whose matrices stand in tensors that say nothing of which axis is inputs.
+        ("jetmoe", 0, r"of layer 0 .* is no linear map"),
+        ("dbrx", 0, r"of layer 0 .* is no linear map"),
+    ],
+)
+def test_layers_that_hold_other_matrices_are_refused_by_name(family, layer, said):
+    engine = engine_of(Variant(family, "plain", tiny(family)).model())
+    with pytest.raises(CellError, match=said):
+        engine.without(rounded(("int8", layer)))
+
+
+def test_an_expert_that_is_not_there_is_refused_by_name():
+    engine = engine_of(mixture("mixtral"))
+    with pytest.raises(CellError, match=r"has no linear map mlp.experts.5.down_proj; it has self_"):
+        engine.without(rounded(("int8", 1, "mlp.experts.5.down_proj")))
+
+
+def outputs(model, family, document, layer):
+    """What each token's experts make of it, [tokens × chosen, width], one by one."""
+    held, found = find_layers(model)[layer].get_submodule(held_by(model, layer)), []
+
+    def note(module, args, kwargs):
+        state, choice, _ = (*args, *kwargs.values())
+        for x, chosen in zip(state, choice.tolist(), strict=True):
+            for number in chosen:
+                into, out = module.gate_up_proj[number], module.down_proj[number]
+                gate, up = (into @ x).chunk(2)
+                found.append((number, out @ (module.act_fn(gate) * up)))
+
+    gold = document.requests[document.gold]
+    with torch.inference_mode(), held.register_forward_pre_hook(note, with_kwargs=True):
+        model(torch.tensor([gold.context + gold.continuation]), use_cache=False)
+    return found
+
+
+def test_errors_of_experts_are_those_of_what_they_make():
+    model, document = mixture("olmoe"), make_documents(1)[0]
+    paths = ("gate_up_proj", "down_proj", "2.down_proj")
+    maps = [Rounded("int4_row", 1, f"mlp.experts.{path}") for path in paths]
+    found = rounding_errors(engine_of(model), document, maps)
+    errors = weight_errors(engine_of(model), maps)
+    before = outputs(model, "olmoe", document, 1)
+    held = find_layers(model)[1].mlp.experts
+    for place, each in enumerate(maps):
+        twin = changed(model, "olmoe", Ablation(rounded=(each,)))
+        after = outputs(twin, "olmoe", document, 1)
+        some = [place != 2 or number == 2 for number, _ in before]
+        pairs = [(b, a) for (_, b), (_, a), mine in zip(before, after, some, strict=True) if mine]
+        apart = sum(float((a - b).square().sum()) for b, a in pairs)
+        assert float(found["output_error"][place]) == pytest.approx(apart, rel=1e-3)
+        size = sum(float(b.square().sum()) for b, _ in pairs)
+        assert float(found["output_size"][place]) == pytest.approx(size, rel=1e-4)
+        turned = sum(
+            1 - float(torch.cosine_similarity(a.double(), b.double(), 0)) for b, a in pairs
+        )
+        assert float(found["output_angle"][place]) == pytest.approx(turned / 2, rel=1e-2)
+        name = each.which.rpartition(".")[2]
+        own, other = (getattr(h, name) for h in (held, find_layers(twin)[1].mlp.experts))
+        own, other = (own, other) if place < 2 else (own[2], other[2])
+        share = float((other - own).square().sum() / own.square().sum())
+        assert float(errors[place]) == pytest.approx(share, rel=1e-4)
+
+
+def beyond(model):
+    """Count the bytes of weights that are alive beside those of a model."""
+    layers = find_layers(model)
+    own = {each.untyped_storage().data_ptr() for each in model.parameters()}
+    shapes = {each.shape for layer in layers for each in layer.parameters() if each.ndim > 1}
+    alive = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
+    other = {e.untyped_storage().data_ptr(): e.nbytes for e in alive if e.shape in shapes}
+    return sum(size for place, size in other.items() if place not in own)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_what_all_layers_in_formats_are_held_against_has_one_layers_weights_at_a_time(
+    family, monkeypatch
+):
+    """Was: the copy held all weights a second time."""
+    model = Variant(family, "plain", tiny(family)).model()
+    layers = find_layers(model)
+    each = max(sum(p.nbytes for p in layer.parameters() if p.ndim > 1) for layer in layers)
+    every = rounded(*(("int4_row", layer) for layer in range(4)))
+    made = []
+    in_format = quantised.in_format
+    monkeypatch.setattr(
+        quantised, "in_format", lambda *given, **more: made.append(1) or in_format(*given, **more)
+    )
+    texts = asking(((5, 6, 7), (8, 9)), ((5, 6, 7), (10, 11))).requests
+    right = answers(changed(model, family, every), asking(((5, 6, 7), (8, 9))))[0][0]
+    gc.collect()
+    for memory, often in ((8, 2), (2**30, 1)):
+        truth, held = Reference(engine_of(model, memory=memory)), []
+        copied = truth.without(every)
+        for layer in copied.loaded.layers:
+            for module in layer.modules():
+                module.register_forward_pre_hook(lambda *_, held=held: held.append(beyond(model)))
+        assert truth.answer(every, texts[0]).loglikelihood == pytest.approx(right, abs=1e-3)
+        first = len(made)
+        truth.answer(every, texts[1])
+        assert len(made) == often * first
+        made.clear()
+        if often == 2:
+            assert 0 < max(held) <= each
+            assert beyond(model) == 0
