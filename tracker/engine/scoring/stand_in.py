@@ -109,8 +109,8 @@ def changes(
             lost.append(partial(take_out, heads=own, columns=columns, name=where))
         if done.experts:
             those = experts_at(experts, layer, name)
-            kept = those.left(done.experts, name)
-            lost.append(partial(take_experts, experts=those, kept=kept, name=where))
+            left = those.left(done.experts, name)
+            lost.append(partial(take_experts, experts=those, kept=left, name=where))
         found[layer] = partial(_one_by_one, lost)
     return found
 
