@@ -34,6 +34,7 @@ from tracker.measuring.progress import Progress, Silent, telling
 from tracker.results import Results, default_progress
 from tracker.results import load as results_of
 from tracker.runner import Finished, run_cells
+from tracker.studies.registry import PAIRS, REFINE
 from tracker.team import publish as publishing
 from tracker.team.collect import Collected, collect
 from tracker.team.publish import Publisher, Synced, Trial
@@ -387,6 +388,8 @@ def quantise(
     by: Literal["map", "layer"] = "map",
     test_sample: int | None = None,
     embeddings: bool = False,
+    refine: int = REFINE,
+    pairs: int = PAIRS,
     output: Where | None = None,
     tokenizer: Any = None,
     **settings: Any,
@@ -400,6 +403,8 @@ def quantise(
         by: What gets a format each: every linear map, or every layer.
         test_sample: Test documents of each task; None for as many as choose.
         embeddings: Whether the embedding and the head get formats too.
+        refine: How many rounds of swaps are measured as a whole at most.
+        pairs: How many pairs of units are drawn and measured together.
         output: The folder that is made for the recommended choice; None for none.
         tokenizer: As for `run`.
         **settings: As for `run`.
@@ -424,6 +429,7 @@ def quantise(
         refuse_output(Path(output))
     told: dict[str, Any] = {"budget": budget, "by": by, "test_sample": test_sample}
     told["embeddings"] = embeddings
+    told |= {"refine": refine, "pairs": pairs}
     told |= {} if format is None else {"format": format}
     done = study("quantise", experiment, tokenizer=tokenizer, **told, **settings)
     kept, saved = done.files, None

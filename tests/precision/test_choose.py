@@ -10,7 +10,7 @@ import pytest
 
 from tracker.core.errors import RequestError
 from tracker.precision.budget import BitBudget, Unit, bits_of, budget
-from tracker.precision.choose import alike, ends_kept, least_loss
+from tracker.precision.choose import alike, ends_kept, least_loss, swaps
 
 FORMATS = ("q4_0", "q5_1", "q8_0")
 UNITS = [Unit(layer, name, ((32, 64), (64, 32))) for layer in range(3) for name in "ab"]
@@ -69,3 +69,20 @@ def test_what_it_is_held_against_keeps_to_the_budget() -> None:
     kept = ends_kept(many, FORMATS, within)
     assert [*kept.values()] == ["q8_0"] * 2 + ["q4_0"] * 6 + ["q8_0"] * 2
     assert ends_kept(UNITS, FORMATS, BitBudget("", 4.5, 0, weights)) is None
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_swap_raises_one_unit_and_lowers_others_within_the_budget(seed: int) -> None:
+    draw = random.Random(seed)
+    units = [Unit(n, "a", ((draw.choice([32, 64, 96]), 32),)) for n in range(9)]
+    losses = np.array([[draw.uniform(-0.1, 1) for _ in FORMATS] for _ in units])
+    within = BitBudget("", draw.uniform(4.8, 7.5), 0, sum(unit.weights for unit in units))
+    start = least_loss(units, FORMATS, losses, within)
+    found = swaps(start, FORMATS, losses, within, 8)
+    assert 0 < len(found) <= 8
+    assert len({tuple(choice.values()) for choice in found}) == len(found)
+    for choice in found:
+        assert [*choice] == units
+        assert within.holds(choice)
+        more = {unit: unit.bits(choice[unit]) - unit.bits(start[unit]) for unit in units}
+        assert sum(bits > 0 for bits in more.values()) == 1

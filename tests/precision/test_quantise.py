@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
+from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
@@ -114,6 +115,28 @@ def test_what_was_saved_is_what_was_recommended_and_lm_eval_finds_its_answers(fo
     assert len({level for _, level in ours}) > 1
     assert done.saved.proof.difference == 0
     assert (done.saved.folder / "llama.cpp.sh").read_text().startswith("llama-quantize ")
+
+
+def test_what_units_cost_together_stands_beside_the_sum_of_each_alone(found):
+    _, results, done = found
+    choices, sums = done.finding.tables[:2]
+    frame = _frames(results)["calibration"]
+    _gold(frame)
+    by_document = frame.pivot(index="doc", columns="ablation", values="fall")
+    drops = by_document.sub(by_document["baseline"], axis=0)
+    pairs = [name for name in drops if name.count("+") == 1]
+    assert len(pairs) == 20
+    more = sum(drops[pair] - drops[pair.split("+")].sum(axis=1) for pair in pairs) / len(pairs)
+    mean, low, high = more.mean(), *stats.ttest_1samp(more, 0).confidence_interval()
+    found_more = column(sums, "more than the sum")[1]
+    assert (found_more.value, found_more.low, found_more.high) == pytest.approx((mean, low, high))
+    row = plain(column(choices, "chosen by")).index("measured log-probability")
+    whole, summed = (
+        plain(column(choices, label))[row]
+        for label in ("loss of the whole there", "sum of losses where it was chosen")
+    )
+    assert plain(column(sums, "loss measured"))[0] == pytest.approx(whole)
+    assert plain(column(sums, "more than the sum"))[0] == pytest.approx(whole - summed)
 
 
 def test_another_week_measures_nothing_and_wrong_requests_are_refused(found, tmp_path):

@@ -1,7 +1,11 @@
-"""What other tools are given is obeyed by llama.cpp itself, and read by compressed-tensors."""
+"""What other tools are given is obeyed by llama.cpp itself, and read by compressed-tensors.
+
+mlx-lm and GPTQModel read theirs where they are installed; by their grammar everywhere.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from importlib.util import find_spec
@@ -216,3 +220,82 @@ def test_formats_that_a_tool_has_not_are_not_told_to_it() -> None:
         formats = {"model.layers.0.mlp.experts.gate_up_proj": "q4_0"}
         said = recipes(formats, kind, 1, "base.gguf")["llama.cpp"]
         assert re.findall(r"ffn_\w+", said) == ["ffn_gate_exps", "ffn_up_exps"]
+
+
+MIXED = {
+    "model.layers.0.mlp.down_proj": "int4",
+    "model.layers.1.mlp.down_proj": "int8_g32",
+    "model.layers.2.mlp.down_proj": "int4_g128",
+    "model.layers.10.mlp.down_proj": "int4",
+}
+BITS = {"int4": (4, 32), "int8_g32": (8, 32), "int4_g128": (4, 128)}
+UNNAMED = ("model.layers.1.mlp.up_proj", "model.layers.0.mlp.down_proj.more", "lm_head")
+
+
+def test_mlx_lm_rounds_what_is_named_and_nothing_else() -> None:
+    """As `quantize_model` asks (mlx_lm/utils.py of ml-explore/mlx-lm, d78bf58)."""
+    told = json.loads(recipes(MIXED, "llama", 11, "base.gguf")["mlx-lm"])
+
+    def rounded(path: str, inputs: int) -> tuple[int, int] | None:
+        if inputs % told["group_size"]:
+            return None
+        found = told.get(path, False)
+        return (found["bits"], found["group_size"]) if found else None
+
+    assert {path: rounded(path, 256) for path in MIXED} == {
+        path: BITS[form] for path, form in MIXED.items()
+    }
+    assert not any(rounded(path, 256) for path in UNNAMED)
+    assert {each["mode"] for each in told.values() if isinstance(each, dict)} == {"affine"}
+
+
+def test_mlx_lm_itself_reads_it() -> None:
+    utils = pytest.importorskip("mlx_lm.utils")
+    import mlx.nn as nn
+    from mlx.utils import tree_unflatten
+
+    told = json.loads(recipes(MIXED, "llama", 11, "base.gguf")["mlx-lm"])
+    model, maps = nn.Module(), [(path, nn.Linear(256, 8)) for path in (*MIXED, "lm_head")]
+    for name, part in tree_unflatten(maps).items():
+        setattr(model, name, part)
+    _, config = utils.quantize_model(
+        model,
+        {},
+        told["group_size"],
+        told["bits"],
+        told["mode"],
+        quant_predicate=lambda path, _: told.get(path, False),
+    )
+    assert config["quantization"] == told
+    found = {
+        path: (each.bits, each.group_size)
+        for path, each in model.named_modules()
+        if hasattr(each, "bits")
+    }
+    assert found == {path: BITS[form] for path, form in MIXED.items()}
+
+
+def test_gptqmodel_finds_a_rule_for_each_map_and_leaves_the_rest() -> None:
+    """As `_resolve_dynamic_override` does (ModelCloud/GPTQModel at f4c327a): the first match."""
+    told = json.loads(recipes(MIXED, "llama", 11, "base.gguf")["GPTQModel"])
+
+    def rule(path: str) -> dict[str, int] | None:
+        ordered = sorted(told["dynamic"], key=lambda each: not each.startswith("-"))
+        first = next(each for each in ordered if re.match(each[2:], path))
+        return None if first.startswith("-:") else told["dynamic"][first]
+
+    found = {path: rule(path) for path in MIXED}
+    assert {path: (each["bits"], each["group_size"]) for path, each in found.items()} == {
+        path: BITS[form] for path, form in MIXED.items()
+    }
+    assert not any(rule(path) for path in UNNAMED)
+    assert (told["bits"], told["group_size"], told["sym"]) == (4, 32, True)
+
+
+def test_gptqmodel_itself_reads_it() -> None:
+    quantization = pytest.importorskip("gptqmodel.quantization")
+    told = json.loads(recipes(MIXED, "llama", 11, "base.gguf")["GPTQModel"])
+    config = quantization.QuantizeConfig(**told)
+    for path, form in MIXED.items():
+        assert tuple(config.dynamic_get(path, key) for key in ("bits", "group_size")) == BITS[form]
+    assert all(config.dynamic_get(path) is False for path in UNNAMED)

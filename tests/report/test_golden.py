@@ -58,6 +58,7 @@ def few_figures() -> CellRecord:
 
 
 UNKNOWN = {"baseline_rounded": None, "reasons": {"baseline_rounded": WHY}}
+KEPT = {"provenance": {"weights": "Q4_1"}}
 CASES = {
     "two_models": two_models(),
     "parts": [several(), without(3, 17), several(("attention",), (1,), correlations=())],
@@ -73,6 +74,7 @@ CASES = {
     "nothing_changes": [with_runs(accuracy_drop=0.0, drop_sd=0.0)],
     "no_spread": [with_runs(drop_sd=None, reasons={"drop_sd": "one document has no spread"})],
     "helps": [with_runs(accuracy_drop=-0.01)],
+    "second_rounding": [with_runs(intervention="int4").model_copy(update=KEPT)],
     "stands_in": [with_layer(with_runs(intervention="scale"), 0, accuracy_drop=0.3)],
     "nothing_is_measured": [
         build_cell(

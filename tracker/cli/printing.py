@@ -19,6 +19,7 @@ from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
 from tracker.core.formats import DASH, counted, ends, measure_of
 from tracker.core.tables import Column, Table, table
+from tracker.core.weight_formats import FORMATS
 
 if TYPE_CHECKING:
     from tracker.core.findings import FindingRecord
@@ -41,7 +42,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None, brief: bool = 
 
     What stands in `print_measured` already is left out then.
     """
-    from tracker.report.caveats import looks_note, rounding_note
+    from tracker.report.caveats import looks_note, rounding_note, second_rounding_note
     from tracker.report.leaderboard.claims import shown_in
     from tracker.report.wording import beneath, power_sentence
 
@@ -74,7 +75,8 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None, brief: bool = 
     said = {"baseline_rounded", *(("n", "baseline_low") if cell.is_raced else ())}
     lacking = [f"{DASH} {why}" for name, why in cell.reasons.items() if name not in said]
     power = "" if brief else power_sentence(cell, shown)
-    notes = (looks_note(cell), rounding_note(cell), beneath(cell).strip(), power)
+    rounding = (rounding_note(cell), second_rounding_note(cell))
+    notes = (looks_note(cell), *rounding, beneath(cell).strip(), power)
     answer = "" if brief or cell.answer is None else statement(cell.answer)
     for line in (*_dashes(made), *lacking, *filter(None, (*notes, answer))):
         say(line)
@@ -82,7 +84,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None, brief: bool = 
 
 def print_measured(cells: Sequence[CellRecord]) -> None:
     """Print what was found: an answer a model, the intact models, and which runs do something."""
-    from tracker.report.caveats import looks_note, rounding_note
+    from tracker.report.caveats import looks_note, rounding_note, second_rounding_note
     from tracker.report.leaderboard.claims import (
         answer,
         claims,
@@ -151,7 +153,8 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
             print_cell(cell, brief=True)
         else:
             say(f"{cell.heading}: {beneath(cell)}{_unlisted(cell)}")
-            for line in filter(None, (looks_note(cell), rounding_note(cell))):
+            notes = (looks_note(cell), rounding_note(cell), second_rounding_note(cell))
+            for line in filter(None, notes):
                 say(line)
 
 
@@ -299,6 +302,7 @@ def runnable(location: str) -> str:
 
 def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     """Print what an experiment will cost, at a rate or at the one that is measured here."""
+    from tracker.report.wording import second_rounding
     from tracker.stats.power import ALPHA, MEANT, POWER
 
     rates = _Rates(gflops)
@@ -351,11 +355,14 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         "self-check: so much of the work is done once more, on the really changed model. Besides, "
         "each architecture is stress-tested once on a tiny copy"
     )
+    rounding = [cell for cell in cells if cell.kept and {*cell.request.interventions} & {*FORMATS}]
     for cell in cells:
         if cell.reading is not None and not (cell.measured or cell.shared):
             say(f"{cell.request.title}: {cell.reading.text}")
         if cell.request.until is not None:
             say(f"{cell.request.title}: {_until(cell)}")
+    for line in dict.fromkeys(second_rounding(each.request.model, each.kept) for each in rounding):
+        say(line)
     say(
         f"reveals: the smallest drop that so many documents show with {100 * POWER:.0f} % power "
         f"(two-sided {100 * ALPHA:.0f} %, paired)"

@@ -12,6 +12,7 @@ from tracker.cli.commands import main
 from tracker.cli.options import Told, asking, keys, running
 from tracker.cli.printing import print_end, print_finding
 from tracker.cli.terminal import Show, begin, say
+from tracker.studies.registry import PAIRS, REFINE
 
 
 class Quantising(Told):
@@ -29,23 +30,33 @@ class Quantising(Told):
     """Test documents of each task. Default: as many as choose."""
     embeddings: bool = False
     """Give the embedding and the head formats too."""
+    refine: Annotated[int, click.IntRange(0)] = REFINE
+    """Rounds of swaps at most: one unit in more bits, others in fewer, measured as a whole on the
+    calibration documents; a round keeps the best swap where that is shown to cost less. 0 for
+    none."""
+    pairs: Annotated[int, click.IntRange(0)] = PAIRS
+    """Pairs of units that are drawn, and measured together beside the sum of both. 0 for none."""
     output: Annotated[Path | None, click.Path(path_type=Path)] = None
-    """Save the recommended choice in this new folder, with what llama.cpp and llm-compressor are
-    given to make the smaller file."""
+    """Save the recommended choice in this new folder, with what llama.cpp, llm-compressor, mlx-lm
+    and GPTQModel are given to make the smaller file, where they have its formats."""
 
 
 @main.command()
 @asking()
-@keys(Quantising, "budget", "format", "by", "test_sample", "embeddings", "output")
+@keys(
+    *(Quantising, "budget", "format", "by", "test_sample", "embeddings", "refine", "pairs"),
+    "output",
+)
 @running
 def quantise(experiment: Path | None, settings: dict[str, Any], **told: Any) -> None:
     """Choose which weights may have fewer bits, and test the choice.
 
     Each linear map of the layers in EXPERIMENT is measured in each format, alone, on as many
     calibration documents as 'sample' says. The formats whose losses add up to the least within the
-    budget are one choice; others go by the errors that tools choose bits by, keep the ends in more
-    bits, or treat all maps alike. Each is measured as a whole, the calibration documents recommend
-    one, and other documents test them all. The same command continues what was stopped.
+    budget are one choice, and what swaps make of it that are shown to cost less as a whole is
+    another; others go by the errors that tools choose bits by, keep the ends in more bits, or treat
+    all maps alike. Each is measured as a whole, the calibration documents recommend one, and other
+    documents test them all. The same command continues what was stopped.
 
     \b
     Examples:

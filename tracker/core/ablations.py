@@ -272,7 +272,10 @@ def first_run(request: CellRequest) -> RunIdentity:
     ExperimentError where it does not say which part of the layer.
     """
     if "linear" in request.components and not request.maps:
-        raise ExperimentError("which linear map of the layer? Give its name: --map mlp.down_proj")
+        raise ExperimentError(
+            "which linear map of the layer? Give its name: --map mlp.down_proj (a sweep lists "
+            "them: 'map: {values: [mlp.down_proj]}'); all of a layer at once are --component layer"
+        )
     for part in request.components:
         if part in NUMBERED and not request.numbers(part):
             key = IN_THE_FILE[field_of(part)]

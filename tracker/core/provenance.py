@@ -19,6 +19,9 @@ PACKAGES = ("torch", "transformers", "lm-eval", "datasets", "numpy")
 _STACK = ("tracker", *PACKAGES, "platform", "device")
 """What else can: tracker, the kind of the processor, and of the device."""
 
+WEIGHTS = "weights"
+"""Under this it stands in which format of fewer bits the checkpoint keeps them; where it does."""
+
 
 def package_versions() -> dict[str, str]:
     """Look up the versions of the packages that can change a number; `not installed` if none."""

@@ -15,12 +15,13 @@ from tracker.core.config import CellRequest
 from tracker.core.documents import Document, Response
 from tracker.core.errors import CellError
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity
-from tracker.core.provenance import machine, package_versions
+from tracker.core.provenance import WEIGHTS, machine, package_versions
 from tracker.core.records import WHICH
 from tracker.ledger.outcomes import outcome_row
 from tracker.ledger.texts import text_row
 from tracker.measuring.calibrate import CalibrationTexts, calibration, computed_twice
 from tracker.measuring.prepare import check_range
+from tracker.models.kept import kept_in
 from tracker.models.sources import find_model, parts_of
 
 if TYPE_CHECKING:
@@ -131,10 +132,13 @@ class Meter:
         if any(each.is_fitted for each in self.ablations):
             width = loaded.model.config.get_text_config().hidden_size
             self._calibration = calibration(benchmark, self._encoder, width)
+        source = find_model(request.model, request.revision, request.model_args)
+        weights = kept_in(source, options.trust_remote_code)
+        kept = {WEIGHTS: weights} if weights else {}
         self.facts = Facts(
             loaded.identity,
             benchmark.identity,
-            {**package_versions(), **machine(), "device": str(loaded.device)},
+            {**package_versions(), **machine(), "device": str(loaded.device), **kept},
             {place: Scorer.responses(each) for place, each in self.documents.items()},
         )
 

@@ -26,6 +26,7 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.calibrate import computed_twice
 from tracker.measuring.derive import answer_of, record_of
 from tracker.measuring.prepare import CellLookup, check_layers, look_up
+from tracker.models.kept import kept_in
 from tracker.models.sources import ModelSource, count_layers
 from tracker.stats.accuracy import weights_by_task
 from tracker.stats.power import UNRELATED, OutcomeVariance
@@ -107,6 +108,7 @@ class PlannedCell:
         observed: Whether that is what the median removal does that the ledger holds, and no
             assumption.
         reading: How its weights come past; None where all are in place.
+        kept: The format of fewer bits in which its checkpoint keeps them; empty for none.
         answer: How the cell's question stands; None where nothing of it is measured, or it has
             none.
         expected: What its answer is expected to take; None where it is there, or where too few
@@ -122,6 +124,7 @@ class PlannedCell:
     spread: OutcomeVariance | None
     observed: bool
     reading: PlannedReading | None = None
+    kept: str = ""
     answer: AnswerRecord | None = None
     expected: Expected | None = None
 
@@ -210,6 +213,7 @@ def plan(
                 *(request, runs, cell.complete, shared, found, texts.dtype, spread),
                 observed=known is not None,
                 reading=_reading(cell.source, texts, trust_remote_code),
+                kept=kept_in(cell.source, trust_remote_code),
                 answer=answer,
                 expected=expected,
             )

@@ -1,8 +1,9 @@
-"""Which unit gets which format: the smallest sum of losses within a budget."""
+"""Which unit gets which format: the smallest sum of losses within a budget, and what is near it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize
@@ -78,3 +79,90 @@ def ends_kept(units: Sequence[Unit], formats: Sequence[str], budget: BitBudget) 
         for form in formats
     ]
     return max(filter(budget.holds, every), key=bits_of, default=None)
+
+
+class _Move(NamedTuple):
+    """One unit in another format: how many bits it takes more then, and loses more alone."""
+
+    unit: Unit
+    form: str
+    bits: float
+    loss: float
+
+
+def swaps(
+    choice: Choice,
+    formats: Sequence[str],
+    losses: Array,
+    budget: BitBudget,
+    most: int,
+) -> list[Choice]:
+    """Give one unit a format of no fewer bits, and others fewer so that the budget still holds.
+
+    The sums of losses say what is tried first, and what pays: the unit that loses least of those
+    that are enough alone, or several that lose least a bit. Before a unit pays in the same format
+    again every raise was tried, so that a unit of which the sums are wrong spoils few swaps.
+
+    Args:
+        choice: The choice that is changed; its units in the order of `losses`.
+        formats: The formats.
+        losses: `[units, formats]`, what each costs alone; finite.
+        budget: The bits.
+        most: So many are made at most.
+
+    Returns:
+        The changed choices, all within the budget.
+
+    Examples:
+        >>> units = [Unit(layer, "a", ((32, 32),)) for layer in range(3)]
+        >>> losses = np.array([[0.0, 0.5], [0.0, 0.1], [0.0, 0.2]])
+        >>> within = BitBudget("6bpw", 6, 0, 3072)
+        >>> chosen = dict(zip(units, ["q8_0", "q4_0", "q4_0"]))
+        >>> [[*each.values()] for each in swaps(chosen, ["q8_0", "q4_0"], losses, within, 2)]
+        [['q4_0', 'q4_0', 'q8_0'], ['q4_0', 'q8_0', 'q4_0']]
+    """
+    moves = [
+        _Move(unit, form, unit.bits(form) - unit.bits(now), float(own[place] - own[at]))
+        for (unit, now), own in zip(choice.items(), losses, strict=True)
+        for at in [formats.index(now)]
+        for place, form in enumerate(formats)
+        if form != now
+    ]
+    ups = sorted((move for move in moves if move.bits >= 0), key=lambda move: move.loss)
+    downs = [move for move in moves if move.bits < 0]
+    room = budget.bits * budget.weights * (1 + 1e-12)
+    room -= sum(unit.bits(form) for unit, form in choice.items())
+    found: list[Choice] = []
+    payers: dict[_Move, set[_Move]] = {}
+    before = -1
+    while len(found) > before:
+        before, paid = len(found), set[_Move]()
+        for up in ups:
+            left = [move for move in downs if move not in paid | payers.get(up, set())]
+            paying = _paying(up, left, up.bits - room)
+            if paying is None or (not paying and up in payers):
+                continue
+            paid.update(paying)
+            payers.setdefault(up, set()).update(paying)
+            found.append({**choice, **{move.unit: move.form for move in (up, *paying)}})
+            if len(found) == most:
+                return found
+    return found
+
+
+def _paying(up: _Move, downs: Sequence[_Move], over: float) -> list[_Move] | None:
+    """Take moves that release so many bits; None where they cannot."""
+    paying: list[_Move] = []
+    while over > 0:
+        changed = {up.unit, *(move.unit for move in paying)}
+        left = [move for move in downs if move.unit not in changed]
+        if not left:
+            return None
+        enough = [move for move in left if move.bits <= -over]
+        paying.append(
+            min(enough, key=lambda move: move.loss)
+            if enough
+            else min(left, key=lambda move: -move.loss / move.bits)
+        )
+        over += paying[-1].bits
+    return paying

@@ -32,7 +32,12 @@ from tracker.pruning.export.facts import Proof
 from tracker.pruning.export.proof import expected, prove
 
 FACTS = "formats.json"
-_FILES = {"llama.cpp": "llama.cpp.sh", "llm-compressor": "llm-compressor.yaml"}
+_FILES = {
+    "llama.cpp": "llama.cpp.sh",
+    "llm-compressor": "llm-compressor.yaml",
+    "mlx-lm": "mlx-lm.json",
+    "GPTQModel": "gptqmodel.json",
+}
 """Where the recipe of each tool stands."""
 
 

@@ -1,10 +1,17 @@
-"""How other tools give a model the same formats: llama.cpp's options, llm-compressor's recipe."""
+"""How other tools give a model the same formats.
+
+llama.cpp is told by options, llm-compressor by a recipe, mlx-lm by what its `config.json` says of
+each module, GPTQModel by rules.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
 
@@ -18,6 +25,7 @@ _GGUF_ENDS = ("token_embd.weight", "output.weight")
 _ARCHITECTURES = {"mixtral": "llama", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2"}
 """What llama.cpp calls kinds that it writes otherwise than with other dashes."""
 _EXPERTS = re.compile(r"\.experts\.\w+$")
+_IN_A_LAYER = re.compile(r"\.\d+\.")
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
@@ -35,16 +43,23 @@ def recipes(
 
     Returns:
         For llama.cpp where all formats are GGUF's and it has names for the maps; for
-        llm-compressor where all are integers or fp8, and no expert's.
+        llm-compressor, mlx-lm and GPTQModel where each has all of them, and no expert's matrix is
+        among the maps; for the last where all are maps of layers.
     """
     found = {}
     of_gguf = all(FORMATS[form].is_ggufs for form in formats.values())
     if of_gguf and (names := _gguf_names(formats, architecture, layers)):
         tensors = {name: form for path, form in formats.items() for name in names[path]}
         found["llama.cpp"] = llama_quantize(tensors, file, bool(tied))
-    # It looks for modules, and experts' matrices are none.
-    if all(form in _SCHEMES and not _EXPERTS.search(path) for path, form in formats.items()):
+    if any(_EXPERTS.search(path) for path in formats):
+        return found  # the others look for modules, and experts' matrices are none
+    if all(form in _SCHEMES for form in formats.values()):
         found["llm-compressor"] = llm_compressor(formats, tied)
+    if all(form in _MLX for form in formats.values()):
+        found["mlx-lm"] = mlx_lm(formats)
+    in_layers = all(_IN_A_LAYER.search(path) for path in formats)
+    if in_layers and all(form in _GPTQ for form in formats.values()):
+        found["GPTQModel"] = gptqmodel(formats)
     return found
 
 
@@ -147,3 +162,57 @@ def llm_compressor(formats: Formats, tied: str = "") -> str:
 
 def _exactly(paths: Sequence[str]) -> list[str]:
     return [f"re:^{re.escape(path)}$" for path in paths]
+
+
+_MLX: dict[str, dict[str, Any]] = {
+    "int8_g32": {"group_size": 32, "bits": 8, "mode": "affine"},
+    "int8_g128": {"group_size": 128, "bits": 8, "mode": "affine"},
+    "int4": {"group_size": 32, "bits": 4, "mode": "affine"},
+    "int4_g128": {"group_size": 128, "bits": 4, "mode": "affine"},
+    "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+}
+"""Formats as mlx-lm names them. Its integers are affine, with a zero point, and ours symmetric:
+told is how many bits each module has."""
+
+
+def mlx_lm(formats: Formats) -> str:
+    """Write what mlx-lm keeps of each module under `quantization` in a model's `config.json`.
+
+    Its `convert` is given the same by `quant_predicate`, which says False of all that is not named.
+    A module is left out there if its rows have no whole groups of the size that stands for all,
+    which is therefore the smallest.
+
+    References:
+        mlx_lm/utils.py (`quantize_model`, `load_model`) of github.com/ml-explore/mlx-lm at d78bf58.
+    """
+    told = {path: _MLX[form] for path, form in formats.items()}
+    smallest = min(told.values(), key=lambda each: (each["group_size"], each["mode"]))
+    return json.dumps({**smallest, **told}, indent=2)
+
+
+_GPTQ: dict[str, dict[str, Any]] = {
+    "int8": {"bits": 8, "group_size": -1},
+    "int8_g32": {"bits": 8, "group_size": 32},
+    "int8_g128": {"bits": 8, "group_size": 128},
+    "int4": {"bits": 4, "group_size": 32},
+    "int4_g128": {"bits": 4, "group_size": 128},
+    "int4_row": {"bits": 4, "group_size": -1},
+}
+"""Formats as GPTQModel names them: symmetric, as ours. It calibrates what it rounds on text."""
+
+
+def gptqmodel(formats: Formats) -> str:
+    """Write the arguments of GPTQModel's `QuantizeConfig`, a rule for each map.
+
+    A rule is a regular expression that is matched from the beginning of a module's path; the first
+    one counts, and those that begin with `-:` leave a module as it is.
+
+    References:
+        gptqmodel/quantization/config.py (`_resolve_dynamic_override`) of
+        github.com/ModelCloud/GPTQModel at f4c327a.
+    """
+    (usual, _), *_ = Counter(formats.values()).most_common(1)
+    named = "|".join(map(re.escape, formats))
+    rules: dict[str, dict[str, Any]] = {f"-:^(?!(?:{named})$)": {}}
+    rules |= {f"+:^{re.escape(path)}$": _GPTQ[form] for path, form in formats.items()}
+    return json.dumps({**_GPTQ[usual], "sym": True, "dynamic": rules}, indent=2)

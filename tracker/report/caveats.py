@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from tracker.core.answers import interval_name
 from tracker.core.formats import counted, defined, measure_of
+from tracker.core.provenance import WEIGHTS
 from tracker.core.records import NOT_MEASURED, WHICH, CellRecord
+from tracker.core.weight_formats import FORMATS
 from tracker.report.layer_figures import sure
-from tracker.report.wording import capital, run_list
+from tracker.report.wording import capital, run_list, second_rounding
 
 
 def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
@@ -96,6 +98,21 @@ def rounding_note(cell: CellRecord) -> str:
     return f"{text} ‘dtype: float32’ leaves next to nothing to rounding."
 
 
+def second_rounding_note(cell: CellRecord) -> str:
+    """Say which error is measured where weights are rounded that were rounded before.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        A sentence; empty where no weights are rounded, or none were before.
+    """
+    kept = cell.provenance.get(WEIGHTS)
+    if kept is None or not any(run.intervention in FORMATS for run in cell.runs):
+        return ""
+    return second_rounding(cell.model.name, kept)
+
+
 def warnings(cell: CellRecord) -> tuple[str, ...]:
     """Say what a reader must know before trusting the cell's numbers.
 
@@ -122,8 +139,7 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
             found.append(f"{capital(reason)}.")
         elif field not in elsewhere:
             found.append(f"{capital(field).replace('_', ' ')} is undefined: {reason}.")
-    if note := rounding_note(cell):
-        found.append(note)
+    found += filter(None, (rounding_note(cell), second_rounding_note(cell)))
     chance = cell.chance_accuracy
     if chance is None:
         return tuple(found)

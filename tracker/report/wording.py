@@ -474,6 +474,22 @@ def _turns(cells: Sequence[CellRecord]) -> str:
     return "; ".join(clauses)
 
 
+def second_rounding(model: str, kept: str) -> str:
+    """Say which error is measured where weights are rounded that were rounded before.
+
+    Args:
+        model: What people call the model.
+        kept: The format that its checkpoint keeps them in.
+
+    Returns:
+        A sentence.
+    """
+    return (
+        f"{model}: its checkpoint keeps weights in {kept}, so they were rounded once before; what "
+        "a format costs here is what the second rounding does."
+    )
+
+
 def listed(words: Sequence[str], joint: str = "and") -> str:
     """Put words in a row: `a, b and c`."""
     *others, last = words or [""]

@@ -30,6 +30,9 @@ from tracker.measuring.job import Options
 from tracker.measuring.observing import Observe, Observed
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
+from tracker.models.kept import kept_in
+from tracker.models.sources import find_model
+from tracker.report.wording import second_rounding
 from tracker.runner import Finished, run_cells
 from tracker.stats.arrays import Array
 from tracker.team.publish import Publisher
@@ -106,6 +109,17 @@ def lined_up(observed: Observed, outcomes: AlignedOutcomes) -> dict[str, Array]:
     rows = {document: row for row, document in enumerate(observed.documents)}
     chosen = [rows[document] for document in outcomes.documents]
     return {name: figures[chosen] for name, figures in observed.arrays.items()}
+
+
+def second_roundings(subjects: Sequence[Subject], trust_remote_code: bool) -> list[str]:
+    """Say of each model whose weights were rounded before which error is measured."""
+    said = []
+    for subject in subjects:
+        request, name = subject.request, subject.record.model.name
+        source = find_model(request.model, request.revision, request.model_args)
+        if kept := kept_in(source, trust_remote_code):
+            said.append(second_rounding(name, kept))
+    return [*dict.fromkeys(said)]
 
 
 def whole_layers(request: CellRequest) -> tuple[int, ...]:

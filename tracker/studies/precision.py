@@ -41,6 +41,7 @@ from tracker.studies.base import (
     lined_up,
     observe,
     refuse_removed,
+    second_roundings,
 )
 
 DEFAULT = "int4"
@@ -142,6 +143,7 @@ class Precision(Study):
                 one = _in_format(asked, subject, word, runs)
                 result.answers += _answers(one)
                 result.tables += [_names_table(one), _most_table(one), _orders_table(one)]
+        result.answers += second_roundings(subjects, asked.options.trust_remote_code)
         return result
 
 

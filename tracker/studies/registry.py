@@ -21,6 +21,9 @@ DRAWS = 2
 """Random directions that `snowball` takes where nothing is said."""
 RELIABILITY = 0.9
 """What `calibration` wants where nothing is said."""
+REFINE, PAIRS = 3, 20
+"""How many rounds of swaps `quantise` makes at most, and how many pairs it draws, where nothing is
+said."""
 
 
 def told_to(name: str) -> set[str]:
