@@ -227,8 +227,8 @@ class Choosing:
         if pairs:
             places = sorted({place for pair in pairs for place in pair})
             asked = outcomes.by_gold_logprob([*(alone[place] for place in places), *both])
-            measure = ("gold log-prob drop", "nats")
-            found = pairs_of(*measure, asked, places, pairs, outcomes.strata, None)
+            named, strata = "gold log-prob drop", outcomes.strata
+            found = pairs_of(named, "nats", asked, places, pairs, strata, None)
         drop = float(paired.mean_drops[0])
         return Sums(count, candidate.expected or 0.0, drop, more, found)
 
