@@ -154,11 +154,11 @@ class Meter:
         self._noted += len(said)
         return [f"{name}: {line}" for line in said]
 
-    def check(self, kept: Kept | None = None) -> list[str]:
+    def check(self, kept: Kept | None = None, typical: Sequence[Ablation] = ()) -> list[str]:
         """Find out what this model can share exactly; must come before `measure`.
 
-        Verdicts on architectures go into `kept`, if any. Lines say which sharing was lost, and how
-        steady the model is.
+        Verdicts on architectures go into `kept`, if any; `typical` is as for the engine's. Lines
+        say which sharing was lost, and how steady the model is.
         """
         from tracker.engine.scoring.sweep import Engine
         from tracker.measuring.row_size import with_fastest_rows
@@ -173,7 +173,7 @@ class Meter:
         engine = with_fastest_rows(engine)
         documents = list(self.documents.values())
         self._scorer, said = checked_scorer(
-            engine, loaded.tokenizer, documents, self.ablations, kept, fit
+            engine, loaded.tokenizer, documents, self.ablations, kept, fit, typical
         )
         return [f"{loaded.identity.name}: {line}" for line in said]
 

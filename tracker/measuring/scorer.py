@@ -122,6 +122,7 @@ def checked_scorer(
     ablations: Sequence[Ablation],
     kept: Kept | None = None,
     fit: Fit = lambda engine: {},
+    typical: Sequence[Ablation] = (),
 ) -> tuple[Scorer, list[str]]:
     """Find out what can be shared exactly, by computing a little of it both ways.
 
@@ -132,12 +133,13 @@ def checked_scorer(
         ablations: What will be removed.
         kept: Where the verdicts on architectures are kept.
         fit: Fits what stands in for layers.
+        typical: As for `check`.
 
     Returns:
         The scorer to use, and lines that say which sharing was lost, which model is measured where
         it is no saved checkpoint, and how steady the model is.
     """
-    checked = check(engine, documents, ablations, kept, fit)
+    checked = check(engine, documents, ablations, kept, fit, typical)
     said = [_LESS + checked.lost] if checked.lost else []
     said += [checked.which] if checked.which else []
     if checked.unsteady:

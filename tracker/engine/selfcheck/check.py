@@ -105,6 +105,7 @@ def check(
     ablations: Sequence[Ablation],
     kept: Kept | None = None,
     fit: Fit = lambda engine: {},
+    typical: Sequence[Ablation] = (),
 ) -> Check:
     """Find out how much sharing is exact.
 
@@ -114,6 +115,8 @@ def check(
         ablations: All that will be removed, with the baseline.
         kept: Where the verdict on the architecture is kept; None = nowhere.
         fit: Fits what stands in for layers, on the model whose quirks are known.
+        typical: What the miniature is asked, with the baseline, where that is not all that will be
+            removed: the same of every cell, so that its verdict is kept for all of them.
 
     Returns:
         The engine to use.
@@ -123,7 +126,7 @@ def check(
     """
     model = engine.loaded.model
     blank = holds_blank(model, documents)
-    verdict = _verdict(engine, ablations, reach(engine, documents), blank, kept)
+    verdict = _verdict(engine, typical or ablations, reach(engine, documents), blank, kept)
     engine = replace(engine, quirks=verdict.quirks(model))
     engine = replace(engine, stand_ins=fit(engine))
     few = _few(documents)

@@ -72,13 +72,14 @@ class Lender:
 
 _ANY = 3
 _Shape = tuple[int, ...]
+_SEVERAL = 2
 
 
 def _shape(ablation: Ablation) -> _Shape:
-    """What kind of a removal it is: of each of `COMPONENTS` none, one, or several (2)."""
+    """What kind of a removal it is: of each of `COMPONENTS` none, one, or `_SEVERAL`."""
     gone = {"layer": ablation.layers, "attention": ablation.attention, "mlp": ablation.mlp}
     parts = Counter(part.component for part in ablation.parts)
-    return tuple(min(len(gone.get(each, ())) + parts[each], 2) for each in COMPONENTS)
+    return tuple(min(len(gone.get(each, ())) + parts[each], _SEVERAL) for each in COMPONENTS)
 
 
 def _drawn(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
@@ -242,7 +243,8 @@ class OpenCell:
         Sharing is checked when something is removed that was not before: one layer, several,
         attentions, MLPs, heads, experts; where it is several, on sets drawn at random too, because
         the check does not see those that are asked for later. These are watched while they are
-        measured.
+        measured. Of sets a miniature is asked the drawn ones alone, so that all cells and searches
+        of a model have one verdict.
         """
         meter = self._meter
         if candidates:
@@ -253,8 +255,10 @@ class OpenCell:
             self.progress.say(
                 f"{self.request.benchmark}: checking that sharing is exact for this model"
             )
-            meter.ablations = list(asked | dict.fromkeys(self._drawn(shapes)))
-            for line in meter.check(Checks(self._lender.ledger.root)):
+            sets = dict.fromkeys(self._drawn(shapes))
+            meter.ablations = list(asked | sets)
+            typical = dict.fromkeys(one for one in asked if max(_shape(one)) < _SEVERAL) | sets
+            for line in meter.check(Checks(self._lender.ledger.root), list(typical)):
                 self.progress.say(line)
             self._checked |= shapes
         meter.ablations = list(asked)
@@ -266,7 +270,7 @@ class OpenCell:
         source = find_model(asked.model, asked.revision, asked.model_args)
         trusted = self._lender.options.trust_remote_code
         for component, most in zip(COMPONENTS, map(max, zip(*shapes, strict=True)), strict=True):
-            if most > 1:
+            if most == _SEVERAL:
                 yield from _drawn(find_parts(source, component, trusted), draw)
 
     def passes(self, ablations: Sequence[Ablation]) -> float:
