@@ -67,12 +67,10 @@ def llama():
 
 
 @pytest.mark.usefixtures("mergekit")
-@pytest.mark.parametrize("which", ["exported", "repeated"])
-def test_mergekit_makes_the_model_that_is_exported(which, request, base, tmp_path):
+def test_mergekit_makes_the_model_that_is_exported(repeated, base, tmp_path):
     """Was: given a folder as it was typed, wherever mergekit is called."""
-    made = request.getfixturevalue(which)
-    assert str(base.resolve()) in made.recipes["mergekit"]
-    assert same(merge(made.recipes["mergekit"], tmp_path), weights(made.folder))
+    assert str(base.resolve()) in repeated.recipes["mergekit"]
+    assert same(merge(repeated.recipes["mergekit"], tmp_path), weights(repeated.folder))
 
 
 @pytest.mark.usefixtures("mergekit")

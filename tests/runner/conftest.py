@@ -95,6 +95,7 @@ def worker_is_killed(long: Path, tmp_path: Path) -> Callable[..., str]:
         assert not found.outcome.failed
         assert heard.counted == heard.expected
         same(tmp_path / "one", results)
+        assert run(long, results, **elsewhere).outcome.models_loaded == 0
         (said,) = [line for line in heard.lines if "died" in line]
         return said
 

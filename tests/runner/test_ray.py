@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.runner.elsewhere import arc, typed
-from tracker.ledger.blocks import BLOCK
 from tracker.measuring.job import Options
 
 RAY = ("--track", "none", "--executor", "ray")
@@ -78,15 +77,7 @@ def test_a_cluster_that_is_gone_is_said_at_once(
 
 
 @pytest.mark.usefixtures("cluster", "here")
-def test_two_nodes_give_what_one_process_gives(as_one_process):
-    found, heard = as_one_process(executor="ray")
-    # Two cells of one model: each worker has loaded it once.
-    assert 1 <= found.outcome.models_loaded <= 2
-    assert heard.expected == 2 * (BLOCK + 4) * 3 * 5
-
-
-@pytest.mark.usefixtures("cluster", "here")
-def test_what_a_killed_worker_did_is_done_again(worker_is_killed):
+def test_two_nodes_give_what_one_process_gives_also_where_a_worker_is_killed(worker_is_killed):
     said = worker_is_killed("ray::Worker.measure", executor="ray")
     assert re.fullmatch(r"worker [12] on \S+ died; what it did is done again \(.+\)", said)
 
