@@ -242,20 +242,19 @@ def _answer(record: CellRecord, tried: Sequence[Tried], best: Tried) -> str:
 
 def _of_sets(found: Chosen) -> list[str]:
     """Say whether losses add up, and what measuring whole choices added."""
-    sums = found.sums
-    more = {1: "more than", -1: "less than", 0: "neither surely more nor surely less than"}
+    sums, open_ = found.sums, "whether losses add up is open"
     text = (
-        f"the choice by {MEASURED} costs {three_digits(sums.whole)} nats on the calibration "
-        f"documents as a whole, {more[side(sums.more)]} the {three_digits(sums.expected)} nats "
-        f"that the losses of its {sums.units:,} units add up to, by {_nats(sums.more)}"
+        f"{'losses do not add up' if side(sums.more) else open_}: the choice by {MEASURED} costs "
+        f"{three_digits(sums.whole)} nats on the calibration documents as a whole, and its "
+        f"{counted(sums.units, 'unit')} alone {three_digits(sums.expected)} in sum (whole less sum "
+        f"{_nats(sums.more)})"
     )
     if (pairs := sums.pairs) is not None:
-        wide = pairs.at_once.values()
+        wide = [side(one) for one in pairs.at_once.values()]
         text += (
-            f". {counted(len(pairs.pairs), 'drawn pair')} of them: together two cost "
-            f"{more[side(pairs.mean)]} the sum, on average by {_nats(pairs.mean)}; of the pairs "
-            f"{sum(side(one) > 0 for one in wide)} are shown to cost more, and "
-            f"{sum(side(one) < 0 for one in wide)} less"
+            f". Of {counted(len(pairs.pairs), 'drawn pair')} {wide.count(1)} are shown to cost "
+            f"more than the sum of the two, and {wide.count(-1)} less; on average they cost "
+            f"{_nats(pairs.mean)} more{'' if side(pairs.mean) else ', which is open'}"
         )
     said = [f"{text}."]
     for start, end in found.swapped.items():
