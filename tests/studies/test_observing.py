@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import Arrays
@@ -22,6 +23,31 @@ def _subject(path: Path, results: Path) -> tuple[StudyContext, Subject]:
     run_cells([request], asked.ledger, asked.publisher, asked.options, asked.progress)
     (store,) = stores(path, results)
     return asked, Subject(request, store, record_of(store, store.views.of(request)))
+
+
+def test_what_was_observed_before_a_process_ends_is_kept(
+    tiny_llama, experiment, tmp_path: Path, monkeypatch
+) -> None:
+    """Was: 32 documents of a long observation were lost together."""
+    monkeypatch.setattr("tracker.measuring.observing.OFTEN", 0.0)
+    path = experiment(tiny_llama(), limit=None, sample=5, layer=[1])
+    asked, subject = _subject(path, tmp_path / "results")
+    seen: list[int] = []
+
+    def begin(engine: Engine):
+        def watch(document) -> Arrays:
+            seen.append(document.index)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            return {"index": np.array(document.index)}
+
+        return watch
+
+    with pytest.raises(KeyboardInterrupt):
+        observe(subject, "test", asked, begin)
+    found = observe(subject, "test", asked, begin)
+    assert [doc for _, doc in found.documents] == [*seen[:2], *seen[3:]]
+    assert found.arrays["index"].tolist() == [*seen[:2], *seen[3:]]
 
 
 def test_only_what_is_missing_is_observed(tiny_llama, experiment, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
 from tracker.measuring.progress import Progress, telling
 
+OFTEN = 60.0
+"""So many seconds of observing are lost at most where a process is killed."""
 Documents = Mapping[tuple[str, int], Document]
 """(task, number in its split) → document."""
 Observe = Callable[[Document], Arrays]
@@ -72,16 +75,18 @@ def observe(
     if lacking:
         engine, documents = opened()
         watch = begin(engine)
-        with telling(progress, f"{request.title}: {kind}", lacking, "documents"):
+        with telling(progress, f"{request.title}: observing", lacking, "documents"):
             for block, docs in wanted.items():
                 with store.lock(Block(f"{kind}/{block.task}", block.number, block.seed)):
                     found = read_observations(folder, kind, block)
                     absent = [doc for doc in docs if doc not in found]
+                    written = time.monotonic()
                     for doc in absent:
                         found[doc] = watch(documents[block.task, doc])
                         progress.advance(1)
-                    if absent:
-                        write_observations(folder, kind, block, found)
+                        if doc == absent[-1] or time.monotonic() > written + OFTEN:
+                            write_observations(folder, kind, block, found)
+                            written = time.monotonic()
                     held[block] = found
     places = [(block.task, doc) for block, docs in wanted.items() for doc in docs]
     rows = [held[block][doc] for block, docs in wanted.items() for doc in docs]
