@@ -16,6 +16,7 @@ from tracker.core.ablations import INTACT, Ablation, Rounded
 from tracker.core.errors import CellError
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
+from tracker.engine.selfcheck.check import check
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.engine.selfcheck.reference import Reference
 from tracker.models import quantised
@@ -25,7 +26,7 @@ FAMILIES = (
     "mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe",
     "ernie4_5_moe", "minimax_m2",
 )  # fmt: skip
-INPUTS_FIRST = ("gpt_oss",)
+INPUTS_FIRST = ("gpt_oss", "llama4_text")
 """Families whose experts map x to x @ weight."""
 MATRICES = ("gate_up_proj", "down_proj")
 ROUTED = 5
@@ -133,6 +134,33 @@ def test_experts_in_formats_share_a_layer_with_all_else_that_is_done_to_it():
         for mine, right in zip(one.responses, other.responses, strict=True):
             for each, its in zip(mine, right, strict=True):
                 assert each.loglikelihood == pytest.approx(its.loglikelihood, abs=1e-3)
+
+
+def test_experts_that_are_not_told_their_tokens_are_rounded_one_model_at_a_time():
+    model = Variant("llama4_text", "plain", tiny("llama4_text")).model()
+    layer = next(
+        n
+        for n in range(4)
+        if "experts" in dict(find_layers(model)[n].feed_forward.named_children())
+    )
+    held = "feed_forward.experts"
+    asked = [
+        INTACT,
+        rounded(("int4_row", layer, f"{held}.down_proj")),
+        rounded(("int4_row", layer, f"{held}.1.gate_up_proj")),
+    ]
+    documents = make_documents(3)
+    found = check(engine_of(model), documents, asked)
+    assert not found.engine.sharing.depth
+    assert "experts" in found.lost
+    scores = found.engine.score(documents, asked)
+    for number, ablation in enumerate(asked):
+        twin = changed(model, "llama4_text", ablation)
+        for score in scores:
+            for ours, (right, _) in zip(
+                score.responses[number], answers(twin, score.document), strict=True
+            ):
+                assert ours.loglikelihood == pytest.approx(right, abs=2e-3), ablation
 
 
 def test_the_check_on_a_miniature_tries_experts_that_it_has():

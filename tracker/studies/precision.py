@@ -253,7 +253,8 @@ def _answers(one: InFormat) -> list[str]:
 
 def _named(names: Sequence[str]) -> list[Column[Any]]:
     def column(name: str) -> Column[Any]:
-        return Column(ERRORS[name], "proxy", lambda row: row.errors[name], name=name)
+        why = "no token of the documents reaches it"  # as may be of a single expert
+        return Column(ERRORS[name], "proxy", lambda row: row.errors[name], why, name)
 
     return [column(name) for name in names]
 
