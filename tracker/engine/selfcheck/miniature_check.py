@@ -223,8 +223,8 @@ def _of_its_parts(small: Any, ablations: Sequence[Ablation]) -> list[Ablation]:
             of_all, number = one
             holder, _, name = of_all.rpartition(".")
             which = f"{holder}.{number % parts.expert}.{name}"
-        # Rows of a miniature fill no blocks of most formats.
-        return each._replace(format="int8", which=which)
+        # Rows of a miniature fill no blocks of most formats; few bits show what is wrong.
+        return each._replace(format="int4_row", which=which)
 
     def some(given: Iterable[Part]) -> Iterator[Part]:
         of_layers = grouped(sorted({*map(its, given)}), lambda part: part[:2])
