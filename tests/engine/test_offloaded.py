@@ -132,6 +132,7 @@ def test_shared_experts_are_taken_out_where_weights_come_past(both):
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_parts_and_interventions_are_those_of_the_model_in_memory(both, family, dtype):
     own = [Ablation(rounded=(Rounded(done, 2),)) for done in ("int8", "int4_row")]
+    own += [Ablation(rounded=(Rounded("int4_row", 0, end),)) for end in ("embedding", "lm_head")]
     if family == "mixtral":
         which = ("", "mlp.experts.down_proj", "mlp.experts.1.gate_up_proj")
         own = [Ablation(rounded=(Rounded("int4_row", 2, each),)) for each in which]

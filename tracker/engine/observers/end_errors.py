@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tracker.core.ablations import Rounded
-from tracker.engine.scoring.ends import RoundedEnds
 from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.sweep import Engine
-from tracker.models.ends import find_ends
 
 
 def at_ends(
@@ -34,7 +32,7 @@ def at_ends(
     asked = [place for place, each in enumerate(maps) if each.is_end]
     if not asked:
         return
-    ends = RoundedEnds(find_ends(engine.loaded.model), engine.rounded_weights)
+    ends = engine.ends
     seen: list[tuple[Any, Tensor]] = []
 
     def look(module: nn.Module, args: Any, output: Any) -> None:

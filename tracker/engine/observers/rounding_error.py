@@ -41,7 +41,10 @@ def weight_errors(engine: Engine, maps: Sequence[Rounded]) -> Tensor:
     found = torch.zeros(len(maps), dtype=torch.float64)
     for place, each in enumerate(maps):
         linear = _map_at(engine, each.layer, each.which)
-        weight = engine.rounded_weights.of(each.layer, each.which, linear, each.format)
+        if each.is_end:
+            weight = engine.ends.weight(each.which, each.format)
+        else:
+            weight = engine.rounded_weights.of(each.layer, each.which, linear, each.format)
         # One expert after the other: they may take much room.
         pairs = [
             *zip(

@@ -27,6 +27,11 @@ class RoundedEnds:
     ends: Ends
     weights: RoundedWeights
 
+    def weight(self, which: str, form: str) -> Tensor:
+        """Give the weight of one of them in a format [tokens, width]."""
+        name = "embedding" if self.ends.tied else which
+        return self.weights.of(0, name, map_of(self.ends.module(which)), form)
+
     @contextmanager
     def having(self, which: str, form: str | None) -> Iterator[None]:
         """Let one of them have weights in a format until exit; None for its own.
@@ -37,8 +42,7 @@ class RoundedEnds:
             yield
             return
         module = self.ends.module(which)
-        name = "embedding" if self.ends.tied else which
-        own, rounded = module.weight, self.weights.of(0, name, map_of(module), form)
+        own, rounded = module.weight, self.weight(which, form)
         module.weight = nn.Parameter(rounded, requires_grad=False)
         try:
             yield

@@ -91,11 +91,13 @@ class Known:
         sight: How far its layers see.
         kept_bytes: What the keys and values of one token take in one attention.
         inside: What is inside its layers, as far as anybody asked.
+        ends: Its embedding and head, with weights in formats; the same.
     """
 
     sight: Sight | None = None
     kept_bytes: int | None = None
     inside: Inside = field(default_factory=Inside)
+    ends: RoundedEnds | None = None
 
 
 _Scored = tuple[Row, Sequence[Ablation], RowScores]
@@ -479,13 +481,12 @@ class Engine:
 
     def plan(self, ablations: Sequence[Ablation]) -> StreamPlan:
         """Plan where the streams of some ablations fork."""
-        tied = any(each.ends for each in ablations) and find_ends(self.loaded.model).tied
+        tied = any(each.ends for each in ablations) and self.ends.ends.tied
         return plan_streams(ablations, len(self.loaded.layers), tied)
 
     def parts(self, plan: StreamPlan) -> Parts:
         """Take the model apart for a plan."""
         loaded = self.loaded
-        ends = find_ends(loaded.model) if plan.has_ends else None
         return Parts(
             loaded.model,
             loaded.layers,
@@ -500,7 +501,7 @@ class Engine:
             loaded.device,
             self._sight,
             self.stand_ins,
-            RoundedEnds(ends, self.rounded_weights) if ends else None,
+            self.ends if plan.has_ends else None,
         )
 
     def logits(self, plan: StreamPlan, output: Any, states: Tensor) -> Tensor:
@@ -585,6 +586,15 @@ class Engine:
         inside = self.known.inside
         inside.rounded = inside.rounded or RoundedWeights(self._kept_weights)
         return inside.rounded
+
+    @property
+    def ends(self) -> RoundedEnds:
+        """The embedding and the head; in formats each is large, and each row wants all of them."""
+        known = self.known
+        if known.ends is None:
+            weights = RoundedWeights(self._budget // 2)
+            known.ends = RoundedEnds(find_ends(self.loaded.model), weights)
+        return known.ends
 
     @property
     def _kept_weights(self) -> int:
