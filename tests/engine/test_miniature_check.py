@@ -285,7 +285,7 @@ class TestCheck:
         assert set(texts) == {1, 2}
 
     def test_one_copy_without_each_ablation_says_what_it_is_and_what_is_right(self, spy) -> None:
-        made = spy(Engine, "without", lambda engine, ablation: ablation)
+        made = spy(Engine, "without", lambda engine, ablation, **how: ablation)
         verdict_on("llama")
         # Two more of the whole are asked longer and shorter texts, in one layers stand still.
         assert Counter(made) == {INTACT: 4, **dict.fromkeys(ABLATIONS[1:], 1)}
@@ -665,10 +665,10 @@ class TestCut:
         def refuse(*stay: bool, error: Exception | None = None) -> None:
             honest, honest_handing_on = Engine.without, removability._handing_on
 
-            def without(self: Engine, ablation: Ablation) -> Engine:
+            def without(self: Engine, ablation: Ablation, **how: bool) -> Engine:
                 if 2 in ablation.layers and self.quirks.stay in stay:
                     raise error or RefusalError(f"no such model {self.quirks.stay:d}")
-                return honest(self, ablation)
+                return honest(self, ablation, **how)
 
             def refusing(*_: Any) -> None:
                 raise error or RefusalError("no such model 1")
