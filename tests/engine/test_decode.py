@@ -7,7 +7,7 @@ import torch
 
 from tests.engine.families import FAMILIES, tiny_model
 from tests.engine.plain import loaded
-from tracker.core.ablations import INTACT, Ablation, Part, ablate
+from tracker.core.ablations import INTACT, Ablation, Part, Rounded, ablate
 from tracker.core.documents import Document, Request
 from tracker.engine.scoring.decode import decoding
 from tracker.engine.scoring.prefix import SHORTEST, cache_argument
@@ -56,12 +56,16 @@ def test_every_row_is_the_pruned_model(family, length, begun):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("begun", [0, 6])
-def test_texts_are_generated_without_heads_and_experts(family, begun):
+def test_texts_are_generated_without_heads_and_experts_and_with_rounded_ones(family, begun):
     model = tiny_model(family)
     engine = Engine(loaded(model), 64)
     kind = "expert" if family in ("mixtral", "gpt_oss") else "head"
     parted = [Ablation(parts=(Part(kind, layer, n),)) for layer in (0, 2) for n in (1, 3)]
-    ablations = [INTACT, *parted, ablate("attention", [2]), ablate("layer", [1])]
+    which = ("", "mlp.experts.down_proj", "mlp.experts.1.gate_up_proj")[
+        : 3 if kind == "expert" else 1
+    ]
+    rounded = [Ablation(rounded=(Rounded("int4_row", 2, each),)) for each in which]
+    ablations = [INTACT, *parted, *rounded, ablate("attention", [2]), ablate("layer", [1])]
     plan = plan_streams(ablations, 4)
     parts, ids = engine.parts(plan), PROMPT[0].tolist()
     prefix = read_prefix(parts, plan, tuple(ids[:begun])) if begun else None
