@@ -47,6 +47,21 @@ def test_a_model_of_other_matrices_has_no_linear_maps_and_is_a_wrong_request(tmp
     assert not results.exists()
 
 
+def test_maps_are_validated_and_planned_as_they_are_measured(tiny_llama, tmp_path):
+    """Was: `validate` refused a file without `map`, and passed formats that no row can have."""
+    folder = tiny_llama(hidden_size=64, intermediate_size=96)
+    asked = (folder, "--benchmark=arc_easy", f"--data={PACKAGE}", "--sample=8")
+    asked = (*asked, "--component=linear")
+    layers = len(load_model(find_model(str(folder)), "float32").layers)
+    assert f", {7 * layers} runs" in printed("validate", *asked, "--intervention=int4")
+    for command in ("validate", "plan"):
+        wrong = cli(command, *asked, "--intervention=int4_g128")
+        said = "int4_g128 keeps 128 inputs together, and mlp.down_proj of layer 0 has rows of 96"
+        assert (wrong.exit_code, said in wrong.output) == (2, True), wrong.output
+    wrong = cli("validate", *asked, "--intervention=int4", "--map=mlp.gate")
+    assert (wrong.exit_code, "has no linear map mlp.gate" in wrong.output) == (2, True)
+
+
 def save_mixture(folder, family):
     """Make a folder with a tiny mixture whose rows fill blocks of 32, and a real tokenizer."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96}

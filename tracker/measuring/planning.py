@@ -180,7 +180,7 @@ def plan(
     check_layers(asked, trust_remote_code)
     # What is refused is so without torch.
     from tracker.engine.plan import cost
-    from tracker.models.ends import refuse_ends
+    from tracker.models.maps import refuse_misfits
 
     planned = []
     before: set[CellRequest] = set()
@@ -195,7 +195,7 @@ def plan(
             refuse_unbounded(benchmark, metric)
         layers = count_layers(cell.source, trust_remote_code)
         ablations = ablations_of(request, layers)
-        refuse_ends(ablations, texts.model)
+        refuse_misfits(ablations, texts.model)
         found = cost(texts.model, texts.documents, ablations, texts.max_length)
         if texts.dtype in HALF:
             found = _with_second_times(found, texts, request.extent.seed)

@@ -65,14 +65,21 @@ def counting_in(ledger: Ledger, trust_remote_code: bool) -> Counting:
         asked = look_up(request.model_copy(update={"until": None}), ledger)
         if asked.store is not None and not kinds and not has_parts(request):
             return ModelParts(asked.store.identity.model.layers)
-        parts = count_parts(asked.source, trust_remote_code, kinds)
-        if "linear" not in request.components or request.maps:
-            return parts
-        from tracker.models.maps import names_of_maps
-
-        return parts._replace(maps=names_of_maps(asked.source, trust_remote_code))
+        return _counted(request, asked.source, trust_remote_code, kinds)
 
     return count
+
+
+def _counted(
+    request: CellRequest, source: ModelSource, trust_remote_code: bool, kinds: Collection[str]
+) -> ModelParts:
+    """Count the parts of a model; its linear maps, where a request asks for all of them."""
+    parts = count_parts(source, trust_remote_code, kinds)
+    if "linear" not in request.components or request.maps:
+        return parts
+    from tracker.models.maps import names_of_maps
+
+    return parts._replace(maps=names_of_maps(source, trust_remote_code))
 
 
 def _is_complete(store: CellStore, request: CellRequest) -> bool:
@@ -206,6 +213,17 @@ def check_range(request: CellRequest, parts: ModelParts) -> None:
         raise ExperimentError(f"{request.title}: nothing of what is asked for is a run ({why})")
 
 
+def _refuse_misfits(
+    request: CellRequest, source: ModelSource, layers: int, trust_remote_code: bool
+) -> None:
+    ablations = ablations_of(request, layers)
+    if any(each.rounded for each in ablations):
+        from tracker.models.load import hollow
+        from tracker.models.maps import refuse_misfits
+
+        refuse_misfits(ablations, hollow(source, request.dtype, trust_remote_code))
+
+
 def validate(
     requests: Sequence[CellRequest], trust_remote_code: bool, kinds: Collection[str] = ()
 ) -> tuple[int, list[str]]:
@@ -229,12 +247,13 @@ def validate(
         source = find_model(request.model, request.revision, request.model_args)
         check_benchmark(request)
         try:
-            parts = count_parts(source, trust_remote_code, kinds)
+            parts = _counted(request, source, trust_remote_code, kinds)
         except UnreachableError as error:
             notes[request.model] = str(error)
             layers = max(request.layers, default=0) + max(request.spans)
         else:
             request, layers = with_all_parts(request, parts), parts.layers
             check_range(request, parts)
+            _refuse_misfits(request, source, layers, trust_remote_code)
         runs += len(list(removals(request, layers)))
     return runs, list(notes.values())

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from tracker.core.ablations import Ablation
 from tracker.core.errors import CellError, ModelError
 from tracker.core.provenance import content_hash, package_versions
 from tracker.ledger.cache import keep, recall
+from tracker.models.ends import refuse_ends
 from tracker.models.layers import find_layers
 from tracker.models.linear_maps import linear_maps
 from tracker.models.load import hollow
+from tracker.models.quantised import refuse_formats
 from tracker.models.sources import ModelSource
 
 Shape = tuple[int, int]
@@ -50,3 +56,19 @@ def names_of_maps(
 ) -> tuple[tuple[str, ...], ...]:
     """Name the linear maps of each layer, as `maps_of`."""
     return tuple(tuple(layer) for layer in maps_of(source, trust_remote_code))
+
+
+def refuse_misfits(ablations: Sequence[Ablation], model: Any) -> None:
+    """Refuse formats that a model cannot be in, as far as that is seen without its weights.
+
+    Args:
+        ablations: What is asked for.
+        model: The model; its weights may be on the meta device.
+
+    Raises:
+        ExperimentError: A map has no whole blocks of a format, or is not there. Where an attention
+            or MLP is meant as a whole, that is found out when the model runs.
+    """
+    some = [ablation for ablation in ablations if not ablation.has_groups_of_maps]
+    refuse_formats(some, find_layers(model), lambda: ())
+    refuse_ends(ablations, model)

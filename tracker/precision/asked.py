@@ -8,16 +8,14 @@ from typing import Any
 
 from tracker.core.ablations import ablations_of
 from tracker.core.config import ONE_EACH, CellRequest
-from tracker.core.kinds import ENDS
 from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
-from tracker.models.ends import refuse_ends
 from tracker.models.load import hollow
-from tracker.models.maps import names_of_maps
+from tracker.models.maps import names_of_maps, refuse_misfits
 from tracker.models.sources import find_model
 
 
 def each_layer(cell: CellRequest, formats: Sequence[str], ends: Sequence[str] = ()) -> CellRequest:
-    """Ask for each of a cell's layers in each format, for some of `ENDS`, and for nothing else."""
+    """Ask for each of a cell's layers in each format, for some ends, and for nothing else."""
     asked = cell.model_copy(update={**ONE_EACH, "interventions": tuple(formats)})
     if not ends:
         return asked
@@ -36,7 +34,7 @@ def each_map(
         cell: The cell.
         formats: The formats.
         trust_remote_code: Whether code from the download may run.
-        ends: Which of `ENDS` are asked for besides.
+        ends: Which of `kinds.ENDS` are asked for besides.
 
     Returns:
         The request.
@@ -58,6 +56,5 @@ def each_map(
             every = (*asked.only, *(("linear", 1, 0, form, None, 2, end) for form, end in both))
             more["only"] = every
         asked = asked.model_copy(update=more)
-    if {*asked.maps} & {*ENDS}:
-        refuse_ends(ablations_of(asked, parts.layers), hollow(source, "auto", trust_remote_code))
+    refuse_misfits(ablations_of(asked, parts.layers), hollow(source, "auto", trust_remote_code))
     return asked
