@@ -212,6 +212,13 @@ def test_what_is_shown_of_heads_is_said_of_all_of_them_at_once() -> None:
         "Of 3 heads 1 is shown to cost accuracy: layer 0 head 5; 2 are shown to raise accuracy: "
         "layer 0 head 4 and layer 0 head 3."
     )
+    for drop, said in (
+        (0.3, "shown to cost"),
+        (-0.3, "shown to raise"),
+        (0.0, "not shown to change"),
+    ):
+        alone = cell.model_copy(update={"runs": (head(3, drop),)})
+        assert parts_answer(alone) == f"layer 0 head 3 is {said} accuracy."
 
 
 def test_what_layers_cost_together_is_held_against_sets_drawn_at_random() -> None:

@@ -248,10 +248,15 @@ def shown_sentence(
     Returns:
         A sentence without its end.
     """
+    costs, helps = ("cost", "raise") if higher_is_better else ("raise", "lower")
+    if len(shown) == 1:
+        ((label, verdict),) = shown.items()
+        does = {"costs": costs, "helps": helps}.get(verdict)
+        return f"{label} is {f'shown to {does}' if does else 'not shown to change'} {level}"
     clauses = []
     for verdict, does, order in (
-        ("costs", "cost" if higher_is_better else "raise", [*shown]),
-        ("helps", "raise" if higher_is_better else "lower", [*shown][::-1]),
+        ("costs", costs, [*shown]),
+        ("helps", helps, [*shown][::-1]),
     ):
         names = [label for label in order if shown[label] == verdict]
         if names:
