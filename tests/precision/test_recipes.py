@@ -1,6 +1,6 @@
 """What other tools are given is obeyed by llama.cpp itself, and read by compressed-tensors.
 
-mlx-lm and GPTQModel read theirs where they are installed; by their grammar everywhere.
+mlx-lm reads its own; GPTQModel's is held against its grammar.
 """
 
 from __future__ import annotations
@@ -250,9 +250,9 @@ def test_mlx_lm_rounds_what_is_named_and_nothing_else() -> None:
 
 
 def test_mlx_lm_itself_reads_it() -> None:
-    utils = pytest.importorskip("mlx_lm.utils")
     import mlx.nn as nn
     from mlx.utils import tree_unflatten
+    from mlx_lm import utils
 
     told = json.loads(recipes(MIXED, "llama", 11, "base.gguf")["mlx-lm"])
     model, maps = nn.Module(), [(path, nn.Linear(256, 8)) for path in (*MIXED, "lm_head")]
@@ -290,12 +290,3 @@ def test_gptqmodel_finds_a_rule_for_each_map_and_leaves_the_rest() -> None:
     }
     assert not any(rule(path) for path in UNNAMED)
     assert (told["bits"], told["group_size"], told["sym"]) == (4, 32, True)
-
-
-def test_gptqmodel_itself_reads_it() -> None:
-    quantization = pytest.importorskip("gptqmodel.quantization")
-    told = json.loads(recipes(MIXED, "llama", 11, "base.gguf")["GPTQModel"])
-    config = quantization.QuantizeConfig(**told)
-    for path, form in MIXED.items():
-        assert tuple(config.dynamic_get(path, key) for key in ("bits", "group_size")) == BITS[form]
-    assert all(config.dynamic_get(path) is False for path in UNNAMED)
