@@ -108,7 +108,7 @@ def test_orders_are_scipys(found: Small, opened):
         )
         for name, f in frame.groupby("ablation")
     }
-    label = "fall of gold log-probability (nats)"
+    label = "fall of gold log-probability"
     for number, form in enumerate(ASKED["intervention"]):
         names, most, orders = found.finding.tables[3 * number : 3 * number + 3]
         layers, maps = (plain(column(most, head)) for head in ("layer (0-based)", "linear map"))

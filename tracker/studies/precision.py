@@ -263,7 +263,7 @@ def _names_table(one: InFormat) -> Table:
     columns: tuple[Column[MapName], ...] = (
         Column("linear map", "text", lambda row: row.name),
         Column("layers", "count", lambda row: row.layers, otherwise="of no layer"),
-        Column("fall of gold log-probability (nats)", "nats", lambda row: row.gold),
+        Column("fall of gold log-probability", "nats", lambda row: row.gold),
         *_named([*ERRORS]),
     )
     return table(
@@ -280,7 +280,7 @@ def _most_table(one: InFormat) -> Table:
     columns: tuple[Column[RoundedMap], ...] = (
         Column("layer (0-based)", "count", lambda row: row.run.first, otherwise="of no layer"),
         Column("linear map", "text", lambda row: row.run.map),
-        Column("fall of gold log-probability (nats)", "nats", lambda row: row.run.gold),
+        Column("fall of gold log-probability", "nats", lambda row: row.run.gold),
         Column(measure.change, measure.form, lambda row: row.run.drop),
         Column("shown", "text", lambda row: _SHOWN[row.verdict]),
         *_named([*ERRORS]),
