@@ -12,7 +12,6 @@ from typing import ParamSpec, TypeVar
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.core.config import CellRequest
 from tracker.core.errors import ModelError, first_line
-from tracker.ledger.blocks import portions
 from tracker.ledger.cache import Checks
 from tracker.measuring.job import Options
 from tracker.measuring.meter import Facts, Measured, Meter, Model, open_model
@@ -123,8 +122,7 @@ class Worker:
         Args:
             task: The block's task.
             missing: Names of ablations → the documents that lack just these.
-            whole: Whether all of it is measured; it is too where weights rest elsewhere, which are
-                brought in once for all that is computed together.
+            whole: Whether all of it is measured.
 
         Returns:
             The outcomes; and what is to be said: what the self-check said where this is the cell's
@@ -133,7 +131,6 @@ class Worker:
         assert self._meter is not None, "open() comes first"
         said = [] if self._checked else self._meter.check(self._checks)
         self._checked = True
-        whole = whole or self._meter.engine.loaded.offloaded is not None
-        some = missing.items() if whole else islice(portions(missing), 1)
+        some = missing.items() if whole else islice(self._meter.portions(missing), 1)
         measured = [self._meter.measure(task, *each) for each in some]
         return measured, [*said, *self._meter.notes()]

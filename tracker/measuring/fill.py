@@ -11,7 +11,7 @@ from filelock import Timeout
 
 from tracker.core.ablations import all_ablations
 from tracker.core.extent import Extent
-from tracker.ledger.blocks import Block, portions
+from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import BlockRace, CellRace
 from tracker.ledger.store import Ledger
@@ -164,9 +164,7 @@ class _Filler(NamedTuple):
 
         with suppress(Timeout), self.store.lock(block).acquire(timeout=0):
             missing = self.store.missing(block, self.extent, names)
-            # Weights that rest elsewhere are brought in once for all that is computed together.
-            whole = self.meter.engine.loaded.offloaded is not None
-            for absent, indices in missing.items() if whole else portions(missing):
+            for absent, indices in self.meter.portions(missing):
                 shard = self.meter.measure(block.task, absent, indices, advance)
                 for line in self.meter.notes():
                     self.progress.say(line)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -17,6 +17,7 @@ from tracker.core.errors import CellError
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity
 from tracker.core.provenance import WEIGHTS, machine, package_versions
 from tracker.core.records import WHICH
+from tracker.ledger.blocks import portions
 from tracker.ledger.outcomes import outcome_row
 from tracker.ledger.texts import text_row
 from tracker.measuring.calibrate import CalibrationTexts, calibration, computed_twice
@@ -147,6 +148,16 @@ class Meter:
         """What scores the documents, with as much sharing as `check` found exact."""
         assert self._scorer is not None, "check() comes first"
         return self._scorer.engine
+
+    def portions(
+        self, missing: Mapping[tuple[str, ...], Sequence[int]]
+    ) -> Iterable[tuple[tuple[str, ...], Sequence[int]]]:
+        """Part what a block lacks, but where weights rest elsewhere.
+
+        These are brought in once for all that is computed together.
+        """
+        whole = self.engine.loaded.offloaded is not None
+        return missing.items() if whole else portions(missing)
 
     def notes(self) -> list[str]:
         """Take what is to be said of what was measured since this was asked."""
