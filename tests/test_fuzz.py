@@ -43,7 +43,7 @@ def test_whatever_others_do_to_a_folder_changes_no_figure(model, tmp_path, kind,
 
 
 def test_whatever_happens_to_the_disk_is_noticed(tmp_path):
-    for found in tried.ledgers(40, 20, SEED, tmp_path):
+    for found in tried.ledgers(8, 4, SEED, tmp_path):
         assert not found.finds, "\n".join(found.finds)
 
 

@@ -1,4 +1,4 @@
-"""Twenty results folders, of which it is known which layers matter; `make claims` takes 1,600."""
+"""Twenty-one results folders, of which it is known which layers matter; `make claims` takes 1,600."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def test_where_no_layer_matters_none_is_named(tmp_path: Path, documents: int) ->
 
 def test_where_three_matter_these_are_named(tmp_path: Path) -> None:
     wrong = []
-    for said, found in tried(tmp_path, range(10), THREE, 200):
+    for said, found in tried(tmp_path, range(5), THREE, 200):
         wrong += [found] if any(found.values()) else []
         assert {*THREE} <= named(said["run"][0])
         assert {*THREE} <= set().union(*map(named, said["page"]))
         assert {f"layer {layer} matters" for layer in THREE} <= {*said["tables"]}
         assert {f"layer {layer} matters: mean" for layer in THREE} <= {*said["run"]}
         assert "0 before 5" in said["tables"]
-    assert len(wrong) < 3, wrong
+    assert len(wrong) < 2, wrong
 
 
 @pytest.mark.parametrize("costs", [{}, THREE])

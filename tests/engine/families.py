@@ -25,6 +25,7 @@ SMALL = {
 }
 EQUAL_HEADS = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
 MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+FULL_FIRST = ["full_attention", "sliding_attention"] * 2
 HYBRID = ["linear_attention", "full_attention"] * 2
 
 
@@ -105,7 +106,7 @@ ALL = [
     _family("gemma2", layer_types=MIXED),
     _family("gemma3", "gemma3_text", layer_types=["sliding_attention"] * LAYERS),
     _family("gemma3_mixed", "gemma3_text", layer_types=MIXED),
-    _family("cohere2", layer_types=MIXED, logit_scale=1.0),
+    _family("cohere2", layer_types=FULL_FIRST, logit_scale=1.0),
     _family("olmo3", layer_types=MIXED),
     _family("exaone4", num_key_value_heads=2, sliding_window=WINDOW, layer_types=MIXED),
     _family("gpt_oss", layer_types=MIXED),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -108,6 +109,15 @@ def answers(
         loglikelihood = float(logits.gather(1, target[:, None]).sum())
         found.append((loglikelihood, bool((logits.argmax(-1) == target).all())))
     return found
+
+
+def is_one_sentence(said: str) -> None:
+    """See that it is in words that people know, without what a model's code raised."""
+    assert not re.search(r"tensor|[Ss]ize|dimension|torch|\w_\w|_\w|['`\n]", said)
+    assert "; " not in said
+    assert said.count("because") == 1
+    clauses = [clause.strip() for clause in re.split(r"[,:]", said)]
+    assert len(clauses) == len(set(clauses))
 
 
 def rounded_rows(weight: Tensor, half: float) -> Tensor:

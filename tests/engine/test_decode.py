@@ -28,7 +28,7 @@ PROMPT = torch.tensor([[5, 9, 23, 7, 80, 41, 3, 11, 2, 66]])
 
 def generate(model, ids, **cached):
     return model.generate(
-        ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None, **cached
+        ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None, **cached
     ).tolist()
 
 

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.ablations import single_layers
 from tests.engine.families import SMALL, tiny_model
-from tests.engine.plain import MAX_LENGTH, changed, engine_of, loaded
+from tests.engine.plain import MAX_LENGTH, asking, changed, engine_of, loaded
 from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.core.documents import Document, Request, Response
 from tracker.core.errors import CellError
@@ -33,7 +33,12 @@ from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_O
 from tracker.engine.scoring.stand_in import MadeUp
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck import miniature_check, removability
-from tracker.engine.selfcheck.miniature_check import check_longer_texts, most_sharing, reachable
+from tracker.engine.selfcheck.miniature_check import (
+    _compared,
+    check_longer_texts,
+    most_sharing,
+    reachable,
+)
 from tracker.engine.selfcheck.probe_texts import FIRST, probe_calls
 from tracker.engine.selfcheck.quirks import STEPS, Findings, Path
 from tracker.engine.selfcheck.reasons import Verdict
@@ -241,7 +246,7 @@ class TestCheck:
             for some in combinations(range(4), count)
         ]
         assert len(parts) == 42
-        for count, each in ((8, 2 * 128 // 9), (15, 2 * 128 // 16), (42, 4)):
+        for count, each in ((8, 2 * 128 // 9), (42, 4)):
             found = verdict_on(engine, [INTACT, *parts[:count]]).compared
             assert found == everything + each * count
 
@@ -249,10 +254,11 @@ class TestCheck:
         seen = spy(Engine, "score", lambda engine, *asked: asked)
         model = LlamaForCausalLM(LlamaConfig(**{**SMALL, "num_hidden_layers": 22})).eval()
         engine = engine_of(model)
-        calls = probe_calls(97, 96)
+        calls = [[asking(((5, 6), (7,)))], [asking(((8, 9), (n,)), index=n) for n in (3, 4)]]
         for count in (16, 17, 22):
             seen.clear()
-            verdict_on(engine, single_layers(tuple(range(count))))
+            ablations = single_layers(tuple(range(count)))
+            _compared(engine, calls, ablations, [], Reference(engine))
             assert [d for d, _ in seen] == [*calls, *(call[::-1] for call in calls[::-1])]
             removed = [{a.layers[0] for a in scored if a != INTACT} for _, scored in seen]
             assert all(INTACT in scored for _, scored in seen)
@@ -276,7 +282,7 @@ class TestCheck:
         request.addfinalizer(lambda: torch.set_num_threads(1))
         torch.set_num_threads(2)
         engine = engine_of("llama")
-        verdict_on(engine)
+        verdict_on(engine, ABLATIONS[:2])
         check_longer_texts(engine, ABLATIONS, Verdict(FULL), (64, 64, 64), False)
         assert (set(rows), set(texts)) == ({2}, {1})
         assert torch.get_num_threads() == 2

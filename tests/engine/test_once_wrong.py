@@ -36,6 +36,8 @@ LETTERS = ((3,), (4,), (5,), (6,))
 """Answers of one token, as those of mmlu."""
 FALSE_REASON = "depend on each other by their numbers"
 """What is said of a model whose layers cannot be taken out; none here is one."""
+VERDICTS = Memory()
+"""On architectures, each of which is checked once for all documents that are as long."""
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,24 +95,21 @@ def measure(
     says: str | None = None,
     atol: float = 2e-4,
     notes: str | None = None,
-    kept: Memory | None = None,
 ) -> None:
     """Score a cell in both orders, and compare every response with the truth.
 
     `block` documents are scored at a time, all at once without it. `says` is what a refusal must
     say, where the model may be refused. `notes` is what the check must say, in a refusal or in one
-    of its fields, where the model itself may give several numbers. `kept` are verdicts on the same
-    architectures.
+    of its fields, where the model itself may give several numbers.
     """
     ablations = single_layers(tuple(layers))
     removed = [ablation.layers for ablation in ablations]
     expected = truths(model, documents, removed, max_length, ablate)
-    kept = Memory() if kept is None else kept
     for name, step in (("in order", 1), ("in reverse", -1)):
         ordered, truth = documents[::step], expected[::step]
         engine = Engine(loaded(copy.deepcopy(model)), max_length, row_tokens=row_tokens)
         try:
-            checked = check(engine, ordered, ablations, kept)
+            checked = check(engine, ordered, ablations, VERDICTS)
             size = block or len(ordered)
             blocks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
             scores = [one for some in blocks for one in checked.engine.score(some, ablations)]
@@ -193,13 +192,9 @@ BY_LENGTH = {
 }  # fmt: skip
 
 
-ROTARY_VERDICTS = Memory()
-
-
 def told(family: str) -> dict[str, Any]:
     """How a family is held against the truth; MiniCPM3 scales by how many layers there are."""
     return {
-        "kept": ROTARY_VERDICTS,
         "says": "length" if family == "dynamic" else None,
         "atol": 1e-3 if family == "minicpm3" else 2e-4,
         "ablate": exported if family == "minicpm3" else without,
@@ -276,7 +271,7 @@ class TestStateBesideTheHiddenState:
             mlp_layer_types=["dense"] * 6,
         )  # fmt: skip
         says = "top-k|indices|besides|second output"
-        measure(model, Draw().spoken((14, 9), (1, 3)), range(6), ablate=exported, says=says)
+        measure(model, Draw().spoken((14, 9), (1, 3)), (1, 2, 4), ablate=exported, says=says)
 
 
 class TestMasksAreWhatTheModelAsksFor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.ablations import single_layers
 from tests.engine.families import FAMILIES
-from tests.engine.plain import Memory, engine_of, make_documents
+from tests.engine.plain import Memory, engine_of, is_one_sentence, make_documents
 from tests.engine.registry import variants
 from tests.engine.test_once_wrong import tiny
 from tracker.engine.scoring.sharing import DEPTH_ONLY, NO_PREFIX, ONE_BY_ONE, PLAIN
@@ -23,8 +22,7 @@ STATE = "because it keeps a state of its own for each text"
 BATCH = "nothing is shared, because its layers refuse the states of several ablations as one batch"
 CACHE = "its cache cannot be rewound"
 FAMILY = {
-    "nemotron_h": STATE, "qwen3_next": STATE, "kimi_linear": STATE, "zamba2": STATE,
-    "minimax": STATE, "gpt_bigcode": BATCH, "xglm": BATCH, "trocr": BATCH, "xmod": BATCH,
+    "nemotron_h": STATE, "kimi_linear": STATE, "minimax": STATE, "gpt_bigcode": BATCH, "xglm": BATCH, "trocr": BATCH, "xmod": BATCH,
     "deepseek_v4": BATCH, "dots3_note": CACHE,
 }  # fmt: skip
 
@@ -59,11 +57,7 @@ def test_it_is_one_sentence_without_what_the_model_s_code_raised(family: str) ->
     said = check(engine, make_documents(3), single_layers((1,)), Memory()).lost
     assert said is not None
     assert FAMILY[family] in said
-    assert not re.search(r"tensor|[Ss]ize|dimension|torch|\w_\w|_\w|['`]", said)
-    assert "; " not in said
-    assert said.count("because") == 1
-    clauses = [clause.strip() for clause in re.split(r"[,:]", said)]
-    assert len(clauses) == len(set(clauses))
+    is_one_sentence(said)
 
 
 @pytest.mark.parametrize(

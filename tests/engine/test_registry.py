@@ -29,19 +29,14 @@ from tests.engine.survey import (
 from tracker.core.ablations import INTACT, Ablation
 
 MEASURED = [
-    # Positions by the kind of layer, a scale by its place, a window of other kinds of layers.
+    # Positions by the kind of layer, a window of other kinds of layers.
     ("gemma3_text", "rope longrope"),
-    ("gpt2", "scale_attn_by_inverse_layer_idx True"),
-    ("gemma2", "layer_types full_attention first"),
     ("modernbert-decoder", "plain"),
-    # Experts, indices, more than one stream between the layers, one of several kinds of state.
+    # Experts, indices, one of several kinds of state.
     ("phimoe", "plain"),
     ("deepseek_v32", "plain"),
-    ("gemma3n_text", "plain"),
     ("gemma4_text", "plain"),
-    ("lfm2", "plain"),
-    # Blocks of other forms, other parts beside the text, layers that are not one list.
-    ("openai-gpt", "plain"),
+    # Other parts beside the text, layers that are not one list.
     ("gemma3", "plain"),
     ("hrm_text", "plain"),
     ("blt", "plain"),

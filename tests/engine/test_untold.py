@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from tests.ablations import single_layers
 from tests.engine.families import SMALL
 from tests.engine.plain import Memory, loaded
-from tests.engine.test_once_wrong import LONGROPE, Draw, measure, tiny
+from tests.engine.test_once_wrong import LONGROPE, VERDICTS, Draw, measure, tiny
 from tracker.core.ablations import INTACT
 from tracker.core.errors import CellError
 from tracker.engine.scoring.sharing import FULL, ONE_BY_ONE
@@ -35,8 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 class Rotary(LlamaRotaryEmbedding):
     def forward(self, x: Tensor, position_ids: Tensor) -> Any:
-        length = int(position_ids.max()) + 1
-        return super().forward(x, position_ids * self.config.turn(self.config, length))
+        turn = TURNS[self.config.turned](self.config, int(position_ids.max()) + 1)
+        return super().forward(x, position_ids * turn)
 
 
 class CountingRotary(LlamaRotaryEmbedding):
@@ -75,6 +75,14 @@ def written(config: Any, length: int) -> float:
 def doubling(config: Any, length: int) -> float:
     """Qwen-1's own steps, of powers of two of the length that it was trained with."""
     return 1 / max(1, 2 ** math.ceil(math.log2(length / 32) + 1) - 1)
+
+
+def sinking(config: Any, length: int) -> float:
+    return 1 - length / 10**5 if length > 1200 else 1
+
+
+TURNS = {each.__name__: each for each in (stages, product, written, doubling, sinking)}
+"""By what is written in a configuration."""
 
 
 class OwnHead(LlamaForCausalLM):
@@ -133,19 +141,17 @@ def made(kind: type, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("turn", "settings"),
+    "settings",
     [
-        (stages, {"stages": [48, 100]}),
-        (product, {"trained": 8, "factor": 8.0}),
-        (product, {"trained": 1024, "factor": 0.0625}),
-        (written, {}),
-        (doubling, {}),
+        {"turned": "stages", "stages": [48, 100]},
+        {"turned": "product", "trained": 8, "factor": 8.0},
+        {"turned": "product", "trained": 1024, "factor": 0.0625},
+        {"turned": "written"},
+        {"turned": "doubling"},
     ],
     ids=["list", "multiple", "share", "code", "doubling"],
 )
-def test_a_threshold_that_no_number_is(monkeypatch, turn: Any, settings: dict[str, Any]) -> None:
-    # Of the class: a function would be no part of a configuration that is written down.
-    monkeypatch.setattr(LlamaConfig, "turn", staticmethod(turn), raising=False)
+def test_a_threshold_that_no_number_is(settings: dict[str, Any]) -> None:
     draw = Draw()
     more = draw.tokens(30)
     documents = [
@@ -157,17 +163,11 @@ def test_a_threshold_that_no_number_is(monkeypatch, turn: Any, settings: dict[st
 
 
 @pytest.mark.parametrize(
-    ("turn", "settings"),
-    [
-        (product, {"trained": 16, "factor": 75.0}),
-        (lambda config, length: 1 - length / 10**5 if length > 1200 else 1, {}),
-    ],
+    "settings",
+    [{"turned": "product", "trained": 16, "factor": 75.0}, {"turned": "sinking"}],
     ids=["multiple", "every length"],
 )
-def test_a_threshold_beyond_the_lengths_that_are_all_asked(
-    monkeypatch, turn: Any, settings: dict[str, Any]
-) -> None:
-    monkeypatch.setattr(LlamaConfig, "turn", staticmethod(turn), raising=False)
+def test_a_threshold_beyond_the_lengths_that_are_all_asked(settings: dict[str, Any]) -> None:
     draw = Draw()
     more = draw.tokens(30)
     documents = [
@@ -218,7 +218,7 @@ def test_a_head_that_sees_more_than_one_state(kind: type) -> None:
     model = made(kind)
     documents = Draw().spoken((12, 9, 20), (1, 3))
     measure(model, documents, (1, 2))
-    found = check(Engine(loaded(model), 256), documents, single_layers((1, 2)))
+    found = check(Engine(loaded(model), 256), documents, single_layers((1, 2)), VERDICTS)
     assert found.engine.sharing == ONE_BY_ONE
     assert str(found.engine.sharing) == "nothing"
     assert found.lost is not None

@@ -84,6 +84,7 @@ def test_a_file_may_name_its_stretches_or_race_them(found: Small, tmp_path: Path
         found.path,
         results=tmp_path / "raced",
         track=[],
+        benchmark="copa",
         sample=None,
         until="prune 2 within 20 pp",
     )

@@ -14,6 +14,7 @@ import gc
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,10 +24,11 @@ import torch
 
 from tracker.core.ablations import Stretch
 from tracker.core.errors import ModelError, first_line
+from tracker.core.provenance import content_hash
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, hollow
 from tracker.models.miniature import miniature
-from tracker.models.pruned import left, pruned
+from tracker.models.pruned import duplicate, left, pruned
 from tracker.models.reloaded import Shapes, as_loaded, misfit, shapes
 from tracker.models.sources import BITS, ModelSource, read_config
 
@@ -176,7 +178,8 @@ def refuse_unsizable(
 
     Reads no weights.
 
-    A miniature of the model is cut, saved, loaded and asked, which takes a second.
+    A miniature of the model, made once for all that is asked of it, is cut, saved, loaded and
+    asked, which takes a second.
 
     Args:
         source: The model.
@@ -189,9 +192,8 @@ def refuse_unsizable(
         ModelError: Its configuration cannot say what would be left, or what loads is another model.
     """
     refuse_packed(source, trust_remote_code)
-    model = hollow(source, "auto", trust_remote_code)
+    model, small = _small(source, trust_remote_code, content_hash(source.stamp()))
     total = len(find_layers(model))
-    small = miniature(model)
     for some in [removed] if removed is not None else [[0], [total // 2]]:
         named = [*some, *(layer for stretch in repeated for layer in stretch.layers)]
         beyond = [layer for layer in named if not 0 <= layer < total]
@@ -201,7 +203,14 @@ def refuse_unsizable(
         if small is None:
             without(model, some, repeated)
         else:
-            _try(small, some, repeated)
+            _try(duplicate(small), some, repeated)
+
+
+@lru_cache(maxsize=1)
+def _small(source: ModelSource, trust_remote_code: bool, stamp: str) -> tuple[Any, Any | None]:
+    """Make a model without weights, and its miniature, as long as its files are the same."""
+    model = hollow(source, "auto", trust_remote_code)
+    return model, miniature(model)
 
 
 def refuse_packed(source: ModelSource, trust_remote_code: bool = False) -> None:
