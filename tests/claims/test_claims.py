@@ -1,4 +1,4 @@
-"""Twenty-one results folders, of which it is known which layers matter; `make claims` takes 1,600."""
+"""Twenty results folders, of which it is known which layers matter; `make claims` takes 1,600."""
 
 from __future__ import annotations
 

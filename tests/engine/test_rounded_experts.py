@@ -277,6 +277,6 @@ def test_what_all_layers_in_formats_are_held_against_has_one_layers_weights_at_a
         assert len(made) == often * first
         made.clear()
         if often == 2:
-            assert 0 < min(held)
+            assert min(held) > 0
             assert max(held) <= each
             assert beyond(model) < each / 2  # the last matrix

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import gguf
@@ -59,3 +62,19 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
             parts += [length, data[place + 8 : end]]
             place = end
         return parts, place
+
+
+@contextmanager
+def one_parse() -> Iterator[None]:
+    """Parse a GGUF file once: transformers does for its configuration, its tokenizer, its weights.
+
+    It also lists all names that the tensors can have, for every submodule of the model; together
+    that is two thirds of the time that a small model takes.
+    """
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    # transformers looks both up when it reads a file.
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(Reader), cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names

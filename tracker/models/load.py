@@ -10,7 +10,6 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from tracker.core.errors import ModelError, first_line
 from tracker.core.identities import ModelIdentity
 from tracker.core.provenance import content_hash
 from tracker.ledger.cache import own_folder
+from tracker.models.gguf_file import one_parse
 from tracker.models.layers import find_layers
 from tracker.models.offloaded import OffloadedWeights, take_over
 from tracker.models.placement import Placement, free_memory, placed, weight_bytes
@@ -123,27 +123,7 @@ class LoadedModel:
     offloaded: OffloadedWeights | None = None
 
 
-@contextmanager
-def _one_parse() -> Iterator[None]:
-    """Parse a GGUF file once: transformers does for its configuration, its tokenizer, its weights.
-
-    It also lists all names that the tensors can have, for every submodule of the model; together
-    that is two thirds of the time that a small model takes.
-    """
-    import gguf
-
-    from tracker.models.gguf_file import Reader
-
-    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    # transformers looks both up when it reads a file.
-    gguf.GGUFReader, gguf.get_tensor_name_map = cache(Reader), cache(names)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
-
-
-@_one_parse()
+@one_parse()
 def load_model(
     source: ModelSource,
     dtype: str = "auto",
@@ -338,7 +318,7 @@ def _adapted(model: Any, source: ModelSource, tokenizer: Any) -> Any:
     return PeftModel.from_pretrained(model, place).get_base_model()
 
 
-@_one_parse()
+@one_parse()
 def weightless(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Make a model on the meta device and its tokenizer, to plan with; no weight is read.
 

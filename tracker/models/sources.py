@@ -375,8 +375,11 @@ def _save_tokenizer(owner: ModelSource, folder: Path, vocabulary: int) -> None:
     """Save somebody's tokenizer, with no more tokens than a model knows."""
     from transformers import AutoTokenizer
 
+    from tracker.models.gguf_file import one_parse
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(owner.location, **owner.load_arguments(False))
+        with one_parse():
+            tokenizer = AutoTokenizer.from_pretrained(owner.location, **owner.load_arguments(False))
     except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
         raise unreadable(owner, error) from None
     tokenizer.save_pretrained(folder)
