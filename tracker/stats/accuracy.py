@@ -17,8 +17,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import scipy  # what takes long to import, stats above all, comes when it is used
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special
 
 from tracker.core.estimates import Estimate
 from tracker.stats.arrays import Array, Numbers, divided
@@ -141,7 +142,9 @@ def accuracy(outcomes: Array, weights: Array | None = None) -> Estimate:
     if not _binary(values):
         low, high = _t_interval(values, shares)
     elif _equal(shares):
-        wilson = stats.binomtest(int(values.sum()), len(values)).proportion_ci(LEVEL, "wilson")
+        wilson = scipy.stats.binomtest(int(values.sum()), len(values)).proportion_ci(
+            LEVEL, "wilson"
+        )
         low, high = float(wilson.low), float(wilson.high)
     else:
         low, high = _adjusted_wald(values, shares, (1.0, 1.0, 0.0, 0.0))
@@ -195,7 +198,7 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
         return Estimate(value, *_t_interval(difference, shares))
     low, high = _adjusted_wald(difference, shares, (1.0, -1.0))
     lost, won = int((difference > 0).sum()), int((difference < 0).sum())
-    p_value = float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+    p_value = float(scipy.stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
     return Estimate(value, low, high, p_value)
 
 
@@ -343,7 +346,7 @@ def _t_interval(values: Array, shares: Array) -> tuple[float | None, float | Non
         return None, None
     mean = float(values @ shares)
     error = math.sqrt(float(shares**2 @ (values - mean) ** 2) / (1 - concentration))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, 1 / concentration - 1)) * error
+    half = float(special.stdtrit(1 / concentration - 1, (1 + LEVEL) / 2)) * error
     return mean - half, mean + half
 
 
@@ -354,5 +357,5 @@ def _adjusted_wald(values: Array, shares: Array, extra: tuple[float, ...]) -> tu
     weights = np.concatenate([shares, np.full(len(extra), 1 / n)]) / (1 + len(extra) / n)
     mean = float(padded @ weights)
     error = math.sqrt(float(weights**2 @ (padded - mean) ** 2))
-    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * error
+    half = float(special.ndtri((1 + LEVEL) / 2)) * error
     return mean - half, mean + half

@@ -22,10 +22,9 @@ import itertools
 import math
 
 import numpy as np
+import scipy  # what takes long to import, stats above all, comes when it is used
 from numpy.typing import NDArray
-from scipy import stats
-from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
-from scipy.spatial.distance import squareform
+from scipy import special
 
 from tracker.stats.arrays import Array
 from tracker.stats.power import ALPHA
@@ -71,10 +70,12 @@ def clustered(agreement: Array, alike: float) -> tuple[list[int], list[list[int]
         return list(range(count)), []
     distance = np.clip(1 - (agreement + agreement.T) / 2, 0, None)
     np.fill_diagonal(distance, 0)
-    tree = linkage(squareform(distance, checks=False), "average", optimal_ordering=True)
-    order = [int(leaf) for leaf in leaves_list(tree)]
+    condensed = scipy.spatial.distance.squareform(distance, checks=False)
+    hierarchy = scipy.cluster.hierarchy
+    tree = hierarchy.linkage(condensed, "average", optimal_ordering=True)
+    order = [int(leaf) for leaf in hierarchy.leaves_list(tree)]
     # Rounding must not part what is exactly alike.
-    label = fcluster(tree, 1 - alike + 1e-9, "distance")
+    label = hierarchy.fcluster(tree, 1 - alike + 1e-9, "distance")
     groups = (list(group) for _, group in itertools.groupby(order, label.__getitem__))
     return order, [group for group in groups if len(group) > 1]
 
@@ -94,7 +95,7 @@ def more_than_chance(both: Array, lost: Array, documents: int) -> NDArray[np.boo
         Whether it is shown, symmetric [ablations, ablations]; False on the diagonal.
     """
     one, other = np.triu_indices(len(lost), 1)
-    p_values = stats.hypergeom.sf(both[one, other] - 1, documents, lost[one], lost[other])
+    p_values = scipy.stats.hypergeom.sf(both[one, other] - 1, documents, lost[one], lost[other])
     adjusted = holm(p_values.tolist())
     shown = np.zeros(both.shape, dtype=bool)
     shown[one, other] = [p is not None and p <= ALPHA for p in adjusted]
@@ -153,9 +154,9 @@ def shares(taken: Array, options: int) -> Array:
 
 WITHIN = 2.0
 """A judgement is within rounding where its margin is less than so many standard deviations."""
-LEAST_CHANCE = float(stats.norm.sf(WITHIN))
+LEAST_CHANCE = float(special.ndtr(-WITHIN))
 """The chance that rounding turns a judgement round whose margin is just `WITHIN`."""
-_BOTH_SIDES = float(stats.norm.ppf(0.975))
+_BOTH_SIDES = float(special.ndtri(0.975))
 
 
 def movement(scores: Array, again: Array) -> float | None:
@@ -210,7 +211,7 @@ def turning(scores: Array, gold: Array, moved: float) -> Array:
     mine = scores[known, gold[known].astype(int)]
     size = np.hypot(mine, mine - margin[known])
     with np.errstate(divide="ignore", invalid="ignore"):
-        found[known] = stats.norm.sf(np.abs(margin[known]) / (moved * size))
+        found[known] = special.ndtr(-np.abs(margin[known]) / (moved * size))
     return found
 
 

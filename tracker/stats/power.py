@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from scipy import optimize, stats
+import scipy  # what takes long to import, stats above all, comes when it is used
+from scipy import special
 
 ALPHA = 0.05
 POWER = 0.8
 MEANT = 0.03
 """The drop, a fraction, for which is said how many documents reveal it."""
-_POWER_Z = float(stats.norm.ppf(POWER))
+_POWER_Z = float(special.ndtri(POWER))
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ class OutcomeVariance:
         if excess(1) < 0:
             return None
         # Above 0: there, nothing changes and nothing is revealed.
-        return float(optimize.brentq(excess, 1e-9, 1, xtol=1e-12))
+        return float(scipy.optimize.brentq(excess, 1e-9, 1, xtol=1e-12))
 
     def _product(self, change: float, tests: int) -> float:
         """How many documents reveal a change, times its square."""
-        level = float(stats.norm.ppf(1 - ALPHA / (2 * tests)))
+        level = float(special.ndtri(1 - ALPHA / (2 * tests)))
         if not self.binary:
             return (level + _POWER_Z) ** 2 * self.variance
         share = max(self.variance, change)

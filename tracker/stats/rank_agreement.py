@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+import scipy  # what takes long to import, stats above all, comes when it is used
 from numpy.typing import ArrayLike
-from scipy import special, stats
+from scipy import special
 
 from tracker.stats.arrays import Array, Numbers, divided
 
@@ -54,7 +55,7 @@ def surrogate_series(values: Array, draws: int, seed: int) -> Array:
         1142-1160 (p-values that draw the nuisance parameter).
     """
     generator = np.random.default_rng(seed)
-    scores = special.ndtri(stats.rankdata(values) / (len(values) + 1))
+    scores = special.ndtri(scipy.stats.rankdata(values) / (len(values) + 1))
     chosen = generator.choice(_SMOOTHNESS, size=draws, p=_likely(scores))
     series = generator.standard_normal((len(values), draws))
     for layer in range(1, len(values)):
@@ -98,7 +99,7 @@ def rounded(values: ArrayLike) -> Array:
 
 def midranks(rows: ArrayLike) -> Array:
     """Rank each row from the smallest value, 1, ties sharing the mean of their ranks."""
-    return np.asarray(stats.rankdata(rounded(rows), axis=-1), dtype=np.float64)
+    return np.asarray(scipy.stats.rankdata(rounded(rows), axis=-1), dtype=np.float64)
 
 
 def places(values: Sequence[float | None] | Array, lowest_first: bool = False) -> list[int]:
@@ -107,7 +108,7 @@ def places(values: Sequence[float | None] | Array, lowest_first: bool = False) -
     Equal ones share the better place.
     """
     numbers = rounded(np.array(values, dtype=np.float64))
-    found = stats.rankdata(numbers if lowest_first else -numbers, method="min")
+    found = scipy.stats.rankdata(numbers if lowest_first else -numbers, method="min")
     return [int(place) for place in found]
 
 
@@ -127,7 +128,7 @@ def row_coefficients(x: Array, y: Array, coefficient: str) -> Array:
     if coefficient == "kendall":
         values = _kendall_rows(x, y)
     elif coefficient == "spearman":
-        values = _pearson_rows(stats.rankdata(x, axis=1), stats.rankdata(y, axis=1))
+        values = _pearson_rows(scipy.stats.rankdata(x, axis=1), scipy.stats.rankdata(y, axis=1))
     else:
         values = _pearson_rows(x, y)
     # Of a row with a NaN the spread is NaN, and what is not finite was made one.
@@ -295,7 +296,7 @@ def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
     Returns:
         (k + 1) / (m + 1) for k of m relabellings that correlate as strongly.
     """
-    x, y = (stats.zscore(midranks(each), axis=1) for each in (proxy, drop))
+    x, y = (scipy.stats.zscore(midranks(each), axis=1) for each in (proxy, drop))
     count = x.shape[0] * x.shape[1]
     observed = abs(float((x * y).sum() / count))
     worst = 0
@@ -317,6 +318,6 @@ def smooth_orders(values: Array, draws: int, seed: int) -> Numbers:
     Returns:
         `[draws, layers]`: the layer whose value stands at each depth; see `surrogate_series`.
     """
-    ranks = stats.rankdata(values, method="ordinal").astype(np.float64)
+    ranks = scipy.stats.rankdata(values, method="ordinal").astype(np.float64)
     positions = surrogate_series(ranks, draws, seed).astype(np.int64) - 1
     return np.asarray(ranks.argsort()[positions], dtype=np.int64)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import LEVEL
@@ -88,7 +88,8 @@ def together(
 
     @cache
     def factor(freedom: float) -> float:
-        wide, narrow = stats.t.ppf([1 - (1 - LEVEL) / (2 * family), (1 + LEVEL) / 2], freedom)
+        levels = [1 - (1 - LEVEL) / (2 * family), (1 + LEVEL) / 2]
+        wide, narrow = special.stdtrit(freedom, levels)
         return float(wide / narrow)
 
     def widened(figure: Estimate, count: int) -> Estimate:

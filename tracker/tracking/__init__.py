@@ -14,16 +14,18 @@ import re
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 from urllib.parse import quote
 
 from tracker.core.errors import RequestError, did_you_mean
 from tracker.core.provenance import content_hash
 from tracker.core.text import masked
-from tracker.ledger.cells import CellStore
 from tracker.ledger.files import read_note, write_note
 from tracker.tracking.base import Ability, Backend, LiveRun, Models, Service, Target
 from tracker.tracking.wandb.service import in_sweep
+
+if TYPE_CHECKING:
+    from tracker.ledger.cells import CellStore
 
 BACKENDS = {
     "mlflow": "tracker.tracking.mlflow.service:MlflowService",
