@@ -6,7 +6,6 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from tracker.core.errors import RequestError
 from tracker.core.identities import Half
 from tracker.core.records import CellRecord
 from tracker.tracking import BACKENDS, open_backend, service, target
-from tracker.tracking.base import Backend
 from tracker.tracking.figures import (
     LoggedTable,
     cell_figures,
@@ -61,13 +59,18 @@ class Held(ABC):
 
     def __init__(self, results: Path, project: str = PROJECT, server: str | None = None) -> None:
         self.results, self.project, self.server = results, project, server
+        self.open()
 
-    def open(self) -> Backend:
-        return open_backend(self.name, self.project, self.results, self.server)
+    def open(self) -> None:
+        self.backend = open_backend(self.name, self.project, self.results, self.server)
+
+    def open_anew(self) -> None:
+        """Go on as another process does."""
+        self.backend.close()
+        self.open()
 
     def publish(self, cell: CellRecord, *files: Path) -> tuple[int, int, int]:
-        with closing(self.open()) as backend:
-            done = backend.publish(cell, files, {}, WHOLE)
+        done = self.backend.publish(cell, files, {}, WHOLE)
         return done.created, done.updated, done.unchanged
 
     def by_key(self) -> dict[str, Seen]:
@@ -189,13 +192,12 @@ class HeldByWandb(Held):
 class HeldByTrackio(Held):
     name = "trackio"
 
-    def __init__(self, results: Path, folder: Path) -> None:
-        super().__init__(results)
-        kind, also = "tests.tracking.trackio_reader:TrackioReader", {"TRACKIO_DIR": str(folder)}
-        self.reader = Isolated("Trackio", kind, PROJECT, also=also)
+    def __init__(self, results: Path, project: str, reader: Isolated) -> None:
+        super().__init__(results, project)
+        self.reader = reader
 
     def runs(self) -> list[Any]:
-        return list(self.reader.runs())
+        return list(self.reader.runs(self.project))
 
     def key_of(self, run: Any) -> str:
         return run["config"]["tracker"]["run_key"]
@@ -220,7 +222,7 @@ class HeldByTrackio(Held):
         return list(table["_value"])
 
     def break_off(self, key: str) -> None:
-        assert self.reader.delete(self.run(key)["name"])
+        assert self.reader.delete(self.project, self.run(key)["name"])
 
 
 def numeric(value: object) -> bool:
@@ -236,26 +238,31 @@ def rows(table: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
 
 
+@pytest.fixture(scope="module")
+def trackio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Isolated]:
+    """A folder of Trackio's that this process knows of, and who reads it."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))
+        reader = Isolated("Trackio", "tests.tracking.trackio_reader:TrackioReader")
+        yield reader
+        reader.close()
+
+
 @pytest.fixture(params=["mlflow", "mlflow server", "wandb", "trackio"])
-def held(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Held]:
-    results = tmp_path / "held"
+def held(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Held]:
+    results, project = tmp_path / "held", f"{PROJECT}-{tmp_path.name}"
     results.mkdir()
+    held: Held
     if request.param == "wandb":
-        yield HeldByWandb(results, request.getfixturevalue("lent"))
+        held = HeldByWandb(results, request.getfixturevalue("lent"))
     elif request.param == "trackio":
-        monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-        kept = HeldByTrackio(results, tmp_path / "trackio")
-        yield kept
-        kept.reader.close()
+        held = HeldByTrackio(results, project, request.getfixturevalue("trackio"))
+    elif request.param == "mlflow":
+        held = HeldByMlflow(request.getfixturevalue("results"), project)
     else:
-        server = None
-        if request.param == "mlflow":
-            results = request.getfixturevalue("results")
-        else:
-            server = request.getfixturevalue("server")
-        yield HeldByMlflow(results, f"{PROJECT}-{tmp_path.name}", server)
+        held = HeldByMlflow(results, project, request.getfixturevalue("server"))
+    yield held
+    held.backend.close()
 
 
 def shows(held: Held, cell: CellRecord) -> dict[str, Seen]:
@@ -316,12 +323,12 @@ def test_what_is_published_is_read_back_and_not_doubled(held: Held, tmp_path: Pa
         {"task": "arc_easy", "choice": None},
     ]
 
-    with closing(held.open()) as backend:
-        (remote,) = backend.cells()
-        assert (remote.key, remote.name) == (key, cell.title)
-        folder = tmp_path / "fetched"
-        folder.mkdir()
-        backend.fetch(remote, folder)
+    held.open_anew()
+    (remote,) = held.backend.cells()
+    assert (remote.key, remote.name) == (key, cell.title)
+    folder = tmp_path / "fetched"
+    folder.mkdir()
+    held.backend.fetch(remote, folder)
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == {
         file.name: file.read_bytes() for file in files
     }
@@ -356,6 +363,7 @@ def test_what_grows_is_brought_up_to_date_and_what_broke_off_completed(held: Hel
 
     for key in (run_key(more, "layer:3"), own):
         held.break_off(key)
+    held.open_anew()
     created, updated, unchanged = held.publish(more)
     assert (created + updated, unchanged) == (2, 4)
     assert held.by_key() == grown
@@ -441,6 +449,7 @@ def test_other_questions_have_other_runs_beside_each_other(held: Held) -> None:
     ]
     for one in cells:
         assert held.publish(one) == (2 + len(one.runs), 0, 0)
+    held.open_anew()
     for one in cells:
         assert held.publish(one) == (0, 0, 2 + len(one.runs))
     mine = held.by_key()

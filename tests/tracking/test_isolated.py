@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,31 +17,29 @@ from tracker.tracking import open_backend
 from .wandb_double import WandbDouble
 
 
-@pytest.mark.parametrize("how", ["killed", "closed"])
-def test_a_call_whose_process_ends_is_a_tracking_error(
-    lent: WandbDouble, tmp_path: Path, how: str
-) -> None:
+def test_a_call_whose_process_ends_is_a_tracking_error(lent: WandbDouble, tmp_path: Path) -> None:
     before = set(psutil.Process().children(recursive=True))
     backend = open_backend("wandb", "team/layers", tmp_path)
 
     def started() -> list[psutil.Process]:
         return list(set(psutil.Process().children(recursive=True)) - before)
 
-    def end() -> None:
+    def kill() -> None:
+        next(process for process in started() if process.ppid() == os.getpid()).kill()
+
+    def end(how: Callable[[], None]) -> None:
         while len(started()) < 2:  # the process, and the service of the SDK
             time.sleep(0.01)
-        if how == "closed":
-            backend.close()
-        else:
-            next(process for process in started() if process.ppid() == os.getpid()).kill()
+        how()
 
-    lent.delay = 5.0
-    ending = threading.Thread(target=end)
-    ending.start()
-    with pytest.raises(TrackingError, match="the process of W&B has ended"):
-        backend.user()
-    ending.join()
-    lent.delay = 0.0
+    for how in (kill, backend.close):
+        lent.delay = 5.0
+        ending = threading.Thread(target=end, args=(how,))
+        ending.start()
+        with pytest.raises(TrackingError, match="the process of W&B has ended"):
+            backend.user()
+        ending.join()
+        lent.delay = 0.0
     assert backend.user() == "tester"
     backend.close()
     assert not started()

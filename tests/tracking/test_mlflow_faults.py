@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.conftest import cli
 from tracker import api
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
@@ -191,11 +191,10 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
     own: MlflowServer,
     tiny_llama: Maker,
     experiment: Maker,
-    start: Callable[..., subprocess.Popen[str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The real program; the server is killed between the figures and the files of a cell."""
+    """The server is killed between the figures and the files of a cell."""
     study = experiment(
         tiny_llama(layers=2), limit=6, layer=[0, 1], benchmark=["arc_easy", "arc_challenge"]
     )
@@ -203,11 +202,11 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
     with Gate(own.address) as gate:
         gate.before["/mlflow-artifacts/"] = own.stop
         monkeypatch.setenv("MLFLOW_TRACKING_URI", gate.address)
-        run = start("run", study, "--results", results, "--track", f"mlflow:{project}")
-        said, _ = run.communicate(timeout=300)
-        assert run.returncode == 1, said
+        run = cli("run", study, "--results", results, "--track", f"mlflow:{project}")
+        said = run.output.replace("\n", " ")
+        assert run.exit_code == 1, said
         assert "Traceback" not in said
-        assert f"tracker sync --to mlflow:{project} --results {results}" in said.replace("\n", " ")
+        assert f"tracker sync --to mlflow:{project} --results {results}" in said
         cells = api.ls(results)
         assert [cell.n for cell in cells] == [6, 6], "the measurement goes on"
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,18 +27,14 @@ __all__ = ["publish"]
 
 # Was: files went on to where the folder had been, and a copy wrote into its original's.
 def test_a_folder_with_its_mlflow_file(
-    tiny_llama: Maker,
-    experiment: Maker,
-    start: Callable[..., subprocess.Popen[str]],
-    results: Path,
-    tmp_path: Path,
+    tiny_llama: Maker, experiment: Maker, results: Path, tmp_path: Path
 ) -> None:
     model = tiny_llama(layers=2)
     study = experiment(model, limit=3, layer=[0, 1])
-    first = start("run", study, "--results", results)
-    assert first.wait(300) == 0
+    assert api.run(study, results=results).outcome.exit_code == 0
     moved, copied = tmp_path / "moved", tmp_path / "copied"
     results.rename(moved)
+    mlflow_cache._artifact_repos_cache.clear()  # another process
     assert [cell.n for cell in api.ls(moved)] == [3]
     again = api.run(study, results=moved).outcome
     assert list(again.locations.values()) == [
@@ -142,6 +136,7 @@ def test_offline_runs_that_grew_are_sent_as_they_are_now(
         (tmp_path / "behind").mkdir()
         (tmp_path / "behind" / "sitecustomize.py").write_text(BEHIND)
         behind.syspath_prepend(tmp_path / "behind")  # the SDK's process has the path of this one
+        publish.close()
         assert counts(publish(cell, WANDB_MODE="offline")) == (0, 4, 0)
     folders = sorted(publish.results.glob("wandb/offline-run-*"))
     publish.client.cli("sync", *map(str, folders))

