@@ -237,9 +237,11 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start the real program; whatever still runs at the end is ended by its id."""
     started: list[subprocess.Popen[str]] = []
 
-    def run(*arguments: object, **options: object) -> subprocess.Popen[str]:
+    def run(
+        *arguments: object, program: object = TRACKER, **options: object
+    ) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [str(TRACKER), *map(str, arguments)],
+            [str(program), *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -25,7 +25,6 @@ from tests.engine.test_registry import find
 from tests.own import write_tasks
 from tests.plain import evaluate
 from tests.pruning.conftest import SAMPLE
-from tracker.benchmarks import reference_process
 from tracker.cli.printing import print_export
 from tracker.core.config import cell_request
 from tracker.core.errors import RequestError, WorkError
@@ -47,19 +46,6 @@ ARC = (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Let the program answer in this process; a real one of its own has answered in `exported`."""
-
-    def ask(asked, folder):
-        text = json.dumps(asked)
-        return json.loads(
-            json.dumps({**reference_process.main(json.loads(text)), "ours": []}, default=str)
-        )
-
-    monkeypatch.setattr(proof, "_ask", ask)
 
 
 @pytest.fixture

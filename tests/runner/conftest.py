@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.plain import write_rows
 from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, typed, wait_for
 from tracker.api import Results
 from tracker.ledger.blocks import BLOCK
@@ -39,7 +40,7 @@ def measure(experiment: Callable[..., Path], tmp_path: Path) -> Callable[..., Re
 @pytest.fixture
 def long(tiny_llama: Callable[..., Path], experiment: Callable[..., Path]) -> Path:
     """A study that takes long enough for something to happen meanwhile."""
-    return experiment(tiny_llama(layers=6), layer=list(range(6)), limit=5 * BLOCK + 5)
+    return experiment(tiny_llama(), limit=5 * BLOCK + 5)
 
 
 @pytest.fixture
@@ -49,24 +50,33 @@ def as_one_process(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., tuple[Results, Heard]]:
-    """Run two cells of one model elsewhere, by relative paths: nothing differs, nothing is lost."""
+    """Run three cells of one model elsewhere, by relative paths: nothing differs, nothing is lost.
+
+    The one in the middle, of which no model can read an answer, fails alone.
+    """
 
     def check(**elsewhere: object) -> tuple[Results, Heard]:
         monkeypatch.chdir(tmp_path)
         arc(Path("data"), BLOCK + 8)
-        both = {"benchmark": ["arc_easy", "arc_challenge"], "data": "./data"}
-        sampled = {"limit": None, "sample": BLOCK + 4}
-        file = experiment(f"./{tiny_llama().name}", **both, **sampled)
-        run(file, tmp_path / "one")
-        heard = Heard()
+        unreadable = {"goal": "Which?", "sol1": "word " * 400, "sol2": "none", "label": 0}
+        write_rows(Path("data/baber/piqa"), validation=[unreadable] * (BLOCK + 4))
+        model, both = f"./{tiny_llama().name}", ["arc_easy", "arc_challenge"]
+        asked = {"data": "./data", "limit": None, "sample": BLOCK + 4}
+        file = experiment(model, benchmark=["arc_easy", "piqa", "arc_challenge"], **asked)
+        alone, heard = run(file, tmp_path / "one"), Heard()
         found = run(file, tmp_path / "elsewhere", heard, **elsewhere)
-        assert not found.outcome.failed
+        assert found.outcome.failed == alone.outcome.failed
+        ((title, why),) = found.outcome.failed.items()
+        assert "piqa" in title
+        assert "continuation" in why
         same(tmp_path / "one", tmp_path / "elsewhere")
         assert heard.counted == heard.expected
         assert heard.finished
-        again = run(file, tmp_path / "elsewhere", **elsewhere)
+        good = experiment(model, "good.yaml", benchmark=both, **asked)
+        again = run(good, tmp_path / "elsewhere", **elsewhere)
         assert again.outcome.models_loaded == 0
         assert again.cells == found.cells
+        assert [cell.benchmark.name for cell in again.cells] == both
         return found, heard
 
     return check

@@ -15,7 +15,6 @@ from mlflow import MlflowClient
 from tests.conftest import golden, printed
 from tests.runner.elsewhere import run, typed
 from tests.tracking.conftest import cell_record, client, double, lent
-from tests.tracking.mlflow_server import MlflowServer
 from tests.tracking.wandb_double import WandbDouble
 from tracker import api
 from tracker.core.errors import RequestError, ResultsError
@@ -140,40 +139,37 @@ def test_damage_is_said_of_every_folder(ran: Ran, tmp_path: Path) -> None:
 
 
 def test_an_mlflow_project_is_read_verified_and_cached(
-    ran: Ran, template: Path, tmp_path: Path, cache: Path
+    ran: Ran, team: tuple[str, MlflowClient], tmp_path: Path, cache: Path
 ) -> None:
     results = ran(benchmark=["arc_easy", "piqa"])
-    (tmp_path / "served").mkdir()
-    with MlflowServer(tmp_path / "served", template) as server:
-        source = f"mlflow:{server.address}/team/layers"
-        assert api.sync([source], results=results).failed == {}
-        done = api.report(source, output=tmp_path / "page.html")
-        assert content(done.cells) == content(api.ls(results))
-        assert done.failed == {}
-        # What is there is not downloaded again.
-        before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")}
-        assert before
-        again = api.report(source, output=tmp_path / "page.html")
-        assert content(again.cells) == content(done.cells)
-        assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")} == before
-        # What has grown is.
-        ran(benchmark=["arc_easy", "piqa"], limit=9)
-        api.sync([source], results=results)
-        grown = api.report(source, output=tmp_path / "page.html")
-        assert [cell.n for cell in grown.cells] == [9, 9]
-        # What was changed on the way is refused, and the rest stays.
-        client = MlflowClient(server.address)
-        found = client.get_experiment_by_name("team/layers")
-        runs = client.search_runs([found.experiment_id], "tags.`tracker.kind` = 'cell'")
-        client.log_text(runs[0].info.run_id, "{}", "cell.json")
-        shutil.rmtree(cache)
-        done = api.report(source, output=tmp_path / "page.html")
-        assert len(done.cells) == 1
-        (why,) = done.failed.values()
-        assert "not those that were attached" in why
-        # A deleted run is gone from reports, although the cache holds it.
-        client.delete_run(runs[1].info.run_id)
-        assert api.report(source, results, output=tmp_path / "page.html").cells
+    source, client = team
+    assert api.sync([source], results=results).failed == {}
+    done = api.report(source, output=tmp_path / "page.html")
+    assert content(done.cells) == content(api.ls(results))
+    assert done.failed == {}
+    # What is there is not downloaded again.
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")}
+    assert before
+    again = api.report(source, output=tmp_path / "page.html")
+    assert content(again.cells) == content(done.cells)
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")} == before
+    # What has grown is.
+    ran(benchmark=["arc_easy", "piqa"], limit=9)
+    api.sync([source], results=results)
+    grown = api.report(source, output=tmp_path / "page.html")
+    assert [cell.n for cell in grown.cells] == [9, 9]
+    # What was changed on the way is refused, and the rest stays.
+    found = client.get_experiment_by_name("layers")
+    runs = client.search_runs([found.experiment_id], "tags.`tracker.kind` = 'cell'")
+    client.log_text(runs[0].info.run_id, "{}", "cell.json")
+    shutil.rmtree(cache)
+    done = api.report(source, output=tmp_path / "page.html")
+    assert len(done.cells) == 1
+    (why,) = done.failed.values()
+    assert "not those that were attached" in why
+    # A deleted run is gone from reports, although the cache holds it.
+    client.delete_run(runs[1].info.run_id)
+    assert api.report(source, results, output=tmp_path / "page.html").cells
 
 
 @pytest.mark.parametrize(

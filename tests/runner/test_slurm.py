@@ -91,10 +91,6 @@ def test_a_job_that_dies_fails_its_cell_and_names_its_log(long, tmp_path, meanwh
     assert found.outcome.exit_code == 1
 
 
-def test_a_cell_that_fails_does_not_take_the_others_with_it(one_cell_fails):
-    one_cell_fails("--executor", "slurm", "--slurm", "cluster=local")
-
-
 def test_a_job_that_never_measures_anything_is_not_started_for_ever(
     tiny_llama, experiment, tmp_path, monkeypatch
 ):

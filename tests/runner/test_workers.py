@@ -13,7 +13,7 @@ import torch
 
 from tests.runner.elsewhere import Heard, descendants, run, shards, wait_for
 from tracker.core.config import cell_request
-from tracker.core.errors import ModelError, RequestError
+from tracker.core.errors import CellError, ModelError, RequestError
 from tracker.executors import pool, processes
 from tracker.executors.child import Child, answered
 from tracker.executors.pool import LostError, grouped
@@ -27,9 +27,8 @@ LAYERS = list(range(8))
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("options", [(), ("--workers", "2")])
-def test_a_failure_stays_in_its_cell(one_cell_fails, options):
-    one_cell_fails(*options)
+def test_a_failure_stays_in_its_cell(one_cell_fails):
+    one_cell_fails()
 
 
 def test_two_give_what_one_process_gives(as_one_process):
@@ -47,54 +46,52 @@ def test_what_a_killed_worker_did_is_done_again(worker_is_killed):
     assert said.startswith("worker 1 died; what it did is done again (killed, as the system does")
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_no_worker_outlives_who_started_it(long, start, tmp_path, how):
-    results = tmp_path / "results"
+@pytest.fixture
+def ended(long, tmp_path):
+    """End a program in the middle of what its worker does; what it has said, and its exit code."""
     long.write_text(long.read_text().replace("limit: {value: 165}", "limit: {value: 320}"))
-    process = start("run", long, "--results", results, "--track", "none", "--workers", "2")
-    wait_for(lambda: shards(results))
-    workers = psutil.Process(process.pid).children()
-    assert len(workers) == 2
-    process.send_signal(how)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}[how], output
-    psutil.wait_procs(workers, timeout=30)
-    assert not any(worker.is_running() for worker in workers)
+
+    def end(process: subprocess.Popen[str], how: signal.Signals) -> tuple[str, int]:
+        wait_for(lambda: shards(tmp_path / "results"))
+        (worker,) = psutil.Process(process.pid).children()
+        process.send_signal(how)
+        output, _ = process.communicate(timeout=60)
+        psutil.wait_procs([worker], timeout=30)
+        assert not worker.is_running()
+        return output, process.returncode
+
+    return end
 
 
-def test_a_users_script_is_not_run_again(long, tmp_path):
+def test_ctrl_c_ends_the_worker_too(long, ended, start, tmp_path):
+    told = ("--results", tmp_path / "results", "--track", "none", "--workers", "1")
+    said, code = ended(start("run", long, *told), signal.SIGINT)
+    assert code == 130, said
+
+
+def test_a_users_script_is_not_run_again_and_leaves_no_worker_when_it_is_killed(
+    long, ended, start, tmp_path
+):
     """`multiprocessing` would, in each worker, where no `if __name__` stands before it."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import tracker\nprint('begins')\n"
-        f"done = tracker.run({str(long)!r}, limit=4, results={str(tmp_path / 'results')!r}, "
-        "track='none', workers=1)\nprint('failed', done.outcome.failed)\n"
+        "import tracker\nprint('begins', flush=True)\n"
+        f"tracker.run({str(long)!r}, results={str(tmp_path / 'results')!r}, track='none', "
+        "workers=1)\n"
     )
-    said = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
-    assert said.stdout.split("\n")[:2] == ["begins", "failed {}"], said.stderr
+    process = start(script, program=sys.executable, cwd=tmp_path)
+    said, code = ended(process, signal.SIGKILL)
+    assert code == -signal.SIGKILL, said
+    assert said.splitlines().count("begins") == 1
 
 
-class TestOneThatCannotStart:
-    def test_says_why(self, monkeypatch, long, tmp_path):
-        monkeypatch.setattr(
-            "tracker.executors.child._PROGRAM", "raise SystemExit('no such device')"
-        )
-        heard = Heard()
-        found = run(long, tmp_path / "results", heard, workers=2)
-        (why,) = found.outcome.failed.values()
-        assert why == "no worker is left: exit code 1: no such device"
-        assert "worker 1 cannot start: exit code 1: no such device" in heard.lines
-
-    def test_is_told_of_an_error_of_its_own(self):
-        child = Child("worker 1", {}, "too few arguments")
-        child.start()
-        try:
-            assert answered([child], 60) == [child]
-            with pytest.raises(Exception, match="TypeError") as caught:
-                child.answer()
-            assert not isinstance(caught.value, LostError)
-        finally:
-            child.kill()
+def test_one_that_cannot_start_says_why(monkeypatch, long, tmp_path):
+    monkeypatch.setattr("tracker.executors.child._PROGRAM", "raise SystemExit('no such device')")
+    heard = Heard()
+    found = run(long, tmp_path / "results", heard, workers=2)
+    (why,) = found.outcome.failed.values()
+    assert why == "no worker is left: exit code 1: no such device"
+    assert "worker 1 cannot start: exit code 1: no such device" in heard.lines
 
 
 LOST = """
@@ -106,29 +103,28 @@ child.serve()
 """
 
 
-def test_a_worker_whose_device_is_lost_ends(monkeypatch):
-    """Nothing can be computed in its process any more; another process, or device, may."""
+def test_a_worker_says_what_keeps_it_from_its_work(monkeypatch):
+    """Where its device is lost it ends: another process, or device, may do what it did."""
     monkeypatch.setattr("tracker.executors.child._PROGRAM", LOST)
-    child = Child("worker 1", {}, Options(), ".", {})
+    nowhere = {"CUDA_VISIBLE_DEVICES": "98,99"}
+    child = Child("worker 1", nowhere, Options(device="spread"), ".", {})
     child.start()
     try:
+        with pytest.raises(ModelError, match="accelerators 98,99 only 0 are there"):
+            child.answer()
+        child.ask("", "too few arguments")
+        assert answered([child], 60) == [child]
+        with pytest.raises(CellError, match="TypeError") as own:
+            child.answer()
+        assert not isinstance(own.value, LostError)
+        child.ask("", Options(), ".", {})
         assert child.answer() is None
         child.ask("open", ["a request"])
-        with pytest.raises(LostError) as caught:
+        with pytest.raises(LostError) as lost:
             child.answer()
-        assert str(caught.value) == "exit code 1: CUDA error: unspecified launch failure"
+        assert str(lost.value) == "exit code 1: CUDA error: unspecified launch failure"
     finally:
         child.kill()
-
-
-def test_a_device_that_is_not_there_is_said_at_the_start():
-    if torch.cuda.is_available():
-        pytest.skip("it is there")
-    child = Child("worker 1", {"CUDA_VISIBLE_DEVICES": "0,1"}, Options(device="spread"), ".", {})
-    child.start()
-    with pytest.raises(ModelError, match="accelerators 0,1 only 0 are there"):
-        child.answer()
-    child.kill()
 
 
 class TestDevices:
