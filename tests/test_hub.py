@@ -2,53 +2,87 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import TRACKER, cli, lend_tasks, refused
-from tests.hub import GATED, hub
+from tests.hub import GATED, Hub, hub
+
+FIRST = "reading models and benchmarks"
+FORKS = """
+import json, os, sys
+import torch, transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
+import tracker.api, tracker.cli
+for line in sys.stdin:
+    if not (program := os.fork()):
+        os.dup2(os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os.dup2(1, 2)
+        tracker.cli.main(json.loads(line), prog_name="tracker")
+    print(os.waitstatus_to_exitcode(os.waitpid(program, 0)[1]), flush=True)
+"""
+"""Gives commands, each in a process of its own that has imported all there is before it begins."""
 
 
 class Asked:
-    """A command on a machine that never saw the hub, and what that answers.
+    """A machine that never saw the hub, and what that answers.
 
     Attributes:
-        hub: What stands in for it.
+        hub: What stands in for it: its address is read when the hub's client is imported.
         code: What the last command ended with.
         lines: Its lines, without what it says before it reads anything.
     """
 
-    def __init__(self, folder: Path, hub) -> None:
-        self.folder, self.hub = folder, hub
+    def __init__(self, folder: Path, hub: Hub) -> None:
+        self.hub, self._said = hub, folder / "said"
+        self._own = folder / "hf", folder / "cache"
+        home, cache = map(str, self._own)
+        own = {"HF_HOME": home, "TRACKER_CACHE": cache, **hub.environment()}
+        self.environment = {**os.environ, **own}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-c", FORKS]
+        self.program = subprocess.Popen(command, cwd=folder, env=self.environment, **pipes)
 
-    def give(self, *arguments: object, **environment: str) -> str:
+    def forget(self) -> None:
+        """Be a machine that never saw the hub again, and a hub that has no such thing."""
+        for folder in self._own:
+            shutil.rmtree(folder, ignore_errors=True)
+        lend_tasks(self._own[1])
+        vars(self.hub).update(status=404, headers={}, body=b"", silent=False, asked=[])
+
+    def give(self, *arguments: object) -> str:
         """Give a command; what it prints."""
-        home = {"HF_HOME": f"{self.folder}/hf", "TRACKER_CACHE": f"{self.folder}/cache"}
-        environment = {**os.environ, **home, **self.hub.environment(), **environment}
-        command = [str(TRACKER), *map(str, arguments)]
-        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        done = subprocess.run(command, cwd=self.folder, env=environment, check=False, **out)
-        said = done.stdout.splitlines()
-        self.code, self.lines = done.returncode, [line for line in said if line != FIRST]
-        return done.stdout
+        self.program.stdin.write(json.dumps([*map(str, arguments)]) + "\n")
+        self.program.stdin.flush()
+        self.code = int(self.program.stdout.readline())
+        said = self._said.read_text()
+        self.lines = [line for line in said.splitlines() if line != FIRST]
+        return said
 
     def times(self, name: str) -> int:
         """How often the hub was asked for something."""
         return sum(name in each for each in self.hub.asked)
 
 
-FIRST = "reading models and benchmarks"
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    with hub() as stand_in:
+        asked = Asked(tmp_path_factory.mktemp("machine"), stand_in)
+        with asked.program:
+            yield asked
+            asked.program.stdin.close()
 
 
 @pytest.fixture
-def asked(tmp_path: Path):
-    lend_tasks(tmp_path / "cache")
-    with hub() as stand_in:
-        yield Asked(tmp_path, stand_in)
+def asked(machine):
+    machine.forget()
+    return machine
 
 
 @pytest.fixture
@@ -105,8 +139,13 @@ def test_no_hub_at_all(asked, two_models):
     """Was: 193 seconds and two hundred lines."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         nobody = f"http://127.0.0.1:{server.getsockname()[1]}"
-    found = asked.give("validate", two_models, HF_ENDPOINT=nobody)
-    assert (asked.code, len(asked.lines)) == (0, 3)
+    command, there = (
+        [str(TRACKER), "validate", two_models],
+        {**asked.environment, "HF_ENDPOINT": nobody},
+    )
+    done = subprocess.run(command, env=there, capture_output=True, text=True, check=True)
+    found = done.stdout + done.stderr
+    assert len(found.splitlines()) == 3
     assert "Connection refused" in found
     assert "Without the hub: copy the model's folder" in found
 
