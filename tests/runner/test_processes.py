@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import signal
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -40,26 +39,18 @@ def test_a_killed_run_continues_and_ends_with_the_same_numbers(study, start, tmp
     undisturbed, killed, file = tmp_path / "undisturbed", tmp_path / "killed", study(DOCUMENTS)
     assert not run(file, undisturbed).outcome.failed
 
-    kept: dict[Path, bytes] = {}
-    for wanted in (0, 2):
-        process = start("run", file, "--results", killed, "--track", "none")
-        while process.poll() is None:
-            begun = next(killed.glob("cells/*/cell.json"), None)
-            if begun and len(shards(killed)) >= wanted:
-                break
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        finish(process)
-        assert process.returncode == -signal.SIGKILL, "it finished before it could be killed"
-        assert len(shards(killed)) < -(-DOCUMENTS // BLOCK)
-        # What was on disk before is neither lost nor computed again.
-        assert all(path.read_bytes() == content for path, content in kept.items())
-        kept = {path: path.read_bytes() for path in shards(killed)}
+    process = start("run", file, "--results", killed, "--track", "none")
+    wait_for(lambda: process.poll() is not None or shards(killed))
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    assert process.returncode == -signal.SIGKILL, "it finished before it could be killed"
+    kept = {path: path.read_bytes() for path in shards(killed)}
 
     begun: dict[str, tuple[int, str]] = {}
     assert tracker.ls(killed, unfinished=begun) == []
     assert [0 < documents < DOCUMENTS for documents, _ in begun.values()] == [True]
     assert not run(file, killed).outcome.failed
+    # What was on disk before is neither lost nor computed again.
     assert all(path.read_bytes() == content for path, content in kept.items())
     pd.testing.assert_frame_equal(outcomes(killed), outcomes(undisturbed), check_exact=True)
     assert not list(killed.glob("cells/*/shards/.*.tmp"))
