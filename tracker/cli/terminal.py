@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
 
-EVERY = 300
-"""Seconds between two lines about some work where no terminal shows its bar."""
+FIRST, EVERY = 15, 300
+"""Seconds to the first line about some work, and between two, where no terminal shows its bar."""
 LOUD = (
     *("accelerate", "lm_eval", "lm-eval", "datasets", "transformers"),
     *("alembic", "mlflow", "urllib3", "httpx"),
@@ -83,7 +83,7 @@ class Show(Progress):
     def __init__(self, error: bool = False) -> None:
         self._console = console(error)
         self._bar: Bar | None = None
-        self._drawn = 0.0
+        self._due = 0.0
 
     def say(self, message: str) -> None:
         """Print a line."""
@@ -106,7 +106,7 @@ class Show(Progress):
         )
         self._bar.add_task(shown(title), total=total)
         self._bar.start()
-        self._drawn = time.monotonic()
+        self._due = time.monotonic() + FIRST
 
     def expect(self, more: int) -> None:
         """Let the bar be longer, or shorter."""
@@ -118,9 +118,9 @@ class Show(Progress):
         """Move the bar."""
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[0], responses)
-            if not self._console.is_terminal and time.monotonic() >= self._drawn + EVERY:
+            if not self._console.is_terminal and time.monotonic() >= self._due:
                 self._console.print(self._bar.get_renderable())
-                self._drawn = time.monotonic()
+                self._due = time.monotonic() + EVERY
 
     def finish(self) -> None:
         """Close the bar."""

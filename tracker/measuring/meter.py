@@ -104,20 +104,15 @@ class Meter:
         from tracker.benchmarks.encoder import RequestEncoder
         from tracker.engine.selfcheck.check import watched_documents
         from tracker.measuring.scorer import Scorer
-        from tracker.models.ends import refuse_ends
-        from tracker.models.quantised import refuse_formats
+        from tracker.models.maps import refuse_misfits
         from tracker.models.sublayers import find_sublayers
 
         loaded, request = model.loaded, requests[0]
         for each in requests:
             check_range(each, parts_of(loaded.model.config.get_text_config()))
         self.ablations = all_ablations(requests, loaded.identity.layers)
-        refuse_formats(
-            self.ablations,
-            loaded.layers,
-            partial(find_sublayers, loaded.model, loaded.layers, loaded.device),
-        )
-        refuse_ends(self.ablations, loaded.model)
+        sublayers = partial(find_sublayers, loaded.model, loaded.layers, loaded.device)
+        refuse_misfits(self.ablations, loaded.model, sublayers)
         self._benchmark = benchmark
         self._model = model
         self._memory = options.memory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tracker.core.ablations import Ablation
@@ -15,6 +15,7 @@ from tracker.models.linear_maps import linear_maps
 from tracker.models.load import hollow
 from tracker.models.quantised import refuse_formats
 from tracker.models.sources import ModelSource
+from tracker.models.sublayers import Sublayers
 
 Shape = tuple[int, int]
 """Outputs, of experts those of all, and inputs."""
@@ -58,17 +59,22 @@ def names_of_maps(
     return tuple(tuple(layer) for layer in maps_of(source, trust_remote_code))
 
 
-def refuse_misfits(ablations: Sequence[Ablation], model: Any) -> None:
-    """Refuse formats that a model cannot be in, as far as that is seen without its weights.
+def refuse_misfits(
+    ablations: Sequence[Ablation],
+    model: Any,
+    sublayers: Callable[[], Sequence[Sublayers]] | None = None,
+) -> None:
+    """Refuse formats that a model cannot be in, as far as that is seen.
 
     Args:
         ablations: What is asked for.
         model: The model; its weights may be on the meta device.
+        sublayers: Finds the layers' attentions and MLPs, which takes a model that runs; None leaves
+            those that are meant as a whole for later.
 
     Raises:
-        ExperimentError: A map has no whole blocks of a format, or is not there. Where an attention
-            or MLP is meant as a whole, that is found out when the model runs.
+        ExperimentError: A map has no whole blocks of a format, or is not there.
     """
-    some = [ablation for ablation in ablations if not ablation.has_groups_of_maps]
-    refuse_formats(some, find_layers(model), lambda: ())
+    seen = [each for each in ablations if sublayers or not each.has_groups_of_maps]
+    refuse_formats(seen, find_layers(model), sublayers or (lambda: ()))
     refuse_ends(ablations, model)

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
-from tracker.core.ablations import ablations_of
 from tracker.core.config import ONE_EACH, CellRequest
 from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
-from tracker.models.load import hollow
-from tracker.models.maps import names_of_maps, refuse_misfits
+from tracker.models.maps import names_of_maps
 from tracker.models.sources import find_model
 
 
@@ -56,5 +54,4 @@ def each_map(
             every = (*asked.only, *(("linear", 1, 0, form, None, 2, end) for form, end in both))
             more["only"] = every
         asked = asked.model_copy(update=more)
-    refuse_misfits(ablations_of(asked, parts.layers), hollow(source, "auto", trust_remote_code))
     return asked

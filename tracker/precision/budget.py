@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tracker.core.ablations import Ablation, Rounded
@@ -99,10 +99,22 @@ Choice = Mapping[Unit, str]
 """Each unit's format."""
 
 
+def rounded_at(place: str, form: str) -> Rounded:
+    """Read the place of a unit as a file has it, `Unit.place`."""
+    if place in ENDS:
+        return Rounded(form, 0, place)
+    layer, _, which = place.partition(".")
+    return Rounded(form, int(layer), which)
+
+
+def together(rounded: Iterable[Rounded]) -> Ablation:
+    """What a model is of which all these are rounded."""
+    return Ablation(rounded=tuple(sorted(rounded, key=lambda each: (each.layer, each.which))))
+
+
 def ablation_of(choice: Choice) -> Ablation:
     """What a model with these formats is."""
-    rounded = (Rounded(form, unit.layer, unit.which) for unit, form in choice.items())
-    return Ablation(rounded=tuple(sorted(rounded, key=lambda each: (each.layer, each.which))))
+    return together(Rounded(form, unit.layer, unit.which) for unit, form in choice.items())
 
 
 def bits_of(choice: Choice) -> float:

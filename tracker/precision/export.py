@@ -8,15 +8,20 @@ other tools are given to make the smaller file.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from tracker.core.ablations import Ablation, Rounded
+from tracker.core.config import CellRequest
 from tracker.core.distribution import __version__
+from tracker.core.errors import BenchmarkError
 from tracker.core.kinds import ENDS
 from tracker.core.weight_formats import FORMATS
+from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
+from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
 from tracker.models import checkpoint
 from tracker.models.ends import find_ends, round_ends
@@ -25,11 +30,12 @@ from tracker.models.linear_maps import linear_maps
 from tracker.models.load import LoadedModel, load_model
 from tracker.models.pruned import pruned
 from tracker.models.quantised import quantise
-from tracker.models.sources import ModelSource
+from tracker.models.sources import find_model
+from tracker.precision.budget import rounded_at, together
 from tracker.precision.recipes import recipes
 from tracker.pruning.export.checkpoint import beside, refuse_output
 from tracker.pruning.export.facts import Proof
-from tracker.pruning.export.proof import expected, prove
+from tracker.pruning.export.proof import ExpectedAnswers, MeasuredCell, expected, prove
 
 FACTS = "formats.json"
 _FILES = {
@@ -59,20 +65,20 @@ class Quantised:
 
 
 def save(
-    source: ModelSource,
-    dtype: str,
+    tests: CellRequest,
     formats: Mapping[str, str],
     output: Path,
+    ledger: Ledger,
     options: Options,
     progress: Progress,
 ) -> Quantised:
-    """Save a model whose maps have formats, and prove what was saved.
+    """Save a model whose maps have formats, and prove that it is the one that was tested.
 
     Args:
-        source: The model.
-        dtype: Of its weights.
+        tests: The model, and the documents on which it was tested with these formats.
         formats: `3.mlp.down_proj`, or `3` for a whole layer, or `embedding`, `lm_head` → format.
         output: The folder that is made.
+        ledger: Where what was measured of them is.
         options: On what device, and whether a download's code may run.
         progress: Told what happens.
 
@@ -85,12 +91,14 @@ def save(
         WorkError: What was saved is another model, or cannot be written; nothing of it is left.
     """
     refuse_output(output)
+    source = find_model(tests.model, tests.revision, tests.model_args)
     checkpoint.refuse_packed(source, options.trust_remote_code)
+    rounded = [rounded_at(place, form) for place, form in formats.items()]
     with beside(output) as folder:
         progress.say(f"loading {source.name}")
-        loaded = load_model(source, dtype, options.device, options.trust_remote_code)
-        of_ends = {name: form for name, form in formats.items() if name in ENDS}
-        by_layer = _by_layer(loaded, {n: form for n, form in formats.items() if n not in ENDS})
+        loaded = load_model(source, tests.dtype, options.device, options.trust_remote_code)
+        of_ends = {each.which: each.format for each in rounded if each.is_end}
+        by_layer = _by_layer(loaded, [each for each in rounded if not each.is_end])
         name = type(loaded.model).__name__
         changes = {
             layer: partial(quantise, formats=own, name=f"layer {layer} of {name}")
@@ -119,20 +127,37 @@ def save(
         for tool, text in made.items():
             (folder / _FILES[tool]).write_text(text.rstrip() + "\n", encoding="utf-8")
         del loaded, twin
-        progress.say("loading it in a fresh process")
         checkpoint.release()
-        proof = prove(folder, wanted, None, options.trust_remote_code)
+        proof = _prove(folder, wanted, tests, together(rounded), ledger, options, progress)
     return Quantised(output, paths, made, proof)
 
 
-def _by_layer(loaded: LoadedModel, formats: Mapping[str, str]) -> dict[int, dict[str, str]]:
+def _prove(
+    folder: Path,
+    wanted: ExpectedAnswers,
+    tests: CellRequest,
+    ablation: Ablation,
+    ledger: Ledger,
+    options: Options,
+    progress: Progress,
+) -> Proof:
+    """Prove it by plain lm-eval on the test documents, where these can be given to that."""
+    store = look_up(tests, ledger).store
+    assert store is not None  # it was tested
+    progress.say("loading it in a fresh process, for lm-eval")
+    try:
+        return prove(folder, wanted, MeasuredCell(tests, store, ablation), options.trust_remote_code)
+    except BenchmarkError as error:
+        progress.say(f"not scored by lm-eval: {error}")
+        return prove(folder, wanted, None, options.trust_remote_code)
+
+
+def _by_layer(loaded: LoadedModel, rounded: Sequence[Rounded]) -> dict[int, dict[str, str]]:
     """Say of each layer which of its maps have which format."""
     found: dict[int, dict[str, str]] = {}
-    for where, form in formats.items():
-        number, _, path = where.partition(".")
-        layer = int(number)
-        maps = linear_maps(loaded.layers[layer], f"layer {layer}")
-        found.setdefault(layer, {}).update(dict.fromkeys([path] if path else maps, form))
+    for form, layer, path in rounded:
+        maps = [path] if path else linear_maps(loaded.layers[layer], f"layer {layer}")
+        found.setdefault(layer, {}).update(dict.fromkeys(maps, form))
     return found
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from tracker.benchmarks.benchmark import check_benchmark
 from tracker.benchmarks.standalone import refuse_alone
-from tracker.core.ablations import Stretch
+from tracker.core.ablations import Stretch, ablations_of
 from tracker.core.config import CellRequest, cell_request
 from tracker.core.errors import CellError, RequestError, TrackerError, WorkError
 from tracker.core.formats import counted, measure_of
@@ -231,7 +231,9 @@ def export(asked: ExportRequest, progress: Progress) -> Exported:
     progress.say("checking that the configuration can say what is left")
     trust, stretches = asked.options.trust_remote_code, asked.pruning.stretches
     refuse_unsizable(source, removed, trust, stretches)
-    measured = _measure(asked, removed, progress) if asked.on_benchmark else None
+    cell, measured = None, None
+    if asked.on_benchmark:
+        cell, measured = _measure(asked, removed, progress)
     with beside(asked.output) as folder:
         model, wanted = _save(asked, source, folder, progress)
         progress.say("loading it in a fresh process" + (", for lm-eval" if measured else ""))
@@ -242,17 +244,21 @@ def export(asked: ExportRequest, progress: Progress) -> Exported:
             pruning = tried(asked.ledger, model.base, pruning.repeated)
         elif pruning.strategy is None:
             pruning = chosen(asked.ledger, model.base, pruning.removed)
-        own = () if measured is None else (_accuracy(measured, pruning, asked.ledger),)
+        own = ()
+        if cell is not None and measured is not None:
+            own = (_accuracy(cell, measured, pruning, asked.ledger),)
         # What was measured on just these documents is not said again.
         known = {(each.benchmark, each.n, each.before) for each in own}
         more = [a for a in pruning.tested if (a.benchmark, a.n, a.before) not in known]
         model = replace(model, pruning=pruning, accuracy=(*own, *more), proof=proof)
         write_card(model, folder)
-    made_of = (*pruning.chosen_by, *(() if measured is None else (measured.cell,)))
+    made_of = (*pruning.chosen_by, *(() if cell is None else (cell,)))
     return publish(model, made_of, asked.track, asked.project, asked.ledger.root, asked.register)
 
 
-def _measure(asked: ExportRequest, removed: tuple[int, ...], progress: Progress) -> MeasuredCell:
+def _measure(
+    asked: ExportRequest, removed: tuple[int, ...], progress: Progress
+) -> tuple[CellRecord, MeasuredCell]:
     """Measure what the change costs on the benchmark, or recall it."""
     runs: dict[str, Any] = {"layers": (), "removed": removed}
     for stretch in asked.pruning.stretches:
@@ -266,7 +272,9 @@ def _measure(asked: ExportRequest, removed: tuple[int, ...], progress: Progress)
         raise CellError(next(iter(done.failed.values())))
     store = look_up(request, asked.ledger).store
     assert store is not None  # it has just been measured
-    return MeasuredCell(request, store, done.cells[0])
+    # The change is the cell's one run, or what the whole cell lacks.
+    cell = done.cells[0]
+    return cell, MeasuredCell(request, store, ablations_of(request, cell.model.layers)[-1])
 
 
 def _save(
@@ -329,9 +337,10 @@ def _speed_on(on: ExpectedAnswers, dtype: str, length: int) -> str:
     )
 
 
-def _accuracy(measured: MeasuredCell, pruning: Pruning, ledger: Ledger) -> Accuracy:
+def _accuracy(
+    cell: CellRecord, measured: MeasuredCell, pruning: Pruning, ledger: Ledger
+) -> Accuracy:
     """Say what the change costs on a cell, and how many of its documents chose the layers."""
-    cell = measured.cell
     chose = that_chose(ledger, pruning, measured.store, measured.request.extent)
     verb = "may have chosen" if pruning.repeated else "chose"
     among = f", {chose:,} of which {verb} the layers" if chose else ""

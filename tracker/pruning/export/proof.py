@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,11 +17,10 @@ from typing import Any
 import torch
 
 from tracker.benchmarks.standalone import write_tasks
-from tracker.core.ablations import Ablation, ablations_of
+from tracker.core.ablations import Ablation
 from tracker.core.config import CellRequest
 from tracker.core.errors import WorkError
 from tracker.core.estimates import Estimate
-from tracker.core.records import CellRecord
 from tracker.engine.selfcheck.check import HALF, SINGLE
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
@@ -80,30 +80,29 @@ def expected(loaded: LoadedModel, twin: Any, device: str) -> ExpectedAnswers:
 
 @dataclass(frozen=True)
 class MeasuredCell:
-    """What the engine measured of the changed model: a cell, and what was asked of it."""
+    """Documents of a benchmark that were measured under the change that was saved.
+
+    Attributes:
+        request: The model and the benchmark.
+        store: Where the outcomes are.
+        ablation: The change.
+    """
 
     request: CellRequest
     store: CellStore
-    cell: CellRecord
+    ablation: Ablation
 
     @property
-    def ablation(self) -> Ablation:
-        """The change: the cell's one run, or what the whole cell lacks."""
-        return ablations_of(self.request, self.cell.model.layers)[-1]
+    def metric(self) -> str:
+        """The metric that is asked for."""
+        return self.store.views.of(self.request).metric
 
-    @property
-    def accuracy(self) -> float | None:
-        """The cell's metric under the change."""
-        runs = self.cell.runs
-        return runs[0].accuracy if runs else self.cell.removed_accuracy
-
-    @property
+    @cached_property
     def level(self) -> Estimate:
-        """The same with its interval."""
-        if not self.cell.runs:
-            return self.cell.remaining
-        view = self.store.views.of(self.request)
-        return AlignedOutcomes(self.store, view).by_metric([self.ablation]).level(0)
+        """The metric under the change."""
+        intact = self.store.views.of(self.request).model_copy(update={"removed": (), "runs": ()})
+        outcomes = AlignedOutcomes(self.store, intact, besides=[self.ablation])
+        return outcomes.by_metric([self.ablation]).level(0)
 
 
 def prove(
@@ -256,7 +255,7 @@ def _same_outcomes(
 
 def _figure(answer: Mapping[str, Any], measured: MeasuredCell, ties: int) -> dict[str, float]:
     """Take lm-eval's own figure of one task; refuse another one than was measured."""
-    metric, ours = measured.cell.metric, measured.accuracy
+    metric, ours = measured.metric, measured.level.value
     if len(answer["results"]) != 1:
         return {}
     (row,) = answer["results"].values()

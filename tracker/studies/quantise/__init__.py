@@ -180,7 +180,7 @@ class Quantise(Study):
                 sums_table(record, found.sums),
                 formats_table(record, best),
             ]
-            result.files.append(_keep(asked, subject, best))
+            result.files.append(_keep(asked, record, tests.request, best))
         result.answers += second_roundings(subjects, asked.options.trust_remote_code)
         return result
 
@@ -189,16 +189,13 @@ class Quantise(Study):
         return request.model_copy(update={"part": "test", "sample": sample})
 
 
-def _keep(asked: StudyContext, subject: Subject, best: Tried) -> Path:
+def _keep(asked: StudyContext, record: CellRecord, tests: CellRequest, best: Tried) -> Path:
     """Keep which map has which format in the results folder; say where."""
-    record = subject.record
     stem = f"{record.model.name}-{record.benchmark.name}-{best.candidate.by}-{asked.asked.name}"
     chosen = {unit.place: form for unit, form in best.candidate.choice.items()}
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", stem).strip("-")
     path = asked.ledger.root / "formats" / f"{readable}-{content_hash(chosen)[:8]}.json"
-    request = subject.request
-    loads = {"model": request.model, "revision": request.revision, "dtype": request.dtype}
-    write_note(path, {**loads, "model_args": request.model_args, "formats": chosen})
+    write_note(path, {"tested_on": tests.model_dump(mode="json"), "formats": chosen})
     return path
 
 
