@@ -9,6 +9,7 @@ Each function says all that its command's page says; none of them does anything.
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -435,8 +436,9 @@ def quantise(
     if output is not None and len(kept) == 1:
         note = read_note(kept[0])
         work = _Work({name: settings[name] for name in Working.__optional_keys__ & settings.keys()})
-        told_by = CellRequest.model_validate(note["tested_on"]), note["formats"]
-        saved = save(*told_by, Path(output), work.ledger, work.options, work.progress)
+        tests = CellRequest.model_validate_json(json.dumps(note["tested_on"]))
+        where = Path(output), work.ledger, work.options, work.progress
+        saved = save(tests, note["formats"], *where)
     elif output is not None:
         raise RequestError(
             f"--output saves one model, and {len(kept)} choices are recommended; ask for one model "
