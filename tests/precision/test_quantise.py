@@ -215,7 +215,9 @@ def test_embedding_and_head_are_units_too(tied, by, tmp_path):
 
 def test_what_text_chose_is_saved_and_not_scored_by_lm_eval(tmp_path, capsys):
     model = save_llama(tmp_path / "tiny", layers=2, hidden_size=64, intermediate_size=96)
-    (tmp_path / "own.txt").write_text("\n\n".join(f"A line of text, number {n}." for n in range(40)))
+    (tmp_path / "own.txt").write_text(
+        "\n\n".join(f"A line of text, number {n}." for n in range(40))
+    )
     told = {"benchmark": f"corpus:{tmp_path / 'own.txt'}", "sample": 2, "dtype": "float32"}
     told |= {"budget": "6bpw", "format": "q4_0,q8_0", "by": "layer", "refine": 0, "pairs": 0}
     told |= {"results": tmp_path / "results", "output": tmp_path / "saved", "track": []}

@@ -17,7 +17,6 @@ from tracker.core.ablations import Ablation, Rounded
 from tracker.core.config import CellRequest
 from tracker.core.distribution import __version__
 from tracker.core.errors import BenchmarkError
-from tracker.core.kinds import ENDS
 from tracker.core.weight_formats import FORMATS
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
@@ -146,7 +145,9 @@ def _prove(
     assert store is not None  # it was tested
     progress.say("loading it in a fresh process, for lm-eval")
     try:
-        return prove(folder, wanted, MeasuredCell(tests, store, ablation), options.trust_remote_code)
+        return prove(
+            folder, wanted, MeasuredCell(tests, store, ablation), options.trust_remote_code
+        )
     except BenchmarkError as error:
         progress.say(f"not scored by lm-eval: {error}")
         return prove(folder, wanted, None, options.trust_remote_code)
