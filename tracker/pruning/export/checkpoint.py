@@ -244,7 +244,7 @@ def export(asked: ExportRequest, progress: Progress) -> Exported:
             pruning = tried(asked.ledger, model.base, pruning.repeated)
         elif pruning.strategy is None:
             pruning = chosen(asked.ledger, model.base, pruning.removed)
-        own = ()
+        own: tuple[Accuracy, ...] = ()
         if cell is not None and measured is not None:
             own = (_accuracy(cell, measured, pruning, asked.ledger),)
         # What was measured on just these documents is not said again.
