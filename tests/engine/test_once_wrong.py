@@ -222,7 +222,7 @@ class TestRotaryFactorsThatDependOnTheCall:
             draw.document(common[:shared] + draw.tokens(more), LETTERS)
             for shared, more in ((70, 5), (70, 8), (70, 6), (58, 3), (58, 4), (58, 3))
         ]
-        measure(ROTARY[family](), documents, (1, 2), block=3, **told(family))
+        measure(ROTARY[family](), documents, (1,), block=3, **told(family))
 
 
 class TestThePlainPathIsThePrunedCheckpoint:

@@ -31,7 +31,7 @@ from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
 from tracker.stats.decisions import LEAST_CHANCE, movement
 
-BATCH_SIZES = (1, 4, 16)
+BATCH_SIZES = (1, 16)
 
 
 @dataclass(frozen=True)

@@ -191,8 +191,22 @@ def refuse_unsizable(
     Raises:
         ModelError: Its configuration cannot say what would be left, or what loads is another model.
     """
+    some = None if removed is None else tuple(removed)
+    stamp = content_hash(source.stamp())
+    _refuse_unsizable(source, some, trust_remote_code, tuple(repeated), stamp)
+
+
+@lru_cache(maxsize=256)
+def _refuse_unsizable(
+    source: ModelSource,
+    removed: tuple[int, ...] | None,
+    trust_remote_code: bool,
+    repeated: tuple[Stretch, ...],
+    stamp: str,
+) -> None:
+    """Refuse it; what was not is not tried again, as long as the model's files are the same."""
     refuse_packed(source, trust_remote_code)
-    model, small = _small(source, trust_remote_code, content_hash(source.stamp()))
+    model, small = _small(source, trust_remote_code, stamp)
     total = len(find_layers(model))
     for some in [removed] if removed is not None else [[0], [total // 2]]:
         named = [*some, *(layer for stretch in repeated for layer in stretch.layers)]
