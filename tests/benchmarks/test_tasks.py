@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from lm_eval.api.instance import Instance
 
 from tests.benchmarks.conftest import PACKAGE, make
@@ -22,6 +23,7 @@ from tracker.benchmarks import factory
 from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.factory import find_task
+from tracker.benchmarks.fingerprint import listed
 from tracker.benchmarks.sources import find_data
 from tracker.benchmarks.tasks import LmEvalBenchmark, aggregate
 from tracker.core.documents import Document, Response
@@ -144,6 +146,13 @@ class TestFingerprint:
     def fingerprint(self, *arguments: Any, **settings: Any) -> str:
         (task,) = make(*arguments, **settings).identity.tasks
         return task.fingerprint
+
+    def test_rows_are_those_that_a_data_set_gives(self) -> None:
+        rows = [{"q": "a", "choices": {"text": ["x", "y"]}, "more": [{"n": 1}, {"n": 2}]}]
+        data = Dataset.from_list(rows)
+        shown = data.with_transform(lambda some: {"q": [each.upper() for each in some["q"]]})
+        assert listed(data) == [*data] == rows
+        assert listed(shown) == [*shown] == [{"q": "A"}]
 
     def test_the_place_does_not_count(self, data) -> None:
         (original,) = shipped("piqa").identity.tasks
