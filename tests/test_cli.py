@@ -100,6 +100,13 @@ def test_what_is_imported_is_not_looked_through_for_garbage(tmp_path):
     assert printed_by(code) == "0 True False"
 
 
+def test_a_process_ends_without_looking_for_garbage():
+    """Was: two seconds of a run, after all was said."""
+    last = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 1000))"
+    command = [sys.executable, "-c", f"{last}; import tracker.cli"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "True\n"
+
+
 @pytest.mark.parametrize("command", sorted(main.commands))
 def test_every_command_has_an_example(command):
     result = printed(command, "--help")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
@@ -21,6 +22,8 @@ from tracker.core.text import is_writable, masked
 ISSUES = "https://github.com/layer-tracker/layer-tracker/issues"
 NEW_OBJECTS = 10_000
 """From how many on Python looks for garbage. A pass of the engine leaves none."""
+# A process ends at once: else Python looks through all that was imported, two seconds for a run.
+atexit.register(gc.freeze)
 
 
 class Boundary(click.Group):
