@@ -41,7 +41,9 @@ class Small(NamedTuple):
         return self.done.finding
 
 
-def small(study: str, folder: Path, benchmarks: Sequence[str], sample: int, **told: Any) -> Small:
+def small(
+    study: str, folder: Path, benchmarks: Sequence[str], sample: int | None, **told: Any
+) -> Small:
     """Conduct a study of a tiny model of four layers on random documents of benchmarks."""
     model = save_llama(folder / "tiny", max_position_embeddings=1024)
     grid = {

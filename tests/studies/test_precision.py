@@ -9,7 +9,9 @@ import pytest
 import torch
 from scipy import stats
 
+import tracker
 from tracker import api
+from tracker.ledger.shards import read_observations
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.observing import open_observed
@@ -137,3 +139,31 @@ def test_it_is_asked_again_for_nothing_and_names_what_is_wrong(found: Small, ref
         ("--set=removed=[1]", "leave 'removed' out"),
     ):
         assert said in refused("precision", found.path, words)
+
+
+def test_what_stops_at_an_answer_is_of_the_documents_that_all_maps_share(tmp_path):
+    """Errors are observed of no others, and what would hold for one look is not said."""
+    asked = {"map": MAPS[:2], "intervention": ["int4_row"], "until": "drop within 20 pp"}
+    raced = small("precision", tmp_path, ["arc_easy"], None, **asked)
+    (record,) = tracker.ls(raced.results)
+    assert record.is_stopped
+    assert record.n < 570
+    (store,) = Ledger(raced.results).cells()
+    frame = store.read()
+    counts = frame.groupby(["task", "doc"])["ablation"].nunique()
+    shared = {place for place, count in counts.items() if count == 1 + 2 * 4}
+    (kind,) = (store.folder / "observed").iterdir()
+    (request,) = Precision().requests(asked_for(raced.done.experiment, raced.results))
+    blocks = store.blocks(request.extent)
+    seen = {(b.task, n) for b in blocks for n in read_observations(store.folder, kind.name, b)}
+    assert seen == shared
+    assert len(seen) == record.n
+    names, most, orders = raced.finding.tables
+    of_one_look = (names, "fall of gold log-probability"), (orders, orders.headings[1].label)
+    for entry in (entry for table, label in of_one_look for entry in column(table, label)):
+        assert entry.value is not None
+        assert entry.low is None
+    drops = column(most, "accuracy drop")
+    assert all(entry.low < entry.value < entry.high for entry in drops)
+    assert "drop within 20 pp" in raced.finding.answers[0]
+    assert f"of {record.n} documents that all maps share" in names.notes[0]

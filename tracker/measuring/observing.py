@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,8 +53,9 @@ def observe(
     begin: Callable[[Engine], Observe],
     opened: Callable[[], tuple[Engine, Documents]],
     progress: Progress,
+    among: Collection[tuple[str, int]] | None = None,
 ) -> Observed:
-    """Observe all documents of a cell, just those that were not observed before.
+    """Observe documents of a cell, just those that were not observed before.
 
     Args:
         request: The cell.
@@ -64,12 +65,18 @@ def observe(
         opened: Opens the model and its documents, as `open_observed` does, which happens only where
             something is missing.
         progress: Told what happens.
+        among: Which documents, as (task, number in its split); None for all.
 
     Returns:
         What was observed.
     """
     folder, extent = store.folder, request.extent
-    wanted = {block: list(store.documents(block, extent)) for block in store.blocks(extent)}
+    wanted = {
+        block: [
+            n for n in store.documents(block, extent) if among is None or (block.task, n) in among
+        ]
+        for block in store.blocks(extent)
+    }
     held = {block: read_observations(folder, kind, block) for block in wanted}
     lacking = sum(doc not in held[block] for block, docs in wanted.items() for doc in docs)
     if lacking:

@@ -5,7 +5,7 @@ And from its file to its section: measure what it lacks, ask it, keep what it sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -93,15 +93,19 @@ class Subject:
 
 
 def observe(
-    subject: Subject, kind: str, asked: StudyContext, begin: Callable[[Engine], Observe]
+    subject: Subject,
+    kind: str,
+    asked: StudyContext,
+    begin: Callable[[Engine], Observe],
+    among: Collection[tuple[str, int]] | None = None,
 ) -> Observed:
-    """Observe all documents of a study's cell, as `tracker.measuring.observing` does."""
+    """Observe documents of a study's cell, as `tracker.measuring.observing` does."""
     request, progress = subject.request, asked.progress
 
     def opened() -> tuple[Engine, observing.Documents]:
         return observing.open_observed(request, asked.ledger, asked.options, progress)
 
-    return observing.observe(request, subject.store, kind, begin, opened, progress)
+    return observing.observe(request, subject.store, kind, begin, opened, progress, among)
 
 
 def lined_up(observed: Observed, outcomes: AlignedOutcomes) -> dict[str, Array]:

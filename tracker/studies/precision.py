@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tracker.core.ablations import Rounded
+from tracker.core.answers import statement
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate
-from tracker.core.formats import measure_of, three_digits, with_interval
+from tracker.core.formats import counted, measure_of, three_digits, with_interval
 from tracker.core.grouping import grouped
 from tracker.core.kinds import ENDS, MAPS
 from tracker.core.provenance import content_hash
@@ -25,6 +26,7 @@ from tracker.core.records import RunRecord
 from tracker.core.tables import Column, Table, table
 from tracker.core.weight_formats import FORMATS
 from tracker.ledger.paired import PairedOutcomes
+from tracker.ledger.runs import ONE_LOOK
 from tracker.precision.asked import each_map
 from tracker.precision.observed import errors_of
 from tracker.report.leaderboard.claims import parts_answer, shown_in
@@ -65,6 +67,9 @@ _ASSUMED = (
     "distribution from that of the intact model, in nats a token.",
     "Spearman's coefficients are over the maps of a format; their intervals say what other "
     "documents would give for the same maps.",
+    "With 'until', maps are measured until the question is answered, and only the intervals of "
+    "accuracy drops hold then. Errors, falls and coefficients are of the documents that all maps "
+    "share, with no interval: how many these are was decided by looking.",
 )
 
 
@@ -109,12 +114,23 @@ class InFormat:
         record = self.subject.record
         return f"{record.model.name}, {record.benchmark.name}, {FORMATS[self.word].label}"
 
+    def note(self, intervals: str) -> str:
+        """Say what a table's intervals are."""
+        if not self.subject.record.is_raced:
+            return intervals
+        shared = counted(self.subject.record.n, "document")
+        return (
+            f"Stopped at an answer: of {shared} that all maps share, without intervals; those of "
+            "accuracy drops are of all that were looked at, and hold at every look."
+        )
+
 
 class Precision(Study):
     """See the module."""
 
     name = "precision"
     question = "What does it cost to keep one linear map in fewer bits, and which error says so?"
+    races = True
 
     def requests(self, asked: StudyContext) -> list[CellRequest]:
         """Ask for every linear map of the file's layers, or those that it names.
@@ -138,7 +154,9 @@ class Precision(Study):
         result = StudyResult(_ASSUMED)
         for subject in subjects:
             by_format = grouped(subject.record.runs, lambda run: str(run.intervention))
-            result.answers.append(f"{subject.record.title}: {parts_answer(subject.record)}")
+            answered = statement(subject.record.answer) if subject.record.answer else ""
+            said = " ".join(filter(None, (answered, parts_answer(subject.record))))
+            result.answers.append(f"{subject.record.title}: {said}")
             for word, runs in by_format.items():
                 one = _in_format(asked, subject, word, runs)
                 result.answers += _answers(one)
@@ -157,13 +175,16 @@ def _in_format(
 ) -> InFormat:
     """Observe the maps of a format, and order them."""
     maps = [_rounded(run) for run in runs]
-    key = content_hash([each.name for each in maps])[:8]
-    seen = observe(subject, f"rounding-{word}-{key}", asked, partial(errors_of, maps=maps, kl=True))
+    kind = f"rounding-{word}-{content_hash([each.name for each in maps])[:8]}"
     outcomes = subject.outcomes()
+    begin = partial(errors_of, maps=maps, kl=True)
+    seen = observe(subject, kind, asked, begin, outcomes.documents)
     ablations = [outcomes.ablation(run) for run in runs]
     gold, metric = outcomes.by_gold_logprob(ablations), outcomes.by_metric(ablations)
     figures = lined_up(seen, outcomes)
     errors, resampled = _errors(figures, outcomes.resampled)
+    # What stopped at an answer holds for one look, and many were taken.
+    seen_once = _without_interval if subject.record.is_raced else list
     orders = []
     for name, values in errors.items():
         against = [
@@ -171,13 +192,13 @@ def _in_format(
             for paired in (gold, metric)
             for drawn in [(paired.drops, paired.weights)]
         ]
-        orders.append(Order(name, *against))
+        orders.append(Order(name, *seen_once(against)))
     verdicts = shown_in(subject.record, runs)
     rows = [
         RoundedMap(run, verdict, {name: float(errors[name][place]) for name in errors})
         for place, (run, verdict) in enumerate(zip(runs, verdicts, strict=True))
     ]
-    names = _by_name(rows, gold)
+    names = _by_name(rows, gold, seen_once)
     return InFormat(subject, word, rows, names, orders)
 
 
@@ -207,7 +228,13 @@ def _spearman(error: Array, errors: Array, drop: Array, drops: Array) -> Estimat
     return Estimate(value, *bias_corrected_interval(value, rows, -1, 1))
 
 
-def _by_name(maps: Sequence[RoundedMap], gold: PairedOutcomes) -> list[MapName]:
+def _without_interval(figures: Sequence[Estimate]) -> list[Estimate]:
+    return [Estimate(each.value, reason=each.reason or ONE_LOOK) for each in figures]
+
+
+def _by_name(
+    maps: Sequence[RoundedMap], gold: PairedOutcomes, seen_once: Callable[..., list[Estimate]]
+) -> list[MapName]:
     """Average what maps cost over layers, name by name, the costliest first."""
     places = grouped(range(len(maps)), lambda place: str(maps[place].run.map))
     falls = [
@@ -222,7 +249,9 @@ def _by_name(maps: Sequence[RoundedMap], gold: PairedOutcomes) -> list[MapName]:
             {key: float(np.mean([maps[place].errors[key] for place in mine])) for key in ERRORS},
         )
         for (name, mine), fall in zip(
-            places.items(), together(falls, [len(gold.weights)] * len(falls)), strict=True
+            places.items(),
+            seen_once(together(falls, [len(gold.weights)] * len(falls))),
+            strict=True,
         )
     ]
     return sorted(found, key=lambda one: -(one.gold.value or 0.0))
@@ -270,7 +299,7 @@ def _names_table(one: InFormat) -> Table:
         f"{one.title}: linear maps by name, one at a time, on average over layers.",
         columns,
         one.names,
-        "95 % intervals hold for all rows at once.",
+        one.note("95 % intervals hold for all rows at once."),
     )
 
 
@@ -290,7 +319,10 @@ def _most_table(one: InFormat) -> Table:
         "log-probability most.",
         columns,
         rows,
-        "95 % intervals, each for itself; what is shown holds for all maps of the format at once.",
+        one.note(
+            "95 % intervals, each for itself; what is shown holds for all maps of the format at "
+            "once."
+        ),
     )
 
 
@@ -311,5 +343,5 @@ def _orders_table(one: InFormat) -> Table:
         f"{one.title}: how errors order the {len(one.maps)} maps.",
         columns,
         one.orders,
-        "95 % intervals over documents, of the same maps.",
+        one.note("95 % intervals over documents, of the same maps."),
     )
