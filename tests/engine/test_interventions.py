@@ -124,10 +124,14 @@ def _agree(scores, model, ablations=ABLATIONS):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("sharing", [FULL, DEPTH_ONLY, PLAIN], ids=["full", "depth", "plain"])
-def test_every_stream_is_the_changed_model(family, sharing):
+@pytest.mark.parametrize(
+    ("sharing", "at_once"),
+    [(FULL, None), (FULL, 80), (DEPTH_ONLY, None), (PLAIN, None)],
+    ids=["full", "two streams at once", "depth", "plain"],
+)
+def test_every_stream_is_the_changed_model(family, sharing, at_once):
     model = tiny_model(family)
-    engine = engine_of(model, sharing, row_tokens=40, stand_ins=STAND_INS)
+    engine = engine_of(model, sharing, row_tokens=40, at_once=at_once, stand_ins=STAND_INS)
     _agree(engine.score(make_documents(3), ABLATIONS), model)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -185,9 +186,10 @@ def test_every_stream_is_the_model_without(
     besides: str, answer: type, named: bool, adding: bool
 ) -> None:
     layers, hidden, kwargs = make(answer, named, adding), hidden_states(), BESIDES[besides]
-    for ablations in (ABLATIONS, ABLATIONS[::-1], [INTACT, ABLATIONS[0]], ABLATIONS[1:3], [INTACT]):
+    some = (ABLATIONS, ABLATIONS[::-1], [INTACT, ABLATIONS[0]], ABLATIONS[1:3], [INTACT])
+    for ablations, at_once in itertools.product(some, (None, 1, 2)):
         plan = plan_streams(ablations, 3)
-        with forking(layers, plan, Inside(parts(layers))):
+        with forking(layers, plan, Inside(parts(layers)), at_once=at_once):
             found = run(layers, hidden, named, **kwargs)
         agree(found, plan, ablations, lambda a: without(layers, a, hidden, named, **kwargs))
 
@@ -245,11 +247,13 @@ def test_a_layer_that_writes_into_its_input_gets_a_copy(returns_it: bool, named:
         some = [layer for number, layer in enumerate(layers) if number not in ablation.layers]
         return run(some, hidden_states(), named)
 
-    for ways in (ablations, ablations[:1]):
+    for ways, at_once in itertools.product((ablations, ablations[:1]), (None, 1)):
         plan, hidden = plan_streams(ways, 3), hidden_states()
         for _ in range(2):
             seen.clear()
-            observing = forking(layers, plan, observe=lambda *what: seen.append(what))
+            observing = forking(
+                layers, plan, observe=lambda *what: seen.append(what), at_once=at_once
+            )
             with torch.inference_mode(), observing:
                 found = run(layers, hidden, named)
             assert torch.equal(hidden, hidden_states())
@@ -273,7 +277,24 @@ def test_a_layer_that_only_reads_is_copied_for_once() -> None:
     for _ in range(3):
         with forking(layers, plan_streams([INTACT], 3)):
             run(layers, hidden, False)
-    assert [each is hidden for each in given] == [False, True, True]
+    assert [each.data_ptr() == hidden.data_ptr() for each in given] == [False, True, True]
+
+
+def test_no_more_streams_than_may_pass_a_layer_at_once() -> None:
+    layers, sizes = make(), []
+    honest = layers[2].forward
+    layers[2].forward = lambda state: (sizes.append(len(state) // ROWS), honest(state))[1]
+    pairs = [Ablation(layers=some) for n in (1, 2) for some in itertools.combinations((0, 1), n)]
+    without_mlp = Ablation(mlp=(2,))
+    for ablations, expected in (
+        ([INTACT, *pairs], [2, 2]),
+        # The baseline and its fork are taken apart for, and the others pass the layer as it is.
+        ([INTACT, *pairs, without_mlp], [2, 2, 1]),
+    ):
+        sizes.clear()
+        with forking(layers, plan_streams(ablations, 3), Inside(parts(layers)), at_once=2):
+            run(layers, hidden_states(), False)
+        assert sizes == expected
 
 
 def test_what_has_a_row_a_stream_is_cut_to_those_that_enter() -> None:

@@ -72,6 +72,7 @@ def forking(
     masks: Masks | None = None,
     stand_ins: Mapping[int, StandIn] | None = None,
     begun: Sequence[Tensor] = (),
+    at_once: int | None = None,
 ) -> Iterator[None]:
     """Let a model's layers fork streams while the context is open.
 
@@ -96,6 +97,8 @@ def forking(
         stand_ins: What stands in for layers; the same.
         begun: What streams with other embeddings enter the first layer with, each [rows, tokens,
             …]: `plan.starts`, but for the model's own.
+        at_once: How many streams pass a layer at once, but for those that it is taken apart for;
+            None where all must: with a cache, or where a layer's weights come past.
 
     Yields:
         Nothing; on exit, also by an exception, the layers are what they were.
@@ -105,12 +108,17 @@ def forking(
     inside = inside or Inside()
     sublayers, rounded = inside.sublayers, inside.rounded
     with ExitStack() as stack:
-        for index, (layer, step) in enumerate(zip(layers, plan.steps, strict=True)):
+        for index, (layer, whole) in enumerate(zip(layers, plan.steps, strict=True)):
             turn = _Turn()
+            step, apart = whole, whole.entering
+            if at_once is not None and len(apart) > at_once:
+                step, apart = whole.apart
             fork = _LayerFork(
                 index,
                 layer,
-                step,
+                whole,
+                apart,
+                at_once,
                 layer.forward,
                 observe,
                 batched,
@@ -194,12 +202,12 @@ class _Turn:
     """What a layer's own modules must know of the pass, and what those behind it of the layer.
 
     Attributes:
-        again: Whether the layer is passed again, by streams that repeat it.
+        whole: Whether streams pass the layer for which it is not taken apart.
         given: What the layer was given besides the hidden state, by place and by name, and whether
             that came by name, where a stretch that is passed again holds the layer.
     """
 
-    again: bool = False
+    whole: bool = False
     given: tuple[bool, Any, Any] | None = None
 
 
@@ -208,13 +216,14 @@ class _LayerFork:
     """One layer's forward pass over all streams: it stands in for `layer.forward`.
 
     In come [streams × rows, tokens, hidden], seen as `before` [streams, rows, tokens, hidden]. The
-    streams that enter the layer are picked from it, a new one by its parent's place, and pass the
-    layer as one batch `going`. Its output fills their places in `after` [streams after, rows,
-    tokens, hidden]; a stream that skips the layer gets its own `before` there, or what stands in
-    for the layer makes of it. Nothing is added up between streams, so each place holds what the
-    layer, or nothing, makes of it alone. Streams that repeat a stretch of layers which ends here
-    pass it again, as a smaller batch, before their places are filled: each layer of it with what it
-    was given besides the hidden state when all passed it.
+    streams that enter the layer are picked from it, a new one by its parent's place: first those
+    that it is taken `apart` for, as one batch, then the others, `at_once` at a time, which keeps
+    what is between two operations in the processor's cache. Their output fills their places in
+    `after` [streams after, rows, tokens, hidden]; a stream that skips the layer gets its own
+    `before` there, or what stands in for the layer makes of it. Nothing is added up between
+    streams, so each place holds what the layer, or nothing, makes of it alone. Streams that repeat
+    a stretch of layers which ends here pass it again before their places are filled: each layer of
+    it with what it was given besides the hidden state when all passed it.
 
     `handed` holds what earlier layers of the pass returned besides the hidden state. A layer that
     is given one of those, while streams fork, is refused: it would be another stream's.
@@ -223,6 +232,8 @@ class _LayerFork:
     index: int
     module: nn.Module
     step: LayerStep
+    apart: Sequence[int]
+    at_once: int | None
     layer: Callable[..., Any]
     observe: Observer | None
     batched: bool
@@ -252,33 +263,32 @@ class _LayerFork:
         if len(hidden) % step.streams:
             raise RefusalError("something between its layers changes the batch")
         before = _by_stream(hidden, step.streams)
-        entering, origins = list(step.entering), [step.origin(stream) for stream in step.entering]
-        everyone = origins == list(range(step.streams))
-        going = lent(self.module, hidden) if everyone else before[origins].flatten(0, 1)
-        if self.batched and not everyone:
-            rest, kwargs = _cut((rest, kwargs), step.streams, entering)
         rows = tuple(before.shape[1:])
+        if self.batched and step.entering != tuple(range(step.streams)):
+            rest, kwargs = _cut((rest, kwargs), step.streams, list(step.entering))
         self.turn.given = (named, rest, kwargs)
-        output = self._passed(going, rows, len(entering))
-        if everyone:
-            returned(self.module, going, hidden)
-        passed = first_of(output)
-        if passed is not output:
-            self.handed.extend(other for other in output[1:] if isinstance(other, Tensor))
-        after = passed.new_empty(len(step.actions), *before.shape[1:])
-        passed = _by_stream(passed, len(entering))
-        if entering == list(range(len(entering))):
-            after[: len(entering)] = passed
-        else:
-            after[entering] = passed
+        output: Any = None
+        after = hidden
+        for some in self._batches():
+            self.turn.whole = some is not self.apart
+            place = _slice_of([step.origin(stream) for stream in some])
+            state = before[place].flatten(0, 1)
+            going = lent(self.module, state) if isinstance(place, slice) else state
+            given = self._passed(going, rows, len(some))
+            returned(self.module, going, state)
+            passed = first_of(given)
+            if output is None:
+                output, after = given, passed.new_empty(len(step.actions), *rows)
+                if passed is not output:
+                    self.handed.extend(other for other in output[1:] if isinstance(other, Tensor))
+            after[_slice_of(some)] = _by_stream(passed, len(some))
+        self.turn.whole = False
         if step.repeating:
             if self.batched:
                 raise RefusalError("a layer that is passed again would need a cache of its own")
-            sources = [entering.index(source) for _, source, _ in step.repeating]
             stretches = [stretch for *_, stretch in step.repeating]
-            after[[stream for stream, *_ in step.repeating]] = self._again(
-                passed[sources], stretches, rows
-            )
+            states = after[[source for _, source, _ in step.repeating]]
+            after[[stream for stream, *_ in step.repeating]] = self._again(states, stretches, rows)
         for stream, action in enumerate(step.actions):
             if action is Action.SKIP:
                 after[stream] = before[step.origin(stream)]
@@ -288,6 +298,12 @@ class _LayerFork:
         if self.observe is not None:
             self.observe(self.index, before[0].to(after.device), after[0])
         return with_first(output, after.flatten(0, 1))
+
+    def _batches(self) -> Iterator[Sequence[int]]:
+        """Give the streams that enter, as they pass the layer together."""
+        if self.apart:
+            yield self.apart
+        yield from _evenly(sorted({*self.step.entering} - {*self.apart}), self.at_once)
 
     def _again(self, states: Tensor, stretches: Sequence[Stretch], rows: tuple[int, ...]) -> Tensor:
         """Let streams [streams, rows, tokens, …] pass stretches again that end at this layer."""
@@ -303,12 +319,11 @@ class _LayerFork:
                 fork = self.forks[layer]
                 if any(map(is_absent, fork.module.parameters())):
                     raise RefusalError("layers that rest elsewhere cannot be passed again together")
-                fork.turn.again = True
-                try:
-                    passed = first_of(fork._passed(states[some].flatten(0, 1), rows, len(some)))
-                finally:
-                    fork.turn.again = False
-                states[some] = _by_stream(passed, len(some)).to(states.device)
+                fork.turn.whole = True
+                for few in _evenly(some, self.at_once):
+                    passed = first_of(fork._passed(states[few].flatten(0, 1), rows, len(few)))
+                    states[few] = _by_stream(passed, len(few)).to(states.device)
+                fork.turn.whole = False
         return states
 
     def _passed(self, going: Tensor, rows: tuple[int, ...], streams: int) -> Any:
@@ -369,7 +384,7 @@ class _LinearFork(_RoundedFork):
     def __call__(self, given: Tensor) -> Tensor:
         """Take and return what the linear map does."""
         output: Tensor = self.forward(given)
-        if self.turn.again:
+        if self.turn.whole:
             return output
         if len(given) % len(self.asked):
             raise RefusalError("a linear map of its layers has no row a stream")
@@ -391,7 +406,7 @@ class _ExpertsFork(_RoundedFork):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take what the experts take, and return what they return, of all streams."""
-        if self.turn.again:
+        if self.turn.whole:
             return self.forward(*args, **kwargs)
         streams, state = len(self.asked), state_of(args, kwargs)
         choices = integers((*args, *kwargs.values()))
@@ -443,7 +458,7 @@ class _SublayerFork:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take and return what the sublayer does, computing only what the streams need."""
         entering, computed = len(self.taken), list(self.computed)
-        if self.turn.again or self.taken == tuple(range(entering)) == tuple(computed):
+        if self.turn.whole or self.taken == tuple(range(entering)) == tuple(computed):
             return self.forward(*args, **kwargs)
         given = (args, kwargs)
         if self.batched:
@@ -494,7 +509,7 @@ class _HeadFork:
 
     def __call__(self, given: Tensor) -> Any:
         """Take what all heads give, and return what the projection makes of it, an output each."""
-        if self.turn.again:
+        if self.turn.whole:
             return self.forward(given)
         streams = max(self.of) + 1
         if len(given) % streams:
@@ -524,7 +539,7 @@ class _RouterFork:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take what the router takes, and return what it returns, of all streams."""
-        if self.turn.again:
+        if self.turn.whole:
             return self.forward(*args, **kwargs)
         streams = len(self.kept)
         state: Tensor = state_of(args, kwargs)
@@ -559,7 +574,7 @@ class _SharedFork:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take what the expert takes, and return what it returns, of all streams."""
         output = self.forward(*args, **kwargs)
-        if self.turn.again:
+        if self.turn.whole:
             return output
         added, streams = first_of(output), len(self.step.mlps)
         if len(added) % streams:
@@ -587,6 +602,20 @@ def _per_stream(name: str, value: Any, rows: tuple[int, ...], streams: int) -> A
     if value.shape == rows or (name == "alibi" and value.ndim == 3):
         return value.repeat(streams, 1, 1)
     return value
+
+
+def _evenly(streams: Sequence[int], most: int | None) -> Iterator[Sequence[int]]:
+    """Part streams into as few groups of so many at most as there can be, of about one size."""
+    groups = -(-len(streams) // most) if most else 1
+    size = -(-len(streams) // groups) if streams else 1
+    yield from (streams[start : start + size] for start in range(0, len(streams), size))
+
+
+def _slice_of(streams: Sequence[int]) -> slice | list[int]:
+    """Give the places of neighbours as a slice, of which a tensor makes a view."""
+    first, last = streams[0], streams[-1]
+    near = list(streams) == list(range(first, last + 1))
+    return slice(first, last + 1) if near else list(streams)
 
 
 def _by_stream(batch: Tensor, streams: int) -> Tensor:

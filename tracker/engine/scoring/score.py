@@ -54,6 +54,7 @@ class Parts:
         sight: How far each layer sees in a text of some length.
         stand_ins: What stands in for layers, where that is asked for.
         ends: Its embedding and head, where a plan has them in formats.
+        at_once: How many tokens pass a layer at once, all streams together; None for all.
     """
 
     model: Any
@@ -64,6 +65,7 @@ class Parts:
     sight: Callable[[int], Sight]
     stand_ins: Mapping[int, StandIn] | None = None
     ends: RoundedEnds | None = None
+    at_once: int | None = None
 
     @property
     def base(self) -> Any:
@@ -173,6 +175,9 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
     if parts.ends is not None:
         others = [form for form in plan.starts if form is not None]
         begun = first_states(parts.base, parts.layers[0], parts.ends, others, inputs)
+    at_once = None
+    if parts.at_once is not None and cache is None:
+        at_once = max(1, parts.at_once // row.input_ids.numel())
     with forking(
         parts.layers,
         plan,
@@ -181,6 +186,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         masks=masks,
         stand_ins=parts.stand_ins,
         begun=begun,
+        at_once=at_once,
     ):
         output = parts.base(**inputs)
     if len(figures) != len(parts.layers):

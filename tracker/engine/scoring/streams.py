@@ -17,6 +17,7 @@ from tracker.core.grouping import grouped
 from tracker.core.kinds import MAPS, Action
 
 _OF_PARTS = (Action.PASS, Action.NO_ATTENTION, Action.NO_MLP, Action.NO_PARTS)
+_TAKEN_APART = (*_OF_PARTS[1:], Action.ROUNDED)
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,23 @@ class LayerStep:
             for stream, done in enumerate(self.done)
             if done.stretch is not None
         )
+
+    @cached_property
+    def apart(self) -> tuple[LayerStep, tuple[int, ...]]:
+        """What happens to those streams alone that a layer must be taken apart for, and which they
+        are: with them are all that enter it with the same state, and the baseline; none where the
+        layer stays whole."""
+        asked = [stream for stream in self.entering if self.actions[stream] in _TAKEN_APART]
+        states = {0, *map(self.origin, asked)} if asked else set()
+        found = [stream for stream in range(len(self.done)) if self.origin(stream) in states]
+        place = {stream: number for number, stream in enumerate(found)}
+        forked = [stream for stream in found if stream >= self.streams]
+        step = LayerStep(
+            len(found) - len(forked),
+            tuple(place[self.origin(stream)] for stream in forked),
+            tuple(self.done[stream] for stream in found),
+        )
+        return step, tuple(found[each] for each in step.entering)
 
     def places(self, *actions: Action) -> list[int]:
         """Say where among the entering streams some actions happen."""

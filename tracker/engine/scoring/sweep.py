@@ -60,6 +60,9 @@ HALVED = (
     "out of memory: what did not fit at once is measured in halves, which takes longer and changes "
     "no figure; with --memory 4GiB, or whatever is free there, it fits at once"
 )
+AT_ONCE = 2048
+"""Tokens of all streams that pass a layer at once on a CPU, a thread: what is between a layer's
+operations stays in the cache, and no large buffer is asked of the system for each."""
 SIGHT = 256
 """Lengths of text at which layers' masks are looked at are multiples of this."""
 
@@ -114,6 +117,7 @@ class Engine:
         row_tokens: Largest size of a row of several documents; None = by the device.
         memory: Bytes that hidden states and kept prefixes may take; None = half of what is free on
             the fullest device.
+        at_once: Tokens of all streams that pass a layer at once on a CPU; None = by its threads.
         quirks: What a call of the model does beside its answer.
         stand_ins: What stands in for layers, where an ablation asks for it: layer → that.
         known: What was found out of the model, for all engines of it.
@@ -125,6 +129,7 @@ class Engine:
     sharing: Sharing = FULL
     row_tokens: int | None = None
     memory: int | None = None
+    at_once: int | None = None
     quirks: Quirks = NO_HABITS
     stand_ins: Mapping[int, StandIn] = field(default_factory=dict, repr=False, compare=False)
     known: Known = field(default_factory=Known, repr=False, compare=False)
@@ -502,7 +507,17 @@ class Engine:
             self._sight,
             self.stand_ins,
             self.ends if plan.has_ends else None,
+            self._pass_tokens,
         )
+
+    @property
+    def _pass_tokens(self) -> int | None:
+        """How many tokens pass a layer at once; all where they are on an accelerator, or where the
+        layer's weights come past."""
+        loaded = self.loaded
+        if loaded.device.type != "cpu" or loaded.offloaded is not None:
+            return None
+        return self.at_once or AT_ONCE * torch.get_num_threads()
 
     def logits(self, plan: StreamPlan, output: Any, states: Tensor) -> Tensor:
         """Run the head that each of a plan's ablations has: [ablations, kept, vocabulary].

@@ -311,7 +311,8 @@ def _engine(engine: Engine, model: Any, verdict: Verdict, longest: int, nodes: i
     loaded = replace(engine.loaded, model=model, layers=find_layers(model), device=device)
     most = min(longest, engine.max_length)
     made_up = _made_up(loaded.layers)
-    return Engine(loaded, most, FULL, nodes, 2**30, verdict.quirks(model), made_up)
+    # Some streams pass a layer after others, as they do where texts are long or streams many.
+    return Engine(loaded, most, FULL, nodes, 2**30, 2 * nodes, verdict.quirks(model), made_up)
 
 
 def _made_up(layers: torch.nn.ModuleList) -> dict[int, MadeUp]:
