@@ -50,7 +50,8 @@ def as_one_process(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., tuple[Results, Heard]]:
-    """Run three cells of one model elsewhere, by relative paths: nothing differs, nothing is lost.
+    """Run three cells of one model elsewhere, by relative paths: nothing differs, nothing is lost,
+    of layers and of heads.
 
     The one in the middle, of which no model can read an answer, fails alone.
     """
@@ -62,6 +63,7 @@ def as_one_process(
         write_rows(Path("data/baber/piqa"), validation=[unreadable] * (BLOCK + 4))
         model, both = f"./{tiny_llama().name}", ["arc_easy", "arc_challenge"]
         asked = {"data": "./data", "limit": None, "sample": BLOCK + 4}
+        asked |= {"component": ["layer", "head"], "head": 1}
         file = experiment(model, benchmark=["arc_easy", "piqa", "arc_challenge"], **asked)
         alone, heard = run(file, tmp_path / "one"), Heard()
         found = run(file, tmp_path / "elsewhere", heard, **elsewhere)
@@ -69,6 +71,7 @@ def as_one_process(
         ((title, why),) = found.outcome.failed.items()
         assert "piqa" in title
         assert "continuation" in why
+        assert {run.component for run in found.cells[0].runs} == {"layer", "head"}
         same(tmp_path / "one", tmp_path / "elsewhere")
         assert heard.counted == heard.expected
         assert heard.finished

@@ -104,6 +104,32 @@ def test_the_agent_fills_the_sweep_and_the_cell(
     assert sorted(ablations) == sorted(run.ablation for run in cell.runs)
 
 
+def test_a_file_of_heads_is_swept_and_reported_from_the_project(
+    client: Client,
+    double: WandbDouble,
+    tiny_llama: Maker,
+    experiment: Maker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = {"component": "head", "layer": [0, 1], "head": [0, 1], "limit": 4}
+    sweep = start(client, double, experiment(tiny_llama(layers=2), **asked))
+    client.agent(f"team/layers/{sweep.name}")
+    trials = [double.run(run_id, "layers") for run_id in sweep.handed_out]
+    (cell,) = api.ls(client.folder / "results")
+    runs = {(run.layer, run.number): run for run in cell.runs}
+    assert {(t.values["layer"], t.values["head"]) for t in trials} == {*runs}
+    for trial in trials:
+        run = runs[trial.values["layer"], trial.values["head"]]
+        assert (trial.job_type, trial.state, run.component) == ("layer", "finished", "head")
+        assert trial.values["tracker"]["ablation"] == run.ablation
+        assert figures(trial.summary) == flat_metrics(run)
+    client.lend(monkeypatch)
+    page = tmp_path / "page.html"
+    printed("report", "wandb:team/layers", "--output", page, "--results", tmp_path / "other")
+    assert "Of 4 heads" in page.read_text(encoding="utf-8")
+
+
 def test_what_killed_trials_left_is_filled_from_the_ledger(
     client: Client,
     double: WandbDouble,
