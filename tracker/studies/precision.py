@@ -74,10 +74,12 @@ _ASSUMED = (
 
 
 class RoundedMap(NamedTuple):
-    """One linear map in a format: its run, what is shown of it, and its errors by name."""
+    """One linear map in a format: its run, what is shown of it, its fall of gold log-probability on
+    the documents that all maps share, and its errors by name."""
 
     run: RunRecord
     verdict: Verdict
+    fall: Estimate
     errors: dict[str, float]
 
 
@@ -194,9 +196,12 @@ def _in_format(
         ]
         orders.append(Order(name, *seen_once(against)))
     verdicts = shown_in(subject.record, runs)
+    falls = [run.gold for run in runs]
+    if subject.record.is_raced:  # each run's own is of all that was looked at for it
+        falls = _without_interval([gold.drop(place) for place in range(len(runs))])
     rows = [
-        RoundedMap(run, verdict, {name: float(errors[name][place]) for name in errors})
-        for place, (run, verdict) in enumerate(zip(runs, verdicts, strict=True))
+        RoundedMap(run, verdict, fall, {name: float(errors[name][place]) for name in errors})
+        for place, (run, verdict, fall) in enumerate(zip(runs, verdicts, falls, strict=True))
     ]
     names = _by_name(rows, gold, seen_once)
     return InFormat(subject, word, rows, names, orders)
@@ -305,11 +310,11 @@ def _names_table(one: InFormat) -> Table:
 
 def _most_table(one: InFormat) -> Table:
     measure = measure_of(one.subject.record)
-    rows = sorted(one.maps, key=lambda row: -(row.run.gold_logprob_drop or 0.0))[:MOST]
+    rows = sorted(one.maps, key=lambda row: -(row.fall.value or 0.0))[:MOST]
     columns: tuple[Column[RoundedMap], ...] = (
         Column("layer (0-based)", "count", lambda row: row.run.first, otherwise="of no layer"),
         Column("linear map", "text", lambda row: row.run.map),
-        Column("fall of gold log-probability", "nats", lambda row: row.run.gold),
+        Column("fall of gold log-probability", "nats", lambda row: row.fall),
         Column(measure.change, measure.form, lambda row: row.run.drop),
         Column("shown", "text", lambda row: _SHOWN[row.verdict]),
         *_named([*ERRORS]),
