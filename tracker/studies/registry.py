@@ -1,22 +1,23 @@
-"""Which studies there are; the command line says what each of them asks."""
+"""Which studies there are: those of this package. The command line says what each asks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
 from inspect import signature
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
+from tracker import studies
 from tracker.core.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
     from tracker.studies.base import Study
 
-STUDIES = (
-    *("audit", "calibration", "joint", "precision", "prune"),
-    *("quantise", "repeat", "rescale", "savings", "snowball", "theorem"),
+STUDIES = tuple(
+    each.name for each in iter_modules(studies.__path__) if each.name not in ("base", "registry")
 )
-"""By name; the class of each, named as it, is in the module or folder of this package so named."""
+"""By name: each is a module or folder of this package, and its class is named as it."""
 DRAWS = 2
 """Random directions that `snowball` takes where nothing is said."""
 RELIABILITY = 0.9
