@@ -22,8 +22,8 @@ STATE = "because it keeps a state of its own for each text"
 BATCH = "nothing is shared, because its layers refuse the states of several ablations as one batch"
 CACHE = "its cache cannot be rewound"
 FAMILY = {
-    "nemotron_h": STATE, "kimi_linear": STATE, "minimax": STATE, "gpt_bigcode": BATCH,
-    "xglm": BATCH, "trocr": BATCH, "xmod": BATCH, "deepseek_v4": BATCH, "dots3_note": CACHE,
+    "nemotron_h": STATE, "minimax": STATE, "gpt_bigcode": BATCH, "xglm": BATCH, "trocr": BATCH,
+    "xmod": BATCH, "dots3_note": CACHE,
 }  # fmt: skip
 
 

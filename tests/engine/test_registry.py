@@ -32,10 +32,6 @@ MEASURED = [
     # Positions by the kind of layer, a window of other kinds of layers.
     ("gemma3_text", "rope longrope"),
     ("modernbert-decoder", "plain"),
-    # Experts, indices, one of several kinds of state.
-    ("phimoe", "plain"),
-    ("deepseek_v32", "plain"),
-    ("gemma4_text", "plain"),
     # Other parts beside the text, layers that are not one list.
     ("gemma3", "plain"),
     ("hrm_text", "plain"),

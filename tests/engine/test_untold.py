@@ -145,11 +145,10 @@ def made(kind: type, **settings: Any) -> Any:
     [
         {"turned": "stages", "stages": [48, 100]},
         {"turned": "product", "trained": 8, "factor": 8.0},
-        {"turned": "product", "trained": 1024, "factor": 0.0625},
         {"turned": "written"},
         {"turned": "doubling"},
     ],
-    ids=["list", "multiple", "share", "code", "doubling"],
+    ids=["list", "multiple", "code", "doubling"],
 )
 def test_a_threshold_that_no_number_is(settings: dict[str, Any]) -> None:
     draw = Draw()
