@@ -55,8 +55,13 @@ EVALUATE = ["tracker", "evaluate", "${args}"]
 """What a trial of a W&B sweep runs."""
 
 
-class _Value(Strict):
-    """`{value: x}` or `{values: [x, …]}`."""
+class Choice(Strict):
+    """One value of a grid, or several, of numbers also all from one to another."""
+
+    value: Any = None
+    values: list[Any] | None = None
+    min: Count | None = None
+    max: Count | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -68,15 +73,6 @@ class _Value(Strict):
                 f"{short(given)}"
             )
         return given
-
-
-class Choice(_Value):
-    """One value of a grid, or several, of numbers also all from one to another."""
-
-    value: Any = None
-    values: list[Any] | None = None
-    min: Count | None = None
-    max: Count | None = None
 
     @model_validator(mode="after")
     def _one_of(self) -> Choice:
@@ -106,13 +102,11 @@ def _number_or_all(given: Any, number: ValidatorFunctionWrapHandler) -> Any:
     return given if given == ALL else number(given)
 
 
-class _Parts(_Value):
+class _Parts(Choice):
     """Which heads or experts of a layer; all of them, which need not be said."""
 
     value: Annotated[Count | None, WrapValidator(_number_or_all)] = None
     values: list[Count] | None = None
-    min: Count | None = None
-    max: Count | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -139,11 +133,7 @@ class _Parts(_Value):
     @property
     def options(self) -> Sequence[int | str | None]:
         """The numbers, in the order of the file; None alone for all."""
-        if str(self.value) == ALL:
-            return [None]
-        if self.min is not None and self.max is not None:
-            return range(self.min, self.max + 1)
-        return self.values or [self.value or 0]
+        return [None] if str(self.value) == ALL else super().options
 
 
 def _words(given: Any) -> Any:
@@ -203,7 +193,7 @@ def grid_of(
     """
     fields: dict[str, Any] = {}
     for key, field in keys.items():
-        own: dict[str, type[_Value]] = {"layer": _Layers, "head": _Parts, "expert": _Parts, **kinds}
+        own: dict[str, type[Choice]] = {"layer": _Layers, "head": _Parts, "expert": _Parts, **kinds}
         kind = own.get(key, Choice)
         fields[key] = (kind, ...) if field.is_required() else (kind | None, None)
     return create_model(name, __base__=Grid, **fields)
