@@ -124,9 +124,9 @@ def understand(given: Given, settings: Mapping[str, Any], kind: FileKind[S]) -> 
     """Read and check what is asked for, as `load_experiment`, in a file of some kind."""
     given, settings = with_model(given, settings)
     path = None if given is None or isinstance(given, Mapping) else Path(given)
-    if path is None:
-        raw, text, source = given, "", NAMELESS
-    else:
+    raw: Any = given
+    text, source = "", NAMELESS
+    if path is not None:
         raw, text = read_yaml(path)
         source = str(path)
         if kind.is_other(raw):
@@ -136,7 +136,9 @@ def understand(given: Given, settings: Mapping[str, Any], kind: FileKind[S]) -> 
         name = f"{source} with {', '.join(_assignments(settings))}"
     is_new = path is None or bool(settings)
     if is_new:
-        raw, text = _written(_changed(raw, settings, kind, source), name)
+        if raw is not None:
+            _refuse_shape(raw, source, kind)
+        raw, text = _written(with_settings(raw, settings, kind), name)
     file = _checked(raw, name, kind)
     typed = () if isinstance(given, Mapping) else _typed(path, settings)
     called = _file_name(file, text) if is_new or path is None else path.name
@@ -171,14 +173,6 @@ def _refuse_shape(raw: Any, name: str, kind: FileKind[S]) -> None:
             f"{name}: {', '.join(map(repr, flat))} at the top belong under 'parameters'. "
             f"Write:\n\n{shape}"
         )
-
-
-def _changed(
-    raw: Any, settings: Mapping[str, Any], kind: FileKind[S], source: str
-) -> dict[str, Any]:
-    if raw is not None:
-        _refuse_shape(raw, source, kind)
-    return with_settings(raw, settings, kind)
 
 
 def _written(said: Mapping[str, Any], name: str) -> tuple[Any, str]:

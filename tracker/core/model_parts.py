@@ -123,7 +123,8 @@ def with_all_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
         more |= {"spans": (1,)} if 1 in request.spans else {"only": ()}
     if request.control:
         free = [layer for layer in range(parts.layers) if layer not in request.removed]
-        taken = {*more.get("sets", ()), *_windows(request.layers, spans)}
+        near = (tuple(range(n, n + span)) for span in spans for n in request.layers)
+        taken = {*more.get("sets", ()), *near}
         more["drawn"] = tuple(_drawn(free, spans, taken, request.seed))
     return request.model_copy(update=more)
 
@@ -152,10 +153,6 @@ def _with_all_maps(request: CellRequest, parts: ModelParts) -> CellRequest:
         for name in of_layer[layer]
     )
     return named.model_copy(update={"only": there})
-
-
-def _windows(layers: Sequence[int], spans: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    yield from (tuple(range(first, first + span)) for span in spans for first in layers)
 
 
 def _drawn(
