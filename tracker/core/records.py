@@ -8,6 +8,7 @@ missing, and under `provenance` that not all was measured by the same versions a
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, ConfigDict, Field
@@ -74,6 +75,8 @@ class Kind(NamedTuple):
         return self._replace(span=1, number=None, members=None, drawn=False, map=None)
 
 
+_OF_KIND = attrgetter(*Kind._fields)
+_ASKED = attrgetter("component", "span", "layer", "intervention", "number", "repeats", "map")
 Place = tuple[str, str, int]
 """What several records are told apart by: the cell, the view of it, how many documents."""
 NO_REASON = "no reason was recorded"
@@ -127,29 +130,12 @@ class RunIdentity(Record):
     @property
     def kind(self) -> Kind:
         """All but the layer: runs of one kind form a curve over the layers."""
-        return Kind(
-            self.component,
-            self.span,
-            self.intervention,
-            self.number,
-            self.repeats,
-            self.members,
-            self.drawn,
-            self.map,
-        )
+        return Kind(*_OF_KIND(self))
 
     @property
     def asked(self) -> tuple[Component, int, int, Intervention, int | None, int, str | None]:
         """The run as `CellRequest.only` names it."""
-        return (
-            self.component,
-            self.span,
-            self.layer,
-            self.intervention,
-            self.number,
-            self.repeats,
-            self.map,
-        )
+        return _ASKED(self)
 
     @property
     def order(self) -> tuple[int | str, ...]:
@@ -579,17 +565,6 @@ class CellRecord(Record):
             if found:
                 return found
         return NO_REASON
-
-    def relevance_of(self, run: RunRecord) -> tuple[float | None, str]:
-        """Find a run's accuracy relevance, and the reason when it is None."""
-        if run.accuracy_relevance is not None:
-            return run.accuracy_relevance, ""
-        return None, self.reason_of("accuracy_relevance", run)
-
-    def relevance(self, layer: int) -> tuple[float | None, str]:
-        """Find the accuracy relevance of one whole layer, measured or not, as `relevance_of`."""
-        run = self.runs_of().get(layer)
-        return self.relevance_of(run) if run else (None, self.absence(RunIdentity(layer=layer)))
 
 
 def layers_of(kind: Kind, *cells: CellRecord) -> list[int]:

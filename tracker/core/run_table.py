@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from tracker.core.answers import interval_name
 from tracker.core.estimates import Estimate, Unit
@@ -22,9 +22,8 @@ from tracker.core.records import (
     RunIdentity,
     RunRecord,
 )
-from tracker.core.tables import Column, Value
+from tracker.core.tables import Column, Row, Value
 
-Row = TypeVar("Row")
 CELL = ("key", "model", "benchmark", "num_fewshot", "metric", "removed", "sample_seed")
 """Names of the columns that say which cell a row is of."""
 WHICH_RUN = (
@@ -51,7 +50,7 @@ def pick(columns: Mapping[str, Column[Row]], *names: str) -> list[Column[Row]]:
     return [columns[name] for name in names]
 
 
-def named(columns: Iterable[Column[Row]]) -> dict[str, Column[Row]]:
+def named(*columns: Column[Row]) -> dict[str, Column[Row]]:
     """Find columns by name."""
     return {column.name: column for column in columns}
 
@@ -63,15 +62,13 @@ def cell_columns(find: Callable[[Row], CellRecord]) -> dict[str, Column[Row]]:
         return Column(name.replace("_", " "), unit, lambda row: value(find(row)), name=name)
 
     return named(
-        (
-            column("key", "text", lambda cell: cell.key),
-            column("model", "text", lambda cell: cell.model.name),
-            column("benchmark", "text", lambda cell: cell.benchmark.name),
-            column("num_fewshot", "count", lambda cell: cell.benchmark.num_fewshot),
-            column("metric", "text", lambda cell: cell.metric),
-            column("removed", "text", lambda cell: ",".join(map(str, cell.removed))),
-            column("sample_seed", "count", lambda cell: cell.sample_seed),
-        )
+        column("key", "text", lambda cell: cell.key),
+        column("model", "text", lambda cell: cell.model.name),
+        column("benchmark", "text", lambda cell: cell.benchmark.name),
+        column("num_fewshot", "count", lambda cell: cell.benchmark.num_fewshot),
+        column("metric", "text", lambda cell: cell.metric),
+        column("removed", "text", lambda cell: ",".join(map(str, cell.removed))),
+        column("sample_seed", "count", lambda cell: cell.sample_seed),
     )
 
 
@@ -116,52 +113,46 @@ def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
     first = "first layer" if cell and any(kind.span != 1 for kind in cell.kinds) else "layer"
     between = interval_name(cell) if cell else "95 % interval"
     return named(
-        (
-            *cell_columns(lambda row: row.cell).values(),
-            Column("component", "text", lambda row: row.run.component, name="component"),
-            Column(
-                *(f"{first} (0-based)", "count", lambda row: row.run.first),
-                otherwise="of no layer",
-                name="layer",
-            ),
-            Column("number (0-based)", "count", lambda row: row.run.number, name="number"),
-            Column("linear map", "text", lambda row: row.run.map, name="map"),
-            Column("span (layers)", "count", lambda row: row.run.span, name="span"),
-            Column("intervention", "text", lambda row: row.run.intervention, name="intervention"),
-            Column("passes", "count", _passes, name="repeats"),
-            Column("layers", "text", _members, name="members"),
-            Column("drawn", "text", lambda row: "drawn" if row.run.drawn else None, name="drawn"),
-            _figure("ablation", "ablation", "text"),
-            _figure("n", "documents", "count"),
-            Column("until", "text", _until, name="until"),
-            Column("interval", "text", lambda row: interval_name(row.cell), name="interval"),
-            _of_cell("baseline_accuracy", "baseline", measure.level_form),
-            _of_cell("chance_accuracy", "chance", "percent"),
-            _figure(
-                "accuracy", measure.head(f"{measure.level} without {without}"), measure.level_form
-            ),
-            _figure("accuracy_drop", measure.head(measure.change), measure.form),
-            _figure("accuracy_drop_low", measure.head("low"), measure.form),
-            _figure("accuracy_drop_high", measure.head("high"), measure.form),
-            _measured(
-                "drop_interval", measure.head(between), measure.form, _between, interval=True
-            ),
-            _figure("drop_sd", measure.head("standard deviation of a document"), measure.form),
-            _figure("mcnemar_p", "McNemar p", "p"),
-            _figure("accuracy_relevance", "accuracy relevance", "relevance"),
-            *(
-                _figure(name, label, "proxy")
-                for proxy in (*OBSERVED, *OF_EXPERTS)
-                for name, label in proxy.headings.items()
-            ),
-            _figure("rounded", "documents within rounding", "count"),
-            _figure("drop_rounding", measure.head("± by rounding"), measure.form),
-            _figure("gold_logprob_drop", "gold log-prob drop", "nats"),
-            _figure("gold_logprob_low", "gold log-prob drop: low", "nats"),
-            _figure("gold_logprob_high", "gold log-prob drop: high", "nats"),
-            _figure("options_logprob_drop", "log-prob drop of all options", "nats"),
-            Column("reasons", "text", lambda row: _reasons(row) or None, name="reasons"),
-        )
+        *cell_columns(lambda row: row.cell).values(),
+        Column("component", "text", lambda row: row.run.component, name="component"),
+        Column(
+            *(f"{first} (0-based)", "count", lambda row: row.run.first),
+            otherwise="of no layer",
+            name="layer",
+        ),
+        Column("span (layers)", "count", lambda row: row.run.span, name="span"),
+        Column("intervention", "text", lambda row: row.run.intervention, name="intervention"),
+        Column("number (0-based)", "count", lambda row: row.run.number, name="number"),
+        Column("passes", "count", _passes, name="repeats"),
+        Column("layers", "text", _members, name="members"),
+        Column("drawn", "text", lambda row: "drawn" if row.run.drawn else None, name="drawn"),
+        Column("linear map", "text", lambda row: row.run.map, name="map"),
+        _figure("ablation", "ablation", "text"),
+        _figure("n", "documents", "count"),
+        Column("until", "text", _until, name="until"),
+        Column("interval", "text", lambda row: interval_name(row.cell), name="interval"),
+        _of_cell("baseline_accuracy", "baseline", measure.level_form),
+        _of_cell("chance_accuracy", "chance", "percent"),
+        _figure("accuracy", measure.head(f"{measure.level} without {without}"), measure.level_form),
+        _figure("accuracy_drop", measure.head(measure.change), measure.form),
+        _figure("accuracy_drop_low", measure.head("low"), measure.form),
+        _figure("accuracy_drop_high", measure.head("high"), measure.form),
+        _measured("drop_interval", measure.head(between), measure.form, _between, interval=True),
+        _figure("drop_sd", measure.head("standard deviation of a document"), measure.form),
+        _figure("mcnemar_p", "McNemar p", "p"),
+        _figure("accuracy_relevance", "accuracy relevance", "relevance"),
+        *(
+            _figure(name, label, "proxy")
+            for proxy in (*OBSERVED, *OF_EXPERTS)
+            for name, label in proxy.headings.items()
+        ),
+        _figure("rounded", "documents within rounding", "count"),
+        _figure("drop_rounding", measure.head("± by rounding"), measure.form),
+        _figure("gold_logprob_drop", "gold log-prob drop", "nats"),
+        _figure("gold_logprob_low", "gold log-prob drop: low", "nats"),
+        _figure("gold_logprob_high", "gold log-prob drop: high", "nats"),
+        _figure("options_logprob_drop", "log-prob drop of all options", "nats"),
+        Column("reasons", "text", lambda row: _reasons(row) or None, name="reasons"),
     )
 
 
@@ -195,19 +186,17 @@ def correlation_columns() -> dict[str, Column[tuple[CellRecord, CorrelationRecor
         return Column(label, unit, entry, name=name, interval=name == "between")
 
     return cell_columns(lambda row: row[0]) | named(
-        (
-            column("proxy", "proxy", "text"),
-            column("coefficient", "coefficient", "text"),
-            column("subset", "layers used", "text"),
-            column("value", "value", "coefficient"),
-            column("low", "low", "coefficient"),
-            column("high", "high", "coefficient"),
-            column("between", "95 % interval over documents", "coefficient"),
-            column("p_value", "p over layers", "p"),
-            column("n", "layers", "count"),
-            column("documents", "documents", "count"),
-            Column("reason", "text", lambda row: row[1].reason, name="reason"),
-        )
+        column("proxy", "proxy", "text"),
+        column("coefficient", "coefficient", "text"),
+        column("subset", "layers used", "text"),
+        column("value", "value", "coefficient"),
+        column("low", "low", "coefficient"),
+        column("high", "high", "coefficient"),
+        column("between", "95 % interval over documents", "coefficient"),
+        column("p_value", "p over layers", "p"),
+        column("n", "layers", "count"),
+        column("documents", "documents", "count"),
+        Column("reason", "text", lambda row: row[1].reason, name="reason"),
     )
 
 

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import base64
 import gzip
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from tracker.core.proxies import FIGURES
 from tracker.core.records import CellRecord
 from tracker.core.run_table import (
     CELL,
@@ -43,18 +39,6 @@ _DOCUMENT_COLUMNS = (
     *("margin_intact", "text_intact", "choice", "margin", "text"),
 )
 _CELL: dict[str, Column[CellRecord]] = cell_columns(lambda cell: cell)
-RUN = (
-    *(*CELL, *WHICH_RUN, "n", "until", "interval", "baseline_accuracy", "chance_accuracy"),
-    *("accuracy", "accuracy_drop", "accuracy_drop_low", "accuracy_drop_high", "drop_sd"),
-    *("mcnemar_p", "accuracy_relevance", *FIGURES),
-    *("rounded", "drop_rounding", "gold_logprob_drop"),
-    *("gold_logprob_low", "gold_logprob_high", "options_logprob_drop"),
-)
-"""Names of the columns of a frame of runs, before the metrics."""
-CORRELATION = (
-    *(*CELL, "proxy", "coefficient", "subset", "value", "low", "high", "p_value", "n"),
-    *("documents", "reason"),
-)
 
 
 def frame_of(made: Table) -> pd.DataFrame:
@@ -83,7 +67,8 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     `metric_NAME`.
     """
     columns = run_columns()
-    picked = [*pick(columns, *RUN), *metric_columns(cells), columns["reasons"]]
+    names = [name for name in columns if name not in ("ablation", "drop_interval", "reasons")]
+    picked = [*pick(columns, *names), *metric_columns(cells), columns["reasons"]]
     return frame_of(table("", picked, runs_of(cells)))
 
 
@@ -94,7 +79,8 @@ def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     undefined value is NaN and `reason` says why.
     """
     rows = [(cell, record) for cell in cells for record in cell.correlations]
-    return frame_of(table("", pick(correlation_columns(), *CORRELATION), rows))
+    columns = [each for each in correlation_columns().values() if each.name != "between"]
+    return frame_of(table("", columns, rows))
 
 
 def document_frame(
@@ -183,7 +169,5 @@ def packed_json(value: Mapping[str, Any]) -> str:
 def layer_files(cells: Sequence[CellRecord]) -> tuple[str, str]:
     """Write every run as CSV, packed, and as Parquet in base64; both unrounded, fractions."""
     frame = layer_frame(cells)
-    parquet = io.BytesIO()
-    table = pa.Table.from_pandas(frame, preserve_index=False)
-    pq.write_table(table, parquet, compression="zstd")
-    return packed(frame.to_csv(index=False)), base64.b64encode(parquet.getvalue()).decode()
+    parquet = frame.to_parquet(index=False, compression="zstd")
+    return packed(frame.to_csv(index=False)), base64.b64encode(parquet).decode()

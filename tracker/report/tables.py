@@ -32,6 +32,7 @@ from tracker.core.run_table import (
 )
 from tracker.core.tables import Column, Table, table
 from tracker.report.caveats import provenance_notes
+from tracker.report.layer_figures import layer_relevance
 from tracker.report.leaderboard.claims import shown_in
 from tracker.report.leaderboard.rules import CORRELATION_RULE, EXPERT_RULE
 from tracker.report.wording import (
@@ -244,8 +245,7 @@ def relevance_table(cells: Sequence[CellRecord]) -> Table:
 
     def column(cell: CellRecord, label: str) -> Column[int]:
         def value(layer: int) -> Estimate:
-            number, reason = cell.relevance(layer)
-            return Estimate(number, reason=reason or None)
+            return replace(layer_relevance(cell, layer), low=None, high=None)
 
         return Column(label, "relevance", value)
 

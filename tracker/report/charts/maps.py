@@ -12,6 +12,7 @@ from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunIdentity, lay
 from tracker.report import wording
 from tracker.report.charts.hover import along_layers
 from tracker.report.charts.style import GREY, OPEN, Chart, chart, finite, layer_axis, trace, wrap
+from tracker.report.layer_figures import layer_relevance
 from tracker.report.leaderboard.claims import shown_runs
 
 # Fading to transparency, not to white, keeps 0 quiet on light and on dark pages.
@@ -46,7 +47,8 @@ def heat_title(cells: Sequence[CellRecord]) -> str:
     """Say in plain text how large the heat map is, and how many values are undefined."""
     layers = layers_of(WHOLE_LAYER, *cells)
     total = len(layers) * len(cells)
-    count = sum(cell.relevance(layer)[0] is not None for cell in cells for layer in layers)
+    known = (layer_relevance(cell, layer).value for cell in cells for layer in layers)
+    count = sum(value is not None for value in known)
     rows = "cell" if any(cell.removed for cell in cells) else "benchmark"
     size = f"{len(layers)} layers × {formats.counted(len(cells), rows)}"
     text = f"{cells[0].model.name}: accuracy relevance, {size}"
@@ -69,7 +71,7 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
         "accuracy relevance",
         columns=layers,
         rows=labels,
-        values=[[cell.relevance(layer)[0] for layer in layers] for cell in cells],
+        values=[[layer_relevance(cell, layer).value for layer in layers] for cell in cells],
         hovers=[along_layers(cell, WHOLE_LAYER, layers)[1] for cell in cells],
         shown=[_shown(cell, [WHOLE_LAYER], layers)[0] for cell in cells],
         ticks=("≤ −1<br>removal helps", "0<br>no change", "1<br>to chance"),

@@ -129,7 +129,7 @@ def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
 
 def layer_board_table(board: LayerBoard, label: str) -> Table:
     """Set the leaderboard of one model's layers, the most relevant first."""
-    columns = named(layer_board_columns())
+    columns = named(*layer_board_columns())
     return table(
         f"{label}: its layers, ranked by mean accuracy relevance over "
         f"{counted(len(board.cells), 'benchmark')}.",
@@ -213,7 +213,7 @@ def part_board_table(board: PartBoard, label: str) -> Table:
     if between > 0:
         rows = rows[:_ENDS] + rows[-_ENDS:]
         title += f"; {between:,} more are between the first {_ENDS} and the last {_ENDS}"
-    columns = named(part_board_columns())
+    columns = named(*part_board_columns())
     return table(
         f"{title}.",
         [
@@ -324,7 +324,7 @@ def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
     return table(
         "Models: how much the removal of one layer hurts, the least first, over "
         f"{counted(len(board.benchmarks), 'common benchmark')}.",
-        [_between(_ALONE), *pick(named(model_board_columns()), *names, "layers")],
+        [_between(_ALONE), *pick(named(*model_board_columns()), *names, "layers")],
         _model_rows(board, labels),
         *filter(None, [board.open]),
         header=1,
