@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 from click.core import ParameterSource
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from tracker.core import config
 from tracker.core.arguments import Arguments
@@ -249,7 +249,8 @@ def asking(
         A decorator.
     """
     first = [key for key in said if key in ("model", "benchmark")]
-    rest = [key for key in said if key not in (*first, *search, "layer", "head", "expert")]
+    parts = [key for key in said if key in Asking.model_fields]
+    rest = [key for key in said if key not in (*first, *parts, *search)]
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
@@ -262,42 +263,16 @@ def asking(
             settings |= dict(map(_known, changes))
             function(experiment=_file(experiment, settings), settings=settings, **how)
 
-        made = keys(CellRequest, *rest, defaults=False)(_set(asked))
+        made = keys(CellRequest, *rest, defaults=False)(keys(Asking, "changes")(asked))
         made = keys(SearchSettings, *search, defaults=False)(made)
-        made = _expert(made) if "expert" in said else made
-        made = _head(made) if "head" in said else made
-        made = _layer(made) if "layer" in said else made
-        return _experiment(keys(CellRequest, *first, defaults=False)(made))
+        made = keys(CellRequest, *first, defaults=False)(keys(Asking, *parts)(made))
+        return click.argument("experiment", metavar="[EXPERIMENT|MODEL]", required=False)(made)
 
     return add
 
 
 OF_SEARCHES = tuple(key for key in SearchSettings.model_fields if key not in KEYS)
 """What is said of searches alone."""
-_experiment = click.argument("experiment", metavar="[EXPERIMENT|MODEL]", required=False)
-_layer = click.option(
-    "--layer", type=Layers(every=True), help="The layers, such as 3,17 or 3-7. Default: all."
-)
-_head = click.option(
-    "--head",
-    type=Layers(),
-    help="The heads of each layer, such as 0,3 or 0-3, or groups of heads, where component is head "
-    "or kv_head. Default: all.",
-)
-_expert = click.option(
-    "--expert",
-    type=Layers(),
-    help="The routed experts of each layer, such as 0,3 or 0-3, where component is expert. "
-    "Default: all.",
-)
-_set = click.option(
-    "--set",
-    "changes",
-    multiple=True,
-    type=Setting(yaml=True),
-    help="A value for any key, as it would stand in a file: sample=50, benchmark=[arc_easy, piqa], "
-    "limit=null; may be given several times.",
-)
 
 
 def _known(change: tuple[str, Any]) -> tuple[str, Any]:
@@ -384,6 +359,22 @@ def _told(hint: Any) -> dict[str, Any]:
         return {"is_flag": True}
     several = {"multiple": True} if get_origin(kind) is tuple else {}
     return several | ({"type": types[0]} if types else _kind_of(kind))
+
+
+class Asking(Told):
+    """Several layers, heads and experts, where a file's key takes one; and any key as in a file."""
+
+    layer: Annotated[Sequence[int] | str | None, Layers(every=True)] = None
+    """The layers, such as 3,17 or 3-7. Default: all."""
+    head: Annotated[Sequence[int] | None, Layers()] = None
+    """The heads of each layer, such as 0,3 or 0-3, or groups of heads, where component is head or
+    kv_head. Default: all."""
+    expert: Annotated[Sequence[int] | None, Layers()] = None
+    """The routed experts of each layer, such as 0,3 or 0-3, where component is expert. Default:
+    all."""
+    changes: Annotated[tuple[tuple[str, Any], ...], Setting(yaml=True)] = Field((), alias="set")
+    """A value for any key, as it would stand in a file: sample=50, benchmark=[arc_easy, piqa],
+    limit=null; may be given several times."""
 
 
 class WorkOptions(Told):
