@@ -40,7 +40,6 @@ class Asked(Generic[S]):
         name: What a results folder calls that file.
         source: What messages call it.
         typed: What is typed behind a command to ask for it again; empty where it is a dict.
-        is_new: Whether no file says it yet.
     """
 
     file: S
@@ -48,7 +47,6 @@ class Asked(Generic[S]):
     name: str
     source: str
     typed: tuple[str, ...]
-    is_new: bool
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def understand(given: Given, settings: Mapping[str, Any], kind: FileKind[S]) -> 
     file = _checked(raw, name, kind)
     typed = () if isinstance(given, Mapping) else _typed(path, settings)
     called = _file_name(file, text) if is_new or path is None else path.name
-    return Asked(file, text, called, source, typed, is_new)
+    return Asked(file, text, called, source, typed)
 
 
 def _checked(raw: Any, name: str, kind: FileKind[S]) -> S:

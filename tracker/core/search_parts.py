@@ -70,11 +70,6 @@ class SearchParts:
         """Several parts, as they are given."""
         return ", ".join(map(self.name, parts))
 
-    @property
-    def many(self) -> str:
-        """What several parts are called."""
-        return many_of(self.unit)
-
     def allowed(self, parts: Iterable[int]) -> list[int]:
         """Leave out of some parts, in their order, those with which too few of a layer stay."""
         gone: Counter[int] = Counter()

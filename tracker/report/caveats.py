@@ -68,10 +68,8 @@ def rounding_note(cell: CellRecord) -> str:
     if count is None or moved is None:
         why = cell.reasons.get("baseline_rounded") if cell.higher_is_better else None
         return f"How many documents {dtype} decides by rounding is not known: {why}." if why else ""
-    text = (
-        f"{dtype} decides up to {count:,} of {cell.n:,} documents of the intact model by rounding"
-    )
-    text += "."
+    of = f"{count:,} of {cell.n:,} documents"
+    text = f"{dtype} decides up to {of} of the intact model by rounding."
     if count:
         text += (
             " Computed in another way, such as another batch size of lm-eval, some of these are "

@@ -156,17 +156,11 @@ def ranks(figures: Sequence[Estimate]) -> list[tuple[int, int]]:
         >>> ranks([Estimate(0.5, 0.4, 0.6), Estimate(0.2, 0.1, 0.3), Estimate(0.1, 0.0, 0.2)])
         [(1, 1), (2, 3), (2, 3)]
     """
-    known = [figure.low is not None and figure.high is not None for figure in figures]
-    value, low, high = (
-        np.array(
-            [
-                getattr(figure, end) if there else math.nan
-                for figure, there in zip(figures, known, strict=True)
-            ],
-            dtype=np.float64,
-        )
-        for end in ("value", "low", "high")
-    )
+    known = [
+        (one.value, one.low, one.high) if None not in (one.low, one.high) else (math.nan,) * 3
+        for one in figures
+    ]
+    value, low, high = np.array(known, dtype=np.float64).reshape(-1, 3).T
     # No comparison with NaN holds.
     return between(value[:, None] - value > np.hypot((value - low)[:, None], high - value))
 

@@ -21,7 +21,7 @@ from tracker.core.errors import RequestError, did_you_mean
 from tracker.core.provenance import content_hash
 from tracker.core.text import masked
 from tracker.ledger.files import read_note, write_note
-from tracker.tracking.base import Ability, Backend, LiveRun, Models, Service, Target
+from tracker.tracking.base import Ability, Backend, LiveRun, Service, Target
 from tracker.tracking.wandb.service import in_sweep
 
 if TYPE_CHECKING:
@@ -107,11 +107,6 @@ def open_backend(name: str, project: str, results: Path, server: str | None = No
 def open_live_run(name: str, project: str, results: Path, server: str | None = None) -> LiveRun:
     """Open what a backend that can shows while cells are measured; as `open_backend`."""
     return service(name).open_live_run(project, results, server)
-
-
-def open_models(name: str, project: str, results: Path, server: str | None = None) -> Models:
-    """Open where a backend that can keeps pruned models; as `open_backend`."""
-    return service(name).open_models(project, results, server)
 
 
 def destination(name: str, project: str, results: Path, server: str | None = None) -> str:

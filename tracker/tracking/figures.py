@@ -86,7 +86,9 @@ def flat_metrics(layer: RunRecord) -> dict[str, float]:
     They are fractions, or a loss and its increase in the metric's own unit, and nats for
     `gold_logprob_drop`.
     """
-    return {"n": float(layer.n), **only_defined(_layer_values(layer))}
+    values = {name: layer.figure(name) for name in _LAYER_VALUES}
+    values |= {f"metric/{name}": value for name, value in layer.metrics.items()}
+    return {"n": float(layer.n), **only_defined(values)}
 
 
 def intact_metrics(cell: CellRecord) -> dict[str, float]:
@@ -224,8 +226,3 @@ def logged_documents(decided: DecisionsRecord) -> LoggedTable:
             answers = (doc.choice, after.choice, doc.text, after.text, doc.margin, after.margin)
             rows.append((*question, doc.gold, doc.answer, *place, change, *answers))
     return LoggedTable(columns, tuple(rows), (*asked, *which), scores)
-
-
-def _layer_values(layer: RunRecord) -> dict[str, float | None]:
-    values: dict[str, float | None] = {name: layer.figure(name) for name in _LAYER_VALUES}
-    return values | {f"metric/{name}": value for name, value in layer.metrics.items()}

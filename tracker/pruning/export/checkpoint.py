@@ -35,7 +35,7 @@ from tracker.pruning.export.proof import ExpectedAnswers, MeasuredCell, expected
 from tracker.pruning.export.recipes import recipes, skip_lists, windows_of
 from tracker.runner import run_cells
 from tracker.team.publish import Publisher
-from tracker.tracking import open_models, service, target
+from tracker.tracking import service, target
 from tracker.tracking.base import SavedModel
 
 
@@ -65,7 +65,8 @@ def publish(
     locations, unpublished = {}, {}
     for text in track:
         to = target(text)
-        with closing(open_models(to.backend, to.project or project, results, to.server)) as models:
+        place = (to.project or project, results, to.server)
+        with closing(service(to.backend).open_models(*place)) as models:
             try:
                 locations[to.backend] = models.add_model(shown)
             except TrackerError as error:

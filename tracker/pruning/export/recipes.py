@@ -26,6 +26,8 @@ _PERIODS = {"gemma3_text": ("gemma3", 6)}
 """Models of which llama.cpp computes from a layer's place whether it sees a window, unless the file
 says it, which neither its converter nor llama-quantize writes: its name of them, and the period,
 whose last layer sees everything."""
+_AS_FOLDER = "mergekit reads no GGUF file; this makes the folder that it reads:"
+_WHY_CONVERTED = "llama.cpp (llama-quantize repeats no layers), in the folder that is saved:"
 _WHY_WINDOWS = (
     "llama.cpp computes from a layer's place whether it sees a window, and the layers that are "
     "there do not follow the period of the base. So that file is another model, and so is whatever "
@@ -124,21 +126,17 @@ def by_other_tools(found: Mapping[str, str]) -> list[tuple[str, str, str]]:
 
     The last line of a recipe ends without a break.
     """
-    said = []
-    if "mergekit" in found:
-        if "safetensors" in found:
-            words = "mergekit reads no GGUF file; this makes the folder that it reads:"
-            said.append((words, "python", found["safetensors"]))
-        words = "mergekit (`mergekit-yaml RECIPE.yaml OUTPUT`):"
-        said.append((words, "yaml", found["mergekit"]))
-    if "llama.cpp" in found:
-        said.append(("llama.cpp, on a GGUF file of the base:", "sh", found["llama.cpp"]))
-    if CONVERTED in found:
-        words = "llama.cpp (llama-quantize repeats no layers), in the folder that is saved:"
-        said.append((words, "sh", found[CONVERTED]))
-    if WINDOWS in found:
-        said.append((_WHY_WINDOWS, "python", found[WINDOWS]))
-    return [(words, language, program.rstrip()) for words, language, program in said]
+    return [
+        (words, language, found[tool].rstrip())
+        for tool, words, language in (
+            ("safetensors", _AS_FOLDER, "python"),
+            ("mergekit", "mergekit (`mergekit-yaml RECIPE.yaml OUTPUT`):", "yaml"),
+            ("llama.cpp", "llama.cpp, on a GGUF file of the base:", "sh"),
+            (CONVERTED, _WHY_CONVERTED, "sh"),
+            (WINDOWS, _WHY_WINDOWS, "python"),
+        )
+        if tool in found
+    ]
 
 
 def windows_of(kind: str, layer_types: Sequence[str]) -> Windows | None:

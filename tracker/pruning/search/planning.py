@@ -182,12 +182,11 @@ class _Counted(DrawnScores):
 
     def proxy(self, name: str, removed: Set, spans: Sequence[range] | None = None) -> Losses:
         """Count what a proxy of the model that lacks some layers takes."""
-        left = [layer for layer in range(self.layers) if layer not in removed]
-        spans = [range(n, n + 1) for n in range(len(left))] if spans is None else spans
+        left = self.layers - len(removed)
         self.naive_flops = None
         if (key := f"{name}/{removed}") not in self._observed:
             self._observed.add(key)
-            price = passes(name, len(left), shared=True) * len(left) / self.layers
+            price = passes(name, left, shared=True) * left / self.layers
             self.passes += price
             for request, there in self._readings.items():
                 known = self._known.setdefault(request, set())

@@ -13,8 +13,6 @@ from tracker.core.prune_records import Rescoring
 from tracker.pruning.search.budgets import amount
 from tracker.pruning.search.constraints import Chosen, Ratios
 
-DRAWS = 3
-
 
 def _several(given: Any) -> Any:
     """Take one name, or a list of names, also as W&B writes one, or as lm-eval's `--tasks`."""
@@ -60,7 +58,7 @@ class SearchSettings(Strict):
     rescoring: Rescoring = "full"
     """How greedy searches score candidates after each removal: all of them (full), only those that
     can still win (lazy), or on no more documents than it takes (race)."""
-    draws: Positive = DRAWS
+    draws: Positive = 3
     """How often random strategies draw."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tracker.core import formats
+from tracker.core.grouping import grouped
 from tracker.core.kinds import ENDS
 from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunIdentity, layers_of
 from tracker.report import wording
@@ -98,14 +99,11 @@ def mapped(cell: CellRecord) -> dict[str, list[Kind]]:
     They are the spans of one component, where there are several, and the parts of layers: a row
     each.
     """
-    families: dict[Kind, list[Kind]] = {}
-    for kind in sorted(cell.kinds, key=lambda kind: (kind.span, kind.number or 0)):
-        if kind.members:  # several begin at one layer
-            continue
-        families.setdefault(kind.family, []).append(kind)
+    drawn = [kind for kind in cell.kinds if not kind.members]  # of which several begin at one layer
+    drawn.sort(key=lambda kind: (kind.span, kind.number or 0))
     return {
         _name(family): kinds
-        for family, kinds in families.items()
+        for family, kinds in grouped(drawn, lambda kind: kind.family).items()
         if len(kinds) > 1 or kinds[0].part is not None
     }
 

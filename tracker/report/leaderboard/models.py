@@ -146,11 +146,8 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
 
 def _shared(known: Sequence[Mapping[str, CellRecord]]) -> tuple[list[str], list[int]]:
     """Choose the settings that most models share, one a benchmark; and say who has them all."""
-    holders: dict[str, list[int]] = {}
-    for place, mine in enumerate(known):
-        for key in mine:
-            holders.setdefault(key, []).append(place)
     every = {key: cell for mine in known for key, cell in mine.items()}
+    holders = {key: [place for place, mine in enumerate(known) if key in mine] for key in every}
     if len(known) > 1:  # a model alone is shown on all that it has
         holders = {key: places for key, places in holders.items() if len(places) > 1}
 

@@ -56,15 +56,14 @@ def misjudged(board: LayerBoard) -> list[Misjudged]:
     return sorted(wrong, key=lambda misplaced: -misplaced.off)  # ties stay in their order
 
 
-def _figures(cell: CellRecord, proxy: str) -> tuple[list[int], Array, Array]:
-    """The layers where a proxy and the drop are defined, their drops, and the proxy's figures."""
+def _figures(cell: CellRecord, proxy: str) -> Array:
+    """A proxy's figures and the drops, `[2, layers]`, of the layers where both are defined."""
     known = [
-        (run.layer, run.accuracy_drop, run.figure(proxy))
+        (run.figure(proxy), run.accuracy_drop)
         for run in cell.whole_layers
         if defined(run.accuracy_drop) and defined(run.figure(proxy))
     ]
-    _, drops, figures = np.array(known, dtype=np.float64).reshape(-1, 3).T
-    return [layer for layer, *_ in known], drops, figures
+    return np.array(known, dtype=np.float64).reshape(-1, 2).T
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,6 @@ def _agreement(proxy: str, cells: Sequence[CellRecord]) -> Agreement:
     records = [correlation(cell, proxy=proxy) for cell in cells]
     spearman = [record.value for record in records if record and record.value is not None]
     figures = [_figures(cell, proxy) for cell in cells]
-    shares = [
-        ranks_apart(row[None], drops[None]) for layers, drops, row in figures if len(layers) > 2
-    ]
+    shares = [ranks_apart(*each[:, None]) for each in figures if each.shape[1] > 2]
     differ, chance = np.mean(shares, axis=0).tolist() if shares else (None, None)
     return Agreement(proxy, tuple(spearman), differ, chance)
