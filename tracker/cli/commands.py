@@ -36,7 +36,7 @@ from tracker.cli.printing import (
     print_plan,
     print_plan_of_searches,
 )
-from tracker.cli.terminal import Show, begin, quiet, say
+from tracker.cli.terminal import Show, begin, quiet, say, say_all
 from tracker.core.ablations import first_run
 from tracker.core.asked import NAMELESS, asks_for_searches, load_experiment
 from tracker.core.config import EXECUTORS, KEYS, RESTS, CellRequest, run_request
@@ -235,8 +235,7 @@ def validate(experiment: Path | None, settings: dict[str, Any], trust_remote_cod
     else:
         what = f"{counted(found.measurements, 'measurement')}, {counted(found.runs, 'run')}"
     say(f"{experiment or NAMELESS} is valid: {what}")
-    for note in found.notes:
-        say(note)
+    say_all(*found.notes)
 
 
 @main.command()

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracker.cli.terminal import print_table, say
+from tracker.cli.terminal import print_table, say, say_all
 from tracker.core import run_table
 from tracker.core.answers import statement
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
-from tracker.core.formats import DASH, counted, ends, measure_of
+from tracker.core.formats import DASH, counted, measure_of, with_interval
 from tracker.core.tables import Column, Table, table
 from tracker.core.weight_formats import FORMATS
 
@@ -75,11 +75,9 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None, brief: bool = 
     said = {"baseline_rounded", *(("n", "baseline_low") if cell.is_raced else ())}
     lacking = [f"{DASH} {why}" for name, why in cell.reasons.items() if name not in said]
     power = "" if brief else power_sentence(cell, shown)
-    rounding = (rounding_note(cell), second_rounding_note(cell))
-    notes = (looks_note(cell), *rounding, beneath(cell).strip(), power)
     answer = "" if brief or cell.answer is None else statement(cell.answer)
-    for line in (*_dashes(made), *lacking, *filter(None, (*notes, answer))):
-        say(line)
+    say_all(*_dashes(made), *lacking, looks_note(cell), rounding_note(cell))
+    say_all(second_rounding_note(cell), beneath(cell).strip(), power, answer)
 
 
 def print_measured(cells: Sequence[CellRecord]) -> None:
@@ -119,11 +117,8 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
             say(f"{cell.heading}: {text}")
 
     def baseline(cell: CellRecord) -> str:
-        measure, level = measure_of(cell), cell.baseline
-        if level.value is None:
-            return DASH
-        text = f"{measure.write(level.value)} {measure.level_unit}"
-        return text + ends(level.low, level.high, measure.write)
+        measure = measure_of(cell)
+        return with_interval(cell.baseline, measure.write, f" {measure.level_unit}")
 
     def chance(cell: CellRecord) -> str:
         level = cell.chance_accuracy
@@ -153,9 +148,7 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
             print_cell(cell, brief=True)
         else:
             say(f"{cell.heading}: {beneath(cell)}{_unlisted(cell)}")
-            notes = (looks_note(cell), rounding_note(cell), second_rounding_note(cell))
-            for line in filter(None, notes):
-                say(line)
+            say_all(looks_note(cell), rounding_note(cell), second_rounding_note(cell))
 
 
 def _unlisted(cell: CellRecord, listed: int = 0) -> str:
@@ -181,8 +174,7 @@ def _of_named_layers(found: Claims) -> Table:
     labelled = zip(found.cells, benchmark_labels(found.cells), strict=True)
 
     def mean(layer: int) -> str:
-        drop = found.drops[layer]
-        return measure.write(drop.value or 0.0) + ends(drop.low, drop.high, measure.write)
+        return with_interval(found.drops[layer], measure.write)
 
     def on(cell: CellRecord) -> Callable[[int], str]:
         return lambda layer: measure.write(cell.runs_of()[layer].accuracy_drop or 0.0)
@@ -226,8 +218,7 @@ def print_finding(finding: FindingRecord) -> None:
     for made in finding.tables:
         say()
         print_table(made)
-        for line in (*made.notes, *_dashes(made)):
-            say(line)
+        say_all(*made.notes, *_dashes(made))
     for line in finding.lacking:
         say(f"could not be said: {line}")
 
@@ -251,12 +242,10 @@ def print_boards(cells: Sequence[CellRecord]) -> None:
     boards_of, notes = boards(cells)
     for made in boards_of:
         print_table(made)
-        for note in made.notes:
-            say(note)
+        say_all(*made.notes)
         say()
     rules = (LAYER_RULE, *((MODEL_RULE,) if len(boards_of) > 1 else ()), INTERVAL_RULE)
-    for note in rules if boards_of else ("nothing is ranked: no benchmark here counts",):
-        say(note)
+    say_all(*(rules if boards_of else ("nothing is ranked: no benchmark here counts",)))
     if notes:
         more = f" And {len(notes) - _SAID} more, which the page names." if notes[_SAID:] else ""
         say(f"left out: {' '.join(notes[:_SAID])}{more}")
@@ -361,8 +350,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
             say(f"{cell.request.title}: {cell.reading.text}")
         if cell.request.until is not None:
             say(f"{cell.request.title}: {_until(cell)}")
-    for line in dict.fromkeys(second_rounding(each.request.model, each.kept) for each in rounding):
-        say(line)
+    say_all(*dict.fromkeys(second_rounding(each.request.model, each.kept) for each in rounding))
     say(
         f"reveals: the smallest drop that so many documents show with {100 * POWER:.0f} % power "
         f"(two-sided {100 * ALPHA:.0f} %, paired)"
@@ -462,11 +450,7 @@ def print_plan_of_searches(
     say("evaluations and passes: those of the search alone")
     near = "evaluations, passes" if any(one.at_least for one in asked) else "passes"
     say(f"Which sets are tried is made up, so {near} and TFLOP are near what they will be")
-    for line in (*(stays if len(stays) == 1 else ()), *(row.note for row in searches)):
-        if line:
-            say(line)
-    for line in _dashes(made):
-        say(line)
+    say_all(*(stays if len(stays) == 1 else ()), *(row.note for row in searches), *_dashes(made))
 
 
 def _until(cell: PlannedCell) -> str:
@@ -529,14 +513,12 @@ def print_export(model: Exported) -> None:
         )
     say(saved(model.before, model.after))
     say(f"{speed(model)} ({model.speed_on})")
-    for sentence in model.proof.sentences():
-        say(sentence)
+    say_all(*model.proof.sentences())
     say()
     if model.recipes:
         say("the same model by other tools:")
         for words, _, program in by_other_tools(model.recipes):
-            say(words)
-            say(program)
+            say_all(words, program)
     else:
         say(f"the same model by other tools: {why_none(model.resized)}")
     say()

@@ -11,7 +11,7 @@ import click
 from tracker.cli.commands import main
 from tracker.cli.options import Told, asking, keys, running
 from tracker.cli.printing import print_end, print_finding
-from tracker.cli.terminal import Show, begin, say
+from tracker.cli.terminal import Show, begin, say, say_all
 from tracker.studies.registry import PAIRS, REFINE
 
 
@@ -78,8 +78,7 @@ def quantise(experiment: Path | None, settings: dict[str, Any], **told: Any) -> 
             say(f"which map has which format: {path}")
         say("to save the recommended choice: the same command with --output FOLDER")
     else:
-        for sentence in done.saved.proof.sentences():
-            say(sentence)
+        say_all(*done.saved.proof.sentences())
         say(f"saved: {done.saved.folder}")
         for tool in done.saved.recipes:
             say(f"the smaller file by {tool}: see the folder")

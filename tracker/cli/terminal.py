@@ -39,6 +39,12 @@ def say(text: object = "", error: bool = False) -> None:
     click.echo(shown(text), err=error)
 
 
+def say_all(*lines: str, error: bool = False) -> None:
+    """Print lines, but for empty ones."""
+    for line in filter(None, lines):
+        say(line, error)
+
+
 def begin() -> None:
     """Say at once what a command does first: what it imports for that takes seconds."""
     say("reading models and benchmarks", error=True)

@@ -30,7 +30,7 @@ from tracker.cli.options import (
     trust,
 )
 from tracker.cli.printing import benchmark_of, print_boards, print_each, runnable
-from tracker.cli.terminal import Show, begin, print_table, say
+from tracker.cli.terminal import Show, begin, print_table, say, say_all
 from tracker.core.formats import counted
 from tracker.core.tables import Column, table
 
@@ -115,8 +115,7 @@ def _end_report(done: Reported) -> NoReturn:
 
 def _end(notes: Iterable[str], head: str, failed: Mapping[str, str]) -> NoReturn:
     """End a command: what else a person should know, and what went wrong."""
-    for note in notes:
-        say(note, error=True)
+    say_all(*notes, error=True)
     print_each(head, failed)
     sys.exit(1 if failed else 0)
 

@@ -46,3 +46,8 @@ class Estimate:
         if self.low is None or self.high is None:
             return None
         return (self.low, self.high) if math.isfinite(self.low + self.high) else None
+
+    def __neg__(self) -> Estimate:
+        """The same turned round: what is lost as what is gained."""
+        value, high, low = (None if x is None else -x for x in (self.value, self.low, self.high))
+        return Estimate(value, low, high, reason=self.reason)

@@ -108,13 +108,25 @@ def with_interval(
     """
     if not defined(found.value):
         return DASH
-    return f"{write(found.value)}{unit}{ends(found.low, found.high, write)}"
+    between = interval(found.low, found.high, write)
+    return f"{write(found.value)}{unit}{f' ({between})' if between else ''}"
 
 
-def ends(low: float | None, high: float | None, write: Callable[[float], str] = two_digits) -> str:
-    """Write an interval behind a figure, such as ` (0.41 to 0.80)`; nothing without one."""
-    between = interval(low, high, write)
-    return f" ({between})" if between else ""
+def named_interval(
+    figure: Estimate, write: Callable[[float], str], name: str = "95 % interval"
+) -> str:
+    """Write an interval with its name behind a figure, such as ` (95 % interval 1.2 to 4.0)`.
+
+    Args:
+        figure: The figure.
+        write: Writes both ends.
+        name: What they are.
+
+    Returns:
+        The interval, with a space before it; empty where there is none.
+    """
+    between = interval(figure.low, figure.high, write)
+    return f" ({name} {between})" if between else ""
 
 
 def about(number: int) -> str:

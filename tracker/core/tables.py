@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Generic, TypeVar, cast
+from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -17,7 +17,6 @@ from tracker.core.formats import DASH, WRITTEN, defined, interval
 from tracker.core.identities import Record, Shown
 
 Row = TypeVar("Row")
-Other = TypeVar("Other")
 
 
 def _kept(found: Any) -> Any:
@@ -123,14 +122,6 @@ class Column(Generic[Row]):
         odd = f"not a finite number ({found.value})" if found.value is not None else "undefined"
         return Estimate(None, reason=found.reason or self.otherwise or odd)
 
-    def of(self, find: Callable[[Other], Row]) -> Column[Other]:
-        """Take the same of rows in which such a row is found."""
-
-        def value(row: Any) -> Value:
-            return self.value(find(row))
-
-        return cast("Column[Other]", replace(self, value=value))
-
     def ends(self) -> tuple[Column[Row], Column[Row]]:
         """Make columns for code of both ends of its intervals."""
 
@@ -164,16 +155,6 @@ def table(
         header=header,
         sorted_by=sorted_by,
     )
-
-
-def estimate(
-    value: float | None,
-    reason: str | None = None,
-    low: float | None = None,
-    high: float | None = None,
-) -> Estimate:
-    """Make an entry of a figure, or of the reason why it is None or not finite."""
-    return Estimate(value, low, high) if defined(value) else Estimate(None, reason=reason)
 
 
 def headed(heading: Heading) -> str:

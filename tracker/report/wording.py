@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from tracker.core.estimates import Estimate
 from tracker.core.formats import (
     counted,
     defined,
-    ends,
     interval,
     layer_list,
     measure_of,
+    named_interval,
     two_digits,
+    with_interval,
 )
 from tracker.core.identities import ModelIdentity
 from tracker.core.kinds import REPLACED_BY
@@ -63,13 +64,12 @@ def run_list(runs: Sequence[RunIdentity], cell: CellRecord) -> str:
     """
     parts = []
     for kind in dict.fromkeys(run.kind for run in runs):
-        mine = [run.layer for run in runs if run.kind == kind]
-        total = len(layers_of(kind, cell))
-        if kind.members or kind.is_end:
-            parts.append(kind_words(kind))
-            continue
-        prefix = "" if kind == WHOLE_LAYER else f"{kind_words(kind)}: "
-        parts.append(prefix + layer_list(mine, total))
+        words = "" if kind == WHOLE_LAYER else kind_words(kind)
+        if not kind.members and not kind.is_end:
+            mine = [run.layer for run in runs if run.kind == kind]
+            layers = layer_list(mine, len(layers_of(kind, cell)))
+            words = f"{words}: {layers}" if words else layers
+        parts.append(words)
     return "; ".join(parts)
 
 
@@ -269,23 +269,6 @@ def correlation_text(record: CorrelationRecord | None) -> str:
     return f"{two_digits(record.value)} ({'; '.join([*parts, samples])})"
 
 
-def named_interval(
-    figure: Estimate, write: Callable[[float], str], name: str = "95 % interval"
-) -> str:
-    """Write an interval with its name behind a figure, such as ` (95 % interval 1.2 to 4.0)`.
-
-    Args:
-        figure: The figure.
-        write: Writes both ends.
-        name: What they are.
-
-    Returns:
-        The interval, with a space before it; empty where there is none.
-    """
-    between = interval(figure.low, figure.high, write)
-    return f" ({name} {between})" if between else ""
-
-
 def short_correlation(record: CorrelationRecord) -> str:
     """Write one correlation with its interval alone.
 
@@ -297,7 +280,7 @@ def short_correlation(record: CorrelationRecord) -> str:
     """
     if not defined(record.value):
         return "undefined"
-    return two_digits(record.value) + ends(record.low, record.high)
+    return with_interval(Estimate(record.value, record.low, record.high))
 
 
 def sentence(cell: CellRecord) -> str:

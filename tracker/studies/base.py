@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from tracker.core.ablations import Ablation
 from tracker.core.asked import Asked
@@ -17,6 +17,7 @@ from tracker.core.errors import CellError, ExperimentError, RequestError
 from tracker.core.estimates import Estimate
 from tracker.core.experiment import Experiment
 from tracker.core.findings import FindingRecord, FoundChart
+from tracker.core.formats import Measure, with_interval
 from tracker.core.records import CellRecord, Place
 from tracker.core.tables import Table
 from tracker.core.views import View
@@ -37,7 +38,6 @@ from tracker.runner import Finished, run_cells
 from tracker.stats.arrays import Array
 from tracker.team.publish import Publisher
 
-T = TypeVar("T")
 SIGNIFICANT = 0.05
 """An adjusted p-value below this is called significant."""
 FEWEST = 3
@@ -153,6 +153,13 @@ def refuse_removed(cell: CellRequest, why: str, asked: StudyContext) -> None:
         raise RequestError(f"{cell.title}: {why}; leave 'removed' out of {asked.asked.source}")
 
 
+def amount(change: Estimate, measure: Measure) -> str:
+    """Write a change with its unit and interval, or why it is undefined."""
+    if change.value is None:
+        return f"an undefined amount ({change.reason})"
+    return with_interval(change, measure.write, f" {measure.unit}")
+
+
 def side(estimate: Estimate, of: float = 0.0) -> int:
     """Say on which side of a value an interval is: 1 above, −1 below, 0 where it holds the value.
 
@@ -191,14 +198,17 @@ class Study(Protocol):
     It keeps nothing from one call to the next: each may be asked alone.
 
     Attributes:
-        name: What it is called on the command line.
         question: What it asks, as a sentence that heads its section.
         races: Whether `until` may end its measuring early.
     """
 
-    name: str
     question: str
     races: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it is called on the command line, as its class is."""
+        return type(self).__name__.lower()
 
     def requests(self, asked: StudyContext) -> list[CellRequest]:
         """List the cells that it needs measured, equal models next to each other.

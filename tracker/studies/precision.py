@@ -130,7 +130,6 @@ class InFormat:
 class Precision(Study):
     """See the module."""
 
-    name = "precision"
     question = "What does it cost to keep one linear map in fewer bits, and which error says so?"
     races = True
 

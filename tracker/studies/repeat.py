@@ -18,7 +18,7 @@ from tracker.core.ablations import stretch_of
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate
-from tracker.core.formats import Measure, counted, ends, measure_of
+from tracker.core.formats import Measure, counted, measure_of
 from tracker.core.records import CellRecord, RunIdentity, RunRecord
 from tracker.core.tables import Column, Table, table
 from tracker.measuring.derive import record_of
@@ -29,7 +29,7 @@ from tracker.report.leaderboard.claims import shown_in
 from tracker.runner import run_cells
 from tracker.stats.selection import BestByChance, best_by_chance
 from tracker.stats.support import Verdict
-from tracker.studies.base import Study, StudyContext, StudyResult, Subject, refuse_removed
+from tracker.studies.base import Study, StudyContext, StudyResult, Subject, amount, refuse_removed
 
 TESTED = 5
 """Stretches that are tested on documents that did not choose them."""
@@ -77,7 +77,6 @@ class Stretches:
 class Repeat(Study):
     """See the module."""
 
-    name = "repeat"
     question = "Does passing some layers again make a model better?"
     races = True
 
@@ -212,18 +211,9 @@ def _tested(subject: Subject, runs: Sequence[RunRecord], test: CellRecord | None
     return Stretches(record, chance, test, rows)
 
 
-def _gain(drop: Estimate) -> Estimate:
-    """Turn a drop round: what is gained."""
-    value, high, low = (None if x is None else -x for x in (drop.value, drop.low, drop.high))
-    return Estimate(value, low, high, reason=drop.reason)
-
-
 def _written(measure: Measure, gain: Estimate) -> str:
     """Write a gain with its unit and interval."""
-    if gain.value is None:
-        return f"an undefined amount ({gain.reason})"
-    text = f"{'+' if gain.value > 0 else ''}{measure.write(gain.value)} {measure.unit}"
-    return text + ends(gain.low, gain.high, measure.write)
+    return f"{'+' if (gain.value or 0.0) > 0 else ''}{amount(gain, measure)}"
 
 
 def _answers(one: Stretches) -> list[str]:
@@ -231,7 +221,7 @@ def _answers(one: Stretches) -> list[str]:
     record, measure = one.record, one.measure
     best = min((run for run in record.runs if run.accuracy_drop is not None), key=_loss)
     named = f"{record.model.name}, {record.benchmark.name}"
-    promise = _written(measure, Estimate(_gain(best.drop).value))
+    promise = _written(measure, Estimate((-best.drop).value))
     text = (
         f"{named}: of {counted(len(record.runs), 'stretch')} the best on "
         f"{counted(best.n, 'calibration document')} is {_stretch(best)}, {promise} beside the "
@@ -246,7 +236,7 @@ def _answers(one: Stretches) -> list[str]:
     if one.test is None or not one.tested:
         return [f"{text} What it is worth on other documents is not measured yet."]
     first = next((row for row in one.tested if row.chosen.order == best.order), one.tested[0])
-    gain = _written(measure, _gain(first.test.drop))
+    gain = _written(measure, -first.test.drop)
     text += f" On {counted(first.test.n, 'test document')} it is worth {gain}."
     helps = [row for row in one.tested if row.verdict == "helps"]
     if helps:
@@ -274,9 +264,9 @@ def _table(one: Stretches) -> Table:
     measure = one.measure
     columns: tuple[Column[TestedStretch], ...] = (
         Column("passed", "text", lambda row: _stretch(row.chosen)),
-        Column("gain where it was chosen", measure.form, lambda row: _gain(row.chosen.drop).value),
-        Column("gain on test documents", measure.form, lambda row: _gain(row.test.drop)),
-        Column("gold log-prob gain", "nats", lambda row: _gain(row.test.gold)),
+        Column("gain where it was chosen", measure.form, lambda row: (-row.chosen.drop).value),
+        Column("gain on test documents", measure.form, lambda row: -row.test.drop),
+        Column("gold log-prob gain", "nats", lambda row: -row.test.gold),
         Column("beside the intact model", "text", lambda row: _VERDICTS[row.verdict]),
     )
     tested = 0 if one.test is None else one.test.n

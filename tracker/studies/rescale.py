@@ -17,11 +17,11 @@ import numpy as np
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
 from tracker.core.findings import Line, LineChart
-from tracker.core.formats import Measure, counted, ends, fixed, measure_of
+from tracker.core.formats import Measure, counted, fixed, measure_of
 from tracker.core.grouping import grouped
 from tracker.core.kinds import Intervention
 from tracker.core.records import RunIdentity
-from tracker.core.tables import Column, Table, estimate, table
+from tracker.core.tables import Column, Table, table
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.stats.accuracy import accuracy_drop
 from tracker.stats.arrays import Array
@@ -34,6 +34,7 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
+    amount,
     refuse_removed,
     removing_whole_layers,
     side,
@@ -65,7 +66,6 @@ _NO_TEST = "McNemar's test needs outcomes that are right or wrong, and there are
 class Rescale(Study):
     """See the module."""
 
-    name = "rescale"
     question = "Is what a removal costs only missing scale?"
 
     def requests(self, asked: StudyContext) -> list[CellRequest]:
@@ -130,8 +130,7 @@ def _cost(cells: Sequence[Costs], way: Intervention) -> str:
     mean = float(np.mean([cell.drops[way].mean.mean() for cell in cells]))
     drawn = np.mean([cell.drops[way].drawn.mean(axis=1) for cell in cells], axis=0)
     low, high = np.quantile(drawn, [0.025, 0.975])
-    between = ends(float(low), float(high), measure.write)
-    return f"{measure.write(mean)} {measure.unit}{between}"
+    return amount(Estimate(mean, float(low), float(high)), measure)
 
 
 def won_back(cells: Sequence[Costs], way: Intervention, nats: bool) -> Estimate:
@@ -329,7 +328,8 @@ def _drop(cell: Costs, way: Intervention, place: int) -> Estimate:
     """Find what a layer costs with something in its place."""
     mean, drawn = cell.drops[way]
     low, high = np.quantile(drawn[:, place], [0.025, 0.975])
-    return estimate(float(mean[place]), _NOT_FINITE, float(low), float(high))
+    found = Estimate(float(mean[place]), float(low), float(high))
+    return found if np.isfinite(mean[place]) else Estimate(None, reason=_NOT_FINITE)
 
 
 def drop_chart(cell: Costs) -> LineChart:

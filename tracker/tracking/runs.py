@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tracker.core.answers import interval_name, statement
 from tracker.core.config import IN_THE_FILE, field_of
-from tracker.core.formats import counted, interval, measure_of
+from tracker.core.formats import counted, measure_of, named_interval
 from tracker.core.identities import Record
 from tracker.core.kinds import REPLACED_BY
 from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunRecord
@@ -116,12 +116,9 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
     if run.accuracy_drop is None:
         return f"{what}; its drop is not defined: {run.reasons.get('accuracy_drop', 'no reason')}."
     measure, falls = measure_of(cell), (run.accuracy_drop >= 0) == cell.higher_is_better
-    low, high = run.accuracy_drop_low, run.accuracy_drop_high
-    if run.accuracy_drop < 0:
-        low, high = (None if end is None else -end for end in (high, low))
+    size = run.drop if run.accuracy_drop >= 0 else -run.drop
     by = f"{measure.write(abs(run.accuracy_drop))} {measure.unit}"
-    between = interval(low, high, measure.write)
-    between = f" ({interval_name(cell)} {between})" if between else ""
+    between = named_interval(size, measure.write, interval_name(cell))
     chance = f", which may be chance among {counted(len(cell.runs), 'run')}"
     text = f"{what}; it {'falls' if falls else 'rises'} by {by}{between}"
     text += f"{'' if _is_shown(cell, run) else chance}."

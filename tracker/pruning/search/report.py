@@ -7,18 +7,18 @@ import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from tracker.core.config import RUNS, CellRequest
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.extent import DEFAULT_SEED
 from tracker.core.findings import FindingRecord, Line, LineChart
-from tracker.core.formats import WRITTEN, counted, ends
+from tracker.core.formats import WRITTEN, counted, with_interval
 from tracker.core.grouping import grouped
 from tracker.core.kinds import NUMBERED, Component
 from tracker.core.prune_records import PruneRecord, PruneStep
 from tracker.core.search_parts import many_of
-from tracker.core.tables import Column, Table, estimate, table
+from tracker.core.tables import Column, Row, Table, table
 from tracker.pruning.search.constraints import in_words
 from tracker.pruning.search.figures import (
     NO_SCORE,
@@ -37,7 +37,6 @@ from tracker.report.page.studies import SEARCH
 from tracker.report.wording import listed
 from tracker.stats.support import together
 
-Row = TypeVar("Row")
 QUESTION = "What can go, and what does the model answer without it?"
 
 
@@ -100,14 +99,13 @@ def _answers(
         head = f"{first.model.name} on {_benchmark(first)}, {first.amount}"
         if chosen:
             text = f"{head}: {_set(chosen, labels)}{_why(some, recommended[goal], labels)}"
-            yield " ".join((text, *constrained(first)))
         else:
             text = (
                 f"{head}: nothing is recommended, since {recommended[goal].reason}. Unpruned it "
                 f"has a test {_metric(first)} of {_level(first, first.baseline.level)}, "
                 f"n = {first.baseline.n:,}."
             )
-            yield " ".join((text, *constrained(first)))
+        yield " ".join((text, *constrained(first)))
         yield from _beside(some, chosen)
         for one in some:
             for sentence in unsure_sentence([one.record], "the choice"):
@@ -184,10 +182,8 @@ def _beside(searched: Sequence[Searched], chosen: Sequence[Searched]) -> Iterato
     apart = [
         _choices(chosen[:1]).above(_choices(some)) if chosen else Estimate(None) for some in others
     ]
-    for some, found in zip(
-        others, together(apart, [some[0].record.baseline.n for some in others]), strict=True
-    ):
-        yield _other(some, found)
+    documents = [some[0].record.baseline.n for some in others]
+    yield from map(_other, others, together(apart, documents))
 
 
 def _choices(searched: Sequence[Searched]) -> Choices:
@@ -207,10 +203,10 @@ def _other(searched: Sequence[Searched], found: Estimate) -> str:
         return f"{text}."
     write = WRITTEN[_unit(record, "points")].write
     less = (found.value >= 0) == record.higher_is_better
-    low, high = (found.low, found.high) if found.value >= 0 else (-found.high, -found.low)
-    text += f": {write(abs(found.value))}{' pp' if record.higher_is_better else ''} "
-    text += f"{'less' if less else 'more'}{ends(low, high, write)}"
-    return f"{text}{'' if low > 0 else ', which may be chance'}."
+    size = found if found.value >= 0 else -found
+    unit = f"{' pp' if record.higher_is_better else ''} {'less' if less else 'more'}"
+    chance = "" if (size.low or 0.0) > 0 else ", which may be chance"
+    return f"{text}: {with_interval(size, write, unit)}{chance}."
 
 
 def unsure_sentence(searches: Sequence[PruneRecord], chosen: str, each: str = "") -> Iterator[str]:
@@ -241,7 +237,7 @@ def cost_columns(searches: Callable[[Row], Sequence[PruneRecord]]) -> tuple[Colu
     def column(name: str, unit: Unit) -> Column[Row]:
         def mean(row: Row) -> Estimate:
             costs = [getattr(one.cost, name) for one in searches(row)]
-            return estimate(statistics.fmean(costs) if costs else None, gone)
+            return Estimate(statistics.fmean(costs) if costs else None, reason=gone)
 
         return Column(name, unit, mean)
 
@@ -363,12 +359,12 @@ def _sets(records: Sequence[PruneRecord]) -> Table:
         return None if row.step.layer is None else first.parts.name(row.step.layer)
 
     def score(row: _Step) -> Estimate:
-        return estimate(row.step.score, row.step.reasons.get("score") or NO_SCORE)
+        return Estimate(row.step.score, reason=row.step.reasons.get("score") or NO_SCORE)
 
     def margin(row: _Step) -> Estimate:
         step = row.step
         why = step.reasons.get("margin") or "nothing was compared"
-        return estimate(step.margin, why, step.margin_low, step.margin_high)
+        return Estimate(step.margin, step.margin_low, step.margin_high, reason=why)
 
     lost = "test accuracy lost" if first.higher_is_better else "test loss added"
     whole = "the step chose all of its set"

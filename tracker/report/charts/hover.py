@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 
 from tracker.core.answers import interval_name
 from tracker.core.estimates import Estimate, Unit
-from tracker.core.formats import defined, measure_of, p_value, write
+from tracker.core.formats import defined, measure_of, named_interval, p_value, write
 from tracker.core.proxies import OF_EXPERTS
 from tracker.core.records import CellRecord, Kind, RunIdentity, RunRecord
 from tracker.report.charts.style import wrap
-from tracker.report.wording import named_interval
 
 
 def run_hover(cell: CellRecord, run: RunIdentity, record: RunRecord | None) -> str:

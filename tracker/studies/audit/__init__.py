@@ -32,7 +32,6 @@ _AGAINST = "against the paper"
 class Audit(Study):
     """Sets every proxy beside the accuracy drop, per model and benchmark, with what each costs."""
 
-    name = "audit"
     question = (
         "Which proxy of a layer's relevance tells what removing the layer costs, and which is "
         "worth its compute?"

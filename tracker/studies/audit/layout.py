@@ -12,7 +12,7 @@ from tracker.core.estimates import Estimate, Unit
 from tracker.core.findings import FoundChart, Line, LineChart, MapChart
 from tracker.core.formats import counted, two_digits
 from tracker.core.proxies import OF_LAYERS, passes
-from tracker.core.tables import Column, Table, Value, estimate, table
+from tracker.core.tables import Column, Table, Value, table
 from tracker.report.leaderboard.claims import ranks_in
 from tracker.stats.rank_agreement import midranks, places
 from tracker.stats.support import holm
@@ -39,6 +39,9 @@ def _proxies(audit: ModelAudit) -> Table:
 
         return Column(label, unit, entry)
 
+    def inner(summary: Summary) -> Estimate:
+        return Estimate(summary.inner, reason=_no_inner(summary.cells))
+
     def rank(summary: Summary) -> Estimate:
         best, worst = audit.ranks[summary.proxy]
         return Estimate(best, best, worst)
@@ -48,7 +51,7 @@ def _proxies(audit: ModelAudit) -> Table:
         Column("proxy", "text", _label),
         replace(column("its rank", "count", rank), interval=True),
         column("mean Spearman", "coefficient", lambda s: s.spearman),
-        column("inner layers", "coefficient", lambda s: estimate(s.inner, _no_inner(s.cells))),
+        column("inner layers", "coefficient", inner),
         column("mean Kendall", "coefficient", lambda s: s.kendall),
         column(f"top-{TOP} overlap", "percent", lambda s: s.overlaps[0]),
         column(f"bottom-{TOP} overlap", "percent", lambda s: s.overlaps[1]),
@@ -94,7 +97,7 @@ class _Tested(NamedTuple):
 
     def entry(self, value: float | None) -> Estimate:
         """Make an entry, or say why it is undefined."""
-        return estimate(value, self.found.spearman.reason or _no_inner([self.cell]))
+        return Estimate(value, reason=self.found.spearman.reason or _no_inner([self.cell]))
 
 
 def _benchmarks(audit: ModelAudit) -> Table:

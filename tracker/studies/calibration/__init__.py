@@ -45,7 +45,6 @@ _ASSUMED = (
 class Calibration(Study):
     """Ranks layers by parts of the documents, again and again; `reliability` is what is wanted."""
 
-    name = "calibration"
     question = "How many documents until the ranking of layers is stable?"
 
     def __init__(self, reliability: float = RELIABILITY) -> None:

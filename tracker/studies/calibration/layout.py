@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tracker.core.estimates import Estimate
 from tracker.core.findings import Line, LineChart
-from tracker.core.tables import Column, Table, estimate, table
+from tracker.core.tables import Column, Table, table
 from tracker.studies.calibration.figures import DRAWS, SHOWN, SIZES, Curve
 
 
@@ -15,7 +15,7 @@ def needed_table(rows: Sequence[tuple[str, Curve]], wanted: float) -> Table:
 
     def alike(row: tuple[str, Curve]) -> Estimate:
         curve = row[1]
-        return estimate(curve.predicted(curve.documents), curve.doubt)
+        return Estimate(curve.predicted(curve.documents), reason=curve.doubt)
 
     def how(row: tuple[str, Curve]) -> Estimate | str:
         if row[1].needed.value is None:

@@ -43,7 +43,6 @@ _ASSUMED = (
 class Joint(Study):
     """Removes every two layers of a file together."""
 
-    name = "joint"
     question = "Do the drops of two layers add up when both are removed?"
 
     def requests(self, asked: StudyContext) -> list[CellRequest]:

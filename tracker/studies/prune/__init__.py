@@ -58,7 +58,6 @@ class Prune(Study):
     on, `test_sample` how many test documents of each task (None = as many as choose).
     """
 
-    name = "prune"
     question = "Does pruning by measured accuracy beat pruning by proxies, and what does it cost?"
 
     def __init__(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
 
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.findings import LineChart
 from tracker.core.formats import counted
-from tracker.core.tables import Column, Table, estimate, table
+from tracker.core.tables import Column, Row, Table, table
 from tracker.pruning.search.figures import calibration_documents, separated
 from tracker.pruning.search.report import cost_columns, frontier
 from tracker.studies.prune.figures import OWN, TASKS, TEXT, Beside, Compared, Way
@@ -18,7 +17,6 @@ SHARE_OF_THE_PAPER = 0.25
 HOURS_OF_THE_PAPER = 4.6
 OF_THE_PAPER = {OWN: (0.6749, 0.5954), TASKS: (0.6504, 0.6010), TEXT: (0.5023, 0.5969)}
 """Mean test accuracies there, chosen by accuracy and by cosine; the plain text is C4."""
-Row = TypeVar("Row")
 
 
 def tables_of(group: Compared) -> list[Table]:
@@ -103,7 +101,7 @@ def _differences(group: Compared, amount: str) -> Iterator[Table]:
 
 
 def _p(row: Beside) -> Estimate:
-    return estimate(row.p, row.found.reason)
+    return Estimate(row.p, reason=row.found.reason)
 
 
 def _calibrations(group: Compared, amount: str) -> Iterator[Table]:

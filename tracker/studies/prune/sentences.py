@@ -96,18 +96,12 @@ def _verdict(pair: Beside) -> str:
         return f"{one} and {other} cannot be compared ({found.reason})"
     p = f"; p = {p_value(pair.p)} after Holm" if pair.p is not None else ""
     if pair.sign < 0:
-        one, other = other, one
-        low, high = (None if end is None else -end for end in (found.high, found.low))
-        found = Estimate(-found.value, low, high)
+        one, other, found = other, one, -found
     by = with_interval(found, points, " pp")
     if pair.sign == 0:
         times = pair.settled_by or 0.0
-        known = 1 < times < _MANY
-        more = (
-            f"; about {three_digits(times)} times as many test documents would tell"
-            if known
-            else ""
-        )
+        more = f"; about {three_digits(times)} times as many test documents would tell"
+        more = more if 1 < times < _MANY else ""
         return f"{one} and {other} are not told apart, their difference is {by}{p}{more}"
     return f"{one} beats {other} by {by}{p}"
 

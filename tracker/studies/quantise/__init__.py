@@ -18,7 +18,7 @@ from typing import Literal, get_args
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError, did_you_mean
 from tracker.core.estimates import Estimate
-from tracker.core.formats import counted, ends, measure_of, three_digits, with_interval
+from tracker.core.formats import counted, measure_of, three_digits, with_interval
 from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord
 from tracker.core.weight_formats import FORMATS
@@ -39,6 +39,7 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
+    amount,
     refuse_removed,
     second_roundings,
     side,
@@ -81,7 +82,6 @@ class Quantise(Study):
     too, `refine` how many rounds of swaps at most, `pairs` how many pairs are drawn.
     """
 
-    name = "quantise"
     question = "Which weights may have fewer bits, and is the choice better than all alike?"
 
     def __init__(
@@ -199,32 +199,23 @@ def _keep(asked: StudyContext, record: CellRecord, tests: CellRequest, best: Tri
     return path
 
 
-def _written(record: CellRecord, figure: Estimate) -> str:
-    measure = measure_of(record)
-    if figure.value is None:
-        return f"an undefined amount ({figure.reason})"
-    text = f"{measure.write(figure.value)} {measure.unit}"
-    return text + ends(figure.low, figure.high, measure.write)
-
-
 def _answer(record: CellRecord, tried: Sequence[Tried], best: Tried) -> str:
     """Say whether the choice beats all alike, and what it costs; what does not hold first."""
     alike_one = next(one for one in tried if one.beside is None)
     forms = dict.fromkeys(alike_one.candidate.choice.values())
-    level = measure_of(record).level
-    cost = f"{_written(record, best.drop)} of {level}"
-    cost += f" and {with_interval(best.gold, three_digits, ' nats')} of the right answer's"
-    cost += " log-probability on test documents"
+    measure = measure_of(record)
+    cost = f"{amount(best.drop, measure)} of {measure.level}"
+    cost += f" and {_nats(best.gold)} of the right answer's log-probability on test documents"
     if best.beside is None or best.gold_beside is None:
         return (
             f"no choice cost less on the calibration documents than {', '.join(forms)} "
             f"everywhere, {best.bits:.3g} bits a weight, which costs {cost}."
         )
-    beside = f"{_written(record, best.beside)} more {level} and "
-    beside += f"{with_interval(best.gold_beside, three_digits, ' nats')} more log-probability"
+    beside = f"{amount(best.beside, measure)} more {measure.level} and "
+    beside += f"{_nats(best.gold_beside)} more log-probability"
     # Two statements, which hold together.
     wide = together([best.beside, best.gold_beside], [best.n] * 2)
-    sides = dict(zip((level, "log-probability"), map(side, wide), strict=True))
+    sides = dict(zip((measure.level, "log-probability"), map(side, wide), strict=True))
     clauses = [
         f"is shown to {does} {', '.join(forms)} everywhere ({alike_one.bits:.3g} bits) in "
         f"{listed(measures)}"

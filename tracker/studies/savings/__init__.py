@@ -64,7 +64,6 @@ _ASSUMED = (
 class Savings(Study):
     """Replays how 'until' would have ended a cell, for `questions`, or those above."""
 
-    name = "savings"
     question = "How much less has to be measured where a question is enough?"
 
     def __init__(self, questions: Sequence[str] = ()) -> None:

@@ -50,7 +50,6 @@ class Snowball(Study):
         draws: Random directions for each layer and token.
     """
 
-    name = "snowball"
     question = "Do later layers amplify what the removal of a layer changes?"
 
     def __init__(self, draws: int = DRAWS) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.findings import FoundChart, Line, LineChart, MapChart, gaps
 from tracker.core.formats import interval, measure_of
-from tracker.core.tables import Column, Table, Value, estimate, table
+from tracker.core.tables import Column, Table, Value, table
 from tracker.report.leaderboard.claims import ranks_in
 from tracker.studies.snowball.figures import COSINE, END, LAST, Explained, Figures, Growth
 
@@ -106,7 +106,7 @@ def predictors(each: Figures) -> Table:
             rows.append(_Predictor(name, held, found, none, explained.followed))
 
     def p(row: _Predictor) -> Estimate:
-        return estimate(row.found.p_value, row.found.reason)
+        return Estimate(row.found.p_value, reason=row.found.reason)
 
     columns: tuple[Column[_Predictor], ...] = (
         Column("of each layer", "text", lambda row: row.name),

@@ -36,7 +36,6 @@ class Theorem(Study):
         epsilon: The cosine scores that the deciding layer is given.
     """
 
-    name = "theorem"
     question = "Can the layer with the lowest cosine score decide every answer?"
 
     def __init__(self, epsilon: Sequence[float] = ()) -> None:
