@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tracker.core.formats import listed
 from tracker.core.questions import question
 from tracker.core.records import WHOLE_LAYER, AnswerRecord, CellRecord, RunAnswer
 
@@ -92,10 +93,10 @@ def _said(answer: AnswerRecord) -> str:
     asked, chosen = question(answer.question), [run for run in answer.runs if run.chosen]
     if not answer.answered and not answer.over:
         return f"not answered yet: {contending(answer)}"
+    size = "largest" if asked.kind == "top" else "smallest"
     if not answer.answered:
         tied = _named([run for run in answer.runs if run.open])
         among = f"; {_named(chosen)} {_are(len(chosen) == 1)} among them" if chosen else ""
-        size = "largest" if asked.kind == "top" else "smallest"
         which = f"{size} drop is" if asked.count == 1 else f"{asked.count} {size} drops are"
         documents = answer.population
         every = "the only document" if documents == 1 else f"all {documents:,} documents"
@@ -106,9 +107,8 @@ def _said(answer: AnswerRecord) -> str:
         costs = _named([run for run in chosen if run.low > 0])
         gains = _named([run for run in chosen if run.high < 0])
         return f"the drops above 0 are those of {costs}, below 0 {gains}"
-    which = "largest" if asked.kind == "top" else "smallest"
-    one = len(chosen) == 1
-    return f"the {which} drop{' is that' if one else 's are those'} of {_named(chosen)}"
+    are = " is that" if len(chosen) == 1 else "s are those"
+    return f"the {size} drop{are} of {_named(chosen)}"
 
 
 def _named(runs: Sequence[RunAnswer]) -> str:
@@ -119,9 +119,7 @@ def _named(runs: Sequence[RunAnswer]) -> str:
     if any(run.open for run in runs) and len(runs) > _NAMED:
         return f"{len(runs)} {'layers' if whole else 'runs'}"
     names = [str(run.layer) if whole else run.label() for run in runs]
-    *others, last = names
-    listed = f"{', '.join(others)} and {last}" if others else last
-    return f"layer{'s' if others else ''} {listed}" if whole else listed
+    return f"layer{'s' if len(names) > 1 else ''} {listed(names)}" if whole else listed(names)
 
 
 def _are(one: bool) -> str:

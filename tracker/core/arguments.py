@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+from contextlib import suppress
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -34,12 +35,9 @@ def _canonical(given: Any) -> Any:
 def _typed(text: str) -> Any:
     # `${args_json}` gives JSON, `${args}` the repr of a dict.
     for read in (json.loads, ast.literal_eval):
-        try:
-            found = read(text)
-        except (ValueError, SyntaxError, RecursionError):
-            continue
-        if isinstance(found, dict):
-            return found
+        with suppress(ValueError, SyntaxError, RecursionError):
+            if isinstance(found := read(text), dict):
+                return found
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     if not pairs or not all(sign and key.strip() for key, sign, _ in pairs):
         raise ValueError(f"it is no set of settings; {FORM}")
@@ -51,10 +49,8 @@ def _value(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return text
 
 

@@ -32,6 +32,7 @@ from tracker.core.config import (
     IN_THE_FILE,
     KEYS,
     MAX_LAYERS,
+    ONE_EACH,
     CellRequest,
     Count,
     Name,
@@ -207,23 +208,13 @@ else:
     )
 
 
-_TOGETHER = {
-    "component": "layer",
-    "span": 1,
-    "layer": None,
-    "intervention": "remove",
-    "head": None,
-    "expert": None,
-    "map": None,
-    "repeats": 2,
-}
+_TOGETHER = {key: next(iter(ONE_EACH.get(field, ())), None) for field, key in IN_THE_FILE.items()}
 """What tells the runs of one cell apart, each with what it is where nothing is said."""
-_FIELDS = {key: field for field, key in IN_THE_FILE.items()}
 
 
 def _only(said: tuple[Any, ...]) -> tuple[Any, ...]:
     """Write a point of a grid as `CellRequest.only` has it."""
-    component, span, layer, done, head, expert, name, repeats = said
+    layer, component, span, done, head, expert, name, repeats = said
     number = expert if component == "expert" else head
     numbered = number if component in NUMBERED else None
     name = name if component == "linear" else None
@@ -329,9 +320,8 @@ class Experiment(Sweep):
                 continue
             settings = {name: value for name, value in point.items() if value is not None}
             # By what they look like: what is of the wrong kind may have no hash.
-            for name, kinds in zip(_TOGETHER, zip(*some, strict=True), strict=True):
-                said = {repr(kind): kind for kind in kinds}
-                settings[_FIELDS[name]] = tuple(said.values())
+            for field, kinds in zip(IN_THE_FILE, zip(*some, strict=True), strict=True):
+                settings[field] = tuple({repr(kind): kind for kind in kinds}.values())
             for field in ("heads", "experts", "maps"):
                 if settings[field] in ((None,), (ALL,)):
                     settings[field] = ()

@@ -192,6 +192,12 @@ def measure_of(cell: CellRecord) -> Measure:
 # Layers and reasons
 
 
+def listed(words: Sequence[str], joint: str = "and") -> str:
+    """Put words in a row: `a, b and c`."""
+    *others, last = words or [""]
+    return f"{', '.join(others)} {joint} {last}" if others else last
+
+
 def layer_list(layers: Sequence[int], total: int) -> str:
     """Name layers in a sentence: `layer 3`, `layers 3, 5`, `all 30 layers` where 30 is `total`."""
     if len(layers) == total and total > 1:

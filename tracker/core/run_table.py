@@ -202,13 +202,18 @@ def correlation_columns() -> dict[str, Column[tuple[CellRecord, CorrelationRecor
 
 def reasons_of(run: RunRecord) -> dict[str, str]:
     """Say why figures of a run are undefined, by name; a number that is not finite is none."""
-    metrics = ((f"metric/{name}", value) for name, value in run.metrics.items())
-    odd = {
+    figures: dict[str, float | None] = {n: value for n, value in run if isinstance(value, float)}
+    figures |= {f"metric/{name}": value for name, value in run.metrics.items()}
+    return {**not_finite(figures), **run.reasons}
+
+
+def not_finite(values: Mapping[str, float | None]) -> dict[str, str]:
+    """Give a reason for every value that is a number but not a finite one."""
+    return {
         name: f"not a finite number: {value}"
-        for name, value in (*run, *metrics)
-        if isinstance(value, float) and not math.isfinite(value)
+        for name, value in values.items()
+        if value is not None and not math.isfinite(value)
     }
-    return {**odd, **run.reasons}
 
 
 def _measured(

@@ -10,6 +10,7 @@ from tracker.core.formats import (
     defined,
     interval,
     layer_list,
+    listed,
     measure_of,
     named_interval,
     two_digits,
@@ -471,9 +472,3 @@ def second_rounding(model: str, kept: str) -> str:
         f"{model}: its checkpoint keeps weights in {kept}, so they were rounded once before; what "
         "a format costs here is what the second rounding does."
     )
-
-
-def listed(words: Sequence[str], joint: str = "and") -> str:
-    """Put words in a row: `a, b and c`."""
-    *others, last = words or [""]
-    return f"{', '.join(others)} {joint} {last}" if others else last

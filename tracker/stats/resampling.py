@@ -106,10 +106,8 @@ def resampled_means(
     if not documents:
         return np.full((resamples, columns), np.nan)
     weighted = np.where(weighed[:, None] > 0, values * weighed[:, None], 0.0)
-    means = []
-    for counts in document_counts(documents, resamples, seed, strata):
-        means.append(divided(counts @ weighted, (counts @ weighed)[:, None]))
-    return np.concatenate(means)
+    drawn = document_counts(documents, resamples, seed, strata)
+    return np.concatenate([divided(n @ weighted, (n @ weighed)[:, None]) for n in drawn])
 
 
 def bias_corrected_interval(

@@ -18,7 +18,7 @@ from tracker.core.answers import statement
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate
-from tracker.core.formats import counted, measure_of, three_digits, with_interval
+from tracker.core.formats import counted, listed, measure_of, three_digits, with_interval
 from tracker.core.grouping import grouped
 from tracker.core.kinds import ENDS, MAPS
 from tracker.core.provenance import content_hash
@@ -30,7 +30,6 @@ from tracker.ledger.runs import ONE_LOOK
 from tracker.precision.asked import each_map
 from tracker.precision.observed import errors_of
 from tracker.report.leaderboard.claims import parts_answer, shown_in
-from tracker.report.wording import listed
 from tracker.stats.arrays import Array, divided
 from tracker.stats.rank_agreement import row_coefficients
 from tracker.stats.resampling import bias_corrected_interval
@@ -186,14 +185,11 @@ def _in_format(
     errors, resampled = _errors(figures, outcomes.resampled)
     # What stopped at an answer holds for one look, and many were taken.
     seen_once = _without_interval if subject.record.is_raced else list
-    orders = []
-    for name, values in errors.items():
-        against = [
-            _spearman(values, resampled[name], paired.mean_drops, outcomes.resampled(*drawn))
-            for paired in (gold, metric)
-            for drawn in [(paired.drops, paired.weights)]
-        ]
-        orders.append(Order(name, *seen_once(against)))
+    drops = [(p.mean_drops, outcomes.resampled(p.drops, p.weights)) for p in (gold, metric)]
+    orders = [
+        Order(name, *seen_once([_spearman(values, resampled[name], *drop) for drop in drops]))
+        for name, values in errors.items()
+    ]
     verdicts = shown_in(subject.record, runs)
     falls = [run.gold for run in runs]
     if subject.record.is_raced:  # each run's own is of all that was looked at for it

@@ -181,7 +181,7 @@ def progress_figures(
 def _unmeasured(store: CellStore, view: View) -> CellRecord:
     """What is known of a cell before it is measured."""
     identity = store.identity
-    nothing = dict.fromkeys(("baseline_accuracy", "baseline_low", "baseline_high"))
+    nothing = ("baseline_accuracy", "baseline_low", "baseline_high", "chance_accuracy")
     return CellRecord(
         key=identity.key,
         model=identity.model,
@@ -189,8 +189,7 @@ def _unmeasured(store: CellStore, view: View) -> CellRecord:
         metric=view.metric,
         n=0,
         tokens=0,
-        **nothing,
-        chance_accuracy=None,
+        **dict.fromkeys(nothing),
         baseline_metrics={},
         sample_seed=view.seed,
         beside=view.beside,

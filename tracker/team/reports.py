@@ -91,9 +91,7 @@ def publish(
     decided = found.decisions() if targets else {}
     kept = [place for place, each in decided.items() if not (each.public or private)]
     decided |= {place: decided[place].without_texts() for place in kept}
-    notes = tuple(
-        f"{cell.title}: {PRIVATE}" for cell in found.cells if targets and cell.place in kept
-    )
+    notes = tuple(f"{cell.title}: {PRIVATE}" for cell in found.cells if cell.place in kept)
     locations: dict[str, str] = {}
     failed: dict[str, str] = {}
     for text, to in [(text, _target(text)) for text in targets]:

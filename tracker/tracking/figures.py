@@ -173,15 +173,6 @@ def _yes(value: bool) -> str:
     return "true" if value else "false"
 
 
-def not_finite(values: Mapping[str, float | None]) -> dict[str, str]:
-    """Give a reason for every value that is a number but not a finite one."""
-    return {
-        name: f"not a finite number: {value}"
-        for name, value in values.items()
-        if value is not None and not math.isfinite(value)
-    }
-
-
 def logged(made: Table) -> LoggedTable:
     """Lay a table out for backends."""
     names, rows = made.plain()

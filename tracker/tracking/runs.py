@@ -21,7 +21,7 @@ from tracker.core.formats import counted, measure_of, named_interval
 from tracker.core.identities import Record
 from tracker.core.kinds import REPLACED_BY
 from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunRecord
-from tracker.core.run_table import reasons_of
+from tracker.core.run_table import not_finite, reasons_of
 from tracker.core.text import as_markdown
 from tracker.stats.support import together, verdicts
 from tracker.tracking.figures import (
@@ -34,7 +34,6 @@ from tracker.tracking.figures import (
     logged_correlations,
     logged_layers,
     metric_name,
-    not_finite,
     only_defined,
     until_marks,
 )

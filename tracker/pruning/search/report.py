@@ -13,7 +13,7 @@ from tracker.core.config import RUNS, CellRequest
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.extent import DEFAULT_SEED
 from tracker.core.findings import FindingRecord, Line, LineChart
-from tracker.core.formats import WRITTEN, counted, with_interval
+from tracker.core.formats import WRITTEN, counted, listed, with_interval
 from tracker.core.grouping import grouped
 from tracker.core.kinds import NUMBERED, Component
 from tracker.core.prune_records import PruneRecord, PruneStep
@@ -34,7 +34,6 @@ from tracker.pruning.search.request import Goal
 from tracker.pruning.search.search import Recommended
 from tracker.pruning.search.strategies import NULL
 from tracker.report.page.studies import SEARCH
-from tracker.report.wording import listed
 from tracker.stats.support import together
 
 QUESTION = "What can go, and what does the model answer without it?"

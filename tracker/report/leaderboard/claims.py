@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from statistics import median
 
 from tracker.core.estimates import Estimate
-from tracker.core.formats import about, counted, measure_of, p_value
+from tracker.core.formats import about, counted, listed, measure_of, p_value
 from tracker.core.grouping import grouped
 from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.paired import outcome_variance
 from tracker.report.leaderboard.comparable import countable
-from tracker.report.wording import benchmark_labels, capital, listed
+from tracker.report.wording import benchmark_labels, capital
 from tracker.stats.combined import mean
 from tracker.stats.power import ALPHA
 from tracker.stats.support import Verdict, pairs, ranks, together, verdicts

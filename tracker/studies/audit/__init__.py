@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
-from tracker.core.formats import counted, p_value, points, two_digits, with_interval
+from tracker.core.formats import counted, listed, p_value, points, two_digits, with_interval
 from tracker.core.grouping import grouped
 from tracker.core.proxies import OF_LAYERS, passes
-from tracker.report.wording import benchmark_labels, listed, model_labels
+from tracker.report.wording import benchmark_labels, model_labels
 from tracker.studies.audit.figures import ModelAudit, pooled
 from tracker.studies.audit.layout import charts_of, tables_of
 from tracker.studies.audit.measures import DROP, Audited

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError, did_you_mean
 from tracker.core.estimates import Estimate
-from tracker.core.formats import counted, measure_of, three_digits, with_interval
+from tracker.core.formats import counted, listed, measure_of, three_digits, with_interval
 from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord
 from tracker.core.weight_formats import FORMATS
@@ -32,7 +32,6 @@ from tracker.precision.asked import each_layer, each_map
 from tracker.precision.budget import BitBudget, Unit, budget, units_of
 from tracker.pruning.search.cells import Lender, OpenCell
 from tracker.pruning.search.request import calibration_of
-from tracker.report.wording import listed
 from tracker.stats.support import together
 from tracker.studies.base import (
     Study,

@@ -17,10 +17,7 @@ from typing_extensions import override
 from tracker.tracking.base import Models, SavedModel
 from tracker.tracking.figures import metric_name
 from tracker.tracking.mlflow.backend import MlflowBackend
-from tracker.tracking.mlflow.runs import tags_of
-
-_PARAM = 500
-"""Characters that MLflow 2 takes."""
+from tracker.tracking.mlflow.runs import PARAM_CHARACTERS, tags_of
 
 
 class MlflowModels(Models):
@@ -41,7 +38,7 @@ class MlflowModels(Models):
             now = int(time.time() * 1000)
             pinned = [f"{n}=={version(n).partition('+')[0]}" for n in ("torch", "transformers")]
             metrics = [Metric(metric_name(name), v, now, 0) for name, v in model.figures.items()]
-            params = [Param(name, value[:_PARAM]) for name, value in _params(model.facts)]
+            params = [Param(name, value[:PARAM_CHARACTERS]) for name, value in _params(model.facts)]
             client.log_batch(run_id, metrics=metrics, params=params, synchronous=True)
             mlflow.set_tracking_uri(uri)
             with mlflow.start_run(run_id=run_id):

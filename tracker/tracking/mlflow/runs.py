@@ -19,7 +19,7 @@ KEY_TAG = "tracker.run_key"
 KIND_TAG = "tracker.kind"
 FILES_TAG = "tracker.files"
 _TAG_CHARACTERS = 5000  # what every MLflow server accepts
-_PARAM = 500  # MLflow 2 took no longer ones
+PARAM_CHARACTERS = 500  # MLflow 2 took no longer ones
 _DIGEST_CHARACTERS = 36
 
 
@@ -128,7 +128,7 @@ def _identity(cell: CellRecord) -> dict[str, object]:
         "num_fewshot": cell.benchmark.num_fewshot,
         "removed": ", ".join(map(str, cell.removed)) or "none",
         "sample_seed": cell.sample_seed,
-        **{name: value[:_PARAM] for name, value in cell.benchmark.settings.items()},
+        **{name: value[:PARAM_CHARACTERS] for name, value in cell.benchmark.settings.items()},
     }
 
 

@@ -257,14 +257,10 @@ def _metrics(
     run: MlflowRun, values: Mapping[tuple[str, int], float], model: ShownModel | None, now: int
 ) -> list[Metric]:
     """Lay values out as metrics of a run, and of its model where it is one of a model."""
-    if model is None or run.measured_on is None:
-        return [Metric(name, value, now, step) for (name, step), value in values.items()]
-    data, digest = run.measured_on
+    of_model = () if model is None or run.measured_on is None else (model.id, *run.measured_on)
     return [
         # Of a model, MLflow keeps a value that is no number as zero.
-        Metric(name, value, now, step)
-        if math.isnan(value)
-        else Metric(name, value, now, step, model.id, data, digest)
+        Metric(name, value, now, step, *(() if math.isnan(value) else of_model))
         for (name, step), value in values.items()
     ]
 
