@@ -27,12 +27,8 @@ from tracker.tracking.wandb.service import in_sweep
 if TYPE_CHECKING:
     from tracker.ledger.cells import CellStore
 
-BACKENDS = {
-    "mlflow": "tracker.tracking.mlflow.service:MlflowService",
-    "wandb": "tracker.tracking.wandb.service:WandbService",
-    "trackio": "tracker.tracking.trackio.service:TrackioService",
-}
-"""What a user may ask for, and what says all of it to the rest; imported when it is asked for."""
+BACKENDS = ("mlflow", "wandb", "trackio")
+"""What a user may ask for; a backend's folder, and the service in it, is called as it is."""
 
 
 @cache
@@ -53,8 +49,8 @@ def service(name: str) -> Service:
             f"There is no tracking backend {masked(name)!r}; use one of: {', '.join(BACKENDS)}."
             + did_you_mean(name, BACKENDS)
         )
-    module, _, kind = BACKENDS[name].partition(":")
-    return cast(Service, getattr(import_module(module), kind)())
+    module = import_module(f"tracker.tracking.{name}.service")
+    return cast(Service, getattr(module, f"{name.title()}Service")())
 
 
 def target(text: str, *needs: Ability) -> Target:
@@ -93,7 +89,7 @@ def open_backend(name: str, project: str, results: Path, server: str | None = No
     """Open a tracking backend; nothing is contacted before it is used.
 
     Args:
-        name: A key of `BACKENDS`.
+        name: One of `BACKENDS`.
         project: The project, in the backend's words.
         results: The results folder; a backend that needs no server may keep its files in it.
         server: As in a `Target`.
@@ -113,7 +109,7 @@ def destination(name: str, project: str, results: Path, server: str | None = Non
     """Identify where a backend's runs would go, without contacting it or importing its SDK.
 
     Args:
-        name: A key of `BACKENDS`.
+        name: One of `BACKENDS`.
         project: The project that the runs go to.
         results: The results folder.
         server: As in a `Target`.
