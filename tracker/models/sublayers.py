@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -115,16 +115,17 @@ def part_at(found: Sequence[T | None], layer: int, name: str, what: str, compone
 
 
 @contextmanager
-def silenced(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let attentions or MLPs add nothing to the residual stream for a while; they still run.
-
-    On exit, also by an exception, the modules are what they were.
-    """
-
+def all_of(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
+    """Enter contexts in turn, and leave all of them on exit, also by an exception."""
     with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(module.register_forward_hook(add_nothing, with_kwargs=True))
+        for each in contexts:
+            stack.enter_context(each)
         yield
+
+
+def silenced(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    """Let attentions or MLPs add nothing to the residual stream for a while; they still run."""
+    return all_of(module.register_forward_hook(add_nothing, with_kwargs=True) for module in modules)
 
 
 def add_nothing(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -265,9 +266,8 @@ def _prove(
         unchanged.append(torch.equal(before, first_of(output).to(before.device)))
         return output
 
-    with silenced([*attention, *mlp]), ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(replaced_forward(layer, partial(comparing, layer.forward)))
+    compared = (replaced_forward(layer, partial(comparing, layer.forward)) for layer in layers)
+    with silenced([*attention, *mlp]), all_of(compared):
         model(text, use_cache=False)
     if not all(unchanged):
         layer = layers[unchanged.index(False)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tracker.core.ablations import Rounded
@@ -46,10 +45,8 @@ def at_ends(
                     after = ends.ends.module(which).forward(given)
                 yield place, before.flatten(0, -2), after.flatten(0, -2)
 
-    engine.put_back()
-    ids = torch.tensor([tokens], device=engine.loaded.device)
     with ends.ends.embedding.register_forward_hook(look):
-        output = engine.head.base(input_ids=ids, use_cache=False)
+        output = engine.run(tokens)
     for place, *both in compared("embedding"):
         before, after = (each[measured:] for each in both)
         yield place, before, after

@@ -48,14 +48,12 @@ def expert_load(
         for layer, own in found.items()
     }
     for tokens, measured in measured_texts(document, engine.max_length):
-        engine.put_back()
         with ExitStack() as stack:
             for layer, own in found.items():
                 held = layers[layer].get_submodule(own.held)
                 noting = partial(_noting, held.forward, sums[layer], measured)
                 stack.enter_context(replaced_forward(held, noting))
-            ids = torch.tensor([tokens], device=engine.loaded.device)
-            engine.head.base(input_ids=ids, use_cache=False)
+            engine.run(tokens)
     return {part: tuple(sums[part.layer][:, part.number].tolist()) for part in parts}
 
 

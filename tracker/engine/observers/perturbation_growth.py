@@ -7,8 +7,8 @@ that it perturbs, so that all of them cost n · L(L−1)/2 layer passes instead 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from tracker.engine.scoring.layer_forward import forking
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.streams import LayerStep, StreamPlan
 from tracker.engine.scoring.sweep import Engine
-from tracker.models.sublayers import first_of
+from tracker.models.sublayers import all_of, first_of
 
 REMOVED, SHUFFLED, RANDOM = 0, 1, 2
 """Places of the perturbations of a layer; random directions are the last, one a draw."""
@@ -128,7 +128,6 @@ def _followed(
     size = max(1, (engine.streams(len(tokens)) - 1) // each)
     found = torch.zeros(each + 1, total, total, len(tokens))
     for start in range(0, len(layers), size):
-        engine.put_back()
         _Pass(engine, layers[start : start + size], directions, found).run(tokens)
     return found
 
@@ -190,13 +189,12 @@ class _Pass:
     def run(self, tokens: Sequence[int]) -> None:
         """Read a text."""
         loaded = self.engine.loaded
-        base: Any = self.engine.head.base
         with (
             torch.inference_mode(),
             forking(loaded.layers, self._plan()),
             _after_each(loaded.layers, self._behind),
         ):
-            base(input_ids=torch.tensor([tokens], device=loaded.device), use_cache=False)
+            self.engine.run(tokens)
         if self._seen != len(loaded.layers):
             raise RefusalError(f"its {len(loaded.layers)} layers run {self._seen} times in a pass")
 
@@ -227,17 +225,17 @@ class _Pass:
             self.found[-1, origin, layer] = carried.flatten(1)[:, 0].cpu()
 
 
-@contextmanager
-def _after_each(layers: nn.ModuleList, look: Callable[[int, Tensor], None]) -> Iterator[None]:
+def _after_each(
+    layers: nn.ModuleList, look: Callable[[int, Tensor], None]
+) -> AbstractContextManager[None]:
     """Call `look` with each layer's number and what it returned, which it may change in place."""
 
     def hook(index: int, module: nn.Module, args: Any, output: Any) -> None:
         look(index, first_of(output))
 
-    with ExitStack() as stack:
-        for index, layer in enumerate(layers):
-            stack.enter_context(layer.register_forward_hook(partial(hook, index)))
-        yield
+    return all_of(
+        layer.register_forward_hook(partial(hook, index)) for index, layer in enumerate(layers)
+    )
 
 
 def _plain(

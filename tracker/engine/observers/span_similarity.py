@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from tracker.core.proxies import OBSERVED, angular_distance
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
-from tracker.models.sublayers import first_of, replaced_forward, undisturbed
+from tracker.models.sublayers import all_of, first_of, replaced_forward, undisturbed
 
 
 @torch.inference_mode()
@@ -42,10 +42,8 @@ def span_similarity(engine: Engine, document: Document) -> dict[str, Tensor]:
         "angular_distance": torch.zeros(layers, layers, dtype=torch.float64),
     }
     for tokens, measured in measured_texts(document, engine.max_length):
-        engine.put_back()
         with _watched(engine.loaded.layers) as seen:
-            ids = torch.tensor([tokens], device=engine.loaded.device)
-            engine.head.base(input_ids=ids, use_cache=False)
+            engine.run(tokens)
         if len(seen) != layers or any(len(each) != len(tokens) for pair in seen for each in pair):
             raise RefusalError("its layers do not run once each, on one state a token")
         states = [[state[measured:] for state in pair] for pair in seen]
@@ -74,7 +72,5 @@ def _watched(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
         return call
 
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(replaced_forward(layer, noting(layer, layer.forward)))
+    with all_of(replaced_forward(layer, noting(layer, layer.forward)) for layer in layers):
         yield seen

@@ -78,7 +78,7 @@ def _handed_out(cache: Cache, plan: StreamPlan, tokens: int) -> Cache:
     the rows that reach the layer's attention while texts are generated.
     """
     if not cache.layers:
-        return new_cache(GrowingLayer)
+        return new_cache()
     layers = []
     for held, sources in zip(cache.layers, plan.attention_of, strict=True):
         index = [source for source in sources if source is not None]

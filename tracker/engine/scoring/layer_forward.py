@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -109,7 +109,7 @@ def forking(
     sublayers, rounded = inside.sublayers, inside.rounded
     with ExitStack() as stack:
         for index, (layer, whole) in enumerate(zip(layers, plan.steps, strict=True)):
-            turn = _Turn()
+            turn, kind = _Turn(), type(layer).__name__
             step, apart = whole, whole.entering
             if at_once is not None and len(apart) > at_once:
                 step, apart = whole.apart
@@ -123,7 +123,6 @@ def forking(
                 observe,
                 batched,
                 masks,
-                mask_place(layer),
                 handed,
                 stand_ins.get(index) if stand_ins else None,
                 turn,
@@ -142,14 +141,12 @@ def forking(
                     (parts.mlp, step.mlps, step.mlp, len(step.mlps)),
                 ):
                     computing.append((module, computed))
-                    part = _SublayerFork(
-                        module, computed, taken, made, module.forward, batched, turn
-                    )
-                    stack.enter_context(replaced_forward(module, part))
+                    part = _SublayerFork(module, computed, taken, made, module.forward, batched)
+                    stack.enter_context(turn.apart(module, part))
             projection = None
             if step.has_heads:
                 assert inside.heads is not None
-                found = heads_at(inside.heads, index, type(layer).__name__)
+                found = heads_at(inside.heads, index, kind)
                 projection = layer.get_submodule(found.projection)
                 computing.insert(0, (projection, [source for source, _ in step.heads]))
             if step.is_rounded:
@@ -162,38 +159,35 @@ def forking(
                 every = linear_maps(layer, name)
                 maps = {path: map_at(every, path, name) for form in forms for path in form}
                 weights = partial(rounded.of, index)
-                for module, paths in _by_module(maps).items():
+                for module, held in grouped(maps.items(), lambda each: each[1].module).items():
                     mine = [s for part, s in computing if any(m is module for m in part.modules())]
                     sources = mine[0] if mine else range(len(step.entering))
                     asked = [
                         tuple(
-                            (path, forms[source][path]) for path in paths if path in forms[source]
+                            (path, forms[source][path]) for path, _ in held if path in forms[source]
                         )
                         for source in sources
                     ]
-                    kind = _ExpertsFork if maps[paths[0]].experts else _LinearFork
-                    own = kind(module, maps, asked, weights, module.forward, turn)
-                    stack.enter_context(replaced_forward(module, own))
+                    fork_of = _ExpertsFork if held[0][1].experts else _LinearFork
+                    own = fork_of(module, maps, asked, weights, module.forward)
+                    stack.enter_context(turn.apart(module, own))
             if projection is not None:
-                name = type(layer).__name__
-                columns = [[found.columns(part, name) for part in gone] for _, gone in step.heads]
+                columns = [[found.columns(part, kind) for part in gone] for _, gone in step.heads]
                 of = [step.computed.index(source) for source, _ in step.heads]
-                without = _HeadFork(of, columns, projection.forward, turn)
-                stack.enter_context(replaced_forward(projection, without))
+                without = _HeadFork(of, columns, projection.forward)
+                stack.enter_context(turn.apart(projection, without))
             if step.has_experts:
                 assert inside.experts is not None
-                name = type(layer).__name__
-                those = experts_at(inside.experts, index, name)
+                those = experts_at(inside.experts, index, kind)
                 router = layer.get_submodule(those.router)
-                kept = [those.left(gone, name) if gone else None for gone in step.experts]
-                routing = _RouterFork(router, those, kept, router.forward, turn)
-                stack.enter_context(replaced_forward(router, routing))
+                kept = [those.left(gone, kind) if gone else None for gone in step.experts]
+                routing = _RouterFork(router, those, kept, router.forward)
+                stack.enter_context(turn.apart(router, routing))
             if step.has_shared:
                 assert inside.shared is not None
-                for path in shared_at(inside.shared, index, type(layer).__name__):
+                for path in shared_at(inside.shared, index, kind):
                     module = layer.get_submodule(path)
-                    silent = _SharedFork(step, module.forward, turn)
-                    stack.enter_context(replaced_forward(module, silent))
+                    stack.enter_context(turn.apart(module, _SharedFork(step, module.forward)))
         yield
 
 
@@ -209,6 +203,15 @@ class _Turn:
 
     whole: bool = False
     given: tuple[bool, Any, Any] | None = None
+
+    def apart(self, module: nn.Module, fork: Callable[..., Any]) -> AbstractContextManager[None]:
+        """Let a fork stand in for a module, but where streams pass the layer whole."""
+        own = module.forward
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return own(*args, **kwargs) if self.whole else fork(*args, **kwargs)
+
+        return replaced_forward(module, call)
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,6 @@ class _LayerFork:
     observe: Observer | None
     batched: bool
     masks: Masks | None
-    mask_place: int | None
     handed: list[Tensor]
     stand_in: StandIn | None
     turn: _Turn
@@ -254,7 +256,7 @@ class _LayerFork:
         if len(step.actions) > 1 and any(a is b for a in given for b in self.handed):
             raise RefusalError("its layers hand more to each other than the hidden state")
         if self.masks is not None:
-            args, kwargs = self.masks.put(self.index, self.mask_place, args, kwargs)
+            args, kwargs = self.masks.put(self.index, mask_place(self.module), args, kwargs)
         named = "hidden_states" in kwargs
         hidden: Tensor = kwargs.pop("hidden_states") if named else args[0]
         rest = args if named else args[1:]
@@ -346,11 +348,6 @@ class _LayerFork:
         return output
 
 
-def _by_module(maps: Mapping[str, LinearMap]) -> dict[nn.Module, list[str]]:
-    """Group the paths of maps by the module that holds their weights."""
-    return grouped(maps, lambda path: maps[path].module)
-
-
 @dataclass(frozen=True)
 class _RoundedFork:
     """A module of a layer that has in some streams weights in formats.
@@ -364,13 +361,11 @@ class _RoundedFork:
     asked: Sequence[_Formats]
     weights: Callable[[str, LinearMap, str], Tensor]
     forward: Callable[..., Any]
-    turn: _Turn
 
     @property
-    def alike(self) -> Iterator[tuple[_Formats, list[int]]]:
-        """Give the places of streams that have the same weights, with these."""
-        places = range(len(self.asked))
-        yield from grouped(places, lambda place: self.asked[place]).items()
+    def alike(self) -> dict[_Formats, list[int]]:
+        """Give the places of streams that have the same weights, by these."""
+        return grouped(range(len(self.asked)), lambda place: self.asked[place])
 
 
 class _LinearFork(_RoundedFork):
@@ -384,12 +379,10 @@ class _LinearFork(_RoundedFork):
     def __call__(self, given: Tensor) -> Tensor:
         """Take and return what the linear map does."""
         output: Tensor = self.forward(given)
-        if self.turn.whole:
-            return output
         if len(given) % len(self.asked):
             raise RefusalError("a linear map of its layers has no row a stream")
         ours, found = _by_stream(given, len(self.asked)), _by_stream(output, len(self.asked))
-        for formats, places in self.alike:
+        for formats, places in self.alike.items():
             for path, form in formats:
                 bias = cast("Tensor | None", self.module.bias)
                 weight = self.weights(path, self.maps[path], form)
@@ -406,8 +399,6 @@ class _ExpertsFork(_RoundedFork):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take what the experts take, and return what they return, of all streams."""
-        if self.turn.whole:
-            return self.forward(*args, **kwargs)
         streams, state = len(self.asked), state_of(args, kwargs)
         choices = integers((*args, *kwargs.values()))
         if not choices or len(choices[0]) % streams or len(state) % streams:
@@ -420,7 +411,7 @@ class _ExpertsFork(_RoundedFork):
             return _by_stream(value, streams)[places].flatten(0, 1)
 
         found: dict[int, Tensor] = {}
-        for formats, places in self.alike:
+        for formats, places in self.alike.items():
             forward = self.forward
             if formats:
                 weights = weights_in(self.maps, dict(formats), self.weights)
@@ -453,12 +444,11 @@ class _SublayerFork:
     made: int
     forward: Callable[..., Any]
     batched: bool
-    turn: _Turn
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take and return what the sublayer does, computing only what the streams need."""
         entering, computed = len(self.taken), list(self.computed)
-        if self.turn.whole or self.taken == tuple(range(entering)) == tuple(computed):
+        if self.taken == tuple(range(entering)) == tuple(computed):
             return self.forward(*args, **kwargs)
         given = (args, kwargs)
         if self.batched:
@@ -505,12 +495,9 @@ class _HeadFork:
     of: list[int]
     columns: Sequence[Sequence[slice]]
     forward: Callable[..., Any]
-    turn: _Turn
 
     def __call__(self, given: Tensor) -> Any:
         """Take what all heads give, and return what the projection makes of it, an output each."""
-        if self.turn.whole:
-            return self.forward(given)
         streams = max(self.of) + 1
         if len(given) % streams:
             raise RefusalError("the heads of its attention have no row a stream")
@@ -535,12 +522,9 @@ class _RouterFork:
     experts: Experts
     kept: Sequence[list[int] | None]
     forward: Callable[..., Any]
-    turn: _Turn
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take what the router takes, and return what it returns, of all streams."""
-        if self.turn.whole:
-            return self.forward(*args, **kwargs)
         streams = len(self.kept)
         state: Tensor = state_of(args, kwargs)
         if len(state) % streams:
@@ -569,13 +553,10 @@ class _SharedFork:
 
     step: LayerStep
     forward: Callable[..., Any]
-    turn: _Turn
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take what the expert takes, and return what it returns, of all streams."""
         output = self.forward(*args, **kwargs)
-        if self.turn.whole:
-            return output
         added, streams = first_of(output), len(self.step.mlps)
         if len(added) % streams:
             raise RefusalError("its shared experts have no row a stream")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import Row
-from tracker.models.sublayers import replaced_forward, state_of, with_first
+from tracker.models.sublayers import all_of, replaced_forward, state_of, with_first
 
 ARGUMENT = "attention_mask"
 
@@ -66,9 +65,8 @@ def look(base: Any, layers: nn.ModuleList, tokens: int, device: torch.device) ->
 
     def read(length: int, forwards: Callable[[int, nn.Module], Callable[..., Any]]) -> None:
         ids = torch.zeros(1, length, dtype=torch.long, device=device)
-        with ExitStack() as stack:
-            for index, layer in enumerate(layers):
-                stack.enter_context(replaced_forward(layer, forwards(index, layer)))
+        replaced = (replaced_forward(one, forwards(i, one)) for i, one in enumerate(layers))
+        with all_of(replaced):
             base(input_ids=ids, use_cache=False)
 
     read(2, noting)

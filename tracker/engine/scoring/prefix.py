@@ -32,7 +32,15 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     A buffer that is too short is replaced by one with `MARGIN` tokens to spare, so that a token
     that is appended while a text is generated is written in its place and nothing else is copied.
     What `update` returns is the front of the buffer, `[:, :, :tokens]`, a view.
+
+    A beginning that is `kept` stands still: what a row adds is forgotten with the next row. A row's
+    `update` writes its keys [streams, heads, row, size] behind the beginning's and gets both, and
+    the next row writes over them, as if the row had never been. No row sees another one, because
+    what `update` returns ends with the row's own last token; and no row copies the beginning,
+    unless it needs a longer buffer.
     """
+
+    kept = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +59,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         if self.tokens:
             self.keys[:, :, self.tokens : stop] = key_states
             self.values[:, :, self.tokens : stop] = value_states
-        self._grown_to(stop)
+        if not self.kept:
+            self.tokens = stop
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
     def get_seq_length(self) -> int:
@@ -62,26 +71,6 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         wide = held.new_empty(*held.shape[:2], tokens + MARGIN, held.shape[-1])
         wide[:, :, : self.tokens] = held[:, :, : self.tokens]
         return wide
-
-    def _grown_to(self, tokens: int) -> None:
-        self.tokens = tokens
-
-
-class _RewindingLayer(GrowingLayer):
-    """A beginning with room for what one row adds, which is forgotten with the next row.
-
-    It grows while the beginning is read. From then on (`kept`) its length stands still: a row's
-    `update` writes its keys [streams, heads, row, size] behind the beginning's and gets both, and
-    the next row writes over them, as if the row had never been. No row sees another one, because
-    what `update` returns ends with the row's own last token; and no row copies the beginning,
-    unless it needs a longer buffer.
-    """
-
-    kept = False
-
-    def _grown_to(self, tokens: int) -> None:
-        if not self.kept:
-            self.tokens = tokens
 
 
 @dataclass
@@ -133,13 +122,13 @@ class Prefix:
             layer.kept, layer.tokens = True, tokens
 
 
-def new_cache(layer: type[GrowingLayer] = _RewindingLayer) -> Cache:
+def new_cache() -> Cache:
     """Make an empty cache that holds whole texts, also for layers with a sliding window.
 
     How far a layer sees is the masks' affair: a cache that drops what lies before the window of the
     last token would drop what nodes on other branches of the tree still see.
     """
-    return Cache(layer_class_to_replicate=layer)
+    return Cache(layer_class_to_replicate=GrowingLayer)
 
 
 def cache_argument(base: Any) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
+from tracker.core.grouping import grouped
 from tracker.engine.scoring.tree import Tree, alike
 
 
@@ -165,10 +166,7 @@ def _by_side(sequences: Sequence[list[_Sequence]]) -> list[list[list[_Sequence]]
     """Keep apart what must not share a pass; within a side, document by document."""
     sides: dict[int, list[list[_Sequence]]] = {}
     for each in sequences:
-        of_document: dict[int, list[_Sequence]] = {}
-        for sequence in each:
-            of_document.setdefault(sequence.side, []).append(sequence)
-        for side, some in of_document.items():
+        for side, some in grouped(each, attrgetter("side")).items():
             sides.setdefault(side, []).append(some)
     return list(sides.values())
 
@@ -296,10 +294,7 @@ def flat_rows(
             if longest[: len(sequence.path)] != sequence.path:
                 longest = sequence.path
             by_path.setdefault(longest, []).append(sequence)
-        by_length: dict[int, list[tuple[int, ...]]] = {}
-        for path in by_path:
-            by_length.setdefault(len(path), []).append(path)
-        for length, paths in by_length.items():
+        for length, paths in grouped(by_path, len).items():
             size = max(1, row_tokens // length)
             for start in range(0, len(paths), size):
                 chunk = paths[start : start + size]

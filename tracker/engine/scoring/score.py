@@ -15,7 +15,7 @@ from tracker.core.ablations import INTACT
 from tracker.core.proxies import OBSERVED, observed
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.ends import RoundedEnds, first_states
-from tracker.engine.scoring.head import Head, Predictions
+from tracker.engine.scoring.head import Head
 from tracker.engine.scoring.layer_forward import Inside, forking
 from tracker.engine.scoring.masks import Masks, Sight
 from tracker.engine.scoring.prefix import Prefix, cache_argument, new_cache
@@ -82,7 +82,7 @@ def score_row(parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = 
     """Score a row for every stream of a plan; the scores are on the CPU.
 
     The base leaves [streams × rows, tokens, hidden]. Rows and tokens become one axis, [streams, N,
-    hidden], of which only the `kept` places predict something and pass the head. Of each place the
+    hidden], of which only the `kept` places predict something and pass the heads. Of each place the
     log-probability of each token that is predicted there is taken, [streams, predicted], and added
     up by the request that it belongs to, [streams, requests]: in a tree one place may predict for
     many requests, and is computed once.
@@ -101,30 +101,18 @@ def score_row(parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = 
         index.to(states.device) for index in (row.keep, row.predictor, row.predicted, row.owner)
     )
     hidden = states.unflatten(0, (plan.streams, -1)).flatten(1, 2)[:, kept]
-    found = _predictions(parts, plan, output, hidden, predictor, predicted)
-    owner = owner.to(found.logprobs.device)
-    none = torch.zeros(plan.answers, len(row.requests), device=found.logprobs.device)
-    # Summed in float32 and rounded once, as the sum of a half-precision tensor is in lm-eval.
-    totals = none.index_add(1, owner, found.logprobs.float()).to(found.logprobs.dtype)
-    hits = none.index_add(1, owner, found.greedy.float())
-    return RowScores(totals.float().cpu(), hits.int().cpu(), proxies)
-
-
-def _predictions(
-    parts: Parts,
-    plan: StreamPlan,
-    output: Any,
-    hidden: Tensor,
-    predictor: Tensor,
-    predicted: Tensor,
-) -> Predictions:
-    """Let streams [streams, kept, hidden] pass their heads: [answers, predicted]."""
     found = []
     for form, streams in plan.passing.items():
         mine = hidden if len(streams) == len(hidden) else hidden[streams]
         with parts.having_head(form):
             found.append(parts.head.predictions(output, mine, predictor, predicted))
-    return Predictions(*(torch.cat(each) for each in zip(*found, strict=True)))
+    logprobs, greedy = (torch.cat(each) for each in zip(*found, strict=True))
+    owner = owner.to(logprobs.device)
+    none = torch.zeros(plan.answers, len(row.requests), device=logprobs.device)
+    # Summed in float32 and rounded once, as the sum of a half-precision tensor is in lm-eval.
+    totals = none.index_add(1, owner, logprobs.float()).to(logprobs.dtype)
+    hits = none.index_add(1, owner, greedy.float())
+    return RowScores(totals.float().cpu(), hits.int().cpu(), proxies)
 
 
 @torch.inference_mode()

@@ -183,7 +183,7 @@ class StreamPlan:
         steps: One step a layer.
         paths: For each layer and each ablation, in order, the stream that holds it in the layer.
         starts: For each stream before the first layer, in order, the format of its embedding.
-        heads: For each ablation, in order, the format of its head; none where all have their own.
+        heads: For each ablation, in order, the format of its head; empty where none is passed.
     """
 
     steps: tuple[LayerStep, ...]
@@ -200,18 +200,16 @@ class StreamPlan:
     def passing(self) -> dict[str | None, list[int]]:
         """Which streams pass a head in which format, the model's own first; some pass several."""
         found: dict[str | None, set[int]] = {}
-        heads = self.heads or (None,) * len(self.stream_of)
-        for stream, head in sorted(zip(self.stream_of, heads, strict=True), key=_own_first):
+        for stream, head in zip(self.stream_of, self.heads, strict=True):
             found.setdefault(head, set()).add(stream)
-        return {head: sorted(streams) for head, streams in found.items()}
+        return {head: sorted(found[head]) for head in sorted(found, key=lambda head: head or "")}
 
     @cached_property
     def answer_of(self) -> tuple[int, ...]:
         """For each ablation, in order, which of the answers is its own: of `passing`, in order."""
         every = ((s, head) for head, streams in self.passing.items() for s in streams)
         places = {answer: place for place, answer in enumerate(every)}
-        heads = self.heads or (None,) * len(self.stream_of)
-        return tuple(places[answer] for answer in zip(self.stream_of, heads, strict=True))
+        return tuple(places[answer] for answer in zip(self.stream_of, self.heads, strict=True))
 
     @property
     def answers(self) -> int:
@@ -250,31 +248,6 @@ class StreamPlan:
         return (self.attention_passes + self.mlp_passes) / 2
 
     @property
-    def has_sublayers(self) -> bool:
-        """Whether some stream skips a sublayer alone, or a part of one."""
-        return any(step.has_sublayers for step in self.steps)
-
-    @property
-    def has_heads(self) -> bool:
-        """Whether some stream lacks heads."""
-        return any(step.has_heads for step in self.steps)
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether some stream lacks experts."""
-        return any(step.has_experts for step in self.steps)
-
-    @property
-    def has_shared(self) -> bool:
-        """Whether some stream lacks shared experts."""
-        return any(step.has_shared for step in self.steps)
-
-    @property
-    def is_rounded(self) -> bool:
-        """Whether some layer has weights in a format in some stream."""
-        return any(step.is_rounded for step in self.steps)
-
-    @property
     def has_groups_of_maps(self) -> bool:
         """Whether an attention's or an MLP's linear maps are rounded as a whole somewhere."""
         rounded = (each for step in self.steps for done in step.done for each in done.rounded)
@@ -289,16 +262,6 @@ class StreamPlan:
     def streams(self) -> int:
         """Streams after the last layer."""
         return max(self.stream_of) + 1
-
-
-def _own_first(passed: tuple[int, str | None]) -> tuple[bool, str, int]:
-    stream, head = passed
-    return head is not None, head or "", stream
-
-
-def head_of(ablation: Ablation, tied: bool) -> str | None:
-    """Say in which format a head is; one that is tied is the embedding."""
-    return ablation.ends.get("embedding" if tied else "lm_head")
 
 
 def plan_streams(ablations: Sequence[Ablation], layers: int, tied: bool = False) -> StreamPlan:
@@ -327,7 +290,8 @@ def plan_streams(ablations: Sequence[Ablation], layers: int, tied: bool = False)
         groups = [members for *_, members in (*own, *new)]
         stream_of = {i: stream for stream, group in enumerate(groups) for i in group}
         paths.append(tuple(stream_of[i] for i in range(len(ablations))))
-    heads = tuple(head_of(ablation, tied) for ablation in ablations)
+    head = "embedding" if tied else "lm_head"
+    heads = tuple(ablation.ends.get(head) for ablation in ablations)
     return StreamPlan(tuple(steps), tuple(paths), tuple(started), heads)
 
 

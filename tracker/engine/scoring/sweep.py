@@ -411,6 +411,12 @@ class Engine:
         self.put_back()
         return read(self.loaded, tokens)
 
+    def run(self, tokens: Sequence[int]) -> Any:
+        """Let the intact model's base read a text in a call of its own; what the base returns."""
+        self.put_back()
+        ids = torch.tensor([tokens], device=self.loaded.device)
+        return self.head.base(input_ids=ids, use_cache=False)
+
     def _halved(
         self, row: Row, documents: Sequence[Document], ablations: Sequence[Ablation], failed: str
     ) -> Iterator[_Scored]:
@@ -491,16 +497,17 @@ class Engine:
 
     def parts(self, plan: StreamPlan) -> Parts:
         """Take the model apart for a plan."""
-        loaded = self.loaded
+        loaded, steps = self.loaded, plan.steps
+        has_sublayers = any(step.has_sublayers for step in steps) or plan.has_groups_of_maps
         return Parts(
             loaded.model,
             loaded.layers,
             Inside(
-                self._sublayers if plan.has_sublayers or plan.has_groups_of_maps else None,
-                self._heads if plan.has_heads else None,
-                self.experts if plan.has_experts else None,
-                self._shared if plan.has_shared else None,
-                self.rounded_weights if plan.is_rounded else None,
+                self._sublayers if has_sublayers else None,
+                self._heads if any(step.has_heads for step in steps) else None,
+                self.experts if any(step.has_experts for step in steps) else None,
+                self._shared if any(step.has_shared for step in steps) else None,
+                self.rounded_weights if any(step.is_rounded for step in steps) else None,
             ),
             self.head,
             loaded.device,
@@ -564,30 +571,27 @@ class Engine:
 
     @property
     def _sublayers(self) -> Sequence[Sublayers]:
-        inside, loaded = self.known.inside, self.loaded
-        if inside.sublayers is None:
-            # It silences parts of the model, which no other pass is to meet.
-            with nullcontext() if loaded.offloaded is None else loaded.offloaded.alone():
-                inside.sublayers = find_sublayers(loaded.model, loaded.layers, loaded.device)
+        inside = self.known.inside
+        inside.sublayers = inside.sublayers or self._found(find_sublayers)
         return inside.sublayers
 
     @property
     def _heads(self) -> Sequence[Heads | None]:
         inside = self.known.inside
-        inside.heads = inside.heads or self._found(find_heads)
+        inside.heads = inside.heads or self._found(find_heads, self._sublayers)
         return inside.heads
 
     @property
     def experts(self) -> Sequence[Experts | None]:
         """The routed experts of each layer's MLP."""
         inside = self.known.inside
-        inside.experts = inside.experts or self._found(find_experts)
+        inside.experts = inside.experts or self._found(find_experts, self._sublayers)
         return inside.experts
 
     @property
     def _shared(self) -> Sequence[Shared | None]:
         inside = self.known.inside
-        inside.shared = inside.shared or self._found(find_shared)
+        inside.shared = inside.shared or self._found(find_shared, self._sublayers)
         return inside.shared
 
     def _shared_of(self, layer: int) -> list[nn.Module]:
@@ -616,13 +620,13 @@ class Engine:
         """Bytes that weights in formats may take while no layer has them."""
         return self._budget // 8
 
-    def _found(self, find: Callable[..., list[T]]) -> list[T]:
-        """Find parts of all layers' sublayers, which takes a call."""
-        sublayers, loaded = self._sublayers, self.loaded
+    def _found(self, find: Callable[..., list[T]], *known: Sequence[Sublayers]) -> list[T]:
+        """Find parts of all layers, by what is `known` of them, which takes a call."""
+        loaded = self.loaded
         self.put_back()
         # It changes what the sublayers of all passes are, or looks into them.
         with nullcontext() if loaded.offloaded is None else loaded.offloaded.alone():
-            found = find(loaded.model, sublayers, loaded.layers, loaded.device)
+            found = find(loaded.model, *known, loaded.layers, loaded.device)
         self.put_back()
         return found
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.reasons import Verdict
 from tracker.engine.selfcheck.reference import Reference
 from tracker.models.reloaded import as_made, lacking, reloaded
-from tracker.models.sublayers import returning
+from tracker.models.sublayers import all_of, returning
 
 log = logging.getLogger(__name__)
 TEXT = tuple(5 * place % 29 + 2 for place in range(12))
@@ -208,14 +208,10 @@ def _text_of(engine: Engine) -> tuple[Tensor | None, str | None]:
     return tried(lambda: engine.read(TEXT))
 
 
-@contextmanager
-def _handing_on(engine: Engine, ablation: Ablation) -> Iterator[None]:
+def _handing_on(engine: Engine, ablation: Ablation) -> AbstractContextManager[None]:
     """Let the layers of an ablation stay in their places and hand on their input."""
-    with ExitStack() as stack:
-        for layer in ablation.layers:
-            for handle in returning(engine.loaded.layers[layer], lambda state: state):
-                stack.enter_context(handle)
-        yield
+    layers = (engine.loaded.layers[layer] for layer in ablation.layers)
+    return all_of(handle for layer in layers for handle in returning(layer, lambda state: state))
 
 
 def _alike(one: Tensor | None, other: Tensor | None) -> bool:
