@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,7 +48,7 @@ def pruned(
     silent: Collection[nn.Module] = (),
     fresh: State | None = None,
     stay: bool = False,
-    changes: Mapping[int, Callable[[nn.Module], None]] = {},
+    changes: Iterable[tuple[int, Callable[[nn.Module], object]]] = (),
     repeated: Sequence[Stretch] = (),
 ) -> Any:
     """Copy a model without some of its layers, or with some of them again, all re-indexed.
@@ -63,7 +63,7 @@ def pruned(
         fresh: What the copy gets for its own in place of the model's, parameters too.
         stay: Whether the layers stay where they are and hand on their input, for a model that
             cannot be cut.
-        changes: What changes the copies of some layers, by the layer's place in the model.
+        changes: What changes the copies of some layers, with the layer's place in the model.
         repeated: Stretches of layers that stand several times in the copy, one behind another.
 
     Returns:
@@ -80,7 +80,7 @@ def pruned(
     twin = duplicate(model, memo)
     put_back(twin, fresh)
     own = find_layers(twin)
-    for index, change in changes.items():
+    for index, change in changes:
         change(own[index])
     kept = left(len(layers), removed, repeated)
     if stay:

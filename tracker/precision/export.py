@@ -24,7 +24,6 @@ from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
 from tracker.models import checkpoint
 from tracker.models.ends import find_ends, round_ends
-from tracker.models.layers import find_layers
 from tracker.models.linear_maps import linear_maps
 from tracker.models.load import LoadedModel, load_model
 from tracker.models.pruned import pruned
@@ -99,28 +98,23 @@ def save(
         of_ends = {each.which: each.format for each in rounded if each.is_end}
         by_layer = _by_layer(loaded, [each for each in rounded if not each.is_end])
         name = type(loaded.model).__name__
-        changes = {
-            layer: partial(quantise, formats=own, name=f"layer {layer} of {name}")
+        changes = [
+            (layer, partial(quantise, formats=own, name=f"layer {layer} of {name}"))
             for layer, own in by_layer.items()
-        }
+        ]
         progress.say("writing the checkpoint")
         twin = pruned(loaded.model, changes=changes)
         round_ends(twin, of_ends)
         checkpoint.save(loaded, twin, folder)
         wanted = expected(loaded, twin, options.device)
-        paths, ends = _paths(loaded, by_layer), _paths_of_ends(loaded, of_ends)
-        own = {
-            path: _resolved(loaded, which, form)
-            for (which, form), path in zip(of_ends.items(), ends, strict=True)
-        }
+        paths, told, tied = _paths(loaded, by_layer, of_ends)
         made = recipes(
-            paths | own,
+            told,
             loaded.model.config.get_text_config().model_type,
             len(loaded.layers),
             source.gguf_file or f"{source.name}.gguf",
-            tied=next(iter(ends)) if ends and find_ends(loaded.model).tied else "",
+            tied,
         )
-        paths |= ends
         facts = {"tracker": __version__, "base": source.source, "formats": paths}
         (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         for tool, text in made.items():
@@ -162,26 +156,25 @@ def _by_layer(loaded: LoadedModel, rounded: Sequence[Rounded]) -> dict[int, dict
     return found
 
 
-def _resolved(loaded: LoadedModel, which: str, form: str) -> str:
-    """Say which format an embedding or a head is in; llama.cpp is told, and takes no other."""
-    found = FORMATS[form].for_rows(find_ends(loaded.model).weight(which).shape[1])
-    assert found is not None
-    return found.name
-
-
-def _paths_of_ends(loaded: LoadedModel, formats: Mapping[str, str]) -> dict[str, str]:
-    """Name the embedding and the head as the checkpoint names them."""
+def _paths(
+    loaded: LoadedModel, by_layer: Mapping[int, Mapping[str, str]], of_ends: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str], str]:
+    """Name what has formats as the checkpoint names it: path → format, as it was asked for and as
+    other tools are told; and the path of an embedding that has one and is the head too."""
     names = {id(each): name for name, each in loaded.model.named_modules()}
-    ends = find_ends(loaded.model) if formats else None
-    return {names[id(ends.module(which))]: form for which, form in formats.items() if ends}
-
-
-def _paths(loaded: LoadedModel, by_layer: Mapping[int, Mapping[str, str]]) -> dict[str, str]:
-    """Name the maps as the checkpoint names them."""
-    layers = find_layers(loaded.model)
-    names = {id(each): name for name, each in loaded.model.named_modules()}
-    return {
-        f"{names[id(layers[layer])]}.{path}": form
+    paths = {
+        f"{names[id(loaded.layers[layer])]}.{path}": form
         for layer, own in by_layer.items()
         for path, form in own.items()
     }
+    told, tied = dict(paths), ""
+    if of_ends:
+        ends = find_ends(loaded.model)
+        for which, form in of_ends.items():
+            path = names[id(ends.module(which))]
+            # llama.cpp is told the one that such rows get, and takes no other.
+            found = FORMATS[form].for_rows(ends.weight(which).shape[1])
+            assert found is not None
+            paths[path], told[path] = form, found.name
+            tied = path if ends.tied else ""
+    return paths, told, tied

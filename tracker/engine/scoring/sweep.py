@@ -36,19 +36,19 @@ from tracker.engine.scoring.prefix import SHORTEST, Prefix, cache_argument
 from tracker.engine.scoring.rows import ANY_LENGTH, Row, common_beginning, flat_rows, tree_rows
 from tracker.engine.scoring.score import Parts, RowScores, kept_bytes, read_prefix, score_row
 from tracker.engine.scoring.sharing import ALONE, FULL, NO_HABITS, PLAIN, Quirks, Sharing
-from tracker.engine.scoring.stand_in import StandIn, changes
+from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.models.ends import find_ends, round_ends
-from tracker.models.experts import Experts, find_experts
-from tracker.models.heads import Heads, find_heads
+from tracker.models.experts import Experts, experts_at, find_experts, take_experts
+from tracker.models.heads import Heads, find_heads, heads_at, take_out
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
 from tracker.models.placement import least_free
 from tracker.models.pruned import left, pruned, put_back, remember
-from tracker.models.quantised import RoundedWeights, formats_of
+from tracker.models.quantised import RoundedWeights, formats_of, quantise
 from tracker.models.reloaded import as_loaded
 from tracker.models.shared_experts import Shared, find_shared, shared_at
-from tracker.models.sublayers import Sublayers, find_sublayers
+from tracker.models.sublayers import Sublayers, find_sublayers, returning
 
 T = TypeVar("T")
 
@@ -154,25 +154,13 @@ class Engine:
         """
         self.put_back()
         parts = self._sublayers if ablation.has_sublayers else []
-        lost = Done(Action.NO_PARTS, ablation.parts)
-        heads = self._heads if lost.heads else []
-        experts = self.experts if lost.experts else []
-        whole = self._sublayers if ablation.has_groups_of_maps else []
-        formats = {
-            layer: formats_of(
-                self.loaded.layers[layer],
-                some,
-                whole[layer] if whole else None,
-                f"layer {layer} of {self.class_name}",
-            )
-            for layer, some in ablation.rounded_of.items()
-        }
         silent = [
             *(parts[layer].attention for layer in ablation.attention),
             *(parts[layer].mlp for layer in ablation.mlp),
             *(each for layer in ablation.shared for each in self._shared_of(layer)),
         ]
-        kept = RoundedWeights(self._kept_weights) if briefly and len(formats) > 1 else None
+        few = briefly and len(ablation.rounded_of) > 1
+        kept = RoundedWeights(self._kept_weights) if few else None
         quirks = self.quirks
         make = partial(
             pruned,
@@ -180,9 +168,7 @@ class Engine:
             ablation.layers,
             silent,
             quirks.first,
-            changes=changes(
-                ablation, self.stand_ins, heads, experts, formats, self.class_name, kept
-            ),
+            changes=[*self._changes(ablation, kept)],
             repeated=ablation.repeated,
         )
         model = make(stay=quirks.stay and not quirks.loaded)
@@ -200,6 +186,35 @@ class Engine:
             quirks=replace(quirks, leftovers=remember(model, changing), first={}),
             known=Known(),
         )
+
+    def _changes(
+        self, ablation: Ablation, kept: RoundedWeights | None
+    ) -> Iterator[tuple[int, Callable[[nn.Module], object]]]:
+        """List what really changes the layers that an ablation neither removes nor repeats.
+
+        With each layer comes what changes that of a copy: its weights, or what it returns. `kept`
+        is as for `quantise`.
+        """
+        name = self.class_name
+        for done, layer in ablation.replaced:
+            # The layer still runs; its output is dropped.
+            change = partial(self.stand_ins[layer].change, Action(done))
+            yield layer, partial(returning, make=change)
+        whole = self._sublayers if ablation.has_groups_of_maps else None
+        for layer, rounded in ablation.rounded_of.items():
+            own, where = whole[layer] if whole else None, f"layer {layer} of {name}"
+            formats = formats_of(self.loaded.layers[layer], rounded, own, where)
+            yield layer, partial(quantise, formats=formats, name=where, number=layer, kept=kept)
+        for layer, parts in grouped(ablation.parts, lambda part: part.layer).items():
+            lost, where = Done(Action.NO_PARTS, tuple(parts)), f"layer {layer} of {name}"
+            if lost.heads:
+                heads = heads_at(self._heads, layer, name)
+                columns = [heads.columns(part, name) for part in lost.heads]
+                yield layer, partial(take_out, heads=heads, columns=columns, name=where)
+            if lost.experts:
+                experts = experts_at(self.experts, layer, name)
+                stay = experts.left(lost.experts, name)
+                yield layer, partial(take_experts, experts=experts, kept=stay, name=where)
 
     def copy(self) -> Any:
         """Make a copy of the intact model, which calls may change."""
@@ -309,9 +324,8 @@ class Engine:
     ) -> Iterator[_Scored]:
         """Score rows; one that does not fit into memory is halved."""
         if not self.sharing.depth:
-            for scored in self._scored_apart(documents, ablations):
-                yield scored
-                row, ablated, _ = scored
+            for row, ablated, found in self._scored_apart(documents, ablations):
+                yield row, ablated, found
                 progress(len(row.requests) * len(ablated))
             return
         plan = self.plan(ablations)
