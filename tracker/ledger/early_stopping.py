@@ -171,6 +171,7 @@ class BlockRace:
     for nothing, because it may be there for a reason.
 
     Attributes:
+        deciding: What looks at the documents.
         lacking: Which block is to be measured next, and under which ablations; None once the
             question is answered, or all documents have been looked at. Later blocks may be measured
             before it, under the same ones: who is settled then was measured for nothing.
@@ -183,6 +184,8 @@ class BlockRace:
         base: Layers that a token passes in what is always measured.
         costs: `[runs]`, layers that it passes besides in each run.
     """
+
+    deciding: Deciding
 
     def __init__(
         self,
@@ -218,11 +221,6 @@ class BlockRace:
         weights = weights_by_task(tasks, store.identity.benchmark.weight_by_size)
         # A drop counts by its document's weight, and the mean of all is the benchmark's drop.
         self._scale = weights * self.population
-
-    @property
-    def deciding(self) -> Deciding:
-        """What looks at the documents."""
-        raise NotImplementedError
 
     @property
     def contenders(self) -> str:
@@ -313,15 +311,11 @@ class CellRace(BlockRace):
         super().__init__(store, view.until.seed, ablations, beneath, figure)
         try:
             # Two drops of a document share what it was before, and that is between 0 and 1.
-            self.race = Race(view.until.asked, self.population, len(ablations), self.most)
+            race = Race(view.until.asked, self.population, len(ablations), self.most)
         except ValueError as error:
             raise ExperimentError(f"'until': {error}") from None
+        self.race = self.deciding = race
         self.advance()
-
-    @property
-    def deciding(self) -> Deciding:
-        """What looks at the documents."""
-        return self.race
 
     @property
     def contenders(self) -> str:
@@ -360,6 +354,8 @@ class CellRace(BlockRace):
 class CandidateRace(BlockRace):
     """The race of what could go next: which of some ablations costs least, within a tolerance."""
 
+    deciding: Race | SmallestMean
+
     def __init__(
         self,
         store: CellStore,
@@ -389,17 +385,11 @@ class CandidateRace(BlockRace):
         else:
             figure = RacedFigure(["gold", "rolling", "loglikelihoods"], gold_logprobs, _no_gold)
         super().__init__(store, seed, ablations, beneath, figure)
-        self._deciding: Race | SmallestMean
         if by == "accuracy":
-            self._deciding = Race(question(QUESTION), self.population, count, self.most)
+            self.deciding = Race(question(QUESTION), self.population, count, self.most)
         else:
-            self._deciding = SmallestMean(self.population, count, within=WITHIN)
+            self.deciding = SmallestMean(self.population, count, within=WITHIN)
         self.advance()
-
-    @property
-    def deciding(self) -> Race | SmallestMean:
-        """What looks at the documents."""
-        return self._deciding
 
     @property
     def contenders(self) -> str:
