@@ -56,7 +56,10 @@ def known_tasks() -> dict[str, Any]:
         log.info("reading lm-eval's list of tasks, once")
         known = {name: _row(entry, folder) for name, entry in TaskManager().task_index.items()}
         keep("tasks", key, {"tasks": json.dumps(known)})
-    return {name: _entry(name, folder, *row) for name, row in known.items()}
+    return {
+        name: Entry(name, Kind[kind], folder / path if path else None, data, set(tags))
+        for name, (kind, path, tags, data) in known.items()
+    }
 
 
 def _files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
@@ -78,12 +81,6 @@ def _row(entry: Any, folder: Path) -> list[Any]:
 def _is_inside(path: str | None) -> bool:
     """Say whether a path stays in the folder that it is of: a task's file runs code."""
     return path is None or not (Path(path).is_absolute() or ".." in Path(path).parts)
-
-
-def _entry(
-    name: str, folder: Path, kind: str, path: str | None, tags: list[str], data: dict[str, Any]
-) -> Any:
-    return Entry(name, Kind[kind], folder / path if path else None, data, set(tags))
 
 
 UNREADABLE = (KeyError, ValueError, TypeError, IndexError, AttributeError, TemplateError)

@@ -38,13 +38,6 @@ _FILES = ("arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parqu
 """What `datasets` calls files that somebody names, in the place of a data set's name."""
 
 
-def choice_text(task: Any, doc: Any) -> DocumentText:
-    """Say what a multiple-choice document asks: what its prompt ends with, and the options."""
-    # Where the options are beginnings, what they are continued with is the same for all.
-    question = task.doc_to_target(doc) if task.multiple_input else task.doc_to_text(doc)
-    return DocumentText(str(question), tuple(map(str, task.doc_to_choice(doc))))
-
-
 def is_public(request: CellRequest, tasks: Iterable[Any]) -> bool:
     """Say whether all documents are those of the hub or of a package, and none a user's own.
 
@@ -224,7 +217,9 @@ class LmEvalBenchmark:
         if document.rolling:
             return DocumentText(str(instances[0].args[0]))
         if task.OUTPUT_TYPE == "multiple_choice":
-            return choice_text(task, doc)
+            # Where the options are beginnings, what they are continued with is the same for all.
+            question = task.doc_to_target(doc) if task.multiple_input else task.doc_to_text(doc)
+            return DocumentText(str(question), tuple(map(str, task.doc_to_choice(doc))))
         return DocumentText(str(task.doc_to_text(doc)), answer=_answer(task, doc).strip())
 
     def _configure(self, task: Any) -> None:

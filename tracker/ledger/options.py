@@ -25,7 +25,6 @@ _LENGTHS: dict[str, Callable[[str], int]] = {
     "acc_bytes": lambda choice: len(choice.encode()),
 }
 """By what lm-eval divides an option's log-likelihood, by metric."""
-_OTHERWISE = ("acc_mutual_info",)
 
 
 class OptionScores:
@@ -51,7 +50,7 @@ class OptionScores:
         gold = rows["gold"].to_numpy(dtype=np.float64)
         self.gold = np.where(gold < self.counts, gold, np.nan)  # also where there are no options
         self.lengths, self.why = np.ones((len(rows), self.most)), ""
-        if name in _OTHERWISE:
+        if name == "acc_mutual_info":
             self.lengths[:] = np.nan
             self.why = f"{metric} compares more than the options"
         if name in _LENGTHS:

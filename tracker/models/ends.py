@@ -39,10 +39,6 @@ class Ends:
         found: Tensor = self.module(which).weight  # type: ignore[assignment]
         return found
 
-    def having(self, which: str) -> list[nn.Module]:
-        """List whose weight changes with that of one of them."""
-        return [self.embedding, self.lm_head] if self.tied else [self.module(which)]
-
 
 def find_ends(model: Any) -> Ends:
     """Find a model's embedding and head; CellError where one has no weights that could be rounded.
@@ -50,10 +46,8 @@ def find_ends(model: Any) -> Ends:
     The model's weights may be on the meta device.
     """
     found = []
-    for which, ask in (
-        ("embedding", "get_input_embeddings"),
-        ("lm_head", "get_output_embeddings"),
-    ):
+    asked = ("get_input_embeddings", "get_output_embeddings")
+    for which, ask in zip(ENDS, asked, strict=True):
         try:
             module = getattr(model, ask)()
         except (AttributeError, NotImplementedError):  # code of a download need not say
@@ -124,5 +118,6 @@ def round_ends(model: Any, formats: Mapping[str, str]) -> None:
     ends = find_ends(model)
     for which, form in formats.items():
         own = nn.Parameter(in_format(ends.weight(which), form), requires_grad=False)
-        for module in ends.having(which):
+        # One tensor for both stays one.
+        for module in [ends.embedding, ends.lm_head] if ends.tied else [ends.module(which)]:
             module.weight = own

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,21 +103,18 @@ def find_experts(
         for choice in integers(output if isinstance(output, tuple) else ()):
             choices.append((module, args, kwargs, choice))
 
-    def held_by(place: int) -> Any:
-        def look(module: nn.Module, args: Any, kwargs: Any) -> None:
-            paths = {each: path for path, each in layers[place].named_modules()}
-            count = entries(module)
-            for choice in integers((*args, *kwargs.values())):
-                for router, its_args, its_kwargs, made in choices:
-                    if not torch.equal(made, choice) or not _has_rows(router, count):
-                        continue
-                    removable = _does_without(router, its_args, its_kwargs, made, count)
-                    own = Experts(paths[router], paths[module], count, made.shape[-1], removable)
-                    if own.router.rpartition(".")[0] == own.block:
-                        found[place] = own
-                    return
-
-        return look
+    def look(place: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+        paths = {each: path for path, each in layers[place].named_modules()}
+        count = entries(module)
+        for choice in integers((*args, *kwargs.values())):
+            for router, its_args, its_kwargs, made in choices:
+                if not torch.equal(made, choice) or not _has_rows(router, count):
+                    continue
+                removable = _does_without(router, its_args, its_kwargs, made, count)
+                own = Experts(paths[router], paths[module], count, made.shape[-1], removable)
+                if own.router.rpartition(".")[0] == own.block:
+                    found[place] = own
+                return
 
     with ExitStack() as stack:
         for place, parts in enumerate(sublayers):
@@ -124,8 +122,8 @@ def find_experts(
             for module in parts.mlp.modules():
                 stack.enter_context(module.register_forward_hook(chose, with_kwargs=True))
                 if entries(module):
-                    look = held_by(place)
-                    stack.enter_context(module.register_forward_pre_hook(look, with_kwargs=True))
+                    held = partial(look, place)
+                    stack.enter_context(module.register_forward_pre_hook(held, with_kwargs=True))
         read_a_text(model, TOKENS, device, "experts", "expert")
     return [found.get(place) for place in range(len(sublayers))]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tracker.core.ablations import Part
 from tracker.core.errors import CellError
 from tracker.core.kinds import KINDS
 from tracker.models.linear_maps import map_of
-from tracker.models.quantised import reweighted
+from tracker.models.quantised import Place, lend
 from tracker.models.sublayers import Sublayers, part_at, read_a_text
 
 COMPONENTS = "head and kv_head"
@@ -92,18 +93,15 @@ def find_heads(
         shapes.clear()
         given.clear()
 
-    def behind(place: int) -> Any:
-        def look(*_: Any) -> None:
-            if len(shapes) != 1:
-                return
-            heads, groups, width = shapes[0]
-            there = torch.arange(heads, device=device).repeat_interleave(width) % 2 == 0
-            paths = {module: path for path, module in layers[place].named_modules()}
-            those = [m for m, x in given.items() if torch.equal((x != 0).any(0), there)]
-            if len(those) == 1 and heads % groups == 0:
-                found[place] = Heads(paths[those[0]], heads, groups, width)
-
-        return look
+    def look(place: int, *_: Any) -> None:
+        if len(shapes) != 1:
+            return
+        heads, groups, width = shapes[0]
+        there = torch.arange(heads, device=device).repeat_interleave(width) % 2 == 0
+        paths = {module: path for path, module in layers[place].named_modules()}
+        those = [m for m, x in given.items() if torch.equal((x != 0).any(0), there)]
+        if len(those) == 1 and heads % groups == 0:
+            found[place] = Heads(paths[those[0]], heads, groups, width)
 
     def taken(module: nn.Module, args: Any) -> None:
         given[module] = args[0].flatten(0, -2).to(device)
@@ -113,7 +111,7 @@ def find_heads(
         for place, parts in enumerate(sublayers):
             attention = parts.attention
             stack.enter_context(attention.register_forward_pre_hook(begin))
-            stack.enter_context(attention.register_forward_hook(behind(place)))
+            stack.enter_context(attention.register_forward_hook(partial(look, place)))
             for module in attention.modules():
                 if isinstance(module, (nn.Linear, Conv1D)):
                     stack.enter_context(module.register_forward_pre_hook(taken))
@@ -144,17 +142,18 @@ def heads_at(found: Sequence[Heads | None], layer: int, name: str) -> Heads:
 
 def take_out(layer: nn.Module, heads: Heads, columns: Sequence[slice], name: str) -> None:
     """Give a layer, called `name`, an output projection of its own that ignores some columns."""
-    projection = layer.get_submodule(heads.projection)
-    if not map_of(projection).weight.is_floating_point():
+    linear = map_of(layer.get_submodule(heads.projection))
+    place = (linear.module, linear.name)
+    if not linear.weight.is_floating_point():
         raise CellError(
             f"{heads.projection} of {name} is quantised, and has no columns of numbers; leave head "
             "and kv_head out of 'component'"
         )
 
-    def without(weight: Tensor) -> Tensor:
-        changed = weight.clone()
+    def made() -> dict[Place, Tensor]:
+        weight = linear.weight.detach().clone()
         for each in columns:
-            changed[:, each] = 0
-        return changed
+            weight[:, each] = 0
+        return {place: linear.laid_out(weight, linear.parameter)}
 
-    reweighted(layer, map_of(projection), without)
+    lend(layer, [place], made)

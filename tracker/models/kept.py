@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from tracker.models.sources import ModelSource, read_config
 
@@ -36,13 +35,8 @@ def kept_in(source: ModelSource, trust_remote_code: bool = False) -> str:
             weights[tensor.tensor_type.name] += int(tensor.n_elements)
         ((most, _),) = weights.most_common(1)
         return "" if most in _WHOLE else most
-    return _said(getattr(read_config(source, trust_remote_code), "quantization_config", None))
-
-
-def _said(told: Any) -> str:
-    """Name the method of a `quantization_config`, and its bits where it says how many."""
+    told = getattr(read_config(source, trust_remote_code), "quantization_config", None)
     if not isinstance(told, dict):
         return ""
-    bits = told.get("bits")
-    method = str(told.get("quant_method", "fewer bits"))
+    bits, method = told.get("bits"), str(told.get("quant_method", "fewer bits"))
     return f"{method}, {bits} bits" if isinstance(bits, int) else method

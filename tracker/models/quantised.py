@@ -210,7 +210,7 @@ def quantise(
     maps = {path: map_at(every, path, name) for path in formats}
     of = partial(RoundedWeights(0).of if kept is None else kept.of, number)
     places = {(each.module, each.name) for each in maps.values()}
-    _lend(layer, places, partial(weights_in, maps, formats, of), briefly=kept is not None)
+    lend(layer, places, partial(weights_in, maps, formats, of), briefly=kept is not None)
 
 
 def refuse_formats(
@@ -289,23 +289,7 @@ def formats_of(
     return found
 
 
-def reweighted(layer: nn.Module, linear: LinearMap, change: Callable[[Tensor], Tensor]) -> None:
-    """Give a linear map of a layer a weight of its own.
-
-    Args:
-        layer: The layer.
-        linear: The map.
-        change: Makes a weight [outputs, inputs] of a weight [outputs, inputs].
-    """
-    place = (linear.module, linear.name)
-
-    def made() -> dict[Place, Tensor]:
-        return {place: linear.laid_out(change(linear.weight.detach()), linear.parameter)}
-
-    _lend(layer, [place], made)
-
-
-def _lend(
+def lend(
     layer: nn.Module,
     places: Iterable[Place],
     made: Callable[[], Mapping[Place, Tensor]],
@@ -314,6 +298,12 @@ def _lend(
     """Give a layer other parameters; `briefly` only while it is called.
 
     So it is too where its own rest elsewhere, and come when it is called.
+
+    Args:
+        layer: The layer.
+        places: Which of its parameters.
+        made: Makes them.
+        briefly: Whether it has them only while it is called.
     """
     theirs = {place: getattr(*place) for place in places}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,19 +59,16 @@ def find_shared(
             if made.numel() == state.numel() and torch.equal(taken.flatten(), state.flatten()):
                 with_it.append(module)
 
-    def added_by(place: int) -> Any:
-        def look(mlp: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            paths = {module: path for path, module in layers[place].named_modules()}
-            called_with_it, own = {*with_it}, list[str]()
-            for module in _beside_routed(mlp):
-                path = paths[module]
-                inside = any(path.startswith(f"{outer}.") for outer in own)
-                if module in called_with_it and not inside and _is_added(module, mlp, args, kwargs):
-                    own.append(path)
-            if own:
-                found[place] = tuple(own)
-
-        return look
+    def look(place: int, mlp: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        paths = {module: path for path, module in layers[place].named_modules()}
+        called_with_it, own = {*with_it}, list[str]()
+        for module in _beside_routed(mlp):
+            path = paths[module]
+            inside = any(path.startswith(f"{outer}.") for outer in own)
+            if module in called_with_it and not inside and _is_added(module, mlp, args, kwargs):
+                own.append(path)
+        if own:
+            found[place] = tuple(own)
 
     with ExitStack() as stack:
         for place, parts in enumerate(sublayers):
@@ -79,8 +77,8 @@ def find_shared(
             stack.enter_context(parts.mlp.register_forward_pre_hook(begin, with_kwargs=True))
             for module in _beside_routed(parts.mlp):
                 stack.enter_context(module.register_forward_hook(called, with_kwargs=True))
-            look = added_by(place)
-            stack.enter_context(parts.mlp.register_forward_hook(look, with_kwargs=True))
+            added = partial(look, place)
+            stack.enter_context(parts.mlp.register_forward_hook(added, with_kwargs=True))
         read_a_text(model, TOKENS, device, "shared experts", "shared_expert")
     return [found.get(place) for place in range(len(sublayers))]
 

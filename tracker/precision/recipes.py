@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -81,10 +81,9 @@ def _gguf_names(formats: Formats, architecture: str, layers: int) -> dict[str, l
 
 def _parted(path: str) -> list[str]:
     """Part experts' gates from what they open, as llama.cpp's converter does."""
-    halves = ("gate_proj", "up_proj") if _EXPERTS.search(path) else ()
-    return [path.replace("gate_up_proj", half) for half in halves if "gate_up_proj" in path] or [
-        path
-    ]
+    if not _EXPERTS.search(path) or "gate_up_proj" not in path:
+        return [path]
+    return [path.replace("gate_up_proj", half) for half in ("gate_proj", "up_proj")]
 
 
 def _plain(architecture: str) -> str:
@@ -152,16 +151,13 @@ def llm_compressor(formats: Formats, tied: str = "") -> str:
     by_format = grouped((path for path in formats if path != tied), lambda path: formats[path])
     for number, (form, paths) in enumerate(sorted(by_format.items())):
         weights = {**_SCHEMES[form], "symmetric": True, "dynamic": False}
-        groups[f"group_{number}"] = {"targets": _exactly(paths), "weights": weights}
+        targets = [f"re:^{re.escape(path)}$" for path in paths]
+        groups[f"group_{number}"] = {"targets": targets, "weights": weights}
     ignored = [] if "lm_head" in formats else ["lm_head"]
     modifier = {"ignore": ignored, "config_groups": groups}
     said = {"default_stage": {"default_modifiers": {"QuantizationModifier": modifier}}}
     why = f"# {tied} is left as it is: it is the head too.\n" if tied else ""
     return why + yaml.safe_dump(said, sort_keys=False, width=1000)
-
-
-def _exactly(paths: Sequence[str]) -> list[str]:
-    return [f"re:^{re.escape(path)}$" for path in paths]
 
 
 _MLX: dict[str, dict[str, Any]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,9 @@ from torch.nn.functional import linear as apply
 from tracker.core.ablations import Rounded
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
-from tracker.core.kinds import ENDS
 from tracker.engine.observers.end_errors import at_ends
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
-from tracker.models.ends import find_ends
 from tracker.models.experts import each_choice, integers
 from tracker.models.linear_maps import LinearMap, linear_maps, map_at, map_of
 from tracker.models.quantised import holding
@@ -40,18 +39,15 @@ def weight_errors(engine: Engine, maps: Sequence[Rounded]) -> Tensor:
     """
     found = torch.zeros(len(maps), dtype=torch.float64)
     for place, each in enumerate(maps):
-        linear = _map_at(engine, each.layer, each.which)
         if each.is_end:
+            linear = map_of(engine.ends.ends.module(each.which))
             weight = engine.ends.weight(each.which, each.format)
         else:
+            linear = _map_at(engine, each.layer, each.which)
             weight = engine.rounded_weights.of(each.layer, each.which, linear, each.format)
         # One expert after the other: they may take much room.
-        pairs = [
-            *zip(
-                *(own if own.ndim == 3 else own[None] for own in (linear.weight, weight)),
-                strict=True,
-            )
-        ]
+        own, rounded = (one if one.ndim == 3 else one[None] for one in (linear.weight, weight))
+        pairs = [*zip(own, rounded, strict=True)]
         apart = sum(float((one.float() - other.float()).square().sum()) for one, other in pairs)
         found[place] = apart / sum(float(one.float().square().sum()) for one, _ in pairs)
     return found
@@ -94,7 +90,7 @@ def rounding_errors(
         turned = 1 - cosine_similarity(after.double(), before.double(), dim=-1)
         found["output_angle"][place] += share * float(turned.sum())
 
-    def look(layer: int, path: str, linear: LinearMap, *call: Any) -> None:
+    def look(layer: int, path: str, linear: LinearMap, module: nn.Module, *call: Any) -> None:
         for place in places[layer, path]:
             weight = kept.of(layer, path, linear, maps[place].format)
             pairs = [*(_of_experts if linear.experts else _of_map)(linear, weight, measured, *call)]
@@ -141,8 +137,6 @@ def _of_experts(
 
 
 def _map_at(engine: Engine, layer: int, path: str) -> LinearMap:
-    if path in ENDS:
-        return map_of(find_ends(engine.loaded.model).module(path))
     name = f"layer {layer} of {engine.class_name}"
     return map_at(linear_maps(engine.loaded.layers[layer], name), path, name)
 
@@ -150,16 +144,9 @@ def _map_at(engine: Engine, layer: int, path: str) -> LinearMap:
 @contextmanager
 def _watched(engine: Engine, asked: _Places, look: Callable[..., None]) -> Iterator[None]:
     """Show linear maps of layers, each with what their modules are given and what they make."""
-
-    def hook(layer: int, path: str, linear: LinearMap) -> Callable[..., None]:
-        def seen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            look(layer, path, linear, args, kwargs, output)
-
-        return seen
-
     with ExitStack() as stack:
         for layer, path in asked:
             linear = _map_at(engine, layer, path)
-            seen = hook(layer, path, linear)
+            seen = partial(look, layer, path, linear)
             stack.enter_context(linear.module.register_forward_hook(seen, with_kwargs=True))
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,15 +63,12 @@ def _watched(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Take down what goes into each layer and what comes out of it, [tokens, width]."""
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def noting(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            before, output = undisturbed(layer, forward, args, kwargs)
-            after = first_of(output)
-            # Several residual streams side by side are one state.
-            seen.append((before.flatten(0, 1).flatten(1), after.flatten(0, 1).flatten(1)))
-            return output
+    def call(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before, output = undisturbed(layer, forward, args, kwargs)
+        after = first_of(output)
+        # Several residual streams side by side are one state.
+        seen.append((before.flatten(0, 1).flatten(1), after.flatten(0, 1).flatten(1)))
+        return output
 
-        return call
-
-    with all_of(replaced_forward(layer, noting(layer, layer.forward)) for layer in layers):
+    with all_of(replaced_forward(each, partial(call, each, each.forward)) for each in layers):
         yield seen

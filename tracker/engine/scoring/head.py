@@ -104,8 +104,7 @@ class Head:
             score(replace(output, last_hidden_state=chunk), predictor, predicted)
             for chunk in torch.split(hidden, size)
         ]
-        logprobs, greedy = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Predictions(logprobs, greedy)
+        return Predictions(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def logits(self, output: Any, states: Tensor) -> Tensor:
         """Run the head on states [streams, kept, hidden]: [streams, kept, vocabulary].

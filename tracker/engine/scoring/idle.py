@@ -6,7 +6,6 @@ some weigh the chosen experts by the scores of all: there a token changes that n
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -52,10 +51,10 @@ def idle(parts: Parts, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]
         Those of them that do, but for the rounding of weights.
     """
     assert parts.inside.experts is not None
-    asked: defaultdict[int, set[_Gone]] = defaultdict(set)
-    for ablation in ablations:
-        for layer, gone in grouped(ablation.parts, lambda part: part.layer).items():
-            asked[layer].add(tuple(gone))
+    by_layer = {each: grouped(each.parts, lambda part: part.layer) for each in ablations}
+    gone_of = {each: [*map(tuple, layers.values())] for each, layers in by_layer.items()}
+    every = {gone for some in gone_of.values() for gone in some}
+    asked = grouped(every, lambda gone: gone[0].layer)
     unread: dict[_Gone, bool] = {}
 
     def look(
@@ -80,14 +79,7 @@ def idle(parts: Parts, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]
             hook = partial(look, those, each)
             stack.enter_context(router.register_forward_hook(hook, with_kwargs=True))
         run_base(parts, plan_streams([INTACT], len(parts.layers)), row, None)
-    return {
-        ablation
-        for ablation in ablations
-        if all(
-            unread.get(tuple(gone), False)
-            for gone in grouped(ablation.parts, lambda part: part.layer).values()
-        )
-    }
+    return {each for each, some in gone_of.items() if all(unread.get(gone, False) for gone in some)}
 
 
 def _same(

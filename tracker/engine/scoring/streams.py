@@ -78,14 +78,10 @@ class LayerStep:
         )
         return step, tuple(found[each] for each in step.entering)
 
-    def places(self, *actions: Action) -> list[int]:
-        """Say where among the entering streams some actions happen."""
-        return [p for p, stream in enumerate(self.entering) if self.actions[stream] in actions]
-
     @cached_property
     def has_sublayers(self) -> bool:
         """Whether some stream skips a sublayer alone, or a part of one."""
-        return bool(self.places(Action.NO_ATTENTION, Action.NO_MLP, Action.NO_PARTS))
+        return any(self.actions[stream] in _OF_PARTS[1:] for stream in self.entering)
 
     @cached_property
     def has_heads(self) -> bool:
@@ -155,8 +151,8 @@ class LayerStep:
     @cached_property
     def mlps(self) -> tuple[int, ...]:
         """Places among the entering streams whose MLP is computed: no two streams share one."""
-        without = self.places(Action.NO_MLP)
-        return tuple(place for place in range(len(self.entering)) if place not in without)
+        actions = enumerate(self.actions[stream] for stream in self.entering)
+        return tuple(place for place, action in actions if action is not Action.NO_MLP)
 
     @cached_property
     def experts(self) -> tuple[tuple[Part, ...], ...]:
