@@ -322,7 +322,7 @@ def test_a_copy_lacks_what_is_taken_out_and_begins_as_the_model_did(spy):
     engine = engine_of(model, quirks=Quirks(first=first, leftovers=leftovers, stay=True))
     copy = engine.with_sharing(NO_PREFIX).without(ablate("mlp", [2], removed=[1]))
     (((of, layers, silent, fresh), named),) = asked
-    assert named == {"stay": True, "changes": {}, "repeated": ()}
+    assert named == {"stay": True, "changes": [], "repeated": ()}
     assert (of, layers, silent) == (model, (1,), [model.model.layers[2].mlp])
     assert fresh is first
     assert (copy.sharing, copy.max_length, copy.quirks.stay) == (PLAIN, MAX_LENGTH, True)
