@@ -16,7 +16,7 @@ from tests.conftest import save_tokenizer
 from tracker.core.errors import ModelError
 from tracker.core.identities import ModelIdentity
 from tracker.models import gguf_file
-from tracker.models.load import LoadedModel, load_model, weightless
+from tracker.models.load import LoadedModel, bytes_to_load, load_model, weightless
 from tracker.models.sources import find_model
 
 
@@ -142,6 +142,13 @@ def test_weights_that_are_missing_or_of_another_shape(tiny_llama, changes, said:
 def test_a_device_that_is_not_there_is_refused(tiny_llama, device: str, said: str) -> None:
     with pytest.raises(ModelError, match=said):
         load_model(find_model(str(tiny_llama())), device=device)
+
+
+def test_what_a_model_takes_in_one_dtype_is_not_what_it_takes_in_the_next(tiny_llama) -> None:
+    """Was: once asked in float16, a model took half of what it takes as it is."""
+    source = find_model(str(tiny_llama()))
+    own, half, again = (bytes_to_load(source, dtype) for dtype in ("auto", "float16", "auto"))
+    assert own == again == 2 * half
 
 
 def test_a_model_without_weights_has_the_shape_of_the_real_one(tiny_llama) -> None:

@@ -67,7 +67,7 @@ def test_the_same_documents_are_drawn_again_and_more_of_more():
 
 
 def test_what_lm_eval_judges_otherwise_was_counted(shallow, tmp_path, one_thread):
-    """Eight documents of arc_easy by a trained model's first layers, intact and pruned, in two batch sizes.
+    """Eight documents of arc_easy by trained layers, all and all but one, in two batch sizes.
 
     Gemma's accuracy was 62.5 % here and 56.25 % by lm-eval, and no word was said of it.
     """

@@ -59,7 +59,7 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
             end = place + 8 + int.from_bytes(length, order)
             if end > len(data):
                 raise ValueError("a string reaches beyond the end of the file")
-            parts += [length, data[place + 8 : end].tobytes()]
+            parts += [length, data[place + 8 : end]]
             place = end
         return parts, place
 

@@ -6,6 +6,7 @@ nothing; layers, sizes, tokens and calls are those of the real model.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -345,7 +346,8 @@ def hollow(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> 
     """
     from transformers import AutoModelForCausalLM
 
-    config = read_config(source, trust_remote_code)
+    # transformers writes the dtype into what it is given, which is read once in a process.
+    config = copy.deepcopy(read_config(source, trust_remote_code))
     kind = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None)
     try:
         with torch.device("meta"):

@@ -40,7 +40,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of five layers, each of which changes what it says."""
     return save_llama(tmp_path_factory.mktemp("search") / "tiny", seed=3, layers=LAYERS)
@@ -51,7 +51,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("results")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ask(model: Path) -> Callable[..., SearchRequest]:
     """Make a request for a search of the tiny model."""
 
@@ -156,8 +156,8 @@ class Truth:
         )
 
 
-@pytest.fixture(scope="module")
-def truth(ask: Callable[..., SearchRequest], one_thread: None) -> Truth:
+@pytest.fixture(scope="session")
+def truth(ask: Callable[..., SearchRequest]) -> Truth:
     return Truth(ask(strategy="accuracy").calibration()[0])
 
 

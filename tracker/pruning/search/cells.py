@@ -15,7 +15,7 @@ from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
 from tracker.core.ablations import INTACT, Ablation, without_parts
 from tracker.core.config import CellRequest
 from tracker.core.identities import BenchmarkIdentity
-from tracker.core.kinds import COMPONENTS
+from tracker.core.kinds import COMPONENTS, NUMBERED
 from tracker.core.search_parts import SearchParts
 from tracker.core.views import View
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
@@ -94,6 +94,10 @@ def _drawn(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
         near = parts.numbers[first : first + size]
         for some in (near, *(draw.sample(parts.numbers, size) for _ in range(_ANY))):
             yield without_parts(parts, parts.allowed(some))
+
+
+def _each(parts: SearchParts) -> Iterator[Ablation]:
+    return (without_parts(parts, [part]) for part in parts.numbers)
 
 
 class OpenCell:
@@ -243,8 +247,8 @@ class OpenCell:
         Sharing is checked when something is removed that was not before: one layer, several,
         attentions, MLPs, heads, experts; where it is several, on sets drawn at random too, because
         the check does not see those that are asked for later. These are watched while they are
-        measured. Of sets a miniature is asked the drawn ones alone, so that all cells and searches
-        of a model have one verdict.
+        measured. Where several layers go, a miniature is asked each of them alone and the drawn
+        sets, so that all cells and searches of a model have one verdict.
         """
         meter = self._meter
         if candidates:
@@ -255,23 +259,27 @@ class OpenCell:
             self.progress.say(
                 f"{self.request.benchmark}: checking that sharing is exact for this model"
             )
-            sets = dict.fromkeys(self._drawn(shapes))
+            several = [*self._several(shapes)]
+            draw = random.Random(0)
+            sets = dict.fromkeys(one for parts in several for one in _drawn(parts, draw))
             meter.ablations = list(asked | sets)
-            typical = dict.fromkeys(one for one in asked if max(_shape(one)) < _SEVERAL) | sets
+            each = (one for parts in several if parts.unit not in NUMBERED for one in _each(parts))
+            alone = (one for one in asked if max(_shape(one)) < _SEVERAL)
+            typical = dict.fromkeys((INTACT, *each, *alone)) | sets
             for line in meter.check(Checks(self._lender.ledger.root), list(typical)):
                 self.progress.say(line)
             self._checked |= shapes
         meter.ablations = list(asked)
         return meter
 
-    def _drawn(self, shapes: Collection[_Shape]) -> Iterator[Ablation]:
-        """Draw sets of each component of which several are removed, the same ones each time."""
-        asked, draw = self.request, random.Random(0)
+    def _several(self, shapes: Collection[_Shape]) -> Iterator[SearchParts]:
+        """Find the parts of which several are removed, of each component."""
+        asked = self.request
         source = find_model(asked.model, asked.revision, asked.model_args)
         trusted = self._lender.options.trust_remote_code
         for component, most in zip(COMPONENTS, map(max, zip(*shapes, strict=True)), strict=True):
             if most == _SEVERAL:
-                yield from _drawn(find_parts(source, component, trusted), draw)
+                yield find_parts(source, component, trusted)
 
     def passes(self, ablations: Sequence[Ablation]) -> float:
         """Price one engine call, the baseline with it, in passes of the intact model."""
