@@ -56,15 +56,10 @@ def other_format(found: object, known: int = FORMAT) -> str:
     """Say what to do about what is of another format than the one that is read; empty if it is."""
     if found == known:
         return ""
+    age, do = "an older", "Read it with that one"
     if isinstance(found, int) and found > known:
-        return (
-            f"was written by a newer tracker (format {found}; this one knows {known}). "
-            f"Upgrade ({upgrade()})"
-        )
-    return (
-        f"was written by an older tracker (format {found}; this one knows {known}). Read it with "
-        "that one"
-    )
+        age, do = "a newer", f"Upgrade ({upgrade()})"
+    return f"was written by {age} tracker (format {found}; this one knows {known}). {do}"
 
 
 def _is_checkout() -> bool:

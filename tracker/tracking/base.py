@@ -415,7 +415,6 @@ class Service(ABC):
 
     def source(self, to: Target, typed: str) -> Target:
         """Say where cells are read; RequestError if what was typed does not say where."""
-        del typed
         return to
 
     @abstractmethod
@@ -432,12 +431,10 @@ class Service(ABC):
 
         TrackingError, with what to type, where its server would get a login that is not for it.
         """
-        del results
         return place
 
     def is_kept_here(self, place: Target) -> bool:
         """Say whether the environment of now is one in which a place is kept in step."""
-        del place
         return True
 
     def title_of(self, place: Target) -> str:

@@ -30,6 +30,7 @@ class LayerStanding:
         benchmarks: How many benchmarks define its relevance.
         rank: 1 = matters most; undefined where a benchmark is lacking. From the best to the worst
             that it may be: all ranks of a board lie between theirs with 95 % confidence.
+        shown: What is shown of it, in a word or two.
     """
 
     layer: int
@@ -38,6 +39,7 @@ class LayerStanding:
     cosine_score: float | None
     benchmarks: int
     rank: Estimate
+    shown: str
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
     means = {layer: mean(relevances[layer]) for layer in layers}
     placed = ranked(counted, [[runs[layer] for runs in by_cell] for layer in full])
     ranks = dict(zip(full, placed, strict=True))
-    standings = []
+    standings, found = [], claims(cells)
     for layer in layers:
         runs = [of_cell[layer] for of_cell in by_cell if layer in of_cell]
         scores = [run.cosine_score for run in runs if run.cosine_score is not None]
@@ -100,10 +102,11 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
                 cosine_score=sum(scores) / len(scores) if len(scores) == len(runs) else None,
                 benchmarks=benchmarks[layer],
                 rank=ranks.get(layer, Estimate(None, reason=means[layer].reason)),
+                shown=found.word(layer),
             )
         )
     standings.sort(key=lambda s: (s.rank.value is None, s.rank.value, s.layer))
-    return LayerBoard(cells[0].model, tuple(counted), tuple(standings), left_out, claims(cells))
+    return LayerBoard(cells[0].model, tuple(counted), tuple(standings), left_out, found)
 
 
 def ranked(cells: Sequence[CellRecord], rows: Sequence[Sequence[RunRecord]]) -> list[Estimate]:

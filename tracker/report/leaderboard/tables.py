@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.formats import counted, layer_list
@@ -34,34 +34,14 @@ _NO_SCORE = "undefined on a benchmark, or in a layer that has a rank"
 _RELEVANCE = "mean relevance with 95 % interval"
 _DROP = "mean accuracy drop with 95 % interval"
 _SCORE = f"mean {PROXIES['cosine_score'].heading}"
+Standing = TypeVar("Standing")
 
 
-class RankedLayer(NamedTuple):
-    """A row of a leaderboard of layers.
-
-    `by_cosine` is its rank by cosine score, `shown` what is shown of it.
-    """
+class Ranked(NamedTuple, Generic[Standing]):
+    """A row of a leaderboard whose model is ranked on so many `benchmarks`."""
 
     model: str
-    standing: LayerStanding
-    by_cosine: int | None
-    shown: str
-
-
-class RankedPart(NamedTuple):
-    """A row of a leaderboard of parts, which are ranked on so many `benchmarks`."""
-
-    model: str
-    kind: str
-    standing: PartStanding
-    benchmarks: int
-
-
-class RankedModel(NamedTuple):
-    """A row of the leaderboard of models, which are ranked on so many `benchmarks`."""
-
-    model: str
-    standing: ModelStanding
+    standing: Standing
     benchmarks: int
 
 
@@ -94,7 +74,7 @@ def _between(otherwise: str = "", label: str = "rank") -> Column[Any]:
     return Column(label, "count", lambda row: row.standing.rank, otherwise, interval=True)
 
 
-def layer_board_columns() -> tuple[Column[RankedLayer], ...]:
+def layer_board_columns() -> tuple[Column[Ranked[LayerStanding]], ...]:
     """State the columns of a leaderboard of layers that code gets."""
     return (
         Column("model", "text", lambda row: row.model, name="model"),
@@ -104,16 +84,12 @@ def layer_board_columns() -> tuple[Column[RankedLayer], ...]:
         *_with_ends(_standing("accuracy_drop", _DROP, "points", field="drop")),
         _standing("cosine_score", _SCORE, "proxy", _NO_SCORE),
         _standing("benchmarks", "benchmarks", "count"),
-        Column("shown", "text", lambda row: row.shown, name="shown"),
+        _standing("shown", "shown", "text"),
     )
 
 
-def _layer_rows(board: LayerBoard, label: str) -> list[RankedLayer]:
-    ranks = cosine_ranks(board)
-    return [
-        RankedLayer(label, layer, ranks.get(layer.layer), board.claims.word(layer.layer))
-        for layer in board.layers
-    ]
+def _layer_rows(board: LayerBoard, label: str) -> list[Ranked[LayerStanding]]:
+    return [Ranked(label, layer, len(board.cells)) for layer in board.layers]
 
 
 def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
@@ -129,14 +105,17 @@ def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
 
 def layer_board_table(board: LayerBoard, label: str) -> Table:
     """Set the leaderboard of one model's layers, the most relevant first."""
-    columns = named(*layer_board_columns())
+    columns, ranks = named(*layer_board_columns()), cosine_ranks(board)
+    by_cosine: Column[Ranked[LayerStanding]] = Column(
+        "rank by cosine score", "count", lambda row: ranks.get(row.standing.layer), _NO_SCORE
+    )
     return table(
         f"{label}: its layers, ranked by mean accuracy relevance over "
         f"{counted(len(board.cells), 'benchmark')}.",
         [
             _between(_NO_RANK),
             *pick(columns, "layer", "shown", "accuracy_relevance", "accuracy_drop", "cosine_score"),
-            Column("rank by cosine score", "count", lambda row: row.by_cosine, _NO_SCORE),
+            by_cosine,
             columns["benchmarks"],
         ],
         _layer_rows(board, label),
@@ -166,17 +145,17 @@ def _notes(board: LayerBoard) -> list[str]:
     return notes + provenance_notes(board.cells)
 
 
-def part_board_columns() -> tuple[Column[RankedPart], ...]:
+def part_board_columns() -> tuple[Column[Ranked[PartStanding]], ...]:
     """State the columns of a leaderboard of parts that code gets."""
 
-    def of_run(field: str, label: str, name: str = "") -> Column[RankedPart]:
+    def of_run(field: str, label: str, name: str = "") -> Column[Ranked[PartStanding]]:
         return Column(
             label, "count", lambda row: getattr(row.standing.run, field), "", name or field
         )
 
     return (
         Column("model", "text", lambda row: row.model, name="model"),
-        Column("kind", "text", lambda row: row.kind, name="kind"),
+        Column("kind", "text", lambda row: row.standing.run.kind.family.many, name="kind"),
         Column("part", "text", lambda row: row.standing.run.label(), name="part"),
         *_ranks(_NO_RANK),
         of_run("first", "layer (0-based)", "layer"),
@@ -185,12 +164,12 @@ def part_board_columns() -> tuple[Column[RankedPart], ...]:
         *_with_ends(_standing("accuracy_relevance", _RELEVANCE, "relevance", field="relevance")),
         *_with_ends(_standing("accuracy_drop", _DROP, "points", field="drop")),
         Column("benchmarks", "count", lambda row: row.benchmarks, name="benchmarks"),
-        Column("shown", "text", lambda row: row.standing.shown, name="shown"),
+        _standing("shown", "shown", "text"),
     )
 
 
-def _part_rows(board: PartBoard, label: str) -> list[RankedPart]:
-    return [RankedPart(label, board.many, part, len(board.cells)) for part in board.parts]
+def _part_rows(board: PartBoard, label: str) -> list[Ranked[PartStanding]]:
+    return [Ranked(label, part, len(board.cells)) for part in board.parts]
 
 
 def part_board_data(boards: Sequence[tuple[str, PartBoard]]) -> Table:
@@ -281,10 +260,10 @@ def proxy_table(cells: Sequence[CellRecord], label: str) -> Table:
     )
 
 
-def model_board_columns() -> tuple[Column[RankedModel], ...]:
+def model_board_columns() -> tuple[Column[Ranked[ModelStanding]], ...]:
     """State the columns of the leaderboard of models that code gets."""
 
-    def costly(row: RankedModel) -> Estimate:
+    def costly(row: Ranked[ModelStanding]) -> Estimate:
         return Estimate(row.standing.costly, reason=row.standing.relevance.reason or NO_REASON)
 
     relevance = "mean relevance of a layer with 95 % interval"
@@ -301,11 +280,9 @@ def model_board_columns() -> tuple[Column[RankedModel], ...]:
     )
 
 
-def _model_rows(board: ModelBoard, labels: Sequence[str]) -> list[RankedModel]:
+def _model_rows(board: ModelBoard, labels: Sequence[str]) -> list[Ranked[ModelStanding]]:
     count = len(board.benchmarks)
-    return [
-        RankedModel(label, model, count) for label, model in zip(labels, board.models, strict=True)
-    ]
+    return [Ranked(*each, count) for each in zip(labels, board.models, strict=True)]
 
 
 def model_board_data(board: ModelBoard) -> Table:
