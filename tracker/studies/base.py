@@ -259,18 +259,14 @@ def conduct(study: Study, asked: StudyContext) -> tuple[FindingRecord, Finished,
     outcome = outcome.joined(result.ran)
     failed = (f"{title}: {why}" for title, why in outcome.failed.items())
     places = (*(subject.record.place for subject in subjects), *result.rests_on)
+    said = ("command", "beside", "answers", "tables", "charts", "assumptions")
     finding = FindingRecord(
         study=study.name,
         experiment=asked.asked.name,
-        command=result.command,
-        beside=result.beside,
         question=study.question,
-        answers=tuple(result.answers),
-        tables=tuple(result.tables),
-        charts=tuple(result.charts),
         lacking=(*result.lacking, *failed),
-        assumptions=tuple(result.assumptions),
         rests_on=tuple(dict.fromkeys(places)),
+        **{name: getattr(result, name) for name in said},
     )
     keep_finding(asked.ledger.root, finding)
     return finding, outcome, result

@@ -183,20 +183,15 @@ def _unmeasured(store: CellStore, view: View) -> CellRecord:
     identity = store.identity
     nothing = ("baseline_accuracy", "baseline_low", "baseline_high", "chance_accuracy")
     return CellRecord(
-        key=identity.key,
-        model=identity.model,
-        benchmark=identity.benchmark,
-        metric=view.metric,
+        **{name: getattr(identity, name) for name in ("key", "model", "benchmark", "provenance")},
+        **{name: getattr(view, name) for name in ("metric", "removed", "beside")},
         n=0,
         tokens=0,
         **dict.fromkeys(nothing),
         baseline_metrics={},
         sample_seed=view.seed,
-        beside=view.beside,
-        removed=view.removed,
         runs=(),
         correlations=(),
         missing=view.runs,
-        provenance=identity.provenance,
         reasons={"n": "it is being measured"},
     )

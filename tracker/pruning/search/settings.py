@@ -21,12 +21,7 @@ def _several(given: Any) -> Any:
     return several(given)
 
 
-def _amount(given: Any) -> str:
-    """Read an amount, and leave it as it was written."""
-    return amount(given).text
-
-
-Written = Annotated[str, BeforeValidator(_amount)]
+Written = Annotated[str, BeforeValidator(lambda given: amount(given).text)]
 
 
 class SearchSettings(Strict):
