@@ -98,13 +98,12 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
     models = named_models(cells)
     for model, mine in models.items():
         found = claims(mine)
-        if found.layers:
+        texts = [answer(found)] if found.layers else []
+        # What one benchmark says of parts is said of each below.
+        texts += [board.answer for board in part_boards(mine) if len(board.cells) > 1]
+        for text in texts:
             say()
-            say(f"{model}: {answer(found)}" if len(models) > 1 else answer(found))
-        for board in part_boards(mine):
-            if len(board.cells) > 1:  # what one says is said of each below
-                say()
-                say(f"{model}: {board.answer}" if len(models) > 1 else board.answer)
+            say(f"{model}: {text}" if len(models) > 1 else text)
         if len(found.cells) > 1 and (found.costly or found.helpful):
             say()
             print_table(_of_named_layers(found))

@@ -368,10 +368,8 @@ def _request(store: CellStore) -> CellRequest:
         "model": identity.model.source,
         "benchmark": asked.name,
         "layers": (),
-        "num_fewshot": asked.num_fewshot,
         "seed": DEFAULT_SEED if asked.seed is None else asked.seed,
-        "apply_chat_template": asked.apply_chat_template,
-        "data": asked.data,
+        **{name: getattr(asked, name) for name in ("num_fewshot", "apply_chat_template", "data")},
         **{name: _SAID.get(value, value) for name, value in asked.settings.items()},
         **asked.found_by,
     }
