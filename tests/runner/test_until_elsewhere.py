@@ -174,3 +174,8 @@ def test_a_trial_that_asks_of_a_whole_cell_finds_it(tiny_llama, experiment, tmp_
     assert _measured(asked, Ledger(results))[1] == whole.runs[1]
     with pytest.raises(ResultsError, match="does not hold all of it"):
         _measured(asked.model_copy(update={"layers": (1,)}), Ledger(results))
+    # And another layer on fewer documents, which goes by a name of its own.
+    monkeypatch.setattr(api, "asked_of_cell", lambda *_: None)
+    fewer = trial_request({**known, "layer": 1, "limit": 20})
+    record, _ = tracker.evaluate(fewer, results=results, track=[])
+    assert _measured(fewer, Ledger(results))[0].place == record.place

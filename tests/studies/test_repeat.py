@@ -79,6 +79,10 @@ def test_a_file_may_name_its_stretches_or_race_them(found: Small, tmp_path: Path
     asked = api.study("repeat", found.path, results=tmp_path / "some", track=[], **settings)
     assert "of 3 stretches" in asked.finding.answers[0]
     assert "3 times" in asked.finding.answers[0]
+    settings |= {"span": [1], "sample": 12}
+    beside = api.study("repeat", found.path, results=tmp_path / "some", track=[], **settings)
+    measured = {record.place for record in api.ls(tmp_path / "some")}
+    assert {*asked.finding.rests_on, *beside.finding.rests_on} == measured
     raced = api.study(
         "repeat",
         found.path,

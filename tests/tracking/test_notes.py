@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.report.conftest import build_cell
+from tracker.report.leaderboard.claims import shown_in
 from tracker.tracking.runs import layer_note
 
 
@@ -29,3 +30,14 @@ def test_a_note_says_what_may_be_chance_among_all_runs_of_its_cell() -> None:
     assert layer_note(cell, rises).endswith(
         f"it rises by 2.0 pp (95 % interval −3.0 to 7.0){chance}"
     )
+
+
+def test_a_note_says_what_the_page_says_where_other_drops_are_undefined() -> None:
+    """Was: among the runs with an interval alone."""
+    figures = ("accuracy_drop", "accuracy_drop_low", "accuracy_drop_high", "mcnemar_p")
+    quiet, *others = build_cell().runs
+    quiet = quiet.model_copy(update=dict(zip(figures, (0.07, 0.02, 0.12, 0.004), strict=True)))
+    undefined = [run.model_copy(update=dict.fromkeys(figures)) for run in others]
+    cell = build_cell().model_copy(update={"runs": (quiet, *undefined)})
+    assert shown_in(cell, cell.runs)[0] == "open"
+    assert layer_note(cell, quiet).endswith("which may be chance among 30 runs.")

@@ -92,6 +92,15 @@ class Subject:
         return AlignedOutcomes(self.store, self.view, besides=besides)
 
 
+def measured(request: CellRequest, ledger: Ledger) -> Subject | None:
+    """Look up what was measured of a request; None where that is not all of it."""
+    known = look_up(request, ledger)
+    if known.store is None or not known.complete:
+        return None
+    view = known.store.views.named_of(request)
+    return Subject(request, known.store, record_of(known.store, view))
+
+
 def observe(
     subject: Subject,
     kind: str,
@@ -247,12 +256,8 @@ def conduct(study: Study, asked: StudyContext) -> tuple[FindingRecord, Finished,
         )
     study.prepare(asked)
     outcome = run_cells(requests, asked.ledger, asked.publisher, asked.options, asked.progress)
-    subjects = []
-    for request in requests:
-        known = look_up(request, asked.ledger)
-        if (store := known.store) is not None and known.complete:
-            record = record_of(store, store.views.named_of(request))
-            subjects.append(Subject(request, store, record))
+    found = (measured(request, asked.ledger) for request in requests)
+    subjects = [subject for subject in found if subject is not None]
     if not subjects:
         raise CellError("\n".join(f"{title}: {why}" for title, why in outcome.failed.items()))
     result = study.say(asked, subjects)

@@ -21,15 +21,21 @@ from tracker.core.estimates import Estimate
 from tracker.core.formats import Measure, counted, measure_of
 from tracker.core.records import CellRecord, RunIdentity, RunRecord
 from tracker.core.tables import Column, Table, table
-from tracker.measuring.derive import record_of
-from tracker.measuring.prepare import look_up
 from tracker.pruning.search.report import saving_line
 from tracker.pruning.search.request import calibration_of
 from tracker.report.leaderboard.claims import shown_in
 from tracker.runner import run_cells
 from tracker.stats.selection import BestByChance, best_by_chance
 from tracker.stats.support import Verdict
-from tracker.studies.base import Study, StudyContext, StudyResult, Subject, amount, refuse_removed
+from tracker.studies.base import (
+    Study,
+    StudyContext,
+    StudyResult,
+    Subject,
+    amount,
+    measured,
+    refuse_removed,
+)
 
 TESTED = 5
 """Stretches that are tested on documents that did not choose them."""
@@ -124,7 +130,7 @@ class Repeat(Study):
                 result.lacking.append(f"{subject.record.title}: no stretch has a defined gain")
                 continue
             test = tests[subject.request]
-            found.append(_tested(subject, runs, _measured(test, asked)))
+            found.append(_tested(subject, runs, measured(test, asked.ledger)))
             result.exports += export_lines(found[-1].tested, test, asked.ledger.root)
         result.rests_on = [one.test.place for one in found if one.test is not None]
         result.answers = [sentence for one in found for sentence in _answers(one)]
@@ -183,15 +189,8 @@ def _testing(request: CellRequest, runs: Sequence[RunRecord]) -> CellRequest:
     )
 
 
-def _measured(request: CellRequest, asked: StudyContext) -> CellRecord | None:
-    known = look_up(request, asked.ledger)
-    if known.store is None or not known.complete:
-        return None
-    return record_of(known.store, known.store.views.of(request))
-
-
-def _tested(subject: Subject, runs: Sequence[RunRecord], test: CellRecord | None) -> Stretches:
-    record = subject.record
+def _tested(subject: Subject, runs: Sequence[RunRecord], tests: Subject | None) -> Stretches:
+    record, test = subject.record, tests.record if tests is not None else None
     chance = None
     if record.answer is None:
         outcomes = subject.outcomes()

@@ -130,7 +130,7 @@ def _is_shown(cell: CellRecord, run: RunRecord) -> bool:
     """Whether it is shown that a run changes anything, among all runs of its cell at once."""
     drops = [one.drop for one in cell.runs]
     if not cell.is_raced:
-        drops = together(drops, [one.n for one in cell.runs])
+        drops = together(drops, [one.n for one in cell.runs], len(drops))
     return verdicts(drops)[cell.runs.index(run)] != "open"
 
 
