@@ -255,36 +255,34 @@ class Engine:
         tokens = [0] * len(documents)
         places = {ablation: place for place, ablation in enumerate(ablations)}
         try:
-            for row, ablated, scores in self._in_groups(documents, ablations, progress):
-                which = torch.tensor([places[ablation] for ablation in ablated])
-                for number, (document, request) in enumerate(row.requests):
-                    loglikelihoods[document, which, request] = scores.loglikelihoods[:, number]
-                    hits[document, which, request] = scores.hits[:, number]
-                for (document, path), proxies in zip(row.gold, scores.proxies, strict=False):
-                    sums[document] += proxies
-                    tokens[document] += row.prefix + len(path)
+            # As many ablations at a time as the budget allows for the largest document.
+            for turn, group in enumerate(self.groups(ablations, max(map(_tokens, documents)))):
+                for row, ablated, scores in self._scored(documents, group, progress):
+                    which = torch.tensor([places[ablation] for ablation in ablated])
+                    for number, (document, request) in enumerate(row.requests):
+                        loglikelihoods[document, which, request] = scores.loglikelihoods[:, number]
+                        hits[document, which, request] = scores.hits[:, number]
+                    # The baseline comes with each group, and its proxies count once.
+                    gold = row.gold if turn == 0 else []
+                    for (document, path), proxies in zip(gold, scores.proxies, strict=False):
+                        sums[document] += proxies
+                        tokens[document] += row.prefix + len(path)
         finally:
             # The next cell on this model takes down its state as that of a fresh one.
             self.put_back()
-        return [
-            DocumentScores(
-                document=document,
-                responses=[
-                    [
-                        Response(loglikelihood, right == len(request.continuation), right)
-                        for request, loglikelihood, right in zip(
-                            document.requests, lls, rights, strict=False
-                        )
-                    ]
-                    for lls, rights in zip(
-                        loglikelihoods[number].tolist(), hits[number].tolist(), strict=True
-                    )
-                ],
-                proxy_tokens=tokens[number],
-                proxy_sums=sums[number],
-            )
-            for number, document in enumerate(documents)
-        ]
+        found = []
+        for number, asked in enumerate(documents):
+            lengths = [len(request.continuation) for request in asked.requests]
+            each = zip(loglikelihoods[number].tolist(), hits[number].tolist(), strict=True)
+            responses = [
+                [
+                    Response(loglikelihood, right == length, right)
+                    for loglikelihood, right, length in zip(*answers, lengths, strict=False)
+                ]
+                for answers in each
+            ]
+            found.append(DocumentScores(asked, responses, tokens[number], sums[number]))
+        return found
 
     def shares_a_prefix(self, documents: Sequence[Document]) -> bool:
         """Say whether what some documents begin with would be read apart.
@@ -293,17 +291,6 @@ class Engine:
         """
         long = len(common_beginning(documents, self.max_length)) >= SHORTEST
         return long and cache_argument(self.head.base) is not None
-
-    def _in_groups(
-        self,
-        documents: Sequence[Document],
-        ablations: Sequence[Ablation],
-        progress: Callable[[int], None],
-    ) -> Iterator[_Scored]:
-        """Score as many ablations at a time as the budget allows for the largest document."""
-        for number, group in enumerate(self.groups(ablations, max(map(_tokens, documents)))):
-            for row, ablated, scores in self._scored(documents, group, progress):
-                yield row if number == 0 else replace(row, gold=[]), ablated, scores
 
     def groups(self, ablations: Sequence[Ablation], tokens: int) -> Iterator[list[Ablation]]:
         """Part ablations into groups whose streams fit into memory, with so many tokens each.
