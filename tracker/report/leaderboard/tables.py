@@ -37,7 +37,7 @@ _SCORE = f"mean {PROXIES['cosine_score'].heading}"
 Standing = TypeVar("Standing")
 
 
-class Ranked(NamedTuple, Generic[Standing]):
+class RankedRow(NamedTuple, Generic[Standing]):
     """A row of a leaderboard whose model is ranked on so many `benchmarks`."""
 
     model: str
@@ -74,7 +74,7 @@ def _between(otherwise: str = "", label: str = "rank") -> Column[Any]:
     return Column(label, "count", lambda row: row.standing.rank, otherwise, interval=True)
 
 
-def layer_board_columns() -> tuple[Column[Ranked[LayerStanding]], ...]:
+def layer_board_columns() -> tuple[Column[RankedRow[LayerStanding]], ...]:
     """State the columns of a leaderboard of layers that code gets."""
     return (
         Column("model", "text", lambda row: row.model, name="model"),
@@ -88,8 +88,8 @@ def layer_board_columns() -> tuple[Column[Ranked[LayerStanding]], ...]:
     )
 
 
-def _layer_rows(board: LayerBoard, label: str) -> list[Ranked[LayerStanding]]:
-    return [Ranked(label, layer, len(board.cells)) for layer in board.layers]
+def _layer_rows(board: LayerBoard, label: str) -> list[RankedRow[LayerStanding]]:
+    return [RankedRow(label, layer, len(board.cells)) for layer in board.layers]
 
 
 def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
@@ -106,7 +106,7 @@ def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
 def layer_board_table(board: LayerBoard, label: str) -> Table:
     """Set the leaderboard of one model's layers, the most relevant first."""
     columns, ranks = named(*layer_board_columns()), cosine_ranks(board)
-    by_cosine: Column[Ranked[LayerStanding]] = Column(
+    by_cosine: Column[RankedRow[LayerStanding]] = Column(
         "rank by cosine score", "count", lambda row: ranks.get(row.standing.layer), _NO_SCORE
     )
     return table(
@@ -145,10 +145,10 @@ def _notes(board: LayerBoard) -> list[str]:
     return notes + provenance_notes(board.cells)
 
 
-def part_board_columns() -> tuple[Column[Ranked[PartStanding]], ...]:
+def part_board_columns() -> tuple[Column[RankedRow[PartStanding]], ...]:
     """State the columns of a leaderboard of parts that code gets."""
 
-    def of_run(field: str, label: str, name: str = "") -> Column[Ranked[PartStanding]]:
+    def of_run(field: str, label: str, name: str = "") -> Column[RankedRow[PartStanding]]:
         return Column(
             label, "count", lambda row: getattr(row.standing.run, field), "", name or field
         )
@@ -168,8 +168,8 @@ def part_board_columns() -> tuple[Column[Ranked[PartStanding]], ...]:
     )
 
 
-def _part_rows(board: PartBoard, label: str) -> list[Ranked[PartStanding]]:
-    return [Ranked(label, part, len(board.cells)) for part in board.parts]
+def _part_rows(board: PartBoard, label: str) -> list[RankedRow[PartStanding]]:
+    return [RankedRow(label, part, len(board.cells)) for part in board.parts]
 
 
 def part_board_data(boards: Sequence[tuple[str, PartBoard]]) -> Table:
@@ -260,10 +260,10 @@ def proxy_table(cells: Sequence[CellRecord], label: str) -> Table:
     )
 
 
-def model_board_columns() -> tuple[Column[Ranked[ModelStanding]], ...]:
+def model_board_columns() -> tuple[Column[RankedRow[ModelStanding]], ...]:
     """State the columns of the leaderboard of models that code gets."""
 
-    def costly(row: Ranked[ModelStanding]) -> Estimate:
+    def costly(row: RankedRow[ModelStanding]) -> Estimate:
         return Estimate(row.standing.costly, reason=row.standing.relevance.reason or NO_REASON)
 
     relevance = "mean relevance of a layer with 95 % interval"
@@ -280,9 +280,9 @@ def model_board_columns() -> tuple[Column[Ranked[ModelStanding]], ...]:
     )
 
 
-def _model_rows(board: ModelBoard, labels: Sequence[str]) -> list[Ranked[ModelStanding]]:
+def _model_rows(board: ModelBoard, labels: Sequence[str]) -> list[RankedRow[ModelStanding]]:
     count = len(board.benchmarks)
-    return [Ranked(*each, count) for each in zip(labels, board.models, strict=True)]
+    return [RankedRow(*each, count) for each in zip(labels, board.models, strict=True)]
 
 
 def model_board_data(board: ModelBoard) -> Table:
