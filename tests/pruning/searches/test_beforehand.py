@@ -21,19 +21,23 @@ from tracker.pruning.search.search import budget_of
 LAYERS, PERIOD = 8, 4
 
 
-@pytest.fixture(scope="module")
-def jamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Attention in every fourth layer, from layer 2 on, and experts in every other one."""
-    folder = tmp_path_factory.mktemp("jamba")
+def save_jamba(folder: Path, layers: int = LAYERS, period: int = PERIOD) -> Path:
+    """Make a Jamba with attention in one layer of a period, and experts in every other layer."""
     config = JambaConfig(
         vocab_size=save_tokenizer(folder, bos=False), hidden_size=32, intermediate_size=48,
-        num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, num_experts=4,
-        attn_layer_period=PERIOD, attn_layer_offset=2, expert_layer_period=2,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, num_experts=4,
+        attn_layer_period=period, attn_layer_offset=period // 2, expert_layer_period=2,
         expert_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def jamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Attention in every fourth layer, from layer 2 on."""
+    return save_jamba(tmp_path_factory.mktemp("jamba"))
 
 
 def fits(removed: Set) -> bool:
@@ -93,9 +97,10 @@ def test_what_is_said_of_such_sets_is_planned_validated_and_refused(
     assert "1 search" in printed("validate", write(model=str(jamba), strategy="last", remove=4))
 
 
-def test_what_goes_by_a_period_is_saved(write, prune, jamba: Path, tmp_path: Path) -> None:
-    path = write(model=str(jamba), strategy="last", remove=4, test_sample=4, dtype="float32")
+def test_what_goes_by_a_period_is_saved(write, prune, tmp_path: Path) -> None:
+    model = save_jamba(tmp_path / "short", layers=4, period=2)
+    path = write(model=str(model), strategy="last", remove=2, test_sample=4, dtype="float32")
     done = prune(path, "--output", tmp_path / "lighter")
     assert done.exit_code == 0, done.output
     left = AutoModelForCausalLM.from_pretrained(tmp_path / "lighter").config
-    assert left.num_hidden_layers == LAYERS - 4
+    assert left.num_hidden_layers == 2
