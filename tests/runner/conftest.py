@@ -12,7 +12,8 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,26 @@ def long(tiny_llama: Callable[..., Path], experiment: Callable[..., Path]) -> Pa
     return experiment(tiny_llama(), limit=5 * BLOCK + 5)
 
 
+@contextmanager
+def meanwhile_killed(words: str | None, results: Path) -> Iterator[None]:
+    """Kill a program by a part of its command, as soon as something is measured."""
+    killed = []
+
+    def kill() -> None:
+        wait_for(lambda: shards(results) and [*descendants(str(words))])
+        victim = next(descendants(str(words)))
+        victim.send_signal(signal.SIGKILL)
+        killed.append(victim.pid)
+
+    killer = threading.Thread(target=kill)
+    if words is not None:
+        killer.start()
+    yield
+    if words is not None:
+        killer.join()
+        assert killed
+
+
 @pytest.fixture
 def as_one_process(
     tiny_llama: Callable[..., Path],
@@ -53,10 +74,11 @@ def as_one_process(
     """Run three cells of one model elsewhere, by relative paths: nothing differs, nothing is lost,
     of layers and of heads.
 
-    The one in the middle, of which no model can read an answer, fails alone.
+    The one in the middle, of which no model can read an answer, fails alone. A worker with these
+    words in its command is `killed` meanwhile.
     """
 
-    def check(**elsewhere: object) -> tuple[Results, Heard]:
+    def check(killed: str | None = None, **elsewhere: object) -> tuple[Results, Heard]:
         monkeypatch.chdir(tmp_path)
         arc(Path("data"), BLOCK + 8)
         unreadable = {"goal": "Which?", "sol1": "word " * 400, "sol2": "none", "label": 0}
@@ -66,7 +88,8 @@ def as_one_process(
         asked |= {"component": ["layer", "head"], "head": 1}
         file = experiment(model, benchmark=["arc_easy", "piqa", "arc_challenge"], **asked)
         alone, heard = run(file, tmp_path / "one"), Heard()
-        found = run(file, tmp_path / "elsewhere", heard, **elsewhere)
+        with meanwhile_killed(killed, tmp_path / "elsewhere"):
+            found = run(file, tmp_path / "elsewhere", heard, **elsewhere)
         assert found.outcome.failed == alone.outcome.failed
         ((title, why),) = found.outcome.failed.items()
         assert "piqa" in title
@@ -81,36 +104,6 @@ def as_one_process(
         assert again.cells == found.cells
         assert [cell.benchmark.name for cell in again.cells] == both
         return found, heard
-
-    return check
-
-
-@pytest.fixture
-def worker_is_killed(long: Path, tmp_path: Path) -> Callable[..., str]:
-    """Kill a worker of a run by a part of its command: all is measured; what is said of it."""
-
-    def check(words: str, **elsewhere: object) -> str:
-        run(long, tmp_path / "one")
-        results, killed = tmp_path / "elsewhere", []
-
-        def kill() -> None:
-            wait_for(lambda: shards(results) and [*descendants(words)])
-            victim = next(descendants(words))
-            victim.send_signal(signal.SIGKILL)
-            killed.append(victim.pid)
-
-        heard = Heard()
-        killer = threading.Thread(target=kill)
-        killer.start()
-        found = run(long, results, heard, **elsewhere)
-        killer.join()
-        assert killed
-        assert not found.outcome.failed
-        assert heard.counted == heard.expected
-        same(tmp_path / "one", results)
-        assert run(long, results, **elsewhere).outcome.models_loaded == 0
-        (said,) = [line for line in heard.lines if "died" in line]
-        return said
 
     return check
 

@@ -77,8 +77,9 @@ def test_a_cluster_that_is_gone_is_said_at_once(
 
 
 @pytest.mark.usefixtures("cluster", "here")
-def test_two_nodes_give_what_one_process_gives_also_where_a_worker_is_killed(worker_is_killed):
-    said = worker_is_killed("ray::Worker.measure", executor="ray")
+def test_two_nodes_give_what_one_process_gives_also_where_a_worker_is_killed(as_one_process):
+    _, heard = as_one_process("ray::Worker.measure", executor="ray")
+    (said,) = [line for line in heard.lines if "died" in line]
     assert re.fullmatch(r"worker [12] on \S+ died; what it did is done again \(.+\)", said)
 
 

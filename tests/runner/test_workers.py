@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -31,19 +32,16 @@ def test_a_failure_stays_in_its_cell(one_cell_fails):
     one_cell_fails()
 
 
-def test_two_give_what_one_process_gives(as_one_process):
-    found, heard = as_one_process(workers=2)
-    # Two cells of one model: each worker has loaded it once.
-    assert 1 <= found.outcome.models_loaded <= 2
+def test_two_give_what_one_process_gives_also_where_one_is_killed(as_one_process):
+    found, heard = as_one_process(WORKER, workers=2)
+    # Three cells of one model: each worker has loaded it once, and who came for the killed one.
+    assert 1 <= found.outcome.models_loaded <= 3
     assert heard.expected == 2 * (BLOCK + 4) * 3 * 9  # the intact model, four layers, four heads
     assert heard.lines.count("2 workers, 1 thread each") == 1
     assert heard.lines.count("loading tiny-llama") == 1
+    (said,) = [line for line in heard.lines if "died" in line]
+    assert re.match("worker [12] died; what it did is done again .killed, as the system does", said)
     assert not list(descendants(WORKER))
-
-
-def test_what_a_killed_worker_did_is_done_again(worker_is_killed):
-    said = worker_is_killed(WORKER, workers=2)
-    assert said.startswith("worker 1 died; what it did is done again (killed, as the system does")
 
 
 @pytest.fixture
