@@ -174,25 +174,38 @@ def test_another_week_measures_nothing_and_wrong_requests_are_refused(found, tmp
 
 
 @pytest.mark.parametrize(("tied", "by"), [(False, "map"), (True, "layer")])
-def test_embedding_and_head_are_units_too(tied, by, tmp_path):
-    """The largest of all of a tiny model: a budget of theirs alone is not one of the whole."""
-    shape = {"layers": 2, "hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": tied}
-    model = save_llama(tmp_path / "tiny", **shape)
+def test_experts_embedding_and_head_get_formats_and_routers_none(tied, by, tmp_path):
+    """A budget of the whole is not one of a mixture's experts, nor of the ends, the largest here.
+
+    Of a mixture whose ends are two matrices, and of a model with one for both.
+    """
+    model = tmp_path / "tiny"
+    if tied:
+        shape = {"layers": 2, "hidden_size": 64, "intermediate_size": 96}
+        save_llama(model, **shape, tie_word_embeddings=True)
+    else:
+        save_mixture(model, "olmoe")
     told = {"budget": "6bpw", "format": "q4_0,q8_0", "by": by, "test_sample": 6}
     told |= {"results": tmp_path / "results", "output": tmp_path / "saved", "track": []}
     done = api.quantise(str(model), **{**ASKED, "sample": 6}, **told, embeddings=True)
     saved, base = (AutoModelForCausalLM.from_pretrained(f) for f in (done.saved.folder, model))
-    names = {"model.embed_tokens", *([] if tied else ["lm_head"])}
-    assert names < {*done.saved.formats}
+    formats = done.saved.formats
+    experts = {
+        f"model.layers.{layer}.mlp.experts.{name}"
+        for layer in (0, 1)
+        for name in ("gate_up_proj", "down_proj")
+    }
+    assert {"model.embed_tokens", *([] if tied else {"lm_head", *experts})} < {*formats}
     assert (saved.lm_head.weight is saved.model.embed_tokens.weight) == tied
     bits = total = 0
     for name, weight in base.named_parameters():
-        form = done.saved.formats.get(name.removesuffix(".weight"))
-        assert (form is None) == (weight.ndim == 1)
-        right = weight if form is None else in_format(weight.data, form)
-        torch.testing.assert_close(saved.get_parameter(name).data, right.data, rtol=0, atol=0)
+        form = formats.get(name.removesuffix(".weight"))
+        assert (form is None) == (weight.ndim == 1 or name.endswith("mlp.gate.weight"))
+        each = weight.data if weight.ndim == 3 else weight.data[None]
+        right = each if form is None else torch.stack([in_format(one, form) for one in each])
+        assert torch.equal(saved.get_parameter(name).data, right.reshape(weight.shape)), name
         if form is not None:
-            bits += weight.numel() * FORMATS[form].bits_of(weight.shape[1])
+            bits += weight.numel() * FORMATS[form].bits_of(weight.shape[-1])
             total += weight.numel()
     first, what = done.finding.tables[0], done.finding.tables[-1]
     row = next(n for n, by in enumerate(plain(column(first, "chosen by"))) if "recomm" in by)
@@ -207,9 +220,10 @@ def test_embedding_and_head_are_units_too(tied, by, tmp_path):
     ]
     assert {*of_no_layer} == {"embedding", *([] if tied else ["lm_head"])}
     command = (done.saved.folder / "llama.cpp.sh").read_text()
-    types = [done.saved.formats[name] for name in ("model.embed_tokens", "lm_head")[: 2 - tied]]
+    types = [formats[name] for name in ("model.embed_tokens", "lm_head")[: 2 - tied]]
     said = f"--token-embedding-type {types[0]} --output-tensor-type {types[-1]} "
     assert said in command
+    assert tied or all(f"ffn_{name}_exps" in command for name in ("gate", "up", "down"))
     assert done.finding.again.endswith("--embeddings") or " --embeddings " in done.finding.again
 
 
@@ -224,30 +238,3 @@ def test_what_text_chose_is_saved_and_not_scored_by_lm_eval(tmp_path, capsys):
     proof = api.quantise(str(model), progress=Show(), **told).saved.proof
     assert (proof.difference, proof.tasks) == (0, ())
     assert "not scored by lm-eval: corpus:" in capsys.readouterr().out
-
-
-def test_a_mixtures_experts_get_formats_and_its_routers_none(tmp_path):
-    model = tmp_path / "mixture"
-    save_mixture(model, "olmoe")
-    told = {"results": tmp_path / "results", "output": tmp_path / "saved", "track": []}
-    done = api.quantise(str(model), **ASKED, **BUDGET, **told)
-    saved = AutoModelForCausalLM.from_pretrained(done.saved.folder)
-    base = AutoModelForCausalLM.from_pretrained(model)
-    formats = done.saved.formats
-    names = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
-    names |= {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
-    assert {*formats} == {f"model.layers.{layer}.{name}" for layer in (0, 1) for name in names}
-    weights = bits = 0.0
-    for name, weight in base.named_parameters():
-        form = formats.get(name.removesuffix(".weight"))
-        each = weight.data if weight.ndim == 3 else weight.data[None]
-        right = each if form is None else torch.stack([in_format(one, form) for one in each])
-        assert torch.equal(saved.get_parameter(name).data, right.reshape(weight.shape)), name
-        if form is not None:
-            weights += weight.numel()
-            bits += weight.numel() * FORMATS[form].bits_of(weight.shape[-1])
-    first = done.finding.tables[0]
-    row = next(n for n, by in enumerate(plain(column(first, "chosen by"))) if "recomm" in by)
-    assert plain(column(first, "bits a weight"))[row] == pytest.approx(bits / weights)
-    said = done.saved.recipes["llama.cpp"]
-    assert all(f"ffn_{name}_exps" in said for name in ("gate", "up", "down"))
