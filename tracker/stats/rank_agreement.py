@@ -14,11 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
 import scipy  # what takes long to import, stats above all, comes when it is used
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from tracker.stats.arrays import Array, Numbers, divided
@@ -54,15 +55,21 @@ def surrogate_series(values: Array, draws: int, seed: int) -> Array:
         restricted likelihood of short AR series). X.-L. Meng, Annals of Statistics 22 (1994)
         1142-1160 (p-values that draw the nuisance parameter).
     """
+    orders = _drawn_orders(tuple(scipy.stats.rankdata(values).tolist()), draws, seed)
+    return np.asarray(np.sort(values)[orders], dtype=np.float64)
+
+
+@lru_cache(maxsize=16)  # by every proxy, coefficient and subset the same drops are redrawn
+def _drawn_orders(ranks: tuple[float, ...], draws: int, seed: int) -> NDArray[np.int32]:
+    """Draw the places of a series' values, ascending, which its ranks decide: `[draws, layers]`."""
     generator = np.random.default_rng(seed)
-    scores = special.ndtri(scipy.stats.rankdata(values) / (len(values) + 1))
+    scores = special.ndtri(np.array(ranks) / (len(ranks) + 1))
     chosen = generator.choice(_SMOOTHNESS, size=draws, p=_likely(scores))
-    series = generator.standard_normal((len(values), draws))
-    for layer in range(1, len(values)):
+    series = generator.standard_normal((len(ranks), draws))
+    for layer in range(1, len(ranks)):
         series[layer] *= np.sqrt(1 - chosen**2)
         series[layer] += chosen * series[layer - 1]
-    ranks = series.T.argsort(axis=1).argsort(axis=1)
-    return np.asarray(np.sort(values)[ranks], dtype=np.float64)
+    return series.T.argsort(axis=1).argsort(axis=1).astype(np.int32)
 
 
 def _likely(scores: Array) -> Array:
