@@ -74,15 +74,7 @@ def test_another_week_measures_nothing_and_says_the_same(found: Small):
     assert again.finding == found.finding
 
 
-def test_a_file_may_name_its_stretches_or_race_them(found: Small, tmp_path: Path):
-    settings = {"span": [2], "intervention": "repeat", "repeats": 3}
-    asked = api.study("repeat", found.path, results=tmp_path / "some", track=[], **settings)
-    assert "of 3 stretches" in asked.finding.answers[0]
-    assert "3 times" in asked.finding.answers[0]
-    settings |= {"span": [1], "sample": 12}
-    beside = api.study("repeat", found.path, results=tmp_path / "some", track=[], **settings)
-    measured = {record.place for record in api.ls(tmp_path / "some")}
-    assert {*asked.finding.rests_on, *beside.finding.rests_on} == measured
+def test_a_file_may_race_its_stretches(found: Small, tmp_path: Path):
     raced = api.study(
         "repeat",
         found.path,
@@ -100,12 +92,14 @@ def test_a_file_may_name_its_stretches_or_race_them(found: Small, tmp_path: Path
 def test_the_best_that_is_shown_to_be_better_is_saved_by_what_it_says_to_type(
     found: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """What is typed is held against the test documents, which the study has measured."""
+    """What is typed is held against the test documents; here of stretches that the file names."""
     assert found.done.exports == (), "of a random model none is shown to be better"
     monkeypatch.setattr(repeat, "shown_in", lambda cell, runs: ["costs", "helps", "helps", "open"])
     settings = {"span": [2, 3], "intervention": "repeat", "repeats": 3, "layer": [0, 1]}
     results = tmp_path / "results"
     asked = api.study("repeat", found.path, results=results, track=[], **settings)
+    assert "of 4 stretches" in asked.finding.answers[0]
+    assert "3 times" in asked.finding.answers[0]
     (line,) = asked.exports
     (table,) = asked.finding.tables
     best = plain(column(table, "passed"))[1]
@@ -116,6 +110,12 @@ def test_the_best_that_is_shown_to_be_better_is_saved_by_what_it_says_to_type(
     assert (given["repeat"], given["repeats"]) == (tuple(range(first, last + 1)), 3)
     assert (given["part"], given["sample"], given["results"]) == ("test", 24, results)
     assert str(given["output"]) == "deeper"
+    # Another question stands beside it, and each says on what it rests.
+    monkeypatch.undo()
+    settings |= {"span": [1], "sample": 12}
+    beside = api.study("repeat", found.path, results=results, track=[], **settings)
+    measured = {record.place for record in api.ls(results)}
+    assert {*asked.finding.rests_on, *beside.finding.rests_on} == measured
 
 
 def test_documents_that_may_have_chosen_a_stretch_are_known_when_it_is_saved(found: Small):
