@@ -41,6 +41,8 @@ Observer = Callable[[int, Tensor, Tensor], None]
 """Called with a layer and the baseline's input and output of it, each [rows, tokens, hidden]."""
 _Formats = tuple[tuple[str, str], ...]
 """Paths of the maps of a module that are rounded, each with its format."""
+_Forks = Iterator[tuple[nn.Module, Callable[..., Any]]]
+"""Modules of a layer, with what stands in for each."""
 
 
 @dataclass
@@ -106,10 +108,9 @@ def forking(
     handed: list[Tensor] = []
     forks: list[_LayerFork] = []
     inside = inside or Inside()
-    sublayers, rounded = inside.sublayers, inside.rounded
     with ExitStack() as stack:
         for index, (layer, whole) in enumerate(zip(layers, plan.steps, strict=True)):
-            turn, kind = _Turn(), type(layer).__name__
+            turn = _Turn()
             step, apart = whole, whole.entering
             if at_once is not None and len(apart) > at_once:
                 step, apart = whole.apart
@@ -131,64 +132,77 @@ def forking(
             )
             forks.append(fork)
             stack.enter_context(replaced_forward(layer, fork))
-            # Which of the entering streams each part of the layer computes.
-            computing: list[tuple[nn.Module, Sequence[int]]] = []
-            if step.has_sublayers:
-                assert sublayers is not None
-                parts = sublayers[index]
-                for module, computed, taken, made in (
-                    (parts.attention, step.computed, step.projected, len(step.heads)),
-                    (parts.mlp, step.mlps, step.mlp, len(step.mlps)),
-                ):
-                    computing.append((module, computed))
-                    part = _SublayerFork(module, computed, taken, made, module.forward, batched)
-                    stack.enter_context(turn.apart(module, part))
-            projection = None
-            if step.has_heads:
-                assert inside.heads is not None
-                found = heads_at(inside.heads, index, kind)
-                projection = layer.get_submodule(found.projection)
-                computing.insert(0, (projection, [source for source, _ in step.heads]))
-            if step.is_rounded:
-                assert rounded is not None
-                name = f"layer {index}"
-                own_parts = sublayers[index] if sublayers else None
-                asks = [step.done[stream].rounded for stream in step.entering]
-                # Of hundreds of streams that enter only a few ask for anything.
-                forms = [formats_of(layer, ask, own_parts, name) if ask else {} for ask in asks]
-                every = linear_maps(layer, name)
-                maps = {path: map_at(every, path, name) for form in forms for path in form}
-                weights = partial(rounded.of, index)
-                for module, held in grouped(maps.items(), lambda each: each[1].module).items():
-                    mine = [s for part, s in computing if any(m is module for m in part.modules())]
-                    sources = mine[0] if mine else range(len(step.entering))
-                    asked = [
-                        tuple(
-                            (path, forms[source][path]) for path, _ in held if path in forms[source]
-                        )
-                        for source in sources
-                    ]
-                    fork_of = _ExpertsFork if held[0][1].experts else _LinearFork
-                    own = fork_of(module, maps, asked, weights, module.forward)
-                    stack.enter_context(turn.apart(module, own))
-            if projection is not None:
-                columns = [[found.columns(part, kind) for part in gone] for _, gone in step.heads]
-                of = [step.computed.index(source) for source, _ in step.heads]
-                without = _HeadFork(of, columns, projection.forward)
-                stack.enter_context(turn.apart(projection, without))
-            if step.has_experts:
-                assert inside.experts is not None
-                those = experts_at(inside.experts, index, kind)
-                router = layer.get_submodule(those.router)
-                kept = [those.left(gone, kind) if gone else None for gone in step.experts]
-                routing = _RouterFork(router, those, kept, router.forward)
-                stack.enter_context(turn.apart(router, routing))
-            if step.has_shared:
-                assert inside.shared is not None
-                for path in shared_at(inside.shared, index, kind):
-                    module = layer.get_submodule(path)
-                    stack.enter_context(turn.apart(module, _SharedFork(step, module.forward)))
+            for module, part in _forks_inside(layer, index, step, inside, batched):
+                stack.enter_context(turn.apart(module, part))
         yield
+
+
+def _forks_inside(
+    layer: nn.Module, index: int, step: LayerStep, inside: Inside, batched: bool
+) -> _Forks:
+    """Give modules of a layer with what stands in for each, made when those before it stand in."""
+    kind = type(layer).__name__
+    # Which of the entering streams each part of the layer computes.
+    computing: list[tuple[nn.Module, Sequence[int]]] = []
+    if step.has_sublayers:
+        assert inside.sublayers is not None
+        parts = inside.sublayers[index]
+        for module, computed, taken, made in (
+            (parts.attention, step.computed, step.projected, len(step.heads)),
+            (parts.mlp, step.mlps, step.mlp, len(step.mlps)),
+        ):
+            computing.append((module, computed))
+            yield module, _SublayerFork(module, computed, taken, made, module.forward, batched)
+    projection = None
+    if step.has_heads:
+        assert inside.heads is not None
+        found = heads_at(inside.heads, index, kind)
+        projection = layer.get_submodule(found.projection)
+        computing.insert(0, (projection, [source for source, _ in step.heads]))
+    if step.is_rounded:
+        yield from _rounded_forks(layer, index, step, inside, computing)
+    if projection is not None:
+        columns = [[found.columns(part, kind) for part in gone] for _, gone in step.heads]
+        of = [step.computed.index(source) for source, _ in step.heads]
+        yield projection, _HeadFork(of, columns, projection.forward)
+    if step.has_experts:
+        assert inside.experts is not None
+        those = experts_at(inside.experts, index, kind)
+        router = layer.get_submodule(those.router)
+        kept = [those.left(gone, kind) if gone else None for gone in step.experts]
+        yield router, _RouterFork(router, those, kept, router.forward)
+    if step.has_shared:
+        assert inside.shared is not None
+        for path in shared_at(inside.shared, index, kind):
+            module = layer.get_submodule(path)
+            yield module, _SharedFork(step, module.forward)
+
+
+def _rounded_forks(
+    layer: nn.Module,
+    index: int,
+    step: LayerStep,
+    inside: Inside,
+    computing: Sequence[tuple[nn.Module, Sequence[int]]],
+) -> _Forks:
+    """Give the modules with other weights in some streams; `computing` says which pass a module."""
+    assert inside.rounded is not None
+    name = f"layer {index}"
+    own = inside.sublayers[index] if inside.sublayers else None
+    asks = [step.done[stream].rounded for stream in step.entering]
+    # Of hundreds of streams that enter only a few ask for anything.
+    forms = [formats_of(layer, ask, own, name) if ask else {} for ask in asks]
+    every = linear_maps(layer, name)
+    maps = {path: map_at(every, path, name) for form in forms for path in form}
+    weights = partial(inside.rounded.of, index)
+    for module, held in grouped(maps.items(), lambda each: each[1].module).items():
+        mine = [s for part, s in computing if any(m is module for m in part.modules())]
+        asked = [
+            tuple((path, forms[source][path]) for path, _ in held if path in forms[source])
+            for source in (mine[0] if mine else range(len(step.entering)))
+        ]
+        fork = _ExpertsFork if held[0][1].experts else _LinearFork
+        yield module, fork(module, maps, asked, weights, module.forward)
 
 
 @dataclass
