@@ -64,22 +64,22 @@ def test_the_agent_fills_the_sweep_and_the_cell(
         "num_fewshot": 1,
         "limit": 10,
     }
-    sweep = start(client, double, experiment(model, **asked, layer=[0, 2], span=[1, 2]))
+    sweep = start(client, double, experiment(model, **asked, layer=[0, 1, 2], span=2))
     said = client.agent(f"team/layers/{sweep.name}")
     assert said.count("loading tiny-llama") == 1, said  # the first trial
     torch = [(client.folder / f"{trial}.torch").read_text() for trial in sweep.handed_out]
-    assert torch == ["True", "False", "False", "False"]
+    assert torch == ["True", "False", "False"]
 
     trials = [double.run(run_id, "layers") for run_id in sweep.handed_out]
     *measured, beyond = trials
     (cell,) = api.ls(client.folder / "results")
     layers = {(run.layer, run.span): run for run in cell.runs}
-    assert set(layers) == {(0, 1), (2, 1), (0, 2)}  # what the sweep asks for, and no more
+    assert set(layers) == {(0, 2), (1, 2)}  # what the sweep asks for, and no more
     said = {"system_instruction": "You are a painter, and you name colours."}
     assert (cell.benchmark.name, cell.benchmark.settings) == ("paint", said)
     page = api.report(client.folder / "results", output=tmp_path / "page.html").files[0]
     assert "paint · 1-shot" in page.read_text(encoding="utf-8")
-    for trial, place in zip(measured, [(0, 1), (0, 2), (2, 1)], strict=True):
+    for trial, place in zip(measured, [(0, 2), (1, 2)], strict=True):
         assert (trial.values["layer"], trial.values["span"]) == place
         assert (trial.job_type, trial.state) == ("layer", "finished")
         assert trial.values["model"] == str(model)
