@@ -54,6 +54,17 @@ def test_a_set_that_the_check_has_not_seen_is_exact(ask, lend, tmp_path: Path) -
     assert np.allclose(measured, gold, atol=1e-3)
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_cells_and_searches_of_a_model_have_one_verdict(ask, lend, tmp_path: Path) -> None:
+    """Was: each step that was tested beside others had the model's class checked once more."""
+    (request,) = ask(strategy="accuracy").calibration()
+    verdicts = []
+    for folder, alone, together in (("one", (1,), (0, 2, 4)), ("other", (3,), (3, 4))):
+        OpenCell(request, lend(tmp_path / folder)).measure([Ablation(alone), Ablation(together)])
+        verdicts.append({path.name for path in tmp_path.glob(f"{folder}/checks/*")})
+    assert verdicts[0] == verdicts[1] != set()
+
+
 def test_sets_are_drawn_of_what_is_removed_together() -> None:
     whole = SearchParts("layer", 30)
     layers = list(_drawn(whole, random.Random(0)))
