@@ -85,7 +85,6 @@ ALL = [
     _family("glm4"),
     _family("smollm3"),
     _family("gpt_neox"),
-    _family("gpt_neox_sequential", "gpt_neox", use_parallel_residual=False),
     _family("gptj"),
     _family("phi"),
     _family("falcon"),
@@ -98,7 +97,6 @@ ALL = [
     ),
     # Sliding windows: in every layer, in some, with soft-capping, with positions of their own.
     _family("mistral"),
-    _family("phi3_sliding", "phi3", sliding_window=WINDOW),
     _family(
         "qwen2_sliding", "qwen2", num_key_value_heads=2, use_sliding_window=True,
         sliding_window=WINDOW,
@@ -128,7 +126,6 @@ ALL = [
     # Recurrent: a token's state is that of the token before it, whatever a mask says.
     _family("mamba", sharing=DEPTH_ONLY, sublayers=False),
     _family("mamba2", sharing=DEPTH_ONLY, sublayers=False),
-    _family("jamba", sharing=DEPTH_ONLY),
     # Eager attention without a mask is not causal: here a layer of the wrong kind shows.
     _family("jamba_eager", "jamba", sharing=DEPTH_ONLY, attn_implementation="eager"),
     _family("recurrent_gemma", sharing=DEPTH_ONLY),

@@ -323,7 +323,6 @@ STREAMS = "residual|streams|shape|dimension"
 ENCODER = "encoder|input_ids|embeddings"
 BUT_THE_EXPORT_RUNS = {
     "deepseek_v4": (STREAMS, {"layer_types": ["sliding_attention"] * 4}),
-    "hy_v4": (STREAMS, {"indexer_types": ["full"] * 4}),
     "openai-gpt": ("list", {}),
     "roberta": (ENCODER, {"is_decoder": True}),
 }
@@ -364,7 +363,7 @@ DISCONTINUOUS = {
     "phimoe": lambda: undecided("phimoe"),
     "mixtral": lambda: undecided("mixtral"),
     # Its keys begin with equal scores, of which it keeps eight.
-    "doge": lambda: tiny("doge", keep_window_size=8),
+    "doge": lambda: tiny("doge", keep_window_size=8, num_hidden_layers=2),
 }
 
 

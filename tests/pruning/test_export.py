@@ -240,7 +240,7 @@ def test_every_kind_of_benchmark_is_given_to_plain_lm_eval(
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("family", ["diffllama", "minicpm3", "gpt2"])
+@pytest.mark.parametrize("family", ["minicpm3", "gpt2"])
 def test_what_a_class_computes_of_places_is_measured_as_it_is_loaded(
     here, family, export, tmp_path
 ):
