@@ -28,7 +28,7 @@ from tracker.models.layers import find_layers
 
 KINDS = (
     "llama", "llama_eager", "gpt2", "opt", "phi", "gemma3_mixed", "mixtral", "deepseek_v3", "bloom",
-    "falcon_alibi", "mamba", "jamba",
+    "falcon_alibi", "mamba", "jamba_eager",
 )  # fmt: skip
 DRAWS = 2
 
