@@ -175,12 +175,14 @@ LONGROPE = {
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 ROTARY = {
     "phi3": lambda: tiny(
-        "phi3", sliding_window=None, rope_parameters=LONGROPE,
+        "phi3", sliding_window=None, rope_parameters=LONGROPE, num_hidden_layers=2,
         original_max_position_embeddings=TRAINED,
     ),
-    "llama": lambda: tiny("llama", rope_parameters=LONGROPE),
-    "minicpm3": lambda: tiny("minicpm3", rope_parameters=LONGROPE),
-    "dynamic": lambda: tiny("llama", max_position_embeddings=TRAINED, rope_parameters=DYNAMIC),
+    "llama": lambda: tiny("llama", rope_parameters=LONGROPE, num_hidden_layers=2),
+    "minicpm3": lambda: tiny("minicpm3", rope_parameters=LONGROPE, num_hidden_layers=2),
+    "dynamic": lambda: tiny(
+        "llama", max_position_embeddings=TRAINED, rope_parameters=DYNAMIC, num_hidden_layers=2
+    ),
 }  # fmt: skip
 BY_LENGTH = {
     "short_beside_long": lambda draw: draw.spoken((20, 20, 30, 90), (2, 3)),
@@ -322,7 +324,10 @@ STREAMS = "residual|streams|shape|dimension"
 """Several of them: what passes between layers is [batch, tokens, streams, hidden]."""
 ENCODER = "encoder|input_ids|embeddings"
 BUT_THE_EXPORT_RUNS = {
-    "deepseek_v4": (STREAMS, {"layer_types": ["sliding_attention"] * 4}),
+    "deepseek_v4": (
+        STREAMS,
+        {"layer_types": ["sliding_attention"] * 2, "num_hidden_layers": 2},
+    ),
     "openai-gpt": ("list", {}),
     "roberta": (ENCODER, {"is_decoder": True}),
 }

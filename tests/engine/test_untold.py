@@ -134,7 +134,7 @@ class LateFading(Fading):
 
 def made(kind: type, **settings: Any) -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(**SMALL, initializer_range=0.3)
+    config = LlamaConfig(**SMALL | {"num_hidden_layers": 3}, initializer_range=0.3)
     for name, value in settings.items():
         setattr(config, name, value)
     return kind(config).float().eval().requires_grad_(False)
