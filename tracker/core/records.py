@@ -76,7 +76,6 @@ class Kind(NamedTuple):
 
 
 _OF_KIND = attrgetter(*Kind._fields)
-_ASKED = attrgetter("component", "span", "layer", "intervention", "number", "repeats", "map")
 Place = tuple[str, str, int]
 """What several records are told apart by: the cell, the view of it, how many documents."""
 NO_REASON = "no reason was recorded"
@@ -135,7 +134,15 @@ class RunIdentity(Record):
     @property
     def asked(self) -> tuple[Component, int, int, Intervention, int | None, int, str | None]:
         """The run as `CellRequest.only` names it."""
-        return _ASKED(self)
+        return (
+            self.component,
+            self.span,
+            self.layer,
+            self.intervention,
+            self.number,
+            self.repeats,
+            self.map,
+        )
 
     @property
     def order(self) -> tuple[int | str, ...]:

@@ -264,14 +264,18 @@ def conduct(study: Study, asked: StudyContext) -> tuple[FindingRecord, Finished,
     outcome = outcome.joined(result.ran)
     failed = (f"{title}: {why}" for title, why in outcome.failed.items())
     places = (*(subject.record.place for subject in subjects), *result.rests_on)
-    said = ("command", "beside", "answers", "tables", "charts", "assumptions")
     finding = FindingRecord(
         study=study.name,
         experiment=asked.asked.name,
         question=study.question,
         lacking=(*result.lacking, *failed),
         rests_on=tuple(dict.fromkeys(places)),
-        **{name: getattr(result, name) for name in said},
+        command=result.command,
+        beside=result.beside,
+        answers=tuple(result.answers),
+        tables=tuple(result.tables),
+        charts=tuple(result.charts),
+        assumptions=tuple(result.assumptions),
     )
     keep_finding(asked.ledger.root, finding)
     return finding, outcome, result

@@ -183,8 +183,12 @@ def _unmeasured(store: CellStore, view: View) -> CellRecord:
     identity = store.identity
     nothing = ("baseline_accuracy", "baseline_low", "baseline_high", "chance_accuracy")
     return CellRecord(
-        **{name: getattr(identity, name) for name in ("key", "model", "benchmark", "provenance")},
-        **{name: getattr(view, name) for name in ("metric", "removed", "beside")},
+        key=identity.key,
+        model=identity.model,
+        benchmark=identity.benchmark,
+        metric=view.metric,
+        removed=view.removed,
+        beside=view.beside,
         n=0,
         tokens=0,
         **dict.fromkeys(nothing),
@@ -193,5 +197,6 @@ def _unmeasured(store: CellStore, view: View) -> CellRecord:
         runs=(),
         correlations=(),
         missing=view.runs,
+        provenance=identity.provenance,
         reasons={"n": "it is being measured"},
     )

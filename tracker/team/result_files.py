@@ -369,7 +369,9 @@ def _request(store: CellStore) -> CellRequest:
         "benchmark": asked.name,
         "layers": (),
         "seed": DEFAULT_SEED if asked.seed is None else asked.seed,
-        **{name: getattr(asked, name) for name in ("num_fewshot", "apply_chat_template", "data")},
+        "num_fewshot": asked.num_fewshot,
+        "apply_chat_template": asked.apply_chat_template,
+        "data": asked.data,
         **{name: _SAID.get(value, value) for name, value in asked.settings.items()},
         **asked.found_by,
     }

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic_core import to_jsonable_python
 
@@ -272,19 +272,18 @@ def text(model: Exported) -> str:
     base, stretch = model.base, model.pruning.repeated
     revision = f" at revision `{base.revision}`" if base.revision else ""
     told = _removed(model) if stretch is None else _repeated(model, stretch)
-    short, what, change, cost, size = told
     parts = [
         f"# {as_markdown(model.name)}",
-        f"`{base.source}`{revision} ({base.architecture}, {base.dtype}) {short}, and not "
+        f"`{base.source}`{revision} ({base.architecture}, {base.dtype}) {told.short}, and not "
         "trained since.",
         _USE,
-        f"## {change}",
-        what,
+        f"## {told.heading}",
+        told.what,
         "Layer of this model → layer of the base, for healing by distillation:",
         f"`{json.dumps(list(model.kept))}`",
-        f"## {cost}",
+        f"## {told.accuracy}",
         accuracy_table(model.accuracy) if model.accuracy else "Not measured.",
-        f"## {size}",
+        f"## {told.size}",
         size_table(model),
         f"{speed(model)} ({model.speed_on}).",
         "## What was proved",
@@ -297,12 +296,21 @@ def text(model: Exported) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _removed(model: Exported) -> tuple[str, ...]:
-    """What a card says of a pruned model: in short, at length, and as three headings."""
+class _Told(NamedTuple):
+    """What a card says of one way to change a model."""
+
+    short: str
+    what: str
+    heading: str
+    accuracy: str
+    size: str
+
+
+def _removed(model: Exported) -> _Told:
     chosen = model.pruning.removed
     gone = tuple(sorted(chosen))
     order = "" if chosen == gone else f", in the order {_listed(chosen)}"
-    return (
+    return _Told(
         f"without {len(gone)} of its {model.before.layers} layers",
         f"Layers {_listed(gone)} (0-based){order}. {_chosen(model)}",
         "What was removed",
@@ -311,12 +319,11 @@ def _removed(model: Exported) -> tuple[str, ...]:
     )
 
 
-def _repeated(model: Exported, stretch: Stretch) -> tuple[str, ...]:
-    """The same of a deepened one."""
+def _repeated(model: Exported, stretch: Stretch) -> _Told:
     clause = f"{stretch.clause[0].upper()}{stretch.clause[1:]}"
     on = model.pruning.calibration
     known = f" It was tried on {as_markdown(on)}, which may have chosen it." if on else ""
-    return (
+    return _Told(
         f"with {stretch.which} of its {model.before.layers} passed {stretch.often}",
         f"{clause} (0-based): {stretch.times} copies, each with its own weights, stand one behind "
         f"the other. The stretch was named by hand.{known}",
