@@ -23,7 +23,8 @@ from tracker.models.sources import find_model, parts_of
 
 if TYPE_CHECKING:
     from tracker.core.documents import Document
-    from tracker.engine.scoring.sweep import Engine
+    from tracker.engine.scoring.sweep import DocumentScores, Engine
+    from tracker.models.load import LoadedModel
 
 T = TypeVar("T")
 _RESET = Path("/proc/self/clear_refs")
@@ -201,12 +202,7 @@ def bench(
 
     ready = prepare(request, options, progress)
     documents, loaded = ready.documents, ready.engine.loaded
-    total = loaded.identity.layers
-    said = {name: getattr(request, name) for name in ("components", "heads", "experts")}
-    alone = {**ONE_EACH, **said, "layers": (), "removed": ()}
-    parts = parts_of(loaded.model.config.get_text_config())
-    asked = with_all_parts(request.model_copy(update=alone), parts)
-    ablations = ablations_of(asked, total)
+    ablations = _every_layer(request, loaded)
 
     check_seconds, engine = None, ready.engine
     if checking:
@@ -218,9 +214,7 @@ def bench(
     batch_size = None
     if weights is None:
         progress.say("lm-eval: trying batch sizes on the baseline")
-        few = documents[:TRIED_DOCUMENTS]
-        tried = {size: plainly(engine, ablations[0], size, few)[0] for size in BATCH_SIZES}
-        batch_size = min(tried, key=tried.__getitem__)
+        batch_size = _fastest_batch(engine, ablations[0], documents)
 
     responses = sum(len(document.requests) for document in documents) * len(ablations)
     progress.start(f"{request.benchmark}: engine", responses)
@@ -232,24 +226,10 @@ def bench(
     progress.finish()
     after = (weights.read_bytes, weights.waited) if weights else (0, 0.0)
 
-    seconds: dict[str, float] = {}
-    differences: list[float] = []
-    disagreements = 0
-    some = [] if batch_size is None else [ablations[0], *_measured(ablations)]
-    for ablation in some:
-        progress.say(f"lm-eval: {ablation.name}")
-        assert batch_size is not None
-        seconds[ablation.name], theirs = plainly(engine, ablation, batch_size, documents)
-        number = ablations.index(ablation)
-        ours = [response for score in scores for response in score.responses[number]]
-        for response, (loglikelihood, greedy) in zip(ours, theirs, strict=True):
-            differences.append(abs(response.loglikelihood - loglikelihood))
-            disagreements += response.greedy != greedy
-    loop_seconds = None
-    if some:
-        baseline, *removed = seconds.values()
-        # A model of one layer has nothing to remove.
-        loop_seconds = baseline + (len(ablations) - 1) * statistics.mean(removed or [0.0])
+    loop = None
+    if batch_size is not None:
+        loop = _loop(engine, documents, ablations, scores, batch_size, progress)
+    loop_seconds = None if loop is None else loop.extrapolated(len(ablations))
     work = cost(loaded.model, documents, ablations, engine.max_length)
     on_cpu = loaded.device.type == "cpu"
     return Bench(
@@ -264,12 +244,12 @@ def bench(
         read_bytes=after[0] - before[0],
         waiting_share=(after[1] - before[1]) / engine_seconds,
         loop_seconds=loop_seconds,
-        loop_evaluations=seconds,
+        loop_evaluations=loop.seconds if loop else {},
         loop_batch_size=batch_size,
         ratio=None if loop_seconds is None else loop_seconds / engine_seconds,
-        largest_difference=max(differences, default=None),
-        greedy_disagreements=disagreements if some else None,
-        requests_compared=len(differences),
+        largest_difference=max(loop.differences, default=None) if loop else None,
+        greedy_disagreements=loop.disagreements if loop else None,
+        requests_compared=len(loop.differences) if loop else 0,
         sharing=str(engine.sharing),
         engine_gflops=work.flops / engine_seconds / 1e9,
         matrix_gflops=matrix_rate(loaded.model.dtype, loaded.device) / 1e9,
@@ -277,6 +257,65 @@ def bench(
         machine=machine(),
         versions=package_versions(),
     )
+
+
+def _every_layer(request: CellRequest, loaded: LoadedModel) -> tuple[Ablation, ...]:
+    """List what a whole sweep of the components that are asked for removes, with the baseline."""
+    said = {name: getattr(request, name) for name in ("components", "heads", "experts")}
+    alone = {**ONE_EACH, **said, "layers": (), "removed": ()}
+    parts = parts_of(loaded.model.config.get_text_config())
+    asked = with_all_parts(request.model_copy(update=alone), parts)
+    return ablations_of(asked, loaded.identity.layers)
+
+
+def _fastest_batch(engine: Engine, baseline: Ablation, documents: Sequence[Document]) -> int:
+    """Try the sizes of batches that lm-eval may be given on some documents."""
+    few = documents[:TRIED_DOCUMENTS]
+    tried = {size: plainly(engine, baseline, size, few)[0] for size in BATCH_SIZES}
+    return min(tried, key=tried.__getitem__)
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """What some evaluations of lm-eval took, the baseline's first, and how far they are from ours.
+
+    Attributes:
+        seconds: By ablation.
+        differences: Of log-likelihoods, a request, in nats.
+        disagreements: How many requests are greedy in one of both alone.
+    """
+
+    seconds: dict[str, float]
+    differences: list[float]
+    disagreements: int
+
+    def extrapolated(self, ablations: int) -> float:
+        """Seconds of so many evaluations; a model of one layer has nothing to remove."""
+        baseline, *removed = self.seconds.values()
+        return baseline + (ablations - 1) * statistics.mean(removed or [0.0])
+
+
+def _loop(
+    engine: Engine,
+    documents: Sequence[Document],
+    ablations: Sequence[Ablation],
+    scores: Sequence[DocumentScores],
+    batch_size: int,
+    progress: Progress,
+) -> _Loop:
+    """Let lm-eval score the baseline and some ablations, and compare every answer."""
+    seconds: dict[str, float] = {}
+    differences: list[float] = []
+    disagreements = 0
+    for ablation in (ablations[0], *_measured(ablations)):
+        progress.say(f"lm-eval: {ablation.name}")
+        seconds[ablation.name], theirs = plainly(engine, ablation, batch_size, documents)
+        number = ablations.index(ablation)
+        ours = [response for score in scores for response in score.responses[number]]
+        for response, (loglikelihood, greedy) in zip(ours, theirs, strict=True):
+            differences.append(abs(response.loglikelihood - loglikelihood))
+            disagreements += response.greedy != greedy
+    return _Loop(seconds, differences, disagreements)
 
 
 def _measured(ablations: Sequence[Ablation]) -> list[Ablation]:

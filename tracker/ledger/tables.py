@@ -67,16 +67,9 @@ def cell_record(
         The record, over the documents that every shown run is measured on. Where these are as many
         as an answer takes, what is said of a run rests on those that were looked at for it.
     """
-    every = outcomes = AlignedOutcomes(store, view)
+    every = AlignedOutcomes(store, view)
+    outcomes, order = _answered(every, store, view, answer)
     identity, metric = store.identity, view.metric
-    order: list[tuple[str, int]] = []
-    if answer is not None and len(outcomes.tasks) < outcomes.wanted:
-        order = shuffled(answer.seed, store.wanted(ALL))
-        outcomes = _beginning(every, view, answer, order)
-        if len(outcomes.tasks) < outcomes.wanted:
-            outcomes = _beginning(every, view, answer, order[: min(r.n for r in answer.runs)])
-        else:
-            order = []  # All that it is about is measured on all documents.
     n, abouts = len(outcomes.tasks), store.abouts()
     unlike = differences(outcomes.stacks)
     reasons: dict[str, str | None] = {
@@ -122,13 +115,15 @@ def cell_record(
         reasons["baseline_low"] = ONE_LOOK
     proxies, experts = LayerProxies(outcomes), ExpertProxies(outcomes)
     looked = {run.order: run for run in answer.runs} if answer and order else {}
-    layers = []
-    for run in outcomes.runs:
+
+    def record_of(run: RunIdentity) -> RunRecord:
         own, bounds = intact, looked.get(run.order)
         if bounds is not None:
             own = Intact(every.of_documents({*order[: bounds.n]}, [run]), texts)
         record = run_record(own, run, proxies.of(run) | experts.of(run), aggregate)
-        layers.append(at_all_looks(record, bounds) if order else record)
+        return at_all_looks(record, bounds) if order else record
+
+    runs = tuple(map(record_of, outcomes.runs))
     return CellRecord(
         **common,
         tokens=int(proxies.tokens.sum()),
@@ -139,10 +134,10 @@ def cell_record(
         baseline_metrics=metric_values(outcomes, INTACT, aggregate),
         baseline_options_logprob=finite(float(outcomes.plain_weights @ outcomes.options(INTACT))),
         **flat(beneath, "removed_accuracy", "removed"),
-        runs=tuple(layers),
+        runs=runs,
         correlations=(
             *_of_layers(outcomes, proxies, raced=bool(order)),
-            *_of_experts(outcomes, experts, layers, raced=bool(order)),
+            *_of_experts(outcomes, experts, runs, raced=bool(order)),
         ),
         reasons=_known(reasons),
     )
@@ -161,6 +156,22 @@ def _took(abouts: Sequence[Mapping[str, Any]]) -> dict[str, float | int | str | 
         "peak_bytes": max(peaks, default=None),
         "measured": measured_last(abouts) or None,
     }
+
+
+def _answered(
+    every: AlignedOutcomes, store: CellStore, view: View, answer: AnswerRecord | None
+) -> tuple[AlignedOutcomes, list[tuple[str, int]]]:
+    """Leave the documents that an answer rests on, and say in which order they were looked at.
+
+    All of them, and no order, where there is none or where all that it is about has them all.
+    """
+    if answer is None or len(every.tasks) == every.wanted:
+        return every, []
+    order = shuffled(answer.seed, store.wanted(ALL))
+    outcomes = _beginning(every, view, answer, order)
+    if len(outcomes.tasks) == outcomes.wanted:
+        return outcomes, []
+    return _beginning(every, view, answer, order[: min(r.n for r in answer.runs)]), order
 
 
 def _beginning(

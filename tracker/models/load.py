@@ -153,51 +153,25 @@ def load_model(
         ModelError: It cannot be read, is no decoder-only language model, or its layers cannot be
             identified.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     config = read_config(source, trust_remote_code)
-    both = getattr(config, "is_encoder_decoder", False)
-    if both or any("MaskedLM" in name for name in config.architectures or []):
-        raise ModelError(
-            f"{source.source} is an {'encoder-decoder' if both else 'encoder'} "
-            f"({config.model_type}); tracker measures decoder-only language models"
-        )
     quantiser = _quantiser(source, config)
-    if quantiser is not None:
-        require(_QUANTISERS[quantiser], f"{source.source} is a {quantiser} checkpoint and")
+    _refuse(source, config, quantiser)
     if source.is_shape:
         write_weights(source, hollow(source, "auto", trust_remote_code))
     place = find_device(device)
     spread = device == SPREAD and torch.cuda.device_count() > 1
     shape = partial(hollow, source, dtype, trust_remote_code)
     where = None if spread else resting(source, shape, place, trust_remote_code, weights, offload)
-    arguments = source.load_arguments(trust_remote_code)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
-        if spread:
-            arguments["device_map"] = "auto"
-        elif quantiser:  # moved once they are there, such weights may be spoiled
-            arguments["device_map"] = {"": str(place)}
-        elif where:
-            # For weights that are in no file as they are used, such as experts'.
-            made = TemporaryDirectory(dir=own_folder("offloaded"))
-            arguments |= _mapped(where, place, offload) | {"offload_folder": made.name}
-        if not source.gguf_file and not trust_remote_code:
-            arguments["use_safetensors"] = True
-        arguments |= _how(source.arguments)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=dtype, output_loading_info=True, **arguments
-        )
-        model = _adapted(model, source, tokenizer)
-    except ModelError:
-        raise
-    except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
-        raise unreadable(source, error) from None
-    if lacking := loading["missing_keys"]:
-        raise ModelError(
-            f"{source.source} lacks weights that its configuration asks for, {min(lacking)} among "
-            "them"
-        )
+    placing: dict[str, Any] = {}
+    if spread:
+        placing = {"device_map": "auto"}
+    elif quantiser:  # moved once they are there, such weights may be spoiled
+        placing = {"device_map": {"": str(place)}}
+    elif where:
+        # For weights that are in no file as they are used, such as experts'.
+        made = TemporaryDirectory(dir=own_folder("offloaded"))
+        placing = _mapped(where, place, offload) | {"offload_folder": made.name}
+    tokenizer, model = _read(source, dtype, trust_remote_code, placing)
     layers, offloaded = find_layers(model), None
     if where:
         offloaded = take_over(model, layers, place, made)
@@ -219,6 +193,46 @@ def load_model(
         arguments={name: str(value) for name, value in source.arguments.items()},
     )
     return LoadedModel(model, tokenizer, layers, identity, place, offloaded)
+
+
+def _refuse(source: ModelSource, config: Any, quantiser: str | None) -> None:
+    """Refuse what is no decoder-only model, and quantised weights without the package for them."""
+    both = getattr(config, "is_encoder_decoder", False)
+    if both or any("MaskedLM" in name for name in config.architectures or []):
+        raise ModelError(
+            f"{source.source} is an {'encoder-decoder' if both else 'encoder'} "
+            f"({config.model_type}); tracker measures decoder-only language models"
+        )
+    if quantiser is not None:
+        require(_QUANTISERS[quantiser], f"{source.source} is a {quantiser} checkpoint and")
+
+
+def _read(
+    source: ModelSource, dtype: str, trusted: bool, placing: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """Read the tokenizer and the model, an adapter in it; no weight may be missing."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    arguments = source.load_arguments(trusted)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
+        if not source.gguf_file and not trusted:
+            arguments["use_safetensors"] = True
+        arguments |= {**placing, **_how(source.arguments)}
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=dtype, output_loading_info=True, **arguments
+        )
+        model = _adapted(model, source, tokenizer)
+    except ModelError:
+        raise
+    except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
+        raise unreadable(source, error) from None
+    if lacking := loading["missing_keys"]:
+        raise ModelError(
+            f"{source.source} lacks weights that its configuration asks for, {min(lacking)} among "
+            "them"
+        )
+    return tokenizer, model
 
 
 def resting(
