@@ -29,7 +29,7 @@ from tracker.ledger.options import judged
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
-from tracker.stats.decisions import LEAST_CHANCE, movement
+from tracker.stats.decisions import least_chance, movement
 
 BATCH_SIZES = (1, 16)
 
@@ -61,7 +61,7 @@ class Found:
     @property
     def within(self) -> np.ndarray:
         """Which documents tracker counts."""
-        return self.chances > LEAST_CHANCE
+        return self.chances > least_chance()
 
 
 def measure(model: str, documents: int, layers: list[int], folder: Path) -> CellRecord:

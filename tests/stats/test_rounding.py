@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tracker.stats.decisions import LEAST_CHANCE, choices, movement, shift, turning, within
+from tracker.stats.decisions import choices, least_chance, movement, shift, turning, within
 
 NONE = math.nan
 DOCUMENTS, OPTIONS = 4000, 4
@@ -43,7 +43,7 @@ def test_as_many_judgements_turn_round_as_are_expected_and_nearly_all_are_counte
     turned = (choices(one) == gold) != (choices(other) == gold)
     assert turned.sum() > 40, "there is something to count"
     assert chances.sum() == pytest.approx(turned.sum(), rel=0.2)
-    assert (chances[turned] > LEAST_CHANCE).mean() > 0.95
+    assert (chances[turned] > least_chance()).mean() > 0.95
     assert turned.sum() < within(chances) < 6 * turned.sum()
 
 

@@ -17,9 +17,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import scipy  # what takes long to import, stats above all, comes when it is used
+import scipy  # what takes long to import comes when it is used
 from numpy.typing import ArrayLike
-from scipy import special
 
 from tracker.core.estimates import Estimate
 from tracker.stats.arrays import Array, Numbers, divided
@@ -346,7 +345,7 @@ def _t_interval(values: Array, shares: Array) -> tuple[float | None, float | Non
         return None, None
     mean = float(values @ shares)
     error = math.sqrt(float(shares**2 @ (values - mean) ** 2) / (1 - concentration))
-    half = float(special.stdtrit(1 / concentration - 1, (1 + LEVEL) / 2)) * error
+    half = float(scipy.special.stdtrit(1 / concentration - 1, (1 + LEVEL) / 2)) * error
     return mean - half, mean + half
 
 
@@ -357,5 +356,5 @@ def _adjusted_wald(values: Array, shares: Array, extra: tuple[float, ...]) -> tu
     weights = np.concatenate([shares, np.full(len(extra), 1 / n)]) / (1 + len(extra) / n)
     mean = float(padded @ weights)
     error = math.sqrt(float(weights**2 @ (padded - mean) ** 2))
-    half = float(special.ndtri((1 + LEVEL) / 2)) * error
+    half = float(scipy.special.ndtri((1 + LEVEL) / 2)) * error
     return mean - half, mean + half

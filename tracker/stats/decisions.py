@@ -22,9 +22,8 @@ import itertools
 import math
 
 import numpy as np
-import scipy  # what takes long to import, stats above all, comes when it is used
+import scipy  # what takes long to import comes when it is used
 from numpy.typing import NDArray
-from scipy import special
 
 from tracker.stats.arrays import Array
 from tracker.stats.power import ALPHA
@@ -154,9 +153,11 @@ def shares(taken: Array, options: int) -> Array:
 
 WITHIN = 2.0
 """A judgement is within rounding where its margin is less than so many standard deviations."""
-LEAST_CHANCE = float(special.ndtr(-WITHIN))
-"""The chance that rounding turns a judgement round whose margin is just `WITHIN`."""
-_BOTH_SIDES = float(special.ndtri(0.975))
+
+
+def least_chance() -> float:
+    """The chance that rounding turns a judgement round whose margin is just `WITHIN`."""
+    return float(scipy.special.ndtr(-WITHIN))
 
 
 def movement(scores: Array, again: Array) -> float | None:
@@ -211,7 +212,7 @@ def turning(scores: Array, gold: Array, moved: float) -> Array:
     mine = scores[known, gold[known].astype(int)]
     size = np.hypot(mine, mine - margin[known])
     with np.errstate(divide="ignore", invalid="ignore"):
-        found[known] = special.ndtr(-np.abs(margin[known]) / (moved * size))
+        found[known] = scipy.special.ndtr(-np.abs(margin[known]) / (moved * size))
     return found
 
 
@@ -228,7 +229,7 @@ def within(chances: Array) -> int:
         >>> within(np.array([0.5, 0.159, 0.02, 0.0]))
         2
     """
-    return int((chances > LEAST_CHANCE).sum())
+    return int((chances > least_chance()).sum())
 
 
 def shift(chances: Array, weights: Array) -> float:
@@ -248,4 +249,5 @@ def shift(chances: Array, weights: Array) -> float:
         >>> round(shift(np.array([0.5, 0.5] + [0.0] * 14), np.full(16, 1 / 16)), 3)
         0.087
     """
-    return _BOTH_SIDES * math.sqrt(float(weights**2 @ (chances * (1 - chances))))
+    both_sides = float(scipy.special.ndtri(0.975))
+    return both_sides * math.sqrt(float(weights**2 @ (chances * (1 - chances))))

@@ -10,14 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import scipy  # what takes long to import, stats above all, comes when it is used
-from scipy import special
+import scipy  # what takes long to import comes when it is used
 
 ALPHA = 0.05
 POWER = 0.8
 MEANT = 0.03
 """The drop, a fraction, for which is said how many documents reveal it."""
-_POWER_Z = float(special.ndtri(POWER))
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,11 @@ class OutcomeVariance:
 
     def _product(self, change: float, tests: int) -> float:
         """How many documents reveal a change, times its square."""
-        level = float(special.ndtri(1 - ALPHA / (2 * tests)))
+        level, power = map(float, scipy.special.ndtri([1 - ALPHA / (2 * tests), POWER]))
         if not self.binary:
-            return (level + _POWER_Z) ** 2 * self.variance
+            return (level + power) ** 2 * self.variance
         share = max(self.variance, change)
-        return float((level * math.sqrt(share) + _POWER_Z * math.sqrt(share - change**2)) ** 2)
+        return float((level * math.sqrt(share) + power * math.sqrt(share - change**2)) ** 2)
 
 
 UNRELATED = OutcomeVariance(0.5, binary=True)

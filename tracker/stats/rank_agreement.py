@@ -18,9 +18,8 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
-import scipy  # what takes long to import, stats above all, comes when it is used
+import scipy  # what takes long to import comes when it is used
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 from tracker.stats.arrays import Array, Numbers, divided
 
@@ -63,7 +62,7 @@ def surrogate_series(values: Array, draws: int, seed: int) -> Array:
 def _drawn_orders(ranks: tuple[float, ...], draws: int, seed: int) -> NDArray[np.int32]:
     """Draw the places of a series' values, ascending, which its ranks decide: `[draws, layers]`."""
     generator = np.random.default_rng(seed)
-    scores = special.ndtri(np.array(ranks) / (len(ranks) + 1))
+    scores = scipy.special.ndtri(np.array(ranks) / (len(ranks) + 1))
     chosen = generator.choice(_SMOOTHNESS, size=draws, p=_likely(scores))
     series = generator.standard_normal((len(ranks), draws))
     for layer in range(1, len(ranks)):

@@ -14,8 +14,8 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
+import scipy  # what takes long to import comes when it is used
 from numpy.typing import NDArray
-from scipy import special
 
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import LEVEL
@@ -89,7 +89,7 @@ def together(
     @cache
     def factor(freedom: float) -> float:
         levels = [1 - (1 - LEVEL) / (2 * family), (1 + LEVEL) / 2]
-        wide, narrow = special.stdtrit(freedom, levels)
+        wide, narrow = scipy.special.stdtrit(freedom, levels)
         return float(wide / narrow)
 
     def widened(figure: Estimate, count: int) -> Estimate:
