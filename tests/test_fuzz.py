@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"), [("experiments", 100), ("command_lines", 60), ("configurations", 10)]
+    ("kind", "count"), [("experiments", 60), ("command_lines", 60), ("configurations", 10)]
 )
 def test_whatever_is_typed_ends_in_words(model, tmp_path, kind, count):
     found = getattr(tried, kind)(model, count, SEED, tmp_path)
@@ -35,7 +35,7 @@ def test_whatever_is_typed_ends_in_words(model, tmp_path, kind, count):
     assert found.counts[tried.FINE], "all of it is nonsense, so little is tried"
 
 
-@pytest.mark.parametrize(("kind", "count"), [("caches", 3), ("months", 2)])
+@pytest.mark.parametrize(("kind", "count"), [("caches", 1), ("months", 1)])
 def test_whatever_others_do_to_a_folder_changes_no_figure(model, tmp_path, kind, count):
     found = getattr(folders, kind)(model, count, SEED, tmp_path)
     assert not found.finds, "\n\n".join(found.finds)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import tracker
@@ -43,6 +42,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def adapter(tmp_path: Path, tiny_llama: Callable[..., Path]) -> tuple[Path, Path]:
     """A model's folder and a LoRA adapter's."""
+    from peft import LoraConfig, get_peft_model  # seconds, for every worker that collects
+
     base = tiny_llama()
     torch.manual_seed(1)
     settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -217,7 +218,7 @@ class TestArguments:
     def test_an_adapter_that_is_in_the_prompt(
         self, tmp_path: Path, tiny_llama: Callable[..., Path]
     ) -> None:
-        from peft import PromptTuningConfig
+        from peft import PromptTuningConfig, get_peft_model
 
         base = tiny_llama()
         settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)

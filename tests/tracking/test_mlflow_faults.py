@@ -99,24 +99,6 @@ def test_a_server_that_is_slow_is_given_up(
     complete(server, "slow", cell_record(), file, results)
 
 
-def test_a_server_that_is_stopped_in_the_middle(
-    own: MlflowServer, results: Path, file: Path
-) -> None:
-    cell = cell_record()
-    with Gate(own.address) as gate:
-        gate.at[MIDDLE] = own.stop
-        backend = MlflowBackend("stopped", results, gate.address)
-        with pytest.raises(TrackingError, match="did not take the runs"):
-            backend.publish(cell, [file], {})
-        with pytest.raises(TrackingError, match="did not take the runs"):
-            backend.publish(cell, [file], {})
-        own.start()
-        there = len(Store(own.address, "stopped").runs)
-        assert 0 < there < 5, "it was stopped in the middle"
-        backend.publish(cell, [file], {})
-    complete(own.address, "stopped", cell, file, results)
-
-
 @contextmanager
 def no_file_grows_beyond(size: int, processes: list[psutil.Process]) -> Iterator[None]:
     """What a full disk does, by the limit that the kernel has for it."""
