@@ -259,7 +259,7 @@ def bench(
     )
 
 
-def _every_layer(request: CellRequest, loaded: LoadedModel) -> tuple[Ablation, ...]:
+def _every_layer(request: CellRequest, loaded: LoadedModel) -> list[Ablation]:
     """List what a whole sweep of the components that are asked for removes, with the baseline."""
     said = {name: getattr(request, name) for name in ("components", "heads", "experts")}
     alone = {**ONE_EACH, **said, "layers": (), "removed": ()}
