@@ -1,4 +1,4 @@
-"""The independent truth: one plain forward pass a request, on a copy that nothing ran before.
+"""The independent truth: one plain forward pass a text, on a copy that nothing ran before.
 
 Nothing here knows the engine. A layer is taken out in one of two ways: its forward returns its
 input (`without`), or a model with a cut configuration is made and given the remaining weights
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tracker.core.documents import Document, Request
+from tracker.core.documents import Document
 
 Without = Callable[[Any, Collection[int]], Any]
 """Makes a copy of a model that lacks some layers."""
@@ -65,13 +65,27 @@ def exported(model: Any, removed: Collection[int]) -> Any:
     return smaller
 
 
-def loglikelihood(model: Any, request: Request, max_length: int) -> float:
-    """Read what lm-eval reads, in one pass of a copy, and sum what the continuation gets."""
-    tokens = (request.context + request.continuation)[-(max_length + 1) :][:-1]
+def logits(model: Any, tokens: Sequence[int]) -> torch.Tensor:
+    """What a copy says of each token of a text, in one pass, in double precision."""
     with torch.inference_mode():
-        logits = copy.deepcopy(model)(torch.tensor([tokens])).logits[0].double()
-    logprobs = logits[-len(request.continuation) :].log_softmax(-1)
-    return float(logprobs.gather(1, torch.tensor(request.continuation)[:, None]).sum())
+        return copy.deepcopy(model)(torch.tensor([tokens])).logits[0].double()
+
+
+def loglikelihoods(model: Any, document: Document, max_length: int) -> list[float]:
+    """Read what lm-eval reads, and sum what each continuation gets.
+
+    Requests that differ in their last token alone have the model read the same: it does so once.
+    """
+    found = []
+    said: dict[tuple[int, ...], torch.Tensor] = {}
+    for request in document.requests:
+        text = (request.context + request.continuation)[-(max_length + 1) :][:-1]
+        if text not in said:
+            said[text] = logits(model, text)
+        logprobs = said[text][-len(request.continuation) :].log_softmax(-1)
+        wanted = torch.tensor(request.continuation)[:, None]
+        found.append(float(logprobs.gather(1, wanted).sum()))
+    return found
 
 
 def truths(
@@ -83,7 +97,4 @@ def truths(
 ) -> list[list[list[float]]]:
     """For each document, each set of removed layers and each request, its log-likelihood."""
     ablated = [ablate(model, layers) for layers in removed]
-    return [
-        [[loglikelihood(one, request, max_length) for request in d.requests] for one in ablated]
-        for d in documents
-    ]
+    return [[loglikelihoods(one, d, max_length) for one in ablated] for d in documents]
