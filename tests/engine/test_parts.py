@@ -95,13 +95,20 @@ def deeper(family, model, ablation):
     return made
 
 
-def _agree(scores, ablations, make):
+def _agree(model, ablations, make):
+    """Hold what is shared, however much, against models that are changed by `make`."""
+    documents = make_documents(3)
+    ways = [
+        engine_of(model, sharing, row_tokens=40).score(documents, ablations)
+        for sharing in (FULL, DEPTH_ONLY, PLAIN)
+    ]
     for number, ablation in enumerate(ablations):
         changed = make(ablation)
-        for score in scores:
-            right = answers(changed, score.document)
-            for ours, (expected, _) in zip(score.responses[number], right, strict=True):
-                assert ours.loglikelihood == pytest.approx(expected, abs=2e-3), ablation.name
+        for scores in zip(*ways, strict=True):
+            right = answers(changed, scores[0].document)
+            for score in scores:
+                for ours, (expected, _) in zip(score.responses[number], right, strict=True):
+                    assert ours.loglikelihood == pytest.approx(expected, abs=2e-3), ablation.name
 
 
 @pytest.mark.parametrize("family", PROJECTIONS)
@@ -111,10 +118,7 @@ def test_a_model_without_a_head_is_one_whose_projection_ignores_it(family):
     groups = getattr(model.config.get_text_config(), "num_key_value_heads", 4)
     if groups == 4 or family == "deepseek_v3":  # whose heads share nothing that is kept
         alone = [a for a in alone if all(part.component == "head" for part in a.parts)]
-    for sharing in (FULL, DEPTH_ONLY, PLAIN):
-        engine = engine_of(model, sharing, row_tokens=40)
-        scores = engine.score(make_documents(3), alone)
-        _agree(scores, alone, lambda ablation: _without_heads(model, family, ablation))
+    _agree(model, alone, lambda ablation: _without_heads(model, family, ablation))
 
 
 @pytest.mark.parametrize("sharing", [FULL, DEPTH_ONLY], ids=["full", "depth"])
@@ -127,12 +131,9 @@ def test_heads_share_a_layer_with_all_else_that_is_done_to_it(sharing):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2", "mixtral"])
-@pytest.mark.parametrize("sharing", [FULL, DEPTH_ONLY, PLAIN], ids=["full", "depth", "plain"])
-def test_a_model_that_passes_layers_again_is_a_deeper_one(family, sharing):
+def test_a_model_that_passes_layers_again_is_a_deeper_one(family):
     model = tiny_model(family)
-    engine = engine_of(model, sharing, row_tokens=40)
-    scores = engine.score(make_documents(3), STRETCHES)
-    _agree(scores, STRETCHES, lambda ablation: deeper(family, model, ablation))
+    _agree(model, STRETCHES, lambda ablation: deeper(family, model, ablation))
 
 
 def test_what_parts_cost_is_what_they_pass():
