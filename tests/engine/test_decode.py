@@ -18,7 +18,8 @@ from tracker.engine.scoring.sweep import Engine
 
 ABLATIONS = [
     INTACT,
-    *(ablate(part, [layer]) for part in ("layer", "attention", "mlp") for layer in range(4)),
+    *(ablate("layer", [layer]) for layer in range(4)),
+    *(ablate(part, [layer]) for part in ("attention", "mlp") for layer in (0, 3)),
     ablate("layer", [1, 2]),
     ablate("mlp", [0], removed=[3]),
 ]  # fmt: skip
@@ -28,7 +29,7 @@ PROMPT = torch.tensor([[5, 9, 23, 7, 80, 41, 3, 11, 2, 66]])
 
 def generate(model, ids, **cached):
     return model.generate(
-        ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None, **cached
+        ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, **cached
     ).tolist()
 
 
