@@ -163,17 +163,18 @@ def tried(
     costs: Mapping[int, float],
     documents: int,
     studies: bool = False,
+    pages: bool = True,
 ) -> Iterator[tuple[dict[str, list[str]], dict[str, list[str]]]]:
     """Make results folders, and read each beside the next: what is said, and what is not so.
 
-    Of `studies` too, which take seconds.
+    Of `studies` too, which take seconds, and of `pages` and commands.
     """
     made, pairs = [folder / str(seed) for seed in seeds], PAIRS if studies else 0
     for results in made:
         name = f"made-up-{results.name}"
         write_results(results, int(results.name), costs, documents, name, pairs)
     for results, rival in zip(made, [*made[1:], made[0]], strict=True):
-        said = read(results, rival)
+        said = read(results, rival) if pages else {}
         if studies:
             answers = said_by_studies(results, costs, int(results.name))
             said |= {"studies": [*chain(*map(sentences, answers))]}

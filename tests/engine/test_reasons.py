@@ -21,10 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 STATE = "because it keeps a state of its own for each text"
 BATCH = "nothing is shared, because its layers refuse the states of several ablations as one batch"
 CACHE = "its cache cannot be rewound"
-FAMILY = {
-    "nemotron_h": STATE, "minimax": STATE, "gpt_bigcode": BATCH, "xglm": BATCH, "trocr": BATCH,
-    "xmod": BATCH, "dots3_note": CACHE,
-}  # fmt: skip
+FAMILY = {"nemotron_h": STATE, "gpt_bigcode": BATCH, "xmod": BATCH, "dots3_note_text": CACHE}
 
 
 def test_where_a_layer_stays_in_its_place_it_is_said() -> None:
@@ -44,9 +41,21 @@ def xmod() -> Any:
     return tiny("xmod", is_decoder=True, default_language="en_XX")
 
 
+def dots3() -> Any:
+    """Dots 3, whose cache holds what its indices were chosen from."""
+    kinds = ["full_attention", "sliding_attention"]
+    return tiny(
+        "dots3_note_text", num_hidden_layers=2, layer_types=kinds, mlp_layer_types=["dense"] * 2
+    )
+
+
+MADE = {"xmod": xmod, "dots3_note_text": dots3}
+"""Those that are other than the registry's."""
+
+
 @pytest.mark.parametrize("family", FAMILY)
 def test_it_is_one_sentence_without_what_the_model_s_code_raised(family: str) -> None:
-    model = xmod() if family == "xmod" else next(variants(family)).model()
+    model = MADE[family]() if family in MADE else next(variants(family)).model()
     # A token whose embedding is zero would be a question of its own.
     model.get_input_embeddings().weight[0] = 1
     engine = engine_of(model)
