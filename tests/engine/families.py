@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -145,6 +145,7 @@ ALL = [
 FAMILIES = {family.name: family for family in ALL}
 
 
-def tiny_model(family: str) -> Any:
+def tiny_model(family: str, **changes: Any) -> Any:
     """Make a random model of a family, with weights large enough that layers matter."""
-    return FAMILIES[family].model()
+    found = FAMILIES[family]
+    return replace(found, changes={**found.changes, **changes}).model()

@@ -84,20 +84,26 @@ def test_a_wrong_number_is_seen_and_named():
     assert "on the really pruned model" in found.wrong
 
 
+def shallow():
+    """A Llama of two layers."""
+    return tiny_model("llama", num_hidden_layers=2)
+
+
 def test_a_verdict_is_kept_and_a_damaged_one_is_made_again(spy):
-    documents, kept, engine = make_documents(3), Memory(), engine_of("llama")
-    first = check(engine, documents, ABLATIONS, kept)
+    documents, kept, engine = make_documents(3), Memory(), engine_of(shallow())
+    asked = single_layers((0, 1))
+    first = check(engine, documents, asked, kept)
     # With short texts, and with texts as long as these.
     names = ("check_miniature", "check_longer_texts")
     made = [spy(module, name, lambda *_: True) for name in names]
-    assert check(engine, documents, ABLATIONS, kept).engine.sharing == first.engine.sharing
+    assert check(engine, documents, asked, kept).engine.sharing == first.engine.sharing
     assert made == [[], []]
     for place, key in enumerate(list(kept)):
         kept[key] = "{"
-        assert check(engine, documents, ABLATIONS, kept).engine.sharing == first.engine.sharing
+        assert check(engine, documents, asked, kept).engine.sharing == first.engine.sharing
         assert [len(calls) for calls in made] == [1, place]
         assert json.loads(kept[key])["sharing"]["depth"] is True
-    check(engine, documents, [*ABLATIONS, ablate("mlp", [1])], kept)
+    check(engine, documents, [*asked, ablate("mlp", [1])], kept)
     assert len(kept) == 4, "another ablation is another question"
 
 
@@ -285,10 +291,10 @@ def test_a_token_whose_embedding_is_zero_is_looked_for_in_all_that_is_read(monke
 
 
 def test_texts_that_hold_such_a_token_are_another_question():
-    engine, kept = engine_of("llama"), Memory()
+    engine, kept = engine_of(shallow()), Memory()
     for last in (6, 0):
         asked = asking(((5, last), (7,)), ((5, last), (8,)))
-        assert check(engine, [asked], ABLATIONS, kept).engine.sharing == FULL
+        assert check(engine, [asked], single_layers((0,)), kept).engine.sharing == FULL
     assert len(kept) == 4
 
 
@@ -382,13 +388,13 @@ def test_a_second_cell_finds_the_model_as_the_first_one_did():
     """Dynamic rotary factors grow with a long text and stay: not from one cell to the next."""
     from transformers import AutoModelForCausalLM
 
-    config = tiny_model("llama").config
+    config = shallow().config
     config.max_position_embeddings = 20
     config.rope_parameters = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 4.0}
     model = AutoModelForCausalLM.from_config(config).eval()
     documents = make_documents(4, shared=20)
     before = model.model.rotary_emb.inv_freq.clone()
-    first = check(engine_of(model), documents, ABLATIONS)
+    first = check(engine_of(model), documents, single_layers((0,)))
     assert first.engine.quirks.leftovers
-    first.engine.score(documents, ABLATIONS)
+    first.engine.score(documents, single_layers((0,)))
     assert torch.equal(model.model.rotary_emb.inv_freq, before)

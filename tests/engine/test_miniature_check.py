@@ -281,7 +281,7 @@ class TestCheck:
         )
         request.addfinalizer(lambda: torch.set_num_threads(1))
         torch.set_num_threads(2)
-        engine = engine_of("llama")
+        engine = engine_of(tiny_model("llama", num_hidden_layers=2))
         verdict_on(engine, ABLATIONS[:2])
         check_longer_texts(engine, ABLATIONS, Verdict(FULL), (64, 64, 64), False)
         assert (set(rows), set(texts)) == ({2}, {1})
