@@ -159,8 +159,9 @@ def test_the_check_on_a_miniature_finds_them_exact(family):
 
 def test_embeddings_that_reach_layers_another_way_are_found_out():
     """Zamba 2 gives its layers the embedding beside the hidden state."""
-    engine = engine_of(tiny_model("zamba2"))
-    for ablation in (Ablation((1,)), Ablation(rounded=(EMBEDDING[1],))):
+    kinds = ["linear_attention", "hybrid"]
+    engine = engine_of(tiny_model("zamba2", num_hidden_layers=2, layers_block_type=kinds))
+    for ablation in (Ablation((0,)), Ablation(rounded=(EMBEDDING[1],))):
         verdict = check_miniature(engine, [INTACT, ablation], (), blank=False)
         assert verdict.sharing.depth == (not ablation.rounded)
 
