@@ -94,7 +94,7 @@ def asked_of(model):
     first, last = there[0], there[-1]
     return [
         INTACT,
-        *(experts(layer, number) for layer in (first, last) for number in range(5)),
+        *(experts(layer, number) for layer in (first, last) for number in (0, 3, 4)),
         experts(first, 1, 3),
         Ablation(parts=(Part("expert", first, 2), Part("expert", last, 0))),
     ]
@@ -115,7 +115,7 @@ def test_a_model_without_an_expert_is_one_that_never_had_it(family):
             for score, expected in zip(scores, right[number], strict=True):
                 for ours, (loglikelihood, _) in zip(score.responses[number], expected, strict=True):
                     assert ours.loglikelihood == pytest.approx(loglikelihood, abs=1e-3), ablation
-    moved = [abs(right[n][d][0][0] - right[0][d][0][0]) for n in range(1, 11) for d in range(3)]
+    moved = [abs(right[n][d][0][0] - right[0][d][0][0]) for n in range(1, 7) for d in range(3)]
     assert sum(move > 0.01 for move in moved) > len(moved) / 3
 
 

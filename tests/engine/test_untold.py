@@ -335,7 +335,6 @@ def test_what_no_truth_can_be_had_of_is_refused_in_words(kind: type, contexts, s
         ((40, 45, 60), 300, 4, 1),
         # Also where that is a product beyond the lengths that are all asked: (5 + 2 · 3) · 112 =
         # 1,232 tokens; from its 2,017th on this one cannot be asked at all.
-        ((1200, 1240), 2048, 112, 3),
         ((1240,), 2048, 112, 3),
     ],
 )

@@ -145,7 +145,6 @@ def rejected_by_free_shuffles(x: Array, y: Array) -> float:
     ("rho_x", "rho_y", "layers", "coefficient"),
     [
         (0.0, 0.0, 30, "spearman"),
-        (0.5, 0.5, 30, "spearman"),
         (0.9, 0.9, 30, "spearman"),
         (0.9, 0.9, 30, "kendall"),
         (0.9, 0.9, 30, "pearson"),
