@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tracker.core.documents import Document
+from tracker.core.documents import Document, Request
 
 Without = Callable[[Any, Collection[int]], Any]
 """Makes a copy of a model that lacks some layers."""
@@ -71,14 +71,19 @@ def logits(model: Any, tokens: Sequence[int]) -> torch.Tensor:
         return copy.deepcopy(model)(torch.tensor([tokens])).logits[0].double()
 
 
-def loglikelihoods(model: Any, document: Document, max_length: int) -> list[float]:
-    """Read what lm-eval reads, and sum what each continuation gets.
+def loglikelihood(model: Any, request: Request, max_length: int) -> float:
+    """Read what lm-eval reads, in one pass of a copy, and sum what the continuation gets."""
+    return loglikelihoods(model, [request], max_length)[0]
 
-    Requests that differ in their last token alone have the model read the same: it does so once.
+
+def loglikelihoods(model: Any, requests: Iterable[Request], max_length: int) -> list[float]:
+    """The same of several requests.
+
+    Those that differ in their last token alone have the model read the same: it does so once.
     """
     found = []
     said: dict[tuple[int, ...], torch.Tensor] = {}
-    for request in document.requests:
+    for request in requests:
         text = (request.context + request.continuation)[-(max_length + 1) :][:-1]
         if text not in said:
             said[text] = logits(model, text)
@@ -97,4 +102,4 @@ def truths(
 ) -> list[list[list[float]]]:
     """For each document, each set of removed layers and each request, its log-likelihood."""
     ablated = [ablate(model, layers) for layers in removed]
-    return [[loglikelihoods(one, d, max_length) for one in ablated] for d in documents]
+    return [[loglikelihoods(one, d.requests, max_length) for one in ablated] for d in documents]
