@@ -173,6 +173,7 @@ def test_another_week_measures_nothing_and_wrong_requests_are_refused(found, tmp
     assert "which map has which format" in layers
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(("tied", "by"), [(False, "map"), (True, "layer")])
 def test_experts_embedding_and_head_get_formats_and_routers_none(tied, by, tmp_path):
     """A budget of the whole is not one of a mixture's experts, nor of the ends, the largest here.
@@ -227,6 +228,7 @@ def test_experts_embedding_and_head_get_formats_and_routers_none(tied, by, tmp_p
     assert done.finding.again.endswith("--embeddings") or " --embeddings " in done.finding.again
 
 
+@pytest.mark.usefixtures("here")
 def test_what_text_chose_is_saved_and_not_scored_by_lm_eval(tmp_path, capsys):
     model = save_llama(tmp_path / "tiny", layers=2, hidden_size=64, intermediate_size=96)
     (tmp_path / "own.txt").write_text(

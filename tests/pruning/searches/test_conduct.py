@@ -319,6 +319,7 @@ def test_sharing_is_checked_whenever_another_kind_of_removal_comes(
     assert checked == [{0, 1}, {0, 2}]
 
 
+@pytest.mark.usefixtures("here")
 def test_one_command_saves_the_recommended_and_its_card_says_how_it_was_chosen(
     write, prune, truth, tmp_path: Path
 ) -> None:
