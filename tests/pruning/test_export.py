@@ -250,7 +250,7 @@ def test_what_a_class_computes_of_places_is_measured_as_it_is_loaded(
     config.vocab_size = save_tokenizer(tmp_path / "base", bos=False)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    done = export(tmp_path / "base", [0], benchmark="arc_easy", data=DATA, limit=6)
+    done = export(tmp_path / "base", [0], benchmark="copa", data=DATA, limit=6)
     assert done.proof.documents == 6
     assert done.proof.loglikelihood < 1e-3
 

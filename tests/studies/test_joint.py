@@ -24,7 +24,7 @@ from tracker.studies.joint.layout import strongest
 
 from .conftest import asked_for, column, stores
 
-DOCUMENTS = 16
+DOCUMENTS = 8
 RECORD: Any = SimpleNamespace(
     title="a cell", n=40, model=SimpleNamespace(name="m"), benchmark=SimpleNamespace(title="b")
 )

@@ -145,7 +145,7 @@ def test_what_stops_at_an_answer_is_of_the_documents_that_all_maps_share(tmp_pat
     """Errors are observed of no others, and what would hold for one look is not said."""
     asked = {"map": ["mlp.down_proj", "embedding"], "intervention": ["int4_row"]}
     asked |= {"until": "drop within 7 pp"}
-    raced = small("precision", tmp_path, ["arc_easy"], None, **asked)
+    raced = small("precision", tmp_path, ["openbookqa"], None, **asked)
     (record,) = tracker.ls(raced.results)
     assert record.is_stopped
     assert len({run.n for run in record.answer.runs}) > 1  # some are looked at longer

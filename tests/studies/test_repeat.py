@@ -26,7 +26,7 @@ from .conftest import Small, column, plain, small
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> Small:
-    return small("repeat", tmp_path_factory.mktemp("repeat"), ["arc_easy"], 24)
+    return small("repeat", tmp_path_factory.mktemp("repeat"), ["copa"], 24)
 
 
 def _frames(results: Path) -> dict[str, pd.DataFrame]:
@@ -80,7 +80,6 @@ def test_a_file_may_race_its_stretches(found: Small, tmp_path: Path):
         found.path,
         results=tmp_path / "raced",
         track=[],
-        benchmark="copa",
         sample=None,
         until="prune 2 within 20 pp",
     )
@@ -123,7 +122,7 @@ def test_documents_that_may_have_chosen_a_stretch_are_known_when_it_is_saved(fou
     stores = {store.identity.benchmark.settings["part"]: store for store in ledger.cells()}
     model = stores["test"].identity.model
     known = tried(ledger, model, Stretch(1, 3))
-    assert known.calibration == "24 documents of arc_easy (calibration)"
+    assert known.calibration == "24 documents of copa (calibration)"
     asked = Extent(sample=24)
     chose = {part: that_chose(ledger, known, store, asked) for part, store in stores.items()}
     assert chose == {"calibration": 24, "test": 0}

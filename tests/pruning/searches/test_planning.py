@@ -11,7 +11,7 @@ from tests.conftest import printed
 from tracker.core.config import CellRequest
 from tracker.ledger.store import Ledger
 from tracker.measuring.planning import plan
-from tracker.pruning.search.cells import Lender
+from tracker.pruning.search.cells import Lender, OpenCell
 from tracker.pruning.search.planning import plan_searches
 from tracker.pruning.search.request import SearchRequest
 from tracker.pruning.search.search import budget_of, search
@@ -21,6 +21,8 @@ from .conftest import DOCUMENTS, GO, LAYERS
 
 STAYS = [{}, {"protect": "0"}, {"at_least": "odd=1"}]
 PROXIES = ["cosine", "relative_update", "perplexity", "taylor"]
+CELLS: dict[CellRequest, OpenCell] = {}
+"""Those that are open: of all searches here the same."""
 PROXIES += [*(f"{name}_oneshot" for name in PROXIES), "angular"]
 
 
@@ -36,7 +38,7 @@ def test_a_search_takes_what_was_said(
 ) -> None:
     request, lender = ask(strategy=strategy, **stays), lend()
     ((said,), (test,)) = plan_searches([request], Ledger(tmp_path / "new"))
-    found = list(search(request, budget_of(request, lender), lender, {}))
+    found = list(search(request, budget_of(request, lender), lender, CELLS))
     costs = [each.cost for each in found]
     # Sets that a beam comes to on two ways are scored once; what went says what of a kind may go.
     off = 0.15 if strategy == "beam" or "at_least" in stays else 0.0
