@@ -18,10 +18,11 @@ from tests.runner.test_formats import save_mixture
 from tests.studies.conftest import column, plain
 from tracker import api
 from tracker.cli.terminal import Show
+from tracker.core.findings import FindingRecord
 from tracker.core.weight_formats import FORMATS
 from tracker.ledger.files import read_note
 from tracker.ledger.outcomes import METRIC
-from tracker.ledger.store import Ledger
+from tracker.ledger.store import Ledger, listed
 from tracker.models.quantised import in_format
 
 WORDS = ("q4_0", "q8_0")
@@ -161,16 +162,15 @@ def test_another_week_measures_nothing_and_wrong_requests_are_refused(found, tmp
         assert (wrong.exit_code, said in wrong.output) == (2, True), wrong.output
     assert not (tmp_path / "new").exists()
     # Another budget is another answer about the same file, and stands beside it.
-    other = {**BUDGET, "budget": "7bpw"}
-    beside = api.quantise(str(model), **ASKED, **other, results=results, track=[]).finding
-    kept = [*(results / "studies").glob("quantise--*.json")]
-    assert len(kept) == 2
-    assert done.finding.again.startswith("tracker quantise --budget 6bpw --format q4_0,q8_0 ")
-    assert beside.again.startswith("tracker quantise --budget 7bpw --format q4_0,q8_0 ")
-    plainly = ("--budget=7bpw", "--format=int8,int4_row", "--by=layer", "--refine=0", "--pairs=0")
-    layers = printed(*told, *plainly)
-    assert ("swap" in layers, "pair" in layers) == (False, False)
-    assert "which map has which format" in layers
+    other = {**BUDGET, "budget": "7bpw", "test_sample": 10}
+    other |= {"results": results, "track": "none", "refine": 0, "pairs": 0}
+    words = (f"--{key.replace('_', '-')}={value}" for key, value in {**ASKED, **other}.items())
+    plainly = printed("quantise", model, *words)
+    assert ("swap" in plainly, "pair" in plainly) == (False, False)
+    assert "which map has which format" in plainly
+    kept = listed(results / "studies", FindingRecord, {})
+    said = {each.again.partition(" --format q4_0,q8_0 ")[0] for each in kept}
+    assert said == {f"tracker quantise --budget {each}" for each in ("6bpw", "7bpw")}
 
 
 @pytest.mark.usefixtures("here")
@@ -235,7 +235,7 @@ def test_what_text_chose_is_saved_and_not_scored_by_lm_eval(tmp_path, capsys):
         "\n\n".join(f"A line of text, number {n}." for n in range(40))
     )
     told = {"benchmark": f"corpus:{tmp_path / 'own.txt'}", "sample": 2, "dtype": "float32"}
-    told |= {"budget": "6bpw", "format": "q4_0,q8_0", "by": "layer", "refine": 0, "pairs": 0}
+    told |= {"budget": "7bpw", "format": "int8,int4_row", "by": "layer", "refine": 0, "pairs": 0}
     told |= {"results": tmp_path / "results", "output": tmp_path / "saved", "track": []}
     proof = api.quantise(str(model), progress=Show(), **told).saved.proof
     assert (proof.difference, proof.tasks) == (0, ())

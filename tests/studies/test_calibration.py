@@ -55,7 +55,7 @@ def _row(finding: FindingRecord, title: str, first: object) -> tuple[Entry, ...]
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Small:
     """A study of a tiny model on two benchmarks."""
-    return small("calibration", tmp_path_factory.mktemp("study"), ["arc_easy", "piqa"], N)
+    return small("calibration", tmp_path_factory.mktemp("study"), ["arc_easy", "copa"], N)
 
 
 def test_agreement_is_that_of_plain_samples(measured: Small) -> None:
@@ -107,7 +107,7 @@ def test_a_proxy_counts_every_token_once(measured: Small) -> None:
 
 def test_benchmarks_together_count_alike(measured: Small) -> None:
     finding, drops = measured.finding, [_drops(rows) for rows in _outcomes(measured)]
-    both, strata = np.concatenate(drops), np.repeat(["0/arc_easy", "1/piqa"], N)
+    both, strata = np.concatenate(drops), np.repeat(["0/arc_easy", "1/copa"], N)
     drawn = []
     for order in stratified_orders(strata, DRAWS, SEED):
         halves = order[:N], order[N:]

@@ -32,7 +32,7 @@ from .conftest import conducted, plain, stores
 
 
 def test_what_is_won_back_follows_from_the_ledger(tiny_llama, experiment, tmp_path: Path):
-    path = experiment(tiny_llama(), limit=None, sample=24, layer=[1, 2])
+    path = experiment(tiny_llama(), benchmark=["copa"], limit=None, sample=24, layer=[1, 2])
     results = tmp_path / "results"
     done = api.study("rescale", path, results=results, track=[])
     assert done.outcome.exit_code == 0
@@ -48,7 +48,7 @@ def test_what_is_won_back_follows_from_the_ledger(tiny_llama, experiment, tmp_pa
         found = [entry.value for entry in row[1:]]
         assert found == pytest.approx([drops[way][place] for way in EVERY])
     ((name, n, mean, *shares, fitted_on),) = summary.rows
-    assert "arc_easy" in name
+    assert "copa" in name
     assert n.value == 24
     assert mean.value == pytest.approx(drops["remove"].mean())
     for way, entry in zip(WAYS, shares, strict=False):
@@ -70,7 +70,7 @@ def test_a_linear_map_that_cannot_be_fitted_leaves_the_rest_alone(
     tiny_llama, experiment, tmp_path: Path, monkeypatch
 ):
     monkeypatch.setattr("tracker.measuring.calibrate.LEAST", 10**6)
-    path = experiment(tiny_llama(), limit=6, layer=[1])
+    path = experiment(tiny_llama(), benchmark=["copa"], limit=6, layer=[1])
     results = tmp_path / "results"
     arguments = [str(path), "--results", str(results), "--track", "none"]
     done = CliRunner().invoke(main, ["study", "rescale", *arguments])

@@ -151,11 +151,16 @@ def test_random_draws_are_all_that_may_go_and_nothing_else(cell, case: str) -> N
     assert drawn == set(ends(case))
 
 
+@pytest.fixture(scope="module")
+def fifty(ask, lend) -> OpenCell:
+    """A cell of all documents that choose."""
+    said = {"benchmark": "copa", "strategy": "accuracy", "sample": None}
+    return OpenCell(ask(**said).calibration()[0], lend())
+
+
 @pytest.mark.parametrize("rescoring", ["lazy", "race"])
-def test_what_is_not_scored_in_full_leaves_what_must_stay(ask, lend, case: str, rescoring) -> None:
-    said = {"benchmark": "copa", "strategy": "accuracy", "rescoring": rescoring, "sample": None}
-    cell = OpenCell(ask(**said).calibration()[0], lend())
-    assert run(cell, case, "accuracy", rescoring=rescoring)[-1] in ends(case)
+def test_what_is_not_scored_in_full_leaves_what_must_stay(fifty, case: str, rescoring) -> None:
+    assert run(fifty, case, "accuracy", rescoring=rescoring)[-1] in ends(case)
 
 
 def naive(each: tuple[float, ...], needed: float, within: Budget) -> list[set[int]]:
