@@ -45,7 +45,7 @@ def small(
     study: str, folder: Path, benchmarks: Sequence[str], sample: int | None, **told: Any
 ) -> Small:
     """Conduct a study of a tiny model of four layers on random documents of benchmarks."""
-    model = save_llama(folder / "tiny", max_position_embeddings=1024)
+    model = save_llama(folder / "tiny")
     grid = {
         "model": {"value": str(model)},
         "benchmark": {"values": [*benchmarks]},
