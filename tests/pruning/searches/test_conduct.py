@@ -393,12 +393,12 @@ def test_the_line_that_saves_says_all_that_the_search_was_told(write, tmp_path: 
 
 
 def test_searches_that_differ_in_what_chose_are_told_apart(write, prune) -> None:
-    done = prune(write(strategy="accuracy_oneshot", sample=[8, 12], seed=[1, 2]))
+    done = prune(write(benchmark="copa", strategy="accuracy_oneshot", sample=[8, 12], seed=[1, 2]))
     assert done.exit_code == 0, done.output
     for n in (8, 12):
-        assert f"accuracy_oneshot, {n} of arc_easy (calibration)" in done.output
+        assert f"accuracy_oneshot, {n} of copa (calibration)" in done.output
     for seed in (1, 2):
-        assert f"tiny on arc_easy (seed {seed}), remove 2: by" in done.output
+        assert f"tiny on copa (seed {seed}), remove 2: by" in done.output
 
 
 def test_what_cannot_be_saved_takes_nothing_of_the_search_away(

@@ -299,7 +299,8 @@ def _parameters(path: Path) -> dict[str, Any]:
 
 
 def test_attentions_stay_too(write, prune, tmp_path: Path) -> None:
-    done = prune(write(strategy="last", unit="attention", among={"value": {"min": 0, "max": 2}}))
+    among = {"value": {"min": 0, "max": 2}}
+    done = prune(write(strategy="last", benchmark="copa", unit="attention", among=among))
     assert done.exit_code == 0, done.output
     (record,) = listed(tmp_path / "results" / "searches", PruneRecord, {})
     assert (record.removed, record.among) == ((1, 2), (0, 1, 2))
