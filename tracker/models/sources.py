@@ -12,6 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
@@ -538,9 +539,12 @@ def _read_once(model: ModelSource, trust_remote_code: bool) -> Any:
             ask(model.location, "config.json", model.revision)
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(
-            model.location, **model.load_arguments(trust_remote_code)
-        ).get_text_config()
+        from tracker.models.gguf_file import one_parse
+
+        with one_parse() if model.gguf_file else nullcontext():
+            config = AutoConfig.from_pretrained(
+                model.location, **model.load_arguments(trust_remote_code)
+            ).get_text_config()
         layers = getattr(config, "num_hidden_layers", None)
     except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
         return unreadable(model, error)

