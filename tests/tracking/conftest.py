@@ -97,10 +97,16 @@ def results(template: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real `mlflow server`; its address."""
+def serving(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """A real `mlflow server`, for all tests of a worker."""
     with MlflowServer(tmp_path_factory.mktemp("server"), template) as server:
-        yield server.address
+        yield server
+
+
+@pytest.fixture(scope="session")
+def server(serving: MlflowServer) -> str:
+    """Its address."""
+    return serving.address
 
 
 def local(results: Path) -> str:

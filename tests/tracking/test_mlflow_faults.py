@@ -26,18 +26,12 @@ from .test_mlflow import Store, publish
 MIDDLE = 14  # a request in the middle of publishing a cell of four layers
 
 
-@pytest.fixture(scope="module")
-def mortal(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    with MlflowServer(tmp_path_factory.mktemp("mortal"), template) as server:
-        yield server
-
-
 @pytest.fixture
-def own(mortal: MlflowServer) -> MlflowServer:
-    """A server that a test may stop, and that runs when the next one begins."""
-    if mortal.process is None:
-        mortal.start()
-    return mortal
+def mortal(serving: MlflowServer) -> Iterator[MlflowServer]:
+    """The server, which a test may stop: it runs when the next one begins."""
+    yield serving
+    if serving.process is None:
+        serving.start()
 
 
 @pytest.fixture
@@ -112,16 +106,16 @@ def no_file_grows_beyond(size: int, processes: list[psutil.Process]) -> Iterator
             process.rlimit(psutil.RLIMIT_FSIZE, limits)
 
 
-def test_a_server_whose_disk_is_full(own: MlflowServer, results: Path, file: Path) -> None:
+def test_a_server_whose_disk_is_full(serving: MlflowServer, results: Path, file: Path) -> None:
     cell = cell_record()
-    backend = MlflowBackend("full", results, own.address)
+    backend = MlflowBackend("full", results, serving.address)
     with (
-        no_file_grows_beyond(1024, own.processes),
+        no_file_grows_beyond(1024, serving.processes),
         pytest.raises(TrackingError, match="did not take the runs"),
     ):
         backend.publish(cell, [file], {})
     backend.publish(cell, [file], {})
-    complete(own.address, "full", cell, file, results)
+    complete(serving.address, "full", cell, file, results)
 
 
 def test_a_results_folder_whose_disk_is_full(results: Path, file: Path) -> None:
@@ -170,7 +164,7 @@ def test_a_server_that_asks_who_calls(
 
 
 def test_a_run_whose_server_dies_is_completed_by_sync(
-    own: MlflowServer,
+    mortal: MlflowServer,
     tiny_llama: Maker,
     experiment: Maker,
     tmp_path: Path,
@@ -181,8 +175,8 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
         tiny_llama(layers=2), limit=6, layer=[0, 1], benchmark=["arc_easy", "arc_challenge"]
     )
     results, project = tmp_path / "results", "dies"
-    with Gate(own.address) as gate:
-        gate.before["/mlflow-artifacts/"] = own.stop
+    with Gate(mortal.address) as gate:
+        gate.before["/mlflow-artifacts/"] = mortal.stop
         monkeypatch.setenv("MLFLOW_TRACKING_URI", gate.address)
         run = cli("run", study, "--results", results, "--track", f"mlflow:{project}")
         said = run.output.replace("\n", " ")
@@ -192,11 +186,11 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
         cells = api.ls(results)
         assert [cell.n for cell in cells] == [6, 6], "the measurement goes on"
 
-        own.start()
+        mortal.start()
         # What is owed is known without being named again, and whatever the environment says.
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
         assert not api.sync(results=results).failed
-    store = Store(own.address, project)
+    store = Store(mortal.address, project)
     assert len(store.runs) == 2 * (2 + 2)
     assert not (results / "mlflow.db").exists()
     for cell in cells:
