@@ -40,22 +40,10 @@ HALVES = [
 ]
 
 
-CHECKED = [
-    # Rotary and learned positions, projections around the layers, windows, experts, what a layer
-    # compresses, chunks, ALiBi, a state alone, and states between layers of attention.
-    "llama", "gpt2", "opt_350m", "mistral", "gemma3_mixed", "mixtral", "gpt_oss", "deepseek_v3",
-    "llama4", "bloom", "mamba", "jamba_eager", "qwen3_next",
-]  # fmt: skip
-"""One family of each way through the self-check, which is most of the work.
-
-`test_once_wrong` checks GPT-Neo, MPT, Mamba 2 and RecurrentGemma; `make families` checks all.
-"""
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("family", CHECKED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_self_check_finds_how_much_is_shared(family):
     """What it leaves is that of the table, which `TestFamilies` holds against plain ablation."""
     model, documents = tiny_model(family), make_documents()
