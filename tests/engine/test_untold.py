@@ -26,8 +26,8 @@ from tracker.core.ablations import INTACT
 from tracker.core.errors import CellError
 from tracker.engine.scoring.sharing import FULL, ONE_BY_ONE
 from tracker.engine.scoring.sweep import Engine
+from tracker.engine.selfcheck import miniature_check
 from tracker.engine.selfcheck.check import check, watch, watched_documents
-from tracker.engine.selfcheck.miniature_check import LONGEST_REACH
 from tracker.engine.selfcheck.reference import Reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,7 +78,7 @@ def doubling(config: Any, length: int) -> float:
 
 
 def sinking(config: Any, length: int) -> float:
-    return 1 - length / 10**5 if length > 1200 else 1
+    return 1 - length / 10**4 if length > 150 else 1
 
 
 TURNS = {each.__name__: each for each in (stages, product, written, doubling, sinking)}
@@ -161,19 +161,27 @@ def test_a_threshold_that_no_number_is(settings: dict[str, Any]) -> None:
     measure(made(Turned, **settings), documents, (1,))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"turned": "product", "trained": 16, "factor": 75.0}, {"turned": "sinking"}],
-    ids=["multiple", "every length"],
-)
-def test_a_threshold_beyond_the_lengths_that_are_all_asked(settings: dict[str, Any]) -> None:
+def test_a_threshold_beyond_the_lengths_that_are_all_asked() -> None:
     draw = Draw()
     more = draw.tokens(30)
     documents = [
         draw.document(draw.tokens(1190), [more[:1], more]),
         *draw.spoken((1208, 20, 22), (2, 1)),
     ]
-    measure(made(Turned, **settings), documents, (1,), max_length=1400)
+    model = made(Turned, turned="product", trained=16, factor=75.0)
+    measure(model, documents, (1,), max_length=1400)
+
+
+def test_beyond_them_every_length_may_be_another(monkeypatch) -> None:
+    """Fewer lengths are all asked here, so that those beyond them are short."""
+    monkeypatch.setattr(miniature_check, "LONGEST_REACH", 128)
+    draw = Draw()
+    more = draw.tokens(30)
+    documents = [
+        draw.document(draw.tokens(140), [more[:1], more]),
+        *draw.spoken((158, 20, 22), (2, 1)),
+    ]
+    measure(made(Turned, turned="sinking"), documents, (1,))
 
 
 def test_a_threshold_that_only_one_wide_document_reaches() -> None:
@@ -258,7 +266,7 @@ def test_a_text_is_no_longer_than_the_cell_can_make_it() -> None:
         documents = Draw().spoken(contexts, (1, 3))
         check(Engine(loaded(copy.deepcopy(model)), 1024), documents, single_layers((1,)), kept)
         assert len(kept) == verdicts
-    assert LONGEST_REACH == 1024
+    assert miniature_check.LONGEST_REACH == 1024
 
 
 class Reader(LlamaForCausalLM):

@@ -460,7 +460,7 @@ def _compared(
     asked: Sequence[_Place],
     truth: Reference,
 ) -> Comparison:
-    """Score all calls in order and then in reverse, and compare.
+    """Score all calls in order and then in reverse, and compare until something is wrong.
 
     Of more than `FEW` ablations half are scored in order and half in reverse, since what order may
     change is what all of them are made of; the baseline is scored both times. Which are is drawn:
@@ -474,16 +474,15 @@ def _compared(
         orders = drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
     for step, some in zip((1, -1), orders, strict=True):
         places = {ablation: place for place, ablation in enumerate((INTACT, *some))}
-        scores = {
-            c: engine.score(calls[c][::step], list(places))[::step]
-            for c in range(len(calls))[::step]
-        }
-        with _threads_for_a_text(truth.miniature):
-            for ablation, c, d, r in asked:
-                if ablation not in places:
-                    continue
-                ours = scores[c][d].responses[places[ablation]][r].loglikelihood
-                found += truth.compare(ours, ablation, calls[c][d].requests[r], *TOLERANCE)
-                if found.wrong:
-                    return found
+        for number in range(len(calls))[::step]:
+            call = calls[number]
+            scores = engine.score(call[::step], list(places))[::step]
+            with _threads_for_a_text(truth.miniature):
+                for ablation, c, d, r in asked:
+                    if c != number or ablation not in places:
+                        continue
+                    ours = scores[d].responses[places[ablation]][r].loglikelihood
+                    found += truth.compare(ours, ablation, call[d].requests[r], *TOLERANCE)
+                    if found.wrong:
+                        return found
     return found
