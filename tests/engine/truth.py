@@ -66,9 +66,9 @@ def exported(model: Any, removed: Collection[int]) -> Any:
 
 
 def logits(model: Any, tokens: Sequence[int]) -> torch.Tensor:
-    """What a copy says of each token of a text, in one pass, in double precision."""
+    """What a model says of each token of a text, in one pass, in double precision."""
     with torch.inference_mode():
-        return copy.deepcopy(model)(torch.tensor([tokens])).logits[0].double()
+        return model(torch.tensor([tokens])).logits[0].double()
 
 
 def loglikelihood(model: Any, request: Request, max_length: int) -> float:
@@ -76,8 +76,10 @@ def loglikelihood(model: Any, request: Request, max_length: int) -> float:
     return loglikelihoods(model, [request], max_length)[0]
 
 
-def loglikelihoods(model: Any, requests: Iterable[Request], max_length: int) -> list[float]:
-    """The same of several requests.
+def loglikelihoods(
+    model: Any, requests: Iterable[Request], max_length: int, remembers: bool = True
+) -> list[float]:
+    """The same of several requests; a model that remembers no call needs no copy for each text.
 
     Those that differ in their last token alone have the model read the same: it does so once.
     """
@@ -86,7 +88,7 @@ def loglikelihoods(model: Any, requests: Iterable[Request], max_length: int) -> 
     for request in requests:
         text = (request.context + request.continuation)[-(max_length + 1) :][:-1]
         if text not in said:
-            said[text] = logits(model, text)
+            said[text] = logits(copy.deepcopy(model) if remembers else model, text)
         logprobs = said[text][-len(request.continuation) :].log_softmax(-1)
         wanted = torch.tensor(request.continuation)[:, None]
         found.append(float(logprobs.gather(1, wanted).sum()))
@@ -99,7 +101,11 @@ def truths(
     removed: Sequence[Collection[int]],
     max_length: int,
     ablate: Without = without,
+    remembers: bool = True,
 ) -> list[list[list[float]]]:
     """For each document, each set of removed layers and each request, its log-likelihood."""
     ablated = [ablate(model, layers) for layers in removed]
-    return [[loglikelihoods(one, d.requests, max_length) for one in ablated] for d in documents]
+    return [
+        [loglikelihoods(one, d.requests, max_length, remembers) for one in ablated]
+        for d in documents
+    ]
