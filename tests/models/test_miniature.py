@@ -30,6 +30,8 @@ KINDS = [
     "Qwen3Next",  # linear attention
     "RecurrentGemma",
 ]
+# Its large models have no inputs of their own for each layer, and no values besides keys.
+LARGE_GEMMA_4 = {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,9 +94,11 @@ def first_and_last_of_each_kind(model) -> list[nn.Module]:
     return [layers[index] for index in sorted({*first.values(), *last.values()})]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_miniature_is_the_same_model_made_small(kind):
-    model = at_real_size(getattr(transformers, f"{kind}Config")())
+@pytest.mark.parametrize(
+    ("kind", "settings"), [*((kind, {}) for kind in KINDS), ("Gemma4Text", LARGE_GEMMA_4)]
+)
+def test_a_miniature_is_the_same_model_made_small(kind, settings):
+    model = at_real_size(getattr(transformers, f"{kind}Config")(**settings))
     small = miniature(model)
     assert type(small) is type(model)
     assert _pattern(small) == _pattern(model)
