@@ -144,6 +144,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_unconfigure() -> None:
+    """Leave what all tests have left alone: pytest looks through it for garbage, for seconds."""
+    gc.freeze()
+
+
 def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of this run of the tests, the same one for workers side by side."""
     folder = tmp_path_factory.getbasetemp()
