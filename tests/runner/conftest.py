@@ -10,16 +10,15 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
-import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.plain import write_rows
-from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, typed, wait_for
+from tests.runner.elsewhere import Heard, arc, run, same, shards, typed, wait_for
 from tracker.api import Results
 from tracker.ledger.blocks import BLOCK
 
@@ -45,23 +44,22 @@ def long(tiny_llama: Callable[..., Path], experiment: Callable[..., Path]) -> Pa
 
 
 @contextmanager
-def meanwhile_killed(words: str | None, results: Path) -> Iterator[None]:
-    """Kill a program by a part of its command, as soon as something is measured."""
-    killed = []
+def meanwhile(results: Path, do: Callable[[], None] | None) -> Iterator[None]:
+    """Do something while something is measured, as soon as there is some of it."""
 
-    def kill() -> None:
-        wait_for(lambda: shards(results) and [*descendants(str(words))])
-        victim = next(descendants(str(words)))
-        victim.send_signal(signal.SIGKILL)
-        killed.append(victim.pid)
+    def wait_and_do() -> None:
+        wait_for(lambda: shards(results))
+        do()
+        done.append(True)
 
-    killer = threading.Thread(target=kill)
-    if words is not None:
-        killer.start()
+    done: list[bool] = []
+    thread = threading.Thread(target=wait_and_do)
+    if do is not None:
+        thread.start()
     yield
-    if words is not None:
-        killer.join()
-        assert killed
+    if do is not None:
+        thread.join()
+        assert done
 
 
 @pytest.fixture
@@ -71,24 +69,30 @@ def as_one_process(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., tuple[Results, Heard]]:
-    """Run three cells of one model elsewhere, by relative paths: nothing differs, nothing is lost,
-    of layers and of heads.
+    """Run cells of one model elsewhere, by relative paths: nothing differs, nothing is lost, of
+    layers and of heads.
 
-    The one in the middle, of which no model can read an answer, fails alone. A worker with these
-    words in its command is `killed` meanwhile.
+    That of piqa, of which no model can read an answer, fails alone. Something is done `meanwhile`.
     """
 
-    def check(killed: str | None = None, **elsewhere: object) -> tuple[Results, Heard]:
+    def check(
+        do: Callable[[], None] | None = None,
+        benchmarks: Sequence[str] = ("arc_easy", "piqa", "arc_challenge"),
+        documents: int = BLOCK + 4,
+        until: str | None = None,
+        **elsewhere: object,
+    ) -> tuple[Results, Heard]:
         monkeypatch.chdir(tmp_path)
-        arc(Path("data"), BLOCK + 8)
+        arc(Path("data"), documents + 4 * (until is None))
         unreadable = {"goal": "Which?", "sol1": "word " * 400, "sol2": "none", "label": 0}
-        write_rows(Path("data/baber/piqa"), validation=[unreadable] * (BLOCK + 4))
-        model, both = f"./{tiny_llama().name}", ["arc_easy", "arc_challenge"]
-        asked = {"data": "./data", "limit": None, "sample": BLOCK + 4}
+        write_rows(Path("data/baber/piqa"), validation=[unreadable] * documents)
+        model, good = f"./{tiny_llama().name}", [name for name in benchmarks if name != "piqa"]
+        asked = {"data": "./data", "limit": None, "until": until}
+        asked |= {"sample": documents if until is None else None}
         asked |= {"component": ["layer", "head"], "head": 1}
-        file = experiment(model, benchmark=["arc_easy", "piqa", "arc_challenge"], **asked)
+        file = experiment(model, benchmark=[*benchmarks], **asked)
         alone, heard = run(file, tmp_path / "one"), Heard()
-        with meanwhile_killed(killed, tmp_path / "elsewhere"):
+        with meanwhile(tmp_path / "elsewhere", do):
             found = run(file, tmp_path / "elsewhere", heard, **elsewhere)
         assert found.outcome.failed == alone.outcome.failed
         ((title, why),) = found.outcome.failed.items()
@@ -98,11 +102,14 @@ def as_one_process(
         same(tmp_path / "one", tmp_path / "elsewhere")
         assert heard.counted == heard.expected
         assert heard.finished
-        good = experiment(model, "good.yaml", benchmark=both, **asked)
-        again = run(good, tmp_path / "elsewhere", **elsewhere)
+        again = run(
+            experiment(model, "good.yaml", benchmark=good, **asked),
+            tmp_path / "elsewhere",
+            **elsewhere,
+        )
         assert again.outcome.models_loaded == 0
         assert again.cells == found.cells
-        assert [cell.benchmark.name for cell in again.cells] == both
+        assert [cell.benchmark.name for cell in again.cells] == good
         return found, heard
 
     return check

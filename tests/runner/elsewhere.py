@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -124,6 +125,12 @@ def descendants(words: str) -> Iterator[psutil.Process]:
                 yield process
         except psutil.NoSuchProcess:
             continue
+
+
+def kill(words: str) -> None:
+    """Kill a program by a part of its command, as soon as it is there."""
+    wait_for(lambda: [*descendants(words)])
+    next(descendants(words)).send_signal(signal.SIGKILL)
 
 
 def arc(folder: Path, documents: int = 40) -> Path:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import socket
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.runner.elsewhere import arc, typed
+from tests.runner.elsewhere import arc, kill, typed
 from tracker.measuring.job import Options
 
 RAY = ("--track", "none", "--executor", "ray")
@@ -78,7 +79,7 @@ def test_a_cluster_that_is_gone_is_said_at_once(
 
 @pytest.mark.usefixtures("cluster", "here")
 def test_two_nodes_give_what_one_process_gives_also_where_a_worker_is_killed(as_one_process):
-    _, heard = as_one_process("ray::Worker.measure", executor="ray")
+    _, heard = as_one_process(partial(kill, "ray::Worker.measure"), executor="ray")
     (said,) = [line for line in heard.lines if "died" in line]
     assert re.fullmatch(r"worker [12] on \S+ died; what it did is done again \(.+\)", said)
 

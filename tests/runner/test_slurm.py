@@ -6,16 +6,17 @@ import pickle
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import golden
-from tests.runner.elsewhere import arc, descendants, run, same, shards, typed, wait_for
+from tests.runner.elsewhere import arc, descendants, kill, run, shards, typed
+from tracker.core.answers import statement
 from tracker.core.asked import load_experiment
 from tracker.core.distribution import install_extra
+from tracker.ledger.blocks import BLOCK
 from tracker.measuring.job import Options
 
 job = pytest.importorskip("tracker.executors.slurm", exc_type=ImportError)
@@ -40,52 +41,53 @@ def cli(tmp_path):
     return run
 
 
-def test_a_job_array_gives_what_one_process_gives(as_one_process):
-    found, heard = as_one_process(**LOCAL)
-    assert found.outcome.models_loaded == 2
-    assert heard.expected == 4
-    assert found.report.is_file()
-
-
-@pytest.fixture
-def meanwhile():
-    """Do something to a run while it is under way, as soon as it has written something."""
-
-    @contextmanager
-    def meanwhile(jobs: Path, do: Callable[[], None]) -> Iterator[None]:
-        thread = threading.Thread(target=lambda: (wait_for(lambda: shards(jobs)), do()))
-        thread.start()
-        yield
-        thread.join()
-
-    return meanwhile
-
-
-def test_a_job_that_is_timed_out_continues_from_its_shards(long, tmp_path, meanwhile):
-    run(long, tmp_path / "local")
-    jobs = tmp_path / "jobs"
+def test_a_job_array_gives_what_one_process_gives_also_where_a_job_is_timed_out(
+    as_one_process, tmp_path
+):
+    """Of questions: the job that is queued again continues from its shards."""
     kept: dict[Path, bytes] = {}
 
     def interrupt() -> None:
-        kept.update({path: path.read_bytes() for path in shards(jobs)})
+        kept.update({path: path.read_bytes() for path in shards(tmp_path / "elsewhere")})
+        (good,) = (each for each in descendants(JOB) if benchmark_of(each) == "arc_easy")
         # What SLURM sends before a time limit.
-        next(descendants(JOB)).send_signal(signal.SIGUSR2)
+        good.send_signal(signal.SIGUSR2)
 
-    with meanwhile(jobs, interrupt):
-        found = run(long, jobs, **LOCAL)
-    assert not found.outcome.failed
-    assert kept
-    assert len(kept) < len(shards(jobs))
+    asked = {
+        "benchmarks": ["arc_easy", "piqa"],
+        "documents": 400,
+        "until": "drop within 4 pp at 80 %",
+    }
+    found, heard = as_one_process(interrupt, **asked, **LOCAL)
+    (cell,) = found.cells
+    assert 64 < cell.answer.looked < 400
+    assert statement(cell.answer) in heard.lines[-1]
+    assert found.outcome.models_loaded == 1
+    assert heard.expected == -(-cell.answer.looked // BLOCK)
+    assert found.report.is_file()
+    there = shards(tmp_path / "elsewhere")
+    assert 0 < len(kept) < len(there)
     assert all(path.read_bytes() == content for path, content in kept.items())
-    (log,) = jobs.glob("slurm/*/*_log.out")
-    assert "Requeued" in log.read_text()
-    same(tmp_path / "local", jobs)
+    logs = (tmp_path / "elsewhere").glob("slurm/*/*_log.out")
+    assert sum("Requeued" in log.read_text() for log in logs) == 1
 
 
-def test_a_job_that_dies_fails_its_cell_and_names_its_log(long, tmp_path, meanwhile):
+def benchmark_of(job: psutil.Process) -> str:
+    """Say what the program of a job measures."""
+    from submitit.core.utils import DelayedSubmission
+
+    folder = job.cmdline()[-1].replace("%j", number := job.environ()["SUBMITIT_LOCAL_JOB_ID"])
+    asked = DelayedSubmission.load(Path(folder, f"{number}_submitted.pkl"))
+    return asked.function.requests[0].benchmark
+
+
+def test_a_job_that_dies_fails_its_cell_and_names_its_log(tiny_llama, experiment, tmp_path):
     jobs = tmp_path / "jobs"
-    with meanwhile(jobs, lambda: next(descendants(JOB)).send_signal(signal.SIGKILL)):
-        found = run(long, jobs, **LOCAL)
+    file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
+    killer = threading.Thread(target=kill, args=[JOB])
+    killer.start()
+    found = run(file, jobs, **LOCAL)
+    killer.join()
     (why,) = found.outcome.failed.values()
     assert "_log.err" in why
     assert found.outcome.exit_code == 1

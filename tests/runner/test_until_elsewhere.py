@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import tracker
-from tests.runner.elsewhere import Heard, arc, run, shards, wait_for
+from tests.runner.elsewhere import arc, run, shards, wait_for
 from tests.runner.test_handout import Desk
 from tracker import api
 from tracker.core.answers import statement
@@ -74,19 +74,6 @@ def test_a_worker_that_dies_and_a_process_that_helps_change_nothing(asked, tmp_p
     assert desk.next() is None
     assert desk.handout.ended
     assert api.ls(tmp_path / "results")[0].answer == alone.answer
-
-
-def test_a_job_answers_as_one_process_does(asked, tmp_path, monkeypatch):
-    submitit = pytest.importorskip("submitit")
-    monkeypatch.setattr("tracker.executors.slurm.POLL", 0.1)
-    monkeypatch.setattr(submitit.core.core.Job, "_results_timeout_s", 0)
-    (alone,) = run(asked, tmp_path / "alone").cells
-    heard = Heard()
-    slurm = {"executor": "slurm", "slurm": {"cluster": "local"}}
-    (cell,) = run(asked, tmp_path / "results", heard, **slurm).cells
-    assert (cell.answer, cell.runs) == (alone.answer, alone.runs)
-    assert heard.counted == heard.expected
-    assert statement(cell.answer) in heard.lines[-1]
 
 
 def test_a_killed_run_and_two_at_once_give_one_answer(tiny_llama, experiment, start, tmp_path):

@@ -6,13 +6,14 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
-from tests.runner.elsewhere import Heard, descendants, run, shards, wait_for
+from tests.runner.elsewhere import Heard, descendants, kill, run, shards, wait_for
 from tracker.core.config import cell_request
 from tracker.core.errors import CellError, ModelError, RequestError
 from tracker.executors import pool, processes
@@ -33,7 +34,7 @@ def test_a_failure_stays_in_its_cell(one_cell_fails):
 
 
 def test_two_give_what_one_process_gives_also_where_one_is_killed(as_one_process):
-    found, heard = as_one_process(WORKER, workers=2)
+    found, heard = as_one_process(partial(kill, WORKER), workers=2)
     # Three cells of one model: each worker has loaded it once, and who came for the killed one.
     assert 1 <= found.outcome.models_loaded <= 3
     assert heard.expected == 2 * (BLOCK + 4) * 3 * 9  # the intact model, four layers, four heads
