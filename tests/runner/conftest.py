@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.plain import write_rows
-from tests.runner.elsewhere import Heard, arc, run, same, shards, typed, wait_for
+from tests.runner.elsewhere import Heard, arc, run, same, shards, wait_for
 from tracker.api import Results
 from tracker.ledger.blocks import BLOCK
 
@@ -113,24 +113,3 @@ def as_one_process(
         return found, heard
 
     return check
-
-
-@pytest.fixture
-def one_cell_fails(
-    tiny_llama: Callable[..., Path], experiment: Callable[..., Path], tmp_path: Path
-) -> Callable[..., None]:
-    """Run ARC's two tasks in some way; one of them, whose answer no model can read, fails alone."""
-
-    def run_both(*options: str) -> None:
-        data = arc(tmp_path / "data", 12)
-        broken = data / "allenai/ai2_arc/ARC-Easy/test.jsonl"
-        broken.write_text(broken.read_text().replace("that 3", "word " * 400))
-        file = experiment(tiny_llama(), benchmark=["arc_easy", "arc_challenge"], data=str(data))
-        where = ("--results", tmp_path / "results", "--track", "none")
-        code, said = typed("run", file, *where, *options)
-        assert code == 1, said
-        assert "continuation" in said
-        assert "to run just what failed, give the same command again" in said
-        assert "arc_challenge · 0-shot" in said
-
-    return run_both

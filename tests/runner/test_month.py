@@ -122,38 +122,38 @@ def month(tmp_path: Path, experiment: Any, tiny_llama: Any, template: Path) -> M
 
 
 def test_a_smaller_question_takes_nothing_away(month: Month) -> None:
-    """Was: layers 0 and 3 on 16 documents, and all were shown on 16."""
+    """Was: layers 0 and 3 on 10 documents, and all were shown on 10."""
     name = f"{month.model} × arc_easy"
-    (large,), said = month.run("large", sample=64, layer=ALL)
+    (large,), said = month.run("large", sample=40, layer=ALL)
     assert not [line for line in said if " shown" in line]
-    (small,), said = month.run("small", sample=16, layer=[0, 3])
-    assert ([each.layer for each in small.runs], small.n) == ([0, 3], 16), "what the file asked"
+    (small,), said = month.run("small", sample=10, layer=[0, 3])
+    assert ([each.layer for each in small.runs], small.n) == ([0, 3], 10), "what the file asked"
     assert (
-        f"{name}: 64 documents are known of these runs, and stay shown; to show 16 beside them, "
-        "list both: sample: {values: [16, 64]}"
+        f"{name}: 40 documents are known of these runs, and stay shown; to show 10 beside them, "
+        "list both: sample: {values: [10, 40]}"
     ) in said
     assert month.records() == [large]
     # By name, it stands beside the larger one.
-    _, said = month.run("both", sample=[16, 64], layer=[0, 3])
+    _, said = month.run("both", sample=[10, 40], layer=[0, 3])
     assert not [line for line in said if " shown" in line]
-    assert month.records() == [large, small.model_copy(update={"beside": "16 documents"})]
-    assert " 16 drawn at random (seed 1234) " in month.type("ls")
+    assert month.records() == [large, small.model_copy(update={"beside": "10 documents"})]
+    assert " 10 drawn at random (seed 1234) " in month.type("ls")
     # What is more of some runs alone stands beside, until it is known of all.
-    _, said = month.run("more", sample=96, layer=[1, 2])
+    _, said = month.run("more", sample=48, layer=[1, 2])
     assert (
-        f"{name}: shown beside what was asked for before: 4 runs on 64 documents; "
-        "2 runs on 16 documents"
+        f"{name}: shown beside what was asked for before: 4 runs on 40 documents; "
+        "2 runs on 10 documents"
     ) in said
-    assert [(len(each.runs), each.n) for each in month.records()] == [(4, 64), (2, 16), (2, 96)]
-    month.run("rest", sample=96, layer=[0, 3])
-    assert [(len(each.runs), each.n) for each in month.records()] == [(4, 96), (2, 16)]
+    assert [(len(each.runs), each.n) for each in month.records()] == [(4, 40), (2, 10), (2, 48)]
+    month.run("rest", sample=48, layer=[0, 3])
+    assert [(len(each.runs), each.n) for each in month.records()] == [(4, 48), (2, 10)]
 
 
 def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(
     month: Month, tmp_path: Path
 ) -> None:
     """Was: what a search had measured was unfinished for ever; three editions read the same."""
-    month.run("first", sample=40, layer=ALL)
+    month.run("first", sample=24, layer=ALL)
     # A search, whose test documents are some of those.
     asked = {"strategy": "accuracy", "remove": 2, "sample": 8, "test_sample": 10}
     model = str(month.model)
@@ -164,7 +164,7 @@ def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(
     assert not done.outcome.models_loaded
     month.agree()
     # A study, of fewer layers and documents than are known.
-    fewer = month.file("fewer", sample=16, layer=[0, 2, 3])
+    fewer = month.file("fewer", sample=10, layer=[0, 2, 3])
     month.study("joint", fewer)
     # A task of somebody's own, edited twice, and then as it was at first.
     rows = write_rows(tmp_path, sums=[{"q": f"{n} and {n}"} for n in range(12)]) / "sums.jsonl"
@@ -190,4 +190,4 @@ def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(
     assert tracker.sync(["mlflow"], results=month.results).failed == {}
     month.agree()
     # A larger question, at last.
-    month.run("second", sample=48, layer=ALL)
+    month.run("second", sample=28, layer=ALL)

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.runner.elsewhere import arc, kill, typed
-from tracker.measuring.job import Options
+from tracker.executors.base import open_executor
+from tracker.ledger.store import Ledger
+from tracker.measuring.job import Options, Reporting
+from tracker.measuring.progress import Silent
 
 RAY = ("--track", "none", "--executor", "ray")
 
@@ -49,11 +52,22 @@ def here(tmp_path, monkeypatch, one_thread):
     return tmp_path
 
 
-def test_without_a_cluster_a_local_one_does_and_a_failure_stays_in_its_cell(
-    here, one_cell_fails, monkeypatch
-):
+def _slots(options, each=1):
+    from tracker.executors import ray
+
+    return list(ray._slots(options, each))
+
+
+def test_without_a_cluster_a_local_one_lives_as_long_as_the_run(here, monkeypatch):
+    import ray
+
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    one_cell_fails("--executor", "ray")
+    executor = open_executor(options := Options(executor="ray", device="cpu"))
+    (slot,) = _slots(options)
+    assert slot.name == f"worker 1 on {socket.gethostname()}"
+    assert ray.get(ray.remote(lambda: Path.cwd()).remote()) == here
+    executor.measure([], Reporting(Ledger(here / "results"), Silent(), print, print))
+    assert not ray.is_initialized()
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -86,7 +100,6 @@ def test_two_nodes_give_what_one_process_gives_also_where_a_worker_is_killed(as_
 
 def test_a_worker_gets_as_many_gpus_of_a_node_as_its_model_needs(monkeypatch):
     """GPUs that are not here: what is asked of Ray."""
-    from tracker.executors import ray as executor
 
     def node(number: int, gpus: int) -> dict[str, object]:
         resources = {"CPU": 16.0, "GPU": float(gpus)}
@@ -99,7 +112,7 @@ def test_a_worker_gets_as_many_gpus_of_a_node_as_its_model_needs(monkeypatch):
         }
 
     monkeypatch.setattr("ray.nodes", lambda: [node(1, 4), node(2, 0), node(3, 3)])
-    one, two = (list(executor._slots(Options(), each)) for each in (1, 2))
+    one, two = (_slots(Options(), each) for each in (1, 2))
     assert [slot.name for slot in two] == [
         f"worker {n} on host{m}" for n, m in ((1, 1), (2, 1), (3, 3))
     ]
@@ -107,6 +120,6 @@ def test_a_worker_gets_as_many_gpus_of_a_node_as_its_model_needs(monkeypatch):
     assert {slot._options.device for slot in two} == {"spread"}
     assert len(one) == 7
     assert {slot._options.device for slot in one} == {"auto"}
-    assert not list(executor._slots(Options(), 5))
-    on_cpus = list(executor._slots(Options(device="cpu"), 1))
+    assert not _slots(Options(), 5)
+    on_cpus = _slots(Options(device="cpu"))
     assert [slot._resources for slot in on_cpus] == [{"num_cpus": 16}] * 3

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from tests.runner.elsewhere import Heard, descendants, kill, run, shards, wait_for
+from tests.runner.elsewhere import Heard, arc, descendants, kill, run, shards, typed, wait_for
 from tracker.core.config import cell_request
 from tracker.core.errors import CellError, ModelError, RequestError
 from tracker.executors import pool, processes
@@ -29,8 +29,17 @@ LAYERS = list(range(8))
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_failure_stays_in_its_cell(one_cell_fails):
-    one_cell_fails()
+def test_a_failure_stays_in_its_cell(tiny_llama, experiment, tmp_path):
+    """Of ARC's two tasks, one of which has an answer that no model can read."""
+    data = arc(tmp_path / "data", 12)
+    broken = data / "allenai/ai2_arc/ARC-Easy/test.jsonl"
+    broken.write_text(broken.read_text().replace("that 3", "word " * 400))
+    file = experiment(tiny_llama(), benchmark=["arc_easy", "arc_challenge"], data=str(data))
+    code, said = typed("run", file, "--results", tmp_path / "results", "--track", "none")
+    assert code == 1, said
+    assert "continuation" in said
+    assert "to run just what failed, give the same command again" in said
+    assert "arc_challenge · 0-shot" in said
 
 
 def test_two_give_what_one_process_gives_also_where_one_is_killed(as_one_process):
