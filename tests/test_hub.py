@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import TRACKER, cli, lend_tasks, refused
+from tests.forks import forks
 from tests.hub import GATED, Hub, hub
 
 FIRST = "reading models and benchmarks"
-FORKS = """
-import json, os, sys
-import torch, transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
-import tracker.api, tracker.cli
-for line in sys.stdin:
-    if not (program := os.fork()):
-        os.dup2(os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-        os.dup2(1, 2)
-        tracker.cli.main(json.loads(line), prog_name="tracker")
-    print(os.waitstatus_to_exitcode(os.waitpid(program, 0)[1]), flush=True)
-"""
-"""Gives commands, each in a process of its own that has imported all there is before it begins."""
 
 
 class Asked:
@@ -40,14 +27,9 @@ class Asked:
     """
 
     def __init__(self, folder: Path, hub: Hub) -> None:
-        self.hub, self._said = hub, folder / "said"
-        self._own = folder / "hf", folder / "cache"
+        self.hub, self._own = hub, (folder / "hf", folder / "cache")
         home, cache = map(str, self._own)
-        own = {"HF_HOME": home, "TRACKER_CACHE": cache, **hub.environment()}
-        self.environment = {**os.environ, **own}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        command = [sys.executable, "-c", FORKS]
-        self.program = subprocess.Popen(command, cwd=folder, env=self.environment, **pipes)
+        self.environment = {"HF_HOME": home, "TRACKER_CACHE": cache, **hub.environment()}
 
     def forget(self) -> None:
         """Be a machine that never saw the hub again, and a hub that has no such thing."""
@@ -58,10 +40,7 @@ class Asked:
 
     def give(self, *arguments: object) -> str:
         """Give a command; what it prints."""
-        self.program.stdin.write(json.dumps([*map(str, arguments)]) + "\n")
-        self.program.stdin.flush()
-        self.code = int(self.program.stdout.readline())
-        said = self._said.read_text()
+        said, self.code = self.forks.start(*arguments).end()
         self.lines = [line for line in said.splitlines() if line != FIRST]
         return said
 
@@ -72,11 +51,11 @@ class Asked:
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("machine")
     with hub() as stand_in:
-        asked = Asked(tmp_path_factory.mktemp("machine"), stand_in)
-        with asked.program:
+        asked = Asked(folder, stand_in)
+        with forks(folder, asked.environment) as asked.forks:
             yield asked
-            asked.program.stdin.close()
 
 
 @pytest.fixture
@@ -141,7 +120,7 @@ def test_no_hub_at_all(asked, two_models):
         nobody = f"http://127.0.0.1:{server.getsockname()[1]}"
     command, there = (
         [str(TRACKER), "validate", two_models],
-        {**asked.environment, "HF_ENDPOINT": nobody},
+        {**os.environ, **asked.environment, "HF_ENDPOINT": nobody},
     )
     done = subprocess.run(command, env=there, capture_output=True, text=True, check=True)
     found = done.stdout + done.stderr

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forks import Forked, forks
 from tests.plain import write_rows
 from tests.runner.elsewhere import Heard, arc, run, same, shards, wait_for
 from tracker.api import Results
@@ -35,6 +36,14 @@ def measure(experiment: Callable[..., Path], tmp_path: Path) -> Callable[..., Re
         return done
 
     return measure
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Forked]]:
+    """Give commands, each in a process of its own, which begins at once."""
+    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with forks(tmp_path_factory.mktemp("forks"), environment) as found:
+        yield found.start
 
 
 @pytest.fixture

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 import tracker
-from tests.runner.elsewhere import arc, run, shards, wait_for
+from tests.runner.elsewhere import arc, run
 from tests.runner.test_handout import Desk
 from tracker import api
-from tracker.core.answers import statement
 from tracker.core.asked import load_experiment
 from tracker.core.errors import ExperimentError, ResultsError
 from tracker.executors.handout import AHEAD
@@ -74,31 +71,6 @@ def test_a_worker_that_dies_and_a_process_that_helps_change_nothing(asked, tmp_p
     assert desk.next() is None
     assert desk.handout.ended
     assert api.ls(tmp_path / "results")[0].answer == alone.answer
-
-
-def test_a_killed_run_and_two_at_once_give_one_answer(tiny_llama, experiment, start, tmp_path):
-    model = tiny_llama(seed=3, layers=6, hidden_size=128, intermediate_size=256)
-    data = str(arc(tmp_path / "data", DOCUMENTS))
-    file = experiment(model, layer=list(range(6)), data=data, limit=None, until="top 2 within 9 pp")
-    (alone,) = run(file, tmp_path / "alone").cells
-    assert alone.answer.looked > 64
-
-    results = tmp_path / "results"
-    killed = start("run", file, "--results", results, "--track", "none")
-    wait_for(lambda: killed.poll() is not None or len(shards(results)) > 0)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate(timeout=300)
-    assert killed.returncode == -signal.SIGKILL, "it finished before it could be killed"
-
-    other = start("run", file, "--results", results, "--track", "none")
-    (cell,) = run(file, results).cells
-    output, _ = other.communicate(timeout=300)
-    assert other.returncode == 0, output
-    assert (cell.answer, cell.runs) == (alone.answer, alone.runs)
-    assert f" {statement(alone.answer)}" in output
-    # Nothing was measured twice, and nothing but what the question needs.
-    rows = sum(pq.read_metadata(path).num_rows for path in shards(results))
-    assert rows == alone.answer.looked + sum(run.n for run in alone.answer.runs)
 
 
 def trial(file: Path, layer: int):

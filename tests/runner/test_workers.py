@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import re
-import signal
-import subprocess
-import sys
 from functools import partial
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 
-from tests.runner.elsewhere import Heard, arc, descendants, kill, run, shards, typed, wait_for
+from tests.runner.elsewhere import Heard, arc, descendants, kill, run, typed
 from tracker.core.config import cell_request
 from tracker.core.errors import CellError, ModelError, RequestError
 from tracker.executors import pool, processes
@@ -52,45 +48,6 @@ def test_two_give_what_one_process_gives_also_where_one_is_killed(as_one_process
     (said,) = [line for line in heard.lines if "died" in line]
     assert re.match("worker [12] died; what it did is done again .killed, as the system does", said)
     assert not list(descendants(WORKER))
-
-
-@pytest.fixture
-def ended(long, tmp_path):
-    """End a program in the middle of what its worker does; what it has said, and its exit code."""
-    long.write_text(long.read_text().replace("limit: {value: 165}", "limit: {value: 320}"))
-
-    def end(process: subprocess.Popen[str], how: signal.Signals) -> tuple[str, int]:
-        wait_for(lambda: shards(tmp_path / "results"))
-        (worker,) = psutil.Process(process.pid).children()
-        process.send_signal(how)
-        output, _ = process.communicate(timeout=60)
-        psutil.wait_procs([worker], timeout=30)
-        assert not worker.is_running()
-        return output, process.returncode
-
-    return end
-
-
-def test_ctrl_c_ends_the_worker_too(long, ended, start, tmp_path):
-    told = ("--results", tmp_path / "results", "--track", "none", "--workers", "1")
-    said, code = ended(start("run", long, *told), signal.SIGINT)
-    assert code == 130, said
-
-
-def test_a_users_script_is_not_run_again_and_leaves_no_worker_when_it_is_killed(
-    long, ended, start, tmp_path
-):
-    """`multiprocessing` would, in each worker, where no `if __name__` stands before it."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import tracker\nprint('begins', flush=True)\n"
-        f"tracker.run({str(long)!r}, results={str(tmp_path / 'results')!r}, track='none', "
-        "workers=1)\n"
-    )
-    process = start(script, program=sys.executable, cwd=tmp_path)
-    said, code = ended(process, signal.SIGKILL)
-    assert code == -signal.SIGKILL, said
-    assert said.splitlines().count("begins") == 1
 
 
 def test_one_that_cannot_start_says_why(monkeypatch, long, tmp_path):
