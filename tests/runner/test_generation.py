@@ -150,12 +150,12 @@ def test_every_text_and_metric_is_lm_evals(
     tiny_llama, as_lm_eval, tmp_path, shots, room, components
 ):
     folder, heard = tiny_llama(max_position_embeddings=room), Heard()
-    asked = {"num_fewshot": shots, "component": components}
+    asked = {"num_fewshot": shots, "component": components, "layer": [0, 3]}
     cell, lengths = as_lm_eval(folder, (STOPS, 24), heard=heard, **asked)
     assert not [line for line in heard.lines if "less sharing" in line]
     # A prompt and the task's own answer to it, for each document and ablation.
-    assert heard.counted == heard.expected == 2 * len(TEST) * (1 + 4 * len(components))
-    assert len(texts_of(tmp_path / "results")) == 1 + 4 * len(components)
+    assert heard.counted == heard.expected == 2 * len(TEST) * (1 + 2 * len(components))
+    assert len(texts_of(tmp_path / "results")) == 1 + 2 * len(components)
     assert cell.metric == "exact_match,strict-match"
     assert (cell.chance_accuracy, cell.n) == (0, len(TEST))
     # Rows ended at different times: at a stop string, and at the last token.
@@ -202,7 +202,7 @@ def test_a_model_that_refuses_is_generated_apart(family, as_lm_eval, tmp_path):
         return without(model, [int(layer) for layer in ablation.split(":")[1:]])
 
     asked = (["Question:", "!"], 12)
-    as_lm_eval(folder, asked, prune, heard=heard, num_fewshot=1, limit=2)
+    as_lm_eval(folder, asked, prune, heard=heard, num_fewshot=1, limit=2, layer=[0, 2])
     lines = [line for line in heard.lines if "generates alone, because" in line]
     assert len(lines) == 1, heard.lines
 
@@ -245,7 +245,7 @@ def test_texts_that_end_by_themselves(tiny_llama, as_lm_eval):
     assert (tokenizer.eos_token_id, model.generation_config.eos_token_id) == (1, 2)
     model.lm_head.weight.data[1:3] *= 2
     model.save_pretrained(folder)
-    _, lengths = as_lm_eval(folder, ([], 24), num_fewshot=0)
+    _, lengths = as_lm_eval(folder, ([], 24), num_fewshot=0, layer=[1, 2])
     assert len(lengths) > 3
     assert min(lengths) < 8
 

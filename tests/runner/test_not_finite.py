@@ -12,6 +12,7 @@ from tests.runner.elsewhere import outcomes
 
 CHANNEL = 5
 LONG = {"max_position_embeddings": 320}
+SHORT = {"limit": 1, "gen_kwargs": "max_gen_toks=16"}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,7 +59,7 @@ def benchmarks(data: Path) -> dict[str, dict[str, object]]:
     return {
         "arc_easy": {"benchmark": "arc_easy", "data": data},
         "corpus": {"benchmark": f"'corpus:{data / 'notes.txt'}'", "data": "hub"},
-        "gsm8k": {"benchmark": "gsm8k", "data": data, "num_fewshot": 0, "limit": 1},
+        "gsm8k": {"benchmark": "gsm8k", "data": data, "num_fewshot": 0, **SHORT},
     }
 
 

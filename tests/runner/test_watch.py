@@ -107,18 +107,18 @@ def test_a_miniature_is_checked_once_on_a_machine(tiny_llama, measure, tmp_path,
     monkeypatch.setattr(check, "check_miniature", counted)
     model, results = tiny_llama(), tmp_path / "results"
     # Their texts are of one order of length.
-    for limit in (40, 44):
-        measure(model, limit=limit)
+    for limit in (20, 22):
+        measure(model, limit=limit, layer=[0])
     assert made == [1]
     kept = list((results / "checks").iterdir())
     assert len(kept) == 2, "of short texts, and of texts as long as these"
-    measure(model, "next", limit=40)
+    measure(model, "next", limit=20, layer=[0])
     assert made == [1]
     for each in kept:
         assert (tmp_path / "next" / "checks" / each.name).read_bytes() == each.read_bytes()
         for folder in (results / "checks", tmp_path / "cache" / "checks"):
             (folder / each.name).write_bytes(b"\xff\x00")
-    measure(model, limit=48)
+    measure(model, limit=24, layer=[0])
     assert made == [1, 1]
 
 
