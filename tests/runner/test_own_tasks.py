@@ -180,7 +180,7 @@ class TestArguments:
         """transformers puts such weights where they are to be; `to` may spoil them afterwards."""
         linear = getattr(pytest.importorskip("bitsandbytes").nn, kind)
         # On a CPU bitsandbytes takes multiples of 32 and 64 alone.
-        base = tiny_llama(hidden_size=64, intermediate_size=128, num_key_value_heads=4)
+        base = tiny_llama(layers=2, hidden_size=64, intermediate_size=128, num_key_value_heads=4)
         moved: list[type] = []
         move = PreTrainedModel.to
         monkeypatch.setattr(
@@ -193,14 +193,14 @@ class TestArguments:
 
         assert quantised(False) == 0
         assert len(moved) == 1
-        assert quantised(True) == 4 * 7
+        assert quantised(True) == 2 * 7
         assert len(moved) == 1
         file = write_study(
             tmp_path / "few.yaml",
             model=str(base),
             benchmark="paint",
             include_path=str(folder),
-            layer=LAYERS,
+            layer=[1],
             model_args={f"load_in_{bits}bit": True},
         )
         results = run(file, tmp_path / "results")

@@ -9,7 +9,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import tracker
+from tests.benchmarks.conftest import PACKAGE
+from tests.plain import write_rows
 from tests.runner.elsewhere import Heard, arc, run, typed
+from tracker.benchmarks.sources import find_data
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.extent import random_order
@@ -27,7 +30,10 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     tiny_llama, experiment, tmp_path, monkeypatch
 ):
     model, results = tiny_llama(seed=6), tmp_path / "results"
-    all_of, heard = {"benchmark": "openbookqa", "limit": None}, Heard()
+    some = find_data(PACKAGE).load("allenai/openbookqa", "main")["validation"].select(range(240))
+    write_rows(tmp_path / "data/allenai/openbookqa/main", test=some)
+    all_of = {"benchmark": "openbookqa", "data": str(tmp_path / "data"), "limit": None}
+    heard = Heard()
     until = experiment(model, **all_of, until="drop within 10 pp at 80 %")
     (cell,) = run(until, results, heard).cells
     total = cell.benchmark.tasks[0].documents
