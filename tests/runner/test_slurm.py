@@ -20,7 +20,8 @@ from tracker.ledger.blocks import BLOCK
 from tracker.measuring.job import Options
 
 job = pytest.importorskip("tracker.executors.slurm", exc_type=ImportError)
-LOCAL = {"executor": "slurm", "slurm": {"cluster": "local"}}
+LOCAL = {"executor": "slurm", "slurm": {"cluster": "local", "timeout_min": 10}}
+"""Of so few minutes submitit takes each signal for a time limit, not for a preemption."""
 JOB = "submitit.core._submit"
 
 
