@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +35,12 @@ def _hurry(monkeypatch):
 
 def ask(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What the program answers, in this process."""
-    told = json.loads(json.dumps(asked))
-    return json.loads(json.dumps({**reference_process.main(told), "ours": []}, default=str))
+    told, started = json.loads(json.dumps(asked)), []
+    with pytest.MonkeyPatch.context() as there:
+        there.setattr(subprocess, "Popen", lambda *program, **_: started.append(program))
+        said = reference_process.main(told)
+    assert not started, "it asks no other program of this machine"
+    return json.loads(json.dumps({**said, "ours": []}, default=str))
 
 
 @pytest.fixture
