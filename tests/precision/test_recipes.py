@@ -20,6 +20,7 @@ import yaml
 from tests import llama_cpp
 from tests.engine.families import tiny_model
 from tracker.core.weight_formats import FORMATS
+from tracker.models.gguf_file import Reader
 from tracker.models.quantised import in_format
 from tracker.precision.recipes import recipes
 
@@ -52,7 +53,7 @@ def test_llama_cpp_makes_what_was_measured(smollm2, tmp_path: Path) -> None:
         types=[(pattern, kind) for pattern, _, kind in types],
     )
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, len(layers))
-    there = {each.name: each for each in gguf.GGUFReader(tmp_path / words[-2]).tensors}
+    there = {each.name: each for each in Reader(tmp_path / words[-2]).tensors}
     for path, weight in maps.items():
         tensor = there.pop(f"{names.get_name(path)}.weight")
         form = FORMATS[formats[path]].for_rows(weight.shape[1])
@@ -112,7 +113,7 @@ def test_llama_cpp_makes_experts_that_were_measured(tmp_path: Path) -> None:
         file, tmp_path / "made.gguf", to=int(gguf.LlamaFileType.MOSTLY_Q8_0),
         types=[(pattern, kind) for pattern, _, kind in types],
     )  # fmt: skip
-    there = {each.name: each for each in gguf.GGUFReader(tmp_path / "made.gguf").tensors}
+    there = {each.name: each for each in Reader(tmp_path / "made.gguf").tensors}
     gate, up = in_format(into, "q3_k").split(512, dim=1)
     for name, right in (("gate", gate), ("up", up), ("down", in_format(out, "q6_k"))):
         tensor = there[f"blk.0.ffn_{name}_exps.weight"]
@@ -168,7 +169,7 @@ def test_llama_cpp_rounds_the_embedding_as_it_was_measured(form, smollm2, tmp_pa
         embedding=told["--token-embedding-type"],
         output=output,
     )
-    there = {each.name: each for each in gguf.GGUFReader(tmp_path / "made.gguf").tensors}
+    there = {each.name: each for each in Reader(tmp_path / "made.gguf").tensors}
     assert "output.weight" not in there
     tensor, weight = there["token_embd.weight"], smollm2.model.get_input_embeddings().weight
     assert tensor.tensor_type.name == FORMATS[form].for_rows(576).label
