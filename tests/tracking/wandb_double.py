@@ -285,11 +285,12 @@ class WandbDouble:
         return self.projects[entity or self.entity, project].runs[run_id]
 
     def add_sweep(self, project: str, parameters: Json) -> Sweep:
-        """Add a sweep whose trials a test adds."""
+        """Add a sweep whose trials a test adds, or begins by `command`."""
         there = self.existing({"project": project}, create=True)
         number, config = next(self._numbers), {"method": "grid", "parameters": parameters}
         name = f"sw{number:06d}"
-        sweep = Sweep(f"sweep-{number}", name, there, yaml.safe_dump(config), config, [])
+        grid = expand(config)
+        sweep = Sweep(f"sweep-{number}", name, there, yaml.safe_dump(config), config, grid)
         there.sweeps[name] = sweep
         return sweep
 
@@ -630,19 +631,19 @@ class WandbDouble:
     @operation("Heartbeat")
     def _heartbeat(self, ask: Ask) -> Json:
         agent = self.agents[ask.variables["id"]]
-        commands = json.dumps(self._commands(agent, json.loads(ask.variables["runState"])))
+        alive = json.loads(ask.variables["runState"])
+        commands = json.dumps([self.command(agent)] if not alive else [])
         return {"agentHeartbeat": {"agent": {"id": agent.id}, "commands": commands}}
 
-    def _commands(self, agent: Agent, alive: dict[str, bool]) -> list[Json]:
+    def command(self, agent: Agent) -> Json:
+        """Tell an agent none of whose trials is alive what to do."""
         sweep, runs = agent.sweep, agent.sweep.project.runs
-        if alive:
-            return []
         for run_id in agent.runs:
             if runs[run_id].state not in DONE:  # its process is gone and it never said goodbye
                 runs[run_id].state = "crashed"
         if len(sweep.handed_out) == len(sweep.grid):
             sweep.state = "FINISHED"
-            return [{"type": "exit"}]
+            return {"type": "exit"}
         point = sweep.grid[len(sweep.handed_out)]
         values = {name: {"value": value} for name, value in point.items()}
         run_id = f"trial{next(self._numbers):05d}"
@@ -652,7 +653,7 @@ class WandbDouble:
         sweep.handed_out.append(run_id)
         agent.runs.append(run_id)
         program = sweep.config.get("program")
-        return [{"type": "run", "run_id": run_id, "program": program, "args": values}]
+        return {"type": "run", "run_id": run_id, "program": program, "args": values}
 
 
 def expand(config: Json) -> list[Json]:
