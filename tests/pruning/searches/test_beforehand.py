@@ -87,7 +87,7 @@ def test_what_is_said_of_such_sets_is_planned_validated_and_refused(
     write, prune, jamba: Path, tmp_path: Path
 ) -> None:
     some = write(model=str(jamba), strategy="random", remove=1, draws=9)
-    note = "arc_easy, random, remove 1: what it finds may be no checkpoint"
+    note = "copa, random, remove 1: what it finds may be no checkpoint"
     assert note in " ".join(printed("validate", some).split())
     assert note in " ".join(printed("plan", some, "--gflops=1").split())
     none = write(model=str(jamba), strategy="gold_logprob_oneshot", remove=4)

@@ -38,7 +38,7 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(
     write, prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = tmp_path / "results"
-    path = write(strategy=["accuracy", "cosine_oneshot", "last", "random"], draws=2)
+    path = write(strategy=["accuracy", "cosine_oneshot", "last", "random"], draws=2, seed=3)
     done = prune(path)
     assert done.exit_code == 0, done.output
     records = listed(results / "searches", PruneRecord, {})
@@ -104,7 +104,7 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(
     assert cost["accuracy"].seconds > 0
 
     # A file that asks for less: what it asked for before is still no cell like any other.
-    less = prune(write(strategy="last"))
+    less = prune(write(strategy="last", seed=3))
     assert less.exit_code == 0, less.output
     page = (results / "report.html").read_text(encoding="utf-8")
     assert 'id="overview-title"' not in page
@@ -134,7 +134,7 @@ class Killed(Silent):
 
 def test_a_killed_search_goes_on_after_its_last_block(write, tmp_path: Path) -> None:
     """Was: its calibration cell was said to be unfinished, however often its command was typed."""
-    path = write(strategy="accuracy", sample=40, benchmark="copa")
+    path = write(strategy="accuracy", sample=40)
     whole = Killed()
     expected = api.prune(path, results=tmp_path / "whole", track=[], progress=whole)
     first = 40 * 2 * (1 + LAYERS)  # answers of the first step, to two requests a document
@@ -148,7 +148,7 @@ def test_a_killed_search_goes_on_after_its_last_block(write, tmp_path: Path) -> 
     done = api.prune(path, results=tmp_path / "killed", track=[], progress=rest)
     assert said_of_unfinished(tmp_path / "killed") == []
     # One more search that is killed, in a cell in which another is over.
-    more = write(strategy="beam", sample=40, benchmark="copa").rename(tmp_path / "more.yaml")
+    more = write(strategy="beam", sample=40).rename(tmp_path / "more.yaml")
     with pytest.raises(KeyboardInterrupt):
         api.prune(more, results=tmp_path / "killed", track=[], progress=Killed(1))
     again = f"{goes_on}tracker prune {more} --results {tmp_path / 'killed'}"
@@ -255,7 +255,7 @@ def search_for(model: Path, tmp_path: Path) -> Callable[..., api.Pruned]:
 def test_attentions_are_searched_and_kept_without_runs_of_several(
     search_for, tmp_path: Path
 ) -> None:
-    done = search_for(strategy="gold_logprob", unit="attention", benchmark="copa")
+    done = search_for(strategy="gold_logprob", unit="attention")
     (record,) = done.records
     assert done.export == ""
     assert (record.unit, len(record.removed), len(record.rests_on)) == ("attention", 2, 1)
@@ -276,12 +276,12 @@ def test_a_model_that_could_not_be_saved_is_refused_before_the_search(
     with pytest.raises(ModelError, match="cannot say what would be left"):
         search_for(strategy="last")
     assert not (tmp_path / "results").exists()
-    (record,) = search_for(strategy="last", unit="attention", remove=1, benchmark="copa").records
+    (record,) = search_for(strategy="last", unit="attention", remove=1).records
     assert record.removed == (LAYERS - 2,)
 
 
 def test_that_attentions_cannot_be_saved_is_said(write, prune) -> None:
-    done = prune(write(strategy="last", unit="attention", remove=1, benchmark="copa"))
+    done = prune(write(strategy="last", unit="attention", remove=1))
     assert (
         "no command saves it: tracker export takes whole layers out, and no attentions"
         in done.output
@@ -289,7 +289,7 @@ def test_that_attentions_cannot_be_saved_is_said(write, prune) -> None:
 
 
 def test_a_changed_file_of_a_search_is_noticed(search_for, tmp_path: Path) -> None:
-    search_for(strategy="last", remove=1, benchmark="copa")
+    search_for(strategy="last", remove=1)
     (path,) = (tmp_path / "results").glob("searches/*.json")
     assert [
         found.strategy for found in listed(tmp_path / "results" / "searches", PruneRecord, {})
@@ -334,7 +334,7 @@ def test_one_command_saves_the_recommended_and_its_card_says_how_it_was_chosen(
     assert facts["removed_in_order"] == list(best.order)
     assert facts["strategy"] == best.strategy
     assert facts["calibration"] == (
-        "8 documents of arc_easy (calibration)" if best.calibration else None
+        "8 documents of copa (calibration)" if best.calibration else None
     )
     assert len(facts["chosen_by"]) == len(best.rests_on) > 0
     # Measured for the search and for the export: one line, not two.
@@ -393,7 +393,7 @@ def test_the_line_that_saves_says_all_that_the_search_was_told(write, tmp_path: 
 
 
 def test_searches_that_differ_in_what_chose_are_told_apart(write, prune) -> None:
-    done = prune(write(benchmark="copa", strategy="accuracy_oneshot", sample=[8, 12], seed=[1, 2]))
+    done = prune(write(strategy="accuracy_oneshot", sample=[8, 12], seed=[1, 2]))
     assert done.exit_code == 0, done.output
     for n in (8, 12):
         assert f"accuracy_oneshot, {n} of copa (calibration)" in done.output

@@ -154,7 +154,7 @@ def test_random_draws_are_all_that_may_go_and_nothing_else(cell, case: str) -> N
 @pytest.fixture(scope="module")
 def fifty(ask, lend) -> OpenCell:
     """A cell of all documents that choose."""
-    said = {"benchmark": "copa", "strategy": "accuracy", "sample": None}
+    said = {"strategy": "accuracy", "sample": None}
     return OpenCell(ask(**said).calibration()[0], lend())
 
 
@@ -258,7 +258,7 @@ def test_a_file_says_what_must_stay_and_the_page_repeats_it(write, prune, tmp_pa
         test_sample=4,
     )
     plan = printed("plan", path, "--gflops=1", f"--results={tmp_path}/new")
-    assert "arc_easy: last, remove 2, protect 0, last, at_least odd: 1 of 4" in plan
+    assert "copa: last, remove 2, protect 0, last, at_least odd: 1 of 4" in plan
     done = prune(path)
     assert done.exit_code == 0, done.output
     records = listed(tmp_path / "results" / "searches", PruneRecord, {})
@@ -300,7 +300,7 @@ def _parameters(path: Path) -> dict[str, Any]:
 
 def test_attentions_stay_too(write, prune, tmp_path: Path) -> None:
     among = {"value": {"min": 0, "max": 2}}
-    done = prune(write(strategy="last", benchmark="copa", unit="attention", among=among))
+    done = prune(write(strategy="last", unit="attention", among=among))
     assert done.exit_code == 0, done.output
     (record,) = listed(tmp_path / "results" / "searches", PruneRecord, {})
     assert (record.removed, record.among) == ((1, 2), (0, 1, 2))

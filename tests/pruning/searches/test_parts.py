@@ -128,7 +128,6 @@ def ask_for(models: dict[str, Path]) -> Ask:
     def make(unit: str, **more: Any) -> SearchRequest:
         said = {
             **SETTINGS,
-            "benchmark": "copa",
             "sample": DOCUMENTS,
             "test_sample": DOCUMENTS,
             "remove": GO,
@@ -202,7 +201,7 @@ def test_a_race_over_few_documents_is_the_full_search(
     ask_for: Ask, lender: Lender, by: str
 ) -> None:
     """Nobody is out before the last of fifty: what is chosen is what all of them say."""
-    said = {"benchmark": "copa", "sample": None, "remove": 2, "strategy": by}
+    said = {"sample": None, "remove": 2, "strategy": by}
     full, race = (run(lender, ask_for("head", rescoring=how, **said)) for how in ("full", "race"))
     if by == "gold_logprob":
         assert [step.removed for step in full] == [step.removed for step in race]
@@ -268,7 +267,7 @@ def test_a_file_of_heads_is_planned_searched_kept_and_shown(
     said = {"unit": "head", "protect": {"value": [0, "last"]}, "remove": 2, "sample": 4}
     path = write(strategy=["gold_logprob_oneshot", "random"], draws=1, test_sample=4, **said)
     plan = printed("plan", path, "--gflops=1", f"--results={tmp_path}/new")
-    assert "arc_easy: gold_logprob_oneshot, remove 2 heads" in " ".join(plan.split())
+    assert "copa: gold_logprob_oneshot, remove 2 heads" in " ".join(plan.split())
     done = prune(path)
     assert done.exit_code == 0, done.output
     records = {r.strategy: r for r in listed(tmp_path / "results" / "searches", PruneRecord, {})}

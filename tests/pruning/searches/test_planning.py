@@ -90,8 +90,8 @@ def test_the_command_plans_a_file_of_searches(write: Callable[..., Path], tmp_pa
     lines = said[said.index("search ") :].splitlines()
     table = [line.split() for line in lines]
     # 5 + 4 candidates and the intact model; two steps of it, and of three random draws.
-    assert table[1][:8] == ["arc_easy:", "accuracy,", "remove", "2", "arc_easy", "4", "2", "10"]
-    assert table[2][:9] == ["arc_easy:", "random,", "remove", "2", "–", "0", "2", "0", "0.0"]
-    assert table[3][:2] == ["arc_easy:", "test"]
+    assert table[1][:8] == ["copa:", "accuracy,", "remove", "2", "copa", "4", "2", "10"]
+    assert table[2][:9] == ["copa:", "random,", "remove", "2", "–", "0", "2", "0", "0.0"]
+    assert table[3][:2] == ["copa:", "test"]
     assert said.index("2 searches, at least") < said.index("search "), "the time comes first"
     assert not (tmp_path / "new").exists()

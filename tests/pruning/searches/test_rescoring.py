@@ -71,7 +71,7 @@ def test_a_lazy_search_of_a_model(cell: OpenCell) -> None:
 def racing(
     ask: Callable[..., SearchRequest], lend: Callable[..., Lender], one_thread: None
 ) -> OpenCell:
-    asked = ask(strategy="accuracy", remove=2, benchmark="copa", rescoring="race", sample=None)
+    asked = ask(strategy="accuracy", remove=2, rescoring="race", sample=None)
     (request,) = asked.calibration()
     return OpenCell(request, lend())
 
@@ -123,7 +123,7 @@ def test_several_benchmarks_count_alike(
 ) -> None:
     """Their mean, and not that of all documents together."""
     lender = lend(tmp_path)
-    sizes = {"arc_easy": 8, "copa": 4}
+    sizes = {"copa": 8, "winogrande": 4}
     cells = []
     for benchmark, sample in sizes.items():
         asked = ask(strategy="accuracy", remove=2, benchmark=benchmark, sample=sample)

@@ -92,7 +92,7 @@ def test_sets_of_experts_leave_a_layer_as_many_as_its_router_chooses() -> None:
 def test_of_candidates_nothing_is_computed_twice_and_of_what_is_tested_some_is(
     ask, lend, tmp_path: Path
 ) -> None:
-    raced = {"benchmark": "copa", "rescoring": "race", "sample": None, "remove": 1}
+    raced = {"rescoring": "race", "sample": None, "remove": 1}
     race = ask(strategy="accuracy", dtype="bfloat16", **raced)
     lender, cells = lend(tmp_path / "results"), {}
     list(search(race, budget_of(race, lender), lender, cells))
