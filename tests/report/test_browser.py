@@ -175,7 +175,7 @@ def test_a_loaded_page_can_be_captured_and_read_aloud(chromium: Browser, tmp_pat
     page.close()
 
 
-def test_a_leaderboard_is_sorted_and_filtered_by_click_and_by_keyboard(
+def test_a_leaderboard_is_sorted_and_filtered_by_click_and_by_keyboard_and_sent(
     page: Page, board: LayerBoard
 ) -> None:
     table_of(page, BOARD)
@@ -218,6 +218,23 @@ def test_a_leaderboard_is_sorted_and_filtered_by_click_and_by_keyboard(
     assert cells.get_by_role("status").inner_text() == "1 of 5 rows"
     cells.get_by_role("searchbox", name="Rows with").fill("")
     assert cells.locator("tbody tr:visible").count() == 5
+
+    # Its address is sent, and shows the same.
+    box.get_by_role("searchbox", name="Layers").fill("3, 7-9")
+    head = box.locator("thead button").nth(3)
+    head.click()
+    head.click()
+    link, layers = page.url, page.locator(LAYER_COLUMN).all_inner_texts()
+    assert len(layers) == 4
+    page.goto("about:blank")
+    page.goto(link)
+    box = table_of(page, BOARD)
+    box.get_by_role("searchbox", name="Layers").wait_for()
+    assert page.locator(LAYER_COLUMN).all_inner_texts() == layers
+    assert box.locator("thead th[aria-sort=descending]").count() == 1
+    page.goto("about:blank")
+    page.goto(link.partition("#")[0] + "#model-1-board?sort=99&filter=")
+    assert len(page.locator(LAYER_COLUMN).all_inner_texts()) == LAYERS
 
 
 def test_the_csv_of_a_table_holds_exact_figures(drawn: Page, board: LayerBoard) -> None:
@@ -312,25 +329,6 @@ def test_keyboard_and_screen_reader_find_their_way(page: Page) -> None:
     page.keyboard.press("Tab")
     outline = "getComputedStyle(document.activeElement).outlineStyle"
     assert page.evaluate(outline) == "solid"
-
-
-def test_what_is_filtered_and_sorted_can_be_sent(page: Page) -> None:
-    box = table_of(page, BOARD)
-    box.get_by_role("searchbox", name="Layers").fill("3, 7-9")
-    head = box.locator("thead button").nth(3)
-    head.click()
-    head.click()
-    link, layers = page.url, page.locator(LAYER_COLUMN).all_inner_texts()
-    assert len(layers) == 4
-    page.goto("about:blank")
-    page.goto(link)
-    box = table_of(page, BOARD)
-    box.get_by_role("searchbox", name="Layers").wait_for()
-    assert page.locator(LAYER_COLUMN).all_inner_texts() == layers
-    assert box.locator("thead th[aria-sort=descending]").count() == 1
-    page.goto("about:blank")
-    page.goto(link.partition("#")[0] + "#model-1-board?sort=99&filter=")
-    assert len(page.locator(LAYER_COLUMN).all_inner_texts()) == LAYERS
 
 
 def test_many_cells_open_quietly_and_are_drawn_on_demand(chromium: Browser, tmp_path: Path) -> None:

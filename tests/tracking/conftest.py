@@ -146,4 +146,4 @@ def lent(client: Client, double: WandbDouble, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def study(tiny_llama: Maker, experiment: Maker) -> Path:
     """An experiment file: both layers of a tiny model, on six documents."""
-    return experiment(tiny_llama(layers=2), limit=6, layer=[0, 1])
+    return experiment(tiny_llama(layers=2), limit=6, layer=[0, 1], benchmark="copa")

@@ -172,7 +172,7 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
 ) -> None:
     """The server is killed between the figures and the files of a cell."""
     study = experiment(
-        tiny_llama(layers=2), limit=6, layer=[0, 1], benchmark=["arc_easy", "arc_challenge"]
+        tiny_llama(layers=2), limit=6, layer=[0, 1], benchmark=["copa", "winogrande"]
     )
     results, project = tmp_path / "results", "dies"
     with Gate(mortal.address) as gate:

@@ -30,7 +30,8 @@ def test_a_folder_with_its_mlflow_file(
     tiny_llama: Maker, experiment: Maker, results: Path, tmp_path: Path
 ) -> None:
     model = tiny_llama(layers=2)
-    study = experiment(model, limit=3, layer=[0, 1])
+    asked = {"layer": [0, 1], "benchmark": "copa"}
+    study = experiment(model, limit=3, **asked)
     assert api.run(study, results=results).outcome.exit_code == 0
     moved, copied = tmp_path / "moved", tmp_path / "copied"
     results.rename(moved)
@@ -40,7 +41,7 @@ def test_a_folder_with_its_mlflow_file(
     assert list(again.locations.values()) == [
         f"mlflow ui --backend-store-uri sqlite:///{moved}/mlflow.db --port 5000"
     ]
-    grown = api.run(experiment(model, limit=6, layer=[0, 1]), results=moved)
+    grown = api.run(experiment(model, limit=6, **asked), results=moved)
     assert (grown.outcome.exit_code, grown.report) == (0, moved / "report.html")
     assert not api.sync(results=moved).failed
     assert not results.exists(), "nothing is written where it was"
@@ -49,7 +50,7 @@ def test_a_folder_with_its_mlflow_file(
     shutil.copytree(moved, copied)
     files = {path: path.read_bytes() for path in moved.rglob("mlartifacts/**/*.*")}
     mlflow_cache._artifact_repos_cache.clear()  # another process
-    api.run(experiment(model, limit=9, layer=[0, 1]), results=copied)
+    api.run(experiment(model, limit=9, **asked), results=copied)
     whole(copied)
     assert {path: path.read_bytes() for path in moved.rglob("mlartifacts/**/*.*")} == files
 

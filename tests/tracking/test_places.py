@@ -29,7 +29,7 @@ def ran(tiny_llama: Maker, experiment: Maker, results: Path) -> Ran:
     model = tiny_llama(layers=2)
 
     def run(project: str, documents: int, *track: str) -> Finished:
-        file = experiment(model, limit=documents, layer=[0, 1])
+        file = experiment(model, limit=documents, layer=[0, 1], benchmark="copa")
         file.write_text(f"project: {project}\n{file.read_text()}")
         return api.run(file, results=results, track=track).outcome
 

