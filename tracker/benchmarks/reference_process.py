@@ -12,7 +12,6 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import transformers
@@ -62,25 +61,23 @@ def _logits(model: Any, ids: list[int]) -> torch.Tensor:
 
 def _scored(model: Any, tokenizer: Any, asked: dict[str, Any]) -> dict[str, Any]:
     """Let lm-eval score its tasks."""
-    from lm_eval import __version__, evaluator
+    import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     lm = HFLM(model, tokenizer=tokenizer, backend="causal", **asked["model"])
     if asked["only"]:
         _ask_only(lm, asked["only"])
-    # Nobody reads what pip, git and compilers say of this machine, and they take a second.
-    with patch.multiple(evaluator, add_env_info=_nothing, get_git_commit_hash=_nothing):
-        found = evaluator.simple_evaluate(
-            lm,
-            task_manager=TaskManager(
-                include_path=asked["tasks_in"], include_defaults=False, metadata=asked["metadata"]
-            ),
-            bootstrap_iters=0,
-            limit=asked["limit"],
-            samples=asked["samples"],
-            **asked["evaluate"],
-        )
+    found = lm_eval.simple_evaluate(
+        lm,
+        task_manager=TaskManager(
+            include_path=asked["tasks_in"], include_defaults=False, metadata=asked["metadata"]
+        ),
+        bootstrap_iters=0,
+        limit=asked["limit"],
+        samples=asked["samples"],
+        **asked["evaluate"],
+    )
     samples = [
         {
             "task": task,
@@ -96,10 +93,7 @@ def _scored(model: Any, tokenizer: Any, asked: dict[str, Any]) -> dict[str, Any]
         task: {name: value for name, value in row.items() if isinstance(value, float)}
         for task, row in found["results"].items()
     }
-    return {"samples": samples, "results": results, "lm_eval": __version__}
-
-
-def _nothing(*_: Any) -> None: ...
+    return {"samples": samples, "results": results, "lm_eval": lm_eval.__version__}
 
 
 def _ask_only(lm: Any, wanted: dict[str, list[int]]) -> None:

@@ -139,7 +139,7 @@ class Truth:
     def __init__(self, request: CellRequest, sets: Sequence[Set] = ()) -> None:
         self.model, self.documents, max_length = opened(request)
         sets = sets or [s for n in range(GO + 1) for s in combinations(range(LAYERS), n)]
-        plain = truths(self.model, self.documents, sets, max_length, exported)
+        plain = truths(self.model, self.documents, sets, max_length, exported, remembers=False)
         golds = [document.gold or 0 for document in self.documents]
         pairs = list(zip(plain, golds, strict=True))
         answered = {

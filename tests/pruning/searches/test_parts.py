@@ -15,7 +15,7 @@ import torch
 
 from tests.conftest import printed, save_llama, save_tokenizer
 from tests.engine.test_experts import smaller
-from tests.engine.truth import layers_of, loglikelihood
+from tests.engine.truth import layers_of, loglikelihoods
 from tracker.core.ablations import Ablation, Part
 from tracker.core.errors import ExperimentError
 from tracker.core.prune_records import PruneRecord, PruneStep
@@ -71,7 +71,7 @@ class Truth:
         if removed not in self._known:
             model, right, gold = self._changed(removed), 0.0, 0.0
             for document in self.documents:
-                each = [loglikelihood(model, one, self.longest) for one in document.requests]
+                each = loglikelihoods(model, document.requests, self.longest, remembers=False)
                 right += int(np.argmax(each)) == document.gold
                 gold += each[document.gold or 0]
             self._known[removed] = right / len(self.documents), gold / len(self.documents)

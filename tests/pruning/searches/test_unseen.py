@@ -48,7 +48,7 @@ def test_a_set_that_the_check_has_not_seen_is_exact(ask, lend, tmp_path: Path) -
 
     loaded, documents, max_length = opened(request)
     removed = [INTACT.layers, FIRST.layers, LATER.layers]
-    plain = truths(loaded, documents, removed, max_length, without)
+    plain = truths(loaded, documents, removed, max_length, without, remembers=False)
     measured = cell.paired([INTACT, FIRST, LATER], "gold_logprob").ablated
     gold = [[s[d.gold or 0] for s in each] for each, d in zip(plain, documents, strict=True)]
     assert np.allclose(measured, gold, atol=1e-3)
