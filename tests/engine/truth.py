@@ -71,17 +71,13 @@ def logits(model: Any, tokens: Sequence[int]) -> torch.Tensor:
         return model(torch.tensor([tokens])).logits[0].double()
 
 
-def loglikelihood(model: Any, request: Request, max_length: int) -> float:
-    """Read what lm-eval reads, in one pass of a copy, and sum what the continuation gets."""
-    return loglikelihoods(model, [request], max_length)[0]
-
-
 def loglikelihoods(
     model: Any, requests: Iterable[Request], max_length: int, remembers: bool = True
 ) -> list[float]:
-    """The same of several requests; a model that remembers no call needs no copy for each text.
+    """Read what lm-eval reads, one pass a text, and sum what each continuation gets.
 
-    Those that differ in their last token alone have the model read the same: it does so once.
+    Each text is read by a copy, unless the model remembers no call. Requests that differ in their
+    last token alone have the model read the same: it does so once.
     """
     found = []
     said: dict[tuple[int, ...], torch.Tensor] = {}
