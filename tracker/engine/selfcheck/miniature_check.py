@@ -477,10 +477,9 @@ def _compared(
         for number in range(len(calls))[::step]:
             call = calls[number]
             scores = engine.score(call[::step], list(places))[::step]
+            mine = [(a, d, r) for a, c, d, r in asked if c == number and a in places]
             with _threads_for_a_text(truth.miniature):
-                for ablation, c, d, r in asked:
-                    if c != number or ablation not in places:
-                        continue
+                for ablation, d, r in mine:
                     ours = scores[d].responses[places[ablation]][r].loglikelihood
                     found += truth.compare(ours, ablation, call[d].requests[r], *TOLERANCE)
                     if found.wrong:
