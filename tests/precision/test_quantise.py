@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
 from tests.conftest import cli, printed, save_llama
 from tests.plain import evaluate
-from tests.pruning.conftest import ask
+from tests.pruning.conftest import answering_here
 from tests.runner.test_formats import save_mixture
 from tests.studies.conftest import column, plain
 from tracker import api
@@ -25,7 +25,6 @@ from tracker.ledger.files import read_note
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.store import Ledger, listed
 from tracker.models.quantised import in_format
-from tracker.pruning.export import proof
 
 WORDS = ("q4_0", "q8_0")
 ASKED = {"benchmark": "copa", "data": PACKAGE, "sample": 10, "dtype": "float32"}
@@ -38,8 +37,7 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantise")
     model = save_llama(folder / "tiny", layers=2, hidden_size=64, intermediate_size=96)
     told = {"results": folder / "results", "output": folder / "saved", "track": []}
-    with pytest.MonkeyPatch.context() as there:
-        there.setattr(proof, "_ask", ask)  # as `here`
+    with answering_here():
         return model, folder / "results", api.quantise(str(model), **ASKED, **BUDGET, **told)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,19 @@ def ask(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return json.loads(json.dumps({**said, "ours": []}, default=str))
 
 
-@pytest.fixture
-def here(monkeypatch):
+@contextmanager
+def answering_here() -> Iterator[None]:
     """Let the program answer in this process; a real one of its own has answered in `exported`."""
-    monkeypatch.setattr(proof, "_ask", ask)
+    with pytest.MonkeyPatch.context() as there:
+        there.setattr(proof, "_ask", ask)
+        yield
+
+
+@pytest.fixture
+def here():
+    """As `answering_here`, for a test."""
+    with answering_here():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -59,8 +69,7 @@ def exported(base, tmp_path_factory) -> Exported:
 def repeated(base, tmp_path_factory) -> Exported:
     """With two layers that are passed three times."""
     folder = tmp_path_factory.mktemp("repeated")
-    with pytest.MonkeyPatch.context() as there:
-        there.setattr(proof, "_ask", ask)
+    with answering_here():
         return _export(base, folder, [], repeat=[1, 2], repeats=3)
 
 

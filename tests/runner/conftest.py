@@ -53,22 +53,20 @@ def long(tiny_llama: Callable[..., Path], experiment: Callable[..., Path]) -> Pa
 
 
 @contextmanager
-def meanwhile(results: Path, do: Callable[[], None] | None) -> Iterator[None]:
+def meanwhile(results: Path, do: Callable[[], None]) -> Iterator[None]:
     """Do something while something is measured, as soon as there is some of it."""
+    done: list[bool] = []
 
     def wait_and_do() -> None:
         wait_for(lambda: shards(results))
         do()
         done.append(True)
 
-    done: list[bool] = []
     thread = threading.Thread(target=wait_and_do)
-    if do is not None:
-        thread.start()
+    thread.start()
     yield
-    if do is not None:
-        thread.join()
-        assert done
+    thread.join()
+    assert done
 
 
 @pytest.fixture
@@ -81,11 +79,12 @@ def as_one_process(
     """Run cells of one model elsewhere, by relative paths: nothing differs, nothing is lost, of
     layers and of heads.
 
-    That of piqa, of which no model can read an answer, fails alone. Something is done `meanwhile`.
+    That of piqa, of which no model can read an answer, fails alone. What is to `do` is done
+    meanwhile.
     """
 
     def check(
-        do: Callable[[], None] | None = None,
+        do: Callable[[], None],
         benchmarks: Sequence[str] = ("arc_easy", "piqa", "arc_challenge"),
         documents: int = BLOCK + 4,
         until: str | None = None,
