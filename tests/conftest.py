@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import settings
 
+from tests.forks import Trackers
 from tests.gemma import gemma_file
 from tracker.cli.boundary import NEW_OBJECTS
 
@@ -162,6 +163,16 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TRACKER_CACHE", str(of_all_workers(tmp_path_factory) / "cache"))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _trackers() -> Iterator[None]:
+    """Let what calls an SDK begin at once; programs that tests start begin it as users' do."""
+    found = Trackers()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tracker.tracking.isolated.subprocess", found)
+        yield
+    found.end()
 
 
 def lend_tasks(cache: Path) -> None:

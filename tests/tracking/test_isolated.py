@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,13 @@ from tracker.tracking import open_backend
 from .wandb_double import WandbDouble
 
 
+@pytest.fixture
+def really_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users' processes are; those of other tests are forks."""
+    monkeypatch.setattr("tracker.tracking.isolated.subprocess", subprocess)
+
+
+@pytest.mark.usefixtures("really_started")
 def test_a_call_whose_process_ends_is_a_tracking_error(lent: WandbDouble, tmp_path: Path) -> None:
     before = set(psutil.Process().children(recursive=True))
     backend = open_backend("wandb", "team/layers", tmp_path)
