@@ -78,8 +78,9 @@ class MlflowServer:
         environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
         if self.auth:
             settings = self.folder / "auth.ini"
+            # A password is made to be proved slowly, but once for all calls of a minute.
             settings.write_text(
-                "[mlflow]\ndefault_permission = READ\n"
+                "[mlflow]\ndefault_permission = READ\nauth_cache_ttl_seconds = 60\n"
                 f"database_uri = sqlite:///{self.folder / 'auth.db'}\n"
                 f"admin_username = {USER}\nadmin_password = {PASSWORD}\n"
                 "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"

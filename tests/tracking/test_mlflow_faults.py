@@ -141,7 +141,7 @@ def guarded(template: Path, tmp_path: Path) -> Iterator[MlflowServer]:
 def test_a_server_that_asks_who_calls(
     guarded: MlflowServer, results: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cell = cell_record(layers=(0,))  # each call proves a password, which is made to be slow
+    cell = cell_record(layers=(0,))
     backend = MlflowBackend("guarded", results, guarded.address)
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASS"):
         backend.publish(cell, [file], {})
