@@ -312,6 +312,18 @@ def test_a_verdict_holds_for_the_lengths_that_it_was_made_for():
     assert second == third
 
 
+def test_rows_up_to_the_next_power_of_two_have_one_verdict_on_short_texts():
+    """As the user's benchmarks have: each check costs a model of thirty layers seconds."""
+    asked, verdict = [], Recalled()
+    recall = verdict.recall
+    verdict.recall = lambda key: asked.append(key) or recall(key)
+    model = tiny_model("mistral", sliding_window=200, max_position_embeddings=256)
+    for row_tokens in (150, 240, 255):
+        check(engine_of(model, row_tokens=row_tokens), [asking(((1,), (2,)))], ABLATIONS, verdict)
+    below, beyond, reaching = asked[::2]
+    assert below == beyond != reaching
+
+
 def test_a_row_reaches_as_far_as_its_beginning_and_the_longest_document():
     documents = make_documents(3, shared=30)
     longest = max(row.tokens for each in documents for row in tree_rows([each], MAX_LENGTH, 1000))

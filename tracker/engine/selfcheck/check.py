@@ -151,7 +151,8 @@ def _verdict(
     The cell's texts hold a `blank` token or not.
     """
     model = engine.loaded.model
-    paths = reachable(model, reached.row)
+    # To just below the next power of two, which many a threshold is: rows as long share a verdict.
+    paths = reachable(model, (1 << reached.row.bit_length()) - 1)
     longest = min(_order(reached.text), engine.max_length)
     rows = longest, engine.most_row_tokens, _order(reached.document)
 
