@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,8 +53,8 @@ class Tree:
 
     def ancestors(self) -> Tensor:
         """Which node sees which, itself included [tokens, tokens]."""
-        seen = torch.eye(len(self.tokens), dtype=torch.bool)
+        seen = np.eye(len(self.tokens), dtype=bool)
         for node, parent in enumerate(self.parents):
             if parent >= 0:
                 seen[node] |= seen[parent]
-        return seen
+        return torch.from_numpy(seen)
