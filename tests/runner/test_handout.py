@@ -15,6 +15,7 @@ from tracker.core.extent import random_order
 from tracker.executors.handout import ATTEMPTS, Cell, Handout, Task
 from tracker.executors.worker import Worker
 from tracker.ledger.blocks import BLOCK, Block
+from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Job, Options, Reporting
@@ -35,7 +36,7 @@ class Desk:
         self.began: list[str] = []
         self.ends: dict[str, CellStore | Exception] = {}
         self.handout = Handout(jobs, Reporting(ledger, self.heard, self.begin, self.end))
-        self.worker = Worker(Options(), str(Path.cwd()), {})
+        self.worker = Worker(Options(), str(Path.cwd()), {}, checks=Checks(results))
         self.opened: Cell | None = None
 
     def begin(self, asked, store) -> None:
