@@ -11,7 +11,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from tests.plain import tasks_in
-from tracker.benchmarks import factory
+from tracker.benchmarks import benchmark, factory
 from tracker.ledger.files import read_note, write_note
 
 DATA = ("dataset_path", "dataset_name")
@@ -89,3 +89,15 @@ def test_a_planted_note_leads_to_no_file_outside(folder, tmp_path, path: str) ->
     write_note(note, {"tasks": json.dumps(tasks)})
     assert again()["own"].yaml_path == folder / "own.yaml"
     assert json.loads(read_note(note)["tasks"])["own"][1] == "own.yaml"
+
+
+def test_a_name_is_looked_for_in_a_file_that_is_called_so_first(monkeypatch) -> None:
+    """Was: thousands of files were read for arc_easy; no file is called copa.yaml."""
+    read, honest = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or honest(path))
+    is_stated = benchmark._is_stated.__wrapped__
+    assert is_stated("arc_easy")
+    assert read == ["arc_easy.yaml"]
+    assert is_stated("mmlu_anatomy"), "whose keys are in quotes"
+    assert set(read[1:]) == {"mmlu_anatomy.yaml"}
+    assert is_stated("copa")

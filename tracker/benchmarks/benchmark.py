@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
+from pathlib import Path
 
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.corpus import Corpus, corpus_stamp, is_corpus, locate
@@ -43,11 +45,18 @@ def check_benchmark(request: CellRequest) -> None:
 
 @cache
 def _is_stated(name: str) -> bool:
-    """Whether a file of lm-eval's states this name: a look that spares its index, four seconds."""
-    stated = re.compile(rf"^(task|group|tag): *[\"']?{re.escape(name)}[\"']? *$".encode(), re.M)
+    """Whether a file of lm-eval's states this name: a look that spares its index, four seconds.
+
+    One that is called so comes first: to read all 12,000 takes a quarter of a second.
+    """
+    key, value = "[\"']?(task|group|tag)[\"']?", f"[\"']?{re.escape(name)}[\"']?"
+    stated = re.compile(f"^{key}: *{value} *$".encode(), re.M)
     folder = package_folder("lm_eval")
-    files = folder.joinpath("tasks").rglob("*.yaml") if folder else ()
-    return any(stated.search(path.read_bytes()) for path in files)
+    places = os.walk(folder / "tasks") if folder else ()
+    files = [(place, each) for place, _, names in places for each in names]
+    files.sort(key=lambda file: file[1] != f"{name}.yaml")
+    some = (Path(*file) for file in files if file[1].endswith(".yaml"))
+    return any(stated.search(path.read_bytes()) for path in some)
 
 
 def data_stamp(request: CellRequest) -> object:
