@@ -31,7 +31,8 @@ def measure(experiment: Callable[..., Path], tmp_path: Path) -> Callable[..., Re
     def measure(
         model: Path | str, results: str = "results", heard: Heard | None = None, **settings: object
     ) -> Results:
-        done = run(experiment(model, **settings), tmp_path / results, heard)
+        asked = {"data": str(arc(tmp_path / "arc")), **settings}
+        done = run(experiment(model, **asked), tmp_path / results, heard)
         assert not done.outcome.failed, done.outcome.failed
         return done
 

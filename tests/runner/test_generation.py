@@ -143,7 +143,7 @@ def as_lm_eval(sums, data, measure, tmp_path) -> Callable[..., tuple[CellRecord,
     [
         pytest.param(2, 1024, ["layer", "attention", "mlp"], id="a-common-beginning"),
         pytest.param(2, 72, ["layer"], id="prompts-are-truncated"),
-        pytest.param(0, 1024, ["layer"], id="nothing-in-common"),
+        pytest.param(0, 256, ["layer"], id="nothing-in-common"),
     ],
 )
 def test_every_text_and_metric_is_lm_evals(
@@ -231,9 +231,8 @@ def test_a_text_that_leaves_no_room_for_a_prompt_is_refused(
     tiny_llama, sums, data, tmp_path, experiment
 ):
     sums(STOPS, 64)
-    file = experiment(
-        tiny_llama(max_position_embeddings=64), benchmark="sums", data=data, num_fewshot=0
-    )
+    model, asked = tiny_llama(max_position_embeddings=64), {"benchmark": "sums", "layer": 0}
+    file = experiment(model, data=data, num_fewshot=0, **asked)
     (why,) = run(file, tmp_path / "results").outcome.failed.values()
     assert "a text may have 64 tokens, and the model reads 64" in why
 
@@ -259,5 +258,4 @@ def test_an_answer_that_cannot_be_scored_costs_no_text(
     tiny_llama, data, as_lm_eval, answer, settings
 ):
     write_rows(data / "openai/gsm8k/main", test=[{"question": "7?", "answer": answer}])
-    folder = tiny_llama(max_position_embeddings=128)
-    as_lm_eval(folder, (STOPS, 8, settings), num_fewshot=0, layer=[1])
+    as_lm_eval(tiny_llama(), (STOPS, 8, settings), num_fewshot=0, layer=[1, 2])

@@ -29,7 +29,7 @@ from tracker.measuring.scorer import Generation
 from tracker.models.load import load_model
 from tracker.models.sources import ModelSource, find_model
 
-LAYERS = [0, 2]
+LAYERS = [0, 3]
 
 
 @pytest.fixture

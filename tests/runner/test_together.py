@@ -12,12 +12,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_what_is_removed_besides_is_measured_together(tiny_llama, experiment, tmp_path):
     model, data = tiny_llama(seed=3), str(arc(tmp_path / "data", 40))
-    views: list[list[int]] = [[], [1], [0, 3]]
+    views: list[list[int]] = [[], [0, 3]]
     together, apart = tmp_path / "together", tmp_path / "apart"
     heard = Heard()
     done = run(experiment(model, data=data, removed=views), together, heard)
     assert [list(cell.removed) for cell in done.cells] == views
-    assert [len(cell.runs) for cell in done.cells] == [4, 3, 2]
+    assert [len(cell.runs) for cell in done.cells] == [4, 2]
     assert sum("checking that sharing" in line for line in heard.lines) == 1
     assert heard.counted == heard.expected
 

@@ -113,7 +113,7 @@ def test_a_trial_measures_its_sweeps_cell_until_it_is_answered(asked, tmp_path, 
 def test_a_trial_that_asks_of_a_whole_cell_finds_it(tiny_llama, experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(api, "asked_of_cell", lambda *_: pytest.fail("the sweep was asked"))
     model, results = tiny_llama(layers=3), tmp_path / "results"
-    settings = {"data": str(arc(tmp_path / "data", 40)), "limit": None, "layer": [0, 2]}
+    settings = {"data": str(arc(tmp_path / "data", 40)), "limit": None, "layer": [1, 2]}
     file = experiment(model, **settings)
     (whole,) = run(file, results).cells
     assert whole.is_complete
@@ -132,9 +132,9 @@ def test_a_trial_that_asks_of_a_whole_cell_finds_it(tiny_llama, experiment, tmp_
     assert (done.models_loaded, record.runs) == (0, whole.runs)
     assert _measured(asked, Ledger(results))[1] == whole.runs[1]
     with pytest.raises(ResultsError, match="does not hold all of it"):
-        _measured(asked.model_copy(update={"layers": (1,)}), Ledger(results))
+        _measured(asked.model_copy(update={"layers": (0,)}), Ledger(results))
     # And another layer on fewer documents, which goes by a name of its own.
     monkeypatch.setattr(api, "asked_of_cell", lambda *_: None)
-    fewer = trial_request({**known, "layer": 1, "limit": 20})
+    fewer = trial_request({**known, "layer": 0, "limit": 20})
     record, _ = tracker.evaluate(fewer, results=results, track=[])
     assert _measured(fewer, Ledger(results))[0].place == record.place

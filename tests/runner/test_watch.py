@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.conftest import lend_tasks
-from tests.runner.elsewhere import Heard, outcomes, run
+from tests.runner.elsewhere import Heard, arc, outcomes, run
 from tracker.engine.scoring.score import score_row
 from tracker.engine.selfcheck.check import check, watch
 from tracker.ledger.store import Ledger
@@ -16,7 +16,7 @@ from tracker.measuring.meter import Meter
 
 def test_the_record_and_the_page_say_what_was_compared(tiny_llama, measure, tmp_path):
     (record,) = measure(tiny_llama()).cells
-    assert record.compared == 8, "of 40 documents one is drawn, and the longest: four answers each"
+    assert record.compared == 6, "of 40 documents one is drawn, and the longest: three answers each"
     assert 0 <= record.compared_difference < 1e-3
     assert record.compared_unsteady == 0
     page = (tmp_path / "results/report.html").read_text()
@@ -37,7 +37,7 @@ def test_an_unsteady_model_is_not_said_to_share_less(tiny_llama, measure, monkey
 
     monkeypatch.setattr("tracker.measuring.scorer.check", found)
     heard = Heard()
-    measure(tiny_llama(), heard=heard, limit=2, layer=[0], dtype=dtype)
+    measure(tiny_llama(), heard=heard, limit=2, layer=[1, 2], dtype=dtype)
     if dtype == "bfloat16":
         said[0] += "; 'dtype: float32' rounds finely, and what rounding decides here stands with "
         said[0] += "the results"
@@ -53,11 +53,11 @@ def test_what_is_asked_later_is_compared_too(tiny_llama, measure, tmp_path, monk
         return watch(truth, scores, ablations, seed, first)
 
     monkeypatch.setattr("tracker.measuring.scorer.watch", watched)
-    for layer in (0, 1):
-        measure(model, limit=2, layer=[layer])
-    assert drawn_from == [["baseline", "layer:0"], ["layer:1"]]
+    for layers in ([1, 2], [0, 3]):
+        measure(model, limit=2, layer=layers)
+    assert drawn_from == [["baseline", "layer:1", "layer:2"], ["layer:0", "layer:3"]]
     rows = outcomes(tmp_path / "results")
-    assert "layer:1" in set(rows["ablation"][rows["compared"].notna()])
+    assert {"layer:0", "layer:3"} & set(rows["ablation"][rows["compared"].notna()])
 
 
 def test_a_number_that_is_wrong_stops_the_cell_before_it_is_published(
@@ -82,7 +82,8 @@ def test_a_number_that_is_wrong_stops_the_cell_before_it_is_published(
         "tracker.team.publish.Publisher.begin", lambda *args: published.append(args)
     )
     results = tmp_path / "results"
-    done = run(experiment(tiny_llama(), limit=20), results, track=["mlflow"])
+    file = experiment(tiny_llama(), limit=20, data=str(arc(tmp_path / "data")))
+    done = run(file, results, track=["mlflow"])
     (why,) = done.outcome.failed.values()
     assert "stopped, because sharing is not exact here: document" in why
     assert "on the really pruned model" in why
@@ -131,7 +132,7 @@ def test_which_model_is_measured_is_said_where_it_is_no_checkpoint(
         "tracker.measuring.scorer.check", lambda *args: replace(check(*args), which=said)
     )
     heard = Heard()
-    (record,) = measure(tiny_llama(), heard=heard, limit=2, layer=[0]).cells
+    (record,) = measure(tiny_llama(), heard=heard, limit=2, layer=[1, 2]).cells
     assert f"tiny-llama: {said}" in heard.lines
     assert record.reasons["checkpoint"] == said
     assert f"W{said[1:]}." in (tmp_path / "results/report.html").read_text()
