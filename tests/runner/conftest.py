@@ -16,12 +16,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+from tests.conftest import of_all_workers
 from tests.forks import Forked, forks
 from tests.plain import write_rows
 from tests.runner.elsewhere import Heard, arc, run, same, shards, wait_for
 from tracker.api import Results
+from tracker.benchmarks.factory import known_tasks
 from tracker.ledger.blocks import BLOCK
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tasks(_cache: None, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Read lm-eval's tasks once, although workers side by side begin with these tests."""
+    with FileLock(of_all_workers(tmp_path_factory) / "tasks.lock"):
+        known_tasks()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.conftest import golden, printed
-from tests.runner.elsewhere import run, typed
+from tests.runner.elsewhere import arc, run, typed
 from tests.tracking.conftest import cell_record, client, double, lent
 from tests.tracking.wandb_double import WandbDouble
 from tracker import api
@@ -80,7 +80,7 @@ def content(cells: object) -> set[str]:
 
 
 def test_colleagues_results_stand_beside_ones_own(ran: Ran, tmp_path: Path) -> None:
-    mine, hers = ran("mine"), ran("hers", seed=8, benchmark=["arc_easy", "piqa"])
+    mine, hers = ran("mine"), ran("hers", seed=8, benchmark=["arc_easy", "copa"])
     done = api.report(mine, hers, output=tmp_path / "both.html")
     assert content(done.cells) == content(api.ls(mine)) | content(api.ls(hers))
     page = (tmp_path / "both.html").read_text()
@@ -114,7 +114,8 @@ def test_a_record_is_derived_once(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_report_of_damaged_outcomes_says_what_is_missing(ran: Ran, tmp_path: Path) -> None:
     """Was: exit code 0, and documents that the records still counted were gone from their table."""
-    results = ran(limit=40)
+    asked = {"limit": 40, "data": str(arc(tmp_path / "data"))}
+    results = ran(**asked)
     shard = min(results.glob("cells/*/shards/*.parquet"))
     before, content = shard.stat(), bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
@@ -136,14 +137,14 @@ def test_a_report_of_damaged_outcomes_says_what_is_missing(ran: Ran, tmp_path: P
     commands = ("ls", "leaderboard", "report")
     assert [typed(command, "--results", results)[0] for command in commands] == [1, 1, 1]
     assert list(api.sync((), results=results).failed) == [str(shard.with_suffix(".aside"))]
-    ran(limit=40)
+    ran(**asked)
     assert api.sync((), results=results).failed == {}
     assert [typed(command, "--results", results)[0] for command in commands] == [0, 0, 0]
 
 
 def test_damage_is_said_of_every_folder(ran: Ran, tmp_path: Path) -> None:
     """Was: of two folders that hold one cell only the first was asked."""
-    results, other = ran(limit=40), tmp_path / "other"
+    results, other = ran(limit=40, data=str(arc(tmp_path / "data"))), tmp_path / "other"
     shutil.copytree(results, other)
     shard = min(other.glob("cells/*/shards/*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-9])
@@ -155,7 +156,7 @@ def test_damage_is_said_of_every_folder(ran: Ran, tmp_path: Path) -> None:
 def test_an_mlflow_project_is_read_verified_and_cached(
     ran: Ran, team: tuple[str, MlflowClient], tmp_path: Path, cache: Path
 ) -> None:
-    results = ran(benchmark=["arc_easy", "piqa"])
+    results = ran(benchmark=["arc_easy", "copa"])
     source, client = team
     assert api.sync([source], results=results).failed == {}
     done = api.report(source, output=tmp_path / "page.html")
@@ -168,7 +169,7 @@ def test_an_mlflow_project_is_read_verified_and_cached(
     assert content(again.cells) == content(done.cells)
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")} == before
     # What has grown is.
-    ran(benchmark=["arc_easy", "piqa"], limit=9)
+    ran(benchmark=["arc_easy", "copa"], limit=9)
     api.sync([source], results=results)
     grown = api.report(source, output=tmp_path / "page.html")
     assert [cell.n for cell in grown.cells] == [9, 9]
@@ -265,8 +266,9 @@ def test_so_are_those_of_boards(cells) -> None:
 
 def test_folders_that_hold_parts_of_a_cell_are_derived_as_one(ran: Ran, tmp_path: Path) -> None:
     """Was: layers 0-14 joined with 15-29 showed the correlation over 15 of them."""
-    first, second = ran("first", layer=[0, 1]), ran("second", layer=[1, 2])
-    (whole,) = api.ls(ran("whole", layer=[0, 1, 2]))
+    asked = {"data": str(arc(tmp_path / "data"))}
+    first, second = ran("first", layer=[0, 1], **asked), ran("second", layer=[1, 2], **asked)
+    (whole,) = api.ls(ran("whole", layer=[0, 1, 2], **asked))
     (joined,) = api.report(first, second, output=tmp_path / "joined.html").cells
     assert {c.n for c in joined.correlations if c.subset == "all"} == {3}
     # Each folder's own documents were drawn to be answered again, under one of its own ablations.
