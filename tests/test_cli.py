@@ -130,14 +130,15 @@ def test_every_shipped_experiment_is_valid(file, request):
 
 
 def test_a_cap_is_obeyed_and_said(tiny_llama, experiment, tmp_path):
-    file, results = experiment(tiny_llama(layers=2), limit=2, layer=[0, 1]), tmp_path / "results"
-    file.write_text(f"run_cap: 1\n{file.read_text()}")
+    model, results = tiny_llama(layers=2), tmp_path / "results"
+    file = experiment(model, limit=2, component=["layer", "mlp"], layer=[0, 1])
+    file.write_text(f"run_cap: 2\n{file.read_text()}")
     there = ("--results", results)
     for options in (("validate",), ("plan", *there, "--gflops=1"), ("run", *there, "--track=none")):
         said = printed(options[0], file, *options[1:])
-        assert "run_cap: the first 1 of the grid's 2 runs, as W&B counts" in said
+        assert "run_cap: the first 2 of the grid's 4 runs, as W&B counts" in said
     (store,) = Ledger(results).cells()
-    assert set(store.read()["ablation"]) == {"baseline", "layer:0"}
+    assert set(store.read()["ablation"]) == {"baseline", "layer:0", "layer:1"}
 
 
 def test_all_layers_of_models_of_different_depth(tiny_llama, experiment, tmp_path):

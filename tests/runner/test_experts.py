@@ -9,13 +9,13 @@ import torch
 
 from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
 from tests.conftest import cli, printed, save_tokenizer
-from tests.engine.families import tiny_model
+from tests.engine.families import MIXED, tiny_model
 from tests.runner.elsewhere import is_lm_evals, run, write_study
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
 
-NEVER = "expert:2.1"
+NEVER = "expert:1.1"
 """Its router's bias lets no token go there."""
 
 
@@ -23,9 +23,9 @@ NEVER = "expert:2.1"
 def folder(tmp_path):
     folder = tmp_path / "mixture"
     vocabulary = save_tokenizer(folder, False)
-    model = tiny_model("gpt_oss")
+    model = tiny_model("gpt_oss", num_hidden_layers=2, layer_types=MIXED[:2])
     model.resize_token_embeddings(vocabulary)
-    model.model.layers[2].mlp.router.bias.data[1] = -1e4
+    model.model.layers[1].mlp.router.bias.data[1] = -1e4
     model.save_pretrained(folder)
     return folder
 
@@ -46,17 +46,17 @@ def test_experts_are_lm_evals(folder, tmp_path, one_thread):
     results = tmp_path / "results"
     file = write_study(
         tmp_path / "experts.yaml", model=str(folder), benchmark="arc_easy", data=PACKAGE, limit=4,
-        dtype="float32", component="expert", layer=2,
+        dtype="float32", component="expert", layer=1,
     )  # fmt: skip
     (cell,) = run(file, results).cells
     runs = {each.ablation: each for each in cell.runs}
-    assert list(runs) == [f"expert:2.{number}" for number in range(4)]
+    assert list(runs) == [f"expert:1.{number}" for number in range(4)]
     (store,) = Ledger(results).cells()
     frame = store.read()
     loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)
     for number in (0, 1, 3):
-        changed = without(loaded.model, 2, number)
-        is_lm_evals(runs[f"expert:2.{number}"], frame, changed, loaded.tokenizer, tasks)
+        changed = without(loaded.model, 1, number)
+        is_lm_evals(runs[f"expert:1.{number}"], frame, changed, loaded.tokenizer, tasks)
     undefined = [name for name, each in runs.items() if each.accuracy_drop is None]
     assert undefined == [NEVER]
     assert "no token that an answer depends on went" in runs[NEVER].reasons["accuracy_drop"]
@@ -71,7 +71,7 @@ def test_experts_are_lm_evals(folder, tmp_path, one_thread):
     ).read_text(encoding="utf-8")
     assert "how well each proxy ranks the experts by accuracy drop" in page
     trial = ("evaluate", "--model", folder, "--benchmark", "arc_easy", "--data", PACKAGE)
-    asked = ("--limit", 4, "--dtype", "float32", "--component", "expert", "--layer", 2)
+    asked = ("--limit", 4, "--dtype", "float32", "--component", "expert", "--layer", 1)
     said = printed(*trial, *asked, "--expert", 1, "--results", results, "--track", "none")
     assert "went to this expert" in said
     assert (

@@ -138,7 +138,7 @@ def test_weights_that_were_rounded_before_are_rounded_again_and_it_is_said(tmp_p
 
 
 def test_maps_are_lm_evals(tiny_llama, tmp_path, one_thread):
-    folder = tiny_llama(hidden_size=64, intermediate_size=96)
+    folder = tiny_llama(layers=2, hidden_size=64, intermediate_size=96)
     results = tmp_path / "results"
     said = {"model": str(folder), "benchmark": "arc_easy", "data": PACKAGE, "limit": 4}
     said["dtype"] = "float32"
