@@ -42,7 +42,7 @@ def request(how: dict[str, Any], layers: Sequence[int]) -> CellRequest:
 
 OUTCOMES = {
     ("arc_easy", doc): [1.0, *(np.random.default_rng(doc).random(len(COSTS)) >= COSTS)]
-    for doc in range(320)
+    for doc in range(192)
 }
 
 
@@ -134,7 +134,7 @@ TABLE: dict[str, tuple[list[Asked], dict[str, tuple[int | None, Sequence[int]]]]
     "a limit after all": ([(EVERY, SIX), (F16, TWO)], {V: (None, SIX)}),
     "all after a limit": ([(F16, SIX), (EVERY, SIX)], {V: (None, SIX)}),
     "all of two after a limit": ([(F16, SIX), (EVERY, TWO)], {V: (16, SIX), V_ALL: (None, TWO)}),
-    "a limit that leaves nothing out": ([(first(320), SIX), (EVERY, TWO)], {V: (None, SIX)}),
+    "a limit that leaves nothing out": ([(first(192), SIX), (EVERY, TWO)], {V: (None, SIX)}),
     "sample after limit": ([(F64, SIX), (S16, TWO)], {V: (64, SIX), D: (16, TWO)}),
     "limit after sample": ([(S64, SIX), (F16, TWO)], {V: (16, TWO), D: (64, SIX)}),
     "all after sample and back": (
@@ -142,7 +142,7 @@ TABLE: dict[str, tuple[list[Asked], dict[str, tuple[int | None, Sequence[int]]]]
         {V: (None, SIX), D: (64, SIX)},
     ),
     "a sample that leaves nothing out": (
-        [(S64, SIX), (drawn(320), SIX), (drawn(1000), TWO)],
+        [(S64, SIX), (drawn(192), SIX), (drawn(1000), TWO)],
         {V: (None, SIX), D: (64, SIX)},
     ),
     "until after a limit stands beside": (
@@ -187,7 +187,7 @@ TABLE: dict[str, tuple[list[Asked], dict[str, tuple[int | None, Sequence[int]]]]
 @pytest.mark.parametrize("case", TABLE)
 def test_what_is_known_of_a_run_is_shown(case: str, ledger: Ledger) -> None:
     steps, wanted = TABLE[case]
-    store = store_in(ledger, 320)
+    store = store_in(ledger, 192)
     for how, layers in steps:
         view = run(store, how, layers)
         if not how.get("until"):
