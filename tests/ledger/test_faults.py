@@ -52,7 +52,8 @@ def test_a_flipped_bit_is_never_silent(whole: Path, truth: object, tmp_path: Pat
             hit = draw.choice(paths)
             faults.flip(root / hit, draw.randrange(8 * (root / hit).stat().st_size))
             # What was remembered and derived from the intact file may not hide it either.
-            shutil.rmtree(next(root.glob("cells/*/derived")), ignore_errors=True)
+            if hit.parent.name != "derived":
+                shutil.rmtree(next(root.glob("cells/*/derived")), ignore_errors=True)
             found.append(faults.silent(root, truth, hit))
             shutil.rmtree(root)
     assert not list(filter(None, found))
