@@ -85,10 +85,11 @@ class Claims:
     def missed(self) -> list[int]:
         """The costly layers that a choice of as many by mean cosine score leaves out, for others
         that are shown to cost less."""
+        runs = [cell.runs_of() for cell in self.cells]
         scores = {
             layer: sum(score for score in mine if score is not None)
             for layer in self.layers
-            if None not in (mine := [cell.runs_of()[layer].cosine_score for cell in self.cells])
+            if None not in (mine := [of[layer].cosine_score for of in runs])
         }
         if len(scores) < len(self.layers):
             return []
@@ -408,7 +409,7 @@ def _together(
 
     `each` is how many statements are made of a cell, where that is more than one a layer.
     """
-    runs = [cell.runs_of()[layer] for cell in cells for layer in layers]
+    runs = [of[layer] for of in [cell.runs_of() for cell in cells] for layer in layers]
     family = max(len(cells) * each, len(runs), 1)
     wide = iter(together([figure(run) for run in runs], [run.n for run in runs], family))
     return {cell.key: {layer: next(wide) for layer in layers} for cell in cells}
