@@ -415,7 +415,7 @@ def test_what_was_said_under_lm_evals_names_needs_the_tokenizer_alone(study):
 
 def test_what_is_not_measured_yet_is_said_and_the_rest_is_written(study):
     folder, _ = study
-    measured = run(folder, ["words"], "part", limit=3, layer=[0, 1])
+    measured = run(folder, ["words"], "part", limit=3, layer=[1])
     (store,) = Ledger(measured).cells()
     (asked,) = store.views.asked()
     runs = (*asked.view.runs, RunIdentity(layer=2))
@@ -428,12 +428,11 @@ def test_what_is_not_measured_yet_is_said_and_the_rest_is_written(study):
         (folder / "away").rename(lab)
     assert code == 0
     assert (
-        "tiny · words · 0-shot: 3 of 4 documents are measured of baseline, layer:0, layer:1; "
-        "their files hold these" in said
+        "tiny · words · 0-shot: 3 of 4 documents are measured of baseline, layer:1; their files "
+        "hold these" in said
     )
     assert "0 of 4 documents are measured of layer:2; they have no files" in said
-    expected = {"lab__tiny", "lab__tiny,removed_layers=0", "lab__tiny,removed_layers=1"}
-    assert names(folder / "ours-part") == expected
+    assert names(folder / "ours-part") == {"lab__tiny", "lab__tiny,removed_layers=1"}
     ours, samples = read(folder / "ours-part" / "lab__tiny")
     assert ours["n-samples"] == {"words": {"original": 4, "effective": 3}}
     assert [sample["doc_id"] for sample in samples["words"]] == [0, 1, 2]
