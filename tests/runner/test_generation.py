@@ -194,7 +194,7 @@ def test_a_model_that_refuses_is_generated_apart(family, as_lm_eval, tmp_path):
     folder, heard = tmp_path / family, Heard()
     config = FAMILIES[family].config()
     config.vocab_size = save_tokenizer(folder, bos=False)
-    config.initializer_range = 0.3
+    config.initializer_range, config.num_hidden_layers = 0.3, 2
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
 
@@ -202,7 +202,7 @@ def test_a_model_that_refuses_is_generated_apart(family, as_lm_eval, tmp_path):
         return without(model, [int(layer) for layer in ablation.split(":")[1:]])
 
     asked = (["Question:", "!"], 12)
-    as_lm_eval(folder, asked, prune, heard=heard, num_fewshot=1, limit=2, layer=[0, 2])
+    as_lm_eval(folder, asked, prune, heard=heard, num_fewshot=1, limit=2, layer=[0])
     lines = [line for line in heard.lines if "generates alone, because" in line]
     assert len(lines) == 1, heard.lines
 
