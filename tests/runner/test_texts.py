@@ -28,7 +28,7 @@ LENGTH = 48
 """Tokens that the model reads."""
 LAYERS = (0, 1, 2, 3)
 TEXTS = [
-    "The heart pumps the blood through the body. " * 9,
+    "The heart pumps the blood through the body. " * 4,
     "Paris",
     "The capital of France is Paris. " * 4,
     "It is a muscle.",
