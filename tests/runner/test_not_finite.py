@@ -11,7 +11,7 @@ from tests.plain import write_rows
 from tests.runner.elsewhere import outcomes
 
 CHANNEL = 5
-LONG = {"max_position_embeddings": 320}
+SHAPE = {"max_position_embeddings": 320, "mlp_bias": True}
 SHORT = {"limit": 1, "gen_kwargs": "max_gen_toks=16"}
 
 
@@ -69,7 +69,7 @@ def test_one_ablation_is_undefined_and_the_others_are_not(
 ):
     cells = []
     for kind, blows in (("whole", 0.0), ("fused", 1e30)):
-        model = with_a_fuse(tiny_llama(f"{kind}-llama", mlp_bias=True, **LONG), blows)
+        model = with_a_fuse(tiny_llama(f"{kind}-llama", **SHAPE), blows)
         cells += measure(model, kind, **benchmarks(data)[name]).cells
     whole, fused = cells
     assert fused.baseline_accuracy == whole.baseline_accuracy is not None
@@ -94,7 +94,7 @@ def test_one_ablation_is_undefined_and_the_others_are_not(
 
 @pytest.mark.parametrize("name", ["arc_easy", "corpus", "gsm8k"])
 def test_a_model_that_is_not_finite_itself(tiny_llama, measure, data, name):
-    folder = tiny_llama(**LONG)
+    folder = tiny_llama(**SHAPE)
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.model.layers[2].mlp.down_proj.weight.data[:] = float("nan")
     model.save_pretrained(folder)

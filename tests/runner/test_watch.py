@@ -106,7 +106,7 @@ def test_a_miniature_is_checked_once_on_a_machine(tiny_llama, measure, tmp_path,
 
     honest = check.check_miniature
     monkeypatch.setattr(check, "check_miniature", counted)
-    model, results = tiny_llama(), tmp_path / "results"
+    model, results = tiny_llama(layers=2), tmp_path / "results"
     # Their texts are of one order of length.
     for limit in (20, 22):
         measure(model, limit=limit, layer=[0])
