@@ -16,6 +16,7 @@ from tests.conftest import cli, save_llama
 from tests.engine.truth import exported, truths
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
+from tracker.core.ablations import Ablation
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.core.search_parts import SearchParts
@@ -42,8 +43,12 @@ SETTINGS = {
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of five layers, each of which changes what it says."""
-    return save_llama(tmp_path_factory.mktemp("search") / "tiny", seed=3, layers=LAYERS)
+    """A random Llama of five layers, each of which changes what it says.
+
+    Of more tokens than the rows of these tests have: its check is the same one for all of them.
+    """
+    folder = tmp_path_factory.mktemp("search") / "tiny"
+    return save_llama(folder, seed=3, layers=LAYERS, vocab_size=352)
 
 
 @pytest.fixture(scope="module")
@@ -168,4 +173,11 @@ def truth(ask: Callable[..., SearchRequest]) -> Truth:
 def cell(
     ask: Callable[..., SearchRequest], lend: Callable[..., Lender], one_thread: None
 ) -> OpenCell:
-    return OpenCell(ask(strategy="accuracy").calibration()[0], lend())
+    return opened_cell(ask(strategy="accuracy"), lend())
+
+
+def opened_cell(asked: SearchRequest, lender: Lender) -> OpenCell:
+    """The cell that chooses, whose sharing is checked on each layer, as for a whole search."""
+    cell = OpenCell(asked.calibration()[0], lender)
+    cell.opened([Ablation((layer,)) for layer in range(LAYERS)])
+    return cell

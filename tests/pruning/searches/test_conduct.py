@@ -255,7 +255,7 @@ def search_for(model: Path, tmp_path: Path) -> Callable[..., api.Pruned]:
 def test_attentions_are_searched_and_kept_without_runs_of_several(
     search_for, tmp_path: Path
 ) -> None:
-    done = search_for(strategy="gold_logprob", unit="attention")
+    done = search_for(strategy="gold_logprob", unit="attention", seed=6)
     (record,) = done.records
     assert done.export == ""
     assert (record.unit, len(record.removed), len(record.rests_on)) == ("attention", 2, 1)
@@ -276,12 +276,12 @@ def test_a_model_that_could_not_be_saved_is_refused_before_the_search(
     with pytest.raises(ModelError, match="cannot say what would be left"):
         search_for(strategy="last")
     assert not (tmp_path / "results").exists()
-    (record,) = search_for(strategy="last", unit="attention", remove=1).records
-    assert record.removed == (LAYERS - 2,)
+    (record,) = search_for(strategy="last", unit="attention").records
+    assert record.removed == (LAYERS - 3, LAYERS - 2)
 
 
 def test_that_attentions_cannot_be_saved_is_said(write, prune) -> None:
-    done = prune(write(strategy="last", unit="attention", remove=1))
+    done = prune(write(strategy="last", unit="attention"))
     assert (
         "no command saves it: tracker export takes whole layers out, and no attentions"
         in done.output
@@ -289,7 +289,7 @@ def test_that_attentions_cannot_be_saved_is_said(write, prune) -> None:
 
 
 def test_a_changed_file_of_a_search_is_noticed(search_for, tmp_path: Path) -> None:
-    search_for(strategy="last", remove=1)
+    search_for(strategy="last")
     (path,) = (tmp_path / "results").glob("searches/*.json")
     assert [
         found.strategy for found in listed(tmp_path / "results" / "searches", PruneRecord, {})

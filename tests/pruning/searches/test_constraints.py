@@ -27,7 +27,7 @@ from tracker.pruning.search.scores import Scores, Set
 from tracker.pruning.search.search import Found
 from tracker.pruning.search.strategies import STRATEGIES, Search
 
-from .conftest import GO, LAYERS, WHOLE, Truth
+from .conftest import GO, LAYERS, WHOLE, Truth, opened_cell
 from .test_strategies import cosine, grown, naive_proxy, turned
 
 KINDS = ["full", "mamba", "mamba", "full", "mamba"]
@@ -154,8 +154,7 @@ def test_random_draws_are_all_that_may_go_and_nothing_else(cell, case: str) -> N
 @pytest.fixture(scope="module")
 def fifty(ask, lend) -> OpenCell:
     """A cell of all documents that choose."""
-    said = {"strategy": "accuracy", "sample": None}
-    return OpenCell(ask(**said).calibration()[0], lend())
+    return opened_cell(ask(strategy="accuracy", sample=None), lend())
 
 
 @pytest.mark.parametrize("rescoring", ["lazy", "race"])
@@ -252,7 +251,7 @@ def test_what_may_go_alone_is_scored(strategy: str) -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_a_file_says_what_must_stay_and_the_page_repeats_it(write, prune, tmp_path: Path) -> None:
     path = write(
-        strategy=["accuracy", "cosine_oneshot", "last", "random"],
+        strategy=["cosine_oneshot", "accuracy", "last", "random"],
         protect={"values": [[0, "last"], [0, 1]]},
         at_least={"value": {"odd": "1 of 4"}},
         test_sample=4,
