@@ -134,25 +134,25 @@ class Killed(Silent):
 
 def test_a_killed_search_goes_on_after_its_last_block(write, tmp_path: Path) -> None:
     """Was: its calibration cell was said to be unfinished, however often its command was typed."""
-    path = write(strategy="accuracy", sample=40)
+    path = write(strategy="accuracy", sample=12)
     whole = Killed()
     expected = api.prune(path, results=tmp_path / "whole", track=[], progress=whole)
-    first = 40 * 2 * (1 + LAYERS)  # answers of the first step, to two requests a document
+    first = 12 * 2 * (1 + LAYERS)  # answers of the first step, to two requests a document
     killed = Killed(first + 1)
     with pytest.raises(KeyboardInterrupt):
         api.prune(path, results=tmp_path / "killed", track=[], progress=killed)
     goes_on = "its search goes on, or was stopped: then type its command again: "
     again = f"{goes_on}tracker prune {path} --results {tmp_path / 'killed'}"
-    assert said_of_unfinished(tmp_path / "killed") == [f"40 documents; {again}", again]
+    assert said_of_unfinished(tmp_path / "killed") == [f"12 documents; {again}", again]
     rest = Killed()
     done = api.prune(path, results=tmp_path / "killed", track=[], progress=rest)
     assert said_of_unfinished(tmp_path / "killed") == []
     # One more search that is killed, in a cell in which another is over.
-    more = write(strategy="beam", sample=40).rename(tmp_path / "more.yaml")
+    more = write(strategy="beam", sample=12).rename(tmp_path / "more.yaml")
     with pytest.raises(KeyboardInterrupt):
         api.prune(more, results=tmp_path / "killed", track=[], progress=Killed(1))
     again = f"{goes_on}tracker prune {more} --results {tmp_path / 'killed'}"
-    assert {*said_of_unfinished(tmp_path / "killed")} == {f"40 documents; {again}", again}
+    assert {*said_of_unfinished(tmp_path / "killed")} == {f"12 documents; {again}", again}
     assert not Ledger(tmp_path / "killed").contents().damaged
     assert rest.came == whole.came - first
     assert [r.steps for r in done.records] == [r.steps for r in expected.records]
@@ -231,7 +231,7 @@ def test_benchmarks_that_calibrate_are_typed_as_lm_eval_takes_them() -> None:
 
 
 def test_a_search_without_a_file_is_gone_on_with_by_what_was_typed(model, tmp_path: Path) -> None:
-    said = {"model": model, **SETTINGS, "strategy": "accuracy", "sample": 40, "benchmark": "copa"}
+    said = {"model": model, **SETTINGS, "strategy": "accuracy", "benchmark": "copa"}
     results = tmp_path / "results"
     with pytest.raises(KeyboardInterrupt):
         api.prune(**said, results=results, track=[], progress=Killed(1))
