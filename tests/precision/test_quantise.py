@@ -28,7 +28,8 @@ from tracker.models.quantised import in_format
 
 WORDS = ("q4_0", "q8_0")
 ASKED = {"benchmark": "copa", "data": PACKAGE, "sample": 10, "dtype": "float32"}
-BUDGET = {"budget": "6bpw", "format": ",".join(WORDS), "test_sample": 40}
+ASKED |= {"seed": 17}  # those that choose are as short as those that test: one check for both
+BUDGET = {"budget": "6bpw", "format": ",".join(WORDS), "test_sample": 24}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_what_was_saved_is_what_was_recommended_and_lm_eval_finds_its_answers(fo
     row = next(n for n, by in enumerate(plain(column(first, "chosen by"))) if "recomm" in by)
     frame = _frames(results)["test"]
     documents = sorted(frame["doc"].unique().tolist())
-    assert len(documents) == 40
+    assert len(documents) == 24
     tokenizer = AutoTokenizer.from_pretrained(done.saved.folder)
     lm = HFLM(saved, tokenizer=tokenizer, batch_size=4)
     name = "plain_copa"
@@ -118,7 +119,7 @@ def test_what_was_saved_is_what_was_recommended_and_lm_eval_finds_its_answers(fo
     assert ours == theirs - {(0.0, right["baseline"])}
     assert len({level for _, level in ours}) > 1
     proof = done.saved.proof
-    assert (proof.difference, proof.documents, proof.ties) == (0, 40, 0)
+    assert (proof.difference, proof.documents, proof.ties) == (0, 24, 0)
     assert proof.figure["acc"] == pytest.approx(accuracy)
     assert (done.saved.folder / "llama.cpp.sh").read_text().startswith("llama-quantize ")
 
