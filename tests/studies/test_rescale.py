@@ -31,8 +31,11 @@ from tracker.studies.rescale import (
 from .conftest import conducted, plain, stores
 
 
+ASKED = {"benchmark": ["copa"], "limit": None, "sample": 24, "layer": [1, 2]}
+
+
 def test_what_is_won_back_follows_from_the_ledger(tiny_llama, experiment, tmp_path: Path):
-    path = experiment(tiny_llama(), benchmark=["copa"], limit=None, sample=24, layer=[1, 2])
+    path = experiment(tiny_llama(), **ASKED)
     results = tmp_path / "results"
     done = api.study("rescale", path, results=results, track=[])
     assert done.outcome.exit_code == 0
@@ -70,7 +73,7 @@ def test_a_linear_map_that_cannot_be_fitted_leaves_the_rest_alone(
     tiny_llama, experiment, tmp_path: Path, monkeypatch
 ):
     monkeypatch.setattr("tracker.measuring.calibrate.LEAST", 10**6)
-    path = experiment(tiny_llama(), benchmark=["copa"], limit=6, layer=[1])
+    path = experiment(tiny_llama(), **ASKED)
     results = tmp_path / "results"
     arguments = [str(path), "--results", str(results), "--track", "none"]
     done = CliRunner().invoke(main, ["study", "rescale", *arguments])
@@ -83,9 +86,9 @@ def test_a_linear_map_that_cannot_be_fitted_leaves_the_rest_alone(
 
 def test_a_corpus_has_no_outcomes_to_test(tiny_llama, experiment, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("The heart is a muscle.\n\nParis is a capital.\n\nWater is wet.\n")
+    text.write_text(6 * "The heart is a muscle, Paris is a capital, and water is wet. ")
     corpus = {"benchmark": [f"corpus:{text}"], "data": None, "limit": None, "metric": "loss"}
-    path = experiment(tiny_llama(), layer=[1], **corpus)
+    path = experiment(tiny_llama(), layer=[1, 2], **corpus)
     found = conducted("rescale", path, tmp_path / "results")
     said = r"A layer costs \S+ nats a token \(\S+ to \S+\) when it is removed, "
     assert re.match(said, found.answers[0])
