@@ -16,8 +16,9 @@ from tracker.core.estimates import Estimate
 from tracker.core.proxies import OF_LAYERS, passes
 from tracker.engine.scoring.streams import plan_streams
 from tracker.measuring import observing
+from tracker.stats import budgets, rank_agreement, task_dependence
 from tracker.stats.budgets import LayerMeasure, at_equal_cost
-from tracker.studies.audit import Audit, answers_of, lacking_of
+from tracker.studies.audit import Audit, answers_of, lacking_of, measures
 from tracker.studies.audit.figures import ModelAudit, pooled
 from tracker.studies.audit.layout import charts_of, tables_of
 from tracker.studies.audit.measures import DROP, Audited
@@ -27,10 +28,20 @@ from .conftest import asked_for, column, conducted, row_of
 LAYERS = 21
 
 
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said of made-up cells is no close matter: a fifth of the draws shows it."""
+    monkeypatch.setattr(measures, "RESAMPLES", 400)
+    monkeypatch.setattr(rank_agreement, "DRAWS", 999)
+    monkeypatch.setattr(task_dependence, "GROUPS", 20)
+    monkeypatch.setattr(budgets, "DRAWS", 20)
+
+
 def test_a_file_is_measured_observed_once_and_said(
     tiny_llama, experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"benchmark": ["arc_easy", "openbookqa"], "layer": list(range(7))}
+    monkeypatch.undo()  # as many draws as the page takes
+    settings = {"benchmark": ["copa", "openbookqa"], "layer": list(range(7))}
     path = experiment(tiny_llama(layers=7), limit=None, sample=16, **settings)
     results = tmp_path / "results"
     said = conducted("audit", path, results)
