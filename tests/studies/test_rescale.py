@@ -85,7 +85,8 @@ def test_a_linear_map_that_cannot_be_fitted_leaves_the_rest_alone(
 
 def test_a_corpus_has_no_outcomes_to_test(tiny_llama, experiment, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text(3 * "The heart is a muscle, Paris is a capital, water is wet. " + "It flows.")
+    said = 3 * "The heart is a muscle, Paris is a capital, and water is wet. "
+    text.write_text(f"{said}It flows on.\n")
     corpus = {"benchmark": [f"corpus:{text}"], "data": None, "limit": None, "metric": "loss"}
     path = experiment(tiny_llama(), layer=[1, 2], **corpus)
     found = conducted("rescale", path, tmp_path / "results")
