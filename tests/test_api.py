@@ -19,8 +19,8 @@ import yaml
 import tracker
 from tests.runner.elsewhere import Heard
 from tracker import api
-from tracker.core.asked import REMOVALS, load_experiment, with_settings
 from tracker.core.errors import RequestError, ResultsError
+from tracker.core.experiment_input import REMOVALS, load_experiment, with_settings
 from tracker.measuring.progress import Silent
 from tracker.models.in_memory import save_once
 from tracker.report.leaderboard.claims import answer

@@ -22,8 +22,8 @@ from tests.ledger import faults
 from tracker.cli import terminal
 from tracker.cli.commands import main
 from tracker.cli.printing import runnable
-from tracker.core.asked import load_experiment
 from tracker.core.errors import ExperimentError
+from tracker.core.experiment_input import load_experiment
 from tracker.core.model_parts import ModelParts
 from tracker.ledger.store import Ledger
 from tracker.measuring.planning import plan

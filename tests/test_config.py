@@ -10,10 +10,10 @@ from pydantic import ValidationError
 
 from tests.conftest import golden
 from tracker.core.ablations import removals
-from tracker.core.asked import load_experiment
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError
 from tracker.core.experiment import Experiment
+from tracker.core.experiment_input import load_experiment
 from tracker.core.extent import DEFAULT_SEED
 from tracker.core.model_parts import ModelParts
 from tracker.ledger.views import request_key

@@ -14,7 +14,7 @@ import yaml
 
 import tracker
 from tracker.cli import main
-from tracker.core.asked import is_of_searches, load_experiment
+from tracker.core.experiment_input import is_of_searches, load_experiment
 from tracker.pruning.search.request import load_searches
 
 ROOT = Path(__file__).parents[1]

@@ -11,9 +11,9 @@ from tests.conftest import cli, refused, save_llama
 from tests.fuzz import folders, tried
 from tracker import api
 from tracker.core import experiment, safe_yaml
-from tracker.core.asked import load_experiment
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError, RequestError
+from tracker.core.experiment_input import load_experiment
 from tracker.measuring.job import Options
 from tracker.pruning.search.request import load_searches
 

@@ -19,10 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack
 
-from tracker.core.asked import Asked, Given, asks_for_searches, load_experiment, with_model
 from tracker.core.config import KEYS, CellRequest
 from tracker.core.errors import RequestError, TrackerError, TrackingError, WorkError, did_you_mean
 from tracker.core.experiment import Sweep
+from tracker.core.experiment_input import (
+    ExperimentInput,
+    Given,
+    asks_for_searches,
+    load_experiment,
+    with_model,
+)
 from tracker.core.records import CellRecord
 from tracker.core.text import masked
 from tracker.ledger.store import Ledger
@@ -59,7 +65,7 @@ if TYPE_CHECKING:
 
 Where = str | os.PathLike[str]
 """A file or a folder."""
-A = TypeVar("A", bound=Asked[Any])
+A = TypeVar("A", bound=ExperimentInput[Any])
 RESULTS = Path("results")
 FOLDER_FORMS = ("csv", "parquet", "png", "pdf")
 """Formats of a report that are several files."""
@@ -134,7 +140,7 @@ class _Work:
         where = (self.track, project, self.ledger.root)
         return closing(Publisher(*where, self._texts, trial, which=self._which))
 
-    def kept(self, asked: Asked[Any]) -> Path:
+    def kept(self, asked: ExperimentInput[Any]) -> Path:
         """Say where the results folder keeps what was asked for."""
         return self.ledger.root / "experiments" / asked.name
 
@@ -287,7 +293,7 @@ def load(results: Where = RESULTS) -> Results:
     return results_of(Path(results))
 
 
-def _shown(ledger: Ledger, asked: Asked[Any] | None, outcome: Finished) -> Path | None:
+def _shown(ledger: Ledger, asked: ExperimentInput[Any] | None, outcome: Finished) -> Path | None:
     """Keep what was asked for and write the page; where that fails, `outcome` says why."""
     from tracker.team.reports import write_report
 
@@ -515,7 +521,7 @@ def prune(
     if output is not None:
         checkpoint.refuse_output(Path(output))
     is_trial = experiment is None and in_sweep()
-    asked: Asked[PruneFile] | None = None
+    asked: ExperimentInput[PruneFile] | None = None
     typed: tuple[str, ...] = ()
     with trial(work.track if is_trial else (), work.ledger.root) as log:
         if is_trial:  # a point of a grid, which holds every combination of its values

@@ -9,7 +9,7 @@ from tracker.core.records import RunIdentity
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import sealed
-from tracker.ledger.views import AskedView, CellIdentity, view_file
+from tracker.ledger.views import CellIdentity, RequestedView, view_file
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_view_shows_layers_of_the_model_and_a_metric_of_the_benchmark(
     cell: CellStore, removed: tuple[int, ...], run: dict[str, int], metric: str, why: str
 ) -> None:
     view = View(metric=metric, removed=removed, runs=(RunIdentity(**run),))
-    asked = AskedView(project="p", view=view)
+    asked = RequestedView(project="p", view=view)
     text = sealed(asked.model_dump(mode="json"))
     if not why:
         assert cell.views.read(text) == asked

@@ -232,9 +232,6 @@ def test_a_leaderboard_is_sorted_and_filtered_by_click_and_by_keyboard_and_sent(
     box.get_by_role("searchbox", name="Layers").wait_for()
     assert page.locator(LAYER_COLUMN).all_inner_texts() == layers
     assert box.locator("thead th[aria-sort=descending]").count() == 1
-    page.goto("about:blank")
-    page.goto(link.partition("#")[0] + "#model-1-board?sort=99&filter=")
-    assert len(page.locator(LAYER_COLUMN).all_inner_texts()) == LAYERS
 
 
 def test_the_csv_of_a_table_holds_exact_figures(drawn: Page, board: LayerBoard) -> None:
@@ -364,7 +361,9 @@ def test_print_opens_every_section_and_fits_the_paper(chromium: Browser, report:
         page.evaluate("dispatchEvent(new Event('afterprint'))")
 
 
-def test_hostile_names_are_shown_and_never_run(chromium: Browser, tmp_path: Path) -> None:
+def test_hostile_names_are_shown_and_never_run_and_a_wrong_address_shows_all(
+    chromium: Browser, tmp_path: Path
+) -> None:
     cell = build_cell(
         HOSTILE,
         model="<img src=x onerror=alert(2)>",
@@ -373,8 +372,9 @@ def test_hostile_names_are_shown_and_never_run(chromium: Browser, tmp_path: Path
     )
     cell = with_layer(cell, 0, accuracy_relevance=None, reasons={"accuracy_relevance": HOSTILE})
     path = render_report([cell], {"x.yaml": f"</code></pre>{HOSTILE}"}, tmp_path / "x.html")
-    with Visit(chromium, path) as visit:
+    with Visit(chromium, path, sent="#model-1-board?sort=99&filter=") as visit:
         page = visit.page
+        assert len(page.locator(LAYER_COLUMN).all_inner_texts()) == LAYERS
         assert HOSTILE in page.locator("#overview tbody").inner_text()
         assert HOSTILE in page.locator("#model-1-heat-map .ytick text").text_content()
         assert page.locator("pre").inner_text() == f"</code></pre>{HOSTILE}"

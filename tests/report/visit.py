@@ -45,7 +45,7 @@ class Visit:
     """One opened page; on leaving it, nothing may have gone wrong or been fetched.
 
     It is scrolled through first, so that every chart in an open section is drawn, unless `scroll`
-    is false.
+    is false. Behind the page's address stands `sent`, as a link that was sent has it.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Visit:
         path: Path,
         scroll: bool = True,
         width: int = 1280,
+        sent: str = "",
         **options: object,
     ) -> None:
         viewport = {"width": width, "height": 900}
@@ -67,7 +68,7 @@ class Visit:
         self.page.on("requestfailed", lambda request: self.errors.append(request.url))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("dialog", lambda dialog: (self.errors.append("dialog"), dialog.dismiss()))
-        self.page.goto(path.as_uri())
+        self.page.goto(path.as_uri() + sent)
         self.page.wait_for_function("document.documentElement.dataset.charts === 'ready'")
         if scroll:
             self.scroll()

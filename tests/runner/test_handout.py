@@ -10,7 +10,7 @@ from filelock import Timeout
 
 from tests.runner.elsewhere import Heard, arc
 from tracker.benchmarks.benchmark import open_benchmark
-from tracker.core.asked import load_experiment
+from tracker.core.experiment_input import load_experiment
 from tracker.core.extent import random_order
 from tracker.executors.handout import ATTEMPTS, Cell, Handout, Task
 from tracker.executors.worker import Worker

@@ -38,7 +38,7 @@ from tracker.core.identities import ModelIdentity
 from tracker.core.records import RunIdentity
 from tracker.core.views import View
 from tracker.ledger.store import Ledger
-from tracker.ledger.views import AskedView
+from tracker.ledger.views import RequestedView
 from tracker.models.pruned import pruned
 from tracker.team.result_files import changed_args, model_args
 
@@ -419,7 +419,7 @@ def test_what_is_not_measured_yet_is_said_and_the_rest_is_written(study):
     (store,) = Ledger(measured).cells()
     (asked,) = store.views.asked()
     runs = (*asked.view.runs, RunIdentity(layer=2))
-    store.views.write(AskedView(project="p", view=View(metric="acc", runs=runs)))
+    store.views.write(RequestedView(project="p", view=View(metric="acc", runs=runs)))
     lab = folder / "lab"
     lab.rename(folder / "away")  # what is written needs no model
     try:

@@ -14,8 +14,8 @@ import pytest
 from tests.conftest import golden
 from tests.runner.elsewhere import arc, descendants, kill, run, shards, typed
 from tracker.core.answers import statement
-from tracker.core.asked import load_experiment
 from tracker.core.distribution import install_extra
+from tracker.core.experiment_input import load_experiment
 from tracker.ledger.blocks import BLOCK
 from tracker.measuring.job import Options
 

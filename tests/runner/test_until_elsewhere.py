@@ -10,8 +10,8 @@ import tracker
 from tests.runner.elsewhere import arc, run
 from tests.runner.test_handout import Desk
 from tracker import api
-from tracker.core.asked import load_experiment
 from tracker.core.errors import ExperimentError, ResultsError
+from tracker.core.experiment_input import load_experiment
 from tracker.executors.handout import AHEAD
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of

@@ -11,7 +11,7 @@ import yaml
 
 from tests.conftest import cli, save_llama
 from tracker import api
-from tracker.core.asked import load_experiment
+from tracker.core.experiment_input import load_experiment
 from tracker.core.findings import FindingRecord
 from tracker.core.tables import Entry, Table
 from tracker.ledger.cells import CellStore

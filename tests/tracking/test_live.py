@@ -14,8 +14,8 @@ import pytest
 from mlflow import MlflowClient
 
 from tracker import api
-from tracker.core.asked import load_experiment
 from tracker.core.errors import TrackingError
+from tracker.core.experiment_input import load_experiment
 from tracker.core.records import CellRecord
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore

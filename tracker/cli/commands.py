@@ -38,10 +38,10 @@ from tracker.cli.printing import (
 )
 from tracker.cli.terminal import Show, begin, quiet, say, say_all
 from tracker.core.ablations import first_run
-from tracker.core.asked import NAMELESS, asks_for_searches, load_experiment
 from tracker.core.config import EXECUTORS, KEYS, RESTS, CellRequest, run_request
 from tracker.core.distribution import __version__
 from tracker.core.errors import ExperimentError
+from tracker.core.experiment_input import NAMELESS, asks_for_searches, load_experiment
 from tracker.core.formats import counted
 from tracker.core.kinds import COMPONENTS
 

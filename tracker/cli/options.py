@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tracker.core import config
 from tracker.core.arguments import Arguments
-from tracker.core.asked import names_model
 from tracker.core.config import (
     IN_THE_FILE,
     KEYS,
@@ -29,6 +28,7 @@ from tracker.core.config import (
 )
 from tracker.core.errors import did_you_mean
 from tracker.core.experiment import ALL, Sweep
+from tracker.core.experiment_input import names_model
 from tracker.core.extent import Positive
 from tracker.core.safe_yaml import like_file, parsed
 from tracker.pruning.search.settings import SearchSettings

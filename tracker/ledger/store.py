@@ -56,7 +56,7 @@ from tracker.ledger.files import (
     write_note,
     write_text,
 )
-from tracker.ledger.views import AskedView, CellIdentity, cell_key, folder_name
+from tracker.ledger.views import CellIdentity, RequestedView, cell_key, folder_name
 
 Found = TypeVar("Found", bound=Record)
 
@@ -124,7 +124,7 @@ class Contents:
         damaged: File or folder that cannot be used → what to do.
     """
 
-    views: list[tuple[CellStore, AskedView]] = field(default_factory=list)
+    views: list[tuple[CellStore, RequestedView]] = field(default_factory=list)
     unfinished: list[Unfinished] = field(default_factory=list)
     experiments: dict[str, str] = field(default_factory=dict)
     findings: list[FindingRecord] = field(default_factory=list)

@@ -102,7 +102,7 @@ class CellIdentity(Record):
         return sealed(self.model_dump(mode="json"))
 
 
-class AskedView(Record):
+class RequestedView(Record):
     """What was asked of one view of a cell, as it stands in `requests/`."""
 
     format: int = FORMAT
@@ -153,7 +153,7 @@ class Views:
         """
         with lock_file(self.folder / "locks" / "requests.lock"):
             view, replaced = self._found(self.of(request), named)
-            self.write(AskedView(project=project, view=view))
+            self.write(RequestedView(project=project, view=view))
             for name in {*map(self.name_of, replaced)} - {self.name_of(view)}:
                 self.path(name).unlink(missing_ok=True)
         return view
@@ -259,12 +259,12 @@ class Views:
         beside = next(name for name in names if name not in taken)
         return view.model_copy(update={"beside": beside, "named": named or view.named})
 
-    def read(self, text: str | bytes) -> AskedView:
+    def read(self, text: str | bytes) -> RequestedView:
         """Read a view of this cell from its file's text; ValueError if it is damaged."""
         content = unsealed(text)
         if why := other_format(content.get("format")):
             raise ValueError(f"it {why}")
-        asked = AskedView.model_validate_json(json.dumps(content))
+        asked = RequestedView.model_validate_json(json.dumps(content))
         changed = (layer for run in asked.view.runs for layer in run.changed)
         layers = (*asked.view.removed, *changed)
         if max(layers, default=0) >= self.identity.model.layers:
@@ -273,7 +273,7 @@ class Views:
             raise ValueError(f"the benchmark has no metric {asked.view.metric!r}")
         return asked
 
-    def write(self, asked: AskedView) -> None:
+    def write(self, asked: RequestedView) -> None:
         """Keep a view in its place."""
         write_note(self.path(self.name_of(asked.view)), asked.model_dump(mode="json"))
 
@@ -283,7 +283,7 @@ class Views:
 
     def asked(
         self, damaged: dict[str, str] | None = None, pattern: str = "*.json"
-    ) -> list[AskedView]:
+    ) -> list[RequestedView]:
         """Recall what was asked for, one entry a view; the intact model and its own metric first.
 
         Args:
@@ -296,7 +296,7 @@ class Views:
         Raises:
             ResultsError: A view is damaged.
         """
-        found: dict[str, AskedView] = {}
+        found: dict[str, RequestedView] = {}
         for path in sorted(self.folder.glob(f"requests/{pattern}")):
             try:
                 asked = self.read(path.read_bytes())

@@ -16,7 +16,7 @@ from tracker.ledger.decisions import decisions, decisions_record
 from tracker.ledger.early_stopping import CellRace
 from tracker.ledger.store import Contents
 from tracker.ledger.tables import cell_record
-from tracker.ledger.views import AskedView
+from tracker.ledger.views import RequestedView
 
 
 def record_of(store: CellStore, view: View) -> CellRecord:
@@ -91,7 +91,7 @@ def all_records(contents: Contents) -> list[CellRecord]:
     return [record for record, _, _ in every_record(contents)]
 
 
-def every_record(contents: Contents) -> Iterator[tuple[CellRecord, CellStore, AskedView]]:
+def every_record(contents: Contents) -> Iterator[tuple[CellRecord, CellStore, RequestedView]]:
     """Derive records as `all_records`, each with the view that it was derived from."""
     for store, asked in contents.views:
         try:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tracker.core.ablations import Ablation
-from tracker.core.asked import Asked
 from tracker.core.config import ONE_EACH, CellRequest
 from tracker.core.errors import CellError, ExperimentError, RequestError
 from tracker.core.estimates import Estimate
 from tracker.core.experiment import Experiment
+from tracker.core.experiment_input import ExperimentInput
 from tracker.core.findings import FindingRecord, FoundChart
 from tracker.core.formats import Measure, with_interval
 from tracker.core.records import CellRecord, Place
@@ -56,7 +56,7 @@ class StudyContext:
         publisher: Hands runs to the tracking backends.
     """
 
-    asked: Asked[Experiment]
+    asked: ExperimentInput[Experiment]
     ledger: Ledger
     options: Options
     progress: Progress

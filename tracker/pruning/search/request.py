@@ -19,10 +19,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, model_validator
 
 from tracker.core.arguments import decoded
-from tracker.core.asked import Asked, FileKind, Given, is_of_removals, understand
 from tracker.core.config import CellRequest, Name
 from tracker.core.errors import ExperimentError, RequestError, did_you_mean
 from tracker.core.experiment import MAX_CELLS, Choice, Grid, Sweep, grid_of
+from tracker.core.experiment_input import (
+    ExperimentInput,
+    FileKind,
+    Given,
+    is_of_removals,
+    read_input,
+)
 from tracker.core.kinds import NUMBERED, Component
 from tracker.core.problems import checked
 from tracker.core.prune_records import Rescoring
@@ -264,7 +270,9 @@ class PruneFile(Sweep):
         return sorted(capped, key=lambda one: [str(part) for part in one.cell.model_settings])
 
 
-def load_searches(given: Given, settings: Mapping[str, Any] | None = None) -> Asked[PruneFile]:
+def load_searches(
+    given: Given, settings: Mapping[str, Any] | None = None
+) -> ExperimentInput[PruneFile]:
     """Read and check what searches are asked for.
 
     Args:
@@ -277,7 +285,7 @@ def load_searches(given: Given, settings: Mapping[str, Any] | None = None) -> As
     Raises:
         ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
     """
-    return understand(given, settings or {}, _SEARCHES)
+    return read_input(given, settings or {}, _SEARCHES)
 
 
 _SEARCHES = FileKind(

@@ -31,7 +31,7 @@ NAMELESS = "the experiment"
 
 
 @dataclass(frozen=True)
-class Asked(Generic[S]):
+class ExperimentInput(Generic[S]):
     """What is asked for.
 
     Attributes:
@@ -76,7 +76,7 @@ class FileKind(Generic[S]):
 
 def load_experiment(
     given: Given, settings: Mapping[str, Any] | None = None, count: Counting | None = None
-) -> Asked[Experiment]:
+) -> ExperimentInput[Experiment]:
     """Read and check an experiment.
 
     Args:
@@ -91,7 +91,7 @@ def load_experiment(
     Raises:
         ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
     """
-    asked = understand(given, settings or {}, REMOVALS)
+    asked = read_input(given, settings or {}, REMOVALS)
     asked.file._count = count
     return asked
 
@@ -118,7 +118,7 @@ def with_model(given: Given, settings: Mapping[str, Any]) -> tuple[Given, dict[s
     return None, {**settings, "model": model}
 
 
-def understand(given: Given, settings: Mapping[str, Any], kind: FileKind[S]) -> Asked[S]:
+def read_input(given: Given, settings: Mapping[str, Any], kind: FileKind[S]) -> ExperimentInput[S]:
     """Read and check what is asked for, as `load_experiment`, in a file of some kind."""
     given, settings = with_model(given, settings)
     path = None if given is None or isinstance(given, Mapping) else Path(given)
@@ -140,7 +140,7 @@ def understand(given: Given, settings: Mapping[str, Any], kind: FileKind[S]) -> 
     file = _checked(raw, name, kind)
     typed = () if isinstance(given, Mapping) else _typed(path, settings)
     called = _file_name(file, text) if is_new or path is None else path.name
-    return Asked(file, text, called, source, typed)
+    return ExperimentInput(file, text, called, source, typed)
 
 
 def _checked(raw: Any, name: str, kind: FileKind[S]) -> S:
@@ -281,23 +281,23 @@ def asks_for_searches(given: Given, settings: Mapping[str, Any]) -> bool:
     else:
         raw = read_yaml(Path(given))[0]
     said = {name for name, value in settings.items() if value is not None}
-    return is_of_searches({"parameters": dict.fromkeys(_said(raw) | said)})
+    return is_of_searches({"parameters": dict.fromkeys(_parameter_names(raw) | said)})
 
 
 def is_of_searches(raw: Any) -> bool:
     """Whether a file asks what to prune, which is `tracker prune`'s to answer."""
-    return "layer" not in _said(raw) and bool(_OF_SEARCHES & _said(raw))
+    return "layer" not in _parameter_names(raw) and bool(_OF_SEARCHES & _parameter_names(raw))
 
 
 def is_of_removals(raw: Any) -> bool:
     """Whether a file says what is removed, which is `tracker run`'s to measure."""
-    return "layer" in _said(raw) and not _OF_SEARCHES & _said(raw)
+    return "layer" in _parameter_names(raw) and not _OF_SEARCHES & _parameter_names(raw)
 
 
 _OF_SEARCHES = {"remove", "keep", "strategy"}
 
 
-def _said(raw: Any) -> set[Any]:
+def _parameter_names(raw: Any) -> set[Any]:
     parameters = raw.get("parameters") if isinstance(raw, Mapping) else None
     return set(parameters) if isinstance(parameters, Mapping) else set()
 
