@@ -24,9 +24,12 @@ for name in sys.argv[1:]:
 gc.freeze()
 told = socket.socket(fileno=0)
 while True:
-    text, files, _, _ = socket.recv_fds(told, 2**20, 3)
-    if not text:
-        sys.exit()
+    text, files = b"", []
+    while not text.endswith(b"\\n"):
+        part, some, _, _ = socket.recv_fds(told, 2**16, 3)
+        if not part:
+            sys.exit()
+        text, files = text + part, files + some
     asked = json.loads(text)
     if "ended" in asked:
         answer = os.waitstatus_to_exitcode(os.waitpid(asked["ended"], 0)[1])
@@ -49,12 +52,12 @@ while True:
 
 
 _OF_COMMANDS = (
-    *(
-        "torch",
-        "transformers.models.auto.modeling_auto",
-        "transformers.models.llama.modeling_llama",
-    ),
-    *("tracker.api", "tracker.cli", "tracker.benchmarks.tasks"),
+    "torch",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "tracker.api",
+    "tracker.cli",
+    "tracker.benchmarks.tasks",
 )
 _OF_TRACKERS = ("tracker.tracking.mlflow.backend", "tracker.tracking.mlflow.models", "git")
 """Not wandb itself, which makes a folder for its process when it is imported."""
@@ -96,7 +99,7 @@ class Template:
     """Begins programs, each in a process of its own, once some modules are imported."""
 
     def __init__(self, imports: Sequence[str], environment: Mapping[str, str]) -> None:
-        self._told, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._told, its = socket.socketpair()
         self._turn = threading.Lock()
         path = {"PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-P", "-c", _PROGRAM, *imports]
@@ -105,8 +108,10 @@ class Template:
 
     def ask(self, files: Sequence[int] = (), **asked: object) -> int:
         """Ask the program that forks."""
+        line = json.dumps(asked).encode() + b"\n"
         with self._turn:
-            socket.send_fds(self._told, [json.dumps(asked).encode()], files)
+            sent = socket.send_fds(self._told, [line], files)
+            self._told.sendall(line[sent:])
             return int(self._told.recv(100))
 
     def begin(
