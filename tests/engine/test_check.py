@@ -108,11 +108,15 @@ def test_a_verdict_is_kept_and_a_damaged_one_is_made_again(spy):
 
 
 class Recalled(Memory):
-    """Recalls one verdict, whatever was checked: what follows from it is under test."""
+    """Recalls one verdict, whatever was checked: what follows from it is under test.
+
+    `asked` are the keys that it was asked for.
+    """
 
     def __init__(self, *verdict, **more):
         verdict = Verdict(*(verdict or (FULL,)), **{"compared": 100, **more})
-        self.recall = lambda key: VERDICT.dump_json(verdict).decode()
+        self.asked = []
+        self.recall = lambda key: self.asked.append(key) or VERDICT.dump_json(verdict).decode()
 
 
 def checked(model, verdict=None):
@@ -299,28 +303,24 @@ def test_texts_that_hold_such_a_token_are_another_question():
 
 
 def test_a_verdict_holds_for_the_lengths_that_it_was_made_for():
-    asked, verdict = [], Recalled()
-    recall = verdict.recall
-    verdict.recall = lambda key: asked.append(key) or recall(key)
+    verdict = Recalled()
     model = tiny_model("mistral")  # with a window, which short rows do not fill
     few = [asking(((1,), (2,)))]
     for row_tokens in (1, 200, 200):
         check(engine_of(model, row_tokens=row_tokens), few, ABLATIONS, verdict)
     # With short texts, and with texts as long as these.
-    first, second, third = asked[:2], asked[2:4], asked[4:]
+    first, second, third = verdict.asked[:2], verdict.asked[2:4], verdict.asked[4:]
     assert not {*first} & {*second}
     assert second == third
 
 
 def test_rows_up_to_the_next_power_of_two_have_one_verdict_on_short_texts():
     """As the user's benchmarks have: each check costs a model of thirty layers seconds."""
-    asked, verdict = [], Recalled()
-    recall = verdict.recall
-    verdict.recall = lambda key: asked.append(key) or recall(key)
+    verdict = Recalled()
     model = tiny_model("mistral", sliding_window=200, max_position_embeddings=256)
     for row_tokens in (150, 240, 255):
         check(engine_of(model, row_tokens=row_tokens), [asking(((1,), (2,)))], ABLATIONS, verdict)
-    below, beyond, reaching = asked[::2]
+    below, beyond, reaching = verdict.asked[::2]
     assert below == beyond != reaching
 
 

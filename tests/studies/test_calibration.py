@@ -61,7 +61,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Small:
 def test_agreement_is_that_of_plain_samples(measured: Small) -> None:
     finding, drops = measured.finding, _drops(_outcomes(measured)[0])
     assert drops.shape == (N, 4)
-    for n in (5, 15):
+    for n in (5, 10, 15):
         apart, within, kendall, top = [], [], [], []
         for order in stratified_orders(np.zeros(N), DRAWS, SEED):
             one, other = drops[order[:n]].mean(axis=0), drops[order[n : 2 * n]].mean(axis=0)

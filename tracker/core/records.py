@@ -576,5 +576,4 @@ class CellRecord(Record):
 
 def layers_of(kind: Kind, *cells: CellRecord) -> list[int]:
     """List the layers that the runs of a kind start from in some cells, measured or missing."""
-    every = (run for cell in cells for run in (*cell.runs, *cell.missing))
-    return sorted({run.layer for run in every if run.kind == kind})
+    return sorted({run.layer for cell in cells for run in cell.all_runs if run.kind == kind})
