@@ -194,13 +194,15 @@ class Trackers:
 
     def __init__(self) -> None:
         self._template: Template | None = None
+        self._first = threading.Lock()
 
     def Popen(  # noqa: N802  as it is called
         self, command: Sequence[str], env: Mapping[str, str], stdin: int, stdout: int
     ) -> Begun:
         """Begin a program, to which and from which go pipes."""
         assert (stdin, stdout) == (self.PIPE, self.PIPE)
-        self._template = self._template or Template(_OF_TRACKERS, os.environ)
+        with self._first:  # two threads may be the first to ask
+            self._template = self._template or Template(_OF_TRACKERS, os.environ)
         *_, program = command
         (its_in, our_out), (our_in, its_out) = os.pipe(), os.pipe()
         files = (its_in, its_out, 2)
