@@ -270,7 +270,9 @@ def run(
     if file.capped:
         work.progress.say(file.capped)
     with work.publisher(file.destination) as publisher:
-        outcome = run_cells(file.cells(), work.ledger, publisher, work.options, work.progress)
+        outcome = run_cells(
+            file.cells(), work.ledger, publisher, work.options, work.progress, explicit=True
+        )
     page = _shown(work.ledger, asked, outcome)
     return Results(tuple(outcome.cells), page, outcome, work.kept(asked), work.ledger.root)
 
@@ -731,7 +733,9 @@ def evaluate(
             trial.leave(no_run)
             return None, Finished()
         with work.publisher(project, trial) as publisher:
-            outcome = run_cells([request], work.ledger, publisher, work.options, work.progress)
+            outcome = run_cells(
+                [request], work.ledger, publisher, work.options, work.progress, explicit=True
+            )
     except BaseException as error:
         trial.fail(error)
         raise

@@ -77,6 +77,7 @@ def run_cells(
     publisher: Publisher,
     options: Options,
     progress: Progress,
+    explicit: bool = False,
 ) -> Finished:
     """Measure and publish cells; a failed one does not stop the others.
 
@@ -86,6 +87,7 @@ def run_cells(
         publisher: Hands finished cells to the tracking backends.
         options: How to run, and where.
         progress: Told what happens.
+        explicit: Whether a run requests them, and not only a study or a search.
 
     Returns:
         What became of them.
@@ -101,7 +103,8 @@ def run_cells(
         if cell.store is not None:
             chosen_metric(cell.store.identity.benchmark, cell.request.metric)
             check_range(cell.request, ModelParts(cell.store.identity.model.layers))
-    finisher = _Finisher(publisher, progress, requests)
+            cell.store.views.shown_in(cell.request)  # raises where it may not be read
+    finisher = _Finisher(publisher, progress, requests, explicit)
     if todo:
         progress.say("checking models and benchmarks")
         check_layers(todo, options.trust_remote_code)
@@ -129,7 +132,11 @@ class _Finisher:
     """Records and publishes cells as they are finished, in whatever order that is."""
 
     def __init__(
-        self, publisher: Publisher, progress: Progress, requests: Sequence[CellRequest]
+        self,
+        publisher: Publisher,
+        progress: Progress,
+        requests: Sequence[CellRequest],
+        explicit: bool,
     ) -> None:
         self.report = Finished()
         self.records: dict[CellRequest, CellRecord] = {}
@@ -137,12 +144,15 @@ class _Finisher:
         self._publisher = publisher
         self._progress = progress
         self._alone = len(requests) == 1
+        self._explicit = explicit
         self._named = named_beside(requests)
         self._shared: set[str] = set()
 
     def begun(self, cell: CellLookup, store: CellStore) -> None:
         """Show a cell while it is measured."""
-        view = store.views.named_of(cell.request, cell.request in self._named)
+        named = cell.request in self._named
+        shown = store.views.shown_in(cell.request, named)
+        view = store.views.of(cell.request).model_copy(update={"supersedes": shown.supersedes})
         self._publisher.live.begin(cell.request, store, view)
 
     def done(self, cell: CellLookup, outcome: CellStore | Exception) -> None:
@@ -153,11 +163,13 @@ class _Finisher:
         try:
             if isinstance(outcome, Exception):
                 raise outcome
-            shown = outcome.views.ask(request, self._publisher.project, named)
-            view = outcome.views.of(request).model_copy(update={"beside": shown.beside})
-            record = record_of(outcome, view)
+            shown = outcome.views.ask(request, self._publisher.project, named, self._explicit)
+            view = outcome.views.of(request)
+            if outcome.views.name_of(view) == outcome.views.name_of(shown):
+                view = shown.model_copy(update={"runs": view.runs})
             # A backend shows all that was asked of the cell, not only what was asked now.
-            whole = record if shown == view else record_of(outcome, shown)
+            whole = record_of(outcome, shown)
+            record = record_of(outcome, view)
             note = "" if named else _shown_otherwise(view, shown, outcome.views.known(request))
         except Exception as error:
             # Whatever breaks one cell, the others go on; only a lone wrong request is refused.
@@ -225,7 +237,7 @@ def _shown_otherwise(asked: View, shown: View, known: Sequence[View]) -> str:
             f"beside them, list both: {key}: {{values: [{count}, {all_of or 'null'}]}}"
         )
     if shown.beside:
-        others = [each.documents_asked for each in known if each.beside != shown.beside]
+        others = [view.documents_asked for view in known if view.beside != shown.beside]
         return f"shown beside what was asked for before: {'; '.join(others)}"
     return ""
 

@@ -66,10 +66,12 @@ def run(store: CellStore, how: dict[str, Any], layers: Sequence[int] = SIX) -> V
 
 
 def shown(store: CellStore) -> dict[str, tuple[int | None, tuple[int, ...]]]:
-    """What is shown of a cell: where, how many documents, and which layers."""
-    views = [asked.view for asked in store.views.asked()]
+    """Return the views of a cell by name: how many documents, and which layers."""
+    views = [stored.view for stored in store.views.asked()]
     return {
-        store.views.name_of(view): (
+        # The hash of a question ends its name.
+        store.views.name_of(view)[: -9 if view.until else None]
+        + (f" of {len(view.until.runs)}, first {view.until.runs[0].layer}" if view.until else ""): (
             view.limit or view.sample,
             tuple(run.layer for run in view.runs),
         )
@@ -86,100 +88,95 @@ def first(count: int | None) -> dict[str, Any]:
 
 
 UNTIL = {"until": "top 1"}
-DRAWN = f"intact-sample-{SEED}"
 S16, S64, S128 = (drawn(count) for count in (16, 64, 128))
 N16, N64 = S16 | {"named": True}, S64 | {"named": True}
 F16, F64, EVERY = (first(count) for count in (16, 64, None))
-V, D, D_NORM = "intact", DRAWN, f"{DRAWN}--acc_norm"
-V16, V64, V_ALL = (f"{V}-{count}-documents" for count in (16, 64, "all"))
-D16, D64, D128 = (f"{D}-{count}-documents" for count in (16, 64, 128))
-V_TOP_2, V_TOP_6 = (f"{V}-until-top-1,-{count}-runs" for count in (2, 6))
-# What is asked, one file after the other → views, each with its documents and layers.
+V = "intact"
+V16, V64 = (f"{V}-limit-{count}" for count in (16, 64))
+D16, D64, D128 = (f"{V}-sample-{count}-seed-{SEED}" for count in (16, 64, 128))
+U6, U2, U2B = (f"{V}-until-top-1 of {many}" for many in ("6, first 0", "2, first 0", "2, first 1"))
+# Requests, one after the other → views, each with its documents and layers.
 TABLE: dict[str, tuple[list[Asked], dict[str, tuple[int | None, Sequence[int]]]]] = {
-    "fewer documents add nothing": ([(S64, SIX), (S16, TWO)], {D: (64, SIX)}),
-    "fewer of all add nothing": ([(S64, SIX), (S16, SIX)], {D: (64, SIX)}),
-    "more documents make it grow": ([(S16, SIX), (S64, SIX)], {D: (64, SIX)}),
-    "more documents and layers": ([(S16, TWO), (S64, SIX)], {D: (64, SIX)}),
-    "other layers add up": ([(S64, TWO), (S64, (1, 2))], {D: (64, (0, 1, 2, 3))}),
+    "fewer documents add nothing": ([(S64, SIX), (S16, TWO)], {D64: (64, SIX)}),
+    "fewer of all add nothing": ([(S64, SIX), (S16, SIX)], {D64: (64, SIX)}),
+    "more documents take the place": ([(S16, SIX), (S64, SIX)], {D64: (64, SIX)}),
+    "more documents and layers": ([(S16, TWO), (S64, SIX)], {D64: (64, SIX)}),
+    "other layers add up": ([(S64, TWO), (S64, (1, 2))], {D64: (64, (0, 1, 2, 3))}),
     "more documents of two stand beside all": (
         [(S16, SIX), (S64, TWO)],
-        {D: (16, SIX), D64: (64, TWO)},
+        {D16: (16, SIX), D64: (64, TWO)},
     ),
     "until the others have them too": (
         [(S16, SIX), (S64, TWO), (S64, (1, 2, 4, 5))],
-        {D: (64, SIX)},
+        {D64: (64, SIX)},
     ),
-    "also where they had them for another metric": (
-        [({**S64, "metric": "acc_norm"}, SIX), (S16, SIX), (S64, TWO)],
-        {D: (64, SIX), D_NORM: (64, SIX)},
+    "another metric is another view": (
+        [({**S64, "metric": "acc_norm"}, SIX), (S16, SIX)],
+        {D16: (16, SIX), f"{D64}--acc_norm": (64, SIX)},
     ),
-    "a third number": ([(S16, SIX), (S64, TWO), (S128, TWO)], {D: (16, SIX), D128: (128, TWO)}),
-    "a number between": ([(S16, SIX), (S128, TWO), (S64, TWO)], {D: (16, SIX), D128: (128, TWO)}),
+    "a third number": ([(S16, SIX), (S64, TWO), (S128, TWO)], {D16: (16, SIX), D128: (128, TWO)}),
+    "a number between": ([(S16, SIX), (S128, TWO), (S64, TWO)], {D16: (16, SIX), D128: (128, TWO)}),
     "three steps": (
         [(S16, SIX), (S64, (0, 1, 3)), (S128, TWO)],
-        {D: (16, SIX), D64: (64, (0, 1, 3)), D128: (128, TWO)},
+        {D16: (16, SIX), D64: (64, (0, 1, 3)), D128: (128, TWO)},
     ),
     "fewer documents of a new layer stand beside": (
         [(S64, SIX), (S16, (6,))],
-        {D: (64, SIX), D16: (16, (6,))},
+        {D64: (64, SIX), D16: (16, (6,))},
     ),
-    "and join when it has as many": ([(S64, SIX), (S16, (6,)), (S64, (6,))], {D: (64, (*SIX, 6))}),
+    "and join when it has as many": (
+        [(S64, SIX), (S16, (6,)), (S64, (6,))],
+        {D64: (64, (*SIX, 6))},
+    ),
     "another seed is another sample": (
         [(S64, SIX), (drawn(16, 7), TWO)],
-        {D: (64, SIX), "intact-sample-7": (16, TWO)},
+        {D64: (64, SIX), "intact-sample-16-seed-7": (16, TWO)},
     ),
-    "limit after limit": ([(F64, SIX), (F16, TWO)], {V: (64, SIX)}),
-    "a larger limit": ([(F16, SIX), (F64, SIX)], {V: (64, SIX)}),
-    "a larger limit of two": ([(F16, SIX), (F64, TWO)], {V: (16, SIX), V64: (64, TWO)}),
+    "limit after limit": ([(F64, SIX), (F16, TWO)], {V64: (64, SIX)}),
+    "a larger limit": ([(F16, SIX), (F64, SIX)], {V64: (64, SIX)}),
+    "a larger limit of two": ([(F16, SIX), (F64, TWO)], {V16: (16, SIX), V64: (64, TWO)}),
     "a limit after all": ([(EVERY, SIX), (F16, TWO)], {V: (None, SIX)}),
     "all after a limit": ([(F16, SIX), (EVERY, SIX)], {V: (None, SIX)}),
-    "all of two after a limit": ([(F16, SIX), (EVERY, TWO)], {V: (16, SIX), V_ALL: (None, TWO)}),
+    "all of two after a limit": ([(F16, SIX), (EVERY, TWO)], {V16: (16, SIX), V: (None, TWO)}),
     "a limit that leaves nothing out": ([(first(192), SIX), (EVERY, TWO)], {V: (None, SIX)}),
-    "sample after limit": ([(F64, SIX), (S16, TWO)], {V: (64, SIX), D: (16, TWO)}),
-    "limit after sample": ([(S64, SIX), (F16, TWO)], {V: (16, TWO), D: (64, SIX)}),
+    "sample after limit": ([(F64, SIX), (S16, TWO)], {V64: (64, SIX), D16: (16, TWO)}),
+    "limit after sample": ([(S64, SIX), (F16, TWO)], {V16: (16, TWO), D64: (64, SIX)}),
     "all after sample and back": (
         [(S64, SIX), (EVERY, SIX), (S16, TWO)],
-        {V: (None, SIX), D: (64, SIX)},
+        {V: (None, SIX), D64: (64, SIX)},
     ),
     "a sample that leaves nothing out": (
         [(S64, SIX), (drawn(192), SIX), (drawn(1000), TWO)],
-        {V: (None, SIX), D: (64, SIX)},
+        {V: (None, SIX), D64: (64, SIX)},
     ),
-    "until after a limit stands beside": (
-        [(F64, SIX), (UNTIL, SIX)],
-        {V: (64, SIX), V_TOP_6: (None, SIX)},
-    ),
-    "a limit after until stands beside": (
-        [(UNTIL, SIX), (F16, TWO)],
-        {V: (None, SIX), V16: (16, TWO)},
-    ),
-    "until after sample": ([(S64, SIX), (UNTIL, TWO)], {V: (None, TWO), D: (64, SIX)}),
-    "sample after until": ([(UNTIL, SIX), (S16, TWO)], {V: (None, SIX), D: (16, TWO)}),
+    # A question keeps its answer, whatever else is measured.
+    "until after a limit": ([(F64, SIX), (UNTIL, SIX)], {V64: (64, SIX), U6: (None, SIX)}),
+    "a limit after until": ([(UNTIL, SIX), (F16, TWO)], {V16: (16, TWO), U6: (None, SIX)}),
     "another question stands beside": (
         [(UNTIL, SIX), ({"until": "prune 1"}, SIX)],
-        {V: (None, SIX), "intact-until-prune-1,-6-runs": (None, SIX)},
+        {U6: (None, SIX), "intact-until-prune-1 of 6, first 0": (None, SIX)},
     ),
     "the same of other runs too": (
         [(UNTIL, SIX), (UNTIL, TWO), (UNTIL, (1, 2)), (UNTIL, TWO)],
-        {V: (None, SIX), V_TOP_2: (None, TWO), "intact-until-top-1,-2-runs-(2)": (None, (1, 2))},
+        {U6: (None, SIX), U2: (None, TWO), U2B: (None, (1, 2))},
     ),
-    "all of some after until": ([(UNTIL, SIX), (EVERY, TWO)], {V: (None, SIX), V_ALL: (None, TWO)}),
-    "all after until": ([(UNTIL, SIX), (EVERY, SIX)], {V: (None, SIX)}),
-    "all after a limit and until": ([(F64, SIX), (UNTIL, SIX), (EVERY, SIX)], {V: (None, SIX)}),
-    # Was: before it was measured, a view beside was foretold.
-    "all of others after a question that took all": (
-        [({"until": "drop within 0.01 pp"}, (1, 2)), (EVERY, (0, 1))],
-        {V: (None, (0, 1, 2))},
+    "all after until": ([(UNTIL, SIX), (EVERY, SIX)], {V: (None, SIX), U6: (None, SIX)}),
+    "until after all": ([(EVERY, SIX), (UNTIL, TWO)], {V: (None, SIX), U2: (None, TWO)}),
+    "a smaller one by name": (
+        [(S64, SIX), (N16, TWO), (S64, TWO)],
+        {D64: (64, SIX), D16: (16, TWO)},
     ),
-    "until after all": ([(EVERY, SIX), (UNTIL, TWO)], {V: (None, SIX)}),
-    "a smaller one by name": ([(S64, SIX), (N16, TWO), (S64, TWO)], {D: (64, SIX), D16: (16, TWO)}),
     "first by name, and it stays": (
         [(N16, TWO), (S64, SIX), (S128, SIX), (S16, (1,))],
-        {D: (128, SIX), D16: (16, TWO)},
+        {D128: (128, SIX), D16: (16, TWO)},
     ),
     "a name for what stood beside": (
         [(S16, SIX), (S64, TWO), (N64, TWO), (S128, SIX)],
-        {D: (128, SIX), D64: (64, TWO)},
+        {D128: (128, SIX), D64: (64, TWO)},
+    ),
+    "a name for what was superseded": (
+        [(S16, SIX), (S64, SIX), (N16, SIX)],
+        {D64: (64, SIX), D16: (16, SIX)},
     ),
 }
 

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.runner.elsewhere import Heard, arc, run, typed, write_study
 from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
+from tracker.team.publish import Publisher
 from tracker.tracking.identity import run_key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,6 +106,13 @@ class Month:
         cells = [each for each in runs if each.data.tags["tracker.kind"] == "cell"]
         names = [each.info.run_name for each in cells]
         assert len(set(names)) == len(names), names
+        mine = {
+            run_key(record, name)
+            for record in records
+            for name in ("baseline", "cell", *(run.ablation for run in record.runs))
+        }
+        assert set(there) == mine, "runs of views that are not there any more"
+        assert {run.info.status for run in runs} == {"FINISHED"}
         # The board.
         assert "not shown yet" not in self.type("leaderboard")
         # The page.
@@ -132,21 +141,50 @@ def test_a_smaller_question_takes_nothing_away(month: Month) -> None:
         f"{name}: 40 documents are known of these runs, and stay shown; to show 10 beside them, "
         "list both: sample: {values: [10, 40]}"
     ) in said
-    assert month.records() == [large]
+    (shown,) = month.records()
+    assert shown.model_copy(update={"supersedes": ()}) == large
     # By name, it stands beside the larger one.
     _, said = month.run("both", sample=[10, 40], layer=[0, 3])
-    assert not [line for line in said if " shown" in line]
-    assert month.records() == [large, small.model_copy(update={"beside": "10 documents"})]
+    assert [record.beside for record in month.records()] == ["10 documents", "40 documents"]
+    assert [record.runs for record in month.records()] == [small.runs, large.runs]
     assert " 10 drawn at random (seed 1234) " in month.type("ls")
     # What is more of some runs alone stands beside, until it is known of all.
     _, said = month.run("more", sample=48, layer=[1, 2])
     assert (
-        f"{name}: shown beside what was asked for before: 4 runs on 40 documents; "
-        "2 runs on 10 documents"
+        f"{name}: shown beside what was asked for before: 2 runs on 10 documents; "
+        "4 runs on 40 documents"
     ) in said
-    assert [(len(each.runs), each.n) for each in month.records()] == [(4, 40), (2, 10), (2, 48)]
+    assert [(len(each.runs), each.n) for each in month.records()] == [(2, 10), (4, 40), (2, 48)]
     month.run("rest", sample=48, layer=[0, 3])
-    assert [(len(each.runs), each.n) for each in month.records()] == [(4, 48), (2, 10)]
+    assert [(len(each.runs), each.n) for each in month.records()] == [(2, 10), (4, 48)]
+
+
+def test_a_view_that_grows_is_one_set_of_runs_in_every_project(month: Month) -> None:
+    """Was: layers of 16, 24 and 32 documents stayed complete beside each other in MLflow."""
+    month.run("heads", sample=8, layer=[0, 1], component="head", head=[0, 1])
+    for count in (16, 24, 32):
+        month.run("layers", sample=count, layer=ALL)
+    assert [(len(each.runs), each.n) for each in month.records()] == [(4, 32), (4, 8)]
+    # Under another project, the former one is brought up to date too.
+    run(month.file("more", sample=40, layer=ALL), month.results, track=["mlflow:other"])
+    assert [(len(each.runs), each.n) for each in month.records()] == [(4, 40), (4, 8)]
+    month.agree()
+
+
+def test_a_view_is_superseded_while_it_is_published(month: Month) -> None:
+    """Was: the smaller of two runs at once ended with "No such file", and MLflow kept it RUNNING."""
+    heads = {"sample": 8, "layer": [0], "component": "head", "head": [0]}
+    run(month.file("heads", **heads), month.results, track=["mlflow"])
+    run(month.file("smaller", sample=24, layer=ALL), month.results, track=["none"])
+    smaller = next(record for record in month.records() if record.n == 24)
+    (store,) = Ledger(month.results).cells()
+    publisher, goes_on = Publisher(["mlflow"], "tracker", month.results), Event()
+    future = publisher.begin(store, smaller, goes_on)
+    run(month.file("larger", sample=40, layer=ALL), month.results, track=["mlflow"])
+    goes_on.set()
+    assert future.result().failed == ""
+    publisher.close()
+    month.agree()
 
 
 def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(

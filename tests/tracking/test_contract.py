@@ -370,6 +370,31 @@ def test_what_grows_is_brought_up_to_date_and_what_broke_off_completed(held: Hel
     assert held.publish(more) == (0, 0, 6)
 
 
+def test_a_larger_view_takes_over_the_runs_of_those_it_supersedes(held: Held) -> None:
+    """Was: runs of 16, 24 and 32 documents stood complete beside each other for ever."""
+    small, middle, large = (
+        cell_record(n=n).model_copy(update={"view": f"intact-sample-{n}-seed-1234"})
+        for n in (16, 24, 32)
+    )
+    assert held.publish(small) == (6, 0, 0)
+    middle = middle.model_copy(update={"supersedes": (small.view,)})
+    assert held.publish(middle) == (0, 6, 0)
+    assert len(held.by_key()) == 6
+    shows_newest(held, middle)
+    # Somebody published the former once more in the meantime, under the ids that are free.
+    assert held.publish(small) == (6, 0, 0)
+    assert len(held.by_key()) == 12
+    large = large.model_copy(update={"supersedes": (small.view, middle.view)})
+    assert held.publish(large) == (0, 6, 0)
+    assert set(held.by_key()) == {
+        run_key(large, name)
+        for name in ("baseline", "cell", *(run.ablation for run in large.runs))
+    }
+    shows_newest(held, large)
+    held.open_anew()
+    assert held.publish(large) == (0, 0, 6)
+
+
 def shows_newest(held: Held, cell: CellRecord) -> None:
     """As `shows`, but for the curves, where what is not defined any more was once."""
     mine = held.by_key()

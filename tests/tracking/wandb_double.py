@@ -421,6 +421,15 @@ class WandbDouble:
         project.runs[run_id], self._stores[run.storage_id] = run, run.files
         return run
 
+    @operation("DeleteRun")
+    def _delete_run(self, ask: Ask) -> Json:
+        project, run = self._by_storage_id(ask.variables["id"])
+        if project is None or run is None:
+            raise RefusedError(f"no run {ask.variables['id']}")
+        del project.runs[run.id]
+        project.deleted.add(run.id)
+        return {"deleteRun": {"clientMutationId": None}}
+
     @operation("RunResumeStatus")
     def _resume_status(self, ask: Ask) -> Json:
         project = self.project(ask.variables)

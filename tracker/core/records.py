@@ -7,9 +7,10 @@ missing, and under `provenance` that not all was measured by the same versions a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from operator import attrgetter
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -328,29 +329,14 @@ class CorrelationRecord(Record):
         return found if found.between else None
 
 
-def view_name(
-    removed: tuple[int, ...],
-    metric: str,
-    benchmark: BenchmarkIdentity,
-    seed: int | None = None,
-    beside: str = "",
-) -> str:
-    """Name a view of a cell: the layers that every run lacks, ascending, the sample, the metric.
-
-    For example `intact`, `without-3-17`, `intact-sample-1234` (documents drawn with that seed),
-    `intact-64-documents` (beside the first that was asked for) or `intact--acc_norm`: the
-    benchmark's own metric goes without saying.
-    """
+def view_name(removed: Sequence[int], selection: str, metric: str, primary_metric: str) -> str:
+    """Return the name of a view without these layers, on a selection of documents."""
     name = "-".join(["without", *map(str, removed)]) if removed else INTACT_VIEW
-    if seed is not None:
-        name += f"-sample-{seed}"
-    if beside:
-        name += f"-{beside.replace(' ', '-')}"
-    return name if metric == benchmark.primary_metric else f"{name}--{metric}"
+    return f"{name}{selection}" + ("" if metric == primary_metric else f"--{metric}")
 
 
 INTACT_VIEW = "intact"
-"""The view of the whole model by the benchmark's own metric, on the first documents or all."""
+"""The view of the whole model by the benchmark's own metric, on all documents."""
 
 
 class CellRecord(Record):
@@ -369,7 +355,9 @@ class CellRecord(Record):
     sample_seed: int | None = None
     """The seed with which they were drawn at random; None where they are the first ones, or all."""
     beside: str = Field("", exclude_if=lambda text: not text)
-    """What tells it from the view of the same name that was there first, e.g. `64 documents`."""
+    """What distinguishes it from other views of the cell, for display, e.g. `64 documents`."""
+    supersedes: tuple[str, ...] = Field((), exclude=True)
+    """Names of the views whose place it has taken, wherever they are tracked."""
     apart: Shown = Field("", exclude_if=lambda text: not text)
     """What tells it, where it is published, from others that read the same; mostly nothing."""
     tokens: int
@@ -391,6 +379,10 @@ class CellRecord(Record):
     """Mean log of the summed probability of a document's options, in nats; None without options."""
     removed: tuple[int, ...] = ()
     """Layers that are removed as a whole beneath every run, ascending; the baseline has them."""
+    view: str = Field(default_factory=lambda fields: _former_view(fields))
+    """The name of the view that it shows."""
+    explicit: bool = Field(False, exclude_if=lambda explicit: not explicit)
+    """Whether a run requested it, and not only a study or a search."""
     removed_accuracy: float | None = None
     """The metric with `removed` alone taken out; None where nothing is removed beneath."""
     removed_low: float | None = None
@@ -487,12 +479,6 @@ class CellRecord(Record):
         return f"without layer{plural} {', '.join(map(str, self.removed))}"
 
     @property
-    def view(self) -> str:
-        """The name of the view that it shows."""
-        named = (self.removed, self.metric, self.benchmark, self.sample_seed)
-        return view_name(*named, self.beside)
-
-    @property
     def place(self) -> Place:
         """What several records are told apart by: the cell, the view of it, how many documents."""
         return (self.key, self.view, self.n)
@@ -502,9 +488,7 @@ class CellRecord(Record):
 
         Documents that are not yet as many as were asked for are any, not the first ones.
         """
-        answer = other.answer
-        everything = self.is_complete and (answer is None or self.n == answer.population)
-        if answer not in (None, self.answer) and not everything:
+        if other.answer != self.answer:
             return False
         mine, theirs = (
             (one.key, one.removed, one.metric, one.sample_seed) for one in (self, other)
@@ -572,6 +556,22 @@ class CellRecord(Record):
             if found:
                 return found
         return NO_REASON
+
+
+def _former_view(fields: Mapping[str, Any]) -> str:
+    """Return the view of a record of a former version, which did not keep it."""
+    names = ("removed", "metric", "benchmark", "sample_seed", "beside")
+    return former_view_name(*(fields[name] for name in names))
+
+
+def former_view_name(
+    removed: Sequence[int], metric: str, benchmark: BenchmarkIdentity, seed: int | None, beside: str
+) -> str:
+    """Return the name that former versions gave to a view."""
+    selection = ("" if seed is None else f"-sample-{seed}") + "".join(
+        f"-{word}" for word in beside.split(" ") if beside
+    )
+    return view_name(removed, selection, metric, benchmark.primary_metric)
 
 
 def layers_of(kind: Kind, *cells: CellRecord) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -12,8 +13,9 @@ from tracker.core.config import Layers, understood
 from tracker.core.extent import Extent, Positive
 from tracker.core.formats import counted
 from tracker.core.identities import Record
+from tracker.core.provenance import content_hash
 from tracker.core.questions import Question, question
-from tracker.core.records import RunIdentity
+from tracker.core.records import RunIdentity, view_name
 
 
 def ordered(runs: Iterable[RunIdentity]) -> tuple[RunIdentity, ...]:
@@ -53,13 +55,16 @@ class View(Record):
     """Decides which ones are drawn; None where none are."""
     runs: Ordered
     """Each run that was asked for, once, in the order of `RunIdentity.order`."""
-    until: Until | None = Field(None, exclude_if=lambda asked: asked is None)
-    """The question that was asked of it; None where all of its documents were."""
-    beside: str = Field("", max_length=200, exclude_if=lambda text: not text)
-    """What tells it from the view of the same name that was there first, e.g. `64 documents`; empty
-    for that one."""
+    until: Until | None = Field(None, exclude_if=lambda until: until is None)
+    """The question that ends the measuring; None where all of the documents are measured."""
     named: bool = Field(False, exclude_if=lambda named: not named)
-    """Whether it was asked for beside a larger one, and so stays beside it."""
+    """Whether it was requested together with a larger view, and so is kept beside it."""
+    explicit: bool = Field(False, exclude_if=lambda explicit: not explicit)
+    """Whether a run requested it, and not only a study or a search."""
+    supersedes: tuple[str, ...] = Field((), exclude_if=lambda names: not names)
+    """Names of the views whose place it has taken, in the folder and wherever they are tracked."""
+    beside: str = Field("", exclude=True)
+    """What distinguishes it from other views of the cell, for display, e.g. `64 documents`."""
 
     @property
     def extent(self) -> Extent:
@@ -72,6 +77,22 @@ class View(Record):
         """How many documents of each task are shown; infinite for all, in whatever order."""
         return self.sample or self.limit or math.inf
 
+    def name(self, primary_metric: str) -> str:
+        """Return its identity within a cell, which depends on no other view.
+
+        For example `intact`, `without-3-17`, `intact-sample-100-seed-1234`, `intact-limit-64` or
+        `intact--acc_norm`: all documents and the benchmark's own metric go without saying.
+        """
+        selection = ""
+        if self.until is not None:
+            question = re.sub(r"\W+", "-", self.until.question)
+            selection = f"-until-{question}-{content_hash(self.until.model_dump(mode='json'))[:8]}"
+        if self.sample is not None:
+            selection += f"-sample-{self.sample}-seed-{self.seed}"
+        elif self.limit is not None:
+            selection += f"-limit-{self.limit}"
+        return view_name(self.removed, selection, self.metric, primary_metric)
+
     @property
     def documents_asked(self) -> str:
         """Say what is shown, e.g. `6 runs on 64 documents`."""
@@ -80,6 +101,17 @@ class View(Record):
             return f"{runs} until {self.until.question} is answered"
         size = self.sample or self.limit
         return f"{runs} on {counted(size, 'document') if size else 'all documents'}"
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        """What views have in common that differ in their number of documents alone."""
+        return self.metric, self.removed, self.seed
+
+    def shows(self, other: View) -> bool:
+        """Whether it shows all runs of another view of the same order, on more documents."""
+        if self.until is not None or other.until is not None:
+            return False
+        return self.size > other.size and {*other.runs} <= {*self.runs}
 
     def joined(self, *others: View) -> View:
         """Show the runs of other views too; all else stays as it is here."""

@@ -46,7 +46,7 @@ class CellStore:
     ) -> None:
         self.folder = folder
         self.identity = identity
-        self.views = Views(folder, identity, self.is_complete)
+        self.views = Views(folder, identity)
         self.texts: Texts = Texts(folder, identity, [other.texts for other in others])
         self._others = others
         self._shards = folder / "shards"
@@ -424,10 +424,10 @@ class CellStore:
     def _begun(self, command: Sequence[str]) -> Path:
         return self.folder / "begun" / f"{content_hash(list(command))[:32]}.json"
 
-    def places(self, view: str) -> list[str]:
-        """Name the places that have a view, or should have it."""
+    def places(self, *views: str) -> list[str]:
+        """Return the names of the places that have one of these views, or should have it."""
         notes = map(read_note, sorted(self.folder.glob("receipts/*.json")))
-        found = [note.get("place") for note in notes if note.get("view") == view]
+        found = [note.get("place") for note in notes if note.get("view") in views]
         return list(dict.fromkeys(name for name in found if name))
 
 

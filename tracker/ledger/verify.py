@@ -104,7 +104,10 @@ def compare(ledger: Ledger, other: Ledger) -> Iterator[str]:
         name = pair[0].folder.name
         if pair[0].identity != pair[1].identity:
             yield f"{name}: the two cell.json differ"
-        asked, too = ({each.view for each in store.views.asked({})} for store in pair)
+        asked, too = (
+            {(store.views.name_of(v.view), v.view.runs) for v in store.views.asked({})}
+            for store in pair
+        )
         if asked != too:
             yield f"{name}: not the same was asked of the two"
         one, two = (_outcomes(store) for store in pair)

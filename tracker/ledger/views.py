@@ -6,25 +6,26 @@ And what decides a document's outcome, and nothing else, as a key.
 from __future__ import annotations
 
 import glob
-import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from tracker.core.ablations import ablation_of, removals
+from tracker.core.ablations import removals
 from tracker.core.config import RUNS, CellRequest
 from tracker.core.distribution import FORMAT, other_format
 from tracker.core.errors import ResultsError
-from tracker.core.extent import Extent
+from tracker.core.formats import counted
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record
 from tracker.core.provenance import content_hash
-from tracker.core.records import RunIdentity, view_name
+from tracker.core.records import former_view_name, view_name
 from tracker.core.views import Until, View
-from tracker.ledger.files import lock_file, reason, sealed, unsealed, write_note
+from tracker.ledger.files import closed, lock_file, reason, sealed, unsealed, write_note
 
 GROWS = RUNS | {"removed", "limit", "sample", "until", "metric"}
 """Keys of a request by which a cell grows: no document's outcome hangs on them."""
@@ -116,10 +117,9 @@ class Views:
 
     folder: Path
     identity: CellIdentity
-    is_complete: Callable[[Extent, Collection[str]], bool]
 
     def of(self, request: CellRequest) -> View:
-        """Say what a request shows of this cell, whatever else was asked of it."""
+        """Return what a request shows of this cell, whatever else was requested."""
         benchmark = self.identity.benchmark
         # What leaves nothing out is the whole benchmark, whatever its seed.
         every = max(task.documents for task in benchmark.tasks)
@@ -128,8 +128,8 @@ class Views:
             for count in (request.limit, request.sample)
         )
         runs = tuple(removals(request, self.identity.model.layers))
-        asked = request.until
-        until = Until(question=asked, seed=request.seed, runs=runs) if asked is not None else None
+        text = request.until
+        until = Until(question=text, seed=request.seed, runs=runs) if text is not None else None
         return View(
             metric=request.metric or benchmark.primary_metric,
             removed=request.removed,
@@ -140,124 +140,77 @@ class Views:
             until=until,
         )
 
-    def ask(self, request: CellRequest, project: str, named: bool = False) -> View:
-        """Remember what was asked for, and for which project: what reports and syncs use.
+    def ask(
+        self, request: CellRequest, project: str, named: bool = False, explicit: bool = False
+    ) -> View:
+        """Record a request for reports and syncs, and the project that its runs go to.
 
         Args:
-            request: What was asked for, and is measured.
-            project: Whose it is.
-            named: Whether it was asked for beside more documents of the same, and stays.
+            request: The request, whose documents are measured.
+            project: The project.
+            named: Whether a larger view of the same was requested with it, so that both are kept.
+            explicit: Whether a run requests it, and not only a study or a search.
 
         Returns:
             The view that shows it: `shown_in`.
+
+        Raises:
+            ResultsError: The view belongs to somebody whose file may not be read.
         """
         with lock_file(self.folder / "locks" / "requests.lock"):
-            view, replaced = self._found(self.of(request), named)
+            view, superseded = self._placed(self.of(request), named, explicit)
+            name = self.name_of(view)
+            former = {self.path(name), *(self.path(self.name_of(v)) for v in superseded)}
             self.write(RequestedView(project=project, view=view))
-            for name in {*map(self.name_of, replaced)} - {self.name_of(view)}:
-                self.path(name).unlink(missing_ok=True)
+            for path in former - {self.path(name)}:
+                path.unlink(missing_ok=True)
         return view
 
     def shown_in(self, request: CellRequest, named: bool = False) -> View:
-        """Say which view will show a request once that is measured.
+        """Return the view that will show a request once that is measured.
 
-        A cell has a view for each metric, each set of removed layers and each seed of a sample. A
-        run that a view shows stays in it, on as many documents: a request adds its own runs, and
-        takes nothing away. So fewer documents of runs that are shown add nothing, and more
-        documents make a view grow that is then measured on them as a whole. What fits no view, more
-        documents of some of its runs, fewer of other runs, or another question, is a view beside.
+        Which view it is depends on the request alone: its metric, documents, removed layers and
+        question. It shows the runs of all requests for the same. But what a view on more documents
+        shows already is shown there, and a view takes the place of those on fewer documents whose
+        runs it all shows, unless they are named.
         """
-        return self._found(self.of(request), named)[0]
-
-    def named_of(self, request: CellRequest, named: bool = False) -> View:
-        """Say what a request shows alone, under the name of the view that shows it."""
-        beside = self.shown_in(request, named).beside
-        return self.of(request).model_copy(update={"beside": beside})
+        return self._placed(self.of(request), named)[0]
 
     def known(self, request: CellRequest) -> list[View]:
-        """Recall what was asked before of a request's metric, removed layers and seed.
-
-        The view that was there first comes first; what is damaged is left out.
-        """
+        """Return the readable views of a request's metric, removed layers and seed."""
         return self._known(self.of(request))
 
     def _known(self, new: View) -> list[View]:
-        alike = ("metric", "removed", "seed")
-        # A search has thousands of views, each over other layers beneath.
-        benchmark = self.identity.benchmark
-        name = view_name(new.removed, benchmark.primary_metric, benchmark, new.seed)
-        pattern = f"{glob.escape(quote(name, safe=',')[:_READABLE])}*.json"
-        found = [asked.view for asked in self.asked(damaged={}, pattern=pattern)]
-        mine = [v for v in found if all(getattr(v, one) == getattr(new, one) for one in alike)]
-        return sorted(mine, key=lambda view: (view.beside != "", view.beside))
+        # A search has thousands of views, each without other layers.
+        start = glob.escape(quote(view_name(new.removed, "", "", ""))[:_READABLE])
+        patterns = (f"{start}[-.][!0-9]*", f"{start}-*-doc*") if new.removed else (f"{start}*",)
+        stored = (each for pattern in patterns for each in self.asked({}, f"{pattern}.json"))
+        return [each.view for each in stored if each.view.order == new.order]
 
-    def _found(self, new: View, named: bool) -> tuple[View, list[View]]:
-        """Find the view that shows what is new, and those that it makes superfluous."""
-        known = self._known(new)
-        if named:
-            same = [view for view in known if view.beside and _alike(view, new)]
-            return self._beside(new.joined(*same), known, named=True), same
-        first = next((view for view in known if not view.beside), None)
-        growing = [view for view in known if not view.named]
-        grown = next((view.joined(new) for view in growing if _alike(view, new)), None)
-        if grown is None:
-            for view in known:
-                # What a question decided, and all documents have settled, grows with others.
-                if view.until is None and new.until is None and self._holds(view, new):
-                    return view, []
-                if view.named and _alike(view, new):
-                    return view.joined(new), []
-            grown = next(filter(None, (self._grown(view, new) for view in growing)), new)
-        held = [view for view in known if not view.named and self._holds(grown, view)]
-        if grown.until is None:
-            asked = next((view.until for view in held if view.until), None)
-            grown = grown.model_copy(update={"until": asked})
-        if first is None or first in held:
-            return grown.model_copy(update={"beside": ""}), held
-        if grown is not new and any(_alike(grown, view) for view in known):
-            return grown, held
-        return self._beside(grown, known), held
-
-    def _grown(self, view: View, new: View) -> View | None:
-        """Join a view and what is new on the more documents of the two; None where some lack them.
-
-        Documents that a question chose are not shown as if they had been drawn.
-        """
-        larger = view if view.size > new.size else new
-        until = new.until or view.until
-        grown = view.joined(new).model_copy(
-            update={"limit": larger.limit, "sample": larger.sample, "until": until}
-        )
-        # What was asked for on all these documents is measured, or will be.
-        rest = {*grown.runs} - ({*larger.runs} if larger.until is None else set())
-        return grown if self._are_whole(grown, rest) else None
-
-    def _holds(self, view: View, other: View) -> bool:
-        """Whether a view shows all that another does."""
-        if other.size > view.size or not {*other.runs} <= {*view.runs}:
-            return False
-        asked = view.until or other.until
-        return asked is None or (view.size == math.inf and self.is_whole(view))
-
-    def is_whole(self, view: View) -> bool:
-        """Whether no question decided which documents a view shows, or all are measured."""
-        return view.until is None or self._are_whole(view, view.runs)
-
-    def _are_whole(self, view: View, runs: Collection[RunIdentity]) -> bool:
-        names = [ablation_of(run, view.removed).name for run in runs]
-        return not names or self.is_complete(view.extent, names)
-
-    def _beside(self, view: View, known: Collection[View], named: bool = False) -> View:
-        """Tell a view from those that were there before."""
-        several = " a task" if len(self.identity.benchmark.tasks) > 1 else ""
-        text = "all documents" if view.size == math.inf else f"{view.size} documents{several}"
-        if view.until is not None:
-            count = len(view.until.runs)
-            text = f"until {view.until.question}, {count} run{'s' if count > 1 else ''}"
-        taken = {each.beside for each in known if not _alike(each, view)}
-        names = (text if n == 1 else f"{text} ({n})" for n in itertools.count(1))
-        beside = next(name for name in names if name not in taken)
-        return view.model_copy(update={"beside": beside, "named": named or view.named})
+    def _placed(self, new: View, named: bool, explicit: bool = False) -> tuple[View, list[View]]:
+        """Return the view that shows a new one, and the views whose place that takes."""
+        name, known = self.name_of(new), {self.name_of(view): view for view in self._known(new)}
+        if why := closed(self.path(name)):
+            raise ResultsError(f"{self.path(name)}: {why}")
+        same = known.get(name, new)
+        superseded: dict[str, View] = {}
+        larger = next((view for view in known.values() if view.shows(new) and not named), None)
+        if larger is not None:
+            # Wherever it was tracked under its own name while it was measured.
+            view, names = larger, {*larger.supersedes, *({name} - known.keys())}
+        else:
+            view = same.joined(new)
+            superseded = {n: v for n, v in known.items() if view.shows(v) and not v.named}
+            names = {*view.supersedes, *superseded}
+            names.update(*(former.supersedes for former in superseded.values()))
+        others = known.keys() - superseded.keys() - {self.name_of(view)}
+        update = {
+            "beside": self._label(view) if others else "",
+            "named": view.named or named,
+            "explicit": explicit or any(v.explicit for v in (view, *superseded.values())),
+            "supersedes": tuple(sorted(names)),
+        }
+        return view.model_copy(update=update), list(superseded.values())
 
     def read(self, text: str | bytes) -> RequestedView:
         """Read a view of this cell from its file's text; ValueError if it is damaged."""
@@ -274,8 +227,8 @@ class Views:
         return asked
 
     def write(self, asked: RequestedView) -> None:
-        """Keep a view in its place."""
-        write_note(self.path(self.name_of(asked.view)), asked.model_dump(mode="json"))
+        """Write a view's file."""
+        write_note(self._path(self.name_of(asked.view)), asked.model_dump(mode="json"))
 
     def files(self) -> list[Path]:
         """List the files of what was asked, be they damaged; none before the cell is finished."""
@@ -296,39 +249,73 @@ class Views:
         Raises:
             ResultsError: A view is damaged.
         """
-        found: dict[str, RequestedView] = {}
+        stored: dict[str, RequestedView] = {}
         for path in sorted(self.folder.glob(f"requests/{pattern}")):
             try:
-                asked = self.read(path.read_bytes())
+                requested = self.read(path.read_bytes())
             except (OSError, ValueError) as error:
-                what = (
+                problem = closed(path) or (
                     f"it is damaged ({reason(error)}); delete it and run its experiment again "
                     "(nothing is measured twice)"
                 )
                 if damaged is None:
-                    raise ResultsError(f"{path}: {what}") from None
-                damaged[str(path)] = what
+                    raise ResultsError(f"{path}: {problem}") from None
+                damaged[str(path)] = problem
             else:
-                found[self.name_of(asked.view)] = asked
+                stored[self.name_of(requested.view)] = self._known_now(path, requested)
+        count = Counter(requested.view.order for requested in stored.values())
+        for name, requested in stored.items():
+            if count[requested.view.order] > 1:
+                update = {"beside": self._label(requested.view)}
+                view = requested.view.model_copy(update=update)
+                stored[name] = requested.model_copy(update={"view": view})
         primary = self.identity.benchmark.primary_metric
         return sorted(
-            found.values(),
+            stored.values(),
             key=lambda a: (a.view.removed, a.view.metric != primary, self.name_of(a.view)),
         )
 
+    def _known_now(self, path: Path, stored: RequestedView) -> RequestedView:
+        """Complete a stored view by what its file's name and the other files say."""
+        view, name = stored.view, self.name_of(stored.view)
+        names = {*view.supersedes}
+        if path != self._path(name):  # of a former version
+            fields = (view.removed, view.metric, self.identity.benchmark, view.seed, view.beside)
+            names.add(former_view_name(*fields))
+        gone = tuple(sorted(name for name in names if not self._path(name).exists()))
+        view = view.model_copy(update={"supersedes": gone, "beside": ""})
+        return stored.model_copy(update={"view": view})
+
+    def _label(self, view: View) -> str:
+        """Return what distinguishes a view from others of its order, for display."""
+        if view.until is not None:
+            return f"until {view.until.question}, {counted(len(view.until.runs), 'run')}"
+        per_task = " per task" if len(self.identity.benchmark.tasks) > 1 else ""
+        return "all documents" if view.size == math.inf else f"{view.size} documents{per_task}"
+
+    def superseding(self, name: str) -> View | None:
+        """Return the view that has taken the place of another; None where that is still there."""
+        if self.path(name).exists():
+            return None
+        views = (stored.view for stored in self.asked({}))
+        return next((view for view in views if name in view.supersedes), None)
+
     def name_of(self, view: View) -> str:
-        """Name a view by what tells it from the others of the cell."""
-        benchmark = self.identity.benchmark
-        return view_name(view.removed, view.metric, benchmark, view.seed, view.beside)
+        """Return a view's identity within the cell."""
+        return view.name(self.identity.benchmark.primary_metric)
 
     def path(self, name: str) -> Path:
-        """Say where it stands what was asked of a view."""
+        """Return the file of a view, which former versions may have written under another name."""
+        if (path := self._path(name)).exists():
+            return path
+        for former in self.files():
+            with suppress(OSError, ValueError):
+                if self.name_of(self.read(former.read_bytes()).view) == name:
+                    return former
+        return path
+
+    def _path(self, name: str) -> Path:
         return self.folder / "requests" / f"{view_file(name)}.json"
-
-
-def _alike(view: View, other: View) -> bool:
-    """Whether two views are on the same documents, for the same reason."""
-    return (view.extent, view.until) == (other.extent, other.until)
 
 
 def view_file(name: str) -> str:

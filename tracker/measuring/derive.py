@@ -27,7 +27,11 @@ def record_of(store: CellStore, view: View) -> CellRecord:
         record = cell_record(store, view, _aggregate, answer_of(store, view))
         if record.n:
             store.keep(state, name, record)
-    return record
+    return record.model_copy(update={name: getattr(view, name) for name in _NOT_DERIVED})
+
+
+_NOT_DERIVED = ("beside", "explicit", "supersedes")
+"""What a record says of its view that no figure follows from."""
 
 
 def answer_of(store: CellStore, view: View) -> AnswerRecord | None:
@@ -62,7 +66,10 @@ def decisions_of(store: CellStore, view: View) -> DecisionsRecord | None:
 
 def _state(store: CellStore, view: View, *also: str) -> str:
     """Hash all that a view's records follow from."""
-    asked, cell = view.model_dump(mode="json"), store.identity.model_dump(mode="json")
+    asked, cell = (
+        view.model_dump(mode="json", exclude={*_NOT_DERIVED, "named"}),
+        store.identity.model_dump(mode="json"),
+    )
     return content_hash([_code(), asked, cell, store.proofs(), *also])
 
 

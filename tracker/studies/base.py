@@ -97,7 +97,7 @@ def measured(request: CellRequest, ledger: Ledger) -> Subject | None:
     known = look_up(request, ledger)
     if known.store is None or not known.complete:
         return None
-    view = known.store.views.named_of(request)
+    view = known.store.views.of(request)
     return Subject(request, known.store, record_of(known.store, view))
 
 

@@ -240,16 +240,14 @@ def collect(sources: Sequence[str], progress: Progress, anew: bool = False) -> C
 
 
 def _shown(one: tuple[CellStore, View]) -> Hashable:
-    """Say what is shown: one cell by one metric, over some layers beneath and some documents."""
+    """Return the identity of a view among all cells."""
     store, view = one
-    documents = tuple(store.counts(view.extent).values())
-    until = None if store.views.is_whole(view) else view.until
-    return store.identity.key, view.removed, view.metric, documents, view.seed, until
+    return store.identity.key, store.views.name_of(view)
 
 
 def _joined(same: Sequence[tuple[CellStore, View]]) -> tuple[CellStore, View]:
     """Join the outcomes that several folders hold of one view."""
-    (store, view), *rest = sorted(same, key=lambda one: one[1].beside != "")
+    (store, view), *rest = same
     if rest:
         by_folder = {one.folder.resolve(): one for one, _ in same}
         store, *others = sorted(
@@ -259,8 +257,7 @@ def _joined(same: Sequence[tuple[CellStore, View]]) -> tuple[CellStore, View]:
         # Equal names hold the same documents and ablations, and equal keys mean equal outcomes.
         more = [one for one in others if not {path.name for path in one.shards()} <= held]
         store = CellStore(store.folder, store.identity, more)
-        until = next((each.until for _, each in same if each.until), None)
-        view = view.joined(*(each for _, each in rest)).model_copy(update={"until": until})
+        view = view.joined(*(each for _, each in rest))
     return store, view
 
 

@@ -24,7 +24,7 @@ from tracker.core.text import masked
 from tracker.ledger.cells import CellStore, measured_last
 from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_texts
-from tracker.measuring.derive import decisions_of, every_record
+from tracker.measuring.derive import decisions_of, every_record, record_of
 from tracker.report.charts.cells import cell_charts
 from tracker.report.wording import row_labels
 from tracker.team.live import Live
@@ -211,7 +211,17 @@ class Publisher:
     def _publish(
         self, store: CellStore, record: CellRecord, files: Sequence[Path], trust_receipts: bool
     ) -> Publication:
-        """Publish a cell; what one place refuses does not keep the others from it."""
+        """Publish a view, or the one that takes its place in the meantime."""
+        publication = self._publish_record(store, record, files, trust_receipts)
+        if (view := store.views.superseding(record.view)) is None:
+            return publication
+        record = record_of(store, view)
+        return self._publish_record(store, record, _files(store, record), False)
+
+    def _publish_record(
+        self, store: CellStore, record: CellRecord, files: Sequence[Path], trust_receipts: bool
+    ) -> Publication:
+        """Publish a record; what one place refuses does not keep the others from it."""
         record = _told_apart(store, record)
         outcome, errors = Publication(), []
         apart = len(one_by_one(record, self._which))
@@ -228,7 +238,7 @@ class Publisher:
                     raise TrackingError(self._away[place])
                 to = asked.get(place) or service(place.backend).target_of(place, self._results)
                 parts = parts or self._parts(store, record, files)
-                digest = content_digest(record, *parts.texts)
+                digest = content_digest(record, *parts.texts, *record.supersedes)
                 receipt = store.receipt(self._receipt(to, record))
                 if trust_receipts and receipt.get("record") == digest:
                     outcome.places[title] = receipt["location"]
@@ -270,7 +280,7 @@ class Publisher:
         """Find the places that a view was published to before, and is not now."""
         if not self._others:
             return []
-        known = places_of(store, record.view, self._results)
+        known = places_of(store, record, self._results)
         # W&B completes a project's name; the receipt knows it.
         receipts = [store.receipt(self._receipt(to, record)) for to in asked.values()]
         same = {receipt.get("place") for receipt in receipts}
@@ -383,7 +393,7 @@ class Trial(LiveRun):
 
 
 def _told_apart(store: CellStore, record: CellRecord) -> CellRecord:
-    """Tell a record from others of its folder that would have its name in a list of runs."""
+    """Distinguish a record from others of its folder with the same name in a list of runs."""
     alike = [record]
     for one in store.siblings():
         if one.views.path(record.view).exists():
@@ -420,7 +430,7 @@ def sync(
     for record, store, asked in every_record(contents):
         known = any(
             service(place.backend).is_kept_here(place)
-            for place in places_of(store, record.view, ledger.root).values()
+            for place in places_of(store, record, ledger.root).values()
         )
         anew = to is not None or not known or named
         targets = (default_targets() if to is None else to) if anew else ()

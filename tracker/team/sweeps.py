@@ -109,6 +109,6 @@ def _measured(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunReco
     if not any(removals(request, layers)):
         why = why_no_run(first_run(request), request, layers)
         raise ResultsError(f"it is no run: {why}")
-    view, wanted = store.views.named_of(whole), first_run(request).order
+    view, wanted = store.views.of(whole), first_run(request).order
     record = record_of(store, view)
     return record, next(run for run in record.runs if run.order == wanted)

@@ -25,6 +25,7 @@ from tracker.tracking.base import Ability, Backend, LiveRun, Service, Target
 from tracker.tracking.wandb.service import in_sweep
 
 if TYPE_CHECKING:
+    from tracker.core.records import CellRecord
     from tracker.ledger.cells import CellStore
 
 BACKENDS = ("mlflow", "wandb", "trackio")
@@ -139,10 +140,10 @@ def remember(place: Target, results: Path) -> str:
     return path.stem
 
 
-def places_of(store: CellStore, view: str, results: Path) -> dict[str, Target]:
-    """Recall where a view was published to, or should have been: name → place."""
+def places_of(store: CellStore, record: CellRecord, results: Path) -> dict[str, Target]:
+    """Return where a view or its predecessors were published to, or should have been, by name."""
     found = {}
-    for name in store.places(view):
+    for name in store.places(record.view, *record.supersedes):
         note = read_note(results / "places" / f"{quote(name, safe='')}.json")
         if note.get("backend") in BACKENDS and isinstance(note.get("project"), str):
             found[name] = Target(note["backend"], note["project"], note.get("server"))

@@ -15,7 +15,7 @@ DIGITS = 10
 """Significant digits by which a published figure is another one."""
 
 
-def run_key(cell: CellRecord, ablation: str) -> str:
+def run_key(cell: CellRecord, ablation: str, view: str | None = None) -> str:
     """Name a run the same way on every machine and every day.
 
     Layers 4 and 5 removed together are another run than layer 5 removed where 4 is gone already,
@@ -25,11 +25,13 @@ def run_key(cell: CellRecord, ablation: str) -> str:
     Args:
         cell: The cell that the run belongs to.
         ablation: An ablation's name, or `cell` for the cell's own run.
+        view: The name of another view of the cell, which it had before.
 
     Returns:
         The cell's key, its view unless that is `INTACT_VIEW`, and the ablation.
     """
-    key = cell.key if cell.view == INTACT_VIEW else f"{cell.key}/{cell.view}"
+    view = view or cell.view
+    key = cell.key if view == INTACT_VIEW else f"{cell.key}/{view}"
     return f"{key}/{ablation}"
 
 
@@ -58,7 +60,9 @@ def intact_name(cell: CellRecord) -> str:
 
 def group_name(cell: CellRecord) -> str:
     """Name what holds the runs of a cell together, alike on every machine."""
-    return f"{cell.title} · {cell.key[:8]}"
+    # What views of one order have in common, so that a view which grows stays in its group.
+    words = (cell.heading, cell.drawn, cell.apart, cell.key[:8])
+    return " · ".join(filter(None, words))
 
 
 def filter_words(cell: CellRecord) -> tuple[str, ...]:

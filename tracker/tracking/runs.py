@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -175,6 +175,7 @@ MANY = 200
 ARTIFACT_NAME = 128  # wandb/sdk/artifacts/_validators.py, NAME_MAXLEN
 NOT_IN_NAMES = r"[^A-Za-z0-9_.-]+"
 Value = TypeVar("Value")
+Run = TypeVar("Run")
 
 
 @dataclass(frozen=True)
@@ -261,9 +262,8 @@ class DescribedRun:
     def digest(self, *also: str) -> str:
         """Digest all that it shows, and what else its backend makes of it."""
         marks, cell = self.marks.values(), self.cell
-        return content_digest(
-            self.known, self.name, cell.title, cell.metric, self.version, *marks, *also
-        )
+        about = (self.key, self.name, cell.title, cell.metric, self.version)
+        return content_digest(self.known, *about, *marks, *also)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -339,6 +339,29 @@ def described(
     """
     runs = [layer_run(cell, run) for run in reversed(one_by_one(cell, which))]
     return [*runs, intact_run(cell), cell_run(cell, files, charts, tables)]
+
+
+def take_over(
+    existing: dict[str, Run], cell: CellRecord, runs: Iterable[DescribedRun]
+) -> list[Run]:
+    """Give the runs of superseded views to the view that has taken their place.
+
+    Args:
+        existing: A backend's runs by run key; those of superseded views get their new keys.
+        cell: The record of the view.
+        runs: Its runs as they should be.
+
+    Returns:
+        The runs that are there under both keys, or are no runs of the view: to be deleted.
+    """
+    keys, superfluous = {run.key for run in runs}, []
+    for view in cell.supersedes:
+        start = run_key(cell, "", view)
+        for former in [key for key in existing if key.rpartition("/")[0] == start[:-1]]:
+            run, key = existing.pop(former), run_key(cell, former[len(start) :])
+            if key not in keys or existing.setdefault(key, run) is not run:
+                superfluous.append(run)
+    return superfluous
 
 
 def layer_run(cell: CellRecord, run: RunRecord) -> DescribedRun:

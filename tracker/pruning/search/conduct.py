@@ -181,7 +181,7 @@ def _by_request(
     found = {}
     for run in runs:
         if (store := look_up(run, ledger).store) is not None:
-            key = (store.identity.key, store.views.name_of(store.views.named_of(run)))
+            key = (store.identity.key, store.views.name_of(store.views.of(run)))
             if key in places:
                 found[run] = places[key]
     return found

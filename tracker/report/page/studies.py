@@ -59,7 +59,7 @@ def study_sections(
                 Figure(f"study-{number}-chart-{i}", each.title, study_chart(each))
                 for i, each in enumerate(finding.charts, 1)
             ),
-            outgrown=outgrown(finding, [cell.place for cell in cells]),
+            outgrown=outgrown(finding, cells),
         )
         for number, finding in enumerate(findings, 1)
     )
@@ -82,17 +82,17 @@ def standing_alone(
 def _is_step(cell: CellRecord, steps: Collection[Place]) -> bool:
     """Whether a cell holds steps of searches, or pairs, alone.
 
-    What lacks layers, or misses some of all runs of one layer, holds nothing else. `steps` are
-    the cells of all of them.
+    What lacks layers, or misses some of all runs of one layer, holds nothing else unless a run
+    requested it. `steps` are the cells of all of them.
     """
     whole = {run.layer for run in cell.runs if run.kind == WHOLE_LAYER}
     partial = bool(cell.removed) or len(whole) < cell.model.layers
-    return partial and cell.place in steps
+    return partial and cell.place in steps and not cell.explicit
 
 
-def outgrown(finding: FindingRecord, places: Sequence[Place]) -> str:
-    """Say that cells of a finding hold other documents by now; empty where they do not."""
-    held = {(key, view): n for key, view, n in places}
+def outgrown(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
+    """Return a sentence about cells that hold other documents by now; empty where none does."""
+    held = {(c.key, view): c.n for c in cells for view in (*c.supersedes, c.view)}
     now = [held.get((key, view), n) != n for key, view, n in finding.rests_on]
     if not any(now):
         return ""

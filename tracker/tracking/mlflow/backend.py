@@ -65,7 +65,7 @@ from tracker.tracking.mlflow.writing import (
     stated_digests,
     write,
 )
-from tracker.tracking.runs import DescribedRun, cell_run
+from tracker.tracking.runs import DescribedRun, cell_run, take_over
 
 _RUNS_FIRST = {"mlflow.experimentKind": "custom_model_development"}
 """MLflow's page opens such an experiment with its runs, not with the traces of an agent."""
@@ -109,6 +109,8 @@ class MlflowBackend(Backend, Pages):
         *nested, own = runs
         cell = own.cell
         existing = _runs_of_cell(client, experiment, cell.key)
+        for superfluous in take_over(existing, cell, runs):
+            client.delete_run(superfluous.info.run_id)
         models = ranked(client, experiment, existing.values())
         # First, for its children; its figures come last, and with them where its children are.
         is_new = own.key not in existing
@@ -135,6 +137,7 @@ class MlflowBackend(Backend, Pages):
         with self._one_writer("does not show what is measured"):
             client, experiment = self._connect()
             existing = _runs_of_cell(client, experiment, cell.key)
+            take_over(existing, cell, [cell_run(cell)])
             run_id = _opened(client, experiment, cell, existing)
             client.update_run(run_id, status="RUNNING")
             return existing[run_key(cell, "cell")], self._uri

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tracker.core.errors import TrackingError
 from tracker.tracking.base import Backend, RemoteCell, explained, refuse_others
 from tracker.tracking.foreign import refuse_lies
 from tracker.tracking.identity import filter_words, group_name
-from tracker.tracking.runs import DescribedRun
+from tracker.tracking.runs import DescribedRun, take_over
 from tracker.tracking.trackio.service import usual_folder
 
 FORMAT = "1"
@@ -57,6 +58,8 @@ class TrackioBackend(Backend):
                 "filesystem; set TRACKIO_DIR to a folder of this machine"
             )
         known = self._known()
+        for former in chain(*take_over(known, runs[-1].cell, runs)):
+            former.delete()
         for run in runs:
             there = known.get(run.key, [])
             if len(there) == 1 and self._is_whole(there[0], run):

@@ -8,6 +8,7 @@ offline runs remembers them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -29,7 +30,7 @@ from tracker.core.records import CellRecord
 from tracker.ledger.files import make_folder, write_text
 from tracker.tracking.base import BOARD, BOARD_FILE, Backend, Page, Pages, RemoteCell, SavedModel
 from tracker.tracking.foreign import downloading, refuse_lies
-from tracker.tracking.runs import DescribedRun, artifact_name
+from tracker.tracking.runs import DescribedRun, artifact_name, take_over
 from tracker.tracking.wandb.session import finished, is_offline, log_in, session, start
 from tracker.tracking.wandb.writing import (
     FORMAT,
@@ -83,6 +84,8 @@ class WandbBackend(Backend, Pages):
         self._in_sweep = in_sweep
         self._deleted = 0
         """Ids of runs of the cell that is written, and that W&B does not give again."""
+        self._used: set[str] = set()
+        """Ids of the runs that the cell has."""
 
     def is_open(self) -> bool:
         """Say whether somebody is logged in, or nobody needs to be; no server is asked."""
@@ -97,7 +100,9 @@ class WandbBackend(Backend, Pages):
         if not offline:
             log_in()
         known = self._read_notes() if offline else self._ask(cell)
+        superfluous = take_over(known, cell, runs)
         runs = [run for run in runs if not (self._in_sweep and run.kind == "layer")]
+        self._used = {run.id for run in known.values()}
         written = False
         for run in runs:
             found, digest = known.get(run.key), run.digest(FORMAT)
@@ -110,11 +115,18 @@ class WandbBackend(Backend, Pages):
             if offline:
                 folder = Path(handle.dir).parent.name
                 self._drop_former(found, folder)
-                known[run.key] = _Known(run_id(run.key), digest, folder)
+                known[run.key] = _Known(handle.id, digest, folder)
                 self._write_notes(known)
             written = True
             is_there = found is not None and not (offline and found.digest is None)
             yield "updated" if is_there else "created"
+        for former in superfluous:
+            if offline:
+                self._drop_former(former, "")
+            else:
+                wandb.Api().run(f"{self._path()}/{former.id}").delete()
+        if superfluous and offline:
+            self._write_notes(known)
         if written and not offline:
             self._confirm(cell, runs)
 
@@ -253,13 +265,19 @@ class WandbBackend(Backend, Pages):
         about["resume"] = None if offline else "allow"
         while True:
             try:
-                name = found.id if found else run_id(run.key, self._deleted)
+                name = found.id if found else self._free_id(run.key)
                 return self._start(watched, id=name, **about)
             except wandb.Error as error:
                 if found or _DELETED not in str(error) or self._deleted == _IDS:
                     raise
             # A refused id takes the client 15 s, and who deletes one run may delete them all.
             self._deleted += 1
+
+    def _free_id(self, key: str) -> str:
+        """Return the first id of a run key's series that is not deleted, nor in use since its run
+        belongs to a larger view."""
+        ids = (run_id(key, number) for number in itertools.count(self._deleted))
+        return next(name for name in ids if name not in self._used)
 
     def open(self, run: DescribedRun, watched: int) -> Any:
         """Open a run of a cell while it is measured by the process `watched`.
@@ -275,7 +293,10 @@ class WandbBackend(Backend, Pages):
             return None
         log_in()
         self._deleted = 0
-        return self._open(run, self._ask(run.cell).get(run.key), False, watched)
+        known = self._ask(run.cell)
+        take_over(known, run.cell, [run])
+        self._used = {run.id for run in known.values()}
+        return self._open(run, known.get(run.key), False, watched)
 
     def _points(self, found: _Known) -> list[dict[str, Any]]:
         """Read the curves that a run has."""
