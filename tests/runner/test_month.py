@@ -172,7 +172,7 @@ def test_a_view_that_grows_is_one_set_of_runs_in_every_project(month: Month) -> 
 
 
 def test_a_view_is_superseded_while_it_is_published(month: Month) -> None:
-    """Was: the smaller of two runs at once ended with "No such file", and MLflow kept it RUNNING."""
+    """Was: the smaller of two runs ended with "No such file", and MLflow kept it RUNNING."""
     heads = {"sample": 8, "layer": [0], "component": "head", "head": [0]}
     run(month.file("heads", **heads), month.results, track=["mlflow"])
     run(month.file("smaller", sample=24, layer=ALL), month.results, track=["none"])

@@ -131,3 +131,35 @@ def test_a_team_works_in_a_folder_of_its_group(place: Path, typed: Typed) -> Non
             assert code == 0, (who, command, said)
     assert {path.stat().st_uid for path in results.glob("cells/*/shards/*")} == {ANN, BOB}
     assert len(list(results.glob("cells/*"))) == 1
+
+
+def test_a_view_that_may_not_be_read_is_left_as_it_is(place: Path, typed: Typed) -> None:
+    """Was: a smaller run of somebody else exited with 0 and replaced it."""
+    results = place / "closed"
+    results.mkdir()
+    os.chown(results, ANN, TEAM)
+    results.chmod(0o2770)
+    of_it = ("--results", results)
+    run = ("run", *of_it, "--track", "none")
+    assert typed(ANN, *run, place / "two.yaml")[0] == 0
+    (view,), (texts,) = results.glob("cells/*/requests/*.json"), results.glob("cells/*/texts/*")
+    before = view.read_bytes()
+    view.chmod(0o600)
+    texts.chmod(0o600)
+    code, said = typed(BOB, *run, place / "one.yaml")
+    assert code == 2, said
+    assert f"{view}: it is user {ANN}'s, and you may not read it" in unwrapped(said)
+    assert (view.read_bytes(), view.stat().st_uid) == (before, ANN)
+    code, said = typed(BOB, "ls", *of_it)
+    assert code == 1
+    assert "you may not read it" in said
+    assert "delete it" not in said
+    code, said = typed(BOB, "check", *of_it)
+    assert code == 1
+    for path in (view, texts):
+        assert f"{path}: it is user {ANN}'s, and you may not read it" in unwrapped(said)
+
+
+def unwrapped(said: str) -> str:
+    """Join the lines of a terminal."""
+    return " ".join(said.split())

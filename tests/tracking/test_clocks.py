@@ -14,6 +14,7 @@ from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
 from tracker.team.leaderboard import publish_board, read_board
 from tracker.tracking.figures import CURVES
+from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow import runs, writing
 from tracker.tracking.mlflow.backend import MlflowBackend
 from tracker.tracking.mlflow.live_run import MlflowLiveRun
@@ -165,7 +166,7 @@ def test_the_run_that_is_measured_shows_the_latest(
 ) -> None:
     """Also where what was measured before had come further."""
     cell = cell_record(n=0)
-    key = f"{cell.key}/cell"
+    key = run_key(cell, "cell")
 
     def shown() -> dict[str, float]:
         return Store(local(results)).cell(cell).data.metrics

@@ -387,8 +387,7 @@ def test_a_larger_view_takes_over_the_runs_of_those_it_supersedes(held: Held) ->
     large = large.model_copy(update={"supersedes": (small.view, middle.view)})
     assert held.publish(large) == (0, 6, 0)
     assert set(held.by_key()) == {
-        run_key(large, name)
-        for name in ("baseline", "cell", *(run.ablation for run in large.runs))
+        run_key(large, name) for name in ("baseline", "cell", *(run.ablation for run in large.runs))
     }
     shows_newest(held, large)
     held.open_anew()
@@ -463,11 +462,12 @@ def test_other_questions_have_other_runs_beside_each_other(held: Held) -> None:
     half = task.model_copy(update={"half": Half(part="test", seed=1234, of=2 * task.documents)})
     settings = {"tasks": (half,), "settings": {"part": "test"}}
     beneath = (of_kind("layer", 1, 1, "layers:1,2"), of_kind("mlp", 3, 1, "layer:2+mlp:3"))
+    without = {"runs": beneath, "removed": (2,), "removed_accuracy": 0.25, "view": "without-2"}
     cells = [
         cell.model_copy(update={"runs": (*cell.runs, of_kind("layer", 1, 2, "layers:1,2"))}),
-        cell.model_copy(update={"runs": beneath, "removed": (2,), "removed_accuracy": 0.25}),
-        cell.model_copy(update={"metric": "acc_norm"}),
-        cell.model_copy(update={"sample_seed": 1234}),
+        cell.model_copy(update=without),
+        cell.model_copy(update={"metric": "acc_norm", "view": "intact--acc_norm"}),
+        cell.model_copy(update={"sample_seed": 1234, "view": "intact-sample-160-seed-1234"}),
         cell_record(layers=(0,), key="half").model_copy(
             update={"benchmark": cell.benchmark.model_copy(update=settings)}
         ),

@@ -21,7 +21,7 @@ from tracker.core.records import CellRecord
 from tracker.core.text import masked
 from tracker.tracking.base import Page, Published
 from tracker.tracking.figures import flat_metrics, intact_metrics
-from tracker.tracking.identity import content_digest
+from tracker.tracking.identity import content_digest, run_key
 from tracker.tracking.isolated import Isolated
 from tracker.tracking.mlflow.backend import MlflowBackend
 from tracker.tracking.mlflow.database import create_database
@@ -46,17 +46,17 @@ class Store:
         assert len(self.by_key) == len(self.runs), "a run was created twice"
 
     def cell(self, cell: CellRecord) -> Any:
-        return self.by_key[f"{cell.key}/cell"]
+        return self.by_key[run_key(cell, "cell")]
 
     def layer(self, cell: CellRecord, layer: int) -> Any:
-        return self.by_key[f"{cell.key}/layer:{layer}"]
+        return self.by_key[run_key(cell, f"layer:{layer}")]
 
     def shows(self, cell: CellRecord) -> None:
         """All runs of the cell have its figures, and no others that are numbers."""
-        assert f"{cell.key}/baseline" in self.by_key
+        assert run_key(cell, "baseline") in self.by_key
         assert self.cell(cell).data.metrics["n"] == cell.n
         for row in cell.runs:
-            shown = self.by_key[f"{cell.key}/{row.ablation}"].data.metrics
+            shown = self.by_key[run_key(cell, row.ablation)].data.metrics
             assert {n: v for n, v in shown.items() if not math.isnan(v)} == flat_metrics(row)
 
     def curve(self, cell: CellRecord, name: str) -> list[tuple[int, float]]:

@@ -142,7 +142,7 @@ def test_offline_runs_that_grew_are_sent_as_they_are_now(
     folders = sorted(publish.results.glob("wandb/offline-run-*"))
     publish.client.cli("sync", *map(str, folders))
     there = shown(double, cell)
-    assert len(there[f"{cell.key}/cell"].history) == 3
+    assert len(there[run_key(cell, "cell")].history) == 3
     # What was sent stays, and what has grown since is sent beside it.
     publish(cell_record(layers=(0, 1), n=480), WANDB_MODE="offline")
     assert set(folders) < set(publish.results.glob("wandb/offline-run-*"))

@@ -68,9 +68,12 @@ def test_other_questions_have_runs_and_artifacts_of_their_own() -> None:
         changes = {"tasks": (task.model_copy(update={"half": half}),), "settings": {"part": part}}
         benchmark = cell.benchmark.model_copy(update=changes)
         halves[part] = cell_record(key=part).model_copy(update={"benchmark": benchmark})
-    drawn = cell.model_copy(update={"sample_seed": 1234})
-    without = cell.model_copy(update={"removed": (3, 17)})
-    other = [one.model_copy(update={"metric": "acc_norm"}) for one in (cell, without)]
+    drawn = cell.model_copy(update={"sample_seed": 1234, "view": "intact-sample-160-seed-1234"})
+    without = cell.model_copy(update={"removed": (3, 17), "view": "without-3-17"})
+    other = [
+        record.model_copy(update={"metric": "acc_norm", "view": f"{record.view}--acc_norm"})
+        for record in (cell, without)
+    ]
     cells = [cell, drawn, without, *other, *halves.values()]
     found = [cell_run(one) for one in cells]
     assert len({run.outcomes.name for run in found}) == len(cells)

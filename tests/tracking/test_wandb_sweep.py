@@ -189,7 +189,7 @@ def test_what_killed_trials_left_is_filled_from_the_ledger(
         assert (run.state, run.exit_code, run.sweep) == ("finished", 0, sweep.name)
         assert (run.job_type, run.values["layer"]) == ("layer", layer)
         assert figures(run.summary) == flat_metrics(cell.runs[layer])
-        assert run.values["tracker"]["run_key"] == f"{cell.key}/layer:{layer}"
+        assert run.values["tracker"]["run_key"] == run_key(cell, f"layer:{layer}")
     assert double.run("lacking", "layers").state == "killed"
     assert double.run("running", "layers").state == "running"
     again = api.sync_sweep(f"team/layers/{sweep.name}", results=results)

@@ -220,6 +220,7 @@ class Ledger:
         found.searches.extend(listed(self.root / "searches", PruneRecord, found.damaged))
         searched = {each.key for record in found.searches for each in record.calibration}
         searched |= {cell_key(record.model, record.benchmark) for record in found.searches}
+        searched |= {key for finding in found.findings for key, _, _ in finding.rests_on}
         for cell in self.cells(found.damaged):
             found.views.extend((cell, asked) for asked in cell.views.asked(found.damaged))
             begun = cell.begun_searches()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tracker.ledger.cells import CellStore
-from tracker.ledger.files import reason, unsealed
+from tracker.ledger.files import closed, reason, unsealed
 from tracker.ledger.outcomes import PROVENANCE
 from tracker.ledger.shards import ASIDE, Shard
 from tracker.ledger.store import Ledger
@@ -73,6 +73,8 @@ def verify(ledger: Ledger, progress: Callable[[int], None] = lambda cells: None)
         lost = [store.folder / "shards" / name for name in store.lost()]
         store.texts.read()
         texts = sorted(store.folder.glob(f"texts/*{ASIDE}"))
+        unreadable = {str(path): closed(path) for path in store.texts.files()}
+        found.damaged |= {path: why for path, why in unreadable.items() if why}
         for paths, what in ((aside, _ASIDE), (lost, _LOST), (texts, _NO_TEXTS)):
             found.damaged |= dict.fromkeys(map(str, paths), what)
         progress(1)

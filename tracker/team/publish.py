@@ -239,7 +239,7 @@ class Publisher:
                 to = asked.get(place) or service(place.backend).target_of(place, self._results)
                 parts = parts or self._parts(store, record, files)
                 digest = content_digest(record, *parts.texts, *record.supersedes)
-                receipt = store.receipt(self._receipt(to, record))
+                receipt = store.receipt(self._receipt(to, record.view))
                 if trust_receipts and receipt.get("record") == digest:
                     outcome.places[title] = receipt["location"]
                     continue
@@ -258,7 +258,7 @@ class Publisher:
                 kept = {"place": remember(whole, self._results), "view": record.view}
                 kept |= {"record": digest, "location": published.location}
                 # Named after publishing: the first publish makes the database.
-                store.add_receipt(self._receipt(to, record), **kept)
+                store.add_receipt(self._receipt(to, record.view), **kept)
             except (Exception, SystemExit) as error:
                 log.debug("%s: %s failed", record.title, title, exc_info=True)
                 if place in asked:
@@ -282,7 +282,8 @@ class Publisher:
             return []
         known = places_of(store, record, self._results)
         # W&B completes a project's name; the receipt knows it.
-        receipts = [store.receipt(self._receipt(to, record)) for to in asked.values()]
+        views = (record.view, *record.supersedes)
+        receipts = [store.receipt(self._receipt(to, v)) for to in asked.values() for v in views]
         same = {receipt.get("place") for receipt in receipts}
         return [
             place
@@ -295,7 +296,7 @@ class Publisher:
     def _owe(self, store: CellStore, record: CellRecord, to: Target, place: Target) -> None:
         """Remember a place that does not have a view yet, and should."""
         with suppress(OSError, WorkError):
-            name = self._receipt(to, record)
+            name = self._receipt(to, record.view)
             if not store.receipt(name).get("place"):
                 kept = {"place": remember(place, self._results), "view": record.view}
                 store.add_receipt(name, record="", location="", **kept)
@@ -312,10 +313,10 @@ class Publisher:
         """Say where a target is, as whatever opens it wants to hear it."""
         return to.backend, to.project or self.project, self._results, to.server
 
-    def _receipt(self, to: Target, record: CellRecord) -> str:
-        """Name the receipt of one view at one backend."""
+    def _receipt(self, to: Target, view: str) -> str:
+        """Return the name of the receipt of one view at one backend."""
         place = destination(*self._there(to))
-        return place if record.view == INTACT_VIEW else content_hash([place, record.view])
+        return place if view == INTACT_VIEW else content_hash([place, view])
 
     def close(self) -> None:
         """Release the backends; what was begun and not waited for is given up."""
