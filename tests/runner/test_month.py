@@ -204,6 +204,12 @@ def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(
     # A study, of fewer layers and documents than are known.
     fewer = month.file("fewer", sample=10, layer=[0, 2, 3])
     month.study("joint", fewer)
+    # One of its pairs' cells, when a run asks for it too.
+    title = "tiny-llama · arc_easy · 0-shot · without layer 2 · drawn at random"
+    page = month.results / "report.html"
+    assert title not in page.read_text(), "the study shows it"
+    month.run("explicit", sample=10, layer=[3], removed=[[2]])
+    assert title in page.read_text()
     # A task of somebody's own, edited twice, and then as it was at first.
     rows = write_rows(tmp_path, sums=[{"q": f"{n} and {n}"} for n in range(12)]) / "sums.jsonl"
     tasks = tmp_path / "tasks"
