@@ -236,10 +236,9 @@ def _shown_otherwise(asked: View, shown: View, known: Sequence[View]) -> str:
             f"{all_of or 'all'} documents are known of these runs, and stay shown; to show {count} "
             f"beside them, list both: {key}: {{values: [{count}, {all_of or 'null'}]}}"
         )
-    if shown.beside:
-        others = [view.documents_asked for view in known if view.beside != shown.beside]
-        return f"shown beside what was asked for before: {'; '.join(others)}"
-    return ""
+    several = [] if shown.until else [view for view in known if view.until is None]
+    others = [view.documents_asked for view in several if view.beside != shown.beside]
+    return f"shown beside what was asked for before: {'; '.join(others)}" if others else ""
 
 
 def _jobs(todo: Sequence[CellLookup]) -> list[Job]:

@@ -104,7 +104,8 @@ def test_a_record_is_derived_once(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(AssertionError, match="derived again"):
             api.ls(results)
     kept = list(results.glob("cells/*/derived/*.json"))
-    assert {path.name for path in kept} == {"intact.json", "intact.decisions.json"}
+    names = {"intact-limit-6.json", "intact-limit-6.decisions.json"}
+    assert {path.name for path in kept} == names
     for path in kept:
         path.write_text("{damaged")
     assert content(api.report(results).cells) == first
@@ -307,8 +308,8 @@ def test_two_metrics_are_published_and_read_back_apart(
     assert len(runs) == 2 * (2 + 2)
     keys = {run.data.tags["tracker.run_key"]: run.data.tags["tracker.metric"] for run in runs}
     key = store.identity.key
-    assert keys[f"{key}/cell"] == keys[f"{key}/layer:0"] == "acc"
-    assert keys[f"{key}/intact--acc_norm/cell"] == "acc_norm"
+    assert keys[f"{key}/intact-limit-6/cell"] == keys[f"{key}/intact-limit-6/layer:0"] == "acc"
+    assert keys[f"{key}/intact-limit-6--acc_norm/cell"] == "acc_norm"
     done = api.report(to, output=tmp_path / "page.html")
     assert done.failed == {}
     assert content(done.cells) == content(api.ls(results))
