@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 import yaml
 
-import tracker
 from tracker.cli import main
 from tracker.core.experiment_input import is_of_searches, load_experiment
 from tracker.pruning.search.request import load_searches
@@ -80,14 +81,48 @@ def test_an_experiment_is_valid(page: str, text: str, tmp_path: Path) -> None:
     (load_searches if is_of_searches(raw) else load_experiment)(path)
 
 
-@pytest.mark.parametrize(("page", "text"), of_language("python"))
-def test_python_uses_what_there_is(page: str, text: str) -> None:
-    tree = ast.parse(text)
-    used = {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "tracker"
-    }
-    assert used <= set(dir(tracker)), page
+def programs() -> Iterator[tuple[str, str]]:
+    """List the Python of the pages, as blocks and behind `python -c`: (page, program)."""
+    for page in PAGES:
+        for language, text in blocks(page):
+            if language == "python":
+                yield page.name, text
+            for program in re.findall(r'python -c "(.*?)"', text, re.DOTALL):
+                yield page.name, re.sub(r"\\\n\s*", "", program).lstrip("\n")
+
+
+@pytest.mark.parametrize(("page", "program"), list(programs()))
+def test_python_uses_names_that_exist(page: str, program: str) -> None:
+    tree = ast.parse(program)
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names: dict[str, Any] = {"__name__": page}
+    exec(compile(ast.Module(imports, []), page, "exec"), names)
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            defined.add(node.arg)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = names.get(node.value.id)
+            assert module is None or hasattr(module, node.attr)
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert used <= defined | set(names) | set(dir(builtins))
+
+
+NOT_RUN = ("import tracker\n", "lm_eval", "load_dataset", "tests.", "find_switches", "curve_of")
+"""Parts of programs that need results or the internet, or take more than a second."""
+
+
+@pytest.mark.parametrize(
+    ("page", "program"),
+    [case for case in programs() if not any(part in case[1] for part in NOT_RUN)],
+)
+def test_a_program_prints_the_figures_of_its_page(
+    page: str, program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(compile(program, page, "exec"), {})
+    figures = re.findall(r"[\d.]+", capsys.readouterr().out)
+    assert figures
+    text = next(path for path in PAGES if path.name == page).read_text()
+    assert [f for f in figures if f"{float(f):,.10g}" not in text] == []
