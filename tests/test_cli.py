@@ -116,6 +116,28 @@ def test_every_command_has_an_example(command):
     assert named in ([["--results"]], [])  # a results folder is named alike everywhere
 
 
+def test_examples_are_written_and_files_that_exist_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    missing = cli("run", "experiments/until.yaml")
+    refused(missing, "'tracker init' writes the example experiments")
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/demo.yaml").write_text("mine")
+    assert "tracker plan experiments/demo.yaml" in printed("init")
+    for example in EXPERIMENTS.rglob("*.*"):
+        content = (tmp_path / "experiments" / example.relative_to(EXPERIMENTS)).read_bytes()
+        assert content == (b"mine" if example.name == "demo.yaml" else example.read_bytes())
+    printed("init", tmp_path / "new")
+    assert (tmp_path / "new/demo.yaml").read_bytes() == (EXPERIMENTS / "demo.yaml").read_bytes()
+    refused(cli("init", tmp_path / "new/demo.yaml"), "is a file")
+
+
+def test_windows_is_refused_before_anything_else(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    refused(cli("ls"), "Linux and macOS", "WSL")
+    with pytest.raises(ImportError, match="Linux and macOS"):
+        _ = tracker.run
+
+
 @pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_experiment_is_valid(file, request):
     if file.stem == "two-models":

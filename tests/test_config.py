@@ -240,6 +240,7 @@ def test_a_missing_file_names_the_nearest(tmp_path) -> None:
         ("smolm2.yaml", "there is no experiment file .*Did you mean '.*/smollm2.yaml'"),
         ("demo.yml", r"Did you mean '.*/experiments/demo\.yaml'\?"),
         ("no-folder/x.yaml", "there is no experiment file"),
+        ("no-folder/until.yaml", "'tracker init' writes the example experiments"),
         ("latin.yaml", "cannot be read: it is no UTF-8 text"),
     ):
         with pytest.raises(ExperimentError, match=said):

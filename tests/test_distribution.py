@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
@@ -20,7 +21,7 @@ from tracker.core import distribution
 ROOT = Path(__file__).parents[1]
 PARTS = (
     *("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
-    *("Makefile", ".ci", "experiments", "tests", "tracker"),
+    *("Makefile", "setup.py", ".ci", "experiments", "tests", "tracker"),
 )
 
 
@@ -40,6 +41,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], zipfile.Z
     for part in files(*PARTS):
         (copy / part).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / part, copy / part)
+    (copy / "tracker/experiments").symlink_to("../experiments")
     made = copy.parent / "dist"
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(made), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -62,7 +64,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(built) -> None:
     _, wheel = built
     about = f"layer_tracker-{tracker.__version__}.dist-info/"
     names = set(wheel.namelist())
-    assert {name for name in names if not name.startswith(about)} == files("tracker")
+    examples = {f"tracker/{name}" for name in files("experiments")}
+    package = files("tracker") | examples
+    assert {name for name in names if not name.startswith(about)} == package
     assert {"tracker/py.typed", "tracker/report/page/templates/report.html.j2"} <= names
     assert wheel.read(f"{about}licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     scripts = wheel.read(f"{about}entry_points.txt").decode()
@@ -70,6 +74,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(built) -> None:
     metadata = HeaderParser().parsestr(wheel.read(f"{about}METADATA").decode())
     assert metadata["Name"] == distribution.NAME == "layer-tracker"
     assert metadata["Version"] == tracker.__version__
+    links = re.findall(r"\]\((.*?)\)|(?:src|srcset)=\"(.*?)\"", metadata.get_payload())
+    targets = [link for groups in links for link in groups if link]
+    assert len(targets) > 20
+    # PyPI's page has no folder beside it, in which a relative link could find its file.
+    assert [target for target in targets if not target.startswith("https://")] == []
+    paths = [target.partition("HEAD/")[2] for target in targets if "HEAD/" in target]
+    assert len(paths) > 20
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
     extras = set(metadata.get_all("Provides-Extra", []))
     assert extras == {"ray", "slurm", "trackio", "figures", "quantise", "reports", "dev"}
     # Was: the extra `dev` asked an index for 'tracker', which is somebody else's.
@@ -102,3 +114,10 @@ def test_nobody_is_told_to_install_the_other_tracker() -> None:
     texts = [*files("tracker", "experiments", ".ci"), "README.md", "CONTRIBUTING.md", "Makefile"]
     told = [name for name in texts if words.search((ROOT / name).read_text(encoding="utf-8"))]
     assert told == []
+
+
+def test_every_extra_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    assert [name for name in extras if f"`{name}`" not in text] == ["dev"]

@@ -7,7 +7,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tracker.core.distribution import __version__
+from tracker.core.distribution import UNSUPPORTED, __version__
 
 # Torch takes large buffers in huge pages then, where Linux lends them: hundreds of streams pass
 # through tens of megabytes at a layer (docs/performance.md). It reads this once.
@@ -61,6 +61,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # The command line must start fast, so the API is imported when it is used.
     if name in __all__:
+        if sys.platform == "win32":
+            raise ImportError(UNSUPPORTED)
         from tracker import api
 
         # The package of this name, which the API imports, takes the function's place here.

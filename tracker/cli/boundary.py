@@ -15,11 +15,11 @@ from typing import Any
 import click
 
 from tracker.cli.terminal import say
-from tracker.core.distribution import __version__
+from tracker.core.distribution import REPOSITORY, UNSUPPORTED, __version__
 from tracker.core.errors import TrackerError, first_line
 from tracker.core.text import is_writable, masked
 
-ISSUES = "https://github.com/layer-tracker/layer-tracker/issues"
+ISSUES = f"{REPOSITORY}/issues"
 NEW_OBJECTS = 10_000
 """From how many on Python looks for garbage. A pass of the engine leaves none."""
 # A process ends at once: else Python looks through all that was imported, two seconds for a run.
@@ -42,6 +42,8 @@ class Boundary(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
+        if sys.platform == "win32":
+            raise click.UsageError(UNSUPPORTED, ctx)
         try:
             with _garbage_sought_rarely():
                 return super().invoke(ctx)

@@ -39,7 +39,7 @@ from tracker.cli.printing import (
 from tracker.cli.terminal import Show, begin, quiet, say, say_all
 from tracker.core.ablations import first_run
 from tracker.core.config import EXECUTORS, KEYS, RESTS, CellRequest, run_request
-from tracker.core.distribution import __version__
+from tracker.core.distribution import EXAMPLES, __version__
 from tracker.core.errors import ExperimentError
 from tracker.core.experiment_input import NAMELESS, asks_for_searches, load_experiment
 from tracker.core.formats import counted
@@ -54,6 +54,7 @@ def main(debug: bool) -> None:
 
     \b
     Examples:
+      tracker init                               write the example experiments
       tracker validate experiments/demo.yaml     check an experiment file
       tracker plan experiments/demo.yaml         what it will cost
       tracker run experiments/demo.yaml          measure, track, report
@@ -69,6 +70,30 @@ def main(debug: bool) -> None:
     Exit codes: 0 done, 1 some of the work failed, 2 the request was wrong.
     """
     quiet(debug)
+
+
+@main.command()
+@click.argument(
+    "folder", type=click.Path(file_okay=False, path_type=Path), default=Path("experiments")
+)
+def init(folder: Path) -> None:
+    """Write the example experiments into a folder.
+
+    FOLDER is 'experiments' by default. Files that exist stay as they are.
+
+    \b
+    Example:
+      tracker init
+    """
+    from tracker.ledger.files import write_bytes
+
+    for example in EXAMPLES.rglob("*.*"):
+        path = folder / example.relative_to(EXAMPLES)
+        if not path.exists():
+            write_bytes(path, example.read_bytes())
+    say(
+        f"the examples are in {folder}. Next: tracker plan {shlex.quote(str(folder / 'demo.yaml'))}"
+    )
 
 
 class Elsewhere(Told):

@@ -13,9 +13,13 @@ from pathlib import Path
 
 NAME = "layer-tracker"
 __version__ = "0.1.0"
+REPOSITORY = "https://github.com/layer-tracker/layer-tracker"
+UNSUPPORTED = "tracker runs on Linux and macOS; on Windows, use it inside WSL 2"
 FORMAT = 3
 """Of a results folder and of each file in it: the only one that is read and written."""
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "experiments"
+"""The example experiments: a link to those of the checkout, and files in a wheel."""
 _ROOT = Path(__file__).resolve().parents[2]
 
 

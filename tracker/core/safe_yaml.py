@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from tracker.core.distribution import EXAMPLES
 from tracker.core.errors import ExperimentError, did_you_mean
 from tracker.core.text import HALF, is_writable
 
@@ -47,6 +48,8 @@ def like_file(path: Path) -> str:
     near = did_you_mean(path.name, by_name)
     for name, each in by_name.items():
         near = near.replace(repr(name), repr(str(each)))
+    if not near and (EXAMPLES / f"{path.stem}.yaml").exists():
+        return " 'tracker init' writes the example experiments."
     return near
 
 
