@@ -185,17 +185,13 @@ def false_statements(where: str, said: Sequence[str], costs: Mapping[int, float]
     """List the sentences that are not so.
 
     Of two models, which are alike, nothing is. A layer of no cost is not named, and no layer comes
-    before one that costs as much: all that cost take the model down to guessing. Which layers lose
-    the same documents is another question, also where they lose by chance: the documents on which a
-    model is undecided are the same ones for all.
+    before one that costs as much: all that cost take the model down to guessing.
     """
     true = {str(layer) for layer in costs} if where != "models" else set()
 
     def is_false(sentence: str) -> bool:
         if order := _BEFORE.fullmatch(sentence):
             return order[1] not in true or order[2] in true
-        if sentence.startswith("These break the same documents"):
-            return False
         if where == "studies" and is_false_of(sentence, costs):
             return True
         if (small := _SMALL.match(sentence)) and int(small[1]) > LAYERS - len(true):

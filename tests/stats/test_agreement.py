@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tracker.stats.decisions import clustered, phi
+from tracker.stats.decisions import cluster_order, phi
 
 DRAW = np.random.default_rng(3)
 
@@ -31,42 +31,33 @@ def test_losing_none_or_all_says_nothing() -> None:
     assert found[2, 2] == pytest.approx(1)
 
 
-def average_linkage(agreement: np.ndarray, alike: float) -> set[frozenset[int]]:
-    """Join the two groups whose members agree most on average, until none agrees enough."""
+def average_linkage(agreement: np.ndarray, groups_left: int) -> set[frozenset[int]]:
+    """Join the two groups whose members agree most on average, until so many are left."""
     groups = [frozenset([number]) for number in range(len(agreement))]
 
     def mean(pair: tuple[frozenset[int], frozenset[int]]) -> float:
         return float(np.mean([agreement[i, j] for i, j in itertools.product(*pair)]))
 
-    while len(groups) > 1:
+    while len(groups) > groups_left:
         best = max(itertools.combinations(groups, 2), key=mean)
-        if mean(best) < alike:
-            break
         groups = [group for group in groups if group not in best] + [best[0] | best[1]]
-    return {group for group in groups if len(group) > 1}
+    return set(groups)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_groups_are_those_of_a_naive_clustering(seed: int) -> None:
+def test_groups_of_a_naive_clustering_stand_together(seed: int) -> None:
     draw = np.random.default_rng(seed)
     base = draw.random((3, 60)) < 0.4
     lost = np.array([base[n % 3] ^ (draw.random(60) < 0.12) for n in range(9)]).astype(int)
     agreement = phi(*counts(lost), 60)
-    order, groups = clustered(agreement, 0.5)
-    assert {frozenset(group) for group in groups} == average_linkage(agreement, 0.5)
-    assert groups
+    order = cluster_order(agreement)
     assert sorted(order) == list(range(9))
-    # What is one group stands together.
-    for group in groups:
-        places = sorted(order.index(member) for member in group)
-        assert places == list(range(places[0], places[0] + len(group)))
-
-
-def test_what_is_exactly_alike_is_one_group() -> None:
-    ((*group,),) = clustered(np.full((3, 3), 0.5), 0.5)[1]
-    assert sorted(group) == [0, 1, 2]
+    for groups_left in range(1, 9):
+        for group in average_linkage(agreement, groups_left):
+            places = sorted(order.index(member) for member in group)
+            assert places == list(range(places[0], places[0] + len(group)))
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_one_alone_is_no_group(count: int) -> None:
-    assert clustered(np.ones((count, count)), 0.5) == (list(range(count)), [])
+def test_one_alone_is_in_order(count: int) -> None:
+    assert cluster_order(np.ones((count, count))) == list(range(count))

@@ -3,7 +3,7 @@
 An option's score is its log-likelihood, or whatever the metric makes of it; scores are
 [documents, options], with NaN where a document has fewer options than others.
 
-And whether ablations break the same documents, and which ones belong together.
+And how far ablations agree in the documents that they lose.
 
 What rounding decides are judgements that another way of computing the same model may turn round.
 In half precision a log-likelihood is rounded over and over, each time to a share of itself, and
@@ -18,16 +18,12 @@ that a judgement hangs on the gold option and the best of the others alone.
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
 import scipy  # what takes long to import comes when it is used
-from numpy.typing import NDArray
 
 from tracker.stats.arrays import Array
-from tracker.stats.power import ALPHA
-from tracker.stats.support import holm
 
 
 def phi(both: Array, lost: Array, documents: int) -> Array:
@@ -51,54 +47,27 @@ def phi(both: Array, lost: Array, documents: int) -> Array:
     return np.where(np.outer(spread, spread) > 0, found, np.nan)
 
 
-def clustered(agreement: Array, alike: float) -> tuple[list[int], list[list[int]]]:
-    """Order ablations so that those that agree stand together, and group them.
+def cluster_order(agreement: Array) -> list[int]:
+    """Order ablations so that those that agree stand together.
 
     Average linkage (UPGMA, Sokal and Michener 1958) over 1 minus the agreement, leaves ordered so
     that neighbours are as alike as can be (Bar-Joseph 2001).
 
     Args:
         agreement: Coefficients of at most 1 [ablations, ablations], without NaN.
-        alike: Ablations are one group where their mean agreement is at least this.
 
     Returns:
-        The ablations' numbers in order, and the groups of two or more, in the same order.
+        The ablations' numbers.
     """
     count = len(agreement)
     if count < 2:
-        return list(range(count)), []
+        return list(range(count))
     distance = np.clip(1 - (agreement + agreement.T) / 2, 0, None)
     np.fill_diagonal(distance, 0)
     condensed = scipy.spatial.distance.squareform(distance, checks=False)
     hierarchy = scipy.cluster.hierarchy
     tree = hierarchy.linkage(condensed, "average", optimal_ordering=True)
-    order = [int(leaf) for leaf in hierarchy.leaves_list(tree)]
-    # Rounding must not part what is exactly alike.
-    label = hierarchy.fcluster(tree, 1 - alike + 1e-9, "distance")
-    groups = (list(group) for _, group in itertools.groupby(order, label.__getitem__))
-    return order, [group for group in groups if len(group) > 1]
-
-
-def more_than_chance(both: Array, lost: Array, documents: int) -> NDArray[np.bool_]:
-    """Say which ablations lose the same documents more often than by chance.
-
-    Fisher's exact test of each pair, one-sided, adjusted by Holm's method over all pairs: where the
-    ablations lose their documents independently, a pair is named with probability 5 % at most.
-
-    Args:
-        both: How many documents each two ablations both lose [ablations, ablations].
-        lost: How many each loses.
-        documents: How many could be lost.
-
-    Returns:
-        Whether it is shown, symmetric [ablations, ablations]; False on the diagonal.
-    """
-    one, other = np.triu_indices(len(lost), 1)
-    p_values = scipy.stats.hypergeom.sf(both[one, other] - 1, documents, lost[one], lost[other])
-    adjusted = holm(p_values.tolist())
-    shown = np.zeros(both.shape, dtype=bool)
-    shown[one, other] = [p is not None and p <= ALPHA for p in adjusted]
-    return shown | shown.T
+    return [int(leaf) for leaf in hierarchy.leaves_list(tree)]
 
 
 def choices(scores: Array) -> Array:

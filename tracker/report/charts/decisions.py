@@ -1,9 +1,6 @@
-"""Charts of what runs decide: margins over layers, and which layers break the same documents."""
+"""Charts of what runs decide: margins over layers, and agreement in the documents lost."""
 
 from __future__ import annotations
-
-from itertools import combinations
-from typing import NamedTuple
 
 import numpy as np
 
@@ -26,11 +23,8 @@ from tracker.report.charts.style import (
     trace,
 )
 from tracker.stats.accuracy import SCALES
-from tracker.stats.arrays import Array, Mask
-from tracker.stats.decisions import clustered, more_than_chance, phi
-
-ALIKE = 0.5
-"""Layers break the same documents where their mean correlation is at least this."""
+from tracker.stats.arrays import Array
+from tracker.stats.decisions import cluster_order, phi
 
 
 def margin_name(cell: CellRecord, decided: DecisionsRecord) -> str:
@@ -100,55 +94,30 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     )
 
 
-class LossAgreement(NamedTuple):
-    """Which layers break the same documents.
+def agreement(decided: DecisionsRecord) -> tuple[list[int], Array]:
+    """Correlate which documents the layers lose.
 
-    Attributes:
-        layers: Those that can be compared, those that agree beside each other.
-        phi: Their correlations, in this order.
-        shown: Whether they are shown to be more than chance; a layer with itself is.
-        groups: The layers that are shown to break the same documents.
+    Args:
+        decided: What the runs of a cell decide.
+
+    Returns:
+        The layers that can be compared, those that agree beside each other, and their correlations.
     """
-
-    layers: list[int]
-    phi: Array
-    shown: Mask
-    groups: list[list[int]]
-
-
-def agreement(decided: DecisionsRecord) -> LossAgreement:
-    """Correlate which documents the layers lose, and cluster them."""
     both = np.array(decided.both, dtype=np.float64).reshape((len(decided.both),) * 2)
-    found = phi(both, np.diag(both), decided.right)
-    (known,) = np.nonzero(~np.isnan(np.diag(found)))
-    square = found[np.ix_(known, known)]
-    order, groups = clustered(square, ALIKE)
-    layers = [decided.compared[number] for number in known]
-    shared = both[np.ix_(known, known)]
-    alike = more_than_chance(shared, np.diag(shared), decided.right)
-    named = [
-        sorted(layers[number] for number in group)
-        for group in groups
-        if all(alike[one, other] for one, other in combinations(group, 2))
-    ]
-    known_by = alike | np.eye(len(layers), dtype=bool)
-    return LossAgreement(
-        [layers[number] for number in order],
-        square[np.ix_(order, order)],
-        known_by[np.ix_(order, order)],
-        named,
-    )
+    coefficients = phi(both, np.diag(both), decided.right)
+    (defined,) = np.nonzero(~np.isnan(np.diag(coefficients)))
+    order = defined[cluster_order(coefficients[np.ix_(defined, defined)])]
+    return [decided.compared[number] for number in order], coefficients[np.ix_(order, order)]
 
 
 def agreement_map(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
-    """Draw which layers break the same documents, clustered; None for fewer than two layers."""
-    found = agreement(decided)
-    layers = found.layers
+    """Draw how far layers agree in the documents they lose; None for fewer than two layers."""
+    layers, coefficients = agreement(decided)
     if len(layers) < 2:
         return None
     labels = [str(layer) for layer in layers]
     left_out = len(decided.compared) - len(layers)
-    title = f"{cell.title}: which layers break the same documents"
+    title = f"{cell.title}: agreement of layers in the documents lost"
     if left_out:
         title += f"; {counted(left_out, 'layer')} left out, which lose none or all"
     axis = {"type": "category", "showgrid": False, "ticks": "", "tickangle": 0}
@@ -158,35 +127,18 @@ def agreement_map(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
         "agreement",
         columns=labels,
         rows=labels,
-        values=[[round(float(value), 2) for value in row] for row in found.phi],
+        values=[[round(float(value), 2) for value in row] for row in coefficients],
         hovers=(),
-        shown=found.shown.tolist(),
-        ticks=("−1<br>never the same", "0<br>chance", "1<br>the same"),
+        ticks=("−1<br>never the same", "0<br>independent", "1<br>the same"),
         largest=1,
         height=170 + 15 * len(layers),
         crosses=False,
         xaxis=axis | {"title": {"text": "layer (0-based), clustered"}},
     )
     # Not a text for each pair: there are as many as the square of the layers.
-    for half, word in zip(drawn.data, ("more than chance", "open"), strict=False):
-        half |= {
-            "hovertext": None,
-            "hoverinfo": None,
-            "hovertemplate": f"layers %{{y}} and %{{x}}: φ %{{z:.2f}}, {word}<extra></extra>",
-        }
+    drawn.data[0] |= {
+        "hovertext": None,
+        "hoverinfo": None,
+        "hovertemplate": "layers %{y} and %{x}: φ %{z:.2f}<extra></extra>",
+    }
     return drawn
-
-
-def groups_sentence(found: LossAgreement) -> str:
-    """Say which layers break the same documents."""
-    if found.groups:
-        named = "; ".join(f"layers {', '.join(map(str, group))}" for group in found.groups)
-        return f"These break the same documents (mean φ of at least {ALIKE}): {named}."
-    pairs = (int(found.shown.sum()) - len(found.layers)) // 2
-    if not pairs:
-        return "No layers are shown to break the same documents more often than by chance."
-    are = "is" if pairs == 1 else "are"
-    return (
-        f"{counted(pairs, 'pair')} of layers {are} shown to break the same documents more often "
-        f"than by chance, but none make a group (mean φ of at least {ALIKE})."
-    )

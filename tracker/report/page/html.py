@@ -28,7 +28,6 @@ from tracker.core.text import harmless
 from tracker.core.weight_formats import FORMATS
 from tracker.ledger.files import write_text
 from tracker.report import caveats, tables, wording
-from tracker.report.charts import decisions
 from tracker.report.charts.style import FEW, TEMPLATE
 from tracker.report.frames import layer_files, packed, packed_json
 from tracker.report.leaderboard import claims, rules
@@ -144,7 +143,7 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    modules = (answers, caveats, claims, decisions, rules, run_table, tables, wording)
+    modules = (answers, caveats, claims, rules, run_table, tables, wording)
     functions = (
         decision_table,
         headed,
