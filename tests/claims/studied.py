@@ -39,6 +39,8 @@ AMOUNT = "25 %"
 PAIRS = 8
 """Of so many first layers every two are removed together."""
 _COUNTED = re.compile(r": (\d+) redundant and (\d+) sub-additive pairs")
+_BETTER = re.compile(r"significantly better than ([a-z_, ]+)|(\w+) beats (\w+)")
+_OPEN = re.compile(r"leaves the most is open, it may be ([a-z_, ]+?);")
 _NEVER = (
     "leaves the most of",
     "significantly worse",
@@ -46,7 +48,7 @@ _NEVER = (
     "more than in any of the paper's models",
 )
 """What is not so, whatever layers matter: proxies but one, and strategies, are alike."""
-_OF_NOTHING = ("needs about", "third claim", " beats ", "significantly better than")
+_OF_NOTHING = ("needs about", "third claim", " more together", " less together")
 """What is not so where no layer matters."""
 
 
@@ -111,11 +113,17 @@ def _pruned(costs: Mapping[int, float], dice: np.random.Generator, documents: in
 
 
 def is_false_of(sentence: str, costs: Mapping[int, float]) -> bool:
-    """Say whether a study's sentence is not so, besides the layers that it names."""
+    """Check whether a study's sentence is not so, besides the layers that it names."""
+    if (candidates := _OPEN.search(sentence)) and candidates[1] != "each of them":
+        return not costs or not {*SPARED} <= {*re.findall(r"\w+", candidates[1])}
+    if better := _BETTER.search(sentence):
+        worse = {*re.findall(r"\w+", better[1] or better[3])} - {"no", "other"}
+        best = better[2] or SPARED[0]
+        return bool(worse) and (not costs or best not in SPARED or not worse.isdisjoint(SPARED))
     if any(words in sentence for words in (*_NEVER, *(() if costs else _OF_NOTHING))):
-        return "better than no other" not in sentence and "is open" not in sentence
-    if "orders the layers best of" in sentence:
-        return "gold log-prob drop orders" not in sentence
+        return "is open" not in sentence and "neither surely" not in sentence
+    if "orders the layers best" in sentence:
+        return "gold log-prob drop" not in sentence
     if counts := _COUNTED.search(sentence):
         return sum(map(int, counts.groups())) > len(costs) * (len(costs) - 1) / 2
     if "by other figures" in sentence and not costs:
