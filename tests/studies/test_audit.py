@@ -284,6 +284,14 @@ def test_proxies_that_are_not_told_apart_are_not_called_best() -> None:
     (said,) = (line for line in answers_of(ModelAudit("m", cells)) if "which of" in line)
     assert "orders the layers best is open; it may be " in said
     assert "divergence" not in said
+    cells = alike(3, 120)
+    for cell in cells:
+        for name in OF_LAYERS:
+            if name != "cosine_score":
+                replace(cell, name, np.nan)
+    alone = ModelAudit("m", cells)
+    assert list(alone.summaries) == ["cosine_score"]
+    assert not [line for line in answers_of(alone) if "orders the layers best" in line]
 
 
 def test_cells_of_other_layers_are_left_out_of_every_mean_and_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from scipy import stats
 
 import tracker
 from tracker import api
+from tracker.core.estimates import Estimate
 from tracker.ledger.shards import read_observations
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.observing import open_observed
 from tracker.measuring.progress import Silent
 from tracker.models.quantised import in_format
-from tracker.studies.precision import ERRORS, Precision
+from tracker.studies.precision import ERRORS, InFormat, MapName, Precision, _answers
 
 from .conftest import Small, asked_for, column, plain, small
 
@@ -125,6 +127,45 @@ def test_orders_are_scipys(found: Small, opened):
         means = {name: np.mean([fall for fall, path in pairs if path == name]) for name in MAPS}
         rows = zip(plain(column(names, "linear map")), plain(column(names, label)), strict=True)
         assert dict(rows) == pytest.approx(means)
+
+
+def test_a_name_is_called_costliest_only_where_its_interval_shows_it(found: Small, tmp_path):
+    """A single name was, whatever its interval."""
+    alone = small(
+        "precision", tmp_path, ["openbookqa"], 8, map=["mlp.down_proj"], intervention=["int8"]
+    )
+    for finding, formats in ((found.finding, 2), (alone.finding, 1)):
+        assert len(finding.tables) == 3 * formats
+        for names, sentence in zip(finding.tables[::3], finding.answers[1:], strict=False):
+            first, *others = column(names, "fall of gold log-probability")
+            shown = first.low > max(0, *(other.high for other in others), 0)
+            assert shown == ("is open" not in sentence and "not shown" not in sentence)
+    (names, *_), (_, sentence, *_) = alone.finding.tables, alone.finding.answers
+    (fall,) = column(names, "fall of gold log-probability")
+    assert fall.low <= 0 <= fall.high  # int8 changes next to nothing
+    assert "down_proj is not shown to change the log-probability of the right answer" in sentence
+
+
+@pytest.mark.parametrize(
+    ("falls", "text"),
+    [
+        ([(2, 1, 3)], "lm_head is shown to lower the log-probability of the right answer (fall 2 "),
+        ([(2, -1, 5)], "lm_head is not shown to change the log-probability of the right answer (f"),
+        ([(2, None, None)], "lm_head is not shown to change the log-probability of the right answ"),
+        ([(-2, -3, -1)], "lm_head is shown to raise the log-probability of the right answer (fall"),
+        ([(4, 3, 5), (2, 1, 2.5)], "lm_head lowers the log-probability of the right answer most ("),
+        ([(4, 1, 5), (2, 1, 2.5)], "which name lowers the log-probability of the right answer mos"),
+        ([(1, -1, 3), (-4, -5, -3)], "which name lowers the log-probability of the right answer m"),
+    ],
+)
+def test_what_is_stated_of_names_is_in_their_intervals(found: Small, falls, text):
+    (record,) = tracker.ls(found.results)
+    names = [
+        MapName(name, None, Estimate(*fall), {})
+        for name, fall in zip(["lm_head", "embedding"], falls, strict=False)
+    ]
+    (sentence,) = _answers(InFormat(SimpleNamespace(record=record), "int4", (), names, ()))
+    assert f": {text}" in sentence
 
 
 def test_it_is_asked_again_for_nothing_and_names_what_is_wrong(found: Small, refused):

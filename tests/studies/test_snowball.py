@@ -233,6 +233,9 @@ def test_layers_that_grow_alike_are_not_put_in_order() -> None:
     assert "the 3 that grow most include that of layer 0 ×" in (said := _most(apart))
     assert ", layer 2 ×" in said
     assert "least" not in said
+    alone = _most(cell(around(2.0, documents=20)))
+    assert "growth is defined for one removal, that of layer 0 ×1.98 (" in alone
+    assert "most" not in alone
 
 
 def test_growth_is_compared_between_documents_of_their_own() -> None:

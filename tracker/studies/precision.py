@@ -43,6 +43,7 @@ from tracker.studies.base import (
     observe,
     refuse_removed,
     second_roundings,
+    side,
 )
 
 DEFAULT = "int4"
@@ -258,17 +259,19 @@ def _by_name(
 
 
 def _answers(one: InFormat) -> list[str]:
-    """Say which names cost most, and how the errors order the maps."""
-    first = one.names[0]
-    where = "" if first.layers is None else "on average over its layers, "
-    text = f"{one.title}: {where}{first.name} lowers the log-probability of "
-    text += f"the right answer most, by {three_digits(first.gold.value or 0.0)} nats"
-    surely = first.gold.low is not None and all(
-        other.gold.high is not None and other.gold.high < first.gold.low for other in one.names[1:]
-    )
-    if len(one.names) == 1:
-        surely = True
-    text += "." if surely else "; which name does is open."
+    """Return which name costs most, where that is shown, and how the errors order the maps."""
+    first, *others = one.names
+    sign, change = side(first.gold), "the log-probability of the right answer"
+    if not others:
+        does = {1: "is shown to lower", -1: "is shown to raise", 0: "is not shown to change"}[sign]
+        text = f"{first.name} {does} {change}"
+    elif sign > 0 and all(side(other.gold, first.gold.low or 0.0) < 0 for other in others):
+        text = f"{first.name} lowers {change} most"
+    else:
+        text = f"which name lowers {change} most is open; the largest fall is that of {first.name}"
+    where = "" if first.layers is None else "on average over layers, "
+    fall = with_interval(first.gold, three_digits, " nats")
+    text = f"{one.title}: {where}{text} (fall {fall})."
     said = [
         f"{ERRORS[order.error]} {with_interval(order.gold)}"
         for order in one.orders

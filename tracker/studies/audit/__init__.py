@@ -148,7 +148,9 @@ def _task(audit: ModelAudit) -> str:
 
 
 def _best(audit: ModelAudit) -> str:
-    """Say which proxy orders the layers best, where that is shown in comparison with all others."""
+    """Return which proxy orders the layers best, where comparisons with all others show it."""
+    if len(audit.summaries) == 1:
+        return ""
     first = [name for name, (best, _) in audit.ranks.items() if best == 1]
     labels, of = [OF_LAYERS[name].label for name in first], len(audit.summaries)
     if len(first) > 1 and len(first) == of:

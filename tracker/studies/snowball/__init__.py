@@ -194,6 +194,8 @@ def _most(cell: Figures) -> str:
     def grown(layer: int) -> str:
         return f"layer {layer} ×{with_interval(factors[layer], three_digits)}"
 
+    if len(defined) == 1:
+        return f"{_where(cell)}: growth is defined for one removal, that of {grown(defined[0])}."
     sentence = f"{_where(cell)}: which removals grow most is open"
     if most:
         among = f"the {first} that grow most include" if first > 1 else "most grows"
