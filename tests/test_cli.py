@@ -300,7 +300,22 @@ def test_reports_and_leaderboards(tiny_llama, experiment, tmp_path, monkeypatch)
     assert "Layers are ranked by their mean accuracy relevance" in board
 
     refused(cli("report", "--format", "docx"), "docx", "html")
-    refused(cli("leaderboard", "--publish", "wandb"), "names no project", "wandb:PROJECT")
+    # Was: refused, where --track mlflow and sync --to mlflow are taken.
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert "published: mlflow ui --backend-store-uri sqlite:" in printed(
+        *("leaderboard", "--publish", "mlflow")
+    )
+    client = MlflowClient(f"sqlite:///{results}/mlflow.db")
+    assert client.get_experiment_by_name("tracker") is not None
+    other = tmp_path / "other"
+    shutil.copytree(results / "cells", other / "cells")
+    shutil.copy(results / "tracker.json", other)
+    ((store, view),) = Ledger(other).contents().views
+    store.views.write(view.model_copy(update={"project": "theirs"}))
+    refused(
+        cli("report", results, other, "--publish", "mlflow"),
+        *("'mlflow' names no project", "results are of theirs, tracker", "mlflow:PROJECT"),
+    )
 
 
 def test_a_tracker_without_a_login_is_refused_before_anything_is_measured(

@@ -852,7 +852,7 @@ def report(
         form: `html` for the page, or one of `tracker.report.export.FORMATS`.
         output: A file for `html`, `md` and `tex`, a folder otherwise; by default beside the
             source, or here where there are several.
-        publish: Tracking projects that get the page as well, as `BACKEND:PROJECT`.
+        publish: Tracking projects that get the page as well, as `BACKEND` or `BACKEND:PROJECT`.
         publish_documents: Whether the texts of documents are published too where they are not of
             the hub or a package: those of a folder or a corpus.
         results: The results folder.
@@ -896,7 +896,8 @@ def leaderboard(
 
     Args:
         *sources: As for `report`.
-        publish: Tracking projects whose leaderboard the results join, as `BACKEND:PROJECT`.
+        publish: Tracking projects whose leaderboard the results join, as `BACKEND` or
+            `BACKEND:PROJECT`.
         results: The results folder.
         progress: Told what is downloaded.
 
@@ -931,7 +932,8 @@ def join_leaderboards(
 
     Args:
         *sources: As for `report`.
-        publish: Tracking projects whose leaderboard the cells join, as `BACKEND:PROJECT`.
+        publish: Tracking projects whose leaderboard the cells join, as `BACKEND` or
+            `BACKEND:PROJECT`.
         results: The results folder.
         progress: Told what is downloaded.
 
@@ -946,7 +948,7 @@ def join_leaderboards(
     from tracker.team import reports
 
     found = _collected(sources, results, progress)
-    cells, locations, failed = reports.join_boards(found.cells, _targets(publish), Path(results))
+    cells, locations, failed = reports.join_boards(found, _targets(publish), Path(results))
     return Reported(*(tuple(cells), (), found.failed | failed, locations), notes=_unfinished(found))
 
 

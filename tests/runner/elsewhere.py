@@ -29,7 +29,7 @@ class Heard(Silent):
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.expected = self.counted = 0
+        self.expected = self.counted = self.beyond = 0
         self.finished = False
 
     def say(self, message: str) -> None:
@@ -43,6 +43,7 @@ class Heard(Silent):
 
     def advance(self, responses: int) -> None:
         self.counted += responses
+        self.beyond = max(self.beyond, self.counted - self.expected)
 
     def finish(self) -> None:
         self.finished = True

@@ -317,6 +317,8 @@ def test_an_unreachable_server_is_a_tracking_error(
         backend.publish(cell_record(), [], {})
     assert "hunter2" not in str(caught.value)
     assert caught.value.__cause__ is None
+    assert "it does not answer (Connection refused)" in str(caught.value)
+    assert "HTTPConnectionPool" not in str(caught.value), "as a library words it"
     sync = f"tracker sync --to mlflow:{PROJECT} --results {results}"
     assert f"MLFLOW_TRACKING_URI={shlex.quote(masked(uri))} {sync}" in str(caught.value)
     with pytest.raises(TrackingError, match="did not take the report"):

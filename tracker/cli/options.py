@@ -456,6 +456,6 @@ def publish_option(what: str) -> Callable[[F], F]:
         "--publish",
         multiple=True,
         metavar="TARGET",
-        help=f"A tracking project that gets {what}: mlflow:PROJECT or wandb:ENTITY/PROJECT; may be "
-        "given several times.",
+        help=f"A tracking project that gets {what}: mlflow[:PROJECT] or wandb[:ENTITY/PROJECT], by "
+        "default the experiment's project; may be given several times.",
     )

@@ -159,10 +159,14 @@ class _Filler(NamedTuple):
 
         def advance(responses: int) -> None:
             nonlocal done
+            # The baseline is computed along with what is missing, and is not counted again.
+            responses = min(responses, due - done)
             done += responses
             self.progress.advance(responses)
 
         with suppress(Timeout), self.store.lock(block).acquire(timeout=0):
+            responses = self.meter.facts.responses
+            due = lacking_of(self.store, block, responses, self.extent, names)
             missing = self.store.missing(block, self.extent, names)
             for absent, indices in self.meter.portions(missing):
                 shard = self.meter.measure(block.task, absent, indices, advance)

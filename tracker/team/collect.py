@@ -157,6 +157,7 @@ class Collected:
         origins: What each record was derived from, by its place.
         searched: The cells that searches took their steps in.
         unfinished: Folders of cells that are begun, and not among them, with what to do.
+        projects: The projects that the cells of results folders were measured for.
     """
 
     cells: tuple[CellRecord, ...] = ()
@@ -166,6 +167,7 @@ class Collected:
     origins: dict[Place, tuple[CellStore, View]] = field(default_factory=dict)
     searched: set[Place] = field(default_factory=set)
     unfinished: list[str] = field(default_factory=list)
+    projects: set[str] = field(default_factory=set)
 
     def decisions(self) -> dict[Place, DecisionsRecord]:
         """Derive what the cells' runs decide document by document: a cell's place → that.
@@ -214,6 +216,7 @@ def collect(sources: Sequence[str], progress: Progress, anew: bool = False) -> C
             views += [(store, asked.view) for store, asked in contents.views]
             found.findings = tuple(dict.fromkeys((*found.findings, *contents.findings)))
             found.searched |= contents.searched
+            found.projects |= {asked.project for _, asked in contents.views}
             found.unfinished += [f"{cell.folder}: {why}" for cell, why in contents.unfinished]
             for name, text in contents.experiments.items():
                 if found.experiments.setdefault(name, text) != text:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast
@@ -94,7 +95,7 @@ def publish(
     notes = tuple(f"{cell.title}: {PRIVATE}" for cell in found.cells if cell.place in kept)
     locations: dict[str, str] = {}
     failed: dict[str, str] = {}
-    for text, to in [(text, _target(text)) for text in targets]:
+    for text, to in [(text, _target(text, found.projects)) for text in targets]:
         with TemporaryDirectory() as folder, _pages(text, to, results, failed) as backend:
             path = Path(folder) / "report.html"
             page = _page(found, path, decided)
@@ -110,9 +111,9 @@ def publish(
 
 
 def join_boards(
-    cells: Sequence[CellRecord], targets: Sequence[str], results: Path
+    found: Collected, targets: Sequence[str], results: Path
 ) -> tuple[list[CellRecord], dict[str, str], dict[str, str]]:
-    """Add cells to the leaderboards of tracking projects, each as `BACKEND:PROJECT`.
+    """Add cells to the leaderboards of tracking projects, each as `BACKEND` or `BACKEND:PROJECT`.
 
     Returned are these cells and all others on those leaderboards, which are records without
     outcomes: none is put together from several; target → where to look, for those that have
@@ -120,19 +121,23 @@ def join_boards(
     """
     locations: dict[str, str] = {}
     failed: dict[str, str] = {}
-    every = list(cells)
-    for text, to in [(text, _target(text)) for text in targets]:
+    every = list(found.cells)
+    for text, to in [(text, _target(text, found.projects)) for text in targets]:
         with _pages(text, to, results, failed) as backend:
-            board, locations[masked(text)] = publish_board(backend, cells)
+            board, locations[masked(text)] = publish_board(backend, found.cells)
             every += board.cells
     return merged(every), {text: place for text, place in locations.items() if place}, failed
 
 
-def _target(text: str) -> Target:
+def _target(text: str, projects: Collection[str]) -> Target:
+    """Read a target; without a project it is the one that the results were measured for."""
     to = target(text, "reports and leaderboards")
-    if to.project is None:
-        raise RequestError(f"{masked(text)!r} names no project; write {masked(text)}:PROJECT")
-    return to
+    if to.project is None and len(projects) != 1:
+        several = f", and the results are of {', '.join(sorted(projects))}" if projects else ""
+        raise RequestError(
+            f"{masked(text)!r} names no project{several}; write {masked(text)}:PROJECT"
+        )
+    return replace(to, project=to.project or next(iter(projects)))
 
 
 @contextmanager

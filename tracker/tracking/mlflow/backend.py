@@ -306,7 +306,20 @@ class MlflowBackend(Backend, Pages):
             if getattr(error, "error_code", None) in _REFUSED:
                 advice = f"{_WHO}\n{advice}"
             what = f"MLflow at {masked(self._uri)} {problem}"
-            raise explained(what, error, advice, _secrets(self._uri), _SAID_CHARACTERS) from None
+            raise explained(
+                what, _plain(error), advice, _secrets(self._uri), _SAID_CHARACTERS
+            ) from None
+
+
+def _plain(error: Exception) -> Exception:
+    """Return an error that says plainly that no server answers; others as they are."""
+    if "ConnectionPool(" not in str(error):
+        return error
+    cause: BaseException = error
+    while cause.__context__ is not None:
+        cause = cause.__context__
+    why = getattr(cause, "strerror", None) or getattr(cause, "reason", None) or cause
+    return TrackingError(f"it does not answer ({why}); one that was just started needs a minute")
 
 
 def _search(client: Any, experiment: str, wanted: str) -> Iterator[Any]:
