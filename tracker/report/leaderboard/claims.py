@@ -13,7 +13,7 @@ from statistics import median
 from tracker.core.estimates import Estimate
 from tracker.core.formats import about, counted, listed, measure_of, p_value
 from tracker.core.grouping import grouped
-from tracker.core.records import CellRecord, RunRecord
+from tracker.core.records import WHOLE_LAYER, CellRecord, RunRecord
 from tracker.ledger.paired import outcome_variance
 from tracker.report.leaderboard.comparable import countable
 from tracker.report.wording import benchmark_labels, capital
@@ -323,6 +323,25 @@ def shown_in(cell: CellRecord, runs: Sequence[RunRecord]) -> list[Verdict]:
 def shown_runs(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[RunOrder, Verdict]:
     """Say the same for each run by its order."""
     return dict(zip((run.order for run in runs), shown_in(cell, runs), strict=True))
+
+
+def shown_words(cell: CellRecord) -> dict[RunOrder, str]:
+    """Return in a word or two what is shown of each run of a cell, all runs of its kind at once.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        A run's order → its `shown_word`; runs without a drop have none.
+    """
+    families = grouped(cell.runs, lambda run: (run.kind == WHOLE_LAYER, run.kind.family))
+    words = {}
+    for runs in families.values():
+        drops = _all_at_once(cell, runs, len(runs))
+        for run, drop, verdict in zip(runs, drops, verdicts(drops), strict=True):
+            if drop.value is not None:
+                words[run.order] = shown_word(verdict, drop, cell.higher_is_better)
+    return words
 
 
 def ranks_in(cell: CellRecord, runs: Sequence[RunRecord]) -> list[tuple[int, int]]:
