@@ -16,13 +16,13 @@ from tracker.core.errors import RequestError
 from tracker.core.formats import fixed, points
 from tracker.core.records import CellRecord
 from tracker.report.export import FORMATS, boards, export, figures, frames
-from tracker.report.frames import correlation_frame, layer_frame
+from tracker.report.frames import correlation_frame, document_frame, layer_frame
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.tables import overview_table
 from tracker.stats.support import together, verdicts
 from tracker.tracking.runs import cell_note, intact_note, layer_note
 
-from .conftest import CONSTANT, LAYERS, build_cell
+from .conftest import CONSTANT, LAYERS, build_cell, build_decisions
 
 
 @pytest.fixture
@@ -163,8 +163,8 @@ def test_layer_frame_holds_fractions_and_says_why(cells: list[CellRecord]) -> No
     assert frame[frame.benchmark == "rte"].accuracy_relevance.isna().all()
     assert frame.accuracy_relevance.dtype == "float64"
     assert list(layer_frame([]).columns[:10]) == [
-        "key", "model", "benchmark", "num_fewshot", "metric", "removed", "sample_seed",
-        "component", "layer", "span",
+        "key", "model", "benchmark", "part", "num_fewshot", "metric", "removed", "sample_seed",
+        "component", "layer",
     ]  # fmt: skip
 
 
@@ -180,6 +180,21 @@ def test_a_filter_on_shown_gives_the_layers_that_the_page_shows(cells: list[Cell
         assert 0 < len(matter) < (rows.accuracy_drop_low > 0).sum()
         for standing in layer_board([cell]).layers:  # none where the baseline is at chance
             assert standing.shown == rows.set_index("layer").shown[standing.layer]
+
+
+def test_parts_of_a_benchmark_are_told_apart() -> None:
+    """Before: both halves and the whole were `arc_easy`."""
+    whole = build_cell()
+    cells = [whole] + [
+        whole.model_copy(
+            update={"benchmark": whole.benchmark.model_copy(update={"settings": {"part": part}})}
+        )
+        for part in ("calibration", "test")
+    ]
+    decided = [(cell, build_decisions(cell)) for cell in cells]
+    for frame in (layer_frame(cells), correlation_frame(cells), document_frame(decided)):
+        assert frame.part.unique().tolist() == ["all", "calibration", "test"]
+        assert frame.benchmark.unique().tolist() == ["arc_easy"]
 
 
 def test_what_is_shown_of_a_run_is_decided_among_its_kind() -> None:

@@ -24,7 +24,7 @@ from tracker.core.records import (
 )
 from tracker.core.tables import Column, Row, Value
 
-CELL = ("key", "model", "benchmark", "num_fewshot", "metric", "removed", "sample_seed")
+CELL = ("key", "model", "benchmark", "part", "num_fewshot", "metric", "removed", "sample_seed")
 """Names of the columns that say which cell a row is of."""
 WHICH_RUN = (
     *("component", "layer", "span", "intervention"),
@@ -65,6 +65,7 @@ def cell_columns(find: Callable[[Row], CellRecord]) -> dict[str, Column[Row]]:
         column("key", "text", lambda cell: cell.key),
         column("model", "text", lambda cell: cell.model.name),
         column("benchmark", "text", lambda cell: cell.benchmark.name),
+        column("part", "text", lambda cell: cell.benchmark.settings.get("part", "all")),
         column("num_fewshot", "count", lambda cell: cell.benchmark.num_fewshot),
         column("metric", "text", lambda cell: cell.metric),
         column("removed", "text", lambda cell: ",".join(map(str, cell.removed))),

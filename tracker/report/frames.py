@@ -61,6 +61,8 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     One row for each model, benchmark and run: `span` layers from `layer` (0-based) on, or their
     `component`, are removed besides `removed` (such as `3,17`; empty for the intact model), or what
     `intervention` says is done to the layer.
+    `part` is `calibration` or `test` where the documents are that part of the benchmark, else
+    `all`.
     `sample_seed` drew the documents; it is missing for the first ones, or all. `until` is the
     question that the cell was measured for, `interval` what the ends of the drop are.
     `shown` is what the page shows of the run among all of its kind: `matters`, `better without`,
