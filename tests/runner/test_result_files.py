@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from tests.plain import tasks_in, write_rows
 from tests.runner.elsewhere import run as measure
 from tests.runner.elsewhere import typed, write_study
 from tracker.benchmarks import factory, results
-from tracker.core.ablations import Ablation, Rounded, Stretch
+from tracker.core.ablations import Ablation, Part, Rounded, Stretch
 from tracker.core.extent import random_order
 from tracker.core.identities import ModelIdentity
 from tracker.core.records import RunIdentity
@@ -296,7 +297,7 @@ def test_the_files_are_those_of_lm_eval_on_the_pruned_model(study, ablation):
         }
     args = simple_parse_args_string(ours["config"]["model_args"])
     assert args.pop("removed_layers", None) == (removed or [None])[0]
-    assert args == {"pretrained": "lab/tiny", "dtype": "float32"}
+    assert args == {"base" if removed else "pretrained": "lab/tiny", "dtype": "float32"}
     assert ours["config"]["bootstrap_iters"] == theirs["config"]["bootstrap_iters"]
     assert ours["model_name_sanitized"] == name
     # What only a run of this one model would know.
@@ -449,7 +450,34 @@ def test_what_lies_beneath_and_which_component_is_in_the_name(study):
     deepest = "lab__tiny,removed_layers=0,removed_attention=2"
     assert names(folder / "ours-deep") == {"lab__tiny", "lab__tiny,removed_layers=0", deepest}
     args = read(folder / "ours-deep" / deepest)[0]["config"]["model_args"]
-    assert args == "pretrained=lab/tiny,dtype=float32,removed_layers=0,removed_attention=2"
+    assert args == "base=lab/tiny,dtype=float32,removed_layers=0,removed_attention=2"
+
+
+def model_id(results: dict[str, Any]) -> str:
+    """The id that every_eval_ever 0.3 gives a model (converters/lm_eval/adapter.py)."""
+    pairs = (part.partition("=") for part in results["config"]["model_args"].split(","))
+    arguments = {name.strip(): value.strip() for name, _, value in pairs}
+    return arguments.get("pretrained", results["model_name"])
+
+
+def test_no_ablated_model_passes_for_another(study):
+    """Before: a stretch passed twice and three times shared a folder, and all ids were the base's.
+
+    every_eval_ever made one model of the base model and of both repeats.
+    """
+    folder, _ = study
+    asked = {"intervention": ["repeat"], "repeats": [2, 3], "layer": [1]}
+    measured = run(folder, ["words"], "again", **asked)
+    code, said = invoke("--results", str(measured), "--output", "ours-again")
+    assert (code, "3 models, 6 files" in said) == (0, True), said
+    found = {path.name: read(path)[0] for path in (folder / "ours-again").iterdir()}
+    ids = {name.replace("__", "/"): model_id(results) for name, results in found.items()}
+    assert ids == {name: name for name in ids} != {}
+    assert set(ids) == {
+        f"lab/tiny{end}" for end in ("", *(f",repeated_layers=1{n}" for n in ("", "x3")))
+    }
+    figures = {results["results"]["words"]["perplexity,none"] for results in found.values()}
+    assert len(figures) == 3
 
 
 def test_what_cannot_stand_in_one_file(study):
@@ -538,6 +566,10 @@ def test_model_args_are_what_lm_eval_takes(facts, args):
     assert {k: str(v).lower() for k, v in simple_parse_args_string(args).items()} == found
 
 
+PARTS = [Part("head", 3, 0), Part("head", 3, 1), Part("head", 4, 0), Part("expert", 3, 0)]
+MAPS = [Rounded("int4", layer, of) for layer in (3, 4) for of in ("mlp", "mlp.up_proj")]
+
+
 def test_no_two_models_have_the_same_arguments():
     """Was: a model with a replaced layer was written as the intact one."""
     done = ("mean", "scale", "linear")
@@ -552,7 +584,19 @@ def test_no_two_models_have_the_same_arguments():
         Ablation(repeated=(Stretch(3, 4),)),
         Ablation(repeated=(Stretch(4, 5),)),
     ]
-    assert len({tuple(changed_args(each).items()) for each in ablations}) == len(ablations)
+    ablations += [
+        *(Ablation(repeated=(Stretch(3, 4, times),)) for times in (3, 4)),
+        Ablation(repeated=(Stretch(3, 5, 3),)),
+        Ablation(repeated=(Stretch(1, 3), Stretch(3, 4))),
+        Ablation(repeated=(Stretch(1, 3, 3), Stretch(3, 4))),
+        *(Ablation(parts=tuple(parts)) for n in (1, 2, 3) for parts in combinations(PARTS, n)),
+        *(Ablation(rounded=tuple(maps)) for n in (2, 3) for maps in combinations(MAPS, n)),
+        Ablation(replaced=(("mean", 3), ("mean", 4))),
+        Ablation(rounded=(Rounded("int4", 0, "embedding"),)),
+    ]
+    names = {tuple(changed_args(each).items()) for each in ablations}
+    assert len(names) == len({each.name for each in ablations}) == len(ablations)
+    assert not any("," in value for arguments in names for _, value in arguments)
     assert changed_args(ablations[2]) == {"removed_layers": "1", "mean_layers": "3"}
 
 

@@ -18,6 +18,7 @@ from tracker.core.config import CellRequest, cell_request
 from tracker.core.distribution import __version__
 from tracker.core.errors import BenchmarkError, RequestError, TrackerError, did_you_mean
 from tracker.core.extent import DEFAULT_SEED, Extent
+from tracker.core.grouping import grouped
 from tracker.core.identities import ModelIdentity
 from tracker.core.provenance import united
 from tracker.core.views import View
@@ -55,13 +56,17 @@ def evaluated(
     model = identities[0].model
     extent = parts[0].extent
     said = identities[0].benchmark.settings
+    thinking = {n: v for n, v in said.items() if n in ("enable_thinking", "think_end_token")}
     changed = changed_args(ablation)
+    args = model_args(model) | thinking
+    if changed:  # readers take `pretrained` for the model's id; without it they take the name
+        args = {"base": args.pop("pretrained"), **args, **changed}
     stack = united([json.loads(one) for one in sorted({row[PROVENANCE] for row in rows})])
     config: dict[str, Any] = {
         "model_num_parameters": model.parameters if ablation == INTACT else None,
         "model_dtype": f"torch.{model.dtype}",
-        "model_revision": model.revision,
-        "model_sha": model.revision,
+        "model_revision": None if changed else model.revision,
+        "model_sha": None if changed else model.revision,
         **dict.fromkeys(("batch_size", "use_cache", "random_seed", "numpy_seed", "torch_seed")),
         "batch_sizes": [],
         "device": stack.get("device"),
@@ -85,10 +90,9 @@ def evaluated(
         "transformers_version": stack.get("transformers"),
         "lm_eval_version": stack.get("lm-eval"),
     }
-    thinking = {n: v for n, v in said.items() if n in ("enable_thinking", "think_end_token")}
     return Evaluated(
         name=",".join((model.arguments.get("peft", model.source), *_typed(changed))),
-        model_args=",".join(_typed(model_args(model) | thinking | changed)),
+        model_args=",".join(_typed(args)),
         system_instruction=said.get("system_instruction"),
         fewshot_as_multiturn=said.get("fewshot_as_multiturn") != "false",
         config=config,
@@ -108,20 +112,24 @@ def model_args(model: ModelIdentity) -> dict[str, str]:
 
 
 def changed_args(ablation: Ablation) -> dict[str, str]:
-    """Say what an ablation does, in one word each: a comma ends an argument."""
-    removed = {
-        "removed_layers": ablation.layers,
-        "removed_attention": ablation.attention,
-        "removed_mlp": ablation.mlp,
-        "removed_shared_expert": ablation.shared,
-    }
-    args = {name: "+".join(map(str, layers)) for name, layers in removed.items() if layers}
-    args |= {f"{done}_layers": str(layer) for done, layer in ablation.replaced}
-    args |= {f"removed_{part.component}": f"{part.layer}.{part.number}" for part in ablation.parts}
-    args |= {f"{each.format}_weights": each.name.partition(":")[2] for each in ablation.rounded}
+    """Return what an ablation changes, one argument for each kind of change, without commas.
+
+    No two ablations have the same arguments.
+    """
+    changes: list[tuple[str, object]] = [
+        *(("removed_layers", layer) for layer in ablation.layers),
+        *(("removed_attention", layer) for layer in ablation.attention),
+        *(("removed_mlp", layer) for layer in ablation.mlp),
+        *(("removed_shared_expert", layer) for layer in ablation.shared),
+        *((f"{intervention}_layers", layer) for intervention, layer in ablation.replaced),
+        *((f"removed_{part.component}", f"{part.layer}.{part.number}") for part in ablation.parts),
+        *((f"{maps.format}_weights", maps.name.partition(":")[2]) for maps in ablation.rounded),
+    ]
     for stretch in ablation.repeated:
-        args["repeated_layers"] = stretch.name.partition(":")[2]
-    return args
+        times = "" if stretch.times == 2 else f"x{stretch.times}"
+        changes.append(("repeated_layers", stretch.name.partition(":")[2] + times))
+    values = grouped(changes, lambda change: change[0])
+    return {name: "+".join(str(value) for _, value in pairs) for name, pairs in values.items()}
 
 
 def _typed(args: dict[str, str]) -> list[str]:
