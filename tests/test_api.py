@@ -240,6 +240,7 @@ def test_a_model_object_is_measured_as_its_folder(
     again = tracker.run(model=model, tokenizer=tokenizer, **rest, **where)
     assert (again.outcome.models_loaded, again.cells) == (0, first.cells)
     (kept,) = (tmp_path / "results" / "models").iterdir()
+    assert len({path.stat().st_mode for path in kept.iterdir()}) == 1, "all are as open as each"
     # The saved folder is the same model, so that it is the same measurement.
     heard = Heard()
     by_folder = tracker.run(model=own, **rest, **where, progress=heard)

@@ -3,6 +3,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
@@ -10,7 +14,7 @@ import pytest
 
 from tracker.core.errors import WorkError
 from tracker.ledger.cache import cache_folder
-from tracker.ledger.files import write_atomically, write_text
+from tracker.ledger.files import new_folder, write_atomically, write_text
 
 
 def names(folder: Path) -> set[str]:
@@ -141,3 +145,90 @@ def test_a_file_where_a_folder_should_be(tmp_path) -> None:
     with pytest.raises(WorkError, match="cannot be written"):
         write_text(tmp_path / "file" / "x.txt", "text")
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize(
+    ("mask", "parent", "file", "folder"),
+    [
+        (0o022, 0o755, 0o644, 0o755),
+        (0o027, 0o755, 0o640, 0o750),
+        (0o077, 0o755, 0o600, 0o700),
+        (0o077, 0o2770, 0o660, 0o2770),
+        (0o022, 0o777, 0o666, 0o777),
+    ],
+)
+def test_a_new_folder_follows_the_umask_and_its_parent(tmp_path, mask, parent, file, folder):
+    """Was: weights of safetensors, which asks for 0600, could be read by nobody else."""
+    tmp_path.chmod(parent)
+    with umask(mask), new_folder(tmp_path / "out") as made:
+        (made / "inner").mkdir()
+        for path in (made / "model.safetensors", made / "inner" / "model.safetensors"):
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+        (made / "config.json").write_text("{}")
+    modes = {
+        path.relative_to(tmp_path).as_posix(): stat.S_IMODE(path.stat().st_mode)
+        for path in tmp_path.rglob("*")
+    }
+    assert modes == {
+        "out": folder,
+        "out/inner": folder,
+        "out/config.json": file,
+        "out/model.safetensors": file,
+        "out/inner/model.safetensors": file,
+    }
+
+
+class TestKilled:
+    """Left-overs of a killed process beside the folder that it was writing."""
+
+    _PROGRAM = """
+import sys
+from pathlib import Path
+from tracker.ledger.files import new_folder
+with new_folder(Path(sys.argv[1])) as folder:
+    (folder / "model.safetensors").write_text("weights")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+    @pytest.fixture
+    def writer(self, tmp_path) -> Iterator[subprocess.Popen]:
+        command = (sys.executable, "-c", self._PROGRAM, tmp_path / "out")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(command, **pipes) as program:
+            assert program.stdout.readline()
+            yield program
+            program.kill()
+
+    def test_is_removed_by_whoever_writes_the_folder_again(self, tmp_path, writer) -> None:
+        assert [path.suffix for path in tmp_path.glob(".*/*")] == [".safetensors"]
+        writer.kill()
+        writer.wait()
+        with new_folder(tmp_path / "out") as folder:
+            assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
+        assert names(tmp_path) == {"out"}
+
+    def test_is_not_mistaken_for_what_is_being_written(self, tmp_path, writer) -> None:
+        with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "out"):
+            raise ZeroDivisionError
+        (file,) = tmp_path.glob(".out.*.tmp/*")
+        assert file.read_text() == "weights"
+        writer.communicate()
+        assert names(tmp_path) == {"out"}
+
+    def test_of_another_folder_stays(self, tmp_path, writer) -> None:
+        writer.kill()
+        writer.wait()
+        before = names(tmp_path)
+        with new_folder(tmp_path / "out.2"), new_folder(tmp_path / "o*"):
+            pass
+        assert names(tmp_path) == before | {"out.2", "o*"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import resource
 import shlex
 import shutil
@@ -122,6 +123,12 @@ class TestExported:
         assert facts["before"]["parameters"] > facts["after"]["parameters"]
         beside = sorted(path.name for path in exported.folder.parent.iterdir())
         assert beside == ["lighter", "results"]
+
+    def test_others_may_read_the_weights_as_they_may_the_rest(self, exported):
+        """Was: safetensors' own 0600, whatever the umask."""
+        os.umask(mask := os.umask(0))
+        modes = {path.name: path.stat().st_mode & 0o777 for path in exported.folder.iterdir()}
+        assert modes == dict.fromkeys(modes, 0o666 & ~mask)
 
 
 def test_layers_that_are_passed_again_are_measured_saved_proved_and_described(repeated, base):

@@ -6,6 +6,7 @@ And small JSON files that state a digest of what they say: a flipped bit or an e
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import secrets
@@ -103,15 +104,30 @@ def make_folder(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(place: Path) -> Iterator[Path]:
-    """Give a folder beside a place, which takes that place at the end, or is gone."""
-    folder = place.with_name(f".{place.name}.{secrets.token_hex(8)}.tmp")
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder beside a path, which is moved there at the end, or removed.
+
+    Its lock tells what a killed process left, which is removed here, from what is being written.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.lock"):
+        with suppress(OSError, WorkError), lock_file(left, patience=0):
+            shutil.rmtree(left.with_suffix(".tmp"), ignore_errors=True)
+            if not left.with_suffix(".tmp").exists():
+                left.unlink()
+    folder = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        folder.mkdir()
-        yield folder
-        folder.replace(place)
+        with lock_file(folder.with_suffix(".lock")):
+            folder.mkdir()
+            share(folder)
+            yield folder
+            mode = folder.stat().st_mode
+            for inner in folder.rglob("*"):  # safetensors writes files of mode 0600
+                opened = mode & (0o7777 if inner.is_dir() else 0o666)
+                inner.chmod(stat.S_IMODE(inner.stat().st_mode) | opened)
+            folder.replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        folder.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def share(path: Path) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from tracker.core.errors import ModelError, WorkError, first_line
 from tracker.core.provenance import file_hash
-from tracker.ledger.files import make_folder, share
+from tracker.ledger.files import make_folder, new_folder
 
 _OURS = ("transformers.", "accelerate.", "torch.")
 """Whose hooks are there again when a model is loaded."""
@@ -38,27 +37,21 @@ def save_once(model: Any, tokenizer: Any, folder: Path) -> Path:
     _refuse_what_is_lost(model, tokenizer)
     given = Path(str(getattr(model, "name_or_path", "") or type(model).__name__)).name
     name = re.sub(r"[^\w.-]+", "-", given).strip("-.") or "model"
-    temporary = None
     try:
         make_folder(folder)
-        temporary = Path(mkdtemp(prefix=".saving-", dir=folder))
-        tokenizer.save_pretrained(temporary)
-        model.config.save_pretrained(temporary)
-        place = folder / f"{name}-{_fingerprint(model, temporary)[:12]}"
-        if not place.is_dir():
-            model.save_pretrained(temporary)
-            temporary.chmod(0o755)
-            for each in (temporary, *temporary.iterdir()):
-                share(each)
-            temporary.rename(place)
+        with TemporaryDirectory() as described:
+            tokenizer.save_pretrained(described)
+            model.config.save_pretrained(described)
+            saved = folder / f"{name}-{_fingerprint(model, Path(described))[:12]}"
+        if not saved.is_dir():
+            with new_folder(saved) as temporary:
+                tokenizer.save_pretrained(temporary)
+                model.save_pretrained(temporary)
     except OSError as error:
         raise WorkError(
             f"the model cannot be saved in {folder}: {error.strerror or first_line(error)}"
         ) from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return place
+    return saved
 
 
 def _fingerprint(model: Any, saved: Path) -> str:
