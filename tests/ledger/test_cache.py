@@ -158,3 +158,37 @@ def test_a_folder_is_had_where_there_can_be_no_cache(cache: Path) -> None:
     folder = own_folder("project")
     assert folder.is_dir()
     assert cache not in folder.parents
+
+
+class TestWithoutHome:
+    """In a container: HOME is not set, and the user is in no passwd."""
+
+    @pytest.fixture(autouse=True)
+    def no_home(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unknown(uid: int) -> None:
+            raise KeyError(uid)
+
+        monkeypatch.setattr("pwd.getpwuid", unknown)
+        for name in ("HOME", "XDG_CACHE_HOME", "TRACKER_CACHE"):
+            monkeypatch.setenv(name, "")  # so that monkeypatch removes what is set meanwhile
+            monkeypatch.delenv(name)
+
+    @pytest.mark.parametrize("home", [None, "", "relative"])
+    def test_the_cache_is_temporary_and_named_once(self, home, monkeypatch, caplog) -> None:
+        if home is not None:
+            monkeypatch.setenv("HOME", home)
+        with caplog.at_level(logging.WARNING):
+            folder = caching.cache_folder()
+        if home == "" and folder == Path("/.cache/tracker"):
+            return  # an older platformdirs: a folder like any other, which cannot be written
+        assert folder.is_dir()
+        assert folder.is_absolute()
+        assert caching.cache_folder() == folder
+        assert os.environ["TRACKER_CACHE"] == str(folder), "what programs that are started use"
+        keep("tasks", KEY, SAID)
+        assert recall("tasks", KEY) == SAID
+        (record,) = caplog.records
+        assert record.getMessage() == (
+            f"there is no home folder; {folder} is used as the cache and removed at the end. Set "
+            "TRACKER_CACHE to keep it"
+        )

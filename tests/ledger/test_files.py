@@ -232,3 +232,47 @@ with new_folder(Path(sys.argv[1])) as folder:
         with new_folder(tmp_path / "out.2"), new_folder(tmp_path / "o*"):
             pass
         assert names(tmp_path) == before | {"out.2", "o*"}
+
+
+class TestStreams:
+    """Only a file is replaced: a link stands for the device, as root could replace it itself."""
+
+    def test_a_device_is_written_to(self, tmp_path) -> None:
+        path = tmp_path / "null"
+        path.symlink_to("/dev/null")
+        write_text(path, "text")
+        assert stat.S_ISCHR(path.stat().st_mode)
+        assert names(tmp_path) == {"null"}
+
+    def test_a_fifo_is_written_to(self, tmp_path) -> None:
+        path = tmp_path / "fifo"
+        os.mkfifo(path)
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        write_text(path, "text")
+        assert os.read(reader, 9) == b"text"
+        os.close(reader)
+        assert stat.S_ISFIFO(path.stat().st_mode)
+
+    @pytest.mark.parametrize("mode", ["wb", "ab", "pipe"])
+    def test_standard_output_is_written_to_where_it_is(self, tmp_path, mode) -> None:
+        path, file = tmp_path / "stdout", tmp_path / "file.txt"
+        path.symlink_to("/dev/stdout")
+        file.write_text("" if mode == "wb" else "before\n")
+        code = (
+            "import sys; from pathlib import Path; from tracker.ledger.files import write_text\n"
+            "print('first', flush=True); write_text(Path(sys.argv[1]), 'page\\n'); print('last')"
+        )
+        command = (sys.executable, "-c", code, path)
+        if mode == "pipe":
+            assert subprocess.check_output(command) == b"first\npage\nlast\n"
+        else:
+            with file.open(mode) as output:
+                subprocess.check_call(command, stdout=output)
+            before = "before\n" * (mode == "ab")
+            assert file.read_text() == f"{before}first\npage\nlast\n"
+        assert path.is_symlink()
+
+    def test_a_device_that_refuses_is_named(self, tmp_path) -> None:
+        (tmp_path / "full").symlink_to("/dev/full")
+        with pytest.raises(WorkError, match="full cannot be written: the disk is full"):
+            write_text(tmp_path / "full", "text")

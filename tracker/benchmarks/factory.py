@@ -183,7 +183,7 @@ def find_task(name: str, own: Sequence[Path] = ()) -> Entry:
     """
     file = as_file(name)
     if file is not None:
-        entry = TaskIndex.entry_from_path(file)
+        entry = TaskIndex.entry_from_path(file.absolute())
         if entry is None:
             raise BenchmarkError(f"there is no task file {name}")
         if entry.kind is Kind.GROUP:  # lm-eval takes its list of tasks for its name

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from tracker.core.arguments import expanded
 from tracker.core.config import CellRequest
 from tracker.core.errors import BenchmarkError
 from tracker.core.provenance import file_stamp
@@ -29,7 +30,7 @@ _Loader.add_constructor("!function", lambda loader, node: f"!function {node.valu
 
 def as_file(benchmark: str) -> Path | None:
     """Take a benchmark's name for a task's file, if it is written like one."""
-    return Path(benchmark).expanduser() if benchmark.endswith(_SUFFIXES) else None
+    return expanded(benchmark) if benchmark.endswith(_SUFFIXES) else None
 
 
 def check_own(request: CellRequest) -> bool:
@@ -53,7 +54,7 @@ def check_own(request: CellRequest) -> bool:
 
 def folders(request: CellRequest) -> list[Path]:
     """The folders of `include_path`."""
-    return [Path(folder).expanduser() for folder in request.include_path]
+    return [expanded(folder) for folder in request.include_path]
 
 
 def names(content: dict[str, Any]) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lm_eval.api.group import Group
@@ -25,7 +24,7 @@ from tracker.benchmarks.own import check_own, folders
 from tracker.benchmarks.parts import choose_part, said_part
 from tracker.benchmarks.private import without_bars
 from tracker.benchmarks.sources import HUB, PACKAGE, find_data
-from tracker.core.arguments import decoded
+from tracker.core.arguments import decoded, expanded
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document, DocumentText, Prompt, Request, Response
 from tracker.core.errors import BenchmarkError
@@ -59,7 +58,7 @@ def _reads_files(config: Any) -> bool:
     if config.custom_dataset is not None or (config.dataset_kwargs or {}).get("data_files"):
         return True
     name = str(config.dataset_path or "")
-    return name in _FILES or Path(name).expanduser().exists()
+    return name in _FILES or expanded(name).exists()
 
 
 NORMALISED = ("hellaswag", "arc_challenge", "openbookqa")

@@ -73,12 +73,14 @@ def report(sources: tuple[str, ...], **settings: Any) -> None:
       tracker report --publish wandb:my-team/layers
     """
     from tracker import api
+    from tracker.ledger.files import stream
 
     done = api.report(*sources, progress=Show(error=True), **settings)
     written = ", ".join(map(str, done.files))
     if len(done.files) > 1:
         written = f"{len(done.files)} files in {done.files[0].parent}"
-    say(f"{counted(len(done.cells), 'measurement')}: {written}")
+    aside = any(stream(path) is not None for path in done.files)
+    say(f"{counted(len(done.cells), 'measurement')}: {written}", error=aside)
     _end_report(done)
 
 

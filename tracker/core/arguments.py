@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -55,6 +57,11 @@ def _value(text: str) -> Any:
 
 
 Arguments = Annotated[str, BeforeValidator(_canonical)]
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with its ~ replaced by a home folder, or unchanged if there is none."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises RuntimeError
 
 
 def decoded(arguments: str | None) -> dict[str, Any]:

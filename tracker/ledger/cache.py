@@ -36,9 +36,20 @@ log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Say where is kept what can be had again: `TRACKER_CACHE`, else the user's cache folder."""
-    chosen = os.environ.get("TRACKER_CACHE")
-    return Path(chosen) if chosen else platformdirs.user_cache_path("tracker")
+    """Return `TRACKER_CACHE`, the user's cache folder, or a temporary one if there is no home."""
+    if chosen := os.environ.get("TRACKER_CACHE"):
+        return Path(chosen)
+    with suppress(RuntimeError):  # older platformdirs return the path with its ~
+        if (folder := platformdirs.user_cache_path("tracker")).is_absolute():
+            return folder
+    folder = _for_this_process("cache")
+    os.environ["TRACKER_CACHE"] = str(folder)  # for the programs that are started too
+    log.warning(
+        "there is no home folder; %s is used as the cache and removed at the end. Set "
+        "TRACKER_CACHE to keep it",
+        folder,
+    )
+    return folder
 
 
 def only_mine(path: Path, root: Path) -> bool:

@@ -16,6 +16,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock
@@ -28,6 +29,8 @@ from tracker.core.provenance import content_hash
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place, flush it to the disk, rename it, and flush its folder.
 
+    A `stream` is written to, since a rename would replace it.
+
     Args:
         path: Where the file is to be.
         write: Writes the whole content to the path that it is given.
@@ -38,6 +41,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     # Not named by process id: two containers on one shared disk may both be process 1.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
+        if (output := stream(path)) is not None:
+            with TemporaryDirectory() as folder:
+                write(Path(folder, path.name))
+                content = Path(folder, path.name).read_bytes()
+            with open(output, "wb", closefd=output is path) as opened:
+                opened.write(content)
+            return
         changed = [path.parent]
         while not changed[-1].exists():
             changed.append(changed[-1].parent)
@@ -61,6 +71,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         # Whatever went wrong, Ctrl-C included, leaves no half-written file behind.
         with suppress(OSError):
             temporary.unlink()
+
+
+def stream(path: Path) -> Path | int | None:
+    """Return the descriptor of standard output or error, or the device or pipe, at a path."""
+    with suppress(OSError):
+        status = path.stat()
+        for descriptor in (1, 2):
+            with suppress(OSError):
+                if os.path.samestat(status, os.fstat(descriptor)):
+                    return descriptor
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            return path
+    return None
 
 
 def write_text(path: Path, text: str) -> None:

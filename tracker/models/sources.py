@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from tracker.core.arguments import decoded
+from tracker.core.arguments import decoded, expanded
 from tracker.core.config import MAX_LAYERS
 from tracker.core.distribution import package_folder, pip_install
 from tracker.core.errors import ModelError, UnreachableError, did_you_mean, first_line
@@ -110,7 +110,7 @@ class ModelSource:
         """Where its adapter is, for peft to load."""
         if (place := self.arguments.get("peft")) is None:
             return None
-        folder = Path(place).expanduser()
+        folder = expanded(place)
         return ModelSource(place, str(folder.resolve()) if folder.is_dir() else place)
 
     @property
@@ -275,7 +275,7 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     if (place := arguments.get("peft")) is None:
         return
     require("peft", "model_args:")
-    folder = Path(place).expanduser()
+    folder = expanded(place)
     if not folder.is_dir():
         _check_hub_id(place, "model_args: peft: ")
     elif not (folder / "adapter_config.json").is_file():

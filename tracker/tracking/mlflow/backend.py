@@ -209,7 +209,11 @@ class MlflowBackend(Backend, Pages):
 
     @override
     def user(self) -> str:
-        return os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
+        if name := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+            return name
+        with suppress(KeyError, OSError):
+            return getpass.getuser()
+        return f"user {os.getuid()}"  # of a container, in no passwd
 
     @override
     def close(self) -> None:

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from typing_extensions import override
 
+from tracker.core.arguments import expanded
 from tracker.core.errors import RequestError
 from tracker.core.text import masked
 from tracker.tracking.base import (
@@ -83,7 +84,7 @@ class MlflowService(Service):
         is_remote = urlsplit(place.server).scheme not in ("sqlite", "file", "")
         has_login = (
             any(os.environ.get(f"MLFLOW_TRACKING_{name}") for name in _LOGINS)
-            or _LOGIN_FILE.expanduser().exists()
+            or expanded(_LOGIN_FILE).exists()
         )
         if is_remote and has_login:
             raise other_login(place, "MLFLOW_TRACKING_URI", results)
