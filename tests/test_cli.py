@@ -27,7 +27,7 @@ from tracker.core.experiment_input import load_experiment
 from tracker.core.model_parts import ModelParts
 from tracker.ledger.store import Ledger
 from tracker.measuring.planning import plan
-from tracker.stats.power import UNRELATED, OutcomeVariance
+from tracker.stats.power import UNRELATED, OutcomeVariance, documents_needed
 from tracker.tracking.mlflow.backend import MlflowBackend
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -489,8 +489,8 @@ def test_plan_says_what_its_documents_reveal(model, experiment, tmp_path):
     settings = ("--results", tmp_path / "results")
     file = experiment(model)
     unknown = cli("plan", file, "--gflops", 100, *settings).output
-    assert f" {100 * UNRELATED.change(40):.1f} pp " in unknown
-    assert "4,359" in unknown
+    assert f" {100 * UNRELATED.change(40, 4):.1f} pp " in unknown
+    assert f"{documents_needed([UNRELATED], 4):,}" in unknown
     assert "*: assumes" not in unknown
     done = tracker.run(file, results=tmp_path / "results", track=[])
     median = statistics.median(
@@ -498,8 +498,8 @@ def test_plan_says_what_its_documents_reveal(model, experiment, tmp_path):
     )
     known = cli("plan", experiment(model, limit=200), "--gflops", 100, *settings).output
     spread = OutcomeVariance(median, binary=True)
-    assert f" {100 * spread.change(200):.1f} pp* " in known
-    assert f"{spread.documents(0.03):,}*" in known
+    assert f" {100 * spread.change(200, 4):.1f} pp* " in known
+    assert f"{documents_needed([spread], 4):,}*" in known
     assert "*: assumes that it changes as many" in known
 
 

@@ -117,5 +117,6 @@ def test_what_is_open_is_said_with_what_would_settle_it(tmp_path: Path) -> None:
     write_results(tmp_path / "results", 1, {}, 30)
     text = answer(claims(api.ls(tmp_path / "results")))
     assert text.startswith("Accuracy on average over arc_easy and openbookqa shows of no layer yet")
-    assert "documents of each benchmark would show a drop of 5 pp" in text
+    assert "For 16 layers, 30 documents cannot tell. A loss of 5 pp would take about" in text
+    assert "there are only 30 of arc_easy and 30 of openbookqa" in text
     assert text.endswith("(30 documents each; 95 % confidence for all layers together.)")

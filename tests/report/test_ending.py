@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from tracker.cli.printing import print_measured, print_next
+from tracker.cli.printing import print_cell, print_measured, print_next
 from tracker.core.records import CellRecord
+from tracker.report.leaderboard.claims import answer, claims
 
 from .conftest import build_cell
 
@@ -24,6 +26,14 @@ def mattering(benchmark: str) -> CellRecord:
 
     runs = tuple(run.model_copy(update=changed(run.layer)) for run in cell.runs)
     return cell.model_copy(update={"runs": runs})
+
+
+def of_size(cell: CellRecord, documents: int) -> CellRecord:
+    """Make the same of a benchmark that has so many documents."""
+    (task,) = cell.benchmark.tasks
+    tasks = (task.model_copy(update={"documents": documents}),)
+    benchmark = cell.benchmark.model_copy(update={"tasks": tasks})
+    return cell.model_copy(update={"benchmark": benchmark})
 
 
 @pytest.mark.parametrize("benchmarks", [["arc_easy"], ["arc_easy", "piqa"]])
@@ -51,6 +61,63 @@ def test_what_is_undefined_is_not_called_chance(capsys: pytest.CaptureFixture[st
     said = capsys.readouterr().out
     assert f"27 of {len(runs)} runs are not listed: by itself" in said
     assert "the drop of layer 28 and 1 more is undefined (nothing was asked)" in said
+
+
+@pytest.mark.parametrize("benchmarks", [["arc_easy"], ["arc_easy", "piqa"]])
+def test_one_number_of_documents_is_named(
+    benchmarks: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Was: 330 in the answer, 400 in the last line, another one below each table."""
+    cells = [build_cell(name, n=100, sample_seed=1234) for name in benchmarks]
+    print_measured(cells)
+    print_next("demo.yaml", Path("here"), cells)
+    for cell in cells:
+        print_cell(cell)
+    output = " ".join(capsys.readouterr().out.split())
+    (needed,) = re.findall(r"With about ([\d,]+) documents", output)
+    assert f"--sample {needed.replace(',', '')} " in output
+    assert {*re.findall(r"--sample \d+", output)} == {f"--sample {needed.replace(',', '')}"}
+    assert "would take" not in output
+
+
+def test_no_more_documents_are_asked_for_than_there_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Was: `--sample 1300` of a benchmark that has 570."""
+    cell = of_size(build_cell(n=100, sample_seed=1234), 570)
+    print_measured([cell])
+    print_next("demo.yaml", Path("here"), [cell])
+    output = capsys.readouterr().out
+    assert (
+        "documents, but there are only 570 of arc_easy. Cheaper than another benchmark: " in output
+    )
+    assert "'until'" in output
+    assert "log-probability of the right answer, which is measured already" in output
+    assert "--sample" not in output
+
+
+@pytest.mark.parametrize(("documents", "loss"), [(1100, "3"), (8000, "1")])
+def test_no_documents_are_asked_for_that_are_measured(documents: int, loss: str) -> None:
+    """Was: 340 documents of each asked for where 400 were measured."""
+    cell = of_size(mattering("arc_easy"), 10**6).model_copy(update={"n": documents})
+    text = answer(claims([cell]))
+    needed = re.search(rf"With about ([\d,]+) documents in all, a loss of {loss} pp would", text)
+    assert needed is not None, text
+    assert int(needed[1].replace(",", "")) > documents
+
+
+def test_a_sample_counts_for_each_task(capsys: pytest.CaptureFixture[str]) -> None:
+    cell = build_cell("mmlu", n=100, sample_seed=1234)
+    (task,) = cell.benchmark.tasks
+    sizes = (100, *[400] * 9)
+    tasks = [task.model_copy(update={"name": f"mmlu_{size}", "documents": size}) for size in sizes]
+    group = cell.benchmark.model_copy(update={"tasks": tuple(tasks)})
+    cell = cell.model_copy(update={"benchmark": group})
+    (_, needed) = claims([cell]).settled_by()
+    print_next("demo.yaml", Path("here"), [cell])
+    sample = int(re.search(r"--sample (\d+)", capsys.readouterr().out)[1])
+    drawn = [sum(min(size, more) for size in sizes) for more in (sample - 1, sample)]
+    assert drawn[0] < needed <= drawn[1]
 
 
 def test_a_run_says_what_to_do_next(capsys: pytest.CaptureFixture[str]) -> None:

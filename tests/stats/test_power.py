@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from tracker.stats.accuracy import drop_sd
-from tracker.stats.power import MEANT, UNRELATED, OutcomeVariance
+from tracker.stats.power import MEANT, UNRELATED, OutcomeVariance, documents_needed
 
 
 @pytest.mark.parametrize(
@@ -82,9 +85,30 @@ def test_a_drop_changes_what_it_loses() -> None:
 
 
 def test_what_is_assumed() -> None:
-    assert UNRELATED.documents(MEANT) == 4359
+    assert UNRELATED.documents(0.03) == 4359
     assert UNRELATED.change(100) == pytest.approx(0.1958, abs=1e-4)
-    assert UNRELATED.change(4359) == pytest.approx(MEANT, abs=1e-5)
+    assert UNRELATED.change(4359) == pytest.approx(0.03, abs=1e-5)
+
+
+def test_a_mean_over_benchmarks_takes_a_part_of_each() -> None:
+    """Against drawn outcomes of two benchmarks, whose mean drop is tested with 29 others."""
+    drop, share = 0.05, 0.2
+    of_each = documents_needed([OutcomeVariance(share, binary=True)] * 3, 30, 2, drop)
+    dice = np.random.default_rng(0)
+    cells = [(share + drop) / 2, (share - drop) / 2, 1 - share]
+    lost, won, _ = dice.multinomial(2 * of_each, cells, size=20_000).T
+    revealed = np.abs(lost - won) / np.sqrt(lost + won) > stats.norm.ppf(1 - 0.025 / 30)
+    assert revealed.mean() == pytest.approx(0.8, abs=0.025)
+
+
+def test_the_docs_name_the_documents_of_the_function() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "decide.md").read_text()
+    rows = re.findall(r"^\| (\d+) pp \| ([\d,]+) \| ([\d,]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 4
+    spread = OutcomeVariance(0.105, binary=True)
+    for drop, *counts in rows:
+        needed = [documents_needed([spread], 30, k, int(drop) / 100) for k in (1, 2)]
+        assert [int(count.replace(",", "")) for count in counts] == needed
 
 
 def test_the_spread_of_drops() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shlex
@@ -199,11 +198,15 @@ def print_next(experiment: str, results: Path, cells: Sequence[CellRecord]) -> N
 
     at = "" if results == Path("results") else f" --results {shlex.quote(str(results))}"
     say(f"all figures: tracker report --format csv{at}")
-    needed = [claims(mine).settled_by() for mine in models_of(cells)]
-    more = max((some for some in needed if some and some < _MANY), default=None)
-    if more is not None and all(cell.sample_seed is not None for cell in cells):
-        sample = math.ceil(more / 100) * 100
-        say(f"next, to tell more layers apart: tracker run {experiment} --sample {sample}{at}")
+    samples = [
+        cell.benchmark.sample_of(settled[1])
+        for shown in map(claims, models_of(cells))
+        if (settled := shown.settled_by()) and not shown.lacking(settled[1])
+        for cell in shown.cells
+    ]
+    if samples and all(cell.sample_seed is not None for cell in cells):
+        more = f"--sample {max(samples)}"
+        say(f"next, to tell more layers apart: tracker run {experiment} {more}{at}")
     else:
         say(f"next: tracker leaderboard{at}")
 
@@ -273,8 +276,6 @@ def print_end(outcome: Finished, page: Path | None, experiment: Path | None = No
 
 _SAID = 3
 """So many of what a leaderboard left out are named."""
-_MANY = 100_000
-"""More documents than this are not proposed."""
 _COMMAND = re.compile(r"((?:\w+=(?:'[^']*'|\S*) )*)(\S*)(.*)", re.DOTALL)
 """Settings of the environment, the program, its arguments."""
 
@@ -352,7 +353,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     say_all(*dict.fromkeys(second_rounding(each.request.model, each.kept) for each in rounding))
     say(
         f"reveals: the smallest drop that so many documents show with {100 * POWER:.0f} % power "
-        f"(two-sided {100 * ALPHA:.0f} %, paired)"
+        f"(two-sided {100 * ALPHA:.0f} %, paired, all runs tested together)"
     )
     say(f"for {100 * MEANT:.0f} pp: how many documents show a drop of {100 * MEANT:.0f} pp")
     say("Both assume that a removal changes half of the outcomes, as between unrelated models")
@@ -479,14 +480,15 @@ def _until(cell: PlannedCell) -> str:
 
 def _revealed(cell: PlannedCell) -> tuple[str, str]:
     """Say which drop a planned cell would reveal, and how many documents the one that is meant."""
-    from tracker.stats.power import MEANT
+    from tracker.stats.power import documents_needed
 
     if cell.spread is None:
         return DASH, DASH
     star = "*" if cell.observed else ""
-    change = cell.spread.change(cell.cost.documents)
+    tests = max(cell.runs, 1)
+    change = cell.spread.change(cell.cost.documents, tests)
     smallest = DASH if change is None else f"{100 * change:.1f} pp{star}"
-    return smallest, f"{cell.spread.documents(MEANT):,}{star}"
+    return smallest, f"{documents_needed([cell.spread], tests):,}{star}"
 
 
 def _duration(seconds: float) -> str:

@@ -115,6 +115,18 @@ class BenchmarkIdentity(Record):
     `include_path` and `metadata`. No outcome depends on it."""
 
     @property
+    def documents(self) -> int:
+        """Count the documents that there are, of all tasks."""
+        return sum(task.documents for task in self.tasks)
+
+    def sample_of(self, documents: int) -> int:
+        """Return the `sample`, which counts for each task, that draws so many documents or all."""
+        sizes = [task.documents for task in self.tasks]
+        samples = range(1, max(sizes))
+        enough = (n for n in samples if sum(min(n, size) for size in sizes) >= documents)
+        return next(enough, max(sizes))
+
+    @property
     def title(self) -> str:
         """The name where people read it, with the part: `arc_easy (calibration half)`."""
         part = self.settings.get("part")

@@ -31,7 +31,7 @@ from tracker.core.records import (
 )
 from tracker.ledger.paired import spreads_of
 from tracker.report.editions import edition_labels
-from tracker.stats.power import ALPHA, MEANT, POWER
+from tracker.stats.power import ALPHA, POWER
 from tracker.stats.support import holm
 
 
@@ -344,15 +344,15 @@ def beneath(cell: CellRecord) -> str:
 
 
 def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
-    """Say how small a drop the documents of a cell reveal, and how many reveal three points.
+    """Write how small a drop the documents of a cell reveal, all its runs tested together.
 
     Args:
         cell: The cell.
         runs: Some of its runs.
 
     Returns:
-        Two sentences, or why it is undefined; empty without any run, and where an answer decides
-        how many documents there are.
+        A sentence, or why it is undefined; empty without any run, and where an answer decides how
+        many documents there are.
     """
     if not runs or cell.is_raced:  # the power of one look
         return ""
@@ -363,19 +363,16 @@ def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
         return f"Power is undefined: {why or 'no outcome of a document has changed'}."
     under = (" under the median removal", " under the one that changes most")
     named = [(found[0], "")] if len(runs) == 1 else [*zip(found, under, strict=True)]
-    changes = [(spread.change(cell.n), which) for spread, which in named]
+    changes = [(spread.change(cell.n, len(runs)), which) for spread, which in named]
+    together = f", {len(runs)} runs together" if len(runs) > 1 else ""
     smallest = ", ".join(
         f"{'none' if change is None else f'{measure.write(change)} {measure.unit}'}{which}"
         for change, which in changes
     )
-    text = (
+    return (
         f"The smallest {measure.change} that {counted(cell.n, 'document')} reveal, with "
-        f"{100 * POWER:.0f} % power (two-sided {100 * ALPHA:.0f} %, paired): {smallest}."
+        f"{100 * POWER:.0f} % power (two-sided {100 * ALPHA:.0f} %, paired{together}): {smallest}."
     )
-    if cell.higher_is_better:
-        needed = " and ".join(f"{spread.documents(MEANT):,}" for spread, _ in named)
-        text += f" {100 * MEANT:.0f} pp would take {needed} documents."
-    return text
 
 
 def summary(cells: Sequence[CellRecord]) -> str:

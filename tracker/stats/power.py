@@ -8,14 +8,16 @@ which is observed in a cell, or assumed before there is one.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import scipy  # what takes long to import comes when it is used
 
 ALPHA = 0.05
 POWER = 0.8
-MEANT = 0.03
-"""The drop, a fraction, for which is said how many documents reveal it."""
+MEANT = 0.05
+"""The drop, a fraction, for which pages, terminals and plans name a number of documents."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,29 @@ class OutcomeVariance:
             return (level + power) ** 2 * self.variance
         share = max(self.variance, change)
         return float((level * math.sqrt(share) + power * math.sqrt(share - change**2)) ** 2)
+
+
+def documents_needed(
+    variances: Sequence[OutcomeVariance], tests: int, benchmarks: int = 1, change: float = MEANT
+) -> int:
+    """Count the documents of each benchmark that reveal a mean change under half of some removals.
+
+    Args:
+        variances: Those of the removals, at least one.
+        tests: How many removals are tested together.
+        benchmarks: Over how many benchmarks the change is averaged, all with as many documents.
+        change: The change.
+
+    Returns:
+        The number, rounded to two digits.
+
+    Examples:
+        >>> documents_needed([OutcomeVariance(0.2, binary=True)], tests=30)
+        1300
+    """
+    middle = median(variance.documents(change, tests) for variance in variances)
+    needed = math.ceil(middle / benchmarks)
+    return round(needed, 2 - len(str(needed)))
 
 
 UNRELATED = OutcomeVariance(0.5, binary=True)

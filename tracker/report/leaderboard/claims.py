@@ -8,26 +8,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 from tracker.core.estimates import Estimate
-from tracker.core.formats import about, counted, listed, measure_of, p_value
+from tracker.core.formats import counted, listed, measure_of, p_value
 from tracker.core.grouping import grouped
 from tracker.core.records import WHOLE_LAYER, CellRecord, RunRecord
 from tracker.ledger.paired import outcome_variance
 from tracker.report.leaderboard.comparable import countable
 from tracker.report.wording import benchmark_labels, capital
 from tracker.stats.combined import mean
-from tracker.stats.power import ALPHA
+from tracker.stats.power import ALPHA, MEANT, documents_needed
 from tracker.stats.support import Verdict, pairs, ranks, together, verdicts
 
-SMALL = 0.05
+SMALL = MEANT
 """A drop below this, a fraction, is called small."""
+_LOSSES = (SMALL, 0.03, 0.02, 0.01)
+"""The losses for which a number of documents is named, the first that takes more than there are."""
 SMALL_IN_WORDS = f"{100 * SMALL:g} pp"
 FIRST = 5
 """A layer that is surely among so many largest falls of log-probability is named."""
-_MOST = 1_000_000
-"""More documents than this nobody measures."""
 
 RunOrder = tuple[int | str, ...]
 """A run's `order`, by which it is found."""
@@ -137,20 +136,28 @@ class Claims:
             return "not measured on all benchmarks"
         return shown_word(self.verdicts[layer], self.drops[layer], self.is_accuracy)
 
-    def settled_by(self) -> int | None:
-        """How many documents of each benchmark show a mean drop of `SMALL` under half of the open
-        layers, or more.
+    def settled_by(self) -> tuple[float, int] | None:
+        """Find the loss that more documents would reveal, and how many of each benchmark.
 
-        None where nothing is open, where figures are no accuracies, or no outcome has changed.
+        The first one of `_LOSSES` that takes more than are measured, under half of the open layers
+        or more. None where nothing is open, figures are no accuracies, or no outcome has changed.
         """
-        undecided = {*self.open}
-        needed = [
-            variance.documents(SMALL, len(self.layers))
+        undecided = {*self.open} if self.is_accuracy else set()
+        variances = [
+            variance
             for cell in self.cells
             for run in cell.whole_layers
             if run.layer in undecided and (variance := outcome_variance(run))
         ]
-        return math.ceil(median(needed) / len(self.cells)) if needed and self.is_accuracy else None
+        for loss in _LOSSES if variances else ():
+            needed = documents_needed(variances, len(self.layers), len(self.cells), loss)
+            if needed > min(cell.n for cell in self.cells):
+                return loss, needed
+        return None
+
+    def lacking(self, documents: int) -> list[CellRecord]:
+        """Return the measurements whose benchmark has fewer documents."""
+        return [cell for cell in self.cells if cell.benchmark.documents < documents]
 
 
 def claims(cells: Sequence[CellRecord]) -> Claims:
@@ -467,15 +474,24 @@ def _grouped(which: dict[int, list[CellRecord]]) -> list[tuple[str, list[int]]]:
 
 
 def _undecided(found: Claims, count: int) -> str:
-    needed = found.settled_by()
-    text = f"{counted(count, 'layer')} {'is' if count == 1 else 'are'} open"
-    if needed is None:
-        return f"{text}."
-    if needed > _MOST:
-        return f"{text}, and would be with a million documents."
-    of_each = " of each benchmark" if len(found.cells) > 1 else ""
-    documents = f"about {about(needed)} documents{of_each}"
-    return f"{text}: {documents} would show a drop of {SMALL_IN_WORDS}."
+    count_measured = found.cells[0].n
+    alike = all(cell.n == count_measured for cell in found.cells)
+    measured = counted(count_measured, "document") if alike else "the documents measured"
+    text = f"For {counted(count, 'layer')}, {measured} cannot tell."
+    if (settled := found.settled_by()) is None:
+        return text
+    loss, needed = f"a loss of {100 * settled[0]:g} pp", settled[1]
+    documents = f"about {needed:,} documents{' of each benchmark' if found.cells[1:] else ''}"
+    if not (lacking := found.lacking(needed)):
+        return f"{text} With {documents} in all, {loss} would probably be detected."
+    sizes = [f"{cell.benchmark.documents:,} of {name_benchmarks([cell])}" for cell in lacking]
+    free = any(fall.value is not None for falls in found.gold.values() for fall in falls.values())
+    gold = "the log-probability of the right answer, which is measured already and varies less, or "
+    return (
+        f"{text} {capital(loss)} would take {documents}, but there are only {listed(sizes)}. "
+        f"Cheaper than another benchmark: {gold if free else ''}'until', which asks about these "
+        "documents alone."
+    )
 
 
 def _all_at_once(cell: CellRecord, runs: Sequence[RunRecord], family: int) -> list[Estimate]:

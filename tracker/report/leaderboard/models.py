@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from statistics import NormalDist, median
+from statistics import NormalDist
 
 from tracker.core.estimates import Estimate
 from tracker.core.formats import about
@@ -22,7 +22,7 @@ from tracker.report.leaderboard.comparable import named_models, setting, unusabl
 from tracker.report.leaderboard.layers import layer_board, mean_relevance
 from tracker.report.wording import benchmark_labels
 from tracker.stats.combined import mean
-from tracker.stats.power import OutcomeVariance
+from tracker.stats.power import OutcomeVariance, documents_needed
 from tracker.stats.rank_agreement import places
 from tracker.stats.support import pairs, ranks
 
@@ -68,13 +68,15 @@ class ModelBoard:
         benchmarks: The benchmarks that count: all ranked models share them.
         left_out: Benchmark → why it does not count; model → why it has no rank.
         needed: How many documents of each benchmark tell two models apart that differ by `APART`;
-            None where that is not known.
+            None where that is not known, or as many are measured.
+        available: How many documents the smallest of the benchmarks has.
     """
 
     models: tuple[ModelStanding, ...]
     benchmarks: tuple[str, ...]
     left_out: dict[str, str]
     needed: int | None = None
+    available: int = 0
 
     @property
     def open(self) -> str:
@@ -91,6 +93,11 @@ class ModelBoard:
         if self.needed is None:
             return f"{text}."
         documents = f"about {about(self.needed)} documents of each benchmark"
+        if self.needed > self.available:
+            return (
+                f"{text}: a difference of {APART:g} in mean relevance would take {documents}, but "
+                f"one has only {self.available:,}."
+            )
         return f"{text}: {documents} would show a difference of {APART:g} in mean relevance."
 
 
@@ -130,7 +137,7 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
         counted = [] if lacking else [mine[key] for key in shared]
         why = "it lacks what the others are ranked on" if lacking else _NOTHING_SHARED
         standings.append(_model_standing(group[0].model, counted, why))
-    needed = None
+    needed, available = None, 0
     if len(ranked) > 1:
         rivals = [[known[place][key] for key in shared] for place in ranked]
         # From the lowest relevance: what is hurt least comes first.
@@ -140,8 +147,9 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
         for place, rank, ends in zip(ranked, by_value, between, strict=True):
             standings[place] = replace(standings[place], rank=Estimate(rank, *ends))
         needed = _needed(rivals, [standings[place].relevance for place in ranked])
+        available = min(cell.benchmark.documents for cell in rivals[0])
     standings.sort(key=lambda s: (s.rank.value is None, s.rank.value or 0))
-    return ModelBoard(tuple(standings), tuple(labels), left_out, needed)
+    return ModelBoard(tuple(standings), tuple(labels), left_out, needed, available)
 
 
 def _shared(known: Sequence[Mapping[str, CellRecord]]) -> tuple[list[str], list[int]]:
@@ -206,9 +214,10 @@ def _rank_intervals(models: Sequence[Sequence[CellRecord]]) -> list[tuple[int, i
 
 
 def _needed(models: Sequence[Sequence[CellRecord]], relevances: Sequence[Estimate]) -> int | None:
-    """Say how many documents of each benchmark show a difference of `APART` in half of the pairs.
+    """Count the documents of each benchmark that show a difference of `APART` in half of the pairs.
 
-    As of figures whose squared errors shrink with the number of documents.
+    As of figures whose squared errors shrink with the number of documents. None where as many are
+    measured.
     """
     halves = [(ends[1] - ends[0]) / 2 for found in relevances if (ends := found.between)]
     documents = max(cell.n for cells in models for cell in cells)
@@ -217,7 +226,8 @@ def _needed(models: Sequence[Sequence[CellRecord]], relevances: Sequence[Estimat
         OutcomeVariance(documents * (math.hypot(one, other) / _Z) ** 2, binary=False)
         for one, other in combinations(halves, 2)
     ]
-    return math.ceil(median(each.documents(APART, tests) for each in found)) if found else None
+    needed = documents_needed(found, tests, change=APART) if found else 0
+    return needed if needed > documents else None
 
 
 def _mean_relevance(cells: Sequence[CellRecord], family: int = 1) -> Estimate:
