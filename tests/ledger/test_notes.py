@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,33 @@ def test_what_is_no_note_is_said_in_words(tmp_path: Path, text: str, why: str) -
     (tmp_path / "note.json").write_text(text)
     for path in (tmp_path / "note.json", tmp_path / "missing.json", tmp_path):
         assert read_note(path) == {}
+
+
+class TestCopies:
+    """A note is believed only under the name that it was written as."""
+
+    def test_a_copy_of_another_note_is_not_believed(self, tmp_path: Path) -> None:
+        note, other = tmp_path / "note.json", tmp_path / "other.json"
+        write_note(note, CONTENT)
+        other.write_bytes(note.read_bytes())
+        assert read_note(other) == {}
+        with pytest.raises(ValueError, match=r"^it is a copy of note\.json$"):
+            unsealed(other.read_bytes(), other.name)
+        assert unsealed(other.read_bytes()) == CONTENT, "without a name: what a server sends"
+
+    def test_the_name_is_part_of_the_digest(self, tmp_path: Path) -> None:
+        note = tmp_path / "note.json"
+        write_note(note, CONTENT)
+        other = tmp_path / "other.json"
+        other.write_text(note.read_text().replace("note.json", "other.json"))
+        assert read_note(other) == {}
+
+    def test_a_folder_may_be_copied(self, tmp_path: Path) -> None:
+        write_note(tmp_path / "one" / "note.json", CONTENT)
+        shutil.copytree(tmp_path / "one", tmp_path / "two")
+        assert read_note(tmp_path / "two" / "note.json") == CONTENT
+
+    def test_notes_of_earlier_versions_are_read(self, tmp_path: Path) -> None:
+        """They do not hold their names."""
+        (tmp_path / "note.json").write_text(sealed(CONTENT))
+        assert read_note(tmp_path / "note.json") == CONTENT

@@ -7,12 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
+from tracker.core.distribution import FORMAT
 from tracker.ledger.blocks import Block
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
-from tracker.ledger.files import write_note
+from tracker.ledger.files import write_bytes, write_note
+from tracker.ledger.shards import read_observations, shard_file, write_observations
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import VerifiedCell, compare, verify
 
@@ -68,8 +72,11 @@ class TestVerify:
         cell.add_receipt("mlflow", record="1", location="there")
         ledger.remember("0" * 64, cell)
         Checks(ledger.root).keep("0" * 64, "sound")
-        for made in (ledger.root / "pulled" / "one.json", cell.folder / "derived" / "intact.json"):
-            made.parent.mkdir()
+        for made in (
+            ledger.root / "pulled" / "one.json",
+            ledger.root / "formats" / "tiny.json",
+            cell.folder / "derived" / "intact.json",
+        ):
             write_note(made, {})
         assert verify(ledger).damaged == {}
         notes = [
@@ -77,7 +84,7 @@ class TestVerify:
             for path in ledger.root.rglob("*.json")
             if path.name not in ("tracker.json", "cell.json")
         ]
-        assert len(notes) == 6
+        assert len(notes) == 7
         for path in notes:
             path.write_text("[]")
         assert verify(ledger).damaged == {
@@ -85,6 +92,44 @@ class TestVerify:
             "needed"
             for path in notes
         }
+
+    def test_a_note_in_place_of_another_is_named(self, ledger, cell) -> None:
+        """Was: a verdict on one architecture could stand for another's."""
+        for key in ("0" * 64, "1" * 64):
+            Checks(ledger.root).keep(key, "sound")
+        sound, other = sorted((ledger.root / "checks").iterdir())
+        other.write_bytes(sound.read_bytes())
+        assert verify(ledger).damaged == {
+            str(other): f"it is a copy of {sound.name}; it is not believed, and made again when it "
+            "is needed"
+        }
+        other.unlink()
+        assert verify(ledger).damaged == {}
+
+    def test_what_was_observed_is_read(self, ledger, cell) -> None:
+        arrays = {"errors": np.array([1.0, 2.0])}
+        blocks = [BLOCK, Block("arc_easy", 1)]
+        for block in blocks:
+            write_observations(cell.folder, "errors", block, {block.number * 32: arrays})
+        first, other = sorted(cell.folder.glob("observed/errors/*"))
+        assert verify(ledger).damaged == {}
+        other.write_bytes(first.read_bytes())
+        assert verify(ledger).damaged == {
+            str(other): f"it is a copy of {cell.identity.key[:12]}/errors/{first.name}; it is not "
+            "believed, and observed again when it is needed"
+        }
+        assert read_observations(cell.folder, "errors", blocks[1]) == {}
+        assert list(read_observations(cell.folder, "errors", BLOCK)) == [0]
+        other.write_bytes(first.read_bytes()[:-1])
+        assert "observed again" in verify(ledger).damaged[str(other)]
+
+    def test_observations_of_earlier_versions_are_read(self, cell) -> None:
+        """They do not say of which documents they are."""
+        table = pa.table({"doc": [0], "errors": [[1.0]]})
+        about = {"format": FORMAT, "task": BLOCK.task, "shapes": {"errors": [1]}}
+        path = cell.folder / "observed" / "errors" / f"{BLOCK.name}.parquet"
+        write_bytes(path, shard_file(table, about))
+        assert read_observations(cell.folder, "errors", BLOCK)[0]["errors"].tolist() == [1.0]
 
 
 class TestCompare:

@@ -219,6 +219,8 @@ def _flush(folders: Iterable[Path]) -> None:
 
 
 _DIGEST = "digest"
+_FILE = "file"
+"""The name of a note's file, so that a copy in place of another note is recognised."""
 
 
 def sealed(content: Mapping[str, Any]) -> str:
@@ -226,8 +228,16 @@ def sealed(content: Mapping[str, Any]) -> str:
     return json.dumps({**content, _DIGEST: content_hash(content)}, indent=2)
 
 
-def unsealed(text: str | bytes) -> dict[str, Any]:
-    """Read a note's text; ValueError if it is no note, or not what was written."""
+def unsealed(text: str | bytes, name: str | None = None) -> dict[str, Any]:
+    """Read a note's text; ValueError if it is no note, or not what was written.
+
+    Args:
+        text: The text.
+        name: Name of its file, if that matters; notes of earlier versions state none.
+
+    Returns:
+        What was written, without digest and name.
+    """
     try:
         content = json.loads(text)
     except RecursionError:
@@ -236,18 +246,21 @@ def unsealed(text: str | bytes) -> dict[str, Any]:
         raise ValueError("it holds no JSON object")
     if content.pop(_DIGEST, None) != content_hash(content):
         raise ValueError("its digest is not that of what it says: it was edited or damaged")
+    original = content.pop(_FILE, None)
+    if name is not None and original not in (None, name):
+        raise ValueError(f"it is a copy of {original}")
     return content
 
 
 def write_note(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a note atomically."""
-    write_text(path, sealed(content))
+    """Write a note atomically; its digest holds the file's name."""
+    write_text(path, sealed({**content, _FILE: path.name}))
 
 
 def read_note(path: Path) -> dict[str, Any]:
     """Read a note that can be made again: empty when missing or damaged."""
     try:
-        return unsealed(path.read_bytes())
+        return unsealed(path.read_bytes(), path.name)
     except (OSError, ValueError):
         return {}
 

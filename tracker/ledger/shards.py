@@ -139,8 +139,9 @@ def write_observations(
         }
     )
     shapes = {name: list(np.shape(array)) for name, array in first.items()}
-    about = {"format": FORMAT, "task": block.task, "shapes": shapes}
-    write_bytes(_path(folder, kind, block), shard_file(table, about))
+    path = _path(folder, kind, block)
+    about = {"format": FORMAT, "task": block.task, "shapes": shapes, "file": _identity(path)}
+    write_bytes(path, shard_file(table, about))
 
 
 def read_observations(folder: Path, kind: str, block: Block) -> dict[int, Arrays]:
@@ -149,7 +150,7 @@ def read_observations(folder: Path, kind: str, block: Block) -> dict[int, Arrays
     Nothing where there is none, or not what was written: it is observed again.
     """
     try:
-        shard = read_shard(_path(folder, kind, block).read_bytes())
+        shard = read_observed(_path(folder, kind, block))
     except (OSError, ValueError):
         return {}
     shapes, columns = shard.about["shapes"], shard.table.to_pydict()
@@ -157,6 +158,21 @@ def read_observations(folder: Path, kind: str, block: Block) -> dict[int, Arrays
         doc: {name: np.reshape(columns[name][row], shape) for name, shape in shapes.items()}
         for row, doc in enumerate(columns["doc"])
     }
+
+
+def read_observed(path: Path) -> Shard:
+    """Read a file of `write_observations`; OSError or ValueError if it is not what was written."""
+    shard = read_shard(path.read_bytes())
+    # Those of earlier versions do not say which file they are.
+    if (original := shard.about.get("file", _identity(path))) != _identity(path):
+        raise ValueError(f"it is a copy of {original}")
+    return shard
+
+
+def _identity(path: Path) -> str:
+    """Name an observation by its cell's key, its kind and its block."""
+    cell, _, kind, block = path.parts[-4:]
+    return f"{cell[-12:]}/{kind}/{block}"
 
 
 def _path(folder: Path, kind: str, block: Block) -> Path:

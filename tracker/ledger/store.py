@@ -79,7 +79,7 @@ def listed(folder: Path, kind: type[Found], damaged: dict[str, str]) -> list[Fou
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
-            found.append(kind.model_validate(unsealed(path.read_bytes())))
+            found.append(kind.model_validate(unsealed(path.read_bytes(), path.name)))
         except (OSError, ValueError) as error:
             damaged[str(path)] = f"{reason(error)}; {_again(path)}, or delete it"
     return found

@@ -9,11 +9,12 @@ from typing import Any
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import closed, reason, unsealed
 from tracker.ledger.outcomes import PROVENANCE
-from tracker.ledger.shards import ASIDE, Shard
+from tracker.ledger.shards import ASIDE, Shard, read_observed
 from tracker.ledger.store import Ledger
 
 _NOTES = (
-    *(f"{folder}/*.json" for folder in ("index", "checks", "places", "pulled", "searches/timing")),
+    *(f"{folder}/*.json" for folder in ("index", "checks", "formats", "places", "pulled")),
+    "searches/timing/*.json",
     *(f"cells/*/{notes}.json" for notes in ("derived/*", "receipts/*", "begun/*", "verified")),
 )
 """Where small files stand that are made again when they are not what was written."""
@@ -75,13 +76,20 @@ def verify(ledger: Ledger, progress: Callable[[int], None] = lambda cells: None)
         texts = sorted(store.folder.glob(f"texts/*{ASIDE}"))
         unreadable = {str(path): closed(path) for path in store.texts.files()}
         found.damaged |= {path: why for path, why in unreadable.items() if why}
+        for path in sorted(store.folder.glob("observed/*/*.parquet")):
+            try:
+                read_observed(path)
+            except (OSError, ValueError) as error:
+                found.damaged[str(path)] = (
+                    f"{reason(error)}; it is not believed, and observed again when it is needed"
+                )
         for paths, what in ((aside, _ASIDE), (lost, _LOST), (texts, _NO_TEXTS)):
             found.damaged |= dict.fromkeys(map(str, paths), what)
         progress(1)
     for pattern in _NOTES:
         for path in sorted(ledger.root.glob(pattern)):
             try:
-                unsealed(path.read_bytes())
+                unsealed(path.read_bytes(), path.name)
             except (OSError, ValueError) as error:
                 found.damaged[str(path)] = (
                     f"{reason(error)}; it is not believed, and made again when it is needed"
