@@ -17,6 +17,7 @@ from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.tracking.figures import CURVES
+from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.backend import MlflowBackend
 
 from .conftest import Maker, cell_record, local
@@ -196,7 +197,8 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
     for cell in cells:
         store.shows(cell)
     for kept in Ledger(results).cells():
-        run_id = store.by_key[f"{kept.identity.key}/cell"]
+        record = next(cell for cell in cells if cell.key == kept.identity.key)
+        run_id = store.by_key[run_key(record, "cell")]
         for shard in kept.shards():
             assert store.bytes_of(run_id, shard.name, tmp_path) == shard.read_bytes()
 

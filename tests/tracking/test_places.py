@@ -48,7 +48,8 @@ def shown(results: Path, project: str, uri: str = "") -> int:
     (cell,) = api.ls(results)
     store = Store(uri, project)
     assert len(store.runs) == 2 + len(cell.runs)
-    documents = int(store.cell(cell).data.metrics["n"])
+    (shown,) = (run for run in store.runs if run.data.tags["tracker.kind"] == "cell")
+    documents = int(shown.data.metrics["n"])
     if documents == cell.n:
         store.shows(cell)
     return documents
