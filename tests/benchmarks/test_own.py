@@ -262,6 +262,26 @@ class TestSettings:
         with pytest.raises(BenchmarkError, match=said):
             documents_of(loaded, "paint", folder, system_instruction=SYSTEM, **CHAT)
 
+    @pytest.mark.parametrize(
+        ("template", "error"),
+        [
+            ("{{ raise_exception('Roles must alternate') }}", "TemplateError: Roles must alternate"),
+            ("{{ messages[0].parts.text }}", "UndefinedError: "),
+            ("{% for m in messages %}", "TemplateSyntaxError: "),
+            ("{{ messages[0].content + 1 }}", "TypeError: "),
+        ],
+    )
+    def test_a_template_that_fails(
+        self, folder: Path, loaded: tuple[Any, Any], template: str, error: str
+    ) -> None:
+        """Was: the task's data was said to lack columns."""
+        loaded[1].chat_template = template
+        with pytest.raises(BenchmarkError) as caught:
+            documents_of(loaded, "paint", folder, **CHAT)
+        message = str(caught.value)
+        assert f"apply_chat_template: the model's chat template fails ({error}" in message
+        assert "columns" not in message
+
     def test_a_template_by_its_name(self, folder: Path, loaded: tuple[Any, Any]) -> None:
         """lm-eval writes down the named one and applies the default: both must be the same."""
         model, tokenizer = loaded

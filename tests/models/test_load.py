@@ -132,6 +132,35 @@ def test_weights_that_are_missing_or_of_another_shape(tiny_llama, changes, said:
 
 # Was: torch.device("cuda:99") is well-formed; model.to(place) raises AssertionError
 # (no CUDA) or AcceleratorError.
+def configure(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "OPT"])
+def test_a_configuration_with_fewer_layers_than_the_file_is_refused(tmp_path, kind) -> None:
+    """Was: the file's last layer was left out, and the model measured without a word.
+
+    OPT's weights are named from its inner model, without the prefix of the whole one.
+    """
+    folder, common = tmp_path / "model", {"vocab_size": save_tokenizer(tmp_path / "model", False)}
+    name = {"GPT2": "n_layer"}.get(kind, "num_hidden_layers")
+    width = {"GPT2": {"n_embd": 32, "n_head": 4}, "OPT": {"word_embed_proj_dim": 32}}
+    shape = {"hidden_size": 32, "num_attention_heads": 4, name: 4} | width.get(kind, {})
+    config = getattr(transformers, f"{kind}Config")(**common, **shape)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    assert len(load(folder).layers) == 4
+    configure(folder, **{name: 3})
+    assert "holds weights of layer 3, and its configuration has 3 layers, 0 to 2" in refusal(folder)
+
+
+def test_layers_that_predict_further_tokens_may_be_in_the_file(tiny_llama) -> None:
+    """As in DeepSeek-V3's, after the layers that its configuration counts."""
+    folder = tiny_llama(layers=4)
+    configure(folder, num_hidden_layers=3, num_nextn_predict_layers=1)
+    assert len(load(folder).layers) == 3
+
+
 @pytest.mark.parametrize(
     ("device", "said"),
     [

@@ -92,6 +92,17 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
             "leave out system_instruction, or apply_chat_template"
         )
 
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
+        """Apply the chat template as lm-eval does; BenchmarkError for whatever it raises."""
+        try:
+            return str(super().apply_chat_template(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001  a template is code
+            raise BenchmarkError(
+                f"apply_chat_template: the model's chat template fails ({type(error).__name__}: "
+                f"{first_line(error)}); correct it, change chat_template_args or "
+                "fewshot_as_multiturn, or leave apply_chat_template out"
+            ) from None
+
     def encode(self, instances: Sequence[Any]) -> list[Request]:
         """Tokenise lm-eval's `loglikelihood` instances: a request each, in order, not truncated."""
         self._recorded = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -39,6 +41,20 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
             f"lists of modules found: {found}"
         )
     return lists[outermost[0]]
+
+
+def layers_beyond(model: nn.Module, weights: Iterable[str]) -> set[int]:
+    """Find the layers that weights are of by their names, and that a model does not have.
+
+    Those that predict further tokens come after its own in some files (`num_nextn_predict_layers`).
+    """
+    layers = find_layers(model)
+    path = _path(model, layers)
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    count = len(layers) + (getattr(config, "num_nextn_predict_layers", None) or 0)
+    numbers = (re.fullmatch(r"(.*?)\.(\d+)\..*", name) for name in weights)
+    named = ((match[1], int(match[2])) for match in numbers if match)
+    return {n for above, n in named if n >= count and f".{path}".endswith(f".{above}")}
 
 
 def find_base(model: nn.Module) -> nn.Module:

@@ -27,7 +27,7 @@ from tracker.core.identities import ModelIdentity
 from tracker.core.provenance import content_hash
 from tracker.ledger.cache import own_folder
 from tracker.models.gguf_file import one_parse
-from tracker.models.layers import find_layers
+from tracker.models.layers import find_layers, layers_beyond
 from tracker.models.offloaded import OffloadedWeights, take_over
 from tracker.models.placement import Placement, free_memory, placed, weight_bytes
 from tracker.models.sources import BITS, ModelSource, read_config, require, unreadable
@@ -231,6 +231,13 @@ def _read(
         raise ModelError(
             f"{source.source} lacks weights that its configuration asks for, {min(lacking)} among "
             "them"
+        )
+    if beyond := layers_beyond(model, loading["unexpected_keys"]):
+        count = len(find_layers(model))
+        raise ModelError(
+            f"{source.source} holds weights of layer {max(beyond)}, and its configuration has "
+            f"{count} layers, 0 to {count - 1}; correct num_hidden_layers in its config.json. To "
+            "measure it without some layers: removed; to save it so: tracker export"
         )
     return tokenizer, model
 

@@ -119,10 +119,12 @@ def test_parameters_bytes_and_seconds_are_those_of_the_model(
     in_bytes = budget_of(ask(strategy="last", remove="50 % bytes", dtype="float16"), lend())
     assert in_bytes.each == tuple(2.0 * size for size in sizes)
     monkeypatch.setattr(search, "_measured", lambda loaded: ([0.1] * LAYERS, 0.7))
-    seconds = budget_of(ask(strategy="last", remove="20 % seconds"), lend())
+    seconds = budget_of(ask(strategy="last", remove="20 % seconds"), lender := lend())
     assert (seconds.each, seconds.needed) == ((0.1,) * LAYERS, pytest.approx(0.14))
-    # Measured once: the next process has the same budget.
+    # Measured once: other searches and the next process have the same budget.
     monkeypatch.setattr(search, "_measured", lambda loaded: pytest.fail("measured again"))
+    assert budget_of(ask(strategy="random", remove="20 % seconds"), lender) == seconds
+    search.keep_timings(lender)
     assert budget_of(ask(strategy="last", remove="20 % seconds"), lend()) == seconds
 
 

@@ -218,6 +218,14 @@ def test_a_search_that_does_not_do_what_is_said_is_refused(
     assert (done.exit_code, "it was let through" in done.output) == (1, True)
 
 
+@pytest.mark.parametrize("more", [{"remove": "5000 ms"}, {"remove": "20 % seconds", "sample": 1}])
+def test_a_refused_search_writes_nothing(prune, model: Path, tmp_path: Path, more) -> None:
+    """Was: a folder with tracker.json and what the model had been timed for."""
+    options = {"model": model, **SETTINGS, "strategy": "accuracy", **more}
+    refused(prune(*(f"--{name}={value}" for name, value in options.items())))
+    assert not (tmp_path / "results").exists()
+
+
 def test_a_file_of_several_strategies_may_say_what_some_do_not_do(write) -> None:
     path = write(strategy=["accuracy", "beam", "random"], rescoring="lazy", draws=2)
     first, *_, last = load_searches(path).file.searches()

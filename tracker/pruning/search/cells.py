@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +52,8 @@ class Lender:
     """Loads a model once for all cells that ask for it, and says where they are and to whom.
 
     `typed` is the command, without the results folder, that goes on with what was stopped, empty
-    for a trial's; `loaded` is how often a model was loaded.
+    for a trial's; `loaded` is how often a model was loaded; `timings` are notes of the results
+    folder that are not written yet.
     """
 
     ledger: Ledger
@@ -58,6 +61,7 @@ class Lender:
     progress: Progress
     typed: Sequence[str] = ()
     loaded: int = 0
+    timings: dict[Path, dict[str, Any]] = field(default_factory=dict)
     _model: Model | None = None
 
     def model(self, request: CellRequest) -> Model:

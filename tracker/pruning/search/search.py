@@ -27,7 +27,6 @@ from tracker.core.provenance import content_hash, machine
 from tracker.core.prune_records import Calibrated, PruneCost, PruneStep
 from tracker.core.search_parts import SearchParts
 from tracker.ledger.files import read_note, write_note
-from tracker.ledger.store import Ledger
 from tracker.models.checkpoint import refuse_packed
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, weightless
@@ -46,23 +45,30 @@ PASSES = 15
 """Passes, of which each layer's median counts; as many as half of them come before, unmeasured."""
 
 
-def seconds_a_token(loaded: LoadedModel, ledger: Ledger) -> tuple[list[float], float]:
+def seconds_a_token(loaded: LoadedModel, lender: Lender) -> tuple[list[float], float]:
     """Measure what each layer takes, and the whole model: seconds a token of one long text.
 
-    It is measured once for a model, a machine and a device, and kept in the results folder: a
-    search that goes on has the same budget.
+    It is measured once for a model, a machine and a device, and `keep_timings` writes it to the
+    results folder: a search that goes on has the same budget.
     """
     identity = loaded.identity
     where = {**machine(), "device": str(loaded.device), "threads": str(torch.get_num_threads())}
     name = content_hash([identity.fingerprint, identity.dtype, where])[:16]
-    path = ledger.root / "searches" / "timing" / f"{name}.json"
-    kept = read_note(path)
-    if not kept:
-        ledger.create()
+    path = lender.ledger.root / "searches" / "timing" / f"{name}.json"
+    timing = lender.timings.get(path) or read_note(path)
+    if not timing:
         layers, whole = _measured(loaded)
-        kept = {"model": identity.name, **where, "layers": layers, "whole": whole}
-        write_note(path, kept)
-    return [float(each) for each in kept["layers"]], float(kept["whole"])
+        timing = {"model": identity.name, **where, "layers": layers, "whole": whole}
+        lender.timings[path] = timing
+    return [float(each) for each in timing["layers"]], float(timing["whole"])
+
+
+def keep_timings(lender: Lender) -> None:
+    """Write what was timed to the results folder, once the request cannot be refused any more."""
+    for path, timing in lender.timings.items():
+        lender.ledger.create()
+        write_note(path, timing)
+    lender.timings.clear()
 
 
 @torch.inference_mode()
@@ -208,7 +214,7 @@ def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
     within = stays_of(asked, trust)  # what is wrong with it is said before anything is timed
     parts: SearchParts | None = None
     if measure == "seconds":
-        each, total = seconds_a_token(lender.model(cell).loaded, lender.ledger)
+        each, total = seconds_a_token(lender.model(cell).loaded, lender)
     elif measure == "parts":
         parts = find_parts(source, asked.unit, trust)
         total = float(len(parts.numbers))
@@ -258,6 +264,7 @@ def search(
     for cell in own:
         refuse_few(cell.request, cell.n)
     _refuse_mixtures(asked, own)
+    keep_timings(lender)
     for draw in asked.draws_of:
         scores = Scores(own, within.parts_of(asked.unit))
         given = Search(scores, within, asked.cell.seed, draw or 1, asked.rescored)
