@@ -11,8 +11,8 @@ import pytest
 
 from tests.benchmarks.conftest import ask as asked_for
 from tests.conftest import golden
-from tests.own import ASKING, YAML, write_tasks
-from tests.plain import Asked, evaluate, tasks_in, tokens_of
+from tests.own import ASKING, PAINT, YAML, write_tasks
+from tests.plain import Asked, evaluate, tasks_in, tokens_of, write_rows
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
@@ -198,6 +198,69 @@ class TestRefusals:
             return
         with pytest.raises(BenchmarkError, match=said):
             documents_of(loaded, "paint", folder)
+
+
+class TestFilesBesideTheTask:
+    """Was: "cannot be read from the hub", whatever was wrong with a file."""
+
+    @pytest.fixture
+    def beside(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """The folder of the tasks, with the rows in it and named by a relative name."""
+        rows = folder.parent / "paint.jsonl"
+        task = folder / "paint.yaml"
+        task.write_text(task.read_text().replace(str(rows), rows.name))
+        rows.rename(folder / rows.name)
+        (folder.parent / "elsewhere").mkdir()
+        monkeypatch.chdir(folder.parent / "elsewhere")
+        return folder
+
+    @pytest.mark.parametrize("name", ["paint.jsonl", "[paint.jsonl]", "pa*.jsonl", "./paint.jsonl"])
+    def test_relative_names(self, beside: Path, loaded: tuple[Any, Any], name: str) -> None:
+        task = beside / "paint.yaml"
+        task.write_text(task.read_text().replace("paint.jsonl", name))
+        for asked_for in (("paint", beside), (str(task),), ("both", beside)):
+            assert [t.documents for t in make(*asked_for).identity.tasks][0] == 3
+        texts = [str(d.requests[0].context) for d in documents_of(loaded, str(task))]
+        assert len({*texts}) == 3
+
+    def test_the_working_folder_comes_first_as_in_lm_eval(self, beside: Path) -> None:
+        write_rows(Path(), paint=PAINT[:2])
+        assert make("paint", beside).identity.tasks[0].documents == 2
+
+    def test_a_folder_of_files(self, beside: Path) -> None:
+        folder = write_rows(beside.parent / "rows", test=PAINT)
+        task = beside / "folder.yaml"
+        text = (beside / "paint.yaml").read_text()
+        named = "  data_files:\n    test: paint.jsonl\n    train: paint.jsonl\n"
+        assert named in text
+        text = text.replace(named, "  data_dir: ../rows\n").replace("fewshot_split: train\n", "")
+        task.write_text(text.replace("task: paint", "task: folder"))
+        request = ask(str(task))
+        assert LmEvalBenchmark(request).identity.tasks[0].documents == 3
+        before = data_stamp(request)
+        (folder / "test.jsonl").write_text(json.dumps(PAINT[0]) + "\n")
+        assert data_stamp(request) != before
+
+    def test_a_file_that_does_not_exist_is_named(self, beside: Path) -> None:
+        (beside / "paint.jsonl").rename(beside / "pain.jsonl")
+        message = refusal("paint", beside)
+        assert "paint: there is no file paint.jsonl, from which" in message
+        assert "Did you mean 'pain.jsonl'?" in message
+        assert str(Path.cwd()) in message
+        assert "hub" not in message
+
+    @pytest.mark.parametrize(
+        ("line", "said"), [('{"thing": ', "JSON parse error"), ('{"right": 0}', "'thing'")]
+    )
+    def test_a_file_that_cannot_be_read_is_named(self, beside: Path, line: str, said: str) -> None:
+        (beside / "paint.jsonl").write_text(line)
+        task = beside / "paint.yaml"
+        task.write_text(task.read_text().replace("!function asking.ask", '"{{thing.x}}"'))
+        text = task.read_text().replace("process_docs: !function asking.prepare\n", "")
+        task.write_text(text)
+        message = refusal("paint", beside)
+        assert f"paint cannot read its documents from {beside / 'paint.jsonl'}" in message
+        assert said in message
 
 
 SYSTEM = "You are a painter."

@@ -115,6 +115,38 @@ def test_every_number_is_lm_evals(
         assert all("You are a painter." in row["arguments"]["gen_args_0"]["arg_0"] for row in rows)
 
 
+def test_the_shipped_task_is_lm_evals(
+    tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its questions lie beside its file, which lm-eval reads in their folder only."""
+    root, model = Path(__file__).parents[2], tiny_llama()
+    monkeypatch.chdir(root)
+    file = root / "experiments" / "own-task.yaml"
+    results = run(file, tmp_path / "results", model=str(model), layer=LAYERS, sample=40)
+    (cell,) = results.cells
+    store = next(iter(tracker.ledger.store.Ledger(tmp_path / "results").cells()))
+    documents = sorted({*store.read()["doc"]})
+    assert len(documents) == 40
+    by_file = str(root / "experiments" / "tasks" / "capitals.yaml")
+    again = tracker.run(
+        file, results=tmp_path / "other", track=(), model=str(model), layer=LAYERS, sample=40,
+        benchmark=by_file, include_path=None,
+    )  # fmt: skip
+    assert [run.accuracy for run in again.cells[0].runs] == [run.accuracy for run in cell.runs]
+    monkeypatch.chdir(root / "experiments" / "tasks")
+    parts = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    for layer in (None, *LAYERS):
+        plain = HFLM(cut(parts[0], layer), tokenizer=parts[1], batch_size=8)
+        found = evaluate(
+            plain,
+            tasks=["capitals"],
+            task_manager=tasks_in(Path()),
+            samples={"capitals": documents},
+        )
+        ours = cell.baseline_accuracy if layer is None else cell.runs_of()[layer].accuracy
+        assert ours == found["results"]["capitals"]["acc,none"]
+
+
 def source(base: Path, **arguments: Any) -> ModelSource:
     """A model that is loaded in some way, as a request says it."""
     request = cell_request(

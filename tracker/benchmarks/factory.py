@@ -17,13 +17,14 @@ from typing import Any
 
 import lm_eval
 import lm_eval.tasks
+from datasets.exceptions import DatasetsError
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from jinja2 import TemplateError
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from tracker.benchmarks.own import as_file, read_task
+from tracker.benchmarks.own import DATA_KEYS, as_file, data_files, located, read_task
 from tracker.benchmarks.private import Entry, Kind, TaskFactory, TaskIndex
 from tracker.benchmarks.sources import HUB, DataSource, unreachable
 from tracker.core.errors import BenchmarkError, did_you_mean
@@ -96,7 +97,8 @@ _INSTALLED = (
 class SourcedFactory(TaskFactory):  # type: ignore[misc]
     """Builds lm-eval's tasks on data from one of our sources.
 
-    `given` holds the splits that a task was given, by its name.
+    `given` holds the splits that a task was given, by its name; `files` those that the task which
+    is built last reads its documents from.
     """
 
     def __init__(
@@ -106,12 +108,20 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
         self._source = source
         self._num_fewshot = num_fewshot
         self.given: dict[str, Mapping[str, Any]] = {}
+        self.files: list[Path] = []
 
     def _load_full_config(
         self, entry: Any, overrides: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         config: dict[str, Any] = super()._load_full_config(entry, overrides)
-        if "dataset_path" not in config or _brings_its_data(config):
+        self.files = []
+        if "dataset_path" not in config:
+            return config
+        if _brings_its_data(config):
+            if entry.yaml_path and config.get("dataset_kwargs"):
+                config["dataset_kwargs"] = located(config, entry.yaml_path)
+                self.files = [*data_files(config["dataset_kwargs"])]
+                _refuse_missing(config["task"], self.files, entry.yaml_path)
             return config
         if self._source.root is None:
             self._source.ask_hub(config["dataset_path"])
@@ -147,6 +157,17 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
                 config[key] = None
 
 
+def _refuse_missing(name: str, files: Sequence[Path], task: Path) -> None:
+    """Raise BenchmarkError for a file of a task's documents that does not exist."""
+    for file in files:
+        if not file.exists():
+            near = did_you_mean(file.name, [path.name for path in task.parent.iterdir()])
+            raise BenchmarkError(
+                f"{name}: there is no file {file}, from which {task} reads its documents.{near} "
+                f"A relative name is one of {Path.cwd()} or {task.absolute().parent}."
+            )
+
+
 def shots(own: int | None, asked: int | None) -> int:
     """How many examples stand before a document, by lm-eval's own rule.
 
@@ -157,7 +178,7 @@ def shots(own: int | None, asked: int | None) -> int:
 
 def _brings_its_data(config: Mapping[str, Any]) -> bool:
     """Whether a task makes its documents, or reads files that it names itself."""
-    named = (config.get("dataset_kwargs") or {}).keys() & {"data_files", "data_dir"}
+    named = (config.get("dataset_kwargs") or {}).keys() & {*DATA_KEYS}
     return callable(config.get("custom_dataset")) or bool(
         named and config["dataset_path"] in _PACKAGED_DATASETS_MODULES
     )
@@ -221,13 +242,15 @@ def build(
     Raises:
         BenchmarkError: Its data cannot be read, or its code fails.
     """
+    factory = SourcedFactory(source, num_fewshot, metadata)
     try:
-        factory = SourcedFactory(source, num_fewshot, metadata)
         return factory.build(entry, overrides=None, registry=entries(own))
     except BenchmarkError:
         raise
     except Exception as error:  # noqa: BLE001  what a library makes of a hub, a disk, a task
-        if source.root is None and not isinstance(error, UNREADABLE) and not _line_of(error):
+        if factory.files:
+            source = DataSource(", ".join(map(str, factory.files)))
+        elif source.root is None and not isinstance(error, UNREADABLE) and not _line_of(error):
             said = entry.cfg or {}
             raise unreachable(
                 said.get("dataset_path", entry.name), said.get("dataset_name"), HUB, error
@@ -237,7 +260,8 @@ def build(
 
 def unreadable(task: str, source: DataSource, error: Exception) -> BenchmarkError:
     """Make the error that says that a task stumbled over its documents."""
-    said = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+    said = f"{type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}"
     if line := _line_of(error):
         return BenchmarkError(f"{task} fails in its own code, {line}: {said}")
     return BenchmarkError(

@@ -6,8 +6,8 @@ anything has changed since.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from tracker.core.errors import BenchmarkError
 from tracker.core.provenance import file_stamp
 
 _SUFFIXES = (".yaml", ".yml")
+DATA_KEYS = ("data_files", "data_dir")
+"""Settings of `dataset_kwargs` that name files."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -89,7 +91,8 @@ def own_stamp(request: CellRequest) -> object:
         return None
     files = {path for place in places for path in place.rglob("*") if path.is_file()}
     for path in _files(places):
-        files |= {file for file in _data(read_task(path)) if file.is_file()}
+        for data in data_files(located(read_task(path), path)):
+            files |= {file for file in (data, *data.rglob("*")) if file.is_file()}
     return file_stamp(path for path in sorted(files) if "__pycache__" not in path.parts)
 
 
@@ -98,14 +101,40 @@ def _files(places: Sequence[Path]) -> Iterator[Path]:
         yield from sorted(path for path in place.rglob("*") if path.suffix in _SUFFIXES)
 
 
-def _data(content: dict[str, Any]) -> Iterator[Path]:
-    """Find the files from which a task reads its documents."""
-    stack = [(content.get("dataset_kwargs") or {}).get("data_files")]
+def data_files(kwargs: dict[str, Any]) -> Iterator[Path]:
+    """Find the files and folders from which a task reads its documents: its `dataset_kwargs`."""
+    stack = [kwargs.get(key) for key in DATA_KEYS]
     while stack:
         match stack.pop():
             case dict() as named:
                 stack += named.values()
             case list() as several:
                 stack += several
-            case str(name) if not re.match(r"\w+://", name):
-                yield Path(name)
+            case str(name) if "://" not in name:
+                yield from map(Path, glob(name, recursive=True) or [name])
+
+
+def located(content: dict[str, Any], task: Path) -> dict[str, Any]:
+    """Return a task's `dataset_kwargs` with relative names of files completed to paths.
+
+    They are read from the working folder, as lm-eval reads them, or else from the folder of the
+    task's file.
+    """
+
+    def locate(name: Any) -> Any:
+        if isinstance(name, dict):
+            return {key: locate(value) for key, value in name.items()}
+        if isinstance(name, list):
+            return [locate(value) for value in name]
+        if not isinstance(name, str) or "://" in name or _exists(name):
+            return name
+        path = str(task.absolute().parent / name)
+        return path if _exists(path) else name
+
+    kwargs = content.get("dataset_kwargs") or {}
+    return {key: locate(value) if key in DATA_KEYS else value for key, value in kwargs.items()}
+
+
+def _exists(name: str) -> bool:
+    """Return whether a name, or a pattern of names, is that of a file or folder."""
+    return Path(name).exists() or bool(glob(name, recursive=True))

@@ -107,6 +107,7 @@ def _stated(factory: _Recording, name: str, folder: Path, parted: bool) -> dict[
         named["fewshot_split"] = task.fewshot_cfg.split
     splits = factory.given.get(name)
     if splits is None:
+        stated["dataset_kwargs"] = task.config.dataset_kwargs
         return {**stated, **named} if parted else stated
     folder.mkdir()
     files = {s: str(folder / f"{s}.parquet") for s in set(named.values()) if s in splits}
