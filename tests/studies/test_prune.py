@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -269,6 +270,16 @@ def test_a_strategy_is_called_best_where_that_is_shown_and_no_draw_ever_is(monke
     assert "is open, it may be accuracy or taylor;" in _best(_compared(many), "1")
 
 
+def test_no_more_test_documents_are_asked_for_than_there_are() -> None:
+    group = _compared(KNOWN)
+    for name, benchmark in group.benchmarks.items():
+        group.benchmarks[name] = replace(benchmark, n=10, available=20)
+    own, last = Way("accuracy", "1"), Way("last", "1")
+    for half, more in ((0.13, "would tell"), (0.2, "would tell, more than there are")):
+        pair = Beside(own, last, Estimate(0.1, 0.1 - half, 0.1 + half), 0.5)
+        assert _verdict(pair, group.growth).endswith(f"times as many test documents {more}")
+
+
 def test_draws_count_by_their_mean_document_by_document() -> None:
     weights = np.full(4, 0.25)
     draws = [np.array(each, float) for each in ([1, 1, 0, 0], [1, 0, 0, 0])]
@@ -290,7 +301,7 @@ def test_words_follow_from_figures(figures: str, verdict: str, paper: str) -> No
     one, other = (Way(name, "25 %", calibration) for name in ("accuracy", "cosine"))
     found = Estimate(*map(float, ends)) if ends else Estimate(None, reason="a: failed")
     each = Beside(one, other, found, float(p) if ends else None)
-    assert verdict in _verdict(each)
+    assert verdict in _verdict(each, np.inf)
     assert paper in _against_paper(each)
 
 

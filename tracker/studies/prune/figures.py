@@ -51,12 +51,14 @@ class PrunedFor:
         n: How many test documents there are.
         metric: What is called accuracy.
         at_chance: Why the intact model does not answer it; empty where it does.
+        available: How many documents there are to test on; 0 where that is not known.
     """
 
     unpruned: Estimate
     n: int = 0
     metric: str = ""
     at_chance: str = ""
+    available: int = 0
 
 
 @dataclass
@@ -198,6 +200,12 @@ class Compared:
         """The test documents over which means are taken."""
         return sum(self.benchmarks[name].n for name in self.counted)
 
+    @property
+    def growth(self) -> float:
+        """How many times as many test documents every benchmark has."""
+        counted = [self.benchmarks[name] for name in self.counted]
+        return min((one.available / one.n for one in counted if one.available), default=math.inf)
+
     def searches(self, way: Way) -> list[PruneRecord]:
         """The searches of a way, each once, whichever benchmarks it served."""
         unique: dict[object, PruneRecord] = {}
@@ -264,6 +272,7 @@ def compared(pursued: Pursued, text: str | None) -> list[Compared]:
                 record.baseline.n,
                 record.metric,
                 "" if tested is None else _at_chance(tested),
+                0 if tested is None else tested.benchmark.documents,
             )
         draws = group.found.get((way, name), Choices((), ()))
         group.found[way, name] = Choices((*draws.records, record), (*draws.answered, answered))

@@ -33,7 +33,7 @@ def answers_of(group: Compared) -> Iterator[str]:
             chosen_by = pair.one.calibration
             on = "" if chosen_by == OWN else f", calibrated on {chosen_by}"
             paper = f" {_against_paper(pair)}" if amount == nearest else ""
-            yield f"With {amount} removed{on}, {_verdict(pair)}.{paper}"
+            yield f"With {amount} removed{on}, {_verdict(pair, group.growth)}.{paper}"
         # Where the calibration documents were too few to choose by accuracy.
         if searches := group.searches(Way(ACCURACY, amount)):
             for sentence in unsure_sentence(searches, "what accuracy chose", " a benchmark"):
@@ -88,8 +88,8 @@ def _best(group: Compared, amount: str) -> str:
     return sentence + (f", and significantly worse than {lost}." if lost else ".")
 
 
-def _verdict(pair: Beside) -> str:
-    """Say which of two ways answers more: `accuracy beats cosine by 3.1 pp (1.0 to 5.2)`."""
+def _verdict(pair: Beside, growth: float) -> str:
+    """Write which of two ways answers more: `accuracy beats cosine by 3.1 pp (1.0 to 5.2)`."""
     one, other, found = pair.one.strategy, pair.other.strategy, pair.found
     if found.value is None:
         return f"{one} and {other} cannot be compared ({found.reason})"
@@ -100,6 +100,7 @@ def _verdict(pair: Beside) -> str:
     if pair.sign == 0:
         times = pair.settled_by or 0.0
         more = f"; about {three_digits(times)} times as many test documents would tell"
+        more += ", more than there are" if times > growth else ""
         more = more if 1 < times < _MANY else ""
         return f"{one} and {other} are not told apart, their difference is {by}{p}{more}"
     return f"{one} beats {other} by {by}{p}"
