@@ -266,7 +266,7 @@ def test_run_then_run_again(tiny_llama, experiment, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in results.glob("cells/*/shards/*")} == before
     second = printed("run", file, "--results", results)
     assert second.strip() == first[first.index("Accuracy on arc_easy") :].strip()
-    every = "4 of 4 runs are not listed: by itself, what each changes is not told from chance yet"
+    every = "None of the 4 layers can be told from chance"
     for words in (every, "intact model (95 % interval)", "guessing", "tracker report --format csv"):
         assert words in second
     assert f"tracker run {file} --sample " not in second, "the first 40 are no sample"
@@ -291,7 +291,7 @@ def test_reports_and_leaderboards(tiny_llama, experiment, tmp_path, monkeypatch)
     assert printed("report") == "1 measurement: results/report.html\n"
     markdown = printed("report", results, results, "--format", "md")
     assert markdown == "1 measurement: report.md\n", "two sources are about no one folder"
-    assert "tiny-llama: its layers, ranked" in (tmp_path / "report.md").read_text()
+    assert "tiny-llama: its layers over 1 benchmark" in (tmp_path / "report.md").read_text()
     Path("null").symlink_to("/dev/null")
     result = cli("report", "--format", "md", "--output", "null")
     assert (result.stdout, result.exit_code) == ("", 0)
@@ -301,8 +301,8 @@ def test_reports_and_leaderboards(tiny_llama, experiment, tmp_path, monkeypatch)
     assert len((tmp_path / "data" / "layers.csv").read_text().splitlines()) == 3
 
     board = printed("leaderboard")
-    assert board.startswith("tiny-llama: its layers, ranked")
-    assert "Layers are ranked by their mean accuracy relevance" in board
+    assert board.startswith("tiny-llama: its layers over 1 benchmark")
+    assert "Layers are listed by the lower end" in board
 
     refused(cli("report", "--format", "docx"), "docx", "html")
     # Was: refused, where --track mlflow and sync --to mlflow are taken.

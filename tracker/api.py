@@ -902,8 +902,9 @@ def leaderboard(
         progress: Told what is downloaded.
 
     Returns:
-        One row a (model, layer), the most relevant first: means over the benchmarks, fractions;
-        `best_rank` and `worst_rank` hold the rank, `shown` says what is shown of the layer. What
+        One row a (model, layer), the largest lower end of a drop first: means over the benchmarks,
+        fractions; the interval of the drop holds for all layers together; `best_rank` and
+        `worst_rank` hold the rank, `shown` says what is shown of the layer. What
         could not be read or published is a warning.
 
     Raises:

@@ -25,13 +25,14 @@ _UNREAD = {"script", "style", "table", "svg", "template", "button"}
 _BLOCKS = {"p", "li", "h1", "h2", "h3", "h4", "figcaption", "small", "summary", "div", "section"}
 _NUMBERS = r"\d+(?:–\d+)?"
 _NAMED = re.compile(rf"\blayers? ({_NUMBERS}(?:(?:, | and | or ){_NUMBERS})*)")
-_SMALL = re.compile(r"(\d+) of \d+ layers costs? less than")
-_ELSEWHERE = re.compile(r"(\d+) of \d+ layers (?:is|are) shown to stand elsewhere")
+_SMALL = re.compile(r"(\d+) of \d+ layers? (?:is|are) shown to cost less than")
+_UNLIKE = re.compile(
+    rf"highest cosine scores? (?:is|are) .+, not ({_NUMBERS}(?:(?:, | and ){_NUMBERS})*)"
+)
+_ELSEWHERE = re.compile(r"[Ff]or (\d+) of \d+ layers we can show that the true rank differs")
 _RELATED = re.compile(r"\bin ([1-9]\d*) of \d+ measurements?\b.*\(5 %, Holm")
 _SHOWN_ROW = re.compile(r"(?:^| )(\d+) +(matters|better without|below 5 pp) ")
-_NOT_MADE = re.compile(
-    "rises without|better without|to raise (?:accuracy|it)|hardly produces|breaks down"
-)
+_NOT_MADE = re.compile("rises without|better without|to raise (?:accuracy|it)|breaks down")
 """What no made-up layer does: it makes no model better, and takes no language from it."""
 _BEFORE = re.compile(r"(\S+) before (\S+)")
 _ROW = re.compile(r" *(\d+)  +\S")
@@ -91,7 +92,7 @@ def sentences(text: str) -> Iterator[str]:
 def named(sentence: str) -> set[int]:
     """Find the layers that a sentence names by number."""
     found: set[int] = set()
-    for numbers in _NAMED.findall(sentence):
+    for numbers in _NAMED.findall(sentence) + _UNLIKE.findall(sentence):
         for each in re.findall(_NUMBERS, numbers):
             first, _, last = each.partition("–")
             found |= set(range(int(first), int(last or first) + 1))
@@ -112,7 +113,7 @@ def of_tables(page: str) -> Iterator[str]:
     for row in board:
         if row["shown"] != "open":
             yield f"layer {row['layer']} {row['shown']}"
-    yield from in_order({row["layer"]: row["rank"] for row in board})
+    yield from in_order({row["layer"]: row.get("rank", DASH) for row in board})
     for row in rows(page, "overview"):
         for layer in re.findall(r"(\d+)\xa0\(", row["layers shown to matter"]):
             yield f"layer {layer} matters on {row['benchmark']}"
@@ -157,7 +158,7 @@ def read(results: Path, rival: Path) -> dict[str, list[str]]:
     with redirect_stdout(run):
         print_measured(cells)
     across = [line for line in prose(both)["across"] if " minus " in line]
-    models = in_order({row["model"]: row["rank"] for row in rows(both, "model-board")})
+    models = in_order({row["model"]: row.get("rank", DASH) for row in rows(both, "model-board")})
     texts = {
         "page": "\n".join(line for lines in prose(page).values() for line in lines),
         "tables": "\n".join(of_tables(page)),

@@ -212,6 +212,9 @@ def test_a_leaderboard_is_sorted_and_filtered_by_click_and_by_keyboard_and_sent(
     assert box.get_by_role("status").inner_text() == f"4 of {LAYERS} rows"
     layers = [int(row["layer (0-based)"]) for row in read_csv(page, BOARD)]
     assert sorted(layers) == [3, 10, 11, 12]
+    # Was: 30 of 30 rows, without a word.
+    box.get_by_role("searchbox", name="Layers").fill("banana")
+    assert box.get_by_role("status").inner_text().startswith("type layers by number")
 
     cells = table_of(page, "#overview")
     cells.get_by_role("searchbox", name="Rows with").fill("360m piqa")
@@ -238,12 +241,12 @@ def test_the_csv_of_a_table_holds_exact_figures(drawn: Page, board: LayerBoard) 
     for row, one in zip(read_csv(drawn, BOARD), board.layers, strict=True):
         for end, rank in (("low", one.rank.low), ("high", one.rank.high)):
             assert row[f"rank, 95 % confidence for all: {end}"] == str(rank or "")
-        relevance = "mean relevance with 95 % interval"
+        relevance = "mean relevance with 95 % interval for each alone"
         assert float(row[relevance]) == one.relevance.value
         assert float(row[f"{relevance}: low"]) == one.relevance.low
         assert float(row[f"{relevance}: high"]) == one.relevance.high
-        drop = float(row["mean accuracy drop with 95 % interval (pp)"])
-        assert drop == pytest.approx(100 * one.drop.value, rel=1e-14)
+        drop = float(row["mean accuracy drop with 95 % interval for all together (pp)"])
+        assert drop == pytest.approx(100 * one.deciding.value, rel=1e-14)
         assert float(row["mean cosine score (1 − cos)"]) == one.cosine_score
 
     for row, record in zip(read_csv(drawn, "#model-1-cell-1-layers"), study()[0].runs, strict=True):

@@ -233,8 +233,8 @@ class TestBrowser:
             assert status.inner_text().startswith(f"{first.named_lost} of {first.lost} documents")
 
             other = record.runs[11]
-            section.locator("select").nth(0).select_option("11")
-            section.locator("select").nth(1).select_option("won")
+            section.locator("select").nth(0).select_option("won")
+            section.locator("select").nth(1).select_option("11")
             assert rows.count() == len(other.named) - other.named_lost
             shown = record.documents[other.named[other.named_lost].document]
             assert rows.first.locator("th").inner_text() == str(shown.doc)
@@ -256,7 +256,7 @@ class TestBrowser:
             board.get_by_role("link", name="7", exact=True).click()
             status.filter(has_text="that layer 7 loses").wait_for()
             all_of_7 = section.locator("tbody tr").count()
-            section.get_by_label("but not of").select_option("layer 0")
+            section.get_by_label("and not lost without").select_option("layer 0")
             assert section.locator("tbody tr").count() < all_of_7
             link = page.url
             assert "run=layer+7" in link
@@ -266,6 +266,32 @@ class TestBrowser:
             page.goto(link)
             without = "that layer 7 loses, without those that are named of layer 0"
             status.filter(has_text=without).wait_for()
+
+    def test_a_mean_leads_to_the_documents_of_each_of_its_benchmarks(
+        self, chromium: Browser, record: DecisionsRecord, tmp_path: Path
+    ) -> None:
+        """Was: to those of the first one, as if it were of that alone."""
+        cells = [CELL, build_cell("piqa")]
+        decided = {cell.place: record for cell in cells}
+        path = render_report(cells, {}, tmp_path / "report.html", decided)
+        with Visit(chromium, path, scroll=False) as visit:
+            page = visit.page
+            page.locator("#model-1-headline .barlayer .point").nth(3).click(force=True)
+            choices = page.locator("#model-1-headline").locator("xpath=../p")
+            choices.wait_for()
+            assert choices.inner_text() == (
+                "Documents lost and won without layer 3, on: arc_easy · 0-shot · piqa · 0-shot"
+            )
+            assert "run=" not in page.url
+            choices.get_by_role("link", name="piqa").click()
+            section = page.locator("#model-1-cell-2-breaks")
+            section.locator("[role=status]").filter(has_text="that layer 3 loses").wait_for()
+            assert page.url.endswith("#model-1-cell-2-breaks?run=layer+3")
+            board = page.locator(".table").filter(has=page.locator("#model-1-board"))
+            board.get_by_role("link", name="7", exact=True).click()
+            row = board.locator(".choices")
+            row.wait_for()
+            assert row.inner_text().startswith("Documents lost and won without layer 7, on: arc")
 
     def test_tasks_of_a_group_are_filtered_and_unknown_texts_have_a_name(
         self, opened: Opened, record: DecisionsRecord

@@ -10,6 +10,7 @@ import pytest
 from tracker.cli.printing import print_cell, print_measured, print_next
 from tracker.core.records import CellRecord
 from tracker.report.leaderboard.claims import answer, claims
+from tracker.report.page.html import render_page
 
 from .conftest import build_cell
 
@@ -46,10 +47,37 @@ def test_a_run_ends_with_its_answer_and_lists_what_is_shown(
     assert "without layer 0" in next(filter(None, lines)), "the answer comes first"
     assert "50.0 %" in said
     assert "guessing" in said
-    assert f"29 of {len(mattering('arc_easy').runs)} runs are not listed" in said
+    alone = "29 of 30 layers cannot be told from chance"
+    if len(benchmarks) > 1:
+        alone = f"On this benchmark alone, {alone} (the average above can say more)"
+    assert lines.count(alone) == len(benchmarks)
     tables = [line for line in lines if line.split()[:1] == ["0"]]
     assert len(tables) == (1 if len(benchmarks) == 1 else 3), "each benchmark's, and the mean's"
     assert not [line for line in lines if line.split()[:1] == ["5"]]
+
+
+def test_a_benchmark_that_shows_nothing_leads_to_the_average_that_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Was: layer 0 matters, and on each benchmark none of 30 removals is shown to."""
+
+    def weaker(name: str) -> CellRecord:
+        cell = mattering(name)
+        ends = {"accuracy_drop_low": 0.06, "accuracy_drop_high": 0.34, "mcnemar_p": 0.01}
+        first = cell.runs[0].model_copy(update=ends)
+        return cell.model_copy(update={"runs": (first, *cell.runs[1:])})
+
+    cells = [weaker("arc_easy"), weaker("piqa")]
+    print_measured(cells)
+    alone = (
+        "On this benchmark alone, none of the 30 layers can be told from chance (the average above "
+        "can say more)"
+    )
+    assert capsys.readouterr().out.count(alone) == 2
+    page = render_page(cells, {})
+    assert page.count(f"{alone}.") == 2
+    assert "arc_easy and piqa falls without layer 0" in page
+    assert "this benchmark alone" not in render_page(cells[:1], {})
 
 
 def test_what_is_undefined_is_not_called_chance(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +87,7 @@ def test_what_is_undefined_is_not_called_chance(capsys: pytest.CaptureFixture[st
     runs = [run.model_copy(update=gone if run.layer > 27 else {}) for run in cell.runs]
     print_measured([cell.model_copy(update={"runs": tuple(runs)})])
     said = capsys.readouterr().out
-    assert f"27 of {len(runs)} runs are not listed: by itself" in said
+    assert f"27 of {len(runs)} layers cannot be told from chance; the drop of" in said
     assert "the drop of layer 28 and 1 more is undefined (nothing was asked)" in said
 
 

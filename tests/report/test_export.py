@@ -67,8 +67,8 @@ def test_markdown_and_latex_say_the_leaderboard(
     row = next(line for line in text.splitlines() if line.startswith("| 1 to"))
     cells = [part.strip() for part in re.split(r"(?<!\\)\|", row)[1:-1]]
     assert cells[:2] == [f"{first.rank.low} to {first.rank.high}", str(first.layer)]
-    assert cells[3] == relevance
-    assert cells[4].startswith(points(first.drop.value or 0))
+    assert cells[3].startswith(points(first.deciding.value or 0))
+    assert cells[4] == relevance
     source = latex.read_text()
     assert source.count("\\toprule") == 3
     assert "instruct\\_50\\%" in source

@@ -19,9 +19,13 @@ from tracker.report.leaderboard.models import ModelBoard, model_board
 from tracker.report.leaderboard.pairs import compare
 from tracker.report.leaderboard.parts import model_answer, part_boards
 from tracker.report.leaderboard.proxies import agreements
-from tracker.report.leaderboard.tables import part_board_data, part_board_table
+from tracker.report.leaderboard.tables import (
+    layer_board_table,
+    part_board_data,
+    part_board_table,
+)
 
-from .conftest import LAYERS, build_cell, with_layer
+from .conftest import LAYERS, as_read, build_cell, with_layer
 
 
 def relevances(cells: list[CellRecord], layer: int) -> list[float]:
@@ -48,8 +52,63 @@ def test_layers_stand_where_their_mean_relevance_puts_them() -> None:
         assert standing.rank.value == rank(means, standing.layer)
         assert standing.benchmarks == 3
         assert standing.rank.low <= standing.rank.value <= standing.rank.high
-    assert board.ranked == sorted(board.layers, key=lambda standing: standing.rank.value)
-    assert board.layers[0].layer == max(means, key=means.get)
+    assert [standing.rank.value for standing in board.ranked] == sorted(
+        standing.rank.value for standing in board.layers
+    )
+    assert board.ranked[0].layer == max(means, key=means.get)
+
+
+def test_the_interval_that_decides_is_shown_and_orders() -> None:
+    """Was: 12.5 pp (4.6 to 20.1) was open beside 12.0 pp (4.7 to 19.0), which matters."""
+    cells = [build_cell(name, n=100, seed=4) for name in ("arc_easy", "piqa")]
+    ends = {
+        0: [(0.125, -0.05, 0.3), (0.125, 0.06, 0.19)],
+        11: [(0.12, 0.03, 0.21), (0.12, 0.04, 0.20)],
+    }
+    for layer, drops in ends.items():
+        for number, (drop, low, high) in enumerate(drops):
+            figures = {"accuracy_drop": drop, "accuracy_drop_low": low, "accuracy_drop_high": high}
+            cells[number] = with_layer(cells[number], layer, **figures, mcnemar_p=0.0001)
+    board = layer_board(cells)
+    quantile = NormalDist().inv_cdf(1 - 0.025 / LAYERS) / NormalDist().inv_cdf(0.975)
+    for standing in board.layers:
+        runs = [cell.runs_of()[standing.layer] for cell in cells]
+        half = math.hypot(*(run.accuracy_drop_high - run.accuracy_drop_low for run in runs)) / 4
+        middle = statistics.mean(run.accuracy_drop for run in runs)
+        assert standing.deciding.low == pytest.approx(middle - quantile * half)
+        assert (standing.shown == "matters") == (standing.deciding.low > 0)
+    lows = [standing.deciding.low for standing in board.layers]
+    assert lows == sorted(lows, reverse=True)
+    order = [standing.layer for standing in board.layers]
+    assert order.index(11) < order.index(0)
+    table = layer_board_table(board, "m")
+    column = [heading.label for heading in table.headings].index(
+        "mean accuracy drop with 95 % interval for all together"
+    )
+    drops = [row[column].text for row in as_read(table).rows]
+    assert drops[order.index(0)].startswith("12.5 (−"), drops
+    assert drops[order.index(11)].startswith("12.0 (")
+    assert "−" not in drops[order.index(11)]
+
+
+def test_ranks_that_may_be_any_are_no_column() -> None:
+    """Was: every row said 1 to 30."""
+    made = layer_board_table(layer_board([build_cell(n=8)]), "m")
+    assert not any("rank," in heading.label for heading in made.headings)
+    assert made.headings[made.header].label == "layer (0-based)"
+    assert "No rank by relevance is told from another yet." in made.notes
+    ranked = layer_board_table(layer_board([build_cell(n=2000)]), "m")
+    assert ranked.headings[0].label == "rank, 95 % confidence for all"
+    assert ranked.headings[ranked.header].label == "layer (0-based)"
+
+
+def test_an_open_layer_above_zero_says_why() -> None:
+    """The exact test decides too, where documents are few."""
+    figures = {"accuracy_drop": 0.3, "accuracy_drop_low": 0.25, "accuracy_drop_high": 0.35}
+    cell = with_layer(build_cell(n=100), 5, **figures, mcnemar_p=0.04)
+    made = layer_board_table(layer_board([cell]), "m")
+    (note,) = [note for note in made.notes if "McNemar" in note]
+    assert note.startswith("Layer 5: open by McNemar")
 
 
 def as_heads(cell: CellRecord, *kept: RunRecord) -> CellRecord:
@@ -68,13 +127,16 @@ def test_heads_stand_where_layers_of_the_same_figures_do() -> None:
     layers, found = layer_board(cells), claims(cells)
     (board,) = part_boards([as_heads(cells[0], *cells[0].runs), as_heads(cells[1])])
     assert not board.left_out
-    assert [(2 * p.run.layer + p.run.number, p.relevance, p.drop, p.rank) for p in board.parts] == [
-        (layer.layer, layer.relevance, layer.drop, layer.rank) for layer in layers.layers
+    found_parts = [
+        (2 * p.run.layer + p.run.number, p.relevance, p.deciding, p.rank) for p in board.parts
+    ]
+    assert found_parts == [
+        (layer.layer, layer.relevance, layer.deciding, layer.rank) for layer in layers.layers
     ]
     assert {2 * p.run.layer + p.run.number: p.shown for p in board.parts} == {
         layer: found.word(layer) for layer in range(LAYERS)
     }
-    worst = board.parts[0].run
+    worst = max(board.parts, key=lambda part: part.deciding.value).run
     assert board.answer.startswith(f"Of {LAYERS} heads {len(found.costly)} are shown to cost")
     assert f": {worst.label()}" in board.answer
 
@@ -85,8 +147,8 @@ def test_a_part_without_a_figure_has_no_rank_and_one_that_lacks_a_benchmark_no_r
     cells = [with_layer(build_cell(), 3, **nothing, **why), build_cell("piqa", missing=(7,))]
     (board,) = part_boards([as_heads(cell) for cell in cells])
     assert len(board.parts) == LAYERS - 1
-    last = board.parts[-1]
-    assert (last.run.label(), last.rank.value, last.shown) == ("layer 1 head 1", None, "open")
+    (unranked,) = [part for part in board.parts if part.rank.value is None]
+    assert (unranked.run.label(), unranked.shown) == ("layer 1 head 1", "open")
     (alone,) = part_boards([as_heads(cells[0])])
     last = alone.parts[-1]
     assert (last.rank.value, last.rank.reason) == (None, "nothing reaches it")

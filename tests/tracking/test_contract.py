@@ -25,7 +25,7 @@ from tracker.tracking.figures import (
     intact_metrics,
     only_defined,
 )
-from tracker.tracking.identity import group_name, run_key, run_name
+from tracker.tracking.identity import cell_name, group_name, run_key, run_name
 from tracker.tracking.isolated import Isolated
 from tracker.tracking.mlflow.writing import DIGEST_TAG
 from tracker.tracking.runs import MANY, cell_run, described, layer_run
@@ -280,7 +280,7 @@ def shows(held: Held, cell: CellRecord) -> dict[str, Seen]:
     assert mine[run_key(cell, "baseline")].figures == intact_metrics(cell)
     whole = mine[run_key(cell, "cell")]
     assert only_defined(cell_figures(cell)).items() <= whole.figures.items()
-    assert (whole.name, whole.note) == (cell.title, cell_run(cell).note)
+    assert (whole.name, whole.note) == (cell_name(cell), cell_run(cell).note)
     assert whole.reasons == cell_run(cell).reasons
     assert len({mine[key].group for key in (*keys, run_key(cell, "cell"))}) == 1
     if held.name != "mlflow":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from tests.report.conftest import build_cell
-from tracker.report.leaderboard.claims import shown_in
-from tracker.tracking.runs import layer_note
+from tracker.report.leaderboard.claims import answer, claims, shown_in
+from tracker.report.leaderboard.parts import cell_answer
+from tracker.team.leaderboard import board_text
+from tracker.tracking.runs import AVERAGE, described, layer_note
 
 
 def test_a_note_says_what_may_be_chance_among_all_runs_of_its_cell() -> None:
@@ -23,7 +25,9 @@ def test_a_note_says_what_may_be_chance_among_all_runs_of_its_cell() -> None:
     )
     cell = cell.model_copy(update={"runs": (loud, quiet, rises, *cell.runs[3:])})
     assert layer_note(cell, loud).endswith("it falls by 20.0 pp (95 % interval 15.0 to 25.0).")
-    chance = f", which may be chance among {len(cell.runs)} runs."
+    chance = (
+        f", which may be chance among {len(cell.runs)} runs of this benchmark alone; {AVERAGE}."
+    )
     assert layer_note(cell, quiet).endswith(
         f"it falls by 6.0 pp (95 % interval 1.0 to 11.0){chance}"
     )
@@ -40,4 +44,22 @@ def test_a_note_says_what_the_page_says_where_other_drops_are_undefined() -> Non
     undefined = [run.model_copy(update=dict.fromkeys(figures)) for run in others]
     cell = build_cell().model_copy(update={"runs": (quiet, *undefined)})
     assert shown_in(cell, cell.runs)[0] == "open"
-    assert layer_note(cell, quiet).endswith("which may be chance among 30 runs.")
+    assert layer_note(cell, quiet).endswith(
+        f"be chance among 30 runs of this benchmark alone; {AVERAGE}."
+    )
+
+
+def test_the_note_and_the_name_of_a_cells_run_begin_with_what_it_is_read_for() -> None:
+    """Was: its note lacked the answer, and lists cut names to the model's, which is all alike."""
+    cell = build_cell()
+    whole = described(cell, (), {}, answer=cell_answer(cell))[-1]
+    assert whole.note.endswith(
+        f"{answer(claims([cell]))} This rests on this benchmark alone; {AVERAGE}."
+    )
+    assert whole.name == "arc_easy · 0-shot · SmolLM2-135M-Instruct"
+
+
+def test_the_note_of_a_leaderboard_has_the_answer_over_its_benchmarks() -> None:
+    """Was: empty."""
+    cells = [build_cell(), build_cell("piqa")]
+    assert answer(claims(cells)) in board_text(cells)

@@ -36,10 +36,12 @@ def print_each(head: str, failed: Mapping[str, str]) -> None:
         say(f"{head}: {what}: {why}", error=True)
 
 
-def print_cell(cell: CellRecord, only: RunIdentity | None = None, brief: bool = False) -> None:
+def print_cell(
+    cell: CellRecord, only: RunIdentity | None = None, brief: bool = False, average: bool = False
+) -> None:
     """Print a cell's runs, or one of them; or, to be `brief`, those that are shown to do something.
 
-    What stands in `print_measured` already is left out then.
+    What stands in `print_measured` already is left out then; `average` is as for `alone_sentence`.
     """
     from tracker.report.caveats import looks_note, rounding_note, second_rounding_note
     from tracker.report.leaderboard.claims import shown_in
@@ -70,7 +72,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None, brief: bool = 
     say()
     print_table(made := table(title, columns, [run_table.CellRun(cell, run) for run in shown]))
     if brief:
-        say(_unlisted(cell, len(shown)))
+        say(_unlisted(cell, average))
     said = {"baseline_rounded", *(("n", "baseline_low") if cell.is_raced else ())}
     lacking = [f"{DASH} {why}" for name, why in cell.reasons.items() if name not in said]
     power = "" if brief else power_sentence(cell, shown)
@@ -95,8 +97,10 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
 
     labels = dict(zip(map(id, cells), row_labels(cells), strict=True))
     models = named_models(cells)
+    averaged: set[int] = set()
     for model, mine in models.items():
         found = claims(mine)
+        averaged |= {id(cell) for cell in found.cells if len(found.cells) > 1}
         texts = [answer(found)] if found.layers else []
         # What one benchmark says of parts is said of each below.
         texts += [board.answer for board in part_boards(mine) if len(board.cells) > 1]
@@ -137,31 +141,26 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
     say()
     print_table(table("", columns, cells))
     if any(cell.whole_layers for cell in cells):
-        say(
-            "Spearman: 1 if the cosine score orders the layers as their removal does, 0 if it says "
-            "nothing of that"
-        )
+        say("Spearman correlation of the two rankings: 1 = identical, 0 = unrelated.")
     for cell in cells:
         if any(verdict != "open" for verdict in shown_in(cell, cell.runs)):
-            print_cell(cell, brief=True)
+            print_cell(cell, brief=True, average=id(cell) in averaged)
         else:
-            say(f"{cell.heading}: {beneath(cell)}{_unlisted(cell)}")
+            say(f"{cell.heading}: {beneath(cell)}{_unlisted(cell, id(cell) in averaged)}")
             say_all(looks_note(cell), rounding_note(cell), second_rounding_note(cell))
 
 
-def _unlisted(cell: CellRecord, listed: int = 0) -> str:
-    """Say how many runs are not listed, and why."""
+def _unlisted(cell: CellRecord, average: bool) -> str:
+    """Return how many runs are not listed, and why; `average` is as for `alone_sentence`."""
+    from tracker.report.leaderboard.claims import alone_sentence
+
     undefined = [run for run in cell.runs if run.accuracy_drop is None]
-    count = len(cell.runs) - listed - len(undefined)
-    said = []
-    if count:
-        some = f"{count} of {counted(len(cell.runs), 'run')} {'is' if count == 1 else 'are'}"
-        said.append(f"{some} not listed: by itself, what each changes is not told from chance yet")
+    sentences = [alone_sentence(cell, average)]
     if undefined:
         why = cell.reason_of("accuracy_drop", undefined[0])
         rest = f" and {len(undefined) - 1} more" if len(undefined) > 1 else ""
-        said.append(f"the drop of {undefined[0].label()}{rest} is undefined ({why})")
-    return "; ".join(said)
+        sentences.append(f"the drop of {undefined[0].label()}{rest} is undefined ({why})")
+    return "; ".join(filter(None, sentences))
 
 
 def _of_named_layers(found: Claims) -> Table:
@@ -310,7 +309,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         return "measured already" if cell.measured else taken
 
     def loop(cell: PlannedCell) -> str:
-        return f"{cell.cost.naive_flops / cell.cost.flops:.1f} × the TFLOP"
+        return f"{cell.cost.naive_flops / cell.cost.flops:.1f} × less than lm-eval per layer"
 
     def check(cell: PlannedCell) -> str:
         return f"{100 * cell.cost.check_layer_passes / cell.cost.layer_passes:.1f} %"
@@ -323,12 +322,14 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         Column("tokens", "count", lambda cell: cell.cost.tokens),
         Column("layer passes", "count", lambda cell: cell.cost.layer_passes),
         Column("TFLOP", "count", lambda cell: f"{cell.cost.flops / 1e12:,.1f}"),
-        Column("lm-eval loop", "count", loop),
+        Column("work saved", "count", loop),
         Column("self-check", "count", check),
         Column("memory", "count", lambda cell: f"{cell.cost.peak_bytes / 2**30:.1f} GiB"),
         Column("time at least", "count", at_least),
-        Column("reveals", "count", lambda cell: _revealed(cell)[0]),
-        Column(f"for {100 * MEANT:.0f} pp", "count", lambda cell: _revealed(cell)[1]),
+        Column("smallest detectable drop", "count", lambda cell: _revealed(cell)[0]),
+        Column(
+            f"documents for a {100 * MEANT:.0f} pp drop", "count", lambda cell: _revealed(cell)[1]
+        ),
     )
     total = sum(map(seconds, cells))
     if all(cell.measured or cell.shared for cell in cells):
@@ -341,8 +342,8 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     say()
     print_table(table("", columns, cells))
     say(
-        "self-check: so much of the work is done once more, on the really changed model. Besides, "
-        "each architecture is stress-tested once on a tiny copy"
+        "self-check: this share of the work is repeated on a model without the layer, to verify "
+        "the results. Besides, each architecture is stress-tested once on a tiny copy"
     )
     rounding = [cell for cell in cells if cell.kept and {*cell.request.interventions} & {*FORMATS}]
     for cell in cells:
@@ -352,10 +353,9 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
             say(f"{cell.request.title}: {_until(cell)}")
     say_all(*dict.fromkeys(second_rounding(each.request.model, each.kept) for each in rounding))
     say(
-        f"reveals: the smallest drop that so many documents show with {100 * POWER:.0f} % power "
-        f"(two-sided {100 * ALPHA:.0f} %, paired, all runs tested together)"
+        f"A drop is detected with {100 * POWER:.0f} % power by two-sided paired tests at "
+        f"{100 * ALPHA:.0f} % for all runs together"
     )
-    say(f"for {100 * MEANT:.0f} pp: how many documents show a drop of {100 * MEANT:.0f} pp")
     say("Both assume that a removal changes half of the outcomes, as between unrelated models")
     if any(cell.observed for cell in cells):
         say("*: assumes that it changes as many as the median removal that is measured already")
@@ -416,7 +416,7 @@ def print_plan_of_searches(
             return Estimate(None, reason="lm-eval computes no proxies")
         if not row.flops:
             return Estimate(None, reason="nothing is measured that is not measured above")
-        return f"{row.naive_flops / row.flops:.1f} × the TFLOP"
+        return f"{row.naive_flops / row.flops:.1f} × less than lm-eval per layer"
 
     def seconds(row: PlannedSearch) -> float:
         return rates.seconds(row.flops, row.dtype)
@@ -435,7 +435,7 @@ def print_plan_of_searches(
         Column("evaluations", "count", evaluations),
         Column("passes", "count", passes, no_search),
         Column("TFLOP", "count", lambda row: f"{row.flops / 1e12:,.1f}"),
-        Column("lm-eval loop", "count", loop),
+        Column("work saved", "count", loop),
         Column("time at least", "count", lambda row: _duration(seconds(row))),
     )
     rows = [*searches, *tests]

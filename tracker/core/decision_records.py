@@ -9,10 +9,7 @@ from pydantic import Field
 from tracker.core.identities import Record, Shown
 from tracker.core.records import RunIdentity
 
-PRIVATE = (
-    "texts stay where they were measured, since they are not of the hub or a package; "
-    "--publish-documents publishes them"
-)
+PRIVATE = "the texts of your own task are not uploaded (use --publish-documents to upload them)"
 
 
 class ShownDocument(Record):

@@ -23,7 +23,7 @@ from tracker.engine.selfcheck.reference import Comparison, Reference, shaken
 CHECKED_TOKENS = 16
 """Tokens that the check lets every ablation generate."""
 _LESS = "measured with less sharing: "
-_FINER = "; 'dtype: float32' rounds finely, and what rounding decides here stands with the results"
+_FINER = ". The report counts them; --dtype float32 avoids it"
 DRAWS = 8
 """Times that a text is generated again with embeddings moved by rounding."""
 

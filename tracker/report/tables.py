@@ -285,7 +285,7 @@ def provenance_table(cell: CellRecord) -> Table:
         **({"measured last (UTC)": cell.measured} if cell.measured else {}),
         "tokens behind the proxies": f"{cell.tokens:,}",
         **({"stand-ins fitted on": cell.fitted_on} if cell.fitted_on else {}),
-        "answered again on a really pruned model": _compared(cell),
+        "answers checked against a model with the layer deleted": _compared(cell),
     }
     if len(benchmark.tasks) > 1:
         facts["group accuracy"] = (

@@ -412,8 +412,8 @@ def summary(cells: Sequence[CellRecord]) -> str:
     )
     text += (
         f"The Spearman correlation of cost and cosine score over the layers {span} (1 = the same "
-        f"order); in {related} of {counted(len(cells), 'measurement')} it is more than unrelated "
-        "layers would give (5 %, Holm)"
+        f"order); significant in {related} of {counted(len(cells), 'measurement')} (5 %, "
+        "Holm-corrected)"
     )
     without = len(cells) - len(values)
     return f"{text}, in {without} it is undefined." if without else f"{text}."

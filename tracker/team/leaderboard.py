@@ -18,7 +18,12 @@ from tracker.core.errors import ResultsError
 from tracker.core.grouping import grouped
 from tracker.core.identities import Record, Shown
 from tracker.core.records import CellRecord
+from tracker.core.text import as_markdown
 from tracker.report.export import board_data
+from tracker.report.leaderboard.claims import claims
+from tracker.report.leaderboard.comparable import named_models
+from tracker.report.leaderboard.parts import model_answer, part_boards
+from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 from tracker.tracking.base import BOARD_FILE, Page, Pages
 from tracker.tracking.figures import LoggedTable, logged
 from tracker.tracking.identity import content_digest
@@ -130,7 +135,8 @@ def publish_board(backend: Pages, cells: Iterable[CellRecord]) -> tuple[Board, s
             file = Path(folder) / BOARD_FILE
             file.write_text(whole.model_dump_json(), encoding="utf-8")
             tables = board_tables(whole.cells)
-            location = backend.add_page(Page("leaderboard", [file], tables, whole.cells))
+            page = Page("leaderboard", [file], tables, whole.cells, board_text(whole.cells))
+            location = backend.add_page(page)
     return whole, location
 
 
@@ -146,3 +152,13 @@ def _after(board: Board, cell: CellRecord) -> str:
 def board_tables(cells: Sequence[CellRecord]) -> Mapping[str, LoggedTable]:
     """Lay `layer_leaderboard` and `model_leaderboard` out for the page of a tracking backend."""
     return {name: logged(made) for name, made in board_data(cells).items()}
+
+
+def board_text(cells: Sequence[CellRecord]) -> str:
+    """Write what is shown of each model, and how its leaderboards are read, in Markdown."""
+    answers = (
+        f"**{as_markdown(model)}**: "
+        + as_markdown(model_answer(claims(mine), part_boards(mine), mine))
+        for model, mine in named_models(cells).items()
+    )
+    return "\n\n".join((*answers, LAYER_RULE, MODEL_RULE, INTERVAL_RULE))

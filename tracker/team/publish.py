@@ -26,6 +26,7 @@ from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_texts
 from tracker.measuring.derive import decisions_of, every_record, record_of
 from tracker.report.charts.cells import cell_charts
+from tracker.report.leaderboard.parts import cell_answer
 from tracker.report.wording import row_labels
 from tracker.team.live import Live
 from tracker.tracking import (
@@ -230,7 +231,7 @@ class Publisher:
             outcome.notes.append(f"{rest} are one with their table; --runs all makes one of each")
         asked = {service(to.backend).place_of(to, self.project): to for to in self._targets}
         parts: _Parts | None = None
-        charts = None
+        charts, answer = None, ""
         for place in [*asked, *self._left(store, record, asked)]:
             title = service(place.backend).title_of(place)
             try:
@@ -243,11 +244,14 @@ class Publisher:
                 if trust_receipts and receipt.get("record") == digest:
                     outcome.places[title] = receipt["location"]
                     continue
-                charts = cell_charts(record) if charts is None else charts
+                if charts is None:
+                    charts, answer = cell_charts(record), cell_answer(record)
                 if to not in self._open:
                     self._open[to] = open_backend(*self._there(to))
                 backend = self._open[to]
-                published = backend.publish(record, parts.files, charts, parts.tables, self._which)
+                published = backend.publish(
+                    record, parts.files, charts, parts.tables, self._which, answer
+                )
                 outcome.places[title] = published.location
                 outcome.done[title] = published
                 outcome.notes += published.notes

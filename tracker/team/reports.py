@@ -20,12 +20,11 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.derive import every_record
 from tracker.report.export import FORMATS, export, figures
 from tracker.report.frames import document_frame
-from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 from tracker.report.page.html import render_report
 from tracker.report.page.studies import standing_alone
 from tracker.report.wording import summary
 from tracker.team.collect import Collected, merged
-from tracker.team.leaderboard import board_tables, publish_board
+from tracker.team.leaderboard import board_tables, board_text, publish_board
 from tracker.tracking import open_backend, target
 from tracker.tracking.base import Page, Pages, Target
 
@@ -103,7 +102,7 @@ def publish(
             files = [page, *export(found.cells, "parquet", Path(folder), more, found.findings)]
             alone = standing_alone(found.cells, found.findings, found.searched)
             charts = dict(list(figures(alone, found.findings).items())[:_CHARTS])
-            says = "\n\n".join((summary(alone), LAYER_RULE, MODEL_RULE, INTERVAL_RULE))
+            says = f"{summary(alone)}\n\n{board_text(found.cells)}"
             tables = board_tables(found.cells)
             report = Page("report", files, tables, found.cells, says, charts)
             locations[masked(text)] = backend.add_page(report)

@@ -223,6 +223,7 @@ class Backend(ABC):
         charts: Mapping[str, Figure],
         tables: Mapping[str, LoggedTable] = {},
         which: Which = "auto",
+        answer: str = "",
     ) -> Published:
         """Publish the cell as one run, one for the intact model, and one more for each of its runs.
 
@@ -238,6 +239,7 @@ class Backend(ABC):
             tables: Tables of the cell's run besides those of the record, by name; they follow from
                 the artifacts.
             which: Which of its runs are runs of their own.
+            answer: What the benchmark shows by itself.
 
         Returns:
             How many runs were created, updated and left alone, and where to look at them.
@@ -247,7 +249,9 @@ class Backend(ABC):
         """
         advice = when_mended(self._setting() + sync_command(self._results, self._to))
         with self._one_writer("did not take the runs", advice):
-            outcomes = Counter(self._write(described(cell, artifacts, charts, tables, which)))
+            outcomes = Counter(
+                self._write(described(cell, artifacts, charts, tables, which, answer))
+            )
             return Published(
                 created=outcomes["created"],
                 updated=outcomes["updated"],

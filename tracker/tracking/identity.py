@@ -58,6 +58,11 @@ def intact_name(cell: CellRecord) -> str:
     return _name(first_label(cell), cell)
 
 
+def cell_name(cell: CellRecord) -> str:
+    """Name the run of a cell, the benchmark first: lists cut long names."""
+    return f"{cell.title.removeprefix(f'{cell.model.name} · ')} · {cell.model.name}"
+
+
 def group_name(cell: CellRecord) -> str:
     """Name what holds the runs of a cell together, alike on every machine."""
     # What views of one order have in common, so that a view which grows stays in its group.

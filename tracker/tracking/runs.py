@@ -38,6 +38,7 @@ from tracker.tracking.figures import (
     until_marks,
 )
 from tracker.tracking.identity import (
+    cell_name,
     content_digest,
     files_digest,
     intact_name,
@@ -50,11 +51,16 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
-def cell_note(cell: CellRecord) -> str:
-    """Say what the run of a cell shows.
+AVERAGE = "an average over several benchmarks can say more"
+"""What leads from a benchmark by itself to what the page and the leaderboard say."""
+
+
+def cell_note(cell: CellRecord, answer: str = "") -> str:
+    """Write the note of a cell's run.
 
     Args:
         cell: The cell.
+        answer: What it shows by itself.
 
     Returns:
         A paragraph.
@@ -68,6 +74,11 @@ def cell_note(cell: CellRecord) -> str:
         f"{cell.documents}) when {_what_is_removed(cell)}, beside the cheap proxies. The step "
         f"of every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
         + (f"\n\n{statement(cell.answer)}." if cell.answer else "")
+        + (
+            f"\n\n{as_markdown(answer)} This rests on this benchmark alone; {AVERAGE}."
+            if answer
+            else ""
+        )
     )
 
 
@@ -118,7 +129,8 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
     size = run.drop if run.accuracy_drop >= 0 else -run.drop
     by = f"{measure.write(abs(run.accuracy_drop))} {measure.unit}"
     between = named_interval(size, measure.write, interval_name(cell))
-    chance = f", which may be chance among {counted(len(cell.runs), 'run')}"
+    among = f"among {counted(len(cell.runs), 'run')} of this benchmark alone"
+    chance = f", which may be chance {among}; {AVERAGE}"
     text = f"{what}; it {'falls' if falls else 'rises'} by {by}{between}"
     text += f"{'' if _is_shown(cell, run) else chance}."
     if not cell.higher_is_better:
@@ -332,13 +344,14 @@ def described(
     charts: Mapping[str, Figure],
     tables: Mapping[str, LoggedTable] = {},
     which: Which = "auto",
+    answer: str = "",
 ) -> list[DescribedRun]:
     """Describe the runs of a cell, its own last: the newest stands first in a backend's list.
 
     Before it come the model that its runs begin with, and before that the runs, the last one first.
     """
     runs = [layer_run(cell, run) for run in reversed(one_by_one(cell, which))]
-    return [*runs, intact_run(cell), cell_run(cell, files, charts, tables)]
+    return [*runs, intact_run(cell), cell_run(cell, files, charts, tables, answer)]
 
 
 def take_over(
@@ -395,6 +408,7 @@ def cell_run(
     files: Sequence[Path] = (),
     charts: Mapping[str, Figure] = {},
     tables: Mapping[str, LoggedTable] = {},
+    answer: str = "",
 ) -> DescribedRun:
     """Describe the run of a cell, with the figures of its runs as curves over the layers."""
     figures = cell_figures(cell)
@@ -412,8 +426,8 @@ def cell_run(
     return DescribedRun(
         cell=cell,
         kind="cell",
-        name=cell.title,
-        note=cell_note(cell),
+        name=cell_name(cell),
+        note=cell_note(cell, answer),
         known=cell,
         figures=_named(only_defined(figures)),
         reasons=_named(reasons),

@@ -138,7 +138,7 @@ def check(
         engine.with_sharing(sharing),
         every.difference,
         less(verdict.lost, sharing, why),
-        _unsteady(every, Reference(engine).is_half),
+        _unsteady(every, engine.loaded.model.dtype, Reference(engine).is_half),
         verdict.which,
     )
 
@@ -200,14 +200,15 @@ def holds_blank(model: Any, documents: Sequence[Document]) -> bool:
     return bool((weight[known.long()] == 0).all(-1).any())
 
 
-def _unsteady(found: Comparison, is_half: bool) -> str | None:
+def _unsteady(found: Comparison, dtype: torch.dtype, is_half: bool) -> str | None:
     if not found.unsteady:
         return None
     if is_half:
-        nats, share = HALF
+        name = str(dtype).removeprefix("torch.")
+        change = "changes" if found.unsteady == 1 else "change"
         return (
-            f"rounding alone moves {found.unsteady} of {found.compared} answers by more than "
-            f"{nats} nats and {100 * share:.0f} % in half precision, in lm-eval too"
+            f"in {name}, {found.unsteady} of {found.compared} answers {change} by rounding alone "
+            "(in lm-eval too)"
         )
     return (
         f"the model is discontinuous: {found.unsteady} of {found.compared} answers move by more "

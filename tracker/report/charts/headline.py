@@ -193,7 +193,7 @@ def _explains(board: LayerBoard, noisy: bool) -> str:
         )
     text += "Bottom: the cheap score that often stands in for the cost."
     if board.claims.missed:
-        text += " Shaded: layers that matter and that a choice by that score would miss."
+        text += " Shaded: layers that matter and have none of the highest such scores."
     return text
 
 

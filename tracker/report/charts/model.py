@@ -86,11 +86,10 @@ def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:
 
 
 def _title(label: str, wrong: int, total: int) -> str:
-    are, them = ("are", "them") if wrong > 1 else ("is", "it")
-    return (
-        f"{label}: {wrong or 'none'} of {counted(total, 'layer')} {are} shown to stand elsewhere "
-        f"than the cosine score puts {them}"
-    )
+    if not wrong:
+        return f"{label}: for no layer can we show that its true rank differs from its cosine rank"
+    of = f"{wrong} of {counted(total, 'layer')}"
+    return f"{label}: for {of} we can show that the true rank differs from the cosine rank"
 
 
 _TOP = 0.96

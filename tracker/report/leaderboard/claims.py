@@ -27,6 +27,8 @@ _LOSSES = (SMALL, 0.03, 0.02, 0.01)
 SMALL_IN_WORDS = f"{100 * SMALL:g} pp"
 FIRST = 5
 """A layer that is surely among so many largest falls of log-probability is named."""
+_NAMED = 10
+"""So many layers that cost little are named; of more it is said how many they are."""
 
 RunOrder = tuple[int | str, ...]
 """A run's `order`, by which it is found."""
@@ -81,9 +83,8 @@ class Claims:
         return [layer for layer in self.layers if layer not in known]
 
     @property
-    def missed(self) -> list[int]:
-        """The costly layers that a choice of as many by mean cosine score leaves out, for others
-        that are shown to cost less."""
+    def by_cosine(self) -> list[int]:
+        """As many layers as are costly, those of the highest mean cosine scores; none without."""
         runs = [cell.runs_of() for cell in self.cells]
         scores = {
             layer: sum(score for score in mine if score is not None)
@@ -92,8 +93,13 @@ class Claims:
         }
         if len(scores) < len(self.layers):
             return []
-        costly = self.costly
-        taken = sorted(scores, key=lambda layer: (-scores[layer], layer))[: len(costly)]
+        return sorted(scores, key=lambda layer: (-scores[layer], layer))[: len(self.costly)]
+
+    @property
+    def missed(self) -> list[int]:
+        """The costly layers that a choice of as many by mean cosine score leaves out, for others
+        that are shown to cost less."""
+        costly, taken = self.costly, self.by_cosine
         instead = [_high(self.drops, layer) for layer in taken if layer not in costly]
         return [
             layer
@@ -275,6 +281,21 @@ def shown_sentence(
     return f"Of {len(shown):,} {what} {'; '.join(clauses) or f'none is shown to change {level}'}"
 
 
+def alone_sentence(cell: CellRecord, average: bool) -> str:
+    """Return how many runs of a benchmark are open; `average` says that a mean is shown above."""
+    shown = zip(cell.runs, shown_in(cell, cell.runs), strict=True)
+    count = sum(v == "open" and run.accuracy_drop is not None for run, v in shown)
+    noun = "layer" if all(run.kind == WHOLE_LAYER for run in cell.runs) else "run"
+    every = counted(len(cell.runs), noun)
+    subject = (
+        f"none of the {every} can" if count == len(cell.runs) else f"{count} of {every} cannot"
+    )
+    text = f"{subject} be told from chance" if len(cell.runs) > 1 else f"{every} is open"
+    if average:
+        text = f"on this benchmark alone, {text} (the average above can say more)"
+    return capital(text) if count else ""
+
+
 def controls_answer(cell: CellRecord) -> str:
     """Hold what layers cost together against sets of as many that were drawn at random.
 
@@ -371,8 +392,8 @@ def answer(found: Claims) -> str:
         found: What is shown.
 
     Returns:
-        For example `Accuracy on arc_easy and piqa falls without layer 0, 1 or 11. 14 of 30 layers
-        cost less than 5 pp …`; why there is nothing to say where no benchmark counts.
+        For example `Accuracy on arc_easy and piqa falls without layer 0, 1 or 11. Only layer 17 is
+        shown to cost less than 5 pp …`; why there is nothing to say where no benchmark counts.
     """
     if not found.layers:
         return "No benchmark counts yet, so nothing can be said of the layers."
@@ -384,18 +405,22 @@ def answer(found: Claims) -> str:
     if costly:
         sentences.append(f"{level} {on} {falls} without {_layers(costly, 'or')}.")
     else:
-        sentences.append(f"{level} {on} shows of no layer yet that it matters.")
+        comma = "," if len(found.cells) > 1 else ""
+        sentences.append(f"So far no layer is shown to matter{comma} {on}.")
     if weak := [cell for cell in found.cells if _at_chance(cell)]:
         sentences.append(
             f"On {name_benchmarks(weak)} the intact model itself is not shown to be above "
             "guessing, so that accuracy has nothing to lose there."
         )
     if found.helpful:
-        sentences.append(f"It {rises} without {_layers(found.helpful, 'or')}.")
+        subject = "It" if costly else level
+        sentences.append(f"{subject} {rises} without {_layers(found.helpful, 'or')}.")
     if small := found.small:
-        of = counted(len(found.layers), "layer")
-        costs = "costs" if len(small) == 1 else "cost"
-        sentences.append(f"{len(small)} of {of} {costs} less than {SMALL_IN_WORDS}.")
+        subject = f"{len(small)} of {counted(len(found.layers), 'layer')}"
+        if len(small) <= min(_NAMED, len(found.layers) // 2):
+            subject = f"Only {_layers(small, 'and')}"
+        are = "is" if len(small) == 1 else "are"
+        sentences.append(f"{subject} {are} shown to cost less than {SMALL_IN_WORDS}.")
     if undecided:
         sentences.append(_undecided(found, len(undecided)))
     falling = {} if costly else found.falling
@@ -408,8 +433,12 @@ def answer(found: Claims) -> str:
             f"it most include {named}."
         )
     sentences += _causes(found, {*costly, *falling})
-    if missed := found.missed:
-        sentences.append(f"A choice by cosine score would miss {_layers(missed, 'and')}.")
+    if found.missed:
+        subject = "layer with the highest cosine score is"
+        if len(costly) > 1:
+            subject = f"{len(costly)} layers with the highest cosine scores are"
+        highest, matter = (listed([*map(str, sorted(of))]) for of in (found.by_cosine, costly))
+        sentences.append(f"The {subject} {highest}, not {matter}.")
     return f"{' '.join(sentences)} ({basis(found.cells)}.)"
 
 
@@ -457,13 +486,12 @@ def _causes(found: Claims, named: Collection[int]) -> list[str]:
     others = [layer for layer in found.costly if layer not in broken]
     if not broken:
         return []
-    text = (
-        f"Without {_layers(broken, 'or')} the model hardly produces language: all options become "
-        "unlikely"
-    )
+    sentences = [
+        f"Without {_layers(broken, 'or')} the model breaks down (every answer becomes unlikely)."
+    ]
     if others:
-        text += f"; without {_layers(others, 'or')} it chooses other ones"
-    return [f"{text}."]
+        sentences.append(f"Without {_layers(others, 'or')} it still works but picks wrong answers.")
+    return sentences
 
 
 def _grouped(which: dict[int, list[CellRecord]]) -> list[tuple[str, list[int]]]:

@@ -26,6 +26,7 @@ class LayerStanding:
     Attributes:
         relevance: Mean accuracy relevance over the benchmarks.
         drop: Mean accuracy drop over the benchmarks, a fraction.
+        deciding: The same with the interval that decides what is shown: it holds for all layers.
         cosine_score: Mean cosine score over the benchmarks; None where one is undefined.
         benchmarks: How many benchmarks define its relevance.
         rank: 1 = matters most; undefined where a benchmark is lacking. From the best to the worst
@@ -36,6 +37,7 @@ class LayerStanding:
     layer: int
     relevance: Estimate
     drop: Estimate
+    deciding: Estimate
     cosine_score: float | None
     benchmarks: int
     rank: Estimate
@@ -44,7 +46,7 @@ class LayerStanding:
 
 @dataclass(frozen=True)
 class LayerBoard:
-    """The layers of one model: by rank, then those without one.
+    """The layers of one model, by the lower end of what each costs; those without one come last.
 
     Attributes:
         cells: The cells that count, in the order of the page.
@@ -61,7 +63,8 @@ class LayerBoard:
     @property
     def ranked(self) -> list[LayerStanding]:
         """Those that have a rank, the most relevant first."""
-        return [standing for standing in self.layers if standing.rank.value is not None]
+        ranked = [standing for standing in self.layers if standing.rank.value is not None]
+        return sorted(ranked, key=lambda standing: (standing.rank.value, standing.layer))
 
     @property
     def by_depth(self) -> list[LayerStanding]:
@@ -94,19 +97,26 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
     for layer in layers:
         runs = [of_cell[layer] for of_cell in by_cell if layer in of_cell]
         scores = [run.cosine_score for run in runs if run.cosine_score is not None]
+        drop = mean([run.drop for run in runs])
         standings.append(
             LayerStanding(
                 layer=layer,
                 relevance=means[layer],
-                drop=mean([run.drop for run in runs]),
+                drop=drop,
+                deciding=found.drops.get(layer, Estimate(drop.value, reason=drop.reason)),
                 cosine_score=sum(scores) / len(scores) if len(scores) == len(runs) else None,
                 benchmarks=benchmarks[layer],
                 rank=ranks.get(layer, Estimate(None, reason=means[layer].reason)),
                 shown=found.word(layer),
             )
         )
-    standings.sort(key=lambda s: (s.rank.value is None, s.rank.value, s.layer))
+    standings.sort(key=lambda s: (*by_lower_end(s.deciding), s.layer))
     return LayerBoard(cells[0].model, tuple(counted), tuple(standings), left_out, found)
+
+
+def by_lower_end(drop: Estimate) -> tuple[bool, float]:
+    """Return a sort key: drops that are surely largest come first, those without interval last."""
+    return None in (drop.value, drop.low), -(drop.low or 0.0)
 
 
 def ranked(cells: Sequence[CellRecord], rows: Sequence[Sequence[RunRecord]]) -> list[Estimate]:

@@ -16,6 +16,8 @@ from tracker.report.leaderboard.claims import (
     Claims,
     answer,
     basis,
+    claims,
+    controls_answer,
     mean_drop,
     name_benchmarks,
     parts_answer,
@@ -23,8 +25,7 @@ from tracker.report.leaderboard.claims import (
     shown_word,
 )
 from tracker.report.leaderboard.comparable import countable
-from tracker.report.leaderboard.layers import mean_relevance, ranked
-from tracker.stats.combined import mean
+from tracker.report.leaderboard.layers import by_lower_end, mean_relevance, ranked
 from tracker.stats.support import Verdict, verdicts
 
 
@@ -35,7 +36,8 @@ class PartStanding:
     Attributes:
         run: What is done, as the first of its benchmarks has it.
         relevance: Mean accuracy relevance over the benchmarks.
-        drop: Mean accuracy drop over the benchmarks, a fraction.
+        deciding: Mean accuracy drop over the benchmarks, a fraction, with the interval that decides
+            what is shown: it holds for all parts of the board.
         rank: 1 = matters most, with the best and the worst that it may be; all ranks of a board lie
             between theirs with 95 % confidence. Undefined where the relevance is.
         verdict: What is shown of it, all parts of the board at once.
@@ -44,7 +46,7 @@ class PartStanding:
 
     run: RunRecord
     relevance: Estimate
-    drop: Estimate
+    deciding: Estimate
     rank: Estimate
     verdict: Verdict
     shown: str
@@ -52,7 +54,7 @@ class PartStanding:
 
 @dataclass(frozen=True)
 class PartBoard:
-    """The parts of one kind of one model that all its benchmarks measured: by rank.
+    """The parts of one kind of one model that all its benchmarks measured, as layers are listed.
 
     Attributes:
         kind: What they have in common.
@@ -74,7 +76,7 @@ class PartBoard:
     @property
     def answer(self) -> str:
         """What is shown of them, in a sentence."""
-        order = sorted(self.parts, key=lambda part: -(part.drop.value or 0.0))
+        order = sorted(self.parts, key=lambda part: -(part.deciding.value or 0.0))
         shown = {part.run.label(): part.verdict for part in order}
         over = "on average over" if len(self.cells) > 1 else "on"
         said = shown_sentence(self.many, shown, f"accuracy {over} {name_benchmarks(self.cells)}")
@@ -100,6 +102,13 @@ def model_answer(found: Claims, boards: Sequence[PartBoard], cells: Sequence[Cel
     return " ".join([answer(found), *said] if found.layers or not said else said)
 
 
+def cell_answer(cell: CellRecord) -> str:
+    """Return what one benchmark shows by itself; empty where nothing of it counts."""
+    layers = claims([cell])
+    texts = (answer(layers) if layers.layers else "", parts_answer(cell), controls_answer(cell))
+    return " ".join(filter(None, texts))
+
+
 def _board(cells: Sequence[CellRecord], kind: Kind) -> PartBoard:
     def own(cell: CellRecord) -> list[RunRecord]:
         return [run for run in cell.runs if run.kind.family == kind]
@@ -117,11 +126,11 @@ def _board(cells: Sequence[CellRecord], kind: Kind) -> PartBoard:
             PartStanding(
                 run=runs[0],
                 relevance=relevance,
-                drop=mean([run.drop for run in runs]),
+                deciding=drop,
                 rank=places.get(runs[0].order, Estimate(None, reason=relevance.reason)),
                 verdict=verdict,
                 shown="undefined" if drop.value is None else shown_word(verdict, drop),
             )
         )
-    standings.sort(key=lambda s: (s.rank.value is None, s.rank.value, s.run.order))
+    standings.sort(key=lambda s: (*by_lower_end(s.deciding), s.run.order))
     return PartBoard(cells[0].model, kind, tuple(counted), tuple(standings), left_out)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 LAYER_RULE = (
-    "Layers are ranked by their mean accuracy relevance over the benchmarks (1 = removing the "
-    "layer takes the model down to chance, 0 = no change, negative = removal helps). Each "
-    "benchmark counts alike and once; only layers measured on all of them have a rank."
+    "Layers are listed by the lower end of the interval of their mean accuracy drop, which holds "
+    "for all layers together and decides what is shown: a layer matters where it is above 0. Ranks "
+    "are by mean accuracy relevance (1 = removing the layer takes the model down to chance, 0 = no "
+    "change, negative = removal helps). Each benchmark counts alike and once; only layers measured "
+    "on all of them have a rank."
 )
 
 

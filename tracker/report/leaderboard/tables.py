@@ -31,8 +31,9 @@ _ENDS = 10
 _NO_RANK = "not defined on every benchmark"
 _ALONE = "there is no other model to compare with"
 _NO_SCORE = "undefined on a benchmark, or in a layer that has a rank"
-_RELEVANCE = "mean relevance with 95 % interval"
+_RELEVANCE = "mean relevance with 95 % interval for each alone"
 _DROP = "mean accuracy drop with 95 % interval"
+_DECIDING = f"{_DROP} for all together"
 _SCORE = f"mean {PROXIES['cosine_score'].heading}"
 Standing = TypeVar("Standing")
 
@@ -74,6 +75,16 @@ def _between(otherwise: str = "", label: str = "rank") -> Column[Any]:
     return Column(label, "count", lambda row: row.standing.rank, otherwise, interval=True)
 
 
+def _rank_column(
+    rows: Sequence[RankedRow[Any]], otherwise: str
+) -> tuple[list[Column[Any]], list[str]]:
+    """Return the column of ranks; where every rank may be any, a note stands in its place."""
+    ranks = [row.standing.rank for row in rows if row.standing.rank.value is not None]
+    if any(rank.between != (1, len(ranks)) for rank in ranks):
+        return [_between(otherwise)], []
+    return [], ["No rank by relevance is told from another yet."] * (len(ranks) > 1)
+
+
 def layer_board_columns() -> tuple[Column[RankedRow[LayerStanding]], ...]:
     """State the columns of a leaderboard of layers that code gets."""
     return (
@@ -81,7 +92,7 @@ def layer_board_columns() -> tuple[Column[RankedRow[LayerStanding]], ...]:
         *_ranks(_NO_RANK),
         _standing("layer", "layer (0-based)", "count"),
         *_with_ends(_standing("accuracy_relevance", _RELEVANCE, "relevance", field="relevance")),
-        *_with_ends(_standing("accuracy_drop", _DROP, "points", field="drop")),
+        *_with_ends(_standing("accuracy_drop", _DECIDING, "points", field="deciding")),
         _standing("cosine_score", _SCORE, "proxy", _NO_SCORE),
         _standing("benchmarks", "benchmarks", "count"),
         _standing("shown", "shown", "text"),
@@ -95,8 +106,8 @@ def _layer_rows(board: LayerBoard, label: str) -> list[RankedRow[LayerStanding]]
 def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
     """Lay the leaderboards of layers, one a model, out for code.
 
-    One row for each model and layer (0-based), the most relevant first: means over `benchmarks`
-    benchmarks, fractions; `rank` is missing where a benchmark is lacking.
+    One row for each model and layer (0-based), the largest lower end of a drop first: means over
+    `benchmarks` benchmarks, fractions; `rank` is missing where a benchmark is lacking.
     """
     labelled = zip(boards, model_labels([board.model for board in boards]), strict=True)
     rows = [row for board, label in labelled for row in _layer_rows(board, label)]
@@ -104,28 +115,31 @@ def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
 
 
 def layer_board_table(board: LayerBoard, label: str) -> Table:
-    """Set the leaderboard of one model's layers, the most relevant first."""
+    """Set the leaderboard of one model's layers, the largest lower end of a drop first."""
     columns, ranks = named(*layer_board_columns()), cosine_ranks(board)
+    rows = _layer_rows(board, label)
+    rank, notes = _rank_column(rows, _NO_RANK)
     by_cosine: Column[RankedRow[LayerStanding]] = Column(
         "rank by cosine score", "count", lambda row: ranks.get(row.standing.layer), _NO_SCORE
     )
     return table(
-        f"{label}: its layers, ranked by mean accuracy relevance over "
-        f"{counted(len(board.cells), 'benchmark')}.",
+        f"{label}: its layers over {counted(len(board.cells), 'benchmark')}, the largest lower end "
+        "of a drop first.",
         [
-            _between(_NO_RANK),
-            *pick(columns, "layer", "shown", "accuracy_relevance", "accuracy_drop", "cosine_score"),
+            *rank,
+            *pick(columns, "layer", "shown", "accuracy_drop", "accuracy_relevance", "cosine_score"),
             by_cosine,
             columns["benchmarks"],
         ],
-        _layer_rows(board, label),
+        rows,
+        *notes,
         *_notes(board),
-        header=1,
+        header=len(rank),
     )
 
 
 def _notes(board: LayerBoard) -> list[str]:
-    """Say why there are dashes."""
+    """Explain dashes, and what is open though its interval is not."""
     layers = [standing.layer for standing in board.by_depth]
     misses_cosine_ranks = board.ranked and not cosine_ranks(board)
     dashes = {
@@ -136,6 +150,11 @@ def _notes(board: LayerBoard) -> list[str]:
             layer.layer for layer in board.by_depth if layer.cosine_score is None
         ],
         f"no rank by cosine score: {_NO_SCORE}": layers if misses_cosine_ranks else [],
+        "open by McNemar’s exact test (Holm), though the interval is above 0": [
+            layer.layer
+            for layer in board.by_depth
+            if layer.shown == "open" and (layer.deciding.low or 0.0) > 0
+        ],
     }
     notes = [
         f"{layer_list(without, len(layers)).capitalize()}: {why}."
@@ -162,7 +181,7 @@ def part_board_columns() -> tuple[Column[RankedRow[PartStanding]], ...]:
         of_run("span", "layers"),
         of_run("number", "number in the layer (0-based)"),
         *_with_ends(_standing("accuracy_relevance", _RELEVANCE, "relevance", field="relevance")),
-        *_with_ends(_standing("accuracy_drop", _DROP, "points", field="drop")),
+        *_with_ends(_standing("accuracy_drop", _DECIDING, "points", field="deciding")),
         Column("benchmarks", "count", lambda row: row.benchmarks, name="benchmarks"),
         _standing("shown", "shown", "text"),
     )
@@ -175,7 +194,7 @@ def _part_rows(board: PartBoard, label: str) -> list[RankedRow[PartStanding]]:
 def part_board_data(boards: Sequence[tuple[str, PartBoard]]) -> Table:
     """Lay the leaderboards of heads, experts and stretches out for code, each with its model.
 
-    One row for each model and part, kind by kind, the most relevant first.
+    One row for each model and part, kind by kind, the largest lower end of a drop first.
     """
     rows = [row for label, board in boards for row in _part_rows(board, label)]
     return table("", part_board_columns(), rows)
@@ -186,21 +205,20 @@ def part_board_table(board: PartBoard, label: str) -> Table:
     rows = _part_rows(board, label)
     between = len(rows) - 2 * _ENDS
     title = (
-        f"{label}: its {board.many}, ranked by mean accuracy relevance over "
-        f"{counted(len(board.cells), 'benchmark')}"
+        f"{label}: its {board.many} over {counted(len(board.cells), 'benchmark')}, the largest "
+        "lower end of a drop first"
     )
+    rank, notes = _rank_column(rows, _NO_RANK)
     if between > 0:
         rows = rows[:_ENDS] + rows[-_ENDS:]
         title += f"; {between:,} more are between the first {_ENDS} and the last {_ENDS}"
     columns = named(*part_board_columns())
     return table(
         f"{title}.",
-        [
-            _between(_NO_RANK),
-            *pick(columns, "part", "shown", "accuracy_relevance", "accuracy_drop"),
-        ],
+        [*rank, *pick(columns, "part", "shown", "accuracy_drop", "accuracy_relevance")],
         rows,
-        header=1,
+        *notes,
+        header=len(rank),
     )
 
 
@@ -298,13 +316,15 @@ def model_board_data(board: ModelBoard) -> Table:
 def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
     """Set the leaderboard of models, the least hurt first; `labels` are in its order."""
     names = ("model", "accuracy_relevance", "accuracy_drop", "worst_layer", "costly_layers")
+    rows = _model_rows(board, labels)
+    rank, _ = _rank_column(rows, _ALONE)
     return table(
         "Models: how much the removal of one layer hurts, the least first, over "
         f"{counted(len(board.benchmarks), 'common benchmark')}.",
-        [_between(_ALONE), *pick(named(*model_board_columns()), *names, "layers")],
-        _model_rows(board, labels),
+        [*rank, *pick(named(*model_board_columns()), *names, "layers")],
+        rows,
         *filter(None, [board.open]),
-        header=1,
+        header=len(rank),
     )
 
 

@@ -74,15 +74,16 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
     compared = sum(cell.compared for cell in cells)
     if not compared:
         return (
-            "Nothing that is shown here was answered again on a really pruned model: other "
-            "ablations were drawn for that."
+            "No answer shown here was checked against a model with the layer actually deleted: "
+            "other ablations were drawn for that."
         )
     largest = max(cell.compared_difference or 0.0 for cell in cells)
     unsteady = sum(cell.compared_unsteady for cell in cells)
     without = sum(not cell.compared for cell in cells)
     text = (
-        f"{counted(compared, 'answer')} to documents drawn at random and to the longest were asked "
-        f"again of a really pruned model: log-likelihoods differ by at most {largest:.1e} nats."
+        f"{counted(compared, 'answer')} {'was' if compared == 1 else 'were'} checked against a "
+        "model with the layer actually deleted: log-likelihoods differ by at most "
+        f"{largest:.1e} nats."
     )
     if unsteady:
         why = "the model is discontinuous there"
@@ -98,8 +99,8 @@ def _differ(found: Agreement) -> str:
     if not defined(found.differ) or not defined(found.chance):
         return "ranks cannot be compared"
     return (
-        f"exact ranks differ for {points(found.differ)} % of the layers, those of two random "
-        f"orders for {points(found.chance)} %"
+        f"{points(found.differ)} % of layers have different ranks in the two orders (two random "
+        f"orders: {points(found.chance)} %)"
     )
 
 

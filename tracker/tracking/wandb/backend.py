@@ -164,7 +164,9 @@ class WandbBackend(Backend, Pages):
         views = _views() if page.kind == "report" else None
         with self._explained(f"did not take the {page.kind}"):
             log_in()
-            with self._run_made_of(page.made_of, name=page.kind, job_type="report") as handle:
+            with self._run_made_of(
+                page.made_of, name=page.kind, job_type="report", notes=page.text
+            ) as handle:
                 handle.log({f"tables/{n}": wandb_table(table) for n, table in page.tables.items()})
                 handle.log({f"charts/{n}": figure for n, figure in page.charts.items()})
                 name = BOARD if views is None else "layer-report"

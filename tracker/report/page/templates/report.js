@@ -26,13 +26,25 @@
     const query = new URLSearchParams(Object.entries(chosen).filter(([, value]) => value !== ""));
     history.replaceState(null, "", `#${encodeURIComponent(id)}${query.size ? `?${query}` : ""}`);
   };
-  // The documents of a run of the benchmark that an element belongs to, or of its model's first one.
-  const documentsBeside = (element) => (element.closest("article") ?? element.closest("section[data-model]")
-    ?? document.getElementById(element.closest("[data-model]")?.dataset.model)?.closest("section"))
-    ?.querySelector("details.documents");
-  const openDocuments = (element, run) => {
-    const section = documentsBeside(element);
-    if (section) location.hash = `#${section.id}?${new URLSearchParams({ run })}`;
+  // The documents of the benchmark that an element belongs to, or of each benchmark of its model.
+  const documentsBeside = (element) => all("details.documents", element.closest("article")
+    ?? element.closest("section[data-model]")
+    ?? document.getElementById(element.closest("[data-model]")?.dataset.model)?.closest("section")
+    ?? make("div"));
+  const addressOf = (section, run) => `#${section.id}?${new URLSearchParams({ run })}`;
+  // A mean is of several benchmarks: the reader chooses one of them.
+  const openDocuments = (box, run) => {
+    const sections = documentsBeside(box);
+    if (sections.length === 1) location.hash = addressOf(sections[0], run);
+    if (sections.length < 2) return;
+    const links = sections.flatMap((section, place) => [place ? " · " : " ", make("a", {
+      href: addressOf(section, run),
+      textContent: section.closest("article").querySelector("h3").textContent,
+    })]);
+    const before = box.previousElementSibling;
+    const line = before?.matches(".choices") ? before : make("p", { className: "meta choices", role: "status" });
+    line.replaceChildren(`Documents lost and won without ${run}, on:`, ...links);
+    box.before(line);
   };
 
   // Charts
@@ -102,6 +114,7 @@
   const wanted = {
     // Layers and ranges of layers, such as `3, 7-12`.
     layers: (typed) => {
+      if (/[^\d\s,;–-]/.test(typed)) return null;
       const ranges = [...typed.matchAll(/(\d+)(?:\s*[-–]\s*(\d+))?/g)]
         .map(([, first, last]) => [Number(first), Number(last ?? first)]);
       return (row) => {
@@ -116,8 +129,9 @@
   };
   const filter = (table, keep, status) => {
     const rows = [...table.tBodies[0].rows];
-    for (const row of rows) row.hidden = !keep(row);
-    status.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows`;
+    for (const row of rows) row.hidden = keep !== null && !keep(row);
+    if (keep === null) status.textContent = "type layers by number, for example 3, 7–12";
+    else status.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows`;
   };
 
   const quoted = (value) => (/[",\r\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
@@ -178,12 +192,19 @@
         sort(table, Number(chosen.sort));
       }
     }
-    if (kind === "layers" && documentsBeside(box)) {
+    const sections = documentsBeside(box);
+    if (kind === "layers" && sections.length) {
       for (const row of table.tBodies[0].rows) {
         const layer = row.querySelector("th");
+        const run = `layer ${layer.textContent.trim()}`;
         layer.replaceChildren(make("a", {
-          href: `#${documentsBeside(box).id}?${new URLSearchParams({ run: `layer ${layer.textContent.trim()}` })}`,
+          href: addressOf(sections[0], run),
           title: "the documents that it loses and wins",
+          onclick: (event) => {
+            if (sections.length === 1) return;
+            event.preventDefault();
+            openDocuments(table.parentElement, run);
+          },
         }, ...layer.childNodes));
       }
     }
@@ -227,6 +248,7 @@
     const show = () => {
       const [label, lost, won, named] = runs[layers.value];
       const kind = Number(kinds.value);
+      not.textContent = `and not ${kind ? "won" : "lost"} without `;
       const other = others.value === "" ? [] : runs[others.value][3];
       const shared = new Set(other.filter(([, side]) => side === kind).map(([place]) => place));
       const sided = named.filter(([, side]) => side === kind);
@@ -257,10 +279,10 @@
     };
     for (const control of [layers, kinds, tasks, words, others]) control.oninput = show;
     addEventListener("hashchange", take);
-    const tools = make("div", { className: "tools" }, make("label", {}, "Without ", layers),
-      make("label", {}, "documents ", kinds),
-      ...(names.length > 1 ? [make("label", {}, "of ", tasks)] : []), make("label", {}, "with ", words),
-      make("label", {}, "but not of ", others), status);
+    const not = make("span", {});
+    const tools = make("div", { className: "tools" }, make("label", {}, "Documents ", kinds),
+      make("label", {}, "without ", layers), ...(names.length > 1 ? [make("label", {}, "of ", tasks)] : []),
+      make("label", {}, "containing ", words), make("label", {}, not, others), status);
     const heads = ["document", "question, options, the right one marked", "intact model", "without it"];
     const table = make("table", {}, make("thead", {}, make("tr", {},
       ...heads.map((head, place) => make("th", { scope: "col", className: place ? "text" : "" }, head)))), body);
