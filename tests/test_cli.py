@@ -625,3 +625,25 @@ def test_without_a_home_everything_is_measured_and_published(model, tmp_path, mo
     done = cli("run", model, *ARC_EASY, *options)
     assert done.exit_code == 0, done.output
     assert done.stderr.count("there is no home folder") <= 1  # a log's handler may be another
+
+
+def test_a_secret_in_an_address_is_neither_printed_nor_kept(
+    model, experiment, tmp_path, monkeypatch
+) -> None:
+    """Of the server, and of an experiment file that the page shows."""
+    secret = "hunter2"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:9/?api_key={secret}")
+    results = tmp_path / "results"
+    file = experiment(model, limit=2, layer=[0])
+    file.write_text(file.read_text() + f"description: see https://me:{secret}@wiki.lab/layers\n")
+    done = cli("run", file, "--results", results, "--track", "mlflow")
+    assert "api_key=***" in done.output
+    again = cli("sync", "--results", results)
+    assert (done.exit_code, again.exit_code) == (1, 1), again.output
+    assert secret not in done.output + again.output
+    holding = [path for path in results.rglob("*") if path.is_file()]
+    holding = [path for path in holding if secret.encode() in path.read_bytes()]
+    assert "api_key=***" in "".join(path.read_text() for path in results.glob("places/*"))
+    assert holding == [results / "experiments" / file.name], "the user's own words"
+    assert "see https://***@wiki.lab/layers" in (results / "report.html").read_text()

@@ -105,3 +105,19 @@ def test_harmless_and_masked_leave_the_rest_alone():
     assert (
         masked("http://u:p@h/x http://h?token=abc&y=1") == "http://***@h/x http://h?token=***&y=1"
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["api_key", "apikey", "X-Api-Key", "access_token", "client_secret", "passwd", "pwd", "sig",
+     "auth", "X-Amz-Signature", "X-Amz-Credential"],
+)  # fmt: skip
+def test_secrets_in_the_query_of_an_address_are_masked(name: str) -> None:
+    for form in ("http://h?{}", "'http://h/x?a=1&{}' next", "http://h?{}&b=2", "http://h?a&amp;{}"):
+        assert masked(form.format(f"{name}=abc%2F")) == form.format(f"{name}=***")
+        assert masked(masked(form.format(f"{name}=abc"))) == form.format(f"{name}=***")
+
+
+def test_what_is_no_secret_in_an_address_is_shown() -> None:
+    text = "http://h?workspace=a&timeout=3 sqlite:///x.db?mode=ro monkey=3 --key=value"
+    assert masked(text) == text

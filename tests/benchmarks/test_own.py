@@ -328,7 +328,10 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("template", "error"),
         [
-            ("{{ raise_exception('Roles must alternate') }}", "TemplateError: Roles must alternate"),
+            (
+                "{{ raise_exception('Roles must alternate') }}",
+                "TemplateError: Roles must alternate",
+            ),
             ("{{ messages[0].parts.text }}", "UndefinedError: "),
             ("{% for m in messages %}", "TemplateSyntaxError: "),
             ("{{ messages[0].content + 1 }}", "TypeError: "),

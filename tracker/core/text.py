@@ -40,6 +40,14 @@ def as_markdown(text: str) -> str:
     return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
+_SECRET = re.compile(
+    r"(?i)((?:\b(?:password|token)|[?&;](?:sig|[\w.-]*"
+    r"(?:key|token|secret|passw|pwd|auth|signature|credential)[\w.-]*))=)"
+    r"[^&\s]+?(?=['\"]?(?:[&\s]|$))"
+)
+"""A secret in a setting or in the query of an address, up to the quote that may close it."""
+
+
 def masked(text: str, secrets: Sequence[str | None] = ()) -> str:
     """Hide passwords before a text is shown or kept.
 
@@ -50,4 +58,4 @@ def masked(text: str, secrets: Sequence[str | None] = ()) -> str:
         for form in (secret, unquote(secret), quote(secret, safe="")):
             text = text.replace(form, "***")
     text = re.sub(r"://\S*@", "://***@", text)
-    return re.sub(r"(?i)\b(password|token)=[^&\s]+", r"\1=***", text)
+    return _SECRET.sub(r"\1***", text)

@@ -24,7 +24,7 @@ from tracker.core.kinds import REPLACED_BY
 from tracker.core.proxies import OBSERVED, OF_EXPERTS, PROXIES
 from tracker.core.records import CellRecord, Place
 from tracker.core.tables import headed, written
-from tracker.core.text import harmless
+from tracker.core.text import harmless, masked
 from tracker.core.weight_formats import FORMATS
 from tracker.ledger.files import write_text
 from tracker.report import caveats, tables, wording
@@ -118,7 +118,7 @@ def render_report(
 
     Args:
         cells: The cells, in this order.
-        experiments: The experiment files: name → exact YAML text.
+        experiments: The experiment files: name → YAML text, whose passwords are not shown.
         path: Where the page is to be.
         decided: A cell's place → what its runs decide document by document, where it is known.
         findings: What studies found.
@@ -216,5 +216,5 @@ def render_page(
         across=across,
         studies=studies,
         cells=cells,
-        experiments={harmless(name): harmless(text) for name, text in experiments.items()},
+        experiments={harmless(name): masked(harmless(text)) for name, text in experiments.items()},
     )
