@@ -81,6 +81,13 @@ def test_an_experiment_is_valid(page: str, text: str, tmp_path: Path) -> None:
     (load_searches if is_of_searches(raw) else load_experiment)(path)
 
 
+def test_the_tutorial_quotes_its_file() -> None:
+    quoted, *_ = [
+        yaml.safe_load(text) for page, text in of_language("yaml") if page == "tutorial.md"
+    ]
+    assert quoted.items() <= yaml.safe_load((ROOT / "experiments/demo.yaml").read_text()).items()
+
+
 def programs() -> Iterator[tuple[str, str]]:
     """List the Python of the pages, as blocks and behind `python -c`: (page, program)."""
     for page in PAGES:
