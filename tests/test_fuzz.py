@@ -35,7 +35,7 @@ def test_whatever_is_typed_ends_in_words(model, tmp_path, kind, count):
     assert found.counts[tried.FINE], "all of it is nonsense, so little is tried"
 
 
-@pytest.mark.parametrize(("kind", "count"), [("caches", 1), ("months", 1)])
+@pytest.mark.parametrize(("kind", "count"), [("caches", 1), ("months", 2), ("at_once", 1)])
 def test_whatever_others_do_to_a_folder_changes_no_figure(model, tmp_path, kind, count):
     found = getattr(folders, kind)(model, count, SEED, tmp_path)
     assert not found.finds, "\n\n".join(found.finds)

@@ -13,7 +13,7 @@ from tests.fuzz import folders, tried
 SEED = 20261125
 COUNTS = {"experiments": 7500, "command_lines": 2000, "configurations": 500}
 FLIPS, FILES, KILLS = 500, 100, 100
-MANY_HANDS = {"months": 24, "caches": 40, "users": 60}
+MANY_HANDS = {"months": 24, "at_once": 12, "caches": 40, "users": 60}
 
 
 def main() -> int:

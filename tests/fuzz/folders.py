@@ -18,6 +18,7 @@ import lm_eval.tasks
 import yaml
 from mlflow import MlflowClient
 
+from tests.forks import forks
 from tests.fuzz.tried import (
     FINE,
     LOST,
@@ -55,19 +56,42 @@ def experiment(model: Path, **said: Any) -> str:
     return yaml.safe_dump({"method": "grid", "project": project, "parameters": grid})
 
 
+Shown = tuple[str | None, str, int | None, int, int]
+"""One run as it is shown: the part of its benchmark, component, number, layer, documents."""
+
+
+def drawn_request(draw: random.Random) -> dict[str, Any]:
+    """Draw some runs, of layers or heads, on a part of the benchmark."""
+    asked: dict[str, Any] = {
+        "layer": sorted(draw.sample(range(4), draw.randint(1, 4))),
+        "sample": draw.choice((8, 16, 24, 40)),
+        "part": draw.choice((None, None, "calibration", "test")),
+    }
+    return asked | ({"component": "head", "head": [0, 1]} if draw.random() < 0.3 else {})
+
+
+def requested(asked: Mapping[str, Any]) -> list[Shown]:
+    """List the runs of a request."""
+    component = asked.get("component", "layer")
+    return [
+        (asked["part"], component, number, layer, asked["sample"])
+        for layer in asked["layer"]
+        for number in asked.get("head", [None])
+    ]
+
+
 def months(model: Path, count: int, start: int, room: Path) -> Tried:
     """Ask for more and for less, under several projects and clocks: nothing shown is taken away."""
     tried, draw, clock = Tried("a folder for a month"), random.Random(start), time.time
-    file, results, asked, places = room / "month.yaml", room / "month", [], set()
+    file, results, asked, projects = room / "month.yaml", room / "month", [], set()
     for number in range(count):
         if number % 6 == 0:
             shutil.rmtree(results, ignore_errors=True)
-            asked, places = [], set()
-        layers = sorted(draw.sample(range(4), draw.randint(1, 4)))
-        sample, project = draw.choice((8, 16, 40)), draw.choice(("lab", "other"))
-        file.write_text(experiment(model, layer=layers, sample=sample, project=project))
+            asked, projects = [], set()
+        request, project = drawn_request(draw), draw.choice(("lab", "other"))
+        file.write_text(experiment(model, **request, project=project))
         skew = draw.choice((0, -3600, 3600))
-        said = f"{layers} on {sample} for {project}, the clock {skew} s off, after {asked}"
+        said = f"{request} for {project}, the clock {skew} s off, after {asked}"
         with patch.object(time, "time", lambda skew=skew: clock() + skew):
             try:
                 done = api.run(file, results=results, track=["mlflow"]).outcome
@@ -77,27 +101,77 @@ def months(model: Path, count: int, start: int, room: Path) -> Tried:
         if done.exit_code:
             tried.add(TRACEBACK, f"{said}: exit code {done.exit_code}: {done}")
             continue
-        asked += [(layer, sample) for layer in layers]
-        places.add(project)
-        records = api.ls(results)
-        known = {(run.layer, run.n) for record in records for run in record.runs}
-        lost = [
-            (layer, n) for layer, n in asked if not any(k == layer and m >= n for k, m in known)
-        ]
-        stale = [project for project in places if _published(results, project) != known]
-        if lost or stale:
-            tried.add(SILENT, f"{said}: not shown: {lost}; projects that are behind: {stale}")
-        else:
-            tried.add(FINE)
+        asked += requested(request)
+        projects.add((project, request["part"]))
+        add_what_is_not_shown(tried, results, asked, projects, said)
     return tried
 
 
-def _published(results: Path, project: str) -> set[tuple[int, int]]:
-    """Say which layers a project shows, each on how many documents."""
+def at_once(model: Path, count: int, start: int, room: Path) -> Tried:
+    """Let two users ask for other sizes of one view at the same time, beside another view."""
+    tried, draw = Tried("two runs at once"), random.Random(start)
+    file = room / "first.yaml"
+    with forks(room) as commands:
+        for number in range(count):
+            results = room / f"at-once-{number}"
+            first = {"layer": [0], "sample": 8, "part": None, "component": "head", "head": [0]}
+            file.write_text(experiment(model, **first))
+            api.run(file, results=results, track=["mlflow"])
+            requests = [drawn_request(draw) | {"part": None} for _ in range(2)]
+            begun = []
+            for name, request in zip(("anne", "bob"), requests, strict=True):
+                own = room / f"{name}.yaml"
+                own.write_text(experiment(model, **request))
+                words = ("run", own, "--results", results, "--track", "mlflow")
+                begun.append(commands.start(*words))
+            said = [f"{request}: {one.end()}" for request, one in zip(requests, begun, strict=True)]
+            if not all(text.endswith("0)") for text in said):
+                tried.add(TRACEBACK, " and ".join(said))
+                continue
+            asked = [run for request in (first, *requests) for run in requested(request)]
+            add_what_is_not_shown(tried, results, asked, {("lab", None)}, " and ".join(said))
+            shutil.rmtree(results)
+    return tried
+
+
+def add_what_is_not_shown(
+    tried: Tried,
+    results: Path,
+    asked: list[Shown],
+    projects: set[tuple[str, str | None]],
+    said: str,
+) -> None:
+    """Count a try by whether all that was asked for is shown, and nothing else in a project."""
+    known = {
+        (record.benchmark.settings.get("part"), run.component, run.number, run.layer, run.n)
+        for record in api.ls(results)
+        for run in record.runs
+    }
+    lost = [run for run in asked if not any(k[:4] == run[:4] and k[4] >= run[4] for k in known)]
+    stale = [
+        (project, part)
+        for project, part in projects
+        if not known >= _published(results, project, part) > set()
+    ]
+    if lost or stale:
+        tried.add(SILENT, f"{said}: not shown: {lost}; projects that are behind: {stale}")
+    else:
+        tried.add(FINE)
+
+
+def _published(results: Path, project: str, part: str | None) -> set[Shown]:
+    """Read which runs of a part of the benchmark a project shows; none may be unfinished."""
     client = MlflowClient(f"sqlite:///{results / 'mlflow.db'}")
     found = client.get_experiment_by_name(project)
-    runs = client.search_runs([found.experiment_id], "tags.`tracker.kind` = 'layer'")
-    return {(int(run.data.params["layer"]), int(run.data.metrics["n"])) for run in runs}
+    runs = client.search_runs([found.experiment_id], max_results=5000)
+    if any(run.info.status != "FINISHED" for run in runs):
+        return set()  # something is not told of its end
+    params = [(run.data.params, run.data.metrics) for run in runs]
+    return {
+        (part, of["component"], of.get("head") and int(of["head"]), int(of["layer"]), int(has["n"]))
+        for of, has in params
+        if "layer" in of and of.get("part") == part
+    }
 
 
 def caches(model: Path, count: int, start: int, room: Path) -> Tried:
@@ -204,7 +278,7 @@ def users(model: Path, count: int, start: int, room: Path) -> Tried:
     if not hasattr(os, "setresuid") or os.geteuid() != 0:
         return tried
     file, base = room / "users.yaml", room / "users"
-    file.write_text(experiment(model, layer=[0, 1], limit=8))
+    file.write_text(experiment(model, layer=[0, 1], sample=16))
     _readable(room)
     measured = room / "measured"
     api.run(file, results=measured, track=["mlflow"])  # imports all, while all may be read
@@ -219,17 +293,29 @@ def users(model: Path, count: int, start: int, room: Path) -> Tried:
         closed = draw.choice(sorted(path for path in results.rglob("*")))
         if draw.random() < 0.5:
             closed.chmod(0o700 if closed.is_dir() else 0o600)
-        before = shards(results)
+        before, shown = shards(results), {record.place for record in api.ls(results)}
+        request = drawn_request(draw)
+        file.write_text(experiment(model, **request))
+        file.chmod(0o644)
         words = draw.choice((["ls"], ["report"], ["check"], ["sync"], ["leaderboard"], ["run"]))
         words += [str(file), "--track", "none"] if words == ["run"] else []
         own = room / "homes" / str(draw.choice((ANN, BOB)))
         own.mkdir(parents=True, exist_ok=True)
         os.chown(own, int(own.name), int(own.name))
-        about = f"{words} by {own.name} in {mode:o}, umask {umask:o}, {closed} may be closed"
+        about = (
+            f"{words} {request} by {own.name} in {mode:o}, umask {umask:o}, {closed} may be closed"
+        )
         lent = {"TRACKER_CACHE": str(own / "cache"), "HOME": str(own)}
         with patch.dict(os.environ, lent), user(int(own.name), umask):
             command([*words, "--results", str(results)], tried, about)
         outcome, find = kept(results, before)
+        records = api.ls(results)
+        now = {(r.key, view, r.n) for r in records for view in (r.view, *r.supersedes)}
+        fewer = [
+            key for *key, n in shown if not any(k[:2] == tuple(key) and k[2] >= n for k in now)
+        ]
+        if outcome == FINE and fewer:
+            outcome, find = LOST, f"{fewer} is not shown any more"
         if outcome != FINE:
             tried.add(outcome, f"{about}: {find}")
         shutil.rmtree(results)
