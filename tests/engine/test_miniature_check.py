@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from tests.ablations import single_layers
 from tests.engine.families import SMALL, tiny_model
 from tests.engine.plain import MAX_LENGTH, asking, changed, engine_of, loaded
-from tracker.core.ablations import INTACT, Ablation, ablate
+from tracker.core.ablations import INTACT, Ablation, Stretch, ablate
 from tracker.core.documents import Document, Request, Response
 from tracker.core.errors import CellError
 from tracker.engine.refusal import RefusalError
@@ -742,6 +742,19 @@ class TestCut:
         both = self.checked(model, (0,), (0, 1))
         assert (both.stay, both.loaded, both.sharing) == (True, True, PLAIN)
         assert both.which == f"without layers 0, 1, {said}"
+
+    def test_a_layer_that_is_passed_again_does_not_hand_on_its_input(self, watched) -> None:
+        """It was said to, as a removed one does."""
+        again = Ablation(repeated=(Stretch(1, 2),))
+        for ablations in ([again], [ablate("layer", [1]), again]):
+            verdict = verdict_on("jamba_eager", [INTACT, *ablations])
+            clauses = verdict.which.split("; ")
+            assert clauses[-1] == (
+                "whatever is passed again, what is measured is the model that passes these layers "
+                "again in memory, not a saved checkpoint (no configuration describes what is left)"
+            )
+            assert len(clauses) == len(ablations)
+            assert all("hands on its input" in clause for clause in clauses[:-1])
 
     def test_a_model_that_is_another_when_it_is_loaded_has_no_checkpoint(self, watched) -> None:
         """What a class makes of a configuration alone is no proof."""

@@ -183,17 +183,25 @@ def _is_other(engine: Engine, ablation: Ablation, seen: _Seen) -> bool:
 
 
 def _which(seen: Mapping[Ablation, _Seen]) -> str | None:
-    """Say where a number is not that of a checkpoint."""
+    """Return where a number is not that of a checkpoint, and what it is of instead."""
     without = [ablation for ablation, found in seen.items() if found.saved is None]
-    if not without:
-        return None
-    some = [_named(ablation) for ablation in without[:SHOWN]]
-    some += [f"{len(without) - SHOWN} more"] if len(without) > SHOWN else []
-    where = " or ".join(some) if len(without) < len(seen) else "whatever is removed"
-    return (
-        f"{where}, what is measured is the model whose layer stays in its place and hands on its "
-        f"input, not a saved checkpoint ({seen[without[0]].unsaved})"
-    )
+    clauses = []
+    for repeats, every, model in (
+        (False, "whatever is removed", "whose layer stays in its place and hands on its input"),
+        (True, "whatever is passed again", "that passes these layers again in memory"),
+    ):
+        alike = [ablation for ablation in without if bool(ablation.repeated) == repeats]
+        if not alike:
+            continue
+        names = [_named(ablation) for ablation in alike[:SHOWN]]
+        names += [f"{len(alike) - SHOWN} more"] if len(alike) > SHOWN else []
+        total = sum(bool(ablation.repeated) == repeats for ablation in seen)
+        where = " or ".join(names) if len(alike) < total else every
+        clauses.append(
+            f"{where}, what is measured is the model {model}, not a saved checkpoint "
+            f"({seen[alike[0]].unsaved})"
+        )
+    return "; ".join(clauses) or None
 
 
 def _named(ablation: Ablation) -> str:
