@@ -7,6 +7,7 @@ import torch
 
 from tests.engine.families import FAMILIES, tiny_model
 from tests.engine.plain import loaded
+from tests.engine.registry import Variant, tiny
 from tracker.core.ablations import INTACT, Ablation, Part, Rounded, ablate
 from tracker.core.documents import Document, Request
 from tracker.engine.scoring.decode import decoding
@@ -53,6 +54,29 @@ def test_every_row_is_the_pruned_model(family, length, begun):
         rows = generate(model, prompt.repeat(len(ablations), 1), **{cache_argument(model): cache})
     for ablation, row in zip(ablations, rows, strict=True):
         assert [row] == generate(engine.without(ablation).loaded.model, prompt), ablation
+
+
+@pytest.mark.parametrize("begun", [0, 6])
+def test_texts_are_generated_by_layers_that_are_not_divided(begun):
+    """Gemma 4's attention, MLP and experts add to more than one stream."""
+    settings = tiny("gemma4_text") | {"enable_moe_block": True}
+    model = Variant("gemma4_text", "plain", settings).model()
+    engine = Engine(loaded(model), 64)
+    parted = [
+        Ablation(parts=(Part(kind, layer, n),))
+        for kind in ("head", "expert")
+        for layer in (0, 2)
+        for n in (1, 3)
+    ]
+    ablations = [INTACT, *parted, Ablation(rounded=(Rounded("int4_row", 2),))]
+    plan, ids = engine.plan(ablations), PROMPT[0].tolist()
+    parts = engine.parts(plan)
+    prefix = read_prefix(parts, plan, tuple(ids[:begun])) if begun else None
+    with torch.inference_mode(), decoding(parts, ablations, ids, prefix) as cache:
+        rows = generate(model, PROMPT.repeat(len(ablations), 1), **{cache_argument(model): cache})
+    for ablation, row in zip(ablations, rows, strict=True):
+        assert [row] == generate(engine.without(ablation).loaded.model, PROMPT), ablation
+    assert len({*map(tuple, rows[: 1 + len(parted)])}) > 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral", "gpt_oss"])

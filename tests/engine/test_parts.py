@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from contextlib import suppress
 
 import pytest
 import torch
 
+from tests.engine import census
 from tests.engine.families import FAMILIES, tiny_model
 from tests.engine.plain import alike, answers, asking, engine_of, make_documents
+from tests.engine.registry import Variant, families, tiny
 from tracker.core.ablations import INTACT, Ablation, Part, Rounded, Stretch, ablation_of
-from tracker.core.errors import CellError, TrackerError
+from tracker.core.errors import CellError, ModelError, TrackerError
 from tracker.core.records import RunIdentity
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.selfcheck.miniature_check import check_miniature
+from tracker.models.experts import find_experts
+from tracker.models.heads import _attention, find_heads
 from tracker.models.layers import find_layers
+from tracker.models.sources import parts_of
 
 PROJECTIONS = {
     "llama": "self_attn.o_proj",
@@ -29,6 +36,20 @@ PROJECTIONS = {
     "deepseek_v3": "self_attn.o_proj",
 }
 """Of some families, by name: the map that all heads of an attention pass."""
+UNDIVIDED = {
+    "gemma4_text": ("self_attn.o_proj", {"enable_moe_block": True}),
+    "granitemoehybrid": (
+        "self_attn.o_proj",
+        {"layer_types": ["linear_attention", "full_attention"] * 2},
+    ),
+    "nemotron_h": ("mixer.o_proj", {}),
+    "minimax": ("self_attn.o_proj", {}),
+    "zaya": ("self_attn.o_proj", {}),
+    "dbrx": ("norm_attn_norm.attn.out_proj", {}),
+    "falcon_h1": ("self_attn.o_proj", {}),
+    "zamba2": ("shared_transformer.self_attn.o_proj", {}),
+}
+"""Families whose layers are no attention and MLP that add to one stream: that map, and settings."""
 
 
 def heads(layer, *numbers, component="head"):
@@ -55,13 +76,15 @@ STRETCHES = [
 ]
 
 
-def _without_heads(model, family, ablation):
+def _without_heads(model, path, ablation):
     """Zero the columns of heads in a copy's weights, by the configuration's numbers."""
     twin = copy.deepcopy(model)
     config = twin.config.get_text_config()
     for part in ablation.parts:
-        weight = find_layers(twin)[part.layer].get_submodule(PROJECTIONS[family]).weight
-        weight = weight.T if family == "gpt2" else weight
+        projection = find_layers(twin)[part.layer].get_submodule(path)
+        # Zamba 2's layers share it.
+        projection.weight = torch.nn.Parameter(projection.weight.clone(), requires_grad=False)
+        weight = projection.weight.T if path == "attn.c_proj" else projection.weight
         width = weight.shape[1] // config.num_attention_heads
         groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
         each = config.num_attention_heads // groups if part.component == "kv_head" else 1
@@ -95,12 +118,11 @@ def deeper(family, model, ablation):
     return made
 
 
-def _agree(model, ablations, make):
+def _agree(model, ablations, make, sharings=(FULL, DEPTH_ONLY, PLAIN)):
     """Hold what is shared, however much, against models that are changed by `make`."""
     documents = make_documents(3)
     ways = [
-        engine_of(model, sharing, row_tokens=40).score(documents, ablations)
-        for sharing in (FULL, DEPTH_ONLY, PLAIN)
+        engine_of(model, sharing, row_tokens=40).score(documents, ablations) for sharing in sharings
     ]
     for number, ablation in enumerate(ablations):
         changed = make(ablation)
@@ -118,7 +140,40 @@ def test_a_model_without_a_head_is_one_whose_projection_ignores_it(family):
     groups = getattr(model.config.get_text_config(), "num_key_value_heads", 4)
     if groups == 4 or family == "deepseek_v3":  # whose heads share nothing that is kept
         alone = [a for a in alone if all(part.component == "head" for part in a.parts)]
-    _agree(model, alone, lambda ablation: _without_heads(model, family, ablation))
+    _agree(model, alone, lambda ablation: _without_heads(model, PROJECTIONS[family], ablation))
+
+
+@pytest.mark.parametrize("family", UNDIVIDED)
+def test_a_head_is_taken_out_wherever_its_attention_ends(family):
+    """Was refused, since the attention and the MLP of a layer cannot be told apart."""
+    path, more = UNDIVIDED[family]
+    model = Variant(family, "plain", tiny(family) | more).model()
+    layers = [
+        number
+        for number, layer in enumerate(find_layers(model))
+        if any(name == path for name, _ in layer.named_modules())
+    ]
+    ablations = [
+        INTACT,
+        *(heads(layer, number) for layer in {layers[0], layers[-1]} for number in range(4)),
+        heads(layers[-1], 1, 3),
+        heads(layers[0], 1, component="kv_head"),
+    ]
+    # The layers of Zaya hand each other the state of their routers.
+    sharings = (PLAIN,) if family == "zaya" else (DEPTH_ONLY, PLAIN)
+    _agree(model, ablations, lambda ablation: _without_heads(model, path, ablation), sharings)
+    with pytest.raises(ModelError, match=r"attention and MLP of .* cannot be told apart"):
+        engine_of(model).score(make_documents(1), [*ablations, Ablation(mlp=(1,))])
+
+
+def test_streams_pass_a_layer_whole_that_is_not_divided():
+    ablations = [INTACT, *(heads(1, number) for number in range(4))]
+    plan = plan_streams(ablations, 4, divided=False)
+    assert plan.attention_passes == plan.mlp_passes == 4 + 4 * 3
+    model = Variant("gemma4_text", "plain", tiny("gemma4_text") | UNDIVIDED["gemma4_text"][1])
+    engine = engine_of(model.model())
+    assert engine.plan(ablations) == plan
+    assert check_miniature(engine, ablations, (), blank=False).sharing == FULL
 
 
 @pytest.mark.parametrize("sharing", [FULL, DEPTH_ONLY], ids=["full", "depth"])
@@ -153,13 +208,50 @@ def test_the_check_on_a_miniature_finds_parts_exact():
         assert (verdict.sharing, verdict.lost) == (FULL, None)
 
 
+def test_the_page_lists_the_families_whose_heads_or_experts_are_refused():
+    rows = [line.split("|") for line in census.IN_SHORT.read_text().splitlines()]
+    listed = {"heads": {}, "experts": {}}
+    for _, part, why, names, _ in (row for row in rows if len(row) == 5):
+        if part.strip() in listed:
+            listed[part.strip()] |= dict.fromkeys(names.strip().split(", "), why.strip())
+    refused, calls = {"heads": {}, "experts": set()}, Counter()
+
+    def count(module, query, *_, **__):
+        calls[module] += 1
+        return query.transpose(1, 2).contiguous(), None
+
+    more = {"doge": {"is_moe": True}} | {name: of[1] for name, of in UNDIVIDED.items()}
+    for family in families():
+        model = Variant(family, "plain", tiny(family) | more.get(family, {})).model()
+        try:
+            layers = find_layers(model)
+        except ModelError:
+            continue
+        name, config = family.removesuffix("_text"), model.config.get_text_config()
+        if parts_of(config).head and not any(find_heads(model, layers, torch.device("cpu"))):
+            calls.clear()
+            with _attention(model, count), suppress(RuntimeError):
+                model(torch.arange(1, 7)[None], use_cache=False)
+            refused["heads"][name] = sum(calls[module] for module in layers[-1].modules())
+        paths = [path for path, _ in layers[-1].named_modules()]
+        holds = any("expert" in path for path in paths) or family == "doge"
+        if holds and not any(find_experts(model, layers, torch.device("cpu"))):
+            refused["experts"].add(name)
+    assert {*listed["experts"]} == refused["experts"]
+    assert {*listed["heads"]} == {*refused["heads"]}
+    for name, times in refused["heads"].items():
+        why = listed["heads"][name]
+        assert ("does not call" in why, "several times" in why) == (not times, times > 1), name
+
+
 @pytest.mark.parametrize(
     ("family", "part", "said"),
     [
         ("llama", Part("head", 1, 4), "layer 1 of .* has 4 heads, 0 to 3; leave 4 out of 'head'"),
         ("llama", Part("kv_head", 1, 2), "has 2 groups of heads, 0 to 1"),
         ("mamba", Part("head", 1, 0), "component"),
-        ("bloom", Part("head", 1, 0), "no attention heads that could be taken out"),
+        ("bloom", Part("head", 1, 0), r"no attention heads .* \(needed: one call of transformers'"),
+        ("mpt", Part("head", 1, 0), r"no attention heads .* \(needed: one call of transformers'"),
     ],
 )
 def test_what_has_no_such_head_is_refused_by_name(family, part, said):

@@ -66,7 +66,7 @@ def test_parts_are_those_of_the_configuration_in_layers_that_have_them(
             "deepseek_v3",
             "expert",
             {"n_routed_experts": 4, "n_group": 2, "topk_group": 1},
-            "has no experts that could be taken out alone; take another 'unit'",
+            "a row an expert, in no groups and by no fixed table); take another 'unit'",
         ),
     ],
 )

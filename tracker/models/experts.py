@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from tracker.core.ablations import Part
 from tracker.core.errors import CellError
 from tracker.models.offloaded import is_absent
-from tracker.models.sublayers import Sublayers, call_with, part_at, read_a_text, state_of
+from tracker.models.sublayers import call_with, part_at, read_a_text, state_of
 
+NEEDS = "tensors with an entry an expert, called with the choice of a router with a row an expert"
+"""What a layer whose experts are found has."""
 TOKENS = 16
 """Length of the text that the proof runs on."""
 
@@ -47,7 +49,7 @@ class Experts:
 
     @property
     def block(self) -> str:
-        """The module that both are in, as the layer names it."""
+        """The module that both are in, as the layer names it; empty for the layer itself."""
         return self.held.rpartition(".")[0]
 
     def left(self, parts: Sequence[Part], name: str) -> list[int]:
@@ -68,16 +70,15 @@ class Experts:
         if not self.removable:
             raise CellError(
                 f"the router of layer {layer} of {name} cannot do without an expert, since it "
-                "chooses by groups of one size or the like; leave expert out of 'component'"
+                "chooses by groups of one size or by a fixed table; leave such layers out of "
+                "'layer', or expert out of 'component'"
             )
         return [number for number in range(self.count) if number not in gone]
 
 
 @torch.inference_mode()
-def find_experts(
-    model: Any, sublayers: Sequence[Sublayers], layers: nn.ModuleList, device: torch.device
-) -> list[Experts | None]:
-    """Find the routed experts of every layer's MLP.
+def find_experts(model: Any, layers: nn.ModuleList, device: torch.device) -> list[Experts | None]:
+    """Find the routed experts of every layer.
 
     Experts are a module whose own tensors all have the same number of entries, one of them with a
     matrix in each, and that is called with a choice: numbers of experts for each token, and as many
@@ -86,12 +87,11 @@ def find_experts(
 
     Args:
         model: A causal language model of transformers.
-        sublayers: Its layers' MLPs.
         layers: Its decoder layers.
         device: Where its inputs go.
 
     Returns:
-        One entry a layer; None where its MLP has no such experts.
+        One entry a layer; None where it has no such experts.
     """
     found: dict[int, Experts] = {}
     choices: list[tuple[nn.Module, Any, Any, Tensor]] = []
@@ -117,15 +117,15 @@ def find_experts(
                 return
 
     with ExitStack() as stack:
-        for place, parts in enumerate(sublayers):
-            stack.enter_context(parts.mlp.register_forward_pre_hook(begin))
-            for module in parts.mlp.modules():
+        for place, layer in enumerate(layers):
+            stack.enter_context(layer.register_forward_pre_hook(begin))
+            for module in layer.modules():
                 stack.enter_context(module.register_forward_hook(chose, with_kwargs=True))
                 if entries(module):
                     held = partial(look, place)
                     stack.enter_context(module.register_forward_pre_hook(held, with_kwargs=True))
         read_a_text(model, TOKENS, device, "experts", "expert")
-    return [found.get(place) for place in range(len(sublayers))]
+    return [found.get(place) for place in range(len(layers))]
 
 
 def integers(values: Sequence[Any]) -> list[Tensor]:
@@ -296,7 +296,9 @@ def each_choice(
 def take_experts(layer: nn.Module, experts: Experts, kept: Sequence[int], name: str) -> None:
     """Give a layer, called `name`, a router and tensors without the experts that are not kept."""
     router, held = (layer.get_submodule(path) for path in (experts.router, experts.held))
-    theirs = layer.get_submodule(experts.block)
+    inside = (router, held) if experts.block else ()
+    paths = [experts.block] if experts.block else [experts.router, experts.held]
+    theirs = {path: layer.get_submodule(path) for path in paths}
     tensors = [*router.parameters(), *held.parameters()]
     if not all(each.is_floating_point() for each in tensors):
         raise CellError(
@@ -305,15 +307,16 @@ def take_experts(layer: nn.Module, experts: Experts, kept: Sequence[int], name: 
         )
 
     def give(*_: Any) -> None:
-        fewer = lacking(theirs, kept, experts.count, (router, held))
-        layer.set_submodule(experts.block, fewer)
+        for path, module in theirs.items():
+            layer.set_submodule(path, lacking(module, kept, experts.count, inside))
 
     if not any(is_absent(each) for each in tensors):
         give()
         return
 
     def take_back(*_: Any) -> None:
-        layer.set_submodule(experts.block, theirs)
+        for path, module in theirs.items():
+            layer.set_submodule(path, module)
 
     # They are there while the layer is called, and then they go.
     layer.register_forward_pre_hook(give)
@@ -322,4 +325,4 @@ def take_experts(layer: nn.Module, experts: Experts, kept: Sequence[int], name: 
 
 def experts_at(found: Sequence[Experts | None], layer: int, name: str) -> Experts:
     """Give the experts of a layer of a model called `name`; CellError where it has none."""
-    return part_at(found, layer, name, "routed experts", "expert")
+    return part_at(found, layer, name, "routed experts", "expert", NEEDS)

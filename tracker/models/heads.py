@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.pytorch_utils import Conv1D
 
 from tracker.core.ablations import Part
@@ -19,10 +20,12 @@ from tracker.core.errors import CellError
 from tracker.core.kinds import KINDS
 from tracker.models.linear_maps import map_of
 from tracker.models.quantised import Place, lend
-from tracker.models.sublayers import Sublayers, part_at, read_a_text
+from tracker.models.sublayers import part_at, read_a_text
 
 COMPONENTS = "head and kv_head"
 """What to leave out where there are none."""
+NEEDS = "one call of transformers' AttentionInterface and one linear map of all its heads' outputs"
+"""What a layer whose heads are found has."""
 TOKENS = 6
 """Length of the text that the proof runs on."""
 _PROOF = "tracker_proof_of_heads"
@@ -58,18 +61,15 @@ class Heads:
 
 
 @torch.inference_mode()
-def find_heads(
-    model: Any, sublayers: Sequence[Sublayers], layers: nn.ModuleList, device: torch.device
-) -> list[Heads | None]:
-    """Find the heads of every layer's attention.
+def find_heads(model: Any, layers: nn.ModuleList, device: torch.device) -> list[Heads | None]:
+    """Find the heads of every layer's attention, wherever in the layer that is.
 
     For one call on a short text the attention of transformers is another one, in which every second
     head gives ones and all others zeros. The output projection is the linear map whose input then
-    has ones (or anything but zeros) in just these columns.
+    has ones (or anything but zeros) in just these columns, and which no other layer has.
 
     Args:
         model: A causal language model of transformers.
-        sublayers: Its layers' attentions.
         layers: Its decoder layers.
         device: Where its inputs go.
 
@@ -100,30 +100,31 @@ def find_heads(
         there = torch.arange(heads, device=device).repeat_interleave(width) % 2 == 0
         paths = {module: path for path, module in layers[place].named_modules()}
         those = [m for m, x in given.items() if torch.equal((x != 0).any(0), there)]
-        if len(those) == 1 and heads % groups == 0:
+        if len(those) == 1 and heads % groups == 0 and holders[those[0]] == 1:
             found[place] = Heads(paths[those[0]], heads, groups, width)
 
     def taken(module: nn.Module, args: Any) -> None:
-        given[module] = args[0].flatten(0, -2).to(device)
+        if args and args[0].ndim > 1:
+            given[module] = args[0].flatten(0, -2).to(device)
 
+    holders = Counter(module for layer in layers for module in layer.modules())
     with ExitStack() as stack:
         stack.enter_context(_attention(model, alternating))
-        for place, parts in enumerate(sublayers):
-            attention = parts.attention
-            stack.enter_context(attention.register_forward_pre_hook(begin))
-            stack.enter_context(attention.register_forward_hook(partial(look, place)))
-            for module in attention.modules():
-                if isinstance(module, (nn.Linear, Conv1D)):
-                    stack.enter_context(module.register_forward_pre_hook(taken))
+        for place, layer in enumerate(layers):
+            stack.enter_context(layer.register_forward_pre_hook(begin))
+            stack.enter_context(layer.register_forward_hook(partial(look, place)))
+        for module in holders:
+            if isinstance(module, (nn.Linear, Conv1D)):
+                stack.enter_context(module.register_forward_pre_hook(taken))
         read_a_text(model, TOKENS, device, "heads", COMPONENTS)
-    return [found.get(place) for place in range(len(sublayers))]
+    return [found.get(place) for place in range(len(layers))]
 
 
 @contextmanager
 def _attention(model: nn.Module, function: Any) -> Iterator[None]:
     """Let a function be the attention of all of a model's modules until exit."""
     AttentionInterface.register(_PROOF, function)
-    AttentionMaskInterface.register(_PROOF, sdpa_mask)
+    AttentionMaskInterface.register(_PROOF, eager_mask)
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
@@ -137,7 +138,7 @@ def _attention(model: nn.Module, function: Any) -> Iterator[None]:
 
 def heads_at(found: Sequence[Heads | None], layer: int, name: str) -> Heads:
     """Give the heads of a layer of a model called `name`; CellError where it has none."""
-    return part_at(found, layer, name, "attention heads", COMPONENTS)
+    return part_at(found, layer, name, "attention heads", COMPONENTS, NEEDS)
 
 
 def take_out(layer: nn.Module, heads: Heads, columns: Sequence[slice], name: str) -> None:

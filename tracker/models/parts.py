@@ -11,13 +11,11 @@ from tracker.core.errors import ModelError
 from tracker.core.kinds import KINDS, NUMBERED, Component
 from tracker.core.model_parts import experts_of_a_token
 from tracker.core.search_parts import SearchParts
-from tracker.models.experts import find_experts
-from tracker.models.heads import find_heads
+from tracker.models import experts, heads
 from tracker.models.layers import find_layers
 from tracker.models.load import hollow
 from tracker.models.miniature import miniature
 from tracker.models.sources import ModelSource, count_parts, parts_of, read_config
-from tracker.models.sublayers import find_sublayers
 
 _CPU = torch.device("cpu")
 
@@ -57,7 +55,10 @@ def find_parts(
     # Without a miniature the engine finds out, before it measures.
     there = tuple(range(counts.layers)) if small is None else _there(small, unit)
     if not there or stay >= each:
-        why = f": of {each} in a layer {stay} must stay" if there else ""
+        why = f": of {each} in a layer {stay} must stay"
+        if not there:
+            router = f"{experts.NEEDS}, in no groups and by no fixed table"
+            why = f" (needed: {router if unit == 'expert' else heads.NEEDS})"
         raise ModelError(
             f"{source.source} has no {many} that could be taken out alone{why}; take another 'unit'"
         )
@@ -67,16 +68,17 @@ def find_parts(
 def _there(small: Any, unit: Component) -> tuple[int, ...]:
     """The layers of a miniature that have parts, as many as its configuration says."""
     layers, config = find_layers(small), small.config.get_text_config()
-    sublayers = find_sublayers(small, layers)
     count = parts_of(config).numbered(unit)
     if unit == "expert":
         chosen = experts_of_a_token(config)
-        own = find_experts(small, sublayers, layers, _CPU)
+        own = experts.find_experts(small, layers, _CPU)
         fit = [
             e is not None and e.removable and (e.count, e.chosen) == (count, chosen) for e in own
         ]
     else:
-        heads = find_heads(small, sublayers, layers, _CPU)
-        counts = [(h.count if unit == "head" else h.groups) if h else None for h in heads]
+        counts = [
+            (h.count if unit == "head" else h.groups) if h else None
+            for h in heads.find_heads(small, layers, _CPU)
+        ]
         fit = [each == count for each in counts]
     return tuple(layer for layer, fits in enumerate(fit) if fits)

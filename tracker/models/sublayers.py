@@ -86,7 +86,9 @@ def read_a_text(model: Any, tokens: int, device: torch.device, what: str, compon
         ) from error
 
 
-def part_at(found: Sequence[T | None], layer: int, name: str, what: str, components: str) -> T:
+def part_at(
+    found: Sequence[T | None], layer: int, name: str, what: str, components: str, needs: str = ""
+) -> T:
     """Give what was found of a layer's parts; CellError where it has none.
 
     Args:
@@ -95,6 +97,7 @@ def part_at(found: Sequence[T | None], layer: int, name: str, what: str, compone
         name: What the model, or the layer, is called.
         what: What the parts are.
         components: What to leave out where no layer has any.
+        needs: What a layer must have, or do, for its parts to be found.
 
     Returns:
         The entry.
@@ -103,14 +106,11 @@ def part_at(found: Sequence[T | None], layer: int, name: str, what: str, compone
     if part is not None:
         return part
     alike = [str(place) for place, each in enumerate(found) if each is None]
+    why = f"no {what} that could be taken out alone{needs and f' (needed: {needs})'}"
     if len(alike) == len(found):
-        raise CellError(
-            f"{name} has no {what} that could be taken out alone; leave {components} out of "
-            "'component'"
-        )
+        raise CellError(f"{name} has {why}; leave {components} out of 'component'")
     raise CellError(
-        f"layer {layer} of {name} has no {what} that could be taken out alone; leave such layers "
-        f"out of 'layer': {', '.join(alike)}"
+        f"layer {layer} of {name} has {why}; leave such layers out of 'layer': {', '.join(alike)}"
     )
 
 

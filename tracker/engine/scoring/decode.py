@@ -41,7 +41,8 @@ def decoding(
         must have one row an ablation, in their order.
     """
     ends, tied = parts.ends, parts.ends is not None and parts.ends.ends.tied
-    plan = plan_streams(ablations, len(parts.layers), tied)
+    divided = parts.inside.sublayers != ()
+    plan = plan_streams(ablations, len(parts.layers), tied, divided)
     begun = 0 if prefix is None else len(prefix.tokens)
     rest = prompt[begun:-1]
     cache = new_cache() if prefix is None else prefix.cache
@@ -49,7 +50,7 @@ def decoding(
         run_base(parts, plan, reading_row(rest, begun), cache)
     done = [tuple(a.at(layer) for a in ablations) for layer in range(len(parts.layers))]
     together = StreamPlan(
-        tuple(LayerStep(len(ablations), (), each) for each in done),
+        tuple(LayerStep(len(ablations), (), actions, divided) for actions in done),
         (tuple(range(len(ablations))),) * len(parts.layers),
     )
     own = _handed_out(cache, plan, len(prompt) - 1)

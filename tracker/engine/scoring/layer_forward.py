@@ -50,7 +50,7 @@ class Inside:
     """What is inside a model's layers, as far as it was asked for: of each layer one entry.
 
     Attributes:
-        sublayers: Its attention and MLP.
+        sublayers: Its attention and MLP; empty where they cannot be told apart.
         heads: The heads of its attention; None where there are none.
         experts: The routed experts of its MLP; the same.
         shared: Its shared experts; the same.

@@ -28,11 +28,13 @@ class LayerStep:
         streams: Streams before the layer.
         forked: Whose input to the layer becomes a new stream, behind all others.
         done: What happens to each stream, the new ones included.
+        divided: Whether streams may fork between its attention and its MLP.
     """
 
     streams: int
     forked: tuple[int, ...]
     done: tuple[Done, ...]
+    divided: bool = True
 
     @cached_property
     def actions(self) -> tuple[Action, ...]:
@@ -75,13 +77,16 @@ class LayerStep:
             len(found) - len(forked),
             tuple(place[self.origin(stream)] for stream in forked),
             tuple(self.done[stream] for stream in found),
+            self.divided,
         )
         return step, tuple(found[each] for each in step.entering)
 
     @cached_property
     def has_sublayers(self) -> bool:
-        """Whether some stream skips a sublayer alone, or a part of one."""
-        return any(self.actions[stream] in _OF_PARTS[1:] for stream in self.entering)
+        """Check whether some stream forks within the layer, at a sublayer or a part of one."""
+        return self.divided and any(
+            self.actions[stream] in _OF_PARTS[1:] for stream in self.entering
+        )
 
     @cached_property
     def has_heads(self) -> bool:
@@ -120,8 +125,8 @@ class LayerStep:
             if action is Action.NO_ATTENTION:
                 found.append(None)
                 continue
-            own = None if action in _OF_PARTS else self.done[stream]
-            found.append(computed.setdefault((self.origin(stream), own), place))
+            done = None if action in _OF_PARTS and self.divided else self.done[stream]
+            found.append(computed.setdefault((self.origin(stream), done), place))
         return tuple(found)
 
     @cached_property
@@ -260,11 +265,14 @@ class StreamPlan:
         return max(self.stream_of) + 1
 
 
-def plan_streams(ablations: Sequence[Ablation], layers: int, tied: bool = False) -> StreamPlan:
+def plan_streams(
+    ablations: Sequence[Ablation], layers: int, tied: bool = False, divided: bool = True
+) -> StreamPlan:
     """Plan where each ablation forks off: at the first layer where its set differs.
 
     The baseline must be among the ablations and becomes stream 0. An embedding in a format forks
     in front of the first layer, and a head behind the last one: one that is `tied` does both.
+    Layers that are not `divided` into an attention and an MLP are passed whole by each stream.
     """
     intact = ablations.index(INTACT)
     order = [intact, *(i for i in range(len(ablations)) if i != intact)]
@@ -282,7 +290,7 @@ def plan_streams(ablations: Sequence[Ablation], layers: int, tied: bool = False)
             own.append((stream, first, by_done[first]))
             new += [(stream, done, by_done[done]) for done in others]
         forked, done = tuple(s for s, *_ in new), tuple(d for _, d, _ in (*own, *new))
-        steps.append(LayerStep(len(groups), forked, done))
+        steps.append(LayerStep(len(groups), forked, done, divided))
         groups = [members for *_, members in (*own, *new)]
         stream_of = {i: stream for stream, group in enumerate(groups) for i in group}
         paths.append(tuple(stream_of[i] for i in range(len(ablations))))

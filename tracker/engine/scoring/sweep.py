@@ -494,7 +494,8 @@ class Engine:
     def plan(self, ablations: Sequence[Ablation]) -> StreamPlan:
         """Plan where the streams of some ablations fork."""
         tied = any(each.ends for each in ablations) and self.ends.ends.tied
-        return plan_streams(ablations, len(self.loaded.layers), tied)
+        layers = len(self.loaded.layers)
+        return plan_streams(ablations, layers, tied, self._is_divided(ablations))
 
     def parts(self, plan: StreamPlan) -> Parts:
         """Take the model apart for a plan."""
@@ -504,7 +505,7 @@ class Engine:
             loaded.model,
             loaded.layers,
             Inside(
-                self._sublayers if has_sublayers else None,
+                self._sublayers if has_sublayers else self.known.inside.sublayers,
                 self._heads if any(step.has_heads for step in steps) else None,
                 self.experts if any(step.has_experts for step in steps) else None,
                 self._shared if any(step.has_shared for step in steps) else None,
@@ -576,17 +577,29 @@ class Engine:
         inside.sublayers = inside.sublayers or self._found(find_sublayers)
         return inside.sublayers
 
+    def _is_divided(self, ablations: Sequence[Ablation]) -> bool:
+        """Check whether layers are divided into attention and MLP; parts can do without."""
+        inside = self.known.inside
+        if any(each.has_sublayers for each in ablations):
+            return True
+        if inside.sublayers is None and any(each.parts for each in ablations):
+            try:
+                inside.sublayers = self._sublayers
+            except ModelError:
+                inside.sublayers = ()
+        return inside.sublayers != ()
+
     @property
     def _heads(self) -> Sequence[Heads | None]:
         inside = self.known.inside
-        inside.heads = inside.heads or self._found(find_heads, self._sublayers)
+        inside.heads = inside.heads or self._found(find_heads)
         return inside.heads
 
     @property
     def experts(self) -> Sequence[Experts | None]:
-        """The routed experts of each layer's MLP."""
+        """The routed experts of each layer."""
         inside = self.known.inside
-        inside.experts = inside.experts or self._found(find_experts, self._sublayers)
+        inside.experts = inside.experts or self._found(find_experts)
         return inside.experts
 
     @property
