@@ -21,6 +21,7 @@ from tracker.core.errors import RequestError, ResultsError
 from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import all_records
+from tracker.report.leaderboard.claims import answer, claims
 from tracker.report.leaderboard.layers import layer_board
 from tracker.team.collect import merged
 from tracker.team.leaderboard import FORMAT, Board, BoardEntry, merge, publish_board, read_board
@@ -412,6 +413,10 @@ def test_the_shared_leaderboard_in_mlflow(
     first = layer_board([c for c in done.cells if c.model.name == table["model"][0]]).layers[0]
     assert table["layer"][0] == first.layer
     assert table["accuracy_relevance"][0] == pytest.approx(first.relevance.value)
+    # Was: empty.
+    note = client.get_run(newest).data.tags["mlflow.note.content"]
+    for cell in done.cells:
+        assert answer(claims([cell])) in note
 
 
 def test_a_board_of_a_newer_tracker_asks_for_an_upgrade() -> None:
@@ -489,6 +494,8 @@ def test_a_wandb_project_is_read_verified_and_cached(
     stored = Board.model_validate_json(next(iter(board.versions[0].files.values())))
     assert content(stored.cells) == content(all_records(Ledger.existing(results).contents()))
     assert {e.by for e in stored.entries} == {"tester"}
+    (run,) = [run for run in project.runs.values() if run.job_type == "report"]
+    assert answer(claims(stored.cells)) in (run.notes or "")
 
 
 def test_a_report_in_wandb_is_replaced_and_not_repeated(ran: Ran, lent: WandbDouble) -> None:

@@ -325,7 +325,7 @@ def test_what_is_published_is_read_back_and_not_doubled(held: Held, tmp_path: Pa
 
     held.open_anew()
     (remote,) = held.backend.cells()
-    assert (remote.key, remote.name) == (key, cell.title)
+    assert (remote.key, remote.name) == (key, cell_name(cell))
     folder = tmp_path / "fetched"
     folder.mkdir()
     held.backend.fetch(remote, folder)
