@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from transformers import LlamaForCausalLM
 
 import tracker
 from tests.runner.elsewhere import Heard
@@ -275,6 +277,71 @@ def test_a_model_object_is_refused_where_it_would_be_another(
     with pytest.raises(RequestError, match=r"model\.layers\.1 of the model has a hook"):
         tracker.run(**asked, tokenizer=tokenizer)
     assert not [*tmp_path.glob("none/models/*")]
+
+
+class Negated(LlamaForCausalLM):
+    """A class of somebody's own, of which a checkpoint says nothing."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        output = super().forward(*arguments, **named)
+        return output.__class__(**{**output, "logits": -output.logits})
+
+
+def with_tanh(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.Tanh()
+
+
+def with_steeper_attention(model: Any) -> None:
+    model.model.layers[0].self_attn.scaling *= 1.5
+
+
+def with_own_class(model: Any) -> None:
+    model.__class__ = Negated
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("change", [with_tanh, with_steeper_attention, with_own_class])
+def test_a_model_object_whose_copy_answers_otherwise_is_refused(
+    held, asked, tmp_path, change, dtype
+):
+    """Also where the copy is there already."""
+    (model, tokenizer), results = held, tmp_path / "results"
+    model.to(getattr(torch, dtype))
+    how = {"tokenizer": tokenizer, "results": results, "track": "none"}
+    sound = {name: value for name, value in asked.items() if name != "model"} | how
+    altered = copy.deepcopy(model)
+    change(altered)
+    for n, module in enumerate(altered.modules()):
+        module.training = bool(n % 2)
+    modes = [module.training for module in altered.modules()]
+    for copies in (0, 1):
+        with pytest.raises(RequestError, match=r"logits differ .* by up to [\d.]+ \(the largest"):
+            tracker.run(model=altered, **sound)
+        assert [module.training for module in altered.modules()] == modes
+        assert len([*results.glob("models/*")]) == copies
+        assert not tracker.run(model=model, **sound).outcome.failed
+
+
+def test_a_tokenizer_object_whose_copy_reads_otherwise_is_refused(held, asked, tmp_path):
+    model, tokenizer = held
+
+    class Shouting(type(tokenizer)):
+        def __call__(self, text, *arguments, **named):
+            return super().__call__(text.upper(), *arguments, **named)
+
+    tokenizer.__class__ = Shouting
+    rest = {name: value for name, value in asked.items() if name != "model"}
+    with pytest.raises(RequestError, match="tokenizer reads texts as other tokens than its saved"):
+        tracker.run(model=model, tokenizer=tokenizer, results=tmp_path / "r", track="none", **rest)
+    assert not [*tmp_path.glob("r/models/*")]
+
+
+def test_a_copy_is_loaded_once_to_be_compared(held, tmp_path, monkeypatch):
+    model, tokenizer = held
+    folder = save_once(model, tokenizer, tmp_path)
+    monkeypatch.setattr("tracker.models.load.load_model", None)
+    assert save_once(model, tokenizer, tmp_path) == folder
 
 
 def test_a_model_object_of_a_gguf_file_is_asked_for_by_its_file(smollm2, tmp_path):

@@ -217,7 +217,8 @@ def _asked(
         )
     read(given, {**settings, "model": "of this process"})
     work.ledger.create()
-    folder = save_once(settings.get("model"), tokenizer, work.ledger.root / "models")
+    trusted, models = work.options.trust_remote_code, work.ledger.root / "models"
+    folder = save_once(settings.get("model"), tokenizer, models, trusted)
     return read(given, {**settings, "model": folder})
 
 

@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import io
 import re
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tracker.core.errors import ModelError, WorkError, first_line
 from tracker.core.provenance import file_hash
-from tracker.ledger.files import make_folder, new_folder
+from tracker.ledger.files import make_folder, new_folder, write_bytes
 
 _OURS = ("transformers.", "accelerate.", "torch.")
 """Whose hooks are there again when a model is loaded."""
+_TEXTS = (
+    "The heart pumps blood",
+    "Question: What is the capital of France?\nAnswer: Paris",
+    "In 1969 two people walked on the Moon for the first time; a third one stayed in orbit, and "
+    "all of them returned to Earth four days later. What they brought along were stones and dust.",
+)
+_LOGITS = "logits.npy"
+"""File beside a copy that holds its logits of these texts' last tokens."""
+_EXACT, _ROUNDED = 1e-3, 0.05
+"""Share of the largest logit by which rounding moves one: in float32, and in fewer bits."""
 
 
-def save_once(model: Any, tokenizer: Any, folder: Path) -> Path:
+def save_once(model: Any, tokenizer: Any, folder: Path, trust_remote_code: bool = False) -> Path:
     """Save a model object and its tokenizer, unless the same ones are saved already.
 
     Args:
         model: A `PreTrainedModel` of transformers. It stays as it is.
         tokenizer: Its tokenizer.
         folder: Holds a folder for each such model.
+        trust_remote_code: Whether code that comes with the model may run when the copy is loaded.
 
     Returns:
         The model's folder, named by a fingerprint of its weights, configuration and tokenizer.
 
     Raises:
-        ModelError: It is no model of transformers, or a saved copy would not be the same model.
+        ModelError: It is no model of transformers, or a saved copy is not the same model.
         WorkError: It cannot be written.
     """
     _refuse_what_is_lost(model, tokenizer)
@@ -43,7 +60,8 @@ def save_once(model: Any, tokenizer: Any, folder: Path) -> Path:
             tokenizer.save_pretrained(described)
             model.config.save_pretrained(described)
             saved = folder / f"{name}-{_fingerprint(model, Path(described))[:12]}"
-        if not saved.is_dir():
+        is_new = not saved.is_dir()
+        if is_new:
             with new_folder(saved) as temporary:
                 tokenizer.save_pretrained(temporary)
                 model.save_pretrained(temporary)
@@ -51,7 +69,79 @@ def save_once(model: Any, tokenizer: Any, folder: Path) -> Path:
         raise WorkError(
             f"the model cannot be saved in {folder}: {error.strerror or first_line(error)}"
         ) from None
+    try:
+        _refuse_other_logits(model, tokenizer, saved, trust_remote_code)
+    except ModelError:
+        if is_new:
+            shutil.rmtree(saved, ignore_errors=True)
+        raise
     return saved
+
+
+def _refuse_other_logits(model: Any, tokenizer: Any, folder: Path, trusted: bool) -> None:
+    """Raise ModelError where a model's logits are not those of its saved copy.
+
+    The copy's logits are kept beside it. It is loaded where there are none, or they differ: then
+    they may be another device's.
+    """
+    from tracker.models.load import load_model
+    from tracker.models.sources import find_model
+
+    try:
+        logits = _logits(model, tokenizer)
+    except Exception as error:  # noqa: BLE001  whatever somebody's forward makes of a text
+        raise ModelError(f"the model reads no text: {first_line(error)}") from None
+    with suppress(OSError, ValueError):
+        if not _difference(logits, np.load(folder / _LOGITS), model):
+            return
+    copy = load_model(find_model(str(folder)), "auto", str(model.device), trusted)
+    for text in _TEXTS:
+        if tokenizer(text)["input_ids"] != copy.tokenizer(text)["input_ids"]:
+            raise ModelError(
+                "the tokenizer reads texts as other tokens than its saved copy does; give one that "
+                "save_pretrained saves as it is"
+            )
+    kept = _logits(copy.model, copy.tokenizer)
+    del copy
+    gc.collect()
+    if difference := _difference(logits, kept, model):
+        raise ModelError(
+            f"the model's logits differ from those of its saved copy, by {difference}: it has code "
+            "of its own, such as another forward or activation, which save_pretrained does not "
+            "save; give a model whose class and modules are those of its configuration"
+        )
+    content = io.BytesIO()
+    np.save(content, kept)
+    write_bytes(folder / _LOGITS, content.getvalue())
+
+
+def _logits(model: Any, tokenizer: Any) -> NDArray[np.float32]:
+    """Compute the logits of the last token of a few texts; the model's modes stay as they are."""
+    modes = [(module, module.training) for module in model.modules()]
+    texts = [torch.tensor([tokenizer(text)["input_ids"]], device=model.device) for text in _TEXTS]
+    try:
+        model.eval()
+        with torch.no_grad():
+            rows = [model(input_ids=ids).logits[0, -1].float().cpu() for ids in texts]
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return np.asarray(torch.stack(rows).numpy())
+
+
+def _difference(mine: NDArray[np.float32], copied: NDArray[np.float32], model: Any) -> str:
+    """State the largest difference of logits where it is more than rounding; else empty."""
+    if mine.shape != copied.shape:
+        return f"their number ({mine.shape[1]:,}, {copied.shape[1]:,})"
+    with np.errstate(invalid="ignore"):
+        apart = np.where((mine == copied) | (np.isnan(mine) & np.isnan(copied)), 0, mine - copied)
+    exact = model.dtype in (torch.float32, torch.float64)
+    is_quantised = getattr(model, "hf_quantizer", None) is not None
+    largest = np.abs(copied[np.isfinite(copied)]).max(initial=0)
+    difference = np.abs(apart).max()
+    if difference <= largest * (_EXACT if exact and not is_quantised else _ROUNDED):
+        return ""
+    return f"up to {difference:.3g} (the largest logit is {largest:.3g})"
 
 
 def _fingerprint(model: Any, saved: Path) -> str:
