@@ -61,6 +61,8 @@ def test_only_what_can_change_a_number_is_a_difference() -> None:
         ([ONE, {**ONE, "cores": "1"}], ""),
         ([ONE, {**ONE, "device": "cpu"}], "device cpu, cuda"),
         ([ONE, {"device": "cuda:3"}], "torch 2.12.0, unknown"),
+        ([{**ONE, "gguf": "0.17"}, {**ONE, "gguf": "0.18"}], "gguf 0.17, 0.18"),
+        ([ONE, {**ONE, "gguf": "0.18", "tokenizers": "0.22"}], ""),  # which was not kept at first
         ([], ""),
     ):
         assert differences(parts) == said
@@ -91,7 +93,9 @@ def test_a_stamp_holds_size_and_time_in_order_and_notices_new_content(tmp_path) 
 def test_versions_are_the_installed_ones(monkeypatch) -> None:
     found = package_versions()
     assert found["numpy"] == np.__version__
-    assert set(found) == {"tracker", "torch", "transformers", "lm-eval", "datasets", "numpy"}
+    names = {"tracker", "torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy"}
+    assert set(found) == names
+    assert package_versions(["gguf"]).keys() - names == {"gguf"}
     monkeypatch.setattr(provenance, "PACKAGES", ("none-such",))
     assert package_versions() == {"tracker": tracker.__version__, "none-such": "not installed"}
 

@@ -294,7 +294,7 @@ def test_what_is_missing_is_told_without_reading_everything(cell, read: list[Any
     fill(cell, BLOCK, [0], ["baseline"])
     assert cell.missing(BLOCK, Extent(limit=1), ["baseline"]) == {}
     assert cell.is_complete(Extent(limit=1), ["baseline"])
-    assert read == [["task", "doc", "ablation"]] * 2
+    assert read == [["task", "doc", "ablation", "tokens_digest"]] * 2
 
 
 def test_who_measured_is_said_of_every_outcome(cell) -> None:

@@ -37,7 +37,8 @@ def opened(found: Small):
     """The cell, its model and its documents."""
     (store,) = Ledger(found.results).cells()
     (request,) = Precision().requests(asked_for(found.done.experiment, found.results))
-    engine, documents = open_observed(request, Ledger(found.results), Options(), Silent())
+    how = (Ledger(found.results), Options(), Silent())
+    engine, documents = open_observed(request, store, *how)
     return store.read(), engine.loaded, documents
 
 

@@ -16,6 +16,9 @@ from tracker.core.arguments import decoded
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document, Request
 from tracker.core.errors import BenchmarkError, first_line
+from tracker.core.provenance import content_hash
+
+_QUESTION = "Question: What are 19 + 23?\nAnswer:"
 
 
 def score_with_lm_eval(
@@ -102,6 +105,15 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
                 f"{first_line(error)}); correct it, change chat_template_args or "
                 "fewshot_as_multiturn, or leave apply_chat_template out"
             ) from None
+
+    def tokenisation(self, with_template: bool) -> str:
+        """Hash how texts are read: the tokens of a short request, and whether own code runs."""
+        turn = [{"role": "user", "content": _QUESTION}]
+        context = self.apply_chat_template(turn) if with_template else _QUESTION
+        instance = Instance("loglikelihood", doc={}, arguments=(context, " 42"), idx=0)
+        (request,) = self.encode([instance])
+        is_native = not type(self.model).__module__.startswith("transformers_modules.")
+        return content_hash([request.context, request.continuation, is_native])[:16]
 
     def encode(self, instances: Sequence[Any]) -> list[Request]:
         """Tokenise lm-eval's `loglikelihood` instances: a request each, in order, not truncated."""

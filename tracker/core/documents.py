@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from tracker.core.provenance import content_hash
+
 
 @dataclass(frozen=True)
 class Request:
@@ -70,6 +72,23 @@ class Document:
     choices: int
     rolling: bool = False
     prompt: Prompt | None = None
+
+    def tokens_digest(self, max_length: int) -> str:
+        """Hash the tokens that a model of this length reads of the document, and those it scores.
+
+        Equal digests mean the same questions to the model; of a prompt, the same to continue.
+        """
+        read: list[Any] = [
+            [
+                (request.context + request.continuation)[-(max_length + 1) :],
+                len(request.continuation),
+            ]
+            for request in self.requests
+        ]
+        if self.prompt is not None:
+            context = self.requests[0].context
+            read += [context[-max(1, max_length - self.prompt.longest) :], self.prompt.settings]
+        return content_hash(read)[:16]
 
 
 @dataclass(frozen=True)

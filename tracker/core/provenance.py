@@ -14,18 +14,29 @@ from typing import Any
 
 from tracker.core.distribution import __version__
 
-PACKAGES = ("torch", "transformers", "lm-eval", "datasets", "numpy")
+PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy")
 """The packages besides tracker itself that can change a number, as pip calls them."""
 _STACK = ("tracker", *PACKAGES, "platform", "device")
 """What else can: tracker, the kind of the processor, and of the device."""
+_LATER = ("tokenizers", "bitsandbytes", "compressed-tensors", "gguf", "gptqmodel", "peft")
+"""What was not kept at first: nothing differs where one of two measurements does not state it."""
+
+SAME_VERSIONS = "the same versions"
+_READERS = ("transformers", "tokenizers", "lm-eval")
+"""What decides as which tokens a text is read."""
 
 WEIGHTS = "weights"
 """Under this it stands in which format of fewer bits the checkpoint keeps them; where it does."""
+TOKENISATION = "tokenisation"
+"""The digest of a text's tokens, which is equal where texts are read as the same tokens."""
 
 
-def package_versions() -> dict[str, str]:
-    """Look up the versions of the packages that can change a number; `not installed` if none."""
-    return {"tracker": __version__, **{name: _version(name) for name in PACKAGES}}
+def package_versions(besides: Iterable[str] = ()) -> dict[str, str]:
+    """Look up the versions of the packages that can change a number; `not installed` if none.
+
+    `besides` are packages that read the weights of some models alone.
+    """
+    return {"tracker": __version__, **{name: _version(name) for name in (*PACKAGES, *besides)}}
 
 
 @cache
@@ -57,9 +68,22 @@ def differences(found: Sequence[Mapping[str, str]]) -> str:
 
     For example `torch 2.12.0, 2.13.0; device cpu, cuda`; empty where nothing differs.
     """
-    parts = [{n: each.get(n, "unknown").partition(":")[0] for n in _STACK} for each in found]
-    differing = (n for n in _STACK if len({part[n] for part in parts}) > 1)
+    unstated = {n for n in _LATER if any(n not in each for each in found)}
+    names = [n for n in dict.fromkeys((*_STACK, *_LATER)) if n not in unstated]
+    parts = [{n: each.get(n, "unknown").partition(":")[0] for n in names} for each in found]
+    differing = (n for n in names if len({part[n] for part in parts}) > 1)
     return "; ".join(f"{n} {united(parts)[n]}" for n in differing)
+
+
+def readers(stack: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """Name the versions of what reads texts, of those that differ from another measurement's."""
+    differing = [n for n in _READERS if n in stack and stack[n] != other.get(n)]
+    return ", ".join(f"{n} {stack[n]}" for n in differing) or SAME_VERSIONS
+
+
+def reads_otherwise(stack: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Check whether two measurements state that they read one text as different tokens."""
+    return len({stack.get(TOKENISATION), other.get(TOKENISATION)} - {None}) > 1
 
 
 def content_hash(value: Any) -> str:

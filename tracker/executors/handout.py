@@ -20,7 +20,7 @@ from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import CellRace
 from tracker.ledger.views import cell_key
-from tracker.measuring.fill import lacking_of, look, names_of, open_cell
+from tracker.measuring.fill import lacking_of, look, names_of, open_cell, refuse_other_tokens
 from tracker.measuring.job import Job, Reporting
 from tracker.measuring.meter import Facts, Measured, Place
 
@@ -177,7 +177,8 @@ class Handout:
         self._out.discard(task)
         with self._failing(cell):
             if cell.store is None and not cell.ended:
-                cell.store, cell.pending, cell.race = open_cell(cell.job, facts, self._to.ledger)
+                opened = open_cell(cell.job, facts, self._to.ledger, self._progress)
+                cell.store, cell.pending, cell.race = opened
                 cell.responses = facts.responses
                 self._progress.expect(sum(cell.pending.values()))
                 if cell.pending:
@@ -185,6 +186,8 @@ class Handout:
                         self._to.begun(asked, cell.store)
             elif cell.store and cell_key(facts.model, facts.benchmark) != cell.store.identity.key:
                 raise CellError("the workers do not all see the same model and data")
+            elif cell.store:
+                refuse_other_tokens(cell.store, facts.digests, facts.provenance, self._progress)
         self._end_if_complete(cell)
 
     def measured(self, task: Task, shards: Sequence[Measured], said: Sequence[str]) -> None:

@@ -55,7 +55,7 @@ def measure_cell(
     """
     request = job.requests[0]
     meter = Meter(job.requests, job.benchmark, model, options)
-    store, lacking, race = open_cell(job, meter.facts, to.ledger)
+    store, lacking, race = open_cell(job, meter.facts, to.ledger, to.progress)
     if not lacking:
         return store, []
     for cell in job.cells:

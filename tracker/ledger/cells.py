@@ -11,7 +11,7 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 from filelock import FileLock
@@ -21,17 +21,32 @@ from tracker.core.distribution import FORMAT, other_format
 from tracker.core.errors import WorkError
 from tracker.core.extent import ALL, Extent
 from tracker.core.identities import Record
-from tracker.core.provenance import content_hash
+from tracker.core.provenance import content_hash, readers, reads_otherwise
 from tracker.core.records import CellRecord, utc
 from tracker.ledger.blocks import BLOCK, Block, places
 from tracker.ledger.files import lock_file, make_folder, read_note, write_bytes, write_note
-from tracker.ledger.outcomes import PROVENANCE, outcome_table
+from tracker.ledger.outcomes import PROVENANCE, TOKENS_DIGEST, outcome_table
 from tracker.ledger.shards import ASIDE, Shard, read_shard, shard_about, shard_file
 from tracker.ledger.texts import Texts
 from tracker.ledger.views import CellIdentity, Views, view_file
 
 Derived = TypeVar("Derived", bound=Record)
+_OUTCOME = ["task", "doc", "ablation"]
+"""Columns that tell outcomes apart."""
+_OTHER_TOKENS = (
+    "its documents were read otherwise (by {}) than those of the rest of its cell (by {}), so that "
+    "it counts for nothing; such outcomes need a results folder of their own"
+)
 log = logging.getLogger(__name__)
+
+
+class _Part(NamedTuple):
+    """Outcomes of one shard."""
+
+    path: Path
+    stack: dict[str, str]
+    """Who measured it."""
+    outcomes: pd.DataFrame
 
 
 class CellStore:
@@ -51,6 +66,8 @@ class CellStore:
         self._others = others
         self._shards = folder / "shards"
         self._unread: set[Path] = set()
+        self.mixed: dict[str, str] = {}
+        """Shards that must not be mixed with the rest, of those that were read → what to do."""
 
     def wanted(self, extent: Extent) -> dict[str, Sequence[int]]:
         """List the documents of each task that are meant, in the order of their blocks."""
@@ -159,7 +176,7 @@ class CellStore:
         if "measured" in about:
             about["measured"] = max(str(about["measured"]), self._after)
         content = shard_file(outcome_table(rows), about)
-        path = self._shard_path(block, ((row["doc"], row["ablation"]) for row in rows))
+        path = self._shard_path(block, rows)
         write_bytes(path, content)
 
     def adopt(self, path: Path) -> str:
@@ -172,11 +189,11 @@ class CellStore:
             block = self._block_of(shard)
         except (ValueError, OSError) as error:
             raise ValueError(f"{path.name} is no shard of this benchmark: {error}") from None
-        held = shard.table.select(["doc", "ablation"]).to_pydict()
-        place = self._shard_path(block, zip(held["doc"], held["ablation"], strict=True))
-        make_folder(place.parent)
-        path.replace(place)
-        return place.name
+        names = [name for name in (*_OUTCOME, TOKENS_DIGEST) if name in shard.table.column_names]
+        target = self._shard_path(block, shard.table.select(names).to_pylist())
+        make_folder(target.parent)
+        path.replace(target)
+        return target.name
 
     def _block_of(self, shard: Shard) -> Block:
         """Find the block that a shard holds outcomes of; ValueError if they are not of one block.
@@ -201,9 +218,11 @@ class CellStore:
         (number,) = numbers
         return Block(task, number, seed)
 
-    def _shard_path(self, block: Block, held: Iterable[tuple[object, object]]) -> Path:
-        """Name a shard by the documents and ablations in it."""
-        content = content_hash(sorted({(str(doc), str(ablation)) for doc, ablation in held}))
+    def _shard_path(self, block: Block, rows: Iterable[Mapping[str, object]]) -> Path:
+        """Name a shard by the documents and ablations in it, and the documents' tokens."""
+        held = ((row["doc"], row["ablation"], row.get(TOKENS_DIGEST)) for row in rows)
+        texts = {tuple(str(one) for one in each if one is not None) for each in held}
+        content = content_hash(sorted(texts))
         return self._shards / f"{block.name}.{content[:12]}.parquet"
 
     def read(
@@ -211,18 +230,32 @@ class CellStore:
     ) -> pd.DataFrame:
         """Read outcomes.
 
-        A shard that cannot be read is set aside with a warning, so that it is computed again.
+        A shard that cannot be read is set aside with a warning, so that it is computed again. What
+        rests on other tokens than the rest of the cell is left out, and named in `mixed`.
 
         Args:
             blocks: Only these blocks; None = all.
-            columns: Only these columns; None = all.
+            columns: Only these columns; None = all, with who measured it (`PROVENANCE`) besides.
 
         Returns:
-            One row a (task, document, ablation), in no particular order, none twice; where all
-            columns are read, with who measured it besides.
+            One row a (task, document, ablation), in no particular order, none twice.
         """
-        # With the columns that tell outcomes apart.
-        names = columns and list(dict.fromkeys(("task", "doc", "ablation", *columns)))
+        names = columns and list(dict.fromkeys((*_OUTCOME, TOKENS_DIGEST, *columns)))
+        parts = []
+        for part in self._parts(blocks, names):
+            if reads_otherwise(part.stack, self.identity.provenance):
+                self._leave_out(part)
+            else:
+                parts.append(part)
+        for part in parts if names is None or PROVENANCE in names else ():
+            part.outcomes[PROVENANCE] = json.dumps(part.stack)
+        if not parts:
+            return pd.DataFrame(columns=columns or [*_OUTCOME, PROVENANCE])
+        frame = self._unmixed(parts).drop_duplicates(_OUTCOME, ignore_index=True)
+        return frame if columns is None else frame[columns]
+
+    def _parts(self, blocks: Sequence[Block] | None, columns: list[str] | None) -> Iterator[_Part]:
+        """Read shards one by one, those of other folders after these."""
         if blocks is None:
             paths = self.shards()
         elif len(blocks) == 1:
@@ -230,17 +263,36 @@ class CellStore:
         else:
             wanted = {block.name for block in blocks}
             paths = [path for path in self.shards() if path.name.rsplit(".", 2)[0] in wanted]
-        frames: list[pd.DataFrame] = []
         for path in paths:
-            if (shard := self.shard(path, names)) is not None:
-                frames.append(shard.table.to_pandas())
-                if columns is None:
-                    frames[-1][PROVENANCE] = json.dumps(shard.about.get(PROVENANCE, {}))
-        frames += [found for other in self._others if len(found := other.read(blocks, names))]
-        if not frames:
-            return pd.DataFrame(columns=columns or ["task", "doc", "ablation", PROVENANCE])
-        frame = pd.concat(frames).drop_duplicates(["task", "doc", "ablation"], ignore_index=True)
-        return frame if columns is None else frame[columns]
+            if (shard := self.shard(path, columns)) is not None:
+                yield _Part(path, shard.about.get(PROVENANCE, {}), shard.table.to_pandas())
+        for other in self._others:
+            yield from other._parts(blocks, columns)
+
+    def _unmixed(self, parts: Sequence[_Part]) -> pd.DataFrame:
+        """Join shards; of a document that was read as several tokens, what most outcomes rest on.
+
+        Outcomes that were measured before digests were kept have none, and stay.
+        """
+        frame, key = pd.concat([part.outcomes for part in parts]), ["task", "doc", TOKENS_DIGEST]
+        if TOKENS_DIGEST not in frame:
+            return frame.assign(**{TOKENS_DIGEST: None})
+        if not frame[key].dropna().drop_duplicates().duplicated(["task", "doc"]).any():
+            return frame
+        sizes = frame.value_counts(key).sort_index().sort_values(ascending=False, kind="stable")
+        digests = sizes.index.to_frame(index=False)
+        fewer = pd.MultiIndex.from_frame(digests[digests.duplicated(["task", "doc"])])
+        for part in parts:
+            held = part.outcomes.reindex(columns=key)
+            if pd.MultiIndex.from_frame(held).isin(fewer).any():
+                self._leave_out(part)
+        return frame[~pd.MultiIndex.from_frame(frame[key]).isin(fewer)]
+
+    def _leave_out(self, part: _Part) -> None:
+        """Name a shard that must not be mixed with the rest."""
+        mine = self.identity.provenance
+        by = readers(part.stack, mine), readers(mine, part.stack)
+        self.mixed[str(part.path)] = _OTHER_TOKENS.format(*by)
 
     def shard(self, path: Path, columns: list[str] | None = None) -> Shard | None:
         """Read and verify a shard, all columns or some.
@@ -283,6 +335,7 @@ class CellStore:
             "experiment again, which measures what is missing, and delete it"
             for path in sorted(aside | self._unread)
         }
+        mine |= self.mixed
         return mine | {path: why for each in self._others for path, why in each.damage().items()}
 
     def proofs(self, anew: bool = False) -> list[tuple[str, str]]:
@@ -324,11 +377,12 @@ class CellStore:
 
         Equal names hold the same outcomes, of which one copy counts.
         """
-        found = {}
-        for path in (path for store in (self, *self._others) for path in store.shards()):
+        abouts = {}
+        paths = (path for store in (self, *self._others) for path in store.shards())
+        for path in (path for path in paths if str(path) not in self.mixed):
             with suppress(OSError, ValueError):  # what is damaged is said where it is read
-                found[path.name] = shard_about(path)
-        return list(found.values())
+                abouts[path.name] = shard_about(path)
+        return list(abouts.values())
 
     def siblings(self) -> list[CellStore]:
         """Find the other cells of the folder that read as this one does: model and benchmark."""
@@ -377,7 +431,12 @@ class CellStore:
             return None
 
     def keep(self, state: str, name: str, record: Record) -> None:
-        """Keep a record of the view `name` for `derived`, where the folder can be written."""
+        """Keep a record of the view `name` for `derived`, where the folder can be written.
+
+        What was derived without some outcomes is derived anew, which names them.
+        """
+        if self.mixed:
+            return
         note = {"state": state, "record": record.model_dump(mode="json")}
         with suppress(WorkError):
             write_note(self._derived(name, type(record)), note)

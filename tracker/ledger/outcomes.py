@@ -13,6 +13,8 @@ METRIC = "metric/"
 """Columns that start so hold the task's metrics under lm-eval's names."""
 PROVENANCE = "provenance"
 """What `CellStore.read` adds: who measured the outcome, as JSON; it stands in a shard once."""
+TOKENS_DIGEST = "tokens_digest"
+"""Digest of the tokens that an outcome's document was read as; none before it was kept."""
 COMPARED = ("compared", "difference", "unsteady")
 """What is known of the outcomes that were answered again on a really pruned model."""
 AGAIN = "again"
@@ -32,6 +34,7 @@ def outcome_row(
     compared: tuple[int, float, int] | None = None,
     again: Sequence[Response] | None = None,
     load: Sequence[float] | None = None,
+    tokens_digest: str | None = None,
 ) -> dict[str, object]:
     """Lay out one outcome.
 
@@ -45,6 +48,7 @@ def outcome_row(
             the largest difference in nats, and how many differ where the model is discontinuous.
         again: The responses of an outcome that was computed twice, in another way.
         load: For the ablation of an expert: what the intact model does with it, as `PART_SUMS`.
+        tokens_digest: Digest of the tokens that the document was read as.
 
     Returns:
         Column → value.
@@ -68,6 +72,8 @@ def outcome_row(
     row.update(zip(COMPARED, compared or (None,) * len(COMPARED), strict=True))
     if again is not None:
         row[AGAIN] = [response.loglikelihood for response in again]
+    if tokens_digest is not None:
+        row[TOKENS_DIGEST] = tokens_digest
     if load is not None:
         row.update(zip(PART_SUMS, load, strict=True))
     return row
@@ -77,6 +83,7 @@ _SCHEMA = {
     "task": pa.string(),
     "doc": pa.int32(),
     "ablation": pa.string(),
+    TOKENS_DIGEST: pa.string(),
     "choices": pa.int32(),
     "gold": pa.int32(),
     "rolling": pa.bool_(),

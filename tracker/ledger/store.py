@@ -43,6 +43,7 @@ from tracker.core.distribution import FORMAT, other_format
 from tracker.core.errors import ResultsError
 from tracker.core.findings import FindingRecord
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record
+from tracker.core.provenance import TOKENISATION
 from tracker.core.prune_records import PruneRecord
 from tracker.core.records import Place
 from tracker.ledger.cells import CellStore
@@ -260,7 +261,13 @@ class Ledger:
                 folder = min(folder.parent.glob(f"*--{key[:12]}"), default=folder)
             path = folder / "cell.json"
             try:
-                CellIdentity.read(path.read_bytes())
+                held = CellIdentity.read(path.read_bytes())
+                stated, now = (each.get(TOKENISATION) for each in (held.provenance, provenance))
+                is_empty = not any(folder.glob("shards/*.parquet"))
+                if stated != now and (is_empty or stated is None):
+                    more = provenance if is_empty else {TOKENISATION: now}
+                    changes = {"provenance": {**held.provenance, **more}}
+                    write_text(path, held.model_copy(update=changes).sealed())
             except (OSError, ValueError):  # new, or damaged; its shards are its own
                 made = {"model": model, "benchmark": benchmark, "provenance": provenance}
                 write_text(path, CellIdentity(key=key, **made).sealed())

@@ -71,6 +71,7 @@ def verify(ledger: Ledger, progress: Callable[[int], None] = lambda cells: None)
         aside = sorted(store.folder.glob(f"shards/*{ASIDE}"))
         documents = len({(task, doc) for task, doc, _ in held})
         found.cells.append(VerifiedCell(store, len(shards), documents, len(held), len(aside)))
+        store.read(columns=["doc"])
         lost = [store.folder / "shards" / name for name in store.lost()]
         store.texts.read()
         texts = sorted(store.folder.glob(f"texts/*{ASIDE}"))
@@ -85,6 +86,7 @@ def verify(ledger: Ledger, progress: Callable[[int], None] = lambda cells: None)
                 )
         for paths, what in ((aside, _ASIDE), (lost, _LOST), (texts, _NO_TEXTS)):
             found.damaged |= dict.fromkeys(map(str, paths), what)
+        found.damaged |= store.mixed
         progress(1)
     for pattern in _NOTES:
         for path in sorted(ledger.root.glob(pattern)):

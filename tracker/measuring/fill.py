@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -10,10 +11,13 @@ from typing import NamedTuple
 from filelock import Timeout
 
 from tracker.core.ablations import all_ablations
+from tracker.core.errors import CellError
 from tracker.core.extent import Extent
+from tracker.core.provenance import SAME_VERSIONS, TOKENISATION, readers
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import BlockRace, CellRace
+from tracker.ledger.outcomes import PROVENANCE, TOKENS_DIGEST
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Job
 from tracker.measuring.meter import Facts, Meter, Place
@@ -24,13 +28,62 @@ WAIT = 0.5
 """Seconds between two looks at blocks that another process is computing."""
 
 
+def refuse_other_tokens(
+    store: CellStore,
+    digests: Mapping[Place, str],
+    provenance: Mapping[str, str],
+    progress: Progress,
+) -> None:
+    """Raise CellError where documents of a cell were measured as other tokens than they are now.
+
+    A warning where that is not known, because it was not kept then, and versions differ.
+
+    Args:
+        store: The cell, of which more is to be measured.
+        digests: Document → the digest of the tokens that it is read as.
+        provenance: The versions that read it, and their `TOKENISATION`.
+        progress: Told the warning.
+    """
+    frame = store.read(columns=["task", "doc", TOKENS_DIGEST, PROVENANCE]).drop_duplicates()
+    for task, doc, digest, stack in frame.itertuples(index=False):
+        if isinstance(digest, str) and digests.get((task, doc), digest) != digest:
+            what = f"document {doc} of {task} is read as other tokens"
+            raise _not_mixed(what, json.loads(stack), provenance)
+    stated = store.identity.provenance
+    now = provenance[TOKENISATION]
+    if stated.get(TOKENISATION, now) != now:
+        raise _not_mixed("texts are read otherwise", stated, provenance)
+    before = map(json.loads, frame[PROVENANCE][frame[TOKENS_DIGEST].isna()].unique())
+    if versions := sorted({readers(each, provenance) for each in before} - {SAME_VERSIONS}):
+        progress.say(
+            f"{store.identity.benchmark.title}: what is measured ({'; '.join(versions)}) does not "
+            f"state its tokens. If {readers(provenance, {})} read texts otherwise, figures are "
+            "mixed; choose another --results to be sure"
+        )
+
+
+def _not_mixed(what: str, then: Mapping[str, str], now: Mapping[str, str]) -> CellError:
+    """Make the error of a cell to which nothing is added."""
+    before, after = readers(then, now), readers(now, then)
+    alike = (
+        ". A chat template may state the date, which chat_template_args can fix; and the model's "
+        "own code runs only with --trust-remote-code"
+    )
+    return CellError(
+        f"{what} now ({after}) than when this was measured ({before}); the two are not mixed, and "
+        "nothing is added. Measure with what was used then, or choose another --results"
+        f"{alike * (before == SAME_VERSIONS)}"
+    )
+
+
 def open_cell(
-    job: Job, facts: Facts, ledger: Ledger
+    job: Job, facts: Facts, ledger: Ledger, progress: Progress
 ) -> tuple[CellStore, dict[Block, int], CellRace | None]:
     """Open a cell whose model is known, or make it, and see what it lacks.
 
     The ledger finds the cell by its requests from now on. With the cell come the blocks that lack
     something, how many responses each lacks, and the race that decides, where there is a question.
+    CellError where its documents are other tokens now than they were.
     """
     store = ledger.cell(facts.model, facts.benchmark, facts.provenance)
     # A hub model's commit is known only now that it is in the cache. What is removed is no part of
@@ -39,10 +92,15 @@ def open_cell(
     key = asked.key or look_up(asked.request, ledger).key
     if key:
         ledger.remember(key, store)
+    race = None
     if asked.request.until is not None:
         race = CellRace(store, store.views.of(asked.request))
-        return store, at_most(race, store, facts.responses), race
-    return store, lacking(store, facts, asked.request.extent, names_of(job, store)), None
+        left = at_most(race, store, facts.responses)
+    else:
+        left = lacking(store, facts, asked.request.extent, names_of(job, store))
+    if left:
+        refuse_other_tokens(store, facts.digests, facts.provenance, progress)
+    return store, left, race
 
 
 def lacking(

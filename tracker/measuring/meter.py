@@ -15,7 +15,7 @@ from tracker.core.config import CellRequest
 from tracker.core.documents import Document, Response
 from tracker.core.errors import CellError
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity
-from tracker.core.provenance import WEIGHTS, machine, package_versions
+from tracker.core.provenance import TOKENISATION, WEIGHTS, machine, package_versions
 from tracker.core.records import WHICH
 from tracker.ledger.blocks import portions
 from tracker.ledger.outcomes import outcome_row
@@ -67,12 +67,14 @@ class Facts:
         benchmark: Which documents.
         provenance: Versions and machine.
         responses: Document → how many responses it asks for under one ablation.
+        digests: Document → the digest of the tokens that it is read as.
     """
 
     model: ModelIdentity
     benchmark: BenchmarkIdentity
     provenance: dict[str, str]
     responses: dict[Place, int]
+    digests: dict[Place, str]
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Meter:
         from tracker.benchmarks.encoder import RequestEncoder
         from tracker.engine.selfcheck.check import watched_documents
         from tracker.measuring.scorer import Scorer
+        from tracker.models.load import weight_readers
         from tracker.models.maps import refuse_misfits
         from tracker.models.sublayers import find_sublayers
 
@@ -131,11 +134,15 @@ class Meter:
         source = find_model(request.model, request.revision, request.model_args)
         weights = kept_in(source, options.trust_remote_code)
         kept = {WEIGHTS: weights} if weights else {}
+        kept[TOKENISATION] = self._encoder.tokenisation(bool(request.apply_chat_template))
+        max_length = self._encoder.max_length
+        versions = package_versions(weight_readers(loaded.model, source))
         self.facts = Facts(
             loaded.identity,
             benchmark.identity,
-            {**package_versions(), **machine(), "device": str(loaded.device), **kept},
+            {**versions, **machine(), "device": str(loaded.device), **kept},
             {place: Scorer.responses(each) for place, each in self.documents.items()},
+            {place: each.tokens_digest(max_length) for place, each in self.documents.items()},
         )
 
     @property
@@ -300,6 +307,6 @@ class Meter:
                 compared = (both.compared, both.difference, both.unsteady) if both else None
                 proxies = sums if ablation == INTACT else None
                 load = loads[document.index][ablation.expert] if ablation.expert else None
-                yield outcome_row(
-                    document, ablation.name, responses, metrics, proxies, compared, twice, load
-                )
+                digest = self.facts.digests[document.task, document.index]
+                scores = (responses, metrics, proxies, compared, twice, load)
+                yield outcome_row(document, ablation.name, *scores, tokens_digest=digest)

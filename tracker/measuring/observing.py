@@ -14,6 +14,7 @@ from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.ablations import ablations_of
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
+from tracker.core.provenance import TOKENISATION, package_versions
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check
 from tracker.ledger.blocks import Block
@@ -21,6 +22,7 @@ from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
 from tracker.ledger.shards import Arrays, read_observations, write_observations
 from tracker.ledger.store import Ledger
+from tracker.measuring.fill import refuse_other_tokens
 from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
 from tracker.measuring.progress import Progress, telling
@@ -101,12 +103,16 @@ def observe(
 
 
 def open_observed(
-    request: CellRequest, ledger: Ledger, options: Options, progress: Progress
+    request: CellRequest, store: CellStore, ledger: Ledger, options: Options, progress: Progress
 ) -> tuple[Engine, Documents]:
     """Load the model of a cell, share as much as the self-check finds exact, read its documents."""
     model = open_model(request, options).loaded
     encoder = RequestEncoder(model.model, model.tokenizer, request)
     documents = open_benchmark(request).documents(encoder, request.extent)
+    digests = {(d.task, d.index): d.tokens_digest(encoder.max_length) for d in documents}
+    tokenisation = encoder.tokenisation(bool(request.apply_chat_template))
+    versions = {**package_versions(), TOKENISATION: tokenisation}
+    refuse_other_tokens(store, digests, versions, progress)
     engine = Engine(model, encoder.max_length, memory=options.memory)
     progress.say(f"{request.benchmark}: checking that sharing is exact for this model")
     ablations = ablations_of(request, model.identity.layers)

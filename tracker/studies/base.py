@@ -109,12 +109,12 @@ def observe(
     among: Collection[tuple[str, int]] | None = None,
 ) -> Observed:
     """Observe documents of a study's cell, as `tracker.measuring.observing` does."""
-    request, progress = subject.request, asked.progress
+    request, store, progress = subject.request, subject.store, asked.progress
 
     def opened() -> tuple[Engine, observing.Documents]:
-        return observing.open_observed(request, asked.ledger, asked.options, progress)
+        return observing.open_observed(request, store, asked.ledger, asked.options, progress)
 
-    return observing.observe(request, subject.store, kind, begin, opened, progress, among)
+    return observing.observe(request, store, kind, begin, opened, progress, among)
 
 
 def lined_up(observed: Observed, outcomes: AlignedOutcomes) -> dict[str, Array]:

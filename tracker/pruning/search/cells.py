@@ -29,7 +29,7 @@ from tracker.ledger.outcomes import METRIC
 from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.shards import read_shard
 from tracker.ledger.store import Ledger
-from tracker.measuring.fill import fill, lacking, open_cell
+from tracker.measuring.fill import fill, lacking, open_cell, refuse_other_tokens
 from tracker.measuring.job import Job, Options
 from tracker.measuring.meter import Meter, Model, Place, open_model
 from tracker.measuring.observing import Documents, Observe, Observed, observe
@@ -147,7 +147,7 @@ class OpenCell:
             chosen_metric(found.store.identity.benchmark, self.request.metric)
             return found.store
         job = Job((found,), self._benchmark)
-        return open_cell(job, self._meter.facts, self._lender.ledger)[0]
+        return open_cell(job, self._meter.facts, self._lender.ledger, self.progress)[0]
 
     @property
     def progress(self) -> Progress:
@@ -254,7 +254,9 @@ class OpenCell:
         measured. Where several layers go, a miniature is asked each of them alone and the drawn
         sets, so that all cells and searches of a model have one verdict.
         """
-        meter = self._meter
+        meter, facts = self._meter, self._meter.facts
+        if not self._checked:
+            refuse_other_tokens(self.store, facts.digests, facts.provenance, self.progress)
         if candidates:
             meter.twice = set()
         asked = dict.fromkeys((INTACT, *ablations))
