@@ -117,15 +117,15 @@ def find_experts(model: Any, layers: nn.ModuleList, device: torch.device) -> lis
                 return
 
     with ExitStack() as stack:
-        for place, layer in enumerate(layers):
+        for index, layer in enumerate(layers):
             stack.enter_context(layer.register_forward_pre_hook(begin))
             for module in layer.modules():
                 stack.enter_context(module.register_forward_hook(chose, with_kwargs=True))
                 if entries(module):
-                    held = partial(look, place)
+                    held = partial(look, index)
                     stack.enter_context(module.register_forward_pre_hook(held, with_kwargs=True))
         read_a_text(model, TOKENS, device, "experts", "expert")
-    return [found.get(place) for place in range(len(layers))]
+    return [found.get(index) for index in range(len(layers))]
 
 
 def integers(values: Sequence[Any]) -> list[Tensor]:

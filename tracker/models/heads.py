@@ -110,14 +110,14 @@ def find_heads(model: Any, layers: nn.ModuleList, device: torch.device) -> list[
     holders = Counter(module for layer in layers for module in layer.modules())
     with ExitStack() as stack:
         stack.enter_context(_attention(model, alternating))
-        for place, layer in enumerate(layers):
+        for index, layer in enumerate(layers):
             stack.enter_context(layer.register_forward_pre_hook(begin))
-            stack.enter_context(layer.register_forward_hook(partial(look, place)))
+            stack.enter_context(layer.register_forward_hook(partial(look, index)))
         for module in holders:
             if isinstance(module, (nn.Linear, Conv1D)):
                 stack.enter_context(module.register_forward_pre_hook(taken))
         read_a_text(model, TOKENS, device, "heads", COMPONENTS)
-    return [found.get(place) for place in range(len(layers))]
+    return [found.get(index) for index in range(len(layers))]
 
 
 @contextmanager

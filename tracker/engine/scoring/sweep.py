@@ -580,9 +580,9 @@ class Engine:
     def _is_divided(self, ablations: Sequence[Ablation]) -> bool:
         """Check whether layers are divided into attention and MLP; parts can do without."""
         inside = self.known.inside
-        if any(each.has_sublayers for each in ablations):
+        if any(ablation.has_sublayers for ablation in ablations):
             return True
-        if inside.sublayers is None and any(each.parts for each in ablations):
+        if inside.sublayers is None and any(ablation.parts for ablation in ablations):
             try:
                 inside.sublayers = self._sublayers
             except ModelError:
