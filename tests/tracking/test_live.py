@@ -27,6 +27,7 @@ from tracker.team.publish import Trial
 from tracker.tracking import open_backend, open_live_run
 from tracker.tracking.base import LiveRun
 from tracker.tracking.figures import cell_figures, flat_metrics
+from tracker.tracking.identity import cell_name
 
 from .wandb_client import Client
 from .wandb_double import WandbDouble
@@ -113,7 +114,7 @@ def test_the_run_is_there_killed_continued_and_ended(
     first = measured.begin(open_live_run(name, project, measured.results))
     until(lambda: any("progress/documents" in shown.newest for shown in read()))
     shown = run()
-    assert (shown.state, shown.name) == (running, measured.record.title)
+    assert (shown.state, shown.name) == (running, cell_name(measured.record))
     assert shown.newest["progress/documents"] == 6
     for figure in ("accuracy_drop", "accuracy_drop_low", "accuracy_drop_high"):
         assert shown.newest[f"progress/{figure}/layer 01"] == getattr(

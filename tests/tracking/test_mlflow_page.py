@@ -13,6 +13,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from plotly.offline import get_plotlyjs
 
 from tracker.tracking.base import Page as Kept
+from tracker.tracking.identity import cell_name
 from tracker.tracking.mlflow.backend import MlflowBackend
 
 from .conftest import cell_record
@@ -51,7 +52,7 @@ def test_a_cell_its_layers_and_a_report(
     store = Store(server, "looked-at")
 
     page.goto(location)
-    expect(page.get_by_text(cell.title).first).to_be_visible()
+    expect(page.get_by_text(cell_name(cell)).first).to_be_visible()
 
     run = store.cell(cell).info
     address = f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
