@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tracker.ledger import cache as caching
-from tracker.ledger.cache import Checks, keep, note_path, only_mine, own_folder, recall
+from tracker.ledger.cache import Checks, keep, note_path, own_folder, recall
 
 KEY = "0123456789abcdef" * 4
 SAID = {"what": "was found"}
@@ -111,16 +111,6 @@ def test_a_link_inside_leads_nowhere_and_the_cache_may_be_one(cache: Path, tmp_p
     cache.rename(tmp_path / "scratch")
     cache.symlink_to(tmp_path / "scratch")
     assert recall("tasks", KEY) == SAID
-
-
-def test_a_system_without_owners_believes_its_user(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache.mkdir(parents=True)
-    cache.chmod(0o777)
-    assert not only_mine(cache, cache)
-    monkeypatch.delattr(os, "geteuid")
-    assert only_mine(cache, cache)
 
 
 def test_what_is_exact_is_not_believed_from_a_folder_that_others_write(

@@ -363,7 +363,7 @@ def _peak(device: Any) -> int:
     from tracker.engine.memory import peak_memory
 
     if device.type == "cuda" or not _RESET.exists():
-        return peak_memory(device) or 0
+        return peak_memory(device)
     status = Path("/proc/self/status").read_text(encoding="ascii")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024

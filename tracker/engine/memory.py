@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,14 +46,10 @@ def only_new_garbage() -> Iterator[None]:
         gc.unfreeze()
 
 
-def peak_memory(device: torch.device) -> int | None:
-    """Say the most bytes that this process has held where a model is; None where nobody tells."""
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held on a model's device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if platform.system() == "Darwin" else peak * 1024)
 

@@ -11,17 +11,13 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from tracker.core.errors import TrackingError
 from tracker.ledger.shards import read_shard
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 LARGEST = 2**28
 """Bytes of a file that is downloaded."""
@@ -68,9 +64,6 @@ def downloading(folder: Path) -> Iterator[None]:
     Raises:
         TrackingError: A file has more.
     """
-    if resource is None:
-        yield
-        return
     before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     limits = [each for each in (LARGEST, before, hard) if each != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_FSIZE, (min(limits), hard))
@@ -90,10 +83,9 @@ class ForeignFiles:
     """Reads what was downloaded in a process that may not hold more than `UNPACKED` bytes of it."""
 
     def __init__(self) -> None:
-        if resource is not None:
-            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-            most = UNPACKED if hard == resource.RLIM_INFINITY else min(UNPACKED, hard)
-            resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        most = UNPACKED if hard == resource.RLIM_INFINITY else min(UNPACKED, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
     def refuse_bombs(self, paths: Collection[Path]) -> None:
         """Read shards or texts as whoever shows them does; TrackingError if that is impossible."""
