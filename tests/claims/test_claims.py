@@ -27,7 +27,8 @@ def test_where_three_matter_these_are_named(tmp_path: Path) -> None:
         wrong += [found] if any(found.values()) else []
         assert {*THREE} <= named(said["run"][0])
         assert {*THREE} <= set().union(*map(named, said["page"]))
-        assert {f"layer {layer} matters" for layer in THREE} <= {*said["tables"]}
+        for where in ("tables", "leaderboard"):
+            assert {f"layer {layer} matters" for layer in THREE} <= {*said[where]}
         assert {f"layer {layer} matters: mean" for layer in THREE} <= {*said["run"]}
         assert "0 before 5" in said["tables"]
     assert len(wrong) < 2, wrong
