@@ -259,6 +259,19 @@ def test_the_csv_of_a_table_holds_exact_figures(drawn: Page, board: LayerBoard) 
         assert "95 % interval (pp)" not in row, "only its two ends are figures"
 
 
+def test_the_csv_of_a_table_holds_no_formula(chromium: Browser, tmp_path: Path) -> None:
+    """Before: a model named `=1+2` was computed by the spreadsheet that opened the download."""
+    cells = [build_cell(name, model="=1+2") for name in ("@sum", "piqa")]
+    with Visit(chromium, render_report(cells, {}, tmp_path / "r.html"), scroll=False) as visit:
+        rows = read_csv(visit.page, "#overview")
+        assert [row["model"] for row in rows] == ["'=1+2"] * 2
+        assert rows[0]["benchmark"].startswith("'@sum")
+        visit.open_all()
+        layers = read_csv(visit.page, "#model-1-cell-1-layers")
+    drops = [float(row["accuracy drop (pp)"]) for row in layers]
+    assert min(drops) < 0, "figures are as they were"
+
+
 def test_all_layers_are_downloaded_unrounded(drawn: Page, tmp_path: Path) -> None:
     wanted = frames.layer_frame(two_models())
     for name, read in (("CSV", pd.read_csv), ("Parquet", pd.read_parquet)):

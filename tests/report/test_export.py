@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import sys
+from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from markdown_it import MarkdownIt
 
 from tests.studies.test_findings import FINDING
 from tracker.cli.printing import print_boards
@@ -15,6 +19,8 @@ from tracker.core.distribution import install_extra
 from tracker.core.errors import RequestError
 from tracker.core.formats import fixed, points
 from tracker.core.records import CellRecord
+from tracker.core.tables import Column, table
+from tracker.core.text import as_code, as_markdown
 from tracker.report.export import FORMATS, boards, export, figures, frames
 from tracker.report.frames import correlation_frame, document_frame, layer_frame
 from tracker.report.leaderboard.layers import layer_board
@@ -100,6 +106,61 @@ def test_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:
     ):
         assert "<img" not in note
         assert "&lt;img" in note
+
+
+EVIL = "![x](http:evil) [y](javascript:z) <http://evil> http://evil/ www.evil.org `c` \\![a][b]"
+
+
+def rendered(text: str) -> tuple[set[str], str]:
+    """Render Markdown as CommonMark does, with tables: the tags in it, and its text."""
+    page = MarkdownIt("commonmark").enable("table").render(text)
+    return set(re.findall(r"<(\w+)", page)), unescape(re.sub(r"<[^>]*>", "", page))
+
+
+def test_a_name_is_no_link_no_image_and_no_code(tmp_path: Path) -> None:
+    """Before: a model folder named `![x](http:evil)` was an image in Markdown and MLflow notes."""
+    assert rendered(as_markdown(EVIL)) == ({"p"}, f"{EVIL}\n")
+    assert rendered(as_code(f"a{EVIL}")) == ({"p", "code"}, f"a{EVIL.replace('`', '')}\n")
+    # What makes addresses of themselves links, as GitHub does, finds none.
+    assert not re.search(r"http://|www[.]", as_markdown(EVIL))
+    cells = [build_cell(b, model=m, metric=EVIL) for m in (EVIL, "other") for b in (EVIL, "b")]
+    one = FINDING.model_copy(update={"answers": (EVIL,), "question": EVIL, "lacking": (EVIL,)})
+    (path,) = export(cells, "md", tmp_path / "r.md", findings=[one])
+    without = cells[0].model_copy(update={"removed": (3,)})
+    notes = (cell_note(cells[0]), intact_note(cells[0]), intact_note(without))
+    for text in (path.read_text(), *notes, layer_note(cells[0], cells[0].runs[0])):
+        tags, shown = rendered(text)
+        assert not tags & {"a", "img"}
+        assert "![x](http:evil) [y](javascript:z) <http://evil>" in shown
+
+
+SIGNS = ("=", "+", "-", "@", "\t", "\r")
+
+
+@pytest.mark.parametrize("sign", SIGNS)
+def test_a_spreadsheet_takes_no_text_for_a_formula(sign: str, tmp_path: Path) -> None:
+    """Before: `=HYPERLINK(…)` as a model's name was a formula in every row."""
+    name = f"{sign}cmd|' /C calc'!A0"
+    cell = build_cell(name, model=name)
+    decided = build_decisions(cell)
+    texts = [replace(t, text=replace(t.text, question=name)) if t else t for t in decided.texts]
+    documents = document_frame([(cell, replace(decided, texts=texts))])
+    made = table(name, [Column(name, "text", lambda row: row), Column("n", "nats", len)], [name])
+    one = FINDING.model_copy(update={"tables": (made,)})
+    paths = export([cell], "csv", tmp_path, {"documents": [documents]}, [one])
+    numbers = 0
+    for path in paths:
+        with path.open(newline="") as file:
+            cells = [entry for row in csv.reader(file) for entry in row]
+        entries = [entry for entry in cells if entry.startswith(SIGNS)]
+        assert all(re.fullmatch(r"-[\d.e-]+", entry) for entry in entries)
+        numbers += len(entries)
+    assert numbers > 10, "negative figures are as they were"
+    frame = pd.read_csv(tmp_path / "layers.csv")
+    # A carriage return in a name is replaced long before.
+    begin = "" if sign == "\r" else "'"
+    assert (frame["model"] == f"{begin}{cell.model.name}").all()
+    assert frame["accuracy_drop"].min() < 0
 
 
 def test_what_does_not_count_is_said(two_models: list[CellRecord], tmp_path: Path) -> None:

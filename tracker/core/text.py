@@ -35,9 +35,22 @@ def is_writable(text: str) -> bool:
     return True
 
 
+_MARKUP = re.compile(r"[\\`\[\]|]|:(?=//)|(?<=www)\.", re.IGNORECASE)
+
+
 def as_markdown(text: str) -> str:
-    """Write a text so that Markdown shows it instead of obeying it: no HTML, no end of a cell."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+    """Write a text so that Markdown shows it: no HTML, code, link or image, no end of a cell."""
+    return _MARKUP.sub(r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))
+
+
+def as_code(text: str) -> str:
+    """Write a text as code in Markdown, which no backtick within it ends."""
+    return f"`{' '.join(text.split()).replace('`', '')}`"
+
+
+def as_cell(text: str) -> str:
+    """Write a text so that a spreadsheet shows it instead of computing it as a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
 
 
 _SECRET = re.compile(

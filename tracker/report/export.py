@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -21,7 +22,7 @@ from tracker.ledger.files import write_atomically, write_text
 from tracker.report import wording
 from tracker.report.charts.cells import cell_charts
 from tracker.report.charts.maps import heat_map
-from tracker.report.frames import correlation_frame, frame_of, layer_frame
+from tracker.report.frames import correlation_frame, frame_of, layer_frame, write_csv
 from tracker.report.leaderboard.comparable import models_of, named_models
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.leaderboard.models import model_board
@@ -43,7 +44,7 @@ _LATEX = str.maketrans(
     | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "\n": " "}
 )
 """What LaTeX would obey, and how it is written."""
-More = Mapping[str, pd.DataFrame]
+More = Mapping[str, Iterable[pd.DataFrame]]
 Found = Sequence[FindingRecord]
 Write = Callable[[Sequence[CellRecord], Path, More, Found], list[Path]]
 
@@ -90,7 +91,7 @@ def export(
     cells: Sequence[CellRecord],
     form: str,
     place: Path,
-    more: Mapping[str, pd.DataFrame] = {},
+    more: More = MappingProxyType({}),
     findings: Found = (),
 ) -> list[Path]:
     """Write a report in one of `FORMATS`, and list the files.
@@ -99,7 +100,8 @@ def export(
         cells: The cells.
         form: A key of `FORMATS`.
         place: A file for `md` and `tex`, a folder otherwise.
-        more: What `csv` and `parquet` hold besides the records' `frames`, by name.
+        more: What `csv` and `parquet` hold besides the records' `frames`, by name: frames that
+            follow each other.
         findings: What studies found: in `md` as sections, in `csv` and `parquet` a frame a table,
             in `png` and `pdf` their charts.
 
@@ -114,13 +116,13 @@ def export(
 
 
 def _markdown(cells: Sequence[CellRecord], path: Path, more: More, findings: Found) -> list[Path]:
-    parts = ["# Which layers matter", wording.summary(cells)]
+    parts = ["# Which layers matter", as_markdown(wording.summary(cells))]
     parts += ["## Leaderboards", LAYER_RULE, MODEL_RULE, INTERVAL_RULE]
     tables, notes = boards(cells)
     parts += [*map(_pipes, tables), *map(as_markdown, notes)]
     parts += ["## Benchmarks", _pipes(overview_table(cells))]
     for each in findings:
-        parts += [as_markdown(f"## {each.question}")]
+        parts += [f"## {as_markdown(each.question)}"]
         parts += [f"`{each.study}` over {as_markdown(each.experiment)}"]
         parts += map(as_markdown, each.answers)
         parts += map(_pipes, each.tables)
@@ -185,7 +187,7 @@ def _pipes(made: Table) -> str:
 
 
 def _data(
-    write: Callable[[pd.DataFrame, Path], None],
+    write: Callable[[Iterable[pd.DataFrame], Path], None],
     end: str,
     cells: Sequence[CellRecord],
     folder: Path,
@@ -193,11 +195,21 @@ def _data(
     findings: Found,
 ) -> list[Path]:
     paths = []
-    for name, frame in {**frames(cells), **more, **study_frames(findings)}.items():
+    whole = {**frames(cells), **study_frames(findings)}
+    for name, parts in {**{name: [frame] for name, frame in whole.items()}, **more}.items():
         path = folder / f"{name}.{end}"
-        write_atomically(path, partial(write, frame))
+        write_atomically(path, partial(write, parts))
         paths.append(path)
     return paths
+
+
+def _write_csv(frames: Iterable[pd.DataFrame], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        write_csv(frames, file)
+
+
+def _write_parquet(frames: Iterable[pd.DataFrame], path: Path) -> None:
+    pd.concat(frames).to_parquet(path, index=False)
 
 
 def _images(
@@ -227,8 +239,8 @@ def _images(
 FORMATS: Mapping[str, Write] = {
     "md": _markdown,
     "tex": _latex,
-    "csv": partial(_data, partial(pd.DataFrame.to_csv, index=False), "csv"),
-    "parquet": partial(_data, partial(pd.DataFrame.to_parquet, index=False), "parquet"),
+    "csv": partial(_data, _write_csv, "csv"),
+    "parquet": partial(_data, _write_parquet, "parquet"),
     "png": partial(_images, "png"),
     "pdf": partial(_images, "pdf"),
 }

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import base64
 import gzip
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from tracker.core.records import CellRecord
 from tracker.core.run_table import (
@@ -26,15 +28,15 @@ from tracker.core.run_table import (
     run_columns,
     runs_of,
 )
-from tracker.core.tables import Column, Table, table
+from tracker.core.tables import Column, Table, Value, table
+from tracker.core.text import as_cell
 from tracker.ledger.decisions import Decided, Decisions
 from tracker.report.leaderboard.claims import shown_words
 
 _OPTION_COLUMNS = ("gold", "choice_intact", "choice")
-_NUMBERS = ("num_fewshot", "sample_seed", "layer", "span", "doc")
+_NUMBERS = ("num_fewshot", "sample_seed", "layer", "span", "number", "repeats", "doc")
 _MARGINS = ("margin_intact", "margin")
 _SCORES = ("score_intact", "score")
-_TEXT_COLUMNS = ("question", "choices", "answer", "text_intact", "text")
 _DOCUMENT_COLUMNS = (
     *("task", "doc", "change", "question", "choices", "gold", "answer", "choice_intact"),
     *("margin_intact", "text_intact", "choice", "margin", "text"),
@@ -111,58 +113,95 @@ def document_frame(
         are in nats, for a metric that is divided by lengths in nats a character or byte, and
         without options the log-probability of the answer.
     """
-    frames = [
-        frame for cell, decided in found for frame in _frames(cell, decided, private, changed)
-    ]
-    columns = [*CELL, *WHICH_RUN, *_DOCUMENT_COLUMNS, *(() if changed else _SCORES)]
-    frame = pd.concat(frames)[columns] if frames else pd.DataFrame(columns=columns)
-    whole = dict.fromkeys((*_OPTION_COLUMNS, *_NUMBERS), "Int64")
-    numbers = _MARGINS if changed else (*_MARGINS, *_SCORES)
-    return frame.reset_index(drop=True).astype(whole | dict.fromkeys(numbers, "float64"))
+    return pd.concat(document_frames(found, private, changed), ignore_index=True)
 
 
-def _frames(
-    cell: CellRecord, decided: Decisions, private: bool, changed: bool
+def document_frames(
+    found: Iterable[tuple[CellRecord, Decisions]], private: bool = True, changed: bool = True
 ) -> Iterator[pd.DataFrame]:
-    """Lay out the documents that each run loses and wins, or all."""
+    """Yield the same cell by cell, after a frame without rows."""
+    columns = [*CELL, *WHICH_RUN, *_DOCUMENT_COLUMNS, *(() if changed else _SCORES)]
+    numbers = _MARGINS if changed else (*_MARGINS, *_SCORES)
+    types = dict.fromkeys((*_OPTION_COLUMNS, *_NUMBERS), "Int64")
+    types |= dict.fromkeys(numbers, "float64")
+    yield pd.DataFrame(columns=columns).astype(types)
+    for cell, decided in found:
+        for rows in (_rows_of_runs(cell, decided, private, changed), _missing_rows(cell, decided)):
+            if rows:
+                yield pd.DataFrame(rows, columns=columns, dtype="object").astype(types)
+
+
+def _rows_of_runs(
+    cell: CellRecord, decided: Decisions, private: bool, changed: bool
+) -> dict[str, NDArray[Any]]:
+    """Lay out the documents that each run loses and wins, or all: column → its entries."""
     texts = [each.text if each and (private or each.public) else None for each in decided.texts]
-    shared = pd.DataFrame(
-        {
-            "task": [task for task, _ in decided.documents],
-            "doc": [doc for _, doc in decided.documents],
-            "change": "",
-            "question": [each.question if each else None for each in texts],
-            "choices": [
-                json.dumps(each.choices, ensure_ascii=False) if each and each.choices else None
-                for each in texts
-            ],
-            "gold": decided.gold,
-            "answer": [each.answer if each else None for each in texts],
-        }
-    )
-    known = np.array([private or each is None or each.public for each in decided.texts])
+    is_shown = [private or each is None or each.public for each in decided.texts]
 
-    def answers(one: Decided, end: str) -> dict[str, Any]:
-        said = [text if shown else None for text, shown in zip(one.text, known, strict=True)]
-        return {f"choice{end}": one.choice, f"margin{end}": one.margin, f"text{end}": said}
+    def answers(model: Decided, end: str) -> dict[str, NDArray[Any]]:
+        pairs = zip(model.text, is_shown, strict=True)
+        text = _objects(text if shown else None for text, shown in pairs)
+        figures = {"choice": model.choice, "margin": model.margin, "score": model.score}
+        return {f"{name}{end}": values for name, values in {**figures, "text": text}.items()}
 
-    columns = pick(run_columns(), *CELL, *WHICH_RUN)
-    for run, one in decided.runs:
-        lost, won = decided.lost(one), decided.won(one)
-        frame = shared.assign(**answers(decided.baseline, "_intact"), **answers(one, ""))
-        frame["change"] = np.select([lost, won], ["lost", "won"], "same")
-        frame["score_intact"], frame["score"] = decided.baseline.score, one.score
-        about = {column.name: column.value(CellRun(cell, run)) for column in columns}
-        # An object column keeps its type, also where it holds nothing.
-        rows = lost | won | (not changed)
-        yield frame[rows].assign(**about).astype(dict.fromkeys(_TEXT_COLUMNS, "object"))
-    if decided.missing:
-        which = {name: column.value(cell) for name, column in _CELL.items()}
-        rows = [
-            {**which, "task": task, "doc": doc, "change": "missing"}
-            for task, doc in decided.missing
-        ]
-        yield pd.DataFrame(rows, dtype="object")
+    choices = [
+        t.choices and json.dumps(t.choices, ensure_ascii=False) if t else None for t in texts
+    ]
+    of_documents: dict[str, Iterable[object]] = {
+        "task": [task for task, _ in decided.documents],
+        "doc": [doc for _, doc in decided.documents],
+        "question": [text.question if text else None for text in texts],
+        "choices": [text or None for text in choices],
+        "gold": decided.gold,
+        "answer": [text.answer if text else None for text in texts],
+        **answers(decided.baseline, "_intact"),
+    }
+    documents, of_runs = [], []
+    for _, model in decided.runs:
+        change = np.select([decided.lost(model), decided.won(model)], ["lost", "won"], "same")
+        (rows,) = np.nonzero((change != "same") | (not changed))
+        documents.append(rows)
+        columns = {"change": change, **answers(model, "")}
+        of_runs.append({name: values[rows] for name, values in columns.items()})
+    if not documents:
+        return {}
+    numbers, counts = np.concatenate(documents), [*map(len, documents)]
+    about = {
+        column.name: [column.value(CellRun(cell, run)) for run, _ in decided.runs]
+        for column in pick(run_columns(), *CELL, *WHICH_RUN)
+    }
+    return {
+        **{name: np.repeat(_objects(values), counts) for name, values in about.items()},
+        **{name: _objects(values)[numbers] for name, values in of_documents.items()},
+        **{name: np.concatenate([each[name] for each in of_runs]) for name in of_runs[0]},
+    }
+
+
+def _objects(values: Iterable[object]) -> NDArray[Any]:
+    return np.fromiter(values, dtype="object")
+
+
+def _missing_rows(cell: CellRecord, decided: Decisions) -> list[dict[str, Value]]:
+    """Lay out the documents that were asked for and are not measured."""
+    about = {name: column.value(cell) for name, column in _CELL.items()}
+    return [
+        {**about, "task": task, "doc": doc, "change": "missing"} for task, doc in decided.missing
+    ]
+
+
+def write_csv(frames: Iterable[pd.DataFrame], file: IO[str]) -> None:
+    """Write data frames with the same columns below each other, no text as a formula."""
+    for number, frame in enumerate(frames):
+        for name in frame.select_dtypes(["object", "str"]):
+            formulas = {
+                text: as_cell(text)
+                for text in frame[name].unique()
+                if isinstance(text, str) and as_cell(text) != text
+            }
+            if formulas:
+                frame = frame.copy(deep=False)
+                frame[name] = [formulas.get(value, value) for value in frame[name]]
+        frame.rename(columns=as_cell).to_csv(file, index=False, header=not number)
 
 
 def packed(text: str) -> str:
@@ -180,4 +219,6 @@ def layer_files(cells: Sequence[CellRecord]) -> tuple[str, str]:
     """Write every run as CSV, packed, and as Parquet in base64; both unrounded, fractions."""
     frame = layer_frame(cells)
     parquet = frame.to_parquet(index=False, compression="zstd")
-    return packed(frame.to_csv(index=False)), base64.b64encode(parquet).decode()
+    text = io.StringIO()
+    write_csv([frame], text)
+    return packed(text.getvalue()), base64.b64encode(parquet).decode()

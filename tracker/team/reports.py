@@ -19,7 +19,7 @@ from tracker.ledger.decisions import decisions
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import every_record
 from tracker.report.export import FORMATS, export, figures
-from tracker.report.frames import document_frame
+from tracker.report.frames import document_frames
 from tracker.report.page.html import render_report
 from tracker.report.page.studies import standing_alone
 from tracker.report.wording import summary
@@ -72,11 +72,11 @@ def _page(found: Collected, path: Path, decided: Mapping[Place, DecisionsRecord]
     )
 
 
-def _documents(found: Collected, private: bool = True) -> pd.DataFrame:
-    """Every document that a run loses or wins, with or without the texts that are not public."""
+def _documents(found: Collected, private: bool = True) -> Iterator[pd.DataFrame]:
+    """Yield every document that a run loses or wins; `private` texts are not public."""
     origins = ((cell, found.origins.get(cell.place)) for cell in found.cells)
     decided = ((cell, decisions(*origin)) for cell, origin in origins if origin)
-    return document_frame(((cell, each) for cell, each in decided if each), private)
+    return document_frames(((cell, each) for cell, each in decided if each), private)
 
 
 def publish(

@@ -22,7 +22,7 @@ from tracker.core.identities import Record
 from tracker.core.kinds import REPLACED_BY
 from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunRecord
 from tracker.core.run_table import not_finite, reasons_of
-from tracker.core.text import as_markdown
+from tracker.core.text import as_code, as_markdown
 from tracker.stats.support import together, verdicts
 from tracker.tracking.figures import (
     CURVES,
@@ -70,9 +70,10 @@ def cell_note(cell: CellRecord, answer: str = "") -> str:
         measured = "loss gains"
         values = "`accuracy` is the loss and `accuracy_drop` its increase, in the metric's own unit"
     return (
-        f"**{as_markdown(cell.heading)}**: what the benchmark's {measured} (`{cell.metric}`, "
-        f"{cell.documents}) when {_what_is_removed(cell)}, beside the cheap proxies. The step "
-        f"of every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
+        f"**{as_markdown(cell.heading)}**: what the benchmark's {measured} "
+        f"({as_code(cell.metric)}, {cell.documents}) when {_what_is_removed(cell)}, beside "
+        "the cheap proxies. The step of every curve is the 0-based layer. "
+        f"{values}; `gold_logprob_drop` is in nats."
         + (f"\n\n{statement(cell.answer)}." if cell.answer else "")
         + (
             f"\n\n{as_markdown(answer)} This rests on this benchmark alone; {AVERAGE}."
@@ -94,13 +95,13 @@ def intact_note(cell: CellRecord) -> str:
     on = cell.documents_of(f"{cell.n:,}")
     if cell.removed:
         return (
-            f"**{as_markdown(intact_name(cell))}**: `{cell.metric}` on {on} of the model that "
-            "every run of the benchmark takes more of; its drop, as theirs, is from the intact "
-            "model."
+            f"**{as_markdown(intact_name(cell))}**: {as_code(cell.metric)} on {on} of the model "
+            "that every run of the benchmark takes more of; its drop, as theirs, is from the "
+            "intact model."
         )
     return (
-        f"**{as_markdown(intact_name(cell))}**: `{cell.metric}` of the whole model on {on}: what "
-        "the runs without some of its layers are compared with."
+        f"**{as_markdown(intact_name(cell))}**: {as_code(cell.metric)} of the whole model on {on}: "
+        "what the runs without some of its layers are compared with."
         + _rounding(cell, cell.baseline_rounded, cell.n, cell.baseline_rounding, "it")
     )
 
@@ -118,11 +119,11 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
     done = REPLACED_BY.get(run.intervention)
     how = f"with the layer replaced by {done}" if done else "without it"
     if run.map is not None:
-        how = f"with {run.map} in {run.intervention}"
+        how = f"with {as_markdown(run.map)} in {run.intervention}"
     if run.intervention == "repeat":
         how = f"with it passed {'again' if run.repeats == 2 else f'{run.repeats} times'}"
     on = cell.documents_of(f"{run.n:,}")
-    what = f"**{as_markdown(run_name(cell, run))}**: `{cell.metric}` on {on} {how}"
+    what = f"**{as_markdown(run_name(cell, run))}**: {as_code(cell.metric)} on {on} {how}"
     if run.accuracy_drop is None:
         return f"{what}; its drop is not defined: {run.reasons.get('accuracy_drop', 'no reason')}."
     measure, falls = measure_of(cell), (run.accuracy_drop >= 0) == cell.higher_is_better

@@ -19,7 +19,7 @@ from tracker.core.hub import check_name
 from tracker.core.identities import ModelIdentity
 from tracker.core.prune_records import Calibrated
 from tracker.core.records import CellRecord
-from tracker.core.text import as_markdown
+from tracker.core.text import as_code, as_markdown
 from tracker.pruning.export.recipes import by_other_tools, why_none
 from tracker.pruning.search.figures import level_text
 
@@ -274,8 +274,8 @@ def text(model: Exported) -> str:
     told = _removed(model) if stretch is None else _repeated(model, stretch)
     parts = [
         f"# {as_markdown(model.name)}",
-        f"`{base.source}`{revision} ({base.architecture}, {base.dtype}) {told.short}, and not "
-        "trained since.",
+        f"{as_code(base.source)}{revision} ({base.architecture}, {base.dtype}) {told.short}, and "
+        "not trained since.",
         _USE,
         f"## {told.heading}",
         told.what,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tracker.core.identities import TaskIdentity
 from tracker.core.provenance import content_hash
 from tracker.core.records import BASELINE, CellRecord
+from tracker.core.text import as_markdown
 from tracker.tracking.identity import first_label, run_key
 from tracker.tracking.runs import DescribedRun, cell_note
 
@@ -75,7 +76,8 @@ def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> st
     room = _TAG_CHARACTERS - len(cell_note(cell)) - 100
     text = "\n\nRuns:"
     for ablation, label in labels.items():
-        link = f" [{label}](#/experiments/{experiment}/runs/{ids[run_key(cell, ablation)]})"
+        run_id = ids[run_key(cell, ablation)]
+        link = f" [{as_markdown(label)}](#/experiments/{experiment}/runs/{run_id})"
         if len(text) + len(link) > room:
             return f"{text} … of {len(labels)}"
         text += link

@@ -135,14 +135,16 @@
   };
 
   const quoted = (value) => (/[",\r\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
+  // A spreadsheet computes a text that begins like a formula.
+  const plain = (text) => (/^[=+\-@\t\r]/.test(text) ? `'${text}` : text);
   const csv = (table) => {
     const rows = [...table.tBodies[0].rows].filter((row) => !row.hidden);
     const columns = [...table.tHead.rows[0].cells].flatMap((head, place) => {
       const cells = rows.map((row) => row.cells[place]);
       const some = (name) => cells.some((cell) => exact(cell)[name] !== undefined);
-      const label = head.textContent.trim();
+      const label = plain(head.textContent.trim());
       const ends = ["low", "high"].map((name) => [`${label}: ${name}`, (cell) => exact(cell)[name] ?? ""]);
-      const value = [label, (cell) => (undefinedAt(cell) ? "" : exact(cell).value ?? cell.textContent.trim())];
+      const value = [label, (cell) => (undefinedAt(cell) ? "" : exact(cell).value ?? plain(cell.textContent.trim()))];
       return (some("low") ? [...(some("value") ? [value] : []), ...ends] : [value])
         .map(([name, read]) => [name, ...cells.map(read)]);
     });
