@@ -79,7 +79,7 @@ class AlignedOutcomes:
             held = zip(frame["task"], frame["doc"], strict=True)
             frame = frame.loc[[place in documents for place in held]]
         # A document counts when nothing that is shown lacks it.
-        measured = set(frame["ablation"])
+        measured = set(frame["ablation"].unique())
         present = frame.groupby(["task", "doc"])["ablation"].transform("size")
         frame = frame[(present == len(measured)) & (INTACT.name in measured)]
         self._rows = {str(name): rows for name, rows in frame.groupby("ablation")}

@@ -149,9 +149,10 @@ class CellStore:
         mine = self.blocks(extent)
         one_order = self._orders() <= {block.seed for block in mine}
         frame = self.read(mine if one_order else None, columns)
-        wanted = {(task, doc) for task, docs in self.wanted(extent).items() for doc in docs}
-        places = zip(frame["task"], frame["doc"], strict=True)
-        return frame.loc[[place in wanted for place in places]]
+        is_wanted = pd.Series(False, index=frame.index)
+        for task, docs in self.wanted(extent).items():
+            is_wanted |= (frame["task"] == task) & frame["doc"].isin(docs)
+        return frame.loc[is_wanted]
 
     def is_complete(self, extent: Extent, ablations: Collection[str]) -> bool:
         """Say whether every wanted document is measured under every wanted ablation."""

@@ -70,8 +70,9 @@ class OptionScores:
     def scores(self, loglikelihoods: Iterable[Sequence[float]]) -> Array:
         """Set the scores of the options side by side, NaN where a document has fewer."""
         found = np.full(self.lengths.shape, np.nan)
-        for number, (row, count) in enumerate(zip(loglikelihoods, self.counts, strict=True)):
-            found[number, :count] = row[:count]
+        counted = zip(loglikelihoods, self.counts, strict=True)
+        values = np.concatenate([[], *(row[:count] for row, count in counted)])
+        found[np.arange(found.shape[1]) < self.counts[:, None]] = values
         return found / self.lengths
 
 
