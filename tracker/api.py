@@ -586,13 +586,20 @@ class Validated:
 
 
 def validate(
-    experiment: Given = None, *, trust_remote_code: bool = False, **settings: Any
+    experiment: Given = None,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
 ) -> Validated:
     """Check an experiment, or searches for what to prune, without loading a model's weights.
+
+    Documents that are on this machine are read; on the hub, they are named in the notes.
 
     Args:
         experiment: The YAML file, or what stands for one, as for `run` and `prune`.
         trust_remote_code: Whether code from a download may run.
+        progress: Told what is read.
         **settings: Keys of the file, as for `run` and `prune`.
 
     Returns:
@@ -610,20 +617,25 @@ def validate(
         from tracker.pruning.search.beforehand import refuse_unsavable
         from tracker.pruning.search.cells import Lender
         from tracker.pruning.search.request import load_searches
-        from tracker.pruning.search.search import budget_of, refuse_unknown
+        from tracker.pruning.search.search import budget_of, refuse_mixed, refuse_unknown
 
         searches = load_searches(experiment, settings).file.searches()
         refuse_unknown(searches, trust_remote_code)
         options = Options(trust_remote_code=trust_remote_code)
         lender = Lender(Ledger(RESULTS), options, Silent())
+        requests = [r for search in searches for r in (*search.calibration(), search.test())]
+        unchecked = prepare.check_documents(requests, progress or Silent())
+        if not unchecked:
+            refuse_mixed(searches, lender, {})
         # How long layers take is measured, which loads the weights.
         known = [each for each in searches if each.amount.measure != "seconds"]
         budgets = [budget_of(each, lender) for each in known]
         found = refuse_unsavable(known, budgets, trust_remote_code)
-        return Validated(searches=len(searches), notes=tuple(filter(None, found)))
+        notes = [*filter(None, found), *(f"not checked: {text}" for text in unchecked)]
+        return Validated(searches=len(searches), notes=tuple(notes))
     asked = load_experiment(experiment, settings).file
     cells = asked.cells()
-    runs, unchecked = prepare.validate(cells, trust_remote_code, asked.kinds)
+    runs, unchecked = prepare.validate(cells, trust_remote_code, asked.kinds, progress)
     notes = [*filter(None, [asked.capped]), *(f"not checked: {each}" for each in unchecked)]
     return Validated(len(cells), runs, notes=tuple(notes))
 
@@ -663,7 +675,7 @@ def plan(
     asked = load_experiment(experiment, settings, count).file
     if asked.capped and progress is not None:
         progress.say(asked.capped)
-    return planning.plan(asked.cells(), ledger, trust_remote_code)
+    return planning.plan(asked.cells(), ledger, trust_remote_code, progress)
 
 
 def plan_prune(

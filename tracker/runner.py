@@ -9,8 +9,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from tracker.benchmarks.base import Benchmark
-from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
+from tracker.benchmarks.benchmark import chosen_metric
 from tracker.core.answers import statement
 from tracker.core.config import RUNS, CellRequest
 from tracker.core.errors import RequestError, TrackerError
@@ -19,17 +18,15 @@ from tracker.core.records import CellRecord
 from tracker.core.views import View
 from tracker.executors.base import open_executor
 from tracker.ledger.cells import CellStore
-from tracker.ledger.early_stopping import refuse_unbounded
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import GROWS
 from tracker.measuring.derive import record_of
 from tracker.measuring.job import Job, Options, Reporting
-from tracker.measuring.prepare import CellLookup, check_layers, check_range, look_up
+from tracker.measuring.prepare import CellLookup, check_layers, check_range, look_up, opened
 from tracker.measuring.progress import Progress
 from tracker.team.publish import Publication, Publisher
 
 log = logging.getLogger(__name__)
-_MODEL = {"model", "revision", "dtype", "model_args"}
 
 
 @dataclass
@@ -246,21 +243,13 @@ def _jobs(todo: Sequence[CellLookup]) -> list[Job]:
 
     Cells that differ in which layers are removed alone become one job.
     """
-    benchmarks: dict[str, Benchmark] = {}
     jobs: dict[str, Job] = {}
-    for cell in todo:
+    benchmarks = opened(cell.request for cell in todo)
+    for cell, benchmark in zip(todo, benchmarks, strict=True):
         request = cell.request
-        # Neither the model, nor how many documents, nor what is removed or shown changes what a
-        # benchmark reads.
-        read = request.model_dump_json(exclude=_MODEL | GROWS)
-        if read not in benchmarks:
-            benchmarks[read] = open_benchmark(request)
-        metric = chosen_metric(benchmarks[read].identity, request.metric)
-        if request.until is not None:
-            refuse_unbounded(benchmarks[read].identity, metric)
         # A race is over when its own question is answered; what has to be fitted may fail alone.
         apart = {"interventions", "limit", "sample", "until"}
         alike = request.model_dump_json(exclude=set() if request.until else GROWS - apart)
         others = jobs[alike].cells if alike in jobs else ()
-        jobs[alike] = Job((*others, cell), benchmarks[read])
+        jobs[alike] = Job((*others, cell), benchmark)
     return list(jobs.values())

@@ -218,8 +218,8 @@ class TestFilesBesideTheTask:
     def test_relative_names(self, beside: Path, loaded: tuple[Any, Any], name: str) -> None:
         task = beside / "paint.yaml"
         task.write_text(task.read_text().replace("paint.jsonl", name))
-        for asked_for in (("paint", beside), (str(task),), ("both", beside)):
-            assert [t.documents for t in make(*asked_for).identity.tasks][0] == 3
+        for request in (("paint", beside), (str(task),), ("both", beside)):
+            assert make(*request).identity.tasks[0].documents == 3
         texts = [str(d.requests[0].context) for d in documents_of(loaded, str(task))]
         assert len({*texts}) == 3
 

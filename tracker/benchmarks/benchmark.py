@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.corpus import Corpus, corpus_stamp, is_corpus, locate
-from tracker.benchmarks.own import check_own, folders, own_stamp
-from tracker.benchmarks.sources import find_data
+from tracker.benchmarks.own import check_own, folders, own_stamp, reads_files
+from tracker.benchmarks.sources import HUB, find_data
 from tracker.core.config import CellRequest
 from tracker.core.distribution import package_folder
 from tracker.core.errors import BenchmarkError, did_you_mean
@@ -41,6 +41,15 @@ def check_benchmark(request: CellRequest) -> None:
     from tracker.benchmarks.factory import find_task
 
     find_task(request.benchmark, folders(request))
+
+
+def is_local(request: CellRequest) -> bool:
+    """Return whether a benchmark's documents are on this machine: opening it downloads nothing."""
+    if request.data != HUB:
+        return True
+    if is_corpus(request.benchmark):
+        return locate(request).file is not None
+    return reads_files(request)
 
 
 @cache

@@ -85,15 +85,30 @@ def own_stamp(request: CellRequest) -> object:
 
     Their folders as a whole, and the files that they read documents from; None without any.
     """
-    file = as_file(request.benchmark)
-    places = [*folders(request), *([file.parent] if file else [])]
-    if not places:
+    task_folders = _task_folders(request)
+    if not task_folders:
         return None
-    files = {path for place in places for path in place.rglob("*") if path.is_file()}
-    for path in _files(places):
-        for data in data_files(located(read_task(path), path)):
-            files |= {file for file in (data, *data.rglob("*")) if file.is_file()}
+    files = {path for folder in task_folders for path in folder.rglob("*") if path.is_file()}
+    for path in _data(task_folders):
+        files |= {file for file in (path, *path.rglob("*")) if file.is_file()}
     return file_stamp(path for path in sorted(files) if "__pycache__" not in path.parts)
+
+
+def reads_files(request: CellRequest) -> bool:
+    """Return whether one's own tasks read documents from files."""
+    return any(True for _ in _data(_task_folders(request)))
+
+
+def _task_folders(request: CellRequest) -> list[Path]:
+    """Return the folders of one's own tasks."""
+    file = as_file(request.benchmark)
+    return [*folders(request), *([file.parent] if file else [])]
+
+
+def _data(task_folders: Sequence[Path]) -> Iterator[Path]:
+    """Find the files and folders that the tasks of some folders read documents from."""
+    for path in _files(task_folders):
+        yield from data_files(located(read_task(path), path))
 
 
 def _files(places: Sequence[Path]) -> Iterator[Path]:
@@ -111,7 +126,7 @@ def data_files(kwargs: dict[str, Any]) -> Iterator[Path]:
             case list() as several:
                 stack += several
             case str(name) if "://" not in name:
-                yield from map(Path, glob(name, recursive=True) or [name])
+                yield from map(Path, glob(name, recursive=True) or [name])  # noqa: PTH207
 
 
 def located(content: dict[str, Any], task: Path) -> dict[str, Any]:
@@ -137,4 +152,4 @@ def located(content: dict[str, Any], task: Path) -> dict[str, Any]:
 
 def _exists(name: str) -> bool:
     """Return whether a name, or a pattern of names, is that of a file or folder."""
-    return Path(name).exists() or bool(glob(name, recursive=True))
+    return Path(name).exists() or bool(glob(name, recursive=True))  # noqa: PTH207

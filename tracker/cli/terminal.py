@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
+from threading import Timer
 from typing import TYPE_CHECKING
 
 import click
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
 
+LONG = 2.0
+"""Seconds after which a terminal shows what is being done."""
 FIRST, EVERY = 15, 300
 """Seconds to the first line about some work, and between two, where no terminal shows its bar."""
 LOUD = (
@@ -135,6 +139,32 @@ class Show(Progress):
             self._bar = None
 
 
+class Working(Show):
+    """Shows on a terminal what has been done for two seconds and longer, until it ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._status = console(error=True).status("reading models and benchmarks")
+        self._timer = Timer(LONG, self._status.start)
+
+    def __enter__(self) -> Working:
+        if sys.stderr.isatty():
+            self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        if self._timer.ident:
+            self._timer.join()
+        self._status.stop()
+
+    def step(self, message: str) -> None:
+        """Show it in the place of what was done before."""
+        from rich.text import Text
+
+        self._status.update(Text(shown(message)))
+
+
 def console(error: bool = False) -> Console:
     """Make the console that bars and tables are drawn on."""
     from rich.console import Console
@@ -154,9 +184,7 @@ def quiet(debug: bool) -> None:
     for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "warning" if debug else "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Shown("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, handlers=[_Lines()])
     logging.getLogger("tracker").setLevel(logging.DEBUG if debug else logging.INFO)
     for name in LOUD:
         logging.getLogger(name).setLevel(logging.INFO if debug else logging.ERROR)
@@ -164,8 +192,8 @@ def quiet(debug: bool) -> None:
     logging.getLogger("choreographer").setLevel(logging.INFO if debug else logging.CRITICAL)
 
 
-class _Shown(logging.Formatter):
-    """Lets what is logged be printed."""
+class _Lines(logging.Handler):
+    """Prints what is logged, above whatever is shown at the time."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return shown(super().format(record))
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record), error=True)

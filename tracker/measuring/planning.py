@@ -26,6 +26,7 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.calibrate import computed_twice
 from tracker.measuring.derive import answer_of, record_of
 from tracker.measuring.prepare import CellLookup, check_layers, look_up
+from tracker.measuring.progress import Progress
 from tracker.models.kept import kept_in
 from tracker.models.sources import ModelSource, count_layers
 from tracker.stats.accuracy import weights_by_task
@@ -170,9 +171,12 @@ def texts_of(request: CellRequest, source: ModelSource, trust_remote_code: bool)
 
 
 def plan(
-    requests: Sequence[CellRequest], ledger: Ledger, trust_remote_code: bool = False
+    requests: Sequence[CellRequest],
+    ledger: Ledger,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> list[PlannedCell]:
-    """Plan cells, one plan a cell; the ledger may hold some of them.
+    """Plan cells, one plan a cell; the ledger may hold some of them. `progress` hears of each.
 
     RequestError if something that was asked for does not exist or does not fit.
     """
@@ -189,6 +193,8 @@ def plan(
         one = request.model_copy(update={"metric": None})
         shared = one in before
         before.add(one)
+        if progress is not None:
+            progress.step(f"planning {request.title}")
         texts = texts_of(request, cell.source, trust_remote_code)
         benchmark, metric = texts.benchmark, texts.metric
         if request.until is not None:

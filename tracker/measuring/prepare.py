@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tracker.benchmarks.benchmark import check_benchmark, data_stamp
+from tracker.benchmarks.base import Benchmark
+from tracker.benchmarks.benchmark import (
+    check_benchmark,
+    chosen_metric,
+    data_stamp,
+    is_local,
+    open_benchmark,
+)
 from tracker.core.ablations import ablations_of, first_run, removals, why_no_run
 from tracker.core.config import RUNS, CellRequest, field_of
 from tracker.core.errors import ExperimentError, UnreachableError
@@ -20,10 +27,14 @@ from tracker.core.model_parts import (
 from tracker.core.provenance import package_versions
 from tracker.core.records import RunIdentity
 from tracker.ledger.cells import CellStore
+from tracker.ledger.early_stopping import refuse_unbounded
 from tracker.ledger.store import Ledger
-from tracker.ledger.views import request_key
+from tracker.ledger.views import GROWS, request_key
 from tracker.measuring.derive import answer_of
+from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, count_parts, find_model
+
+_MODEL = {"model", "revision", "dtype", "model_args"}
 
 
 @dataclass(frozen=True)
@@ -213,6 +224,29 @@ def check_range(request: CellRequest, parts: ModelParts) -> None:
         raise ExperimentError(f"{request.title}: nothing of what is asked for is a run ({why})")
 
 
+def opened(
+    requests: Iterable[CellRequest], progress: Progress | None = None
+) -> Iterator[Benchmark]:
+    """Yield the benchmark of each request, opened once for those that read the same documents.
+
+    RequestError for one that cannot be read, or lacks the metric or what the question needs.
+    """
+    benchmarks: dict[str, Benchmark] = {}
+    for request in requests:
+        # Neither the model, nor how many documents, nor what is removed or shown changes what a
+        # benchmark reads.
+        read = request.model_dump_json(exclude=_MODEL | GROWS)
+        if read not in benchmarks:
+            if progress is not None:
+                progress.step(f"reading the documents of {request.benchmark}")
+            benchmarks[read] = open_benchmark(request)
+        identity = benchmarks[read].identity
+        metric = chosen_metric(identity, request.metric)
+        if request.until is not None:
+            refuse_unbounded(identity, metric)
+        yield benchmarks[read]
+
+
 def _refuse_misfits(
     request: CellRequest, source: ModelSource, layers: int, trust_remote_code: bool
 ) -> None:
@@ -225,25 +259,31 @@ def _refuse_misfits(
 
 
 def validate(
-    requests: Sequence[CellRequest], trust_remote_code: bool, kinds: Collection[str] = ()
+    requests: Sequence[CellRequest],
+    trust_remote_code: bool,
+    kinds: Collection[str] = (),
+    progress: Progress | None = None,
 ) -> tuple[int, list[str]]:
-    """Check that what was asked for exists, without loading weights or data.
+    """Check that what was asked for exists and fits, without loading weights or downloading data.
 
     Args:
         requests: The cells; one that names no layers asks for all that its model has.
         trust_remote_code: Whether code from the download may run.
         kinds: Of which kinds the layers are, where they are not named.
+        progress: Told what is read.
 
     Returns:
         How many runs there are, and what could not be checked: a hub model whose configuration
-        cannot be reached from here or now, whose runs are counted as if all fitted.
+        cannot be reached from here or now, whose runs are counted as if all fitted; and what a
+        benchmark's documents decide where they are on the hub.
 
     Raises:
-        RequestError: A model, a benchmark or a source of data is unknown, or a layer is out of
-            range.
+        RequestError: A model, a benchmark or a source of data is unknown, a layer is out of range,
+            or a benchmark cannot be read or does not have the metric.
     """
-    runs, notes = 0, {}
+    runs, notes, progress = 0, {}, progress or Progress()
     for request in requests:
+        progress.step(f"reading the configuration of {request.model}")
         source = find_model(request.model, request.revision, request.model_args)
         check_benchmark(request)
         try:
@@ -255,5 +295,24 @@ def validate(
             request, layers = with_all_parts(request, parts), parts.layers
             check_range(request, parts)
             _refuse_misfits(request, source, layers, trust_remote_code)
+            if request.apply_chat_template:
+                from tracker.benchmarks.encoder import RequestEncoder
+                from tracker.models.load import weightless
+
+                parts_of_model = weightless(source, request.dtype, trust_remote_code)
+                RequestEncoder(*parts_of_model, request).check_chat(request)
         runs += len(list(removals(request, layers)))
-    return runs, list(notes.values())
+    return runs, [*notes.values(), *check_documents(requests, progress)]
+
+
+def check_documents(requests: Sequence[CellRequest], progress: Progress) -> list[str]:
+    """Check benchmarks as a run does before it measures, where they are on this machine.
+
+    Returns what could not be checked; RequestError as `opened`.
+    """
+    for _ in opened((each for each in requests if is_local(each)), progress):
+        pass
+    names = dict.fromkeys(each.benchmark for each in requests if not is_local(each))
+    if not names:
+        return []
+    return [f"documents and metrics of {', '.join(names)}, on the hub; tracker plan reads them"]

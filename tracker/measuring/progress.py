@@ -12,6 +12,9 @@ class Progress:
     def say(self, message: str) -> None:
         """Hear one line about something that takes a while or needs attention."""
 
+    def step(self, message: str) -> None:
+        """Hear what is done next, which matters only until it is done."""
+
     def start(self, title: str, total: int, unit: str = "responses") -> None:
         """Hear that work begins, of `total` responses, or whatever else is counted, to come."""
 
