@@ -6,8 +6,6 @@ what it says is what transformers and lm-eval say of a folder.
 
 from __future__ import annotations
 
-import atexit
-import gc
 import json
 import sys
 from pathlib import Path
@@ -122,7 +120,6 @@ def _plain(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    atexit.register(gc.freeze)  # it ends without looking for garbage
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     answer = main(asked)
     answer["ours"] = sorted(name for name in sys.modules if name.split(".")[0] == "tracker")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
 import sys
@@ -22,8 +21,6 @@ from tracker.core.text import is_writable, masked
 ISSUES = f"{REPOSITORY}/issues"
 NEW_OBJECTS = 10_000
 """From how many on Python looks for garbage. A pass of the engine leaves none."""
-# A process ends at once: else Python looks through all that was imported, two seconds for a run.
-atexit.register(gc.freeze)
 
 
 class Boundary(click.Group):

@@ -6,8 +6,6 @@ and import torch before it is told which devices and how many threads it has.
 
 from __future__ import annotations
 
-import atexit
-import gc
 import os
 import signal
 import subprocess
@@ -122,7 +120,6 @@ def answered(children: Sequence[Child], seconds: float) -> list[Child]:
 def serve() -> None:
     """Be a worker: answer what is asked through the pipe that the command line names."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asks, which ends this
-    atexit.register(gc.freeze)  # it ends without looking for garbage
     connection = Connection(int(sys.argv[1]))
     asked: SimpleQueue[tuple[str, Sequence[Any]] | None] = SimpleQueue()
     Thread(target=_listen, args=(connection, asked), daemon=True).start()

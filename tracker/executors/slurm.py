@@ -6,8 +6,6 @@ waits, and publishes.
 
 from __future__ import annotations
 
-import atexit
-import gc
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -225,7 +223,6 @@ class CellJob(Checkpointable):  # type: ignore[misc]
 
     def __call__(self) -> JobEnd:
         """Measure what the cell lacks."""
-        atexit.register(gc.freeze)  # it ends without looking for garbage
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         try:
             return self._run()

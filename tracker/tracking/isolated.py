@@ -8,8 +8,6 @@ shown of a measurement lives elsewhere too: it outlives one that is killed, and 
 
 from __future__ import annotations
 
-import atexit
-import gc
 import importlib
 import os
 import pickle
@@ -124,7 +122,6 @@ class Isolated:
 
 def serve() -> None:
     """Answer the calls of an `Isolated` until it ends, then close the object."""
-    atexit.register(gc.freeze)  # it ends without looking for garbage
     # What the SDK prints must not get among the answers; signals are for the other process.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
