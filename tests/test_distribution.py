@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import tracker
+from tests.oldest import oldest
 from tracker.core import distribution
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +89,25 @@ def test_the_wheel_holds_the_package_and_nothing_else(built) -> None:
     # Was: the extra `dev` asked an index for 'tracker', which is somebody else's.
     needed = [re.split(r"[\[<>=!; ]", text)[0] for text in metadata.get_all("Requires-Dist", [])]
     assert "tracker" not in needed
+
+
+def test_every_package_that_is_imported_is_a_dependency_with_a_lower_bound() -> None:
+    """Was: huggingface_hub came only with others. `make oldest` runs the demo with the bounds."""
+    modules = {"lm-eval": "lm_eval", "pyyaml": "yaml", "typing-extensions": "typing_extensions"}
+    declared = {modules.get(package, package) for package in oldest()}
+    trees = (ast.parse(path.read_text()) for path in (ROOT / "tracker").rglob("*.py"))
+    imported: set[str] = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            imported.add((node.module or "").split(".")[0])
+    extras = {"ray", "submitit", "trackio", "kaleido", "wandb_workspaces"}
+    extras |= {"bitsandbytes", "llama_cpp_py_sync"}
+    # With lm-eval[hf], with jinja2, with pydantic, which pins it.
+    bound = {"peft", "markupsafe", "pydantic_core"}
+    missing = imported - declared - extras - bound - {"tracker", *sys.stdlib_module_names}
+    assert not missing
 
 
 def test_hints_in_a_checkout_name_the_checkout(monkeypatch, tmp_path) -> None:
