@@ -74,21 +74,16 @@ class Document:
     prompt: Prompt | None = None
 
     def tokens_digest(self, max_length: int) -> str:
-        """Hash the tokens that a model of this length reads of the document, and those it scores.
-
-        Equal digests mean the same questions to the model; of a prompt, the same to continue.
-        """
-        read: list[Any] = [
-            [
-                (request.context + request.continuation)[-(max_length + 1) :],
-                len(request.continuation),
-            ]
+        """Hash the tokens that a model of this length reads of the document, and how many score."""
+        pairs = (
+            (request.context + request.continuation, request.continuation)
             for request in self.requests
-        ]
+        )
+        texts: list[Any] = [[text[-(max_length + 1) :], len(scored)] for text, scored in pairs]
         if self.prompt is not None:
-            context = self.requests[0].context
-            read += [context[-max(1, max_length - self.prompt.longest) :], self.prompt.settings]
-        return content_hash(read)[:16]
+            room = max(1, max_length - self.prompt.longest)
+            texts += [self.requests[0].context[-room:], self.prompt.settings]
+        return content_hash(texts)[:16]
 
 
 @dataclass(frozen=True)

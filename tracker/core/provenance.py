@@ -16,10 +16,8 @@ from tracker.core.distribution import __version__
 
 PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy")
 """The packages besides tracker itself that can change a number, as pip calls them."""
-_STACK = ("tracker", *PACKAGES, "platform", "device")
-"""What else can: tracker, the kind of the processor, and of the device."""
-_LATER = ("tokenizers", "bitsandbytes", "compressed-tensors", "gguf", "gptqmodel", "peft")
-"""What was not kept at first: nothing differs where one of two measurements does not state it."""
+_STACK = ("tracker", *(name for name in PACKAGES if name != "tokenizers"), "platform", "device")
+"""What else can: tracker, the kind of the processor, and of the device; tokens have digests."""
 
 SAME_VERSIONS = "the same versions"
 _READERS = ("transformers", "tokenizers", "lm-eval")
@@ -31,12 +29,9 @@ TOKENISATION = "tokenisation"
 """The digest of a text's tokens, which is equal where texts are read as the same tokens."""
 
 
-def package_versions(besides: Iterable[str] = ()) -> dict[str, str]:
-    """Look up the versions of the packages that can change a number; `not installed` if none.
-
-    `besides` are packages that read the weights of some models alone.
-    """
-    return {"tracker": __version__, **{name: _version(name) for name in (*PACKAGES, *besides)}}
+def package_versions() -> dict[str, str]:
+    """Look up the versions of the packages that can change a number; `not installed` if none."""
+    return {"tracker": __version__, **{name: _version(name) for name in PACKAGES}}
 
 
 @cache
@@ -68,10 +63,8 @@ def differences(found: Sequence[Mapping[str, str]]) -> str:
 
     For example `torch 2.12.0, 2.13.0; device cpu, cuda`; empty where nothing differs.
     """
-    unstated = {n for n in _LATER if any(n not in each for each in found)}
-    names = [n for n in dict.fromkeys((*_STACK, *_LATER)) if n not in unstated]
-    parts = [{n: each.get(n, "unknown").partition(":")[0] for n in names} for each in found]
-    differing = (n for n in names if len({part[n] for part in parts}) > 1)
+    parts = [{n: each.get(n, "unknown").partition(":")[0] for n in _STACK} for each in found]
+    differing = (n for n in _STACK if len({part[n] for part in parts}) > 1)
     return "; ".join(f"{n} {united(parts)[n]}" for n in differing)
 
 

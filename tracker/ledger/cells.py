@@ -11,7 +11,7 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 from filelock import FileLock
@@ -38,15 +38,6 @@ _OTHER_TOKENS = (
     "it counts for nothing; such outcomes need a results folder of their own"
 )
 log = logging.getLogger(__name__)
-
-
-class _Part(NamedTuple):
-    """Outcomes of one shard."""
-
-    path: Path
-    stack: dict[str, str]
-    """Who measured it."""
-    outcomes: pd.DataFrame
 
 
 class CellStore:
@@ -242,20 +233,23 @@ class CellStore:
             One row a (task, document, ablation), in no particular order, none twice.
         """
         names = columns and list(dict.fromkeys((*_OUTCOME, TOKENS_DIGEST, *columns)))
-        parts = []
-        for part in self._parts(blocks, names):
-            if reads_otherwise(part.stack, self.identity.provenance):
-                self._leave_out(part)
-            else:
-                parts.append(part)
-        for part in parts if names is None or PROVENANCE in names else ():
-            part.outcomes[PROVENANCE] = json.dumps(part.stack)
-        if not parts:
+        shards = {}
+        for path, shard in self._sound(blocks, names):
+            stack = shard.about.get(PROVENANCE, {})
+            if reads_otherwise(stack, self.identity.provenance):
+                self._leave_out(path, stack)
+                continue
+            shards[path] = frame = shard.table.to_pandas()
+            if names is None or PROVENANCE in names:
+                frame[PROVENANCE] = json.dumps(stack)
+        if not shards:
             return pd.DataFrame(columns=columns or [*_OUTCOME, PROVENANCE])
-        frame = self._unmixed(parts).drop_duplicates(_OUTCOME, ignore_index=True)
+        frame = self._unmixed(shards).drop_duplicates(_OUTCOME, ignore_index=True)
         return frame if columns is None else frame[columns]
 
-    def _parts(self, blocks: Sequence[Block] | None, columns: list[str] | None) -> Iterator[_Part]:
+    def _sound(
+        self, blocks: Sequence[Block] | None, columns: list[str] | None
+    ) -> Iterator[tuple[Path, Shard]]:
         """Read shards one by one, those of other folders after these."""
         if blocks is None:
             paths = self.shards()
@@ -266,16 +260,16 @@ class CellStore:
             paths = [path for path in self.shards() if path.name.rsplit(".", 2)[0] in wanted]
         for path in paths:
             if (shard := self.shard(path, columns)) is not None:
-                yield _Part(path, shard.about.get(PROVENANCE, {}), shard.table.to_pandas())
+                yield path, shard
         for other in self._others:
-            yield from other._parts(blocks, columns)
+            yield from other._sound(blocks, columns)
 
-    def _unmixed(self, parts: Sequence[_Part]) -> pd.DataFrame:
+    def _unmixed(self, shards: Mapping[Path, pd.DataFrame]) -> pd.DataFrame:
         """Join shards; of a document that was read as several tokens, what most outcomes rest on.
 
         Outcomes that were measured before digests were kept have none, and stay.
         """
-        frame, key = pd.concat([part.outcomes for part in parts]), ["task", "doc", TOKENS_DIGEST]
+        frame, key = pd.concat(shards.values()), ["task", "doc", TOKENS_DIGEST]
         if TOKENS_DIGEST not in frame:
             return frame.assign(**{TOKENS_DIGEST: None})
         if not frame[key].dropna().drop_duplicates().duplicated(["task", "doc"]).any():
@@ -283,17 +277,15 @@ class CellStore:
         sizes = frame.value_counts(key).sort_index().sort_values(ascending=False, kind="stable")
         digests = sizes.index.to_frame(index=False)
         fewer = pd.MultiIndex.from_frame(digests[digests.duplicated(["task", "doc"])])
-        for part in parts:
-            held = part.outcomes.reindex(columns=key)
-            if pd.MultiIndex.from_frame(held).isin(fewer).any():
-                self._leave_out(part)
+        for path, outcomes in shards.items():
+            if pd.MultiIndex.from_frame(outcomes.reindex(columns=key)).isin(fewer).any():
+                self._leave_out(path, shard_about(path).get(PROVENANCE, {}))
         return frame[~pd.MultiIndex.from_frame(frame[key]).isin(fewer)]
 
-    def _leave_out(self, part: _Part) -> None:
+    def _leave_out(self, path: Path, stack: Mapping[str, str]) -> None:
         """Name a shard that must not be mixed with the rest."""
         mine = self.identity.provenance
-        by = readers(part.stack, mine), readers(mine, part.stack)
-        self.mixed[str(part.path)] = _OTHER_TOKENS.format(*by)
+        self.mixed[str(path)] = _OTHER_TOKENS.format(readers(stack, mine), readers(mine, stack))
 
     def shard(self, path: Path, columns: list[str] | None = None) -> Shard | None:
         """Read and verify a shard, all columns or some.

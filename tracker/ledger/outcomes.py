@@ -34,7 +34,6 @@ def outcome_row(
     compared: tuple[int, float, int] | None = None,
     again: Sequence[Response] | None = None,
     load: Sequence[float] | None = None,
-    tokens_digest: str | None = None,
 ) -> dict[str, object]:
     """Lay out one outcome.
 
@@ -48,7 +47,6 @@ def outcome_row(
             the largest difference in nats, and how many differ where the model is discontinuous.
         again: The responses of an outcome that was computed twice, in another way.
         load: For the ablation of an expert: what the intact model does with it, as `PART_SUMS`.
-        tokens_digest: Digest of the tokens that the document was read as.
 
     Returns:
         Column → value.
@@ -72,8 +70,6 @@ def outcome_row(
     row.update(zip(COMPARED, compared or (None,) * len(COMPARED), strict=True))
     if again is not None:
         row[AGAIN] = [response.loglikelihood for response in again]
-    if tokens_digest is not None:
-        row[TOKENS_DIGEST] = tokens_digest
     if load is not None:
         row.update(zip(PART_SUMS, load, strict=True))
     return row

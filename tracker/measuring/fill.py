@@ -13,7 +13,7 @@ from filelock import Timeout
 from tracker.core.ablations import all_ablations
 from tracker.core.errors import CellError
 from tracker.core.extent import Extent
-from tracker.core.provenance import SAME_VERSIONS, TOKENISATION, readers
+from tracker.core.provenance import SAME_VERSIONS, readers, reads_otherwise
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import BlockRace, CellRace
@@ -36,23 +36,16 @@ def refuse_other_tokens(
 ) -> None:
     """Raise CellError where documents of a cell were measured as other tokens than they are now.
 
-    A warning where that is not known, because it was not kept then, and versions differ.
-
-    Args:
-        store: The cell, of which more is to be measured.
-        digests: Document → the digest of the tokens that it is read as.
-        provenance: The versions that read it, and their `TOKENISATION`.
-        progress: Told the warning.
+    Where that was not kept and versions differ, `progress` is told a warning. `digests` are those
+    of the documents now, and `provenance` says what reads them.
     """
     frame = store.read(columns=["task", "doc", TOKENS_DIGEST, PROVENANCE]).drop_duplicates()
     for task, doc, digest, stack in frame.itertuples(index=False):
         if isinstance(digest, str) and digests.get((task, doc), digest) != digest:
             what = f"document {doc} of {task} is read as other tokens"
             raise _not_mixed(what, json.loads(stack), provenance)
-    stated = store.identity.provenance
-    now = provenance[TOKENISATION]
-    if stated.get(TOKENISATION, now) != now:
-        raise _not_mixed("texts are read otherwise", stated, provenance)
+    if reads_otherwise(store.identity.provenance, provenance):
+        raise _not_mixed("texts are read otherwise", store.identity.provenance, provenance)
     before = map(json.loads, frame[PROVENANCE][frame[TOKENS_DIGEST].isna()].unique())
     if versions := sorted({readers(each, provenance) for each in before} - {SAME_VERSIONS}):
         progress.say(

@@ -18,7 +18,7 @@ from tracker.core.identities import BenchmarkIdentity, ModelIdentity
 from tracker.core.provenance import TOKENISATION, WEIGHTS, machine, package_versions
 from tracker.core.records import WHICH
 from tracker.ledger.blocks import portions
-from tracker.ledger.outcomes import outcome_row
+from tracker.ledger.outcomes import TOKENS_DIGEST, outcome_row
 from tracker.ledger.texts import text_row
 from tracker.measuring.calibrate import CalibrationTexts, calibration, computed_twice
 from tracker.measuring.prepare import check_range
@@ -106,7 +106,6 @@ class Meter:
         from tracker.benchmarks.encoder import RequestEncoder
         from tracker.engine.selfcheck.check import watched_documents
         from tracker.measuring.scorer import Scorer
-        from tracker.models.load import weight_readers
         from tracker.models.maps import refuse_misfits
         from tracker.models.sublayers import find_sublayers
 
@@ -136,11 +135,10 @@ class Meter:
         kept = {WEIGHTS: weights} if weights else {}
         kept[TOKENISATION] = self._encoder.tokenisation(bool(request.apply_chat_template))
         max_length = self._encoder.max_length
-        versions = package_versions(weight_readers(loaded.model, source))
         self.facts = Facts(
             loaded.identity,
             benchmark.identity,
-            {**versions, **machine(), "device": str(loaded.device), **kept},
+            {**package_versions(), **machine(), "device": str(loaded.device), **kept},
             {place: Scorer.responses(each) for place, each in self.documents.items()},
             {place: each.tokens_digest(max_length) for place, each in self.documents.items()},
         )
@@ -307,6 +305,6 @@ class Meter:
                 compared = (both.compared, both.difference, both.unsteady) if both else None
                 proxies = sums if ablation == INTACT else None
                 load = loads[document.index][ablation.expert] if ablation.expert else None
-                digest = self.facts.digests[document.task, document.index]
                 scores = (responses, metrics, proxies, compared, twice, load)
-                yield outcome_row(document, ablation.name, *scores, tokens_digest=digest)
+                digest = self.facts.digests[document.task, document.index]
+                yield {**outcome_row(document, ablation.name, *scores), TOKENS_DIGEST: digest}

@@ -321,14 +321,6 @@ def _quantiser(source: ModelSource, config: Any) -> str | None:
     return method if method in _QUANTISERS else None
 
 
-def weight_readers(model: Any, source: ModelSource) -> list[str]:
-    """Name the packages that made a model's weights of its files, as pip calls them."""
-    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    method = getattr(config, "quant_method", "")
-    package = {**_QUANTISERS, "gguf": "gguf"}.get(str(getattr(method, "value", method)), "")
-    return [*filter(None, (package.replace("_", "-"), "peft" if source.adapter else ""))]
-
-
 def _adapted(model: Any, source: ModelSource, tokenizer: Any) -> Any:
     """Put an adapter into a model, as lm-eval does: beside the weights, not merged into them."""
     if source.adapter is None:

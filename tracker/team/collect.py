@@ -8,7 +8,7 @@ is computed again, and no name in it becomes a path here.
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from tracker.core.distribution import other_format
 from tracker.core.errors import TrackerError, TrackingError
 from tracker.core.findings import FindingRecord
 from tracker.core.grouping import grouped
-from tracker.core.provenance import TOKENISATION, content_hash, readers, reads_otherwise
+from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord, Place
 from tracker.core.text import masked
 from tracker.core.views import View
@@ -223,7 +223,6 @@ def collect(sources: Sequence[str], progress: Progress, anew: bool = False) -> C
                     found.experiments[f"{name} ({masked(source)})"] = text
         except TrackerError as error:
             found.failed[masked(source)] = masked(str(error))
-    views = [*_of_one_reading(views, found.failed)]
     cells = []
     asked = {id(store): store for store, _ in views}
     if anew:
@@ -241,29 +240,6 @@ def collect(sources: Sequence[str], progress: Progress, anew: bool = False) -> C
         found.failed |= store.damage()
     found.cells = tuple(merged(cell for cell in cells if cell.n))
     return found
-
-
-def _of_one_reading(
-    views: Iterable[tuple[CellStore, View]], failed: dict[str, str]
-) -> Iterator[tuple[CellStore, View]]:
-    """Leave out folders of a cell that were measured on other tokens than the first one.
-
-    `failed` gets each such folder → why it is left out.
-    """
-    first: dict[str, CellStore] = {}
-    for store, view in views:
-        stack = store.identity.provenance
-        if TOKENISATION in stack:
-            first.setdefault(store.identity.key, store)
-        other = first.get(store.identity.key, store)
-        theirs = other.identity.provenance
-        if not reads_otherwise(stack, theirs):
-            yield store, view
-            continue
-        failed[str(store.folder)] = (
-            f"its documents were read otherwise (by {readers(stack, theirs)}) than in "
-            f"{other.folder} (by {readers(theirs, stack)}), and are not shown beside these"
-        )
 
 
 def _shown(one: tuple[CellStore, View]) -> Hashable:
