@@ -116,7 +116,7 @@ def export(
 
 
 def _markdown(cells: Sequence[CellRecord], path: Path, more: More, findings: Found) -> list[Path]:
-    parts = ["# Which layers matter", as_markdown(wording.summary(cells))]
+    parts = ["# Which layers matter", wording.summary(cells)]
     parts += ["## Leaderboards", LAYER_RULE, MODEL_RULE, INTERVAL_RULE]
     tables, notes = boards(cells)
     parts += [*map(_pipes, tables), *map(as_markdown, notes)]

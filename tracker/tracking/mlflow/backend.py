@@ -29,7 +29,7 @@ from typing_extensions import override
 from tracker.core.errors import TrackingError
 from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord
-from tracker.core.text import as_markdown, masked
+from tracker.core.text import masked
 from tracker.ledger.cache import own_folder
 from tracker.ledger.files import as_shared
 from tracker.tracking.base import (
@@ -195,8 +195,7 @@ class MlflowBackend(Backend, Pages):
         kind = BOARD if page.kind == "leaderboard" else page.kind
         with self._one_writer(f"did not take the {page.kind}"):
             client, experiment = self._connect()
-            note = "\n\n".join(map(as_markdown, page.text.split("\n\n")))
-            tags = tags_of(kind, page.made_of, self.user(), note)
+            tags = tags_of(kind, page.made_of, self.user(), page.text)
             tags["mlflow.loggedArtifacts"] = tables_tag(page.tables)
             # The newest of its kind is the first in MLflow's list, whatever the clock says.
             others = _search(client, experiment, f"tags.`{KIND_TAG}` = '{kind}'")
