@@ -13,10 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tracker.core.config import CellRequest
+from tracker.core.distribution import FORMAT
 from tracker.core.grouping import grouped
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import CellRace
+from tracker.ledger.files import write_note
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
 from tracker.team.collect import _joined, _shown, merged
@@ -87,6 +89,7 @@ def first(count: int | None) -> dict[str, Any]:
     return {"limit": count}
 
 
+DRAWN = f"intact-sample-{SEED}"
 UNTIL = {"until": "top 1"}
 S16, S64, S128 = (drawn(count) for count in (16, 64, 128))
 N16, N64 = S16 | {"named": True}, S64 | {"named": True}
@@ -204,6 +207,23 @@ def test_what_is_known_of_a_run_is_shown(case: str, ledger: Ledger) -> None:
     for how, layers in steps[::-1]:
         run(store, how, layers)
     assert shown(store) == before
+
+
+@pytest.mark.parametrize("beside", ["", "16 documents"])
+def test_a_view_of_a_former_version_is_renamed_and_superseded(beside: str, ledger: Ledger) -> None:
+    store = store_in(ledger, 192)
+    former = DRAWN + "-16-documents" * bool(beside)
+    view = store.views.of(request(S16, TWO)).model_dump(mode="json") | {"beside": beside}
+    path = store.folder / "requests" / f"{former}.json"
+    write_note(path, {"format": FORMAT, "project": "project", "view": view})
+    (stored,) = store.views.asked()
+    assert (store.views.name_of(stored.view), stored.view.supersedes) == (D16, (former,))
+    assert store.views.path(D16) == path
+    joined = run(store, S16, SIX)
+    assert joined.supersedes == (former,)
+    assert [file.stem for file in store.views.files()] == [D16]
+    assert {*run(store, S64, SIX).supersedes} == {former, D16}
+    assert [{*stored.view.supersedes} for stored in store.views.asked()] == [{former, D16}]
 
 
 def asks_of(sizes: Sequence[int]) -> st.SearchStrategy[Asked]:

@@ -282,8 +282,8 @@ class Views:
         if path != self._path(name):  # of a former version
             fields = (view.removed, view.metric, self.identity.benchmark, view.seed, view.beside)
             names.add(former_view_name(*fields))
-        gone = tuple(sorted(name for name in names if not self._path(name).exists()))
-        view = view.model_copy(update={"supersedes": gone, "beside": ""})
+        gone = sorted(n for n in names if self._path(n) == path or not self._path(n).exists())
+        view = view.model_copy(update={"supersedes": tuple(gone), "beside": ""})
         return stored.model_copy(update={"view": view})
 
     def _label(self, view: View) -> str:
