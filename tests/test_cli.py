@@ -731,3 +731,9 @@ def test_a_terminal_shows_what_takes_long(model, terminal):
     shown = written.decode()
     for words in ("reading the configuration of", "reading the documents of arc_easy"):
         assert (words in shown) == terminal, shown
+
+
+def test_a_logged_line_is_printed_as_it_is():
+    code = "import logging; terminal.quiet(False); logging.getLogger('tracker').info('a line')"
+    command = [sys.executable, "-c", f"from tracker.cli import terminal; {code}"]
+    assert subprocess.run(command, capture_output=True, text=True).stderr == "a line\n"

@@ -184,7 +184,7 @@ def quiet(debug: bool) -> None:
     for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "warning" if debug else "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING, handlers=[_Lines()])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Lines()])
     logging.getLogger("tracker").setLevel(logging.DEBUG if debug else logging.INFO)
     for name in LOUD:
         logging.getLogger(name).setLevel(logging.INFO if debug else logging.ERROR)
