@@ -192,7 +192,7 @@ def _missing_rows(cell: CellRecord, decided: Decisions) -> list[dict[str, Value]
 def write_csv(frames: Iterable[pd.DataFrame], file: IO[str]) -> None:
     """Write data frames with the same columns below each other, no text as a formula."""
     for number, frame in enumerate(frames):
-        for name in frame.select_dtypes(["object", "str"]):
+        for name in frame.select_dtypes(exclude=["number", "bool"]):
             formulas = {
                 text: as_cell(text)
                 for text in frame[name].unique()
