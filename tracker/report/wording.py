@@ -16,6 +16,7 @@ from tracker.core.formats import (
     two_digits,
     with_interval,
 )
+from tracker.core.grouping import grouped
 from tracker.core.identities import ModelIdentity
 from tracker.core.kinds import REPLACED_BY
 from tracker.core.proxies import OBSERVED, OF_EXPERTS, PROXIES
@@ -176,12 +177,11 @@ def _told_apart(labels: Sequence[str], details: Sequence[tuple[str, ...]]) -> li
     """Add to equal labels the details in which their bearers differ, until all are told apart."""
     told = list(labels)
     for words in zip(*details, strict=True):
-        words_of: dict[str, set[str]] = {}
-        for label, word in zip(told, words, strict=True):
-            words_of.setdefault(label, set()).add(word)
+        rows = list(zip(told, words, strict=True))
+        alike = grouped(rows, lambda row: row[0])
         told = [
-            f"{label} · {word}" if word and len(words_of[label]) > 1 else label
-            for label, word in zip(told, words, strict=True)
+            f"{label} · {word}" if word and len({*alike[label]}) > 1 else label
+            for label, word in rows
         ]
     return told
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, defined, two_digits, write
 from tracker.report.charts import style
@@ -113,12 +115,8 @@ def near_together(layers: Sequence[int]) -> list[tuple[float, str]]:
     Returns:
         Where each note stands, and what it says.
     """
-    groups: list[list[int]] = []
-    for layer in sorted(layers):
-        if groups and layer - groups[-1][-1] <= 2:
-            groups[-1].append(layer)
-        else:
-            groups.append([layer])
+    ordered = np.sort(layers)
+    groups = np.split(ordered, np.flatnonzero(np.diff(ordered) > 2) + 1) if layers else []
     return [((near[0] + near[-1]) / 2, ", ".join(map(str, near))) for near in groups]
 
 

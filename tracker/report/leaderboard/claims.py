@@ -231,21 +231,16 @@ def parts_answer(cell: CellRecord) -> str:
         For example `Of 270 heads 2 are shown to cost accuracy: layer 3 head 5, layer 0 head 1.`;
         empty where it has no such runs.
     """
-    families = grouped(cell.runs, lambda run: run.kind.family)
-    said = [_shown_of(cell, family.many, runs) for family, runs in families.items() if family.many]
-    return " ".join(said)
-
-
-def _shown_of(cell: CellRecord, what: str, runs: Sequence[RunRecord]) -> str:
-    """Say it of the runs of a kind."""
-    order = sorted(zip(runs, shown_in(cell, runs), strict=True), key=lambda one: _size(one[0]))
-    shown = {run.label(): verdict for run, verdict in order}
-    said = shown_sentence(what, shown, measure_of(cell).level, cell.higher_is_better)
-    return f"{said}."
-
-
-def _size(run: RunRecord) -> float:
-    return -(run.accuracy_drop or 0.0)
+    sentences = []
+    for family, runs in grouped(cell.runs, lambda run: run.kind.family).items():
+        if family.many:
+            verdicts_of = shown_runs(cell, runs)
+            order = sorted(runs, key=lambda run: -(run.accuracy_drop or 0.0))
+            shown = {run.label(): verdicts_of[run.order] for run in order}
+            level = measure_of(cell).level
+            said = shown_sentence(family.many, shown, level, cell.higher_is_better)
+            sentences.append(f"{said}.")
+    return " ".join(sentences)
 
 
 def shown_sentence(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tracker.core.estimates import Estimate
+from tracker.core.grouping import grouped
 from tracker.core.identities import ModelIdentity
 from tracker.core.records import CellRecord, RunRecord
 from tracker.report.layer_figures import relevance_estimate
@@ -75,38 +76,33 @@ class LayerBoard:
 def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
     """Rank the layers of one model; none where no benchmark counts."""
     counted, left_out = countable(cells)
-    by_cell = [cell.runs_of() for cell in counted]
-    layers = sorted({layer for runs in by_cell for layer in runs})
+    every = ((cell, run) for cell in counted for run in cell.whole_layers)
+    by_layer = grouped(every, lambda of_cell: of_cell[1].layer)
     relevances = {
-        layer: [
-            relevance_estimate(cell, runs[layer])
-            for cell, runs in zip(counted, by_cell, strict=True)
-            if layer in runs
-        ]
-        for layer in layers
+        layer: [relevance_estimate(cell, run) for cell, run in of_cells]
+        for layer, of_cells in by_layer.items()
     }
     benchmarks = {
-        layer: sum(relevance.value is not None for relevance in relevances[layer])
-        for layer in layers
+        layer: sum(relevance.value is not None for relevance in mine)
+        for layer, mine in relevances.items()
     }
-    full = [layer for layer in layers if benchmarks[layer] == len(counted)]
-    means = {layer: mean(relevances[layer]) for layer in layers}
-    placed = ranked(counted, [[runs[layer] for runs in by_cell] for layer in full])
+    full = [layer for layer in by_layer if benchmarks[layer] == len(counted)]
+    placed = ranked(counted, [[run for _, run in by_layer[layer]] for layer in full])
     ranks = dict(zip(full, placed, strict=True))
     standings, found = [], claims(cells)
-    for layer in layers:
-        runs = [of_cell[layer] for of_cell in by_cell if layer in of_cell]
+    for layer, of_cells in by_layer.items():
+        runs, relevance = [run for _, run in of_cells], mean(relevances[layer])
         scores = [run.cosine_score for run in runs if run.cosine_score is not None]
         drop = mean([run.drop for run in runs])
         standings.append(
             LayerStanding(
                 layer=layer,
-                relevance=means[layer],
+                relevance=relevance,
                 drop=drop,
                 deciding=found.drops.get(layer, Estimate(drop.value, reason=drop.reason)),
                 cosine_score=sum(scores) / len(scores) if len(scores) == len(runs) else None,
                 benchmarks=benchmarks[layer],
-                rank=ranks.get(layer, Estimate(None, reason=means[layer].reason)),
+                rank=ranks.get(layer, Estimate(None, reason=relevance.reason)),
                 shown=found.word(layer),
             )
         )

@@ -29,7 +29,6 @@ from tracker.stats.support import pairs, ranks
 APART = 0.1
 """A difference of two models' mean relevance for which is said how many documents show it."""
 _Z = NormalDist().inv_cdf(0.975)
-_NO_RANK = Estimate(None)
 _NOTHING_SHARED = "no two models share a benchmark on all their layers"
 
 
@@ -57,7 +56,7 @@ class ModelStanding:
     worst_layer: int | None
     costly: int | None
     layers: int
-    rank: Estimate = _NO_RANK
+    rank: Estimate
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
         # From the lowest relevance: what is hurt least comes first.
         values = [standings[place].relevance.value for place in ranked]
         by_value = places(values, lowest_first=True)
-        between = _rank_intervals(rivals)
+        between = ranks([-_mean_relevance(cells, pairs(len(rivals))) for cells in rivals])
         for place, rank, ends in zip(ranked, by_value, between, strict=True):
             standings[place] = replace(standings[place], rank=Estimate(rank, *ends))
         needed = _needed(rivals, [standings[place].relevance for place in ranked])
@@ -206,13 +205,6 @@ def _lacking_layers(cell: CellRecord) -> str | None:
     return f"{len(known)} of {cell.model.layers} layers have a relevance, and a model counts whole"
 
 
-def _rank_intervals(models: Sequence[Sequence[CellRecord]]) -> list[tuple[int, int]]:
-    """Say between which ranks each model lies, all at once; 1 has the lowest mean relevance."""
-    count = len(models)
-    means = [_mean_relevance(cells, pairs(count)) for cells in models]
-    return [(count + 1 - worst, count + 1 - best) for best, worst in ranks(means)]
-
-
 def _needed(models: Sequence[Sequence[CellRecord]], relevances: Sequence[Estimate]) -> int | None:
     """Count the documents of each benchmark that show a difference of `APART` in half of the pairs.
 
@@ -253,4 +245,5 @@ def _model_standing(model: ModelIdentity, cells: Sequence[CellRecord], why: str)
         worst_layer=next((layer.layer for layer in layers if layer.rank.high == 1), None),
         costly=len(board.claims.costly),
         layers=len(layers),
+        rank=Estimate(None),
     )

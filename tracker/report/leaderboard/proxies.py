@@ -87,13 +87,12 @@ def agreements(cells: Sequence[CellRecord]) -> list[Agreement]:
     """Say how well each proxy orders the layers of cells of any models, with chance beside it."""
     # Leave out cells whose layers were not looked at on the same documents: they have no order.
     compared = [cell for cell in cells if not cell.is_raced]
-    return [_agreement(proxy.name, compared) for proxy in OBSERVED]
-
-
-def _agreement(proxy: str, cells: Sequence[CellRecord]) -> Agreement:
-    records = [correlation(cell, proxy=proxy) for cell in cells]
-    spearman = [record.value for record in records if record and record.value is not None]
-    figures = [_figures(cell, proxy) for cell in cells]
-    shares = [ranks_apart(*each[:, None]) for each in figures if each.shape[1] > 2]
-    differ, chance = np.mean(shares, axis=0).tolist() if shares else (None, None)
-    return Agreement(proxy, tuple(spearman), differ, chance)
+    found = []
+    for proxy in (each.name for each in OBSERVED):
+        records = [correlation(cell, proxy=proxy) for cell in compared]
+        spearman = [record.value for record in records if record and record.value is not None]
+        figures = [_figures(cell, proxy) for cell in compared]
+        shares = [ranks_apart(*each[:, None]) for each in figures if each.shape[1] > 2]
+        differ, chance = np.mean(shares, axis=0).tolist() if shares else (None, None)
+        found.append(Agreement(proxy, tuple(spearman), differ, chance))
+    return found
