@@ -84,7 +84,7 @@ def test_results_are_read_again_from_their_folder(asked: dict[str, Any], tmp_pat
     np.testing.assert_allclose(drops, runs["accuracy_drop"].loc[list(drops.index)])
     assert {*documents["change"]} <= {"lost", "won", "same"}
     html = found._repr_html_()
-    (board,) = found._boards().values()
+    ((_, _, board),) = found._models()
     assert found.answer == answer(board.claims)
     assert found.answer in unescape(html)
     assert len(repr(found)) < 1000

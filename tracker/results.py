@@ -20,7 +20,7 @@ from tracker.measuring.progress import Progress, Silent
 from tracker.runner import Finished
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import pandas as pd
     import plotly.graph_objects as go
@@ -162,7 +162,7 @@ class Results:
         """
         from tracker.report.charts.headline import headline
 
-        boards = self._boards()
+        boards = {name: board for name, _, board in self._models()}
         names = list(boards)
         if model is None and len(boards) > 1:
             raise RequestError(f"there are several models; say which: plot({names[0]!r})")
@@ -175,13 +175,6 @@ class Results:
             raise RequestError(f"no benchmark of {name} has a picture of all layers. {why}")
         return headline(boards[name], name).figure()
 
-    def _boards(self) -> dict[str, LayerBoard]:
-        """Rank the layers of each model: its name → that."""
-        from tracker.report.leaderboard.comparable import named_models
-        from tracker.report.leaderboard.layers import layer_board
-
-        return {name: layer_board(group) for name, group in named_models(self.cells).items()}
-
     @property
     def answer(self) -> str:
         """Answer in a few sentences, a line a model: which layers and parts are shown to matter.
@@ -189,31 +182,30 @@ class Results:
         Example:
             >>> print(results.answer)
         """
-        return "\n".join(self._answers().values()) or "Nothing is measured."
+        return "\n".join(answer for _, answer, _ in self._models()) or "Nothing is measured."
 
-    def _answers(self) -> dict[str, str]:
-        """Return the answer of each model, by its name, which it begins with beside others."""
+    def _models(self) -> Iterator[tuple[str, str, LayerBoard]]:
+        """Yield the name of each model, its answer (beside others with the name), its layers."""
         from tracker.report.leaderboard.comparable import named_models
+        from tracker.report.leaderboard.layers import layer_board
         from tracker.report.leaderboard.parts import model_answer, part_boards
 
-        groups, boards = named_models(self.cells), self._boards()
-        return {
-            name: (f"{name}: " if len(groups) > 1 else "")
-            + model_answer(boards[name].claims, part_boards(group), group)
-            for name, group in groups.items()
-        }
+        groups = named_models(self.cells)
+        for name, group in groups.items():
+            board = layer_board(group)
+            answer = model_answer(board.claims, part_boards(group), group)
+            yield name, f"{name}: {answer}" if len(groups) > 1 else answer, board
 
     def _render(self, line: Callable[[str], str], table: Callable[[pd.DataFrame], str]) -> str:
         """Render the answers, the layers that matter most, and what went wrong."""
         from tracker.report.export import texts
         from tracker.report.leaderboard.tables import layer_board_table
 
-        boards, answers = self._boards(), self._answers()
-        parts = []
-        for name, answer in answers.items() or [("", self.answer)]:
+        parts = [] if self.cells else [line(self.answer)]
+        for name, answer, board in self._models():
             parts.append(line(answer))
-            if name and boards[name].layers:
-                frame = texts(layer_board_table(boards[name], name))
+            if board.layers:
+                frame = texts(layer_board_table(board, name))
                 parts.append(table(frame.head(_ROWS)))
                 if len(frame) > _ROWS:
                     parts.append(line(f"{_ROWS} of {len(frame)} layers; all are in .layers"))

