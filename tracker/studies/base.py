@@ -31,9 +31,7 @@ from tracker.measuring.job import Options
 from tracker.measuring.observing import Observe, Observed
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
-from tracker.models.kept import kept_in
-from tracker.models.sources import find_model
-from tracker.report.wording import second_rounding
+from tracker.report.caveats import second_rounding_note
 from tracker.runner import Finished, run_cells
 from tracker.stats.arrays import Array
 from tracker.team.publish import Publisher
@@ -124,15 +122,10 @@ def lined_up(observed: Observed, outcomes: AlignedOutcomes) -> dict[str, Array]:
     return {name: figures[chosen] for name, figures in observed.arrays.items()}
 
 
-def second_roundings(subjects: Sequence[Subject], trust_remote_code: bool) -> list[str]:
+def second_roundings(subjects: Sequence[Subject]) -> list[str]:
     """Say of each model whose weights were rounded before which error is measured."""
-    said = []
-    for subject in subjects:
-        request, name = subject.request, subject.record.model.name
-        source = find_model(request.model, request.revision, request.model_args)
-        if kept := kept_in(source, trust_remote_code):
-            said.append(second_rounding(name, kept))
-    return [*dict.fromkeys(said)]
+    notes = (second_rounding_note(subject.record) for subject in subjects)
+    return [*dict.fromkeys(filter(None, notes))]
 
 
 def whole_layers(request: CellRequest) -> tuple[int, ...]:

@@ -162,20 +162,15 @@ class Precision(Study):
                 one = _in_format(asked, subject, word, runs)
                 result.answers += _answers(one)
                 result.tables += [_names_table(one), _most_table(one), _orders_table(one)]
-        result.answers += second_roundings(subjects, asked.options.trust_remote_code)
+        result.answers += second_roundings(subjects)
         return result
-
-
-def _rounded(run: RunRecord) -> Rounded:
-    assert run.map is not None
-    return Rounded(run.intervention, run.layer, run.map)
 
 
 def _in_format(
     asked: StudyContext, subject: Subject, word: str, runs: Sequence[RunRecord]
 ) -> InFormat:
     """Observe the maps of a format, and order them."""
-    maps = [_rounded(run) for run in runs]
+    maps = [Rounded(run.intervention, run.layer, str(run.map)) for run in runs]
     kind = f"rounding-{word}-{content_hash([each.name for each in maps])[:8]}"
     outcomes = subject.outcomes()
     begin = partial(errors_of, maps=maps, kl=True)
@@ -283,12 +278,12 @@ def _answers(one: InFormat) -> list[str]:
     return [text]
 
 
-def _named(names: Sequence[str]) -> list[Column[Any]]:
+def _error_columns() -> list[Column[Any]]:
     def column(name: str) -> Column[Any]:
         why = "no token of the documents reaches it"  # as may be of a single expert
         return Column(ERRORS[name], "proxy", lambda row: row.errors[name], why, name)
 
-    return [column(name) for name in names]
+    return [column(name) for name in ERRORS]
 
 
 def _names_table(one: InFormat) -> Table:
@@ -296,7 +291,7 @@ def _names_table(one: InFormat) -> Table:
         Column("linear map", "text", lambda row: row.name),
         Column("layers", "count", lambda row: row.layers, otherwise="of no layer"),
         Column("fall of gold log-probability", "nats", lambda row: row.gold),
-        *_named([*ERRORS]),
+        *_error_columns(),
     )
     return table(
         f"{one.title}: linear maps by name, one at a time, on average over layers.",
@@ -315,7 +310,7 @@ def _most_table(one: InFormat) -> Table:
         Column("fall of gold log-probability", "nats", lambda row: row.fall),
         Column(measure.change, measure.form, lambda row: row.run.drop),
         Column("shown", "text", lambda row: _SHOWN[row.verdict]),
-        *_named([*ERRORS]),
+        *_error_columns(),
     )
     return table(
         f"{one.title}: the {len(rows)} of {len(one.maps)} maps that lower the right answer's "

@@ -8,7 +8,7 @@ nonlinearity and without other tokens could do).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -170,22 +170,22 @@ class Costs:
         name: The cell's title.
         n: Documents.
         layers: The layers that are removed, ascending.
+        measure: What a drop is, and its unit.
+        fitted_on: On what the stand-ins were fitted; empty where that is not known.
         drops: Way → what each layer costs.
         nats: Way → what each layer takes of the gold answer's log-probability.
         better: Way → for each layer, the p-value of doing otherwise than without the layer; None
             where no test could be made.
-        measure: What a drop is, and its unit.
-        fitted_on: On what the stand-ins were fitted; empty where that is not known.
     """
 
     name: str
     n: int
     layers: tuple[int, ...]
-    drops: dict[Intervention, Drops]
-    nats: dict[Intervention, Drops]
-    better: dict[Intervention, list[float | None]]
     measure: Measure
     fitted_on: str
+    drops: dict[Intervention, Drops] = field(default_factory=dict)
+    nats: dict[Intervention, Drops] = field(default_factory=dict)
+    better: dict[Intervention, list[float | None]] = field(default_factory=dict)
 
 
 def costs(subjects: Sequence[Subject]) -> Costs | None:
@@ -195,9 +195,14 @@ def costs(subjects: Sequence[Subject]) -> Costs | None:
     layers = tuple(sorted({run.layer for run in outcomes.runs if run.intervention == "remove"}))
     if not layers:
         return None
-    drops: dict[Intervention, Drops] = {}
-    nats: dict[Intervention, Drops] = {}
-    better: dict[Intervention, list[float | None]] = {}
+    fitted_on = [part.record.fitted_on for part in subjects if part.record.fitted_on]
+    cell = Costs(
+        first.record.title,
+        len(outcomes.tasks),
+        layers,
+        measure_of(first.record),
+        "; ".join(dict.fromkeys(fitted_on)),
+    )
     removed: list[Array] = []
     for way in EVERY:
         runs = [RunIdentity(layer=layer, intervention=way) for layer in layers]
@@ -205,26 +210,15 @@ def costs(subjects: Sequence[Subject]) -> Costs | None:
         if not all(map(outcomes.has, ablations)):
             continue
         metric, gold = outcomes.by_metric(ablations), outcomes.by_gold_logprob(ablations)
-        for kept, paired in ((drops, metric), (nats, gold)):
+        for kept, paired in ((cell.drops, metric), (cell.nats, gold)):
             drawn = outcomes.resampled(paired.drops, paired.weights)
             kept[way] = Drops(paired.mean_drops, drawn)
         after = list(metric.ablated.T)
         removed = removed or after
         if way != "remove":
             pairs = zip(after, removed, strict=True)
-            better[way] = [accuracy_drop(*pair, metric.weights).p_value for pair in pairs]
-    return Costs(
-        name=first.record.title,
-        n=len(outcomes.tasks),
-        layers=layers,
-        drops=drops,
-        nats=nats,
-        better=better,
-        measure=measure_of(first.record),
-        fitted_on="; ".join(
-            dict.fromkeys(part.record.fitted_on for part in subjects if part.record.fitted_on)
-        ),
-    )
+            cell.better[way] = [accuracy_drop(*pair, metric.weights).p_value for pair in pairs]
+    return cell
 
 
 def in_unit(measure: Measure) -> str:

@@ -165,16 +165,8 @@ class Prune(Study):
         elsewhere += [(self._text,)] if self._text is not None else []
         ways: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in self._strategies]
         ways += itertools.product([s for s in self._strategies if s in ELSEWHERE], elsewhere)
+        samples = {"sample": cell.sample, "test_sample": self._test_sample or cell.sample}
         return [
-            search_of(
-                alone,
-                {
-                    "strategy": strategy,
-                    "remove": amount,
-                    "calibrate": calibrate,
-                    "sample": cell.sample,
-                    "test_sample": self._test_sample or cell.sample,
-                },
-            )
-            for amount, (strategy, calibrate) in itertools.product(self._amounts, ways)
+            search_of(alone, {"strategy": name, "remove": amount, "calibrate": by, **samples})
+            for amount, (name, by) in itertools.product(self._amounts, ways)
         ]

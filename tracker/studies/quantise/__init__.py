@@ -185,7 +185,7 @@ class Quantise(Study):
                 formats_table(record, best),
             ]
             result.files.append(_keep(asked, record, tests.request, best))
-        result.answers += second_roundings(subjects, asked.options.trust_remote_code)
+        result.answers += second_roundings(subjects)
         return result
 
     def _test(self, request: CellRequest) -> CellRequest:

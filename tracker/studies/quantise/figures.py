@@ -138,9 +138,7 @@ class Choosing:
             What was found.
         """
         candidates = self._candidates(each_map)
-        self.asked.progress.say(
-            f"{self.cell.request.title}: {counted(len(candidates), 'choice')}, whole"
-        )
+        self._say(f"{counted(len(candidates), 'choice')}, whole")
         best = candidates[least(self._costs([each.choice for each in candidates]))]
         swapped = {}
         if rounds:
@@ -150,6 +148,9 @@ class Choosing:
         if ends := [end.choice for end in swapped.values() if end.gains]:
             candidates.insert(1, self._candidate(SETS, ends[least(self._costs(ends))]))
         return Chosen(candidates, swapped, self._sums(candidates[0], pairs))
+
+    def _say(self, message: str) -> None:
+        self.asked.progress.say(f"{self.cell.request.title}: {message}")
 
     def _costs(self, choices: Sequence[Choice]) -> Array:
         ablations = [ablation_of(choice) for choice in choices]
@@ -192,9 +193,9 @@ class Choosing:
         def measure(choices: Sequence[Choice]) -> PairedOutcomes:
             nonlocal number
             number += 1
-            self.asked.progress.say(
-                f"{self.cell.request.title}: {counted(len(choices) - 1, 'swap')} of formats beside "
-                f"the choice by {start.by}, round {number} of at most {rounds}"
+            self._say(
+                f"{counted(len(choices) - 1, 'swap')} of formats beside the choice by {start.by}, "
+                f"round {number} of at most {rounds}"
             )
             ablations = [ablation_of(choice) for choice in choices]
             self.cell.measure(ablations, candidates=True)
@@ -215,9 +216,7 @@ class Choosing:
         both = [_of([self.units[i], self.units[j]], choice) for i, j in pairs]
         whole = ablation_of(choice)
         if pairs:
-            self.asked.progress.say(
-                f"{self.cell.request.title}: {counted(len(pairs), 'pair')} of units, drawn"
-            )
+            self._say(f"{counted(len(pairs), 'pair')} of units, drawn")
             self.cell.measure(both, candidates=True)
         outcomes = self.subject.outcomes(besides=[whole, *both])
         paired = outcomes.by_gold_logprob([whole, *alone])

@@ -16,7 +16,7 @@ from tracker.studies.quantise.figures import ALIKE, MEASURED, Sums, Tried
 
 def choices_table(record: CellRecord, tried: Sequence[Tried], best: Tried) -> Table:
     """Set choices beside each other: what each takes, and what it costs."""
-    measure = measure_of(record)
+    measure, same = measure_of(record), "it is that itself"
 
     def by(row: Tried) -> str:
         return f"{row.candidate.by} (recommended)" if row is best else row.candidate.by
@@ -30,16 +30,8 @@ def choices_table(record: CellRecord, tried: Sequence[Tried], best: Tried) -> Ta
         Column(f"{measure.level} on test documents", measure.level_form, lambda row: row.level),
         Column(measure.change, measure.form, lambda row: row.drop),
         Column("loss of gold log-probability", "nats", lambda row: row.gold),
-        Column(
-            f"{measure.level} kept beside {ALIKE}",
-            measure.form,
-            lambda row: row.beside or Estimate(None, reason="it is that itself"),
-        ),
-        Column(
-            f"log-probability kept beside {ALIKE}",
-            "nats",
-            lambda row: row.gold_beside or Estimate(None, reason="it is that itself"),
-        ),
+        Column(f"{measure.level} kept beside {ALIKE}", measure.form, lambda row: row.beside, same),
+        Column(f"log-probability kept beside {ALIKE}", "nats", lambda row: row.gold_beside, same),
     )
     return table(
         f"{record.model.name}, {record.benchmark.name}: choices within the budget.",
