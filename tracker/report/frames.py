@@ -28,7 +28,7 @@ from tracker.core.run_table import (
     run_columns,
     runs_of,
 )
-from tracker.core.tables import Column, Table, Value, table
+from tracker.core.tables import Column, Table, table
 from tracker.core.text import as_cell
 from tracker.ledger.decisions import Decided, Decisions
 from tracker.report.leaderboard.claims import shown_words
@@ -126,7 +126,12 @@ def document_frames(
     types |= dict.fromkeys(numbers, "float64")
     yield pd.DataFrame(columns=columns).astype(types)
     for cell, decided in found:
-        for rows in (_rows_of_runs(cell, decided, private, changed), _missing_rows(cell, decided)):
+        about = {name: column.value(cell) for name, column in _CELL.items()}
+        missing = [
+            {**about, "task": task, "doc": doc, "change": "missing"}
+            for task, doc in decided.missing
+        ]
+        for rows in (_rows_of_runs(cell, decided, private, changed), missing):
             if rows:
                 yield pd.DataFrame(rows, columns=columns, dtype="object").astype(types)
 
@@ -181,23 +186,12 @@ def _objects(values: Iterable[object]) -> NDArray[Any]:
     return np.fromiter(values, dtype="object")
 
 
-def _missing_rows(cell: CellRecord, decided: Decisions) -> list[dict[str, Value]]:
-    """Lay out the documents that were asked for and are not measured."""
-    about = {name: column.value(cell) for name, column in _CELL.items()}
-    return [
-        {**about, "task": task, "doc": doc, "change": "missing"} for task, doc in decided.missing
-    ]
-
-
 def write_csv(frames: Iterable[pd.DataFrame], file: IO[str]) -> None:
     """Write data frames with the same columns below each other, no text as a formula."""
     for number, frame in enumerate(frames):
         for name in frame.select_dtypes(exclude=["number", "bool"]):
-            formulas = {
-                text: as_cell(text)
-                for text in frame[name].unique()
-                if isinstance(text, str) and as_cell(text) != text
-            }
+            texts = [text for text in frame[name].unique() if isinstance(text, str)]
+            formulas = {text: as_cell(text) for text in texts if as_cell(text) != text}
             if formulas:
                 frame = frame.copy(deep=False)
                 frame[name] = [formulas.get(value, value) for value in frame[name]]

@@ -100,12 +100,10 @@ class Claims:
         """The costly layers that a choice of as many by mean cosine score leaves out, for others
         that are shown to cost less."""
         costly, taken = self.costly, self.by_cosine
-        instead = [_high(self.drops, layer) for layer in taken if layer not in costly]
-        return [
-            layer
-            for layer in costly
-            if layer not in taken and any(high < _low(self.drops, layer) for high in instead)
-        ]
+        ends = (self.drops[layer].high for layer in taken if layer not in costly)
+        least = min((high for high in ends if high is not None), default=math.inf)
+        left_out = [layer for layer in costly if layer not in taken]
+        return [layer for layer in left_out if least < _low(self.drops, layer)]
 
     @property
     def falling(self) -> dict[int, list[CellRecord]]:
@@ -468,11 +466,6 @@ def _together(
 def _low(figures: dict[int, Estimate], layer: int) -> float:
     low = figures[layer].low
     return -math.inf if low is None else low
-
-
-def _high(figures: dict[int, Estimate], layer: int) -> float:
-    high = figures[layer].high
-    return math.inf if high is None else high
 
 
 def _causes(found: Claims, named: Collection[int]) -> list[str]:

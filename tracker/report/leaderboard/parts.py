@@ -69,18 +69,13 @@ class PartBoard:
     left_out: dict[str, str]
 
     @property
-    def many(self) -> str:
-        """What they are called: heads, experts, …."""
-        return self.kind.many
-
-    @property
     def answer(self) -> str:
         """What is shown of them, in a sentence."""
         order = sorted(self.parts, key=lambda part: -(part.deciding.value or 0.0))
         shown = {part.run.label(): part.verdict for part in order}
         over = "on average over" if len(self.cells) > 1 else "on"
-        said = shown_sentence(self.many, shown, f"accuracy {over} {name_benchmarks(self.cells)}")
-        return f"{said} ({basis(self.cells, self.many)})."
+        level, many = f"accuracy {over} {name_benchmarks(self.cells)}", self.kind.many
+        return f"{shown_sentence(many, shown, level)} ({basis(self.cells, many)})."
 
 
 def part_boards(cells: Sequence[CellRecord]) -> list[PartBoard]:

@@ -5,7 +5,7 @@ The columns of both leaderboards are stated once, as code gets them; people are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -140,27 +140,19 @@ def layer_board_table(board: LayerBoard, label: str) -> Table:
 
 def _notes(board: LayerBoard) -> list[str]:
     """Explain dashes, and what is open though its interval is not."""
-    layers = [standing.layer for standing in board.by_depth]
-    misses_cosine_ranks = board.ranked and not cosine_ranks(board)
-    dashes = {
-        f"no rank: {_NO_RANK}": [
-            layer.layer for layer in board.by_depth if layer.rank.value is None
-        ],
-        "no mean cosine score: undefined on a benchmark": [
-            layer.layer for layer in board.by_depth if layer.cosine_score is None
-        ],
-        f"no rank by cosine score: {_NO_SCORE}": layers if misses_cosine_ranks else [],
-        "open by McNemar’s exact test (Holm), though the interval is above 0": [
-            layer.layer
-            for layer in board.by_depth
-            if layer.shown == "open" and (layer.deciding.low or 0.0) > 0
-        ],
+    no_cosine_ranks = bool(board.ranked) and not cosine_ranks(board)
+    reasons: dict[str, Callable[[LayerStanding], bool]] = {
+        f"no rank: {_NO_RANK}": lambda row: row.rank.value is None,
+        "no mean cosine score: undefined on a benchmark": lambda row: row.cosine_score is None,
+        f"no rank by cosine score: {_NO_SCORE}": lambda row: no_cosine_ranks,
+        "open by McNemar’s exact test (Holm), though the interval is above 0": lambda row: (
+            row.shown == "open" and (row.deciding.low or 0.0) > 0
+        ),
     }
-    notes = [
-        f"{layer_list(without, len(layers)).capitalize()}: {why}."
-        for why, without in dashes.items()
-        if without
-    ]
+    notes = []
+    for why, holds in reasons.items():
+        if rows := [row.layer for row in board.by_depth if holds(row)]:
+            notes.append(f"{layer_list(rows, len(board.layers)).capitalize()}: {why}.")
     return notes + provenance_notes(board.cells)
 
 
@@ -205,8 +197,8 @@ def part_board_table(board: PartBoard, label: str) -> Table:
     rows = _part_rows(board, label)
     between = len(rows) - 2 * _ENDS
     title = (
-        f"{label}: its {board.many} over {counted(len(board.cells), 'benchmark')}, the largest "
-        "lower end of a drop first"
+        f"{label}: its {board.kind.many} over {counted(len(board.cells), 'benchmark')}, the "
+        "largest lower end of a drop first"
     )
     rank, notes = _rank_column(rows, _NO_RANK)
     if between > 0:

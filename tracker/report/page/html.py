@@ -59,7 +59,12 @@ def agreement_sentence(found: Agreement) -> str:
             f"The {name}: median Spearman {two_digits(median(values))} over {len(values)} "
             f"measurements ({two_digits(min(values))} to {two_digits(max(values))})"
         )
-    return f"{says}; {_differ(found)}."
+    if not defined(found.differ) or not defined(found.chance):
+        return f"{says}; ranks cannot be compared."
+    return (
+        f"{says}; {points(found.differ)} % of layers have different ranks in the two orders (two "
+        f"random orders: {points(found.chance)} %)."
+    )
 
 
 def compared_sentence(cells: Sequence[CellRecord]) -> str:
@@ -93,15 +98,6 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
     if without:
         text += f" Of {counted(without, 'measurement')} none was drawn."
     return text
-
-
-def _differ(found: Agreement) -> str:
-    if not defined(found.differ) or not defined(found.chance):
-        return "ranks cannot be compared"
-    return (
-        f"{points(found.differ)} % of layers have different ranks in the two orders (two random "
-        f"orders: {points(found.chance)} %)"
-    )
 
 
 def render_report(
