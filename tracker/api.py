@@ -437,8 +437,7 @@ def quantise(
     if output is not None:
         refuse_output(Path(output))
     told: dict[str, Any] = {"budget": budget, "by": by, "test_sample": test_sample}
-    told["embeddings"] = embeddings
-    told |= {"refine": refine, "pairs": pairs}
+    told |= {"embeddings": embeddings, "refine": refine, "pairs": pairs}
     told |= {} if format is None else {"format": format}
     done = study("quantise", experiment, tokenizer=tokenizer, **told, **settings)
     kept, saved = done.files, None
@@ -446,8 +445,7 @@ def quantise(
         note = read_note(kept[0])
         work = _Work({name: settings[name] for name in Working.__optional_keys__ & settings.keys()})
         tests = CellRequest.model_validate_json(json.dumps(note["tested_on"]))
-        where = Path(output), work.ledger, work.options, work.progress
-        saved = save(tests, note["formats"], *where)
+        saved = save(tests, note["formats"], Path(output), work.ledger, work.options, work.progress)
     elif output is not None:
         raise RequestError(
             f"--output saves one model, and {len(kept)} choices are recommended; ask for one model "

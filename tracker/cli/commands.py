@@ -241,7 +241,7 @@ def bench(
 @main.command()
 @asking(search=OF_SEARCHES)
 @trust
-def validate(experiment: Path | None, settings: dict[str, Any], trust_remote_code: bool) -> None:
+def validate(experiment: Path | None, settings: dict[str, Any], **how: Any) -> None:
     """Check an experiment without loading weights.
 
     EXPERIMENT is a file; without one, the options say what is asked of a MODEL, as in 'tracker run'
@@ -255,9 +255,7 @@ def validate(experiment: Path | None, settings: dict[str, Any], trust_remote_cod
     with Working() as progress:
         from tracker import api
 
-        found = api.validate(
-            experiment, trust_remote_code=trust_remote_code, progress=progress, **settings
-        )
+        found = api.validate(experiment, progress=progress, **settings, **how)
     if found.searches:
         what = counted(found.searches, "search")
     else:

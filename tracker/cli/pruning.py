@@ -73,12 +73,7 @@ class Exporting(Told):
 @machine
 @trust
 @results_option
-def export(
-    remove: Sequence[int] | None,
-    repeat: Sequence[int] | None,
-    track: tuple[str, ...] | None,
-    **settings: Any,
-) -> None:
+def export(**settings: Any) -> None:
     """Save a model without some of its layers, or with some passed again.
 
     It is a checkpoint that anybody loads. What is saved is held against what was measured before it
@@ -98,8 +93,8 @@ def export(
     """
     from tracker import api
 
-    settings |= {"repeat": repeat or (), "track": track or ()}
-    done = api.export(remove=remove or (), progress=Show(), **settings)
+    settings |= {name: settings[name] or () for name in ("remove", "repeat", "track")}
+    done = api.export(progress=Show(), **settings)
     print_export(done)
     sys.exit(done.exit_code)
 

@@ -43,10 +43,7 @@ class Quantising(Told):
 
 @main.command()
 @asking()
-@keys(
-    *(Quantising, "budget", "format", "by", "test_sample", "embeddings", "refine", "pairs"),
-    "output",
-)
+@keys(Quantising, *Quantising.model_fields)
 @running
 def quantise(experiment: Path | None, settings: dict[str, Any], **told: Any) -> None:
     """Choose which weights may have fewer bits, and test the choice.

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from tracker.api import Reported
     from tracker.core.records import CellRecord
     from tracker.ledger.verify import VerifiedCell
-    from tracker.tracking.runs import Which
 
 
 class ReportOptions(Told):
@@ -142,13 +141,7 @@ class Syncing(Told):
 @runs_option
 @documents_option
 @results_option
-def sync(
-    to: tuple[str, ...] | None,
-    sweep: str | None,
-    publish_documents: bool,
-    runs: Which,
-    results: Path,
-) -> None:
+def sync(to: tuple[str, ...] | None, sweep: str | None, results: Path, **how: Any) -> None:
     """Publish what a tracking backend does not have yet.
 
     \b
@@ -168,7 +161,7 @@ def sync(
         _sync_sweep(sweep, results)
     if to == ():
         raise click.BadParameter("'none' is nothing to publish to; write mlflow or wandb")
-    done = api.sync(to, results=results, publish_documents=publish_documents, runs=runs)
+    done = api.sync(to, results=results, **how)
     say(f"published: {counted(len(done.published), 'measurement')}")
     for place, cells in done.places.items():
         new, changed = sum(cell.created for cell in cells), sum(cell.updated for cell in cells)
