@@ -108,7 +108,7 @@ def costs(measure: Measure = ACCURACY, scale: float = 0.1, p: float | None = 0.0
         mean = scale * np.array([1.0, 2, 3]) * share
         drops[way] = Drops(mean, np.tile(mean, (100, 1)))
     better = {way: [p] * 3 for way in WAYS}
-    return Costs("a cell", 50, (0, 1, 2), drops, drops, better, measure, "some text")
+    return Costs("a cell", 50, (0, 1, 2), measure, "some text", drops, drops, better)
 
 
 def test_a_loss_is_said_in_its_own_unit() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,8 +96,7 @@ def measured(request: CellRequest, ledger: Ledger) -> Subject | None:
     known = look_up(request, ledger)
     if known.store is None or not known.complete:
         return None
-    view = known.store.views.of(request)
-    return Subject(request, known.store, record_of(known.store, view))
+    return Subject(request, known.store, record_of(known.store, known.store.views.of(request)))
 
 
 def observe(
@@ -108,10 +108,8 @@ def observe(
 ) -> Observed:
     """Observe documents of a study's cell, as `tracker.measuring.observing` does."""
     request, store, progress = subject.request, subject.store, asked.progress
-
-    def opened() -> tuple[Engine, observing.Documents]:
-        return observing.open_observed(request, store, asked.ledger, asked.options, progress)
-
+    where = asked.ledger, asked.options, progress
+    opened = partial(observing.open_observed, request, store, *where)
     return observing.observe(request, store, kind, begin, opened, progress, among)
 
 
@@ -187,7 +185,7 @@ class StudyResult:
     charts: list[FoundChart] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)
     ran: Finished = field(default_factory=Finished)
-    rests_on: Sequence[Place] = ()
+    rests_on: list[Place] = field(default_factory=list)
     exports: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     command: str = ""

@@ -35,8 +35,7 @@ def told_to(name: str) -> set[str]:
 
 def open_study(name: str, **settings: Any) -> Study:
     """Load a study, told what it alone can be told; RequestError if there is none of that name."""
-    study: Study = _class_of(name)(**settings)
-    return study
+    return _class_of(name)(**settings)
 
 
 def _class_of(name: str) -> Callable[..., Study]:

@@ -74,11 +74,6 @@ class Stretches:
     test: CellRecord | None
     tested: Sequence[TestedStretch]
 
-    @property
-    def measure(self) -> Measure:
-        """What is gained."""
-        return measure_of(self.record)
-
 
 class Repeat(Study):
     """See the module."""
@@ -117,9 +112,7 @@ class Repeat(Study):
         """Choose, test what was chosen, and set both beside what chance would choose."""
         result = StudyResult(_ASSUMED)
         chosen = {subject.request: _chosen(subject.record) for subject in subjects}
-        tests = {
-            request: _testing(request, runs) for request, runs in chosen.items() if len(runs) > 0
-        }
+        tests = {request: _testing(request, runs) for request, runs in chosen.items() if runs}
         result.ran = run_cells(
             [*tests.values()], asked.ledger, asked.publisher, asked.options, asked.progress
         )
@@ -217,7 +210,7 @@ def _written(measure: Measure, gain: Estimate) -> str:
 
 def _answers(one: Stretches) -> list[str]:
     """Say what the best stretch promises, what chance would promise, and what it is worth."""
-    record, measure = one.record, one.measure
+    record, measure = one.record, measure_of(one.record)
     best = min((run for run in record.runs if run.accuracy_drop is not None), key=_loss)
     named = f"{record.model.name}, {record.benchmark.name}"
     promise = _written(measure, Estimate((-best.drop).value))
@@ -260,7 +253,7 @@ _VERDICTS = {"helps": "better", "costs": "worse", "open": "open"}
 
 def _table(one: Stretches) -> Table:
     """List the chosen stretches with what each promised and what it is worth."""
-    measure = one.measure
+    measure = measure_of(one.record)
     columns: tuple[Column[TestedStretch], ...] = (
         Column("passed", "text", lambda row: _stretch(row.chosen)),
         Column("gain where it was chosen", measure.form, lambda row: (-row.chosen.drop).value),

@@ -20,7 +20,7 @@ from tracker.core.errors import RequestError, did_you_mean
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, listed, measure_of, three_digits, with_interval
 from tracker.core.provenance import content_hash
-from tracker.core.records import CellRecord, Place
+from tracker.core.records import CellRecord
 from tracker.core.weight_formats import FORMATS
 from tracker.ledger.files import write_note
 from tracker.models.ends import shapes_of_ends
@@ -151,9 +151,7 @@ class Quantise(Study):
         if not self.embeddings:
             also, rest = "", f"embeddings, the head, {rest}"
         assumed = tuple(text.format(also=also, rest=rest) for text in _ASSUMED)
-        rests_on: list[Place] = []
-        command = f"tracker quantise {told}"
-        result = StudyResult(assumed, command=command, beside=beside, rests_on=rests_on)
+        result = StudyResult(assumed, command=f"tracker quantise {told}", beside=beside)
         for subject in subjects:
             record = subject.record
             units, within = self._budget(subject.request, asked.options.trust_remote_code)
@@ -164,9 +162,8 @@ class Quantise(Study):
                 )
                 continue
             lender = Lender(asked.ledger, asked.options, asked.progress)
-            chose, tests = (
-                OpenCell(each, lender) for each in (subject.request, self._test(subject.request))
-            )
+            chose = OpenCell(subject.request, lender)
+            tests = OpenCell(self._test(subject.request), lender)
             choosing = Choosing(asked, subject, chose, units, self.formats, within, losses)
             found = choosing.chosen(self.by == "map", self.refine, self.pairs)
             tried = measured(found.candidates, chose, tests, within)
@@ -174,7 +171,8 @@ class Quantise(Study):
                 cell.end()
             tested = tests.store
             count = sum(tested.counts(tests.request.extent).values())
-            rests_on.append((tested.identity.key, tested.views.name_of(tests.view), count))
+            place = tested.identity.key, tested.views.name_of(tests.view), count
+            result.rests_on.append(place)
             best = tried[least([one.chosen_on for one in tried])]
             named = f"{record.model.name}, {record.benchmark.name}, {within.text}"
             result.answers.append(f"{named}: {_answer(record, tried, best)}")
