@@ -54,6 +54,8 @@ def print_cell(
         verdicts = shown_in(cell, shown)
         shown = [run for run, verdict in zip(shown, verdicts, strict=True) if verdict != "open"]
     rounded = any(run.rounded is not None for run in shown)
+    proxies = run_table.proxies_in(cell)
+    shown_proxies = [p.name for p in proxies if p.name == "cosine_score" or p.component == "expert"]
     columns = run_table.pick(
         run_table.run_columns(cell),
         *run_table.telling_apart(cell),
@@ -61,11 +63,7 @@ def print_cell(
         *("accuracy_drop", "drop_interval"),
         *(["rounded"] if rounded else []),
         "accuracy_relevance",
-        *(
-            proxy.name
-            for proxy in run_table.proxies_in(cell)
-            if proxy.name == "cosine_score" or proxy.component == "expert"
-        ),
+        *shown_proxies,
     )
     metric = "" if cell.other_metric else cell.metric
     title = " · ".join(filter(None, (cell.heading, metric, cell.documents)))

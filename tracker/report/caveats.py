@@ -80,14 +80,9 @@ def rounding_note(cell: CellRecord) -> str:
     if rounded:
         span = " to ".join(f"{number:,}" for number in sorted({min(rounded), max(rounded)}))
         text += f" Under the runs it decides up to {span}."
-    small = [
-        run
-        for run in cell.runs
-        if run.rounded is not None
-        and sure(run.drop)
-        # No larger than what rounding moves.
-        and abs(run.accuracy_drop or 0.0) <= (run.drop_rounding or 0.0)
-    ]
+    shown = [run for run in cell.runs if run.rounded is not None and sure(run.drop)]
+    # No larger than what rounding moves.
+    small = [run for run in shown if abs(run.accuracy_drop or 0.0) <= (run.drop_rounding or 0.0)]
     if small:
         text += (
             f" What {run_list(small, cell)} {'cost' if len(small) > 1 else 'costs'} is no more "

@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import IO, Any
 
 import numpy as np
@@ -149,14 +150,13 @@ def _rows_of_runs(
         figures = {"choice": model.choice, "margin": model.margin, "score": model.score}
         return {f"{name}{end}": values for name, values in {**figures, "text": text}.items()}
 
-    choices = [
-        t.choices and json.dumps(t.choices, ensure_ascii=False) if t else None for t in texts
-    ]
+    dump = partial(json.dumps, ensure_ascii=False)
+    choices = [dump(text.choices) if text and text.choices else None for text in texts]
     of_documents: dict[str, Iterable[object]] = {
         "task": [task for task, _ in decided.documents],
         "doc": [doc for _, doc in decided.documents],
         "question": [text.question if text else None for text in texts],
-        "choices": [text or None for text in choices],
+        "choices": choices,
         "gold": decided.gold,
         "answer": [text.answer if text else None for text in texts],
         **answers(decided.baseline, "_intact"),

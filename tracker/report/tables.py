@@ -33,7 +33,7 @@ from tracker.core.run_table import (
 from tracker.core.tables import Column, Table, table
 from tracker.report.caveats import provenance_notes
 from tracker.report.layer_figures import layer_relevance
-from tracker.report.leaderboard.claims import shown_in
+from tracker.report.leaderboard.claims import shown_runs
 from tracker.report.leaderboard.rules import CORRELATION_RULE, EXPERT_RULE
 from tracker.report.wording import (
     P_OVER,
@@ -116,13 +116,10 @@ def _costly(row: _Labelled) -> Estimate | str:
     cell, measure = row[0], measure_of(row[0])
     if cell.runs and not cell.whole_layers:
         return Estimate(None, reason="no whole single layer was removed")
-    runs = cell.whole_layers
-    costly = [
-        (run.accuracy_drop or 0.0, run.layer)
-        for run, verdict in zip(runs, shown_in(cell, runs), strict=True)
-        if verdict == "costs"
-    ]
-    named = (f"{layer}\u00a0({measure.write(drop)})" for drop, layer in sorted(costly)[::-1])
+    shown = shown_runs(cell, cell.whole_layers)
+    costly = [run for run in cell.whole_layers if shown[run.order] == "costs"]
+    drops = sorted(((run.accuracy_drop or 0.0, run.layer) for run in costly), reverse=True)
+    named = (f"{layer}\u00a0({measure.write(drop)})" for drop, layer in drops)
     return ", ".join(named) or Estimate(None, reason="none is shown with these documents")
 
 
@@ -219,20 +216,19 @@ def correlation_table(cell: CellRecord) -> Table:
     columns["coefficient"] = replace(
         columns["coefficient"], value=lambda row: COEFFICIENTS[row[1].coefficient]
     )
+    undefined = [record for record in cell.correlations if not defined(record.value)]
+    notes = [rule for what, rule in RULES.items() if what in samples]
+    notes += [
+        f"{COEFFICIENTS[record.coefficient]}, {_proxy(record)}, {SUBSETS[record.subset]}: "
+        f"undefined: {record.reason or NO_REASON}."
+        for record in undefined
+    ]
     return table(
         f"{cell.title}: how well each proxy ranks the {over} by {measure_of(cell).change} (inner: "
         f"without the first two and the last two{' layers' if over != 'layers' else ''}).",
         pick(columns, *names),
         [(cell, record) for record in cell.correlations],
-        *(
-            [rule for what, rule in RULES.items() if what in samples]
-            + [
-                f"{COEFFICIENTS[record.coefficient]}, {_proxy(record)}, "
-                f"{SUBSETS[record.subset]}: undefined: {record.reason or NO_REASON}."
-                for record in cell.correlations
-                if not defined(record.value)
-            ]
-        ),
+        *notes,
     )
 
 

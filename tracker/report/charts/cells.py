@@ -27,10 +27,8 @@ def curve_title(cell: CellRecord) -> str:
     if not any(formats.defined(record.accuracy_drop) for record in records):
         return f"{cell.title}: no {measure.change} is defined"
     shown = shown_runs(cell, records)
-    costly, helpful = (
-        [record for record in records if shown[record.order] == wanted]
-        for wanted in ("costs", "helps")
-    )
+    costly = [record for record in records if shown[record.order] == "costs"]
+    helpful = [record for record in records if shown[record.order] == "helps"]
     worse, better = ("lower", "raise") if cell.higher_is_better else ("raise", "lower")
     # A layer that something else stands in for is not removed.
     only = all(record.intervention == "remove" for record in records)
@@ -82,7 +80,7 @@ def layer_curve(cell: CellRecord) -> style.Chart:
     """
     kinds = curve_kinds(cell)
     shown = shown_runs(cell, [run for run in cell.runs if run.kind.is_single])
-    single = len(kinds) == 1
+    single, few = len(kinds) == 1, len(kinds) <= style.FEW
     measure = formats.measure_of(cell)
     data: list[dict[str, Any]] = []
     for number, kind in enumerate(kinds):
@@ -108,9 +106,7 @@ def layer_curve(cell: CellRecord) -> style.Chart:
                 places,
                 drops,
                 hover,
-                error_y=style.errors(intervals, measure.scale, color=colour)
-                if len(kinds) <= style.FEW
-                else {},
+                error_y=style.errors(intervals, measure.scale, color=colour) if few else {},
                 mode="lines+markers",
                 line={"color": style.FAINT if single else look.colour, "width": 1},
                 marker={"size": 7, "opacity": opacity} | marker,
@@ -120,14 +116,9 @@ def layer_curve(cell: CellRecord) -> style.Chart:
     layers = layers_of(WHOLE_LAYER, cell)
     records, hover = along_layers(cell, WHOLE_LAYER, layers)
     scores = [style.finite(run.cosine_score) if run else None for run in records]
-    data.append(
-        style.trace("bar", "cosine score", layers, scores, hover, xaxis="x2", yaxis="y2")
-        | {
-            "marker": {"color": style.PROXY, "line": {"width": 0}},
-            "width": 0.6,
-            "showlegend": False,
-        }
-    )
+    drawn = style.trace("bar", "cosine score", layers, scores, hover, xaxis="x2", yaxis="y2")
+    drawn |= {"marker": {"color": style.PROXY, "line": {"width": 0}}, "width": 0.6}
+    data.append(drawn | {"showlegend": False})
     nothing = {"text": "measured for whole single layers only", "showarrow": False}
     nothing |= {"x": 0.5, "y": 0.5, "xref": "x2 domain", "yref": "y2 domain"}
     along = style.layer_axis(sorted({layer for kind in kinds for layer in layers_of(kind, cell)}))
@@ -164,11 +155,8 @@ def curve_kinds(cell: CellRecord) -> list[Kind]:
     Layers that are passed again are a row of the map of all stretches, where there is one.
     """
     on_maps = [kind for kinds in mapped(cell).values() for kind in kinds]
-    return [
-        kind
-        for kind in cell.kinds or [WHOLE_LAYER]
-        if kind.is_single and not (kind.intervention == "repeat" and kind in on_maps)
-    ]
+    single = [kind for kind in cell.kinds or [WHOLE_LAYER] if kind.is_single]
+    return [kind for kind in single if kind.intervention != "repeat" or kind not in on_maps]
 
 
 def proxy_scatter(cell: CellRecord) -> style.Chart:
@@ -178,14 +166,9 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
     `outer layers` for the first two and the last two.
     """
     measure = formats.measure_of(cell)
-    records = sorted(
-        (
-            r
-            for r in cell.whole_layers
-            if formats.defined(r.cosine_score) and formats.defined(r.accuracy_drop)
-        ),
-        key=lambda record: record.layer,
-    )
+    known = [run for run in cell.whole_layers if formats.defined(run.accuracy_drop)]
+    records = [run for run in known if formats.defined(run.cosine_score)]
+    records.sort(key=lambda record: record.layer)
     shown = shown_runs(cell, cell.whole_layers)
     along = style.value_axis(PROXIES["cosine_score"].heading, [r.cosine_score for r in records])
     scores = [record.cosine_score or 0.0 for record in records]
@@ -196,13 +179,11 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
     side = dict(zip((record.layer for record in records), sides, strict=True))
     outer = {0, 1, cell.model.layers - 2, cell.model.layers - 1}
     data = []
-    for name, symbol, width, group in (
-        ("inner layers", "circle", 0, [r for r in records if r.layer not in outer]),
-        (
-            *("outer layers (first two, last two)", "diamond-open", 2),
-            [r for r in records if r.layer in outer],
-        ),
+    for name, symbol, width, is_outer in (
+        ("inner layers", "circle", 0, False),
+        ("outer layers (first two, last two)", "diamond-open", 2, True),
     ):
+        group = [record for record in records if (record.layer in outer) == is_outer]
         signs = style.sign_colours(record.accuracy_drop for record in group)
         data.append(
             style.trace(
@@ -211,9 +192,7 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
                 [record.cosine_score for record in group],
                 [style.finite(record.accuracy_drop, measure.scale) for record in group],
                 [run_hover(cell, record, record) for record in group],
-                error_y=style.errors(
-                    [record.drop for record in group], measure.scale, color=style.FAINT
-                ),
+                error_y=style.errors([r.drop for r in group], measure.scale, color=style.FAINT),
                 mode="markers+text",
                 text=[str(record.layer) for record in group],
                 textposition=[side[record.layer] for record in group],

@@ -50,7 +50,7 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
         return None
     layers = sorted({layer for kind in kinds for layer in layers_of(kind, cell)})
     low, middle, high = decided.margins
-    several = len(kinds) > 1
+    several, few = len(kinds) > 1, len(kinds) <= FEW
     traces = []
     for number, kind in enumerate(kinds):
         mine = {
@@ -58,6 +58,7 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
         }
         quartiles = [Estimate(half, lower, upper) for lower, half, upper in mine.values()]
         look = line(number) if several else {"color": KINDS[kind.word].colour}
+        colour = look["color"] if several else GREY
         hover = [
             f"{run.label()}: median {two_digits(half)}, half of the documents from "
             f"{two_digits(lower)} to {two_digits(upper)}"
@@ -70,9 +71,7 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
                 [run.layer for run in mine],
                 [quartile.value for quartile in quartiles],
                 hover,
-                error_y=errors(quartiles, color=look["color"] if several else GREY)
-                if len(kinds) <= FEW
-                else {},
+                error_y=errors(quartiles, color=colour) if few else {},
                 mode="lines+markers" if several else "markers",
                 line=look,
                 marker={"color": look["color"], "size": 7, "symbol": KINDS[kind.word].mark},

@@ -40,6 +40,7 @@ def headline(board: LayerBoard, label: str) -> style.Chart:
     what = "accuracy relevance"
     noisy = not found.costly and any(drop.value is not None for drop in _falls(found).values())
     shown = {*found.costly, *found.helpful}
+    colours = [style.HELPS if layer in found.helpful else style.MATTERS for layer in layers]
     above, between, below = _PANELS[3 if noisy else 2]
     data = [
         style.trace(
@@ -55,12 +56,7 @@ def headline(board: LayerBoard, label: str) -> style.Chart:
                 for layer, cost in zip(layers, costs, strict=True)
             ],
             error_y=style.errors(costs),
-            marker={
-                "color": [
-                    style.HELPS if layer in found.helpful else style.MATTERS for layer in layers
-                ],
-                "opacity": style.strength(layer in shown for layer in layers),
-            },
+            marker={"color": colours, "opacity": style.strength(la in shown for la in layers)},
         ),
         style.trace(
             "bar",
@@ -135,6 +131,7 @@ def _falls_trace(found: Claims, layers: Sequence[int]) -> tuple[dict[str, Any], 
     most = max((abs(fall.value) for fall in falls.values() if defined(fall.value)), default=1.0)
     step = 10 ** math.floor(math.log10(most or 1.0))
     ticks = [-step, 0, step, 3 * step, 10 * step]
+    strong = style.strength(layer in found.falling for layer in layers)
     drawn = style.trace(
         "bar",
         "fall of the right answer’s log-probability",
@@ -150,10 +147,7 @@ def _falls_trace(found: Claims, layers: Sequence[int]) -> tuple[dict[str, Any], 
         ],
         yaxis="y3",
         error_y=style.errors(rooted),
-        marker={
-            "color": style.MATTERS,
-            "opacity": style.strength(la in found.falling for la in layers),
-        },
+        marker={"color": style.MATTERS, "opacity": strong},
     )
     return drawn, {
         "title": {"text": "log-prob. lost"},

@@ -35,11 +35,8 @@ def run_hover(cell: CellRecord, run: RunIdentity, record: RunRecord | None) -> s
         lines.append(f"McNemar p {p_value(record.mcnemar_p)} (unadjusted)")
     of_expert = run.component == "expert"
     proxies = [proxy.name for proxy in OF_EXPERTS] if of_expert else ["cosine_score"]
-    shown: tuple[tuple[str, Unit], ...] = (
-        ("accuracy_relevance", "relevance"),
-        *((name, "proxy") for name in proxies),
-    )
-    for field, unit in shown:
+    units: dict[str, Unit] = {"accuracy_relevance": "relevance", **dict.fromkeys(proxies, "proxy")}
+    for field, unit in units.items():
         value = record.figure(field)
         why = f"undefined: {wrap(cell.reason_of(field, record))}"
         lines.append(f"{field.replace('_', ' ')} {why if value is None else write(unit, value)}")

@@ -147,12 +147,8 @@ class Claims:
         or more. None where nothing is open, figures are no accuracies, or no outcome has changed.
         """
         undecided = {*self.open} if self.is_accuracy else set()
-        variances = [
-            variance
-            for cell in self.cells
-            for run in cell.whole_layers
-            if run.layer in undecided and (variance := outcome_variance(run))
-        ]
+        runs = [run for cell in self.cells for run in cell.whole_layers if run.layer in undecided]
+        variances = list(filter(None, map(outcome_variance, runs)))
         for loss in _LOSSES if variances else ():
             needed = documents_needed(variances, len(self.layers), len(self.cells), loss)
             if needed > min(cell.n for cell in self.cells):
@@ -279,11 +275,9 @@ def alone_sentence(cell: CellRecord, average: bool) -> str:
     shown = zip(cell.runs, shown_in(cell, cell.runs), strict=True)
     count = sum(v == "open" and run.accuracy_drop is not None for run, v in shown)
     noun = "layer" if all(run.kind == WHOLE_LAYER for run in cell.runs) else "run"
-    every = counted(len(cell.runs), noun)
-    subject = (
-        f"none of the {every} can" if count == len(cell.runs) else f"{count} of {every} cannot"
-    )
-    text = f"{subject} be told from chance" if len(cell.runs) > 1 else f"{every} is open"
+    total, every = len(cell.runs), counted(len(cell.runs), noun)
+    subject = f"none of the {every} can" if count == total else f"{count} of {every} cannot"
+    text = f"{subject} be told from chance" if total > 1 else f"{every} is open"
     if average:
         text = f"on this benchmark alone, {text} (the average above can say more)"
     return capital(text) if count else ""

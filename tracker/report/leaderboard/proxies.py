@@ -58,11 +58,8 @@ def misjudged(board: LayerBoard) -> list[Misjudged]:
 
 def _figures(cell: CellRecord, proxy: str) -> Array:
     """A proxy's figures and the drops, `[2, layers]`, of the layers where both are defined."""
-    known = [
-        (run.figure(proxy), run.accuracy_drop)
-        for run in cell.whole_layers
-        if defined(run.accuracy_drop) and defined(run.figure(proxy))
-    ]
+    pairs = ((run.figure(proxy), run.accuracy_drop) for run in cell.whole_layers)
+    known = [pair for pair in pairs if all(map(defined, pair))]
     return np.array(known, dtype=np.float64).reshape(-1, 2).T
 
 
