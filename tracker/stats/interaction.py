@@ -8,7 +8,8 @@ Below 0 they cost less: what the one loses is partly lost by the other already.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from scipy import stats
@@ -152,16 +153,14 @@ def additivity(
     if len(sums) < 3:
         why = f"{len(sums)} pairs, and three are needed"
         return Estimate(None, reason=why), Estimate(None, reason=why)
-    ranks = row_coefficients(sums[None], joint[None], "spearman")
-    shares = _explained(sums[None], joint[None])
-    draws = (row_coefficients(*resampled, "spearman"), _explained(*resampled))
-    found = []
-    for value, drawn in zip((float(ranks[0]), float(shares[0])), draws, strict=True):
+
+    def estimate(measure: Callable[[Array, Array], Array]) -> Estimate:
+        (value,) = measure(sums[None], joint[None]).tolist()
         if not math.isfinite(value):
-            found.append(Estimate(None, reason="the sums or the joint drops are all the same"))
-            continue
-        found.append(Estimate(value, *bias_corrected_interval(value, drawn, highest=1)))
-    return found[0], found[1]
+            return Estimate(None, reason="the sums or the joint drops are all the same")
+        return Estimate(value, *bias_corrected_interval(value, measure(*resampled), highest=1))
+
+    return estimate(partial(row_coefficients, coefficient="spearman")), estimate(_explained)
 
 
 def _explained(sums: Array, joint: Array) -> Array:

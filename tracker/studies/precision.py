@@ -237,6 +237,7 @@ def _by_name(
         replace(gold, ablated=gold.ablated[:, mine].mean(axis=1, keepdims=True)).drop(0)
         for mine in places.values()
     ]
+    wide = seen_once(together(falls, [len(gold.weights)] * len(falls)))
     found = [
         MapName(
             name,
@@ -244,11 +245,7 @@ def _by_name(
             fall,
             {key: float(np.mean([maps[place].errors[key] for place in mine])) for key in ERRORS},
         )
-        for (name, mine), fall in zip(
-            places.items(),
-            seen_once(together(falls, [len(gold.weights)] * len(falls))),
-            strict=True,
-        )
+        for (name, mine), fall in zip(places.items(), wide, strict=True)
     ]
     return sorted(found, key=lambda one: -(one.gold.value or 0.0))
 

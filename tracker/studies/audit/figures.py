@@ -202,11 +202,8 @@ class ModelAudit:
     @cached_property
     def above_chance(self) -> list[Audited]:
         """Benchmarks in which relevance is defined: the intact model is above chance."""
-        cells = [
-            cell
-            for cell in self.lined_up
-            if np.isfinite(cell.relevance).all() and np.ptp(cell.drop.means()) > 0
-        ]
+        finite = [cell for cell in self.lined_up if np.isfinite(cell.relevance).all()]
+        cells = [cell for cell in finite if np.ptp(cell.drop.means()) > 0]
         return cells if len(cells) > 1 else []
 
     @cached_property

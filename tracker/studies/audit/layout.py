@@ -237,11 +237,8 @@ def _cost(audit: ModelAudit) -> Iterator[FoundChart]:
 
 
 def _depth(audit: ModelAudit) -> Iterator[FoundChart]:
-    named = [
-        s
-        for s in audit.summaries.values()
-        if s.proxy == "cosine_score" or audit.ranks[s.proxy] == (1, 1)
-    ]
+    best = [proxy for proxy, between in audit.ranks.items() if between == (1, 1)]
+    named = [s for s in audit.summaries.values() if s.proxy in ("cosine_score", *best)]
     cells = [cell for cell in audit.cells if named and all(cell in s.cells for s in named)]
     if not cells:
         return

@@ -102,14 +102,10 @@ def agreement_chart(title: str, curves: Sequence[Curve]) -> LineChart:
 def overlap_chart(title: str, drop: Curve) -> LineChart:
     """Draw how many of the most and least relevant layers two samples share."""
     places = [n for n in drop.sizes if n <= drop.half]
-    lines = [
-        Line.of(
-            f"the {k} that matter {'most' if end == 'top' else 'least'}",
-            (drop.agreement(n, name) for n in places),
-            band=False,
-        )
-        for name, end, k in drop.tops
-    ]
+    lines = []
+    for name, end, k in drop.tops:
+        which = f"the {k} that matter {'most' if end == 'top' else 'least'}"
+        lines.append(Line.of(which, (drop.agreement(n, name) for n in places), band=False))
     for count in sorted({k for _, _, k in drop.tops}):
         chance = (count / drop.layers,) * len(places)
         lines.append(Line(name=f"{count} by chance", values=chance))

@@ -140,19 +140,14 @@ class Prune(Study):
         """Write the command for what was `asked`, with what this study alone was told."""
         if not asked:
             return []
-        strategies = self._strategies if self._strategies != STRATEGIES else ()
-        text = () if self._text is None else (self._text.removeprefix("corpus:"),)
-        test_sample = () if self._test_sample is None else (str(self._test_sample),)
-        typed = {
-            "--remove": self._said_amounts,
-            "--strategy": strategies,
-            "--text": text,
-            "--test-sample": test_sample,
-        }
-        words = [
-            word for flag, values in typed.items() for value in values for word in (flag, value)
-        ]
-        return ["tracker", "study", self.name, *asked, *words]
+        typed = [("--remove", amount) for amount in self._said_amounts]
+        if self._strategies != STRATEGIES:
+            typed += [("--strategy", name) for name in self._strategies]
+        if self._text is not None:
+            typed.append(("--text", self._text.removeprefix("corpus:")))
+        if self._test_sample is not None:
+            typed.append(("--test-sample", str(self._test_sample)))
+        return ["tracker", "study", self.name, *asked, *itertools.chain(*typed)]
 
     def _searches(self, cell: CellRequest, cells: Sequence[CellRequest]) -> list[SearchRequest]:
         """List the searches for one benchmark, of a file with these cells."""

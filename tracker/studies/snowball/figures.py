@@ -54,8 +54,7 @@ class Growth:
 
     def ranks(self, documents: int) -> list[tuple[int, int]]:
         """Between which ranks each defined factor lies, 1 for the largest; all of them at once."""
-        defined = [factor for factor in self.factors if factor.value is not None]
-        logs = [_log(factor) for factor in defined]
+        logs = [_log(factor) for factor in self.factors if factor.value is not None]
         return ranks(together(logs, [documents] * len(logs), pairs(len(logs))))
 
     @property
