@@ -436,10 +436,10 @@ def quantise(
 
     if output is not None:
         refuse_output(Path(output))
-    told: dict[str, Any] = {"budget": budget, "by": by, "test_sample": test_sample}
-    told |= {"embeddings": embeddings, "refine": refine, "pairs": pairs}
-    told |= {} if format is None else {"format": format}
-    done = study("quantise", experiment, tokenizer=tokenizer, **told, **settings)
+    options: dict[str, Any] = {"budget": budget, "by": by, "test_sample": test_sample}
+    options |= {"embeddings": embeddings, "refine": refine, "pairs": pairs}
+    options |= {} if format is None else {"format": format}
+    done = study("quantise", experiment, tokenizer=tokenizer, **options, **settings)
     kept, saved = done.files, None
     if output is not None and len(kept) == 1:
         note = read_note(kept[0])

@@ -255,13 +255,13 @@ def validate(experiment: Path | None, settings: dict[str, Any], **how: Any) -> N
     with Working() as progress:
         from tracker import api
 
-        found = api.validate(experiment, progress=progress, **settings, **how)
-    if found.searches:
-        what = counted(found.searches, "search")
+        checked = api.validate(experiment, progress=progress, **settings, **how)
+    if checked.searches:
+        amount = counted(checked.searches, "search")
     else:
-        what = f"{counted(found.measurements, 'measurement')}, {counted(found.runs, 'run')}"
-    say(f"{experiment or NAMELESS} is valid: {what}")
-    say_all(*found.notes)
+        amount = f"{counted(checked.measurements, 'measurement')}, {counted(checked.runs, 'run')}"
+    say(f"{experiment or NAMELESS} is valid: {amount}")
+    say_all(*checked.notes)
 
 
 @main.command()

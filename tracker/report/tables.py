@@ -217,7 +217,7 @@ def correlation_table(cell: CellRecord) -> Table:
         columns["coefficient"], value=lambda row: COEFFICIENTS[row[1].coefficient]
     )
     undefined = [record for record in cell.correlations if not defined(record.value)]
-    notes = [rule for what, rule in RULES.items() if what in samples]
+    notes = [rule for sample, rule in RULES.items() if sample in samples]
     notes += [
         f"{COEFFICIENTS[record.coefficient]}, {_proxy(record)}, {SUBSETS[record.subset]}: "
         f"undefined: {record.reason or NO_REASON}."

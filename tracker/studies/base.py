@@ -121,7 +121,7 @@ def lined_up(observed: Observed, outcomes: AlignedOutcomes) -> dict[str, Array]:
 
 
 def second_roundings(subjects: Sequence[Subject]) -> list[str]:
-    """Say of each model whose weights were rounded before which error is measured."""
+    """Return which error is measured, of each model whose weights were rounded before."""
     notes = (second_rounding_note(subject.record) for subject in subjects)
     return [*dict.fromkeys(filter(None, notes))]
 

@@ -210,9 +210,9 @@ def costs(subjects: Sequence[Subject]) -> Costs | None:
         if not all(map(outcomes.has, ablations)):
             continue
         metric, gold = outcomes.by_metric(ablations), outcomes.by_gold_logprob(ablations)
-        for kept, paired in ((cell.drops, metric), (cell.nats, gold)):
+        for by_way, paired in ((cell.drops, metric), (cell.nats, gold)):
             drawn = outcomes.resampled(paired.drops, paired.weights)
-            kept[way] = Drops(paired.mean_drops, drawn)
+            by_way[way] = Drops(paired.mean_drops, drawn)
         after = list(metric.ablated.T)
         removed = removed or after
         if way != "remove":

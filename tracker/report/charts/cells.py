@@ -166,8 +166,8 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
     `outer layers` for the first two and the last two.
     """
     measure = formats.measure_of(cell)
-    known = [run for run in cell.whole_layers if formats.defined(run.accuracy_drop)]
-    records = [run for run in known if formats.defined(run.cosine_score)]
+    with_drop = [run for run in cell.whole_layers if formats.defined(run.accuracy_drop)]
+    records = [run for run in with_drop if formats.defined(run.cosine_score)]
     records.sort(key=lambda record: record.layer)
     shown = shown_runs(cell, cell.whole_layers)
     along = style.value_axis(PROXIES["cosine_score"].heading, [r.cosine_score for r in records])

@@ -228,12 +228,12 @@ def parts_answer(cell: CellRecord) -> str:
     sentences = []
     for family, runs in grouped(cell.runs, lambda run: run.kind.family).items():
         if family.many:
-            verdicts_of = shown_runs(cell, runs)
-            order = sorted(runs, key=lambda run: -(run.accuracy_drop or 0.0))
-            shown = {run.label(): verdicts_of[run.order] for run in order}
+            by_order = shown_runs(cell, runs)
+            largest_first = sorted(runs, key=lambda run: -(run.accuracy_drop or 0.0))
+            shown = {run.label(): by_order[run.order] for run in largest_first}
             level = measure_of(cell).level
-            said = shown_sentence(family.many, shown, level, cell.higher_is_better)
-            sentences.append(f"{said}.")
+            sentence = shown_sentence(family.many, shown, level, cell.higher_is_better)
+            sentences.append(f"{sentence}.")
     return " ".join(sentences)
 
 

@@ -59,8 +59,8 @@ def misjudged(board: LayerBoard) -> list[Misjudged]:
 def _figures(cell: CellRecord, proxy: str) -> Array:
     """A proxy's figures and the drops, `[2, layers]`, of the layers where both are defined."""
     pairs = ((run.figure(proxy), run.accuracy_drop) for run in cell.whole_layers)
-    known = [pair for pair in pairs if all(map(defined, pair))]
-    return np.array(known, dtype=np.float64).reshape(-1, 2).T
+    defined_pairs = [pair for pair in pairs if all(map(defined, pair))]
+    return np.array(defined_pairs, dtype=np.float64).reshape(-1, 2).T
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ def agreements(cells: Sequence[CellRecord]) -> list[Agreement]:
     """Say how well each proxy orders the layers of cells of any models, with chance beside it."""
     # Leave out cells whose layers were not looked at on the same documents: they have no order.
     compared = [cell for cell in cells if not cell.is_raced]
-    found = []
-    for proxy in (each.name for each in OBSERVED):
+    agreements_of = []
+    for proxy in (observed.name for observed in OBSERVED):
         records = [correlation(cell, proxy=proxy) for cell in compared]
         spearman = [record.value for record in records if record and record.value is not None]
         figures = [_figures(cell, proxy) for cell in compared]
-        shares = [ranks_apart(*each[:, None]) for each in figures if each.shape[1] > 2]
+        shares = [ranks_apart(*pair[:, None]) for pair in figures if pair.shape[1] > 2]
         differ, chance = np.mean(shares, axis=0).tolist() if shares else (None, None)
-        found.append(Agreement(proxy, tuple(spearman), differ, chance))
-    return found
+        agreements_of.append(Agreement(proxy, tuple(spearman), differ, chance))
+    return agreements_of

@@ -104,8 +104,8 @@ def overlap_chart(title: str, drop: Curve) -> LineChart:
     places = [n for n in drop.sizes if n <= drop.half]
     lines = []
     for name, end, k in drop.tops:
-        which = f"the {k} that matter {'most' if end == 'top' else 'least'}"
-        lines.append(Line.of(which, (drop.agreement(n, name) for n in places), band=False))
+        label = f"the {k} that matter {'most' if end == 'top' else 'least'}"
+        lines.append(Line.of(label, (drop.agreement(n, name) for n in places), band=False))
     for count in sorted({k for _, _, k in drop.tops}):
         chance = (count / drop.layers,) * len(places)
         lines.append(Line(name=f"{count} by chance", values=chance))

@@ -171,8 +171,8 @@ class Quantise(Study):
                 cell.end()
             tested = tests.store
             count = sum(tested.counts(tests.request.extent).values())
-            place = tested.identity.key, tested.views.name_of(tests.view), count
-            result.rests_on.append(place)
+            view = tested.views.name_of(tests.view)
+            result.rests_on.append((tested.identity.key, view, count))
             best = tried[least([one.chosen_on for one in tried])]
             named = f"{record.model.name}, {record.benchmark.name}, {within.text}"
             result.answers.append(f"{named}: {_answer(record, tried, best)}")
