@@ -9,8 +9,9 @@ it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -158,8 +159,7 @@ class _Pass(Generic[T]):
         self._modules = modules
         self._forwards = self._usual = self._taken()
         self._run = greenlet(self._all)
-        self._found: T | None = None
-        self._error: Exception | None = None
+        self._outcome: Future[T] = Future()
 
     @property
     def has_ended(self) -> bool:
@@ -168,9 +168,7 @@ class _Pass(Generic[T]):
 
     def found(self) -> T:
         """What it returned; raises what it raised."""
-        if self._error is not None:
-            raise self._error
-        return cast("T", self._found)
+        return self._outcome.result()
 
     def go_on(self) -> None:
         """Run from where it stopped to where it stops again."""
@@ -191,9 +189,9 @@ class _Pass(Generic[T]):
 
     def _all(self) -> None:
         try:
-            self._found = self._make()
+            self._outcome.set_result(self._make())
         except Exception as error:  # noqa: BLE001  it is told to who asks for what was found
-            self._error = error
+            self._outcome.set_exception(error)
 
     def _taken(self) -> dict[nn.Module, Any]:
         return {m: vars(m)["forward"] for m in self._modules if "forward" in vars(m)}

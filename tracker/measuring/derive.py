@@ -66,10 +66,8 @@ def decisions_of(store: CellStore, view: View) -> DecisionsRecord | None:
 
 def _state(store: CellStore, view: View, *also: str) -> str:
     """Hash all that a view's records follow from."""
-    asked, cell = (
-        view.model_dump(mode="json", exclude={*_NOT_DERIVED, "named"}),
-        store.identity.model_dump(mode="json"),
-    )
+    asked = view.model_dump(mode="json", exclude={*_NOT_DERIVED, "named"})
+    cell = store.identity.model_dump(mode="json")
     return content_hash([_code(), asked, cell, store.proofs(), *also])
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -338,7 +338,7 @@ def take_over(
         return None
     weights = OffloadedWeights(device, rests, folder)
     for number in rests:
-        layers[number].register_forward_pre_hook(_asking(weights, number))
+        layers[number].register_forward_pre_hook(partial(_wait, weights, number))
     return weights
 
 
@@ -357,11 +357,7 @@ def _index(model: nn.Module) -> Mapping[str, Any]:
     return {}
 
 
-def _asking(weights: OffloadedWeights, layer: int) -> Callable[[nn.Module, Any], None]:
-    """Make the hook by which a layer, and each copy of it, asks for its weights."""
-
-    def ask(module: nn.Module, args: Any) -> None:
-        if not getattr(module.forward, "is_weightless", False):  # what stands there needs none
-            weights.wait(layer)
-
-    return ask
+def _wait(weights: OffloadedWeights, layer: int, module: nn.Module, args: Any) -> None:
+    """Hook by which a layer, and each copy of it, waits for its weights."""
+    if not getattr(module.forward, "is_weightless", False):  # what stands there needs none
+        weights.wait(layer)

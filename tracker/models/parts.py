@@ -76,9 +76,6 @@ def _there(small: Any, unit: Component) -> tuple[int, ...]:
             e is not None and e.removable and (e.count, e.chosen) == (count, chosen) for e in own
         ]
     else:
-        counts = [
-            (h.count if unit == "head" else h.groups) if h else None
-            for h in heads.find_heads(small, layers, _CPU)
-        ]
-        fit = [each == count for each in counts]
+        found = heads.find_heads(small, layers, _CPU)
+        fit = [h is not None and (h.count if unit == "head" else h.groups) == count for h in found]
     return tuple(layer for layer, fits in enumerate(fit) if fits)

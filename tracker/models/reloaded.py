@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from enum import Enum
 from itertools import chain
 from pathlib import Path
@@ -234,25 +233,16 @@ def counted(config: Any, kept: Sequence[int]) -> Iterator[dict[str, int]]:
 def _fresh(kind: type, config: Any, dtype: torch.dtype) -> Any:
     """Make a model of a configuration as it is read from a file; its weights are nothing yet."""
     from transformers.initialization import no_init_weights
+    from transformers.modeling_utils import local_torch_dtype
 
     again = _reread(config)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), no_init_weights():
         warnings.simplefilter("ignore")
         # Wider tables than a file's loader computes would be other ones.
-        with _default(torch.float32 if dtype == torch.float64 else dtype), torch.device("cpu"):
+        usual = torch.float32 if dtype == torch.float64 else dtype
+        with local_torch_dtype(usual), torch.device("cpu"):
             made = kind(again).eval()
     return made.double() if dtype == torch.float64 else made
-
-
-@contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
-    """What is made is of a type, as where a checkpoint is loaded."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _reread(config: Any) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tracker.core.ablations import Ablation, Rounded
+from tracker.core.ablations import Rounded
 from tracker.core.config import CellRequest
 from tracker.core.distribution import __version__
 from tracker.core.errors import BenchmarkError
@@ -33,7 +33,7 @@ from tracker.precision.budget import rounded_at, together
 from tracker.precision.recipes import recipes
 from tracker.pruning.export.checkpoint import beside, refuse_output
 from tracker.pruning.export.facts import Proof
-from tracker.pruning.export.proof import ExpectedAnswers, MeasuredCell, expected, prove
+from tracker.pruning.export.proof import MeasuredCell, expected, prove
 
 FACTS = "formats.json"
 _FILES = {
@@ -121,30 +121,16 @@ def save(
             (folder / _FILES[tool]).write_text(text.rstrip() + "\n", encoding="utf-8")
         del loaded, twin
         checkpoint.release()
-        proof = _prove(folder, wanted, tests, together(rounded), ledger, options, progress)
+        store = look_up(tests, ledger).store
+        assert store is not None  # it was tested
+        measured = MeasuredCell(tests, store, together(rounded))
+        progress.say("loading it in a fresh process, for lm-eval")
+        try:
+            proof = prove(folder, wanted, measured, options.trust_remote_code)
+        except BenchmarkError as error:
+            progress.say(f"not scored by lm-eval: {error}")
+            proof = prove(folder, wanted, None, options.trust_remote_code)
     return Quantised(output, paths, made, proof)
-
-
-def _prove(
-    folder: Path,
-    wanted: ExpectedAnswers,
-    tests: CellRequest,
-    ablation: Ablation,
-    ledger: Ledger,
-    options: Options,
-    progress: Progress,
-) -> Proof:
-    """Prove it by plain lm-eval on the test documents, where these can be given to that."""
-    store = look_up(tests, ledger).store
-    assert store is not None  # it was tested
-    progress.say("loading it in a fresh process, for lm-eval")
-    try:
-        return prove(
-            folder, wanted, MeasuredCell(tests, store, ablation), options.trust_remote_code
-        )
-    except BenchmarkError as error:
-        progress.say(f"not scored by lm-eval: {error}")
-        return prove(folder, wanted, None, options.trust_remote_code)
 
 
 def _by_layer(loaded: LoadedModel, rounded: Sequence[Rounded]) -> dict[int, dict[str, str]]:

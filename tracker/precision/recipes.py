@@ -187,12 +187,9 @@ def mlx_lm(formats: Formats) -> str:
 
 
 _GPTQ: dict[str, dict[str, Any]] = {
-    "int8": {"bits": 8, "group_size": -1},
-    "int8_g32": {"bits": 8, "group_size": 32},
-    "int8_g128": {"bits": 8, "group_size": 128},
-    "int4": {"bits": 4, "group_size": 32},
-    "int4_g128": {"bits": 4, "group_size": 128},
-    "int4_row": {"bits": 4, "group_size": -1},
+    form: {"bits": scheme["num_bits"], "group_size": scheme.get("group_size", -1)}
+    for form, scheme in _SCHEMES.items()
+    if scheme["type"] == "int"
 }
 """Formats as GPTQModel names them: symmetric, as ours. It calibrates what it rounds on text."""
 

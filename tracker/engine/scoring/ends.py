@@ -7,7 +7,7 @@ positions, soft-capping) is done as ever.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,9 +109,7 @@ def first_states(
 
     reached.is_weightless = True  # type: ignore[attr-defined]
     for form in formats:
-        with ExitStack() as stack:
-            stack.enter_context(ends.having("embedding", form))
-            stack.enter_context(replaced_forward(first, reached))
+        with ends.having("embedding", form), replaced_forward(first, reached):
             try:
                 base(**inputs)
             except _ReachedError:

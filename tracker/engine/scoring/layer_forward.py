@@ -105,32 +105,20 @@ def forking(
     Yields:
         Nothing; on exit, also by an exception, the layers are what they were.
     """
-    handed: list[Tensor] = []
-    forks: list[_LayerFork] = []
     inside = inside or Inside()
+    common = _Pass(at_once, observe, batched, masks, [], [])
     with ExitStack() as stack:
         for index, (layer, whole) in enumerate(zip(layers, plan.steps, strict=True)):
             turn = _Turn()
             step, apart = whole, whole.entering
             if at_once is not None and len(apart) > at_once:
                 step, apart = whole.apart
+            stand_in = stand_ins.get(index) if stand_ins else None
+            states = () if index else begun
             fork = _LayerFork(
-                index,
-                layer,
-                whole,
-                apart,
-                at_once,
-                layer.forward,
-                observe,
-                batched,
-                masks,
-                handed,
-                stand_ins.get(index) if stand_ins else None,
-                turn,
-                forks,
-                () if index else begun,
+                index, layer, whole, apart, layer.forward, stand_in, turn, states, common
             )
-            forks.append(fork)
+            common.forks.append(fork)
             stack.enter_context(replaced_forward(layer, fork))
             for module, part in _forks_inside(layer, index, step, inside, batched):
                 stack.enter_context(turn.apart(module, part))
@@ -229,6 +217,27 @@ class _Turn:
 
 
 @dataclass(frozen=True)
+class _Pass:
+    """What the forks of all layers have in common.
+
+    Attributes:
+        at_once: How many streams pass a layer at once; None for all.
+        observe: Sees the baseline's input and output of each layer.
+        batched: Whether what a layer is given besides is cut to the streams that enter it.
+        masks: What each layer gets in place of the model's own mask.
+        handed: What earlier layers of the pass returned besides the hidden state.
+        forks: The forks, in the order of their layers.
+    """
+
+    at_once: int | None
+    observe: Observer | None
+    batched: bool
+    masks: Masks | None
+    handed: list[Tensor]
+    forks: list[_LayerFork]
+
+
+@dataclass(frozen=True)
 class _LayerFork:
     """One layer's forward pass over all streams: it stands in for `layer.forward`.
 
@@ -242,35 +251,30 @@ class _LayerFork:
     a stretch of layers which ends here pass it again before their places are filled: each layer of
     it with what it was given besides the hidden state when all passed it.
 
-    `handed` holds what earlier layers of the pass returned besides the hidden state. A layer that
-    is given one of those, while streams fork, is refused: it would be another stream's.
+    A layer that is given what an earlier one returned besides the hidden state, while streams fork,
+    is refused: it would be another stream's.
     """
 
     index: int
     module: nn.Module
     step: LayerStep
     apart: Sequence[int]
-    at_once: int | None
     layer: Callable[..., Any]
-    observe: Observer | None
-    batched: bool
-    masks: Masks | None
-    handed: list[Tensor]
     stand_in: StandIn | None
     turn: _Turn
-    forks: list[_LayerFork]
     begun: Sequence[Tensor]
+    common: _Pass
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take and return a hidden state [streams × rows, tokens, hidden], as the layer does."""
+        step, common = self.step, self.common
         if self.index == 0:
-            self.handed.clear()
-        step = self.step
+            common.handed.clear()
         given = (*args, *kwargs.values())
-        if len(step.actions) > 1 and any(a is b for a in given for b in self.handed):
+        if len(step.actions) > 1 and any(a is b for a in given for b in common.handed):
             raise RefusalError("its layers hand more to each other than the hidden state")
-        if self.masks is not None:
-            args, kwargs = self.masks.put(self.index, mask_place(self.module), args, kwargs)
+        if common.masks is not None:
+            args, kwargs = common.masks.put(self.index, mask_place(self.module), args, kwargs)
         named = "hidden_states" in kwargs
         hidden: Tensor = kwargs.pop("hidden_states") if named else args[0]
         rest = args if named else args[1:]
@@ -280,7 +284,7 @@ class _LayerFork:
             raise RefusalError("something between its layers changes the batch")
         before = _by_stream(hidden, step.streams)
         rows = tuple(before.shape[1:])
-        if self.batched and step.entering != tuple(range(step.streams)):
+        if common.batched and step.entering != tuple(range(step.streams)):
             rest, kwargs = _cut((rest, kwargs), step.streams, list(step.entering))
         self.turn.given = (named, rest, kwargs)
         output: Any = None
@@ -296,11 +300,11 @@ class _LayerFork:
             if output is None:
                 output, after = given, passed.new_empty(len(step.actions), *rows)
                 if passed is not output:
-                    self.handed.extend(other for other in output[1:] if isinstance(other, Tensor))
+                    common.handed.extend(item for item in output[1:] if isinstance(item, Tensor))
             after[_slice_of(some)] = _by_stream(passed, len(some))
         self.turn.whole = False
         if step.repeating:
-            if self.batched:
+            if common.batched:
                 raise RefusalError("a layer that is passed again would need a cache of its own")
             stretches = [stretch for *_, stretch in step.repeating]
             states = after[[source for _, source, _ in step.repeating]]
@@ -311,15 +315,15 @@ class _LayerFork:
             elif action.is_fitted:
                 assert self.stand_in is not None
                 after[stream] = self.stand_in.change(action, before[step.origin(stream)])
-        if self.observe is not None:
-            self.observe(self.index, before[0].to(after.device), after[0])
+        if common.observe is not None:
+            common.observe(self.index, before[0].to(after.device), after[0])
         return with_first(output, after.flatten(0, 1))
 
     def _batches(self) -> Iterator[Sequence[int]]:
         """Give the streams that enter, as they pass the layer together."""
         if self.apart:
             yield self.apart
-        yield from _evenly(sorted({*self.step.entering} - {*self.apart}), self.at_once)
+        yield from _evenly(sorted({*self.step.entering} - {*self.apart}), self.common.at_once)
 
     def _again(self, states: Tensor, stretches: Sequence[Stretch], rows: tuple[int, ...]) -> Tensor:
         """Let streams [streams, rows, tokens, …] pass stretches again that end at this layer."""
@@ -332,11 +336,11 @@ class _LayerFork:
                 ]
                 if not some:
                     continue
-                fork = self.forks[layer]
+                fork = self.common.forks[layer]
                 if any(map(is_absent, fork.module.parameters())):
                     raise RefusalError("layers that rest elsewhere cannot be passed again together")
                 fork.turn.whole = True
-                for few in _evenly(some, self.at_once):
+                for few in _evenly(some, self.common.at_once):
                     passed = first_of(fork._passed(states[few].flatten(0, 1), rows, len(few)))
                     states[few] = _by_stream(passed, len(few)).to(states.device)
                 fork.turn.whole = False
@@ -346,7 +350,7 @@ class _LayerFork:
         """Let streams pass the layer, and refuse what it returns where that is no hidden state."""
         assert self.turn.given is not None
         named, rest, kwargs = self.turn.given
-        if streams > 1 and not self.batched:
+        if streams > 1 and not self.common.batched:
             rest = tuple(_per_stream("", value, rows, streams) for value in rest)
             kwargs = {n: _per_stream(n, v, rows, streams) for n, v in kwargs.items()}
         if named:

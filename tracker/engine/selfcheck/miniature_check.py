@@ -123,7 +123,35 @@ def check_miniature(
     small = miniature(engine.loaded.model)
     if small is None:
         return _check_itself(engine, some_of(ablations))
-    return _check_small(engine, small, _of_its_parts(small, some_of(ablations)), paths, blank)
+    ablations = _of_its_parts(small, some_of(ablations))
+
+    def truth_of(model: Any, verdict: Verdict) -> Reference:
+        made = _engine(engine, model, verdict, MAX_LENGTH, ROW_TOKENS)
+        return Reference(made, miniature=True)
+
+    with _threads_for_a_text(miniature=True):
+        found = find_quirks(small, paths)
+    if not found.causal:
+        raise CellError(
+            f"{engine.class_name} is not causal: what it says of a token depends on later tokens "
+            "of the same call, so no two ways to ask it agree"
+        )
+    leftovers, first = tuple(sorted(found.leftovers)), tuple(sorted(found.first))
+    verdict = Verdict(FULL, lengths=found.lengths, leftovers=leftovers, first=first)
+    models = [small, *shortened(small, found.matters)]
+    if blank:
+        for each in models:
+            _blank(each)
+    truth = truth_of(small, verdict)
+    with _threads_for_a_text(miniature=True):
+        verdict = as_removed(truth, ablations, verdict)
+    calls = probe_calls(_vocabulary(small), min(MAX_LENGTH, engine.max_length))
+    asked = list(_asked(calls, ablations, max(SOME, ANSWERS // len(ablations))))
+    for each in models:
+        if each is not small or verdict.stay or verdict.loaded:
+            truth = truth_of(each, verdict)
+        verdict = _checked(truth, ablations, verdict, calls, asked)
+    return verdict
 
 
 def check_longer_texts(
@@ -252,44 +280,6 @@ def _threads_for_a_text(miniature: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _check_small(
-    engine: Engine,
-    small: Any,
-    ablations: Sequence[Ablation],
-    paths: Sequence[Path],
-    blank: bool,
-) -> Verdict:
-    """Experiment with a miniature, and check it with long windows and with short ones."""
-
-    def truth_of(model: Any, verdict: Verdict) -> Reference:
-        made = _engine(engine, model, verdict, MAX_LENGTH, ROW_TOKENS)
-        return Reference(made, miniature=True)
-
-    with _threads_for_a_text(miniature=True):
-        found = find_quirks(small, paths)
-    if not found.causal:
-        raise CellError(
-            f"{engine.class_name} is not causal: what it says of a token depends on later tokens "
-            "of the same call, so no two ways to ask it agree"
-        )
-    leftovers, first = tuple(sorted(found.leftovers)), tuple(sorted(found.first))
-    verdict = Verdict(FULL, lengths=found.lengths, leftovers=leftovers, first=first)
-    models = [small, *shortened(small, found.matters)]
-    if blank:
-        for each in models:
-            _blank(each)
-    truth = truth_of(small, verdict)
-    with _threads_for_a_text(miniature=True):
-        verdict = as_removed(truth, ablations, verdict)
-    calls = probe_calls(_vocabulary(small), min(MAX_LENGTH, engine.max_length))
-    asked = list(_asked(calls, ablations, max(SOME, ANSWERS // len(ablations))))
-    for each in models:
-        if each is not small or verdict.stay or verdict.loaded:
-            truth = truth_of(each, verdict)
-        verdict = _checked(truth, ablations, verdict, calls, asked)
-    return verdict
 
 
 @torch.no_grad()
