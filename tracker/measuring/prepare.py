@@ -88,9 +88,9 @@ def _counted(
     parts = count_parts(source, trust_remote_code, kinds)
     if "linear" not in request.components or request.maps:
         return parts
-    from tracker.models.maps import names_of_maps
+    from tracker.models.maps import maps_of
 
-    return parts._replace(maps=names_of_maps(source, trust_remote_code))
+    return parts._replace(maps=tuple(map(tuple, maps_of(source, trust_remote_code))))
 
 
 def _is_complete(store: CellStore, request: CellRequest) -> bool:
@@ -247,17 +247,6 @@ def opened(
         yield benchmarks[read]
 
 
-def _refuse_misfits(
-    request: CellRequest, source: ModelSource, layers: int, trust_remote_code: bool
-) -> None:
-    ablations = ablations_of(request, layers)
-    if any(each.rounded for each in ablations):
-        from tracker.models.load import hollow
-        from tracker.models.maps import refuse_misfits
-
-        refuse_misfits(ablations, hollow(source, request.dtype, trust_remote_code))
-
-
 def validate(
     requests: Sequence[CellRequest],
     trust_remote_code: bool,
@@ -294,7 +283,12 @@ def validate(
         else:
             request, layers = with_all_parts(request, parts), parts.layers
             check_range(request, parts)
-            _refuse_misfits(request, source, layers, trust_remote_code)
+            ablations = ablations_of(request, layers)
+            if any(ablation.rounded for ablation in ablations):
+                from tracker.models.load import hollow
+                from tracker.models.maps import refuse_misfits
+
+                refuse_misfits(ablations, hollow(source, request.dtype, trust_remote_code))
             if request.apply_chat_template:
                 from tracker.benchmarks.encoder import RequestEncoder
                 from tracker.models.load import weightless

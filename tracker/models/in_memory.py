@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import io
 import re
 import shutil
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ _TEXTS = (
     "In 1969 two people walked on the Moon for the first time; a third one stayed in orbit, and "
     "all of them returned to Earth four days later. What they brought along were stones and dust.",
 )
-_LOGITS = "logits.npy"
+_LOGITS = "logits.f32"
 """File beside a copy that holds its logits of these texts' last tokens."""
 _EXACT, _ROUNDED = 1e-3, 0.05
 """Share of the largest logit by which rounding moves one: in float32, and in fewer bits."""
@@ -95,7 +94,8 @@ def _refuse_other_logits(model: Any, tokenizer: Any, folder: Path, trusted: bool
     except Exception as error:  # noqa: BLE001  whatever somebody's forward makes of a text
         raise ModelError(f"the model reads no text: {first_line(error)}") from None
     with suppress(OSError, ValueError):
-        if not _difference(logits, np.load(folder / _LOGITS), model):
+        before = np.fromfile(folder / _LOGITS, np.float32).reshape(logits.shape)
+        if not _difference(logits, before, model):
             return
     copy = load_model(find_model(str(folder)), "auto", str(model.device), trusted)
     if any(tokenizer(text)["input_ids"] != copy.tokenizer(text)["input_ids"] for text in _TEXTS):
@@ -108,9 +108,7 @@ def _refuse_other_logits(model: Any, tokenizer: Any, folder: Path, trusted: bool
             f"the model's logits differ from those of its saved copy, by {difference}: another "
             "forward or activation is not saved; give a model whose modules its configuration tells"
         )
-    content = io.BytesIO()
-    np.save(content, kept)
-    write_bytes(folder / _LOGITS, content.getvalue())
+    write_bytes(folder / _LOGITS, kept.tobytes())
 
 
 def _logits(model: Any, tokenizer: Any) -> NDArray[np.float32]:

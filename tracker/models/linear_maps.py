@@ -135,12 +135,8 @@ def _an_entry_each(block: nn.Module, count: int) -> Iterator[Tensor]:
         maps = [each for each in part.modules() if isinstance(each, nn.Linear)]
         ours = {id(each.weight) for each in maps} if len(maps) > 1 else set()
         for weight in part.parameters():
-            shape = tuple(weight.shape)
-            if (
-                len(shape) == 2
-                and (shape[0] == count or shape == (1, count))
-                and id(weight) not in ours
-            ):
+            an_entry_each = weight.shape[:1] == (count,) or weight.shape == (1, count)
+            if weight.ndim == 2 and an_entry_each and id(weight) not in ours:
                 yield weight
 
 

@@ -52,13 +52,6 @@ def maps_of(source: ModelSource, trust_remote_code: bool = False) -> tuple[dict[
     )
 
 
-def names_of_maps(
-    source: ModelSource, trust_remote_code: bool = False
-) -> tuple[tuple[str, ...], ...]:
-    """Name the linear maps of each layer, as `maps_of`."""
-    return tuple(tuple(layer) for layer in maps_of(source, trust_remote_code))
-
-
 def refuse_misfits(
     ablations: Sequence[Ablation],
     model: Any,

@@ -134,14 +134,9 @@ def _heads(config: Any) -> None:
     size = (_sizes(config, "head_dim") or [hidden // heads if heads else HEAD])[0]
     turned = [int(size * part + 0.5) for part in _parts(vars(config)) if 0 < part <= 1]
     sizes += [size, *turned]
-    divisor = max(
-        (
-            each
-            for each in range(1, max(sizes) // HEAD + 1)
-            if all(one % (2 * each) == 0 for one in sizes)
-        ),
-        default=1,
-    )
+    common = math.gcd(*sizes)
+    divisors = [n for n in range(1, max(sizes) // HEAD + 1) if common % (2 * n) == 0]
+    divisor = max(divisors, default=1)
     wide = HEADS * HEAD if heads else 2 * HEAD
     if heads and heads * size in (hidden, 2 * hidden):
         wide = min(heads, HEADS) * (size // divisor) * hidden // (heads * size)

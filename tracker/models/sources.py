@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
@@ -539,12 +539,11 @@ def _read_once(model: ModelSource, trust_remote_code: bool) -> Any:
             ask(model.location, "config.json", model.revision)
         from transformers import AutoConfig
 
-        quickly: AbstractContextManager[None] = nullcontext()
-        if model.gguf_file:  # of others nothing is asked that needs the library, or torch
-            from tracker.models.gguf_file import one_parse
+        with ExitStack() as stack:
+            if model.gguf_file:  # of others nothing is asked that needs the library, or torch
+                from tracker.models.gguf_file import one_parse
 
-            quickly = one_parse()
-        with quickly:
+                stack.enter_context(one_parse())
             config = AutoConfig.from_pretrained(
                 model.location, **model.load_arguments(trust_remote_code)
             ).get_text_config()

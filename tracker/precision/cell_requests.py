@@ -8,7 +8,7 @@ from typing import Any
 
 from tracker.core.config import ONE_EACH, CellRequest
 from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
-from tracker.models.maps import names_of_maps
+from tracker.models.maps import maps_of
 from tracker.models.sources import find_model
 
 
@@ -43,7 +43,7 @@ def each_map(
     wanted: dict[str, Any] = {"components": ("linear",), "maps": cell.maps}
     asked = each_layer(cell, formats).model_copy(update=wanted)
     source = find_model(cell.model, cell.revision, cell.model_args)
-    names = names_of_maps(source, trust_remote_code)
+    names = tuple(map(tuple, maps_of(source, trust_remote_code)))
     parts = ModelParts(len(names), maps=names)
     check_parts(asked, parts)
     asked = with_all_parts(asked, parts)

@@ -74,7 +74,7 @@ def perturbation_growth(
     sums = torch.zeros(2, RANDOM + draws + 1, total, total, dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.float64)
     for number, (tokens, measured) in enumerate(measured_texts(document, engine.max_length)):
-        directions = _directions(document, number, seed, draws)
+        directions = _Directions(f"{seed}/{document.task}/{document.index}/{number}", draws)
         found = _followed(engine, tokens, directions, range(total))
         for place, first in enumerate((measured, max(1, measured))):
             sums[place] += found[..., first:].double().sum(-1)
@@ -101,7 +101,7 @@ def verify_growth(engine: Engine, document: Document, draws: int, seed: int = 0)
     if layer == 0:
         return
     tokens, _ = next(measured_texts(document, engine.max_length))
-    directions = _directions(document, 0, seed, draws)
+    directions = _Directions(f"{seed}/{document.task}/{document.index}/0", draws)
     shared = _followed(engine, tokens, directions, range(layer, layer + 1))[:-1, layer, layer:]
     ids = torch.tensor([tokens], device=loaded.device)
     intact = _plain(engine, ids)
@@ -130,11 +130,6 @@ def _followed(
     for start in range(0, len(layers), size):
         _Pass(engine, layers[start : start + size], directions, found).run(tokens)
     return found
-
-
-def _directions(document: Document, text: int, seed: int, draws: int) -> _Directions:
-    """How the layers of one text of a document are perturbed."""
-    return _Directions(f"{seed}/{document.task}/{document.index}/{text}", draws)
 
 
 @dataclass(frozen=True)

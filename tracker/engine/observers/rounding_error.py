@@ -15,6 +15,7 @@ from torch.nn.functional import linear as apply
 from tracker.core.ablations import Rounded
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
+from tracker.core.grouping import grouped
 from tracker.engine.observers.end_errors import at_ends
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
@@ -74,10 +75,8 @@ def rounding_errors(
     Raises:
         CellError: Its experts cannot be asked one by one.
     """
-    places: _Places = {}
-    for place, each in enumerate(maps):
-        if not each.is_end:
-            places.setdefault((each.layer, each.which), []).append(place)
+    of_layers = [place for place, each in enumerate(maps) if not each.is_end]
+    places = grouped(of_layers, lambda place: (maps[place].layer, maps[place].which))
     names = ("output_error", "output_size", "output_angle")
     found = {name: torch.zeros(len(maps), dtype=torch.float64) for name in names}
     found["tokens"] = torch.zeros((), dtype=torch.float64)

@@ -32,9 +32,8 @@ def of_experts(ablations: Sequence[Ablation]) -> list[Ablation]:
     return [
         each
         for each in ablations
-        if each.parts
+        if {part.component for part in each.parts} == {"expert"}
         and each == Ablation(parts=each.parts)
-        and all(part.component == "expert" for part in each.parts)
     ]
 
 

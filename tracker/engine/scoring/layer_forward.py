@@ -486,13 +486,9 @@ class _SublayerFork:
         each = _by_stream(added, self.made)
         silent = nothing(self.module, *given, added, len(added) * entering // self.made)
         nil = _by_stream(silent, entering)
-        merged = torch.stack(
-            [
-                nil[place] if source is None else each[source]
-                for place, source in enumerate(self.taken)
-            ]
-        ).flatten(0, 1)
-        return with_first(output, merged)
+        sources = enumerate(self.taken)
+        merged = [nil[place] if source is None else each[source] for place, source in sources]
+        return with_first(output, torch.stack(merged).flatten(0, 1))
 
     def _chosen(self, value: Any, hidden: Tensor, computed: list[int]) -> Any:
         """Cut what has a row a stream and a column a token, as the hidden states have."""
