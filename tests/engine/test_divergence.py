@@ -200,7 +200,7 @@ class _Tripling(torch.nn.Module):
 def test_a_gate_hands_on_all_else_as_it_came(kind, in_place: bool) -> None:
     state, gate = torch.randn(2, 3, requires_grad=True), torch.ones((), requires_grad=True)
     layer = _Tripling(kind, in_place)
-    found = module._gated(layer, gate)(1 * state)
+    found = module._gated(layer, layer.forward, gate, 1 * state)
     assert type(found) is type(kind((state, "weights")))
     torch.testing.assert_close(found[0], 3 * state)
     assert found[1] == "weights"

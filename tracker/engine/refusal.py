@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from traceback import walk_tb
 from types import TracebackType
 from typing import TypeVar
 
@@ -62,11 +63,9 @@ def tried(make: Callable[[], _Made]) -> tuple[_Made | None, str | None]:
 def _raised_by_us(traceback: TracebackType | None) -> bool:
     """Whether no module of the model ran below the deepest code of tracker."""
     ours = True
-    while traceback is not None:
-        frame = traceback.tb_frame
+    for frame, _ in walk_tb(traceback):
         if str(frame.f_globals.get("__name__", "")).startswith("tracker."):
             ours = True
         elif isinstance(frame.f_locals.get("self"), nn.Module):
             ours = False
-        traceback = traceback.tb_next
     return ours

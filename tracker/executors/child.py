@@ -44,7 +44,7 @@ class Child:
         self._environment = environment
         self._arguments = arguments
         self._process: subprocess.Popen[bytes] | None = None
-        self._said: IO[bytes] | None = None
+        self._said: IO[bytes]
         self._is_idle = False
 
     def start(self) -> None:
@@ -92,13 +92,11 @@ class Child:
         self._process.kill()
         self._process.wait()
         self._process = None
-        if self._said is not None:
-            self._said.close()
+        self._said.close()
 
     def _why(self) -> str:
         """Say why the process ended."""
         assert self._process is not None
-        assert self._said is not None
         try:
             code = self._process.wait(_GRACE)
         except subprocess.TimeoutExpired:
@@ -140,10 +138,9 @@ def serve() -> None:
 def _listen(connection: Connection, asked: SimpleQueue[Any]) -> None:
     """Hear what is asked, and end the process when nobody is there any more, whatever it is at."""
     try:
-        while True:
-            asked.put(connection.recv())
-    except (EOFError, OSError):
-        pass
+        with suppress(EOFError, OSError):
+            while True:
+                asked.put(connection.recv())
     finally:
         asked.put(None)
         time.sleep(_GRACE)

@@ -10,13 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracker.benchmarks.benchmark import open_benchmark
-from tracker.benchmarks.encoder import RequestEncoder
-from tracker.core.ablations import ablations_of
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
-from tracker.core.provenance import TOKENISATION, package_versions
 from tracker.engine.scoring.sweep import Engine
-from tracker.engine.selfcheck.check import check
 from tracker.ledger.blocks import Block
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
@@ -24,7 +20,7 @@ from tracker.ledger.shards import Arrays, read_observations, write_observations
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import refuse_other_tokens
 from tracker.measuring.job import Options
-from tracker.measuring.meter import open_model
+from tracker.measuring.meter import Meter, open_model
 from tracker.measuring.progress import Progress, telling
 
 OFTEN = 60.0
@@ -106,15 +102,9 @@ def open_observed(
     request: CellRequest, store: CellStore, ledger: Ledger, options: Options, progress: Progress
 ) -> tuple[Engine, Documents]:
     """Load the model of a cell, share as much as the self-check finds exact, read its documents."""
-    model = open_model(request, options).loaded
-    encoder = RequestEncoder(model.model, model.tokenizer, request)
-    documents = open_benchmark(request).documents(encoder, request.extent)
-    digests = {(d.task, d.index): d.tokens_digest(encoder.max_length) for d in documents}
-    tokenisation = encoder.tokenisation(bool(request.apply_chat_template))
-    versions = {**package_versions(), TOKENISATION: tokenisation}
-    refuse_other_tokens(store, digests, versions, progress)
-    engine = Engine(model, encoder.max_length, memory=options.memory)
+    model = open_model(request, options)
+    meter = Meter([request], open_benchmark(request), model, options)
+    refuse_other_tokens(store, meter.facts.digests, meter.facts.provenance, progress)
     progress.say(f"{request.benchmark}: checking that sharing is exact for this model")
-    ablations = ablations_of(request, model.identity.layers)
-    engine = check(engine, documents, ablations, Checks(ledger.root)).engine
-    return engine, {(document.task, document.index): document for document in documents}
+    meter.check(Checks(ledger.root))
+    return meter.engine, meter.documents

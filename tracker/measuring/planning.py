@@ -193,8 +193,7 @@ def plan(
         one = request.model_copy(update={"metric": None})
         shared = one in before
         before.add(one)
-        if progress is not None:
-            progress.step(f"planning {request.title}")
+        (progress or Progress()).step(f"planning {request.title}")
         texts = texts_of(request, cell.source, trust_remote_code)
         benchmark, metric = texts.benchmark, texts.metric
         if request.until is not None:

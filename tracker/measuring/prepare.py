@@ -17,13 +17,7 @@ from tracker.benchmarks.benchmark import (
 from tracker.core.ablations import ablations_of, first_run, removals, why_no_run
 from tracker.core.config import RUNS, CellRequest, field_of
 from tracker.core.errors import ExperimentError, UnreachableError
-from tracker.core.model_parts import (
-    Counting,
-    ModelParts,
-    check_parts,
-    has_parts,
-    with_all_parts,
-)
+from tracker.core.model_parts import Counting, ModelParts, check_parts, has_parts, with_all_parts
 from tracker.core.provenance import package_versions
 from tracker.core.records import RunIdentity
 from tracker.ledger.cells import CellStore
@@ -237,8 +231,7 @@ def opened(
         # benchmark reads.
         read = request.model_dump_json(exclude=_MODEL | GROWS)
         if read not in benchmarks:
-            if progress is not None:
-                progress.step(f"reading the documents of {request.benchmark}")
+            (progress or Progress()).step(f"reading the documents of {request.benchmark}")
             benchmarks[read] = open_benchmark(request)
         identity = benchmarks[read].identity
         metric = chosen_metric(identity, request.metric)

@@ -266,9 +266,7 @@ class OffloadedWeights:
             return None if self._stream is None else self._stream.record_event()
 
 
-def _placed(
-    rests: Sequence[tuple[nn.Parameter, Slice | Tensor]],
-) -> Iterator[_Weight]:
+def _placed(rests: Sequence[tuple[nn.Parameter, Slice | Tensor]]) -> Iterator[_Weight]:
     """Give each of a layer's weights its place in a buffer."""
     start = 0
     for parameter, source in rests:
@@ -284,10 +282,7 @@ def _view(buffer: Tensor, weight: _Weight) -> Tensor:
 
 
 def take_over(
-    model: nn.Module,
-    layers: nn.ModuleList,
-    device: torch.device,
-    folder: TemporaryDirectory[str],
+    model: nn.Module, layers: nn.ModuleList, device: torch.device, folder: TemporaryDirectory[str]
 ) -> OffloadedWeights | None:
     """Take the weights that accelerate would bring in for each call into our own hands.
 

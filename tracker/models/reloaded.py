@@ -180,10 +180,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _made(
-    model: Any,
-    kept: Sequence[int],
-    wanted: Shapes | None,
-    known: dict[str, Any] | None = None,
+    model: Any, kept: Sequence[int], wanted: Shapes | None, known: dict[str, Any] | None = None
 ) -> Any:
     """Make a model of another's class and configuration that holds tensors of the wanted shapes.
 

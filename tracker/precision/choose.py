@@ -91,11 +91,7 @@ class _Move(NamedTuple):
 
 
 def swaps(
-    choice: Choice,
-    formats: Sequence[str],
-    losses: Array,
-    budget: BitBudget,
-    most: int,
+    choice: Choice, formats: Sequence[str], losses: Array, budget: BitBudget, most: int
 ) -> list[Choice]:
     """Give one unit a format of no fewer bits, and others fewer so that the budget still holds.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -227,7 +228,8 @@ def _differentiated(engine: Engine, tokens: Sequence[int], measured: int) -> Ten
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         gates = torch.ones(len(layers), device=engine.loaded.device, requires_grad=True)
         for gate, layer in zip(gates, layers, strict=True):
-            stack.enter_context(replaced_forward(layer, _gated(layer, gate)))
+            gated = partial(_gated, layer, layer.forward, gate)
+            stack.enter_context(replaced_forward(layer, gated))
         ids = torch.tensor([tokens], device=engine.loaded.device)
         logits = logits_of(model, ids)[0, start - 1 : len(tokens) - 1]
         wanted = ids[0, start:, None].to(logits.device)
@@ -239,15 +241,11 @@ def _differentiated(engine: Engine, tokens: Sequence[int], measured: int) -> Ten
     return gradient.double().cpu()
 
 
-def _gated(layer: nn.Module, gate: Tensor) -> Callable[..., Any]:
+def _gated(
+    layer: nn.Module, forward: Callable[..., Any], gate: Tensor, *args: Any, **kwargs: Any
+) -> Any:
     """Let a gate of 1 stand before a layer's update: the same figures, and a derivative by it."""
-
-    forward = layer.forward
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        before, output = undisturbed(layer, forward, args, kwargs)
-        after = first_of(output)
-        update = (after - before.to(after.device)).detach()
-        return with_first(output, after + (gate.to(after) - 1) * update)
-
-    return call
+    before, output = undisturbed(layer, forward, args, kwargs)
+    after = first_of(output)
+    update = (after - before.to(after.device)).detach()
+    return with_first(output, after + (gate.to(after) - 1) * update)

@@ -60,11 +60,7 @@ def decoding(
             stack.enter_context(ends.by_row("embedding", starts))
             stack.enter_context(ends.by_row("lm_head", plan.heads))
         layers = forking(
-            parts.layers,
-            together,
-            parts.inside,
-            batched=True,
-            stand_ins=parts.stand_ins,
+            parts.layers, together, parts.inside, batched=True, stand_ins=parts.stand_ins
         )
         stack.enter_context(layers)
         yield own

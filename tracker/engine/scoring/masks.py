@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,14 +47,9 @@ def look(base: Any, layers: nn.ModuleList, tokens: int, device: torch.device) ->
     shapes: dict[int, Any] = {}
     seen: list[Any] = [None] * len(layers)
 
-    def noting(index: int, layer: nn.Module) -> Callable[..., Any]:
-        forward = layer.forward
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            shapes[index] = forward(*args, **kwargs)
-            return shapes[index]
-
-        return call
+    def noting(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        shapes[index] = forward(*args, **kwargs)
+        return shapes[index]
 
     def passing(index: int, layer: nn.Module) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -69,14 +65,13 @@ def look(base: Any, layers: nn.ModuleList, tokens: int, device: torch.device) ->
         with all_of(replaced):
             base(input_ids=ids, use_cache=False)
 
-    read(2, noting)
+    read(2, lambda index, layer: partial(noting, index, layer.forward))
     if len(shapes) < len(layers):
         raise RefusalError(f"only {len(shapes)} of its {len(layers)} layers run on plain text")
     read(tokens, passing)
     known: dict[int, Tensor | None] = {}
     return Sight(
-        tokens,
-        tuple(known.setdefault(id(mask), _first_seen(mask, tokens)) for mask in seen),
+        tokens, tuple(known.setdefault(id(mask), _first_seen(mask, tokens)) for mask in seen)
     )
 
 
@@ -145,8 +140,9 @@ class Masks:
                 seen = ancestors
                 if first is not None:
                     seen = ancestors & (places[None, :] >= first[depth][:, None])
-                mask = torch.zeros(seen.shape, dtype=dtype)
-                mask.masked_fill_(~seen, torch.finfo(dtype).min)
+                mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(
+                    ~seen, torch.finfo(dtype).min
+                )
                 made[key] = mask[None, None].to(device)
             self._of_layer.append(made[key])
 

@@ -265,10 +265,7 @@ def _tree_row(tree: Tree, sequences: list[_Sequence], prefix: int) -> Row:
 
 
 def flat_rows(
-    documents: Sequence[Document],
-    max_length: int,
-    row_tokens: int,
-    lengths: Lengths = ANY_LENGTH,
+    documents: Sequence[Document], max_length: int, row_tokens: int, lengths: Lengths = ANY_LENGTH
 ) -> Iterator[Row]:
     """Pack distinct sequences of equal length into rows [rows, length] that need no mask.
 

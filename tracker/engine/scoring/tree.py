@@ -29,10 +29,8 @@ class Tree:
         nodes = []
         parent = -1
         for depth, token in enumerate(path):
-            node = self._children.get((parent, token))
-            if node is None:
-                node = len(self.tokens)
-                self._children[parent, token] = node
+            node = self._children.setdefault((parent, token), len(self.tokens))
+            if node == len(self.tokens):
                 self.tokens.append(token)
                 self.parents.append(parent)
                 self.depths.append(depth)
