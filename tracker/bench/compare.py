@@ -214,7 +214,9 @@ def bench(
     batch_size = None
     if weights is None:
         progress.say("lm-eval: trying batch sizes on the baseline")
-        batch_size = _fastest_batch(engine, ablations[0], documents)
+        few = documents[:TRIED_DOCUMENTS]
+        tried = {size: plainly(engine, ablations[0], size, few)[0] for size in BATCH_SIZES}
+        batch_size = min(tried, key=tried.__getitem__)
 
     responses = sum(len(document.requests) for document in documents) * len(ablations)
     progress.start(f"{request.benchmark}: engine", responses)
@@ -266,13 +268,6 @@ def _every_layer(request: CellRequest, loaded: LoadedModel) -> list[Ablation]:
     parts = parts_of(loaded.model.config.get_text_config())
     asked = with_all_parts(request.model_copy(update=alone), parts)
     return ablations_of(asked, loaded.identity.layers)
-
-
-def _fastest_batch(engine: Engine, baseline: Ablation, documents: Sequence[Document]) -> int:
-    """Try the sizes of batches that lm-eval may be given on some documents."""
-    few = documents[:TRIED_DOCUMENTS]
-    tried = {size: plainly(engine, baseline, size, few)[0] for size in BATCH_SIZES}
-    return min(tried, key=tried.__getitem__)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from tracker.executors.handout import Handout
 from tracker.executors.pool import Pool, grouped, needed
 from tracker.executors.worker import environment
 from tracker.ledger.cache import Checks
-from tracker.ledger.store import Ledger
 from tracker.measuring.job import Job, Options, Reporting
 from tracker.measuring.progress import telling
 from tracker.models.load import SPREAD, find_device
@@ -73,10 +72,17 @@ class ProcessesExecutor:
         # Say how many threads each of some workers has: those of one process, where that was said.
         own = os.environ.get("OMP_NUM_THREADS", "")
         threads = int(own) if own.isdecimal() else max(1, torch.get_num_threads() // len(places))
-        children = [
-            self._child(number, place, len(places), threads, to.ledger)
-            for number, place in enumerate(places, 1)
-        ]
+        children = []
+        for number, place in enumerate(places, 1):
+            variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+            if place.sees is not None:
+                variables[_VISIBLE] = place.sees
+            name = f"worker {number}" + (f" on {place.name}" if place.name else "")
+            options = replace(
+                self._options, device=place.device, workers=None, devices_per_worker=None
+            )
+            arguments = options, str(Path.cwd()), environment(), len(places), Checks(to.ledger.root)
+            children.append(Child(name, variables, *arguments))
         to.progress.say(_about(places, threads))
         handout = Handout(jobs, to)
         try:
@@ -100,17 +106,6 @@ class ProcessesExecutor:
             )
             for group in groups
         ]
-
-    def _child(
-        self, number: int, place: _Place, workers: int, threads: int, ledger: Ledger
-    ) -> Child:
-        told = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        if place.sees is not None:
-            told[_VISIBLE] = place.sees
-        options = replace(self._options, device=place.device, workers=None, devices_per_worker=None)
-        name = f"worker {number}" + (f" on {place.name}" if place.name else "")
-        checks = Checks(ledger.root)
-        return Child(name, told, options, str(Path.cwd()), environment(), workers, checks)
 
 
 def _accelerators(device: str) -> list[str]:

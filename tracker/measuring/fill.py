@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import NamedTuple
 
 from filelock import Timeout
 
@@ -156,11 +155,10 @@ def fill_until(race: BlockRace, store: CellStore, meter: Meter, progress: Progre
 
     A block that another process holds is waited for: what comes after it depends on it.
     """
-    filler = _Filler(store, meter, race.extent, progress)
     expected = sum(at_most(race, store, meter.facts.responses).values())
     with telling(progress, store.identity.benchmark.title, expected):
         while race.lacking is not None:
-            done = filler.fill(*race.lacking)
+            done = _fill_block(store, meter, race.extent, progress, *race.lacking)
             if done is None:
                 time.sleep(WAIT)
             left = sum(look(race, store, meter.facts.responses, progress).values())
@@ -176,14 +174,14 @@ def fill(
     A block that another process holds is left to it and looked at again at the end: if that
     process dies, its lock goes with it and the block is computed here.
     """
-    filler = _Filler(store, meter, extent, progress)
     names = [ablation.name for ablation in meter.ablations]
     pending, told = list(left), False
     with telling(progress, store.identity.benchmark.title, sum(left.values())):
         while pending:
             held = []
             for block in pending:
-                if (done := filler.fill(block, names)) is None:
+                done = _fill_block(store, meter, extent, progress, block, names)
+                if done is None:
                     held.append(block)
                 else:
                     progress.advance(left[block] - done)
@@ -196,34 +194,32 @@ def fill(
             pending = held
 
 
-class _Filler(NamedTuple):
-    """Measures blocks of a cell."""
+def _fill_block(
+    store: CellStore,
+    meter: Meter,
+    extent: Extent,
+    progress: Progress,
+    block: Block,
+    names: Sequence[str],
+) -> int | None:
+    """Measure what one block lacks, and count the responses; None if another process does."""
+    done = 0
 
-    store: CellStore
-    meter: Meter
-    extent: Extent
-    progress: Progress
+    def advance(responses: int) -> None:
+        nonlocal done
+        # The baseline is computed along with what is missing, and is not counted again.
+        responses = min(responses, due - done)
+        done += responses
+        progress.advance(responses)
 
-    def fill(self, block: Block, names: Sequence[str]) -> int | None:
-        """Measure what one block lacks, and count the responses; None if another process does."""
-        done = 0
-
-        def advance(responses: int) -> None:
-            nonlocal done
-            # The baseline is computed along with what is missing, and is not counted again.
-            responses = min(responses, due - done)
-            done += responses
-            self.progress.advance(responses)
-
-        with suppress(Timeout), self.store.lock(block).acquire(timeout=0):
-            responses = self.meter.facts.responses
-            due = lacking_of(self.store, block, responses, self.extent, names)
-            missing = self.store.missing(block, self.extent, names)
-            for absent, indices in self.meter.portions(missing):
-                shard = self.meter.measure(block.task, absent, indices, advance)
-                for line in self.meter.notes():
-                    self.progress.say(line)
-                self.store.write(block, shard.rows, shard.metadata)
-                self.store.texts.add(block.name, shard.texts)
-            return done
-        return None
+    with suppress(Timeout), store.lock(block).acquire(timeout=0):
+        due = lacking_of(store, block, meter.facts.responses, extent, names)
+        missing = store.missing(block, extent, names)
+        for absent, indices in meter.portions(missing):
+            shard = meter.measure(block.task, absent, indices, advance)
+            for line in meter.notes():
+                progress.say(line)
+            store.write(block, shard.rows, shard.metadata)
+            store.texts.add(block.name, shard.texts)
+        return done
+    return None

@@ -206,11 +206,10 @@ class OffloadedWeights:
         began = time.perf_counter()
         try:
             arrived = here.arrival.result()
-        except OSError as error:
+        except BaseException as error:
             here.layer = None
-            raise CellError(f"the weights of layer {layer} cannot be read: {error}") from None
-        except BaseException:
-            here.layer = None
+            if isinstance(error, OSError):
+                raise CellError(f"the weights of layer {layer} cannot be read: {error}") from None
             raise
         self.waited += time.perf_counter() - began
         if arrived is not None:

@@ -69,7 +69,9 @@ def output_proxies(
             sums["tokens"] = torch.tensor(float(len(tokens) - measured)).double()
             sums["lens_changes"] = _lens_changes(engine, tokens, measured)
         if only != "loss_increase":
-            sums["gate_gradient"] = _gate_gradient(engine, tokens, measured)
+            gradient, _ = tried(partial(_gate_gradient, engine, tokens, measured))
+            unknown = torch.full((_layers(engine),), torch.nan, dtype=torch.float64)
+            sums["gate_gradient"] = unknown if gradient is None else gradient
         found = {name: value + found.get(name, 0) for name, value in sums.items()}
     return found
 
@@ -215,13 +217,6 @@ def _apart(engine: Engine, ablation: Ablation) -> Engine:
 
 def _gate_gradient(engine: Engine, tokens: Sequence[int], measured: int) -> Tensor:
     """Differentiate a text's negative log-likelihood by gates on the updates of the layers."""
-    gradient, _ = tried(lambda: _differentiated(engine, tokens, measured))
-    if gradient is None:
-        return torch.full((_layers(engine),), torch.nan, dtype=torch.float64)
-    return gradient
-
-
-def _differentiated(engine: Engine, tokens: Sequence[int], measured: int) -> Tensor:
     model, layers = engine.loaded.model, engine.loaded.layers
     engine.put_back()
     start = max(measured, 1)

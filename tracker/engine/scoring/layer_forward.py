@@ -218,7 +218,7 @@ class _Turn:
 
 @dataclass(frozen=True)
 class _Pass:
-    """What the forks of all layers have in common.
+    """Settings and records that the forks of all layers share.
 
     Attributes:
         at_once: How many streams pass a layer at once; None for all.

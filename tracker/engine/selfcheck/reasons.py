@@ -75,10 +75,9 @@ class Verdict:
             *(tokens for tokens, _ in self.switches),
         )
         first = remember(model, {name for _, name in self.first})
+        is_each = any(each for _, each in (*self.lengths, *self.switches))
         return Quirks(
-            lengths=Lengths(
-                thresholds, each=any(each for _, each in (*self.lengths, *self.switches))
-            ),
+            lengths=Lengths(thresholds, is_each),
             leftovers=remember(model, self.leftovers),
             first={place: first[place] for place in self.first if place in first},
             stay=self.stay,
