@@ -233,7 +233,6 @@ def bench(
         loop = _loop(engine, documents, ablations, scores, batch_size, progress)
     loop_seconds = None if loop is None else loop.extrapolated(len(ablations))
     work = cost(loaded.model, documents, ablations, engine.max_length)
-    on_cpu = loaded.device.type == "cpu"
     return Bench(
         benchmark=ready.title,
         documents=len(documents),
@@ -241,7 +240,7 @@ def bench(
         dtype=loaded.identity.dtype,
         engine_seconds=engine_seconds,
         check_seconds=check_seconds,
-        outside_share=1 - sum(inside) / engine_seconds if on_cpu else None,
+        outside_share=1 - sum(inside) / engine_seconds if loaded.device.type == "cpu" else None,
         offloaded_bytes=weights.bytes if weights else 0,
         read_bytes=after[0] - before[0],
         waiting_share=(after[1] - before[1]) / engine_seconds,

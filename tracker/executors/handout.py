@@ -204,8 +204,7 @@ class Handout:
                 cell.store.texts.add(block.name, shard.texts)
             if not task.whole:
                 names = names_of(cell.job, cell.store)
-                extent = cell.request.extent
-                left = lacking_of(cell.store, block, cell.responses, extent, names)
+                left = lacking_of(cell.store, block, cell.responses, cell.request.extent, names)
         self._progress.advance(task.responses - left)
         self._return(task)
         if left:

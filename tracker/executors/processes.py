@@ -97,14 +97,13 @@ class ProcessesExecutor:
             return [_Place("", options.device)] * (options.workers or 1)
         asked = options.devices_per_worker
         each = asked or needed(jobs, options, len(self._devices), _least_free)
-        groups = grouped(self._devices, each, options.workers, asked is None)
         return [
             _Place(
                 " and ".join(f"cuda:{n}" for n in group),
                 SPREAD if len(group) > 1 else "cuda",
                 ",".join(self._devices[n] for n in group),
             )
-            for group in groups
+            for group in grouped(self._devices, each, options.workers, asked is None)
         ]
 
 

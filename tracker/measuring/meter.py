@@ -54,8 +54,7 @@ def open_model(request: CellRequest, options: Options) -> Model:
     keep_freed_memory()
     source = find_model(request.model, request.revision, request.model_args)
     how = (options.device, options.trust_remote_code, options.weights, options.offload)
-    loaded = load_model(source, request.dtype, *how)
-    return Model(request.model_settings, loaded)
+    return Model(request.model_settings, load_model(source, request.dtype, *how))
 
 
 @dataclass(frozen=True)

@@ -288,8 +288,7 @@ def each_choice(
 
     for place in range(choice.shape[-1]):
         given = [alone(value, place) for value in args]
-        named = {name: alone(value, place) for name, value in kwargs.items()}
-        output = forward(*given, **named)
+        output = forward(*given, **{name: alone(value, place) for name, value in kwargs.items()})
         yield choice[:, place], weights[:, place], output.flatten(0, -2)
 
 

@@ -270,10 +270,9 @@ def resting(
     asked = weights is not None or offload != "device"
     if offload == "host" and device.type == "cpu":
         raise ModelError("on a CPU the host's memory is where layers are computed; offload to disk")
-    quantised = getattr(read_config(source, trusted), "quantization_config", None)
     kinds = {
         "a GGUF file": source.gguf_file,
-        "quantised ones": quantised,
+        "quantised ones": getattr(read_config(source, trusted), "quantization_config", None),
         "an adapter": source.adapter,
         "bitsandbytes": _how(source.arguments).get("quantization_config"),
     }
@@ -294,8 +293,7 @@ def resting(
 
 def _mapped(where: Placement, device: torch.device, offload: str) -> dict[str, Any]:
     """What transformers is told of where the parts of a model rest."""
-    room = HOST * free_memory(torch.device("cpu"))
-    fits = device.type != "cpu" and where.moving < room
+    fits = device.type != "cpu" and where.moving < HOST * free_memory(torch.device("cpu"))
     elsewhere = "cpu" if offload == "host" or (offload == "device" and fits) else "disk"
     return {
         "device_map": {n: elsewhere if moves else str(device) for n, moves in where.parts.items()}

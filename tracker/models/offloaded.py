@@ -311,8 +311,7 @@ def take_over(
                 nothing = torch.zeros(1, dtype=held.dtype, device=device)
                 if held.is_floating_point():
                     nothing.fill_(torch.nan)
-                absent = nothing.expand(held.shape)
-                parameter = nn.Parameter(absent, requires_grad=False)
+                parameter = nn.Parameter(nothing.expand(held.shape), requires_grad=False)
                 module._parameters[own] = parameter
                 source: Slice | Tensor = held.data
                 if held.is_meta:

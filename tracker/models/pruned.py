@@ -70,8 +70,7 @@ def pruned(
         The copy.
     """
     layers = find_layers(model)
-    shared = _shared(model)
-    memo = {id(each): each for each in shared}
+    memo = {id(each): each for each in _shared(model)}
     fresh = fresh or {}
     for (path, name), value in fresh.items():
         old = model.get_submodule(path)._parameters.get(name)
@@ -242,8 +241,7 @@ def cut_config(config: Any, kept: Sequence[int]) -> None:
 
 def class_of(config: Any) -> type[Any]:
     """Say of which class a configuration is, as it is read from a file."""
-    own: type[Any] = getattr(type(config), _CUT, type(config))
-    return own
+    return getattr(type(config), _CUT, type(config))
 
 
 def _cut_entry(value: Any, kept: Sequence[int], total: int) -> Any:

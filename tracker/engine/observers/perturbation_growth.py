@@ -265,8 +265,7 @@ def _norm(state: Tensor) -> Tensor:
 def _directed(direction: Tensor, size: Tensor) -> Tensor:
     """Each token's direction at a size; nothing where it has none."""
     norm = _norm(direction)
-    scaled: Tensor = direction * torch.where(norm > 0, size / norm, 0)
-    return scaled
+    return direction * torch.where(norm > 0, size / norm, 0)
 
 
 def _relative(difference: Tensor, intact: Tensor) -> Tensor:

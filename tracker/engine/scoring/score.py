@@ -156,8 +156,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         if "position_ids" not in taken:
             raise RefusalError("it takes no positions")
         cached["position_ids"] = row.positions.to(device)
-        sight = parts.sight(int(row.positions.max()) + 1)
-        masks = Masks(row, sight, parts.model.dtype, device)
+        masks = Masks(row, parts.sight(int(row.positions.max()) + 1), parts.model.dtype, device)
     inputs = {"input_ids": row.input_ids.to(device), "use_cache": name is not None, **cached}
     begun: list[Tensor] = []
     if parts.ends is not None:

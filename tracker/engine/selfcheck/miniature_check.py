@@ -322,8 +322,7 @@ def _check_itself(engine: Engine, ablations: Sequence[Ablation]) -> Verdict:
     quirks = verdict.quirks(engine.loaded.model)
     engine = replace(engine, quirks=quirks, stand_ins=_made_up(engine.loaded.layers))
     calls = [probe_calls(_vocabulary(engine.loaded.model), engine.max_length)[0][:4]]
-    asked = list(_asked(calls, ablations, 1))
-    return _checked(Reference(engine), ablations, verdict, calls, asked)
+    return _checked(Reference(engine), ablations, verdict, calls, [*_asked(calls, ablations, 1)])
 
 
 def _checked(

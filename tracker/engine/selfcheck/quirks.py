@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -105,12 +106,10 @@ def find_switches(small: Any, known: Lengths, lengths: Iterable[int]) -> Lengths
     Returns:
         What is known then.
     """
-    said: dict[int, Tensor | None] = {}
 
+    @cache
     def ask(tokens: int) -> Tensor | None:
-        if tokens not in said:
-            said[tokens], _ = tried(lambda: _said(small, tokens))
-        return said[tokens]
+        return tried(lambda: _said(small, tokens))[0]
 
     def alike(one: int, other: int) -> bool:
         short, long = ask(one), ask(other)
