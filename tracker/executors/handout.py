@@ -187,7 +187,7 @@ class Handout:
             elif cell.store and cell_key(facts.model, facts.benchmark) != cell.store.identity.key:
                 raise CellError("the workers do not all see the same model and data")
             elif cell.store:
-                refuse_other_tokens(cell.store, facts.digests, facts.provenance, self._progress)
+                refuse_other_tokens(cell.store, facts, self._progress)
         self._end_if_complete(cell)
 
     def measured(self, task: Task, shards: Sequence[Measured], said: Sequence[str]) -> None:

@@ -27,20 +27,16 @@ WAIT = 0.5
 """Seconds between two looks at blocks that another process is computing."""
 
 
-def refuse_other_tokens(
-    store: CellStore,
-    digests: Mapping[Place, str],
-    provenance: Mapping[str, str],
-    progress: Progress,
-) -> None:
+def refuse_other_tokens(store: CellStore, facts: Facts, progress: Progress) -> None:
     """Raise CellError where documents of a cell were measured as other tokens than they are now.
 
-    Where that was not kept and versions differ, `progress` is told a warning. `digests` are those
-    of the documents now, and `provenance` says what reads them.
+    Where that was not kept and versions differ, `progress` is told a warning. `facts` are those of
+    the documents and of what reads them now.
     """
+    provenance = facts.provenance
     frame = store.read(columns=["task", "doc", TOKENS_DIGEST, PROVENANCE]).drop_duplicates()
     for task, doc, digest, stack in frame.itertuples(index=False):
-        if isinstance(digest, str) and digests.get((task, doc), digest) != digest:
+        if isinstance(digest, str) and facts.digests.get((task, doc), digest) != digest:
             what = f"document {doc} of {task} is read as other tokens"
             raise _not_mixed(what, json.loads(stack), provenance)
     if reads_otherwise(store.identity.provenance, provenance):
@@ -91,7 +87,7 @@ def open_cell(
     else:
         left = lacking(store, facts, asked.request.extent, names_of(job, store))
     if left:
-        refuse_other_tokens(store, facts.digests, facts.provenance, progress)
+        refuse_other_tokens(store, facts, progress)
     return store, left, race
 
 

@@ -104,7 +104,7 @@ def open_observed(
     """Load the model of a cell, share as much as the self-check finds exact, read its documents."""
     model = open_model(request, options)
     meter = Meter([request], open_benchmark(request), model, options)
-    refuse_other_tokens(store, meter.facts.digests, meter.facts.provenance, progress)
+    refuse_other_tokens(store, meter.facts, progress)
     progress.say(f"{request.benchmark}: checking that sharing is exact for this model")
     meter.check(Checks(ledger.root))
     return meter.engine, meter.documents

@@ -256,7 +256,7 @@ class OpenCell:
         """
         meter, facts = self._meter, self._meter.facts
         if not self._checked:
-            refuse_other_tokens(self.store, facts.digests, facts.provenance, self.progress)
+            refuse_other_tokens(self.store, facts, self.progress)
         if candidates:
             meter.twice = set()
         asked = dict.fromkeys((INTACT, *ablations))
