@@ -354,7 +354,8 @@ def _of_shape(source: str) -> ModelSource:
     else:
         found = find_model(name)
         config = copy.deepcopy(read_config(found))
-        owner = found if _has_tokenizer(found) else owner
+        if not found.is_local or any(Path(found.location).glob("tokenizer*")):
+            owner = found
     if layers:
         total = config.num_hidden_layers
         if not layers.isdecimal() or not 0 < int(layers) <= total:
@@ -366,10 +367,6 @@ def _of_shape(source: str) -> ModelSource:
             _save_tokenizer(owner, folder, config.vocab_size)
             config.save_pretrained(folder)
     return ModelSource(source, str(folder))
-
-
-def _has_tokenizer(source: ModelSource) -> bool:
-    return not source.is_local or any(Path(source.location).glob("tokenizer*"))
 
 
 def _save_tokenizer(owner: ModelSource, folder: Path, vocabulary: int) -> None:

@@ -56,14 +56,8 @@ def idle(parts: Parts, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]
     asked = grouped(every, lambda gone: gone[0].layer)
     unread: dict[_Gone, bool] = {}
 
-    def look(
-        those: Experts,
-        gone: Collection[_Gone],
-        router: nn.Module,
-        args: Any,
-        kwargs: Any,
-        whole: Any,
-    ) -> None:
+    def look(those: Experts, gone: Collection[_Gone], router: nn.Module, *call: Any) -> None:
+        args, kwargs, whole = call
         for each in gone:
             kept = those.left(each, type(router).__name__)
             # What finds out how far layers see calls them too, in the middle of the pass.
