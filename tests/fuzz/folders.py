@@ -108,7 +108,7 @@ def months(model: Path, count: int, start: int, room: Path) -> Tried:
 
 
 def at_once(model: Path, count: int, start: int, room: Path) -> Tried:
-    """Let two users ask for other sizes of one view at the same time, beside another view."""
+    """Run requests for other sizes of one view at the same time, beside another view."""
     tried, draw = Tried("two runs at once"), random.Random(start)
     file = room / "first.yaml"
     with forks(room) as commands:

@@ -104,11 +104,11 @@ class View(Record):
 
     @property
     def order(self) -> tuple[object, ...]:
-        """What views have in common that differ in their number of documents alone."""
+        """Metric, removed layers and seed, which views share that differ in documents alone."""
         return self.metric, self.removed, self.seed
 
     def shows(self, other: View) -> bool:
-        """Whether it shows all runs of another view of the same order, on more documents."""
+        """Return whether it shows all runs of another view of its order, on more documents."""
         if self.until is not None or other.until is not None:
             return False
         return self.size > other.size and {*other.runs} <= {*self.runs}

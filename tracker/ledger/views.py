@@ -184,26 +184,26 @@ class Views:
         # A search has thousands of views, each without other layers.
         start = glob.escape(quote(view_name(new.removed, "", "", ""))[:_READABLE])
         patterns = (f"{start}[-.][!0-9]*", f"{start}-*-doc*") if new.removed else (f"{start}*",)
-        stored = (each for pattern in patterns for each in self.asked({}, f"{pattern}.json"))
-        return [each.view for each in stored if each.view.order == new.order]
+        views = (s.view for pattern in patterns for s in self.asked({}, f"{pattern}.json"))
+        return [view for view in views if view.order == new.order]
 
     def _placed(self, new: View, named: bool, explicit: bool = False) -> tuple[View, list[View]]:
         """Return the view that shows a new one, and the views whose place that takes."""
-        name, known = self.name_of(new), {self.name_of(view): view for view in self._known(new)}
+        name, views = self.name_of(new), {self.name_of(view): view for view in self._known(new)}
         if why := closed(self.path(name)):
             raise ResultsError(f"{self.path(name)}: {why}")
-        same = known.get(name, new)
+        same = views.get(name, new)
         superseded: dict[str, View] = {}
-        larger = next((view for view in known.values() if view.shows(new) and not named), None)
+        larger = next((view for view in views.values() if view.shows(new) and not named), None)
         if larger is not None:
             # Wherever it was tracked under its own name while it was measured.
-            view, names = larger, {*larger.supersedes, *({name} - known.keys())}
+            view, names = larger, {*larger.supersedes, *({name} - views.keys())}
         else:
             view = same.joined(new)
-            superseded = {n: v for n, v in known.items() if view.shows(v) and not v.named}
+            superseded = {n: v for n, v in views.items() if view.shows(v) and not v.named}
             names = {*view.supersedes, *superseded}
             names.update(*(former.supersedes for former in superseded.values()))
-        others = known.keys() - superseded.keys() - {self.name_of(view)}
+        others = views.keys() - superseded.keys() - {self.name_of(view)}
         update = {
             "beside": self._label(view) if others else "",
             "named": view.named or named,
