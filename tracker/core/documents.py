@@ -75,11 +75,10 @@ class Document:
 
     def tokens_digest(self, max_length: int) -> str:
         """Hash the tokens that a model of this length reads of the document, and how many score."""
-        pairs = (
-            (request.context + request.continuation, request.continuation)
-            for request in self.requests
-        )
-        texts: list[Any] = [[text[-(max_length + 1) :], len(scored)] for text, scored in pairs]
+        texts: list[Any] = [
+            [(text.context + text.continuation)[-(max_length + 1) :], len(text.continuation)]
+            for text in self.requests
+        ]
         if self.prompt is not None:
             room = max(1, max_length - self.prompt.longest)
             texts += [self.requests[0].context[-room:], self.prompt.settings]

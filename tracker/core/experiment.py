@@ -77,13 +77,24 @@ class Choice(Strict):
 
     @model_validator(mode="after")
     def _one_of(self) -> Choice:
+        self._refuse_spelling()
+        if (self.min is None) != (self.max is None):
+            raise ValueError("needs 'value', 'values', or 'min' and 'max'")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        if self.values == []:
+            raise ValueError("'values' is empty")
+        seen = set()
+        for value in self.values or ():
+            if repr(value) in seen:
+                raise ValueError(f"{short(value)} stands twice in 'values'")
+            seen.add(repr(value))
+        return self
+
+    def _refuse_spelling(self) -> None:
         said = self.model_fields_set
         if len({"value", "values"} & said) + bool({"min", "max"} & said) != 1:
             raise ValueError("needs either 'value' or 'values'")
-        _refuse_no_stretch(self.min, self.max)
-        if self.values is not None:
-            _refuse_empty_or_repeated(self.values)
-        return self
 
     @property
     def options(self) -> Sequence[Any]:
@@ -114,18 +125,13 @@ class _Parts(Choice):
     def _may_be_all(cls, given: Any) -> Any:
         return {"value": ALL} if given == ALL else given
 
-    @model_validator(mode="after")
-    def _one_of(self) -> _Parts:
+    def _refuse_spelling(self) -> None:
         if self._spellings() != 1:
             raise ValueError("needs 'value', 'values', or 'min' and 'max'")
-        _refuse_no_stretch(self.min, self.max)
         value = self.value if isinstance(self.value, int) else 0
         last = max(self.values or [value, self.max or 0])
         if last >= MAX_LAYERS:
             raise ValueError(f"no model has a layer {last:,}; the first one is 0")
-        if self.values is not None:
-            _refuse_empty_or_repeated(self.values)
-        return self
 
     def _spellings(self) -> int:
         stretch = (self.min, self.max) != (None, None)
@@ -156,23 +162,6 @@ class _Layers(_Parts):
     def options(self) -> Sequence[int | str | None]:
         """The layers, 0-based, in the order of the file; `ALL` for all, or all of a kind."""
         return [ALL] if str(self.value) == ALL or self.kind else super().options
-
-
-def _refuse_no_stretch(first: int | None, last: int | None) -> None:
-    if (first is None) != (last is None):
-        raise ValueError("needs 'value', 'values', or 'min' and 'max'")
-    if first is not None and last is not None and first > last:
-        raise ValueError(f"min {first} is above max {last}")
-
-
-def _refuse_empty_or_repeated(values: list[Any]) -> None:
-    if not values:
-        raise ValueError("'values' is empty")
-    seen = set()
-    for value in values:
-        if repr(value) in seen:
-            raise ValueError(f"{short(value)} stands twice in 'values'")
-        seen.add(repr(value))
 
 
 class Grid(Strict):

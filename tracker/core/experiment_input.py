@@ -276,10 +276,7 @@ def asks_for_searches(given: Given, settings: Mapping[str, Any]) -> bool:
     ExperimentError where the file cannot be read.
     """
     given, settings = with_model(given, settings)
-    if given is None or isinstance(given, Mapping):
-        raw: Any = given
-    else:
-        raw = read_yaml(Path(given))[0]
+    raw: Any = given if given is None or isinstance(given, Mapping) else read_yaml(Path(given))[0]
     said = {name for name, value in settings.items() if value is not None}
     return is_of_searches({"parameters": dict.fromkeys(_parameter_names(raw) | said)})
 

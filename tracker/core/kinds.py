@@ -15,9 +15,7 @@ from tracker.core.weight_formats import FORMATS
 
 SearchUnit = Literal["layer", "attention", "mlp", "head", "kv_head", "expert"]
 """What a search removes: whole layers, one of their two sublayers, or one of several parts."""
-Component = Literal[
-    "layer", "attention", "mlp", "head", "kv_head", "expert", "shared_expert", "linear"
-]
+Component = Literal[SearchUnit, "shared_expert", "linear"]
 """What of a layer is changed: all of it, one of its two sublayers, one attention head, all heads
 that share keys and values, one routed expert, the experts that every token passes, or one linear
 map, which has a name."""

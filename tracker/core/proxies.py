@@ -255,10 +255,8 @@ def observed(before: Tensor, after: Tensor) -> list[Tensor]:
 
     What several take, as the cosine in float64, is computed once.
     """
-    seen: dict[Any, Tensor] = {}
-    for proxy in OBSERVED:
-        if proxy.observe and proxy.observe not in seen:
-            seen[proxy.observe] = proxy.observe(before, after)
+    observers = dict.fromkeys(proxy.observe for proxy in OBSERVED if proxy.observe)
+    seen: dict[Any, Tensor] = {observe: observe(before, after) for observe in observers}
     return [proxy.averaged(seen[proxy.observe]) for proxy in OBSERVED]
 
 

@@ -7,10 +7,10 @@ missing, and under `provenance` that not all was measured by the same versions a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from operator import attrgetter
-from typing import Annotated, Any, Literal, NamedTuple
+from operator import attrgetter, itemgetter
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -337,6 +337,8 @@ def view_name(removed: Sequence[int], selection: str, metric: str, primary_metri
 
 INTACT_VIEW = "intact"
 """The view of the whole model by the benchmark's own metric, on all documents."""
+_FORMER_VIEW = itemgetter("removed", "metric", "benchmark", "sample_seed", "beside")
+"""What names the view of a record of a former version, which did not keep the name."""
 
 
 class CellRecord(Record):
@@ -379,7 +381,7 @@ class CellRecord(Record):
     """Mean log of the summed probability of a document's options, in nats; None without options."""
     removed: tuple[int, ...] = ()
     """Layers that are removed as a whole beneath every run, ascending; the baseline has them."""
-    view: str = Field(default_factory=lambda fields: _former_view(fields))
+    view: str = Field(default_factory=lambda fields: former_view_name(*_FORMER_VIEW(fields)))
     """The name of the view that it shows."""
     explicit: bool = Field(False, exclude_if=lambda explicit: not explicit)
     """Whether a run requested it, and not only a study or a search."""
@@ -558,19 +560,13 @@ class CellRecord(Record):
         return NO_REASON
 
 
-def _former_view(fields: Mapping[str, Any]) -> str:
-    """Return the view of a record of a former version, which did not keep it."""
-    names = ("removed", "metric", "benchmark", "sample_seed", "beside")
-    return former_view_name(*(fields[name] for name in names))
-
-
 def former_view_name(
     removed: Sequence[int], metric: str, benchmark: BenchmarkIdentity, seed: int | None, beside: str
 ) -> str:
     """Return the name that former versions gave to a view."""
-    selection = ("" if seed is None else f"-sample-{seed}") + "".join(
-        f"-{word}" for word in beside.split(" ") if beside
-    )
+    selection = "" if seed is None else f"-sample-{seed}"
+    if beside:
+        selection += f"-{beside.replace(' ', '-')}"
     return view_name(removed, selection, metric, benchmark.primary_metric)
 
 

@@ -56,8 +56,6 @@ class Table(Record):
     """What must be said below it."""
     header: int = Field(0, exclude_if=lambda place: place == 0)
     """The column that names the row."""
-    sorted_by: int | None = Field(None, exclude_if=lambda place: place is None)
-    """The column that the rows ascend by; None where their order is another."""
 
     def plain(self) -> tuple[tuple[str, ...], list[tuple[str | float | None, ...]]]:
         """Lay it out for code, unrounded: the columns' names, and the rows.
@@ -141,7 +139,6 @@ def table(
     rows: Iterable[Row],
     *notes: str,
     header: int = 0,
-    sorted_by: int | None = None,
 ) -> Table:
     """Make a table: an entry of each column for each row."""
     columns = tuple(columns)
@@ -153,7 +150,6 @@ def table(
         rows=tuple(tuple(column.entry(row) for column in columns) for row in rows),
         notes=notes,
         header=header,
-        sorted_by=sorted_by,
     )
 
 
