@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from tracker.core.distribution import FORMAT, other_format
 from tracker.core.errors import WorkError
 from tracker.core.extent import ALL, Extent
+from tracker.core.grouping import grouped
 from tracker.core.identities import Record
 from tracker.core.provenance import content_hash, readers, reads_otherwise
 from tracker.core.records import CellRecord, utc
@@ -90,14 +91,14 @@ class CellStore:
 
         Missing ablations, in the given order → the documents that lack just these.
         """
-        documents = self.documents(block, extent)
         frame = self.read_block(block, extent, ["doc", "ablation"])
         present = set(zip(frame["doc"], frame["ablation"], strict=True))
-        work: dict[tuple[str, ...], list[int]] = {}
-        for document in documents:
-            absent = tuple(name for name in ablations if (document, name) not in present)
-            if absent:
-                work.setdefault(absent, []).append(document)
+
+        def absent(document: int) -> tuple[str, ...]:
+            return tuple(name for name in ablations if (document, name) not in present)
+
+        work = grouped(self.documents(block, extent), absent)
+        work.pop((), None)
         return work
 
     def documents(self, block: Block, extent: Extent) -> Sequence[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress, product
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -106,19 +106,6 @@ def refuse_unbounded(benchmark: BenchmarkIdentity, metric: str, key: str = "unti
         )
 
 
-class Deciding(Protocol):
-    """What looks at documents until it is decided."""
-
-    @property
-    def open(self) -> Mask:
-        """`[runs]`, of whom nothing is decided."""
-        ...
-
-    def look(self, values: Array) -> None:
-        """Look at further documents, in their order: `[documents, runs]`, what each run costs."""
-        ...
-
-
 class RacedFigure(NamedTuple):
     """What of an outcome decides.
 
@@ -185,7 +172,7 @@ class BlockRace:
         costs: `[runs]`, layers that it passes besides in each run.
     """
 
-    deciding: Deciding
+    deciding: Race | SmallestMean
 
     def __init__(
         self,
@@ -353,8 +340,6 @@ class CellRace(BlockRace):
 
 class CandidateRace(BlockRace):
     """The race of what could go next: which of some ablations costs least, within a tolerance."""
-
-    deciding: Race | SmallestMean
 
     def __init__(
         self,

@@ -43,10 +43,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         if (output := stream(path)) is not None:
             with TemporaryDirectory() as folder:
-                write(Path(folder, path.name))
-                content = Path(folder, path.name).read_bytes()
-            with open(output, "wb", closefd=output is path) as opened:
-                opened.write(content)
+                write(copy := Path(folder, path.name))
+                with open(output, "wb", closefd=output is path) as opened:
+                    opened.write(copy.read_bytes())
             return
         changed = [path.parent]
         while not changed[-1].exists():

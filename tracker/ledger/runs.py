@@ -149,20 +149,15 @@ def run_record(
     ablation = outcomes.ablation(run)
     paired = outcomes.by_metric([ablation])
     drop, spread, accurate = paired.drop(0), paired.drop_sd(0), paired.level(0)
-    idle = run.component == "expert" and outcomes.moves_nothing(ablation)
-    if idle:  # what was not asked costs nothing that could be said
-        drop = spread = Estimate(None, reason=_NOT_ASKED)
     relevance = Estimate(None, reason=f"{outcomes.metric} is no accuracy")
     if intact.chance is not None:
-        relevance = (
-            drop
-            if idle
-            else accuracy_relevance(intact.baseline.value, accurate.value, intact.chance)
-        )
+        relevance = accuracy_relevance(intact.baseline.value, accurate.value, intact.chance)
     gold = _mean_drop(outcomes.by_gold_logprob([ablation]), "finite gold score")
     options = _mean_drop(outcomes.by_options([ablation]), "options of a finite score")
-    if idle:
-        gold = options = drop
+    if run.component == "expert" and outcomes.moves_nothing(ablation):
+        # What was not asked costs nothing that could be said.
+        drop = spread = gold = options = Estimate(None, reason=_NOT_ASKED)
+        relevance = relevance if intact.chance is None else drop
     metrics = metric_values(outcomes, ablation, aggregate)
     mine = judged(outcomes, ablation, intact.texts)
     untested = drop.reason or "the outcomes are not all right or wrong"

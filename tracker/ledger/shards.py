@@ -129,19 +129,13 @@ def write_observations(
 ) -> None:
     """Keep what was observed of a block in a cell's folder: document → arrays."""
     first = next(iter(observed.values()))
-    table = pa.table(
-        {
-            "doc": list(observed),
-            **{
-                name: [np.ravel(arrays[name]).tolist() for arrays in observed.values()]
-                for name in first
-            },
-        }
-    )
+    columns: dict[str, list[Any]] = {"doc": list(observed)}
+    for name in first:
+        columns[name] = [np.ravel(arrays[name]).tolist() for arrays in observed.values()]
     shapes = {name: list(np.shape(array)) for name, array in first.items()}
     path = _path(folder, kind, block)
     about = {"format": FORMAT, "task": block.task, "shapes": shapes, "file": _identity(path)}
-    write_bytes(path, shard_file(table, about))
+    write_bytes(path, shard_file(pa.table(columns), about))
 
 
 def read_observations(folder: Path, kind: str, block: Block) -> dict[int, Arrays]:

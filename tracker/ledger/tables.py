@@ -69,7 +69,6 @@ def cell_record(
     """
     every = AlignedOutcomes(store, view)
     outcomes, order = _answered(every, store, view, answer)
-    identity, metric = store.identity, view.metric
     n, abouts = len(outcomes.tasks), store.abouts()
     unlike = differences(outcomes.stacks)
     reasons: dict[str, str | None] = {
@@ -77,16 +76,9 @@ def cell_record(
         PROVENANCE: unlike and f"measured by different versions or devices: {unlike}",
         WHICH: "; ".join(sorted({about[WHICH] for about in abouts if WHICH in about})),
     }
-    common: dict[str, Any] = {
-        "key": identity.key,
-        "model": identity.model,
-        "benchmark": identity.benchmark,
-        "metric": metric,
+    common = _identity(store, view) | {
         "higher_is_better": outcomes.higher_is_better,
         "n": n,
-        "sample_seed": view.seed,
-        "removed": view.removed,
-        "view": store.views.name_of(view),
         "missing": tuple(outcomes.missing),
         "answer": answer,
         "fitted_on": _fitted_on(store, view, abouts),
@@ -98,16 +90,14 @@ def cell_record(
         undefined = ["baseline_accuracy", "chance_accuracy"]
         undefined += ["removed_accuracy"] if view.removed else []
         reasons |= dict.fromkeys(undefined, "no document is measured yet")
-        nothing = ("baseline_accuracy", "baseline_low", "baseline_high", "chance_accuracy")
-        common |= {"tokens": 0, "baseline_metrics": {}, "runs": (), "correlations": ()}
-        return CellRecord(**common, **dict.fromkeys(nothing), reasons=_known(reasons))
+        return unmeasured_record(store, view, **common, reasons=_known(reasons))
     texts = cache(store.texts.read)
     intact = Intact(outcomes, texts)
     baseline, beneath = intact.baseline, _beneath(outcomes, view)
     reasons |= {
         "baseline_accuracy": baseline.reason,
         "baseline_rounded": intact.judged.reason,
-        "chance_accuracy": None if outcomes.higher_is_better else f"{metric} is no accuracy",
+        "chance_accuracy": None if outcomes.higher_is_better else f"{view.metric} is no accuracy",
         "removed_accuracy": beneath.reason,
     }
     if order:
@@ -141,6 +131,25 @@ def cell_record(
         ),
         reasons=_known(reasons),
     )
+
+
+def unmeasured_record(store: CellStore, view: View, /, **fields: Any) -> CellRecord:
+    """Describe a view of which no document is measured, with further fields of its record."""
+    nothing = ("baseline_accuracy", "baseline_low", "baseline_high", "chance_accuracy")
+    empty = {"n": 0, "tokens": 0, "baseline_metrics": {}, "runs": (), "correlations": ()}
+    return CellRecord(**dict.fromkeys(nothing), **{**empty, **_identity(store, view), **fields})
+
+
+def _identity(store: CellStore, view: View) -> dict[str, Any]:
+    return {
+        "key": store.identity.key,
+        "model": store.identity.model,
+        "benchmark": store.identity.benchmark,
+        "metric": view.metric,
+        "removed": view.removed,
+        "sample_seed": view.seed,
+        "view": store.views.name_of(view),
+    }
 
 
 def _known(reasons: Mapping[str, str | None]) -> dict[str, str]:

@@ -75,8 +75,7 @@ def verify(ledger: Ledger, progress: Callable[[int], None] = lambda cells: None)
         lost = [store.folder / "shards" / name for name in store.lost()]
         store.texts.read()
         texts = sorted(store.folder.glob(f"texts/*{ASIDE}"))
-        unreadable = {str(path): closed(path) for path in store.texts.files()}
-        found.damaged |= {path: why for path, why in unreadable.items() if why}
+        found.damaged |= {str(path): why for path in store.texts.files() if (why := closed(path))}
         for path in sorted(store.folder.glob("observed/*/*.parquet")):
             try:
                 read_observed(path)

@@ -159,10 +159,9 @@ class Views:
         """
         with lock_file(self.folder / "locks" / "requests.lock"):
             view, superseded = self._placed(self.of(request), named, explicit)
-            name = self.name_of(view)
-            former = {self.path(name), *(self.path(self.name_of(v)) for v in superseded)}
+            former = {self.path(self.name_of(v)) for v in (view, *superseded)}
             self.write(RequestedView(project=project, view=view))
-            for path in former - {self.path(name)}:
+            for path in former - {self.path(self.name_of(view))}:
                 path.unlink(missing_ok=True)
         return view
 

@@ -20,6 +20,7 @@ from tracker.core.records import CellRecord
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import Interim, interim_estimates
+from tracker.ledger.tables import unmeasured_record
 from tracker.tracking.base import PROGRESS, Ending, LiveRun
 from tracker.tracking.figures import only_defined
 from tracker.tracking.identity import run_key
@@ -70,8 +71,16 @@ class Live:
         """Hear that a cell begins, under whatever name."""
         if not self._live_runs:
             return
+        record = unmeasured_record(
+            store,
+            view,
+            supersedes=view.supersedes,
+            missing=view.runs,
+            provenance=store.identity.provenance,
+            reasons={"n": "it is being measured"},
+        )
         now = time.monotonic()
-        cell = _Cell(store, view, _unmeasured(store, view), now, now + GRACE)
+        cell = _Cell(store, view, record, now, now + GRACE)
         if self._thread is None:
             self._thread = Thread(target=self._work, name="tracker-live", daemon=True)
             self._thread.start()
@@ -176,28 +185,3 @@ def progress_figures(
             figures |= {f"accuracy_drop{end}/{label}": value for end, value in ends.items()}
     figures["half_width"] = sum(widths) / len(widths) if widths else None
     return {PROGRESS + name: value for name, value in only_defined(figures).items()}
-
-
-def _unmeasured(store: CellStore, view: View) -> CellRecord:
-    """What is known of a cell before it is measured."""
-    identity = store.identity
-    nothing = ("baseline_accuracy", "baseline_low", "baseline_high", "chance_accuracy")
-    return CellRecord(
-        key=identity.key,
-        model=identity.model,
-        benchmark=identity.benchmark,
-        metric=view.metric,
-        removed=view.removed,
-        view=store.views.name_of(view),
-        supersedes=view.supersedes,
-        n=0,
-        tokens=0,
-        **dict.fromkeys(nothing),
-        baseline_metrics={},
-        sample_seed=view.seed,
-        runs=(),
-        correlations=(),
-        missing=view.runs,
-        provenance=identity.provenance,
-        reasons={"n": "it is being measured"},
-    )
