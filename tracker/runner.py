@@ -13,6 +13,7 @@ from tracker.benchmarks.benchmark import chosen_metric
 from tracker.core.answers import statement
 from tracker.core.config import RUNS, CellRequest
 from tracker.core.errors import RequestError, TrackerError
+from tracker.core.grouping import grouped
 from tracker.core.model_parts import ModelParts
 from tracker.core.records import CellRecord
 from tracker.core.views import View
@@ -216,12 +217,10 @@ def named_beside(requests: Collection[CellRequest]) -> set[CellRequest]:
     Who lists both numbers wants to see both.
     """
     sizes = {each: each.sample or each.limit or math.inf for each in requests if not each.until}
-    alike: dict[tuple[str, bool], list[CellRequest]] = {}
-    for each in sizes:
-        asked = each.model_dump_json(exclude=RUNS | {"limit", "sample"})
-        alike.setdefault((asked, each.sample is None), []).append(each)
-    most = {each: max(map(sizes.__getitem__, same)) for same in alike.values() for each in same}
-    return {each for each, size in sizes.items() if size < most[each]}
+    counts = RUNS | {"limit", "sample"}
+    alike = grouped(sizes, lambda r: (r.model_dump_json(exclude=counts), r.sample is None))
+    groups = ((same, max(map(sizes.__getitem__, same))) for same in alike.values())
+    return {request for same, most in groups for request in same if sizes[request] < most}
 
 
 def _shown_otherwise(asked: View, shown: View, known: Sequence[View]) -> str:

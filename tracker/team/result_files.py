@@ -304,12 +304,10 @@ def _calls(parts: Sequence[CellPart]) -> list[list[CellPart]]:
     calls: dict[str, list[list[CellPart]]] = {}
     for part in parts:
         alike = calls.setdefault(part.together, [])
-        for call in alike:
-            if not any(part.tasks & other.tasks for other in call):
-                call.append(part)
-                break
-        else:
-            alike.append([part])
+        free = (call for call in alike if not any(part.tasks & other.tasks for other in call))
+        if (call := next(free, None)) is None:
+            alike.append(call := [])
+        call.append(part)
     return [call for alike in calls.values() for call in alike]
 
 

@@ -124,7 +124,7 @@ def test_parameters_bytes_and_seconds_are_those_of_the_model(
     # Measured once: other searches and the next process have the same budget.
     monkeypatch.setattr(search, "_measured", lambda loaded: pytest.fail("measured again"))
     assert budget_of(ask(strategy="random", remove="20 % seconds"), lender) == seconds
-    search.keep_timings(lender)
+    lender.keep_timings()
     assert budget_of(ask(strategy="last", remove="20 % seconds"), lend()) == seconds
 
 

@@ -97,10 +97,9 @@ def recipes(
         if windows is None or set(resized) != {"layer_types"}:
             return {}
         name, period, windowed = windows
-        found = dict(made)
         if windowed != [place % period != 0 for place in range(1, len(windowed) + 1)]:
-            found[WINDOWS] = _WITH_WINDOWS.substitute(name=name, windows=windowed, file=file)
-        return found
+            made[WINDOWS] = _WITH_WINDOWS.substitute(name=name, windows=windowed, file=file)
+        return made
     found = {"mergekit": mergekit(_safetensors(source, base), base.dtype, kept)}
     if source.gguf_file:
         found = {"safetensors": as_safetensors(source, base.dtype), **found}

@@ -282,8 +282,7 @@ def budget(
         most = found.largest
         limit, bound = ("at most", most) if word == "remove" else ("no less than", total - most)
         names = constraints.names
-        too_few = _TOO_FEW.get(parts.unit, _TOO_FEW["layer"])
-        why = f"does not fit {names}" if names else too_few
+        why = f"does not fit {names}" if names else _TOO_FEW.get(parts.unit, _TOO_FEW["layer"])
         raise ExperimentError(
             f"{title}: '{word}: {asked.text}' {why}: of "
             f"{_written(total, asked.measure)}, {word} {limit} {_written(bound, asked.measure)}"

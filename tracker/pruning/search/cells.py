@@ -25,6 +25,7 @@ from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
+from tracker.ledger.files import write_note
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.shards import read_shard
@@ -72,6 +73,13 @@ class Lender:
             self._model = open_model(request, self.options)
             self.loaded += 1
         return self._model
+
+    def keep_timings(self) -> None:
+        """Write what was timed to the results folder, once nothing can be refused any more."""
+        for path, timing in self.timings.items():
+            self.ledger.create()
+            write_note(path, timing)
+        self.timings.clear()
 
 
 _ANY = 3

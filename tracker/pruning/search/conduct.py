@@ -18,6 +18,7 @@ from tracker.core.grouping import grouped
 from tracker.core.kinds import NUMBERED
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
 from tracker.core.records import CellRecord, Place
+from tracker.ledger.runs import flat
 from tracker.ledger.store import Ledger, keep_finding, keep_search
 from tracker.measuring.prepare import look_up
 from tracker.pruning.search.beforehand import refuse_unsavable
@@ -230,9 +231,7 @@ def _tested(cell: OpenCell, ablation: Ablation) -> Tested:
         accuracy=level.value,
         low=level.low,
         high=level.high,
-        drop=drop.value,
-        drop_low=drop.low,
-        drop_high=drop.high,
+        **flat(drop, "drop", "drop"),
     )
 
 

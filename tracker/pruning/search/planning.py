@@ -20,13 +20,7 @@ from tracker.pruning.search.beforehand import DrawnScores, refuse_unsavable
 from tracker.pruning.search.cells import Lender, planned
 from tracker.pruning.search.request import Goal, SearchRequest, deciding
 from tracker.pruning.search.scores import Losses, Set
-from tracker.pruning.search.search import (
-    budget_of,
-    keep_timings,
-    refuse_few,
-    refuse_mixed,
-    refuse_unknown,
-)
+from tracker.pruning.search.search import budget_of, refuse_few, refuse_mixed, refuse_unknown
 from tracker.pruning.search.strategies import NULL, STRATEGIES, Search
 
 
@@ -133,7 +127,7 @@ def plan_searches(
         if len(sets) > 1 and lacking:
             more.append(_measuring(decides, lacking, *read(decides)))
     more += [_measuring(test, list(sets), *read(test)) for test, sets in tested.items()]
-    keep_timings(lender)
+    lender.keep_timings()
     return searches, more
 
 

@@ -26,7 +26,7 @@ from tracker.core.kinds import NUMBERED
 from tracker.core.provenance import content_hash, machine
 from tracker.core.prune_records import Calibrated, PruneCost, PruneStep
 from tracker.core.search_parts import SearchParts
-from tracker.ledger.files import read_note, write_note
+from tracker.ledger.files import read_note
 from tracker.models.checkpoint import refuse_packed
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, weightless
@@ -48,8 +48,8 @@ PASSES = 15
 def seconds_a_token(loaded: LoadedModel, lender: Lender) -> tuple[list[float], float]:
     """Measure what each layer takes, and the whole model: seconds a token of one long text.
 
-    It is measured once for a model, a machine and a device, and `keep_timings` writes it to the
-    results folder: a search that goes on has the same budget.
+    It is measured once for a model, a machine and a device, and `Lender.keep_timings` writes it to
+    the results folder: a search that goes on has the same budget.
     """
     identity = loaded.identity
     where = {**machine(), "device": str(loaded.device), "threads": str(torch.get_num_threads())}
@@ -61,14 +61,6 @@ def seconds_a_token(loaded: LoadedModel, lender: Lender) -> tuple[list[float], f
         timing = {"model": identity.name, **where, "layers": layers, "whole": whole}
         lender.timings[path] = timing
     return [float(each) for each in timing["layers"]], float(timing["whole"])
-
-
-def keep_timings(lender: Lender) -> None:
-    """Write what was timed to the results folder, once the request cannot be refused any more."""
-    for path, timing in lender.timings.items():
-        lender.ledger.create()
-        write_note(path, timing)
-    lender.timings.clear()
 
 
 @torch.inference_mode()
@@ -264,7 +256,7 @@ def search(
     for cell in own:
         refuse_few(cell.request, cell.n)
     _refuse_mixtures(asked, own)
-    keep_timings(lender)
+    lender.keep_timings()
     for draw in asked.draws_of:
         scores = Scores(own, within.parts_of(asked.unit))
         given = Search(scores, within, asked.cell.seed, draw or 1, asked.rescored)
@@ -363,8 +355,7 @@ def recommended(
         return Recommended(reason="random draws say what chance leaves")
     if len(sets) == 1:
         return Recommended(sets[0], 1)
-    asked = [one.asked for one in found]
-    request = deciding(asked)
+    request = deciding([result.asked for result in found])
     lender.progress.say(f"{request.title}: which of {len(sets)} sets costs least")
     cell = cells.setdefault(request, OpenCell(request, lender))
     try:
