@@ -142,11 +142,9 @@ def publish_board(backend: Pages, cells: Iterable[CellRecord]) -> tuple[Board, s
 
 def _after(board: Board, cell: CellRecord) -> str:
     """Give the present, or what is later than all that a board has of a cell: clocks differ."""
-    now = datetime.now(UTC)
-    for entry in board.entries:
-        if entry.cell.holds(cell):
-            now = max(now, datetime.fromisoformat(entry.at) + timedelta(seconds=1))
-    return now.isoformat(timespec="seconds")
+    held = (datetime.fromisoformat(entry.at) for entry in board.entries if entry.cell.holds(cell))
+    after = (at + timedelta(seconds=1) for at in held)
+    return max([datetime.now(UTC), *after]).isoformat(timespec="seconds")
 
 
 def board_tables(cells: Sequence[CellRecord]) -> Mapping[str, LoggedTable]:

@@ -289,13 +289,7 @@ class Publisher:
         views = (record.view, *record.supersedes)
         receipts = [store.receipt(self._receipt(to, v)) for to in asked.values() for v in views]
         same = {receipt.get("place") for receipt in receipts}
-        return [
-            place
-            for name, place in known.items()
-            if name not in same
-            and place not in asked
-            and service(place.backend).is_kept_here(place)
-        ]
+        return [place for name, place in known.items() if name not in same and place not in asked]
 
     def _owe(self, store: CellStore, record: CellRecord, to: Target, place: Target) -> None:
         """Remember a place that does not have a view yet, and should."""
@@ -433,11 +427,7 @@ def sync(
     synced = Synced(failed=contents.damaged, notes=begun)
     publishers: dict[tuple[str, bool], Publisher] = {}
     for record, store, asked in every_record(contents):
-        known = any(
-            service(place.backend).is_kept_here(place)
-            for place in places_of(store, record, ledger.root).values()
-        )
-        anew = to is not None or not known or named
+        anew = to is not None or named or not places_of(store, record, ledger.root)
         targets = (default_targets() if to is None else to) if anew else ()
         publisher = publishers.get((asked.project, anew))
         if publisher is None:

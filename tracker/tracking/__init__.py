@@ -141,10 +141,15 @@ def remember(place: Target, results: Path) -> str:
 
 
 def places_of(store: CellStore, record: CellRecord, results: Path) -> dict[str, Target]:
-    """Return where a view or its predecessors were published to, or should have been, by name."""
+    """Return by name where a view or its predecessors were published to, or should have been.
+
+    Places that are not kept in step in the environment of now are left out.
+    """
     found = {}
     for name in store.places(record.view, *record.supersedes):
         note = read_note(results / "places" / f"{quote(name, safe='')}.json")
         if note.get("backend") in BACKENDS and isinstance(note.get("project"), str):
-            found[name] = Target(note["backend"], note["project"], note.get("server"))
+            place = Target(note["backend"], note["project"], note.get("server"))
+            if service(place.backend).is_kept_here(place):
+                found[name] = place
     return found

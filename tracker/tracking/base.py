@@ -249,9 +249,8 @@ class Backend(ABC):
         """
         advice = when_mended(self._setting() + sync_command(self._results, self._to))
         with self._one_writer("did not take the runs", advice):
-            outcomes = Counter(
-                self._write(described(cell, artifacts, charts, tables, which, answer))
-            )
+            runs = described(cell, artifacts, charts, tables, which, answer)
+            outcomes = Counter(self._write(runs))
             return Published(
                 created=outcomes["created"],
                 updated=outcomes["updated"],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tracker.core.answers import interval_name, statement
 from tracker.core.decision_records import DecisionsRecord
+from tracker.core.formats import defined
 from tracker.core.kinds import KINDS
 from tracker.core.proxies import FIGURES
 from tracker.core.records import AnswerRecord, CellRecord, RunIdentity, RunRecord
@@ -73,11 +73,7 @@ def is_curve(name: str) -> bool:
 
 def only_defined(values: Mapping[str, float | None]) -> dict[str, float]:
     """Keep the values that are there: missing is not zero, and infinity is not a measurement."""
-    return {
-        name: float(value)
-        for name, value in values.items()
-        if value is not None and math.isfinite(value)
-    }
+    return {name: float(value) for name, value in values.items() if defined(value)}
 
 
 def flat_metrics(layer: RunRecord) -> dict[str, float]:

@@ -309,10 +309,8 @@ class MlflowBackend(Backend, Pages):
         except Exception as error:  # noqa: BLE001  the SDK raises requests, SQL, cloud errors, ...
             if getattr(error, "error_code", None) in _REFUSED:
                 advice = f"{_WHO}\n{advice}"
-            what = f"MLflow at {masked(self._uri)} {problem}"
-            raise explained(
-                what, _plain(error), advice, _secrets(self._uri), _SAID_CHARACTERS
-            ) from None
+            title, secrets = f"MLflow at {masked(self._uri)} {problem}", _secrets(self._uri)
+            raise explained(title, _plain(error), advice, secrets, _SAID_CHARACTERS) from None
 
 
 def _plain(error: Exception) -> Exception:
