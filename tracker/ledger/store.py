@@ -36,7 +36,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 from urllib.parse import quote, unquote
 
 from tracker.core.distribution import FORMAT, other_format
@@ -103,14 +103,6 @@ UNFINISHED = "its run goes on, or was stopped: then type its command again"
 """What is said of a cell that is begun."""
 
 
-class Unfinished(NamedTuple):
-    """A cell that is begun."""
-
-    store: CellStore
-    why: str
-    """What is said of it, and what to type."""
-
-
 @dataclass(frozen=True)
 class Contents:
     """What a results folder holds.
@@ -118,7 +110,8 @@ class Contents:
     Attributes:
         views: Each view with its cell, sorted by model and benchmark.
         unfinished: The cells with outcomes and without a view, and those that a search is at: it
-            was stopped, or goes on. What a search that is over measured is shown by what it found.
+            was stopped, or goes on; each with what to type. What a search that is over measured is
+            shown by what it found.
         experiments: The kept experiment files: name → exact text.
         findings: What studies found, by name.
         searches: What searches for what to prune found, by name.
@@ -126,7 +119,7 @@ class Contents:
     """
 
     views: list[tuple[CellStore, RequestedView]] = field(default_factory=list)
-    unfinished: list[Unfinished] = field(default_factory=list)
+    unfinished: list[tuple[CellStore, str]] = field(default_factory=list)
     experiments: dict[str, str] = field(default_factory=dict)
     findings: list[FindingRecord] = field(default_factory=list)
     searches: list[PruneRecord] = field(default_factory=list)
@@ -225,11 +218,11 @@ class Ledger:
         for cell in self.cells(found.damaged):
             found.views.extend((cell, asked) for asked in cell.views.asked(found.damaged))
             begun = cell.begun_searches()
-            found.unfinished.extend(Unfinished(cell, self._stopped(command)) for command in begun)
+            found.unfinished.extend((cell, self._stopped(command)) for command in begun)
             alone = not begun and cell.identity.key not in searched
             # The views first: a finished cell may have thousands of shards.
             if alone and not cell.views.files() and cell.shards():
-                found.unfinished.append(Unfinished(cell, UNFINISHED))
+                found.unfinished.append((cell, UNFINISHED))
         for path in sorted(self.root.glob("experiments/*.yaml")):
             try:
                 content = path.read_bytes()
