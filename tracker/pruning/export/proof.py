@@ -92,11 +92,6 @@ class MeasuredCell:
     store: CellStore
     ablation: Ablation
 
-    @property
-    def metric(self) -> str:
-        """The metric that is asked for."""
-        return self.store.views.of(self.request).metric
-
     @cached_property
     def level(self) -> Estimate:
         """The metric under the change."""
@@ -255,7 +250,8 @@ def _same_outcomes(
 
 def _figure(answer: Mapping[str, Any], measured: MeasuredCell, ties: int) -> dict[str, float]:
     """Take lm-eval's own figure of one task; refuse another one than was measured."""
-    metric, ours = measured.metric, measured.level.value
+    metric = measured.store.views.of(measured.request).metric
+    ours = measured.level.value
     if len(answer["results"]) != 1:
         return {}
     (row,) = answer["results"].values()

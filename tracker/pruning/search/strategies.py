@@ -23,7 +23,7 @@ from tracker.core.prune_records import PruneStep, Rescoring
 from tracker.ledger.early_stopping import CandidateRace
 from tracker.measuring.fill import fill_until
 from tracker.pruning.search.budgets import Budget, out_of_reach
-from tracker.pruning.search.scores import NO_FINITE, Losses, Scores, Set, grown
+from tracker.pruning.search.scores import NO_FINITE, Scores, Set, grown
 from tracker.stats.rank_agreement import rounded
 
 BATCH = 6
@@ -121,15 +121,6 @@ class Search:
     draw: int = 1
     rescoring: Rescoring = "full"
 
-    @property
-    def parts(self) -> list[int]:
-        """The parts that may go."""
-        return self.budget.free
-
-    def fitting(self, losses: Losses) -> list[int]:
-        """The order of sets, without those with which the budget could not be met any more."""
-        return [place for place in losses.order if self.budget.reachable(losses.sets[place])]
-
     def lots(self, strategy: str) -> random.Random:
         """Where a strategy draws from: the same for the same seed and draw, everywhere."""
         return random.Random(f"{strategy}/{self.seed}/{self.draw}")
@@ -158,7 +149,9 @@ def by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
     removed: Set = ()
     while not search.budget.enough(removed):
         losses = search.scores.proxy(name, removed)
-        step = losses.step(removed, search.fitting(losses))
+        # Without those with which the budget could not be met any more.
+        order = [place for place in losses.order if search.budget.reachable(losses.sets[place])]
+        step = losses.step(removed, order)
         yield step
         removed = step.removed
 
@@ -170,7 +163,7 @@ def one_shot(search: Search, by: str = "", proxy: str = "") -> Iterator[PruneSte
     an outcome, or by a `proxy`.
     """
     scores = search.scores
-    sets = [(part,) for part in search.parts]
+    sets = [(part,) for part in search.budget.free]
     losses = scores.proxy(proxy, ()) if proxy else scores.losses(by, sets)
     order = losses.order
     removed: Set = ()
@@ -276,7 +269,7 @@ def evolutionary(search: Search) -> Iterator[PruneStep]:
     A mutation puts one part back and removes another one; a third of them do it twice.
     """
     lots, size = search.lots("evolutionary"), search.budget.count
-    parts = search.parts
+    parts = search.budget.free
 
     def drawn(seen: set[Set], make: Callable[[], Set]) -> list[Set]:
         """Make up to a population of sets that are new; fewer where there are no more."""
