@@ -25,7 +25,7 @@ from tracker.core.errors import TrackingError
 from tracker.tracking.base import Backend, RemoteCell, explained, refuse_others
 from tracker.tracking.foreign import refuse_lies
 from tracker.tracking.identity import filter_words, group_name
-from tracker.tracking.runs import DescribedRun, take_over
+from tracker.tracking.runs import DescribedRun, artifact_name, take_over
 from tracker.tracking.trackio.service import usual_folder
 
 FORMAT = "1"
@@ -109,7 +109,7 @@ class TrackioBackend(Backend):
         shown = {(row["step"], name) for row in logs for name in row if name != "timestamp"}
         wanted = {(at, name) for at, row in _rows(run).items() for name in (*row, "step")}
         files = {file.name for file in run.files}
-        return shown == wanted and (not files or set(self._files(_outcomes(run))) == files)
+        return shown == wanted and (not files or set(self._files(artifact_name(run.cell))) == files)
 
     def _write_one(self, run: DescribedRun) -> None:
         digest = {"digest": run.digest(FORMAT), "name": run.name, "files": run.version}
@@ -181,10 +181,6 @@ class TrackioBackend(Backend):
         except Exception as error:  # noqa: BLE001  the SDK raises many kinds
             what = f"Trackio in {utils.TRACKIO_DIR} {problem}"
             raise explained(what, error, advice) from None
-
-
-def _outcomes(run: DescribedRun) -> str:
-    return run.outcomes.name if run.outcomes else ""
 
 
 def _rows(run: DescribedRun) -> dict[int, dict[str, Any]]:

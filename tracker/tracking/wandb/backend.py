@@ -84,8 +84,6 @@ class WandbBackend(Backend, Pages):
         self._in_sweep = in_sweep
         self._deleted = 0
         """Ids of runs of the cell that is written, and that W&B does not give again."""
-        self._used: set[str] = set()
-        """Ids of the runs that the cell has."""
 
     def is_open(self) -> bool:
         """Say whether somebody is logged in, or nobody needs to be; no server is asked."""
@@ -102,7 +100,6 @@ class WandbBackend(Backend, Pages):
         known = self._read_notes() if offline else self._ask(cell)
         superfluous = take_over(known, cell, runs)
         runs = [run for run in runs if not (self._in_sweep and run.kind == "layer")]
-        self._used = {run.id for run in known.values()}
         written = False
         for run in runs:
             found, digest = known.get(run.key), run.digest(FORMAT)
@@ -110,7 +107,7 @@ class WandbBackend(Backend, Pages):
                 yield "unchanged"
                 continue
             points = self._points(found) if found and run.curves and not offline else []
-            with finished(self._open(run, found, offline)) as handle:
+            with finished(self._open(run, known)) as handle:
                 write(handle, run, points)
             if offline:
                 folder = Path(handle.dir).parent.name
@@ -260,26 +257,23 @@ class WandbBackend(Backend, Pages):
         return start(self._results, watched, entity=self._entity, project=self._project, **run)
 
     def _open(
-        self, run: DescribedRun, found: _Known | None, offline: bool, watched: int | None = None
+        self, run: DescribedRun, existing: Mapping[str, _Known], watched: int | None = None
     ) -> Any:
-        """Open one run, under the first id of its series that is not gone."""
+        """Open one run of a cell that has some, under the first id of its series that is free."""
+        former, used = existing.get(run.key), {entry.id for entry in existing.values()}
         about = labels_of(run.cell, run.name, run.kind) | {"config": run.config}
-        about["resume"] = None if offline else "allow"
+        about["resume"] = None if is_offline() else "allow"
         while True:
             try:
-                name = found.id if found else self._free_id(run.key)
+                # An id may be in use: its run belongs to a larger view since.
+                free = (run_id(run.key, number) for number in itertools.count(self._deleted))
+                name = former.id if former else next(key for key in free if key not in used)
                 return self._start(watched, id=name, **about)
             except wandb.Error as error:
-                if found or _DELETED not in str(error) or self._deleted == _IDS:
+                if former or _DELETED not in str(error) or self._deleted == _IDS:
                     raise
             # A refused id takes the client 15 s, and who deletes one run may delete them all.
             self._deleted += 1
-
-    def _free_id(self, key: str) -> str:
-        """Return the first id of a run key's series that is not deleted, nor in use since its run
-        belongs to a larger view."""
-        ids = (run_id(key, number) for number in itertools.count(self._deleted))
-        return next(name for name in ids if name not in self._used)
 
     def open(self, run: DescribedRun, watched: int) -> Any:
         """Open a run of a cell while it is measured by the process `watched`.
@@ -297,8 +291,7 @@ class WandbBackend(Backend, Pages):
         self._deleted = 0
         known = self._ask(run.cell)
         take_over(known, run.cell, [run])
-        self._used = {run.id for run in known.values()}
-        return self._open(run, known.get(run.key), False, watched)
+        return self._open(run, known, watched)
 
     def _points(self, found: _Known) -> list[dict[str, Any]]:
         """Read the curves that a run has."""

@@ -90,10 +90,8 @@ class WandbSweep:
     def trials(self) -> list[SweepTrial]:
         """List the trials that were handed out; TrackingError if that is impossible."""
         with self._session("could not be read"):
-            return [
-                SweepTrial(run.id, run.name, run.state, dict(run.config))
-                for run in self._sweep().runs
-            ]
+            runs = self._sweep().runs
+            return [SweepTrial(run.id, run.name, run.state, dict(run.config)) for run in runs]
 
     def fill(self, trial: str, cell: CellRecord, layer: RunRecord) -> None:
         """Write the run of a trial that left without it; TrackingError if that is impossible."""
