@@ -102,7 +102,7 @@ def run_cells(
             chosen_metric(cell.store.identity.benchmark, cell.request.metric)
             check_range(cell.request, ModelParts(cell.store.identity.model.layers))
             cell.store.views.shown_in(cell.request)  # raises where it may not be read
-    finisher = _Finisher(publisher, progress, requests, explicit)
+    finisher = _Finisher(publisher, progress, [*requests], explicit)
     if todo:
         progress.say("checking models and benchmarks")
         check_layers(todo, options.trust_remote_code)
@@ -130,11 +130,7 @@ class _Finisher:
     """Records and publishes cells as they are finished, in whatever order that is."""
 
     def __init__(
-        self,
-        publisher: Publisher,
-        progress: Progress,
-        requests: Sequence[CellRequest],
-        explicit: bool,
+        self, publisher: Publisher, progress: Progress, requests: list[CellRequest], explicit: bool
     ) -> None:
         self.report = Finished()
         self.records: dict[CellRequest, CellRecord] = {}

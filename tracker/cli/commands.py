@@ -73,9 +73,7 @@ def main(debug: bool) -> None:
 
 
 @main.command()
-@click.argument(
-    "folder", type=click.Path(file_okay=False, path_type=Path), default=Path("experiments")
-)
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default="experiments")
 def init(folder: Path) -> None:
     """Write the example experiments into a folder.
 
@@ -91,9 +89,8 @@ def init(folder: Path) -> None:
         path = folder / example.relative_to(EXAMPLES)
         if not path.exists():
             write_bytes(path, example.read_bytes())
-    say(
-        f"the examples are in {folder}. Next: tracker plan {shlex.quote(str(folder / 'demo.yaml'))}"
-    )
+    demo = shlex.quote(str(folder / "demo.yaml"))
+    say(f"the examples are in {folder}. Next: tracker plan {demo}")
 
 
 class Elsewhere(Told):

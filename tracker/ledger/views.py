@@ -265,8 +265,7 @@ class Views:
         count = Counter(requested.view.order for requested in stored.values())
         for name, requested in stored.items():
             if count[requested.view.order] > 1:
-                update = {"beside": self._label(requested.view)}
-                view = requested.view.model_copy(update=update)
+                view = requested.view.model_copy(update={"beside": self._label(requested.view)})
                 stored[name] = requested.model_copy(update={"view": view})
         primary = self.identity.benchmark.primary_metric
         return sorted(

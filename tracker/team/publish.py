@@ -249,9 +249,8 @@ class Publisher:
                 if to not in self._open:
                     self._open[to] = open_backend(*self._there(to))
                 backend = self._open[to]
-                published = backend.publish(
-                    record, parts.files, charts, parts.tables, self._which, answer
-                )
+                more = (charts, parts.tables, self._which, answer)
+                published = backend.publish(record, parts.files, *more)
                 outcome.places[title] = published.location
                 outcome.done[title] = published
                 outcome.notes += published.notes

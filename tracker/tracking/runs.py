@@ -66,6 +66,7 @@ def cell_note(cell: CellRecord, answer: str = "") -> str:
         A paragraph.
     """
     measured, values = "accuracy loses", "Values are fractions"
+    alone = answer and f"\n\n{as_markdown(answer)} This rests on this benchmark alone; {AVERAGE}."
     if not cell.higher_is_better:
         measured = "loss gains"
         values = "`accuracy` is the loss and `accuracy_drop` its increase, in the metric's own unit"
@@ -75,11 +76,7 @@ def cell_note(cell: CellRecord, answer: str = "") -> str:
         "the cheap proxies. The step of every curve is the 0-based layer. "
         f"{values}; `gold_logprob_drop` is in nats."
         + (f"\n\n{statement(cell.answer)}." if cell.answer else "")
-        + (
-            f"\n\n{as_markdown(answer)} This rests on this benchmark alone; {AVERAGE}."
-            if answer
-            else ""
-        )
+        + alone
     )
 
 
@@ -355,13 +352,11 @@ def described(
     return [*runs, intact_run(cell), cell_run(cell, files, charts, tables, answer)]
 
 
-def take_over(
-    existing: dict[str, Run], cell: CellRecord, runs: Iterable[DescribedRun]
-) -> list[Run]:
+def take_over(present: dict[str, Run], cell: CellRecord, runs: Iterable[DescribedRun]) -> list[Run]:
     """Give the runs of superseded views to the view that has taken their place.
 
     Args:
-        existing: A backend's runs by run key; those of superseded views get their new keys.
+        present: A backend's runs by run key; those of superseded views get their new keys.
         cell: The record of the view.
         runs: Its runs as they should be.
 
@@ -371,9 +366,9 @@ def take_over(
     keys, superfluous = {run.key for run in runs}, []
     for view in cell.supersedes:
         start = run_key(cell, "", view)
-        for former in [key for key in existing if key.rpartition("/")[0] == start[:-1]]:
-            run, key = existing.pop(former), run_key(cell, former[len(start) :])
-            if key not in keys or existing.setdefault(key, run) is not run:
+        for former in [key for key in present if key.rpartition("/")[0] == start[:-1]]:
+            run, key = present.pop(former), run_key(cell, former[len(start) :])
+            if key not in keys or present.setdefault(key, run) is not run:
                 superfluous.append(run)
     return superfluous
 
