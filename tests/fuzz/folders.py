@@ -83,11 +83,11 @@ def requested(asked: Mapping[str, Any]) -> list[Shown]:
 def months(model: Path, count: int, start: int, room: Path) -> Tried:
     """Ask for more and for less, under several projects and clocks: nothing shown is taken away."""
     tried, draw, clock = Tried("a folder for a month"), random.Random(start), time.time
-    file, results, asked, projects = room / "month.yaml", room / "month", [], set()
+    file = room / "month.yaml"
     for number in range(count):
         if number % 6 == 0:
-            shutil.rmtree(results, ignore_errors=True)
-            asked, projects = [], set()
+            # Another name, since MLflow keeps a file open that is gone.
+            results, asked, projects = room / f"month-{number}", [], set()
         request, project = drawn_request(draw), draw.choice(("lab", "other"))
         file.write_text(experiment(model, **request, project=project))
         skew = draw.choice((0, -3600, 3600))
