@@ -252,6 +252,18 @@ def test_a_proxy_that_cannot_be_said_has_its_reason_and_the_others_their_place()
     assert charts_of(audit)
 
 
+def test_an_audit_without_any_defined_proxy_says_so() -> None:
+    cells = alike(1, 8)
+    for name in OF_LAYERS:
+        replace(cells[0], name, np.nan)
+    audit = ModelAudit("m", cells)
+    assert audit.summaries == {}
+    assert answers_of(audit)
+    best, *_ = tables_of(audit)
+    assert row_of(best, "KL divergence")["mean Spearman"].reason
+    assert charts_of(audit)
+
+
 def test_a_layer_order_that_is_the_drops_own_is_called_best() -> None:
     cells = alike(3, 120)
     for cell in cells:

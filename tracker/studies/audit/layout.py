@@ -237,7 +237,7 @@ def _cost(audit: ModelAudit) -> Iterator[FoundChart]:
 
 
 def _depth(audit: ModelAudit) -> Iterator[FoundChart]:
-    best = [proxy for proxy, between in audit.ranks.items() if between == (1, 1)]
+    best = [proxy for proxy in audit.summaries if audit.ranks[proxy] == (1, 1)]
     named = [s for s in audit.summaries.values() if s.proxy in ("cosine_score", *best)]
     cells = [cell for cell in audit.cells if named and all(cell in s.cells for s in named)]
     if not cells:
