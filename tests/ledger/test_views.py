@@ -11,6 +11,8 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.files import sealed
 from tracker.ledger.views import CellIdentity, RequestedView, view_file
 
+from .conftest import asks
+
 
 @pytest.mark.parametrize(
     ("name", "stem"),
@@ -52,3 +54,14 @@ def test_a_view_shows_layers_of_the_model_and_a_metric_of_the_benchmark(
         return
     with pytest.raises(ValueError, match=f"^{why}$"):
         cell.views.read(text)
+
+
+def test_a_copy_in_place_of_another_view_is_named(cell: CellStore) -> None:
+    """Was: one of two views was gone, and nothing was said."""
+    for layer, removed in ((0, ()), (1, (3,))):
+        cell.views.ask(asks(layer, removed=removed), "project")
+    intact, without = (cell.views.path(name) for name in ("intact", "without-3"))
+    without.write_bytes(intact.read_bytes())
+    damaged: dict[str, str] = {}
+    assert [stored.view.removed for stored in cell.views.asked(damaged)] == [()]
+    assert "it is a copy of intact.json" in damaged[str(without)]

@@ -211,9 +211,12 @@ class Views:
         }
         return view.model_copy(update=update), list(superseded.values())
 
-    def read(self, text: str | bytes) -> RequestedView:
-        """Read a view of this cell from its file's text; ValueError if it is damaged."""
-        content = unsealed(text)
+    def read(self, text: str | bytes, name: str | None = None) -> RequestedView:
+        """Read a view of this cell from the text of its file, which may have to have a name.
+
+        ValueError if it is damaged, or a copy of another file.
+        """
+        content = unsealed(text, name)
         if why := other_format(content.get("format")):
             raise ValueError(f"it {why}")
         asked = RequestedView.model_validate_json(json.dumps(content))
@@ -251,7 +254,7 @@ class Views:
         stored: dict[str, RequestedView] = {}
         for path in sorted(self.folder.glob(f"requests/{pattern}")):
             try:
-                requested = self.read(path.read_bytes())
+                requested = self.read(path.read_bytes(), path.name)
             except (OSError, ValueError) as error:
                 problem = closed(path) or (
                     f"it is damaged ({reason(error)}); delete it and run its experiment again "
