@@ -24,6 +24,8 @@ demo: .venv/demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m tests.device.simulated
+	$(BIN)/python -m pytest -n auto --dist loadfile tests/device
 
 check: .venv/dev docs
 	$(BIN)/ruff format --check .
@@ -90,7 +92,8 @@ dist-demo: dist
 
 .venv/dev: .venv/demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	@command -v chromium >/dev/null || .ci/install-chromium
+	@command -v chromium >/dev/null || .ci/install chromium
+	@command -v g++ >/dev/null || .ci/install g++
 	@touch $@
 
 clean:

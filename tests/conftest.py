@@ -134,6 +134,14 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(CORES + 1, 4)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the simulated device's tests unless they run alone: it becomes torch's default."""
+    folder = Path(__file__).with_name("device")
+    paths = [(config.invocation_params.dir / argument.split("::")[0]) for argument in config.args]
+    alone = all(path.resolve().is_relative_to(folder) for path in paths)
+    return True if collection_path == folder and not alone else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes begins first; the many short tests fill what is left of each worker."""
     order = ("test_registry.py", "runner", "tracking", "engine")

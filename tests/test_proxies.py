@@ -109,16 +109,6 @@ def test_a_vector_too_small_for_float32_to_square_has_a_direction() -> None:
     assert relative_update(tiny, torch.ones(1, 4)).isnan().item()
 
 
-def test_a_device_without_float64_computes_in_float32() -> None:
-    """Apple's; torch's `meta` has no such limit, so the device is named by a stand-in."""
-
-    class Apple(torch.Tensor):
-        device = torch.device("mps")
-
-    state = torch.randn(3, 8).as_subclass(Apple)
-    assert cosine_similarity(state, state).dtype == torch.float32
-
-
 def test_every_token_counts_once() -> None:
     tokens = [np.array([[0.1, 0.4], [0.3, 0.2]]), np.array([[0.8, 0.6]])]
     sums = np.array([document.sum(axis=0) for document in tokens])

@@ -22,7 +22,7 @@ from tracker.engine.memory import (
     only_new_garbage,
     stream_bytes,
 )
-from tracker.models.placement import free_memory
+from tracker.models.devices import free_memory
 
 KEEP = """
 import ctypes

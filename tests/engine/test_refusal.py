@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tracker.engine.refusal import RefusalError, device_is_lost, refused
+from tracker.engine.refusal import RefusalError, device_is_lost, is_out_of_memory, refused
 
 ENGINE: dict[str, Any] = {"__name__": "tracker.engine.made_here"}
 exec("def ours(call):\n    return call()", ENGINE)
@@ -64,6 +64,27 @@ def test_a_refusal_of_ours_is_the_models_wherever_it_is_raised():
 
 def test_memory_that_runs_out_is_nobodys_refusal():
     full = caught(lambda: Layer()(lambda: fail(torch.OutOfMemoryError("CUDA out of memory"))))
+    assert refused(full) is None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "MPS backend out of memory (MPS allocated: 8.90 GiB, max allowed: 9.07 GiB)",
+        "Invalid buffer size: 12.00 GiB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory",
+        "HIP out of memory. Tried to allocate 2.00 GiB",
+        "Native API failed. UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY",
+        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+@pytest.mark.parametrize("kind", [RuntimeError, getattr(torch, "AcceleratorError", RuntimeError)])
+def test_memory_that_runs_out_is_known_by_its_message(kind, message):
+    """torch raises these, and no device is lost by them."""
+    full = caught(lambda: Layer()(lambda: fail(kind(message))))
+    assert is_out_of_memory(full)
+    assert not device_is_lost(full)
     assert refused(full) is None
 
 

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tracker.models import placement
-from tracker.models.placement import devices_for, free_memory, least_free, share_memory
+from tracker.models import devices, placement
+from tracker.models.devices import free_memory, share_memory
+from tracker.models.placement import devices_for, least_free
 
 GIB = 2**30
 
@@ -16,7 +17,7 @@ GIB = 2**30
 def test_what_is_free_on_the_fullest_device_counts(monkeypatch):
     """Streams are widest on the device of the last layers, and not where the model's inputs go."""
     free = {"cuda:0": 30, "cuda:1": 7, "cuda:2": 2}
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[str(device)], 80))
+    monkeypatch.setattr(placement, "free_memory", lambda device: free[str(device)])
     parts = [torch.device("cuda", n) for n in (0, 0, 1)]
     weights = [SimpleNamespace(device=part, is_meta=False) for part in parts]
     weights.append(SimpleNamespace(device=torch.device("meta"), is_meta=True))
@@ -24,16 +25,14 @@ def test_what_is_free_on_the_fullest_device_counts(monkeypatch):
     assert least_free(SimpleNamespace(parameters=lambda: weights[3:]), parts[0]) == 30
 
 
-def test_processes_part_the_hosts_memory_and_no_devices(monkeypatch):
-    monkeypatch.setattr(placement, "_parts_of_memory", 1)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 80))
+def test_processes_share_the_hosts_memory(monkeypatch):
+    monkeypatch.setattr(devices, "_host_shares", 1)
     monkeypatch.setattr(
-        placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=24 * GIB)
+        devices.psutil, "virtual_memory", lambda: SimpleNamespace(available=24 * GIB)
     )
     assert free_memory(torch.device("cpu")) == 24 * GIB
     share_memory(3)
     assert free_memory(torch.device("cpu")) == 8 * GIB
-    assert free_memory(torch.device("cuda")) == 30
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from tracker.executors.pool import LostError, grouped
 from tracker.executors.processes import ProcessesExecutor
 from tracker.ledger.blocks import BLOCK
 from tracker.measuring.job import Options
+from tracker.models import devices
 
 WORKER = "tracker.executors.child"
 LAYERS = list(range(8))
@@ -75,7 +76,7 @@ def test_a_worker_says_what_keeps_it_from_its_work(monkeypatch):
     child = Child("worker 1", nowhere, Options(device="spread"), ".", {})
     child.start()
     try:
-        with pytest.raises(ModelError, match="accelerators 98,99 only 0 are there"):
+        with pytest.raises(ModelError, match="0 of the accelerators 98,99 are there"):
             child.answer()
         child.ask("", "too few arguments")
         assert answered([child], 60) == [child]
@@ -97,7 +98,9 @@ class TestDevices:
 
     @pytest.fixture
     def eight(self, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+        gpus = [torch.device("cuda", n) for n in range(8)]
+        monkeypatch.setattr(devices, "accelerators", lambda: gpus)
+        monkeypatch.setattr(processes, "default_device", lambda: gpus[0])
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(f"GPU-{n}" for n in range(2, 10)))
         monkeypatch.setattr(processes, "_least_free", lambda: 79 * 2**30)
         return lambda **said: ProcessesExecutor(Options(device="all", **said))
@@ -135,7 +138,7 @@ class TestDevices:
         assert grouped(["0", "1", "2"], 2) == [range(2)]
 
     def test_without_any(self):
-        if torch.cuda.is_available():
+        if devices.accelerators():
             pytest.skip("there are some")
         assert len(ProcessesExecutor(Options(device="all"))._places([])) == 1
         with pytest.raises(RequestError, match="no accelerators to choose from"):

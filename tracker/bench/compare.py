@@ -344,19 +344,19 @@ def _stopwatch(engine: Engine) -> Iterator[list[float]]:
 
 def _forget_peak(device: Any) -> None:
     """Let the peak memory count from now on, where that can be done."""
-    import torch
+    from tracker.models.devices import reset_peak_memory
 
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type != "cpu":
+        reset_peak_memory(device)
     elif _RESET.exists():
         _RESET.write_text("5", encoding="ascii")
 
 
 def _peak(device: Any) -> int:
     """Say the peak memory, in bytes, since `_forget_peak`."""
-    from tracker.engine.memory import peak_memory
+    from tracker.models.devices import peak_memory
 
-    if device.type == "cuda" or not _RESET.exists():
+    if device.type != "cpu" or not _RESET.exists():
         return peak_memory(device)
     status = Path("/proc/self/status").read_text(encoding="ascii")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))

@@ -16,8 +16,15 @@ from tracker.core.distribution import __version__
 
 PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy")
 """The packages besides tracker itself that can change a number, as pip calls them."""
-_STACK = ("tracker", *(name for name in PACKAGES if name != "tokenizers"), "platform", "device")
-"""What else can: tracker, the kind of the processor, and of the device; tokens have digests."""
+_STACK = (
+    "tracker",
+    *(name for name in PACKAGES if name != "tokenizers"),
+    "platform",
+    "device",
+    "accelerator",
+)
+"""What else can: tracker, the kind of the processor, the device and its make; tokens have
+digests."""
 
 SAME_VERSIONS = "the same versions"
 _READERS = ("transformers", "tokenizers", "lm-eval")

@@ -2,7 +2,7 @@
 
 A proxy with `observe` is measured while the intact model answers: it takes the residual stream
 before and after a layer and answers per token, whatever the model computes in: the update in
-float32, the cosine in float64 (in float32 on a device that knows nothing wider, Apple's), since a
+float32, the cosine in float64 (in float32 on a device without float64, Apple's), since a
 layer that turns a token by 1e-4 has a cosine of 1 - 5e-9, which float32 calls 1. Which tokens are
 averaged is the caller's: each document's context plus gold continuation, once, never padding. A
 token whose hidden state is all zeros has no direction, so its figures are NaN and so is every mean
@@ -48,11 +48,7 @@ def cosine_similarity(before: Tensor, after: Tensor) -> Tensor:
         >>> cosine_similarity(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]]))
         tensor([0.9600], dtype=torch.float64)
     """
-    if before.device.type == "mps":
-        before, after = before.float(), after.float()
-    else:
-        before, after = before.double(), after.double()
-    apart = _directions(before).sub_(_directions(after))
+    apart = _directions(widened(before)).sub_(_directions(widened(after)))
     return 1 - apart.square_().sum(-1) / 2
 
 
@@ -72,6 +68,16 @@ def angle(cosine: Tensor) -> Tensor:
         tensor([0.0000, 0.5000, 1.0000])
     """
     return cosine.clamp(-1, 1).arccos() / math.pi
+
+
+def widened(states: Tensor) -> Tensor:
+    """Convert to float64, or to float32 on a device without it, such as Apple's."""
+    try:
+        return states.double()
+    except (TypeError, RuntimeError) as error:
+        if "float64" not in str(error) and "fp64" not in str(error):
+            raise
+        return states.float()
 
 
 def angular_distance(before: Tensor, after: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class _Sums:
 
     def add(self, before: Tensor, after: Tensor) -> None:
         """Add tokens [tokens, width]."""
-        before, after = before.double().cpu(), after.double().cpu()
+        before, after = before.cpu().double(), after.cpu().double()
         self.tokens += len(before)
         self.update += (after - before).sum(0)
         self.along += float((before * after).sum())

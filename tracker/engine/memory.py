@@ -5,12 +5,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-import torch
 
 from tracker.core.model_parts import experts_of_a_token
 
@@ -44,14 +41,6 @@ def only_new_garbage() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has held on a model's device."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if platform.system() == "Darwin" else peak * 1024)
 
 
 def stream_bytes(model: Any) -> int:

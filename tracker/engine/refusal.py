@@ -17,16 +17,30 @@ class RefusalError(Exception):
     """A model is not built the way that some sharing needs; says what was found."""
 
 
+OUT_OF_MEMORY = (
+    "out of memory",  # MPS, drivers of CUDA and HIP
+    "DefaultCPUAllocator",
+    "Invalid buffer size",  # MPS, of a single tensor
+    "_STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN, rocBLAS
+    "UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY",  # XPU
+    "UR_RESULT_ERROR_OUT_OF_HOST_MEMORY",
+)
+"""Parts of the messages of errors for which torch has no class."""
+
+
 def device_is_lost(error: Exception) -> bool:
-    """Say whether nothing can be computed on the device in this process any more."""
+    """Return whether nothing can be computed on the device in this process any more."""
+    if is_out_of_memory(error):
+        return False
     kind = getattr(torch, "AcceleratorError", None)  # since torch 2.8
     return (kind is not None and isinstance(error, kind)) or str(error).startswith("CUDA error")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether there was no memory for what was to be computed, on whatever device."""
-    # torch has no class for the host's own memory.
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Return whether there was too little memory on the device that computed."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in OUT_OF_MEMORY)
 
 
 def refused(error: Exception) -> str | None:

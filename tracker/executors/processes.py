@@ -19,13 +19,10 @@ from tracker.executors.worker import environment
 from tracker.ledger.cache import Checks
 from tracker.measuring.job import Job, Options, Reporting
 from tracker.measuring.progress import telling
-from tracker.models.load import SPREAD, find_device
+from tracker.models.devices import default_device, visible_accelerators, visible_variable
+from tracker.models.load import ALL, SPREAD, find_device
 
-_FREE = (
-    "import torch; "
-    "print(min(torch.cuda.mem_get_info(n)[0] for n in range(torch.cuda.device_count())))"
-)
-_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_FREE = "from tracker.models import devices as d; print(min(map(d.free_memory, d.accelerators())))"
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class _Place:
     Attributes:
         name: What it is called in messages; empty for a part of the cores.
         device: The device that its model is loaded on.
-        sees: The accelerators that it sees, as `CUDA_VISIBLE_DEVICES` names them; None = all.
+        sees: The accelerators that it sees, as `visible_variable` names them; None = all.
     """
 
     name: str
@@ -76,7 +73,7 @@ class ProcessesExecutor:
         for number, place in enumerate(places, 1):
             variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
             if place.sees is not None:
-                variables[_VISIBLE] = place.sees
+                variables[visible_variable()] = place.sees
             name = f"worker {number}" + (f" on {place.name}" if place.name else "")
             options = replace(
                 self._options, device=place.device, workers=None, devices_per_worker=None
@@ -95,12 +92,13 @@ class ProcessesExecutor:
         options = self._options
         if not self._devices:
             return [_Place("", options.device)] * (options.workers or 1)
+        accelerator = default_device().type
         asked = options.devices_per_worker
         each = asked or needed(jobs, options, len(self._devices), _least_free)
         return [
             _Place(
-                " and ".join(f"cuda:{n}" for n in group),
-                SPREAD if len(group) > 1 else "cuda",
+                " and ".join(f"{accelerator}:{n}" for n in group),
+                SPREAD if len(group) > 1 else accelerator,
                 ",".join(self._devices[n] for n in group),
             )
             for group in grouped(self._devices, each, options.workers, asked is None)
@@ -108,11 +106,10 @@ class ProcessesExecutor:
 
 
 def _accelerators(device: str) -> list[str]:
-    """Name the accelerators that workers may have, as `CUDA_VISIBLE_DEVICES` does."""
-    if device not in ("all", "auto", "cuda"):
+    """Name the accelerators that workers may have, as `visible_variable` does."""
+    if device not in (ALL, "auto", default_device().type):
         return []
-    count, said = torch.cuda.device_count(), os.environ.get(_VISIBLE)
-    return said.split(",")[:count] if said else [str(number) for number in range(count)]
+    return visible_accelerators()
 
 
 def _least_free() -> int:

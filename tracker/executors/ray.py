@@ -180,6 +180,6 @@ def _least_free(nodes: Iterable[str]) -> int:
 
 def _free() -> int:
     """Say how many bytes are free on a GPU."""
-    import torch
+    from tracker.models.devices import default_device, free_memory
 
-    return torch.cuda.mem_get_info()[0]
+    return free_memory(default_device())

@@ -45,14 +45,13 @@ def _ends_without_device(method: Callable[P, T]) -> Callable[P, T]:
 
 def _refuse_lack(device: str) -> None:
     """Refuse to work without the accelerators that are meant (ModelError)."""
-    import torch
-
+    from tracker.models.devices import accelerators, visible_variable
     from tracker.models.load import SPREAD, find_device
 
     find_device(device)
-    meant, there = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
-    if device == SPREAD and meant and there < len(meant.split(",")):
-        raise ModelError(f"of the accelerators {meant} only {there} are there")
+    names, count = os.environ.get(visible_variable()), len(accelerators())
+    if device == SPREAD and names and count < len(names.split(",")):
+        raise ModelError(f"{count} of the accelerators {names} are there, and all are needed")
 
 
 class Worker:
@@ -98,7 +97,7 @@ class Worker:
         Returns:
             The cell's facts, whether its model had to be loaded, and what is to be said of that.
         """
-        from tracker.models.placement import share_memory
+        from tracker.models.devices import share_memory
 
         share_memory(self._beside)
         self._meter, request = None, requests[0]

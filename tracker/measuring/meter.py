@@ -22,6 +22,7 @@ from tracker.ledger.outcomes import TOKENS_DIGEST, outcome_row
 from tracker.ledger.texts import text_row
 from tracker.measuring.calibrate import CalibrationTexts, calibration, computed_twice
 from tracker.measuring.prepare import check_range
+from tracker.models.devices import describe
 from tracker.models.kept import kept_in
 from tracker.models.sources import find_model, parts_of
 
@@ -137,7 +138,7 @@ class Meter:
         self.facts = Facts(
             loaded.identity,
             benchmark.identity,
-            {**package_versions(), **machine(), "device": str(loaded.device), **kept},
+            {**package_versions(), **machine(), **describe(loaded.device), **kept},
             {place: Scorer.responses(each) for place, each in self.documents.items()},
             {place: each.tokens_digest(max_length) for place, each in self.documents.items()},
         )
@@ -208,9 +209,9 @@ class Meter:
         Raises:
             CellError: A document that was answered both ways has two answers.
         """
-        from tracker.engine.memory import peak_memory
         from tracker.engine.selfcheck.check import watched_requests
         from tracker.engine.selfcheck.reference import Reference
+        from tracker.models.devices import peak_memory
 
         assert self._scorer is not None, "check() comes first"
         scorer = self._scorer

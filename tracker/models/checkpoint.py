@@ -25,6 +25,7 @@ import torch
 from tracker.core.ablations import Stretch
 from tracker.core.errors import ModelError, first_line
 from tracker.core.provenance import content_hash
+from tracker.models.devices import empty_cache
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, hollow
 from tracker.models.miniature import miniature
@@ -351,5 +352,4 @@ def save(loaded: LoadedModel, twin: Any, folder: Path) -> None:
 def release() -> None:
     """Give back what models have left of an accelerator's memory, for another process to use."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    empty_cache()

@@ -26,10 +26,11 @@ from tracker.core.errors import ModelError, first_line
 from tracker.core.identities import ModelIdentity
 from tracker.core.provenance import content_hash
 from tracker.ledger.cache import own_folder
+from tracker.models.devices import accelerators, default_device, free_memory
 from tracker.models.gguf_file import one_parse
 from tracker.models.layers import find_layers, layers_beyond
 from tracker.models.offloaded import OffloadedWeights, take_over
-from tracker.models.placement import Placement, free_memory, placed, weight_bytes
+from tracker.models.placement import Placement, placed, weight_bytes
 from tracker.models.sources import BITS, ModelSource, read_config, require, unreadable
 
 STD = 0.02
@@ -159,7 +160,7 @@ def load_model(
     if source.is_shape:
         write_weights(source, hollow(source, "auto", trust_remote_code))
     place = find_device(device)
-    spread = device == SPREAD and torch.cuda.device_count() > 1
+    spread = device == SPREAD and len(accelerators()) > 1
     shape = partial(hollow, source, dtype, trust_remote_code)
     where = None if spread else resting(source, shape, place, trust_remote_code, weights, offload)
     placing: dict[str, Any] = {}
@@ -176,7 +177,7 @@ def load_model(
     if where:
         offloaded = take_over(model, layers, place, made)
     elif spread:
-        place = torch.device(next(iter(model.hf_device_map.values())))
+        place = model.get_input_embeddings().weight.device
     elif not quantiser:
         model = model.to(place)
     model = model.eval().requires_grad_(False)
@@ -397,9 +398,7 @@ def find_device(name: str) -> torch.device:
     ModelError if there is none of that name.
     """
     if name in ("auto", SPREAD, ALL):
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return default_device()
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -409,7 +408,6 @@ def find_device(name: str) -> torch.device:
             + "use auto, all, spread, cpu, cuda, cuda:1, mps"
         ) from None
     try:
-        torch.empty(1, device=device)
+        return torch.empty(1, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"this machine has no device {name!r}: {first_line(error)}") from None
-    return device

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +24,7 @@ from accelerate.utils import PrefixedDataset
 from torch import Tensor, nn
 
 from tracker.core.errors import CellError, ModelError
+from tracker.models.devices import can_pin, pinned, streams
 
 ALIGNED = 64
 """Bytes at whose multiples a weight begins in a buffer, as allocators have it."""
@@ -121,6 +122,61 @@ class _Weight:
         return self.start + self.absent.numel() * self.absent.itemsize
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """The weights of one layer.
+
+    Attributes:
+        weights: Its parameters, in the order of a buffer.
+        image: The buffer's bytes in pinned memory of the host, part by part; empty where each
+            weight is read from its own source.
+    """
+
+    weights: Sequence[_Weight]
+    image: Sequence[Tensor] = ()
+
+    @property
+    def size(self) -> int:
+        """Return how many bytes the weights take."""
+        return self.weights[-1].stop
+
+    @property
+    def room(self) -> int:
+        """Return how many bytes a buffer for them has."""
+        return max(self.size, sum(map(len, self.image)))
+
+    @classmethod
+    def of(cls, rests: Sequence[tuple[nn.Parameter, Slice | Tensor]], pin: bool) -> _Layer:
+        """Arrange a layer's parameters in a buffer.
+
+        Args:
+            rests: Its parameters, and where the numbers of each rest.
+            pin: Whether those in the host's memory move to pinned memory.
+
+        Returns:
+            The layer.
+        """
+        layer = cls(list(_placed(rests)))
+        if not pin or any(isinstance(weight.source, Slice) for weight in layer.weights):
+            return layer
+        layer = replace(layer, image=pinned(layer.size))
+        buffer = torch.empty(layer.room, dtype=torch.uint8)
+        for weight in layer.weights:
+            assert isinstance(weight.source, Tensor)
+            _view(buffer, weight).copy_(weight.source)
+        for part, view in layer.parts(buffer):
+            part.copy_(view)
+        weights = [replace(weight, source=weight.absent) for weight in layer.weights]
+        return replace(layer, weights=weights)
+
+    def parts(self, buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pair each part of the image with the part of a buffer that it is an image of."""
+        start = 0
+        for part in self.image:
+            yield part, buffer[start : start + len(part)]
+            start += len(part)
+
+
 @dataclass
 class _Slot:
     """Room for one layer where it is computed with, and which one is there or on its way."""
@@ -147,14 +203,14 @@ class OffloadedWeights:
 
     Args:
         device: Where they are computed with.
-        rests: Layer → its parameters, and where the numbers of each rest.
+        rests: Layer → its parameters, and where the numbers of each rest; it is emptied.
         folder: Where some of them were written; it is gone when this is.
     """
 
     def __init__(
         self,
         device: torch.device,
-        rests: Mapping[int, Sequence[tuple[nn.Parameter, Slice | Tensor]]],
+        rests: dict[int, list[tuple[nn.Parameter, Slice | Tensor]]],
         folder: TemporaryDirectory[str],
     ) -> None:
         self.device = device
@@ -162,16 +218,17 @@ class OffloadedWeights:
         self.times = dict.fromkeys(sorted(rests), 0)
         self.waited = 0.0
         self.heard: list[Callable[[], None]] = []
-        self._weights = {layer: list(_placed(rests[layer])) for layer in self.times}
-        self._ends = {layer: each[-1].stop for layer, each in self._weights.items()}
+        pin = can_pin(device)
+        # One after the other, so that no more than one layer is in the host's memory twice.
+        self._layers = {layer: _Layer.of(rests.pop(layer), pin) for layer in self.times}
+        largest = max(layer.room for layer in self._layers.values())
         self._slots = [
-            _Slot(torch.empty(max(self._ends.values()), dtype=torch.uint8, device=device))
-            for _ in range(ROOM)
+            _Slot(torch.empty(largest, dtype=torch.uint8, device=device)) for _ in range(ROOM)
         ]
         self._folder = folder  # it is there as long as this is
         self._reader = ThreadPoolExecutor(1, "weights")
-        on_cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
+        self._streams = streams(device)
+        self._stream = self._streams.Stream(device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedWeights:
         """Say that copies of a model have the same weights."""
@@ -180,12 +237,12 @@ class OffloadedWeights:
     @property
     def read_bytes(self) -> int:
         """How many bytes were brought in."""
-        return sum(self._ends[layer] * times for layer, times in self.times.items())
+        return sum(self._layers[layer].size * times for layer, times in self.times.items())
 
     @property
     def bytes(self) -> int:
         """How many bytes are brought in when each layer comes past once."""
-        return sum(self._ends.values())
+        return sum(layer.size for layer in self._layers.values())
 
     def __str__(self) -> str:
         """Say what rests elsewhere, as it stands in messages."""
@@ -212,10 +269,10 @@ class OffloadedWeights:
                 raise CellError(f"the weights of layer {layer} cannot be read: {error}") from None
             raise
         self.waited += time.perf_counter() - began
-        if arrived is not None:
-            torch.cuda.current_stream(self.device).wait_event(arrived)
-        for weight in self._weights[layer]:
-            weight.parameter.data = _view(here.buffer, weight)
+        self._streams.current_stream(self.device).wait_event(arrived)
+        with torch.inference_mode(False):  # some devices refuse inference tensors as parameters
+            for weight in self._layers[layer].weights:
+                weight.parameter.data = _view(here.buffer, weight)
         # The one that is used now stands last, so that the first one makes room.
         self._slots.sort(key=lambda slot: slot is here)
         behind = next((other for other in self.times if other > layer), None)
@@ -241,20 +298,22 @@ class OffloadedWeights:
         if slot.arrival is not None:
             wait([slot.arrival])
         if slot.layer is not None:
-            for weight in self._weights[slot.layer]:
+            for weight in self._layers[slot.layer].weights:
                 weight.parameter.data = weight.absent
-        if self._stream is not None:
-            # What was computed with the old ones is done before new ones are written over them.
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        # What was computed with the old ones is done before new ones are written over them.
+        self._stream.wait_stream(self._streams.current_stream(self.device))
         slot.layer = layer
         slot.arrival = self._reader.submit(self._read, layer, slot.buffer)
         self.times[layer] += 1
         return slot
 
     def _read(self, layer: int, buffer: Tensor) -> Any:
-        """Read a layer; on an accelerator comes the event that says when it is there."""
-        with torch.cuda.stream(self._stream):
-            for weight in self._weights[layer]:
+        """Read a layer, and return the event that says when it is there."""
+        weights = self._layers[layer]
+        with self._streams.stream(self._stream):
+            for part, view in weights.parts(buffer):
+                view.copy_(part, non_blocking=True)
+            for weight in [] if weights.image else weights.weights:
                 view = _view(buffer, weight)
                 if isinstance(weight.source, Tensor):
                     view.copy_(weight.source, non_blocking=True)
@@ -262,7 +321,7 @@ class OffloadedWeights:
                     weight.source.read(buffer[weight.start : weight.stop])
                 else:
                     view.copy_(weight.source.tensor(view.shape))
-            return None if self._stream is None else self._stream.record_event()
+            return self._stream.record_event()
 
 
 def _placed(rests: Sequence[tuple[nn.Parameter, Slice | Tensor]]) -> Iterator[_Weight]:
@@ -319,8 +378,6 @@ def take_over(
                     if (about := index.get(name)) is None:
                         raise ModelError(f"transformers does not say where {name} is on disk")
                     source = slice_of(Path(about["safetensors_file"]), about["weight_name"])
-                elif device.type == "cuda":
-                    source = held.data.pin_memory()
                 rests.setdefault(number, []).append((parameter, source))
     if elsewhere := [name for name, p in model.named_parameters() if p.is_meta]:
         raise ModelError(
@@ -330,7 +387,7 @@ def take_over(
     if not rests:
         return None
     weights = OffloadedWeights(device, rests, folder)
-    for number in rests:
+    for number in weights.times:
         layers[number].register_forward_pre_hook(partial(_wait, weights, number))
     return weights
 

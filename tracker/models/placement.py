@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from tracker.core.errors import ModelError
+from tracker.models.devices import free_memory
 from tracker.models.layers import find_layers
 from tracker.models.offloaded import AT_ONCE, ROOM
 
@@ -25,7 +25,6 @@ compute."""
 
 TRIED = 2**29
 """Bytes that are read to see how fast they come."""
-_parts_of_memory = 1
 
 
 @dataclass(frozen=True)
@@ -96,19 +95,6 @@ def read_rate(files: Sequence[Path]) -> float | None:
         while size < TRIED and (part := file.read(AT_ONCE)):
             size += len(part)
     return size / (time.perf_counter() - began)
-
-
-def share_memory(processes: int) -> None:
-    """Let this process count on its part of the host's free memory alone, of so many equal ones."""
-    global _parts_of_memory
-    _parts_of_memory = processes
-
-
-def free_memory(device: torch.device) -> int:
-    """Say how many bytes are free for this process on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available) // _parts_of_memory
 
 
 def least_free(model: nn.Module, device: torch.device) -> int:

@@ -208,9 +208,10 @@ def measured(cells: Sequence[CellRecord]) -> str:
 
 
 def _machine(cell: CellRecord) -> str:
-    cores = cell.provenance.get("cores")
-    parts = (cell.provenance.get("platform"), cores and f"{cores} cores")
-    return ", ".join(filter(None, (*parts, cell.provenance.get("device"))))
+    stack = cell.provenance
+    cores = stack.get("cores")
+    device = stack.get("accelerator") or stack.get("device")
+    return ", ".join(filter(None, (stack.get("platform"), cores and f"{cores} cores", device)))
 
 
 def correlation(

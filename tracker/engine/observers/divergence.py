@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.documents import Document
+from tracker.core.proxies import widened
 from tracker.engine.refusal import RefusalError, tried
 from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.plain_call import logits_of
@@ -122,7 +123,7 @@ def _divergences(
         following = targets[[place + 1 for place in places if place + 1 < len(tokens)]]
         own = following.to(logits.device)[:, None]
         intact = _logprobs(logits[0])
-        said = intact[: len(own)].gather(1, own).double().sum()
+        baseline = widened(intact[: len(own)].gather(1, own)).sum()
         # One at a time, so that what is in between stays in the cache.
         for ablation, other in zip(group[1:], logits[1:], strict=True):
             which, without = place_of[ablation], _logprobs(other)
@@ -130,7 +131,7 @@ def _divergences(
                 kl, js = _kl_and_js(intact, without)
                 sums["kl"][which] += float(kl[counted].sum())
                 sums["js"][which] += float(js[counted].sum())
-            lost = said - without[: len(own)].gather(1, own).double().sum()
+            lost = baseline - widened(without[: len(own)].gather(1, own)).sum()
             sums["loss_increase"][which] += float(lost)
     return sums
 
@@ -141,7 +142,7 @@ def _logprobs(logits: Tensor) -> Tensor:
 
 
 def _kl_and_js(intact: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(intact ‖ other) and Jensen-Shannon of two distributions at each place, float64 [places].
+    """KL(intact ‖ other) and Jensen-Shannon of two distributions at each place, widened [places].
 
     From log-probabilities [places, vocabulary]. Jensen-Shannon is the entropy of the mixture less
     the mean entropy, which rounding leaves about 1e-6 off.
@@ -151,7 +152,7 @@ def _kl_and_js(intact: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     kl = of_p - torch.linalg.vecdot(p, other)
     mixture.add_(p).div_(2)
     of_both = torch.linalg.vecdot(mixture, mixture.clamp(min=torch.finfo(p.dtype).tiny).log())
-    return kl.double(), ((of_p + of_q) / 2 - of_both).double()
+    return widened(kl), widened((of_p + of_q) / 2 - of_both)
 
 
 @torch.inference_mode()
@@ -233,7 +234,7 @@ def _gate_gradient(engine: Engine, tokens: Sequence[int], measured: int) -> Tens
             (gradient,) = torch.autograd.grad(loss, gates)
         except RuntimeError as error:
             raise RefusalError(f"it cannot be differentiated: {error}") from None
-    return gradient.double().cpu()
+    return gradient.cpu().double()
 
 
 def _gated(

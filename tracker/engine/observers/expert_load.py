@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tracker.core.ablations import Part
 from tracker.core.documents import Document
-from tracker.core.proxies import OF_EXPERTS
+from tracker.core.proxies import OF_EXPERTS, widened
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.experts import each_choice, experts_at
@@ -66,13 +66,13 @@ def _noting(
     seen = []
     for numbers, gates, alone in each_choice(forward, args, kwargs):
         total += gates[:, None].float() * alone.float()
-        seen.append((numbers, gates.double() * alone.float().norm(dim=-1).double()))
+        seen.append((numbers, widened(gates) * widened(alone.float().norm(dim=-1))))
     whole = output.float().flatten(0, -2)
     told_apart = (total - whole).norm() <= _ROUNDING * whole.norm()
     for numbers, figures in seen:
         # A number beyond the last is none: of experts that are elsewhere.
         there = (numbers < sums.shape[1]).cpu() & (torch.arange(len(numbers)) >= measured)
-        which, what = numbers.cpu()[there].long(), figures.cpu()[there]
+        which, what = numbers.cpu()[there].long(), figures.cpu().double()[there]
         sums[0].index_add_(0, which, what if told_apart else torch.full_like(what, torch.nan))
         sums[1].index_add_(0, which, torch.ones_like(what))
     return output

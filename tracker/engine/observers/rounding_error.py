@@ -16,6 +16,7 @@ from tracker.core.ablations import Rounded
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
 from tracker.core.grouping import grouped
+from tracker.core.proxies import widened
 from tracker.engine.observers.end_errors import at_ends
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
@@ -86,7 +87,7 @@ def rounding_errors(
         apart = (after.float() - before.float()).square().sum()
         found["output_error"][place] += float(apart)
         found["output_size"][place] += float(before.float().square().sum())
-        turned = 1 - cosine_similarity(after.double(), before.double(), dim=-1)
+        turned = 1 - cosine_similarity(widened(after), widened(before), dim=-1)
         found["output_angle"][place] += share * float(turned.sum())
 
     def look(layer: int, path: str, linear: LinearMap, module: nn.Module, *call: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.core.documents import Document
-from tracker.core.proxies import OBSERVED, angular_distance
+from tracker.core.proxies import OBSERVED, angular_distance, widened
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
@@ -51,9 +51,9 @@ def span_similarity(engine: Engine, document: Document) -> dict[str, Tensor]:
         found["tokens"] += len(tokens) - measured
         for first, (before, after) in enumerate(states):
             for name, proxy in observed.items():
-                found[name][first] += proxy.of_token(before, after).double().sum().cpu()
+                found[name][first] += widened(proxy.of_token(before, after)).sum().cpu()
             for last in range(first, layers):
-                angle = angular_distance(before, states[last][1]).double().sum().cpu()
+                angle = widened(angular_distance(before, states[last][1])).sum().cpu()
                 found["angular_distance"][first, last] += angle
     return found
 

@@ -170,8 +170,11 @@ class Head:
             return output
 
         with replaced_forward(self.base, base):
-            said = self._model(input_ids=torch.zeros(1, 1, dtype=torch.long))
-        logits: Tensor | None = getattr(said, "logits", None)
+            # Where a model is spread over devices, accelerate moves the logits to the ids' device.
+            device = output.last_hidden_state.device
+            ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+            answer = self._model(input_ids=ids)
+        logits: Tensor | None = getattr(answer, "logits", None)
         if not asked or logits is None or logits.shape[:2] != output.last_hidden_state.shape[:2]:
             raise RefusalError("its head does not take what the layers return")
         return logits

@@ -38,6 +38,7 @@ from tracker.engine.scoring.score import Parts, RowScores, kept_bytes, read_pref
 from tracker.engine.scoring.sharing import ALONE, FULL, NO_HABITS, PLAIN, Quirks, Sharing
 from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
+from tracker.models.devices import empty_cache
 from tracker.models.ends import find_ends, round_ends
 from tracker.models.experts import Experts, experts_at, find_experts, take_experts
 from tracker.models.heads import Heads, find_heads, heads_at, take_out
@@ -335,7 +336,7 @@ class Engine:
                         yield row, ablations, scores
                     else:
                         # Outside the handler, so that the failed row's tensors are free.
-                        torch.cuda.empty_cache()
+                        empty_cache()
                         yield from self._halved(row, documents, ablations, scores)
                     report(responses)
 

@@ -28,6 +28,7 @@ from tracker.core.prune_records import Calibrated, PruneCost, PruneStep
 from tracker.core.search_parts import SearchParts
 from tracker.ledger.files import read_note
 from tracker.models.checkpoint import refuse_packed
+from tracker.models.devices import describe, synchronize
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, weightless
 from tracker.models.parts import find_parts
@@ -52,7 +53,7 @@ def seconds_a_token(loaded: LoadedModel, lender: Lender) -> tuple[list[float], f
     the results folder: a search that goes on has the same budget.
     """
     identity = loaded.identity
-    where = {**machine(), "device": str(loaded.device), "threads": str(torch.get_num_threads())}
+    where = {**machine(), **describe(loaded.device), "threads": str(torch.get_num_threads())}
     name = content_hash([identity.fingerprint, identity.dtype, where])[:16]
     path = lender.ledger.root / "searches" / "timing" / f"{name}.json"
     timing = lender.timings.get(path) or read_note(path)
@@ -95,8 +96,7 @@ def _timed(layers: nn.ModuleList) -> Iterator[list[float]]:
 
 
 def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter()
 
 

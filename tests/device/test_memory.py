@@ -1,0 +1,166 @@
+"""Memory of a device: layers that do not fit, several devices, and memory that runs out."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+
+from tests.ablations import single_layers
+from tests.conftest import save_tokenizer
+from tests.device.conftest import DEVICE
+from tests.device.simulated import counters
+from tests.engine.families import tiny_model
+from tests.engine.plain import MAX_LENGTH, make_documents
+from tests.engine.truth import layers_of
+from tracker.core.ablations import INTACT, Ablation, Stretch, ablate
+from tracker.engine.scoring.sweep import HALVED, Engine
+from tracker.models import devices
+from tracker.models.load import find_device, load_model
+from tracker.models.sources import find_model
+
+ABLATIONS = single_layers((0, 1, 2, 3))
+
+
+def weight_bytes(module: torch.nn.Module) -> int:
+    """Count the bytes of a module's weights."""
+    return sum(weight.numel() * weight.itemsize for weight in module.parameters())
+
+
+@pytest.fixture
+def saved(tmp_path) -> Any:
+    """A tiny Llama's folder, what its weights take without layers, and what one layer takes."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "llama")
+    save_tokenizer(tmp_path / "llama", False)
+    layer = max(map(weight_bytes, layers_of(model)))
+    return find_model(str(tmp_path / "llama")), weight_bytes(model) - 4 * layer, layer
+
+
+@pytest.fixture
+def load(saved) -> Callable[..., Engine]:
+    """Load the model, with room for some layers where it computes."""
+    source, around, layer = saved
+
+    def make(device: str = "cpu", room: int | None = None, **settings: Any) -> Engine:
+        weights = None if room is None else around + room * layer
+        loaded = load_model(source, "float32", device, weights=weights, **settings)
+        return Engine(loaded, MAX_LENGTH, memory=2**28, row_tokens=40)
+
+    return make
+
+
+def responses(engine: Engine, ablations: Any = ABLATIONS) -> Any:
+    """Score some documents."""
+    return [scores.responses for scores in engine.score(make_documents(3), ablations)]
+
+
+@pytest.mark.parametrize("device", ["auto", "sim", "sim:0", "sim:1"])
+@pytest.mark.parametrize("room", [2, 3])
+@pytest.mark.parametrize("offload", ["host", "disk"])
+def test_layers_that_do_not_fit(load, device, room, offload):
+    """Two layers at a time, or one more that stays where it is computed."""
+    engine = load(device, room, offload=offload)
+    assert len(engine.loaded.offloaded.times) == 6 - room
+    assert responses(engine) == responses(load())
+    assert counters.counts()["h2d pinned, does not block"] if offload == "host" else True
+
+
+@pytest.mark.parametrize("method", ["wait_event", "wait_stream"])
+def test_streams_that_do_not_wait_are_noticed(load, monkeypatch, method):
+    """The test above would see weights that are used, or written over, too early."""
+    engine = load("auto", 2, offload="host")
+    deaf = type("Deaf", (torch.Stream,), {method: lambda stream, other: None})
+
+    def make(stream: Any) -> Any:
+        return deaf(stream.stream_id, stream.device_index, stream.device_type)
+
+    weights = engine.loaded.offloaded
+    current = SimpleNamespace(
+        current_stream=lambda device: make(torch.sim.current_stream(device)),
+        stream=torch.sim.stream,
+    )
+    monkeypatch.setattr(weights, "_streams", current)
+    monkeypatch.setattr(weights, "_stream", make(weights._stream))
+    responses(engine)
+    assert counters.races()
+    counters.reset()
+
+
+def test_pinned_memory_takes_what_the_weights_take(load, saved):
+    """torch pins powers of two; parts of a layer that are such powers waste a megabyte at most."""
+    before = counters.pinned_bytes()
+    engine = load("auto", 2, offload="host")
+    layers = len(engine.loaded.offloaded.times)
+    assert 0 < counters.pinned_bytes() - before <= layers * (saved[2] + devices.ROUNDED)
+    for size in (1, devices.ROUNDED, 5 * devices.ROUNDED, 7 * devices.ROUNDED - 1):
+        before = counters.pinned_bytes()
+        parts = devices.pinned(size)
+        assert counters.pinned_bytes() - before == -(-size // devices.ROUNDED) * devices.ROUNDED
+        assert sum(map(len, parts)) >= size
+        del parts
+
+
+def test_a_model_spread_over_devices(load):
+    """accelerate's own map does not know the simulated device, so it is given one."""
+    engine, other = load(), load()
+    places = {"embed_tokens": 0, "rotary_emb": 0, "norm": 1}
+    places |= {f"layers.{layer}": layer // 2 for layer in range(4)}
+    device_map = {f"model.{name}": f"sim:{index}" for name, index in places.items()}
+    device_map["lm_head"] = "sim:1"
+    model = accelerate.dispatch_model(other.loaded.model, device_map, main_device="sim:0")
+    spread = replace(other, loaded=replace(other.loaded, model=model, device=DEVICE))
+    sublayers = [ablate(kind, [n]) for kind in ("attention", "mlp") for n in range(4)]
+    repeats = [INTACT, Ablation(repeated=(Stretch(1, 3),))]
+    for ablations in (ABLATIONS, [INTACT, *sublayers], repeats):
+        assert responses(spread, ablations) == responses(engine, ablations)
+
+
+def test_a_row_that_does_not_fit_is_halved(engines, monkeypatch):
+    """The device is full when all documents are read at once."""
+    cpu, device = engines("llama", row_tokens=400)
+    counters.reset_peak(0)
+    responses(device)
+    allocated, _, peak, failures = counters.memory(0)
+    assert not failures
+    monkeypatch.setenv("SIM_MEMORY", str(allocated + (peak - allocated) * 4 // 5))
+    for ours, theirs in zip(responses(device), responses(cpu), strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert [r.hits for r in one] == [r.hits for r in other]
+            assert [r.loglikelihood for r in one] == pytest.approx([r.loglikelihood for r in other])
+    assert HALVED in device.notes
+    assert counters.memory(0)[3]
+
+
+def test_what_torch_keeps_for_later_is_free(engines):
+    """Each new engine of a cell has the budget of the first."""
+    _, engine = engines("llama", memory=None)
+    gc.collect()  # what moving the model has left
+    budgets = []
+    for _ in range(3):
+        engine = replace(engine)
+        budgets.append(engine._budget)
+        responses(engine)
+        gc.collect()
+    assert len(set(budgets)) == 1
+
+
+def test_devices_are_found_by_torch(monkeypatch):
+    assert devices.default_device() == find_device("auto") == find_device("sim") == DEVICE
+    assert devices.accelerators() == [DEVICE, torch.device("sim:1")]
+    described = {"device": "sim:1", "accelerator": "simulated"}
+    assert devices.describe(torch.device("sim:1")) == described
+    assert devices.visible_variable() == "SIM_VISIBLE_DEVICES"
+    monkeypatch.setenv("SIM_VISIBLE_DEVICES", "4,7,9")
+    assert devices.visible_accelerators() == ["4", "7"]
+
+
+def test_waiting_waits_for_the_device():
+    devices.synchronize()
+    assert counters.counts() == {"synchronize": 1}

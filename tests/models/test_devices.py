@@ -1,0 +1,58 @@
+"""One module asks torch about devices; what it says of the CPU. Others: `tests/device`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import tracker
+from tracker.models import devices
+
+CPU = torch.device("cpu")
+ASKING = re.compile(r"torch\.(cuda|mps|xpu|npu|hpu|backends|accelerator|get_device_module)\b")
+
+
+def test_no_other_module_asks_torch_about_devices():
+    folder = Path(tracker.__file__).parent
+    modules = {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*.py")
+        if ASKING.search(path.read_text(encoding="utf-8"))
+    }
+    assert modules == {"models/devices.py"}
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_a_machine_without_accelerators():
+    assert devices.default_device() == CPU
+    assert devices.accelerators() == devices.visible_accelerators() == []
+    assert devices.visible_variable() == "CUDA_VISIBLE_DEVICES"
+    devices.synchronize()
+    devices.empty_cache()
+
+
+def test_the_processor_has_streams_that_do_nothing():
+    streams = devices.streams(CPU)
+    with streams.stream(streams.Stream(CPU)):
+        streams.current_stream(CPU).wait_event(streams.Stream(CPU).record_event())
+    assert not devices.can_pin(CPU)
+    assert devices.describe(CPU) == {"device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("hip", "variable", "names"),
+    [(None, "CUDA_VISIBLE_DEVICES", ["5", "6"]), ("6.2", "HIP_VISIBLE_DEVICES", ["2", "3"])],
+)
+def test_names_of_visible_accelerators(monkeypatch, hip, variable, names):
+    """On ROCm HIP's variable comes before CUDA's, which it obeys too."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(devices, "accelerators", lambda: [torch.device("cuda", n) for n in (0, 1)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7")
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "2,3")
+    assert devices.visible_variable() == variable
+    assert devices.visible_accelerators() == names
+    monkeypatch.delenv("HIP_VISIBLE_DEVICES")
+    assert devices.visible_accelerators() == ["5", "6"]

@@ -1,0 +1,141 @@
+"""Accelerators of any make: the only module that asks torch about devices.
+
+torch has one module for each type of device (`torch.cuda`, `torch.xpu`, `torch.npu`, …) with the
+same functions, apart from Apple's MPS, which has no streams and other names for its memory.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+ROUNDED = 2**20
+"""Bytes to which pinned memory is rounded up."""
+_VISIBLE = {
+    "hpu": "HABANA_VISIBLE_MODULES",
+    "npu": "ASCEND_RT_VISIBLE_DEVICES",
+    "xpu": "ZE_AFFINITY_MASK",
+}
+_host_shares = 1
+
+
+def default_device() -> torch.device:
+    """Return the first accelerator of this machine, or its CPU."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    return torch.empty(0, device=accelerator).device  # with its index, as tensors have it
+
+
+def accelerators() -> list[torch.device]:
+    """List the accelerators that this process sees."""
+    device = default_device()
+    if device.type == "cpu":
+        return []
+    return [torch.device(device.type, n) for n in range(torch.accelerator.device_count())]
+
+
+def visible_variable() -> str:
+    """Return the environment variable that says which accelerators a process sees."""
+    built_for = torch.accelerator.current_accelerator()
+    device_type = "hip" if torch.version.hip else built_for.type if built_for else "cuda"
+    return _VISIBLE.get(device_type, f"{device_type.upper()}_VISIBLE_DEVICES")
+
+
+def visible_accelerators() -> list[str]:
+    """Name the accelerators that this process sees, as `visible_variable` does."""
+    names = os.environ.get(visible_variable()) or os.environ.get("CUDA_VISIBLE_DEVICES")
+    indices = [str(device.index) for device in accelerators()]
+    return names.split(",")[: len(indices)] if names else indices
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Describe a device for the provenance of what was computed on it."""
+    if device.type == "cpu":
+        return {"device": str(device)}
+    get_name = getattr(_module(device), "get_device_name", None)
+    return {"device": str(device), "accelerator": get_name(device) if get_name else device.type}
+
+
+def share_memory(processes: int) -> None:
+    """Divide the host's free memory by a number of processes that use it alike."""
+    global _host_shares
+    _host_shares = processes
+
+
+def free_memory(device: torch.device) -> int:
+    """Return how many bytes this process can still take on a device.
+
+    What torch has reserved and does not use counts as free.
+    """
+    module = _module(device)
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available) // _host_shares
+    if device.type == "mps":
+        return int(module.recommended_max_memory() - module.current_allocated_memory())
+    unused = module.memory_reserved(device) - module.memory_allocated(device)
+    return int(module.mem_get_info(device)[0] + unused)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has taken on a device at a time."""
+    if device.type == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return int(peak if platform.system() == "Darwin" else peak * 1024)
+    module = _module(device)
+    if device.type == "mps":  # the peak is not counted, and the driver gives little back
+        return int(module.driver_allocated_memory())
+    return int(module.max_memory_allocated(device))
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Count the peak memory of an accelerator from now on."""
+    if device.type != "mps":
+        _module(device).reset_peak_memory_stats(device)
+
+
+def empty_cache() -> None:
+    """Give back what torch has reserved on the accelerator and does not use."""
+    device = default_device()
+    if device.type != "cpu":
+        _module(device).empty_cache()
+
+
+def synchronize() -> None:
+    """Wait until the accelerator has computed everything that was launched."""
+    _module(default_device()).synchronize()
+
+
+def streams(device: torch.device) -> Any:
+    """Return the module with `Stream`, `stream` and `current_stream` for a device.
+
+    It is that of the CPU, whose streams do nothing, where a device has none.
+    """
+    module = _module(device)
+    return module if hasattr(module, "Stream") else torch.cpu
+
+
+def pinned(size: int) -> list[Tensor]:
+    """Return tensors of uint8 with `size` bytes in all, from which copies do not block.
+
+    torch rounds pinned memory up to powers of two, so these are several such powers.
+    """
+    blocks = -(-size // ROUNDED)
+    powers = [1 << bit for bit in reversed(range(blocks.bit_length())) if blocks >> bit & 1]
+    return [torch.empty(n * ROUNDED, dtype=torch.uint8, pin_memory=True) for n in powers]
+
+
+def can_pin(device: torch.device) -> bool:
+    """Return whether copies from pinned memory to a device need not block."""
+    return device.type not in ("cpu", "mps")
+
+
+def _module(device: torch.device) -> Any:
+    return torch.get_device_module(device.type)
