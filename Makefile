@@ -1,5 +1,6 @@
 # make demo    everything from nothing: environment, install, a real study, where to look
-# make test    the same environment plus the test tools, every test, side by side
+# make test    the same environment plus the test tools, every test, side by side; then those on a
+#              simulated accelerator
 # make check   format, lint, types, docstrings, imports, pages
 # make docs    the site of docs/ in build/site, links checked
 # make families  every causal model of transformers, tiny, against plain forward passes (up to four
