@@ -19,6 +19,7 @@ from tracker.cli.options import (
     Setting,
     Told,
     TrialCommand,
+    WorkOptions,
     asking,
     finite,
     keys,
@@ -30,6 +31,7 @@ from tracker.cli.options import (
 )
 from tracker.cli.printing import (
     print_cell,
+    print_diagnosis,
     print_end,
     print_measured,
     print_next,
@@ -233,6 +235,38 @@ def bench(
         )
     found = measure(first, Options(**how), Show(error=True), checking)
     say(json.dumps(asdict(found), indent=2) if as_json else found.text())
+
+
+@main.command()
+@keys(WorkOptions, "device")
+@keys(Benching, "as_json")
+def doctor(device: str, as_json: bool) -> None:
+    """Check that this installation computes the right numbers on a device.
+
+    It takes about half a minute. A tiny model with random weights goes through every feature: on
+    the device as experiments do, and on the CPU with each ablation alone, on a model that is really
+    changed. A check that fails does not end the others; the exit code is then 1.
+
+    
+    Examples:
+      tracker doctor
+      tracker doctor --device cuda:1
+      tracker doctor --json > doctor.json     to attach to an issue
+    """
+    begin()
+    from tracker.bench.doctor import CHECKS, diagnose
+
+    progress = Show(error=True)
+    progress.start("checking", CHECKS, "checks")
+    try:
+        diagnosis = diagnose(device, progress.advance)
+    finally:
+        progress.finish()
+    if as_json:
+        say(json.dumps(diagnosis.to_dict(), indent=2))
+    else:
+        print_diagnosis(diagnosis)
+    sys.exit(1 if diagnosis.failures else 0)
 
 
 @main.command()

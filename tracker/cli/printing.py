@@ -21,6 +21,7 @@ from tracker.core.tables import Column, Table, table
 from tracker.core.weight_formats import FORMATS
 
 if TYPE_CHECKING:
+    from tracker.bench.doctor import Diagnosis, Finding
     from tracker.core.findings import FindingRecord
     from tracker.core.records import CellRecord, RunIdentity
     from tracker.measuring.planning import PlannedCell
@@ -34,6 +35,41 @@ def print_each(head: str, failed: Mapping[str, str]) -> None:
     """Say of each thing what went wrong, and what to do."""
     for what, why in failed.items():
         say(f"{head}: {what}: {why}", error=True)
+
+
+def print_diagnosis(diagnosis: Diagnosis) -> None:
+    """Print what was checked, the checks, and what follows from them."""
+    machine, device = diagnosis.machine, ", ".join(diagnosis.device.values())
+    versions = ", ".join(f"{name} {version}" for name, version in diagnosis.versions.items())
+    say(f"device    {device}; {diagnosis.free_bytes / 2**30:.1f} GiB free")
+    say(f"machine   {machine['platform']}, {machine['cores']} cores, Python {machine['python']}")
+    say(f"versions  {versions}")
+    say(f"float32   precision of matrix products: {diagnosis.float32_precision}")
+    say()
+    columns: list[Column[Finding]] = [
+        Column("check", "text", lambda finding: finding.name),
+        Column("largest difference", "text", _written_difference),
+        Column("result", "text", _written_result),
+    ]
+    print_table(table("", columns, diagnosis.findings))
+    say()
+    failed, checks = len(diagnosis.failures), counted(len(diagnosis.findings), "check")
+    took = f"in {diagnosis.seconds:.0f} s"
+    if failed:
+        say(f"{failed} of {checks} failed {took}. Do not trust figures from {device}.")
+    else:
+        say(f"{checks} {took}: this installation computes the right numbers on {device}.")
+
+
+def _written_difference(finding: Finding) -> str:
+    difference = finding.difference
+    return DASH if difference is None else f"{difference:.1e}" if difference else "0"
+
+
+def _written_result(finding: Finding) -> str:
+    if finding.error:
+        return f"FAILED: {finding.error}"
+    return f"left out: {finding.skipped}" if finding.skipped else "ok"
 
 
 def print_cell(

@@ -64,6 +64,16 @@ def describe(device: torch.device) -> dict[str, str]:
     return {"device": str(device), "accelerator": get_name(device) if get_name else device.type}
 
 
+def runtime_versions() -> dict[str, str]:
+    """Return the versions of what torch was built for, and of the driver where it tells."""
+    built = {name: getattr(torch.version, name, None) for name in ("cuda", "hip", "xpu")}
+    versions = {name: str(version) for name, version in built.items() if version}
+    if torch.version.cuda and accelerators():
+        number = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+        versions["driver"] = f"CUDA {number // 1000}.{number % 1000 // 10}"
+    return versions
+
+
 def share_memory(processes: int) -> None:
     """Divide the host's free memory by a number of processes that use it alike."""
     global _host_shares

@@ -304,7 +304,7 @@ def build(kind: type, config: Any, wanted: Shapes | None = None) -> Any | None:
     be built, is large, says no numbers, or has others than the wanted shapes.
     """
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             with torch.device("meta"):
                 planned = kind(copy.deepcopy(config))
@@ -313,7 +313,7 @@ def build(kind: type, config: Any, wanted: Shapes | None = None) -> Any | None:
             if wanted is not None and shapes(planned) != wanted:
                 return None
             for positive, dtype in product((False, True), (torch.float64, torch.float32)):
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)  # of the CPU alone
                 own = copy.deepcopy(config)
                 if dtype == torch.float64:
                     # The usual one, all experts in one call, knows no wider numbers than float32.

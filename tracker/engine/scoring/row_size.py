@@ -13,10 +13,14 @@ from tracker.core.ablations import Ablation
 from tracker.core.documents import Document, Request
 from tracker.engine.refusal import tried
 from tracker.engine.scoring.sharing import FULL
-from tracker.engine.scoring.sweep import ROW_TOKENS, Engine
+from tracker.engine.scoring.sweep import ROW_TOKENS, ROW_TOKENS_ACCELERATOR, Engine
 
 SIZES = (ROW_TOKENS, 2 * ROW_TOKENS, 4 * ROW_TOKENS)
-"""Nodes of a row that are tried."""
+"""Nodes of a row that are tried on a CPU, the default first."""
+ACCELERATOR_SIZES = (ROW_TOKENS_ACCELERATOR, 512, 2048, 4096, 8192)
+"""The same on an accelerator."""
+SLOW = 5.0
+"""Seconds of rows of the default size from which on no other size is tried."""
 WORTH = 0.93
 """Below this share of the default's seconds another size is taken; what is nearer may be noise."""
 LAYERS = 5
@@ -29,12 +33,20 @@ WIDE = 2048
 
 
 def matters(engine: Engine) -> bool:
-    """Say whether the size is worth trying: for half precision on a CPU, of models not too wide."""
+    """Return whether other sizes are worth trying.
+
+    They are on an accelerator; on a CPU for half precision, of models that are not too wide.
+    """
     loaded = engine.loaded
+    if loaded.offloaded is not None or engine.row_tokens is not None:
+        return False
     narrow = loaded.model.config.get_text_config().hidden_size < WIDE
-    on_cpu = loaded.device.type == "cpu" and loaded.offloaded is None
-    is_half = loaded.model.dtype.itemsize == 2
-    return on_cpu and narrow and is_half and engine.row_tokens is None
+    return loaded.device.type != "cpu" or (narrow and loaded.model.dtype.itemsize == 2)
+
+
+def sizes(engine: Engine) -> tuple[int, ...]:
+    """Return the sizes to try where an engine's model is, the default first."""
+    return SIZES if engine.loaded.device.type == "cpu" else ACCELERATOR_SIZES
 
 
 def fastest(engine: Engine) -> int:
@@ -44,47 +56,64 @@ def fastest(engine: Engine) -> int:
         engine: The engine, with full sharing; its model is left as it is.
 
     Returns:
-        One of `SIZES`; the default where the model cannot take such rows.
+        One of `sizes`; the default where the model cannot take such rows.
     """
-    seconds, _ = tried(lambda: _timed(engine))  # why it cannot, the check says
-    return ROW_TOKENS if seconds is None else chosen(seconds)
+    seconds, _ = tried(lambda: time_sizes(engine))  # why it cannot, the check says
+    return sizes(engine)[0] if seconds is None else chosen(seconds)
 
 
-def _timed(engine: Engine) -> dict[int, float]:
+def time_sizes(engine: Engine) -> dict[int, float]:
+    """Time rows of each size: size → seconds, the default's first."""
     total = len(engine.loaded.layers)
     copy = engine.without(Ablation(layers=tuple(range(LAYERS, total))))
     layers = range(min(LAYERS, total))
     ablations = [Ablation(some) for count in range(LAYERS) for some in combinations(layers, count)]
-    documents = _documents(engine)
-    seconds = dict.fromkeys(SIZES, float("inf"))
+    vocabulary = engine.loaded.model.config.get_text_config().vocab_size
+    tried_sizes = sizes(engine)
+    documents = make_documents(vocabulary, max(tried_sizes) // TOKENS, TOKENS)
+    seconds = dict.fromkeys(tried_sizes, float("inf"))
     for turn in range(TURNS + 1):
-        for size in SIZES:
+        for size in tried_sizes:
             sized = replace(copy, sharing=FULL, row_tokens=size)
             start = time.perf_counter()
             sized.score(documents, ablations)
+            took = time.perf_counter() - start
+            if took > SLOW:
+                return {size: took}
             if turn:  # the first one warms up
-                seconds[size] = min(seconds[size], time.perf_counter() - start)
+                seconds[size] = min(seconds[size], took)
     return seconds
 
 
 def chosen(seconds: Mapping[int, float]) -> int:
-    """Choose the size that is clearly faster than the default, or the default."""
-    best = min(seconds, key=lambda size: seconds[size])
-    return best if seconds[best] < WORTH * seconds[ROW_TOKENS] else ROW_TOKENS
+    """Choose the size that is clearly faster than the first one, the default, or that one."""
+    default, best = next(iter(seconds)), min(seconds, key=lambda size: seconds[size])
+    return best if seconds[best] < WORTH * seconds[default] else default
 
 
-def _documents(engine: Engine) -> list[Document]:
-    """Make up questions with one-token answers, which fill rows of every size."""
-    config = engine.loaded.model.config.get_text_config()
-    drawn = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (max(SIZES) // TOKENS, TOKENS), generator=drawn)
+def make_documents(vocabulary: int, count: int, tokens: int, longest: int = 1) -> list[Document]:
+    """Make up questions with four answers each.
+
+    Args:
+        vocabulary: How many tokens there are.
+        count: How many documents.
+        tokens: Tokens of each document, of which one is left for an answer.
+        longest: Tokens of the longest answer; the shortest has one.
+
+    Returns:
+        The documents; the same ones each time.
+    """
+    draw = torch.Generator().manual_seed(0)
+    contexts = torch.randint(vocabulary, (count, tokens), generator=draw)[:, 1:].tolist()
     return [
         Document(
             task="made up",
             index=index,
-            requests=tuple(Request(tuple(context), (answer,)) for answer in context[:4]),
+            requests=tuple(
+                Request(tuple(context), tuple(context[n : n + 1 + n % longest])) for n in range(4)
+            ),
             gold=0,
             choices=4,
         )
-        for index, context in enumerate(tokens[:, 1:].tolist())
+        for index, context in enumerate(contexts)
     ]

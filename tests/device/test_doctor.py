@@ -1,0 +1,18 @@
+"""`tracker doctor` on the simulated device: all is well there."""
+
+from __future__ import annotations
+
+import json
+
+from tests.conftest import cli
+from tracker.bench.doctor import CHECKS
+
+
+def test_every_check_passes():
+    result = cli("doctor", "--device", "sim:1", "--json")
+    assert result.exit_code == 0, result.output
+    diagnosis = json.loads(result.stdout)
+    assert diagnosis["device"] == {"device": "sim:1", "accelerator": "simulated"}
+    assert len(diagnosis["findings"]) == CHECKS
+    skipped = [finding["name"] for finding in diagnosis["findings"] if finding["skipped"]]
+    assert skipped == []

@@ -1,0 +1,152 @@
+"""Every feature of the engine as a function of an engine, to compare what two engines compute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from tracker.core.ablations import INTACT, Ablation, Part, Rounded, Stretch, ablate
+from tracker.core.documents import Document
+from tracker.core.kinds import Component, Intervention
+from tracker.engine import fitting
+from tracker.engine.observers.divergence import divergences, output_proxies
+from tracker.engine.observers.expert_load import expert_load
+from tracker.engine.observers.perturbation_growth import perturbation_growth
+from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
+from tracker.engine.observers.span_similarity import span_similarity
+from tracker.engine.scoring.row_size import make_documents
+from tracker.engine.scoring.sharing import PLAIN
+from tracker.engine.scoring.sweep import Engine
+from tracker.models.linear_maps import linear_maps
+
+Feature = Callable[[Engine], Any]
+"""Computes figures; equal ones of any engine of a model with four layers or more."""
+LAYERS = [INTACT, *(Ablation((layer,)) for layer in range(4)), Ablation((1, 2))]
+SUBLAYERS = [ablate(kind, [layer]) for kind in ("attention", "mlp") for layer in (0, 2)]
+
+
+def documents_for(engine: Engine, beginning: int = 0) -> list[Document]:
+    """Make up three documents, whose contexts begin with some tokens in common."""
+    vocabulary = engine.loaded.model.config.get_text_config().vocab_size
+    documents = make_documents(vocabulary, 3, tokens=24, longest=3)
+    common = tuple(number % vocabulary for number in range(7, 7 + beginning))
+    return [
+        replace(
+            document,
+            requests=tuple(replace(r, context=common + r.context) for r in document.requests),
+        )
+        for document in documents
+    ]
+
+
+def score(engine: Engine, ablations: Sequence[Ablation], beginning: int = 0) -> Any:
+    """Score documents under ablations: responses, and sums of the proxies."""
+    scores = engine.score(documents_for(engine, beginning), ablations)
+    figures = [(r.loglikelihood, r.hits) for s in scores for row in s.responses for r in row]
+    return figures, [s.proxy_sums for s in scores]
+
+
+def score_fitted(engine: Engine) -> Any:
+    """Fit replacements for two layers, and score with them."""
+    texts = [[*d.requests[0].context, 3, 7, 9] for d in documents_for(engine)]
+    parts = engine.parts(engine.plan([INTACT]))
+    replacements = fitting.fit(parts, texts, {1, 2}, linear=True)
+    interventions: list[Intervention] = ["mean", "scale", "linear"]
+    ablations = [Ablation(replaced=((i, layer),)) for i in interventions for layer in (1, 2)]
+    return score(replace(engine, stand_ins=replacements), [INTACT, *ablations])
+
+
+def generate(engine: Engine) -> Any:
+    """Continue a prompt greedily under ablations."""
+    prompt = [5, 9, 23, 7, 80, 41, 3, 11]
+    ablations = [*LAYERS, *SUBLAYERS]
+    model = engine.loaded.model
+    ids = torch.tensor([prompt], device=engine.loaded.device)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    if not engine.sharing.depth:  # each on the model that is really changed
+        models = [engine.without(ablation).loaded.model for ablation in ablations]
+        rows = [each.generate(ids, **settings)[0] for each in models]
+        return torch.stack(rows).tolist()
+    with engine.decoding(ablations, prompt) as cache, torch.inference_mode():
+        rows = model.generate(ids.repeat(len(ablations), 1), **settings, **cache)
+    return rows.tolist()
+
+
+def _observe(observer: Callable[..., Any], *arguments: Any) -> Feature:
+    return lambda engine: observer(engine, documents_for(engine)[0], *arguments)
+
+
+def _observe_maps(engine: Engine) -> Any:
+    """Observe two linear maps in a format: errors of weights, and of outputs."""
+    paths = [*linear_maps(engine.loaded.layers[1], "layer 1")]
+    maps = [Rounded("int8", 1, path) for path in (paths[0], paths[-1])]
+    return weight_errors(engine, maps), rounding_errors(engine, documents_for(engine)[0], maps)
+
+
+def _score_parts(component: Component) -> Feature:
+    parts = [Part(component, layer, number) for layer in (1, 3) for number in (0, 1)]
+    return partial(score, ablations=[INTACT, *(Ablation(parts=(part,)) for part in parts)])
+
+
+def _score_formats(*formats: Rounded) -> Feature:
+    return partial(score, ablations=[INTACT, *(Ablation(rounded=(each,)) for each in formats)])
+
+
+FEATURES: Mapping[str, Feature] = {
+    "layers": partial(score, ablations=LAYERS),
+    "layers after a common beginning": partial(score, ablations=LAYERS, beginning=60),
+    "attention and MLP": partial(
+        score, ablations=[INTACT, *SUBLAYERS, Ablation((2,), attention=(0,), mlp=(3,))]
+    ),
+    "heads": _score_parts("head"),
+    "experts": _score_parts("expert"),
+    "shared experts": partial(score, ablations=[INTACT, *(Ablation(shared=(n,)) for n in (1, 3))]),
+    "weight formats": _score_formats(*(Rounded(name, 2) for name in ("int8", "int4_row", "fp8"))),
+    "formats of embedding and head": _score_formats(
+        *(Rounded("int4_row", 0, name) for name in ("embedding", "lm_head"))
+    ),
+    "repeated layers": partial(
+        score,
+        ablations=[INTACT, *(Ablation(repeated=(s,)) for s in (Stretch(1, 3), Stretch(2, 2)))],
+    ),
+    "fitted replacements": score_fitted,
+    "generation": generate,
+    "output proxies": _observe(output_proxies),
+    "divergences": _observe(divergences, LAYERS[1:3]),
+    "perturbation growth": _observe(perturbation_growth, 2),
+    "span similarity": _observe(span_similarity),
+    "expert load": _observe(expert_load, [Part("expert", 1, number) for number in (0, 1)]),
+    "rounding errors": _observe_maps,
+}
+
+
+def largest_difference(figures: Any, others: Any) -> float:
+    """Return the largest difference of two results of a feature, above 1 relative to the larger.
+
+    It is infinite where something is undefined, or of another shape, in one of them alone.
+    """
+    if isinstance(figures, Mapping):
+        if figures.keys() != others.keys():
+            return math.inf
+        return largest_difference([*figures.values()], [*others.values()])
+    if isinstance(figures, list | tuple):
+        if len(figures) != len(others):
+            return math.inf
+        pairs = zip(figures, others, strict=True)
+        return max((largest_difference(one, other) for one, other in pairs), default=0.0)
+    one, other = (np.asarray(each, dtype=float) for each in (figures, others))
+    if one.shape != other.shape or (np.isnan(one) != np.isnan(other)).any():
+        return math.inf
+    scale = np.maximum(np.maximum(np.abs(one), np.abs(other)), 1)
+    return float(np.nan_to_num(np.abs(one - other) / scale).max(initial=0))
+
+
+def plain(engine: Engine) -> Engine:
+    """Return an engine that changes the model for each ablation, and shares nothing."""
+    return engine.with_sharing(PLAIN)
