@@ -20,6 +20,7 @@ from tests.engine.families import tiny_model
 from tests.engine.plain import MAX_LENGTH, make_documents
 from tests.engine.truth import layers_of
 from tracker.core.ablations import INTACT, Ablation, Stretch, ablate
+from tracker.engine.scoring import row_size
 from tracker.engine.scoring.sweep import HALVED, Engine
 from tracker.models import devices
 from tracker.models.load import find_device, load_model
@@ -164,3 +165,14 @@ def test_devices_are_found_by_torch(monkeypatch):
 def test_waiting_waits_for_the_device():
     devices.synchronize()
     assert counters.counts() == {"synchronize": 1}
+
+
+def test_rows_of_several_sizes_are_tried(engines, monkeypatch):
+    """On a device whatever the dtype; answers are those of any other size."""
+    monkeypatch.setattr(row_size, "ACCELERATOR_SIZES", (128, 64, 256))
+    cpu, device = engines("llama", row_tokens=None)
+    assert not row_size.matters(cpu)
+    assert row_size.matters(device)
+    nodes = row_size.fastest(device)
+    assert nodes in (64, 128, 256)
+    assert responses(replace(device, row_tokens=nodes)) == responses(replace(cpu, row_tokens=nodes))

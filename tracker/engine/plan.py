@@ -97,13 +97,16 @@ class Reading:
         return _work(self.plain, (*plain_passes(ablations, self.layers), len(ablations)))
 
 
-def reading(model: Any, documents: Sequence[Document], max_length: int) -> Reading:
+def reading(
+    model: Any, documents: Sequence[Document], max_length: int, row_tokens: int = ROW_TOKENS
+) -> Reading:
     """Count what it takes to score documents.
 
     Args:
         model: The model; its weights may be on the meta device.
         documents: The documents.
         max_length: Tokens that the model reads at most.
+        row_tokens: Largest size of a row of several documents.
 
     Returns:
         The counts.
@@ -125,7 +128,7 @@ def reading(model: Any, documents: Sequence[Document], max_length: int) -> Readi
         prefix = shared if shared >= SHORTEST else 0
         tokens += prefix
         attentions += attended(prefix, prefix)
-        for row in tree_rows(together, max_length, ROW_TOKENS, prefix):
+        for row in tree_rows(together, max_length, row_tokens, prefix):
             tokens += row.tokens
             attentions += attended(row.tokens, prefix + row.tokens)
             kept += len(row.keep)
@@ -150,7 +153,11 @@ def reading(model: Any, documents: Sequence[Document], max_length: int) -> Readi
 
 
 def cost(
-    model: Any, documents: Sequence[Document], ablations: Sequence[Ablation], max_length: int
+    model: Any,
+    documents: Sequence[Document],
+    ablations: Sequence[Ablation],
+    max_length: int,
+    row_tokens: int = ROW_TOKENS,
 ) -> Cost:
     """Count the work of a cell, for full sharing.
 
@@ -159,11 +166,12 @@ def cost(
         documents: The cell's documents.
         ablations: The ablations, with the baseline.
         max_length: Tokens that the model reads at most.
+        row_tokens: Largest size of a row of several documents.
 
     Returns:
         The counts.
     """
-    found = reading(model, documents, max_length)
+    found = reading(model, documents, max_length, row_tokens)
     tied = any(each.ends for each in ablations) and find_ends(model).tied
     plan = plan_streams(ablations, found.layers, tied)
     size = int(model.dtype.itemsize)

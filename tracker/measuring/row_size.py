@@ -11,6 +11,7 @@ import torch
 from tracker.engine.scoring.row_size import fastest, matters
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.cache import keep, recall
+from tracker.models.devices import describe
 
 _KIND = "rows"
 
@@ -31,6 +32,7 @@ def with_fastest_rows(engine: Engine) -> Engine:
         platform.node(),
         torch.__version__,
         torch.get_num_threads(),
+        describe(engine.loaded.device),
         str(engine.loaded.model.dtype),
         engine.class_name,
         config.hidden_size,

@@ -78,7 +78,7 @@ def time_sizes(engine: Engine) -> dict[int, float]:
             start = time.perf_counter()
             sized.score(documents, ablations)
             took = time.perf_counter() - start
-            if took > SLOW:
+            if took > SLOW and len(tried_sizes) > len(SIZES):
                 return {size: took}
             if turn:  # the first one warms up
                 seconds[size] = min(seconds[size], took)
