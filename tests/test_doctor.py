@@ -28,7 +28,7 @@ def test_wrong_numbers_and_errors_are_failures(monkeypatch):
     def fail(engine: object) -> float:
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(Masks, "put", lambda self, layer, place, args, kwargs: (args, kwargs))
+    monkeypatch.setattr(Masks, "put", lambda masks, layer, index, args, kwargs: (args, kwargs))
     monkeypatch.setitem(FEATURES, "heads", fail)
     result = cli("doctor", "--device", "cpu", "--json")
     assert result.exit_code == 1

@@ -73,8 +73,8 @@ def _device(device: Any) -> Iterator[None]:
 def _register() -> None:
     """Register the device with torch, with the functions that torch.cuda has."""
 
-    def memory(place: int) -> Callable[..., int]:
-        return lambda device=None: counters.memory(_index(device))[place]
+    def memory(index: int) -> Callable[..., int]:
+        return lambda device=None: counters.memory(_index(device))[index]
 
     properties = types.SimpleNamespace(name="simulated", major=9, minor=0)
     module = types.ModuleType("torch.sim")
@@ -124,16 +124,16 @@ def _keeping_ties(apply: Callable[..., Any]) -> Callable[..., Any]:
             for name, parameter in module._parameters.items():
                 names.setdefault(id(parameter), []).append((module, name))
         result = apply(self, fn, recurse)
-        for (owner, own), *others in names.values():
+        for (owner, owned), *others in names.values():
             for module, name in others:
-                module._parameters[name] = owner._parameters[own]
+                module._parameters[name] = owner._parameters[owned]
         return result
 
     return keep
 
 
 def _counting_integers(histc: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Let `histc` count integers, as on CUDA; on the CPU it does not."""
+    """Make `histc` count integers, as on CUDA; on the CPU it does not."""
 
     def count(values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if values.device.type == "cpu" or values.is_floating_point():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from tests.conftest import cli
-from tracker.bench.doctor import CHECKS
+from tracker.bench.doctor import CHECKS, diagnose
 
 
 def test_every_check_passes():
@@ -16,3 +16,11 @@ def test_every_check_passes():
     assert len(diagnosis["findings"]) == CHECKS
     skipped = [finding["name"] for finding in diagnosis["findings"] if finding["skipped"]]
     assert skipped == []
+
+
+def test_a_device_on_which_nothing_can_be_loaded(monkeypatch):
+    """Every check fails by itself, and says why."""
+    monkeypatch.setenv("SIM_MEMORY", "1000")
+    diagnosis = diagnose("sim")
+    assert len(diagnosis.findings) == CHECKS
+    assert all(finding.error for finding in diagnosis.findings)

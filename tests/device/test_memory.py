@@ -111,9 +111,9 @@ def test_pinned_memory_takes_what_the_weights_take(load, saved):
 def test_a_model_spread_over_devices(load):
     """accelerate's own map does not know the simulated device, so it is given one."""
     engine, other = load(), load()
-    places = {"embed_tokens": 0, "rotary_emb": 0, "norm": 1}
-    places |= {f"layers.{layer}": layer // 2 for layer in range(4)}
-    device_map = {f"model.{name}": f"sim:{index}" for name, index in places.items()}
+    indices = {"embed_tokens": 0, "rotary_emb": 0, "norm": 1}
+    indices |= {f"layers.{layer}": layer // 2 for layer in range(4)}
+    device_map = {f"model.{name}": f"sim:{index}" for name, index in indices.items()}
     device_map["lm_head"] = "sim:1"
     model = accelerate.dispatch_model(other.loaded.model, device_map, main_device="sim:0")
     spread = replace(other, loaded=replace(other.loaded, model=model, device=DEVICE))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -63,7 +64,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is installed, on which device, and what was checked."""
+    """An installation, its device, and the findings of its checks."""
 
     device: dict[str, str]
     free_bytes: int
@@ -96,16 +97,16 @@ def diagnose(device: str, advance: Callable[[int], None] = lambda checks: None) 
     Raises:
         ModelError: There is no such device.
     """
-    place, start = find_device(device), time.perf_counter()
+    target, start = find_device(device), time.perf_counter()
     findings = []
     with TemporaryDirectory() as folder:
         _save_model(Path(folder))
-        for name, check in _checks(Path(folder), place):
+        for name, check in _checks(Path(folder), target):
             findings.append(_run(name, check))
             advance(1)
     return Diagnosis(
-        device=describe(place),
-        free_bytes=free_memory(place),
+        device=describe(target),
+        free_bytes=free_memory(target),
         float32_precision=torch.get_float32_matmul_precision(),
         machine=machine(),
         versions={**package_versions(), **runtime_versions()},
@@ -118,7 +119,7 @@ CHECKS = len(FEATURES) + 4
 """How many checks there are."""
 
 
-def _checks(folder: Path, place: torch.device) -> Iterator[tuple[str, Callable[[], float | str]]]:
+def _checks(folder: Path, target: torch.device) -> Iterator[tuple[str, Callable[[], float | str]]]:
     """List the checks by name; each returns a difference, or why it is left out."""
     source = find_model(str(folder))
 
@@ -126,7 +127,7 @@ def _checks(folder: Path, place: torch.device) -> Iterator[tuple[str, Callable[[
         loaded = load_model(source, "float32", device, **settings)
         return Engine(loaded, MAX_LENGTH, memory=2**28)
 
-    cpu, engine = load("cpu"), load(str(place))
+    cpu, on_device = load("cpu"), cache(partial(load, str(target)))
     layer = max(map(weight_bytes, cpu.loaded.layers))
     room = weight_bytes(cpu.loaded.model) - (len(cpu.loaded.layers) - 2) * layer
 
@@ -134,19 +135,19 @@ def _checks(folder: Path, place: torch.device) -> Iterator[tuple[str, Callable[[
         return largest_difference(score(other, LAYERS), score(cpu, LAYERS))
 
     for name, feature in FEATURES.items():
-        yield name, lambda: largest_difference(feature(engine), feature(plain(cpu)))  # noqa: B023
+        yield name, lambda: largest_difference(feature(on_device()), feature(plain(cpu)))  # noqa: B023
 
     def repeat() -> float:
-        rows = [score(engine, LAYERS) for _ in range(2)]
+        rows = [score(on_device(), LAYERS) for _ in range(2)]
         difference = largest_difference(*rows)
         if difference:
             raise ValueError(f"a row gives other figures the second time, by {difference:.1e}")
         return difference
 
     def host() -> float | str:
-        if place.type == "cpu":
+        if target.type == "cpu":
             return "on a CPU it is where layers are computed"
-        return layers_of(load(str(place), weights=room, offload="host"))
+        return layers_of(load(str(target), weights=room, offload="host"))
 
     def spread() -> float | str:
         count = len(accelerators())
@@ -154,7 +155,7 @@ def _checks(folder: Path, place: torch.device) -> Iterator[tuple[str, Callable[[
 
     yield "the same row twice", repeat
     yield "layers in the host's memory", host
-    yield "layers on disk", lambda: layers_of(load(str(place), weights=room, offload="disk"))
+    yield "layers on disk", lambda: layers_of(load(str(target), weights=room, offload="disk"))
     yield "a model spread over all devices", spread
 
 

@@ -71,7 +71,7 @@ def generate(engine: Engine) -> Any:
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     if not engine.sharing.depth:  # each on the model that is really changed
         models = [engine.without(ablation).loaded.model for ablation in ablations]
-        rows = [each.generate(ids, **settings)[0] for each in models]
+        rows = [changed.generate(ids, **settings)[0] for changed in models]
         return torch.stack(rows).tolist()
     with engine.decoding(ablations, prompt) as cache, torch.inference_mode():
         rows = model.generate(ids.repeat(len(ablations), 1), **settings, **cache)
@@ -95,7 +95,9 @@ def _score_parts(component: Component) -> Feature:
 
 
 def _score_formats(*formats: Rounded) -> Feature:
-    return partial(score, ablations=[INTACT, *(Ablation(rounded=(each,)) for each in formats)])
+    return partial(
+        score, ablations=[INTACT, *(Ablation(rounded=(rounded,)) for rounded in formats)]
+    )
 
 
 FEATURES: Mapping[str, Feature] = {
@@ -140,11 +142,11 @@ def largest_difference(figures: Any, others: Any) -> float:
             return math.inf
         pairs = zip(figures, others, strict=True)
         return max((largest_difference(one, other) for one, other in pairs), default=0.0)
-    one, other = (np.asarray(each, dtype=float) for each in (figures, others))
-    if one.shape != other.shape or (np.isnan(one) != np.isnan(other)).any():
+    first, second = (np.asarray(array, dtype=float) for array in (figures, others))
+    if first.shape != second.shape or (np.isnan(first) != np.isnan(second)).any():
         return math.inf
-    scale = np.maximum(np.maximum(np.abs(one), np.abs(other)), 1)
-    return float(np.nan_to_num(np.abs(one - other) / scale).max(initial=0))
+    scale = np.maximum(np.maximum(np.abs(first), np.abs(second)), 1)
+    return float(np.nan_to_num(np.abs(first - second) / scale).max(initial=0))
 
 
 def plain(engine: Engine) -> Engine:

@@ -159,27 +159,27 @@ def load_model(
     _refuse(source, config, quantiser)
     if source.is_shape:
         write_weights(source, hollow(source, "auto", trust_remote_code))
-    place = find_device(device)
+    target = find_device(device)
     spread = device == SPREAD and len(accelerators()) > 1
     shape = partial(hollow, source, dtype, trust_remote_code)
-    where = None if spread else resting(source, shape, place, trust_remote_code, weights, offload)
+    where = None if spread else resting(source, shape, target, trust_remote_code, weights, offload)
     placing: dict[str, Any] = {}
     if spread:
         placing = {"device_map": "auto"}
     elif quantiser:  # moved once they are there, such weights may be spoiled
-        placing = {"device_map": {"": str(place)}}
+        placing = {"device_map": {"": str(target)}}
     elif where:
         # For weights that are in no file as they are used, such as experts'.
         made = TemporaryDirectory(dir=own_folder("offloaded"))
-        placing = _mapped(where, place, offload) | {"offload_folder": made.name}
+        placing = _mapped(where, target, offload) | {"offload_folder": made.name}
     tokenizer, model = _read(source, dtype, trust_remote_code, placing)
     layers, offloaded = find_layers(model), None
     if where:
-        offloaded = take_over(model, layers, place, made)
+        offloaded = take_over(model, layers, target, made)
     elif spread:
-        place = model.get_input_embeddings().weight.device
+        target = model.get_input_embeddings().weight.device
     elif not quantiser:
-        model = model.to(place)
+        model = model.to(target)
     model = model.eval().requires_grad_(False)
     fingerprint = source.fingerprint()
     identity = ModelIdentity(
@@ -193,7 +193,7 @@ def load_model(
         dtype=str(model.dtype).removeprefix("torch."),
         arguments={name: str(value) for name, value in source.arguments.items()},
     )
-    return LoadedModel(model, tokenizer, layers, identity, place, offloaded)
+    return LoadedModel(model, tokenizer, layers, identity, target, offloaded)
 
 
 def _refuse(source: ModelSource, config: Any, quantiser: str | None) -> None:
