@@ -1,4 +1,4 @@
-"""How large the engine's rows are on this machine: found once, and kept in the user's cache."""
+"""Sizes of rows that were fastest on this machine, kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import platform
 from dataclasses import replace
 
 import torch
+from filelock import FileLock
 
 from tracker.engine.scoring.row_size import fastest, matters
 from tracker.engine.scoring.sweep import Engine
-from tracker.ledger.cache import keep, recall
+from tracker.ledger.cache import keep, own_folder, recall
 from tracker.models.devices import describe
 
 _KIND = "rows"
@@ -27,20 +28,23 @@ def with_fastest_rows(engine: Engine) -> Engine:
     """
     if not matters(engine):
         return engine
-    config = engine.loaded.model.config.get_text_config()
+    config, device = engine.loaded.model.config.get_text_config(), engine.loaded.device
     about = (
         platform.node(),
         torch.__version__,
         torch.get_num_threads(),
-        describe(engine.loaded.device),
+        device.type,
+        describe(device).get("accelerator"),
         str(engine.loaded.model.dtype),
         engine.class_name,
         config.hidden_size,
         getattr(config, "intermediate_size", None),
     )
     key = hashlib.sha256(repr(about).encode()).hexdigest()
-    nodes = recall(_KIND, key).get("nodes")
-    if nodes is None:
-        nodes = fastest(engine)
-        keep(_KIND, key, {"nodes": nodes})
+    # Workers side by side have rows of one size, on which the last digits of answers depend.
+    with FileLock(own_folder(_KIND) / f"{key[:32]}.lock"):
+        nodes = recall(_KIND, key).get("nodes")
+        if nodes is None:
+            nodes = fastest(engine)
+            keep(_KIND, key, {"nodes": nodes})
     return replace(engine, row_tokens=int(nodes))
