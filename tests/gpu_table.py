@@ -111,13 +111,13 @@ def timed(model: str, benchmark: str, dtype: str, limit: str) -> Any:
     """Time one benchmark, and print a row of the table."""
     options = ["--model", model, "--benchmark", benchmark, "--dtype", dtype, "--limit", limit]
     bench = json.loads(run(TRACKER, "bench", *options, *DATA, "--json"))
-    seconds, ratio = bench["engine_seconds"], bench["ratio"]
+    seconds, plain = bench["engine_seconds"], bench["loops"].get("lm-eval")
     share = bench["engine_gflops"] / bench["matrix_gflops"]
-    loop = "–" if ratio is None else f"{bench['loop_seconds']:.0f} s"
+    loop = "–" if plain is None else f"{plain['seconds']:.0f} s"
+    ratio = "–" if plain is None else f"{plain['ratio']:.1f}"
     say(
         f"| {benchmark}, {bench['documents']} documents | {dtype} | {seconds:.0f} s | "
-        f"{bench['documents'] / seconds:.2f} | {bench['check_seconds']:.0f} s | {loop} | "
-        f"{'–' if ratio is None else f'{ratio:.1f}'} | "
+        f"{bench['documents'] / seconds:.2f} | {bench['check_seconds']:.0f} s | {loop} | {ratio} | "
         f"{bench['engine_gflops']:,.0f} GFLOP/s, {share:.0%} of a matrix product's | "
         f"{bench['engine_peak_gib']:.1f} GiB |"
     )

@@ -79,7 +79,7 @@ def test_each_field_says_what_it_is() -> None:
         ("run", {*KEYS, *ASKED, "executor", "slurm", *RUNNING}),
         (
             "bench",
-            {*KEYS, *ASKED, "components", "checking", "offload", "as_json", *MACHINE}
+            {*KEYS, *ASKED, "components", "against", "checking", "offload", "as_json", *MACHINE}
             - {"component"},
         ),
         ("plan", {*KEYS, *SEARCHED, *ASKED, "gflops", "results", "trust_remote_code"}),

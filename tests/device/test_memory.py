@@ -155,6 +155,7 @@ def test_what_torch_keeps_for_later_is_free(engines):
 def test_devices_are_found_by_torch(monkeypatch):
     assert devices.default_device() == find_device("auto") == find_device("sim") == DEVICE
     assert devices.accelerators() == [DEVICE, torch.device("sim:1")]
+    assert devices.total_memory(DEVICE) == counters.mem_get_info(0)[1]
     described = {"device": "sim:1", "accelerator": "simulated"}
     assert devices.describe(torch.device("sim:1")) == described
     assert devices.visible_variable() == "SIM_VISIBLE_DEVICES"

@@ -113,6 +113,24 @@ def test_lm_eval_costs_what_was_said() -> None:
     assert said.naive_flops == pytest.approx(flops, rel=0.005)
 
 
+def test_vllm_costs_what_was_said() -> None:
+    """Each request by itself, with its last token, as long as a token more could be generated."""
+    model = tiny_model("llama_eager")
+    documents = [*make_documents(3), asking((range(90), range(60, 75)), index=3)]
+    whole = single_layers((0, 1, 2, 3))
+    planned = cost(model, documents, whole, MAX_LENGTH)
+    passes = 0
+    for ablation in whole:
+        without = engine_of(model).without(ablation).loaded.model
+        with counted(without) as operations:
+            for document in documents:
+                for request in document.requests:
+                    text = (*request.context, *request.continuation)[-(MAX_LENGTH - 1) :]
+                    without(torch.tensor([text]), use_cache=False)
+        passes += operations["sublayers"]
+    assert planned.vllm_layer_passes == passes / 2 > planned.naive_layer_passes
+
+
 def test_a_sublayer_alone_costs_lm_eval_the_other_half_of_its_layer() -> None:
     model, documents = tiny_model("llama"), [asking(((1, 2, 3), (4,)))]
 
@@ -143,6 +161,7 @@ def test_a_text_of_three_tokens_by_hand() -> None:
     """And the answer, which is read for the proxies alone."""
     said = cost(tiny_model("llama"), [asking(((1, 2, 3), (4,)))], [INTACT], MAX_LENGTH)
     assert (said.tokens, said.layer_passes, said.naive_tokens) == (4, 16, 3)
+    assert said.vllm_layer_passes == 16
     attention, mlp, head = 3 * 32 * 32, 3 * 32 * 48, 97 * 32
     assert said.flops == 4 * 4 * (2 * attention + 4 * 4 * 32 + 2 * mlp) + 2 * head
     assert said.naive_flops == 3 * (4 * (2 * attention + 4 * 3 * 32 + 2 * mlp) + 2 * head)

@@ -137,7 +137,7 @@ OPTIONS = {
     "check": ["--against", "--results"],
     "bench": [
         *("--model", "--benchmark", "--dtype", "--num_fewshot", "--limit", "--data", "--component"),
-        *("--device", "--memory", "--json"),
+        *("--device", "--memory", "--against", "--json"),
     ],
 }
 RIGHT = {
@@ -153,6 +153,7 @@ RIGHT = {
     "--component": "mlp",
     "--removed": "[3]",
     "--memory": "1GiB",
+    "--against": "vllm",
     "--output": "out.md",
     "--metric": "acc",
     "--set": "limit=2",

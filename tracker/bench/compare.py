@@ -1,20 +1,19 @@
-"""Measuring the engine against the lm-eval loop, side by side in one process."""
+"""Time the engine against evaluating each ablation on its own, on the same documents."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from tracker.bench.loops import Loop, LoopTiming, timed
+from tracker.bench.vllm import open_vllm, refuse_vllm
 from tracker.core.ablations import Ablation, ablations_of
 from tracker.core.config import ONE_EACH, CellRequest
 from tracker.core.errors import BenchmarkError
-from tracker.core.grouping import grouped
 from tracker.core.model_parts import with_all_parts
 from tracker.core.provenance import machine, package_versions
 from tracker.measuring.job import Options
@@ -23,17 +22,13 @@ from tracker.models.sources import find_model, parts_of
 
 if TYPE_CHECKING:
     from tracker.core.documents import Document
-    from tracker.engine.scoring.sweep import DocumentScores, Engine
+    from tracker.engine.scoring.sweep import Engine
     from tracker.models.load import LoadedModel
 
-T = TypeVar("T")
 _RESET = Path("/proc/self/clear_refs")
 BATCH_SIZES = (1, 4, 8, 16, 32)
 TRIED_DOCUMENTS = 40
 """Documents on which the batch sizes are tried."""
-MEASURED = 4
-"""Ablations of each component that the lm-eval loop really runs; the others cost what these cost on
-average."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +43,10 @@ class Bench:
         offloaded_bytes: Bytes of the layers that rest elsewhere; 0 where all are in place.
         read_bytes: Bytes of them that were brought in while the engine ran.
         waiting_share: Part of `engine_seconds` that was spent waiting for them.
-        loop_seconds: lm-eval once per ablation, extrapolated from the evaluations that were run;
-            None, as all figures of it, where weights rest elsewhere: each of its calls would read
-            all of them.
-        loop_evaluations: Ablation → seconds of lm-eval.
-        loop_batch_size: The fastest of `BATCH_SIZES` on some documents.
-        ratio: `loop_seconds / engine_seconds`.
-        largest_difference: Of a log-likelihood between the two, in nats.
-        greedy_disagreements: Requests whose greedy flags differ.
-        requests_compared: Requests behind both.
+        loops: Name of a loop → its timing; none where weights are offloaded, since each call of a
+            loop would read all of them.
+        layer_passes: Tokens times the layers that each passes in the engine.
+        times_the_passes: Program → how many times as many it needs, as `Cost.times_the_passes`.
         sharing: What the engine shared.
         engine_gflops: Floating-point operations per second that the engine reached, in 1e9.
         matrix_gflops: The same of a plain matrix product in this process.
@@ -73,13 +63,9 @@ class Bench:
     offloaded_bytes: int
     read_bytes: int
     waiting_share: float
-    loop_seconds: float | None
-    loop_evaluations: dict[str, float]
-    loop_batch_size: int | None
-    ratio: float | None
-    largest_difference: float | None
-    greedy_disagreements: int | None
-    requests_compared: int
+    loops: dict[str, LoopTiming]
+    layer_passes: float
+    times_the_passes: dict[str, float]
     sharing: str
     engine_gflops: float
     matrix_gflops: float
@@ -89,7 +75,6 @@ class Bench:
 
     def text(self) -> str:
         """Put the figures into words."""
-        evaluations = ", ".join(f"{k} {v:.1f} s" for k, v in self.loop_evaluations.items())
         part = 100 * self.engine_gflops / self.matrix_gflops
         outside = self.outside_share
         spent = "" if outside is None else f"; {100 * outside:.1f} % outside the model"
@@ -105,22 +90,16 @@ class Bench:
                 f"{self.read_bytes / 1e9:.1f} GB were read; {100 * self.waiting_share:.1f} % of "
                 "the time waited for them"
             )
-        if self.loop_seconds is not None:
-            lines.append(
-                f"lm-eval loop  {self.loop_seconds:8.1f} s   (extrapolated, batch "
-                f"{self.loop_batch_size}; measured: {evaluations})"
-            )
-            lines.append(f"ratio         {self.ratio:8.1f}")
+        lines += [loop.text(name) for name, loop in self.loops.items()]
+        times = ", ".join(f"{name} {ratio:.1f}" for name, ratio in self.times_the_passes.items())
+        lines.append(
+            f"layer passes  {self.layer_passes:8,.0f}     (counted; times as many: {times})"
+        )
         lines.append(
             f"rate          {self.engine_gflops:8.0f} GFLOP/s, {part:.0f} % of "
             f"{self.matrix_gflops:.0f} in a matrix product"
         )
         lines.append(f"peak memory   {self.engine_peak_gib:8.1f} GiB")
-        if self.largest_difference is not None:
-            lines.append(
-                f"agreement     largest log-likelihood difference {self.largest_difference:.1e} "
-                f"nats, {self.greedy_disagreements} of {self.requests_compared} greedy flags differ"
-            )
         return "\n".join(lines)
 
 
@@ -131,26 +110,6 @@ class Prepared:
     engine: Engine
     documents: Sequence[Document]
     title: str
-
-
-def plainly(
-    engine: Engine, ablation: Ablation, batch_size: int, documents: Sequence[Document]
-) -> tuple[float, list[tuple[float, bool]]]:
-    """Let lm-eval score documents with an ablation's layers really taken out.
-
-    Seconds, and the answers to all requests in order.
-    """
-    from tracker.benchmarks.encoder import score_with_lm_eval
-
-    pruned = engine.without(ablation).loaded
-    return timed(lambda: score_with_lm_eval(pruned.model, pruned.tokenizer, documents, batch_size))
-
-
-def timed(work: Callable[[], T]) -> tuple[float, T]:
-    """Measure how many seconds some work takes; they, and what it returns."""
-    start = time.perf_counter()
-    done = work()
-    return time.perf_counter() - start, done
 
 
 def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepared:
@@ -181,28 +140,43 @@ def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepa
 
 
 def bench(
-    request: CellRequest, options: Options, progress: Progress, checking: bool = True
+    request: CellRequest,
+    options: Options,
+    progress: Progress,
+    checking: bool = True,
+    against: str | None = None,
 ) -> Bench:
-    """Run the engine and the lm-eval loop in turn on the same documents.
+    """Run the engine and loops over ablations in turn on the same documents.
 
     Args:
         request: The documents. Of its runs only the components count: all layers are removed.
         options: Where the model runs.
         progress: Told what happens.
         checking: Whether the self-check runs too; without it, all is shared unchecked.
+        against: One of `COMPETITORS` that is timed besides lm-eval's Hugging Face model.
 
     Returns:
-        What both took, and whether their numbers agree.
+        What all took, and whether their numbers agree.
 
     Raises:
-        RequestError: Something does not exist.
+        RequestError: Something does not exist, or the competitor does not run here.
     """
     from tracker.engine.plan import cost, matrix_rate
     from tracker.engine.selfcheck.check import check
 
+    if against is not None:
+        refuse_vllm(request)
     ready = prepare(request, options, progress)
     documents, loaded = ready.documents, ready.engine.loaded
     ablations = _every_layer(request, loaded)
+
+    loops: list[Loop] = []
+    if against is not None:
+        progress.say(f"{against}: loading {request.model}")
+        with open_vllm(request, options, ready.engine, documents) as vllm:
+            vllm.evaluate(ablations[0], documents[:TRIED_DOCUMENTS])  # to warm up
+            vllm.run(documents, ablations, progress)
+        loops.append(vllm)
 
     check_seconds, engine = None, ready.engine
     if checking:
@@ -211,12 +185,11 @@ def bench(
         engine = checked.engine
 
     weights = loaded.offloaded
-    batch_size = None
     if weights is None:
         progress.say("lm-eval: trying batch sizes on the baseline")
         few = documents[:TRIED_DOCUMENTS]
-        tried = {size: plainly(engine, ablations[0], size, few)[0] for size in BATCH_SIZES}
-        batch_size = min(tried, key=tried.__getitem__)
+        trials = [huggingface_loop(engine, size) for size in BATCH_SIZES]
+        loops.append(min(trials, key=lambda loop: loop.evaluate(ablations[0], few)[0]))
 
     responses = sum(len(document.requests) for document in documents) * len(ablations)
     progress.start(f"{request.benchmark}: engine", responses)
@@ -228,10 +201,8 @@ def bench(
     progress.finish()
     after = (weights.read_bytes, weights.waited) if weights else (0, 0.0)
 
-    loop = None
-    if batch_size is not None:
-        loop = _loop(engine, documents, ablations, scores, batch_size, progress)
-    loop_seconds = None if loop is None else loop.extrapolated(len(ablations))
+    if weights is None:
+        loops[-1].run(documents, ablations, progress)
     work = cost(loaded.model, documents, ablations, engine.max_length)
     return Bench(
         benchmark=ready.title,
@@ -244,13 +215,9 @@ def bench(
         offloaded_bytes=weights.bytes if weights else 0,
         read_bytes=after[0] - before[0],
         waiting_share=(after[1] - before[1]) / engine_seconds,
-        loop_seconds=loop_seconds,
-        loop_evaluations=loop.seconds if loop else {},
-        loop_batch_size=batch_size,
-        ratio=None if loop_seconds is None else loop_seconds / engine_seconds,
-        largest_difference=max(loop.differences, default=None) if loop else None,
-        greedy_disagreements=loop.disagreements if loop else None,
-        requests_compared=len(loop.differences) if loop else 0,
+        loops={loop.name: loop.timing(ablations, scores, engine_seconds) for loop in loops},
+        layer_passes=work.layer_passes,
+        times_the_passes=work.times_the_passes,
         sharing=str(engine.sharing),
         engine_gflops=work.flops / engine_seconds / 1e9,
         matrix_gflops=matrix_rate(loaded.model.dtype, loaded.device) / 1e9,
@@ -269,56 +236,15 @@ def _every_layer(request: CellRequest, loaded: LoadedModel) -> list[Ablation]:
     return ablations_of(asked, loaded.identity.layers)
 
 
-@dataclass(frozen=True)
-class _Loop:
-    """What some evaluations of lm-eval took, the baseline's first, and how far they are from ours.
+def huggingface_loop(engine: Engine, batch_size: int) -> Loop:
+    """Evaluate with lm-eval's Hugging Face model around really pruned copies of the model."""
+    from tracker.benchmarks.encoder import huggingface_model
 
-    Attributes:
-        seconds: By ablation.
-        differences: Of log-likelihoods, a request, in nats.
-        disagreements: How many requests are greedy in one of both alone.
-    """
+    def without(ablation: Ablation) -> Any:
+        pruned = engine.without(ablation).loaded
+        return huggingface_model(pruned.model, pruned.tokenizer, batch_size)
 
-    seconds: dict[str, float]
-    differences: list[float]
-    disagreements: int
-
-    def extrapolated(self, ablations: int) -> float:
-        """Seconds of so many evaluations; a model of one layer has nothing to remove."""
-        baseline, *removed = self.seconds.values()
-        return baseline + (ablations - 1) * statistics.mean(removed or [0.0])
-
-
-def _loop(
-    engine: Engine,
-    documents: Sequence[Document],
-    ablations: Sequence[Ablation],
-    scores: Sequence[DocumentScores],
-    batch_size: int,
-    progress: Progress,
-) -> _Loop:
-    """Let lm-eval score the baseline and some ablations, and compare every answer."""
-    seconds: dict[str, float] = {}
-    differences: list[float] = []
-    disagreements = 0
-    for ablation in (ablations[0], *_measured(ablations)):
-        progress.say(f"lm-eval: {ablation.name}")
-        seconds[ablation.name], theirs = plainly(engine, ablation, batch_size, documents)
-        number = ablations.index(ablation)
-        ours = [response for score in scores for response in score.responses[number]]
-        for response, (loglikelihood, greedy) in zip(ours, theirs, strict=True):
-            differences.append(abs(response.loglikelihood - loglikelihood))
-            disagreements += response.greedy != greedy
-    return _Loop(seconds, differences, disagreements)
-
-
-def _measured(ablations: Sequence[Ablation]) -> list[Ablation]:
-    """Choose evenly spaced ablations of each component, the first and last among them."""
-    found = []
-    for some in grouped(ablations[1:], lambda each: each.name.partition(":")[0]).values():
-        chosen = {round(i * (len(some) - 1) / (MEASURED - 1)) for i in range(MEASURED)}
-        found += [some[place] for place in sorted(chosen)]
-    return found
+    return Loop("lm-eval", f"batch {batch_size}", without)
 
 
 @contextmanager

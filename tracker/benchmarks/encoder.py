@@ -21,21 +21,29 @@ from tracker.core.provenance import content_hash
 _QUESTION = "Question: What are 19 + 23?\nAnswer:"
 
 
-def score_with_lm_eval(
-    model: Any, tokenizer: Any, documents: Sequence[Document], batch_size: int
-) -> list[tuple[float, bool]]:
-    """Score documents once, as `lm_eval` does, with its grouping of one-token continuations on.
+def huggingface_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """Return lm-eval's own Hugging Face model, untouched, around a model that may be pruned."""
+    return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
 
-    The model may be pruned. Log-likelihood and greedy flag of all requests of all documents, in
-    order.
+
+def vllm_class() -> Any:
+    """Import lm-eval's vLLM model, which imports vLLM."""
+    from lm_eval.models.vllm_causallms import VLLM
+
+    return VLLM
+
+
+def score_with_lm_eval(model: Any, documents: Sequence[Document]) -> list[tuple[float, bool]]:
+    """Score documents once with a model of lm-eval's, as `lm_eval` does.
+
+    Log-likelihood and greedy flag of all requests of all documents, in order.
     """
-    plain = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     requests = [
         (None, list(request.context), list(request.continuation))
         for document in documents
         for request in document.requests
     ]
-    answers: list[tuple[float, bool]] = plain._loglikelihood_tokens(requests, disable_tqdm=True)
+    answers: list[tuple[float, bool]] = model._loglikelihood_tokens(requests, disable_tqdm=True)
     return answers
 
 

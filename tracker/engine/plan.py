@@ -44,6 +44,9 @@ class Cost:
             continuations once, padding not counted).
         naive_layer_passes: The same for lm-eval once per ablation.
         naive_flops: The same.
+        vllm_layer_passes: The same as `naive_layer_passes` for lm-eval's vLLM model, which reads
+            the whole text of each request: vLLM reuses no prefix where it is asked for the
+            log-probabilities of prompts.
         check_layer_passes: Tokens times layers of the self-check on the model itself.
         peak_bytes: Weights, the widest activations and the logits of a chunk.
     """
@@ -56,8 +59,15 @@ class Cost:
     naive_tokens: int
     naive_layer_passes: float
     naive_flops: float
+    vllm_layer_passes: float
     check_layer_passes: float
     peak_bytes: int
+
+    @property
+    def times_the_passes(self) -> dict[str, float]:
+        """Return how many times the engine's layer passes lm-eval's models need, by program."""
+        plain = {"lm-eval": self.naive_layer_passes, "vllm": self.vllm_layer_passes}
+        return {name: passes / self.layer_passes for name, passes in plain.items()}
 
 
 @dataclass(frozen=True)
@@ -174,6 +184,10 @@ def cost(
     found = reading(model, documents, max_length, row_tokens)
     tied = any(each.ends for each in ablations) and find_ends(model).tied
     plan = plan_streams(ablations, found.layers, tied)
+    plain = sum(plain_passes(ablations, found.layers)) / 2
+    # vLLM keeps room for a token that it generates.
+    texts = [r.context + r.continuation for document in documents for r in document.requests]
+    whole = sum(min(len(text), max_length - 1) for text in texts)
     size = int(model.dtype.itemsize)
     activations = plan.streams * found.widest * stream_bytes(model)
     return Cost(
@@ -183,8 +197,9 @@ def cost(
         layer_passes=found.tokens * plan.layer_passes,
         flops=found.flops(plan),
         naive_tokens=found.naive_tokens,
-        naive_layer_passes=found.naive_tokens * sum(plain_passes(ablations, found.layers)) / 2,
+        naive_layer_passes=found.naive_tokens * plain,
         naive_flops=found.naive_flops(ablations),
+        vllm_layer_passes=whole * plain,
         check_layer_passes=float(found.layers * plain_tokens(documents, ablations, max_length)),
         peak_bytes=size * model.num_parameters() + activations + 2 * LOGITS_BYTES,
     )

@@ -94,6 +94,13 @@ def free_memory(device: torch.device) -> int:
     return int(module.mem_get_info(device)[0] + unused)
 
 
+def total_memory(device: torch.device) -> int:
+    """Return how many bytes a device has."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().total)
+    return int(_module(device).mem_get_info(device)[1])
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes that this process has taken on a device at a time."""
     if device.type == "cpu":
