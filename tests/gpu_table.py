@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -79,12 +80,13 @@ def diagnosed() -> Any:
     """Print the doctor's table; its figures."""
     from tracker.bench.doctor import diagnose
     from tracker.cli.printing import print_diagnosis
+    from tracker.measuring.progress import Progress
 
-    diagnosis = diagnose("auto")
+    diagnosis = diagnose("auto", Progress())
     print_diagnosis(diagnosis)
     if diagnosis.failures:
         say("FAILED: doctor")
-    return diagnosis.to_dict()
+    return asdict(diagnosis)
 
 
 def compare_workers() -> str:

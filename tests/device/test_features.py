@@ -10,6 +10,7 @@ import torch
 from tests.engine.families import FAMILIES
 from tests.engine.plain import make_documents
 from tracker.bench.features import FEATURES, LAYERS, Feature, largest_difference
+from tracker.core.ablations import INTACT
 from tracker.core.errors import CellError
 from tracker.engine.observers.divergence import output_proxies
 from tracker.engine.refusal import RefusalError
@@ -51,7 +52,7 @@ def test_less_sharing(engines, sharing):
 
 
 def test_the_self_check(engines):
-    checks = [check(engine, make_documents(3), LAYERS) for engine in engines("llama")]
+    checks = [check(engine, make_documents(3), [INTACT, *LAYERS]) for engine in engines("llama")]
     assert len({(c.difference, str(c.engine.sharing), c.lost) for c in checks}) == 1
 
 

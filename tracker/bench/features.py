@@ -21,13 +21,12 @@ from tracker.engine.observers.perturbation_growth import perturbation_growth
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
 from tracker.engine.observers.span_similarity import span_similarity
 from tracker.engine.scoring.row_size import make_documents
-from tracker.engine.scoring.sharing import PLAIN
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.linear_maps import linear_maps
 
 Feature = Callable[[Engine], Any]
 """Computes figures; equal ones of any engine of a model with four layers or more."""
-LAYERS = [INTACT, *(Ablation((layer,)) for layer in range(4)), Ablation((1, 2))]
+LAYERS = [*(Ablation((layer,)) for layer in range(4)), Ablation((1, 2))]
 SUBLAYERS = [ablate(kind, [layer]) for kind in ("attention", "mlp") for layer in (0, 2)]
 
 
@@ -36,18 +35,17 @@ def documents_for(engine: Engine, beginning: int = 0) -> list[Document]:
     vocabulary = engine.loaded.model.config.get_text_config().vocab_size
     documents = make_documents(vocabulary, 3, tokens=24, longest=3)
     common = tuple(number % vocabulary for number in range(7, 7 + beginning))
-    return [
-        replace(
-            document,
-            requests=tuple(replace(r, context=common + r.context) for r in document.requests),
-        )
-        for document in documents
-    ]
+
+    def begin(document: Document) -> Document:
+        requests = (replace(r, context=common + r.context) for r in document.requests)
+        return replace(document, requests=tuple(requests))
+
+    return [begin(document) for document in documents]
 
 
 def score(engine: Engine, ablations: Sequence[Ablation], beginning: int = 0) -> Any:
-    """Score documents under ablations: responses, and sums of the proxies."""
-    scores = engine.score(documents_for(engine, beginning), ablations)
+    """Score documents under ablations and without: responses, and sums of the proxies."""
+    scores = engine.score(documents_for(engine, beginning), [INTACT, *ablations])
     figures = [(r.loglikelihood, r.hits) for s in scores for row in s.responses for r in row]
     return figures, [s.proxy_sums for s in scores]
 
@@ -59,13 +57,13 @@ def score_fitted(engine: Engine) -> Any:
     replacements = fitting.fit(parts, texts, {1, 2}, linear=True)
     interventions: list[Intervention] = ["mean", "scale", "linear"]
     ablations = [Ablation(replaced=((i, layer),)) for i in interventions for layer in (1, 2)]
-    return score(replace(engine, stand_ins=replacements), [INTACT, *ablations])
+    return score(replace(engine, stand_ins=replacements), ablations)
 
 
 def generate(engine: Engine) -> Any:
     """Continue a prompt greedily under ablations."""
     prompt = [5, 9, 23, 7, 80, 41, 3, 11]
-    ablations = [*LAYERS, *SUBLAYERS]
+    ablations = [INTACT, *LAYERS, *SUBLAYERS]
     model = engine.loaded.model
     ids = torch.tensor([prompt], device=engine.loaded.device)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -78,53 +76,45 @@ def generate(engine: Engine) -> Any:
     return rows.tolist()
 
 
-def _observe(observer: Callable[..., Any], *arguments: Any) -> Feature:
-    return lambda engine: observer(engine, documents_for(engine)[0], *arguments)
-
-
-def _observe_maps(engine: Engine) -> Any:
+def observe_maps(engine: Engine) -> Any:
     """Observe two linear maps in a format: errors of weights, and of outputs."""
     paths = [*linear_maps(engine.loaded.layers[1], "layer 1")]
     maps = [Rounded("int8", 1, path) for path in (paths[0], paths[-1])]
     return weight_errors(engine, maps), rounding_errors(engine, documents_for(engine)[0], maps)
 
 
-def _score_parts(component: Component) -> Feature:
-    parts = [Part(component, layer, number) for layer in (1, 3) for number in (0, 1)]
-    return partial(score, ablations=[INTACT, *(Ablation(parts=(part,)) for part in parts)])
+def _parts(component: Component) -> list[Ablation]:
+    return [Ablation(parts=(Part(component, n, part),)) for n in (1, 3) for part in (0, 1)]
 
 
-def _score_formats(*formats: Rounded) -> Feature:
-    return partial(
-        score, ablations=[INTACT, *(Ablation(rounded=(rounded,)) for rounded in formats)]
-    )
+def _observe(observer: Callable[..., Any], *arguments: Any) -> Feature:
+    return lambda engine: observer(engine, documents_for(engine)[0], *arguments)
 
 
+SWEEPS: Mapping[str, Sequence[Ablation]] = {
+    "layers": LAYERS,
+    "attention and MLP": [*SUBLAYERS, Ablation((2,), attention=(0,), mlp=(3,))],
+    "heads": _parts("head"),
+    "experts": _parts("expert"),
+    "shared experts": [Ablation(shared=(layer,)) for layer in (1, 3)],
+    "weight formats": [Ablation(rounded=(Rounded(f, 2),)) for f in ("int8", "int4_row", "fp8")],
+    "formats of embedding and head": [
+        Ablation(rounded=(Rounded("int4_row", 0, name),)) for name in ("embedding", "lm_head")
+    ],
+    "repeated layers": [Ablation(repeated=(each,)) for each in (Stretch(1, 3), Stretch(2, 2))],
+}
+"""What is removed, besides the baseline, by name."""
 FEATURES: Mapping[str, Feature] = {
-    "layers": partial(score, ablations=LAYERS),
+    **{name: partial(score, ablations=ablations) for name, ablations in SWEEPS.items()},
     "layers after a common beginning": partial(score, ablations=LAYERS, beginning=60),
-    "attention and MLP": partial(
-        score, ablations=[INTACT, *SUBLAYERS, Ablation((2,), attention=(0,), mlp=(3,))]
-    ),
-    "heads": _score_parts("head"),
-    "experts": _score_parts("expert"),
-    "shared experts": partial(score, ablations=[INTACT, *(Ablation(shared=(n,)) for n in (1, 3))]),
-    "weight formats": _score_formats(*(Rounded(name, 2) for name in ("int8", "int4_row", "fp8"))),
-    "formats of embedding and head": _score_formats(
-        *(Rounded("int4_row", 0, name) for name in ("embedding", "lm_head"))
-    ),
-    "repeated layers": partial(
-        score,
-        ablations=[INTACT, *(Ablation(repeated=(s,)) for s in (Stretch(1, 3), Stretch(2, 2)))],
-    ),
     "fitted replacements": score_fitted,
     "generation": generate,
     "output proxies": _observe(output_proxies),
-    "divergences": _observe(divergences, LAYERS[1:3]),
+    "divergences": _observe(divergences, LAYERS[:2]),
     "perturbation growth": _observe(perturbation_growth, 2),
     "span similarity": _observe(span_similarity),
-    "expert load": _observe(expert_load, [Part("expert", 1, number) for number in (0, 1)]),
-    "rounding errors": _observe_maps,
+    "expert load": _observe(expert_load, [part.parts[0] for part in _parts("expert")[:2]]),
+    "rounding errors": observe_maps,
 }
 
 
@@ -134,21 +124,14 @@ def largest_difference(figures: Any, others: Any) -> float:
     It is infinite where something is undefined, or of another shape, in one of them alone.
     """
     if isinstance(figures, Mapping):
-        if figures.keys() != others.keys():
-            return math.inf
-        return largest_difference([*figures.values()], [*others.values()])
+        same = figures.keys() == others.keys()
+        return largest_difference([*figures.values()], [*others.values()]) if same else math.inf
     if isinstance(figures, list | tuple):
         if len(figures) != len(others):
             return math.inf
-        pairs = zip(figures, others, strict=True)
-        return max((largest_difference(one, other) for one, other in pairs), default=0.0)
+        return max(map(largest_difference, figures, others), default=0.0)
     first, second = (np.asarray(array, dtype=float) for array in (figures, others))
     if first.shape != second.shape or (np.isnan(first) != np.isnan(second)).any():
         return math.inf
     scale = np.maximum(np.maximum(np.abs(first), np.abs(second)), 1)
     return float(np.nan_to_num(np.abs(first - second) / scale).max(initial=0))
-
-
-def plain(engine: Engine) -> Engine:
-    """Return an engine that changes the model for each ablation, and shares nothing."""
-    return engine.with_sharing(PLAIN)

@@ -261,16 +261,11 @@ def doctor(device: str, as_json: bool) -> None:
       tracker doctor --json > doctor.json     to attach to an issue
     """
     begin()
-    from tracker.bench.doctor import CHECKS, diagnose
+    from tracker.bench.doctor import diagnose
 
-    progress = Show(error=True)
-    progress.start("checking", CHECKS, "checks")
-    try:
-        diagnosis = diagnose(device, progress.advance)
-    finally:
-        progress.finish()
+    diagnosis = diagnose(device, Show(error=True))
     if as_json:
-        say(json.dumps(diagnosis.to_dict(), indent=2))
+        say(json.dumps(asdict(diagnosis), indent=2))
     else:
         print_diagnosis(diagnosis)
     sys.exit(1 if diagnosis.failures else 0)

@@ -46,10 +46,14 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     say(f"versions  {versions}")
     say(f"float32   precision of matrix products: {diagnosis.float32_precision}")
     say()
+
+    def difference(finding: Finding) -> str:
+        return DASH if finding.difference is None else f"{finding.difference:.1g}"
+
     columns: list[Column[Finding]] = [
         Column("check", "text", lambda finding: finding.name),
-        Column("largest difference", "text", _written_difference),
-        Column("result", "text", _written_result),
+        Column("largest difference", "text", difference),
+        Column("result", "text", lambda f: f"FAILED: {f.error}" if f.error else "ok"),
     ]
     print_table(table("", columns, diagnosis.findings))
     say()
@@ -59,17 +63,6 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
         say(f"{failed} of {checks} failed {took}. Do not trust figures from {device}.")
     else:
         say(f"{checks} {took}: this installation computes the right numbers on {device}.")
-
-
-def _written_difference(finding: Finding) -> str:
-    difference = finding.difference
-    return DASH if difference is None else f"{difference:.1e}" if difference else "0"
-
-
-def _written_result(finding: Finding) -> str:
-    if finding.error:
-        return f"FAILED: {finding.error}"
-    return f"left out: {finding.skipped}" if finding.skipped else "ok"
 
 
 def print_cell(
