@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.engine.families import FAMILIES
-from tests.engine.plain import make_documents
+from tests.engine.plain import Memory, make_documents
 from tracker.bench.features import FEATURES, LAYERS, Feature, largest_difference
 from tracker.core.ablations import INTACT
 from tracker.core.errors import CellError
@@ -54,6 +54,15 @@ def test_less_sharing(engines, sharing):
 def test_the_self_check(engines):
     checks = [check(engine, make_documents(3), [INTACT, *LAYERS]) for engine in engines("llama")]
     assert len({(c.difference, str(c.engine.sharing), c.lost) for c in checks}) == 1
+
+
+def test_what_one_device_has_confirmed_another_confirms_itself(engines):
+    """The architecture is checked on the CPU for both."""
+    verdicts = Memory()
+    for engine in (*engines("llama"), *engines("llama")):
+        check(engine, make_documents(3), LAYERS, verdicts)
+    kinds = sorted("confirmed" in verdict for verdict in verdicts.values())
+    assert kinds == [False, False, True, True]
 
 
 def test_gradients(engines):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ import torch
 from tests.ablations import single_layers
 from tests.engine.families import tiny_model
 from tests.engine.plain import MAX_LENGTH, Memory, asking, engine_of, loaded, make_documents
-from tracker.core.ablations import INTACT, ablate
+from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
+from tracker.engine.scoring.prefix import SHORTEST
 from tracker.engine.scoring.rows import common_beginning, tree_rows
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
+from tracker.engine.scoring.stand_in import MadeUp
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck import check as module
 from tracker.engine.selfcheck import reference
@@ -25,6 +28,7 @@ from tracker.engine.selfcheck.check import (
     _asked,
     _confirm,
     _few,
+    _rounds,
     check,
     holds_blank,
     plain_tokens,
@@ -93,18 +97,80 @@ def test_a_verdict_is_kept_and_a_damaged_one_is_made_again(spy):
     documents, kept, engine = make_documents(3), Memory(), engine_of(shallow())
     asked = single_layers((0, 1))
     first = check(engine, documents, asked, kept)
-    # With short texts, and with texts as long as these.
-    names = ("check_miniature", "check_longer_texts")
+    assert first.engine.sharing == FULL
+    # With short texts, with texts as long as these, and by the model itself.
+    names = ("check_miniature", "check_longer_texts", "_confirm")
     made = [spy(module, name, lambda *_: True) for name in names]
-    assert check(engine, documents, asked, kept).engine.sharing == first.engine.sharing
-    assert made == [[], []]
-    for place, key in enumerate(list(kept)):
-        kept[key] = "{"
-        assert check(engine, documents, asked, kept).engine.sharing == first.engine.sharing
-        assert [len(calls) for calls in made] == [1, place]
-        assert json.loads(kept[key])["sharing"]["depth"] is True
+    assert check(engine, documents, asked, kept) == first
+    assert made == [[], [], []]
+    for place, (key, verdict) in enumerate(list(kept.items())):
+        # One of another kind is damaged too: a verdict on the architecture confirms nothing.
+        for damaged in ("{", list(kept.values())[2 * (place < 2)]):
+            kept[key] = damaged
+            assert check(engine, documents, asked, kept) == first
+            assert kept[key] == verdict
+        assert [len(calls) for calls in made] == [2 * (n <= place) for n in range(3)]
     check(engine, documents, [*asked, ablate("mlp", [1])], kept)
-    assert len(kept) == 4, "another ablation is another question"
+    assert len(kept) == 6, "another ablation is another question"
+
+
+class TestWhatTheModelHasConfirmedIsReused:
+    """By whoever measures the same model in the same way, texts that are no longer."""
+
+    @pytest.fixture
+    def asked_again(self, spy):
+        """Checks a cell of an engine; returns whether its model itself was asked."""
+        verdicts, calls = Memory(), spy(module, "_confirm", lambda *_: True)
+
+        def asked_again(engine, documents, ablations=ABLATIONS, **more):
+            calls.clear()
+            assert check(engine, documents, ablations, verdicts, **more).lost is None
+            return bool(calls)
+
+        return asked_again
+
+    def test_on_another_benchmark(self, asked_again):
+        engine = engine_of("llama", max_length=1024)
+        assert asked_again(engine, make_documents(3))
+        assert not asked_again(engine, make_documents(4, seed=1, shared=60))
+        long = asking(*((tuple(range(3, 90)) * 2, (n,)) for n in (5, 6)))
+        assert asked_again(engine, [long]), "a longer text"
+        assert not asked_again(engine, [long, *make_documents(2)])
+        assert not asked_again(engine, make_documents(2))
+
+    def test_not_of_other_weights_or_what_computes_them(self, asked_again, monkeypatch):
+        documents = make_documents(3)
+        assert asked_again(engine_of("llama"), documents)
+        assert not asked_again(engine_of("llama"), documents)
+        other = tiny_model("llama")
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+        assert asked_again(engine_of(other), documents), "other weights"
+        assert asked_again(engine_of(tiny_model("llama").bfloat16()), documents), "another dtype"
+        eager = tiny_model("llama")
+        eager.set_attn_implementation("eager")
+        assert asked_again(engine_of(eager), documents), "another kernel"
+        assert asked_again(engine_of("llama", row_tokens=50), documents), "other rows"
+        assert asked_again(engine_of("llama"), documents, ABLATIONS[:3]), "other ablations"
+        monkeypatch.setattr(module, "_hardware", lambda device: "another processor")
+        assert asked_again(engine_of("llama"), documents), "another device"
+
+    def test_not_where_something_was_fitted_on_its_texts(self, asked_again):
+        documents, ablations = make_documents(3), [INTACT, Ablation(replaced=(("mean", 1),))]
+        fit = {1: MadeUp(1)}.copy
+        for _ in range(2):
+            assert asked_again(engine_of("llama"), documents, ablations, fit=lambda engine: fit())
+
+    def test_not_where_it_shared_less(self, spy):
+        """It may have been lost to the moment; a clean verdict on the miniature stays."""
+        calls, verdicts = spy(module, "_confirm", lambda *_: True), Memory()
+        model = tiny_model("llama")
+        when_masked(model, fail)
+        for _ in range(2):
+            calls.clear()
+            checked = check(engine_of(model), make_documents(3), ABLATIONS, verdicts)
+            assert checked.engine.sharing == DEPTH_ONLY
+            assert len(calls) == 3
+            assert len(verdicts) == 2
 
 
 class Recalled(Memory):
@@ -180,6 +246,20 @@ def test_what_changes_an_answer_is_lost_with_how_far(monkeypatch):
     )
     assert 1e-3 < float(nats) < 100
     assert after == " nats"
+
+
+def test_what_only_the_longest_text_shows_is_seen(monkeypatch):
+    """Was: the shortest documents alone were asked."""
+    monkeypatch.setattr(reference, "DRAWS", 1)
+    model = tiny_model("llama")
+    when_masked(
+        model, lambda output: (output[0] * (3 if output[0].shape[1] > 150 else 1), *output[1:])
+    )
+    documents = make_documents(5)
+    engine = engine_of(model, max_length=512, row_tokens=100)
+    assert check(engine, documents, ABLATIONS, Recalled()).lost is None
+    documents.append(asking(*((tuple(range(3, 93)) * 2, (n, 5)) for n in (5, 6)), index=5))
+    assert check(engine, documents, ABLATIONS, Recalled()).engine.sharing == DEPTH_ONLY
 
 
 def test_a_model_that_does_not_run_says_why():
@@ -298,29 +378,42 @@ def test_texts_that_hold_such_a_token_are_another_question():
     for last in (6, 0):
         asked = asking(((5, last), (7,)), ((5, last), (8,)))
         assert check(engine, [asked], single_layers((0,)), kept).engine.sharing == FULL
-    assert len(kept) == 4
+    assert len(kept) == 6
+
+
+def keys_of(verdict, model, row_tokens):
+    """Which verdicts on the architecture a cell recalls: on short texts, and on ones as long."""
+    check(engine_of(model, row_tokens=row_tokens), [asking(((1,), (2,)))], ABLATIONS, verdict)
+    return verdict.asked[:2]
 
 
 def test_a_verdict_holds_for_the_lengths_that_it_was_made_for():
-    verdict = Recalled()
     model = tiny_model("mistral")  # with a window, which short rows do not fill
-    few = [asking(((1,), (2,)))]
-    for row_tokens in (1, 200, 200):
-        check(engine_of(model, row_tokens=row_tokens), few, ABLATIONS, verdict)
-    # With short texts, and with texts as long as these.
-    first, second, third = verdict.asked[:2], verdict.asked[2:4], verdict.asked[4:]
+    first, second, third = (keys_of(Recalled(), model, row_tokens) for row_tokens in (1, 200, 200))
     assert not {*first} & {*second}
     assert second == third
 
 
 def test_rows_up_to_the_next_power_of_two_have_one_verdict_on_short_texts():
     """As the user's benchmarks have: each check costs a model of thirty layers seconds."""
-    verdict = Recalled()
     model = tiny_model("mistral", sliding_window=200, max_position_embeddings=256)
-    for row_tokens in (150, 240, 255):
-        check(engine_of(model, row_tokens=row_tokens), [asking(((1,), (2,)))], ABLATIONS, verdict)
-    below, beyond, reaching = verdict.asked[::2]
+    keys = (keys_of(Recalled(), model, row_tokens)[0] for row_tokens in (150, 240, 255))
+    below, beyond, reaching = keys
     assert below == beyond != reaching
+
+
+@pytest.mark.parametrize(("switches", "made"), [((), 1), (((200, False),), 3)])
+def test_what_longer_texts_have_not_shown_holds_for_shorter_ones(spy, switches, made):
+    """But where something was found, it may be beyond them."""
+    calls, verdicts = spy(module, "check_longer_texts", lambda *_: True), Memory()
+    for tokens in (348, 180, 20):
+        documents = [asking((tuple(n % 90 + 3 for n in range(tokens)), (2,)))]
+        check(engine_of(shallow(), max_length=512), documents, ABLATIONS[:3], verdicts)
+        for key, text in verdicts.items():
+            if "switches" in text:
+                verdict = replace(VERDICT.validate_json(text), switches=switches)
+                verdicts[key] = VERDICT.dump_json(verdict).decode()
+    assert len(calls) == made
 
 
 def test_a_row_reaches_as_far_as_its_beginning_and_the_longest_document():
@@ -349,30 +442,49 @@ def test_the_shortest_of_the_documents_with_most_answers_are_confirmed():
     assert [documents.index(each) for each in few] == [5, 4]
 
 
-def test_of_long_documents_every_ablation_is_asked_both_ends_and_the_baseline_all(spy):
+def test_of_long_documents_every_ablation_is_asked_both_ends_and_two_the_longest(spy):
     """Thirty plain passes over texts of a thousand tokens would be most of the check."""
     common = tuple(3 + n % 90 for n in range(130))
-    contexts = [common + tuple(3 + (index + n) % 90 for n in range(200)) for index in range(2)]
+    contexts = [
+        common + tuple(3 + (index + n) % 90 for n in range(200 + index)) for index in (0, 1)
+    ]
     documents = [
         asking(*((context, (n,)) for n in (5, 6, 7)), index=index)
         for index, context in enumerate(contexts)
     ]
     seen = spy(Engine, "score", lambda engine, *given: given)
     engine = engine_of("llama", max_length=1024)
-    found = _confirm(engine, documents, ABLATIONS)
-    assert (found.wrong, found.compared) == (None, 6 + 6 + 4)
-    (whole, alone), (short, everything) = seen
-    assert (whole, alone, everything) == (documents, [INTACT], ABLATIONS)
-    for long, cut in zip(whole, short, strict=True):
+    read = spy(Engine, "read", lambda engine, tokens: len(tokens))
+    rounds = [*_rounds(documents, ABLATIONS)]
+    comparison = _confirm(engine, Reference(engine), rounds)
+    assert (comparison.wrong, comparison.compared) == (None, 6 + 4 + 2 * 3)
+    (short, everything), (whole, two) = seen
+    assert everything == ABLATIONS
+    for long, cut in zip(documents, short, strict=True):
         for one, other in zip(long.requests, cut.requests, strict=True):
-            assert other.context == one.context[:128] + one.context[-128:]
+            assert other.context == one.context[:48] + one.context[-8:]
             assert other.continuation == one.continuation
-    assert len(common_beginning(short, 1024)) >= 128
-    assert plain_tokens(documents, ABLATIONS, 1024) == 2 * 330 + (2 + 4) * 256 + 330
+    assert len(common_beginning(short, 1024)) >= SHORTEST, "it is read apart here too"
+    assert [document.requests for document in whole] == [d.requests for d in documents[::-1]]
+    assert (len(two), two[0]) == (2, INTACT)
+    assert two[1] in ABLATIONS[1:]
+    assert sorted(read) == [56] * 6 + [331] * 2, "letters of one text are one call"
+    assert plain_tokens(documents, ABLATIONS, 1024) == sum(read) + 330 + 331
     # What is short is asked once, as it is.
-    seen.clear()
-    _confirm(engine, make_documents(2), ABLATIONS)
-    assert [(len(some), removed) for some, removed in seen] == [(2, ABLATIONS)]
+    assert len([*_rounds(make_documents(2), ABLATIONS)]) == 1
+
+
+def test_of_a_long_document_of_many_texts_one_is_asked():
+    """As those of a corpus; its continuations are cut where every ablation is asked."""
+    draw = random.Random(0)
+    windows = [tuple(draw.randrange(3, 90) for _ in range(n)) for n in (90, 95, 91, 93, 92)]
+    long = asking(*(((1,), window) for window in windows), rolling=True)
+    (short, _, _), (whole, _, answers) = _rounds([long], ABLATIONS)
+    assert {len(request.continuation) for request in short[0].requests} == {48}
+    assert [len(whole[0].requests), whole[0].requests[0]] == [4, long.requests[1]]
+    assert answers == [(0, 0, 0), (1, 0, 0)]
+    engine = engine_of("llama")
+    assert check(engine, [long], ABLATIONS[:2], Recalled()).engine.sharing == FULL
 
 
 def test_each_ablation_is_asked_one_request_and_the_baseline_six():

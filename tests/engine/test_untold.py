@@ -257,12 +257,12 @@ def test_one_text_of_more_nodes_than_the_model_has_places() -> None:
 
 
 def test_a_text_is_no_longer_than_the_cell_can_make_it() -> None:
-    """Of one order of length there is one verdict, and of short texts one for all."""
+    """Of an order of length there is one verdict of each kind, and of short texts one for all."""
     kept = Memory()
     model = made(LlamaForCausalLM, max_position_embeddings=4096)
     # A token whose embedding is zero would be a question of its own.
     model.get_input_embeddings().weight[0] = 1
-    for contexts, verdicts in (((12, 20), 2), ((9, 30), 2), ((400,), 3)):
+    for contexts, verdicts in (((12, 20), 3), ((9, 30), 3), ((400,), 5)):
         documents = Draw().spoken(contexts, (1, 3))
         check(Engine(loaded(copy.deepcopy(model)), 1024), documents, single_layers((1,)), kept)
         assert len(kept) == verdicts

@@ -5,8 +5,8 @@ which model it is and what is exact. So an entry counts only where nobody but th
 have written it, and is made again elsewhere. That is seen from owners and permissions, which POSIX
 has; on other systems whatever stands in the folder is believed.
 
-What checks of architectures have shown is kept so that each is made once on a machine: in the
-results folder, whose figures rest on them, and in the user's cache, for the next folder. A
+What checks of architectures and models have shown is kept, so that each is made once for a user:
+in the results folder, whose figures rest on them, and in the user's cache, for the next folder. A
 results folder that others can write is not believed: there the cache decides, or the check again.
 """
 

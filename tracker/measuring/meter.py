@@ -168,8 +168,8 @@ class Meter:
     def check(self, kept: Kept | None = None, typical: Sequence[Ablation] = ()) -> list[str]:
         """Find out what this model can share exactly; must come before `measure`.
 
-        Verdicts on architectures go into `kept`, if any; `typical` is as for the engine's. Lines
-        say which sharing was lost, and how steady the model is.
+        Verdicts on architectures and models go into `kept`, if any; `typical` is as for the
+        engine's. Lines say which sharing was lost, and how steady the model is.
         """
         from tracker.engine.scoring.sweep import Engine
         from tracker.measuring.row_size import with_fastest_rows

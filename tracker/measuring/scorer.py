@@ -131,7 +131,7 @@ def checked_scorer(
         tokenizer: The model's tokenizer.
         documents: The cell's documents.
         ablations: What will be removed.
-        kept: Where the verdicts on architectures are kept.
+        kept: Where verdicts on architectures and models are kept.
         fit: Fits what stands in for layers.
         typical: As for `check`.
 

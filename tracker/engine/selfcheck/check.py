@@ -2,7 +2,8 @@
 
 The architecture is checked on a miniature with every ablation (`miniature_check`); then the model
 itself answers a few real requests both ways; and while it is measured, documents drawn at random
-and the longest one are answered both ways again (`watch`).
+and the longest one are answered both ways again (`watch`). What the first two have shown is kept
+for other cells of the architecture, or of the model, whose texts are no longer.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
-from typing import Any, Protocol
+from itertools import groupby, product
+from typing import Any, Protocol, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -23,9 +24,12 @@ from torch import Tensor
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError
+from tracker.core.provenance import content_hash
 from tracker.engine.memory import only_new_garbage
 from tracker.engine.scoring.plain_call import read_for
+from tracker.engine.scoring.prefix import SHORTEST
 from tracker.engine.scoring.rows import common_beginning, tree_size
+from tracker.engine.scoring.sharing import Sharing
 from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.sweep import DocumentScores, Engine
 from tracker.engine.selfcheck.miniature_check import (
@@ -37,15 +41,18 @@ from tracker.engine.selfcheck.miniature_check import (
     reachable,
     some_of,
 )
+from tracker.engine.selfcheck.quirks import Path
 from tracker.engine.selfcheck.reasons import Verdict, less
 from tracker.engine.selfcheck.reference import Comparison, Reference
+from tracker.models.devices import describe
 
-VERDICT = TypeAdapter(Verdict)
-"""Verdicts as JSON."""
 DOCUMENTS = 2
 """Real documents that the model itself is confirmed on."""
-HALF_OF_A_TEXT = 128
-"""Tokens at both ends that are left of a longer context, where every ablation is asked."""
+BEGINNING, END = SHORTEST, 8
+"""Tokens at both ends that are left of a longer context, where every ablation is asked: so many as
+a beginning has that is read apart, and some behind it. Of a continuation `BEGINNING` are left."""
+BRANCHES = 4
+"""Requests that are left of a document which is scored whole."""
 OF_THE_BASELINE = 6
 """Requests that the intact model is asked; each ablation is asked one."""
 SINGLE, HALF = (1e-3, 1e-4), (0.1, 0.02)
@@ -54,6 +61,7 @@ SHORTEST_REACH, FARTHEST = 128, 8 * LONGEST_REACH
 """Tokens of the longest text on a miniature; one of more would take it a minute and longer."""
 RATE = 200
 """One in so many documents is answered plainly as well while a cell is measured."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,22 @@ class Reach:
     row: int
 
 
+@dataclass(frozen=True)
+class Confirmation:
+    """Answers with which a model itself has confirmed the sharing that its architecture allows."""
+
+    confirmed: Comparison
+
+
+VERDICT = TypeAdapter(Verdict)
+"""Verdicts on architectures as JSON."""
+CONFIRMATION = TypeAdapter(Confirmation)
+"""The same of what models have confirmed."""
 Fit = Callable[[Engine], Mapping[int, StandIn]]
+_Texts = tuple[tuple[Path, ...], tuple[int, int, int] | None]
+"""Numbers of a configuration that texts reach, and rows of longer texts, as in `miniature_key`."""
+_Round = tuple[Sequence[Document], Sequence[Ablation], Sequence[tuple[int, int, int]]]
+"""Documents, what is removed, and which answers are compared, as (ablation, document, request)."""
 
 
 class Kept(Protocol):
@@ -113,7 +136,7 @@ def check(
         engine: The engine, with full sharing; no call has changed its model yet.
         documents: The cell's documents.
         ablations: All that will be removed, with the baseline.
-        kept: Where the verdict on the architecture is kept; None = nowhere.
+        kept: Where verdicts on the architecture and on the model are kept; None = nowhere.
         fit: Fits what stands in for layers, on the model whose quirks are known.
         typical: What the miniature is asked, with the baseline, where that is not all that will be
             removed: the same of every cell, so that its verdict is kept for all of them.
@@ -126,19 +149,29 @@ def check(
     """
     model = engine.loaded.model
     blank = holds_blank(model, documents)
-    verdict = _verdict(engine, typical or ablations, reach(engine, documents), blank, kept)
+    reached = reach(engine, documents)
+    verdict = _verdict(engine, typical or ablations, reached, blank, kept)
     engine = replace(engine, quirks=verdict.quirks(model))
     engine = replace(engine, stand_ins=fit(engine))
-    few = _few(documents)
-    sharing, found, why = most_sharing(
-        verdict.sharing, engine, lambda way: _confirm(engine.with_sharing(way), few, ablations)
-    )
-    every = found + Comparison(verdict.compared, verdict.difference, verdict.unsteady)
+    truth = Reference(engine)
+    rounds = [*_rounds(documents, ablations)]
+
+    def confirm() -> tuple[Sharing, Comparison, str | None]:
+        return most_sharing(
+            verdict.sharing, engine, lambda way: _confirm(engine.with_sharing(way), truth, rounds)
+        )
+
+    if kept is None or engine.stand_ins:  # these are fitted on the benchmark's own texts
+        sharing, comparison, why = confirm()
+    else:
+        keys = _confirmation_keys(engine, ablations, verdict, reached.text, blank)
+        sharing, comparison, why = _confirmed(kept, keys, verdict.sharing, confirm)
+    every = comparison + Comparison(verdict.compared, verdict.difference, verdict.unsteady)
     return Check(
         engine.with_sharing(sharing),
         every.difference,
         less(verdict.lost, sharing, why),
-        _unsteady(every, engine.loaded.model.dtype, Reference(engine).is_half),
+        _unsteady(every, model.dtype, truth.is_half),
         verdict.which,
     )
 
@@ -148,28 +181,99 @@ def _verdict(
 ) -> Verdict:
     """Check the architecture on a miniature, or recall what such a check has shown before.
 
-    The cell's texts hold a `blank` token or not.
+    The cell's texts hold a `blank` token or not. Where longer texts have shown nothing, that holds
+    for shorter ones.
     """
     model = engine.loaded.model
-    # To just below the next power of two, which many a threshold is: rows as long share a verdict.
-    paths = reachable(model, (1 << reached.row.bit_length()) - 1)
-    longest = min(_order(reached.text), engine.max_length)
-    rows = longest, engine.most_row_tokens, _order(reached.document)
+    # To just below a power of two, which many a threshold is: rows as long share a verdict.
+    bits = reached.row.bit_length()
+    ends = [(1 << n) - 1 for n in range(bits, max(bits, FARTHEST.bit_length()) + 1)]
+    paths = [*dict.fromkeys(reachable(model, end) for end in ends)]
+    rows = [
+        (min(order, engine.max_length), engine.most_row_tokens, order)
+        for order in _orders(min(max(reached.text, reached.document), FARTHEST))
+    ]
 
-    def found(make: Callable[[], Verdict], longer: tuple[int, int, int] | None = None) -> Verdict:
+    def key(texts: _Texts) -> str:
+        return miniature_key(model, ablations, *texts, blank)
+
+    def recalled_or(make: Callable[[], Verdict], first: _Texts, *longer: _Texts) -> Verdict:
         if kept is None:
             return make()
-        key = miniature_key(model, ablations, paths, longer, blank)
-        text = kept.recall(key)
-        if text is not None:
-            with suppress(ValidationError):  # damaged: it is made again
-                return VERDICT.validate_json(text)
+        for texts in (first, *longer):
+            verdict = _recalled(kept, key(texts), VERDICT)
+            if verdict is not None and (texts == first or verdict.is_clean):
+                return verdict
         verdict = make()
-        kept.keep(key, VERDICT.dump_json(verdict).decode())
+        kept.keep(key(first), VERDICT.dump_json(verdict).decode())
         return verdict
 
-    short = found(lambda: check_miniature(engine, ablations, paths, blank))
-    return found(lambda: check_longer_texts(engine, ablations, short, rows, blank), rows)
+    short = recalled_or(
+        lambda: check_miniature(engine, ablations, paths[0], blank),
+        *product(paths, [None]),
+    )
+    return recalled_or(
+        lambda: check_longer_texts(engine, ablations, short, rows[0], blank),
+        *product(paths, rows),
+    )
+
+
+def _recalled(verdicts: Kept, key: str, form: TypeAdapter[T]) -> T | None:
+    """Recall a verdict; a damaged one counts as none, and is made again."""
+    with suppress(ValidationError):
+        return form.validate_json(verdicts.recall(key) or "")
+    return None
+
+
+def _confirmed(
+    verdicts: Kept,
+    keys: Sequence[str],
+    most: Sharing,
+    confirm: Callable[[], tuple[Sharing, Comparison, str | None]],
+) -> tuple[Sharing, Comparison, str | None]:
+    """Recall that the model itself has confirmed the most sharing, or let it confirm that.
+
+    Returns what `most_sharing` does. What is lost is not kept: it may be lost to the moment.
+    """
+    for key in keys:
+        confirmation = _recalled(verdicts, key, CONFIRMATION)
+        if confirmation is not None:
+            return most, confirmation.confirmed, None
+    sharing, comparison, why = confirm()
+    if why is None:
+        verdicts.keep(keys[0], CONFIRMATION.dump_json(Confirmation(comparison)).decode())
+    return sharing, comparison, why
+
+
+def _confirmation_keys(
+    engine: Engine, ablations: Sequence[Ablation], verdict: Verdict, tokens: int, blank: bool
+) -> list[str]:
+    """Name what the model itself has confirmed by all that it follows from, as SHA-256.
+
+    That is what names the architecture's check, the weights, what computes them where, what the
+    architecture's check has shown, and how long the texts are. The first key is for texts of up to
+    so many `tokens`, the others are for longer ones.
+    """
+    loaded = engine.loaded
+    devices = {loaded.device, *(p.device for p in loaded.model.parameters() if not p.is_meta)}
+    about = [
+        miniature_key(loaded.model, ablations, (), None, blank),
+        loaded.identity.fingerprint,
+        str(loaded.model.dtype),
+        sorted({_hardware(device) for device in devices}),
+        torch.get_float32_matmul_precision(),
+        loaded.offloaded is not None,
+        engine.most_row_tokens,
+        engine.max_length,
+        VERDICT.dump_python(replace(verdict, lost=None, difference=0.0, compared=0, unsteady=0)),
+    ]
+    return [content_hash([*about, order]) for order in _orders(tokens)]
+
+
+def _hardware(device: torch.device) -> str:
+    """Name what computes on a device, whatever its number."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{device.type} {describe(device).get('accelerator', capability)}"
 
 
 def reach(engine: Engine, documents: Sequence[Document]) -> Reach:
@@ -181,9 +285,10 @@ def reach(engine: Engine, documents: Sequence[Document]) -> Reach:
     return Reach(min(text, most), each, row)
 
 
-def _order(tokens: int) -> int:
-    """Round a length up to a power of two: of one order of length, texts have one verdict."""
-    return min(max(SHORTEST_REACH, 1 << (tokens - 1).bit_length()), FARTHEST)
+def _orders(tokens: int) -> list[int]:
+    """List powers of two from a length on; of one order of length, texts have one verdict."""
+    first = max(SHORTEST_REACH, 1 << (tokens - 1).bit_length())
+    return [first << n for n in range(max(1, (FARTHEST // first).bit_length()))]
 
 
 def holds_blank(model: Any, documents: Sequence[Document]) -> bool:
@@ -225,12 +330,9 @@ def _few(documents: Sequence[Document]) -> list[Document]:
     return sorted(documents, key=size)[:DOCUMENTS]
 
 
-def _confirm(
-    engine: Engine, documents: Sequence[Document], ablations: Sequence[Ablation]
-) -> Comparison:
-    """Let the model itself answer some requests under every ablation, both ways."""
-    truth, found = Reference(engine), Comparison()
-    rounds = [(few, some, [*_asked(few, some)]) for few, some in _questions(documents, ablations)]
+def _confirm(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Comparison:
+    """Compare answers of the model itself under every ablation, computed both ways."""
+    comparison = Comparison()
     questions = [
         (some[number], few[d].requests[r]) for few, some, asked in rounds for number, d, r in asked
     ]
@@ -243,8 +345,8 @@ def _confirm(
         _refuse_absent(engine, scores)
     for score, (_, some, asked) in zip(scores, rounds, strict=True):
         for number, d, r in asked:
-            found += _compare(truth, score[d], number, some[number], r)
-    return found
+            comparison += _compare(truth, score[d], number, some[number], r)
+    return comparison
 
 
 def _refuse_absent(engine: Engine, scores: Iterable[Iterable[DocumentScores]]) -> None:
@@ -260,26 +362,50 @@ def _refuse_absent(engine: Engine, scores: Iterable[Iterable[DocumentScores]]) -
         )
 
 
-def _questions(
-    documents: Sequence[Document], ablations: Sequence[Ablation]
-) -> Iterator[tuple[Sequence[Document], Sequence[Ablation]]]:
-    """Documents and what is removed: all from short ones, nothing from long ones as they are.
+def _rounds(documents: Sequence[Document], ablations: Sequence[Ablation]) -> Iterator[_Round]:
+    """List what the model itself is asked: all ablations of short texts, and two of the longest.
 
-    What long texts may change was tried on the miniature, and the watch meets them whole.
+    The longest text stands beside the shortest document of its task, which may begin alike. It is
+    asked of the intact model and of one ablation that is drawn: reading it costs as much as many
+    short texts. What long texts may change was tried on the miniature, and the watch meets others.
     """
-    short = [_shortened(document) for document in documents]
-    if short != list(documents):
-        yield documents, [INTACT]
-    yield short, some_of(ablations)
+    ablations = some_of(ablations)
+    short = [_shortened(document) for document in _few(documents)]
+    yield short, ablations, [*_asked(short, ablations)]
+    longest = max(documents, key=_longest)
+    if _shortened(longest) == longest:
+        return
+    text = max(longest.requests, key=lambda request: request.length)
+    same_task = (document for document in documents if document.task == longest.task)
+    shortest = min(same_task, key=_longest)
+    whole = [_with_requests(longest, [text, *longest.requests])]
+    if shortest is not longest:
+        whole.append(_with_requests(shortest, shortest.requests))
+    removed = [ablation for ablation in ablations if ablation != INTACT]
+    two = [INTACT, *random.Random(0).sample(removed, min(1, len(removed)))]
+    requests = enumerate(whole[0].requests)
+    alike = [number for number, request in requests if _text(request) == _text(text)]
+    yield whole, two, [*product(range(len(two)), [0], alike)]
+
+
+def _with_requests(document: Document, requests: Iterable[Request]) -> Document:
+    """Leave some requests of a document, each once."""
+    return replace(document, requests=tuple(dict.fromkeys(requests))[:BRANCHES], gold=0)
+
+
+def _text(request: Request) -> tuple[int, ...]:
+    return request.context + request.continuation[:-1]
 
 
 def _shortened(document: Document) -> Document:
-    """Leave the beginning of each context, which others may share, and its end."""
-
-    def cut(text: tuple[int, ...]) -> tuple[int, ...]:
-        return text[:HALF_OF_A_TEXT] + text[HALF_OF_A_TEXT:][-HALF_OF_A_TEXT:]
-
-    requests = tuple(replace(each, context=cut(each.context)) for each in document.requests)
+    """Leave the beginning of each context, which others may share, its end, and what follows."""
+    requests = tuple(
+        Request(
+            request.context[:BEGINNING] + request.context[BEGINNING:][-END:],
+            request.continuation[:BEGINNING],
+        )
+        for request in document.requests
+    )
     return replace(document, requests=requests)
 
 
@@ -310,9 +436,9 @@ def plain_tokens(
     """
     watched = watched_documents(documents)
     asked: list[tuple[Any, Request]] = [
-        (some[number], few[d].requests[r])
-        for few, some in _questions(_few(documents), ablations)
-        for number, d, r in _asked(few, some)
+        (removed[number], few[d].requests[r])
+        for few, removed, answers in _rounds(documents, ablations)
+        for number, d, r in answers
     ]
     for document in documents:
         place = (document.task, document.index)

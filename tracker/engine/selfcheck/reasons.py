@@ -67,6 +67,12 @@ class Verdict:
     tried_on: str = "a miniature"
     switches: tuple[tuple[int, bool], ...] = ()
 
+    @property
+    def is_clean(self) -> bool:
+        """Return whether all is shared and no length matters, so that shorter texts are alike."""
+        special = (self.unsteady, self.lengths, self.switches, self.leftovers, self.first)
+        return self.sharing == FULL and not any(special)
+
     def quirks(self, model: Any) -> Quirks:
         """Say what the engine must know of such a model, one that no call has changed yet."""
         values = dict(numbers(model.config.get_text_config()))

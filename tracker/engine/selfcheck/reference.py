@@ -83,6 +83,7 @@ class Reference:
         """Ask all of some questions side by side, where weights come past: once for all of them."""
         if self.engine.loaded.offloaded is None:
             return
+        questions = [question for question in questions if question not in self._answers]
 
         def answered(ablation: Ablation, requests: Sequence[Request]) -> None:
             engine = self.engine.without(ablation)
