@@ -57,6 +57,26 @@ def test_one_document_in_two_hundred_is_watched_and_one_a_task_at_least():
     assert few >= drawn
 
 
+def test_of_many_tasks_with_few_documents_some_are_watched():
+    """Answering one document of each of 57 tasks twice would be all of a cell of 57."""
+
+    def watched(count):
+        documents = [
+            Document(f"task {task}", index, (), None, 0)
+            for task in range(57)
+            for index in range(count)
+        ]
+        return watched_documents(documents), {task for task, _ in watched_documents(documents)}
+
+    few, tasks = watched(1)
+    assert len(few) - 1 <= 8 <= len(tasks)
+    more, more_tasks = watched(4)
+    assert 14 <= len(more_tasks) <= 20
+    assert tasks <= more_tasks | {task for task, _ in few - more}
+    _, every = watched(16)
+    assert len(every) == 57
+
+
 def test_every_ablation_is_watched_in_turn_and_the_same_ones_under_the_same_seed():
     engine = engine_of("llama")
     scores = engine.score(make_documents(40), ABLATIONS)

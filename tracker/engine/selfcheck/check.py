@@ -61,6 +61,9 @@ SHORTEST_REACH, FARTHEST = 128, 8 * LONGEST_REACH
 """Tokens of the longest text on a miniature; one of more would take it a minute and longer."""
 RATE = 200
 """One in so many documents is answered plainly as well while a cell is measured."""
+TASKS, TASK_RATE = 8, 16
+"""Tasks of which one document at least is: `TASKS`, or one task in `TASK_RATE` documents if that is
+more. Of a group of 57 tasks with one document each, all documents would be answered twice."""
 T = TypeVar("T")
 
 
@@ -469,9 +472,9 @@ def _compare(
 def watched_documents(documents: Sequence[Document]) -> set[tuple[str, int]]:
     """Draw the documents, as (task, index), that are answered both ways while a cell is measured.
 
-    They are one in `RATE`, of each task one at least, and the one with the longest text of all,
-    which reaches whatever only code counts tokens by; the same ones each time, and more of them
-    when there are more documents.
+    They are one in `RATE`, of each task one at least (where there are many tasks, of some that are
+    drawn), and the one with the longest text of all, which reaches whatever only code counts tokens
+    by; the same ones each time, and more of them when there are more documents.
     """
 
     def drawn(document: Document) -> float:
@@ -482,7 +485,12 @@ def watched_documents(documents: Sequence[Document]) -> set[tuple[str, int]]:
         first[document.task] = min(first.get(document.task, document), document, key=drawn)
     some = [document for document in documents if drawn(document) < 1 / RATE]
     longest = sorted(documents, key=lambda d: (-_longest(d), drawn(d)))[:1]
-    return {(document.task, document.index) for document in (*some, *first.values(), *longest)}
+    tasks = sorted(first, key=lambda task: random.Random(task).random())
+    tasks = tasks[: max(TASKS, len(documents) // TASK_RATE)]
+    return {
+        (document.task, document.index)
+        for document in (*some, *(first[task] for task in tasks), *longest)
+    }
 
 
 def _longest(document: Document) -> int:
