@@ -75,12 +75,12 @@ def test_weights_come_past_once_for_a_check_and_once_for_a_block(both):
     resident, offloaded = both("llama")
     documents = make_documents(6)
     weights = offloaded.loaded.offloaded
+    theirs = check(resident, documents, ABLATIONS, VERDICTS).engine.score(documents, ABLATIONS)
     found = check(offloaded, documents, ABLATIONS, VERDICTS)
     assert found.engine.sharing == FULL
     assert set(weights.times.values()) == {2}
     ours = found.engine.score(documents, ABLATIONS)
     assert set(weights.times.values()) == {3}
-    theirs = check(resident, documents, ABLATIONS, VERDICTS).engine.score(documents, ABLATIONS)
     assert [one.responses for one in ours] == [other.responses for other in theirs]
 
 
