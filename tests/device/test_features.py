@@ -56,7 +56,7 @@ def test_the_self_check(engines):
     layers = [INTACT, *LAYERS]
     checks = [check(engine, documents, layers, verdicts) for engine in engines("llama")]
     assert len({(c.difference, str(c.engine.sharing), c.lost) for c in checks}) == 1
-    assert sum("confirmed" in each for each in verdicts.values()) == 2, "each device has its own"
+    assert sum("confirmed" in text for text in verdicts.values()) == 2, "each device has its own"
 
 
 def test_gradients(engines):

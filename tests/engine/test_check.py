@@ -61,8 +61,8 @@ def test_of_many_tasks_with_few_documents_some_are_watched():
     """Answering one document of each of 57 tasks twice would be all of a cell of 57."""
 
     def tasks(count):
-        each = [(f"task {task}", index) for task in range(57) for index in range(count)]
-        return {task for task, _ in watched_documents([Document(*d, (), None, 0) for d in each])}
+        places = [(f"task {task}", index) for task in range(57) for index in range(count)]
+        return {task for task, _ in watched_documents([Document(*d, (), None, 0) for d in places])}
 
     few, more, every = map(tasks, (1, 4, 16))
     assert len(few) <= 9
