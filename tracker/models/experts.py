@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tracker.core.ablations import Part
 from tracker.core.errors import CellError
 from tracker.models.offloaded import is_absent
+from tracker.models.slices import put, take
 from tracker.models.sublayers import call_with, part_at, read_a_text, state_of
 
 NEEDS = "tensors with an entry an expert, called with the choice of a router with a row an expert"
@@ -207,7 +208,7 @@ def _cut(value: Tensor, kept: Sequence[int], count: int) -> Tensor:
     axis = 1 if value.ndim == 2 and len(value) == 1 else 0
     if not value.ndim or value.shape[axis] != count:
         return value
-    return value.index_select(axis, torch.tensor(kept, device=value.device))
+    return take(value, kept, axis)
 
 
 def _besides(given: Any, kept: Sequence[int], count: int) -> Any:
@@ -241,7 +242,7 @@ def routed(
         An entry for each of `whole`; the score of an expert that is gone is −∞.
     """
     own = lacking(router, kept, experts.count)
-    numbers = torch.tensor(kept, device=state.device)
+    numbers = take(torch.arange(experts.count, device=state.device), kept)
 
     def in_all(part: Tensor, like: Tensor) -> Tensor:
         if not part.is_floating_point():
@@ -249,7 +250,7 @@ def routed(
         if part.shape[-1] == like.shape[-1]:
             return part
         scores = part.new_full((*part.shape[:-1], experts.count), -torch.inf)
-        scores[..., numbers] = part
+        put(scores.movedim(-1, 0), kept, part.movedim(-1, 0))
         return scores
 
     said = call_with(own.forward, state, *_besides(given, kept, experts.count))

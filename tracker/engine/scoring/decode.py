@@ -18,6 +18,7 @@ from tracker.engine.scoring.prefix import GrowingLayer, Prefix, new_cache
 from tracker.engine.scoring.rows import reading_row
 from tracker.engine.scoring.score import Parts, run_base
 from tracker.engine.scoring.streams import LayerStep, StreamPlan, plan_streams
+from tracker.models.slices import take
 
 
 @contextmanager
@@ -80,6 +81,6 @@ def _handed_out(cache: Cache, plan: StreamPlan, tokens: int) -> Cache:
     for held, sources in zip(cache.layers, plan.attention_of, strict=True):
         index = [source for source in sources if source is not None]
         layer = GrowingLayer()
-        layer.update(held.keys[index, :, :tokens], held.values[index, :, :tokens])
+        layer.update(*(take(x[:, :, :tokens], index) for x in (held.keys, held.values)))
         layers.append(layer)
     return Cache(layers=layers)

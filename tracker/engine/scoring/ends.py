@@ -17,6 +17,7 @@ from tracker.engine.refusal import RefusalError
 from tracker.models.ends import Ends
 from tracker.models.linear_maps import map_of
 from tracker.models.quantised import RoundedWeights
+from tracker.models.slices import put, take
 from tracker.models.sublayers import replaced_forward, state_of
 
 
@@ -78,7 +79,7 @@ class _RowFork:
         for form in dict.fromkeys(form for form in self.formats if form is not None):
             rows = [row for row, mine in enumerate(self.formats) if mine == form]
             with self.ends.having(self.which, form):
-                output[rows] = self.forward(given[rows])
+                put(output, rows, self.forward(take(given, rows)))
         return output
 
 

@@ -58,11 +58,20 @@ def idle(parts: Parts, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]
 
     def look(those: Experts, gone: Collection[_Gone], router: nn.Module, *call: Any) -> None:
         args, kwargs, whole = call
+        chosen = torch.zeros(those.count, dtype=torch.bool, device=whole[0].device)
+        for table in whole:
+            if not table.is_floating_point():
+                chosen[table.flatten()] = True
+        # Read once for all: each time it is read an accelerator is waited for.
+        numbers = {number for number, is_chosen in enumerate(chosen.tolist()) if is_chosen}
         for each in gone:
             kept = those.left(each, type(router).__name__)
             # What finds out how far layers see calls them too, in the middle of the pass.
-            same = unread.get(each, True) and _same(router, those, kept, whole, (args, kwargs))
-            unread[each] = same
+            unread[each] = (
+                unread.get(each, True)
+                and numbers.isdisjoint(part.number for part in each)
+                and _same(router, those, kept, whole, (args, kwargs))
+            )
 
     with ExitStack() as stack:
         for layer, each in asked.items():
@@ -78,14 +87,7 @@ def idle(parts: Parts, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]
 def _same(
     router: nn.Module, experts: Experts, kept: Sequence[int], whole: Sequence[Any], given: Any
 ) -> bool:
-    """Whether a router sends all tokens where it sent them, with the same weights."""
-    chosen = torch.zeros(experts.count, dtype=torch.bool, device=whole[0].device)
-    for table in whole:
-        if not table.is_floating_point():
-            chosen[table.flatten()] = True
-    chosen[list(kept)] = False
-    if chosen.any():
-        return False
+    """Check whether a router sends all tokens where it sent them, with the same weights."""
     fewer = routed(router, experts, kept, whole, state_of(*given), given)
     return all(map(partial(_alike, experts.count), whole, fewer))
 

@@ -25,6 +25,7 @@ from tracker.models.linear_maps import LinearMap, linear_maps, map_at
 from tracker.models.offloaded import is_absent
 from tracker.models.quantised import RoundedWeights, formats_of, holding, weights_in
 from tracker.models.shared_experts import Shared, shared_at
+from tracker.models.slices import neighbours, put, take
 from tracker.models.sublayers import (
     Sublayers,
     call_with,
@@ -291,9 +292,11 @@ class _LayerFork:
         after = hidden
         for some in self._batches():
             self.turn.whole = some is not self.apart
-            place = _slice_of([step.origin(stream) for stream in some])
-            state = before[place].flatten(0, 1)
-            going = lent(self.module, state) if isinstance(place, slice) else state
+            origins = [step.origin(stream) for stream in some]
+            near = neighbours(origins)
+            is_view = len(near) == 1
+            state = (before[near[0]] if is_view else take(before, origins)).flatten(0, 1)
+            going = lent(self.module, state) if is_view else state
             given = self._passed(going, rows, len(some))
             returned(self.module, going, state)
             passed = first_of(given)
@@ -301,14 +304,15 @@ class _LayerFork:
                 output, after = given, passed.new_empty(len(step.actions), *rows)
                 if passed is not output:
                     common.handed.extend(item for item in output[1:] if isinstance(item, Tensor))
-            after[_slice_of(some)] = _by_stream(passed, len(some))
+            put(after, some, _by_stream(passed, len(some)))
         self.turn.whole = False
         if step.repeating:
             if common.batched:
                 raise RefusalError("a layer that is passed again would need a cache of its own")
             stretches = [stretch for *_, stretch in step.repeating]
-            states = after[[source for _, source, _ in step.repeating]]
-            after[[stream for stream, *_ in step.repeating]] = self._again(states, stretches, rows)
+            states = take(after, [source for _, source, _ in step.repeating])
+            again = self._again(states, stretches, rows)
+            put(after, [stream for stream, *_ in step.repeating], again)
         for stream, action in enumerate(step.actions):
             if action is Action.SKIP:
                 after[stream] = before[step.origin(stream)]
@@ -341,8 +345,9 @@ class _LayerFork:
                     raise RefusalError("layers that rest elsewhere cannot be passed again together")
                 fork.turn.whole = True
                 for few in _evenly(some, self.common.at_once):
-                    passed = first_of(fork._passed(states[few].flatten(0, 1), rows, len(few)))
-                    states[few] = _by_stream(passed, len(few)).to(states.device)
+                    going = take(states, few).flatten(0, 1)
+                    passed = first_of(fork._passed(going, rows, len(few)))
+                    put(states, few, _by_stream(passed, len(few)).to(states.device))
                 fork.turn.whole = False
         return states
 
@@ -404,7 +409,7 @@ class _LinearFork(_RoundedFork):
             for path, form in formats:
                 bias = cast("Tensor | None", self.module.bias)
                 weight = self.weights(path, self.maps[path], form)
-                found[places] = linear(ours[places], weight, bias)
+                put(found, places, linear(take(ours, places), weight, bias))
         return found.reshape(output.shape)
 
 
@@ -426,7 +431,7 @@ class _ExpertsFork(_RoundedFork):
             is_table = isinstance(value, Tensor) and value.shape == choices[0].shape
             if value is not state and not is_table:
                 return value
-            return _by_stream(value, streams)[places].flatten(0, 1)
+            return take(_by_stream(value, streams), places).flatten(0, 1)
 
         found: dict[int, Tensor] = {}
         for formats, places in self.alike.items():
@@ -477,7 +482,7 @@ class _SublayerFork:
             kwargs = {name: self._chosen(v, hidden, computed) for name, v in kwargs.items()}
             alibi = kwargs.get("alibi")
             if isinstance(alibi, Tensor) and alibi.ndim == 3:
-                kwargs["alibi"] = _by_stream(alibi, entering)[computed].flatten(0, 1)
+                kwargs["alibi"] = take(_by_stream(alibi, entering), computed).flatten(0, 1)
         output = self.forward(*args, **kwargs)
         # Never of no stream: the baseline passes everything.
         added = first_of(output)
@@ -494,7 +499,7 @@ class _SublayerFork:
         """Cut what has a row a stream and a column a token, as the hidden states have."""
         if not isinstance(value, Tensor) or value.shape[:2] != hidden.shape[:2]:
             return value
-        return _by_stream(value, len(self.taken))[computed].flatten(0, 1)
+        return take(_by_stream(value, len(self.taken)), computed).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -515,11 +520,11 @@ class _HeadFork:
         streams = max(self.of) + 1
         if len(given) % streams:
             raise RefusalError("the heads of its attention have no row a stream")
-        each = _by_stream(given, streams)[self.of]
-        for state, gone in zip(each, self.columns, strict=True):
+        states = take(_by_stream(given, streams), self.of)
+        for state, gone in zip(states, self.columns, strict=True):
             for columns in gone:
                 state[..., columns] = 0
-        return self.forward(each.flatten(0, 1))
+        return self.forward(states.flatten(0, 1))
 
 
 @dataclass(frozen=True)
@@ -546,7 +551,7 @@ class _RouterFork:
         each, given = _by_stream(state, streams), (args, kwargs)
         all_of_them = [place for place, kept in enumerate(self.kept) if kept is None]
         # Never of no stream: the baseline lacks none.
-        whole = call_with(self.forward, each[all_of_them].flatten(0, 1), *given)
+        whole = call_with(self.forward, take(each, all_of_them).flatten(0, 1), *given)
         parted = zip(*(_by_stream(one, len(all_of_them)) for one in whole), strict=True)
         said = [
             next(parted)
@@ -575,14 +580,15 @@ class _SharedFork:
         if len(added) % streams:
             raise RefusalError("its shared experts have no row a stream")
         each = _by_stream(added, streams).clone()
-        each[self.step.without_shared] = 0
+        for run in neighbours(self.step.without_shared):
+            each[run] = 0
         return with_first(output, each.reshape(added.shape))
 
 
 def _cut(value: Any, streams: int, entering: list[int]) -> Any:
     """Cut whatever has a row a stream to the streams that enter."""
     if isinstance(value, Tensor):
-        return value[entering] if value.ndim and len(value) == streams else value
+        return take(value, entering) if value.ndim and len(value) == streams else value
     if isinstance(value, tuple):
         return tuple(_cut(item, streams, entering) for item in value)
     if isinstance(value, dict):
@@ -604,13 +610,6 @@ def _evenly(streams: Sequence[int], most: int | None) -> Iterator[Sequence[int]]
     groups = -(-len(streams) // most) if most else 1
     size = -(-len(streams) // groups) if streams else 1
     yield from (streams[start : start + size] for start in range(0, len(streams), size))
-
-
-def _slice_of(streams: Sequence[int]) -> slice | list[int]:
-    """Give the places of neighbours as a slice, of which a tensor makes a view."""
-    first, last = streams[0], streams[-1]
-    near = list(streams) == list(range(first, last + 1))
-    return slice(first, last + 1) if near else list(streams)
 
 
 def _by_stream(batch: Tensor, streams: int) -> Tensor:

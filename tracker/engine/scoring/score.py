@@ -22,6 +22,7 @@ from tracker.engine.scoring.prefix import Prefix, cache_argument, new_cache
 from tracker.engine.scoring.rows import Row, reading_row
 from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
+from tracker.models.slices import take
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def score_row(parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = 
     hidden = states.unflatten(0, (plan.streams, -1)).flatten(1, 2)[:, kept]
     found = []
     for form, streams in plan.passing.items():
-        mine = hidden if len(streams) == len(hidden) else hidden[streams]
+        mine = hidden if len(streams) == len(hidden) else take(hidden, streams)
         with parts.having_head(form):
             found.append(parts.head.predictions(output, mine, predictor, predicted))
     logprobs, greedy = (torch.cat(each) for each in zip(*found, strict=True))

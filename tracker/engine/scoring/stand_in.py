@@ -18,6 +18,10 @@ class StandIn(Protocol):
         """Compute it of a state [rows, tokens, …], in the state's own type."""
         ...
 
+    def on(self, device: torch.device) -> StandIn:
+        """Return the same with its tensors on a device."""
+        ...
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -46,6 +50,11 @@ class Fitted:
             after = flat @ weight.T + bias
         return after.to(state.dtype).reshape(state.shape)
 
+    def on(self, device: torch.device) -> Fitted:
+        """Return the same with its tensors on a device."""
+        linear = self.linear and (self.linear[0].to(device), self.linear[1].to(device))
+        return Fitted(self.mean.to(device), self.scale, linear)
+
 
 @dataclass(frozen=True)
 class MadeUp:
@@ -60,3 +69,7 @@ class MadeUp:
         weight = torch.eye(width) + 0.3 * torch.randn(width, width, generator=draw) / width**0.5
         mean, bias = 0.3 * torch.randn(2, width, generator=draw)
         return Fitted(mean, 0.7, (weight, bias)).change(action, state)
+
+    def on(self, device: torch.device) -> MadeUp:
+        """Return itself: it is drawn on the host whenever it is wanted."""
+        return self

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -49,6 +50,7 @@ from tracker.models.pruned import left, pruned, put_back, remember
 from tracker.models.quantised import RoundedWeights, formats_of, quantise
 from tracker.models.reloaded import as_loaded
 from tracker.models.shared_experts import Shared, find_shared, shared_at
+from tracker.models.slices import take
 from tracker.models.sublayers import Sublayers, find_sublayers, returning
 
 T = TypeVar("T")
@@ -515,10 +517,27 @@ class Engine:
             self.head,
             loaded.device,
             self._sight,
-            self.stand_ins,
+            self._placed_stand_ins,
             self.ends if plan.has_ends else None,
             self._pass_tokens,
         )
+
+    @cached_property
+    def _placed_stand_ins(self) -> Mapping[int, StandIn]:
+        """Move what stands in for layers to their devices, once.
+
+        Where weights come past it stays on the host: the room on the device was given to layers.
+        """
+        if self.loaded.offloaded is not None:
+            return self.stand_ins
+        layers, host = self.loaded.layers, self.loaded.device
+        # A copy of the model may have fewer layers, and none of them stands in for another.
+        devices = {
+            n: next((p.device for p in layers[n].parameters()), host)
+            for n in self.stand_ins
+            if n < len(layers)
+        }
+        return {n: self.stand_ins[n].on(device) for n, device in devices.items()}
 
     @property
     def _pass_tokens(self) -> int | None:
@@ -541,9 +560,9 @@ class Engine:
         found = []
         for form, some in places.items():
             with parts.having_head(form):
-                found.append(self.head.logits(output, states[some]))
-        order = torch.tensor([place for some in places.values() for place in some])
-        return torch.cat(found)[order.argsort()]
+                found.append(self.head.logits(output, take(states, some)))
+        order = [*chain.from_iterable(places.values())]
+        return take(torch.cat(found), sorted(range(len(order)), key=order.__getitem__))
 
     def _sight(self, tokens: int) -> Sight:
         """How far each layer sees in a text of so many tokens."""

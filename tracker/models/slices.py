@@ -1,0 +1,34 @@
+"""Entries of a tensor by their numbers, by slices alone.
+
+A list of numbers as an index is a tensor on the host, which an accelerator copies first, and waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def neighbours(places: Sequence[int]) -> list[slice]:
+    """Split places into stretches of neighbours: [0, 1, 2, 0] into 0:3 and 0:1."""
+    starts = [n for n, place in enumerate(places) if not n or place != places[n - 1] + 1]
+    return [slice(places[a], places[b - 1] + 1) for a, b in pairwise([*starts, len(places)])]
+
+
+def take(tensor: Tensor, places: Sequence[int], axis: int = 0) -> Tensor:
+    """Copy some entries of a tensor, in the order of their places along an axis."""
+    along = tensor.movedim(axis, 0)
+    parts = [along[run].movedim(0, axis) for run in neighbours(places)]
+    return torch.cat(parts, axis) if parts else tensor.narrow(axis, 0, 0)
+
+
+def put(tensor: Tensor, places: Sequence[int], values: Tensor) -> None:
+    """Write values over some entries of a tensor's first axis, in the order of their places."""
+    start = 0
+    for run in neighbours(places):
+        stop = start + run.stop - run.start
+        tensor[run] = values[start:stop]
+        start = stop
