@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import re
 from dataclasses import replace
@@ -80,6 +81,21 @@ def test_wrong_sharing_is_found(monkeypatch, dtype):
     assert leaked
     assert checked.engine.sharing == DEPTH_ONLY
     assert "because sharing more changes a log-likelihood by" in checked.lost
+
+
+def test_nothing_of_a_row_waits_for_the_garbage_collector():
+    """A mask and the figures of each row would stay on an accelerator."""
+    engine = engine_of("llama", row_tokens=40)
+    counts = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            engine.score(make_documents(), SIX)
+            counts.append(sum(type(thing) is torch.Tensor for thing in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert counts[0] == counts[1]
 
 
 def test_a_bug_of_ours_is_no_loss_of_sharing(monkeypatch):

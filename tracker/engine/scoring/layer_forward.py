@@ -109,6 +109,8 @@ def forking(
     inside = inside or Inside()
     common = _Pass(at_once, observe, batched, masks, [], [])
     with ExitStack() as stack:
+        # A fork holds all others, so that what they hold would stay until Python looks for cycles.
+        stack.callback(common.forks.clear)
         for index, (layer, whole) in enumerate(zip(layers, plan.steps, strict=True)):
             turn = _Turn()
             step, apart = whole, whole.entering
