@@ -169,7 +169,7 @@ def profile(model: str, dtype: str) -> dict[str, Any]:
     if loaded.device.type != "cpu":
         reset_peak_memory(loaded.device)
     with (
-        mock.patch.object(sweep, "score_row", wraps=sweep.score_row) as scored,
+        mock.patch.object(sweep, "launch_row", wraps=sweep.launch_row) as scored,
         torch.profiler.profile() as profiler,
     ):
         engine.score(documents, ablations)

@@ -11,7 +11,7 @@ import torch
 from tests.conftest import cli, printed, refused
 from tracker.bench import doctor
 from tracker.bench.features import FEATURES, largest_difference
-from tracker.engine.scoring.masks import Masks
+from tracker.engine.scoring.rows import Row
 
 CHECKS = len(FEATURES) + 2
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,7 +29,8 @@ def test_wrong_numbers_and_errors_are_failures(monkeypatch):
     def fail(engine: object) -> float:
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(Masks, "put", lambda masks, layer, index, args, kwargs: (args, kwargs))
+    everything = property(lambda row: torch.ones(row.tokens, row.tokens, dtype=torch.bool).tril())
+    monkeypatch.setattr(Row, "ancestors", everything)
     monkeypatch.setitem(FEATURES, "heads", fail)
     result = cli("doctor", "--device", "cpu", "--json")
     assert result.exit_code == 1

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.device.simulated import counters
+from tests.engine.conftest import spy  # noqa: F401
 from tests.engine.families import tiny_model
 from tests.engine.plain import MAX_LENGTH, loaded
 from tracker.engine.scoring.sweep import Engine
@@ -35,7 +36,7 @@ def engines() -> Callable[..., tuple[Engine, Engine]]:
 
     def make(family: str, **settings: Any) -> tuple[Engine, Engine]:
         model = tiny_model(family)
-        settings = {"row_tokens": 40, "memory": 2**28, **settings}
+        settings = {"row_tokens": 40, "row_multiple": 8, "memory": 2**28, **settings}
         models = loaded(model), loaded(copy.deepcopy(model).to(DEVICE))
         on_device = replace(models[1], device=DEVICE)
         return Engine(models[0], MAX_LENGTH, **settings), Engine(on_device, MAX_LENGTH, **settings)

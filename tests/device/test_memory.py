@@ -52,7 +52,7 @@ def load(saved) -> Callable[..., Engine]:
     def make(device: str = "cpu", room: int | None = None, **settings: Any) -> Engine:
         weights = None if room is None else around + room * layer
         loaded = load_model(source, "float32", device, weights=weights, **settings)
-        return Engine(loaded, MAX_LENGTH, memory=2**28, row_tokens=40)
+        return Engine(loaded, MAX_LENGTH, memory=2**28, row_tokens=40, row_multiple=8)
 
     return make
 

@@ -145,13 +145,13 @@ def test_a_row_that_sends_nothing_to_an_expert_is_read_once(family, monkeypatch)
     model = mixture(family, 12)
     asked = [INTACT, *(experts(layer, number) for layer in range(4) for number in range(12))]
     streams = []
-    score = sweep.score_row
+    score = sweep.launch_row
 
     def counted(parts, plan, row, prefix=None):
         streams.append(plan.streams)
         return score(parts, plan, row, prefix)
 
-    monkeypatch.setattr(sweep, "score_row", counted)
+    monkeypatch.setattr(sweep, "launch_row", counted)
     # Short texts, a row each.
     documents = [asking(((5, 6 + n, 7), (8,)), index=n) for n in range(3)]
     engine = engine_of(model, DEPTH_ONLY)

@@ -212,6 +212,23 @@ def test_a_row_that_only_reads():
     assert (row.requests, row.gold) == ([], [])
 
 
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("multiple", [1, 8, 64])
+def test_nodes_are_added_up_to_a_multiple(prefix, multiple):
+    (row,) = tree_rows(SHARED, MAX_LENGTH, 1000, prefix)
+    whole, nodes = row.padded(multiple), row.tokens
+    assert (prefix + whole.tokens) % multiple == 0
+    assert 0 <= whole.tokens - nodes < multiple
+    seen = whole.ancestors
+    assert torch.equal(seen[:nodes, :nodes], row.ancestors)
+    assert not seen[:nodes, nodes:].any()
+    assert torch.equal(seen[nodes:], torch.eye(whole.tokens, dtype=torch.bool)[nodes:])
+    assert (whole.positions[:, nodes:] == prefix).all()
+    assert (whole.keep, whole.gold, whole.length) == (row.keep, row.gold, row.length)
+    (flat, *_) = flat_rows(SHARED, MAX_LENGTH, 1000)
+    assert flat.padded(multiple) is flat
+
+
 def test_the_longest_continuation_that_a_model_can_score():
     (row,) = tree_rows([asking(((1,), (2, 3, 4)))], 3, 1000)
     assert row.predicted.tolist() == [2, 3, 4]

@@ -18,11 +18,15 @@ from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.masks import Sight
 from tracker.engine.scoring.prefix import cache_argument, new_cache
 from tracker.engine.scoring.rows import flat_rows, reading_row, tree_rows
-from tracker.engine.scoring.score import Parts, read_prefix, run_base, score_row
+from tracker.engine.scoring.score import Parts, RowScores, launch_row, read_prefix, run_base
 from tracker.engine.scoring.streams import plan_streams
 
 PLAN = plan_streams(single_layers((1, 3)), 4)
 TOKENS = tuple(range(3, 9))
+
+
+def score_row(*args: Any) -> RowScores:
+    return launch_row(*args)()
 
 
 @pytest.fixture
@@ -97,7 +101,8 @@ def test_how_the_model_is_called(parts: Parts) -> None:
     run_base(watched, PLAN, reading_row(TOKENS), cache)
     assert looked == [len(TOKENS)] * 2
     assert [call["use_cache"] for call in calls] == [False, True]
-    assert set(calls[0]) == {"input_ids", "position_ids", "use_cache"}
+    assert set(calls[0]) == {"input_ids", "position_ids", "attention_mask", "use_cache"}
+    assert "attention_mask" not in calls[1]
     assert calls[1][cache_argument(parts.base)] is cache
 
 

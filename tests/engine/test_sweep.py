@@ -31,7 +31,7 @@ from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring import sweep
 from tracker.engine.scoring.prefix import SHORTEST
 from tracker.engine.scoring.rows import ANY_LENGTH, Lengths, tree_rows
-from tracker.engine.scoring.score import score_row
+from tracker.engine.scoring.score import launch_row
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Quirks
 from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.scoring.sweep import ROW_TOKENS, Engine
@@ -72,7 +72,8 @@ def test_wrong_sharing_is_found(monkeypatch, dtype):
 
     def leaky(*args, **kwargs):
         for row in honest(*args, **kwargs):
-            row.ancestors[:] = torch.ones_like(row.ancestors).tril()
+            row.spans[:] = torch.arange(row.tokens)
+            row.spans[1] = row.tokens
             leaked.append(row)
             yield row
 
@@ -96,6 +97,21 @@ def test_nothing_of_a_row_waits_for_the_garbage_collector():
     finally:
         gc.enable()
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_eager", "gemma3_mixed", "qwen2_moe"])
+@pytest.mark.parametrize("shared", [6, 60])
+def test_rows_of_a_multiple_say_the_same(family, shared):
+    documents = make_documents(shared=shared)
+    plain, padded = (
+        engine_of(family, row_tokens=40, row_multiple=multiple).score(documents, SIX)
+        for multiple in (1, 8)
+    )
+    for one, other in zip(plain, padded, strict=True):
+        answers = [[[r.loglikelihood for r in a] for a in s.responses] for s in (one, other)]
+        torch.testing.assert_close(*map(torch.tensor, answers), rtol=0, atol=1e-5)
+        sums = one.proxy_sums, other.proxy_sums
+        torch.testing.assert_close(*sums, rtol=1e-6, atol=1e-5, equal_nan=True)
 
 
 def test_a_bug_of_ours_is_no_loss_of_sharing(monkeypatch):
@@ -165,7 +181,7 @@ def _after(document, place, tokens):
 
 
 def test_a_small_budget_means_smaller_rows_and_fewer_ablations_at_a_time(spy):
-    sizes = spy(sweep, "score_row", lambda parts, plan, row, _: (plan.streams, row.tokens))
+    sizes = spy(sweep, "launch_row", lambda parts, plan, row, _: (plan.streams, row.tokens))
     model = tiny_model("llama")
     documents = make_documents(6)
     plenty = engine_of(model).score(documents, SIX)
@@ -203,9 +219,9 @@ def test_running_out_of_memory_halves_the_row_and_goes_on(monkeypatch, fits, fai
     def small(parts, plan, row, prefix=None):
         if plan.streams * row.tokens > fits * 7:
             fail()
-        return score_row(parts, plan, row, prefix)
+        return launch_row(parts, plan, row, prefix)
 
-    monkeypatch.setattr(sweep, "score_row", small)
+    monkeypatch.setattr(sweep, "launch_row", small)
     counted = []
     engine = engine_of("llama")
     same(engine.score(documents, SIX, counted.append), plenty)
@@ -226,7 +242,7 @@ def test_running_out_of_memory_halves_the_row_and_goes_on(monkeypatch, fits, fai
     ],
 )
 def test_out_of_memory_with_nothing_left_to_halve_names_the_way_out(monkeypatch, lengths, said):
-    monkeypatch.setattr(sweep, "score_row", never)
+    monkeypatch.setattr(sweep, "launch_row", never)
     engine = engine_of("llama", quirks=Quirks(lengths=lengths))
     with pytest.raises(CellError, match=f"^{re.escape(said)}$"):
         engine.score(make_documents(2), single_layers((0, 1)))
@@ -295,7 +311,7 @@ def test_the_sums_are_those_of_the_layers_own_inputs_and_outputs(sharing):
 
 @pytest.mark.parametrize("streams", [2, 3, 5])
 def test_as_many_ablations_at_a_time_as_the_budget_holds(spy, streams):
-    used = spy(sweep, "score_row", lambda parts, plan, *row: plan.streams)
+    used = spy(sweep, "launch_row", lambda parts, plan, *row: plan.streams)
     engine = engine_of("llama")
     engine = replace(engine, memory=streams * 5 * stream_bytes(engine.loaded.model))
     engine.score([asking(((5, 6, 7), (8, 9)))], SIX)

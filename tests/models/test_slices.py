@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import random
-from itertools import pairwise
 
-import pytest
 import torch
 
-from tracker.models.slices import neighbours, put, take
-
-
-@pytest.mark.parametrize("places", [[], [3], [0, 1, 2], [2, 2, 2], [0, 1, 4, 5, 0], [5, 4, 3]])
-def test_places_are_split_into_neighbours(places):
-    runs = neighbours(places)
-    assert [place for run in runs for place in range(run.start, run.stop)] == places
-    assert all(run.stop != other.start for run, other in pairwise(runs))
+from tracker.models.slices import put, split, take
 
 
 def test_entries_are_those_of_indexing_by_a_list():
     draw = random.Random(0)
-    tensor = torch.randn(6, 4, 5)
+    tensor = torch.rand(6, 4, 5) + 1
     for _ in range(20):
         places = draw.choices(range(4), k=draw.randrange(6))
         for axis in (1, -2):
             taken = take(tensor, places, axis)
             assert torch.equal(taken, tensor[:, places])
+            taken[:] = 0
+            assert tensor.all(), "what is taken is a copy"
         once = draw.sample(range(6), draw.randrange(1, 7))
         ours, theirs, values = tensor.clone(), tensor.clone(), torch.randn(len(once), 4, 5)
         put(ours, once, values)
@@ -33,7 +26,8 @@ def test_entries_are_those_of_indexing_by_a_list():
         assert torch.equal(ours, theirs)
 
 
-def test_what_is_taken_is_a_copy():
-    tensor = torch.zeros(3)
-    take(tensor, [0, 1, 2])[:] = 1
-    assert not tensor.any()
+def test_what_is_packed_is_split():
+    tensors = [torch.randn(2, 3), torch.randn(0, 4), torch.randn(5)]
+    packed = torch.cat([tensor.flatten() for tensor in tensors])
+    parts = split(packed, [tensor.shape for tensor in tensors])
+    assert all(map(torch.equal, parts, tensors))

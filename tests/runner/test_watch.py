@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import lend_tasks
 from tests.runner.elsewhere import Heard, arc, outcomes, run
-from tracker.engine.scoring.score import score_row
+from tracker.engine.scoring.score import launch_row
 from tracker.engine.selfcheck.check import check, watch
 from tracker.ledger.store import Ledger
 from tracker.measuring.meter import Meter
@@ -68,11 +68,12 @@ def test_a_number_that_is_wrong_stops_the_cell_before_it_is_published(
         return honest(self, *args)
 
     def shifted(*args):
-        scores = score_row(*args)
-        return replace(scores, loglikelihoods=scores.loglikelihoods + 0.05 * bool(measuring))
+        scores = launch_row(*args)()
+        wrong = scores.loglikelihoods + 0.05 * bool(measuring)
+        return lambda: replace(scores, loglikelihoods=wrong)
 
     monkeypatch.setattr(Meter, "measure", measure)
-    monkeypatch.setattr("tracker.engine.scoring.sweep.score_row", shifted)
+    monkeypatch.setattr("tracker.engine.scoring.sweep.launch_row", shifted)
     published = []
     monkeypatch.setattr(
         "tracker.team.publish.Publisher.begin", lambda *args: published.append(args)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -152,6 +153,30 @@ def pinned(size: int) -> list[Tensor]:
 def can_pin(device: torch.device) -> bool:
     """Return whether copies from pinned memory to a device need not block."""
     return device.type not in ("cpu", "mps")
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device, without waiting for it where that can be."""
+    if not can_pin(device):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def fetch(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the host; the function returned waits for it, and for no more."""
+    device = tensor.device
+    if not can_pin(device):
+        return tensor.cpu
+    copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copied.copy_(tensor, non_blocking=True)
+    event = streams(device).Event()
+    event.record(streams(device).current_stream(device))
+
+    def wait() -> Tensor:
+        event.synchronize()
+        return copied
+
+    return wait
 
 
 def _module(device: torch.device) -> Any:

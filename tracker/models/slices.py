@@ -25,6 +25,12 @@ def take(tensor: Tensor, places: Sequence[int], axis: int = 0) -> Tensor:
     return torch.cat(parts, axis) if parts else tensor.narrow(axis, 0, 0)
 
 
+def split(packed: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Split a tensor of one axis into tensors of some shapes, one after the other."""
+    parts = torch.split(packed, [shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 def put(tensor: Tensor, places: Sequence[int], values: Tensor) -> None:
     """Write values over some entries of a tensor's first axis, in the order of their places."""
     start = 0

@@ -190,7 +190,7 @@ def _states(
 ) -> Iterator[tuple[list[Ablation], Any, Tensor]]:
     """Run the base under ablations: some of them, what it returned, [ablations, tokens, hidden]."""
     # One sequence, whose mask the model makes itself.
-    row = replace(reading_row(tokens), ancestors=None)
+    row = replace(reading_row(tokens), spans=None)
 
     def run(engine: Engine, group: Sequence[Ablation]) -> tuple[Any, Tensor]:
         plan = engine.plan(group)

@@ -28,8 +28,9 @@ class Sight:
 
     Attributes:
         tokens: Up to which length of text this is known.
-        first: For each layer the first position that each position sees [tokens]; None where it
-            sees all before it, or where the model gives the layer no such mask.
+        first: For each layer the first position that each position sees [tokens], on the device
+            that masks are made on, the same tensor for layers that see alike; None where it sees
+            all before it, or where the model gives the layer no such mask.
     """
 
     tokens: int
@@ -70,9 +71,9 @@ def look(base: Any, layers: nn.ModuleList, tokens: int, device: torch.device) ->
         raise RefusalError(f"only {len(shapes)} of its {len(layers)} layers run on plain text")
     read(tokens, passing)
     known: dict[int, Tensor | None] = {}
-    return Sight(
-        tokens, tuple(known.setdefault(id(mask), _first_seen(mask, tokens)) for mask in seen)
-    )
+    firsts = [known.setdefault(id(mask), _first_seen(mask, tokens)) for mask in seen]
+    kinds = {first.numpy().tobytes(): first.to(device) for first in firsts if first is not None}
+    return Sight(tokens, tuple(f if f is None else kinds[f.numpy().tobytes()] for f in firsts))
 
 
 def _given(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -119,32 +120,36 @@ class Masks:
     node that is exactly the text it ends, at the positions of that text. A layer with a window or
     chunks sees less of it. `Sight.first` says from which position p a token at some depth sees in a
     plain text, so ancestors before p are hidden too: depth, not place in the row, is what counts.
-    Masked entries are the lowest number of the dtype, as in transformers. The same object goes to
-    all layers with the same `first`.
+    Masked entries are the lowest number of the dtype, as in transformers; of a boolean mask
+    attention would make such numbers in each layer. The same object goes to all layers with the
+    same `first`. It is made on the device, of two numbers a node.
 
-    `sight` must be known as far as the row is deep, and `row.ancestors` be there: a row without
-    them needs no mask.
+    `sight` must be known as far as the row is deep, and `row.spans` be there: a row without them
+    needs no mask.
     """
 
     def __init__(self, row: Row, sight: Sight, dtype: torch.dtype, device: torch.device) -> None:
-        assert row.ancestors is not None
-        depth = row.positions[0]
-        before = torch.ones(len(row.ancestors), row.prefix, dtype=torch.bool)
-        ancestors = torch.cat([before, row.ancestors], dim=1)
-        places = torch.cat([torch.arange(row.prefix), depth])
-        made: dict[bytes | None, Tensor] = {}
+        row = row.on(device)
+        ancestors, depth = row.ancestors, row.positions[0]
+        assert ancestors is not None
+        before = torch.ones(len(ancestors), row.prefix, dtype=torch.bool, device=device)
+        ancestors = torch.cat([before, ancestors], dim=1)
+        places = torch.cat([torch.arange(row.prefix, device=device), depth])
+        made: dict[int, Tensor] = {}
         self._of_layer = []
         for first in sight.first:
-            key = None if first is None else first.numpy().tobytes()
-            if key not in made:
+            if id(first) not in made:
                 seen = ancestors
                 if first is not None:
                     seen = ancestors & (places[None, :] >= first[depth][:, None])
-                mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(
-                    ~seen, torch.finfo(dtype).min
-                )
-                made[key] = mask[None, None].to(device)
-            self._of_layer.append(made[key])
+                mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+                made[id(first)] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
+            self._of_layer.append(made[id(first)])
+
+    @property
+    def of_first_layer(self) -> Tensor:
+        """The mask of the first layer."""
+        return self._of_layer[0]
 
     def put(
         self, layer: int, place: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -10,14 +10,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
 from tracker.core.grouping import grouped
 from tracker.engine.scoring.tree import Tree, alike
+from tracker.models.devices import send
+from tracker.models.slices import split
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Row:
         prefix: Tokens before the row that every request begins with and that were read apart.
         input_ids: Token ids [rows, tokens].
         positions: Position of each token, the prefix counted [1, tokens].
-        ancestors: Which node sees which [tokens, tokens], bool; None for plain causal sequences.
+        spans: Of each node where its span begins and ends, as `Tree.spans` numbers them [2,
+            tokens]; None for plain causal sequences.
         keep: Flat indices into N where something is predicted [kept].
         predictor: For every predicted token, the index into `keep` that predicts it [predicted].
         predicted: Those tokens' ids [predicted].
@@ -64,23 +69,60 @@ class Row:
         requests: (document, request) of each request, as indices into the packed documents.
         gold: On which nodes the proxies of which document are measured, the prefix apart:
             (document, flat indices into N); all rows together hold each token of a document once.
+        length: Tokens of its longest text, the prefix counted.
     """
 
     prefix: int
     input_ids: Tensor
     positions: Tensor
-    ancestors: Tensor | None
+    spans: Tensor | None
     keep: Tensor
     predictor: Tensor
     predicted: Tensor
     owner: Tensor
     requests: list[tuple[int, int]]
     gold: list[tuple[int, Tensor]]
+    length: int
 
     @property
     def tokens(self) -> int:
         """Tokens that the model reads."""
         return self.input_ids.numel()
+
+    @property
+    def ancestors(self) -> Tensor | None:
+        """Compute which node sees which: those whose span it is in [tokens, tokens], bool."""
+        if self.spans is None:
+            return None
+        starts, ends = self.spans
+        seen: Tensor = (starts[None] <= starts[:, None]) & (starts[:, None] < ends[None])
+        return seen
+
+    def padded(self, multiple: int) -> Row:
+        """Add nodes to a tree, so that it and its prefix have a multiple of so many.
+
+        Each sees the prefix and itself, and nothing of it is read.
+        """
+        missing = -(self.prefix + self.tokens) % multiple
+        if self.spans is None or not missing:
+            return self
+        added = torch.arange(missing) + self.tokens
+        return replace(
+            self,
+            input_ids=pad(self.input_ids, (0, missing)),
+            positions=pad(self.positions, (0, missing), value=self.prefix),
+            spans=torch.cat([self.spans, torch.stack([added, added + 1])], dim=1),
+        )
+
+    def on(self, device: torch.device) -> Row:
+        """Copy what a device reads of the row to it, all at once; `gold` stays on the host."""
+        if self.input_ids.device.type == device.type:
+            return self
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        packed = send(torch.cat([tensor.flatten() for tensor in tensors.values()]), device)
+        parts = split(packed, [tensor.shape for tensor in tensors.values()])
+        placed: dict[str, Any] = dict(zip(tensors, parts, strict=True))
+        return replace(self, **placed)
 
     def renumbered(self, documents: Sequence[int]) -> Row:
         """Give each packed document another number."""
@@ -261,7 +303,7 @@ def reading_row(tokens: Sequence[int], prefix: int = 0) -> Row:
 def _tree_row(tree: Tree, sequences: list[_Sequence], prefix: int) -> Row:
     nodes = [tree.insert(sequence.path[prefix:]) for sequence in sequences]
     tokens, depths = torch.tensor([tree.tokens]), torch.tensor([tree.depths])
-    return _row(prefix, tokens, depths + prefix, tree.ancestors(), sequences, nodes)
+    return _row(prefix, tokens, depths + prefix, tree.spans(), sequences, nodes)
 
 
 def flat_rows(
@@ -305,7 +347,7 @@ def _row(
     prefix: int,
     input_ids: Tensor,
     positions: Tensor,
-    ancestors: Tensor | None,
+    spans: Tensor | None,
     sequences: list[_Sequence],
     nodes: list[list[int]],
 ) -> Row:
@@ -323,7 +365,7 @@ def _row(
         prefix=prefix,
         input_ids=input_ids,
         positions=positions,
-        ancestors=ancestors,
+        spans=spans,
         keep=torch.tensor(list(places)).long(),
         predictor=torch.tensor(predictor).long(),
         predicted=torch.tensor(predicted).long(),
@@ -335,4 +377,5 @@ def _row(
             if sequence.measured is not None
             for measured in [max(0, sequence.measured - prefix)]
         ],
+        length=int(positions.max()) + 1,
     )

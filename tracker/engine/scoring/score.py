@@ -17,12 +17,13 @@ from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.ends import RoundedEnds, first_states
 from tracker.engine.scoring.head import Head
 from tracker.engine.scoring.layer_forward import Inside, forking
-from tracker.engine.scoring.masks import Masks, Sight
+from tracker.engine.scoring.masks import ARGUMENT, Masks, Sight
 from tracker.engine.scoring.prefix import Prefix, cache_argument, new_cache
 from tracker.engine.scoring.rows import Row, reading_row
 from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
-from tracker.models.slices import take
+from tracker.models.devices import fetch
+from tracker.models.slices import split, take
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Parts:
         stand_ins: What stands in for layers, where that is asked for.
         ends: Its embedding and head, where a plan has them in formats.
         at_once: How many tokens pass a layer at once, all streams together; None for all.
+        row_multiple: A multiple of so many nodes is scored; see `Row.padded`.
     """
 
     model: Any
@@ -67,6 +69,7 @@ class Parts:
     stand_ins: Mapping[int, StandIn] | None = None
     ends: RoundedEnds | None = None
     at_once: int | None = None
+    row_multiple: int = 1
 
     @property
     def base(self) -> Any:
@@ -79,8 +82,12 @@ class Parts:
 
 
 @torch.inference_mode()
-def score_row(parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = None) -> RowScores:
-    """Score a row for every stream of a plan; the scores are on the CPU.
+def launch_row(
+    parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = None
+) -> Callable[[], RowScores]:
+    """Begin to score a row for every stream of a plan; return what waits for the scores.
+
+    On an accelerator the next row may be launched before that. Scores come to the CPU in one copy.
 
     The base leaves [streams × rows, tokens, hidden]. Rows and tokens become one axis, [streams, N,
     hidden], of which only the `kept` places predict something and pass the heads. Of each place the
@@ -90,13 +97,27 @@ def score_row(parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = 
 
     `prefix` is the beginning that the row continues, read for the same streams.
     """
+    row, before = row.padded(parts.row_multiple).on(parts.device), torch.zeros(())
+    if prefix is not None:
+        before = prefix.proxies.sum(1)
     output, seen = run_base(parts, plan, row, None if prefix is None else prefix.cache)
-    before = 0 if prefix is None else prefix.proxies.sum(1)
-    sums = [seen[:, path].double().sum(1) + before for _, path in row.gold]
-    proxies = torch.stack(sums) if sums else torch.zeros(0, len(OBSERVED), len(parts.layers))
-    if not row.requests:
-        none = torch.zeros(plan.answers, 0)
-        return RowScores(none, none.int(), proxies)
+    none = seen.new_zeros(plan.answers, 0)
+    totals, hits = _answers(parts, plan, row, output) if row.requests else (none, none)
+    figures = [figure.to(seen.device) for figure in (totals, hits, seen)]
+    fetched = fetch(torch.cat([figure.flatten() for figure in figures]))
+    shapes = [figure.shape for figure in figures]
+
+    def read() -> RowScores:
+        totals, hits, seen = split(fetched(), shapes)
+        sums = [seen[:, path].double().sum(1) + before for _, path in row.gold]
+        proxies = torch.stack(sums) if sums else torch.zeros(0, len(OBSERVED), len(parts.layers))
+        return RowScores(totals.float(), hits.int(), proxies)
+
+    return read
+
+
+def _answers(parts: Parts, plan: StreamPlan, row: Row, output: Any) -> tuple[Tensor, Tensor]:
+    """Compute the log-likelihood and the hits of each answer [answers, requests]."""
     states = output.last_hidden_state
     kept, predictor, predicted, owner = (
         index.to(states.device) for index in (row.keep, row.predictor, row.predicted, row.owner)
@@ -112,8 +133,7 @@ def score_row(parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = 
     none = torch.zeros(plan.answers, len(row.requests), device=logprobs.device)
     # Summed in float32 and rounded once, as the sum of a half-precision tensor is in lm-eval.
     totals = none.index_add(1, owner, logprobs.float()).to(logprobs.dtype)
-    hits = none.index_add(1, owner, greedy.float())
-    return RowScores(totals.float().cpu(), hits.int().cpu(), proxies)
+    return totals.float(), none.index_add(1, owner, greedy.float())
 
 
 @torch.inference_mode()
@@ -121,7 +141,7 @@ def read_prefix(parts: Parts, plan: StreamPlan, tokens: tuple[int, ...]) -> Pref
     """Read the common beginning of some documents once for every stream; rows continue it."""
     cache = new_cache()
     _, seen = run_base(parts, plan, reading_row(tokens), cache)
-    return Prefix(plan, tokens, cache, seen.double())
+    return Prefix(plan, tokens, cache, seen.cpu().double())
 
 
 def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any, Tensor]:
@@ -135,8 +155,9 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
 
     Returns:
         What the base returned, with the states of all streams [streams × rows, tokens, hidden],
-        and what is observed of each of the N tokens [`OBSERVED`, N, layers].
+        and what is observed of each of the N tokens [`OBSERVED`, N, layers]; both on the device.
     """
+    row = row.on(parts.device)
     figures: list[Tensor] = []
 
     def observe(layer: int, before: Tensor, after: Tensor) -> None:
@@ -148,17 +169,19 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         before, after = (state.flatten(0, 1).flatten(1) for state in (before, after))
         figures.append(torch.stack(observed(before, after)))
 
-    device = parts.device
     name = None if cache is None else cache_argument(parts.base)
     cached = {} if name is None else {name: cache}
     masks = None
-    if row.ancestors is not None:
+    if row.spans is not None:
         taken = inspect.signature(parts.base.forward).parameters
         if "position_ids" not in taken:
             raise RefusalError("it takes no positions")
-        cached["position_ids"] = row.positions.to(device)
-        masks = Masks(row, parts.sight(int(row.positions.max()) + 1), parts.model.dtype, device)
-    inputs = {"input_ids": row.input_ids.to(device), "use_cache": name is not None, **cached}
+        cached["position_ids"] = row.positions
+        masks = Masks(row, parts.sight(row.length), parts.model.dtype, parts.device)
+        if cache is None and ARGUMENT in taken:
+            # Without one transformers looks for texts in the positions, and waits for the device.
+            cached[ARGUMENT] = masks.of_first_layer
+    inputs = {"input_ids": row.input_ids, "use_cache": name is not None, **cached}
     begun: list[Tensor] = []
     if parts.ends is not None:
         others = [form for form in plan.starts if form is not None]
@@ -179,7 +202,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         output = parts.base(**inputs)
     if len(figures) != len(parts.layers):
         raise RefusalError(f"its {len(parts.layers)} layers run {len(figures)} times in a pass")
-    return output, torch.stack([each.cpu() for each in figures], dim=-1)
+    return output, torch.stack([figure.to(figures[0].device) for figure in figures], dim=-1)
 
 
 @torch.inference_mode()

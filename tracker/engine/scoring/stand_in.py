@@ -18,10 +18,6 @@ class StandIn(Protocol):
         """Compute it of a state [rows, tokens, …], in the state's own type."""
         ...
 
-    def on(self, device: torch.device) -> StandIn:
-        """Return the same with its tensors on a device."""
-        ...
-
 
 @dataclass(frozen=True)
 class Fitted:
@@ -69,7 +65,3 @@ class MadeUp:
         weight = torch.eye(width) + 0.3 * torch.randn(width, width, generator=draw) / width**0.5
         mean, bias = 0.3 * torch.randn(2, width, generator=draw)
         return Fitted(mean, 0.7, (weight, bias)).change(action, state)
-
-    def on(self, device: torch.device) -> MadeUp:
-        """Return itself: it is drawn on the host whenever it is wanted."""
-        return self

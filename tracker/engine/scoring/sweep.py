@@ -7,6 +7,7 @@ layers see, what the last call left behind), each of them reads.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -35,11 +36,11 @@ from tracker.engine.scoring.masks import Sight, look
 from tracker.engine.scoring.plain_call import read, read_for, scored
 from tracker.engine.scoring.prefix import SHORTEST, Prefix, cache_argument
 from tracker.engine.scoring.rows import ANY_LENGTH, Row, common_beginning, flat_rows, tree_rows
-from tracker.engine.scoring.score import Parts, RowScores, kept_bytes, read_prefix, score_row
+from tracker.engine.scoring.score import Parts, RowScores, kept_bytes, launch_row, read_prefix
 from tracker.engine.scoring.sharing import ALONE, FULL, NO_HABITS, PLAIN, Quirks, Sharing
-from tracker.engine.scoring.stand_in import StandIn
+from tracker.engine.scoring.stand_in import Fitted, StandIn
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
-from tracker.models.devices import empty_cache
+from tracker.models.devices import can_pin, empty_cache
 from tracker.models.ends import find_ends, round_ends
 from tracker.models.experts import Experts, experts_at, find_experts, take_experts
 from tracker.models.heads import Heads, find_heads, heads_at, take_out
@@ -59,6 +60,8 @@ ROW_TOKENS = 192
 """Nodes of a prefix tree on a CPU: enough to keep a matrix product busy, few enough for a dense
 mask."""
 ROW_TOKENS_ACCELERATOR = 1024
+ROW_MULTIPLE_ACCELERATOR = 8
+"""Rows of other sizes have their masks copied by the attention kernels, in each layer."""
 HALVED = (
     "out of memory: what did not fit at once is measured in halves, which takes longer and changes "
     "no figure; with --memory 4GiB, or whatever is free there, it fits at once"
@@ -123,6 +126,7 @@ class Engine:
         at_once: Tokens of all streams that pass a layer at once on a CPU; None = by its threads.
         quirks: What a call of the model does beside its answer.
         stand_ins: What stands in for layers, where an ablation asks for it: layer → that.
+        row_multiple: A multiple of so many nodes is scored, see `Row.padded`; None = by the device.
         known: What was found out of the model, for all engines of it.
         notes: What is to be said of how it went, each line once; engines of copies add to them.
     """
@@ -135,6 +139,7 @@ class Engine:
     at_once: int | None = None
     quirks: Quirks = NO_HABITS
     stand_ins: Mapping[int, StandIn] = field(default_factory=dict, repr=False, compare=False)
+    row_multiple: int | None = None
     known: Known = field(default_factory=Known, repr=False, compare=False)
     notes: list[str] = field(default_factory=list, repr=False, compare=False)
     _kept: list[Prefix] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -321,26 +326,27 @@ class Engine:
         plan = self.plan(ablations)
         prefix = self._prefix(documents, plan) if self.sharing.prefix else None
 
-        def attempt(row: Row) -> RowScores | str:
-            try:
-                return self._score_row(row, plan, prefix, ablations)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                return str(error)
+        def launch(row: Row) -> Callable[[], RowScores] | str:
+            return _unless_full(partial(self._launch_row, row, plan, prefix, ablations))
 
-        for rows in self._at_once(self._rows(documents, plan, prefix), plan):
-            due = [len(row.requests) * len(ablations) for row in rows]
-            with reporting(self.loaded.offloaded, sum(due), progress) as report:
-                each = self.side_by_side(partial(attempt, row) for row in rows)
-                for row, responses, scores in zip(rows, due, each, strict=True):
-                    if isinstance(scores, RowScores):
-                        yield row, ablations, scores
-                    else:
-                        # Outside the handler, so that the failed row's tensors are free.
-                        empty_cache()
-                        yield from self._halved(row, documents, ablations, scores)
-                    report(responses)
+        def launch_all() -> Iterator[tuple[Row, Callable[[], RowScores] | str, partial[None]]]:
+            for rows in self._at_once(self._rows(documents, plan, prefix), plan):
+                due = [len(row.requests) * len(ablations) for row in rows]
+                with reporting(self.loaded.offloaded, sum(due), progress) as report:
+                    launched = self.side_by_side(partial(launch, row) for row in rows)
+                    for row, responses, wait in zip(rows, due, launched, strict=True):
+                        yield row, wait, partial(report, responses)
+
+        # A device computes a row while the one before is read, and the next one built.
+        for row, wait, report in _late(launch_all(), int(can_pin(self.loaded.device))):
+            scores = wait if isinstance(wait, str) else _unless_full(wait)
+            if isinstance(scores, RowScores):
+                yield row, ablations, scores
+            else:
+                # Outside the handler, so that the failed row's tensors are free.
+                empty_cache()
+                yield from self._halved(row, documents, ablations, scores)
+            report()
 
     def side_by_side(self, passes: Iterable[Callable[[], T]]) -> Iterator[T]:
         """Run passes of the model, or of copies of it, by turns where its weights come past."""
@@ -520,6 +526,7 @@ class Engine:
             self._placed_stand_ins,
             self.ends if plan.has_ends else None,
             self._pass_tokens,
+            self.row_multiple or (1 if loaded.device.type == "cpu" else ROW_MULTIPLE_ACCELERATOR),
         )
 
     @cached_property
@@ -530,14 +537,12 @@ class Engine:
         """
         if self.loaded.offloaded is not None:
             return self.stand_ins
-        layers, host = self.loaded.layers, self.loaded.device
-        # A copy of the model may have fewer layers, and none of them stands in for another.
-        devices = {
-            n: next((p.device for p in layers[n].parameters()), host)
-            for n in self.stand_ins
-            if n < len(layers)
-        }
-        return {n: self.stand_ins[n].on(device) for n, device in devices.items()}
+        placed = dict(self.stand_ins)
+        for index, layer in enumerate(self.loaded.layers):
+            if isinstance(fitted := placed.get(index), Fitted):
+                device = next((p.device for p in layer.parameters()), self.loaded.device)
+                placed[index] = fitted.on(device)
+        return placed
 
     @property
     def _pass_tokens(self) -> int | None:
@@ -664,10 +669,10 @@ class Engine:
         self.put_back()
         return found
 
-    def _score_row(
+    def _launch_row(
         self, row: Row, plan: StreamPlan, prefix: Prefix | None, ablations: Sequence[Ablation]
-    ) -> RowScores:
-        """Score one row for every ablation, in the order of the ablations."""
+    ) -> Callable[[], RowScores]:
+        """Launch one row; what is returned reads its scores, in the order of the ablations."""
         prefix = prefix if row.prefix else None
         some = [] if prefix or self.loaded.offloaded is not None else of_experts(ablations)
         computed = ablations
@@ -677,10 +682,16 @@ class Engine:
             computed = [ablation for ablation in ablations if ablation not in unread]
             plan = self.plan(computed) if unread else plan
         self.put_back()
-        scores = score_row(self.parts(plan), plan, row, prefix)
+        read = launch_row(self.parts(plan), plan, row, prefix)
         places = dict(zip(computed, plan.answer_of, strict=True))
         order = torch.tensor([places.get(each, places[INTACT]) for each in ablations])
-        return replace(scores, loglikelihoods=scores.loglikelihoods[order], hits=scores.hits[order])
+
+        def in_order() -> RowScores:
+            scores = read()
+            answers = scores.loglikelihoods[order], scores.hits[order]
+            return RowScores(*answers, scores.proxies)
+
+        return in_order
 
     def decoding_groups(
         self, ablations: Sequence[Ablation], tokens: int
@@ -719,6 +730,26 @@ class Engine:
                 yield {} if name is None else {name: cache}
         finally:
             self.put_back()
+
+
+def _unless_full(compute: Callable[[], T]) -> T | str:
+    """Return what a function returns, or the message of the error that memory ran out."""
+    try:
+        return compute()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return str(error)
+
+
+def _late(items: Iterable[T], count: int) -> Iterator[T]:
+    """Yield items, each after so many that follow it were made."""
+    waiting: deque[T] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _removed(ablations: Sequence[Ablation]) -> list[Ablation]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,10 +48,19 @@ class Tree:
                     missing.add(tuple(path[: depth + 1]))
         return len(missing)
 
-    def ancestors(self) -> Tensor:
-        """Which node sees which, itself included [tokens, tokens]."""
-        seen = np.eye(len(self.tokens), dtype=bool)
+    def spans(self) -> Tensor:
+        """Number the nodes branch by branch: the span of each node and its descendants.
+
+        Returns:
+            Where each node's span begins, with its own number, and where it ends [2, tokens].
+        """
+        # The last entry is that of what is above all roots, whose parent is -1.
+        nodes = len(self.parents)
+        sizes, ends, starts = [1] * (nodes + 1), [0] * (nodes + 1), []
+        for node in reversed(range(nodes)):
+            sizes[self.parents[node]] += sizes[node]
         for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                seen[node] |= seen[parent]
-        return torch.from_numpy(seen)
+            starts.append(ends[parent])
+            ends[parent] += sizes[node]
+            ends[node] = starts[node] + 1
+        return torch.tensor([starts, ends[:-1]])

@@ -1,0 +1,83 @@
+"""What a row costs beside computing: copies between host and device, waits, launches."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.device.simulated import counters
+from tests.engine.plain import make_documents
+from tracker.core.ablations import INTACT, Ablation, Part, Rounded, Stretch, ablate
+from tracker.core.kinds import Action
+from tracker.engine.scoring import sweep
+from tracker.engine.scoring.score import launch_row
+from tracker.engine.scoring.stand_in import Fitted
+from tracker.models.layers import find_layers
+
+LAYERS = range(4)
+SWEEPS = {
+    "layers": [Ablation((n,)) for n in LAYERS],
+    "sublayers": [ablate(kind, [n]) for kind in ("attention", "mlp") for n in LAYERS],
+    "heads": [Ablation(parts=(Part("head", n, h),)) for n in LAYERS for h in range(4)],
+    "formats": [Ablation(rounded=(Rounded("int8", n),)) for n in LAYERS],
+    "ends": [Ablation(rounded=(Rounded("int8", 0, e),)) for e in ("embedding", "lm_head")],
+    "repeats": [Ablation(repeated=(Stretch(n, n + 2),)) for n in LAYERS[:3]],
+    "replacements": [Ablation(replaced=((a, n),)) for a in Action if a.is_fitted for n in LAYERS],
+    "shared experts": [Ablation(shared=(n,)) for n in LAYERS],
+    "experts": [Ablation(parts=(Part("expert", n, e),)) for n in LAYERS for e in (0, 1)],
+}
+FAMILIES = {"shared experts": "qwen2_moe", "experts": "mixtral"}
+
+
+def totals() -> Counter[str]:
+    """Count copies between host and device, and what waits for the device: blocking copies too."""
+    counts = counters.counts()
+    waits = sum(counts.get(name, 0) for name in ("sync", "synchronize", "h2d", "d2h"))
+    return Counter(copies=sum(n for name, n in counts.items() if "2" in name), waits=waits)
+
+
+@pytest.mark.parametrize("shared", [6, 60])
+@pytest.mark.parametrize("name", SWEEPS)
+def test_copies_and_waits_of_a_row(engines, spy, name, shared):
+    documents, ablations = make_documents(8, shared=shared), [INTACT, *SWEEPS[name]]
+    fitted = Fitted(torch.ones(32), 0.7, (torch.eye(32), torch.ones(32)))
+    _, engine = engines(FAMILIES.get(name, "llama"), stand_ins=dict.fromkeys(LAYERS, fitted))
+    model = engine.loaded.model
+    if name in FAMILIES:
+        model.set_experts_implementation("batched_mm")
+    engine.score(documents, ablations)  # what is found once
+    rows = spy(sweep, "launch_row", lambda *_: None)
+    inside: Counter[str] = Counter()
+    for layer in find_layers(model):
+        layer.register_forward_pre_hook(lambda *_: inside.subtract(totals()))
+        layer.register_forward_hook(lambda *_: inside.update(totals()))
+    counters.reset()
+    engine.score(documents, ablations)
+    whole = totals()
+    # One more pass finds which experts a row reads, which decides what is computed.
+    decided = len(LAYERS) if name == "experts" and shared == 6 else 0
+    assert len(rows) > 1
+    assert max(inside.values()) <= decided * len(rows)
+    assert whole["copies"] <= (2 + decided + bool(decided)) * len(rows)
+    assert whole["waits"] <= (1 + decided) * len(rows)
+
+
+def test_a_row_is_launched_before_the_last_one_is_read(engines, monkeypatch):
+    """On the CPU there is nothing to wait for."""
+    log = []
+
+    def logged(*args):
+        read, row = launch_row(*args), log.count("launched")
+        log.append("launched")
+        return lambda: log.append(row) or read()
+
+    monkeypatch.setattr(sweep, "launch_row", logged)
+    for engine, late in zip(engines("llama"), (False, True), strict=True):
+        log.clear()
+        engine.score(make_documents(12), [INTACT, *SWEEPS["layers"]])
+        rows = log.count("launched")
+        by_turns = [entry for row in range(rows) for entry in ("launched", row)]
+        assert log == (["launched", *by_turns[:-2], rows - 1] if late else by_turns)
+        assert rows > 2
