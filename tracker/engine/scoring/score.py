@@ -25,6 +25,10 @@ from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.models.devices import fetch
 from tracker.models.slices import split, take
 
+OBSERVED_SIZE = 2**22
+"""Numbers in the states of layers that are observed together on an accelerator: it takes as many
+launches for several layers as for one."""
+
 
 @dataclass(frozen=True)
 class RowScores:
@@ -159,6 +163,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
     """
     row = row.on(parts.device)
     figures: list[Tensor] = []
+    waiting: list[tuple[Tensor, Tensor]] = []
 
     def observe(layer: int, before: Tensor, after: Tensor) -> None:
         if before.shape[:2] != row.input_ids.shape:
@@ -167,7 +172,21 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
             )
         # Some models carry several residual streams side by side: together they are the state.
         before, after = (state.flatten(0, 1).flatten(1) for state in (before, after))
-        figures.append(torch.stack(observed(before, after)))
+        if waiting and waiting[0][0].device != before.device:
+            compute()
+        is_last = parts.device.type == "cpu" or (len(waiting) + 2) * before.numel() > OBSERVED_SIZE
+        # Views would keep the states of all streams.
+        waiting.append((before, after) if is_last else (before.clone(), after.clone()))
+        if is_last:
+            compute()
+
+    def compute() -> None:
+        if len(waiting) == 1:
+            figures.append(torch.stack(observed(*waiting[0])))
+        elif waiting:
+            befores, afters = map(torch.stack, zip(*waiting, strict=True))
+            figures.extend(torch.stack(observed(befores, afters)).unbind(1))
+        waiting.clear()
 
     name = None if cache is None else cache_argument(parts.base)
     cached = {} if name is None else {name: cache}
@@ -200,6 +219,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         at_once=at_once,
     ):
         output = parts.base(**inputs)
+    compute()
     if len(figures) != len(parts.layers):
         raise RefusalError(f"its {len(parts.layers)} layers run {len(figures)} times in a pass")
     return output, torch.stack([figure.to(figures[0].device) for figure in figures], dim=-1)
