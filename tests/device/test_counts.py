@@ -11,6 +11,7 @@ from tests.device.simulated import counters
 from tests.engine.plain import make_documents
 from tracker.core.ablations import INTACT, Ablation, Part, Rounded, Stretch, ablate
 from tracker.core.kinds import Action
+from tracker.engine.observers.divergence import divergences
 from tracker.engine.scoring import sweep
 from tracker.engine.scoring.score import launch_row
 from tracker.engine.scoring.stand_in import Fitted
@@ -81,3 +82,13 @@ def test_a_row_is_launched_before_the_last_one_is_read(engines, monkeypatch):
         by_turns = [entry for row in range(rows) for entry in ("launched", row)]
         assert log == (["launched", *by_turns[:-2], rows - 1] if late else by_turns)
         assert rows > 2
+
+
+def test_divergences_wait_as_often_for_more_ablations(engines):
+    _, engine = engines("llama")
+    waits = []
+    for number in (2, 4, 2):
+        counters.reset()
+        divergences(engine, make_documents(1)[0], SWEEPS["layers"][:number])
+        waits.append(totals()["waits"])
+    assert waits[1] == waits[2]

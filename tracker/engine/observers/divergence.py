@@ -23,6 +23,8 @@ from tracker.engine.scoring.plain_call import logits_of
 from tracker.engine.scoring.rows import measured_texts, reading_row
 from tracker.engine.scoring.score import run_base
 from tracker.engine.scoring.sweep import Engine
+from tracker.models.devices import send
+from tracker.models.slices import take
 from tracker.models.sublayers import first_of, replaced_forward, undisturbed, with_first
 
 IMPOSSIBLE = -1e4
@@ -119,20 +121,22 @@ def _divergences(
     # A token is predicted at the one before it, also the first that is measured.
     first = max(measured - 1, 0)
     for group, places, logits in _logits(engine, [INTACT, *ablations], tokens, first):
-        counted = torch.tensor(places, device=logits.device) >= measured
-        following = targets[[place + 1 for place in places if place + 1 < len(tokens)]]
-        own = following.to(logits.device)[:, None]
+        uncounted = max(0, measured - places.start)
+        following = targets[places.start + 1 : places.stop + 1]
+        own = send(following, logits.device)[:, None]
         intact = _logprobs(logits[0])
         baseline = widened(intact[: len(own)].gather(1, own)).sum()
+        rows = []
         # One at a time, so that what is in between stays in the cache.
-        for ablation, other in zip(group[1:], logits[1:], strict=True):
-            which, without = place_of[ablation], _logprobs(other)
-            if only is None:
-                kl, js = _kl_and_js(intact, without)
-                sums["kl"][which] += float(kl[counted].sum())
-                sums["js"][which] += float(js[counted].sum())
+        for other in logits[1:]:
+            without = _logprobs(other)
+            both = _kl_and_js(intact, without) if only is None else ()
             lost = baseline - widened(without[: len(own)].gather(1, own)).sum()
-            sums["loss_increase"][which] += float(lost)
+            rows.append(torch.stack([*(each[uncounted:].sum() for each in both), lost]))
+        # Read at once: each time an accelerator is waited for.
+        columns = torch.stack(rows).cpu().double().unbind(1) if rows else ()
+        for name, column in zip(names, columns, strict=False):
+            sums[name][[place_of[ablation] for ablation in group[1:]]] += column
     return sums
 
 
@@ -171,18 +175,19 @@ def _lens_changes(engine: Engine, tokens: Sequence[int], measured: int) -> Tenso
 
 def _logits(
     engine: Engine, ablations: Sequence[Ablation], tokens: Sequence[int], first: int
-) -> Iterator[tuple[list[Ablation], list[int], Tensor]]:
+) -> Iterator[tuple[list[Ablation], range, Tensor]]:
     """Compute logits under ablations from a token on, as many at a time as memory should hold.
 
-    Yields some ablations, the baseline first, some places, and [ablations, places, vocabulary].
+    Yields some ablations, the baseline first, neighbouring places, and [ablations, places,
+    vocabulary].
     """
     for group, output, states in _states(engine, ablations, tokens):
         plan = engine.plan(group)
         vocabulary = engine.loaded.model.get_output_embeddings().weight.shape[0]
         size = max(1, LOGITS_BYTES // (4 * vocabulary * len(group)))
         for start in range(first, len(tokens), size):
-            places = list(range(start, min(start + size, len(tokens))))
-            yield group, places, engine.logits(plan, output, states[:, places])
+            places = range(start, min(start + size, len(tokens)))
+            yield group, places, engine.logits(plan, output, take(states, places, axis=1))
 
 
 def _states(
@@ -196,7 +201,7 @@ def _states(
         plan = engine.plan(group)
         engine.put_back()
         output, _ = run_base(engine.parts(plan), plan, row, None)
-        return output, output.last_hidden_state[list(plan.stream_of)]
+        return output, take(output.last_hidden_state, plan.stream_of)
 
     if engine.sharing.depth:
         for group in engine.groups(ablations, len(tokens)):
