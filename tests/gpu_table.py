@@ -166,8 +166,7 @@ def profile(model: str, dtype: str) -> dict[str, Any]:
     loaded = engine.loaded
     ablations = [INTACT, *(Ablation((layer,)) for layer in range(len(loaded.layers)))]
     engine.score(documents, ablations)  # whatever is found once
-    if loaded.device.type != "cpu":
-        reset_peak_memory(loaded.device)
+    reset_peak_memory(loaded.device)
     with (
         mock.patch.object(sweep, "launch_row", wraps=sweep.launch_row) as scored,
         torch.profiler.profile() as profiler,

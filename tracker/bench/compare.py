@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracker.bench.loops import Loop, LoopTiming, timed
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from tracker.engine.scoring.sweep import Engine
     from tracker.models.load import LoadedModel
 
-_RESET = Path("/proc/self/clear_refs")
 BATCH_SIZES = (1, 4, 8, 16, 32)
 TRIED_DOCUMENTS = 40
 """Documents on which the batch sizes are tried."""
@@ -163,6 +161,7 @@ def bench(
     """
     from tracker.engine.plan import cost, matrix_rate
     from tracker.engine.selfcheck.check import check
+    from tracker.models.devices import peak_memory, reset_peak_memory
 
     if against is not None:
         refuse_vllm(request)
@@ -193,11 +192,11 @@ def bench(
 
     responses = sum(len(document.requests) for document in documents) * len(ablations)
     progress.start(f"{request.benchmark}: engine", responses)
-    _forget_peak(loaded.device)
+    reset_peak_memory(loaded.device)
     before = (weights.read_bytes, weights.waited) if weights else (0, 0.0)
     with _stopwatch(engine) as inside:
         engine_seconds, scores = timed(lambda: engine.score(documents, ablations, progress.advance))
-    peak = _peak(loaded.device)
+    peak = peak_memory(loaded.device)
     progress.finish()
     after = (weights.read_bytes, weights.waited) if weights else (0, 0.0)
 
@@ -266,24 +265,3 @@ def _stopwatch(engine: Engine) -> Iterator[list[float]]:
         head.predictions = partial(clocked, head.predictions)
         stack.callback(delattr, head, "predictions")
         yield spent
-
-
-def _forget_peak(device: Any) -> None:
-    """Let the peak memory count from now on, where that can be done."""
-    from tracker.models.devices import reset_peak_memory
-
-    if device.type != "cpu":
-        reset_peak_memory(device)
-    elif _RESET.exists():
-        _RESET.write_text("5", encoding="ascii")
-
-
-def _peak(device: Any) -> int:
-    """Say the peak memory, in bytes, since `_forget_peak`."""
-    from tracker.models.devices import peak_memory
-
-    if device.type != "cpu" or not _RESET.exists():
-        return peak_memory(device)
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024

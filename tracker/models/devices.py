@@ -10,6 +10,7 @@ import os
 import platform
 import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,6 +24,7 @@ _VISIBLE = {
     "npu": "ASCEND_RT_VISIBLE_DEVICES",
     "xpu": "ZE_AFFINITY_MASK",
 }
+_RESET = Path("/proc/self/clear_refs")
 _host_shares = 1
 
 
@@ -114,8 +116,11 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Count the peak memory of an accelerator from now on."""
-    if device.type != "mps":
+    """Count the peak memory of a device from now on, where that can be done."""
+    if device.type == "cpu":
+        if _RESET.exists():
+            _RESET.write_text("5", encoding="ascii")
+    elif device.type != "mps":
         _module(device).reset_peak_memory_stats(device)
 
 
