@@ -127,16 +127,17 @@ def test_a_row_that_does_not_fit_is_halved(engines, monkeypatch):
     """The device is full when all documents are read at once."""
     cpu, device = engines("llama", row_tokens=400)
     counters.reset_peak(0)
+    earlier = counters.memory(0)[3]  # of other tests
     responses(device)
     allocated, _, peak, failures = counters.memory(0)
-    assert not failures
+    assert failures == earlier
     monkeypatch.setenv("SIM_MEMORY", str(allocated + (peak - allocated) * 4 // 5))
     for ours, theirs in zip(responses(device), responses(cpu), strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert [r.hits for r in one] == [r.hits for r in other]
             assert [r.loglikelihood for r in one] == pytest.approx([r.loglikelihood for r in other])
     assert HALVED in device.notes
-    assert counters.memory(0)[3]
+    assert counters.memory(0)[3] > earlier
 
 
 def test_what_torch_keeps_for_later_is_free(engines):
