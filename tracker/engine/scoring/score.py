@@ -101,18 +101,25 @@ def launch_row(
 
     `prefix` is the beginning that the row continues, read for the same streams.
     """
-    row, before = row.padded(parts.row_multiple).on(parts.device), torch.zeros(())
+    host, before = row.padded(parts.row_multiple), torch.zeros(())
+    row = host.on(parts.device)
     if prefix is not None:
         before = prefix.proxies.sum(1)
     output, seen = run_base(parts, plan, row, None if prefix is None else prefix.cache)
     none = seen.new_zeros(plan.answers, 0)
-    totals, hits = _answers(parts, plan, row, output) if row.requests else (none, none)
-    figures = [figure.to(seen.device) for figure in (totals, hits, seen)]
+    predictions = _predictions(parts, plan, row, output) if row.requests else (none, none)
+    dtype = predictions[0].dtype
+    figures = [figure.to(seen.device) for figure in (*predictions, seen)]
     fetched = fetch(torch.cat([figure.flatten() for figure in figures]))
     shapes = [figure.shape for figure in figures]
 
     def read() -> RowScores:
-        totals, hits, seen = split(fetched(), shapes)
+        logprobs, greedy, seen = split(fetched(), shapes)
+        none, owner = torch.zeros(plan.answers, len(row.requests)), host.owner[: logprobs.shape[1]]
+        # Summed in float32 and rounded once, as the sum of a half-precision tensor is in lm-eval;
+        # on the host, since an accelerator adds in any order.
+        totals = none.index_add(1, owner, logprobs.float()).to(dtype)
+        hits = none.index_add(1, owner, greedy.float())
         sums = [seen[:, path].double().sum(1) + before for _, path in row.gold]
         proxies = torch.stack(sums) if sums else torch.zeros(0, len(OBSERVED), len(parts.layers))
         return RowScores(totals.float(), hits.int(), proxies)
@@ -120,11 +127,11 @@ def launch_row(
     return read
 
 
-def _answers(parts: Parts, plan: StreamPlan, row: Row, output: Any) -> tuple[Tensor, Tensor]:
-    """Compute the log-likelihood and the hits of each answer [answers, requests]."""
+def _predictions(parts: Parts, plan: StreamPlan, row: Row, output: Any) -> tuple[Tensor, Tensor]:
+    """Compute log-probability and greedy flag of each predicted token [answers, predicted]."""
     states = output.last_hidden_state
-    kept, predictor, predicted, owner = (
-        index.to(states.device) for index in (row.keep, row.predictor, row.predicted, row.owner)
+    kept, predictor, predicted = (
+        index.to(states.device) for index in (row.keep, row.predictor, row.predicted)
     )
     hidden = states.unflatten(0, (plan.streams, -1)).flatten(1, 2)[:, kept]
     found = []
@@ -133,11 +140,7 @@ def _answers(parts: Parts, plan: StreamPlan, row: Row, output: Any) -> tuple[Ten
         with parts.having_head(form):
             found.append(parts.head.predictions(output, mine, predictor, predicted))
     logprobs, greedy = (torch.cat(each) for each in zip(*found, strict=True))
-    owner = owner.to(logprobs.device)
-    none = torch.zeros(plan.answers, len(row.requests), device=logprobs.device)
-    # Summed in float32 and rounded once, as the sum of a half-precision tensor is in lm-eval.
-    totals = none.index_add(1, owner, logprobs.float()).to(logprobs.dtype)
-    return totals.float(), none.index_add(1, owner, greedy.float())
+    return logprobs, greedy
 
 
 @torch.inference_mode()
