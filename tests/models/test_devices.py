@@ -12,7 +12,8 @@ import tracker
 from tracker.models import devices
 
 CPU = torch.device("cpu")
-ASKING = re.compile(r"torch\.(cuda|mps|xpu|npu|hpu|backends(?!\.cpu)|accelerator|get_device_module)\b")
+MODULES = r"cuda|mps|xpu|npu|hpu|backends(?!\.cpu)|accelerator|get_device_module"
+ASKING = re.compile(rf"torch\.({MODULES})\b")
 
 
 def test_no_other_module_asks_torch_about_devices():
