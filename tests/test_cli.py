@@ -484,9 +484,6 @@ def test_plan_counts_what_is_executed(model, experiment, tmp_path):
     (planned,) = plan(asked.cells(), Ledger(tmp_path / "results"))
     assert planned.cost.documents == 40
     assert planned.cost.layer_passes == planned.cost.tokens * (4 * 5 // 2)
-    plain, vllm = planned.cost.naive_layer_passes, planned.cost.vllm_layer_passes
-    times = f"{plain / planned.cost.layer_passes:.1f} ×, {vllm / planned.cost.layer_passes:.1f} ×"
-    assert f" {times} " in result
     # The baseline six requests, each of four ablations one, and four once more while measuring.
     assert 4 * 14 * 20 < planned.cost.check_layer_passes < 4 * 14 * 200
     assert not planned.measured

@@ -338,9 +338,6 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     def loop(cell: PlannedCell) -> str:
         return f"{cell.cost.naive_flops / cell.cost.flops:.1f} × less than lm-eval per layer"
 
-    def times(cell: PlannedCell) -> str:
-        return ", ".join(f"{ratio:.1f} ×" for ratio in cell.cost.times_the_passes.values())
-
     def check(cell: PlannedCell) -> str:
         return f"{100 * cell.cost.check_layer_passes / cell.cost.layer_passes:.1f} %"
 
@@ -351,7 +348,6 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         Column("documents", "count", lambda cell: cell.cost.documents),
         Column("tokens", "count", lambda cell: cell.cost.tokens),
         Column("layer passes", "count", lambda cell: cell.cost.layer_passes),
-        Column("by lm-eval, vLLM", "count", times),
         Column("TFLOP", "count", lambda cell: f"{cell.cost.flops / 1e12:,.1f}"),
         Column("work saved", "count", loop),
         Column("self-check", "count", check),
@@ -372,7 +368,6 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         )
     say()
     print_table(table("", columns, cells))
-    say("by lm-eval, vLLM: times as many layer passes, if each evaluates every layer's removal")
     say(
         "self-check: this share of the work is repeated on a model without the layer, to verify "
         "the results. Besides, each architecture is stress-tested once on a tiny copy"
