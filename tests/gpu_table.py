@@ -151,18 +151,19 @@ def profile(model: str, dtype: str) -> dict[str, Any]:
     from tracker.bench.compare import prepare
     from tracker.core.ablations import INTACT, Ablation
     from tracker.core.config import cell_request
-    from tracker.engine.plan import cost
+    from tracker.engine.memory import stream_bytes
     from tracker.engine.scoring import sweep
+    from tracker.engine.scoring.head import LOGITS_BYTES
     from tracker.engine.scoring.row_size import time_sizes
     from tracker.measuring.job import Options
     from tracker.measuring.progress import Progress
     from tracker.models.devices import peak_memory, reset_peak_memory
+    from tracker.models.placement import weight_bytes
 
     request = cell_request(
         model=model, benchmark="arc_easy", data=DATA[1], limit=PROFILED, dtype=dtype, layers=(0,)
     )
-    ready = prepare(request, Options(), Progress())
-    engine, documents = ready.engine, ready.documents
+    engine, documents, _ = prepare(request, Options(), Progress())
     loaded = engine.loaded
     ablations = [INTACT, *(Ablation((layer,)) for layer in range(len(loaded.layers)))]
     engine.score(documents, ablations)  # whatever is found once
@@ -179,9 +180,8 @@ def profile(model: str, dtype: str) -> dict[str, Any]:
             sum(count for name, count in calls.items() if pattern.match(name)) / scored.call_count
         )
 
-    predicted = cost(
-        loaded.model, documents, ablations, engine.max_length, engine.most_row_tokens
-    ).peak_bytes
+    activations = len(ablations) * engine.most_row_tokens * stream_bytes(loaded.model)
+    predicted = weight_bytes(loaded.model) + activations + 2 * LOGITS_BYTES
     return {
         "rows": scored.call_count,
         "nodes at most": engine.most_row_tokens,

@@ -101,17 +101,10 @@ class Bench:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A model, an engine with full sharing and documents, ready to be timed; `title` names them."""
-
-    engine: Engine
-    documents: Sequence[Document]
-    title: str
-
-
-def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepared:
-    """Load what is to be timed.
+def prepare(
+    request: CellRequest, options: Options, progress: Progress
+) -> tuple[Engine, Sequence[Document], str]:
+    """Return an engine with full sharing, the documents and their title.
 
     RequestError for something that does not exist, or generates texts.
     """
@@ -130,11 +123,8 @@ def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepa
     documents = benchmark.documents(encoder, request.extent)
     if any(document.prompt is not None for document in documents):
         raise BenchmarkError(f"{request.benchmark} generates texts; tracker bench times scoring")
-    return Prepared(
-        with_fastest_rows(Engine(loaded, encoder.max_length, memory=options.memory)),
-        documents,
-        f"{request.benchmark}, {benchmark.identity.num_fewshot}-shot",
-    )
+    engine = with_fastest_rows(Engine(loaded, encoder.max_length, memory=options.memory))
+    return engine, documents, f"{request.benchmark}, {benchmark.identity.num_fewshot}-shot"
 
 
 def bench(
@@ -165,22 +155,22 @@ def bench(
 
     if against is not None:
         refuse_vllm(request)
-    ready = prepare(request, options, progress)
-    documents, loaded = ready.documents, ready.engine.loaded
+    engine, documents, title = prepare(request, options, progress)
+    loaded = engine.loaded
     ablations = _every_layer(request, loaded)
 
     loops: list[Loop] = []
     if against is not None:
         progress.say(f"{against}: loading {request.model}")
-        with open_vllm(request, options, ready.engine, documents) as vllm:
+        with open_vllm(request, options, engine, documents) as vllm:
             vllm.evaluate(ablations[0], documents[:TRIED_DOCUMENTS])  # to warm up
             vllm.run(documents, ablations, progress)
         loops.append(vllm)
 
-    check_seconds, engine = None, ready.engine
+    check_seconds = None
     if checking:
         progress.say("checking that sharing is exact for this model")
-        check_seconds, checked = timed(lambda: check(ready.engine, documents, ablations))
+        check_seconds, checked = timed(lambda: check(engine, documents, ablations))
         engine = checked.engine
 
     weights = loaded.offloaded
@@ -204,7 +194,7 @@ def bench(
         loops[-1].run(documents, ablations, progress)
     work = cost(loaded.model, documents, ablations, engine.max_length)
     return Bench(
-        benchmark=ready.title,
+        benchmark=title,
         documents=len(documents),
         ablations=len(ablations),
         dtype=loaded.identity.dtype,

@@ -33,14 +33,7 @@ SUBLAYERS = [ablate(kind, [layer]) for kind in ("attention", "mlp") for layer in
 def documents_for(engine: Engine, beginning: int = 0) -> list[Document]:
     """Make up three documents, whose contexts begin with some tokens in common."""
     vocabulary = engine.loaded.model.config.get_text_config().vocab_size
-    documents = make_documents(vocabulary, 3, tokens=24, longest=3)
-    common = tuple(number % vocabulary for number in range(7, 7 + beginning))
-
-    def begin(document: Document) -> Document:
-        requests = (replace(r, context=common + r.context) for r in document.requests)
-        return replace(document, requests=tuple(requests))
-
-    return [begin(document) for document in documents]
+    return make_documents(vocabulary, 3, 24 + beginning, longest=3, beginning=beginning)
 
 
 def score(engine: Engine, ablations: Sequence[Ablation], beginning: int = 0) -> Any:

@@ -44,8 +44,7 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     say(f"device    {device}; {diagnosis.free_bytes / 2**30:.1f} GiB free")
     say(f"machine   {machine['platform']}, {machine['cores']} cores, Python {machine['python']}")
     say(f"versions  {versions}")
-    say(f"float32   precision of matrix products: {diagnosis.float32_precision}")
-    say()
+    say(f"float32   precision of matrix products: {diagnosis.float32_precision}\n")
 
     def difference(finding: Finding) -> str:
         return DASH if finding.difference is None else f"{finding.difference:.1g}"
@@ -56,13 +55,12 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
         Column("result", "text", lambda f: f"FAILED: {f.error}" if f.error else "ok"),
     ]
     print_table(table("", columns, diagnosis.findings))
-    say()
     failed, checks = len(diagnosis.failures), counted(len(diagnosis.findings), "check")
     took = f"in {diagnosis.seconds:.0f} s"
     if failed:
-        say(f"{failed} of {checks} failed {took}. Do not trust figures from {device}.")
+        say(f"\n{failed} of {checks} failed {took}. Do not trust figures from {device}.")
     else:
-        say(f"{checks} {took}: this installation computes the right numbers on {device}.")
+        say(f"\n{checks} {took}: this installation computes the right numbers on {device}.")
 
 
 def print_cell(

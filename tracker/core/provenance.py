@@ -16,13 +16,8 @@ from tracker.core.distribution import __version__
 
 PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy")
 """The packages besides tracker itself that can change a number, as pip calls them."""
-_STACK = (
-    "tracker",
-    *(name for name in PACKAGES if name != "tokenizers"),
-    "platform",
-    "device",
-    "accelerator",
-)
+_HARDWARE = ("platform", "device", "accelerator")
+_STACK = ("tracker", *(name for name in PACKAGES if name != "tokenizers"), *_HARDWARE)
 """What else can: tracker, the kind of the processor, the device and its make; tokens have
 digests."""
 

@@ -107,16 +107,13 @@ class Reading:
         return _work(self.plain, (*plain_passes(ablations, self.layers), len(ablations)))
 
 
-def reading(
-    model: Any, documents: Sequence[Document], max_length: int, row_tokens: int = ROW_TOKENS
-) -> Reading:
+def reading(model: Any, documents: Sequence[Document], max_length: int) -> Reading:
     """Count what it takes to score documents.
 
     Args:
         model: The model; its weights may be on the meta device.
         documents: The documents.
         max_length: Tokens that the model reads at most.
-        row_tokens: Largest size of a row of several documents.
 
     Returns:
         The counts.
@@ -138,7 +135,7 @@ def reading(
         prefix = shared if shared >= SHORTEST else 0
         tokens += prefix
         attentions += attended(prefix, prefix)
-        for row in tree_rows(together, max_length, row_tokens, prefix):
+        for row in tree_rows(together, max_length, ROW_TOKENS, prefix):
             tokens += row.tokens
             attentions += attended(row.tokens, prefix + row.tokens)
             kept += len(row.keep)
@@ -163,11 +160,7 @@ def reading(
 
 
 def cost(
-    model: Any,
-    documents: Sequence[Document],
-    ablations: Sequence[Ablation],
-    max_length: int,
-    row_tokens: int = ROW_TOKENS,
+    model: Any, documents: Sequence[Document], ablations: Sequence[Ablation], max_length: int
 ) -> Cost:
     """Count the work of a cell, for full sharing.
 
@@ -176,12 +169,11 @@ def cost(
         documents: The cell's documents.
         ablations: The ablations, with the baseline.
         max_length: Tokens that the model reads at most.
-        row_tokens: Largest size of a row of several documents.
 
     Returns:
         The counts.
     """
-    found = reading(model, documents, max_length, row_tokens)
+    found = reading(model, documents, max_length)
     tied = any(each.ends for each in ablations) and find_ends(model).tied
     plan = plan_streams(ablations, found.layers, tied)
     plain = sum(plain_passes(ablations, found.layers)) / 2

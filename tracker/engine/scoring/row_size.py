@@ -91,7 +91,9 @@ def chosen(seconds: Mapping[int, float]) -> int:
     return best if seconds[best] < WORTH * seconds[default] else default
 
 
-def make_documents(vocabulary: int, count: int, tokens: int, longest: int = 1) -> list[Document]:
+def make_documents(
+    vocabulary: int, count: int, tokens: int, longest: int = 1, beginning: int = 0
+) -> list[Document]:
     """Make up questions with four answers each.
 
     Args:
@@ -99,12 +101,14 @@ def make_documents(vocabulary: int, count: int, tokens: int, longest: int = 1) -
         count: How many documents.
         tokens: Tokens of each document, of which one is left for an answer.
         longest: Tokens of the longest answer; the shortest has one.
+        beginning: Tokens with which all contexts begin.
 
     Returns:
         The documents; the same ones each time.
     """
     draw = torch.Generator().manual_seed(0)
-    contexts = torch.randint(vocabulary, (count, tokens), generator=draw)[:, 1:].tolist()
+    contexts = torch.randint(vocabulary, (count, tokens), generator=draw)[:, 1:]
+    contexts[:, :beginning] = contexts[0, :beginning]
     return [
         Document(
             task="made up",
@@ -115,5 +119,5 @@ def make_documents(vocabulary: int, count: int, tokens: int, longest: int = 1) -
             gold=0,
             choices=4,
         )
-        for index, context in enumerate(contexts)
+        for index, context in enumerate(contexts.tolist())
     ]
