@@ -90,14 +90,14 @@ def requested(
 def compare(request: CellRequest, folder: Path) -> list[Found]:
     """Hold what was measured in a folder against plain lm-eval on really pruned models."""
     (store,) = Ledger(folder / "results").cells()
-    engine, documents, _ = prepare(request, Options(), Silent())
+    engine, texts, _ = prepare(request, Options(), Silent())
     outcomes = AlignedOutcomes(store, store.views.of(request))
-    gold = [document.gold for document in documents]
+    gold = [document.gold for document in texts]
 
     def scored(ablation: Ablation, size: int) -> list[list[float]]:
-        _, answers = huggingface_loop(engine, size).evaluate(ablation, documents)
+        _, answers = huggingface_loop(engine, size).evaluate(ablation, texts)
         said = iter(loglikelihood for loglikelihood, _ in answers)
-        return [[next(said) for _ in each.requests] for each in documents]
+        return [[next(said) for _ in each.requests] for each in texts]
 
     found = []
     for ablation in ablations_of(request, store.identity.model.layers):
@@ -130,12 +130,12 @@ class Finer(torch.nn.Module):
 def sums(model: str, documents: int, layers: list[int]) -> None:
     """Print how far rounding moves the differences between options, and what float32 sums leave."""
     request = requested(model, documents, layers)
-    engine, documents, _ = prepare(request, Options(), Silent())
+    engine, texts, _ = prepare(request, Options(), Silent())
     loaded = engine.loaded
     ablations = ablations_of(request, loaded.identity.layers)
 
     def scores(sharing: Sharing, number: int) -> np.ndarray:
-        found = engine.with_sharing(sharing).score(documents, ablations)
+        found = engine.with_sharing(sharing).score(texts, ablations)
         rows = [[each.loglikelihood for each in one.responses[number]] for one in found]
         return pd.DataFrame(rows).to_numpy()  # NaN where there are fewer
 
