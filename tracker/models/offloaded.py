@@ -137,37 +137,8 @@ class _Layer:
 
     @property
     def size(self) -> int:
-        """Return how many bytes the weights take."""
-        return self.weights[-1].stop
-
-    @property
-    def room(self) -> int:
         """Return how many bytes a buffer for them has."""
-        return max(self.size, sum(map(len, self.image)))
-
-    @classmethod
-    def of(cls, rests: Sequence[tuple[nn.Parameter, Slice | Tensor]], pin: bool) -> _Layer:
-        """Arrange a layer's parameters in a buffer.
-
-        Args:
-            rests: Its parameters, and where the numbers of each rest.
-            pin: Whether those in the host's memory move to pinned memory.
-
-        Returns:
-            The layer.
-        """
-        layer = cls(list(_placed(rests)))
-        if not pin or any(isinstance(weight.source, Slice) for weight in layer.weights):
-            return layer
-        layer = replace(layer, image=pinned(layer.size))
-        buffer = torch.empty(layer.room, dtype=torch.uint8)
-        for weight in layer.weights:
-            assert isinstance(weight.source, Tensor)
-            _view(buffer, weight).copy_(weight.source)
-        for part, view in layer.parts(buffer):
-            part.copy_(view)
-        weights = [replace(weight, source=weight.absent) for weight in layer.weights]
-        return replace(layer, weights=weights)
+        return max(self.weights[-1].stop, sum(map(len, self.image)))
 
     def parts(self, buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Pair each part of the image with the part of a buffer that it is an image of."""
@@ -175,6 +146,19 @@ class _Layer:
         for part in self.image:
             yield part, buffer[start : start + len(part)]
             start += len(part)
+
+    def pinned(self) -> _Layer:
+        """Move weights that are in the host's memory to pinned memory."""
+        sources = [weight.source for weight in self.weights if isinstance(weight.source, Tensor)]
+        if len(sources) < len(self.weights):
+            return self
+        layer = replace(self, image=pinned(self.size))
+        buffer = torch.empty(layer.size, dtype=torch.uint8)
+        for weight, source in zip(layer.weights, sources, strict=True):
+            _view(buffer, weight).copy_(source)
+        for part, view in layer.parts(buffer):
+            part.copy_(view)
+        return replace(layer, weights=[replace(w, source=w.absent) for w in layer.weights])
 
 
 @dataclass
@@ -218,10 +202,11 @@ class OffloadedWeights:
         self.times = dict.fromkeys(sorted(rests), 0)
         self.waited = 0.0
         self.heard: list[Callable[[], None]] = []
-        pin = can_pin(device)
-        # One after the other, so that no more than one layer is in the host's memory twice.
-        self._layers = {layer: _Layer.of(rests.pop(layer), pin) for layer in self.times}
-        largest = max(layer.room for layer in self._layers.values())
+        self._layers: dict[int, _Layer] = {}
+        for number in self.times:  # taken, so that one layer at a time is in memory twice
+            layer = _Layer([*_placed(rests.pop(number))])
+            self._layers[number] = layer.pinned() if can_pin(device) else layer
+        largest = max(layer.size for layer in self._layers.values())
         self._slots = [
             _Slot(torch.empty(largest, dtype=torch.uint8, device=device)) for _ in range(ROOM)
         ]
