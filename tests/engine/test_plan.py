@@ -87,48 +87,31 @@ def test_the_sweep_costs_what_was_said(shared: int) -> None:
     assert found["flops"] > 0
 
 
-def test_lm_eval_costs_what_was_said() -> None:
-    """Each ablation by itself; choices of one token after one context are read once."""
+def test_other_programs_cost_what_was_said() -> None:
+    """Each ablation by itself: lm-eval reads choices of one token after one context once.
+
+    vLLM reads each request with its last token, as long as a token more could be generated.
+    """
     model = tiny_model("llama_eager")
     documents = [*make_documents(3), asking((range(90), range(60, 75)), index=3)]
-    engine = engine_of(model)
     whole = single_layers((0, 1, 2, 3))
     said = cost(model, documents, whole, MAX_LENGTH)
-    sequences = {
-        (*request.context, *request.continuation)[:-1][-MAX_LENGTH:]
-        for document in documents
-        for request in document.requests
-    }
+    texts = [(*r.context, *r.continuation) for d in documents for r in d.requests]
+    sequences = {text[:-1][-MAX_LENGTH:] for text in texts}
     assert said.naive_tokens == sum(map(len, sequences)) < said.requests * MAX_LENGTH
     assert MAX_LENGTH in map(len, sequences)
-    flops = passes = 0
-    for ablation in whole:
-        without = engine.without(ablation).loaded.model
-        with counted(without) as found:
-            for tokens in sequences:
-                without(torch.tensor([tokens]), use_cache=False)
-        flops += found["flops"]
-        passes += found["sublayers"]
-    assert said.naive_layer_passes == passes / 2
-    assert said.naive_flops == pytest.approx(flops, rel=0.005)
-
-
-def test_vllm_costs_what_was_said() -> None:
-    """Each request by itself, with its last token, as long as a token more could be generated."""
-    model = tiny_model("llama_eager")
-    documents = [*make_documents(3), asking((range(90), range(60, 75)), index=3)]
-    whole = single_layers((0, 1, 2, 3))
-    planned = cost(model, documents, whole, MAX_LENGTH)
-    passes = 0
-    for ablation in whole:
-        without = engine_of(model).without(ablation).loaded.model
-        with counted(without) as operations:
-            for document in documents:
-                for request in document.requests:
-                    text = (*request.context, *request.continuation)[-(MAX_LENGTH - 1) :]
-                    without(torch.tensor([text]), use_cache=False)
-        passes += operations["sublayers"]
-    assert planned.vllm_layer_passes == passes / 2 > planned.naive_layer_passes
+    totals = []
+    for read in (sequences, [text[-(MAX_LENGTH - 1) :] for text in texts]):
+        totals.append(Counter[str]())
+        for ablation in whole:
+            without = engine_of(model).without(ablation).loaded.model
+            with counted(without) as operations:
+                for tokens in read:
+                    without(torch.tensor([tokens]), use_cache=False)
+            totals[-1].update(operations)
+    assert said.naive_layer_passes == totals[0]["sublayers"] / 2
+    assert said.naive_flops == pytest.approx(totals[0]["flops"], rel=0.005)
+    assert said.vllm_layer_passes == totals[1]["sublayers"] / 2 > said.naive_layer_passes
 
 
 def test_a_sublayer_alone_costs_lm_eval_the_other_half_of_its_layer() -> None:

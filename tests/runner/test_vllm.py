@@ -78,12 +78,6 @@ def test_a_worker_finds_the_layers_of_its_model():
     assert torch.equal(model(ids, use_cache=False).logits, expected)
 
 
-def test_another_program_is_refused():
-    refused(
-        cli(*AGAINST[:-1], "nonsense"), "Invalid value for '--against': 'nonsense' is not 'vllm'"
-    )
-
-
 @without_vllm
 def test_vllm_that_is_not_there_is_refused_before_anything_is_looked_for():
     refused(cli(*AGAINST), "vLLM is not installed", "pip install vllm", "leave --against out")
