@@ -101,26 +101,6 @@ def _register() -> None:
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
 
 
-def _keeping_ties(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep tied parameters tied in `Module.to`, as on CUDA.
-
-    For a PrivateUse1 device torch makes new parameters, so tied ones would come apart.
-    """
-
-    def keep(self: torch.nn.Module, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        names: dict[int, list[tuple[torch.nn.Module, str]]] = {}
-        for module in self.modules():
-            for name, parameter in module._parameters.items():
-                names.setdefault(id(parameter), []).append((module, name))
-        result = apply(self, fn, recurse)
-        for (owner, owned), *others in names.values():
-            for module, name in others:
-                module._parameters[name] = owner._parameters[owned]
-        return result
-
-    return keep
-
-
 def _counting_integers(histc: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Make `histc` count integers, as on CUDA; on the CPU it does not."""
 
@@ -133,7 +113,7 @@ def _counting_integers(histc: Callable[..., torch.Tensor]) -> Callable[..., torc
 
 _register()
 torch.histc = _counting_integers(torch.histc)
-torch.nn.Module._apply = _keeping_ties(torch.nn.Module._apply)  # type: ignore[method-assign]
+torch.__future__.set_swap_module_params_on_conversion(True)  # else tied parameters come apart
 
 if __name__ == "__main__":
     print(BUILT)  # noqa: T201

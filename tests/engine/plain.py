@@ -77,6 +77,23 @@ class Memory(dict[str, str]):
     keep = dict.__setitem__
 
 
+def same(scores, others):
+    """Assert that two sweeps say the same."""
+    for ours, theirs in zip(scores, others, strict=True):
+        assert ours.proxy_tokens == theirs.proxy_tokens
+        sums = ours.proxy_sums, theirs.proxy_sums
+        torch.testing.assert_close(*sums, atol=1e-4, rtol=1e-4, equal_nan=True)
+        for mine, other in zip(ours.responses, theirs.responses, strict=True):
+            agrees(mine, other)
+
+
+def agrees(responses, others):
+    """Assert that responses to a document's requests are the same."""
+    assert [r.hits for r in responses] == [r.hits for r in others]
+    loglikelihoods = [r.loglikelihood for r in others]
+    assert [r.loglikelihood for r in responses] == pytest.approx(loglikelihoods, abs=1e-4)
+
+
 def make_documents(count=5, seed=0, shared=6):
     """Documents with a common beginning, choices of several lengths, one of them one token long."""
     draw = random.Random(seed)

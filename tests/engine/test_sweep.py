@@ -18,11 +18,13 @@ from tests.engine.families import tiny_model
 from tests.engine.plain import (
     MAX_LENGTH,
     agree,
+    agrees,
     asking,
     engine_of,
     loaded,
     make_documents,
     passed,
+    same,
 )
 from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.core.errors import CellError
@@ -31,7 +33,6 @@ from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring import sweep
 from tracker.engine.scoring.prefix import SHORTEST
 from tracker.engine.scoring.rows import ANY_LENGTH, Lengths, tree_rows
-from tracker.engine.scoring.score import launch_row
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Quirks
 from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.scoring.sweep import ROW_TOKENS, Engine
@@ -107,11 +108,7 @@ def test_rows_of_a_multiple_say_the_same(family, shared):
         engine_of(family, row_tokens=40, row_multiple=multiple).score(documents, SIX)
         for multiple in (1, 8)
     )
-    for one, other in zip(plain, padded, strict=True):
-        answers = [[[r.loglikelihood for r in a] for a in s.responses] for s in (one, other)]
-        torch.testing.assert_close(*map(torch.tensor, answers), rtol=0, atol=1e-5)
-        sums = one.proxy_sums, other.proxy_sums
-        torch.testing.assert_close(*sums, rtol=1e-6, atol=1e-5, equal_nan=True)
+    same(plain, padded)
 
 
 def test_a_bug_of_ours_is_no_loss_of_sharing(monkeypatch):
@@ -190,43 +187,6 @@ def test_a_small_budget_means_smaller_rows_and_fewer_ablations_at_a_time(spy):
     tight = engine_of(model, memory=3 * 40 * stream_bytes(model)).score(documents, SIX)
     assert all(streams * tokens <= 3 * 40 for streams, tokens in sizes)
     same(tight, plenty)
-
-
-def same(one, other):
-    for ours, theirs in zip(one, other, strict=True):
-        assert ours.proxy_tokens == theirs.proxy_tokens
-        torch.testing.assert_close(ours.proxy_sums, theirs.proxy_sums, atol=1e-4, rtol=1e-4)
-        for mine, other in zip(ours.responses, theirs.responses, strict=True):
-            agrees(mine, other)
-
-
-def agrees(responses, others):
-    assert [r.hits for r in responses] == [r.hits for r in others]
-    loglikelihoods = [r.loglikelihood for r in others]
-    assert [r.loglikelihood for r in responses] == pytest.approx(loglikelihoods, abs=1e-4)
-
-
-def the_host_is_full():
-    torch.empty(2**60, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize(("fits", "fail"), [(60, never), (20, the_host_is_full), (8, never)])
-def test_running_out_of_memory_halves_the_row_and_goes_on(monkeypatch, fits, fail):
-    """An accelerator's error cannot be provoked here, so rows above a size raise it."""
-    documents = make_documents(6)
-    plenty = engine_of("llama").score(documents, SIX)
-
-    def small(parts, plan, row, prefix=None):
-        if plan.streams * row.tokens > fits * 7:
-            fail()
-        return launch_row(parts, plan, row, prefix)
-
-    monkeypatch.setattr(sweep, "launch_row", small)
-    counted = []
-    engine = engine_of("llama")
-    same(engine.score(documents, SIX, counted.append), plenty)
-    assert engine.notes == [sweep.HALVED]
-    assert sum(counted) >= sum(len(d.requests) for d in documents) * len(SIX)
 
 
 @pytest.mark.parametrize(
