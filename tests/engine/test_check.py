@@ -171,13 +171,14 @@ class TestWhatTheModelHasConfirmedIsReused:
         assert not asked_again(of("llama"), documents)
         assert [name for name in others if not asked_again(others[name], documents)] == []
         assert asked_again(of("llama"), documents, ABLATIONS[:3]), "other ablations"
-        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
-        assert asked_again(of("llama"), documents), "other products of matrices"
-        monkeypatch.setattr(module, "_hardware", lambda device: "another processor")
-        assert asked_again(of("llama"), documents), "another device"
         quirk = replace(Verdict(FULL), stay=True)
-        monkeypatch.setattr(module, "_verdict", lambda *_: quirk)
-        assert asked_again(of("llama"), documents), "another verdict on the architecture"
+        for owner, name, other in (
+            (torch, "get_float32_matmul_precision", "medium"),
+            (module, "_hardware", "another processor"),
+            (module, "_verdict", quirk),
+        ):
+            monkeypatch.setattr(owner, name, lambda *_, other=other: other)
+            assert asked_again(of("llama"), documents), name
 
     def test_not_where_something_was_fitted_on_its_texts(self, asked_again):
         documents, ablations = make_documents(3), [INTACT, Ablation(replaced=(("mean", 1),))]
@@ -469,13 +470,10 @@ def test_the_shortest_of_the_documents_with_most_answers_are_confirmed():
 
 def test_of_long_documents_every_ablation_is_asked_both_ends_and_two_the_longest(spy):
     """Thirty plain passes over texts of a thousand tokens would be most of the check."""
-    common = tuple(3 + n % 90 for n in range(130))
-    contexts = [
-        common + tuple(3 + (index + n) % 90 for n in range(200 + index)) for index in (0, 1)
-    ]
+    context = tuple(3 + n % 90 for n in range(330))
     documents = [
-        asking(*((context, (n,)) for n in (5, 6, 7)), index=index)
-        for index, context in enumerate(contexts)
+        asking(*((context + (9,) * index, (n,)) for n in (5, 6, 7)), index=index)
+        for index in range(2)
     ]
     seen = spy(Engine, "score", lambda engine, *given: given)
     engine = engine_of("llama", max_length=1024)
