@@ -106,8 +106,7 @@ def shapes_of_ends(model: Any) -> dict[str, tuple[int, int]]:
         ends = find_ends(model)
     except CellError as error:
         raise ExperimentError(str(error)) from None
-    names = ENDS[:1] if ends.tied else ENDS
-    shapes = {name: ends.weight(name).shape for name in names}
+    shapes = {name: ends.weight(name).shape for name in (ENDS[:1] if ends.tied else ENDS)}
     return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tracker.core.ablations import Part
 from tracker.core.errors import CellError
-from tracker.models.offloaded import is_absent
+from tracker.models.offloaded import Place, is_absent, lend
 from tracker.models.slices import put, take
 from tracker.models.sublayers import call_with, part_at, read_a_text, state_of
 
@@ -298,7 +298,6 @@ def take_experts(layer: nn.Module, experts: Experts, kept: Sequence[int], name: 
     router, held = (layer.get_submodule(path) for path in (experts.router, experts.held))
     inside = (router, held) if experts.block else ()
     paths = [experts.block] if experts.block else [experts.router, experts.held]
-    theirs = {path: layer.get_submodule(path) for path in paths}
     tensors = [*router.parameters(), *held.parameters()]
     if not all(each.is_floating_point() for each in tensors):
         raise CellError(
@@ -306,21 +305,13 @@ def take_experts(layer: nn.Module, experts: Experts, kept: Sequence[int], name: 
             "'component'"
         )
 
-    def give(*_: Any) -> None:
-        for path, module in theirs.items():
-            layer.set_submodule(path, lacking(module, kept, experts.count, inside))
+    owners = [path.rpartition(".") for path in paths]
+    places = [(layer.get_submodule(owner), name) for owner, _, name in owners]
 
-    if not any(is_absent(each) for each in tensors):
-        give()
-        return
+    def made() -> dict[Place, nn.Module]:
+        return {place: lacking(getattr(*place), kept, experts.count, inside) for place in places}
 
-    def take_back(*_: Any) -> None:
-        for path, module in theirs.items():
-            layer.set_submodule(path, module)
-
-    # They are there while the layer is called, and then they go.
-    layer.register_forward_pre_hook(give)
-    layer.register_forward_hook(take_back, always_call=True)
+    lend(layer, places, made, briefly=any(map(is_absent, tensors)))
 
 
 def experts_at(found: Sequence[Experts | None], layer: int, name: str) -> Experts:

@@ -19,7 +19,7 @@ from tracker.core.ablations import Part
 from tracker.core.errors import CellError
 from tracker.core.kinds import KINDS
 from tracker.models.linear_maps import map_of
-from tracker.models.quantised import Place, lend
+from tracker.models.offloaded import Place, lend
 from tracker.models.sublayers import part_at, read_a_text
 
 COMPONENTS = "head and kv_head"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -380,6 +380,45 @@ def take_over(
 def is_absent(weight: Any) -> bool:
     """Say whether a weight rests elsewhere at the moment."""
     return bool(weight.untyped_storage().nbytes() < weight.numel() * weight.itemsize)
+
+
+Place = tuple[nn.Module, str]
+"""A module, and what it calls a parameter, or a module in it."""
+
+
+def lend(
+    layer: nn.Module,
+    places: Iterable[Place],
+    made: Callable[[], Mapping[Place, Tensor | nn.Module]],
+    briefly: bool = False,
+) -> None:
+    """Give a layer other parameters or modules; `briefly` only while it is called.
+
+    So it is too where its own rest elsewhere, and come when it is called.
+
+    Args:
+        layer: The layer.
+        places: Which of its parameters or modules.
+        made: Makes them.
+        briefly: Whether it has them only while it is called.
+    """
+    theirs = {place: getattr(*place) for place in places}
+
+    def give(*_: Any) -> None:
+        for (module, name), own in made().items():
+            other = own if isinstance(own, nn.Module) else nn.Parameter(own, requires_grad=False)
+            setattr(module, name, other)
+
+    def take_back(*_: Any) -> None:
+        for (module, name), own in theirs.items():
+            setattr(module, name, own)
+
+    held = (each for each in theirs.values() if isinstance(each, Tensor))
+    if briefly or any(map(is_absent, held)):
+        layer.register_forward_pre_hook(give)
+        layer.register_forward_hook(take_back, always_call=True)
+    else:
+        give()
 
 
 def _index(model: nn.Module) -> Mapping[str, Any]:

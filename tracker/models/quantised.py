@@ -12,7 +12,7 @@ import copy
 import ctypes
 import importlib.util
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tracker.core.errors import CellError, ExperimentError
 from tracker.core.kinds import MAPS
 from tracker.core.weight_formats import FORMATS, WeightFormat
 from tracker.models.linear_maps import LinearMap, linear_maps, map_at
-from tracker.models.offloaded import is_absent
+from tracker.models.offloaded import Place, lend
 from tracker.models.sublayers import Sublayers
 
 _INTEGERS = {"int8": (-128, 127), "int4": (-8, 7)}
@@ -61,8 +61,7 @@ def in_format(weight: Tensor, name: str) -> Tensor:
         for own, each in zip(found, weight, strict=True):
             own.copy_(in_format(each, name))
         return found
-    rows = weight.detach().float()
-    return _maker(form)(rows).reshape(weight.shape).to(weight.dtype)
+    return _maker(form)(weight.detach().float()).reshape(weight.shape).to(weight.dtype)
 
 
 def _maker(form: WeightFormat) -> Callable[[Tensor], Tensor]:
@@ -148,10 +147,6 @@ class RoundedWeights:
         while self._bytes > self._most and len(self._kept) > 1:  # that one is used now
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return found
-
-
-Place = tuple[nn.Module, str]
-"""A module, and what it calls a parameter."""
 
 
 def weights_in(
@@ -287,36 +282,3 @@ def formats_of(
             map_at(maps, path, name)
         found |= dict.fromkeys(some, each.format)
     return found
-
-
-def lend(
-    layer: nn.Module,
-    places: Iterable[Place],
-    made: Callable[[], Mapping[Place, Tensor]],
-    briefly: bool = False,
-) -> None:
-    """Give a layer other parameters; `briefly` only while it is called.
-
-    So it is too where its own rest elsewhere, and come when it is called.
-
-    Args:
-        layer: The layer.
-        places: Which of its parameters.
-        made: Makes them.
-        briefly: Whether it has them only while it is called.
-    """
-    theirs = {place: getattr(*place) for place in places}
-
-    def give(*_: Any) -> None:
-        for (module, name), weight in made().items():
-            setattr(module, name, nn.Parameter(weight, requires_grad=False))
-
-    def take_back(*_: Any) -> None:
-        for (module, name), weight in theirs.items():
-            setattr(module, name, weight)
-
-    if briefly or any(map(is_absent, theirs.values())):
-        layer.register_forward_pre_hook(give)
-        layer.register_forward_hook(take_back, always_call=True)
-    else:
-        give()

@@ -33,8 +33,7 @@ def split(packed: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 
 def put(tensor: Tensor, places: Sequence[int], values: Tensor) -> None:
     """Write values over some entries of a tensor's first axis, in the order of their places."""
-    start = 0
-    for run in neighbours(places):
-        stop = start + run.stop - run.start
-        tensor[run] = values[start:stop]
-        start = stop
+    runs = neighbours(places)
+    parts = torch.split(values, [run.stop - run.start for run in runs])
+    for run, part in zip(runs, parts, strict=True):
+        tensor[run] = part
