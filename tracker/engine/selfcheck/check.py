@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, product
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -29,7 +29,6 @@ from tracker.engine.memory import only_new_garbage
 from tracker.engine.scoring.plain_call import read_for
 from tracker.engine.scoring.prefix import SHORTEST
 from tracker.engine.scoring.rows import common_beginning, tree_size
-from tracker.engine.scoring.sharing import Sharing
 from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.sweep import DocumentScores, Engine
 from tracker.engine.selfcheck.miniature_check import (
@@ -96,17 +95,10 @@ class Reach:
     row: int
 
 
-@dataclass(frozen=True)
-class Confirmation:
-    """Answers with which a model itself has confirmed the sharing that its architecture allows."""
-
-    confirmed: Comparison
-
-
 VERDICT = TypeAdapter(Verdict)
 """Verdicts on architectures as JSON."""
-CONFIRMATION = TypeAdapter(Confirmation)
-"""The same of what models have confirmed."""
+CONFIRMATION = TypeAdapter(tuple[Literal["confirmed"], Comparison])
+"""The same of answers with which models have confirmed the sharing that architectures allow."""
 Fit = Callable[[Engine], Mapping[int, StandIn]]
 _Texts = tuple[tuple[Path, ...], tuple[int, int, int] | None]
 """Numbers of a configuration that texts reach, and rows of longer texts, as in `miniature_key`."""
@@ -158,17 +150,18 @@ def check(
     engine = replace(engine, stand_ins=fit(engine))
     truth = Reference(engine)
     rounds = [*_rounds(documents, ablations)]
-
-    def confirm() -> tuple[Sharing, Comparison, str | None]:
-        return most_sharing(
+    keys, recalled = list[str](), None
+    if kept is not None and not engine.stand_ins:  # which are fitted on the benchmark's own texts
+        keys = _confirmation_keys(engine, ablations, verdict, reached.text, blank)
+        recalled = _recalled(kept, keys, CONFIRMATION, lambda _: True)
+    if recalled is not None:
+        sharing, (_, comparison), why = verdict.sharing, recalled, None
+    else:
+        sharing, comparison, why = most_sharing(
             verdict.sharing, engine, lambda way: _confirm(engine.with_sharing(way), truth, rounds)
         )
-
-    if kept is None or engine.stand_ins:  # these are fitted on the benchmark's own texts
-        sharing, comparison, why = confirm()
-    else:
-        keys = _confirmation_keys(engine, ablations, verdict, reached.text, blank)
-        sharing, comparison, why = _confirmed(kept, keys, verdict.sharing, confirm)
+        if kept is not None and keys and why is None:  # what is lost may be lost to the moment
+            kept.keep(keys[0], CONFIRMATION.dump_json(("confirmed", comparison)).decode())
     every = comparison + Comparison(verdict.compared, verdict.difference, verdict.unsteady)
     return Check(
         engine.with_sharing(sharing),
@@ -200,52 +193,36 @@ def _verdict(
     def key(texts: _Texts) -> str:
         return miniature_key(model, ablations, *texts, blank)
 
-    def recalled_or(make: Callable[[], Verdict], first: _Texts, *longer: _Texts) -> Verdict:
+    def recalled_or(make: Callable[[], Verdict], *texts: _Texts) -> Verdict:
         if kept is None:
             return make()
-        for texts in (first, *longer):
-            verdict = _recalled(kept, key(texts), VERDICT)
-            if verdict is not None and (texts == first or verdict.is_clean):
-                return verdict
-        verdict = make()
-        kept.keep(key(first), VERDICT.dump_json(verdict).decode())
+        verdict = _recalled(kept, map(key, texts), VERDICT, lambda verdict: verdict.is_clean)
+        if verdict is None:
+            verdict = make()
+            kept.keep(key(texts[0]), VERDICT.dump_json(verdict).decode())
         return verdict
 
     short = recalled_or(
-        lambda: check_miniature(engine, ablations, paths[0], blank),
-        *product(paths, [None]),
+        lambda: check_miniature(engine, ablations, paths[0], blank), *product(paths, [None])
     )
     return recalled_or(
-        lambda: check_longer_texts(engine, ablations, short, rows[0], blank),
-        *product(paths, rows),
+        lambda: check_longer_texts(engine, ablations, short, rows[0], blank), *product(paths, rows)
     )
 
 
-def _recalled(verdicts: Kept, key: str, form: TypeAdapter[T]) -> T | None:
-    """Recall a verdict; a damaged one counts as none, and is made again."""
-    with suppress(ValidationError):
-        return form.validate_json(verdicts.recall(key) or "")
-    return None
+def _recalled(
+    verdicts: Kept, keys: Iterable[str], form: TypeAdapter[T], holds: Callable[[T], bool]
+) -> T | None:
+    """Recall the verdict of the first key, or one of another that `holds` for it too.
 
-
-def _confirmed(
-    verdicts: Kept,
-    keys: Sequence[str],
-    most: Sharing,
-    confirm: Callable[[], tuple[Sharing, Comparison, str | None]],
-) -> tuple[Sharing, Comparison, str | None]:
-    """Recall that the model itself has confirmed the most sharing, or let it confirm that.
-
-    Returns what `most_sharing` does. What is lost is not kept: it may be lost to the moment.
+    A damaged one counts as none, and is made again.
     """
-    for key in keys:
-        confirmation = _recalled(verdicts, key, CONFIRMATION)
-        if confirmation is not None:
-            return most, confirmation.confirmed, None
-    sharing, comparison, why = confirm()
-    if why is None:
-        verdicts.keep(keys[0], CONFIRMATION.dump_json(Confirmation(comparison)).decode())
-    return sharing, comparison, why
+    for index, key in enumerate(keys):
+        with suppress(ValidationError):
+            verdict = form.validate_json(verdicts.recall(key) or "")
+            if index == 0 or holds(verdict):
+                return verdict
+    return None
 
 
 def _confirmation_keys(
@@ -336,12 +313,9 @@ def _few(documents: Sequence[Document]) -> list[Document]:
 def _confirm(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Comparison:
     """Compare answers of the model itself under every ablation, computed both ways."""
     comparison = Comparison()
-    questions = [
-        (some[number], few[d].requests[r]) for few, some, asked in rounds for number, d, r in asked
-    ]
     passes: list[Callable[[], Any]] = [
         *(partial(engine.score, few, some) for few, some, _ in rounds),
-        partial(truth.ask, questions),
+        partial(truth.ask, _questions(rounds)),
     ]
     *scores, _ = engine.side_by_side(passes)
     if engine.loaded.offloaded is not None:
@@ -354,10 +328,8 @@ def _confirm(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Comp
 
 def _refuse_absent(engine: Engine, scores: Iterable[Iterable[DocumentScores]]) -> None:
     """Refuse a model that computes with weights which are not there: both ways agree then."""
-    said = (
-        each for some in scores for score in some for given in score.responses for each in given
-    )
-    if any(math.isnan(each.loglikelihood) for each in said):
+    answers = (r for batch in scores for score in batch for rs in score.responses for r in rs)
+    if any(math.isnan(answer.loglikelihood) for answer in answers):
         raise CellError(
             f"{engine.class_name} says no number while its weights rest elsewhere: a layer of it "
             "uses another layer's weights. It must be in memory as a whole: a larger --weights, a "
@@ -391,6 +363,11 @@ def _rounds(documents: Sequence[Document], ablations: Sequence[Ablation]) -> Ite
     yield whole, two, [*product(range(len(two)), [0], alike)]
 
 
+def _questions(rounds: Iterable[_Round]) -> list[tuple[Ablation, Request]]:
+    """List what the model itself is asked plainly in some rounds."""
+    return [(done[a], few[d].requests[r]) for few, done, triples in rounds for a, d, r in triples]
+
+
 def _with_requests(document: Document, requests: Iterable[Request]) -> Document:
     """Leave some requests of a document, each once."""
     return replace(document, requests=tuple(dict.fromkeys(requests))[:BRANCHES], gold=0)
@@ -420,9 +397,7 @@ def _asked(
     A single short request costs nearly as much as a long one: all weights are read once.
     """
     draw = random.Random(0)
-    requests = [
-        (d, r) for d, document in enumerate(documents) for r in range(len(document.requests))
-    ]
+    requests = [(d, r) for d, doc in enumerate(documents) for r in range(len(doc.requests))]
     for number, ablation in enumerate(ablations):
         draw.shuffle(requests)
         # In order, so that answers to one text stand together.
@@ -438,11 +413,7 @@ def plain_tokens(
     Each passes about all layers once.
     """
     watched = watched_documents(documents)
-    asked: list[tuple[Any, Request]] = [
-        (removed[number], few[d].requests[r])
-        for few, removed, answers in _rounds(documents, ablations)
-        for number, d, r in answers
-    ]
+    asked: list[tuple[Any, Request]] = [*_questions(_rounds(documents, ablations))]
     for document in documents:
         place = (document.task, document.index)
         if place in watched:

@@ -98,8 +98,7 @@ def miniature_key(
 
 def reachable(model: Any, reach: int) -> tuple[Path, ...]:
     """List the paths of a configuration's numbers that rows of up to `reach` tokens can reach."""
-    found = numbers(model.config.get_text_config())
-    return tuple(path for path, value in found if value <= reach)
+    return tuple(p for p, value in numbers(model.config.get_text_config()) if value <= reach)
 
 
 def check_miniature(
@@ -126,8 +125,7 @@ def check_miniature(
     ablations = _of_its_parts(small, some_of(ablations))
 
     def truth_of(model: Any, verdict: Verdict) -> Reference:
-        made = _engine(engine, model, verdict, MAX_LENGTH, ROW_TOKENS)
-        return Reference(made, miniature=True)
+        return Reference(_engine(engine, model, verdict, MAX_LENGTH, ROW_TOKENS), miniature=True)
 
     with _threads_for_a_text(miniature=True):
         found = find_quirks(small, paths)
@@ -193,8 +191,7 @@ def check_longer_texts(
     switches, each = _switches(engine, small, verdict, max(longest, widest))
     if switches:
         verdict = replace(verdict, switches=tuple((tokens, each) for tokens in switches))
-        calls = switching_calls(_vocabulary(small), switches, widest)
-        verdict = checked(calls, 2 * max(switches))
+        verdict = checked(switching_calls(_vocabulary(small), switches, widest), 2 * max(switches))
     longest, widest = (min(tokens, LONGEST_REACH) for tokens in (longest, widest))
     reached = min(longest, engine.max_length)
     calls = reaching_calls(_vocabulary(small), reached, nodes, widest, verdict.sharing)
@@ -398,28 +395,24 @@ def most_sharing(
     """
     name = engine.class_name
     why: Callable[[], str] | None = None
-    first = WAYS.index(start) if start in WAYS else len(WAYS)
-    for sharing in WAYS[first:]:
+    ways = (*WAYS, ONE_BY_ONE)
+    for sharing in ways[ways.index(start) :]:
         try:
             found = compare(sharing)
         except Exception as error:
-            if refused(error) is None:
+            said = refused(error)
+            if said is None:
                 raise
+            if sharing == ONE_BY_ONE:
+                raise CellError(f"{name} cannot be asked one request at a time: {said}") from error
             why = partial(of_refusal, sharing, in_words(error, sharing, name), engine)
             continue
         if found.wrong is None:
             return sharing, found, None if why is None else why()
+        if sharing == ONE_BY_ONE:
+            raise CellError(f"{name} contradicts itself: {found.wrong}")
         why = partial(of_difference, sharing, found, engine)
-    try:
-        found = compare(ONE_BY_ONE)
-    except Exception as error:
-        said = refused(error)
-        if said is None:
-            raise
-        raise CellError(f"{name} cannot be asked one request at a time: {said}") from error
-    if found.wrong is not None:
-        raise CellError(f"{name} contradicts itself: {found.wrong}")
-    return ONE_BY_ONE, found, None if why is None else why()
+    raise AssertionError("the last way returns or raises")
 
 
 def _asked(
