@@ -180,7 +180,6 @@ def cost(
     # vLLM keeps room for a token that it generates.
     texts = [r.context + r.continuation for document in documents for r in document.requests]
     whole = sum(min(len(text), max_length - 1) for text in texts)
-    size = int(model.dtype.itemsize)
     activations = plan.streams * found.widest * stream_bytes(model)
     return Cost(
         documents=found.documents,
@@ -193,7 +192,7 @@ def cost(
         naive_flops=found.naive_flops(ablations),
         vllm_layer_passes=whole * plain,
         check_layer_passes=float(found.layers * plain_tokens(documents, ablations, max_length)),
-        peak_bytes=size * model.num_parameters() + activations + 2 * LOGITS_BYTES,
+        peak_bytes=model.dtype.itemsize * model.num_parameters() + activations + 2 * LOGITS_BYTES,
     )
 
 
@@ -227,8 +226,7 @@ def _weights(model: Any) -> tuple[float, float]:
 
 def matrix_rate(dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> float:
     """Measure the floating-point operations per second of a matrix product; None = on the CPU."""
-    on_cpu = device is None or device.type == "cpu"
-    size = 1024 if on_cpu else 8192
+    size = 1024 if device is None or device.type == "cpu" else 8192
     a, b = (torch.randn(n, size, device=device).to(dtype) for n in (2 * size, size))
     a @ b
     count, start = 0, time.perf_counter()

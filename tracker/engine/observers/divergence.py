@@ -122,8 +122,7 @@ def _divergences(
     first = max(measured - 1, 0)
     for group, places, logits in _logits(engine, [INTACT, *ablations], tokens, first):
         uncounted = max(0, measured - places.start)
-        following = targets[places.start + 1 : places.stop + 1]
-        own = send(following, logits.device)[:, None]
+        own = send(targets[places.start + 1 : places.stop + 1], logits.device)[:, None]
         intact = _logprobs(logits[0])
         baseline = widened(intact[: len(own)].gather(1, own)).sum()
         rows = []

@@ -228,9 +228,7 @@ def _after_each(
     def hook(index: int, module: nn.Module, args: Any, output: Any) -> None:
         look(index, first_of(output))
 
-    return all_of(
-        layer.register_forward_hook(partial(hook, index)) for index, layer in enumerate(layers)
-    )
+    return all_of(layer.register_forward_hook(partial(hook, n)) for n, layer in enumerate(layers))
 
 
 def _plain(

@@ -84,8 +84,7 @@ def rounding_errors(
     kept = engine.rounded_weights
 
     def compare(place: int, before: Tensor, after: Tensor, share: float = 1) -> None:
-        apart = (after.float() - before.float()).square().sum()
-        found["output_error"][place] += float(apart)
+        found["output_error"][place] += float((after.float() - before.float()).square().sum())
         found["output_size"][place] += float(before.float().square().sum())
         turned = 1 - cosine_similarity(widened(after), widened(before), dim=-1)
         found["output_angle"][place] += share * float(turned.sum())

@@ -60,10 +60,9 @@ def decoding(
             starts = [ablation.ends.get("embedding") for ablation in ablations]
             stack.enter_context(ends.by_row("embedding", starts))
             stack.enter_context(ends.by_row("lm_head", plan.heads))
-        layers = forking(
-            parts.layers, together, parts.inside, batched=True, stand_ins=parts.stand_ins
+        stack.enter_context(
+            forking(parts.layers, together, parts.inside, stand_ins=parts.stand_ins, batched=True)
         )
-        stack.enter_context(layers)
         yield own
 
 

@@ -57,8 +57,7 @@ class RoundedEnds:
             yield
             return
         module = self.ends.module(which)
-        fork = _RowFork(which, formats, self, module.forward)
-        with replaced_forward(module, fork):
+        with replaced_forward(module, _RowFork(which, formats, self, module.forward)):
             yield
 
 

@@ -171,8 +171,7 @@ class Head:
 
         with replaced_forward(self.base, base):
             # Where a model is spread over devices, accelerate moves the logits to the ids' device.
-            device = output.last_hidden_state.device
-            ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+            ids = torch.zeros(1, 1, dtype=torch.long, device=output.last_hidden_state.device)
             answer = self._model(input_ids=ids)
         logits: Tensor | None = getattr(answer, "logits", None)
         if not asked or logits is None or logits.shape[:2] != output.last_hidden_state.shape[:2]:

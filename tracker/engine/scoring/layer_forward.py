@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -71,11 +71,11 @@ def forking(
     plan: StreamPlan,
     inside: Inside | None = None,
     observe: Observer | None = None,
-    batched: bool = False,
     masks: Masks | None = None,
     stand_ins: Mapping[int, StandIn] | None = None,
     begun: Sequence[Tensor] = (),
     at_once: int | None = None,
+    batched: bool = False,
 ) -> Iterator[None]:
     """Let a model's layers fork streams while the context is open.
 
@@ -95,36 +95,31 @@ def forking(
         plan: Where to fork.
         inside: What is inside the layers; needed as far as the plan takes it apart.
         observe: Sees the baseline's input and output of each layer.
-        batched: Whether what a layer is given besides is cut to the streams that enter it.
         masks: What each layer gets in place of the model's own mask.
         stand_ins: What stands in for layers; the same.
         begun: What streams with other embeddings enter the first layer with, each [rows, tokens,
             …]: `plan.starts`, but for the model's own.
         at_once: How many streams pass a layer at once, but for those that it is taken apart for;
             None where all must: with a cache, or where a layer's weights come past.
+        batched: Whether what a layer is given besides is cut to the streams that enter it.
 
     Yields:
         Nothing; on exit, also by an exception, the layers are what they were.
     """
     inside = inside or Inside()
-    common = _Pass(at_once, observe, batched, masks, [], [])
+    common = _Pass(at_once, observe, batched, masks, stand_ins or {}, begun, [], [])
     with ExitStack() as stack:
         # A fork holds all others, so that what they hold would stay until Python looks for cycles.
         stack.callback(common.forks.clear)
         for index, (layer, whole) in enumerate(zip(layers, plan.steps, strict=True)):
-            turn = _Turn()
             step, apart = whole, whole.entering
             if at_once is not None and len(apart) > at_once:
                 step, apart = whole.apart
-            stand_in = stand_ins.get(index) if stand_ins else None
-            states = () if index else begun
-            fork = _LayerFork(
-                index, layer, whole, apart, layer.forward, stand_in, turn, states, common
-            )
+            fork = _LayerFork(index, layer, whole, apart, layer.forward, common)
             common.forks.append(fork)
             stack.enter_context(replaced_forward(layer, fork))
             for module, part in _forks_inside(layer, index, step, inside, batched):
-                stack.enter_context(turn.apart(module, part))
+                stack.enter_context(fork.turn.apart(module, part))
         yield
 
 
@@ -145,24 +140,24 @@ def _forks_inside(
             computing.append((module, computed))
             yield module, _SublayerFork(module, computed, taken, made, module.forward, batched)
     projection = None
-    if step.has_heads:
+    if "heads" in step.changes:
         assert inside.heads is not None
         found = heads_at(inside.heads, index, kind)
         projection = layer.get_submodule(found.projection)
         computing.insert(0, (projection, [source for source, _ in step.heads]))
-    if step.is_rounded:
+    if "rounded" in step.changes:
         yield from _rounded_forks(layer, index, step, inside, computing)
     if projection is not None:
         columns = [[found.columns(part, kind) for part in gone] for _, gone in step.heads]
         of = [step.computed.index(source) for source, _ in step.heads]
         yield projection, _HeadFork(of, columns, projection.forward)
-    if step.has_experts:
+    if "experts" in step.changes:
         assert inside.experts is not None
         those = experts_at(inside.experts, index, kind)
         router = layer.get_submodule(those.router)
         kept = [those.left(gone, kind) if gone else None for gone in step.experts]
         yield router, _RouterFork(router, those, kept, router.forward)
-    if step.has_shared:
+    if "shared" in step.changes:
         assert inside.shared is not None
         for path in shared_at(inside.shared, index, kind):
             module = layer.get_submodule(path)
@@ -228,6 +223,8 @@ class _Pass:
         observe: Sees the baseline's input and output of each layer.
         batched: Whether what a layer is given besides is cut to the streams that enter it.
         masks: What each layer gets in place of the model's own mask.
+        stand_ins: What stands in for layers.
+        begun: What streams with other embeddings enter the first layer with.
         handed: What earlier layers of the pass returned besides the hidden state.
         forks: The forks, in the order of their layers.
     """
@@ -236,6 +233,8 @@ class _Pass:
     observe: Observer | None
     batched: bool
     masks: Masks | None
+    stand_ins: Mapping[int, StandIn]
+    begun: Sequence[Tensor]
     handed: list[Tensor]
     forks: list[_LayerFork]
 
@@ -263,10 +262,8 @@ class _LayerFork:
     step: LayerStep
     apart: Sequence[int]
     layer: Callable[..., Any]
-    stand_in: StandIn | None
-    turn: _Turn
-    begun: Sequence[Tensor]
     common: _Pass
+    turn: _Turn = field(default_factory=_Turn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take and return a hidden state [streams × rows, tokens, hidden], as the layer does."""
@@ -281,8 +278,8 @@ class _LayerFork:
         named = "hidden_states" in kwargs
         hidden: Tensor = kwargs.pop("hidden_states") if named else args[0]
         rest = args if named else args[1:]
-        if self.begun:
-            hidden = torch.cat([hidden, *self.begun])
+        if self.index == 0 and common.begun:
+            hidden = torch.cat([hidden, *common.begun])
         if len(hidden) % step.streams:
             raise RefusalError("something between its layers changes the batch")
         before = _by_stream(hidden, step.streams)
@@ -319,8 +316,8 @@ class _LayerFork:
             if action is Action.SKIP:
                 after[stream] = before[step.origin(stream)]
             elif action.is_fitted:
-                assert self.stand_in is not None
-                after[stream] = self.stand_in.change(action, before[step.origin(stream)])
+                stand_in = common.stand_ins[self.index]
+                after[stream] = stand_in.change(action, before[step.origin(stream)])
         if common.observe is not None:
             common.observe(self.index, before[0].to(after.device), after[0])
         return with_first(output, after.flatten(0, 1))
@@ -404,9 +401,8 @@ class _LinearFork(_RoundedFork):
     def __call__(self, given: Tensor) -> Tensor:
         """Take and return what the linear map does."""
         output: Tensor = self.forward(given)
-        if len(given) % len(self.asked):
-            raise RefusalError("a linear map of its layers has no row a stream")
-        ours, found = _by_stream(given, len(self.asked)), _by_stream(output, len(self.asked))
+        ours = _by_stream(given, len(self.asked), "a linear map of its layers has")
+        found = _by_stream(output, len(self.asked))
         for formats, places in self.alike.items():
             for path, form in formats:
                 bias = cast("Tensor | None", self.module.bias)
@@ -480,28 +476,25 @@ class _SublayerFork:
             args, kwargs = _cut((args, kwargs), entering, computed)
         else:
             hidden: Tensor = state_of(args, kwargs)
-            args = tuple(self._chosen(value, hidden, computed) for value in args)
-            kwargs = {name: self._chosen(v, hidden, computed) for name, v in kwargs.items()}
-            alibi = kwargs.get("alibi")
-            if isinstance(alibi, Tensor) and alibi.ndim == 3:
-                kwargs["alibi"] = take(_by_stream(alibi, entering), computed).flatten(0, 1)
+            args = tuple(self._chosen("", value, hidden) for value in args)
+            kwargs = {name: self._chosen(name, value, hidden) for name, value in kwargs.items()}
         output = self.forward(*args, **kwargs)
         # Never of no stream: the baseline passes everything.
         added = first_of(output)
-        if len(added) % self.made:
-            raise RefusalError("what its attention makes of its heads has no row a stream")
-        each = _by_stream(added, self.made)
+        each = _by_stream(added, self.made, "what its attention makes of its heads has")
         silent = nothing(self.module, *given, added, len(added) * entering // self.made)
         nil = _by_stream(silent, entering)
         sources = enumerate(self.taken)
         merged = [nil[place] if source is None else each[source] for place, source in sources]
         return with_first(output, torch.stack(merged).flatten(0, 1))
 
-    def _chosen(self, value: Any, hidden: Tensor, computed: list[int]) -> Any:
-        """Cut what has a row a stream and a column a token, as the hidden states have."""
-        if not isinstance(value, Tensor) or value.shape[:2] != hidden.shape[:2]:
+    def _chosen(self, name: str, value: Any, hidden: Tensor) -> Any:
+        """Cut what has a row a stream: the hidden states, what has their shape, Bloom's ALiBi."""
+        if not isinstance(value, Tensor):
             return value
-        return take(_by_stream(value, len(self.taken)), computed).flatten(0, 1)
+        if value.shape[:2] == hidden.shape[:2] or (name == "alibi" and value.ndim == 3):
+            return take(_by_stream(value, len(self.taken)), self.computed).flatten(0, 1)
+        return value
 
 
 @dataclass(frozen=True)
@@ -520,9 +513,7 @@ class _HeadFork:
     def __call__(self, given: Tensor) -> Any:
         """Take what all heads give, and return what the projection makes of it, an output each."""
         streams = max(self.of) + 1
-        if len(given) % streams:
-            raise RefusalError("the heads of its attention have no row a stream")
-        states = take(_by_stream(given, streams), self.of)
+        states = take(_by_stream(given, streams, "the heads of its attention have"), self.of)
         for state, gone in zip(states, self.columns, strict=True):
             for columns in gone:
                 state[..., columns] = 0
@@ -548,9 +539,7 @@ class _RouterFork:
         """Take what the router takes, and return what it returns, of all streams."""
         streams = len(self.kept)
         state: Tensor = state_of(args, kwargs)
-        if len(state) % streams:
-            raise RefusalError("the router of its experts has no row a stream")
-        each, given = _by_stream(state, streams), (args, kwargs)
+        each, given = _by_stream(state, streams, "the router of its experts has"), (args, kwargs)
         all_of_them = [place for place, kept in enumerate(self.kept) if kept is None]
         # Never of no stream: the baseline lacks none.
         whole = call_with(self.forward, take(each, all_of_them).flatten(0, 1), *given)
@@ -578,10 +567,8 @@ class _SharedFork:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take what the expert takes, and return what it returns, of all streams."""
         output = self.forward(*args, **kwargs)
-        added, streams = first_of(output), len(self.step.mlps)
-        if len(added) % streams:
-            raise RefusalError("its shared experts have no row a stream")
-        each = _by_stream(added, streams).clone()
+        added = first_of(output)
+        each = _by_stream(added, len(self.step.mlps), "its shared experts have").clone()
         for run in neighbours(self.step.without_shared):
             each[run] = 0
         return with_first(output, each.reshape(added.shape))
@@ -614,6 +601,11 @@ def _evenly(streams: Sequence[int], most: int | None) -> Iterator[Sequence[int]]
     yield from (streams[start : start + size] for start in range(0, len(streams), size))
 
 
-def _by_stream(batch: Tensor, streams: int) -> Tensor:
-    """View a batch stream by stream: [streams × n, …] as [streams, n, …]."""
+def _by_stream(batch: Tensor, streams: int, owner: str = "a batch has") -> Tensor:
+    """View a batch stream by stream: [streams × n, …] as [streams, n, …].
+
+    RefusalError that its `owner` has no row a stream, where the rows cannot be divided so.
+    """
+    if len(batch) % streams:
+        raise RefusalError(f"{owner} no row a stream")
     return batch.reshape(streams, -1, *batch.shape[1:])

@@ -62,16 +62,14 @@ def look(base: Any, layers: nn.ModuleList, tokens: int, device: torch.device) ->
 
     def read(length: int, forwards: Callable[[int, nn.Module], Callable[..., Any]]) -> None:
         ids = torch.zeros(1, length, dtype=torch.long, device=device)
-        replaced = (replaced_forward(one, forwards(i, one)) for i, one in enumerate(layers))
-        with all_of(replaced):
+        with all_of(replaced_forward(one, forwards(i, one)) for i, one in enumerate(layers)):
             base(input_ids=ids, use_cache=False)
 
     read(2, lambda index, layer: partial(noting, index, layer.forward))
     if len(shapes) < len(layers):
         raise RefusalError(f"only {len(shapes)} of its {len(layers)} layers run on plain text")
     read(tokens, passing)
-    known: dict[int, Tensor | None] = {}
-    firsts = [known.setdefault(id(mask), _first_seen(mask, tokens)) for mask in seen]
+    firsts = [_first_seen(mask, tokens) for mask in seen]
     kinds = {first.numpy().tobytes(): first.to(device) for first in firsts if first is not None}
     return Sight(tokens, tuple(f if f is None else kinds[f.numpy().tobytes()] for f in firsts))
 
@@ -125,7 +123,7 @@ class Masks:
     same `first`. It is made on the device, of two numbers a node.
 
     `sight` must be known as far as the row is deep, and `row.spans` be there: a row without them
-    needs no mask.
+    needs no mask. `of_layer` holds the mask of each layer.
     """
 
     def __init__(self, row: Row, sight: Sight, dtype: torch.dtype, device: torch.device) -> None:
@@ -136,20 +134,11 @@ class Masks:
         ancestors = torch.cat([before, ancestors], dim=1)
         places = torch.cat([torch.arange(row.prefix, device=device), depth])
         made: dict[int, Tensor] = {}
-        self._of_layer = []
-        for first in sight.first:
-            if id(first) not in made:
-                seen = ancestors
-                if first is not None:
-                    seen = ancestors & (places[None, :] >= first[depth][:, None])
-                mask = torch.zeros(seen.shape, dtype=dtype, device=device)
-                made[id(first)] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
-            self._of_layer.append(made[id(first)])
-
-    @property
-    def of_first_layer(self) -> Tensor:
-        """The mask of the first layer."""
-        return self._of_layer[0]
+        for first in {id(first): first for first in sight.first}.values():
+            seen = ancestors if first is None else ancestors & (places >= first[depth][:, None])
+            mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+            made[id(first)] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
+        self.of_layer = [made[id(first)] for first in sight.first]
 
     def put(
         self, layer: int, place: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -158,7 +147,7 @@ class Masks:
 
         `place` is the layer's `mask_place`.
         """
-        mask = self._of_layer[layer]
+        mask = self.of_layer[layer]
         if place is not None and place < len(args):
             return (*args[:place], mask, *args[place + 1 :]), kwargs
         if place is not None or ARGUMENT in kwargs:

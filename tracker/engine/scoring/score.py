@@ -101,11 +101,9 @@ def launch_row(
 
     `prefix` is the beginning that the row continues, read for the same streams.
     """
-    host, before = row.padded(parts.row_multiple), torch.zeros(())
-    row = host.on(parts.device)
-    if prefix is not None:
-        before = prefix.proxies.sum(1)
-    output, seen = run_base(parts, plan, row, None if prefix is None else prefix.cache)
+    host = row.padded(parts.row_multiple)
+    row, before = host.on(parts.device), prefix.proxies.sum(1) if prefix else 0
+    output, seen = run_base(parts, plan, row, prefix and prefix.cache)
     none = seen.new_zeros(plan.answers, 0)
     predictions = _predictions(parts, plan, row, output) if row.requests else (none, none)
     dtype = predictions[0].dtype
@@ -202,7 +200,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         masks = Masks(row, parts.sight(row.length), parts.model.dtype, parts.device)
         if cache is None and ARGUMENT in taken:
             # Without one transformers looks for texts in the positions, and waits for the device.
-            cached[ARGUMENT] = masks.of_first_layer
+            cached[ARGUMENT] = masks.of_layer[0]
     inputs = {"input_ids": row.input_ids, "use_cache": name is not None, **cached}
     begun: list[Tensor] = []
     if parts.ends is not None:
@@ -211,16 +209,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
     at_once = None
     if parts.at_once is not None and cache is None:
         at_once = max(1, parts.at_once // row.input_ids.numel())
-    with forking(
-        parts.layers,
-        plan,
-        parts.inside,
-        observe,
-        masks=masks,
-        stand_ins=parts.stand_ins,
-        begun=begun,
-        at_once=at_once,
-    ):
+    with forking(parts.layers, plan, parts.inside, observe, masks, parts.stand_ins, begun, at_once):
         output = parts.base(**inputs)
     compute()
     if len(figures) != len(parts.layers):
@@ -232,8 +221,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
 def kept_bytes(parts: Parts) -> int:
     """Measure what the keys and values of one token take in one attention, on average, in bytes."""
     cache = new_cache()
-    alone = plan_streams([INTACT], len(parts.layers))
-    run_base(parts, alone, reading_row((0, 0)), cache)
+    run_base(parts, plan_streams([INTACT], len(parts.layers)), reading_row((0, 0)), cache)
     kept = [layer for layer in cache.layers if layer.is_initialized]
     size = sum(t.numel() * t.itemsize for layer in kept for t in (layer.keys, layer.values))
     return max(1, int(size) // (2 * max(1, len(kept))))

@@ -46,9 +46,7 @@ class LayerStep:
         """Streams that enter the layer: of those that repeat a stretch of layers behind it, only
         one for which no other stream with its state does."""
         behind = {stream for stream, source, _ in self.repeating if source != stream}
-        return tuple(
-            i for i, action in enumerate(self.actions) if action.enters and i not in behind
-        )
+        return tuple(i for i, a in enumerate(self.actions) if a.enters and i not in behind)
 
     @cached_property
     def repeating(self) -> tuple[tuple[int, int, Stretch], ...]:
@@ -84,29 +82,13 @@ class LayerStep:
     @cached_property
     def has_sublayers(self) -> bool:
         """Check whether some stream forks within the layer, at a sublayer or a part of one."""
-        return self.divided and any(
-            self.actions[stream] in _OF_PARTS[1:] for stream in self.entering
-        )
+        return self.divided and any(self.actions[i] in _OF_PARTS[1:] for i in self.entering)
 
     @cached_property
-    def has_heads(self) -> bool:
-        """Whether some stream lacks heads."""
-        return any(done.heads for done in self.done)
-
-    @cached_property
-    def has_experts(self) -> bool:
-        """Whether some stream lacks experts."""
-        return any(done.experts for done in self.done)
-
-    @cached_property
-    def has_shared(self) -> bool:
-        """Whether some stream lacks the shared experts."""
-        return any(done.shared for done in self.done)
-
-    @cached_property
-    def is_rounded(self) -> bool:
-        """Whether some stream has weights in a format."""
-        return any(done.rounded for done in self.done)
+    def changes(self) -> set[str]:
+        """Which fields of `Done`, beside the action, some stream has: parts, weights in formats."""
+        fields = ("heads", "experts", "shared", "rounded")
+        return {name for name in fields if any(getattr(done, name) for done in self.done)}
 
     def origin(self, stream: int) -> int:
         """The stream before the layer whose state a stream enters with."""

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -399,7 +398,6 @@ class Engine:
     def _one_by_one(self, documents: Sequence[Document], proxies: bool) -> Iterator[_Scored]:
         """Ask for the answers of rows one by one; of the rows' own pass only proxies are taken."""
         layers = len(self.loaded.layers)
-        passed: Iterator[tuple[Row, Tensor]]
         if proxies:
             passed = ((row, scores.proxies) for row, _, scores in self._scored(documents, [INTACT]))
         else:
@@ -492,41 +490,41 @@ class Engine:
         if len(shared) * plan.attention_passes * self._kept_bytes > self._budget // 2:
             return None
         self.put_back()
-        try:
-            self._kept.append(read_prefix(self.parts(plan), plan, shared))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+        prefix = _unless_full(lambda: read_prefix(self.parts(plan), plan, shared))
+        if isinstance(prefix, str):
             return None
-        return self._kept[0]
+        self._kept.append(prefix)
+        return prefix
 
     def plan(self, ablations: Sequence[Ablation]) -> StreamPlan:
         """Plan where the streams of some ablations fork."""
         tied = any(each.ends for each in ablations) and self.ends.ends.tied
-        layers = len(self.loaded.layers)
-        return plan_streams(ablations, layers, tied, self._is_divided(ablations))
+        return plan_streams(ablations, len(self.loaded.layers), tied, self._is_divided(ablations))
 
     def parts(self, plan: StreamPlan) -> Parts:
         """Take the model apart for a plan."""
-        loaded, steps = self.loaded, plan.steps
-        has_sublayers = any(step.has_sublayers for step in steps) or plan.has_groups_of_maps
+        loaded, on_cpu, at_once = self.loaded, self.loaded.device.type == "cpu", None
+        if on_cpu and loaded.offloaded is None:  # elsewhere all streams pass a layer together
+            at_once = self.at_once or AT_ONCE * torch.get_num_threads()
+        changes = {name for step in plan.steps for name in step.changes}
+        has_sublayers = any(step.has_sublayers for step in plan.steps) or plan.has_groups_of_maps
         return Parts(
             loaded.model,
             loaded.layers,
             Inside(
                 self._sublayers if has_sublayers else self.known.inside.sublayers,
-                self._heads if any(step.has_heads for step in steps) else None,
-                self.experts if any(step.has_experts for step in steps) else None,
-                self._shared if any(step.has_shared for step in steps) else None,
-                self.rounded_weights if any(step.is_rounded for step in steps) else None,
+                self._heads if "heads" in changes else None,
+                self.experts if "experts" in changes else None,
+                self._shared if "shared" in changes else None,
+                self.rounded_weights if "rounded" in changes else None,
             ),
             self.head,
             loaded.device,
             self._sight,
             self._placed_stand_ins,
             self.ends if plan.has_ends else None,
-            self._pass_tokens,
-            self.row_multiple or (1 if loaded.device.type == "cpu" else ROW_MULTIPLE_ACCELERATOR),
+            at_once,
+            self.row_multiple or (1 if on_cpu else ROW_MULTIPLE_ACCELERATOR),
         )
 
     @cached_property
@@ -544,15 +542,6 @@ class Engine:
                 placed[index] = fitted.on(device)
         return placed
 
-    @property
-    def _pass_tokens(self) -> int | None:
-        """How many tokens pass a layer at once; all where they are on an accelerator, or where the
-        layer's weights come past."""
-        loaded = self.loaded
-        if loaded.device.type != "cpu" or loaded.offloaded is not None:
-            return None
-        return self.at_once or AT_ONCE * torch.get_num_threads()
-
     def logits(self, plan: StreamPlan, output: Any, states: Tensor) -> Tensor:
         """Run the head that each of a plan's ablations has: [ablations, kept, vocabulary].
 
@@ -561,21 +550,18 @@ class Engine:
         """
         if not plan.has_ends:
             return self.head.logits(output, states)
-        parts, places = self.parts(plan), grouped(range(len(states)), lambda n: plan.heads[n])
-        found = []
-        for form, some in places.items():
+        parts, logits = self.parts(plan), dict[int, Tensor]()
+        for form, some in grouped(range(len(states)), lambda n: plan.heads[n]).items():
             with parts.having_head(form):
-                found.append(self.head.logits(output, take(states, some)))
-        order = [*chain.from_iterable(places.values())]
-        return take(torch.cat(found), sorted(range(len(order)), key=order.__getitem__))
+                logits |= zip(some, self.head.logits(output, take(states, some)), strict=True)
+        return torch.stack([logits[n] for n in range(len(states))])
 
     def _sight(self, tokens: int) -> Sight:
         """How far each layer sees in a text of so many tokens."""
         known = self.known
         if known.sight is None or known.sight.tokens < tokens:
             loaded = self.loaded
-            longest = max(self.max_length, tokens)
-            asked = min(-(-tokens // SIGHT) * SIGHT, longest)
+            asked = min(-(-tokens // SIGHT) * SIGHT, max(self.max_length, tokens))
             self.put_back()
             known.sight = look(self.head.base, loaded.layers, asked, loaded.device)
             # It is asked for in the middle of a call, which is to begin as every other.
@@ -598,9 +584,7 @@ class Engine:
 
     @property
     def _sublayers(self) -> Sequence[Sublayers]:
-        inside = self.known.inside
-        inside.sublayers = inside.sublayers or self._found(find_sublayers)
-        return inside.sublayers
+        return self._found("sublayers", find_sublayers)
 
     def _is_divided(self, ablations: Sequence[Ablation]) -> bool:
         """Check whether layers are divided into attention and MLP; parts can do without."""
@@ -616,22 +600,16 @@ class Engine:
 
     @property
     def _heads(self) -> Sequence[Heads | None]:
-        inside = self.known.inside
-        inside.heads = inside.heads or self._found(find_heads)
-        return inside.heads
+        return self._found("heads", find_heads)
 
     @property
     def experts(self) -> Sequence[Experts | None]:
         """The routed experts of each layer."""
-        inside = self.known.inside
-        inside.experts = inside.experts or self._found(find_experts)
-        return inside.experts
+        return self._found("experts", find_experts)
 
     @property
     def _shared(self) -> Sequence[Shared | None]:
-        inside = self.known.inside
-        inside.shared = inside.shared or self._found(find_shared, self._sublayers)
-        return inside.shared
+        return self._found("shared", find_shared, self._sublayers)
 
     def _shared_of(self, layer: int) -> list[nn.Module]:
         """The modules that are the shared experts of a layer."""
@@ -648,10 +626,8 @@ class Engine:
     @property
     def ends(self) -> RoundedEnds:
         """The embedding and the head; in formats each is large, and each row wants all of them."""
-        known = self.known
-        if known.ends is None:
-            weights = RoundedWeights(self._budget // 2)
-            known.ends = RoundedEnds(find_ends(self.loaded.model), weights)
+        known, weights = self.known, RoundedWeights(self._budget // 2)
+        known.ends = known.ends or RoundedEnds(find_ends(self.loaded.model), weights)
         return known.ends
 
     @property
@@ -659,14 +635,17 @@ class Engine:
         """Bytes that weights in formats may take while no layer has them."""
         return self._budget // 8
 
-    def _found(self, find: Callable[..., list[T]], *known: Sequence[Sublayers]) -> list[T]:
-        """Find parts of all layers, by what is `known` of them, which takes a call."""
+    def _found(self, name: str, find: Callable[..., list[T]], *others: Any) -> list[T]:
+        """Find some parts of all layers, by `others` of them, which takes a call; once."""
         loaded = self.loaded
-        self.put_back()
-        # It changes what the sublayers of all passes are, or looks into them.
-        with nullcontext() if loaded.offloaded is None else loaded.offloaded.alone():
-            found = find(loaded.model, *known, loaded.layers, loaded.device)
-        self.put_back()
+        found: list[T] = getattr(self.known.inside, name)
+        if not found:
+            self.put_back()
+            # It changes what the sublayers of all passes are, or looks into them.
+            with nullcontext() if loaded.offloaded is None else loaded.offloaded.alone():
+                found = find(loaded.model, *others, loaded.layers, loaded.device)
+            self.put_back()
+            setattr(self.known.inside, name, found)
         return found
 
     def _launch_row(
@@ -688,8 +667,7 @@ class Engine:
 
         def in_order() -> RowScores:
             scores = read()
-            answers = scores.loglikelihoods[order], scores.hits[order]
-            return RowScores(*answers, scores.proxies)
+            return RowScores(scores.loglikelihoods[order], scores.hits[order], scores.proxies)
 
         return in_order
 
