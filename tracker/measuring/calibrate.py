@@ -50,9 +50,7 @@ def computed_twice(documents: Sequence[Document], seed: int) -> set[tuple[str, i
     """
     of_task = _numbers(document for document in documents if document.choices > 1)
     every = [(task, index) for task, some in of_task.items() for index in some]
-    drawn = {
-        place for place in every if random.Random("/".join(map(str, place))).random() < 1 / RATE
-    }
+    drawn = {d for d in every if random.Random("/".join(map(str, d))).random() < 1 / RATE}
     return drawn | {*shuffled(seed, of_task)[:LEAST_TWICE]}
 
 

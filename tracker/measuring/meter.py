@@ -156,8 +156,7 @@ class Meter:
 
         These are brought in once for all that is computed together.
         """
-        whole = self.engine.loaded.offloaded is not None
-        return missing.items() if whole else portions(missing)
+        return missing.items() if self.engine.loaded.offloaded is not None else portions(missing)
 
     def notes(self) -> list[str]:
         """Take what is to be said of what was measured since this was asked."""

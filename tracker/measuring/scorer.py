@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-import torch
-
 from tracker.benchmarks.generation import TextGenerator
 from tracker.core.ablations import Ablation
 from tracker.core.documents import Document, Prompt
@@ -224,8 +222,7 @@ class Generation:
             for ablation, ours, theirs in zip(ablations, found, truth, strict=True)
             if ours != theirs and not self.is_unsteady(short, ablation, theirs)
         ]
-        exact = self.engine.loaded.model.dtype in (torch.float32, torch.float64)
-        if len(differing) > (0 if exact else len(truth) / 2):
+        if len(differing) > (len(truth) / 2 if self.engine.loaded.identity.is_half else 0):
             return apart, f"generating together changes {len(differing)} of {len(truth)} texts"
         return self, None
 
