@@ -3,7 +3,7 @@
 First `tracker doctor`, and the same results from a worker on each device. Then, for a model's shape
 and each dtype, the engine against the lm-eval loop, and what a row costs: launches, copies and
 waits, memory, the size of rows, the attention kernel. A step that fails does not end the others.
-The last line but one is all of it as JSON, to paste into an issue.
+The last line is all of it as JSON, to paste into an issue.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def main(model: str = "shape:llama-3-8b", limit: str = "100") -> int:
         if step is not diagnosed or name in failed:
             for key, value in results[name].items():
                 say(f"  {key}: {value}")
+    say(f"{len(failed)} of {len(steps)} steps failed{': ' * bool(failed)}{', '.join(failed)}")
     say(json.dumps(results))
-    say(f"{len(failed)} of {len(steps)} steps failed: {', '.join(failed)}")
     return bool(failed)
 
 
@@ -78,6 +78,8 @@ def diagnosed() -> dict[str, Any]:
 
     diagnosis = diagnose("auto", Progress())
     print_diagnosis(diagnosis)
+    if diagnosis.failures:
+        raise RuntimeError(", ".join(finding.name for finding in diagnosis.failures))
     return asdict(diagnosis)
 
 
