@@ -61,9 +61,8 @@ def generate(engine: Engine) -> Any:
     ids = torch.tensor([prompt], device=engine.loaded.device)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     if not engine.sharing.depth:  # each on the model that is really changed
-        models = [engine.without(ablation).loaded.model for ablation in ablations]
-        rows = [changed.generate(ids, **settings)[0] for changed in models]
-        return torch.stack(rows).tolist()
+        models = (engine.without(ablation).loaded.model for ablation in ablations)
+        return [changed.generate(ids, **settings)[0].tolist() for changed in models]
     with engine.decoding(ablations, prompt) as cache, torch.inference_mode():
         rows = model.generate(ids.repeat(len(ablations), 1), **settings, **cache)
     return rows.tolist()

@@ -78,15 +78,13 @@ def refuse_vllm(request: CellRequest) -> None:
     """Refuse, before anything is loaded, what vLLM is not timed with here: RequestError."""
     from tracker.benchmarks.encoder import vllm_class
 
-    reason = None
-    if parts := set(request.components) - {"layer"}:
-        names = ", ".join(sorted(parts))
-        reason = f"only whole layers are passed over in vLLM, not {names}; leave --component out"
-    elif request.model_args is not None:
-        reason = "vLLM does not take model_args; leave them out"
-    elif find_spec("vllm") is None:
-        reason = "vLLM is not installed in this environment; type pip install vllm"
-    if reason is not None:
+    parts = ", ".join(sorted({*request.components} - {"layer"}))
+    reasons = {
+        f"only whole layers are passed over in vLLM, not {parts}; leave --component out": parts,
+        "vLLM does not take model_args; leave them out": request.model_args,
+        "vLLM is not installed in this environment; type pip install vllm": not find_spec("vllm"),
+    }
+    if reason := next((text for text, applies in reasons.items() if applies), None):
         raise RequestError(f"--against vllm: {reason}, or leave --against out")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from traceback import walk_tb
 from types import TracebackType
@@ -17,15 +18,12 @@ class RefusalError(Exception):
     """A model is not built the way that some sharing needs; says what was found."""
 
 
-OUT_OF_MEMORY = (
-    "out of memory",  # MPS, drivers of CUDA and HIP
-    "DefaultCPUAllocator",
-    "Invalid buffer size",  # MPS, of a single tensor
-    "_STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN, rocBLAS
-    "UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY",  # XPU
-    "UR_RESULT_ERROR_OUT_OF_HOST_MEMORY",
+# MPS and drivers of CUDA and HIP; MPS, of one tensor; cuBLAS and rocBLAS; XPU; the host.
+OUT_OF_MEMORY = re.compile(
+    "out of memory|Invalid buffer size|_STATUS_ALLOC_FAILED|_OUT_OF_(DEVICE|HOST)_MEMORY"
+    "|DefaultCPUAllocator"
 )
-"""Parts of the messages of errors for which torch has no class."""
+"""Messages of errors for which torch has no class."""
 
 
 def device_is_lost(error: Exception) -> bool:
@@ -38,9 +36,8 @@ def device_is_lost(error: Exception) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether there was too little memory on the device that computed."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in OUT_OF_MEMORY)
+    is_told = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
+    return isinstance(error, torch.OutOfMemoryError) or bool(is_told)
 
 
 def refused(error: Exception) -> str | None:

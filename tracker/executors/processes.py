@@ -50,7 +50,8 @@ class ProcessesExecutor:
     def __init__(self, options: Options) -> None:
         self.models_loaded = 0
         self._options = options
-        self._devices = _accelerators(options.device)
+        on_accelerators = options.device in (ALL, "auto", default_device().type)
+        self._devices = visible_accelerators() if on_accelerators else []
         if not self._devices:
             place = find_device(options.device)
             if options.devices_per_worker:
@@ -103,13 +104,6 @@ class ProcessesExecutor:
             )
             for group in grouped(self._devices, each, options.workers, asked is None)
         ]
-
-
-def _accelerators(device: str) -> list[str]:
-    """Name the accelerators that workers may have, as `visible_variable` does."""
-    if device not in (ALL, "auto", default_device().type):
-        return []
-    return visible_accelerators()
 
 
 def _least_free() -> int:

@@ -79,29 +79,15 @@ def _header(path: Path, stamp: tuple[int, int]) -> tuple[int, dict[str, Any]]:
         return 8 + length, json.loads(file.read(length))
 
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
 def slice_of(path: Path, name: str) -> Slice:
     """Find a tensor in a safetensors file."""
+    from transformers.modeling_utils import str_to_torch_dtype
+
     with path.open("rb") as file:
         stamp = _stamp(file.fileno())
     base, header = _header(path, stamp)
     start, stop = header[name]["data_offsets"]
-    return Slice(path, base + start, stop - start, _DTYPES[header[name]["dtype"]], stamp)
+    return Slice(path, base + start, stop - start, str_to_torch_dtype[header[name]["dtype"]], stamp)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 
 import torch
 
@@ -20,7 +20,7 @@ SIZES = (ROW_TOKENS, 2 * ROW_TOKENS, 4 * ROW_TOKENS)
 ACCELERATOR_SIZES = (ROW_TOKENS_ACCELERATOR, 512, 2048, 4096, 8192)
 """The same on an accelerator."""
 SLOW = 5.0
-"""Seconds of rows of the default size from which on no other size is tried."""
+"""Seconds of a size's rows on an accelerator from which on the default is taken untried."""
 WORTH = 0.93
 """Below this share of the default's seconds another size is taken; what is nearer may be noise."""
 LAYERS = 5
@@ -69,19 +69,16 @@ def time_sizes(engine: Engine) -> dict[int, float]:
     layers = range(min(LAYERS, total))
     ablations = [Ablation(some) for count in range(LAYERS) for some in combinations(layers, count)]
     vocabulary = engine.loaded.model.config.get_text_config().vocab_size
-    tried_sizes = sizes(engine)
-    documents = make_documents(vocabulary, max(tried_sizes) // TOKENS, TOKENS)
-    seconds = dict.fromkeys(tried_sizes, float("inf"))
-    for turn in range(TURNS + 1):
-        for size in tried_sizes:
-            sized = replace(copy, sharing=FULL, row_tokens=size)
-            start = time.perf_counter()
-            sized.score(documents, ablations)
-            took = time.perf_counter() - start
-            if took > SLOW and len(tried_sizes) > len(SIZES):
-                return {size: took}
-            if turn:  # the first one warms up
-                seconds[size] = min(seconds[size], took)
+    seconds = dict.fromkeys(sizes(engine), float("inf"))
+    documents = make_documents(vocabulary, max(seconds) // TOKENS, TOKENS)
+    for turn, size in product(range(TURNS + 1), tuple(seconds)):
+        start = time.perf_counter()
+        replace(copy, sharing=FULL, row_tokens=size).score(documents, ablations)
+        took = time.perf_counter() - start
+        if turn:  # the first one warms up
+            seconds[size] = min(seconds[size], took)
+        elif took > SLOW and engine.loaded.device.type != "cpu":
+            return {sizes(engine)[0]: took}
     return seconds
 
 
