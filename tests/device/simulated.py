@@ -22,14 +22,14 @@ import torch
 from torch.utils import cpp_extension
 
 SOURCE = Path(__file__).with_name("device.cpp")
-BUILT = Path(__file__).parent / "build" / f"simulated-{torch.__version__}.so"
+BUILT = Path(__file__).parents[2] / "build" / "simulated" / f"{torch.__version__}.so"
 
 
 def build() -> Path:
     """Build the extension for the installed torch unless that was done before."""
     if BUILT.exists() and BUILT.stat().st_mtime > SOURCE.stat().st_mtime:
         return BUILT
-    BUILT.parent.mkdir(exist_ok=True)
+    BUILT.parent.mkdir(parents=True, exist_ok=True)
     includes = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
     libraries = cpp_extension.library_paths()
     with NamedTemporaryFile(dir=BUILT.parent, suffix=".so", delete=False) as file:
