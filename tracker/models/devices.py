@@ -54,7 +54,9 @@ def visible_variable() -> str:
 
 def visible_accelerators() -> list[str]:
     """Name the accelerators that this process sees, as `visible_variable` does."""
-    names = os.environ.get(visible_variable()) or os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = os.environ.get(visible_variable())
+    if torch.version.hip and not names:  # which HIP obeys too
+        names = os.environ.get("CUDA_VISIBLE_DEVICES")
     indices = [str(device.index) for device in accelerators()]
     return names.split(",")[: len(indices)] if names else indices
 
