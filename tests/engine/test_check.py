@@ -174,7 +174,7 @@ class TestWhatTheModelHasConfirmedIsReused:
         quirk = replace(Verdict(FULL), stay=True)
         for owner, name, other in (
             (torch, "get_float32_matmul_precision", "medium"),
-            (module, "_hardware", "another processor"),
+            (module, "hardware", "another processor"),
             (module, "_verdict", quirk),
         ):
             monkeypatch.setattr(owner, name, lambda *_, other=other: other)

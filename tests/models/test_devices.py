@@ -12,7 +12,7 @@ import tracker
 from tracker.models import devices
 
 CPU = torch.device("cpu")
-MODULES = r"cuda|mps|xpu|npu|hpu|backends(?!\.cpu)|accelerator|get_device_module"
+MODULES = r"cuda|mps|xpu|npu|hpu|backends|accelerator|get_device_module"
 ASKING = re.compile(rf"torch\.({MODULES})\b")
 
 

@@ -12,7 +12,7 @@ from filelock import FileLock
 from tracker.engine.scoring.row_size import fastest, matters
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.cache import keep, own_folder, recall
-from tracker.models.devices import describe
+from tracker.models.devices import hardware
 
 _KIND = "rows"
 
@@ -28,13 +28,12 @@ def with_fastest_rows(engine: Engine) -> Engine:
     """
     if not matters(engine):
         return engine
-    config, device = engine.loaded.model.config.get_text_config(), engine.loaded.device
+    config = engine.loaded.model.config.get_text_config()
     about = (
         platform.node(),
         torch.__version__,
         torch.get_num_threads(),
-        device.type,
-        describe(device).get("accelerator"),
+        hardware(engine.loaded.device),
         str(engine.loaded.model.dtype),
         engine.class_name,
         config.hidden_size,

@@ -69,6 +69,12 @@ def describe(device: torch.device) -> dict[str, str]:
     return {"device": str(device), "accelerator": get_name(device) if get_name else device.type}
 
 
+def hardware(device: torch.device) -> str:
+    """Name what computes on a device, whatever its number."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{device.type} {describe(device).get('accelerator', capability)}"
+
+
 def runtime_versions() -> dict[str, str]:
     """Return the versions of what torch was built for, and of the driver where it tells."""
     built = {name: getattr(torch.version, name, None) for name in ("cuda", "hip", "xpu")}

@@ -626,8 +626,10 @@ class Engine:
     @property
     def ends(self) -> RoundedEnds:
         """The embedding and the head; in formats each is large, and each row wants all of them."""
-        known, weights = self.known, RoundedWeights(self._budget // 2)
-        known.ends = known.ends or RoundedEnds(find_ends(self.loaded.model), weights)
+        known = self.known
+        if known.ends is None:
+            weights = RoundedWeights(self._budget // 2)
+            known.ends = RoundedEnds(find_ends(self.loaded.model), weights)
         return known.ends
 
     @property

@@ -43,7 +43,7 @@ from tracker.engine.selfcheck.miniature_check import (
 from tracker.engine.selfcheck.quirks import Path
 from tracker.engine.selfcheck.reasons import Verdict, less
 from tracker.engine.selfcheck.reference import Comparison, Reference
-from tracker.models.devices import describe
+from tracker.models.devices import hardware
 
 DOCUMENTS = 2
 """Real documents that the model itself is confirmed on."""
@@ -240,7 +240,7 @@ def _confirmation_keys(
         miniature_key(loaded.model, ablations, (), None, blank),
         loaded.identity.fingerprint,
         str(loaded.model.dtype),
-        sorted({_hardware(device) for device in devices}),
+        sorted({hardware(device) for device in devices}),
         torch.get_float32_matmul_precision(),
         loaded.offloaded is not None,
         engine.most_row_tokens,
@@ -248,12 +248,6 @@ def _confirmation_keys(
         VERDICT.dump_python(replace(verdict, lost=None, difference=0.0, compared=0, unsteady=0)),
     ]
     return [content_hash([*about, order]) for order in _orders(tokens)]
-
-
-def _hardware(device: torch.device) -> str:
-    """Name what computes on a device, whatever its number."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{device.type} {describe(device).get('accelerator', capability)}"
 
 
 def reach(engine: Engine, documents: Sequence[Document]) -> Reach:
