@@ -1,4 +1,4 @@
-"""What a row costs beside computing: copies between host and device, waits, launches."""
+"""Count what a row costs beside computing: copies between host and device, waits, launches."""
 
 from __future__ import annotations
 

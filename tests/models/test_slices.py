@@ -13,10 +13,10 @@ def test_entries_are_those_of_indexing_by_a_list():
     draw = random.Random(0)
     tensor = torch.rand(6, 4, 5) + 1
     for _ in range(20):
-        places = draw.choices(range(4), k=draw.randrange(6))
+        indices = draw.choices(range(4), k=draw.randrange(6))
         for axis in (1, -2):
-            taken = take(tensor, places, axis)
-            assert torch.equal(taken, tensor[:, places])
+            taken = take(tensor, indices, axis)
+            assert torch.equal(taken, tensor[:, indices])
             taken[:] = 0
             assert tensor.all(), "what is taken is a copy"
         once = draw.sample(range(6), draw.randrange(1, 7))

@@ -93,7 +93,7 @@ SWEEPS: Mapping[str, Sequence[Ablation]] = {
     "formats of embedding and head": [
         Ablation(rounded=(Rounded("int4_row", 0, name),)) for name in ("embedding", "lm_head")
     ],
-    "repeated layers": [Ablation(repeated=(each,)) for each in (Stretch(1, 3), Stretch(2, 2))],
+    "repeated layers": [Ablation(repeated=(span,)) for span in (Stretch(1, 3), Stretch(2, 2))],
 }
 """What is removed, besides the baseline, by name."""
 FEATURES: Mapping[str, Feature] = {

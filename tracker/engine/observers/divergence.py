@@ -120,18 +120,18 @@ def _divergences(
     targets = torch.tensor(tokens)
     # A token is predicted at the one before it, also the first that is measured.
     first = max(measured - 1, 0)
-    for group, places, logits in _logits(engine, [INTACT, *ablations], tokens, first):
-        uncounted = max(0, measured - places.start)
-        own = send(targets[places.start + 1 : places.stop + 1], logits.device)[:, None]
+    for group, positions, logits in _logits(engine, [INTACT, *ablations], tokens, first):
+        uncounted = max(0, measured - positions.start)
+        following = send(targets[positions.start + 1 : positions.stop + 1], logits.device)[:, None]
         intact = _logprobs(logits[0])
-        baseline = widened(intact[: len(own)].gather(1, own)).sum()
+        baseline = widened(intact[: len(following)].gather(1, following)).sum()
         rows = []
         # One at a time, so that what is in between stays in the cache.
         for other in logits[1:]:
             without = _logprobs(other)
             both = _kl_and_js(intact, without) if only is None else ()
-            lost = baseline - widened(without[: len(own)].gather(1, own)).sum()
-            rows.append(torch.stack([*(each[uncounted:].sum() for each in both), lost]))
+            lost = baseline - widened(without[: len(following)].gather(1, following)).sum()
+            rows.append(torch.stack([*(kind[uncounted:].sum() for kind in both), lost]))
         # Read at once: each time an accelerator is waited for.
         columns = torch.stack(rows).cpu().double().unbind(1) if rows else ()
         for name, column in zip(names, columns, strict=False):
@@ -185,8 +185,8 @@ def _logits(
         vocabulary = engine.loaded.model.get_output_embeddings().weight.shape[0]
         size = max(1, LOGITS_BYTES // (4 * vocabulary * len(group)))
         for start in range(first, len(tokens), size):
-            places = range(start, min(start + size, len(tokens)))
-            yield group, places, engine.logits(plan, output, take(states, places, axis=1))
+            positions = range(start, min(start + size, len(tokens)))
+            yield group, positions, engine.logits(plan, output, take(states, positions, axis=1))
 
 
 def _states(

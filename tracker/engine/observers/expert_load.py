@@ -72,7 +72,7 @@ def _noting(
     for numbers, figures in seen:
         # A number beyond the last is none: of experts that are elsewhere.
         there = (numbers < sums.shape[1]).cpu() & (torch.arange(len(numbers)) >= measured)
-        which, what = numbers.cpu()[there].long(), figures.cpu().double()[there]
-        sums[0].index_add_(0, which, what if told_apart else torch.full_like(what, torch.nan))
-        sums[1].index_add_(0, which, torch.ones_like(what))
+        experts, values = numbers.cpu()[there].long(), figures.cpu().double()[there]
+        sums[0].index_add_(0, experts, values if told_apart else torch.full_like(values, torch.nan))
+        sums[1].index_add_(0, experts, torch.ones_like(values))
     return output

@@ -62,7 +62,7 @@ def look(base: Any, layers: nn.ModuleList, tokens: int, device: torch.device) ->
 
     def read(length: int, forwards: Callable[[int, nn.Module], Callable[..., Any]]) -> None:
         ids = torch.zeros(1, length, dtype=torch.long, device=device)
-        with all_of(replaced_forward(one, forwards(i, one)) for i, one in enumerate(layers)):
+        with all_of(replaced_forward(layer, forwards(n, layer)) for n, layer in enumerate(layers)):
             base(input_ids=ids, use_cache=False)
 
     read(2, lambda index, layer: partial(noting, index, layer.forward))
@@ -132,10 +132,10 @@ class Masks:
         assert ancestors is not None
         before = torch.ones(len(ancestors), row.prefix, dtype=torch.bool, device=device)
         ancestors = torch.cat([before, ancestors], dim=1)
-        places = torch.cat([torch.arange(row.prefix, device=device), depth])
+        depths = torch.cat([torch.arange(row.prefix, device=device), depth])
         made: dict[int, Tensor] = {}
         for first in {id(first): first for first in sight.first}.values():
-            seen = ancestors if first is None else ancestors & (places >= first[depth][:, None])
+            seen = ancestors if first is None else ancestors & (depths >= first[depth][:, None])
             mask = torch.zeros(seen.shape, dtype=dtype, device=device)
             made[id(first)] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
         self.of_layer = [made[id(first)] for first in sight.first]
