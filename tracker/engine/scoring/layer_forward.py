@@ -402,13 +402,13 @@ class _LinearFork(_RoundedFork):
         """Take and return what the linear map does."""
         output: Tensor = self.forward(given)
         ours = _by_stream(given, len(self.asked), "a linear map of its layers has")
-        found = _by_stream(output, len(self.asked))
+        mapped = _by_stream(output, len(self.asked))
         for formats, places in self.alike.items():
             for path, form in formats:
                 bias = cast("Tensor | None", self.module.bias)
                 weight = self.weights(path, self.maps[path], form)
-                put(found, places, linear(take(ours, places), weight, bias))
-        return found.reshape(output.shape)
+                put(mapped, places, linear(take(ours, places), weight, bias))
+        return mapped.reshape(output.shape)
 
 
 class _ExpertsFork(_RoundedFork):
@@ -568,10 +568,10 @@ class _SharedFork:
         """Take what the expert takes, and return what it returns, of all streams."""
         output = self.forward(*args, **kwargs)
         added = first_of(output)
-        each = _by_stream(added, len(self.step.mlps), "its shared experts have").clone()
+        by_stream = _by_stream(added, len(self.step.mlps), "its shared experts have").clone()
         for run in neighbours(self.step.without_shared):
-            each[run] = 0
-        return with_first(output, each.reshape(added.shape))
+            by_stream[run] = 0
+        return with_first(output, by_stream.reshape(added.shape))
 
 
 def _cut(value: Any, streams: int, entering: list[int]) -> Any:

@@ -551,9 +551,9 @@ class Engine:
         if not plan.has_ends:
             return self.head.logits(output, states)
         parts, logits = self.parts(plan), dict[int, Tensor]()
-        for form, some in grouped(range(len(states)), lambda n: plan.heads[n]).items():
+        for form, numbers in grouped(range(len(states)), lambda n: plan.heads[n]).items():
             with parts.having_head(form):
-                logits |= zip(some, self.head.logits(output, take(states, some)), strict=True)
+                logits |= zip(numbers, self.head.logits(output, take(states, numbers)), strict=True)
         return torch.stack([logits[n] for n in range(len(states))])
 
     def _sight(self, tokens: int) -> Sight:
@@ -561,9 +561,9 @@ class Engine:
         known = self.known
         if known.sight is None or known.sight.tokens < tokens:
             loaded = self.loaded
-            asked = min(-(-tokens // SIGHT) * SIGHT, max(self.max_length, tokens))
+            reach = min(-(-tokens // SIGHT) * SIGHT, max(self.max_length, tokens))
             self.put_back()
-            known.sight = look(self.head.base, loaded.layers, asked, loaded.device)
+            known.sight = look(self.head.base, loaded.layers, reach, loaded.device)
             # It is asked for in the middle of a call, which is to begin as every other.
             self.put_back()
         return known.sight
@@ -640,15 +640,15 @@ class Engine:
     def _found(self, name: str, find: Callable[..., list[T]], *others: Any) -> list[T]:
         """Find some parts of all layers, by `others` of them, which takes a call; once."""
         loaded = self.loaded
-        found: list[T] = getattr(self.known.inside, name)
-        if not found:
+        parts: list[T] = getattr(self.known.inside, name)
+        if not parts:
             self.put_back()
             # It changes what the sublayers of all passes are, or looks into them.
             with nullcontext() if loaded.offloaded is None else loaded.offloaded.alone():
-                found = find(loaded.model, *others, loaded.layers, loaded.device)
+                parts = find(loaded.model, *others, loaded.layers, loaded.device)
             self.put_back()
-            setattr(self.known.inside, name, found)
-        return found
+            setattr(self.known.inside, name, parts)
+        return parts
 
     def _launch_row(
         self, row: Row, plan: StreamPlan, prefix: Prefix | None, ablations: Sequence[Ablation]
