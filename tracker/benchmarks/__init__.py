@@ -1,1 +1,19 @@
-"""Benchmarks: lm-eval's tasks and groups, and where their data comes from."""
+"""Load benchmarks; the only package that imports lm-eval.
+
+Modules:
+    base: Define the interface of a benchmark.
+    benchmark: Open the benchmark that a request names.
+    corpus: Read plain text as a benchmark.
+    encoder: Tokenise requests with lm-eval's own code.
+    factory: Build lm-eval's tasks on data from one of our sources.
+    fingerprint: Identify a task by its documents, settings and code.
+    generation: Generate texts with lm-eval's own code.
+    own: Read a user's own task files without importing lm-eval.
+    parts: Split a benchmark into calibration and test documents.
+    private: Import and patch what is private in lm-eval.
+    reference_process: Score a checkpoint with plain lm-eval, as a program of its own.
+    results: Write lm-eval's result files from stored answers.
+    sources: Find a benchmark's data on the hub, in a folder or in a package.
+    standalone: Write a benchmark as files that plain lm-eval reads.
+    tasks: Serve lm-eval's tasks and groups through the interface of `base`.
+"""

@@ -1,4 +1,18 @@
-"""The command line: parse, call, print. Exit codes: 0 done, 1 some work failed, 2 wrong request."""
+"""Parse the command line, call the API and print its results.
+
+Exit codes: 0 all done, 1 some work failed, 2 invalid request.
+
+Modules:
+    boundary: Turn every error into a message and an exit code.
+    commands: Define `main` and the commands that measure, plan or check.
+    options: Define the options that commands share, and their types.
+    printing: Print records, plans and leaderboards.
+    pruning: Define the commands prune and export.
+    quantising: Define the command quantise.
+    studying: Define the command study, with one subcommand per study.
+    terminal: Write lines, tables and progress bars to the terminal.
+    viewing: Define the commands on stored results: report, leaderboard, sync, ls, check.
+"""
 
 from tracker.cli import pruning, quantising, studying, viewing  # noqa: F401  they register their commands
 from tracker.cli.commands import main

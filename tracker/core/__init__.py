@@ -1,1 +1,37 @@
-"""The words that all speak: what is asked for, what is found, and what goes wrong."""
+"""Define the types that all packages share: requests, records, errors.
+
+Modules:
+    ablations: Define which parts of a model one ablation changes, and its name.
+    answers: Write the answer to a cell's question as a sentence.
+    arguments: Parse settings that lm-eval, transformers and chat templates receive.
+    config: Define the request of one cell and the types of its settings.
+    decision_records: Define records of the documents that a run loses and wins.
+    distribution: Define the package's name, version and installation commands.
+    documents: Define tokenised documents and the responses to them.
+    errors: Define the errors that tracker raises.
+    estimates: Define a value with its interval.
+    experiment: Define the experiment file, which is also a W&B sweep.
+    experiment_input: Read a request from a file, a model's name, a dict or keywords.
+    extent: Choose the documents of a benchmark: a half, the first or a random sample.
+    findings: Define the results of a study: answers, tables and charts.
+    formats: Format numbers, intervals and p-values for people.
+    grouping: Group items by a key.
+    hub: Check that the Hugging Face hub answers, and explain its errors.
+    identities: Define what identifies a model and a benchmark.
+    kinds: Define the interventions and how charts draw them.
+    layer_kinds: Read the kinds of layers from a model's configuration.
+    model_parts: Count a model's layers, heads and experts.
+    problems: Report the first problem of a user's input in one line.
+    provenance: Record hashes, versions and the machine of a measurement.
+    proxies: Define the proxies and their formulas.
+    prune_records: Define the records of a search.
+    questions: Define the questions of `until`, which end a measurement early.
+    records: Define the frozen records of cells, runs and correlations.
+    run_table: Define the columns of the tables of runs and correlations.
+    safe_yaml: Read YAML with bounds on its size.
+    search_parts: Number the parts that a search removes.
+    tables: Define a table as columns and rows.
+    text: Escape text for terminals, Markdown and CSV, and mask passwords.
+    views: Define which runs and documents of a cell are shown.
+    weight_formats: Define the formats of weights and their sizes.
+"""

@@ -1,1 +1,12 @@
-"""The engine: scores all ablations at once, sharing over depth and over tokens."""
+"""Compute all ablations at once, sharing work over layers and tokens.
+
+Modules:
+    scoring: Compute log-likelihoods and generated texts of all ablations.
+    selfcheck: Test that sharing is exact for a model.
+    observers: Compute proxies and other figures of layers.
+    fitting: Fit replacements of layers by least squares.
+    lockstep: Run several passes layer by layer, so that offloaded weights load once.
+    memory: Estimate and keep the memory that the engine uses.
+    plan: Count the work of a cell before it is measured.
+    refusal: Distinguish what a model cannot do from errors of tracker.
+"""

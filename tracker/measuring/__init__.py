@@ -1,1 +1,15 @@
-"""From what was asked for to outcomes: look up, plan, measure block by block, derive records."""
+"""Measure one cell: find it, plan it, compute it, derive its record.
+
+Modules:
+    calibrate: Choose calibration text for fitted replacements.
+    derive: Derive records and answers from the ledger.
+    fill: Compute the missing blocks of a cell.
+    job: Define a job and its options.
+    meter: Measure documents of a cell on a loaded model.
+    observing: Observe more than outcomes, block by block.
+    planning: Estimate the cost of an experiment without loading weights.
+    prepare: Find cells in the ledger, and check requests before anything is computed.
+    progress: Report progress.
+    row_size: Keep the fastest row sizes in the user's cache.
+    scorer: Combine the engine's scores with generated texts.
+"""

@@ -1,14 +1,20 @@
-"""Questions of the paper and of its reviewers, each as a command over an experiment file.
+"""Answer research questions, each a command over an experiment file.
 
-A study is a folder of its name, and its rooms are called alike in all of them:
+A large study is a folder: `__init__` holds the study and its sentences, `figures` and `measures`
+compute, `layout` builds tables and charts.
 
-- `__init__`: the study itself, a class with `requests` and `say`, and the sentences of its answer;
-- `figures`: what is computed from outcomes and observations (where that is much, `measures` are
-  those of one cell alone);
-- `tables` and `charts`: how these figures are laid out.
-
-What one study alone needs has a name of its own (`theorem` has `building` and `lessons`).
-What all share stands beside the folders: `base` says what a study is, `registry` which there are,
-`conduct` takes one from its file to its section; `documents` reads a cell document by document,
-`observing` observes more than outcomes, `layout` writes entries, tables and figures in sentences.
+Modules:
+    base: Define a study, and run one from its file to its section of the report.
+    registry: List the studies and their default settings.
+    audit: Compare every proxy of a layer's relevance with its measured drop.
+    calibration: Count the documents that make a ranking of layers stable.
+    joint: Compare the drop of two layers with the sum of both drops.
+    precision: Measure what it costs to round each linear map.
+    prune: Compare pruning by measured drops with pruning by proxies.
+    quantise: Choose formats of weights within a budget of bits.
+    repeat: Test whether a model improves if some layers are passed again.
+    rescale: Test whether a fitted replacement recovers what a removed layer costs.
+    savings: Count the documents that `until` saves.
+    snowball: Test whether later layers amplify the effect of a removed layer.
+    theorem: Build the paper's counterexample, in which the cosine score misleads.
 """

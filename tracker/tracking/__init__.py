@@ -1,11 +1,20 @@
-"""Tracking backends: where people browse what the ledger already holds.
+"""Write records to MLflow, W&B and Trackio, and read them back.
 
-The ledger is the source of truth. A backend is given frozen records and files, and can be filled
-again from the ledger at any time. Which there are, and what each can, is said here alone.
+The ledger is the source of truth. A backend receives frozen records and files, and can be filled
+again from the ledger at any time. A results folder remembers where it was published. Another
+folder's addresses may be planted to steal a login, so an address is contacted only if the
+environment names its server, or if there is no login to send.
 
-The places that a results folder was published to are kept, each a file, until it is deleted.
-Another folder's place may be planted, and its server would get this user's login: so a place is
-contacted where the environment names its server, or where there is no login that it could get.
+Modules:
+    mlflow: Write to MLflow.
+    trackio: Write to Trackio.
+    wandb: Write to Weights & Biases.
+    base: Define the interface of a backend.
+    figures: Flatten records into metrics, curves and tables.
+    foreign: Bound the files that a server sends.
+    identity: Compute the names and digests of runs.
+    isolated: Call an SDK in a process of its own.
+    runs: Describe the runs of a cell for every backend.
 """
 
 from __future__ import annotations

@@ -1,1 +1,20 @@
-"""Scoring: tokens in, log-likelihoods of every ablation out, sharing over depth and over tokens."""
+"""Compute log-likelihoods of all ablations, sharing layers and tokens.
+
+Modules:
+    decode: Generate texts under every ablation at once.
+    ends: Compute embeddings and output heads in formats.
+    head: Run the output head only at predicted tokens.
+    idle: Find experts that no token of a row is routed to.
+    layer_forward: Run a layer for all streams, changed as each stream asks.
+    masks: Build the attention masks of a row.
+    plain_call: Score one request in one plain call of the model.
+    prefix: Read the common prefix of documents once.
+    row_size: Time rows of several sizes and choose the fastest.
+    rows: Pack requests into rows.
+    score: Score one row.
+    sharing: Define what ablations may share, and the quirks of a model.
+    stand_in: Define what replaces a layer: a mean update, a factor or a linear map.
+    streams: Plan at which layer each ablation forks off.
+    sweep: Score all documents under all ablations.
+    tree: Build a prefix tree of requests.
+"""

@@ -1,1 +1,8 @@
-"""The one HTML page: its sections, files within it, templates."""
+"""Render one self-contained HTML page.
+
+Modules:
+    decisions: Render the documents that runs lose and win.
+    html: Render the page from its templates.
+    sections: Collect the contents of the page's sections.
+    studies: Render the findings of studies.
+"""

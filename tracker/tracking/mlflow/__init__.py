@@ -1,7 +1,13 @@
-"""Publishes cells to MLflow, and reads them back.
+"""Write cells to MLflow, and read them back.
 
-What a cell's runs should be is described in `runs`, written by `writing`, and kept in step with an
-experiment by `backend`; without a server they live in a SQLite file, made by `database`.
+Modules:
+    backend: Keep an MLflow experiment in step with the ledger.
+    database: Create the local SQLite file.
+    live_run: Show a cell while it is measured.
+    models: Log pruned models.
+    runs: Describe runs in MLflow's terms, without importing MLflow.
+    service: Describe MLflow to the other packages, without importing MLflow.
+    writing: Write one run.
 """
 
 import os

@@ -1,4 +1,6 @@
-"""Publishes cells to Trackio, and reads them back: SQLite files on this machine, in W&B's words.
+"""Write cells to Trackio's files on this machine, and read them back.
 
-The SDK lives in a process of its own: see `isolated`.
+Modules:
+    backend: Keep a Trackio project in step with the ledger.
+    service: Describe Trackio to the other packages, without importing it.
 """

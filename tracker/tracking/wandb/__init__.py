@@ -1,6 +1,10 @@
-"""Publishes cells to Weights & Biases, and reads them back.
+"""Write cells to Weights & Biases, and read them back.
 
-What a cell's runs should be is described in `runs`, written by `writing`, and kept in step with a
-project by `backend`; `sweep` has the runs of a sweep's trials, `views` are W&B's own pages. The SDK
-is set up, logged in and ended in `session`, and lives in a process of its own: see `isolated`.
+Modules:
+    backend: Keep a W&B project in step with the ledger.
+    service: Describe W&B to the other packages, without importing it.
+    session: Set up the SDK, log in, open and close runs.
+    sweep: Read a sweep and log into its trials.
+    views: Write W&B Reports and the saved workspace.
+    writing: Write one run.
 """
