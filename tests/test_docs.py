@@ -6,20 +6,24 @@ import ast
 import builtins
 import re
 import shlex
-from collections.abc import Iterator
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
 import pytest
 import yaml
 
+from tests.conftest import printed
 from tracker.cli import main
 from tracker.core.experiment_input import is_of_searches, load_experiment
 from tracker.pruning.search.request import load_searches
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^ {4}.*\n)+", re.MULTILINE)
 
@@ -138,3 +142,139 @@ def test_a_program_prints_the_figures_of_its_page(
     assert figures
     text = next(path for path in PAGES if path.name == page).read_text()
     assert [f for f in figures if f"{float(f):,.10g}" not in text] == []
+
+
+PACKAGE = ROOT / "tracker"
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+STEPS = re.findall(r"^\d+\. `([\w/]+\.py):([\w.]+)`", GUIDE, re.MULTILINE)
+"""Functions that a run calls in this order: (path in `tracker/`, qualified name)."""
+
+
+def submodules(folder: Path) -> set[str]:
+    """List the modules and packages in a package's folder."""
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    return modules | {path.parent.name for path in folder.glob("*/__init__.py")}
+
+
+def section(page: str, title: str) -> str:
+    """Return the text under a heading of the second level."""
+    return page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_guide_for_contributors_is_short() -> None:
+    assert len(GUIDE.split()) <= 1200
+    (diagram,) = re.findall(r"```text\n(.*?)```", section(GUIDE, "Layers"), re.DOTALL)
+    assert len(diagram.splitlines()) == 12
+    terms = re.findall(r"^\| (\w+) \| ", section(GUIDE, "Glossary"), re.MULTILINE)
+    assert terms == ["term", "cell", "run", "ledger", "view", "row", "stream"]
+
+
+def test_the_diagram_of_layers_agrees_with_the_import_contract() -> None:
+    (diagram,) = re.findall(r"```text\n(.*?)```", section(GUIDE, "Layers"), re.DOTALL)
+    positions = {
+        name: match.start()
+        for match in re.finditer(r"\w+", diagram)
+        if (name := match[0]) in submodules(PACKAGE)
+    }
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (layers,) = [
+        [re.findall(r"tracker\.(\w+)", layer) for layer in contract["layers"]]
+        for contract in settings["tool"]["importlinter"]["contracts"]
+        if contract["type"] == "layers" and "containers" not in contract
+    ]
+    assert sorted(positions) == sorted(name for layer in layers for name in layer)
+    # The two columns stand beside each other, and a line of one says nothing about the other's.
+    column = [[name for name in layer if name not in ("report", "tracking")] for layer in layers]
+    names = [name for layer in column for name in layer]
+    assert sorted(names, key=positions.__getitem__) == names
+
+
+def test_each_package_has_one_line_with_a_file_that_exists() -> None:
+    lines = re.findall(r"^\| `.*", section(GUIDE, "Packages"), re.MULTILINE)
+    assert [line for line in lines if len(line) > 90] == []
+    files = {}
+    for line in lines:
+        package, file = re.findall(r"`(.*?)`", line)
+        files[package] = PACKAGE / file
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert set(files) == packages
+    assert len(lines) == len(packages)
+    assert [file for file in files.values() if not file.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        path.parent
+        for path in sorted(PACKAGE.rglob("__init__.py"))
+        # A study's folder is described by its study.
+        if path.parent != PACKAGE and path.parent.parent != PACKAGE / "studies"
+    ],
+    ids=lambda folder: str(folder.relative_to(PACKAGE)),
+)
+def test_the_docstring_of_a_package_lists_its_modules(folder: Path) -> None:
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+    listed = re.findall(r"^    (\w+): [A-Z].*\.$", docstring or "", re.MULTILINE)
+    assert sorted(listed) == sorted(submodules(folder))
+
+
+def test_a_run_calls_the_functions_of_the_guide_in_its_order(
+    tiny_llama: Callable[..., Path], experiment: Callable[..., Path], tmp_path: Path
+) -> None:
+    keys = {(str(PACKAGE / file), name): (file, name) for file, name in STEPS}
+    calls: list[tuple[str, str]] = []
+
+    def trace(frame: FrameType, event: str, _: object) -> None:
+        step = keys.get((frame.f_code.co_filename, frame.f_code.co_qualname))
+        if event == "call" and step is not None:
+            calls.append(step)
+
+    file = experiment(tiny_llama(), limit=4, layer=[1])
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        printed("run", file, "--track", "none", "--results", tmp_path / "results")
+    finally:
+        sys.settrace(before)
+    assert len(STEPS) == 10
+    assert [step for step in STEPS if step not in calls] == []
+    # Each step is searched for behind the one before it.
+    remaining = iter(calls)
+    assert [step for step in STEPS if step not in remaining] == []
+
+
+def modules_named(page: str) -> list[str]:
+    """List the modules and tests that a page names by their paths."""
+    return re.findall(r"`((?:[\w-]+/)+\w+\.\w+)`", page)
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/extending.md"])
+def test_files_that_a_page_for_developers_names_exist(page: str) -> None:
+    paths = modules_named((ROOT / page).read_text(encoding="utf-8"))
+    assert len(paths) > 10
+    assert [p for p in paths if not ((PACKAGE / p).exists() or (ROOT / p).exists())] == []
+
+
+def test_private_names_are_used_where_the_page_lists_them() -> None:
+    page = (ROOT / "docs/dev/private-apis.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    assert len(rows) > 30
+    for _, names, modules, _ in rows[1:]:
+        words = {name.rpartition(".")[2] for name in re.findall(r"`(.*?)`", names)}
+        for module in modules_named(modules):
+            code = (PACKAGE / module).read_text(encoding="utf-8")
+            assert any(word in code for word in words), (names, module)
+
+
+def test_private_modules_of_other_libraries_are_listed() -> None:
+    page = (ROOT / "docs/dev/private-apis.md").read_text(encoding="utf-8")
+    names = {
+        alias.name
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("tracker")
+        for alias in node.names
+        if re.search(r"(^|\.)_[a-z]", node.module or "") or re.match(r"_[^_]", alias.name)
+    }
+    assert len(names) > 5
+    assert {name for name in names if name not in page} == set()

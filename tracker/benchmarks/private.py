@@ -1,8 +1,8 @@
-"""The private parts of lm-eval that we lean on, all in one place.
+"""Import and patch what is private in lm-eval, in one module.
 
-CONTRIBUTING says what breaks when one changes; `tests/benchmarks/test_private.py` holds them to
-what they are in every version that `pyproject.toml` allows. Its main branch chooses few-shot
-examples otherwise since 0.4.13, which is why there is an upper bound.
+`docs/dev/private-apis.md` lists what breaks when one changes; `tests/benchmarks/test_private.py`
+checks them in every version that `pyproject.toml` allows. Its main branch chooses few-shot examples
+in another way since 0.4.13, which is why there is an upper bound.
 """
 
 from __future__ import annotations
