@@ -23,7 +23,7 @@ from tracker.core import distribution
 ROOT = Path(__file__).parents[1]
 PARTS = (
     *("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
-    *("Makefile", "setup.py", ".ci", "experiments", "tests", "tracker"),
+    *("Makefile", "setup.py", ".ci", ".github", "experiments", "tests", "tracker"),
 )
 
 
@@ -89,6 +89,32 @@ def test_the_wheel_holds_the_package_and_nothing_else(built) -> None:
     # Was: the extra `dev` asked an index for 'tracker', which is somebody else's.
     needed = [re.split(r"[\[<>=!; ]", text)[0] for text in metadata.get_all("Requires-Dist", [])]
     assert "tracker" not in needed
+
+
+def test_the_metadata_describe_the_project_as_pypi_shows_it(built) -> None:
+    _, wheel = built
+    about = f"layer_tracker-{tracker.__version__}.dist-info/METADATA"
+    metadata = HeaderParser().parsestr(wheel.read(about).decode())
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Author"] == "The authors of tracker"
+    assert "layer importance" in metadata["Keywords"].split(",")
+    urls = dict(text.split(", ") for text in metadata.get_all("Project-URL", []))
+    assert set(urls) == {"Homepage", "Documentation", "Issues", "Changelog"}
+    assert all(url.startswith(distribution.REPOSITORY) for url in urls.values())
+    classifiers = metadata.get_all("Classifier", [])
+    # A license classifier beside a license expression is refused by PyPI.
+    assert [text for text in classifiers if text.startswith("License")] == []
+    versions = [text.rpartition(" ")[2] for text in classifiers if ":: Python :: 3." in text]
+    assert metadata["Requires-Python"] == f">={versions[0]}"
+    tested = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    assert all(f'python: "{version}"' in tested for version in (versions[0], versions[-1]))
+
+
+def test_the_newest_release_of_the_changelog_is_this_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    unreleased, newest, *_ = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert unreleased == "[Unreleased]"
+    assert re.fullmatch(r"\[(.+)\] - \d{4}-\d\d-\d\d", newest)[1] == tracker.__version__
 
 
 def test_every_package_that_is_imported_is_a_dependency_with_a_lower_bound() -> None:
