@@ -128,6 +128,12 @@ def refused(found: Result, *said: str) -> None:
         assert words in found.output, found.output
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `--update-golden` rewrite the texts of `tests/golden/shown`."""
+    words = "rewrite the golden texts; read what has changed in them"
+    parser.addoption("--update-golden", action="store_true", help=words)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores, since many tests wait for programs; four fill a memory."""

@@ -1,0 +1,598 @@
+"""Compares everything that is shown of stored results folders with committed texts.
+
+`folders/NAME.tar.xz` holds a results folder; `shown/NAME/KIND.txt` is what is shown of it.
+`pytest tests/golden --update-golden` rewrites the texts; the changes in them are to be read.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import math
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from difflib import unified_diff
+from functools import partial
+from html.parser import HTMLParser
+from io import StringIO
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from tests.conftest import cli
+from tests.tracking.wandb_client import Client
+from tests.tracking.wandb_double import WandbDouble
+from tracker import api
+from tracker.cli.printing import print_finding, print_measured
+from tracker.core.distribution import __version__
+from tracker.ledger.store import Ledger
+from tracker.tracking.isolated import Isolated
+from tracker.tracking.runs import Which
+
+FOLDERS = Path(__file__).with_name("folders")
+SHOWN = Path(__file__).with_name("shown")
+NAMES = sorted(path.name.removesuffix(".tar.xz") for path in FOLDERS.glob("*.tar.xz"))
+RESULTS = "results"
+DIGITS = 5
+"""Significant digits of figures: processors differ in the last ones."""
+WORDS = 72
+"""Characters of a cell of a frame; documents' texts are longer."""
+DEFINITIONS, DEFINED_IN = "## Definitions and formulas", "demo"
+"""The end of each page, which is compared in one folder."""
+Shown = Iterator[str]
+
+
+def extracted(name: str, folder: Path) -> Path:
+    """Unpack a folder as `results` of another one."""
+    with tarfile.open(FOLDERS / f"{name}.tar.xz") as archive:
+        archive.extractall(folder / RESULTS, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Unpack each folder once for all kinds that leave it as it is."""
+    folders: dict[str, Path] = {}
+
+    def unpack(name: str) -> Path:
+        if name not in folders:
+            folders[name] = extracted(name, tmp_path_factory.mktemp(name))
+        return folders[name]
+
+    return unpack
+
+
+@pytest.fixture
+def compare(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., None]:
+    """Compare a text with the committed one, or rewrite that."""
+
+    def compared(name: str, kind: str, lines: Iterator[str]) -> None:
+        path = SHOWN / name / f"{kind}.txt"
+        text = normalised("\n".join(lines)) + "\n"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return
+        wanted = path.read_text(encoding="utf-8") if path.exists() else ""
+        if text != wanted:
+            files = (str(path.relative_to(SHOWN)), "shown now")
+            diff = unified_diff(wanted.splitlines(), text.splitlines(), *files, "", "", 2, "")
+            pytest.fail("\n".join(diff), pytrace=False)
+
+    return compared
+
+
+FIGURE = re.compile(
+    r"(?<![\w.])-?\d+\.\d{5,}(?:e[+-]?\d+)?(?![\w.])|(?<![\w.])-?\d+(?:\.\d+)?e-\d+"
+)
+PLACES = (
+    (re.compile(r"[^\s'\"=(:]*/(?:pytest-of-[^/\s]+|pytest-\d+)/[^\s'\",)]*"), "PATH"),
+    (re.compile(rf"\btracker {re.escape(__version__)}"), "tracker VERSION"),
+    (re.compile(r"(?<=runs/)[0-9a-f]{32}\b"), "RUN"),
+    (re.compile(r"127\.0\.0\.1:\d+"), "SERVER"),
+    (re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28,52}\b"), r"\1"),
+)
+
+
+def normalised(text: str) -> str:
+    """Round figures with many digits; replace paths and ports of this machine."""
+    for pattern, word in PLACES:
+        text = pattern.sub(word, text)
+    return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def figure(value: float) -> str:
+    """Write a figure; what is as good as zero is zero."""
+    if math.isnan(value) or math.isinf(value):
+        return str(value)
+    return f"{0.0 if abs(value) < 1e-9 else value:.{DIGITS}g}"
+
+
+def cell(value: Any) -> str:
+    """Write an entry of a frame or a table."""
+    if isinstance(value, float):
+        return figure(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(cell, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {cell(entry)}" for key, entry in value.items()) + "}"
+    text = " ".join(rounded(str(value)).split())
+    return text if len(text) <= WORDS else f"{text[:WORDS]}…"
+
+
+def rounded(text: str) -> str:
+    """Round the figures in a text."""
+    return FIGURE.sub(lambda match: figure(float(match[0])), text)
+
+
+def spread(rows: Sequence[Any], count: int) -> list[Any]:
+    """Take so many of some rows, the first and the last among them."""
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[round(place * (len(rows) - 1) / (count - 1))] for place in range(count)]
+
+
+class PageText(HTMLParser):
+    """Reads a page: a line a block; rows of tables with their reasons; packed scripts apart."""
+
+    HEADS = ("h1", "h2", "h3", "h4")
+    BLOCKS = (*HEADS, "p", "li", "caption", "tr", "figcaption", "summary", "dt", "dd", "pre", "div")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.scripts: dict[str, str] = {}
+        self._line: list[str] = []
+        self._within: str | None = None
+        self._reason = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        if tag in ("style", "script"):
+            self._within = attributes.get("id") or tag
+        if tag in self.BLOCKS:
+            self.end_line(f"{'#' * int(tag[1])} " if tag in self.HEADS else "")
+        if tag in ("td", "th"):
+            self._line.append(" | ")
+        if title := attributes.get("title"):
+            self._reason = f" ({title})"
+        if tag == "a" and not (attributes.get("href") or "").startswith("#"):
+            self._line.append(f"<{attributes.get('href')}> ")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("style", "script"):
+            self._within = None
+        if self._reason:
+            self._line.append(self._reason)
+            self._reason = ""
+        if tag in self.BLOCKS:
+            self.end_line()
+
+    def handle_data(self, data: str) -> None:
+        if self._within is not None:
+            self.scripts[self._within] = data
+        else:
+            self._line.append(data)
+
+    def end_line(self, begin: str = "") -> None:
+        """End a line, and begin another."""
+        text = " ".join("".join(self._line).split())
+        if text.strip("# |"):
+            self.lines.append(text)
+        self._line = [begin]
+
+
+def unpack_script(text: str) -> str:
+    """Read what a page keeps packed for its scripts."""
+    return gzip.decompress(base64.b64decode(text)).decode()
+
+
+CHART_TEXTS = ("text", "name", "hovertext", "ticktext", "hovertemplate", "texttemplate")
+
+
+def chart_texts(value: Any, key: str = "") -> Iterator[str]:
+    """Yield the titles, names, annotations and hover texts of a chart."""
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            yield from chart_texts(entry, name)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from chart_texts(entry, key)
+    elif isinstance(value, str) and key in CHART_TEXTS and value.strip():
+        yield value.replace("\n", " ")
+
+
+def page(folder: Path) -> Shown:
+    """Read the page as text, with the texts of its charts and the documents that it names."""
+    assert cli("report", RESULTS, "--output", "page.html").exit_code == 0
+    parser = PageText()
+    parser.feed(Path("page.html").read_text(encoding="utf-8"))
+    lines = [rounded(line) for line in parser.lines]
+    end = lines.index(DEFINITIONS) if folder.name.rstrip("0") != DEFINED_IN else len(lines)
+    yield from lines[:end]
+    seen: set[str] = set()
+    for name, script in parser.scripts.items():
+        if name == "charts":
+            for title, drawn in json.loads(unpack_script(script))["figures"].items():
+                yield f"# chart {title}"
+                texts = dict.fromkeys(map(rounded, chart_texts(drawn)))
+                yield from (text for text in texts if text not in seen)
+                seen |= {text for text in texts if len(text) > WORDS}
+        elif name.startswith("documents"):
+            packed = json.loads(unpack_script(script))
+            yield f"# {name}: {len(packed['documents'])} documents; {packed['margin']}"
+            yield from filter(None, [packed["why"]])
+            yield from (cell(run) for run in packed["runs"][:3])
+            yield from (cell(document) for document in packed["documents"][:3])
+        else:
+            yield f"# script {name}"
+
+
+def terminal(folder: Path) -> Shown:
+    """Print what commands and runs print."""
+    commands = (["ls", RESULTS], ["leaderboard", RESULTS], ["check", RESULTS])
+    for command in (*commands, ["report", RESULTS, "--output", "page.html"]):
+        done = cli(*command)
+        yield f"$ tracker {' '.join(command)}  → {done.exit_code}"
+        yield "\n".join(line for line in done.output.splitlines() if "━" not in line)
+    contents = Ledger(Path(RESULTS)).contents()
+    cells = api.load(RESULTS).cells
+    for title, show in (
+        ("what was measured", partial(print_measured, cells)),
+        *((record.name, partial(print_finding, record)) for record in contents.findings),
+    ):
+        yield f"# printed: {title}"
+        with redirect_stdout(StringIO()) as printed:
+            show()
+        yield printed.getvalue()
+
+
+def text_file(form: str) -> Callable[[Path], Shown]:
+    """Make what writes a report of a form into a file, and reads it."""
+
+    def shown(folder: Path) -> Shown:
+        assert cli("report", RESULTS, "--format", form, "--output", f"report.{form}").exit_code == 0
+        yield rounded(Path(f"report.{form}").read_text(encoding="utf-8"))
+
+    return shown
+
+
+def csv(folder: Path) -> Shown:
+    """Write the CSV files: which they are, their heads, and some rows."""
+    assert cli("report", RESULTS, "--format", "csv", "--output", "csv").exit_code == 0
+    for path in sorted(Path("csv").rglob("*.csv")):
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        yield f"# {path.name}: {len(frame)} rows"
+        yield ",".join(frame.columns)
+        yield from (",".join(map(cell, row)) for row in spread(frame.values.tolist(), 3))
+
+
+def frames(folder: Path) -> Shown:
+    """List the frames that notebooks read, a column a line; and the answers."""
+    results = api.load(RESULTS)
+    yield results.answer
+    yield str(results)
+    for name in ("layers", "correlations", "documents"):
+        frame = getattr(results, name)
+        yield f"# {name}: {len(frame)} rows"
+        shown = frame if name != "documents" else frame.iloc[spread(range(len(frame)), 6)]
+        for column in frame.columns:
+            values = [cell(value) for value in shown[column]]
+            values = values if len(set(values)) > 1 else [*dict.fromkeys(values), "in all"]
+            kind = "text" if is_text(frame[column]) else frame[column].dtype
+            yield f"{column} ({kind}): {'; '.join(values)}"
+
+
+def is_text(column: pd.Series[Any]) -> bool:
+    """Return whether a column has texts; versions of pandas keep them in different ways."""
+    return column.dtype == object or isinstance(column.dtype, pd.StringDtype)
+
+
+KINDS: dict[str, Callable[[Path], Shown]] = {
+    "page": page,
+    "terminal": terminal,
+    "csv": csv,
+    "markdown": text_file("md"),
+    "latex": text_file("tex"),
+    "frames": frames,
+}
+
+
+def fields(head: str, values: Mapping[str, Any]) -> Shown:
+    """Write names with their values, a line each; what one holds within another on its line."""
+    for name, value in sorted(values.items()):
+        if name == "tracker":
+            yield from fields(f"{head} {name}", value)
+        elif isinstance(value, Mapping):
+            inner = ", ".join(f"{n}: {as_written(value[n])}" for n in sorted(value))
+            yield f"  {head} {name}: {inner}"
+        else:
+            yield f"  {head} {name}: {'DIGEST' if name in DIGESTS else as_written(value)}"
+
+
+DIGESTS = ("digest", "tracker.digest", "tracker.logged_model")
+"""What follows from the last digits of figures, or is drawn."""
+
+
+def as_written(value: Any) -> str:
+    """Write a value whole, on one line, with rounded figures."""
+    text = figure(value) if isinstance(value, float) else rounded(str(value))
+    return text.replace("\n", "⏎")
+
+
+def points(history: Iterable[tuple[int, float]]) -> str:
+    """Write a curve."""
+    return "; ".join(f"{step}: {figure(value)}" for step, value in history)
+
+
+def of_runs(keys: Sequence[str], count: int) -> list[str]:
+    """Choose runs by their keys: those of cells and intact models, and so many others."""
+    whole = ("/cell", "/baseline")
+    others = spread([key for key in sorted(keys) if not key.endswith(whole)], count)
+    return [key for key in sorted(keys) if key.endswith(whole) or key in others]
+
+
+def synced(target: str, runs: Which) -> Shown:
+    """Publish the folder, and name what was published and what was not."""
+    done = api.sync(target, results=RESULTS, runs=runs)
+    yield from (f"published: {title}" for title in done.published)
+    yield from (f"failed: {title}: {as_written(why)}" for title, why in done.failed.items())
+    yield from (f"note: {note}" for note in done.notes)
+
+
+@contextmanager
+def mlflow(folder: Path, template: Path, name: str) -> Iterator[Shown]:
+    """Publish to MLflow's SQLite file, and read the runs with its client."""
+    shutil.copy(template, folder / RESULTS / "mlflow.db")
+    yield read_mlflow(folder)
+
+
+def read_mlflow(folder: Path) -> Shown:
+    yield from synced("mlflow:golden", "all")
+    client = MlflowClient(f"sqlite:///{folder / RESULTS / 'mlflow.db'}")
+    place = client.get_experiment_by_name("golden")
+    runs = client.search_runs([place.experiment_id], max_results=1000)
+    names = {run.info.run_id: run.info.run_name for run in runs}
+    keys = {run.data.tags["tracker.run_key"]: run for run in runs}
+    assert len(keys) == len(runs)
+    yield from listed({key: run.info.run_name for key, run in keys.items()})
+    for key in of_runs([*keys], 4):
+        run = keys[key]
+        yield f"# {key}: {run.info.run_name} ({run.info.status})"
+        tags = {n: t for n, t in run.data.tags.items() if not n.startswith(USERS)}
+        if parent := tags.get("mlflow.parentRunId"):
+            tags["mlflow.parentRunId"] = names[parent]
+        yield from fields("param", run.data.params)
+        yield from fields("tag", tags)
+        for name in sorted(run.data.metrics):
+            history = client.get_metric_history(run.info.run_id, name)
+            yield f"  metric {name}: {points(sorted((p.step, p.value) for p in history))}"
+        yield from (f"  artifact {path}" for path in artifacts(client, run.info.run_id))
+
+
+def artifacts(client: MlflowClient, run: str, folder: str | None = None) -> Iterator[str]:
+    """List a run's artifacts."""
+    for item in client.list_artifacts(run, folder):
+        yield from artifacts(client, run, item.path) if item.is_dir else (item.path,)
+
+
+def listed(names: Mapping[str, str]) -> Shown:
+    """List all runs."""
+    yield f"# {len(names)} runs"
+    yield from (f"{key}: {names[key]}" for key in sorted(names))
+
+
+@contextmanager
+def trackio(folder: Path, _: Path, name: str) -> Iterator[Shown]:
+    """Publish to Trackio's folder, and read the runs with its API."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
+        reader = Isolated("Trackio", "tests.tracking.trackio_reader:TrackioReader")
+        yield read_trackio(reader)
+        reader.close()
+
+
+def read_trackio(reader: Isolated) -> Shown:
+    yield from synced("trackio:golden", "all")
+    runs = {run["config"]["tracker"]["run_key"]: run for run in reader.runs("golden")}
+    yield from listed({key: run["name"] for key, run in runs.items()})
+    for key in of_runs([*runs], 2):
+        run = runs[key]
+        yield f"# {key}: {run['name']}"
+        config = {name: value for name, value in run["config"].items() if name not in OWN}
+        yield from fields("config", config)
+        yield from curves(run["logs"], "step")
+
+
+USERS = ("mlflow.user", "mlflow.source")
+OWN = ("_Created", "_Username", "_wandb")
+"""What an SDK says of itself and its user."""
+
+
+def curves(rows: Sequence[Mapping[str, Any]], step: str) -> Shown:
+    """Write what was logged: curves and tables."""
+    names = sorted({name for row in rows for name in row} - {step})
+    for name in (name for name in names if not name.startswith("_")):
+        logged = [(row.get(step, 0), row[name]) for row in rows if name in row]
+        if isinstance(logged[0][1], int | float):
+            yield f"  metric {name}: {points(spread(logged, 2))}"
+        else:
+            yield f"  logged {name}: {logged_kind(logged[0][1])}"
+
+
+def logged_kind(value: Any) -> str:
+    """Describe a table or a chart; what it holds is compared elsewhere."""
+    if not isinstance(value, Mapping):
+        return as_written(value)
+    kind = value.get("_type", "")
+    table = value.get("_value")
+    if not isinstance(table, list):
+        return kind
+    return f"{kind} {len(table)} rows: {', '.join(table[0] if table else ())}"
+
+
+@contextmanager
+def wandb(folder: Path, _: Path, name: str) -> Iterator[Shown]:
+    """Publish to a double of W&B's server, and read what it got."""
+    with WandbDouble() as double, pytest.MonkeyPatch.context() as patch:
+        client = folder / "client"
+        client.mkdir()
+        Client(double, client).lend(patch)
+        yield read_wandb(double, "all" if name in RUN_BY_RUN else "cells")
+        assert double.refused == []
+
+
+def read_wandb(double: WandbDouble, apart: Which) -> Shown:
+    yield from synced("wandb:team/golden", apart)
+    project = double.projects["team", "golden"]
+    runs = {run.values["tracker"]["run_key"]: run for run in project.runs.values()}
+    yield from listed({key: run.name for key, run in runs.items()})
+    for key in of_runs([*runs], 2):
+        run = runs[key]
+        yield f"# {key}: {run.name} ({run.state}, {run.group}, {run.job_type})"
+        yield f"  tags {', '.join(run.tags)}"
+        yield f"  notes {as_written(run.notes)}"
+        yield from fields("config", run.values)
+        summary = {n: value for n, value in run.summary.items() if not n.startswith("_")}
+        yield from fields("summary", {n: v for n, v in summary.items() if not is_object(v)})
+        yield from curves(run.history, "layer")
+        yield from (f"  file {path}" for path in sorted(map(without_digest, run.files)))
+        yield from (f"  used {name}" for name in run.used)
+    for (kind, name), collection in sorted(project.artifacts.items()):
+        for version in collection.versions:
+            yield f"# artifact {kind} {name}: {', '.join(sorted(version.aliases))}"
+            yield from (f"  file {path}" for path in sorted(version.files))
+
+
+def is_object(value: Any) -> bool:
+    """Return whether it is a table, a chart or a file."""
+    return isinstance(value, Mapping) and "_type" in value
+
+
+def without_digest(path: str) -> str:
+    """Leave a digest and a step out of the name of a file."""
+    return re.sub(r"_\d+_[0-9a-f]{20}", "", path)
+
+
+RUN_BY_RUN = ("experts",)
+"""Folders whose runs W&B gets one by one, which takes half a second each."""
+BACKENDS = {"mlflow": mlflow, "trackio": trackio, "wandb": wandb}
+
+
+def samples(folder: Path) -> Shown:
+    """Write lm-eval's files of the intact model and of what begins at a layer."""
+    done = cli("log-samples", "--results", RESULTS, "--output", "samples", "--layer", "1")
+    yield from (line for line in done.output.splitlines() if "━" not in line)
+    for path in sorted(Path("samples").rglob("*.json*")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        name = without_date(str(path))
+        if path.suffix == ".jsonl":
+            yield f"# {name}: {len(lines)} lines"
+            yield from fields("sample", json.loads(lines[0]))
+        else:
+            yield f"# {name}"
+            content = json.loads("\n".join(lines))
+            yield from fields("results", {n: v for n, v in content.items() if n not in OF_THE_DAY})
+
+
+OF_THE_DAY = (
+    *("date", "start_time", "end_time", "lm_eval_version", "transformers_version"),
+    "configs",  # where lm-eval is installed
+)
+"""What lm-eval's files say of when, where and with what they were written."""
+
+
+def without_date(path: str) -> str:
+    """Leave the time out of the name of a file."""
+    return re.sub(r"_\d{4}-\d\d-\d\dT[\d.-]+", "_DATE", path)
+
+
+def damaged(folder: Path) -> Shown:
+    """Cut a shard, and print what commands say of it."""
+    shard = sorted(Path(RESULTS).glob("cells/*/shards/*.parquet"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    yield from terminal(folder)
+
+
+def published(folder: Path) -> Shown:
+    """Publish the page to MLflow, and read the run."""
+    done = cli("report", RESULTS, "--publish", "mlflow:golden", "--output", "page.html")
+    yield done.output
+    client = MlflowClient(f"sqlite:///{folder / RESULTS / 'mlflow.db'}")
+    place = client.get_experiment_by_name("golden")
+    for run in client.search_runs([place.experiment_id]):
+        yield f"# {run.info.run_name}"
+        yield from fields("param", run.data.params)
+        yield from fields(
+            "tag", {n: t for n, t in run.data.tags.items() if not n.startswith(USERS)}
+        )
+        yield from (f"  artifact {path}" for path in artifacts(client, run.info.run_id))
+
+
+SINGLE = {"samples": samples, "damaged": damaged, "published": published}
+"""What is shown of one folder alone."""
+
+
+@pytest.mark.parametrize("kind", SINGLE)
+def test_what_is_shown_of_one_folder(
+    kind: str,
+    unpacked: Callable[[str], Path],
+    compare: Callable[..., None],
+    template: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(unpacked("sublayers") / RESULTS, tmp_path / RESULTS)
+    shutil.copy(template, tmp_path / RESULTS / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    compare("sublayers", kind, SINGLE[kind](tmp_path))
+
+
+PUBLISHED = [
+    *(("mlflow", name) for name in ("layers", "sublayers", "spans", "repeats", "heads", "maps")),
+    *(("mlflow", name) for name in ("prune", "quantise")),
+    *product(BACKENDS, ("corpus", "experts", "half_precision", "replaced", "until")),
+]
+"""Cells of each kind of runs; those of the other folders are like these."""
+
+
+@pytest.mark.parametrize(("backend", "name"), PUBLISHED)
+def test_what_trackers_get(
+    backend: str,
+    name: str,
+    unpacked: Callable[[str], Path],
+    compare: Callable[..., None],
+    template: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(unpacked(name) / RESULTS, tmp_path / RESULTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with BACKENDS[backend](tmp_path, template, name) as lines:
+        compare(name, backend, lines)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_shown(
+    name: str,
+    kind: str,
+    unpacked: Callable[[str], Path],
+    compare: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = unpacked(name)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "160")
+    compare(name, kind, KINDS[kind](folder))
