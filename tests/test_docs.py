@@ -20,7 +20,7 @@ import yaml
 from tests.conftest import printed
 from tracker.cli import main
 from tracker.core.experiment_input import is_of_searches, load_experiment
-from tracker.pruning.search.request import load_searches
+from tracker.search.request import load_searches
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

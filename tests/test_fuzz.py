@@ -15,7 +15,7 @@ from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError, RequestError
 from tracker.core.experiment_input import load_experiment
 from tracker.measuring.job import Options
-from tracker.pruning.search.request import load_searches
+from tracker.search.request import load_searches
 
 SEED = 7
 

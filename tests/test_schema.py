@@ -20,8 +20,8 @@ from tracker.core.config import IN_THE_FILE, KEYS, CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.experiment import Parameters, grid_of
 from tracker.measuring.job import Options
-from tracker.pruning.search.request import SearchParameters, SearchRequest
-from tracker.pruning.search.settings import OF_CELLS, SearchSettings
+from tracker.search.request import SearchParameters, SearchRequest
+from tracker.search.settings import OF_CELLS, SearchSettings
 
 DOCS = Path(__file__).parents[1] / "docs"
 SEARCHED = {*OF_CELLS, *SearchSettings.model_fields}

@@ -60,8 +60,8 @@ if TYPE_CHECKING:
     from tracker.measuring.planning import PlannedCell
     from tracker.precision.export import Quantised
     from tracker.pruning.export.facts import Exported
-    from tracker.pruning.search.planning import PlannedSearch
-    from tracker.pruning.search.request import PruneFile
+    from tracker.search.planning import PlannedSearch
+    from tracker.search.request import PruneFile
 
 Where = str | os.PathLike[str]
 """A file or a folder."""
@@ -509,11 +509,11 @@ def prune(
     """
     from tracker.pruning.export import checkpoint
     from tracker.pruning.export.chosen import chosen_by
-    from tracker.pruning.search.cells import Lender
-    from tracker.pruning.search.conduct import conduct, trial
-    from tracker.pruning.search.report import export_line, savable
-    from tracker.pruning.search.request import load_searches, refuse_draws, search_request
-    from tracker.pruning.search.settings import SearchSettings
+    from tracker.search.cells import Lender
+    from tracker.search.conduct import conduct, trial
+    from tracker.search.report import export_line, savable
+    from tracker.search.request import load_searches, refuse_draws, search_request
+    from tracker.search.settings import SearchSettings
 
     known = [*_SAID, *SearchSettings.model_fields, *sorted(Running.__optional_keys__)]
     _refuse_unknown(settings, known)
@@ -612,10 +612,10 @@ def validate(
     _refuse_incomplete(experiment, settings, "validate(")
     _refuse_object(settings)
     if asks_for_searches(experiment, settings):
-        from tracker.pruning.search.beforehand import refuse_unsavable
-        from tracker.pruning.search.cells import Lender
-        from tracker.pruning.search.request import load_searches
-        from tracker.pruning.search.search import budget_of, refuse_mixed, refuse_unknown
+        from tracker.search.beforehand import refuse_unsavable
+        from tracker.search.cells import Lender
+        from tracker.search.request import load_searches
+        from tracker.search.search import budget_of, refuse_mixed, refuse_unknown
 
         searches = load_searches(experiment, settings).file.searches()
         refuse_unknown(searches, trust_remote_code)
@@ -700,8 +700,8 @@ def plan_prune(
     Example:
         >>> searches, tests = tracker.plan_prune("experiments/prune.yaml")
     """
-    from tracker.pruning.search import planning
-    from tracker.pruning.search.request import load_searches
+    from tracker.search import planning
+    from tracker.search.request import load_searches
 
     _refuse_incomplete(experiment, settings, "plan_prune(remove=8, ")
     _refuse_object(settings)

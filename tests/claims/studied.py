@@ -16,7 +16,7 @@ from tracker.core.estimates import Estimate
 from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.shards import write_observations
 from tracker.ledger.store import Ledger
-from tracker.pruning.search.figures import Choices
+from tracker.search.figures import Choices
 from tracker.studies import savings
 from tracker.studies.audit import Audit
 from tracker.studies.audit.measures import KIND

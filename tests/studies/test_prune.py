@@ -20,9 +20,9 @@ from tracker.core.prune_records import PruneRecord
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.store import Ledger, listed
-from tracker.pruning.search import cells
-from tracker.pruning.search.figures import Choices
 from tracker.report.page.studies import standing_alone
+from tracker.search import cells
+from tracker.search.figures import Choices
 from tracker.stats.accuracy import accuracy, accuracy_drop
 from tracker.studies.prune.figures import (
     OWN,

@@ -31,7 +31,7 @@ from tracker.core.experiment import ALL, Sweep
 from tracker.core.experiment_input import names_model
 from tracker.core.extent import Positive
 from tracker.core.safe_yaml import like_file, parsed
-from tracker.pruning.search.settings import SearchSettings
+from tracker.search.settings import SearchSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
 DOCUMENTS = ("part", "limit", "sample")

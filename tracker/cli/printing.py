@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from tracker.core.records import CellRecord, RunIdentity
     from tracker.measuring.planning import PlannedCell
     from tracker.pruning.export.facts import Exported
-    from tracker.pruning.search.planning import PlannedSearch
     from tracker.report.leaderboard.claims import Claims
     from tracker.runner import Finished
+    from tracker.search.planning import PlannedSearch
 
 
 def print_each(head: str, failed: Mapping[str, str]) -> None:
@@ -528,7 +528,7 @@ def print_export(model: Exported) -> None:
     """Say what was saved, what it costs and saves, what was proved, and what else makes it."""
     from tracker.pruning.export.facts import saved, speed
     from tracker.pruning.export.recipes import by_other_tools, why_none
-    from tracker.pruning.search.figures import level_text
+    from tracker.search.figures import level_text
 
     say()
     for each in model.accuracy:

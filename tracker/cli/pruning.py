@@ -30,7 +30,7 @@ from tracker.cli.terminal import Show, begin, say
 from tracker.core.config import KEYS, RUNS, CellRequest
 from tracker.core.kinds import UNITS
 from tracker.core.search_parts import many_of
-from tracker.pruning.search.settings import OF_CELLS, SearchSettings
+from tracker.search.settings import OF_CELLS, SearchSettings
 
 _OF_BENCHMARKS = [
     key

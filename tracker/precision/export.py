@@ -29,11 +29,11 @@ from tracker.models.load import LoadedModel, load_model
 from tracker.models.pruned import pruned
 from tracker.models.quantised import quantise
 from tracker.models.sources import find_model
-from tracker.precision.budget import rounded_at, together
 from tracker.precision.recipes import recipes
 from tracker.pruning.export.checkpoint import beside, refuse_output
 from tracker.pruning.export.facts import Proof
 from tracker.pruning.export.proof import MeasuredCell, expected, prove
+from tracker.search.bit_budgets import rounded_at, together
 
 FACTS = "formats.json"
 _FILES = {

@@ -27,9 +27,9 @@ from tracker.core.tables import Column, Table, table
 from tracker.core.weight_formats import FORMATS
 from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.runs import ONE_LOOK
-from tracker.precision.cell_requests import each_map
-from tracker.precision.observed import errors_of
 from tracker.report.leaderboard.claims import parts_answer, shown_in
+from tracker.search.format_requests import each_map
+from tracker.search.rounding_errors import errors_of
 from tracker.stats.arrays import Array, divided
 from tracker.stats.rank_agreement import row_coefficients
 from tracker.stats.resampling import bias_corrected_interval

@@ -21,10 +21,10 @@ from tracker.core.estimates import Estimate
 from tracker.core.formats import Measure, counted, measure_of
 from tracker.core.records import CellRecord, RunIdentity, RunRecord
 from tracker.core.tables import Column, Table, table
-from tracker.pruning.search.report import saving_line
-from tracker.pruning.search.request import calibration_of
 from tracker.report.leaderboard.claims import shown_in
 from tracker.runner import run_cells
+from tracker.search.report import saving_line
+from tracker.search.request import calibration_of
 from tracker.stats.selection import BestByChance, best_by_chance
 from tracker.stats.support import Verdict
 from tracker.studies.base import (

@@ -21,7 +21,7 @@ from tracker.core.prune_records import Calibrated
 from tracker.core.records import CellRecord
 from tracker.core.text import as_code, as_markdown
 from tracker.pruning.export.recipes import by_other_tools, why_none
-from tracker.pruning.search.figures import level_text
+from tracker.search.figures import level_text
 
 _AS_THEY_ARE = (
     *("base", "kept", "before", "after", "faster", "speed_on"),

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
-from tracker.pruning.search.beforehand import refuse_unsavable
-from tracker.pruning.search.cells import Lender
-from tracker.pruning.search.conduct import pursue
-from tracker.pruning.search.report import COST
-from tracker.pruning.search.request import SearchRequest, calibration_of, search_of
-from tracker.pruning.search.search import budget_of, refuse_mixed, refuse_unknown
+from tracker.search.beforehand import refuse_unsavable
+from tracker.search.cells import Lender
+from tracker.search.conduct import pursue
+from tracker.search.report import COST
+from tracker.search.request import SearchRequest, calibration_of, search_of
+from tracker.search.search import budget_of, refuse_mixed, refuse_unknown
 from tracker.studies.base import (
     SIGNIFICANT,
     Study,

@@ -15,10 +15,10 @@ from tracker.core.estimates import Estimate
 from tracker.core.formats import points
 from tracker.core.prune_records import PruneRecord
 from tracker.core.records import CellRecord
-from tracker.pruning.search.conduct import Pursued
-from tracker.pruning.search.figures import Choices
-from tracker.pruning.search.request import SearchRequest
-from tracker.pruning.search.strategies import NULL
+from tracker.search.conduct import Pursued
+from tracker.search.figures import Choices
+from tracker.search.request import SearchRequest
+from tracker.search.strategies import NULL
 from tracker.stats.accuracy import accuracy
 from tracker.stats.combined import mean
 from tracker.stats.interaction import interactions

@@ -8,8 +8,8 @@ from tracker.core.estimates import Estimate, Unit
 from tracker.core.findings import LineChart
 from tracker.core.formats import counted
 from tracker.core.tables import Column, Row, Table, table
-from tracker.pruning.search.figures import calibration_documents, separated
-from tracker.pruning.search.report import cost_columns, frontier
+from tracker.search.figures import calibration_documents, separated
+from tracker.search.report import cost_columns, frontier
 from tracker.studies.prune.figures import OWN, TASKS, TEXT, Beside, Compared, Way
 
 PAPER = "LLaMA3-8B, 25 % removed, in arXiv 2605.14075"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from tracker.core.estimates import Estimate
 from tracker.core.formats import listed, p_value, points, three_digits, two_digits, with_interval
-from tracker.pruning.search.figures import calibration_documents, level_text
-from tracker.pruning.search.report import unsure_sentence
+from tracker.search.figures import calibration_documents, level_text
+from tracker.search.report import unsure_sentence
 from tracker.studies.prune.figures import ACCURACY, COSINES, OWN, Beside, Compared, Way
 from tracker.studies.prune.layout import (
     HOURS_OF_THE_PAPER,

@@ -28,10 +28,10 @@ from tracker.models.load import hollow
 from tracker.models.maps import maps_of
 from tracker.models.placement import weight_bytes
 from tracker.models.sources import find_model
-from tracker.precision.budget import BitBudget, Unit, budget, units_of
-from tracker.precision.cell_requests import each_layer, each_map
-from tracker.pruning.search.cells import Lender, OpenCell
-from tracker.pruning.search.request import calibration_of
+from tracker.search.bit_budgets import BitBudget, Unit, budget, units_of
+from tracker.search.cells import Lender, OpenCell
+from tracker.search.format_requests import each_layer, each_map
+from tracker.search.request import calibration_of
 from tracker.stats.support import together
 from tracker.studies.base import (
     Study,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize
 
-from tracker.precision.budget import BitBudget, Choice, Unit, bits_of
+from tracker.search.bit_budgets import BitBudget, Choice, Unit, bits_of
 from tracker.stats.arrays import Array
 
 

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, JambaConfig
 
 from tests.conftest import cli, printed, refused, save_tokenizer
 from tracker.core.errors import ModelError
-from tracker.pruning.search.beforehand import ends_of, refuse_unsavable
-from tracker.pruning.search.cells import Lender
-from tracker.pruning.search.request import SearchRequest
-from tracker.pruning.search.scores import Set
-from tracker.pruning.search.search import budget_of
+from tracker.search.beforehand import ends_of, refuse_unsavable
+from tracker.search.cells import Lender
+from tracker.search.request import SearchRequest
+from tracker.search.scores import Set
+from tracker.search.search import budget_of
 
 LAYERS, PERIOD = 8, 4
 

@@ -18,7 +18,7 @@ from tracker.stats.accuracy import accuracy, accuracy_drop
 from tracker.stats.arrays import Array
 
 if TYPE_CHECKING:  # it knows the strategies, and they need torch
-    from tracker.pruning.search.request import SearchRequest
+    from tracker.search.request import SearchRequest
 
 
 NO_SCORE = "a document has no finite score"

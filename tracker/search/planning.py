@@ -16,12 +16,12 @@ from tracker.measuring.job import Options
 from tracker.measuring.planning import texts_of
 from tracker.measuring.progress import Silent
 from tracker.models.sources import find_model
-from tracker.pruning.search.beforehand import DrawnScores, refuse_unsavable
-from tracker.pruning.search.cells import Lender, planned
-from tracker.pruning.search.request import Goal, SearchRequest, deciding
-from tracker.pruning.search.scores import Losses, Set
-from tracker.pruning.search.search import budget_of, refuse_few, refuse_mixed, refuse_unknown
-from tracker.pruning.search.strategies import NULL, STRATEGIES, Search
+from tracker.search.beforehand import DrawnScores, refuse_unsavable
+from tracker.search.cells import Lender, planned
+from tracker.search.request import Goal, SearchRequest, deciding
+from tracker.search.scores import Losses, Set
+from tracker.search.search import budget_of, refuse_few, refuse_mixed, refuse_unknown
+from tracker.search.strategies import NULL, STRATEGIES, Search
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from tests.conftest import printed
 from tracker.core.config import CellRequest
 from tracker.ledger.store import Ledger
 from tracker.measuring.planning import plan
-from tracker.pruning.search.cells import Lender, OpenCell
-from tracker.pruning.search.planning import plan_searches
-from tracker.pruning.search.request import SearchRequest
-from tracker.pruning.search.search import budget_of, search
-from tracker.pruning.search.strategies import STRATEGIES
+from tracker.search.cells import Lender, OpenCell
+from tracker.search.planning import plan_searches
+from tracker.search.request import SearchRequest
+from tracker.search.search import budget_of, search
+from tracker.search.strategies import STRATEGIES
 
 from .conftest import DOCUMENTS, GO, LAYERS
 

@@ -17,8 +17,8 @@ from tracker.core.ablations import INTACT, Ablation
 from tracker.core.search_parts import SearchParts
 from tracker.ledger.outcomes import AGAIN
 from tracker.measuring.calibrate import LEAST_TWICE
-from tracker.pruning.search.cells import OpenCell, _drawn
-from tracker.pruning.search.search import budget_of, search
+from tracker.search.cells import OpenCell, _drawn
+from tracker.search.search import budget_of, search
 
 from .conftest import opened
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tracker.core.errors import RequestError
-from tracker.precision.budget import BitBudget, Unit, bits_of, budget
-from tracker.precision.choose import alike, ends_kept, least_loss, swaps
+from tracker.search.assignment import alike, ends_kept, least_loss, swaps
+from tracker.search.bit_budgets import BitBudget, Unit, bits_of, budget
 
 FORMATS = ("q4_0", "q5_1", "q8_0")
 UNITS = [Unit(layer, name, ((32, 64), (64, 32))) for layer in range(3) for name in "ab"]

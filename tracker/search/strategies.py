@@ -22,8 +22,8 @@ from tracker.core.proxies import PROXIES
 from tracker.core.prune_records import PruneStep, Rescoring
 from tracker.ledger.early_stopping import CandidateRace
 from tracker.measuring.fill import fill_until
-from tracker.pruning.search.budgets import Budget, out_of_reach
-from tracker.pruning.search.scores import NO_FINITE, Scores, Set, grown
+from tracker.search.budgets import Budget, out_of_reach
+from tracker.search.scores import NO_FINITE, Scores, Set, grown
 from tracker.stats.rank_agreement import rounded
 
 BATCH = 6

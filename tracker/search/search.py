@@ -33,12 +33,12 @@ from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, weightless
 from tracker.models.parts import find_parts
 from tracker.models.sources import ModelSource, count_layers, find_model, read_config
-from tracker.pruning.search.budgets import Budget, budget
-from tracker.pruning.search.cells import Lender, OpenCell
-from tracker.pruning.search.constraints import FREE, Constraints, constraints_of
-from tracker.pruning.search.request import SearchRequest, deciding
-from tracker.pruning.search.scores import Scores, Set
-from tracker.pruning.search.strategies import NULL, STRATEGIES, Search
+from tracker.search.budgets import Budget, budget
+from tracker.search.cells import Lender, OpenCell
+from tracker.search.constraints import FREE, Constraints, constraints_of
+from tracker.search.request import SearchRequest, deciding
+from tracker.search.scores import Scores, Set
+from tracker.search.strategies import NULL, STRATEGIES, Search
 
 TOKENS = 128
 """Tokens of one text that is read at once."""

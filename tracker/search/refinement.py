@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from tracker.core.estimates import Estimate
 from tracker.ledger.paired import PairedOutcomes
-from tracker.precision.budget import BitBudget, Choice
-from tracker.precision.choose import swaps
+from tracker.search.assignment import swaps
+from tracker.search.bit_budgets import BitBudget, Choice
 from tracker.stats.arrays import Array
 from tracker.stats.support import together
 

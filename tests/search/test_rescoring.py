@@ -13,11 +13,11 @@ from tracker.core.ablations import INTACT
 from tracker.core.extent import random_order
 from tracker.core.questions import question
 from tracker.ledger.early_stopping import QUESTION
-from tracker.pruning.search.budgets import Budget
-from tracker.pruning.search.cells import Lender, OpenCell
-from tracker.pruning.search.request import SearchRequest
-from tracker.pruning.search.scores import Scores, Set
-from tracker.pruning.search.strategies import BATCH, STRATEGIES, Search
+from tracker.search.budgets import Budget
+from tracker.search.cells import Lender, OpenCell
+from tracker.search.request import SearchRequest
+from tracker.search.scores import Scores, Set
+from tracker.search.strategies import BATCH, STRATEGIES, Search
 from tracker.stats.sequential.stopping import Race
 
 from .conftest import LAYERS, WHOLE, Known

@@ -10,8 +10,8 @@ from tracker.core.config import IN_THE_FILE, KEYS, Name, Strict, several
 from tracker.core.extent import Positive
 from tracker.core.kinds import SearchUnit
 from tracker.core.prune_records import Rescoring
-from tracker.pruning.search.budgets import amount
-from tracker.pruning.search.constraints import Chosen, Ratios
+from tracker.search.budgets import amount
+from tracker.search.constraints import Chosen, Ratios
 
 
 def _several(given: Any) -> Any:

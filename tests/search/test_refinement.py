@@ -17,10 +17,10 @@ from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
 from tracker.models.maps import maps_of
 from tracker.models.sources import find_model
-from tracker.precision.budget import BitBudget, Choice, Unit, ablation_of, units_of
-from tracker.precision.choose import least_loss
-from tracker.precision.measured import refined
-from tracker.pruning.search.cells import Lender, OpenCell
+from tracker.search.assignment import least_loss
+from tracker.search.bit_budgets import BitBudget, Choice, Unit, ablation_of, units_of
+from tracker.search.cells import Lender, OpenCell
+from tracker.search.refinement import refined
 
 FORMATS = ("q4_0", "q5_1", "q8_0")
 UNITS = [Unit(layer, "a", ((32, 32),)) for layer in range(4)]

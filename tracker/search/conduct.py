@@ -21,13 +21,14 @@ from tracker.core.records import CellRecord, Place
 from tracker.ledger.runs import flat
 from tracker.ledger.store import Ledger, keep_finding, keep_search
 from tracker.measuring.prepare import look_up
-from tracker.pruning.search.beforehand import refuse_unsavable
-from tracker.pruning.search.cells import Lender, OpenCell
-from tracker.pruning.search.constraints import Constraints
-from tracker.pruning.search.figures import Searched, end
-from tracker.pruning.search.report import finding_of
-from tracker.pruning.search.request import Goal, SearchRequest
-from tracker.pruning.search.search import (
+from tracker.runner import Finished, run_cells
+from tracker.search.beforehand import refuse_unsavable
+from tracker.search.cells import Lender, OpenCell
+from tracker.search.constraints import Constraints
+from tracker.search.figures import Searched, end
+from tracker.search.report import finding_of
+from tracker.search.request import Goal, SearchRequest
+from tracker.search.search import (
     Found,
     Recommended,
     budget_of,
@@ -37,7 +38,6 @@ from tracker.pruning.search.search import (
     search,
     stays_of,
 )
-from tracker.runner import Finished, run_cells
 from tracker.team.publish import Publisher, Trial
 
 log = logging.getLogger(__name__)

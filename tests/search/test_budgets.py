@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import golden
 from tracker.core.errors import ExperimentError
 from tracker.core.search_parts import SearchParts
-from tracker.pruning.search import search
-from tracker.pruning.search.budgets import Budget, amount, budget
-from tracker.pruning.search.cells import Lender, OpenCell
-from tracker.pruning.search.planning import _Counted
-from tracker.pruning.search.request import SearchRequest
-from tracker.pruning.search.scores import Scores
-from tracker.pruning.search.search import budget_of
-from tracker.pruning.search.strategies import STRATEGIES, Search
+from tracker.search import search
+from tracker.search.budgets import Budget, amount, budget
+from tracker.search.cells import Lender, OpenCell
+from tracker.search.planning import _Counted
+from tracker.search.request import SearchRequest
+from tracker.search.scores import Scores
+from tracker.search.search import budget_of
+from tracker.search.strategies import STRATEGIES, Search
 
 from .conftest import LAYERS, WHOLE
 

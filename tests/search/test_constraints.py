@@ -17,15 +17,15 @@ from tracker.core.errors import ExperimentError
 from tracker.core.prune_records import PruneCost, PruneRecord
 from tracker.core.search_parts import SearchParts
 from tracker.ledger.store import listed
-from tracker.pruning.search import strategies
-from tracker.pruning.search.beforehand import DrawnScores, ends_of
-from tracker.pruning.search.budgets import Budget, amount, budget
-from tracker.pruning.search.cells import OpenCell
-from tracker.pruning.search.constraints import constraints_of
-from tracker.pruning.search.request import SearchRequest, load_searches, search_request
-from tracker.pruning.search.scores import Scores, Set
-from tracker.pruning.search.search import Found
-from tracker.pruning.search.strategies import STRATEGIES, Search
+from tracker.search import strategies
+from tracker.search.beforehand import DrawnScores, ends_of
+from tracker.search.budgets import Budget, amount, budget
+from tracker.search.cells import OpenCell
+from tracker.search.constraints import constraints_of
+from tracker.search.request import SearchRequest, load_searches, search_request
+from tracker.search.scores import Scores, Set
+from tracker.search.search import Found
+from tracker.search.strategies import STRATEGIES, Search
 
 from .conftest import GO, LAYERS, WHOLE, Truth, opened_cell
 from .test_strategies import cosine, grown, naive_proxy, turned

@@ -25,9 +25,9 @@ from tracker.measuring.progress import Silent
 from tracker.models import checkpoint as models
 from tracker.pruning.export import checkpoint
 from tracker.pruning.export.chosen import chosen, chosen_by, that_chose
-from tracker.pruning.search import beforehand, cells, report
-from tracker.pruning.search import search as searching
-from tracker.pruning.search.request import load_searches, search_request
+from tracker.search import beforehand, cells, report
+from tracker.search import search as searching
+from tracker.search.request import load_searches, search_request
 
 from .conftest import LAYERS, SETTINGS
 
@@ -212,7 +212,7 @@ def test_a_search_that_does_not_do_what_is_said_is_refused(
     def stop(asked: object, *rest: object) -> None:
         raise WorkError("it was let through")
 
-    monkeypatch.setattr("tracker.pruning.search.conduct.conduct", stop)
+    monkeypatch.setattr("tracker.search.conduct.conduct", stop)
     monkeypatch.setenv("WANDB_SWEEP_ID", "q7v2k1ab")
     done = prune(*given)
     assert (done.exit_code, "it was let through" in done.output) == (1, True)

@@ -14,7 +14,7 @@ from tracker.core.formats import counted
 from tracker.core.kinds import NUMBERED, Component
 from tracker.core.safe_yaml import short
 from tracker.core.search_parts import SearchParts
-from tracker.pruning.search.constraints import FREE, Constraints
+from tracker.search.constraints import FREE, Constraints
 
 Measure = Literal["parts", "parameters", "bytes", "seconds"]
 FORMS = "8, 25 %, 25 % parameters, 25 % bytes, 25 % seconds, 34M parameters, 70 MB or 5 ms"

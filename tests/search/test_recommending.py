@@ -12,7 +12,7 @@ from tracker.core.estimates import Estimate
 from tracker.core.formats import points
 from tracker.core.prune_records import PruneRecord
 from tracker.ledger.store import listed
-from tracker.pruning.search.figures import end, level_text
+from tracker.search.figures import end, level_text
 
 from .conftest import Truth
 

@@ -26,7 +26,7 @@ from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import Arrays
 from tracker.measuring.meter import Place
 from tracker.measuring.observing import Observe
-from tracker.pruning.search.cells import OpenCell
+from tracker.search.cells import OpenCell
 from tracker.stats.accuracy import mean_interval
 from tracker.stats.arrays import Array, per_token
 from tracker.stats.rank_agreement import rounded

@@ -33,10 +33,10 @@ from tracker.core.kinds import NUMBERED, Component
 from tracker.core.problems import checked
 from tracker.core.prune_records import Rescoring
 from tracker.core.search_parts import many_of
-from tracker.pruning.search.budgets import Amount, amount
-from tracker.pruning.search.constraints import CONSTRAINTS, in_words
-from tracker.pruning.search.settings import OF_CELLS, SearchSettings
-from tracker.pruning.search.strategies import BLIND, DRAWN, NULL, OF_LAYERS, RESCORED, STRATEGIES
+from tracker.search.budgets import Amount, amount
+from tracker.search.constraints import CONSTRAINTS, in_words
+from tracker.search.settings import OF_CELLS, SearchSettings
+from tracker.search.strategies import BLIND, DRAWN, NULL, OF_LAYERS, RESCORED, STRATEGIES
 
 Goal = tuple[CellRequest, Component, str, str]
 """The test documents of searches, what goes, how much of it, and what must stay."""

@@ -24,11 +24,12 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
 from tracker.measuring.progress import Progress, Silent
-from tracker.pruning.search.budgets import Budget
-from tracker.pruning.search.cells import Lender, OpenCell
-from tracker.pruning.search.request import SearchRequest, search_request
-from tracker.pruning.search.scores import Losses, Set
-from tracker.pruning.search.strategies import Search
+from tracker.models import checkpoint
+from tracker.search.budgets import Budget
+from tracker.search.cells import Lender, OpenCell
+from tracker.search.request import SearchRequest, search_request
+from tracker.search.scores import Losses, Set
+from tracker.search.strategies import Search
 
 LAYERS = 5
 WHOLE = SearchParts("layer", LAYERS)
@@ -39,6 +40,13 @@ SETTINGS = {
     **{"benchmark": "copa", "data": DATA, "remove": 2},
     **{"sample": DOCUMENTS, "test_sample": 10},
 }
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    # Here are no models worth releasing, and a worker has imported much that is looked through.
+    monkeypatch.setattr(checkpoint, "release", lambda: None)
 
 
 @pytest.fixture(scope="session")

@@ -18,10 +18,10 @@ from tracker.core.kinds import NUMBERED
 from tracker.core.search_parts import SearchParts
 from tracker.models.checkpoint import refuse_unsizable
 from tracker.models.sources import ModelSource, find_model
-from tracker.pruning.search.budgets import Budget
-from tracker.pruning.search.request import SearchRequest
-from tracker.pruning.search.scores import Losses, Scores, Set, grown
-from tracker.pruning.search.strategies import BLIND, SCORED, STRATEGIES, Search
+from tracker.search.budgets import Budget
+from tracker.search.request import SearchRequest
+from tracker.search.scores import Losses, Scores, Set, grown
+from tracker.search.strategies import BLIND, SCORED, STRATEGIES, Search
 from tracker.stats.arrays import Array
 
 TRIED = 4

@@ -19,8 +19,9 @@ from tracker.core.kinds import NUMBERED, Component
 from tracker.core.prune_records import PruneRecord, PruneStep
 from tracker.core.search_parts import many_of
 from tracker.core.tables import Column, Row, Table, table
-from tracker.pruning.search.constraints import in_words
-from tracker.pruning.search.figures import (
+from tracker.report.page.studies import SEARCH
+from tracker.search.constraints import in_words
+from tracker.search.figures import (
     NO_SCORE,
     Choices,
     Searched,
@@ -30,10 +31,9 @@ from tracker.pruning.search.figures import (
     separated,
     tested,
 )
-from tracker.pruning.search.request import Goal
-from tracker.pruning.search.search import Recommended
-from tracker.pruning.search.strategies import NULL
-from tracker.report.page.studies import SEARCH
+from tracker.search.request import Goal
+from tracker.search.search import Recommended
+from tracker.search.strategies import NULL
 from tracker.stats.support import together
 
 QUESTION = "What can go, and what does the model answer without it?"

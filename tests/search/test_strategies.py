@@ -14,11 +14,11 @@ from torch import Tensor
 
 from tests.engine.truth import exported, layers_of
 from tracker.core.prune_records import PruneStep
-from tracker.pruning.search import strategies
-from tracker.pruning.search.budgets import Budget
-from tracker.pruning.search.cells import OpenCell
-from tracker.pruning.search.scores import Losses, Scores, Set
-from tracker.pruning.search.strategies import STRATEGIES, Search
+from tracker.search import strategies
+from tracker.search.budgets import Budget
+from tracker.search.cells import OpenCell
+from tracker.search.scores import Losses, Scores, Set
+from tracker.search.strategies import STRATEGIES, Search
 
 from .conftest import GO, LAYERS, WHOLE, Known, Truth
 
