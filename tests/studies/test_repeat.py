@@ -14,9 +14,9 @@ from tracker import api
 from tracker.cli.pruning import export as exporting
 from tracker.core.ablations import Stretch
 from tracker.core.extent import Extent
+from tracker.export.chosen import that_chose, tried
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.store import Ledger
-from tracker.pruning.export.chosen import that_chose, tried
 from tracker.stats.selection import best_by_chance
 from tracker.studies import repeat
 from tracker.studies.repeat import TESTED, all_stretches

@@ -18,10 +18,10 @@ import tracker
 from tests.conftest import save_llama
 from tracker.benchmarks import reference_process
 from tracker.core.estimates import Estimate
+from tracker.export import proof
+from tracker.export.checkpoint import publish
+from tracker.export.facts import Accuracy, Exported
 from tracker.models import checkpoint
-from tracker.pruning.export import proof
-from tracker.pruning.export.checkpoint import publish
-from tracker.pruning.export.facts import Accuracy, Exported
 from tracker.tracking import open_backend
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.runs import KIND_TAG

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from tracker.bench.doctor import Diagnosis, Finding
     from tracker.core.findings import FindingRecord
     from tracker.core.records import CellRecord, RunIdentity
+    from tracker.export.facts import Exported
     from tracker.measuring.planning import PlannedCell
-    from tracker.pruning.export.facts import Exported
     from tracker.report.leaderboard.claims import Claims
     from tracker.runner import Finished
     from tracker.search.planning import PlannedSearch
@@ -526,8 +526,8 @@ def _duration(seconds: float) -> str:
 
 def print_export(model: Exported) -> None:
     """Say what was saved, what it costs and saves, what was proved, and what else makes it."""
-    from tracker.pruning.export.facts import saved, speed
-    from tracker.pruning.export.recipes import by_other_tools, why_none
+    from tracker.export.facts import saved, speed
+    from tracker.export.recipes import by_other_tools, why_none
     from tracker.search.figures import level_text
 
     say()

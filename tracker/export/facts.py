@@ -20,7 +20,7 @@ from tracker.core.identities import ModelIdentity
 from tracker.core.prune_records import Calibrated
 from tracker.core.records import CellRecord
 from tracker.core.text import as_code, as_markdown
-from tracker.pruning.export.recipes import by_other_tools, why_none
+from tracker.export.recipes import by_other_tools, why_none
 from tracker.search.figures import level_text
 
 _AS_THEY_ARE = (

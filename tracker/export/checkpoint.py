@@ -23,16 +23,16 @@ from tracker.core.formats import counted, measure_of
 from tracker.core.kinds import Component
 from tracker.core.provenance import machine
 from tracker.core.records import CellRecord
+from tracker.export.chosen import chosen, that_chose, tried
+from tracker.export.facts import Accuracy, Exported, Pruning, Size, write_card
+from tracker.export.proof import ExpectedAnswers, MeasuredCell, expected, prove
+from tracker.export.recipes import recipes, skip_lists, windows_of
 from tracker.ledger.files import new_folder
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, find_model
-from tracker.pruning.export.chosen import chosen, that_chose, tried
-from tracker.pruning.export.facts import Accuracy, Exported, Pruning, Size, write_card
-from tracker.pruning.export.proof import ExpectedAnswers, MeasuredCell, expected, prove
-from tracker.pruning.export.recipes import recipes, skip_lists, windows_of
 from tracker.runner import run_cells
 from tracker.team.publish import Publisher
 from tracker.tracking import service, target

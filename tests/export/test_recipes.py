@@ -6,8 +6,7 @@ import pytest
 import yaml
 
 from tracker.core.identities import ModelIdentity
-from tracker.models.sources import ModelSource
-from tracker.pruning.export.recipes import (
+from tracker.export.recipes import (
     WINDOWS,
     by_other_tools,
     llama_quantize,
@@ -17,6 +16,7 @@ from tracker.pruning.export.recipes import (
     why_none,
     windows_of,
 )
+from tracker.models.sources import ModelSource
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from lm_eval import evaluator
 import tracker
 from tests.conftest import save_llama
 from tracker.benchmarks import reference_process
+from tracker.export import proof
+from tracker.export.facts import Exported
 from tracker.models import checkpoint
-from tracker.pruning.export import proof
-from tracker.pruning.export.facts import Exported
 
 SAMPLE = 40
 

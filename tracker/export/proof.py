@@ -22,11 +22,11 @@ from tracker.core.config import CellRequest
 from tracker.core.errors import WorkError
 from tracker.core.estimates import Estimate
 from tracker.engine.selfcheck.check import HALF, SINGLE
+from tracker.export.facts import Proof
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
 from tracker.models.load import LoadedModel
-from tracker.pruning.export.facts import Proof
 
 TEXTS = (
     "The capital of France is Paris, and that of Japan is",
@@ -35,7 +35,7 @@ TEXTS = (
     "Im Jahre 1969 betrat der erste Mensch den Mond; 月に初めて",
 )
 """What the saved model and the really changed one both read."""
-_REFERENCE = Path(__file__).parents[2] / "benchmarks" / "reference_process.py"
+_REFERENCE = Path(__file__).parents[1] / "benchmarks" / "reference_process.py"
 _SAID = 600
 
 

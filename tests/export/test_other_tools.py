@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 import tracker
 from tests import llama_cpp
+from tracker.export.recipes import WINDOWS, recipes, windows_of
 from tracker.models import checkpoint
 from tracker.models.gguf_file import Reader, one_parse
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
-from tracker.pruning.export.recipes import WINDOWS, recipes, windows_of
 
 KEPT = (0, 4, 6, 17, 18, 29)
 GONE = tuple(layer for layer in range(30) if layer not in KEPT)

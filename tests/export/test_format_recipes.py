@@ -20,9 +20,9 @@ import yaml
 from tests import llama_cpp
 from tests.engine.families import tiny_model
 from tracker.core.weight_formats import FORMATS
+from tracker.export.format_recipes import recipes
 from tracker.models.gguf_file import Reader
 from tracker.models.quantised import in_format
-from tracker.precision.recipes import recipes
 
 KINDS = ("q3_k", "q4_k", "q6_k", "q8_0")
 

@@ -11,10 +11,10 @@ from tracker.core.formats import counted
 from tracker.core.identities import ModelIdentity
 from tracker.core.prune_records import Calibrated, PruneRecord, PruneStep, Tested
 from tracker.core.records import CellRecord
+from tracker.export.facts import Accuracy, Pruning
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Contents, Ledger
 from tracker.measuring.derive import all_records
-from tracker.pruning.export.facts import Accuracy, Pruning
 
 
 def chosen(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...]) -> Pruning:

@@ -18,6 +18,10 @@ from tracker.core.config import CellRequest
 from tracker.core.distribution import __version__
 from tracker.core.errors import BenchmarkError
 from tracker.core.weight_formats import FORMATS
+from tracker.export.checkpoint import beside, refuse_output
+from tracker.export.facts import Proof
+from tracker.export.format_recipes import recipes
+from tracker.export.proof import MeasuredCell, expected, prove
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.prepare import look_up
@@ -29,10 +33,6 @@ from tracker.models.load import LoadedModel, load_model
 from tracker.models.pruned import pruned
 from tracker.models.quantised import quantise
 from tracker.models.sources import find_model
-from tracker.precision.recipes import recipes
-from tracker.pruning.export.checkpoint import beside, refuse_output
-from tracker.pruning.export.facts import Proof
-from tracker.pruning.export.proof import MeasuredCell, expected, prove
 from tracker.search.bit_budgets import rounded_at, together
 
 FACTS = "formats.json"

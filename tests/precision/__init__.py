@@ -1,1 +1,0 @@
-"""Tests of the room that chooses formats of weights."""

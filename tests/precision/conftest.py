@@ -1,5 +1,0 @@
-"""What the tests of formats take from those of pruning."""
-
-from tests.pruning.conftest import here
-
-__all__ = ["here"]
