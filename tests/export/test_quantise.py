@@ -128,6 +128,17 @@ def test_what_was_saved_is_what_was_recommended_and_lm_eval_finds_its_answers(fo
     assert (proof.difference, proof.documents, proof.ties) == (0, 24, 0)
     assert proof.figure["acc"] == pytest.approx(accuracy)
     assert (done.saved.folder / "llama.cpp.sh").read_text().startswith("llama-quantize ")
+    # The card's size is that of the weights in their formats, all else as it is.
+    size = sum(
+        weight.numel() * (FORMATS[form].bits_of(weight.shape[1]) / 8 if form else weight.itemsize)
+        for name, weight in base.named_parameters()
+        for form in [done.saved.formats.get(name.removesuffix(".weight"))]
+    )
+    assert done.saved.after.bytes == size
+    card = (done.saved.folder / "README.md").read_text()
+    assert f"| bytes of weights | {done.saved.before.bytes:,} | {round(size):,} |" in card
+    (row,) = done.saved.accuracy
+    assert (row.n, row.after.value) == (24, pytest.approx(accuracy))
 
 
 def test_what_units_cost_together_stands_beside_the_sum_of_each_alone(found):

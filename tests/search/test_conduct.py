@@ -21,7 +21,7 @@ from tracker.core.estimates import Estimate
 from tracker.core.extent import ALL, Extent
 from tracker.core.prune_records import PruneRecord
 from tracker.export import checkpoint
-from tracker.export.chosen import chosen, chosen_by, that_chose
+from tracker.export.origin import count_choosing, removal_of, searched_removal
 from tracker.ledger.store import Ledger, keep_search, listed
 from tracker.measuring.progress import Silent
 from tracker.models import checkpoint as models
@@ -356,25 +356,29 @@ def test_one_command_saves_the_recommended_and_its_card_says_how_it_was_chosen(
     # What was chosen on the way is known too; what nobody chose is not.
     ledger, base = Ledger(results), best.model
     first = best.steps[0]
-    assert chosen(ledger, base, first.removed).tested[0].after.value == first.test.accuracy  # type: ignore[union-attr]
-    assert chosen(ledger, base, (0, 1, 2)).strategy is None
-    assert f"{best.label}, step 1 of 2" in str(chosen(ledger, base, first.removed).strategy)
+    assert (
+        searched_removal(ledger, base, first.removed).tested[0].after.value == first.test.accuracy
+    )  # type: ignore[union-attr]
+    assert searched_removal(ledger, base, (0, 1, 2)).strategy is None
+    assert f"{best.label}, step 1 of 2" in str(
+        searched_removal(ledger, base, first.removed).strategy
+    )
     # Another search that ended there takes nothing from it.
     other = best.model_copy(update={"name": "a", "strategy": "beam", "rests_on": ()})
     keep_search(results, other)
-    both = chosen(ledger, base, best.removed)
+    both = searched_removal(ledger, base, best.removed)
     assert both.strategy == f"beam, {best.strategy}"
-    own = chosen_by(ledger, best, None)
+    own = removal_of(ledger, best, None)
     assert (own.strategy, own.removed) == (best.strategy, best.order)
     # Of the documents that chose, none tests; all of them are among those that chose.
-    searched = chosen_by(ledger, records["accuracy"], None)
+    searched = removal_of(ledger, records["accuracy"], None)
     stores = {store.identity.key: store for store in ledger.cells()}
     (calibration,) = searched.documents
-    assert that_chose(ledger, searched, stores[calibration.key], Extent(sample=8)) == 8
-    assert that_chose(ledger, searched, stores[best.rests_on[0][0]], ALL) == 0
+    assert count_choosing(ledger, searched, stores[calibration.key], Extent(sample=8)) == 8
+    assert count_choosing(ledger, searched, stores[best.rests_on[0][0]], ALL) == 0
     # So are those that decided for a set which looked at no document.
-    blind = chosen_by(ledger, records["last"], calibration)
-    assert that_chose(ledger, blind, stores[calibration.key], Extent(sample=8)) == 8
+    blind = removal_of(ledger, records["last"], calibration)
+    assert count_choosing(ledger, blind, stores[calibration.key], Extent(sample=8)) == 8
 
     refused(prune(path, "--output", lighter), "holds something")
 

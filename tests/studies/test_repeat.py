@@ -14,7 +14,7 @@ from tracker import api
 from tracker.cli.pruning import export as exporting
 from tracker.core.ablations import Stretch
 from tracker.core.extent import Extent
-from tracker.export.chosen import that_chose, tried
+from tracker.export.origin import count_choosing, tried_repetition
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.store import Ledger
 from tracker.stats.selection import best_by_chance
@@ -121,12 +121,12 @@ def test_documents_that_may_have_chosen_a_stretch_are_known_when_it_is_saved(fou
     ledger = Ledger(found.results)
     stores = {store.identity.benchmark.settings["part"]: store for store in ledger.cells()}
     model = stores["test"].identity.model
-    known = tried(ledger, model, Stretch(1, 3))
+    known = tried_repetition(ledger, model, Stretch(1, 3))
     assert known.calibration == "24 documents of copa (calibration)"
     asked = Extent(sample=24)
-    chose = {part: that_chose(ledger, known, store, asked) for part, store in stores.items()}
+    chose = {part: count_choosing(ledger, known, store, asked) for part, store in stores.items()}
     assert chose == {"calibration": 24, "test": 0}
-    assert tried(ledger, model, Stretch(1, 3, 3)).documents == (), "nobody tried that"
+    assert tried_repetition(ledger, model, Stretch(1, 3, 3)).documents == (), "nobody tried that"
 
 
 def test_what_is_asked_otherwise_is_refused(found: Small, refused):

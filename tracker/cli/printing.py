@@ -16,7 +16,7 @@ from tracker.core import run_table
 from tracker.core.answers import statement
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
-from tracker.core.formats import DASH, counted, measure_of, with_interval
+from tracker.core.formats import DASH, counted, level_text, measure_of, with_interval
 from tracker.core.tables import Column, Table, table
 from tracker.core.weight_formats import FORMATS
 
@@ -526,9 +526,7 @@ def _duration(seconds: float) -> str:
 
 def print_export(model: Exported) -> None:
     """Say what was saved, what it costs and saves, what was proved, and what else makes it."""
-    from tracker.export.facts import saved, speed
     from tracker.export.recipes import by_other_tools, why_none
-    from tracker.search.figures import level_text
 
     say()
     for each in model.accuracy:
@@ -537,14 +535,14 @@ def print_export(model: Exported) -> None:
             f"{level_text(each.before, each.unit)} before, {level_text(each.after, each.unit)} "
             "after"
         )
-    say(saved(model.before, model.after))
-    say(f"{speed(model)} ({model.speed_on})")
+    say(model.size)
+    say(f"{model.speed} ({model.speed_on})")
     say_all(*model.proof.sentences())
     say()
     if model.recipes:
         say("the same model by other tools:")
-        for words, _, program in by_other_tools(model.recipes):
-            say_all(words, program)
+        for recipe in by_other_tools(model.recipes):
+            say_all(recipe.words, recipe.text)
     else:
         say(f"the same model by other tools: {why_none(model.resized)}")
     say()

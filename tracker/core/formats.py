@@ -112,6 +112,22 @@ def with_interval(
     return f"{write(found.value)}{unit}{f' ({between})' if between else ''}"
 
 
+NO_SCORE = "a document has no finite score"
+"""The reason of an undefined level, where nothing else gives one."""
+
+
+def level_text(level: Estimate, unit: str) -> str:
+    """Write a level with its interval and unit, such as `41.7 % (31.1 to 53.1)`.
+
+    The unit is `%` for an accuracy, else that of the loss. Where it is undefined, the reason is
+    written.
+    """
+    if not defined(level.value):
+        return f"undefined ({level.reason or NO_SCORE})"
+    form = WRITTEN["percent" if unit == "%" else "score"]
+    return with_interval(level, form.write, f" {unit}" if unit else "")
+
+
 def named_interval(
     figure: Estimate, write: Callable[[float], str], name: str = "95 % interval"
 ) -> str:

@@ -1,9 +1,17 @@
-"""Save a model without some parts, and prove what it scores.
+"""Save changed models as checkpoints, and prove what they score.
 
 Modules:
-    checkpoint: Write a checkpoint and move it into place.
-    chosen: Find the searches and runs in a results folder that chose its layers.
-    facts: Describe a saved model on its card.
+    card: Write the model card and the same facts for machines.
+    changes: Describe and apply changes of layers and of weights.
+    checkpoint: Write a checkpoint, prove it, move it into place and publish it.
+    facts: Define the facts about a saved model.
+    origin: Find the searches and runs in a results folder that chose its layers.
     proof: Score a saved model with plain lm-eval in a fresh process.
     recipes: Write how other tools make the same model.
 """
+
+import sys
+
+from tracker.core.api_package import ApiPackage
+
+sys.modules[__name__].__class__ = ApiPackage

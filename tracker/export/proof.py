@@ -1,4 +1,4 @@
-"""Holds saved files against what was measured, in a fresh process that knows nothing of tracker."""
+"""Hold saved files against what was measured, in a fresh process that imports nothing of ours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tracker.benchmarks.standalone import write_tasks
-from tracker.core.ablations import Ablation
+from tracker.core.ablations import INTACT, Ablation
 from tracker.core.config import CellRequest
 from tracker.core.errors import WorkError
 from tracker.core.estimates import Estimate
@@ -34,22 +34,22 @@ TEXTS = (
     "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) +",
     "Im Jahre 1969 betrat der erste Mensch den Mond; 月に初めて",
 )
-"""What the saved model and the really changed one both read."""
+"""Texts that the saved model and the really changed one both read."""
 _REFERENCE = Path(__file__).parents[1] / "benchmarks" / "reference_process.py"
-_SAID = 600
+_MAX_ERROR_CHARACTERS = 600
 
 
 @dataclass(frozen=True)
 class ExpectedAnswers:
-    """What the really changed model says, here.
+    """Answers of the really changed model in this process.
 
     Attributes:
-        tokens: Of each of `TEXTS`.
-        logits: Of each of them, in float32.
-        parameters: How many the model has.
+        tokens: The tokens of each of `TEXTS`.
+        logits: The logits of each of them, in float32.
+        parameters: The number of the model's parameters.
         half: Whether it computes in half precision.
-        device: Where.
-        threads: On how many threads.
+        device: The device that computed them.
+        threads: The number of threads.
     """
 
     tokens: list[list[int]]
@@ -60,19 +60,19 @@ class ExpectedAnswers:
     threads: int
 
 
-def expected(loaded: LoadedModel, twin: Any, device: str) -> ExpectedAnswers:
-    """Ask the really changed copy of a loaded model."""
+def expected(loaded: LoadedModel, model: Any, device: str) -> ExpectedAnswers:
+    """Compute the answers of a really changed copy of a loaded model."""
     tokens = [loaded.tokenizer(text).input_ids for text in TEXTS]
     logits = []
     with torch.inference_mode():
         for ids in tokens:
-            asked = torch.tensor([ids], device=loaded.device)
-            logits.append(twin(input_ids=asked, use_cache=False).logits[0].float().cpu())
+            batch = torch.tensor([ids], device=loaded.device)
+            logits.append(model(input_ids=batch, use_cache=False).logits[0].float().cpu())
     return ExpectedAnswers(
         tokens,
         logits,
-        twin.num_parameters(),
-        twin.dtype not in (torch.float32, torch.float64),
+        model.num_parameters(),
+        model.dtype not in (torch.float32, torch.float64),
         "spread" if device == "spread" else str(loaded.device),
         torch.get_num_threads(),
     )
@@ -84,7 +84,7 @@ class MeasuredCell:
 
     Attributes:
         request: The model and the benchmark.
-        store: Where the outcomes are.
+        store: The outcomes.
         ablation: The change.
     """
 
@@ -92,12 +92,35 @@ class MeasuredCell:
     store: CellStore
     ablation: Ablation
 
+    @property
+    def metric(self) -> str:
+        """The metric that is asked for."""
+        return self.store.views.of(self.request).metric
+
+    @cached_property
+    def documents(self) -> Mapping[str, Sequence[int]]:
+        """Task → the numbers of its documents."""
+        return self.store.wanted(self.request.extent)
+
+    @property
+    def n(self) -> int:
+        """The number of documents."""
+        return sum(map(len, self.documents.values()))
+
     @cached_property
     def level(self) -> Estimate:
         """The metric under the change."""
+        return self._level(self.ablation)
+
+    @property
+    def baseline(self) -> Estimate:
+        """The metric of the intact model."""
+        return self._level(INTACT)
+
+    def _level(self, ablation: Ablation) -> Estimate:
         intact = self.store.views.of(self.request).model_copy(update={"removed": (), "runs": ()})
         outcomes = AlignedOutcomes(self.store, intact, besides=[self.ablation])
-        return outcomes.by_metric([self.ablation]).level(0)
+        return outcomes.by_metric([ablation]).level(0)
 
 
 def prove(
@@ -106,11 +129,11 @@ def prove(
     measured: MeasuredCell | None,
     trust_remote_code: bool,
 ) -> Proof:
-    """Load a checkpoint in a fresh process, and hold what it says against what is expected.
+    """Load a checkpoint in a fresh process, and hold its answers against the expected ones.
 
     Args:
         checkpoint: The folder.
-        wanted: What the really changed model said.
+        wanted: The answers of the really changed model.
         measured: What was measured on a benchmark; None for the texts alone.
         trust_remote_code: Whether code in the folder may run.
 
@@ -125,7 +148,7 @@ def prove(
 
     with TemporaryDirectory() as name:
         folder = Path(name)
-        asked: dict[str, Any] = {
+        question: dict[str, Any] = {
             "checkpoint": str(checkpoint.absolute()),
             "trust_remote_code": trust_remote_code,
             "device": wanted.device,
@@ -136,33 +159,32 @@ def prove(
             "answer": str(folder / "answer.json"),
             "benchmark": None,
         }
-        documents: dict[str, Sequence[int]] = {}
         if measured is not None:
-            documents = measured.store.wanted(measured.request.extent)
-            asked["benchmark"] = write_tasks(measured.request, documents, folder / "tasks")
-        answer = _ask(asked, folder)
-        logits = load_file(asked["logits"])
+            tasks = write_tasks(measured.request, measured.documents, folder / "tasks")
+            question["benchmark"] = tasks
+        answer = _ask(question, folder)
+        logits = load_file(question["logits"])
         _refuse_other_model(answer, wanted)
-        difference = _same_logits([logits[str(n)] for n in range(len(TEXTS))], wanted)
+        difference = _compare_logits([logits[str(n)] for n in range(len(TEXTS))], wanted)
     proof = Proof(len(TEXTS), difference, versions={"transformers": version("transformers")})
     if measured is None:
         return proof
-    far, ties = _same_outcomes(answer, measured, documents, wanted.half)
+    nats, ties = _compare_outcomes(answer, measured, wanted.half)
     return replace(
         proof,
-        tasks=tuple(documents),
-        documents=sum(map(len, documents.values())),
-        figure={} if asked["benchmark"]["only"] else _figure(answer, measured, ties),
-        loglikelihood=far,
+        tasks=tuple(measured.documents),
+        documents=measured.n,
+        figure={} if question["benchmark"]["only"] else _figure(answer, measured, ties),
+        loglikelihood=nats,
         ties=ties,
         versions={**proof.versions, "lm-eval": answer["lm_eval"]},
     )
 
 
-def _ask(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _ask(question: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Run the program, and read its answer."""
     file = folder / "asked.json"
-    file.write_text(json.dumps(asked), encoding="utf-8")
+    file.write_text(json.dumps(question), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-P", str(_REFERENCE), str(file)],
         stdout=subprocess.PIPE,
@@ -171,12 +193,12 @@ def _ask(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         errors="replace",
     )
     if done.returncode:
-        said = (done.stdout.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        error = (done.stdout.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise WorkError(
             "what was saved does not load in a fresh process, or lm-eval cannot score it: "
-            f"{said[:_SAID]}"
+            f"{error[:_MAX_ERROR_CHARACTERS]}"
         )
-    answer: dict[str, Any] = json.loads(Path(asked["answer"]).read_text(encoding="utf-8"))
+    answer: dict[str, Any] = json.loads(Path(question["answer"]).read_text(encoding="utf-8"))
     if answer["ours"]:
         raise WorkError(f"the fresh process has imported {answer['ours'][0]}")
     return answer
@@ -197,61 +219,55 @@ def _refuse_other_model(answer: Mapping[str, Any], wanted: ExpectedAnswers) -> N
             raise WorkError(f"the saved tokenizer makes other tokens of {text!r}")
 
 
-def _same_logits(found: Sequence[torch.Tensor], wanted: ExpectedAnswers) -> float:
-    """Refuse logits that differ by more than rounding; gives the largest difference."""
+def _compare_logits(logits: Sequence[torch.Tensor], wanted: ExpectedAnswers) -> float:
+    """Refuse logits that differ by more than rounding; returns the largest difference."""
     nats, share = HALF if wanted.half else SINGLE
-    far = 0.0
-    for text, theirs, ours in zip(TEXTS, found, wanted.logits, strict=True):
+    largest = 0.0
+    for text, theirs, ours in zip(TEXTS, logits, wanted.logits, strict=True):
         difference = float((theirs - ours).abs().max())
         if not difference <= nats + share * float(ours.abs().max()):
             raise WorkError(
                 f"what plain transformers loads is another model: logits of {text!r} differ by "
                 f"{difference:.3g}"
             )
-        far = max(far, difference)
-    return far
+        largest = max(largest, difference)
+    return largest
 
 
-def _same_outcomes(
-    answer: Mapping[str, Any],
-    measured: MeasuredCell,
-    documents: Mapping[str, Sequence[int]],
-    half: bool,
+def _compare_outcomes(
+    answer: Mapping[str, Any], measured: MeasuredCell, half: bool
 ) -> tuple[float, int]:
-    """Refuse documents that lm-eval judges otherwise; the largest difference in nats, and ties."""
-    name = measured.ablation.name
+    """Refuse documents that lm-eval judges otherwise; returns the difference in nats, and ties."""
     frame = measured.store.read()
-    rows = frame[frame["ablation"] == name].set_index(["task", "doc"])
-    far, ties, seen = 0.0, set(), set()
+    rows = frame[frame["ablation"] == measured.ablation.name].set_index(["task", "doc"])
+    largest, ties, seen = 0.0, set(), set()
     for sample in answer["samples"]:
-        task, number = sample["task"], sample["doc"]
-        if number not in documents[task]:  # it was only there for the examples drawn before it
+        task, number = key = sample["task"], sample["doc"]
+        if number not in measured.documents[task]:  # only there for the examples drawn before it
             continue
-        row, place = rows.loc[(task, number)], (task, number)
-        seen.add(place)
-        nats = _apart(row, sample["answers"])
-        far = max(far, nats)
+        seen.add(key)
+        row = rows.loc[key]
+        nats = _difference(row, sample["answers"])
+        largest = max(largest, nats)
         for metric, theirs in sample["metrics"].items():
             full = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
             if METRIC + full not in row or _agree(row[METRIC + full], theirs):
                 continue
             if nats and nats <= _rounding(row, half):
-                ties.add(place)
+                ties.add(key)
                 continue
             raise WorkError(
                 f"document {number} of {task}: lm-eval finds {full} {theirs} on what was saved, "
                 f"and {row[METRIC + full]} was measured (answers differ by up to {nats:.3g} nats)"
             )
-    lacking = sum(map(len, documents.values())) - len(seen)
-    if lacking:
+    if lacking := measured.n - len(seen):
         raise WorkError(f"lm-eval left out {lacking} of the documents that were measured")
-    return far, len(ties)
+    return largest, len(ties)
 
 
 def _figure(answer: Mapping[str, Any], measured: MeasuredCell, ties: int) -> dict[str, float]:
-    """Take lm-eval's own figure of one task; refuse another one than was measured."""
-    metric = measured.store.views.of(measured.request).metric
-    ours = measured.level.value
+    """Return lm-eval's own figure of one task; refuse another one than was measured."""
+    metric, ours = measured.metric, measured.level.value
     if len(answer["results"]) != 1:
         return {}
     (row,) = answer["results"].values()
@@ -263,15 +279,15 @@ def _figure(answer: Mapping[str, Any], measured: MeasuredCell, ties: int) -> dic
     return {metric: theirs}
 
 
-def _apart(row: Mapping[str, Any], answers: Sequence[Any]) -> float:
-    """How far answers lie from the measured ones, in nats; 0 for texts, which have none."""
+def _difference(row: Mapping[str, Any], answers: Sequence[Any]) -> float:
+    """Return how far answers lie from the measured ones, in nats; 0 for texts, which have none."""
     if answers and isinstance(answers[0], str):
         return 0.0
-    theirs = [float(each[0] if isinstance(each, list) else each) for each in answers]
+    theirs = [float(answer[0] if isinstance(answer, list) else answer) for answer in answers]
     ours = [float(value) for value in row["loglikelihoods"]]
     if len(ours) != len(theirs):  # windows of a whole text
         ours, theirs = [sum(ours)], [sum(theirs)]
-    return max((abs(one - other) for one, other in zip(ours, theirs, strict=True)), default=0.0)
+    return max((abs(our - their) for our, their in zip(ours, theirs, strict=True)), default=0.0)
 
 
 def _rounding(row: Mapping[str, Any], half: bool) -> float:
@@ -280,13 +296,13 @@ def _rounding(row: Mapping[str, Any], half: bool) -> float:
 
 
 def _agree(ours: Any, theirs: Any) -> bool:
-    """Whether two values of a metric are the same; a pair is kept as JSON."""
+    """Return whether two values of a metric are the same; a pair is kept as JSON."""
     if isinstance(ours, str):
-        one, other = json.loads(ours), theirs
-        return len(one) == len(other) and all(map(_close, one, other))
+        pair = json.loads(ours)
+        return len(pair) == len(theirs) and all(map(_close, pair, theirs))
     return _close(float(ours), float(theirs))
 
 
-def _close(one: float, other: float) -> bool:
-    same = math.isnan(one) and math.isnan(other)
-    return same or math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-9)
+def _close(ours: float, theirs: float) -> bool:
+    undefined = math.isnan(ours) and math.isnan(theirs)
+    return undefined or math.isclose(ours, theirs, rel_tol=1e-5, abs_tol=1e-9)

@@ -6,8 +6,16 @@ import statistics
 from collections.abc import Iterator
 
 from tracker.core.estimates import Estimate
-from tracker.core.formats import listed, p_value, points, three_digits, two_digits, with_interval
-from tracker.search.figures import calibration_documents, level_text
+from tracker.core.formats import (
+    level_text,
+    listed,
+    p_value,
+    points,
+    three_digits,
+    two_digits,
+    with_interval,
+)
+from tracker.search.figures import calibration_documents
 from tracker.search.report import unsure_sentence
 from tracker.studies.prune.figures import ACCURACY, COSINES, OWN, Beside, Compared, Way
 from tracker.studies.prune.layout import (
