@@ -60,12 +60,16 @@ def test_a_file_a_dict_and_keywords_ask_the_same(asked: dict[str, Any], tmp_path
     assert [path.name for path in kept.parent.glob("*.yaml")] == [kept.name]
 
 
-def test_a_report_is_made_after_whatever_else_was_called(tmp_path: Path) -> None:
-    assert callable(tracker.ls)
-    # By now there is a package of that name, imported by the API.
+def test_a_package_is_called_as_the_function_of_its_name(tmp_path: Path) -> None:
+    import tracker.export.facts
+    import tracker.report.tables
+
     with pytest.raises(ResultsError, match="is not a results folder"):
         tracker.report(tmp_path)
+    with pytest.raises(RequestError, match="nothing is to be removed"):
+        tracker.export("gpt2", [], tmp_path / "lighter")
     assert signature(tracker.report) == signature(api.report)
+    assert signature(tracker.export) == signature(api.export)
 
 
 def test_results_are_read_again_from_their_folder(asked: dict[str, Any], tmp_path: Path) -> None:

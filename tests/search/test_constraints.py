@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.conftest import golden, printed
 from tracker.cli.options import Setting
 from tracker.core.errors import ExperimentError
-from tracker.core.prune_records import PruneCost, PruneRecord
+from tracker.core.prune_records import PruneCost, PruneRecord, PruneStep
 from tracker.core.search_parts import SearchParts
 from tracker.ledger.store import listed
 from tracker.search import strategies
@@ -33,6 +34,7 @@ from .test_strategies import cosine, grown, naive_proxy, turned
 KINDS = ["full", "mamba", "mamba", "full", "mamba"]
 CONFIG = SimpleNamespace(num_hidden_layers=LAYERS, layer_types=KINDS)
 CASES: dict[str, tuple[dict[str, Any], Callable[[set[int]], bool]]] = {
+    "nothing": ({}, lambda s: True),
     "protect": ({"protect": "0"}, lambda s: 0 not in s),
     "both ends": ({"protect": [1, "last"]}, lambda s: not {1, 4} & s),
     "range": ({"among": {"min": 1, "max": 3}}, lambda s: s <= {1, 2, 3}),
@@ -70,19 +72,28 @@ def case(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def steps(cell: OpenCell, case: str, strategy: str, **more: Any) -> list[PruneStep]:
+    return list(STRATEGIES[strategy](Search(Scores([cell], WHOLE), within(case), **more)))
+
+
 def run(cell: OpenCell, case: str, strategy: str, **more: Any) -> list[Set]:
-    scores = Scores([cell], WHOLE)
-    given = Search(scores, within(case), **more)
-    return [step.removed for step in STRATEGIES[strategy](given)]
+    return [step.removed for step in steps(cell, case, strategy, **more)]
 
 
 @pytest.mark.parametrize("by", ["accuracy", "gold_logprob"])
 def test_greedy_takes_the_best_that_leads_to_enough(cell, truth: Truth, case: str, by: str) -> None:
-    removed, expected = (), []
-    while len(removed) < GO:
-        removed = min(leads(case, grown(removed)), key=lambda each: truth.key(by, each))
-        expected.append(removed)
-    assert run(cell, case, by) == expected
+    removed: Set = ()
+    for step in steps(cell, case, by):
+        order = sorted(leads(case, grown(removed)), key=lambda each: truth.key(by, each))
+        assert step.removed == order[0]
+        assert step.score == pytest.approx(truth.lost[by][order[0]], abs=1e-4)
+        assert step.runner_up == (order[1] if order[1:] else ())
+        if order[1:]:
+            between = truth.lost[by][order[1]] - truth.lost[by][order[0]]
+            assert step.margin.value == pytest.approx(between, abs=1e-4)
+        assert (step.layer,) == tuple(set(step.removed) - set(removed))
+        removed = step.removed
+    assert len(removed) == GO
 
 
 @pytest.mark.parametrize("by", ["accuracy", "gold_logprob", "cosine"])
@@ -111,7 +122,9 @@ def test_a_beam_keeps_the_best_that_lead_to_enough(cell, truth: Truth, case: str
     for _ in range(GO):
         sets = leads(case, sorted({each for one in kept for each in grown(one)}))
         kept = sorted(sets, key=lambda each: truth.key("accuracy", each))[: strategies.WIDTH]
-    assert run(cell, case, "beam")[-1] == kept[0]
+    chosen = run(cell, case, "beam")
+    assert chosen[-1] == kept[0]
+    assert all(set(before) < set(after) for before, after in pairwise(chosen))
 
 
 def test_evolution_finds_the_best_of_those_that_may_go(cell, truth: Truth, case: str) -> None:
@@ -132,8 +145,11 @@ def test_the_best_stretch_of_those_that_may_go_goes(cell, truth: Truth, case: st
         with pytest.raises(ExperimentError, match="each of which may go, and that is not enough"):
             run(cell, case, "angular")
         return
-    expected = [min(stretches(n), key=lambda s: angles[s[0]][s[-1]]) for n in range(1, GO + 1)]
-    assert run(cell, case, "angular") == expected
+    for length, step in enumerate(steps(cell, case, "angular"), 1):
+        assert step.removed == min(stretches(length), key=lambda s: angles[s[0]][s[-1]])
+        angle = angles[step.removed[0]][step.removed[-1]] / np.pi
+        assert step.score == pytest.approx(angle, rel=1e-3)
+    assert length == GO
 
 
 def test_the_last_that_may_go_go_but_for_the_very_last(cell, case: str) -> None:
@@ -270,10 +286,9 @@ def test_a_file_says_what_must_stay_and_the_page_repeats_it(write, prune, tmp_pa
             ((0, 1), None, {"odd": "1 of 4"}),
         )
         assert PruneRecord.model_validate_json(one.model_dump_json()) == one
-    page = (tmp_path / "results" / "report.html").read_text(encoding="utf-8")
-    for text in (" ".join(done.output.split()), page):
-        assert "Layers 0 and 4 were protected." in text
-        assert "Of any 4 layers in a row at least 1 of kind odd had to stay." in text
+    text = " ".join(done.output.split())
+    assert "Layers 0 and 4 were protected." in text
+    assert "Of any 4 layers in a row at least 1 of kind odd had to stay." in text
     # What could be told apart by its amount alone is, by what was to stay.
     assert "last, without 0 and 1" in done.output
 

@@ -8,11 +8,12 @@ from statistics import fmean
 import pytest
 
 from tests.conftest import refused
+from tracker.core import prune_records
 from tracker.core.estimates import Estimate
-from tracker.core.formats import points
-from tracker.core.prune_records import PruneRecord
+from tracker.core.formats import level_text, points
+from tracker.core.prune_records import PruneRecord, PruneStep
 from tracker.ledger.store import listed
-from tracker.search.figures import end, level_text
+from tracker.search.figures import end
 
 from .conftest import Truth
 
@@ -23,7 +24,7 @@ def test_calibration_documents_recommend(write, prune, ask, tmp_path: Path) -> N
     """Was: the set that tested best."""
     done = prune(write(strategy=["accuracy", "cosine_oneshot", "last", "random"], seed=6))
     records = listed(tmp_path / "results" / "searches", PruneRecord, {})
-    sets = {one.removed: end(one).drop for one in records if one.strategy != "random"}
+    sets = {one.removed: end(one).lost.value for one in records if one.strategy != "random"}
     truth = Truth(ask(strategy="accuracy", seed=6).calibration()[0], [(), *sets])
     best = min(sets, key=lambda removed: truth.key("accuracy", removed))
     assert sets[best] > min(sets.values())
@@ -39,8 +40,8 @@ def test_a_lucky_draw_is_neither_recommended_nor_left_out(write, prune, tmp_path
     done = prune(write(strategy=["accuracy", "random"], seed=2))
     records = listed(tmp_path / "results" / "searches", PruneRecord, {})
     (chosen,) = (one for one in records if one.strategy == "accuracy")
-    levels = [end(one).accuracy for one in records if one.strategy == "random"]
-    assert max(levels) > end(chosen).accuracy
+    levels = [end(one).level.value for one in records if one.strategy == "random"]
+    assert max(levels) > end(chosen).level.value
     assert f" --remove {','.join(map(str, chosen.removed))} --output" in done.output
     assert f"By random it is {points(fmean(levels))} %, the mean of 3 draws" in done.output
 
@@ -58,3 +59,14 @@ def test_an_undefined_level_says_why() -> None:
     """Was: a dash."""
     assert level_text(Estimate(None), "%") == "undefined (a document has no finite score)"
     assert level_text(Estimate(None, reason="no step"), "") == "undefined (no step)"
+
+
+def test_records_of_before_hold_figures_flat() -> None:
+    """Their values lie beside the ends of their intervals."""
+    flat = {"n": 4, "accuracy": 0.5, "low": 0.1, "high": 0.9, "drop": None}
+    ends = dict.fromkeys(("drop_low", "drop_high"))
+    step = {"removed": [1], "margin": 0.2, "margin_low": 0.1, "margin_high": 0.3}
+    read = PruneStep.model_validate({**step, "test": {**flat, **ends}})
+    tested = prune_records.Tested(n=4, level=Estimate(0.5, 0.1, 0.9))
+    assert read == PruneStep(removed=(1,), margin=Estimate(0.2, 0.1, 0.3), test=tested)
+    assert PruneStep.model_validate_json(read.model_dump_json()) == read

@@ -17,10 +17,9 @@ from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
 from tracker.models.maps import maps_of
 from tracker.models.sources import find_model
-from tracker.search.assignment import least_loss
+from tracker.search.assignment import least_loss, refined
 from tracker.search.bit_budgets import BitBudget, Choice, Unit, ablation_of, units_of
 from tracker.search.cells import Lender, OpenCell
-from tracker.search.refinement import refined
 
 FORMATS = ("q4_0", "q5_1", "q8_0")
 UNITS = [Unit(layer, "a", ((32, 32),)) for layer in range(4)]

@@ -16,6 +16,9 @@ from tracker.core.identities import Record, Shown
 from tracker.core.records import Place
 from tracker.core.tables import Table
 
+SEARCH = "search"
+"""The study of a finding of `tracker prune`."""
+
 
 class Line(Record):
     """One curve: as many figures as the chart has places; None is a gap."""

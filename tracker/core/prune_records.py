@@ -6,9 +6,10 @@ possible; a figure that is not defined is `None`, and the step's `reasons` says 
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tracker.core.config import Layers
 from tracker.core.estimates import Estimate
@@ -22,29 +23,32 @@ Rescoring = Literal["full", "lazy", "race"]
 """How a greedy search by outcomes scores its candidates again after each removal."""
 
 
+def _nested(given: Any, figures: Mapping[str, tuple[str, str, str]]) -> Any:
+    """Nest the figures of a record that holds them flat, beside both ends of their intervals."""
+    if not isinstance(given, dict):
+        return given
+    nested = dict(given)
+    for name, fields in figures.items():
+        if fields[1] in nested:
+            ends = (nested.pop(field, None) for field in fields)
+            nested[name] = dict(zip(("value", "low", "high"), ends, strict=True))
+    return nested
+
+
 class Tested(Record):
     """What the model without some parts answers of the test documents."""
 
     n: int
-    accuracy: float | None
+    level: Estimate
     """The benchmark's metric."""
-    low: float | None
-    high: float | None
-    """Both ends of its 95 % interval."""
-    drop: float | None = None
+    lost: Estimate = Estimate(None)
     """What is lost to the intact model; positive = worse."""
-    drop_low: float | None = None
-    drop_high: float | None = None
 
-    @property
-    def level(self) -> Estimate:
-        """The metric with its interval."""
-        return Estimate(self.accuracy, self.low, self.high)
-
-    @property
-    def lost(self) -> Estimate:
-        """What is lost, with its interval."""
-        return Estimate(self.drop, self.drop_low, self.drop_high)
+    @model_validator(mode="before")
+    @classmethod
+    def _read_flat(cls, given: Any) -> Any:
+        flat = {"level": ("accuracy", "low", "high"), "lost": ("drop", "drop_low", "drop_high")}
+        return _nested(given, flat)
 
 
 class PruneStep(Record):
@@ -60,17 +64,19 @@ class PruneStep(Record):
     """What the strategy made as small as possible; None where it looks at none."""
     runner_up: Layers = ()
     """What would have been removed instead; empty where there was nothing else."""
-    margin: float | None = None
-    """By how much the runner-up scores worse."""
-    margin_low: float | None = None
-    margin_high: float | None = None
-    """Both ends of the interval of `margin`, from the calibration documents; with 95 % it holds
-    beside every other candidate of the step."""
+    margin: Estimate = Estimate(None)
+    """By how much the runner-up scores worse, on the calibration documents; with 95 % its interval
+    holds beside every other candidate of the step."""
     separates: int | None = None
     """About how many calibration documents would separate the two; None where these do, or where
     they are level and no number does."""
     test: Tested | None = None
     reasons: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_flat(cls, given: Any) -> Any:
+        return _nested(given, {"margin": ("margin", "margin_low", "margin_high")})
 
 
 class Calibrated(Record):

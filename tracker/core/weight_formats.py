@@ -6,8 +6,9 @@ All of them round to nearest, or search scales that do so best; none is calibrat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 _TORCHAO = "torchao's IntxWeightOnlyConfig, symmetric"
 _GGUF, _LLAMA = "GGUF, rounded by the package gguf", "GGUF, rounded by llama.cpp"
@@ -29,6 +30,9 @@ class WeightFormat:
         source: Who defines it, and by whose code weights are rounded.
         instead: What llama.cpp takes where a row has no whole blocks; empty for nothing.
         extra: Whether its makers' code is in the extra `quantise` alone.
+        round: Rounds weights, a float32 tensor [rows, inputs] whose rows have whole blocks, and
+            makes them numbers again; None for formats of tracker, which `models/quantised.py`
+            rounds.
     """
 
     name: str
@@ -38,6 +42,7 @@ class WeightFormat:
     source: str
     instead: str = ""
     extra: bool = False
+    round: Callable[[Any], Any] | None = None
 
     @property
     def is_ggufs(self) -> bool:
@@ -55,9 +60,9 @@ class WeightFormat:
         return self.bits if self.block else self.bits + SCALE_BITS / inputs
 
 
-FORMATS: Mapping[str, WeightFormat] = {
-    each.name: each
-    for each in (
+FORMATS: dict[str, WeightFormat] = {
+    form.name: form
+    for form in (
         WeightFormat("int8", "int8, a scale a row", 0, 8, _TORCHAO),
         WeightFormat("int8_g32", "int8, groups of 32", 32, 8.5, _TORCHAO),
         WeightFormat("int8_g128", "int8, groups of 128", 128, 8.125, _TORCHAO),

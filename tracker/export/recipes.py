@@ -192,7 +192,7 @@ def as_safetensors(source: ModelSource, dtype: str) -> str:
 
 def mergekit(base: str, dtype: str, kept: Sequence[int]) -> str:
     """Write a passthrough configuration: ranges of kept layers, half-open; they may overlap."""
-    breaks = [place for place, (layer, after) in enumerate(pairwise(kept), 1) if after != layer + 1]
+    breaks = [n for n, (layer, after) in enumerate(pairwise(kept), 1) if after != layer + 1]
     ranges = [
         [kept[start], kept[stop - 1] + 1] for start, stop in pairwise([0, *breaks, len(kept)])
     ]
@@ -271,18 +271,18 @@ def _gguf_names(formats: Formats, architecture: str, layers: int) -> dict[str, l
     """Return llama.cpp's names of maps; empty where it has none for one of them."""
     import gguf
 
-    wanted = _plain(_ARCHITECTURES.get(architecture, architecture))
+    plain_name = _plain(_ARCHITECTURES.get(architecture, architecture))
     kinds = gguf.MODEL_ARCH_NAMES.items()
-    kind = next((kind for kind, name in kinds if _plain(name) == wanted), None)
+    kind = next((kind for kind, name in kinds if _plain(name) == plain_name), None)
     if kind is None:
         return {}
     names = gguf.get_tensor_name_map(kind, layers)
     tensors = {path: [names.get_name(part) for part in _halves(path)] for path in formats}
     # Its files hold the last one as two others, one of them turned.
-    every = [name for some in tensors.values() for name in some]
+    every = [name for parts in tensors.values() for name in parts]
     if any(name is None or name.endswith(".attn_kv_b") for name in every):
         return {}
-    return {path: [f"{name}.weight" for name in some] for path, some in tensors.items()}
+    return {path: [f"{name}.weight" for name in parts] for path, parts in tensors.items()}
 
 
 def _halves(path: str) -> list[str]:

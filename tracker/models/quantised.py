@@ -65,6 +65,8 @@ def in_format(weight: Tensor, name: str) -> Tensor:
 
 
 def _maker(form: WeightFormat) -> Callable[[Tensor], Tensor]:
+    if form.round is not None:
+        return form.round
     word, _, _ = form.name.partition("_")
     if word in _INTEGERS:
         return partial(_integers, group=form.block, levels=_INTEGERS[word])

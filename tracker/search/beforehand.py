@@ -97,7 +97,7 @@ def refuse_unsavable(
 
     @cache
     def why_not(source: ModelSource, removed: Set | None) -> str:
-        """Say why a set cannot be saved; empty where it can. None: some layers, each alone."""
+        """Return why a set cannot be saved; empty where it can. None: some layers, each alone."""
         try:
             refuse_unsizable(source, removed, trust_remote_code)
         except ModelError as error:
@@ -125,7 +125,7 @@ def refuse_unsavable(
 
 
 def _way_out(total: int, why_not: Callable[[Set], str]) -> str:
-    """Say what can be removed: the shortest stretches that can, wherever they lie; or nothing."""
+    """Describe the shortest stretches that can be removed wherever they lie; or nothing."""
     for length in range(2, total // 2 + 1):
         starts = (0, 1, (total - length) // 2, total - length)
         if not any(why_not(tuple(range(first, first + length))) for first in starts):

@@ -1,20 +1,18 @@
-"""How many bits there are: the units that get a format each, and what a choice takes."""
+"""The bits of a budget, the units that get a format each, and the bits of a choice."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from tracker.core.ablations import Ablation, Rounded
 from tracker.core.errors import RequestError
 from tracker.core.kinds import ENDS
 from tracker.core.weight_formats import FORMATS
+from tracker.search.budgets import read_amount
 
 FORMS = "4.5bpw, 80 MB, 2.1 GB or 25 % bytes"
 """How a budget is written."""
-_BUDGET = re.compile(r"(\d+(?:\.\d+)?) ?(bpw|MB|GB|MiB|GiB|% bytes)")
-_BYTES = {"MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -33,30 +31,30 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """What it is called: `layer 3 mlp.down_proj`, `layer 3`, `embedding`."""
+        """The name in messages: `layer 3 mlp.down_proj`, `layer 3`, `embedding`."""
         if self.is_end:
             return self.which
         return f"layer {self.layer} {self.which}".strip()
 
     @property
     def place(self) -> str:
-        """The same in a file: `3.mlp.down_proj`, `3`, `embedding`."""
+        """The name in a file: `3.mlp.down_proj`, `3`, `embedding`."""
         return self.which if self.is_end else f"{self.layer}.{self.which}".rstrip(".")
 
     @property
     def is_end(self) -> bool:
-        """Whether it is the embedding or the head."""
+        """True for the embedding and the head."""
         return self.which in ENDS
 
     @property
     def weights(self) -> int:
-        """How many weights it has."""
+        """The number of its weights."""
         return sum(outputs * inputs for outputs, inputs in self.shapes)
 
     def bits(self, form: str) -> float:
-        """What they take in a format, in bits; maps whose rows have no whole blocks are refused.
+        """Return the bits of its weights in a format.
 
-        RequestError says which format.
+        RequestError where the rows of a map have no whole blocks of it.
         """
         total = 0.0
         for outputs, inputs in self.shapes:
@@ -99,22 +97,10 @@ Choice = Mapping[Unit, str]
 """Each unit's format."""
 
 
-def rounded_at(place: str, form: str) -> Rounded:
-    """Read the place of a unit as a file has it, `Unit.place`."""
-    if place in ENDS:
-        return Rounded(form, 0, place)
-    layer, _, which = place.partition(".")
-    return Rounded(form, int(layer), which)
-
-
-def together(rounded: Iterable[Rounded]) -> Ablation:
-    """What a model is of which all these are rounded."""
-    return Ablation(rounded=tuple(sorted(rounded, key=lambda each: (each.layer, each.which))))
-
-
 def ablation_of(choice: Choice) -> Ablation:
-    """What a model with these formats is."""
-    return together(Rounded(form, unit.layer, unit.which) for unit, form in choice.items())
+    """Return the ablation of a choice: all its units are rounded."""
+    rounded = [Rounded(form, unit.layer, unit.which) for unit, form in choice.items()]
+    return Ablation(rounded=tuple(sorted(rounded, key=lambda unit: (unit.layer, unit.which))))
 
 
 def bits_of(choice: Choice) -> float:
@@ -125,7 +111,7 @@ def bits_of(choice: Choice) -> float:
 
 @dataclass(frozen=True)
 class BitBudget:
-    """How many bits a weight of the units may take on average.
+    """The bits that a weight of the units may take on average.
 
     Attributes:
         text: As it was written.
@@ -140,11 +126,11 @@ class BitBudget:
     weights: int
 
     def holds(self, choice: Choice) -> bool:
-        """Whether a choice of all units is within it, but for rounding."""
+        """Return whether a choice of all units is within it, but for rounding."""
         return bits_of(choice) <= self.bits * (1 + 1e-12)
 
     def bytes_of(self, bits: float) -> float:
-        """What a model takes whose units have so many bits a weight."""
+        """Return the bytes of a model whose units have so many bits a weight."""
         return self.rest + bits * self.weights / 8
 
 
@@ -166,24 +152,20 @@ def budget(
     Raises:
         RequestError: It is none, or no choice of these formats is within it.
     """
-    found = _BUDGET.fullmatch(" ".join(text.split()))
-    if found is None:
+    amount = read_amount(text)
+    if amount is None or amount.measure not in ("bits", "bytes"):
         raise RequestError(f"--budget: {text} is no budget; write one of: {FORMS}")
-    number, unit = float(found[1]), found[2]
-    weights = sum(each.weights for each in units)
-    if unit == "bpw":
-        bits = number
-    else:
-        size = number / 100 * whole if unit == "% bytes" else number * _BYTES[unit]
-        bits = 8 * (size - rest) / weights
-    made = BitBudget(text, bits, rest, weights)
-    least = min(formats, key=lambda form: sum(each.bits(form) for each in units))
+    weights, bits = sum(unit.weights for unit in units), amount.value
+    if amount.measure == "bytes":
+        bits = 8 * (bits * (whole if amount.share else 1) - rest) / weights
+    within = BitBudget(text, bits, rest, weights)
+    least = min(formats, key=lambda form: sum(unit.bits(form) for unit in units))
     lowest = bits_of(dict.fromkeys(units, least))
     if bits < lowest:
-        size = made.bytes_of(lowest)
+        size = within.bytes_of(lowest)
         raise RequestError(
             f"--budget: {text} is less than {least} takes everywhere: {lowest:.3g} bits a weight "
             f"of the linear maps, {size / 1e6:,.1f} MB with all else ({rest / 1e6:,.1f} MB); give "
             "more, or add a format of fewer bits to --format"
         )
-    return made
+    return within

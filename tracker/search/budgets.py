@@ -1,4 +1,4 @@
-"""How much is to go: so many layers, or parameters, bytes or seconds of them."""
+"""Budgets of searches: a number of parts, or of their parameters, bytes or seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tracker.core.safe_yaml import short
 from tracker.core.search_parts import SearchParts
 from tracker.search.constraints import FREE, Constraints
 
-Measure = Literal["parts", "parameters", "bytes", "seconds"]
+Measure = Literal["parts", "parameters", "bytes", "seconds", "bits"]
 FORMS = "8, 25 %, 25 % parameters, 25 % bytes, 25 % seconds, 34M parameters, 70 MB or 5 ms"
 """How an amount is written."""
 
@@ -46,17 +46,18 @@ _UNITS: Mapping[str, tuple[Measure, float]] = {
     "GiB": ("bytes", 2**30),
     "ms": ("seconds", 1e-3),
     "s": ("seconds", 1),
+    "bpw": ("bits", 1),
 }
 
 
 @dataclass(frozen=True)
 class Amount:
-    """A number of parts, or so much of what they take, or a share of what the model takes.
+    """An amount: of parts, of what they take, or a share of what the model takes.
 
     Attributes:
         text: As it was written.
         value: The number; a fraction where it is a share.
-        measure: Of what; seconds are those of one token.
+        measure: The quantity; seconds are those of one token, bits those of one weight.
         share: Whether it is a share of the whole model, of all parts for `parts`.
     """
 
@@ -82,16 +83,19 @@ def amount(given: int | str) -> Amount:
         >>> amount("25 % parameters").measure, amount("34M parameters").value
         ('parameters', 34000000.0)
     """
-    text = " ".join(str(given).split())
-    found = _read(text)
-    if isinstance(given, bool) or found is None:
+    read = read_amount(str(given))
+    if isinstance(given, bool) or read is None or read.measure == "bits":
         raise ValueError(f"{short(given)} is no amount; write one of: {FORMS}")
-    if found.value <= 0 or (found.share and found.value >= 1):
-        raise ValueError(f"{text} is nothing, or everything; write more than 0 and less than 100 %")
-    return found
+    if read.value <= 0 or (read.share and read.value >= 1):
+        raise ValueError(
+            f"{read.text} is nothing, or everything; write more than 0 and less than 100 %"
+        )
+    return read
 
 
-def _read(text: str) -> Amount | None:
+def read_amount(text: str) -> Amount | None:
+    """Read a number of parts, or an amount with a unit; None where it is none."""
+    text = " ".join(text.split())
     match = _AMOUNT.fullmatch(text)
     if match is None:
         return None
@@ -99,14 +103,14 @@ def _read(text: str) -> Amount | None:
     if unit in _SHARES:
         return Amount(text, number / 100, _SHARES[unit], share=True)
     if unit in _UNITS:
-        measure, each = _UNITS[unit]
-        return Amount(text, number * each, measure)
+        measure, size = _UNITS[unit]
+        return Amount(text, number * size, measure)
     return Amount(text, number, "parts") if not unit and number.is_integer() else None
 
 
 @dataclass(frozen=True)
 class Budget:
-    """When enough is removed.
+    """A budget: it is met when enough is removed.
 
     Attributes:
         each: What each part takes: 1, parameters, bytes or seconds.
@@ -126,12 +130,12 @@ class Budget:
         return [part for part in range(len(self.each)) if part not in self.fixed]
 
     def parts_of(self, unit: Component) -> SearchParts:
-        """What it is a budget of."""
+        """Return the parts of the budget."""
         return SearchParts(unit, len(self.each))
 
     @property
     def count(self) -> int:
-        """How many parts are enough, whichever; ExperimentError if not even all that may go."""
+        """The number of any parts that is enough; ExperimentError if all that may go are not."""
         smallest = sorted(self.free, key=lambda part: self.each[part])
         for n in range(1, len(smallest) + 1):
             if self.enough(smallest[:n]):
@@ -141,26 +145,26 @@ class Budget:
         raise out_of_reach("evolutionary takes so many parts, whichever they are")
 
     def of_parts(self, count: int) -> Budget:
-        """A budget of so many parts, of the same ones."""
+        """Return a budget of a number of the same parts."""
         return replace(self, each=(1.0,) * len(self.each), needed=count)
 
     def allows(self, removed: Collection[int]) -> bool:
-        """Whether these parts may go together."""
+        """Return whether these parts may go together."""
         return self.fixed.isdisjoint(removed) and all(
             sum(part not in removed for part in parts) >= stay for parts, stay in self.least
         )
 
     def enough(self, removed: Collection[int]) -> bool:
-        """Whether it is enough to remove these parts."""
+        """Return whether it is enough to remove these parts."""
         gone = sum(self.each[part] for part in removed)
         return gone >= self.needed * (1 - 1e-9)
 
     def reachable(self, removed: Collection[int]) -> bool:
-        """Whether these may go, and enough with them, and a part stay."""
+        """Return whether these may go, and enough with them, and a part stay."""
         return self.allows(removed) and self.enough(self.most(removed))
 
     def most(self, removed: Collection[int] = ()) -> set[int]:
-        """The largest set of parts that may go together, if these do, so that a part stays."""
+        """Return the largest set with these parts that may go, so that a part stays."""
         free = set(self.free)
         if self.least:
             return _largest(self, frozenset(removed))
@@ -169,11 +173,11 @@ class Budget:
 
     @property
     def largest(self) -> float:
-        """How much may go at most."""
+        """The most that may go."""
         return sum(self.each[part] for part in self.most())
 
     def left(self, removed: Collection[int]) -> list[int]:
-        """The parts that could go next."""
+        """Return the parts that could go next."""
         most = self.most(removed)
         sure = most if self.enough(most) else set()
         parts = [part for part in self.free if part not in removed]
@@ -182,7 +186,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class BudgetOfParts(Budget):
-    """When enough is removed of parts of which a layer has several, each of size 1.
+    """A budget of parts of which a layer has several, each of size 1.
 
     Attributes:
         parts: What they are, and how many of each layer's stay at least.
@@ -191,7 +195,7 @@ class BudgetOfParts(Budget):
     parts: SearchParts = field(kw_only=True)
 
     def parts_of(self, unit: Component) -> SearchParts:
-        """What it is a budget of."""
+        """Return the parts of the budget."""
         return self.parts
 
     @cached_property
@@ -205,21 +209,21 @@ class BudgetOfParts(Budget):
 
     @property
     def largest(self) -> float:
-        """How much may go at most."""
+        """The most that may go."""
         return float(sum(self._rooms.values()))
 
     def allows(self, removed: Collection[int]) -> bool:
-        """Whether these parts may go together."""
+        """Return whether these parts may go together."""
         gone = self._of_layers(removed).items()
         fit = all(count <= self._rooms.get(layer, 0) for layer, count in gone)
         return fit and self.fixed.isdisjoint(removed)
 
     def reachable(self, removed: Collection[int]) -> bool:
-        """Whether these may go, and enough with them."""
+        """Return whether these may go, and enough with them."""
         return self.allows(removed) and self.largest >= self.needed * (1 - 1e-9)
 
     def left(self, removed: Collection[int]) -> list[int]:
-        """The parts that could go next."""
+        """Return the parts that could go next."""
         if not self.reachable(removed):
             return []
         counts, gone = self._of_layers(removed), set(removed)
@@ -245,7 +249,7 @@ def budget(
     constraints: Constraints = FREE,
     parts: SearchParts | None = None,
 ) -> Budget:
-    """Say when enough is removed.
+    """Make the budget of an amount.
 
     Args:
         word: Whether the amount is to go at least, or may be left at most.
@@ -292,7 +296,7 @@ def budget(
 
 @lru_cache(maxsize=4096)
 def _largest(within: Budget, removed: frozenset[int]) -> set[int]:
-    """The largest set of parts that may go together, with some: by integer programming."""
+    """Return the largest set with some parts that may go: by integer programming."""
     # Commands that ask nothing of the kind begin without it.
     import numpy as np
     from scipy import optimize

@@ -1,4 +1,4 @@
-"""A cell of which any removals are measured as they are asked for, and what that took."""
+"""Cells whose documents are measured under any removals, as a search needs them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def planned(ablations: Iterable[Ablation], layers: int) -> StreamPlan:
 
 @dataclass
 class Lender:
-    """Loads a model once for all cells that ask for it, and says where they are and to whom.
+    """Load each model once and report the progress of the cells that use it.
 
     `typed` is the command, without the results folder, that goes on with what was stopped, empty
     for a trial's; `loaded` is how often a model was loaded; `timings` are notes of the results
@@ -88,7 +88,7 @@ _SEVERAL = 2
 
 
 def _shape(ablation: Ablation) -> _Shape:
-    """What kind of a removal it is: of each of `COMPONENTS` none, one, or `_SEVERAL`."""
+    """Return the kind of a removal: of each of `COMPONENTS` none, one, or `_SEVERAL`."""
     gone = {"layer": ablation.layers, "attention": ablation.attention, "mlp": ablation.mlp}
     parts = Counter(part.component for part in ablation.parts)
     return tuple(min(len(gone.get(each, ())) + parts[each], _SEVERAL) for each in COMPONENTS)
@@ -159,12 +159,12 @@ class OpenCell:
 
     @property
     def progress(self) -> Progress:
-        """Who is told what happens."""
+        """The listener that gets what happens."""
         return self._lender.progress
 
     @property
     def layers(self) -> int:
-        """How many layers the model has."""
+        """The number of the model's layers."""
         return self.store.identity.model.layers
 
     @property
@@ -174,12 +174,12 @@ class OpenCell:
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether the metric is an accuracy or the like, and not a loss."""
+        """True for an accuracy or the like, False for a loss."""
         task = self.store.identity.benchmark.tasks[0]
         return task.higher_is_better.get(self.view.metric, True)
 
     def measure(self, ablations: Sequence[Ablation], candidates: bool = False) -> None:
-        """See to it that all documents are measured under some ablations, besides the baseline.
+        """Measure all documents under some ablations, besides the baseline.
 
         Args:
             ablations: The ablations.
@@ -207,12 +207,12 @@ class OpenCell:
             self._known[by] |= zip(asked, paired.ablated.T, strict=True)
 
     def end(self) -> None:
-        """Hear that the search is over that measured it."""
+        """Note in the ledger that the search is over."""
         if self._paired:
             self.store.end_search(self._lender.typed)
 
     def paired(self, ablations: Sequence[Ablation], by: str = "accuracy") -> PairedOutcomes:
-        """What the documents come to under some ablations, which are measured where they are not.
+        """Return the outcomes under some ablations, which are measured where they are not.
 
         Args:
             ablations: The ablations.
@@ -241,7 +241,7 @@ class OpenCell:
 
     @property
     def n(self) -> int:
-        """How many documents are measured; the ledger is not written for it."""
+        """The number of documents that are measured; the ledger is not written for it."""
         extent, tasks = self.request.extent, self.benchmark.tasks
         return sum(len(extent.of(task.name, task.numbers)) for task in tasks)
 
@@ -301,7 +301,7 @@ class OpenCell:
         return planned(ablations, self.layers).layer_passes / self.layers
 
     def seconds(self, asked: Mapping[str, Collection[Place]]) -> float:
-        """Say what measuring took: of each shard, the share of its rows that were asked for.
+        """Return the seconds of measuring: of each shard, the share of the rows that were needed.
 
         Ablation → the documents that it was asked of.
         """

@@ -1,4 +1,4 @@
-"""Searches from the file to the section: choose, test, publish each step, keep what was found."""
+"""Run searches: choose, test, publish each step, and keep the results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from tracker.core.grouping import grouped
 from tracker.core.kinds import NUMBERED
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
 from tracker.core.records import CellRecord, Place
-from tracker.ledger.runs import flat
 from tracker.ledger.store import Ledger, keep_finding, keep_search
 from tracker.measuring.prepare import look_up
 from tracker.runner import Finished, run_cells
@@ -45,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Pursued:
-    """What searches found, before anything is said of it.
+    """Results of searches.
 
     Attributes:
         searched: What was found, one a draw.
@@ -62,14 +61,14 @@ class Pursued:
 
     @property
     def records(self) -> list[PruneRecord]:
-        """What was found, in the form in which it is kept."""
+        """The results in the form in which they are kept."""
         return [one.record for one in self.searched]
 
 
 def conduct(
     asked: Sequence[SearchRequest], name: str, lender: Lender, publisher: Publisher
 ) -> tuple[Pursued, FindingRecord]:
-    """Pursue the searches of a file, called `name`, and keep what they say beside each other.
+    """Run the searches of a file, called `name`, and keep their results beside each other.
 
     As `pursue`: RequestError, CellError.
     """
@@ -153,12 +152,12 @@ def pursue(
 
 
 def ablations_of(found: Found) -> list[Ablation]:
-    """What the test documents are measured under: the set after each step."""
+    """Return the set after each step, under which test documents are measured."""
     return [without_parts(found.parts, step.removed) for step in found.steps]
 
 
 def _run(found: Found, step: PruneStep) -> CellRequest | None:
-    """Ask for a step as a run: what it removed, beneath what was gone.
+    """Return the request of a step as a run: what it removed, beneath what was gone.
 
     None for attentions, MLPs, heads and experts, of which only one may be missing in a run.
     """
@@ -222,30 +221,23 @@ def _record(
 
 
 def _tested(cell: OpenCell, ablation: Ablation) -> Tested:
-    """Say what the test documents say of an ablation."""
+    """Return the test documents' outcome under an ablation."""
     paired = cell.paired([ablation])
-    level = paired.level(0)
-    drop = Estimate(None) if ablation == INTACT else paired.drop(0)
-    return Tested(
-        n=len(paired.baseline),
-        accuracy=level.value,
-        low=level.low,
-        high=level.high,
-        **flat(drop, "drop", "drop"),
-    )
+    lost = Estimate(None) if ablation == INTACT else paired.drop(0)
+    return Tested(n=len(paired.baseline), level=paired.level(0), lost=lost)
 
 
 _ANY = CellRequest(model="any", benchmark="any", layers=(0,))
 
 
 def figures(record: PruneRecord) -> dict[str, float]:
-    """What a sweep's page compares searches by."""
+    """Return the figures by which a sweep's page compares searches."""
     test, cost = end(record), record.cost
     found = {
-        "search/test_accuracy": test.accuracy,
-        "search/test_accuracy_low": test.low,
-        "search/test_accuracy_high": test.high,
-        "search/baseline_accuracy": record.baseline.accuracy,
+        "search/test_accuracy": test.level.value,
+        "search/test_accuracy_low": test.level.low,
+        "search/test_accuracy_high": test.level.high,
+        "search/baseline_accuracy": record.baseline.level.value,
         "search/removed": float(len(record.removed)),
         "search/evaluations": cost.evaluations,
         "search/passes": cost.passes,
@@ -276,7 +268,7 @@ def _log(track: Sequence[str], results: Path, found: Pursued) -> None:
 
 @contextmanager
 def trial(track: Sequence[str], results: Path) -> Iterator[Callable[[Pursued], None]]:
-    """Join the trial that this process is, if it is one: it gets what is found.
+    """Join the trial that this process is, if it is one: it gets the results.
 
     What goes wrong inside ends it.
     """

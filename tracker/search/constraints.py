@@ -1,4 +1,4 @@
-"""What must stay of a model, whatever a search finds: as it is written, and what that means for it.
+"""Constraints of searches, what must stay of a model: as they are written, and for one model.
 
 protect: {value: [0, 1, last]}
 among: {value: {min: 8, max: 24}}
@@ -113,7 +113,7 @@ Ratios = Annotated[str, BeforeValidator(_ratios)]
 
 @dataclass(frozen=True)
 class Least:
-    """So many layers of a kind stay.
+    """A constraint: a number of layers of a kind stay.
 
     Attributes:
         kind: The kind.
@@ -128,11 +128,11 @@ class Least:
     of: int | None
 
     def __str__(self) -> str:
-        """How many, as it is written."""
+        """Write the number as a file has it."""
         return f"{self.count}" if self.of is None else f"{self.count} of {self.of}"
 
     def groups(self, total: int) -> Iterator[tuple[int, ...]]:
-        """The sets of layers of each of which `count` stay, where there are `total` in all."""
+        """Yield the sets of layers of each of which `count` stay, of `total` layers."""
         width = total if self.of is None else self.of
         for first in range(total - width + 1):
             yield tuple(layer for layer in self.layers if first <= layer < first + width)
@@ -140,7 +140,7 @@ class Least:
 
 @dataclass(frozen=True)
 class Constraints:
-    """What must stay of a model.
+    """Constraints of a search: what must stay of a model.
 
     Attributes:
         protected: Layers that stay.
@@ -154,12 +154,12 @@ class Constraints:
 
     @property
     def names(self) -> str:
-        """The keys that say so, as messages name them."""
+        """The keys of the constraints, as messages name them."""
         said = {"protect": self.protected, "among": self.among, "at_least": self.least}
         return " and ".join(f"'{key}'" for key, value in said.items() if value)
 
     def fixed(self, total: int) -> frozenset[int]:
-        """The layers that stay whatever else goes, where there are `total` in all."""
+        """Return the layers that stay whatever else goes, of `total` layers."""
         among = range(total) if self.among is None else self.among
         return frozenset(range(total)) - (frozenset(among) - frozenset(self.protected))
 

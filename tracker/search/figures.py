@@ -1,4 +1,4 @@
-"""What prunings come to beside each other: levels, differences, costs, and how sure choices are."""
+"""Compare results of searches: levels, differences, and how sure choices are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
-from tracker.core.formats import WRITTEN, defined, with_interval
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
 from tracker.ledger.paired import PairedOutcomes
 from tracker.stats.accuracy import accuracy, accuracy_drop
@@ -21,36 +20,20 @@ if TYPE_CHECKING:  # it knows the strategies, and they need torch
     from tracker.search.request import SearchRequest
 
 
-NO_SCORE = "a document has no finite score"
-"""Why a level is undefined, where nothing else says so."""
-
-
-def level_text(level: Estimate, unit: str) -> str:
-    """Write a level with its interval and unit, such as `41.7 % (31.1 to 53.1)`.
-
-    The unit is `%` for an accuracy, else that of the loss. Where it is undefined, the reason is
-    written.
-    """
-    if not defined(level.value):
-        return f"undefined ({level.reason or NO_SCORE})"
-    form = WRITTEN["percent" if unit == "%" else "score"]
-    return with_interval(level, form.write, f" {unit}" if unit else "")
-
-
 def tested(step: PruneStep) -> Tested:
-    """What the test documents say of a step."""
+    """Return the test documents' outcome of a step."""
     assert step.test is not None  # a search is kept once its steps are tested
     return step.test
 
 
 def end(record: PruneRecord) -> Tested:
-    """What the test documents say of all that a search removed."""
+    """Return the test documents' outcome of all that a search removed."""
     return tested(record.steps[-1])
 
 
 @dataclass(frozen=True)
 class Searched:
-    """What one draw of a search found, and what the test documents say of it.
+    """Result of one draw of a search, and the test documents' outcomes.
 
     Attributes:
         asked: The search.
@@ -67,7 +50,7 @@ class Searched:
 
 @dataclass(frozen=True)
 class Choices:
-    """What one way of choosing removed for one benchmark, once a draw.
+    """Results of one way of choosing for one benchmark, one a draw.
 
     Attributes:
         records: The searches; several where the strategy draws.
@@ -79,7 +62,7 @@ class Choices:
 
     @property
     def weights(self) -> Array:
-        """What the test documents weigh."""
+        """The weights of the test documents."""
         return self.answered[0].weights
 
     @property
@@ -94,7 +77,7 @@ class Choices:
         return accuracy(self.outcomes, self.weights)
 
     def at(self, removed: int) -> Estimate:
-        """The test accuracy with so many layers gone; None where no step removes just so many."""
+        """Return the test accuracy with a number of layers gone; None where no step ends there."""
         found = []
         for record, one in zip(self.records, self.answered, strict=True):
             known = {0: one.baseline} | {
@@ -113,7 +96,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Separated:
-    """Whether the calibration documents tell what was chosen from the runner-up.
+    """Steps at which the calibration documents separate the choice from the runner-up, or not.
 
     Attributes:
         compared: How many steps had a runner-up.
@@ -125,8 +108,8 @@ class Separated:
 
     @property
     def level(self) -> int:
-        """At how many of the unsure steps both score the same."""
-        return sum(step.margin == 0 for step in self.unsure)
+        """The number of the unsure steps at which both score the same."""
+        return sum(step.margin.value == 0 for step in self.unsure)
 
     @property
     def enough(self) -> int | None:
@@ -137,11 +120,11 @@ class Separated:
 
 def separated(searches: Sequence[PruneRecord]) -> Separated:
     """Count the steps of some searches at which their documents are too few to choose."""
-    compared = [s for one in searches for s in one.steps if s.margin is not None]
-    unsure = [s for s in compared if s.margin_low is None or s.margin_low <= 0]
+    compared = [s for one in searches for s in one.steps if s.margin.value is not None]
+    unsure = [s for s in compared if s.margin.low is None or s.margin.low <= 0]
     return Separated(len(compared), tuple(unsure))
 
 
 def calibration_documents(searches: Sequence[PruneRecord]) -> float:
-    """How many calibration documents a search has on average."""
+    """Return the mean number of calibration documents of searches."""
     return statistics.fmean(sum(each.n for each in one.calibration) for one in searches)

@@ -1,4 +1,4 @@
-"""Asks for linear maps, or layers, in formats: one at a time, of a cell's layers."""
+"""Make the requests for linear maps, or layers, in formats, and observe their errors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,17 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
+import numpy as np
+
+from tracker.core.ablations import Ablation, Rounded
 from tracker.core.config import ONE_EACH, CellRequest
+from tracker.core.documents import Document
 from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
+from tracker.engine.observers.divergence import divergences
+from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
+from tracker.engine.scoring.sweep import Engine
+from tracker.ledger.shards import Arrays
+from tracker.measuring.observing import Observe
 from tracker.models.maps import maps_of
 from tracker.models.sources import find_model
 
@@ -55,3 +64,20 @@ def each_map(
             more["only"] = every
         asked = asked.model_copy(update=more)
     return asked
+
+
+def errors_of(engine: Engine, maps: Sequence[Rounded], kl: bool = False) -> Observe:
+    """Make what observes a document's `rounding_errors`, with `weight_error` the same for all.
+
+    With `kl` also the divergence of what the model says, which takes a pass for each map.
+    """
+    weights = weight_errors(engine, maps)
+    ablations = [Ablation(rounded=(each,)) for each in maps]
+
+    def watch(document: Document) -> Arrays:
+        found = {**rounding_errors(engine, document, maps), "weight_error": weights}
+        if kl:
+            found["kl"] = divergences(engine, document, ablations)["kl"]
+        return {name: np.asarray(value) for name, value in found.items()}
+
+    return watch

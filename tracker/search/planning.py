@@ -1,4 +1,4 @@
-"""What searches will cost: they are run on made-up scores, and what they ask for is counted."""
+"""Plan the cost of searches: they run on made-up scores, and what they ask for is counted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tracker.search.strategies import NULL, STRATEGIES, Search
 
 @dataclass(frozen=True)
 class PlannedSearch:
-    """What one search will cost, all its draws together, or deciding between and testing sets.
+    """Cost of one search, all its draws together, or of deciding between and testing sets.
 
     Attributes:
         request: The search, or the documents that decide between what some chose, or test it.
@@ -57,7 +57,7 @@ class PlannedSearch:
 def plan_searches(
     asked: Sequence[SearchRequest], ledger: Ledger, trust_remote_code: bool = False
 ) -> tuple[list[PlannedSearch], list[PlannedSearch]]:
-    """Count what searches and their tests will cost, as if nothing of it were measured.
+    """Count the cost of searches and their tests, as if nothing of it were measured.
 
     Which sets are tried depends on what will be measured. How many they are does not (but for a
     beam, which may come to one on two ways, and for what `at_least` leaves), and how much they

@@ -1,4 +1,4 @@
-"""What searches found, beside each other: sentences, a table of strategies, and the frontier."""
+"""Report the results of searches: sentences, a table of strategies, and the frontier."""
 
 from __future__ import annotations
 
@@ -6,28 +6,33 @@ import json
 import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from tracker.core.config import RUNS, CellRequest
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.extent import DEFAULT_SEED
-from tracker.core.findings import FindingRecord, Line, LineChart
-from tracker.core.formats import WRITTEN, counted, listed, with_interval
+from tracker.core.findings import SEARCH, FindingRecord, Line, LineChart
+from tracker.core.formats import (
+    NO_SCORE,
+    WRITTEN,
+    counted,
+    level_text,
+    listed,
+    with_interval,
+)
 from tracker.core.grouping import grouped
 from tracker.core.kinds import NUMBERED, Component
 from tracker.core.prune_records import PruneRecord, PruneStep
 from tracker.core.search_parts import many_of
 from tracker.core.tables import Column, Row, Table, table
-from tracker.report.page.studies import SEARCH
 from tracker.search.constraints import in_words
 from tracker.search.figures import (
-    NO_SCORE,
     Choices,
     Searched,
     calibration_documents,
     end,
-    level_text,
     separated,
     tested,
 )
@@ -45,7 +50,7 @@ def finding_of(
     recommended: Mapping[Goal, Recommended],
     failed: Mapping[str, str],
 ) -> FindingRecord:
-    """Say what searches of one file found."""
+    """Return the finding of the searches of one file."""
     # One model, one set of test documents and one unit stand in one table.
     groups = grouped(searched, lambda one: one.asked.goal[:2]).values()
     records = [[one.record for one in some] for some in groups]
@@ -112,7 +117,7 @@ def _answers(
 
 
 def constrained(record: PruneRecord) -> Iterator[str]:
-    """Say in a sentence each what was not to go, whatever a search finds."""
+    """Yield a sentence for each constraint of a search."""
     unit = record.unit
     if record.protected:
         verb = "was" if len(record.protected) == 1 and unit not in NUMBERED else "were"
@@ -132,7 +137,7 @@ def _parts(unit: Component, layers: Sequence[int]) -> str:
 
 
 def chosen_of(searched: Sequence[Searched], found: Recommended) -> list[Searched]:
-    """Which searches with one goal chose the set that is recommended."""
+    """Return the searches with one goal that chose the recommended set."""
     return [
         one
         for one in searched
@@ -147,7 +152,7 @@ def _metric(record: PruneRecord) -> str:
 
 
 def _set(chosen: Sequence[Searched], labels: Mapping[str, str]) -> str:
-    """Say what a set is, and what the test documents say of it."""
+    """Describe a set, and the test documents' outcome."""
     record = chosen[0].record
     by = listed([labels[one.record.name] for one in chosen])
     return (
@@ -159,12 +164,12 @@ def _set(chosen: Sequence[Searched], labels: Mapping[str, str]) -> str:
 
 
 def _why(searched: Sequence[Searched], found: Recommended, labels: Mapping[str, str]) -> str:
-    """Say by what a set is recommended; begins with a space, empty where it is the only one."""
+    """Describe why a set is recommended; begins with a space, empty where it is the only one."""
     if found.step is None or found.decided_on is None:
         return ""
     step, count = found.step, counted(found.decided_on.n, "calibration document")
     text = f" Of {found.of} sets none loses less on {count}, so that this is recommended"
-    if step.margin is None or (step.margin_low is not None and step.margin_low > 0):
+    if step.margin.value is None or (step.margin.low is not None and step.margin.low > 0):
         return f"{text}."
     second = (one.record for one in searched if one.record.removed == step.runner_up)
     next_ = listed([labels[one.name] for one in second if one.strategy != NULL])
@@ -191,9 +196,9 @@ def _choices(searched: Sequence[Searched]) -> Choices:
 
 
 def _other(searched: Sequence[Searched], found: Estimate) -> str:
-    """Say what a strategy leaves, and how far below the recommended set that is."""
+    """Describe what a strategy leaves, and how far below the recommended set that is."""
     record = searched[0].record
-    levels = [end(one.record).accuracy for one in searched]
+    levels = [end(one.record).level.value for one in searched]
     known = [level for level in levels if level is not None]
     mean = statistics.fmean(known) if len(known) == len(levels) else None
     draws = f", the mean of {counted(len(levels), 'draw')}" if len(levels) > 1 else ""
@@ -209,7 +214,7 @@ def _other(searched: Sequence[Searched], found: Estimate) -> str:
 
 
 def unsure_sentence(searches: Sequence[PruneRecord], chosen: str, each: str = "") -> Iterator[str]:
-    """Say where the calibration documents were too few to choose; nothing where they were not.
+    """Describe where the calibration documents were too few to choose, if anywhere.
 
     `chosen` is what they had to tell from the runner-up, and `each` what has so many of them.
     """
@@ -230,7 +235,7 @@ def unsure_sentence(searches: Sequence[PruneRecord], chosen: str, each: str = ""
 
 
 def cost_columns(searches: Callable[[Row], Sequence[PruneRecord]]) -> tuple[Column[Row], ...]:
-    """State the columns of what a row's searches cost on average; nothing without any."""
+    """Return the columns of the mean cost of a row's searches; nothing without any."""
     gone = "nothing is removed"
 
     def column(name: str, unit: Unit) -> Column[Row]:
@@ -292,7 +297,7 @@ def _table(records: Sequence[PruneRecord]) -> Table:
 
 
 def _numbered(record: PruneRecord) -> Iterator[str]:
-    """Say what a name such as 12.5 is, by the first one."""
+    """Explain names such as 12.5 by the first one."""
     if record.unit in NUMBERED:
         parts, first = record.parts, record.removed[0]
         name, layer, number = parts.name(first), parts.layer_of(first), parts.number_of(first)
@@ -304,7 +309,7 @@ def _tested(higher_is_better: bool) -> str:
 
 
 def _unit(record: PruneRecord, unit: Unit = "percent") -> Unit:
-    """Say how a level, or a change in `points`, is written."""
+    """Return the unit of a level, or of a change in `points`."""
     return unit if record.higher_is_better else "score"
 
 
@@ -351,7 +356,7 @@ class _Step(NamedTuple):
 
 
 def _sets(records: Sequence[PruneRecord]) -> Table:
-    """A row a step of each search that compared something."""
+    """Lay out the steps of searches, a row each."""
     first, labels = records[0], _labels(records)
 
     def name(row: _Step) -> str | None:
@@ -361,9 +366,8 @@ def _sets(records: Sequence[PruneRecord]) -> Table:
         return Estimate(row.step.score, reason=row.step.reasons.get("score") or NO_SCORE)
 
     def margin(row: _Step) -> Estimate:
-        step = row.step
-        why = step.reasons.get("margin") or "nothing was compared"
-        return Estimate(step.margin, step.margin_low, step.margin_high, reason=why)
+        why = row.step.reasons.get("margin") or "nothing was compared"
+        return replace(row.step.margin, reason=why)
 
     lost = "test accuracy lost" if first.higher_is_better else "test loss added"
     whole = "the step chose all of its set"
@@ -417,13 +421,13 @@ def savable(
 
 
 def export_line(record: PruneRecord, asked: CellRequest, results: Path) -> str:
-    """What to type to save a pruning, held against the documents that tested it."""
+    """Return the command that saves a pruning, held against the documents that tested it."""
     removed = ["--remove", ",".join(map(str, record.removed)), "--output", "lighter"]
     return saving_line(removed, asked, results)
 
 
 def saving_line(change: Sequence[str], asked: CellRequest, results: Path) -> str:
-    """What to type to save a change of a model, held against the documents that were asked for."""
+    """Return the command that saves a changed model, held against a request's documents."""
     words = ["tracker", "export", asked.model, "--dtype", asked.dtype, *change]
     for name, field in CellRequest.model_fields.items():
         value = getattr(asked, name)

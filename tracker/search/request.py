@@ -1,4 +1,4 @@
-"""What `tracker prune` is asked for: searches, from an experiment file or from a trial's options.
+"""Requests of `tracker prune`: searches, from an experiment file or from a trial's options.
 
 method: grid
 command: [tracker, prune, "${args}"]
@@ -97,12 +97,12 @@ class SearchRequest(SearchSettings):
 
     @property
     def amount(self) -> Amount:
-        """How much is to go, or to stay."""
+        """The amount that goes, or stays."""
         return amount(self.remove or self.keep or "")
 
     @property
     def word(self) -> Literal["remove", "keep"]:
-        """Whether the amount is what goes or what stays."""
+        """The key that holds the amount: of what goes, or of what stays."""
         return "keep" if self.remove is None else "remove"
 
     @property
@@ -122,14 +122,14 @@ class SearchRequest(SearchSettings):
 
     @property
     def stays(self) -> str:
-        """What must stay as it was written: `protect 0, 1, last`; empty where nothing must."""
+        """The constraints as they were written: `protect 0, 1, last`; empty without any."""
         said = {key: ", ".join(in_words(getattr(self, key))) for key in ("protect", "among")}
         said["at_least"] = ", ".join(f"{k}: {n}" for k, n in decoded(self.at_least).items())
         return ", ".join(f"{key} {words}" for key, words in said.items() if words)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that was said, as ever: what no search says, or could not say once, is left out."""
+        """The settings that name a search, without those that no search has or that came later."""
         said = self.model_dump(mode="json", exclude={"cell": _NEVER_SAID})
         return {key: value for key, value in said.items() if value or key not in CONSTRAINTS}
 
@@ -140,11 +140,11 @@ class SearchRequest(SearchSettings):
 
     @property
     def rescored(self) -> Rescoring:
-        """How candidates are scored again; what rescores nothing does so fully."""
+        """The rescoring of candidates; what rescores nothing does so fully."""
         return self.rescoring if self.strategy in RESCORED else "full"
 
     def calibration(self) -> tuple[CellRequest, ...]:
-        """Ask for the cells that choose; none where the strategy looks at no document."""
+        """Return the requests of the cells that choose; none where the strategy is blind."""
         if self.strategy in BLIND:
             return ()
         return tuple(self._of(each) for each in self.calibrate or (self.cell.benchmark,))
@@ -158,12 +158,12 @@ class SearchRequest(SearchSettings):
         return calibration_of(self.cell.model_copy(update=more))
 
     def test(self) -> CellRequest:
-        """Ask for the cell that says what was lost, on documents that never choose."""
+        """Return the request of the cell that tests, on documents that never choose."""
         return self.cell.model_copy(update={"sample": self.test_sample, "part": "test"})
 
     @property
     def goal(self) -> Goal:
-        """What it has in common with other ways to choose: their sets can be compared."""
+        """The goal that searches share whose sets can be compared."""
         return self.test(), self.unit, self.asked, self.stays
 
 
@@ -191,12 +191,12 @@ else:
 
 
 def calibration_of(request: CellRequest) -> CellRequest:
-    """Ask for the documents that choose."""
+    """Return the request of the documents that choose."""
     return request.model_copy(update={"part": "calibration"})
 
 
 def deciding(searches: Sequence[SearchRequest]) -> CellRequest:
-    """Ask for the documents that decide between what searches with one goal chose.
+    """Return the request of the documents that decide between searches with one goal.
 
     The calibration documents of the benchmark itself, as many as a search had at most.
     """
@@ -206,14 +206,14 @@ def deciding(searches: Sequence[SearchRequest]) -> CellRequest:
 
 
 def search_request(settings: dict[str, Any], prefix: str = "--") -> SearchRequest:
-    """Make a request of settings (None = not said); RequestError for a value of the wrong kind."""
+    """Make a request of settings (None = default); RequestError for a value of the wrong kind."""
     said = {name: value for name, value in settings.items() if value is not None}
     own = {name: said.pop(name) for name in SearchSettings.model_fields if name in said}
     return search_of(checked(CellRequest, {"layers": (), **said}, prefix), own, prefix)
 
 
 def search_of(cell: CellRequest, own: dict[str, Any], prefix: str = "--") -> SearchRequest:
-    """Make a request of a cell and what is said of the search alone.
+    """Make a request of a cell and the settings of the search alone.
 
     RequestError for a value of the wrong kind.
     """
@@ -221,7 +221,7 @@ def search_of(cell: CellRequest, own: dict[str, Any], prefix: str = "--") -> Sea
 
 
 def refuse_idle(searches: Collection[SearchRequest]) -> None:
-    """Refuse what was said of searches none of which does it: RequestError."""
+    """Refuse settings that none of some searches uses: RequestError."""
     chosen = {each.strategy for each in searches}
     for name, users in (("rescoring", RESCORED), ("draws", DRAWN)):
         said = {getattr(each, name) for each in searches if name in each.model_fields_set}
@@ -273,7 +273,7 @@ class PruneFile(Sweep):
 def load_searches(
     given: Given, settings: Mapping[str, Any] | None = None
 ) -> ExperimentInput[PruneFile]:
-    """Read and check what searches are asked for.
+    """Read and check the requests of searches.
 
     Args:
         given: The file, or what stands for one.

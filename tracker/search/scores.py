@@ -1,4 +1,4 @@
-"""What the calibration documents say of sets of removals, and of parts that could go next.
+"""Score sets of removals, and parts that could go next, by the calibration documents.
 
 Everything is a loss: the smaller, the better it is to remove.
 """
@@ -45,7 +45,7 @@ _TURNING = ("cosine_score", "relative_update", "angular_distance")
 
 
 def grown(removed: Set, *parts: int) -> Set:
-    """A set, and some parts more."""
+    """Return a set with some parts more."""
     return tuple(sorted((*removed, *parts)))
 
 
@@ -84,7 +84,7 @@ class Losses:
         return sorted(range(len(keys)), key=keys.__getitem__)
 
     def step(self, before: Set | None, order: Sequence[int] | None = None) -> PruneStep:
-        """Choose the best set, and say how sure the documents make of it.
+        """Choose the best set, and estimate by how much it is better than the runner-up.
 
         CellError where none has a finite loss. `before` is what it is grown from; None for nothing.
         """
@@ -102,24 +102,17 @@ class Losses:
         extra = (1.0, -1.0) if self.binary else ()
         margin = float(means[second] - means[best])
         # It is the best of many: the interval holds beside each of the others.
-        one = Estimate(margin, *mean_interval(apart, self.weights, extra))
-        (wide,) = together([one], [len(apart)], len(others))
-        low, high = wide.low, wide.high
-        found: dict[str, object] = {
-            "runner_up": self.sets[second],
-            "margin": margin,
-            "margin_low": low,
-            "margin_high": high,
-        }
-        if margin == 0:
-            found["reasons"] = {"separates": "they are level on these documents"}
-        elif low is not None and high is not None and low <= 0:
-            found["separates"] = math.ceil(len(apart) * ((high - low) / 2 / margin) ** 2)
+        alone = Estimate(margin, *mean_interval(apart, self.weights, extra))
+        (wide,) = together([alone], [len(apart)], len(others))
+        found: dict[str, object] = {"runner_up": self.sets[second], "margin": wide}
+        if margin and wide.low is not None and wide.high is not None and wide.low <= 0:
+            half = (wide.high - wide.low) / 2
+            found["separates"] = math.ceil(len(apart) * (half / margin) ** 2)
         return step.model_copy(update=found)
 
 
 class Scores:
-    """What the calibration cells of a search say, and what it took to ask them.
+    """Scores of sets by the calibration cells of a search, and the cost of asking them.
 
     Several cells count alike, whatever their sizes. `parts` are what goes.
     """
@@ -136,11 +129,11 @@ class Scores:
 
     @property
     def documents(self) -> int:
-        """How many documents there are, of all cells together."""
+        """The number of documents of all cells together."""
         return sum(cell.n for cell in self.cells)
 
     def ablation(self, removed: Set) -> Ablation:
-        """The ablation of a set."""
+        """Return the ablation of a set."""
         return without_parts(self.parts, removed)
 
     def losses(self, by: str, sets: Sequence[Set]) -> Losses:
@@ -184,7 +177,7 @@ class Scores:
     def _proxy(
         self, cell: OpenCell, name: str, removed: Set, spans: Sequence[range]
     ) -> tuple[Array, Array]:
-        """A proxy's mean in each document, and what the document weighs."""
+        """Return a proxy's mean in each document, and the documents' weights."""
         how = "turning" if name in _TURNING else name.replace("_", "-")
         without = f"-without-{'-'.join(map(str, removed))}" if removed else ""
         kind = f"{how}-1{without}"
@@ -241,7 +234,7 @@ class Scores:
         return {task: tuple(sorted(n for one, n in places if one == task)) for task in tasks}
 
     def cost(self) -> PruneCost:
-        """Say what it took."""
+        """Return the cost so far."""
         names = [one.name for one in self.evaluated]
         seconds = 0.0
         if names or self._raced:

@@ -47,7 +47,7 @@ PASSES = 15
 
 
 def seconds_a_token(loaded: LoadedModel, lender: Lender) -> tuple[list[float], float]:
-    """Measure what each layer takes, and the whole model: seconds a token of one long text.
+    """Measure the seconds a token of each layer, and of the whole model, on a long text.
 
     It is measured once for a model, a machine and a device, and `Lender.keep_timings` writes it to
     the results folder: a search that goes on has the same budget.
@@ -82,7 +82,7 @@ def _measured(loaded: LoadedModel) -> tuple[list[float], float]:
 
 @contextmanager
 def _timed(layers: nn.ModuleList) -> Iterator[list[float]]:
-    """Take down when each layer begins and ends."""
+    """Record the times at which each layer begins and ends."""
     ticks: list[float] = []
 
     def tick(*given: Any) -> None:
@@ -106,7 +106,7 @@ FEWEST = 2
 
 @dataclass(frozen=True)
 class Found:
-    """What one draw of a search chose.
+    """Choice of one draw of a search.
 
     Attributes:
         asked: The search.
@@ -126,11 +126,11 @@ class Found:
 
     @property
     def removed(self) -> tuple[int, ...]:
-        """What is removed in the end, ascending."""
+        """The removed parts in the end, ascending."""
         return self.steps[-1].removed
 
     def name(self, tests: str) -> str:
-        """What tells it from other searches of a results folder.
+        """Return its name, unique among the searches of a results folder.
 
         `tests` is the key of the cell that tests it: another model at the same place has another.
         """
@@ -199,7 +199,7 @@ def refuse_mixed(
 
 
 def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
-    """Say when enough is removed; ExperimentError where nothing would go, or everything."""
+    """Return the budget of a search; ExperimentError where nothing would go, or everything."""
     cell, measure = asked.cell, asked.amount.measure
     source = find_model(cell.model, cell.revision, cell.model_args)
     trust = lender.options.trust_remote_code
@@ -289,7 +289,7 @@ def _refuse_mixtures(asked: SearchRequest, cells: list[OpenCell]) -> None:
 
 
 def calibrated(cell: OpenCell, documents: dict[str, tuple[int, ...]]) -> Calibrated:
-    """Say which documents of a cell choose: task → their numbers."""
+    """Record which documents of a cell choose: task → their numbers."""
     return Calibrated(
         key=cell.store.identity.key,
         benchmark=cell.request.benchmark,
@@ -301,7 +301,7 @@ def calibrated(cell: OpenCell, documents: dict[str, tuple[int, ...]]) -> Calibra
 
 
 def _said(asked: SearchRequest, parts: SearchParts, draw: int | None, step: PruneStep) -> str:
-    """Say in a line what a step removed; of parts of layers, which may be many, how many are."""
+    """Describe in a line what a step removed; of many parts their number."""
     name = asked.strategy if draw is None else f"{asked.strategy} {draw}"
     if asked.calibrate:
         name += f" calibrated on {', '.join(asked.calibrate)}"

@@ -1,4 +1,4 @@
-"""What may be asked of a search: keys of a file, and options of `tracker prune`."""
+"""Settings of a search: keys of a file, and options of `tracker prune`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Written = Annotated[str, BeforeValidator(lambda given: amount(given).text)]
 
 
 class SearchSettings(Strict):
-    """What is said of a search, and not of its benchmarks; as `CellRequest` is of those."""
+    """Settings of a search, beside those of its benchmarks, which are a `CellRequest`."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 

@@ -28,8 +28,7 @@ from tracker.core.weight_formats import FORMATS
 from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.runs import ONE_LOOK
 from tracker.report.leaderboard.claims import parts_answer, shown_in
-from tracker.search.format_requests import each_map
-from tracker.search.rounding_errors import errors_of
+from tracker.search.format_requests import each_map, errors_of
 from tracker.stats.arrays import Array, divided
 from tracker.stats.rank_agreement import row_coefficients
 from tracker.stats.resampling import bias_corrected_interval

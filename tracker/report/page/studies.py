@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from tracker.core.estimates import Estimate
-from tracker.core.findings import FindingRecord, FoundChart, Line, LineChart, MapChart
+from tracker.core.findings import SEARCH, FindingRecord, FoundChart, Line, LineChart, MapChart
 from tracker.core.formats import WRITTEN, three_digits, with_interval
 from tracker.core.records import WHOLE_LAYER, CellRecord, Place
 from tracker.report.charts.maps import ROWS, centred_map, row_height, row_label, strongest
@@ -31,8 +31,6 @@ from tracker.report.frames import frame_of
 from tracker.report.layer_figures import sure
 from tracker.report.page.sections import Figure
 
-SEARCH = "search"
-"""What a finding of `tracker prune` is called."""
 _IN_SECTIONS = (SEARCH, "prune", "joint")
 """Findings whose sections show their runs: steps of searches, and the pairs of a first layer."""
 

@@ -17,11 +17,10 @@ from tracker.core.formats import counted
 from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord
 from tracker.ledger.paired import PairedOutcomes
-from tracker.search.assignment import ENDS, alike, ends_kept, least_loss
+from tracker.search.assignment import ENDS, Refined, alike, apart, ends_kept, least_loss, refined
 from tracker.search.bit_budgets import BitBudget, Choice, Unit, ablation_of, bits_of
 from tracker.search.cells import OpenCell
-from tracker.search.refinement import Refined, apart, refined
-from tracker.search.rounding_errors import errors_of
+from tracker.search.format_requests import errors_of
 from tracker.stats.arrays import Array
 from tracker.stats.interaction import interactions
 from tracker.studies.base import StudyContext, Subject, lined_up, observe
