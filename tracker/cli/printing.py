@@ -536,7 +536,8 @@ def print_export(model: Exported) -> None:
             "after"
         )
     say(model.size)
-    say(f"{model.speed} ({model.speed_on})")
+    if model.speed_on:
+        say(f"{model.speed} ({model.speed_on})")
     say_all(*model.proof.sentences())
     say()
     if model.recipes:

@@ -150,8 +150,8 @@ class ModelChange:
         if self.stretch is not None:
             return self.stretch.clause
         if formats := Counter(unit.format for unit in self.ablation.rounded):
-            counts = listed([f"{name} in {count}" for name, count in formats.most_common()])
-            return f"of {counted(formats.total(), 'unit')} the weights are rounded: {counts}"
+            counts = listed([f"{count} to {name}" for name, count in formats.most_common()])
+            return f"the weights of {counted(formats.total(), 'unit')} are rounded: {counts}"
         layers = self.ablation.layers
         are = "layers {} are" if len(layers) > 1 else "layer {} is"
         return f"{are.format(', '.join(map(str, layers)))} removed"

@@ -1,0 +1,72 @@
+"""Cards and what the terminal prints of made-up models, as golden text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tracker.cli.printing import print_export
+from tracker.core.ablations import Ablation, Stretch
+from tracker.core.estimates import Estimate
+from tracker.core.identities import ModelIdentity
+from tracker.export.card import card_text
+from tracker.export.changes import removal, rounding
+from tracker.export.facts import Accuracy, Exported, ModelChange, Proof, Size
+
+GOLDEN = Path(__file__).parent / "cards.md"
+NAME = "<img src=x onerror=alert(1)>|"
+"""A page that shows Markdown must not run what a name says."""
+BASE = ModelIdentity(
+    source="my`model", name=NAME, revision=None, fingerprint="f" * 64, architecture="Llama",
+    layers=4, parameters=1000, dtype="float32",
+)  # fmt: skip
+COSTS = (
+    Accuracy(NAME, 0, NAME, NAME, 40, Estimate(0.5, 0.4, 0.6), Estimate(0.45)),
+    Accuracy("own", 2, "ppl", "9 texts", 9, Estimate(0.5, 0.4, 0.6), Estimate(None), "bits"),
+)
+PROOF = Proof(4, 0.0, ("copa",), 40, {"acc": 0.45}, 0.1, 1, {"transformers": "5", "lm-eval": "0.5"})
+PRUNED = Exported(
+    Path("lighter"), BASE, removal((2, 1)), (0, 3), Size(4, 1000, 4000), Size(2, 500, 2000),
+    (1.271, 1.249, 1.3), "both by turns", {"llama.cpp": "quantize\n", "mergekit": "a: b\n"},
+    accuracy=COSTS, proof=PROOF,
+)  # fmt: skip
+REPEATED = replace(
+    PRUNED,
+    change=ModelChange(Ablation(repeated=(Stretch(1, 3, 3),)), calibration="9 documents"),
+    kept=(0, 1, 2, 1, 2, 1, 2, 3),
+    after=Size(8, 2000, 8000),
+    proof=Proof(4, 1e-6),
+)
+MODELS = {
+    "named by hand": PRUNED,
+    "chosen by a search": replace(
+        PRUNED,
+        base=BASE.model_copy(update={"revision": "c0ffee"}),
+        change=removal((1,), strategy="accuracy", calibration=NAME),
+        faster=None,
+        accuracy=(),
+        recipes={},
+        resized=("layer_types", "max_window_layers"),
+    ),
+    "repeated": REPEATED,
+    "quantised": replace(
+        PRUNED,
+        change=rounding({"0.mlp.down_proj": "q4_0", "1": "q8_0", "embedding": "q4_0"}),
+        formats={"model.layers.0.mlp.down_proj": "q4_0", "model.embed_tokens": "q4_0"},
+        after=Size(4, 1000, 1200),
+        faster=None,
+        speed_on="",
+    ),
+}
+
+
+def test_cards_and_the_terminal_say_what_they_said(capsys: pytest.CaptureFixture[str]) -> None:
+    text = ""
+    for title, model in MODELS.items():
+        card = card_text(model)
+        assert NAME not in card
+        print_export(model)
+        text += f"===== {title}\n{card}----- printed\n{capsys.readouterr().out}"
+    assert text == GOLDEN.read_text(encoding="utf-8")
