@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 import yaml
 
@@ -11,8 +9,6 @@ from tracker.export.recipes import (
     by_other_tools,
     layer_recipes,
     mergekit,
-    prune_command,
-    skip_lists,
     why_none,
     windows_of,
 )
@@ -37,13 +33,6 @@ def test_mergekit_passes_through_what_is_kept(kept, ranges):
         "merge_method": "passthrough",
         "dtype": "bfloat16",
     }
-
-
-def test_llama_cpp_is_told_what_goes():
-    assert (
-        prune_command("a model.gguf", [17, 3])
-        == "llama-quantize --prune-layers 3,17 'a model.gguf' pruned.gguf COPY"
-    )
 
 
 def base(source, revision=None):
@@ -132,11 +121,3 @@ def test_of_layers_that_come_again_llama_cpp_converts_the_folder():
     texts = layer_recipes(folder, base(folder), kept, [], ["layer_types"], windows)
     assert 'GGUFReader("repeated.gguf")' in texts[WINDOWS]
     assert [recipe.language for recipe in by_other_tools(texts)] == ["sh", "python"]
-
-
-def test_skip_lists_are_those_of_llm_drop():
-    assert json.loads(skip_lists("attention", (3, 5))) == {
-        "drop_attn_list": [3, 5],
-        "drop_mlp_list": [],
-    }
-    assert json.loads(skip_lists("mlp", (3,))) == {"drop_attn_list": [], "drop_mlp_list": [3]}
