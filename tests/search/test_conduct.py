@@ -17,7 +17,6 @@ from tracker import api
 from tracker.cli.pruning import export as exporting
 from tracker.core.config import cell_request
 from tracker.core.errors import ModelError, WorkError
-from tracker.core.estimates import Estimate
 from tracker.core.extent import ALL, Extent
 from tracker.core.prune_records import PruneRecord
 from tracker.export import checkpoint
@@ -55,8 +54,9 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(
             assert step.test is not None
             assert cell.n == step.test.n == 10
             assert run.accuracy == step.test.level.value
-            drop = Estimate(run.accuracy_drop, run.accuracy_drop_low, run.accuracy_drop_high)
-            assert drop == step.test.lost
+            lost = step.test.lost
+            drop = (run.accuracy_drop, run.accuracy_drop_low, run.accuracy_drop_high)
+            assert drop == (lost.value, lost.low, lost.high)
             assert cell.baseline_accuracy == record.baseline.level.value
             assert cell.place in record.rests_on
             before = step.removed

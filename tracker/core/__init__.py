@@ -3,6 +3,7 @@
 Modules:
     ablations: Define which parts of a model one ablation changes, and its name.
     answers: Write the answer to a cell's question as a sentence.
+    api_package: Call a package as the function of the API that has its name.
     arguments: Parse settings that lm-eval, transformers and chat templates receive.
     config: Define the request of one cell and the types of its settings.
     decision_records: Define records of the documents that a run loses and wins.
