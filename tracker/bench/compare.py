@@ -90,14 +90,12 @@ class Bench:
             )
         lines += [loop.text(name) for name, loop in self.loops.items()]
         times = ", ".join(f"{name} {ratio:.1f}" for name, ratio in self.times_the_passes.items())
-        lines.append(
-            f"layer passes  {self.layer_passes:8,.0f}     (counted; times as many: {times})"
-        )
-        lines.append(
+        lines += [
+            f"layer passes  {self.layer_passes:8,.0f}     (counted; times as many: {times})",
             f"rate          {self.engine_gflops:8.0f} GFLOP/s, {part:.0f} % of "
-            f"{self.matrix_gflops:.0f} in a matrix product"
-        )
-        lines.append(f"peak memory   {self.engine_peak_gib:8.1f} GiB")
+            f"{self.matrix_gflops:.0f} in a matrix product",
+            f"peak memory   {self.engine_peak_gib:8.1f} GiB",
+        ]
         return "\n".join(lines)
 
 

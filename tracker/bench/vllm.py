@@ -121,10 +121,9 @@ def open_vllm(
     loaded, device = engine.loaded, current_platform.device_type
     if device != loaded.device.type or loaded.device.index or loaded.offloaded is not None:
         state = "offloaded" if loaded.offloaded is not None else f"on {loaded.device}"
-        runs_on = f"the first {device}" if device else "no"
         raise RequestError(
-            f"--against vllm: vLLM runs on {runs_on} device of this machine, and the model is "
-            f"{state}; leave --against out"
+            f"--against vllm: vLLM runs on the first device of type {device or 'none'}, and the "
+            f"model is {state}; leave --against out"
         )
     empty_cache()
     share = MEMORY_SHARE * free_memory(loaded.device) / total_memory(loaded.device)

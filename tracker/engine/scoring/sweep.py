@@ -7,11 +7,11 @@ layers see, what the last call left behind), each of them reads.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import chain, pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -325,20 +325,24 @@ class Engine:
         plan = self.plan(ablations)
         prefix = self._prefix(documents, plan) if self.sharing.prefix else None
 
-        def launch(row: Row) -> Callable[[], RowScores] | str:
-            return _unless_full(partial(self._launch_row, row, plan, prefix, ablations))
+        def launch(row: Row) -> Callable[[], RowScores | str]:
+            wait = _unless_full(partial(self._launch_row, row, plan, prefix, ablations))
+            return (lambda: wait) if isinstance(wait, str) else partial(_unless_full, wait)
 
-        def launch_all() -> Iterator[tuple[Row, Callable[[], RowScores] | str, partial[None]]]:
+        def launch_all() -> Iterator[tuple[Row, Callable[[], RowScores | str], partial[None]]]:
             for rows in self._at_once(self._rows(documents, plan, prefix), plan):
                 due = [len(row.requests) * len(ablations) for row in rows]
                 with reporting(self.loaded.offloaded, sum(due), progress) as report:
-                    launched = self.side_by_side(partial(launch, row) for row in rows)
-                    for row, responses, wait in zip(rows, due, launched, strict=True):
+                    waits = self.side_by_side(partial(launch, row) for row in rows)
+                    for row, responses, wait in zip(rows, due, waits, strict=True):
                         yield row, wait, partial(report, responses)
 
-        # A device computes a row while the one before is read, and the next one built.
-        for row, wait, report in _late(launch_all(), int(can_pin(self.loaded.device))):
-            scores = wait if isinstance(wait, str) else _unless_full(wait)
+        launched = launch_all()
+        if can_pin(self.loaded.device):
+            # It computes a row while the one before is read, and the next one built.
+            launched = (this for this, _ in pairwise(chain(launched, [None])) if this)
+        for row, wait, report in launched:
+            scores = wait()
             if isinstance(scores, RowScores):
                 yield row, ablations, scores
             else:
@@ -720,16 +724,6 @@ def _unless_full(compute: Callable[[], T]) -> T | str:
         if not is_out_of_memory(error):
             raise
         return str(error)
-
-
-def _late(items: Iterable[T], count: int) -> Iterator[T]:
-    """Yield items, each after so many that follow it were made."""
-    waiting: deque[T] = deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > count:
-            yield waiting.popleft()
-    yield from waiting
 
 
 def _removed(ablations: Sequence[Ablation]) -> list[Ablation]:
