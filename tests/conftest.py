@@ -20,8 +20,8 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import settings
 
-from tests.forks import Trackers
-from tests.gemma import gemma_file
+from tests.helpers.forks import Trackers
+from tests.helpers.gemma import gemma_file
 from tracker.cli.boundary import NEW_OBJECTS
 
 # Workers side by side and what they start share the cores; torch reads this when it is imported.
@@ -246,7 +246,7 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2's first four layers as a checkpoint: trained weights, the real tokenizer, little."""
     from filelock import FileLock
 
-    from tests.engine.truth import exported
+    from tests.helpers.truth import exported
     from tracker.models.load import load_model
     from tracker.models.sources import find_model
 

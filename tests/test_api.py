@@ -20,7 +20,7 @@ import yaml
 from transformers import LlamaForCausalLM
 
 import tracker
-from tests.runner.elsewhere import Heard
+from tests.helpers.runs import Heard
 from tracker import api
 from tracker.core.errors import RequestError, ResultsError
 from tracker.core.experiment_input import REMOVALS, load_experiment, with_settings

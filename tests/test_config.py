@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from tests.conftest import golden
+from tests.helpers.wandb_double import expand
 from tracker.core.ablations import removals
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError
@@ -17,8 +18,6 @@ from tracker.core.experiment_input import load_experiment
 from tracker.core.extent import DEFAULT_SEED
 from tracker.core.model_parts import ModelParts
 from tracker.ledger.views import request_key
-
-from .tracking.wandb_double import expand
 
 EXPERIMENTS = [
     path

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.benchmarks.conftest import make
-from tests.plain import parts as load_parts
-from tests.plain import write_rows
+from tests.helpers.lm_eval import parts as load_parts
+from tests.helpers.lm_eval import write_rows
 from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.documents import Response

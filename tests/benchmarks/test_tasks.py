@@ -18,7 +18,16 @@ from datasets import Dataset
 from lm_eval.api.instance import Instance
 
 from tests.benchmarks.conftest import PACKAGE, make
-from tests.plain import TASKS, Asked, evaluate, parts, tasks_in, tokens_of, write_plain, write_rows
+from tests.helpers.lm_eval import (
+    TASKS,
+    Asked,
+    evaluate,
+    parts,
+    tasks_in,
+    tokens_of,
+    write_plain,
+    write_rows,
+)
 from tracker.benchmarks import factory
 from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.own import write_tasks
-from tests.plain import write_rows
+from tests.helpers.lm_eval import write_rows
+from tests.helpers.own_tasks import write_tasks
 from tracker.benchmarks.corpus import Corpus
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import is_public

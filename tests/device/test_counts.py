@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.device.simulated import counters
-from tests.engine.plain import make_documents
+from tests.helpers.engines import make_documents
 from tracker.core.ablations import INTACT, Ablation, Part, Rounded, Stretch, ablate
 from tracker.core.kinds import Action
 from tracker.engine.observers.divergence import divergences

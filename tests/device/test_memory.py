@@ -12,13 +12,13 @@ import accelerate
 import pytest
 import torch
 
-from tests.ablations import single_layers
 from tests.conftest import save_tokenizer
 from tests.device.conftest import DEVICE
 from tests.device.simulated import counters
-from tests.engine.families import tiny_model
-from tests.engine.plain import MAX_LENGTH, make_documents, same
-from tests.engine.truth import layers_of
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import MAX_LENGTH, make_documents, same
+from tests.helpers.families import tiny_model
+from tests.helpers.truth import layers_of
 from tracker.core.ablations import INTACT, Ablation, Stretch, ablate
 from tracker.engine.scoring import row_size
 from tracker.engine.scoring.sweep import HALVED, Engine

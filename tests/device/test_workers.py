@@ -7,7 +7,7 @@ import sys
 
 import pandas as pd
 
-from tests.runner.elsewhere import Heard, arc, outcomes, run
+from tests.helpers.runs import Heard, arc, outcomes, run
 from tracker.engine.scoring import row_size
 from tracker.ledger.blocks import BLOCK
 

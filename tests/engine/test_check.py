@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.ablations import single_layers
-from tests.engine.families import tiny_model
-from tests.engine.plain import MAX_LENGTH, Memory, asking, engine_of, loaded, make_documents
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import MAX_LENGTH, Memory, asking, engine_of, loaded, make_documents
+from tests.helpers.families import tiny_model
 from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.core.documents import Document
 from tracker.core.errors import CellError

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.engine.families import FAMILIES, tiny_model
-from tests.engine.plain import loaded
-from tests.engine.registry import Variant, tiny
+from tests.helpers.engines import loaded
+from tests.helpers.families import FAMILIES, tiny_model
+from tests.helpers.registry import Variant, tiny
 from tracker.core.ablations import INTACT, Ablation, Part, Rounded, ablate
 from tracker.core.documents import Document, Request
 from tracker.engine.scoring.decode import decoding

@@ -11,9 +11,9 @@ from scipy.special import softmax
 from scipy.stats import entropy
 from torch import nn
 
-from tests.engine.families import tiny_model
-from tests.engine.plain import answers, engine_of, make_documents
 from tests.engine.test_decode import PROMPT, generate
+from tests.helpers.engines import answers, engine_of, make_documents
+from tests.helpers.families import tiny_model
 from tracker.core.ablations import INTACT, Ablation, Rounded, Stretch
 from tracker.core.errors import ExperimentError
 from tracker.engine.observers.divergence import divergences

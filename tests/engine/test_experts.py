@@ -10,9 +10,9 @@ from functools import partial
 import pytest
 import torch
 
-from tests.engine.families import tiny_model
-from tests.engine.plain import alike, answers, asking, engine_of, make_documents
-from tests.engine.registry import Variant, tiny
+from tests.helpers.engines import alike, answers, asking, engine_of, make_documents
+from tests.helpers.families import tiny_model
+from tests.helpers.registry import Variant, tiny
 from tracker.core.ablations import INTACT, Ablation, Part, ablation_of, first_run, removals
 from tracker.core.config import run_request
 from tracker.core.errors import TrackerError

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.ablations import single_layers
-from tests.engine.families import FAMILIES, LAYERS, tiny_model
-from tests.engine.plain import (
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import (
     MAX_LENGTH,
     agree,
     answers,
@@ -20,6 +19,7 @@ from tests.engine.plain import (
     make_documents,
     skipped,
 )
+from tests.helpers.families import FAMILIES, LAYERS, tiny_model
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.errors import CellError, ModelError
 from tracker.engine.scoring.prefix import SHORTEST

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.engine.families import tiny_model
-from tests.engine.plain import answers, asking, engine_of, make_documents, passed, rounded_rows
+from tests.helpers.engines import answers, asking, engine_of, make_documents, passed, rounded_rows
+from tests.helpers.families import tiny_model
 from tracker.core.ablations import INTACT, Ablation, Rounded, Stretch
 from tracker.core.errors import CellError
 from tracker.core.kinds import Action

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.engine.plain import Output
+from tests.helpers.engines import Output
 from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.layer_forward import Inside, forking

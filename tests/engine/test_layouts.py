@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers
 
-from tests.ablations import single_layers
-from tests.engine.plain import MAX_LENGTH, agree, asking, skipped
-from tests.engine.truth import exported
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import MAX_LENGTH, agree, asking, skipped
+from tests.helpers.truth import exported
 from tracker.core.ablations import Ablation
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.layers import find_layers

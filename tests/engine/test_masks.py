@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.engine.families import MIXED, WINDOW, tiny_model
-from tests.engine.plain import Output, make_documents
+from tests.helpers.engines import Output, make_documents
+from tests.helpers.families import MIXED, WINDOW, tiny_model
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.masks import Masks, Sight, _first_seen, look, mask_place
 from tracker.engine.scoring.rows import reading_row, tree_rows

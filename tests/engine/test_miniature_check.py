@@ -21,9 +21,9 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from tests.ablations import single_layers
-from tests.engine.families import SMALL, tiny_model
-from tests.engine.plain import MAX_LENGTH, asking, changed, engine_of, loaded
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import MAX_LENGTH, asking, changed, engine_of, loaded
+from tests.helpers.families import SMALL, tiny_model
 from tracker.core.ablations import INTACT, Ablation, Stretch, ablate
 from tracker.core.documents import Document, Request, Response
 from tracker.core.errors import CellError

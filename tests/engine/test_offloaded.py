@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from tests.ablations import single_layers
 from tests.conftest import save_tokenizer
-from tests.engine.families import FAMILIES, tiny_model
-from tests.engine.plain import MAX_LENGTH, Memory, make_documents, same
-from tests.engine.truth import layers_of
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import MAX_LENGTH, Memory, make_documents, same
+from tests.helpers.families import FAMILIES, tiny_model
+from tests.helpers.truth import layers_of
 from tracker.core.ablations import INTACT, Ablation, Part, Rounded, Stretch, ablate
 from tracker.core.errors import CellError
 from tracker.engine.observers.expert_load import expert_load

@@ -2,7 +2,7 @@
 
 Each is scored as a cell is: the check on its first documents, then every document with as much
 sharing as the check left, in one order and its reverse. What comes out must be the truth of
-`tests.engine.truth`, or the check must refuse the model and say what is really the matter.
+`tests.helpers.truth`, or the check must refuse the model and say what is really the matter.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ablations import single_layers
-from tests.engine.families import FAMILIES, VOCABULARY, Family
-from tests.engine.plain import Memory, loaded
-from tests.engine.survey import saved_and_loaded
-from tests.engine.truth import Without, exported, truths, without
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import Memory, loaded
+from tests.helpers.families import FAMILIES, VOCABULARY, Family
+from tests.helpers.truth import Without, exported, truths, without
+from tests.tools.survey import saved_and_loaded
 from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError, ModelError
 from tracker.engine.scoring.rows import tree_rows

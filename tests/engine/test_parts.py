@@ -9,10 +9,10 @@ from contextlib import suppress
 import pytest
 import torch
 
-from tests.engine import census
-from tests.engine.families import FAMILIES, tiny_model
-from tests.engine.plain import alike, answers, asking, engine_of, make_documents
-from tests.engine.registry import Variant, families, tiny
+from tests.helpers.engines import alike, answers, asking, engine_of, make_documents
+from tests.helpers.families import FAMILIES, tiny_model
+from tests.helpers.registry import Variant, families, tiny
+from tests.tools import census
 from tracker.core.ablations import INTACT, Ablation, Part, Rounded, Stretch, ablation_of
 from tracker.core.errors import CellError, ModelError, TrackerError
 from tracker.core.records import RunIdentity

@@ -14,10 +14,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.ablations import single_layers
-from tests.engine.families import tiny_model
-from tests.engine.plain import MAX_LENGTH, asking, engine_of, make_documents
-from tests.engine.registry import Variant, tiny
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import MAX_LENGTH, asking, engine_of, make_documents
+from tests.helpers.families import tiny_model
+from tests.helpers.registry import Variant, tiny
 from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.core.documents import Document
 from tracker.engine import plan

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.engine.plain import MAX_LENGTH, answers, asking, engine_of, make_documents, pruned
+from tests.helpers.engines import MAX_LENGTH, answers, asking, engine_of, make_documents, pruned
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.documents import Request
 from tracker.engine.scoring.sweep import Engine

@@ -11,10 +11,10 @@ import re
 import pytest
 import torch
 
-from tests.engine import census, survey
-from tests.engine.census import keep, left_of, page, read
-from tests.engine.registry import FAMILY_NAMES, NOT_BUILT, families, variants
-from tests.engine.survey import (
+from tests.helpers.registry import FAMILY_NAMES, NOT_BUILT, families, variants
+from tests.tools import census, survey
+from tests.tools.census import keep, left_of, page, read
+from tests.tools.survey import (
     CRASH,
     DELETED,
     DISCONTINUOUS,

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from tests.ablations import single_layers
-from tests.engine.families import tiny_model
+from tests.helpers.ablations import single_layers
+from tests.helpers.families import tiny_model
 from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.engine.scoring.layer_forward import Inside, forking
 from tracker.engine.scoring.streams import plan_streams

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from tests.ablations import single_layers
-from tests.engine.families import tiny_model
-from tests.engine.plain import (
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import (
     MAX_LENGTH,
     agree,
     agrees,
@@ -26,6 +25,7 @@ from tests.engine.plain import (
     passed,
     same,
 )
+from tests.helpers.families import tiny_model
 from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.core.errors import CellError
 from tracker.engine.memory import stream_bytes

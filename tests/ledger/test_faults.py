@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.ledger import faults
+from tests.helpers import faults
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import verify
 from tracker.ledger.views import cell_key

@@ -9,10 +9,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.engine.families import tiny_model
-from tests.engine.registry import families, variants
 from tests.engine.test_parts import deeper
 from tests.engine.test_registry import find
+from tests.helpers.families import tiny_model
+from tests.helpers.registry import families, variants
 from tests.models.test_layers import WIDE, make
 from tracker.core.ablations import Ablation, Stretch
 from tracker.core.errors import ModelError

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.engine.families import FAMILIES as WITH_KINDS
+from tests.helpers.families import FAMILIES as WITH_KINDS
 from tracker.core.errors import ModelError
 from tracker.models.layers import find_base, find_layers
 from tracker.models.pruned import pruned

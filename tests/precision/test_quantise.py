@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
 from tests.conftest import cli, printed, save_llama
-from tests.plain import evaluate
+from tests.helpers.lm_eval import evaluate
 from tests.pruning.conftest import answering_here
 from tests.runner.test_formats import save_mixture
 from tests.studies.conftest import column, plain

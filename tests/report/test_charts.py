@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from tests.helpers import charts
 from tracker.core import formats
 from tracker.core.records import NOT_MEASURED
 from tracker.report.charts import style
@@ -16,7 +17,6 @@ from tracker.report.charts.style import LINES, OPEN, label_sides
 from tracker.report.leaderboard.claims import shown_in
 from tracker.report.leaderboard.layers import layer_board
 
-from . import drawn as charts
 from .conftest import AT_CHANCE, LAYERS, build_cell, study, with_layer
 
 

@@ -6,12 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools.claims.__main__ import words
+from tests.tools.claims.made_up import THREE, write_results
+from tests.tools.claims.reading import (
+    false_statements,
+    in_order,
+    listed,
+    named,
+    rows_of_board,
+    tried,
+)
 from tracker import api
 from tracker.report.leaderboard.claims import answer, claims
-
-from .__main__ import words
-from .made_up import THREE, write_results
-from .reading import false_statements, in_order, listed, named, rows_of_board, tried
 
 
 @pytest.mark.parametrize("documents", [8, 100])

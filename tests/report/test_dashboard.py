@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from plotly.graph_objects import Figure
 
+from tests.helpers.charts import grid
 from tracker.core.formats import points, two_digits
 from tracker.core.records import CellRecord
 from tracker.ledger.decisions import decisions_record
@@ -36,7 +37,6 @@ from .conftest import (
     two_models,
     with_layer,
 )
-from .drawn import grid
 from .test_html import HOSTILE, read
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import charts
 from tracker.core.ablations import ablation_of
 from tracker.core.records import NOT_MEASURED, CellRecord, Kind, RunIdentity, RunRecord
 from tracker.report import frames
 from tracker.report.leaderboard.claims import controls_answer, parts_answer
 from tracker.report.page import html
 
-from . import drawn as charts
 from .conftest import LAYERS, build_cell
 
 WHOLE_ONLY = "measured for whole single layers only"

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 import tracker
-from tests.runner.elsewhere import write_study
+from tests.helpers.runs import write_study
 from tracker.bench.compare import huggingface_loop, prepare
 from tracker.core.ablations import Ablation, ablations_of
 from tracker.core.config import CellRequest

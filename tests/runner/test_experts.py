@@ -9,8 +9,8 @@ import torch
 
 from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
 from tests.conftest import cli, printed, save_tokenizer
-from tests.engine.families import MIXED, tiny_model
-from tests.runner.elsewhere import is_lm_evals, run, write_study
+from tests.helpers.families import MIXED, tiny_model
+from tests.helpers.runs import is_lm_evals, run, write_study
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
 from tracker.models.sources import find_model

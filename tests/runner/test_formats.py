@@ -9,12 +9,12 @@ import gguf
 import pytest
 import torch
 
-from tests import llama_cpp
 from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
 from tests.conftest import cli, printed, save_tokenizer
-from tests.engine.registry import Variant, tiny
-from tests.report.drawn import kind_map
-from tests.runner.elsewhere import is_lm_evals, run, write_study
+from tests.helpers import llama_cpp
+from tests.helpers.charts import kind_map
+from tests.helpers.registry import Variant, tiny
+from tests.helpers.runs import is_lm_evals, run, write_study
 from tracker import api
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from tests.runner.elsewhere import Heard, arc
+from tests.helpers.runs import Heard, arc
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.core.experiment_input import load_experiment
 from tracker.core.extent import random_order

@@ -13,9 +13,9 @@ import pytest
 from mlflow import MlflowClient
 
 import tracker
-from tests.own import write_choices
-from tests.plain import write_rows
-from tests.runner.elsewhere import Heard, arc, run, typed, write_study
+from tests.helpers.lm_eval import write_rows
+from tests.helpers.own_tasks import write_choices
+from tests.helpers.runs import Heard, arc, run, typed, write_study
 from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of

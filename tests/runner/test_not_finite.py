@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.plain import write_rows
-from tests.runner.elsewhere import outcomes
+from tests.helpers.lm_eval import write_rows
+from tests.helpers.runs import outcomes
 
 CHANNEL = 5
 SHAPE = {"max_position_embeddings": 320, "mlp_bias": True}

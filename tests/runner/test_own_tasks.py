@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import tracker
 from tests.conftest import golden
-from tests.own import write_tasks
-from tests.plain import HFLM, cut, evaluate, tasks_in
-from tests.runner.elsewhere import run, write_study
+from tests.helpers.lm_eval import HFLM, cut, evaluate, tasks_in
+from tests.helpers.own_tasks import write_tasks
+from tests.helpers.runs import run, write_study
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
 from tracker.core.ablations import Ablation

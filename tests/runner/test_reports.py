@@ -13,9 +13,9 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.conftest import golden, printed
-from tests.runner.elsewhere import arc, run, typed
+from tests.helpers.runs import arc, run, typed
+from tests.helpers.wandb_double import WandbDouble
 from tests.tracking.conftest import cell_record, client, double, lent
-from tests.tracking.wandb_double import WandbDouble
 from tracker import api
 from tracker.core.errors import RequestError, ResultsError
 from tracker.core.records import CellRecord

@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
 from tests.conftest import CHAT, golden, save_llama
-from tests.plain import tasks_in, write_rows
-from tests.runner.elsewhere import run as measure
-from tests.runner.elsewhere import typed, write_study
+from tests.helpers.lm_eval import tasks_in, write_rows
+from tests.helpers.runs import run as measure
+from tests.helpers.runs import typed, write_study
 from tracker.benchmarks import factory, results
 from tracker.core.ablations import Ablation, Part, Rounded, Stretch
 from tracker.core.extent import random_order

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tests.benchmarks.test_tasks import rows
-from tests.plain import write_rows
-from tests.runner.elsewhere import arc
-from tests.runner.elsewhere import run as measure_it
+from tests.helpers.lm_eval import write_rows
+from tests.helpers.runs import arc
+from tests.helpers.runs import run as measure_it
 from tests.runner.rounding import compare, measure, requested
 from tracker.core.config import CellRequest
 from tracker.engine.scoring import row_size

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.benchmarks.test_rolling import AGGREGATIONS, PLACES
-from tests.plain import (
+from tests.helpers.lm_eval import (
     HFLM,
     TASKS,
     cut,
@@ -21,7 +21,7 @@ from tests.plain import (
     write_plain,
     write_rows,
 )
-from tests.runner.elsewhere import run
+from tests.helpers.runs import run
 from tracker.core.errors import BenchmarkError
 
 LENGTH = 48

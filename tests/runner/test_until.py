@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import tracker
 from tests.benchmarks.conftest import PACKAGE
-from tests.plain import write_rows
-from tests.runner.elsewhere import Heard, arc, run, typed
+from tests.helpers.lm_eval import write_rows
+from tests.helpers.runs import Heard, arc, run, typed
 from tracker.benchmarks.sources import find_data
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError

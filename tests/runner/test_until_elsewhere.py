@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import tracker
-from tests.runner.elsewhere import arc, run
+from tests.helpers.runs import arc, run
 from tests.runner.test_handout import Desk
 from tracker import api
 from tracker.core.errors import ExperimentError, ResultsError

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from tests.conftest import cli, refused
-from tests.engine.families import tiny_model
-from tests.engine.plain import engine_of
+from tests.helpers.engines import engine_of
+from tests.helpers.families import tiny_model
 from tracker.bench.vllm import PassingWorker, pass_over
 from tracker.core.ablations import ablate
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.conftest import lend_tasks
-from tests.runner.elsewhere import Heard, arc, outcomes, run
+from tests.helpers.runs import Heard, arc, outcomes, run
 from tracker.engine.scoring.score import launch_row
 from tracker.engine.selfcheck.check import check, watch
 from tracker.ledger.store import Ledger

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from tests.conftest import golden
-from tests.own import write_pair
+from tests.helpers.own_tasks import write_pair
 from tracker import api
 from tracker.core.ablations import ablate
 from tracker.core.estimates import Estimate

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.engine.registry import (
+from tests.helpers.registry import (
     FAMILY_NAMES,
     NOT_BUILT,
     Variant,
@@ -27,7 +27,7 @@ from tests.engine.registry import (
     families,
     variants,
 )
-from tests.engine.survey import (
+from tests.tools.survey import (
     CRASH,
     DISCONTINUOUS,
     EXACT,
@@ -88,7 +88,10 @@ def state() -> str:
     measured = [
         path for room in ("engine", "models") for path in (ROOT / "tracker" / room).rglob("*.py")
     ]
-    measuring = [Path(__file__).with_name(f"{name}.py") for name in ("survey", "registry", "plain")]
+    measuring = [
+        ROOT / "tests" / f"{name}.py"
+        for name in ("tools/survey", "helpers/registry", "helpers/engines")
+    ]
     code = {
         str(path.relative_to(ROOT)): without_comments(path.read_text())
         for path in (*measured, *measuring)

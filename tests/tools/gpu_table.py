@@ -43,7 +43,7 @@ def main(model: str = "shape:llama-3-8b", limit: str = "100") -> int:
     for benchmark, dtype in product(BENCHMARKS, DTYPES):
         steps[f"{benchmark} {dtype}"] = partial(timed, model, benchmark, dtype, limit)
     for dtype in DTYPES:
-        program = (sys.executable, "-m", "tests.gpu_table", "--rows", model, dtype)
+        program = (sys.executable, "-m", "tests.tools.gpu_table", "--rows", model, dtype)
         steps[f"a row in {dtype}"] = lambda program=program: json.loads(run(*program))
     results: dict[str, Any] = {"model": model, "limit": int(limit)}
     failed = []
@@ -128,7 +128,7 @@ def profile(model: str, dtype: str) -> dict[str, Any]:
     """
     import torch
 
-    from tests.ablations import single_layers
+    from tests.helpers.ablations import single_layers
     from tracker.bench.compare import prepare
     from tracker.core.config import cell_request
     from tracker.engine.memory import stream_bytes

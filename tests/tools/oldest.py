@@ -15,7 +15,7 @@ REQUIREMENT = re.compile(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)")
 
 def oldest() -> dict[str, str]:
     """Return the lower bound of each dependency in pyproject.toml: package → version."""
-    file = Path(__file__).parents[1] / "pyproject.toml"
+    file = Path(__file__).parents[2] / "pyproject.toml"
     requirements = tomllib.loads(file.read_text())["project"]["dependencies"]
     matches = {requirement: REQUIREMENT.match(requirement) for requirement in requirements}
     unbounded = [requirement for requirement, match in matches.items() if match is None]

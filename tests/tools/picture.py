@@ -1,6 +1,6 @@
 """README's pictures: the head of the demo's page, light and dark.
 
-tracker run experiments/demo.yaml && python -m tests.report.picture results/report.html docs/images
+tracker run experiments/demo.yaml && python -m tests.tools.picture results/report.html docs/images
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .visit import Visit, chromium
+from tests.report.visit import Visit, chromium
 
 ENDS = ("h1", "#model-1-headline")
 

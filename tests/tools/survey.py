@@ -25,9 +25,9 @@ import torch
 import transformers
 from torch import nn
 
-from tests.ablations import single_layers
-from tests.engine.plain import Memory, loaded, skipped
-from tests.engine.registry import LAYERS, ORIGINAL, VOCABULARY, Variant
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import Memory, loaded, skipped
+from tests.helpers.registry import LAYERS, ORIGINAL, VOCABULARY, Variant
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError, ModelError

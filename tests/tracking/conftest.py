@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.wandb_double import WandbDouble
 from tests.report.conftest import build_cell
 from tracker.core.records import CellRecord, CorrelationRecord, RunIdentity, RunRecord
 
 from .mlflow_server import MlflowServer
 from .wandb_client import Client
-from .wandb_double import WandbDouble
 
 Maker = Callable[..., Path]
 """Makes a model or an experiment file."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import cli, printed
+from tests.helpers.wandb_double import WandbDouble
 from tracker import api
 from tracker.tracking.figures import flat_metrics
 
@@ -18,7 +19,6 @@ from .mlflow_server import free_port
 from .test_mlflow import Store
 from .test_wandb import IMPATIENT, figures, runs, shown
 from .wandb_client import BIN, Client
-from .wandb_double import WandbDouble
 
 PASSWORD = "planted-mlflow-password"
 

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
+from tests.helpers.wandb_double import WandbDouble
 from tracker.core.errors import RequestError
 from tracker.core.identities import Half
 from tracker.core.records import CellRecord
@@ -31,7 +32,6 @@ from tracker.tracking.mlflow.writing import DIGEST_TAG
 from tracker.tracking.runs import MANY, cell_run, described, layer_run
 
 from .conftest import cell_record, local, of_kind
-from .wandb_double import WandbDouble
 
 PROJECT = "contract"
 WHOLE = {

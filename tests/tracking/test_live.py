@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 from mlflow import MlflowClient
 
+from tests.helpers.wandb_double import WandbDouble
 from tracker import api
 from tracker.core.errors import TrackingError
 from tracker.core.experiment_input import load_experiment
@@ -30,7 +31,6 @@ from tracker.tracking.figures import cell_figures, flat_metrics
 from tracker.tracking.identity import cell_name
 
 from .wandb_client import Client
-from .wandb_double import WandbDouble
 
 NAME = "a cell"
 

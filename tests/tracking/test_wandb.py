@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.wandb_double import Run, WandbDouble
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
 from tracker.report.charts.cells import cell_charts
@@ -30,7 +31,6 @@ from tracker.tracking.wandb.backend import WandbBackend, _Known
 from .conftest import cell_record
 from .mlflow_server import free_port
 from .wandb_client import Client
-from .wandb_double import Run, WandbDouble
 
 Said = dict[str, Any]
 

@@ -12,7 +12,8 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from wandb.sdk.lib.config_util import save_config_file_from_dict
 
 from tests.conftest import cli, printed
-from tests.own import write_tasks
+from tests.helpers.own_tasks import write_tasks
+from tests.helpers.wandb_double import Agent, Run, Sweep, WandbDouble
 from tracker import api
 from tracker.core.errors import RequestError
 from tracker.ledger.store import Ledger
@@ -22,7 +23,6 @@ from tracker.tracking.identity import run_key
 from .conftest import Maker
 from .test_wandb import figures
 from .wandb_client import Client
-from .wandb_double import Agent, Run, Sweep, WandbDouble
 
 COMMAND = 'command: [tracker, evaluate, "${args}"]\n'
 TELLS = """

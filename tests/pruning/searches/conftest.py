@@ -13,7 +13,7 @@ import yaml
 from click.testing import Result
 
 from tests.conftest import cli, save_llama
-from tests.engine.truth import exported, truths
+from tests.helpers.truth import exported, truths
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.ablations import Ablation

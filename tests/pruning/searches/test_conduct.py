@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import cli, golden, printed, refused
-from tests.own import write_pair
+from tests.helpers.own_tasks import write_pair
 from tracker import api
 from tracker.cli.pruning import export as exporting
 from tracker.core.config import cell_request

@@ -15,7 +15,7 @@ import torch
 
 from tests.conftest import printed, save_llama, save_tokenizer
 from tests.engine.test_experts import smaller
-from tests.engine.truth import layers_of, loglikelihoods
+from tests.helpers.truth import layers_of, loglikelihoods
 from tracker.core.ablations import Ablation, Part
 from tracker.core.errors import ExperimentError
 from tracker.core.prune_records import PruneRecord, PruneStep

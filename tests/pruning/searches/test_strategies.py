@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.truth import exported, layers_of
+from tests.helpers.truth import exported, layers_of
 from tracker.core.prune_records import PruneStep
 from tracker.pruning.search import strategies
 from tracker.pruning.search.budgets import Budget

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from tests.conftest import save_tokenizer
-from tests.engine.truth import truths, without
+from tests.helpers.truth import truths, without
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.search_parts import SearchParts
 from tracker.ledger.outcomes import AGAIN

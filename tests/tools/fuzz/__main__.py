@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from tests.conftest import TRACKER, save_llama
-from tests.fuzz import folders, tried
+from tests.tools.fuzz import folders, tried
 
 SEED = 20261125
 COUNTS = {"experiments": 7500, "command_lines": 2000, "configurations": 500}

@@ -18,8 +18,8 @@ import lm_eval.tasks
 import yaml
 from mlflow import MlflowClient
 
-from tests.forks import forks
-from tests.fuzz.tried import (
+from tests.helpers.forks import forks
+from tests.tools.fuzz.tried import (
     FINE,
     LOST,
     REFUSED,

@@ -20,8 +20,8 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.fuzz import drawn
-from tests.ledger import faults
+from tests.helpers import faults
+from tests.tools.fuzz import drawn
 from tracker.cli.commands import main
 from tracker.ledger.store import Ledger
 

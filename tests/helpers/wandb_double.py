@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote
 
 import yaml
 
-from .answering import Answering
+from tests.helpers.answering import Answering
 
 Json = dict[str, Any]
 Answer = tuple[int, bytes]

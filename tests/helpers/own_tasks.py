@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from tests.plain import write_rows
+from tests.helpers.lm_eval import write_rows
 
 PAINT = [
     {"thing": "pump", "colours": ["red", "blue"], "right": 0},

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.families import tiny_model
-from tests.engine.truth import exported, skip
+from tests.helpers.families import tiny_model
+from tests.helpers.truth import exported, skip
 from tracker.core.documents import Document, Request
 from tracker.core.identities import ModelIdentity
 from tracker.engine.scoring.sharing import FULL, Sharing

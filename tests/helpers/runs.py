@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from lm_eval.models.huggingface import HFLM
 
 import tracker
-from tests.plain import evaluate, write_rows
+from tests.helpers.lm_eval import evaluate, write_rows
 from tracker.api import Results
 from tracker.cli import main
 from tracker.core.records import RunRecord

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.engine.registry import LAYERS, VOCABULARY, WINDOW, config_class, tiny
+from tests.helpers.registry import LAYERS, VOCABULARY, WINDOW, config_class, tiny
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, Sharing
 
 SMALL = {

@@ -17,7 +17,7 @@ from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import all_records
 
-KEPT = Path(__file__).parent / "kept"
+KEPT = Path(__file__).parents[1] / "ledger" / "kept"
 """A folder of two views over three shards, as tracker wrote it, and the records that follow."""
 EXPERIMENT = "method: grid  # as it was run\n"
 
