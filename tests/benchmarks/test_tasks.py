@@ -25,9 +25,9 @@ from tests.helpers.lm_eval import (
     parts,
     tasks_in,
     tokens_of,
-    write_plain,
     write_rows,
 )
+from tests.helpers.package_tasks import plain_tasks_in, rows
 from tracker.benchmarks import factory
 from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
@@ -56,10 +56,6 @@ SUMS = [{"question": "1 + 1?", "answer": "It is 2. #### 2"}] * 2
 def shipped(benchmark: str, num_fewshot: int | None = None) -> LmEvalBenchmark:
     """A benchmark on the package's data, built once."""
     return make(benchmark, num_fewshot=num_fewshot)
-
-
-def rows(path: str, name: str | None, split: str = "validation") -> Any:
-    return find_data(PACKAGE).load(path, name)[split]
 
 
 def refusal(benchmark: str, data: str | Path = PACKAGE, **settings: Any) -> str:
@@ -450,32 +446,6 @@ class TestOutcomes:
         (document,) = benchmark.documents(encoder, Extent(limit=1))
         with pytest.raises(ValueError, match="shorter"):
             benchmark.outcomes(document, [Response(-1.0, False, 0)])
-
-
-PLAIN = {
-    "arc_easy": ("arc/arc_easy.yaml", {"test": "ai2_arc/ARC-Easy/validation"}),
-    "piqa": ("piqa/piqa.yaml", {"validation": "piqa/plain_text/validation"}),
-    "hellaswag": ("hellaswag/hellaswag.yaml", {"validation": "hellaswag/none/validation"}),
-    "winogrande": (
-        "winogrande/default.yaml",
-        {"validation": "winogrande/winogrande_xl/validation"},
-    ),
-    "mmlu_anatomy": (
-        "mmlu/default/mmlu_anatomy.yaml",
-        {name: f"hails/mmlu_no_train/anatomy/{name}" for name in ("test", "dev")},
-    ),
-    "copa": ("super_glue/copa/default.yaml", {"validation": "super_glue/copa/validation"}),
-}
-"""lm-eval's own tasks by their files, and where the package has their splits."""
-
-
-def plain_tasks_in(folder: Path) -> Any:
-    """lm-eval's tasks on the package's files by lm-eval's own means, as `plain_…`."""
-    root = find_data(PACKAGE).root
-    for name, (config, splits) in PLAIN.items():
-        files = {split: next((root / place).glob("*.arrow")) for split, place in splits.items()}
-        write_plain(folder, name, config, "arrow", files)
-    return tasks_in(folder)
 
 
 @pytest.fixture(scope="module")

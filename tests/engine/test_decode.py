@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.engines import loaded
+from tests.helpers.engines import PROMPT, generate, loaded
 from tests.helpers.families import FAMILIES, tiny_model
 from tests.helpers.registry import Variant, tiny
 from tracker.core.ablations import INTACT, Ablation, Part, Rounded, ablate
@@ -25,13 +25,6 @@ ABLATIONS = [
     ablate("mlp", [0], removed=[3]),
 ]  # fmt: skip
 SHAPES = [(1, 0), (10, 6)]
-PROMPT = torch.tensor([[5, 9, 23, 7, 80, 41, 3, 11, 2, 66]])
-
-
-def generate(model, ids, **cached):
-    return model.generate(
-        ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, **cached
-    ).tolist()
 
 
 CASES = [

@@ -11,8 +11,7 @@ from scipy.special import softmax
 from scipy.stats import entropy
 from torch import nn
 
-from tests.engine.test_decode import PROMPT, generate
-from tests.helpers.engines import answers, engine_of, make_documents
+from tests.helpers.engines import PROMPT, answers, engine_of, generate, make_documents
 from tests.helpers.families import tiny_model
 from tracker.core.ablations import INTACT, Ablation, Rounded, Stretch
 from tracker.core.errors import ExperimentError

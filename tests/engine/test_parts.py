@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.helpers.engines import alike, answers, asking, engine_of, make_documents
-from tests.helpers.families import FAMILIES, tiny_model
+from tests.helpers.families import tiny_model
 from tests.helpers.registry import Variant, families, tiny
+from tests.helpers.truth import deeper
 from tests.tools import census
 from tracker.core.ablations import INTACT, Ablation, Part, Rounded, Stretch, ablation_of
 from tracker.core.errors import CellError, ModelError, TrackerError
@@ -91,31 +92,6 @@ def _without_heads(model, path, ablation):
         first = part.number * each * width
         weight.data[:, first : first + each * width] = 0
     return twin
-
-
-def deeper(family, model, ablation):
-    """Make a model of a configuration with more layers, and give it the weights by their names."""
-    order = [i for i in range(4) if i not in ablation.layers]
-    for stretch in ablation.repeated:
-        at = order.index(stretch.stop - 1) + 1
-        order[at:at] = [*range(stretch.start, stretch.stop)] * (stretch.times - 1)
-    config = FAMILIES[family].config()
-    config.num_hidden_layers = len(order)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in order]
-    made = type(model)(config).float().eval().requires_grad_(False)
-    weights = {}
-    for name, value in model.state_dict().items():
-        if ".layers." not in name:
-            weights[name] = value
-            continue
-        before, _, rest = name.partition(".layers.")
-        number, _, path = rest.partition(".")
-        for place, index in enumerate(order):
-            if index == int(number):
-                weights[f"{before}.layers.{place}.{path}"] = value
-    made.load_state_dict(weights)
-    return made
 
 
 def _agree(model, ablations, make, sharings=(FULL, DEPTH_ONLY, PLAIN)):

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.engine.test_once_wrong import tiny
 from tests.helpers.ablations import single_layers
+from tests.helpers.cells import tiny
 from tests.helpers.engines import Memory, engine_of, is_one_sentence, make_documents
 from tests.helpers.families import FAMILIES
 from tests.helpers.registry import variants

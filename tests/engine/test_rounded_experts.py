@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.engine.test_experts import experts, mixture
 from tests.helpers.engines import answers, asking, engine_of, make_documents, rounded_rows
+from tests.helpers.mixtures import experts, mixture
 from tests.helpers.registry import Variant, tiny
 from tracker.core.ablations import INTACT, Ablation, Rounded
 from tracker.core.errors import CellError

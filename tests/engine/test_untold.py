@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from tests.engine.test_once_wrong import LONGROPE, VERDICTS, Draw, measure, tiny
 from tests.helpers.ablations import single_layers
+from tests.helpers.cells import LONGROPE, VERDICTS, Draw, measure, tiny
 from tests.helpers.engines import Memory, loaded
 from tests.helpers.families import SMALL
 from tracker.core.ablations import INTACT

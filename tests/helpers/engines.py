@@ -207,3 +207,12 @@ def alike(ours, theirs) -> None:
         for some, others in zip(mine.responses, right.responses, strict=True):
             for one, other in zip(some, others, strict=True):
                 assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-3)
+
+
+PROMPT = torch.tensor([[5, 9, 23, 7, 80, 41, 3, 11, 2, 66]])
+
+
+def generate(model, ids, **cached):
+    return model.generate(
+        ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, **cached
+    ).tolist()

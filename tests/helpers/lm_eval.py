@@ -108,3 +108,16 @@ def write_rows(folder: Path, **splits: Iterable[Any]) -> Path:
         lines = (json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text("".join(lines))
     return folder
+
+
+PLACES = {
+    "wikitext": ("EleutherAI/wikitext_document_level/wikitext-2-raw-v1", "page", "test"),
+    "c4": ("allenai/c4/en", "text", "validation"),
+}
+
+
+AGGREGATIONS = {
+    "word_perplexity": "weighted_perplexity",
+    "byte_perplexity": "weighted_perplexity",
+    "bits_per_byte": "bits_per_byte",
+}

@@ -484,3 +484,31 @@ def _fresh(settings: Any) -> Any:
 
 def _is_constant(weights: torch.Tensor) -> bool:
     return weights.is_floating_point() and bool((weights == weights.flatten()[0]).all())
+
+
+def find(family, name):
+    return next(variant for variant in variants(family) if variant.name == name)
+
+
+NOT_SAVED = {
+    "blt": "names None layers",
+    "dory": "n_input_layers",
+    "emu3": "Unrecognized configuration class",
+    "gemma3n_text": "embed_tokens_per_layer",
+    "gemma4": "embed_tokens_per_layer",
+    "gemma4_text": "embed_tokens_per_layer",
+    "glm_moe_dsa": "does not run without layers 0, 2: Shared DSA layers",
+    "hrm_text": "cannot tell which modules",
+    "hy_v4": "does not run without layers 0, 2: Shared DSA layers",
+    "inkling2_loop_text": "it has no place for",
+    "inkling2_text": "it has no place for",
+    "jamba": "cannot say that layers 0, 2 are gone: it asks for",
+    "longcat_flash": "cannot tell which modules",
+    "mllama": "Unrecognized configuration class",
+    "modernbert-decoder": r"it has no place for model\.layers\.0\.attn_norm",
+    "olmo_hybrid": "validate_architecture",
+    "recurrent_gemma": "it asks for",
+    "rwkv": "it asks for",
+    "zaya": "it has no place for",
+}
+"""Families whose configuration cannot say that these layers are gone, and what is said of them."""

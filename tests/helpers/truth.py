@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tests.helpers.families import FAMILIES
 from tracker.core.documents import Document, Request
 
 Without = Callable[[Any, Collection[int]], Any]
@@ -105,3 +106,28 @@ def truths(
         [loglikelihoods(one, d.requests, max_length, remembers) for one in ablated]
         for d in documents
     ]
+
+
+def deeper(family, model, ablation):
+    """Make a model of a configuration with more layers, and give it the weights by their names."""
+    order = [i for i in range(4) if i not in ablation.layers]
+    for stretch in ablation.repeated:
+        at = order.index(stretch.stop - 1) + 1
+        order[at:at] = [*range(stretch.start, stretch.stop)] * (stretch.times - 1)
+    config = FAMILIES[family].config()
+    config.num_hidden_layers = len(order)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in order]
+    made = type(model)(config).float().eval().requires_grad_(False)
+    weights = {}
+    for name, value in model.state_dict().items():
+        if ".layers." not in name:
+            weights[name] = value
+            continue
+        before, _, rest = name.partition(".layers.")
+        number, _, path = rest.partition(".")
+        for place, index in enumerate(order):
+            if index == int(number):
+                weights[f"{before}.layers.{place}.{path}"] = value
+    made.load_state_dict(weights)
+    return made

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers.races import LOST, RUNS, SEED, begun, outcomes, raced
 from tracker.core.answers import interval_name
 from tracker.core.config import CellRequest
 from tracker.core.extent import Extent, random_order, shuffled
@@ -20,7 +21,6 @@ from tracker.stats.sequential.stopping import Forecast
 
 from . import conftest
 from .conftest import enter, measure, measure_all
-from .test_early_stopping import LOST, RUNS, SEED, begun, outcomes, raced
 
 SIZES = {"arc_easy": 320}
 ORDER = random_order(SEED, "arc_easy", range(320))

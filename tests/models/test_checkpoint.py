@@ -9,11 +9,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.engine.test_parts import deeper
-from tests.engine.test_registry import find
 from tests.helpers.families import tiny_model
-from tests.helpers.registry import families, variants
-from tests.models.test_layers import WIDE, make
+from tests.helpers.registry import NOT_SAVED, families, find, variants
+from tests.helpers.small_models import WIDE, make
+from tests.helpers.truth import deeper
 from tracker.core.ablations import Ablation, Stretch
 from tracker.core.errors import ModelError
 from tracker.models.checkpoint import refuse_unsizable, resized, save, without
@@ -26,28 +25,6 @@ from tracker.models.sources import find_model
 
 REMOVED = (0, 2)
 IDS = torch.tensor([[3, 5, 8, 13, 21, 34, 55, 7, 9, 11, 2, 40]])
-REFUSED = {
-    "blt": "names None layers",
-    "dory": "n_input_layers",
-    "emu3": "Unrecognized configuration class",
-    "gemma3n_text": "embed_tokens_per_layer",
-    "gemma4": "embed_tokens_per_layer",
-    "gemma4_text": "embed_tokens_per_layer",
-    "glm_moe_dsa": "does not run without layers 0, 2: Shared DSA layers",
-    "hrm_text": "cannot tell which modules",
-    "hy_v4": "does not run without layers 0, 2: Shared DSA layers",
-    "inkling2_loop_text": "it has no place for",
-    "inkling2_text": "it has no place for",
-    "jamba": "cannot say that layers 0, 2 are gone: it asks for",
-    "longcat_flash": "cannot tell which modules",
-    "mllama": "Unrecognized configuration class",
-    "modernbert-decoder": r"it has no place for model\.layers\.0\.attn_norm",
-    "olmo_hybrid": "validate_architecture",
-    "recurrent_gemma": "it asks for",
-    "rwkv": "it asks for",
-    "zaya": "it has no place for",
-}
-"""Families whose configuration cannot say that these layers are gone, and what is said of them."""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,8 +53,8 @@ def source_of(variant, folder):
 @pytest.mark.parametrize("family", families())
 def test_what_is_saved_is_the_really_pruned_model_or_refused(family, tmp_path):
     variant = next(variants(family))
-    if family in REFUSED:
-        with pytest.raises(ModelError, match=REFUSED[family]):
+    if family in NOT_SAVED:
+        with pytest.raises(ModelError, match=NOT_SAVED[family]):
             refuse_unsizable(source_of(variant, tmp_path), REMOVED)
         return
     model = variant.model()

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.engine.test_experts import MIXTURES
+from tests.helpers.mixtures import MIXTURES
 from tests.helpers.registry import Variant, tiny
 from tracker.core.config import run_request
 from tracker.core.errors import TrackerError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.engine.test_registry import find
+from tests.helpers.registry import find
 from tracker.core.ablations import Stretch
 from tracker.core.errors import ModelError
 from tracker.models.pruned import left, pruned

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
 from tests.conftest import cli, golden, printed, refused, save_tokenizer
-from tests.engine.test_registry import find
 from tests.helpers.lm_eval import evaluate
 from tests.helpers.own_tasks import write_tasks
+from tests.helpers.registry import find
 from tests.pruning.conftest import SAMPLE
 from tracker.cli.printing import print_export
 from tracker.core.ablations import Ablation

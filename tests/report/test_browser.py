@@ -13,13 +13,13 @@ import pandas as pd
 import pytest
 from playwright.sync_api import Browser, Locator, Page
 
-from tests.studies.test_findings import FINDING
+from tests.helpers.findings import FINDING
+from tests.helpers.pages import HOSTILE
 from tracker.report import frames
 from tracker.report.leaderboard.layers import LayerBoard, layer_board
 from tracker.report.page.html import render_report
 
 from .conftest import EXPERIMENT, LAYERS, build_cell, study, two_models, with_layer
-from .test_html import HOSTILE
 from .visit import Visit
 
 BOARD = "#model-1-board"

@@ -14,6 +14,7 @@ import pytest
 from plotly.graph_objects import Figure
 
 from tests.helpers.charts import grid
+from tests.helpers.pages import HOSTILE, read
 from tracker.core.formats import points, two_digits
 from tracker.core.records import CellRecord
 from tracker.ledger.decisions import decisions_record
@@ -37,7 +38,6 @@ from .conftest import (
     two_models,
     with_layer,
 )
-from .test_html import HOSTILE, read
 
 
 @pytest.fixture(scope="module", name="page")

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
-from tests.studies.test_findings import FINDING
+from tests.helpers.findings import FINDING
 from tracker.cli.printing import print_boards
 from tracker.core.distribution import install_extra
 from tracker.core.errors import RequestError

@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import re
 from pathlib import Path
-from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import pytest
 from plotly.offline import get_plotlyjs
 
+from tests.helpers.pages import HOSTILE, number, read
 from tracker.core.errors import WorkError
 from tracker.core.proxies import PROXIES
 from tracker.core.records import CellRecord
@@ -19,33 +18,6 @@ from tracker.report.frames import packed
 from tracker.report.page.html import render_page, render_report
 
 from .conftest import AT_CHANCE, CONSTANT, EXPERIMENT, build_cell, study, with_layer
-
-HOSTILE = "<script>alert(1)</script>"
-
-
-def read(page: str) -> SimpleNamespace:
-    """Find every table by its id: its `headers`, and in `tables` its body as [text, reason]."""
-    found = SimpleNamespace(headers={}, tables={})
-    for text in re.findall(r"<table.*?</table>", page, re.DOTALL):
-        table = ElementTree.fromstring(text)
-        name, (heads, *rows) = table.attrib["id"], table.iter("tr")
-        found.headers[name] = ["".join(head.itertext()).strip() for head in heads]
-        found.tables[name] = [
-            [
-                [
-                    "".join(entry.itertext()).strip(),
-                    abbr.attrib["title"] if abbr is not None else "",
-                ]
-                for entry in row
-                for abbr in [entry.find(".//abbr")]
-            ]
-            for row in rows
-        ]
-    return found
-
-
-def number(text: str) -> float:
-    return float(text.replace("−", "-"))
 
 
 @pytest.fixture(scope="module", name="page")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_answers import answer, run
+from tests.helpers.answers import answer, run
 from tracker.cli.printing import print_cell
 from tracker.core.records import CellRecord
 from tracker.report.frames import layer_frame

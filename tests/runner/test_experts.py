@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 
-from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
+from tests.benchmarks.test_tasks import PACKAGE
 from tests.conftest import cli, printed, save_tokenizer
 from tests.helpers.families import MIXED, tiny_model
+from tests.helpers.package_tasks import plain_tasks_in
 from tests.helpers.runs import is_lm_evals, run, write_study
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model

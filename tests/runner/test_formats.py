@@ -9,10 +9,12 @@ import gguf
 import pytest
 import torch
 
-from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
+from tests.benchmarks.test_tasks import PACKAGE
 from tests.conftest import cli, printed, save_tokenizer
 from tests.helpers import llama_cpp
 from tests.helpers.charts import kind_map
+from tests.helpers.mixtures import save_mixture
+from tests.helpers.package_tasks import plain_tasks_in
 from tests.helpers.registry import Variant, tiny
 from tests.helpers.runs import is_lm_evals, run, write_study
 from tracker import api
@@ -64,16 +66,6 @@ def test_maps_are_validated_and_planned_as_they_are_measured(tiny_llama, tmp_pat
         assert (wrong.exit_code, said in wrong.output) == (2, True), wrong.output
     wrong = cli("validate", *asked, "--intervention=int4", "--map=mlp.gate")
     assert (wrong.exit_code, "has no linear map mlp.gate" in wrong.output) == (2, True)
-
-
-def save_mixture(folder, family):
-    """Make a folder with a tiny mixture whose rows fill blocks of 32, and a real tokenizer."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96}
-    shape = {name: size for name, size in sizes.items() if name in tiny(family)}
-    shape |= {"vocab_size": save_tokenizer(folder, False), "num_hidden_layers": 2}
-    model = Variant(family, "plain", tiny(family) | shape).model()
-    model.save_pretrained(folder)
-    return model
 
 
 def test_experts_matrices_are_lm_evals(tmp_path, one_thread):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.benchmarks.test_tasks import rows
 from tests.helpers.lm_eval import write_rows
+from tests.helpers.package_tasks import rows
 from tests.helpers.runs import arc
 from tests.helpers.runs import run as measure_it
 from tests.runner.rounding import compare, measure, requested

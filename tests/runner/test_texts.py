@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks.test_rolling import AGGREGATIONS, PLACES
 from tests.helpers.lm_eval import (
+    AGGREGATIONS,
     HFLM,
+    PLACES,
     TASKS,
     cut,
     evaluate,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import cli, printed
+from tests.helpers.figures import figures
 from tests.helpers.wandb_double import WandbDouble
 from tracker import api
 from tracker.tracking.figures import flat_metrics
@@ -17,7 +18,7 @@ from tracker.tracking.figures import flat_metrics
 from .conftest import Maker, local
 from .mlflow_server import free_port
 from .test_mlflow import Store
-from .test_wandb import IMPATIENT, figures, runs, shown
+from .test_wandb import IMPATIENT, runs, shown
 from .wandb_client import BIN, Client
 
 PASSWORD = "planted-mlflow-password"

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.figures import figures
 from tests.helpers.wandb_double import Run, WandbDouble
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
@@ -132,15 +133,6 @@ def shown(double: WandbDouble, cell: CellRecord) -> dict[str, Run]:
 def counts(said: Said) -> tuple[int, int, int]:
     assert "error" not in said, said["error"]
     return said["created"], said["updated"], said["unchanged"]
-
-
-def figures(values: dict[str, Any]) -> dict[str, Any]:
-    """What we logged, without what the client adds and without tables and charts."""
-    return {
-        name: value
-        for name, value in values.items()
-        if not name.startswith("_") and not isinstance(value, dict)
-    }
 
 
 def test_what_wandb_alone_has_is_read_back(double: WandbDouble, publish: Publisher) -> None:

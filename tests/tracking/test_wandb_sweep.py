@@ -12,6 +12,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from wandb.sdk.lib.config_util import save_config_file_from_dict
 
 from tests.conftest import cli, printed
+from tests.helpers.figures import figures
 from tests.helpers.own_tasks import write_tasks
 from tests.helpers.wandb_double import Agent, Run, Sweep, WandbDouble
 from tracker import api
@@ -21,7 +22,6 @@ from tracker.tracking.figures import flat_metrics
 from tracker.tracking.identity import run_key
 
 from .conftest import Maker
-from .test_wandb import figures
 from .wandb_client import Client
 
 COMMAND = 'command: [tracker, evaluate, "${args}"]\n'

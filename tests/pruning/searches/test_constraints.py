@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import golden, printed
+from tests.helpers.searches import cosine, grown, naive_proxy, turned
 from tracker.cli.options import Setting
 from tracker.core.errors import ExperimentError
 from tracker.core.prune_records import PruneCost, PruneRecord
@@ -28,7 +29,6 @@ from tracker.pruning.search.search import Found
 from tracker.pruning.search.strategies import STRATEGIES, Search
 
 from .conftest import GO, LAYERS, WHOLE, Truth, opened_cell
-from .test_strategies import cosine, grown, naive_proxy, turned
 
 KINDS = ["full", "mamba", "mamba", "full", "mamba"]
 CONFIG = SimpleNamespace(num_hidden_layers=LAYERS, layer_types=KINDS)

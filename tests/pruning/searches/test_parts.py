@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import printed, save_llama, save_tokenizer
-from tests.engine.test_experts import smaller
+from tests.helpers.mixtures import smaller
 from tests.helpers.truth import layers_of, loglikelihoods
 from tracker.core.ablations import Ablation, Part
 from tracker.core.errors import ExperimentError

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
+from tests.helpers.pages import read as read_tables
 from tracker import api
 from tracker.cli import main
 from tracker.cli.printing import print_cell, print_measured
 from tracker.core.formats import DASH
 
-from ..report.test_html import read as read_tables
 from .made_up import LAYERS, write_results
 from .studied import PAIRS, is_false_of, said_by_studies
 
