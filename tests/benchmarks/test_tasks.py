@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,14 @@ from tests.helpers.lm_eval import (
     tokens_of,
     write_rows,
 )
-from tests.helpers.package_tasks import plain_tasks_in, rows
+from tests.helpers.package_tasks import plain_tasks_in, rows, shipped
 from tracker.benchmarks import factory
 from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.factory import find_task
 from tracker.benchmarks.fingerprint import listed
 from tracker.benchmarks.sources import find_data
-from tracker.benchmarks.tasks import LmEvalBenchmark, aggregate
+from tracker.benchmarks.tasks import aggregate
 from tracker.core.documents import Document, Response
 from tracker.core.errors import BenchmarkError
 from tracker.core.extent import ALL, Extent
@@ -50,12 +49,6 @@ PIQA = [
 ]
 OPTIONS = {"question": "q", "options": ["a", "b"], "answer": "A", "answer_index": 0}
 SUMS = [{"question": "1 + 1?", "answer": "It is 2. #### 2"}] * 2
-
-
-@cache
-def shipped(benchmark: str, num_fewshot: int | None = None) -> LmEvalBenchmark:
-    """A benchmark on the package's data, built once."""
-    return make(benchmark, num_fewshot=num_fewshot)
 
 
 def refusal(benchmark: str, data: str | Path = PACKAGE, **settings: Any) -> str:

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from tests.helpers.registry import FAMILY_NAMES, NOT_BUILT, families, find, variants
+from tests.helpers.registry import FAMILY_NAMES, NOT_BUILT, NOT_SAVED, families, find, variants
 from tests.tools import census, survey
 from tests.tools.census import keep, left_of, page, read
 from tests.tools.survey import (

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.conftest import PACKAGE
+from tests.benchmarks.conftest import PACKAGE, make
 from tests.helpers.lm_eval import (
     tasks_in,
     write_plain,
 )
 from tracker.benchmarks.sources import find_data
+from tracker.benchmarks.tasks import LmEvalBenchmark
 
 
 def rows(path: str, name: str | None, split: str = "validation") -> Any:
@@ -41,3 +43,9 @@ def plain_tasks_in(folder: Path) -> Any:
         files = {split: next((root / place).glob("*.arrow")) for split, place in splits.items()}
         write_plain(folder, name, config, "arrow", files)
     return tasks_in(folder)
+
+
+@cache
+def shipped(benchmark: str, num_fewshot: int | None = None) -> LmEvalBenchmark:
+    """A benchmark on the package's data, built once."""
+    return make(benchmark, num_fewshot=num_fewshot)

@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.benchmarks.test_tasks import PACKAGE
+from tests.benchmarks.conftest import PACKAGE
 from tests.conftest import cli, printed, save_llama
 from tests.helpers.lm_eval import evaluate
 from tests.helpers.mixtures import save_mixture

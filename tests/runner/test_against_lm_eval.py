@@ -12,7 +12,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 import tracker
-from tests.benchmarks.test_tasks import PACKAGE
+from tests.benchmarks.conftest import PACKAGE
 from tests.helpers.lm_eval import cut, evaluate
 from tests.helpers.package_tasks import plain_tasks_in, rows
 from tests.helpers.runs import is_lm_evals, run, write_study

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from tests.benchmarks.test_tasks import PACKAGE
+from tests.benchmarks.conftest import PACKAGE
 from tests.conftest import cli, printed, save_tokenizer
 from tests.helpers.families import MIXED, tiny_model
 from tests.helpers.package_tasks import plain_tasks_in

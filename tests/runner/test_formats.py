@@ -9,7 +9,7 @@ import gguf
 import pytest
 import torch
 
-from tests.benchmarks.test_tasks import PACKAGE
+from tests.benchmarks.conftest import PACKAGE
 from tests.conftest import cli, printed, save_tokenizer
 from tests.helpers import llama_cpp
 from tests.helpers.charts import kind_map

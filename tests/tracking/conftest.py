@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.wandb_double import WandbDouble
+from tests.helpers.wandb_runs import Publisher
 from tests.report.conftest import build_cell
+from tests.tracking.wandb_client import Client
 from tracker.core.records import CellRecord, CorrelationRecord, RunIdentity, RunRecord
 
 from .mlflow_server import MlflowServer
@@ -147,3 +149,10 @@ def lent(client: Client, double: WandbDouble, monkeypatch: pytest.MonkeyPatch) -
 def study(tiny_llama: Maker, experiment: Maker) -> Path:
     """An experiment file: both layers of a tiny model, on six documents."""
     return experiment(tiny_llama(layers=2), limit=6, layer=[0, 1], benchmark="copa")
+
+
+@pytest.fixture
+def publish(double: WandbDouble, tmp_path: Path) -> Iterator[Publisher]:
+    publish = Publisher(Client(double, tmp_path), tmp_path)
+    yield publish
+    publish.close()

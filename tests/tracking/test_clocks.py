@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from tests.helpers.mlflow_store import Store
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
 from tracker.team.leaderboard import publish_board, read_board
@@ -20,7 +21,6 @@ from tracker.tracking.mlflow.backend import MlflowBackend
 from tracker.tracking.mlflow.live_run import MlflowLiveRun
 
 from .conftest import cell_record, local
-from .test_mlflow import Store
 
 BEHIND = 120.0
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.conftest import cli
+from tests.helpers.mlflow_store import Store, publish
 from tracker import api
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
@@ -22,7 +23,6 @@ from tracker.tracking.mlflow.backend import MlflowBackend
 
 from .conftest import Maker, cell_record, local
 from .mlflow_server import PASSWORD, USER, Gate, MlflowServer
-from .test_mlflow import Store, publish
 
 MIDDLE = 14  # a request in the middle of publishing a cell of four layers
 
