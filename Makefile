@@ -1,6 +1,7 @@
 # make demo    everything from nothing: environment, install, a real study, where to look
 # make test    the same environment plus the test tools, every test, side by side; then those on a
 #              simulated accelerator
+#              (the fast ones, in less than two minutes: .venv/bin/python -m pytest -m unit)
 # make check   format, lint, types, docstrings, imports, pages
 # make docs    the site of docs/ in build/site, links checked
 # make families  every causal model of transformers, tiny, against plain forward passes (up to four
@@ -8,6 +9,7 @@
 # make claims   200 made-up results folders each: how often is something said that is not so? (an hour)
 # make mutants   changes tracker's code, a mutant at a time: what do the tests not notice? (hours)
 # make fuzz      wrong files, commands, configurations, disks, caches, clocks, users, kills: at random (an hour)
+# make size    lines and files of the code, and what its design limits, as a table
 # make oldest  the demo with the oldest versions of all dependencies, in an environment of its own
 # make dist    a wheel and a source distribution in dist/
 # make dist-demo  that wheel in an environment of its own, and the demo with it
@@ -17,7 +19,7 @@ export HF_HUB_OFFLINE ?= 1
 # Else each of the hundreds of programs that tests start compiles tracker anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check oldest docs families gpu claims mutants fuzz dist dist-demo clean
+.PHONY: demo test check oldest docs families gpu claims mutants fuzz size dist dist-demo clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/demo
@@ -69,6 +71,9 @@ mutants: .venv/dev
 
 fuzz: .venv/dev
 	$(BIN)/python -m tests.tools.fuzz
+
+size:
+	$(PYTHON) -m tests.tools.size
 
 # What an older build listed would be handed out again, so it goes first.
 dist: .venv/dev

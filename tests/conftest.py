@@ -54,6 +54,15 @@ CHAT = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
+UNIT = {
+    *("ledger", "stats"),
+    *("test_ablations.py", "test_answers.py", "test_choose.py", "test_config.py", "test_extent.py"),
+    *("test_layer_kinds.py", "test_masks.py", "test_names.py", "test_probe_texts.py"),
+    *("test_questions.py", "test_refusal.py", "test_rows.py", "test_schema.py", "test_slices.py"),
+    *("test_budgets.py", "test_recommending.py", "test_rescoring.py", "test_wording.py"),
+}
+"""Folders and files of tests that load no model and start no program: `pytest -m unit`."""
+
 
 def golden(name: str) -> list[tuple[str, ...]]:
     """Read what is written, and what is said of it, line by line."""
@@ -149,7 +158,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes begins first; the many short tests fill what is left of each worker."""
+    """Mark unit tests, and begin with what takes minutes: short tests fill what is left."""
+    for item in items:
+        if UNIT & {item.path.parent.name, item.path.name}:
+            item.add_marker(pytest.mark.unit)
     order = ("test_registry.py", "runner", "tracking", "engine")
 
     def place(item: pytest.Item) -> int:

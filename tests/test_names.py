@@ -1,4 +1,4 @@
-"""One name for one thing: what a reader finds under a name is what the name always means."""
+"""Names: one for each thing, and in tests only of what they may import."""
 
 from __future__ import annotations
 
@@ -35,3 +35,22 @@ def test_the_table_of_mutants_names_what_is_there() -> None:
             code = (root / file).read_text(encoding="utf-8") if nodes else ""
             assert (root / file).exists(), test
             assert all(node.partition("[")[0] in code for node in nodes), test
+
+
+GOLDEN = "tests/report/test_golden.py"
+"""The module whose texts other tests' cells are written to."""
+
+
+def test_no_test_imports_another_test() -> None:
+    """What several share is in `tests/helpers`."""
+    tests = PACKAGE.parent / "tests"
+    importing: set[str] = set()
+    for path in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                names = [*(node.module or "").split("."), *(name.name for name in node.names)]
+                if (node.level or names[0] == "tests") and any(
+                    n.startswith("test_") for n in names
+                ):
+                    importing.add(str(path.relative_to(tests.parent)))
+    assert importing <= {GOLDEN}

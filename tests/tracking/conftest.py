@@ -11,7 +11,6 @@ import pytest
 from tests.helpers.wandb_double import WandbDouble
 from tests.helpers.wandb_runs import Publisher
 from tests.report.conftest import build_cell
-from tests.tracking.wandb_client import Client
 from tracker.core.records import CellRecord, CorrelationRecord, RunIdentity, RunRecord
 
 from .mlflow_server import MlflowServer
