@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -73,12 +72,8 @@ def test_streams_that_do_not_wait_are_noticed(load, monkeypatch, method):
     def make(stream: Any) -> Any:
         return deaf(stream.stream_id, stream.device_index, stream.device_type)
 
-    weights = engine.loaded.offloaded
-    current = SimpleNamespace(
-        current_stream=lambda device: make(torch.sim.current_stream(device)),
-        stream=torch.sim.stream,
-    )
-    monkeypatch.setattr(weights, "_streams", current)
+    current, weights = torch.sim.current_stream, engine.loaded.offloaded
+    monkeypatch.setattr(torch.sim, "current_stream", lambda device: make(current(device)))
     monkeypatch.setattr(weights, "_stream", make(weights._stream))
     responses(engine)
     assert counters.races()

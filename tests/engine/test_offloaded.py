@@ -56,18 +56,12 @@ def both(tmp_path):
 
 @pytest.mark.parametrize("family", SOME)
 def test_every_answer_is_that_of_the_model_in_memory(both, family):
-    resident, offloaded = both(family)
-    documents = make_documents(3, shared=60)
+    engines, documents = both(family), make_documents(3, shared=60)
     for sharing in {FAMILIES[family].sharing, DEPTH_ONLY, PLAIN, ONE_BY_ONE}:
-        ours, theirs = (
-            engine.with_sharing(sharing).score(documents, ABLATIONS)
-            for engine in (offloaded, resident)
-        )
-        for one, other in zip(ours, theirs, strict=True):
+        scored = (engine.with_sharing(sharing).score(documents, ABLATIONS) for engine in engines)
+        for one, other in zip(*scored, strict=True):
             assert one.responses == other.responses
-            torch.testing.assert_close(
-                one.proxy_sums, other.proxy_sums, rtol=0, atol=0, equal_nan=True
-            )
+            assert torch.equal(one.proxy_sums.nan_to_num(), other.proxy_sums.nan_to_num())
 
 
 def test_weights_come_past_once_for_a_check_and_once_for_a_block(both):
@@ -127,6 +121,13 @@ def test_shared_experts_are_taken_out_where_weights_come_past(both):
     assert resident == offloaded
 
 
+def checked_and_scored(engines, ablations):
+    """Check each engine and score some documents with what it shares."""
+    documents = make_documents(4)
+    checks = [check(engine, documents, ablations, VERDICTS) for engine in engines]
+    return [(found, found.engine.score(documents, ablations)) for found in checks]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_parts_and_interventions_are_those_of_the_model_in_memory(both, family, dtype):
@@ -136,32 +137,21 @@ def test_parts_and_interventions_are_those_of_the_model_in_memory(both, family, 
         which = ("", "mlp.experts.down_proj", "mlp.experts.1.gate_up_proj")
         own = [Ablation(rounded=(Rounded("int4_row", 2, each),)) for each in which]
         own += [Ablation(parts=(Part("expert", 2, number),)) for number in (0, 3)]
-    ablations = [
-        INTACT,
-        *own,
-        Ablation(repeated=(Stretch(2, 3),)),
-        Ablation(parts=(Part("head", 2, 1),)),
-    ]
-    ablations += [ablate("attention", [1]), ablate("mlp", [3])]
-    resident, offloaded = both(family, dtype)
-    documents = make_documents(4)
-    ours, theirs = (check(of, documents, ablations, VERDICTS) for of in (offloaded, resident))
+    ablations = [INTACT, *own, ablate("attention", [1]), ablate("mlp", [3])]
+    ablations += [Ablation(repeated=(Stretch(2, 3),)), Ablation(parts=(Part("head", 2, 1),))]
+    (theirs, expected), (ours, scores) = checked_and_scored(both(family, dtype), ablations)
     assert ours.engine.sharing == theirs.engine.sharing
     assert ours.difference == theirs.difference
-    one, other = (found.engine.score(documents, ablations) for found in (ours, theirs))
-    assert [each.responses for each in one] == [each.responses for each in other]
+    assert [one.responses for one in scores] == [other.responses for other in expected]
 
 
 def test_a_stretch_that_is_passed_again_is_asked_of_a_deeper_model(both):
     """Was: its first layers were gone by then, and the cell was refused."""
     ablations = [INTACT, Ablation(repeated=(Stretch(1, 3),)), ablate("layer", [2])]
-    resident, offloaded = both("llama")
-    documents = make_documents(4)
-    ours, theirs = (check(of, documents, ablations, VERDICTS) for of in (offloaded, resident))
+    (_, expected), (ours, scores) = checked_and_scored(both("llama"), ablations)
     assert not ours.engine.sharing.depth
     assert "again" in ours.lost
-    one, other = (found.engine.score(documents, ablations) for found in (ours, theirs))
-    same(one, other)
+    same(scores, expected)
 
 
 def test_a_file_that_changes_meanwhile_is_said(both, tmp_path):

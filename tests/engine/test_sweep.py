@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import random
-import re
 from dataclasses import replace
 
 import accelerate
@@ -147,11 +147,10 @@ def test_a_stream_that_is_not_finite_spoils_only_itself():
     spoilt = engine_of(model).score(documents, SINGLE)
     for one, other in zip(clean, spoilt, strict=True):
         for ablation, ours, theirs in zip(SINGLE, other.responses, one.responses, strict=True):
-            healthy = ablation.layers == (1,)
-            for response, truth in zip(ours, theirs, strict=True):
-                assert (response.loglikelihood == response.loglikelihood) == healthy
-                if healthy:
-                    assert response.loglikelihood == pytest.approx(truth.loglikelihood, abs=1e-4)
+            if ablation.layers == (1,):
+                agrees(ours, theirs)
+            else:
+                assert all(math.isnan(response.loglikelihood) for response in ours)
 
 
 def test_a_long_common_beginning_is_read_once_for_all_rows(read):
@@ -192,19 +191,15 @@ def test_a_small_budget_means_smaller_rows_and_fewer_ablations_at_a_time(spy):
 @pytest.mark.parametrize(
     ("lengths", "said"),
     [
-        (
-            ANY_LENGTH,
-            "out of memory with a single document and a single ablation: CUDA out of memory. Use a "
-            "smaller dtype or a larger device",
-        ),
+        (ANY_LENGTH, "with a single document and a single ablation: .* a larger device"),
         # Requests of a document may stand in several rows there, which cannot be halved.
-        (Lengths((10,)), "out of memory: CUDA out of memory. Use --memory, or a smaller dtype"),
+        (Lengths((10,)), ": CUDA out of memory. Use --memory, or a smaller dtype"),
     ],
 )
 def test_out_of_memory_with_nothing_left_to_halve_names_the_way_out(monkeypatch, lengths, said):
     monkeypatch.setattr(sweep, "launch_row", never)
     engine = engine_of("llama", quirks=Quirks(lengths=lengths))
-    with pytest.raises(CellError, match=f"^{re.escape(said)}$"):
+    with pytest.raises(CellError, match=f"^out of memory ?{said}$"):
         engine.score(make_documents(2), single_layers((0, 1)))
 
 
