@@ -25,14 +25,14 @@ from tracker.engine.selfcheck import check as module
 from tracker.engine.selfcheck import reference
 from tracker.engine.selfcheck.check import (
     VERDICT,
-    _asked,
-    _confirm,
-    _few,
-    _rounds,
     check,
+    confirm,
+    confirmation_rounds,
+    draw_answers,
     holds_blank,
     plain_tokens,
     reach,
+    shortest_documents,
     watch,
     watched_documents,
 )
@@ -113,7 +113,7 @@ def test_a_verdict_is_kept_and_a_damaged_one_is_made_again(spy):
     first = check(engine, documents, asked, kept)
     assert first.engine.sharing == FULL
     # With short texts, with texts as long as these, and by the model itself.
-    names = ("check_miniature", "check_longer_texts", "_confirm")
+    names = ("check_miniature", "check_longer_texts", "confirm")
     made = [spy(module, name, lambda *_: True) for name in names]
     assert check(engine, documents, asked, kept) == first
     assert made == [[], [], []]
@@ -131,7 +131,7 @@ def test_a_verdict_is_kept_and_a_damaged_one_is_made_again(spy):
 @pytest.fixture
 def times_asked(spy):
     """Check a cell; return how often its model itself was asked."""
-    verdicts, calls = Memory(), spy(module, "_confirm", lambda *_: True)
+    verdicts, calls = Memory(), spy(module, "confirm", lambda *_: True)
 
     def times_asked(engine, documents=(), ablations=ABLATIONS, **more):
         calls.clear()
@@ -436,7 +436,7 @@ def test_the_shortest_of_the_documents_with_most_answers_are_confirmed():
         return asking(*[short] * (answers - 1), (short[0], (2,) * longest))
 
     documents = [made(1, 1), made(5, 9), made(4, 3, 16), made(2, 2), made(4, 5), made(4, 4)]
-    few = _few(documents)
+    few = shortest_documents(documents)
     assert [documents.index(each) for each in few] == [5, 4]
 
 
@@ -450,7 +450,7 @@ def test_of_long_documents_every_ablation_is_asked_both_ends_and_two_the_longest
     seen = spy(Engine, "score", lambda engine, *given: given)
     read = spy(Engine, "read", lambda engine, tokens: len(tokens))
     engine = engine_of("llama", max_length=1024)
-    comparison = _confirm(engine, Reference(engine), [*_rounds(documents, ABLATIONS)])
+    comparison = confirm(engine, Reference(engine), [*confirmation_rounds(documents, ABLATIONS)])
     assert (comparison.wrong, comparison.compared) == (None, 6 + 4 + 2 * 3)
     (short, everything), (whole, two) = seen
     assert (everything, len(two), two[0]) == (ABLATIONS, 2, INTACT)
@@ -464,7 +464,7 @@ def test_of_long_documents_every_ablation_is_asked_both_ends_and_two_the_longest
     assert sorted(read) == [56] * 6 + [331] * 2, "letters of one text are one call"
     assert plain_tokens(documents, ABLATIONS, 1024) == sum(read) + 330 + 331
     # What is short is asked once, as it is.
-    assert len([*_rounds(make_documents(2), ABLATIONS)]) == 1
+    assert len([*confirmation_rounds(make_documents(2), ABLATIONS)]) == 1
 
 
 def test_of_a_long_document_of_many_texts_one_is_asked():
@@ -472,7 +472,7 @@ def test_of_a_long_document_of_many_texts_one_is_asked():
     draw = random.Random(0)
     windows = [tuple(draw.randrange(3, 90) for _ in range(n)) for n in (90, 95, 91, 93, 92)]
     long = asking(*(((1,), window) for window in windows), rolling=True)
-    (short, _, _), (whole, _, answers) = _rounds([long], ABLATIONS)
+    (short, _, _), (whole, _, answers) = confirmation_rounds([long], ABLATIONS)
     assert {len(request.continuation) for request in short[0].requests} == {48}
     assert [len(whole[0].requests), whole[0].requests[0]] == [4, long.requests[1]]
     assert answers == [(0, 0, 0), (1, 0, 0)]
@@ -483,8 +483,8 @@ def test_of_a_long_document_of_many_texts_one_is_asked():
 def test_each_ablation_is_asked_one_request_and_the_baseline_six():
     """Of one text, one after the other."""
     documents = [asking(*(((1,) * 9, (n,)) for n in range(4)), index=index) for index in range(2)]
-    asked = list(_asked(documents, ABLATIONS))
-    assert asked == list(_asked(documents, ABLATIONS)) == sorted(asked)
+    asked = list(draw_answers(documents, ABLATIONS))
+    assert asked == list(draw_answers(documents, ABLATIONS)) == sorted(asked)
     assert len(asked) == len(set(asked))
     many = Counter(number for number, _, _ in asked)
     assert many == {n: 6 if each == INTACT else 1 for n, each in enumerate(ABLATIONS)}

@@ -34,8 +34,8 @@ from tracker.engine.scoring.stand_in import MadeUp
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck import miniature_check, removability
 from tracker.engine.selfcheck.miniature_check import (
-    _compared,
     check_longer_texts,
+    compare_both_ways,
     most_sharing,
     reachable,
 )
@@ -43,7 +43,7 @@ from tracker.engine.selfcheck.probe_texts import FIRST, probe_calls
 from tracker.engine.selfcheck.quirks import STEPS, Findings, Path
 from tracker.engine.selfcheck.reasons import Verdict
 from tracker.engine.selfcheck.reference import Comparison, Reference
-from tracker.engine.selfcheck.removability import _alike, as_removed
+from tracker.engine.selfcheck.removability import as_removed, logits_alike
 from tracker.models.pruned import put_back
 
 ABLATIONS = single_layers((0, 1, 2, 3))
@@ -258,7 +258,7 @@ class TestCheck:
         for count in (16, 17, 22):
             seen.clear()
             ablations = single_layers(tuple(range(count)))
-            _compared(engine, calls, ablations, [], Reference(engine))
+            compare_both_ways(engine, calls, ablations, [], Reference(engine))
             assert [d for d, _ in seen] == [*calls, *(call[::-1] for call in calls[::-1])]
             removed = [{a.layers[0] for a in scored if a != INTACT} for _, scored in seen]
             assert all(INTACT in scored for _, scored in seen)
@@ -389,7 +389,7 @@ class Watched:
 @pytest.fixture
 def watched(monkeypatch) -> Watched:
     watched = Watched()
-    monkeypatch.setattr(miniature_check, "_compared", watched)
+    monkeypatch.setattr(miniature_check, "compare_both_ways", watched)
     return watched
 
 
@@ -631,7 +631,7 @@ def test_a_full_memory_is_no_loss(monkeypatch) -> None:
     def compared(*_: Any) -> Comparison:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(miniature_check, "_compared", compared)
+    monkeypatch.setattr(miniature_check, "compare_both_ways", compared)
     with pytest.raises(torch.OutOfMemoryError):
         verdict_on("llama")
 
@@ -793,8 +793,8 @@ class TestCut:
                 two = one.clone()
                 two[1, 2] += far * unit
                 # The tolerance is a share of the second.
-                assert _alike(two, one) == expected
-        assert not _alike(one, one[:1])
+                assert logits_alike(two, one) == expected
+        assert not logits_alike(one, one[:1])
 
     @pytest.mark.usefixtures("no_miniature")
     def test_a_model_without_a_miniature_is_cut_itself(self, refuse, watched) -> None:
@@ -816,7 +816,7 @@ class TestCut:
 
         if not small:
             request.getfixturevalue("no_miniature")
-        monkeypatch.setattr(miniature_check, "_compared", compared)
+        monkeypatch.setattr(miniature_check, "compare_both_ways", compared)
         said = r"^LlamaForCausalLM cannot be asked one request at a time: no such mask$"
         with pytest.raises(CellError, match=said):
             self.checked("llama", (2,))

@@ -336,7 +336,7 @@ def _checked(
             _refuse_memory(engine, calls)
 
     def compare(sharing: Sharing) -> Comparison:
-        found = _compared(engine.with_sharing(sharing), calls, ablations, asked, truth)
+        found = compare_both_ways(engine.with_sharing(sharing), calls, ablations, asked, truth)
         if sharing.calls and found.unsteady > OFTEN * found.compared:
             return replace(found, wrong="too often discontinuous")
         return found
@@ -435,7 +435,7 @@ def _asked(
             yield (ablation, *place)
 
 
-def _compared(
+def compare_both_ways(
     engine: Engine,
     calls: Sequence[Sequence[Document]],
     ablations: Sequence[Ablation],

@@ -55,17 +55,17 @@ class _Seen:
     @property
     def is_apart(self) -> bool:
         """Whether the checkpoint is another model than the one that skips the layers."""
-        return self.saved is not None and not _alike(self.saved, self.skip)
+        return self.saved is not None and not logits_alike(self.saved, self.skip)
 
     @property
     def is_anew(self) -> bool:
         """Whether the checkpoint is another model than the copy."""
-        return self.saved is not None and (self.lacks or not _alike(self.saved, self.copy))
+        return self.saved is not None and (self.lacks or not logits_alike(self.saved, self.copy))
 
     @property
     def stays(self) -> bool:
         """Whether the layers must stay in their places."""
-        return self.saved is None and not _alike(self.copy, self.skip)
+        return self.saved is None and not logits_alike(self.copy, self.skip)
 
 
 def as_removed(truth: Reference, ablations: Sequence[Ablation], verdict: Verdict) -> Verdict:
@@ -143,7 +143,7 @@ def _loading(engine: Engine, still: Engine) -> _Loading:
         log.debug("%s is not loaded as it is: %s", engine.class_name, error)
         return found
     said, why = _text_of(again)
-    if _alike(said, _text_of(still)[0]):
+    if logits_alike(said, _text_of(still)[0]):
         return replace(found, whole=whole)
     log.debug("%s, saved and loaded, says: %s", engine.class_name, why)
     return found
@@ -179,7 +179,7 @@ def _see(truth: Reference, still: Engine, ablation: Ablation, loading: _Loading)
 def _is_other(engine: Engine, ablation: Ablation, seen: _Seen) -> bool:
     """Whether a copy is not the model that it is to be."""
     said, _ = tried(lambda: engine.without(ablation).read(TEXT))
-    return not _alike(said, seen.skip if seen.saved is None else seen.saved)
+    return not logits_alike(said, seen.skip if seen.saved is None else seen.saved)
 
 
 def _which(seen: Mapping[Ablation, _Seen]) -> str | None:
@@ -222,7 +222,8 @@ def _handing_on(engine: Engine, ablation: Ablation) -> AbstractContextManager[No
     return all_of(handle for layer in layers for handle in returning(layer, lambda state: state))
 
 
-def _alike(one: Tensor | None, other: Tensor | None) -> bool:
+def logits_alike(one: Tensor | None, other: Tensor | None) -> bool:
+    """Compare logits up to rounding; what is missing is like nothing."""
     if one is None or other is None:
         return False
     within = 1e-6 if one.dtype == torch.float64 else 1e-3 if one.dtype == torch.float32 else 0.5
