@@ -57,10 +57,9 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     print_table(table("", columns, diagnosis.findings))
     failed, checks = len(diagnosis.failures), counted(len(diagnosis.findings), "check")
     took = f"in {diagnosis.seconds:.0f} s"
-    if failed:
-        say(f"\n{failed} of {checks} failed {took}. Do not trust figures from {device}.")
-    else:
-        say(f"\n{checks} {took}: this installation computes the right numbers on {device}.")
+    trust = f"{checks} {took}: this installation computes the right numbers on {device}."
+    distrust = f"{failed} of {checks} failed {took}. Do not trust figures from {device}."
+    say(f"\n{distrust if failed else trust}")
 
 
 def print_cell(
