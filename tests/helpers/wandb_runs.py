@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.figures import figures
 from tests.helpers.wandb_double import Run, WandbDouble
 from tests.tracking.wandb_client import Client
 from tracker.core.errors import TrackingError
@@ -121,3 +120,12 @@ IMPATIENT = {
     "WANDB__FILE_STREAM_RETRY_MAX": "1",
     "WANDB__FILE_TRANSFER_RETRY_MAX": "1",
 }
+
+
+def figures(values: dict[str, Any]) -> dict[str, Any]:
+    """What we logged, without what the client adds and without tables and charts."""
+    return {
+        name: value
+        for name, value in values.items()
+        if not name.startswith("_") and not isinstance(value, dict)
+    }

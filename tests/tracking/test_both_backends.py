@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import cli, printed
-from tests.helpers.figures import figures
 from tests.helpers.mlflow_store import Store
 from tests.helpers.wandb_double import WandbDouble
-from tests.helpers.wandb_runs import IMPATIENT, runs, shown
+from tests.helpers.wandb_runs import IMPATIENT, figures, runs, shown
 from tracker import api
 from tracker.tracking.figures import flat_metrics
 

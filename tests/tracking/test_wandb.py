@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.figures import figures
 from tests.helpers.wandb_double import WandbDouble
 from tests.helpers.wandb_runs import (
     IMPATIENT,
     Publisher,
     counts,
+    figures,
     runs,
     runs_of,
     shown,

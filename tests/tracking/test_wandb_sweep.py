@@ -12,9 +12,9 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from wandb.sdk.lib.config_util import save_config_file_from_dict
 
 from tests.conftest import cli, printed
-from tests.helpers.figures import figures
 from tests.helpers.own_tasks import write_tasks
 from tests.helpers.wandb_double import Agent, Run, Sweep, WandbDouble
+from tests.helpers.wandb_runs import figures
 from tracker import api
 from tracker.core.errors import RequestError
 from tracker.ledger.store import Ledger

@@ -1,6 +1,6 @@
 """What half precision decides by rounding, as a run says it, beside plain lm-eval's batches.
 
-    python -m tests.runner.rounding MODEL DOCUMENTS LAYER [LAYER …]
+    python -m tests.tools.rounding MODEL DOCUMENTS LAYER [LAYER …]
 
 prints how many documents of arc_easy are judged otherwise, and how many of these were counted;
 with `sums` before MODEL, how far rounding moves with a head, softmax and sums in float32.
