@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.helpers.engines import alike, answers, asking, engine_of, make_documents
+from tests.helpers.engines import answers, asking, engine_of, make_documents, same
 from tests.helpers.families import tiny_model
 from tests.helpers.mixtures import MIXTURES, MORE, UNDIVIDED, experts, mixture, smaller
 from tests.helpers.registry import Variant, tiny
@@ -111,7 +111,7 @@ def test_experts_share_a_layer_with_all_else_that_is_done_to_it(sharing):
     model = mixture("mixtral")
     together = engine_of(model, sharing, row_tokens=40).score(make_documents(3), asked)
     alone = engine_of(model, PLAIN).score(make_documents(3), asked)
-    alike(together, alone)
+    same(together, alone)
 
 
 def test_experts_of_a_layer_share_its_attention_and_have_an_mlp_each():
@@ -265,7 +265,7 @@ def test_shared_experts_share_a_layer_with_all_else_that_is_done_to_it():
     ]
     together = engine_of(model, FULL, row_tokens=40).score(make_documents(3), asked)
     alone = engine_of(model, PLAIN).score(make_documents(3), asked)
-    alike(together, alone)
+    same(together, alone)
 
 
 def test_layers_without_shared_experts_are_refused_by_name():

@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from tests.helpers.engines import alike, answers, asking, engine_of, make_documents
+from tests.helpers.engines import answers, asking, engine_of, make_documents, same
 from tests.helpers.families import tiny_model
 from tests.helpers.registry import Variant, families, tiny
 from tests.helpers.truth import deeper
@@ -158,7 +158,7 @@ def test_heads_share_a_layer_with_all_else_that_is_done_to_it(sharing):
     engine = engine_of(model, sharing, row_tokens=40)
     together = engine.score(make_documents(3), HEADS)
     alone = engine_of(model, PLAIN).score(make_documents(3), HEADS)
-    alike(together, alone)
+    same(together, alone)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2", "mixtral"])

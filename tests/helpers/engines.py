@@ -201,14 +201,6 @@ def agree(
                     assert ours.greedy == greedy, ablation
 
 
-def alike(ours, theirs) -> None:
-    """Hold the scores of one way against those of another, document by document."""
-    for mine, right in zip(ours, theirs, strict=True):
-        for some, others in zip(mine.responses, right.responses, strict=True):
-            for one, other in zip(some, others, strict=True):
-                assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-3)
-
-
 PROMPT = torch.tensor([[5, 9, 23, 7, 80, 41, 3, 11, 2, 66]])
 
 
