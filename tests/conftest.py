@@ -62,6 +62,11 @@ UNIT = {
     *("test_budgets.py", "test_recommending.py", "test_rescoring.py", "test_wording.py"),
 }
 """Folders and files of tests that load no model and start no program: `pytest -m unit`."""
+SIMULATING = {
+    *("test_confidence.py", "test_power.py", "test_reliability.py", "test_smallest.py"),
+    *("test_stopping.py", "test_task_dependence.py", "test_top_k.py"),
+}
+"""Of these those that draw for many seconds."""
 
 
 def golden(name: str) -> list[tuple[str, ...]]:
@@ -160,7 +165,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark unit tests, and begin with what takes minutes: short tests fill what is left."""
     for item in items:
-        if UNIT & {item.path.parent.name, item.path.name}:
+        place = {item.path.parent.name, item.path.name}
+        if UNIT & place and not SIMULATING & place:
             item.add_marker(pytest.mark.unit)
     order = ("test_registry.py", "runner", "tracking", "engine")
 
