@@ -10,7 +10,7 @@ import torch
 from tests.helpers.engines import Memory, make_documents
 from tests.helpers.families import FAMILIES
 from tracker.bench.features import FEATURES, LAYERS, Feature, largest_difference
-from tracker.core.ablations import INTACT
+from tracker.core.changes import INTACT
 from tracker.core.errors import CellError
 from tracker.engine.observers.divergence import output_proxies
 from tracker.engine.refusal import RefusalError

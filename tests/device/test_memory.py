@@ -18,7 +18,7 @@ from tests.helpers.ablations import single_layers
 from tests.helpers.engines import MAX_LENGTH, make_documents, same
 from tests.helpers.families import tiny_model
 from tests.helpers.truth import layers_of
-from tracker.core.ablations import INTACT, Ablation, Stretch, ablate
+from tracker.core.changes import INTACT, Ablation
 from tracker.engine.scoring import row_size
 from tracker.engine.scoring.sweep import HALVED, Engine
 from tracker.models import devices
@@ -103,8 +103,8 @@ def test_a_model_spread_over_devices(load):
     device_map["lm_head"] = "sim:1"
     model = accelerate.dispatch_model(other.loaded.model, device_map, main_device="sim:0")
     spread = replace(other, loaded=replace(other.loaded, model=model, device=DEVICE))
-    sublayers = [ablate(kind, [n]) for kind in ("attention", "mlp") for n in range(4)]
-    repeats = [INTACT, Ablation(repeated=(Stretch(1, 3),))]
+    sublayers = [Ablation.parse(f"{kind}:{n}") for kind in ("attention", "mlp") for n in range(4)]
+    repeats = [INTACT, Ablation.parse("repeat:1-2")]
     for ablations in (ABLATIONS, [INTACT, *sublayers], repeats):
         assert responses(spread, ablations) == responses(engine, ablations)
 

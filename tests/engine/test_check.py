@@ -13,7 +13,7 @@ import torch
 from tests.helpers.ablations import single_layers
 from tests.helpers.engines import MAX_LENGTH, Memory, asking, engine_of, loaded, make_documents
 from tests.helpers.families import tiny_model
-from tracker.core.ablations import INTACT, Ablation, ablate
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
 from tracker.engine.scoring.prefix import SHORTEST
@@ -124,7 +124,7 @@ def test_a_verdict_is_kept_and_a_damaged_one_is_made_again(spy):
             assert check(engine, documents, asked, kept) == first
             assert kept[key] == verdict
         assert [len(calls) for calls in made] == [2 * (n <= place) for n in range(3)]
-    check(engine, documents, [*asked, ablate("mlp", [1])], kept)
+    check(engine, documents, [*asked, Ablation.parse("mlp:1")], kept)
     assert len(kept) == 6, "another ablation is another question"
 
 
@@ -171,7 +171,7 @@ def test_it_does_not_hold_of_other_weights_or_what_computes_them(times_asked, mo
 
 
 def test_what_was_fitted_on_its_texts_is_confirmed_anew(times_asked):
-    cell = {"ablations": [INTACT, Ablation(replaced=(("mean", 1),))]}
+    cell = {"ablations": [INTACT, Ablation.parse("mean:1")]}
     cell["fit"] = lambda engine: {1: MadeUp(1)}
     assert [times_asked(engine_of("llama"), **cell) for _ in range(2)] == [1, 1]
 

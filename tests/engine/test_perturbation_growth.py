@@ -16,7 +16,7 @@ from tests.helpers.engines import (
     pruned,
 )
 from tests.helpers.families import tiny_model
-from tracker.core.ablations import INTACT
+from tracker.core.changes import INTACT
 from tracker.core.documents import Document
 from tracker.engine.memory import stream_bytes
 from tracker.engine.observers import perturbation_growth as module

@@ -18,7 +18,7 @@ from tests.helpers.ablations import single_layers
 from tests.helpers.engines import MAX_LENGTH, asking, engine_of, make_documents
 from tests.helpers.families import tiny_model
 from tests.helpers.registry import Variant, tiny
-from tracker.core.ablations import INTACT, Ablation, ablate
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.engine import plan
 from tracker.engine.memory import stream_bytes
@@ -28,7 +28,7 @@ from tracker.engine.scoring.prefix import SHORTEST
 from tracker.engine.scoring.rows import common_beginning
 from tracker.engine.selfcheck.check import plain_tokens
 
-ABLATIONS = [*single_layers((0, 1, 2, 3)), ablate("attention", [1]), ablate("mlp", [2])]
+ABLATIONS = [*single_layers((0, 1, 2, 3)), Ablation.parse("attention:1"), Ablation.parse("mlp:2")]
 
 
 def tiny_mixture(experts: int) -> Any:
@@ -122,12 +122,12 @@ def test_a_sublayer_alone_costs_lm_eval_the_other_half_of_its_layer() -> None:
         said = cost(model, documents, [INTACT, *removed], MAX_LENGTH)
         return said.plain_layer_passes["lm-eval"], said.naive_flops
 
-    passes, flops = naive(ablate("layer", [1]))
+    passes, flops = naive(Ablation.parse("layer:1"))
     # Three tokens that see three, through four square matrices, two of them half as wide.
     attention = 3 * (2 * 3 * 32 * 32 + 4 * 3 * 32)
     mlp = 3 * 2 * 3 * 32 * 48
-    assert naive(ablate("mlp", [1])) == (passes + 1.5, flops + attention)
-    assert naive(ablate("attention", [1])) == (passes + 1.5, flops + mlp)
+    assert naive(Ablation.parse("mlp:1")) == (passes + 1.5, flops + attention)
+    assert naive(Ablation.parse("attention:1")) == (passes + 1.5, flops + mlp)
 
 
 def test_the_peak_is_weights_and_the_widest_row_and_logits() -> None:

@@ -26,7 +26,7 @@ from tests.tools.survey import (
     blocks,
     examine,
 )
-from tracker.core.ablations import INTACT, Ablation
+from tracker.core.changes import INTACT, Ablation
 
 MEASURED = [
     # Positions by the kind of layer, a window of other kinds of layers.
@@ -45,7 +45,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def few(monkeypatch):
     """A layer alone, and two together, in place of every layer."""
-    monkeypatch.setattr(survey, "ABLATIONS", [INTACT, Ablation((0,)), Ablation((1, 2))])
+    monkeypatch.setattr(
+        survey, "ABLATIONS", [INTACT, Ablation.parse("layer:0"), Ablation.parse("layers:1,2")]
+    )
 
 
 @pytest.mark.parametrize(("family", "name"), MEASURED)
@@ -115,7 +117,7 @@ def test_both_truths_agree_where_layers_know_no_numbers():
     request = blocks()[1][0].requests[2]
     for family in ("llama", "gemma2", "granite_swa"):
         truth = Truth(find(family, "plain").model())
-        for ablation in (Ablation((0,)), Ablation((1, 2))):
+        for ablation in (Ablation.parse("layer:0"), Ablation.parse("layers:1,2")):
             kept = truth.of(ablation, request)
             assert truth.of(ablation, request, DELETED) == pytest.approx(kept, abs=1e-4)
             assert abs(truth.of(INTACT, request) - kept) > 0.02

@@ -12,7 +12,7 @@ import torch
 from tests.helpers.ablations import single_layers
 from tests.helpers.engines import MAX_LENGTH, answers, engine_of, make_documents
 from tests.helpers.families import tiny_model
-from tracker.core.ablations import INTACT
+from tracker.core.changes import INTACT
 from tracker.core.proxies import OBSERVED
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.masks import Sight

@@ -22,7 +22,7 @@ from tests.helpers.ablations import single_layers
 from tests.helpers.cells import LONGROPE, VERDICTS, Draw, measure, tiny
 from tests.helpers.engines import Memory, loaded
 from tests.helpers.families import SMALL
-from tracker.core.ablations import INTACT
+from tracker.core.changes import INTACT
 from tracker.core.errors import CellError
 from tracker.engine.scoring.sharing import FULL, ONE_BY_ONE
 from tracker.engine.scoring.sweep import Engine

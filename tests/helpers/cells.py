@@ -95,7 +95,7 @@ def measure(
     of its fields, where the model itself may give several numbers.
     """
     ablations = single_layers(tuple(layers))
-    removed = [ablation.layers for ablation in ablations]
+    removed = [ablation.removed() for ablation in ablations]
     expected = truths(model, documents, removed, max_length, ablate)
     shared = set()
     for name, step in (("in order", 1), ("in reverse", -1)):

@@ -189,7 +189,7 @@ def agree(
     """Compare every response of every ablation with the naive one, a document's asked once."""
     for column, ablation in enumerate(ablations):
         truth: dict[Document, list[tuple[float, bool]]] = {}
-        with ablate(model, ablation.layers) as ablated:
+        with ablate(model, ablation.removed()) as ablated:
             for score in scores:
                 if score.document not in truth:
                     truth[score.document] = answers(ablated, score.document)

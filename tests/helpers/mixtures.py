@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import save_tokenizer
 from tests.helpers.registry import Variant, tiny
-from tracker.core.ablations import Ablation, Part
+from tracker.core.changes import Ablation, Change
 from tracker.models.layers import find_layers
 
 MIXTURES = {
@@ -62,7 +62,7 @@ def mixture(family, experts=5, **more):
 
 def experts(layer, *numbers):
     """Take some experts of a layer out."""
-    return Ablation(parts=tuple(Part("expert", layer, number) for number in numbers))
+    return Ablation.of(*(Change.parse(f"expert:{layer}.{number}") for number in numbers))
 
 
 def smaller(model, family, ablation):

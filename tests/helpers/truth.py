@@ -110,10 +110,10 @@ def truths(
 
 def deeper(family, model, ablation):
     """Make a model of a configuration with more layers, and give it the weights by their names."""
-    order = [i for i in range(4) if i not in ablation.layers]
+    order = [i for i in range(4) if i not in ablation.removed()]
     for stretch in ablation.repeated:
         at = order.index(stretch.stop - 1) + 1
-        order[at:at] = [*range(stretch.start, stretch.stop)] * (stretch.times - 1)
+        order[at:at] = [*stretch.layers] * (stretch.repeats - 1)
     config = FAMILIES[family].config()
     config.num_hidden_layers = len(order)
     if getattr(config, "layer_types", None):

@@ -169,7 +169,7 @@ class TestDepth:
             "mean",
         ]
         piqa = figure.data[1]
-        by_layer = {record.layer: record for record in study()[1].runs}
+        by_layer = {record.change.layer: record for record in study()[1].runs}
         for layer, y in enumerate(piqa.y):
             assert y == (by_layer[layer].accuracy_relevance if layer in by_layer else None)
         assert "not measured yet" in piqa.hovertext[7]
@@ -187,7 +187,7 @@ class TestDepth:
         axes = {"y": "cosine_score", "y2": "angular_distance", "y3": "relative_update"}
         assert len(figure.data) == 9
         for place, trace in enumerate(figure.data):
-            records = {record.layer: record for record in cells[place % 3].runs}
+            records = {record.change.layer: record for record in cells[place % 3].runs}
             for layer, y in zip(trace.x, trace.y, strict=True):
                 wanted = getattr(records[layer], axes[trace.yaxis]) if layer in records else None
                 assert y == wanted

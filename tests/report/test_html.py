@@ -41,7 +41,7 @@ def test_layer_table_equals_the_records(page: str) -> None:
     }
     for texts, record in zip(reader.tables[name], study()[0].runs, strict=True):
         row = {head: text for head, (text, _) in zip(reader.headers[name], texts, strict=True)}
-        assert row.pop("layer (0-based)") == str(record.layer)
+        assert row.pop("layer (0-based)") == str(record.change.layer)
         ends = [number(end) / 100 for end in row.pop("95 % interval (pp)").split(" to ")]
         wanted = [record.accuracy_drop_low, record.accuracy_drop_high]
         assert ends == pytest.approx(wanted, abs=0.00051)

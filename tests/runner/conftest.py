@@ -117,7 +117,7 @@ def as_one_process(
         ((title, why),) = found.outcome.failed.items()
         assert "piqa" in title
         assert "continuation" in why
-        assert {run.component for run in found.cells[0].runs} == {"layer", "head"}
+        assert {run.change.component for run in found.cells[0].runs} == {"layer", "head"}
         same(tmp_path / "one", tmp_path / "elsewhere")
         assert heard.counted == heard.expected
         assert heard.finished

@@ -83,7 +83,7 @@ def test_experts_matrices_are_lm_evals(tmp_path, one_thread):
     assert {*runs} == {f"q4_0:1.{path}" for path in maps}
     whole = write_study(tmp_path / "whole.yaml", **said, intervention=["q4_0"])
     (cell,) = run(whole, results).cells
-    runs |= {each.ablation: each for each in cell.runs if each.map is None}
+    runs |= {each.ablation: each for each in cell.runs if each.change.map is None}
     (store,) = Ledger(results).cells()
     frame = store.read()
     loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)

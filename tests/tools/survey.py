@@ -28,7 +28,7 @@ from torch import nn
 from tests.helpers.ablations import single_layers
 from tests.helpers.engines import Memory, loaded, skipped
 from tests.helpers.registry import LAYERS, ORIGINAL, VOCABULARY, Variant
-from tracker.core.ablations import INTACT, Ablation
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError, ModelError
 from tracker.engine.scoring.sweep import Engine
@@ -37,7 +37,7 @@ from tracker.models.checkpoint import without
 from tracker.models.layers import find_layers
 
 MAX_LENGTH = 176
-ABLATIONS = [*single_layers(tuple(range(LAYERS))), Ablation((1, 2))]
+ABLATIONS = [*single_layers(tuple(range(LAYERS))), Ablation.parse("layers:1,2")]
 ROWS = (192, 1024)
 """Tokens of a row on a processor and on an accelerator."""
 SECONDS = 240
@@ -159,11 +159,11 @@ class Truth:
 
     def loads(self, ablation: Ablation) -> bool:
         """Say whether there is a checkpoint without the layers, which runs."""
-        if not ablation.layers:
+        if not ablation.removed():
             return False
         if ablation not in self._loaded:
             try:
-                self._loaded[ablation] = saved_and_loaded(self.model, ablation.layers)
+                self._loaded[ablation] = saved_and_loaded(self.model, ablation.removed())
                 self._forward(ablation, (5, 6, 7), SAVED)
             except Exception:  # noqa: BLE001 - whatever a class says where a layer is missing
                 self._loaded[ablation] = None
@@ -173,8 +173,8 @@ class Truth:
         model = self._copy(ablation, way)
         ids = torch.tensor([tokens])
         # A model whose layers cannot be told has a baseline nevertheless.
-        skips = ablation.layers and way == SKIPPED
-        skip = skipped(model, ablation.layers) if skips else nullcontext()
+        skips = ablation.removed() and way == SKIPPED
+        skip = skipped(model, ablation.removed()) if skips else nullcontext()
         with skip, torch.inference_mode():
             said = model(ids, use_cache=False).logits[0].double().log_softmax(-1)
         if self._changes_itself is None and way != SAVED:
@@ -188,7 +188,7 @@ class Truth:
             loaded = self._loaded[ablation] if way == SAVED else None
             self._copies[key] = copy.deepcopy(self.model if loaded is None else loaded)
             if way == DELETED:
-                delete_layers(self._copies[key], ablation.layers)
+                delete_layers(self._copies[key], ablation.removed())
         return self._copies[key]
 
 
@@ -261,7 +261,9 @@ def _examine(variant: Variant) -> Verdict:
         found = _compare(model, truth)
     except (CellError, ModelError) as error:
         return Verdict(variant, REFUSED, why=_said(error))
-    idle = tuple(layer for layer in range(LAYERS) if not _matters(Ablation((layer,)), truth))
+    idle = tuple(
+        layer for layer in range(LAYERS) if not _matters(Ablation.parse(f"layer:{layer}"), truth)
+    )
     verdict = EXACT if found.agrees else DISCONTINUOUS if _exact_in_double(model, found) else WRONG
     return Verdict(variant, verdict, found.shared, found.largest, found.note, idle)
 
@@ -350,7 +352,7 @@ def _compare_cell(
         ]
         far, off = _furthest(responses, ablation, truth)
         # What loads is the truth, but where it is said that something else is measured.
-        is_saved = not ablation.layers or truth.loads(ablation)
+        is_saved = not ablation.removed() or truth.loads(ablation)
         way = SAVED if is_saved else SKIPPED
         other = None if is_saved and not checked.which else SKIPPED if is_saved else DELETED
         if off and other and (found := _in_a_way(responses, ablation, truth, other)):

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,5 +215,5 @@ def test_what_is_known_so_far_is_what_the_record_says(measured: Measured) -> Non
 
 def lacking(store: CellStore, view: View) -> tuple[CellStore, View]:
     """Ask for a run that is not measured."""
-    more = view.runs[0].model_copy(update={"component": "mlp"})
+    more = replace(view.runs[0], component="mlp")
     return store, view.model_copy(update={"runs": (*view.runs, more)})

@@ -48,7 +48,7 @@ def complete(uri: str, project: str, cell: CellRecord, file: Path, folder: Path)
     assert len(store.runs) == 2 + len(cell.runs)
     assert all(run.info.status == "FINISHED" for run in store.runs)
     for name in CURVES:
-        wanted = [(row.layer, row.figure(name)) for row in cell.runs]
+        wanted = [(row.change.layer, row.figure(name)) for row in cell.runs]
         assert store.curve(cell, name) == [point for point in wanted if point[1] is not None]
     store.shows(cell)
     assert store.bytes_of(store.cell(cell), file.name, folder) == file.read_bytes()

@@ -97,7 +97,7 @@ def test_the_agent_fills_the_sweep_and_the_cell(
     trials = [double.run(run_id, "layers") for run_id in sweep.handed_out]
     *measured, beyond = trials
     (cell,) = api.ls(client.folder / "results")
-    layers = {(run.layer, run.span): run for run in cell.runs}
+    layers = {(run.change.layer, run.change.span): run for run in cell.runs}
     assert set(layers) == {(0, 2), (1, 2)}  # what the sweep asks for, and no more
     said = {"system_instruction": "You are a painter, and you name colours."}
     assert (cell.benchmark.name, cell.benchmark.settings) == ("paint", said)
@@ -139,11 +139,11 @@ def test_a_file_of_heads_is_swept_and_reported_from_the_project(
     asked = {"component": "head", "layer": [1], "head": [0, 1], "limit": 4, "benchmark": "copa"}
     trials = obey("evaluate", experiment(tiny_llama(layers=2), **asked))
     (cell,) = api.ls(client.folder / "results")
-    runs = {(run.layer, run.number): run for run in cell.runs}
+    runs = {(run.change.layer, run.change.number): run for run in cell.runs}
     assert {(t.values["layer"], t.values["head"]) for t in trials} == {*runs}
     for trial in trials:
         run = runs[trial.values["layer"], trial.values["head"]]
-        assert (trial.job_type, trial.state, run.component) == ("layer", "finished", "head")
+        assert (trial.job_type, trial.state, run.change.component) == ("layer", "finished", "head")
         assert trial.values["tracker"]["ablation"] == run.ablation
         assert figures(trial.summary) == flat_metrics(run)
     client.lend(monkeypatch)

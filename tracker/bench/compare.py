@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tracker.bench.loops import Loop, LoopTiming, timed
 from tracker.bench.vllm import open_vllm, refuse_vllm
-from tracker.core.ablations import Ablation, ablations_of
+from tracker.core.ablations import ablations_of
+from tracker.core.changes import Ablation
 from tracker.core.config import ONE_EACH, CellRequest
 from tracker.core.errors import BenchmarkError
 from tracker.core.model_parts import with_all_parts

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tracker.bench.loops import Loop, timed
-from tracker.core.ablations import Ablation
+from tracker.core.changes import Ablation
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError, first_line
 from tracker.models.sources import find_model
@@ -152,7 +152,7 @@ def open_vllm(
         seconds, model = timed(load)
 
         def without(ablation: Ablation) -> Any:
-            model.model.collective_rpc("pass_over", args=(list(ablation.layers),))
+            model.model.collective_rpc("pass_over", args=(list(ablation.removed()),))
             return model
 
         try:

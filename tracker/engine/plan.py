@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tracker.core.ablations import Ablation
+from tracker.core.changes import Ablation
 from tracker.core.documents import Document
 from tracker.core.grouping import grouped
 from tracker.core.model_parts import experts_of_a_token

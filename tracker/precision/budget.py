@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from tracker.core.ablations import Ablation, Rounded
+from tracker.core.changes import Ablation, Change
 from tracker.core.errors import RequestError
 from tracker.core.kinds import ENDS
 from tracker.core.weight_formats import FORMATS
@@ -23,7 +23,7 @@ class Unit:
 
     Attributes:
         layer: The layer, 0-based; 0 for what is of none.
-        which: As `Rounded.which`.
+        which: As `Change.path`.
         shapes: Of each of its maps outputs and inputs.
     """
 
@@ -42,6 +42,10 @@ class Unit:
     def place(self) -> str:
         """The same in a file: `3.mlp.down_proj`, `3`, `embedding`."""
         return self.which if self.is_end else f"{self.layer}.{self.which}".rstrip(".")
+
+    def change(self, form: str) -> Change:
+        """Return the change that gives it a format."""
+        return Change.parse(f"{form}:{self.place}")
 
     @property
     def is_end(self) -> bool:
@@ -99,22 +103,9 @@ Choice = Mapping[Unit, str]
 """Each unit's format."""
 
 
-def rounded_at(place: str, form: str) -> Rounded:
-    """Read the place of a unit as a file has it, `Unit.place`."""
-    if place in ENDS:
-        return Rounded(form, 0, place)
-    layer, _, which = place.partition(".")
-    return Rounded(form, int(layer), which)
-
-
-def together(rounded: Iterable[Rounded]) -> Ablation:
-    """What a model is of which all these are rounded."""
-    return Ablation(rounded=tuple(sorted(rounded, key=lambda each: (each.layer, each.which))))
-
-
 def ablation_of(choice: Choice) -> Ablation:
-    """What a model with these formats is."""
-    return together(Rounded(form, unit.layer, unit.which) for unit, form in choice.items())
+    """Make the ablation that gives a model these formats."""
+    return Ablation.of(*(unit.change(form) for unit, form in choice.items()))
 
 
 def bits_of(choice: Choice) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
+from tracker.core.changes import Change
 from tracker.core.config import ONE_EACH, CellRequest
 from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
 from tracker.models.maps import maps_of
@@ -49,9 +50,8 @@ def each_map(
     asked = with_all_parts(asked, parts)
     if ends:
         more: dict[str, Any] = {"maps": (*asked.maps, *ends)}
-        if asked.only is not None:  # layers differ in their maps
-            both = product(formats, ends)
-            every = (*asked.only, *(("linear", 1, 0, form, None, 2, end) for form, end in both))
-            more["only"] = every
+        if asked.changes is not None:  # layers differ in their maps
+            of_ends = (Change.parse(f"{form}:{end}") for form, end in product(formats, ends))
+            more["changes"] = (*asked.changes, *of_ends)
         asked = asked.model_copy(update=more)
     return asked

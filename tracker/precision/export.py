@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tracker.core.ablations import Rounded
+from tracker.core.changes import Ablation, Change
 from tracker.core.config import CellRequest
 from tracker.core.distribution import __version__
 from tracker.core.errors import BenchmarkError
@@ -29,7 +29,6 @@ from tracker.models.load import LoadedModel, load_model
 from tracker.models.pruned import pruned
 from tracker.models.quantised import quantise
 from tracker.models.sources import find_model
-from tracker.precision.budget import rounded_at, together
 from tracker.precision.recipes import recipes
 from tracker.pruning.export.checkpoint import beside, refuse_output
 from tracker.pruning.export.facts import Proof
@@ -91,11 +90,11 @@ def save(
     refuse_output(output)
     source = find_model(tests.model, tests.revision, tests.model_args)
     checkpoint.refuse_packed(source, options.trust_remote_code)
-    rounded = [rounded_at(place, form) for place, form in formats.items()]
+    rounded = [Change.parse(f"{form}:{place}") for place, form in formats.items()]
     with beside(output) as folder:
         progress.say(f"loading {source.name}")
         loaded = load_model(source, tests.dtype, options.device, options.trust_remote_code)
-        of_ends = {each.which: each.format for each in rounded if each.is_end}
+        of_ends = {each.path: each.intervention for each in rounded if each.is_end}
         by_layer = _by_layer(loaded, [each for each in rounded if not each.is_end])
         name = type(loaded.model).__name__
         changes = [
@@ -123,7 +122,7 @@ def save(
         checkpoint.release()
         store = look_up(tests, ledger).store
         assert store is not None  # it was tested
-        measured = MeasuredCell(tests, store, together(rounded))
+        measured = MeasuredCell(tests, store, Ablation.of(*rounded))
         progress.say("loading it in a fresh process, for lm-eval")
         try:
             proof = prove(folder, wanted, measured, options.trust_remote_code)
@@ -133,12 +132,13 @@ def save(
     return Quantised(output, paths, made, proof)
 
 
-def _by_layer(loaded: LoadedModel, rounded: Sequence[Rounded]) -> dict[int, dict[str, str]]:
+def _by_layer(loaded: LoadedModel, rounded: Sequence[Change]) -> dict[int, dict[str, str]]:
     """Say of each layer which of its maps have which format."""
     found: dict[int, dict[str, str]] = {}
-    for form, layer, path in rounded:
+    for change in rounded:
+        layer, path = change.layer, change.path
         maps = [path] if path else linear_maps(loaded.layers[layer], f"layer {layer}")
-        found.setdefault(layer, {}).update(dict.fromkeys(maps, form))
+        found.setdefault(layer, {}).update(dict.fromkeys(maps, change.intervention))
     return found
 
 

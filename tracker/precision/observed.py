@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tracker.core.ablations import Ablation, Rounded
+from tracker.core.changes import Ablation, Change
 from tracker.core.documents import Document
 from tracker.engine.observers.divergence import divergences
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
@@ -15,13 +15,13 @@ from tracker.ledger.shards import Arrays
 from tracker.measuring.observing import Observe
 
 
-def errors_of(engine: Engine, maps: Sequence[Rounded], kl: bool = False) -> Observe:
+def errors_of(engine: Engine, maps: Sequence[Change], kl: bool = False) -> Observe:
     """Make what observes a document's `rounding_errors`, with `weight_error` the same for all.
 
     With `kl` also the divergence of what the model says, which takes a pass for each map.
     """
     weights = weight_errors(engine, maps)
-    ablations = [Ablation(rounded=(each,)) for each in maps]
+    ablations = [Ablation.of(each) for each in maps]
 
     def watch(document: Document) -> Arrays:
         found = {**rounding_errors(engine, document, maps), "weight_error": weights}

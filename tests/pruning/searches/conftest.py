@@ -16,7 +16,7 @@ from tests.conftest import cli, save_llama
 from tests.helpers.truth import exported, truths
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.core.ablations import Ablation
+from tracker.core.changes import Ablation
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.core.search_parts import SearchParts
@@ -179,5 +179,5 @@ def cell(
 def opened_cell(asked: SearchRequest, lender: Lender) -> OpenCell:
     """The cell that chooses, whose sharing is checked on each layer, as for a whole search."""
     cell = OpenCell(asked.calibration()[0], lender)
-    cell.opened([Ablation((layer,)) for layer in range(LAYERS)])
+    cell.opened([Ablation.parse(f"layer:{layer}") for layer in range(LAYERS)])
     return cell

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.core.ablations import INTACT, ablate
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document, Response
 from tracker.core.extent import ALL
@@ -117,7 +117,9 @@ def _measure(
     (task,) = store.identity.benchmark.tasks
     sets = [(), *((layer,) for layer in range(LAYERS)), *combinations(range(pairs), 2)]
     gold, drawn = draw_scores(dice, sets, costs, documents, size)
-    scores = {ablate("layer", gone).name: table for gone, table in zip(sets, drawn, strict=True)}
+    scores = {
+        Ablation.of(removed=gone).name: table for gone, table in zip(sets, drawn, strict=True)
+    }
     cosine = 10 * dice.uniform(0.9, 1, LAYERS)
     observed = (10, [cosine.tolist(), [1.0] * LAYERS, [1.0] * LAYERS])
     for block in store.blocks(ALL):

@@ -143,7 +143,13 @@ def add_what_is_not_shown(
 ) -> None:
     """Count a try by whether all that was asked for is shown, and nothing else in a project."""
     known = {
-        (record.benchmark.settings.get("part"), run.component, run.number, run.layer, run.n)
+        (
+            record.benchmark.settings.get("part"),
+            run.change.component,
+            run.change.number,
+            run.change.layer,
+            run.n,
+        )
         for record in api.ls(results)
         for run in record.runs
     }

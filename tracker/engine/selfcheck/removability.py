@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracker.core.ablations import INTACT, Ablation
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.errors import CellError, ModelError
 from tracker.engine.refusal import tried
 from tracker.engine.scoring.sharing import NO_HABITS, PLAIN
@@ -83,7 +83,7 @@ def as_removed(truth: Reference, ablations: Sequence[Ablation], verdict: Verdict
     loading = _loading(engine, still)
     seen: dict[Ablation, _Seen] = {}
     for ablation in ablations:
-        changed = Ablation(ablation.layers, repeated=ablation.repeated)
+        changed = Ablation.of(*ablation.repeated, removed=ablation.removed())
         if changed != INTACT and changed not in seen:
             seen[changed] = found = _see(truth, still, changed, loading)
             if found.copy is None and found.skip is None and found.saved is None:
@@ -205,10 +205,11 @@ def _which(seen: Mapping[Ablation, _Seen]) -> str | None:
 
 
 def _named(ablation: Ablation) -> str:
-    plural = "s" if len(ablation.layers) > 1 else ""
-    words = [f"without layer{plural} {', '.join(map(str, ablation.layers))}"]
-    again = [f"with {each.name.partition(':')[2]} passed again" for each in ablation.repeated]
-    return " and ".join((words if ablation.layers else []) + again)
+    layers = ablation.removed()
+    plural = "s" if len(layers) > 1 else ""
+    words = [f"without layer{plural} {', '.join(map(str, layers))}"] if layers else []
+    again = [f"with {span.target} passed again" for span in ablation.repeated]
+    return " and ".join(words + again)
 
 
 def _text_of(engine: Engine) -> tuple[Tensor | None, str | None]:
@@ -218,7 +219,7 @@ def _text_of(engine: Engine) -> tuple[Tensor | None, str | None]:
 
 def _handing_on(engine: Engine, ablation: Ablation) -> AbstractContextManager[None]:
     """Let the layers of an ablation stay in their places and hand on their input."""
-    layers = (engine.loaded.layers[layer] for layer in ablation.layers)
+    layers = (engine.loaded.layers[layer] for layer in ablation.removed())
     return all_of(handle for layer in layers for handle in returning(layer, lambda state: state))
 
 

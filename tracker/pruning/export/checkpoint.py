@@ -16,7 +16,8 @@ from typing import Any
 
 from tracker.benchmarks.benchmark import check_benchmark
 from tracker.benchmarks.standalone import refuse_alone
-from tracker.core.ablations import Stretch, ablations_of
+from tracker.core.ablations import ablations_of
+from tracker.core.changes import Change
 from tracker.core.config import CellRequest, cell_request
 from tracker.core.errors import CellError, RequestError, TrackerError, WorkError
 from tracker.core.formats import counted, measure_of
@@ -159,12 +160,13 @@ def change(
         )
     if component != "layer":
         raise RequestError("--repeat passes whole layers again; leave --component out")
-    stretch = Stretch(repeat[0], repeat[-1] + 1, 2 if repeats is None else repeats)
-    if list(repeat) != list(stretch.layers):
+    times = 2 if repeats is None else repeats
+    span = Change(layers=tuple(repeat), intervention="repeat", repeats=times)
+    if list(repeat) != list(range(repeat[0], repeat[-1] + 1)):
         raise RequestError("--repeat is one stretch of neighbours, as in --repeat 8-11")
-    if stretch.times < 2:
+    if times < 2:
         raise RequestError("--repeats counts all passes: 2 is twice")
-    return Pruning((), repeated=stretch)
+    return Pruning((), repeated=span)
 
 
 def refuse_parts(component: Component, layers: tuple[int, ...]) -> None:
@@ -261,11 +263,8 @@ def _measure(
     asked: ExportRequest, removed: tuple[int, ...], progress: Progress
 ) -> tuple[CellRecord, MeasuredCell]:
     """Measure what the change costs on the benchmark, or recall it."""
-    runs: dict[str, Any] = {"layers": (), "removed": removed}
-    for stretch in asked.pruning.stretches:
-        runs = {"layers": (stretch.start,), "spans": (len(stretch.layers),)}
-        runs |= {"interventions": ("repeat",), "repeats": (stretch.times,)}
-    request = asked.request.model_copy(update=runs)
+    changes = {"removed": removed, "changes": asked.pruning.stretches}
+    request = asked.request.model_copy(update=changes)
     publisher = Publisher(asked.track, asked.project, asked.ledger.root)
     with closing(publisher):
         done = run_cells([request], asked.ledger, publisher, asked.options, progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from tracker.core.ablations import Stretch
+from tracker.core.changes import Change
 from tracker.core.extent import Extent
 from tracker.core.formats import counted
 from tracker.core.identities import ModelIdentity
@@ -44,7 +44,7 @@ def chosen(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...]) -> Pr
     return _pruning(contents, best)
 
 
-def tried(ledger: Ledger, model: ModelIdentity, stretch: Stretch) -> Pruning:
+def tried(ledger: Ledger, model: ModelIdentity, stretch: Change) -> Pruning:
     """Say on which calibration documents a stretch of a model was passed again: they may choose."""
     found = []
     for store in ledger.cells():
@@ -53,7 +53,7 @@ def tried(ledger: Ledger, model: ModelIdentity, stretch: Stretch) -> Pruning:
         if store.identity.model.key != model.key or part != "calibration":
             continue
         frame = store.read(columns=["task", "doc", "ablation"])
-        rows = frame[frame["ablation"] == stretch.name]
+        rows = frame[frame["ablation"] == str(stretch)]
         numbers = {str(task): tuple(map(int, some)) for task, some in rows.groupby("task")["doc"]}
         if numbers:
             one = Calibrated(

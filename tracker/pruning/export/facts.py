@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic_core import to_jsonable_python
 
-from tracker.core.ablations import Stretch
+from tracker.core.changes import Change
 from tracker.core.estimates import Estimate
 from tracker.core.hub import check_name
 from tracker.core.identities import ModelIdentity
@@ -75,10 +75,10 @@ class Pruning:
     tested: tuple[Accuracy, ...] = ()
     chosen_by: tuple[CellRecord, ...] = field(default=(), repr=False)
     documents: tuple[Calibrated, ...] = field(default=(), repr=False)
-    repeated: Stretch | None = None
+    repeated: Change | None = None
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
+    def stretches(self) -> tuple[Change, ...]:
         """The stretches that are passed again: one, or none."""
         return () if self.repeated is None else (self.repeated,)
 
@@ -185,7 +185,7 @@ class Exported:
         """What the model is called."""
         repeated = self.pruning.repeated
         if repeated is not None:
-            return f"{self.base.name}-{repeated.name.replace(':', '-')}"
+            return f"{self.base.name}-{str(repeated).replace(':', '-')}"
         return f"{self.base.name}-{self.after.layers}-of-{self.before.layers}-layers"
 
     @property
@@ -200,7 +200,7 @@ class Exported:
             "name": self.name,
             "removed": sorted(pruning.removed),
             "removed_in_order": pruning.removed,
-            "repeated": [stretch._asdict() for stretch in pruning.stretches],
+            "repeated": [str(span) for span in pruning.stretches],
             "change": _change(pruning),
             "strategy": pruning.strategy,
             "calibration": pruning.calibration,
@@ -319,14 +319,14 @@ def _removed(model: Exported) -> _Told:
     )
 
 
-def _repeated(model: Exported, stretch: Stretch) -> _Told:
+def _repeated(model: Exported, stretch: Change) -> _Told:
     clause = f"{stretch.clause[0].upper()}{stretch.clause[1:]}"
     on = model.pruning.calibration
     known = f" It was tried on {as_markdown(on)}, which may have chosen it." if on else ""
     return _Told(
-        f"with {stretch.which} of its {model.before.layers} passed {stretch.often}",
-        f"{clause} (0-based): {stretch.times} copies, each with its own weights, stand one behind "
-        f"the other. The stretch was named by hand.{known}",
+        f"with {stretch.layer_words} of its {model.before.layers} passed {stretch.times}",
+        f"{clause} (0-based): {stretch.repeats} copies, each with its own weights, stand one "
+        f"behind the other. The stretch was named by hand.{known}",
         "What is repeated",
         "What it is worth",
         "What it takes",
