@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.ledger import faults
+from tests.helpers import faults
 from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import verify

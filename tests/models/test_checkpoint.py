@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from tests.helpers.families import tiny_model
 from tests.helpers.registry import NOT_SAVED, families, find, variants
+from tests.helpers.small_models import WIDE, make
 from tests.helpers.truth import deeper
-from tests.models.test_layers import WIDE, make
 from tracker.core.changes import Ablation, Change
 from tracker.core.errors import ModelError
 from tracker.models.checkpoint import refuse_unsizable, resized, save, without

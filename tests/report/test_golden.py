@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.ablations import with_change
+from tests.helpers.ablations import with_change
 from tracker.core.changes import Change
 from tracker.core.records import CellRecord
 from tracker.core.tables import Table

@@ -9,7 +9,7 @@ from statistics import NormalDist
 
 import pytest
 
-from tests.ablations import with_change
+from tests.helpers.ablations import with_change
 from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord, RunRecord
 from tracker.report.layer_figures import relevance_estimate
