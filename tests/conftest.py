@@ -20,8 +20,8 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import settings
 
-from tests.forks import Trackers
-from tests.gemma import gemma_file
+from tests.helpers.forks import Trackers
+from tests.helpers.gemma import gemma_file
 from tracker.cli.boundary import NEW_OBJECTS
 
 # Workers side by side and what they start share the cores; torch reads this when it is imported.
@@ -53,6 +53,20 @@ CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+UNIT = {
+    *("ledger", "stats"),
+    *("test_ablations.py", "test_answers.py", "test_choose.py", "test_config.py", "test_extent.py"),
+    *("test_layer_kinds.py", "test_masks.py", "test_names.py", "test_probe_texts.py"),
+    *("test_questions.py", "test_refusal.py", "test_rows.py", "test_schema.py", "test_slices.py"),
+    *("test_budgets.py", "test_recommending.py", "test_rescoring.py", "test_wording.py"),
+}
+"""Folders and files of tests that load no model and start no program: `pytest -m unit`."""
+SIMULATING = {
+    *("test_confidence.py", "test_power.py", "test_reliability.py", "test_smallest.py"),
+    *("test_stopping.py", "test_task_dependence.py", "test_top_k.py"),
+}
+"""Of these those that draw for many seconds."""
 
 
 def golden(name: str) -> list[tuple[str, ...]]:
@@ -149,7 +163,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes begins first; the many short tests fill what is left of each worker."""
+    """Mark unit tests, and begin with what takes minutes: short tests fill what is left."""
+    for item in items:
+        place = {item.path.parent.name, item.path.name}
+        if UNIT & place and not SIMULATING & place:
+            item.add_marker(pytest.mark.unit)
     order = ("test_registry.py", "runner", "tracking", "engine")
 
     def place(item: pytest.Item) -> int:
@@ -246,7 +264,7 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2's first four layers as a checkpoint: trained weights, the real tokenizer, little."""
     from filelock import FileLock
 
-    from tests.engine.truth import exported
+    from tests.helpers.truth import exported
     from tracker.models.load import load_model
     from tracker.models.sources import find_model
 

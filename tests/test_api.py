@@ -20,7 +20,7 @@ import yaml
 from transformers import LlamaForCausalLM
 
 import tracker
-from tests.runner.elsewhere import Heard
+from tests.helpers.runs import Heard
 from tracker import api
 from tracker.core.errors import RequestError, ResultsError
 from tracker.core.experiment_input import REMOVALS, load_experiment, with_settings
@@ -56,7 +56,7 @@ def test_a_file_a_dict_and_keywords_ask_the_same(asked: dict[str, Any], tmp_path
     assert tracker.validate(**asked) == tracker.validate(said) == tracker.validate(kept)
     (one,), (other,) = tracker.plan(**asked), tracker.plan(kept, limit=8)
     assert one.cost == other.cost
-    assert [run.layer for run in by_file.cells[0].whole_layers] == [0, 1, 2, 3]
+    assert [run.change.layer for run in by_file.cells[0].whole_layers] == [0, 1, 2, 3]
     assert [path.name for path in kept.parent.glob("*.yaml")] == [kept.name]
 
 
@@ -160,7 +160,7 @@ def test_keywords_beside_a_file_take_the_place_of_what_it_says(
 ) -> None:
     file = experiment(asked["model"], limit=8)
     done = tracker.run(file, layer=[3, 1], results=tmp_path / "results", track=[])
-    assert [run.layer for run in done.cells[0].whole_layers] == [1, 3]
+    assert [run.change.layer for run in done.cells[0].whole_layers] == [1, 3]
     assert done.experiment is not None
     kept = load_experiment(done.experiment).file
     assert kept.parameters.options["layer"] == [3, 1]

@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 
 import tracker
 from tests.conftest import TRACKER, cli, golden, printed, refused, save_llama
-from tests.ledger import faults
+from tests.helpers import faults
 from tracker.cli import terminal
 from tracker.cli.commands import main
 from tracker.cli.printing import runnable

@@ -9,7 +9,8 @@ import yaml
 from pydantic import ValidationError
 
 from tests.conftest import golden
-from tracker.core.ablations import removals
+from tests.helpers.wandb_double import expand
+from tracker.core.ablations import changes_of
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError
 from tracker.core.experiment import Experiment
@@ -17,8 +18,6 @@ from tracker.core.experiment_input import load_experiment
 from tracker.core.extent import DEFAULT_SEED
 from tracker.core.model_parts import ModelParts
 from tracker.ledger.views import request_key
-
-from .tracking.wandb_double import expand
 
 EXPERIMENTS = [
     path
@@ -274,7 +273,7 @@ def test_a_cap_keeps_the_first_runs_in_the_order_of_wandb(load) -> None:
         asked = {
             (cell.model, cell.removed, run.component, run.span, run.layer)
             for cell in cells
-            for run in removals(cell, 10)
+            for run in changes_of(cell, 10)
         }
         wanted = {
             (p["model"], tuple(p["removed"]), p["component"], p["span"], p["layer"])
@@ -290,5 +289,5 @@ def test_a_cap_leads_to_the_same_cell(load) -> None:
     """What is asked of a cell is no part of what the ledger knows it by."""
     grid = MINIMAL.replace("{value: 0}", "{min: 0, max: 3}")
     (some,), (every,) = load("run_cap: 3\n" + grid).cells(), load(grid).cells()
-    assert [run.layer for run in removals(some, 4)] == [0, 1, 2]
+    assert [run.layer for run in changes_of(some, 4)] == [0, 1, 2]
     assert request_key(some, "m", "d", {}) == request_key(every, "m", "d", {})

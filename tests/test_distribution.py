@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import tracker
-from tests.oldest import oldest
+from tests.tools.oldest import oldest
 from tracker.core import distribution
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import cli, refused, save_llama
-from tests.fuzz import folders, tried
+from tests.tools.fuzz import folders, tried
 from tracker import api
 from tracker.core import experiment, safe_yaml
 from tracker.core.config import CellRequest

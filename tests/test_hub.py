@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TRACKER, cli, lend_tasks, refused
-from tests.forks import forks
-from tests.hub import GATED, Hub, hub
+from tests.helpers.forks import forks
+from tests.helpers.hub import GATED, Hub, hub
 
 FIRST = "reading models and benchmarks"
 

@@ -1,4 +1,4 @@
-"""One name for one thing: what a reader finds under a name is what the name always means."""
+"""Names: one for each thing, and in tests only of what they may import."""
 
 from __future__ import annotations
 
@@ -35,3 +35,33 @@ def test_the_table_of_mutants_names_what_is_there() -> None:
             code = (root / file).read_text(encoding="utf-8") if nodes else ""
             assert (root / file).exists(), test
             assert all(node.partition("[")[0] in code for node in nodes), test
+
+
+GOLDEN = "report/test_golden.py"
+"""The module whose texts other tests' cells are written to."""
+PRIVATE = {
+    *("engine/test_parts.py", "ledger/test_shown.py", "models/test_miniature.py"),
+    *("models/test_sources.py", "pruning/searches/test_budgets.py"),
+    *("pruning/searches/test_unseen.py", "runner/test_until_elsewhere.py", "studies/test_joint.py"),
+    *("studies/test_precision.py", "studies/test_prune.py", "studies/test_rescale.py"),
+    *("studies/test_snowball.py", "tracking/test_wandb.py"),
+}
+"""Tests that import private names yet; no others may."""
+
+
+def test_no_test_imports_another_test_or_a_private_name() -> None:
+    """What several share is in `tests/helpers`."""
+    tests = PACKAGE.parent / "tests"
+    of_tests, of_private_names = set(), set()
+    for path in tests.rglob("*.py"):
+        module = str(path.relative_to(tests))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                package, *parts = (node.module or "").split(".")
+                names = [name.name for name in node.names]
+                if node.level or package == "tests":
+                    of_tests |= {module for n in (package, *parts, *names) if n.startswith("test_")}
+                if package == "tracker":
+                    of_private_names |= {module for n in names if n[0] == "_" != n[1]}
+    assert of_tests <= {GOLDEN}
+    assert of_private_names <= PRIVATE

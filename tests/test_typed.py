@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import cli, golden, refused
-from tests.ledger import faults
+from tests.helpers import faults
 from tracker.cli import boundary, viewing
 from tracker.core.text import harmless, masked
 from tracker.ledger.files import sealed

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.plain import parts
+from tests.helpers.lm_eval import parts
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
 from tracker.core.config import CellRequest, cell_request

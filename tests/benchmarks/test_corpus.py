@@ -13,8 +13,8 @@ import torch
 
 from tests.benchmarks.conftest import ask as asked
 from tests.conftest import golden
-from tests.plain import parts as load
-from tests.plain import token_by_token, write_rows
+from tests.helpers.lm_eval import parts as load
+from tests.helpers.lm_eval import token_by_token, write_rows
 from tracker.benchmarks.benchmark import check_benchmark, chosen_metric, data_stamp, open_benchmark
 from tracker.benchmarks.corpus import Corpus
 from tracker.benchmarks.encoder import RequestEncoder

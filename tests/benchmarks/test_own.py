@@ -11,8 +11,8 @@ import pytest
 
 from tests.benchmarks.conftest import ask as asked_for
 from tests.conftest import golden
-from tests.own import ASKING, PAINT, YAML, write_tasks
-from tests.plain import Asked, evaluate, tasks_in, tokens_of, write_rows
+from tests.helpers.lm_eval import Asked, evaluate, tasks_in, tokens_of, write_rows
+from tests.helpers.own_tasks import ASKING, PAINT, YAML, write_tasks
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark

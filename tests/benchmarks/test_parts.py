@@ -10,8 +10,8 @@ import pytest
 
 from tests.benchmarks.conftest import PACKAGE
 from tests.benchmarks.conftest import ask as asked
-from tests.own import write_choices
-from tests.plain import TASKS, write_rows
+from tests.helpers.lm_eval import TASKS, write_rows
+from tests.helpers.own_tasks import write_choices
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.errors import BenchmarkError

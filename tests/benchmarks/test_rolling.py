@@ -9,23 +9,14 @@ from typing import Any
 import pytest
 
 from tests.benchmarks.conftest import make
-from tests.plain import parts as load_parts
-from tests.plain import write_rows
+from tests.helpers.lm_eval import AGGREGATIONS, PLACES, write_rows
+from tests.helpers.lm_eval import parts as load_parts
 from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.documents import Response
 from tracker.core.errors import BenchmarkError
 from tracker.core.extent import ALL, Extent
 
-PLACES = {
-    "wikitext": ("EleutherAI/wikitext_document_level/wikitext-2-raw-v1", "page", "test"),
-    "c4": ("allenai/c4/en", "text", "validation"),
-}
-AGGREGATIONS = {
-    "word_perplexity": "weighted_perplexity",
-    "byte_perplexity": "weighted_perplexity",
-    "bits_per_byte": "bits_per_byte",
-}
 LENGTH = 64
 """Tokens that the model reads."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from tests.plain import write_rows
+from tests.helpers.lm_eval import write_rows
 from tracker.benchmarks.sources import DataSource, find_data
 from tracker.core.errors import BenchmarkError
 

@@ -10,7 +10,7 @@ import lm_eval.tasks
 import pytest
 from lm_eval.tasks import TaskManager
 
-from tests.plain import tasks_in
+from tests.helpers.lm_eval import tasks_in
 from tracker.benchmarks import benchmark, factory
 from tracker.ledger.files import read_note, write_note
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,23 @@ from datasets import Dataset
 from lm_eval.api.instance import Instance
 
 from tests.benchmarks.conftest import PACKAGE, make
-from tests.plain import TASKS, Asked, evaluate, parts, tasks_in, tokens_of, write_plain, write_rows
+from tests.helpers.lm_eval import (
+    TASKS,
+    Asked,
+    evaluate,
+    parts,
+    tasks_in,
+    tokens_of,
+    write_rows,
+)
+from tests.helpers.package_tasks import plain_tasks_in, rows, shipped
 from tracker.benchmarks import factory
 from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.factory import find_task
 from tracker.benchmarks.fingerprint import listed
 from tracker.benchmarks.sources import find_data
-from tracker.benchmarks.tasks import LmEvalBenchmark, aggregate
+from tracker.benchmarks.tasks import aggregate
 from tracker.core.documents import Document, Response
 from tracker.core.errors import BenchmarkError
 from tracker.core.extent import ALL, Extent
@@ -41,16 +49,6 @@ PIQA = [
 ]
 OPTIONS = {"question": "q", "options": ["a", "b"], "answer": "A", "answer_index": 0}
 SUMS = [{"question": "1 + 1?", "answer": "It is 2. #### 2"}] * 2
-
-
-@cache
-def shipped(benchmark: str, num_fewshot: int | None = None) -> LmEvalBenchmark:
-    """A benchmark on the package's data, built once."""
-    return make(benchmark, num_fewshot=num_fewshot)
-
-
-def rows(path: str, name: str | None, split: str = "validation") -> Any:
-    return find_data(PACKAGE).load(path, name)[split]
 
 
 def refusal(benchmark: str, data: str | Path = PACKAGE, **settings: Any) -> str:
@@ -441,32 +439,6 @@ class TestOutcomes:
         (document,) = benchmark.documents(encoder, Extent(limit=1))
         with pytest.raises(ValueError, match="shorter"):
             benchmark.outcomes(document, [Response(-1.0, False, 0)])
-
-
-PLAIN = {
-    "arc_easy": ("arc/arc_easy.yaml", {"test": "ai2_arc/ARC-Easy/validation"}),
-    "piqa": ("piqa/piqa.yaml", {"validation": "piqa/plain_text/validation"}),
-    "hellaswag": ("hellaswag/hellaswag.yaml", {"validation": "hellaswag/none/validation"}),
-    "winogrande": (
-        "winogrande/default.yaml",
-        {"validation": "winogrande/winogrande_xl/validation"},
-    ),
-    "mmlu_anatomy": (
-        "mmlu/default/mmlu_anatomy.yaml",
-        {name: f"hails/mmlu_no_train/anatomy/{name}" for name in ("test", "dev")},
-    ),
-    "copa": ("super_glue/copa/default.yaml", {"validation": "super_glue/copa/validation"}),
-}
-"""lm-eval's own tasks by their files, and where the package has their splits."""
-
-
-def plain_tasks_in(folder: Path) -> Any:
-    """lm-eval's tasks on the package's files by lm-eval's own means, as `plain_…`."""
-    root = find_data(PACKAGE).root
-    for name, (config, splits) in PLAIN.items():
-        files = {split: next((root / place).glob("*.arrow")) for split, place in splits.items()}
-        write_plain(folder, name, config, "arrow", files)
-    return tasks_in(folder)
 
 
 @pytest.fixture(scope="module")

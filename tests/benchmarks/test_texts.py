@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.own import write_tasks
-from tests.plain import write_rows
+from tests.helpers.lm_eval import write_rows
+from tests.helpers.own_tasks import write_tasks
+from tests.helpers.package_tasks import rows, shipped
 from tracker.benchmarks.corpus import Corpus
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import is_public
@@ -17,7 +18,6 @@ from tracker.core.documents import DocumentText
 from tracker.core.extent import Extent
 
 from .conftest import ask, make
-from .test_tasks import rows, shipped
 
 
 def texts(benchmark: Any, encoder: RequestEncoder, limit: int = 3) -> list[DocumentText]:

@@ -13,8 +13,8 @@ import torch
 
 from tests.device.simulated import counters
 from tests.engine.conftest import spy  # noqa: F401
-from tests.engine.families import tiny_model
-from tests.engine.plain import MAX_LENGTH, loaded
+from tests.helpers.engines import MAX_LENGTH, loaded
+from tests.helpers.families import tiny_model
 from tracker.engine.scoring.sweep import Engine
 
 DEVICE = torch.device("sim:0")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.device.simulated import counters
-from tests.engine.plain import make_documents
-from tracker.core.ablations import INTACT, Ablation, Part, Rounded, Stretch, ablate
+from tests.helpers.engines import make_documents
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.kinds import Action
 from tracker.engine.observers.divergence import divergences
 from tracker.engine.scoring import sweep
@@ -19,15 +19,17 @@ from tracker.models.layers import find_layers
 
 LAYERS = range(4)
 SWEEPS = {
-    "layers": [Ablation((n,)) for n in LAYERS],
-    "sublayers": [ablate(kind, [n]) for kind in ("attention", "mlp") for n in LAYERS],
-    "heads": [Ablation(parts=(Part("head", n, h),)) for n in LAYERS for h in range(4)],
-    "formats": [Ablation(rounded=(Rounded("int8", n),)) for n in LAYERS],
-    "ends": [Ablation(rounded=(Rounded("int8", 0, e),)) for e in ("embedding", "lm_head")],
-    "repeats": [Ablation(repeated=(Stretch(n, n + 2),)) for n in LAYERS[:3]],
-    "replacements": [Ablation(replaced=((a, n),)) for a in Action if a.is_fitted for n in LAYERS],
-    "shared experts": [Ablation(shared=(n,)) for n in LAYERS],
-    "experts": [Ablation(parts=(Part("expert", n, e),)) for n in LAYERS for e in (0, 1)],
+    "layers": [Ablation.parse(f"layer:{n}") for n in LAYERS],
+    "sublayers": [Ablation.parse(f"{kind}:{n}") for kind in ("attention", "mlp") for n in LAYERS],
+    "heads": [Ablation.parse(f"head:{n}.{h}") for n in LAYERS for h in range(4)],
+    "formats": [Ablation.parse(f"int8:{n}") for n in LAYERS],
+    "ends": [Ablation.parse(f"int8:{e}") for e in ("embedding", "lm_head")],
+    "repeats": [Ablation.parse(f"repeat:{n}-{n + 1}") for n in LAYERS[:3]],
+    "replacements": [
+        Ablation.parse(f"{a.value}:{n}") for a in Action if a.is_fitted for n in LAYERS
+    ],
+    "shared experts": [Ablation.parse(f"shared_expert:{n}") for n in LAYERS],
+    "experts": [Ablation.parse(f"expert:{n}.{e}") for n in LAYERS for e in (0, 1)],
 }
 FAMILIES = {"shared experts": "qwen2_moe", "experts": "mixtral"}
 

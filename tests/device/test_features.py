@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.families import FAMILIES
-from tests.engine.plain import Memory, make_documents
+from tests.helpers.engines import Memory, make_documents
+from tests.helpers.families import FAMILIES
 from tracker.bench.features import FEATURES, LAYERS, Feature, largest_difference
-from tracker.core.ablations import INTACT
+from tracker.core.changes import INTACT
 from tracker.core.errors import CellError
 from tracker.engine.observers.divergence import output_proxies
 from tracker.engine.refusal import RefusalError

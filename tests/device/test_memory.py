@@ -5,21 +5,20 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import accelerate
 import pytest
 import torch
 
-from tests.ablations import single_layers
 from tests.conftest import save_tokenizer
 from tests.device.conftest import DEVICE
 from tests.device.simulated import counters
-from tests.engine.families import tiny_model
-from tests.engine.plain import MAX_LENGTH, make_documents, same
-from tests.engine.truth import layers_of
-from tracker.core.ablations import INTACT, Ablation, Stretch, ablate
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import MAX_LENGTH, make_documents, same
+from tests.helpers.families import tiny_model
+from tests.helpers.truth import layers_of
+from tracker.core.changes import INTACT, Ablation
 from tracker.engine.scoring import row_size
 from tracker.engine.scoring.sweep import HALVED, Engine
 from tracker.models import devices
@@ -73,12 +72,8 @@ def test_streams_that_do_not_wait_are_noticed(load, monkeypatch, method):
     def make(stream: Any) -> Any:
         return deaf(stream.stream_id, stream.device_index, stream.device_type)
 
-    weights = engine.loaded.offloaded
-    current = SimpleNamespace(
-        current_stream=lambda device: make(torch.sim.current_stream(device)),
-        stream=torch.sim.stream,
-    )
-    monkeypatch.setattr(weights, "_streams", current)
+    current, weights = torch.sim.current_stream, engine.loaded.offloaded
+    monkeypatch.setattr(torch.sim, "current_stream", lambda device: make(current(device)))
     monkeypatch.setattr(weights, "_stream", make(weights._stream))
     responses(engine)
     assert counters.races()
@@ -108,8 +103,8 @@ def test_a_model_spread_over_devices(load):
     device_map["lm_head"] = "sim:1"
     model = accelerate.dispatch_model(other.loaded.model, device_map, main_device="sim:0")
     spread = replace(other, loaded=replace(other.loaded, model=model, device=DEVICE))
-    sublayers = [ablate(kind, [n]) for kind in ("attention", "mlp") for n in range(4)]
-    repeats = [INTACT, Ablation(repeated=(Stretch(1, 3),))]
+    sublayers = [Ablation.parse(f"{kind}:{n}") for kind in ("attention", "mlp") for n in range(4)]
+    repeats = [INTACT, Ablation.parse("repeat:1-2")]
     for ablations in (ABLATIONS, [INTACT, *sublayers], repeats):
         assert responses(spread, ablations) == responses(engine, ablations)
 

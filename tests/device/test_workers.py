@@ -7,7 +7,7 @@ import sys
 
 import pandas as pd
 
-from tests.runner.elsewhere import Heard, arc, outcomes, run
+from tests.helpers.runs import Heard, arc, outcomes, run
 from tracker.engine.scoring import row_size
 from tracker.ledger.blocks import BLOCK
 
@@ -20,13 +20,9 @@ def test_a_worker_on_each_device(tiny_llama, experiment, tmp_path, monkeypatch):
     points.parent.mkdir()
     points.write_text("[torch.backends]\nsim = tests.device.simulated:build")
     monkeypatch.syspath_prepend(tmp_path)  # torch imports the device in other processes, too
-    variables = {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "SIM_PROTECT": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv("SIM_PROTECT", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     frames = []
     for device in ("sim:1", "all"):
         run(file, tmp_path / device, heard, device=device)

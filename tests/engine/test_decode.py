@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.engine.families import FAMILIES, tiny_model
-from tests.engine.plain import loaded
-from tests.engine.registry import Variant, tiny
-from tracker.core.ablations import INTACT, Ablation, Part, Rounded, ablate
+from tests.helpers.engines import PROMPT, generate, loaded
+from tests.helpers.families import FAMILIES, tiny_model
+from tests.helpers.registry import Variant, tiny
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document, Request
 from tracker.engine.scoring.decode import decoding
 from tracker.engine.scoring.prefix import SHORTEST, cache_argument
@@ -19,19 +19,12 @@ from tracker.engine.scoring.sweep import Engine
 
 ABLATIONS = [
     INTACT,
-    *(ablate("layer", [layer]) for layer in range(4)),
-    *(ablate(part, [layer]) for part in ("attention", "mlp") for layer in (0, 3)),
-    ablate("layer", [1, 2]),
-    ablate("mlp", [0], removed=[3]),
+    *(Ablation.parse(f"layer:{layer}") for layer in range(4)),
+    *(Ablation.parse(f"{part}:{layer}") for part in ("attention", "mlp") for layer in (0, 3)),
+    Ablation.parse("layers:1,2"),
+    Ablation.parse("layer:3+mlp:0"),
 ]  # fmt: skip
 SHAPES = [(1, 0), (10, 6)]
-PROMPT = torch.tensor([[5, 9, 23, 7, 80, 41, 3, 11, 2, 66]])
-
-
-def generate(model, ids, **cached):
-    return model.generate(
-        ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, **cached
-    ).tolist()
 
 
 CASES = [
@@ -63,12 +56,12 @@ def test_texts_are_generated_by_layers_that_are_not_divided(begun):
     model = Variant("gemma4_text", "plain", settings).model()
     engine = Engine(loaded(model), 64)
     parted = [
-        Ablation(parts=(Part(kind, layer, n),))
+        Ablation.parse(f"{kind}:{layer}.{n}")
         for kind in ("head", "expert")
         for layer in (0, 2)
         for n in (1, 3)
     ]
-    ablations = [INTACT, *parted, Ablation(rounded=(Rounded("int4_row", 2),))]
+    ablations = [INTACT, *parted, Ablation.parse("int4_row:2")]
     plan, ids = engine.plan(ablations), PROMPT[0].tolist()
     parts = engine.parts(plan)
     prefix = read_prefix(parts, plan, tuple(ids[:begun])) if begun else None
@@ -85,12 +78,18 @@ def test_texts_are_generated_without_heads_and_experts_and_with_rounded_ones(fam
     model = tiny_model(family)
     engine = Engine(loaded(model), 64)
     kind = "expert" if family in ("mixtral", "gpt_oss") else "head"
-    parted = [Ablation(parts=(Part(kind, layer, n),)) for layer in (0, 2) for n in (1, 3)]
+    parted = [Ablation.parse(f"{kind}:{layer}.{n}") for layer in (0, 2) for n in (1, 3)]
     which = ("", "mlp.experts.down_proj", "mlp.experts.1.gate_up_proj")[
         : 3 if kind == "expert" else 1
     ]
-    rounded = [Ablation(rounded=(Rounded("int4_row", 2, each),)) for each in which]
-    ablations = [INTACT, *parted, *rounded, ablate("attention", [2]), ablate("layer", [1])]
+    rounded = [Ablation.parse(f"int4_row:2.{each}".rstrip(".")) for each in which]
+    ablations = [
+        INTACT,
+        *parted,
+        *rounded,
+        Ablation.parse("attention:2"),
+        Ablation.parse("layer:1"),
+    ]
     plan = plan_streams(ablations, 4)
     parts, ids = engine.parts(plan), PROMPT[0].tolist()
     prefix = read_prefix(parts, plan, tuple(ids[:begun])) if begun else None

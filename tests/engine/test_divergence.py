@@ -12,8 +12,7 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from tests.engine.families import tiny_model
-from tests.engine.plain import (
+from tests.helpers.engines import (
     MAX_LENGTH,
     Output,
     asking,
@@ -22,6 +21,7 @@ from tests.engine.plain import (
     pruned,
     skipped,
 )
+from tests.helpers.families import tiny_model
 from tracker.core.documents import Document
 from tracker.engine.observers import divergence as module
 from tracker.engine.observers.divergence import output_proxies

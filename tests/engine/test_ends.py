@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +10,9 @@ from scipy.special import softmax
 from scipy.stats import entropy
 from torch import nn
 
-from tests.engine.families import tiny_model
-from tests.engine.plain import answers, engine_of, make_documents
-from tests.engine.test_decode import PROMPT, generate
-from tracker.core.ablations import INTACT, Ablation, Rounded, Stretch
+from tests.helpers.engines import PROMPT, answers, engine_of, generate, make_documents
+from tests.helpers.families import tiny_model
+from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import ExperimentError
 from tracker.engine.observers.divergence import divergences
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
@@ -29,8 +27,8 @@ from tracker.models.ends import find_ends, refuse_ends
 
 HALF = {"int8": 127.5, "int4_row": 7.5}
 """Steps from 0 to the largest weight of a row."""
-EMBEDDING = [Rounded(form, 0, "embedding") for form in HALF]
-HEAD = [Rounded(form, 0, "lm_head") for form in HALF]
+EMBEDDING = [Change.parse(f"{form}:embedding") for form in HALF]
+HEAD = [Change.parse(f"{form}:lm_head") for form in HALF]
 TIED = ["gpt2", "gemma3", "opt", "cohere"]
 """Learned positions; a factor behind the embedding; logits with a factor."""
 UNTIED = ["llama", "qwen2", "granite", "mixtral"]
@@ -40,19 +38,19 @@ UNTIED = ["llama", "qwen2", "granite", "mixtral"]
 def _ablations(tied: bool) -> list[Ablation]:
     first, second = EMBEDDING
     found = [
-        *(Ablation(rounded=(each,)) for each in EMBEDDING),
-        Ablation((2,), rounded=(second,)),
-        Ablation(mlp=(0,), rounded=(second,)),
-        Ablation((1,)),
-        Ablation((0,), rounded=(first,)),
-        Ablation(rounded=(second,), repeated=(Stretch(1, 2),)),
+        *(Ablation.of(each) for each in EMBEDDING),
+        Ablation.of(second, removed=(2,)),
+        Ablation.of(Change("mlp", (0,)), second),
+        Ablation.parse("layer:1"),
+        Ablation.of(first, removed=(0,)),
+        Ablation.of(second, Change.parse("repeat:1")),
     ]
     if not tied:
         found += [
-            *(Ablation(rounded=(each,)) for each in HEAD),
-            *(Ablation(rounded=(one, other)) for one in EMBEDDING for other in HEAD),
-            Ablation((2,), rounded=(HEAD[1],)),
-            Ablation(attention=(3,), rounded=(HEAD[1],)),
+            *(Ablation.of(each) for each in HEAD),
+            *(Ablation.of(one, other) for one in EMBEDDING for other in HEAD),
+            Ablation.of(HEAD[1], removed=(2,)),
+            Ablation.of(Change("attention", (3,)), HEAD[1]),
         ]
     return [INTACT, *found]
 
@@ -75,7 +73,8 @@ def _changed(model, ablation):
     """Round by hand, row for row, and let layers hand on their input."""
     twin = copy.deepcopy(model)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    for form, _, which in ablation.rounded:
+    for change in ablation.rounded:
+        form, which = change.intervention, change.path
         modules = [twin.get_input_embeddings(), twin.get_output_embeddings()]
         weight = modules[which == "lm_head"].weight.detach().clone()
         for row in weight:
@@ -97,7 +96,7 @@ def _right(model, documents, ablations):
     engine, found = engine_of(model), []
     for ablation in ablations:
         # What else they do than round has its truths elsewhere.
-        rest = replace(ablation, rounded=())
+        rest = Ablation.of(removed=ablation.changes - {*ablation.rounded})
         changed = _changed(engine.without(rest).loaded.model, ablation)
         found.append([answers(changed, document) for document in documents])
     return found
@@ -152,7 +151,11 @@ def test_a_vocabulary_in_blocks_has_the_head_that_is_asked_for(family, blocks, m
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom"])
 def test_the_check_on_a_miniature_finds_them_exact(family):
     model = tiny_model(family)
-    ablations = [a for a in _ablations(find_ends(model).tied) if not a.attention + a.mlp]
+    ablations = [
+        a
+        for a in _ablations(find_ends(model).tied)
+        if not a.removed("attention") + a.removed("mlp")
+    ]
     verdict = check_miniature(engine_of(model), ablations, (), blank=False)
     assert verdict.sharing.depth, verdict.lost
 
@@ -161,7 +164,7 @@ def test_embeddings_that_reach_layers_another_way_are_found_out():
     """Zamba 2 gives its layers the embedding beside the hidden state."""
     kinds = ["linear_attention", "hybrid"]
     engine = engine_of(tiny_model("zamba2", num_hidden_layers=2, layers_block_type=kinds))
-    for ablation in (Ablation((0,)), Ablation(rounded=(EMBEDDING[1],))):
+    for ablation in (Ablation.parse("layer:0"), Ablation.of(EMBEDDING[1])):
         verdict = check_miniature(engine, [INTACT, ablation], (), blank=False)
         assert verdict.sharing.depth == (not ablation.rounded)
 
@@ -186,15 +189,15 @@ def test_every_text_is_generated_by_the_changed_model(family, begun):
 
 
 def test_what_they_cost_is_all_layers_or_none():
-    embedding, head = Ablation(rounded=(EMBEDDING[0],)), Ablation(rounded=(HEAD[0],))
+    embedding, head = Ablation.of(EMBEDDING[0]), Ablation.of(HEAD[0])
     for ablations, tied, layers, heads in (
         ([embedding], False, 8, 2),
         ([embedding], True, 8, 2),
         ([head], False, 4, 2),
-        ([head, Ablation(rounded=(HEAD[1],))], False, 4, 3),
+        ([head, Ablation.of(HEAD[1])], False, 4, 3),
         ([embedding, head], False, 8, 3),
         # Behind the embedding it shares with that alone.
-        ([embedding, Ablation((2,), rounded=(EMBEDDING[0],))], False, 4 + 4 + 1, 3),
+        ([embedding, Ablation.of(EMBEDDING[0], removed=(2,))], False, 4 + 4 + 1, 3),
     ):
         plan = plan_streams([INTACT, *ablations], 4, tied)
         assert (plan.layer_passes, plan.answers) == (layers, heads)
@@ -221,7 +224,7 @@ def test_divergences_are_those_of_the_changed_model(family, sharing):
     found = divergences(engine_of(model, sharing), document, ablations)["kl"]
     p = softmax(_logits(model, tokens), axis=-1)
     for ablation, ours in zip(ablations, found.tolist(), strict=True):
-        if ablation.rounded and ablation == Ablation(rounded=ablation.rounded):
+        if ablation.rounded and ablation == Ablation.of(*ablation.rounded):
             q = softmax(_logits(_changed(model, ablation), tokens), axis=-1)
             assert ours == pytest.approx(entropy(p, q, axis=-1).sum(), rel=1e-3), ablation.name
 
@@ -230,17 +233,17 @@ def test_divergences_are_those_of_the_changed_model(family, sharing):
 @torch.inference_mode()
 def test_errors_are_those_of_plain_passes(family):
     model, (document,) = _model(family), make_documents(1)
-    maps = [*EMBEDDING, *([] if family in TIED else HEAD), Rounded("int8", 1, "mlp.down_proj")]
+    maps = [*EMBEDDING, *([] if family in TIED else HEAD), Change.parse("int8:1.mlp.down_proj")]
     engine = engine_of(model)
     found, weights = rounding_errors(engine, document, maps), weight_errors(engine, maps)
     request = document.requests[document.gold]
     ids = torch.tensor([[*request.context, *request.continuation]])
     for place, each in enumerate(maps[:-1]):
-        ask = "get_input_embeddings" if each.which == "embedding" else "get_output_embeddings"
-        twin = _changed(model, Ablation(rounded=(each,)))
+        ask = "get_input_embeddings" if each.path == "embedding" else "get_output_embeddings"
+        twin = _changed(model, Ablation.of(each))
         old, new = (getattr(m, ask)() for m in (model, twin))
         given = ids[0]
-        if each.which == "lm_head":
+        if each.path == "lm_head":
             given = model.model(ids).last_hidden_state[0]
         before, after = old(given), new(given)
         apart = float(((after - before) ** 2).sum())
@@ -256,7 +259,7 @@ def test_errors_are_those_of_plain_passes(family):
 def test_what_a_model_has_not_and_what_does_not_fit_is_refused():
     def refused(model, which, form, said):
         with pytest.raises(ExperimentError, match=said):
-            refuse_ends([INTACT, Ablation(rounded=(Rounded(form, 0, which),))], model)
+            refuse_ends([INTACT, Ablation.parse(f"{form}:{which}")], model)
 
     refused(_model("gpt2"), "lm_head", "int8", r"one tensor for both; name it by 'map' as embed")
     refused(_model("llama"), "embedding", "int4_g128", r"128 inputs together, and embedding .* 32")
@@ -266,14 +269,14 @@ def test_what_a_model_has_not_and_what_does_not_fit_is_refused():
     packed = _model("llama")
     packed.lm_head.weight = nn.Parameter(torch.zeros(97, 32, dtype=torch.int8), requires_grad=False)
     refused(packed, "lm_head", "int8", "is quantised already")
-    refuse_ends([INTACT, Ablation(rounded=(EMBEDDING[0],))], _model("gpt2"))
+    refuse_ends([INTACT, Ablation.of(EMBEDDING[0])], _model("gpt2"))
     with torch.device("meta"):
         tied = type(_model("gpt2"))(_model("gpt2").config)
     refused(tied, "lm_head", "int8", "one tensor for both")
 
 
 def test_names_are_without_a_layer():
-    assert [each.name for each in (*EMBEDDING, *HEAD)] == [
+    assert [*map(str, (*EMBEDDING, *HEAD))] == [
         "int8:embedding", "int4_row:embedding", "int8:lm_head", "int4_row:lm_head",
     ]  # fmt: skip
-    assert Ablation((0,), rounded=(EMBEDDING[0],)).name == "layer:0+int8:embedding"
+    assert Ablation.of(EMBEDDING[0], removed=(0,)).name == "layer:0+int8:embedding"

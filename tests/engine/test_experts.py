@@ -10,15 +10,16 @@ from functools import partial
 import pytest
 import torch
 
-from tests.engine.families import tiny_model
-from tests.engine.plain import alike, answers, asking, engine_of, make_documents
-from tests.engine.registry import Variant, tiny
-from tracker.core.ablations import INTACT, Ablation, Part, ablation_of, first_run, removals
+from tests.helpers.engines import answers, asking, engine_of, make_documents, same
+from tests.helpers.families import tiny_model
+from tests.helpers.mixtures import MIXTURES, MORE, UNDIVIDED, experts, mixture, smaller
+from tests.helpers.registry import Variant, tiny
+from tracker.core.ablations import changes_of, first_change
+from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.config import run_request
 from tracker.core.errors import TrackerError
 from tracker.core.experiment import Experiment
 from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
-from tracker.core.records import RunIdentity
 from tracker.engine.observers.expert_load import expert_load
 from tracker.engine.scoring import sweep
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
@@ -27,80 +28,7 @@ from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.layers import find_layers
 from tracker.models.sources import parts_of
 
-MIXTURES = {
-    "mixtral": "num_local_experts",
-    "qwen3_moe": "num_experts",
-    "olmoe": "num_experts",
-    "deepseek_v3": "n_routed_experts",
-    "gpt_oss": "num_local_experts",
-    "granitemoe": "num_local_experts",
-    "phimoe": "num_local_experts",
-    "jamba": "num_experts",
-    # A correction of the scores lies beside the router, in a row, or in the block around it.
-    "ernie4_5_moe": "moe_num_experts",
-    "minimax_m2": "num_local_experts",
-    "lfm2_moe": "num_experts",
-}
-"""Families, and what their configurations call how many experts a layer has."""
-UNDIVIDED = {
-    "gemma4_text": "num_experts",
-    "granitemoehybrid": "num_local_experts",
-    "nemotron_h": "n_routed_experts",
-    "minimax": "num_local_experts",
-    "deepseek_v4": "num_local_experts",
-}
-"""Those whose layers are no attention and MLP that add to one stream; the same."""
-ONE_GROUP = {"n_group": 1, "topk_group": 1}
-MORE = {
-    "deepseek_v3": ONE_GROUP,
-    "nemotron_h": {
-        **ONE_GROUP,
-        "layers_block_type": ["moe", "full_attention", "moe", "linear_attention"],
-    },
-    "jamba": {"expert_layer_offset": 1},
-    "gemma4_text": {"enable_moe_block": True},
-    "deepseek_v4": {"mlp_layer_types": ["moe"] * 4},
-}
-
-
 RECURRENT = ("jamba", "lfm2_moe", "granitemoehybrid", "nemotron_h", "minimax")
-
-
-def mixture(family, experts=5, **more):
-    """Make a tiny mixture, a token of which goes to two experts of a layer."""
-    count = (MIXTURES | UNDIVIDED)[family]
-    settings = {**tiny(family), **MORE.get(family, {}), count: experts, **more}
-    return Variant(family, "plain", settings).model()
-
-
-def experts(layer, *numbers):
-    """Take some experts of a layer out."""
-    return Ablation(parts=tuple(Part("expert", layer, number) for number in numbers))
-
-
-def smaller(model, family, ablation):
-    """Make a model of a configuration with fewer experts, and put its layers in a copy."""
-    by_layer = {}
-    for part in ablation.parts:
-        by_layer.setdefault(part.layer, []).append(part.number)
-    twin = copy.deepcopy(model)
-    for layer, gone in by_layer.items():
-        config, name = copy.deepcopy(model.config), (MIXTURES | UNDIVIDED)[family]
-        count = getattr(config, name)
-        setattr(config, name, count - len(gone))
-        fewer = type(model)(config).float().eval().requires_grad_(False)
-        kept = [number for number in range(count) if number not in gone]
-        wanted = fewer.state_dict()
-        fewer.load_state_dict(
-            {
-                name: value
-                if value.shape == wanted[name].shape
-                else value.index_select(int(len(value) == 1), torch.tensor(kept))
-                for name, value in model.state_dict().items()
-            }
-        )
-        find_layers(twin)[layer] = find_layers(fewer)[layer]
-    return twin
 
 
 def asked_of(model):
@@ -115,7 +43,7 @@ def asked_of(model):
         INTACT,
         *(experts(layer, number) for layer in (first, last) for number in (0, 3, 4)),
         experts(first, 1, 3),
-        Ablation(parts=(Part("expert", first, 2), Part("expert", last, 0))),
+        Ablation.parse(f"expert:{first}.2+expert:{last}.0"),
     ]
 
 
@@ -173,17 +101,17 @@ def test_experts_share_a_layer_with_all_else_that_is_done_to_it(sharing):
         INTACT,
         experts(1, 0),
         experts(1, 4),
-        Ablation(parts=(Part("head", 1, 0),)),
-        Ablation(parts=(Part("expert", 1, 0), Part("head", 1, 0))),
-        Ablation(attention=(1,)),
-        Ablation(mlp=(1,)),
-        Ablation((0,), parts=(Part("expert", 1, 3),)),
-        Ablation((1,)),
+        Ablation.parse("head:1.0"),
+        Ablation.parse("expert:1.0+head:1.0"),
+        Ablation.parse("attention:1"),
+        Ablation.parse("mlp:1"),
+        Ablation.parse("layer:0+expert:1.3"),
+        Ablation.parse("layer:1"),
     ]
     model = mixture("mixtral")
     together = engine_of(model, sharing, row_tokens=40).score(make_documents(3), asked)
     alone = engine_of(model, PLAIN).score(make_documents(3), asked)
-    alike(together, alone)
+    same(together, alone)
 
 
 def test_experts_of_a_layer_share_its_attention_and_have_an_mlp_each():
@@ -239,7 +167,7 @@ def test_what_an_expert_is_sent_and_what_it_makes_of_it(family):
     model = mixture(family)
     document = make_documents(1)[0]
     right = plain_load(model, document)
-    parts = [Part("expert", layer, number) for layer in right for number in range(5)]
+    parts = [Change.parse(f"expert:{layer}.{number}") for layer in right for number in range(5)]
     found = expert_load(engine_of(model), document, parts)
     gold = document.requests[document.gold]
     for part in parts:
@@ -252,7 +180,9 @@ def test_what_an_expert_is_sent_and_what_it_makes_of_it(family):
 def test_windows_of_a_text_count_each_token_once():
     engine = engine_of(mixture("mixtral"))
     document = asking(((0,), range(9, 19)), ((3, 4, 5), (6, 7)), gold=None, rolling=True)
-    found = expert_load(engine, document, [Part("expert", 1, number) for number in range(5)])
+    found = expert_load(
+        engine, document, [Change.parse(f"expert:1.{number}") for number in range(5)]
+    )
     (scores,) = engine.score([document], [INTACT])
     assert sum(count for _, count in found.values()) == 2 * scores.proxy_tokens
 
@@ -265,7 +195,7 @@ def test_experts_whose_outputs_are_not_added_up_cannot_be_told_apart():
         return state * weights.square().sum(-1, keepdim=True)
 
     held.__class__ = type("Squared", (type(held),), {"forward": squared})
-    parts = [Part("expert", 1, number) for number in range(5)]
+    parts = [Change.parse(f"expert:1.{number}") for number in range(5)]
     found = expert_load(engine_of(model), make_documents(1)[0], parts)
     assert sum(count for _, count in found.values()) > 0
     assert all(math.isnan(saliency) == bool(count) for saliency, count in found.values())
@@ -287,13 +217,13 @@ NO_TREE = ("qwen2_moe", "llama4_text", "qwen3_next")
 
 def shared(*layers):
     """Take the shared experts of some layers out."""
-    return Ablation(shared=layers)
+    return Ablation.of(Change("shared_expert", layers))
 
 
 def without_shared(model, family, ablation):
     """Zero the down projections of shared experts in a copy's weights."""
     twin = copy.deepcopy(model)
-    for layer in ablation.shared:
+    for layer in ablation.removed("shared_expert"):
         for parameter in (
             find_layers(twin)[layer].get_submodule(SHARED[family]).down_proj.parameters()
         ):
@@ -326,18 +256,18 @@ def test_a_model_without_a_shared_expert_is_one_whose_shared_expert_gives_zeros(
 
 def test_shared_experts_share_a_layer_with_all_else_that_is_done_to_it():
     model = Variant("deepseek_v3", "plain", tiny("deepseek_v3") | MORE["deepseek_v3"]).model()
-    both = Ablation(parts=(Part("expert", 2, 0), Part("head", 2, 1)), shared=(2,))
+    both = Ablation.parse("shared_expert:2+expert:2.0+head:2.1")
     asked = [
         INTACT,
         shared(2),
         both,
         experts(2, 0),
-        Ablation(mlp=(2,)),
-        Ablation((1,), shared=(2,)),
+        Ablation.parse("mlp:2"),
+        Ablation.parse("layer:1+shared_expert:2"),
     ]
     together = engine_of(model, FULL, row_tokens=40).score(make_documents(3), asked)
     alone = engine_of(model, PLAIN).score(make_documents(3), asked)
-    alike(together, alone)
+    same(together, alone)
 
 
 def test_layers_without_shared_experts_are_refused_by_name():
@@ -345,8 +275,8 @@ def test_layers_without_shared_experts_are_refused_by_name():
     for ask in (engine.without, lambda each: engine.score(make_documents(1), [INTACT, each])):
         with pytest.raises(TrackerError, match=r"has no shared experts .* leave shared_expert out"):
             ask(shared(1))
-    run = RunIdentity(component="shared_expert", layer=3)
-    assert (ablation_of(run, (1,)).name, run.label()) == (
+    run = Change.of_fields(component="shared_expert", layer=3)
+    assert (Ablation.of(run, removed=(1,)).name, run.label()) == (
         "layer:1+shared_expert:3",
         "shared_expert 3",
     )
@@ -400,13 +330,13 @@ def test_files_and_commands_say_which_experts():
     for cap, out in (({"run_cap": 11}, {"expert:1.3"}), ({}, set())):
         sweep = Experiment.model_validate({"method": "grid", "parameters": parameters, **cap})
         (cell,) = sweep.cells()
-        runs = list(removals(cell, 2))
-        assert {ablation_of(run, ()).name for run in runs} == names - out
+        runs = list(changes_of(cell, 2))
+        assert {Ablation.of(run, removed=()).name for run in runs} == names - out
     assert runs[-1].label() == "layer 1 expert 3"
     one = {"model": "m", "benchmark": "b", "layer": 3, "component": "expert"}
-    assert first_run(run_request({**one, "expert": 2})).number == 2
+    assert first_change(run_request({**one, "expert": 2})).number == 2
     with pytest.raises(TrackerError, match=r"which expert of the layer.* --expert 0"):
-        first_run(run_request(one))
+        first_change(run_request(one))
     every = with_all_parts(run_request({**one, "layer": 1}), ModelParts(2, expert=8))
     assert every.experts == tuple(range(8))
     with pytest.raises(TrackerError, match=r"expert 8 is out of range: .* 8 experts, 0 to 7"):

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.ablations import single_layers
-from tests.engine.families import FAMILIES, LAYERS, tiny_model
-from tests.engine.plain import (
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import (
     MAX_LENGTH,
     agree,
     answers,
@@ -20,7 +19,8 @@ from tests.engine.plain import (
     make_documents,
     skipped,
 )
-from tracker.core.ablations import INTACT, Ablation
+from tests.helpers.families import FAMILIES, LAYERS, tiny_model
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.errors import CellError, ModelError
 from tracker.engine.scoring.prefix import SHORTEST
 from tracker.engine.scoring.sharing import FULL, PLAIN
@@ -30,13 +30,17 @@ from tracker.engine.selfcheck.reasons import LEFT, STATE, keeps_a_state
 from tracker.models.layers import find_layers
 from tracker.models.sublayers import find_sublayers, silenced
 
-ABLATIONS = [*single_layers(tuple(range(LAYERS))), Ablation((1, 2)), Ablation((0, 3))]
+ABLATIONS = [
+    *single_layers(tuple(range(LAYERS))),
+    Ablation.parse("layers:1,2"),
+    Ablation.parse("layers:0,3"),
+]
 
 HALVES = [
     INTACT,
-    *(Ablation(attention=(layer,)) for layer in range(LAYERS)),
-    *(Ablation(mlp=(layer,)) for layer in range(LAYERS)),
-    Ablation((2,), attention=(0,), mlp=(3,)),
+    *(Ablation.parse(f"attention:{layer}") for layer in range(LAYERS)),
+    *(Ablation.parse(f"mlp:{layer}") for layer in range(LAYERS)),
+    Ablation.parse("layer:2+attention:0+mlp:3"),
 ]
 
 
@@ -75,10 +79,10 @@ class TestFamilies:
         scores = engine.score(documents, HALVES)
         for column, ablation in enumerate(HALVES):
             quiet = [
-                *(parts[layer].attention for layer in ablation.attention),
-                *(parts[layer].mlp for layer in ablation.mlp),
+                *(parts[layer].attention for layer in ablation.removed("attention")),
+                *(parts[layer].mlp for layer in ablation.removed("mlp")),
             ]
-            with skipped(model, ablation.layers), silenced(quiet):
+            with skipped(model, ablation.removed()), silenced(quiet):
                 for score in scores:
                     truth = answers(model, score.document)
                     for ours, (loglikelihood, _) in zip(
@@ -91,7 +95,7 @@ class TestFamilies:
         model, document = tiny_model(family), make_documents(1)[0]
         intact = answers(model, document)
         for ablation in ABLATIONS[1:]:
-            with skipped(model, ablation.layers):
+            with skipped(model, ablation.removed()):
                 ablated = answers(model, document)
             assert max(abs(a - b) for (a, _), (b, _) in zip(intact, ablated, strict=True)) > 0.05
 

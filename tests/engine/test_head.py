@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.engine.families import tiny_model
-from tests.engine.plain import changed
+from tests.helpers.engines import changed
+from tests.helpers.families import tiny_model
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring import head as module
 from tracker.engine.scoring.head import Head, Predictions

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.engine.families import tiny_model
-from tests.engine.plain import answers, asking, engine_of, make_documents, passed, rounded_rows
-from tracker.core.ablations import INTACT, Ablation, Rounded, Stretch
+from tests.helpers.engines import answers, asking, engine_of, make_documents, passed, rounded_rows
+from tests.helpers.families import tiny_model
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.errors import CellError
 from tracker.core.kinds import Action
 from tracker.engine.fitting import first_tokens, fit
@@ -24,23 +24,23 @@ from tracker.models.layers import find_layers
 
 WAYS = ("mean", "scale", "linear")
 MAPS = [
-    *(Ablation(rounded=(Rounded("int8", layer),)) for layer in (0, 2, 3)),
-    Ablation(rounded=(Rounded("int4_row", 2),)),
-    Ablation(rounded=(Rounded("int4_row", 1, "self_attn.k_proj"),)),
-    Ablation(rounded=(Rounded("int4_row", 2, "mlp.down_proj"),)),
-    Ablation(rounded=(Rounded("int8", 2, "mlp.down_proj"),)),
-    Ablation(rounded=(Rounded("int4_row", 2, "attention"), Rounded("int8", 2, "mlp.up_proj"))),
-    Ablation(rounded=(Rounded("int4_row", 0, "mlp"), Rounded("int4_row", 3, "self_attn.o_proj"))),
-    Ablation((1,), rounded=(Rounded("int4_row", 2),)),
+    *(Ablation.parse(f"int8:{layer}") for layer in (0, 2, 3)),
+    Ablation.parse("int4_row:2"),
+    Ablation.parse("int4_row:1.self_attn.k_proj"),
+    Ablation.parse("int4_row:2.mlp.down_proj"),
+    Ablation.parse("int8:2.mlp.down_proj"),
+    Ablation.parse("int4_row:2.attention+int8:2.mlp.up_proj"),
+    Ablation.parse("int4_row:0.mlp+int4_row:3.self_attn.o_proj"),
+    Ablation.parse("layer:1+int4_row:2"),
 ]
 ABLATIONS = [
     INTACT,
-    *(Ablation(replaced=((done, layer),)) for done in WAYS for layer in (0, 2, 3)),
+    *(Ablation.parse(f"{done}:{layer}") for done in WAYS for layer in (0, 2, 3)),
     *MAPS,
-    *(Ablation(repeated=(Stretch(layer, layer + 1),)) for layer in (0, 2, 3)),
-    Ablation((1,), repeated=(Stretch(2, 3),)),
-    Ablation(mlp=(2,)),
-    Ablation(attention=(2,)),
+    *(Ablation.parse(f"repeat:{layer}") for layer in (0, 2, 3)),
+    Ablation.parse("layer:1+repeat:2"),
+    Ablation.parse("mlp:2"),
+    Ablation.parse("attention:2"),
 ]
 STAND_INS = {layer: MadeUp(layer) for layer in range(4)}
 
@@ -69,7 +69,8 @@ def _changed(model, ablation):
     """A second way to change a model: its layers wrapped in modules that do it by hand."""
     twin = copy.deepcopy(model)
     layers = find_layers(twin)
-    for done, layer in ablation.replaced:
+    for replaced in ablation.replaced:
+        layer = replaced.layer
         width = twin.config.get_text_config().hidden_size
         draw = torch.Generator().manual_seed(layer)
         weight = torch.eye(width) + 0.3 * torch.randn(width, width, generator=draw) / width**0.5
@@ -78,22 +79,26 @@ def _changed(model, ablation):
             "mean": lambda inner, x, m=mean: _like(inner(x), x + m),
             "scale": lambda inner, x: _like(inner(x), 0.7 * x),
             "linear": lambda inner, x, w=weight, b=bias: _like(inner(x), x @ w.T + b),
-        }[done]
+        }[replaced.intervention]
         layers[layer] = _Instead(layers[layer], function)
-    for form, layer, which in ablation.rounded:
+    for rounded in ablation.rounded:
+        layer, which = rounded.layer, rounded.path
         for path, module in layers[layer].named_modules():
             place = path.replace("self_attn", "attention") if which == "attention" else path
             if isinstance(module, nn.Linear) and f"{place}.".startswith(
                 f"{which}." if which else ""
             ):
-                half = {"int8": 127.5, "int4_row": 7.5}[form]
+                half = {"int8": 127.5, "int4_row": 7.5}[rounded.intervention]
                 module.weight = nn.Parameter(rounded_rows(module.weight, half))
     for stretch in ablation.repeated:
-        twice = _Instead(layers[stretch.start], lambda inner, x: inner(_state(inner(x))))
-        layers[stretch.start] = twice
-    for layer in ablation.layers:
+        twice = _Instead(layers[stretch.layer], lambda inner, x: inner(_state(inner(x))))
+        layers[stretch.layer] = twice
+    for layer in ablation.removed():
         layers[layer] = _Instead(layers[layer], lambda inner, x: _like(inner(x), x))
-    for name, numbers in (("self_attn", ablation.attention), ("mlp", ablation.mlp)):
+    for name, numbers in (
+        ("self_attn", ablation.removed("attention")),
+        ("mlp", ablation.removed("mlp")),
+    ):
         for layer in numbers:
             part = getattr(layers[layer], name)
             part.register_forward_hook(
@@ -156,15 +161,17 @@ def test_the_check_on_a_miniature_tries_them_all_and_finds_them_exact():
 
 
 def test_what_a_replaced_layer_costs_is_what_it_passes():
-    one = Ablation(replaced=(("mean", 1),))
-    two = Ablation(repeated=(Stretch(1, 2),))
+    one = Ablation.parse("mean:1")
+    two = Ablation.parse("repeat:1")
     assert plan_streams([INTACT, one], 4).layer_passes == 4 + 2
     # It leaves the baseline behind the layer, and passes it once more.
     assert plan_streams([INTACT, two], 4).layer_passes == 4 + 1 + 2
-    quantised = Ablation(rounded=(Rounded("int8", 1),))
+    quantised = Ablation.parse("int8:1")
     assert plan_streams([INTACT, quantised], 4).layer_passes == 4 + 3
     # Its attention has other weights than the baseline's, from which it would be taken else.
-    assert plan_streams([INTACT, quantised, Ablation(mlp=(1,))], 4).attention_passes == 4 + 3 + 2
+    assert (
+        plan_streams([INTACT, quantised, Ablation.parse("mlp:1")], 4).attention_passes == 4 + 3 + 2
+    )
 
 
 def test_matrices_whose_inputs_nobody_tells_are_no_linear_maps():
@@ -172,9 +179,9 @@ def test_matrices_whose_inputs_nobody_tells_are_no_linear_maps():
     model.model.layers[1].mlp.experts = nn.Parameter(torch.zeros(2, 3, 4))
     engine = engine_of(model)
     with pytest.raises(CellError, match=r"mlp.experts of layer 1 .* is no linear map"):
-        engine.without(Ablation(rounded=(Rounded("int8", 1),)))
+        engine.without(Ablation.parse("int8:1"))
     with pytest.raises(CellError, match=r"mlp.experts of layer 1 is no linear map.*leave formats"):
-        engine.score(make_documents(1), [INTACT, Ablation(rounded=(Rounded("int4", 1),))])
+        engine.score(make_documents(1), [INTACT, Ablation.parse("int4:1")])
 
 
 class TestFit:
@@ -214,7 +221,7 @@ class TestFit:
 def test_a_layer_twice_is_a_deeper_model():
     model = tiny_model("gemma3")
     engine = engine_of(model)
-    twice = engine.without(Ablation((0,), repeated=(Stretch(2, 3),))).loaded.model
+    twice = engine.without(Ablation.parse("layer:0+repeat:2")).loaded.model
     assert len(find_layers(twice)) == 4
     config = twice.config.get_text_config()
     kinds = model.config.get_text_config().layer_types
@@ -224,5 +231,5 @@ def test_a_layer_twice_is_a_deeper_model():
     assert one is not other
     assert one.self_attn.q_proj.weight is other.self_attn.q_proj.weight
     asked = asking(((5, 6, 7), (8, 9)))
-    right = answers(_changed(model, Ablation((0,), repeated=(Stretch(2, 3),))), asked)
+    right = answers(_changed(model, Ablation.parse("layer:0+repeat:2")), asked)
     assert answers(twice, asked)[0][0] == pytest.approx(right[0][0], abs=1e-4)

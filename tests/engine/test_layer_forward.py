@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.engine.plain import Output
-from tracker.core.ablations import INTACT, Ablation, ablate
+from tests.helpers.engines import Output
+from tracker.core.changes import INTACT, Ablation
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.layer_forward import Inside, forking
 from tracker.engine.scoring.streams import LayerStep, StreamPlan, plan_streams
@@ -19,14 +19,14 @@ from tracker.models.sublayers import Sublayers
 
 ROWS, TOKENS, WIDTH, HEADS = 2, 3, 4, 5
 ABLATIONS = [
-    ablate("layer", [0]),
-    ablate("attention", [1]),
+    Ablation.parse("layer:0"),
+    Ablation.parse("attention:1"),
     INTACT,
-    ablate("mlp", [1]),
-    ablate("layer", [1, 2]),
-    ablate("mlp", [2], removed=[1]),
-    ablate("attention", [2]),
-    ablate("layer", [2]),
+    Ablation.parse("mlp:1"),
+    Ablation.parse("layers:1,2"),
+    Ablation.parse("layer:1+mlp:2"),
+    Ablation.parse("attention:2"),
+    Ablation.parse("layer:2"),
 ]
 
 
@@ -138,9 +138,9 @@ def run(layers: Sequence[Any], hidden: Tensor, named: bool, *args: Any, **kwargs
 def without(layers: nn.ModuleList, ablation: Ablation, *given: Any, **kwargs: Any) -> Tensor:
     """The same one ablation at a time, by leaving out."""
     for number, layer in enumerate(layers):
-        layer.silent = "attention" if number in ablation.attention else ""
-        layer.silent = "mlp" if number in ablation.mlp else layer.silent
-    left = [layer for number, layer in enumerate(layers) if number not in ablation.layers]
+        layer.silent = "attention" if number in ablation.removed("attention") else ""
+        layer.silent = "mlp" if number in ablation.removed("mlp") else layer.silent
+    left = [layer for number, layer in enumerate(layers) if number not in ablation.removed()]
     found = run(left, *given, **kwargs)
     for layer in layers:
         layer.silent = ""
@@ -240,11 +240,16 @@ class InPlace(nn.Module):
 @pytest.mark.parametrize("named", [True, False])
 def test_a_layer_that_writes_into_its_input_gets_a_copy(returns_it: bool, named: bool) -> None:
     layers = nn.ModuleList(InPlace(number, returns_it) for number in range(3))
-    ablations = [INTACT, ablate("layer", [1]), ablate("layer", [0]), ablate("layer", [1, 2])]
+    ablations = [
+        INTACT,
+        Ablation.parse("layer:1"),
+        Ablation.parse("layer:0"),
+        Ablation.parse("layers:1,2"),
+    ]
     seen: list[tuple[int, Tensor, Tensor]] = []
 
     def left(ablation: Ablation) -> Tensor:
-        some = [layer for number, layer in enumerate(layers) if number not in ablation.layers]
+        some = [layer for number, layer in enumerate(layers) if number not in ablation.removed()]
         return run(some, hidden_states(), named)
 
     for ways, at_once in itertools.product((ablations, ablations[:1]), (None, 1)):
@@ -284,8 +289,10 @@ def test_no_more_streams_than_may_pass_a_layer_at_once() -> None:
     layers, sizes = make(), []
     honest = layers[2].forward
     layers[2].forward = lambda state: (sizes.append(len(state) // ROWS), honest(state))[1]
-    pairs = [Ablation(layers=some) for n in (1, 2) for some in itertools.combinations((0, 1), n)]
-    without_mlp = Ablation(mlp=(2,))
+    pairs = [
+        Ablation.of(removed=some) for n in (1, 2) for some in itertools.combinations((0, 1), n)
+    ]
+    without_mlp = Ablation.parse("mlp:2")
     for ablations, expected in (
         ([INTACT, *pairs], [2, 2]),
         # The baseline and its fork are taken apart for, and the others pass the layer as it is.
@@ -335,7 +342,7 @@ def test_masks_of_our_own_take_the_place_of_the_models() -> None:
 
 
 class TestRefusals:
-    PLAN = plan_streams([INTACT, ablate("layer", [0]), ablate("layer", [1])], 3)
+    PLAN = plan_streams([INTACT, Ablation.parse("layer:0"), Ablation.parse("layer:1")], 3)
 
     def test_a_batch_that_changes_between_layers(self) -> None:
         layers = make()
@@ -357,7 +364,7 @@ class TestRefusals:
         layers = make(tuple)
         layers[0].extra = torch.ones(1)
         said = "^its layers hand more to each other than the hidden state$"
-        for plan in (self.PLAN, plan_streams([INTACT, ablate("layer", [1])], 3)):
+        for plan in (self.PLAN, plan_streams([INTACT, Ablation.parse("layer:1")], 3)):
             with forking(layers, plan):
                 hidden, more = layers[0](hidden_states())
                 by_name: dict[str, Any] = {"shift": more} if named else {}
@@ -375,7 +382,7 @@ class TestRefusals:
 
     def test_with_one_stream_nothing_is_forked(self) -> None:
         layers = make(tuple)
-        with forking(layers, plan_streams([INTACT, ablate("layer", [2])], 3)):
+        with forking(layers, plan_streams([INTACT, Ablation.parse("layer:2")], 3)):
             hidden, more = layers[0](hidden_states())
             layers[1](hidden, more)
 

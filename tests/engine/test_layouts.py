@@ -13,10 +13,10 @@ import pytest
 import torch
 import transformers
 
-from tests.ablations import single_layers
-from tests.engine.plain import MAX_LENGTH, agree, asking, skipped
-from tests.engine.truth import exported
-from tracker.core.ablations import Ablation
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import MAX_LENGTH, agree, asking, skipped
+from tests.helpers.truth import exported
+from tracker.core.changes import Ablation
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.layers import find_layers
 
@@ -82,6 +82,6 @@ def test_shared_scores_are_those_of_plain_ablation(smollm2, shallow, layout: str
     with torch.inference_mode():
         expected, found = (each(tokens).logits for each in (shallow, model))
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
-    ablations = [*single_layers((0, 7)), Ablation((3, 5))]
+    ablations = [*single_layers((0, 7)), Ablation.parse("layers:3,5")]
     engine = Engine(replace(smollm2, model=model, layers=find_layers(model)), MAX_LENGTH)
     agree(engine.score(documents, ablations), model, ablations, skipped, atol=1e-3, rtol=1e-4)

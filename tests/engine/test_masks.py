@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.engine.families import MIXED, WINDOW, tiny_model
-from tests.engine.plain import Output, make_documents
+from tests.helpers.engines import Output, make_documents
+from tests.helpers.families import MIXED, WINDOW, tiny_model
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.masks import Masks, Sight, _first_seen, look, mask_place
+from tracker.engine.scoring.masks import Masks, Sight, first_seen, look, mask_place
 from tracker.engine.scoring.rows import reading_row, tree_rows
 from tracker.models.layers import find_base, find_layers
 
@@ -83,14 +83,14 @@ def test_layers_are_looked_at_whatever_they_return(kind):
 def test_a_mask_is_reduced_to_where_each_token_begins_to_see():
     window = CAUSAL & ~CAUSAL.tril(-2)
     for mask in (window[None, None], as_added(window), as_added(window, -3e4)):
-        assert _first_seen(mask, 5).tolist() == [0, 0, 1, 2, 3]
-    assert _first_seen(CAUSAL[None, None], 5) is None
-    assert _first_seen(as_added(CAUSAL), 5) is None
+        assert first_seen(mask, 5).tolist() == [0, 0, 1, 2, 3]
+    assert first_seen(CAUSAL[None, None], 5) is None
+    assert first_seen(as_added(CAUSAL), 5) is None
 
 
 @pytest.mark.parametrize("mask", [None, "no", CAUSAL, CAUSAL[None, None, :4], CAUSAL[:, :4][None]])
 def test_what_is_no_mask_of_the_whole_text_says_nothing(mask):
-    assert _first_seen(mask, 5) is None
+    assert first_seen(mask, 5) is None
 
 
 @pytest.mark.parametrize("slope", [-0.5, -9999.0, 0.5])
@@ -100,7 +100,7 @@ def test_a_mask_that_weighs_is_refused(slope):
     with pytest.raises(
         RefusalError, match=r"^its attention masks say more than which token is seen$"
     ):
-        _first_seen(mask, 5)
+        first_seen(mask, 5)
 
 
 @pytest.mark.parametrize(("token", "other", "sees"), [(4, 2, False), (1, 3, True), (0, 0, False)])
@@ -110,7 +110,7 @@ def test_a_token_that_sees_no_unbroken_stretch_is_refused(token, other, sees):
     with pytest.raises(
         RefusalError, match=r"^a token sees others than an unbroken stretch before it$"
     ):
-        _first_seen(seen[None, None], 5)
+        first_seen(seen[None, None], 5)
 
 
 def test_the_place_of_a_mask_among_the_arguments():

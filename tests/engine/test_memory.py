@@ -16,7 +16,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from tests.engine.families import tiny_model
+from tests.helpers.families import tiny_model
 from tracker.engine.memory import (
     keep_freed_memory,
     only_new_garbage,

@@ -21,10 +21,10 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from tests.ablations import single_layers
-from tests.engine.families import SMALL, tiny_model
-from tests.engine.plain import MAX_LENGTH, asking, changed, engine_of, loaded
-from tracker.core.ablations import INTACT, Ablation, Stretch, ablate
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import MAX_LENGTH, asking, changed, engine_of, loaded
+from tests.helpers.families import SMALL, tiny_model
+from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.documents import Document, Request, Response
 from tracker.core.errors import CellError
 from tracker.engine.refusal import RefusalError
@@ -34,8 +34,8 @@ from tracker.engine.scoring.stand_in import MadeUp
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck import miniature_check, removability
 from tracker.engine.selfcheck.miniature_check import (
-    _compared,
     check_longer_texts,
+    compare_both_ways,
     most_sharing,
     reachable,
 )
@@ -43,7 +43,7 @@ from tracker.engine.selfcheck.probe_texts import FIRST, probe_calls
 from tracker.engine.selfcheck.quirks import STEPS, Findings, Path
 from tracker.engine.selfcheck.reasons import Verdict
 from tracker.engine.selfcheck.reference import Comparison, Reference
-from tracker.engine.selfcheck.removability import _alike, as_removed
+from tracker.engine.selfcheck.removability import as_removed, logits_alike
 from tracker.models.pruned import put_back
 
 ABLATIONS = single_layers((0, 1, 2, 3))
@@ -96,7 +96,7 @@ class TestKey:
         keys = [
             key_of(model),
             key_of(model, ABLATIONS[:-1]),
-            key_of(model, [*ABLATIONS[:-1], ablate("mlp", [3])]),
+            key_of(model, [*ABLATIONS[:-1], Ablation.parse("mlp:3")]),
             key_of(model, paths=()),
             key_of(model, rows=(256, 192, 256)),
             key_of(model, blank=True),
@@ -240,7 +240,7 @@ class TestCheck:
         assert everything > 50
         assert verdict_on(engine, ABLATIONS[:2]).compared == 2 * everything
         parts = [
-            ablate(part, some)
+            Ablation.of(Change(part, some))
             for part in ("layer", "mlp", "attention")
             for count in (1, 2, 3)
             for some in combinations(range(4), count)
@@ -258,9 +258,9 @@ class TestCheck:
         for count in (16, 17, 22):
             seen.clear()
             ablations = single_layers(tuple(range(count)))
-            _compared(engine, calls, ablations, [], Reference(engine))
+            compare_both_ways(engine, calls, ablations, [], Reference(engine))
             assert [d for d, _ in seen] == [*calls, *(call[::-1] for call in calls[::-1])]
-            removed = [{a.layers[0] for a in scored if a != INTACT} for _, scored in seen]
+            removed = [{a.removed()[0] for a in scored if a != INTACT} for _, scored in seen]
             assert all(INTACT in scored for _, scored in seen)
             forth, back = removed[0], removed[-1]
             assert removed == [forth] * len(calls) + [back] * len(calls)
@@ -320,7 +320,7 @@ class TestCheck:
     @pytest.mark.usefixtures("no_miniature")
     def test_what_stands_in_for_its_layers_is_made_up(self) -> None:
         """It is fitted later, on a model whose quirks are known."""
-        fitted = [Ablation(replaced=((done, 2),)) for done in ("mean", "scale", "linear")]
+        fitted = [Ablation.parse(f"{done}:2") for done in ("mean", "scale", "linear")]
         verdict = verdict_on("llama", [INTACT, *fitted])
         assert (verdict.sharing, verdict.difference < 2e-4) == (DEPTH_ONLY, True)
 
@@ -330,7 +330,7 @@ class TestCheck:
         verdict = verdict_on(engine)
         assert (verdict.sharing, verdict.lost, verdict.stay) == (PLAIN, APART, False)
         # Without the last layer, the others stay where they are.
-        assert verdict_on(engine, [INTACT, ablate("layer", [3])]).sharing == FULL
+        assert verdict_on(engine, [INTACT, Ablation.parse("layer:3")]).sharing == FULL
 
     @pytest.mark.parametrize(
         ("unsteady", "sharing", "lost"),
@@ -389,7 +389,7 @@ class Watched:
 @pytest.fixture
 def watched(monkeypatch) -> Watched:
     watched = Watched()
-    monkeypatch.setattr(miniature_check, "_compared", watched)
+    monkeypatch.setattr(miniature_check, "compare_both_ways", watched)
     return watched
 
 
@@ -541,7 +541,7 @@ class TestMiniatures:
     def test_each_ablation_is_asked_in_every_call(self, watched) -> None:
         """Branches, both sides of a threshold, and two kept beginnings."""
         sets = [some for count in range(4) for some in combinations(range(4), count)]
-        ablations = [ablate("layer", some) for some in sets]
+        ablations = [Ablation.of(removed=some) for some in sets]
         verdict_on("llama", ablations)
         (asked,) = watched.asked
         assert asked == sorted(asked, key=lambda place: (ablations.index(place[0]), place[1:]))
@@ -554,7 +554,11 @@ class TestMiniatures:
 
     def test_the_same_is_asked_every_time(self, watched) -> None:
         """Also of the ablations of which only some requests are."""
-        many = [*ABLATIONS, *(ablate("mlp", [n]) for n in range(4)), ablate("layer", [1, 2])]
+        many = [
+            *ABLATIONS,
+            *(Ablation.parse(f"mlp:{n}") for n in range(4)),
+            Ablation.parse("layers:1,2"),
+        ]
         for _ in range(2):
             verdict_on("llama", [*many, *many[1:4]])
         one, other = watched.asked
@@ -631,7 +635,7 @@ def test_a_full_memory_is_no_loss(monkeypatch) -> None:
     def compared(*_: Any) -> Comparison:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(miniature_check, "_compared", compared)
+    monkeypatch.setattr(miniature_check, "compare_both_ways", compared)
     with pytest.raises(torch.OutOfMemoryError):
         verdict_on("llama")
 
@@ -672,7 +676,7 @@ class TestCut:
             honest, honest_handing_on = Engine.without, removability._handing_on
 
             def without(self: Engine, ablation: Ablation, **how: bool) -> Engine:
-                if 2 in ablation.layers and self.quirks.stay in stay:
+                if 2 in ablation.removed() and self.quirks.stay in stay:
                     raise error or RefusalError(f"no such model {self.quirks.stay:d}")
                 return honest(self, ablation, **how)
 
@@ -682,7 +686,7 @@ class TestCut:
             @contextmanager
             def handing_on(engine: Engine, ablation: Ablation) -> Iterator[None]:
                 with honest_handing_on(engine, ablation):
-                    if 2 not in ablation.layers or True not in stay:
+                    if 2 not in ablation.removed() or True not in stay:
                         yield
                         return
                     handle = engine.loaded.layers[2].register_forward_pre_hook(refusing)
@@ -695,7 +699,7 @@ class TestCut:
         return refuse
 
     def checked(self, model: Any, *removed: tuple[int, ...]) -> Verdict:
-        return verdict_on(model, [INTACT, *map(Ablation, removed)])
+        return verdict_on(model, [INTACT, *(Ablation.of(removed=layers) for layers in removed)])
 
     @pytest.mark.parametrize(("removed", "what"), [((2,), "layer 2"), ((1, 2), "layers 1, 2")])
     def test_it_runs_in_no_way(self, refuse, watched, removed, what) -> None:
@@ -745,8 +749,8 @@ class TestCut:
 
     def test_a_layer_that_is_passed_again_does_not_hand_on_its_input(self, watched) -> None:
         """It was said to, as a removed one does."""
-        again = Ablation(repeated=(Stretch(1, 2),))
-        for ablations in ([again], [ablate("layer", [1]), again]):
+        again = Ablation.parse("repeat:1")
+        for ablations in ([again], [Ablation.parse("layer:1"), again]):
             verdict = verdict_on("jamba_eager", [INTACT, *ablations])
             clauses = verdict.which.split("; ")
             assert clauses[-1] == (
@@ -793,8 +797,8 @@ class TestCut:
                 two = one.clone()
                 two[1, 2] += far * unit
                 # The tolerance is a share of the second.
-                assert _alike(two, one) == expected
-        assert not _alike(one, one[:1])
+                assert logits_alike(two, one) == expected
+        assert not logits_alike(one, one[:1])
 
     @pytest.mark.usefixtures("no_miniature")
     def test_a_model_without_a_miniature_is_cut_itself(self, refuse, watched) -> None:
@@ -816,14 +820,14 @@ class TestCut:
 
         if not small:
             request.getfixturevalue("no_miniature")
-        monkeypatch.setattr(miniature_check, "_compared", compared)
+        monkeypatch.setattr(miniature_check, "compare_both_ways", compared)
         said = r"^LlamaForCausalLM cannot be asked one request at a time: no such mask$"
         with pytest.raises(CellError, match=said):
             self.checked("llama", (2,))
 
     def test_sublayers_ask_for_no_cut(self, refuse, watched) -> None:
         refuse(False, True)
-        assert verdict_on("llama", [INTACT, ablate("mlp", [2])]).sharing == FULL
+        assert verdict_on("llama", [INTACT, Ablation.parse("mlp:2")]).sharing == FULL
 
     def test_an_error_of_ours_is_raised(self, refuse, watched) -> None:
         refuse(False, error=ZeroDivisionError("ours"))

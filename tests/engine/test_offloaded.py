@@ -7,12 +7,12 @@ from functools import partial
 import pytest
 import torch
 
-from tests.ablations import single_layers
 from tests.conftest import save_tokenizer
-from tests.engine.families import FAMILIES, tiny_model
-from tests.engine.plain import MAX_LENGTH, Memory, make_documents, same
-from tests.engine.truth import layers_of
-from tracker.core.ablations import INTACT, Ablation, Part, Rounded, Stretch, ablate
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import MAX_LENGTH, Memory, make_documents, same
+from tests.helpers.families import FAMILIES, tiny_model
+from tests.helpers.truth import layers_of
+from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import CellError
 from tracker.engine.observers.expert_load import expert_load
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
@@ -21,7 +21,7 @@ from tracker.engine.selfcheck.check import check
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
 
-ABLATIONS = [*single_layers((0, 1, 2, 3)), Ablation((1, 2))]
+ABLATIONS = [*single_layers((0, 1, 2, 3)), Ablation.parse("layers:1,2")]
 pytestmark = pytest.mark.usefixtures("one_thread")
 VERDICTS = Memory()
 """Of architectures: whoever keeps them knows nothing of where weights rest."""
@@ -56,18 +56,12 @@ def both(tmp_path):
 
 @pytest.mark.parametrize("family", SOME)
 def test_every_answer_is_that_of_the_model_in_memory(both, family):
-    resident, offloaded = both(family)
-    documents = make_documents(3, shared=60)
+    engines, documents = both(family), make_documents(3, shared=60)
     for sharing in {FAMILIES[family].sharing, DEPTH_ONLY, PLAIN, ONE_BY_ONE}:
-        ours, theirs = (
-            engine.with_sharing(sharing).score(documents, ABLATIONS)
-            for engine in (offloaded, resident)
-        )
-        for one, other in zip(ours, theirs, strict=True):
+        scored = (engine.with_sharing(sharing).score(documents, ABLATIONS) for engine in engines)
+        for one, other in zip(*scored, strict=True):
             assert one.responses == other.responses
-            torch.testing.assert_close(
-                one.proxy_sums, other.proxy_sums, rtol=0, atol=0, equal_nan=True
-            )
+            assert torch.equal(one.proxy_sums.nan_to_num(), other.proxy_sums.nan_to_num())
 
 
 def test_weights_come_past_once_for_a_check_and_once_for_a_block(both):
@@ -104,8 +98,8 @@ def test_a_plain_call_brings_in_each_layer_once(both):
 
 def test_experts_are_observed_beside_a_sweep(both):
     """Both wait for the same layers, which come past once for them."""
-    parts = [Part("expert", layer, number) for layer in (1, 3) for number in (0, 1)]
-    asked = [INTACT, *(Ablation(parts=(part,)) for part in parts)]
+    parts = [Change.parse(f"expert:{layer}.{number}") for layer in (1, 3) for number in (0, 1)]
+    asked = [INTACT, *(Ablation.of(part) for part in parts)]
     documents, found = make_documents(3), []
     for engine in both("mixtral"):
         observe = [partial(expert_load, engine, document, parts) for document in documents]
@@ -119,7 +113,7 @@ def test_experts_are_observed_beside_a_sweep(both):
 
 
 def test_shared_experts_are_taken_out_where_weights_come_past(both):
-    asked = [INTACT, Ablation(shared=(1,)), Ablation(shared=(3,))]
+    asked = [INTACT, Ablation.parse("shared_expert:1"), Ablation.parse("shared_expert:3")]
     resident, offloaded = (
         [score.responses for score in engine.score(make_documents(3), asked)]
         for engine in both("deepseek_v3")
@@ -127,41 +121,37 @@ def test_shared_experts_are_taken_out_where_weights_come_past(both):
     assert resident == offloaded
 
 
+def checked_and_scored(engines, ablations):
+    """Check each engine and score some documents with what it shares."""
+    documents = make_documents(4)
+    checks = [check(engine, documents, ablations, VERDICTS) for engine in engines]
+    return [(found, found.engine.score(documents, ablations)) for found in checks]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_parts_and_interventions_are_those_of_the_model_in_memory(both, family, dtype):
-    own = [Ablation(rounded=(Rounded(done, 2),)) for done in ("int8", "int4_row")]
-    own += [Ablation(rounded=(Rounded("int4_row", 0, end),)) for end in ("embedding", "lm_head")]
+    own = [Ablation.parse(f"{done}:2") for done in ("int8", "int4_row")]
+    own += [Ablation.parse(f"int4_row:{end}") for end in ("embedding", "lm_head")]
     if family == "mixtral":
         which = ("", "mlp.experts.down_proj", "mlp.experts.1.gate_up_proj")
-        own = [Ablation(rounded=(Rounded("int4_row", 2, each),)) for each in which]
-        own += [Ablation(parts=(Part("expert", 2, number),)) for number in (0, 3)]
-    ablations = [
-        INTACT,
-        *own,
-        Ablation(repeated=(Stretch(2, 3),)),
-        Ablation(parts=(Part("head", 2, 1),)),
-    ]
-    ablations += [ablate("attention", [1]), ablate("mlp", [3])]
-    resident, offloaded = both(family, dtype)
-    documents = make_documents(4)
-    ours, theirs = (check(of, documents, ablations, VERDICTS) for of in (offloaded, resident))
+        own = [Ablation.parse(f"int4_row:2.{each}".rstrip(".")) for each in which]
+        own += [Ablation.parse(f"expert:2.{number}") for number in (0, 3)]
+    ablations = [INTACT, *own, Ablation.parse("attention:1"), Ablation.parse("mlp:3")]
+    ablations += [Ablation.parse("repeat:2"), Ablation.parse("head:2.1")]
+    (theirs, expected), (ours, scores) = checked_and_scored(both(family, dtype), ablations)
     assert ours.engine.sharing == theirs.engine.sharing
     assert ours.difference == theirs.difference
-    one, other = (found.engine.score(documents, ablations) for found in (ours, theirs))
-    assert [each.responses for each in one] == [each.responses for each in other]
+    assert [one.responses for one in scores] == [other.responses for other in expected]
 
 
 def test_a_stretch_that_is_passed_again_is_asked_of_a_deeper_model(both):
     """Was: its first layers were gone by then, and the cell was refused."""
-    ablations = [INTACT, Ablation(repeated=(Stretch(1, 3),)), ablate("layer", [2])]
-    resident, offloaded = both("llama")
-    documents = make_documents(4)
-    ours, theirs = (check(of, documents, ablations, VERDICTS) for of in (offloaded, resident))
+    ablations = [INTACT, Ablation.parse("repeat:1-2"), Ablation.parse("layer:2")]
+    (_, expected), (ours, scores) = checked_and_scored(both("llama"), ablations)
     assert not ours.engine.sharing.depth
     assert "again" in ours.lost
-    one, other = (found.engine.score(documents, ablations) for found in (ours, theirs))
-    same(one, other)
+    same(scores, expected)
 
 
 def test_a_file_that_changes_meanwhile_is_said(both, tmp_path):

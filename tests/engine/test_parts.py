@@ -9,13 +9,13 @@ from contextlib import suppress
 import pytest
 import torch
 
-from tests.engine import census
-from tests.engine.families import FAMILIES, tiny_model
-from tests.engine.plain import alike, answers, asking, engine_of, make_documents
-from tests.engine.registry import Variant, families, tiny
-from tracker.core.ablations import INTACT, Ablation, Part, Rounded, Stretch, ablation_of
+from tests.helpers.engines import answers, asking, engine_of, make_documents, same
+from tests.helpers.families import tiny_model
+from tests.helpers.registry import Variant, families, tiny
+from tests.helpers.truth import deeper
+from tests.tools import census
+from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import CellError, ModelError, TrackerError
-from tracker.core.records import RunIdentity
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.selfcheck.miniature_check import check_miniature
@@ -54,7 +54,7 @@ UNDIVIDED = {
 
 def heads(layer, *numbers, component="head"):
     """Take some heads of a layer out."""
-    return Ablation(parts=tuple(Part(component, layer, number) for number in numbers))
+    return Ablation.of(*(Change.parse(f"{component}:{layer}.{number}") for number in numbers))
 
 
 HEADS = [
@@ -62,17 +62,17 @@ HEADS = [
     *(heads(layer, number) for layer in (0, 1, 3) for number in range(4)),
     heads(2, 1, 3),
     *(heads(layer, group, component="kv_head") for layer in (0, 2) for group in (0, 1)),
-    Ablation((1,), parts=(Part("head", 2, 0),)),
-    Ablation(attention=(2,)),
-    Ablation(mlp=(2,)),
-    Ablation(rounded=(Rounded("int4_row", 2),)),
+    Ablation.parse("layer:1+head:2.0"),
+    Ablation.parse("attention:2"),
+    Ablation.parse("mlp:2"),
+    Ablation.parse("int4_row:2"),
 ]
 STRETCHES = [
     INTACT,
-    *(Ablation(repeated=(Stretch(i, j),)) for i in range(4) for j in range(i + 1, 5)),
-    Ablation(repeated=(Stretch(1, 3, 3),)),
-    Ablation((0,), repeated=(Stretch(2, 4),)),
-    Ablation((3,)),
+    *(Ablation.parse(f"repeat:{i}-{j - 1}") for i in range(4) for j in range(i + 1, 5)),
+    Ablation.parse("repeat3:1-2"),
+    Ablation.parse("layer:0+repeat:2-3"),
+    Ablation.parse("layer:3"),
 ]
 
 
@@ -93,31 +93,6 @@ def _without_heads(model, path, ablation):
     return twin
 
 
-def deeper(family, model, ablation):
-    """Make a model of a configuration with more layers, and give it the weights by their names."""
-    order = [i for i in range(4) if i not in ablation.layers]
-    for stretch in ablation.repeated:
-        at = order.index(stretch.stop - 1) + 1
-        order[at:at] = [*range(stretch.start, stretch.stop)] * (stretch.times - 1)
-    config = FAMILIES[family].config()
-    config.num_hidden_layers = len(order)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in order]
-    made = type(model)(config).float().eval().requires_grad_(False)
-    weights = {}
-    for name, value in model.state_dict().items():
-        if ".layers." not in name:
-            weights[name] = value
-            continue
-        before, _, rest = name.partition(".layers.")
-        number, _, path = rest.partition(".")
-        for place, index in enumerate(order):
-            if index == int(number):
-                weights[f"{before}.layers.{place}.{path}"] = value
-    made.load_state_dict(weights)
-    return made
-
-
 def _agree(model, ablations, make, sharings=(FULL, DEPTH_ONLY, PLAIN)):
     """Hold what is shared, however much, against models that are changed by `make`."""
     documents = make_documents(3)
@@ -136,7 +111,11 @@ def _agree(model, ablations, make, sharings=(FULL, DEPTH_ONLY, PLAIN)):
 @pytest.mark.parametrize("family", PROJECTIONS)
 def test_a_model_without_a_head_is_one_whose_projection_ignores_it(family):
     model = tiny_model(family)
-    alone = [a for a in HEADS if not (a.layers or a.attention or a.mlp or a.rounded)]
+    alone = [
+        a
+        for a in HEADS
+        if not (a.removed() or a.removed("attention") or a.removed("mlp") or a.rounded)
+    ]
     groups = getattr(model.config.get_text_config(), "num_key_value_heads", 4)
     if groups == 4 or family == "deepseek_v3":  # whose heads share nothing that is kept
         alone = [a for a in alone if all(part.component == "head" for part in a.parts)]
@@ -163,7 +142,7 @@ def test_a_head_is_taken_out_wherever_its_attention_ends(family):
     sharings = (PLAIN,) if family == "zaya" else (DEPTH_ONLY, PLAIN)
     _agree(model, ablations, lambda ablation: _without_heads(model, path, ablation), sharings)
     with pytest.raises(ModelError, match=r"attention and MLP of .* cannot be told apart"):
-        engine_of(model).score(make_documents(1), [*ablations, Ablation(mlp=(1,))])
+        engine_of(model).score(make_documents(1), [*ablations, Ablation.parse("mlp:1")])
 
 
 def test_streams_pass_a_layer_whole_that_is_not_divided():
@@ -182,7 +161,7 @@ def test_heads_share_a_layer_with_all_else_that_is_done_to_it(sharing):
     engine = engine_of(model, sharing, row_tokens=40)
     together = engine.score(make_documents(3), HEADS)
     alone = engine_of(model, PLAIN).score(make_documents(3), HEADS)
-    alike(together, alone)
+    same(together, alone)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2", "mixtral"])
@@ -247,20 +226,32 @@ def test_the_page_lists_the_families_whose_heads_or_experts_are_refused():
 @pytest.mark.parametrize(
     ("family", "part", "said"),
     [
-        ("llama", Part("head", 1, 4), "layer 1 of .* has 4 heads, 0 to 3; leave 4 out of 'head'"),
-        ("llama", Part("kv_head", 1, 2), "has 2 groups of heads, 0 to 1"),
-        ("mamba", Part("head", 1, 0), "component"),
-        ("bloom", Part("head", 1, 0), r"no attention heads .* \(needed: one call of transformers'"),
-        ("mpt", Part("head", 1, 0), r"no attention heads .* \(needed: one call of transformers'"),
+        (
+            "llama",
+            Change.parse("head:1.4"),
+            "layer 1 of .* has 4 heads, 0 to 3; leave 4 out of 'head'",
+        ),
+        ("llama", Change.parse("kv_head:1.2"), "has 2 groups of heads, 0 to 1"),
+        ("mamba", Change.parse("head:1.0"), "component"),
+        (
+            "bloom",
+            Change.parse("head:1.0"),
+            r"no attention heads .* \(needed: one call of transformers'",
+        ),
+        (
+            "mpt",
+            Change.parse("head:1.0"),
+            r"no attention heads .* \(needed: one call of transformers'",
+        ),
     ],
 )
 def test_what_has_no_such_head_is_refused_by_name(family, part, said):
     engine = engine_of(tiny_model(family))
     with pytest.raises(TrackerError, match=said):
-        engine.without(Ablation(parts=(part,)))
+        engine.without(Ablation.of(part))
     if family == "llama":
         with pytest.raises(TrackerError, match=said):
-            engine.score(make_documents(1), [INTACT, Ablation(parts=(part,))])
+            engine.score(make_documents(1), [INTACT, Ablation.of(part)])
 
 
 def test_a_head_of_quantised_weights_is_refused():
@@ -277,7 +268,7 @@ def test_a_head_of_quantised_weights_is_refused():
 
 def test_runs_name_what_they_do():
     def run(**said):
-        return RunIdentity(layer=3, **said)
+        return Change.of_fields(layer=3, **said)
 
     named = {
         run(component="head", number=1): ("head:3.1", "layer 3 head 1"),
@@ -287,6 +278,6 @@ def test_runs_name_what_they_do():
         run(intervention="repeat", span=2, repeats=3): ("repeat3:3-4", "repeat 3 times: 3–4"),
     }
     for each, (name, label) in named.items():
-        assert (ablation_of(each, ()).name, each.label()) == (name, label)
+        assert (Ablation.of(each, removed=()).name, each.label()) == (name, label)
     asked = asking(((5, 6), (7,)))
     assert len(engine_of("llama").score([asked], [INTACT, heads(0, 0)])[0].responses) == 2

@@ -7,8 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from tests.engine.families import tiny_model
-from tests.engine.plain import (
+from tests.helpers.engines import (
     MAX_LENGTH,
     asking,
     engine_of,
@@ -16,7 +15,8 @@ from tests.engine.plain import (
     passed,
     pruned,
 )
-from tracker.core.ablations import INTACT
+from tests.helpers.families import tiny_model
+from tracker.core.changes import INTACT
 from tracker.core.documents import Document
 from tracker.engine.memory import stream_bytes
 from tracker.engine.observers import perturbation_growth as module

@@ -14,11 +14,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.ablations import single_layers
-from tests.engine.families import tiny_model
-from tests.engine.plain import MAX_LENGTH, asking, engine_of, make_documents
-from tests.engine.registry import Variant, tiny
-from tracker.core.ablations import INTACT, Ablation, ablate
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import MAX_LENGTH, asking, engine_of, make_documents
+from tests.helpers.families import tiny_model
+from tests.helpers.registry import Variant, tiny
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.engine import plan
 from tracker.engine.memory import stream_bytes
@@ -28,7 +28,7 @@ from tracker.engine.scoring.prefix import SHORTEST
 from tracker.engine.scoring.rows import common_beginning
 from tracker.engine.selfcheck.check import plain_tokens
 
-ABLATIONS = [*single_layers((0, 1, 2, 3)), ablate("attention", [1]), ablate("mlp", [2])]
+ABLATIONS = [*single_layers((0, 1, 2, 3)), Ablation.parse("attention:1"), Ablation.parse("mlp:2")]
 
 
 def tiny_mixture(experts: int) -> Any:
@@ -109,9 +109,10 @@ def test_other_programs_cost_what_was_said() -> None:
                 for tokens in read:
                     without(torch.tensor([tokens]), use_cache=False)
             totals[-1].update(operations)
-    assert said.naive_layer_passes == totals[0]["sublayers"] / 2
+    assert said.plain_layer_passes["lm-eval"] == totals[0]["sublayers"] / 2
     assert said.naive_flops == pytest.approx(totals[0]["flops"], rel=0.005)
-    assert said.vllm_layer_passes == totals[1]["sublayers"] / 2 > said.naive_layer_passes
+    assert said.plain_layer_passes["vllm"] == totals[1]["sublayers"] / 2
+    assert said.plain_layer_passes["vllm"] > said.plain_layer_passes["lm-eval"]
 
 
 def test_a_sublayer_alone_costs_lm_eval_the_other_half_of_its_layer() -> None:
@@ -119,14 +120,14 @@ def test_a_sublayer_alone_costs_lm_eval_the_other_half_of_its_layer() -> None:
 
     def naive(*removed: Ablation) -> tuple[float, float]:
         said = cost(model, documents, [INTACT, *removed], MAX_LENGTH)
-        return said.naive_layer_passes, said.naive_flops
+        return said.plain_layer_passes["lm-eval"], said.naive_flops
 
-    passes, flops = naive(ablate("layer", [1]))
+    passes, flops = naive(Ablation.parse("layer:1"))
     # Three tokens that see three, through four square matrices, two of them half as wide.
     attention = 3 * (2 * 3 * 32 * 32 + 4 * 3 * 32)
     mlp = 3 * 2 * 3 * 32 * 48
-    assert naive(ablate("mlp", [1])) == (passes + 1.5, flops + attention)
-    assert naive(ablate("attention", [1])) == (passes + 1.5, flops + mlp)
+    assert naive(Ablation.parse("mlp:1")) == (passes + 1.5, flops + attention)
+    assert naive(Ablation.parse("attention:1")) == (passes + 1.5, flops + mlp)
 
 
 def test_the_peak_is_weights_and_the_widest_row_and_logits() -> None:
@@ -144,7 +145,7 @@ def test_a_text_of_three_tokens_by_hand() -> None:
     """And the answer, which is read for the proxies alone."""
     said = cost(tiny_model("llama"), [asking(((1, 2, 3), (4,)))], [INTACT], MAX_LENGTH)
     assert (said.tokens, said.layer_passes, said.naive_tokens) == (4, 16, 3)
-    assert said.vllm_layer_passes == 16
+    assert said.plain_layer_passes["vllm"] == 16
     attention, mlp, head = 3 * 32 * 32, 3 * 32 * 48, 97 * 32
     assert said.flops == 4 * 4 * (2 * attention + 4 * 4 * 32 + 2 * mlp) + 2 * head
     assert said.naive_flops == 3 * (4 * (2 * attention + 4 * 3 * 32 + 2 * mlp) + 2 * head)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ablations import single_layers
-from tests.engine.families import tiny_model
-from tests.engine.plain import engine_of
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import engine_of
+from tests.helpers.families import tiny_model
 from tracker.engine.scoring.prefix import MARGIN, GrowingLayer, Prefix, cache_argument, new_cache
 from tracker.engine.scoring.rows import ANY_LENGTH, Lengths
 from tracker.engine.scoring.score import kept_bytes, read_prefix

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from tests.engine.plain import MAX_LENGTH
+from tests.helpers.engines import MAX_LENGTH
 from tracker.core.documents import Document
 from tracker.engine.scoring.prefix import SHORTEST
 from tracker.engine.scoring.rows import common_beginning, tree_rows

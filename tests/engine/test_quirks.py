@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.engine.families import tiny_model
-from tests.engine.plain import changed
+from tests.helpers.engines import changed
+from tests.helpers.families import tiny_model
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import Lengths
 from tracker.engine.selfcheck import quirks

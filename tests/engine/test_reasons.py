@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.ablations import single_layers
-from tests.engine.families import FAMILIES
-from tests.engine.plain import Memory, engine_of, is_one_sentence, make_documents
-from tests.engine.registry import variants
-from tests.engine.test_once_wrong import tiny
+from tests.helpers.ablations import single_layers
+from tests.helpers.cells import tiny
+from tests.helpers.engines import Memory, engine_of, is_one_sentence, make_documents
+from tests.helpers.families import FAMILIES
+from tests.helpers.registry import variants
 from tracker.engine.scoring.sharing import DEPTH_ONLY, NO_PREFIX, ONE_BY_ONE, PLAIN
 from tracker.engine.selfcheck.check import check
 from tracker.engine.selfcheck.reasons import keeps_a_state, less

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from tests.engine.plain import MAX_LENGTH, answers, asking, engine_of, make_documents, pruned
-from tracker.core.ablations import INTACT, Ablation
+from tests.helpers.engines import MAX_LENGTH, answers, asking, engine_of, make_documents, pruned
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Request
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.reference import Comparison, Reference, shaken
 
 REQUEST = Request((5, 6, 7), (8, 9))
-WITHOUT = Ablation((1, 2))
+WITHOUT = Ablation.parse("layers:1,2")
 
 
 @pytest.fixture

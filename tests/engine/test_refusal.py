@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,10 +18,6 @@ ours = ENGINE["ours"]
 """Calls something from a module of tracker."""
 
 
-def fail(error: Exception) -> None:
-    raise error
-
-
 class Layer(nn.Module):
     """A model's module that runs what it is given."""
 
@@ -28,38 +25,42 @@ class Layer(nn.Module):
         return call()
 
 
-RAISED = (RuntimeError, ValueError, KeyError, TypeError, RefusalError)
+MODEL = Layer()
 
 
-def caught(call: Callable[[], Any]) -> Exception:
-    with pytest.raises(RAISED) as found:
+def raised(error: Exception, *callers: Callable[[Callable[[], Any]], Any]) -> Exception:
+    """Raise an error below some callers, the last one nearest to it, and return it."""
+
+    def call() -> None:
+        raise error
+
+    for caller in reversed(callers):
+        call = partial(caller, call)
+    with pytest.raises(type(error)):
         call()
-    return found.value
+    return error
 
 
-def test_what_a_model_raises_is_its_own():
-    below = caught(lambda: ours(lambda: Layer()(lambda: fail(ValueError("no such mask")))))
-    assert refused(below) == "no such mask"
-
-
-def test_what_tracker_raises_goes_up_also_from_within_a_model():
-    assert refused(caught(lambda: ours(lambda: fail(KeyError("typo"))))) is None
-    within = caught(lambda: Layer()(lambda: ours(lambda: fail(TypeError("four arguments")))))
-    assert refused(within) is None
-    again = caught(lambda: ours(lambda: Layer()(lambda: ours(lambda: fail(TypeError("four"))))))
-    assert refused(again) is None
-    deepest = caught(lambda: Layer()(lambda: ours(lambda: Layer()(lambda: fail(ValueError("x"))))))
-    assert refused(deepest) == "x"
-
-
-def test_what_neither_raised_is_no_models():
-    assert refused(ValueError("never raised")) is None
-    assert refused(caught(lambda: fail(ValueError("from elsewhere")))) is None
+@pytest.mark.parametrize(
+    ("callers", "is_the_models"),
+    [
+        ((ours, MODEL), True),
+        ((MODEL, ours, MODEL), True),
+        ((ours,), False),
+        ((MODEL, ours), False),
+        ((ours, MODEL, ours), False),
+        ((), False),
+    ],
+)
+def test_whose_error_it_is_the_deepest_caller_decides(callers, is_the_models):
+    """A model's is a reason to share less; ours, and what neither raised, goes up."""
+    assert refused(raised(KeyError("mask"), *callers)) == ("'mask'" if is_the_models else None)
 
 
 def test_a_refusal_of_ours_is_the_models_wherever_it_is_raised():
+    assert refused(ValueError("never raised")) is None
     assert refused(RefusalError("its layers return nothing")) == "its layers return nothing"
-    assert refused(caught(lambda: ours(lambda: fail(RefusalError("so"))))) == "so"
+    assert refused(raised(RefusalError("so"), ours)) == "so"
 
 
 KINDS = [RuntimeError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", RuntimeError)]
@@ -81,7 +82,7 @@ KINDS = [RuntimeError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError"
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_that_runs_out_is_known_by_its_message(kind, message):
     """torch raises these, and no device is lost by them."""
-    full = caught(lambda: Layer()(lambda: fail(kind(message))))
+    full = raised(kind(message), MODEL)
     assert is_out_of_memory(full)
     assert not device_is_lost(full)
     assert refused(full) is None
@@ -101,6 +102,5 @@ def test_it_is_told_shortly():
 
 def test_a_device_that_is_lost_is_no_models_refusal():
     lost = RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be …")
-    found = caught(lambda: Layer()(lambda: fail(lost)))
-    assert device_is_lost(found)
-    assert refused(found) is None
+    assert device_is_lost(raised(lost, MODEL))
+    assert refused(lost) is None

@@ -11,10 +11,10 @@ import re
 import pytest
 import torch
 
-from tests.engine import census, survey
-from tests.engine.census import keep, left_of, page, read
-from tests.engine.registry import FAMILY_NAMES, NOT_BUILT, families, variants
-from tests.engine.survey import (
+from tests.helpers.registry import FAMILY_NAMES, NOT_BUILT, NOT_SAVED, families, find, variants
+from tests.tools import census, survey
+from tests.tools.census import keep, left_of, page, read
+from tests.tools.survey import (
     CRASH,
     DELETED,
     DISCONTINUOUS,
@@ -26,7 +26,7 @@ from tests.engine.survey import (
     blocks,
     examine,
 )
-from tracker.core.ablations import INTACT, Ablation
+from tracker.core.changes import INTACT, Ablation
 
 MEASURED = [
     # Positions by the kind of layer, a window of other kinds of layers.
@@ -42,14 +42,12 @@ MEASURED = [
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def find(family, name):
-    return next(variant for variant in variants(family) if variant.name == name)
-
-
 @pytest.fixture
 def few(monkeypatch):
     """A layer alone, and two together, in place of every layer."""
-    monkeypatch.setattr(survey, "ABLATIONS", [INTACT, Ablation((0,)), Ablation((1, 2))])
+    monkeypatch.setattr(
+        survey, "ABLATIONS", [INTACT, Ablation.parse("layer:0"), Ablation.parse("layers:1,2")]
+    )
 
 
 @pytest.mark.parametrize(("family", "name"), MEASURED)
@@ -64,11 +62,9 @@ def test_the_registry_is_complete():
 
     Here are those that `test_checkpoint` does not build, where it asks all others.
     """
-    from tests.models import test_checkpoint as saved  # which asks this file
-
     assert {*families(), *NOT_BUILT} >= {*FAMILY_NAMES}
     causes = []
-    for family in saved.REFUSED:
+    for family in NOT_SAVED:
         try:
             model = next(variants(family)).model()
             said = model(torch.tensor([[3, 5, 8]]), use_cache=False).logits
@@ -121,7 +117,7 @@ def test_both_truths_agree_where_layers_know_no_numbers():
     request = blocks()[1][0].requests[2]
     for family in ("llama", "gemma2", "granite_swa"):
         truth = Truth(find(family, "plain").model())
-        for ablation in (Ablation((0,)), Ablation((1, 2))):
+        for ablation in (Ablation.parse("layer:0"), Ablation.parse("layers:1,2")):
             kept = truth.of(ablation, request)
             assert truth.of(ablation, request, DELETED) == pytest.approx(kept, abs=1e-4)
             assert abs(truth.of(INTACT, request) - kept) > 0.02

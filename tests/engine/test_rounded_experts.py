@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.engine.plain import answers, asking, engine_of, make_documents, rounded_rows
-from tests.engine.registry import Variant, tiny
-from tests.engine.test_experts import experts, mixture
-from tracker.core.ablations import INTACT, Ablation, Rounded
+from tests.helpers.engines import answers, asking, engine_of, make_documents, rounded_rows
+from tests.helpers.mixtures import experts, mixture
+from tests.helpers.registry import Variant, tiny
+from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import CellError
 from tracker.engine.memory import only_new_garbage
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
@@ -48,7 +48,8 @@ def changed(model, family, ablation):
     """Round by hand, in a copy: each expert's rows, and all linear maps but routers."""
     twin = copy.deepcopy(model)
     # What one expert has goes before what all have.
-    for form, place, which in sorted(ablation.rounded, key=lambda each: each.which.count(".")):
+    for change in sorted(ablation.rounded, key=lambda change: change.path.count(".")):
+        place, which, form = change.layer, change.path, change.intervention
         before, after = find_layers(model)[place], find_layers(twin)[place]
         half, of = HALF[form], which.replace("attention", "self_attn")
         if which == "mlp":
@@ -75,7 +76,8 @@ def changed(model, family, ablation):
 
 
 def rounded(*each):
-    return Ablation(rounded=tuple(Rounded(*one) for one in each))
+    texts = (f"{form}:{layer}.{'.'.join(path)}".rstrip(".") for form, layer, *path in each)
+    return Ablation.of(*map(Change.parse, texts))
 
 
 def asked_of(model):
@@ -90,7 +92,7 @@ def asked_of(model):
         rounded(("int4_row", 3)),
         rounded(("int4_row", 1, "mlp"), ("int8", 1, f"{held}.1.down_proj")),
         rounded(("int4_row", 1, f"{held}.gate_up_proj"), ("int4_row", 3, f"{last}.down_proj")),
-        Ablation((1,), rounded=(Rounded("int4_row", 3, f"{last}.down_proj"),)),
+        Ablation.parse(f"layer:1+int4_row:3.{f'{last}.down_proj'}"),
     ]
 
 
@@ -101,8 +103,8 @@ def test_experts_in_a_format_are_those_that_are_rounded_one_by_one(family):
     right = []
     for ablation in asked:
         twin = changed(model, family, ablation)
-        if ablation.layers:
-            twin = engine_of(twin).without(Ablation(ablation.layers)).loaded.model
+        if ablation.removed():
+            twin = engine_of(twin).without(Ablation.of(removed=ablation.removed())).loaded.model
         right.append([answers(twin, document) for document in documents])
     for sharing in (FULL, DEPTH_ONLY, PLAIN):
         scores = engine_of(model, sharing, row_tokens=40).score(documents, asked)
@@ -123,8 +125,8 @@ def test_experts_in_formats_share_a_layer_with_all_else_that_is_done_to_it():
         INTACT,
         rounded(("int4_row", 1, "mlp.experts.down_proj")),
         experts(1, 0),
-        Ablation(attention=(1,)),
-        Ablation(mlp=(1,)),
+        Ablation.parse("attention:1"),
+        Ablation.parse("mlp:1"),
         rounded(("int4_row", 1, "mlp")),
         rounded(("int4_row", 1, "attention")),
     ]
@@ -215,13 +217,13 @@ def outputs(model, family, document, layer):
 def test_errors_of_experts_are_those_of_what_they_make():
     model, document = mixture("olmoe"), make_documents(1)[0]
     paths = ("gate_up_proj", "down_proj", "2.down_proj")
-    maps = [Rounded("int4_row", 1, f"mlp.experts.{path}") for path in paths]
+    maps = [Change.parse(f"int4_row:1.mlp.experts.{path}") for path in paths]
     found = rounding_errors(engine_of(model), document, maps)
     errors = weight_errors(engine_of(model), maps)
     before = outputs(model, "olmoe", document, 1)
     held = find_layers(model)[1].mlp.experts
     for place, each in enumerate(maps):
-        twin = changed(model, "olmoe", Ablation(rounded=(each,)))
+        twin = changed(model, "olmoe", Ablation.of(each))
         after = outputs(twin, "olmoe", document, 1)
         some = [place != 2 or number == 2 for number, _ in before]
         pairs = [(b, a) for (_, b), (_, a), mine in zip(before, after, some, strict=True) if mine]
@@ -233,7 +235,7 @@ def test_errors_of_experts_are_those_of_what_they_make():
             1 - float(torch.cosine_similarity(a.double(), b.double(), 0)) for b, a in pairs
         )
         assert float(found["output_angle"][place]) == pytest.approx(turned / 2, rel=1e-2)
-        name = each.which.rpartition(".")[2]
+        name = each.path.rpartition(".")[2]
         own, other = (getattr(h, name) for h in (held, find_layers(twin)[1].mlp.experts))
         own, other = (own, other) if place < 2 else (own[2], other[2])
         share = float((other - own).square().sum() / own.square().sum())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.engine.families import tiny_model
-from tests.engine.plain import engine_of
+from tests.helpers.engines import engine_of
+from tests.helpers.families import tiny_model
 from tracker.engine.scoring.row_size import SIZES, chosen, fastest
 from tracker.engine.scoring.sweep import ROW_TOKENS
 from tracker.measuring import row_size

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import pytest
 import torch
 
-from tests.engine.plain import MAX_LENGTH, asking, make_documents
+from tests.helpers.engines import MAX_LENGTH, asking, make_documents
 from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError
 from tracker.engine.scoring.rows import (

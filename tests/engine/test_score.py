@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ablations import single_layers
-from tests.engine.families import tiny_model
-from tests.engine.plain import MAX_LENGTH, answers, engine_of, make_documents
-from tracker.core.ablations import INTACT
+from tests.helpers.ablations import single_layers
+from tests.helpers.engines import MAX_LENGTH, answers, engine_of, make_documents
+from tests.helpers.families import tiny_model
+from tracker.core.changes import INTACT
 from tracker.core.proxies import OBSERVED
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.masks import Sight

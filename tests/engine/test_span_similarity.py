@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from tests.engine.families import tiny_model
-from tests.engine.plain import engine_of, make_documents
+from tests.helpers.engines import engine_of, make_documents
+from tests.helpers.families import tiny_model
 from tracker.core.errors import ModelError
 from tracker.engine.observers.span_similarity import span_similarity
 from tracker.models.sublayers import find_sublayers

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from tests.ablations import single_layers
-from tests.engine.families import tiny_model
-from tracker.core.ablations import INTACT, Ablation, ablate
+from tests.helpers.ablations import single_layers
+from tests.helpers.families import tiny_model
+from tracker.core.changes import INTACT, Ablation
 from tracker.engine.scoring.layer_forward import Inside, forking
 from tracker.engine.scoring.streams import plan_streams
 from tracker.models.sublayers import find_sublayers
@@ -16,7 +16,13 @@ from tracker.models.sublayers import find_sublayers
 def passes(ablations, layers):
     """A second, naive count: at each layer, the distinct histories that do not skip it."""
     return sum(
-        len({tuple(i for i in a.layers if i < layer) for a in ablations if layer not in a.layers})
+        len(
+            {
+                tuple(i for i in a.removed() if i < layer)
+                for a in ablations
+                if layer not in a.removed()
+            }
+        )
         for layer in range(layers)
     )
 
@@ -32,7 +38,7 @@ def test_single_layers_cost_a_triangle(layers):
 
 def test_any_sets_are_shared_as_far_as_they_agree():
     sets = [()] + [s for n in (1, 2, 3) for s in itertools.combinations(range(6), n)]
-    ablations = [Ablation(s) for s in reversed(sets)]
+    ablations = [Ablation.of(removed=s) for s in reversed(sets)]
     plan = plan_streams(ablations, 6)
     assert plan.layer_passes == passes(ablations, 6)
     assert plan.streams == len(ablations)
@@ -41,23 +47,29 @@ def test_any_sets_are_shared_as_far_as_they_agree():
 
 SUBLAYERS = [
     INTACT,
-    *(ablate(c, [x]) for c in ("layer", "attention", "mlp") for x in range(4)),
-    ablate("attention", [0, 1]),
-    ablate("mlp", [2], removed=[1]),
+    *(Ablation.parse(f"{c}:{x}") for c in ("layer", "attention", "mlp") for x in range(4)),
+    Ablation.parse("attention:0,1"),
+    Ablation.parse("layer:1+mlp:2"),
 ]
 
 
 def test_sublayers_share_what_is_before_them():
     """With its MLP removed, a layer's attention is its parent's; with its attention, none."""
-    plan = plan_streams([INTACT, ablate("attention", [1]), ablate("mlp", [1])], 3)
+    plan = plan_streams([INTACT, Ablation.parse("attention:1"), Ablation.parse("mlp:1")], 3)
     assert [step.attention for step in plan.steps] == [(0,), (0, None, 0), (0, 1, 2)]
     assert [step.mlp for step in plan.steps] == [(0,), (0, 1, None), (0, 1, 2)]
     assert (plan.attention_passes, plan.mlp_passes) == (1 + 1 + 3, 1 + 2 + 3)
-    every = [INTACT, *(ablate(c, [x]) for c in ("attention", "mlp") for x in range(30))]
+    every = [INTACT, *(Ablation.parse(f"{c}:{x}") for c in ("attention", "mlp") for x in range(30))]
     assert plan_streams(every, 30).layer_passes < 30 * 31
 
 
-WHOLE = [INTACT, Ablation((0,)), Ablation((1, 2)), Ablation((1, 3)), Ablation((3,))]
+WHOLE = [
+    INTACT,
+    Ablation.parse("layer:0"),
+    Ablation.parse("layers:1,2"),
+    Ablation.parse("layers:1,3"),
+    Ablation.parse("layer:3"),
+]
 
 
 @pytest.mark.parametrize("ablations", [SUBLAYERS, SUBLAYERS[::-1], WHOLE])

@@ -18,11 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from tests.ablations import single_layers
-from tests.engine.families import SMALL
-from tests.engine.plain import Memory, loaded
-from tests.engine.test_once_wrong import LONGROPE, VERDICTS, Draw, measure, tiny
-from tracker.core.ablations import INTACT
+from tests.helpers.ablations import single_layers
+from tests.helpers.cells import LONGROPE, VERDICTS, Draw, measure, tiny
+from tests.helpers.engines import Memory, loaded
+from tests.helpers.families import SMALL
+from tracker.core.changes import INTACT
 from tracker.core.errors import CellError
 from tracker.engine.scoring.sharing import FULL, ONE_BY_ONE
 from tracker.engine.scoring.sweep import Engine

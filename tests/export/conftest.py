@@ -28,7 +28,7 @@ def base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _hurry(monkeypatch):
+def hurry(monkeypatch):
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     # Here are no models worth releasing, and a worker has imported much that is looked through.
     monkeypatch.setattr(checkpoint, "release", lambda: None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tracker.cli.printing import print_export
-from tracker.core.ablations import Ablation, Stretch
+from tracker.core.changes import Ablation, Change
 from tracker.core.estimates import Estimate
 from tracker.core.identities import ModelIdentity
 from tracker.export.card import card_text
@@ -34,7 +34,7 @@ PRUNED = Exported(
 )  # fmt: skip
 REPEATED = replace(
     PRUNED,
-    change=ModelChange(Ablation(repeated=(Stretch(1, 3, 3),)), calibration="9 documents"),
+    change=ModelChange(Ablation.of(Change.parse("repeat3:1-2")), calibration="9 documents"),
     kept=(0, 1, 2, 1, 2, 1, 2, 3),
     after=Size(8, 2000, 8000),
     proof=Proof(4, 1e-6),

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
 from tests.conftest import cli, golden, printed, refused, save_tokenizer
-from tests.engine.test_registry import find
 from tests.export.conftest import SAMPLE
-from tests.own import write_tasks
-from tests.plain import evaluate
-from tracker.core.ablations import Ablation
+from tests.helpers.lm_eval import evaluate
+from tests.helpers.own_tasks import write_tasks
+from tests.helpers.registry import find
+from tracker.core.changes import Ablation
 from tracker.core.config import cell_request
 from tracker.core.errors import RequestError, WorkError
 from tracker.core.estimates import Estimate
@@ -135,7 +135,7 @@ def test_layers_that_are_passed_again_are_measured_saved_proved_and_described(re
     assert [each.layers for each in sizes] == [4, 8]
     facts = json.loads((repeated.folder / "tracker.json").read_text())
     assert facts["change"] == "layers 1 to 2 are passed 3 times"
-    assert facts["repeated"] == [{"start": 1, "stop": 3, "times": 3}]
+    assert facts["repeated"] == ["repeat3:1-2"]
 
 
 def test_a_configuration_that_names_no_class_says_nothing_anew(
@@ -288,7 +288,7 @@ class TestAgainstWhatWasMeasured:
             removed=(1, 2),
         )  # fmt: skip
         store = look_up(request, Ledger(results)).store
-        return MeasuredCell(request, store, Ablation((1, 2)))
+        return MeasuredCell(request, store, Ablation.parse("layers:1,2"))
 
     @pytest.fixture
     def wanted(self, exported):

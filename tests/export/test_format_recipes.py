@@ -18,8 +18,8 @@ import pytest
 import torch
 import yaml
 
-from tests import llama_cpp
-from tests.engine.families import tiny_model
+from tests.helpers import llama_cpp
+from tests.helpers.families import tiny_model
 from tracker.core.weight_formats import FORMATS
 from tracker.export.recipes import format_recipes
 from tracker.models.gguf_file import Reader

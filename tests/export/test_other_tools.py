@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import tracker
-from tests import llama_cpp
+from tests.helpers import llama_cpp
 from tracker.export.recipes import WINDOWS, layer_recipes, windows_of
 from tracker.models import checkpoint
 from tracker.models.gguf_file import Reader, one_parse

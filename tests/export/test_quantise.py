@@ -11,11 +11,12 @@ from lm_eval.models.huggingface import HFLM
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
+from tests.benchmarks.conftest import PACKAGE
 from tests.conftest import cli, printed, save_llama
 from tests.export.conftest import answering_here
-from tests.plain import evaluate
-from tests.runner.test_formats import save_mixture
+from tests.helpers.lm_eval import evaluate
+from tests.helpers.mixtures import save_mixture
+from tests.helpers.package_tasks import plain_tasks_in
 from tests.studies.conftest import column, plain
 from tracker import api
 from tracker.cli.terminal import Show

@@ -28,8 +28,8 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.conftest import cli
+from tests.helpers.wandb_double import WandbDouble
 from tests.tracking.wandb_client import Client
-from tests.tracking.wandb_double import WandbDouble
 from tracker import api
 from tracker.cli.printing import print_finding, print_measured
 from tracker.core.distribution import __version__

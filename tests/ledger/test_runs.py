@@ -54,7 +54,10 @@ def show(cell: CellStore) -> Callable[..., CellRecord]:
 
 def test_one_record_a_run_in_the_order_of_the_request(show) -> None:
     record = show(0, 1, 3, components=("layer", "attention"), spans=(1, 2))
-    assert [(run.ablation, run.component, run.layer, run.span) for run in record.runs] == [
+    assert [
+        (run.ablation, run.change.component, run.change.layer, run.change.span)
+        for run in record.runs
+    ] == [
         ("layer:0", "layer", 0, 1),
         ("layer:1", "layer", 1, 1),
         ("layer:3", "layer", 3, 1),
@@ -79,7 +82,7 @@ def test_proxies_and_correlations_rest_on_whole_single_layers(show) -> None:
     assert len(alone.correlations) == len(OBSERVED) * len(COEFFICIENTS) * 2
     proxies = ("cosine_similarity", "cosine_score", "angular_distance", "relative_update")
     for run in record.runs:
-        whole = (run.component, run.span) == ("layer", 1)
+        whole = (run.change.component, run.change.span) == ("layer", 1)
         for name in proxies:
             assert (getattr(run, name) is not None) == whole
             why = None if whole else "measured for whole single layers only"
@@ -170,7 +173,7 @@ def test_layers_beneath_count_in_every_drop(show) -> None:
             "layer:2+mlp:0", "layer:2+mlp:1", "layer:2+mlp:3",
         )
     }  # fmt: skip
-    assert [run.layer for run in record.runs] == [0, 1, 3, 0, 1, 3]
+    assert [run.change.layer for run in record.runs] == [0, 1, 3, 0, 1, 3]
     assert all(run.cosine_score is not None for run in record.whole_layers)
     assert {c.n for c in record.correlations if c.subset == "all"} == {3}
 

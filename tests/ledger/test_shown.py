@@ -255,7 +255,7 @@ def test_whatever_is_asked_nothing_is_taken_away(steps: list[Asked]) -> None:
             asked, until = store.views.of(request(how, layers)), how.get("until")
             shown_in = record_of(store, view)
             if until is None:
-                assert {*layers} <= {one.layer for one in shown_in.runs}
+                assert {*layers} <= {one.change.layer for one in shown_in.runs}
                 assert view.size >= asked.size
             else:
                 assert shown_in.answer is not None
@@ -263,7 +263,7 @@ def test_whatever_is_asked_nothing_is_taken_away(steps: list[Asked]) -> None:
             now: dict[tuple[int | None, int], float] = {}
             for each, record in zip(views, records, strict=True):
                 for one in record.runs:
-                    key = (each.seed, one.layer)
+                    key = (each.seed, one.change.layer)
                     if not record.is_raced:
                         now[key] = max(now.get(key, 0), each.size)
             assert all(now.get(key, 0) >= size for key, size in best.items())

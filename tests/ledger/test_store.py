@@ -11,10 +11,11 @@ import pytest
 from filelock import Timeout
 
 from tracker.core.ablations import ablations_of
+from tracker.core.changes import Change
 from tracker.core.distribution import FORMAT, upgrade
 from tracker.core.errors import ResultsError
 from tracker.core.extent import ALL, Extent, random_order
-from tracker.core.records import CellRecord, RunIdentity
+from tracker.core.records import CellRecord
 from tracker.core.views import View
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
@@ -461,7 +462,7 @@ class TestNotes:
         assert cell.views.ask(request, "project") == cell.views.of(request)
         (asked,) = cell.views.asked()
         assert (asked.view, asked.project) == (cell.views.of(request), "project")
-        runs = (RunIdentity(layer=0), RunIdentity(layer=3))
+        runs = (Change(layers=(0,)), Change(layers=(3,)))
         assert asked.view == View(metric="acc", limit=5, runs=runs)
 
     def test_runs_of_one_view_add_up_one_by_one(self, cell) -> None:

@@ -170,7 +170,7 @@ def check(record: CellRecord, items: list[Item], by_size: bool, layers: Sequence
     assert record.baseline_metrics == {
         name: pytest.approx(naive_metric(items, by_size, "baseline", name)) for name in METRICS
     }
-    assert [layer.layer for layer in record.runs] == list(layers)
+    assert [layer.change.layer for layer in record.runs] == list(layers)
     for layer in record.runs:
         check_layer(layer, items, by_size, correct, chance)
 
@@ -178,7 +178,7 @@ def check(record: CellRecord, items: list[Item], by_size: bool, layers: Sequence
 def check_layer(
     record: RunRecord, items: list[Item], by_size: bool, correct: float, chance: float
 ) -> None:
-    name = f"layer:{record.layer}"
+    name = f"layer:{record.change.layer}"
     ablated = naive_mean(items, by_size, lambda item: item.metrics[name]["acc"])
     lost = sum(i.metrics["baseline"]["acc"] > i.metrics[name]["acc"] for i in items)
     won = sum(i.metrics["baseline"]["acc"] < i.metrics[name]["acc"] for i in items)
@@ -192,7 +192,7 @@ def check_layer(
     assert record.accuracy_relevance == pytest.approx(
         1 - max(ablated - chance, 0) / (correct - chance)
     )
-    cosine, angle, update = (naive_proxy(items, number, record.layer) for number in range(3))
+    cosine, angle, update = (naive_proxy(items, number, record.change.layer) for number in range(3))
     assert record.cosine_similarity == pytest.approx(cosine)
     assert record.cosine_score == pytest.approx(1 - cosine)
     assert record.angular_distance == pytest.approx(angle)
@@ -222,7 +222,7 @@ def test_every_figure_of_a_single_task(store) -> None:
     record = cell_record(cell, EVERY_LAYER, "acc_norm", aggregate)
     assert record.metric == "acc_norm"
     for layer in record.runs:
-        expected = naive_metric(items, True, f"layer:{layer.layer}", "acc_norm")
+        expected = naive_metric(items, True, f"layer:{layer.change.layer}", "acc_norm")
         assert layer.accuracy == pytest.approx(expected)
 
 
@@ -236,7 +236,8 @@ def test_the_intervals_of_a_single_task(record_of) -> None:
     assert record.baseline_high == pytest.approx(middle + half)
     for layer in record.runs:
         pairs = [
-            (i.metrics["baseline"]["acc"], i.metrics[f"layer:{layer.layer}"]["acc"]) for i in items
+            (i.metrics["baseline"]["acc"], i.metrics[f"layer:{layer.change.layer}"]["acc"])
+            for i in items
         ]
         lost = (pairs.count((1, 0)) + 1) / (n + 2)
         won = (pairs.count((0, 1)) + 1) / (n + 2)
@@ -398,7 +399,7 @@ def test_a_baseline_without_a_finite_score(record_of) -> None:
     assert set(record.baseline_metrics.values()) == {None}
     for layer in record.runs:
         assert layer.accuracy == pytest.approx(
-            naive_metric(items, True, f"layer:{layer.layer}", "acc")
+            naive_metric(items, True, f"layer:{layer.change.layer}", "acc")
         )
         for name in DROPS:
             assert getattr(layer, name) is None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.faults import flip
 from tracker.core.documents import Document, DocumentText
 from tracker.core.extent import Extent
 from tracker.ledger.cells import CellStore
@@ -15,7 +16,6 @@ from tracker.ledger.texts import LONGEST, KeptText, is_texts, text_row
 from tracker.ledger.verify import compare, verify
 
 from .conftest import fill
-from .faults import flip
 
 BLOCK = "arc_easy.00000"
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers.races import LOST, RUNS, SEED, begun, outcomes, raced
 from tracker.core.answers import interval_name
 from tracker.core.config import CellRequest
 from tracker.core.extent import Extent, random_order, shuffled
@@ -20,7 +21,6 @@ from tracker.stats.sequential.stopping import Forecast
 
 from . import conftest
 from .conftest import enter, measure, measure_all
-from .test_early_stopping import LOST, RUNS, SEED, begun, outcomes, raced
 
 SIZES = {"arc_easy": 320}
 ORDER = random_order(SEED, "arc_easy", range(320))
@@ -45,7 +45,7 @@ def test_what_a_question_chose_is_not_shown_as_if_it_were_drawn(cell_of) -> None
     store.views.ask(asks(1), "project")
     stopped = answered(store, asks(until="top 1"), every)
     assert stopped.is_stopped
-    assert [run.layer for run in stopped.runs] == [0, 1, 2, 3]
+    assert [run.change.layer for run in stopped.runs] == [0, 1, 2, 3]
 
     # Layer 1 had all documents before; 0 and 3 have those that the question took.
     view = store.views.ask(asks(2), "project")
@@ -53,7 +53,7 @@ def test_what_a_question_chose_is_not_shown_as_if_it_were_drawn(cell_of) -> None
     measure_all(store, ["layer:2"], every)
     found = record_of(store, view)
     assert found.is_complete
-    assert [(run.layer, run.n) for run in found.runs] == [(1, 320), (2, 320)]
+    assert [(run.change.layer, run.n) for run in found.runs] == [(1, 320), (2, 320)]
     assert None not in [run.mcnemar_p for run in found.runs]
 
     # What was asked for without a question stays, measured or not.
@@ -69,7 +69,7 @@ def test_a_question_that_all_documents_answer_leaves_ordinary_figures(cell_of) -
     assert (found.is_raced, found.is_stopped) == (False, False)
     assert found.answer is not None
     assert found.answer.over
-    assert ([run.layer for run in found.runs], found.missing) == ([2], ())
+    assert ([run.change.layer for run in found.runs], found.missing) == ([2], ())
     labels = {stored.view.beside: len(stored.view.runs) for stored in store.views.asked()}
     assert labels == {"until top 1, 4 runs": 4, "until drop within 0.01 pp, 1 run": 1}
     assert interval_name(found) == "95 % interval"
@@ -105,7 +105,7 @@ def test_the_layers_beneath_are_measured_alone_too(there: bool, cell_of) -> None
     assert "removed_accuracy" not in found.reasons
     assert found.answer is not None
     # The intact model passes 4 layers, and 0 above layer 3; the others 2, 1 and 0 besides it.
-    passes = 4 * found.answer.measured + sum(run.n * (2 - run.layer) for run in found.runs)
+    passes = 4 * found.answer.measured + sum(run.n * (2 - run.change.layer) for run in found.runs)
     assert found.answer.passes == passes
     assert found.answer.passes_of == 320 * (4 + 2 + 1 + 0)
 

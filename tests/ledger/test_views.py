@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tracker.core.changes import Change
 from tracker.core.provenance import content_hash
-from tracker.core.records import RunIdentity
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import sealed
@@ -46,7 +46,7 @@ def test_an_identity_under_the_key_of_another_is_refused(cell: CellStore) -> Non
 def test_a_view_shows_layers_of_the_model_and_a_metric_of_the_benchmark(
     cell: CellStore, removed: tuple[int, ...], run: dict[str, int], metric: str, why: str
 ) -> None:
-    view = View(metric=metric, removed=removed, runs=(RunIdentity(**run),))
+    view = View(metric=metric, removed=removed, runs=(Change.of_fields(**run),))
     asked = RequestedView(project="p", view=view)
     text = sealed(asked.model_dump(mode="json"))
     if not why:

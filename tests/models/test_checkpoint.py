@@ -9,12 +9,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.engine.families import tiny_model
-from tests.engine.registry import families, variants
-from tests.engine.test_parts import deeper
-from tests.engine.test_registry import find
-from tests.models.test_layers import WIDE, make
-from tracker.core.ablations import Ablation, Stretch
+from tests.helpers.families import tiny_model
+from tests.helpers.registry import NOT_SAVED, families, find, variants
+from tests.helpers.small_models import WIDE, make
+from tests.helpers.truth import deeper
+from tracker.core.changes import Ablation, Change
 from tracker.core.errors import ModelError
 from tracker.models.checkpoint import refuse_unsizable, resized, save, without
 from tracker.models.layers import find_layers
@@ -26,28 +25,6 @@ from tracker.models.sources import find_model
 
 REMOVED = (0, 2)
 IDS = torch.tensor([[3, 5, 8, 13, 21, 34, 55, 7, 9, 11, 2, 40]])
-REFUSED = {
-    "blt": "names None layers",
-    "dory": "n_input_layers",
-    "emu3": "Unrecognized configuration class",
-    "gemma3n_text": "embed_tokens_per_layer",
-    "gemma4": "embed_tokens_per_layer",
-    "gemma4_text": "embed_tokens_per_layer",
-    "glm_moe_dsa": "does not run without layers 0, 2: Shared DSA layers",
-    "hrm_text": "cannot tell which modules",
-    "hy_v4": "does not run without layers 0, 2: Shared DSA layers",
-    "inkling2_loop_text": "it has no place for",
-    "inkling2_text": "it has no place for",
-    "jamba": "cannot say that layers 0, 2 are gone: it asks for",
-    "longcat_flash": "cannot tell which modules",
-    "mllama": "Unrecognized configuration class",
-    "modernbert-decoder": r"it has no place for model\.layers\.0\.attn_norm",
-    "olmo_hybrid": "validate_architecture",
-    "recurrent_gemma": "it asks for",
-    "rwkv": "it asks for",
-    "zaya": "it has no place for",
-}
-"""Families whose configuration cannot say that these layers are gone, and what is said of them."""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,8 +53,8 @@ def source_of(variant, folder):
 @pytest.mark.parametrize("family", families())
 def test_what_is_saved_is_the_really_pruned_model_or_refused(family, tmp_path):
     variant = next(variants(family))
-    if family in REFUSED:
-        with pytest.raises(ModelError, match=REFUSED[family]):
+    if family in NOT_SAVED:
+        with pytest.raises(ModelError, match=NOT_SAVED[family]):
             refuse_unsizable(source_of(variant, tmp_path), REMOVED)
         return
     model = variant.model()
@@ -131,7 +108,7 @@ def test_what_is_not_refused_before_is_saved_right(family, name, tmp_path):
     variant = find(family, name)
     source, model = source_of(variant, tmp_path / "base"), variant.model()
     # Without layers 0 and 2 is the matter of the test above.
-    for removed, again in (((1, 2), ()), ((), (Stretch(1, 3),))):
+    for removed, again in (((1, 2), ()), ((), (Change.parse("repeat:1-2"),))):
         try:
             refuse_unsizable(source, removed, repeated=again)
         except ModelError:
@@ -143,7 +120,15 @@ def test_what_is_not_refused_before_is_saved_right(family, name, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_mixed"])
-@pytest.mark.parametrize("stretch", [Stretch(1, 3), Stretch(0, 1, 3), Stretch(0, 4), Stretch(2, 4)])
+@pytest.mark.parametrize(
+    "stretch",
+    [
+        Change.parse("repeat:1-2"),
+        Change.parse("repeat3:0"),
+        Change.parse("repeat:0-3"),
+        Change.parse("repeat:2-3"),
+    ],
+)
 def test_layers_that_are_passed_again_are_saved_as_those_of_a_deeper_model(
     family, stretch, tmp_path
 ):
@@ -151,7 +136,7 @@ def test_layers_that_are_passed_again_are_saved_as_those_of_a_deeper_model(
     model = tiny_model(family)
     twin = without(model, (), [stretch])
     again = reloaded(twin, tmp_path)
-    wanted = deeper(family, model, Ablation(repeated=(stretch,)))
+    wanted = deeper(family, model, Ablation.of(stretch))
     assert torch.equal(logits(again), logits(wanted))
     assert not torch.allclose(logits(wanted), logits(model), atol=1e-3)
     kinds = [getattr(each.config, "layer_types", None) for each in (again, wanted)]
@@ -166,9 +151,13 @@ def test_layers_that_are_passed_again_are_saved_as_those_of_a_deeper_model(
 @pytest.mark.parametrize(
     ("family", "stretch", "why"),
     [
-        ("jamba", Stretch(1, 2), "cannot say that layer 1 is passed twice: it asks for"),
-        ("deepseek_v3", Stretch(0, 2), "cannot say that layers 0 to 1 are passed twice: "),
-        ("llama", Stretch(3, 5), "layer 4 is out of range: .* has 4 layers, 0 to 3"),
+        ("jamba", Change.parse("repeat:1"), "cannot say that layer 1 is passed twice: it asks for"),
+        (
+            "deepseek_v3",
+            Change.parse("repeat:0-1"),
+            "cannot say that layers 0 to 1 are passed twice: ",
+        ),
+        ("llama", Change.parse("repeat:3-4"), "layer 4 is out of range: .* has 4 layers, 0 to 3"),
     ],
 )
 def test_a_stretch_that_no_configuration_says_is_refused(family, stretch, why, tmp_path):
@@ -176,7 +165,7 @@ def test_a_stretch_that_no_configuration_says_is_refused(family, stretch, why, t
     with pytest.raises(ModelError, match=why):
         refuse_unsizable(source, (), repeated=[stretch])
     if family != "llama":  # the period stays, and no first layer comes again
-        whole = Stretch(0, 2) if family == "jamba" else Stretch(1, 3)
+        whole = Change.parse("repeat:0-1") if family == "jamba" else Change.parse("repeat:1-2")
         refuse_unsizable(source, (), repeated=[whole])
 
 

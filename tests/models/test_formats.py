@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import llama_cpp
+from tests.helpers import llama_cpp
 from tracker.core.errors import CellError
 from tracker.core.kinds import INTERVENTIONS, KINDS
 from tracker.core.weight_formats import FORMATS

@@ -7,8 +7,8 @@ import torch
 import transformers
 from torch import nn
 
-from tests.engine.registry import Variant, tiny
-from tests.engine.test_experts import MIXTURES
+from tests.helpers.mixtures import MIXTURES
+from tests.helpers.registry import Variant, tiny
 from tracker.core.config import run_request
 from tracker.core.errors import TrackerError
 from tracker.core.model_parts import ModelParts, check_parts

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import PretrainedConfig
 
-from tests.engine.registry import Variant, tiny
-from tests.engine.test_experts import MIXTURES, MORE
+from tests.helpers.mixtures import MIXTURES, MORE
+from tests.helpers.registry import Variant, tiny
 from tracker.core.errors import ModelError
 from tracker.core.search_parts import SearchParts
 from tracker.models.parts import find_parts

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.models.test_layers import SMALL, logits, make
+from tests.helpers.small_models import SMALL, logits, make
 from tracker.models.layers import find_layers
 from tracker.models.pruned import SMALL as SMALL_BUFFER
 from tracker.models.pruned import changed, cut_config, duplicate, pruned, put_back, remember

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.engine.test_registry import find
-from tracker.core.ablations import Stretch
+from tests.helpers.registry import find
+from tracker.core.changes import Change
 from tracker.core.errors import ModelError
 from tracker.models.pruned import left, pruned
 from tracker.models.reloaded import as_loaded, as_made, lacking, reloaded
@@ -92,7 +92,7 @@ def test_a_copy_gets_what_its_class_computes(family, name) -> None:
 @pytest.mark.parametrize("family", ["diffllama", "minicpm3"])
 def test_layers_that_stand_twice_are_counted_too(family) -> None:
     model = find(family, "plain").model()
-    again = (Stretch(1, 2),)
+    again = (Change.parse("repeat:1"),)
     twin, kept = pruned(model, repeated=again), left(4, repeated=again)
     right = logits(reloaded(twin, kept))
     as_loaded(model, twin, kept)

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser
 
+from tracker.core.changes import Change
 from tracker.core.documents import DocumentText
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
-from tracker.core.records import CellRecord, CorrelationRecord, RunIdentity, RunRecord
+from tracker.core.records import CellRecord, CorrelationRecord, RunRecord
 from tracker.core.tables import Table, headed, written
 from tracker.ledger.decisions import Decided, Decisions
 from tracker.ledger.texts import KeptText
@@ -127,9 +128,9 @@ def build_cell(
         "baseline_high": baseline + half,
         "chance_accuracy": chance,
         "baseline_metrics": {"acc": baseline, "acc_norm": baseline - 0.02},
-        "runs": tuple(record for record in layers if record.layer not in missing),
+        "runs": tuple(record for record in layers if record.change.layer not in missing),
         "correlations": _correlations(dice, n),
-        "missing": tuple(RunIdentity(layer=layer) for layer in missing),
+        "missing": tuple(Change(layers=(layer,)) for layer in missing),
         "provenance": {
             "tracker": "0.1.0",
             "torch": "2.13.0",
@@ -149,7 +150,7 @@ def digest(text: str) -> str:
 def with_layer(cell: CellRecord, layer: int, **changes: Any) -> CellRecord:
     """Replace fields of one layer's record."""
     layers = tuple(
-        record.model_copy(update=changes) if record.layer == layer else record
+        record.model_copy(update=changes) if record.change.layer == layer else record
         for record in cell.runs
     )
     return cell.model_copy(update={"runs": layers})
@@ -241,9 +242,9 @@ def build_decisions(cell: CellRecord, n: int = 60, public: bool = True, seed: in
     broken = base + 2 * dice.normal(size=(n, 4))
     runs = []
     for run in cell.runs:
-        own = base + dice.normal(size=(n, 4)) / (1 + run.layer / 8)
-        which = RunIdentity(layer=run.layer)
-        runs.append((which, decided(0.6, broken if run.layer < 2 else own)))
+        own = base + dice.normal(size=(n, 4)) / (1 + run.change.layer / 8)
+        which = Change(layers=(run.change.layer,))
+        runs.append((which, decided(0.6, broken if run.change.layer < 2 else own)))
     task = cell.benchmark.tasks[0].name
     places = [(task, number) for number in range(n)]
     return Decisions(places, texts, gold, 4, decided(0.6, base), runs, True, {})

@@ -13,13 +13,13 @@ import pandas as pd
 import pytest
 from playwright.sync_api import Browser, Locator, Page
 
-from tests.studies.test_findings import FINDING
+from tests.helpers.findings import FINDING
+from tests.helpers.pages import HOSTILE
 from tracker.report import frames
 from tracker.report.leaderboard.layers import LayerBoard, layer_board
 from tracker.report.page.html import render_report
 
 from .conftest import EXPERIMENT, LAYERS, build_cell, study, two_models, with_layer
-from .test_html import HOSTILE
 from .visit import Visit
 
 BOARD = "#model-1-board"
@@ -250,7 +250,7 @@ def test_the_csv_of_a_table_holds_exact_figures(drawn: Page, board: LayerBoard) 
         assert float(row["mean cosine score (1 − cos)"]) == one.cosine_score
 
     for row, record in zip(read_csv(drawn, "#model-1-cell-1-layers"), study()[0].runs, strict=True):
-        assert int(row["layer (0-based)"]) == record.layer
+        assert int(row["layer (0-based)"]) == record.change.layer
         assert float(row["McNemar p"]) == record.mcnemar_p
         assert float(row["accuracy relevance"]) == record.accuracy_relevance
         for end in ("low", "high"):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from tests.helpers import charts
 from tracker.core import formats
 from tracker.core.records import NOT_MEASURED
 from tracker.report.charts import style
@@ -16,7 +17,6 @@ from tracker.report.charts.style import LINES, OPEN, label_sides
 from tracker.report.leaderboard.claims import shown_in
 from tracker.report.leaderboard.layers import layer_board
 
-from . import drawn as charts
 from .conftest import AT_CHANCE, LAYERS, build_cell, study, with_layer
 
 
@@ -132,7 +132,7 @@ def test_heat_map_is_centred_and_marks_every_gap() -> None:
     assert (colours.cmin, colours.cmid, colours.cmax) == (-1, 0, 1)
     seen = 0
     for row, cell in zip(charts.grid(figure), cells, strict=True):
-        by_layer = {record.layer: record for record in cell.runs}
+        by_layer = {record.change.layer: record for record in cell.runs}
         for layer, z in zip(heat.x, row, strict=True):
             record = by_layer.get(layer)
             assert z == (record.accuracy_relevance if record else None)
@@ -271,7 +271,7 @@ def test_where_accuracy_shows_nothing_the_log_probability_stands_beside_it() -> 
         assert height == pytest.approx(math.copysign(abs(run.gold_logprob_drop) ** 0.5, height))
     largest = sorted(runs, key=lambda run: -run.gold_logprob_drop)[:5]
     assert board.claims.falling
-    assert {*board.claims.falling} <= {run.layer for run in largest}
+    assert {*board.claims.falling} <= {run.change.layer for run in largest}
     assert "Middle: by how many nats" in headline(board, "a model").explains
 
 

@@ -13,6 +13,8 @@ import pandas as pd
 import pytest
 from plotly.graph_objects import Figure
 
+from tests.helpers.charts import grid
+from tests.helpers.pages import HOSTILE, read
 from tracker.core.formats import points, two_digits
 from tracker.core.records import CellRecord
 from tracker.ledger.decisions import decisions_record
@@ -36,8 +38,6 @@ from .conftest import (
     two_models,
     with_layer,
 )
-from .drawn import grid
-from .test_html import HOSTILE, read
 
 
 @pytest.fixture(scope="module", name="page")
@@ -169,7 +169,7 @@ class TestDepth:
             "mean",
         ]
         piqa = figure.data[1]
-        by_layer = {record.layer: record for record in study()[1].runs}
+        by_layer = {record.change.layer: record for record in study()[1].runs}
         for layer, y in enumerate(piqa.y):
             assert y == (by_layer[layer].accuracy_relevance if layer in by_layer else None)
         assert "not measured yet" in piqa.hovertext[7]
@@ -187,7 +187,7 @@ class TestDepth:
         axes = {"y": "cosine_score", "y2": "angular_distance", "y3": "relative_update"}
         assert len(figure.data) == 9
         for place, trace in enumerate(figure.data):
-            records = {record.layer: record for record in cells[place % 3].runs}
+            records = {record.change.layer: record for record in cells[place % 3].runs}
             for layer, y in zip(trace.x, trace.y, strict=True):
                 wanted = getattr(records[layer], axes[trace.yaxis]) if layer in records else None
                 assert y == wanted

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from playwright.sync_api import Browser, Locator
 
+from tests.helpers.pages import HOSTILE, number, read
 from tracker.core.decision_records import DecisionsRecord
 from tracker.ledger.decisions import Decisions, decisions_record
 from tracker.report.charts.decisions import (
@@ -28,7 +29,6 @@ from tracker.report.page.decisions import BUDGET, decision_table, packed_documen
 from tracker.report.page.html import render_page, render_report
 
 from .conftest import as_read, build_cell, build_decisions
-from .test_html import HOSTILE, number, read
 from .visit import Visit
 
 CELL = build_cell()

@@ -25,7 +25,7 @@ def mattering(benchmark: str) -> CellRecord:
         p_value = 1e-9 if layer == 0 else 0.9
         return {"accuracy_drop": drop, "drop_sd": 0.4, "mcnemar_p": p_value, **ends}
 
-    runs = tuple(run.model_copy(update=changed(run.layer)) for run in cell.runs)
+    runs = tuple(run.model_copy(update=changed(run.change.layer)) for run in cell.runs)
     return cell.model_copy(update={"runs": runs})
 
 
@@ -84,7 +84,7 @@ def test_what_is_undefined_is_not_called_chance(capsys: pytest.CaptureFixture[st
     cell = mattering("arc_easy")
     gone = {f"accuracy_drop{end}": None for end in ("", "_low", "_high")} | {"mcnemar_p": None}
     gone |= {"reasons": {"accuracy_drop": "nothing was asked"}}
-    runs = [run.model_copy(update=gone if run.layer > 27 else {}) for run in cell.runs]
+    runs = [run.model_copy(update=gone if run.change.layer > 27 else {}) for run in cell.runs]
     print_measured([cell.model_copy(update={"runs": tuple(runs)})])
     said = capsys.readouterr().out
     assert f"27 of {len(runs)} layers cannot be told from chance; the drop of" in said

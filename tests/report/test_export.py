@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
+from tests.helpers.ablations import with_change
 from tests.studies.test_findings import FINDING
 from tracker.cli.printing import print_boards
 from tracker.core.distribution import install_extra
@@ -216,7 +217,7 @@ def test_layer_frame_holds_fractions_and_says_why(cells: list[CellRecord]) -> No
     frame = layer_frame(cells)
     assert len(frame) == 3 * LAYERS - 2
     row = frame[(frame.benchmark == "piqa") & (frame.layer == 12)].iloc[0]
-    record = next(record for record in cells[1].runs if record.layer == 12)
+    record = next(record for record in cells[1].runs if record.change.layer == 12)
     assert row.accuracy_drop == record.accuracy_drop
     assert row.metric_acc_norm == record.metrics["acc_norm"]
     assert pd.isna(row.gold_logprob_drop)
@@ -261,11 +262,11 @@ def test_parts_of_a_benchmark_are_told_apart() -> None:
 def test_what_is_shown_of_a_run_is_decided_among_its_kind() -> None:
     cell = build_cell()
     heads = [
-        run.model_copy(update={"component": "head", "number": number})
+        with_change(run, component="head", number=number)
         for run in cell.runs
         for number in range(9)
     ]
-    runs = (*cell.runs, *heads, cell.runs[0].model_copy(update={"span": 4}))
+    runs = (*cell.runs, *heads, with_change(cell.runs[0], span=4))
     frame = layer_frame([cell.model_copy(update={"runs": runs})])
     layers = frame[(frame.component == "layer") & (frame.span == 1)]
     assert list(layers.shown) == list(layer_frame([cell]).shown)

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from tracker.core.records import CellRecord, RunIdentity
+from tests.helpers.ablations import with_change
+from tracker.core.changes import Change
+from tracker.core.records import CellRecord
 from tracker.core.tables import Table
 from tracker.report import caveats, tables, wording
 from tracker.report.charts import cells as charts
@@ -38,16 +40,15 @@ HALF = PLAIN.model.model_copy(update={"dtype": "bfloat16"})
 
 def with_runs(**changes: Any) -> CellRecord:
     """Make a cell that is changed alike in every run."""
-    return build_cell(runs=tuple(run.model_copy(update=changes) for run in build_cell().runs))
+    return build_cell(runs=tuple(with_change(run, **changes) for run in build_cell().runs))
 
 
 def some_attention() -> CellRecord:
     """Make a cell that misses two of its runs."""
     cell = several(("layer", "attention"), (1,))
-    missing = [run for run in cell.runs if run.component == "attention" and run.layer in (0, 10)]
-    identities = tuple(RunIdentity(component="attention", layer=run.layer) for run in missing)
-    runs = tuple(run for run in cell.runs if run not in missing)
-    return cell.model_copy(update={"runs": runs, "missing": identities})
+    missing = (Change.parse("attention:0"), Change.parse("attention:10"))
+    runs = tuple(run for run in cell.runs if run.change not in missing)
+    return cell.model_copy(update={"runs": runs, "missing": missing})
 
 
 def few_figures() -> CellRecord:

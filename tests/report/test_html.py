@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import re
 from pathlib import Path
-from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import pytest
 from plotly.offline import get_plotlyjs
 
+from tests.helpers.pages import HOSTILE, number, read
 from tracker.core.errors import WorkError
 from tracker.core.proxies import PROXIES
 from tracker.core.records import CellRecord
@@ -19,33 +18,6 @@ from tracker.report.frames import packed
 from tracker.report.page.html import render_page, render_report
 
 from .conftest import AT_CHANCE, CONSTANT, EXPERIMENT, build_cell, study, with_layer
-
-HOSTILE = "<script>alert(1)</script>"
-
-
-def read(page: str) -> SimpleNamespace:
-    """Find every table by its id: its `headers`, and in `tables` its body as [text, reason]."""
-    found = SimpleNamespace(headers={}, tables={})
-    for text in re.findall(r"<table.*?</table>", page, re.DOTALL):
-        table = ElementTree.fromstring(text)
-        name, (heads, *rows) = table.attrib["id"], table.iter("tr")
-        found.headers[name] = ["".join(head.itertext()).strip() for head in heads]
-        found.tables[name] = [
-            [
-                [
-                    "".join(entry.itertext()).strip(),
-                    abbr.attrib["title"] if abbr is not None else "",
-                ]
-                for entry in row
-                for abbr in [entry.find(".//abbr")]
-            ]
-            for row in rows
-        ]
-    return found
-
-
-def number(text: str) -> float:
-    return float(text.replace("−", "-"))
 
 
 @pytest.fixture(scope="module", name="page")
@@ -69,7 +41,7 @@ def test_layer_table_equals_the_records(page: str) -> None:
     }
     for texts, record in zip(reader.tables[name], study()[0].runs, strict=True):
         row = {head: text for head, (text, _) in zip(reader.headers[name], texts, strict=True)}
-        assert row.pop("layer (0-based)") == str(record.layer)
+        assert row.pop("layer (0-based)") == str(record.change.layer)
         ends = [number(end) / 100 for end in row.pop("95 % interval (pp)").split(" to ")]
         wanted = [record.accuracy_drop_low, record.accuracy_drop_high]
         assert ends == pytest.approx(wanted, abs=0.00051)

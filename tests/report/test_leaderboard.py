@@ -9,6 +9,7 @@ from statistics import NormalDist
 
 import pytest
 
+from tests.helpers.ablations import with_change
 from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord, RunRecord
 from tracker.report.layer_figures import relevance_estimate
@@ -114,9 +115,7 @@ def test_an_open_layer_above_zero_says_why() -> None:
 def as_heads(cell: CellRecord, *kept: RunRecord) -> CellRecord:
     """The same figures of heads, two a layer; `kept` are its runs besides."""
     heads = [
-        run.model_copy(
-            update={"component": "head", "layer": run.layer // 2, "number": run.layer % 2}
-        )
+        with_change(run, component="head", layer=run.change.layer // 2, number=run.change.layer % 2)
         for run in cell.runs
     ]
     return cell.model_copy(update={"runs": (*kept, *heads)})
@@ -128,17 +127,18 @@ def test_heads_stand_where_layers_of_the_same_figures_do() -> None:
     (board,) = part_boards([as_heads(cells[0], *cells[0].runs), as_heads(cells[1])])
     assert not board.left_out
     found_parts = [
-        (2 * p.run.layer + p.run.number, p.relevance, p.deciding, p.rank) for p in board.parts
+        (2 * p.run.change.layer + p.run.change.number, p.relevance, p.deciding, p.rank)
+        for p in board.parts
     ]
     assert found_parts == [
         (layer.layer, layer.relevance, layer.deciding, layer.rank) for layer in layers.layers
     ]
-    assert {2 * p.run.layer + p.run.number: p.shown for p in board.parts} == {
+    assert {2 * p.run.change.layer + p.run.change.number: p.shown for p in board.parts} == {
         layer: found.word(layer) for layer in range(LAYERS)
     }
     worst = max(board.parts, key=lambda part: part.deciding.value).run
     assert board.answer.startswith(f"Of {LAYERS} heads {len(found.costly)} are shown to cost")
-    assert f": {worst.label()}" in board.answer
+    assert f": {worst.change.label()}" in board.answer
 
 
 def test_a_part_without_a_figure_has_no_rank_and_one_that_lacks_a_benchmark_no_row() -> None:
@@ -148,7 +148,7 @@ def test_a_part_without_a_figure_has_no_rank_and_one_that_lacks_a_benchmark_no_r
     (board,) = part_boards([as_heads(cell) for cell in cells])
     assert len(board.parts) == LAYERS - 1
     (unranked,) = [part for part in board.parts if part.rank.value is None]
-    assert (unranked.run.label(), unranked.shown) == ("layer 1 head 1", "open")
+    assert (unranked.run.change.label(), unranked.shown) == ("layer 1 head 1", "open")
     (alone,) = part_boards([as_heads(cells[0])])
     last = alone.parts[-1]
     assert (last.rank.value, last.rank.reason) == (None, "nothing reaches it")
@@ -169,7 +169,7 @@ def test_parts_of_which_no_benchmark_counts_are_spoken_of_one_by_one() -> None:
 def test_a_long_board_is_shown_from_both_ends() -> None:
     (board,) = part_boards([as_heads(build_cell())])
     shown = part_board_table(board, "m")
-    names = [part.run.label() for part in board.parts]
+    names = [part.run.change.label() for part in board.parts]
     assert [row[1] for row in shown.rows] == names[:10] + names[-10:]
     assert "its heads" in shown.title
     assert f"{LAYERS - 20} more are between" in shown.title
@@ -251,7 +251,7 @@ def test_drops_of_right_and_wrong_are_widened_by_one_quantile() -> None:
 
 
 def some_layers(cell: CellRecord, *layers: int) -> CellRecord:
-    runs = tuple(run for run in cell.runs if run.layer in layers)
+    runs = tuple(run for run in cell.runs if run.change.layer in layers)
     return cell.model_copy(update={"runs": runs})
 
 

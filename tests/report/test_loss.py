@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from tests.helpers import charts
 from tracker.core import formats
 from tracker.core.records import CellRecord
 from tracker.report.page import html
 
-from . import drawn as charts
 from .conftest import build_cell
 
 REASON = "bits_per_byte is no accuracy"

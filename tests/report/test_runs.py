@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from tracker.core.ablations import ablation_of
-from tracker.core.records import NOT_MEASURED, CellRecord, Kind, RunIdentity, RunRecord
+from tests.helpers import charts
+from tests.helpers.ablations import with_change
+from tracker.core.changes import Change
+from tracker.core.records import NOT_MEASURED, CellRecord, RunRecord
 from tracker.report import frames
 from tracker.report.leaderboard.claims import controls_answer, parts_answer
 from tracker.report.page import html
 
-from . import drawn as charts
 from .conftest import LAYERS, build_cell
 
 WHOLE_ONLY = "measured for whole single layers only"
@@ -22,18 +23,14 @@ PROXIES = ("cosine_similarity", "cosine_score", "angular_distance", "relative_up
 
 def other(record: RunRecord, component: str, span: int) -> RunRecord:
     """Make a run of another kind from that of a whole layer, with a drop of its own."""
-    last = record.layer + span - 1
-    name = "layers" if component == "layer" else component
     share = {"layer": 1.0, "attention": 0.5, "mlp": 0.75}[component] * span
-    return record.model_copy(
-        update={
-            "component": component,
-            "span": span,
-            "ablation": f"{name}:{','.join(map(str, range(record.layer, last + 1)))}",
-            "accuracy_drop": (record.accuracy_drop or 0) * share,
-            **dict.fromkeys(PROXIES),
-            "reasons": dict.fromkeys(PROXIES, WHOLE_ONLY),
-        }
+    return with_change(
+        record,
+        component=component,
+        span=span,
+        accuracy_drop=(record.accuracy_drop or 0) * share,
+        **dict.fromkeys(PROXIES),
+        reasons=dict.fromkeys(PROXIES, WHOLE_ONLY),
     )
 
 
@@ -50,8 +47,8 @@ def several(
         for component in components
         for span in spans
         for record in cell.runs
-        if record.layer + span <= LAYERS
-        and not removed & set(range(record.layer, record.layer + span))
+        if record.change.layer + span <= LAYERS
+        and not removed & set(range(record.change.layer, record.change.layer + span))
     )
     return cell.model_copy(update={"runs": layers, **changes})
 
@@ -71,17 +68,14 @@ class TestCharts:
         assert all(line.showlegend for line in lines.values())
         assert len({line.marker.symbol for line in lines.values()}) == 3
         for name, line in lines.items():
-            drops = [100 * r.accuracy_drop for r in cell.runs if r.kind == Kind(name)]
+            drops = [100 * r.accuracy_drop for r in cell.runs if r.change.kind == Change(name)]
             assert list(line.y) == pytest.approx(drops)
         (bars,) = (t for t in figure.data if t.name == "cosine score")
         assert list(bars.y) == [r.cosine_score for r in cell.whole_layers]
 
     def test_many_lines_have_their_intervals_in_their_hover_boxes_alone(self) -> None:
         few = several(spans=(1,))
-        more = tuple(
-            run.model_copy(update={"intervention": "mean", "ablation": f"mean:{run.layer}"})
-            for run in build_cell().runs
-        )
+        more = tuple(with_change(run, intervention="mean") for run in build_cell().runs)
         for cell, drawn in ((few, True), (few.model_copy(update={"runs": few.runs + more}), False)):
             lines = [t for t in charts.layer_curve(cell).data if t.name != "cosine score"]
             assert len(lines) == (3 if drawn else 4)
@@ -98,8 +92,8 @@ class TestCharts:
         assert rows == ["1", "2", "4"]
         assert figure.layout.coloraxis.cmin == -figure.layout.coloraxis.cmax
         assert len(figure.data[-1].x) == 0
-        for record in (r for r in cell.runs if r.component == "mlp"):
-            value = values[rows.index(str(record.span))][record.layer]
+        for record in (r for r in cell.runs if r.change.component == "mlp"):
+            value = values[rows.index(str(record.change.span))][record.change.layer]
             assert value == pytest.approx(100 * record.accuracy_drop)
         assert values[2][27:] == [None, None, None]
 
@@ -107,12 +101,12 @@ class TestCharts:
         cell = several(("layer",), (1, 2))
         layers = tuple(
             r.model_copy(update={"accuracy_drop": None, "reasons": {"accuracy_drop": "a reason"}})
-            if (r.layer, r.span) == (3, 2)
+            if (r.change.layer, r.change.span) == (3, 2)
             else r
             for r in cell.runs
         )
-        missing = (RunIdentity(layer=9, span=2),)
-        layers = tuple(r for r in layers if (r.layer, r.span) != (9, 2))
+        missing = (Change.of_fields(layer=9, span=2),)
+        layers = tuple(r for r in layers if (r.change.layer, r.change.span) != (9, 2))
         cell = cell.model_copy(update={"runs": layers, "missing": missing})
         *_, gaps = charts.kind_map(cell, "layer").data
         assert list(zip(gaps.x, gaps.y, strict=True)) == [(3, "2"), (9, "2")]
@@ -161,14 +155,15 @@ def test_a_page_without_any_whole_layer_has_no_relevance_map() -> None:
 
 def numbered(record: RunRecord, **which: Any) -> RunRecord:
     """Make a run of a head, or of a stretch that is passed again, from that of a whole layer."""
-    run = record.model_copy(update={**which, **dict.fromkeys(PROXIES)})
-    return run.model_copy(update={"ablation": ablation_of(run, ()).name})
+    return with_change(record, **which, **dict.fromkeys(PROXIES))
 
 
 def test_the_map_of_heads_has_a_row_a_head() -> None:
     cell = build_cell()
     heads = tuple(
-        numbered(run, component="head", number=head, accuracy_drop=run.layer / 100 + head / 1000)
+        numbered(
+            run, component="head", number=head, accuracy_drop=run.change.layer / 100 + head / 1000
+        )
         for run in cell.runs[:4]
         for head in range(3)
     )
@@ -274,7 +269,7 @@ def test_the_frames_name_component_span_and_removed() -> None:
     assert len(frame) == sum(len(cell.runs) for cell in cells)
     row = frame[(frame.component == "mlp") & (frame.span == 4) & (frame.layer == 3)].iloc[0]
     assert row.accuracy_drop == next(
-        r.accuracy_drop for r in cells[0].runs if r.kind == Kind("mlp", 4) and r.layer == 3
+        r.accuracy_drop for r in cells[0].runs if r.change == Change.parse("mlp:3-6")
     )
     assert frame.removed.unique().tolist() == ["", "3,17"]
     assert frames.correlation_frame(cells).removed.unique().tolist() == ["", "3,17"]

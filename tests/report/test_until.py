@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_answers import answer, run
+from tests.helpers.answers import answer, run
 from tracker.cli.printing import print_cell
 from tracker.core.records import CellRecord
 from tracker.report.frames import layer_frame
@@ -30,9 +30,11 @@ WHY = "stopped at the answer to 'top 2': 64 to 96 of 2000 documents were looked 
 def stopped(**changes: Any) -> CellRecord:
     """A cell whose layers 0 and 1 were looked at longer than the others."""
     cell = build_cell(n=64)
-    longer = [one.model_copy(update={"n": 96}) if one.layer < 2 else one for one in cell.runs]
+    longer = [
+        one.model_copy(update={"n": 96}) if one.change.layer < 2 else one for one in cell.runs
+    ]
     runs = [one.model_copy(update={"mcnemar_p": None}) for one in longer]
-    answers = (run(one.layer, "+" if one.layer < 2 else "", n=one.n) for one in runs)
+    answers = (run(one.change.layer, "+" if one.change.layer < 2 else "", n=one.n) for one in runs)
     found = answer("top 2", *answers, looked=96, measured=96)
     return build_cell(
         **{"n": 64, "runs": tuple(runs), "answer": found, "reasons": {"n": WHY}} | changes

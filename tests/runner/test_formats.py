@@ -9,12 +9,14 @@ import gguf
 import pytest
 import torch
 
-from tests import llama_cpp
-from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in
+from tests.benchmarks.conftest import PACKAGE
 from tests.conftest import cli, printed, save_tokenizer
-from tests.engine.registry import Variant, tiny
-from tests.report.drawn import kind_map
-from tests.runner.elsewhere import is_lm_evals, run, write_study
+from tests.helpers import llama_cpp
+from tests.helpers.charts import kind_map
+from tests.helpers.mixtures import save_mixture
+from tests.helpers.package_tasks import plain_tasks_in
+from tests.helpers.registry import Variant, tiny
+from tests.helpers.runs import is_lm_evals, run, write_study
 from tracker import api
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
@@ -66,16 +68,6 @@ def test_maps_are_validated_and_planned_as_they_are_measured(tiny_llama, tmp_pat
     assert (wrong.exit_code, "has no linear map mlp.gate" in wrong.output) == (2, True)
 
 
-def save_mixture(folder, family):
-    """Make a folder with a tiny mixture whose rows fill blocks of 32, and a real tokenizer."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96}
-    shape = {name: size for name, size in sizes.items() if name in tiny(family)}
-    shape |= {"vocab_size": save_tokenizer(folder, False), "num_hidden_layers": 2}
-    model = Variant(family, "plain", tiny(family) | shape).model()
-    model.save_pretrained(folder)
-    return model
-
-
 def test_experts_matrices_are_lm_evals(tmp_path, one_thread):
     """All of a layer's, one expert's, and with all else that the layer has."""
     save_mixture(folder := tmp_path / "mixture", "mixtral")
@@ -91,7 +83,7 @@ def test_experts_matrices_are_lm_evals(tmp_path, one_thread):
     assert {*runs} == {f"q4_0:1.{path}" for path in maps}
     whole = write_study(tmp_path / "whole.yaml", **said, intervention=["q4_0"])
     (cell,) = run(whole, results).cells
-    runs |= {each.ablation: each for each in cell.runs if each.map is None}
+    runs |= {each.ablation: each for each in cell.runs if each.change.map is None}
     (store,) = Ledger(results).cells()
     frame = store.read()
     loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)

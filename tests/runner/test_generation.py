@@ -12,11 +12,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.ablations import single_layers
 from tests.conftest import save_tokenizer
-from tests.engine.families import FAMILIES
-from tests.plain import HFLM, TASKS, cut, evaluate, parts, tasks_in, write_plain, write_rows
-from tests.runner.elsewhere import Heard, outcomes, run
+from tests.helpers.ablations import single_layers
+from tests.helpers.families import FAMILIES
+from tests.helpers.lm_eval import (
+    HFLM,
+    TASKS,
+    cut,
+    evaluate,
+    parts,
+    tasks_in,
+    write_plain,
+    write_rows,
+)
+from tests.helpers.runs import Heard, outcomes, run
 from tracker.benchmarks import factory
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark

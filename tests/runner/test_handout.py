@@ -3,65 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from filelock import Timeout
 
-from tests.runner.elsewhere import Heard, arc
-from tracker.benchmarks.benchmark import open_benchmark
-from tracker.core.experiment_input import load_experiment
+from tests.helpers.handout import Desk
+from tests.helpers.runs import arc
 from tracker.core.extent import random_order
-from tracker.executors.handout import ATTEMPTS, Cell, Handout, Task
-from tracker.executors.worker import Worker
+from tracker.executors.handout import ATTEMPTS
 from tracker.ledger.blocks import BLOCK, Block
-from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
-from tracker.measuring.job import Job, Options, Reporting
-from tracker.measuring.prepare import look_up
 
 DOCUMENTS = BLOCK + 8
-
-
-class Desk:
-    """A handout, a worker in this process, and what was heard of both."""
-
-    def __init__(self, file: Path, results: Path) -> None:
-        ledger = Ledger(results)
-        requests = load_experiment(file).file.cells()
-        jobs = [Job((look_up(each, ledger),), open_benchmark(each)) for each in requests]
-        self.results = results
-        self.heard = Heard()
-        self.began: list[str] = []
-        self.ends: dict[str, CellStore | Exception] = {}
-        self.handout = Handout(jobs, Reporting(ledger, self.heard, self.begin, self.end))
-        self.worker = Worker(Options(), str(Path.cwd()), {}, checks=Checks(results))
-        self.opened: Cell | None = None
-
-    def begin(self, asked, store) -> None:
-        assert asked.request.benchmark not in self.ends, "it has ended"
-        assert store.folder.is_dir()
-        self.began.append(asked.request.benchmark)
-
-    def end(self, asked, outcome) -> None:
-        assert asked.request.benchmark not in self.ends, "told twice"
-        self.ends[asked.request.benchmark] = outcome
-
-    def next(self) -> Task | None:
-        return self.handout.next(self.opened, [])
-
-    def do(self, task: Task) -> None:
-        self.opened = task.cell
-        if task.block is None:
-            self.handout.opened(task, *self.worker.open(task.cell.job.requests))
-        else:
-            asked = task.block.task, task.missing, task.whole
-            self.handout.measured(task, *self.worker.measure(*asked))
-
-    def finish(self) -> None:
-        while task := self.next():
-            self.do(task)
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import pytest
 from mlflow import MlflowClient
 
 import tracker
-from tests.own import write_choices
-from tests.plain import write_rows
-from tests.runner.elsewhere import Heard, arc, run, typed, write_study
+from tests.helpers.lm_eval import write_rows
+from tests.helpers.own_tasks import write_choices
+from tests.helpers.runs import Heard, arc, run, typed, write_study
 from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
@@ -136,7 +136,9 @@ def test_a_smaller_question_takes_nothing_away(month: Month) -> None:
     (large,), said = month.run("large", sample=40, layer=ALL)
     assert not [line for line in said if " shown" in line]
     (small,), said = month.run("small", sample=10, layer=[0, 3])
-    assert ([each.layer for each in small.runs], small.n) == ([0, 3], 10), "what the file asked"
+    assert ([each.change.layer for each in small.runs], small.n) == ([0, 3], 10), (
+        "what the file asked"
+    )
     assert (
         f"{name}: 40 documents are known of these runs, and stay shown; to show 10 beside them, "
         "list both: sample: {values: [10, 40]}"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.plain import write_rows
-from tests.runner.elsewhere import outcomes
+from tests.helpers.lm_eval import write_rows
+from tests.helpers.runs import outcomes
 
 CHANNEL = 5
 SHAPE = {"max_position_embeddings": 320, "mlp_bias": True}
@@ -106,7 +106,7 @@ def test_a_model_that_is_not_finite_itself(tiny_llama, measure, data, name):
         assert record.accuracy_drop is None
         assert record.reasons["accuracy_drop"]
         # Without the layer that is broken the model works.
-        assert (record.accuracy is not None) == (record.layer == 2)
+        assert (record.accuracy is not None) == (record.change.layer == 2)
     assert all(each.value is None and each.reason for each in cell.correlations)
 
 

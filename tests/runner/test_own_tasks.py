@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import tracker
 from tests.conftest import golden
-from tests.own import write_tasks
-from tests.plain import HFLM, cut, evaluate, tasks_in
-from tests.runner.elsewhere import run, write_study
+from tests.helpers.lm_eval import HFLM, cut, evaluate, tasks_in
+from tests.helpers.own_tasks import write_tasks
+from tests.helpers.runs import run, write_study
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
-from tracker.core.ablations import Ablation
+from tracker.core.changes import Ablation
 from tracker.core.config import cell_request
 from tracker.core.errors import ModelError, RequestError
 from tracker.core.extent import ALL
@@ -279,7 +279,7 @@ def test_what_follows_a_thought_is_lm_evals(folder: Path, tiny_llama: Callable[.
         for p in prompts
     ]
     layers = (None, 0, 2)
-    ablations = [Ablation(() if layer is None else (layer,)) for layer in layers]
+    ablations = [Ablation.of(removed=() if layer is None else (layer,)) for layer in layers]
     generation = Generation(Engine(loaded, 256), loaded.tokenizer, think_end_token="e")
     different = 0
     for place, layer in enumerate(layers):

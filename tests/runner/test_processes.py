@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import tracker
-from tests.runner.elsewhere import arc, outcomes, run, shards, wait_for
+from tests.helpers.runs import arc, outcomes, run, shards, wait_for
 from tracker.core.answers import statement
 from tracker.ledger.blocks import BLOCK
 from tracker.measuring.meter import Meter

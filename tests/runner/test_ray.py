@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runner.elsewhere import arc, kill, typed
+from tests.helpers.runs import arc, kill, typed
 from tracker.executors.base import open_executor
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options, Reporting

@@ -13,9 +13,9 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.conftest import golden, printed
-from tests.runner.elsewhere import arc, run, typed
+from tests.helpers.runs import arc, run, typed
+from tests.helpers.wandb_double import WandbDouble
 from tests.tracking.conftest import cell_record, client, double, lent
-from tests.tracking.wandb_double import WandbDouble
 from tracker import api
 from tracker.core.errors import RequestError, ResultsError
 from tracker.core.records import CellRecord
@@ -278,7 +278,10 @@ def test_folders_that_hold_parts_of_a_cell_are_derived_as_one(ran: Ran, tmp_path
     assert joined == whole.model_copy(update={name: getattr(joined, name) for name in own})
     assert joined.compared > whole.compared > 0
     # What each folder shows alone is what it was.
-    assert [[run.layer for run in api.ls(f)[0].runs] for f in (first, second)] == [[0, 1], [1, 2]]
+    assert [[run.change.layer for run in api.ls(f)[0].runs] for f in (first, second)] == [
+        [0, 1],
+        [1, 2],
+    ]
     assert api.report(second, first, output=tmp_path / "joined.html").cells == (joined,)
 
 

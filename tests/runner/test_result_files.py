@@ -29,14 +29,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
 from tests.conftest import CHAT, golden, save_llama
-from tests.plain import tasks_in, write_rows
-from tests.runner.elsewhere import run as measure
-from tests.runner.elsewhere import typed, write_study
+from tests.helpers.lm_eval import tasks_in, write_rows
+from tests.helpers.runs import run as measure
+from tests.helpers.runs import typed, write_study
 from tracker.benchmarks import factory, results
-from tracker.core.ablations import Ablation, Part, Rounded, Stretch
+from tracker.core.changes import Ablation, Change
 from tracker.core.extent import random_order
 from tracker.core.identities import ModelIdentity
-from tracker.core.records import RunIdentity
 from tracker.core.views import View
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import RequestedView
@@ -419,7 +418,7 @@ def test_what_is_not_measured_yet_is_said_and_the_rest_is_written(study):
     measured = run(folder, ["words"], "part", limit=3, layer=[1])
     (store,) = Ledger(measured).cells()
     (asked,) = store.views.asked()
-    runs = (*asked.view.runs, RunIdentity(layer=2))
+    runs = (*asked.view.runs, Change(layers=(2,)))
     store.views.write(RequestedView(project="p", view=View(metric="acc", runs=runs)))
     lab = folder / "lab"
     lab.rename(folder / "away")  # what is written needs no model
@@ -566,8 +565,13 @@ def test_model_args_are_what_lm_eval_takes(facts, args):
     assert {k: str(v).lower() for k, v in simple_parse_args_string(args).items()} == found
 
 
-PARTS = [Part("head", 3, 0), Part("head", 3, 1), Part("head", 4, 0), Part("expert", 3, 0)]
-MAPS = [Rounded("int4", layer, of) for layer in (3, 4) for of in ("mlp", "mlp.up_proj")]
+PARTS = [
+    Change.parse("head:3.0"),
+    Change.parse("head:3.1"),
+    Change.parse("head:4.0"),
+    Change.parse("expert:3.0"),
+]
+MAPS = [Change.parse(f"int4:{layer}.{of}") for layer in (3, 4) for of in ("mlp", "mlp.up_proj")]
 
 
 def test_no_two_models_have_the_same_arguments():
@@ -576,23 +580,23 @@ def test_no_two_models_have_the_same_arguments():
     which = ("", "mlp", "mlp.up_proj")
     ablations = [
         Ablation(),
-        Ablation((3,)),
-        Ablation((1,), replaced=(("mean", 3),)),
-        *(Ablation(replaced=((word, layer),)) for word in done for layer in (3, 4)),
-        *(Ablation(rounded=(Rounded("int4", layer, of),)) for of in which for layer in (3, 4)),
-        Ablation(rounded=(Rounded("int8", 3),)),
-        Ablation(repeated=(Stretch(3, 4),)),
-        Ablation(repeated=(Stretch(4, 5),)),
+        Ablation.parse("layer:3"),
+        Ablation.parse("layer:1+mean:3"),
+        *(Ablation.parse(f"{word}:{layer}") for word in done for layer in (3, 4)),
+        *(Ablation.parse(f"int4:{layer}.{of}") for of in which for layer in (3, 4)),
+        Ablation.parse("int8:3"),
+        Ablation.parse("repeat:3"),
+        Ablation.parse("repeat:4"),
     ]
     ablations += [
-        *(Ablation(repeated=(Stretch(3, 4, times),)) for times in (3, 4)),
-        Ablation(repeated=(Stretch(3, 5, 3),)),
-        Ablation(repeated=(Stretch(1, 3), Stretch(3, 4))),
-        Ablation(repeated=(Stretch(1, 3, 3), Stretch(3, 4))),
-        *(Ablation(parts=tuple(parts)) for n in (1, 2, 3) for parts in combinations(PARTS, n)),
-        *(Ablation(rounded=tuple(maps)) for n in (2, 3) for maps in combinations(MAPS, n)),
-        Ablation(replaced=(("mean", 3), ("mean", 4))),
-        Ablation(rounded=(Rounded("int4", 0, "embedding"),)),
+        *(Ablation.parse(f"repeat{times}:3") for times in (3, 4)),
+        Ablation.parse("repeat3:3-4"),
+        Ablation.parse("repeat:1-2+repeat:3"),
+        Ablation.parse("repeat3:1-2+repeat:3"),
+        *(Ablation.of(*tuple(parts)) for n in (1, 2, 3) for parts in combinations(PARTS, n)),
+        *(Ablation.of(*tuple(maps)) for n in (2, 3) for maps in combinations(MAPS, n)),
+        Ablation.parse("mean:3+mean:4"),
+        Ablation.parse("int4:embedding"),
     ]
     names = {tuple(changed_args(each).items()) for each in ablations}
     assert len(names) == len({each.name for each in ablations}) == len(ablations)
@@ -601,7 +605,7 @@ def test_no_two_models_have_the_same_arguments():
 
 
 def test_a_name_that_no_file_system_takes_is_cut():
-    some = changed_args(Ablation(layers=(3, 17), mlp=(5,)))
+    some = changed_args(Ablation.parse("layers:3,17+mlp:5"))
     assert some == {"removed_layers": "3+17", "removed_mlp": "5"}
     named = (f"m,removed_layers={'+'.join(map(str, range(n)))}" for n in (90, 91))
     long = [results.folder_name(name) for name in named]

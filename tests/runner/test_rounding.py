@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.benchmarks.test_tasks import rows
-from tests.plain import write_rows
-from tests.runner.elsewhere import arc
-from tests.runner.elsewhere import run as measure_it
-from tests.runner.rounding import compare, measure, requested
+from tests.helpers.lm_eval import write_rows
+from tests.helpers.package_tasks import rows
+from tests.helpers.runs import arc
+from tests.helpers.runs import run as measure_it
+from tests.tools.rounding import compare, measure, requested
 from tracker.core.config import CellRequest
 from tracker.engine.scoring import row_size
 from tracker.engine.scoring.plain_call import read_for

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.conftest import golden
-from tests.runner.elsewhere import arc, descendants, kill, run, shards, typed
+from tests.helpers.runs import arc, descendants, kill, run, shards, typed
 from tracker.core.answers import statement
 from tracker.core.distribution import install_extra
 from tracker.core.experiment_input import load_experiment

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks.test_rolling import AGGREGATIONS, PLACES
-from tests.plain import (
+from tests.helpers.lm_eval import (
+    AGGREGATIONS,
     HFLM,
+    PLACES,
     TASKS,
     cut,
     evaluate,
@@ -21,7 +22,7 @@ from tests.plain import (
     write_plain,
     write_rows,
 )
-from tests.runner.elsewhere import run
+from tests.helpers.runs import run
 from tracker.core.errors import BenchmarkError
 
 LENGTH = 48
@@ -90,7 +91,7 @@ def test_a_corpus_gives_the_figures_of_single_tokens(
     full = sum(math.ceil(count / LENGTH) for _, _, count in before if count >= LENGTH)
     assert cell.tokens == tokens - full
     for record in cell.runs:
-        after = naive(model, record.layer, texts)
+        after = naive(model, record.change.layer, texts)
         fewer, more, _ = (sum(column) for column in zip(*after, strict=True))
         assert record.accuracy_drop == pytest.approx((hits - fewer) / tokens, abs=1e-12)
         assert record.accuracy_relevance == pytest.approx(1 - fewer / hits)
@@ -130,7 +131,7 @@ def test_a_rolling_task_has_lm_evals_perplexities(
     tasks, config = tmp_path / "tasks", str(next((TASKS / name).glob("*.yaml")))
     files = {split: tmp_path / "DATA" / place / f"{split}.jsonl"}
     write_plain(tasks, name, config, "json", files)
-    records = {record.layer: record for record in cell.runs}
+    records = {record.change.layer: record for record in cell.runs}
     intact, tokenizer = parts(model)
     for layer in (None, *LAYERS):
         plain = HFLM(cut(intact, layer), tokenizer=tokenizer, batch_size=4)

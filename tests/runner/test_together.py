@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from tests.runner.elsewhere import Heard, arc, outcomes, run, shards
+from tests.helpers.runs import Heard, arc, outcomes, run, shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import tracker
-from tests.runner.elsewhere import Heard, arc, run, shards, typed
+from tests.helpers.runs import Heard, arc, run, shards, typed
 from tracker.core.provenance import TOKENISATION
 from tracker.ledger.outcomes import TOKENS_DIGEST
 from tracker.ledger.shards import read_shard, shard_file

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import save_llama
-from tests.fuzz.folders import ANN, BOB, TEAM, user
-from tests.runner.elsewhere import typed as type_it
-from tests.runner.elsewhere import write_study
+from tests.helpers.runs import typed as type_it
+from tests.helpers.runs import write_study
+from tests.tools.fuzz.folders import ANN, BOB, TEAM, user
 from tracker.benchmarks.factory import known_tasks
 
 pytestmark = [

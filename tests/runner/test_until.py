@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import tracker
 from tests.benchmarks.conftest import PACKAGE
-from tests.plain import write_rows
-from tests.runner.elsewhere import Heard, arc, run, typed
+from tests.helpers.lm_eval import write_rows
+from tests.helpers.runs import Heard, arc, run, typed
 from tracker.benchmarks.sources import find_data
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
@@ -102,7 +102,7 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
 
     # Figures of a run are those of its own documents.
     for each in cell.runs:
-        assert each.accuracy_drop == pytest.approx(drops[: each.n, each.layer].mean())
+        assert each.accuracy_drop == pytest.approx(drops[: each.n, each.change.layer].mean())
 
     # The question stays with the cell, and was replayed once for what the ledger holds now.
     replayed = []

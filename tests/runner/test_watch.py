@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.conftest import lend_tasks
-from tests.runner.elsewhere import Heard, arc, outcomes, run
+from tests.helpers.runs import Heard, arc, outcomes, run
 from tracker.engine.scoring.score import launch_row
 from tracker.engine.selfcheck.check import check, watch
 from tracker.ledger.store import Ledger
@@ -97,7 +97,7 @@ def test_an_architecture_and_a_model_are_checked_once_on_a_machine(
 
     lend_tasks(tmp_path / "cache")
     monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
-    names, made = ("check_miniature", "_confirm"), []
+    names, made = ("check_miniature", "confirm"), []
 
     def counting(name, honest):
         return lambda *args: made.append(name) or honest(*args)
@@ -121,7 +121,7 @@ def test_an_architecture_and_a_model_are_checked_once_on_a_machine(
     assert made == [*names, *names]
     measure(model, "bits", limit=20, layer=[0], dtype="bfloat16")
     measure(tiny_llama("other", seed=1, layers=2), "other", limit=20, layer=[0])
-    assert made.count("_confirm") == 4, "of other bits, and of other weights"
+    assert made.count("confirm") == 4, "of other bits, and of other weights"
 
 
 def test_which_model_is_measured_is_said_where_it_is_no_checkpoint(

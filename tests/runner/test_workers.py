@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.runner.elsewhere import Heard, arc, descendants, kill, run, typed
+from tests.helpers.runs import Heard, arc, descendants, kill, run, typed
 from tracker.core.config import cell_request
 from tracker.core.errors import CellError, ModelError, RequestError
 from tracker.executors import pool, processes

@@ -13,11 +13,11 @@ import yaml
 from click.testing import Result
 
 from tests.conftest import cli, save_llama
-from tests.engine.truth import exported, truths
-from tests.export.conftest import _hurry, here  # noqa: F401  fixtures
+from tests.export.conftest import hurry, here  # noqa: F401  fixtures
+from tests.helpers.truth import exported, truths
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.core.ablations import Ablation
+from tracker.core.changes import Ablation
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.core.search_parts import SearchParts
@@ -180,5 +180,5 @@ def cell(
 def opened_cell(asked: SearchRequest, lender: Lender) -> OpenCell:
     """The cell that chooses, whose sharing is checked on each layer, as for a whole search."""
     cell = OpenCell(asked.calibration()[0], lender)
-    cell.opened([Ablation((layer,)) for layer in range(LAYERS)])
+    cell.opened([Ablation.parse(f"layer:{layer}") for layer in range(LAYERS)])
     return cell

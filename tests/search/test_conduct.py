@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import cli, golden, printed, refused
-from tests.own import write_pair
+from tests.helpers.own_tasks import write_pair
 from tracker import api
 from tracker.cli.pruning import export as exporting
 from tracker.core.config import cell_request
@@ -46,7 +46,11 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(
     ]  # fmt: skip
 
     # Each step is an ordinary run, with the same figures.
-    runs = {(cell.removed, run.layer): (cell, run) for cell in api.ls(results) for run in cell.runs}
+    runs = {
+        (cell.removed, run.change.layer): (cell, run)
+        for cell in api.ls(results)
+        for run in cell.runs
+    }
     for record in records:
         before: tuple[int, ...] = ()
         for step in record.steps:
@@ -301,7 +305,7 @@ def test_sharing_is_checked_whenever_another_kind_of_removal_comes(
     check = cells.Meter.check
 
     def counted(meter: cells.Meter, *given: object) -> list[str]:
-        checked.append({len(one.layers) for one in meter.ablations})
+        checked.append({len(one.removed()) for one in meter.ablations})
         return check(meter, *given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(cells.Meter, "check", counted)

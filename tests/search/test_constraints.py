@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import golden, printed
+from tests.helpers.searches import cosine, grown, naive_proxy, turned
 from tracker.cli.options import Setting
 from tracker.core.errors import ExperimentError
 from tracker.core.prune_records import PruneCost, PruneRecord, PruneStep
@@ -29,7 +30,6 @@ from tracker.search.search import Found
 from tracker.search.strategies import STRATEGIES, Search
 
 from .conftest import GO, LAYERS, WHOLE, Truth, opened_cell
-from .test_strategies import cosine, grown, naive_proxy, turned
 
 KINDS = ["full", "mamba", "mamba", "full", "mamba"]
 CONFIG = SimpleNamespace(num_hidden_layers=LAYERS, layer_types=KINDS)

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from tests.conftest import printed, save_llama, save_tokenizer
-from tests.engine.test_experts import smaller
-from tests.engine.truth import layers_of, loglikelihoods
-from tracker.core.ablations import Ablation, Part
+from tests.helpers.mixtures import smaller
+from tests.helpers.truth import layers_of, loglikelihoods
+from tracker.core.changes import Ablation, Change
 from tracker.core.errors import ExperimentError
 from tracker.core.prune_records import PruneRecord, PruneStep
 from tracker.core.search_parts import SearchParts
@@ -62,8 +62,8 @@ class Truth:
     def _changed(self, removed: Set) -> Any:
         parts = [divmod(part, self.per_layer) for part in removed]
         if self.unit == "expert":
-            gone = tuple(Part("expert", *place) for place in parts)
-            return smaller(self.model, "mixtral", Ablation(parts=gone))
+            gone = tuple(Change("expert", *place) for place in parts)
+            return smaller(self.model, "mixtral", Ablation.of(*gone))
         return without_heads(self.model, 2 if self.unit == "kv_head" else 1, parts)
 
     def answered(self, removed: Set) -> tuple[float, float]:

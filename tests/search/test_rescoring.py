@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tracker.core.ablations import INTACT
+from tracker.core.changes import INTACT
 from tracker.core.extent import random_order
 from tracker.core.questions import question
 from tracker.ledger.early_stopping import QUESTION

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from tests.conftest import save_tokenizer
-from tests.engine.truth import truths, without
-from tracker.core.ablations import INTACT, Ablation
+from tests.helpers.truth import truths, without
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.search_parts import SearchParts
 from tracker.ledger.outcomes import AGAIN
 from tracker.measuring.calibrate import LEAST_TWICE
@@ -22,7 +22,7 @@ from tracker.search.search import budget_of, search
 
 from .conftest import opened
 
-FIRST, LATER = Ablation((0, 2)), Ablation((0, 1))
+FIRST, LATER = Ablation.parse("layers:0,2"), Ablation.parse("layers:0,1")
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -60,7 +60,9 @@ def test_cells_and_searches_of_a_model_have_one_verdict(ask, lend, tmp_path: Pat
     (request,) = ask(strategy="accuracy").calibration()
     verdicts = []
     for folder, alone, together in (("one", (1,), (0, 2, 4)), ("other", (3,), (3, 4))):
-        OpenCell(request, lend(tmp_path / folder)).measure([Ablation(alone), Ablation(together)])
+        OpenCell(request, lend(tmp_path / folder)).measure(
+            [Ablation.of(removed=alone), Ablation.of(removed=together)]
+        )
         verdicts.append({path.name for path in tmp_path.glob(f"{folder}/checks/*")})
     assert len(verdicts[0] & verdicts[1]) == 2, "of short texts, and of texts as long as these"
 
@@ -68,9 +70,9 @@ def test_cells_and_searches_of_a_model_have_one_verdict(ask, lend, tmp_path: Pat
 def test_sets_are_drawn_of_what_is_removed_together() -> None:
     whole = SearchParts("layer", 30)
     layers = list(_drawn(whole, random.Random(0)))
-    assert [len(each.layers) for each in layers] == [2] * 4 + [3] * 4 + [7] * 4 + [15] * 4
+    assert [len(each.removed()) for each in layers] == [2] * 4 + [3] * 4 + [7] * 4 + [15] * 4
     for each in layers[::4]:
-        assert each.layers == tuple(range(each.layers[0], each.layers[-1] + 1))
+        assert each.removed() == tuple(range(each.removed()[0], each.removed()[-1] + 1))
     assert list(_drawn(whole, random.Random(0))) == layers
     both = list(_drawn(SearchParts("mlp", 8), random.Random(0)))
     assert {len(each.mlp) for each in both} == {2, 3, 4}

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from tests.stats.drawn import Array
-from tracker.stats.rank_agreement import _SMOOTHNESS, _likely, surrogate_series
+from tracker.stats.rank_agreement import SMOOTHNESS, smoothness_likelihood, surrogate_series
 
 
 def smooth(layers: int) -> Array:
@@ -57,10 +57,10 @@ def test_the_likelihood_of_an_autocorrelation_against_whole_matrices(layers: int
     # A basis of what no mean changes: the density of the scores there, its scale integrated out.
     contrasts = np.linalg.svd(ones.T)[2][1:]
     log = []
-    for rho in _SMOOTHNESS:
+    for rho in SMOOTHNESS:
         covariance = contrasts @ (rho**lag if rho else np.eye(layers)) @ contrasts.T
         seen = contrasts @ scores
         square = seen @ np.linalg.solve(covariance, seen)
         log.append(-(np.linalg.slogdet(covariance)[1] + (layers - 1) * np.log(square)) / 2)
     expected = np.exp(np.array(log) - max(log))
-    assert _likely(scores) == pytest.approx(expected / expected.sum(), rel=1e-9)
+    assert smoothness_likelihood(scores) == pytest.approx(expected / expected.sum(), rel=1e-9)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.ablations import single_layers
+from tests.helpers.ablations import single_layers
 from tracker import api
 from tracker.core.estimates import Estimate
 from tracker.core.proxies import OF_LAYERS, passes

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.engine.truth import exported, truths
+from tests.helpers.truth import exported, truths
 from tracker import api
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.core.ablations import Ablation
+from tracker.core.changes import Ablation
 from tracker.ledger.paired import PairedOutcomes
 from tracker.measuring.meter import open_model
 from tracker.studies.joint import Joint, _answer
@@ -76,7 +76,7 @@ def test_pairs_are_those_of_models_that_really_lack_both(
     (store,) = stores(path, results)
     rows = store.read()
     assert len(rows) == DOCUMENTS * len(removed)
-    assert set(rows["ablation"]) == {Ablation(layers).name for layers in removed}
+    assert set(rows["ablation"]) == {Ablation.of(removed=layers).name for layers in removed}
     measures = {row[1] for row in done.finding.tables[0].rows}
     at_chance = accuracy[()] <= 0.25
     assert measures == {"gold log-prob drop"} | (set() if at_chance else {"accuracy drop"})

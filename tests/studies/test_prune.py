@@ -12,9 +12,9 @@ import pytest
 from scipy import stats
 
 from tests.conftest import golden
-from tests.own import write_pair
+from tests.helpers.own_tasks import write_pair
 from tracker import api
-from tracker.core.ablations import ablate
+from tracker.core.changes import Ablation
 from tracker.core.estimates import Estimate
 from tracker.core.prune_records import PruneRecord
 from tracker.ledger.outcomes import METRIC
@@ -92,7 +92,7 @@ def plain(
         if record.strategy == strategy and (strategy == "last" or chosen_by == on):
             assert name not in found
             removed = record.steps[steps - 1].removed
-            found[name] = outcomes[name][ablate("layer", removed).name].to_numpy()
+            found[name] = outcomes[name][Ablation.of(removed=removed).name].to_numpy()
     return {name: found[name] for name in BENCHMARKS}
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tracker import api
 from tracker.cli.pruning import export as exporting
-from tracker.core.ablations import Stretch
+from tracker.core.changes import Change
 from tracker.core.extent import Extent
 from tracker.export.origin import count_choosing, tried_repetition
 from tracker.ledger.outcomes import METRIC
@@ -121,12 +121,12 @@ def test_documents_that_may_have_chosen_a_stretch_are_known_when_it_is_saved(fou
     ledger = Ledger(found.results)
     stores = {store.identity.benchmark.settings["part"]: store for store in ledger.cells()}
     model = stores["test"].identity.model
-    known = tried_repetition(ledger, model, Stretch(1, 3))
+    known = tried_repetition(ledger, model, Change.parse("repeat:1-2"))
     assert known.calibration == "24 documents of copa (calibration)"
     asked = Extent(sample=24)
     chose = {part: count_choosing(ledger, known, store, asked) for part, store in stores.items()}
     assert chose == {"calibration": 24, "test": 0}
-    assert tried_repetition(ledger, model, Stretch(1, 3, 3)).documents == (), "nobody tried that"
+    assert tried_repetition(ledger, model, Change.parse("repeat3:1-2")).documents == (), "nobody"
 
 
 def test_what_is_asked_otherwise_is_refused(found: Small, refused):
@@ -140,10 +140,9 @@ def test_what_is_asked_otherwise_is_refused(found: Small, refused):
 
 def test_stretches_are_all_neighbours_among_some_layers():
     asked = all_stretches([0, 1, 2, 5])
-    runs = {(layer, span) for _, span, layer, *_ in asked["only"]}
-    expected = {(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (2, 1), (5, 1)}
-    assert runs == expected
-    assert len(all_stretches(range(30))["only"]) == 465
+    spans = ("0", "0-1", "0-2", "1", "1-2", "2", "5")
+    assert [*map(str, asked["changes"])] == [f"repeat:{span}" for span in spans]
+    assert len(all_stretches(range(30))["changes"]) == 465
 
 
 def test_the_best_by_chance_is_that_of_all_signs():

@@ -10,10 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tracker.core.ablations import INTACT, Ablation
+from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.estimates import Estimate
 from tracker.core.questions import question
-from tracker.core.records import RunIdentity
 from tracker.engine.scoring.streams import plan_streams
 from tracker.stats.sequential.stopping import Race
 from tracker.studies.savings import QUESTIONS, Savings
@@ -39,8 +38,8 @@ SHARES = [0.4, 0.25, 0.22, 0.1, 0.02, 0.0]
 
 def cell_of(values: np.ndarray, ablations: list[Ablation] | None = None) -> MeasuredDocuments:
     """A cell of given drops, under whole layers where nothing else is said."""
-    passes = passes_of(ablations or [Ablation((n,)) for n in range(LAYERS)], LAYERS)
-    runs = tuple(RunIdentity(layer=n) for n in range(values.shape[1]))
+    passes = passes_of(ablations or [Ablation.parse(f"layer:{n}") for n in range(LAYERS)], LAYERS)
+    runs = tuple(Change(layers=(n,)) for n in range(values.shape[1]))
     everything = passes(np.ones(len(runs), dtype=bool))
     tasks, counts = ("t",) * len(values), {"t": len(values)}
     return MeasuredDocuments("a cell", runs, values, tasks, counts, 1.0, passes, everything, 36.0)
@@ -69,7 +68,9 @@ def by_races(cell: MeasuredDocuments, text: str, orders: np.ndarray) -> dict[str
             seen[task] += 1
         while not race.standing.answered and looked < len(order):
             open_then = np.flatnonzero(race.standing.open)
-            plan = plan_streams([INTACT, *(Ablation((int(n),)) for n in open_then)], LAYERS)
+            plan = plan_streams(
+                [INTACT, *(Ablation.parse(f"layer:{int(n)}") for n in open_then)], LAYERS
+            )
             task, number = block_of[looked]
             there.add((task, number))
             size = min(32, cell.counts[task] - 32 * number)
@@ -128,7 +129,7 @@ def test_an_answer_that_contradicts_all_documents_is_wrong(cell: MeasuredDocumen
 
 
 def test_streams_that_share_are_planned_together() -> None:
-    both = [Ablation((1,)), Ablation((1, 3)), Ablation((2,))]
+    both = [Ablation.parse("layer:1"), Ablation.parse("layers:1,3"), Ablation.parse("layer:2")]
     passes = passes_of(both, LAYERS)
     for some in ([True, True, False], [False, True, True], [True, True, True]):
         chosen = [one for one, is_open in zip(both, some, strict=True) if is_open]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import TEXT, save_llama, save_tokenizer
-from tests.engine.families import MIXED, tiny_model
+from tests.helpers.families import MIXED, tiny_model
 from tracker import api
 from tracker.measuring.progress import Silent
 

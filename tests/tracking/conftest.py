@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.ablations import with_change
+from tests.helpers.wandb_double import WandbDouble
+from tests.helpers.wandb_runs import Publisher
 from tests.report.conftest import build_cell
-from tracker.core.records import CellRecord, CorrelationRecord, RunIdentity, RunRecord
+from tracker.core.changes import Change
+from tracker.core.records import CellRecord, CorrelationRecord, RunRecord
 
 from .mlflow_server import MlflowServer
 from .wandb_client import Client
-from .wandb_double import WandbDouble
 
 Maker = Callable[..., Path]
 """Makes a model or an experiment file."""
@@ -73,7 +76,7 @@ def cell_record(
             ),
             CorrelationRecord(proxy="angular_distance", reason=same, **undefined),
         ),
-        "missing": tuple(RunIdentity(layer=x) for x in sorted({0, 1, 2, 3} - set(layers))),
+        "missing": tuple(Change(layers=(x,)) for x in sorted({0, 1, 2, 3} - set(layers))),
         "provenance": {"torch": "2.13.0", "device": "cpu", "host": "node-7"},
     }
     return whole.model_copy(update=changes)
@@ -120,8 +123,9 @@ def uri(request: pytest.FixtureRequest, results: Path) -> str:
 
 
 def of_kind(component: str, layer: int, span: int, ablation: str, **more: object) -> RunRecord:
-    changes = {"component": component, "layer": layer, "span": span, "ablation": ablation}
-    return layer_record(layer, 160).model_copy(update={**changes, "cosine_score": None, **more})
+    which = {"component": component, "layer": layer, "span": span}
+    which |= {"ablation": ablation, "cosine_score": None}
+    return with_change(layer_record(layer, 160), **which, **more)
 
 
 @pytest.fixture
@@ -147,3 +151,10 @@ def lent(client: Client, double: WandbDouble, monkeypatch: pytest.MonkeyPatch) -
 def study(tiny_llama: Maker, experiment: Maker) -> Path:
     """An experiment file: both layers of a tiny model, on six documents."""
     return experiment(tiny_llama(layers=2), limit=6, layer=[0, 1], benchmark="copa")
+
+
+@pytest.fixture
+def publish(double: WandbDouble, tmp_path: Path) -> Iterator[Publisher]:
+    publish = Publisher(Client(double, tmp_path), tmp_path)
+    yield publish
+    publish.close()

@@ -20,7 +20,7 @@ from typing import Self
 
 import psutil
 
-from .answering import Answering
+from tests.helpers.answering import Answering
 
 USER, PASSWORD = "ann", "planted-mlflow-password"
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import cli, printed
+from tests.helpers.mlflow_store import Store
+from tests.helpers.wandb_double import WandbDouble
+from tests.helpers.wandb_runs import IMPATIENT, figures, runs, shown
 from tracker import api
 from tracker.tracking.figures import flat_metrics
 
 from .conftest import Maker, local
 from .mlflow_server import free_port
-from .test_mlflow import Store
-from .test_wandb import IMPATIENT, figures, runs, shown
 from .wandb_client import BIN, Client
-from .wandb_double import WandbDouble
 
 PASSWORD = "planted-mlflow-password"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from tests.helpers.mlflow_store import Store
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
 from tracker.team.leaderboard import publish_board, read_board
@@ -20,7 +21,6 @@ from tracker.tracking.mlflow.backend import MlflowBackend
 from tracker.tracking.mlflow.live_run import MlflowLiveRun
 
 from .conftest import cell_record, local
-from .test_mlflow import Store
 
 BEHIND = 120.0
 
@@ -43,8 +43,8 @@ def other_figures(cell: CellRecord) -> CellRecord:
         run.model_copy(
             update={
                 "n": 320,
-                "accuracy_drop": run.accuracy_drop + (0.1 if run.layer == 0 else -0.03),
-                "accuracy_relevance": None if run.layer == 1 else run.accuracy_relevance,
+                "accuracy_drop": run.accuracy_drop + (0.1 if run.change.layer == 0 else -0.03),
+                "accuracy_relevance": None if run.change.layer == 1 else run.accuracy_relevance,
             }
         )
         for run in cell.runs
@@ -61,7 +61,7 @@ def is_shown(uri: str, project: str, cell: CellRecord) -> None:
     for name in CURVES:
         history = store.client.get_metric_history(store.cell(cell).info.run_id, name)
         newest = {p.step: p.value for p in sorted(history, key=lambda point: point.timestamp)}
-        wanted = {row.layer: row.figure(name) for row in cell.runs}
+        wanted = {row.change.layer: row.figure(name) for row in cell.runs}
         assert {at: None if math.isnan(v) else v for at, v in newest.items()} == {
             at: value for at, value in wanted.items() if value is not None or at in newest
         }

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
+from tests.helpers.wandb_double import WandbDouble
 from tracker.core.errors import RequestError
 from tracker.core.identities import Half
 from tracker.core.records import CellRecord
@@ -31,7 +32,6 @@ from tracker.tracking.mlflow.writing import DIGEST_TAG
 from tracker.tracking.runs import MANY, cell_run, described, layer_run
 
 from .conftest import cell_record, local, of_kind
-from .wandb_double import WandbDouble
 
 PROJECT = "contract"
 WHOLE = {
@@ -273,10 +273,15 @@ def shows(held: Held, cell: CellRecord) -> dict[str, Seen]:
     for run in cell.runs:
         seen = mine[run_key(cell, run.ablation)]
         assert seen.figures == layer_run(cell, run).figures
-        assert seen.name == run_name(cell, run)
+        assert seen.name == run_name(cell, run.change)
         assert seen.note == layer_run(cell, run).note
         assert seen.reasons == layer_run(cell, run).reasons
-        assert seen.which == (str(run.layer), run.component, str(run.span), run.intervention)
+        assert seen.which == (
+            str(run.change.layer),
+            run.change.component,
+            str(run.change.span),
+            run.change.intervention,
+        )
     assert mine[run_key(cell, "baseline")].figures == intact_metrics(cell)
     whole = mine[run_key(cell, "cell")]
     assert only_defined(cell_figures(cell)).items() <= whole.figures.items()
@@ -287,7 +292,7 @@ def shows(held: Held, cell: CellRecord) -> dict[str, Seen]:
         assert whole.group == group_name(cell)
     for name in ("accuracy_drop", "accuracy_relevance", "gold_logprob_drop"):
         wanted = [
-            (run.layer, value)
+            (run.change.layer, value)
             for run in cell.runs
             if (value := getattr(run, name)) is not None and math.isfinite(value)
         ]
@@ -358,7 +363,7 @@ def test_what_grows_is_brought_up_to_date_and_what_broke_off_completed(held: Hel
     assert (len(curves["accuracy_drop"]), len(curves["cosine_score"])) == points
     table = held.table(own, "layers")
     assert [(row["layer"], row["accuracy_drop"]) for row in table] == [
-        (run.layer, run.accuracy_drop) for run in more.runs
+        (run.change.layer, run.accuracy_drop) for run in more.runs
     ]
 
     for key in (run_key(more, "layer:3"), own):
@@ -405,7 +410,7 @@ def shows_newest(held: Held, cell: CellRecord) -> None:
     assert only_defined(cell_figures(cell)).items() <= whole.figures.items()
     # A backend that takes no point back has several of a layer, the newest last.
     assert dict(whole.curves["accuracy_drop"]) == {
-        run.layer: run.accuracy_drop for run in cell.runs
+        run.change.layer: run.accuracy_drop for run in cell.runs
     }
 
 
@@ -431,7 +436,12 @@ def test_every_kind_of_run_has_a_name_and_a_curve_of_its_own(held: Held) -> None
     }
     for run in kinds:
         seen = mine[run_key(cell, run.ablation)]
-        assert seen.which == (str(run.layer), run.component, str(run.span), run.intervention)
+        assert seen.which == (
+            str(run.change.layer),
+            run.change.component,
+            str(run.change.span),
+            run.change.intervention,
+        )
     curves = mine[run_key(cell, "cell")].curves
     drop = cell.runs[1].accuracy_drop
     assert [layer for layer, _ in curves["accuracy_drop"]] == [0, 1]

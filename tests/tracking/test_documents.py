@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.conftest import cli
-from tests.runner.elsewhere import Heard
+from tests.helpers.runs import Heard
 from tracker import api
 from tracker.core.decision_records import PRIVATE
 from tracker.ledger.store import Ledger

@@ -12,10 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.helpers.wandb_double import WandbDouble
 from tracker.core.errors import TrackingError
 from tracker.tracking import open_backend
-
-from .wandb_double import WandbDouble
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from tests.helpers.answering import Answering
+from tests.helpers.wandb_double import MANIFEST, WandbDouble
 from tracker.core.errors import TrackingError
 from tracker.tracking import foreign, open_backend
 from tracker.tracking.base import RemoteCell
 
-from .answering import Answering
 from .conftest import cell_record
-from .wandb_double import MANIFEST, WandbDouble
 
 CELL = RemoteCell("key/cell", "the cell", "0" * 64, "abc")
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 from mlflow import MlflowClient
 
+from tests.helpers.wandb_double import WandbDouble
 from tracker import api
 from tracker.core.errors import TrackingError
 from tracker.core.experiment_input import load_experiment
@@ -30,7 +32,6 @@ from tracker.tracking.figures import cell_figures, flat_metrics
 from tracker.tracking.identity import cell_name
 
 from .wandb_client import Client
-from .wandb_double import WandbDouble
 
 NAME = "a cell"
 
@@ -214,5 +215,5 @@ def test_what_is_known_so_far_is_what_the_record_says(measured: Measured) -> Non
 
 def lacking(store: CellStore, view: View) -> tuple[CellStore, View]:
     """Ask for a run that is not measured."""
-    more = view.runs[0].model_copy(update={"component": "mlp"})
+    more = replace(view.runs[0], component="mlp")
     return store, view.model_copy(update={"runs": (*view.runs, more)})

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.conftest import cli
+from tests.helpers.mlflow_store import Store, publish
 from tracker import api
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
@@ -22,7 +23,6 @@ from tracker.tracking.mlflow.backend import MlflowBackend
 
 from .conftest import Maker, cell_record, local
 from .mlflow_server import PASSWORD, USER, Gate, MlflowServer
-from .test_mlflow import Store, publish
 
 MIDDLE = 14  # a request in the middle of publishing a cell of four layers
 
@@ -48,7 +48,7 @@ def complete(uri: str, project: str, cell: CellRecord, file: Path, folder: Path)
     assert len(store.runs) == 2 + len(cell.runs)
     assert all(run.info.status == "FINISHED" for run in store.runs)
     for name in CURVES:
-        wanted = [(row.layer, row.figure(name)) for row in cell.runs]
+        wanted = [(row.change.layer, row.figure(name)) for row in cell.runs]
         assert store.curve(cell, name) == [point for point in wanted if point[1] is not None]
     store.shows(cell)
     assert store.bytes_of(store.cell(cell), file.name, folder) == file.read_bytes()

@@ -12,12 +12,12 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 from plotly.offline import get_plotlyjs
 
+from tests.helpers.mlflow_store import Store
 from tracker.tracking.base import Page as Kept
 from tracker.tracking.identity import cell_name
 from tracker.tracking.mlflow.backend import MlflowBackend
 
 from .conftest import cell_record
-from .test_mlflow import Store
 
 SECONDS = 120_000
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import tracker
 from tests.conftest import save_llama
+from tests.helpers.wandb_double import WandbDouble
 from tracker.benchmarks import reference_process
 from tracker.core.estimates import Estimate
 from tracker.export import proof
@@ -27,7 +28,6 @@ from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.runs import KIND_TAG
 
 from .conftest import cell_record
-from .wandb_double import WandbDouble
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.tracking._tracking_service import utils as mlflow_cache
 
+from tests.helpers.mlflow_store import Store
+from tests.helpers.wandb_double import WandbDouble
+from tests.helpers.wandb_runs import Publisher, counts, runs, shown
 from tracker import api
 from tracker.ledger.store import Ledger
 from tracker.tracking.figures import flat_metrics
@@ -18,11 +21,6 @@ from tracker.tracking.mlflow.database import create_database, follow_folder
 from tracker.tracking.wandb.writing import run_id
 
 from .conftest import Maker, cell_record, local
-from .test_mlflow import Store
-from .test_wandb import Publisher, counts, publish, runs, shown
-from .wandb_double import WandbDouble
-
-__all__ = ["publish"]
 
 
 # Was: files went on to where the folder had been, and a copy wrote into its original's.

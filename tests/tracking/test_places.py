@@ -11,14 +11,14 @@ from click.testing import Result
 from mlflow import MlflowClient
 
 from tests.conftest import cli
+from tests.helpers.mlflow_store import Store
+from tests.helpers.wandb_double import WandbDouble
+from tests.helpers.wandb_runs import shown as shown_by_wandb
 from tracker import api
 from tracker.runner import Finished
 
 from .conftest import Maker, local
 from .mlflow_server import PASSWORD, USER, Gate, free_port
-from .test_mlflow import Store
-from .test_wandb import shown as shown_by_wandb
-from .wandb_double import WandbDouble
 
 Ran = Callable[..., Finished]
 

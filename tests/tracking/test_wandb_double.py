@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.wandb_double import RefusedError, Run, WandbDouble, basic, expand
+
 from .wandb_client import Client
-from .wandb_double import RefusedError, Run, WandbDouble, basic, expand
 
 TOO_LONG = """
 import wandb

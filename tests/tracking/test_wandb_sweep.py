@@ -12,7 +12,9 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from wandb.sdk.lib.config_util import save_config_file_from_dict
 
 from tests.conftest import cli, printed
-from tests.own import write_tasks
+from tests.helpers.own_tasks import write_tasks
+from tests.helpers.wandb_double import Agent, Run, Sweep, WandbDouble
+from tests.helpers.wandb_runs import figures
 from tracker import api
 from tracker.core.errors import RequestError
 from tracker.ledger.store import Ledger
@@ -20,9 +22,7 @@ from tracker.tracking.figures import flat_metrics
 from tracker.tracking.identity import run_key
 
 from .conftest import Maker
-from .test_wandb import figures
 from .wandb_client import Client
-from .wandb_double import Agent, Run, Sweep, WandbDouble
 
 COMMAND = 'command: [tracker, evaluate, "${args}"]\n'
 TELLS = """
@@ -97,7 +97,7 @@ def test_the_agent_fills_the_sweep_and_the_cell(
     trials = [double.run(run_id, "layers") for run_id in sweep.handed_out]
     *measured, beyond = trials
     (cell,) = api.ls(client.folder / "results")
-    layers = {(run.layer, run.span): run for run in cell.runs}
+    layers = {(run.change.layer, run.change.span): run for run in cell.runs}
     assert set(layers) == {(0, 2), (1, 2)}  # what the sweep asks for, and no more
     said = {"system_instruction": "You are a painter, and you name colours."}
     assert (cell.benchmark.name, cell.benchmark.settings) == ("paint", said)
@@ -139,11 +139,11 @@ def test_a_file_of_heads_is_swept_and_reported_from_the_project(
     asked = {"component": "head", "layer": [1], "head": [0, 1], "limit": 4, "benchmark": "copa"}
     trials = obey("evaluate", experiment(tiny_llama(layers=2), **asked))
     (cell,) = api.ls(client.folder / "results")
-    runs = {(run.layer, run.number): run for run in cell.runs}
+    runs = {(run.change.layer, run.change.number): run for run in cell.runs}
     assert {(t.values["layer"], t.values["head"]) for t in trials} == {*runs}
     for trial in trials:
         run = runs[trial.values["layer"], trial.values["head"]]
-        assert (trial.job_type, trial.state, run.component) == ("layer", "finished", "head")
+        assert (trial.job_type, trial.state, run.change.component) == ("layer", "finished", "head")
         assert trial.values["tracker"]["ablation"] == run.ablation
         assert figures(trial.summary) == flat_metrics(run)
     client.lend(monkeypatch)

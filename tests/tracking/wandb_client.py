@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .wandb_double import WandbDouble
+from tests.helpers.wandb_double import WandbDouble
 
 BIN = Path(sys.executable).parent
 FAST_AGENT = """

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tracker.bench.loops import Loop, LoopTiming, timed
 from tracker.bench.vllm import open_vllm, refuse_vllm
-from tracker.core.ablations import Ablation, ablations_of
+from tracker.core.ablations import ablations_of
+from tracker.core.changes import Ablation
 from tracker.core.config import ONE_EACH, CellRequest
 from tracker.core.errors import BenchmarkError
 from tracker.core.model_parts import with_all_parts
@@ -90,14 +91,12 @@ class Bench:
             )
         lines += [loop.text(name) for name, loop in self.loops.items()]
         times = ", ".join(f"{name} {ratio:.1f}" for name, ratio in self.times_the_passes.items())
-        lines.append(
-            f"layer passes  {self.layer_passes:8,.0f}     (counted; times as many: {times})"
-        )
-        lines.append(
+        lines += [
+            f"layer passes  {self.layer_passes:8,.0f}     (counted; times as many: {times})",
             f"rate          {self.engine_gflops:8.0f} GFLOP/s, {part:.0f} % of "
-            f"{self.matrix_gflops:.0f} in a matrix product"
-        )
-        lines.append(f"peak memory   {self.engine_peak_gib:8.1f} GiB")
+            f"{self.matrix_gflops:.0f} in a matrix product",
+            f"peak memory   {self.engine_peak_gib:8.1f} GiB",
+        ]
         return "\n".join(lines)
 
 

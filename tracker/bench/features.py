@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tracker.core.ablations import INTACT, Ablation, Part, Rounded, Stretch, ablate
+from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.documents import Document
-from tracker.core.kinds import Component, Intervention
+from tracker.core.kinds import Component
 from tracker.engine import fitting
 from tracker.engine.observers.divergence import divergences, output_proxies
 from tracker.engine.observers.expert_load import expert_load
@@ -26,8 +26,10 @@ from tracker.models.linear_maps import linear_maps
 
 Feature = Callable[[Engine], Any]
 """Computes figures; equal ones of any engine of a model with four layers or more."""
-LAYERS = [*(Ablation((layer,)) for layer in range(4)), Ablation((1, 2))]
-SUBLAYERS = [ablate(kind, [layer]) for kind in ("attention", "mlp") for layer in (0, 2)]
+LAYERS = [Ablation.of(removed=layers) for layers in ((0,), (1,), (2,), (3,), (1, 2))]
+SUBLAYERS = [
+    Ablation.of(Change(kind, (layer,))) for kind in ("attention", "mlp") for layer in (0, 2)
+]
 
 
 def documents_for(engine: Engine, beginning: int = 0) -> list[Document]:
@@ -48,8 +50,8 @@ def score_fitted(engine: Engine) -> Any:
     texts = [[*d.requests[0].context, 3, 7, 9] for d in documents_for(engine)]
     parts = engine.parts(engine.plan([INTACT]))
     replacements = fitting.fit(parts, texts, {1, 2}, linear=True)
-    interventions: list[Intervention] = ["mean", "scale", "linear"]
-    ablations = [Ablation(replaced=((i, layer),)) for i in interventions for layer in (1, 2)]
+    words = ("mean", "scale", "linear")
+    ablations = [Ablation.parse(f"{word}:{layer}") for word in words for layer in (1, 2)]
     return score(replace(engine, stand_ins=replacements), ablations)
 
 
@@ -71,12 +73,12 @@ def generate(engine: Engine) -> Any:
 def observe_maps(engine: Engine) -> Any:
     """Observe two linear maps in a format: errors of weights, and of outputs."""
     paths = [*linear_maps(engine.loaded.layers[1], "layer 1")]
-    maps = [Rounded("int8", 1, path) for path in (paths[0], paths[-1])]
+    maps = [Change.parse(f"int8:1.{path}") for path in (paths[0], paths[-1])]
     return weight_errors(engine, maps), rounding_errors(engine, documents_for(engine)[0], maps)
 
 
 def _parts(component: Component) -> list[Ablation]:
-    return [Ablation(parts=(Part(component, n, part),)) for n in (1, 3) for part in (0, 1)]
+    return [Ablation.parse(f"{component}:{layer}.{n}") for layer in (1, 3) for n in (0, 1)]
 
 
 def _observe(observer: Callable[..., Any], *arguments: Any) -> Feature:
@@ -85,15 +87,15 @@ def _observe(observer: Callable[..., Any], *arguments: Any) -> Feature:
 
 SWEEPS: Mapping[str, Sequence[Ablation]] = {
     "layers": LAYERS,
-    "attention and MLP": [*SUBLAYERS, Ablation((2,), attention=(0,), mlp=(3,))],
+    "attention and MLP": [*SUBLAYERS, Ablation.parse("layer:2+attention:0+mlp:3")],
     "heads": _parts("head"),
     "experts": _parts("expert"),
-    "shared experts": [Ablation(shared=(layer,)) for layer in (1, 3)],
-    "weight formats": [Ablation(rounded=(Rounded(f, 2),)) for f in ("int8", "int4_row", "fp8")],
+    "shared experts": [Ablation.parse(f"shared_expert:{layer}") for layer in (1, 3)],
+    "weight formats": [Ablation.parse(f"{word}:2") for word in ("int8", "int4_row", "fp8")],
     "formats of embedding and head": [
-        Ablation(rounded=(Rounded("int4_row", 0, name),)) for name in ("embedding", "lm_head")
+        Ablation.parse(f"int4_row:{name}") for name in ("embedding", "lm_head")
     ],
-    "repeated layers": [Ablation(repeated=(span,)) for span in (Stretch(1, 3), Stretch(2, 2))],
+    "repeated layers": [Ablation.parse("repeat:1-2")],
 }
 """What is removed, besides the baseline, by name."""
 FEATURES: Mapping[str, Feature] = {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tracker.core.ablations import Ablation
+from tracker.core.changes import Ablation
 from tracker.core.grouping import grouped
 from tracker.measuring.progress import Progress
 

@@ -6,14 +6,14 @@ import inspect
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tracker.bench.loops import Loop
-from tracker.core.ablations import Ablation
+from tracker.bench.loops import Loop, timed
+from tracker.core.changes import Ablation
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError, first_line
 from tracker.models.sources import find_model
@@ -121,10 +121,9 @@ def open_vllm(
     loaded, device = engine.loaded, current_platform.device_type
     if device != loaded.device.type or loaded.device.index or loaded.offloaded is not None:
         state = "offloaded" if loaded.offloaded is not None else f"on {loaded.device}"
-        runs_on = f"the first {device}" if device else "no"
         raise RequestError(
-            f"--against vllm: vLLM runs on {runs_on} device of this machine, and the model is "
-            f"{state}; leave --against out"
+            f"--against vllm: vLLM runs on the first device of type {device or 'none'}, and the "
+            f"model is {state}; leave --against out"
         )
     empty_cache()
     share = MEMORY_SHARE * free_memory(loaded.device) / total_memory(loaded.device)
@@ -136,8 +135,8 @@ def open_vllm(
         else:  # The tokenizer, which a shape lacks, and what vLLM looks for beside it.
             loaded.model.config.save_pretrained(folder)
             loaded.tokenizer.save_pretrained(folder)
-        start = perf_counter()
-        model = vllm_class()(
+        load = partial(
+            vllm_class(),
             pretrained=folder if source.gguf_file else source.location,
             tokenizer=folder,
             revision=source.revision,
@@ -150,16 +149,15 @@ def open_vllm(
             kv_cache_memory_bytes=options.memory,
             worker_extension_cls=f"{__name__}.{PassingWorker.__name__}",
         )
-        seconds = perf_counter() - start
+        seconds, model = timed(load)
 
         def without(ablation: Ablation) -> Any:
-            model.model.collective_rpc("pass_over", args=(list(ablation.layers),))
+            model.model.collective_rpc("pass_over", args=(list(ablation.removed()),))
             return model
 
         try:
-            yield Loop(
-                "vllm", f"vLLM {version}, {device}, eager, loaded in {seconds:.0f} s", without
-            )
+            about = f"vLLM {version}, {device}, eager, loaded in {seconds:.0f} s"
+            yield Loop("vllm", about, without)
         finally:
             model.model.llm_engine.engine_core.shutdown()
 

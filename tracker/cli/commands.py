@@ -39,7 +39,7 @@ from tracker.cli.printing import (
     print_plan_of_searches,
 )
 from tracker.cli.terminal import Show, StatusLine, begin, quiet, say, say_all
-from tracker.core.ablations import first_run
+from tracker.core.ablations import first_change
 from tracker.core.config import COMPETITORS, EXECUTORS, KEYS, RESTS, CellRequest, run_request
 from tracker.core.distribution import EXAMPLES, __version__
 from tracker.core.errors import ExperimentError
@@ -170,7 +170,7 @@ def evaluate(project: str, **settings: Any) -> None:
     request = run_request({key: settings.pop(key) for key in KEYS})
     record, outcome = api.evaluate(request, project=project, progress=Show(), **settings)
     if record is not None:
-        print_cell(record, first_run(request))
+        print_cell(record, first_change(request))
     print_end(outcome, None)
     sys.exit(outcome.exit_code)
 

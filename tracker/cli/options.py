@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tracker.core import config
 from tracker.core.arguments import Arguments
+from tracker.core.changes import MAX_LAYERS
 from tracker.core.config import (
     IN_THE_FILE,
     KEYS,
-    MAX_LAYERS,
     SEVERAL,
     CellRequest,
     Count,

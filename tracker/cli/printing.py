@@ -22,8 +22,9 @@ from tracker.core.weight_formats import FORMATS
 
 if TYPE_CHECKING:
     from tracker.bench.doctor import Diagnosis, Finding
+    from tracker.core.changes import Change
     from tracker.core.findings import FindingRecord
-    from tracker.core.records import CellRecord, RunIdentity
+    from tracker.core.records import CellRecord
     from tracker.export.facts import Exported
     from tracker.measuring.planning import PlannedCell
     from tracker.report.leaderboard.claims import Claims
@@ -57,14 +58,13 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     print_table(table("", columns, diagnosis.findings))
     failed, checks = len(diagnosis.failures), counted(len(diagnosis.findings), "check")
     took = f"in {diagnosis.seconds:.0f} s"
-    if failed:
-        say(f"\n{failed} of {checks} failed {took}. Do not trust figures from {device}.")
-    else:
-        say(f"\n{checks} {took}: this installation computes the right numbers on {device}.")
+    trust = f"{checks} {took}: this installation computes the right numbers on {device}."
+    distrust = f"{failed} of {checks} failed {took}. Do not trust figures from {device}."
+    say(f"\n{distrust if failed else trust}")
 
 
 def print_cell(
-    cell: CellRecord, only: RunIdentity | None = None, brief: bool = False, average: bool = False
+    cell: CellRecord, only: Change | None = None, brief: bool = False, average: bool = False
 ) -> None:
     """Print a cell's runs, or one of them; or, to be `brief`, those that are shown to do something.
 
@@ -74,9 +74,7 @@ def print_cell(
     from tracker.report.leaderboard.claims import shown_in
     from tracker.report.wording import beneath, power_sentence
 
-    shown = [
-        run for run in cell.runs if only is None or (run.kind, run.layer) == (only.kind, only.layer)
-    ]
+    shown = [run for run in cell.runs if only in (None, run.change)]
     if brief:
         verdicts = shown_in(cell, shown)
         shown = [run for run, verdict in zip(shown, verdicts, strict=True) if verdict != "open"]
@@ -95,7 +93,9 @@ def print_cell(
     metric = "" if cell.other_metric else cell.metric
     title = " · ".join(filter(None, (cell.heading, metric, cell.documents)))
     say()
-    print_table(made := table(title, columns, [run_table.CellRun(cell, run) for run in shown]))
+    print_table(
+        made := table(title, columns, [run_table.CellRun(cell, run.change, run) for run in shown])
+    )
     if brief:
         say(_unlisted(cell, average))
     said = {"baseline_rounded", *(("n", "baseline_low") if cell.is_raced else ())}
@@ -184,7 +184,7 @@ def _unlisted(cell: CellRecord, average: bool) -> str:
     if undefined:
         why = cell.reason_of("accuracy_drop", undefined[0])
         rest = f" and {len(undefined) - 1} more" if len(undefined) > 1 else ""
-        sentences.append(f"the drop of {undefined[0].label()}{rest} is undefined ({why})")
+        sentences.append(f"the drop of {undefined[0].change.label()}{rest} is undefined ({why})")
     return "; ".join(filter(None, sentences))
 
 

@@ -212,7 +212,7 @@ def list_cells(folder: Path | None, results: Path) -> None:
     labels = dict(zip(map(id, cells), row_labels(cells), strict=True))
 
     def layers(cell: CellRecord) -> str:
-        return f"{len({run.first for run in cell.runs} - {None})} of {cell.model.layers}"
+        return f"{len({run.change.first for run in cell.runs} - {None})} of {cell.model.layers}"
 
     def runs(cell: CellRecord) -> str:
         measured = len(cell.runs)

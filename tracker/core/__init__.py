@@ -1,10 +1,11 @@
 """Define the types that all packages share: requests, records, errors.
 
 Modules:
-    ablations: Define which parts of a model one ablation changes, and its name.
+    ablations: Expand a request into its changes and ablations.
     answers: Write the answer to a cell's question as a sentence.
     api_package: Call a package as the function of the API that has its name.
     arguments: Parse settings that lm-eval, transformers and chat templates receive.
+    changes: Define a change of a model, its text, and sets of changes.
     config: Define the request of one cell and the types of its settings.
     decision_records: Define records of the documents that a run loses and wins.
     distribution: Define the package's name, version and installation commands.

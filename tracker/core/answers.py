@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tracker.core.changes import WHOLE_LAYER
 from tracker.core.formats import listed
 from tracker.core.questions import question
-from tracker.core.records import WHOLE_LAYER, AnswerRecord, CellRecord, RunAnswer
+from tracker.core.records import AnswerRecord, CellRecord, RunAnswer
 
 _ORDINALS = (
     *("first", "second", "third", "fourth", "fifth"),
@@ -113,12 +114,12 @@ def _said(answer: AnswerRecord) -> str:
 
 def _named(runs: Sequence[RunAnswer]) -> str:
     """Name some runs; whole layers by their numbers alone, and many by how many they are."""
-    whole = all(run.kind == WHOLE_LAYER for run in runs)
+    whole = all(run.change.kind == WHOLE_LAYER for run in runs)
     if not runs:
         return "none"
     if any(run.open for run in runs) and len(runs) > _NAMED:
         return f"{len(runs)} {'layers' if whole else 'runs'}"
-    names = [str(run.layer) if whole else run.label() for run in runs]
+    names = [str(run.change.layer) if whole else run.change.label() for run in runs]
     return f"layer{'s' if len(names) > 1 else ''} {listed(names)}" if whole else listed(names)
 
 

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from tracker.core.arguments import Arguments
+from tracker.core.changes import MAX_LAYERS, Change
 from tracker.core.extent import DEFAULT_SEED, EVERY, Extent, Part, Positive
 from tracker.core.kinds import Component, Intervention
 from tracker.core.problems import checked
@@ -85,8 +86,6 @@ RESTS = ("device", "host", "disk")
 """Where layers may rest until they are needed."""
 COMPETITORS = ("vllm",)
 """Programs that the engine can be timed against, besides lm-eval with transformers."""
-MAX_LAYERS = 10_000
-"""Of a model; no model has a tenth of it."""
 
 
 class Strict(BaseModel):
@@ -135,16 +134,9 @@ class CellRequest(Strict):
     control: Literal["random"] | None = None
     """random: beside spans, 40 sets of as many of the model's layers, drawn with the seed: what
     layers cost together that have nothing to do with each other."""
-    sets: tuple[Layers, ...] = ()
-    """Layers of one kind that are removed together, though others lie between them."""
-    drawn: tuple[Layers, ...] = ()
-    """Sets of layers that were drawn at random."""
-    only: (
-        tuple[tuple[Component, int, int, Intervention, Count | None, Times, Name | None], ...]
-        | None
-    ) = None
-    """Which (component, span, layer, intervention, number of the part, repeats, linear map) of
-    these are asked for; None = every combination."""
+    changes: tuple[Change, ...] | None = None
+    """Exactly these changes, as studies and the expansion of a file name them; None for every
+    combination of what stands above."""
     removed: Layers = ()
     """Layers that are removed as a whole besides: 3,17 or 3-7 or [3, 17]."""
     revision: Name | None = None
@@ -270,8 +262,8 @@ IN_THE_FILE = {
     "repeats": "repeats",
 }
 """Fields that hold several values, and the keys of files and options that give one."""
-_NO_KEYS = ("sets", "drawn", "only")
-"""Fields that follow from others."""
+_NO_KEYS = ("changes",)
+"""Fields that no file sets: they follow from others."""
 RUNS = {*IN_THE_FILE, "control", *_NO_KEYS}
 """Fields that say which runs of a cell are asked for."""
 ONE_EACH: Mapping[str, Any] = {

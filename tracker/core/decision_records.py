@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import Field
 
+from tracker.core.changes import Change
 from tracker.core.identities import Record, Shown
-from tracker.core.records import RunIdentity
 
 PRIVATE = "the texts of your own task are not uploaded (use --publish-documents to upload them)"
 
@@ -48,7 +48,7 @@ Quartiles = tuple[float, float, float]
 class RunDecisions(Record):
     """Which documents a run loses and wins, and what it decides over all."""
 
-    run: RunIdentity
+    run: Change
     lost: int
     """Documents that it makes worse than the intact model does."""
     won: int

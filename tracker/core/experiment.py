@@ -28,10 +28,10 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from tracker.core.changes import MAX_LAYERS, Change
 from tracker.core.config import (
     IN_THE_FILE,
     KEYS,
-    MAX_LAYERS,
     ONE_EACH,
     CellRequest,
     Count,
@@ -41,7 +41,7 @@ from tracker.core.config import (
 )
 from tracker.core.errors import ExperimentError
 from tracker.core.extent import DEFAULT_SEED, Positive
-from tracker.core.kinds import ENDS, NUMBERED
+from tracker.core.kinds import NUMBERED
 from tracker.core.model_parts import Counting, has_parts, with_all_parts
 from tracker.core.problems import checked
 from tracker.core.safe_yaml import SHOWN, short
@@ -201,13 +201,19 @@ _TOGETHER = {key: next(iter(ONE_EACH.get(field, ())), None) for field, key in IN
 """What tells the runs of one cell apart, each with what it is where nothing is said."""
 
 
-def _only(said: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Write a point of a grid as `CellRequest.only` has it."""
-    layer, component, span, done, head, expert, name, repeats = said
+def _change(point: tuple[Any, ...]) -> Change:
+    """Make the change of a point of the grid."""
+    layer, component, span, intervention, head, expert, name, repeats = point
     number = expert if component == "expert" else head
-    numbered = number if component in NUMBERED else None
-    name = name if component == "linear" else None
-    return component, span, 0 if name in ENDS else layer, done, numbered, repeats, name
+    return Change.of_fields(
+        layer,
+        component,
+        span,
+        intervention,
+        number if component in NUMBERED else None,
+        repeats if intervention == "repeat" else 2,
+        map=name if component == "linear" else None,
+    )
 
 
 class Goal(Strict):
@@ -316,8 +322,9 @@ class Experiment(Sweep):
                     settings[field] = ()
             every = self.takes_all
             settings["layers"] = () if every else tuple(sorted(settings["layers"]))
-            settings["only"] = tuple(map(_only, some)) if self.capped else None
             cell = checked(CellRequest, settings, "parameters.", IN_THE_FILE)
+            if self.capped:
+                cell = cell.model_copy(update={"changes": tuple(map(_change, some))})
             if self._count is not None and (every or cell.control or has_parts(cell)):
                 cell = with_all_parts(cell, self._count(cell, self.kinds))
             if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for

@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
+from tracker.core.ablations import grid_changes
+from tracker.core.changes import Change
 from tracker.core.config import IN_THE_FILE, CellRequest, field_of
 from tracker.core.errors import ExperimentError, did_you_mean
 from tracker.core.kinds import ENDS, KINDS, MAPS, NUMBERED, Component
@@ -107,7 +109,7 @@ def with_all_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
     removing = "remove" in request.interventions and "layer" in request.components
     if not (spans and removing and (request.control or parts.of_kind is not None)):
         return request
-    more: dict[str, Any] = {}
+    changes = [*grid_changes(request)]
     if parts.of_kind is not None:
         if (request.components, request.interventions) != (("layer",), ("remove",)):
             raise ExperimentError(
@@ -115,18 +117,18 @@ def with_all_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
                 "other components and interventions in a file of their own, or leave 'kind' out"
             )
         # Neighbours among the layers of the kind, whatever lies between them.
-        more["sets"] = tuple(
-            parts.of_kind[first : first + span]
+        changes = [change for change in changes if change.span == 1] + [
+            Change(layers=parts.of_kind[first : first + span])
             for span in spans
             for first in range(len(parts.of_kind) - span + 1)
-        )
-        more |= {"spans": (1,)} if 1 in request.spans else {"only": ()}
+        ]
     if request.control:
         free = [layer for layer in range(parts.layers) if layer not in request.removed]
         near = (tuple(range(n, n + span)) for span in spans for n in request.layers)
-        taken = {*more.get("sets", ()), *near}
-        more["drawn"] = tuple(_drawn(free, spans, taken, request.seed))
-    return request.model_copy(update=more)
+        taken = {*(change.layers for change in changes), *near}
+        drawn = _drawn(free, spans, taken, request.seed)
+        changes += [Change(layers=layers, drawn=True) for layers in drawn]
+    return request.model_copy(update={"changes": tuple(changes)})
 
 
 def _with_all_maps(request: CellRequest, parts: ModelParts) -> CellRequest:
@@ -146,13 +148,13 @@ def _with_all_maps(request: CellRequest, parts: ModelParts) -> CellRequest:
             f"{request.title}: its layers have different linear maps; ask for them in a file of "
             "their own, or name some by 'map'"
         )
-    there = tuple(
-        ("linear", 1, layer, done, None, 2, name)
-        for done in request.interventions
+    changes = tuple(
+        Change("linear", (layer,), intervention, name)
+        for intervention in request.interventions
         for layer in request.layers
         for name in of_layer[layer]
     )
-    return named.model_copy(update={"only": there})
+    return named.model_copy(update={"changes": changes})
 
 
 def _drawn(

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from operator import attrgetter, itemgetter
-from typing import Annotated, Literal, NamedTuple
+from operator import itemgetter
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from tracker.core.config import Count, Times
+from tracker.core.changes import COLUMNS, WHOLE_LAYER, Change
 from tracker.core.estimates import Estimate
-from tracker.core.extent import Positive
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
-from tracker.core.kinds import COMPONENTS, ENDS, INTERVENTIONS, KINDS, Component, Intervention
-
-BASELINE = "baseline"
 
 
 def utc(date: str) -> str:
@@ -31,52 +27,6 @@ def utc(date: str) -> str:
         raise ValueError(f"{date} is no date") from error
 
 
-class Kind(NamedTuple):
-    """What a run does, but for the layer."""
-
-    component: Component = "layer"
-    span: int = 1
-    intervention: Intervention = "remove"
-    number: int | None = None
-    repeats: int = 2
-    members: tuple[int, ...] | None = None
-    drawn: bool = False
-    map: str | None = None
-
-    @property
-    def part(self) -> int | str | None:
-        """Which part of the layer: its number, or a linear map's name; None for all of it."""
-        return self.map if self.number is None else self.number
-
-    @property
-    def is_end(self) -> bool:
-        """Whether it is done to the embedding or the head, and to no layer."""
-        return self.map in ENDS
-
-    @property
-    def many(self) -> str:
-        """What several of a layer's or a model's are called; empty where they are layers."""
-        return (
-            f"linear maps in {self.word}" if self.component == "linear" else KINDS[self.word].many
-        )
-
-    @property
-    def word(self) -> str:
-        """What it is called beside others of one layer: `layer`, `attention`, `mean`, `head`."""
-        return self.component if self.intervention == "remove" else self.intervention
-
-    @property
-    def is_single(self) -> bool:
-        """Whether it is done to single layers as such, and so is a curve over the layers."""
-        return self.span == 1 and self.part is None
-
-    @property
-    def family(self) -> Kind:
-        """What it shares with others of its map: all but the span and which part it is."""
-        return self._replace(span=1, number=None, members=None, drawn=False, map=None)
-
-
-_OF_KIND = attrgetter(*Kind._fields)
 Place = tuple[str, str, int]
 """What several records are told apart by: the cell, the view of it, how many documents."""
 NO_REASON = "no reason was recorded"
@@ -85,100 +35,23 @@ WHICH = "checkpoint"
 """Under what name it is said where the model that was measured is no saved checkpoint."""
 
 
-class RunIdentity(Record):
-    """Which run of a cell: what is changed, besides the layers that the whole cell lacks."""
+class ChangeRecord(Record):
+    """Figures of one change."""
 
-    component: Component = "layer"
-    """What of the layers is removed."""
-    layer: Count
-    """The first changed layer; 0 where it is none, as of an embedding."""
-    span: Positive = 1
-    """How many layers, from `layer` on."""
-    intervention: Intervention = Field("remove", exclude_if=lambda done: done == "remove")
-    """What is done to the layer; written where it is not removed."""
-    number: Count | None = Field(None, exclude_if=lambda number: number is None)
-    """Which head, group of heads or expert of the layer, 0-based; None where a layer has only
-    one."""
-    repeats: Times = Field(2, exclude_if=lambda times: times == 2)
-    """How often the layers are passed where they are repeated; written where it is not twice."""
+    change: Change
+    """What is changed, besides the layers that the whole cell lacks."""
 
-    members: tuple[Count, ...] | None = Field(None, exclude_if=lambda layers: layers is None)
-    """The layers, ascending, where others lie between them; written then."""
-    drawn: bool = Field(False, exclude_if=lambda drawn: not drawn)
-    """Whether they were drawn at random, for others to be held against; written where they were."""
-    map: str | None = Field(None, exclude_if=lambda name: name is None)
-    """Which linear map of the layer, as its path in the layer, or one of `MAPS`; or one of `ENDS`,
-    which are of no layer. Written where it is one."""
-
-    @property
-    def is_end(self) -> bool:
-        """Whether it changes the embedding or the head, and no layer."""
-        return self.kind.is_end
-
-    @property
-    def first(self) -> int | None:
-        """The first changed layer; None where none is."""
-        return None if self.is_end else self.layer
-
-    @property
-    def changed(self) -> tuple[int, ...]:
-        """The layers to which something is done, ascending."""
-        if self.is_end:
-            return ()
-        return self.members or tuple(range(self.layer, self.layer + self.span))
-
-    @property
-    def kind(self) -> Kind:
-        """All but the layer: runs of one kind form a curve over the layers."""
-        return Kind(*_OF_KIND(self))
-
-    @property
-    def asked(self) -> tuple[Component, int, int, Intervention, int | None, int, str | None]:
-        """The run as `CellRequest.only` names it."""
-        return (
-            self.component,
-            self.span,
-            self.layer,
-            self.intervention,
-            self.number,
-            self.repeats,
-            self.map,
-        )
-
-    @property
-    def order(self) -> tuple[int | str, ...]:
-        """What runs are sorted by: components outermost (layer, attention, mlp), interventions,
-        spans; of one layer by their number."""
-        component, done = COMPONENTS.index(self.component), INTERVENTIONS.index(self.intervention)
-        number = -1 if self.number is None else self.number
-        which = (component, done, self.repeats, self.drawn, self.span, self.layer, number)
-        return (*which, self.map or "", *(self.members or ()))
-
-    def label(self, digits: int = 1) -> str:
-        """Name the run where people read it: `layers 3–6`, `mlp 3–6`, `mean 3`, `layer 3 head 0`.
-
-        A layer's number is filled up with zeros to `digits`.
-        """
-        if self.is_end:
-            return f"{self.map} {self.intervention}"
-        if self.members:
-            return f"layers {', '.join(map(str, self.members))}{' (drawn)' if self.drawn else ''}"
-        first, last = (f"{n:0{digits}d}" for n in (self.layer, self.layer + self.span - 1))
-        if self.number is not None:
-            return f"layer {first} {self.kind.word} {self.number}"
-        if self.map is not None:
-            return f"layer {first} {self.map} {self.intervention}"
-        word = "layers" if self.component == "layer" and self.span > 1 else self.kind.word
-        if self.intervention == "repeat":
-            word = "repeat" if self.repeats == 2 else f"repeat {self.repeats} times:"
-        return f"{word} {first}" if self.span == 1 else f"{word} {first}–{last}"
+    @model_validator(mode="before")
+    @classmethod
+    def _of_former_version(cls, fields: Any) -> Any:
+        """Read the change where a former version wrote its parts one by one."""
+        if not isinstance(fields, dict) or "change" in fields:
+            return fields
+        change = {name: fields[name] for name in COLUMNS if name in fields}
+        return {name: fields[name] for name in fields if name not in change} | {"change": change}
 
 
-WHOLE_LAYER = Kind()
-"""The kind of the runs that remove one whole layer: the proxies are measured for these alone."""
-
-
-class RunRecord(RunIdentity):
+class RunRecord(ChangeRecord):
     """One run: what its removal did to the model on one benchmark.
 
     Every drop is relative to the intact model, also where the whole cell lacks layers: it holds
@@ -260,7 +133,7 @@ class RunRecord(RunIdentity):
         return self.__pydantic_extra__.get("cosine_score")
 
 
-class RunAnswer(RunIdentity):
+class RunAnswer(ChangeRecord):
     """What the looks at a cell say of one run, all of them and of all runs together."""
 
     n: int
@@ -396,7 +269,7 @@ class CellRecord(Record):
     """What it was measured for; None where that was all of its documents."""
     correlations: tuple[CorrelationRecord, ...]
     """Over the runs that remove one whole layer; none where there is no such run."""
-    missing: tuple[RunIdentity, ...]
+    missing: tuple[Change, ...]
     """Runs that are part of what was asked for and are not measured yet."""
     fitted_on: Shown | None = Field(None, exclude_if=lambda text: text is None)
     """What the stand-ins of layers were fitted on; None where no run has one."""
@@ -497,8 +370,8 @@ class CellRecord(Record):
         )
         growing = "n" in other.reasons
         enough = self.n >= other.n if growing else self.n == other.n and "n" not in self.reasons
-        runs = {run.order for run in self.runs}
-        return mine == theirs and enough and runs >= {run.order for run in other.runs}
+        changes = {run.change for run in self.runs}
+        return mine == theirs and enough and changes >= {run.change for run in other.runs}
 
     @property
     def is_raced(self) -> bool:
@@ -520,33 +393,33 @@ class CellRecord(Record):
     def lacks(self) -> tuple[str, ...]:
         """What was asked for and is not measured yet: documents, and runs by their labels."""
         documents = (self.reasons["n"],) if "n" in self.reasons else ()
-        return (*documents, *(run.label() for run in self.missing))
+        return (*documents, *(change.label() for change in self.missing))
 
     @property
     def whole_layers(self) -> tuple[RunRecord, ...]:
         """The runs that remove one whole layer."""
-        return tuple(run for run in self.runs if run.kind == WHOLE_LAYER)
+        return tuple(self.runs_of().values())
 
     @property
-    def all_runs(self) -> list[RunIdentity]:
-        """The runs, measured or missing: components outermost, then spans, then layers."""
-        return sorted((*self.runs, *self.missing), key=lambda run: run.order)
+    def changes(self) -> list[Change]:
+        """The changes, measured or missing: components outermost, then spans, then layers."""
+        changes = (*(run.change for run in self.runs), *self.missing)
+        return sorted(changes)
 
     @property
-    def kinds(self) -> list[Kind]:
-        """The kinds of runs, measured or missing, in the order of the runs."""
-        return list(dict.fromkeys(run.kind for run in self.all_runs))
+    def kinds(self) -> list[Change]:
+        """The kinds of changes, measured or missing, in their order."""
+        return list(dict.fromkeys(change.kind for change in self.changes))
 
-    def runs_of(self, kind: Kind = WHOLE_LAYER) -> dict[int, RunRecord]:
+    def runs_of(self, kind: Change = WHOLE_LAYER) -> dict[int, RunRecord]:
         """Find the measured runs of a kind: first layer → run."""
-        return {run.layer: run for run in self.runs if run.kind == kind}
+        return {run.change.layer: run for run in self.runs if run.change.kind == kind}
 
-    def absence(self, run: RunIdentity) -> str:
-        """Say why there is no record of a run."""
-        if set(self.removed) & set(run.changed):
+    def absence(self, change: Change) -> str:
+        """Return why there is no record of a change."""
+        if {*self.removed} & {*change.layers}:
             return "removed already, beneath every run"
-        missing = any((r.kind, r.layer) == (run.kind, run.layer) for r in self.missing)
-        return NOT_MEASURED if missing else "not asked for"
+        return NOT_MEASURED if change in self.missing else "not asked for"
 
     def reason_of(self, field: str, run: RunRecord | None = None) -> str:
         """Say why a field or metric of a run, or of the cell where `run` is None, is undefined.
@@ -570,6 +443,7 @@ def former_view_name(
     return view_name(removed, selection, metric, benchmark.primary_metric)
 
 
-def layers_of(kind: Kind, *cells: CellRecord) -> list[int]:
-    """List the layers that the runs of a kind start from in some cells, measured or missing."""
-    return sorted({run.layer for cell in cells for run in cell.all_runs if run.kind == kind})
+def layers_of(kind: Change, *cells: CellRecord) -> list[int]:
+    """List the layers that the changes of a kind start from in some cells, measured or missing."""
+    changes = (change for cell in cells for change in cell.changes)
+    return sorted({change.layer for change in changes if change.kind == kind})

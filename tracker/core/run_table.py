@@ -11,38 +11,28 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from tracker.core.answers import interval_name
+from tracker.core.changes import COLUMNS, WHOLE_LAYER, Change
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.formats import ACCURACY, measure_of
 from tracker.core.proxies import OBSERVED, OF_EXPERTS, Proxy
-from tracker.core.records import (
-    NO_REASON,
-    WHOLE_LAYER,
-    CellRecord,
-    CorrelationRecord,
-    RunIdentity,
-    RunRecord,
-)
+from tracker.core.records import NO_REASON, CellRecord, CorrelationRecord, RunRecord
 from tracker.core.tables import Column, Row, Value
 
 CELL = ("key", "model", "benchmark", "part", "num_fewshot", "metric", "removed", "sample_seed")
 """Names of the columns that say which cell a row is of."""
-WHICH_RUN = (
-    *("component", "layer", "span", "intervention"),
-    *("number", "repeats", "members", "drawn", "map"),
-)
-"""Names of the columns that say which of its runs."""
 
 
 class CellRun(NamedTuple):
-    """A row: a run of a cell, measured or missing."""
+    """A row: a change of a cell, with its record where it is measured."""
 
     cell: CellRecord
-    run: RunIdentity
+    change: Change
+    run: RunRecord | None = None
 
 
 def runs_of(cells: Iterable[CellRecord]) -> list[CellRun]:
     """List the measured runs of some cells."""
-    return [CellRun(cell, run) for cell in cells for run in cell.runs]
+    return [CellRun(cell, run.change, run) for cell in cells for run in cell.runs]
 
 
 def pick(columns: Mapping[str, Column[Row]], *names: str) -> list[Column[Row]]:
@@ -91,20 +81,20 @@ def telling_apart(cell: CellRecord) -> list[str]:
     The layer; the component, which of its parts and the span where something else than one whole
     layer is removed; the intervention where one is replaced.
     """
-    usual = WHOLE_LAYER._asdict()
     return [
         name
-        for name in dict.fromkeys(("layer", "component", "number", *WHICH_RUN))
-        if name == "layer" or any(getattr(kind, name) != usual[name] for kind in cell.kinds)
+        for name in dict.fromkeys(("layer", "component", "number", *COLUMNS))
+        if name == "layer"
+        or any(getattr(kind, name) != getattr(WHOLE_LAYER, name) for kind in cell.kinds)
     ]
 
 
 def _members(row: CellRun) -> str | None:
-    return None if row.run.members is None else ", ".join(map(str, row.run.members))
+    return None if row.change.members is None else ", ".join(map(str, row.change.members))
 
 
 def _passes(row: CellRun) -> int:
-    return row.run.repeats if row.run.intervention == "repeat" else 1
+    return row.change.repeats if row.change.intervention == "repeat" else 1
 
 
 def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
@@ -115,19 +105,19 @@ def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
     between = interval_name(cell) if cell else "95 % interval"
     return named(
         *cell_columns(lambda row: row.cell).values(),
-        Column("component", "text", lambda row: row.run.component, name="component"),
+        Column("component", "text", lambda row: row.change.component, name="component"),
         Column(
-            *(f"{first} (0-based)", "count", lambda row: row.run.first),
+            *(f"{first} (0-based)", "count", lambda row: row.change.first),
             otherwise="of no layer",
             name="layer",
         ),
-        Column("span (layers)", "count", lambda row: row.run.span, name="span"),
-        Column("intervention", "text", lambda row: row.run.intervention, name="intervention"),
-        Column("number (0-based)", "count", lambda row: row.run.number, name="number"),
+        Column("span (layers)", "count", lambda row: row.change.span, name="span"),
+        Column("intervention", "text", lambda row: row.change.intervention, name="intervention"),
+        Column("number (0-based)", "count", lambda row: row.change.number, name="number"),
         Column("passes", "count", _passes, name="repeats"),
         Column("layers", "text", _members, name="members"),
-        Column("drawn", "text", lambda row: "drawn" if row.run.drawn else None, name="drawn"),
-        Column("linear map", "text", lambda row: row.run.map, name="map"),
+        Column("drawn", "text", lambda row: "drawn" if row.change.drawn else None, name="drawn"),
+        Column("linear map", "text", lambda row: row.change.map, name="map"),
         _figure("ablation", "ablation", "text"),
         _figure("n", "documents", "count"),
         Column("until", "text", _until, name="until"),
@@ -227,9 +217,9 @@ def _measured(
     """State a column of what measured runs have; of others it says why there is none."""
 
     def entry(row: CellRun) -> Value:
-        if isinstance(row.run, RunRecord):
-            return value(row.cell, row.run)
-        return Estimate(None, reason=row.cell.absence(row.run))
+        if row.run is None:
+            return Estimate(None, reason=row.cell.absence(row.change))
+        return value(row.cell, row.run)
 
     return Column(label, unit, entry, name=name, interval=interval)
 
@@ -266,7 +256,7 @@ def _until(row: CellRun) -> str | None:
 
 
 def _reasons(row: CellRun) -> str:
-    reasons = reasons_of(row.run) if isinstance(row.run, RunRecord) else {}
+    reasons = {} if row.run is None else reasons_of(row.run)
     if "n" in row.cell.reasons:
         reasons = {"n": row.cell.reasons["n"], **reasons}
     return "; ".join(f"{name}: {why}" for name, why in reasons.items())

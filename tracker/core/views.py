@@ -9,21 +9,22 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from tracker.core.changes import Change
 from tracker.core.config import Layers, understood
 from tracker.core.extent import Extent, Positive
 from tracker.core.formats import counted
 from tracker.core.identities import Record
 from tracker.core.provenance import content_hash
 from tracker.core.questions import Question, question
-from tracker.core.records import RunIdentity, view_name
+from tracker.core.records import view_name
 
 
-def ordered(runs: Iterable[RunIdentity]) -> tuple[RunIdentity, ...]:
+def ordered(runs: Iterable[Change]) -> tuple[Change, ...]:
     """Put runs in order, each once."""
-    return tuple(sorted(set(runs), key=lambda run: run.order))
+    return tuple(sorted(set(runs)))
 
 
-Ordered = Annotated[tuple[RunIdentity, ...], AfterValidator(ordered)]
+Ordered = Annotated[tuple[Change, ...], AfterValidator(ordered)]
 
 
 class Until(Record):
@@ -33,7 +34,13 @@ class Until(Record):
     seed: int
     """Of the random order in which documents were looked at."""
     runs: Ordered
-    """Whose drops it is about, each once, in the order of `RunIdentity.order`."""
+    """Whose drops it is about, each once, in the order of `Change.order`."""
+
+    @property
+    def digest(self) -> str:
+        """Eight characters that tell it from others, the same as in former versions."""
+        changes = [change.columns for change in self.runs]
+        return content_hash({"question": self.question, "seed": self.seed, "runs": changes})[:8]
 
     @property
     def asked(self) -> Question:
@@ -54,7 +61,7 @@ class View(Record):
     seed: int | None = None
     """Decides which ones are drawn; None where none are."""
     runs: Ordered
-    """Each run that was asked for, once, in the order of `RunIdentity.order`."""
+    """Each run that was asked for, once, in the order of `Change.order`."""
     until: Until | None = Field(None, exclude_if=lambda until: until is None)
     """The question that ends the measuring; None where all of the documents are measured."""
     named: bool = Field(False, exclude_if=lambda named: not named)
@@ -86,7 +93,7 @@ class View(Record):
         selection = ""
         if self.until is not None:
             question = re.sub(r"\W+", "-", self.until.question)
-            selection = f"-until-{question}-{content_hash(self.until.model_dump(mode='json'))[:8]}"
+            selection = f"-until-{question}-{self.until.digest}"
         if self.sample is not None:
             selection += f"-sample-{self.sample}-seed-{self.seed}"
         elif self.limit is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tracker.core.ablations import INTACT
+from tracker.core.changes import INTACT
 from tracker.engine.scoring.layer_forward import forking
 from tracker.engine.scoring.score import Parts
 from tracker.engine.scoring.stand_in import Fitted

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tracker.core.ablations import Ablation
+from tracker.core.changes import Ablation
 from tracker.core.documents import Document
 from tracker.core.grouping import grouped
 from tracker.core.model_parts import experts_of_a_token
@@ -42,11 +42,10 @@ class Cost:
         flops: Floating-point operations of the engine.
         naive_tokens: Tokens that lm-eval reads for one evaluation (equal contexts of one-token
             continuations once, padding not counted).
-        naive_layer_passes: The same for lm-eval once per ablation.
-        naive_flops: The same.
-        vllm_layer_passes: The same as `naive_layer_passes` for lm-eval's vLLM model, which reads
-            the whole text of each request: vLLM reuses no prefix where it is asked for the
+        plain_layer_passes: Program → the same for lm-eval's model once per ablation. That of vLLM
+            reads the whole text of each request: vLLM reuses no prefix where it is asked for the
             log-probabilities of prompts.
+        naive_flops: The same.
         check_layer_passes: Tokens times layers of the self-check on the model itself.
         peak_bytes: Weights, the widest activations and the logits of a chunk.
     """
@@ -57,16 +56,15 @@ class Cost:
     layer_passes: float
     flops: float
     naive_tokens: int
-    naive_layer_passes: float
+    plain_layer_passes: dict[str, float]
     naive_flops: float
-    vllm_layer_passes: float
     check_layer_passes: float
     peak_bytes: int
 
     @property
     def times_the_passes(self) -> dict[str, float]:
         """Return how many times the engine's layer passes lm-eval's models need, by program."""
-        plain = {"lm-eval": self.naive_layer_passes, "vllm": self.vllm_layer_passes}
+        plain = self.plain_layer_passes
         return {name: passes / self.layer_passes for name, passes in plain.items()}
 
 
@@ -188,9 +186,8 @@ def cost(
         layer_passes=found.tokens * plan.layer_passes,
         flops=found.flops(plan),
         naive_tokens=found.naive_tokens,
-        naive_layer_passes=found.naive_tokens * plain,
+        plain_layer_passes={"lm-eval": found.naive_tokens * plain, "vllm": whole * plain},
         naive_flops=found.naive_flops(ablations),
-        vllm_layer_passes=whole * plain,
         check_layer_passes=float(found.layers * plain_tokens(documents, ablations, max_length)),
         peak_bytes=model.dtype.itemsize * model.num_parameters() + activations + 2 * LOGITS_BYTES,
     )

@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tracker.core.ablations import Ablation, Rounded, Stretch
+from tracker.core.changes import Ablation, Change
 from tracker.core.errors import RequestError
-from tracker.core.kinds import ENDS, Component
+from tracker.core.kinds import Component
 from tracker.core.weight_formats import FORMATS, WeightFormat
 from tracker.export.facts import ModelChange
 from tracker.export.recipes import format_recipes, layer_recipes, skip_lists, windows_of
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # they need torch
 
 def removal(layers: Sequence[int], **origin: Any) -> ModelChange:
     """Return the removal of layers, in the order in which they were chosen."""
-    return ModelChange(Ablation(tuple(sorted(layers))), tuple(layers), **origin)
+    return ModelChange(Ablation.of(removed=layers), tuple(layers), **origin)
 
 
 def rounding(formats: Mapping[str, str]) -> ModelChange:
@@ -32,12 +32,8 @@ def rounding(formats: Mapping[str, str]) -> ModelChange:
     Returns:
         The change.
     """
-    units = []
-    for name, form in formats.items():
-        layer, _, path = name.partition(".")
-        units.append(Rounded(form, 0, name) if name in ENDS else Rounded(form, int(layer), path))
-    units.sort(key=lambda unit: (unit.layer, unit.which))
-    return ModelChange(Ablation(rounded=tuple(units)))
+    units = [Change.parse(f"{form}:{name}") for name, form in formats.items()]
+    return ModelChange(Ablation.of(*units))
 
 
 def layer_change(
@@ -61,12 +57,12 @@ def layer_change(
         )
     if component != "layer":
         raise RequestError("--repeat passes whole layers again; leave --component out")
-    stretch = Stretch(repeat[0], repeat[-1] + 1, 2 if repeats is None else repeats)
-    if list(repeat) != list(stretch.layers):
+    times = 2 if repeats is None else repeats
+    if list(repeat) != list(range(repeat[0], repeat[-1] + 1)):
         raise RequestError("--repeat is one stretch of neighbours, as in --repeat 8-11")
-    if stretch.times < 2:
+    if times < 2:
         raise RequestError("--repeats counts all passes: 2 is twice")
-    return ModelChange(Ablation(repeated=(stretch,)))
+    return ModelChange(Ablation.of(Change("layer", tuple(repeat), "repeat", repeats=times)))
 
 
 def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
@@ -120,7 +116,7 @@ def changed_layers(source: ModelSource, loaded: LoadedModel, change: ModelChange
     from tracker.models.placement import weight_bytes
     from tracker.models.pruned import left
 
-    removed, repeated = change.ablation.layers, change.ablation.repeated
+    removed, repeated = change.ablation.removed(), change.ablation.repeated
     kept = tuple(left(len(loaded.layers), removed, repeated))
     model = checkpoint.without(loaded.model, removed, repeated)
     # Before it is saved, which names the class in a configuration that does not, as a GGUF file's.
@@ -146,9 +142,9 @@ def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChang
     names = {id(module): name for name, module in loaded.model.named_modules()}
     shapes: dict[str, tuple[int, int]] = {}
     formats, of_ends, changes, tied = dict[str, str](), dict[str, str](), [], ""
-    for number, rounded in ablation.rounded_of.items():
+    for number, changed in ablation.by_layer.items():
         layer, name = loaded.layers[number], f"layer {number} of {class_name}"
-        chosen, maps = formats_of(layer, rounded, None, name), linear_maps(layer, name)
+        chosen, maps = formats_of(layer, changed.rounded, None, name), linear_maps(layer, name)
         changes.append((number, partial(quantise, formats=chosen, name=name)))
         for path, form in chosen.items():
             whole = f"{names[id(layer)]}.{path}"

@@ -130,7 +130,7 @@ def export(request: ExportRequest, progress: Progress) -> Exported:
     if rounds:
         refuse_packed(source, trust)
     else:
-        refuse_unsizable(source, change.ablation.layers, trust, change.ablation.repeated)
+        refuse_unsizable(source, change.ablation.removed(), trust, change.ablation.repeated)
     cell, measured = _measure(request, progress) if request.on_benchmark else (None, None)
     with folder_beside(request.output) as folder:
         model, answers = _save(request, source, folder, progress)
@@ -197,10 +197,7 @@ def _measure(
     change, cell, ledger = request.change, None, request.ledger
     cell_of, ablation = request.request, change.ablation
     if change.kind != "quantised":  # the choice of formats was measured as a whole
-        runs: dict[str, Any] = {"layers": (), "removed": ablation.layers}
-        for stretch in ablation.repeated:
-            runs = {"layers": (stretch.start,), "spans": (len(stretch.layers),)}
-            runs |= {"interventions": ("repeat",), "repeats": (stretch.times,)}
+        runs = {"removed": ablation.removed(), "changes": ablation.repeated}
         cell_of = cell_of.model_copy(update=runs)
         publisher = Publisher(request.track, request.project, ledger.root)
         with closing(publisher):

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from tracker.core.ablations import Ablation, Stretch
+from tracker.core.changes import Ablation, Change
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, listed
 from tracker.core.identities import ModelIdentity
@@ -140,7 +140,7 @@ class ModelChange:
         return _TAGS[self.kind]
 
     @property
-    def stretch(self) -> Stretch | None:
+    def stretch(self) -> Change | None:
         """The layers that are passed again; None where none are."""
         return next(iter(self.ablation.repeated), None)
 
@@ -149,10 +149,10 @@ class ModelChange:
         """The change in words."""
         if self.stretch is not None:
             return self.stretch.clause
-        if formats := Counter(unit.format for unit in self.ablation.rounded):
+        if formats := Counter(unit.intervention for unit in self.ablation.rounded):
             counts = listed([f"{count} to {name}" for name, count in formats.most_common()])
             return f"the weights of {counted(formats.total(), 'unit')} are rounded: {counts}"
-        layers = self.ablation.layers
+        layers = self.ablation.removed()
         are = "layers {} are" if len(layers) > 1 else "layer {} is"
         return f"{are.format(', '.join(map(str, layers)))} removed"
 
@@ -209,7 +209,7 @@ class Exported:
         """The name of the model."""
         suffix = f"{self.after.layers}-of-{self.before.layers}-layers"
         if self.change.stretch is not None:
-            suffix = self.change.stretch.name.replace(":", "-")
+            suffix = str(self.change.stretch).replace(":", "-")
         elif self.formats:
             suffix = "-".join(sorted(set(self.formats.values())))
         return f"{self.base.name}-{suffix}"
@@ -260,9 +260,9 @@ class Exported:
         change = self.change
         facts = {
             "name": self.name,
-            "removed": change.ablation.layers,
+            "removed": change.ablation.removed(),
             "removed_in_order": change.order,
-            "repeated": [stretch._asdict() for stretch in change.ablation.repeated],
+            "repeated": [str(span) for span in change.ablation.repeated],
             "change": change.clause,
             "strategy": change.strategy,
             "calibration": change.calibration,

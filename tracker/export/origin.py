@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from tracker.core.ablations import Ablation, Stretch
+from tracker.core.changes import Ablation, Change
 from tracker.core.extent import Extent
 from tracker.core.formats import counted
 from tracker.core.identities import ModelIdentity
@@ -54,7 +54,7 @@ def searched_removal(ledger: Ledger, model: ModelIdentity, removed: tuple[int, .
     return _removal(contents, best)
 
 
-def tried_repetition(ledger: Ledger, model: ModelIdentity, stretch: Stretch) -> ModelChange:
+def tried_repetition(ledger: Ledger, model: ModelIdentity, stretch: Change) -> ModelChange:
     """Find the calibration documents on which a stretch was passed again: they may choose."""
     documents = []
     for store in ledger.cells():
@@ -63,7 +63,7 @@ def tried_repetition(ledger: Ledger, model: ModelIdentity, stretch: Stretch) -> 
         if store.identity.model.key != model.key or part != "calibration":
             continue
         frame = store.read(columns=["task", "doc", "ablation"])
-        rows = frame[frame["ablation"] == stretch.name]
+        rows = frame[frame["ablation"] == str(stretch)]
         numbers = {str(task): tuple(map(int, docs)) for task, docs in rows.groupby("task")["doc"]}
         if numbers:
             calibrated = Calibrated(
@@ -76,7 +76,7 @@ def tried_repetition(ledger: Ledger, model: ModelIdentity, stretch: Stretch) -> 
             )
             documents.append(calibrated)
     words = ", ".join(map(_documents, documents)) or None
-    change = Ablation(repeated=(stretch,))
+    change = Ablation.of(stretch)
     return ModelChange(change, calibration=words, documents=tuple(documents))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tracker.benchmarks.standalone import write_tasks
-from tracker.core.ablations import INTACT, Ablation
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.config import CellRequest
 from tracker.core.errors import WorkError
 from tracker.core.estimates import Estimate

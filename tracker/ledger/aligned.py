@@ -12,10 +12,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from tracker.core.ablations import INTACT, Ablation, ablate, ablation_of
+from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.core.provenance import differences
 from tracker.core.proxies import Proxy
-from tracker.core.records import WHOLE_LAYER, RunIdentity
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC, PROVENANCE
@@ -57,7 +56,7 @@ class AlignedOutcomes:
         self._line_up(None, view.runs, besides)
 
     def of_documents(
-        self, documents: Collection[tuple[str, int]] | None, runs: Sequence[RunIdentity]
+        self, documents: Collection[tuple[str, int]] | None, runs: Sequence[Change]
     ) -> AlignedOutcomes:
         """Line up some runs of the view alone, on some of the documents; None for all of theirs."""
         alone = copy(self)
@@ -67,11 +66,11 @@ class AlignedOutcomes:
     def _line_up(
         self,
         documents: Collection[tuple[str, int]] | None,
-        runs: Sequence[RunIdentity],
+        runs: Sequence[Change],
         besides: Sequence[Ablation] = (),
     ) -> None:
         """Leave the documents that all ablations share, and of these some, or all."""
-        shown = [INTACT, ablate("layer", self._removed), *map(self.ablation, runs), *besides]
+        shown = [INTACT, Ablation.of(removed=self._removed), *map(self.ablation, runs), *besides]
         names = {ablation.name for ablation in shown}
         places = [self._places.get(name, np.empty(0, dtype=np.intp)) for name in names]
         frame = self._frame.iloc[np.sort(np.concatenate(places))]
@@ -104,7 +103,7 @@ class AlignedOutcomes:
         return list(zip(self.tasks, map(int, self.of(INTACT)["doc"]), strict=True))
 
     @property
-    def whole_layers(self) -> list[RunIdentity]:
+    def whole_layers(self) -> list[Change]:
         """The runs that lack one whole layer."""
         return [run for run in self.runs if run.kind == WHOLE_LAYER]
 
@@ -173,9 +172,9 @@ class AlignedOutcomes:
             "compared_unsteady": int(rows["unsteady"].sum()),
         }
 
-    def ablation(self, run: RunIdentity) -> Ablation:
+    def ablation(self, run: Change) -> Ablation:
         """What a run removes, with all that lies beneath."""
-        return ablation_of(run, self._removed)
+        return Ablation.of(run, removed=self._removed)
 
     def has(self, ablation: Ablation) -> bool:
         """Whether an ablation is measured."""
@@ -237,7 +236,7 @@ class AlignedOutcomes:
         nothing = np.full(self.identity.model.layers, np.nan)
         return np.stack([nothing if each is None else each for each in self._sums(proxy)])
 
-    def part_sums(self, proxy: Proxy, runs: Sequence[RunIdentity]) -> Array:
+    def part_sums(self, proxy: Proxy, runs: Sequence[Change]) -> Array:
         """What is observed of the part that each run takes out, summed over each document's tokens.
 
         `[documents, runs]`; NaN where it was not observed when a document was measured.

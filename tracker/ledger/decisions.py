@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tracker.core.ablations import INTACT, Ablation
+from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.core.decision_records import (
     DecidedDocument,
     DecisionsRecord,
@@ -15,7 +15,6 @@ from tracker.core.decision_records import (
     ShownDocument,
 )
 from tracker.core.documents import DocumentText
-from tracker.core.records import WHOLE_LAYER, RunIdentity
 from tracker.core.views import View
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
@@ -72,7 +71,7 @@ class Decisions:
     gold: Array
     options: int
     baseline: Decided
-    runs: Sequence[tuple[RunIdentity, Decided]]
+    runs: Sequence[tuple[Change, Decided]]
     binary: bool
     reasons: dict[str, str]
     missing: Sequence[tuple[str, int]] = ()

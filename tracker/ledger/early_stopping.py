@@ -13,15 +13,15 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from tracker.core.ablations import INTACT, Ablation, ablate, ablation_of
 from tracker.core.answers import contending
+from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import ExperimentError, WorkError
 from tracker.core.estimates import Estimate
 from tracker.core.extent import ALL, Extent, shuffled
 from tracker.core.identities import BenchmarkIdentity
 from tracker.core.kinds import Action
 from tracker.core.questions import question
-from tracker.core.records import AnswerRecord, RunAnswer, RunIdentity
+from tracker.core.records import AnswerRecord, RunAnswer
 from tracker.core.views import View
 from tracker.ledger.aligned import AlignedOutcomes, gold_logprobs
 from tracker.ledger.blocks import Block, turns
@@ -54,7 +54,7 @@ class Interim:
     documents: int
     wanted: int | None
     tokens: int
-    drops: dict[RunIdentity, Estimate]
+    drops: dict[Change, Estimate]
 
 
 def interim_estimates(store: CellStore, view: View) -> Interim:
@@ -292,8 +292,8 @@ class CellRace(BlockRace):
         """
         assert view.until is not None
         self._until = view.until
-        ablations = [ablation_of(run, view.removed) for run in view.until.runs]
-        beneath = [ablate("layer", view.removed)] if view.removed else []
+        ablations = [Ablation.of(run, removed=view.removed) for run in view.until.runs]
+        beneath = [Ablation.of(removed=view.removed)] if view.removed else []
         figure = bounded(store.identity.benchmark, view.metric)
         super().__init__(store, view.until.seed, ablations, beneath, figure)
         try:
@@ -326,7 +326,7 @@ class CellRace(BlockRace):
             passes_of=self.population * (self.base + int(self.costs.sum())),
             runs=tuple(
                 RunAnswer(
-                    **dict(run),
+                    change=run,
                     n=int(self.race.seen[place]),
                     low=float(low[place]),
                     high=float(high[place]),

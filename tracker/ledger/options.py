@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from tracker.core.ablations import Ablation
+from tracker.core.changes import Ablation
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.outcomes import AGAIN
 from tracker.ledger.texts import KeptText

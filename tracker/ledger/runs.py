@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tracker.core.ablations import INTACT, Ablation
+from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.core.estimates import Estimate
 from tracker.core.proxies import OBSERVED, OF_EXPERTS, Proxy
-from tracker.core.records import WHOLE_LAYER, RunAnswer, RunIdentity, RunRecord
+from tracker.core.records import RunAnswer, RunRecord
 from tracker.ledger.aligned import AlignedOutcomes, pairs
 from tracker.ledger.options import Chances, Texts, judged
 from tracker.ledger.outcomes import METRIC, PROVENANCE
@@ -82,7 +82,7 @@ class LayerProxies:
                     Estimate(v, reason=why if v is None else None) for v in values
                 ]
 
-    def of(self, run: RunIdentity) -> dict[str, Estimate]:
+    def of(self, run: Change) -> dict[str, Estimate]:
         """List the proxies of a run's layer, each with why it is undefined."""
         if run.kind != WHOLE_LAYER:
             return dict.fromkeys(self._figures, Estimate(None, reason=_WHOLE_ONLY))
@@ -104,7 +104,7 @@ class ExpertProxies:
         self.runs = [run for run in outcomes.runs if run.component == "expert"]
         self.sums = {proxy.name: outcomes.part_sums(proxy, self.runs) for proxy in OF_EXPERTS}
         self._tokens = np.tile(outcomes.tokens[:, None], len(self.runs))
-        self._places = {run.order: place for place, run in enumerate(self.runs)}
+        self._places = {run: place for place, run in enumerate(self.runs)}
 
     @property
     def not_observed(self) -> str:
@@ -120,11 +120,11 @@ class ExpertProxies:
         """The proxy of each run's expert `[runs]`; NaN where it is undefined."""
         return divided(self.sums[proxy.name].sum(axis=0), self.counts(proxy).sum(axis=0))
 
-    def of(self, run: RunIdentity) -> dict[str, Estimate]:
+    def of(self, run: Change) -> dict[str, Estimate]:
         """List the proxies of a run's expert, each with why it is undefined; none of other runs."""
         if run.component != "expert":
             return {}
-        place = self._places[run.order]
+        place = self._places[run]
         return {proxy.name: self._figure(proxy, place) for proxy in OF_EXPERTS}
 
     def _figure(self, proxy: Proxy, place: int) -> Estimate:
@@ -142,7 +142,7 @@ def _not_observed(lacking: int, documents: int) -> str:
 
 
 def run_record(
-    intact: Intact, run: RunIdentity, proxies: Mapping[str, Estimate], aggregate: Aggregate
+    intact: Intact, run: Change, proxies: Mapping[str, Estimate], aggregate: Aggregate
 ) -> RunRecord:
     """Derive what is said of one run."""
     outcomes = intact.outcomes
@@ -176,7 +176,7 @@ def run_record(
         PROVENANCE: outcomes.mismatch(ablation),
     }
     return RunRecord(
-        **dict(run),
+        change=run,
         ablation=ablation.name,
         n=len(outcomes.tasks),
         accuracy=accurate.value,

@@ -9,19 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from tracker.core.ablations import INTACT, ablate, ablation_of
+from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.estimates import Estimate
 from tracker.core.extent import ALL, shuffled
 from tracker.core.provenance import differences, united
 from tracker.core.proxies import OBSERVED, OF_EXPERTS, Proxy
-from tracker.core.records import (
-    WHICH,
-    AnswerRecord,
-    CellRecord,
-    CorrelationRecord,
-    RunIdentity,
-    RunRecord,
-)
+from tracker.core.records import WHICH, AnswerRecord, CellRecord, CorrelationRecord, RunRecord
 from tracker.core.views import View
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore, measured_last
@@ -104,10 +97,10 @@ def cell_record(
         baseline, beneath = Estimate(baseline.value), Estimate(beneath.value)
         reasons["baseline_low"] = ONE_LOOK
     proxies, experts = LayerProxies(outcomes), ExpertProxies(outcomes)
-    looked = {run.order: run for run in answer.runs} if answer and order else {}
+    looked = {run.change: run for run in answer.runs} if answer and order else {}
 
-    def record_of(run: RunIdentity) -> RunRecord:
-        own, bounds = intact, looked.get(run.order)
+    def record_of(run: Change) -> RunRecord:
+        own, bounds = intact, looked.get(run)
         if bounds is not None:
             own = Intact(every.of_documents({*order[: bounds.n]}, [run]), texts)
         record = run_record(own, run, proxies.of(run) | experts.of(run), aggregate)
@@ -191,11 +184,11 @@ def _beginning(
     What else was asked of the view before is shown where it is measured on all of them too.
     """
     first = {*order}
-    asked = {run.order for run in answer.runs}
+    asked = {run.change for run in answer.runs}
     runs = [
         run
         for run in view.runs
-        if run.order in asked or len(outcomes.of_documents(first, [run]).tasks) == len(first)
+        if run in asked or len(outcomes.of_documents(first, [run]).tasks) == len(first)
     ]
     found = outcomes.of_documents(first, runs)
     found.missing = [run for run in view.runs if run not in found.runs]
@@ -217,7 +210,7 @@ def _why_fewer(n: int, wanted: int, answer: AnswerRecord | None) -> str:
 
 def _fitted_on(store: CellStore, view: View, abouts: Sequence[Mapping[str, Any]]) -> str | None:
     """Say what stands in for layers was fitted on, and how much of that is measured too."""
-    if not any(ablation_of(run, view.removed).is_fitted for run in view.runs):
+    if not any(Ablation.of(run, removed=view.removed).is_fitted for run in view.runs):
         return None
     wanted = store.wanted(view.extent)
     texts = [about["calibration"] for about in abouts if "calibration" in about]
@@ -236,7 +229,7 @@ def _beneath(outcomes: AlignedOutcomes, view: View) -> Estimate:
     """The metric with the layers taken out that every run lacks, and nothing else."""
     if not view.removed:
         return Estimate(None)
-    ablation = ablate("layer", view.removed)
+    ablation = Ablation.of(removed=view.removed)
     if not outcomes.has(ablation):
         return Estimate(None, reason="not measured yet")
     return accuracy(outcomes.values(ablation), outcomes.weights)
@@ -265,7 +258,9 @@ def _of_experts(
     """The same for experts, over those of which both figures are defined."""
     if not experts.runs:
         return
-    measured = np.array([r.accuracy_drop is not None for r in records if r.component == "expert"])
+    measured = np.array(
+        [r.accuracy_drop is not None for r in records if r.change.component == "expert"]
+    )
     correlated = _correlated(outcomes, experts.runs, raced)
     for proxy in OF_EXPERTS:
         value = experts.means(proxy)
@@ -276,7 +271,7 @@ def _of_experts(
 
 
 def _correlated(
-    outcomes: AlignedOutcomes, runs: Sequence[RunIdentity], raced: bool
+    outcomes: AlignedOutcomes, runs: Sequence[Change], raced: bool
 ) -> Callable[[Proxy, Array, Array, Mask, str], Iterator[CorrelationRecord]]:
     """Make what sets a proxy of runs beside their accuracy drops.
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from tracker.core.ablations import removals
+from tracker.core.ablations import changes_of
 from tracker.core.config import RUNS, CellRequest
 from tracker.core.distribution import FORMAT, other_format
 from tracker.core.errors import ResultsError
@@ -127,7 +127,7 @@ class Views:
             None if count is None or count >= every else count
             for count in (request.limit, request.sample)
         )
-        runs = tuple(removals(request, self.identity.model.layers))
+        runs = tuple(changes_of(request, self.identity.model.layers))
         text = request.until
         until = Until(question=text, seed=request.seed, runs=runs) if text is not None else None
         return View(
@@ -220,7 +220,7 @@ class Views:
         if why := other_format(content.get("format")):
             raise ValueError(f"it {why}")
         asked = RequestedView.model_validate_json(json.dumps(content))
-        changed = (layer for run in asked.view.runs for layer in run.changed)
+        changed = (layer for change in asked.view.runs for layer in change.layers)
         layers = (*asked.view.removed, *changed)
         if max(layers, default=0) >= self.identity.model.layers:
             raise ValueError(f"the model has no layer {max(layers)}")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from tracker.benchmarks.base import Benchmark
-from tracker.core.ablations import INTACT, Ablation
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
 from tracker.core.extent import Extent, random_order, shuffled
@@ -107,7 +107,7 @@ class CalibrationTexts:
         from tracker.engine.fitting import fit
         from tracker.engine.scoring.streams import plan_streams
 
-        asked = [(Action(done), layer) for each in ablations for done, layer in each.replaced]
+        asked = [(change.action, change.layer) for each in ablations for change in each.replaced]
         layers = {layer for action, layer in asked if action.is_fitted}
         linear = any(action is Action.LINEAR for action, _ in asked)
         width = engine.loaded.model.config.get_text_config().hidden_size

@@ -10,7 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tracker.benchmarks.base import Benchmark
-from tracker.core.ablations import INTACT, Ablation, Part, all_ablations
+from tracker.core.ablations import all_ablations
+from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document, Response
 from tracker.core.errors import CellError
@@ -257,8 +258,8 @@ class Meter:
         return Measured(rows, metadata, texts)
 
     def _loads(
-        self, documents: Sequence[Document], parts: Sequence[Part]
-    ) -> list[Mapping[Part, Sequence[float]]]:
+        self, documents: Sequence[Document], parts: Sequence[Change]
+    ) -> list[Mapping[Change, Sequence[float]]]:
         """Observe what the intact model does with some experts, document by document."""
         from tracker.engine.observers.expert_load import expert_load
 
@@ -293,7 +294,7 @@ class Meter:
         scored: Sequence[Ablation],
         watched: Mapping[tuple[Place, Ablation], Comparison],
         again: Sequence[Sequence[Response] | None],
-        loads: Mapping[int, Mapping[Part, Sequence[float]]],
+        loads: Mapping[int, Mapping[Change, Sequence[float]]],
     ) -> Iterator[dict[str, object]]:
         """Lay out what a document lacks: of what was scored, that under these ablations."""
         document, sums = result.document, (result.proxy_tokens, result.proxy_sums.tolist())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tracker.core.ablations import ablations_of, removals
+from tracker.core.ablations import ablations_of, changes_of
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.core.errors import ModelError
@@ -204,7 +204,7 @@ def plan(
         found = cost(texts.model, texts.documents, ablations, texts.max_length)
         if texts.dtype in HALF:
             found = _with_second_times(found, texts, request.extent.seed)
-        runs = len(list(removals(request, layers)))
+        runs = len(list(changes_of(request, layers)))
         known = _observed_spread(cell, metric)
         is_loss = benchmark.tasks[0].higher_is_better.get(metric, True) is False
         spread = known or (None if is_loss else UNRELATED)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import (
@@ -14,12 +13,12 @@ from tracker.benchmarks.benchmark import (
     is_local,
     open_benchmark,
 )
-from tracker.core.ablations import ablations_of, first_run, removals, why_no_run
-from tracker.core.config import RUNS, CellRequest, field_of
+from tracker.core.ablations import ablations_of, changes_of, first_change, why_invalid
+from tracker.core.changes import Change
+from tracker.core.config import RUNS, CellRequest
 from tracker.core.errors import ExperimentError, UnreachableError
 from tracker.core.model_parts import Counting, ModelParts, check_parts, has_parts, with_all_parts
 from tracker.core.provenance import package_versions
-from tracker.core.records import RunIdentity
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import refuse_unbounded
 from tracker.ledger.store import Ledger
@@ -128,13 +127,13 @@ def widened(
     parts = counting_in(ledger, trust_remote_code)(request, ())
     layers = parts.layers
     check_parts(request, parts)
-    why = why_no_run(first_run(request), request, layers)
+    why = why_invalid(first_change(request), request.removed, layers)
     before = asked_before(request, store)
     if store is not None and before is not None and _is_complete(store, before):
         return before, why
     if store is not None and asked.complete:
         # Also where it asks a question: all documents answer that.
-        known = _with_runs(whole, store.views.shown_in(whole).runs)
+        known = _with_changes(whole, store.views.shown_in(whole).runs)
         return known if _is_complete(store, known) else whole, why
     cell = sweep() if why is None else None
     if cell is None and why is None and request.until is not None:
@@ -161,39 +160,13 @@ def asked_before(request: CellRequest, store: CellStore | None) -> CellRequest |
     for before in (view.until for view in store.views.known(request)):
         alike = before and (before.question, before.seed) == (now.question, now.seed)
         if before and alike and {*now.runs} <= {*before.runs}:
-            return _with_runs(request, before.runs)
+            return _with_changes(request, before.runs)
     return None
 
 
-def _with_runs(request: CellRequest, runs: Sequence[RunIdentity]) -> CellRequest:
-    """Ask for just these runs."""
-    sets = tuple(run.changed for run in runs if run.members and not run.drawn)
-    drawn = tuple(run.changed for run in runs if run.drawn)
-    only = tuple(run.asked for run in runs if not run.members)
-    if not runs:
-        return request
-    asked: dict[str, Any] = {"sets": sets, "drawn": drawn, "only": only}
-    if not only:
-        return request.model_copy(update=asked)
-    components, spans, layers, interventions, _, repeats, maps = (
-        tuple(dict.fromkeys(each)) for each in zip(*only, strict=True)
-    )
-    numbers: dict[str, set[int]] = {"heads": set(), "experts": set()}
-    for run in runs:
-        if run.number is not None:
-            numbers[field_of(run.component)].add(run.number)
-    return request.model_copy(
-        update=asked
-        | {
-            "components": components,
-            "spans": spans,
-            "layers": tuple(sorted(layers)),
-            "interventions": interventions,
-            **{field: tuple(sorted(some)) for field, some in numbers.items()},
-            "repeats": repeats,
-            "maps": tuple(name for name in maps if name is not None),
-        }
-    )
+def _with_changes(request: CellRequest, changes: tuple[Change, ...]) -> CellRequest:
+    """Ask for just these changes; for what is asked where there are none."""
+    return request.model_copy(update={"changes": changes}) if changes else request
 
 
 def check_layers(asked: Sequence[CellLookup], trust_remote_code: bool) -> None:
@@ -207,14 +180,14 @@ def check_range(request: CellRequest, parts: ModelParts) -> None:
     is left answers no question."""
     check_parts(request, parts)
     layers = parts.layers
-    runs = len(list(removals(request, layers)))
+    runs = len(list(changes_of(request, layers)))
     if request.question is not None:
         try:
             request.question.refuse(runs)
         except ValueError as error:
             raise ExperimentError(f"{request.title}: 'until': {error}") from None
     if request.layers and not runs:
-        why = why_no_run(first_run(request), request, layers)
+        why = why_invalid(first_change(request), request.removed, layers)
         raise ExperimentError(f"{request.title}: nothing of what is asked for is a run ({why})")
 
 
@@ -288,7 +261,7 @@ def validate(
 
                 parts_of_model = weightless(source, request.dtype, trust_remote_code)
                 RequestEncoder(*parts_of_model, request).check_chat(request)
-        runs += len(list(removals(request, layers)))
+        runs += len(list(changes_of(request, layers)))
     return runs, [*notes.values(), *check_documents(requests, progress)]
 
 

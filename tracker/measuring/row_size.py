@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from dataclasses import replace
 
 import torch
 from filelock import FileLock
 
+from tracker.core.provenance import content_hash
 from tracker.engine.scoring.row_size import fastest, matters
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.cache import keep, own_folder, recall
@@ -39,7 +39,7 @@ def with_fastest_rows(engine: Engine) -> Engine:
         config.hidden_size,
         getattr(config, "intermediate_size", None),
     )
-    key = hashlib.sha256(repr(about).encode()).hexdigest()
+    key = content_hash(about)
     # Workers side by side have rows of one size, on which the last digits of answers depend.
     with FileLock(own_folder(_KIND) / f"{key[:32]}.lock"):
         nodes = recall(_KIND, key).get("nodes")

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from tracker.benchmarks.generation import TextGenerator
-from tracker.core.ablations import Ablation
+from tracker.core.changes import Ablation
 from tracker.core.documents import Document, Prompt
 from tracker.engine.refusal import refused
 from tracker.engine.scoring.sharing import DEPTH_ONLY, ONE_BY_ONE, PLAIN

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tracker.core.ablations import Stretch
+from tracker.core.changes import Change
 from tracker.core.errors import ModelError, first_line
 from tracker.core.provenance import content_hash
 from tracker.models.devices import empty_cache
@@ -102,7 +102,7 @@ _TRANSFORMERS = "transformers."
 """Where its own classes are, and those of downloads are not."""
 
 
-def without(model: Any, removed: Collection[int], repeated: Sequence[Stretch] = ()) -> Any:
+def without(model: Any, removed: Collection[int], repeated: Sequence[Change] = ()) -> Any:
     """Copy a model without some layers, or with some again, and say so in its configuration.
 
     Args:
@@ -173,7 +173,7 @@ def refuse_unsizable(
     source: ModelSource,
     removed: Collection[int] | None = None,
     trust_remote_code: bool = False,
-    repeated: Sequence[Stretch] = (),
+    repeated: Sequence[Change] = (),
 ) -> None:
     """Refuse what plain transformers could not load without some layers, or with some again.
 
@@ -202,7 +202,7 @@ def _refuse_unsizable(
     source: ModelSource,
     removed: tuple[int, ...] | None,
     trust_remote_code: bool,
-    repeated: tuple[Stretch, ...],
+    repeated: tuple[Change, ...],
     stamp: str,
 ) -> None:
     """Refuse it; what was not is not tried again, as long as the model's files are the same."""
@@ -246,7 +246,7 @@ def refuse_packed(source: ModelSource, trust_remote_code: bool = False) -> None:
         )
 
 
-def _try(small: Any, removed: Collection[int], repeated: Sequence[Stretch]) -> None:
+def _try(small: Any, removed: Collection[int], repeated: Sequence[Change]) -> None:
     """Change, save and load a miniature; ModelError where what is loaded says something else."""
     from transformers import AutoModelForCausalLM
 
@@ -315,7 +315,7 @@ def _difference(one: Any, other: Any) -> str:
     return "its class computes something from where a layer stands"
 
 
-def _clauses(removed: Collection[int], repeated: Sequence[Stretch]) -> str:
+def _clauses(removed: Collection[int], repeated: Sequence[Change]) -> str:
     """Say what was done to which layers."""
     gone = f"{_named(removed)} {'is' if len(removed) == 1 else 'are'} gone"
     return " and ".join([gone] * bool(removed) + [stretch.clause for stretch in repeated])

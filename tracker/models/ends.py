@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tracker.core.ablations import Ablation
+from tracker.core.changes import Ablation
 from tracker.core.errors import CellError, ExperimentError
 from tracker.core.kinds import ENDS
 from tracker.core.weight_formats import FORMATS
@@ -81,18 +81,18 @@ def refuse_ends(ablations: Sequence[Ablation], model: Any) -> None:
         raise ExperimentError(str(error)) from None
     name = type(model).__name__
     for each in sorted(asked):
-        form = FORMATS[each.format]
+        form = FORMATS[each.intervention]
         refuse_uninstalled(form)
-        if ends.tied and each.which == "lm_head":
+        if ends.tied and each.path == "lm_head":
             raise ExperimentError(
                 f"the head of this {name} is its embedding, one tensor for both; name it by 'map' "
                 "as embedding, which rounds it at both ends"
             )
-        inputs = ends.weight(each.which).shape[1]
+        inputs = ends.weight(each.path).shape[1]
         if form.for_rows(inputs) is None:
             raise ExperimentError(
-                f"{form.name} keeps {form.block} inputs together, and {each.which} of {name} has "
-                f"rows of {inputs}; take another format, or leave {each.which} out of "
+                f"{form.name} keeps {form.block} inputs together, and {each.path} of {name} has "
+                f"rows of {inputs}; take another format, or leave {each.path} out of "
                 "'map'"
             )
 

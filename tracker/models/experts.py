@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracker.core.ablations import Part
+from tracker.core.changes import Change
 from tracker.core.errors import CellError
 from tracker.models.offloaded import Place, is_absent, lend
 from tracker.models.slices import put, take
@@ -53,9 +53,9 @@ class Experts:
         """The module that both are in, as the layer names it; empty for the layer itself."""
         return self.held.rpartition(".")[0]
 
-    def left(self, parts: Sequence[Part], name: str) -> list[int]:
+    def left(self, parts: Sequence[Change], name: str) -> list[int]:
         """List the experts that are left in a layer of a model called `name`; CellError if none."""
-        gone = {part.number for part in parts}
+        gone = {part.number for part in parts if part.number is not None}
         layer, last = parts[0].layer, max(gone)
         if last >= self.count:
             raise CellError(

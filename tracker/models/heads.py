@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.pytorch_utils import Conv1D
 
-from tracker.core.ablations import Part
+from tracker.core.changes import Change
 from tracker.core.errors import CellError
 from tracker.core.kinds import KINDS
 from tracker.models.linear_maps import map_of
@@ -47,9 +47,10 @@ class Heads:
     groups: int
     width: int
 
-    def columns(self, part: Part, name: str) -> slice:
+    def columns(self, part: Change, name: str) -> slice:
         """Say which columns a head or a group of heads has; CellError where it is not there."""
         each = self.count // self.groups if part.component == "kv_head" else 1
+        assert part.number is not None
         if part.number >= self.count // each:
             raise CellError(
                 f"layer {part.layer} of {name} has {self.count // each} "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tracker.core.ablations import Ablation
+from tracker.core.changes import Ablation
 from tracker.core.errors import CellError, ModelError
 from tracker.core.provenance import content_hash, package_versions
 from tracker.ledger.cache import keep, recall

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracker.core.ablations import Stretch
+from tracker.core.changes import Change
 from tracker.core.errors import ModelError
 from tracker.models.layers import find_layers, owner
 from tracker.models.sublayers import add_nothing, call_with, first_of, returning
@@ -49,7 +49,7 @@ def pruned(
     fresh: State | None = None,
     stay: bool = False,
     changes: Iterable[tuple[int, Callable[[nn.Module], object]]] = (),
-    repeated: Sequence[Stretch] = (),
+    repeated: Sequence[Change] = (),
 ) -> Any:
     """Copy a model without some of its layers, or with some of them again, all re-indexed.
 
@@ -88,11 +88,11 @@ def pruned(
         for stretch in repeated:
             if len(stretch.layers) > 1:
                 raise ModelError(
-                    f"{type(model).__name__} cannot be cut, so its layers {stretch.start} to "
+                    f"{type(model).__name__} cannot be cut, so its layers {stretch.layer} to "
                     f"{stretch.stop - 1} cannot be passed again together"
                 )
-            hook = partial(_again, stretch.times)
-            own[stretch.start].register_forward_hook(hook, with_kwargs=True)
+            hook = partial(_again, stretch.repeats)
+            own[stretch.layer].register_forward_hook(hook, with_kwargs=True)
     elif kept != list(range(len(layers))):
         _take_out(twin, own, kept)
     for module in silent:
@@ -101,14 +101,14 @@ def pruned(
     return twin
 
 
-def left(total: int, removed: Collection[int] = (), repeated: Sequence[Stretch] = ()) -> list[int]:
+def left(total: int, removed: Collection[int] = (), repeated: Sequence[Change] = ()) -> list[int]:
     """List which of so many layers a copy has, in order; repeated ones several times."""
     kept: list[int] = []
     for index in range(total):
         kept += [index] if index not in removed else []
         for stretch in repeated:
             if stretch.stop == index + 1:
-                kept += [*stretch.layers] * (stretch.times - 1)
+                kept += [*stretch.layers] * (stretch.repeats - 1)
     return kept
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tracker.core.ablations import Ablation, Rounded
+from tracker.core.changes import Ablation, Change
 from tracker.core.distribution import install_extra
 from tracker.core.errors import CellError, ExperimentError
 from tracker.core.kinds import MAPS
@@ -220,15 +220,14 @@ def refuse_formats(
     `sublayers` finds the layers' attentions and MLPs, and is asked where a whole one is meant.
     """
     asked = {
-        each
+        change
         for ablation in ablations
-        for layer, some in ablation.rounded_of.items()
-        for each in some
-        if layer < len(layers)
+        for change in ablation.rounded
+        if not change.is_end and change.layer < len(layers)
     }
-    both = sublayers() if any(each.which in MAPS for each in asked) else None
+    both = sublayers() if any(each.path in MAPS for each in asked) else None
     for each in sorted(asked):
-        form, layer, name = FORMATS[each.format], layers[each.layer], f"layer {each.layer}"
+        form, layer, name = FORMATS[each.intervention], layers[each.layer], f"layer {each.layer}"
         refuse_uninstalled(form)
         own = both[each.layer] if both else None
         try:
@@ -255,7 +254,7 @@ def refuse_uninstalled(form: WeightFormat) -> None:
 
 
 def formats_of(
-    layer: nn.Module, rounded: Sequence[Rounded], sublayers: Sublayers | None, name: str
+    layer: nn.Module, rounded: Sequence[Change], sublayers: Sublayers | None, name: str
 ) -> dict[str, str]:
     """Say which linear maps of a layer have weights in a format: path → format.
 
@@ -274,13 +273,13 @@ def formats_of(
     maps = linear_maps(layer, name)
     found: dict[str, str] = {}
     for each in rounded:
-        if each.which in MAPS:
+        if each.path in MAPS:
             assert sublayers is not None
-            inside = {*getattr(sublayers, each.which).modules()}
+            inside = {*getattr(sublayers, each.path).modules()}
             some = [path for path, own in maps.items() if own.module in inside]
         else:
-            some = [each.which] if each.which else [*maps]
-        for path in some or [each.which]:
+            some = [each.path] if each.path else [*maps]
+        for path in some or [each.path]:
             map_at(maps, path, name)
-        found |= dict.fromkeys(some, each.format)
+        found |= dict.fromkeys(some, each.intervention)
     return found

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock
 
 from tracker.core.arguments import decoded, expanded
-from tracker.core.config import MAX_LAYERS
+from tracker.core.changes import MAX_LAYERS
 from tracker.core.distribution import package_folder, pip_install
 from tracker.core.errors import ModelError, UnreachableError, did_you_mean, first_line
 from tracker.core.hub import ask, check_name, refusal, unreachable

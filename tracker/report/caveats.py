@@ -28,7 +28,7 @@ def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
 
 def _mismatched(cell: CellRecord) -> str:
     """Say which drops compare what was measured differently; begins with a space."""
-    which = [run for run in cell.runs if "provenance" in run.reasons]
+    which = [run.change for run in cell.runs if "provenance" in run.reasons]
     if not which:
         return f" Each {measure_of(cell).change} compares what was measured alike."
     return f" Baseline and ablation differ in this for {run_list(which, cell)}."
@@ -82,7 +82,9 @@ def rounding_note(cell: CellRecord) -> str:
         text += f" Under the runs it decides up to {span}."
     shown = [run for run in cell.runs if run.rounded is not None and sure(run.drop)]
     # No larger than what rounding moves.
-    small = [run for run in shown if abs(run.accuracy_drop or 0.0) <= (run.drop_rounding or 0.0)]
+    small = [
+        run.change for run in shown if abs(run.accuracy_drop or 0.0) <= (run.drop_rounding or 0.0)
+    ]
     if small:
         text += (
             f" What {run_list(small, cell)} {'cost' if len(small) > 1 else 'costs'} is no more "
@@ -101,7 +103,7 @@ def second_rounding_note(cell: CellRecord) -> str:
         A sentence; empty where no weights are rounded, or none were before.
     """
     kept = cell.provenance.get(WEIGHTS)
-    if kept is None or not any(run.intervention in FORMATS for run in cell.runs):
+    if kept is None or not any(run.change.intervention in FORMATS for run in cell.runs):
         return ""
     return second_rounding(cell.model.name, kept)
 

@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from tracker.core.changes import COLUMNS
 from tracker.core.records import CellRecord
 from tracker.core.run_table import (
     CELL,
-    WHICH_RUN,
     CellRun,
     cell_columns,
     correlation_columns,
@@ -76,7 +76,7 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     """
     words = {id(cell): shown_words(cell) for cell in cells}
     shown: Column[CellRun] = Column(
-        "shown", "text", lambda row: words[id(row.cell)].get(row.run.order), name="shown"
+        "shown", "text", lambda row: words[id(row.cell)].get(row.change), name="shown"
     )
     columns = run_columns()
     names = [name for name in columns if name not in ("ablation", "drop_interval", "reasons")]
@@ -121,7 +121,7 @@ def document_frames(
     found: Iterable[tuple[CellRecord, Decisions]], private: bool = True, changed: bool = True
 ) -> Iterator[pd.DataFrame]:
     """Yield the same cell by cell, after a frame without rows."""
-    columns = [*CELL, *WHICH_RUN, *_DOCUMENT_COLUMNS, *(() if changed else _SCORES)]
+    columns = [*CELL, *COLUMNS, *_DOCUMENT_COLUMNS, *(() if changed else _SCORES)]
     numbers = _MARGINS if changed else (*_MARGINS, *_SCORES)
     types = dict.fromkeys((*_OPTION_COLUMNS, *_NUMBERS), "Int64")
     types |= dict.fromkeys(numbers, "float64")
@@ -173,7 +173,7 @@ def _rows_of_runs(
     numbers, counts = np.concatenate(documents), [*map(len, documents)]
     about = {
         column.name: [column.value(CellRun(cell, run)) for run, _ in decided.runs]
-        for column in pick(run_columns(), *CELL, *WHICH_RUN)
+        for column in pick(run_columns(), *CELL, *COLUMNS)
     }
     return {
         **{name: np.repeat(_objects(values), counts) for name, values in about.items()},

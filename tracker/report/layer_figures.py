@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from tracker.core.changes import Change
 from tracker.core.estimates import Estimate
 from tracker.core.formats import defined
-from tracker.core.records import CellRecord, RunIdentity, RunRecord
+from tracker.core.records import CellRecord, RunRecord
 from tracker.stats.combined import ratio
 from tracker.stats.support import together
 
@@ -21,7 +22,7 @@ def layer_relevance(cell: CellRecord, layer: int) -> Estimate:
 def why_undefined(cell: CellRecord, layer: int, field: str) -> str:
     """Say why a field of one whole layer, measured or not, is undefined."""
     record = cell.runs_of().get(layer)
-    return cell.reason_of(field, record) if record else cell.absence(RunIdentity(layer=layer))
+    return cell.reason_of(field, record) if record else cell.absence(Change(layers=(layer,)))
 
 
 def sure(figure: Estimate) -> bool:

@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.estimates import Estimate
 from tracker.core.formats import DASH, counted, defined, measure_of, write
 from tracker.core.grouping import grouped
 from tracker.core.identities import TaskIdentity
 from tracker.core.proxies import PROXIES
-from tracker.core.records import (
-    NO_REASON,
-    NOT_MEASURED,
-    WHOLE_LAYER,
-    CellRecord,
-    CorrelationRecord,
-    RunIdentity,
-    layers_of,
-)
+from tracker.core.records import NO_REASON, NOT_MEASURED, CellRecord, CorrelationRecord, layers_of
 from tracker.core.run_table import (
     CellRun,
     correlation_columns,
@@ -117,15 +110,17 @@ def _costly(row: _Labelled) -> Estimate | str:
     if cell.runs and not cell.whole_layers:
         return Estimate(None, reason="no whole single layer was removed")
     shown = shown_runs(cell, cell.whole_layers)
-    costly = [run for run in cell.whole_layers if shown[run.order] == "costs"]
-    drops = sorted(((run.accuracy_drop or 0.0, run.layer) for run in costly), reverse=True)
+    costly = [run for run in cell.whole_layers if shown[run.change] == "costs"]
+    drops = sorted(((run.accuracy_drop or 0.0, run.change.layer) for run in costly), reverse=True)
     named = (f"{layer}\u00a0({measure.write(drop)})" for drop, layer in drops)
     return ", ".join(named) or Estimate(None, reason="none is shown with these documents")
 
 
 def _scored(row: _Labelled) -> str | None:
     scores = sorted(
-        (-run.cosine_score, run.layer) for run in row[0].whole_layers if defined(run.cosine_score)
+        (-run.cosine_score, run.change.layer)
+        for run in row[0].whole_layers
+        if defined(run.cosine_score)
     )
     return ", ".join(f"{layer}\u00a0({write('proxy', -s)})" for s, layer in scores[:3]) or None
 
@@ -165,20 +160,21 @@ def layer_table(cell: CellRecord) -> Table:
         *(proxy.name for proxy in proxies_in(cell)),
         *("gold_logprob_drop", "options_logprob_drop"),
     )
-    runs = [CellRun(cell, run) for run in cell.all_runs]
+    records = {run.change: run for run in cell.runs}
+    runs = [CellRun(cell, change, records.get(change)) for change in cell.changes]
     made = table("", [*pick(columns, *named), *figures, *metrics], runs)
     by_column = zip(made.headings, zip(*made.rows, strict=True), strict=bool(runs))
     for heading, entries in list(by_column)[len(named) :]:
         undefined = (
-            (run, entry.reason)
-            for run, entry in zip(cell.all_runs, entries, strict=True)
+            (change, entry.reason)
+            for change, entry in zip(cell.changes, entries, strict=True)
             if isinstance(entry, Estimate) and entry.reason != NOT_MEASURED
         )
         notes += [
             f"{heading.label}: undefined for {which}: {why}."
             for which, why in _by_reason(cell, undefined)
         ]
-    mismatched = ((run, run.reasons.get("provenance")) for run in cell.runs)
+    mismatched = ((run.change, run.reasons.get("provenance")) for run in cell.runs)
     notes += [f"{capital(which)}: {why}." for which, why in _by_reason(cell, mismatched)]
     each = f", {counted(documents.pop(), 'document')} each" if len(documents) == 1 else ""
     intact = ((column.label, cell.baseline_metrics.get(column.label)) for column in metrics)
@@ -196,7 +192,7 @@ def layer_table(cell: CellRecord) -> Table:
 
 
 def _by_reason(
-    cell: CellRecord, reasons: Iterable[tuple[RunIdentity, str | None]]
+    cell: CellRecord, reasons: Iterable[tuple[Change, str | None]]
 ) -> list[tuple[str, str]]:
     """Gather the runs of which the same is said: their names, and what that is."""
     said = grouped(reasons, lambda each: each[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.estimates import Estimate
 from tracker.core.formats import (
     counted,
@@ -20,23 +21,14 @@ from tracker.core.grouping import grouped
 from tracker.core.identities import ModelIdentity
 from tracker.core.kinds import REPLACED_BY
 from tracker.core.proxies import OBSERVED, OF_EXPERTS, PROXIES
-from tracker.core.records import (
-    NO_REASON,
-    WHOLE_LAYER,
-    CellRecord,
-    CorrelationRecord,
-    Kind,
-    RunIdentity,
-    RunRecord,
-    layers_of,
-)
+from tracker.core.records import NO_REASON, CellRecord, CorrelationRecord, RunRecord, layers_of
 from tracker.ledger.paired import spreads_of
 from tracker.report.editions import edition_labels
 from tracker.stats.power import ALPHA, POWER
 from tracker.stats.support import holm
 
 
-def kind_words(kind: Kind) -> str:
+def kind_words(kind: Change) -> str:
     """Name a kind of runs.
 
     Args:
@@ -53,7 +45,7 @@ def kind_words(kind: Kind) -> str:
     return word if kind.span == 1 else f"{word}, {kind.span} at a time"
 
 
-def run_list(runs: Sequence[RunIdentity], cell: CellRecord) -> str:
+def run_list(runs: Sequence[Change], cell: CellRecord) -> str:
     """Name runs in a sentence.
 
     Args:
@@ -428,8 +420,8 @@ def _turns(cells: Sequence[CellRecord]) -> str:
     parts = {kind.component for kind in removing}
     shown = {
         "each layer": WHOLE_LAYER in found,
-        "each layer’s attention": Kind("attention") in found,
-        "each layer’s MLP": Kind("mlp") in found,
+        "each layer’s attention": Change("attention") in found,
+        "each layer’s MLP": Change("mlp") in found,
         "each attention head": "head" in parts,
         "each group of heads": "kv_head" in parts,
         "each routed expert": "expert" in parts,
@@ -439,7 +431,7 @@ def _turns(cells: Sequence[CellRecord]) -> str:
     }
     removed = listed([words for words, there in shown.items() if there])
     stretches = any(kind.intervention == "repeat" and kind.span > 1 for kind in found)
-    replaced = listed([w for done, w in REPLACED_BY.items() if Kind(intervention=done) in found])
+    replaced = listed([w for done, w in REPLACED_BY.items() if Change(intervention=done) in found])
     clauses = [f"{removed} was removed in turn"] if removed else []
     clauses += [f"each layer was replaced by {replaced} in turn"] if replaced else []
     rounded = {kind for kind in found if kind.component == "linear"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from tracker.core.ablations import Ablation, Rounded
+from tracker.core.changes import Ablation, Change
 from tracker.core.errors import RequestError
 from tracker.core.kinds import ENDS
 from tracker.core.weight_formats import FORMATS
@@ -21,7 +21,7 @@ class Unit:
 
     Attributes:
         layer: The layer, 0-based; 0 for what is of none.
-        which: As `Rounded.which`.
+        which: As `Change.path`.
         shapes: Of each of its maps outputs and inputs.
     """
 
@@ -40,6 +40,10 @@ class Unit:
     def place(self) -> str:
         """The name in a file: `3.mlp.down_proj`, `3`, `embedding`."""
         return self.which if self.is_end else f"{self.layer}.{self.which}".rstrip(".")
+
+    def change(self, form: str) -> Change:
+        """Return the change that gives it a format."""
+        return Change.parse(f"{form}:{self.place}")
 
     @property
     def is_end(self) -> bool:
@@ -99,8 +103,7 @@ Choice = Mapping[Unit, str]
 
 def ablation_of(choice: Choice) -> Ablation:
     """Return the ablation of a choice: all its units are rounded."""
-    rounded = [Rounded(form, unit.layer, unit.which) for unit, form in choice.items()]
-    return Ablation(rounded=tuple(sorted(rounded, key=lambda unit: (unit.layer, unit.which))))
+    return Ablation.of(*(unit.change(form) for unit, form in choice.items()))
 
 
 def bits_of(choice: Choice) -> float:

@@ -14,7 +14,8 @@ import numpy as np
 
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
-from tracker.core.ablations import INTACT, Ablation, without_parts
+from tracker.core.ablations import without_parts
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.config import CellRequest
 from tracker.core.identities import BenchmarkIdentity
 from tracker.core.kinds import COMPONENTS, NUMBERED
@@ -89,9 +90,8 @@ _SEVERAL = 2
 
 def _shape(ablation: Ablation) -> _Shape:
     """Return the kind of a removal: of each of `COMPONENTS` none, one, or `_SEVERAL`."""
-    gone = {"layer": ablation.layers, "attention": ablation.attention, "mlp": ablation.mlp}
-    parts = Counter(part.component for part in ablation.parts)
-    return tuple(min(len(gone.get(each, ())) + parts[each], _SEVERAL) for each in COMPONENTS)
+    count = Counter(change.component for change in ablation.changes)
+    return tuple(min(count[component], _SEVERAL) for component in COMPONENTS)
 
 
 def _drawn(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
@@ -249,7 +249,7 @@ class OpenCell:
         """Observe more than outcomes, on the intact model that is opened."""
 
         def opened() -> tuple[Engine, Documents]:
-            meter = self.opened([Ablation((layer,)) for layer in range(self.layers)])
+            meter = self.opened([Ablation.of(removed=[layer]) for layer in range(self.layers)])
             return meter.engine, meter.documents
 
         return observe(self.request, self.store, kind, begin, opened, self.progress)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tracker.core.ablations import INTACT, Ablation, without_parts
+from tracker.core.ablations import without_parts
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.config import CellRequest, field_of
 from tracker.core.errors import CellError, RequestError, TrackerError, TrackingError
 from tracker.core.estimates import Estimate

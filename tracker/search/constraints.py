@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from tracker.core.arguments import Arguments, decoded
-from tracker.core.config import MAX_LAYERS
+from tracker.core.changes import MAX_LAYERS
 from tracker.core.errors import ExperimentError, ModelError
 from tracker.core.layer_kinds import layers_of_kind
 from tracker.core.safe_yaml import short

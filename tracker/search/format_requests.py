@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tracker.core.ablations import Ablation, Rounded
+from tracker.core.changes import Ablation, Change
 from tracker.core.config import ONE_EACH, CellRequest
 from tracker.core.documents import Document
 from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
@@ -58,21 +58,20 @@ def each_map(
     asked = with_all_parts(asked, parts)
     if ends:
         more: dict[str, Any] = {"maps": (*asked.maps, *ends)}
-        if asked.only is not None:  # layers differ in their maps
-            both = product(formats, ends)
-            every = (*asked.only, *(("linear", 1, 0, form, None, 2, end) for form, end in both))
-            more["only"] = every
+        if asked.changes is not None:  # layers differ in their maps
+            of_ends = (Change.parse(f"{form}:{end}") for form, end in product(formats, ends))
+            more["changes"] = (*asked.changes, *of_ends)
         asked = asked.model_copy(update=more)
     return asked
 
 
-def errors_of(engine: Engine, maps: Sequence[Rounded], kl: bool = False) -> Observe:
+def errors_of(engine: Engine, maps: Sequence[Change], kl: bool = False) -> Observe:
     """Make what observes a document's `rounding_errors`, with `weight_error` the same for all.
 
     With `kl` also the divergence of what the model says, which takes a pass for each map.
     """
     weights = weight_errors(engine, maps)
-    ablations = [Ablation(rounded=(each,)) for each in maps]
+    ablations = [Ablation.of(each) for each in maps]
 
     def watch(document: Document) -> Arrays:
         found = {**rounding_errors(engine, document, maps), "weight_error": weights}

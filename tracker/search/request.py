@@ -40,7 +40,7 @@ from tracker.search.strategies import BLIND, DRAWN, NULL, OF_LAYERS, RESCORED, S
 
 Goal = tuple[CellRequest, Component, str, str]
 """The test documents of searches, what goes, how much of it, and what must stay."""
-_NEVER_SAID = {"heads", "experts", "maps", "repeats", "control", "sets", "drawn"}
+_NEVER_SAID = {"heads", "experts", "maps", "repeats", "control", "changes"}
 """Keys of a cell that came after searches had names."""
 DEFAULT = ("accuracy", "cosine_oneshot", NULL)
 """Strategies where none is named: what really counts, beside the usual proxy and chance."""
@@ -131,6 +131,7 @@ class SearchRequest(SearchSettings):
     def identity(self) -> dict[str, Any]:
         """The settings that name a search, without those that no search has or that came later."""
         said = self.model_dump(mode="json", exclude={"cell": _NEVER_SAID})
+        said["cell"]["only"] = None  # as searches have been named ever since
         return {key: value for key, value in said.items() if value or key not in CONSTRAINTS}
 
     @property

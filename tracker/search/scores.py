@@ -13,7 +13,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.core.ablations import INTACT, Ablation, without_parts
+from tracker.core.ablations import without_parts
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
 from tracker.core.estimates import Estimate
@@ -263,7 +264,7 @@ def _observer(engine: Engine, name: str, removed: Set) -> Observe:
     sharing = engine.sharing
     layers = len(engine.loaded.layers)
     if removed:
-        engine = engine.without(Ablation(removed)).with_sharing(sharing)
+        engine = engine.without(Ablation.of(removed=removed)).with_sharing(sharing)
     left = [n for n in range(layers) if n not in removed]
     # Layers that cannot be cut stay in their places, and hand on what they get.
     there = left if len(engine.loaded.layers) == layers else list(range(len(left)))

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tracker.stats.arrays import Array, Numbers, divided
 
-_SMOOTHNESS = np.append(np.arange(-19, 20) / 20, 0.98)
+SMOOTHNESS = np.append(np.arange(-19, 20) / 20, 0.98)
 """Autocorrelations of neighbouring layers that are possible, all equally before the data."""
 
 
@@ -63,7 +63,7 @@ def _drawn_orders(ranks: tuple[float, ...], draws: int, seed: int) -> NDArray[np
     """Draw the places of a series' values, ascending, which its ranks decide: `[draws, layers]`."""
     generator = np.random.default_rng(seed)
     scores = scipy.special.ndtri(np.array(ranks) / (len(ranks) + 1))
-    chosen = generator.choice(_SMOOTHNESS, size=draws, p=_likely(scores))
+    chosen = generator.choice(SMOOTHNESS, size=draws, p=smoothness_likelihood(scores))
     series = generator.standard_normal((len(ranks), draws))
     for layer in range(1, len(ranks)):
         series[layer] *= np.sqrt(1 - chosen**2)
@@ -71,16 +71,16 @@ def _drawn_orders(ranks: tuple[float, ...], draws: int, seed: int) -> NDArray[np
     return series.T.argsort(axis=1).argsort(axis=1).astype(np.int32)
 
 
-def _likely(scores: Array) -> Array:
+def smoothness_likelihood(scores: Array) -> Array:
     """Return how likely each autocorrelation is: AR(1), mean and variance integrated out."""
-    n, rho = len(scores), _SMOOTHNESS[:, None]
+    n, rho = len(scores), SMOOTHNESS[:, None]
     # The inverse of an AR(1) covariance has three diagonals, so none has to be inverted.
     weights = np.where(np.isin(np.arange(n), (0, n - 1)), 1.0, 1 - rho) / (1 + rho)
     total = weights.sum(axis=1)
     centred = scores - (weights @ scores / total)[:, None]
     news = (centred[:, 1:] - rho * centred[:, :-1]) ** 2 / (1 - rho**2)
     squares = centred[:, 0] ** 2 + news.sum(axis=1)
-    log = -(np.log(total) + (n - 1) * (np.log(1 - _SMOOTHNESS**2) + np.log(squares))) / 2
+    log = -(np.log(total) + (n - 1) * (np.log(1 - SMOOTHNESS**2) + np.log(squares))) / 2
     likelihood = np.exp(log - log.max())
     return np.asarray(likelihood / likelihood.sum(), dtype=np.float64)
 

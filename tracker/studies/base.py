@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from tracker.core.ablations import Ablation
+from tracker.core.changes import WHOLE_LAYER, Ablation
 from tracker.core.config import ONE_EACH, CellRequest
 from tracker.core.errors import CellError, ExperimentError, RequestError
 from tracker.core.estimates import Estimate
@@ -128,18 +128,13 @@ def second_roundings(subjects: Sequence[Subject]) -> list[str]:
 
 def whole_layers(request: CellRequest) -> tuple[int, ...]:
     """List the layers that a request removes alone and as a whole, ascending."""
-    if request.only is not None:
-        return tuple(sorted(run[2] for run in request.only if is_whole_layer(run)))
+    if request.changes is not None:
+        changes = (change for change in request.changes if change.kind == WHOLE_LAYER)
+        return tuple(sorted(change.layer for change in changes))
     whole = (
         "layer" in request.components and 1 in request.spans and "remove" in request.interventions
     )
     return tuple(sorted(request.layers)) if whole else ()
-
-
-def is_whole_layer(run: Sequence[Any]) -> bool:
-    """Say whether one of a request's `only` removes one whole layer."""
-    component, span, _, intervention, *_ = run
-    return (component, span, intervention) == ("layer", 1, "remove")
 
 
 def removing_whole_layers(request: CellRequest, **update: Any) -> CellRequest:

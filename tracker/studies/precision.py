@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tracker.core.ablations import Rounded
 from tracker.core.answers import statement
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
@@ -153,7 +152,7 @@ class Precision(Study):
         """Set what each map costs beside its errors, format by format."""
         result = StudyResult(_ASSUMED)
         for subject in subjects:
-            by_format = grouped(subject.record.runs, lambda run: str(run.intervention))
+            by_format = grouped(subject.record.runs, lambda run: str(run.change.intervention))
             answered = statement(subject.record.answer) if subject.record.answer else ""
             said = " ".join(filter(None, (answered, parts_answer(subject.record))))
             result.answers.append(f"{subject.record.title}: {said}")
@@ -169,12 +168,12 @@ def _in_format(
     asked: StudyContext, subject: Subject, word: str, runs: Sequence[RunRecord]
 ) -> InFormat:
     """Observe the maps of a format, and order them."""
-    maps = [Rounded(run.intervention, run.layer, str(run.map)) for run in runs]
-    kind = f"rounding-{word}-{content_hash([each.name for each in maps])[:8]}"
+    maps = [run.change for run in runs]
+    kind = f"rounding-{word}-{content_hash([*map(str, maps)])[:8]}"
     outcomes = subject.outcomes()
     begin = partial(errors_of, maps=maps, kl=True)
     seen = observe(subject, kind, asked, begin, outcomes.documents)
-    ablations = [outcomes.ablation(run) for run in runs]
+    ablations = [outcomes.ablation(change) for change in maps]
     gold, metric = outcomes.by_gold_logprob(ablations), outcomes.by_metric(ablations)
     figures = lined_up(seen, outcomes)
     errors, resampled = _errors(figures, outcomes.resampled)
@@ -231,7 +230,7 @@ def _by_name(
     maps: Sequence[RoundedMap], gold: PairedOutcomes, seen_once: Callable[..., list[Estimate]]
 ) -> list[MapName]:
     """Average what maps cost over layers, name by name, the costliest first."""
-    places = grouped(range(len(maps)), lambda place: str(maps[place].run.map))
+    places = grouped(range(len(maps)), lambda place: str(maps[place].run.change.map))
     falls = [
         replace(gold, ablated=gold.ablated[:, mine].mean(axis=1, keepdims=True)).drop(0)
         for mine in places.values()
@@ -301,8 +300,10 @@ def _most_table(one: InFormat) -> Table:
     measure = measure_of(one.subject.record)
     rows = sorted(one.maps, key=lambda row: -(row.fall.value or 0.0))[:MOST]
     columns: tuple[Column[RoundedMap], ...] = (
-        Column("layer (0-based)", "count", lambda row: row.run.first, otherwise="of no layer"),
-        Column("linear map", "text", lambda row: row.run.map),
+        Column(
+            "layer (0-based)", "count", lambda row: row.run.change.first, otherwise="of no layer"
+        ),
+        Column("linear map", "text", lambda row: row.run.change.map),
         Column("fall of gold log-probability", "nats", lambda row: row.fall),
         Column(measure.change, measure.form, lambda row: row.run.drop),
         Column("shown", "text", lambda row: _SHOWN[row.verdict]),

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tracker.core.ablations import stretch_of
+from tracker.core.changes import Change
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate
 from tracker.core.formats import Measure, counted, measure_of
-from tracker.core.records import CellRecord, RunIdentity, RunRecord
+from tracker.core.records import CellRecord, RunRecord
 from tracker.core.tables import Column, Table, table
 from tracker.report.leaderboard.claims import shown_in
 from tracker.runner import run_cells
@@ -104,7 +104,7 @@ class Repeat(Study):
                 wanted: dict[str, Any] = {"interventions": ("repeat",)}
             else:
                 wanted = all_stretches(cell.layers)
-            wanted |= {"components": ("layer",), "sets": (), "drawn": ()}
+            wanted |= {"components": ("layer",)}
             requests.append(calibration_of(cell.model_copy(update=wanted)))
         return requests
 
@@ -135,9 +135,9 @@ def export_lines(tested: Sequence[TestedStretch], asked: CellRequest, results: P
     """What to type to save the best stretch that is shown to be better; nothing where none is."""
     for row in tested:
         if row.verdict == "helps":
-            stretch = stretch_of(row.chosen)
-            change = ["--repeat", stretch.name.partition(":")[2]]
-            change += ["--repeats", str(stretch.times)] if stretch.times != 2 else []
+            span = row.chosen.change
+            change = ["--repeat", span.target]
+            change += ["--repeats", str(span.repeats)] if span.repeats != 2 else []
             return [saving_line([*change, "--output", "deeper"], asked, results)]
     return []
 
@@ -145,23 +145,21 @@ def export_lines(tested: Sequence[TestedStretch], asked: CellRequest, results: P
 def all_stretches(layers: Sequence[int]) -> dict[str, Any]:
     """Ask for all stretches of neighbours among some layers, each passed once more."""
     there = {*layers}
-    runs = [
-        RunIdentity(layer=first, span=span, intervention="repeat")
+    changes = tuple(
+        Change(layers=tuple(range(first, first + span)), intervention="repeat")
         for first in layers
         for span in range(1, len(layers) + 1)
         if {*range(first, first + span)} <= there
-    ]
-    spans = tuple(sorted({run.span for run in runs}))
-    only = tuple(run.asked for run in runs)
-    return {"spans": spans, "interventions": ("repeat",), "repeats": (2,), "only": only}
+    )
+    return {"interventions": ("repeat",), "changes": changes}
 
 
 def _chosen(record: CellRecord) -> list[RunRecord]:
     """Choose the stretches that gain most; those of a race's answer where there was one."""
     runs = [run for run in record.runs if run.accuracy_drop is not None]
     if record.answer is not None:
-        picked = {one.order for one in record.answer.runs if one.chosen}
-        runs = [run for run in runs if run.order in picked]
+        picked = {one.change for one in record.answer.runs if one.chosen}
+        runs = [run for run in runs if run.change in picked]
     return sorted(runs, key=_loss)[:TESTED]
 
 
@@ -174,12 +172,8 @@ def _loss(run: RunRecord) -> tuple[float, float]:
 
 def _testing(request: CellRequest, runs: Sequence[RunRecord]) -> CellRequest:
     """Ask for the chosen stretches on the documents that did not choose."""
-    only = tuple(run.asked for run in runs)
-    layers = tuple(sorted({run.layer for run in runs}))
-    return request.model_copy(
-        update={"part": "test", "layers": layers, "only": only, "until": None}
-        | {"spans": tuple(sorted({run.span for run in runs}))}
-    )
+    changes = tuple(run.change for run in runs)
+    return request.model_copy(update={"part": "test", "changes": changes, "until": None})
 
 
 def _tested(subject: Subject, runs: Sequence[RunRecord], tests: Subject | None) -> Stretches:
@@ -194,8 +188,8 @@ def _tested(subject: Subject, runs: Sequence[RunRecord], tests: Subject | None) 
             chance = best_by_chance(gains[:, finite], paired.weights)
     rows: list[TestedStretch] = []
     if test is not None:
-        there = {run.order: run for run in test.runs}
-        pairs = [(run, there[run.order]) for run in runs if run.order in there]
+        there = {run.change: run for run in test.runs}
+        pairs = [(run, there[run.change]) for run in runs if run.change in there]
         verdicts = shown_in(test, [after for _, after in pairs])
         rows = [
             TestedStretch(*pair, verdict) for pair, verdict in zip(pairs, verdicts, strict=True)
@@ -227,7 +221,7 @@ def _answers(one: Stretches) -> list[str]:
         )
     if one.test is None or not one.tested:
         return [f"{text} What it is worth on other documents is not measured yet."]
-    first = next((row for row in one.tested if row.chosen.order == best.order), one.tested[0])
+    first = next((row for row in one.tested if row.chosen.change == best.change), one.tested[0])
     gain = _written(measure, -first.test.drop)
     text += f" On {counted(first.test.n, 'test document')} it is worth {gain}."
     helps = [row for row in one.tested if row.verdict == "helps"]
@@ -244,8 +238,7 @@ def _answers(one: Stretches) -> list[str]:
 
 def _stretch(run: RunRecord) -> str:
     """Name a stretch in a sentence."""
-    stretch = stretch_of(run)
-    return f"{stretch.which} {stretch.often}"
+    return f"{run.change.layer_words} {run.change.times}"
 
 
 _VERDICTS = {"helps": "better", "costs": "worse", "open": "open"}

@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tracker.core.changes import Change
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
 from tracker.core.findings import Line, LineChart
 from tracker.core.formats import Measure, counted, fixed, measure_of
 from tracker.core.grouping import grouped
 from tracker.core.kinds import Intervention
-from tracker.core.records import RunIdentity
 from tracker.core.tables import Column, Table, table
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.stats.accuracy import accuracy_drop
@@ -205,7 +205,7 @@ def costs(subjects: Sequence[Subject]) -> Costs | None:
     )
     removed: list[Array] = []
     for way in EVERY:
-        runs = [RunIdentity(layer=layer, intervention=way) for layer in layers]
+        runs = [Change(layers=(layer,), intervention=way) for layer in layers]
         ablations = list(map(outcomes.ablation, runs))
         if not all(map(outcomes.has, ablations)):
             continue

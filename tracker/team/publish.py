@@ -13,7 +13,7 @@ from threading import Event, Lock, Thread
 
 from typing_extensions import override
 
-from tracker.core.ablations import first_run
+from tracker.core.ablations import first_change
 from tracker.core.config import CellRequest
 from tracker.core.decision_records import PRIVATE
 from tracker.core.errors import TrackerError, TrackingError, WorkError
@@ -335,7 +335,7 @@ class Trial(LiveRun):
 
     def __init__(self, track: Sequence[str], results: Path, request: CellRequest) -> None:
         self.joins = in_sweep() and any(service(target(text).backend).runs_sweeps for text in track)
-        self._run = first_run(request)
+        self._run = first_change(request)
         self._trial = open_trial(results)
         self._busy = Lock()
 
@@ -363,8 +363,8 @@ class Trial(LiveRun):
         TrackingError if W&B refused or could not be reached.
         """
         if self.joins:
-            wanted = self._run.order
-            run = next(run for run in cell.runs if run.order == wanted)
+            wanted = self._run
+            run = next(run for run in cell.runs if run.change == wanted)
             self._done("log", cell, run, dict(more))
 
     def leave(self, note: str, status: Ending = "finished") -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from tracker.benchmarks.corpus import is_corpus
-from tracker.core.ablations import INTACT, Ablation, ablate, ablation_of
 from tracker.core.arguments import decoded
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.config import CellRequest, cell_request
 from tracker.core.distribution import __version__
 from tracker.core.errors import BenchmarkError, RequestError, TrackerError, did_you_mean
@@ -117,17 +117,19 @@ def changed_args(ablation: Ablation) -> dict[str, str]:
     No two ablations have the same arguments.
     """
     changes: list[tuple[str, object]] = [
-        *(("removed_layers", layer) for layer in ablation.layers),
-        *(("removed_attention", layer) for layer in ablation.attention),
-        *(("removed_mlp", layer) for layer in ablation.mlp),
-        *(("removed_shared_expert", layer) for layer in ablation.shared),
-        *((f"{intervention}_layers", layer) for intervention, layer in ablation.replaced),
-        *((f"removed_{part.component}", f"{part.layer}.{part.number}") for part in ablation.parts),
-        *((f"{maps.format}_weights", maps.name.partition(":")[2]) for maps in ablation.rounded),
+        *(("removed_layers", layer) for layer in ablation.removed()),
+        *(
+            (f"removed_{component}", layer)
+            for component in ("attention", "mlp", "shared_expert")
+            for layer in ablation.removed(component)
+        ),
+        *((f"{change.intervention}_layers", change.layer) for change in ablation.replaced),
+        *((f"removed_{change.component}", change.target) for change in ablation.parts),
+        *((f"{change.intervention}_weights", change.target) for change in ablation.rounded),
     ]
-    for stretch in ablation.repeated:
-        times = "" if stretch.times == 2 else f"x{stretch.times}"
-        changes.append(("repeated_layers", stretch.name.partition(":")[2] + times))
+    for span in ablation.repeated:
+        times = "" if span.repeats == 2 else f"x{span.repeats}"
+        changes.append(("repeated_layers", span.target + times))
     values = grouped(changes, lambda change: change[0])
     return {name: "+".join(str(value) for _, value in pairs) for name, pairs in values.items()}
 
@@ -294,8 +296,8 @@ def _parts(store: CellStore, views: Sequence[View], layers: Collection[int]) -> 
         ablations = [INTACT]
         for view in [view for view in views if view.extent == extent]:
             wanted = [run for run in view.runs if not layers or run.first in layers]
-            ablations.append(ablate("layer", view.removed))
-            ablations += [ablation_of(run, view.removed) for run in wanted]
+            ablations.append(Ablation.of(removed=view.removed))
+            ablations += [Ablation.of(run, removed=view.removed) for run in wanted]
         yield CellPart(store, extent, tuple(dict.fromkeys(ablations)))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tracker.core.ablations import first_run, removals, why_no_run
+from tracker.core.ablations import changes_of, first_change, why_invalid
 from tracker.core.config import IN_THE_FILE, KEYS, CellRequest, run_request
 from tracker.core.errors import ResultsError, TrackerError
 from tracker.core.experiment import Experiment
@@ -84,7 +84,7 @@ def fill_sweep(path: str, ledger: Ledger) -> SweepFilled:
             title = trial.name
             try:
                 request = trial_request(trial.settings)
-                title = f"{trial.name} ({request.title}, {first_run(request).label()})"
+                title = f"{trial.name} ({request.title}, {first_change(request).label()})"
                 found = _measured(request, ledger)
             except TrackerError as error:
                 done.wanting[title] = str(error)
@@ -106,9 +106,9 @@ def _measured(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunReco
     if store is None or not look_up(whole, ledger).complete:
         raise ResultsError(f"{ledger.root} does not hold all of it")
     layers = store.identity.model.layers
-    if not any(removals(request, layers)):
-        why = why_no_run(first_run(request), request, layers)
+    if not any(changes_of(request, layers)):
+        why = why_invalid(first_change(request), request.removed, layers)
         raise ResultsError(f"it is no run: {why}")
-    view, wanted = store.views.of(whole), first_run(request).order
+    view, wanted = store.views.of(whole), first_change(request)
     record = record_of(store, view)
-    return record, next(run for run in record.runs if run.order == wanted)
+    return record, next(run for run in record.runs if run.change == wanted)

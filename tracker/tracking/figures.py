@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tracker.core.answers import interval_name, statement
+from tracker.core.changes import Change
 from tracker.core.decision_records import DecisionsRecord
 from tracker.core.formats import defined
 from tracker.core.kinds import KINDS
 from tracker.core.proxies import FIGURES
-from tracker.core.records import AnswerRecord, CellRecord, RunIdentity, RunRecord
+from tracker.core.records import AnswerRecord, CellRecord, RunRecord
 from tracker.core.run_table import correlation_columns, metric_columns, pick, run_columns, runs_of
 from tracker.core.tables import Table, table
 
@@ -53,7 +54,7 @@ def metric_name(name: str) -> str:
     return re.sub(r"[^\w./ -]", "_", folders, flags=re.ASCII)
 
 
-def curve_name(run: RunIdentity, figure: str) -> str:
+def curve_name(run: Change, figure: str) -> str:
     """Name the curve that a run's figure, one of `CURVES`, is a point of.
 
     Its own name for whole single layers; else `attention/accuracy_drop`, `span4/accuracy_drop`,
@@ -137,7 +138,7 @@ def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
     }
 
 
-def until_marks(cell: CellRecord, run: RunIdentity | None = None) -> dict[str, str]:
+def until_marks(cell: CellRecord, run: Change | None = None) -> dict[str, str]:
     """Mark a cell that was measured until a question was answered, or one of its runs.
 
     Args:
@@ -160,7 +161,7 @@ def until_marks(cell: CellRecord, run: RunIdentity | None = None) -> dict[str, s
     if run is None:
         return marks | {"answer": statement(answer)}
     for decided in answer.runs:
-        if decided.order == run.order:
+        if decided.change == run:
             marks |= {"open": _yes(decided.open), "chosen": _yes(decided.chosen)}
     return marks
 

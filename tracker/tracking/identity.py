@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tracker.core.changes import Change
 from tracker.core.identities import Record
-from tracker.core.records import INTACT_VIEW, CellRecord, RunIdentity
+from tracker.core.records import INTACT_VIEW, CellRecord
 
 DIGITS = 10
 """Significant digits by which a published figure is another one."""
@@ -35,7 +36,7 @@ def run_key(cell: CellRecord, ablation: str, view: str | None = None) -> str:
     return f"{key}/{ablation}"
 
 
-def run_name(cell: CellRecord, layer: RunIdentity) -> str:
+def run_name(cell: CellRecord, layer: Change) -> str:
     """Name a run where people read lists of them: `layer 03 · arc_easy · SmolLM2-135M`.
 
     The zeros make names sort as numbers do.

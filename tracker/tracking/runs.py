@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tracker.core.answers import interval_name, statement
+from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.config import IN_THE_FILE, field_of
 from tracker.core.formats import counted, measure_of, named_interval
 from tracker.core.identities import Record
 from tracker.core.kinds import REPLACED_BY
-from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunRecord
+from tracker.core.records import CellRecord, RunRecord
 from tracker.core.run_table import not_finite, reasons_of
 from tracker.core.text import as_code, as_markdown
 from tracker.stats.support import together, verdicts
@@ -113,14 +114,15 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
     Returns:
         A paragraph.
     """
-    done = REPLACED_BY.get(run.intervention)
-    how = f"with the layer replaced by {done}" if done else "without it"
-    if run.map is not None:
-        how = f"with {as_markdown(run.map)} in {run.intervention}"
-    if run.intervention == "repeat":
-        how = f"with it passed {'again' if run.repeats == 2 else f'{run.repeats} times'}"
+    change = run.change
+    replacement = REPLACED_BY.get(change.intervention)
+    how = f"with the layer replaced by {replacement}" if replacement else "without it"
+    if change.map is not None:
+        how = f"with {as_markdown(change.map)} in {change.intervention}"
+    if change.intervention == "repeat":
+        how = f"with it passed {'again' if change.repeats == 2 else change.times}"
     on = cell.documents_of(f"{run.n:,}")
-    what = f"**{as_markdown(run_name(cell, run))}**: {as_code(cell.metric)} on {on} {how}"
+    what = f"**{as_markdown(run_name(cell, change))}**: {as_code(cell.metric)} on {on} {how}"
     if run.accuracy_drop is None:
         return f"{what}; its drop is not defined: {run.reasons.get('accuracy_drop', 'no reason')}."
     measure, falls = measure_of(cell), (run.accuracy_drop >= 0) == cell.higher_is_better
@@ -158,7 +160,7 @@ def _rounding(
 
 def _what_is_removed(cell: CellRecord) -> str:
     """Say it in the words of the note, with the names of the curves where there are several."""
-    kinds = dict.fromkeys(run.kind for run in cell.runs)
+    kinds = dict.fromkeys(run.change.kind for run in cell.runs)
     if all(kind == WHOLE_LAYER for kind in kinds):
         text = "one layer is removed"
     else:
@@ -242,27 +244,27 @@ class DescribedRun:
     @property
     def step(self) -> int:
         """Where its figures stand on the axis of layers."""
-        return self.run.layer if self.run else 0
+        return self.run.change.layer if self.run else 0
 
     @property
     def which(self) -> dict[str, str | int]:
         """Which run of the cell it is."""
-        if (run := self.run) is None:
+        if self.run is None:
             return {}
-        names = ("layer", "component", "span", "intervention")
-        found = {name: getattr(run, name) for name in names[run.is_end :]}
-        if run.members:
-            found["members"] = ",".join(map(str, run.members))
-        if run.number is not None:
-            found |= {IN_THE_FILE[field_of(run.component)]: run.number}
-        if run.map is not None:
-            found["map"] = run.map
-        return found | ({"repeats": run.repeats} if run.intervention == "repeat" else {})
+        change, names = self.run.change, ("layer", "component", "span", "intervention")
+        fields = {name: getattr(change, name) for name in names[change.is_end :]}
+        if change.members:
+            fields["members"] = ",".join(map(str, change.members))
+        if change.number is not None:
+            fields[IN_THE_FILE[field_of(change.component)]] = change.number
+        if change.map is not None:
+            fields["map"] = change.map
+        return fields | ({"repeats": change.repeats} if change.intervention == "repeat" else {})
 
     @property
     def marks(self) -> dict[str, str]:
         """What became of a question, where one was asked."""
-        return until_marks(self.cell, self.run)
+        return until_marks(self.cell, self.run.change if self.run else None)
 
     @cached_property
     def version(self) -> str:
@@ -332,8 +334,8 @@ def one_by_one(cell: CellRecord, which: Which) -> list[RunRecord]:
     return [run for run in cell.runs if count[_family(run)] <= most]
 
 
-def _family(run: RunRecord) -> tuple[bool, Kind]:
-    return run.kind == WHOLE_LAYER, run.kind.family
+def _family(run: RunRecord) -> tuple[bool, Change]:
+    return run.change.kind == WHOLE_LAYER, run.change.kind.family
 
 
 def described(
@@ -378,7 +380,7 @@ def layer_run(cell: CellRecord, run: RunRecord) -> DescribedRun:
     return DescribedRun(
         cell=cell,
         kind="layer",
-        name=run_name(cell, run),
+        name=run_name(cell, run.change),
         note=layer_note(cell, run),
         known=run,
         figures=_named(flat_metrics(run)),
@@ -413,12 +415,12 @@ def cell_run(
     # Of very many runs of a kind there would be hundreds of curves.
     alone = {run.ablation for run in one_by_one(cell, "auto")}
     for run in cell.runs:
-        if run.members:  # several begin at one layer
+        if run.change.members:  # several begin at one layer
             continue
         known = flat_metrics(run)
         names = CURVES if run.ablation in alone else ("accuracy_drop",)
-        points = {curve_name(run, name): known[name] for name in names if name in known}
-        curves.append((run.layer, points))
+        points = {curve_name(run.change, name): known[name] for name in names if name in known}
+        curves.append((run.change.layer, points))
     return DescribedRun(
         cell=cell,
         kind="cell",

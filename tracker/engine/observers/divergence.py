@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracker.core.ablations import INTACT, Ablation
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.core.proxies import widened
 from tracker.engine.refusal import RefusalError, tried
@@ -66,7 +66,7 @@ def output_proxies(
     for tokens, measured in measured_texts(document, engine.max_length):
         sums = {"predicted": torch.tensor(float(len(tokens) - max(measured, 1))).double()}
         if only != "gate_gradient":
-            singles = [Ablation((layer,)) for layer in range(_layers(engine))]
+            singles = [Ablation.of(removed=[layer]) for layer in range(_layers(engine))]
             sums |= _divergences(engine, tokens, measured, only, singles)
         if only is None:
             sums["tokens"] = torch.tensor(float(len(tokens) - measured)).double()
@@ -163,10 +163,10 @@ def _lens_changes(engine: Engine, tokens: Sequence[int], measured: int) -> Tenso
     """Count, layer by layer, the tokens at which the lens says another token behind the layer."""
     layers = _layers(engine)
     # What the lens shows at a layer's input is the model without that layer and all above it.
-    lenses = [Ablation(tuple(range(layer, layers))) for layer in range(layers)]
+    lenses = [Ablation.of(removed=range(layer, layers)) for layer in range(layers)]
     top = torch.zeros(layers + 1, len(tokens) - measured, dtype=torch.long)
     for group, places, logits in _logits(engine, [INTACT, *lenses], tokens, measured):
-        which = [layers - len(ablation.layers) for ablation in group]
+        which = [layers - len(ablation.removed()) for ablation in group]
         for place, tops in zip(places, logits.argmax(-1).cpu().unbind(1), strict=True):
             top[which, place - measured] = tops
     return (top[1:] != top[:-1]).sum(1).double()
@@ -215,7 +215,7 @@ def _states(
 
 def _apart(engine: Engine, ablation: Ablation) -> Engine:
     """The engine of a copy without some layers; without any layer it cannot be cut."""
-    if len(ablation.layers) == _layers(engine):
+    if len(ablation.removed()) == _layers(engine):
         engine = replace(engine, quirks=replace(engine.quirks, stay=True))
     return engine.without(ablation)
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tracker.core.ablations import Rounded
+from tracker.core.changes import Change
 from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.sweep import Engine
 
 
 def at_ends(
-    engine: Engine, tokens: Sequence[int], measured: int, maps: Sequence[Rounded]
+    engine: Engine, tokens: Sequence[int], measured: int, maps: Sequence[Change]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Let the intact model read, and its embedding and head map what they are given again.
 
@@ -40,8 +40,8 @@ def at_ends(
     def compared(which: str) -> Iterator[tuple[int, Tensor, Tensor]]:
         given, before = seen.pop()
         for place in asked:
-            if maps[place].which == which:
-                with ends.having(which, maps[place].format):
+            if maps[place].path == which:
+                with ends.having(which, maps[place].intervention):
                     after = ends.ends.module(which).forward(given)
                 yield place, before.flatten(0, -2), after.flatten(0, -2)
 
@@ -50,7 +50,7 @@ def at_ends(
     for place, *both in compared("embedding"):
         before, after = (each[measured:] for each in both)
         yield place, before, after
-    if all(maps[place].which != "lm_head" for place in asked):
+    if all(maps[place].path != "lm_head" for place in asked):
         return
     size = max(1, LOGITS_BYTES // (8 * len(ends.ends.weight("lm_head"))))
     for states in output.last_hidden_state[:, measured:].split(size, dim=1):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracker.core.ablations import Part
+from tracker.core.changes import Change
 from tracker.core.documents import Document
 from tracker.core.proxies import OF_EXPERTS, widened
 from tracker.engine.scoring.rows import measured_texts
@@ -24,8 +24,8 @@ _ROUNDING = 0.05
 
 @torch.inference_mode()
 def expert_load(
-    engine: Engine, document: Document, parts: Collection[Part]
-) -> dict[Part, tuple[float, ...]]:
+    engine: Engine, document: Document, parts: Collection[Change]
+) -> dict[Change, tuple[float, ...]]:
     """Observe some experts while the intact model reads a document.
 
     The document is read once more, and each token passes its experts a second time, one by one: so

@@ -18,9 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tracker.core.ablations import Done
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
-from tracker.core.kinds import Action
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.layer_forward import forking
 from tracker.engine.scoring.rows import measured_texts
@@ -198,7 +197,7 @@ class _Pass:
         steps, streams = [], 1
         for layer in range(len(self.engine.loaded.layers)):
             new = self.directions.of_a_layer if layer in self.group else 0
-            done = (*[Done(Action.PASS)] * streams, *[Done(Action.SKIP)] * new)
+            done = (*[INTACT] * streams, *[Ablation.of(removed=[layer])] * new)
             steps.append(LayerStep(streams, (0,) * new, done))
             streams += new
         return StreamPlan(tuple(steps), ())

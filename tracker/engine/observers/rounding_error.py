@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.nn.functional import linear as apply
 
-from tracker.core.ablations import Rounded
+from tracker.core.changes import Change
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
 from tracker.core.grouping import grouped
@@ -29,7 +29,7 @@ _Places = dict[tuple[int, str], list[int]]
 
 
 @torch.inference_mode()
-def weight_errors(engine: Engine, maps: Sequence[Rounded]) -> Tensor:
+def weight_errors(engine: Engine, maps: Sequence[Change]) -> Tensor:
     """Measure how far weights are from themselves in a format, whatever is read.
 
     Args:
@@ -42,11 +42,11 @@ def weight_errors(engine: Engine, maps: Sequence[Rounded]) -> Tensor:
     found = torch.zeros(len(maps), dtype=torch.float64)
     for place, each in enumerate(maps):
         if each.is_end:
-            linear = map_of(engine.ends.ends.module(each.which))
-            weight = engine.ends.weight(each.which, each.format)
+            linear = map_of(engine.ends.ends.module(each.path))
+            weight = engine.ends.weight(each.path, each.intervention)
         else:
-            linear = _map_at(engine, each.layer, each.which)
-            weight = engine.rounded_weights.of(each.layer, each.which, linear, each.format)
+            linear = _map_at(engine, each.layer, each.path)
+            weight = engine.rounded_weights.of(each.layer, each.path, linear, each.intervention)
         # One expert after the other: they may take much room.
         own, rounded = (one if one.ndim == 3 else one[None] for one in (linear.weight, weight))
         pairs = [*zip(own, rounded, strict=True)]
@@ -57,7 +57,7 @@ def weight_errors(engine: Engine, maps: Sequence[Rounded]) -> Tensor:
 
 @torch.inference_mode()
 def rounding_errors(
-    engine: Engine, document: Document, maps: Sequence[Rounded]
+    engine: Engine, document: Document, maps: Sequence[Change]
 ) -> dict[str, Tensor]:
     """Measure how far linear maps of the intact model are from themselves in a format.
 
@@ -77,7 +77,7 @@ def rounding_errors(
         CellError: Its experts cannot be asked one by one.
     """
     of_layers = [place for place, each in enumerate(maps) if not each.is_end]
-    places = grouped(of_layers, lambda place: (maps[place].layer, maps[place].which))
+    places = grouped(of_layers, lambda place: (maps[place].layer, maps[place].path))
     names = ("output_error", "output_size", "output_angle")
     found = {name: torch.zeros(len(maps), dtype=torch.float64) for name in names}
     found["tokens"] = torch.zeros((), dtype=torch.float64)
@@ -91,7 +91,7 @@ def rounding_errors(
 
     def look(layer: int, path: str, linear: LinearMap, module: nn.Module, *call: Any) -> None:
         for place in places[layer, path]:
-            weight = kept.of(layer, path, linear, maps[place].format)
+            weight = kept.of(layer, path, linear, maps[place].intervention)
             pairs = [*(_of_experts if linear.experts else _of_map)(linear, weight, measured, *call)]
             for before, after in pairs:
                 compare(place, before, after, 1 / len(pairs))

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 from transformers.cache_utils import Cache
 
-from tracker.core.ablations import Ablation
+from tracker.core.changes import Ablation
 from tracker.engine.scoring.layer_forward import forking
 from tracker.engine.scoring.prefix import GrowingLayer, Prefix, new_cache
 from tracker.engine.scoring.rows import reading_row

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracker.core.ablations import INTACT, Ablation, Part
+from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.grouping import grouped
 from tracker.engine.scoring.rows import Row
 from tracker.engine.scoring.score import Parts, run_base
@@ -24,16 +24,15 @@ from tracker.models.sublayers import state_of
 
 WORTH = 8
 """Ablations of experts from which one more pass is worth it."""
-_Gone = tuple[Part, ...]
+_Gone = tuple[Change, ...]
 
 
 def of_experts(ablations: Sequence[Ablation]) -> list[Ablation]:
     """List the ablations that take out experts and nothing else."""
     return [
-        each
-        for each in ablations
-        if {part.component for part in each.parts} == {"expert"}
-        and each == Ablation(parts=each.parts)
+        ablation
+        for ablation in ablations
+        if {change.component for change in ablation.changes} == {"expert"}
     ]
 
 
@@ -50,8 +49,9 @@ def idle(parts: Parts, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]
         Those of them that do, but for the rounding of weights.
     """
     assert parts.inside.experts is not None
-    by_layer = {each: grouped(each.parts, lambda part: part.layer) for each in ablations}
-    gone_of = {each: [*map(tuple, layers.values())] for each, layers in by_layer.items()}
+    gone_of = {
+        ablation: [at.experts for at in ablation.by_layer.values()] for ablation in ablations
+    }
     every = {gone for some in gone_of.values() for gone in some}
     asked = grouped(every, lambda gone: gone[0].layer)
     unread: dict[_Gone, bool] = {}

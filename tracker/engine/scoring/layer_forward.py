@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from tracker.core.ablations import Stretch
+from tracker.core.changes import Change
 from tracker.core.grouping import grouped
 from tracker.core.kinds import Action
 from tracker.engine.refusal import RefusalError
@@ -328,14 +328,14 @@ class _LayerFork:
             yield self.apart
         yield from _evenly(sorted({*self.step.entering} - {*self.apart}), self.common.at_once)
 
-    def _again(self, states: Tensor, stretches: Sequence[Stretch], rows: tuple[int, ...]) -> Tensor:
+    def _again(self, states: Tensor, stretches: Sequence[Change], rows: tuple[int, ...]) -> Tensor:
         """Let streams [streams, rows, tokens, …] pass stretches again that end at this layer."""
-        for time in range(1, max(stretch.times for stretch in stretches)):
-            for layer in range(min(stretch.start for stretch in stretches), self.index + 1):
+        for time in range(1, max(stretch.repeats for stretch in stretches)):
+            for layer in range(min(stretch.layer for stretch in stretches), self.index + 1):
                 some = [
                     place
                     for place, stretch in enumerate(stretches)
-                    if stretch.start <= layer and time < stretch.times
+                    if stretch.layer <= layer and time < stretch.repeats
                 ]
                 if not some:
                     continue

@@ -69,7 +69,7 @@ def look(base: Any, layers: nn.ModuleList, tokens: int, device: torch.device) ->
     if len(shapes) < len(layers):
         raise RefusalError(f"only {len(shapes)} of its {len(layers)} layers run on plain text")
     read(tokens, passing)
-    firsts = [_first_seen(mask, tokens) for mask in seen]
+    firsts = [first_seen(mask, tokens) for mask in seen]
     kinds = {first.numpy().tobytes(): first.to(device) for first in firsts if first is not None}
     return Sight(tokens, tuple(f if f is None else kinds[f.numpy().tobytes()] for f in firsts))
 
@@ -88,7 +88,7 @@ def mask_place(layer: nn.Module) -> int | None:
     return names.index(ARGUMENT) if ARGUMENT in names else None
 
 
-def _first_seen(mask: Any, tokens: int) -> Tensor | None:
+def first_seen(mask: Any, tokens: int) -> Tensor | None:
     """Reduce a causal mask in which each token sees an unbroken stretch to where that begins.
 
     [1, 1, tokens, tokens] becomes [tokens]; None where every token sees all before it, or the layer

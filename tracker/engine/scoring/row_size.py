@@ -9,7 +9,7 @@ from itertools import combinations, product
 
 import torch
 
-from tracker.core.ablations import Ablation
+from tracker.core.changes import Ablation
 from tracker.core.documents import Document, Request
 from tracker.engine.refusal import tried
 from tracker.engine.scoring.sharing import FULL
@@ -65,9 +65,11 @@ def fastest(engine: Engine) -> int:
 def time_sizes(engine: Engine) -> dict[int, float]:
     """Time rows of each size: size → seconds, the default's first."""
     total = len(engine.loaded.layers)
-    copy = engine.without(Ablation(layers=tuple(range(LAYERS, total))))
+    copy = engine.without(Ablation.of(removed=range(LAYERS, total)))
     layers = range(min(LAYERS, total))
-    ablations = [Ablation(some) for count in range(LAYERS) for some in combinations(layers, count)]
+    ablations = [
+        Ablation.of(removed=some) for count in range(LAYERS) for some in combinations(layers, count)
+    ]
     vocabulary = engine.loaded.model.config.get_text_config().vocab_size
     seconds = dict.fromkeys(sizes(engine), float("inf"))
     documents = make_documents(vocabulary, max(seconds) // TOKENS, TOKENS)

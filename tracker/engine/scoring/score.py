@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracker.core.ablations import INTACT
+from tracker.core.changes import INTACT
 from tracker.core.proxies import OBSERVED, observed
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.ends import RoundedEnds, first_states

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from tracker.core.ablations import INTACT, Ablation, Done, Part, Stretch
+from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.grouping import grouped
 from tracker.core.kinds import MAPS, Action
 
@@ -33,7 +33,7 @@ class LayerStep:
 
     streams: int
     forked: tuple[int, ...]
-    done: tuple[Done, ...]
+    done: tuple[Ablation, ...]
     divided: bool = True
 
     @cached_property
@@ -49,16 +49,16 @@ class LayerStep:
         return tuple(i for i, a in enumerate(self.actions) if a.enters and i not in behind)
 
     @cached_property
-    def repeating(self) -> tuple[tuple[int, int, Stretch], ...]:
+    def repeating(self) -> tuple[tuple[int, int, Change], ...]:
         """Streams that pass a stretch again, each with the stream whose output it begins with."""
         first: dict[int, int] = {}
         for stream, action in enumerate(self.actions):
             if action in (Action.PASS, Action.REPEAT):
                 first.setdefault(self.origin(stream), stream)
         return tuple(
-            (stream, first[self.origin(stream)], done.stretch)
+            (stream, first[self.origin(stream)], span)
             for stream, done in enumerate(self.done)
-            if done.stretch is not None
+            for span in done.repeated
         )
 
     @cached_property
@@ -87,8 +87,14 @@ class LayerStep:
     @cached_property
     def changes(self) -> set[str]:
         """Which fields of `Done`, beside the action, some stream has: parts, weights in formats."""
-        fields = ("heads", "experts", "shared", "rounded")
-        return {name for name in fields if any(getattr(done, name) for done in self.done)}
+        names = {
+            "kv_head": "heads",
+            "head": "heads",
+            "expert": "experts",
+            "shared_expert": "shared",
+        }
+        changes = {change for done in self.done for change in done.changes}
+        return {names.get(change.component, change.action.value) for change in changes}
 
     def origin(self, stream: int) -> int:
         """The stream before the layer whose state a stream enters with."""
@@ -100,7 +106,7 @@ class LayerStep:
 
         Streams that enter with the same state share one attention, those that remove parts alone.
         """
-        computed: dict[tuple[int, Done | None], int] = {}
+        computed: dict[tuple[int, Ablation | None], int] = {}
         found: list[int | None] = []
         for place, stream in enumerate(self.entering):
             action = self.actions[stream]
@@ -112,7 +118,7 @@ class LayerStep:
         return tuple(found)
 
     @cached_property
-    def heads(self) -> tuple[tuple[int, tuple[Part, ...]], ...]:
+    def heads(self) -> tuple[tuple[int, tuple[Change, ...]], ...]:
         """What is made of the computed attentions: of which place's, and without which heads."""
         made = {
             (source, self.done[stream].heads): None
@@ -142,14 +148,18 @@ class LayerStep:
         return tuple(place for place, action in actions if action is not Action.NO_MLP)
 
     @cached_property
-    def experts(self) -> tuple[tuple[Part, ...], ...]:
+    def experts(self) -> tuple[tuple[Change, ...], ...]:
         """For each computed MLP, the experts that it lacks."""
         return tuple(self.done[self.entering[place]].experts for place in self.mlps)
 
     @cached_property
     def without_shared(self) -> list[int]:
         """Which of the computed MLPs lack the shared experts."""
-        return [n for n, place in enumerate(self.mlps) if self.done[self.entering[place]].shared]
+        return [
+            n
+            for n, place in enumerate(self.mlps)
+            if self.done[self.entering[place]].removed("shared_expert")
+        ]
 
     @cached_property
     def mlp(self) -> tuple[int | None, ...]:
@@ -234,7 +244,7 @@ class StreamPlan:
     def has_groups_of_maps(self) -> bool:
         """Whether an attention's or an MLP's linear maps are rounded as a whole somewhere."""
         rounded = (each for step in self.steps for done in step.done for each in done.rounded)
-        return any(each.which in MAPS for each in rounded)
+        return any(each.path in MAPS for each in rounded)
 
     @property
     def repeats(self) -> int:
@@ -264,7 +274,7 @@ def plan_streams(
     for layer in range(layers):
         own, new = [], []
         for stream, group in enumerate(groups):
-            by_done: dict[Done, list[int]] = {}
+            by_done: dict[Ablation, list[int]] = {}
             for i in group:
                 by_done.setdefault(ablations[i].at(layer), []).append(i)
             # A stream that passes stays where it is, so that the baseline remains stream 0.

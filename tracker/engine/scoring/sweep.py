@@ -7,21 +7,20 @@ layers see, what the last call left behind), each of them reads.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import chain, pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tracker.core.ablations import INTACT, Ablation, Done
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document, Request, Response
 from tracker.core.errors import CellError, ModelError
 from tracker.core.grouping import grouped
-from tracker.core.kinds import Action
 from tracker.core.proxies import OBSERVED
 from tracker.engine.lockstep import reporting, side_by_side
 from tracker.engine.memory import stream_bytes
@@ -162,17 +161,21 @@ class Engine:
         self.put_back()
         parts = self._sublayers if ablation.has_sublayers else []
         silent = [
-            *(parts[layer].attention for layer in ablation.attention),
-            *(parts[layer].mlp for layer in ablation.mlp),
-            *(each for layer in ablation.shared for each in self._shared_of(layer)),
+            *(parts[layer].attention for layer in ablation.removed("attention")),
+            *(parts[layer].mlp for layer in ablation.removed("mlp")),
+            *(
+                each
+                for layer in ablation.removed("shared_expert")
+                for each in self._shared_of(layer)
+            ),
         ]
-        few = briefly and len(ablation.rounded_of) > 1
+        few = briefly and sum(bool(at.rounded) for at in ablation.by_layer.values()) > 1
         kept = RoundedWeights(self._kept_weights) if few else None
         quirks = self.quirks
         make = partial(
             pruned,
             self.loaded.model,
-            ablation.layers,
+            ablation.removed(),
             silent,
             quirks.first,
             changes=[*self._changes(ablation, kept)],
@@ -203,17 +206,17 @@ class Engine:
         is as for `quantise`.
         """
         name = self.class_name
-        for done, layer in ablation.replaced:
+        for change in ablation.replaced:
             # The layer still runs; its output is dropped.
-            change = partial(self.stand_ins[layer].change, Action(done))
-            yield layer, partial(returning, make=change)
+            make = partial(self.stand_ins[change.layer].change, change.action)
+            yield change.layer, partial(returning, make=make)
         whole = self._sublayers if ablation.has_groups_of_maps else None
-        for layer, rounded in ablation.rounded_of.items():
-            own, where = whole[layer] if whole else None, f"layer {layer} of {name}"
-            formats = formats_of(self.loaded.layers[layer], rounded, own, where)
-            yield layer, partial(quantise, formats=formats, name=where, number=layer, kept=kept)
-        for layer, parts in grouped(ablation.parts, lambda part: part.layer).items():
-            lost, where = Done(Action.NO_PARTS, tuple(parts)), f"layer {layer} of {name}"
+        for layer, lost in ablation.by_layer.items():
+            where = f"layer {layer} of {name}"
+            if lost.rounded:
+                own = whole[layer] if whole else None
+                formats = formats_of(self.loaded.layers[layer], lost.rounded, own, where)
+                yield layer, partial(quantise, formats=formats, name=where, number=layer, kept=kept)
             if lost.heads:
                 heads = heads_at(self._heads, layer, name)
                 columns = [heads.columns(part, name) for part in lost.heads]
@@ -229,7 +232,7 @@ class Engine:
 
     def left(self, ablation: Ablation) -> list[int]:
         """List which layers a copy has, in order; a repeated one twice."""
-        return left(len(self.loaded.layers), ablation.layers, ablation.repeated)
+        return left(len(self.loaded.layers), ablation.removed(), ablation.repeated)
 
     def put_back(self) -> None:
         """Undo what the last call left behind, so that no call depends on the one before."""
@@ -325,20 +328,24 @@ class Engine:
         plan = self.plan(ablations)
         prefix = self._prefix(documents, plan) if self.sharing.prefix else None
 
-        def launch(row: Row) -> Callable[[], RowScores] | str:
-            return _unless_full(partial(self._launch_row, row, plan, prefix, ablations))
+        def launch(row: Row) -> Callable[[], RowScores | str]:
+            wait = _unless_full(partial(self._launch_row, row, plan, prefix, ablations))
+            return (lambda: wait) if isinstance(wait, str) else partial(_unless_full, wait)
 
-        def launch_all() -> Iterator[tuple[Row, Callable[[], RowScores] | str, partial[None]]]:
+        def launch_all() -> Iterator[tuple[Row, Callable[[], RowScores | str], partial[None]]]:
             for rows in self._at_once(self._rows(documents, plan, prefix), plan):
                 due = [len(row.requests) * len(ablations) for row in rows]
                 with reporting(self.loaded.offloaded, sum(due), progress) as report:
-                    launched = self.side_by_side(partial(launch, row) for row in rows)
-                    for row, responses, wait in zip(rows, due, launched, strict=True):
+                    waits = self.side_by_side(partial(launch, row) for row in rows)
+                    for row, responses, wait in zip(rows, due, waits, strict=True):
                         yield row, wait, partial(report, responses)
 
-        # A device computes a row while the one before is read, and the next one built.
-        for row, wait, report in _late(launch_all(), int(can_pin(self.loaded.device))):
-            scores = wait if isinstance(wait, str) else _unless_full(wait)
+        launched = launch_all()
+        if can_pin(self.loaded.device):
+            # It computes a row while the one before is read, and the next one built.
+            launched = (this for this, _ in pairwise(chain(launched, [None])) if this)
+        for row, wait, report in launched:
+            scores = wait()
             if isinstance(scores, RowScores):
                 yield row, ablations, scores
             else:
@@ -720,16 +727,6 @@ def _unless_full(compute: Callable[[], T]) -> T | str:
         if not is_out_of_memory(error):
             raise
         return str(error)
-
-
-def _late(items: Iterable[T], count: int) -> Iterator[T]:
-    """Yield items, each after so many that follow it were made."""
-    waiting: deque[T] = deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > count:
-            yield waiting.popleft()
-    yield from waiting
 
 
 def _removed(ablations: Sequence[Ablation]) -> list[Ablation]:

@@ -21,7 +21,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from tracker.core.ablations import INTACT, Ablation
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError
 from tracker.core.provenance import content_hash
@@ -149,7 +149,7 @@ def check(
     engine = replace(engine, quirks=verdict.quirks(model))
     engine = replace(engine, stand_ins=fit(engine))
     truth = Reference(engine)
-    rounds = [*_rounds(documents, ablations)]
+    rounds = [*confirmation_rounds(documents, ablations)]
     keys, recalled = list[str](), None
     if kept is not None and not engine.stand_ins:  # which are fitted on the benchmark's own texts
         keys = _confirmation_keys(engine, ablations, verdict, reached.text, blank)
@@ -158,7 +158,7 @@ def check(
         sharing, (_, comparison), why = verdict.sharing, recalled, None
     else:
         sharing, comparison, why = most_sharing(
-            verdict.sharing, engine, lambda way: _confirm(engine.with_sharing(way), truth, rounds)
+            verdict.sharing, engine, lambda way: confirm(engine.with_sharing(way), truth, rounds)
         )
         if kept is not None and keys and why is None:  # what is lost may be lost to the moment
             kept.keep(keys[0], CONFIRMATION.dump_json(("confirmed", comparison)).decode())
@@ -295,8 +295,8 @@ def _unsteady(found: Comparison, dtype: torch.dtype, is_half: bool) -> str | Non
     )
 
 
-def _few(documents: Sequence[Document]) -> list[Document]:
-    """The shortest documents, which share rows, with as many answers as there are."""
+def shortest_documents(documents: Sequence[Document]) -> list[Document]:
+    """Return the shortest documents, which share rows, with as many answers as there are."""
 
     def size(document: Document) -> tuple[int, int]:
         return -min(len(document.requests), 4), sum(each.length for each in document.requests)
@@ -304,7 +304,7 @@ def _few(documents: Sequence[Document]) -> list[Document]:
     return sorted(documents, key=size)[:DOCUMENTS]
 
 
-def _confirm(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Comparison:
+def confirm(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Comparison:
     """Compare answers of the model itself under every ablation, computed both ways."""
     comparison = Comparison()
     passes: list[Callable[[], Any]] = [
@@ -331,7 +331,9 @@ def _refuse_absent(engine: Engine, scores: Iterable[Iterable[DocumentScores]]) -
         )
 
 
-def _rounds(documents: Sequence[Document], ablations: Sequence[Ablation]) -> Iterator[_Round]:
+def confirmation_rounds(
+    documents: Sequence[Document], ablations: Sequence[Ablation]
+) -> Iterator[_Round]:
     """List what the model itself is asked: all ablations of short texts, and two of the longest.
 
     The longest text stands beside the shortest document of its task, which may begin alike. It is
@@ -339,8 +341,8 @@ def _rounds(documents: Sequence[Document], ablations: Sequence[Ablation]) -> Ite
     short texts. What long texts may change was tried on the miniature, and the watch meets others.
     """
     ablations = some_of(ablations)
-    short = [_shortened(document) for document in _few(documents)]
-    yield short, ablations, [*_asked(short, ablations)]
+    short = [_shortened(document) for document in shortest_documents(documents)]
+    yield short, ablations, [*draw_answers(short, ablations)]
     longest = max(documents, key=_longest)
     if _shortened(longest) == longest:
         return
@@ -383,10 +385,10 @@ def _shortened(document: Document) -> Document:
     return replace(document, requests=requests)
 
 
-def _asked(
+def draw_answers(
     documents: Sequence[Document], ablations: Sequence[Ablation]
 ) -> Iterator[tuple[int, int, int]]:
-    """What each ablation is asked, as (ablation, document, request): one, the baseline more.
+    """Draw what each ablation answers, (ablation, document, request): one, the baseline more.
 
     A single short request costs nearly as much as a long one: all weights are read once.
     """
@@ -407,7 +409,7 @@ def plain_tokens(
     Each passes about all layers once.
     """
     watched = watched_documents(documents)
-    asked: list[tuple[Any, Request]] = [*_questions(_rounds(documents, ablations))]
+    asked: list[tuple[Any, Request]] = [*_questions(confirmation_rounds(documents, ablations))]
     for document in documents:
         place = (document.task, document.index)
         if place in watched:

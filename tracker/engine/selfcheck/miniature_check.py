@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from tracker.core.ablations import INTACT, Ablation, Part, Rounded
+from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
 from tracker.core.grouping import grouped
+from tracker.core.kinds import Action, Component
 from tracker.core.model_parts import one_experts
 from tracker.core.provenance import content_hash, file_hash, machine, package_versions
 from tracker.engine.refusal import refused, tried
@@ -238,34 +239,31 @@ def _of_its_parts(small: Any, ablations: Sequence[Ablation]) -> list[Ablation]:
     """
     parts = parts_of(small.config.get_text_config())
 
-    def its(part: Part) -> Part:
-        count = parts.numbered(part.component)
-        return part._replace(number=part.number % count) if count else part
-
-    def its_map(each: Rounded) -> Rounded:
-        which, one = each.which, one_experts(each.which)
-        if one is not None and parts.expert:
-            of_all, number = one
-            holder, _, name = of_all.rpartition(".")
-            which = f"{holder}.{number % parts.expert}.{name}"
+    def of_miniature(change: Change) -> Change:
+        part = change.part
+        if isinstance(part, int):
+            count = parts.numbered(change.component)
+            return replace(change, part=part % count) if count else change
+        if change.action is not Action.ROUNDED:
+            return change
+        if part is not None and parts.expert and (expert := one_experts(part)):
+            holder, _, name = expert[0].rpartition(".")
+            part = f"{holder}.{expert[1] % parts.expert}.{name}"
         # Rows of a miniature fill no blocks of most formats; few bits show what is wrong.
-        return each._replace(format="int4_row", which=which)
+        return replace(change, intervention="int4_row", part=part)
 
-    def some(given: Iterable[Part]) -> Iterator[Part]:
-        of_layers = grouped(sorted({*map(its, given)}), lambda part: part[:2])
-        for (component, _), own in of_layers.items():
-            yield from own[: max(1, (parts.numbered(component) or 2 * len(own)) // 2)]
+    def smaller(ablation: Ablation) -> Ablation:
+        changes = Ablation.of(*map(of_miniature, ablation.changes))
+        rest, of_layers = changes.changes - {*changes.parts}, grouped(changes.parts, _place)
+        for (_, component), own in of_layers.items():
+            rest |= {*own[: max(1, (parts.numbered(component) or 2 * len(own)) // 2)]}
+        return Ablation(rest)
 
-    return list(
-        dict.fromkeys(
-            replace(
-                ablation,
-                parts=tuple(some(ablation.parts)),
-                rounded=tuple(dict.fromkeys(map(its_map, ablation.rounded))),
-            )
-            for ablation in ablations
-        )
-    )
+    return list(dict.fromkeys(map(smaller, ablations)))
+
+
+def _place(part: Change) -> tuple[int, Component]:
+    return part.layer, part.component
 
 
 @contextmanager
@@ -336,7 +334,7 @@ def _checked(
             _refuse_memory(engine, calls)
 
     def compare(sharing: Sharing) -> Comparison:
-        found = _compared(engine.with_sharing(sharing), calls, ablations, asked, truth)
+        found = compare_both_ways(engine.with_sharing(sharing), calls, ablations, asked, truth)
         if sharing.calls and found.unsteady > OFTEN * found.compared:
             return replace(found, wrong="too often discontinuous")
         return found
@@ -435,7 +433,7 @@ def _asked(
             yield (ablation, *place)
 
 
-def _compared(
+def compare_both_ways(
     engine: Engine,
     calls: Sequence[Sequence[Document]],
     ablations: Sequence[Ablation],

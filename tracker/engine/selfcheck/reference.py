@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracker.core.ablations import Ablation
+from tracker.core.changes import Ablation
 from tracker.core.documents import Request, Response
 from tracker.engine.scoring.plain_call import read_for, scored
 from tracker.engine.scoring.sweep import Engine

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracker.core.ablations import INTACT, Ablation
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.errors import CellError, ModelError
 from tracker.engine.refusal import tried
 from tracker.engine.scoring.sharing import NO_HABITS, PLAIN
@@ -55,17 +55,17 @@ class _Seen:
     @property
     def is_apart(self) -> bool:
         """Whether the checkpoint is another model than the one that skips the layers."""
-        return self.saved is not None and not _alike(self.saved, self.skip)
+        return self.saved is not None and not logits_alike(self.saved, self.skip)
 
     @property
     def is_anew(self) -> bool:
         """Whether the checkpoint is another model than the copy."""
-        return self.saved is not None and (self.lacks or not _alike(self.saved, self.copy))
+        return self.saved is not None and (self.lacks or not logits_alike(self.saved, self.copy))
 
     @property
     def stays(self) -> bool:
         """Whether the layers must stay in their places."""
-        return self.saved is None and not _alike(self.copy, self.skip)
+        return self.saved is None and not logits_alike(self.copy, self.skip)
 
 
 def as_removed(truth: Reference, ablations: Sequence[Ablation], verdict: Verdict) -> Verdict:
@@ -83,7 +83,7 @@ def as_removed(truth: Reference, ablations: Sequence[Ablation], verdict: Verdict
     loading = _loading(engine, still)
     seen: dict[Ablation, _Seen] = {}
     for ablation in ablations:
-        changed = Ablation(ablation.layers, repeated=ablation.repeated)
+        changed = Ablation.of(*ablation.repeated, removed=ablation.removed())
         if changed != INTACT and changed not in seen:
             seen[changed] = found = _see(truth, still, changed, loading)
             if found.copy is None and found.skip is None and found.saved is None:
@@ -143,7 +143,7 @@ def _loading(engine: Engine, still: Engine) -> _Loading:
         log.debug("%s is not loaded as it is: %s", engine.class_name, error)
         return found
     said, why = _text_of(again)
-    if _alike(said, _text_of(still)[0]):
+    if logits_alike(said, _text_of(still)[0]):
         return replace(found, whole=whole)
     log.debug("%s, saved and loaded, says: %s", engine.class_name, why)
     return found
@@ -179,7 +179,7 @@ def _see(truth: Reference, still: Engine, ablation: Ablation, loading: _Loading)
 def _is_other(engine: Engine, ablation: Ablation, seen: _Seen) -> bool:
     """Whether a copy is not the model that it is to be."""
     said, _ = tried(lambda: engine.without(ablation).read(TEXT))
-    return not _alike(said, seen.skip if seen.saved is None else seen.saved)
+    return not logits_alike(said, seen.skip if seen.saved is None else seen.saved)
 
 
 def _which(seen: Mapping[Ablation, _Seen]) -> str | None:
@@ -205,10 +205,11 @@ def _which(seen: Mapping[Ablation, _Seen]) -> str | None:
 
 
 def _named(ablation: Ablation) -> str:
-    plural = "s" if len(ablation.layers) > 1 else ""
-    words = [f"without layer{plural} {', '.join(map(str, ablation.layers))}"]
-    again = [f"with {each.name.partition(':')[2]} passed again" for each in ablation.repeated]
-    return " and ".join((words if ablation.layers else []) + again)
+    layers = ablation.removed()
+    plural = "s" if len(layers) > 1 else ""
+    words = [f"without layer{plural} {', '.join(map(str, layers))}"] if layers else []
+    again = [f"with {span.target} passed again" for span in ablation.repeated]
+    return " and ".join(words + again)
 
 
 def _text_of(engine: Engine) -> tuple[Tensor | None, str | None]:
@@ -218,11 +219,12 @@ def _text_of(engine: Engine) -> tuple[Tensor | None, str | None]:
 
 def _handing_on(engine: Engine, ablation: Ablation) -> AbstractContextManager[None]:
     """Let the layers of an ablation stay in their places and hand on their input."""
-    layers = (engine.loaded.layers[layer] for layer in ablation.layers)
+    layers = (engine.loaded.layers[layer] for layer in ablation.removed())
     return all_of(handle for layer in layers for handle in returning(layer, lambda state: state))
 
 
-def _alike(one: Tensor | None, other: Tensor | None) -> bool:
+def logits_alike(one: Tensor | None, other: Tensor | None) -> bool:
+    """Compare logits up to rounding; what is missing is like nothing."""
     if one is None or other is None:
         return False
     within = 1e-6 if one.dtype == torch.float64 else 1e-3 if one.dtype == torch.float32 else 0.5

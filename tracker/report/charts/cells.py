@@ -9,29 +9,30 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tracker.core import formats
+from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.kinds import KINDS
 from tracker.core.proxies import PROXIES
-from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunRecord, layers_of
+from tracker.core.records import CellRecord, RunRecord, layers_of
 from tracker.report import wording
 from tracker.report.charts import style
 from tracker.report.charts.hover import along_layers, run_hover
 from tracker.report.charts.maps import kind_map, mapped
-from tracker.report.leaderboard.claims import RunOrder, shown_runs
+from tracker.report.leaderboard.claims import shown_runs
 from tracker.stats.support import Verdict
 
 
 def curve_title(cell: CellRecord) -> str:
     """Say in plain text which runs of the layer curve are shown to cost or help, and on what."""
     measure = formats.measure_of(cell)
-    records = [run for run in cell.runs if run.kind.is_single]
+    records = [run for run in cell.runs if run.change.kind.is_single]
     if not any(formats.defined(record.accuracy_drop) for record in records):
         return f"{cell.title}: no {measure.change} is defined"
     shown = shown_runs(cell, records)
-    costly = [record for record in records if shown[record.order] == "costs"]
-    helpful = [record for record in records if shown[record.order] == "helps"]
+    costly = [change for change, verdict in shown.items() if verdict == "costs"]
+    helpful = [change for change, verdict in shown.items() if verdict == "helps"]
     worse, better = ("lower", "raise") if cell.higher_is_better else ("raise", "lower")
     # A layer that something else stands in for is not removed.
-    only = all(record.intervention == "remove" for record in records)
+    only = all(record.change.intervention == "remove" for record in records)
     removals = "removals" if only else "runs"
     says = f"none of {len(records)} {removals} is shown to {worse} {measure.level}"
     if costly:
@@ -79,7 +80,7 @@ def layer_curve(cell: CellRecord) -> style.Chart:
     missing layers are gaps; spans of several layers, and heads, are not in it.
     """
     kinds = curve_kinds(cell)
-    shown = shown_runs(cell, [run for run in cell.runs if run.kind.is_single])
+    shown = shown_runs(cell, [run for run in cell.runs if run.change.kind.is_single])
     single, few = len(kinds) == 1, len(kinds) <= style.FEW
     measure = formats.measure_of(cell)
     data: list[dict[str, Any]] = []
@@ -141,15 +142,15 @@ def layer_curve(cell: CellRecord) -> style.Chart:
     )
 
 
-def _strength(runs: Sequence[RunRecord | None], shown: Mapping[RunOrder, Verdict]) -> list[float]:
-    return style.strength(run is not None and shown[run.order] != "open" for run in runs)
+def _strength(runs: Sequence[RunRecord | None], shown: Mapping[Change, Verdict]) -> list[float]:
+    return style.strength(run is not None and shown[run.change] != "open" for run in runs)
 
 
 def _change_axis(measure: formats.Measure) -> dict[str, Any]:
     return {"title": {"text": f"{measure.change} ({measure.unit})"}, "zeroline": True}
 
 
-def curve_kinds(cell: CellRecord) -> list[Kind]:
+def curve_kinds(cell: CellRecord) -> list[Change]:
     """List the kinds of which the layer curve draws single layers; whole ones without runs.
 
     Layers that are passed again are a row of the map of all stretches, where there is one.
@@ -168,7 +169,7 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
     measure = formats.measure_of(cell)
     with_drop = [run for run in cell.whole_layers if formats.defined(run.accuracy_drop)]
     records = [run for run in with_drop if formats.defined(run.cosine_score)]
-    records.sort(key=lambda record: record.layer)
+    records.sort(key=lambda record: record.change.layer)
     shown = shown_runs(cell, cell.whole_layers)
     along = style.value_axis(PROXIES["cosine_score"].heading, [r.cosine_score for r in records])
     scores = [record.cosine_score or 0.0 for record in records]
@@ -176,14 +177,14 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
     across = style.shares([math.log(x) for x in scores] if along.get("type") == "log" else scores)
     up = style.shares([r.drop.value or 0.0 for r in records], [e for e in ends if e is not None])
     sides = style.label_sides(list(zip(across, up, strict=True)))
-    side = dict(zip((record.layer for record in records), sides, strict=True))
+    side = dict(zip((record.change.layer for record in records), sides, strict=True))
     outer = {0, 1, cell.model.layers - 2, cell.model.layers - 1}
     data = []
     for name, symbol, width, is_outer in (
         ("inner layers", "circle", 0, False),
         ("outer layers (first two, last two)", "diamond-open", 2, True),
     ):
-        group = [record for record in records if (record.layer in outer) == is_outer]
+        group = [record for record in records if (record.change.layer in outer) == is_outer]
         signs = style.sign_colours(record.accuracy_drop for record in group)
         data.append(
             style.trace(
@@ -191,11 +192,11 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
                 name,
                 [record.cosine_score for record in group],
                 [style.finite(record.accuracy_drop, measure.scale) for record in group],
-                [run_hover(cell, record, record) for record in group],
+                [run_hover(cell, record.change, record) for record in group],
                 error_y=style.errors([r.drop for r in group], measure.scale, color=style.FAINT),
                 mode="markers+text",
-                text=[str(record.layer) for record in group],
-                textposition=[side[record.layer] for record in group],
+                text=[str(record.change.layer) for record in group],
+                textposition=[side[record.change.layer] for record in group],
                 textfont={"size": 10, "color": style.GREY},
                 marker={"size": 8, "symbol": symbol, "color": signs, "line": {"width": width}}
                 | {"opacity": _strength(group, shown)},

@@ -9,14 +9,15 @@ import html
 from collections.abc import Callable, Sequence
 
 from tracker.core.answers import interval_name
+from tracker.core.changes import Change
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.formats import defined, measure_of, named_interval, p_value, write
 from tracker.core.proxies import OF_EXPERTS
-from tracker.core.records import CellRecord, Kind, RunIdentity, RunRecord
+from tracker.core.records import CellRecord, RunRecord
 from tracker.report.charts.style import wrap
 
 
-def run_hover(cell: CellRecord, run: RunIdentity, record: RunRecord | None) -> str:
+def run_hover(cell: CellRecord, run: Change, record: RunRecord | None) -> str:
     """Say everything about one run in a hover box; `record` is None where nothing was measured."""
     head = f"<b>{run.label()}</b> · {html.escape(cell.benchmark.title)}"
     if cell.removed:
@@ -56,10 +57,10 @@ def estimate_hover(
 
 
 def along_layers(
-    cell: CellRecord, kind: Kind, layers: Sequence[int]
+    cell: CellRecord, kind: Change, layers: Sequence[int]
 ) -> tuple[list[RunRecord | None], list[str]]:
     """Line up the runs of a kind over layers: records (None where not measured), hover boxes."""
     measured = cell.runs_of(kind)
-    runs = [RunIdentity(layer=layer, **kind._asdict()) for layer in layers]
+    runs = [kind.at(layer) for layer in layers]
     hovers = [run_hover(cell, run, measured.get(run.layer)) for run in runs]
     return [measured.get(layer) for layer in layers], hovers

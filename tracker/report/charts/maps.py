@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tracker.core import formats
+from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.grouping import grouped
 from tracker.core.kinds import ENDS
-from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunIdentity, layers_of
+from tracker.core.records import CellRecord, layers_of
 from tracker.report import wording
 from tracker.report.charts.hover import along_layers
 from tracker.report.charts.style import GREY, OPEN, Chart, chart, finite, layer_axis, trace, wrap
@@ -93,7 +94,7 @@ def row_height(labels: Sequence[str]) -> int:
     return max((15 * (label.count("<br>") + 1) + 10 for label in labels), default=0)
 
 
-def mapped(cell: CellRecord) -> dict[str, list[Kind]]:
+def mapped(cell: CellRecord) -> dict[str, list[Change]]:
     """Find the kinds of runs that make a map together, by its name.
 
     They are the spans of one component, where there are several, and the parts of layers: a row
@@ -108,12 +109,12 @@ def mapped(cell: CellRecord) -> dict[str, list[Kind]]:
     }
 
 
-def _name(family: Kind) -> str:
+def _name(family: Change) -> str:
     name = family.word if family.repeats == 2 else f"{family.word}-{family.repeats}"
     return f"linear-{name}" if family.component == "linear" else name
 
 
-def _rows_of(kinds: Sequence[Kind]) -> tuple[str, str]:
+def _rows_of(kinds: Sequence[Change]) -> tuple[str, str]:
     """Say what the rows of a map are: in its title, and beside its axis."""
     kind = kinds[0]
     if kind.map is not None:
@@ -128,7 +129,7 @@ def _rows_of(kinds: Sequence[Kind]) -> tuple[str, str]:
     return f"{first}removed {what}", "layers"
 
 
-def map_caption(kinds: Sequence[Kind]) -> str:
+def map_caption(kinds: Sequence[Change]) -> str:
     """Say how a map of kinds is read: what its rows and columns are, and what is blank in it."""
     kind = kinds[0]
     if kind.map is not None:
@@ -151,12 +152,12 @@ def map_caption(kinds: Sequence[Kind]) -> str:
     )
 
 
-def map_title(cell: CellRecord, kinds: Sequence[Kind]) -> str:
+def map_title(cell: CellRecord, kinds: Sequence[Change]) -> str:
     """Say in plain text what a map of kinds shows."""
     return f"{cell.title}: {formats.measure_of(cell).change} by {_rows_of(kinds)[0]}"
 
 
-def kind_map(cell: CellRecord, kinds: Sequence[Kind]) -> Chart:
+def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> Chart:
     """Draw the accuracy drop (or loss increase) by layer and by what tells kinds apart.
 
     A row a span or a head, centred at 0; what is shown of all runs of the map is strong, all else
@@ -195,7 +196,7 @@ def kind_map(cell: CellRecord, kinds: Sequence[Kind]) -> Chart:
     )
 
 
-def _layers_along(kind: Kind, layers: Sequence[int]) -> Sequence[int]:
+def _layers_along(kind: Change, layers: Sequence[int]) -> Sequence[int]:
     """Say which layer's run of a kind stands in each column.
 
     The embedding and the head are of no layer, and have one run, at 0: it stands in the first
@@ -207,14 +208,16 @@ def _layers_along(kind: Kind, layers: Sequence[int]) -> Sequence[int]:
     return [0 if column == place else 1 for column in range(len(layers))]
 
 
-def _shown(cell: CellRecord, kinds: Sequence[Kind], layers: Sequence[int]) -> list[list[bool]]:
+def _shown(cell: CellRecord, kinds: Sequence[Change], layers: Sequence[int]) -> list[list[bool]]:
     """Say of which runs something is shown, of all of a map's runs of a cell at once."""
-    verdicts = shown_runs(cell, [run for run in cell.runs if run.kind in kinds])
-    runs = [
-        [RunIdentity(layer=layer, **kind._asdict()) for layer in _layers_along(kind, layers)]
+    verdicts = shown_runs(cell, [run for run in cell.runs if run.change.kind in kinds])
+    return [
+        [
+            not (kind.is_end and layer) and verdicts.get(kind.at(layer), "open") != "open"
+            for layer in _layers_along(kind, layers)
+        ]
         for kind in kinds
     ]
-    return [[verdicts.get(run.order, "open") != "open" for run in row] for row in runs]
 
 
 def strongest(values: Sequence[Sequence[float | None]]) -> float:

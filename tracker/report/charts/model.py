@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from tracker.core.changes import WHOLE_LAYER
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, defined, two_digits, write
 from tracker.core.proxies import OBSERVED, Proxy
-from tracker.core.records import WHOLE_LAYER, CellRecord, layers_of
+from tracker.core.records import CellRecord, layers_of
 from tracker.report.charts import style
 from tracker.report.charts.hover import estimate_hover
 from tracker.report.layer_figures import layer_relevance, why_undefined
@@ -110,7 +111,7 @@ def relevance_curves(board: LayerBoard, label: str) -> style.Chart:
     for number, (cell, name) in enumerate(zip(cells, benchmark_labels(cells), strict=True)):
         figures = [layer_relevance(cell, layer) for layer in layers]
         runs, shown = cell.runs_of(), shown_runs(cell, cell.whole_layers)
-        strong = style.strength(la in runs and shown[runs[la].order] != "open" for la in layers)
+        strong = style.strength(la in runs and shown[runs[la].change] != "open" for la in layers)
         drawn = _relevance(name, layers, figures, [cell.documents] * len(layers))
         drawn["marker"] = {"size": 5, "opacity": strong}
         if alone:

@@ -9,10 +9,11 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, listed, measure_of, p_value
 from tracker.core.grouping import grouped
-from tracker.core.records import WHOLE_LAYER, CellRecord, RunRecord
+from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.paired import outcome_variance
 from tracker.report.leaderboard.comparable import countable
 from tracker.report.wording import benchmark_labels, capital
@@ -30,8 +31,6 @@ FIRST = 5
 _NAMED = 10
 """So many layers that cost little are named; of more it is said how many they are."""
 
-RunOrder = tuple[int | str, ...]
-"""A run's `order`, by which it is found."""
 _ByCell = dict[str, dict[int, Estimate]]
 """A cell's key → layer → a figure, whose interval holds together with all others."""
 
@@ -147,7 +146,9 @@ class Claims:
         or more. None where nothing is open, figures are no accuracies, or no outcome has changed.
         """
         undecided = {*self.open} if self.is_accuracy else set()
-        runs = [run for cell in self.cells for run in cell.whole_layers if run.layer in undecided]
+        runs = [
+            run for cell in self.cells for run in cell.whole_layers if run.change.layer in undecided
+        ]
         variances = list(filter(None, map(outcome_variance, runs)))
         for loss in _LOSSES if variances else ():
             needed = documents_needed(variances, len(self.layers), len(self.cells), loss)
@@ -174,7 +175,7 @@ def claims(cells: Sequence[CellRecord]) -> Claims:
     counting: Sequence[CellRecord] = countable(cells)[0]
     if not counting:
         counting = [c for c in cells if c.whole_layers and not c.is_raced and not c.removed][:1]
-    every = [{run.layer for run in cell.whole_layers} for cell in counting]
+    every = [{run.change.layer for run in cell.whole_layers} for cell in counting]
     layers = tuple(sorted(set.intersection(*every))) if every else ()
     runs = [cell.runs_of() for cell in counting]
     drops = {layer: mean_drop([of[layer] for of in runs], len(layers)) for layer in layers}
@@ -226,11 +227,11 @@ def parts_answer(cell: CellRecord) -> str:
         empty where it has no such runs.
     """
     sentences = []
-    for family, runs in grouped(cell.runs, lambda run: run.kind.family).items():
+    for family, runs in grouped(cell.runs, lambda run: run.change.kind.family).items():
         if family.many:
-            by_order = shown_runs(cell, runs)
+            by_change = shown_runs(cell, runs)
             largest_first = sorted(runs, key=lambda run: -(run.accuracy_drop or 0.0))
-            shown = {run.label(): by_order[run.order] for run in largest_first}
+            shown = {run.change.label(): by_change[run.change] for run in largest_first}
             level = measure_of(cell).level
             sentence = shown_sentence(family.many, shown, level, cell.higher_is_better)
             sentences.append(f"{sentence}.")
@@ -274,7 +275,7 @@ def alone_sentence(cell: CellRecord, average: bool) -> str:
     """Return how many runs of a benchmark are open; `average` says that a mean is shown above."""
     shown = zip(cell.runs, shown_in(cell, cell.runs), strict=True)
     count = sum(v == "open" and run.accuracy_drop is not None for run, v in shown)
-    noun = "layer" if all(run.kind == WHOLE_LAYER for run in cell.runs) else "run"
+    noun = "layer" if all(run.change.kind == WHOLE_LAYER for run in cell.runs) else "run"
     total, every = len(cell.runs), counted(len(cell.runs), noun)
     subject = f"none of the {every} can" if count == total else f"{count} of {every} cannot"
     text = f"{subject} be told from chance" if total > 1 else f"{every} is open"
@@ -297,11 +298,15 @@ def controls_answer(cell: CellRecord) -> str:
         A sentence for each size; empty where none was drawn.
     """
     measure = measure_of(cell)
-    known = [run for run in cell.runs if run.kind.word == "layer" and run.accuracy_drop is not None]
+    known = [
+        run
+        for run in cell.runs
+        if run.change.kind.word == "layer" and run.accuracy_drop is not None
+    ]
     sentences = []
-    for size, runs in grouped(known, lambda run: run.span).items():
-        mine = [run.accuracy_drop or 0.0 for run in runs if not run.drawn]
-        drawn = [run.accuracy_drop or 0.0 for run in runs if run.drawn]
+    for size, runs in grouped(known, lambda run: run.change.span).items():
+        mine = [run.accuracy_drop or 0.0 for run in runs if not run.change.drawn]
+        drawn = [run.accuracy_drop or 0.0 for run in runs if run.change.drawn]
         if not mine or not drawn:
             continue
         ends = " to ".join(measure.write(each) for each in (min(drawn), max(drawn)))
@@ -335,12 +340,12 @@ def shown_in(cell: CellRecord, runs: Sequence[RunRecord]) -> list[Verdict]:
     return verdicts(_all_at_once(cell, runs, len(runs)))
 
 
-def shown_runs(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[RunOrder, Verdict]:
+def shown_runs(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[Change, Verdict]:
     """Say the same for each run by its order."""
-    return dict(zip((run.order for run in runs), shown_in(cell, runs), strict=True))
+    return dict(zip((run.change for run in runs), shown_in(cell, runs), strict=True))
 
 
-def shown_words(cell: CellRecord) -> dict[RunOrder, str]:
+def shown_words(cell: CellRecord) -> dict[Change, str]:
     """Return in a word or two what is shown of each run of a cell, all runs of its kind at once.
 
     Args:
@@ -349,13 +354,15 @@ def shown_words(cell: CellRecord) -> dict[RunOrder, str]:
     Returns:
         A run's order → its `shown_word`; runs without a drop have none.
     """
-    families = grouped(cell.runs, lambda run: (run.kind == WHOLE_LAYER, run.kind.family))
+    families = grouped(
+        cell.runs, lambda run: (run.change.kind == WHOLE_LAYER, run.change.kind.family)
+    )
     words = {}
     for runs in families.values():
         drops = _all_at_once(cell, runs, len(runs))
         for run, drop, verdict in zip(runs, drops, verdicts(drops), strict=True):
             if drop.value is not None:
-                words[run.order] = shown_word(verdict, drop, cell.higher_is_better)
+                words[run.change] = shown_word(verdict, drop, cell.higher_is_better)
     return words
 
 

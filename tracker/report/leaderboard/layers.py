@@ -77,7 +77,7 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
     """Rank the layers of one model; none where no benchmark counts."""
     counted, left_out = countable(cells)
     every = ((cell, run) for cell in counted for run in cell.whole_layers)
-    by_layer = grouped(every, lambda of_cell: of_cell[1].layer)
+    by_layer = grouped(every, lambda of_cell: of_cell[1].change.layer)
     relevances = {
         layer: [relevance_estimate(cell, run) for cell, run in of_cells]
         for layer, of_cells in by_layer.items()

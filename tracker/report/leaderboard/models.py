@@ -199,7 +199,7 @@ def _not_shared(
 
 def _lacking_layers(cell: CellRecord) -> str | None:
     """Say which layers of the model have no relevance: the mean of the others is not its own."""
-    known = {run.layer for run in cell.whole_layers if run.accuracy_relevance is not None}
+    known = {run.change.layer for run in cell.whole_layers if run.accuracy_relevance is not None}
     if known.issuperset(range(cell.model.layers)):
         return None
     return f"{len(known)} of {cell.model.layers} layers have a relevance, and a model counts whole"

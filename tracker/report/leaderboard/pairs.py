@@ -107,7 +107,7 @@ def compare(one: CellRecord, other: CellRecord, family: int = 1) -> dict[int, Es
         return together([run.drop], [run.n], family)[0]
 
     return {
-        run.layer: difference(wide(run), wide(theirs[run.layer]))
+        run.change.layer: difference(wide(run), wide(theirs[run.change.layer]))
         for run in one.whole_layers
-        if run.layer in theirs
+        if run.change.layer in theirs
     }

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tracker.core.changes import Change
 from tracker.core.estimates import Estimate
 from tracker.core.grouping import grouped
 from tracker.core.identities import ModelIdentity
-from tracker.core.records import CellRecord, Kind, RunRecord
+from tracker.core.records import CellRecord, RunRecord
 from tracker.report.leaderboard.claims import (
     Claims,
     answer,
@@ -63,7 +64,7 @@ class PartBoard:
     """
 
     model: ModelIdentity
-    kind: Kind
+    kind: Change
     cells: tuple[CellRecord, ...]
     parts: tuple[PartStanding, ...]
     left_out: dict[str, str]
@@ -72,7 +73,7 @@ class PartBoard:
     def answer(self) -> str:
         """What is shown of them, in a sentence."""
         order = sorted(self.parts, key=lambda part: -(part.deciding.value or 0.0))
-        shown = {part.run.label(): part.verdict for part in order}
+        shown = {part.run.change.label(): part.verdict for part in order}
         over = "on average over" if len(self.cells) > 1 else "on"
         level, many = f"accuracy {over} {name_benchmarks(self.cells)}", self.kind.many
         return f"{shown_sentence(many, shown, level)} ({basis(self.cells, many)})."
@@ -80,7 +81,9 @@ class PartBoard:
 
 def part_boards(cells: Sequence[CellRecord]) -> list[PartBoard]:
     """Rank the parts of one model, kind by kind; none where a kind's benchmarks do not count."""
-    kinds = dict.fromkeys(run.kind.family for cell in cells for run in cell.runs if run.kind.many)
+    kinds = dict.fromkeys(
+        run.change.kind.family for cell in cells for run in cell.runs if run.change.kind.many
+    )
     boards = [_board(cells, kind) for kind in kinds]
     return [board for board in boards if board.parts]
 
@@ -104,16 +107,16 @@ def cell_answer(cell: CellRecord) -> str:
     return " ".join(filter(None, texts))
 
 
-def _board(cells: Sequence[CellRecord], kind: Kind) -> PartBoard:
+def _board(cells: Sequence[CellRecord], kind: Change) -> PartBoard:
     def own(cell: CellRecord) -> list[RunRecord]:
-        return [run for run in cell.runs if run.kind.family == kind]
+        return [run for run in cell.runs if run.change.kind.family == kind]
 
     counted, left_out = countable([cell for cell in cells if own(cell)], own)
-    by_part = grouped((run for cell in counted for run in own(cell)), lambda run: run.order)
+    by_part = grouped((run for cell in counted for run in own(cell)), lambda run: run.change)
     parts = [runs for runs in by_part.values() if len(runs) == len(counted)]
     drops = [mean_drop(runs, len(parts)) for runs in parts]
     full = [runs for runs in parts if all(run.accuracy_relevance is not None for run in runs)]
-    places = dict(zip((runs[0].order for runs in full), ranked(counted, full), strict=True))
+    places = dict(zip((runs[0].change for runs in full), ranked(counted, full), strict=True))
     standings = []
     for runs, drop, verdict in zip(parts, drops, verdicts(drops), strict=True):
         relevance = mean_relevance(counted, runs)
@@ -122,10 +125,10 @@ def _board(cells: Sequence[CellRecord], kind: Kind) -> PartBoard:
                 run=runs[0],
                 relevance=relevance,
                 deciding=drop,
-                rank=places.get(runs[0].order, Estimate(None, reason=relevance.reason)),
+                rank=places.get(runs[0].change, Estimate(None, reason=relevance.reason)),
                 verdict=verdict,
                 shown="undefined" if drop.value is None else shown_word(verdict, drop),
             )
         )
-    standings.sort(key=lambda s: (*by_lower_end(s.deciding), s.run.order))
+    standings.sort(key=lambda s: (*by_lower_end(s.deciding), s.run.change.order))
     return PartBoard(cells[0].model, kind, tuple(counted), tuple(standings), left_out)

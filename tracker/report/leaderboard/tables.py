@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from tracker.core.changes import WHOLE_LAYER
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.formats import counted, layer_list
 from tracker.core.proxies import OBSERVED, PROXIES, Proxy
-from tracker.core.records import NO_REASON, WHOLE_LAYER, CellRecord, layers_of
+from tracker.core.records import NO_REASON, CellRecord, layers_of
 from tracker.core.run_table import layer_column, named, pick
 from tracker.core.tables import Column, Table, table
 from tracker.report.caveats import provenance_notes
@@ -161,13 +162,13 @@ def part_board_columns() -> tuple[Column[RankedRow[PartStanding]], ...]:
 
     def of_run(field: str, label: str, name: str = "") -> Column[RankedRow[PartStanding]]:
         return Column(
-            label, "count", lambda row: getattr(row.standing.run, field), "", name or field
+            label, "count", lambda row: getattr(row.standing.run.change, field), "", name or field
         )
 
     return (
         Column("model", "text", lambda row: row.model, name="model"),
-        Column("kind", "text", lambda row: row.standing.run.kind.family.many, name="kind"),
-        Column("part", "text", lambda row: row.standing.run.label(), name="part"),
+        Column("kind", "text", lambda row: row.standing.run.change.kind.family.many, name="kind"),
+        Column("part", "text", lambda row: row.standing.run.change.label(), name="part"),
         *_ranks(_NO_RANK),
         of_run("first", "layer (0-based)", "layer"),
         of_run("span", "layers"),

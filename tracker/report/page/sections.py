@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tracker.core.changes import WHOLE_LAYER
 from tracker.core.decision_records import DecisionsRecord
-from tracker.core.records import WHOLE_LAYER, CellRecord, Place
+from tracker.core.records import CellRecord, Place
 from tracker.core.tables import Table
 from tracker.report import tables, wording
 from tracker.report.charts.across import depth_curves, difference_chart

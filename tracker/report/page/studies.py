@@ -10,10 +10,11 @@ from typing import Any
 
 import pandas as pd
 
+from tracker.core.changes import WHOLE_LAYER
 from tracker.core.estimates import Estimate
 from tracker.core.findings import SEARCH, FindingRecord, FoundChart, Line, LineChart, MapChart
 from tracker.core.formats import WRITTEN, three_digits, with_interval
-from tracker.core.records import WHOLE_LAYER, CellRecord, Place
+from tracker.core.records import CellRecord, Place
 from tracker.report.charts.maps import ROWS, centred_map, row_height, row_label, strongest
 from tracker.report.charts.style import (
     FEW,
@@ -83,7 +84,7 @@ def _is_step(cell: CellRecord, steps: Collection[Place]) -> bool:
     What lacks layers, or misses some of all runs of one layer, holds nothing else unless a run
     requested it. `steps` are the cells of all of them.
     """
-    whole = {run.layer for run in cell.runs if run.kind == WHOLE_LAYER}
+    whole = {run.change.layer for run in cell.runs if run.change.kind == WHOLE_LAYER}
     partial = bool(cell.removed) or len(whole) < cell.model.layers
     return partial and cell.place in steps and not cell.explicit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tracker.core.changes import WHOLE_LAYER
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.formats import counted, listed, p_value, points, two_digits, with_interval
@@ -17,7 +18,6 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
-    is_whole_layer,
     removing_whole_layers,
     side,
 )
@@ -41,10 +41,10 @@ class Audit(Study):
         """List the cells of the file, each with its whole single layers of the intact model."""
         cells: dict[CellRequest, None] = {}
         for cell in asked.experiment.cells():
-            only = cell.only and tuple(filter(is_whole_layer, cell.only))
+            changes = cell.changes and tuple(c for c in cell.changes if c.kind == WHOLE_LAYER)
             # A cap on the runs may leave none of these.
-            if only != ():
-                cells[removing_whole_layers(cell, removed=(), only=only)] = None
+            if changes != ():
+                cells[removing_whole_layers(cell, removed=(), changes=changes)] = None
         if not any(len(cell.layers) >= FEWEST for cell in cells):
             raise RequestError(
                 "the audit orders layers, and this file names fewer than three; write layer: "

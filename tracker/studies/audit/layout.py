@@ -271,7 +271,7 @@ def _map(audit: ModelAudit) -> Iterator[FoundChart]:
         between = ranks_in(cell.record, runs)
         scores = places([run.cosine_score for run in runs])
         off = {
-            run.layer
+            run.change.layer
             for run, score, (best, worst) in zip(runs, scores, between, strict=True)
             if not best <= score <= worst
         }

@@ -146,7 +146,11 @@ def _together(subjects: Sequence[Subject]) -> Iterator[tuple[str, list[int]]]:
 
     def alike(n: int) -> object:
         record = subjects[n].record
-        return record.model.key, record.removed, tuple(run.layer for run in record.whole_layers)
+        return (
+            record.model.key,
+            record.removed,
+            tuple(run.change.layer for run in record.whole_layers),
+        )
 
     accuracies = [n for n, subject in enumerate(subjects) if subject.record.higher_is_better]
     for members in grouped(accuracies, alike).values():

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from tracker.core.ablations import Ablation
+from tracker.core.changes import Ablation
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.formats import WRITTEN, measure_of, with_interval
 from tracker.ledger.aligned import Strata
@@ -116,16 +116,18 @@ def measured(subject: Subject) -> tuple[list[Pairs], list[str]]:
     """Derive the interactions of a cell by every measure, and say what is lacking."""
     record = subject.record
     wanted = list(combinations([run.layer for run in subject.view.runs], 2))
-    outcomes = subject.outcomes(besides=[Ablation(pair) for pair in wanted])
+    outcomes = subject.outcomes(besides=[Ablation.of(removed=pair) for pair in wanted])
     layers = [run.layer for run in outcomes.runs]
-    pairs = [pair for pair in combinations(layers, 2) if outcomes.has(Ablation(pair))]
+    pairs = [pair for pair in combinations(layers, 2) if outcomes.has(Ablation.of(removed=pair))]
     if not pairs or len(outcomes.tasks) < 2:
         return [], [f"{len(pairs)} pairs on {len(outcomes.tasks)} documents are measured"]
     why = []
     if len(pairs) < len(wanted):
         why.append(f"{len(wanted) - len(pairs)} of {len(wanted)} pairs are not measured")
     layers = sorted({layer for pair in pairs for layer in pair})
-    ablations = [Ablation(layers) for layers in [*((layer,) for layer in layers), *pairs]]
+    ablations = [
+        Ablation.of(removed=layers) for layers in [*((layer,) for layer in layers), *pairs]
+    ]
     room = None
     if record.baseline_accuracy is not None and record.chance_accuracy is not None:
         room = record.baseline_accuracy - record.chance_accuracy

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tracker.core.ablations import Ablation, Rounded
+from tracker.core.changes import Ablation
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted
 from tracker.core.provenance import content_hash
@@ -172,10 +172,8 @@ class Choosing:
 
     def _errors(self) -> dict[str, Array]:
         """Observe the errors of weights and outputs [units, formats], by what people call them."""
-        maps = [
-            Rounded(form, unit.layer, unit.which) for unit in self.units for form in self.formats
-        ]
-        kind = f"rounding-{content_hash([each.name for each in maps])[:8]}"
+        maps = [unit.change(form) for unit in self.units for form in self.formats]
+        kind = f"rounding-{content_hash([*map(str, maps)])[:8]}"
         seen = observe(self.subject, kind, self.asked, partial(errors_of, maps=maps))
         figures = lined_up(seen, self.subject.outcomes())
         shape = (len(self.units), len(self.formats))
@@ -253,7 +251,11 @@ def losses_of(record: CellRecord, units: Sequence[Unit], formats: Sequence[str])
         `[units, formats]` in nats; None where one is undefined.
     """
     found = {
-        (run.layer, run.map or "", str(run.intervention)): run.gold_logprob_drop
+        (
+            run.change.layer,
+            run.change.map or "",
+            str(run.change.intervention),
+        ): run.gold_logprob_drop
         for run in record.runs
     }
     losses = [[found.get((unit.layer, unit.which, form)) for form in formats] for unit in units]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tracker.core.ablations import removals
+from tracker.core.ablations import changes_of
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.formats import counted, defined, points
@@ -77,7 +77,7 @@ class Savings(Study):
         """Take the file's cells; RequestError where a named question cannot be asked of one."""
         cells = asked.experiment.cells()
         for cell in cells:
-            runs = len(list(removals(cell, _ANY_MODEL)))
+            runs = len(list(changes_of(cell, _ANY_MODEL)))
             try:
                 for asked_for in self._asked if self._named else ():
                     asked_for.refuse(runs)

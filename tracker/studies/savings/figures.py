@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from tracker.core.ablations import INTACT, Ablation
+from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import ExperimentError
 from tracker.core.estimates import Estimate
 from tracker.core.questions import Question
-from tracker.core.records import RunIdentity
 from tracker.engine.scoring.streams import plain_passes, plan_streams
 from tracker.ledger.blocks import turns
 from tracker.ledger.early_stopping import refuse_unbounded
@@ -49,7 +48,7 @@ class MeasuredDocuments:
     """
 
     title: str
-    runs: tuple[RunIdentity, ...]
+    runs: tuple[Change, ...]
     drops: Array
     tasks: tuple[str, ...]
     counts: Mapping[str, int]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tracker.core.ablations import INTACT, ablate
+from tracker.core.changes import INTACT, Ablation
 from tracker.core.config import CellRequest
 from tracker.core.formats import counted
 from tracker.core.records import RunRecord
@@ -100,7 +100,7 @@ def measured(subject: Subject, built: Built) -> Shown:
         score=scores.pop(WHISPER),
         other=min(scores.values()),
         right=right,
-        without=int(counts[ablate("layer", (WHISPER,)).name][0]),
+        without=int(counts[Ablation.of(removed=(WHISPER,)).name][0]),
         units=units - (lesson.clashing if built.is_open else 0),
     )
 
@@ -147,8 +147,8 @@ def layers_table(shown: Shown) -> Table:
     """What each layer of one model does, and what it seems to be worth."""
     record = shown.subject.record
     columns: tuple[Column[RunRecord], ...] = (
-        Column("layer", "count", lambda run: run.layer),
-        Column("its job", "text", lambda run: JOBS[run.layer]),
+        Column("layer", "count", lambda run: run.change.layer),
+        Column("its job", "text", lambda run: JOBS[run.change.layer]),
         Column("cosine score", "times", lambda run: run.cosine_score, _NOT_FINITE),
         Column(f"{record.metric} without it", "percent", lambda run: run.accuracy, _NOT_FINITE),
     )

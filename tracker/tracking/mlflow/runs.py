@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from tracker.core.changes import BASELINE
 from tracker.core.identities import TaskIdentity
 from tracker.core.provenance import content_hash
-from tracker.core.records import BASELINE, CellRecord
+from tracker.core.records import CellRecord
 from tracker.core.text import as_markdown
 from tracker.tracking.identity import first_label, run_key
 from tracker.tracking.runs import DescribedRun, cell_note
@@ -71,7 +72,10 @@ def mlflow_run(run: DescribedRun, parent_id: str | None = None, links: str = "")
 def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> str:
     """Link a cell's runs, as many as its note has room for; `ids` are MLflow's, by run key."""
     digits = max(2, len(str(cell.model.layers - 1)))
-    labels = {BASELINE: first_label(cell), **{run.ablation: run.label(digits) for run in cell.runs}}
+    labels = {
+        BASELINE: first_label(cell),
+        **{run.ablation: run.change.label(digits) for run in cell.runs},
+    }
     labels = {name: label for name, label in labels.items() if run_key(cell, name) in ids}
     room = _TAG_CHARACTERS - len(cell_note(cell)) - 100
     text = "\n\nRuns:"

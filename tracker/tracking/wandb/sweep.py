@@ -15,8 +15,9 @@ from typing import Any
 import wandb
 from typing_extensions import override
 
+from tracker.core.changes import Change
 from tracker.core.errors import TrackingError
-from tracker.core.records import CellRecord, RunIdentity, RunRecord
+from tracker.core.records import CellRecord, RunRecord
 from tracker.core.text import masked
 from tracker.tracking.base import PROGRESS, Ending, OpenRuns, SweepTrial, sync_command, when_mended
 from tracker.tracking.identity import run_name
@@ -118,7 +119,7 @@ class WandbTrial:
         self._results = results.absolute()
         self._handle: Any = None
 
-    def begin(self, cell: CellRecord, layer: RunIdentity) -> None:
+    def begin(self, cell: CellRecord, layer: Change) -> None:
         """Open the run while what the trial asked for, a run of the cell, is measured."""
         with self._session():
             log_in()

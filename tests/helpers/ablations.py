@@ -1,0 +1,21 @@
+"""The sweep that most tests compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from tracker.core.changes import COLUMNS, INTACT, Ablation, Change
+from tracker.core.records import RunRecord
+
+
+def single_layers(layers: Iterable[int]) -> list[Ablation]:
+    """The baseline, then the ablation of each layer alone."""
+    return [INTACT, *(Ablation.parse(f"layer:{layer}") for layer in layers)]
+
+
+def with_change(run: RunRecord, **fields: Any) -> RunRecord:
+    """Give a record another change, by the columns of data frames, and other figures."""
+    columns = {name: getattr(run.change, name) for name in COLUMNS}
+    change = Change.of_fields(**columns | {n: fields.pop(n) for n in COLUMNS if n in fields})
+    return run.model_copy(update={"change": change, "ablation": Ablation.of(change).name, **fields})

@@ -1,0 +1,123 @@
+"""Plain lm-eval, which tracker is compared with: no code of ours."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import lm_eval.evaluator
+import lm_eval.tasks
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TASKS = Path(lm_eval.tasks.__file__).parent
+SPLITS = ("training_split", "validation_split", "test_split")
+
+
+def evaluate(model: Any, **settings: Any) -> dict[str, Any]:
+    """Run lm-eval's own loop, but do not let it ask pip, git and compilers what is installed."""
+    with pytest.MonkeyPatch.context() as there:
+        there.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+        there.setattr(lm_eval.evaluator, "get_git_commit_hash", lambda: None)
+        found: dict[str, Any] = lm_eval.simple_evaluate(model, bootstrap_iters=0, **settings)
+    return found
+
+
+def tasks_in(folder: Path, **settings: Any) -> lm_eval.tasks.TaskManager:
+    """The tasks of a folder, and no others."""
+    return lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False, **settings)
+
+
+def write_plain(
+    folder: Path, task: str, config: str, kind: str, files: Mapping[str, Path], more: str = ""
+) -> None:
+    """Write a task `plain_…`: one of lm-eval's own, by its file, on files of some kind alone."""
+    folder.mkdir(exist_ok=True)
+    listed = "".join(f"    {split}: {path}\n" for split, path in files.items())
+    without = "".join(f"{s}: null\n" for s in SPLITS if s.removesuffix("_split") not in files)
+    (folder / f"plain_{task}.yaml").write_text(
+        f"include: {TASKS / config}\ntask: plain_{task}\ndataset_path: {kind}\n"
+        f"dataset_name: null\n{without}dataset_kwargs:\n  data_files:\n{listed}{more}"
+    )
+
+
+def parts(folder: Path) -> tuple[Any, Any]:
+    """A model and its tokenizer, as anybody loads them."""
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def cut(model: Any, layer: int | None) -> Any:
+    """Take a layer really out of a copy of a Llama."""
+    model = copy.deepcopy(model)
+    if layer is not None:
+        del model.model.layers[layer]
+        for index, module in enumerate(model.model.layers):
+            module.self_attn.layer_idx = index
+        model.config.num_hidden_layers -= 1
+    return model
+
+
+@torch.no_grad()
+def token_by_token(model: Any, ids: list[int], prefix: int, length: int) -> tuple[int, float]:
+    """Predict one token at a time; a block of tokens sees up to the model's length before its end.
+
+    How many are right, and the loss of all in nats.
+    """
+    hits, loss = 0, 0.0
+    for place, token in enumerate(ids):
+        end = min((place // length + 1) * length, len(ids))
+        context = [prefix, *ids][max(0, end - length) : place + 1]
+        logprobs = model(torch.tensor([context])).logits[0, -1].log_softmax(-1)
+        hits += int(logprobs.argmax()) == token
+        loss -= float(logprobs[token])
+    return hits, loss
+
+
+class Asked(HFLM):  # type: ignore[misc]
+    """lm-eval's own model, which answers nothing and writes down what it is asked."""
+
+    def __init__(self, model: Any, tokenizer: Any, **settings: Any) -> None:
+        super().__init__(model, tokenizer=tokenizer, backend="causal", batch_size=1, **settings)
+        self.tokens: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        self.prompts: list[tuple[str, Any]] = []
+
+    def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+        self.tokens += [(tuple(context), tuple(answer)) for _, context, answer in requests]
+        return [(-1.0, False)] * len(requests)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        self.prompts = [(each.args[0], each.args[1]) for each in requests]
+        return [""] * len(requests)
+
+
+def tokens_of(documents: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """What our documents ask, as `Asked` writes it down."""
+    return [(r.context, r.continuation) for document in documents for r in document.requests]
+
+
+def write_rows(folder: Path, **splits: Iterable[Any]) -> Path:
+    """Write a data set's splits; returns its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in splits.items():
+        lines = (json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+PLACES = {
+    "wikitext": ("EleutherAI/wikitext_document_level/wikitext-2-raw-v1", "page", "test"),
+    "c4": ("allenai/c4/en", "text", "validation"),
+}
+
+
+AGGREGATIONS = {
+    "word_perplexity": "weighted_perplexity",
+    "byte_perplexity": "weighted_perplexity",
+    "bits_per_byte": "bits_per_byte",
+}

@@ -1,0 +1,100 @@
+"""Tiny mixtures of experts, and models with fewer experts."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from tests.conftest import save_tokenizer
+from tests.helpers.registry import Variant, tiny
+from tracker.core.changes import Ablation, Change
+from tracker.models.layers import find_layers
+
+MIXTURES = {
+    "mixtral": "num_local_experts",
+    "qwen3_moe": "num_experts",
+    "olmoe": "num_experts",
+    "deepseek_v3": "n_routed_experts",
+    "gpt_oss": "num_local_experts",
+    "granitemoe": "num_local_experts",
+    "phimoe": "num_local_experts",
+    "jamba": "num_experts",
+    # A correction of the scores lies beside the router, in a row, or in the block around it.
+    "ernie4_5_moe": "moe_num_experts",
+    "minimax_m2": "num_local_experts",
+    "lfm2_moe": "num_experts",
+}
+"""Families, and what their configurations call how many experts a layer has."""
+
+
+UNDIVIDED = {
+    "gemma4_text": "num_experts",
+    "granitemoehybrid": "num_local_experts",
+    "nemotron_h": "n_routed_experts",
+    "minimax": "num_local_experts",
+    "deepseek_v4": "num_local_experts",
+}
+"""Those whose layers are no attention and MLP that add to one stream; the same."""
+
+
+ONE_GROUP = {"n_group": 1, "topk_group": 1}
+
+
+MORE = {
+    "deepseek_v3": ONE_GROUP,
+    "nemotron_h": {
+        **ONE_GROUP,
+        "layers_block_type": ["moe", "full_attention", "moe", "linear_attention"],
+    },
+    "jamba": {"expert_layer_offset": 1},
+    "gemma4_text": {"enable_moe_block": True},
+    "deepseek_v4": {"mlp_layer_types": ["moe"] * 4},
+}
+
+
+def mixture(family, experts=5, **more):
+    """Make a tiny mixture, a token of which goes to two experts of a layer."""
+    count = (MIXTURES | UNDIVIDED)[family]
+    settings = {**tiny(family), **MORE.get(family, {}), count: experts, **more}
+    return Variant(family, "plain", settings).model()
+
+
+def experts(layer, *numbers):
+    """Take some experts of a layer out."""
+    return Ablation.of(*(Change.parse(f"expert:{layer}.{number}") for number in numbers))
+
+
+def smaller(model, family, ablation):
+    """Make a model of a configuration with fewer experts, and put its layers in a copy."""
+    by_layer = {}
+    for part in ablation.parts:
+        by_layer.setdefault(part.layer, []).append(part.number)
+    twin = copy.deepcopy(model)
+    for layer, gone in by_layer.items():
+        config, name = copy.deepcopy(model.config), (MIXTURES | UNDIVIDED)[family]
+        count = getattr(config, name)
+        setattr(config, name, count - len(gone))
+        fewer = type(model)(config).float().eval().requires_grad_(False)
+        kept = [number for number in range(count) if number not in gone]
+        wanted = fewer.state_dict()
+        fewer.load_state_dict(
+            {
+                name: value
+                if value.shape == wanted[name].shape
+                else value.index_select(int(len(value) == 1), torch.tensor(kept))
+                for name, value in model.state_dict().items()
+            }
+        )
+        find_layers(twin)[layer] = find_layers(fewer)[layer]
+    return twin
+
+
+def save_mixture(folder, family):
+    """Make a folder with a tiny mixture whose rows fill blocks of 32, and a real tokenizer."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96}
+    shape = {name: size for name, size in sizes.items() if name in tiny(family)}
+    shape |= {"vocab_size": save_tokenizer(folder, False), "num_hidden_layers": 2}
+    model = Variant(family, "plain", tiny(family) | shape).model()
+    model.save_pretrained(folder)
+    return model

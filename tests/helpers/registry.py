@@ -1,0 +1,514 @@
+"""Every causal language model of the installed transformers, tiny, and its variants.
+
+A family is an entry of transformers' registry. Its tiny configuration is the class's own, with
+`SIZES` in place of what it has of them, and with what `SPECIAL` says where that does not build. Its
+variants change one thing each: a window, a chunk, the order of the kinds of layers, the kind of
+rotary positions, a switch. What a class refuses is no variant of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILY_NAMES,
+)
+
+VOCABULARY = 97
+LAYERS = 4
+LONGEST = 256
+"""Positions that a model has, more than any document of the survey."""
+ORIGINAL = 24
+"""Length behind which rotary factors that depend on the call change."""
+WINDOW = 5
+CHUNK = 8
+STD = 0.3
+"""So large that no layer's removal goes unseen."""
+
+_SIZES: tuple[tuple[Any, str], ...] = (
+    # Words.
+    (VOCABULARY, "vocab_size unpadded_vocab_size vocab_size_per_layer_input"),
+    (0, "pad_token_id"),
+    (1, "bos_token_id"),
+    (2, "eos_token_id"),
+    # Widths.
+    (32, "hidden_size embedding_size word_embed_proj_dim lru_width"),
+    (8, "hidden_size_per_layer_input"),
+    (
+        48,
+        "intermediate_size intermediate_size_mlp dense_intermediate_size "
+        "prefix_dense_intermediate_size ffn_hidden_size ffn_dim n_inner dff dim_ff",
+    ),
+    # Depths and heads.
+    (LAYERS, "num_hidden_layers"),
+    (4, "num_attention_heads swa_num_attention_heads num_heads rotary_dim"),
+    (2, "num_key_value_heads swa_num_key_value_heads"),
+    (
+        8,
+        "head_dim swa_head_dim global_head_dim attention_head_dim dim_head kv_channels "
+        "query_pre_attn_scalar",
+    ),
+    # Low ranks.
+    (16, "q_lora_rank kv_lora_rank qk_head_dim router_hidden_size"),
+    (8, "o_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim hc_lowrank"),
+    (4, "gated_norm_rank laurel_rank adapter_rank loop_gate_rank d_rel"),
+    # Experts.
+    (4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
+    (2, "zero_expert_num num_experts_per_tok moe_topk moe_k n_group"),
+    (1, "topk_group n_shared_experts num_dense_layers first_k_dense_replace"),
+    (
+        24,
+        "moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size "
+        "shared_experts_intermediate_size moe_shared_expert_intermediate_size "
+        "shared_intermediate_size",
+    ),
+    # Lengths, windows and chunks, all shorter than the documents.
+    (LONGEST, "max_position_embeddings n_ctx max_seq_len"),
+    (
+        WINDOW,
+        "sliding_window sliding_window_size window_size attention_window_size keep_window_size",
+    ),
+    (2 * WINDOW, "local_attention"),
+    (
+        CHUNK,
+        "attention_chunk_size chunk_size mamba_chunk_size block_size floor_scale "
+        "log_scaling_n_floor",
+    ),
+    (16, "rel_extent"),
+    (2, "rescale_every no_rope_layer_interval global_attn_every_n_layers"),
+    # Sparse attention by an index of its own.
+    # Many heads: an index of few is often exactly zero, and its top-k a tie.
+    (32, "index_n_heads"),
+    (16, "index_head_dim"),
+    (6, "index_topk"),
+    (4, "index_block_size"),
+    (2, "index_topk_blocks"),
+    # Recurrent states.
+    (4, "state_size ssm_state_size mamba_d_state linear_num_heads linear_num_value_heads"),
+    (
+        8,
+        "mamba_n_heads mamba_num_heads mamba_d_head mamba_head_dim n_mamba_heads "
+        "linear_head_dim linear_key_head_dim linear_value_head_dim",
+    ),
+    (64, "mamba_d_ssm"),
+    (2, "n_groups linear_num_key_heads layer_group_size max_window_layers"),
+    # Weights.
+    (STD, "initializer_range init_std"),
+    (1.0, "w_init_variance_scale"),
+    ("float32", "dtype"),
+)
+SIZES = {name: value for value, names in _SIZES for name in names.split()}
+"""What a tiny model has of each setting that its class has by one of these names."""
+
+ABSENT_STAYS_ABSENT = {
+    "q_lora_rank", "sliding_window", "n_group", "topk_group", "n_inner", "embedding_size",
+    "intermediate_size", "hidden_size_per_layer_input", "prefix_dense_intermediate_size",
+    "ffn_hidden_size", "unpadded_vocab_size",
+}  # fmt: skip
+"""Settings that a class leaves out by default, which then mean something else."""
+
+PART = {"num_hidden_layers": 2, "depth": 2, "num_blocks": 2, "image_size": 28, "patch_size": 14}
+"""What the other part of a model that also sees or hears has: other depths than the text's."""
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 50,
+        "encoder_config": {"hidden_size_global": 32},
+        "decoder_config": {"hidden_size_global": 32},
+    },
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0}
+            for kind in ("full_attention", "sliding_attention")
+        },
+    },
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": {"n_group": 2, "topk_group": 1},
+    "dots1": {"sliding_window": WINDOW},
+    "dots3_note_text": {
+        "q_lora_rank": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 16, "sliding_window": WINDOW,
+        "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8, "head_dim": 16,
+    },
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    },
+    "fuyu": {"text_config": "persimmon"},
+    "gemma3": {"vision_config": "siglip_vision_model"},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_text": {
+        "global_head_dim": 8, "num_global_key_value_heads": 2, "num_experts": 4, "top_k_experts": 2,
+    },
+    "gemma4_unified": {"vision_config": {"mm_embed_dim": 32, "mm_posemb_size": 16}},
+    "gemma4_unified_text": {"global_head_dim": 8, "num_global_key_value_heads": 2},
+    "got_ocr2": {"text_config": "qwen2"},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granite_swa": {"layer_rope_theta": [1e4, 50.0, 1e3, 5.0]},
+    "granitemoe_swa": {"layer_rope_theta": [1e4, 50.0, 1e3, 5.0]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "laguna": {"num_attention_heads_per_layer": [4, 8, 2, 4]},
+    "longcat_flash": {"num_layers": LAYERS},
+    "mamba2": {"num_heads": 8},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": ORIGINAL, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "beta_fast": 32.0, "beta_slow": 1.0,
+        },
+    },
+    "moshi": {"audio_encoder_config": "mimi", "audio_vocab_size": 32},
+    "moss_transcribe_diarize": {"text_config": "qwen3"},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 8, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+}  # fmt: skip
+"""What a family needs besides to build and to run."""
+
+KINDS: dict[str, dict[str, list[Any]]] = {
+    "dots1": {"layer_types": ["full_attention", "sliding_attention"]},
+    "glm_moe_dsa": {"indexer_types": ["full", "shared"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+}
+"""Kinds of layers that a family knows and its default does not use, in an order that runs."""
+
+_NOT_BUILT = {
+    "reads in both directions: an encoder": (
+        "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie",
+        "megatron-bert", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert",
+        "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+    ),
+    "the decoder half of an encoder and a decoder": (
+        "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "musicgen",
+        "musicgen_melody", "mvp", "pegasus", "plbart", "prophetnet", "trocr", "whisper",
+    ),
+    "predicts in permuted order: its hidden states see the future": ("xlnet",),
+    "drafts for another model, whose hidden states it reads": (
+        "gemma4_assistant", "gemma4_unified_assistant",
+    ),
+    "its vision part needs another package; its text part is gemma3n_text": ("gemma3n",),
+}  # fmt: skip
+NOT_BUILT = {family: why for why, names in _NOT_BUILT.items() for family in names}
+"""Entries of the registry that are no decoder-only model of text, and why."""
+
+SWITCHES = (
+    "tie_word_embeddings", "use_parallel_residual", "parallel_attn", "alibi", "multi_query",
+    "new_decoder_architecture", "use_sliding_window", "do_layer_norm_before", "is_moe",
+    "scale_attn_by_inverse_layer_idx", "attn_temperature_tuning", "use_long_context",
+    "use_mem_rope", "use_shared_attention_adapter", "mamba_rms_norm", "use_qk_norm",
+    "attention_k_eq_v", "enable_moe_block", "use_double_wide_mlp", "norm_topk_prob",
+    "rope_interleave", "qk_layernorm", "add_out_norm", "prefix_lm", "mup_enabled", "gating",
+    "kda_safe_gate",
+)  # fmt: skip
+"""Settings that are turned over, each in a variant of its own."""
+
+VALUES: dict[str, tuple[Any, ...]] = {
+    "sliding_window": (17,),
+    "sliding_window_size": (17,),
+    "attention_window_size": (17,),
+    "window_size": (3, 17),
+    "local_attention": (6, 34),
+    "keep_window_size": (2, 17),
+    "attention_chunk_size": (5, 17),
+    "chunk_size": (32,),
+    "mamba_chunk_size": (32,),
+    "block_size": (32,),
+    "floor_scale": (3, 20),
+    "log_scaling_n_floor": (3, 20),
+    "index_topk": (2, 40),
+    "rel_extent": (4,),
+    "no_rope_layers": ([1, 0, 1, 0], [0, 1, 0, 1]),
+    "no_rope_layer_interval": (3,),
+    "first_k_dense_replace": (0, 2),
+    "num_dense_layers": (2,),
+    "interleave_moe_layer_step": (2,),
+    "decoder_sparse_step": (2,),
+    "mlp_only_layers": ([0], [1, 3]),
+    "num_kv_shared_layers": (0, 2),
+    "num_key_value_heads": (1,),
+    "rescale_every": (0, 3),
+    "attention_multiplier": (0.5,),
+    "residual_multiplier": (0.7,),
+    "position_embedding_type": ("rope",),
+    "topk_method": ("group_limited_greedy",),
+    "expert_layer_period": (1,),
+    "q_lora_rank": (None,),
+    "attn_logit_softcapping": (5.0,),
+    "partial_rotary_factor": (0.5,),
+    "num_mem_blocks": (2,),
+    "loop_num_passes": (1,),
+    "n_recurrent_loops": (1,),
+}
+"""Values that a setting takes, each in a variant of its own."""
+
+ROPES = ("linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One tiny model.
+
+    Attributes:
+        family: The registry's name of its configuration's class.
+        name: What is varied; `plain` for nothing.
+        settings: What its configuration is made from.
+        seed: For its weights.
+    """
+
+    family: str
+    name: str
+    settings: dict[str, Any] = field(hash=False)
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.family}, {self.name}"
+
+    def config(self) -> Any:
+        """Make the configuration."""
+        return config_class(self.family)(**_fresh(self.settings))
+
+    def model(self) -> Any:
+        """Make the model, its weights random and large, in float32."""
+        torch.manual_seed(self.seed)
+        config = self.config()
+        model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+        draw = torch.Generator().manual_seed(self.seed + 1)
+        for weights in model.parameters():
+            weights.requires_grad_(False)
+            if _is_constant(weights) and not (weights.ndim == 1 and bool((weights == 1).all())):
+                weights.normal_(0, STD, generator=draw)
+        return model
+
+
+def config_class(family: str) -> Any:
+    """Find the class of a family's configuration."""
+    return CONFIG_MAPPING[family]
+
+
+def families() -> list[str]:
+    """Name every family that is built."""
+    return [family for family in FAMILY_NAMES if family not in NOT_BUILT]
+
+
+def variants(family: str) -> Iterator[Variant]:
+    """Make a family's variants, the plain one first."""
+    own = config_class(family)
+    plain = tiny(family)
+    yield Variant(family, "plain", plain)
+    for name, changed in _changes(own, plain, family):
+        yield Variant(family, name, {**plain, **changed})
+
+
+def tiny(family: str) -> dict[str, Any]:
+    """Choose the settings of a family's plain variant."""
+    return _tiny(config_class(family), family)
+
+
+def _tiny(own: Any, family: str) -> dict[str, Any]:
+    known, names = _known(own), own.attribute_map
+    settings: dict[str, Any] = {}
+    for name, value in SIZES.items():
+        native = name if name in known else names.get(name)
+        if native not in known or (name in ABSENT_STAYS_ABSENT and known[native] is None):
+            continue
+        settings[native] = value
+    for name in ("num_key_value_heads", "swa_num_key_value_heads", "num_kv_heads"):
+        default = known.get(name)
+        heads = known.get(name.replace("key_value", "attention"))
+        if name in settings and default is not None:
+            settings[name] = 4 if default == heads else 1 if default == 1 else 2
+    if "kv_lora_rank" in settings and "num_key_value_heads" in settings:
+        settings["num_key_value_heads"] = 4
+    for name in ("num_experts_per_tok", "moe_topk"):
+        if known.get(name) == 1:
+            settings[name] = 1
+    special = SPECIAL.get(family, {})
+    for name, sub in own.sub_configs.items():
+        part = special.get(name, sub)
+        kind = CONFIG_MAPPING[part] if isinstance(part, str) else sub
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+            continue
+        settings[name] = _tiny(kind, kind.model_type)
+        if name in ("vision_config", "audio_config"):
+            settings[name] |= {k: v for k, v in PART.items() if k in _known(kind)}
+        if isinstance(part, str):
+            settings[name]["model_type"] = part
+        elif isinstance(part, dict):
+            settings[name] |= part
+    settings |= {k: v for k, v in special.items() if k not in own.sub_configs or v is None}
+    for name, kinds in _kinds(own, family).items():
+        if name not in special and len(kinds) > 1:
+            settings[name] = _alternate(kinds)
+    return settings
+
+
+@cache
+def _known(own: Any) -> dict[str, Any]:
+    """The settings of a configuration's class, and their defaults."""
+    return {
+        one.name: None if one.default is dataclasses.MISSING else one.default
+        for one in dataclasses.fields(own)
+    }
+
+
+@cache
+def _default(own: Any) -> Any:
+    try:
+        return own()
+    except Exception:  # noqa: BLE001 - some have no valid default
+        return None
+
+
+def _kinds(own: Any, family: str) -> dict[str, list[Any]]:
+    """Find a configuration's lists with one entry a layer, and the kinds of entries of each."""
+    default = _default(own)
+    depth = getattr(default, "num_hidden_layers", None)
+    found = {
+        name: list(dict.fromkeys(value))
+        for name, value in vars(default).items()
+        if name in _known(own) and isinstance(value, (list, tuple)) and len(value) == depth
+        and all(isinstance(entry, str) for entry in value)
+    } if default is not None else {}  # fmt: skip
+    window = getattr(default, "sliding_window", None) is not None
+    types = found.get("layer_types")
+    if window and types and set(types) <= {"full_attention", "sliding_attention"}:
+        found["layer_types"] = [*types, *({"full_attention", "sliding_attention"} - set(types))]
+    return found | KINDS.get(family, {})
+
+
+def _alternate(kinds: list[Any], first: int = 0) -> list[Any]:
+    return [kinds[(first + layer) % len(kinds)] for layer in range(LAYERS)]
+
+
+def _changes(own: Any, plain: dict[str, Any], family: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    known = _known(own)
+    yield "eager", {"attn_implementation": "eager"}
+    for name, kinds in _kinds(own, family).items():
+        if len(kinds) < 2:
+            continue
+        for first, kind in enumerate(kinds):
+            yield f"{name} {kind} first", {name: _alternate(kinds, first)}
+            yield f"{name} all {kind}", {name: [kind] * LAYERS}
+            other = kinds[(first + 1) % len(kinds)]
+            yield f"{name} {kind} around {other}", {name: [kind, other, other, kind]}
+    for name in SWITCHES:
+        if name in known and isinstance(known[name], bool):
+            yield f"{name} {not known[name]}", {name: not known[name]}
+    for name, values in VALUES.items():
+        for value in values:
+            if name in known and plain.get(name, known[name]) != value:
+                yield f"{name} {value}", {name: value}
+    if "rope_parameters" in known:
+        for rope in ROPES:
+            changed = _rope(own, plain, rope)
+            if changed:
+                yield f"rope {rope}", changed
+                if rope == "longrope":
+                    yield f"rope {rope}, eager", {**changed, "attn_implementation": "eager"}
+
+
+def _rope(own: Any, plain: dict[str, Any], rope: str) -> dict[str, Any] | None:
+    """Change the kind of rotary positions, in every kind of layer that has some."""
+    try:
+        config = own(**_fresh(plain))
+    except Exception:  # noqa: BLE001 - the plain variant says so
+        return None
+    given = getattr(config, "rope_parameters", None)
+    if not given:
+        return None
+    width = getattr(config, "qk_rope_head_dim", None) or getattr(config, "head_dim", None) or 8
+
+    def change(old: dict[str, Any]) -> dict[str, Any]:
+        kept = ["rope_theta", "llama_4_scaling_beta"]
+        # Gemma 4's proportional positions mean another thing by it.
+        kept += ["partial_rotary_factor"] * (old.get("rope_type") != "proportional")
+        new = {k: old[k] for k in kept if old.get(k) is not None}
+        if int(width * new.get("partial_rotary_factor", 1.0)) < 4:
+            new["partial_rotary_factor"] = 0.5
+        pairs = int(width * new.get("partial_rotary_factor", 1.0)) // 2
+        more: dict[str, Any] = {
+            "linear": {"factor": 4.0},
+            "dynamic": {"factor": 4.0},
+            "yarn": {"factor": 4.0, "original_max_position_embeddings": ORIGINAL},
+            "longrope": {
+                "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
+                "long_factor": [3.0 + 1.5 * i for i in range(pairs)],
+                # PhiMoE's own.
+                "short_mscale": 1.1,
+                "long_mscale": 1.3,
+                "original_max_position_embeddings": ORIGINAL,
+            },
+            "llama3": {
+                "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": ORIGINAL,
+            },
+            "proportional": {},
+        }[rope]  # fmt: skip
+        return {"rope_type": rope, **new, **more}
+
+    nested = all(isinstance(value, dict) or value is None for value in given.values())
+    changed: dict[str, Any] = {
+        "rope_parameters": {k: v and change(v) for k, v in given.items()} if nested
+        else change(given)
+    }  # fmt: skip
+    if rope == "dynamic":
+        name = own.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        changed[name] = ORIGINAL
+    if "original_max_position_embeddings" in _known(own):
+        changed["original_max_position_embeddings"] = ORIGINAL
+    return changed
+
+
+def _fresh(settings: Any) -> Any:
+    """Copy settings, which a configuration may change; those of a part become its class."""
+    if isinstance(settings, dict):
+        return {key: _fresh(value) for key, value in settings.items()}
+    return list(settings) if isinstance(settings, list) else settings
+
+
+def _is_constant(weights: torch.Tensor) -> bool:
+    return weights.is_floating_point() and bool((weights == weights.flatten()[0]).all())
+
+
+def find(family, name):
+    return next(variant for variant in variants(family) if variant.name == name)
+
+
+NOT_SAVED = {
+    "blt": "names None layers",
+    "dory": "n_input_layers",
+    "emu3": "Unrecognized configuration class",
+    "gemma3n_text": "embed_tokens_per_layer",
+    "gemma4": "embed_tokens_per_layer",
+    "gemma4_text": "embed_tokens_per_layer",
+    "glm_moe_dsa": "does not run without layers 0, 2: Shared DSA layers",
+    "hrm_text": "cannot tell which modules",
+    "hy_v4": "does not run without layers 0, 2: Shared DSA layers",
+    "inkling2_loop_text": "it has no place for",
+    "inkling2_text": "it has no place for",
+    "jamba": "cannot say that layers 0, 2 are gone: it asks for",
+    "longcat_flash": "cannot tell which modules",
+    "mllama": "Unrecognized configuration class",
+    "modernbert-decoder": r"it has no place for model\.layers\.0\.attn_norm",
+    "olmo_hybrid": "validate_architecture",
+    "recurrent_gemma": "it asks for",
+    "rwkv": "it asks for",
+    "zaya": "it has no place for",
+}
+"""Families whose configuration cannot say that these layers are gone, and what is said of them."""

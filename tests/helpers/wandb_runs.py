@@ -1,0 +1,131 @@
+"""Publish to W&B, and read what its runs show."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.wandb_double import Run, WandbDouble
+from tests.tracking.wandb_client import Client
+from tracker.core.errors import TrackingError
+from tracker.core.records import CellRecord
+from tracker.report.charts.cells import cell_charts
+from tracker.tracking import open_backend
+from tracker.tracking.base import Backend
+from tracker.tracking.figures import LoggedTable, flat_metrics
+from tracker.tracking.identity import run_key
+
+Said = dict[str, Any]
+
+
+def published(backend: Backend, cell: CellRecord, *files: Path) -> Said:
+    """Publish a cell, and say what came of it."""
+    asked = LoggedTable(("task", "choice"), (("arc_easy", 1), ("arc_easy", None)), ("task",))
+    try:
+        return vars(backend.publish(cell, files, cell_charts(cell), {"documents": asked}))
+    except TrackingError as error:
+        return {"error": str(error)}
+
+
+IN_A_NOTEBOOK = """
+import json, os, sys, wandb
+from contextlib import closing
+from pathlib import Path
+from tests.helpers.wandb_runs import published
+from tracker.core.records import CellRecord
+from tracker.tracking import open_backend
+quiet = wandb.Settings(x_disable_stats=True, console="off", silent=True)
+mine = wandb.init(entity="team", project="mine", id="mine", settings=quiet)
+mine.log({"loss": 2})
+session = {name: value for name, value in os.environ.items() if name.startswith("WANDB")}
+cell = CellRecord.model_validate_json(sys.argv[1])
+for project in ("refused", "layers"):
+    with closing(open_backend("wandb", f"team/{project}", Path(sys.argv[2]))) as backend:
+        print(json.dumps(published(backend, cell, Path(sys.argv[3]))))
+    assert wandb.run is mine
+now = {name: value for name, value in os.environ.items() if name.startswith("WANDB")}
+assert now == session, set(now.items()) ^ set(session.items())
+mine.log({"loss": 1})
+mine.finish()
+"""
+
+
+class Publisher:
+    """Publishes with the SDK in a process of its own, as `tracker` does.
+
+    It goes on in the same one until it is closed, or another environment or folder is asked for.
+    """
+
+    def __init__(self, client: Client, folder: Path) -> None:
+        self.client = client
+        self.folder = folder
+        self.results = folder / "results"
+        self.outcomes = folder / "outcomes.parquet"
+        self.outcomes.write_bytes(bytes(range(256)) * 4)
+        self.backend: Any = None
+        self._asked: object = None
+
+    def __call__(self, cell: CellRecord, **environment: str) -> Said:
+        asked = self.results, environment
+        if self.backend is None or asked != self._asked:
+            self.close()
+            self.backend, self._asked = open_backend("wandb", "team/layers", self.results), asked
+        with pytest.MonkeyPatch.context() as there:
+            self.client.lend(there, **environment)
+            return published(self.backend, cell, self.outcomes)
+
+    def close(self) -> None:
+        if self.backend is not None:
+            self.backend.close()
+            self.backend = None
+
+    def in_a_notebook(self, cell: CellRecord, **environment: str) -> list[Said]:
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+        told = cell.model_dump_json(), str(self.results), str(self.outcomes)
+        said = self.client.python(IN_A_NOTEBOOK, *told, **environment)
+        return [json.loads(line) for line in said.splitlines()]
+
+
+def runs_of(double: WandbDouble) -> list[Run]:
+    return list(double.projects["team", "layers"].runs.values())
+
+
+def runs(double: WandbDouble) -> dict[str, Run]:
+    found = runs_of(double)
+    by_key = {run.values["tracker"]["run_key"]: run for run in found}
+    assert len(by_key) == len(found), "a run was created twice"
+    return by_key
+
+
+def shown(double: WandbDouble, cell: CellRecord) -> dict[str, Run]:
+    """All runs of the cell have its figures; the project's runs, by key."""
+    there = runs(double)
+    for run in cell.runs:
+        assert figures(there[run_key(cell, run.ablation)].summary) == flat_metrics(run)
+    return there
+
+
+def counts(said: Said) -> tuple[int, int, int]:
+    assert "error" not in said, said["error"]
+    return said["created"], said["updated"], said["unchanged"]
+
+
+IMPATIENT = {
+    "WANDB__GRAPHQL_RETRY_MAX": "1",
+    "WANDB__FILE_STREAM_RETRY_MAX": "1",
+    "WANDB__FILE_TRANSFER_RETRY_MAX": "1",
+}
+
+
+def figures(values: dict[str, Any]) -> dict[str, Any]:
+    """What we logged, without what the client adds and without tables and charts."""
+    return {
+        name: value
+        for name, value in values.items()
+        if not name.startswith("_") and not isinstance(value, dict)
+    }

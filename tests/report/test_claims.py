@@ -1,0 +1,130 @@
+"""A dozen made-up results folders, known by which layers matter; `make claims` takes 1,600."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tools.claims.__main__ import words
+from tests.tools.claims.made_up import THREE, write_results
+from tests.tools.claims.reading import (
+    false_statements,
+    in_order,
+    listed,
+    named,
+    rows_of_board,
+    tried,
+)
+from tracker import api
+from tracker.report.leaderboard.claims import answer, claims
+
+
+@pytest.mark.parametrize("documents", [8, 100])
+def test_where_no_layer_matters_none_is_named(tmp_path: Path, documents: int) -> None:
+    wrong = [found for _, found in tried(tmp_path, range(3), {}, documents) if any(found.values())]
+    # With 5 % in each folder, two of three have a probability of 0.7 %.
+    assert len(wrong) < 2, wrong
+
+
+def test_where_three_matter_these_are_named(tmp_path: Path) -> None:
+    wrong = []
+    for said, found in tried(tmp_path, range(3), THREE, 200):
+        wrong += [found] if any(found.values()) else []
+        assert {*THREE} <= named(said["run"][0])
+        assert {*THREE} <= set().union(*map(named, said["page"]))
+        for where in ("tables", "leaderboard"):
+            assert {f"layer {layer} matters" for layer in THREE} <= {*said[where]}
+        assert {f"layer {layer} matters: mean" for layer in THREE} <= {*said["run"]}
+        assert "0 before 5" in said["tables"]
+    assert len(wrong) < 2, wrong
+
+
+@pytest.mark.parametrize("costs", [{}, THREE])
+def test_studies_say_nothing_that_is_not_there(tmp_path: Path, costs: dict[int, float]) -> None:
+    wrong = []
+    for said, found in tried(tmp_path, range(2), costs, 60, studies=True, pages=False):
+        wrong += [found["studies"]] if found["studies"] else []
+        # What accuracy spares is told from what takes a layer that matters, and from nothing else.
+        better = "better than cosine_oneshot, last, random" if costs else "better than no other"
+        assert any(better in each for each in said["studies"])
+        assert any("may be each of them" in each for each in said["studies"]) != bool(costs)
+    assert len(wrong) < 2, wrong
+
+
+def test_what_is_said_is_read() -> None:
+    assert named("Without layer 0, 3 or 7 it falls, as of layers 11–13.") == {0, 3, 7, 11, 12, 13}
+    assert named("14 of 30 layers cost less than 5 pp.") == set()
+    ranks = {"0": "1 to 2", "3": "1 to 3", "5": "3 to 3", "6": "–"}
+    assert [*in_order(ranks)] == ["0 before 5"]
+    assert [
+        *listed("m · piqa\nlayer (0-based)  drop\n     3   20.1 (1.0 to 39.2)\n15 of 16 runs")
+    ] == ["layer 3 matters: m · piqa"]
+    board = " 1 to 3      3  matters   1.00  38.3 (23.5 to 49.7)\n 4 to 9      5  open   0.1"
+    assert [*rows_of_board(board)] == ["layer 3 matters"]
+
+
+def test_a_sentence_is_the_same_of_other_layers() -> None:
+    said = "It falls without layer 0, 3 or 11."
+    assert words(said) == words("It falls without layer 12.") == "It falls without layer #."
+
+
+def test_what_is_not_so_is_found() -> None:
+    said = [
+        *("Without layer 3 it falls.", "layer 5 matters", "3 before 5", "0 before 3"),
+        *("layer 5 below 5 pp", "layer 3 below 5 pp", "5 before 3"),
+        "13 of 16 layers are shown to cost less than 5 pp.",
+        "14 of 16 layers are shown to cost less than 5 pp.",
+        *("Only layer 5 is shown to cost less than 5 pp.", "It rises without layer 3."),
+        "Only layers 3 and 4 are shown to cost less than 5 pp.",
+        "Without layer 3 the model breaks down (every answer becomes unlikely).",
+        "These break the same documents: layers 0, 5.",
+        "For 6 of 16 layers we can show that the true rank differs from the cosine rank",
+        "For 7 of 16 layers we can show that the true rank differs from the cosine rank",
+        "significant in 0 of 2 measurements (5 %, Holm-corrected).",
+        "significant in 1 of 2 measurements (5 %, Holm-corrected).",
+        "For 13 layers, 100 documents cannot tell.",
+        "The 2 layers with the highest cosine scores are 3 and 4, not 0 and 3.",
+        "The 2 layers with the highest cosine scores are 3 and 4, not 3 and 5.",
+    ]
+    few = {said[number] for number in (1, 3, 5, 6, 8, 10, 11, 12, 13, 15, 17, 20)}
+    assert {*false_statements("page", said, THREE)} == few
+    assert false_statements("page", said[-7:-6], {}) == said[-7:-6]
+    alike = ["a minus b: shown: 1 of 32 differences, such as layer 3 on piqa", "a before b"]
+    assert false_statements("models", alike, THREE) == alike
+
+
+def test_what_studies_say_that_is_not_so_is_found() -> None:
+    said = [
+        *("0.9 needs about 300.", "Documents for 0.9 by other figures: cosine score 8."),
+        "Documents for 0.9 by other figures: gold log-prob drop 300.",
+        "accuracy beats random by 1.0 pp.",
+        *(
+            "At a false discovery rate of 5%: 2 redundant and 1 sub-additive pairs.",
+            "layers 0 and 3",
+        ),
+        *(
+            "m: gold log-prob drop orders the layers best of 7 proxies",
+            "m: a leaves the most of 4.",
+        ),
+        "m: KL divergence orders the layers best of 7 proxies",
+        "which of 7 proxies orders the layers best is open; it may be KL divergence.",
+        "accuracy beats gold_logprob by 1.0 pp.",
+        "random beats last by 1.0 pp.",
+        "Accuracy is significantly better than random, gold_logprob.",
+        "which of 5 strategies leaves the most is open, it may be accuracy or last; they leave 3 %",
+    ]
+    assert false_statements("studies", said, THREE) == said[7:]
+    assert [each for each in said if each not in false_statements("studies", said, {})] == [
+        said[1],
+        said[6],
+    ]
+
+
+def test_what_is_open_is_said_with_what_would_settle_it(tmp_path: Path) -> None:
+    write_results(tmp_path / "results", 1, {}, 30)
+    text = answer(claims(api.ls(tmp_path / "results")))
+    assert text.startswith("So far no layer is shown to matter, on average over arc_easy and")
+    assert "For 16 layers, 30 documents cannot tell. A loss of 5 pp would take about" in text
+    assert "there are only 30 of arc_easy and 30 of openbookqa" in text
+    assert text.endswith("(30 documents each; 95 % confidence for all layers together.)")

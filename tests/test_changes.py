@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import pytest
+
+from tracker.core.ablations import ablations_of, changes_of
+from tracker.core.changes import COLUMNS, FEW_MAPS, INTACT, Ablation, Change
+from tracker.core.config import CellRequest
+from tracker.core.errors import ExperimentError
+from tracker.core.kinds import Action
+from tracker.core.model_parts import CONTROLS, ModelParts, with_all_parts
+from tracker.core.provenance import content_hash
+from tracker.core.records import ChangeRecord
+from tracker.measuring.prepare import check_range
+from tracker.studies.base import removing_whole_layers
+
+
+def request(**settings: object) -> CellRequest:
+    return CellRequest(model="m", benchmark="b", **{"layers": (0, 1, 2, 3), **settings})
+
+
+TEXTS = {
+    "layer:3": Change("layer", (3,)),
+    "layers:3,4,9": Change("layer", (3, 4, 9)),
+    "drawn:3,4": Change("layer", (3, 4), drawn=True),
+    "attention:3,4": Change("attention", (3, 4)),
+    "mlp:12": Change("mlp", (12,)),
+    "shared_expert:2": Change("shared_expert", (2,)),
+    "head:3.0": Change("head", (3,), part=0),
+    "kv_head:3.1": Change("kv_head", (3,), part=1),
+    "expert:11.63": Change("expert", (11,), part=63),
+    "mean:3": Change("layer", (3,), "mean"),
+    "linear:3": Change("layer", (3,), "linear"),
+    "int4:5": Change("layer", (5,), "int4"),
+    "int4:5.mlp": Change("linear", (5,), "int4", "mlp"),
+    "q4_k:5.mlp.experts.7.down_proj": Change("linear", (5,), "q4_k", "mlp.experts.7.down_proj"),
+    "fp8:lm_head": Change("linear", (), "fp8", "lm_head"),
+    "repeat:3": Change("layer", (3,), "repeat"),
+    "repeat:3-6": Change("layer", (3, 4, 5, 6), "repeat"),
+    "repeat3:3-6": Change("layer", (3, 4, 5, 6), "repeat", repeats=3),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_change_is_read_back_from_its_text(text: str) -> None:
+    change = TEXTS[text]
+    assert str(change) == text
+    assert Change.parse(text) == change
+    assert ChangeRecord.model_validate_json(f'{{"change": "{text}"}}').change == change
+    fields = {name: getattr(change, name) for name in COLUMNS}
+    assert ChangeRecord.model_validate(fields).change == change, "as former versions wrote it"
+    # A kind is the same change at layer 0.
+    if not change.members:
+        assert change.kind.at(change.layer) == change
+
+
+def test_ranges_and_plurals_are_read_too() -> None:
+    assert Change.parse("layer:3-5,9") == Change.parse("layers:3,4,5,9")
+    assert Change.parse("attention:4,3") == Change.parse("attention:3-4")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            "layer",
+            "layer:",
+            "layer:x",
+            "layer:3-",
+            "layer:5-3",
+            "layer:-1",
+            "layer:0-99999",
+        ),
+        *("head:3", "head:3.x", "head:3,4.0", "layer:3.0", "mean:3,4", "mean:3.0", "remove:3"),
+        *("int4:", "int4:somewhere", "int4:3,4.mlp", "int4:3,4", "layer:embedding", "repeat:3.1"),
+        *("quantise:3", "repeatx:3", "linear:3.mlp", "layer:3+mlp:4", "Layer:3"),
+    ],
+)
+def test_what_is_no_change_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"invalid change .* expected e\.g\. layer:3"):
+        Change.parse(text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("baseline", "layer:3", "layers:3,17", "mlp:5,6", "layers:3,17+mlp:5"),
+        *(
+            "layer:3+attention:1+mlp:2+shared_expert:0",
+            "layer:1+mean:3",
+            "layer:1+head:2.0+head:2.1",
+        ),
+        *("int4:2.mlp+int4:2.mlp.down_proj", "int4:embedding+int4:lm_head+int4:2", "repeat:3-6"),
+    ],
+)
+def test_an_ablation_is_read_back_from_its_name(name: str) -> None:
+    ablation = Ablation.parse(name)
+    assert ablation.name == name
+    # One set has one name and one hash, however it was written.
+    turned = Ablation.parse("+".join(reversed(name.split("+"))))
+    assert (turned, hash(turned)) == (ablation, hash(ablation))
+    assert ablation.has_sublayers == ("attention" in name or "mlp:" in f" {name}".split("int4")[0])
+
+
+def test_a_mixture_of_formats_is_named_by_a_digest() -> None:
+    maps = [f"int4:{layer}.mlp" for layer in range(FEW_MAPS + 1)]
+    assert Ablation.parse("+".join(maps[1:])).name == "+".join(maps[1:])
+    assert Ablation.parse("+".join(maps)).name == f"rounded:{content_hash(maps)[:16]}"
+
+
+def test_what_happens_at_each_layer() -> None:
+    ablation = Ablation.parse("layer:0+attention:1,3+mlp:2,3+repeat:4-5")
+    # Both halves of a layer are the whole of it.
+    actions = [ablation.at(layer).action.name for layer in range(6)]
+    assert actions == ["SKIP", "NO_ATTENTION", "NO_MLP", "SKIP", "PASS", "REPEAT"]
+    assert {INTACT.at(layer).action for layer in range(5)} == {Action.PASS}
+
+
+def test_nothing_is_left_to_change_of_a_removed_layer() -> None:
+    change = Change.parse("mlp:2,3")
+    assert Ablation.of(change, removed=(3,)).name == "layer:3+mlp:2"
+    assert Ablation.of(Change.parse("layer:2"), removed=(3, 1)).name == "layers:1,2,3"
+    assert Ablation.of() == INTACT
+
+
+def test_runs_come_component_by_component_span_by_span() -> None:
+    asked = request(layers=(0, 2), components=("mlp", "layer"), spans=(2, 1))
+    assert list(changes_of(asked, 4)) == [
+        Change.of_fields(component=component, layer=layer, span=span)
+        for component in ("mlp", "layer")
+        for span in (2, 1)
+        for layer in (0, 2)
+    ]
+
+
+def test_what_is_no_run_is_left_out() -> None:
+    def runs(**asked: object) -> list[tuple[int, int]]:
+        return [(run.layer, run.span) for run in changes_of(request(**asked), 4)]
+
+    beyond = runs(spans=(1, 2, 4, 5))
+    assert beyond == [(0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2)]
+    assert runs(spans=(1, 2), removed=(1,)) == [(0, 1), (2, 1), (3, 1), (2, 2)]
+    assert runs(layers=(0,), spans=(4,), components=("mlp",)) == [(0, 4)]
+    assert (
+        runs(removed=(0, 1, 2, 3)) == runs(layers=(3,), removed=(0, 1, 2)) == runs(layers=()) == []
+    )
+
+
+def test_a_run_lies_on_top_of_the_removed_layers() -> None:
+    (run,) = changes_of(request(layers=(2,), spans=(2,), removed=(0,)), 4)
+    assert Ablation.of(run, removed=(0,)) == Ablation.parse("layers:0,2,3")
+
+
+def test_a_cell_has_the_baseline_what_is_removed_and_every_run_once() -> None:
+    names = [each.name for each in ablations_of(request(layers=(0, 1), removed=(3,)), 4)]
+    assert names == ["baseline", "layer:3", "layers:0,3", "layers:1,3"]
+    assert ablations_of(request(layers=()), 4) == [INTACT]
+    asked = request(components=("layer", "attention", "mlp"), spans=(1, 2, 3))
+    found = ablations_of(asked, 4)
+    assert len(set(found)) == len(found) == 1 + 3 * (4 + 3 + 2)
+    assert found[0] == INTACT
+
+
+def test_a_sublayer_that_is_to_be_replaced_says_why_it_is_no_run():
+    asked = request(layers=(3,), components=("attention",), interventions=("mean",))
+    with pytest.raises(ExperimentError, match=r"is a run \(mean is done to whole single"):
+        check_range(asked, ModelParts(30))
+    both = asked.model_copy(update={"interventions": ("remove", "mean")})
+    assert [run.intervention for run in changes_of(both, 30)] == ["remove"]
+    check_range(both, ModelParts(30))
+
+
+def test_a_kind_with_a_span_is_neighbours_of_that_kind_and_controls_are_drawn():
+    parts = ModelParts(8, of_kind=(0, 1, 3, 4, 6))
+    asked = with_all_parts(request(layers=(), spans=(1, 3), control="random"), parts)
+    runs = list(changes_of(asked, 8))
+    alone = [run.layer for run in runs if run.span == 1]
+    assert alone == [0, 1, 3, 4, 6]
+    together = [run.layers for run in runs if run.span == 3 and not run.drawn]
+    assert together == [(0, 1, 3), (1, 3, 4), (3, 4, 6)]
+    drawn = [run.layers for run in runs if run.drawn]
+    assert len(drawn) == len({*drawn}) == CONTROLS
+    assert not {*drawn} & {*together}
+    assert all(len(some) == 3 and max(some) < 8 for some in drawn)
+    assert drawn == [run.layers for run in changes_of(asked, 8) if run.drawn]
+    assert {Ablation.of(run, removed=()).name for run in runs if run.span == 3} == {
+        f"layers:{','.join(map(str, some))}" for some in (*together, *drawn)
+    }
+    # In the order in which records keep them, each once.
+    assert len({*runs}) == len(runs)
+    assert [run.label() for run in runs if run.layers == (0, 1, 3)] == ["layers 0, 1, 3"]
+    neighbours = with_all_parts(request(layers=(), spans=(2,)), ModelParts(5, of_kind=(1, 2, 4)))
+    assert [run.label() for run in changes_of(neighbours, 5)] == ["layers 1–2", "layers 2, 4"]
+
+
+def test_what_a_kind_with_a_span_would_lose_is_refused():
+    """Was: spans of other components, and stretches, went without a word."""
+    parts = ModelParts(8, of_kind=(0, 1, 3))
+    for more in ({"interventions": ("remove", "repeat")}, {"components": ("layer", "mlp")}):
+        with pytest.raises(ExperimentError, match="in a file of their own"):
+            with_all_parts(request(layers=(), spans=(1, 2), **more), parts)
+
+
+def test_a_study_of_single_layers_leaves_sets_and_controls_out():
+    """Was: they were measured with the layers that it asked for."""
+    asked = with_all_parts(
+        request(layers=(), spans=(1, 2), control="random"), ModelParts(6, of_kind=(0, 2, 4))
+    )
+    assert {change.drawn for change in asked.changes} == {False, True}
+    alone = removing_whole_layers(asked)
+    assert [run.layers for run in changes_of(alone, 6)] == [(0,), (2,), (4,)]
+    assert with_all_parts(alone, ModelParts(6)) == alone
+
+
+def test_controls_of_spans_are_others_than_the_spans():
+    asked = with_all_parts(
+        request(layers=(), spans=(2,), control="random", removed=(0,)), ModelParts(5)
+    )
+    runs = list(changes_of(asked, 5))
+    # Of the six pairs of four layers three are spans.
+    assert [run.layers for run in runs if not run.drawn] == [(1, 2), (2, 3), (3, 4)]
+    assert {run.layers for run in runs if run.drawn} == {(1, 3), (1, 4), (2, 4)}

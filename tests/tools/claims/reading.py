@@ -1,0 +1,228 @@
+"""What people read of results folders, and which layers and models it names or puts in order."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from html.parser import HTMLParser
+from itertools import chain, permutations
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from tests.helpers.pages import read as read_tables
+from tracker import api
+from tracker.cli import main
+from tracker.cli.printing import print_cell, print_measured
+from tracker.core.formats import DASH
+
+from .made_up import LAYERS, write_results
+from .studied import PAIRS, is_false_of, said_by_studies
+
+_UNREAD = {"script", "style", "table", "svg", "template", "button"}
+_BLOCKS = {"p", "li", "h1", "h2", "h3", "h4", "figcaption", "small", "summary", "div", "section"}
+_NUMBERS = r"\d+(?:–\d+)?"
+_NAMED = re.compile(rf"\blayers? ({_NUMBERS}(?:(?:, | and | or ){_NUMBERS})*)")
+_SMALL = re.compile(r"(\d+) of \d+ layers? (?:is|are) shown to cost less than")
+_UNLIKE = re.compile(
+    rf"highest cosine scores? (?:is|are) .+, not ({_NUMBERS}(?:(?:, | and ){_NUMBERS})*)"
+)
+_ELSEWHERE = re.compile(r"[Ff]or (\d+) of \d+ layers we can show that the true rank differs")
+_RELATED = re.compile(r"\bin ([1-9]\d*) of \d+ measurements?\b.*\(5 %, Holm")
+_SHOWN_ROW = re.compile(r"(?:^| )(\d+) +(matters|better without|below 5 pp) ")
+_NOT_MADE = re.compile("rises without|better without|to raise (?:accuracy|it)|breaks down")
+"""What no made-up layer does: it makes no model better, and takes no language from it."""
+_BEFORE = re.compile(r"(\S+) before (\S+)")
+_ROW = re.compile(r" *(\d+)  +\S")
+
+
+class _Prose(HTMLParser):
+    """Collects the text of a page that is no table: section → a line a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sections = {"": [""]}
+        self._unread = 0
+
+    @property
+    def _lines(self) -> list[str]:
+        return [*self.sections.values()][-1]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._unread += tag in _UNREAD
+        if tag == "section":
+            self.sections[str(dict(attrs).get("aria-labelledby"))] = [""]
+        if tag in _BLOCKS:
+            self._lines.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._unread -= tag in _UNREAD
+        if tag in _BLOCKS:
+            self._lines.append("")
+
+    def handle_data(self, data: str) -> None:
+        if not self._unread:
+            self._lines[-1] += data
+
+
+def prose(page: str) -> dict[str, list[str]]:
+    """Read the text of a page that is no table: section → lines."""
+    found = _Prose()
+    found.feed(page)
+    return found.sections
+
+
+def rows(page: str, table: str) -> list[dict[str, str]]:
+    """Read a table of a page, if it is there: a row is the beginning of a column's head → text."""
+    found = read_tables(page)
+    if table not in found.tables:
+        return []
+    names = [re.split(r"[,(]", head)[0].strip() for head in found.headers[table]]
+    return [dict(zip(names, (text for text, _ in row), strict=True)) for row in found.tables[table]]
+
+
+def sentences(text: str) -> Iterator[str]:
+    """Take a text apart."""
+    for line in text.splitlines():
+        yield from (each for each in re.split(r"(?<=[.]) ", " ".join(line.split())) if each)
+
+
+def named(sentence: str) -> set[int]:
+    """Find the layers that a sentence names by number."""
+    found: set[int] = set()
+    for numbers in _NAMED.findall(sentence) + _UNLIKE.findall(sentence):
+        for each in re.findall(_NUMBERS, numbers):
+            first, _, last = each.partition("–")
+            found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
+def in_order(ranks: Mapping[str, str]) -> Iterator[str]:
+    """Say which of some things stand surely before which, by ranks such as `1 to 3`."""
+    ends = {name: [*map(int, rank.split(" to "))] for name, rank in ranks.items() if rank != DASH}
+    for one, other in permutations(ends, 2):
+        if ends[one][-1] < ends[other][0]:
+            yield f"{one} before {other}"
+
+
+def of_tables(page: str) -> Iterator[str]:
+    """Put what the page's tables mark, name and rank in sentences."""
+    board = rows(page, "model-1-board")
+    for row in board:
+        if row["shown"] != "open":
+            yield f"layer {row['layer']} {row['shown']}"
+    yield from in_order({row["layer"]: row.get("rank", DASH) for row in board})
+    for row in rows(page, "overview"):
+        for layer in re.findall(r"(\d+)\xa0\(", row["layers shown to matter"]):
+            yield f"layer {layer} matters on {row['benchmark']}"
+
+
+def listed(text: str) -> Iterator[str]:
+    """Read which layers the tables list that end a run: those that are shown to matter."""
+    before = table = ""
+    for line in text.splitlines():
+        if line.startswith("layer (0-based)"):
+            table = before or "mean"
+        if row := _ROW.match(line):
+            yield f"layer {row[1]} matters: {table}"
+        before = line
+
+
+def rows_of_board(text: str) -> Iterator[str]:
+    """Read what a leaderboard that is printed shows of its layers."""
+    for line in text.splitlines():
+        if row := _SHOWN_ROW.search(line):
+            yield f"layer {row[1]} {row[2]}"
+
+
+def read(results: Path, rival: Path) -> dict[str, list[str]]:
+    """Read everything that is said of a results folder: where it is said → sentences.
+
+    Under `models` it is what the page says of its model beside the `rival` of another folder, under
+    `run`, `evaluate`, `leaderboard` and `ls` what these commands print.
+    """
+    page = api.report(results=results).files[0].read_text()
+    both = api.report(rival, results, output=results / "both.html").files[0].read_text()
+    cells = api.ls(results)
+    runner = CliRunner()
+    printed = [
+        runner.invoke(main, [name, "--results", str(results)]) for name in ("leaderboard", "ls")
+    ]
+    assert not any(done.exit_code for done in printed), [done.output for done in printed]
+    evaluate, run = io.StringIO(), io.StringIO()
+    with redirect_stdout(evaluate):
+        for cell in cells:
+            print_cell(cell)
+    with redirect_stdout(run):
+        print_measured(cells)
+    across = [line for line in prose(both)["across"] if " minus " in line]
+    models = in_order({row["model"]: row.get("rank", DASH) for row in rows(both, "model-board")})
+    texts = {
+        "page": "\n".join(line for lines in prose(page).values() for line in lines),
+        "tables": "\n".join(of_tables(page)),
+        "models": "\n".join([*across, *models]),
+        "run": run.getvalue(),
+        "evaluate": evaluate.getvalue(),
+        "leaderboard": printed[0].output,
+        "ls": printed[1].output,
+    }
+    said = {where: [*sentences(text)] for where, text in texts.items()}
+    said["run"] += listed(run.getvalue())
+    said["leaderboard"] += rows_of_board(printed[0].output)
+    return said
+
+
+def tried(
+    folder: Path,
+    seeds: Iterable[int],
+    costs: Mapping[int, float],
+    documents: int,
+    studies: bool = False,
+    pages: bool = True,
+) -> Iterator[tuple[dict[str, list[str]], dict[str, list[str]]]]:
+    """Make results folders, and read each beside the next: what is said, and what is not so.
+
+    Of `studies` too, which take seconds, and of `pages` and commands.
+    """
+    made, pairs = [folder / str(seed) for seed in seeds], PAIRS if studies else 0
+    for results in made:
+        name = f"made-up-{results.name}"
+        write_results(results, int(results.name), costs, documents, name, pairs)
+    for results, rival in zip(made, [*made[1:], made[0]], strict=True):
+        said = read(results, rival) if pages else {}
+        if studies:
+            answers = said_by_studies(results, costs, int(results.name))
+            said |= {"studies": [*chain(*map(sentences, answers))]}
+        yield said, {where: false_statements(where, each, costs) for where, each in said.items()}
+
+
+def false_statements(where: str, said: Sequence[str], costs: Mapping[int, float]) -> list[str]:
+    """List the sentences that are not so.
+
+    Of two models, which are alike, nothing is. A layer of no cost is not named, and no layer comes
+    before one that costs as much: all that cost take the model down to guessing. No layer helps,
+    cosine scores are drawn at random, and of those of other ranks than their cost's there are twice
+    as many as layers that cost, at most.
+    """
+    true = {str(layer) for layer in costs} if where != "models" else set()
+
+    def is_false(sentence: str) -> bool:
+        if order := _BEFORE.fullmatch(sentence):
+            return order[1] not in true or order[2] in true
+        if _RELATED.search(sentence):
+            return True
+        if where == "studies" and is_false_of(sentence, costs):
+            return True
+        if (small := _SMALL.match(sentence)) and int(small[1]) > LAYERS - len(true):
+            return True
+        if (moved := _ELSEWHERE.match(sentence)) and int(moved[1]) > 2 * len(true):
+            return True
+        if any(_NOT_MADE.search(clause) and named(clause) for clause in sentence.split(";")):
+            return True
+        layers = {*map(str, named(sentence))}
+        is_small = sentence.endswith(" below 5 pp") or "less than 5 pp" in sentence
+        return bool(layers & true if is_small else layers - true)
+
+    return [sentence for sentence in said if is_false(sentence)]
