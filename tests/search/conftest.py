@@ -13,7 +13,7 @@ import yaml
 from click.testing import Result
 
 from tests.conftest import cli, save_llama
-from tests.export.conftest import hurry, here  # noqa: F401  fixtures
+from tests.export.conftest import here, hurry  # noqa: F401  fixtures
 from tests.helpers.truth import exported, truths
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
