@@ -198,6 +198,7 @@ def _measure(
     cell_of, ablation = request.request, change.ablation
     if change.kind != "quantised":  # the choice of formats was measured as a whole
         runs = {"removed": ablation.removed(), "changes": ablation.repeated}
+        runs |= {} if ablation.repeated else {"layers": ()}
         cell_of = cell_of.model_copy(update=runs)
         publisher = Publisher(request.track, request.project, ledger.root)
         with closing(publisher):
