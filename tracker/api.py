@@ -907,7 +907,7 @@ def leaderboard(
 
     Args:
         *sources: As for `report`.
-        publish: Tracking projects whose leaderboard the results join, as `BACKEND` or
+        publish: Tracking projects that get the table, and the page made of it, as `BACKEND` or
             `BACKEND:PROJECT`.
         results: The results folder.
         progress: Told what is downloaded.
@@ -928,30 +928,28 @@ def leaderboard(
     from tracker.report.export import board_data
     from tracker.report.frames import frame_of
 
-    done = join_leaderboards(*sources, publish=publish, results=results, progress=progress)
+    done = rank(*sources, publish=publish, results=results, progress=progress)
     for line in (*done.notes, *(f"{what}: {why}" for what, why in done.failed.items())):
         warnings.warn(line, stacklevel=2)
     return frame_of(board_data(done.cells)["layer_leaderboard"])
 
 
-def join_leaderboards(
+def rank(
     *sources: Where,
     publish: str | Sequence[str] = (),
     results: Where = RESULTS,
     progress: Progress | None = None,
 ) -> Reported:
-    """Collect what a leaderboard ranks, and let it join those of projects.
+    """Collect the cells that a leaderboard ranks, and publish a report of them.
 
     Args:
         *sources: As for `report`.
-        publish: Tracking projects whose leaderboard the cells join, as `BACKEND` or
-            `BACKEND:PROJECT`.
+        publish: As for `leaderboard`.
         results: The results folder.
         progress: Told what is downloaded.
 
     Returns:
-        The cells that are ranked: those of the sources, and those of the leaderboards that they
-        joined. `tracker.report.leaderboard` ranks them.
+        The cells, for `tracker.report.leaderboard` to rank; no file is written.
 
     Raises:
         RequestError: A source or a target is none, or no source holds a measured cell.
@@ -959,9 +957,10 @@ def join_leaderboards(
     """
     from tracker.team import reports
 
-    found = _collected(sources, results, progress)
-    cells, locations, failed = reports.join_boards(found, _targets(publish), Path(results))
-    return Reported(*(tuple(cells), (), found.failed | failed, locations), notes=_unfinished(found))
+    collected = _collected(sources, results, progress, anew=bool(publish))
+    locations, failed, notes = reports.publish(collected, _targets(publish), Path(results))
+    notes = (*_unfinished(collected), *notes)
+    return Reported(collected.cells, (), collected.failed | failed, locations, notes)
 
 
 def _collected(

@@ -511,7 +511,7 @@ def test_a_backend_says_what_it_can_and_refuses_the_rest_by_name(name: str, tmp_
     assert known.name == name
     assert target(f"{name}:layers").project == "layers"
     open_backend(name, PROJECT, tmp_path).close()
-    for ability in ("reports and leaderboards", "lighter models", "registered models"):
+    for ability in ("reports", "lighter models", "registered models"):
         if ability in known.can:
             assert target(name, ability).backend == name
         else:

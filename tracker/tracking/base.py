@@ -37,7 +37,7 @@ PROGRESS = "progress/"
 """How the names of figures begin that a run shows while its cell is measured."""
 _LOCK_SECONDS = 600.0
 
-Ability = Literal["live runs", "reports and leaderboards", "lighter models", "registered models"]
+Ability = Literal["live runs", "reports", "lighter models", "registered models"]
 """What a backend may show besides the runs of cells."""
 
 
@@ -133,19 +133,21 @@ class Models(Protocol):
 
 @dataclass(frozen=True)
 class Page:
-    """What is made of several cells for a backend to keep: a report, a leaderboard's version."""
+    """Report over several cells, for a backend to keep.
 
-    kind: Literal["report", "leaderboard"]
+    Attributes:
+        files: The page and the files that go with it.
+        tables: Tables by name.
+        cells: The cells it shows, to whose outcomes the backend links.
+        text: Summary in a few paragraphs of Markdown.
+        charts: Plotly figures by name.
+    """
+
     files: Sequence[Path]
-    """All of a leaderboard, named `BOARD_FILE`; a report and what goes with it."""
     tables: Mapping[str, LoggedTable]
-    """What people browse, by name."""
-    made_of: Sequence[CellRecord]
-    """The cells that it shows: the backend leads from it to their outcomes."""
+    cells: Sequence[CellRecord]
     text: str = ""
-    """What it says in a few paragraphs."""
     charts: Mapping[str, Figure] = field(default_factory=dict)
-    """Plotly figures, by name."""
 
 
 class LiveRun(Protocol):
@@ -285,6 +287,20 @@ class Backend(ABC):
         with self._explained("could not be read"):
             self._download(cell, folder)
 
+    def add_page(self, page: Page) -> str:
+        """Add a report as a run of its own, where the backend takes reports.
+
+        Args:
+            page: The report.
+
+        Returns:
+            An address, or the command that shows it.
+
+        Raises:
+            TrackingError: The backend refused or could not be reached.
+        """
+        raise NotImplementedError(self.name, page)
+
     def close(self) -> None:  # noqa: B027  most hold nothing: a run is finished when it is written
         """Release what the backend holds; it never raises."""
 
@@ -353,29 +369,6 @@ def explained(
     if characters is not None:
         text = textwrap.shorten(text, characters, placeholder=" …")
     return TrackingError("\n".join(filter(None, (f"{what}: {text}", advice))))
-
-
-class Pages(Protocol):
-    """Where what is made of several cells is browsed: reports, and the project's leaderboard."""
-
-    def boards(self) -> list[str]:
-        """List the versions of the project's leaderboard, the oldest first.
-
-        Returns:
-            What `read_board` takes; empty where there is none yet.
-        """
-
-    def read_board(self, version: str) -> str:
-        """Read one version of the leaderboard, as it was given to `add_page`."""
-
-    def add_page(self, page: Page) -> str:
-        """Add a report, or a version of the leaderboard; say what a person opens."""
-
-    def user(self) -> str:
-        """Say as whom the backend knows this user."""
-
-    def close(self) -> None:
-        """Release what the backend holds; it never raises."""
 
 
 class Service(ABC):
@@ -461,11 +454,6 @@ def other_login(place: Target, setting: str, results: Path) -> TrackingError:
 def without_login(uri: str | None) -> str | None:
     """Take the login out of an address."""
     return None if uri is None else masked(re.sub(r"://[^/\s]*@", "://", uri)).rstrip("/")
-
-
-BOARD = "layer-leaderboard"
-"""The leaderboard's name in every project."""
-BOARD_FILE = "leaderboard.json"
 
 
 def sync_command(results: Path, to: str) -> str:

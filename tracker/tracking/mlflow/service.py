@@ -31,9 +31,7 @@ class MlflowService(Service):
 
     name = "mlflow"
     title = "MLflow"
-    can = frozenset(
-        {"live runs", "reports and leaderboards", "lighter models", "registered models"}
-    )
+    can = frozenset({"live runs", "reports", "lighter models", "registered models"})
 
     @override
     def open(self, project: str, results: Path, server: str | None) -> Backend:

@@ -33,7 +33,7 @@ class WandbService(Service):
 
     name = "wandb"
     title = "W&B"
-    can = frozenset({"live runs", "reports and leaderboards", "lighter models"})
+    can = frozenset({"live runs", "reports", "lighter models"})
     runs_sweeps = True
 
     @override
