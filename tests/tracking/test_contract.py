@@ -34,9 +34,7 @@ from tracker.tracking.runs import MANY, cell_run, described, layer_run
 from .conftest import cell_record, local, of_kind
 
 PROJECT = "contract"
-WHOLE = {
-    "documents": LoggedTable(("task", "choice"), (("arc_easy", 1), ("arc_easy", None)), ("task",))
-}
+WHOLE = {"documents": LoggedTable(("task", "choice"), (("arc_easy", 1), ("arc_easy", None)))}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from tracker.core.records import CellRecord
 from tracker.core.text import masked
 from tracker.ledger.files import lock_file
 from tracker.tracking.figures import LoggedTable
-from tracker.tracking.identity import files_digest
 from tracker.tracking.isolated import Isolated
 from tracker.tracking.runs import DescribedRun, Which, described
 
@@ -346,12 +345,6 @@ class Backend(ABC):
     def _whole_name(self) -> str:
         """Name the project where the backend completes what was asked for."""
         return ""
-
-
-def refuse_others(cell: RemoteCell, folder: Path) -> None:
-    """Refuse files that are not those that were attached to a cell's run."""
-    if files_digest(folder.iterdir()) != cell.version:
-        raise TrackingError(f"the files of {cell.name!r} are not those that were attached")
 
 
 def explained(

@@ -36,9 +36,8 @@ from tracker.tracking.base import (
     Page,
     RemoteCell,
     explained,
-    refuse_others,
 )
-from tracker.tracking.foreign import downloading, refuse_lies
+from tracker.tracking.downloads import check_downloaded, check_listing
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.database import artifact_folder, create_database, follow_folder
 from tracker.tracking.mlflow.runs import (
@@ -162,14 +161,13 @@ class MlflowBackend(Backend):
     @override
     def _download(self, cell: RemoteCell, folder: Path) -> None:
         client, _ = self._existing()
-        with downloading(folder):
-            there = stated_digests(client, cell.place)
-            listed = {a.path: a for a in client.list_artifacts(cell.place)}
-            mine = [n for n, a in listed.items() if n in there or not (there or a.is_dir)]
-            refuse_lies({name: listed[name].file_size for name in mine})
-            for name in mine:
-                client.download_artifacts(cell.place, name, str(folder))
-        refuse_others(cell, folder)
+        there = stated_digests(client, cell.place)
+        listed = {a.path: a for a in client.list_artifacts(cell.place)}
+        mine = [n for n, a in listed.items() if n in there or not (there or a.is_dir)]
+        check_listing({name: listed[name].file_size for name in mine})
+        for name in mine:
+            client.download_artifacts(cell.place, name, str(folder))
+        check_downloaded(folder, cell)
 
     @override
     def add_page(self, page: Page) -> str:

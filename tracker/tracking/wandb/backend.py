@@ -28,7 +28,7 @@ from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
 from tracker.ledger.files import make_folder, write_text
 from tracker.tracking.base import Backend, Page, RemoteCell, SavedModel
-from tracker.tracking.foreign import downloading, refuse_lies
+from tracker.tracking.downloads import check_downloaded, check_listing
 from tracker.tracking.runs import DescribedRun, artifact_name, take_over
 from tracker.tracking.wandb.session import finished, is_offline, log_in, session, start
 from tracker.tracking.wandb.writing import (
@@ -348,9 +348,9 @@ def _runs(path: str, filters: dict[str, Any], must_exist: bool = False) -> list[
 def _download(artifact: Any, folder: Path) -> None:
     """Download an artifact; it checks each file against the digest in the manifest."""
     entries = artifact.manifest.entries
-    refuse_lies({name: entry.size for name, entry in entries.items()})
+    check_listing({name: entry.size for name, entry in entries.items()})
     if elsewhere := next((name for name, entry in entries.items() if entry.ref is not None), None):
         raise TrackingError(f"the server keeps {elsewhere!r} elsewhere; nothing is downloaded")
-    with downloading(folder):
-        artifact.download(root=str(folder))
+    artifact.download(root=str(folder))
+    check_downloaded(folder)
     artifact.verify(root=str(folder))
