@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import combinations, pairwise
-
 import numpy as np
 import pytest
 import torch
@@ -15,13 +13,12 @@ from tests.helpers.searches import (
     turned,
 )
 from tracker.core.prune_records import PruneStep
-from tracker.pruning.search import strategies
 from tracker.pruning.search.budgets import Budget
 from tracker.pruning.search.cells import OpenCell
 from tracker.pruning.search.scores import Losses, Scores, Set
 from tracker.pruning.search.strategies import STRATEGIES, Search
 
-from .conftest import GO, LAYERS, WHOLE, Known, Truth
+from .conftest import GO, LAYERS, WHOLE, Truth
 
 WITHIN = Budget((1.0,) * LAYERS, GO)
 
@@ -50,48 +47,6 @@ def test_greedy_is_that_of_really_pruned_models(cell: OpenCell, truth: Truth, by
 def test_one_shot_is_a_sort(cell: OpenCell, truth: Truth, by: str) -> None:
     order = sorted(range(LAYERS), key=lambda n: truth.key(by, (n,)))
     assert [step.layer for step in run(cell, f"{by}_oneshot")] == order[:GO]
-
-
-def test_a_beam_keeps_the_best_of_all_that_grow(cell: OpenCell, truth: Truth) -> None:
-    kept: list[Set] = [()]
-    for _ in range(GO):
-        sets = {each for one in kept for each in grown(one)}
-        kept = sorted(sets, key=lambda each: truth.key("accuracy", each))[: strategies.WIDTH]
-    steps = run(cell, "beam")
-    assert steps[-1].removed == kept[0]
-    for before, after in pairwise(steps):
-        assert set(before.removed) < set(after.removed)
-
-
-def test_evolution_finds_the_best_of_few_sets(cell: OpenCell, truth: Truth) -> None:
-    """There are ten sets of three, and sixteen are drawn at first."""
-    best = min(combinations(range(LAYERS), GO), key=lambda each: truth.key("accuracy", each))
-    (step,) = run(cell, "evolutionary")
-    assert step.removed == best
-    assert step.layer is None
-
-
-def test_evolution_mutates_what_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of twenty parts the six last ones cost nothing: mutation and choice lead towards them."""
-
-    def cost(each: Set) -> float:
-        return sum(n < 14 for n in each)
-
-    known = Known(cost)
-    search = known.search(6, seed=5)
-    (step,) = STRATEGIES["evolutionary"](search)
-    costs = [[cost(each) for each in sets] for sets in known.calls]
-    assert step.score is not None
-    assert step.score < min(costs[0])
-    # What is kept is chosen, and not only the end.
-    assert np.mean(costs[-1]) < np.mean(costs[0]) - 1
-    size, rounds = strategies.POPULATION, strategies.GENERATIONS
-    assert [len(sets) for sets in known.calls] == [size, *[2 * size] * rounds]
-    assert len({each for sets in known.calls for each in sets}) == size * (rounds + 1)
-    assert list(STRATEGIES["evolutionary"](search)) == [step]
-    other = Known(cost)
-    list(STRATEGIES["evolutionary"](other.search(6, seed=5, draw=2)))
-    assert other.calls[0] != known.calls[0]
 
 
 @pytest.mark.parametrize("name", ["cosine", "relative_update", "perplexity", "taylor"])

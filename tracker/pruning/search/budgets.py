@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Literal
 
@@ -128,21 +128,6 @@ class Budget:
     def parts_of(self, unit: Component) -> SearchParts:
         """What it is a budget of."""
         return SearchParts(unit, len(self.each))
-
-    @property
-    def count(self) -> int:
-        """How many parts are enough, whichever; ExperimentError if not even all that may go."""
-        smallest = sorted(self.free, key=lambda part: self.each[part])
-        for n in range(1, len(smallest) + 1):
-            if self.enough(smallest[:n]):
-                if self.of_parts(n).reachable(()):
-                    return n
-                break
-        raise out_of_reach("evolutionary takes so many parts, whichever they are")
-
-    def of_parts(self, count: int) -> Budget:
-        """A budget of so many parts, of the same ones."""
-        return replace(self, each=(1.0,) * len(self.each), needed=count)
 
     def allows(self, removed: Collection[int]) -> bool:
         """Whether these parts may go together."""
