@@ -47,9 +47,8 @@ from tracker.team.collect import Collected, collect
 from tracker.team.publish import Publisher, Synced, Trial
 from tracker.team.result_files import Written, write_result_files
 from tracker.team.sweeps import SweepFilled, asked_of_cell, fill_sweep
-from tracker.tracking import default_targets, service, target
+from tracker.tracking import default_targets, in_sweep, service, target
 from tracker.tracking.runs import Which
-from tracker.tracking.wandb.service import in_sweep
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -18,7 +18,7 @@ from tests.helpers.wandb_double import WandbDouble
 from tracker.core.errors import RequestError
 from tracker.core.identities import Half
 from tracker.core.records import CellRecord
-from tracker.tracking import BACKENDS, open_backend, service, target
+from tracker.tracking import backends, open_backend, service, target
 from tracker.tracking.figures import (
     LoggedTable,
     cell_figures,
@@ -503,7 +503,7 @@ def test_other_questions_have_other_runs_beside_each_other(held: Held) -> None:
     }
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", backends())
 def test_a_backend_says_what_it_can_and_refuses_the_rest_by_name(name: str, tmp_path: Path) -> None:
     known = service(name)
     assert known.name == name

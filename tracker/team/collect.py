@@ -274,5 +274,4 @@ def _opened(source: str) -> Ledger | Target:
     path = Path(source)
     if ":" not in source or path.exists():
         return Ledger.existing(path)
-    to = target(source)
-    return service(to.backend).source(to, source)
+    return target(source, reading=True)

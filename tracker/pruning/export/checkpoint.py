@@ -36,7 +36,7 @@ from tracker.pruning.export.proof import ExpectedAnswers, MeasuredCell, expected
 from tracker.pruning.export.recipes import recipes, skip_lists, windows_of
 from tracker.runner import run_cells
 from tracker.team.publish import Publisher
-from tracker.tracking import service, target
+from tracker.tracking import open_models, service, target
 from tracker.tracking.base import SavedModel
 
 
@@ -67,7 +67,7 @@ def publish(
     for text in track:
         to = target(text)
         place = (to.project or project, results, to.server)
-        with closing(service(to.backend).open_models(*place)) as models:
+        with closing(open_models(to.backend, *place)) as models:
             try:
                 locations[to.backend] = models.add_model(shown)
             except TrackerError as error:

@@ -280,15 +280,12 @@ class MlflowBackend(Backend):
         with super()._one_writer(problem, advice), shared:
             yield
 
-    @contextmanager
-    def _explained(self, problem: str, advice: str = "") -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001  the SDK raises requests, SQL, cloud errors, ...
-            if getattr(error, "error_code", None) in _REFUSED:
-                advice = f"{_WHO}\n{advice}"
-            title, secrets = f"MLflow at {masked(self._uri)} {problem}", _secrets(self._uri)
-            raise explained(title, _plain(error), advice, secrets, _SAID_CHARACTERS) from None
+    @override
+    def _explain(self, error: Exception, problem: str, advice: str) -> TrackingError:
+        if getattr(error, "error_code", None) in _REFUSED:
+            advice = f"{_WHO}\n{advice}"
+        title, secrets = f"MLflow at {masked(self._uri)} {problem}", _secrets(self._uri)
+        return explained(title, _plain(error), advice, secrets, _SAID_CHARACTERS)
 
 
 def _plain(error: Exception) -> Exception:

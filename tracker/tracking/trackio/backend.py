@@ -174,13 +174,13 @@ class TrackioBackend(Backend):
 
     @contextmanager
     def _explained(self, problem: str, advice: str = "") -> Iterator[None]:
-        try:
-            # It says of every run that it began and ended.
-            with redirect_stdout(StringIO()):
-                yield
-        except Exception as error:  # noqa: BLE001  the SDK raises many kinds
-            what = f"Trackio in {utils.TRACKIO_DIR} {problem}"
-            raise explained(what, error, advice) from None
+        # It prints of every run that it began and ended.
+        with super()._explained(problem, advice), redirect_stdout(StringIO()):
+            yield
+
+    @override
+    def _explain(self, error: Exception, problem: str, advice: str) -> TrackingError:
+        return explained(f"Trackio in {utils.TRACKIO_DIR} {problem}", error, advice)
 
 
 def _rows(run: DescribedRun) -> dict[int, dict[str, Any]]:

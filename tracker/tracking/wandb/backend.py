@@ -14,7 +14,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -321,8 +321,10 @@ class WandbBackend(Backend):
         return self._folder.with_name("wandb.lock")
 
     @override
-    def _explained(self, problem: str, advice: str = "") -> AbstractContextManager[None]:
-        return session(self._results, f"W&B {problem} ({self._to})", advice)
+    @contextmanager
+    def _explained(self, problem: str, advice: str = "") -> Iterator[None]:
+        with session(self._results, f"W&B {problem} ({self._to})", advice):
+            yield
 
 
 def _views() -> ModuleType:
