@@ -1,4 +1,4 @@
-"""What other packages add by entry points, and what becomes of a broken one."""
+"""Extensions of other packages, by their entry points; broken ones are left out."""
 
 from __future__ import annotations
 

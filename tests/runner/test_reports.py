@@ -384,8 +384,8 @@ def test_a_wandb_project_is_read_verified_and_cached(
 def test_a_report_in_wandb_is_replaced_and_not_repeated(ran: Ran, lent: WandbDouble) -> None:
     results = ran()
     for command in ("report", "leaderboard"):
-        said = printed(command, "--results", results, "--publish", "wandb:team/layers")
-        assert f"published: {lent.url}/team/layers/reports/Which-layers-matter--" in said
+        output = printed(command, "--results", results, "--publish", "wandb:team/layers")
+        assert f"published: {lent.url}/team/layers/reports/Which-layers-matter--" in output
     project = lent.projects["team", "layers"]
     report, view = sorted(project.views, key=lambda found: found["type"] != "runs")
     assert len(project.views) == 2

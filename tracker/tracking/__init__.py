@@ -190,10 +190,10 @@ def destination(name: str, project: str, results: Path, server: str | None = Non
     return content_hash([name, project, setting, made])
 
 
-def title_of(place: Target) -> str:
-    """Return a place as it is typed after `--to`."""
-    named = place.server and service(place.backend).names_server
-    return masked(f"{place.backend}:{f'{place.server}/' if named else ''}{place.project}")
+def title_of(address: Target) -> str:
+    """Return an address as it is typed after `--to`."""
+    named = address.server and service(address.backend).names_server
+    return masked(f"{address.backend}:{f'{address.server}/' if named else ''}{address.project}")
 
 
 def file_of(place: Target, results: Path) -> Path:
@@ -219,8 +219,8 @@ def places_of(store: CellStore, record: CellRecord, results: Path) -> dict[str, 
     for name in store.places(record.view, *record.supersedes):
         note = read_note(results / "places" / f"{quote(name, safe='')}.json")
         if note.get("backend") in backends() and isinstance(note.get("project"), str):
-            place = Target(note["backend"], note["project"], note.get("server"))
-            is_offline = service(place.backend).server() == OFFLINE
-            if is_offline == (place.server == OFFLINE):
-                found[name] = place
+            address = Target(note["backend"], note["project"], note.get("server"))
+            is_offline = service(address.backend).server() == OFFLINE
+            if is_offline == (address.server == OFFLINE):
+                found[name] = address
     return found

@@ -161,11 +161,11 @@ class MlflowBackend(Backend):
     @override
     def _download(self, cell: RemoteCell, folder: Path) -> None:
         client, _ = self._existing()
-        there = stated_digests(client, cell.place)
+        stated = stated_digests(client, cell.place)
         listed = {a.path: a for a in client.list_artifacts(cell.place)}
-        mine = [n for n, a in listed.items() if n in there or not (there or a.is_dir)]
-        check_listing({name: listed[name].file_size for name in mine})
-        for name in mine:
+        names = [n for n, a in listed.items() if n in stated or not (stated or a.is_dir)]
+        check_listing({name: listed[name].file_size for name in names})
+        for name in names:
             client.download_artifacts(cell.place, name, str(folder))
         check_downloaded(folder, cell)
 
