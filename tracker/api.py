@@ -41,7 +41,6 @@ from tracker.measuring.progress import Progress, Silent, telling
 from tracker.results import Results, default_progress
 from tracker.results import load as results_of
 from tracker.runner import Finished, run_cells
-from tracker.studies.registry import PAIRS, REFINE
 from tracker.team import publish as publishing
 from tracker.team.collect import Collected, collect
 from tracker.team.publish import Publisher, Synced, Trial
@@ -336,10 +335,10 @@ def study(
     """Answer a question of the paper or of its reviewers, measuring just what the answer lacks.
 
     Args:
-        name: Which study: one of `tracker.studies.registry.STUDIES`.
+        name: Name of the study: one of `tracker.studies.registry.studies()`.
         experiment: What it is about, as for `run`.
         tokenizer: As for `run`.
-        **settings: As for `run`; and what this study alone can be told: its class says what.
+        **settings: As for `run`; and the fields of the study's settings in the registry.
 
     Returns:
         What it says, the report page, and what failed.
@@ -351,12 +350,12 @@ def study(
     Example:
         >>> tracker.study("audit", "experiments/demo.yaml", sample=50).finding.answers
     """
-    from tracker.studies.base import StudyContext, conduct
-    from tracker.studies.registry import open_study, told_to
+    from tracker.studies.base import StudyContext, conduct, open_study
+    from tracker.studies.registry import settings_of
 
-    how, alone = _how(settings), told_to(name)
+    how, alone = _how(settings), settings_of(name).model_fields
     _refuse_unknown(settings, [*_SAID, *alone, *sorted(Running.__optional_keys__)])
-    chosen = open_study(name, **{key: settings.pop(key) for key in alone & settings.keys()})
+    chosen = open_study(name, **{key: settings.pop(key) for key in alone.keys() & settings.keys()})
     _refuse_incomplete(experiment, settings, f'study("{name}", ')
     work = _Work(how)
     asked = _asked(work.read, experiment, settings, tokenizer, work)
@@ -397,8 +396,8 @@ def quantise(
     by: Literal["map", "layer"] = "map",
     test_sample: int | None = None,
     embeddings: bool = False,
-    refine: int = REFINE,
-    pairs: int = PAIRS,
+    refine: int = 3,
+    pairs: int = 20,
     output: Where | None = None,
     tokenizer: Any = None,
     **settings: Any,
