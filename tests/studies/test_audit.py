@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers.ablations import single_layers
 from tracker import api
+from tracker.core.changes import Change
 from tracker.core.estimates import Estimate
 from tracker.core.proxies import OF_LAYERS, passes
 from tracker.engine.scoring.streams import plan_streams
@@ -122,7 +123,7 @@ class Drawn(AuditedCell):
             model=SimpleNamespace(layers=layers),
             whole_layers=[
                 SimpleNamespace(
-                    layer=layer,
+                    change=Change(layers=(layer,)),
                     n=documents,
                     accuracy_relevance=float(lost[layer]),
                     cosine_score=float(self.measures["cosine_score"].means()[layer]),

@@ -82,7 +82,10 @@ class Parity(Study[ParitySettings]):
         result = StudyResult()
         for subject in subjects:
             runs = subject.record.whole_layers
-            drops = {parity: [r.drop for r in runs if r.layer % 2 == parity] for parity in (0, 1)}
+            drops = {
+                parity: [run.drop for run in runs if run.change.layer % 2 == parity]
+                for parity in (0, 1)
+            }
             rows = [("even", drops[0]), ("odd", drops[1])]
             columns = [
                 Column("layers", "text", lambda row: row[0]),
