@@ -41,15 +41,13 @@ from tracker.measuring.progress import Progress, Silent, telling
 from tracker.results import Results, default_progress
 from tracker.results import load as results_of
 from tracker.runner import Finished, run_cells
-from tracker.studies.registry import PAIRS, REFINE
 from tracker.team import publish as publishing
 from tracker.team.collect import Collected, collect
 from tracker.team.publish import Publisher, Synced, Trial
 from tracker.team.result_files import Written, write_result_files
 from tracker.team.sweeps import SweepFilled, asked_of_cell, fill_sweep
-from tracker.tracking import default_targets, service, target
+from tracker.tracking import default_targets, in_sweep, service, target
 from tracker.tracking.runs import Which
-from tracker.tracking.wandb.service import in_sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -336,10 +334,10 @@ def study(
     """Answer a question of the paper or of its reviewers, measuring just what the answer lacks.
 
     Args:
-        name: Which study: one of `tracker.studies.registry.STUDIES`.
+        name: Name of the study: one of `tracker.studies.registry.studies()`.
         experiment: What it is about, as for `run`.
         tokenizer: As for `run`.
-        **settings: As for `run`; and what this study alone can be told: its class says what.
+        **settings: As for `run`; and the fields of the study's settings in the registry.
 
     Returns:
         What it says, the report page, and what failed.
@@ -351,12 +349,12 @@ def study(
     Example:
         >>> tracker.study("audit", "experiments/demo.yaml", sample=50).finding.answers
     """
-    from tracker.studies.base import StudyContext, conduct
-    from tracker.studies.registry import open_study, told_to
+    from tracker.studies.base import StudyContext, conduct, open_study
+    from tracker.studies.registry import settings_of
 
-    how, alone = _how(settings), told_to(name)
+    how, alone = _how(settings), settings_of(name).model_fields
     _refuse_unknown(settings, [*_SAID, *alone, *sorted(Running.__optional_keys__)])
-    chosen = open_study(name, **{key: settings.pop(key) for key in alone & settings.keys()})
+    chosen = open_study(name, **{key: settings.pop(key) for key in alone.keys() & settings.keys()})
     _refuse_incomplete(experiment, settings, f'study("{name}", ')
     work = _Work(how)
     asked = _asked(work.read, experiment, settings, tokenizer, work)
@@ -397,8 +395,8 @@ def quantise(
     by: Literal["map", "layer"] = "map",
     test_sample: int | None = None,
     embeddings: bool = False,
-    refine: int = REFINE,
-    pairs: int = PAIRS,
+    refine: int = 3,
+    pairs: int = 20,
     output: Where | None = None,
     tokenizer: Any = None,
     **settings: Any,
@@ -916,7 +914,7 @@ def leaderboard(
 
     Args:
         *sources: As for `report`.
-        publish: Tracking projects whose leaderboard the results join, as `BACKEND` or
+        publish: Tracking projects that get the table, and the page made of it, as `BACKEND` or
             `BACKEND:PROJECT`.
         results: The results folder.
         progress: Told what is downloaded.
@@ -937,30 +935,28 @@ def leaderboard(
     from tracker.report.export import board_data
     from tracker.report.frames import frame_of
 
-    done = join_leaderboards(*sources, publish=publish, results=results, progress=progress)
+    done = rank(*sources, publish=publish, results=results, progress=progress)
     for line in (*done.notes, *(f"{what}: {why}" for what, why in done.failed.items())):
         warnings.warn(line, stacklevel=2)
     return frame_of(board_data(done.cells)["layer_leaderboard"])
 
 
-def join_leaderboards(
+def rank(
     *sources: Where,
     publish: str | Sequence[str] = (),
     results: Where = RESULTS,
     progress: Progress | None = None,
 ) -> Reported:
-    """Collect what a leaderboard ranks, and let it join those of projects.
+    """Collect the cells that a leaderboard ranks, and publish a report of them.
 
     Args:
         *sources: As for `report`.
-        publish: Tracking projects whose leaderboard the cells join, as `BACKEND` or
-            `BACKEND:PROJECT`.
+        publish: As for `leaderboard`.
         results: The results folder.
         progress: Told what is downloaded.
 
     Returns:
-        The cells that are ranked: those of the sources, and those of the leaderboards that they
-        joined. `tracker.report.leaderboard` ranks them.
+        The cells, for `tracker.report.leaderboard` to rank; no file is written.
 
     Raises:
         RequestError: A source or a target is none, or no source holds a measured cell.
@@ -968,9 +964,10 @@ def join_leaderboards(
     """
     from tracker.team import reports
 
-    found = _collected(sources, results, progress)
-    cells, locations, failed = reports.join_boards(found, _targets(publish), Path(results))
-    return Reported(*(tuple(cells), (), found.failed | failed, locations), notes=_unfinished(found))
+    collected = _collected(sources, results, progress, anew=bool(publish))
+    locations, failed, notes = reports.publish(collected, _targets(publish), Path(results))
+    notes = (*_unfinished(collected), *notes)
+    return Reported(collected.cells, (), collected.failed | failed, locations, notes)
 
 
 def _collected(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from tests.helpers.mixtures import experts, mixture
 from tests.helpers.registry import Variant, tiny
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import CellError
-from tracker.engine.memory import only_new_garbage
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.selfcheck.check import check
@@ -253,8 +253,16 @@ def beyond(model):
     return sum(size for place, size in other.items() if place not in own)
 
 
+@pytest.fixture
+def only_new_objects() -> Iterator[None]:
+    """Let nothing be counted of what was alive before, as of other tests."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-@only_new_garbage()  # of what was alive before, as of other tests, nothing is counted
+@pytest.mark.usefixtures("only_new_objects")
 def test_what_all_layers_in_formats_are_held_against_has_one_layers_weights_at_a_time(
     family, monkeypatch
 ):

@@ -604,17 +604,6 @@ class WandbDouble:
         }
         return {"artifactType": {"artifactCollection": node}}
 
-    @in_project("ProjectArtifacts")
-    def _artifacts(self, project: Project, ask: Ask) -> Json:
-        found = project.artifacts.get((ask.variables["type"], ask.variables["collection"]))
-        if found is None:
-            return {"artifactType": None}
-        page = paged([version_node(version) for version in reversed(found.versions)], ask)
-        for edge in page["edges"]:
-            edge["version"] = f"v{edge['node']['versionIndex']}"
-        collection = {"__typename": "ArtifactSequence", "artifacts": page}
-        return {"artifactType": {"artifactCollection": collection}}
-
     @operation("UpsertSweep")
     def _upsert_sweep(self, ask: Ask) -> Json:
         config = yaml.safe_load(text := ask.variables["config"])

@@ -25,9 +25,9 @@ Said = dict[str, Any]
 
 def published(backend: Backend, cell: CellRecord, *files: Path) -> Said:
     """Publish a cell, and say what came of it."""
-    asked = LoggedTable(("task", "choice"), (("arc_easy", 1), ("arc_easy", None)), ("task",))
+    documents = LoggedTable(("task", "choice"), (("arc_easy", 1), ("arc_easy", None)))
     try:
-        return vars(backend.publish(cell, files, cell_charts(cell), {"documents": asked}))
+        return vars(backend.publish(cell, files, cell_charts(cell), {"documents": documents}))
     except TrackingError as error:
         return {"error": str(error)}
 

@@ -15,7 +15,7 @@ from torch import nn
 from tests.helpers.small_models import SMALL, logits, make
 from tracker.models.layers import find_layers
 from tracker.models.pruned import SMALL as SMALL_BUFFER
-from tracker.models.pruned import changed, cut_config, duplicate, pruned, put_back, remember
+from tracker.models.pruned import changed, cut_config, pruned, put_back, remember
 from tracker.models.sublayers import add_nothing, first_of, returning
 
 HIDDEN = torch.tensor([[1.0, 2.0]])
@@ -99,60 +99,6 @@ def test_what_a_configuration_computes_is_cut_and_what_it_cannot_compute_left_al
     cut_config(config, [0, 2, 3])
     assert config.every_other == [0, 0, 1]
     assert config.names == Config.names, "the class's own, of which four are no layers'"
-
-
-def test_a_duplicate_has_tables_of_its_own() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[0].also = model[1].also = {}  # one table in two places
-    model[0].register_forward_hook(lambda module, args, output: output + 1)
-    twin = duplicate(model, {id(model[0].weight): model[0].weight})
-    for name, table in vars(model[1]).items():
-        if isinstance(table, (dict, set)):
-            assert vars(twin[1])[name] is not table, name
-            assert type(vars(twin[1])[name]) is type(table), name
-    assert twin[0].also is twin[1].also
-    assert twin[0].weight is model[0].weight
-    assert twin[1].weight is not model[1].weight
-    twin[1].register_forward_hook(lambda module, args, output: output + 5)
-    given = torch.ones(1, 2)
-    assert torch.equal(twin(given), model(given) + 5)
-
-
-def test_a_module_that_copies_itself_in_its_own_way_does_so() -> None:
-    class Copying(nn.Linear):
-        def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-            return nn.Identity()
-
-    class Leaving(nn.Linear):
-        def __getstate__(self) -> dict[str, Any]:
-            return {**super().__getstate__(), "left": "out"}
-
-    class Arriving(nn.Linear):
-        def __setstate__(self, state: dict[str, Any]) -> None:
-            super().__setstate__(state)
-            self.arrived = True
-
-    class Made(nn.Linear):
-        def __reduce__(self) -> Any:
-            return nn.Flatten, (5,)
-
-    class Protocol(nn.Linear):
-        def __reduce_ex__(self, protocol: Any) -> Any:
-            return nn.Flatten, (protocol,)
-
-    kinds = (Copying, Leaving, Arriving, Made, nn.Linear, Protocol)
-    model = nn.Sequential(*(kind(2, 2) for kind in kinds))
-    model.compile()  # what is compiled is no copy's, in torch neither
-    twin = duplicate(model)
-    assert [type(each) for each in twin[:2]] == [nn.Identity, Leaving]
-    assert twin[1].left == "out"
-    assert twin[2].arrived
-    assert [each.start_dim for each in (twin[3], twin[5])] == [5, 4]
-    assert torch.equal(twin[4](torch.ones(2)), model[4](torch.ones(2)))
-    assert "_compiled_call_impl" not in vars(twin)
-    weight = model[4].weight
-    assert duplicate(model, {id(model[4]): model[4]})[4] is model[4], "what is named is no copy"
-    assert model[4].weight is weight
 
 
 def test_a_copy_has_what_is_fresh_for_its_own_and_shares_the_rest() -> None:

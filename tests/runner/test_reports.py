@@ -1,4 +1,4 @@
-"""Collecting from folders and tracking projects, and the leaderboard that a team shares."""
+"""Collecting from folders and tracking projects, and the reports that a team shares."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from pandas.testing import assert_frame_equal
 
 from tests.conftest import golden, printed
 from tests.helpers.runs import arc, run, typed
@@ -20,13 +21,9 @@ from tracker import api
 from tracker.core.errors import RequestError, ResultsError
 from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
-from tracker.measuring.derive import all_records
 from tracker.report.leaderboard.claims import answer, claims
-from tracker.report.leaderboard.layers import layer_board
 from tracker.team.collect import merged
-from tracker.team.leaderboard import FORMAT, Board, BoardEntry, merge, publish_board, read_board
-from tracker.tracking import open_backend, target
-from tracker.tracking.base import BOARD_FILE, Page
+from tracker.tracking import target
 
 __all__ = ["client", "double", "lent"]
 
@@ -257,15 +254,6 @@ def test_records_without_their_outcomes_are_kept_apart(cells, expected) -> None:
     assert merged(cells) == expected
 
 
-# Was: attentions that were published later took the whole layers off the leaderboard.
-@pytest.mark.parametrize("cells", APART)
-def test_so_are_those_of_boards(cells) -> None:
-    held = [cell_record(layers=(1,))] if MIDDLE in cells else []
-    boards = [Board(entries=(entry(cell),)) for cell in (*cells, *held)]
-    for some in (boards, boards[::-1]):
-        assert content(merge(some).cells) == content(cells)
-
-
 def test_folders_that_hold_parts_of_a_cell_are_derived_as_one(ran: Ran, tmp_path: Path) -> None:
     """Was: layers 0-14 joined with 15-29 showed the correlation over 15 of them."""
     asked = {"data": str(arc(tmp_path / "data"))}
@@ -286,15 +274,13 @@ def test_folders_that_hold_parts_of_a_cell_are_derived_as_one(ran: Ran, tmp_path
 
 
 def test_two_metrics_of_one_measurement_are_two_views(ran: Ran, tmp_path: Path) -> None:
-    """Was: the second one overwrote the first one's view, runs and entry on the leaderboard."""
+    """Was: the second one overwrote the first one's view and runs."""
     results = ran(metric=["acc", "acc_norm"])
     (store,) = Ledger(results).cells()
     assert len(store.shards()) == 1
     assert [cell.metric for cell in api.ls(results)] == ["acc", "acc_norm"]
     reported = api.report(results, output=tmp_path / "page.html").cells
-    board = merge([Board(entries=tuple(map(entry, reported)))])
-    for cells in (reported, board.cells):
-        assert sorted(cell.metric for cell in cells) == ["acc", "acc_norm"]
+    assert sorted(cell.metric for cell in reported) == ["acc", "acc_norm"]
     assert "arc_easy · 0-shot · acc_norm" in (tmp_path / "page.html").read_text()
 
 
@@ -331,120 +317,27 @@ def test_two_metrics_are_published_and_read_back_apart(
     assert content(done.cells) == content(api.ls(results))
 
 
-# The leaderboard
-
-
-def entry(cell: CellRecord, by: str = "ann", at: str = "2026-01-01T00:00:00+00:00") -> BoardEntry:
-    return BoardEntry(cell=cell, by=by, at=at)
-
-
-def test_merging_does_not_depend_on_the_order() -> None:
-    old = entry(cell_record())
-    new = entry(cell_record().model_copy(update={"tokens": 1}), "bob", "2026-02-01T00:00:00+00:00")
-    few = entry(cell_record(layers=(0,)), "eve", "2026-03-01T00:00:00+00:00")
-    other = entry(cell_record(n=20))
-    boards = [Board(entries=(e,), holds=(e.by,)) for e in (old, new, few, other)]
-    whole = merge(boards)
-    assert content(whole.entries) == content([new, other]), "newer complete beats older"
-    for turn in range(4):
-        turned = boards[turn:] + boards[:turn]
-        assert merge([merge(turned[:2]), merge(turned[1:])]) == whole
-
-
-class Crowd:
-    """A backend on which somebody else publishes whenever we have read."""
-
-    def __init__(self, *others: Board) -> None:
-        self.versions: list[Board] = []
-        self.others = list(others)
-
-    def user(self) -> str:
-        return "ann"
-
-    def boards(self) -> list[str]:
-        return [str(n) for n in range(len(self.versions))]
-
-    def read_board(self, version: str) -> str:
-        return self.versions[int(version)].model_dump_json()
-
-    def add_page(self, page: Page) -> str:
-        if self.others:
-            self.versions.append(self.others.pop())
-        self.versions.append(Board.model_validate_json(page.files[0].read_text()))
-        return "there"
-
-
-def test_people_who_publish_at_once_lose_nothing() -> None:
-    theirs = [Board(entries=(entry(cell_record(key=key)),)) for key in ("x", "y")]
-    crowd = Crowd(*theirs)
-    board, location = publish_board(crowd, [cell_record(key="mine")])  # type: ignore[arg-type]
-    assert {e.cell.key for e in board.entries} == {"mine", "x", "y"}
-    assert location == "there"
-    assert read_board(crowd) == (read_board(crowd)[0], 1)  # type: ignore[arg-type]
-    assert crowd.versions[-1].entries == board.entries, "the newest version holds all"
-    count = len(crowd.versions)
-    assert publish_board(crowd, [cell_record(key="mine")])[1] == ""  # type: ignore[arg-type]
-    assert len(crowd.versions) == count, "nothing new is no new version"
-
-
-def test_the_shared_leaderboard_in_mlflow(
-    ran: Ran, team: tuple[str, MlflowClient], tmp_path: Path
+def test_a_projects_leaderboard_ranks_its_runs_whoever_published_them(
+    ran: Ran, team: tuple[str, MlflowClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     to, client = team
     mine, hers = ran("mine"), ran("hers", seed=8)
-    api.sync([to], results=mine)
-    api.sync([to], results=hers)
-    assert len(api.join_leaderboards(mine, publish=[to]).cells) == 1
-    done = api.join_leaderboards(hers, publish=[to])
-    assert done.failed == {}
-    assert done.locations.keys() == {to}
-    assert content(done.cells) == content(api.ls(mine)) | content(api.ls(hers))
-    assert api.join_leaderboards(hers, publish=[to]).locations == {}
-
-    backend = open_backend("mlflow", "layers", mine, f"sqlite:///{tmp_path}/team.db")
-    assert len(backend.boards()) == 2
-    board, _ = read_board(backend)
-    # It can be rebuilt from the runs.
-    rebuilt = api.join_leaderboards(to)
-    assert content(rebuilt.cells) == content(board.cells)
-    # MLflow's own table shows the ranks.
-    newest = backend.boards()[-1]
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/team.db")
-        experiment = client.get_run(newest).info.experiment_id
-        table = client.load_table(experiment, "tables/layer_leaderboard.json", [newest])
-    first = layer_board([c for c in done.cells if c.model.name == table["model"][0]]).layers[0]
-    assert table["layer"][0] == first.layer
-    assert table["accuracy_relevance"][0] == pytest.approx(first.relevance.value)
-    # Was: empty.
-    note = client.get_run(newest).data.tags["mlflow.note.content"]
-    for cell in done.cells:
-        assert answer(claims([cell])) in note
-
-
-def test_a_board_of_a_newer_tracker_asks_for_an_upgrade() -> None:
-    """Was: an entry with a field more made the board "damaged"."""
-    crowd = Crowd()
-    publish_board(crowd, [cell_record()])  # type: ignore[arg-type]
-    stored = json.loads(crowd.read_board("0"))
-    assert stored["format"] == FORMAT
-    crowd.read_board = lambda version: json.dumps(stored)  # type: ignore[method-assign]
-    stored |= {"format": FORMAT + 1, "more": "fields"}
-    with pytest.raises(ResultsError, match=rf"newer tracker \(format {FORMAT + 1}.*Upgrade"):
-        read_board(crowd)  # type: ignore[arg-type]
-    stored["format"] = FORMAT - 1
-    with pytest.raises(ResultsError, match=rf"older tracker \(format {FORMAT - 1}.*that one"):
-        read_board(crowd)  # type: ignore[arg-type]
-
-
-def test_a_damaged_version_is_named(template: Path, tmp_path: Path) -> None:
-    shutil.copy(template, tmp_path / "mlflow.db")
-    backend = open_backend("mlflow", "layers", tmp_path)
-    file = tmp_path / BOARD_FILE
-    file.write_text("{")
-    backend.add_page(Page("leaderboard", [file], {}, []))
-    with pytest.raises(ResultsError, match="of the leaderboard is damaged"):
-        publish_board(backend, [cell_record()])
+    for results in (mine, hers):
+        assert api.sync([to], results=results).failed == {}
+    frame = api.leaderboard(to, publish=to)
+    assert_frame_equal(frame, api.leaderboard(mine, hers))
+    experiment = client.get_experiment_by_name("layers").experiment_id
+    (run,) = client.search_runs([experiment], "tags.`tracker.kind` = 'report'")
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"report.html", "layer_leaderboard.parquet"} <= files
+    # MLflow's own table shows the ranks, and its note the answers.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", to.removeprefix("mlflow:").removesuffix("/layers"))
+    ids = [run.info.run_id]
+    table = client.load_table(experiment, "tables/layer_leaderboard.json", ids)
+    assert table["layer"].tolist() == frame["layer"].tolist()
+    assert table["accuracy_relevance"].tolist() == frame["accuracy_relevance"].tolist()
+    for cell in (*api.ls(mine), *api.ls(hers)):
+        assert answer(claims([cell])) in run.data.tags["mlflow.note.content"]
 
 
 def test_a_report_is_published_with_its_tables(ran: Ran, template: Path, tmp_path: Path) -> None:
@@ -477,7 +370,7 @@ def test_a_wandb_project_is_read_verified_and_cached(
     for name in ("layers", "correlations", "layer_leaderboard", "model_leaderboard"):
         frames = [pd.read_parquet(tmp_path / p / f"{name}.parquet") for p in ("pulled", "own")]
         assert len(frames[0])
-        pd.testing.assert_frame_equal(*frames)
+        assert_frame_equal(*frames)
 
     def downloads() -> int:
         asked = [(request.method, request.path[:9]) for request in double.requests]
@@ -487,25 +380,12 @@ def test_a_wandb_project_is_read_verified_and_cached(
     printed("report", source, "--output", tmp_path / "page.html")
     assert downloads() == before > 0, "what is there is not downloaded again"
 
-    said = printed("leaderboard", "--results", results, "--publish", source)
-    assert "accuracy relevance" in said
-    assert f"published: {double.url}/team/layers/artifacts/leaderboard/layer-leaderboard" in said
-    assert "published:" not in printed("leaderboard", source, "--publish", source)
-    project = double.projects["team", "layers"]
-    (board,) = [c for c in project.artifacts.values() if c.name == "layer-leaderboard"]
-    assert len(board.versions) == 1
-    stored = Board.model_validate_json(next(iter(board.versions[0].files.values())))
-    assert content(stored.cells) == content(all_records(Ledger.existing(results).contents()))
-    assert {e.by for e in stored.entries} == {"tester"}
-    (run,) = [run for run in project.runs.values() if run.job_type == "report"]
-    assert answer(claims(stored.cells)) in (run.notes or "")
-
 
 def test_a_report_in_wandb_is_replaced_and_not_repeated(ran: Ran, lent: WandbDouble) -> None:
     results = ran()
-    for _ in range(2):
-        said = printed("report", "--results", results, "--publish", "wandb:team/layers")
-        assert f"published: {lent.url}/team/layers/reports/Which-layers-matter--" in said
+    for command in ("report", "leaderboard"):
+        output = printed(command, "--results", results, "--publish", "wandb:team/layers")
+        assert f"published: {lent.url}/team/layers/reports/Which-layers-matter--" in output
     project = lent.projects["team", "layers"]
     report, view = sorted(project.views, key=lambda found: found["type"] != "runs")
     assert len(project.views) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,6 @@ from tracker.core.errors import ExperimentError
 from tracker.core.prune_records import PruneCost, PruneRecord, PruneStep
 from tracker.core.search_parts import SearchParts
 from tracker.ledger.store import listed
-from tracker.search import strategies
 from tracker.search.beforehand import DrawnScores, ends_of
 from tracker.search.budgets import Budget, amount, budget
 from tracker.search.cells import OpenCell
@@ -117,21 +116,6 @@ def test_a_proxy_takes_the_smallest_that_leads_to_enough(cell, truth: Truth) -> 
         assert step == removed
 
 
-def test_a_beam_keeps_the_best_that_lead_to_enough(cell, truth: Truth, case: str) -> None:
-    kept: list[Set] = [()]
-    for _ in range(GO):
-        sets = leads(case, sorted({each for one in kept for each in grown(one)}))
-        kept = sorted(sets, key=lambda each: truth.key("accuracy", each))[: strategies.WIDTH]
-    chosen = run(cell, case, "beam")
-    assert chosen[-1] == kept[0]
-    assert all(set(before) < set(after) for before, after in pairwise(chosen))
-
-
-def test_evolution_finds_the_best_of_those_that_may_go(cell, truth: Truth, case: str) -> None:
-    best = min(ends(case), key=lambda each: truth.key("accuracy", each))
-    assert run(cell, case, "evolutionary") == [best]
-
-
 def test_the_best_stretch_of_those_that_may_go_goes(cell, truth: Truth, case: str) -> None:
     angles = turned(truth.model, truth, lambda b, a: cosine(b, a).clamp(-1, 1).arccos())
     allowed = CASES[case][1]
@@ -218,7 +202,7 @@ def test_whatever_must_stay_the_budget_is_met_or_it_is_said(strategy: str) -> No
                 STRATEGIES[strategy](Search(DrawnScores(SearchParts("layer", total)), one))
             )
         except ExperimentError:
-            assert strategy in ("last", "angular", "evolutionary")
+            assert strategy in ("last", "angular")
             continue
         assert set(steps[-1].removed) in possible
         assert not any(one.enough(step.removed) for step in steps[:-1])
@@ -256,7 +240,7 @@ class Seen(DrawnScores):
         return super().losses(by, sets)
 
 
-@pytest.mark.parametrize("strategy", ["accuracy_oneshot", "accuracy", "beam"])
+@pytest.mark.parametrize("strategy", ["accuracy_oneshot", "accuracy"])
 def test_what_may_go_alone_is_scored(strategy: str) -> None:
     scores = Seen(WHOLE)
     one = Budget((1.0,) * LAYERS, 2, frozenset({0, 2, 4}))

@@ -10,13 +10,12 @@ import pytest
 
 from tests.helpers.searches import naive_proxy
 from tracker.core.prune_records import PruneStep
-from tracker.search import strategies
 from tracker.search.budgets import Budget
 from tracker.search.cells import OpenCell
 from tracker.search.scores import Losses, Scores, Set
 from tracker.search.strategies import STRATEGIES, Search
 
-from .conftest import GO, LAYERS, WHOLE, Known, Truth
+from .conftest import GO, LAYERS, WHOLE, Truth
 
 WITHIN = Budget((1.0,) * LAYERS, GO)
 
@@ -24,29 +23,6 @@ WITHIN = Budget((1.0,) * LAYERS, GO)
 def run(cell: OpenCell, strategy: str, **more: object) -> list[PruneStep]:
     scores = Scores([cell], WHOLE)
     return list(STRATEGIES[strategy](Search(scores, WITHIN, **more)))  # type: ignore[arg-type]
-
-
-def test_evolution_mutates_what_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of twenty parts the six last ones cost nothing: mutation and choice lead towards them."""
-
-    def cost(each: Set) -> float:
-        return sum(n < 14 for n in each)
-
-    known = Known(cost)
-    search = known.search(6, seed=5)
-    (step,) = STRATEGIES["evolutionary"](search)
-    costs = [[cost(each) for each in sets] for sets in known.calls]
-    assert step.score is not None
-    assert step.score < min(costs[0])
-    # What is kept is chosen, and not only the end.
-    assert np.mean(costs[-1]) < np.mean(costs[0]) - 1
-    size, rounds = strategies.POPULATION, strategies.GENERATIONS
-    assert [len(sets) for sets in known.calls] == [size, *[2 * size] * rounds]
-    assert len({each for sets in known.calls for each in sets}) == size * (rounds + 1)
-    assert list(STRATEGIES["evolutionary"](search)) == [step]
-    other = Known(cost)
-    list(STRATEGIES["evolutionary"](other.search(6, seed=5, draw=2)))
-    assert other.calls[0] != known.calls[0]
 
 
 @pytest.mark.parametrize("name", ["cosine", "relative_update", "perplexity", "taylor"])

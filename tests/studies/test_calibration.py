@@ -15,8 +15,15 @@ from tracker.core.findings import FindingRecord
 from tracker.core.tables import Entry
 from tracker.stats.reliability import spearman_brown, stratified_orders
 from tracker.stats.resampling import SEED
-from tracker.studies.calibration.figures import DRAWS, Curve, Ranked, curve_of, judged
-from tracker.studies.calibration.layout import agreement_table, needed_table
+from tracker.studies.calibration import (
+    SAMPLE_PAIRS,
+    Curve,
+    Ranking,
+    agreement_table,
+    curve_of,
+    judged,
+    needed_table,
+)
 
 from .conftest import Small, conducted, plain, small, stores
 
@@ -63,7 +70,7 @@ def test_agreement_is_that_of_plain_samples(measured: Small) -> None:
     assert drops.shape == (N, 4)
     for n in (5, 10, 15):
         apart, within, kendall, top = [], [], [], []
-        for order in stratified_orders(np.zeros(N), DRAWS, SEED):
+        for order in stratified_orders(np.zeros(N), SAMPLE_PAIRS, SEED):
             one, other = drops[order[:n]].mean(axis=0), drops[order[n : 2 * n]].mean(axis=0)
             apart.append(_plain(one, other))
             within.append(_plain(one, drops.mean(axis=0)))
@@ -93,7 +100,7 @@ def test_a_proxy_counts_every_token_once(measured: Small) -> None:
     finding = measured.finding
     sums, tokens = _cosines(_outcomes(measured)[0])
     drawn = []
-    for order in stratified_orders(np.zeros(N), DRAWS, SEED):
+    for order in stratified_orders(np.zeros(N), SAMPLE_PAIRS, SEED):
         pair = [sums[docs].sum(axis=0) / tokens[docs].sum() for docs in (order[:15], order[15:])]
         drawn.append(_plain(*pair))
     (row,) = (
@@ -109,7 +116,7 @@ def test_benchmarks_together_count_alike(measured: Small) -> None:
     finding, drops = measured.finding, [_drops(rows) for rows in _outcomes(measured)]
     both, strata = np.concatenate(drops), np.repeat(["0/arc_easy", "1/copa"], N)
     drawn = []
-    for order in stratified_orders(strata, DRAWS, SEED):
+    for order in stratified_orders(strata, SAMPLE_PAIRS, SEED):
         halves = order[:N], order[N:]
         assert all((docs < N).sum() == N // 2 for docs in halves)
         drawn.append(_plain(*(both[docs].mean(axis=0) for docs in halves)))
@@ -137,12 +144,12 @@ def _curve(lost: np.ndarray, seed: int) -> Curve:
     """Layers that lose and win answers, each by its own share."""
     luck = np.random.default_rng(seed).random((128, 30))
     values = np.where(luck < lost, 1.0, np.where(luck < lost + 0.06, -1.0, 0.0))
-    return curve_of(Ranked("accuracy drop", values, np.full(128, 1 / 128), np.zeros(128)), 0.9)
+    return curve_of(Ranking("accuracy drop", values, np.full(128, 1 / 128), np.zeros(128)), 0.9)
 
 
 def test_of_pure_noise_no_number_of_documents_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """All layers are alike; in each of these sets two halves agree by 0.1 and more by luck."""
-    monkeypatch.setattr("tracker.studies.calibration.figures.SIZES", (10, 20, 50))
+    monkeypatch.setattr("tracker.studies.calibration.SIZES", (10, 20, 50))
     for seed in (0, 7, 10, 11, 17):
         curve = _curve(np.full(30, 0.06), seed)
         assert curve.agreement(64).value > 0.1
@@ -153,7 +160,7 @@ def test_of_pure_noise_no_number_of_documents_is_named(monkeypatch: pytest.Monke
 
 
 def test_of_layers_that_differ_a_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tracker.studies.calibration.figures.SIZES", (10, 20, 50))
+    monkeypatch.setattr("tracker.studies.calibration.SIZES", (10, 20, 50))
     curve = _curve(np.linspace(0.02, 0.3, 30), 0)
     assert curve.needed.low < curve.needed.value < curve.needed.high
     assert curve.predicted(128) == pytest.approx(spearman_brown(curve.agreement(64).value, 2))
@@ -163,7 +170,7 @@ def test_of_many_rankings_a_number_is_named_where_all_tests_together_allow_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Was: each by itself, so that of several one was named by luck."""
-    monkeypatch.setattr("tracker.studies.calibration.figures.SIZES", (10, 20, 50))
+    monkeypatch.setattr("tracker.studies.calibration.SIZES", (10, 20, 50))
     curve = _curve(np.linspace(0.02, 0.3, 30), 0)
     lucky = replace(curve, p_value=0.03)
     first, alone = judged([lucky, lucky])[0], judged([lucky])[0]

@@ -9,7 +9,6 @@ import pytest
 
 from tests.helpers.findings import FINDING, HEADS, LINES, MAP, TABLE
 from tests.report.conftest import build_cell
-from tracker.cli.printing import print_finding
 from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord, Line
 from tracker.core.tables import Column, EntryText, Table, headed, table, written
@@ -137,18 +136,6 @@ def test_the_page_has_a_section_and_says_when_it_is_outgrown() -> None:
         "1 of its 1 measurements hold other documents by now; for today's answer: tracker study "
         "joint file.yaml"
     )
-
-
-def test_the_terminal_shows_answers_tables_and_what_is_lacking(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    print_finding(FINDING)
-    said = capsys.readouterr().out
-    for words in ("Do layers add up?", "  No.", "12.5 (10.0 to 15.0)", "– the baseline is at"):
-        assert words in said
-    assert "could not be said: piqa: at chance" in said
-    (dash,) = (line for line in said.splitlines() if line.startswith("– the baseline is at"))
-    assert dash.endswith("at chance (drop)"), "it names the column"
 
 
 def test_reports_for_papers_hold_the_tables_too(tmp_path: Path) -> None:

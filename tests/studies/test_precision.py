@@ -19,7 +19,8 @@ from tracker.measuring.job import Options
 from tracker.measuring.observing import open_observed
 from tracker.measuring.progress import Silent
 from tracker.models.quantised import in_format
-from tracker.studies.precision import ERRORS, InFormat, MapName, Precision, _answers
+from tracker.studies.base import open_study
+from tracker.studies.precision import ERRORS, MapName, RoundedMaps, _answer
 
 from .conftest import Small, asked_for, column, plain, small
 
@@ -36,7 +37,7 @@ def found(tmp_path_factory) -> Small:
 def opened(found: Small):
     """The cell, its model and its documents."""
     (store,) = Ledger(found.results).cells()
-    (request,) = Precision().requests(asked_for(found.done.experiment, found.results))
+    (request,) = open_study("precision").requests(asked_for(found.done.experiment, found.results))
     how = (Ledger(found.results), Options(), Silent())
     engine, documents = open_observed(request, store, *how)
     return store.read(), engine.loaded, documents
@@ -165,7 +166,8 @@ def test_what_is_stated_of_names_is_in_their_intervals(found: Small, falls, text
         MapName(name, None, Estimate(*fall), {})
         for name, fall in zip(["lm_head", "embedding"], falls, strict=False)
     ]
-    (sentence,) = _answers(InFormat(SimpleNamespace(record=record), "int4", (), names, ()))
+    subject = SimpleNamespace(record=record, name="a cell")
+    sentence = _answer(RoundedMaps(subject, "int4", (), names, ()))
     assert f": {text}" in sentence
 
 
@@ -194,7 +196,7 @@ def test_what_stops_at_an_answer_is_of_the_documents_that_all_maps_share(tmp_pat
     counts = frame.groupby(["task", "doc"])["ablation"].nunique()
     shared = {place for place, count in counts.items() if count == 1 + 4 + 1}
     (kind,) = (store.folder / "observed").iterdir()
-    (request,) = Precision().requests(asked_for(raced.done.experiment, raced.results))
+    (request,) = open_study("precision").requests(asked_for(raced.done.experiment, raced.results))
     blocks = store.blocks(request.extent)
     seen = {(b.task, n) for b in blocks for n in read_observations(store.folder, kind.name, b)}
     assert seen == shared

@@ -24,18 +24,17 @@ from tracker.report.page.studies import standing_alone
 from tracker.search import cells
 from tracker.search.figures import Choices
 from tracker.stats.accuracy import accuracy, accuracy_drop
+from tracker.studies.prune import best_sentence, charts_of, paper_sentence, verdict_of
 from tracker.studies.prune.figures import (
     OWN,
     TASKS,
     TEXT,
-    Beside,
-    Compared,
-    PrunedFor,
+    Contrast,
+    PrunedBenchmark,
+    Prunings,
     Way,
     _at_chance,
 )
-from tracker.studies.prune.layout import charts_of
-from tracker.studies.prune.sentences import _against_paper, _best, _verdict
 
 from .conftest import column, row_of, small
 
@@ -190,12 +189,12 @@ def test_a_benchmark_at_chance_has_nothing_to_lose(studied) -> None:
     assert not _at_chance(cell.model_copy(update={"chance_accuracy": None}))
 
 
-def _compared(each: dict[str, dict[str, list[int]]]) -> Compared:
+def _compared(each: dict[str, dict[str, list[int]]]) -> Prunings:
     """Prunings of two benchmarks whose outcomes are known, by strategy."""
-    found = Compared("tiny", 4)
+    found = Prunings("tiny", 4)
     for name, ways in each.items():
         n = len(next(iter(ways.values())))
-        found.benchmarks[name] = PrunedFor(Estimate(0.9), n)
+        found.benchmarks[name] = PrunedBenchmark(Estimate(0.9), n)
         for strategy, values in ways.items():
             after = np.array(values, float)
             answered = PairedOutcomes(after, after[:, None], np.full(len(after), 1 / len(after)))
@@ -223,7 +222,7 @@ def test_p_values_are_those_of_all_signs_and_adjusted_over_strategies() -> None:
     assert small < large
     assert found["last"].p == pytest.approx(2 * small)
     assert found["taylor"].p == pytest.approx(max(2 * small, large))
-    assert found["last"].found.value == pytest.approx(0.3)
+    assert found["last"].difference.value == pytest.approx(0.3)
 
 
 def test_what_is_missing_has_a_reason(monkeypatch) -> None:
@@ -237,15 +236,15 @@ def test_what_is_missing_has_a_reason(monkeypatch) -> None:
     (failed,) = (each for each in group.beside("1") if each.other == last)
     assert failed.p is None
     # Without the benchmark that is at chance one is left, which is no mean but itself.
-    at_chance = PrunedFor(Estimate(0.9), at_chance="at chance")
+    at_chance = PrunedBenchmark(Estimate(0.9), at_chance="at chance")
     group.benchmarks["b"] = at_chance
     assert group.over == "a"
     assert group.level_mean(last).value == pytest.approx(0.3)
     group.benchmarks["a"] = at_chance
     assert group.level_mean(last).reason == "no benchmark is above chance unpruned"
-    assert charts_of(group) == []
-    monkeypatch.setattr(Compared, "removed", lambda *_: [1])
-    assert _best(group, "1") == (
+    assert [*charts_of(group)] == []
+    monkeypatch.setattr(Prunings, "removed", lambda *_: [1])
+    assert best_sentence(group, "1") == (
         "tiny, 1 removed (1 of 4 layers): no strategy can be judged (no benchmark is above chance "
         "unpruned)."
     )
@@ -253,8 +252,8 @@ def test_what_is_missing_has_a_reason(monkeypatch) -> None:
 
 def test_a_strategy_is_called_best_where_that_is_shown_and_no_draw_ever_is(monkeypatch) -> None:
     """Was: the one that tested best."""
-    monkeypatch.setattr(Compared, "removed", lambda *_: [1])
-    said = _best(_compared(KNOWN), "1")
+    monkeypatch.setattr(Prunings, "removed", lambda *_: [1])
+    said = best_sentence(_compared(KNOWN), "1")
     assert "which of 3 strategies leaves the most is open, it may be each of them" in said
     assert "test accuracies of 60.0 to 90.0 %" in said
     many = {
@@ -263,11 +262,11 @@ def test_a_strategy_is_called_best_where_that_is_shown_and_no_draw_ever_is(monke
     }
     for ways in many.values():
         ways |= {"random": [1] * 200, "taylor": ways["last"]}
-    said = _best(group := _compared(many), "1")
+    said = best_sentence(group := _compared(many), "1")
     assert group.places("1") == {"accuracy": (1, 1), "last": (2, 3), "taylor": (2, 3)}
     assert "accuracy leaves the most of 3 strategies, a test accuracy of 90.0 %" in said
     many["a"]["taylor"] = many["a"]["accuracy"]
-    assert "is open, it may be accuracy or taylor;" in _best(_compared(many), "1")
+    assert "is open, it may be accuracy or taylor;" in best_sentence(_compared(many), "1")
 
 
 def test_no_more_test_documents_are_asked_for_than_there_are() -> None:
@@ -276,8 +275,8 @@ def test_no_more_test_documents_are_asked_for_than_there_are() -> None:
         group.benchmarks[name] = replace(benchmark, n=10, available=20)
     own, last = Way("accuracy", "1"), Way("last", "1")
     for half, more in ((0.13, "would tell"), (0.2, "would tell, more than there are")):
-        pair = Beside(own, last, Estimate(0.1, 0.1 - half, 0.1 + half), 0.5)
-        assert _verdict(pair, group.growth).endswith(f"times as many test documents {more}")
+        pair = Contrast(own, last, Estimate(0.1, 0.1 - half, 0.1 + half), 0.5)
+        assert verdict_of(pair, group.growth).endswith(f"times as many test documents {more}")
 
 
 def test_draws_count_by_their_mean_document_by_document() -> None:
@@ -290,9 +289,9 @@ def test_draws_count_by_their_mean_document_by_document() -> None:
     group = _compared({"a": {"accuracy": [1, 1, 1, 0]}})
     group.found[Way("random", "1"), "a"] = drawn
     (beside,) = group.beside("1")
-    assert beside.found.value == pytest.approx(0.375)
+    assert beside.difference.value == pytest.approx(0.375)
     # Of the four signs of 0.5 and 1 two are as far from 0: both alike.
-    assert beside.found.p_value == pytest.approx(0.5, abs=0.02)
+    assert beside.difference.p_value == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize(("figures", "verdict", "paper"), golden("prune_verdicts"))
@@ -300,9 +299,9 @@ def test_words_follow_from_figures(figures: str, verdict: str, paper: str) -> No
     p, calibration, *ends = figures.split(", ")
     one, other = (Way(name, "25 %", calibration) for name in ("accuracy", "cosine"))
     found = Estimate(*map(float, ends)) if ends else Estimate(None, reason="a: failed")
-    each = Beside(one, other, found, float(p) if ends else None)
-    assert verdict in _verdict(each, np.inf)
-    assert paper in _against_paper(each)
+    each = Contrast(one, other, found, float(p) if ends else None)
+    assert verdict in verdict_of(each, np.inf)
+    assert paper in paper_sentence(each)
 
 
 def test_benchmarks_over_the_same_rows_are_refused(

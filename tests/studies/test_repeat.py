@@ -19,7 +19,7 @@ from tracker.ledger.outcomes import METRIC
 from tracker.ledger.store import Ledger
 from tracker.stats.selection import best_by_chance
 from tracker.studies import repeat
-from tracker.studies.repeat import TESTED, all_stretches
+from tracker.studies.repeat import TESTED, all_spans
 
 from .conftest import Small, column, plain, small
 
@@ -139,10 +139,10 @@ def test_what_is_asked_otherwise_is_refused(found: Small, refused):
 
 
 def test_stretches_are_all_neighbours_among_some_layers():
-    asked = all_stretches([0, 1, 2, 5])
+    asked = all_spans([0, 1, 2, 5])
     spans = ("0", "0-1", "0-2", "1", "1-2", "2", "5")
     assert [*map(str, asked["changes"])] == [f"repeat:{span}" for span in spans]
-    assert len(all_stretches(range(30))["changes"]) == 465
+    assert len(all_spans(range(30))["changes"]) == 465
 
 
 def test_the_best_by_chance_is_that_of_all_signs():

@@ -15,16 +15,16 @@ from tracker.cli import main
 from tracker.core.formats import ACCURACY, Measure
 from tracker.ledger.outcomes import METRIC
 from tracker.studies import rescale as module
+from tracker.studies.base import open_study
 from tracker.studies.rescale import (
-    EVERY,
-    WAYS,
+    NAMES,
+    REPLACEMENTS,
     Costs,
     Drops,
-    Rescale,
-    _answers,
+    answers_of,
     drop_chart,
     layer_table,
-    significant,
+    significance_table,
     summary,
 )
 
@@ -41,19 +41,19 @@ def test_what_is_won_back_follows_from_the_ledger(tiny_llama, experiment, tmp_pa
     summary, significant, per_layer = done.finding.tables
     (store,) = stores(path, results)
     frame = store.read()
-    names = {"remove": "layer"} | {way: way for way in WAYS}
+    names = {"remove": "layer"} | {way: way for way in REPLACEMENTS}
     ablations = {way: [f"{name}:{layer}" for layer in (1, 2)] for way, name in names.items()}
     assert set(frame["ablation"]) == {"baseline", *(n for some in ablations.values() for n in some)}
     means = frame.groupby("ablation")[f"{METRIC}acc"].mean()
     drops = {way: means["baseline"] - means[some].to_numpy() for way, some in ablations.items()}
     for place, row in enumerate(per_layer.rows):
         found = [entry.value for entry in row[1:]]
-        assert found == pytest.approx([drops[way][place] for way in EVERY])
+        assert found == pytest.approx([drops[way][place] for way in NAMES])
     ((name, n, mean, *shares, fitted_on),) = summary.rows
     assert "copa" in name
     assert n.value == 24
     assert mean.value == pytest.approx(drops["remove"].mean())
-    for way, entry in zip(WAYS, shares, strict=False):
+    for way, entry in zip(REPLACEMENTS, shares, strict=False):
         if entry.value is None:
             assert entry.reason == "removals cost nothing here that these documents could show"
         else:
@@ -104,17 +104,17 @@ BITS = Measure("loss", "loss increase", "bits per byte", "bits per byte", "score
 def costs(measure: Measure = ACCURACY, scale: float = 0.1, p: float | None = 0.001) -> Costs:
     """A cell of three layers: nothing costs 2 × `scale` on average, a factor 1.6, and so on."""
     drops = {}
-    for way, share in zip(EVERY, (1, 0.8, 0.6, 0.3), strict=True):
+    for way, share in zip(NAMES, (1, 0.8, 0.6, 0.3), strict=True):
         mean = scale * np.array([1.0, 2, 3]) * share
         drops[way] = Drops(mean, np.tile(mean, (100, 1)))
-    better = {way: [p] * 3 for way in WAYS}
+    better = {way: [p] * 3 for way in REPLACEMENTS}
     return Costs("a cell", 50, (0, 1, 2), measure, "some text", drops, drops, better)
 
 
 def test_a_loss_is_said_in_its_own_unit() -> None:
     """Drops of 1.15 to 3.45 bits per byte are not 230 pp, and no accuracy."""
     cell = costs(BITS, 1.15, None)
-    cost, won_back, *_ = _answers([cell])
+    cost, won_back, *_ = answers_of([cell])
     assert cost == (
         "A layer costs 2.300 bits per byte (2.300 to 2.300) when it is removed, 1.840 bits per "
         "byte (1.840 to 1.840) with a factor, 1.380 bits per byte (1.380 to 1.380) with its mean "
@@ -138,7 +138,7 @@ def test_bits_and_fractions_have_no_sum(monkeypatch) -> None:
     requests = [SimpleNamespace(model_copy=lambda update, n=n: n) for n in range(3)]
     subjects = [SimpleNamespace(request=request) for request in requests]
     monkeypatch.setattr(module, "costs", lambda mine: cells[subjects.index(mine[0])])
-    said = Rescale().say(None, subjects)
+    said = open_study("rescale").answer(None, subjects)
     assert said.answers[0].startswith(
         "By accuracy in pp: A layer costs 40.0 pp (40.0 to 40.0) when"
     )
@@ -151,9 +151,9 @@ def test_bits_and_fractions_have_no_sum(monkeypatch) -> None:
 
 def test_a_test_that_was_not_made_shows_nothing_and_costs_nothing() -> None:
     """Each p of 0.012 is significant among three tests, and would not be among six."""
-    row = significant([costs(p=0.012), costs(BITS, p=None)]).rows[0]
+    row = significance_table([costs(p=0.012), costs(BITS, p=None)]).rows[0]
     assert [entry.value for entry in row[1:]] == [3, 3, 0]
-    row = significant([costs(BITS, p=None)]).rows[0]
+    row = significance_table([costs(BITS, p=None)]).rows[0]
     assert [entry.value for entry in row[1:]] == [0, None, None]
     assert "outcomes that are right or wrong" in row[2].reason
 
@@ -161,7 +161,7 @@ def test_a_test_that_was_not_made_shows_nothing_and_costs_nothing() -> None:
 def test_what_is_not_finite_is_said() -> None:
     cell = costs()
     cell.drops["linear"].mean[0] = np.nan
-    cost, won_back, *_ = _answers([cell])
+    cost, won_back, *_ = answers_of([cell])
     assert "its mean update, an undefined amount (not finite for 1 of 3 layers) with a" in cost
     assert "a linear map undefined (a drop is not a finite number)" in won_back
     assert drop_chart(cell).lines[3].values == (None, pytest.approx(0.06), pytest.approx(0.09))
@@ -170,6 +170,6 @@ def test_what_is_not_finite_is_said() -> None:
 
 def test_a_stand_in_that_failed_is_not_explained_by_a_guess() -> None:
     cell = costs()
-    for each in (cell.drops, cell.better):
+    for each in (cell.drops, cell.p_values):
         del each["linear"]
     assert summary([cell]).rows[0][5].reason == "not measured; what is lacking says why"

@@ -15,16 +15,17 @@ from tracker.core.estimates import Estimate
 from tracker.core.questions import question
 from tracker.engine.scoring.streams import plan_streams
 from tracker.stats.sequential.stopping import Race
-from tracker.studies.savings import QUESTIONS, Savings
-from tracker.studies.savings.figures import (
+from tracker.studies.base import open_study
+from tracker.studies.registry import SavingsSettings
+from tracker.studies.savings import (
     ORDERS,
     MeasuredDocuments,
-    hardest,
+    bound_of,
     orders_of,
     passes_of,
-    replayed,
+    replay,
+    savings_table,
 )
-from tracker.studies.savings.layout import savings_table
 
 from .conftest import Small, column, row_of, small, stores
 
@@ -99,7 +100,7 @@ def test_a_replay_is_a_race(cell: MeasuredDocuments, text: str, group: bool, oth
     if group:
         tasks = tuple("ab"[number % 5 == 0] for number in range(400))
         cell = replace(cell, tasks=tasks, counts={"a": 320 + others, "b": 80})
-    found, raced = replayed(cell, question(text), orders), by_races(cell, text, orders)
+    found, raced = replay(cell, question(text), orders), by_races(cell, text, orders)
     for name, figures in raced.items():
         assert getattr(found, name) == pytest.approx(figures)
     assert not found.wrong.any(), "none of these is; those that hide something are, see below"
@@ -110,20 +111,20 @@ def test_what_is_open_when_the_measured_documents_end_took_nobody_knows_how_much
     cell: MeasuredDocuments,
 ) -> None:
     sampled, asked = replace(cell, counts={"t": 1000}), question("top 2")
-    found = replayed(sampled, asked, orders_of(400)[:8])
+    found = replay(sampled, asked, orders_of(400)[:8])
     assert not found.answered.any()
     row = row_of(savings_table(sampled, [found]), str(asked))
     for name in ("documents", "layer passes", "fewer than lm-eval"):
         assert row[name] == Estimate(None, reason="open after all 400 that are measured")
     # All of a split answer whatever is no tie.
-    assert replayed(cell, asked, orders_of(400)[:8]).answered.all()
+    assert replay(cell, asked, orders_of(400)[:8]).answered.all()
 
 
 def test_an_answer_that_contradicts_all_documents_is_wrong(cell: MeasuredDocuments) -> None:
     # Orders that hide what layer 4 costs until it is settled, which is no random order.
     first = np.argsort(cell.drops[:, 1] - cell.drops[:, 5], kind="stable")[None]
     for text in ("top 2", "prune 3", "drop within 10 pp", "sign"):
-        found = replayed(cell, question(text), first)
+        found = replay(cell, question(text), first)
         assert found.answered.all()
         assert found.wrong.all()
 
@@ -138,20 +139,20 @@ def test_streams_that_share_are_planned_together() -> None:
 
 def test_what_bounds_a_question(cell: MeasuredDocuments) -> None:
     means, sds = cell.drops.mean(axis=0), cell.drops.std(axis=0)
-    found = hardest(cell, question("top 2 within 1 pp"))
+    found = bound_of(cell, question("top 2 within 1 pp"))
     assert found.distance == pytest.approx(means[1] - means[2] + 0.01)
     difference = cell.drops[:, 1] - cell.drops[:, 2]
     assert found.sd == pytest.approx(difference.std())
-    wide = hardest(cell, question("drop within 5 pp"))
+    wide = bound_of(cell, question("drop within 5 pp"))
     assert wide.sd == sds.max()
     # One-sided at 5 % / (2 · 4), 80 % power: 2.498 + 0.842; two-sided at 5 % / 6.
     for bound, reach in ((found, 3.339), (wide, 2.638)):
         endless = (reach * bound.sd / bound.distance) ** 2
         assert bound.documents.value == pytest.approx(1 / (1 / endless + 1 / 400), abs=1)
-    found = hardest(cell, question("sign"))
+    found = bound_of(cell, question("sign"))
     assert found.documents.reason == "the drop is 0, which only all documents show"
     tied = cell_of(cell.drops[:, [0, 1, 1, 3, 4, 5]])
-    assert "two runs tie" in (hardest(tied, question("top 2")).documents.reason or "")
+    assert "two runs tie" in (bound_of(tied, question("top 2")).documents.reason or "")
 
 
 # -- a real cell -----------------------------------------------------------------------------------
@@ -200,13 +201,13 @@ def test_a_metric_without_bounds_is_said(study: Small) -> None:
     (store,) = stores(study.path, study.results)
     store.identity.benchmark.tasks[0].metrics["acc"] = "perplexity"
     named = {"view": SimpleNamespace(metric="acc"), "record": SimpleNamespace(title="a cell")}
-    said = Savings().say(None, [SimpleNamespace(store=store, **named)])
+    said = open_study("savings").answer(None, [SimpleNamespace(store=store, **named)])
     assert said.answers == ["Nothing could be raced for."]
     assert "acc is no mean of outcomes between 0 and 1; name another" in said.lacking[0]
 
 
 def test_what_is_asked_by_default_is_what_so_many_runs_can_answer() -> None:
     assert ORDERS >= 200
-    fitting = [text for text in QUESTIONS if question(text).fits(6)]
+    fitting = [text for text in SavingsSettings().questions if question(text).fits(6)]
     assert "top 5" in fitting
     assert "prune 8" not in fitting

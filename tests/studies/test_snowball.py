@@ -24,9 +24,15 @@ from tracker.ledger.shards import read_observations
 from tracker.ledger.store import listed
 from tracker.measuring.observing import Observed
 from tracker.studies import snowball as module
-from tracker.studies.snowball import _between, _explains, _most, _too_few, _whether
-from tracker.studies.snowball.figures import COSINE, END, _tokens
-from tracker.studies.snowball.layout import NOT_MEASURED
+from tracker.studies.snowball import (
+    NOT_MEASURED,
+    _between,
+    _explains,
+    _most,
+    _too_few,
+    _verdict,
+)
+from tracker.studies.snowball.figures import COSINE, END, FOLLOWING, GROWTH, Predictor, _tokens
 
 from .conftest import column, conducted, plain
 
@@ -65,7 +71,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let observed differences be these, whatever the model does."""
 
     def replace(removed: list[float], chance: list[float], handed: list[float]) -> None:
-        def observed(subject, kind, asked, begin) -> Observed:
+        def observed(subject, kind, context, begin) -> Observed:
             assert kind == "snowball-1"
             by_task = subject.store.wanted(subject.request.extent)
             places = [(task, doc) for task, docs in by_task.items() for doc in docs]
@@ -214,7 +220,7 @@ def test_only_decided_layers_contradict(factors, documents: int, verdict: str) -
     growth = np.array(around(*factors, documents=documents))
     growth[:, np.equal(factors, 1)] = 1.5 ** np.resize([[1], [-1]], (documents, 1))
     found = cell(growth.tolist())
-    assert verdict in _whether([found])
+    assert verdict in _verdict([found])
     few = (
         "so few documents (8) leave all 29 layers undecided, whatever they show; Wilcoxon's test, "
         "adjusted for so many, needs 11; raise 'sample' or 'limit'"
@@ -225,10 +231,7 @@ def test_only_decided_layers_contradict(factors, documents: int, verdict: str) -
 def test_layers_that_grow_alike_are_not_put_in_order() -> None:
     """Was: the three largest factors and the smallest one, whatever their intervals."""
     same = cell(around(*[2.0] * 8, documents=20))
-    assert _most(same) == (
-        "m on arc_easy (20 documents): which removals grow most is open (95 % confidence for all "
-        "layers)."
-    )
+    assert _most(same) == "which removals grow most is open (95 % confidence for all layers)"
     apart = cell(around(9, 8, 7, *[2.0] * 5, documents=20))
     assert "the 3 that grow most include that of layer 0 ×" in (said := _most(apart))
     assert ", layer 2 ×" in said
@@ -252,16 +255,13 @@ def test_a_loss_is_not_called_accuracy() -> None:
     some = Estimate(0.5, 0.1, 0.8)
     none = Estimate(None, reason="few")
     each = cell(around(2, 2, documents=6))
-    each.explained = SimpleNamespace(
-        layers=[0, 1],
-        predictors={COSINE: some, END: some},
-        better={END: Estimate(0.0, -0.1, 0.1)},
-        partial={"growth after removal": none, "layers that follow": none},
-    )
-    assert "predictor of the accuracy drop than" in _explains(each)[0]
+    found = {COSINE: some, END: some, GROWTH: none, FOLLOWING: none}
+    rows = [Predictor(name, "", figure, none, some, 2) for name, figure in found.items()]
+    each.explained = SimpleNamespace(layers=[0, 1], predictors=rows)
+    assert "predictor of the accuracy drop than" in next(_explains(each))
     each.record.higher_is_better, each.record.metric = False, "loss"
     each.record.benchmark.tasks[0].metrics = {"loss": "ratio"}
-    assert "predictor of the loss increase than" in _explains(each)[0]
+    assert "predictor of the loss increase than" in next(_explains(each))
 
 
 def test_growth_explains_what_it_explains(conduct: Conduct, drawn: Callable[..., None]) -> None:

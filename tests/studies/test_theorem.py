@@ -13,7 +13,7 @@ import torch
 from tracker import api
 from tracker.benchmarks.sources import find_data
 from tracker.models.counterexample import Counterexample
-from tracker.studies.theorem import Theorem
+from tracker.studies.base import open_study
 
 from .conftest import column, conducted, plain
 
@@ -54,7 +54,7 @@ def test_on_a_real_benchmark(tiny_llama, experiment, tmp_path: Path) -> None:
         "score 1e−8, the lowest: any other is more than 9.7e7 times as high. Without it not one "
         "document is answered."
     )
-    assert len(done.finding.answers) == 4
+    assert len(done.finding.answers) == 2
     assert not done.finding.lacking
     table, layers, *_ = done.finding.tables
     for row, epsilon in zip(table.rows, (0.1, 1e-8), strict=True):
@@ -189,7 +189,7 @@ def test_what_cannot_be_built_is_refused(
     corpus = {"benchmark": [f"corpus:{text}"], "data": None, "limit": None, "metric": "loss"}
     said = " ".join(refused("theorem", experiment(model, **corpus)).split())
     assert "the theorem is about accuracy, and loss is none" in said
-    monkeypatch.setattr("tracker.studies.theorem.building.MOST", 3)
+    monkeypatch.setattr("tracker.studies.theorem.MAX_PLACES", 3)
     said = " ".join(refused("theorem", experiment(model, limit=4)).split())
     assert "places would have to be remembered, and a model is" in said
 
@@ -225,5 +225,5 @@ def test_a_model_that_does_not_show_it_is_said_not_to(
 
 
 def test_epsilons_are_sorted_and_said_once() -> None:
-    assert Theorem(())._epsilons == (1e-1, 1e-2, 1e-4, 1e-6, 1e-8)
-    assert Theorem((1e-6, 1e-2, 1e-6))._epsilons == (1e-2, 1e-6)
+    assert open_study("theorem").epsilons == (1e-1, 1e-2, 1e-4, 1e-6, 1e-8)
+    assert open_study("theorem", epsilon=(1e-6, 1e-2, 1e-6)).epsilons == (1e-2, 1e-6)

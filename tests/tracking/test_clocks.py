@@ -13,7 +13,6 @@ from mlflow import MlflowClient
 from tests.helpers.mlflow_store import Store
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
-from tracker.team.leaderboard import publish_board, read_board
 from tracker.tracking.figures import CURVES
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow import runs, writing
@@ -183,22 +182,3 @@ def test_the_run_that_is_measured_shows_the_latest(
         picture.end(key, "finished")
         info = Store(local(results)).cell(cell).info
         assert info.end_time >= info.start_time
-
-
-# Was: each leaderboard of a clock that is behind was another version of which nothing was held.
-def test_the_leaderboard_of_a_clock_that_is_behind_is_the_latest(
-    results: Path, turn: Callable[[float], None]
-) -> None:
-    backend = MlflowBackend("layers", results)
-    publish_board(backend, [cell_record()])
-    turn(-BEHIND)
-    publish_board(backend, [cell_record(key="another")])
-    assert len(backend.boards()) == 2
-    board, heads = read_board(backend)
-    assert (len(board.entries), heads) == (2, 1)
-    assert publish_board(backend, [cell_record()])[1] == "", "nothing was added"
-
-    other = cell_record().model_copy(update={"baseline_accuracy": 0.6})
-    publish_board(backend, [other])
-    board, _ = read_board(backend)
-    assert [c.baseline_accuracy for c in board.cells if c.key == other.key] == [0.6]

@@ -18,7 +18,7 @@ from tests.helpers.wandb_double import WandbDouble
 from tracker.core.errors import RequestError
 from tracker.core.identities import Half
 from tracker.core.records import CellRecord
-from tracker.tracking import BACKENDS, open_backend, service, target
+from tracker.tracking import backends, open_backend, service, target
 from tracker.tracking.figures import (
     LoggedTable,
     cell_figures,
@@ -34,9 +34,7 @@ from tracker.tracking.runs import MANY, cell_run, described, layer_run
 from .conftest import cell_record, local, of_kind
 
 PROJECT = "contract"
-WHOLE = {
-    "documents": LoggedTable(("task", "choice"), (("arc_easy", 1), ("arc_easy", None)), ("task",))
-}
+WHOLE = {"documents": LoggedTable(("task", "choice"), (("arc_easy", 1), ("arc_easy", None)))}
 
 
 @dataclass(frozen=True)
@@ -505,13 +503,13 @@ def test_other_questions_have_other_runs_beside_each_other(held: Held) -> None:
     }
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", backends())
 def test_a_backend_says_what_it_can_and_refuses_the_rest_by_name(name: str, tmp_path: Path) -> None:
     known = service(name)
     assert known.name == name
     assert target(f"{name}:layers").project == "layers"
     open_backend(name, PROJECT, tmp_path).close()
-    for ability in ("reports and leaderboards", "lighter models", "registered models"):
+    for ability in ("reports", "lighter models", "registered models"):
         if ability in known.can:
             assert target(name, ability).backend == name
         else:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -20,7 +17,7 @@ from tracker.measuring.derive import decisions_of
 from tracker.measuring.progress import Silent
 from tracker.team.collect import collect
 from tracker.team.publish import TEXTS_ASKED, TEXTS_PUBLIC
-from tracker.tracking.figures import LoggedTable, logged_documents
+from tracker.tracking.figures import logged_documents
 
 from .conftest import Maker
 
@@ -128,57 +125,3 @@ def test_what_is_public_is_published_and_what_is_ones_own_when_asked(
         results, output=tmp_path / "r.html", publish=[target], publish_documents=True
     )
     assert reported.notes == ()
-
-
-@pytest.fixture
-def writing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """With a stand-in for `wandb.EvalTable`, which writes to a service that no test has."""
-    from tracker.tracking.wandb import writing
-
-    monkeypatch.setattr(writing.wandb, "EvalTable", SimpleNamespace, raising=False)
-    monkeypatch.setattr(writing, "find_spec", lambda name: name)
-    return writing
-
-
-def aligned(writing: ModuleType, offline: bool = False) -> list[dict[str, Any]]:
-    """Log a table; what was logged."""
-    names = ("task", "question", "choice", "margin")
-    table = LoggedTable(names, (("a", "Why?", 1, 0.5),), names[:2], names[3:])
-    logged: list[dict[str, Any]] = []
-    handle = SimpleNamespace(offline=offline, log=logged.append)
-    assert writing.log_aligned(handle, "tables/documents", table) == bool(logged)
-    return logged
-
-
-def test_rows_of_several_runs_are_matched_by_what_was_asked(writing: ModuleType) -> None:
-    ((name, table),) = aligned(writing)[0].items()
-    assert name == "tables/documents"
-    assert vars(table) == {
-        "columns": ["task", "question", "choice", "margin"],
-        "data": [["a", "Why?", 1, 0.5]],
-        "input_columns": ["task", "question"],
-        "output_columns": ["choice"],
-        "score_columns": ["margin"],
-        "allow_mixed_types": True,
-    }
-
-
-@pytest.mark.parametrize("why", ["offline", "older client", "no weave", "it fails"])
-def test_where_it_cannot_be_a_plain_table_is_logged(
-    writing: ModuleType, monkeypatch: pytest.MonkeyPatch, why: str
-) -> None:
-    if why == "older client":
-        monkeypatch.delattr(writing.wandb, "EvalTable")
-    elif why == "no weave":
-        monkeypatch.setattr(writing, "find_spec", lambda name: None)
-    elif why == "it fails":
-        monkeypatch.setattr(writing.wandb, "EvalTable", lambda **_: 1 / 0)
-    assert aligned(writing, offline=why == "offline") == []
-
-
-def test_the_real_client_has_it_where_its_version_says_so() -> None:
-    import wandb
-
-    major, minor, *_ = wandb.__version__.split(".")
-    assert hasattr(wandb, "EvalTable") == ((int(major), int(minor)) >= (0, 31))
-    assert "weave" not in sys.modules

@@ -1,8 +1,7 @@
-"""Servers that lie about a cell's files: nothing lands elsewhere, nothing fills disk or memory."""
+"""Servers that lie about a cell's files: nothing lands elsewhere, nothing vast is taken."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import pytest
 from tests.helpers.answering import Answering
 from tests.helpers.wandb_double import MANIFEST, WandbDouble
 from tracker.core.errors import TrackingError
-from tracker.tracking import foreign, open_backend
+from tracker.tracking import downloads, open_backend
 from tracker.tracking.base import RemoteCell
 
 from .conftest import cell_record
@@ -30,7 +29,6 @@ class Lying(Answering):
 
     files: ClassVar[list[dict[str, Any]]] = []
     content: ClassVar[bytes] = b"{}"
-    packed: ClassVar[bool] = False
 
     def do_GET(self) -> None:  # noqa: N802
         url = urlsplit(self.path)
@@ -44,8 +42,7 @@ class Lying(Answering):
             wanted = parse_qs(url.query).get("path", [""])[0]
             self._say({"files": self.files if wanted == "abc" else []})
         elif "/artifacts/abc/" in url.path:
-            packed = {"Content-Encoding": "gzip"} if self.packed else {}
-            self.answer(self.content, **packed)
+            self.answer(self.content)
         else:
             self.send_error(404)
 
@@ -57,7 +54,6 @@ class Lying(Answering):
 def lying(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a server that says what `Lying` holds."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(Lying, "packed", False)
     with ThreadingHTTPServer(("127.0.0.1", 0), Lying) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -94,25 +90,18 @@ def test_a_file_that_is_said_to_be_vast_is_not_downloaded(
     listed = [{"path": "cell.json", "is_dir": False, "file_size": 10**10}]
     monkeypatch.setattr(Lying, "files", listed)
     said = fetched(lying, tmp_path)
-    assert "says that 'cell.json' has 10000000000 bytes" in said
+    assert "'cell.json' has 10000000000 bytes" in said
     assert "no file of tracker's has more than 256 MiB" in said
     assert not (tmp_path / "within" / "folder" / "cell.json").exists()
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_a_file_that_has_more_bytes_than_was_said_ends_at_the_limit(
-    lying: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
+def test_a_file_with_more_bytes_than_were_stated_is_refused(
+    lying: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Packed it is short: the client unpacks what it downloads."""
-    monkeypatch.setattr(foreign, "LARGEST", 2**20)
+    monkeypatch.setattr(downloads, "LARGEST_FILE", 2**20)
     monkeypatch.setattr(Lying, "files", [{"path": "x.json", "is_dir": False, "file_size": 2}])
-    zeros = bytes(2**23)
-    monkeypatch.setattr(Lying, "content", gzip.compress(zeros) if packed else zeros)
-    monkeypatch.setattr(Lying, "packed", packed)
-    assert "the server sends a file without end" in fetched(lying, tmp_path)
-    kept = tmp_path / "within" / "folder" / "x.json"
-    assert not kept.exists() or kept.stat().st_size <= 2**20
-    (tmp_path / "large").write_bytes(zeros)  # what else is written is not limited
+    monkeypatch.setattr(Lying, "content", bytes(2**21))
+    assert "'x.json' has 2097152 bytes" in fetched(lying, tmp_path)
 
 
 LIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

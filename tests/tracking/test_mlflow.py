@@ -260,7 +260,7 @@ def test_an_unreachable_server_is_a_tracking_error(
     sync = f"tracker sync --to mlflow:{PROJECT} --results {results}"
     assert f"MLFLOW_TRACKING_URI={shlex.quote(masked(uri))} {sync}" in str(caught.value)
     with pytest.raises(TrackingError, match="did not take the report"):
-        backend.add_page(Page("report", [], {}, [cell_record()]))
+        backend.add_page(Page([], {}, [cell_record()]))
     backend.close()
     assert not results.exists()
 

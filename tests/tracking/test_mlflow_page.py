@@ -71,7 +71,7 @@ def test_a_cell_its_layers_and_a_report(
 
     file = tmp_path / "report.html"
     file.write_text("<!doctype html><title>r</title><h1>Which layers matter</h1>")
-    backend.add_page(Kept("report", [file], {}, [], "Two sentences."))
+    backend.add_page(Kept([file], {}, [], "Two sentences."))
     (report,) = store.client.search_runs([run.experiment_id], "tags.`tracker.kind` = 'report'")
     address = f"{server}/#/experiments/{run.experiment_id}/runs/{report.info.run_id}"
     page.goto(address)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.report.conftest import build_cell
 from tracker.report.leaderboard.claims import answer, claims, shown_in
 from tracker.report.leaderboard.parts import cell_answer
-from tracker.team.leaderboard import board_text
+from tracker.team.reports import board_text
 from tracker.tracking.runs import AVERAGE, described, layer_note
 
 

@@ -36,10 +36,8 @@ def test_measured_published_and_reported_from_there(
     assert (again.created, again.updated, again.unchanged) == (0, 0, 4)
     report = api.report("trackio:lab/layers", output=tmp_path / "page.html")
     assert (report.failed, list(report.cells)) == ({}, api.ls(results))
-    with pytest.raises(
-        RequestError, match="Trackio takes no reports and leaderboards; use one of: mlflow, wandb"
-    ):
-        api.join_leaderboards(results, publish=["trackio:lab/layers"])
+    with pytest.raises(RequestError, match="Trackio takes no reports; use one of: mlflow, wandb"):
+        api.leaderboard(results, publish="trackio:lab/layers")
 
 
 def test_neither_a_hub_nor_a_server_hears_of_it(

@@ -65,10 +65,8 @@ def test_what_wandb_alone_has_is_read_back(double: WandbDouble, publish: Publish
     assert not [request for request in again if request.body.startswith('{"query":"mutation')]
     assert not [request for request in again if request.operation == "UpsertBucket"]
 
-    # A leaderboard leads to the outcomes that it is made of.
-    board = publish.folder / "leaderboard.json"
-    board.write_text("{}")
-    publish.backend.add_page(Page("leaderboard", [board], {}, [cell, cell_record(key="another")]))
+    # A report leads to the outcomes that it is made of.
+    publish.backend.add_page(Page([publish.outcomes], {}, [cell, cell_record(key="another")]))
     (run,) = (run for run in runs_of(double) if run.job_type == "report")
     assert run.used == [f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{cell.key}:v0"]
 

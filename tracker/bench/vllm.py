@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -116,7 +117,6 @@ def open_vllm(
     from tracker.benchmarks.encoder import vllm_class
     from tracker.models.checkpoint import save
     from tracker.models.devices import empty_cache, free_memory, total_memory
-    from tracker.models.pruned import duplicate
 
     loaded, device = engine.loaded, current_platform.device_type
     if device != loaded.device.type or loaded.device.index or loaded.offloaded is not None:
@@ -131,7 +131,7 @@ def open_vllm(
     texts = [r.context + r.continuation for document in documents for r in document.requests]
     with TemporaryDirectory() as folder, _refusing(f"vLLM cannot run {request.model}"):
         if source.gguf_file:
-            save(loaded, duplicate(loaded.model), Path(folder))
+            save(loaded, copy.deepcopy(loaded.model), Path(folder))
         else:  # The tokenizer, which a shape lacks, and what vLLM looks for beside it.
             loaded.model.config.save_pretrained(folder)
             loaded.tokenizer.save_pretrained(folder)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import click
 from click.core import ParameterSource
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from tracker.core import config
 from tracker.core.arguments import Arguments
@@ -24,6 +25,7 @@ from tracker.core.config import (
     CellRequest,
     Count,
     Name,
+    Strict,
     Times,
 )
 from tracker.core.errors import did_you_mean
@@ -214,7 +216,8 @@ def keys(model: type[BaseModel], *names: str, defaults: bool = True) -> Callable
             field = KEYS.get(name, name) if model is CellRequest else name
             about = model.model_fields[field]
             told: dict[str, Any] = {"help": " ".join((about.description or "").split())}
-            told |= _told(hints[field]) if issubclass(model, Told) else _kind_of(hints[field])
+            of_file = issubclass(model, Strict)
+            told |= _kind_of(hints[field]) if of_file else _told(hints[field], about)
             default = about.default
             if model is CellRequest and field in IN_THE_FILE and not about.is_required():
                 default = next(iter(default), None)
@@ -226,7 +229,7 @@ def keys(model: type[BaseModel], *names: str, defaults: bool = True) -> Callable
                 else:
                     told["help"] += f" Default: {default}."
             dashed = f"--{about.alias or name.replace('_', '-')}"
-            typed = name if issubclass(model, Told) else f"--{name}"
+            typed = f"--{name}" if of_file or about.alias is None else name
             spelled = dict.fromkeys((typed, dashed))
             function = click.option(*spelled, **told)(function)
         return function
@@ -339,7 +342,10 @@ def _kind_of(hint: Any) -> dict[str, Any]:
             return {"type": click.IntRange(min=least)}
     if get_origin(kinds[0]) is Literal:
         return {"type": click.Choice(get_args(kinds[0]))}
-    return {"type": click.INT if kinds == [int] else click.STRING}
+    if Path in kinds:
+        return {"type": Place()}
+    numbers = {int: click.INT, float: click.FLOAT}
+    return {"type": numbers.get(kinds[0], click.STRING) if len(kinds) == 1 else click.STRING}
 
 
 class Told(BaseModel):
@@ -352,13 +358,29 @@ class Told(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
-def _told(hint: Any) -> dict[str, Any]:
-    """Say of which type such an option is."""
-    kind, *types = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+def _told(hint: Any, field: FieldInfo) -> dict[str, Any]:
+    """Return the type of such an option: click's own of the annotation, or that of the field."""
+    kind, *more = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     if kind is bool:
         return {"is_flag": True}
-    several = {"multiple": True} if get_origin(kind) is tuple else {}
-    return several | ({"type": types[0]} if types else _kind_of(kind))
+    types = [each for each in more if isinstance(each, click.ParamType)]
+    option = {"type": types[0]} if types else _kind_of(kind) | _range_of(field)
+    return option | ({"multiple": True} if get_origin(kind) is tuple else {})
+
+
+def _range_of(field: FieldInfo) -> dict[str, Any]:
+    """Return the type of a number between the bounds of its field; nothing where it has none."""
+    ends = {
+        name: getattr(bound, name)
+        for bound in field.metadata
+        for name in ("ge", "gt", "le", "lt")
+        if hasattr(bound, name)
+    }
+    if not ends:
+        return {}
+    kind = click.FloatRange if field.annotation is float else click.IntRange
+    low, high = ends.get("ge", ends.get("gt")), ends.get("le", ends.get("lt"))
+    return {"type": kind(low, high, "gt" in ends, "lt" in ends)}
 
 
 class Asking(Told):

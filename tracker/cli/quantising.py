@@ -4,46 +4,26 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
-
-import click
+from typing import Any
 
 from tracker.cli.commands import main
-from tracker.cli.options import Told, asking, keys, running
+from tracker.cli.options import asking, keys, running
 from tracker.cli.printing import print_end, print_finding
 from tracker.cli.terminal import Show, begin, say, say_all
-from tracker.studies.registry import PAIRS, REFINE
+from tracker.studies.registry import QuantiseSettings
 
 
-class Quantising(Told):
-    """How many bits there are, and what gets them."""
+class QuantiseOptions(QuantiseSettings):
+    """The options of `tracker quantise`: the study's settings, and where the choice is saved."""
 
-    budget: str
-    """How many bits there are: 4.5bpw (bits a weight of what gets formats), 80 MB, 2.1 GB or
-    25 % bytes (of the whole model)."""
-    format: str | None = None
-    """The formats that may be taken, comma-separated, such as q3_k,q4_k,q6_k (the default) or
-    int4,int8."""
-    by: Annotated[str, click.Choice(("map", "layer"))] = "map"
-    """What gets a format of its own: each linear map, or each layer."""
-    test_sample: Annotated[int | None, click.IntRange(1)] = None
-    """Test documents of each task. Default: as many as choose."""
-    embeddings: bool = False
-    """Give the embedding and the head formats too."""
-    refine: Annotated[int, click.IntRange(0)] = REFINE
-    """Rounds of swaps at most: one unit in more bits, others in fewer, measured as a whole on the
-    calibration documents; a round keeps the best swap where that is shown to cost less. 0 for
-    none."""
-    pairs: Annotated[int, click.IntRange(0)] = PAIRS
-    """Pairs of units that are drawn, and measured together beside the sum of both. 0 for none."""
-    output: Annotated[Path | None, click.Path(path_type=Path)] = None
+    output: Path | None = None
     """Save the recommended choice in this new folder, with what llama.cpp, llm-compressor, mlx-lm
     and GPTQModel are given to make the smaller file, where they have its formats."""
 
 
 @main.command()
 @asking()
-@keys(Quantising, *Quantising.model_fields)
+@keys(QuantiseOptions, *QuantiseOptions.model_fields)
 @running
 def quantise(experiment: Path | None, settings: dict[str, Any], **told: Any) -> None:
     """Choose which weights may have fewer bits, and test the choice.

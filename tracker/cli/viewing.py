@@ -85,7 +85,7 @@ def report(sources: tuple[str, ...], **settings: Any) -> None:
 
 @main.command()
 @sources_argument
-@publish_option("these results, on the leaderboard that its team shares")
+@publish_option("the table and the page made of it")
 @results_option
 def leaderboard(sources: tuple[str, ...], **settings: Any) -> None:
     """Rank layers within models, and models.
@@ -98,12 +98,12 @@ def leaderboard(sources: tuple[str, ...], **settings: Any) -> None:
     \b
     Examples:
       tracker leaderboard
-      tracker leaderboard wandb:my-team/layers                    what the project's runs say
-      tracker leaderboard --publish wandb:my-team/layers          add yours to the team's
+      tracker leaderboard wandb:my-team/layers                    of all runs of the project
+      tracker leaderboard --publish wandb:my-team/layers          with its page, for the team
     """
     from tracker import api
 
-    done = api.join_leaderboards(*sources, progress=Show(error=True), **settings)
+    done = api.rank(*sources, progress=Show(error=True), **settings)
     print_boards(done.cells)
     _end_report(done)
 

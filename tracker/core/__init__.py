@@ -14,6 +14,7 @@ Modules:
     estimates: Define a value with its interval.
     experiment: Define the experiment file, which is also a W&B sweep.
     experiment_input: Read a request from a file, a model's name, a dict or keywords.
+    extensions: Load what other packages add by entry points.
     extent: Choose the documents of a benchmark: a half, the first or a random sample.
     findings: Define the results of a study: answers, tables and charts.
     formats: Format numbers, intervals and p-values for people.

@@ -56,14 +56,14 @@ def upgrade() -> str:
     return pip_install("--upgrade", NAME)
 
 
-def other_format(found: object, known: int = FORMAT) -> str:
-    """Say what to do about what is of another format than the one that is read; empty if it is."""
-    if found == known:
+def other_format(number: object) -> str:
+    """Return what to do about files of another format; empty for the format that is read."""
+    if number == FORMAT:
         return ""
-    age, do = "an older", "Read it with that one"
-    if isinstance(found, int) and found > known:
-        age, do = "a newer", f"Upgrade ({upgrade()})"
-    return f"was written by {age} tracker (format {found}; this one knows {known}). {do}"
+    age, advice = "an older", "Read it with that one"
+    if isinstance(number, int) and number > FORMAT:
+        age, advice = "a newer", f"Upgrade ({upgrade()})"
+    return f"was written by {age} tracker (format {number}; this one knows {FORMAT}). {advice}"
 
 
 def _is_checkout() -> bool:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import urllib.error
-import urllib.request
 from functools import cache
 from typing import Any
 
@@ -21,11 +19,11 @@ FORM = "a hub id is NAME or OWNER/NAME of letters, digits, '-', '_' and '.', lik
 
 def check_name(name: str) -> None:
     """Refuse what cannot be the name of anything on the hub, with a ValueError that shows one."""
+    from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
-        validate_repo_id(name)
+        hf_hub_url(name, "config.json")  # it checks the name, and asks nobody
     except HFValidationError:
         raise ValueError(FORM) from None
 
@@ -69,20 +67,17 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 @cache
 def _look() -> None:
     """Ask the hub's own address, once, and give it up where it does not answer."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, get_session
 
     if constants.is_offline_mode():
         name = next((n for n in _OFFLINE if n in os.environ), _OFFLINE[0])
         _give_up(f"{name} is set in the environment of this command; unset {name} to ask the hub")
         return
-    # The library's own address, or the mirror of HF_ENDPOINT.
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    # The library's own address, or the mirror of HF_ENDPOINT; any status is an answer.
     try:
-        urllib.request.urlopen(request, timeout=SECONDS).close()
-    except urllib.error.HTTPError:
-        pass  # whatever it says, it answers
-    except (OSError, ValueError) as error:
-        _give_up(f"{constants.ENDPOINT} does not answer: {getattr(error, 'reason', error)}")
+        get_session().head(constants.ENDPOINT, timeout=SECONDS)
+    except Exception as error:  # noqa: BLE001  of httpx or httpx2, by huggingface_hub's version
+        _give_up(f"{constants.ENDPOINT} does not answer: {error}")
 
 
 _given_up: list[str] = []

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from tracker.core.model_parts import experts_of_a_token
@@ -27,20 +24,6 @@ def keep_freed_memory() -> None:
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_TOP_PAD, 64 * 2**20)
-
-
-@contextmanager
-def only_new_garbage() -> Iterator[None]:
-    """Let Python look for garbage only among what is made meanwhile.
-
-    A copy of a model is thousands of objects, so that a few have all that was ever imported looked
-    through, which takes longer than to copy.
-    """
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def stream_bytes(model: Any) -> int:

@@ -37,7 +37,7 @@ from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, find_model
 from tracker.runner import run_cells
 from tracker.team.publish import Publisher
-from tracker.tracking import service, target
+from tracker.tracking import open_models, service, target
 from tracker.tracking.base import SavedModel
 
 BATCH, LENGTH = 1, 256
@@ -181,8 +181,8 @@ def publish(
     locations, unpublished = {}, {}
     for text in track:
         to = target(text)
-        backend = service(to.backend)
-        with closing(backend.open_models(to.project or project, results, to.server)) as models:
+        place = (to.project or project, results, to.server)
+        with closing(open_models(to.backend, *place)) as models:
             try:
                 locations[to.backend] = models.add_model(saved)
             except TrackerError as error:

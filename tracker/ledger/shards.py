@@ -35,8 +35,6 @@ from tracker.ledger.files import write_bytes
 
 ASIDE = ".aside"
 """What the name of a file of this kind ends with that is not what was written."""
-LARGEST = 2**32
-"""Bytes of a block's outcomes, unpacked: thousands of ablations, each with generated texts."""
 _UNKNOWN = "0" * 64
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 
@@ -97,9 +95,6 @@ def read_shard(content: bytes, columns: Sequence[str] | None = None) -> Shard:
         about = dict(json.loads((file.metadata.metadata or {})[b"tracker"]))
         if not stated or stated[-1].decode() != digest:
             raise ValueError("its digest is not that of its content")
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        if (unpacked := sum(group.total_byte_size for group in groups)) > LARGEST:
-            raise ValueError(f"it holds {unpacked} bytes, which no block of documents has")
         table = file.read(columns=columns)
     except ValueError:
         raise

@@ -29,7 +29,7 @@ from tracker.models.devices import empty_cache
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, hollow
 from tracker.models.miniature import miniature
-from tracker.models.pruned import duplicate, left, pruned
+from tracker.models.pruned import left, pruned
 from tracker.models.reloaded import Shapes, as_loaded, misfit, shapes
 from tracker.models.sources import BITS, ModelSource, read_config
 
@@ -218,7 +218,7 @@ def _refuse_unsizable(
         if small is None:
             without(model, some, repeated)
         else:
-            _try(duplicate(small), some, repeated)
+            _try(copy.deepcopy(small), some, repeated)
 
 
 @lru_cache(maxsize=1)

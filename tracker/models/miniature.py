@@ -23,7 +23,6 @@ from transformers import PreTrainedConfig
 
 from tracker.core.model_parts import CHOSEN, ROUTED
 from tracker.models.layers import find_layers
-from tracker.models.pruned import duplicate
 from tracker.models.reloaded import Shapes, shapes
 
 VOCABULARY = 128
@@ -331,7 +330,7 @@ def _runs(model: nn.Module) -> bool:
     """Whether it says numbers, but of tokens that are never said: NaN would agree with anything."""
     try:
         with torch.inference_mode():
-            logits = duplicate(model)(torch.arange(8)[None] + 3, use_cache=False).logits[0]
+            logits = copy.deepcopy(model)(torch.arange(8)[None] + 3, use_cache=False).logits[0]
     except Exception:  # noqa: BLE001 - the same
         return False
     said = logits[:, (logits != -torch.inf).any(0)]

@@ -36,7 +36,11 @@ ROOM = 2
 
 @dataclass(frozen=True)
 class Slice:
-    """A tensor's bytes in a safetensors file, and what the file was when it was opened."""
+    """A tensor's bytes in a safetensors file, and what the file was when it was opened.
+
+    They are read, and not mapped as safetensors does: of a mapped file that is cut short meanwhile
+    the process ends by a signal, and its pages count as this process's memory.
+    """
 
     path: Path
     offset: int

@@ -6,7 +6,7 @@ The copy shares the weights and nothing else, so that it runs beside the model i
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -32,14 +32,6 @@ _LABELS = "id2label"
 SMALL = 4096
 """Elements up to which a buffer is copied: rotary frequencies, which some models change in a call;
 larger ones are masks and the like, of which every copy would take its own."""
-
-_USUAL = {
-    name: getattr(nn.Module, name, None)
-    for name in ("__deepcopy__", "__reduce_ex__", "__reduce__", "__setstate__")
-}
-"""How a module is copied unless its class has a way of its own."""
-_ATOMS = frozenset((bool, int, float, str, type(None)))
-_TABLES = frozenset((OrderedDict, dict, set))
 
 
 def pruned(
@@ -76,7 +68,7 @@ def pruned(
         old = model.get_submodule(path)._parameters.get(name)
         if old is not None:
             memo[id(old)] = nn.Parameter(value.clone(), requires_grad=False)
-    twin = duplicate(model, memo)
+    twin = copy.deepcopy(model, memo)
     put_back(twin, fresh)
     own = find_layers(twin)
     for index, change in changes:
@@ -110,33 +102,6 @@ def left(total: int, removed: Collection[int] = (), repeated: Sequence[Change] =
             if stretch.stop == index + 1:
                 kept += [*stretch.layers] * (stretch.repeats - 1)
     return kept
-
-
-def duplicate(model: Any, memo: dict[int, Any] | None = None) -> Any:
-    """Copy a model, but for what `memo` names, as `copy.deepcopy` does.
-
-    A module is copied here, attribute by attribute, since deepcopy spends most of its time on names
-    and on empty tables of hooks; one that copies itself in its own way is left to it.
-    """
-    memo = {} if memo is None else memo
-    twins = []
-    for module in model.modules():
-        kind: Any = type(module)
-        usual = all(getattr(kind, name, None) is way for name, way in _USUAL.items())
-        if usual and id(module) not in memo:
-            memo[id(module)] = kind.__new__(kind)
-            twins.append((module, memo[id(module)]))
-    for module, twin in twins:
-        own = vars(twin)
-        for name, value in module.__getstate__().items():
-            kind = type(value)
-            if kind in _ATOMS:
-                own[name] = value
-            elif kind in _TABLES and not value:
-                own[name] = memo.setdefault(id(value), kind())
-            else:
-                own[name] = copy.deepcopy(value, memo)
-    return copy.deepcopy(model, memo)
 
 
 def _shared(model: Any) -> Iterator[Any]:

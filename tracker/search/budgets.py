@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Literal
 
@@ -132,21 +132,6 @@ class Budget:
     def parts_of(self, unit: Component) -> SearchParts:
         """Return the parts of the budget."""
         return SearchParts(unit, len(self.each))
-
-    @property
-    def count(self) -> int:
-        """The number of any parts that is enough; ExperimentError if all that may go are not."""
-        smallest = sorted(self.free, key=lambda part: self.each[part])
-        for n in range(1, len(smallest) + 1):
-            if self.enough(smallest[:n]):
-                if self.of_parts(n).reachable(()):
-                    return n
-                break
-        raise out_of_reach("evolutionary takes so many parts, whichever they are")
-
-    def of_parts(self, count: int) -> Budget:
-        """Return a budget of a number of the same parts."""
-        return replace(self, each=(1.0,) * len(self.each), needed=count)
 
     def allows(self, removed: Collection[int]) -> bool:
         """Return whether these parts may go together."""

@@ -59,9 +59,9 @@ def plan_searches(
 ) -> tuple[list[PlannedSearch], list[PlannedSearch]]:
     """Count the cost of searches and their tests, as if nothing of it were measured.
 
-    Which sets are tried depends on what will be measured. How many they are does not (but for a
-    beam, which may come to one on two ways, and for what `at_least` leaves), and how much they
-    share hardly does. A budget in seconds loads the model, to time it.
+    Which sets are tried depends on what will be measured. How many they are does not (but for what
+    `at_least` leaves), and how much they share hardly does. A budget in seconds loads the model,
+    to time it.
 
     Args:
         asked: The searches.

@@ -8,7 +8,6 @@ Some of them do not score every candidate on every document after each removal.
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -95,12 +94,6 @@ def race(scores: Scores, budget: Budget, by: str) -> Iterator[PruneStep]:
         removed = sets[best]
         score, why = float(means[best]), "a race does not look at every candidate on all documents"
         yield PruneStep(removed=removed, layer=left[best], score=score, reasons={"margin": why})
-
-
-WIDTH = 4
-"""Sets that `beam` keeps after each step."""
-POPULATION, GENERATIONS = 16, 8
-"""Sets that `evolutionary` keeps, and how often it makes as many new ones of them."""
 
 
 @dataclass(frozen=True)
@@ -239,75 +232,6 @@ def _in_order(search: Search, order: Iterable[int]) -> Iterator[PruneStep]:
             return
 
 
-def beam(search: Search) -> Iterator[PruneStep]:
-    """Keep the four best sets by accuracy, let each grow by each part, and keep the best again.
-
-    Its steps are those that led to the best set of the last one.
-    """
-    kept: list[tuple[Set, list[PruneStep]]] = [((), [])]
-    while not search.budget.enough(kept[0][0]):
-        origins: dict[Set, int] = {}
-        for number, (removed, _) in enumerate(kept):
-            for part in search.budget.left(removed):
-                origins.setdefault(grown(removed, part), number)
-        sets = list(origins)
-        losses = search.scores.losses("accuracy", sets)
-        order = losses.order
-        found = []
-        for place in range(min(WIDTH, len(sets))):
-            removed, steps = kept[origins[sets[order[place]]]]
-            step = losses.step(removed, [order[place]])
-            step = step.model_copy(update={"reasons": {"margin": "a beam keeps several sets"}})
-            found.append((step.removed, [*steps, step]))
-        kept = found
-    yield from kept[0][1]
-
-
-def evolutionary(search: Search) -> Iterator[PruneStep]:
-    """Let a population of sets of one size mutate, and keep the best by accuracy.
-
-    A mutation puts one part back and removes another one; a third of them do it twice.
-    """
-    lots, size = search.lots("evolutionary"), search.budget.count
-    parts = search.budget.free
-
-    def drawn(seen: set[Set], make: Callable[[], Set]) -> list[Set]:
-        """Make up to a population of sets that are new; fewer where there are no more."""
-        found: list[Set] = []
-        for _ in range(20 * POPULATION):
-            if len(found) == POPULATION:
-                break
-            one = make()
-            if one not in seen and search.budget.allows(one):
-                seen.add(one)
-                found.append(one)
-        return found
-
-    def mutant() -> Set:
-        one = set(lots.choice(population))
-        for _ in range(1 + (lots.random() < 1 / 3)):
-            back, out = lots.choice(sorted(one)), lots.choice(sorted(set(parts) - one))
-            one = (one - {back}) | {out}
-        return tuple(sorted(one))
-
-    def any_one() -> Set:
-        one = lots.sample(parts, size)
-        if not search.budget.allows(one):
-            whole = _fitting(lots.sample(parts, len(parts)), search.budget.of_parts(size))
-            one = list(itertools.islice(whole, size))
-        return tuple(sorted(one))
-
-    seen: set[Set] = set()
-    population = drawn(seen, any_one)
-    for generation in range(GENERATIONS + 1):
-        losses = search.scores.losses("accuracy", population)
-        order = losses.order
-        population = [population[place] for place in order[:POPULATION]]
-        if generation < GENERATIONS and size < len(parts):
-            population += drawn(seen, mutant)
-    yield losses.step(None)
-
-
 NULL = "random"
 """The strategy that shows what chance leaves: the others are held against it."""
 _BY_PROXY = {proxy.strategy: proxy.name for proxy in PROXIES.values() if proxy.strategy}
@@ -320,17 +244,15 @@ STRATEGIES: Mapping[str, Strategy] = {
     "angular": contiguous,
     "last": last,
     NULL: at_random,
-    "beam": beam,
-    "evolutionary": evolutionary,
 }
 """Every strategy by its name."""
 OF_LAYERS = (*_BY_PROXY, *(f"{name}_oneshot" for name in _BY_PROXY), "angular")
 """Strategies by figures that only whole layers have."""
-SCORED = (*OUTCOMES, *(f"{name}_oneshot" for name in OUTCOMES), "beam")
+SCORED = (*OUTCOMES, *(f"{name}_oneshot" for name in OUTCOMES))
 """Strategies that take one part after the other, and any that may go."""
 BLIND = ("last", NULL)
 """Strategies that look at no document."""
-DRAWN = (NULL, "evolutionary")
+DRAWN = (NULL,)
 """Strategies that draw."""
 RESCORED = OUTCOMES
 """Strategies that `rescoring` is about."""

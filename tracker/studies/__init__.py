@@ -1,11 +1,13 @@
 """Answer research questions, each a command over an experiment file.
 
-A large study is a folder: `__init__` holds the study and its sentences, `figures` and `measures`
-compute, `layout` builds tables and charts.
+A study declares its requirements, settings and assumptions, returns requests, and answers from
+what was measured with sentences, tables and charts. A large one is a folder with the module
+`figures`, which computes.
 
 Modules:
     base: Define a study, and run one from its file to its section of the report.
-    registry: List the studies and their default settings.
+    registry: List the studies and their settings, which are their commands' options and help.
+    layout: Build tables from the labelled fields of figures, and charts.
     audit: Compare every proxy of a layer's relevance with its measured drop.
     calibration: Count the documents that make a ranking of layers stable.
     joint: Compare the drop of two layers with the sum of both drops.

@@ -1,15 +1,14 @@
-"""What a study is: which cells it needs, and what it says of them once they are measured.
-
-And from its file to its section: measure what it lacks, ask it, keep what it says.
-"""
+"""Studies: the requests of a question, and its answer from what was measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import shlex
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Generic, TypeVar
 
 from tracker.core.changes import WHOLE_LAYER, Ablation
 from tracker.core.config import ONE_EACH, CellRequest
@@ -17,8 +16,9 @@ from tracker.core.errors import CellError, ExperimentError, RequestError
 from tracker.core.estimates import Estimate
 from tracker.core.experiment import Experiment
 from tracker.core.experiment_input import ExperimentInput
-from tracker.core.findings import FindingRecord, FoundChart
+from tracker.core.findings import FindingRecord, FoundChart, LineChart, MapChart
 from tracker.core.formats import Measure, with_interval
+from tracker.core.problems import checked
 from tracker.core.records import CellRecord, Place
 from tracker.core.tables import Table
 from tracker.core.views import View
@@ -35,27 +35,29 @@ from tracker.measuring.progress import Progress
 from tracker.report.caveats import second_rounding_note
 from tracker.runner import Finished, run_cells
 from tracker.stats.arrays import Array
+from tracker.studies.registry import StudySettings, settings_of
 from tracker.team.publish import Publisher
 
 SIGNIFICANT = 0.05
 """An adjusted p-value below this is called significant."""
 FEWEST = 3
 """Layers that an order of layers needs."""
+Settings = TypeVar("Settings", bound=StudySettings)
 
 
 @dataclass(frozen=True)
 class StudyContext:
-    """What a study was asked.
+    """The experiment of a study, and where and how its cells are measured.
 
     Attributes:
-        asked: What it is about.
+        input: The experiment, as it was given.
         ledger: The results folder.
         options: How models run, and where.
-        progress: Told what happens.
+        progress: Receives what happens.
         publisher: Hands runs to the tracking backends.
     """
 
-    asked: ExperimentInput[Experiment]
+    input: ExperimentInput[Experiment]
     ledger: Ledger
     options: Options
     progress: Progress
@@ -63,18 +65,29 @@ class StudyContext:
 
     @property
     def experiment(self) -> Experiment:
-        """What it is about, as a file says it."""
-        return self.asked.file
+        """The experiment file."""
+        return self.input.file
+
+    def run(self, requests: Sequence[CellRequest]) -> Finished:
+        """Measure and publish what cells lack."""
+        return run_cells(requests, self.ledger, self.publisher, self.options, self.progress)
+
+    def subject(self, request: CellRequest) -> Subject | None:
+        """Return the cell of a request; None where not all of it is measured."""
+        cell = look_up(request, self.ledger)
+        if cell.store is None or not cell.complete:
+            return None
+        return Subject(request, cell.store, record_of(cell.store, cell.store.views.of(request)))
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One measured cell of a study: its request, and where its outcomes are.
+    """A measured cell of a study.
 
     Attributes:
-        request: What was asked for.
-        store: Its place in the ledger.
-        record: All that its outcomes say.
+        request: The request.
+        store: Its folder in the ledger.
+        record: The record derived from its outcomes.
     """
 
     request: CellRequest
@@ -83,38 +96,40 @@ class Subject:
 
     @property
     def view(self) -> View:
-        """What is shown of it."""
+        """The view of the request."""
         return self.store.views.of(self.request)
+
+    @property
+    def name(self) -> str:
+        """The model and the benchmark, as they begin a sentence or a title."""
+        return name_of(self.record)
 
     def outcomes(self, besides: Sequence[Ablation] = ()) -> AlignedOutcomes:
         """Read the outcomes of its view, lined up with those of other ablations."""
         return AlignedOutcomes(self.store, self.view, besides=besides)
 
 
-def measured(request: CellRequest, ledger: Ledger) -> Subject | None:
-    """Look up what was measured of a request; None where that is not all of it."""
-    known = look_up(request, ledger)
-    if known.store is None or not known.complete:
-        return None
-    return Subject(request, known.store, record_of(known.store, known.store.views.of(request)))
+def name_of(record: CellRecord) -> str:
+    """Return the model and the benchmark of a cell, as they begin a sentence or a title."""
+    return f"{record.model.name}, {record.benchmark.name}"
 
 
 def observe(
     subject: Subject,
     kind: str,
-    asked: StudyContext,
+    context: StudyContext,
     begin: Callable[[Engine], Observe],
     among: Collection[tuple[str, int]] | None = None,
 ) -> Observed:
     """Observe documents of a study's cell, as `tracker.measuring.observing` does."""
-    request, store, progress = subject.request, subject.store, asked.progress
-    where = asked.ledger, asked.options, progress
-    opened = partial(observing.open_observed, request, store, *where)
+    request, store, progress = subject.request, subject.store, context.progress
+    machine = context.ledger, context.options, progress
+    opened = partial(observing.open_observed, request, store, *machine)
     return observing.observe(request, store, kind, begin, opened, progress, among)
 
 
 def lined_up(observed: Observed, outcomes: AlignedOutcomes) -> dict[str, Array]:
-    """Give what was observed of the documents of some outcomes, in their order."""
+    """Return what was observed of the documents of some outcomes, in their order."""
     rows = {document: row for row, document in enumerate(observed.documents)}
     chosen = [rows[document] for document in outcomes.documents]
     return {name: figures[chosen] for name, figures in observed.arrays.items()}
@@ -127,7 +142,7 @@ def second_roundings(subjects: Sequence[Subject]) -> list[str]:
 
 
 def whole_layers(request: CellRequest) -> tuple[int, ...]:
-    """List the layers that a request removes alone and as a whole, ascending."""
+    """Return the layers that a request removes alone and as a whole, ascending."""
     if request.changes is not None:
         changes = (change for change in request.changes if change.kind == WHOLE_LAYER)
         return tuple(sorted(change.layer for change in changes))
@@ -138,14 +153,8 @@ def whole_layers(request: CellRequest) -> tuple[int, ...]:
 
 
 def removing_whole_layers(request: CellRequest, **update: Any) -> CellRequest:
-    """Ask for whole single layers of a cell and nothing else, with other fields as in `update`."""
+    """Return a request for whole single layers alone, with other fields as in `update`."""
     return request.model_copy(update={**ONE_EACH, **update})
-
-
-def refuse_removed(cell: CellRequest, why: str, asked: StudyContext) -> None:
-    """Refuse a cell of which layers are removed beneath: RequestError."""
-    if cell.removed:
-        raise RequestError(f"{cell.title}: {why}; leave 'removed' out of {asked.asked.source}")
 
 
 def amount(change: Estimate, measure: Measure) -> str:
@@ -156,7 +165,7 @@ def amount(change: Estimate, measure: Measure) -> str:
 
 
 def side(estimate: Estimate, of: float = 0.0) -> int:
-    """Say on which side of a value an interval is: 1 above, −1 below, 0 where it holds the value.
+    """Return the side of a value on which an interval is: 1 above, −1 below, 0 where it holds it.
 
     0 too where there is no interval.
     """
@@ -167,14 +176,20 @@ def side(estimate: Estimate, of: float = 0.0) -> int:
 
 @dataclass
 class StudyResult:
-    """What a study says; see `FindingRecord`.
+    """The answer of a study; see `FindingRecord`.
 
-    Beside it stand what became of cells that it ran itself, and places of them on which it rests;
-    what to type to save models that it found to be better, which is told and not kept; files that
-    it left in the results folder; and `command` and `beside` of its finding, where it has some.
+    Attributes:
+        answers: Sentences, the most important one first.
+        tables: Tables.
+        charts: Charts.
+        lacking: What could not be answered, and how to get it.
+        ran: What became of cells that the study ran itself.
+        rests_on: Cells on which it rests besides its subjects.
+        exports: Commands that save models that are shown to be better; not stored.
+        files: Files that it left in the results folder.
+        beside: What tells it from other answers about the same file.
     """
 
-    assumptions: Sequence[str]
     answers: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     charts: list[FoundChart] = field(default_factory=list)
@@ -183,85 +198,157 @@ class StudyResult:
     rests_on: list[Place] = field(default_factory=list)
     exports: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
-    command: str = ""
     beside: str = ""
 
+    def add(self, *parts: str | Table | FoundChart) -> None:
+        """Add sentences, tables and charts, each behind those of its kind."""
+        for part in parts:
+            if isinstance(part, Table):
+                self.tables.append(part)
+            elif isinstance(part, LineChart | MapChart):
+                self.charts.append(part)
+            else:
+                self.answers.append(part)
 
-class Study(Protocol):
-    """One question. A folder of this package has one, and `registry` names it.
+    def lack(self, title: str, *reasons: str) -> None:
+        """Add what could not be answered of a cell."""
+        self.lacking += [f"{title}: {reason}" for reason in reasons]
 
-    It keeps nothing from one call to the next: each may be asked alone.
+
+class Study(Generic[Settings]):
+    """A question: its requests, and its answer once they are measured.
+
+    It keeps nothing from one call to the next: each method may be called alone.
+
+    Args:
+        settings: Its settings.
 
     Attributes:
-        question: What it asks, as a sentence that heads its section.
+        name: Its name in the registry.
+        question: The question, which heads its section.
+        assumptions: What the statistics rest on, each with its source; words in braces are those of
+            `words`.
         races: Whether `until` may end its measuring early.
+        intact: Whether it starts from the intact model, so that no layer may be removed beneath.
+        layers: How many whole single layers each cell must remove at least.
+        chooses: Whether documents choose something, so that they must be drawn at random.
     """
 
-    question: str
-    races: bool = False
+    name: ClassVar[str]
+    question: ClassVar[str]
+    assumptions: ClassVar[Sequence[str]] = ()
+    races: ClassVar[bool] = False
+    intact: ClassVar[bool] = False
+    layers: ClassVar[int] = 0
+    chooses: ClassVar[bool] = False
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
 
     @property
-    def name(self) -> str:
-        """What it is called on the command line, as its class is."""
-        return type(self).__name__.lower()
+    def words(self) -> dict[str, str]:
+        """The words that `assumptions` hold in braces."""
+        return {}
 
-    def requests(self, asked: StudyContext) -> list[CellRequest]:
+    @property
+    def command(self) -> list[str]:
+        """The command that asks the question again, but for the experiment."""
+        return [*(self.settings.command or f"tracker study {self.name}").split()]
+
+    def requests(self, context: StudyContext) -> list[CellRequest]:
         """List the cells that it needs measured, equal models next to each other.
 
         RequestError where the experiment file is not enough for the question.
         """
-        ...
+        cells = context.experiment.cells()
+        for cell in cells:
+            self._check(cell, context)
+        return [request for cell in cells for request in self.expand(cell, context)]
 
-    def prepare(self, asked: StudyContext) -> None:
-        """Make what its cells are about and is not there: a model that is built, for most nothing.
+    def expand(self, cell: CellRequest, context: StudyContext) -> Iterable[CellRequest]:
+        """Yield the requests for one cell of the file: by default the cell itself."""
+        return [cell]
+
+    def prepare(self, context: StudyContext) -> None:
+        """Make what its cells are about and is missing: a model that is built, for most nothing.
 
         RequestError where that cannot be made.
         """
 
-    def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Answer from the cells that could be measured, in the order of the requests.
+    def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
+        """Answer from the cells that could be measured, in the order of the requests."""
+        raise NotImplementedError
 
-        What else it must observe of a model it measures here, block by block, and keeps in the
-        ledger. What is not there is said under `lacking`.
-        """
-        ...
+    def _check(self, cell: CellRequest, context: StudyContext) -> None:
+        """Raise RequestError for a cell that does not meet the requirements."""
+        file, problem = context.input.source, ""
+        if self.races is False and cell.until is not None:
+            raise ExperimentError(
+                "'until' stops at the answer to another question than a study's; leave it out of "
+                "the file, or write 'sample' for fewer documents"
+            )
+        if self.intact and cell.removed:
+            problem = f"the study {self.name} starts from the intact model; leave 'removed' out "
+            problem += f"of {file}"
+        elif self.layers > len(layers := {*whole_layers(cell)} - {*cell.removed}):
+            problem = (
+                f"the study {self.name} needs whole single layers, {self.layers} or more, and "
+                f"{file} removes {len(layers)}; write layer: {{value: all}}, and leave "
+                "'component', 'span' and 'intervention' out"
+            )
+        elif self.chooses and cell.limit is not None:
+            problem = (
+                f"documents that choose are drawn at random; write 'sample: {{value: {cell.limit}}}"
+                "' instead of 'limit'"
+            )
+        if problem:
+            raise RequestError(f"{cell.title}: {problem}")
 
 
-def conduct(study: Study, asked: StudyContext) -> tuple[FindingRecord, Finished, StudyResult]:
-    """Measure and publish the cells of a study as `run_cells` does, and keep what it finds.
+def open_study(name: str, **values: Any) -> Study[Any]:
+    """Load a study with these settings; RequestError if there is none, or a setting is wrong."""
+    settings = checked(settings_of(name), values, "--")
+    module, _, kind = settings.study.partition(":")
+    study: Study[Any] = getattr(import_module(module), kind)(settings)
+    return study
 
-    Returns what is kept, what became of the cells that it needs and of those that it ran itself,
-    and what else it says. RequestError if the file is not enough, CellError where no cell could be
-    measured.
+
+def conduct(
+    study: Study[Any], context: StudyContext
+) -> tuple[FindingRecord, Finished, StudyResult]:
+    """Measure and publish the cells of a study, answer its question and store the finding.
+
+    Returns the finding, what became of all cells, and the whole answer. RequestError if the file is
+    not enough, CellError where no cell could be measured.
     """
-    requests = study.requests(asked)
-    if not study.races and any(request.until is not None for request in requests):
-        raise ExperimentError(
-            "'until' stops at the answer to another question than a study's; leave it out of the "
-            "file, or write 'sample' for fewer documents"
-        )
-    study.prepare(asked)
-    outcome = run_cells(requests, asked.ledger, asked.publisher, asked.options, asked.progress)
-    found = (measured(request, asked.ledger) for request in requests)
-    subjects = [subject for subject in found if subject is not None]
+    requests = study.requests(context)
+    study.prepare(context)
+    outcome = context.run(requests)
+    subjects = [*filter(None, map(context.subject, requests))]
     if not subjects:
-        raise CellError("\n".join(f"{title}: {why}" for title, why in outcome.failed.items()))
-    result = study.say(asked, subjects)
+        raise CellError("\n".join(_failures(outcome)))
+    result = study.answer(context, subjects)
     outcome = outcome.joined(result.ran)
-    failed = (f"{title}: {why}" for title, why in outcome.failed.items())
     places = (*(subject.record.place for subject in subjects), *result.rests_on)
+    options = study.settings.typed()
+    command = shlex.join([*study.command, *options])
     finding = FindingRecord(
         study=study.name,
-        experiment=asked.asked.name,
+        experiment=context.input.name,
         question=study.question,
-        lacking=(*result.lacking, *failed),
+        lacking=(*result.lacking, *_failures(outcome)),
         rests_on=tuple(dict.fromkeys(places)),
-        command=result.command,
+        command=command if options or study.settings.command else "",
         beside=result.beside,
         answers=tuple(result.answers),
         tables=tuple(result.tables),
         charts=tuple(result.charts),
-        assumptions=tuple(result.assumptions),
+        assumptions=tuple(text.format(**study.words) for text in study.assumptions),
     )
-    keep_finding(asked.ledger.root, finding)
+    keep_finding(context.ledger.root, finding)
     return finding, outcome, result
+
+
+def _failures(outcome: Finished) -> Iterator[str]:
+    for title, reason in outcome.failed.items():
+        yield f"{title}: {reason}"

@@ -7,7 +7,7 @@ nonlinearity and without other tokens could do).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import numpy as np
 from tracker.core.changes import Change
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
-from tracker.core.findings import Line, LineChart
+from tracker.core.findings import LineChart
 from tracker.core.formats import Measure, counted, fixed, measure_of
 from tracker.core.grouping import grouped
 from tracker.core.kinds import Intervention
@@ -35,119 +35,66 @@ from tracker.studies.base import (
     StudyResult,
     Subject,
     amount,
-    refuse_removed,
     removing_whole_layers,
     side,
 )
+from tracker.studies.layout import figure_table, labelled, line_chart
+from tracker.studies.registry import RescaleSettings
 
-WAYS: tuple[Intervention, ...] = ("scale", "mean", "linear")
-"""What stands in for a layer, from the least to the most that it can do."""
-NAMES = {
+NAMES: dict[Intervention, str] = {
     "remove": "nothing",
     "scale": "a factor",
     "mean": "its mean update",
     "linear": "a linear map",
 }
-EVERY: tuple[Intervention, ...] = ("remove", *WAYS)
-_ASSUMED = (
-    "Factors, mean updates and linear maps are fitted by least squares on other "
-    "documents of the benchmark where there are enough (the table says on which), over "
-    "all tokens but each text's first; a linear map has a bias.",
-    f"Intervals: percentile bootstrap over documents, {RESAMPLES:,} resamples, within "
-    "tasks; documents are independent, layers are taken as they are.",
-    "Significance: exact McNemar test of each stand-in against nothing in the layer's "
-    "place, over the documents, where these are right or wrong; Holm's adjustment over all "
-    "layers and benchmarks of a stand-in that are tested (S. Holm, Scand. J. Statist. 6, 1979).",
-)
+"""What stands in a layer's place, from the least to the most that it can do."""
+REPLACEMENTS = (*NAMES,)[1:]
 _NOT_FINITE = "a drop is not a finite number"
 _NO_TEST = "McNemar's test needs outcomes that are right or wrong, and there are none"
+_NOT_MEASURED = "not measured; what is lacking says why"
 
 
-class Rescale(Study):
+class Rescale(Study[RescaleSettings]):
     """See the module."""
 
+    name = "rescale"
     question = "Is what a removal costs only missing scale?"
+    intact = True
+    assumptions = (
+        "Factors, mean updates and linear maps are fitted by least squares on other "
+        "documents of the benchmark where there are enough (the table says on which), over "
+        "all tokens but each text's first; a linear map has a bias.",
+        f"Intervals: percentile bootstrap over documents, {RESAMPLES:,} resamples, within "
+        "tasks; documents are independent, layers are taken as they are.",
+        "Significance: exact McNemar test of each stand-in against nothing in the layer's "
+        "place, over the documents, where these are right or wrong; Holm's adjustment over all "
+        "layers and benchmarks of a stand-in that are tested (S. Holm, Scand. J. Statist. 6, "
+        "1979).",
+    )
 
-    def requests(self, asked: StudyContext) -> list[CellRequest]:
-        """Ask for each cell twice: a linear map that cannot be fitted leaves the rest alone.
-
-        RequestError where layers are removed beneath: every term would hold what they cost.
-        """
+    def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
+        """Yield the cell twice: a linear map that cannot be fitted leaves the rest alone."""
         ways: tuple[tuple[Intervention, ...], ...] = (("remove", "scale", "mean"), ("linear",))
-        cells = asked.experiment.cells()
-        for cell in cells:
-            refuse_removed(cell, "rescale replaces the layers of the intact model", asked)
-        return [removing_whole_layers(cell, interventions=some) for cell in cells for some in ways]
+        for interventions in ways:
+            yield removing_whole_layers(cell, interventions=interventions)
 
-    def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
+    def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Answer; see the module."""
+        result = StudyResult()
         # The parts of each cell: without layers, and with linear maps.
         parts = grouped(subjects, lambda one: one.request.model_copy(update={"interventions": ()}))
         cells = [cell for mine in parts.values() if (cell := costs(mine)) is not None]
         if not cells:
-            why = "no benchmark was measured with layers removed; run it again"
-            return StudyResult((), lacking=[why])
+            result.lacking.append("no benchmark was measured with layers removed; run it again")
+            return result
         # Bits and fractions have no sum.
-        alike = grouped(cells, lambda cell: cell.measure).values()
-        result = StudyResult(_ASSUMED, tables=[*map(summary, alike), significant(cells)])
-        for some in alike:
-            by = f"By {some[0].measure.level} in {some[0].measure.unit}: " if len(alike) > 1 else ""
-            result.answers += [f"{by}{line}" for line in _answers(some)]
-        result.tables += map(layer_table, cells)
-        result.charts += map(drop_chart, cells)
+        measures = grouped(cells, lambda cell: cell.measure)
+        for measure, some in measures.items():
+            of = f"By {measure.level} in {measure.unit}: " if len(measures) > 1 else ""
+            result.add(*(f"{of}{answer}" for answer in answers_of(some)))
+        result.add(*map(summary, measures.values()), significance_table(cells))
+        result.add(*map(layer_table, cells), *map(drop_chart, cells))
         return result
-
-
-def _answers(cells: Sequence[Costs]) -> list[str]:
-    """Say it over all cells of one measure, each weighing the same."""
-    ways = [way for way in WAYS if all(way in cell.drops for cell in cells)]
-    replaced = "".join(f", {_cost(cells, way)} with {NAMES[way]}" for way in ways)
-    documents = sum(cell.n for cell in cells)
-    where = f"over {counted(len(cells), 'benchmark')} ({counted(documents, 'document')})"
-    answers = [f"A layer costs {_cost(cells, 'remove')} when it is removed{replaced}; {where}."]
-    verdicts = []
-    for what, nats in (
-        (f"the {cells[0].measure.change}", False),
-        ("the loss of gold log-probability", True),
-    ):
-        shares = {way: won_back(cells, way, nats) for way in ways}
-        texts = {NAMES[way]: _share(share) for way, share in shares.items()}
-        (only, *others) = dict.fromkeys(texts.values())
-        text = only if not others else ", ".join(f"{name} {said}" for name, said in texts.items())
-        answers.append(f"Won back of {what}: {text}.")
-        if shares["scale"].low is not None:
-            part = {1: "mostly", -1: "not only", 0: "perhaps"}[side(shares["scale"], 0.5)]
-            verdicts.append(f"So {what} is {part} missing scale.")
-    return answers + verdicts
-
-
-def _cost(cells: Sequence[Costs], way: Intervention) -> str:
-    """The mean drop of a layer, or why there is none."""
-    measure = cells[0].measure
-    if bad := sum(int((~np.isfinite(cell.drops[way].mean)).sum()) for cell in cells):
-        of = sum(len(cell.layers) for cell in cells)
-        return f"an undefined amount (not finite for {bad} of {of} layers)"
-    mean = float(np.mean([cell.drops[way].mean.mean() for cell in cells]))
-    drawn = np.mean([cell.drops[way].drawn.mean(axis=1) for cell in cells], axis=0)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return amount(Estimate(mean, float(low), float(high)), measure)
-
-
-def won_back(cells: Sequence[Costs], way: Intervention, nats: bool) -> Estimate:
-    """Put the layers of all cells together, in nats or by accuracy."""
-    means, drawn = [], []
-    for stands_in in ("remove", way):
-        parts = [(cell.nats if nats else cell.drops)[stands_in] for cell in cells]
-        means.append(np.concatenate([part.mean for part in parts]))
-        drawn.append(np.concatenate([part.drawn for part in parts], axis=1))
-    return recovered(*means, *drawn)
-
-
-def _share(share: Estimate) -> str:
-    if share.value is None or share.low is None or share.high is None:
-        return f"undefined ({share.reason})"
-    low, value, high = (fixed(100 * figure, 0) for figure in (share.low, share.value, share.high))
-    return f"{value} % (95 % interval {low} to {high})"
 
 
 class Drops(NamedTuple):
@@ -167,15 +114,15 @@ class Costs:
     """What one cell's layers cost, removed and replaced.
 
     Attributes:
-        name: The cell's title.
-        n: Documents.
+        name: Title of the cell.
+        n: Number of documents.
         layers: The layers that are removed, ascending.
         measure: What a drop is, and its unit.
-        fitted_on: On what the stand-ins were fitted; empty where that is not known.
-        drops: Way → what each layer costs.
-        nats: Way → what each layer takes of the gold answer's log-probability.
-        better: Way → for each layer, the p-value of doing otherwise than without the layer; None
-            where no test could be made.
+        fitted_on: Documents on which replacements were fitted; empty where that is not known.
+        drops: Intervention → what each layer costs.
+        nats: Intervention → what each layer takes of the gold answer's log-probability.
+        p_values: Intervention → for each layer, the p-value of doing otherwise than without the
+            layer; None where no test could be made.
     """
 
     name: str
@@ -185,71 +132,135 @@ class Costs:
     fitted_on: str
     drops: dict[Intervention, Drops] = field(default_factory=dict)
     nats: dict[Intervention, Drops] = field(default_factory=dict)
-    better: dict[Intervention, list[float | None]] = field(default_factory=dict)
+    p_values: dict[Intervention, list[float | None]] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> str:
+        """The unit of a drop behind its name; empty where its form says it."""
+        return "" if self.measure.form == "points" else f", {self.measure.unit}"
+
+    def drop(self, intervention: Intervention, index: int) -> Estimate:
+        """Return what a layer costs with something in its place."""
+        mean, drawn = self.drops[intervention]
+        if not np.isfinite(mean[index]):
+            return Estimate(None, reason=_NOT_FINITE)
+        return Estimate(float(mean[index]), *_middle(drawn[:, index]))
+
+
+def _middle(drawn: Array) -> tuple[float, float]:
+    """Return the ends of the middle 95 % of resamples."""
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def costs(subjects: Sequence[Subject]) -> Costs | None:
-    """Compute it from the parts of a cell; None where no layer is measured without a stand-in."""
+    """Compute the costs from the parts of a cell; None where no layer is only removed."""
     first, *rest = subjects
     outcomes = AlignedOutcomes(first.store, first.view.joined(*(part.view for part in rest)))
     layers = tuple(sorted({run.layer for run in outcomes.runs if run.intervention == "remove"}))
     if not layers:
         return None
-    fitted_on = [part.record.fitted_on for part in subjects if part.record.fitted_on]
+    fitted_on = dict.fromkeys(part.record.fitted_on for part in subjects)
     cell = Costs(
         first.record.title,
         len(outcomes.tasks),
         layers,
         measure_of(first.record),
-        "; ".join(dict.fromkeys(fitted_on)),
+        "; ".join(text for text in fitted_on if text),
     )
     removed: list[Array] = []
-    for way in EVERY:
-        runs = [Change(layers=(layer,), intervention=way) for layer in layers]
-        ablations = list(map(outcomes.ablation, runs))
+    for intervention in NAMES:
+        runs = [Change(layers=(layer,), intervention=intervention) for layer in layers]
+        ablations = [*map(outcomes.ablation, runs)]
         if not all(map(outcomes.has, ablations)):
             continue
         metric, gold = outcomes.by_metric(ablations), outcomes.by_gold_logprob(ablations)
-        for by_way, paired in ((cell.drops, metric), (cell.nats, gold)):
+        for drops, paired in ((cell.drops, metric), (cell.nats, gold)):
             drawn = outcomes.resampled(paired.drops, paired.weights)
-            by_way[way] = Drops(paired.mean_drops, drawn)
-        after = list(metric.ablated.T)
+            drops[intervention] = Drops(paired.mean_drops, drawn)
+        after = [*metric.ablated.T]
         removed = removed or after
-        if way != "remove":
+        if intervention != "remove":
             pairs = zip(after, removed, strict=True)
-            cell.better[way] = [accuracy_drop(*pair, metric.weights).p_value for pair in pairs]
+            p_values = [accuracy_drop(*pair, metric.weights).p_value for pair in pairs]
+            cell.p_values[intervention] = p_values
     return cell
 
 
-def in_unit(measure: Measure) -> str:
-    """Name the unit of a drop behind what it is; nothing where its form says it."""
-    return "" if measure.form == "points" else f", {measure.unit}"
+def won_back(cells: Sequence[Costs], intervention: Intervention, nats: bool) -> Estimate:
+    """Estimate the share of all layers' drops that a replacement wins back."""
+    means, drawn = [], []
+    for stands_in in ("remove", intervention):
+        parts = [(cell.nats if nats else cell.drops)[stands_in] for cell in cells]
+        means.append(np.concatenate([part.mean for part in parts]))
+        drawn.append(np.concatenate([part.drawn for part in parts], axis=1))
+    return recovered(*means, *drawn)
+
+
+def answers_of(cells: Sequence[Costs]) -> list[str]:
+    """Return sentences over all cells of one measure, each weighing the same."""
+    ways = [way for way in REPLACEMENTS if all(way in cell.drops for cell in cells)]
+    replaced = "".join(f", {_mean_cost(cells, way)} with {NAMES[way]}" for way in ways)
+    documents = counted(sum(cell.n for cell in cells), "document")
+    answers = [
+        f"A layer costs {_mean_cost(cells, 'remove')} when it is removed{replaced}; over "
+        f"{counted(len(cells), 'benchmark')} ({documents})."
+    ]
+    verdicts = []
+    for loss, nats in (
+        (f"the {cells[0].measure.change}", False),
+        ("the loss of gold log-probability", True),
+    ):
+        shares = {way: won_back(cells, way, nats) for way in ways}
+        texts = {NAMES[way]: _percent(share) for way, share in shares.items()}
+        (only, *others) = dict.fromkeys(texts.values())
+        text = only if not others else ", ".join(" ".join(pair) for pair in texts.items())
+        answers.append(f"Won back of {loss}: {text}.")
+        if shares["scale"].low is not None:
+            part = {1: "mostly", -1: "not only", 0: "perhaps"}[side(shares["scale"], 0.5)]
+            verdicts.append(f"So {loss} is {part} missing scale.")
+    return answers + verdicts
+
+
+def _mean_cost(cells: Sequence[Costs], intervention: Intervention) -> str:
+    drops = [cell.drops[intervention] for cell in cells]
+    if bad := sum(int((~np.isfinite(drop.mean)).sum()) for drop in drops):
+        of = sum(len(cell.layers) for cell in cells)
+        return f"an undefined amount (not finite for {bad} of {of} layers)"
+    mean = float(np.mean([drop.mean.mean() for drop in drops]))
+    ends = _middle(np.mean([drop.drawn.mean(axis=1) for drop in drops], axis=0))
+    return amount(Estimate(mean, *ends), cells[0].measure)
+
+
+def _percent(share: Estimate) -> str:
+    if share.value is None or share.low is None or share.high is None:
+        return f"undefined ({share.reason})"
+    low, value, high = (fixed(100 * figure, 0) for figure in (share.low, share.value, share.high))
+    return f"{value} % (95 % interval {low} to {high})"
 
 
 def summary(cells: Sequence[Costs]) -> Table:
-    """Say of each cell of one measure how much of the drop each stand-in wins back."""
+    """Make the table of how much of the drop each replacement wins back, of one measure."""
     measure = cells[0].measure
 
-    def column(way: Intervention, nats: bool) -> Column[Costs]:
-        what = "the gold log-probability" if nats else f"the {measure.level}"
-
+    def share(way: Intervention, of: str, nats: bool) -> Column[Costs]:
         def value(cell: Costs) -> Estimate | None:
             return won_back([cell], way, nats) if way in cell.drops else None
 
-        label = f"{NAMES[way]} wins back, of {what}"
-        return Column(label, "percent", value, "not measured; what is lacking says why")
+        return Column(f"{NAMES[way]} wins back, of {of}", "percent", value, _NOT_MEASURED)
 
     def mean(cell: Costs) -> float:
         return float(cell.drops["remove"].mean.mean())
 
-    label = f"mean {measure.change} of a removal{in_unit(measure)}"
+    label = f"mean {measure.change} of a removal{cells[0].unit}"
     return table(
         "What stands in for a layer, and how much of the drop it wins back",
         [
             Column("model and benchmark", "text", lambda cell: cell.name),
             Column("documents", "count", lambda cell: cell.n),
             Column(label, measure.form, mean, _NOT_FINITE),
-            *(column(way, nats) for nats in (False, True) for way in WAYS),
+            *(share(way, f"the {measure.level}", False) for way in REPLACEMENTS),
+            *(share(way, "the gold log-probability", True) for way in REPLACEMENTS),
             Column("fitted on", "text", lambda cell: cell.fitted_on or None, "it is not known"),
         ],
         cells,
@@ -259,42 +270,31 @@ def summary(cells: Sequence[Costs]) -> Table:
     )
 
 
-class _Tested(NamedTuple):
-    """A row: a stand-in, and in how many layers it was tested and does better or worse.
+@dataclass(frozen=True)
+class Significance:
+    """In how many layers a replacement does significantly better or worse than nothing."""
 
-    None where no test was made.
-    """
-
-    way: Intervention
-    made: int
-    better: int | None
-    worse: int | None
+    replacement: str = labelled("stand-in")
+    tested: int = labelled("layers × benchmarks tested", "count")
+    better: int | None = labelled("significantly better", "count", _NO_TEST)
+    worse: int | None = labelled("significantly worse", "count", _NO_TEST)
 
 
-def significant(cells: Sequence[Costs]) -> Table:
-    """Count the layers where a stand-in does significantly better, or worse, than nothing."""
+def significance_table(cells: Sequence[Costs]) -> Table:
+    """Make the table of the layers where a replacement does otherwise than nothing."""
     rows = []
-    for way in WAYS:
-        some = [cell for cell in cells if way in cell.drops]
-        if not some:
+    for way in REPLACEMENTS:
+        if not (some := [cell for cell in cells if way in cell.drops]):
             continue
-        p = holm([value for cell in some for value in cell.better[way]])
+        p_values = holm([value for cell in some for value in cell.p_values[way]])
         gain = np.concatenate([cell.drops["remove"].mean - cell.drops[way].mean for cell in some])
-        sure = np.array([value is not None and value < SIGNIFICANT for value in p])
-        made = sum(value is not None for value in p)
-        better, worse = (
-            int((sure & over).sum()) if made else None for over in (gain > 0, gain < 0)
-        )
-        rows.append(_Tested(way, made, better, worse))
-    columns: tuple[Column[_Tested], ...] = (
-        Column("stand-in", "text", lambda row: NAMES[row.way]),
-        Column("layers × benchmarks tested", "count", lambda row: row.made),
-        Column("significantly better", "count", lambda row: row.better, _NO_TEST),
-        Column("significantly worse", "count", lambda row: row.worse, _NO_TEST),
-    )
-    return table(
+        sure = np.array([value is not None and value < SIGNIFICANT for value in p_values])
+        tested = sum(value is not None for value in p_values)
+        counts = [int((sure & over).sum()) if tested else None for over in (gain > 0, gain < 0)]
+        rows.append(Significance(NAMES[way], tested, *counts))
+    return figure_table(
+        Significance,
         "Layers where a stand-in does otherwise than nothing",
-        columns,
         rows,
         "Exact McNemar tests, Holm's adjustment within each row, 5 %; layers of metrics that "
         "are not right or wrong a document are not tested.",
@@ -302,40 +302,22 @@ def significant(cells: Sequence[Costs]) -> Table:
 
 
 def layer_table(cell: Costs) -> Table:
-    """List what each layer costs with something in its place."""
-
-    def column(way: Intervention) -> Column[int]:
-        return Column(NAMES[way], cell.measure.form, partial(_drop, cell, way))
-
-    return table(
-        f"{cell.name}: {cell.measure.change} of each layer with something in its place"
-        f"{in_unit(cell.measure)}",
-        [
-            Column("layer", "count", lambda place: cell.layers[place]),
-            *(column(way) for way in EVERY if way in cell.drops),
-        ],
-        range(len(cell.layers)),
-    )
-
-
-def _drop(cell: Costs, way: Intervention, place: int) -> Estimate:
-    """Find what a layer costs with something in its place."""
-    mean, drawn = cell.drops[way]
-    low, high = np.quantile(drawn[:, place], [0.025, 0.975])
-    found = Estimate(float(mean[place]), float(low), float(high))
-    return found if np.isfinite(mean[place]) else Estimate(None, reason=_NOT_FINITE)
+    """Make the table of what each layer costs with something in its place."""
+    columns = [Column(NAMES[way], cell.measure.form, partial(cell.drop, way)) for way in cell.drops]
+    title = f"{cell.name}: {cell.measure.change} of each layer with something in its place"
+    layer: Column[int] = Column("layer", "count", cell.layers.__getitem__)
+    return table(f"{title}{cell.unit}", [layer, *columns], range(len(cell.layers)))
 
 
 def drop_chart(cell: Costs) -> LineChart:
-    """Draw the drops of all layers, a line each way."""
-    return LineChart(
-        title=f"{cell.name}: {cell.measure.change} with something in the layer's place",
-        x="layer (0-based)",
-        y=f"{cell.measure.change}{in_unit(cell.measure)}",
-        unit=cell.measure.form,
-        places=cell.layers,
-        lines=tuple(
-            Line.of(NAMES[way], (_drop(cell, way, place) for place in range(len(cell.layers))))
+    """Make the chart of all layers' drops, a line for each replacement."""
+    return line_chart(
+        f"{cell.name}: {cell.measure.change} with something in the layer's place",
+        ("layer (0-based)", f"{cell.measure.change}{cell.unit}"),
+        cell.measure.form,
+        cell.layers,
+        {
+            NAMES[way]: [cell.drop(way, index) for index in range(len(cell.layers))]
             for way in cell.drops
-        ),
+        },
     )

@@ -2,7 +2,6 @@
 
 Modules:
     collect: Collect cells of several folders and projects.
-    leaderboard: Publish and merge a project's leaderboard.
     live: Show cells in trackers while they are measured.
     publish: Publish cells to trackers, and remember which tracker has what.
     reports: Write and publish reports.

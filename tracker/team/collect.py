@@ -36,10 +36,6 @@ from tracker.measuring.derive import decisions_of, record_of
 from tracker.measuring.progress import Progress
 from tracker.tracking import open_backend, service, target
 from tracker.tracking.base import Backend, RemoteCell, Target
-from tracker.tracking.isolated import Isolated
-
-_LARGEST_NOTE = 2**24
-"""Bytes of `cell.json`, and of what was asked: a run takes some hundred."""
 
 
 def pull(
@@ -63,10 +59,8 @@ def pull(
     ledger = Ledger(root)
     ledger.create()
     opened = open_backend(source.backend, source.project or "", root, source.server)
-    # It may not hold much memory.
-    reader = Isolated("what reads downloaded files", "tracker.tracking.foreign:ForeignFiles")
     failed: dict[str, str] = {}
-    with closing(opened) as backend, closing(reader) as files:
+    with closing(opened) as backend:
         there = backend.cells()
         with FileLock(root / "pull.lock"):
             sound = {store.identity.key: store for store in ledger.cells()}
@@ -75,7 +69,7 @@ def pull(
                 progress.start(f"downloading {masked(name)}", len(stale), "measurements")
             for cell in stale:
                 try:
-                    _fetch(backend, files, cell, root)
+                    _fetch(backend, cell, root)
                 except TrackerError as error:
                     failed[f"{cell.name} of {masked(name)}"] = masked(str(error))
                 progress.advance(1)
@@ -109,7 +103,7 @@ def _is_here(root: Path, cell: RemoteCell, sound: Mapping[str, CellStore]) -> bo
     return note["view"] in views and set(note["shards"]) <= shards
 
 
-def _fetch(backend: Backend, files: Isolated, cell: RemoteCell, root: Path) -> None:
+def _fetch(backend: Backend, cell: RemoteCell, root: Path) -> None:
     if not cell.version:
         raise TrackingError(
             "it was published without its outcomes; "
@@ -120,8 +114,6 @@ def _fetch(backend: Backend, files: Isolated, cell: RemoteCell, root: Path) -> N
         backend.fetch(cell, folder)
         try:
             (file,) = (path for path in folder.glob("*.json") if path.name != "cell.json")
-            if max(note.stat().st_size for note in folder.glob("*.json")) > _LARGEST_NOTE:
-                raise ValueError("what describes it is longer than any description")
             view = file.read_text(encoding="utf-8")
             if why := other_format(json.loads(view).get("format")):
                 raise TrackingError(f"it {why}")
@@ -132,7 +124,6 @@ def _fetch(backend: Backend, files: Isolated, cell: RemoteCell, root: Path) -> N
             store = CellStore(root / "cells" / name, identity)
             asked = store.views.read(view)
             parquet = sorted(folder.glob("*.parquet"))
-            files.refuse_bombs(parquet)
             shards = [store.adopt(path) for path in parquet if not is_texts(path)]
             for path in filter(is_texts, parquet):
                 store.texts.adopt(path)
@@ -283,5 +274,4 @@ def _opened(source: str) -> Ledger | Target:
     path = Path(source)
     if ":" not in source or path.exists():
         return Ledger.existing(path)
-    to = target(source)
-    return service(to.backend).source(to, source)
+    return target(source, reading=True)

@@ -33,12 +33,16 @@ from tracker.tracking import (
     default_targets,
     destination,
     file_of,
+    in_sweep,
     open_backend,
     open_live_run,
+    open_trial,
     places_of,
     remember,
     service,
+    sweep_backend,
     target,
+    title_of,
 )
 from tracker.tracking.base import (
     Backend,
@@ -52,7 +56,6 @@ from tracker.tracking.base import (
 from tracker.tracking.figures import LoggedTable, logged_documents
 from tracker.tracking.identity import content_digest
 from tracker.tracking.runs import Which, one_by_one
-from tracker.tracking.wandb.service import in_sweep, open_trial
 
 _PATIENCE = 60.0
 """Seconds that the end of a run waits for what showed it while it was measured."""
@@ -153,7 +156,7 @@ class Publisher:
         is_shown = bool(live_runs)
         for to in self._targets:
             known = service(to.backend)
-            if "live runs" in known.can and not (is_shown and known.runs_sweeps):
+            if "live runs" in known.can and not (is_shown and known.sweep_variable):
                 live_runs.append(open_live_run(*self._there(to)))
         self.live = Live(tuple(live_runs))
 
@@ -233,7 +236,7 @@ class Publisher:
         parts: _Parts | None = None
         charts, answer = None, ""
         for place in [*asked, *self._left(store, record, asked)]:
-            title = service(place.backend).title_of(place)
+            title = title_of(place)
             try:
                 if trust_receipts and place in self._away:
                     raise TrackingError(self._away[place])
@@ -334,7 +337,8 @@ class Trial(LiveRun):
     """
 
     def __init__(self, track: Sequence[str], results: Path, request: CellRequest) -> None:
-        self.joins = in_sweep() and any(service(target(text).backend).runs_sweeps for text in track)
+        agent = sweep_backend()
+        self.joins = agent is not None and any(target(text).backend == agent for text in track)
         self._run = first_change(request)
         self._trial = open_trial(results)
         self._busy = Lock()

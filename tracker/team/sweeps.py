@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,8 @@ from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
 from tracker.measuring.prepare import asked_before, look_up
+from tracker.tracking import in_sweep, open_sweep
 from tracker.tracking.base import SweepTrial
-from tracker.tracking.wandb.service import open_sweep
 
 _OF_A_GRID = ("method", "parameters", "run_cap")
 _ANY_RUN: dict[str, Any] = {**dict.fromkeys(IN_THE_FILE, ()), "only": None}
@@ -52,15 +51,14 @@ def trial_request(settings: dict[str, Any]) -> CellRequest:
 
 
 def asked_of_cell(request: CellRequest, results: Path) -> CellRequest | None:
-    """Ask W&B for the cell of a trial as this process's sweep asks for it.
+    """Find the cell of a trial in the grid of this process's sweep.
 
     None outside a sweep, and where its grid cannot be read or does not hold the trial.
     """
-    path = [os.environ.get(f"WANDB_{name}", "") for name in ("ENTITY", "PROJECT", "SWEEP_ID")]
-    if not all(path):
+    if not in_sweep():
         return None
     try:
-        with closing(open_sweep("/".join(path), results)) as sweep:
+        with closing(open_sweep("", results)) as sweep:
             config = sweep.config()
         known = {name: config[name] for name in _OF_A_GRID if name in config}
         cells = Experiment.model_validate(known).cells()

@@ -10,8 +10,8 @@ Modules:
     trackio: Write to Trackio.
     wandb: Write to Weights & Biases.
     base: Define the interface of a backend.
+    downloads: Check the files that a server sends.
     figures: Flatten records into metrics, curves and tables.
-    foreign: Bound the files that a server sends.
     identity: Compute the names and digests of runs.
     isolated: Call an SDK in a process of its own.
     runs: Describe the runs of a cell for every backend.
@@ -19,87 +19,109 @@ Modules:
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 from tracker.core.errors import RequestError, did_you_mean
+from tracker.core.extensions import load_extensions
 from tracker.core.provenance import content_hash
 from tracker.core.text import masked
 from tracker.ledger.files import read_note, write_note
-from tracker.tracking.base import Ability, Backend, LiveRun, Service, Target
-from tracker.tracking.wandb.service import in_sweep
+from tracker.tracking.base import OFFLINE, Ability, Backend, LiveRun, Models, Service, Target
 
 if TYPE_CHECKING:
     from tracker.core.records import CellRecord
     from tracker.ledger.cells import CellStore
 
-BACKENDS = ("mlflow", "wandb", "trackio")
-"""What a user may ask for; a backend's folder, and the service in it, is called as it is."""
-
 
 @cache
-def service(name: str) -> Service:
-    """Say what a backend is to everybody else.
+def backends() -> dict[str, Service]:
+    """Return the tracking backends by the names that users type, ours first.
 
-    Args:
-        name: What a user typed.
-
-    Returns:
-        The service; it has imported no SDK.
-
-    Raises:
-        RequestError: There is no such backend.
+    Other packages add theirs as entry points of the group `layer_tracker.tracking`, which name a
+    class that is a `Service`. No SDK is imported.
     """
-    if name not in BACKENDS:
+    # Here, since its package sets variables that MLflow reads when it is imported.
+    from tracker.tracking.mlflow.service import MlflowService
+    from tracker.tracking.trackio.service import TrackioService
+    from tracker.tracking.wandb.service import WandbService
+
+    ours: dict[str, Service] = {
+        "mlflow": MlflowService(),
+        "wandb": WandbService(),
+        "trackio": TrackioService(),
+    }
+    return ours | load_extensions("tracking", _new_service, reserved=ours)
+
+
+def _new_service(extension: object) -> Service:
+    if not (isinstance(extension, type) and issubclass(extension, Service)):
+        raise TypeError(f"{extension!r} is no subclass of tracker.tracking.base.Service")
+    return extension()
+
+
+def service(name: str) -> Service:
+    """Return a backend by the name that a user typed; RequestError if there is none."""
+    if name not in backends():
         raise RequestError(
-            f"There is no tracking backend {masked(name)!r}; use one of: {', '.join(BACKENDS)}."
-            + did_you_mean(name, BACKENDS)
+            f"There is no tracking backend {masked(name)!r}; use one of: {', '.join(backends())}."
+            + did_you_mean(name, backends())
         )
-    module = import_module(f"tracker.tracking.{name}.service")
-    return cast(Service, getattr(module, f"{name.title()}Service")())
+    return backends()[name]
 
 
-def target(text: str, *needs: Ability) -> Target:
-    """Read where runs go.
+def target(text: str, *needs: Ability, reading: bool = False) -> Target:
+    """Read where runs go or come from.
 
     Args:
         text: `BACKEND` or `BACKEND:PROJECT`, e.g. `mlflow`, `wandb:ENTITY/PROJECT` or
             `mlflow:http://mlflow.lab:5000/EXPERIMENT`.
         *needs: What else is to go there.
+        reading: Whether cells are read there, so that the text must say where.
 
     Returns:
         The target.
 
     Raises:
-        RequestError: There is no such backend, or it does not take all that is to go there.
+        RequestError: There is no such backend, it does not take all that is to go there, or the
+            text does not say where cells are read.
     """
-    backend, colon, project = text.partition(":")
-    known = service(backend)
+    name, colon, project = text.partition(":")
+    backend = service(name)
     if colon and not project.strip("/"):
-        raise RequestError(
-            f"{masked(text)!r} names no project; write {backend} or {backend}:PROJECT"
-        )
+        raise RequestError(f"{masked(text)!r} names no project; write {name} or {name}:PROJECT")
     for ability in needs:
-        if ability not in known.can:
-            others = ", ".join(name for name in BACKENDS if ability in service(name).can)
-            raise RequestError(f"{known.title} takes no {ability}; use one of: {others}")
-    return known.target(project)
+        if ability not in backend.can:
+            able = ", ".join(name for name, other in backends().items() if ability in other.can)
+            raise RequestError(f"{backend.title} takes no {ability}; use one of: {able}")
+    return backend.target(project, reading)
+
+
+def sweep_backend() -> str | None:
+    """Return the backend whose agent started this process as a trial; None outside a sweep."""
+    names = ((name, backend.sweep_variable) for name, backend in backends().items())
+    return next((name for name, variable in names if variable and os.environ.get(variable)), None)
+
+
+def in_sweep() -> bool:
+    """Return whether an agent started this process as a trial of a sweep."""
+    return sweep_backend() is not None
 
 
 def default_targets() -> tuple[str, ...]:
-    """Say where runs go when nothing is said: a W&B sweep's trial to W&B, else to MLflow."""
-    return ("wandb",) if in_sweep() else ("mlflow",)
+    """Return where runs go by default: a sweep's trial to its backend, else to MLflow."""
+    return (sweep_backend() or "mlflow",)
 
 
 def open_backend(name: str, project: str, results: Path, server: str | None = None) -> Backend:
     """Open a tracking backend; nothing is contacted before it is used.
 
     Args:
-        name: One of `BACKENDS`.
+        name: One of `backends()`.
         project: The project, in the backend's words.
         results: The results folder; a backend that needs no server may keep its files in it.
         server: As in a `Target`.
@@ -107,19 +129,52 @@ def open_backend(name: str, project: str, results: Path, server: str | None = No
     Returns:
         The backend.
     """
-    return service(name).open(project, results, server)
+    return cast(Backend, service(name).open("runs", project, results, server))
 
 
 def open_live_run(name: str, project: str, results: Path, server: str | None = None) -> LiveRun:
     """Open what a backend that can shows while cells are measured; as `open_backend`."""
-    return service(name).open_live_run(project, results, server)
+    return cast(LiveRun, service(name).open("live runs", project, results, server))
+
+
+def open_models(name: str, project: str, results: Path, server: str | None = None) -> Models:
+    """Open where a backend that can keeps pruned models; as `open_backend`."""
+    return cast(Models, service(name).open("lighter models", project, results, server))
+
+
+def open_trial(results: Path) -> Any:
+    """Open the run that an agent opened for this process, as `WandbTrial` is."""
+    return _sweep_service().open("trial", "", results)
+
+
+def open_sweep(path: str, results: Path) -> Any:
+    """Open a sweep, as `WandbSweep` is; nothing is contacted before it is used.
+
+    Args:
+        path: The sweep, in its backend's words; empty for that of this process.
+        results: The results folder.
+
+    Returns:
+        The sweep.
+
+    Raises:
+        RequestError: The path names no sweep.
+    """
+    return _sweep_service().open("sweep", path, results)
+
+
+def _sweep_service() -> Service:
+    """Return the backend of this process's sweep; outside one, the first that has sweeps."""
+    if name := sweep_backend():
+        return service(name)
+    return next(backend for backend in backends().values() if backend.sweep_variable)
 
 
 def destination(name: str, project: str, results: Path, server: str | None = None) -> str:
     """Identify where a backend's runs would go, without contacting it or importing its SDK.
 
     Args:
-        name: One of `BACKENDS`.
+        name: One of `backends()`.
         project: The project that the runs go to.
         results: The results folder.
         server: As in a `Target`.
@@ -135,14 +190,20 @@ def destination(name: str, project: str, results: Path, server: str | None = Non
     return content_hash([name, project, setting, made])
 
 
+def title_of(address: Target) -> str:
+    """Return an address as it is typed after `--to`."""
+    named = address.server and service(address.backend).names_server
+    return masked(f"{address.backend}:{f'{address.server}/' if named else ''}{address.project}")
+
+
 def file_of(place: Target, results: Path) -> Path:
-    """Say where it stands that a results folder keeps a place."""
-    name = re.sub(r"[^\w.-]+", "-", service(place.backend).title_of(place), flags=re.ASCII)[:80]
+    """Return the file by which a results folder keeps a place."""
+    name = re.sub(r"[^\w.-]+", "-", title_of(place), flags=re.ASCII)[:80]
     return results / "places" / f"{name}--{content_hash(vars(place))[:8]}.json"
 
 
 def remember(place: Target, results: Path) -> str:
-    """Keep a place, and say by which name receipts know it."""
+    """Keep a place, and return the name by which receipts know it."""
     path = file_of(place, results)
     if not read_note(path):
         write_note(path, dict(vars(place)))
@@ -157,8 +218,9 @@ def places_of(store: CellStore, record: CellRecord, results: Path) -> dict[str, 
     found = {}
     for name in store.places(record.view, *record.supersedes):
         note = read_note(results / "places" / f"{quote(name, safe='')}.json")
-        if note.get("backend") in BACKENDS and isinstance(note.get("project"), str):
-            place = Target(note["backend"], note["project"], note.get("server"))
-            if service(place.backend).is_kept_here(place):
-                found[name] = place
+        if note.get("backend") in backends() and isinstance(note.get("project"), str):
+            address = Target(note["backend"], note["project"], note.get("server"))
+            is_offline = service(address.backend).server() == OFFLINE
+            if is_offline == (address.server == OFFLINE):
+                found[name] = address
     return found

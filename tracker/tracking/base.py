@@ -13,19 +13,18 @@ import textwrap
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from typing_extensions import override
 
-from tracker.core.errors import TrackingError
+from tracker.core.errors import RequestError, TrackingError
 from tracker.core.records import CellRecord
 from tracker.core.text import masked
 from tracker.ledger.files import lock_file
 from tracker.tracking.figures import LoggedTable
-from tracker.tracking.identity import files_digest
 from tracker.tracking.isolated import Isolated
 from tracker.tracking.runs import DescribedRun, Which, described
 
@@ -37,8 +36,12 @@ PROGRESS = "progress/"
 """How the names of figures begin that a run shows while its cell is measured."""
 _LOCK_SECONDS = 600.0
 
-Ability = Literal["live runs", "reports and leaderboards", "lighter models", "registered models"]
+Ability = Literal["live runs", "reports", "lighter models", "registered models"]
 """What a backend may show besides the runs of cells."""
+Part = Literal["runs", "live runs", "lighter models", "trial", "sweep"]
+"""What of a backend may be opened."""
+OFFLINE = "offline"
+"""The server of runs that are files, for a later upload to wherever it goes."""
 
 
 @dataclass(frozen=True)
@@ -133,19 +136,21 @@ class Models(Protocol):
 
 @dataclass(frozen=True)
 class Page:
-    """What is made of several cells for a backend to keep: a report, a leaderboard's version."""
+    """Report over several cells, for a backend to keep.
 
-    kind: Literal["report", "leaderboard"]
+    Attributes:
+        files: The page and the files that go with it.
+        tables: Tables by name.
+        cells: The cells it shows, to whose outcomes the backend links.
+        text: Summary in a few paragraphs of Markdown.
+        charts: Plotly figures by name.
+    """
+
     files: Sequence[Path]
-    """All of a leaderboard, named `BOARD_FILE`; a report and what goes with it."""
     tables: Mapping[str, LoggedTable]
-    """What people browse, by name."""
-    made_of: Sequence[CellRecord]
-    """The cells that it shows: the backend leads from it to their outcomes."""
+    cells: Sequence[CellRecord]
     text: str = ""
-    """What it says in a few paragraphs."""
     charts: Mapping[str, Figure] = field(default_factory=dict)
-    """Plotly figures, by name."""
 
 
 class LiveRun(Protocol):
@@ -285,12 +290,34 @@ class Backend(ABC):
         with self._explained("could not be read"):
             self._download(cell, folder)
 
+    def add_page(self, page: Page) -> str:
+        """Add a report as a run of its own, where the backend takes reports.
+
+        Args:
+            page: The report.
+
+        Returns:
+            An address, or the command that shows it.
+
+        Raises:
+            TrackingError: The backend refused or could not be reached.
+        """
+        raise NotImplementedError(self.name, page)
+
     def close(self) -> None:  # noqa: B027  most hold nothing: a run is finished when it is written
         """Release what the backend holds; it never raises."""
 
-    @abstractmethod
-    def _explained(self, problem: str, advice: str = "") -> AbstractContextManager[None]:
-        """Say what the backend did not do where anything is raised inside: a TrackingError."""
+    @contextmanager
+    def _explained(self, problem: str, advice: str = "") -> Iterator[None]:
+        """Raise a TrackingError with the problem where anything is raised inside."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  SDKs raise requests, SQL, cloud errors, ...
+            raise self._explain(error, problem, advice) from None
+
+    def _explain(self, error: Exception, problem: str, advice: str) -> TrackingError:
+        """Return what a person reads of an error of the SDK."""
+        return explained(f"{self._to} {problem}", error, advice)
 
     @contextmanager
     def _one_writer(self, problem: str, advice: str = "") -> Iterator[None]:
@@ -298,44 +325,44 @@ class Backend(ABC):
         with self._explained(problem, advice), lock_file(self._lock(), _LOCK_SECONDS):
             yield
 
-    @abstractmethod
     def _lock(self) -> Path:
-        """Say which file whoever writes to the project locks."""
+        """Return the file that whoever writes to the project locks."""
+        return self._results / f"{self.name}.lock"
 
     @abstractmethod
     def _write(self, runs: Sequence[DescribedRun]) -> Iterable[str]:
-        """Bring the runs of a cell to what they should be, and prove that they are.
+        """Bring the runs of a cell to what they should be, and check that they are.
 
-        What became of each is `created`, `updated` or `unchanged`.
+        Args:
+            runs: The runs as they should be, that of the cell last.
+
+        Returns:
+            What became of each: `created`, `updated` or `unchanged`.
         """
 
     @abstractmethod
     def _location(self) -> str:
-        """Say what a person opens."""
+        """Return what a person opens: an address, or a command."""
 
-    @abstractmethod
-    def _cells(self) -> Iterable[RemoteCell]: ...
+    def _cells(self) -> Iterable[RemoteCell]:
+        """Find the cells whose runs were written whole."""
+        raise TrackingError("it cannot be read back")
 
-    @abstractmethod
-    def _download(self, cell: RemoteCell, folder: Path) -> None: ...
+    def _download(self, cell: RemoteCell, folder: Path) -> None:
+        """Download the files of a cell, checked by `check_listing` and `check_downloaded`."""
+        raise TrackingError("it cannot be read back")
 
     def _setting(self) -> str:
-        """Say what a command begins with so that it finds the project."""
+        """Return what a command begins with so that it finds the project."""
         return ""
 
     def _notes(self) -> tuple[str, ...]:
-        """Say what else a person should know after `_write`."""
+        """Return what else a person should know after `_write`."""
         return ()
 
     def _whole_name(self) -> str:
-        """Name the project where the backend completes what was asked for."""
+        """Return the project's name where the backend completes what was asked for."""
         return ""
-
-
-def refuse_others(cell: RemoteCell, folder: Path) -> None:
-    """Refuse files that are not those that were attached to a cell's run."""
-    if files_digest(folder.iterdir()) != cell.version:
-        raise TrackingError(f"the files of {cell.name!r} are not those that were attached")
 
 
 def explained(
@@ -355,33 +382,10 @@ def explained(
     return TrackingError("\n".join(filter(None, (f"{what}: {text}", advice))))
 
 
-class Pages(Protocol):
-    """Where what is made of several cells is browsed: reports, and the project's leaderboard."""
-
-    def boards(self) -> list[str]:
-        """List the versions of the project's leaderboard, the oldest first.
-
-        Returns:
-            What `read_board` takes; empty where there is none yet.
-        """
-
-    def read_board(self, version: str) -> str:
-        """Read one version of the leaderboard, as it was given to `add_page`."""
-
-    def add_page(self, page: Page) -> str:
-        """Add a report, or a version of the leaderboard; say what a person opens."""
-
-    def user(self) -> str:
-        """Say as whom the backend knows this user."""
-
-    def close(self) -> None:
-        """Release what the backend holds; it never raises."""
-
-
 class Service(ABC):
-    """What a backend is to everybody else: what it can, and where its runs are.
+    """A tracking backend as the rest of tracker sees it, without its SDK.
 
-    It imports no SDK. Where not overridden, it is a store on this machine that needs no login.
+    Where not overridden, it is a store on this machine that needs no login.
     """
 
     name: ClassVar[str]
@@ -389,64 +393,71 @@ class Service(ABC):
     title: ClassVar[str]
     """What people call it."""
     can: ClassVar[frozenset[Ability]] = frozenset()
-    runs_sweeps: ClassVar[bool] = False
-    """Whether its agents start trials, each with a run of its own."""
+    names_server: ClassVar[bool] = False
+    """Whether a user types a server before the project."""
+    sweep_variable: ClassVar[str] = ""
+    """The environment variable by which its agents tell a trial its sweep; empty without agents."""
 
     @abstractmethod
-    def open(self, project: str, results: Path, server: str | None) -> Backend:
-        """Open it; nothing is contacted before it is used."""
+    def open(self, part: Part, project: str, results: Path, server: str | None = None) -> Any:
+        """Open a part of the backend; nothing is contacted before it is used.
+
+        Args:
+            part: `runs` for a `Backend`, `live runs` for a `LiveRun`, `lighter models` for a
+                `Models`; `trial` and `sweep` where it has a `sweep_variable`. Only those that it
+                can are asked for.
+            project: The project, in the backend's words; of a sweep, its path.
+            results: The results folder.
+            server: The server or the folder; None for that of the environment.
+
+        Returns:
+            The part.
+        """
 
     def _isolated(self, kind: str, *arguments: object, **environment: Any) -> Isolated:
-        """Open a class of the backend's folder, as `MODULE:CLASS`, in a process of its own."""
-        kind = f"tracker.tracking.{self.name}.{kind}"
-        return Isolated(self.title, kind, *arguments, **environment)
+        """Open a class beside the service's module, as `MODULE:CLASS`, in its own process."""
+        package = type(self).__module__.rpartition(".")[0]
+        return Isolated(self.title, f"{package}.{kind}", *arguments, **environment)
 
     def refuse_closed(self, results: Path) -> None:  # noqa: B027  most need no login
         """Raise RequestError where no run can be written, as far as this machine knows."""
 
-    def open_live_run(self, project: str, results: Path, server: str | None) -> LiveRun:
-        """Open what it shows while cells are measured, where it can."""
-        raise NotImplementedError(self.name, project, results, server)
+    def target(self, project: str, reading: bool) -> Target:
+        """Return the target that a user typed.
 
-    def open_models(self, project: str, results: Path, server: str | None) -> Models:
-        """Open where it keeps pruned models, where it can."""
-        raise NotImplementedError(self.name, project, results, server)
+        Args:
+            project: What stands behind the name and a colon; empty where nothing does.
+            reading: Whether cells are read there.
 
-    def target(self, project: str) -> Target:
-        """Read what a user typed after its name and a colon; RequestError if it cannot be."""
+        Returns:
+            The target.
+
+        Raises:
+            RequestError: It is no target, or does not say where cells are read.
+        """
+        if reading and not project:
+            raise RequestError(f"{self.name!r} names no project; write {self.name}:PROJECT")
         return Target(self.name, project or None)
 
-    def source(self, to: Target, typed: str) -> Target:
-        """Say where cells are read; RequestError if what was typed does not say where."""
-        return to
-
-    @abstractmethod
     def server(self) -> str | None:
-        """Name the server or folder of this environment, without a login; None for its own."""
+        """Return the server or folder of this environment, without a login; None for its own."""
+        return None
 
     def place_of(self, to: Target, project: str) -> Target:
-        """Say where a target is in the environment of now, so that it is found from another one."""
+        """Return where a target is in this environment, so that another one finds it."""
         server = without_login(to.server) or self.server()
         return Target(self.name, masked(to.project or project), server)
 
     def target_of(self, place: Target, results: Path) -> Target:
-        """Say how a place is reached from the environment of now.
+        """Return how a place is reached from this environment.
 
         TrackingError, with what to type, where its server would get a login that is not for it.
         """
         return place
 
-    def is_kept_here(self, place: Target) -> bool:
-        """Say whether the environment of now is one in which a place is kept in step."""
-        return True
-
-    def title_of(self, place: Target) -> str:
-        """Name a place as it is typed after `--to`."""
-        return masked(f"{self.name}:{place.project}")
-
-    @abstractmethod
     def store(self, results: Path, server: str | None) -> tuple[str | None, Path | None]:
-        """Say what tells its store from others: a setting, and a local file or folder."""
+        """Return what tells its store from others: a setting, and a local file or folder."""
+        return server or self.server(), None
 
 
 def other_login(place: Target, setting: str, results: Path) -> TrackingError:
@@ -461,11 +472,6 @@ def other_login(place: Target, setting: str, results: Path) -> TrackingError:
 def without_login(uri: str | None) -> str | None:
     """Take the login out of an address."""
     return None if uri is None else masked(re.sub(r"://[^/\s]*@", "://", uri)).rstrip("/")
-
-
-BOARD = "layer-leaderboard"
-"""The leaderboard's name in every project."""
-BOARD_FILE = "leaderboard.json"
 
 
 def sync_command(results: Path, to: str) -> str:

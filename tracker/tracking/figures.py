@@ -39,10 +39,6 @@ class LoggedTable:
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Scalar, ...], ...]
-    asked: tuple[str, ...] = ()
-    """Columns that say what was asked: by these, rows of several runs can be set side by side."""
-    scores: tuple[str, ...] = ()
-    """Columns that say how good the answers are."""
 
 
 def metric_name(name: str) -> str:
@@ -200,10 +196,10 @@ def logged_documents(decided: DecisionsRecord) -> LoggedTable:
 
     `choice` and `gold` are options, 0-based; `margin` is in nats, as `DecisionsRecord` says.
     """
-    asked = ("task", "document", "question", "choices", "gold", "answer")
+    question_columns = ("task", "document", "question", "choices", "gold", "answer")
     which = ("layer", "component", "span", "intervention")
-    scores = ("margin_intact", "margin")
-    columns = (*asked, *which, "change", "choice_intact", "choice", "text_intact", "text", *scores)
+    answer_columns = ("choice_intact", "choice", "text_intact", "text", "margin_intact", "margin")
+    columns = (*question_columns, *which, "change", *answer_columns)
     rows: list[tuple[Scalar, ...]] = []
     for run in decided.runs:
         place = tuple(getattr(run.run, name) for name in which)
@@ -213,4 +209,4 @@ def logged_documents(decided: DecisionsRecord) -> LoggedTable:
             question = (doc.task, doc.doc, doc.question, "\n".join(doc.choices) or None)
             answers = (doc.choice, after.choice, doc.text, after.text, doc.margin, after.margin)
             rows.append((*question, doc.gold, doc.answer, *place, change, *answers))
-    return LoggedTable(columns, tuple(rows), (*asked, *which), scores)
+    return LoggedTable(columns, tuple(rows))

@@ -1,4 +1,4 @@
-"""Calls of an SDK in a process of its own.
+"""Call an SDK in a process of its own.
 
 W&B's has one session a process: its settings, its service process, the runs that are open. Those
 may be a notebook's, whose run must go on whatever becomes of ours; and after an outage a service
@@ -24,8 +24,6 @@ import psutil
 from tracker.core.errors import TrackerError, TrackingError
 
 _PROGRAM = "from tracker.tracking.isolated import serve; serve()"
-_SESSION = "WANDB_SERVICE"
-"""By this a process finds the session of its parent."""
 _PATIENCE = 10.0
 """Seconds that the SDK may take to end."""
 
@@ -54,7 +52,7 @@ class Isolated:
     ) -> None:
         self._object = kind, arguments
         self._whose = whose
-        self._without = {_SESSION, *without}
+        self._without = {*without}
         self._also = also
         self._process: subprocess.Popen[bytes] | None = None
         self._patience = _PATIENCE
@@ -73,7 +71,8 @@ class Isolated:
             pickle.dump((*self._object, method, arguments), process.stdin)
             process.stdin.flush()
             failed, answer = pickle.load(process.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError):
+        # A ValueError where another thread closes the pipe meanwhile.
+        except (EOFError, OSError, ValueError, pickle.UnpicklingError):
             self.close()
             raise TrackingError(
                 f"the process of {self._whose} has ended ({process.returncode})"

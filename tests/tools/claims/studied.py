@@ -17,16 +17,11 @@ from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.shards import write_observations
 from tracker.ledger.store import Ledger
 from tracker.search.figures import Choices
-from tracker.studies import savings
-from tracker.studies.audit import Audit
-from tracker.studies.audit.measures import KIND
-from tracker.studies.base import Subject
-from tracker.studies.calibration import Calibration
-from tracker.studies.calibration import figures as calibration
-from tracker.studies.joint import Joint
-from tracker.studies.prune.figures import Compared, PrunedFor, Way
-from tracker.studies.prune.sentences import answers_of
-from tracker.studies.savings import Savings
+from tracker.studies import calibration, savings
+from tracker.studies.audit.figures import KIND
+from tracker.studies.base import Subject, open_study
+from tracker.studies.prune import answers_of
+from tracker.studies.prune.figures import PrunedBenchmark, Prunings, Way
 
 from .made_up import BENCHMARKS, LAYERS, draw_scores
 
@@ -63,13 +58,14 @@ def said_by_studies(results: Path, costs: Mapping[int, float], seed: int) -> Ite
         # No sentence names anything by the races, and fewer draws are the same on average.
         for place, name, value in (
             (savings, "orders_of", lambda documents: orders(documents)[:2]),
-            (calibration, "DRAWS", 100),
-            (calibration, "JACKKNIFE_DRAWS", 25),
-            (Compared, "removed", lambda *_: [1]),  # no search stands behind it
+            (calibration, "SAMPLE_PAIRS", 100),
+            (calibration, "JACKKNIFE_PAIRS", 25),
+            (Prunings, "removed", lambda *_: [1]),  # no search stands behind it
         ):
             quick.enter_context(patch.object(place, name, value))
-        for study in (Calibration(), Savings(ASKED), Audit(), Joint()):
-            yield from study.say(Mock(), subjects).answers
+        for name in ("calibration", "savings", "audit", "joint"):
+            study = open_study(name, **({"questions": ASKED} if name == "savings" else {}))
+            yield from study.answer(Mock(), subjects).answers
         yield from answers_of(_pruned(costs, dice, subjects[0].record.n))
 
 
@@ -97,15 +93,15 @@ def _observe(subject: Subject, dice: np.random.Generator) -> None:
         write_observations(subject.store.folder, KIND, block, found)
 
 
-def _pruned(costs: Mapping[int, float], dice: np.random.Generator, documents: int) -> Compared:
+def _pruned(costs: Mapping[int, float], dice: np.random.Generator, documents: int) -> Prunings:
     """Prune by strategies of which two cost nothing, and the others a layer that matters."""
-    group, worst = Compared("made-up", LAYERS), max(costs, default=None, key=costs.get)
+    group, worst = Prunings("made-up", LAYERS), max(costs, default=None, key=costs.get)
     lost = (worst,) if worst is not None else ()
     sets = [(), *(() if name in SPARED else lost for name in STRATEGIES)]
     for name in BENCHMARKS:
         gold, scores = draw_scores(dice, sets, costs, documents, 1.0)
         before, *after = ((each.argmax(axis=1) == gold) * 1.0 for each in scores)
-        group.benchmarks[name] = PrunedFor(Estimate(float(before.mean())), documents, "acc")
+        group.benchmarks[name] = PrunedBenchmark(Estimate(float(before.mean())), documents, "acc")
         for strategy, right in zip(STRATEGIES, after, strict=True):
             answered = PairedOutcomes(before, right[:, None], np.full(documents, 1 / documents))
             group.found[Way(strategy, AMOUNT), name] = Choices((), (answered,))

@@ -25,7 +25,6 @@ from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError
 from tracker.core.provenance import content_hash
-from tracker.engine.memory import only_new_garbage
 from tracker.engine.scoring.plain_call import read_for
 from tracker.engine.scoring.prefix import SHORTEST
 from tracker.engine.scoring.rows import common_beginning, tree_size
@@ -116,7 +115,6 @@ class Kept(Protocol):
         """Keep a verdict."""
 
 
-@only_new_garbage()
 def check(
     engine: Engine,
     documents: Sequence[Document],

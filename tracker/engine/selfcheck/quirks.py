@@ -7,6 +7,7 @@ matter here), later tokens (a window, a chunk, a floor), or earlier ones when th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,7 @@ from tracker.engine.refusal import tried
 from tracker.engine.scoring.plain_call import logits_of
 from tracker.engine.scoring.rows import Lengths
 from tracker.models.miniature import build, numbers, with_numbers
-from tracker.models.pruned import changed, duplicate, remember
+from tracker.models.pruned import changed, remember
 from tracker.models.reloaded import shapes
 
 Path = tuple[str, ...]
@@ -166,7 +167,7 @@ def _said(model: Any, tokens: int, last: int | None = None) -> Tensor:
     ids = torch.arange(tokens)[None] * 7 % 31 + 3
     if last is not None:
         ids[0, -1] = last
-    return logits_of(duplicate(model), ids)[0]
+    return logits_of(copy.deepcopy(model), ids)[0]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -181,7 +182,7 @@ def _near(one: Tensor, other: Tensor, within: float) -> bool:
 @torch.inference_mode()
 def _changed_by_calls(model: Any) -> tuple[set[str], set[tuple[str, str]]]:
     """Attributes that differ after another call, and what differs for good after the first."""
-    model = duplicate(model)
+    model = copy.deepcopy(model)
     states = [remember(model)]
     for tokens in (SHORT, LONG):
         model(torch.arange(tokens)[None] % 31 + 3, use_cache=False)

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from scipy import stats
+
 from tracker.core.changes import WHOLE_LAYER
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
+from tracker.core.estimates import Estimate, Unit
+from tracker.core.findings import FoundChart, LineChart, MapChart
 from tracker.core.formats import counted, listed, p_value, points, two_digits, with_interval
 from tracker.core.grouping import grouped
 from tracker.core.proxies import OF_LAYERS, passes
+from tracker.core.tables import Column, Table, Value, table
+from tracker.report.leaderboard.claims import ranks_in
 from tracker.report.wording import benchmark_labels, model_labels
-from tracker.studies.audit.figures import ModelAudit, pooled
-from tracker.studies.audit.layout import charts_of, tables_of
-from tracker.studies.audit.measures import DROP, Audited
+from tracker.stats.rank_agreement import midranks, places
+from tracker.stats.support import holm
+from tracker.stats.task_dependence import BLOCK
+from tracker.studies.audit.figures import (
+    DROP,
+    MAJOR,
+    RELIABLE,
+    TOP,
+    AuditedCell,
+    ModelAudit,
+    Spreads,
+    Summary,
+    means,
+    pooled,
+)
 from tracker.studies.base import (
     FEWEST,
     Study,
@@ -21,6 +42,8 @@ from tracker.studies.base import (
     removing_whole_layers,
     side,
 )
+from tracker.studies.layout import figure_table, labelled, line_chart, rank_estimate
+from tracker.studies.registry import AuditSettings
 
 PAPER = (0.15, 0.46)
 """The paper's coefficients over inner layers and benchmarks, without their minus: y is the accuracy
@@ -29,18 +52,34 @@ PAPER_DIFFER, PAPER_MAJORLY = 0.938, 0.536
 _AGAINST = "against the paper"
 
 
-class Audit(Study):
+class Audit(Study[AuditSettings]):
     """Sets every proxy beside the accuracy drop, per model and benchmark, with what each costs."""
 
+    name = "audit"
     question = (
         "Which proxy of a layer's relevance tells what removing the layer costs, and which is "
         "worth its compute?"
     )
+    assumptions = (
+        "Documents are drawn independently within each benchmark; intervals say what other "
+        "documents would give for these layers and benchmarks, not what other benchmarks would.",
+        "p-values of coefficients redraw one series as smooth over depth as it is (AR(1) under a "
+        "monotonic function; Theiler et al. 1992), not freely shuffled; means over benchmarks "
+        "relabel the layers of all benchmarks alike. Holm (1979) over proxies, Benjamini-Hochberg "
+        "(1995) over proxies × benchmarks.",
+        "Noise of the documents is taken off a variance as the sampling variance of each drop, "
+        "from the documents' own drops; benchmarks share no documents. The interval of what is "
+        "left is the jackknife over documents (Efron and Tibshirani 1993).",
+        "A logit-lens change is a token whose most likely successor by the model's own final norm "
+        "and head (nostalgebraist 2020) differs between a layer's input and its output. "
+        "First-order Taylor is the size of the derivative of a document's loss by a gate on the "
+        "layer's update, averaged over documents (Michel et al. 2019, Molchanov et al. 2019).",
+    )
 
-    def requests(self, asked: StudyContext) -> list[CellRequest]:
+    def requests(self, context: StudyContext) -> list[CellRequest]:
         """List the cells of the file, each with its whole single layers of the intact model."""
         cells: dict[CellRequest, None] = {}
-        for cell in asked.experiment.cells():
+        for cell in super().requests(context):
             changes = cell.changes and tuple(c for c in cell.changes if c.kind == WHOLE_LAYER)
             # A cap on the runs may leave none of these.
             if changes != ():
@@ -52,27 +91,28 @@ class Audit(Study):
             )
         return list(cells)
 
-    def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
+    def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Compare, model by model."""
         by_model = grouped(subjects, lambda subject: subject.record.model.key).values()
         names = model_labels([mine[0].record.model for mine in by_model])
-        result = StudyResult(_ASSUMPTIONS)
+        result = StudyResult()
         for name, mine in zip(names, by_model, strict=True):
             labels = benchmark_labels([subject.record for subject in mine])
-            cells = [Audited(asked, *pair) for pair in zip(mine, labels, strict=True)]
+            cells = [AuditedCell(context, *pair) for pair in zip(mine, labels, strict=True)]
             audit = ModelAudit(name, cells)
-            result.answers += answers_of(audit)
-            result.tables += tables_of(audit)
-            result.charts += charts_of(audit)
-            result.lacking += lacking_of(audit)
+            result.add(*answers_of(audit), *tables_of(audit), *charts_of(audit))
+            result.lack(name, *lacking_of(audit))
         return result
 
 
+# Sentences
+
+
 def answers_of(audit: ModelAudit) -> list[str]:
-    """Sentences, contradictions of the paper first."""
+    """Return the sentences of one model, contradictions of the paper first."""
     if not audit.summaries:
         return [f"{audit.name}: no proxy can be set beside a drop; the tables say why."]
-    sentences = (_pooled(audit), _differ(audit), _task(audit), _best(audit), _worth(audit))
+    sentences = (_pooled(audit), _task(audit), _best(audit), _worth(audit))
     ordered = sorted(filter(None, sentences), key=lambda text: not text.startswith(_AGAINST))
     return [f"{audit.name}: {sentence}" for sentence in ordered]
 
@@ -98,33 +138,18 @@ def _pooled(audit: ModelAudit) -> str:
     )
 
 
-def _differ(audit: ModelAudit) -> str:
-    if "cosine_score" not in audit.orders:
-        return ""
-    exact, major = audit.orders["cosine_score"]
-    return (
-        f"cosine score and {audit.drop} give {points(exact.share)} % of the layers another rank, "
-        f"random orders {points(exact.chance)} % (the paper: {points(PAPER_DIFFER)} %, without a "
-        f"chance level). {points(major.share)} % are more than a quarter of the layers apart, "
-        f"with random orders {points(major.chance)} % (p = {p_value(major.smooth_p)} of agreeing "
-        f"better than chance; the paper: {points(PAPER_MAJORLY)} % by a threshold that it does "
-        "not say)."
-    )
-
-
 def _task(audit: ModelAudit) -> str:
-    """Claim 3."""
+    """Return whether relevance depends on the task more than cosine says: the paper's claim 3."""
     cosine, drop = (audit.spreads.get(name) for name in ("cosine_score", DROP))
     if cosine is None or drop is None or cosine.test is None:
         return ""
-    test, above = cosine.test, audit.above_chance
+    test, above, excess = cosine.test, audit.above_chance, cosine.excess
     sentence = (
         f"over {counted(len(above), 'benchmark')} a layer's z-scored accuracy drop varies by "
         f"{two_digits(drop.raw)}, its cosine score by {two_digits(cosine.raw)} (larger in "
         f"{test.larger} of {test.n} layers, Wilcoxon p = {p_value(test.p_value)}, with "
         f"neighbouring layers in blocks p = {p_value(test.block_p)})"
     )
-    excess = cosine.excess
     if drop.clean is None or cosine.clean is None or excess is None or excess.value is None:
         return f"{sentence}. How much of it is noise of the documents is open."
     before = "Without the noise of the documents the drop varies"
@@ -135,16 +160,16 @@ def _task(audit: ModelAudit) -> str:
             f"({names}) the drop varies by {two_digits(drop.noisy or 0.0)}, and without the noise "
             "of the documents"
         )
-    sentence += (
-        f". {before} by {two_digits(drop.clean)}, the cosine score by {two_digits(cosine.clean)}, "
-        f"a difference of {with_interval(excess)}: "
+    start = f"{_AGAINST}'s third claim, " if side(excess) < 0 else ""
+    verdict = {
+        1: "relevance depends on the task more than cosine says",
+        -1: "relevance depends on the task less than cosine says",
+        0: "whether relevance depends on the task more than cosine says is open",
+    }[side(excess)]
+    return (
+        f"{start}{sentence}. {before} by {two_digits(drop.clean)}, the cosine score by "
+        f"{two_digits(cosine.clean)}, a difference of {with_interval(excess)}: {verdict}."
     )
-    if side(excess) > 0:
-        return f"{sentence}relevance depends on the task more than cosine says."
-    if side(excess) < 0:
-        sentence += "relevance depends on the task less than cosine says."
-        return f"{_AGAINST}'s third claim, {sentence}"
-    return f"{sentence}whether relevance depends on the task more than cosine says is open."
 
 
 def _best(audit: ModelAudit) -> str:
@@ -186,41 +211,274 @@ def _worth(audit: ModelAudit) -> str:
     )
 
 
-def lacking_of(audit: ModelAudit) -> list[str]:
-    """What could not be said, with what to do."""
-    lacking = []
+def lacking_of(audit: ModelAudit) -> Iterator[str]:
+    """Yield what could not be answered, with what to do."""
     if audit.left_out:
-        lacking.append(
-            f"{audit.name}: means over benchmarks leave out what cannot stand beside the others: "
+        yield (
+            "means over benchmarks leave out what cannot stand beside the others: "
             f"{'; '.join(audit.left_out)}; give every benchmark once, with the same layers"
         )
     if not audit.spreads:
-        lacking.append(
-            f"{audit.name}: whether relevance depends on the task (claim 3) needs two benchmarks "
-            "of this model above chance; add e.g. benchmark: {values: [arc_easy, piqa, hellaswag]} "
-            "and run the same command again"
+        yield (
+            "whether relevance depends on the task (claim 3) needs two benchmarks of this model "
+            "above chance; add e.g. benchmark: {values: [arc_easy, piqa, hellaswag]} and run the "
+            "same command again"
         )
     elif audit.spreads[DROP].clean is None:
-        lacking.append(
-            f"{audit.name}: how much of the drop's variance from benchmark to benchmark is "
-            f"noise of the documents: {audit.spreads[DROP].reason}; raise sample: "
-            "and run the same command again"
+        yield (
+            "how much of the drop's variance from benchmark to benchmark is noise of the "
+            f"documents: {audit.spreads[DROP].reason}; raise sample: and run the same command again"
         )
-    return lacking
 
 
-_ASSUMPTIONS = (
-    "Documents are drawn independently within each benchmark; intervals say what other documents "
-    "would give for these layers and benchmarks, not what other benchmarks would.",
-    "p-values of coefficients redraw one series as smooth over depth as it is (AR(1) under a "
-    "monotonic function; Theiler et al. 1992), not freely shuffled; means over benchmarks relabel "
-    "the layers of all benchmarks alike. Holm (1979) over proxies, Benjamini-Hochberg (1995) over "
-    "proxies × benchmarks.",
-    "Noise of the documents is taken off a variance as the sampling variance of each drop, from "
-    "the documents' own drops; benchmarks share no documents. The interval of what is left is the "
-    "jackknife over documents (Efron and Tibshirani 1993).",
-    "A logit-lens change is a token whose most likely successor by the model's own final norm and "
-    "head (nostalgebraist 2020) differs between a layer's input and its output. First-order Taylor "
-    "is the size of the derivative of a document's loss by a gate on the layer's update, averaged "
-    "over documents (Michel et al. 2019, Molchanov et al. 2019).",
-)
+# Tables and charts
+
+
+def tables_of(audit: ModelAudit) -> list[Table]:
+    """Return every table of the model."""
+    return [_proxies(audit), _benchmarks(audit), _disagreements(audit), *_variances(audit)]
+
+
+def _proxies(audit: ModelAudit) -> Table:
+    summaries = audit.summaries
+
+    def column(label: str, unit: Unit, value: Callable[[Summary], Value]) -> Column[str]:
+        def entry(proxy: str) -> Value:
+            if proxy in summaries:
+                return value(summaries[proxy])
+            reasons = (cell.found[proxy].spearman.reason for cell in audit.cells)
+            return Estimate(None, reason=next(filter(None, reasons), "undefined"))
+
+        return Column(label, unit, entry)
+
+    def inner(summary: Summary) -> Estimate:
+        return Estimate(summary.inner, reason=_no_inner(summary.cells))
+
+    total = audit.total
+    columns = [
+        Column("proxy", "text", _label),
+        replace(
+            column("its rank", "count", lambda s: rank_estimate(audit.ranks[s.proxy])),
+            interval=True,
+        ),
+        column("mean Spearman", "coefficient", lambda s: s.spearman),
+        column("inner layers", "coefficient", inner),
+        column("mean Kendall", "coefficient", lambda s: s.kendall),
+        column(f"top-{TOP} overlap", "percent", lambda s: s.overlaps[0]),
+        column(f"bottom-{TOP} overlap", "percent", lambda s: s.overlaps[1]),
+        column("by chance", "percent", lambda s: s.overlaps[2]),
+        column("passes, naive", "times", lambda s: passes(s.proxy, total, shared=False)),
+        column("passes, shared", "times", lambda s: passes(s.proxy, total, shared=True)),
+        column("p (Holm)", "p", lambda s: audit.adjusted[s.proxy]),
+    ]
+    dear = passes(DROP, total, shared=True)
+    return table(
+        f"{audit.name}: how well each proxy orders the layers by their {audit.drop}",
+        columns,
+        [*summaries, *(proxy for proxy in OF_LAYERS if proxy not in summaries)],
+        f"{audit.on}. Intervals are 95 % from resampling documents, benchmarks as they "
+        "are; inner layers leave out the first and last two. Ranks by mean Spearman, from "
+        "paired differences, hold for all proxies at once.",
+        "Passes are forward passes of the whole model a document, for all layers together: "
+        "one by one on pruned models, or sharing the layers below the removed one. The "
+        f"{audit.drop} itself takes {dear:g} shared, and once more its other answers.",
+        "Sources: "
+        + "; ".join(f"{p.label}: {p.source}" for p in OF_LAYERS.values() if p.source)
+        + ".",
+    )
+
+
+def _no_inner(cells: Sequence[AuditedCell]) -> str:
+    if all(len(cell.inner) < FEWEST for cell in cells):
+        return "fewer than three inner layers"
+    return "the inner layers all have the same drop or the same proxy"
+
+
+@dataclass(frozen=True)
+class ProxyOnBenchmark:
+    """The agreement of a proxy with the drop on one benchmark."""
+
+    benchmark: str = labelled("benchmark")
+    proxy: str = labelled("proxy")
+    spearman: Estimate = labelled("Spearman", "coefficient")
+    inner: Estimate = labelled("inner layers", "coefficient")
+    kendall: Estimate = labelled("Kendall", "coefficient")
+    pearson: Estimate = labelled("Pearson", "coefficient")
+    p_value: Estimate = labelled("p", "p")
+    adjusted: Estimate = labelled("p (Benjamini-Hochberg)", "p")
+
+
+def _benchmarks(audit: ModelAudit) -> Table:
+    found = [(cell, proxy, cell.found[proxy]) for cell in audit.cells for proxy in OF_LAYERS]
+    p_values = [order.spearman.p_value for *_, order in found]
+    given = [p for p in p_values if p is not None]
+    adjusted = iter(stats.false_discovery_control(given) if given else [])
+    rows = []
+    for (cell, proxy, order), p in zip(found, p_values, strict=True):
+        reason = order.spearman.reason or _no_inner([cell])
+        q = None if p is None else float(next(adjusted))
+        figures = (order.inner, order.kendall, order.pearson, p, q)
+        entries = (Estimate(figure, reason=reason) for figure in figures)
+        rows.append(ProxyOnBenchmark(cell.label, _label(proxy), order.spearman, *entries))
+    return figure_table(
+        ProxyOnBenchmark,
+        f"{audit.name}: every proxy beside the {audit.drop}, benchmark by benchmark",
+        rows,
+        "p-values are those of Spearman's coefficient against series as smooth over depth; "
+        "adjusted over all rows of the table.",
+    )
+
+
+def _disagreements(audit: ModelAudit) -> Table:
+    def columns(words: Sequence[str], index: int) -> list[Column[str]]:
+        """State four columns of ranks that differ (place 0), or do so majorly (1)."""
+        differ, chance, shuffled, smooth = words
+        return [
+            Column(differ, "percent", lambda proxy: audit.orders[proxy][index].share),
+            Column(chance, "percent", lambda proxy: audit.orders[proxy][index].chance),
+            Column(shuffled, "p", lambda proxy: audit.orders[proxy][index].shuffled_p),
+            Column(smooth, "p", lambda proxy: audit.orders[proxy][index].smooth_p),
+        ]
+
+    words = ("", " by chance", ": p, shuffled", ": p, as smooth")
+    return table(
+        f"{audit.name}: in how many layers the ranks differ",
+        [
+            Column("proxy", "text", _label),
+            *columns(("ranks differ", "by chance", "p, shuffled", "p, as smooth"), 0),
+            *columns([f"majorly{word}" for word in words], 1),
+        ],
+        audit.orders,
+        f"Majorly: by more than {100 * MAJOR:.0f} % of the layers. Ties share their mean rank. "
+        "p: how often orders that know nothing of each other differ as rarely, layers "
+        "shuffled freely or as smooth over depth as they are; not adjusted.",
+        f"The paper: cosine score and drop differ in {points(PAPER_DIFFER)} %, majorly in "
+        f"{points(PAPER_MAJORLY)} % by a threshold that it does not say, without a chance level.",
+    )
+
+
+def _variances(audit: ModelAudit) -> Iterator[Table]:
+    if not audit.spreads:
+        return
+    tests = [spread.test for spread in audit.spreads.values()]
+    p_values = holm([None if test is None else test.p_value for test in tests])
+    adjusted = dict(zip(audit.spreads, p_values, strict=True))
+    compared = "it is what the proxies are held against"
+
+    def column(
+        label: str, unit: Unit, value: Callable[[Spreads], Value], otherwise: str = ""
+    ) -> Column[str]:
+        def entry(name: str) -> Value:
+            found = value(audit.spreads[name])
+            if found is None:
+                return Estimate(None, reason=otherwise or audit.spreads[name].reason)
+            return found
+
+        return Column(label, unit, entry, compared)
+
+    def larger(spread: Spreads) -> str | None:
+        return f"{spread.test.larger} of {spread.test.n} layers" if spread.test else None
+
+    columns = [
+        Column("measure", "text", _label),
+        column("variance", "coefficient", lambda each: each.raw),
+        column("drop varies more in", "text", larger, compared),
+        Column("Wilcoxon p (Holm)", "p", adjusted.__getitem__, compared),
+        column(
+            f"p in blocks of {BLOCK}", "p", lambda s: s.test.block_p if s.test else None, compared
+        ),
+        column("variance where noise can be taken off", "coefficient", lambda s: s.noisy),
+        column("variance without noise", "coefficient", lambda s: s.clean),
+        column("drop's without noise exceeds it by", "coefficient", lambda s: s.excess),
+    ]
+    shares = ", ".join(
+        f"{cell.label} {two_digits(audit.reliabilities[cell.label])}" for cell in audit.above_chance
+    )
+    yield table(
+        f"{audit.name}: variance of a layer's z-score from benchmark to benchmark",
+        columns,
+        audit.spreads,
+        f"{counted(len(audit.above_chance), 'benchmark')} above chance. z-scored over "
+        "layers per benchmark; mean over layers: 0 = layers matter alike everywhere, "
+        "1 = no two benchmarks have anything in common.",
+        "Relevance is the drop on another scale, but for layers that fall below "
+        "chance, so their z-scores are the same.",
+        "Share of the spread of drops over layers that is not noise of the documents: "
+        f"{shares}. Below {RELIABLE} a benchmark is left out where noise is taken off, "
+        f"which leaves {counted(len(audit.reliable), 'benchmark')} for the last three "
+        "columns. Their interval is the jackknife over documents.",
+        "Wilcoxon's p takes layers as independent, which they are not: where it and "
+        "the p of signs that change in blocks differ, trust the latter.",
+    )
+
+
+def _label(name: str) -> str:
+    return OF_LAYERS[name].label if name in OF_LAYERS else name
+
+
+def charts_of(audit: ModelAudit) -> list[FoundChart]:
+    """Return every chart of the model."""
+    return [*_cost(audit), *_depth(audit), *_map(audit)]
+
+
+def _cost(audit: ModelAudit) -> Iterator[LineChart]:
+    budgets, found, _ = audit.at_cost
+    lines = {
+        audit.drop if name == DROP else _label(name): row
+        for name, row in found.items()
+        if any(value is not None for value in row)
+    }
+    if lines:
+        title = f"{audit.name}: what a proxy predicts for what it costs"
+        axes = "forward passes spent on a benchmark", "Spearman with the drop of other documents"
+        yield line_chart(title, axes, "coefficient", budgets, lines, log_x=True)
+
+
+def _depth(audit: ModelAudit) -> Iterator[LineChart]:
+    best = [proxy for proxy in audit.summaries if audit.ranks[proxy] == (1, 1)]
+    named = [s for s in audit.summaries.values() if s.proxy in ("cosine_score", *best)]
+    cells = [cell for cell in audit.cells if named and all(cell in s.cells for s in named)]
+    if cells:
+        profiles = {audit.drop: means(DROP, cells)}
+        profiles |= {_label(s.proxy): means(s.proxy, cells) for s in named}
+        yield line_chart(
+            f"{audit.name}: measured ranks of the layers over depth, mean over benchmarks",
+            ("layer (0-based)", "rank, the least relevant is 1"),
+            "count",
+            cells[0].layers,
+            {name: midranks(rows).mean(axis=0) for name, rows in profiles.items()},
+        )
+
+
+def _map(audit: ModelAudit) -> Iterator[FoundChart]:
+    cells = [c for c in audit.cells if c.found["cosine_score"].spearman.value is not None]
+    if not cells:
+        return
+    columns = sorted({layer for cell in cells for layer in cell.layers})
+    values, shown = [], []
+    for cell in cells:
+        x, y = (midranks(cell.measures[name].means()) for name in ("cosine_score", DROP))
+        at = dict(zip(cell.layers, (x - y).tolist(), strict=True))
+        values.append(tuple(at.get(layer) for layer in columns))
+        runs = cell.record.whole_layers
+        between = ranks_in(cell.record, runs)
+        scores = places([run.cosine_score for run in runs])
+        off = {
+            run.change.layer
+            for run, score, (best, worst) in zip(runs, scores, between, strict=True)
+            if not best <= score <= worst
+        }
+        shown.append(tuple(layer in off for layer in columns))
+    yield MapChart(
+        title=f"{audit.name}: ranks by cosine score beside those by the measured {audit.drop}",
+        x="layer (0-based)",
+        y="benchmark",
+        name=f"ranks by cosine score above those by {audit.drop}",
+        unit="count",
+        columns=tuple(columns),
+        rows=tuple(cell.label for cell in cells),
+        values=tuple(values),
+        shown=tuple(shown),
+        shown_by=f"the cosine score gives a rank that is shown not to be that by {audit.drop}, "
+        "with 95 % confidence for all layers of the benchmark",
+    )

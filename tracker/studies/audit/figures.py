@@ -1,19 +1,27 @@
-"""What the audit finds of one model: its proxies and their drops, over all of its benchmarks."""
+"""Figures of the audit: drops and proxies of each layer, document by document, and by model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from tracker.core.documents import Document
 from tracker.core.estimates import Estimate
 from tracker.core.findings import gaps
 from tracker.core.formats import counted
-from tracker.core.proxies import OF_LAYERS, passes
-from tracker.stats.arrays import Array
-from tracker.stats.budgets import at_equal_cost
+from tracker.core.proxies import OBSERVED, OF_LAYERS, passes
+from tracker.engine.observers.divergence import output_proxies
+from tracker.engine.scoring.sweep import Engine
+from tracker.ledger.aligned import AlignedOutcomes
+from tracker.ledger.shards import Arrays
+from tracker.ledger.tables import OUTER
+from tracker.measuring.observing import Observe, Observed
+from tracker.stats.arrays import Array, per_token
+from tracker.stats.budgets import LayerMeasure, at_equal_cost
+from tracker.stats.correlation import correlate
 from tracker.stats.rank_agreement import (
     Disagreement,
     disagreement,
@@ -21,7 +29,7 @@ from tracker.stats.rank_agreement import (
     overlap,
     row_coefficients,
 )
-from tracker.stats.resampling import bias_corrected_interval
+from tracker.stats.resampling import RESAMPLES, SEED, bias_corrected_interval, resampled_means
 from tracker.stats.support import between, holm, pairs, together
 from tracker.stats.task_dependence import (
     Paired,
@@ -32,15 +40,137 @@ from tracker.stats.task_dependence import (
     sampling_noise,
     variance_across,
 )
-from tracker.studies.audit.measures import DROP, Audited
-from tracker.studies.base import FEWEST
+from tracker.studies.base import FEWEST, StudyContext, Subject, lined_up, observe
 
+KIND = "output-proxies-1"
+"""What is observed besides outcomes: the sums of `output_proxies`."""
+DROP = "accuracy drop"
+_NO_NUMBER = {
+    "gate_gradient": "autograd cannot differentiate this model, or its loss is not finite",
+    "gold_logprob_drop": "a document has no gold answer, or none of a finite score",
+}
 TOP = 5
 """Layers that are called the most, or the least, relevant ones."""
 MAJOR = 1 / 4
 """Ranks that differ by more than this share of the layers differ majorly."""
 RELIABLE = 0.5
 """The figures of a benchmark must be as much signal as noise before their noise is taken off."""
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """The agreement of a proxy with the drop on one benchmark.
+
+    Attributes:
+        spearman: With interval and p-value; the other coefficients are None where it is.
+        inner: Spearman without the outer layers.
+        kendall: Tau-b.
+        pearson: r.
+        resampled: Spearman of each resample of the documents.
+    """
+
+    spearman: Estimate
+    inner: float | None
+    kendall: float | None
+    pearson: float | None
+    resampled: Array
+
+
+class AuditedCell:
+    """One cell: drops and proxies of its whole layers, on the same documents in the same order."""
+
+    def __init__(self, context: StudyContext, subject: Subject, label: str) -> None:
+        """Observe what the ledger lacks, and line everything up."""
+        self.record = subject.record
+        self.label = label
+        cell = subject.outcomes()
+        self.layers = [run.layer for run in cell.whole_layers]
+        self.tasks = cell.tasks
+        self.strata = cell.strata
+        self.not_observed = {proxy.name: cell.not_observed(proxy) for proxy in OBSERVED}
+        total = subject.record.model.layers
+        observed = observe(subject, KIND, context, _begin)
+        self.inner = [i for i, at in enumerate(self.layers) if OUTER <= at < total - OUTER]
+        ablations = [cell.ablation(run) for run in cell.whole_layers]
+        metric, gold = cell.by_metric(ablations), cell.by_gold_logprob(ablations)
+        figures = [
+            (DROP, metric.drops, metric.weights),
+            ("gold_logprob_drop", gold.drops, gold.weights),
+            *((name, v[:, self.layers], weights) for name, v, weights in _proxies(cell, observed)),
+        ]
+        self.measures = {
+            name: LayerMeasure(values, weights, passes(name, total, shared=True))
+            for name, values, weights in figures
+        }
+
+    @property
+    def drop(self) -> LayerMeasure:
+        """The measure that the proxies are held against."""
+        return self.measures[DROP]
+
+    @property
+    def relevance(self) -> Array:
+        """The accuracy relevance of each whole layer; NaN where it is undefined."""
+        return np.array([run.accuracy_relevance for run in self.record.whole_layers], float)
+
+    def drawn(self, name: str) -> Array:
+        """A measure of each layer in each resample of the documents, the same in every call."""
+        measure = self.measures[name]
+        return resampled_means(measure.values, RESAMPLES, SEED, self.strata, measure.weights)
+
+    @cached_property
+    def found(self) -> dict[str, Ordering]:
+        """The agreement of each proxy with the drop."""
+        drawn_drop = self.drawn(DROP)
+        return {name: self._ordering(name, drawn_drop) for name in OF_LAYERS}
+
+    def _ordering(self, name: str, drawn_drop: Array) -> Ordering:
+        x, y, drawn = self.measures[name].means(), self.drop.means(), self.drawn(name)
+        spearman = correlate(x, y, coefficient="spearman", resampled=(drawn, drawn_drop))
+        if spearman.value is None:
+            why = spearman.reason or ""
+            if why.startswith("the proxy is undefined"):
+                why = self.not_observed.get(name) or _NO_NUMBER.get(
+                    name, "a hidden state or a logit is not finite"
+                )
+            nothing = np.full(RESAMPLES, np.nan)
+            return Ordering(Estimate(None, reason=why), None, None, None, nothing)
+        return Ordering(
+            spearman,
+            _coefficient(x[self.inner], y[self.inner], "spearman"),
+            _coefficient(x, y, "kendall"),
+            _coefficient(x, y, "pearson"),
+            row_coefficients(drawn, drawn_drop, "spearman"),
+        )
+
+
+def _proxies(cell: AlignedOutcomes, observed: Observed) -> Iterator[tuple[str, Array, Array]]:
+    """Each proxy of every layer of the model: a mean a document, and what it weighs."""
+    for proxy in OBSERVED:
+        means = per_token(cell.proxy_sums(proxy), cell.tokens)
+        yield proxy.name, proxy.of(means), cell.tokens
+    sums = lined_up(observed, cell)
+    tokens, predicted = sums["tokens"], sums["predicted"]
+    for name in ("lens_changes", "kl", "js"):
+        yield name, per_token(sums[name], tokens), tokens
+    yield "loss_increase", per_token(sums["loss_increase"], predicted), predicted
+    # Of each document the size of its derivative, so that opposite ones do not cancel.
+    derivatives = np.abs(per_token(sums["gate_gradient"], predicted))
+    yield "gate_gradient", derivatives, cell.plain_weights
+
+
+def _coefficient(x: Array, y: Array, name: str) -> float | None:
+    if len(x) < FEWEST:
+        return None
+    value = float(row_coefficients(x[None], y[None], name)[0])
+    return value if np.isfinite(value) else None
+
+
+def _begin(engine: Engine) -> Observe:
+    def watch(document: Document) -> Arrays:
+        return {name: each.numpy() for name, each in output_proxies(engine, document).items()}
+
+    return watch
 
 
 @dataclass(frozen=True)
@@ -58,7 +188,7 @@ class Summary:
     """
 
     proxy: str
-    cells: tuple[Audited, ...]
+    cells: tuple[AuditedCell, ...]
     spearman: Estimate
     inner: float | None
     kendall: float
@@ -102,7 +232,7 @@ class Spreads:
 class ModelAudit:
     """One model, audited."""
 
-    def __init__(self, name: str, cells: Sequence[Audited]) -> None:
+    def __init__(self, name: str, cells: Sequence[AuditedCell]) -> None:
         self.name = name
         self.cells = cells
         self.total = cells[0].record.model.layers
@@ -120,7 +250,7 @@ class ModelAudit:
         return " or ".join(DROP if accuracy else "loss increase" for accuracy in kinds)
 
     @cached_property
-    def lined_up(self) -> list[Audited]:
+    def lined_up(self) -> list[AuditedCell]:
         """What a mean over benchmarks is of: one cell of each, all with the same layers."""
         return alike(apart(self.cells))
 
@@ -200,7 +330,7 @@ class ModelAudit:
         return found
 
     @cached_property
-    def above_chance(self) -> list[Audited]:
+    def above_chance(self) -> list[AuditedCell]:
         """Benchmarks in which relevance is defined: the intact model is above chance."""
         finite = [cell for cell in self.lined_up if np.isfinite(cell.relevance).all()]
         cells = [cell for cell in finite if np.ptp(cell.drop.means()) > 0]
@@ -215,7 +345,7 @@ class ModelAudit:
         return {label: reliability(*pair) for label, pair in noise.items()}
 
     @cached_property
-    def reliable(self) -> list[Audited]:
+    def reliable(self) -> list[AuditedCell]:
         """The benchmarks above chance of which noise can be taken off."""
         return [c for c in self.above_chance if self.reliabilities[c.label] >= RELIABLE]
 
@@ -302,34 +432,34 @@ class ModelAudit:
         return "; ".join(needs)
 
 
-def apart(cells: Sequence[Audited]) -> list[Audited]:
+def apart(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
     """One cell a benchmark, none with a task of another: accuracies, layers, documents first."""
     best = sorted(cells, key=lambda c: (-c.record.higher_is_better, -len(c.layers), -c.record.n))
-    kept: list[Audited] = []
+    kept: list[AuditedCell] = []
     for cell in best:
         if not any(set(cell.tasks) & set(each.tasks) for each in kept):
             kept.append(cell)
     return [cell for cell in cells if cell in kept]
 
 
-def alike(cells: Sequence[Audited]) -> list[Audited]:
+def alike(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
     """Those with the layers that most of them have; of equally many, with the most layers."""
     of_each = [tuple(cell.layers) for cell in cells]
     most = max(of_each, key=lambda layers: (of_each.count(layers), len(layers)), default=())
     return [cell for cell, layers in zip(cells, of_each, strict=True) if layers == most]
 
 
-def means(name: str, cells: Sequence[Audited]) -> Array:
+def means(name: str, cells: Sequence[AuditedCell]) -> Array:
     """Profiles of a measure [cells, layers]."""
     return np.array([cell.measures[name].means() for cell in cells])
 
 
-def _sample(name: str, cell: Audited) -> Sample:
+def _sample(name: str, cell: AuditedCell) -> Sample:
     measure = cell.measures[name]
     return np.nan_to_num(measure.values), measure.weights, cell.strata
 
 
-def pooled(cells: Sequence[Audited]) -> Estimate | None:
+def pooled(cells: Sequence[AuditedCell]) -> Estimate | None:
     """Pearson over inner layers × benchmarks of cosine score and accuracy drop, with its interval.
 
     Losses have units of their own, and no place among accuracies.

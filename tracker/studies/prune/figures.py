@@ -1,4 +1,4 @@
-"""What the study `prune` computes: what models without layers answer, strategy by strategy."""
+"""Figures of the study `prune`: what models without layers answer, strategy by strategy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Way(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PrunedFor:
+class PrunedBenchmark:
     """What the test documents of a benchmark are.
 
     Attributes:
@@ -62,7 +62,7 @@ class PrunedFor:
 
 
 @dataclass
-class Compared:
+class Prunings:
     """The prunings of one model over the benchmarks of a file.
 
     Attributes:
@@ -75,7 +75,7 @@ class Compared:
 
     title: str
     layers: int
-    benchmarks: dict[str, PrunedFor] = field(default_factory=dict)
+    benchmarks: dict[str, PrunedBenchmark] = field(default_factory=dict)
     found: dict[tuple[Way, str], Choices] = field(default_factory=dict)
     failed: dict[tuple[Way, str], str] = field(default_factory=dict)
 
@@ -155,7 +155,7 @@ class Compared:
         (tested,) = interactions(scaled[:, None], seed=SEED)
         return replace(found, p_value=tested.p_value)
 
-    def beside(self, amount: str) -> list[Beside]:
+    def beside(self, amount: str) -> list[Contrast]:
         """Hold accuracy against every other strategy, calibrated on each benchmark itself."""
         own = Way(ACCURACY, amount)
         if own not in self.ways:
@@ -163,7 +163,7 @@ class Compared:
         others = [Way(name, amount) for name in self.strategies(amount) if name != ACCURACY]
         return self._adjusted([(own, other) for other in others])
 
-    def calibrated(self, amount: str) -> list[Beside]:
+    def calibrated(self, amount: str) -> list[Contrast]:
         """Hold accuracy against cosine, by what documents choose."""
         pairs = []
         for calibration in (OWN, TASKS, TEXT):
@@ -173,11 +173,11 @@ class Compared:
                 pairs.append((Way(ACCURACY, amount, calibration), Way(cosine, amount, calibration)))
         return self._adjusted(pairs)
 
-    def _adjusted(self, pairs: Sequence[tuple[Way, Way]]) -> list[Beside]:
+    def _adjusted(self, pairs: Sequence[tuple[Way, Way]]) -> list[Contrast]:
         found = [self.apart_mean(*pair) for pair in pairs]
         wide = together(found, [self.documents] * len(found))
         adjusted = holm([one.p_value for one in found])
-        return [Beside(*pair, one, p) for pair, one, p in zip(pairs, wide, adjusted, strict=True)]
+        return [Contrast(*pair, one, p) for pair, one, p in zip(pairs, wide, adjusted, strict=True)]
 
     def places(self, amount: str) -> dict[str, tuple[int, int]]:
         """Strategy → between which ranks its mean test accuracy lies, all at once; 1 = the most.
@@ -220,22 +220,28 @@ class Compared:
         some = (choices for (way, _), choices in self.found.items() if way.amount == amount)
         return sorted({len(record.removed) for choices in some for record in choices.records})
 
+    def removal(self, amount: str) -> str:
+        """Return how much goes, such as `25 % removed (8 of 32 layers)`."""
+        counts = self.removed(amount)
+        layers = "–".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+        return f"{amount} removed ({layers} of {self.layers} layers)"
+
 
 @dataclass(frozen=True)
-class Beside:
+class Contrast:
     """One way held against another.
 
     Attributes:
         one: The way that is held against the other.
         other: The other one.
-        found: How much more it answers on average; the interval, unlike its p-value, holds for all
-            that are held against each other at once.
+        difference: How much more it answers on average; the interval, unlike its p-value, holds for
+            all that are held against each other at once.
         p: The p-value of that after Holm over all that are held against each other; None without.
     """
 
     one: Way
     other: Way
-    found: Estimate
+    difference: Estimate
     p: float | None
 
     @property
@@ -244,30 +250,30 @@ class Beside:
 
         Both the interval and the test must show it.
         """
-        return 0 if self.p is None or self.p >= SIGNIFICANT else side(self.found)
+        return 0 if self.p is None or self.p >= SIGNIFICANT else side(self.difference)
 
     @property
     def settled_by(self) -> float | None:
         """How many times as many test documents would show such a difference; None without one."""
-        value, low, high = self.found.value, self.found.low, self.found.high
+        value, low, high = self.difference.value, self.difference.low, self.difference.high
         if not value or low is None or high is None:
             return None
         return ((high - low) / 2 / value) ** 2
 
 
-def compared(pursued: Pursued, text: str | None) -> list[Compared]:
+def compared(pursued: Pursued, text: str | None) -> list[Prunings]:
     """Put together the searches of each model; `text` is the plain text to calibrate on."""
-    groups: dict[object, Compared] = {}
+    groups: dict[object, Prunings] = {}
     cells = {cell.place: cell for cell in pursued.outcome.cells}
     for one in pursued.searched:
         asked, record, answered = one.asked, one.record, one.answered
         shots = asked.cell.num_fewshot
         title = record.model.name + ("" if shots is None else f", {shots}-shot")
-        group = groups.setdefault(_model_of(asked), Compared(title, record.model.layers))
+        group = groups.setdefault(_model_of(asked), Prunings(title, record.model.layers))
         way, name = _way(asked, text), asked.cell.benchmark
         if name not in group.benchmarks:
             tested = next((cells[place] for place in record.rests_on if place in cells), None)
-            group.benchmarks[name] = PrunedFor(
+            group.benchmarks[name] = PrunedBenchmark(
                 accuracy(answered.baseline, answered.weights),
                 record.baseline.n,
                 record.metric,

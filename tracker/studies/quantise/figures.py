@@ -1,4 +1,4 @@
-"""What the study `quantise` measures of one cell: choices as a whole, better ones, drawn pairs."""
+"""Figures of the study `quantise` of one cell: whole choices, better ones, drawn pairs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tracker.search.format_requests import errors_of
 from tracker.stats.arrays import Array
 from tracker.stats.interaction import interactions
 from tracker.studies.base import StudyContext, Subject, lined_up, observe
-from tracker.studies.joint.figures import Pairs, pairs_of
+from tracker.studies.joint import Pairs, pairs_of
 
 MEASURED, ALIKE = "measured log-probability", "all alike"
 """What the study is about, and what it is held against."""
@@ -41,7 +41,7 @@ class Candidate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tried:
+class TestedChoice:
     """A choice, measured.
 
     Attributes:
@@ -89,7 +89,7 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenFormats:
     """All that is found of one cell before test documents are asked.
 
     Attributes:
@@ -104,11 +104,11 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Choosing:
+class FormatChooser:
     """What chooses formats for the units of one cell, on its calibration documents.
 
     Attributes:
-        asked: What the study was asked.
+        context: The context of the study.
         subject: The cell: each unit in each format, alone.
         cell: The same documents, under whatever is asked for.
         units: What gets a format each.
@@ -117,7 +117,7 @@ class Choosing:
         losses: `[units, formats]`, what each costs alone, in nats.
     """
 
-    asked: StudyContext
+    context: StudyContext
     subject: Subject
     cell: OpenCell
     units: Sequence[Unit]
@@ -125,7 +125,7 @@ class Choosing:
     within: BitBudget
     losses: Array
 
-    def chosen(self, each_map: bool, rounds: int, pairs: int) -> Chosen:
+    def chosen(self, each_map: bool, rounds: int, pairs: int) -> ChosenFormats:
         """Choose by sums, by errors, by hand, and by swaps that are measured as a whole.
 
         Args:
@@ -146,10 +146,10 @@ class Choosing:
             swapped = {each.by: self._swapped(each, rounds) for each in starts.values()}
         if ends := [end.choice for end in swapped.values() if end.gains]:
             candidates.insert(1, self._candidate(SETS, ends[least(self._costs(ends))]))
-        return Chosen(candidates, swapped, self._sums(candidates[0], pairs))
+        return ChosenFormats(candidates, swapped, self._sums(candidates[0], pairs))
 
     def _say(self, message: str) -> None:
-        self.asked.progress.say(f"{self.cell.request.title}: {message}")
+        self.context.progress.say(f"{self.cell.request.title}: {message}")
 
     def _costs(self, choices: Sequence[Choice]) -> Array:
         ablations = [ablation_of(choice) for choice in choices]
@@ -174,7 +174,7 @@ class Choosing:
         """Observe the errors of weights and outputs [units, formats], by what people call them."""
         maps = [unit.change(form) for unit in self.units for form in self.formats]
         kind = f"rounding-{content_hash([*map(str, maps)])[:8]}"
-        seen = observe(self.subject, kind, self.asked, partial(errors_of, maps=maps))
+        seen = observe(self.subject, kind, self.context, partial(errors_of, maps=maps))
         figures = lined_up(seen, self.subject.outcomes())
         shape = (len(self.units), len(self.formats))
         outputs = figures["output_error"].sum(axis=0) / figures["output_size"].sum(axis=0)
@@ -222,9 +222,9 @@ class Choosing:
         found = None
         if pairs:
             places = sorted({place for pair in pairs for place in pair})
-            asked = outcomes.by_gold_logprob([*(alone[place] for place in places), *both])
-            named, strata = "gold log-prob drop", outcomes.strata
-            found = pairs_of(named, "nats", asked, places, pairs, strata, None)
+            paired_drops = outcomes.by_gold_logprob([*(alone[n] for n in places), *both])
+            drops = (paired_drops, places, pairs, outcomes.strata, None)
+            found = pairs_of(self.subject.record, "gold log-prob drop", "nats", *drops)
         drop = float(paired.mean_drops[0])
         return Sums(count, candidate.expected or 0.0, drop, more, found)
 
@@ -235,7 +235,7 @@ def _of(units: Sequence[Unit], choice: Choice) -> Ablation:
 
 
 def least(costs: Sequence[float] | Array) -> int:
-    """Say where the least of some costs is; what is undefined is not."""
+    """Return the place of the least cost; what is undefined is not."""
     return int(np.nan_to_num(costs, nan=np.inf).argmin())
 
 
@@ -264,10 +264,10 @@ def losses_of(record: CellRecord, units: Sequence[Unit], formats: Sequence[str])
     return np.array(losses, dtype=np.float64)
 
 
-def measured(
+def tested_choices(
     candidates: Sequence[Candidate], chose: OpenCell, tests: OpenCell, within: BitBudget
-) -> list[Tried]:
-    """Say what choices are worth.
+) -> list[TestedChoice]:
+    """Measure what choices are worth.
 
     Args:
         candidates: The choices; one of them treats all units alike.
@@ -284,9 +284,9 @@ def measured(
     metric, gold = (tests.paired(ablations, by) for by in ("accuracy", "gold_logprob"))
     other = [each.by for each in candidates].index(ALIKE)
 
-    def one(place: int, candidate: Candidate) -> Tried:
+    def one(place: int, candidate: Candidate) -> TestedChoice:
         bits = bits_of(candidate.choice)
-        return Tried(
+        return TestedChoice(
             candidate=candidate,
             n=len(gold.weights),
             bits=bits,

@@ -21,12 +21,13 @@ from tracker.stats.rank_agreement import places
 from tracker.stats.resampling import SEED
 from tracker.stats.support import holm, pairs, ranks, together
 from tracker.studies.base import SIGNIFICANT, Subject, lined_up, side
+from tracker.studies.layout import labelled
 
 ALL, LATER = 0, 1
 """Places of the means over all tokens, and over all but the first of a text."""
 LAST = "no layer follows it"
-COSINE = "cosine score"
-END = "difference before the head"
+COSINE, END = "cosine score", "difference before the head"
+GROWTH, FOLLOWING = "growth after removal", "layers that follow"
 
 
 @dataclass(frozen=True)
@@ -92,39 +93,53 @@ class Tokens:
     paths: Array
     ratios: Array
 
-    def a_layer(self, layer: int) -> float | None:
-        """The factor of each later layer, on geometric average."""
-        factor = self.removed.factors[layer].value
-        return None if factor is None else float(factor ** (1 / (len(self.paths) - 1 - layer)))
+    @property
+    def a_layer(self) -> list[float | None]:
+        """The factor of each later layer, on geometric average, by removed layer."""
+        last, factors = len(self.paths) - 1, self.removed.factors
+        return [
+            None if factor.value is None else float(factor.value ** (1 / (last - layer)))
+            for layer, factor in enumerate(factors)
+        ]
 
-    def growing_steps(self, layer: int) -> str:
-        """Count the later layers in which a removal's difference becomes larger: `2 of 3`."""
-        growing = int((np.diff(np.log(self.paths[layer, layer:])) > 0).sum())
-        return f"{growing} of {len(self.paths) - 1 - layer}"
+    @property
+    def growing_steps(self) -> list[str | None]:
+        """The later layers in which a removal's difference becomes larger, such as `2 of 3`."""
+        steps = [np.diff(np.log(path[layer:])) > 0 for layer, path in enumerate(self.paths)]
+        return [
+            None if factor.value is None else f"{int(larger.sum())} of {len(larger)}"
+            for factor, larger in zip(self.removed.factors, steps, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
-class Explained:
+class Predictor:
+    """The agreement of an order of layers with the drops, and beside that of the cosine score."""
+
+    name: str = labelled("of each layer")
+    beside: str = labelled("beside")
+    found: Estimate = labelled("Spearman", "coefficient")
+    p_value: Estimate = labelled("p", "p")
+    better: Estimate = labelled("better than cosine by", "coefficient")
+    layers: int = labelled("layers", "count")
+
+
+@dataclass(frozen=True)
+class Explanation:
     """What orders the layers of a cell as their accuracy drops do.
 
     Attributes:
         layers: The layers whose drop and figures are defined.
         drops: Their accuracy drops.
         cosine: Their cosine scores.
-        predictors: Name → how it orders them.
-        better: Name → by how much its coefficient is above that of the cosine score.
-        partial: Name → its correlation with the drop, the cosine score held fixed, over the layers
-            that others follow.
-        followed: How many these are.
+        predictors: How figures order them as the drops do, then what correlates with the drop
+            where the cosine score is held fixed, over the layers that others follow.
     """
 
     layers: list[int]
     drops: Array
     cosine: Array
-    predictors: Mapping[str, Estimate]
-    better: Mapping[str, Estimate]
-    partial: Mapping[str, Estimate]
-    followed: int
+    predictors: list[Predictor]
 
     @property
     def by_cosine(self) -> dict[int, int]:
@@ -162,7 +177,7 @@ class Figures:
     left_out: int
     tokens: Tokens
     later: Tokens
-    explained: Explained | None
+    explained: Explanation | None
 
     @property
     def layers(self) -> int:
@@ -237,7 +252,7 @@ def _ends(differences: Array) -> Array:
     return differences[:, :, -1]
 
 
-def _explained(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> Explained | None:
+def _explained(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> Explanation | None:
     """Set differences and growth beside the drops, on the same resampled documents."""
     if not cell.whole_layers:
         return None
@@ -267,31 +282,27 @@ def _explained(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> Explained 
     }
     following = float(removed.shape[-1] - 1) - np.array(layers)
     growth = {
-        "growth after removal": series(end - start),
+        GROWTH: series(end - start),
         "growth of random directions": series(by_chance - start),
-        "layers that follow": (following, following[None]),
+        FOLLOWING: (following, following[None]),
     }
     inner = following > 0
-    return Explained(
-        layers,
-        drop,
-        cosine,
-        predictors={
-            name: correlate(value, drop, coefficient="spearman", resampled=(rows, drawn_drop))
-            for name, (value, rows) in {COSINE: with_drawn, **ends}.items()
-        },
-        better={
-            name: correlation_difference(values, with_drawn, (drop, drawn_drop), "spearman")
-            for name, values in ends.items()
-        },
-        partial={
-            name: partial_correlate(
-                value[inner],
-                drop[inner],
-                cosine[inner],
-                resampled=(rows[:, inner], drawn_drop[:, inner], drawn_cosine[:, inner]),
-            )
-            for name, (value, rows) in growth.items()
-        },
-        followed=int(inner.sum()),
-    )
+    rows = []
+
+    def add(name: str, beside: str, found: Estimate, better: Estimate, layers: int) -> None:
+        p = Estimate(found.p_value, reason=found.reason)
+        rows.append(Predictor(name, beside, found, p, better, layers))
+
+    for name, (values, drawn) in {COSINE: with_drawn, **ends}.items():
+        found = correlate(values, drop, coefficient="spearman", resampled=(drawn, drawn_drop))
+        better = Estimate(None, reason="it is the one compared with")
+        if name != COSINE:
+            both = (values, drawn), with_drawn, (drop, drawn_drop)
+            better = correlation_difference(*both, "spearman")
+        add(name, "drop", found, better, len(layers))
+    none = Estimate(None, reason="a partial correlation is compared with none")
+    for name, (values, drawn) in growth.items():
+        resampled = (drawn[:, inner], drawn_drop[:, inner], drawn_cosine[:, inner])
+        found = partial_correlate(values[inner], drop[inner], cosine[inner], resampled=resampled)
+        add(name, "drop, cosine score held fixed", found, none, int(inner.sum()))
+    return Explanation(layers, drop, cosine, rows)

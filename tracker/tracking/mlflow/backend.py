@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,16 +32,12 @@ from tracker.core.text import masked
 from tracker.ledger.cache import own_folder
 from tracker.ledger.files import as_shared
 from tracker.tracking.base import (
-    BOARD,
-    BOARD_FILE,
     Backend,
     Page,
-    Pages,
     RemoteCell,
     explained,
-    refuse_others,
 )
-from tracker.tracking.foreign import downloading, refuse_lies
+from tracker.tracking.downloads import check_downloaded, check_listing
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.database import artifact_folder, create_database, follow_folder
 from tracker.tracking.mlflow.runs import (
@@ -79,10 +74,10 @@ _SECRET_SETTINGS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
 
 
-class MlflowBackend(Backend, Pages):
+class MlflowBackend(Backend):
     """Keeps an MLflow experiment in step with the ledger.
 
-    A version of the leaderboard is a run, and so is a report.
+    A report is a run with its files, tables and charts.
 
     Args:
         project: The MLflow experiment's name.
@@ -166,49 +161,32 @@ class MlflowBackend(Backend, Pages):
     @override
     def _download(self, cell: RemoteCell, folder: Path) -> None:
         client, _ = self._existing()
-        with downloading(folder):
-            there = stated_digests(client, cell.place)
-            listed = {a.path: a for a in client.list_artifacts(cell.place)}
-            mine = [n for n, a in listed.items() if n in there or not (there or a.is_dir)]
-            refuse_lies({name: listed[name].file_size for name in mine})
-            for name in mine:
-                client.download_artifacts(cell.place, name, str(folder))
-        refuse_others(cell, folder)
-
-    @override
-    def boards(self) -> list[str]:
-        with self._explained("could not be read"):
-            client, experiment = self._connect()
-            runs = _search(client, experiment, f"tags.`{KIND_TAG}` = '{BOARD}'")
-            return [run.info.run_id for run in runs if run.info.status == "FINISHED"]
-
-    @override
-    def read_board(self, version: str) -> str:
-        with self._explained("could not be read"), TemporaryDirectory() as folder:
-            client, _ = self._existing()
-            with downloading(Path(folder)):
-                path = client.download_artifacts(version, BOARD_FILE, folder)
-            return Path(path).read_text(encoding="utf-8")
+        stated = stated_digests(client, cell.place)
+        listed = {a.path: a for a in client.list_artifacts(cell.place)}
+        names = [n for n, a in listed.items() if n in stated or not (stated or a.is_dir)]
+        check_listing({name: listed[name].file_size for name in names})
+        for name in names:
+            client.download_artifacts(cell.place, name, str(folder))
+        check_downloaded(folder, cell)
 
     @override
     def add_page(self, page: Page) -> str:
-        kind = BOARD if page.kind == "leaderboard" else page.kind
-        with self._one_writer(f"did not take the {page.kind}"):
+        with self._one_writer("did not take the report"):
             client, experiment = self._connect()
-            tags = tags_of(kind, page.made_of, self.user(), page.text)
+            tags = tags_of("report", page.cells, self.user(), page.text)
             tags["mlflow.loggedArtifacts"] = tables_tag(page.tables)
             # The newest of its kind is the first in MLflow's list, whatever the clock says.
-            others = _search(client, experiment, f"tags.`{KIND_TAG}` = '{kind}'")
+            others = _search(client, experiment, f"tags.`{KIND_TAG}` = 'report'")
             start = later(max((run.info.start_time for run in others), default=0))
-            run_id = client.create_run(experiment, start, tags, page.kind).info.run_id
+            run_id = client.create_run(experiment, start, tags, "report").info.run_id
             attach(client, run_id, page.tables, page.charts)
             for file in page.files:
                 client.log_artifact(run_id, str(file))
             client.set_terminated(run_id, "FINISHED", later(start))
             return self._location()
 
-    @override
     def user(self) -> str:
+        """Return the name that MLflow shows beside this user's runs."""
         if name := os.environ.get("MLFLOW_TRACKING_USERNAME"):
             return name
         with suppress(KeyError, OSError):
@@ -302,15 +280,12 @@ class MlflowBackend(Backend, Pages):
         with super()._one_writer(problem, advice), shared:
             yield
 
-    @contextmanager
-    def _explained(self, problem: str, advice: str = "") -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001  the SDK raises requests, SQL, cloud errors, ...
-            if getattr(error, "error_code", None) in _REFUSED:
-                advice = f"{_WHO}\n{advice}"
-            title, secrets = f"MLflow at {masked(self._uri)} {problem}", _secrets(self._uri)
-            raise explained(title, _plain(error), advice, secrets, _SAID_CHARACTERS) from None
+    @override
+    def _explain(self, error: Exception, problem: str, advice: str) -> TrackingError:
+        if getattr(error, "error_code", None) in _REFUSED:
+            advice = f"{_WHO}\n{advice}"
+        title, secrets = f"MLflow at {masked(self._uri)} {problem}", _secrets(self._uri)
+        return explained(title, _plain(error), advice, secrets, _SAID_CHARACTERS)
 
 
 def _plain(error: Exception) -> Exception:

@@ -1,10 +1,10 @@
-"""What MLflow is to the rest of the house."""
+"""Describe MLflow to the rest of tracker, without its SDK."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import cast
+from typing import Any
 from urllib.parse import urlsplit
 
 from typing_extensions import override
@@ -12,15 +12,7 @@ from typing_extensions import override
 from tracker.core.arguments import expanded
 from tracker.core.errors import RequestError
 from tracker.core.text import masked
-from tracker.tracking.base import (
-    Backend,
-    LiveRun,
-    Models,
-    Service,
-    Target,
-    other_login,
-    without_login,
-)
+from tracker.tracking.base import Part, Service, Target, other_login, without_login
 
 _LOGINS = ("USERNAME", "PASSWORD", "TOKEN", "AUTH", "AWS_SIGV4")
 _LOGIN_FILE = Path("~/.mlflow/credentials")
@@ -31,43 +23,34 @@ class MlflowService(Service):
 
     name = "mlflow"
     title = "MLflow"
-    can = frozenset(
-        {"live runs", "reports and leaderboards", "lighter models", "registered models"}
-    )
+    names_server = True
+    can = frozenset({"live runs", "reports", "lighter models", "registered models"})
 
     @override
-    def open(self, project: str, results: Path, server: str | None) -> Backend:
+    def open(self, part: Part, project: str, results: Path, server: str | None = None) -> Any:
+        if part == "live runs":
+            return self._isolated("live_run:MlflowLiveRun", project, results, server)
+        if part == "lighter models":
+            # Its flavours write to whatever run is active, which may be a notebook's.
+            return self._isolated("models:MlflowModels", project, results, server)
         from tracker.tracking.mlflow.backend import MlflowBackend
 
         return MlflowBackend(project, results, server)
 
     @override
-    def open_live_run(self, project: str, results: Path, server: str | None) -> LiveRun:
-        return cast(LiveRun, self._isolated("live_run:MlflowLiveRun", project, results, server))
-
-    @override
-    def open_models(self, project: str, results: Path, server: str | None) -> Models:
-        # Its flavours write to whatever run is active, which may be a notebook's.
-        return cast(Models, self._isolated("models:MlflowModels", project, results, server))
-
-    @override
-    def target(self, project: str) -> Target:
-        if "://" not in project:
-            return Target(self.name, project or None)
-        server, experiment = _server_and_experiment(project)
-        if not experiment:
-            typed = masked(f"{self.name}:{project}")
-            raise RequestError(f"{typed!r} names no experiment; write mlflow:URI/EXPERIMENT")
-        return Target(self.name, experiment, server)
-
-    @override
-    def source(self, to: Target, typed: str) -> Target:
-        if not to.server and not self.server():
+    def target(self, project: str, reading: bool) -> Target:
+        server, experiment = None, project
+        typed = masked(f"{self.name}:{project}")
+        if "://" in project:
+            server, experiment = _server_and_experiment(project)
+            if not experiment:
+                raise RequestError(f"{typed!r} names no experiment; write mlflow:URI/EXPERIMENT")
+        if reading and not (server or self.server()):
             raise RequestError(
-                f"{masked(typed)!r} does not say on which server; write mlflow:URI/EXPERIMENT, or "
+                f"{typed!r} does not say on which server; write mlflow:URI/EXPERIMENT, or "
                 "set MLFLOW_TRACKING_URI"
             )
-        return to
+        return Target(self.name, experiment or None, server)
 
     @override
     def server(self) -> str | None:
@@ -89,11 +72,6 @@ class MlflowService(Service):
         if is_remote and has_login:
             raise other_login(place, "MLFLOW_TRACKING_URI", results)
         return place
-
-    @override
-    def title_of(self, place: Target) -> str:
-        server = f"{place.server}/" if place.server else ""
-        return masked(f"{self.name}:{server}{place.project}")
 
     @override
     def store(self, results: Path, server: str | None) -> tuple[str | None, Path | None]:

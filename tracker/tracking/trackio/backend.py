@@ -22,8 +22,8 @@ from trackio.sqlite_storage import SQLiteStorage
 from typing_extensions import override
 
 from tracker.core.errors import TrackingError
-from tracker.tracking.base import Backend, RemoteCell, explained, refuse_others
-from tracker.tracking.foreign import refuse_lies
+from tracker.tracking.base import Backend, RemoteCell, explained
+from tracker.tracking.downloads import check_downloaded, check_listing
 from tracker.tracking.identity import filter_words, group_name
 from tracker.tracking.runs import DescribedRun, artifact_name, take_over
 from tracker.tracking.trackio.service import usual_folder
@@ -79,11 +79,11 @@ class TrackioBackend(Backend):
     @override
     def _download(self, cell: RemoteCell, folder: Path) -> None:
         there = self._files(cell.place)
-        refuse_lies({name: entry["size"] for name, entry in there.items()})
+        check_listing({name: entry["size"] for name, entry in there.items()})
         for name, entry in there.items():
             blob = cas.blob_path(self._project, cas.validate_digest(entry["digest"]))
             shutil.copyfile(blob, folder / name)
-        refuse_others(cell, folder)
+        check_downloaded(folder, cell)
 
     def _known(self) -> dict[str, list[Any]]:
         """Find the project's runs that are tracker's, by run key."""
@@ -174,13 +174,13 @@ class TrackioBackend(Backend):
 
     @contextmanager
     def _explained(self, problem: str, advice: str = "") -> Iterator[None]:
-        try:
-            # It says of every run that it began and ended.
-            with redirect_stdout(StringIO()):
-                yield
-        except Exception as error:  # noqa: BLE001  the SDK raises many kinds
-            what = f"Trackio in {utils.TRACKIO_DIR} {problem}"
-            raise explained(what, error, advice) from None
+        # It prints of every run that it began and ended.
+        with super()._explained(problem, advice), redirect_stdout(StringIO()):
+            yield
+
+    @override
+    def _explain(self, error: Exception, problem: str, advice: str) -> TrackingError:
+        return explained(f"Trackio in {utils.TRACKIO_DIR} {problem}", error, advice)
 
 
 def _rows(run: DescribedRun) -> dict[int, dict[str, Any]]:

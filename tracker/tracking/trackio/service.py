@@ -1,18 +1,17 @@
-"""What Trackio is to the rest of the house."""
+"""Describe Trackio to the rest of tracker, without its SDK."""
 
 from __future__ import annotations
 
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from typing_extensions import override
 
 from tracker.core.distribution import install_extra
 from tracker.core.errors import RequestError, TrackingError
-from tracker.core.text import masked
-from tracker.tracking.base import Backend, Service, Target
+from tracker.tracking.base import Part, Service, Target
 
 _ELSEWHERE = ("SPACE_ID", "SERVER_URL", "BUCKET_ID", "DATASET_ID")
 """Settings that would send runs to a hub or a server."""
@@ -25,28 +24,21 @@ class TrackioService(Service):
     title = "Trackio"
 
     @override
-    def target(self, project: str) -> Target:
+    def target(self, project: str, reading: bool) -> Target:
         if find_spec("trackio") is None:
             raise RequestError(_MISSING)
-        return super().target(project)
+        return super().target(project, reading)
 
     @override
-    def source(self, to: Target, typed: str) -> Target:
-        if not to.project:
-            raise RequestError(f"{masked(typed)!r} names no project; write trackio:PROJECT")
-        return to
-
-    @override
-    def open(self, project: str, results: Path, server: str | None) -> Backend:
+    def open(self, part: Part, project: str, results: Path, server: str | None = None) -> Any:
         if find_spec("trackio") is None:
             raise TrackingError(_MISSING)
         elsewhere = [f"TRACKIO_{name}" for name in _ELSEWHERE]
         ignored = [name for name in elsewhere if os.environ.get(name)]
         # Otherwise it asks the hub who the user is, for each run.
         also = {"HF_HUB_OFFLINE": "1", "TRACKIO_DIR": server or self.server()}
-        there: dict[str, Any] = {"without": elsewhere, "also": also}
-        kind = "backend:TrackioBackend"
-        return cast(Backend, self._isolated(kind, project, results, ignored, **there))
+        arguments = (project, results, ignored)
+        return self._isolated("backend:TrackioBackend", *arguments, without=elsewhere, also=also)
 
     @override
     def server(self) -> str:

@@ -14,10 +14,9 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -28,8 +27,8 @@ from tracker.core.distribution import install_extra
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
 from tracker.ledger.files import make_folder, write_text
-from tracker.tracking.base import BOARD, BOARD_FILE, Backend, Page, Pages, RemoteCell, SavedModel
-from tracker.tracking.foreign import downloading, refuse_lies
+from tracker.tracking.base import Backend, Page, RemoteCell, SavedModel
+from tracker.tracking.downloads import check_downloaded, check_listing
 from tracker.tracking.runs import DescribedRun, artifact_name, take_over
 from tracker.tracking.wandb.session import finished, is_offline, log_in, session, start
 from tracker.tracking.wandb.writing import (
@@ -62,12 +61,12 @@ class _Known:
     """The name of the folder that it was written to offline."""
 
 
-class WandbBackend(Backend, Pages):
+class WandbBackend(Backend):
     """Keeps a W&B project in step with the ledger.
 
     In a sweep each layer's run is its trial's, so there the cell's own run and the intact model's
-    are all that is published here. A version of the leaderboard is an artifact, and a run with its
-    tables. A report is a W&B Report, a saved view, and a run with page, tables and charts.
+    are all that is published here. A report is a W&B Report, a saved view, and a run with page,
+    tables and charts.
 
     Args:
         project: `PROJECT` or `ENTITY/PROJECT`.
@@ -141,35 +140,16 @@ class WandbBackend(Backend, Pages):
         _download(wandb.Api().artifact(f"{self._path()}/{cell.place}:latest"), folder)
 
     @override
-    def boards(self) -> list[str]:
-        with self._explained("could not be read"):
-            collection = f"{self._path()}/{BOARD}"
-            if not wandb.Api().artifact_collection_exists(collection, "leaderboard"):
-                return []
-            artifacts = wandb.Api().artifacts("leaderboard", collection)
-            versions = [artifact.version for artifact in artifacts]
-        return sorted(versions, key=lambda version: int(version.removeprefix("v")))
-
-    @override
-    def read_board(self, version: str) -> str:
-        with self._explained("could not be read"), TemporaryDirectory() as folder:
-            _download(wandb.Api().artifact(f"{self._path()}/{BOARD}:{version}"), Path(folder))
-            return (Path(folder) / BOARD_FILE).read_text(encoding="utf-8")
-
-    @override
     def add_page(self, page: Page) -> str:
-        views = _views() if page.kind == "report" else None
-        with self._explained(f"did not take the {page.kind}"):
+        views = _views()
+        with self._explained("did not take the report"):
             log_in()
             with self._run_made_of(
-                page.made_of, name=page.kind, job_type="report", notes=page.text
+                page.cells, name="report", job_type="report", notes=page.text
             ) as handle:
                 handle.log({f"tables/{n}": wandb_table(table) for n, table in page.tables.items()})
                 handle.log({f"charts/{n}": figure for n, figure in page.charts.items()})
-                name = BOARD if views is None else "layer-report"
-                attach(handle, wandb.Artifact(name, type=page.kind), page.files)
-            if views is None:
-                return f"{self._home()}/artifacts/leaderboard/{BOARD}"
+                attach(handle, wandb.Artifact("layer-report", type="report"), page.files)
             entity, _, project = self._path().rpartition("/")
             there = wandb.Api().reports(self._path())
             known = (report.id for report in there if report.display_name == views.TITLE)
@@ -188,11 +168,6 @@ class WandbBackend(Backend, Pages):
                 artifact = wandb.Artifact(model_name(model.name), type="model", metadata=facts)
                 attach(handle, artifact, sorted(model.folder.iterdir()))
             return self._location()
-
-    @override
-    def user(self) -> str:
-        with self._explained("could not be read"):
-            return str(wandb.Api().viewer.username)
 
     @contextmanager
     def _run_made_of(self, cells: Iterable[CellRecord], **run: Any) -> Iterator[Any]:
@@ -346,8 +321,10 @@ class WandbBackend(Backend, Pages):
         return self._folder.with_name("wandb.lock")
 
     @override
-    def _explained(self, problem: str, advice: str = "") -> AbstractContextManager[None]:
-        return session(self._results, f"W&B {problem} ({self._to})", advice)
+    @contextmanager
+    def _explained(self, problem: str, advice: str = "") -> Iterator[None]:
+        with session(self._results, f"W&B {problem} ({self._to})", advice):
+            yield
 
 
 def _views() -> ModuleType:
@@ -373,9 +350,9 @@ def _runs(path: str, filters: dict[str, Any], must_exist: bool = False) -> list[
 def _download(artifact: Any, folder: Path) -> None:
     """Download an artifact; it checks each file against the digest in the manifest."""
     entries = artifact.manifest.entries
-    refuse_lies({name: entry.size for name, entry in entries.items()})
+    check_listing({name: entry.size for name, entry in entries.items()})
     if elsewhere := next((name for name, entry in entries.items() if entry.ref is not None), None):
         raise TrackingError(f"the server keeps {elsewhere!r} elsewhere; nothing is downloaded")
-    with downloading(folder):
-        artifact.download(root=str(folder))
+    artifact.download(root=str(folder))
+    check_downloaded(folder)
     artifact.verify(root=str(folder))

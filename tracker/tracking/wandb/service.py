@@ -1,31 +1,22 @@
-"""What W&B is to the rest of the house; its sweeps besides, which no other backend has."""
+"""Describe W&B to the rest of tracker, without its SDK."""
 
 from __future__ import annotations
 
 import os
 from contextlib import closing
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 from typing_extensions import override
 
 from tracker.core.errors import RequestError
 from tracker.core.text import masked
-from tracker.tracking.base import (
-    Backend,
-    LiveRun,
-    Models,
-    Service,
-    Target,
-    other_login,
-    without_login,
-)
-from tracker.tracking.isolated import Isolated
+from tracker.tracking.base import OFFLINE, Part, Service, Target, other_login, without_login
 
+_SESSION = ("WANDB_SERVICE",)
+"""By this a process finds the session of its parent."""
 _SWEEP = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 """What an agent tells its trial. Whoever has it can open the trial's own run and no other."""
-_OFFLINE = "offline"
-"""Where W&B writes files: they go wherever `wandb sync` sends them."""
 
 
 class WandbService(Service):
@@ -33,19 +24,29 @@ class WandbService(Service):
 
     name = "wandb"
     title = "W&B"
-    can = frozenset({"live runs", "reports and leaderboards", "lighter models"})
-    runs_sweeps = True
+    can = frozenset({"live runs", "reports", "lighter models"})
+    sweep_variable = _SWEEP[0]
 
     @override
-    def open(self, project: str, results: Path, server: str | None) -> Backend:
-        arguments = (project, results, in_sweep())
-        return cast(Backend, self._isolated("backend:WandbBackend", *arguments, without=_SWEEP))
+    def open(self, part: Part, project: str, results: Path, server: str | None = None) -> Any:
+        without = (*_SESSION, *_SWEEP)
+        if part == "trial":  # the one part that finds the run of its trial
+            return self._isolated("sweep:WandbTrial", results, without=_SESSION)
+        if part == "sweep":
+            path = _sweep_path(project)
+            return self._isolated("sweep:WandbSweep", path, results, without=without)
+        if part == "live runs":
+            return self._isolated("sweep:WandbLiveRun", project, results, without=without)
+        arguments = (project, results, _in_sweep())
+        return self._isolated("backend:WandbBackend", *arguments, without=without)
 
     @override
     def refuse_closed(self, results: Path) -> None:
-        if in_sweep() or self.server() == _OFFLINE or os.environ.get("WANDB_API_KEY"):
+        if _in_sweep() or self.server() == OFFLINE or os.environ.get("WANDB_API_KEY"):
             return
-        with closing(self._isolated("backend:WandbBackend", "", results, False)) as backend:
+        arguments = ("", results, False)
+        isolated = self._isolated("backend:WandbBackend", *arguments, without=_SESSION)
+        with closing(isolated) as backend:
             if not backend.is_open():
                 raise RequestError(
                     "nobody is logged in to W&B here, so its runs could not be written. Type "
@@ -55,24 +56,16 @@ class WandbService(Service):
                 )
 
     @override
-    def open_live_run(self, project: str, results: Path, server: str | None) -> LiveRun:
-        isolated = self._isolated("sweep:WandbLiveRun", project, results, without=_SWEEP)
-        return cast(LiveRun, isolated)
-
-    @override
-    def open_models(self, project: str, results: Path, server: str | None) -> Models:
-        return cast(Models, self.open(project, results, server))
-
-    @override
-    def source(self, to: Target, typed: str) -> Target:
-        if "/" not in (to.project or "") and "WANDB_ENTITY" not in os.environ:
-            raise RequestError(f"{masked(typed)!r} names no entity; write wandb:ENTITY/PROJECT")
-        return to
+    def target(self, project: str, reading: bool) -> Target:
+        if reading and "/" not in project and "WANDB_ENTITY" not in os.environ:
+            typed = masked(f"{self.name}:{project}")
+            raise RequestError(f"{typed!r} names no entity; write wandb:ENTITY/PROJECT")
+        return Target(self.name, project or None)
 
     @override
     def server(self) -> str | None:
-        if os.environ.get("WANDB_MODE") == _OFFLINE:
-            return _OFFLINE
+        if os.environ.get("WANDB_MODE") == OFFLINE:
+            return OFFLINE
         return without_login(os.environ.get("WANDB_BASE_URL") or None)
 
     @override
@@ -89,40 +82,21 @@ class WandbService(Service):
         return Target(self.name, place.project)
 
     @override
-    def is_kept_here(self, place: Target) -> bool:
-        return (place.server == _OFFLINE) == (self.server() == _OFFLINE)
-
-    @override
     def store(self, results: Path, server: str | None) -> tuple[str | None, Path | None]:
         names = ("WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_MODE", "WANDB_SWEEP_ID")
         setting = " ".join(os.environ.get(name, "") for name in names)
-        return setting, results / "wandb" if self.server() == _OFFLINE else None
+        return setting, results / "wandb" if self.server() == OFFLINE else None
 
 
-def in_sweep() -> bool:
-    """Say whether a W&B agent started this process."""
-    return bool(os.environ.get("WANDB_SWEEP_ID"))
+def _in_sweep() -> bool:
+    return bool(os.environ.get(WandbService.sweep_variable))
 
 
-def open_trial(results: Path) -> Isolated:
-    """Open the run that a W&B agent opened for this process: a `WandbTrial` in one of its own."""
-    return Isolated(WandbService.title, "tracker.tracking.wandb.sweep:WandbTrial", results)
-
-
-def open_sweep(path: str, results: Path) -> Isolated:
-    """Open a W&B sweep: a `WandbSweep` in a process of its own.
-
-    Args:
-        path: `ENTITY/PROJECT/ID`.
-        results: The results folder.
-
-    Returns:
-        The sweep; nothing is contacted before it is used.
-
-    Raises:
-        RequestError: The path names no sweep.
-    """
+def _sweep_path(path: str) -> str:
+    """Check the path of a sweep; an empty one is that of this process."""
+    if not path:
+        names = ("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_ID")
+        path = "/".join(os.environ.get(name, "") for name in names)
     if len([part for part in path.split("/") if part]) != 3 or path.count("/") != 2:
         raise RequestError(f"{masked(path)!r} names no sweep; write ENTITY/PROJECT/ID")
-    kind = "tracker.tracking.wandb.sweep:WandbSweep"
-    return Isolated(WandbService.title, kind, path, results, without=_SWEEP)
+    return path

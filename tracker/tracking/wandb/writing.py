@@ -6,10 +6,8 @@ W&B never takes a point of a curve back: where a figure has changed, its curve g
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +53,6 @@ def model_name(name: str) -> str:
     return fitting(re.sub(NOT_IN_NAMES, "-", name), ARTIFACT_NAME)
 
 
-log = logging.getLogger(__name__)
-
-
 def write(handle: Any, run: DescribedRun, known: Sequence[Mapping[str, Any]]) -> None:
     """Log what a run says, the digest last.
 
@@ -75,10 +70,9 @@ def write(handle: Any, run: DescribedRun, known: Sequence[Mapping[str, Any]]) ->
             row = {"layer": layer, **points}
             if row not in known:
                 handle.log(row)
-        tables = {f"tables/{name}": table for name, table in run.tables.items()}
-        plain = {n: t for n, t in tables.items() if not (t.asked and log_aligned(handle, n, t))}
+        tables = {f"tables/{name}": wandb_table(table) for name, table in run.tables.items()}
         charts = {f"charts/{name}": chart for name, chart in run.charts.items()}
-        handle.log({**{name: wandb_table(table) for name, table in plain.items()}, **charts})
+        handle.log({**tables, **charts})
     else:
         handle.log(run.figures)
     for name, value in dict(handle.summary).items():
@@ -100,39 +94,6 @@ def attach(handle: Any, artifact: Any, files: Iterable[Path], aliases: Iterable[
     logged = handle.log_artifact(artifact, aliases=["latest", *aliases])
     if not handle.offline:
         logged.wait()
-
-
-def log_aligned(handle: Any, name: str, table: LoggedTable) -> bool:
-    """Log a table as one whose rows W&B sets beside those of other runs, where it can.
-
-    A preview since wandb 0.31, which writes through the package weave and only online.
-
-    Args:
-        handle: An open W&B run.
-        name: The table's name.
-        table: A table that names what was asked.
-
-    Returns:
-        Whether it is logged; a plain table is to be logged otherwise.
-    """
-    kind = getattr(wandb, "EvalTable", None)
-    if kind is None or handle.offline or find_spec("weave") is None:
-        return False
-    answers = [c for c in table.columns if c not in (*table.asked, *table.scores)]
-    try:
-        aligned = kind(
-            columns=list(table.columns),
-            data=[list(row) for row in table.rows],
-            input_columns=list(table.asked),
-            output_columns=answers,
-            score_columns=list(table.scores),
-            allow_mixed_types=True,
-        )
-        handle.log({name: aligned})
-    except Exception as error:  # noqa: BLE001  a preview; the plain table says the same
-        log.debug("no aligned table: %s", error)
-        return False
-    return True
 
 
 def wandb_table(table: LoggedTable) -> Any:

@@ -1,0 +1,49 @@
+"""Load what other Python packages add to tracker, by their entry points."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
+
+Extension = TypeVar("Extension")
+log = logging.getLogger(__name__)
+
+
+def load_extensions(
+    group: str, check: Callable[[object], Extension], reserved: Collection[str] = ()
+) -> dict[str, Extension]:
+    """Load the extensions of a group; one that is broken is left out, with a warning of one line.
+
+    Args:
+        group: Entry-point group after `layer_tracker.`, such as `tracking`.
+        check: Returns the extension for what an entry point names, or raises TypeError or
+            ValueError with the reason why it is none.
+        reserved: Names that are taken by tracker itself.
+
+    Returns:
+        The extensions by the names of their entry points.
+    """
+    extensions: dict[str, Extension] = {}
+    for point in sorted(entry_points(group=f"layer_tracker.{group}"), key=_order):
+        try:
+            if point.name in reserved or point.name in extensions:
+                raise ValueError(f"the name {point.name!r} is taken")
+            extensions[point.name] = check(point.load())
+        except (Exception, SystemExit) as error:  # any code may run there
+            log.warning("%s", describe_failure(point, error))
+            log.debug("%s", point.value, exc_info=True)
+    return extensions
+
+
+def _order(point: EntryPoint) -> tuple[str, str]:
+    return point.name, point.dist.name if point.dist else ""
+
+
+def describe_failure(point: EntryPoint, error: BaseException) -> str:
+    """Return one line that names an extension, its package and why it is left out."""
+    package = f" of {point.dist.name} {point.dist.version}" if point.dist else ""
+    lines = str(error).splitlines() or [""]
+    reason = f"{type(error).__name__}: {lines[0]}"
+    return f"the extension {point.name!r} ({point.group}){package} is left out: {reason}"
