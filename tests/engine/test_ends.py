@@ -10,7 +10,15 @@ from scipy.special import softmax
 from scipy.stats import entropy
 from torch import nn
 
-from tests.helpers.engines import PROMPT, answers, engine_of, generate, make_documents
+from tests.helpers.engines import (
+    PROMPT,
+    agree_with_changed,
+    engine_of,
+    generate,
+    make_documents,
+    rounded_rows,
+    score_ways,
+)
 from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import ExperimentError
@@ -23,7 +31,8 @@ from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.ledger.early_stopping import passes
-from tracker.models.ends import find_ends, refuse_ends
+from tracker.models.parts.anatomy import LayerAnatomy
+from tracker.models.parts.embeddings import find_embeddings
 
 HALF = {"int8": 127.5, "int4_row": 7.5}
 """Steps from 0 to the largest weight of a row."""
@@ -58,7 +67,7 @@ def _ablations(tied: bool) -> list[Ablation]:
 def _model(family: str):
     """A tiny model, tied or not as its family is in its files."""
     model = tiny_model(family)
-    if (family in TIED) != find_ends(model).tied:
+    if (family in TIED) != find_embeddings(model).is_tied:
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(
             model.get_input_embeddings().weight.data
@@ -76,56 +85,37 @@ def _changed(model, ablation):
     for change in ablation.rounded:
         form, which = change.intervention, change.path
         modules = [twin.get_input_embeddings(), twin.get_output_embeddings()]
-        weight = modules[which == "lm_head"].weight.detach().clone()
-        for row in weight:
-            step = (row.abs().max() / HALF[form]).clamp_min(1e-7)  # padding is zeros
-            low, high = -(HALF[form] + 0.5), HALF[form] - 0.5
-            row[:] = (row * (1 / step)).round().clamp(low, high) * step
+        weight = rounded_rows(modules[which == "lm_head"].weight, HALF[form])
         for module in modules if tied else [modules[which == "lm_head"]]:
             module.weight = nn.Parameter(weight, requires_grad=False)
     return twin
 
 
-def _agree(model, scores, ablations):
-    right = _right(model, [score.document for score in scores], ablations)
-    _hold(scores, ablations, right)
+def _agree(model, ablations, *ways):
+    """Compare with changed models; what else than rounding they do has its truths elsewhere."""
+    engine = engine_of(model)
 
-
-def _right(model, documents, ablations):
-    """What the changed models say of documents, ablation by ablation."""
-    engine, found = engine_of(model), []
-    for ablation in ablations:
-        # What else they do than round has its truths elsewhere.
+    def change(ablation):
         rest = Ablation.of(removed=ablation.changes - {*ablation.rounded})
-        changed = _changed(engine.without(rest).loaded.model, ablation)
-        found.append([answers(changed, document) for document in documents])
-    return found
+        return _changed(engine.without(rest).loaded.model, ablation)
 
-
-def _hold(scores, ablations, right):
-    for number, (ablation, of_ablation) in enumerate(zip(ablations, right, strict=True)):
-        for score, of_document in zip(scores, of_ablation, strict=True):
-            for ours, (expected, _) in zip(score.responses[number], of_document, strict=True):
-                assert ours.loglikelihood == pytest.approx(expected, abs=2e-3), ablation.name
+    agree_with_changed(ways, ablations, change)
 
 
 def test_the_families_are_what_they_are_taken_for():
     for family in (*TIED, *UNTIED):
-        assert find_ends(_model(family)).tied == (family in TIED)
+        assert find_embeddings(_model(family)).is_tied == (family in TIED)
 
 
 @pytest.mark.parametrize("family", [*TIED, *UNTIED])
 def test_every_stream_is_the_changed_model_however_much_is_shared(family):
     model, ablations = _model(family), _ablations(family in TIED)
-    documents = make_documents(3)
     own = {name: each.clone() for name, each in model.state_dict().items()}
-    right = _right(model, documents, ablations)
-    for sharing in (FULL, DEPTH_ONLY, PLAIN):
-        engine = engine_of(model, sharing, row_tokens=40)
-        _hold(engine.score(documents, ablations), ablations, right)
-        for name, each in model.state_dict().items():
-            torch.testing.assert_close(each, own[name], rtol=0, atol=0)
-        assert find_ends(model).tied == (family in TIED)
+    ways = score_ways(model, (FULL, DEPTH_ONLY, PLAIN), ablations)
+    for name, each in model.state_dict().items():
+        torch.testing.assert_close(each, own[name], rtol=0, atol=0)
+    assert find_embeddings(model).is_tied == (family in TIED)
+    _agree(model, ablations, *ways)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
@@ -134,7 +124,7 @@ def test_a_kept_beginning_serves_them(family, spy):
     ablations = [each for each in _ablations(family in TIED) if not each.repeated]
     read = spy(sweep, "read_prefix", lambda parts, plan, tokens: plan.streams)
     engine = engine_of(model, FULL, row_tokens=40)
-    _agree(model, engine.score(make_documents(3, shared=60), ablations), ablations)
+    _agree(model, ablations, engine.score(make_documents(3, shared=60), ablations))
     assert len(read) == 1
 
 
@@ -145,17 +135,13 @@ def test_a_vocabulary_in_blocks_has_the_head_that_is_asked_for(family, blocks, m
     model, ablations = _model(family), _ablations(family in TIED)
     engine = engine_of(model)
     assert engine.head.in_blocks == blocks
-    _agree(model, engine.score(make_documents(2), ablations), ablations)
+    _agree(model, ablations, engine.score(make_documents(2), ablations))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom"])
 def test_the_check_on_a_miniature_finds_them_exact(family):
     model = tiny_model(family)
-    ablations = [
-        a
-        for a in _ablations(find_ends(model).tied)
-        if not a.removed("attention") + a.removed("mlp")
-    ]
+    ablations = [a for a in _ablations(find_embeddings(model).is_tied) if not a.has_sublayers]
     verdict = check_miniature(engine_of(model), ablations, (), blank=False)
     assert verdict.sharing.depth, verdict.lost
 
@@ -259,7 +245,7 @@ def test_errors_are_those_of_plain_passes(family):
 def test_what_a_model_has_not_and_what_does_not_fit_is_refused():
     def refused(model, which, form, said):
         with pytest.raises(ExperimentError, match=said):
-            refuse_ends([INTACT, Ablation.parse(f"{form}:{which}")], model)
+            LayerAnatomy.of(model).refuse_formats([INTACT, Ablation.parse(f"{form}:{which}")])
 
     refused(_model("gpt2"), "lm_head", "int8", r"one tensor for both; name it by 'map' as embed")
     refused(_model("llama"), "embedding", "int4_g128", r"128 inputs together, and embedding .* 32")
@@ -269,7 +255,7 @@ def test_what_a_model_has_not_and_what_does_not_fit_is_refused():
     packed = _model("llama")
     packed.lm_head.weight = nn.Parameter(torch.zeros(97, 32, dtype=torch.int8), requires_grad=False)
     refused(packed, "lm_head", "int8", "is quantised already")
-    refuse_ends([INTACT, Ablation.of(EMBEDDING[0])], _model("gpt2"))
+    LayerAnatomy.of(_model("gpt2")).refuse_formats([INTACT, Ablation.of(EMBEDDING[0])])
     with torch.device("meta"):
         tied = type(_model("gpt2"))(_model("gpt2").config)
     refused(tied, "lm_head", "int8", "one tensor for both")

@@ -10,7 +10,14 @@ from functools import partial
 import pytest
 import torch
 
-from tests.helpers.engines import answers, asking, engine_of, make_documents, same
+from tests.helpers.engines import (
+    agree_with_changed,
+    asking,
+    engine_of,
+    make_documents,
+    same,
+    score_ways,
+)
 from tests.helpers.families import tiny_model
 from tests.helpers.mixtures import MIXTURES, MORE, UNDIVIDED, experts, mixture, smaller
 from tests.helpers.registry import Variant, tiny
@@ -26,6 +33,7 @@ from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.layers import find_layers
+from tracker.models.parts.experts import Experts
 from tracker.models.sources import parts_of
 
 RECURRENT = ("jamba", "lfm2_moe", "granitemoehybrid", "nemotron_h", "minimax")
@@ -51,19 +59,13 @@ def asked_of(model):
 def test_a_model_without_an_expert_is_one_that_never_had_it(family):
     model = mixture(family)
     asked = asked_of(model)
-    truths = [smaller(model, family, ablation) for ablation in asked]
-    documents = make_documents(3)
-    right = [[answers(truth, document) for document in documents] for truth in truths]
-    for sharing in (FULL, DEPTH_ONLY, PLAIN):
-        if family in RECURRENT and sharing == FULL:  # recurrent: no tree of tokens
-            continue
-        if family == "deepseek_v4" and sharing != PLAIN:  # its attention holds one text
-            continue
-        scores = engine_of(model, sharing, row_tokens=40).score(documents, asked)
-        for number, ablation in enumerate(asked):
-            for score, expected in zip(scores, right[number], strict=True):
-                for ours, (loglikelihood, _) in zip(score.responses[number], expected, strict=True):
-                    assert ours.loglikelihood == pytest.approx(loglikelihood, abs=1e-3), ablation
+    sharings = [FULL, DEPTH_ONLY, PLAIN]
+    if family in RECURRENT:  # no tree of tokens
+        sharings = [DEPTH_ONLY, PLAIN]
+    if family == "deepseek_v4":  # its attention holds one text
+        sharings = [PLAIN]
+    ways = score_ways(model, sharings, asked)
+    right = agree_with_changed(ways, asked, partial(smaller, model, family), within=1e-3)
     moved = [abs(right[n][d][0][0] - right[0][d][0][0]) for n in range(1, 7) for d in range(3)]
     assert sum(move > 0.01 for move in moved) > len(moved) / 3
 
@@ -240,17 +242,9 @@ def test_a_model_without_a_shared_expert_is_one_whose_shared_expert_gives_zeros(
         if any(path == SHARED[family] for path, _ in layer.named_modules())
     ]
     asked = [INTACT, *map(shared, there), shared(there[0], there[-1])]
-    truths = [without_shared(model, family, ablation) for ablation in asked]
-    documents = make_documents(3)
-    right = [[answers(truth, document) for document in documents] for truth in truths]
-    for sharing in (FULL, DEPTH_ONLY, PLAIN):
-        if family in NO_TREE and sharing == FULL:
-            continue
-        scores = engine_of(model, sharing, row_tokens=40).score(documents, asked)
-        for number, ablation in enumerate(asked):
-            for score, expected in zip(scores, right[number], strict=True):
-                for ours, (loglikelihood, _) in zip(score.responses[number], expected, strict=True):
-                    assert ours.loglikelihood == pytest.approx(loglikelihood, abs=1e-3), ablation
+    sharings = [DEPTH_ONLY, PLAIN] if family in NO_TREE else [FULL, DEPTH_ONLY, PLAIN]
+    ways = score_ways(model, sharings, asked)
+    right = agree_with_changed(ways, asked, partial(without_shared, model, family), within=1e-3)
     assert all(abs(right[n][0][0][0] - right[0][0][0][0]) > 1e-3 for n in range(1, len(asked)))
 
 
@@ -283,7 +277,7 @@ def test_layers_without_shared_experts_are_refused_by_name():
 
 
 def test_experts_are_found_where_they_are():
-    found = engine_of(mixture("jamba")).experts
+    found = engine_of(mixture("jamba")).anatomy.find(Experts)
     assert [each and (each.router, each.held, each.count, each.chosen) for each in found] == [
         None, ("feed_forward.router", "feed_forward.experts", 5, 2),
     ] * 2  # fmt: skip

@@ -27,8 +27,10 @@ from tracker.engine.scoring.sharing import FULL, PLAIN
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check
 from tracker.engine.selfcheck.reasons import LEFT, STATE, keeps_a_state
+from tracker.models.hooks import silenced
 from tracker.models.layers import find_layers
-from tracker.models.sublayers import find_sublayers, silenced
+from tracker.models.parts.anatomy import LayerAnatomy
+from tracker.models.parts.sublayers import Sublayers
 
 ABLATIONS = [
     *single_layers(tuple(range(LAYERS))),
@@ -72,9 +74,9 @@ class TestFamilies:
         model, documents = tiny_model(family), make_documents(2)
         if not FAMILIES[family].sublayers:
             with pytest.raises(ModelError, match="cannot be told apart"):
-                find_sublayers(model, find_layers(model))
+                LayerAnatomy.of(model).find(Sublayers)
             return
-        parts = find_sublayers(model, find_layers(model))
+        parts = LayerAnatomy.of(model).find(Sublayers)
         engine = engine_of(model, FAMILIES[family].sharing, row_tokens=40)
         scores = engine.score(documents, HALVES)
         for column, ablation in enumerate(HALVES):

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from tests.helpers.engines import Output
 from tracker.core.changes import INTACT, Ablation
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.layer_forward import Inside, forking
+from tracker.engine.scoring.layer_forward import forking
 from tracker.engine.scoring.streams import LayerStep, StreamPlan, plan_streams
-from tracker.models.sublayers import Sublayers
+from tracker.models.parts.anatomy import LayerAnatomy
+from tracker.models.parts.sublayers import Sublayers
 
 ROWS, TOKENS, WIDTH, HEADS = 2, 3, 4, 5
 ABLATIONS = [
@@ -147,8 +148,9 @@ def without(layers: nn.ModuleList, ablation: Ablation, *given: Any, **kwargs: An
     return found
 
 
-def parts(layers: nn.ModuleList) -> list[Sublayers]:
-    return [Sublayers(layer.attention, layer.mlp) for layer in layers]
+def parts(layers: nn.ModuleList) -> LayerAnatomy:
+    sublayers = [Sublayers(layer.attention, layer.mlp) for layer in layers]
+    return LayerAnatomy(None, layers, torch.device("cpu"), parts={Sublayers: sublayers})
 
 
 def hidden_states() -> Tensor:
@@ -189,7 +191,7 @@ def test_every_stream_is_the_model_without(
     some = (ABLATIONS, ABLATIONS[::-1], [INTACT, ABLATIONS[0]], ABLATIONS[1:3], [INTACT])
     for ablations, at_once in itertools.product(some, (None, 1, 2)):
         plan = plan_streams(ablations, 3)
-        with forking(layers, plan, Inside(parts(layers)), at_once=at_once):
+        with forking(layers, plan, parts(layers), at_once=at_once):
             found = run(layers, hidden, named, **kwargs)
         agree(found, plan, ablations, lambda a: without(layers, a, hidden, named, **kwargs))
 
@@ -197,7 +199,7 @@ def test_every_stream_is_the_model_without(
 def test_what_comes_by_its_place_is_repeated_too() -> None:
     layers, hidden, shift = make(), hidden_states(), hidden_states() * 2
     plan = plan_streams(ABLATIONS, 3)
-    with forking(layers, plan, Inside(parts(layers))):
+    with forking(layers, plan, parts(layers)):
         found = run(layers, hidden, False, shift)
     agree(found, plan, ABLATIONS, lambda a: without(layers, a, hidden, False, shift))
 
@@ -217,7 +219,7 @@ def test_a_hidden_state_that_comes_by_its_name_goes_by_its_name(by_name: bool) -
         layer.__class__ = Second
     plan = plan_streams(ABLATIONS, 3)
     found = hidden
-    with forking(layers, plan, Inside(parts(layers))):
+    with forking(layers, plan, parts(layers)):
         for layer in layers:
             given = {"shift": shift} if by_name else {}
             found = layer(*(() if by_name else (shift,)), hidden_states=found, **given)
@@ -299,7 +301,7 @@ def test_no_more_streams_than_may_pass_a_layer_at_once() -> None:
         ([INTACT, *pairs, without_mlp], [2, 2, 1]),
     ):
         sizes.clear()
-        with forking(layers, plan_streams(ablations, 3), Inside(parts(layers)), at_once=2):
+        with forking(layers, plan_streams(ablations, 3), parts(layers), at_once=2):
             run(layers, hidden_states(), False)
         assert sizes == expected
 
@@ -313,7 +315,7 @@ def test_what_has_a_row_a_stream_is_cut_to_those_that_enter() -> None:
         4, count, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3)
     )
     alibi = shift[:, :1, :TOKENS]
-    with forking(layers, plan, Inside(parts(layers)), batched=True):
+    with forking(layers, plan, parts(layers), batched=True):
         given = {"scale": torch.tensor(2.0), "alibi": alibi, "rotary": (cos, {"sin": sin})}
         streams = run(layers, hidden, False, shift, **given)
     for place, ablation in enumerate(ABLATIONS):
@@ -335,7 +337,7 @@ def test_masks_of_our_own_take_the_place_of_the_models() -> None:
     layers[1].__class__ = Asking
     plan = plan_streams(ABLATIONS, 3)
     masks: Any = Doubling()
-    with forking(layers, plan, Inside(parts(layers)), masks=masks):
+    with forking(layers, plan, parts(layers), masks=masks):
         found = run(layers, hidden, False, scale=1.0)
     assert asked == [(0, None), (1, 1), (2, None)]
     agree(found, plan, ABLATIONS, lambda a: without(layers, a, hidden, False, scale=2.0))
@@ -392,7 +394,7 @@ def test_the_baseline_is_observed(named: bool) -> None:
     layers, hidden = make(named=named), hidden_states()
     seen: list[tuple[int, Tensor, Tensor]] = []
     with forking(
-        layers, plan_streams(ABLATIONS, 3), Inside(parts(layers)), lambda *what: seen.append(what)
+        layers, plan_streams(ABLATIONS, 3), parts(layers), lambda *what: seen.append(what)
     ):
         run(layers, hidden, named)
     assert [index for index, _, _ in seen] == [0, 1, 2]

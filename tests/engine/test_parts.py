@@ -9,7 +9,14 @@ from contextlib import suppress
 import pytest
 import torch
 
-from tests.helpers.engines import answers, asking, engine_of, make_documents, same
+from tests.helpers.engines import (
+    agree_with_changed,
+    asking,
+    engine_of,
+    make_documents,
+    same,
+    score_ways,
+)
 from tests.helpers.families import tiny_model
 from tests.helpers.registry import Variant, families, tiny
 from tests.helpers.truth import deeper
@@ -19,9 +26,10 @@ from tracker.core.errors import CellError, ModelError, TrackerError
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.selfcheck.miniature_check import check_miniature
-from tracker.models.experts import find_experts
-from tracker.models.heads import _attention, find_heads
 from tracker.models.layers import find_layers
+from tracker.models.parts.anatomy import LayerAnatomy
+from tracker.models.parts.experts import Experts
+from tracker.models.parts.heads import Heads, _attention
 from tracker.models.sources import parts_of
 
 PROJECTIONS = {
@@ -95,17 +103,7 @@ def _without_heads(model, path, ablation):
 
 def _agree(model, ablations, make, sharings=(FULL, DEPTH_ONLY, PLAIN)):
     """Hold what is shared, however much, against models that are changed by `make`."""
-    documents = make_documents(3)
-    ways = [
-        engine_of(model, sharing, row_tokens=40).score(documents, ablations) for sharing in sharings
-    ]
-    for number, ablation in enumerate(ablations):
-        changed = make(ablation)
-        for scores in zip(*ways, strict=True):
-            right = answers(changed, scores[0].document)
-            for score in scores:
-                for ours, (expected, _) in zip(score.responses[number], right, strict=True):
-                    assert ours.loglikelihood == pytest.approx(expected, abs=2e-3), ablation.name
+    agree_with_changed(score_ways(model, sharings, ablations), ablations, make)
 
 
 @pytest.mark.parametrize("family", PROJECTIONS)
@@ -153,6 +151,8 @@ def test_streams_pass_a_layer_whole_that_is_not_divided():
     engine = engine_of(model.model())
     assert engine.plan(ablations) == plan
     assert check_miniature(engine, ablations, (), blank=False).sharing == FULL
+    with pytest.raises(ModelError, match="cannot be told apart"):
+        engine.without(Ablation.parse("mlp:1"))
 
 
 @pytest.mark.parametrize("sharing", [FULL, DEPTH_ONLY], ids=["full", "depth"])
@@ -203,18 +203,19 @@ def test_the_page_lists_the_families_whose_heads_or_experts_are_refused():
     for family in families():
         model = Variant(family, "plain", tiny(family) | more.get(family, {})).model()
         try:
-            layers = find_layers(model)
+            anatomy = LayerAnatomy.of(model)
         except ModelError:
             continue
+        layers = anatomy.layers
         name, config = family.removesuffix("_text"), model.config.get_text_config()
-        if parts_of(config).head and not any(find_heads(model, layers, torch.device("cpu"))):
+        if parts_of(config).head and not any(anatomy.find(Heads)):
             calls.clear()
             with _attention(model, count), suppress(RuntimeError):
                 model(torch.arange(1, 7)[None], use_cache=False)
             refused["heads"][name] = sum(calls[module] for module in layers[-1].modules())
         paths = [path for path, _ in layers[-1].named_modules()]
         holds = any("expert" in path for path in paths) or family == "doge"
-        if holds and not any(find_experts(model, layers, torch.device("cpu"))):
+        if holds and not any(anatomy.find(Experts)):
             refused["experts"].add(name)
     assert {*listed["experts"]} == refused["experts"]
     assert {*listed["heads"]} == {*refused["heads"]}
@@ -259,9 +260,8 @@ def test_a_head_of_quantised_weights_is_refused():
     projection = find_layers(model)[1].self_attn.o_proj
     projection.weight = torch.nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
     engine = engine_of(tiny_model("llama"))
-    heads_of = engine._heads
     quantised = engine_of(model)
-    quantised.known.inside.heads = heads_of
+    quantised.anatomy.parts[Heads] = engine.anatomy.find(Heads)
     with pytest.raises(CellError, match="is quantised, and has no columns of numbers"):
         quantised.without(heads(1, 0))
 

@@ -5,12 +5,22 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.engines import answers, asking, engine_of, make_documents, rounded_rows
+from tests.helpers.engines import (
+    agree_with_changed,
+    answers,
+    asking,
+    engine_of,
+    make_documents,
+    rounded_rows,
+    same,
+    score_ways,
+)
 from tests.helpers.mixtures import experts, mixture
 from tests.helpers.registry import Variant, tiny
 from tracker.core.changes import INTACT, Ablation, Change
@@ -20,8 +30,8 @@ from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.selfcheck.check import check
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.engine.selfcheck.reference import Reference
-from tracker.models import quantised
 from tracker.models.layers import find_layers
+from tracker.models.parts import linear_maps
 
 FAMILIES = (
     "mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe",
@@ -99,19 +109,14 @@ def asked_of(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_in_a_format_are_those_that_are_rounded_one_by_one(family):
     model = mixture(family)
-    asked, documents = asked_of(model), make_documents(3)
-    right = []
-    for ablation in asked:
+    asked = asked_of(model)
+
+    def change(ablation):
         twin = changed(model, family, ablation)
-        if ablation.removed():
-            twin = engine_of(twin).without(Ablation.of(removed=ablation.removed())).loaded.model
-        right.append([answers(twin, document) for document in documents])
-    for sharing in (FULL, DEPTH_ONLY, PLAIN):
-        scores = engine_of(model, sharing, row_tokens=40).score(documents, asked)
-        for number, ablation in enumerate(asked):
-            for score, expected in zip(scores, right[number], strict=True):
-                for ours, (loglikelihood, _) in zip(score.responses[number], expected, strict=True):
-                    assert ours.loglikelihood == pytest.approx(loglikelihood, abs=2e-3), ablation
+        return engine_of(twin).without(Ablation.of(removed=ablation.removed())).loaded.model
+
+    ways = score_ways(model, (FULL, DEPTH_ONLY, PLAIN), asked)
+    right = agree_with_changed(ways, asked, change)
     moved = [
         max(abs(r[0] - w[0]) for d in range(3) for r, w in zip(some[d], right[0][d], strict=True))
         for some in right[1:]
@@ -130,13 +135,7 @@ def test_experts_in_formats_share_a_layer_with_all_else_that_is_done_to_it():
         rounded(("int4_row", 1, "mlp")),
         rounded(("int4_row", 1, "attention")),
     ]
-    documents = make_documents(3)
-    together = engine_of(model, FULL, row_tokens=40).score(documents, asked)
-    alone = engine_of(model, PLAIN).score(documents, asked)
-    for one, other in zip(together, alone, strict=True):
-        for mine, right in zip(one.responses, other.responses, strict=True):
-            for each, its in zip(mine, right, strict=True):
-                assert each.loglikelihood == pytest.approx(its.loglikelihood, abs=1e-3)
+    same(*score_ways(model, (FULL, PLAIN), asked))
 
 
 def test_experts_that_are_not_told_their_tokens_are_rounded_one_model_at_a_time():
@@ -159,13 +158,7 @@ def test_experts_that_are_not_told_their_tokens_are_rounded_one_model_at_a_time(
     assert not found.engine.sharing.depth
     assert "experts" in found.lost
     scores = found.engine.score(documents, asked)
-    for number, ablation in enumerate(asked):
-        twin = changed(model, "llama4_text", ablation)
-        for score in scores:
-            for ours, (right, _) in zip(
-                score.responses[number], answers(twin, score.document), strict=True
-            ):
-                assert ours.loglikelihood == pytest.approx(right, abs=2e-3), ablation
+    agree_with_changed([scores], asked, partial(changed, model, "llama4_text"))
 
 
 def test_the_check_on_a_miniature_tries_experts_that_it_has():
@@ -272,9 +265,9 @@ def test_what_all_layers_in_formats_are_held_against_has_one_layers_weights_at_a
     each = max(sum(p.nbytes for p in layer.parameters() if p.ndim > 1) for layer in layers)
     every = rounded(*(("int4_row", layer) for layer in range(4)))
     made = []
-    in_format = quantised.in_format
+    in_format = linear_maps.in_format
     monkeypatch.setattr(
-        quantised, "in_format", lambda *given, **more: made.append(1) or in_format(*given, **more)
+        linear_maps, "in_format", lambda *given, **more: made.append(1) or in_format(*given, **more)
     )
     texts = asking(((5, 6, 7), (8, 9)), ((5, 6, 7), (10, 11))).requests
     right = answers(changed(model, family, every), asking(((5, 6, 7), (8, 9))))[0][0]

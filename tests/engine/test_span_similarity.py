@@ -13,7 +13,8 @@ from tests.helpers.engines import engine_of, make_documents
 from tests.helpers.families import tiny_model
 from tracker.core.errors import ModelError
 from tracker.engine.observers.span_similarity import span_similarity
-from tracker.models.sublayers import find_sublayers
+from tracker.models.parts.anatomy import LayerAnatomy
+from tracker.models.parts.sublayers import Sublayers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,9 +44,9 @@ def test_that_a_layer_adds_what_its_parts_say_is_seen(kind, refused: bool) -> No
         layer.__class__ = kind
     if refused:
         with pytest.raises(ModelError, match="both its first and last part it changes its input"):
-            find_sublayers(model, model.model.layers)
+            LayerAnatomy.of(model).find(Sublayers)
     else:
-        assert len(find_sublayers(model, model.model.layers)) == 4
+        assert len(LayerAnatomy.of(model).find(Sublayers)) == 4
 
 
 def test_layers_that_write_into_the_stream_turn_it_as_others_do() -> None:

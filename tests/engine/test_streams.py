@@ -8,9 +8,10 @@ import torch
 from tests.helpers.ablations import single_layers
 from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT, Ablation
-from tracker.engine.scoring.layer_forward import Inside, forking
+from tracker.engine.scoring.layer_forward import forking
 from tracker.engine.scoring.streams import plan_streams
-from tracker.models.sublayers import find_sublayers
+from tracker.models.parts.anatomy import LayerAnatomy
+from tracker.models.parts.sublayers import Sublayers
 
 
 def passes(ablations, layers):
@@ -77,12 +78,13 @@ def test_the_plan_is_what_is_executed(ablations):
     model = tiny_model("llama")
     layers = model.model.layers
     plan = plan_streams(ablations, len(layers))
-    sublayers = find_sublayers(model, layers)
+    anatomy = LayerAnatomy.of(model)
+    anatomy.find(Sublayers)
     attentions, mlps = [], []
     for layer in layers:
         layer.self_attn.o_proj.register_forward_hook(lambda *call: attentions.append(len(call[-1])))
         layer.mlp.down_proj.register_forward_hook(lambda *call: mlps.append(len(call[-1])))
-    with forking(layers, plan, Inside(sublayers)):
+    with forking(layers, plan, anatomy):
         model.model(torch.randint(0, 90, (1, 7)), use_cache=False)
     assert (sum(attentions), sum(mlps)) == (plan.attention_passes, plan.mlp_passes)
 

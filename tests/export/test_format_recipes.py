@@ -23,7 +23,7 @@ from tests.helpers.families import tiny_model
 from tracker.core.weight_formats import FORMATS
 from tracker.export.recipes import format_recipes
 from tracker.models.gguf_file import Reader
-from tracker.models.quantised import in_format
+from tracker.models.rounding import in_format
 
 KINDS = ("q3_k", "q4_k", "q6_k", "q8_0")
 

@@ -25,7 +25,7 @@ from tracker.core.weight_formats import FORMATS
 from tracker.ledger.files import read_note
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.store import Ledger, listed
-from tracker.models.quantised import in_format
+from tracker.models.rounding import in_format
 
 WORDS = ("q4_0", "q8_0")
 ASKED = {"benchmark": "copa", "data": PACKAGE, "sample": 10, "dtype": "float32"}

@@ -145,7 +145,7 @@ def rounded_rows(weight: Tensor, half: float) -> Tensor:
     """Round each row of a weight to whole steps: the largest one is so many from 0."""
     found = weight.detach().clone()
     for row in found:
-        step = row.abs().max() / half
+        step = (row.abs().max() / half).clamp_min(1e-7)  # padding is zeros
         row[:] = (row * (1 / step)).round().clamp(-(half + 0.5), half - 0.5) * step
     return found
 
@@ -208,3 +208,27 @@ def generate(model, ids, **cached):
     return model.generate(
         ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, **cached
     ).tolist()
+
+
+def score_ways(model, sharings, ablations, documents=None):
+    """Score documents with each kind of sharing."""
+    documents = documents or make_documents(3)
+    return [
+        engine_of(model, sharing, row_tokens=40).score(documents, ablations) for sharing in sharings
+    ]
+
+
+def agree_with_changed(ways, ablations, change, within=2e-3):
+    """Compare the scores of several ways with models that are really changed.
+
+    `change` makes the model of an ablation. Returns the answers of these models: for each ablation
+    those to each document.
+    """
+    truths = []
+    for column, ablation in enumerate(ablations):
+        model = change(ablation)
+        truths.append([answers(model, score.document) for score in ways[0]])
+        for score, truth in ((s, t) for way in ways for s, t in zip(way, truths[-1], strict=True)):
+            for ours, (expected, _) in zip(score.responses[column], truth, strict=True):
+                assert ours.loglikelihood == pytest.approx(expected, abs=within), ablation.name
+    return truths

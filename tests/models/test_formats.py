@@ -11,8 +11,8 @@ from tests.helpers import llama_cpp
 from tracker.core.errors import CellError
 from tracker.core.kinds import INTERVENTIONS, KINDS
 from tracker.core.weight_formats import FORMATS
-from tracker.models.linear_maps import map_of
-from tracker.models.quantised import RoundedWeights, in_format
+from tracker.models.parts.linear_maps import RoundedWeights, map_of
+from tracker.models.rounding import in_format
 
 GGUF = [form for form in FORMATS.values() if "GGUF" in form.source]
 

@@ -13,7 +13,7 @@ from tracker.core.config import run_request
 from tracker.core.errors import TrackerError
 from tracker.core.model_parts import ModelParts, check_parts
 from tracker.models.layers import find_layers
-from tracker.models.linear_maps import linear_maps, map_at
+from tracker.models.parts.linear_maps import linear_maps, map_at
 
 ROUTERS = {
     "afmoe": "mlp.router.gate",

@@ -12,7 +12,7 @@ from tests.helpers.mixtures import MIXTURES, MORE
 from tests.helpers.registry import Variant, tiny
 from tracker.core.errors import ModelError
 from tracker.core.search_parts import SearchParts
-from tracker.models.parts import find_parts
+from tracker.models.parts.catalog import search_parts
 from tracker.models.sources import find_model
 
 
@@ -46,7 +46,7 @@ def test_parts_are_those_of_the_configuration_in_layers_that_have_them(
     count = getattr(config, per_layer) if isinstance(per_layer, str) else per_layer
     layers = config.num_hidden_layers
     where = tuple(range(layers)) if there == "all" else there
-    found = find_parts(find_model(str(tmp_path)), unit)
+    found = search_parts(find_model(str(tmp_path)), unit)
     assert found == SearchParts(unit, layers, count, where, stay)
 
 
@@ -75,6 +75,6 @@ def test_a_model_without_such_parts_is_refused_by_name(
 ) -> None:
     saved(tmp_path, family, **more)
     with pytest.raises(ModelError) as refusal:
-        find_parts(find_model(str(tmp_path)), unit)
+        search_parts(find_model(str(tmp_path)), unit)
     assert str(tmp_path) in str(refusal.value)
     assert words in str(refusal.value)

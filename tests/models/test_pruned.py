@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,10 +14,13 @@ import transformers
 from torch import nn
 
 from tests.helpers.small_models import SMALL, logits, make
+from tracker.core.changes import Change
+from tracker.models.hooks import add_nothing, first_of, returning
 from tracker.models.layers import find_layers
+from tracker.models.parts.anatomy import LayerAnatomy
+from tracker.models.parts.sublayers import Sublayers
 from tracker.models.pruned import SMALL as SMALL_BUFFER
 from tracker.models.pruned import changed, cut_config, pruned, put_back, remember
-from tracker.models.sublayers import add_nothing, first_of, returning
 
 HIDDEN = torch.tensor([[1.0, 2.0]])
 
@@ -164,10 +168,12 @@ def test_a_silent_sublayer_adds_nothing(part: str, last: str) -> None:
     model = make("llama")
     truth = copy.deepcopy(model)
     getattr(getattr(find_layers(truth)[1], part), last).weight.zero_()
-    silent = pruned(model, silent=[getattr(find_layers(model)[1], part)])
-    assert torch.equal(logits(silent), logits(truth))
+    sublayers = LayerAnatomy.of(model).at(Sublayers, 1)
+    component = "mlp" if part == "mlp" else "attention"
+    silence = partial(sublayers.remove, parts=[Change.parse(f"{component}:1.0")], name="layer 1")
+    assert torch.equal(logits(pruned(model, changes=[(1, silence)])), logits(truth))
     # It goes with its layer.
-    both = pruned(model, [1], silent=[getattr(find_layers(model)[1], part)])
+    both = pruned(model, [1], changes=[(1, silence)])
     assert torch.equal(logits(both), logits(pruned(model, [1])))
 
 

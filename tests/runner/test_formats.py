@@ -62,7 +62,7 @@ def test_maps_are_validated_and_planned_as_they_are_measured(tiny_llama, tmp_pat
     assert f", {7 * layers} runs" in printed("validate", *asked, "--intervention=int4")
     for command in ("validate", "plan"):
         wrong = cli(command, *asked, "--intervention=int4_g128")
-        said = "int4_g128 keeps 128 inputs together, and mlp.down_proj of layer 0 has rows of 96"
+        said = "int4_g128 keeps 128 inputs together, and mlp.down_proj of layer 0 of Llama"
         assert (wrong.exit_code, said in wrong.output) == (2, True), wrong.output
     wrong = cli("validate", *asked, "--intervention=int4", "--map=mlp.gate")
     assert (wrong.exit_code, "has no linear map mlp.gate" in wrong.output) == (2, True)
@@ -158,7 +158,7 @@ def test_maps_are_lm_evals(tiny_llama, tmp_path, one_thread):
     told = ("--component=linear", "--intervention=int4_g128", "--results", results)
     wrong = cli(*trial, *told, "--map=mlp.gate_proj")
     assert wrong.exit_code == 2
-    assert "int4_g128 keeps 128 inputs together, and mlp.gate_proj of layer 0 has" in wrong.output
+    assert "int4_g128 keeps 128 inputs together, and mlp.gate_proj of layer 0 of " in wrong.output
     wrong = cli(*trial, *told, "--map=mlp.gate")
     assert wrong.exit_code == 2
     assert "has no linear map" in wrong.output

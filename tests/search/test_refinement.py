@@ -15,7 +15,7 @@ from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
-from tracker.models.maps import maps_of
+from tracker.models.parts.catalog import linear_map_shapes
 from tracker.models.sources import find_model
 from tracker.search.assignment import least_loss, refined
 from tracker.search.bit_budgets import BitBudget, Choice, Unit, ablation_of, units_of
@@ -103,7 +103,7 @@ def test_on_a_tiny_model_no_swap_of_the_choice_at_the_end_is_shown_to_be_better(
         dtype="float32",
     )
     cell = OpenCell(request, Lender(Ledger(tmp_path / "results"), Options("cpu"), Silent()))
-    units = units_of(maps_of(find_model(request.model)), request.layers, each=False)
+    units = units_of(linear_map_shapes(find_model(request.model)), request.layers, each=False)
     within = BitBudget("", 6.1, 0, sum(unit.weights for unit in units))
 
     def measure(choices: Sequence[Choice]) -> PairedOutcomes:

@@ -18,7 +18,7 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.observing import open_observed
 from tracker.measuring.progress import Silent
-from tracker.models.quantised import in_format
+from tracker.models.rounding import in_format
 from tracker.studies.base import open_study
 from tracker.studies.precision import ERRORS, MapName, RoundedMaps, _answer
 

@@ -238,7 +238,7 @@ def huggingface_loop(engine: Engine, batch_size: int) -> Loop:
 @contextmanager
 def _stopwatch(engine: Engine) -> Iterator[list[float]]:
     """Collect the seconds that pass inside the model's layers and its head."""
-    from tracker.models.sublayers import replaced_forward
+    from tracker.models.hooks import replaced_forward
 
     spent: list[float] = []
 

@@ -22,7 +22,7 @@ from tracker.engine.observers.rounding_error import rounding_errors, weight_erro
 from tracker.engine.observers.span_similarity import span_similarity
 from tracker.engine.scoring.row_size import make_documents
 from tracker.engine.scoring.sweep import Engine
-from tracker.models.linear_maps import linear_maps
+from tracker.models.parts.linear_maps import linear_maps
 
 Feature = Callable[[Engine], Any]
 """Computes figures; equal ones of any engine of a model with four layers or more."""

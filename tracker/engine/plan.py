@@ -22,9 +22,9 @@ from tracker.engine.scoring.rows import common_beginning, tree_rows
 from tracker.engine.scoring.streams import StreamPlan, plain_passes, plan_streams
 from tracker.engine.scoring.sweep import ROW_TOKENS
 from tracker.engine.selfcheck.check import plain_tokens
-from tracker.models.ends import find_ends
-from tracker.models.experts import entries
 from tracker.models.layers import find_layers
+from tracker.models.parts.embeddings import find_embeddings
+from tracker.models.parts.experts import entries
 
 SECONDS = 0.5
 """How long the machine's speed is measured."""
@@ -172,7 +172,7 @@ def cost(
         The counts.
     """
     found = reading(model, documents, max_length)
-    tied = any(each.ends for each in ablations) and find_ends(model).tied
+    tied = any(each.ends for each in ablations) and find_embeddings(model).is_tied
     plan = plan_streams(ablations, found.layers, tied)
     plain = sum(plain_passes(ablations, found.layers)) / 2
     # vLLM keeps room for a token that it generates.

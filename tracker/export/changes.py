@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tracker.core.changes import Ablation, Change
@@ -132,33 +131,29 @@ def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChang
 
     It keeps the model's own dtype: it states what the smaller file states, and is not smaller.
     """
-    from tracker.models.ends import find_ends, round_ends
-    from tracker.models.linear_maps import linear_maps, map_at
+    from tracker.models.parts.anatomy import LayerAnatomy
+    from tracker.models.parts.embeddings import find_embeddings, round_embeddings
     from tracker.models.placement import weight_bytes
     from tracker.models.pruned import pruned
-    from tracker.models.quantised import formats_of, quantise
 
-    ablation, class_name = change.ablation, type(loaded.model).__name__
+    ablation, anatomy = change.ablation, LayerAnatomy.of(loaded.model)
     names = {id(module): name for name, module in loaded.model.named_modules()}
     shapes: dict[str, tuple[int, int]] = {}
-    formats, of_ends, changes, tied = dict[str, str](), dict[str, str](), [], ""
+    formats, of_ends, tied = dict[str, str](), dict[str, str](), ""
     for number, changed in ablation.by_layer.items():
-        layer, name = loaded.layers[number], f"layer {number} of {class_name}"
-        chosen, maps = formats_of(layer, changed.rounded, None, name), linear_maps(layer, name)
-        changes.append((number, partial(quantise, formats=chosen, name=name)))
-        for path, form in chosen.items():
-            whole = f"{names[id(layer)]}.{path}"
-            formats[whole], shapes[whole] = form, map_at(maps, path, name).shape
+        for path, form in anatomy.formats(number, changed.rounded).items():
+            whole = f"{names[id(loaded.layers[number])]}.{path}"
+            formats[whole], shapes[whole] = form, anatomy.map_at(number, path).shape
     for end, form in ablation.ends.items():
-        ends = find_ends(loaded.model)
-        path = names[id(ends.module(end))]
-        rows, inputs = ends.weight(end).shape
+        embeddings = find_embeddings(loaded.model)
+        path = names[id(embeddings[end].module)]
+        rows, inputs = embeddings[end].shape
         formats[path], shapes[path] = form, (rows, inputs)
         # llama.cpp is told the one that such rows get, and takes no other.
         of_ends[path] = _stored(form, inputs).name
-        tied = path if ends.tied else ""
-    model = pruned(loaded.model, changes=changes)
-    round_ends(model, ablation.ends)
+        tied = path if embeddings.is_tied else ""
+    model = pruned(loaded.model, changes=anatomy.changes(ablation))
+    round_embeddings(model, ablation.ends)
     size, wide = float(weight_bytes(model)), model.dtype.itemsize
     for path, (rows, inputs) in shapes.items():
         narrow = _stored(formats[path], inputs).bits_of(inputs) / 8

@@ -24,8 +24,7 @@ from tracker.ledger.texts import text_row
 from tracker.measuring.calibrate import CalibrationTexts, calibration, computed_twice
 from tracker.measuring.prepare import check_range
 from tracker.models.devices import describe
-from tracker.models.kept import kept_in
-from tracker.models.sources import find_model, parts_of
+from tracker.models.sources import find_model, parts_of, stored_format
 
 if TYPE_CHECKING:
     from tracker.engine.scoring.stand_in import StandIn
@@ -107,15 +106,14 @@ class Meter:
         from tracker.benchmarks.encoder import RequestEncoder
         from tracker.engine.selfcheck.check import watched_documents
         from tracker.measuring.scorer import Scorer
-        from tracker.models.maps import refuse_misfits
-        from tracker.models.sublayers import find_sublayers
+        from tracker.models.parts.anatomy import LayerAnatomy
 
         loaded, request = model.loaded, requests[0]
         for each in requests:
             check_range(each, parts_of(loaded.model.config.get_text_config()))
         self.ablations = all_ablations(requests, loaded.identity.layers)
-        sublayers = partial(find_sublayers, loaded.model, loaded.layers, loaded.device)
-        refuse_misfits(self.ablations, loaded.model, sublayers)
+        anatomy = LayerAnatomy(loaded.model, loaded.layers, loaded.device)
+        anatomy.refuse_formats(self.ablations)
         self._benchmark = benchmark
         self._model = model
         self._memory = options.memory
@@ -132,7 +130,7 @@ class Meter:
             width = loaded.model.config.get_text_config().hidden_size
             self._calibration = calibration(benchmark, self._encoder, width)
         source = find_model(request.model, request.revision, request.model_args)
-        weights = kept_in(source, options.trust_remote_code)
+        weights = stored_format(source, options.trust_remote_code)
         kept = {WEIGHTS: weights} if weights else {}
         kept[TOKENISATION] = self._encoder.tokenisation(bool(request.apply_chat_template))
         max_length = self._encoder.max_length

@@ -27,8 +27,7 @@ from tracker.measuring.calibrate import computed_twice
 from tracker.measuring.derive import answer_of, record_of
 from tracker.measuring.prepare import CellLookup, check_layers, look_up
 from tracker.measuring.progress import Progress
-from tracker.models.kept import kept_in
-from tracker.models.sources import ModelSource, count_layers
+from tracker.models.sources import ModelSource, count_layers, stored_format
 from tracker.stats.accuracy import weights_by_task
 from tracker.stats.power import UNRELATED, OutcomeVariance
 from tracker.stats.sequential.stopping import forecast
@@ -184,7 +183,7 @@ def plan(
     check_layers(asked, trust_remote_code)
     # What is refused is so without torch.
     from tracker.engine.plan import cost
-    from tracker.models.maps import refuse_misfits
+    from tracker.models.parts.anatomy import LayerAnatomy
 
     planned = []
     before: set[CellRequest] = set()
@@ -200,7 +199,7 @@ def plan(
             refuse_unbounded(benchmark, metric)
         layers = count_layers(cell.source, trust_remote_code)
         ablations = ablations_of(request, layers)
-        refuse_misfits(ablations, texts.model)
+        LayerAnatomy.of(texts.model).refuse_formats(ablations)
         found = cost(texts.model, texts.documents, ablations, texts.max_length)
         if texts.dtype in HALF:
             found = _with_second_times(found, texts, request.extent.seed)
@@ -218,7 +217,7 @@ def plan(
                 *(request, runs, cell.complete, shared, found, texts.dtype, spread),
                 observed=known is not None,
                 reading=_reading(cell.source, texts, trust_remote_code),
-                kept=kept_in(cell.source, trust_remote_code),
+                kept=stored_format(cell.source, trust_remote_code),
                 answer=answer,
                 expected=expected,
             )

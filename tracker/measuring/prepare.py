@@ -81,9 +81,9 @@ def _counted(
     parts = count_parts(source, trust_remote_code, kinds)
     if "linear" not in request.components or request.maps:
         return parts
-    from tracker.models.maps import maps_of
+    from tracker.models.parts.catalog import linear_map_shapes
 
-    return parts._replace(maps=tuple(map(tuple, maps_of(source, trust_remote_code))))
+    return parts._replace(maps=tuple(map(tuple, linear_map_shapes(source, trust_remote_code))))
 
 
 def _is_complete(store: CellStore, request: CellRequest) -> bool:
@@ -252,9 +252,10 @@ def validate(
             ablations = ablations_of(request, layers)
             if any(ablation.rounded for ablation in ablations):
                 from tracker.models.load import hollow
-                from tracker.models.maps import refuse_misfits
+                from tracker.models.parts.anatomy import LayerAnatomy
 
-                refuse_misfits(ablations, hollow(source, request.dtype, trust_remote_code))
+                model = hollow(source, request.dtype, trust_remote_code)
+                LayerAnatomy.of(model).refuse_formats(ablations)
             if request.apply_chat_template:
                 from tracker.benchmarks.encoder import RequestEncoder
                 from tracker.models.load import weightless

@@ -177,10 +177,8 @@ def refuse_unsizable(
 ) -> None:
     """Refuse what plain transformers could not load without some layers, or with some again.
 
-    Reads no weights.
-
-    A miniature of the model, made once for all that is asked of it, is cut, saved, loaded and
-    asked, which takes a second.
+    Reads no weights. A miniature of the model, made once, is cut, saved, loaded and run, which
+    takes a second.
 
     Args:
         source: The model.
@@ -192,33 +190,19 @@ def refuse_unsizable(
     Raises:
         ModelError: Its configuration cannot say what would be left, or what loads is another model.
     """
-    some = None if removed is None else tuple(removed)
-    stamp = content_hash(source.stamp())
-    _refuse_unsizable(source, some, trust_remote_code, tuple(repeated), stamp)
-
-
-@lru_cache(maxsize=256)
-def _refuse_unsizable(
-    source: ModelSource,
-    removed: tuple[int, ...] | None,
-    trust_remote_code: bool,
-    repeated: tuple[Change, ...],
-    stamp: str,
-) -> None:
-    """Refuse it; what was not is not tried again, as long as the model's files are the same."""
     refuse_packed(source, trust_remote_code)
-    model, small = _small(source, trust_remote_code, stamp)
+    model, small = _small(source, trust_remote_code, content_hash(source.stamp()))
     total = len(find_layers(model))
-    for some in [removed] if removed is not None else [[0], [total // 2]]:
-        named = [*some, *(layer for stretch in repeated for layer in stretch.layers)]
+    for layers in [[0], [total // 2]] if removed is None else [removed]:
+        named = [*layers, *(layer for stretch in repeated for layer in stretch.layers)]
         beyond = [layer for layer in named if not 0 <= layer < total]
-        if beyond or len(set(some)) >= total:
+        if beyond or len(set(layers)) >= total:
             what = f"layer {beyond[0]} is out of range" if beyond else "no layer would be left"
             raise ModelError(f"{what}: {source.source} has {total} layers, 0 to {total - 1}")
         if small is None:
-            without(model, some, repeated)
+            without(model, layers, repeated)
         else:
-            _try(copy.deepcopy(small), some, repeated)
+            _try(copy.deepcopy(small), layers, repeated)
 
 
 @lru_cache(maxsize=1)

@@ -10,15 +10,16 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from filelock import FileLock
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -31,17 +32,25 @@ from tracker.models.gguf_file import one_parse
 from tracker.models.layers import find_layers, layers_beyond
 from tracker.models.offloaded import OffloadedWeights, take_over
 from tracker.models.placement import Placement, placed, weight_bytes
-from tracker.models.sources import BITS, ModelSource, read_config, require, unreadable
+from tracker.models.sources import (
+    BITS,
+    ModelSource,
+    read_config,
+    read_tokenizer,
+    require,
+    unreadable,
+)
 
 STD = 0.02
 """Standard deviation of the weights, as most configurations have it."""
 SHARD = 2 * 2**30
-"""Bytes of a file of weights, about: so many are in memory while they are drawn."""
+"""Bytes of a file of weights at most: so many are in memory while they are drawn."""
 _INDEX = "model.safetensors.index.json"
 
 
+@torch.inference_mode()
 def write_weights(source: ModelSource, model: nn.Module) -> None:
-    """Write random weights into a shape's folder, once.
+    """Write random weights into a shape's folder, once; a file at a time is in memory.
 
     Args:
         source: The shape.
@@ -54,37 +63,27 @@ def write_weights(source: ModelSource, model: nn.Module) -> None:
     with FileLock(folder / "lock"):
         if (folder / _INDEX).is_file():
             return
-        size = sum(p.numel() * p.itemsize for p in model.parameters())
-        free = shutil.disk_usage(folder).free
+        parameters: dict[str, Tensor] = dict(model.named_parameters())
+        split = split_torch_state_dict_into_shards(parameters, max_shard_size=SHARD)
+        size, free = split.metadata["total_size"], shutil.disk_usage(folder).free
         if size > free:
             raise ModelError(
                 f"{source.source} takes {size / 1e9:.0f} GB in {folder}, and {free / 1e9:.0f} are "
                 f"free; take fewer layers ({source.source.partition('@')[0]}@4), or set "
                 "XDG_CACHE_HOME to a larger disk"
             )
-        places: dict[str, str] = {}
-        for number, shard in enumerate(_shards(model)):
-            file = f"model-{number:05}.safetensors"
-            save_file(shard, folder / file, {"format": "pt"})
-            places |= dict.fromkeys(shard, file)
-        index = {"metadata": {"total_size": size}, "weight_map": places}
+        generator = torch.Generator().manual_seed(0)
+        for file, names in split.filename_to_tensors.items():
+            weights = {name: _draw(parameters[name], generator) for name in names}
+            save_file(weights, folder / file, {"format": "pt"})
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / _INDEX).write_text(json.dumps(index))
 
 
-@torch.inference_mode()
-def _shards(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Draw the weights, a file at a time: matrices of a normal distribution, vectors of ones."""
-    generator = torch.Generator().manual_seed(0)
-    shard: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        weight = torch.empty(parameter.shape, dtype=parameter.dtype)
-        is_matrix = parameter.ndim > 1
-        shard[name] = weight.normal_(0, STD, generator=generator) if is_matrix else weight.fill_(1)
-        if sum(each.nbytes for each in shard.values()) > SHARD:
-            yield shard
-            shard = {}
-    if shard:
-        yield shard
+def _draw(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a matrix of a normal distribution, or make a vector of ones."""
+    weight = torch.empty(parameter.shape, dtype=parameter.dtype)
+    return weight.normal_(0, STD, generator=generator) if weight.ndim > 1 else weight.fill_(1)
 
 
 log = logging.getLogger(__name__)
@@ -346,7 +345,7 @@ def weightless(source: ModelSource, dtype: str, trust_remote_code: bool = False)
     ModelError if the configuration or the tokenizer cannot be read.
     """
     model = hollow(source, dtype, trust_remote_code)
-    return model, _tokenizer(source, trust_remote_code, content_hash(source.stamp()))
+    return model, read_tokenizer(source, trust_remote_code, content_hash(source.stamp()))
 
 
 def bytes_to_load(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> int | None:
@@ -374,20 +373,6 @@ def hollow(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> 
             return AutoModelForCausalLM.from_config(
                 config, dtype=kind or torch.float32, trust_remote_code=trust_remote_code
             )
-    except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
-        raise unreadable(source, error) from None
-
-
-@cache
-def _tokenizer(source: ModelSource, trust_remote_code: bool, stamp: str) -> Any:
-    """Read a tokenizer, once in a process as long as its files are the same: a GGUF file's is made
-    of its vocabulary, which takes seconds where that is large."""
-    from transformers import AutoTokenizer
-
-    log.info("reading the tokenizer of %s", source.name)
-    arguments = source.load_arguments(trust_remote_code)
-    try:
-        return AutoTokenizer.from_pretrained(source.location, **arguments)
     except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
         raise unreadable(source, error) from None
 

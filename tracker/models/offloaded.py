@@ -372,14 +372,14 @@ def is_absent(weight: Any) -> bool:
     return bool(weight.untyped_storage().nbytes() < weight.numel() * weight.itemsize)
 
 
-Place = tuple[nn.Module, str]
-"""A module, and what it calls a parameter, or a module in it."""
+Attribute = tuple[nn.Module, str]
+"""A module, and its name for a parameter, or for a module in it."""
 
 
-def lend(
+def replace_attributes(
     layer: nn.Module,
-    places: Iterable[Place],
-    made: Callable[[], Mapping[Place, Tensor | nn.Module]],
+    attributes: Iterable[Attribute],
+    make: Callable[[], Mapping[Attribute, Tensor | nn.Module]],
     briefly: bool = False,
 ) -> None:
     """Give a layer other parameters or modules; `briefly` only while it is called.
@@ -388,23 +388,23 @@ def lend(
 
     Args:
         layer: The layer.
-        places: Which of its parameters or modules.
-        made: Makes them.
+        attributes: Which of its parameters or modules.
+        make: Makes the other ones.
         briefly: Whether it has them only while it is called.
     """
-    theirs = {place: getattr(*place) for place in places}
+    before = {attribute: getattr(*attribute) for attribute in attributes}
 
     def give(*_: Any) -> None:
-        for (module, name), own in made().items():
-            other = own if isinstance(own, nn.Module) else nn.Parameter(own, requires_grad=False)
+        for (module, name), value in make().items():
+            other = nn.Parameter(value, requires_grad=False) if isinstance(value, Tensor) else value
             setattr(module, name, other)
 
     def take_back(*_: Any) -> None:
-        for (module, name), own in theirs.items():
-            setattr(module, name, own)
+        for (module, name), value in before.items():
+            setattr(module, name, value)
 
-    held = (each for each in theirs.values() if isinstance(each, Tensor))
-    if briefly or any(map(is_absent, held)):
+    tensors = (value for value in before.values() if isinstance(value, Tensor))
+    if briefly or any(map(is_absent, tensors)):
         layer.register_forward_pre_hook(give)
         layer.register_forward_hook(take_back, always_call=True)
     else:

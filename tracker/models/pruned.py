@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from tracker.core.changes import Change
 from tracker.core.errors import ModelError
+from tracker.models.hooks import call_with, first_of, returning
 from tracker.models.layers import find_layers, owner
-from tracker.models.sublayers import add_nothing, call_with, first_of, returning
 
 State = dict[tuple[str, str], Any]
 """(path of a module, attribute) → value."""
@@ -37,7 +37,6 @@ larger ones are masks and the like, of which every copy would take its own."""
 def pruned(
     model: Any,
     removed: Collection[int] = (),
-    silent: Collection[nn.Module] = (),
     fresh: State | None = None,
     stay: bool = False,
     changes: Iterable[tuple[int, Callable[[nn.Module], object]]] = (),
@@ -51,7 +50,6 @@ def pruned(
     Args:
         model: A causal language model of transformers.
         removed: The layers to take out, 0-based.
-        silent: Attentions and MLPs of the model that are to add nothing to the residual stream.
         fresh: What the copy gets for its own in place of the model's, parameters too.
         stay: Whether the layers stay where they are and hand on their input, for a model that
             cannot be cut.
@@ -87,9 +85,6 @@ def pruned(
             own[stretch.layer].register_forward_hook(hook, with_kwargs=True)
     elif kept != list(range(len(layers))):
         _take_out(twin, own, kept)
-    for module in silent:
-        if id(module) in memo:
-            memo[id(module)].register_forward_hook(add_nothing, with_kwargs=True)
     return twin
 
 

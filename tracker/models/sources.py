@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -77,6 +78,8 @@ _INSTEAD = {
 """lm-eval's words for where a model is → what is typed here, or what happens by itself."""
 BITS = ("load_in_", "bnb_")
 """What arguments of bitsandbytes begin with."""
+_WHOLE = ("F64", "F32", "F16", "BF16")
+"""Types of tensors in GGUF files that are not rounded to fewer bits."""
 _LONG_TO_READ = 2e9
 """From how many bytes on it is said that files are read: a second or two of them."""
 _FOLDER_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.bin", "*.py")
@@ -371,15 +374,10 @@ def _of_shape(source: str) -> ModelSource:
 
 def _save_tokenizer(owner: ModelSource, folder: Path, vocabulary: int) -> None:
     """Save somebody's tokenizer, with no more tokens than a model knows."""
-    from transformers import AutoTokenizer
-
     from tracker.models.gguf_file import one_parse
 
-    try:
-        with one_parse():
-            tokenizer = AutoTokenizer.from_pretrained(owner.location, **owner.load_arguments(False))
-    except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
-        raise unreadable(owner, error) from None
+    with one_parse():
+        tokenizer = read_tokenizer(owner, False, content_hash(owner.stamp()))
     tokenizer.save_pretrained(folder)
     if len(tokenizer) <= vocabulary:
         return
@@ -529,6 +527,36 @@ def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
 
 
 @cache
+def stored_format(model: ModelSource, trust_remote_code: bool = False) -> str:
+    """Return the format of fewer bits in which a checkpoint keeps its weights.
+
+    Args:
+        model: The model; a GGUF file's list of tensors is read, of others the configuration.
+        trust_remote_code: Whether code from the download may run.
+
+    Returns:
+        For a GGUF file the type of most of its weights, such as `Q4_1`; otherwise what
+        `quantization_config` says, such as `gptq, 4 bits`; empty for weights of 16 bits or more.
+
+    Raises:
+        ModelError: The configuration cannot be reached or read.
+    """
+    if model.gguf_file:
+        from tracker.models.gguf_file import Reader
+
+        weights: Counter[str] = Counter()
+        for tensor in Reader(Path(model.location) / model.gguf_file).tensors:
+            weights[tensor.tensor_type.name] += int(tensor.n_elements)
+        ((most, _),) = weights.most_common(1)
+        return "" if most in _WHOLE else most
+    settings = getattr(read_config(model, trust_remote_code), "quantization_config", None)
+    if not isinstance(settings, dict):
+        return ""
+    bits, method = settings.get("bits"), str(settings.get("quant_method", "fewer bits"))
+    return f"{method}, {bits} bits" if isinstance(bits, int) else method
+
+
+@cache
 def _read_once(model: ModelSource, trust_remote_code: bool) -> Any:
     """Read a configuration, or find out why it cannot be: once in a process, for the hub's sake."""
     try:
@@ -550,6 +578,22 @@ def _read_once(model: ModelSource, trust_remote_code: bool) -> Any:
     if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
         return ModelError(f"{model.source}: its configuration names {short(layers)} layers")
     return config
+
+
+@cache
+def read_tokenizer(source: ModelSource, trust_remote_code: bool, stamp: str) -> Any:
+    """Read a tokenizer, once in a process for files of one stamp.
+
+    A GGUF file's is made of its vocabulary, which takes seconds where that is large.
+    """
+    from transformers import AutoTokenizer
+
+    log.info("reading the tokenizer of %s", source.name)
+    arguments = source.load_arguments(trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(source.location, **arguments)
+    except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
+        raise unreadable(source, error) from None
 
 
 def unreadable(model: ModelSource, error: Exception) -> ModelError:

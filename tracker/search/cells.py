@@ -37,7 +37,7 @@ from tracker.measuring.meter import Meter, Model, Place, open_model
 from tracker.measuring.observing import Documents, Observe, Observed, observe
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
-from tracker.models.parts import find_parts
+from tracker.models.parts.catalog import search_parts
 from tracker.models.sources import find_model
 from tracker.stats.arrays import Array
 
@@ -294,7 +294,7 @@ class OpenCell:
         trusted = self._lender.options.trust_remote_code
         for component, most in zip(COMPONENTS, map(max, zip(*shapes, strict=True)), strict=True):
             if most == _SEVERAL:
-                yield find_parts(source, component, trusted)
+                yield search_parts(source, component, trusted)
 
     def passes(self, ablations: Sequence[Ablation]) -> float:
         """Price one engine call, the baseline with it, in passes of the intact model."""

@@ -17,7 +17,7 @@ from tracker.engine.observers.rounding_error import rounding_errors, weight_erro
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import Arrays
 from tracker.measuring.observing import Observe
-from tracker.models.maps import maps_of
+from tracker.models.parts.catalog import linear_map_shapes
 from tracker.models.sources import find_model
 
 
@@ -52,7 +52,7 @@ def each_map(
     wanted: dict[str, Any] = {"components": ("linear",), "maps": cell.maps}
     asked = each_layer(cell, formats).model_copy(update=wanted)
     source = find_model(cell.model, cell.revision, cell.model_args)
-    names = tuple(map(tuple, maps_of(source, trust_remote_code)))
+    names = tuple(map(tuple, linear_map_shapes(source, trust_remote_code)))
     parts = ModelParts(len(names), maps=names)
     check_parts(asked, parts)
     asked = with_all_parts(asked, parts)

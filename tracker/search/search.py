@@ -31,7 +31,7 @@ from tracker.models.checkpoint import refuse_packed
 from tracker.models.devices import describe, synchronize
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, weightless
-from tracker.models.parts import find_parts
+from tracker.models.parts.catalog import search_parts
 from tracker.models.sources import ModelSource, count_layers, find_model, read_config
 from tracker.search.budgets import Budget, budget
 from tracker.search.cells import Lender, OpenCell
@@ -208,7 +208,7 @@ def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
     if measure == "seconds":
         each, total = seconds_a_token(lender.model(cell).loaded, lender)
     elif measure == "parts":
-        parts = find_parts(source, asked.unit, trust)
+        parts = search_parts(source, asked.unit, trust)
         total = float(len(parts.numbers))
         each = [1.0] * parts.total
     else:

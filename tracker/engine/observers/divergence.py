@@ -24,8 +24,8 @@ from tracker.engine.scoring.rows import measured_texts, reading_row
 from tracker.engine.scoring.score import run_base
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.devices import send
+from tracker.models.hooks import call_protected, first_of, replaced_forward, with_first
 from tracker.models.slices import take
-from tracker.models.sublayers import first_of, replaced_forward, undisturbed, with_first
 
 IMPOSSIBLE = -1e4
 """The log-probability of what a model masks out: small enough to be 0 as a probability."""
@@ -245,7 +245,7 @@ def _gated(
     layer: nn.Module, forward: Callable[..., Any], gate: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     """Let a gate of 1 stand before a layer's update: the same figures, and a derivative by it."""
-    before, output = undisturbed(layer, forward, args, kwargs)
+    before, output = call_protected(layer, forward, args, kwargs)
     after = first_of(output)
     update = (after - before.to(after.device)).detach()
     return with_first(output, after + (gate.to(after) - 1) * update)

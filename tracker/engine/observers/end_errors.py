@@ -42,18 +42,18 @@ def at_ends(
         for place in asked:
             if maps[place].path == which:
                 with ends.having(which, maps[place].intervention):
-                    after = ends.ends.module(which).forward(given)
+                    after = ends.matrices[which].module.forward(given)
                 yield place, before.flatten(0, -2), after.flatten(0, -2)
 
-    with ends.ends.embedding.register_forward_hook(look):
+    with ends.matrices.embedding.module.register_forward_hook(look):
         output = engine.run(tokens)
     for place, *both in compared("embedding"):
         before, after = (each[measured:] for each in both)
         yield place, before, after
     if all(maps[place].path != "lm_head" for place in asked):
         return
-    size = max(1, LOGITS_BYTES // (8 * len(ends.ends.weight("lm_head"))))
+    size = max(1, LOGITS_BYTES // (8 * len(ends.matrices.lm_head.weight)))
     for states in output.last_hidden_state[:, measured:].split(size, dim=1):
-        with ends.ends.lm_head.register_forward_hook(look):
+        with ends.matrices.lm_head.module.register_forward_hook(look):
             engine.head.logits(output, states)
         yield from compared("lm_head")

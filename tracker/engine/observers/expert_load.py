@@ -15,8 +15,8 @@ from tracker.core.documents import Document
 from tracker.core.proxies import OF_EXPERTS, widened
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
-from tracker.models.experts import each_choice, experts_at
-from tracker.models.sublayers import replaced_forward
+from tracker.models.hooks import replaced_forward
+from tracker.models.parts.experts import Experts, single_outputs
 
 _ROUNDING = 0.05
 """Of what all experts of a token give: what two ways of adding it up may differ by."""
@@ -41,8 +41,8 @@ def expert_load(
         ‖output‖ over those that are routed to it, and how many these are. The first is NaN where
         what one expert gives cannot be told from what others give.
     """
-    layers, name = engine.loaded.layers, engine.class_name
-    found = {layer: experts_at(engine.experts, layer, name) for layer in {p.layer for p in parts}}
+    layers, anatomy = engine.loaded.layers, engine.anatomy
+    found = {layer: anatomy.at(Experts, layer) for layer in {part.layer for part in parts}}
     sums = {
         layer: torch.zeros(len(OF_EXPERTS), own.count, dtype=torch.float64)
         for layer, own in found.items()
@@ -64,7 +64,7 @@ def _noting(
     output = forward(*args, **kwargs)
     total = torch.zeros_like(output, dtype=torch.float32).flatten(0, -2)
     seen = []
-    for numbers, gates, alone in each_choice(forward, args, kwargs):
+    for numbers, gates, alone in single_outputs(forward, args, kwargs):
         total += gates[:, None].float() * alone.float()
         seen.append((numbers, widened(gates) * widened(alone.float().norm(dim=-1))))
     whole = output.float().flatten(0, -2)

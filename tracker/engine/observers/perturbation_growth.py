@@ -25,7 +25,7 @@ from tracker.engine.scoring.layer_forward import forking
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.streams import LayerStep, StreamPlan
 from tracker.engine.scoring.sweep import Engine
-from tracker.models.sublayers import all_of, first_of
+from tracker.models.hooks import all_of, first_of
 
 REMOVED, SHUFFLED, RANDOM = 0, 1, 2
 """Places of the perturbations of a layer; random directions are the last, one a draw."""

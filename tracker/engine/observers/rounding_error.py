@@ -20,9 +20,9 @@ from tracker.core.proxies import widened
 from tracker.engine.observers.end_errors import at_ends
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
-from tracker.models.experts import each_choice, integers
-from tracker.models.linear_maps import LinearMap, linear_maps, map_at, map_of
-from tracker.models.quantised import holding
+from tracker.models.parts.experts import single_outputs
+from tracker.models.parts.linear_maps import LinearMap, holding
+from tracker.models.parts.probe import integer_tables
 
 _Places = dict[tuple[int, str], list[int]]
 """Layer and path of a linear map → where among the maps that are asked for it stands."""
@@ -42,11 +42,11 @@ def weight_errors(engine: Engine, maps: Sequence[Change]) -> Tensor:
     found = torch.zeros(len(maps), dtype=torch.float64)
     for place, each in enumerate(maps):
         if each.is_end:
-            linear = map_of(engine.ends.ends.module(each.path))
+            linear = engine.ends.matrices[each.path]
             weight = engine.ends.weight(each.path, each.intervention)
         else:
-            linear = _map_at(engine, each.layer, each.path)
-            weight = engine.rounded_weights.of(each.layer, each.path, linear, each.intervention)
+            linear = engine.anatomy.map_at(each.layer, each.path)
+            weight = engine.anatomy.weights.of(each.layer, each.path, linear, each.intervention)
         # One expert after the other: they may take much room.
         own, rounded = (one if one.ndim == 3 else one[None] for one in (linear.weight, weight))
         pairs = [*zip(own, rounded, strict=True)]
@@ -81,7 +81,7 @@ def rounding_errors(
     names = ("output_error", "output_size", "output_angle")
     found = {name: torch.zeros(len(maps), dtype=torch.float64) for name in names}
     found["tokens"] = torch.zeros((), dtype=torch.float64)
-    kept = engine.rounded_weights
+    kept = engine.anatomy.weights
 
     def compare(place: int, before: Tensor, after: Tensor, share: float = 1) -> None:
         found["output_error"][place] += float((after.float() - before.float()).square().sum())
@@ -120,14 +120,14 @@ def _of_experts(
     linear: LinearMap, weight: Tensor, measured: int, args: Any, kwargs: Any, output: Tensor
 ) -> _Pairs:
     """Ask the experts again, one of each token after the other."""
-    if not integers((*args, *kwargs.values())):
+    if not integer_tables((*args, *kwargs.values())):
         raise CellError(
             f"{type(linear.module).__name__} is not told which tokens go to which experts, so what "
             "one of them gives cannot be seen; leave the errors of its maps out"
         )
     own = linear.laid_out(weight, linear.parameter)
     rounded = holding(linear.module, {linear.name: own})
-    both = (each_choice(each.forward, args, kwargs) for each in (linear.module, rounded))
+    both = (single_outputs(each.forward, args, kwargs) for each in (linear.module, rounded))
     for (numbers, _, before), (_, _, after) in zip(*both, strict=True):
         mine = torch.arange(len(numbers), device=numbers.device) >= measured
         if linear.expert is not None:
@@ -135,17 +135,12 @@ def _of_experts(
         yield before[mine], after[mine]
 
 
-def _map_at(engine: Engine, layer: int, path: str) -> LinearMap:
-    name = f"layer {layer} of {engine.class_name}"
-    return map_at(linear_maps(engine.loaded.layers[layer], name), path, name)
-
-
 @contextmanager
 def _watched(engine: Engine, asked: _Places, look: Callable[..., None]) -> Iterator[None]:
     """Show linear maps of layers, each with what their modules are given and what they make."""
     with ExitStack() as stack:
         for layer, path in asked:
-            linear = _map_at(engine, layer, path)
+            linear = engine.anatomy.map_at(layer, path)
             seen = partial(look, layer, path, linear)
             stack.enter_context(linear.module.register_forward_hook(seen, with_kwargs=True))
         yield

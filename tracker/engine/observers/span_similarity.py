@@ -15,7 +15,7 @@ from tracker.core.proxies import OBSERVED, angular_distance, widened
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
-from tracker.models.sublayers import all_of, first_of, replaced_forward, undisturbed
+from tracker.models.hooks import all_of, call_protected, first_of, replaced_forward
 
 
 @torch.inference_mode()
@@ -64,7 +64,7 @@ def _watched(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, Tensor]]]:
     seen: list[tuple[Tensor, Tensor]] = []
 
     def call(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        before, output = undisturbed(layer, forward, args, kwargs)
+        before, output = call_protected(layer, forward, args, kwargs)
         after = first_of(output)
         # Several residual streams side by side are one state.
         seen.append((before.flatten(0, 1).flatten(1), after.flatten(0, 1).flatten(1)))

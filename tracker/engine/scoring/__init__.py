@@ -2,13 +2,13 @@
 
 Modules:
     decode: Generate texts under every ablation at once.
-    ends: Compute embeddings and output heads in formats.
     head: Run the output head only at predicted tokens.
     idle: Find experts that no token of a row is routed to.
     layer_forward: Run a layer for all streams, changed as each stream asks.
     masks: Build the attention masks of a row.
     plain_call: Score one request in one plain call of the model.
     prefix: Read the common prefix of documents once.
+    rounded_embeddings: Compute embeddings and output heads in formats.
     row_size: Time rows of several sizes and choose the fastest.
     rows: Pack requests into rows.
     score: Score one row.

@@ -41,8 +41,8 @@ def decoding(
         Keys and values of all but the prompt's last token, as the model takes them. A forward pass
         must have one row an ablation, in their order.
     """
-    ends, tied = parts.ends, parts.ends is not None and parts.ends.ends.tied
-    divided = parts.inside.sublayers != ()
+    ends, tied = parts.ends, parts.ends is not None and parts.ends.matrices.is_tied
+    divided = parts.anatomy.is_divided if any(a.parts for a in ablations) else True
     plan = plan_streams(ablations, len(parts.layers), tied, divided)
     begun = 0 if prefix is None else len(prefix.tokens)
     rest = prompt[begun:-1]
@@ -61,7 +61,7 @@ def decoding(
             stack.enter_context(ends.by_row("embedding", starts))
             stack.enter_context(ends.by_row("lm_head", plan.heads))
         stack.enter_context(
-            forking(parts.layers, together, parts.inside, stand_ins=parts.stand_ins, batched=True)
+            forking(parts.layers, together, parts.anatomy, stand_ins=parts.stand_ins, batched=True)
         )
         yield own
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tracker.engine.refusal import RefusalError
+from tracker.models.hooks import replaced_forward
 from tracker.models.layers import find_base
-from tracker.models.sublayers import replaced_forward
 
 BLOCK = 2048
 """Tokens of the vocabulary whose logits exist at a time on a CPU; all of them in memory at once

@@ -19,8 +19,8 @@ from tracker.core.grouping import grouped
 from tracker.engine.scoring.rows import Row
 from tracker.engine.scoring.score import Parts, run_base
 from tracker.engine.scoring.streams import plan_streams
-from tracker.models.experts import Experts, experts_at, routed
-from tracker.models.sublayers import state_of
+from tracker.models.hooks import state_of
+from tracker.models.parts.experts import Experts, routed
 
 WORTH = 8
 """Ablations of experts from which one more pass is worth it."""
@@ -48,7 +48,6 @@ def idle(parts: Parts, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]
     Returns:
         Those of them that do, but for the rounding of weights.
     """
-    assert parts.inside.experts is not None
     gone_of = {
         ablation: [at.experts for at in ablation.by_layer.values()] for ablation in ablations
     }
@@ -65,7 +64,7 @@ def idle(parts: Parts, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]
         # Read once for all: each time it is read an accelerator is waited for.
         numbers = {number for number, is_chosen in enumerate(chosen.tolist()) if is_chosen}
         for each in gone:
-            kept = those.left(each, type(router).__name__)
+            kept = those.without(each, parts.anatomy.name(each[0].layer))
             # What finds out how far layers see calls them too, in the middle of the pass.
             unread[each] = (
                 unread.get(each, True)
@@ -76,7 +75,7 @@ def idle(parts: Parts, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]
     with ExitStack() as stack:
         for layer, each in asked.items():
             module = parts.layers[layer]
-            those = experts_at(parts.inside.experts, layer, type(module).__name__)
+            those = parts.anatomy.at(Experts, layer)
             router = module.get_submodule(those.router)
             hook = partial(look, those, each)
             stack.enter_context(router.register_forward_hook(hook, with_kwargs=True))

@@ -19,24 +19,24 @@ from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.masks import Masks, mask_place
 from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.streams import LayerStep, StreamPlan
-from tracker.models.experts import Experts, experts_at, integers, routed
-from tracker.models.heads import Heads, heads_at
-from tracker.models.linear_maps import LinearMap, linear_maps, map_at
-from tracker.models.offloaded import is_absent
-from tracker.models.quantised import RoundedWeights, formats_of, holding, weights_in
-from tracker.models.shared_experts import Shared, shared_at
-from tracker.models.slices import neighbours, put, take
-from tracker.models.sublayers import (
-    Sublayers,
+from tracker.models.hooks import (
     call_with,
     first_of,
-    lent,
+    learn_writes,
     nothing,
+    protected,
     replaced_forward,
-    returned,
     state_of,
     with_first,
 )
+from tracker.models.offloaded import is_absent
+from tracker.models.parts.anatomy import LayerAnatomy
+from tracker.models.parts.experts import Experts, SharedExperts, routed
+from tracker.models.parts.heads import Heads
+from tracker.models.parts.linear_maps import LinearMap, holding, weights_in
+from tracker.models.parts.probe import integer_tables
+from tracker.models.parts.sublayers import Sublayers
+from tracker.models.slices import neighbours, put, take
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """Called with a layer and the baseline's input and output of it, each [rows, tokens, hidden]."""
@@ -46,30 +46,11 @@ _Forks = Iterator[tuple[nn.Module, Callable[..., Any]]]
 """Modules of a layer, with what stands in for each."""
 
 
-@dataclass
-class Inside:
-    """What is inside a model's layers, as far as it was asked for: of each layer one entry.
-
-    Attributes:
-        sublayers: Its attention and MLP; empty where they cannot be told apart.
-        heads: The heads of its attention; None where there are none.
-        experts: The routed experts of its MLP; the same.
-        shared: Its shared experts; the same.
-        rounded: Makes weights in a format.
-    """
-
-    sublayers: Sequence[Sublayers] | None = None
-    heads: Sequence[Heads | None] | None = None
-    experts: Sequence[Experts | None] | None = None
-    shared: Sequence[Shared | None] | None = None
-    rounded: RoundedWeights | None = None
-
-
 @contextmanager
 def forking(
     layers: nn.ModuleList,
     plan: StreamPlan,
-    inside: Inside | None = None,
+    anatomy: LayerAnatomy | None = None,
     observe: Observer | None = None,
     masks: Masks | None = None,
     stand_ins: Mapping[int, StandIn] | None = None,
@@ -93,7 +74,7 @@ def forking(
     Args:
         layers: The model's decoder layers.
         plan: Where to fork.
-        inside: What is inside the layers; needed as far as the plan takes it apart.
+        anatomy: The parts of the layers; those that the plan takes apart are found.
         observe: Sees the baseline's input and output of each layer.
         masks: What each layer gets in place of the model's own mask.
         stand_ins: What stands in for layers; the same.
@@ -106,7 +87,6 @@ def forking(
     Yields:
         Nothing; on exit, also by an exception, the layers are what they were.
     """
-    inside = inside or Inside()
     common = _Pass(at_once, observe, batched, masks, stand_ins or {}, begun, [], [])
     with ExitStack() as stack:
         # A fork holds all others, so that what they hold would stay until Python looks for cycles.
@@ -118,69 +98,59 @@ def forking(
             fork = _LayerFork(index, layer, whole, apart, layer.forward, common)
             common.forks.append(fork)
             stack.enter_context(replaced_forward(layer, fork))
-            for module, part in _forks_inside(layer, index, step, inside, batched):
+            for module, part in _forks_inside(layer, index, step, anatomy, batched):
                 stack.enter_context(fork.turn.apart(module, part))
         yield
 
 
 def _forks_inside(
-    layer: nn.Module, index: int, step: LayerStep, inside: Inside, batched: bool
+    layer: nn.Module, index: int, step: LayerStep, anatomy: LayerAnatomy | None, batched: bool
 ) -> _Forks:
     """Give modules of a layer with what stands in for each, made when those before it stand in."""
-    kind = type(layer).__name__
+    if anatomy is None:
+        return
+    name = anatomy.name(index)
     # Which of the entering streams each part of the layer computes.
     computing: list[tuple[nn.Module, Sequence[int]]] = []
     if step.has_sublayers:
-        assert inside.sublayers is not None
-        parts = inside.sublayers[index]
+        parts = anatomy.at(Sublayers, index)
         for module, computed, taken, made in (
             (parts.attention, step.computed, step.projected, len(step.heads)),
             (parts.mlp, step.mlps, step.mlp, len(step.mlps)),
         ):
             computing.append((module, computed))
             yield module, _SublayerFork(module, computed, taken, made, module.forward, batched)
-    projection = None
-    if "heads" in step.changes:
-        assert inside.heads is not None
-        found = heads_at(inside.heads, index, kind)
-        projection = layer.get_submodule(found.projection)
+    heads = anatomy.at(Heads, index) if "heads" in step.changes else None
+    if heads is not None:
+        projection = layer.get_submodule(heads.projection)
         computing.insert(0, (projection, [source for source, _ in step.heads]))
     if "rounded" in step.changes:
-        yield from _rounded_forks(layer, index, step, inside, computing)
-    if projection is not None:
-        columns = [[found.columns(part, kind) for part in gone] for _, gone in step.heads]
+        yield from _rounded_forks(index, step, anatomy, computing)
+    if heads is not None:
+        columns = [[heads.columns(part, name) for part in gone] for _, gone in step.heads]
         of = [step.computed.index(source) for source, _ in step.heads]
         yield projection, _HeadFork(of, columns, projection.forward)
     if "experts" in step.changes:
-        assert inside.experts is not None
-        those = experts_at(inside.experts, index, kind)
-        router = layer.get_submodule(those.router)
-        kept = [those.left(gone, kind) if gone else None for gone in step.experts]
-        yield router, _RouterFork(router, those, kept, router.forward)
+        experts = anatomy.at(Experts, index)
+        router = layer.get_submodule(experts.router)
+        kept = [experts.without(gone, name) if gone else None for gone in step.experts]
+        yield router, _RouterFork(router, experts, kept, router.forward)
     if "shared" in step.changes:
-        assert inside.shared is not None
-        for path in shared_at(inside.shared, index, kind):
+        for path in anatomy.at(SharedExperts, index).paths:
             module = layer.get_submodule(path)
             yield module, _SharedFork(step, module.forward)
 
 
 def _rounded_forks(
-    layer: nn.Module,
     index: int,
     step: LayerStep,
-    inside: Inside,
+    anatomy: LayerAnatomy,
     computing: Sequence[tuple[nn.Module, Sequence[int]]],
 ) -> _Forks:
     """Give the modules with other weights in some streams; `computing` says which pass a module."""
-    assert inside.rounded is not None
-    name = f"layer {index}"
-    own = inside.sublayers[index] if inside.sublayers else None
-    asks = [step.done[stream].rounded for stream in step.entering]
-    # Of hundreds of streams that enter only a few ask for anything.
-    forms = [formats_of(layer, ask, own, name) if ask else {} for ask in asks]
-    every = linear_maps(layer, name)
-    maps = {path: map_at(every, path, name) for form in forms for path in form}
-    weights = partial(inside.rounded.of, index)
+    forms = [anatomy.formats(index, step.done[stream].rounded) for stream in step.entering]
+    maps = {path: anatomy.map_at(index, path) for form in forms for path in form}
+    weights = partial(anatomy.weights.of, index)
     for module, held in grouped(maps.items(), lambda each: each[1].module).items():
         mine = [s for part, s in computing if any(m is module for m in part.modules())]
         asked = [
@@ -295,9 +265,9 @@ class _LayerFork:
             near = neighbours(origins)
             is_view = len(near) == 1
             state = (before[near[0]] if is_view else take(before, origins)).flatten(0, 1)
-            going = lent(self.module, state) if is_view else state
+            going = protected(self.module, state) if is_view else state
             given = self._passed(going, rows, len(some))
-            returned(self.module, going, state)
+            learn_writes(self.module, going, state)
             passed = first_of(given)
             if output is None:
                 output, after = given, passed.new_empty(len(step.actions), *rows)
@@ -421,7 +391,7 @@ class _ExpertsFork(_RoundedFork):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take what the experts take, and return what they return, of all streams."""
         streams, state = len(self.asked), state_of(args, kwargs)
-        choices = integers((*args, *kwargs.values()))
+        choices = integer_tables((*args, *kwargs.values()))
         if not choices or len(choices[0]) % streams or len(state) % streams:
             raise RefusalError("what its experts are given has no row a stream")
 

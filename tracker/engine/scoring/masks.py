@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import Row
-from tracker.models.sublayers import all_of, replaced_forward, state_of, with_first
+from tracker.models.hooks import all_of, replaced_forward, state_of, with_first
 
 ARGUMENT = "attention_mask"
 

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from tracker.core.changes import INTACT
 from tracker.core.proxies import OBSERVED, observed
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.ends import RoundedEnds, first_states
 from tracker.engine.scoring.head import Head
-from tracker.engine.scoring.layer_forward import Inside, forking
+from tracker.engine.scoring.layer_forward import forking
 from tracker.engine.scoring.masks import ARGUMENT, Masks, Sight
 from tracker.engine.scoring.prefix import Prefix, cache_argument, new_cache
+from tracker.engine.scoring.rounded_embeddings import RoundedEmbeddings, first_states
 from tracker.engine.scoring.rows import Row, reading_row
 from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.models.devices import fetch
+from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.slices import split, take
 
 OBSERVED_SIZE = 2**22
@@ -54,7 +55,7 @@ class Parts:
     Attributes:
         model: A causal language model of transformers, in evaluation mode.
         layers: The decoder layers that are there.
-        inside: What is inside them, as far as a plan needs it.
+        anatomy: Their parts; those that a plan needs are found.
         head: What is behind its base.
         device: Where its inputs go.
         sight: How far each layer sees in a text of some length.
@@ -66,12 +67,12 @@ class Parts:
 
     model: Any
     layers: nn.ModuleList
-    inside: Inside
+    anatomy: LayerAnatomy
     head: Head
     device: torch.device
     sight: Callable[[int], Sight]
     stand_ins: Mapping[int, StandIn] | None = None
-    ends: RoundedEnds | None = None
+    ends: RoundedEmbeddings | None = None
     at_once: int | None = None
     row_multiple: int = 1
 
@@ -209,7 +210,9 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
     at_once = None
     if parts.at_once is not None and cache is None:
         at_once = max(1, parts.at_once // row.input_ids.numel())
-    with forking(parts.layers, plan, parts.inside, observe, masks, parts.stand_ins, begun, at_once):
+    with forking(
+        parts.layers, plan, parts.anatomy, observe, masks, parts.stand_ins, begun, at_once
+    ):
         output = parts.base(**inputs)
     compute()
     if len(figures) != len(parts.layers):

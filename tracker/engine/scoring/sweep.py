@@ -26,31 +26,32 @@ from tracker.engine.lockstep import reporting, side_by_side
 from tracker.engine.memory import stream_bytes
 from tracker.engine.refusal import RefusalError, is_out_of_memory
 from tracker.engine.scoring.decode import decoding
-from tracker.engine.scoring.ends import RoundedEnds
 from tracker.engine.scoring.head import Head
 from tracker.engine.scoring.idle import WORTH, idle, of_experts
-from tracker.engine.scoring.layer_forward import Inside
 from tracker.engine.scoring.masks import Sight, look
 from tracker.engine.scoring.plain_call import read, read_for, scored
 from tracker.engine.scoring.prefix import SHORTEST, Prefix, cache_argument
+from tracker.engine.scoring.rounded_embeddings import RoundedEmbeddings
 from tracker.engine.scoring.rows import ANY_LENGTH, Row, common_beginning, flat_rows, tree_rows
 from tracker.engine.scoring.score import Parts, RowScores, kept_bytes, launch_row, read_prefix
 from tracker.engine.scoring.sharing import ALONE, FULL, NO_HABITS, PLAIN, Quirks, Sharing
 from tracker.engine.scoring.stand_in import Fitted, StandIn
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.models.devices import can_pin, empty_cache
-from tracker.models.ends import find_ends, round_ends
-from tracker.models.experts import Experts, experts_at, find_experts, take_experts
-from tracker.models.heads import Heads, find_heads, heads_at, take_out
+from tracker.models.hooks import returning
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
+from tracker.models.parts.anatomy import LayerAnatomy
+from tracker.models.parts.embeddings import find_embeddings, round_embeddings
+from tracker.models.parts.experts import Experts, SharedExperts
+from tracker.models.parts.heads import Heads
+from tracker.models.parts.linear_maps import RoundedWeights
+from tracker.models.parts.probe import LayerPart
+from tracker.models.parts.sublayers import Sublayers
 from tracker.models.placement import least_free
 from tracker.models.pruned import left, pruned, put_back, remember
-from tracker.models.quantised import RoundedWeights, formats_of, quantise
 from tracker.models.reloaded import as_loaded
-from tracker.models.shared_experts import Shared, find_shared, shared_at
 from tracker.models.slices import take
-from tracker.models.sublayers import Sublayers, find_sublayers, returning
 
 T = TypeVar("T")
 
@@ -97,16 +98,24 @@ class Known:
     Attributes:
         sight: How far its layers see.
         kept_bytes: What the keys and values of one token take in one attention.
-        inside: What is inside its layers, as far as anybody asked.
+        parts: The parts of its layers, as far as they were needed; see `LayerAnatomy`.
+        weights: Weights of its layers in formats.
         ends: Its embedding and head, with weights in formats; the same.
     """
 
     sight: Sight | None = None
     kept_bytes: int | None = None
-    inside: Inside = field(default_factory=Inside)
-    ends: RoundedEnds | None = None
+    parts: dict[Any, Any] = field(default_factory=dict)
+    weights: RoundedWeights | None = None
+    ends: RoundedEmbeddings | None = None
 
 
+_CHANGED: Mapping[str, type[LayerPart]] = {
+    "heads": Heads,
+    "experts": Experts,
+    "shared": SharedExperts,
+}
+"""Names in `LayerStep.changes`, with the parts that must be found."""
 _Scored = tuple[Row, Sequence[Ablation], RowScores]
 
 
@@ -159,16 +168,6 @@ class Engine:
         than fit: a layer has them while it is called.
         """
         self.put_back()
-        parts = self._sublayers if ablation.has_sublayers else []
-        silent = [
-            *(parts[layer].attention for layer in ablation.removed("attention")),
-            *(parts[layer].mlp for layer in ablation.removed("mlp")),
-            *(
-                each
-                for layer in ablation.removed("shared_expert")
-                for each in self._shared_of(layer)
-            ),
-        ]
         few = briefly and sum(bool(at.rounded) for at in ablation.by_layer.values()) > 1
         kept = RoundedWeights(self._kept_weights) if few else None
         quirks = self.quirks
@@ -176,7 +175,6 @@ class Engine:
             pruned,
             self.loaded.model,
             ablation.removed(),
-            silent,
             quirks.first,
             changes=[*self._changes(ablation, kept)],
             repeated=ablation.repeated,
@@ -187,7 +185,7 @@ class Engine:
                 as_loaded(self.loaded.model, model, self.left(ablation))
             except ModelError:  # of such layers there is no checkpoint
                 model = make(stay=quirks.stay)
-        round_ends(model, ablation.ends)
+        round_embeddings(model, ablation.ends)
         changing = {name for _, name in quirks.leftovers}
         return replace(
             self,
@@ -203,28 +201,13 @@ class Engine:
         """List what really changes the layers that an ablation neither removes nor repeats.
 
         With each layer comes what changes that of a copy: its weights, or what it returns. `kept`
-        is as for `quantise`.
+        is as for `round_layer`.
         """
-        name = self.class_name
         for change in ablation.replaced:
             # The layer still runs; its output is dropped.
             make = partial(self.stand_ins[change.layer].change, change.action)
             yield change.layer, partial(returning, make=make)
-        whole = self._sublayers if ablation.has_groups_of_maps else None
-        for layer, lost in ablation.by_layer.items():
-            where = f"layer {layer} of {name}"
-            if lost.rounded:
-                own = whole[layer] if whole else None
-                formats = formats_of(self.loaded.layers[layer], lost.rounded, own, where)
-                yield layer, partial(quantise, formats=formats, name=where, number=layer, kept=kept)
-            if lost.heads:
-                heads = heads_at(self._heads, layer, name)
-                columns = [heads.columns(part, name) for part in lost.heads]
-                yield layer, partial(take_out, heads=heads, columns=columns, name=where)
-            if lost.experts:
-                experts = experts_at(self.experts, layer, name)
-                stay = experts.left(lost.experts, name)
-                yield layer, partial(take_experts, experts=experts, kept=stay, name=where)
+        yield from self.anatomy.changes(ablation, kept)
 
     def copy(self) -> Any:
         """Make a copy of the intact model, which calls may change."""
@@ -505,7 +488,7 @@ class Engine:
 
     def plan(self, ablations: Sequence[Ablation]) -> StreamPlan:
         """Plan where the streams of some ablations fork."""
-        tied = any(each.ends for each in ablations) and self.ends.ends.tied
+        tied = any(each.ends for each in ablations) and self.ends.matrices.is_tied
         return plan_streams(ablations, len(self.loaded.layers), tied, self._is_divided(ablations))
 
     def parts(self, plan: StreamPlan) -> Parts:
@@ -513,18 +496,17 @@ class Engine:
         loaded, on_cpu, at_once = self.loaded, self.loaded.device.type == "cpu", None
         if on_cpu and loaded.offloaded is None:  # elsewhere all streams pass a layer together
             at_once = self.at_once or AT_ONCE * torch.get_num_threads()
+        anatomy = self.anatomy
         changes = {name for step in plan.steps for name in step.changes}
-        has_sublayers = any(step.has_sublayers for step in plan.steps) or plan.has_groups_of_maps
+        kinds = [kind for name, kind in _CHANGED.items() if name in changes]
+        if any(step.has_sublayers for step in plan.steps) or plan.has_groups_of_maps:
+            kinds.append(Sublayers)
+        for kind in kinds:  # now, before layers fork
+            anatomy.find(kind)
         return Parts(
             loaded.model,
             loaded.layers,
-            Inside(
-                self._sublayers if has_sublayers else self.known.inside.sublayers,
-                self._heads if "heads" in changes else None,
-                self.experts if "experts" in changes else None,
-                self._shared if "shared" in changes else None,
-                self.rounded_weights if "rounded" in changes else None,
-            ),
+            anatomy,
             self.head,
             loaded.device,
             self._sight,
@@ -590,72 +572,42 @@ class Engine:
         return Head(self.loaded.model)
 
     @property
-    def _sublayers(self) -> Sequence[Sublayers]:
-        return self._found("sublayers", find_sublayers)
+    def anatomy(self) -> LayerAnatomy:
+        """The parts of its layers."""
+        known, loaded = self.known, self.loaded
+        known.weights = known.weights or RoundedWeights(self._kept_weights)
+        # Not kept: it holds this engine, whose quirks a call of the model must heed.
+        return LayerAnatomy(
+            loaded.model, loaded.layers, loaded.device, self._alone, known.parts, known.weights
+        )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Provide a context in which a call of the model leaves no trace in later passes."""
+        self.put_back()
+        with nullcontext() if self.loaded.offloaded is None else self.loaded.offloaded.alone():
+            yield
+        self.put_back()
 
     def _is_divided(self, ablations: Sequence[Ablation]) -> bool:
         """Check whether layers are divided into attention and MLP; parts can do without."""
-        inside = self.known.inside
-        if any(ablation.has_sublayers for ablation in ablations):
-            return True
-        if inside.sublayers is None and any(ablation.parts for ablation in ablations):
-            try:
-                inside.sublayers = self._sublayers
-            except ModelError:
-                inside.sublayers = ()
-        return inside.sublayers != ()
+        is_whole = any(ablation.has_sublayers for ablation in ablations)
+        has_parts = any(ablation.parts for ablation in ablations)
+        return is_whole or not has_parts or self.anatomy.is_divided
 
     @property
-    def _heads(self) -> Sequence[Heads | None]:
-        return self._found("heads", find_heads)
-
-    @property
-    def experts(self) -> Sequence[Experts | None]:
-        """The routed experts of each layer."""
-        return self._found("experts", find_experts)
-
-    @property
-    def _shared(self) -> Sequence[Shared | None]:
-        return self._found("shared", find_shared, self._sublayers)
-
-    def _shared_of(self, layer: int) -> list[nn.Module]:
-        """The modules that are the shared experts of a layer."""
-        paths = shared_at(self._shared, layer, self.class_name)
-        return [self.loaded.layers[layer].get_submodule(path) for path in paths]
-
-    @property
-    def rounded_weights(self) -> RoundedWeights:
-        """Weights in some formats, which are made once where they fit."""
-        inside = self.known.inside
-        inside.rounded = inside.rounded or RoundedWeights(self._kept_weights)
-        return inside.rounded
-
-    @property
-    def ends(self) -> RoundedEnds:
+    def ends(self) -> RoundedEmbeddings:
         """The embedding and the head; in formats each is large, and each row wants all of them."""
         known = self.known
         if known.ends is None:
             weights = RoundedWeights(self._budget // 2)
-            known.ends = RoundedEnds(find_ends(self.loaded.model), weights)
+            known.ends = RoundedEmbeddings(find_embeddings(self.loaded.model), weights)
         return known.ends
 
     @property
     def _kept_weights(self) -> int:
         """Bytes that weights in formats may take while no layer has them."""
         return self._budget // 8
-
-    def _found(self, name: str, find: Callable[..., list[T]], *others: Any) -> list[T]:
-        """Find some parts of all layers, by `others` of them, which takes a call; once."""
-        loaded = self.loaded
-        parts: list[T] = getattr(self.known.inside, name)
-        if not parts:
-            self.put_back()
-            # It changes what the sublayers of all passes are, or looks into them.
-            with nullcontext() if loaded.offloaded is None else loaded.offloaded.alone():
-                parts = find(loaded.model, *others, loaded.layers, loaded.device)
-            self.put_back()
-            setattr(self.known.inside, name, parts)
-        return parts
 
     def _launch_row(
         self, row: Row, plan: StreamPlan, prefix: Prefix | None, ablations: Sequence[Ablation]

@@ -18,8 +18,8 @@ from tracker.engine.scoring.sharing import NO_HABITS, PLAIN
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.reasons import Verdict
 from tracker.engine.selfcheck.reference import Reference
+from tracker.models.hooks import all_of, returning
 from tracker.models.reloaded import as_made, lacking, reloaded
-from tracker.models.sublayers import all_of, returning
 
 log = logging.getLogger(__name__)
 TEXT = tuple(5 * place % 29 + 2 for place in range(12))

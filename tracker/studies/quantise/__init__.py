@@ -25,9 +25,9 @@ from tracker.core.records import CellRecord
 from tracker.core.tables import Column, Table, table
 from tracker.core.weight_formats import FORMATS
 from tracker.ledger.files import write_note
-from tracker.models.ends import shapes_of_ends
 from tracker.models.load import hollow
-from tracker.models.maps import maps_of
+from tracker.models.parts.catalog import linear_map_shapes
+from tracker.models.parts.embeddings import embedding_shapes
 from tracker.models.placement import weight_bytes
 from tracker.models.sources import find_model
 from tracker.search.bit_budgets import BitBudget, Unit, budget, units_of
@@ -113,9 +113,9 @@ class Quantise(Study[QuantiseSettings]):
         """Return the units of a request's layers, and how many bits there are."""
         source = find_model(request.model, request.revision, request.model_args)
         model = hollow(source, request.dtype, trust)
-        ends = shapes_of_ends(model) if self.settings.embeddings else {}
+        ends = embedding_shapes(model) if self.settings.embeddings else {}
         by_map = self.settings.by == "map"
-        units = units_of(maps_of(source, trust), request.layers, by_map, ends)
+        units = units_of(linear_map_shapes(source, trust), request.layers, by_map, ends)
         whole, size = weight_bytes(model), int(model.dtype.itemsize)
         rest = whole - size * sum(unit.weights for unit in units)
         return units, budget(self.settings.budget, units, rest, whole, self.formats)

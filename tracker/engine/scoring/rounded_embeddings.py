@@ -7,42 +7,42 @@ positions, soft-capping) is done as ever.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from tracker.core.grouping import grouped
 from tracker.engine.refusal import RefusalError
-from tracker.models.ends import Ends
-from tracker.models.linear_maps import map_of
-from tracker.models.quantised import RoundedWeights
+from tracker.models.hooks import replaced_forward, state_of
+from tracker.models.parts.embeddings import Embeddings
+from tracker.models.parts.linear_maps import RoundedWeights
 from tracker.models.slices import put, take
-from tracker.models.sublayers import replaced_forward, state_of
 
 
 @dataclass(frozen=True)
-class RoundedEnds:
+class RoundedEmbeddings:
     """A model's embedding and head, and what makes their weights in formats."""
 
-    ends: Ends
+    matrices: Embeddings
     weights: RoundedWeights
 
     def weight(self, which: str, form: str) -> Tensor:
-        """Give the weight of one of them in a format [tokens, width]."""
-        name = "embedding" if self.ends.tied else which
-        return self.weights.of(0, name, map_of(self.ends.module(which)), form)
+        """Return the weight of one of them in a format [tokens, width]."""
+        name = "embedding" if self.matrices.is_tied else which
+        return self.weights.of(0, name, self.matrices[which], form)
 
     @contextmanager
     def having(self, which: str, form: str | None) -> Iterator[None]:
-        """Let one of them have weights in a format until exit; None for its own.
+        """Give one of them weights in a format until exit; None for its own.
 
         No other pass of the model may run meanwhile: it would meet them.
         """
         if form is None:
             yield
             return
-        module = self.ends.module(which)
+        module = self.matrices[which].module
         own, rounded = module.weight, self.weight(which, form)
         module.weight = nn.Parameter(rounded, requires_grad=False)
         try:
@@ -50,36 +50,23 @@ class RoundedEnds:
         finally:
             module.weight = own
 
-    @contextmanager
-    def by_row(self, which: str, formats: Sequence[str | None]) -> Iterator[None]:
-        """Let one of them have weights of their own for each row of a batch, until exit."""
-        if not any(formats):
-            yield
-            return
-        module = self.ends.module(which)
-        with replaced_forward(module, _RowFork(which, formats, self, module.forward)):
-            yield
+    def by_row(self, which: str, formats: Sequence[str | None]) -> AbstractContextManager[None]:
+        """Give one of them weights of their own for each row of a batch, until exit."""
+        module = self.matrices[which].module
+        forward: Callable[[Tensor], Tensor] = module.forward
+        rows_of = grouped(range(len(formats)), lambda row: formats[row])
 
+        def by_format(given: Tensor) -> Tensor:
+            output = forward(given)
+            if len(given) != len(formats):
+                raise RefusalError(f"its {which} is not called with a row a text")
+            for form, rows in rows_of.items():
+                if form is not None:
+                    with self.having(which, form):
+                        put(output, rows, forward(take(given, rows)))
+            return output
 
-@dataclass(frozen=True)
-class _RowFork:
-    """An embedding or a head over the rows of a batch, some of which have weights in a format."""
-
-    which: str
-    formats: Sequence[str | None]
-    ends: RoundedEnds
-    forward: Callable[..., Any]
-
-    def __call__(self, given: Tensor) -> Tensor:
-        """Take and return what the module does."""
-        output: Tensor = self.forward(given)
-        if len(given) != len(self.formats):
-            raise RefusalError(f"its {self.which} is not called with a row a text")
-        for form in dict.fromkeys(form for form in self.formats if form is not None):
-            rows = [row for row, mine in enumerate(self.formats) if mine == form]
-            with self.ends.having(self.which, form):
-                put(output, rows, self.forward(take(given, rows)))
-        return output
+        return replaced_forward(module, by_format) if any(formats) else nullcontext()
 
 
 class _ReachedError(Exception):
@@ -87,7 +74,11 @@ class _ReachedError(Exception):
 
 
 def first_states(
-    base: Any, first: nn.Module, ends: RoundedEnds, formats: Sequence[str], inputs: dict[str, Any]
+    base: Any,
+    first: nn.Module,
+    ends: RoundedEmbeddings,
+    formats: Sequence[str],
+    inputs: dict[str, Any],
 ) -> list[Tensor]:
     """Find what the first layer is given where the embedding has a format; no layer runs.
 

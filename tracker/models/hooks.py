@@ -1,0 +1,156 @@
+"""Calls of modules: what they take and return, and what stands in for them for a while."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+_READ_ONLY: WeakSet[nn.Module] = WeakSet()
+"""Layers that were seen to write nothing into their input."""
+
+
+def state_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the residual stream that a layer is called with."""
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def call_with(
+    forward: Callable[..., Any], state: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """Call a layer's forward pass with another residual stream."""
+    if "hidden_states" in kwargs:
+        return forward(*args, **{**kwargs, "hidden_states": state})
+    return forward(state, *args[1:], **kwargs)
+
+
+def first_of(output: Any) -> Any:
+    """Return what a module returned, alone or before other things."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def with_first(output: Any, first: Any) -> Any:
+    """Return a module's output with its first entry, or all of it, replaced."""
+    if not isinstance(output, (tuple, list)):
+        return first
+    # A named tuple is not made of one sequence, as others are.
+    make = getattr(type(output), "_make", type(output))
+    return make((first, *output[1:]))
+
+
+@contextmanager
+def all_of(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
+    """Enter contexts in turn, and leave all of them on exit, also by an exception."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+def shallow_copy(module: nn.Module, **state: Any) -> nn.Module:
+    """Copy a module with other values of some of its attributes; all else it shares."""
+    twin = copy.copy(module)
+    vars(twin).pop("forward", None)  # what somebody put in the place of the class's own
+    vars(twin).update(state)
+    return twin
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace a module's forward pass until exit, also by an exception."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def silenced(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    """Silence sublayers until exit: they run, and add nothing to the residual stream."""
+    return all_of(module.register_forward_hook(add_nothing, with_kwargs=True) for module in modules)
+
+
+def add_nothing(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Hook by which a sublayer, which still runs, adds nothing to the residual stream."""
+    added = first_of(output)
+    return with_first(output, nothing(module, args, kwargs, added, len(added)))
+
+
+def nothing(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], like: Tensor, batch: int
+) -> Tensor:
+    """Return what a sublayer returns when it adds nothing.
+
+    Args:
+        module: The sublayer.
+        args: Positional arguments of its call.
+        kwargs: Keyword arguments of its call.
+        like: Its output for some of the batch, or another tensor of that shape.
+        batch: The rows of the whole batch.
+
+    Returns:
+        The residual stream where the sublayer itself adds to it (Bloom's do); elsewhere zeros, to
+        which something may be added in place (Llama 4 adds the routed experts to the shared one).
+    """
+    names = _parameters(type(module).forward)
+    if "residual" in names:
+        residual: Tensor = (dict(zip(names, args, strict=False)) | dict(kwargs))["residual"]
+        return residual
+    return like.new_zeros((batch, *like.shape[1:]))
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """List the names of a method's parameters without `self`."""
+    return tuple(inspect.signature(function).parameters)[1:]
+
+
+def returning(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
+    """Make a layer, which still runs, return a function of its input; the handles end it."""
+    states: list[Tensor] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        state = state_of(args, kwargs)
+        # Cloned, since the layer may write into it.
+        states[:] = [state.clone() if isinstance(state, Tensor) else state]
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return with_first(output, make(states.pop()))
+
+    return [
+        layer.register_forward_pre_hook(before, with_kwargs=True),
+        layer.register_forward_hook(after, with_kwargs=True),
+    ]
+
+
+def protected(layer: nn.Module, state: Tensor) -> Tensor:
+    """Return a layer's input, or a copy for as long as it may write into it (`x += f(x)`)."""
+    return state if layer in _READ_ONLY else state.clone()
+
+
+def learn_writes(layer: nn.Module, copied: Tensor, state: Tensor) -> None:
+    """Record that a layer wrote nothing into the copy of its input, where that is so."""
+    if copied is not state and torch.equal(copied, state):
+        _READ_ONLY.add(layer)
+
+
+def call_protected(
+    layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Any]:
+    """Call a layer's forward pass; return its input as it was before, and its output."""
+    state: Tensor = state_of(args, kwargs)
+    copied = protected(layer, state)
+    output = call_with(forward, copied, args, kwargs)
+    learn_writes(layer, copied, state)
+    return state, output

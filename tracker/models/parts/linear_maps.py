@@ -1,0 +1,236 @@
+"""Linear maps of a layer, found by structure: modules, and the matrices of a mixture's experts.
+
+A mixture holds its experts' matrices in tensors with one entry an expert. Each such tensor is one
+map, as files of llama.cpp hold it (`ffn_down_exps`), whose rows are those of all experts; one
+expert's alone is a map too where it is asked for by its number.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tracker.core.errors import CellError
+from tracker.core.model_parts import one_experts
+from tracker.models.hooks import shallow_copy
+from tracker.models.offloaded import Attribute, replace_attributes
+from tracker.models.parts.experts import entries
+from tracker.models.rounding import in_format
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """One linear map of a layer, or those of all experts that have one name.
+
+    Attributes:
+        module: The module that holds the weight.
+        name: Name of the weight there.
+        inputs_first: Whether it has a row an input, as GPT-2's and the experts of GPT-OSS.
+        experts: How many experts there are; 0 where it is not theirs.
+        expert: Which of them alone is meant; None for all.
+    """
+
+    module: nn.Module
+    name: str = "weight"
+    inputs_first: bool = False
+    experts: int = 0
+    expert: int | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """View the weight as [outputs, inputs], of experts as [experts, outputs, inputs]."""
+        held = self.parameter if self.expert is None else self.parameter[self.expert]
+        return held.mT if self.inputs_first else held
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Count its rows, those of all experts, and its inputs."""
+        weight = self.weight
+        return weight.numel() // weight.shape[-1], weight.shape[-1]
+
+    @property
+    def parameter(self) -> Tensor:
+        """The tensor that the module holds."""
+        held: Tensor = getattr(self.module, self.name)
+        return held
+
+    def laid_out(self, weight: Tensor, others: Tensor) -> Tensor:
+        """Lay a weight out as the module holds it; one expert's among those of the `others`."""
+        rows = weight.mT.contiguous() if self.inputs_first else weight
+        if self.expert is None:
+            return rows
+        whole = others.detach().clone()
+        whole[self.expert] = rows
+        return whole
+
+
+def map_of(module: nn.Module) -> LinearMap:
+    """Return the linear map that a module is."""
+    return LinearMap(module, inputs_first=isinstance(module, Conv1D))
+
+
+def linear_maps(layer: nn.Module, name: str) -> dict[str, LinearMap]:
+    """List the linear maps of a layer by their paths in it.
+
+    What chooses among experts is left out, and so are experts' biases and matrices of one row:
+    llama.cpp rounds none of them.
+
+    Args:
+        layer: The layer.
+        name: Its name in messages.
+
+    Returns:
+        Path → map; experts' by the path of their module and the tensor's name.
+
+    Raises:
+        CellError: It holds other matrices, or weights that are quantised already.
+    """
+    maps: dict[str, LinearMap] = {}
+    choosing: set[int] = set()
+    modules = dict(layer.named_modules())
+    for path, module in modules.items():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            maps[path] = map_of(module)
+        elif matrices := [*_matrices_of_experts(module)]:
+            maps |= {f"{path}.{linear.name}": linear for linear in matrices}
+            block = modules[path.rpartition(".")[0]]
+            choosing |= {*map(id, _rows_of_experts(block, matrices[0].experts))}
+    mapped = {id(linear.parameter) for linear in maps.values()} | choosing
+    for path, parameter in layer.named_parameters():
+        why = "" if parameter.is_floating_point() else "is quantised already"
+        if parameter.ndim > 1 and id(parameter) not in mapped:
+            why = "is no linear map, so it has no weights in a format"
+        if why:
+            raise CellError(f"{path} of {name} {why}; leave formats out of 'intervention'")
+    return {
+        path: linear
+        for path, linear in maps.items()
+        if id(linear.parameter) not in choosing and linear.shape[0] > 1
+    }
+
+
+def _matrices_of_experts(module: nn.Module) -> Iterator[LinearMap]:
+    """List experts' matrices with their axis of inputs; none where shapes do not tell it.
+
+    One tensor makes two halves, a gate and what passes it, of which the other one takes one:
+    [2 width, hidden] and [hidden, width], or the other way round in both.
+    """
+    count, tensors = entries(module), module._parameters.items()
+    matrices = {name: t.shape[1:] for name, t in tensors if t is not None and t.ndim == 3}
+    if not count or len(matrices) != 2:
+        return
+    into, out = matrices.values()
+    inputs_first = into == (out[1], 2 * out[0])
+    if inputs_first or into == (2 * out[1], out[0]):
+        for name in matrices:
+            yield LinearMap(module, name, inputs_first, count)
+
+
+def _rows_of_experts(block: nn.Module, count: int) -> Iterator[Tensor]:
+    """List tensors of a mixture with a row an expert: its router, and biases, also in one row.
+
+    A linear map is the router where the part of the mixture that it is, or is in, has no other.
+    """
+    for part in block.children():
+        linears = [module for module in part.modules() if isinstance(module, nn.Linear)]
+        several = {id(module.weight) for module in linears} if len(linears) > 1 else set()
+        for weight in part.parameters():
+            is_row_each = weight.shape[:1] == (count,) or weight.shape == (1, count)
+            if weight.ndim == 2 and is_row_each and id(weight) not in several:
+                yield weight
+
+
+def map_at(maps: Mapping[str, LinearMap], path: str, name: str) -> LinearMap:
+    """Return one of a layer's maps, or one expert's; CellError where `name` has none there."""
+    if path in maps:
+        return maps[path]
+    of_all, number = one_experts(path) or ("", 0)
+    whole = maps.get(of_all)
+    if whole is not None and number < whole.experts:
+        return replace(whole, expert=number)
+    raise CellError(f"{name} has no linear map {path}; it has {', '.join(maps)}")
+
+
+class RoundedWeights:
+    """Weights in a format, which are kept as far as they fit: many rows want the same ones.
+
+    Args:
+        most: Bytes to keep of those that were used last.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._weights: OrderedDict[tuple[int, str, str], Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def of(self, layer: int, path: str, linear: LinearMap, name: str) -> Tensor:
+        """Return the weight of a linear map of a layer in a format, its outputs first."""
+        key = (layer, path, name)
+        weight = self._weights.get(key)
+        if weight is None:
+            weight = self._weights[key] = in_format(linear.weight, name)
+            self._bytes += weight.nbytes
+        self._weights.move_to_end(key)
+        while self._bytes > self._most and len(self._weights) > 1:  # that one is used now
+            self._bytes -= self._weights.popitem(last=False)[1].nbytes
+        return weight
+
+
+def weights_in(
+    maps: Mapping[str, LinearMap],
+    formats: Mapping[str, str],
+    make: Callable[[str, LinearMap, str], Tensor],
+) -> dict[Attribute, Tensor]:
+    """Make the parameters of maps that are in formats, laid out as modules hold them.
+
+    Args:
+        maps: Linear maps of a layer by their paths.
+        formats: Path of each that is rounded → format; one expert's goes before that of all.
+        make: Makes the weight, outputs first, of a path, its map and a format.
+
+    Returns:
+        Each parameter with what stands in its place.
+    """
+    weights: dict[Attribute, Tensor] = {}
+    for path in sorted(formats, key=lambda path: maps[path].expert is not None):
+        linear = maps[path]
+        attribute = (linear.module, linear.name)
+        others = weights.get(attribute, linear.parameter)
+        weights[attribute] = linear.laid_out(make(path, linear, formats[path]), others)
+    return weights
+
+
+def holding(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """Copy a module with other weights among its parameters; all else it shares."""
+    parameters = {name: nn.Parameter(w, requires_grad=False) for name, w in weights.items()}
+    return shallow_copy(module, _parameters={**module._parameters, **parameters})
+
+
+def round_layer(
+    layer: nn.Module,
+    formats: Mapping[str, str],
+    number: int = 0,
+    cache: RoundedWeights | None = None,
+) -> None:
+    """Give linear maps of a copied layer weights in formats.
+
+    Args:
+        layer: The layer.
+        formats: Path of a map → format.
+        number: Which layer it is.
+        cache: Where its weights are kept while it is not called, as far as they fit: then it has
+            them only while it is called. None = it has them for good.
+    """
+    name = f"layer {number}"
+    every = linear_maps(layer, name)
+    maps = {path: map_at(every, path, name) for path in formats}
+    make = partial((cache or RoundedWeights(0)).of, number)
+    attributes = {(linear.module, linear.name) for linear in maps.values()}
+    replace_attributes(
+        layer, attributes, partial(weights_in, maps, formats, make), briefly=cache is not None
+    )

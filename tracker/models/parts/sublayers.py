@@ -1,0 +1,137 @@
+"""Attention and MLP of a decoder layer, found by structure and proven by what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tracker.core.changes import Change
+from tracker.core.errors import ModelError
+from tracker.models.hooks import (
+    add_nothing,
+    all_of,
+    first_of,
+    replaced_forward,
+    silenced,
+    state_of,
+)
+from tracker.models.parts.probe import PartFinder, text
+
+TOKENS = 6
+"""Length of the text that the proof runs on."""
+
+
+@dataclass(frozen=True)
+class Sublayers:
+    """The modules whose outputs a layer adds to the residual stream.
+
+    Attributes:
+        attention: Mixes tokens.
+        mlp: Works on each token alone; the last of its modules where it is not one.
+    """
+
+    KIND: ClassVar[str] = "attention and MLP"
+    COMPONENTS: ClassVar[str] = "attention and mlp"
+    NEEDS: ClassVar[str] = ""
+
+    attention: nn.Module
+    mlp: nn.Module
+
+    def module(self, name: str) -> nn.Module:
+        """Return one of them by its name."""
+        return self.attention if name == "attention" else self.mlp
+
+    @classmethod
+    def find(cls, finder: PartFinder) -> list[Sublayers]:
+        """Find the attention and the MLP of every layer.
+
+        They are the first and the last child that holds a matrix. That is then proven on a short
+        text: without both, every layer returns its input; without attention anywhere, no token sees
+        another; without MLPs they still do.
+
+        Args:
+            finder: The model and its layers.
+
+        Returns:
+            One entry a layer.
+
+        Raises:
+            ModelError: The layers are not built of two such sublayers; lists their parts.
+        """
+        sublayers = []
+        for layer in finder.layers:
+            if (pair := cls._of(layer)) is None:
+                raise _not_divided(finder.model, layer, "there are no two parts with matrices")
+            sublayers.append(pair)
+        _prove(finder, sublayers)
+        return sublayers
+
+    @classmethod
+    def _of(cls, layer: nn.Module) -> Sublayers | None:
+        """Return the first and the last child with a matrix; None where there are no two."""
+        parts = [part for part in layer.children() if any(p.ndim > 1 for p in part.parameters())]
+        return cls(parts[0], parts[-1]) if len(parts) > 1 else None
+
+    def remove(self, layer: nn.Module, parts: Sequence[Change], name: str) -> None:
+        """Silence some sublayers of a copied layer: they add nothing to the residual stream."""
+        sublayers = self._of(layer)
+        assert sublayers is not None
+        for part in parts:
+            sublayers.module(part.component).register_forward_hook(add_nothing, with_kwargs=True)
+
+
+@torch.inference_mode()
+def _prove(finder: PartFinder, sublayers: Sequence[Sublayers]) -> None:
+    """Raise ModelError where sublayers are not all that their layers add to the stream."""
+    model, layers = finder.model, finder.layers
+    attention = [pair.attention for pair in sublayers]
+    mlp = [pair.mlp for pair in sublayers]
+    ids = text(TOKENS, finder.device)
+    other = ids.clone()
+    other[0, 0] += 1
+    unchanged: list[bool] = []
+
+    def compare(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # Not `call_protected`: with its parts silent a layer that writes seems to read only.
+        before = state_of(args, kwargs).clone()
+        output = forward(*args, **kwargs)
+        unchanged.append(torch.equal(before, first_of(output).to(before.device)))
+        return output
+
+    compared = (replaced_forward(layer, partial(compare, layer.forward)) for layer in layers)
+    with silenced([*attention, *mlp]), all_of(compared):
+        model(ids, use_cache=False)
+    if not all(unchanged):
+        layer = layers[unchanged.index(False)]
+        raise _not_divided(
+            model, layer, "without both its first and last part it changes its input"
+        )
+
+    def effect() -> Tensor:
+        """Measure how much the last token's logits depend on the first token."""
+        before, after = (model(tokens, use_cache=False).logits[0, -1] for tokens in (ids, other))
+        distance: Tensor = (before - after).norm()
+        return distance
+
+    # Experts see their tokens in other company, so equal inputs may differ by rounding.
+    rounding = 1e-2 * effect()
+
+    with silenced(attention):
+        if effect() > rounding:
+            raise _not_divided(model, layers[0], "its first part is not all that mixes tokens")
+    with silenced(mlp):
+        if not effect() > rounding:
+            raise _not_divided(model, layers[0], "its first part does not mix tokens")
+
+
+def _not_divided(model: Any, layer: nn.Module, why: str) -> ModelError:
+    parts = ", ".join(f"{name} ({type(child).__name__})" for name, child in layer.named_children())
+    return ModelError(
+        f"{type(model).__name__}: attention and MLP of {type(layer).__name__} cannot be told "
+        f"apart, {why}; its parts: {parts}. Use component: {{value: layer}}"
+    )
