@@ -114,8 +114,8 @@ def run_cells(
     report, records = finisher.report, finisher.records
     try:
         if todo:
-            executor.measure(jobs, Reporting(ledger, progress, finisher.begun, finisher.done))
-            report.models_loaded = executor.models_loaded
+            to = Reporting(ledger, progress, finisher.begun, finisher.done)
+            report.models_loaded = executor.measure(jobs, to)
     except Exception:
         finisher.wait()
         raise

@@ -52,10 +52,10 @@ def here(tmp_path, monkeypatch, one_thread):
     return tmp_path
 
 
-def _slots(options, each=1):
+def _workers(options, gpus=1):
     from tracker.executors import ray
 
-    return list(ray._slots(options, each))
+    return list(ray._actors(options, gpus))
 
 
 def test_without_a_cluster_a_local_one_lives_as_long_as_the_run(here, monkeypatch):
@@ -63,8 +63,8 @@ def test_without_a_cluster_a_local_one_lives_as_long_as_the_run(here, monkeypatc
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     executor = open_executor(options := Options(executor="ray", device="cpu"))
-    (slot,) = _slots(options)
-    assert slot.name == f"worker 1 on {socket.gethostname()}"
+    (worker,) = _workers(options)
+    assert worker.name == f"worker 1 on {socket.gethostname()}"
     assert ray.get(ray.remote(lambda: Path.cwd()).remote()) == here
     executor.measure([], Reporting(Ledger(here / "results"), Silent(), print, print))
     assert not ray.is_initialized()
@@ -93,7 +93,7 @@ def test_a_cluster_that_is_gone_is_said_at_once(
 
 @pytest.mark.usefixtures("cluster", "here")
 def test_two_nodes_give_what_one_process_gives_also_where_a_worker_is_killed(as_one_process):
-    _, heard = as_one_process(partial(kill, "ray::Worker.measure"), executor="ray")
+    _, heard = as_one_process(partial(kill, "ray::RemoteWorker.measure"), executor="ray")
     (said,) = [line for line in heard.lines if "died" in line]
     assert re.fullmatch(r"worker [12] on \S+ died; what it did is done again \(.+\)", said)
 
@@ -112,14 +112,14 @@ def test_a_worker_gets_as_many_gpus_of_a_node_as_its_model_needs(monkeypatch):
         }
 
     monkeypatch.setattr("ray.nodes", lambda: [node(1, 4), node(2, 0), node(3, 3)])
-    one, two = (_slots(Options(), each) for each in (1, 2))
-    assert [slot.name for slot in two] == [
+    single, double = (_workers(Options(), gpus) for gpus in (1, 2))
+    assert [worker.name for worker in double] == [
         f"worker {n} on host{m}" for n, m in ((1, 1), (2, 1), (3, 3))
     ]
-    assert [slot._resources["num_gpus"] for slot in two] == [2, 2, 2]
-    assert {slot._options.device for slot in two} == {"spread"}
-    assert len(one) == 7
-    assert {slot._options.device for slot in one} == {"auto"}
-    assert not _slots(Options(), 5)
-    on_cpus = _slots(Options(device="cpu"))
-    assert [slot._resources for slot in on_cpus] == [{"num_cpus": 16}] * 3
+    assert [worker._where["num_gpus"] for worker in double] == [2, 2, 2]
+    assert {worker._options.device for worker in double} == {"spread"}
+    assert len(single) == 7
+    assert {worker._options.device for worker in single} == {"auto"}
+    assert not _workers(Options(), 5)
+    on_cpus = _workers(Options(device="cpu"))
+    assert [worker._where["num_cpus"] for worker in on_cpus] == [16] * 3

@@ -14,7 +14,6 @@ import pytest
 from tests.conftest import golden
 from tests.helpers.runs import arc, descendants, kill, run, shards, typed
 from tracker.core.answers import statement
-from tracker.core.distribution import install_extra
 from tracker.core.experiment_input import load_experiment
 from tracker.ledger.blocks import BLOCK
 from tracker.measuring.job import Options
@@ -100,7 +99,6 @@ def test_a_job_that_never_measures_anything_is_not_started_for_ever(
     def stopped(*_: object) -> None:
         raise SystemExit
 
-    monkeypatch.setattr(job, "open_model", lambda *_: None)
     monkeypatch.setattr(job, "measure_cell", stopped)
     file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
     (request,) = load_experiment(file).file.cells()
@@ -129,14 +127,3 @@ def test_parameters_need_the_executor(tiny_llama, experiment, tmp_path):
     code, said = typed("run", file, "--results", tmp_path / "results", "--slurm", "time=60")
     assert code == 2, said
     assert "add --executor slurm" in said
-
-
-@pytest.mark.parametrize(("executor", "package"), [("slurm", "submitit"), ("ray", "ray")])
-def test_without_the_extra(tiny_llama, experiment, tmp_path, monkeypatch, executor, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"tracker.executors.{executor}", raising=False)
-    file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
-    code, said = typed("run", file, "--results", tmp_path / "results", "--executor", executor)
-    assert code == 2, said
-    assert install_extra(executor) in said
-    assert not (tmp_path / "results").exists()

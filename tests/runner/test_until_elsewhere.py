@@ -1,4 +1,4 @@
-"""Questions that are answered by workers elsewhere, by trials of a sweep, and after a kill."""
+"""Questions that are answered by trials of a sweep."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from pathlib import Path
 import pytest
 
 import tracker
-from tests.helpers.handout import Desk
 from tests.helpers.runs import arc, run
 from tracker import api
 from tracker.core.errors import ExperimentError, ResultsError
 from tracker.core.experiment_input import load_experiment
-from tracker.executors.handout import AHEAD
 from tracker.ledger.store import Ledger
-from tracker.measuring.derive import record_of
 from tracker.team.sweeps import _measured, trial_request
 
 QUESTION = "drop within 9 pp at 80 %"
@@ -28,49 +25,6 @@ def asked(tiny_llama, experiment, tmp_path):
     """A question that some of the documents answer."""
     settings = {"data": str(arc(tmp_path / "data", DOCUMENTS)), "limit": None, "until": QUESTION}
     return experiment(tiny_llama(seed=3), **settings)
-
-
-def test_blocks_ahead_of_their_turn_change_nothing(asked, tmp_path):
-    asked.write_text(asked.read_text().replace("within 9 pp", "within 4 pp"))
-    (alone,) = run(asked, tmp_path / "alone").cells
-    assert alone.is_stopped
-    desk = Desk(asked, tmp_path / "results")
-    desk.do(desk.next())
-    out, most, turns = [], 0, 0
-    while not desk.handout.ended:
-        while task := desk.next():
-            out.append(task)
-        most, turns = max(most, len(out)), turns + 1
-        if turns == 1:
-            assert [task.block.number for task in out] == [0]
-        # The later one comes first.
-        desk.do(out.pop())
-    assert most > 1
-    assert not out
-    assert desk.heard.counted == desk.heard.expected
-    (request,) = load_experiment(asked).file.cells()
-    (store,) = Ledger(tmp_path / "results").cells()
-    cell = record_of(store, store.views.of(request))
-    assert (cell.answer, cell.runs) == (alone.answer, alone.runs)
-    # What was measured beyond is a quarter of what was looked at, at most.
-    assert len(set(store.read()["doc"])) <= alone.answer.looked * (1 + 1 / AHEAD) + 32
-
-
-def test_a_worker_that_dies_and_a_process_that_helps_change_nothing(asked, tmp_path):
-    (alone,) = run(asked, tmp_path / "alone").cells
-    desk = Desk(asked, tmp_path / "results")
-    desk.do(desk.next())
-    desk.handout.lost(desk.next(), "worker 1", "out of memory", workers=1)
-    desk.opened = None
-    desk.do(desk.next())  # opened again
-    first = desk.next()
-    assert first.block.number == 0
-    desk.do(first)
-    desk.handout.close()
-    run(asked, tmp_path / "results")  # another process does the rest
-    assert desk.next() is None
-    assert desk.handout.ended
-    assert api.ls(tmp_path / "results")[0].answer == alone.answer
 
 
 def trial(file: Path, layer: int):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,16 +13,16 @@ import torch
 
 from tests.helpers.runs import Heard, arc, descendants, kill, run, typed
 from tracker.core.config import cell_request
-from tracker.core.errors import CellError, ModelError, RequestError
-from tracker.executors import pool, processes
-from tracker.executors.child import Child, answered
-from tracker.executors.pool import LostError, grouped
-from tracker.executors.processes import ProcessesExecutor
+from tracker.core.errors import ModelError, RequestError
+from tracker.core.remote import RemoteError
+from tracker.executors import devices as allotted
+from tracker.executors import processes
+from tracker.executors.processes import ProcessesExecutor, WorkerProcess
 from tracker.ledger.blocks import BLOCK
 from tracker.measuring.job import Options
 from tracker.models import devices
 
-WORKER = "tracker.executors.child"
+WORKER = "serve(False)"
 LAYERS = list(range(8))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,7 +54,7 @@ def test_two_give_what_one_process_gives_also_where_one_is_killed(as_one_process
 
 
 def test_one_that_cannot_start_says_why(monkeypatch, long, tmp_path):
-    monkeypatch.setattr("tracker.executors.child._PROGRAM", "raise SystemExit('no such device')")
+    monkeypatch.setattr(processes, "_KIND", "tests.helpers.runs:NoDevice")
     heard = Heard()
     found = run(long, tmp_path / "results", heard, workers=2)
     (why,) = found.outcome.failed.values()
@@ -60,37 +62,21 @@ def test_one_that_cannot_start_says_why(monkeypatch, long, tmp_path):
     assert "worker 1 cannot start: exit code 1: no such device" in heard.lines
 
 
-LOST = """
-from tracker.executors import child, worker
-def lost(*asked):
-    raise RuntimeError("CUDA error: unspecified launch failure\\nCompile with TORCH_USE_CUDA_DSA")
-worker.open_model = lost
-child.serve()
-"""
-
-
-def test_a_worker_says_what_keeps_it_from_its_work(monkeypatch):
-    """Where its device is lost it ends: another process, or device, may do what it did."""
-    monkeypatch.setattr("tracker.executors.child._PROGRAM", LOST)
+def test_a_worker_says_what_keeps_it_from_its_work(tmp_path):
     nowhere = {"CUDA_VISIBLE_DEVICES": "98,99"}
-    child = Child("worker 1", nowhere, Options(device="spread"), ".", {})
-    child.start()
-    try:
-        with pytest.raises(ModelError, match="0 of the accelerators 98,99 are there"):
-            child.answer()
-        child.ask("", "too few arguments")
-        assert answered([child], 60) == [child]
-        with pytest.raises(CellError, match="TypeError") as own:
-            child.answer()
-        assert not isinstance(own.value, LostError)
-        child.ask("", Options(), ".", {})
-        assert child.answer() is None
-        child.ask("open", ["a request"])
-        with pytest.raises(LostError) as lost:
-            child.answer()
-        assert str(lost.value) == "exit code 1: CUDA error: unspecified launch failure"
-    finally:
-        child.kill()
+
+    def worker(device: str) -> WorkerProcess:
+        options = Options(device=device)
+        return WorkerProcess("worker 1", tmp_path / "out", nowhere, options, ".", {}, 1)
+
+    spread = worker("spread")
+    with closing(spread), pytest.raises(ModelError, match="0 of the accelerators 98,99 are there"):
+        spread.ready()
+    with closing(worker("cpu")) as sound:
+        sound.ready()
+        with pytest.raises(RemoteError, match="AttributeError: 'str' object"):
+            sound.open(["a request"])
+        sound.ready()
 
 
 class TestDevices:
@@ -118,16 +104,19 @@ class TestDevices:
         ],
     )
     def test_each_worker_sees_its_own(self, eight, monkeypatch, weights, said, sees):
-        monkeypatch.setattr(pool, "largest", lambda jobs, options: weights * 2**30)
-        places = eight(**said)._places([])
-        assert [place.sees for place in places] == sees
-        assert {place.device for place in places} == {"spread" if "," in sees[0] else "cuda"}
+        monkeypatch.setattr(allotted, "largest_weights", lambda jobs, options: weights * 2**30)
+        executor = eight(**said)
+        groups = executor._groups([])
+        workers = [executor._worker(1, group, 1, 1, Path("out")) for group in groups]
+        assert [worker._also["CUDA_VISIBLE_DEVICES"] for worker in workers] == sees
+        options = {worker._object[1][0].device for worker in workers}
+        assert options == {"spread" if "," in sees[0] else "cuda"}
 
     def test_of_weights_it_is_known_what_they_take(self, tiny_llama):
         folder = tiny_llama()
         file = (folder / "model.safetensors").stat().st_size
         request = cell_request(model=str(folder), benchmark="b", layers=(0,))
-        size = pool.largest([SimpleNamespace(requests=(request,))], Options())
+        size = allotted.largest_weights([SimpleNamespace(requests=(request,))], Options())
         assert 0 <= file - size < 10_000  # the file's header
 
     def test_more_than_there_are(self, eight):
@@ -135,12 +124,12 @@ class TestDevices:
             eight(workers=9)
         with pytest.raises(RequestError, match=r"1 workers of 9 accelerators each: .* has 8"):
             eight(devices_per_worker=9)
-        assert grouped(["0", "1", "2"], 2) == [range(2)]
+        assert allotted.group_devices(["0", "1", "2"], 2) == [range(2)]
 
     def test_without_any(self):
         if devices.accelerators():
             pytest.skip("there are some")
-        assert len(ProcessesExecutor(Options(device="all"))._places([])) == 1
+        assert len(ProcessesExecutor(Options(device="all"))._groups([])) == 1
         with pytest.raises(RequestError, match="no accelerators to choose from"):
             ProcessesExecutor(Options(device="all", devices_per_worker=2))
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import click
 from pydantic import Field
+from typing_extensions import override
 
 from tracker.cli.boundary import Boundary
 from tracker.cli.options import (
@@ -40,7 +41,15 @@ from tracker.cli.printing import (
 )
 from tracker.cli.terminal import Show, StatusLine, begin, quiet, say, say_all
 from tracker.core.ablations import first_change
-from tracker.core.config import COMPETITORS, EXECUTORS, KEYS, RESTS, CellRequest, run_request
+from tracker.core.config import (
+    COMPETITORS,
+    EXECUTORS,
+    KEYS,
+    RESTS,
+    CellRequest,
+    executor_names,
+    run_request,
+)
 from tracker.core.distribution import EXAMPLES, __version__
 from tracker.core.errors import ExperimentError
 from tracker.core.experiment_input import NAMELESS, asks_for_searches, load_experiment
@@ -95,10 +104,26 @@ def init(folder: Path) -> None:
     say(f"the examples are in {folder}. Next: tracker plan {demo}")
 
 
+class ExecutorName(click.Choice[str]):
+    """The name of an executor, of which other packages may provide some."""
+
+    def __init__(self) -> None:
+        self.case_sensitive = True
+
+    @property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The names; finding those of other packages takes 25 ms."""
+        return executor_names()
+
+    @override
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value) if value in EXECUTORS else super().convert(value, param, ctx)
+
+
 class Elsewhere(Told):
     """What may be elsewhere: what measures, and layers."""
 
-    executor: Annotated[str, click.Choice(EXECUTORS)] = "local"
+    executor: Annotated[str, ExecutorName()] = "local"
     """Where benchmarks are measured. local: on this machine. ray: on the Ray cluster that
     RAY_ADDRESS names, or that 'ray start' made on this machine; where there is neither, on one that
     lives as long as the run. slurm: in a job array, one job a benchmark; Ctrl-C cancels it."""

@@ -30,6 +30,7 @@ Modules:
     prune_records: Define the records of a search.
     questions: Define the questions of `until`, which end a measurement early.
     records: Define the frozen records of cells, runs and correlations.
+    remote: Call objects in processes of their own.
     run_table: Define the columns of the tables of runs and correlations.
     safe_yaml: Read YAML with bounds on its size.
     search_parts: Number the parts that a search removes.

@@ -80,12 +80,25 @@ Folders = Annotated[tuple[Name, ...], BeforeValidator(several)]
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_ascending)]
 SEVERAL = re.compile(r"[\w-]+(\s*,\s*[\w-]+)+")
 """Names of benchmarks as lm-eval's command line takes several."""
-EXECUTORS = ("local", "ray", "slurm")
-"""Where cells may be measured."""
+EXECUTORS = {
+    "local": "tracker.executors.local:LocalExecutor",
+    "ray": "tracker.executors.ray:RayExecutor",
+    "slurm": "tracker.executors.slurm:SlurmExecutor",
+}
+"""Where cells may be measured → the class that does it, imported when it is chosen."""
+EXECUTORS_GROUP = "layer_tracker.executors"
+"""The entry points by which other packages add executors."""
 RESTS = ("device", "host", "disk")
 """Where layers may rest until they are needed."""
 COMPETITORS = ("vllm",)
 """Programs that the engine can be timed against, besides lm-eval with transformers."""
+
+
+def executor_names() -> tuple[str, ...]:
+    """List the executors, also those of other packages."""
+    from importlib.metadata import entry_points
+
+    return (*EXECUTORS, *sorted(entry_points(group=EXECUTORS_GROUP).names))
 
 
 class Strict(BaseModel):

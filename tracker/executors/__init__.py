@@ -2,12 +2,11 @@
 
 Modules:
     base: Define the interface of an executor, and open the one that is asked for.
-    child: Start and call a worker process.
-    handout: Hand blocks of cells to workers and collect their outcomes.
+    devices: Count the devices that a worker needs, and divide them among workers.
     local: Measure cells in this process.
-    pool: Run the loop that keeps all workers busy.
+    pool: Call workers in threads, which share the blocks of cells by their locks.
     processes: Measure cells in several processes of this machine.
     ray: Measure cells on a Ray cluster. The only module that imports Ray.
     slurm: Measure cells in SLURM jobs. The only module that imports submitit.
-    worker: Hold the model and the cell of a worker.
+    worker: Make the worker of another process ready.
 """

@@ -5,30 +5,28 @@ And which there are, by name; the module of each is imported only when it is ask
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol
 
+from tracker.core.config import EXECUTORS, EXECUTORS_GROUP
 from tracker.core.distribution import install_extra
 from tracker.core.errors import RequestError
 from tracker.measuring.job import Job, Options, Reporting
 
 
 class Executor(Protocol):
-    """Measures what cells lack; whatever breaks one cell, the others go on.
+    """Measures what cells lack; whatever breaks one cell, the others go on."""
 
-    Attributes:
-        models_loaded: How many times a model was loaded so far.
-    """
-
-    models_loaded: int
-
-    def measure(self, jobs: Sequence[Job], to: Reporting) -> None:
+    def measure(self, jobs: Sequence[Job], to: Reporting) -> int:
         """Measure cells.
 
         Args:
             jobs: The cells, equal models next to each other.
             to: Where they are kept, and who hears of them.
+
+        Returns:
+            How many times a model was loaded.
         """
 
 
@@ -38,23 +36,35 @@ def last_line(error: Exception) -> str:
     return next((line for line in reversed(lines) if line), type(error).__name__)[:300]
 
 
+_PROCESSES = "tracker.executors.processes:ProcessesExecutor"
 _NEEDS = {"ray": "ray", "slurm": "submitit"}
 """Executor → the package that the extra of the same name installs."""
 
 
 def open_executor(options: Options) -> Executor:
-    """Make the executor that was asked for ready.
+    """Make the chosen executor ready.
 
-    RequestError if its extra is not installed, or it cannot do what was asked of it here.
+    RequestError if its extra is not installed, another package's is broken, or it cannot do here
+    what is asked of it.
     """
-    name = "processes" if options.has_workers else options.executor
+    name = options.executor
+    if name in EXECUTORS:
+        kind = _PROCESSES if options.has_workers else EXECUTORS[name]
+        point = EntryPoint(name, kind, EXECUTORS_GROUP)
+    else:
+        (point,) = entry_points(group=EXECUTORS_GROUP, name=name)
     try:
-        module = import_module(f"tracker.executors.{name}")
-        executor: Executor = getattr(module, f"{name.title()}Executor")(options)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != _NEEDS.get(name):
+        make: Callable[[Options], Executor] = point.load()
+    except Exception as error:  # any code may run there
+        package = error.name if isinstance(error, ModuleNotFoundError) else None
+        if package and package.partition(".")[0] == _NEEDS.get(name):
+            raise RequestError(
+                f"--executor {name} needs the package {_NEEDS[name]}; type: {install_extra(name)}"
+            ) from None
+        if name in EXECUTORS:
             raise
+        why = f"{type(error).__name__}: {last_line(error)}"
         raise RequestError(
-            f"--executor {name} needs the package {_NEEDS[name]}; type: {install_extra(name)}"
-        ) from None
-    return executor
+            f"--executor {name}, an entry point {point.value}, cannot be imported: {why}"
+        ) from error
+    return make(options)

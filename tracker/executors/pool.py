@@ -1,203 +1,217 @@
-"""Handing blocks to workers: one loop for whatever kind of place a worker is in.
+"""Workers that share cells: each is called in a thread of its own, which writes what it measures.
 
-And how many devices a worker needs, and which ones it gets.
+What is measured by whom is decided by the locks of blocks alone, as between commands.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import cache
+from threading import Condition
 
-from tracker.core.errors import RequestError, TrackerError
-from tracker.executors.handout import Cell, Handout, Task
-from tracker.measuring.fill import WAIT
-from tracker.measuring.job import Job, Options
-from tracker.measuring.progress import Progress
-from tracker.models.load import bytes_to_load
-from tracker.models.placement import devices_for
-from tracker.models.sources import find_model
+from tracker.core.config import CellRequest
+from tracker.core.errors import CellError
+from tracker.core.remote import ProcessEndedError, Remote
+from tracker.ledger.blocks import Block
+from tracker.ledger.cache import Checks
+from tracker.ledger.cells import CellStore
+from tracker.ledger.views import cell_key
+from tracker.measuring.fill import WAIT, CellWork, open_work, refuse_other_tokens
+from tracker.measuring.job import Job, Reporting
+from tracker.measuring.progress import telling
+from tracker.measuring.worker import DeviceLostError
 
-
-def grouped(
-    devices: Sequence[str], each: int, most: int | None = None, more: bool = False
-) -> list[range]:
-    """Part devices into groups of neighbours.
-
-    Args:
-        devices: The devices.
-        each: How many make a group.
-        most: How many groups there are to be; None = as many as can be.
-        more: Whether groups of several may have more, so that no device is left.
-
-    Returns:
-        The groups, as numbers of devices.
-
-    Raises:
-        RequestError: There are fewer devices.
-    """
-    groups = most or len(devices) // each
-    if not groups or groups * each > len(devices):
-        raise RequestError(
-            f"{max(groups, 1)} workers of {each} accelerators each: this machine has "
-            f"{len(devices)}; give less to --workers or --devices-per-worker"
-        )
-    if more and each > 1:
-        each = len(devices) // groups
-    return [range(group * each, (group + 1) * each) for group in range(groups)]
-
-
-def needed(
-    jobs: Sequence[Job], options: Options, devices: int, least_free: Callable[[], int]
-) -> int:
-    """Say how many devices a worker needs.
-
-    Args:
-        jobs: The cells.
-        options: How they are measured.
-        devices: How many devices there are for a worker at most.
-        least_free: Says how many bytes are free on the fullest device; it may take seconds.
-
-    Returns:
-        As many as the weights of the largest model ask for; one where layers are to rest elsewhere.
-    """
-    if devices == 1 or options.weights is not None or options.offload != "device":
-        return 1
-    return devices_for(largest(jobs, options), least_free(), devices)
-
-
-def largest(jobs: Sequence[Job], options: Options) -> int:
-    """Say how many bytes the weights of the largest model take, of those of which it is known."""
-    found = 0
-    for request in {job.requests[0].model_settings: job.requests[0] for job in jobs}.values():
-        with suppress(TrackerError):  # the worker that loads it will say so
-            source = find_model(request.model, request.revision, request.model_args)
-            size = bytes_to_load(source, request.dtype, options.trust_remote_code)
-            found = max(found, size or 0)
-    return found
-
-
-class LostError(Exception):
-    """A worker is gone, or never came; says why."""
-
-
-class Slot(Protocol):
-    """A place for one worker, which is asked for one thing at a time.
-
-    Attributes:
-        name: What its worker is called in messages.
-    """
-
-    name: str
-
-    def start(self) -> None:
-        """Begin to start a worker; the one before is gone. Its first answer says it is ready."""
-
-    def ask(self, method: str, *arguments: Any) -> None:
-        """Ask the worker for what a method of `Worker` returns."""
-
-    def answer(self) -> Any:
-        """Take what came; raises what the method raised, or LostError for a worker that is gone."""
-
-    def kill(self) -> None:
-        """End the worker, if there is one."""
-
-
-S = TypeVar("S", bound=Slot)
-Wait = Callable[[Sequence[S], float], Iterable[S]]
-"""Waits so many seconds at most until some of the slots have an answer; these."""
+ATTEMPTS = 3
+"""How many workers may die over the same documents before their cell fails."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class _Place(Generic[S]):
-    """A slot and what its worker does: first it starts, then it opens cells and measures blocks."""
+class _Cell:
+    """A cell that workers share.
 
-    slot: S
-    is_busy: bool = False
-    task: Task | None = None
-    opened: Cell | None = None
+    Attributes:
+        work: What it lacks; None until a worker has opened it.
+        deaths: How many workers died over a block, or while they opened the cell (None).
+        has_ended: Whether it is finished or has failed.
+    """
 
-    def start(self) -> None:
-        self.slot.start()
-        self.is_busy, self.task, self.opened = True, None, None
+    job: Job
+    work: CellWork | None = None
+    deaths: Counter[Block | None] = field(default_factory=Counter)
+    has_ended: bool = False
+
+    @property
+    def request(self) -> CellRequest:
+        """The first request; all have the same model, benchmark and documents."""
+        return self.job.requests[0]
 
 
-class Pool(Generic[S]):
-    """Workers that measure what a handout has; those that die are replaced.
+class WorkerPool:
+    """Workers that measure cells together; those that die are replaced.
 
     Args:
-        slots: Where they are.
-        wait: Waits for them.
-        handout: What there is to do.
-        progress: Told what happens.
+        workers: The workers, each a `RemoteWorker` elsewhere.
+        jobs: The cells.
+        to: Receives what happens, from one thread at a time.
+        checks: Where verdicts on architectures are kept, if workers can reach it.
     """
 
     def __init__(
-        self, slots: Iterable[S], wait: Wait[S], handout: Handout, progress: Progress
+        self, workers: Sequence[Remote], jobs: Sequence[Job], to: Reporting, checks: Checks | None
     ) -> None:
-        self._places = [_Place(slot) for slot in slots]
-        self._wait, self._handout, self._progress = wait, handout, progress
+        self._workers, self._to, self._checks = list(workers), to, checks
+        self._cells = [_Cell(job) for job in jobs]
+        self._opened: dict[Remote, _Cell] = {}
+        self._changed = Condition()
+        self._say_once = cache(to.progress.say)
+        self._is_over = not self._cells
+        self._models_loaded = 0
 
-    def run(self) -> None:
-        """Measure until every cell is finished or has failed; no worker is left behind."""
-        places = list(self._places)
-        try:
-            for place in places:
-                place.start()
-            while not self._handout.ended:
-                self._hand_out()
-                self._collect()
-        finally:
-            for place in places:
-                place.slot.kill()
-            self._handout.close()
+    def run(self, title: str) -> int:
+        """Measure until every cell is finished or has failed; return how many models were loaded.
 
-    def _hand_out(self) -> None:
-        """Give every idle worker something to do."""
-        for place in self._places:
-            if place.is_busy:
-                continue
-            others = [other.opened for other in self._places if other is not place]
-            task = place.task = self._handout.next(place.opened, others)
-            if task is None:
-                continue
-            place.opened, place.is_busy = task.cell, True
-            if task.block is None:
-                place.slot.ask("open", task.cell.job.requests)
-            else:
-                place.slot.ask("measure", task.block.task, task.missing, task.whole)
-
-    def _collect(self) -> None:
-        """Take what workers have finished, and replace those that died."""
-        busy = {place.slot: place for place in self._places if place.is_busy}
-        if not busy:  # another process is at all that is left
-            time.sleep(WAIT)
-            return
-        for slot in self._wait(list(busy), WAIT):
-            place = busy[slot]
-            task, place.task, place.is_busy = place.task, None, False
+        No worker is left behind.
+        """
+        threads = ThreadPoolExecutor(len(self._workers))
+        with telling(self._to.progress, title, 0), threads:
             try:
-                answer = slot.answer()
-            except Exception as error:  # noqa: BLE001  whatever a worker's method raised
-                self._failed(place, task, error)
-            else:
-                if task is not None:
-                    take = self._handout.opened if task.block is None else self._handout.measured
-                    take(task, *answer)
+                for thread in as_completed(threads.submit(self._use, w) for w in self._workers):
+                    thread.result()
+            finally:
+                self._is_over = True
+                for worker in self._workers:
+                    worker.close()
+        return self._models_loaded
 
-    def _failed(self, place: _Place[S], task: Task | None, error: Exception) -> None:
-        slot = place.slot
-        if task is None:  # its machine or device is gone, or is not made ready for tracker
-            slot.kill()
-            self._places.remove(place)
-            self._progress.say(f"{slot.name} cannot start: {error}")
-            if not self._places:
-                self._handout.give_up(f"no worker is left: {error}")
-        elif isinstance(error, LostError):
-            slot.kill()
-            place.start()
-            self._handout.lost(task, slot.name, str(error), len(self._places))
-        else:
-            self._handout.failed(task, error)
+    def _use(self, worker: Remote) -> None:
+        """Have a worker measure until nothing is left; one that dies is started again."""
+        try:
+            while not self._is_over:
+                try:
+                    worker.ready()
+                except Exception as error:  # noqa: BLE001  whatever keeps it from starting
+                    self._give_up(worker, error)
+                    return
+                while (cell := self._next_cell(worker)) is not None:
+                    if not self._measure(worker, cell):
+                        break
+        finally:
+            worker.close()
+
+    def _give_up(self, worker: Remote, error: Exception) -> None:
+        """Go on without a worker: its device is gone, or nothing is installed where it is."""
+        with self._changed:
+            if not self._is_over:
+                self._workers.remove(worker)
+                self._to.progress.say(f"{worker.name} cannot start: {error}")
+                for cell in [] if self._workers else self._cells:
+                    self._end(cell, CellError(f"no worker is left: {error}"))
+
+    def _next_cell(self, worker: Remote) -> _Cell | None:
+        """Choose a cell for a worker, waiting for one; None once there is nothing to do.
+
+        Best is the one that it has open, then one of its model, then one that few others are at.
+        """
+        opened = self._opened.get(worker)
+        loaded = opened and opened.request.model_settings
+
+        def preference(cell: _Cell) -> tuple[bool, bool, int]:
+            others = sum(cell is at for other, at in self._opened.items() if other is not worker)
+            return cell is not opened, loaded != cell.request.model_settings, others
+
+        with self._changed:
+            while not self._is_over:
+                cells = [cell for cell in self._cells if not cell.has_ended]
+                if free := [cell for cell in cells if cell.work is None or cell.work.is_free]:
+                    return min(free, key=preference)
+                self._changed.wait(WAIT)
+        return None
+
+    def _measure(self, worker: Remote, cell: _Cell) -> bool:
+        """Have a worker measure what it can have of a cell; return whether it is still alive."""
+        block: Block | None = None
+        try:
+            work = cell.work or self._open(worker, cell)
+            while not (cell.has_ended or self._is_over):
+                with work.take() as taken:
+                    if taken is None:
+                        break
+                    if is_open := self._opened.get(worker) is cell:
+                        block = taken.block
+                        work.measure(
+                            taken,
+                            lambda task, names, documents, _: worker.measure(
+                                task, names, documents
+                            ),
+                        )
+                block = None
+                if not is_open:
+                    self._open(worker, cell)
+        except (ProcessEndedError, DeviceLostError) as error:
+            self._died(worker, cell, block, str(error))
+            return False
+        except Exception as error:
+            log.debug("%s failed", cell.job.title, exc_info=True)
+            self._end(cell, error)
+        with self._changed:
+            if cell.work is not None and cell.work.is_complete:
+                self._end(cell, cell.work.store)
+        return True
+
+    def _open(self, worker: Remote, cell: _Cell) -> CellWork:
+        """Make a cell ready on a worker."""
+        progress = self._to.progress
+        with self._changed:
+            self._opened[worker] = cell
+            self._say_once(f"loading {cell.job.cells[0].source.name}")
+        facts = worker.open(cell.job.requests)
+        with self._changed:
+            self._models_loaded += facts.is_fresh
+            if facts.offloaded:
+                self._say_once(f"{facts.model.name}: {facts.offloaded}")
+            if cell.work is None:
+                cell.work = open_work(cell.job, facts, self._to.ledger, progress, self._changed)
+                progress.expect(cell.work.total)
+                for lookup in cell.job.cells if cell.work.left else ():
+                    self._to.begun(lookup, cell.work.store)
+            elif cell_key(facts.model, facts.benchmark) != cell.work.store.identity.key:
+                raise CellError("the workers do not all see the same model and data")
+            else:
+                refuse_other_tokens(cell.work.store, facts, progress)
+        for line in worker.check(self._checks) if cell.work.left else ():
+            self._say_once(line)
+        return cell.work
+
+    def _died(self, worker: Remote, cell: _Cell, block: Block | None, why: str) -> None:
+        """Have what a worker did done again, `ATTEMPTS` times at most."""
+        worker.close()
+        with self._changed:
+            self._opened.pop(worker, None)
+            if self._is_over:
+                return
+            cell.deaths[block] += 1
+            # A machine on which no worker can open the cell does not decide for the others.
+            bound = ATTEMPTS * (len(self._workers) if block is None else 1)
+            if cell.deaths[block] < bound:
+                self._to.progress.say(f"{worker.name} died; what it did is done again ({why})")
+                return
+            work = "opening it" if block is None else f"the same documents of {block.task}"
+            self._end(cell, CellError(f"{bound} workers died over {work}; the last: {why}"))
+
+    def _end(self, cell: _Cell, outcome: CellStore | Exception) -> None:
+        """Report a cell that is finished or has failed."""
+        with self._changed:
+            if cell.has_ended:
+                return
+            cell.has_ended = True
+            self._is_over = all(cell.has_ended for cell in self._cells)
+            if cell.work is not None:
+                self._to.progress.expect(-cell.work.total)
+            for lookup in cell.job.cells:
+                self._to.done(lookup, outcome)
+            self._changed.notify_all()

@@ -3,41 +3,65 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from typing_extensions import override
 
 from tracker.core.errors import RequestError
-from tracker.executors.child import Child, answered
-from tracker.executors.handout import Handout
-from tracker.executors.pool import Pool, grouped, needed
-from tracker.executors.worker import environment
+from tracker.core.remote import RemoteObject
+from tracker.executors.devices import count_devices, group_devices
+from tracker.executors.pool import WorkerPool
 from tracker.ledger.cache import Checks
 from tracker.measuring.job import Job, Options, Reporting
-from tracker.measuring.progress import telling
 from tracker.models.devices import default_device, visible_accelerators, visible_variable
 from tracker.models.load import ALL, SPREAD, find_device
 
+_KIND = "tracker.executors.worker:RemoteWorker"
 _FREE = "from tracker.models import devices as d; print(min(map(d.free_memory, d.accelerators())))"
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a worker works.
+class WorkerProcess(RemoteObject):
+    """A worker in a process of this machine.
 
-    Attributes:
-        name: What it is called in messages; empty for a part of the cores.
-        device: The device that its model is loaded on.
-        sees: The accelerators that it sees, as `visible_variable` names them; None = all.
+    Args:
+        name: What it is called in messages.
+        output: The file that gets what it prints.
+        variables: Environment variables that decide which devices and how many threads it has.
+        *arguments: The arguments of `RemoteWorker`.
     """
 
-    name: str
-    device: str
-    sees: str | None = None
+    def __init__(
+        self, name: str, output: Path, variables: Mapping[str, str], *arguments: object
+    ) -> None:
+        super().__init__(name, _KIND, *arguments, also=variables, finishes=False)
+        self._output = output
+
+    @override
+    def _popen(
+        self, command: Sequence[str], environment: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
+        pipe = subprocess.PIPE
+        with self._output.open("wb") as output:
+            return subprocess.Popen(
+                command, env=environment, stdin=pipe, stdout=pipe, stderr=output
+            )
+
+    @override
+    def _why_ended(self, code: int | None) -> str:
+        if code is None:
+            return "it does not answer any more"
+        if code == -signal.SIGKILL:
+            return "killed, as the system does when memory runs out; fewer workers need less"
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        lines = self._output.read_text(errors="replace").strip().splitlines()
+        return f"{how}: {lines[-1][:300]}" if lines else how
 
 
 class ProcessesExecutor:
@@ -48,7 +72,6 @@ class ProcessesExecutor:
     """
 
     def __init__(self, options: Options) -> None:
-        self.models_loaded = 0
         self._options = options
         on_accelerators = options.device in (ALL, "auto", default_device().type)
         self._devices = visible_accelerators() if on_accelerators else []
@@ -62,48 +85,51 @@ class ProcessesExecutor:
                     "or --device cpu, which parts the cores"
                 )
         elif options.devices_per_worker or options.workers:
-            grouped(self._devices, options.devices_per_worker or 1, options.workers)
+            group_devices(self._devices, options.devices_per_worker or 1, options.workers)
 
-    def measure(self, jobs: Sequence[Job], to: Reporting) -> None:
-        """Measure cells, handing their blocks to the workers."""
-        places = self._places(jobs)
-        # Say how many threads each of some workers has: those of one process, where that was said.
+    def measure(self, jobs: Sequence[Job], to: Reporting) -> int:
+        """Measure cells with the workers; return how many models were loaded."""
+        groups = self._groups(jobs)
+        # Threads of each worker: those of one process, where their number is given.
         own = os.environ.get("OMP_NUM_THREADS", "")
-        threads = int(own) if own.isdecimal() else max(1, torch.get_num_threads() // len(places))
-        children = []
-        for number, place in enumerate(places, 1):
-            variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-            if place.sees is not None:
-                variables[visible_variable()] = place.sees
-            name = f"worker {number}" + (f" on {place.name}" if place.name else "")
-            options = replace(
-                self._options, device=place.device, workers=None, devices_per_worker=None
-            )
-            arguments = options, str(Path.cwd()), environment(), len(places), Checks(to.ledger.root)
-            children.append(Child(name, variables, *arguments))
-        to.progress.say(_about(places, threads))
-        handout = Handout(jobs, to)
-        try:
-            with telling(to.progress, f"workers: {len(children)}", 0):
-                Pool(children, answered, handout, to.progress).run()
-        finally:
-            self.models_loaded = handout.models_loaded
+        threads = int(own) if own.isdecimal() else max(1, torch.get_num_threads() // len(groups))
+        title = f"{len(groups)} worker{'s' * (len(groups) > 1)}"
+        threads_each = f"{threads} thread{'s' * (threads > 1)}{' each' * (len(groups) > 1)}"
+        devices = "; ".join(map(_name_devices, groups))
+        to.progress.say(f"{title}: {devices}" if groups[0] else f"{title}, {threads_each}")
+        with TemporaryDirectory() as folder:
+            workers = [
+                self._worker(number, group, len(groups), threads, Path(folder, str(number)))
+                for number, group in enumerate(groups, 1)
+            ]
+            pool = WorkerPool(workers, jobs, to, Checks(to.ledger.root))
+            return pool.run(f"workers: {len(workers)}")
 
-    def _places(self, jobs: Sequence[Job]) -> list[_Place]:
+    def _groups(self, jobs: Sequence[Job]) -> list[range]:
+        """Divide the accelerators among workers; without any, give each none."""
         options = self._options
         if not self._devices:
-            return [_Place("", options.device)] * (options.workers or 1)
-        accelerator = default_device().type
+            return [range(0)] * (options.workers or 1)
         asked = options.devices_per_worker
-        each = asked or needed(jobs, options, len(self._devices), _least_free)
-        return [
-            _Place(
-                " and ".join(f"{accelerator}:{n}" for n in group),
-                SPREAD if len(group) > 1 else accelerator,
-                ",".join(self._devices[n] for n in group),
-            )
-            for group in grouped(self._devices, each, options.workers, asked is None)
-        ]
+        count = asked or count_devices(jobs, options, len(self._devices), _least_free)
+        return group_devices(self._devices, count, options.workers, asked is None)
+
+    def _worker(
+        self, number: int, group: range, workers: int, threads: int, output: Path
+    ) -> WorkerProcess:
+        """Make a worker on some accelerators, or a part of the cores, which is not started yet."""
+        variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        name, device = f"worker {number}", self._options.device
+        if group:
+            name += f" on {_name_devices(group)}"
+            device = SPREAD if len(group) > 1 else default_device().type
+            variables[visible_variable()] = ",".join(self._devices[n] for n in group)
+        options = replace(self._options, device=device, workers=None, devices_per_worker=None)
+        return WorkerProcess(name, output, variables, options, str(Path.cwd()), {}, workers)
+
+
+def _name_devices(group: range) -> str:
+    return " and ".join(f"{default_device().type}:{n}" for n in group)
 
 
 def _least_free() -> int:
@@ -116,10 +142,3 @@ def _least_free() -> int:
         said = asked.stderr.strip().splitlines() or ["no reason"]
         raise RequestError(f"the accelerators do not say what is free on them: {said[-1]}")
     return int(asked.stdout)
-
-
-def _about(places: Sequence[_Place], threads: int) -> str:
-    """Say who measures."""
-    what = f"{len(places)} worker{'s' * (len(places) > 1)}"
-    each = f"{threads} thread{'s' * (threads > 1)}{' each' * (len(places) > 1)}"
-    return f"{what}: {'; '.join(p.name for p in places)}" if places[0].name else f"{what}, {each}"

@@ -1,4 +1,4 @@
-"""Measuring cells on a Ray cluster: each worker keeps a model loaded and is handed blocks."""
+"""Measuring cells on a Ray cluster: each worker is an actor that keeps a model loaded."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import ray
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from typing_extensions import override
 
 from tracker.core.errors import RequestError
+from tracker.core.remote import ProcessEndedError, Remote
 from tracker.executors.base import last_line
-from tracker.executors.handout import Handout
-from tracker.executors.pool import LostError, Pool, needed
-from tracker.executors.worker import Worker, environment
+from tracker.executors.devices import count_devices
+from tracker.executors.pool import WorkerPool
+from tracker.executors.worker import RemoteWorker, environment
 from tracker.measuring.job import Job, Options, Reporting
-from tracker.measuring.progress import telling
 from tracker.models.load import SPREAD
 
 _PATIENCE = 60.0
@@ -37,7 +38,6 @@ class RayExecutor:
     """
 
     def __init__(self, options: Options) -> None:
-        self.models_loaded = 0
         self._options = options
         self._ours = not ray.is_initialized()
         if self._ours:
@@ -51,33 +51,30 @@ class RayExecutor:
                     "RAY_ADDRESS and type: ray stop"
                 ) from None
         asked = options.devices_per_worker
-        if not list(_slots(options, asked or 1)):
+        if not list(_actors(options, asked or 1)):
             self._disconnect()
             what = (
                 f"{asked} GPUs, as --devices-per-worker asks" if asked else "a GPU or a CPU to give"
             )
             raise RequestError(f"the Ray cluster has no node with {what}")
 
-    def measure(self, jobs: Sequence[Job], to: Reporting) -> None:
-        """Measure cells, handing their blocks to the workers of the cluster."""
-        handout = Handout(jobs, to)
+    def measure(self, jobs: Sequence[Job], to: Reporting) -> int:
+        """Measure cells with the workers of the cluster, which return outcomes to this process."""
         try:
-            slots = list(_slots(self._options, self._each(jobs)))
-            with telling(to.progress, f"Ray, workers: {len(slots)}", 0):
-                Pool(slots, _answered, handout, to.progress).run()
-        except RayError as error:
-            handout.give_up(f"the Ray cluster was lost: {last_line(error)}")
+            workers = list(_actors(self._options, self._each(jobs)))
+            return WorkerPool(workers, jobs, to, None).run(f"Ray, workers: {len(workers)}")
         finally:
-            self.models_loaded = handout.models_loaded
             self._disconnect()
 
     def _each(self, jobs: Sequence[Job]) -> int:
-        """Say how many GPUs a worker has."""
+        """Count the GPUs that a worker has."""
         options, gpus = self._options, _gpus(self._options)
         if options.devices_per_worker is not None:
             return options.devices_per_worker
         with suppress(RayError):  # a node that does not say what is free
-            return needed(jobs, options, max(gpus.values(), default=1), lambda: _least_free(gpus))
+            return count_devices(
+                jobs, options, max(gpus.values(), default=1), lambda: _least_free(gpus)
+            )
         return 1
 
     def _disconnect(self) -> None:
@@ -85,49 +82,38 @@ class RayExecutor:
             ray.shutdown()
 
 
-class _Slot:
-    """A place at a GPU, at several, or at a node."""
+class _Actor(Remote):
+    """A worker at a GPU, at several, or at a node."""
 
     def __init__(
         self, name: str, node: str, resources: Mapping[str, float], options: Options, beside: int
     ) -> None:
-        self.name = name
-        self.answers: Any = None
-        self._beside = beside
-        self._where = NodeAffinitySchedulingStrategy(node, soft=False)
-        self._resources, self._options = resources, options
-        self._actor: Any = None
+        super().__init__(name)
+        self._options, self._beside, self._actor = options, beside, None
+        self._where = {
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+            **resources,
+        }
 
-    def start(self) -> None:
-        """Begin to start an actor."""
-        actor = ray.remote(Worker).options(scheduling_strategy=self._where, **self._resources)
-        self._actor = actor.remote(self._options, str(Path.cwd()), environment(), self._beside)
-        self.answers = self._actor.__ray_ready__.remote()
-
-    def ask(self, method: str, *arguments: Any) -> None:
-        """Call a method of the actor."""
-        self.answers = getattr(self._actor, method).remote(*arguments)
-
-    def answer(self) -> Any:
-        """Take what came."""
+    @override
+    def _call(self, method: str, *arguments: object) -> Any:
         try:
-            return ray.get(self.answers)
+            if self._actor is None:
+                made_of = self._options, str(Path.cwd()), environment(), self._beside
+                self._actor = ray.remote(RemoteWorker).options(**self._where).remote(*made_of)
+            return ray.get(getattr(self._actor, method).remote(*arguments))
         except RayTaskError as error:
             raise error.cause from None
         except RayError as error:
-            raise LostError(last_line(error)) from None
+            self.close()
+            raise ProcessEndedError(last_line(error)) from None
 
-    def kill(self) -> None:
-        """End the actor."""
-        if self._actor is not None:
+    @override
+    def close(self) -> None:
+        actor, self._actor = self._actor, None
+        if actor is not None:
             with suppress(RayError):
-                ray.kill(self._actor)
-
-
-def _answered(slots: Sequence[_Slot], seconds: float) -> list[_Slot]:
-    """Wait until some have answered."""
-    found = {slot.answers: slot for slot in slots}
-    return [found[each] for each in ray.wait(list(found), timeout=seconds)[0]]
+                ray.kill(actor)
 
 
 def _look_for_cluster() -> None:
@@ -144,22 +130,22 @@ def _look_for_cluster() -> None:
         raise OSError(f"nobody answers at {address}: {error.strerror or error}") from None
 
 
-def _slots(options: Options, each: int) -> Iterator[_Slot]:
+def _actors(options: Options, size: int) -> Iterator[_Actor]:
     """Find a place for a worker at every so many GPUs of a node, or else at every node."""
     nodes = [(node, node["Resources"]) for node in ray.nodes() if node["Alive"]]
     gpus = _gpus(options)
-    on = replace(options, device=SPREAD if each > 1 else options.device, devices_per_worker=None)
+    on = replace(options, device=SPREAD if size > 1 else options.device, devices_per_worker=None)
     number = 0
     for node, has in nodes:
         cpus = int(has.get("CPU", 0))
-        places, wants = min(1, cpus), {"num_cpus": cpus}
-        if gpus or each > 1:
-            places = gpus.get(node["NodeID"], 0) // each
-            wants = {"num_gpus": each, "num_cpus": min(1, cpus)}
-        for _ in range(places):
+        count, wants = min(1, cpus), {"num_cpus": cpus}
+        if gpus or size > 1:
+            count = gpus.get(node["NodeID"], 0) // size
+            wants = {"num_gpus": size, "num_cpus": min(1, cpus)}
+        for _ in range(count):
             number += 1
             name = f"worker {number} on {node['NodeManagerHostname']}"
-            yield _Slot(name, node["NodeID"], wants, on, places)
+            yield _Actor(name, node["NodeID"], wants, on, count)
 
 
 def _gpus(options: Options) -> dict[str, int]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ from tracker.executors.local import measure_cell
 from tracker.ledger.blocks import BLOCK
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
-from tracker.measuring.fill import names_of
-from tracker.measuring.job import Begun, Job, Options, Reporting
-from tracker.measuring.meter import open_model
+from tracker.measuring.fill import ablation_names
+from tracker.measuring.job import Job, Options, Reporting
 from tracker.measuring.prepare import look_up
-from tracker.measuring.progress import Silent
+from tracker.measuring.progress import Silent, telling
+from tracker.measuring.worker import Worker
 
 POLL = 2.0
 """Seconds between two looks at the jobs and at the ledger."""
@@ -53,16 +54,14 @@ class SlurmExecutor:
     """
 
     def __init__(self, options: Options) -> None:
-        self.models_loaded = 0
         self._cluster = str(options.slurm.get("cluster", "slurm"))
         self._parameters = {k: v for k, v in options.slurm.items() if k != "cluster"}
         self._options = replace(options, executor="local", slurm={})
-        self._said: set[str] = set()
         # submitit's executor within this process checks the same, and makes no folder.
         checks = "debug" if self._cluster == "local" else self._cluster
         _executor(Path("slurm"), checks, self._parameters)
 
-    def measure(self, jobs: Sequence[Job], to: Reporting) -> None:
+    def measure(self, jobs: Sequence[Job], to: Reporting) -> int:
         """Measure cells, one a job; the results folder is on a file system that all nodes share."""
         to.ledger.create()
         root = to.ledger.root.resolve()
@@ -74,76 +73,72 @@ class SlurmExecutor:
             raise RequestError(f"SLURM refused the jobs: {last_line(error)}") from None
         what = f"{len(jobs)} job{'s' * (len(jobs) > 1)}"
         to.progress.say(f"submitted {what}; their logs are in {to.ledger.root / 'slurm'}")
-        waiting = [_Waiting(*each, to.ledger) for each in zip(jobs, submitted, strict=True)]
-        to.progress.start("SLURM", sum(each.left for each in waiting), "blocks")
-        try:
-            while waiting:
-                time.sleep(POLL)
-                for each in list(waiting):
-                    ended = each.submission.done()
-                    to.progress.advance(each.advance(to.begun))
-                    if ended:
-                        waiting.remove(each)
-                        self._end(each, to)
-        finally:
-            to.progress.finish()
-            for each in waiting:  # the driver was stopped
-                each.submission.cancel(check=False)
-
-    def _end(self, waiting: _Waiting, to: Reporting) -> None:
-        """Take what a job said."""
-        outcomes = waiting.outcomes()
-        self.models_loaded += sum(outcome.models_loaded for outcome in outcomes)
-        for line in dict.fromkeys(line for outcome in outcomes for line in outcome.lost):
-            if line not in self._said:
-                self._said.add(line)
-                to.progress.say(line)
-        errors = [outcome.error for outcome in outcomes if outcome.error is not None]
-        if errors or waiting.job.requests[0].until is not None:
-            to.progress.expect(-waiting.left)  # of a question, as many as the answer left
-        else:
-            to.progress.advance(waiting.left)
-        for cell in waiting.job.cells:
-            to.done(cell, errors[0] if errors else waiting.store(cell.request))
+        waiting = [_Waiting(*pair, to) for pair in zip(jobs, submitted, strict=True)]
+        say_once, models_loaded = cache(to.progress.say), 0
+        with telling(to.progress, "SLURM", sum(job.left for job in waiting), "blocks"):
+            try:
+                while waiting:
+                    time.sleep(POLL)
+                    for job in list(waiting):
+                        if job.has_ended():
+                            waiting.remove(job)
+                            models_loaded += job.report(say_once)
+            finally:
+                for job in waiting:  # the driver was stopped
+                    job.submission.cancel(check=False)
+        return models_loaded
 
 
 class _Waiting:
     """A submitted job, and how far its cell is in the ledger."""
 
-    def __init__(self, job: Job, submission: Any, ledger: Ledger) -> None:
-        self.job = job
+    def __init__(self, job: Job, submission: Any, to: Reporting) -> None:
         self.submission = submission
-        self._ledger = ledger
+        self._job, self._to = job, to
         store, request = job.cells[0].store, job.requests[0]
         self._before = {path.name for path in shards(store)}
         self._found = 0
-        self._begun = False
         if store is None:
             tasks = job.benchmark.identity.tasks
             wanted = [request.extent.of(task.name, task.numbers) for task in tasks]
             self.left = sum(-(-len(documents) // BLOCK) for documents in wanted)
         else:
-            names = names_of(job, store)
+            names = ablation_names(job, store)
             blocks = store.blocks(request.extent)
             self.left = sum(bool(store.missing(b, request.extent, names)) for b in blocks)
 
-    def advance(self, begun: Begun) -> int:
-        """Count the blocks that have come since the last call; the first one tells `begun`."""
-        key = self.job.cells[0].key
-        store = self._ledger.find(key) if key else None
-        new = {path.name for path in shards(store)}
-        if store is not None and new - self._before and not self._begun:
-            self._begun = True
-            for cell in self.job.cells:
-                begun(cell, store)
-        found = len({name.rsplit(".", 2)[0] for name in new - self._before})
-        fresh = min(found - self._found, self.left)
+    def has_ended(self) -> bool:
+        """Count the blocks that have come since the last call; return whether the job is over."""
+        is_over = bool(self.submission.done())
+        cell = self._job.cells[0]
+        store = self._to.ledger.find(cell.key) if cell.key else None
+        new = {path.name for path in shards(store)} - self._before
+        if store is not None and new and not self._found:
+            for cell in self._job.cells:
+                self._to.begun(cell, store)
+        blocks = len({name.rsplit(".", 2)[0] for name in new})
+        fresh = min(blocks - self._found, self.left)
         self._found += fresh
         self.left -= fresh
-        return fresh
+        self._to.progress.advance(fresh)
+        return is_over
 
-    def outcomes(self) -> list[JobEnd]:
-        """Say what each task of the job says."""
+    def report(self, say: Callable[[str], None]) -> int:
+        """Report what became of the job's cells; return how many models it loaded."""
+        outcomes = self._outcomes()
+        for line in (line for outcome in outcomes for line in outcome.notes):
+            say(line)
+        errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+        if errors or self._job.requests[0].until is not None:
+            self._to.progress.expect(-self.left)  # of a question, as many as the answer left
+        else:
+            self._to.progress.advance(self.left)
+        for cell in self._job.cells:
+            self._to.done(cell, errors[0] if errors else self._store(cell.request))
+        return sum(outcome.models_loaded for outcome in outcomes)
+
+    def _outcomes(self) -> list[JobEnd]:
+        """Return how each task of the job ended."""
         try:
             found: list[JobEnd] = self.submission.results()
         except (UncompletedJobError, OSError) as error:
@@ -153,15 +148,15 @@ class _Waiting:
             return [JobEnd(CellError(f"{why}. Its log: {place}"))]
         return found
 
-    def store(self, request: CellRequest) -> CellStore | CellError:
+    def _store(self, request: CellRequest) -> CellStore | CellError:
         """Find the finished cell."""
-        asked = look_up(request, self._ledger)
-        if asked.store is None or not asked.complete:
+        cell = look_up(request, self._to.ledger)
+        if cell.store is None or not cell.complete:
             return CellError(
-                f"its job ended well, but {self._ledger.root} does not hold what it measured: "
+                f"its job ended well, but {self._to.ledger.root} does not hold what it measured: "
                 "the results folder must lie on a file system that all nodes share"
             )
-        return asked.store
+        return cell.store
 
 
 def _executor(folder: Path, cluster: str, parameters: Mapping[str, Any]) -> Any:
@@ -198,12 +193,12 @@ class JobEnd:
 
     Attributes:
         error: What went wrong; None when nothing of the cell is missing any more.
-        lost: What the self-check said.
+        notes: What the self-check found.
         models_loaded: How many times it loaded the model.
     """
 
     error: TrackerError | None = None
-    lost: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     models_loaded: int = 0
 
 
@@ -246,12 +241,10 @@ class CellJob(Checkpointable):  # type: ignore[misc]
                 f"its job was stopped {STARTS} times before a single block of documents was "
                 "measured; give it more time: --slurm timeout_min=240"
             )
-        log.info("loading %s", cells[0].source.name)
-        model = open_model(cells[0].request, self.options)
         job = Job(cells, open_benchmark(cells[0].request))
         to = Reporting(ledger, _Log(), lambda *_: None, lambda *_: None)
-        _, lost = measure_cell(job, model, self.options, to)
-        return JobEnd(lost=tuple(lost), models_loaded=1)
+        _, notes = measure_cell(job, Worker(self.options), to)
+        return JobEnd(notes=tuple(notes), models_loaded=1)
 
 
 class _Log(Silent):

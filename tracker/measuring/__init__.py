@@ -12,4 +12,5 @@ Modules:
     progress: Report progress.
     row_size: Keep the fastest row sizes in the user's cache.
     scorer: Combine the engine's scores with generated texts.
+    worker: Hold a loaded model and the cell that is measured with it.
 """

@@ -1,30 +1,43 @@
-"""Filling a cell's missing outcomes, block by block, together with whoever else is at it."""
+"""Measure what a cell lacks, block by block, together with whoever else does.
+
+The lock of a block is all that distributes work: whoever holds it measures the block and writes it,
+be it the only worker of a command, one of several, or another command on the same folder.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from threading import Condition
+from typing import NamedTuple
 
 from filelock import Timeout
 
 from tracker.core.ablations import all_ablations
 from tracker.core.errors import CellError
-from tracker.core.extent import Extent
+from tracker.core.extent import ALL, Extent
 from tracker.core.provenance import SAME_VERSIONS, readers, reads_otherwise
-from tracker.ledger.blocks import Block
+from tracker.ledger.blocks import Block, portions
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import BlockRace, CellRace
 from tracker.ledger.outcomes import PROVENANCE, TOKENS_DIGEST
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Job
-from tracker.measuring.meter import Facts, Meter, Place
+from tracker.measuring.meter import Advance, Facts, Measured
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress, telling
 
 WAIT = 0.5
-"""Seconds between two looks at blocks that another process is computing."""
+"""Seconds between two attempts to take a block that another process is measuring."""
+AHEAD = 4
+"""Of so many blocks that a race has looked at, one may be measured before its turn."""
+
+
+Measure = Callable[[str, Sequence[str], Sequence[int], Advance], Measured]
+"""Measures documents of a task under the named ablations, counting responses as they come."""
 
 
 def refuse_other_tokens(store: CellStore, facts: Facts, progress: Progress) -> None:
@@ -64,158 +77,250 @@ def _not_mixed(what: str, then: Mapping[str, str], now: Mapping[str, str]) -> Ce
     )
 
 
-def open_cell(
-    job: Job, facts: Facts, ledger: Ledger, progress: Progress
-) -> tuple[CellStore, dict[Block, int], CellRace | None]:
-    """Open a cell whose model is known, or make it, and see what it lacks.
+class BlockWork(NamedTuple):
+    """A block that lacks something.
 
-    The ledger finds the cell by its requests from now on. With the cell come the blocks that lack
-    something, how many responses each lacks, and the race that decides, where there is a question.
-    CellError where its documents are other tokens now than they were.
+    Attributes:
+        block: The block.
+        missing: Names of ablations → the documents that lack just these.
     """
+
+    block: Block
+    missing: Mapping[tuple[str, ...], Sequence[int]]
+
+
+class CellWork:
+    """The blocks that a cell lacks, shared by the workers of one command, each in its thread.
+
+    Attributes:
+        store: The cell on disk.
+        left: The blocks that lack something, and how many responses each lacks at most.
+    """
+
+    def __init__(
+        self,
+        store: CellStore,
+        facts: Facts,
+        progress: Progress,
+        *,
+        extent: Extent = ALL,
+        names: Sequence[str] = (),
+        race: BlockRace | None = None,
+        changed: Condition | None = None,
+    ) -> None:
+        """Find what is lacking.
+
+        Args:
+            store: The cell on disk.
+            facts: Its documents and what reads them.
+            progress: Receives counts and messages.
+            extent: The documents that are wanted, where no race decides.
+            names: The ablations that are wanted, where no race decides.
+            race: The stopping rule that decides block by block what is measured.
+            changed: Guards what workers share, and is notified of each block that ends.
+        """
+        self.store = store
+        self._facts, self._progress, self._race = facts, progress, race
+        self._extent = extent if race is None else race.extent
+        self._names = names
+        self._changed = changed or Condition()
+        self._taken: set[Block] = set()
+        self._complete: set[Block] = set()
+        self._retry = 0.0
+        self.left = self._find_lacking()
+
+    @property
+    def total(self) -> int:
+        """Count the responses that are lacking at most."""
+        return sum(self.left.values())
+
+    @property
+    def is_complete(self) -> bool:
+        """Return whether nothing is lacking, and no worker is at a block."""
+        return not (self.left or self._taken)
+
+    @property
+    def is_free(self) -> bool:
+        """Return whether there may be a block that nobody is at."""
+        return time.monotonic() >= self._retry and bool(self._candidates())
+
+    @contextmanager
+    def take(self) -> Iterator[BlockWork | None]:
+        """Hold the lock of a block that lacks something; None where there is none to have now."""
+        with ExitStack() as held:
+            with self._changed:
+                self._update_race()
+                work = self._lock_block(held)
+            yield work
+
+    def measure(self, work: BlockWork, measure: Measure) -> None:
+        """Measure and write what a block lacks, while its lock is held."""
+        block, missing = work
+        due = self._count(block, missing)
+        # Offloaded weights are brought in once for all that is computed together.
+        for names, documents in missing.items() if self._facts.offloaded else portions(missing):
+            due -= self._count(block, {names: documents})
+            shard = measure(block.task, names, documents, partial(self._advance, block, due))
+            for line in shard.notes:
+                self._progress.say(line)
+            self.store.write(block, shard.rows, shard.metadata)
+            self.store.texts.add(block.name, shard.texts)
+            self._settle(block, due)
+        with self._changed:
+            self._update_race()
+
+    def _lock_block(self, held: ExitStack) -> BlockWork | None:
+        """Lock the first block that lacks something and that nobody is at."""
+        elsewhere: list[Block] = []
+        while blocks := [block for block in self._candidates() if block not in elsewhere]:
+            block = blocks[0]
+            with suppress(Timeout), ExitStack() as lock:
+                lock.callback(self._give_back, block)
+                lock.enter_context(self.store.lock(block).acquire(timeout=0))
+                names = self._names if self._race is None else self._race.needed
+                missing = self.store.missing(block, self._extent, names)
+                self._settle(block, self._count(block, missing))
+                if missing:
+                    self._taken.add(block)
+                    held.enter_context(lock.pop_all())
+                    return BlockWork(block, missing)
+                self._update_race()
+                continue
+            elsewhere.append(block)
+        if elsewhere:
+            if not self._retry:
+                count = f"{len(elsewhere)} block{'s are' if len(elsewhere) > 1 else ' is'}"
+                self._progress.say(f"{count} being measured by another process")
+            self._retry = time.monotonic() + WAIT
+        return None
+
+    def _give_back(self, block: Block) -> None:
+        """Return a block, whose lock is released, to the other workers."""
+        with self._changed:
+            self._taken.discard(block)
+            self._changed.notify_all()
+
+    def _candidates(self) -> list[Block]:
+        """List the blocks that may be measured now and that no worker of this command is at."""
+        blocks = list(self.left)
+        if self._race is not None:
+            blocks = self._race.left
+            # What is measured depends on the block before: of those beyond the next one, at most a
+            # quarter of what was looked at is measured, and only while another worker is at it.
+            ahead = self._race.done // AHEAD if self._taken.intersection(blocks[:1]) else 0
+            blocks = [block for block in blocks[: 1 + ahead] if block in self.left]
+        return [block for block in blocks if block not in self._taken]
+
+    def _update_race(self) -> None:
+        """Re-evaluate the stopping rule on all results so far."""
+        if self._race is None:
+            return
+        open_before = self._race.open.sum()
+        self._race.advance()
+        if 0 < self._race.open.sum() < open_before:
+            self._progress.say(f"{self._race.contenders}; {self._race.looked:,} documents")
+        before = self.total
+        self.left = self._find_lacking()
+        self._progress.expect(self.total - before)
+
+    def _find_lacking(self) -> dict[Block, int]:
+        """Find the blocks that lack something, and count the responses that each lacks at most."""
+        extent, race = self._extent, self._race
+        if race is None and not self.store.is_complete(extent, self._names):
+            blocks = self.store.blocks(extent)
+            missing = {block: self.store.missing(block, extent, self._names) for block in blocks}
+        elif race is not None and race.lacking is not None:
+            next_block, names = race.lacking
+            blocks = [b for b in race.left if b == next_block or b not in self._complete]
+            missing = {b: {names: list(self.store.documents(b, extent))} for b in blocks}
+        else:
+            return {}
+        responses = {block: self._count(block, work) for block, work in missing.items()}
+        return {block: count for block, count in responses.items() if count}
+
+    def _count(self, block: Block, missing: Mapping[tuple[str, ...], Sequence[int]]) -> int:
+        """Count the responses that a block lacks."""
+        responses = self._facts.responses
+        return sum(
+            len(names) * sum(responses[block.task, document] for document in documents)
+            for names, documents in missing.items()
+        )
+
+    def _advance(self, block: Block, due: int, responses: int) -> None:
+        """Count responses of a block that is being measured, but for those that are due later."""
+        # The baseline is computed along with what is missing, and is not counted again.
+        self._settle(block, max(due, self.left.get(block, 0) - responses))
+
+    def _settle(self, block: Block, left: int) -> None:
+        """Count all responses of a block but those that are left."""
+        with self._changed:
+            if (responses := self.left.get(block, 0) - left) > 0:
+                self._progress.advance(responses)
+                self.left[block] = left
+            if not left:
+                self.left.pop(block, None)
+                self._complete.add(block)
+
+
+def open_work(
+    job: Job, facts: Facts, ledger: Ledger, progress: Progress, changed: Condition | None = None
+) -> CellWork:
+    """Open a cell whose model is known, or make it, and find what it lacks.
+
+    Args:
+        job: The cell.
+        facts: Its model and documents.
+        ledger: The results folder.
+        progress: Receives counts and messages.
+        changed: The lock of the workers that share it.
+
+    Returns:
+        What is lacking.
+
+    Raises:
+        CellError: Its documents are other tokens than when some of it was measured.
+    """
+    store, request = open_store(job, facts, ledger), job.cells[0].request
+    race = None if request.until is None else CellRace(store, store.views.of(request))
+    work = CellWork(
+        *(store, facts, progress),
+        extent=request.extent,
+        names=ablation_names(job, store),
+        race=race,
+        changed=changed,
+    )
+    if work.left:
+        refuse_other_tokens(store, facts, progress)
+    return work
+
+
+def open_store(job: Job, facts: Facts, ledger: Ledger) -> CellStore:
+    """Open a cell whose model is known, or make it; the ledger finds it by its requests then."""
     store = ledger.cell(facts.model, facts.benchmark, facts.provenance)
     # A hub model's commit is known only now that it is in the cache. What is removed is no part of
     # the key, so that all cells of a job have the same.
-    asked = job.cells[0]
-    key = asked.key or look_up(asked.request, ledger).key
-    if key:
+    cell = job.cells[0]
+    if key := cell.key or look_up(cell.request, ledger).key:
         ledger.remember(key, store)
-    race = None
-    if asked.request.until is not None:
-        race = CellRace(store, store.views.of(asked.request))
-        left = at_most(race, store, facts.responses)
-    else:
-        left = lacking(store, facts, asked.request.extent, names_of(job, store))
-    if left:
-        refuse_other_tokens(store, facts, progress)
-    return store, left, race
+    return store
 
 
-def lacking(
-    store: CellStore, facts: Facts, extent: Extent, names: Sequence[str]
-) -> dict[Block, int]:
-    """Say which blocks lack something of what is named, and how many responses each lacks."""
-    if store.is_complete(extent, names):
-        return {}
-    found = {
-        block: lacking_of(store, block, facts.responses, extent, names)
-        for block in store.blocks(extent)
-    }
-    return {block: count for block, count in found.items() if count}
-
-
-def lacking_of(
-    store: CellStore,
-    block: Block,
-    responses: Mapping[Place, int],
-    extent: Extent,
-    names: Sequence[str],
-) -> int:
-    """Count the responses that one block lacks of what is named."""
-    return sum(
-        responses[block.task, i] * len(absent)
-        for absent, indices in store.missing(block, extent, names).items()
-        for i in indices
-    )
-
-
-def names_of(job: Job, store: CellStore) -> list[str]:
+def ablation_names(job: Job, store: CellStore) -> list[str]:
     """Name the ablations that a cell is measured under."""
     return [a.name for a in all_ablations(job.requests, store.identity.model.layers)]
 
 
-def at_most(race: BlockRace, store: CellStore, responses: Mapping[Place, int]) -> dict[Block, int]:
-    """Say how many responses each block takes until a race is over, if nobody leaves it."""
-    if race.lacking is None:
-        return {}
-    return {
-        block: len(race.needed)
-        * sum(responses[block.task, d] for d in store.documents(block, race.extent))
-        for block in race.left
-    }
+def fill(work: CellWork, measure: Measure, progress: Progress) -> None:
+    """Measure all that a cell lacks, waiting for blocks that another process measures.
 
-
-def look(
-    race: BlockRace, store: CellStore, responses: Mapping[Place, int], progress: Progress
-) -> dict[Block, int]:
-    """Look at what was measured, say who is left, and how many responses are to come at most."""
-    were = race.open.sum()
-    race.advance()
-    if 0 < race.open.sum() < were:
-        progress.say(f"{race.contenders}; {race.looked:,} documents")
-    return at_most(race, store, responses)
-
-
-def fill_until(race: BlockRace, store: CellStore, meter: Meter, progress: Progress) -> None:
-    """Measure block after block, each under the ablations that are open, until a race is over.
-
-    A block that another process holds is waited for: what comes after it depends on it.
+    If that process dies, its lock goes with it, and the block is measured here.
     """
-    expected = sum(at_most(race, store, meter.facts.responses).values())
-    with telling(progress, store.identity.benchmark.title, expected):
-        while race.lacking is not None:
-            done = _fill_block(store, meter, race.extent, progress, *race.lacking)
-            if done is None:
+    with telling(progress, work.store.identity.benchmark.title, work.total):
+        while True:
+            with work.take() as taken:
+                if taken is not None:
+                    work.measure(taken, measure)
+            if work.is_complete:
+                return
+            if taken is None:
                 time.sleep(WAIT)
-            left = sum(look(race, store, meter.facts.responses, progress).values())
-            progress.expect(left - expected + (done or 0))
-            expected = left
-
-
-def fill(
-    store: CellStore, left: Mapping[Block, int], meter: Meter, extent: Extent, progress: Progress
-) -> None:
-    """Measure what a cell lacks: the blocks, and how many responses each of them lacks.
-
-    A block that another process holds is left to it and looked at again at the end: if that
-    process dies, its lock goes with it and the block is computed here.
-    """
-    names = [ablation.name for ablation in meter.ablations]
-    pending, told = list(left), False
-    with telling(progress, store.identity.benchmark.title, sum(left.values())):
-        while pending:
-            held = []
-            for block in pending:
-                done = _fill_block(store, meter, extent, progress, block, names)
-                if done is None:
-                    held.append(block)
-                else:
-                    progress.advance(left[block] - done)
-            if held == pending:
-                if not told:
-                    what = "1 block is" if len(held) == 1 else f"{len(held)} blocks are"
-                    progress.say(f"{what} being measured by another process")
-                    told = True
-                time.sleep(WAIT)
-            pending = held
-
-
-def _fill_block(
-    store: CellStore,
-    meter: Meter,
-    extent: Extent,
-    progress: Progress,
-    block: Block,
-    names: Sequence[str],
-) -> int | None:
-    """Measure what one block lacks, and count the responses; None if another process does."""
-    done = 0
-
-    def advance(responses: int) -> None:
-        nonlocal done
-        # The baseline is computed along with what is missing, and is not counted again.
-        responses = min(responses, due - done)
-        done += responses
-        progress.advance(responses)
-
-    with suppress(Timeout), store.lock(block).acquire(timeout=0):
-        due = lacking_of(store, block, meter.facts.responses, extent, names)
-        missing = store.missing(block, extent, names)
-        for absent, indices in meter.portions(missing):
-            shard = meter.measure(block.task, absent, indices, advance)
-            for line in meter.notes():
-                progress.say(line)
-            store.write(block, shard.rows, shard.metadata)
-            store.texts.add(block.name, shard.texts)
-        return done
-    return None

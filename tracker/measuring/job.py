@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from tracker.benchmarks.base import Benchmark
-from tracker.core.config import EXECUTORS, RESTS, CellRequest
+from tracker.core.config import EXECUTORS, RESTS, CellRequest, executor_names
 from tracker.core.errors import RequestError, did_you_mean
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
@@ -35,7 +35,7 @@ class Options:
             device `all` as many as there are accelerators for.
         devices_per_worker: How many accelerators each worker has; None = as many as the weights
             need.
-        executor: Where: one of `EXECUTORS`.
+        executor: Where: one of `executor_names()`.
         slurm: What each SLURM job asks for, in submitit's words.
 
     Raises:
@@ -54,8 +54,9 @@ class Options:
     slurm: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        executors = EXECUTORS if self.executor in EXECUTORS else executor_names()
         for what, said, known in (
-            ("there is no executor", self.executor, EXECUTORS),
+            ("there is no executor", self.executor, executors),
             ("layers cannot be offloaded to", self.offload, RESTS),
         ):
             if said not in known:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -18,7 +18,6 @@ from tracker.core.errors import CellError
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity
 from tracker.core.provenance import TOKENISATION, WEIGHTS, machine, package_versions
 from tracker.core.records import WHICH
-from tracker.ledger.blocks import portions
 from tracker.ledger.outcomes import TOKENS_DIGEST, outcome_row
 from tracker.ledger.texts import text_row
 from tracker.measuring.calibrate import CalibrationTexts, calibration, computed_twice
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
 
 Place = tuple[str, int]
 """A document: its task, and its number in the task's split."""
+Advance = Callable[[int], None]
+"""Called with how many responses have come since the last call."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Facts:
         provenance: Versions and machine.
         responses: Document → how many responses it asks for under one ablation.
         digests: Document → the digest of the tokens that it is read as.
+        offloaded: Why and where weights rest that do not fit; empty where all are in place.
+        is_fresh: Whether the model was loaded for it.
     """
 
     model: ModelIdentity
@@ -75,6 +78,8 @@ class Facts:
     provenance: dict[str, str]
     responses: dict[Place, int]
     digests: dict[Place, str]
+    offloaded: str = ""
+    is_fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,13 @@ class Measured:
         rows: One mapping a (document, ablation), as `outcomes.outcome_row` lays them out.
         metadata: How they were measured, and by which versions, machine and device.
         texts: What the documents say, one mapping a document, as `texts.text_row` lays them out.
+        notes: Lines about what happened meanwhile.
     """
 
     rows: list[dict[str, object]]
     metadata: dict[str, object]
     texts: list[dict[str, object]]
+    notes: list[str]
 
 
 class Meter:
@@ -140,6 +147,7 @@ class Meter:
             {**package_versions(), **machine(), **describe(loaded.device), **kept},
             {place: Scorer.responses(each) for place, each in self.documents.items()},
             {place: each.tokens_digest(max_length) for place, each in self.documents.items()},
+            "" if loaded.offloaded is None else str(loaded.offloaded),
         )
 
     @property
@@ -147,21 +155,6 @@ class Meter:
         """What scores the documents, with as much sharing as `check` found exact."""
         assert self._scorer is not None, "check() comes first"
         return self._scorer.engine
-
-    def portions(
-        self, missing: Mapping[tuple[str, ...], Sequence[int]]
-    ) -> Iterable[tuple[tuple[str, ...], Sequence[int]]]:
-        """Part what a block lacks, but where weights rest elsewhere.
-
-        These are brought in once for all that is computed together.
-        """
-        return missing.items() if self.engine.loaded.offloaded is not None else portions(missing)
-
-    def notes(self) -> list[str]:
-        """Take what is to be said of what was measured since this was asked."""
-        name, said = self.facts.model.name, self.engine.notes[self._noted :]
-        self._noted += len(said)
-        return [f"{name}: {line}" for line in said]
 
     def check(self, kept: Kept | None = None, typical: Sequence[Ablation] = ()) -> list[str]:
         """Find out what this model can share exactly; must come before `measure`.
@@ -191,7 +184,7 @@ class Meter:
         task: str,
         names: Sequence[str],
         indices: Sequence[int],
-        advance: Callable[[int], None] = lambda responses: None,
+        advance: Advance = lambda responses: None,
     ) -> Measured:
         """Measure some documents of one task.
 
@@ -253,7 +246,13 @@ class Meter:
             text_row(each.document, self._benchmark.text(each.document), self._benchmark.public)
             for each in results
         ]
-        return Measured(rows, metadata, texts)
+        return Measured(rows, metadata, texts, self._notes())
+
+    def _notes(self) -> list[str]:
+        """Take the engine's notes since the last call."""
+        name, notes = self.facts.model.name, self.engine.notes[self._noted :]
+        self._noted += len(notes)
+        return [f"{name}: {line}" for line in notes]
 
     def _loads(
         self, documents: Sequence[Document], parts: Sequence[Change]

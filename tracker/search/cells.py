@@ -31,7 +31,7 @@ from tracker.ledger.outcomes import METRIC
 from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.shards import read_shard
 from tracker.ledger.store import Ledger
-from tracker.measuring.fill import fill, lacking, open_cell, refuse_other_tokens
+from tracker.measuring.fill import CellWork, fill, open_store, refuse_other_tokens
 from tracker.measuring.job import Job, Options
 from tracker.measuring.meter import Meter, Model, Place, open_model
 from tracker.measuring.observing import Documents, Observe, Observed, observe
@@ -155,7 +155,7 @@ class OpenCell:
             chosen_metric(found.store.identity.benchmark, self.request.metric)
             return found.store
         job = Job((found,), self._benchmark)
-        return open_cell(job, self._meter.facts, self._lender.ledger, self.progress)[0]
+        return open_store(job, self._meter.facts, self._lender.ledger)
 
     @property
     def progress(self) -> Progress:
@@ -194,8 +194,8 @@ class OpenCell:
         if not self.store.is_complete(extent, names):
             meter = self.opened(asked, candidates)
             self.store.begin_search(self._lender.typed)
-            left = lacking(self.store, meter.facts, extent, names)
-            fill(self.store, left, meter, extent, self.progress)
+            work = CellWork(self.store, meter.facts, self.progress, extent=extent, names=names)
+            fill(work, meter.measure, self.progress)
         columns = [*_COLUMNS, METRIC + self.view.metric]
         view = self.view.model_copy(update={"removed": (), "runs": ()})
         lined_up = AlignedOutcomes(self.store, view, columns, asked)

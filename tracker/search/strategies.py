@@ -20,7 +20,7 @@ from tracker.core.grouping import grouped
 from tracker.core.proxies import PROXIES
 from tracker.core.prune_records import PruneStep, Rescoring
 from tracker.ledger.early_stopping import CandidateRace
-from tracker.measuring.fill import fill_until
+from tracker.measuring.fill import CellWork, fill
 from tracker.search.budgets import Budget, out_of_reach
 from tracker.search.scores import NO_FINITE, Scores, Set, grown
 from tracker.stats.rank_agreement import rounded
@@ -83,7 +83,8 @@ def race(scores: Scores, budget: Budget, by: str) -> Iterator[PruneStep]:
         racing = CandidateRace(cell.store, cell.view, by, cell.request.seed, ablations, beneath)
         if racing.lacking is not None:
             meter = cell.opened([*beneath, *ablations], candidates=True)
-            fill_until(racing, cell.store, meter, cell.progress)
+            work = CellWork(cell.store, meter.facts, cell.progress, race=racing)
+            fill(work, meter.measure, cell.progress)
         seen, means = racing.deciding.seen, rounded(racing.deciding.means)
         scores.raced(cell, beneath, ablations, seen, racing.measured_for(seen), racing.order)
         # Where all documents leave several open, they are level: the later one goes.

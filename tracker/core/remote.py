@@ -1,0 +1,206 @@
+"""Objects in processes of their own, whose methods are called from here.
+
+Such a process is a program by itself and no child of `multiprocessing`: that would run a user's
+script again, and import torch before it is told which devices and how many threads it has.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+import psutil
+
+from tracker.core.errors import TrackerError, WorkError
+
+_PATIENCE = 10.0
+"""Seconds that a process may take to end, once it is idle or answers no more."""
+_GRACE = 2.0
+"""Seconds that a process may take to end once nobody calls it any more."""
+
+
+class ProcessEndedError(WorkError):
+    """The process of a remote object is gone; the message holds the reason."""
+
+
+class RemoteError(WorkError):
+    """An error of a remote object that is none of tracker's own; its traceback is a note."""
+
+
+class Remote:
+    """An object elsewhere: its methods are called there, and raise here what they raise there.
+
+    Args:
+        name: Its name in messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        if method.startswith("_"):
+            raise AttributeError(method)
+        return partial(self._call, method)
+
+    def _call(self, method: str, *arguments: object) -> Any:
+        """Call a method; ProcessEndedError where its process has ended."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the object, whatever it is doing; it never raises, and a later call makes another."""
+        raise NotImplementedError
+
+
+class RemoteObject(Remote):
+    """An object in another process of this machine, which begins with the first call.
+
+    Args:
+        name: Its name in messages.
+        kind: The object's class, as `MODULE:CLASS`.
+        *arguments: The arguments of the class.
+        without: Environment variables that the process does not get.
+        also: Environment variables that it gets besides.
+        finishes: Whether the process outlives this one until its call has ended; else it ends with
+            it at once.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        *arguments: object,
+        without: Collection[str] = (),
+        also: Mapping[str, str] = {},
+        finishes: bool = True,
+    ) -> None:
+        super().__init__(name)
+        self._object = kind, arguments
+        self._without, self._also = without, also
+        self._finishes = finishes
+        self._process: subprocess.Popen[bytes] | None = None
+        self._patience = _PATIENCE
+
+    def _call(self, method: str, *arguments: object) -> Any:
+        process = self._process = self._process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._patience = 0.0  # whoever closes now does not wait for an answer
+        try:
+            pickle.dump((*self._object, method, arguments), process.stdin)
+            process.stdin.flush()
+            has_failed, answer = pickle.load(process.stdout)
+        except (EOFError, OSError, ValueError, pickle.UnpicklingError):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_PATIENCE)
+            code = process.returncode  # None: it is still there, and is killed now
+            self.close()
+            raise ProcessEndedError(self._why_ended(code)) from None
+        except BaseException:
+            self.close()
+            raise
+        self._patience = _PATIENCE
+        if has_failed:
+            raise answer
+        return answer
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = {k: v for k, v in os.environ.items() if k not in self._without}
+        environment |= self._also
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+        program = f"from tracker.core.remote import serve; serve({self._finishes})"
+        return self._popen([sys.executable, "-P", "-c", program], environment)
+
+    def _popen(
+        self, command: Sequence[str], environment: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
+        """Start the process."""
+        raise NotImplementedError
+
+    def _why_ended(self, code: int | None) -> str:
+        """Explain an exit code, or why there is none."""
+        return str(code)
+
+    def close(self) -> None:
+        """End the process, and whatever it has started."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with suppress(OSError):
+            process.stdin.close()
+        try:
+            process.wait(self._patience)
+        except subprocess.TimeoutExpired:
+            with suppress(psutil.NoSuchProcess):
+                parent = psutil.Process(process.pid)
+                for descendant in [*parent.children(recursive=True), parent]:
+                    with suppress(psutil.NoSuchProcess):
+                        descendant.kill()
+            process.wait()
+        with suppress(OSError, ValueError):
+            process.stdout.close()
+
+
+def serve(finishes: bool) -> None:
+    """Answer the calls of a `RemoteObject` until it ends, then close the object."""
+    # What the object prints must not get among the answers; signals are for the other process.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if finishes:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    calls: SimpleQueue[Any] = SimpleQueue()
+    Thread(target=_read_calls, args=(calls, finishes), daemon=True).start()
+    served: Any = None
+    with suppress(OSError):
+        while (call := calls.get()) is not None:
+            kind, made_of, method, arguments = call
+            try:
+                if served is None:
+                    module, _, name = kind.partition(":")
+                    served = getattr(importlib.import_module(module), name)(*made_of)
+                answer = False, getattr(served, method)(*arguments)
+            except TrackerError as error:
+                answer = True, error
+            except Exception as error:  # noqa: BLE001  it is raised where the method was called
+                answer = True, _portable(error)
+            pickle.dump(answer, answers)
+            answers.flush()
+    if hasattr(served, "close"):
+        with suppress(TrackerError):
+            served.close()
+
+
+def _read_calls(calls: SimpleQueue[Any], finishes: bool) -> None:
+    """Queue what is called, and None once nobody calls any more."""
+    # Not the interpreter's own stream: that would be locked by this thread when it ends.
+    stream = os.fdopen(os.dup(0), "rb")
+    try:
+        with suppress(EOFError, OSError):
+            while True:
+                calls.put(pickle.load(stream))
+    finally:
+        calls.put(None)
+        if not finishes:
+            time.sleep(_GRACE)
+            os._exit(1)
+
+
+def _portable(error: Exception) -> RemoteError:
+    """Make an error that another process can read."""
+    portable = RemoteError(f"{type(error).__name__}: {error}")
+    portable.add_note("".join(traceback.format_exception(error)))
+    return portable

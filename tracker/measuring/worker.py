@@ -1,0 +1,103 @@
+"""A loaded model, and the cell that was opened last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from tracker.benchmarks.base import Benchmark
+from tracker.benchmarks.benchmark import open_benchmark
+from tracker.core.config import CellRequest
+from tracker.core.errors import CellError, first_line
+from tracker.ledger.cache import Checks
+from tracker.measuring.job import Options
+from tracker.measuring.meter import Advance, Facts, Measured, Meter, Model, open_model
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class DeviceLostError(CellError):
+    """Nothing can be computed on the device in this process any more."""
+
+
+def _raises_device_lost(method: Callable[P, T]) -> Callable[P, T]:
+    """Make a method that raises DeviceLostError where its device is lost."""
+
+    @wraps(method)
+    def call(*arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return method(*arguments, **named)
+        except Exception as error:
+            from tracker.engine.refusal import device_is_lost
+
+            if device_is_lost(error):
+                raise DeviceLostError(first_line(error)) from error
+            raise
+
+    return call
+
+
+class Worker:
+    """Measures documents of one cell at a time, loading a model only where it is another one.
+
+    Args:
+        options: How to measure.
+
+    Attributes:
+        models_loaded: How many times a model was loaded.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.models_loaded = 0
+        self._options = options
+        self._model: Model | None = None
+        self._meter: Meter | None = None
+
+    def has_loaded(self, request: CellRequest) -> bool:
+        """Return whether the model of a cell is the loaded one."""
+        return self._model is not None and self._model.settings == request.model_settings
+
+    @_raises_device_lost
+    def open(self, requests: Sequence[CellRequest], benchmark: Benchmark | None = None) -> Facts:
+        """Make a cell ready to be measured.
+
+        Args:
+            requests: The cell's requests, which differ in their runs alone.
+            benchmark: The cell's benchmark, where it is open already.
+
+        Returns:
+            The facts of the cell.
+
+        Raises:
+            RequestError: The model or the data is not here, or layers do not fit the model.
+        """
+        self._meter, request = None, requests[0]
+        if is_fresh := not self.has_loaded(request):
+            self._model = None  # frees the previous model before the next one comes
+            self._model = open_model(request, self._options)
+            self.models_loaded += 1
+        assert self._model is not None
+        benchmark = benchmark or open_benchmark(request)
+        self._meter = Meter(requests, benchmark, self._model, self._options)
+        return replace(self._meter.facts, is_fresh=is_fresh)
+
+    @_raises_device_lost
+    def check(self, checks: Checks | None) -> list[str]:
+        """Check what the model can share exactly; return lines about what it cannot."""
+        assert self._meter is not None, "open() comes first"
+        return self._meter.check(checks)
+
+    @_raises_device_lost
+    def measure(
+        self,
+        task: str,
+        names: Sequence[str],
+        documents: Sequence[int],
+        advance: Advance = lambda responses: None,
+    ) -> Measured:
+        """Measure documents of the opened cell, as `Meter.measure`."""
+        assert self._meter is not None, "open() comes first"
+        return self._meter.measure(task, names, documents, advance)
