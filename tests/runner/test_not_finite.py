@@ -75,7 +75,7 @@ def test_one_ablation_is_undefined_and_the_others_are_not(
     assert fused.baseline_accuracy == whole.baseline_accuracy is not None
     assert fused.baseline_metrics == pytest.approx(whole.baseline_metrics)
     for before, after in zip(whole.runs, fused.runs, strict=True):
-        if after.layer != 1:
+        if after.change.layer != 1:
             assert after.accuracy_drop == pytest.approx(before.accuracy_drop)
             assert after.metrics == pytest.approx(before.metrics)
             continue

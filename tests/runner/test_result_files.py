@@ -583,7 +583,7 @@ def test_no_two_models_have_the_same_arguments():
         Ablation.parse("layer:3"),
         Ablation.parse("layer:1+mean:3"),
         *(Ablation.parse(f"{word}:{layer}") for word in done for layer in (3, 4)),
-        *(Ablation.parse(f"int4:{layer}.{of}") for of in which for layer in (3, 4)),
+        *(Ablation.parse(f"int4:{layer}.{of}".rstrip(".")) for of in which for layer in (3, 4)),
         Ablation.parse("int8:3"),
         Ablation.parse("repeat:3"),
         Ablation.parse("repeat:4"),

@@ -62,7 +62,7 @@ class Truth:
     def _changed(self, removed: Set) -> Any:
         parts = [divmod(part, self.per_layer) for part in removed]
         if self.unit == "expert":
-            gone = tuple(Change("expert", *place) for place in parts)
+            gone = (Change("expert", (layer,), part=number) for layer, number in parts)
             return smaller(self.model, "mixtral", Ablation.of(*gone))
         return without_heads(self.model, 2 if self.unit == "kv_head" else 1, parts)
 

@@ -47,7 +47,7 @@ def test_a_set_that_the_check_has_not_seen_is_exact(ask, lend, tmp_path: Path) -
     cell.measure([LATER])
 
     loaded, documents, max_length = opened(request)
-    removed = [INTACT.layers, FIRST.layers, LATER.layers]
+    removed = [each.removed() for each in (INTACT, FIRST, LATER)]
     plain = truths(loaded, documents, removed, max_length, without, remembers=False)
     measured = cell.paired([INTACT, FIRST, LATER], "gold_logprob").ablated
     gold = [[s[d.gold or 0] for s in each] for each, d in zip(plain, documents, strict=True)]
@@ -75,7 +75,7 @@ def test_sets_are_drawn_of_what_is_removed_together() -> None:
         assert each.removed() == tuple(range(each.removed()[0], each.removed()[-1] + 1))
     assert list(_drawn(whole, random.Random(0))) == layers
     both = list(_drawn(SearchParts("mlp", 8), random.Random(0)))
-    assert {len(each.mlp) for each in both} == {2, 3, 4}
+    assert {len(each.removed("mlp")) for each in both} == {2, 3, 4}
     assert list(_drawn(SearchParts("layer", 2), random.Random(0))) == []
 
 

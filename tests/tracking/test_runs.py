@@ -97,7 +97,7 @@ def test_other_questions_have_runs_and_artifacts_of_their_own() -> None:
 
 def test_curves_are_told_from_other_metrics() -> None:
     for kind in (("layer", 1, 4), ("attention", 1, 1), ("mlp", 1, 4), ("layer", 1, 1)):
-        assert is_curve(curve_name(of_kind(*kind, ""), "accuracy_drop"))
+        assert is_curve(curve_name(of_kind(*kind, "").change, "accuracy_drop"))
     assert is_curve("mean/accuracy_drop")
     others = ("meen/accuracy_drop", "n", "baseline_accuracy", "metric/accuracy")
     assert not any(map(is_curve, (*others, "baseline_metric/accuracy")))
