@@ -12,9 +12,9 @@ from tracker.core.records import CellRecord
 from tracker.ledger.cells import measured_last
 from tracker.report.editions import outdated
 from tracker.report.export import boards
+from tracker.report.labels import benchmark_labels, row_labels
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.leaderboard.models import model_board
-from tracker.report.wording import benchmark_labels, row_labels
 
 from .conftest import build_cell, digest
 

@@ -20,6 +20,7 @@ from tracker.report.charts import cells as charts
 from tracker.report.charts import headline, maps
 from tracker.report.charts.model import rank_chart
 from tracker.report.export import boards
+from tracker.report.labels import benchmark_labels, row_labels
 from tracker.report.leaderboard.claims import answer
 from tracker.report.leaderboard.comparable import models_of
 from tracker.report.leaderboard.layers import layer_board
@@ -121,7 +122,7 @@ def said(cells: list[CellRecord]) -> Iterator[str]:
     yield wording.summary(cells)
     yield compared_sentence(cells)
     yield from lines(tables.overview_table(cells))
-    yield from map(str, [*wording.row_labels(cells), *wording.row_labels(cells, documents=False)])
+    yield from map(str, [*row_labels(cells), *row_labels(cells, documents=False)])
     ranked, notes = boards(cells)
     for table in ranked:
         yield from lines(table)
@@ -135,7 +136,7 @@ def said(cells: list[CellRecord]) -> Iterator[str]:
         if board.layers:
             drawn = headline.headline(board, "MODEL")
             yield from (drawn.title, drawn.explains)
-        yield from wording.benchmark_labels(group)
+        yield from benchmark_labels(group)
     for cell in cells:
         yield from ("", f"# {cell.title}", cell.documents, wording.sentence(cell))
         yield from (charts.curve_title(cell), charts.scatter_title(cell))

@@ -109,6 +109,7 @@ def print_cell(
 def print_measured(cells: Sequence[CellRecord]) -> None:
     """Print what was found: an answer a model, the intact models, and which runs do something."""
     from tracker.report.caveats import looks_note, rounding_note, second_rounding_note
+    from tracker.report.labels import row_labels
     from tracker.report.leaderboard.claims import (
         answer,
         claims,
@@ -118,7 +119,8 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
     )
     from tracker.report.leaderboard.comparable import named_models
     from tracker.report.leaderboard.parts import part_boards
-    from tracker.report.wording import beneath, correlation, row_labels, short_correlation
+    from tracker.report.leaderboard.proxies import correlation
+    from tracker.report.wording import beneath, short_correlation
 
     labels = dict(zip(map(id, cells), row_labels(cells), strict=True))
     models = named_models(cells)
@@ -190,7 +192,7 @@ def _unlisted(cell: CellRecord, average: bool) -> str:
 
 def _of_named_layers(found: Claims) -> Table:
     """Lay out the layers that an answer names, on average and benchmark by benchmark."""
-    from tracker.report.wording import benchmark_labels
+    from tracker.report.labels import benchmark_labels
 
     measure = measure_of(found.cells[0])
     labelled = zip(found.cells, benchmark_labels(found.cells), strict=True)

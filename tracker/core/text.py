@@ -22,6 +22,11 @@ def harmless(text: str) -> str:
     return _OBEYED.sub("\ufffd", text)
 
 
+def capital(text: str) -> str:
+    """Begin a text with a capital letter."""
+    return text[:1].upper() + text[1:]
+
+
 HALF = "half of a character; write the character itself"
 """What is said of a text that is not writable."""
 

@@ -8,9 +8,10 @@ Modules:
     editions: Tell editions of an edited task apart.
     export: Write reports as Markdown, LaTeX, CSV, Parquet or images.
     frames: Build data frames.
+    labels: Tell models and cells apart.
     layer_figures: Compute the figures of one whole layer.
     tables: Build the tables that people read.
-    wording: Label records and write sentences about them.
+    wording: Write sentences about records.
 """
 
 import sys

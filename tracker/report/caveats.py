@@ -8,9 +8,10 @@ from tracker.core.answers import interval_name
 from tracker.core.formats import counted, defined, measure_of
 from tracker.core.provenance import WEIGHTS
 from tracker.core.records import NOT_MEASURED, WHICH, CellRecord
+from tracker.core.text import capital
 from tracker.core.weight_formats import FORMATS
 from tracker.report.layer_figures import sure
-from tracker.report.wording import capital, run_list, second_rounding
+from tracker.report.wording import run_list, second_rounding
 
 
 def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:

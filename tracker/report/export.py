@@ -23,6 +23,7 @@ from tracker.report import wording
 from tracker.report.charts.cells import cell_charts
 from tracker.report.charts.maps import heat_map
 from tracker.report.frames import correlation_frame, frame_of, layer_frame, write_csv
+from tracker.report.labels import benchmark_labels, model_labels
 from tracker.report.leaderboard.comparable import models_of, named_models
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.leaderboard.models import model_board
@@ -81,7 +82,7 @@ def figures(cells: Sequence[CellRecord], findings: Found = ()) -> dict[str, go.F
         mapped = [cell for cell in group if cell.whole_layers]
         if mapped:
             found[_file_name(name, "heat map")] = heat_map(mapped).figure()
-        for cell, label in zip(group, wording.benchmark_labels(group), strict=True):
+        for cell, label in zip(group, benchmark_labels(group), strict=True):
             for kind, figure in cell_charts(cell).items():
                 found[_file_name(name, label, kind)] = figure
     return found
@@ -164,7 +165,7 @@ def boards(cells: Sequence[CellRecord]) -> tuple[list[Table], list[str]]:
     ]
     if len(layers) > 1:
         models = model_board(cells)
-        labels = wording.model_labels([one.model for one in models.models])
+        labels = model_labels([one.model for one in models.models])
         tables.append(model_board_table(models, labels))
         notes += [f"Models: {b} does not count: {why}." for b, why in models.left_out.items()]
     return tables, notes

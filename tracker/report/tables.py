@@ -24,20 +24,14 @@ from tracker.core.run_table import (
     telling_apart,
 )
 from tracker.core.tables import Column, Table, table
+from tracker.core.text import capital
 from tracker.report.caveats import provenance_notes
+from tracker.report.labels import benchmark_labels, row_labels
 from tracker.report.layer_figures import layer_relevance
 from tracker.report.leaderboard.claims import shown_runs
+from tracker.report.leaderboard.proxies import correlation
 from tracker.report.leaderboard.rules import CORRELATION_RULE, EXPERT_RULE
-from tracker.report.wording import (
-    P_OVER,
-    benchmark_labels,
-    capital,
-    correlation,
-    power_sentence,
-    row_labels,
-    run_list,
-    sample_of,
-)
+from tracker.report.wording import P_OVER, power_sentence, run_list, sample_of
 from tracker.stats.accuracy import RATIO
 
 COEFFICIENTS = {"spearman": "Spearman", "kendall": "Kendall tau-b", "pearson": "Pearson"}

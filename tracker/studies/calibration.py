@@ -16,7 +16,7 @@ from tracker.core.grouping import grouped
 from tracker.core.proxies import OBSERVED, PROXIES
 from tracker.core.records import CellRecord
 from tracker.core.tables import Column, Table, table
-from tracker.report.wording import capital
+from tracker.core.text import capital
 from tracker.stats.arrays import Array, Numbers, per_token
 from tracker.stats.rank_agreement import overlap, rounded, row_coefficients
 from tracker.stats.reliability import (

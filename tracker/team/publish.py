@@ -26,8 +26,8 @@ from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_texts
 from tracker.measuring.derive import decisions_of, every_record, record_of
 from tracker.report.charts.cells import cell_charts
+from tracker.report.labels import row_labels
 from tracker.report.leaderboard.parts import cell_answer
-from tracker.report.wording import row_labels
 from tracker.team.live import Live
 from tracker.tracking import (
     default_targets,

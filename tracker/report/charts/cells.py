@@ -18,6 +18,7 @@ from tracker.report.charts import style
 from tracker.report.charts.hover import along_layers, run_hover
 from tracker.report.charts.maps import kind_map, mapped
 from tracker.report.leaderboard.claims import shown_runs
+from tracker.report.leaderboard.proxies import correlation
 from tracker.stats.support import Verdict
 
 
@@ -45,14 +46,14 @@ def curve_title(cell: CellRecord) -> str:
 def scatter_title(cell: CellRecord) -> str:
     """Say in plain text the scatter's three correlations, their intervals and their samples."""
     change = formats.measure_of(cell).change
-    text = wording.correlation_text(wording.correlation(cell))
-    inner = wording.correlation(cell, "inner")
+    text = wording.correlation_text(correlation(cell))
+    inner = correlation(cell, "inner")
     without = "without the two outer layers at each end"
     others = [f"{without} {wording.short_correlation(inner)}"] if inner else []
     others += [
         f"{name} {wording.short_correlation(found)}"
         for name, coefficient in (("Kendall tau-b", "kendall"), ("Pearson", "pearson"))
-        if (found := wording.correlation(cell, coefficient=coefficient))
+        if (found := correlation(cell, coefficient=coefficient))
     ]
     says = f"{cell.title}: Spearman of cosine score and {change} {text}"
     return f"{says}; {', '.join(others)}" if others else says

@@ -11,9 +11,9 @@ from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.grouping import grouped
 from tracker.core.kinds import ENDS
 from tracker.core.records import CellRecord, layers_of
-from tracker.report import wording
 from tracker.report.charts.hover import along_layers
 from tracker.report.charts.style import GREY, OPEN, Chart, chart, finite, layer_axis, trace, wrap
+from tracker.report.labels import benchmark_labels
 from tracker.report.layer_figures import layer_relevance
 from tracker.report.leaderboard.claims import shown_runs
 
@@ -67,7 +67,7 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
     if len({cell.model.key for cell in cells}) != 1:
         raise ValueError("heat_map takes benchmarks of exactly one model")
     layers = layers_of(WHOLE_LAYER, *cells)
-    labels = [row_label(label) for label in wording.benchmark_labels(cells)]
+    labels = [row_label(label) for label in benchmark_labels(cells)]
     return centred_map(
         heat_title(cells),
         "accuracy relevance",

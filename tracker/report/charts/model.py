@@ -14,11 +14,11 @@ from tracker.core.proxies import OBSERVED, Proxy
 from tracker.core.records import CellRecord, layers_of
 from tracker.report.charts import style
 from tracker.report.charts.hover import estimate_hover
+from tracker.report.labels import benchmark_labels
 from tracker.report.layer_figures import layer_relevance, why_undefined
 from tracker.report.leaderboard.claims import shown_runs
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.leaderboard.proxies import cosine_ranks, misjudged
-from tracker.report.wording import benchmark_labels
 
 
 def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:

@@ -14,9 +14,10 @@ from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, listed, measure_of, p_value
 from tracker.core.grouping import grouped
 from tracker.core.records import CellRecord, RunRecord
+from tracker.core.text import capital
 from tracker.ledger.paired import outcome_variance
+from tracker.report.labels import benchmark_labels
 from tracker.report.leaderboard.comparable import countable
-from tracker.report.wording import benchmark_labels, capital
 from tracker.stats.combined import mean
 from tracker.stats.power import ALPHA, MEANT, documents_needed
 from tracker.stats.support import Verdict, pairs, ranks, together, verdicts

@@ -9,7 +9,7 @@ from tracker.core.grouping import grouped
 from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord, RunRecord
 from tracker.report.editions import outdated
-from tracker.report.wording import benchmark_labels, model_labels
+from tracker.report.labels import benchmark_labels, model_labels
 
 Pick = Callable[[CellRecord], Sequence[RunRecord]]
 """Which runs of a cell a ranking is about."""

@@ -18,9 +18,9 @@ from tracker.core.formats import about
 from tracker.core.identities import ModelIdentity
 from tracker.core.records import CellRecord
 from tracker.report.editions import outdated
+from tracker.report.labels import benchmark_labels
 from tracker.report.leaderboard.comparable import named_models, setting, unusable, worth
 from tracker.report.leaderboard.layers import layer_board, mean_relevance
-from tracker.report.wording import benchmark_labels
 from tracker.stats.combined import mean
 from tracker.stats.power import OutcomeVariance, documents_needed
 from tracker.stats.rank_agreement import places

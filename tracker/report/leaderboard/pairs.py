@@ -9,9 +9,9 @@ from itertools import combinations
 from tracker.core.estimates import Estimate
 from tracker.core.formats import Measure, measure_of
 from tracker.core.records import CellRecord, RunRecord
+from tracker.report.labels import benchmark_labels, model_labels
 from tracker.report.layer_figures import sure
 from tracker.report.leaderboard.comparable import models_of, setting
-from tracker.report.wording import benchmark_labels, model_labels
 from tracker.stats.combined import difference
 from tracker.stats.support import together
 

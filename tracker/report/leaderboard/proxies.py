@@ -9,9 +9,8 @@ import numpy as np
 
 from tracker.core.formats import defined
 from tracker.core.proxies import OBSERVED
-from tracker.core.records import CellRecord
+from tracker.core.records import CellRecord, CorrelationRecord
 from tracker.report.leaderboard.layers import LayerBoard, LayerStanding
-from tracker.report.wording import correlation
 from tracker.stats.arrays import Array
 from tracker.stats.rank_agreement import places, ranks_apart
 
@@ -54,6 +53,28 @@ def misjudged(board: LayerBoard) -> list[Misjudged]:
         if off > 0:
             wrong.append(Misjudged(standing, rank, off))
     return sorted(wrong, key=lambda misplaced: -misplaced.off)  # ties stay in their order
+
+
+def correlation(
+    cell: CellRecord,
+    subset: str = "all",
+    coefficient: str = "spearman",
+    proxy: str = "cosine_score",
+) -> CorrelationRecord | None:
+    """Find a correlation of a proxy and accuracy drop (or loss increase).
+
+    Args:
+        cell: The cell.
+        subset: `all` or `inner`.
+        coefficient: `spearman`, `kendall` or `pearson`.
+        proxy: Its name.
+
+    Returns:
+        The record, or None when the cell does not hold it.
+    """
+    wanted = (proxy, coefficient, subset)
+    found = (r for r in cell.correlations if (r.proxy, r.coefficient, r.subset) == wanted)
+    return next(found, None)
 
 
 def _figures(cell: CellRecord, proxy: str) -> Array:

@@ -9,7 +9,8 @@ from tracker.core.changes import WHOLE_LAYER
 from tracker.core.decision_records import DecisionsRecord
 from tracker.core.records import CellRecord, Place
 from tracker.core.tables import Table
-from tracker.report import tables, wording
+from tracker.core.text import capital
+from tracker.report import tables
 from tracker.report.charts.across import depth_curves, difference_chart
 from tracker.report.charts.cells import curve_kinds, layer_curve, proxy_scatter
 from tracker.report.charts.decisions import agreement_map, margin_chart
@@ -17,6 +18,7 @@ from tracker.report.charts.headline import headline
 from tracker.report.charts.maps import heat_map, kind_map, map_caption, mapped
 from tracker.report.charts.model import proxy_curves, rank_chart, relevance_curves
 from tracker.report.charts.style import Chart
+from tracker.report.labels import benchmark_labels
 from tracker.report.leaderboard.comparable import named_models
 from tracker.report.leaderboard.layers import LayerBoard, layer_board
 from tracker.report.leaderboard.models import ModelBoard, model_board
@@ -146,7 +148,7 @@ def _model_section(
     name: str,
     alone: bool,
 ) -> ModelSection:
-    benchmarks = wording.benchmark_labels(cells)
+    benchmarks = benchmark_labels(cells)
     mapped = [cell for cell in cells if _has_whole_layers(cell)]
     whole = [cell for cell in cells if cell.whole_layers]
     board = layer_board(cells)
@@ -214,5 +216,5 @@ def _figure(chart: Chart, name: str, table: Table | None = None, subject: str = 
     # The heading above the chart names its subject already.
     says = chart.title.removeprefix(f"{subject}: ")
     # A title that begins with a model's name keeps the name as it is.
-    says = chart.title if says == chart.title else wording.capital(says)
+    says = chart.title if says == chart.title else capital(says)
     return Figure(name, says, chart, table)

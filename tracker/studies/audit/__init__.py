@@ -16,8 +16,8 @@ from tracker.core.formats import counted, listed, p_value, points, two_digits, w
 from tracker.core.grouping import grouped
 from tracker.core.proxies import OF_LAYERS, passes
 from tracker.core.tables import Column, Table, Value, table
+from tracker.report.labels import benchmark_labels, model_labels
 from tracker.report.leaderboard.claims import ranks_in
-from tracker.report.wording import benchmark_labels, model_labels
 from tracker.stats.rank_agreement import midranks, places
 from tracker.stats.support import holm
 from tracker.stats.task_dependence import BLOCK
