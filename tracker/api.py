@@ -956,7 +956,7 @@ def rank(
         progress: Told what is downloaded.
 
     Returns:
-        The cells, for `tracker.report.leaderboard` to rank; no file is written.
+        The cells, for `tracker.analysis.ranks` to rank; no file is written.
 
     Raises:
         RequestError: A source or a target is none, or no source holds a measured cell.

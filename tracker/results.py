@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-    from tracker.report.leaderboard.layers import LayerBoard
+    from tracker.analysis.ranks.layers import LayerBoard
 
 
 def default_progress() -> Progress:
@@ -137,7 +137,7 @@ class Results:
             >>> documents = results.documents
             >>> documents.query("layer == 11 and change == 'lost'")[["question", "answer"]]
         """
-        from tracker.ledger.decisions import decisions
+        from tracker.analysis.decisions import decisions
         from tracker.report.frames import document_frame
 
         mine = {cell.place: cell for cell in self.cells}
@@ -186,9 +186,9 @@ class Results:
 
     def _models(self) -> Iterator[tuple[str, str, LayerBoard]]:
         """Yield the name of each model, its answer (beside others with the name), its layers."""
-        from tracker.report.leaderboard.comparable import named_models
-        from tracker.report.leaderboard.layers import layer_board
-        from tracker.report.leaderboard.parts import model_answer, part_boards
+        from tracker.analysis.comparable import named_models
+        from tracker.analysis.ranks.layers import layer_board
+        from tracker.analysis.ranks.parts import model_answer, part_boards
 
         groups = named_models(self.cells)
         for name, group in groups.items():
@@ -199,7 +199,7 @@ class Results:
     def _render(self, line: Callable[[str], str], table: Callable[[pd.DataFrame], str]) -> str:
         """Render the answers, the layers that matter most, and what went wrong."""
         from tracker.report.export import texts
-        from tracker.report.leaderboard.tables import layer_board_table
+        from tracker.report.leaderboard import layer_board_table
 
         parts = [] if self.cells else [line(self.answer)]
         for name, answer, board in self._models():

@@ -20,6 +20,7 @@ from tests.helpers.engines import (
     score_ways,
 )
 from tests.helpers.families import tiny_model
+from tracker.analysis.stopping import passes
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import ExperimentError
 from tracker.engine.observers.divergence import divergences
@@ -30,7 +31,6 @@ from tracker.engine.scoring.prefix import cache_argument
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.selfcheck.miniature_check import check_miniature
-from tracker.ledger.early_stopping import passes
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.embeddings import find_embeddings
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.stored_cells import fill, row
 from tracker.core.distribution import FORMAT, other_format
 from tracker.core.errors import WorkError
 from tracker.core.extent import Extent
@@ -21,8 +22,6 @@ from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import outcome_table
 from tracker.ledger.shards import read_shard, shard_file
-
-from .conftest import fill, row
 
 BLOCK = Block("arc_easy", 0)
 

@@ -4,10 +4,9 @@ import re
 
 import pytest
 
+from tests.helpers.stored_cells import benchmark_identity, model_identity
 from tracker.core.config import CellRequest
 from tracker.ledger.views import cell_key, folder_name, request_key
-
-from .conftest import benchmark_identity, model_identity
 
 ASKED = CellRequest(model="m", benchmark="b", layers=(0, 1))
 STAMP = [("model.gguf", 10, 1)]

@@ -12,18 +12,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.stored_cells import (
+    asks,
+    benchmark_identity,
+    measure,
+    measure_all,
+    model_identity,
+)
+from tracker.analysis.stopping import CellRace
 from tracker.core.config import CellRequest
 from tracker.core.distribution import FORMAT
 from tracker.core.grouping import grouped
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
-from tracker.ledger.early_stopping import CellRace
 from tracker.ledger.files import write_note
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
 from tracker.team.collect import _joined, _shown, merged
-
-from .conftest import asks, benchmark_identity, measure, measure_all, model_identity
 
 SEED = 5
 COSTS = (0.7, 0.35, 0.15, 0.15, 0.15, 0.0, 0.3)

@@ -10,6 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import Timeout
 
+from tests.helpers.stored_cells import (
+    asks,
+    benchmark_identity,
+    fill,
+    mean,
+    measure_all,
+    model_identity,
+    row,
+)
+from tracker.analysis.records import cell_record
 from tracker.core.ablations import ablations_of
 from tracker.core.changes import Change
 from tracker.core.distribution import FORMAT, upgrade
@@ -22,9 +32,6 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.files import write_note
 from tracker.ledger.shards import read_shard, shard_digest
 from tracker.ledger.store import Ledger
-from tracker.ledger.tables import cell_record
-
-from .conftest import asks, benchmark_identity, fill, mean, measure_all, model_identity, row
 
 STRANGE = ["a/b::c", "a%2Fb", "*[x]?", "Größe", "dots.in.00001", ".hidden"]
 NAMES = ("baseline", "layer:0", "layer:1")

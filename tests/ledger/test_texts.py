@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.faults import flip
+from tests.helpers.stored_cells import fill
 from tracker.core.documents import Document, DocumentText
 from tracker.core.extent import Extent
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.ledger.texts import LONGEST, KeptText, is_texts, text_row
 from tracker.ledger.verify import compare, verify
-
-from .conftest import fill
 
 BLOCK = "arc_easy.00000"
 

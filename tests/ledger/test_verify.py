@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.helpers.stored_cells import asks, benchmark_identity, fill, model_identity, row
 from tracker.core.distribution import FORMAT
 from tracker.ledger.blocks import Block
 from tracker.ledger.cache import Checks
@@ -19,8 +20,6 @@ from tracker.ledger.files import write_bytes, write_note
 from tracker.ledger.shards import read_observations, shard_file, write_observations
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import VerifiedCell, compare, verify
-
-from .conftest import asks, benchmark_identity, fill, model_identity, row
 
 BLOCK = Block("arc_easy", 0)
 

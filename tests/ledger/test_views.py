@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from tests.helpers.stored_cells import asks
 from tracker.core.changes import Change
 from tracker.core.provenance import content_hash
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import sealed
 from tracker.ledger.views import CellIdentity, RequestedView, view_file
-
-from .conftest import asks
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser
 
+from tracker.analysis.decisions import Decided, Decisions
 from tracker.core.changes import Change
 from tracker.core.documents import DocumentText
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
 from tracker.core.records import CellRecord, CorrelationRecord, RunRecord
 from tracker.core.tables import Table, headed, written
-from tracker.ledger.decisions import Decided, Decisions
 from tracker.ledger.texts import KeptText
 from tracker.stats.decisions import choices, margins
 

@@ -15,8 +15,8 @@ from playwright.sync_api import Browser, Locator, Page
 
 from tests.helpers.findings import FINDING
 from tests.helpers.pages import HOSTILE
+from tracker.analysis.ranks.layers import LayerBoard, layer_board
 from tracker.report import frames
-from tracker.report.leaderboard.layers import LayerBoard, layer_board
 from tracker.report.page.html import render_report
 
 from .conftest import EXPERIMENT, LAYERS, build_cell, study, two_models, with_layer

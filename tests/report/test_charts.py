@@ -7,6 +7,8 @@ import math
 import pytest
 
 from tests.helpers import charts
+from tracker.analysis.claims import shown_in
+from tracker.analysis.ranks.layers import layer_board
 from tracker.core import formats
 from tracker.core.records import NOT_MEASURED
 from tracker.report.charts import style
@@ -14,8 +16,6 @@ from tracker.report.charts.across import depth_curves
 from tracker.report.charts.headline import headline, near_together
 from tracker.report.charts.model import relevance_curves
 from tracker.report.charts.style import LINES, OPEN, label_sides
-from tracker.report.leaderboard.claims import shown_in
-from tracker.report.leaderboard.layers import layer_board
 
 from .conftest import AT_CHANCE, LAYERS, build_cell, study, with_layer
 

@@ -17,7 +17,7 @@ from tests.tools.claims.reading import (
     tried,
 )
 from tracker import api
-from tracker.report.leaderboard.claims import answer, claims
+from tracker.analysis.claims import answer, claims
 
 
 @pytest.mark.parametrize("documents", [8, 100])

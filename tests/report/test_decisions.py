@@ -16,8 +16,8 @@ import pytest
 from playwright.sync_api import Browser, Locator
 
 from tests.helpers.pages import HOSTILE, number, read
+from tracker.analysis.decisions import Decisions, decisions_record
 from tracker.core.decision_records import DecisionsRecord
-from tracker.ledger.decisions import Decisions, decisions_record
 from tracker.report.charts.decisions import (
     agreement,
     agreement_map,

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from tracker.analysis.editions import outdated
+from tracker.analysis.labels import benchmark_labels, row_labels
+from tracker.analysis.ranks.layers import layer_board
+from tracker.analysis.ranks.models import model_board
 from tracker.cli import main
 from tracker.core.records import CellRecord
 from tracker.ledger.cells import measured_last
-from tracker.report.editions import outdated
 from tracker.report.export import boards
-from tracker.report.labels import benchmark_labels, row_labels
-from tracker.report.leaderboard.layers import layer_board
-from tracker.report.leaderboard.models import model_board
 
 from .conftest import build_cell, digest
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tracker.analysis.claims import answer, claims
 from tracker.cli.printing import print_cell, print_measured, print_next
 from tracker.core.records import CellRecord
-from tracker.report.leaderboard.claims import answer, claims
 from tracker.report.page.html import render_page
 
 from .conftest import build_cell

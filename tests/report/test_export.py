@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 
 from tests.helpers.ablations import with_change
 from tests.studies.test_findings import FINDING
+from tracker.analysis.ranks.layers import layer_board
 from tracker.cli.printing import print_boards
 from tracker.core.distribution import install_extra
 from tracker.core.errors import RequestError
@@ -24,7 +25,6 @@ from tracker.core.tables import Column, table
 from tracker.core.text import as_code, as_markdown
 from tracker.report.export import FORMATS, boards, export, figures, frames
 from tracker.report.frames import correlation_frame, document_frame, layer_frame
-from tracker.report.leaderboard.layers import layer_board
 from tracker.report.tables import overview_table
 from tracker.stats.support import together, verdicts
 from tracker.tracking.runs import cell_note, intact_note, layer_note

@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 
 from tests.helpers.ablations import with_change
+from tracker.analysis.claims import answer
+from tracker.analysis.comparable import models_of
+from tracker.analysis.labels import benchmark_labels, row_labels
+from tracker.analysis.ranks.layers import layer_board
 from tracker.core.changes import Change
 from tracker.core.records import CellRecord
 from tracker.core.tables import Table
@@ -20,10 +24,6 @@ from tracker.report.charts import cells as charts
 from tracker.report.charts import headline, maps
 from tracker.report.charts.model import rank_chart
 from tracker.report.export import boards
-from tracker.report.labels import benchmark_labels, row_labels
-from tracker.report.leaderboard.claims import answer
-from tracker.report.leaderboard.comparable import models_of
-from tracker.report.leaderboard.layers import layer_board
 from tracker.report.page.html import compared_sentence
 
 from .conftest import as_read, build_cell, study, two_models, with_layer

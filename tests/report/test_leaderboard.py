@@ -10,21 +10,17 @@ from statistics import NormalDist
 import pytest
 
 from tests.helpers.ablations import with_change
+from tracker.analysis.claims import claims, parts_answer
+from tracker.analysis.comparable import setting
+from tracker.analysis.layer_figures import relevance_estimate
+from tracker.analysis.ranks.layers import layer_board
+from tracker.analysis.ranks.models import ModelBoard, model_board
+from tracker.analysis.ranks.pairs import compare
+from tracker.analysis.ranks.parts import model_answer, part_boards
+from tracker.analysis.ranks.proxies import agreements
 from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord, RunRecord
-from tracker.report.layer_figures import relevance_estimate
-from tracker.report.leaderboard.claims import claims, parts_answer
-from tracker.report.leaderboard.comparable import setting
-from tracker.report.leaderboard.layers import layer_board
-from tracker.report.leaderboard.models import ModelBoard, model_board
-from tracker.report.leaderboard.pairs import compare
-from tracker.report.leaderboard.parts import model_answer, part_boards
-from tracker.report.leaderboard.proxies import agreements
-from tracker.report.leaderboard.tables import (
-    layer_board_table,
-    part_board_data,
-    part_board_table,
-)
+from tracker.report.leaderboard import layer_board_table, part_board_data, part_board_table
 
 from .conftest import LAYERS, as_read, build_cell, with_layer
 

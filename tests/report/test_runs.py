@@ -9,10 +9,10 @@ import pytest
 
 from tests.helpers import charts
 from tests.helpers.ablations import with_change
+from tracker.analysis.claims import controls_answer, parts_answer
 from tracker.core.changes import Change
 from tracker.core.records import NOT_MEASURED, CellRecord, RunRecord
 from tracker.report import frames
-from tracker.report.leaderboard.claims import controls_answer, parts_answer
 from tracker.report.page import html
 
 from .conftest import LAYERS, build_cell

@@ -18,10 +18,10 @@ from tests.helpers.runs import arc, run, typed
 from tests.helpers.wandb_double import WandbDouble
 from tests.tracking.conftest import cell_record, client, double, lent
 from tracker import api
+from tracker.analysis.claims import answer, claims
 from tracker.core.errors import RequestError, ResultsError
 from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
-from tracker.report.leaderboard.claims import answer, claims
 from tracker.team.collect import merged
 from tracker.tracking import target
 

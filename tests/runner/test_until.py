@@ -12,12 +12,12 @@ import tracker
 from tests.benchmarks.conftest import PACKAGE
 from tests.helpers.lm_eval import write_rows
 from tests.helpers.runs import Heard, arc, run, typed
+from tracker.analysis.stopping import CellRace, interim_estimates
 from tracker.benchmarks.sources import find_data
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.extent import random_order
 from tracker.core.questions import question
-from tracker.ledger.early_stopping import CellRace, interim_estimates
 from tracker.ledger.store import Ledger
 from tracker.measuring import derive
 from tracker.stats.sequential.stopping import Race

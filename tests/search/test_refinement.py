@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from tests.conftest import save_llama
+from tracker.analysis.paired import PairedOutcomes
 from tracker.core.config import CellRequest
-from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent

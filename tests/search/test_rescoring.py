@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tracker.analysis.stopping import QUESTION
 from tracker.core.changes import INTACT
 from tracker.core.extent import random_order
 from tracker.core.questions import question
-from tracker.ledger.early_stopping import QUESTION
 from tracker.search.budgets import Budget
 from tracker.search.cells import Lender, OpenCell
 from tracker.search.request import SearchRequest

@@ -13,10 +13,10 @@ from scipy import stats
 
 from tests.helpers.truth import exported, truths
 from tracker import api
+from tracker.analysis.paired import PairedOutcomes
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.changes import Ablation
-from tracker.ledger.paired import PairedOutcomes
 from tracker.measuring.meter import open_model
 from tracker.studies.base import open_study
 from tracker.studies.joint import Pairs, adjusted, answer_of, pairs_of, strongest_table

@@ -14,11 +14,11 @@ from scipy import stats
 from tests.conftest import golden
 from tests.helpers.own_tasks import write_pair
 from tracker import api
+from tracker.analysis.paired import PairedOutcomes
 from tracker.core.changes import Ablation
 from tracker.core.estimates import Estimate
 from tracker.core.prune_records import PruneRecord
 from tracker.ledger.outcomes import METRIC
-from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.store import Ledger, listed
 from tracker.report.page.studies import standing_alone
 from tracker.search import cells

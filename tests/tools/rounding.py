@@ -19,14 +19,14 @@ import torch
 
 import tracker
 from tests.helpers.runs import write_study
+from tracker.analysis.aligned import AlignedOutcomes
+from tracker.analysis.options import judged
 from tracker.bench.compare import huggingface_loop, prepare
 from tracker.core.ablations import ablations_of
 from tracker.core.changes import Ablation
 from tracker.core.config import CellRequest
 from tracker.core.records import CellRecord
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, Sharing
-from tracker.ledger.aligned import AlignedOutcomes
-from tracker.ledger.options import judged
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent

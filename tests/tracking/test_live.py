@@ -16,12 +16,12 @@ from mlflow import MlflowClient
 
 from tests.helpers.wandb_double import WandbDouble
 from tracker import api
+from tracker.analysis.stopping import interim_estimates
 from tracker.core.errors import TrackingError
 from tracker.core.experiment_input import load_experiment
 from tracker.core.records import CellRecord
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
-from tracker.ledger.early_stopping import interim_estimates
 from tracker.ledger.store import Ledger
 from tracker.team import live
 from tracker.team.live import Live, progress_figures

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tests.report.conftest import build_cell
-from tracker.report.leaderboard.claims import answer, claims, shown_in
-from tracker.report.leaderboard.parts import cell_answer
+from tracker.analysis.claims import answer, claims, shown_in
+from tracker.analysis.ranks.parts import cell_answer
 from tracker.team.reports import board_text
 from tracker.tracking.runs import AVERAGE, described, layer_note
 

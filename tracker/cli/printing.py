@@ -21,13 +21,13 @@ from tracker.core.tables import Column, Table, table
 from tracker.core.weight_formats import FORMATS
 
 if TYPE_CHECKING:
+    from tracker.analysis.claims import Claims
     from tracker.bench.doctor import Diagnosis, Finding
     from tracker.core.changes import Change
     from tracker.core.findings import FindingRecord
     from tracker.core.records import CellRecord
     from tracker.export.facts import Exported
     from tracker.measuring.planning import PlannedCell
-    from tracker.report.leaderboard.claims import Claims
     from tracker.runner import Finished
     from tracker.search.planning import PlannedSearch
 
@@ -70,8 +70,8 @@ def print_cell(
 
     What stands in `print_measured` already is left out then; `average` is as for `alone_sentence`.
     """
+    from tracker.analysis.claims import shown_in
     from tracker.report.caveats import looks_note, rounding_note, second_rounding_note
-    from tracker.report.leaderboard.claims import shown_in
     from tracker.report.wording import beneath, power_sentence
 
     shown = [run for run in cell.runs if only in (None, run.change)]
@@ -108,18 +108,12 @@ def print_cell(
 
 def print_measured(cells: Sequence[CellRecord]) -> None:
     """Print what was found: an answer a model, the intact models, and which runs do something."""
+    from tracker.analysis.claims import answer, claims, controls_answer, parts_answer, shown_in
+    from tracker.analysis.comparable import named_models
+    from tracker.analysis.labels import row_labels
+    from tracker.analysis.ranks.parts import part_boards
+    from tracker.analysis.ranks.proxies import correlation
     from tracker.report.caveats import looks_note, rounding_note, second_rounding_note
-    from tracker.report.labels import row_labels
-    from tracker.report.leaderboard.claims import (
-        answer,
-        claims,
-        controls_answer,
-        parts_answer,
-        shown_in,
-    )
-    from tracker.report.leaderboard.comparable import named_models
-    from tracker.report.leaderboard.parts import part_boards
-    from tracker.report.leaderboard.proxies import correlation
     from tracker.report.wording import beneath, short_correlation
 
     labels = dict(zip(map(id, cells), row_labels(cells), strict=True))
@@ -179,7 +173,7 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
 
 def _unlisted(cell: CellRecord, average: bool) -> str:
     """Return how many runs are not listed, and why; `average` is as for `alone_sentence`."""
-    from tracker.report.leaderboard.claims import alone_sentence
+    from tracker.analysis.claims import alone_sentence
 
     undefined = [run for run in cell.runs if run.accuracy_drop is None]
     sentences = [alone_sentence(cell, average)]
@@ -192,7 +186,7 @@ def _unlisted(cell: CellRecord, average: bool) -> str:
 
 def _of_named_layers(found: Claims) -> Table:
     """Lay out the layers that an answer names, on average and benchmark by benchmark."""
-    from tracker.report.labels import benchmark_labels
+    from tracker.analysis.labels import benchmark_labels
 
     measure = measure_of(found.cells[0])
     labelled = zip(found.cells, benchmark_labels(found.cells), strict=True)
@@ -219,8 +213,8 @@ def benchmark_of(cell: CellRecord, extra: str) -> str:
 
 def print_next(experiment: str, results: Path, cells: Sequence[CellRecord]) -> None:
     """Say how to see every figure, and what may be done next."""
-    from tracker.report.leaderboard.claims import claims
-    from tracker.report.leaderboard.comparable import models_of
+    from tracker.analysis.claims import claims
+    from tracker.analysis.comparable import models_of
 
     at = "" if results == Path("results") else f" --results {shlex.quote(str(results))}"
     say(f"all figures: tracker report --format csv{at}")
@@ -265,7 +259,7 @@ def _dashes(made: Table) -> Iterator[str]:
 def print_boards(cells: Sequence[CellRecord]) -> None:
     """Print the leaderboards of layers, and that of models where there are several."""
     from tracker.report.export import boards
-    from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
+    from tracker.report.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 
     boards_of, notes = boards(cells)
     for made in boards_of:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tracker.analysis.aligned import AlignedOutcomes
 from tracker.benchmarks.standalone import write_tasks
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.config import CellRequest
@@ -23,7 +24,6 @@ from tracker.core.errors import WorkError
 from tracker.core.estimates import Estimate
 from tracker.engine.selfcheck.check import HALF, SINGLE
 from tracker.export.facts import Proof
-from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
 from tracker.models.load import LoadedModel

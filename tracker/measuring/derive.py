@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+from tracker.analysis.decisions import decisions, decisions_record
+from tracker.analysis.records import cell_record
+from tracker.analysis.stopping import CellRace
 from tracker.core.decision_records import DecisionsRecord
 from tracker.core.errors import TrackerError
 from tracker.core.provenance import content_hash, file_hash
 from tracker.core.records import AnswerRecord, CellRecord
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
-from tracker.ledger.decisions import decisions, decisions_record
-from tracker.ledger.early_stopping import CellRace
 from tracker.ledger.store import Contents
-from tracker.ledger.tables import cell_record
 from tracker.ledger.views import RequestedView
 
 

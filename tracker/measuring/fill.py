@@ -16,13 +16,13 @@ from typing import NamedTuple
 
 from filelock import Timeout
 
+from tracker.analysis.stopping import BlockRace, CellRace
 from tracker.core.ablations import all_ablations
 from tracker.core.errors import CellError
 from tracker.core.extent import ALL, Extent
 from tracker.core.provenance import SAME_VERSIONS, readers, reads_otherwise
 from tracker.ledger.blocks import Block, portions
 from tracker.ledger.cells import CellStore
-from tracker.ledger.early_stopping import BlockRace, CellRace
 from tracker.ledger.outcomes import PROVENANCE, TOKENS_DIGEST
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Job

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tracker.analysis.aligned import AlignedOutcomes
+from tracker.analysis.paired import spreads_of
+from tracker.analysis.stopping import CellRace, refuse_unbounded
 from tracker.core.ablations import ablations_of, changes_of
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
@@ -16,12 +19,9 @@ from tracker.core.errors import ModelError
 from tracker.core.identities import HALF, BenchmarkIdentity
 from tracker.core.records import AnswerRecord
 from tracker.core.views import View
-from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.blocks import BLOCK
 from tracker.ledger.cells import CellStore
-from tracker.ledger.early_stopping import CellRace, refuse_unbounded
 from tracker.ledger.outcomes import METRIC
-from tracker.ledger.paired import spreads_of
 from tracker.ledger.store import Ledger
 from tracker.measuring.calibrate import computed_twice
 from tracker.measuring.derive import answer_of, record_of

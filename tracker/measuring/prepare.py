@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from tracker.analysis.stopping import refuse_unbounded
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import (
     check_benchmark,
@@ -20,7 +21,6 @@ from tracker.core.errors import ExperimentError, UnreachableError
 from tracker.core.model_parts import Counting, ModelParts, check_parts, has_parts, with_all_parts
 from tracker.core.provenance import package_versions
 from tracker.ledger.cells import CellStore
-from tracker.ledger.early_stopping import refuse_unbounded
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import GROWS, request_key
 from tracker.measuring.derive import answer_of

@@ -2,14 +2,12 @@
 
 Modules:
     charts: Draw records with plotly.
-    leaderboard: Rank layers, models and proxies.
     page: Render the HTML page.
     caveats: Write warnings about versions, devices and missing documents.
-    editions: Tell editions of an edited task apart.
     export: Write reports as Markdown, LaTeX, CSV, Parquet or images.
     frames: Build data frames.
-    labels: Tell models and cells apart.
-    layer_figures: Compute the figures of one whole layer.
+    leaderboard: Build the tables of the leaderboards.
+    rules: Describe how rankings are computed and correlations are read.
     tables: Build the tables that people read.
     wording: Write sentences about records.
 """

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tracker.analysis.layer_figures import sure
 from tracker.core.answers import interval_name
 from tracker.core.formats import counted, defined, measure_of
 from tracker.core.provenance import WEIGHTS
 from tracker.core.records import NOT_MEASURED, WHICH, CellRecord
 from tracker.core.text import capital
 from tracker.core.weight_formats import FORMATS
-from tracker.report.layer_figures import sure
 from tracker.report.wording import run_list, second_rounding
 
 

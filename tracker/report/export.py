@@ -11,6 +11,11 @@ from types import MappingProxyType
 import pandas as pd
 import plotly.graph_objects as go
 
+from tracker.analysis.comparable import models_of, named_models
+from tracker.analysis.labels import benchmark_labels, model_labels
+from tracker.analysis.ranks.layers import layer_board
+from tracker.analysis.ranks.models import model_board
+from tracker.analysis.ranks.parts import part_boards
 from tracker.core import formats
 from tracker.core.distribution import install_extra
 from tracker.core.errors import RequestError
@@ -23,13 +28,7 @@ from tracker.report import wording
 from tracker.report.charts.cells import cell_charts
 from tracker.report.charts.maps import heat_map
 from tracker.report.frames import correlation_frame, frame_of, layer_frame, write_csv
-from tracker.report.labels import benchmark_labels, model_labels
-from tracker.report.leaderboard.comparable import models_of, named_models
-from tracker.report.leaderboard.layers import layer_board
-from tracker.report.leaderboard.models import model_board
-from tracker.report.leaderboard.parts import part_boards
-from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
-from tracker.report.leaderboard.tables import (
+from tracker.report.leaderboard import (
     layer_board_data,
     layer_board_table,
     model_board_data,
@@ -38,6 +37,7 @@ from tracker.report.leaderboard.tables import (
     part_board_table,
 )
 from tracker.report.page.studies import by_stem, study_chart, study_frames
+from tracker.report.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 from tracker.report.tables import overview_table
 
 _LATEX = str.maketrans(

@@ -17,6 +17,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from tracker.analysis.claims import shown_words
+from tracker.analysis.decisions import Decided, Decisions
 from tracker.core.changes import COLUMNS
 from tracker.core.records import CellRecord
 from tracker.core.run_table import (
@@ -31,8 +33,6 @@ from tracker.core.run_table import (
 )
 from tracker.core.tables import Column, Table, table
 from tracker.core.text import as_cell
-from tracker.ledger.decisions import Decided, Decisions
-from tracker.report.leaderboard.claims import shown_words
 
 _OPTION_COLUMNS = ("gold", "choice_intact", "choice")
 _NUMBERS = ("num_fewshot", "sample_seed", "layer", "span", "number", "repeats", "doc")

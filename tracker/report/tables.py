@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from tracker.analysis.claims import shown_runs
+from tracker.analysis.labels import benchmark_labels, row_labels
+from tracker.analysis.layer_figures import layer_relevance
+from tracker.analysis.ranks.proxies import correlation
 from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.estimates import Estimate
 from tracker.core.formats import DASH, counted, defined, measure_of, write
@@ -26,11 +30,7 @@ from tracker.core.run_table import (
 from tracker.core.tables import Column, Table, table
 from tracker.core.text import capital
 from tracker.report.caveats import provenance_notes
-from tracker.report.labels import benchmark_labels, row_labels
-from tracker.report.layer_figures import layer_relevance
-from tracker.report.leaderboard.claims import shown_runs
-from tracker.report.leaderboard.proxies import correlation
-from tracker.report.leaderboard.rules import CORRELATION_RULE, EXPERT_RULE
+from tracker.report.rules import CORRELATION_RULE, EXPERT_RULE
 from tracker.report.wording import P_OVER, power_sentence, run_list, sample_of
 from tracker.stats.accuracy import RATIO
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tracker.analysis.paired import spreads_of
+from tracker.analysis.ranks.proxies import correlation
 from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.estimates import Estimate
 from tracker.core.formats import (
@@ -20,8 +22,6 @@ from tracker.core.formats import (
 from tracker.core.kinds import REPLACED_BY
 from tracker.core.proxies import OBSERVED, OF_EXPERTS, PROXIES
 from tracker.core.records import NO_REASON, CellRecord, CorrelationRecord, RunRecord, layers_of
-from tracker.ledger.paired import spreads_of
-from tracker.report.leaderboard.proxies import correlation
 from tracker.stats.power import ALPHA, POWER
 from tracker.stats.support import holm
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize
 
+from tracker.analysis.paired import PairedOutcomes
 from tracker.core.estimates import Estimate
-from tracker.ledger.paired import PairedOutcomes
 from tracker.search.bit_budgets import BitBudget, Choice, Unit, bits_of
 from tracker.stats.arrays import Array
 from tracker.stats.support import together

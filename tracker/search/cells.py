@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from tracker.analysis.aligned import AlignedOutcomes
+from tracker.analysis.paired import PairedOutcomes
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
 from tracker.core.ablations import without_parts
@@ -23,12 +25,10 @@ from tracker.core.search_parts import SearchParts
 from tracker.core.views import View
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.engine.scoring.sweep import Engine
-from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import write_note
 from tracker.ledger.outcomes import METRIC
-from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.shards import read_shard
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import CellWork, fill, open_store, refuse_other_tokens

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tracker.analysis.paired import PairedOutcomes
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
-from tracker.ledger.paired import PairedOutcomes
 from tracker.stats.accuracy import accuracy, accuracy_drop
 from tracker.stats.arrays import Array
 

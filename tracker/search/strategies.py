@@ -15,11 +15,11 @@ from functools import partial
 
 import numpy as np
 
+from tracker.analysis.stopping import CandidateRace
 from tracker.core.errors import CellError
 from tracker.core.grouping import grouped
 from tracker.core.proxies import PROXIES
 from tracker.core.prune_records import PruneStep, Rescoring
-from tracker.ledger.early_stopping import CandidateRace
 from tracker.measuring.fill import CellWork, fill
 from tracker.search.budgets import Budget, out_of_reach
 from tracker.search.scores import NO_FINITE, Scores, Set, grown

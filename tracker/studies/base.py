@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from tracker.analysis.aligned import AlignedOutcomes
 from tracker.core.changes import WHOLE_LAYER, Ablation
 from tracker.core.config import ONE_EACH, CellRequest
 from tracker.core.errors import CellError, ExperimentError, RequestError
@@ -23,7 +24,6 @@ from tracker.core.records import CellRecord, Place
 from tracker.core.tables import Table
 from tracker.core.views import View
 from tracker.engine.scoring.sweep import Engine
-from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger, keep_finding
 from tracker.measuring import observing

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from tracker.analysis.aligned import Strata
+from tracker.analysis.paired import PairedOutcomes
 from tracker.core.changes import Ablation
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate, Unit
@@ -18,8 +20,6 @@ from tracker.core.findings import LineChart, MapChart
 from tracker.core.formats import WRITTEN, measure_of, p_value, with_interval
 from tracker.core.records import CellRecord
 from tracker.core.tables import Column, Table, table
-from tracker.ledger.aligned import Strata
-from tracker.ledger.paired import PairedOutcomes
 from tracker.stats.accuracy import mean_interval
 from tracker.stats.arrays import Array
 from tracker.stats.interaction import additivity, interactions

@@ -12,6 +12,9 @@ from functools import partial
 
 import numpy as np
 
+from tracker.analysis.claims import parts_answer, shown_in
+from tracker.analysis.paired import PairedOutcomes
+from tracker.analysis.runs import ONE_LOOK
 from tracker.core.answers import statement
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
@@ -23,9 +26,6 @@ from tracker.core.provenance import content_hash
 from tracker.core.records import RunRecord
 from tracker.core.tables import Table
 from tracker.core.weight_formats import FORMATS
-from tracker.ledger.paired import PairedOutcomes
-from tracker.ledger.runs import ONE_LOOK
-from tracker.report.leaderboard.claims import parts_answer, shown_in
 from tracker.search.format_requests import each_map, errors_of
 from tracker.stats.arrays import Array, divided
 from tracker.stats.rank_agreement import row_coefficients

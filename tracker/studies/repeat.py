@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tracker.analysis.claims import shown_in
 from tracker.core.changes import Change
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
@@ -21,7 +22,6 @@ from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, measure_of
 from tracker.core.records import CellRecord, RunRecord
 from tracker.core.tables import Table
-from tracker.report.leaderboard.claims import shown_in
 from tracker.search.report import saving_line
 from tracker.search.request import calibration_of
 from tracker.stats.selection import best_by_chance

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tracker.analysis.aligned import AlignedOutcomes
 from tracker.core.changes import Change
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
@@ -22,7 +23,6 @@ from tracker.core.formats import Measure, counted, fixed, measure_of
 from tracker.core.grouping import grouped
 from tracker.core.kinds import Intervention
 from tracker.core.tables import Column, Table, table
-from tracker.ledger.aligned import AlignedOutcomes
 from tracker.stats.accuracy import accuracy_drop
 from tracker.stats.arrays import Array
 from tracker.stats.combined import recovered

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from tracker.analysis.stopping import refuse_unbounded
 from tracker.core.ablations import changes_of
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.config import CellRequest
@@ -23,7 +24,6 @@ from tracker.core.questions import Question, question
 from tracker.core.tables import Column, Table, table
 from tracker.engine.scoring.streams import plain_passes, plan_streams
 from tracker.ledger.blocks import turns
-from tracker.ledger.early_stopping import refuse_unbounded
 from tracker.stats.arrays import Array, Mask
 from tracker.stats.resampling import SEED
 from tracker.stats.sequential.stopping import Race

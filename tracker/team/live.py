@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 
+from tracker.analysis.records import unmeasured_record
+from tracker.analysis.stopping import Interim, interim_estimates
 from tracker.core.errors import TrackerError
 from tracker.core.records import CellRecord
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
-from tracker.ledger.early_stopping import Interim, interim_estimates
-from tracker.ledger.tables import unmeasured_record
 from tracker.tracking.base import PROGRESS, Ending, LiveRun
 from tracker.tracking.figures import only_defined
 from tracker.tracking.identity import run_key

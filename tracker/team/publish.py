@@ -13,6 +13,8 @@ from threading import Event, Lock, Thread
 
 from typing_extensions import override
 
+from tracker.analysis.labels import row_labels
+from tracker.analysis.ranks.parts import cell_answer
 from tracker.core.ablations import first_change
 from tracker.core.config import CellRequest
 from tracker.core.decision_records import PRIVATE
@@ -26,8 +28,6 @@ from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_texts
 from tracker.measuring.derive import decisions_of, every_record, record_of
 from tracker.report.charts.cells import cell_charts
-from tracker.report.labels import row_labels
-from tracker.report.leaderboard.parts import cell_answer
 from tracker.team.live import Live
 from tracker.tracking import (
     default_targets,

@@ -10,21 +10,21 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
+from tracker.analysis.claims import claims
+from tracker.analysis.comparable import named_models
+from tracker.analysis.decisions import decisions
+from tracker.analysis.ranks.parts import model_answer, part_boards
 from tracker.core.decision_records import PRIVATE, DecisionsRecord
 from tracker.core.errors import RequestError, TrackerError
 from tracker.core.records import CellRecord, Place
 from tracker.core.text import as_markdown, masked
-from tracker.ledger.decisions import decisions
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import every_record
 from tracker.report.export import FORMATS, board_data, export, figures
 from tracker.report.frames import document_frames
-from tracker.report.leaderboard.claims import claims
-from tracker.report.leaderboard.comparable import named_models
-from tracker.report.leaderboard.parts import model_answer, part_boards
-from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 from tracker.report.page.html import render_report
 from tracker.report.page.studies import standing_alone
+from tracker.report.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 from tracker.report.wording import summary
 from tracker.team.collect import Collected
 from tracker.tracking import open_backend, target

@@ -11,9 +11,9 @@ from unittest.mock import Mock, patch
 import numpy as np
 
 from tracker import api
+from tracker.analysis.paired import PairedOutcomes
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
-from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.shards import write_observations
 from tracker.ledger.store import Ledger
 from tracker.search.figures import Choices

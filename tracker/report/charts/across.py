@@ -5,13 +5,13 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
+from tracker.analysis.layer_figures import relative_depth
+from tracker.analysis.ranks.layers import LayerBoard
+from tracker.analysis.ranks.pairs import Pair
 from tracker.core.formats import counted, listed, named_interval, three_digits, two_digits
 from tracker.report.charts import style
 from tracker.report.charts.hover import estimate_hover
 from tracker.report.charts.maps import centred_map, row_height, row_label, strongest
-from tracker.report.layer_figures import relative_depth
-from tracker.report.leaderboard.layers import LayerBoard
-from tracker.report.leaderboard.pairs import Pair
 
 
 def depth_curves(boards: Sequence[LayerBoard], labels: Sequence[str]) -> style.Chart:

@@ -8,6 +8,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from tracker.analysis.claims import shown_runs
+from tracker.analysis.ranks.proxies import correlation
 from tracker.core import formats
 from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.kinds import KINDS
@@ -17,8 +19,6 @@ from tracker.report import wording
 from tracker.report.charts import style
 from tracker.report.charts.hover import along_layers, run_hover
 from tracker.report.charts.maps import kind_map, mapped
-from tracker.report.leaderboard.claims import shown_runs
-from tracker.report.leaderboard.proxies import correlation
 from tracker.stats.support import Verdict
 
 

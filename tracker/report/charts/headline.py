@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from tracker.analysis.claims import FIRST, Claims, name_benchmarks
+from tracker.analysis.ranks.layers import LayerBoard
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, defined, two_digits, write
 from tracker.report.charts import style
 from tracker.report.charts.hover import estimate_hover
-from tracker.report.leaderboard.claims import FIRST, Claims, name_benchmarks
-from tracker.report.leaderboard.layers import LayerBoard
 from tracker.stats.combined import mean
 
 _PANELS = {

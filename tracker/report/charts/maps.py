@@ -6,6 +6,9 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tracker.analysis.claims import shown_runs
+from tracker.analysis.labels import benchmark_labels
+from tracker.analysis.layer_figures import layer_relevance
 from tracker.core import formats
 from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.grouping import grouped
@@ -13,9 +16,6 @@ from tracker.core.kinds import ENDS
 from tracker.core.records import CellRecord, layers_of
 from tracker.report.charts.hover import along_layers
 from tracker.report.charts.style import GREY, OPEN, Chart, chart, finite, layer_axis, trace, wrap
-from tracker.report.labels import benchmark_labels
-from tracker.report.layer_figures import layer_relevance
-from tracker.report.leaderboard.claims import shown_runs
 
 # Fading to transparency, not to white, keeps 0 quiet on light and on dark pages.
 _SCALE = [

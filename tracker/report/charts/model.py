@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from tracker.analysis.claims import shown_runs
+from tracker.analysis.labels import benchmark_labels
+from tracker.analysis.layer_figures import layer_relevance, why_undefined
+from tracker.analysis.ranks.layers import LayerBoard
+from tracker.analysis.ranks.proxies import cosine_ranks, misjudged
 from tracker.core.changes import WHOLE_LAYER
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, defined, two_digits, write
@@ -14,11 +19,6 @@ from tracker.core.proxies import OBSERVED, Proxy
 from tracker.core.records import CellRecord, layers_of
 from tracker.report.charts import style
 from tracker.report.charts.hover import estimate_hover
-from tracker.report.labels import benchmark_labels
-from tracker.report.layer_figures import layer_relevance, why_undefined
-from tracker.report.leaderboard.claims import shown_runs
-from tracker.report.leaderboard.layers import LayerBoard
-from tracker.report.leaderboard.proxies import cosine_ranks, misjudged
 
 
 def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:

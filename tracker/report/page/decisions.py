@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tracker.analysis.decisions import SHOWN
 from tracker.core.decision_records import DecisionsRecord, RunDecisions
 from tracker.core.formats import DASH, counted, points
 from tracker.core.records import CellRecord
 from tracker.core.run_table import CellRun, pick, run_columns, telling_apart
 from tracker.core.tables import Column, Table, Value, table
-from tracker.ledger.decisions import SHOWN
 from tracker.report.charts.decisions import margin_name
 from tracker.report.frames import packed_json
 

@@ -16,6 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from tracker.analysis import claims
+from tracker.analysis.ranks.proxies import Agreement, agreements
 from tracker.core import answers, run_table
 from tracker.core.decision_records import DecisionsRecord
 from tracker.core.findings import FindingRecord
@@ -27,12 +29,10 @@ from tracker.core.tables import headed, written
 from tracker.core.text import harmless, masked
 from tracker.core.weight_formats import FORMATS
 from tracker.ledger.files import write_text
-from tracker.report import caveats, tables, wording
+from tracker.report import caveats, rules, tables, wording
 from tracker.report.charts.style import FEW, TEMPLATE
 from tracker.report.frames import layer_files, packed, packed_json
-from tracker.report.leaderboard import claims, rules
-from tracker.report.leaderboard.proxies import Agreement, agreements
-from tracker.report.leaderboard.tables import layer_board_table, misjudged_table, part_board_table
+from tracker.report.leaderboard import layer_board_table, misjudged_table, part_board_table
 from tracker.report.page import sections
 from tracker.report.page.decisions import decision_table, packed_documents
 from tracker.report.page.studies import standing_alone, study_sections

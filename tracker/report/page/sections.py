@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tracker.analysis.comparable import named_models
+from tracker.analysis.labels import benchmark_labels
+from tracker.analysis.ranks.layers import LayerBoard, layer_board
+from tracker.analysis.ranks.models import ModelBoard, model_board
+from tracker.analysis.ranks.pairs import pairs_of
+from tracker.analysis.ranks.parts import PartBoard, model_answer, part_boards
 from tracker.core.changes import WHOLE_LAYER
 from tracker.core.decision_records import DecisionsRecord
 from tracker.core.records import CellRecord, Place
@@ -18,13 +24,7 @@ from tracker.report.charts.headline import headline
 from tracker.report.charts.maps import heat_map, kind_map, map_caption, mapped
 from tracker.report.charts.model import proxy_curves, rank_chart, relevance_curves
 from tracker.report.charts.style import Chart
-from tracker.report.labels import benchmark_labels
-from tracker.report.leaderboard.comparable import named_models
-from tracker.report.leaderboard.layers import LayerBoard, layer_board
-from tracker.report.leaderboard.models import ModelBoard, model_board
-from tracker.report.leaderboard.pairs import pairs_of
-from tracker.report.leaderboard.parts import PartBoard, model_answer, part_boards
-from tracker.report.leaderboard.tables import (
+from tracker.report.leaderboard import (
     depth_table,
     difference_table,
     model_board_table,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from tracker.analysis.layer_figures import sure
 from tracker.core.changes import WHOLE_LAYER
 from tracker.core.estimates import Estimate
 from tracker.core.findings import SEARCH, FindingRecord, FoundChart, Line, LineChart, MapChart
@@ -29,7 +30,6 @@ from tracker.report.charts.style import (
     trace,
 )
 from tracker.report.frames import frame_of
-from tracker.report.layer_figures import sure
 from tracker.report.page.sections import Figure
 
 _IN_SECTIONS = (SEARCH, "prune", "joint")

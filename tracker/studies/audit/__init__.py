@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from scipy import stats
 
+from tracker.analysis.claims import ranks_in
+from tracker.analysis.labels import benchmark_labels, model_labels
 from tracker.core.changes import WHOLE_LAYER
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
@@ -16,8 +18,6 @@ from tracker.core.formats import counted, listed, p_value, points, two_digits, w
 from tracker.core.grouping import grouped
 from tracker.core.proxies import OF_LAYERS, passes
 from tracker.core.tables import Column, Table, Value, table
-from tracker.report.labels import benchmark_labels, model_labels
-from tracker.report.leaderboard.claims import ranks_in
 from tracker.stats.rank_agreement import midranks, places
 from tracker.stats.support import holm
 from tracker.stats.task_dependence import BLOCK

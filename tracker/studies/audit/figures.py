@@ -8,6 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
+from tracker.analysis.aligned import AlignedOutcomes
+from tracker.analysis.records import OUTER
 from tracker.core.documents import Document
 from tracker.core.estimates import Estimate
 from tracker.core.findings import gaps
@@ -15,9 +17,7 @@ from tracker.core.formats import counted
 from tracker.core.proxies import OBSERVED, OF_LAYERS, passes
 from tracker.engine.observers.divergence import output_proxies
 from tracker.engine.scoring.sweep import Engine
-from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.shards import Arrays
-from tracker.ledger.tables import OUTER
 from tracker.measuring.observing import Observe, Observed
 from tracker.stats.arrays import Array, per_token
 from tracker.stats.budgets import LayerMeasure, at_equal_cost

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tracker.analysis.paired import PairedOutcomes
 from tracker.core.changes import Ablation
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted
 from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord
-from tracker.ledger.paired import PairedOutcomes
 from tracker.search.assignment import ENDS, Refined, alike, apart, ends_kept, least_loss, refined
 from tracker.search.bit_budgets import BitBudget, Choice, Unit, ablation_of, bits_of
 from tracker.search.cells import OpenCell

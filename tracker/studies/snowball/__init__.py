@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from tracker.analysis.claims import ranks_in
 from tracker.core.documents import Document
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.findings import FoundChart, LineChart, MapChart, gaps
@@ -18,7 +19,6 @@ from tracker.engine.refusal import refused
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import Arrays
 from tracker.measuring.observing import Observe
-from tracker.report.leaderboard.claims import ranks_in
 from tracker.stats.growth import fewest_to_show, unequal_growth
 from tracker.stats.support import holm
 from tracker.studies.base import (

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tracker.analysis.aligned import AlignedOutcomes
 from tracker.core.estimates import Estimate
 from tracker.core.proxies import PROXIES
 from tracker.core.records import CellRecord
-from tracker.ledger.aligned import AlignedOutcomes
 from tracker.measuring.observing import Observed
 from tracker.stats.arrays import Array, per_token, proxy_means
 from tracker.stats.correlation import correlate, correlation_difference, partial_correlate

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tracker.analysis.editions import edition_labels
 from tracker.core.formats import counted
 from tracker.core.grouping import grouped
 from tracker.core.identities import ModelIdentity
 from tracker.core.records import CellRecord
-from tracker.report.editions import edition_labels
 
 
 def model_labels(models: Sequence[ModelIdentity]) -> list[str]:

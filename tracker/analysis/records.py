@@ -9,17 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.estimates import Estimate
-from tracker.core.extent import ALL, shuffled
-from tracker.core.provenance import differences, united
-from tracker.core.proxies import OBSERVED, OF_EXPERTS, Proxy
-from tracker.core.records import WHICH, AnswerRecord, CellRecord, CorrelationRecord, RunRecord
-from tracker.core.views import View
-from tracker.ledger.aligned import AlignedOutcomes
-from tracker.ledger.cells import CellStore, measured_last
-from tracker.ledger.outcomes import PROVENANCE
-from tracker.ledger.runs import (
+from tracker.analysis.aligned import AlignedOutcomes
+from tracker.analysis.runs import (
     ONE_LOOK,
     Aggregate,
     ExpertProxies,
@@ -32,6 +23,15 @@ from tracker.ledger.runs import (
     moved_by_rounding,
     run_record,
 )
+from tracker.core.changes import INTACT, Ablation, Change
+from tracker.core.estimates import Estimate
+from tracker.core.extent import ALL, shuffled
+from tracker.core.provenance import differences, united
+from tracker.core.proxies import OBSERVED, OF_EXPERTS, Proxy
+from tracker.core.records import WHICH, AnswerRecord, CellRecord, CorrelationRecord, RunRecord
+from tracker.core.views import View
+from tracker.ledger.cells import CellStore, measured_last
+from tracker.ledger.outcomes import PROVENANCE
 from tracker.stats.accuracy import accuracy
 from tracker.stats.arrays import Array, Mask, divided, per_token, proxy_means
 from tracker.stats.correlation import DRAWS, correlate

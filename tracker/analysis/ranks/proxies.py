@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tracker.analysis.ranks.layers import LayerBoard, LayerStanding
 from tracker.core.formats import defined
 from tracker.core.proxies import OBSERVED
 from tracker.core.records import CellRecord, CorrelationRecord
-from tracker.report.leaderboard.layers import LayerBoard, LayerStanding
 from tracker.stats.arrays import Array
 from tracker.stats.rank_agreement import places, ranks_apart
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from tracker.analysis.aligned import AlignedOutcomes
 from tracker.core.changes import Ablation
-from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.outcomes import AGAIN
 from tracker.ledger.texts import KeptText
 from tracker.stats.arrays import Array

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.races import RUNS, SEED, begun, outcomes, raced
+from tests.helpers.stored_cells import asks, fill, measure, row
+from tracker.analysis.stopping import WITHIN, CandidateRace, CellRace
 from tracker.core.ablations import without_parts
 from tracker.core.answers import took
 from tracker.core.errors import ExperimentError, WorkError
@@ -13,10 +15,7 @@ from tracker.core.extent import ALL, random_order, shuffled
 from tracker.core.search_parts import SearchParts
 from tracker.ledger.blocks import Block, turns
 from tracker.ledger.cells import CellStore
-from tracker.ledger.early_stopping import WITHIN, CandidateRace, CellRace
 from tracker.stats.sequential.smallest import SmallestMean
-
-from .conftest import asks, fill, measure, row
 
 
 def race_of(store: CellStore, text: str, metric: str = "acc") -> CellRace:

@@ -7,13 +7,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tracker.analysis.claims import Claims, claims
+from tracker.analysis.comparable import countable
+from tracker.analysis.layer_figures import relevance_estimate
 from tracker.core.estimates import Estimate
 from tracker.core.grouping import grouped
 from tracker.core.identities import ModelIdentity
 from tracker.core.records import CellRecord, RunRecord
-from tracker.report.layer_figures import relevance_estimate
-from tracker.report.leaderboard.claims import Claims, claims
-from tracker.report.leaderboard.comparable import countable
 from tracker.stats.combined import mean
 from tracker.stats.rank_agreement import places
 from tracker.stats.support import pairs

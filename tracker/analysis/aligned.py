@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from tracker.analysis.paired import PairedOutcomes
 from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.core.provenance import differences
 from tracker.core.proxies import Proxy
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC, PROVENANCE
-from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.views import CellIdentity
 from tracker.stats.accuracy import SCALES, document_ratios, weights_by_task
 from tracker.stats.arrays import Array

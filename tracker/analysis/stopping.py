@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from tracker.analysis.aligned import AlignedOutcomes, gold_logprobs
 from tracker.core.answers import contending
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import ExperimentError, WorkError
@@ -23,7 +24,6 @@ from tracker.core.kinds import Action
 from tracker.core.questions import question
 from tracker.core.records import AnswerRecord, RunAnswer
 from tracker.core.views import View
-from tracker.ledger.aligned import AlignedOutcomes, gold_logprobs
 from tracker.ledger.blocks import Block, turns
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tests.helpers.stored_cells import asks, cell_record, row, write_all
 from tracker.core.records import CellRecord
 from tracker.ledger.cells import CellStore
 from tracker.report.caveats import warnings
 from tracker.report.tables import layer_table, overview_table
 from tracker.tracking.mlflow.runs import mlflow_run
 from tracker.tracking.runs import cell_run, layer_run
-
-from .conftest import asks, cell_record, row, write_all
 
 OLD = {"torch": "2.12.0", "platform": "Linux x86_64", "device": "cpu", "cores": "2"}
 NEW = {**OLD, "torch": "2.13.0", "cores": "64"}

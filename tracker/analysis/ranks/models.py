@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import NormalDist
 
+from tracker.analysis.comparable import named_models, setting, unusable, worth
+from tracker.analysis.editions import outdated
+from tracker.analysis.labels import benchmark_labels
+from tracker.analysis.ranks.layers import layer_board, mean_relevance
 from tracker.core.estimates import Estimate
 from tracker.core.formats import about
 from tracker.core.identities import ModelIdentity
 from tracker.core.records import CellRecord
-from tracker.report.editions import outdated
-from tracker.report.labels import benchmark_labels
-from tracker.report.leaderboard.comparable import named_models, setting, unusable, worth
-from tracker.report.leaderboard.layers import layer_board, mean_relevance
 from tracker.stats.combined import mean
 from tracker.stats.power import OutcomeVariance, documents_needed
 from tracker.stats.rank_agreement import places

@@ -8,25 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers import stored_cells
 from tests.helpers.races import LOST, RUNS, SEED, begun, outcomes, raced
+from tests.helpers.stored_cells import enter, measure, measure_all
+from tracker.analysis.stopping import CellRace, interim_estimates
 from tracker.core.answers import interval_name
 from tracker.core.config import CellRequest
 from tracker.core.extent import Extent, random_order, shuffled
 from tracker.core.records import CellRecord
 from tracker.ledger.cells import CellStore
-from tracker.ledger.early_stopping import CellRace, interim_estimates
 from tracker.measuring import planning
 from tracker.measuring.derive import record_of
 from tracker.stats.sequential.stopping import Forecast
-
-from . import conftest
-from .conftest import enter, measure, measure_all
 
 SIZES = {"arc_easy": 320}
 ORDER = random_order(SEED, "arc_easy", range(320))
 
 
-asks = partial(conftest.asks, seed=SEED)
+asks = partial(stored_cells.asks, seed=SEED)
 
 
 def answered(store: CellStore, request: CellRequest, every: Any) -> CellRecord:

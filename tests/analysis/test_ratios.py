@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tests.helpers.stored_cells import asks, cell_record, row, write_all
 from tracker.benchmarks.tasks import aggregate
 from tracker.core.records import CellRecord
-
-from .conftest import asks, cell_record, row, write_all
 
 LAYERS = 4
 NAMES = ["baseline", *(f"layer:{layer}" for layer in range(LAYERS))]

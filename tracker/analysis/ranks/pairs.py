@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from tracker.analysis.comparable import models_of, setting
+from tracker.analysis.labels import benchmark_labels, model_labels
+from tracker.analysis.layer_figures import sure
 from tracker.core.estimates import Estimate
 from tracker.core.formats import Measure, measure_of
 from tracker.core.records import CellRecord, RunRecord
-from tracker.report.labels import benchmark_labels, model_labels
-from tracker.report.layer_figures import sure
-from tracker.report.leaderboard.comparable import models_of, setting
 from tracker.stats.combined import difference
 from tracker.stats.support import together
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tracker.analysis.aligned import AlignedOutcomes
+from tracker.analysis.options import OptionScores
 from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.core.decision_records import (
     DecidedDocument,
@@ -16,9 +18,7 @@ from tracker.core.decision_records import (
 )
 from tracker.core.documents import DocumentText
 from tracker.core.views import View
-from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
-from tracker.ledger.options import OptionScores
 from tracker.ledger.texts import KeptText
 from tracker.stats.arrays import Array
 from tracker.stats.decisions import choices, margins, shares

@@ -13,19 +13,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tests.helpers.stored_cells import asks, cell_record, row, write_all
+from tracker.analysis import records, runs
+from tracker.analysis.paired import outcome_variance
 from tracker.core.proxies import OBSERVED, Proxy, relative_update
 from tracker.core.records import CellRecord, RunRecord
-from tracker.ledger import runs, tables
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import COMPARED
-from tracker.ledger.paired import outcome_variance
 from tracker.ledger.shards import read_shard
 from tracker.stats.correlation import correlate
 from tracker.stats.power import OutcomeVariance
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
-
-from .conftest import asks, cell_record, row, write_all
 
 LAYERS = 8
 EVERY_LAYER = asks(*range(LAYERS))
@@ -441,7 +440,7 @@ def test_a_proxy_that_was_not_observed_then_is_undefined_and_not_zero(
 ) -> None:
     """Shards from before there was the proxy lack its column."""
     later = Proxy("later", "later", "ratio", observe=relative_update)
-    for module in (runs, tables):
+    for module in (records, runs):
         monkeypatch.setattr(module, "OBSERVED", (*OBSERVED, later))
     record = record_of(make_items({"arc_easy": 10}))
     said = "not observed when 10 of 10 documents were measured"

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers.stored_cells import Row, asks, cell_record, row
 from tracker.core.documents import Document, DocumentText
 from tracker.core.records import CellRecord
 from tracker.ledger.blocks import Block
@@ -14,8 +15,6 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import AGAIN
 from tracker.ledger.texts import text_row
 from tracker.stats.decisions import movement, shift, turning, within
-
-from .conftest import Row, asks, cell_record, row
 
 NAMES = ("baseline", "layer:0")
 DOCUMENTS, TWICE = 30, 6

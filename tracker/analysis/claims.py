@@ -9,15 +9,15 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from tracker.analysis.comparable import countable
+from tracker.analysis.labels import benchmark_labels
+from tracker.analysis.paired import outcome_variance
 from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, listed, measure_of, p_value
 from tracker.core.grouping import grouped
 from tracker.core.records import CellRecord, RunRecord
 from tracker.core.text import capital
-from tracker.ledger.paired import outcome_variance
-from tracker.report.labels import benchmark_labels
-from tracker.report.leaderboard.comparable import countable
 from tracker.stats.combined import mean
 from tracker.stats.power import ALPHA, MEANT, documents_needed
 from tracker.stats.support import Verdict, pairs, ranks, together, verdicts

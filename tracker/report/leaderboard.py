@@ -9,6 +9,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from tracker.analysis.labels import benchmark_labels, model_labels
+from tracker.analysis.layer_figures import layer_relevance, relative_depth, why_undefined
+from tracker.analysis.ranks.layers import LayerBoard, LayerStanding
+from tracker.analysis.ranks.models import ModelBoard, ModelStanding
+from tracker.analysis.ranks.pairs import Pair
+from tracker.analysis.ranks.parts import PartBoard, PartStanding
+from tracker.analysis.ranks.proxies import Misjudged, cosine_ranks, misjudged
 from tracker.core.changes import WHOLE_LAYER
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.formats import counted, layer_list
@@ -17,13 +24,6 @@ from tracker.core.records import NO_REASON, CellRecord, layers_of
 from tracker.core.run_table import layer_column, named, pick
 from tracker.core.tables import Column, Table, table
 from tracker.report.caveats import provenance_notes
-from tracker.report.labels import benchmark_labels, model_labels
-from tracker.report.layer_figures import layer_relevance, relative_depth, why_undefined
-from tracker.report.leaderboard.layers import LayerBoard, LayerStanding
-from tracker.report.leaderboard.models import ModelBoard, ModelStanding
-from tracker.report.leaderboard.pairs import Pair
-from tracker.report.leaderboard.parts import PartBoard, PartStanding
-from tracker.report.leaderboard.proxies import Misjudged, cosine_ranks, misjudged
 
 _MOST = 10
 """So many misjudged layers are listed at most."""

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tracker.analysis.aligned import AlignedOutcomes, pairs
+from tracker.analysis.options import Chances, Texts, judged
+from tracker.analysis.paired import PairedOutcomes
 from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.core.estimates import Estimate
 from tracker.core.proxies import OBSERVED, OF_EXPERTS, Proxy
 from tracker.core.records import RunAnswer, RunRecord
-from tracker.ledger.aligned import AlignedOutcomes, pairs
-from tracker.ledger.options import Chances, Texts, judged
 from tracker.ledger.outcomes import METRIC, PROVENANCE
-from tracker.ledger.paired import PairedOutcomes
 from tracker.stats.accuracy import (
     RATIO,
     accuracy,

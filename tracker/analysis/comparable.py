@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 
+from tracker.analysis.editions import outdated
+from tracker.analysis.labels import benchmark_labels, model_labels
 from tracker.core.grouping import grouped
 from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord, RunRecord
-from tracker.report.editions import outdated
-from tracker.report.labels import benchmark_labels, model_labels
 
 Pick = Callable[[CellRecord], Sequence[RunRecord]]
 """Which runs of a cell a ranking is about."""

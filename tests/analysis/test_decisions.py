@@ -9,15 +9,14 @@ from itertools import product
 import numpy as np
 import pytest
 
+from tests.helpers.stored_cells import asks, row, write_all
+from tracker.analysis.decisions import Decisions, decisions, decisions_record
 from tracker.core.decision_records import DecisionsRecord
 from tracker.core.documents import Document, DocumentText
 from tracker.core.views import View
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
-from tracker.ledger.decisions import Decisions, decisions, decisions_record
 from tracker.ledger.texts import text_row
-
-from .conftest import asks, row, write_all
 
 LAYERS = 4
 SIZES = {"geography": 40, "history": 9}

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.stored_cells import asks, cell_record, row, write_all
 from tracker.core.proxies import OBSERVED
 from tracker.core.records import CellRecord
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import PART_SUMS
 from tracker.report.wording import sentence
 from tracker.stats.rank_agreement import COEFFICIENTS
-
-from .conftest import asks, cell_record, row, write_all
 
 DOCUMENTS = 20
 RIGHT = {

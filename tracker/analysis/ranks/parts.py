@@ -8,12 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tracker.core.changes import Change
-from tracker.core.estimates import Estimate
-from tracker.core.grouping import grouped
-from tracker.core.identities import ModelIdentity
-from tracker.core.records import CellRecord, RunRecord
-from tracker.report.leaderboard.claims import (
+from tracker.analysis.claims import (
     Claims,
     answer,
     basis,
@@ -25,8 +20,13 @@ from tracker.report.leaderboard.claims import (
     shown_sentence,
     shown_word,
 )
-from tracker.report.leaderboard.comparable import countable
-from tracker.report.leaderboard.layers import by_lower_end, mean_relevance, ranked
+from tracker.analysis.comparable import countable
+from tracker.analysis.ranks.layers import by_lower_end, mean_relevance, ranked
+from tracker.core.changes import Change
+from tracker.core.estimates import Estimate
+from tracker.core.grouping import grouped
+from tracker.core.identities import ModelIdentity
+from tracker.core.records import CellRecord, RunRecord
 from tracker.stats.support import Verdict, verdicts
 
 

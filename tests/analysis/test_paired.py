@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tracker.ledger.paired import PairedOutcomes
+from tracker.analysis.paired import PairedOutcomes
 from tracker.stats.accuracy import accuracy_drop
 
 DICE = np.random.default_rng(0)
