@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
+import tracker
 from tests.helpers.stored_cells import asks, cell_record, row, write_all
 from tracker.analysis import records, runs
 from tracker.analysis.paired import outcome_variance
@@ -22,6 +25,7 @@ from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import COMPARED
 from tracker.ledger.shards import read_shard
+from tracker.measuring.derive import DERIVED_BY
 from tracker.stats.correlation import correlate
 from tracker.stats.power import OutcomeVariance
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
@@ -569,3 +573,14 @@ class TestCorrelations:
 
     def test_the_same_outcomes_give_the_same_record(self, record_of, items, record) -> None:
         assert record_of(items, weight_by_size=False) == record
+
+
+def test_records_are_derived_anew_when_any_code_that_they_follow_from_changes() -> None:
+    """What derives records imports nothing but the packages whose code is hashed."""
+    code = [
+        path.read_text(encoding="utf-8")
+        for name in DERIVED_BY
+        for path in (Path(tracker.__file__).parent / name).rglob("*.py")
+    ]
+    imported = re.findall(r"^ *from tracker\.(\w+)", "\n".join(code), re.MULTILINE)
+    assert set(imported) == set(DERIVED_BY)

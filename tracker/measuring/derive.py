@@ -30,6 +30,8 @@ def record_of(store: CellStore, view: View) -> CellRecord:
     return record.model_copy(update={name: getattr(view, name) for name in _NOT_DERIVED})
 
 
+DERIVED_BY = ("core", "ledger", "stats", "analysis")
+"""The packages whose code turns outcomes into records."""
 _NOT_DERIVED = ("beside", "explicit", "supersedes")
 """What a record says of its view that no figure follows from."""
 
@@ -75,8 +77,7 @@ def _state(store: CellStore, view: View, *also: str) -> str:
 def _code() -> str:
     """Hash the code that turns outcomes into records: another formula is another record."""
     here = Path(__file__).parents[1]
-    rooms = ("core", "ledger", "stats")
-    return file_hash(path for room in rooms for path in (here / room).rglob("*.py"))
+    return file_hash(path for name in DERIVED_BY for path in (here / name).rglob("*.py"))
 
 
 def _aggregate(how: str, values: Sequence[float | str]) -> float | None:
