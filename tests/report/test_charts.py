@@ -7,7 +7,7 @@ import math
 import pytest
 
 from tests.helpers import charts
-from tracker.analysis.claims import shown_in
+from tracker.analysis.claims import shown_runs
 from tracker.analysis.ranks.layers import layer_board
 from tracker.core import formats
 from tracker.core.records import NOT_MEASURED
@@ -150,7 +150,7 @@ def test_a_field_of_a_heat_map_is_strong_and_has_a_dot_where_something_is_shown(
     assert (strong.opacity, faint.opacity) == (None, OPEN)
     shown = []
     for y, cell in zip(strong.y, cells, strict=True):
-        verdicts = shown_in(cell, cell.whole_layers)
+        verdicts = shown_runs(cell, cell.whole_layers).values()
         shown += [(x, y) for x, verdict in enumerate(verdicts) if verdict != "open"]
     fields = [
         (x, y) for y, row in zip(strong.y, strong.z, strict=True)

@@ -93,7 +93,12 @@ def test_the_best_that_is_shown_to_be_better_is_saved_by_what_it_says_to_type(
 ):
     """What is typed is held against the test documents; here of stretches that the file names."""
     assert found.done.exports == (), "of a random model none is shown to be better"
-    monkeypatch.setattr(repeat, "shown_in", lambda cell, runs: ["costs", "helps", "helps"])
+    verdicts = ("costs", "helps", "helps")
+    monkeypatch.setattr(
+        repeat,
+        "shown_runs",
+        lambda cell, runs: {run.change: word for run, word in zip(runs, verdicts, strict=True)},
+    )
     settings = {"span": 2, "intervention": "repeat", "repeats": 3, "layer": [0, 1, 2]}
     results = tmp_path / "results"
     asked = api.study("repeat", found.path, results=results, track=[], **settings)

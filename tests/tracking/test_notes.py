@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.report.conftest import build_cell
-from tracker.analysis.claims import answer, claims, shown_in
+from tracker.analysis.claims import answer, claims, shown_runs
 from tracker.analysis.ranks.parts import cell_answer
 from tracker.team.reports import board_text
 from tracker.tracking.runs import AVERAGE, described, layer_note
@@ -43,7 +43,7 @@ def test_a_note_says_what_the_page_says_where_other_drops_are_undefined() -> Non
     quiet = quiet.model_copy(update=dict(zip(figures, (0.07, 0.02, 0.12, 0.004), strict=True)))
     undefined = [run.model_copy(update=dict.fromkeys(figures)) for run in others]
     cell = build_cell().model_copy(update={"runs": (quiet, *undefined)})
-    assert shown_in(cell, cell.runs)[0] == "open"
+    assert shown_runs(cell, cell.runs)[quiet.change] == "open"
     assert layer_note(cell, quiet).endswith(
         f"be chance among 30 runs of this benchmark alone; {AVERAGE}."
     )

@@ -274,8 +274,9 @@ def shown_sentence(
 
 def alone_sentence(cell: CellRecord, average: bool) -> str:
     """Return how many runs of a benchmark are open; `average` says that a mean is shown above."""
-    shown = zip(cell.runs, shown_in(cell, cell.runs), strict=True)
-    count = sum(v == "open" and run.accuracy_drop is not None for run, v in shown)
+    verdict = shown_runs(cell, cell.runs)
+    defined = [run for run in cell.runs if run.accuracy_drop is not None]
+    count = sum(verdict[run.change] == "open" for run in defined)
     noun = "layer" if all(run.change.kind == WHOLE_LAYER for run in cell.runs) else "run"
     total, every = len(cell.runs), counted(len(cell.runs), noun)
     subject = f"none of the {every} can" if count == total else f"{count} of {every} cannot"
@@ -327,23 +328,19 @@ def controls_answer(cell: CellRecord) -> str:
     return " ".join(sentences)
 
 
-def shown_in(cell: CellRecord, runs: Sequence[RunRecord]) -> list[Verdict]:
-    """Say what is shown of runs of one cell that stand side by side, all of it at once.
+def shown_runs(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[Change, Verdict]:
+    """Decide what is shown of runs of one cell, all of it at once.
 
     Args:
         cell: The cell. The confidence sequences of one that a question stopped hold for all runs
             already.
-        runs: Its runs.
+        runs: Its runs that stand side by side.
 
     Returns:
-        What is shown of each.
+        What is shown of each run's change.
     """
-    return verdicts(_all_at_once(cell, runs, len(runs)))
-
-
-def shown_runs(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[Change, Verdict]:
-    """Say the same for each run by its order."""
-    return dict(zip((run.change for run in runs), shown_in(cell, runs), strict=True))
+    shown = verdicts(_all_at_once(cell, runs, len(runs)))
+    return dict(zip((run.change for run in runs), shown, strict=True))
 
 
 def shown_words(cell: CellRecord) -> dict[Change, str]:

@@ -70,14 +70,14 @@ def print_cell(
 
     What stands in `print_measured` already is left out then; `average` is as for `alone_sentence`.
     """
-    from tracker.analysis.claims import shown_in
+    from tracker.analysis.claims import shown_runs
     from tracker.report.caveats import looks_note, rounding_note, second_rounding_note
     from tracker.report.wording import beneath, power_sentence
 
     shown = [run for run in cell.runs if only in (None, run.change)]
     if brief:
-        verdicts = shown_in(cell, shown)
-        shown = [run for run, verdict in zip(shown, verdicts, strict=True) if verdict != "open"]
+        verdicts = shown_runs(cell, shown)
+        shown = [run for run in shown if verdicts[run.change] != "open"]
     rounded = any(run.rounded is not None for run in shown)
     proxies = run_table.proxies_in(cell)
     shown_proxies = [p.name for p in proxies if p.name == "cosine_score" or p.component == "expert"]
@@ -108,7 +108,7 @@ def print_cell(
 
 def print_measured(cells: Sequence[CellRecord]) -> None:
     """Print what was found: an answer a model, the intact models, and which runs do something."""
-    from tracker.analysis.claims import answer, claims, controls_answer, parts_answer, shown_in
+    from tracker.analysis.claims import answer, claims, controls_answer, parts_answer, shown_runs
     from tracker.analysis.comparable import named_models
     from tracker.analysis.labels import row_labels
     from tracker.analysis.ranks.parts import part_boards
@@ -164,7 +164,7 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
     if any(cell.whole_layers for cell in cells):
         say("Spearman correlation of the two rankings: 1 = identical, 0 = unrelated.")
     for cell in cells:
-        if any(verdict != "open" for verdict in shown_in(cell, cell.runs)):
+        if any(verdict != "open" for verdict in shown_runs(cell, cell.runs).values()):
             print_cell(cell, brief=True, average=id(cell) in averaged)
         else:
             say(f"{cell.heading}: {beneath(cell)}{_unlisted(cell, id(cell) in averaged)}")

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from tracker.analysis.claims import parts_answer, shown_in
+from tracker.analysis.claims import parts_answer, shown_runs
 from tracker.analysis.paired import PairedOutcomes
 from tracker.analysis.runs import ONE_LOOK
 from tracker.core.answers import statement
@@ -171,17 +171,17 @@ def _rounded_maps(
     falls = [run.gold for run in runs]
     if subject.record.is_raced:  # each run's own is of all that was looked at for it
         falls = _without_interval([gold.drop(index) for index in range(len(runs))])
-    verdicts = shown_in(subject.record, runs)
+    verdicts = shown_runs(subject.record, runs)
     rows = [
         RoundedMap(
             run.change.first,
             run.change.map,
             fall,
             run.drop,
-            _VERDICTS[verdict],
+            _VERDICTS[verdicts[run.change]],
             {name: float(errors[name][index]) for name in errors},
         )
-        for index, (run, verdict, fall) in enumerate(zip(runs, verdicts, falls, strict=True))
+        for index, (run, fall) in enumerate(zip(runs, falls, strict=True))
     ]
     return RoundedMaps(subject, form, rows, _by_name(rows, gold, once), orders)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tracker.analysis.claims import shown_in
+from tracker.analysis.claims import shown_runs
 from tracker.core.changes import Change
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
@@ -134,10 +134,17 @@ def tested_spans(runs: Sequence[RunRecord], test: CellRecord) -> list[TestedSpan
     """Return the chosen spans as the test documents show them, the best first."""
     by_change = {run.change: run for run in test.runs}
     pairs = [(run, by_change[run.change]) for run in runs if run.change in by_change]
-    verdicts = shown_in(test, [tested for _, tested in pairs])
+    verdicts = shown_runs(test, [tested for _, tested in pairs])
     return [
-        TestedSpan(tested, _name(run), (-run.drop).value, -tested.drop, -tested.gold, word)
-        for (run, tested), word in zip(pairs, map(VERDICTS.__getitem__, verdicts), strict=True)
+        TestedSpan(
+            tested,
+            _name(run),
+            (-run.drop).value,
+            -tested.drop,
+            -tested.gold,
+            VERDICTS[verdicts[tested.change]],
+        )
+        for run, tested in pairs
     ]
 
 
