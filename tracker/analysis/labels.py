@@ -20,7 +20,7 @@ def model_labels(models: Sequence[ModelIdentity]) -> list[str]:
     Returns:
         Their names, with the dtype, revision, weights or source where these tell them apart.
     """
-    return _told_apart(
+    return _distinct_labels(
         [model.name for model in models],
         [
             (
@@ -45,7 +45,7 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
         the data, the seed, other settings, the cell's key or the number of runs where these tell
         them apart.
     """
-    return _told_apart(
+    return _distinct_labels(
         [
             f"{cell.benchmark.title} · {cell.benchmark.num_fewshot}-shot"
             + (" · chat" if cell.benchmark.apply_chat_template else "")
@@ -61,7 +61,7 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def row_labels(cells: Sequence[CellRecord], documents: bool = True) -> list[tuple[str, str]]:
-    """Tell rows apart that show model, benchmark, shots, metric and what lies beneath.
+    """Label rows apart that show model, benchmark, shots, metric and what lies beneath.
 
     Args:
         cells: The cell of each row.
@@ -82,19 +82,21 @@ def row_labels(cells: Sequence[CellRecord], documents: bool = True) -> list[tupl
         )
         for cell in cells
     ]
-    told = _told_apart(
+    distinct = _distinct_labels(
         rows,
         [
             ("chat" * cell.benchmark.apply_chat_template, edition, cell.beside, *_details(cell))
             for cell, edition in zip(cells, edition_labels(cells), strict=True)
         ],
     )
-    extra = (now.removeprefix(row).removeprefix(" · ") for row, now in zip(rows, told, strict=True))
+    extra = (
+        now.removeprefix(row).removeprefix(" · ") for row, now in zip(rows, distinct, strict=True)
+    )
     return [(names[cell.model.key], more) for cell, more in zip(cells, extra, strict=True)]
 
 
 def _details(cell: CellRecord) -> tuple[str, ...]:
-    """What else may tell a cell from another of one model, the plainest first."""
+    """Return details in which cells of one model may differ, the plainest first."""
     return (
         cell.benchmark.data,
         "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
@@ -104,14 +106,14 @@ def _details(cell: CellRecord) -> tuple[str, ...]:
     )
 
 
-def _told_apart(labels: Sequence[str], details: Sequence[tuple[str, ...]]) -> list[str]:
+def _distinct_labels(labels: Sequence[str], details: Sequence[tuple[str, ...]]) -> list[str]:
     """Add to equal labels the details in which their bearers differ, until all are told apart."""
-    told = list(labels)
+    distinct = list(labels)
     for words in zip(*details, strict=True):
-        rows = list(zip(told, words, strict=True))
+        rows = list(zip(distinct, words, strict=True))
         alike = grouped(rows, lambda row: row[0])
-        told = [
+        distinct = [
             f"{label} · {word}" if word and len({*alike[label]}) > 1 else label
             for label, word in rows
         ]
-    return told
+    return distinct

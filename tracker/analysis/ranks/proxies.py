@@ -61,7 +61,7 @@ def correlation(
     coefficient: str = "spearman",
     proxy: str = "cosine_score",
 ) -> CorrelationRecord | None:
-    """Find a correlation of a proxy and accuracy drop (or loss increase).
+    """Find the correlation of a proxy with the drop (or loss increase).
 
     Args:
         cell: The cell.
@@ -72,9 +72,9 @@ def correlation(
     Returns:
         The record, or None when the cell does not hold it.
     """
-    wanted = (proxy, coefficient, subset)
-    found = (r for r in cell.correlations if (r.proxy, r.coefficient, r.subset) == wanted)
-    return next(found, None)
+    key = (proxy, coefficient, subset)
+    records = (r for r in cell.correlations if (r.proxy, r.coefficient, r.subset) == key)
+    return next(records, None)
 
 
 def _figures(cell: CellRecord, proxy: str) -> Array:
