@@ -24,7 +24,7 @@ from tracker.engine.scoring.sweep import Engine
 from tracker.measuring.progress import Progress, telling
 from tracker.models.devices import accelerators, describe, free_memory, runtime_versions
 from tracker.models.load import SPREAD, find_device, load_model
-from tracker.models.placement import weight_bytes
+from tracker.models.placement import least_bytes
 from tracker.models.sources import find_model
 
 CONFIG = Path(__file__).with_suffix(".json")
@@ -99,9 +99,7 @@ def _checks(folder: str, target: torch.device) -> Mapping[str, Callable[[], floa
         return Engine(loaded, loaded.model.config.max_position_embeddings, memory=2**28)
 
     cpu, on_device = load("cpu").with_sharing(PLAIN), cache(partial(load, str(target)))
-    layer = max(map(weight_bytes, cpu.loaded.layers))
-    room = weight_bytes(cpu.loaded.model) - (len(cpu.loaded.layers) - 2) * layer
-    layers = FEATURES["layers"]
+    layers, room = FEATURES["layers"], least_bytes(cpu.loaded.model)
 
     def compare(make: Callable[[], Engine], feature: Feature = layers) -> float:
         return largest_difference(feature(make()), feature(cpu))

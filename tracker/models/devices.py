@@ -30,19 +30,16 @@ _host_shares = 1
 
 def default_device() -> torch.device:
     """Return the first accelerator of this machine, or its CPU."""
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()
-    assert accelerator is not None
+    if accelerator is None or not torch.accelerator.is_available():
+        return torch.device("cpu")
     return torch.empty(0, device=accelerator).device  # with its index, as tensors have it
 
 
 def accelerators() -> list[torch.device]:
     """List the accelerators that this process sees."""
-    device = default_device()
-    if device.type == "cpu":
-        return []
-    return [torch.device(device.type, n) for n in range(torch.accelerator.device_count())]
+    device_type = default_device().type
+    return [torch.device(device_type, n) for n in range(torch.accelerator.device_count())]
 
 
 def visible_variable() -> str:
@@ -182,8 +179,7 @@ def fetch(tensor: Tensor) -> Callable[[], Tensor]:
         return tensor.cpu
     copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     copied.copy_(tensor, non_blocking=True)
-    event = streams(device).Event()
-    event.record(streams(device).current_stream(device))
+    event = streams(device).current_stream(device).record_event()
 
     def wait() -> Tensor:
         event.synchronize()

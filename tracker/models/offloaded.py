@@ -111,6 +111,10 @@ class _Weight:
         """Where it ends in the buffer."""
         return self.start + self.absent.numel() * self.absent.itemsize
 
+    def view(self, buffer: Tensor) -> Tensor:
+        """Return the weight's part of a buffer in the weight's shape and dtype."""
+        return buffer[self.start : self.stop].view(self.absent.dtype).view(self.absent.shape)
+
 
 @dataclass(frozen=True)
 class _Layer:
@@ -130,25 +134,24 @@ class _Layer:
         """Return how many bytes a buffer for them has."""
         return max(self.weights[-1].stop, sum(map(len, self.image)))
 
-    def parts(self, buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pair each part of the image with the part of a buffer that it is an image of."""
-        start = 0
-        for part in self.image:
-            yield part, buffer[start : start + len(part)]
-            start += len(part)
+    def parts(self, buffer: Tensor) -> Iterable[tuple[Slice | Tensor, Tensor]]:
+        """Pair each source of bytes with the part of a buffer that it fills."""
+        if not self.image:
+            return [(weight.source, weight.view(buffer)) for weight in self.weights]
+        views = torch.split(buffer[: self.size], [*map(len, self.image)])
+        return zip(self.image, views, strict=True)
 
     def pinned(self) -> _Layer:
         """Move weights that are in the host's memory to pinned memory."""
-        sources = [weight.source for weight in self.weights if isinstance(weight.source, Tensor)]
-        if len(sources) < len(self.weights):
+        if not all(isinstance(weight.source, Tensor) for weight in self.weights):
             return self
-        layer = replace(self, image=pinned(self.size))
-        buffer = torch.empty(layer.size, dtype=torch.uint8)
-        for weight, source in zip(layer.weights, sources, strict=True):
-            _view(buffer, weight).copy_(source)
-        for part, view in layer.parts(buffer):
-            part.copy_(view)
-        return replace(layer, weights=[replace(w, source=w.absent) for w in layer.weights])
+        image = pinned(self.size)
+        buffer = torch.empty(sum(map(len, image)), dtype=torch.uint8)
+        for source, view in self.parts(buffer):
+            _copy(source, view)
+        for part, filled in zip(image, torch.split(buffer, [*map(len, image)]), strict=True):
+            part.copy_(filled)
+        return _Layer([replace(weight, source=weight.absent) for weight in self.weights], image)
 
 
 @dataclass
@@ -247,7 +250,7 @@ class OffloadedWeights:
         self._streams.current_stream(self.device).wait_event(arrived)
         with torch.inference_mode(False):  # some devices refuse inference tensors as parameters
             for weight in self._layers[layer].weights:
-                weight.parameter.data = _view(here.buffer, weight)
+                weight.parameter.data = weight.view(here.buffer)
         # The one that is used now stands last, so that the first one makes room.
         self._slots.sort(key=lambda slot: slot is here)
         behind = next((other for other in self.times if other > layer), None)
@@ -284,18 +287,9 @@ class OffloadedWeights:
 
     def _read(self, layer: int, buffer: Tensor) -> Any:
         """Read a layer, and return the event that says when it is there."""
-        weights = self._layers[layer]
         with self._streams.stream(self._stream):
-            for part, view in weights.parts(buffer):
-                view.copy_(part, non_blocking=True)
-            for weight in [] if weights.image else weights.weights:
-                view = _view(buffer, weight)
-                if isinstance(weight.source, Tensor):
-                    view.copy_(weight.source, non_blocking=True)
-                elif buffer.device.type == "cpu" and weight.source.dtype == view.dtype:
-                    weight.source.read(buffer[weight.start : weight.stop])
-                else:
-                    view.copy_(weight.source.tensor(view.shape))
+            for source, view in self._layers[layer].parts(buffer):
+                _copy(source, view)
             return self._stream.record_event()
 
 
@@ -308,10 +302,14 @@ def _placed(rests: Sequence[tuple[nn.Parameter, Slice | Tensor]]) -> Iterator[_W
         start = -(-weight.stop // ALIGNED) * ALIGNED
 
 
-def _view(buffer: Tensor, weight: _Weight) -> Tensor:
-    """See a weight's part of a buffer as the weight."""
-    absent = weight.absent
-    return buffer[weight.start : weight.stop].view(absent.dtype).view(absent.shape)
+def _copy(source: Slice | Tensor, view: Tensor) -> None:
+    """Copy the numbers of a source into a part of a buffer, without waiting where that can be."""
+    if isinstance(source, Tensor):
+        view.copy_(source, non_blocking=True)
+    elif view.device.type == "cpu" and source.dtype == view.dtype:
+        source.read(view.view(-1).view(torch.uint8))
+    else:
+        view.copy_(source.tensor(view.shape))
 
 
 def take_over(

@@ -66,16 +66,14 @@ def placed(model: nn.Module, free: int, limit: int | None, every: bool = False) 
     total = weight_bytes(model)
     if not every and total <= (FITS * free if limit is None else limit):
         return None
-    most = int(RESIDENT * free) if limit is None else limit
-    around = total - sum(sizes)
-    left = most - around - ROOM * max(sizes)
-    if left < 0:
+    most, least = int(RESIDENT * free) if limit is None else limit, least_bytes(model)
+    if most < least:
         raise ModelError(
-            f"its embeddings, its head and {ROOM} of its layers take "
-            f"{(around + ROOM * max(sizes)) / 2**30:.1f} GiB, and weights may take "
-            f"{most / 2**30:.1f} GiB; give them more with --weights, or use a smaller dtype"
+            f"its embeddings, its head and {ROOM} of its layers take {least / 2**30:.1f} GiB, and "
+            f"weights may take {most / 2**30:.1f} GiB; give them more with --weights, or use a "
+            "smaller dtype"
         )
-    staying = 0 if every else min(left // max(sizes), len(sizes) - ROOM)
+    staying = 0 if every else min((most - least) // max(sizes), len(sizes) - ROOM)
     moving = len(sizes) - staying
     # The k-th of so many, spread over all.
     elsewhere = tuple(k * len(sizes) // moving for k in range(moving))
@@ -118,6 +116,12 @@ def devices_for(weights: int, free: int, devices: int) -> int:
         return 1
     needed = math.ceil(weights / (RESIDENT * free))
     return needed if needed <= devices else 1
+
+
+def least_bytes(model: nn.Module, staying: int = 0) -> int:
+    """Count the bytes that a model takes with some layers in place, and room for others."""
+    sizes = [weight_bytes(layer) for layer in find_layers(model)]
+    return weight_bytes(model) - sum(sizes) + (ROOM + staying) * max(sizes)
 
 
 def weight_bytes(module: nn.Module) -> int:
