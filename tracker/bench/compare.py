@@ -6,24 +6,30 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tracker.bench.loops import Loop, LoopTiming, timed
 from tracker.bench.vllm import open_vllm, refuse_vllm
+from tracker.benchmarks.benchmark import open_benchmark
+from tracker.benchmarks.encoder import RequestEncoder, huggingface_model
 from tracker.core.ablations import ablations_of
 from tracker.core.changes import Ablation
 from tracker.core.config import ONE_EACH, CellRequest
+from tracker.core.documents import Document
 from tracker.core.errors import BenchmarkError
 from tracker.core.model_parts import with_all_parts
 from tracker.core.provenance import machine, package_versions
+from tracker.engine.plan import cost, matrix_rate
+from tracker.engine.scoring.sweep import Engine
+from tracker.engine.selfcheck.check import check
 from tracker.measuring.job import Options
+from tracker.measuring.meter import open_model
 from tracker.measuring.progress import Progress
+from tracker.measuring.row_size import with_fastest_rows
+from tracker.models.devices import peak_memory, reset_peak_memory
+from tracker.models.hooks import replaced_forward
+from tracker.models.load import LoadedModel
 from tracker.models.sources import find_model, parts_of
-
-if TYPE_CHECKING:
-    from tracker.core.documents import Document
-    from tracker.engine.scoring.sweep import Engine
-    from tracker.models.load import LoadedModel
 
 BATCH_SIZES = (1, 4, 8, 16, 32)
 TRIED_DOCUMENTS = 40
@@ -107,12 +113,6 @@ def prepare(
 
     RequestError for something that does not exist, or generates texts.
     """
-    from tracker.benchmarks.benchmark import open_benchmark
-    from tracker.benchmarks.encoder import RequestEncoder
-    from tracker.engine.scoring.sweep import Engine
-    from tracker.measuring.meter import open_model
-    from tracker.measuring.row_size import with_fastest_rows
-
     # A model that is not there is said before a benchmark's data are looked for.
     find_model(request.model, request.revision, request.model_args)
     benchmark = open_benchmark(request)
@@ -148,10 +148,6 @@ def bench(
     Raises:
         RequestError: Something does not exist, or the competitor does not run here.
     """
-    from tracker.engine.plan import cost, matrix_rate
-    from tracker.engine.selfcheck.check import check
-    from tracker.models.devices import peak_memory, reset_peak_memory
-
     if against is not None:
         refuse_vllm(request)
     engine, documents, title = prepare(request, options, progress)
@@ -226,7 +222,6 @@ def _every_layer(request: CellRequest, loaded: LoadedModel) -> list[Ablation]:
 
 def huggingface_loop(engine: Engine, batch_size: int) -> Loop:
     """Evaluate with lm-eval's Hugging Face model around really pruned copies of the model."""
-    from tracker.benchmarks.encoder import huggingface_model
 
     def without(ablation: Ablation) -> Any:
         pruned = engine.without(ablation).loaded
@@ -238,8 +233,6 @@ def huggingface_loop(engine: Engine, batch_size: int) -> Loop:
 @contextmanager
 def _stopwatch(engine: Engine) -> Iterator[list[float]]:
     """Collect the seconds that pass inside the model's layers and its head."""
-    from tracker.models.hooks import replaced_forward
-
     spent: list[float] = []
 
     def clocked(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

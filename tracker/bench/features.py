@@ -13,7 +13,6 @@ import torch
 
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.documents import Document
-from tracker.core.kinds import Component
 from tracker.engine import fitting
 from tracker.engine.observers.divergence import divergences, output_proxies
 from tracker.engine.observers.expert_load import expert_load
@@ -26,16 +25,26 @@ from tracker.models.parts.linear_maps import linear_maps
 
 Feature = Callable[[Engine], Any]
 """Computes figures; equal ones of any engine of a model with four layers or more."""
-LAYERS = [Ablation.of(removed=layers) for layers in ((0,), (1,), (2,), (3,), (1, 2))]
-SUBLAYERS = [
-    Ablation.of(Change(kind, (layer,))) for kind in ("attention", "mlp") for layer in (0, 2)
-]
+SWEEPS: Mapping[str, Sequence[Ablation]] = {
+    name: [Ablation.parse(text) for text in texts.split()]
+    for name, texts in {
+        "layers": "layer:0 layer:1 layer:2 layer:3 layers:1,2",
+        "attention and MLP": "attention:0 attention:2 mlp:0 mlp:2 layer:2+attention:0+mlp:3",
+        "heads": "head:1.0 head:1.1 head:3.0 head:3.1",
+        "experts": "expert:1.0 expert:1.1 expert:3.0 expert:3.1",
+        "shared experts": "shared_expert:1 shared_expert:3",
+        "weight formats": "int8:2 int4_row:2 fp8:2",
+        "formats of embedding and head": "int4_row:embedding int4_row:lm_head",
+        "repeated layers": "repeat:1-2",
+        "fitted replacements": "mean:1 mean:2 scale:1 scale:2 linear:1 linear:2",
+    }.items()
+}
+"""Ablations of each kind, besides the baseline, by name."""
 
 
 def documents_for(engine: Engine, beginning: int = 0) -> list[Document]:
     """Make up three documents, whose contexts begin with some tokens in common."""
-    vocabulary = engine.loaded.model.config.get_text_config().vocab_size
-    return make_documents(vocabulary, 3, 24 + beginning, longest=3, beginning=beginning)
+    return make_documents(engine, 3, 24 + beginning, longest=3, beginning=beginning)
 
 
 def score(engine: Engine, ablations: Sequence[Ablation], beginning: int = 0) -> Any:
@@ -50,15 +59,13 @@ def score_fitted(engine: Engine) -> Any:
     texts = [[*d.requests[0].context, 3, 7, 9] for d in documents_for(engine)]
     parts = engine.parts(engine.plan([INTACT]))
     replacements = fitting.fit(parts, texts, {1, 2}, linear=True)
-    words = ("mean", "scale", "linear")
-    ablations = [Ablation.parse(f"{word}:{layer}") for word in words for layer in (1, 2)]
-    return score(replace(engine, stand_ins=replacements), ablations)
+    return score(replace(engine, stand_ins=replacements), SWEEPS["fitted replacements"])
 
 
 def generate(engine: Engine) -> Any:
     """Continue a prompt greedily under ablations."""
     prompt = [5, 9, 23, 7, 80, 41, 3, 11]
-    ablations = [INTACT, *LAYERS, *SUBLAYERS]
+    ablations = [INTACT, *SWEEPS["layers"], *SWEEPS["attention and MLP"]]
     model = engine.loaded.model
     ids = torch.tensor([prompt], device=engine.loaded.device)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -66,8 +73,7 @@ def generate(engine: Engine) -> Any:
         models = (engine.without(ablation).loaded.model for ablation in ablations)
         return [changed.generate(ids, **settings)[0].tolist() for changed in models]
     with engine.decoding(ablations, prompt) as cache, torch.inference_mode():
-        rows = model.generate(ids.repeat(len(ablations), 1), **settings, **cache)
-    return rows.tolist()
+        return model.generate(ids.repeat(len(ablations), 1), **settings, **cache).tolist()
 
 
 def observe_maps(engine: Engine) -> Any:
@@ -77,37 +83,20 @@ def observe_maps(engine: Engine) -> Any:
     return weight_errors(engine, maps), rounding_errors(engine, documents_for(engine)[0], maps)
 
 
-def _parts(component: Component) -> list[Ablation]:
-    return [Ablation.parse(f"{component}:{layer}.{n}") for layer in (1, 3) for n in (0, 1)]
-
-
 def _observe(observer: Callable[..., Any], *arguments: Any) -> Feature:
     return lambda engine: observer(engine, documents_for(engine)[0], *arguments)
 
 
-SWEEPS: Mapping[str, Sequence[Ablation]] = {
-    "layers": LAYERS,
-    "attention and MLP": [*SUBLAYERS, Ablation.parse("layer:2+attention:0+mlp:3")],
-    "heads": _parts("head"),
-    "experts": _parts("expert"),
-    "shared experts": [Ablation.parse(f"shared_expert:{layer}") for layer in (1, 3)],
-    "weight formats": [Ablation.parse(f"{word}:2") for word in ("int8", "int4_row", "fp8")],
-    "formats of embedding and head": [
-        Ablation.parse(f"int4_row:{name}") for name in ("embedding", "lm_head")
-    ],
-    "repeated layers": [Ablation.parse("repeat:1-2")],
-}
-"""What is removed, besides the baseline, by name."""
 FEATURES: Mapping[str, Feature] = {
     **{name: partial(score, ablations=ablations) for name, ablations in SWEEPS.items()},
-    "layers after a common beginning": partial(score, ablations=LAYERS, beginning=60),
+    "layers after a common beginning": partial(score, ablations=SWEEPS["layers"], beginning=60),
     "fitted replacements": score_fitted,
     "generation": generate,
     "output proxies": _observe(output_proxies),
-    "divergences": _observe(divergences, LAYERS[:2]),
+    "divergences": _observe(divergences, SWEEPS["layers"][:2]),
     "perturbation growth": _observe(perturbation_growth, 2),
     "span similarity": _observe(span_similarity),
-    "expert load": _observe(expert_load, [part.parts[0] for part in _parts("expert")[:2]]),
+    "expert load": _observe(expert_load, [Change.parse("expert:1.0"), Change.parse("expert:1.1")]),
     "rounding errors": observe_maps,
 }
 

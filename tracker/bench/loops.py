@@ -6,15 +6,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from tracker.benchmarks.encoder import score_with_lm_eval
 from tracker.core.changes import Ablation
+from tracker.core.documents import Document
 from tracker.core.grouping import grouped
+from tracker.engine.scoring.sweep import DocumentScores
 from tracker.measuring.progress import Progress
-
-if TYPE_CHECKING:
-    from tracker.core.documents import Document
-    from tracker.engine.scoring.sweep import DocumentScores
 
 T = TypeVar("T")
 Evaluation = tuple[float, list[tuple[float, bool]]]
@@ -75,8 +74,6 @@ class Loop:
 
     def evaluate(self, ablation: Ablation, documents: Sequence[Document]) -> Evaluation:
         """Score documents without what an ablation removes."""
-        from tracker.benchmarks.encoder import score_with_lm_eval
-
         model = self.model_without(ablation)
         self.evaluations[ablation.name] = timed(lambda: score_with_lm_eval(model, documents))
         return self.evaluations[ablation.name]

@@ -70,9 +70,8 @@ def time_sizes(engine: Engine) -> dict[int, float]:
     ablations = [
         Ablation.of(removed=some) for count in range(LAYERS) for some in combinations(layers, count)
     ]
-    vocabulary = engine.loaded.model.config.get_text_config().vocab_size
     seconds = dict.fromkeys(sizes(engine), float("inf"))
-    documents = make_documents(vocabulary, max(seconds) // TOKENS, TOKENS)
+    documents = make_documents(engine, max(seconds) // TOKENS, TOKENS)
     for turn, size in product(range(TURNS + 1), tuple(seconds)):
         start = time.perf_counter()
         replace(copy, sharing=FULL, row_tokens=size).score(documents, ablations)
@@ -91,12 +90,12 @@ def chosen(seconds: Mapping[int, float]) -> int:
 
 
 def make_documents(
-    vocabulary: int, count: int, tokens: int, longest: int = 1, beginning: int = 0
+    engine: Engine, count: int, tokens: int, longest: int = 1, beginning: int = 0
 ) -> list[Document]:
     """Make up questions with four answers each.
 
     Args:
-        vocabulary: How many tokens there are.
+        engine: The engine; the questions have tokens of its model's vocabulary.
         count: How many documents.
         tokens: Tokens of each document, of which one is left for an answer.
         longest: Tokens of the longest answer; the shortest has one.
@@ -106,6 +105,7 @@ def make_documents(
         The documents; the same ones each time.
     """
     draw = torch.Generator().manual_seed(0)
+    vocabulary = engine.loaded.model.config.get_text_config().vocab_size
     contexts = torch.randint(vocabulary, (count, tokens), generator=draw)[:, 1:]
     contexts[:, :beginning] = contexts[0, :beginning]
     return [
