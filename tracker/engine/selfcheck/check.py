@@ -409,9 +409,8 @@ def plain_tokens(
     watched = watched_documents(documents)
     asked: list[tuple[Any, Request]] = [*_questions(confirmation_rounds(documents, ablations))]
     for document in documents:
-        place = (document.task, document.index)
-        if place in watched:
-            asked += [(place, request) for request in document.requests]
+        if (key := (document.task, document.index)) in watched:
+            asked += [(key, request) for request in document.requests]
     texts = ((of, read_for(request, max_length)) for of, request in asked)
     return sum(len(text) for (_, text), _ in groupby(texts))
 
@@ -452,10 +451,8 @@ def watched_documents(documents: Sequence[Document]) -> set[tuple[str, int]]:
     longest = sorted(documents, key=lambda d: (-_longest(d), drawn(d)))[:1]
     tasks = sorted(first, key=lambda task: random.Random(task).random())
     tasks = tasks[: max(TASKS, len(documents) // TASK_RATE)]
-    return {
-        (document.task, document.index)
-        for document in (*some, *(first[task] for task in tasks), *longest)
-    }
+    watched = (*some, *(first[task] for task in tasks), *longest)
+    return {(document.task, document.index) for document in watched}
 
 
 def _longest(document: Document) -> int:
