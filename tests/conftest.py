@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import shutil
@@ -187,6 +188,25 @@ def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of this run of the tests, the same one for workers side by side."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture
+def spy(monkeypatch) -> Callable[..., list[Any]]:
+    """Notes something of every call of a function, which is called as ever."""
+
+    def spy(owner: Any, name: str, note: Callable[..., Any]) -> list[Any]:
+        noted: list[Any] = []
+        honest = getattr(owner, name)
+
+        @functools.wraps(honest)
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            noted.append(note(*args, **kwargs))
+            return honest(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noting)
+        return noted
+
+    return spy
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from tests.device.simulated import counters
-from tests.engine.conftest import spy  # noqa: F401
 from tests.helpers.engines import MAX_LENGTH, loaded
 from tests.helpers.families import tiny_model
 from tracker.engine.scoring.sweep import Engine

@@ -61,7 +61,6 @@ def _register() -> None:
     module = types.ModuleType("torch.sim")
     vars(module).update(
         Stream=torch.Stream,
-        Event=torch.Event,
         device_count=counters.device_count,
         is_available=lambda: counters.device_count() > 0,
         _is_in_bad_fork=lambda: False,
@@ -91,6 +90,3 @@ def _histc(values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 _register()
 _torch_histc, torch.histc = torch.histc, _histc
 torch.__future__.set_swap_module_params_on_conversion(True)  # else tied parameters come apart
-
-if __name__ == "__main__":
-    print(BUILT)  # noqa: T201

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import accumulate
 
 import pytest
 import torch
 
 from tests.device.simulated import counters
 from tests.helpers.engines import make_documents
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.kinds import Action
+from tracker.bench.features import SWEEPS
+from tracker.core.changes import INTACT
 from tracker.engine.observers.divergence import divergences
 from tracker.engine.scoring import sweep
 from tracker.engine.scoring.score import launch_row
 from tracker.engine.scoring.stand_in import Fitted
 from tracker.models.layers import find_layers
 
-LAYERS = range(4)
-SWEEPS = {
-    "layers": [Ablation.parse(f"layer:{n}") for n in LAYERS],
-    "sublayers": [Ablation.parse(f"{kind}:{n}") for kind in ("attention", "mlp") for n in LAYERS],
-    "heads": [Ablation.parse(f"head:{n}.{h}") for n in LAYERS for h in range(4)],
-    "formats": [Ablation.parse(f"int8:{n}") for n in LAYERS],
-    "ends": [Ablation.parse(f"int8:{e}") for e in ("embedding", "lm_head")],
-    "repeats": [Ablation.parse(f"repeat:{n}-{n + 1}") for n in LAYERS[:3]],
-    "replacements": [
-        Ablation.parse(f"{a.value}:{n}") for a in Action if a.is_fitted for n in LAYERS
-    ],
-    "shared experts": [Ablation.parse(f"shared_expert:{n}") for n in LAYERS],
-    "experts": [Ablation.parse(f"expert:{n}.{e}") for n in LAYERS for e in (0, 1)],
-}
 FAMILIES = {"shared experts": "qwen2_moe", "experts": "mixtral"}
 
 
@@ -46,7 +33,7 @@ def totals() -> Counter[str]:
 def test_copies_and_waits_of_a_row(engines, spy, name, shared):
     documents, ablations = make_documents(8, shared=shared), [INTACT, *SWEEPS[name]]
     fitted = Fitted(torch.ones(32), 0.7, (torch.eye(32), torch.ones(32)))
-    _, engine = engines(FAMILIES.get(name, "llama"), stand_ins=dict.fromkeys(LAYERS, fitted))
+    _, engine = engines(FAMILIES.get(name, "llama"), stand_ins={1: fitted, 2: fitted})
     model = engine.loaded.model
     if name in FAMILIES:
         model.set_experts_implementation("batched_mm")
@@ -60,7 +47,7 @@ def test_copies_and_waits_of_a_row(engines, spy, name, shared):
     engine.score(documents, ablations)
     whole = totals()
     # One more pass finds which experts a row reads, which decides what is computed.
-    decided = len(LAYERS) if name == "experts" and shared == 6 else 0
+    decided = 2 if name == "experts" and shared == 6 else 0
     assert len(rows) > 1
     assert max(inside.values()) <= decided * len(rows)
     assert whole["copies"] <= (2 + decided + bool(decided)) * len(rows)
@@ -72,17 +59,16 @@ def test_a_row_is_launched_before_the_last_one_is_read(engines, monkeypatch):
     log = []
 
     def logged(*args):
-        read, row = launch_row(*args), log.count("launched")
-        log.append("launched")
-        return lambda: log.append(row) or read()
+        read = launch_row(*args)
+        log.append(1)
+        return lambda: log.append(-1) or read()
 
     monkeypatch.setattr(sweep, "launch_row", logged)
     for engine, late in zip(engines("llama"), (False, True), strict=True):
         log.clear()
         engine.score(make_documents(12), [INTACT, *SWEEPS["layers"]])
-        rows = log.count("launched")
-        by_turns = [entry for row in range(rows) for entry in ("launched", row)]
-        assert log == (["launched", *by_turns[:-2], rows - 1] if late else by_turns)
+        rows = log.count(1)
+        assert [*accumulate(log)] == ([1, *[2, 1] * (rows - 1), 0] if late else [1, 0] * rows)
         assert rows > 2
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
 
+from tests.conftest import cli
 from tests.helpers.engines import Memory, make_documents
 from tests.helpers.families import FAMILIES
-from tracker.bench.features import FEATURES, LAYERS, Feature, largest_difference
+from tracker.bench.doctor import diagnose
+from tracker.bench.features import FEATURES, SWEEPS, Feature, largest_difference
 from tracker.core.changes import INTACT
 from tracker.core.errors import CellError
 from tracker.engine.observers.divergence import output_proxies
@@ -17,11 +20,14 @@ from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.sharing import DEPTH_ONLY, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check
+from tracker.measuring.progress import Silent
 
 NO_EXPERTS = {"experts", "shared experts", "expert load"}
 UNDEFINED = dict.fromkeys(("llama", "gpt2", "gemma3_mixed"), NO_EXPERTS)
 UNDEFINED |= {"qwen2_moe": set(), "bloom": NO_EXPERTS | {"heads", "generation"}}
 WITHOUT_FLOAT64 = ("layers", *[*FEATURES][[*FEATURES].index("fitted replacements") :])
+CHECKS = len(FEATURES) + 4
+"""Features, a repeated row, offloading to the host and to disk, spreading."""
 
 
 def outcome(feature: Feature, engine: Engine) -> Any:
@@ -52,8 +58,7 @@ def test_less_sharing(engines, sharing):
 
 
 def test_the_self_check(engines):
-    verdicts, documents = Memory(), make_documents(3)
-    layers = [INTACT, *LAYERS]
+    verdicts, documents, layers = Memory(), make_documents(3), [INTACT, *SWEEPS["layers"]]
     checks = [check(engine, documents, layers, verdicts) for engine in engines("llama")]
     assert len({(c.difference, str(c.engine.sharing), c.lost) for c in checks}) == 1
     assert sum("confirmed" in text for text in verdicts.values()) == 2, "each device has its own"
@@ -72,3 +77,19 @@ def test_a_device_without_float64(engines, monkeypatch, feature):
     with pytest.raises(TypeError, match="float64"):
         torch.zeros(1, dtype=torch.float64, device="sim")
     assert largest_difference(*map(FEATURES[feature], engines("qwen2_moe"))) < 1e-5
+
+
+def test_every_check_of_the_doctor_passes():
+    result = cli("doctor", "--device", "sim:1", "--json")
+    assert result.exit_code == 0, result.output
+    diagnosis = json.loads(result.stdout)
+    assert diagnosis["device"] == {"device": "sim:1", "accelerator": "simulated"}
+    assert len(diagnosis["findings"]) == CHECKS
+
+
+def test_a_device_on_which_nothing_can_be_loaded(monkeypatch):
+    """Every check fails by itself, and says why."""
+    monkeypatch.setenv("SIM_MEMORY", "1000")
+    diagnosis = diagnose("sim", Silent())
+    assert len(diagnosis.findings) == CHECKS
+    assert {finding.name for finding in diagnosis.failures} >= {*FEATURES}

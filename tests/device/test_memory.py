@@ -11,62 +11,50 @@ import accelerate
 import pytest
 import torch
 
-from tests.conftest import save_tokenizer
 from tests.device.conftest import DEVICE
 from tests.device.simulated import counters
-from tests.helpers.ablations import single_layers
-from tests.helpers.engines import MAX_LENGTH, make_documents, same
+from tests.helpers.engines import MAX_LENGTH, make_documents, same, save_model
 from tests.helpers.families import tiny_model
-from tests.helpers.truth import layers_of
-from tracker.core.changes import INTACT, Ablation
+from tracker.bench.features import FEATURES, SWEEPS, largest_difference
+from tracker.core.changes import INTACT
 from tracker.engine.scoring import row_size
 from tracker.engine.scoring.sweep import HALVED, Engine
 from tracker.models import devices
 from tracker.models.load import find_device, load_model
-from tracker.models.placement import weight_bytes
-from tracker.models.sources import find_model
+from tracker.models.placement import least_bytes, weight_bytes
 
-ABLATIONS = single_layers((0, 1, 2, 3))
+score_layers = FEATURES["layers"]
 
 
 @pytest.fixture
 def load(tmp_path) -> Callable[..., Engine]:
     """Load a tiny Llama, with room for some layers where it computes."""
     model = tiny_model("llama")
-    model.save_pretrained(tmp_path)
-    save_tokenizer(tmp_path, False)
-    layer = max(map(weight_bytes, layers_of(model)))
+    source = save_model(model, tmp_path)
 
-    def make(device: str = "cpu", room: int = 4, **settings: Any) -> Engine:
-        weights = None if room == 4 else weight_bytes(model) + (room - 4) * layer
-        loaded = load_model(
-            find_model(str(tmp_path)), "float32", device, weights=weights, **settings
-        )
+    def make(device: str = "cpu", staying: int | None = None, **settings: Any) -> Engine:
+        weights = None if staying is None else least_bytes(model, staying)
+        loaded = load_model(source, "float32", device, weights=weights, **settings)
         return Engine(loaded, MAX_LENGTH, memory=2**28, row_tokens=40, row_multiple=8)
 
     return make
 
 
-def responses(engine: Engine, ablations: Any = ABLATIONS) -> Any:
-    """Score some documents."""
-    return [scores.responses for scores in engine.score(make_documents(3), ablations)]
-
-
 @pytest.mark.parametrize("device", ["auto", "sim", "sim:0", "sim:1"])
-@pytest.mark.parametrize("room", [2, 3])
+@pytest.mark.parametrize("staying", [0, 1])
 @pytest.mark.parametrize("offload", ["host", "disk"])
-def test_layers_that_do_not_fit(load, device, room, offload):
+def test_layers_that_do_not_fit(load, device, staying, offload):
     """Two layers at a time, or one more that stays where it is computed."""
-    engine = load(device, room, offload=offload)
-    assert len(engine.loaded.offloaded.times) == 6 - room
-    assert responses(engine) == responses(load())
+    engine = load(device, staying, offload=offload)
+    assert len(engine.loaded.offloaded.times) == 4 - staying
+    assert largest_difference(score_layers(engine), score_layers(load())) == 0
     assert counters.counts()["h2d pinned, does not block"] if offload == "host" else True
 
 
 @pytest.mark.parametrize("method", ["wait_event", "wait_stream"])
 def test_streams_that_do_not_wait_are_noticed(load, monkeypatch, method):
     """The test above would see weights that are used, or written over, too early."""
-    engine = load("auto", 2, offload="host")
+    engine = load("auto", 0, offload="host")
     deaf = type("Deaf", (torch.Stream,), {method: lambda stream, other: None})
 
     def make(stream: Any) -> Any:
@@ -75,7 +63,7 @@ def test_streams_that_do_not_wait_are_noticed(load, monkeypatch, method):
     current, weights = torch.sim.current_stream, engine.loaded.offloaded
     monkeypatch.setattr(torch.sim, "current_stream", lambda device: make(current(device)))
     monkeypatch.setattr(weights, "_stream", make(weights._stream))
-    responses(engine)
+    score_layers(engine)
     assert counters.races()
     counters.reset()
 
@@ -83,7 +71,7 @@ def test_streams_that_do_not_wait_are_noticed(load, monkeypatch, method):
 def test_pinned_memory_takes_what_the_weights_take(load):
     """torch pins powers of two; parts of a layer that are such powers waste a megabyte at most."""
     before = counters.pinned_bytes()
-    engine = load("auto", 2, offload="host")
+    engine = load("auto", 0, offload="host")
     pinned = counters.pinned_bytes() - before
     assert 0 < pinned <= sum(weight_bytes(part) + devices.ROUNDED for part in engine.loaded.layers)
     for size in (1, devices.ROUNDED, 5 * devices.ROUNDED, 7 * devices.ROUNDED - 1):
@@ -97,33 +85,30 @@ def test_pinned_memory_takes_what_the_weights_take(load):
 def test_a_model_spread_over_devices(load):
     """accelerate's own map does not know the simulated device, so it is given one."""
     engine, other = load(), load()
-    indices = {"embed_tokens": 0, "rotary_emb": 0, "norm": 1}
-    indices |= {f"layers.{layer}": layer // 2 for layer in range(4)}
-    device_map = {f"model.{name}": f"sim:{index}" for name, index in indices.items()}
-    device_map["lm_head"] = "sim:1"
+    first = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1")
+    last = ("model.layers.2", "model.layers.3", "model.norm", "lm_head")
+    device_map = dict.fromkeys(first, "sim:0") | dict.fromkeys(last, "sim:1")
     model = accelerate.dispatch_model(other.loaded.model, device_map, main_device="sim:0")
     spread = replace(other, loaded=replace(other.loaded, model=model, device=DEVICE))
-    sublayers = [Ablation.parse(f"{kind}:{n}") for kind in ("attention", "mlp") for n in range(4)]
-    repeats = [INTACT, Ablation.parse("repeat:1-2")]
-    for ablations in (ABLATIONS, [INTACT, *sublayers], repeats):
-        assert responses(spread, ablations) == responses(engine, ablations)
+    for feature in ("layers", "attention and MLP", "repeated layers"):
+        assert largest_difference(*map(FEATURES[feature], (spread, engine))) == 0
 
 
 @pytest.mark.parametrize("fits", [0.8, 0.5])
 def test_a_row_that_does_not_fit_is_halved(engines, monkeypatch, fits):
     """The device is full when all documents are read at once."""
     cpu, device = engines("llama", row_tokens=400)
-    documents, answered = make_documents(6), []
+    documents, answered, ablations = make_documents(6), [], [INTACT, *SWEEPS["layers"]]
     counters.reset_peak(0)
     earlier = counters.memory(0)[3]  # of other tests
-    device.score(documents, ABLATIONS)
+    device.score(documents, ablations)
     allocated, _, peak, failures = counters.memory(0)
     assert failures == earlier
     monkeypatch.setenv("SIM_MEMORY", str(int(allocated + (peak - allocated) * fits)))
-    same(device.score(documents, ABLATIONS, answered.append), cpu.score(documents, ABLATIONS))
+    same(device.score(documents, ablations, answered.append), cpu.score(documents, ablations))
     assert device.notes == [HALVED]
     assert counters.memory(0)[3] > earlier
-    assert sum(answered) >= sum(len(d.requests) for d in documents) * len(ABLATIONS)
+    assert sum(answered) >= sum(len(d.requests) for d in documents) * len(ablations)
 
 
 def test_what_torch_keeps_for_later_is_free(engines):
@@ -134,7 +119,7 @@ def test_what_torch_keeps_for_later_is_free(engines):
     for _ in range(3):
         engine = replace(engine)
         budgets.append(engine._budget)
-        responses(engine)
+        score_layers(engine)
         gc.collect()
     assert len(set(budgets)) == 1
 
@@ -143,8 +128,6 @@ def test_devices_are_found_by_torch(monkeypatch):
     assert devices.default_device() == find_device("auto") == find_device("sim") == DEVICE
     assert devices.accelerators() == [DEVICE, torch.device("sim:1")]
     assert devices.total_memory(DEVICE) == counters.mem_get_info(0)[1]
-    described = {"device": "sim:1", "accelerator": "simulated"}
-    assert devices.describe(torch.device("sim:1")) == described
     assert devices.visible_variable() == "SIM_VISIBLE_DEVICES"
     monkeypatch.setenv("SIM_VISIBLE_DEVICES", "4,7,9")
     assert devices.visible_accelerators() == ["4", "7"]
@@ -160,4 +143,5 @@ def test_rows_of_several_sizes_are_tried(engines, monkeypatch):
     assert row_size.matters(device)
     nodes = row_size.fastest(device)
     assert nodes in (64, 128, 256)
-    assert responses(replace(device, row_tokens=nodes)) == responses(replace(cpu, row_tokens=nodes))
+    pair = (replace(engine, row_tokens=nodes) for engine in (device, cpu))
+    assert largest_difference(*map(score_layers, pair)) == 0

