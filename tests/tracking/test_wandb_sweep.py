@@ -260,7 +260,7 @@ def test_a_trial_may_be_a_search(
     assert (found.state, found.job_type) == ("finished", "layer")
     assert found.values["layer"] == step.layer
     logged = figures(found.summary)
-    assert logged["search/test_accuracy"] == step.test.accuracy == logged["accuracy"]
+    assert logged["search/test_accuracy"] == step.test.level.value == logged["accuracy"]
     assert logged["search/removed"] == 2
     assert logged["search/evaluations"] == record.cost.evaluations
     (cell,) = (c for c in api.ls(client.folder / "results") if c.removed == record.steps[0].removed)
