@@ -12,10 +12,10 @@ from tests.device.simulated import counters
 from tests.helpers.engines import make_documents
 from tracker.bench.features import SWEEPS
 from tracker.core.changes import INTACT
+from tracker.engine.forward.replacements import FittedReplacement
 from tracker.engine.observers.divergence import divergences
 from tracker.engine.scoring import sweep
 from tracker.engine.scoring.score import launch_row
-from tracker.engine.scoring.stand_in import Fitted
 from tracker.models.layers import find_layers
 
 FAMILIES = {"shared experts": "qwen2_moe", "experts": "mixtral"}
@@ -32,8 +32,8 @@ def totals() -> Counter[str]:
 @pytest.mark.parametrize("name", SWEEPS)
 def test_copies_and_waits_of_a_row(engines, spy, name, shared):
     documents, ablations = make_documents(8, shared=shared), [INTACT, *SWEEPS[name]]
-    fitted = Fitted(torch.ones(32), 0.7, (torch.eye(32), torch.ones(32)))
-    _, engine = engines(FAMILIES.get(name, "llama"), stand_ins={1: fitted, 2: fitted})
+    fitted = FittedReplacement(torch.ones(32), 0.7, (torch.eye(32), torch.ones(32)))
+    _, engine = engines(FAMILIES.get(name, "llama"), replacements={1: fitted, 2: fitted})
     model = engine.loaded.model
     if name in FAMILIES:
         model.set_experts_implementation("batched_mm")

@@ -16,10 +16,10 @@ from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
+from tracker.engine.forward.replacements import RandomReplacement
 from tracker.engine.scoring.prefix import SHORTEST
 from tracker.engine.scoring.rows import common_beginning, tree_rows
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
-from tracker.engine.scoring.stand_in import MadeUp
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck import check as module
 from tracker.engine.selfcheck import reference
@@ -170,7 +170,8 @@ def test_it_does_not_hold_of_other_weights_or_what_computes_them(times_asked, mo
 
 
 def test_what_was_fitted_on_its_texts_is_confirmed_anew(times_asked):
-    cell = {"ablations": [INTACT, Ablation.parse("mean:1")], "fit": lambda engine: {1: MadeUp(1)}}
+    cell = {"ablations": [INTACT, Ablation.parse("mean:1")]}
+    cell["fit"] = lambda engine: {1: RandomReplacement(1)}
     assert [times_asked(engine_of("llama"), **cell) for _ in range(2)] == [1, 1]
 
 

@@ -23,13 +23,13 @@ from tests.helpers.families import tiny_model
 from tracker.analysis.stopping import passes
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import ExperimentError
+from tracker.engine.forward.streams import plan_streams
 from tracker.engine.observers.divergence import divergences
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
 from tracker.engine.plan import cost
 from tracker.engine.scoring import sweep
 from tracker.engine.scoring.prefix import cache_argument
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
-from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.embeddings import find_embeddings

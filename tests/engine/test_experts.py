@@ -27,10 +27,10 @@ from tracker.core.config import run_request
 from tracker.core.errors import TrackerError
 from tracker.core.experiment import Experiment
 from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
+from tracker.engine.forward.streams import plan_streams
 from tracker.engine.observers.expert_load import expert_load
 from tracker.engine.scoring import sweep
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
-from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.layers import find_layers
 from tracker.models.parts.experts import Experts

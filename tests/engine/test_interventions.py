@@ -24,10 +24,10 @@ from tracker.core.changes import INTACT, Ablation
 from tracker.core.errors import CellError
 from tracker.core.kinds import Action
 from tracker.engine.fitting import first_tokens, fit
+from tracker.engine.forward.replacements import FittedReplacement, RandomReplacement
+from tracker.engine.forward.streams import plan_streams
 from tracker.engine.scoring import sweep
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
-from tracker.engine.scoring.stand_in import Fitted, MadeUp
-from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.layers import find_layers
 
@@ -51,7 +51,7 @@ ABLATIONS = [
     Ablation.parse("mlp:2"),
     Ablation.parse("attention:2"),
 ]
-STAND_INS = {layer: MadeUp(layer) for layer in range(4)}
+REPLACEMENTS = {layer: RandomReplacement(layer) for layer in range(4)}
 
 
 class _Instead(nn.Module):
@@ -137,7 +137,7 @@ def _agree(model, ablations, *ways):
 def test_every_stream_is_the_changed_model_however_much_is_shared(family):
     model = tiny_model(family)
     ways = [
-        engine_of(model, sharing, row_tokens=40, at_once=at_once, stand_ins=STAND_INS).score(
+        engine_of(model, sharing, row_tokens=40, at_once=at_once, replacements=REPLACEMENTS).score(
             make_documents(3), ABLATIONS
         )
         # With 80 at once, two streams are passed together.
@@ -151,14 +151,14 @@ def test_a_kept_beginning_serves_all_but_what_passes_a_layer_twice(spy):
     documents = make_documents(3, shared=60)
     read = spy(sweep, "read_prefix", lambda parts, plan, tokens: plan.repeats)
     once = [ablation for ablation in ABLATIONS if not ablation.repeated]
-    engine = engine_of(model, FULL, row_tokens=40, stand_ins=STAND_INS)
+    engine = engine_of(model, FULL, row_tokens=40, replacements=REPLACEMENTS)
     _agree(model, once, engine.score(documents, once))
     _agree(model, ABLATIONS, engine.score(documents, ABLATIONS))
     assert read == [0]
 
 
 def test_the_check_on_a_miniature_tries_them_all_and_finds_them_exact():
-    engine = engine_of("llama", stand_ins=STAND_INS)
+    engine = engine_of("llama", replacements=REPLACEMENTS)
     verdict = check_miniature(engine, ABLATIONS, (), blank=False)
     assert (verdict.sharing, verdict.lost) == (FULL, None)
 
@@ -213,9 +213,9 @@ class TestFit:
     def test_first_tokens_and_what_is_repeated_do_not_count(self):
         assert first_tokens([[1, 2, 3], [1, 2, 4, 5], [9, 9], [9, 9]]) == [1, 2, 1, 1]
 
-    def test_a_stand_in_keeps_the_type_and_shape_of_a_state(self):
+    def test_a_replacement_keeps_the_type_and_shape_of_a_state(self):
         state = torch.zeros(2, 3, 2, 3, dtype=torch.bfloat16)
-        changed = Fitted(torch.ones(6), 0.5).change(Action.MEAN, state)
+        changed = FittedReplacement(torch.ones(6), 0.5).change(Action.MEAN, state)
         assert changed.dtype == torch.bfloat16
         assert changed.shape == state.shape
         assert (changed == 1).all()

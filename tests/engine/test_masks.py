@@ -9,12 +9,23 @@ from torch import nn
 from tests.helpers.engines import Output, make_documents
 from tests.helpers.families import MIXED, WINDOW, tiny_model
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.masks import Masks, Sight, first_seen, look, mask_place
+from tracker.engine.scoring.masks import (
+    AttentionWindows,
+    Masks,
+    attention_windows,
+    first_seen,
+    mask_position,
+)
 from tracker.engine.scoring.rows import reading_row, tree_rows
 from tracker.models.layers import find_base, find_layers
 
 CPU = torch.device("cpu")
 CAUSAL = torch.ones(5, 5, dtype=torch.bool).tril()
+
+
+class First(nn.Module):
+    def forward(self, attention_mask=None, **kwargs):
+        return attention_mask
 
 
 class Named(nn.Module):
@@ -39,10 +50,10 @@ def as_added(seen: torch.Tensor, hidden: float = float("-inf")) -> torch.Tensor:
 
 def test_windows_are_seen_layer_by_layer():
     model = tiny_model("gemma3_mixed")
-    sight = look(find_base(model), find_layers(model), 12, CPU)
+    windows = attention_windows(find_base(model), find_layers(model), 12, CPU)
     window = [max(0, place - WINDOW + 1) for place in range(12)]
-    assert sight.tokens == 12
-    found = [None if first is None else first.tolist() for first in sight.first]
+    assert windows.tokens == 12
+    found = [None if first is None else first.tolist() for first in windows.first]
     assert found == [window if kind == "sliding_attention" else None for kind in MIXED]
 
 
@@ -77,7 +88,7 @@ class Base(nn.Module):
 @pytest.mark.parametrize("kind", [tuple, list, Output._make])
 def test_layers_are_looked_at_whatever_they_return(kind):
     base = Base(kind)
-    assert look(base, base.layers, 5, CPU) == Sight(5, (None, None))
+    assert attention_windows(base, base.layers, 5, CPU) == AttentionWindows(5, (None, None))
 
 
 def test_a_mask_is_reduced_to_where_each_token_begins_to_see():
@@ -114,7 +125,7 @@ def test_a_token_that_sees_no_unbroken_stretch_is_refused(token, other, sees):
 
 
 def test_the_place_of_a_mask_among_the_arguments():
-    assert [mask_place(kind()) for kind in (Named, Later, Without)] == [1, 2, None]
+    assert [mask_position(kind()) for kind in (Named, Later, Without)] == [1, 2, None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,9 +133,9 @@ def test_the_place_of_a_mask_among_the_arguments():
 def test_a_node_sees_its_ancestors_within_its_layers_window(dtype, prefix):
     (row,) = tree_rows(make_documents(3), 96, 1000, prefix)
     window = (torch.arange(40) - 2).clamp(min=0)
-    masks = Masks(row, Sight(40, (None, window, None, window)), dtype, CPU)
+    masks = Masks(row, AttentionWindows(40, (None, window, None, window)), dtype, CPU)
     for layer, reach in enumerate((40, 2, 40, 2)):
-        (_, mask), _ = masks.put(layer, 1, ("hidden", None), {})
+        (_, mask), _ = masks.put(layer, Named(), ("hidden", None), {})
         assert mask.dtype == dtype
         assert mask.shape == (1, 1, row.tokens, prefix + row.tokens)
         for node, depth in enumerate(row.positions[0].tolist()):
@@ -135,21 +146,21 @@ def test_a_node_sees_its_ancestors_within_its_layers_window(dtype, prefix):
             assert shown == above + [prefix + n for n in beside]
         assert set(mask.unique().tolist()) == {0.0, torch.finfo(dtype).min}
     # Layers that see alike share a mask.
-    same = [masks.put(layer, 0, ("its own",), {})[0][0] for layer in range(4)]
+    same = [masks.put(layer, First(), ("its own",), {})[0][0] for layer in range(4)]
     assert same[0] is same[2]
     assert same[1] is same[3]
 
 
 def test_a_mask_is_put_where_the_layer_takes_it():
-    masks = Masks(reading_row((1, 2)), Sight(2, (None,)), torch.float32, CPU)
-    ((made,), _) = masks.put(0, 0, ("its own",), {})
-    assert masks.put(0, 1, ("a", "b", "c"), {"x": 1}) == (("a", made, "c"), {"x": 1})
-    assert masks.put(0, 1, ("a",), {"x": 1}) == (("a",), {"x": 1, "attention_mask": made})
+    masks = Masks(reading_row((1, 2)), AttentionWindows(2, (None,)), torch.float32, CPU)
+    ((made,), _) = masks.put(0, First(), ("its own",), {})
+    assert masks.put(0, Named(), ("a", "b", "c"), {"x": 1}) == (("a", made, "c"), {"x": 1})
+    assert masks.put(0, Named(), ("a",), {"x": 1}) == (("a",), {"x": 1, "attention_mask": made})
     named = {"attention_mask": "its own"}
-    assert masks.put(0, None, ("a",), named) == (("a",), {"attention_mask": made})
-    assert masks.put(0, 1, ("a",), named) == (("a",), {"attention_mask": made})
+    assert masks.put(0, Without(), ("a",), named) == (("a",), {"attention_mask": made})
+    assert masks.put(0, Named(), ("a",), named) == (("a",), {"attention_mask": made})
     assert named == {"attention_mask": "its own"}
-    assert masks.put(0, None, ("a",), {"x": 1}) == (("a",), {"x": 1})
+    assert masks.put(0, Without(), ("a",), {"x": 1}) == (("a",), {"x": 1})
 
 
 @pytest.mark.parametrize("by_name", [True, False])
@@ -168,6 +179,6 @@ def test_a_mask_is_seen_however_it_is_given(by_name):
             return without(spared(hidden, None))
 
     base = Base()
-    first = look(base, base.layers, 4, CPU).first
+    first = attention_windows(base, base.layers, 4, CPU).first
     assert first[0].tolist() == [0, 0, 1, 2]
     assert first[1:] == (None, None)

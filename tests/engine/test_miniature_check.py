@@ -27,10 +27,10 @@ from tests.helpers.families import SMALL, tiny_model
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.documents import Document, Request, Response
 from tracker.core.errors import CellError
+from tracker.engine.forward.replacements import RandomReplacement
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import Lengths
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
-from tracker.engine.scoring.stand_in import MadeUp
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck import miniature_check, removability
 from tracker.engine.selfcheck.miniature_check import (
@@ -423,7 +423,7 @@ class TestMiniatures:
             assert engine.loaded.device == torch.device("cpu")
             assert engine.loaded.model.num_parameters() < 10**6
             assert list(engine.loaded.layers) == list(engine.loaded.model.model.layers)
-            assert engine.stand_ins == {layer: MadeUp(layer) for layer in range(4)}
+            assert engine.replacements == {layer: RandomReplacement(layer) for layer in range(4)}
             # What is free on this machine is no matter.
             assert engine.memory == 2**30
 

@@ -328,7 +328,7 @@ def test_a_token_whose_embedding_is_zero_ties_what_it_chooses_from(family, chang
 OURS = {
     "a mask": "tracker.engine.scoring.score.Masks",
     "packing": "tracker.engine.scoring.sweep.tree_rows",
-    "a fork, inside the model's forward": "tracker.engine.scoring.layer_forward._by_stream",
+    "a fork, inside the model's forward": "tracker.engine.forward.layer.by_stream",
 }
 
 

@@ -14,12 +14,12 @@ from tests.helpers.engines import MAX_LENGTH, answers, engine_of, make_documents
 from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT
 from tracker.core.proxies import OBSERVED
+from tracker.engine.forward.streams import plan_streams
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.masks import Sight
+from tracker.engine.scoring.masks import AttentionWindows
 from tracker.engine.scoring.prefix import cache_argument, new_cache
 from tracker.engine.scoring.rows import flat_rows, reading_row, tree_rows
 from tracker.engine.scoring.score import Parts, RowScores, launch_row, read_prefix, run_base
-from tracker.engine.scoring.streams import plan_streams
 
 PLAN = plan_streams(single_layers((1, 3)), 4)
 TOKENS = tuple(range(3, 9))
@@ -90,13 +90,13 @@ def test_how_the_model_is_called(parts: Parts) -> None:
         calls.append(given)
         return honest(**given)
 
-    def sight(tokens: int) -> Sight:
+    def windows(tokens: int) -> AttentionWindows:
         looked.append(tokens)
-        return parts.sight(tokens)
+        return parts.windows(tokens)
 
-    parts.sight(MAX_LENGTH)
+    parts.windows(MAX_LENGTH)
     parts.base.forward = noted
-    watched, cache = replace(parts, sight=sight), new_cache()
+    watched, cache = replace(parts, windows=windows), new_cache()
     run_base(watched, PLAN, reading_row(TOKENS), None)
     run_base(watched, PLAN, reading_row(TOKENS), cache)
     assert looked == [len(TOKENS)] * 2
@@ -112,7 +112,7 @@ def test_texts_in_rows_of_their_own_need_no_masks(parts: Parts) -> None:
     whole = score_row(parts, PLAN, tree).loglikelihoods
     blind: Any = None
     for row in flat_rows([document], MAX_LENGTH, 1):
-        found = score_row(replace(parts, sight=blind), PLAN, row).loglikelihoods
+        found = score_row(replace(parts, windows=blind), PLAN, row).loglikelihoods
         for number, request in enumerate(row.requests):
             expected = whole[:, tree.requests.index(request)]
             torch.testing.assert_close(found[:, number], expected, atol=1e-4, rtol=0)

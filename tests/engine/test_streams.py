@@ -8,8 +8,8 @@ import torch
 from tests.helpers.ablations import single_layers
 from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT, Ablation
-from tracker.engine.scoring.layer_forward import forking
-from tracker.engine.scoring.streams import plan_streams
+from tracker.engine.forward.forking import forking
+from tracker.engine.forward.streams import plan_streams
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers
 

@@ -28,13 +28,13 @@ from tests.helpers.engines import (
 from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.errors import CellError
+from tracker.engine.forward.streams import plan_streams
 from tracker.engine.memory import stream_bytes
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring import sweep
 from tracker.engine.scoring.prefix import SHORTEST
 from tracker.engine.scoring.rows import ANY_LENGTH, Lengths, tree_rows
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Quirks
-from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.scoring.sweep import ROW_TOKENS, Engine
 from tracker.engine.selfcheck.check import check
 from tracker.models.pruned import remember
@@ -382,7 +382,7 @@ class TestKeptBeginning:
 
 
 def test_masks_are_looked_at_in_steps_and_never_beyond_what_is_read(spy):
-    looked = spy(sweep, "look", lambda base, layers, tokens, device: tokens)
+    looked = spy(sweep, "attention_windows", lambda base, layers, tokens, device: tokens)
     for most, asked, expected in (
         (1000, (2, 256, 257, 3, 990, 1000), [256, 512, 1000]),
         (96, (2, 96), [96]),
@@ -390,8 +390,8 @@ def test_masks_are_looked_at_in_steps_and_never_beyond_what_is_read(spy):
         (96, (2, 130, 40), [96, 130]),
     ):
         engine = engine_of("mistral", max_length=most)
-        sight = engine.parts(plan_streams([INTACT], 4)).sight
-        assert all(sight(tokens).tokens >= tokens for tokens in asked)
+        windows = engine.parts(plan_streams([INTACT], 4)).windows
+        assert all(windows(tokens).tokens >= tokens for tokens in asked)
         assert looked == expected
         looked.clear()
 

@@ -15,7 +15,7 @@ from tracker import api
 from tracker.core.changes import Change
 from tracker.core.estimates import Estimate
 from tracker.core.proxies import OF_LAYERS, passes
-from tracker.engine.scoring.streams import plan_streams
+from tracker.engine.forward.streams import plan_streams
 from tracker.measuring import observing
 from tracker.stats import budgets, rank_agreement, task_dependence
 from tracker.stats.budgets import LayerMeasure, at_equal_cost

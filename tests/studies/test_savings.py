@@ -13,7 +13,7 @@ import pytest
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.estimates import Estimate
 from tracker.core.questions import question
-from tracker.engine.scoring.streams import plan_streams
+from tracker.engine.forward.streams import plan_streams
 from tracker.stats.sequential.stopping import Race
 from tracker.studies.base import open_study
 from tracker.studies.registry import SavingsSettings

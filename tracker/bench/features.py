@@ -59,7 +59,7 @@ def score_fitted(engine: Engine) -> Any:
     texts = [[*d.requests[0].context, 3, 7, 9] for d in documents_for(engine)]
     parts = engine.parts(engine.plan([INTACT]))
     replacements = fitting.fit(parts, texts, {1, 2}, linear=True)
-    return score(replace(engine, stand_ins=replacements), SWEEPS["fitted replacements"])
+    return score(replace(engine, replacements=replacements), SWEEPS["fitted replacements"])
 
 
 def generate(engine: Engine) -> Any:

@@ -1,6 +1,7 @@
 """Compute all ablations at once, sharing work over layers and tokens.
 
 Modules:
+    forward: Run layers for all streams at once, one class for each intervention.
     scoring: Compute log-likelihoods and generated texts of all ablations.
     selfcheck: Test that sharing is exact for a model.
     observers: Compute proxies and other figures of layers.

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from tracker.core.changes import INTACT
-from tracker.engine.scoring.layer_forward import forking
+from tracker.engine.forward.forking import forking
+from tracker.engine.forward.replacements import FittedReplacement
+from tracker.engine.forward.streams import plan_streams
 from tracker.engine.scoring.score import Parts
-from tracker.engine.scoring.stand_in import Fitted
-from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.scoring.tree import alike
 
 
@@ -47,20 +47,22 @@ class _Sums:
             self.squares += more.T @ more
             self.products += more.T @ after
 
-    def fitted(self) -> Fitted:
+    def fitted(self) -> FittedReplacement:
         """Solve for what explains most of y from x."""
         linear = None
         if self.linear:
             # The smallest solution, where inputs do not span all dimensions.
             solved = torch.linalg.lstsq(self.squares, self.products, driver="gelsd").solution
             linear = solved[:-1].T.float().contiguous(), solved[-1].float()
-        return Fitted((self.update / self.tokens).float(), self.along / self.length, linear)
+        return FittedReplacement(
+            (self.update / self.tokens).float(), self.along / self.length, linear
+        )
 
 
 @torch.inference_mode()
 def fit(
     parts: Parts, texts: Sequence[Sequence[int]], layers: Collection[int], linear: bool
-) -> dict[int, Fitted]:
+) -> dict[int, FittedReplacement]:
     """Fit what stands in for some layers of an intact model.
 
     Args:

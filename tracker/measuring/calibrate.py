@@ -27,7 +27,7 @@ from tracker.core.provenance import content_hash
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder
-    from tracker.engine.scoring.stand_in import StandIn
+    from tracker.engine.forward.replacements import Replacement
     from tracker.engine.scoring.sweep import Engine
 
 
@@ -91,7 +91,7 @@ class CalibrationTexts:
         digest = content_hash([list(text) for text in self.texts])
         return {"documents": self.documents, "tokens": self.tokens, "sha256": digest}
 
-    def fit(self, engine: Engine, ablations: Sequence[Ablation]) -> dict[int, StandIn]:
+    def fit(self, engine: Engine, ablations: Sequence[Ablation]) -> dict[int, Replacement]:
         """Fit what some ablations put in the place of layers.
 
         Args:
@@ -105,7 +105,7 @@ class CalibrationTexts:
             CellError: The text is too short for a linear map.
         """
         from tracker.engine.fitting import fit
-        from tracker.engine.scoring.streams import plan_streams
+        from tracker.engine.forward.streams import plan_streams
 
         asked = [(change.action, change.layer) for each in ablations for change in each.replaced]
         layers = {layer for action, layer in asked if action.is_fitted}

@@ -26,7 +26,7 @@ from tracker.models.devices import describe
 from tracker.models.sources import find_model, parts_of, stored_format
 
 if TYPE_CHECKING:
-    from tracker.engine.scoring.stand_in import StandIn
+    from tracker.engine.forward.replacements import Replacement
     from tracker.engine.scoring.sweep import DocumentScores, Engine
     from tracker.engine.selfcheck.check import Kept
     from tracker.engine.selfcheck.reference import Comparison, Reference
@@ -168,7 +168,7 @@ class Meter:
 
         loaded = self._model.loaded
 
-        def fit(engine: Engine) -> Mapping[int, StandIn]:
+        def fit(engine: Engine) -> Mapping[int, Replacement]:
             return self._calibration.fit(engine, self.ablations) if self._calibration else {}
 
         engine = Engine(loaded, self._encoder.max_length, memory=self._memory)

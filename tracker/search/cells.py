@@ -23,7 +23,7 @@ from tracker.core.identities import BenchmarkIdentity
 from tracker.core.kinds import COMPONENTS, NUMBERED
 from tracker.core.search_parts import SearchParts
 from tracker.core.views import View
-from tracker.engine.scoring.streams import StreamPlan, plan_streams
+from tracker.engine.forward.streams import StreamPlan, plan_streams
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore

@@ -22,7 +22,7 @@ from tracker.core.findings import LineChart
 from tracker.core.formats import counted, defined, points
 from tracker.core.questions import Question, question
 from tracker.core.tables import Column, Table, table
-from tracker.engine.scoring.streams import plain_passes, plan_streams
+from tracker.engine.forward.streams import plain_passes, plan_streams
 from tracker.ledger.blocks import turns
 from tracker.stats.arrays import Array, Mask
 from tracker.stats.resampling import SEED

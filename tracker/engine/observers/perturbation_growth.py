@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
+from tracker.engine.forward.forking import forking
+from tracker.engine.forward.streams import LayerStep, StreamPlan
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.layer_forward import forking
 from tracker.engine.scoring.rows import measured_texts
-from tracker.engine.scoring.streams import LayerStep, StreamPlan
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.hooks import all_of, first_of
 

@@ -4,7 +4,6 @@ Modules:
     decode: Generate texts under every ablation at once.
     head: Run the output head only at predicted tokens.
     idle: Find experts that no token of a row is routed to.
-    layer_forward: Run a layer for all streams, changed as each stream asks.
     masks: Build the attention masks of a row.
     plain_call: Score one request in one plain call of the model.
     prefix: Read the common prefix of documents once.
@@ -13,8 +12,6 @@ Modules:
     rows: Pack requests into rows.
     score: Score one row.
     sharing: Define what ablations may share, and the quirks of a model.
-    stand_in: Define what replaces a layer: a mean update, a factor or a linear map.
-    streams: Plan at which layer each ablation forks off.
     sweep: Score all documents under all ablations.
     tree: Build a prefix tree of requests.
 """

@@ -13,11 +13,11 @@ from contextlib import ExitStack, contextmanager
 from transformers.cache_utils import Cache
 
 from tracker.core.changes import Ablation
-from tracker.engine.scoring.layer_forward import forking
+from tracker.engine.forward.forking import forking
+from tracker.engine.forward.streams import LayerStep, StreamPlan, plan_streams
 from tracker.engine.scoring.prefix import GrowingLayer, Prefix, new_cache
 from tracker.engine.scoring.rows import reading_row
 from tracker.engine.scoring.score import Parts, run_base
-from tracker.engine.scoring.streams import LayerStep, StreamPlan, plan_streams
 from tracker.models.slices import take
 
 
@@ -61,7 +61,9 @@ def decoding(
             stack.enter_context(ends.by_row("embedding", starts))
             stack.enter_context(ends.by_row("lm_head", plan.heads))
         stack.enter_context(
-            forking(parts.layers, together, parts.anatomy, stand_ins=parts.stand_ins, batched=True)
+            forking(
+                parts.layers, together, parts.anatomy, replacements=parts.replacements, batched=True
+            )
         )
         yield own
 

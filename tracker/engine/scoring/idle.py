@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.grouping import grouped
+from tracker.engine.forward.streams import plan_streams
 from tracker.engine.scoring.rows import Row
 from tracker.engine.scoring.score import Parts, run_base
-from tracker.engine.scoring.streams import plan_streams
 from tracker.models.hooks import state_of
 from tracker.models.parts.experts import Experts, routed
 

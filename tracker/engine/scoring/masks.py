@@ -23,11 +23,11 @@ ARGUMENT = "attention_mask"
 
 
 @dataclass(frozen=True)
-class Sight:
-    """How far each layer sees.
+class AttentionWindows:
+    """The attention window of each layer, for texts up to a length.
 
     Attributes:
-        tokens: Up to which length of text this is known.
+        tokens: The length of the text for which it was found.
         first: For each layer the first position that each position sees [tokens], on the device
             that masks are made on, the same tensor for layers that see alike; None where it sees
             all before it, or where the model gives the layer no such mask.
@@ -38,8 +38,10 @@ class Sight:
 
 
 @torch.inference_mode()
-def look(base: Any, layers: nn.ModuleList, tokens: int, device: torch.device) -> Sight:
-    """See which mask a model gives to each of its layers for a plain text of some length.
+def attention_windows(
+    base: Any, layers: nn.ModuleList, tokens: int, device: torch.device
+) -> AttentionWindows:
+    """Find the mask that a model gives to each of its layers for a plain text of some length.
 
     The layers themselves do not run: each hands on the hidden state that it got, beside what else
     it returned for two tokens, so that the model goes on. What arrives at a layer is its mask [1,
@@ -71,19 +73,21 @@ def look(base: Any, layers: nn.ModuleList, tokens: int, device: torch.device) ->
     read(tokens, passing)
     firsts = [first_seen(mask, tokens) for mask in seen]
     kinds = {first.numpy().tobytes(): first.to(device) for first in firsts if first is not None}
-    return Sight(tokens, tuple(f if f is None else kinds[f.numpy().tobytes()] for f in firsts))
+    return AttentionWindows(
+        tokens, tuple(f if f is None else kinds[f.numpy().tobytes()] for f in firsts)
+    )
 
 
 def _given(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The mask among a layer's arguments."""
+    """Return the mask among a layer's arguments."""
     if ARGUMENT in kwargs:
         return kwargs[ARGUMENT]
-    place = mask_place(layer)
-    return args[place] if place is not None and place < len(args) else None
+    position = mask_position(layer)
+    return args[position] if position is not None and position < len(args) else None
 
 
-def mask_place(layer: nn.Module) -> int | None:
-    """Say which positional argument of a layer, `self` not counted, is its mask; None if none."""
+def mask_position(layer: nn.Module) -> int | None:
+    """Return the position of the mask among a layer's arguments; None if it takes none."""
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
     return names.index(ARGUMENT) if ARGUMENT in names else None
 
@@ -116,17 +120,20 @@ class Masks:
     that j stands on the way to i. In place of the model's triangle a layer gets a mask in which a
     node sees the kept prefix and its ancestors, itself included, and nothing of its sisters: to a
     node that is exactly the text it ends, at the positions of that text. A layer with a window or
-    chunks sees less of it. `Sight.first` says from which position p a token at some depth sees in a
-    plain text, so ancestors before p are hidden too: depth, not place in the row, is what counts.
+    chunks sees less of it. `AttentionWindows.first` is the position p from which a token at some
+    depth sees a plain text, so ancestors before p are hidden too: depth, not place in the row, is
+    what counts.
     Masked entries are the lowest number of the dtype, as in transformers; of a boolean mask
     attention would make such numbers in each layer. The same object goes to all layers with the
     same `first`. It is made on the device, of two numbers a node.
 
-    `sight` must be known as far as the row is deep, and `row.spans` be there: a row without them
+    `windows` must reach as far as the row is deep, and `row.spans` be there: a row without them
     needs no mask. `of_layer` holds the mask of each layer.
     """
 
-    def __init__(self, row: Row, sight: Sight, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, row: Row, windows: AttentionWindows, dtype: torch.dtype, device: torch.device
+    ) -> None:
         row = row.on(device)
         ancestors, depth = row.ancestors, row.positions[0]
         assert ancestors is not None
@@ -134,22 +141,19 @@ class Masks:
         ancestors = torch.cat([before, ancestors], dim=1)
         depths = torch.cat([torch.arange(row.prefix, device=device), depth])
         made: dict[int, Tensor] = {}
-        for first in {id(first): first for first in sight.first}.values():
+        for first in {id(first): first for first in windows.first}.values():
             seen = ancestors if first is None else ancestors & (depths >= first[depth][:, None])
             mask = torch.zeros(seen.shape, dtype=dtype, device=device)
             made[id(first)] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
-        self.of_layer = [made[id(first)] for first in sight.first]
+        self.of_layer = [made[id(first)] for first in windows.first]
 
     def put(
-        self, layer: int, place: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Give a layer its mask in place of the one that the model made; arguments with the mask.
-
-        `place` is the layer's `mask_place`.
-        """
-        mask = self.of_layer[layer]
-        if place is not None and place < len(args):
-            return (*args[:place], mask, *args[place + 1 :]), kwargs
-        if place is not None or ARGUMENT in kwargs:
+        """Return a layer's arguments with its mask in place of the one that the model made."""
+        mask, position = self.of_layer[index], mask_position(layer)
+        if position is not None and position < len(args):
+            return (*args[:position], mask, *args[position + 1 :]), kwargs
+        if position is not None or ARGUMENT in kwargs:
             return args, {**kwargs, ARGUMENT: mask}
         return args, kwargs

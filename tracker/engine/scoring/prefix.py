@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from tracker.engine.forward.streams import StreamPlan
 from tracker.engine.scoring.rows import Lengths
-from tracker.engine.scoring.streams import StreamPlan
 from tracker.engine.scoring.tree import alike
 
 SHORTEST = 48

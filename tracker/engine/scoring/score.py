@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from tracker.core.changes import INTACT
 from tracker.core.proxies import OBSERVED, observed
+from tracker.engine.forward.forking import forking
+from tracker.engine.forward.replacements import Replacement
+from tracker.engine.forward.streams import StreamPlan, plan_streams
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.head import Head
-from tracker.engine.scoring.layer_forward import forking
-from tracker.engine.scoring.masks import ARGUMENT, Masks, Sight
+from tracker.engine.scoring.masks import ARGUMENT, AttentionWindows, Masks
 from tracker.engine.scoring.prefix import Prefix, cache_argument, new_cache
 from tracker.engine.scoring.rounded_embeddings import RoundedEmbeddings, first_states
 from tracker.engine.scoring.rows import Row, reading_row
-from tracker.engine.scoring.stand_in import StandIn
-from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.models.devices import fetch
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.slices import split, take
@@ -58,8 +58,8 @@ class Parts:
         anatomy: Their parts; those that a plan needs are found.
         head: What is behind its base.
         device: Where its inputs go.
-        sight: How far each layer sees in a text of some length.
-        stand_ins: What stands in for layers, where that is asked for.
+        windows: Returns the attention windows for texts of some length.
+        replacements: Replacements of layers, where that is asked for.
         ends: Its embedding and head, where a plan has them in formats.
         at_once: How many tokens pass a layer at once, all streams together; None for all.
         row_multiple: A multiple of so many nodes is scored; see `Row.padded`.
@@ -70,8 +70,8 @@ class Parts:
     anatomy: LayerAnatomy
     head: Head
     device: torch.device
-    sight: Callable[[int], Sight]
-    stand_ins: Mapping[int, StandIn] | None = None
+    windows: Callable[[int], AttentionWindows]
+    replacements: Mapping[int, Replacement] | None = None
     ends: RoundedEmbeddings | None = None
     at_once: int | None = None
     row_multiple: int = 1
@@ -198,7 +198,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         if "position_ids" not in taken:
             raise RefusalError("it takes no positions")
         cached["position_ids"] = row.positions
-        masks = Masks(row, parts.sight(row.length), parts.model.dtype, parts.device)
+        masks = Masks(row, parts.windows(row.length), parts.model.dtype, parts.device)
         if cache is None and ARGUMENT in taken:
             # Without one transformers looks for texts in the positions, and waits for the device.
             cached[ARGUMENT] = masks.of_layer[0]
@@ -211,7 +211,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
     if parts.at_once is not None and cache is None:
         at_once = max(1, parts.at_once // row.input_ids.numel())
     with forking(
-        parts.layers, plan, parts.anatomy, observe, masks, parts.stand_ins, begun, at_once
+        parts.layers, plan, parts.anatomy, observe, masks, parts.replacements, begun, at_once
     ):
         output = parts.base(**inputs)
     compute()

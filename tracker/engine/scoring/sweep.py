@@ -22,21 +22,21 @@ from tracker.core.documents import Document, Request, Response
 from tracker.core.errors import CellError, ModelError
 from tracker.core.grouping import grouped
 from tracker.core.proxies import OBSERVED
+from tracker.engine.forward.replacements import FittedReplacement, Replacement
+from tracker.engine.forward.streams import StreamPlan, plan_streams
 from tracker.engine.lockstep import reporting, side_by_side
 from tracker.engine.memory import stream_bytes
 from tracker.engine.refusal import RefusalError, is_out_of_memory
 from tracker.engine.scoring.decode import decoding
 from tracker.engine.scoring.head import Head
 from tracker.engine.scoring.idle import WORTH, idle, of_experts
-from tracker.engine.scoring.masks import Sight, look
+from tracker.engine.scoring.masks import AttentionWindows, attention_windows
 from tracker.engine.scoring.plain_call import read, read_for, scored
 from tracker.engine.scoring.prefix import SHORTEST, Prefix, cache_argument
 from tracker.engine.scoring.rounded_embeddings import RoundedEmbeddings
 from tracker.engine.scoring.rows import ANY_LENGTH, Row, common_beginning, flat_rows, tree_rows
 from tracker.engine.scoring.score import Parts, RowScores, kept_bytes, launch_row, read_prefix
 from tracker.engine.scoring.sharing import ALONE, FULL, NO_HABITS, PLAIN, Quirks, Sharing
-from tracker.engine.scoring.stand_in import Fitted, StandIn
-from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.models.devices import can_pin, empty_cache
 from tracker.models.hooks import returning
 from tracker.models.layers import find_layers
@@ -96,14 +96,14 @@ class Known:
     """What was found out of a model, once.
 
     Attributes:
-        sight: How far its layers see.
+        windows: How far its layers see.
         kept_bytes: What the keys and values of one token take in one attention.
         parts: The parts of its layers, as far as they were needed; see `LayerAnatomy`.
         weights: Weights of its layers in formats.
         ends: Its embedding and head, with weights in formats; the same.
     """
 
-    sight: Sight | None = None
+    windows: AttentionWindows | None = None
     kept_bytes: int | None = None
     parts: dict[Any, Any] = field(default_factory=dict)
     weights: RoundedWeights | None = None
@@ -132,7 +132,7 @@ class Engine:
             the fullest device.
         at_once: Tokens of all streams that pass a layer at once on a CPU; None = by its threads.
         quirks: What a call of the model does beside its answer.
-        stand_ins: What stands in for layers, where an ablation asks for it: layer → that.
+        replacements: What stands in for layers, where an ablation asks for it: layer → that.
         row_multiple: A multiple of so many nodes is scored, see `Row.padded`; None = by the device.
         known: What was found out of the model, for all engines of it.
         notes: What is to be said of how it went, each line once; engines of copies add to them.
@@ -145,7 +145,7 @@ class Engine:
     memory: int | None = None
     at_once: int | None = None
     quirks: Quirks = NO_HABITS
-    stand_ins: Mapping[int, StandIn] = field(default_factory=dict, repr=False, compare=False)
+    replacements: Mapping[int, Replacement] = field(default_factory=dict, repr=False, compare=False)
     row_multiple: int | None = None
     known: Known = field(default_factory=Known, repr=False, compare=False)
     notes: list[str] = field(default_factory=list, repr=False, compare=False)
@@ -205,7 +205,7 @@ class Engine:
         """
         for change in ablation.replaced:
             # The layer still runs; its output is dropped.
-            make = partial(self.stand_ins[change.layer].change, change.action)
+            make = partial(self.replacements[change.layer].change, change.action)
             yield change.layer, partial(returning, make=make)
         yield from self.anatomy.changes(ablation, kept)
 
@@ -509,24 +509,24 @@ class Engine:
             anatomy,
             self.head,
             loaded.device,
-            self._sight,
-            self._placed_stand_ins,
+            self._windows,
+            self._placed_replacements,
             self.ends if plan.has_ends else None,
             at_once,
             self.row_multiple or (1 if on_cpu else ROW_MULTIPLE_ACCELERATOR),
         )
 
     @cached_property
-    def _placed_stand_ins(self) -> Mapping[int, StandIn]:
+    def _placed_replacements(self) -> Mapping[int, Replacement]:
         """Move what stands in for layers to their devices, once.
 
         Where weights come past it stays on the host: the room on the device was given to layers.
         """
         if self.loaded.offloaded is not None:
-            return self.stand_ins
-        placed = dict(self.stand_ins)
+            return self.replacements
+        placed = dict(self.replacements)
         for index, layer in enumerate(self.loaded.layers):
-            if isinstance(fitted := placed.get(index), Fitted):
+            if isinstance(fitted := placed.get(index), FittedReplacement):
                 device = next((p.device for p in layer.parameters()), self.loaded.device)
                 placed[index] = fitted.on(device)
         return placed
@@ -545,17 +545,17 @@ class Engine:
                 logits |= zip(numbers, self.head.logits(output, take(states, numbers)), strict=True)
         return torch.stack([logits[n] for n in range(len(states))])
 
-    def _sight(self, tokens: int) -> Sight:
+    def _windows(self, tokens: int) -> AttentionWindows:
         """How far each layer sees in a text of so many tokens."""
         known = self.known
-        if known.sight is None or known.sight.tokens < tokens:
+        if known.windows is None or known.windows.tokens < tokens:
             loaded = self.loaded
             reach = min(-(-tokens // SIGHT) * SIGHT, max(self.max_length, tokens))
             self.put_back()
-            known.sight = look(self.head.base, loaded.layers, reach, loaded.device)
+            known.windows = attention_windows(self.head.base, loaded.layers, reach, loaded.device)
             # It is asked for in the middle of a call, which is to begin as every other.
             self.put_back()
-        return known.sight
+        return known.windows
 
     @property
     def _kept_bytes(self) -> int:

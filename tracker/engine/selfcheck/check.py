@@ -25,10 +25,10 @@ from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError
 from tracker.core.provenance import content_hash
+from tracker.engine.forward.replacements import Replacement
 from tracker.engine.scoring.plain_call import read_for
 from tracker.engine.scoring.prefix import SHORTEST
 from tracker.engine.scoring.rows import common_beginning, tree_size
-from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.sweep import DocumentScores, Engine
 from tracker.engine.selfcheck.miniature_check import (
     LONGEST_REACH,
@@ -98,7 +98,7 @@ VERDICT = TypeAdapter(Verdict)
 """Verdicts on architectures as JSON."""
 CONFIRMATION = TypeAdapter(tuple[Literal["confirmed"], Comparison])
 """The same of answers with which models have confirmed the sharing that architectures allow."""
-Fit = Callable[[Engine], Mapping[int, StandIn]]
+Fit = Callable[[Engine], Mapping[int, Replacement]]
 _Texts = tuple[tuple[Path, ...], tuple[int, int, int] | None]
 """Numbers of a configuration that texts reach, and rows of longer texts, as in `miniature_key`."""
 _Round = tuple[Sequence[Document], Sequence[Ablation], Sequence[tuple[int, int, int]]]
@@ -145,11 +145,13 @@ def check(
     reached = reach(engine, documents)
     verdict = _verdict(engine, typical or ablations, reached, blank, kept)
     engine = replace(engine, quirks=verdict.quirks(model))
-    engine = replace(engine, stand_ins=fit(engine))
+    engine = replace(engine, replacements=fit(engine))
     truth = Reference(engine)
     rounds = [*confirmation_rounds(documents, ablations)]
     keys, recalled = list[str](), None
-    if kept is not None and not engine.stand_ins:  # which are fitted on the benchmark's own texts
+    if (
+        kept is not None and not engine.replacements
+    ):  # which are fitted on the benchmark's own texts
         keys = _confirmation_keys(engine, ablations, verdict, reached.text, blank)
         recalled = _recalled(kept, keys, CONFIRMATION, lambda _: True)
     if recalled is not None:

@@ -28,9 +28,9 @@ from tracker.core.grouping import grouped
 from tracker.core.kinds import Action, Component
 from tracker.core.model_parts import one_experts
 from tracker.core.provenance import content_hash, file_hash, machine, package_versions
+from tracker.engine.forward.replacements import RandomReplacement
 from tracker.engine.refusal import refused, tried
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
-from tracker.engine.scoring.stand_in import MadeUp
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.probe_texts import FIRST, probe_calls, reaching_calls, switching_calls
 from tracker.engine.selfcheck.quirks import Path, find_quirks, find_switches, shortened
@@ -300,9 +300,9 @@ def _engine(engine: Engine, model: Any, verdict: Verdict, longest: int, nodes: i
     return Engine(loaded, most, FULL, nodes, 2**30, 2 * nodes, verdict.quirks(model), made_up)
 
 
-def _made_up(layers: torch.nn.ModuleList) -> dict[int, MadeUp]:
+def _made_up(layers: torch.nn.ModuleList) -> dict[int, RandomReplacement]:
     """What stands in for layers before anything is fitted, which takes a model that is known."""
-    return {layer: MadeUp(layer) for layer in range(len(layers))}
+    return {layer: RandomReplacement(layer) for layer in range(len(layers))}
 
 
 def _check_itself(engine: Engine, ablations: Sequence[Ablation]) -> Verdict:
@@ -315,7 +315,7 @@ def _check_itself(engine: Engine, ablations: Sequence[Ablation]) -> Verdict:
     )
     verdict = as_removed(Reference(engine), ablations, verdict)
     quirks = verdict.quirks(engine.loaded.model)
-    engine = replace(engine, quirks=quirks, stand_ins=_made_up(engine.loaded.layers))
+    engine = replace(engine, quirks=quirks, replacements=_made_up(engine.loaded.layers))
     calls = [probe_calls(_vocabulary(engine.loaded.model), engine.max_length)[0][:4]]
     return _checked(Reference(engine), ablations, verdict, calls, [*_asked(calls, ablations, 1)])
 

@@ -1,4 +1,4 @@
-"""What stands in for a layer: its mean update, a factor or a linear map of its input."""
+"""Replacements of a layer: its mean update, a factor or a linear map of its input."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 from tracker.core.kinds import Action
 
 
-class StandIn(Protocol):
-    """Computes what stands in for one layer."""
+class Replacement(Protocol):
+    """A replacement of one layer."""
 
     def change(self, action: Action, state: Tensor) -> Tensor:
-        """Compute it of a state [rows, tokens, …], in the state's own type."""
+        """Compute the state behind it of one [rows, tokens, …], in the same type."""
         ...
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """What was fitted in place of one layer; float32, whatever the model computes in.
+class FittedReplacement:
+    """A replacement fitted on text, in float32 for models of any type.
 
     Attributes:
         mean: The mean update [width].
         scale: The factor.
-        linear: Weight [width, width] and bias [width]; None where it was not asked for.
+        linear: Weight [width, width] and bias [width]; None where it was not fitted.
     """
 
     mean: Tensor
@@ -42,26 +42,26 @@ class Fitted:
             after = flat * self.scale
         else:
             assert self.linear is not None
-            weight, bias = (each.to(state.device) for each in self.linear)
+            weight, bias = (tensor.to(state.device) for tensor in self.linear)
             after = flat @ weight.T + bias
         return after.to(state.dtype).reshape(state.shape)
 
-    def on(self, device: torch.device) -> Fitted:
+    def on(self, device: torch.device) -> FittedReplacement:
         """Return the same with its tensors on a device."""
         linear = self.linear and (self.linear[0].to(device), self.linear[1].to(device))
-        return Fitted(self.mean.to(device), self.scale, linear)
+        return FittedReplacement(self.mean.to(device), self.scale, linear)
 
 
 @dataclass(frozen=True)
-class MadeUp:
-    """What was fitted on nothing, drawn for a layer of a model that is only to be checked."""
+class RandomReplacement:
+    """A replacement drawn at random, for a layer of a model that is only checked."""
 
     layer: int
 
     def change(self, action: Action, state: Tensor) -> Tensor:
-        """Change a state of any width as `Fitted` would."""
+        """Change a state of any width as `FittedReplacement` would."""
         width = state.flatten(2).shape[-1]
         draw = torch.Generator().manual_seed(self.layer)
         weight = torch.eye(width) + 0.3 * torch.randn(width, width, generator=draw) / width**0.5
         mean, bias = 0.3 * torch.randn(2, width, generator=draw)
-        return Fitted(mean, 0.7, (weight, bias)).change(action, state)
+        return FittedReplacement(mean, 0.7, (weight, bias)).change(action, state)

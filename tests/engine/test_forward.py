@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from tests.helpers.engines import Output
 from tracker.core.changes import INTACT, Ablation
+from tracker.engine.forward.forking import forking
+from tracker.engine.forward.streams import LayerStep, StreamPlan, plan_streams
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.layer_forward import forking
-from tracker.engine.scoring.streams import LayerStep, StreamPlan, plan_streams
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers
 
@@ -111,13 +111,6 @@ class Layer(nn.Module):
         if self.answer is Named:
             return Named(after, self.extra)
         return after if self.answer is Tensor else self.answer((after, self.extra))
-
-
-class Asking(Layer):
-    """Takes a mask by its place."""
-
-    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **named: Any) -> Any:
-        return super().forward(hidden_states, **named)
 
 
 def make(answer: type = Tensor, named: bool = False, adding: bool = False) -> nn.ModuleList:
@@ -326,20 +319,19 @@ def test_what_has_a_row_a_stream_is_cut_to_those_that_enter() -> None:
 
 
 def test_masks_of_our_own_take_the_place_of_the_models() -> None:
-    asked: list[tuple[int, int | None]] = []
+    masked: list[tuple[int, nn.Module]] = []
 
     class Doubling:
-        def put(self, index: int, place: int | None, args: Any, kwargs: Any) -> Any:
-            asked.append((index, place))
+        def put(self, index: int, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+            masked.append((index, layer))
             return args, {**kwargs, "scale": 2.0}
 
     layers, hidden = make(), hidden_states()
-    layers[1].__class__ = Asking
     plan = plan_streams(ABLATIONS, 3)
     masks: Any = Doubling()
     with forking(layers, plan, parts(layers), masks=masks):
         found = run(layers, hidden, False, scale=1.0)
-    assert asked == [(0, None), (1, 1), (2, None)]
+    assert masked == [*enumerate(layers)]
     agree(found, plan, ABLATIONS, lambda a: without(layers, a, hidden, False, scale=2.0))
 
 
