@@ -118,7 +118,7 @@ def test_what_torch_keeps_for_later_is_free(engines):
     budgets = []
     for _ in range(3):
         engine = replace(engine)
-        budgets.append(engine._budget)
+        budgets.append(engine.budget)
         score_layers(engine)
         gc.collect()
     assert len(set(budgets)) == 1

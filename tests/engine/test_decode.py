@@ -12,6 +12,7 @@ from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document, Request
 from tracker.engine.forward.streams import plan_streams
 from tracker.engine.scoring.decode import decoding
+from tracker.engine.scoring.generation import generating
 from tracker.engine.scoring.prefix import SHORTEST, cache_argument
 from tracker.engine.scoring.score import read_prefix
 from tracker.engine.scoring.sharing import FULL
@@ -111,9 +112,9 @@ def test_a_beginning_that_rows_were_scored_behind_serves_generation():
         [Document("t", n, (Request(p, (7,)),), 0, 0) for n, p in enumerate(prompts)], ablations
     )
     prompt = torch.tensor([prompts[1]])
-    with engine.decoding(ablations, prompts[1]) as cached:
+    with generating(engine, ablations, prompts[1]) as cached:
         rows = generate(model, prompt.repeat(len(ablations), 1), **cached)
-    assert engine._kept[0].begins(prompts[1])
+    assert engine.prefix_of(engine.plan(ablations), prompts[1])
     for ablation, row in zip(ablations, rows, strict=True):
         assert [row] == generate(engine.without(ablation).loaded.model, prompt), ablation
 

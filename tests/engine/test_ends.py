@@ -28,6 +28,7 @@ from tracker.engine.observers.divergence import divergences
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
 from tracker.engine.plan import cost
 from tracker.engine.scoring import sweep
+from tracker.engine.scoring.decode import decoding
 from tracker.engine.scoring.prefix import cache_argument
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.selfcheck.miniature_check import check_miniature
@@ -96,7 +97,7 @@ def _agree(model, ablations, *ways):
     engine = engine_of(model)
 
     def change(ablation):
-        rest = Ablation.of(removed=ablation.changes - {*ablation.rounded})
+        rest = Ablation(ablation.changes - {*ablation.rounded})
         return _changed(engine.without(rest).loaded.model, ablation)
 
     agree_with_changed(ways, ablations, change)
@@ -166,7 +167,7 @@ def test_every_text_is_generated_by_the_changed_model(family, begun):
     assert plan == plan_streams(ablations, 4, tied)
     parts = engine.parts(plan)
     prefix = sweep.read_prefix(parts, plan, tuple(ids[:begun])) if begun else None
-    with torch.inference_mode(), sweep.decoding(parts, ablations, ids, prefix) as cache:
+    with torch.inference_mode(), decoding(parts, ablations, ids, prefix) as cache:
         rows = generate(model, PROMPT.repeat(len(ablations), 1), **{cache_argument(model): cache})
     for ablation, row in zip(ablations, rows, strict=True):
         assert [row] == generate(engine.without(ablation).loaded.model, PROMPT), ablation

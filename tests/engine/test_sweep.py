@@ -31,7 +31,9 @@ from tracker.core.errors import CellError
 from tracker.engine.forward.streams import plan_streams
 from tracker.engine.memory import stream_bytes
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring import sweep
+from tracker.engine.scoring import copies, generation, sweep
+from tracker.engine.scoring import model as model_module
+from tracker.engine.scoring.generation import generating, generation_groups
 from tracker.engine.scoring.prefix import SHORTEST
 from tracker.engine.scoring.rows import ANY_LENGTH, Lengths, tree_rows
 from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Quirks
@@ -216,12 +218,12 @@ def test_texts_are_generated_for_as_many_ablations_as_fit(fits, sizes):
     # A key and a value for each of two heads of eight numbers, of ten tokens in four layers.
     each = 2 * 2 * 8 * 4 * 10 * 4
     engine = Engine(model, MAX_LENGTH, memory=2 * fits * each)
-    groups = list(engine.decoding_groups(ablations, 10))
+    groups = list(generation_groups(engine, ablations, 10))
     assert [len(group) - 1 for group in groups] == sizes
     assert all(group[0] == INTACT for group in groups)
     assert [a for group in groups for a in group[1:]] == [a for a in ablations if a != INTACT]
     for alone in (Engine(model, MAX_LENGTH), engine):
-        assert list(alone.decoding_groups([INTACT], 10)) == [[INTACT]]
+        assert list(generation_groups(alone, [INTACT], 10)) == [[INTACT]]
 
 
 def test_the_proxies_of_a_long_text_are_those_of_all_its_windows():
@@ -310,7 +312,7 @@ def test_what_is_shared_is_named():
 
 def test_a_copy_lacks_what_is_taken_out_and_begins_as_the_model_did(spy):
     model = tiny_model("llama")
-    asked = spy(sweep, "pruned", lambda *given, **named: (given, named))
+    asked = spy(copies, "pruned", lambda *given, **named: (given, named))
     first, leftovers = (remember(model, (name,)) for name in ("inv_freq", "attention_scaling"))
     engine = engine_of(model, quirks=Quirks(first=first, leftovers=leftovers, stay=True))
     copy = engine.with_sharing(NO_PREFIX).without(Ablation.parse("layer:1+mlp:2"))
@@ -371,18 +373,18 @@ class TestKeptBeginning:
             begun.append(None if prefix is None else len(prefix.tokens))
             yield "a cache"
 
-        monkeypatch.setattr(sweep, "decoding", noted)
+        monkeypatch.setattr(generation, "decoding", noted)
         for prompt in ([*shared, 5, 6], [5, *shared, 6]):
-            with engine.decoding(ablations, prompt) as given:
+            with generating(engine, ablations, prompt) as given:
                 assert given == {"cache": "a cache"}
         assert begun == [60, None]
         ablations = single_layers((1,))
-        with engine.decoding(ablations, [*shared, 5, 6]):
+        with generating(engine, ablations, [*shared, 5, 6]):
             assert begun == [60, None, None]
 
 
 def test_masks_are_looked_at_in_steps_and_never_beyond_what_is_read(spy):
-    looked = spy(sweep, "attention_windows", lambda base, layers, tokens, device: tokens)
+    looked = spy(model_module, "attention_windows", lambda base, layers, tokens, device: tokens)
     for most, asked, expected in (
         (1000, (2, 256, 257, 3, 990, 1000), [256, 512, 1000]),
         (96, (2, 96), [96]),
@@ -397,12 +399,13 @@ def test_masks_are_looked_at_in_steps_and_never_beyond_what_is_read(spy):
 
 
 def test_a_model_without_a_cache_continues_no_prompt(monkeypatch):
-    monkeypatch.setattr(sweep, "cache_argument", lambda base: None)
+    for module in (sweep, generation):
+        monkeypatch.setattr(module, "cache_argument", lambda base: None)
     engine = engine_of("llama")
     assert not engine.shares_a_prefix(make_documents(3, shared=60))
     with pytest.raises(RefusalError, match=r"^it takes no cache of keys and values$"):
-        list(engine.decoding_groups([INTACT], 10))
-    with engine.decoding([INTACT], [1, 2, 3]) as given:
+        list(generation_groups(engine, [INTACT], 10))
+    with generating(engine, [INTACT], [1, 2, 3]) as given:
         assert given == {}
 
 
@@ -480,14 +483,14 @@ class TestLeftovers:
         """Was: what a key takes was measured by a call, and the prompt was read after it."""
         prompt = list(range(3, 13))
         for each in (truth, engine):
-            assert len(list(each.decoding_groups([INTACT, Ablation.parse("layer:1")], 20))) == 1
+            assert len(list(generation_groups(each, [INTACT, Ablation.parse("layer:1")], 20))) == 1
         with (
-            truth.decoding([INTACT], prompt) as expected,
-            engine.decoding([INTACT], prompt) as found,
+            generating(truth, [INTACT], prompt) as expected,
+            generating(engine, [INTACT], prompt) as found,
         ):
             pairs = zip(expected["cache"].layers, found["cache"].layers, strict=True)
             assert all(torch.equal(one.keys, other.keys) for one, other in pairs)
         assert engine.loaded.model.get_input_embeddings().mood == 0
-        with contextlib.suppress(InterruptedError), engine.decoding([INTACT], prompt):
+        with contextlib.suppress(InterruptedError), generating(engine, [INTACT], prompt):
             raise InterruptedError
         assert engine.loaded.model.get_input_embeddings().mood == 0

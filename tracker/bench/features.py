@@ -19,6 +19,7 @@ from tracker.engine.observers.expert_load import expert_load
 from tracker.engine.observers.perturbation_growth import perturbation_growth
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
 from tracker.engine.observers.span_similarity import span_similarity
+from tracker.engine.scoring.generation import generating
 from tracker.engine.scoring.row_size import make_documents
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.parts.linear_maps import linear_maps
@@ -72,7 +73,7 @@ def generate(engine: Engine) -> Any:
     if not engine.sharing.depth:  # each on the model that is really changed
         models = (engine.without(ablation).loaded.model for ablation in ablations)
         return [changed.generate(ids, **settings)[0].tolist() for changed in models]
-    with engine.decoding(ablations, prompt) as cache, torch.inference_mode():
+    with generating(engine, ablations, prompt) as cache, torch.inference_mode():
         return model.generate(ids.repeat(len(ablations), 1), **settings, **cache).tolist()
 
 

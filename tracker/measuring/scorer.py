@@ -12,6 +12,7 @@ from tracker.benchmarks.generation import TextGenerator
 from tracker.core.changes import Ablation
 from tracker.core.documents import Document, Prompt
 from tracker.engine.refusal import refused
+from tracker.engine.scoring.generation import generating, generation_groups
 from tracker.engine.scoring.sharing import DEPTH_ONLY, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import DocumentScores, Engine
 from tracker.engine.selfcheck.check import Fit, Kept, check, watch
@@ -178,8 +179,8 @@ class Generation:
         if not self.together or lengths.side(tokens) != lengths.side(1):
             return [self.text_apart(prompt, ablation) for ablation in ablations]
         by_ablation: dict[Ablation, str] = {}
-        for group in self.engine.decoding_groups(ablations, tokens + prompt.longest):
-            decoding = partial(self.engine.decoding, group)
+        for group in generation_groups(self.engine, ablations, tokens + prompt.longest):
+            decoding = partial(generating, self.engine, group)
             texts = self._generator.texts_of_rows(prompt, len(group), decoding)
             by_ablation |= zip(group, texts, strict=True)
         return [by_ablation[ablation] for ablation in ablations]

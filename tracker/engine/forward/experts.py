@@ -45,7 +45,7 @@ class RouterFork(ModuleFork):
         """Return the router's choices for all streams."""
         streams, given = len(self.remaining), (args, kwargs)
         states = by_stream(state_of(args, kwargs), streams, "the router of its experts has")
-        intact = [place for place, remaining in enumerate(self.remaining) if remaining is None]
+        intact = [stream for stream, remaining in enumerate(self.remaining) if remaining is None]
         # Never of no stream: the baseline lacks none.
         whole = call_with(self.original, take(states, intact).flatten(0, 1), *given)
         parted = zip(*(by_stream(table, len(intact)) for table in whole), strict=True)

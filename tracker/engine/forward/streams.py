@@ -43,14 +43,14 @@ class LayerStep:
 
     @cached_property
     def entering(self) -> tuple[int, ...]:
-        """Streams that enter the layer: of those that repeat a stretch of layers behind it, only
+        """Streams that enter the layer: of those that repeat a span of layers behind it, only
         one for which no other stream with its state does."""
         behind = {stream for stream, source, _ in self.repeating if source != stream}
         return tuple(i for i, a in enumerate(self.actions) if a.enters and i not in behind)
 
     @cached_property
     def repeating(self) -> tuple[tuple[int, int, Change], ...]:
-        """Streams that pass a stretch again, each with the stream whose output it begins with."""
+        """Streams that pass a span again, each with the stream whose output it begins with."""
         first: dict[int, int] = {}
         for stream, action in enumerate(self.actions):
             if action in (Action.PASS, Action.REPEAT):
@@ -249,7 +249,7 @@ class StreamPlan:
     @property
     def repeats(self) -> int:
         """How many times a stream passes a layer again."""
-        return sum(stretch.extra for step in self.steps for _, _, stretch in step.repeating)
+        return sum(span.extra for step in self.steps for _, _, span in step.repeating)
 
     @property
     def streams(self) -> int:
@@ -294,6 +294,6 @@ def plan_streams(
 def plain_passes(ablations: Sequence[Ablation], layers: int) -> tuple[int, int]:
     """Count the attentions and MLPs that a token passes where each ablation is run on its own."""
     actions = [ablation.at(layer).action for ablation in ablations for layer in range(layers)]
-    again = sum(stretch.extra for ablation in ablations for stretch in ablation.repeated)
+    again = sum(span.extra for ablation in ablations for span in ablation.repeated)
     entered = sum(action.enters for action in actions) + again
     return entered - actions.count(Action.NO_ATTENTION), entered - actions.count(Action.NO_MLP)

@@ -66,7 +66,7 @@ class SublayerFork(ModuleFork):
         silent = nothing(self.module, *given, added, len(added) * entering // self.outputs)
         nil = by_stream(silent, entering)
         sources = enumerate(self.taken)
-        merged = [nil[place] if source is None else outputs[source] for place, source in sources]
+        merged = [nil[stream] if source is None else outputs[source] for stream, source in sources]
         return with_first(output, torch.stack(merged).flatten(0, 1))
 
     def _computed_rows(self, name: str, value: Any, hidden: Tensor) -> Any:

@@ -295,13 +295,21 @@ def _engine(engine: Engine, model: Any, verdict: Verdict, longest: int, nodes: i
     device = torch.device("cpu")
     loaded = replace(engine.loaded, model=model, layers=find_layers(model), device=device)
     most = min(longest, engine.max_length)
-    made_up = _made_up(loaded.layers)
+    replacements = _random_replacements(loaded.layers)
     # Some streams pass a layer after others, as they do where texts are long or streams many.
-    return Engine(loaded, most, FULL, nodes, 2**30, 2 * nodes, verdict.quirks(model), made_up)
+    return Engine(
+        loaded,
+        most,
+        verdict.quirks(model),
+        memory=2**30,
+        at_once=2 * nodes,
+        replacements=replacements,
+        row_tokens=nodes,
+    )
 
 
-def _made_up(layers: torch.nn.ModuleList) -> dict[int, RandomReplacement]:
-    """What stands in for layers before anything is fitted, which takes a model that is known."""
+def _random_replacements(layers: torch.nn.ModuleList) -> dict[int, RandomReplacement]:
+    """Make replacements of layers before any are fitted, which takes a checked model."""
     return {layer: RandomReplacement(layer) for layer in range(len(layers))}
 
 
@@ -315,7 +323,7 @@ def _check_itself(engine: Engine, ablations: Sequence[Ablation]) -> Verdict:
     )
     verdict = as_removed(Reference(engine), ablations, verdict)
     quirks = verdict.quirks(engine.loaded.model)
-    engine = replace(engine, quirks=quirks, replacements=_made_up(engine.loaded.layers))
+    engine = replace(engine, quirks=quirks, replacements=_random_replacements(engine.loaded.layers))
     calls = [probe_calls(_vocabulary(engine.loaded.model), engine.max_length)[0][:4]]
     return _checked(Reference(engine), ablations, verdict, calls, [*_asked(calls, ablations, 1)])
 
