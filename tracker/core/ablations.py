@@ -59,12 +59,15 @@ def grid_changes(request: CellRequest) -> Iterator[Change]:
 
 
 def why_invalid(change: Change, removed: Iterable[int], layers: int) -> str | None:
-    """Return why a change cannot be measured on a model without some of its layers; None if it can.
+    """Return why a change cannot be measured on a model without some of its layers.
 
     Args:
         change: The change.
         removed: Layers that the model lacks besides.
         layers: How many layers it has with these.
+
+    Returns:
+        The reason; None where it can be measured.
     """
     component, intervention = change.component, change.intervention
     if component not in (*UNITS, "linear") and (intervention, change.span) != ("remove", 1):

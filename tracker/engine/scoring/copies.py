@@ -10,6 +10,7 @@ from torch import nn
 
 from tracker.core.changes import Ablation
 from tracker.core.errors import ModelError
+from tracker.core.kinds import Action
 from tracker.engine.scoring.model import EngineModel
 from tracker.models.hooks import returning
 from tracker.models.layers import find_layers
@@ -68,4 +69,5 @@ def _changes(
         # The layer still runs; its output is dropped.
         make = partial(model.replacements[change.layer].change, change.action)
         yield change.layer, partial(returning, make=make)
-    yield from model.anatomy.changes(ablation, cache)
+    if any(c.action.enters and c.action is not Action.REPEAT for c in ablation.changes):
+        yield from model.anatomy.changes(ablation, cache)
