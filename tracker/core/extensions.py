@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 Extension = TypeVar("Extension")
 log = logging.getLogger(__name__)
+KINDS = ("proxies", "studies", "tracking", "formats", "sources", "executors")
+"""Kinds of extensions; the entry points of each are the group `layer_tracker.KIND`."""
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 def load_extensions(
@@ -30,11 +34,28 @@ def load_extensions(
         try:
             if point.name in reserved or point.name in extensions:
                 raise ValueError(f"the name {point.name!r} is taken")
-            extensions[point.name] = check(point.load())
+            if not _NAME.fullmatch(point.name):
+                raise ValueError("a name has lower-case letters, digits and _, a letter first")
+            extension = check(point.load())
+            if (name := getattr(extension, "name", point.name)) != point.name:
+                raise ValueError(f"it is called {name!r}; name its entry point so too")
+            extensions[point.name] = extension
         except (Exception, SystemExit) as error:  # any code may run there
             log.warning("%s", describe_failure(point, error))
             log.debug("%s", point.value, exc_info=True)
     return extensions
+
+
+def list_extensions() -> list[tuple[str, str]]:
+    """List the kinds of installed extensions with their names, and load none."""
+    points = entry_points()
+    listed = []
+    for kind in KINDS:
+        group = sorted(points.select(group=f"layer_tracker.{kind}"), key=_order)
+        names = (f"{p.name} ({p.dist.name} {p.dist.version})" if p.dist else p.name for p in group)
+        if group:
+            listed.append((kind, ", ".join(names)))
+    return listed
 
 
 def _order(point: EntryPoint) -> tuple[str, str]:
