@@ -87,10 +87,7 @@ class Change:
         component, is_format = cast("Component", word.removesuffix("s")), word in FORMATS
         if end is not None or (is_format and part is not None):
             whole = end in ENDS if part is None else len(numbers) == 1
-            intervention = cast("Intervention", word)
-            return (
-                cls("linear", numbers, intervention, part or end) if is_format and whole else None
-            )
+            return cls("linear", numbers, word, part or end) if is_format and whole else None
         if not numbers:
             return None
         if component in NUMBERED:
@@ -106,7 +103,7 @@ class Change:
         if component in COMPONENTS and component != "linear":
             return cls(component, numbers)
         if word in INTERVENTIONS and word != "remove" and len(numbers) == 1:
-            return cls(layers=numbers, intervention=cast("Intervention", word))
+            return cls(layers=numbers, intervention=word)
         return None
 
     @classmethod

@@ -1,6 +1,7 @@
 """What can be done to a layer: each way with its word, what it is, and its look in charts.
 
 A new way of changing a layer is a word of `Intervention`, an `Action` and an entry of `KINDS`.
+Formats of weights, also those of other packages, are words of both by themselves.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from itertools import product
-from typing import Literal, get_args
+from itertools import cycle, product
+from typing import TYPE_CHECKING, Literal, get_args
 
 from tracker.core.weight_formats import FORMATS
 
@@ -21,33 +22,11 @@ that share keys and values, one routed expert, the experts that every token pass
 map, which has a name."""
 NUMBERED: tuple[Component, ...] = ("head", "kv_head", "expert")
 """Components of which a layer has several, by their number, 0-based."""
-Intervention = Literal[
-    "remove",
-    "mean",
-    "scale",
-    "linear",
-    "int8",
-    "int4",
-    "repeat",
-    "int8_g32",
-    "int8_g128",
-    "int4_g128",
-    "int4_row",
-    "nf4",
-    "fp8",
-    "mxfp4",
-    "q2_k",
-    "q3_k",
-    "q4_0",
-    "q4_1",
-    "q4_k",
-    "iq4_nl",
-    "q5_0",
-    "q5_1",
-    "q5_k",
-    "q6_k",
-    "q8_0",
-]
+if TYPE_CHECKING:
+    Intervention = str
+else:
+    _FIRST = ("remove", "mean", "scale", "linear", "int8", "int4", "repeat")
+    Intervention = Literal[tuple(dict.fromkeys((*_FIRST, *FORMATS)))]
 """What is done to a layer: it is removed, something stands in its place, it is passed again, or its
 weights are those of a format."""
 COMPONENTS: tuple[Component, ...] = get_args(Component)
@@ -120,7 +99,7 @@ KINDS: Mapping[str, KindLook] = {
         name: KindLook(f"itself in {name}", colour, mark)
         for name, (colour, mark) in zip(
             FORMATS,
-            product(("#6b7f8f", "#b5483f", "#4c7a9c", "#997a2f"), _MARKS),
+            cycle(product(("#6b7f8f", "#b5483f", "#4c7a9c", "#997a2f"), _MARKS)),
             strict=False,
         )
     },

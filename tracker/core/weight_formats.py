@@ -6,9 +6,11 @@ All of them round to nearest, or search scales that do so best; none is calibrat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from tracker.core.extensions import load_extensions
 
 _TORCHAO = "torchao's IntxWeightOnlyConfig, symmetric"
 _GGUF, _LLAMA = "GGUF, rounded by the package gguf", "GGUF, rounded by llama.cpp"
@@ -31,7 +33,7 @@ class WeightFormat:
         instead: What llama.cpp takes where a row has no whole blocks; empty for nothing.
         extra: Whether its makers' code is in the extra `quantise` alone.
         round: Rounds weights, a float32 tensor [rows, inputs] whose rows have whole blocks, and
-            makes them numbers again; None for formats of tracker, which `models/quantised.py`
+            makes them numbers again; None for formats of tracker, which `models/rounding.py`
             rounds.
     """
 
@@ -60,7 +62,7 @@ class WeightFormat:
         return self.bits if self.block else self.bits + SCALE_BITS / inputs
 
 
-FORMATS: dict[str, WeightFormat] = {
+_OURS: Mapping[str, WeightFormat] = {
     form.name: form
     for form in (
         WeightFormat("int8", "int8, a scale a row", 0, 8, _TORCHAO),
@@ -87,4 +89,26 @@ FORMATS: dict[str, WeightFormat] = {
         WeightFormat("q8_0", "Q8_0", 32, 8.5, _GGUF),
     )
 }
-"""Every format by its word."""
+_RESERVED = (
+    *("layer", "attention", "mlp", "head", "kv_head", "expert", "shared_expert"),
+    *("embedding", "lm_head", "remove", "mean", "scale", "linear", "repeat", "drawn"),
+)
+"""Words that mean something else in the text of a change."""
+
+
+def _check_format(extension: object) -> WeightFormat:
+    """Check a format of another package; TypeError or ValueError with why it is none."""
+    if not isinstance(extension, WeightFormat):
+        raise TypeError(f"{extension!r} is no tracker.core.weight_formats.WeightFormat")
+    if not callable(extension.round):
+        raise ValueError("it has no function `round`")
+    if extension.instead and extension.instead not in _OURS:
+        raise ValueError(f"`instead` names {extension.instead!r}; use one of: {', '.join(_OURS)}")
+    return extension
+
+
+FORMATS: Mapping[str, WeightFormat] = {
+    **_OURS,
+    **load_extensions("formats", _check_format, (*_OURS, *_RESERVED)),
+}
+"""Every format by its word: ours, and those of other packages by their entry points."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tracker.core.distribution import install_extra
-from tracker.core.errors import CellError, ExperimentError
+from tracker.core.errors import CellError, ExperimentError, first_line
 from tracker.core.weight_formats import FORMATS, WeightFormat
 
 _INTEGERS = {"int8": (-128, 127), "int4": (-8, 7)}
@@ -58,12 +58,24 @@ def in_format(weight: Tensor, name: str) -> Tensor:
 
 
 def _maker(form: WeightFormat) -> Callable[[Tensor], Tensor]:
+    if form.round is not None:
+        return partial(_by_extension, form=form)
     word, _, _ = form.name.partition("_")
     if word in _INTEGERS:
         return partial(_integers, group=form.block, levels=_INTEGERS[word])
     if form.name == "fp8":
         return _fp8
     return _nf4 if form.name == "nf4" else partial(_gguf, form=form)
+
+
+def _by_extension(rows: Tensor, form: WeightFormat) -> Tensor:
+    """Round rows by the code of another package; CellError if it fails or changes their shape."""
+    assert form.round is not None
+    try:
+        rounded: Tensor = form.round(rows).reshape(rows.shape).to(rows)
+    except Exception as error:  # any code may run there
+        raise CellError(f"{form.name} cannot round weights: {first_line(error)}") from error
+    return rounded
 
 
 def _integers(rows: Tensor, group: int, levels: tuple[int, int]) -> Tensor:
