@@ -17,15 +17,21 @@ without torch.
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
+
+from tracker.core.extensions import load_extensions
 
 Tensor = Any
 """A tensor of torch."""
 Array = Any
 """An array, a tensor or a number."""
+log = logging.getLogger(__name__)
 
 
 def cosine_similarity(before: Tensor, after: Tensor) -> Tensor:
@@ -178,7 +184,7 @@ class Proxy:
         return self.of(self.averaged(self.observe(before, after)))
 
 
-PROXIES: Mapping[str, Proxy] = {
+_OURS: Mapping[str, Proxy] = {
     proxy.name: proxy
     for proxy in (
         Proxy(
@@ -245,7 +251,57 @@ PROXIES: Mapping[str, Proxy] = {
         ),
     )
 }
-"""Every proxy that is set beside the accuracy drop, by its name."""
+_RESERVED = re.compile(
+    r"layer|component|span|intervention|number|repeats|members|drawn|map|part|change|ablation|n"
+    r"|key|model|benchmark|num_fewshot|removed|sample_seed|reasons|until|interval|figure|options"
+    r"|gold|drop|drop_.*|accuracy.*|baseline.*|chance.*|metrics?.*|mcnemar_p|rounded|gold_.*"
+    r"|options_.*|cosine_similarity|model_.*|proxy.*|copy|json|dict|schema.*|construct|validate"
+)
+"""Names of other figures and columns of runs."""
+
+
+def _check_proxy(extension: object) -> Proxy:
+    """Check a proxy of another package; TypeError or ValueError with why it is none."""
+    if not isinstance(extension, Proxy):
+        raise TypeError(f"{extension!r} is no tracker.core.proxies.Proxy")
+    if _RESERVED.fullmatch(extension.name):
+        raise ValueError(f"the name {extension.name!r} is taken")
+    if not callable(extension.observe) or extension.component != "layer":
+        raise ValueError("it has no function `observe` of a layer's input and output")
+    if extension.complement_of or extension.strategy or extension.per_token or extension.over:
+        raise ValueError("complement_of, strategy, per_token and over are for proxies of tracker")
+    return replace(extension, observe=_Guarded(extension.name, extension.observe))
+
+
+@dataclass(frozen=True)
+class _Guarded:
+    """A function of another package, whose failure leaves its figures undefined."""
+
+    name: str
+    observe: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, before: Tensor, after: Tensor) -> Tensor:
+        undefined = before[..., 0].float() * math.nan
+        try:
+            observed = self.observe(before, after)
+            if observed.shape != undefined.shape:
+                shapes = f"{tuple(observed.shape)}, and not {tuple(undefined.shape)}"
+                raise ValueError(f"its figures have the shape {shapes}")
+        except Exception as error:  # noqa: BLE001  any code may run there
+            _warn(f"the proxy {self.name!r} is undefined: {type(error).__name__}: {error}")
+            return undefined
+        return widened(observed)
+
+
+@cache
+def _warn(message: str) -> None:
+    """Warn once, on one line."""
+    log.warning("%s", message.splitlines()[0])
+
+
+PROXIES: Mapping[str, Proxy] = {**_OURS, **load_extensions("proxies", _check_proxy, _OURS)}
+"""Every proxy that is set beside the accuracy drop, by its name: ours, and those of other packages
+by their entry points."""
 OF_LAYERS: Mapping[str, Proxy] = {
     name: proxy for name, proxy in PROXIES.items() if proxy.component == "layer"
 }
