@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from tracker.analysis.aligned import AlignedOutcomes
 from tracker.core.changes import WHOLE_LAYER, Ablation
 from tracker.core.config import ONE_EACH, CellRequest
-from tracker.core.errors import CellError, ExperimentError, RequestError
+from tracker.core.errors import CellError, ExperimentError, RequestError, first_line
 from tracker.core.estimates import Estimate
 from tracker.core.experiment import Experiment
 from tracker.core.experiment_input import ExperimentInput
@@ -35,7 +35,7 @@ from tracker.measuring.progress import Progress
 from tracker.report.caveats import second_rounding_note
 from tracker.runner import Finished, run_cells
 from tracker.stats.arrays import Array
-from tracker.studies.registry import StudySettings, settings_of
+from tracker.studies.registry import STUDIES, StudySettings, settings_of
 from tracker.team.publish import Publisher
 
 SIGNIFICANT = 0.05
@@ -309,7 +309,13 @@ def open_study(name: str, **values: Any) -> Study[Any]:
     """Load a study with these settings; RequestError if there is none, or a setting is wrong."""
     settings = checked(settings_of(name), values, "--")
     module, _, kind = settings.study.partition(":")
-    study: Study[Any] = getattr(import_module(module), kind)(settings)
+    try:
+        study: Study[Any] = getattr(import_module(module), kind)(settings)
+    except Exception as error:  # of another package, any code may run there
+        if name in STUDIES:
+            raise
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise RequestError(f"study {name!r}, {settings.study}, cannot be opened: {why}") from error
     return study
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tracker.core.errors import RequestError, did_you_mean
+from tracker.core.extensions import load_extensions
 
 
 class StudySettings(BaseModel):
@@ -296,8 +298,25 @@ STUDIES: Mapping[str, type[StudySettings]] = {
 
 
 def studies() -> dict[str, type[StudySettings]]:
-    """Return the settings of all studies by name, those of other packages too."""
-    return {**STUDIES}
+    """Return the settings of all studies by name, those of other packages too.
+
+    Other packages add theirs as entry points of the group `layer_tracker.studies`, which name a
+    class of settings.
+    """
+    return {**STUDIES, **_extensions()}
+
+
+@cache
+def _extensions() -> dict[str, type[StudySettings]]:
+    return load_extensions("studies", _check_settings, STUDIES)
+
+
+def _check_settings(extension: object) -> type[StudySettings]:
+    if not (isinstance(extension, type) and issubclass(extension, StudySettings)):
+        raise TypeError(f"{extension!r} is no subclass of tracker.studies.registry.StudySettings")
+    if not isinstance(getattr(extension, "study", None), str):
+        raise TypeError(f"{extension.__name__}.study does not name its study, as module:Class")
+    return extension
 
 
 def settings_of(name: str) -> type[StudySettings]:
