@@ -42,4 +42,4 @@ def test_another_package_provides_one(tiny_llama, experiment, tmp_path, monkeypa
     assert "measured by another package" in heard.lines
     code, output = typed("run", file, "--results", tmp_path / "none", "--executor", "broken")
     assert code == 2, output
-    assert "broken, an entry point tests.helpers.runs:Nowhere, cannot be imported" in output
+    assert "broken, an entry point tests.helpers.runs:Nowhere, cannot be opened" in output

@@ -98,7 +98,8 @@ def executor_names() -> tuple[str, ...]:
     """List the executors, also those of other packages."""
     from importlib.metadata import entry_points
 
-    return (*EXECUTORS, *sorted(entry_points(group=EXECUTORS_GROUP).names))
+    names = entry_points(group=EXECUTORS_GROUP).names
+    return tuple(dict.fromkeys((*EXECUTORS, *sorted(names))))
 
 
 class Strict(BaseModel):

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from tracker.core.config import EXECUTORS, EXECUTORS_GROUP
 from tracker.core.distribution import install_extra
-from tracker.core.errors import RequestError
+from tracker.core.errors import RequestError, TrackerError
 from tracker.measuring.job import Job, Options, Reporting
 
 
@@ -52,9 +52,12 @@ def open_executor(options: Options) -> Executor:
         kind = _PROCESSES if options.has_workers else EXECUTORS[name]
         point = EntryPoint(name, kind, EXECUTORS_GROUP)
     else:
-        (point,) = entry_points(group=EXECUTORS_GROUP, name=name)
+        point, *_ = entry_points(group=EXECUTORS_GROUP, name=name)
     try:
         make: Callable[[Options], Executor] = point.load()
+        return make(options)
+    except TrackerError:
+        raise
     except Exception as error:  # any code may run there
         package = error.name if isinstance(error, ModuleNotFoundError) else None
         if package and package.partition(".")[0] == _NEEDS.get(name):
@@ -65,6 +68,5 @@ def open_executor(options: Options) -> Executor:
             raise
         why = f"{type(error).__name__}: {last_line(error)}"
         raise RequestError(
-            f"--executor {name}, an entry point {point.value}, cannot be imported: {why}"
+            f"--executor {name}, an entry point {point.value}, cannot be opened: {why}"
         ) from error
-    return make(options)
