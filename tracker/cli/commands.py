@@ -53,11 +53,22 @@ from tracker.core.config import (
 from tracker.core.distribution import EXAMPLES, __version__
 from tracker.core.errors import ExperimentError
 from tracker.core.experiment_input import NAMELESS, asks_for_searches, load_experiment
+from tracker.core.extensions import list_extensions
 from tracker.core.formats import counted
 from tracker.core.kinds import COMPONENTS
 
 
-@click.group(cls=Boundary, context_settings={"help_option_names": ["-h", "--help"]})
+class Main(Boundary):
+    """The command `tracker`, whose help ends with what other packages add."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the extensions that are installed."""
+        if extensions := list_extensions():
+            with formatter.section("Extensions"):
+                formatter.write_dl(extensions)
+
+
+@click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, help="Show tracebacks and what the libraries say.")
 def main(debug: bool) -> None:
