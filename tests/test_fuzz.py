@@ -1,4 +1,4 @@
-"""A small part of `make fuzz`, the same every time; and what it found, as plain tests."""
+"""Refuse what `make fuzz` once found to be taken, as plain tests."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from tests.conftest import cli, refused, save_llama
-from tests.tools.fuzz import folders, tried
+from tests.conftest import cli, refused
 from tracker import api
 from tracker.core import experiment, safe_yaml
 from tracker.core.config import CellRequest
@@ -16,36 +15,6 @@ from tracker.core.errors import ExperimentError, RequestError
 from tracker.core.experiment_input import load_experiment
 from tracker.measuring.job import Options
 from tracker.search.request import load_searches
-
-SEED = 7
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_llama(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.mark.parametrize(
-    ("kind", "count"), [("experiments", 60), ("command_lines", 60), ("configurations", 10)]
-)
-def test_whatever_is_typed_ends_in_words(model, tmp_path, kind, count):
-    found = getattr(tried, kind)(model, count, SEED, tmp_path)
-    assert not found.finds, "\n\n".join(found.finds)
-    assert found.counts[tried.REFUSED] > count / 2
-    assert found.counts[tried.FINE], "all of it is nonsense, so little is tried"
-
-
-@pytest.mark.parametrize(("kind", "count"), [("caches", 1), ("months", 2), ("at_once", 1)])
-def test_whatever_others_do_to_a_folder_changes_no_figure(model, tmp_path, kind, count):
-    found = getattr(folders, kind)(model, count, SEED, tmp_path)
-    assert not found.finds, "\n\n".join(found.finds)
-    assert found.counts.total() == count
-
-
-def test_whatever_happens_to_the_disk_is_noticed(tmp_path):
-    for found in tried.ledgers(8, 4, SEED, tmp_path):
-        assert not found.finds, "\n".join(found.finds)
-
 
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
     f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n"

@@ -6,24 +6,15 @@ is what neither `test_families.py` nor `test_once_wrong.py` holds against a trut
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 
 from tests.helpers.registry import FAMILY_NAMES, NOT_BUILT, NOT_SAVED, families, find, variants
-from tests.tools import census, survey
-from tests.tools.census import keep, left_of, page, read
+from tests.tools import survey
 from tests.tools.survey import (
-    CRASH,
-    DELETED,
     DISCONTINUOUS,
     EXACT,
-    NO_VARIANT,
     REFUSED,
-    Truth,
-    Verdict,
-    blocks,
     examine,
 )
 from tracker.core.changes import INTACT, Ablation
@@ -73,117 +64,3 @@ def test_the_registry_is_complete():
         except Exception as error:  # noqa: BLE001 - all of them are listed
             causes.append(f"{family}: {error!r:.200}")
     assert not causes
-
-
-def test_a_wrong_number_is_found(monkeypatch, few):
-    """A survey that cannot fail would be worth nothing."""
-    right = survey.check
-
-    def wrong(engine, *args):
-        with torch.no_grad():
-            engine.loaded.layers[2].self_attn.o_proj.weight.mul_(1.01)
-        return right(engine, *args)
-
-    monkeypatch.setattr(survey, "check", wrong)
-    monkeypatch.setattr(survey, "ROWS", (192, 192))  # of one length: one verdict
-    verdict = examine(find("llama", "plain"))
-    assert verdict.verdict == survey.WRONG
-    assert "baseline by" in verdict.why
-
-
-def test_a_foreign_exception_is_a_crash(monkeypatch):
-    def fails(*args):
-        raise ZeroDivisionError("somewhere")
-
-    monkeypatch.setattr(survey, "check", fails)
-    verdict = examine(find("llama", "plain"))
-    assert (verdict.verdict, verdict.why) == (CRASH, "ZeroDivisionError: somewhere")
-
-
-def test_what_takes_too_long_is_stopped(monkeypatch):
-    def hangs(*args):
-        while True:
-            pass
-
-    monkeypatch.setattr(survey, "SECONDS", 1)
-    monkeypatch.setattr(survey, "check", hangs)
-    verdict = examine(find("llama", "plain"))
-    assert verdict.verdict == CRASH
-    assert verdict.why.endswith("longer than 1 s")
-
-
-def test_both_truths_agree_where_layers_know_no_numbers():
-    """The layer that hands its input on, and the layer that is deleted."""
-    request = blocks()[1][0].requests[2]
-    for family in ("llama", "gemma2", "granite_swa"):
-        truth = Truth(find(family, "plain").model())
-        for ablation in (Ablation.parse("layer:0"), Ablation.parse("layers:1,2")):
-            kept = truth.of(ablation, request)
-            assert truth.of(ablation, request, DELETED) == pytest.approx(kept, abs=1e-4)
-            assert abs(truth.of(INTACT, request) - kept) > 0.02
-
-
-def test_the_page_merges_variants():
-    llama = [variant for variant in variants("llama") if variant.name in ("plain", "eager")]
-    text = page(
-        [
-            Verdict(llama[0], EXACT, "documents", 2e-5),
-            Verdict(llama[1], EXACT, "depth", 3e-5),
-            Verdict(find("hrm_text", "plain"), REFUSED, why="ModelError: two lists"),
-            Verdict(find("phimoe", "plain"), DISCONTINUOUS, "depth", 0.9),
-            Verdict(find("gpt2", "eager"), NO_VARIANT),
-        ],
-        every=2085,
-    )
-    assert "It holds 5 of 2,085 variants, measured with one state" in text
-    assert "| llama (LlamaConfig) | documents; depth: eager | 3e-05 |  |" in text
-    assert "| hrm_text (HrmTextConfig) | – | – | refused (ModelError: two lists): all |" in text
-    assert "discontinuous by 0.9 nats: all" in text
-    assert "exact: 2, refused: 1, discontinuous: 1, silently wrong: 0, crashed: 0" in text
-    assert "| bert | reads in both directions: an encoder |" in text
-
-
-def test_verdicts_are_read_as_they_were_kept(tmp_path) -> None:
-    path = tmp_path / "families.csv"
-    todo = list(variants("llama"))[:3]
-    verdicts = [
-        Verdict(todo[0], EXACT, "tokens", 1e-5, "why, and how", (1, 2), state="abc"),
-        Verdict(todo[1], CRASH, why="out of memory", state="abc"),
-        Verdict(todo[2], REFUSED, state="def"),
-    ]
-    assert read(path) == []
-    keep(verdicts[::-1], path)
-    assert [(str(one.variant), one.verdict, one.why) for one in read(path)] == sorted(
-        (str(one.variant), one.verdict, one.why) for one in verdicts
-    )
-    (first,) = (one for one in read(path) if one.verdict == EXACT)
-    assert vars(first) == {**vars(verdicts[0]), "variant": first.variant}
-
-
-def test_a_survey_goes_on_and_looks_again_at_what_failed_and_what_other_code_found() -> None:
-    todo = list(variants("llama"))[:4]
-    known = [
-        Verdict(todo[0], EXACT, "tokens", state="now"),
-        Verdict(todo[1], CRASH, state="now"),
-        Verdict(todo[2], EXACT, "tokens", state="before"),
-    ]
-    assert left_of(todo, known, "now") == todo[1:]
-
-
-def test_what_is_said_about_the_code_is_no_other_code() -> None:
-    code = "def add(a, b):\n    return a + b\n"
-    said = 'def add(a, b):\n    """Add."""\n    # Both are numbers.\n    return a + b\n'
-    assert census.without_comments(code) == census.without_comments(said)
-    assert census.without_comments(code) != census.without_comments(code.replace("+", "-"))
-
-
-def test_the_pages_of_the_docs_are_those_of_the_verdicts() -> None:
-    """`make families` writes all three; none is edited."""
-    verdicts = read()
-    text = census.PAGE.read_text()
-    assert text.endswith(census.table(verdicts))
-    held, every = re.search(r"It holds ([\d,]+) of ([\d,]+) variants", text).groups()
-    assert held == f"{len(verdicts):,}"
-    assert not [one for one in verdicts if one.verdict in survey.FAILURES]
-    short = census.IN_SHORT.read_text().partition(census.BEGIN)[2].partition(census.END)[0]
-    assert short == census.in_short(verdicts, int(every.replace(",", "")))
