@@ -41,9 +41,8 @@ GOLDEN = "report/test_golden.py"
 """The module whose texts other tests' cells are written to."""
 PRIVATE = {
     *("engine/test_parts.py", "ledger/test_shown.py", "models/test_miniature.py"),
-    *("models/test_sources.py", "pruning/searches/test_budgets.py"),
-    *("pruning/searches/test_unseen.py", "runner/test_until_elsewhere.py", "studies/test_joint.py"),
-    *("studies/test_precision.py", "studies/test_prune.py", "studies/test_rescale.py"),
+    *("models/test_sources.py", "runner/test_until_elsewhere.py", "search/test_budgets.py"),
+    *("search/test_unseen.py", "studies/test_precision.py", "studies/test_prune.py"),
     *("studies/test_snowball.py", "tracking/test_wandb.py"),
 }
 """Tests that import private names yet; no others may."""

@@ -14,22 +14,21 @@ import pytest
 from markdown_it import MarkdownIt
 
 from tests.helpers.ablations import with_change
-from tests.studies.test_findings import FINDING
+from tests.helpers.findings import FINDING
 from tracker.analysis.ranks.layers import layer_board
 from tracker.cli.printing import print_boards
 from tracker.core.distribution import install_extra
 from tracker.core.errors import RequestError
-from tracker.core.formats import fixed, points
 from tracker.core.records import CellRecord
 from tracker.core.tables import Column, table
 from tracker.core.text import as_code, as_markdown
-from tracker.report.export import FORMATS, boards, export, figures, frames
+from tracker.report.export import FORMATS, export, figures, frames
 from tracker.report.frames import correlation_frame, document_frame, layer_frame
 from tracker.report.tables import overview_table
 from tracker.stats.support import together, verdicts
 from tracker.tracking.runs import cell_note, intact_note, layer_note
 
-from .conftest import CONSTANT, LAYERS, build_cell, build_decisions
+from .conftest import LAYERS, build_cell, build_decisions
 
 
 @pytest.fixture
@@ -56,31 +55,6 @@ def test_data_is_read_back(
     assert board["accuracy_relevance"][0] == pytest.approx(first.relevance.value)
     assert board["accuracy_relevance_low"][0] == pytest.approx(first.relevance.low)
     assert len(board) == 2 * LAYERS
-
-
-def test_markdown_and_latex_say_the_leaderboard(
-    two_models: list[CellRecord], tmp_path: Path
-) -> None:
-    (markdown,) = export(two_models, "md", tmp_path / "report.md")
-    (latex,) = export(two_models, "tex", tmp_path / "report.tex")
-    first = layer_board(two_models[:2]).layers[0]
-    found = first.relevance
-    assert found.value is not None
-    assert found.low is not None
-    assert found.high is not None
-    relevance = f"{fixed(found.value, 2)} ({fixed(found.low, 2)} to {fixed(found.high, 2)})"
-    text = markdown.read_text()
-    text = text.partition("base\\|model: its layers")[2]
-    row = next(line for line in text.splitlines() if line.startswith("| 1 to"))
-    cells = [part.strip() for part in re.split(r"(?<!\\)\|", row)[1:-1]]
-    assert cells[:2] == [f"{first.rank.low} to {first.rank.high}", str(first.layer)]
-    assert cells[3].startswith(points(first.deciding.value or 0))
-    assert cells[4] == relevance
-    source = latex.read_text()
-    assert source.count("\\toprule") == 3
-    assert "instruct\\_50\\%" in source
-    assert relevance.replace("−", "$-$") in source
-    assert "−" not in source.split("\\begin", 1)[1]
 
 
 def test_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:
@@ -164,15 +138,6 @@ def test_a_spreadsheet_takes_no_text_for_a_formula(sign: str, tmp_path: Path) ->
     assert frame["accuracy_drop"].min() < 0
 
 
-def test_what_does_not_count_is_said(two_models: list[CellRecord], tmp_path: Path) -> None:
-    odd = build_cell("c", model="base|model")
-    tables, notes = boards([*two_models, odd])
-    assert len(tables) == 3
-    assert notes == ["Models: c · 0-shot does not count: no such measurement of instruct_50%."]
-    (path,) = export([*two_models, odd], "md", tmp_path / "r.md")
-    assert notes[0] in path.read_text()
-
-
 def test_the_terminal_says_in_a_line_what_does_not_count(
     two_models: list[CellRecord], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,23 +176,6 @@ def test_the_command_line_knows_every_format() -> None:
     from tracker.cli.options import FORMATS as OFFERED
 
     assert ("html", *FORMATS) == OFFERED
-
-
-def test_layer_frame_holds_fractions_and_says_why(cells: list[CellRecord]) -> None:
-    frame = layer_frame(cells)
-    assert len(frame) == 3 * LAYERS - 2
-    row = frame[(frame.benchmark == "piqa") & (frame.layer == 12)].iloc[0]
-    record = next(record for record in cells[1].runs if record.change.layer == 12)
-    assert row.accuracy_drop == record.accuracy_drop
-    assert row.metric_acc_norm == record.metrics["acc_norm"]
-    assert pd.isna(row.gold_logprob_drop)
-    assert "gold_logprob_drop: a log-probability was not finite" in row.reasons
-    assert frame[frame.benchmark == "rte"].accuracy_relevance.isna().all()
-    assert frame.accuracy_relevance.dtype == "float64"
-    assert list(layer_frame([]).columns[:10]) == [
-        "key", "model", "benchmark", "part", "num_fewshot", "metric", "removed", "sample_seed",
-        "component", "layer",
-    ]  # fmt: skip
 
 
 def test_a_filter_on_shown_gives_the_layers_that_the_page_shows(cells: list[CellRecord]) -> None:
@@ -278,12 +226,3 @@ def test_what_is_shown_of_a_run_is_decided_among_its_kind() -> None:
         update={"accuracy_drop": None, "accuracy_drop_low": None, "accuracy_drop_high": None}
     )
     assert layer_frame([cell.model_copy(update={"runs": (undefined,)})]).shown.isna().all()
-
-
-def test_correlation_frame_holds_the_records(cells: list[CellRecord]) -> None:
-    frame = correlation_frame(cells)
-    assert len(frame) == 3 * 18
-    first, record = frame.iloc[0], cells[0].correlations[0]
-    assert (first.proxy, first.value, first.n) == (record.proxy, record.value, record.n)
-    undefined = frame[frame.value.isna()]
-    assert set(undefined.reason) == {CONSTANT}
