@@ -218,20 +218,6 @@ def test_heat_map_takes_one_model() -> None:
         charts.heat_map([build_cell(), build_cell(model="other")])
 
 
-def test_names_are_escaped_everywhere() -> None:
-    name = "<b>%{x}</b>"
-    cell = build_cell(name, model="<a href='x'>m</a>")
-    for figure in (
-        charts.layer_curve(cell),
-        charts.proxy_scatter(cell),
-        charts.heat_map([cell]),
-    ):
-        text = figure.to_json()
-        for raw in ("<b>%", "\\u003cb\\u003e%", "<a href", "\\u003ca href"):
-            assert raw not in text
-        assert figure.layout.title.text.startswith("&lt;a href=")
-
-
 def test_the_headline_is_strong_where_something_is_shown_and_marks_what_cosine_misses() -> None:
     board = layer_board([build_cell(), build_cell("piqa")])
     figure = headline(board, "a model").figure()

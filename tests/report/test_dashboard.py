@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 from statistics import NormalDist
 
-import pandas as pd
 import pytest
 from plotly.graph_objects import Figure
 
@@ -45,13 +44,6 @@ def fixture_page() -> str:
     return render_page(two_models(), {})
 
 
-def by_chance(cell: CellRecord) -> float:
-    """How often the ranks of drop and cosine score differ where layers have nothing in common."""
-    known = [r for r in cell.whole_layers if None not in (r.accuracy_drop, r.cosine_score)]
-    both = pd.DataFrame([(r.accuracy_drop, r.cosine_score) for r in known]).round(12).rank()
-    return sum(a != b for a in both[0] for b in both[1]) / len(known) ** 2
-
-
 def embedded(page: str, name: str) -> bytes:
     found = re.search(rf'<script type="text/plain" id="{re.escape(name)}">([^<]*)</script>', page)
     assert found is not None
@@ -60,40 +52,6 @@ def embedded(page: str, name: str) -> bytes:
 
 def drawn(page: str) -> dict[str, list]:
     return json.loads(gzip.decompress(embedded(page, "charts")))["figures"]
-
-
-class TestOverview:
-    def test_every_proxy_stands_beside_chance(self, page: str) -> None:
-        for found in agreements(two_models()):
-            assert agreement_sentence(found) in page
-        text = agreement_sentence(agreements(two_models())[0])
-        values = sorted(
-            record.value
-            for cell in two_models()
-            for record in cell.correlations
-            if (record.proxy, record.coefficient, record.subset)
-            == ("cosine_score", "spearman", "all")
-            and record.value is not None
-        )
-        median = (values[1] + values[2]) / 2
-        assert f"median Spearman {median:.2f} over 4 measurements" in text
-        assert f"({values[0]:.2f} to {values[-1]:.2f})" in text
-        chance = 100 * sum(by_chance(cell) for cell in two_models()) / 5
-        assert f"(two random orders: {chance:.1f} %)" in text
-
-    def test_rules_reasons_and_words_are_there(self, page: str) -> None:
-        for rule in (LAYER_RULE, INTERVAL_RULE, MODEL_RULE):
-            assert rule in page
-        assert f"<li>rte · 0-shot: {AT_CHANCE}</li>" in page
-        assert page.index('id="overview-title"') < page.index('id="model-1"')
-        overview = page[page.index('id="overview-title"') : page.index('id="leaderboards"')]
-        assert "Spearman compares two orders" in overview
-        # The answer comes first, then the picture, which says itself what it shows.
-        opening = page[page.index("<h1>") : page.index('id="overview-title"')]
-        assert opening.index(answer(layer_board(study()).claims)) < opening.index(
-            'id="model-1-headline"'
-        )
-        assert "the share of the accuracy above guessing that is lost" in opening
 
 
 class TestRanks:
@@ -206,21 +164,6 @@ class TestAcross:
     def test_one_model_has_nothing_to_be_compared_with(self) -> None:
         page = render_page(study(), {})
         assert 'id="across"' not in page
-
-    def test_models_are_ranked(self, page: str) -> None:
-        board = model_board(two_models())
-        for row, one in zip(read(page).tables["model-board"], board.models, strict=True):
-            texts = [text for text, _ in row]
-            assert one.rank.between == (1, 2), "so there is no column of ranks"
-            assert texts[0] == one.model.name
-            assert texts[1].startswith(two_digits(one.relevance.value))
-            assert texts[2].startswith(points(one.drop.value))
-            worst = "–" if one.worst_layer is None else str(one.worst_layer)
-            assert texts[3:] == [worst, str(one.costly), str(one.layers)]
-        assert f"<li>{board.open}</li>" in page
-        assert "Benchmarks that count: arc_easy · 0-shot." in page
-        for name, why in board.left_out.items():
-            assert f"<li>{name}: {why}</li>" in page
 
     @pytest.mark.parametrize("benchmarks", [["a", "b"], ["a", "b", "c", "d"]])
     def test_differences_equal_those_of_the_leaderboard(self, benchmarks: list[str]) -> None:

@@ -56,25 +56,6 @@ def unpacked(text: str) -> dict[str, list]:
 
 
 class TestTable:
-    def test_it_holds_the_records_figures_and_the_intact_model_first(self, record) -> None:
-        page = render_page([CELL], {}, {CELL.place: record})
-        reader = read(page)
-        rows = reader.tables["model-1-cell-1-decisions"]
-        assert [cell[0] for cell in rows[0][:3]] == ["none", "–", "–"]
-        figures = [record, *record.runs]
-        for row, one in zip(rows, figures, strict=True):
-            texts = [text for text, _ in row]
-            assert number(texts[3]) == pytest.approx(one.margins[1], abs=0.0051)
-            taken = [number(text) / 100 for text in texts[4:]]
-            assert taken == pytest.approx(one.options, abs=0.00051)
-        for row, run in zip(rows[1:], record.runs, strict=True):
-            assert [text for text, _ in row[:3]] == [
-                str(run.run.layer),
-                str(run.lost),
-                str(run.won),
-            ]
-        assert f"A {100 * record.gold[0]:.1f} %" in page
-
     def test_many_options_share_a_column(self, record) -> None:
         ten = (0.1,) * 10
         many = everywhere(record, {"options": ten}, options=ten, gold=ten)

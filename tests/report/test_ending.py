@@ -37,25 +37,6 @@ def of_size(cell: CellRecord, documents: int) -> CellRecord:
     return cell.model_copy(update={"benchmark": benchmark})
 
 
-@pytest.mark.parametrize("benchmarks", [["arc_easy"], ["arc_easy", "piqa"]])
-def test_a_run_ends_with_its_answer_and_lists_what_is_shown(
-    benchmarks: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    print_measured([mattering(name) for name in benchmarks])
-    said = capsys.readouterr().out
-    lines = said.splitlines()
-    assert "without layer 0" in next(filter(None, lines)), "the answer comes first"
-    assert "50.0 %" in said
-    assert "guessing" in said
-    alone = "29 of 30 layers cannot be told from chance"
-    if len(benchmarks) > 1:
-        alone = f"On this benchmark alone, {alone} (the average above can say more)"
-    assert lines.count(alone) == len(benchmarks)
-    tables = [line for line in lines if line.split()[:1] == ["0"]]
-    assert len(tables) == (1 if len(benchmarks) == 1 else 3), "each benchmark's, and the mean's"
-    assert not [line for line in lines if line.split()[:1] == ["5"]]
-
-
 def test_a_benchmark_that_shows_nothing_leads_to_the_average_that_does(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -146,12 +127,3 @@ def test_a_sample_counts_for_each_task(capsys: pytest.CaptureFixture[str]) -> No
     sample = int(re.search(r"--sample (\d+)", capsys.readouterr().out)[1])
     drawn = [sum(min(size, more) for size in sizes) for more in (sample - 1, sample)]
     assert drawn[0] < needed <= drawn[1]
-
-
-def test_a_run_says_what_to_do_next(capsys: pytest.CaptureFixture[str]) -> None:
-    cells = [build_cell(n=100, sample_seed=1234)]
-    print_next("demo.yaml", Path("here"), cells)
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "all figures: tracker report --format csv --results here"
-    assert said[1].startswith("next")
-    assert said[1].endswith("--results here")

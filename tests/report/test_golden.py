@@ -32,7 +32,6 @@ from .test_leaderboard import sharing_one, sharing_some, some_layers
 from .test_loss import loss
 from .test_rounding import WHY, halved
 from .test_runs import several, without
-from .test_until import stopped
 
 GOLDEN = Path(__file__).with_name("golden")
 PLAIN = build_cell(compared=8, compared_difference=0.4, compared_unsteady=2)
@@ -70,14 +69,12 @@ CASES = {
     ],
     "loss": [loss(), PLAIN, PLAIN.model_copy(update={"model": HALF, "compared_unsteady": 0})],
     "rounding": [halved(), halved(**UNKNOWN), halved(**UNKNOWN, higher_is_better=False)],
-    "stopped": [stopped(), build_cell("piqa")],
     "editions": [ONE, TWO, THREE, edition("one", ONE.measured, model="Other")],
     "half_precision": [PLAIN, PLAIN.model_copy(update={"model": HALF})],
     "nothing_changes": [with_runs(accuracy_drop=0.0, drop_sd=0.0)],
     "no_spread": [with_runs(drop_sd=None, reasons={"drop_sd": "one document has no spread"})],
     "helps": [with_runs(accuracy_drop=-0.01)],
     "second_rounding": [with_runs(intervention="int4").model_copy(update=KEPT)],
-    "stands_in": [with_layer(with_runs(intervention="scale"), 0, accuracy_drop=0.3)],
     "nothing_is_measured": [
         build_cell(
             baseline_accuracy=None,
@@ -86,7 +83,6 @@ CASES = {
             reasons={"baseline_accuracy": "no document was scored"},
         )
     ],
-    "drawn": [build_cell(), build_cell(sample_seed=1234)],
     "weak": [build_cell(baseline=0.27), study()[2]],
     "odd_figures": [
         with_layer(with_layer(build_cell(), 5, n=80), 0, cosine_score=float("nan")),

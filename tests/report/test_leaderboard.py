@@ -88,17 +88,6 @@ def test_the_interval_that_decides_is_shown_and_orders() -> None:
     assert "−" not in drops[order.index(11)]
 
 
-def test_ranks_that_may_be_any_are_no_column() -> None:
-    """Was: every row said 1 to 30."""
-    made = layer_board_table(layer_board([build_cell(n=8)]), "m")
-    assert not any("rank," in heading.label for heading in made.headings)
-    assert made.headings[made.header].label == "layer (0-based)"
-    assert "No rank by relevance is told from another yet." in made.notes
-    ranked = layer_board_table(layer_board([build_cell(n=2000)]), "m")
-    assert ranked.headings[0].label == "rank, 95 % confidence for all"
-    assert ranked.headings[ranked.header].label == "layer (0-based)"
-
-
 def test_an_open_layer_above_zero_says_why() -> None:
     """The exact test decides too, where documents are few."""
     figures = {"accuracy_drop": 0.3, "accuracy_drop_low": 0.25, "accuracy_drop_high": 0.35}
@@ -198,18 +187,6 @@ def test_a_layer_that_lacks_a_benchmark_has_no_rank() -> None:
     assert sum(standing.rank.value is None for standing in board.layers) == 1
 
 
-def test_a_benchmark_counts_once_and_the_rest_is_named() -> None:
-    small, large = build_cell("arc_easy", n=100, seed=1), build_cell("arc_easy", n=300, seed=2)
-    chance = build_cell("rte", baseline=0.25)
-    without = build_cell("piqa").model_copy(update={"removed": (3,)})
-    board = layer_board([small, large, chance, without])
-    assert board.cells == (large,)
-    assert board.layers[0].relevance.value == pytest.approx(
-        max(r for layer in range(LAYERS) for r in relevances([large], layer))
-    )
-    assert layer_board([chance]).layers == ()
-
-
 def sharing_one() -> list[CellRecord]:
     """Make three models that share a benchmark."""
     return [
@@ -251,17 +228,6 @@ def some_layers(cell: CellRecord, *layers: int) -> CellRecord:
     return cell.model_copy(update={"runs": runs})
 
 
-def test_a_model_is_ranked_on_all_its_layers() -> None:
-    """Was: a model whose harmless middle layers alone were measured was the most robust one."""
-    cells = [build_cell(model="a", seed=1), build_cell(model="b", seed=2)]
-    middle = some_layers(build_cell(model="middle", seed=3), 15, 16, 19)
-    board = model_board([*cells, middle])
-    assert named(board) == named(model_board(cells)) | {"middle": None}
-    assert board.models[-1].relevance == Estimate(
-        None, reason="it lacks what the others are ranked on"
-    )
-
-
 def test_models_are_told_apart_where_their_intervals_are() -> None:
     """Was a place each, 1 and 2, however little their documents say of it."""
     for documents, apart in ((160, False), (200_000, True)):
@@ -300,17 +266,6 @@ def test_a_rank_lies_in_its_interval_below_chance_too() -> None:
     assert [one.layer for one in standings[:2]] == [6, 5]
 
 
-def test_a_benchmark_that_a_model_only_guesses_is_left_out_in_one_line() -> None:
-    """Was said twice, the second time as 'not measured, or otherwise'."""
-    shared = [build_cell("arc_easy", model=name, n=100) for name in ("a", "b")]
-    known, guessed = (build_cell("piqa", model=name, n=100) for name in ("a", "b"))
-    why = "the baseline is at or below chance"
-    nothing = {"accuracy_relevance": None, "reasons": {"accuracy_relevance": why}}
-    runs = tuple(run.model_copy(update=nothing) for run in guessed.runs)
-    board = model_board([*shared, known, guessed.model_copy(update={"runs": runs})])
-    assert board.left_out == {"piqa · 0-shot": f"b: {why}"}
-
-
 def test_more_documents_of_one_model_take_nobodys_rank() -> None:
     """Was: one colleague's larger n left no benchmark that all models shared."""
     few = [build_cell(model=name, n=100, seed=3) for name in ("a", "b", "c")]
@@ -340,16 +295,6 @@ def sharing_some() -> list[CellRecord]:
         *(build_cell(b, model="c", seed=2) for b in ("arc_easy", "sciq")),
         build_cell("piqa", model="d"),
     ]
-
-
-def test_models_are_ranked_on_what_most_of_them_share() -> None:
-    """Was: a model that shares nothing with the others left all of them without a rank."""
-    cells = sharing_some()
-    board = model_board(cells)
-    assert board.benchmarks == ("arc_easy · 0-shot", "sciq · 0-shot")
-    assert {name for name, rank in named(board).items() if rank is None} == {"d"}
-    assert len(board.models) == 4
-    assert model_board(cells[::-1]).models[-1].model.name == "d"
 
 
 def test_a_few_layers_on_more_documents_do_not_stand_for_all() -> None:
@@ -437,10 +382,3 @@ def test_proxies_are_set_beside_chance() -> None:
     assert found["cosine_score"].differ > 0.5
     assert len(found["cosine_score"].spearman) == 1
     assert agreements([])[0].differ is None
-
-
-def test_nothing_to_rank() -> None:
-    assert model_board([]).models == ()
-    (one,) = model_board([build_cell()]).models
-    assert one.rank.value is None
-    assert one.relevance.value is not None

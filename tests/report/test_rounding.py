@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
-from tracker.cli.printing import print_cell
 from tracker.core.records import CellRecord
 from tracker.report.frames import layer_frame
 from tracker.tracking.figures import cell_figures, flat_metrics, logged_layers
@@ -29,13 +26,6 @@ def halved(**changes: Any) -> CellRecord:
     return cell.model_copy(update={"model": model, "runs": tuple(runs), **changes})
 
 
-def test_the_terminal_says_how_many_documents(capsys) -> None:
-    print_cell(halved())
-    out = capsys.readouterr().out
-    assert "documents within rounding" in out
-    assert "bfloat16 decides up to 7 of 160 documents" in " ".join(out.split())
-
-
 def test_each_run_has_its_count_in_frames_and_trackers() -> None:
     cell = halved()
     frame = layer_frame([cell])
@@ -49,20 +39,3 @@ def test_each_run_has_its_count_in_frames_and_trackers() -> None:
     assert "rounding" not in layer_note(build_cell(), build_cell().runs[3])
     logged = logged_layers(cell)
     assert logged.rows[3][logged.columns.index("rounded")] == 12
-
-
-def test_single_precision_has_no_word_of_it(capsys) -> None:
-    cell = build_cell()
-    print_cell(cell)
-    assert "round" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("higher", [True, False])
-def test_what_is_not_known_is_said_once_and_of_a_loss_nothing_is_decided(capsys, higher) -> None:
-    cell = halved(baseline_rounded=None, reasons={"baseline_rounded": WHY}, higher_is_better=higher)
-    unknown = {"rounded": None, "drop_rounding": None, "reasons": {"rounded": WHY}}
-    cell = cell.model_copy(
-        update={"runs": tuple(run.model_copy(update=unknown) for run in cell.runs)}
-    )
-    print_cell(cell)
-    assert " ".join(capsys.readouterr().out.split()).count(WHY) == higher

@@ -120,32 +120,6 @@ class TestCharts:
             assert draw(several()).to_json() == draw(plain).to_json()
 
 
-class TestBeneath:
-    def test_the_heat_map_says_what_is_gone_already(self) -> None:
-        *_, gaps = charts.heat_map([build_cell(), without(3, 17)]).data
-        assert list(gaps.x) == [3, 17]
-        assert all("removed already, beneath every run" in text for text in gaps.hovertext)
-
-
-def test_the_page_shows_each_view_and_leaves_out_what_has_no_runs() -> None:
-    cells = [several(), without(3, 17), several(("attention",), (1,), removed=(4,))]
-    page = html.render_page(cells, {})
-    text = unescape(page)
-    for number in (1, 2, 3):
-        assert page.count(f'id="model-1-cell-{number}"') == 1
-        assert f'href="#model-1-cell-{number}"' in page
-    for component in ("layer", "attention", "mlp"):
-        assert f'id="model-1-cell-1-map-{component}-title"' in page
-    assert "one line for each component of a layer" in text
-    assert "<h4>Runs</h4>" in page
-    assert 'id="model-1-cell-2-scatter"' in page
-    assert 'id="model-1-cell-3-scatter"' not in page
-    assert "No whole single layer was removed, so nothing is correlated." in text
-    assert "each layer, each layer’s attention, each layer’s MLP, each span of layers and the " in (
-        text
-    )
-
-
 def test_a_page_without_any_whole_layer_has_no_relevance_map() -> None:
     page = html.render_page([several(("mlp",), (2, 4), correlations=())], {})
     assert 'id="model-1-heat-map"' not in page
@@ -156,28 +130,6 @@ def test_a_page_without_any_whole_layer_has_no_relevance_map() -> None:
 def numbered(record: RunRecord, **which: Any) -> RunRecord:
     """Make a run of a head, or of a stretch that is passed again, from that of a whole layer."""
     return with_change(record, **which, **dict.fromkeys(PROXIES))
-
-
-def test_the_map_of_heads_has_a_row_a_head() -> None:
-    cell = build_cell()
-    heads = tuple(
-        numbered(
-            run, component="head", number=head, accuracy_drop=run.change.layer / 100 + head / 1000
-        )
-        for run in cell.runs[:4]
-        for head in range(3)
-    )
-    cell = cell.model_copy(update={"runs": (*cell.runs, *heads)})
-    assert list(charts.mapped(cell)) == ["head"]
-    figure = charts.kind_map(cell, "head")
-    assert list(figure.data[0].y) == ["0", "1", "2"]
-    assert charts.grid(figure)[2] == pytest.approx([0.2, 1.2, 2.2, 3.2])
-    assert "layer 1 head 2" in figure.data[0].hovertext[2][1]
-    assert [kind.word for kind in charts.curve_kinds(cell)] == ["layer"]
-    frame = frames.layer_frame([cell])
-    row = frame[(frame["number"] == 2) & (frame["layer"] == 3)].iloc[0]
-    assert (row["component"], row["span"]) == ("head", 1)
-    assert frame["number"].isna().sum() == LAYERS
 
 
 def test_what_is_shown_of_heads_is_said_of_all_of_them_at_once() -> None:
@@ -261,15 +213,3 @@ def test_thousands_of_runs_are_a_map_on_a_page_that_opens() -> None:
     assert 'id="model-1-cell-1-curve-title"' not in page
     assert "number of layers that are passed again" in page
     assert len(page) < 8_000_000
-
-
-def test_the_frames_name_component_span_and_removed() -> None:
-    cells = [several(("layer", "mlp"), (1, 4)), without(3, 17)]
-    frame = frames.layer_frame(cells)
-    assert len(frame) == sum(len(cell.runs) for cell in cells)
-    row = frame[(frame.component == "mlp") & (frame.span == 4) & (frame.layer == 3)].iloc[0]
-    assert row.accuracy_drop == next(
-        r.accuracy_drop for r in cells[0].runs if r.change == Change.parse("mlp:3-6")
-    )
-    assert frame.removed.unique().tolist() == ["", "3,17"]
-    assert frames.correlation_frame(cells).removed.unique().tolist() == ["", "3,17"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
 import pytest
@@ -16,11 +15,9 @@ from tracker.report.frames import layer_frame
 from tracker.report.page.html import render_page
 from tracker.report.page.sections import model_sections
 from tracker.team.collect import merged
-from tracker.tracking.figures import answer_figures
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.runs import mlflow_run
-from tracker.tracking.runs import cell_run, intact_run, layer_run
-from tracker.tracking.wandb.writing import labels_of
+from tracker.tracking.runs import layer_run
 
 from .conftest import build_cell
 
@@ -59,34 +56,6 @@ def test_it_is_stopped_and_never_complete(cell: CellRecord) -> None:
     assert stopped(reasons={}).is_complete
 
 
-def test_the_page_says_the_answer_and_what_figures_rest_on(cell: CellRecord) -> None:
-    text = html.unescape(render_page([cell], {}))
-    assert (
-        "top 2: the largest drops are those of layers 0 and 1 (95 % confidence; 96 of 2,000 "
-        "documents, 40 % of the layer passes)." in text
-    )
-    assert "arc_easy · 0-shot · stopped at an answer" in text
-    assert "with its confidence sequence at 95 %" in text
-    assert "measured so far" not in text
-    assert "Incomplete" not in text
-
-
-def test_the_terminal_and_the_frame_say_it(cell: CellRecord, capsys) -> None:
-    print_cell(cell)
-    said = capsys.readouterr().out
-    assert "confidence sequence at 95 %" in said
-    assert "Power" not in said
-    assert said.rstrip().endswith(
-        "(95 % confidence; 96 of 2,000 documents, 40 % of the layer passes)"
-    )
-    frame = layer_frame([cell, build_cell("piqa")])
-    assert frame.groupby("benchmark")["interval"].first().to_dict() == {
-        "arc_easy": "confidence sequence at 95 %",
-        "piqa": "95 % interval",
-    }
-    assert frame["until"].dropna().unique().tolist() == ["top 2"]
-
-
 def test_its_layers_are_not_ranked_beside_others(cell: CellRecord) -> None:
     whole = build_cell("piqa")
     board = layer_board([cell, whole])
@@ -104,39 +73,6 @@ def test_an_answer_stands_beside_the_whole_cell_and_another_answer(cell: CellRec
     other = stopped(answer=cell.answer.model_copy(update={"question": "sign"}))
     assert merged([cell, other]) == [cell, other]
     assert merged([cell, cell]) == [cell]
-
-
-def test_trackers_mark_it(cell: CellRecord) -> None:
-    of_cell = mlflow_run(cell_run(cell))
-    marks = {
-        "tracker.until": "top 2",
-        "tracker.answered": "true",
-        "tracker.stopped": "true",
-        "tracker.looked": "96 of 2000",
-        "tracker.interval": "confidence sequence at 95 %",
-        "tracker.missing": WHY,
-    }
-    assert marks.items() <= of_cell.tags.items()
-    assert "largest drops are those of layers 0 and 1" in of_cell.tags["tracker.answer"]
-    assert of_cell.tags["tracker.answer"] in of_cell.tags["mlflow.note.content"]
-    assert of_cell.points["answer/documents", 0] == 96
-    assert of_cell.points["answer/layer_passes", 0] == 40
-    group = cell.answer.model_copy(update={"measured": 128})
-    assert answer_figures(group)["answer/documents"] == 128, "what it took"
-    one, other = (mlflow_run(layer_run(cell, cell.runs[place]), "parent") for place in (0, 5))
-    assert (one.tags["tracker.chosen"], other.tags["tracker.chosen"]) == ("true", "false")
-    assert "on 96 documents drawn at random (seed 1234), stopped" in one.tags["mlflow.note.content"]
-    assert "(confidence sequence at 95 % " in one.tags["mlflow.note.content"]
-    assert mlflow_run(intact_run(cell), "parent").tags["tracker.stopped"] == "true"
-
-    found = cell_run(cell)
-    labels = labels_of(cell, found.name, found.kind)
-    assert labels["tags"] == ("SmolLM2-135M-Instruct", "arc_easy", "stopped")
-    assert found.config["tracker"]["until"] == "top 2"
-    assert found.config["tracker"]["stopped"] == "true"
-    assert found.figures["answer/documents_of"] == 2000
-    assert found.outcomes.aliases == ("stopped",)
-    assert layer_run(cell, cell.runs[0]).config["tracker"]["chosen"] == "true"
 
 
 def test_a_run_is_updated_when_its_part_of_the_answer_changes(cell: CellRecord) -> None:

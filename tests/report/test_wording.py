@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from tracker.core import formats
 from tracker.report import wording
-from tracker.report.export import export, figures, frames
-from tracker.report.page.html import render_page
-from tracker.report.tables import layer_table, provenance_table
+from tracker.report.tables import layer_table
 
-from .conftest import as_read, build_cell
+from .conftest import build_cell
 
 
 def test_numbers_in_front_of_people() -> None:
@@ -24,30 +21,6 @@ def test_numbers_in_front_of_people() -> None:
     assert formats.p_value(0.0123) == "0.012"
     figures = [1083.4, 999.6, 999.4, 12.34, -0.01234]
     assert list(map(formats.three_digits, figures)) == ["1,083", "1,000", "999", "12.3", "−0.0123"]
-
-
-def test_drawn_documents_are_named_wherever_cells_are(tmp_path: Path) -> None:
-    """Two cells that differ in nothing else; the figures of one are not those of the other."""
-    first = build_cell()
-    drawn = first.model_copy(update={"sample_seed": 1234, "view": "intact-sample-160-seed-1234"})
-    says = "drawn at random (seed 1234)"
-    facts = [
-        {row[0].text: row[1].text for row in as_read(provenance_table(c)).rows}
-        for c in (first, drawn)
-    ]
-    assert [f["documents measured"] for f in facts] == ["160", f"160 {says}"]
-    assert first.place != drawn.place
-    page = render_page([first, drawn], {})
-    for section in (1, 2):
-        assert page.count(f'id="model-1-cell-{section}"') == 1
-    for frame in frames([first, drawn]).values():
-        if "sample_seed" in frame:
-            assert set(frame.sample_seed.dropna()) == {1234}
-            assert frame.sample_seed.isna().sum() == len(frame) / 2
-    for form in ("md", "tex"):
-        (file,) = export([first, drawn], form, tmp_path / f"report.{form}")
-        assert says in file.read_text()
-    assert len(figures([first, drawn])) == len(figures([first])) * 2 - 1, "one heat map a model"
 
 
 def test_power_is_said_under_every_table_of_runs() -> None:
