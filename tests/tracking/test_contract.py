@@ -29,7 +29,7 @@ from tracker.tracking.figures import (
 from tracker.tracking.identity import cell_name, group_name, run_key, run_name
 from tracker.tracking.isolated import Isolated
 from tracker.tracking.mlflow.writing import DIGEST_TAG
-from tracker.tracking.runs import MANY, cell_run, described, layer_run
+from tracker.tracking.runs import cell_run, layer_run
 
 from .conftest import cell_record, local, of_kind
 
@@ -410,57 +410,6 @@ def shows_newest(held: Held, cell: CellRecord) -> None:
     assert dict(whole.curves["accuracy_drop"]) == {
         run.change.layer: run.accuracy_drop for run in cell.runs
     }
-
-
-def test_every_kind_of_run_has_a_name_and_a_curve_of_its_own(held: Held) -> None:
-    cell = cell_record(layers=(0, 1))
-    kinds = (
-        of_kind("layer", 1, 4, "layers:1,2,3,4"),
-        of_kind("attention", 1, 1, "attention:1"),
-        of_kind("mlp", 1, 4, "mlp:1,2,3,4"),
-        of_kind("layer", 1, 1, "mean:1", intervention="mean"),
-        of_kind("head", 1, 1, "head:1.5", number=5),
-        of_kind("layer", 1, 2, "repeat3:1-2", intervention="repeat", repeats=3),
-        of_kind("linear", 1, 1, "q4_k:1.mlp.up_proj", intervention="q4_k", map="mlp.up_proj"),
-    )
-    cell = cell.model_copy(update={"runs": (*cell.runs, *kinds)})
-    assert held.publish(cell) == (11, 0, 0)
-    mine = held.by_key()
-    ends = " · arc_easy · SmolLM2-135M-Instruct"
-    names = {mine[run_key(cell, run.ablation)].name.removesuffix(ends) for run in cell.runs}
-    assert names == {
-        *("layer 00", "layer 01", "layers 01–04", "attention 01", "mlp 01–04", "mean 01"),
-        *("layer 01 head 5", "repeat 3 times: 01–02", "layer 01 mlp.up_proj q4_k"),
-    }
-    for run in kinds:
-        seen = mine[run_key(cell, run.ablation)]
-        assert seen.which == (
-            str(run.change.layer),
-            run.change.component,
-            str(run.change.span),
-            run.change.intervention,
-        )
-    curves = mine[run_key(cell, "cell")].curves
-    drop = cell.runs[1].accuracy_drop
-    assert [layer for layer, _ in curves["accuracy_drop"]] == [0, 1]
-    own = ("head/5", "repeat/x3/span2", "q4_k/mlp.up_proj")
-    for kind in ("span4", "attention", "mlp/span4", "mean", *own):
-        assert curves[f"{kind}/accuracy_drop"] == [(1, drop)]
-    assert "attention/cosine_score" not in curves
-
-
-def test_of_very_many_runs_of_a_kind_there_is_one(held: Held) -> None:
-    cell = cell_record()
-    heads = [
-        of_kind("head", number // 64, 1, f"head:{number // 64}.{number % 64}", number=number % 64)
-        for number in range(MANY + 1)
-    ]
-    cell = cell.model_copy(update={"runs": (*cell.runs, *heads)})
-    # The cell, the intact model, and the four layers.
-    assert held.publish(cell) == (6, 0, 0)
-    assert len(held.table(run_key(cell, "cell"), "layers")) == MANY + 5
-    assert len(described(cell, (), {}, which="all")) == MANY + 7
-    assert len(described(cell, (), {}, which="cells")) == 2
 
 
 # Was: one ablation had one run a cell, whatever it stood for, and cells overwrote each other's.

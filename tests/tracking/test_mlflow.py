@@ -56,28 +56,6 @@ def test_what_mlflow_alone_has_is_read_back(uri: str, results: Path, tmp_path: P
     assert {run.data.tags["tracker.layer"] for run in found} == {"0", "1", "2"}
     parent = store.cell(cell)
     assert parent.info.status == "FINISHED"
-    assert parent.data.params == {
-        "model": "SmolLM2-135M-Instruct",
-        "model_fingerprint": "ab" * 32,
-        "architecture": "LlamaForCausalLM",
-        "layers": "30",
-        "parameters": "134515008",
-        "dtype": "float32",
-        "benchmark": "arc_easy",
-        "tasks": "1",
-        "num_fewshot": "0",
-        "apply_chat_template": "False",
-        "removed": "none",
-    }
-    assert parent.data.metrics["spearman/cosine_score/all"] == 0.66
-    assert "spearman/angular_distance/all" not in parent.data.metrics
-    assert parent.data.tags["tracker.provenance.host"] == "node-7"
-    assert "tracker.missing" not in parent.data.tags
-    run = store.layer(cell, 1)
-    assert run.info.status == "FINISHED"
-    assert (run.data.params["ablation"], run.data.tags["tracker.layer"]) == ("layer:1", "1")
-    history = store.client.get_metric_history(run.info.run_id, "accuracy_drop")
-    assert [point.step for point in history] == [1]
     assert set(intact_metrics(cell)) < set(flat_metrics(cell.runs[0]))
 
     models = store.ranked("accuracy_drop")

