@@ -14,23 +14,6 @@ DICE = np.random.default_rng(0)
 WEIGHTS = np.array([0.1, 0.2, 0.3, 0.4])
 
 
-@pytest.mark.parametrize("higher_is_better", [True, False])
-def test_what_is_lost_is_positive_whichever_way_better_is(higher_is_better: bool) -> None:
-    before, after = DICE.normal(size=4), DICE.normal(size=(4, 3))
-    paired = PairedOutcomes(before, after, WEIGHTS, higher_is_better)
-    for run in range(3):
-        worse = [
-            b - a if higher_is_better else a - b for b, a in zip(before, after[:, run], strict=True)
-        ]
-        assert paired.drops[:, run].tolist() == worse
-        mean = math.fsum(w * d for w, d in zip(WEIGHTS, worse, strict=True))
-        assert paired.mean_drops[run] == pytest.approx(mean)
-        assert paired.drop(run).value == pytest.approx(mean)
-        assert paired.level(run).value == pytest.approx(float(WEIGHTS @ after[:, run]))
-    assert paired.scores.drops.tolist() == paired.drops.tolist()
-    assert (paired.scores.baseline == before).all() == higher_is_better
-
-
 def test_right_and_wrong_are_tested_as_such_of_a_loss_too() -> None:
     before, after = np.array([0.0] * 8), np.array([[1.0]] * 6 + [[0.0]] * 2)
     even = np.full(8, 1 / 8)

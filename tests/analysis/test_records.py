@@ -419,16 +419,6 @@ def test_a_document_without_a_gold_answer(record_of) -> None:
         assert layer.reasons["gold_logprob_drop"] == "1 of 10 documents have no finite gold score"
 
 
-def test_a_baseline_at_chance_has_no_relevance(record_of) -> None:
-    items = make_items({"arc_easy": 10})
-    for item in items:
-        item.metrics["baseline"]["acc"] = 0.0
-    record = record_of(items)
-    for layer in record.runs:
-        assert layer.accuracy_relevance is None
-        assert "not above chance" in layer.reasons["accuracy_relevance"]
-
-
 def test_a_hidden_state_that_is_not_finite(record_of) -> None:
     items = make_items({"arc_easy": 10})
     items[4].sums[:, 6] = math.nan

@@ -178,7 +178,4 @@ class TestWithoutHome:
         keep("tasks", KEY, SAID)
         assert recall("tasks", KEY) == SAID
         (record,) = caplog.records
-        assert record.getMessage() == (
-            f"there is no home folder; {folder} is used as the cache and removed at the end. Set "
-            "TRACKER_CACHE to keep it"
-        )
+        assert f"there is no home folder; {folder} is used" in record.getMessage()

@@ -295,12 +295,8 @@ class TestLedger:
         assert Ledger.existing(root).root == root
 
     def test_what_is_no_results_folder(self, tmp_path) -> None:
-        with pytest.raises(ResultsError) as caught:
+        with pytest.raises(ResultsError, match="is not a results folder"):
             Ledger.existing(tmp_path)
-        assert str(caught.value) == (
-            f"{tmp_path} is not a results folder. `tracker run EXPERIMENT.yaml --results "
-            f"{tmp_path}` makes one."
-        )
         (tmp_path / "file").write_text("")
         for name, why in (
             ("nowhere", "nowhere is not a results folder"),
@@ -365,11 +361,7 @@ class TestLedger:
 
     def test_a_cell_under_the_name_of_another_is_refused(self, ledger, cell) -> None:
         moved = cell.folder.rename(cell.folder.with_name("SmolLM2--arc_easy--0123456789ab"))
-        assert ledger.contents().damaged == {
-            str(moved): "its cell.json cannot be used (it belongs to another folder); run its "
-            "experiment again, which writes it anew and measures nothing twice, or move the "
-            "folder away"
-        }
+        assert "it belongs to another folder" in ledger.contents().damaged[str(moved)]
 
     def test_a_damaged_request_keeps_nothing_else_away(self, ledger, cell) -> None:
         for removed in ((), (1,), (2,)):
@@ -378,10 +370,7 @@ class TestLedger:
         path.write_text("[]")
         found = ledger.contents()
         assert [asked.view.removed for _, asked in found.views] == [(), (2,)]
-        assert found.damaged == {
-            str(path): "it is damaged (it holds no JSON object); delete it and run its experiment "
-            "again (nothing is measured twice)"
-        }
+        assert list(found.damaged) == [str(path)]
         again = cell.views.ask(asks(0, removed=(1,)), "project")
         assert again in [asked.view for asked in cell.views.asked()]
 
@@ -417,11 +406,7 @@ class TestLedger:
         (ledger.root / "experiments" / "b.yaml.sha256").unlink()
         found = ledger.contents()
         assert found.experiments == {}
-        assert found.damaged == {
-            str(edited): "it is not the text that was run: edited, or damaged; run it again, or "
-            "delete it",
-            str(binary): "it is no UTF-8 text; run it again, or delete it",
-        }
+        assert list(found.damaged) == [str(edited), str(binary)]
 
     def test_a_folder_under_a_file_is_refused_and_one_that_can_be_made_is_not(
         self, tmp_path
@@ -431,9 +416,8 @@ class TestLedger:
         assert list(tmp_path.iterdir()) == []
         (tmp_path / "file").write_text("")
         root = tmp_path / "file" / "results"
-        with pytest.raises(ResultsError) as caught:
+        with pytest.raises(ResultsError, match=r"cannot be made: .*file is a file"):
             Ledger(root).refuse_unwritable()
-        assert str(caught.value) == f"{root} cannot be made: {tmp_path / 'file'} is a file"
 
     @pytest.mark.skipif(not Path("/proc/self").exists(), reason="only Linux has /proc")
     def test_what_takes_no_files_is_refused_though_one_may_write_it(self) -> None:
