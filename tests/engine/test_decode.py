@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -30,32 +32,41 @@ SHAPES = [(1, 0), (10, 6)]
 
 CASES = [
     *((name, 10, 0) for name, family in FAMILIES.items() if family.sharing == FULL),
-    *((name, length, begun) for name in ("llama", "gemma3", "gpt2") for length, begun in SHAPES),
+    *(
+        (name, length, prefix_tokens)
+        for name in ("llama", "gemma3", "gpt2")
+        for length, prefix_tokens in SHAPES
+    ),
 ]
 
 
-@pytest.mark.parametrize(("family", "length", "begun"), CASES)
-def test_every_row_is_the_pruned_model(family, length, begun):
-    model = tiny_model(family)
-    engine = Engine(loaded(model), 64)
-    ablations = [a for a in ABLATIONS if FAMILIES[family].sublayers or not a.has_sublayers]
-    plan = plan_streams(ablations, 4)
+def generate_as_pruned(
+    model: Any, ablations: list[Ablation], prefix_tokens: int, prompt: torch.Tensor = PROMPT
+) -> list[tuple[int, ...]]:
+    """Generate a row an ablation, which the really pruned model generates alike."""
+    engine, ids = Engine(loaded(model), 64), prompt[0].tolist()
+    plan = engine.plan(ablations)
     parts = engine.parts(plan)
-    prompt = PROMPT[:, :length]
-    ids = prompt[0].tolist()
-    prefix = read_prefix(parts, plan, tuple(ids[:begun])) if begun else None
+    prefix = read_prefix(parts, plan, tuple(ids[:prefix_tokens])) if prefix_tokens else None
     with torch.inference_mode(), decoding(parts, ablations, ids, prefix) as cache:
         rows = generate(model, prompt.repeat(len(ablations), 1), **{cache_argument(model): cache})
     for ablation, row in zip(ablations, rows, strict=True):
         assert [row] == generate(engine.without(ablation).loaded.model, prompt), ablation
+    return [tuple(row) for row in rows]
 
 
-@pytest.mark.parametrize("begun", [0, 6])
-def test_texts_are_generated_by_layers_that_are_not_divided(begun):
+@pytest.mark.parametrize(("family", "length", "prefix_tokens"), CASES)
+def test_every_row_is_the_pruned_model(family, length, prefix_tokens):
+    model = tiny_model(family)
+    ablations = [a for a in ABLATIONS if FAMILIES[family].sublayers or not a.has_sublayers]
+    generate_as_pruned(model, ablations, prefix_tokens, PROMPT[:, :length])
+
+
+@pytest.mark.parametrize("prefix_tokens", [0, 6])
+def test_texts_are_generated_by_layers_that_are_not_divided(prefix_tokens):
     """Gemma 4's attention, MLP and experts add to more than one stream."""
     settings = tiny("gemma4_text") | {"enable_moe_block": True}
     model = Variant("gemma4_text", "plain", settings).model()
-    engine = Engine(loaded(model), 64)
     parted = [
         Ablation.parse(f"{kind}:{layer}.{n}")
         for kind in ("head", "expert")
@@ -63,21 +74,14 @@ def test_texts_are_generated_by_layers_that_are_not_divided(begun):
         for n in (1, 3)
     ]
     ablations = [INTACT, *parted, Ablation.parse("int4_row:2")]
-    plan, ids = engine.plan(ablations), PROMPT[0].tolist()
-    parts = engine.parts(plan)
-    prefix = read_prefix(parts, plan, tuple(ids[:begun])) if begun else None
-    with torch.inference_mode(), decoding(parts, ablations, ids, prefix) as cache:
-        rows = generate(model, PROMPT.repeat(len(ablations), 1), **{cache_argument(model): cache})
-    for ablation, row in zip(ablations, rows, strict=True):
-        assert [row] == generate(engine.without(ablation).loaded.model, PROMPT), ablation
-    assert len({*map(tuple, rows[: 1 + len(parted)])}) > 1
+    rows = generate_as_pruned(model, ablations, prefix_tokens)
+    assert len({*rows[: 1 + len(parted)]}) > 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral", "gpt_oss"])
-@pytest.mark.parametrize("begun", [0, 6])
-def test_texts_are_generated_without_heads_and_experts_and_with_rounded_ones(family, begun):
+@pytest.mark.parametrize("prefix_tokens", [0, 6])
+def test_texts_are_generated_without_heads_and_experts_and_with_rounded_ones(family, prefix_tokens):
     model = tiny_model(family)
-    engine = Engine(loaded(model), 64)
     kind = "expert" if family in ("mixtral", "gpt_oss") else "head"
     parted = [Ablation.parse(f"{kind}:{layer}.{n}") for layer in (0, 2) for n in (1, 3)]
     which = ("", "mlp.experts.down_proj", "mlp.experts.1.gate_up_proj")[
@@ -91,15 +95,9 @@ def test_texts_are_generated_without_heads_and_experts_and_with_rounded_ones(fam
         Ablation.parse("attention:2"),
         Ablation.parse("layer:1"),
     ]
-    plan = plan_streams(ablations, 4)
-    parts, ids = engine.parts(plan), PROMPT[0].tolist()
-    prefix = read_prefix(parts, plan, tuple(ids[:begun])) if begun else None
-    with torch.inference_mode(), decoding(parts, ablations, ids, prefix) as cache:
-        rows = generate(model, PROMPT.repeat(len(ablations), 1), **{cache_argument(model): cache})
-    for ablation, row in zip(ablations, rows, strict=True):
-        assert [row] == generate(engine.without(ablation).loaded.model, PROMPT), ablation
+    rows = generate_as_pruned(model, ablations, prefix_tokens)
     # Somewhere a part decides what is said.
-    assert len({*map(tuple, rows[: 1 + len(parted)])}) > 1
+    assert len({*rows[: 1 + len(parted)]}) > 1
 
 
 def test_a_beginning_that_rows_were_scored_behind_serves_generation():
