@@ -273,17 +273,6 @@ def test_folders_that_hold_parts_of_a_cell_are_derived_as_one(ran: Ran, tmp_path
     assert api.report(second, first, output=tmp_path / "joined.html").cells == (joined,)
 
 
-def test_two_metrics_of_one_measurement_are_two_views(ran: Ran, tmp_path: Path) -> None:
-    """Was: the second one overwrote the first one's view and runs."""
-    results = ran(metric=["acc", "acc_norm"])
-    (store,) = Ledger(results).cells()
-    assert len(store.shards()) == 1
-    assert [cell.metric for cell in api.ls(results)] == ["acc", "acc_norm"]
-    reported = api.report(results, output=tmp_path / "page.html").cells
-    assert sorted(cell.metric for cell in reported) == ["acc", "acc_norm"]
-    assert "arc_easy · 0-shot · acc_norm" in (tmp_path / "page.html").read_text()
-
-
 def test_two_metrics_are_published_and_read_back_apart(
     ran: Ran, team: tuple[str, MlflowClient], tmp_path: Path
 ) -> None:
@@ -338,20 +327,6 @@ def test_a_projects_leaderboard_ranks_its_runs_whoever_published_them(
     assert table["accuracy_relevance"].tolist() == frame["accuracy_relevance"].tolist()
     for cell in (*api.ls(mine), *api.ls(hers)):
         assert answer(claims([cell])) in run.data.tags["mlflow.note.content"]
-
-
-def test_a_report_is_published_with_its_tables(ran: Ran, template: Path, tmp_path: Path) -> None:
-    results = ran()
-    shutil.copy(template, results / "mlflow.db")
-    done = api.report(results, publish=["mlflow:layers", "wandb:team/layers"], results=results)
-    assert list(done.failed) == ["wandb:team/layers"], "nobody is logged in"
-    client = MlflowClient(f"sqlite:///{results}/mlflow.db")
-    experiment = client.get_experiment_by_name("layers").experiment_id
-    (run,) = client.search_runs([experiment], "tags.`tracker.kind` = 'report'")
-    names = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert {"report.html", "layers.parquet", "layer_leaderboard.parquet"} <= names
-    page = client.download_artifacts(run.info.run_id, "report.html", str(tmp_path))
-    assert Path(page).read_text() == (results / "report.html").read_text()
 
 
 # W&B

@@ -175,29 +175,6 @@ def test_a_benchmark_of_one_document_is_answered_by_it_or_ties(tiny_llama, exper
         assert "1 of 1 documents, 100 % of the layer passes" in heard.lines[-1]
 
 
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"until": "top 1"}, ["until and limit are both given", "Leave one of them out"]),
-        ({"until": "top 1", "limit": None, "sample": 5}, ["until and sample are both given"]),
-        ({"until": "tops 1", "limit": None}, ["'parameters.until'", "Did you mean 'top'?"]),
-        ({"until": "top 4", "limit": None}, ["'until': top 4 of 4 runs chooses nothing"]),
-        (
-            {"until": "top 1", "limit": None, "benchmark": "corpus:{}/notes.txt", "data": None},
-            ["'until' needs a metric that is a mean of outcomes between 0 and 1"],
-        ),
-    ],
-)
-def test_what_contradicts_a_question_is_refused(settings, says, tiny_llama, experiment, tmp_path):
-    (tmp_path / "notes.txt").write_text("One.\n\nTwo.\n\nThree.\n")
-    settings["benchmark"] = settings.get("benchmark", "arc_easy").format(tmp_path)
-    file = experiment(tiny_llama(), **settings)
-    with pytest.raises(RequestError) as caught:
-        run(file, tmp_path / "results")
-    assert all(one in str(caught.value) for one in says), str(caught.value)
-    assert not list((tmp_path / "results").glob("cells/*/shards/*"))
-
-
 def test_a_study_does_not_stop_at_another_question(tiny_llama, experiment, tmp_path):
     file = experiment(tiny_llama(), limit=None, benchmark="copa", until="top 1")
     with pytest.raises(RequestError, match="'until' stops at the answer to another question"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from tests.helpers.findings import FINDING, HEADS, LINES, MAP, TABLE
@@ -15,7 +14,6 @@ from tracker.core.tables import Column, EntryText, Table, headed, table, written
 from tracker.ledger.store import keep_finding, listed
 from tracker.report.charts.style import FEW, OPEN
 from tracker.report.export import export, figures
-from tracker.report.page.html import render_page
 from tracker.report.page.studies import outgrown, study_chart
 
 
@@ -123,12 +121,7 @@ def test_a_logarithmic_axis_has_whole_numbers() -> None:
     assert [tick for tick in ticks if 1 <= tick <= 100] == [1, 2, 5, 10, 20, 50, 100]
 
 
-def test_the_page_has_a_section_and_says_when_it_is_outgrown() -> None:
-    page = render_page([], {}, {}, [FINDING])
-    assert "Do layers add up?" in page
-    assert '<a href="#studies">Studies</a>' in page
-    assert "study-1-chart-2" in page
-    assert "12.5 (10.0 to 15.0)" in page
+def test_a_finding_says_when_it_is_outgrown() -> None:
     cell = build_cell().model_copy(update={"key": "key", "n": 10})
     assert outgrown(FINDING, [cell]) == ""
     larger = cell.model_copy(update={"view": "larger", "n": 12, "supersedes": ("intact",)})
@@ -136,20 +129,6 @@ def test_the_page_has_a_section_and_says_when_it_is_outgrown() -> None:
         "1 of its 1 measurements hold other documents by now; for today's answer: tracker study "
         "joint file.yaml"
     )
-
-
-def test_reports_for_papers_hold_the_tables_too(tmp_path: Path) -> None:
-    (path,) = export([], "md", tmp_path / "report.md", {}, [FINDING])
-    text = path.read_text()
-    assert "## Do layers add up?" in text
-    assert "| 3       | 12.5 (10.0 to 15.0) |" in text
-    assert "Could not be said: piqa: at chance" in text
-    export([], "csv", tmp_path / "data", {}, [FINDING])
-    frame = pd.read_csv(tmp_path / "data" / "joint--file-1.csv")
-    assert list(frame.columns) == ["layer", "drop", "drop low", "drop high", "drop reason"]
-    assert frame["drop reason"].tolist()[1] == "the baseline is at chance"
-    assert frame["drop low"].tolist()[0] == 0.1
-    assert frame["drop"].isna().tolist() == [False, True]
 
 
 def test_findings_of_two_folders_keep_files_of_their_own(tmp_path: Path) -> None:
