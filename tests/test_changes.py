@@ -123,16 +123,6 @@ def test_nothing_is_left_to_change_of_a_removed_layer() -> None:
     assert Ablation.of() == INTACT
 
 
-def test_runs_come_component_by_component_span_by_span() -> None:
-    asked = request(layers=(0, 2), components=("mlp", "layer"), spans=(2, 1))
-    assert list(changes_of(asked, 4)) == [
-        Change.of_fields(component=component, layer=layer, span=span)
-        for component in ("mlp", "layer")
-        for span in (2, 1)
-        for layer in (0, 2)
-    ]
-
-
 def test_what_is_no_run_is_left_out() -> None:
     def runs(**asked: object) -> list[tuple[int, int]]:
         return [(run.layer, run.span) for run in changes_of(request(**asked), 4)]
@@ -144,11 +134,6 @@ def test_what_is_no_run_is_left_out() -> None:
     assert (
         runs(removed=(0, 1, 2, 3)) == runs(layers=(3,), removed=(0, 1, 2)) == runs(layers=()) == []
     )
-
-
-def test_a_run_lies_on_top_of_the_removed_layers() -> None:
-    (run,) = changes_of(request(layers=(2,), spans=(2,), removed=(0,)), 4)
-    assert Ablation.of(run, removed=(0,)) == Ablation.parse("layers:0,2,3")
 
 
 def test_a_cell_has_the_baseline_what_is_removed_and_every_run_once() -> None:

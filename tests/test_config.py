@@ -121,16 +121,6 @@ def test_components_and_spans_stay_in_one_cell_and_removed_makes_its_own(load) -
     assert [cell.title for cell in cells[1:3]] == ["m × b", "m × b without 3, 17"]
 
 
-def test_a_single_component_span_and_set_of_removed_layers(load) -> None:
-    text = MINIMAL + "  component: {value: attention}\n  span: {value: 3}\n"
-    (cell,) = load(text + "  removed: {value: [9]}\n").cells()
-    assert (cell.components, cell.spans, cell.removed) == (("attention",), (3,), (9,))
-    null = "  component: {value: null}\n  span: {value: null}\n  removed: {value: null}\n"
-    (cell,) = load(MINIMAL + null).cells()
-    assert cell == load(MINIMAL).cells()[0]
-    assert (cell.components, cell.spans, cell.removed) == (("layer",), (1,), ())
-
-
 ASKS = "  until: {value: top 1}\n"
 SEEDS = "  seed: {values: [1, 2]}\n"
 
@@ -164,21 +154,6 @@ def test_every_model_is_loaded_once(load) -> None:
     assert len(loads) == len(set(loads)) == 4
     # Within a model the file's order holds.
     assert [cell.benchmark for cell in cells] == ["y", "x"] * 4
-
-
-@pytest.mark.parametrize(
-    ("layer", "layers"),
-    [
-        ("{value: 7}", (7,)),
-        ("{value: 0}", (0,)),
-        ("{values: [5, 1, 3]}", (1, 3, 5)),
-        ("{min: 2, max: 4}", (2, 3, 4)),
-        ("{min: 0, max: 0}", (0,)),
-    ],
-)
-def test_layers(load, layer: str, layers: tuple[int, ...]) -> None:
-    (cell,) = load(HEAD + MODEL + BENCHMARK + f"  layer: {layer}\n").cells()
-    assert cell.layers == layers
 
 
 @pytest.mark.parametrize("layer", ["all", "{value: all}"])

@@ -42,9 +42,12 @@ def test_nonsense(wrong) -> None:
         Extent(**wrong)
 
 
-def test_either_the_first_ones_or_some_drawn() -> None:
-    with pytest.raises(RequestError, match="limit and sample are both given"):
-        cell_request(model="m", benchmark="b", layers=(0,), limit=3, sample=3)
+@pytest.mark.parametrize("names", ["limit and sample", "until and limit", "until and sample"])
+def test_either_the_first_ones_or_some_drawn_or_until_an_answer(names) -> None:
+    settings = {"limit": 3, "sample": 3, "until": "top 1"}
+    settings = {name: value for name, value in settings.items() if name in names}
+    with pytest.raises(RequestError, match=f"{names} are both given"):
+        cell_request(model="m", benchmark="b", layers=(0, 1), **settings)
 
 
 def test_the_documents_of_all_tasks_in_one_order() -> None:
