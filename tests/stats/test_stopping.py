@@ -95,11 +95,6 @@ def test_more_certainty_takes_more_documents() -> None:
     assert seen[0] < seen[1]
 
 
-def test_a_question_for_more_runs_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match="top 4 of 4 runs chooses nothing"):
-        Race(question("top 4"), 100, 4)
-
-
 def test_values_that_are_nearer_to_each_other_answer_sooner() -> None:
     generator = np.random.default_rng(0)
     base = generator.random((600, 1)) < 0.7

@@ -68,12 +68,6 @@ def test_the_best_is_chosen_on_one_half_and_tested_on_the_other(found: Small):
     assert "On 24 test documents it is worth" in answer
 
 
-def test_another_week_measures_nothing_and_says_the_same(found: Small):
-    again = api.study("repeat", found.path, results=found.results, track=[])
-    assert again.outcome.models_loaded == 0
-    assert again.finding == found.finding
-
-
 def test_a_file_may_race_its_stretches(found: Small, tmp_path: Path):
     raced = api.study(
         "repeat",

@@ -10,18 +10,15 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from scipy import stats
 
 from tracker import api
-from tracker.cli import main
 from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord, MapChart
 from tracker.core.tables import Table
 from tracker.engine.refusal import RefusalError
 from tracker.ledger.blocks import Block
 from tracker.ledger.shards import read_observations
-from tracker.ledger.store import listed
 from tracker.measuring.observing import Observed
 from tracker.studies import snowball as module
 from tracker.studies.snowball import (
@@ -137,21 +134,6 @@ def test_figures_are_those_of_the_observed_documents(conduct: Conduct, tmp_path:
     doublings, _ = (chart for chart in finding.charts if isinstance(chart, MapChart))
     assert doublings.values[1][3] == pytest.approx(np.log2(grown[1]))
     assert doublings.values[1][0] is None
-
-
-def test_a_second_answer_runs_nothing(
-    conduct: Conduct, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    first = conduct()
-    for name in ("perturbation_growth", "verify_growth"):
-        monkeypatch.setattr(module, name, lambda *_: pytest.fail("observed again"))
-    typed = ["study", "snowball", str(tmp_path / "study.yaml"), "--results"]
-    typed += [str(tmp_path / "results"), "--track", "none", "--draws", "1"]
-    done = CliRunner().invoke(main, typed)
-    assert done.exit_code == 0, done.output
-    assert first.question in done.output
-    assert first.question in (tmp_path / "results" / "report.html").read_text()
-    assert listed(tmp_path / "results" / "studies", FindingRecord, {}) == [first]
 
 
 def test_what_is_said_follows_from_the_growth(conduct: Conduct, drawn: Callable[..., None]) -> None:

@@ -19,19 +19,19 @@ def model(tmp_path_factory):
     ("kind", "count"), [("experiments", 60), ("command_lines", 60), ("configurations", 10)]
 )
 def test_whatever_is_typed_ends_in_words(model, tmp_path, kind, count):
-    found = getattr(tried, kind)(model, count, SEED, tmp_path)
-    assert not found.finds, "\n\n".join(found.finds)
-    assert found.counts[tried.REFUSED] > count / 2
-    assert found.counts[tried.FINE], "all of it is nonsense, so little is tried"
+    trial = getattr(tried, kind)(model, count, SEED, tmp_path)
+    assert not trial.finds, "\n\n".join(trial.finds)
+    assert trial.counts[tried.REFUSED] > count / 2
+    assert trial.counts[tried.FINE], "all of it is nonsense, so little is tried"
 
 
 @pytest.mark.parametrize(("kind", "count"), [("caches", 1), ("months", 2), ("at_once", 1)])
 def test_whatever_others_do_to_a_folder_changes_no_figure(model, tmp_path, kind, count):
-    found = getattr(folders, kind)(model, count, SEED, tmp_path)
-    assert not found.finds, "\n\n".join(found.finds)
-    assert found.counts.total() == count
+    trial = getattr(folders, kind)(model, count, SEED, tmp_path)
+    assert not trial.finds, "\n\n".join(trial.finds)
+    assert trial.counts.total() == count
 
 
 def test_whatever_happens_to_the_disk_is_noticed(tmp_path):
-    for found in tried.ledgers(8, 4, SEED, tmp_path):
-        assert not found.finds, "\n".join(found.finds)
+    for trial in tried.ledgers(8, 4, SEED, tmp_path):
+        assert not trial.finds, "\n".join(trial.finds)
