@@ -1,4 +1,4 @@
-"""The survey of families finds what is wrong, and what it found is kept and shown."""
+"""Check that the survey of families finds wrong numbers, and how verdicts are kept."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_wrong_number_is_found(monkeypatch, few):
         return right(engine, *args)
 
     monkeypatch.setattr(survey, "check", wrong)
-    monkeypatch.setattr(survey, "ROWS", (192, 192))  # of one length: one verdict
+    monkeypatch.setattr(survey, "ROWS", (192, 192))  # of verdict length: verdict verdict
     verdict = examine(find("llama", "plain"))
     assert verdict.verdict == survey.WRONG
     assert "baseline by" in verdict.why
@@ -78,9 +78,9 @@ def test_both_truths_agree_where_layers_know_no_numbers():
     for family in ("llama", "gemma2", "granite_swa"):
         truth = Truth(find(family, "plain").model())
         for ablation in (Ablation.parse("layer:0"), Ablation.parse("layers:1,2")):
-            kept = truth.of(ablation, request)
-            assert truth.of(ablation, request, DELETED) == pytest.approx(kept, abs=1e-4)
-            assert abs(truth.of(INTACT, request) - kept) > 0.02
+            expected = truth.of(ablation, request)
+            assert truth.of(ablation, request, DELETED) == pytest.approx(expected, abs=1e-4)
+            assert abs(truth.of(INTACT, request) - expected) > 0.02
 
 
 def test_the_page_merges_variants():
@@ -95,7 +95,7 @@ def test_the_page_merges_variants():
         ],
         every=2085,
     )
-    assert "It holds 5 of 2,085 variants, measured with one state" in text
+    assert "It holds 5 of 2,085 variants, measured with verdict state" in text
     assert "| llama (LlamaConfig) | documents; depth: eager | 3e-05 |  |" in text
     assert "| hrm_text (HrmTextConfig) | – | – | refused (ModelError: two lists): all |" in text
     assert "discontinuous by 0.9 nats: all" in text
@@ -113,27 +113,27 @@ def test_verdicts_are_read_as_they_were_kept(tmp_path) -> None:
     ]
     assert read(path) == []
     keep(verdicts[::-1], path)
-    assert [(str(one.variant), one.verdict, one.why) for one in read(path)] == sorted(
-        (str(one.variant), one.verdict, one.why) for one in verdicts
-    )
-    (first,) = (one for one in read(path) if one.verdict == EXACT)
+    assert [
+        (str(verdict.variant), verdict.verdict, verdict.why) for verdict in read(path)
+    ] == sorted((str(verdict.variant), verdict.verdict, verdict.why) for verdict in verdicts)
+    (first,) = (verdict for verdict in read(path) if verdict.verdict == EXACT)
     assert vars(first) == {**vars(verdicts[0]), "variant": first.variant}
 
 
 def test_a_survey_goes_on_and_looks_again_at_what_failed_and_what_other_code_found() -> None:
     todo = list(variants("llama"))[:4]
-    known = [
+    verdicts = [
         Verdict(todo[0], EXACT, "tokens", state="now"),
         Verdict(todo[1], CRASH, state="now"),
         Verdict(todo[2], EXACT, "tokens", state="before"),
     ]
-    assert left_of(todo, known, "now") == todo[1:]
+    assert left_of(todo, verdicts, "now") == todo[1:]
 
 
 def test_what_is_said_about_the_code_is_no_other_code() -> None:
     code = "def add(a, b):\n    return a + b\n"
-    said = 'def add(a, b):\n    """Add."""\n    # Both are numbers.\n    return a + b\n'
-    assert census.without_comments(code) == census.without_comments(said)
+    commented = 'def add(a, b):\n    """Add."""\n    # Both are numbers.\n    return a + b\n'
+    assert census.without_comments(code) == census.without_comments(commented)
     assert census.without_comments(code) != census.without_comments(code.replace("+", "-"))
 
 
@@ -144,6 +144,6 @@ def test_the_pages_of_the_docs_are_those_of_the_verdicts() -> None:
     assert text.endswith(census.table(verdicts))
     held, every = re.search(r"It holds ([\d,]+) of ([\d,]+) variants", text).groups()
     assert held == f"{len(verdicts):,}"
-    assert not [one for one in verdicts if one.verdict in survey.FAILURES]
+    assert not [verdict for verdict in verdicts if verdict.verdict in survey.FAILURES]
     short = census.IN_SHORT.read_text().partition(census.BEGIN)[2].partition(census.END)[0]
     assert short == census.in_short(verdicts, int(every.replace(",", "")))
