@@ -266,6 +266,17 @@ def test_a_rank_lies_in_its_interval_below_chance_too() -> None:
     assert [one.layer for one in standings[:2]] == [6, 5]
 
 
+def test_a_benchmark_that_a_model_only_guesses_is_left_out_in_one_line() -> None:
+    """Was said twice, the second time as 'not measured, or otherwise'."""
+    shared = [build_cell("arc_easy", model=name, n=100) for name in ("a", "b")]
+    known, guessed = (build_cell("piqa", model=name, n=100) for name in ("a", "b"))
+    why = "the baseline is at or below chance"
+    nothing = {"accuracy_relevance": None, "reasons": {"accuracy_relevance": why}}
+    runs = tuple(run.model_copy(update=nothing) for run in guessed.runs)
+    board = model_board([*shared, known, guessed.model_copy(update={"runs": runs})])
+    assert board.left_out == {"piqa · 0-shot": f"b: {why}"}
+
+
 def test_more_documents_of_one_model_take_nobodys_rank() -> None:
     """Was: one colleague's larger n left no benchmark that all models shared."""
     few = [build_cell(model=name, n=100, seed=3) for name in ("a", "b", "c")]

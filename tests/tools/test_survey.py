@@ -95,7 +95,7 @@ def test_the_page_merges_variants():
         ],
         every=2085,
     )
-    assert "It holds 5 of 2,085 variants, measured with verdict state" in text
+    assert "It holds 5 of 2,085 variants, measured with one state" in text
     assert "| llama (LlamaConfig) | documents; depth: eager | 3e-05 |  |" in text
     assert "| hrm_text (HrmTextConfig) | – | – | refused (ModelError: two lists): all |" in text
     assert "discontinuous by 0.9 nats: all" in text
