@@ -45,7 +45,7 @@ def test_a_wrong_number_is_found(monkeypatch, few):
         return right(engine, *args)
 
     monkeypatch.setattr(survey, "check", wrong)
-    monkeypatch.setattr(survey, "ROWS", (192, 192))  # of verdict length: verdict verdict
+    monkeypatch.setattr(survey, "ROWS", (192, 192))  # of one length: one verdict
     verdict = examine(find("llama", "plain"))
     assert verdict.verdict == survey.WRONG
     assert "baseline by" in verdict.why
