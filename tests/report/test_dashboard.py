@@ -13,19 +13,15 @@ import pytest
 from plotly.graph_objects import Figure
 
 from tests.helpers.charts import grid
-from tests.helpers.pages import HOSTILE, read
-from tracker.analysis.claims import answer
+from tests.helpers.pages import HOSTILE
 from tracker.analysis.decisions import decisions_record
 from tracker.analysis.ranks.layers import layer_board
-from tracker.analysis.ranks.models import model_board
 from tracker.analysis.ranks.pairs import compare, pairs_of
-from tracker.analysis.ranks.proxies import agreements, cosine_ranks, misjudged
-from tracker.core.formats import points, two_digits
+from tracker.analysis.ranks.proxies import cosine_ranks, misjudged
 from tracker.core.records import CellRecord
 from tracker.report.charts import across, model, style
 from tracker.report.leaderboard import difference_table, layer_board_table, misjudged_table
-from tracker.report.page.html import agreement_sentence, render_page, render_report
-from tracker.report.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
+from tracker.report.page.html import render_page, render_report
 
 from .conftest import (
     AT_CHANCE,

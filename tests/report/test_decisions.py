@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from playwright.sync_api import Browser, Locator
 
-from tests.helpers.pages import HOSTILE, number, read
+from tests.helpers.pages import HOSTILE
 from tracker.analysis.decisions import Decisions, decisions_record
 from tracker.core.decision_records import DecisionsRecord
 from tracker.report.charts.decisions import (

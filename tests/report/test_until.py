@@ -9,10 +9,7 @@ import pytest
 from tests.helpers.answers import answer, run
 from tracker.analysis.ranks.layers import layer_board
 from tracker.analysis.ranks.proxies import agreements
-from tracker.cli.printing import print_cell
 from tracker.core.records import CellRecord
-from tracker.report.frames import layer_frame
-from tracker.report.page.html import render_page
 from tracker.report.page.sections import model_sections
 from tracker.team.collect import merged
 from tracker.tracking.identity import run_key
