@@ -333,6 +333,18 @@ BEFORE = {
 """What five cautious bets of any size, or one for a width, came to until 2026-11-28."""
 
 
+def widths_table() -> Iterator[str]:
+    """Write the table of docs/statistics.md."""
+    for (documents, within), before in BEFORE.items():
+        drawn = arc_easy(documents)
+        rows = {"before": before, "now": ours(drawn, list(before), within)}
+        if within is None:
+            rows["plug-in"] = plug_in(drawn, list(before))
+        for name, row in rows.items():
+            widths = ", ".join(f"{seen}: {width:.1f}" for seen, width in row.items())
+            yield f"{documents} documents, within {within}, {name}: {widths}"
+
+
 @pytest.mark.parametrize("documents", [400, 2000])
 def test_at_every_look_as_sharp_as_plain_betting_and_as_before(documents: int) -> None:
     drawn, before = arc_easy(documents), BEFORE[documents, None]
