@@ -170,7 +170,7 @@ def test_a_silent_sublayer_adds_nothing(part: str, last: str) -> None:
     getattr(getattr(find_layers(truth)[1], part), last).weight.zero_()
     sublayers = LayerAnatomy.of(model).at(Sublayers, 1)
     component = "mlp" if part == "mlp" else "attention"
-    silence = partial(sublayers.remove, parts=[Change.parse(f"{component}:1.0")], name="layer 1")
+    silence = partial(sublayers.remove, parts=[Change.parse(f"{component}:1")], name="layer 1")
     assert torch.equal(logits(pruned(model, changes=[(1, silence)])), logits(truth))
     # It goes with its layer.
     both = pruned(model, [1], changes=[(1, silence)])
