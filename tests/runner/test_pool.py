@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -151,7 +150,8 @@ def test_a_block_that_another_command_is_at_is_left_to_it(shared):
     first = shared(limit=BLOCK)
     first.measure(partial(note, []))
     cells = shared("arc_easy", "arc_challenge", limit=None)
-    held = os.open(first.store().lock(Block("arc_easy", 1)).lock_file, os.O_RDWR | os.O_CREAT)
+    # A file, which may be closed twice: a number might be another file's by then.
+    held = Path(first.store().lock(Block("arc_easy", 1)).lock_file).open("ab")
     fcntl.flock(held, fcntl.LOCK_EX)
     opened = []
 
@@ -159,7 +159,7 @@ def test_a_block_that_another_command_is_at_is_left_to_it(shared):
         if method == "open":
             opened.append(arguments[0][0].benchmark)
         if method == "measure" and len(opened) == 2:
-            os.close(held)
+            held.close()
 
     assert cells.measure(release) == 1
     # While the rest of the first one is held, the second is measured.
