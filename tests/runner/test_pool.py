@@ -151,7 +151,7 @@ def test_a_block_that_another_command_is_at_is_left_to_it(shared):
     first.measure(partial(note, []))
     cells = shared("arc_easy", "arc_challenge", limit=None)
     # A file, which may be closed twice: a number might be another file's by then.
-    held = Path(first.store().lock(Block("arc_easy", 1)).lock_file).open("ab")
+    held = Path(first.store().lock(Block("arc_easy", 1)).lock_file).open("ab")  # noqa: SIM115  closed by `release`
     fcntl.flock(held, fcntl.LOCK_EX)
     opened = []
 
