@@ -482,7 +482,7 @@ def test_plan_says_what_its_documents_reveal(model, experiment, tmp_path):
     assert "*: assumes" not in unknown
     done = tracker.run(file, results=tmp_path / "results", track=[])
     median = statistics.median(
-        run.drop_sd**2 * 39 / 40 + run.accuracy_drop**2 for run in done.cells[0].runs
+        run.drop_sd**2 * 39 / 40 + run.drop.value**2 for run in done.cells[0].runs
     )
     known = cli("plan", experiment(model, limit=200), "--gflops", 100, *settings).output
     spread = OutcomeVariance(median, binary=True)

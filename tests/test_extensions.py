@@ -58,7 +58,7 @@ def test_a_backend_of_another_package_gets_the_runs(install: Install, tmp_path: 
     assert (done.created, done.location) == (4, f"{tmp_path}/layers.json")
     runs = json.loads((tmp_path / "layers.json").read_text())
     drops = [run.get("accuracy_drop") for run in runs.values()]
-    assert drops[:2] == [run.accuracy_drop for run in reversed(cell.runs)]
+    assert drops[:2] == [run.drop.value for run in reversed(cell.runs)]
     assert backend.publish(cell, [], {}).unchanged == 4
     with pytest.raises(TrackingError, match="notebook:layers could not be read: it cannot be"):
         backend.cells()

@@ -97,8 +97,8 @@ def test_every_figure_of_one_task(record_of, metric: str) -> None:
     why = None if better else f"{metric} is no accuracy"
     before = ratio(texts, "baseline", metric)
     assert record.higher_is_better is better
-    assert record.baseline_accuracy == pytest.approx(before, rel=1e-12)
-    assert record.baseline_low < before < record.baseline_high
+    assert record.baseline.value == pytest.approx(before, rel=1e-12)
+    assert record.baseline.low < before < record.baseline.high
     assert record.baseline_metrics == pytest.approx(
         {
             **{name: ratio(texts, "baseline", name) for name in ("acc", "loss", "bits_per_byte")},
@@ -109,13 +109,13 @@ def test_every_figure_of_one_task(record_of, metric: str) -> None:
         after = ratio(texts, layer.ablation, metric)
         drop = before - after if better else after - before
         assert layer.accuracy == pytest.approx(after, rel=1e-12)
-        assert layer.accuracy_drop == pytest.approx(drop, rel=1e-9)
-        assert layer.accuracy_drop_low < drop < layer.accuracy_drop_high
-        assert layer.mcnemar_p is None
+        assert layer.drop.value == pytest.approx(drop, rel=1e-9)
+        assert layer.drop.low < drop < layer.drop.high
+        assert layer.drop.p_value is None
         assert layer.reasons["mcnemar_p"] == "the outcomes are not all right or wrong"
         lost = texts["baseline"]["windows"].sum(1) - texts[layer.ablation]["windows"].sum(1)
         # Log-likelihoods are kept in single precision.
-        assert layer.gold_logprob_drop == pytest.approx(lost.mean(), rel=1e-5)
+        assert layer.gold_drop.value == pytest.approx(lost.mean(), rel=1e-5)
         assert "gold_logprob_drop" not in layer.reasons
         relevance = pytest.approx(1 - after / before) if better else None
         assert layer.accuracy_relevance == relevance
@@ -136,9 +136,9 @@ def test_the_interval_is_that_of_a_ratio_estimator(record_of) -> None:
         share = units / units.sum()
         error = math.sqrt(((gain - value * units) ** 2).sum() / (1 - share @ share)) / units.sum()
         half = stats.t.ppf(0.975, 1 / (share @ share) - 1) * error
-        assert layer.accuracy_drop == pytest.approx(value)
-        assert layer.accuracy_drop_low == pytest.approx(value - half)
-        assert layer.accuracy_drop_high == pytest.approx(value + half)
+        assert layer.drop.value == pytest.approx(value)
+        assert layer.drop.low == pytest.approx(value - half)
+        assert layer.drop.high == pytest.approx(value + half)
 
 
 @pytest.mark.parametrize("by_size", [True, False])
@@ -149,7 +149,7 @@ def test_a_group_is_aggregated_as_lm_eval_does(record_of, metric: str, by_size: 
     record = record_of(tasks, metric, weight_by_size=by_size)
     weights = list(sizes.values()) if by_size else [1, 1]
     expected = np.average([ratio(t, "baseline", metric) for t in tasks.values()], weights=weights)
-    assert record.baseline_accuracy == pytest.approx(expected)
+    assert record.baseline.value == pytest.approx(expected)
     assert record.baseline_metrics[metric] == pytest.approx(expected)
 
 
@@ -157,26 +157,26 @@ def test_a_group_is_aggregated_as_lm_eval_does(record_of, metric: str, by_size: 
 def test_a_layer_that_matters_correlates_the_same_way(record_of, metric: str) -> None:
     """For a loss the drop is its increase: positive = the layer mattered, as for an accuracy."""
     record = record_of(make_texts({"notes": 50}), metric)
-    drops = [layer.accuracy_drop for layer in record.runs]
+    drops = [layer.drop.value for layer in record.runs]
     scores = [layer.cosine_score for layer in record.runs]
     found = next(
         c
         for c in record.correlations
         if (c.proxy, c.coefficient, c.subset) == ("cosine_score", "pearson", "all")
     )
-    assert found.value == pytest.approx(float(np.corrcoef(scores, drops)[0, 1]))
-    assert found.low < found.value < found.high
+    assert found.estimate.value == pytest.approx(float(np.corrcoef(scores, drops)[0, 1]))
+    assert found.estimate.low < found.estimate.value < found.estimate.high
 
 
 @pytest.mark.parametrize("name", ["baseline", "layer:1"])
 def test_a_document_without_a_finite_score(record_of, name: str) -> None:
     record = record_of(make_texts({"notes": 9}), "acc", undefined=(name, 4))
     reason = "1 of 9 documents has no finite score"
-    assert record.runs[1].accuracy_drop is None
-    assert record.runs[1].reasons["accuracy_drop"] == reason
+    assert record.runs[1].drop.value is None
+    assert record.runs[1].drop.reason == reason
     assert (record.runs[1].metrics["acc"] is None) is (name == "layer:1")
-    assert (record.baseline_accuracy is None) is (name == "baseline")
-    assert (record.runs[0].accuracy_drop is None) is (name == "baseline")
+    assert (record.baseline.value is None) is (name == "baseline")
+    assert (record.runs[0].drop.value is None) is (name == "baseline")
 
 
 def test_a_text_without_tokens_changes_nothing(record_of) -> None:
@@ -187,8 +187,8 @@ def test_a_text_without_tokens_changes_nothing(record_of) -> None:
     texts["all"]["units"] = np.append(texts["all"]["units"], 0.0)
     more = record_of({"notes": texts}, "bits_per_byte", name="other")
     assert more.n == plain.n + 1
-    assert more.baseline_accuracy == pytest.approx(plain.baseline_accuracy)
+    assert more.baseline.value == pytest.approx(plain.baseline.value)
     for one, other in zip(plain.runs, more.runs, strict=True):
-        assert other.accuracy_drop == pytest.approx(one.accuracy_drop)
-        assert other.accuracy_drop_low == pytest.approx(one.accuracy_drop_low)
+        assert other.drop.value == pytest.approx(one.drop.value)
+        assert other.drop.low == pytest.approx(one.drop.low)
         assert other.cosine_score == pytest.approx(one.cosine_score)

@@ -167,8 +167,8 @@ def check(record: CellRecord, items: list[Item], by_size: bool, layers: Sequence
     assert record.n == n
     assert record.metric == "acc"
     assert record.tokens == sum(item.tokens for item in items)
-    assert record.baseline_accuracy == pytest.approx(correct)
-    assert record.baseline_low < correct < record.baseline_high
+    assert record.baseline.value == pytest.approx(correct)
+    assert record.baseline.low < correct < record.baseline.high
     assert record.chance_accuracy == pytest.approx(chance)
     assert record.baseline_metrics == {
         name: pytest.approx(naive_metric(items, by_size, "baseline", name)) for name in METRICS
@@ -189,9 +189,9 @@ def check_layer(
     assert record.ablation == name
     assert record.n == len(items)
     assert record.accuracy == pytest.approx(ablated)
-    assert record.accuracy_drop == pytest.approx(correct - ablated)
-    assert record.accuracy_drop_low < record.accuracy_drop < record.accuracy_drop_high
-    assert record.mcnemar_p == pytest.approx(min(1, 2 * tail))
+    assert record.drop.value == pytest.approx(correct - ablated)
+    assert record.drop.low < record.drop.value < record.drop.high
+    assert record.drop.p_value == pytest.approx(min(1, 2 * tail))
     assert record.accuracy_relevance == pytest.approx(
         1 - max(ablated - chance, 0) / (correct - chance)
     )
@@ -206,7 +206,7 @@ def check_layer(
         lambda i: i.loglikelihoods["baseline"][i.gold] - i.loglikelihoods[name][i.gold],
     )
     # Log-likelihoods are kept in single precision.
-    assert record.gold_logprob_drop == pytest.approx(gold, abs=1e-5)
+    assert record.gold_drop.value == pytest.approx(gold, abs=1e-5)
     assert record.metrics == {
         metric: pytest.approx(naive_metric(items, by_size, name, metric)) for metric in METRICS
     }
@@ -232,11 +232,11 @@ def test_every_figure_of_a_single_task(store) -> None:
 def test_the_intervals_of_a_single_task(record_of) -> None:
     items = make_items({"arc_easy": 70})
     record = record_of(items)
-    n, p = 70, record.baseline_accuracy
+    n, p = 70, record.baseline.value
     middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-    assert record.baseline_low == pytest.approx(middle - half)
-    assert record.baseline_high == pytest.approx(middle + half)
+    assert record.baseline.low == pytest.approx(middle - half)
+    assert record.baseline.high == pytest.approx(middle + half)
     for layer in record.runs:
         pairs = [
             (i.metrics["baseline"]["acc"], i.metrics[f"layer:{layer.change.layer}"]["acc"])
@@ -245,8 +245,8 @@ def test_the_intervals_of_a_single_task(record_of) -> None:
         lost = (pairs.count((1, 0)) + 1) / (n + 2)
         won = (pairs.count((0, 1)) + 1) / (n + 2)
         half = Z * math.sqrt((lost + won - (lost - won) ** 2) / (n + 2))
-        assert layer.accuracy_drop_low == pytest.approx(lost - won - half)
-        assert layer.accuracy_drop_high == pytest.approx(lost - won + half)
+        assert layer.drop.low == pytest.approx(lost - won - half)
+        assert layer.drop.high == pytest.approx(lost - won + half)
         # The share that changes is all that a smaller drop depends on.
         changed = sum(before != after for before, after in pairs) / n
         assert outcome_variance(layer) == OutcomeVariance(pytest.approx(changed), binary=True)
@@ -271,7 +271,7 @@ def test_a_limit_below_what_is_measured(record_of, limit: int) -> None:
     shown = [item for item in items if item.index < limit]
     assert record.n == len(shown) == min(limit, 40) + min(limit, 12)
     assert record.reasons.get("n") is None
-    assert record.baseline_accuracy == pytest.approx(
+    assert record.baseline.value == pytest.approx(
         naive_mean(shown, True, lambda item: item.metrics["baseline"]["acc"])
     )
     if limit > 1:
@@ -351,11 +351,11 @@ def test_no_document_that_counts(record_of, measured: tuple[tuple[str, ...], ...
         item.metrics = {name: item.metrics[name] for name in measured[item.index % 2]}
     record = record_of(items, [0, 1], sizes={"arc_easy": 5})
     assert (record.n, record.tokens) == (0, 0)
-    assert record.baseline_accuracy is record.baseline_low is record.baseline_high is None
+    assert record.baseline.value is record.baseline.low is record.baseline.high is None
     assert record.runs == record.correlations == ()
     assert [run.layer for run in record.missing] == [0, 1]
     assert record.baseline_metrics == {}
-    assert record.reasons == {
+    assert record.all_reasons == {
         "n": "0 of 5 documents are measured so far",
         "baseline_accuracy": "no document is measured yet",
         "chance_accuracy": "no document is measured yet",
@@ -377,36 +377,36 @@ def test_a_layer_without_a_finite_score(record_of) -> None:
     record = record_of(items)
     broken = record.runs[2]
     for name in (*DROPS, "accuracy", "mcnemar_p"):
-        assert getattr(broken, name) is None
-        assert broken.reasons[name]
+        assert broken.figure(name) is None
+        assert broken.all_reasons[name]
     assert "1 of 40 documents" in broken.reasons["accuracy"]
-    assert broken.accuracy_drop_low is broken.accuracy_drop_high is None
+    assert broken.drop.low is broken.drop.high is None
     assert set(broken.metrics.values()) == {None}
     # The proxies are the baseline's, and the other layers are whole.
     assert broken.cosine_similarity == pytest.approx(naive_proxy(items, 0, 2))
     chance = record.chance_accuracy
     for layer in (*record.runs[:2], *record.runs[3:]):
-        check_layer(layer, items, True, record.baseline_accuracy, chance)
+        check_layer(layer, items, True, record.baseline.value, chance)
     # A drop that is missing leaves the correlation undefined, never 0.
     for correlation in record.correlations:
-        assert correlation.value is None
-        assert correlation.reason
+        assert correlation.estimate.value is None
+        assert correlation.estimate.reason
 
 
 def test_a_baseline_without_a_finite_score(record_of) -> None:
     items = make_items({"arc_easy": 40})
     without_score(items, "baseline")
     record = record_of(items)
-    assert record.baseline_accuracy is None
-    assert "1 of 40 documents" in record.reasons["baseline_accuracy"]
+    assert record.baseline.value is None
+    assert "1 of 40 documents" in record.baseline.reason
     assert set(record.baseline_metrics.values()) == {None}
     for layer in record.runs:
         assert layer.accuracy == pytest.approx(
             naive_metric(items, True, f"layer:{layer.change.layer}", "acc")
         )
         for name in DROPS:
-            assert getattr(layer, name) is None
-            assert layer.reasons[name]
+            assert layer.figure(name) is None
+            assert layer.all_reasons[name]
 
 
 def test_a_document_without_a_gold_answer(record_of) -> None:
@@ -415,8 +415,8 @@ def test_a_document_without_a_gold_answer(record_of) -> None:
     record = record_of(items)
     for layer in record.runs:
         assert layer.accuracy is not None
-        assert layer.gold_logprob_drop is None
-        assert layer.reasons["gold_logprob_drop"] == "1 of 10 documents have no finite gold score"
+        assert layer.gold_drop.value is None
+        assert layer.gold_drop.reason == "1 of 10 documents have no finite gold score"
 
 
 def test_a_hidden_state_that_is_not_finite(record_of) -> None:
@@ -440,7 +440,7 @@ def test_a_proxy_that_was_not_observed_then_is_undefined_and_not_zero(
     said = "not observed when 10 of 10 documents were measured"
     assert all(run.figure("later") is None and run.reasons["later"] == said for run in record.runs)
     correlations = [one for one in record.correlations if one.proxy == "later"]
-    assert [(one.value, one.reason) for one in correlations] == [(None, said)] * 6
+    assert [(one.estimate.value, one.estimate.reason) for one in correlations] == [(None, said)] * 6
     assert all(run.cosine_score is not None for run in record.runs)
 
 
@@ -471,7 +471,7 @@ def test_what_lies_beneath_is_weighted_as_all_else(cell_of) -> None:
         rows = [row(doc, name, task, float(task == "a")) for doc in range(size) for name in names]
         cell.write(Block(task, 0), rows, {})
     record = cell_record(cell, asks(0, removed=(1,)))
-    assert record.baseline_accuracy == record.removed_accuracy == 0.5
+    assert record.baseline.value == record.remaining.value == 0.5
 
 
 class TestCorrelations:
@@ -495,7 +495,7 @@ class TestCorrelations:
             "pearson": stats.pearsonr,
         }
         proxies = ("cosine_score", "angular_distance", "relative_update")
-        each = {(c.proxy, c.coefficient, c.subset): c.value for c in record.correlations}
+        each = {(c.proxy, c.coefficient, c.subset): c.estimate.value for c in record.correlations}
         assert len(each) == len(record.correlations) == 3 * 3 * 2
         pearson = {each[proxy, "pearson", "all"] for proxy in proxies}
         assert len(pearson) == 3, "else the naive values could come from the wrong proxy"
@@ -506,11 +506,12 @@ class TestCorrelations:
                 values = [1 - value for value in values]
             layers = slice(None) if found.subset == "all" else slice(2, LAYERS - 2)
             expected = naive[found.coefficient](values[layers], drops[layers])[0]
-            assert found.value == pytest.approx(expected)
+            assert found.estimate.value == pytest.approx(expected)
             assert found.n == len(drops[layers])
             assert found.documents == 52
-            assert found.low <= found.value <= found.high
-            assert 0 < found.p_value <= 1
+            estimate = found.estimate
+            assert estimate.low <= estimate.value <= estimate.high
+            assert 0 < estimate.p_value <= 1
 
     def test_what_is_drawn_weighs_as_in_the_value(self, record_of) -> None:
         """A drop by its task, a proxy by its tokens, of which an empty text has none."""
@@ -543,8 +544,8 @@ class TestCorrelations:
             for c in record.correlations
             if (c.proxy, c.coefficient, c.subset) == ("angular_distance", "pearson", "all")
         )
-        assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-        assert found.low < found.value < found.high
+        assert found.estimate.between == pytest.approx((expected.low, expected.high))
+        assert found.estimate.low < found.estimate.value < found.estimate.high
 
     @pytest.mark.parametrize("by_size", [True, False])
     def test_documents_are_drawn_within_their_tasks(self, record_of, by_size: bool) -> None:
@@ -558,8 +559,8 @@ class TestCorrelations:
             for layer in range(LAYERS):
                 item.metrics[f"layer:{layer}"]["acc"] = float(layer > (4 if first else 2))
         for found in record_of(items, weight_by_size=by_size).correlations:
-            assert found.low == pytest.approx(found.value)
-            assert found.high == pytest.approx(found.value)
+            assert found.estimate.low == pytest.approx(found.estimate.value)
+            assert found.estimate.high == pytest.approx(found.estimate.value)
 
     def test_the_same_outcomes_give_the_same_record(self, record_of, items, record) -> None:
         assert record_of(items, weight_by_size=False) == record

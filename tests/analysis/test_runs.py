@@ -68,10 +68,10 @@ def test_one_record_a_run_in_the_order_of_the_request(show) -> None:
         ("attention:0,1", "attention", 0, 2),
     ]
     for run in record.runs:
-        assert run.accuracy_drop == pytest.approx((18 - RIGHT[run.ablation]) / DOCUMENTS)
+        assert run.drop.value == pytest.approx((18 - RIGHT[run.ablation]) / DOCUMENTS)
     # A span beyond the last layer is no run; the attention of layers 1 and 2 is none yet.
     assert [run.label() for run in record.missing] == ["attention 1–2"]
-    assert (record.removed, record.removed_accuracy, record.reasons) == ((), None, {})
+    assert (record.removed, record.remaining.value, record.reasons) == ((), None, {})
 
 
 def test_proxies_and_correlations_rest_on_whole_single_layers(show) -> None:
@@ -131,10 +131,10 @@ def test_proxies_of_experts_are_those_of_the_documents_tokens(cell: CellStore) -
     assert "is not finite" in str(reasons["expert:2.1"])
     found = {(c.proxy, c.coefficient): c for c in record.correlations if c.subset == "all"}
     # Ranks of saliency 4 1 3 2, of drops 4 2 3 1.
-    assert found["expert_saliency", "spearman"].value == pytest.approx(0.8)
+    assert found["expert_saliency", "spearman"].estimate.value == pytest.approx(0.8)
     assert [c.n for c in found.values()] == [4, 4, 6, 6]
     inner = [c for c in record.correlations if c.subset == "inner"]
-    assert {(c.n, c.reason) for c in inner} == {
+    assert {(c.n, c.estimate.reason) for c in inner} == {
         (0, "0 experts, and a correlation needs at least 3")
     }
     assert "Spearman of expert saliency and accuracy drop: 0.80 (" in sentence(record)
@@ -154,17 +154,17 @@ def test_experts_that_were_measured_before_were_not_observed(cell: CellStore) ->
     for run in record.runs:
         assert (run.expert_saliency, run.routed_share) == (None, None)
         assert {run.reasons["expert_saliency"], run.reasons["routed_share"]} == {why}
-    assert {c.reason for c in record.correlations} == {why}
+    assert {c.estimate.reason for c in record.correlations} == {why}
 
 
 def test_layers_beneath_count_in_every_drop(show) -> None:
     """The drop stays relative to the intact model; what lies beneath has its own accuracy."""
     record = show(components=("layer", "mlp"), removed=(2,))
     assert record.title.endswith("· 0-shot · without layer 2")
-    assert record.baseline_accuracy == pytest.approx(18 / DOCUMENTS)
-    assert record.removed_accuracy == pytest.approx(RIGHT["layer:2"] / DOCUMENTS)
-    assert record.removed_low < record.removed_accuracy < record.removed_high
-    drops = {run.ablation: run.accuracy_drop for run in record.runs}
+    assert record.baseline.value == pytest.approx(18 / DOCUMENTS)
+    assert record.remaining.value == pytest.approx(RIGHT["layer:2"] / DOCUMENTS)
+    assert record.remaining.low < record.remaining.value < record.remaining.high
+    drops = {run.ablation: run.drop.value for run in record.runs}
     assert drops == {
         name: pytest.approx((18 - RIGHT[name]) / DOCUMENTS)
         for name in (
@@ -179,10 +179,10 @@ def test_layers_beneath_count_in_every_drop(show) -> None:
 
 def test_what_lies_beneath_may_not_be_measured_yet(show) -> None:
     nothing = show(names=(), removed=(2,))
-    assert nothing.reasons["removed_accuracy"] == "no document is measured yet"
+    assert nothing.remaining.reason == "no document is measured yet"
     record = show(names=["baseline", "layers:0,2"], removed=(2,))
-    assert (record.removed_accuracy, record.removed_low) == (None, None)
-    assert record.reasons == {"removed_accuracy": "not measured yet"}
+    assert (record.remaining.value, record.remaining.low) == (None, None)
+    assert record.all_reasons == {"removed_accuracy": "not measured yet"}
     assert [run.label() for run in record.missing] == ["layer 1", "layer 3"]
 
 
@@ -197,7 +197,7 @@ def test_an_expert_to_which_nothing_went_costs_nothing_that_can_be_said(cell) ->
     head, idle, moved = cell_record(cell, asked).runs
     figures = ("accuracy_drop", "gold_logprob_drop", "options_logprob_drop", "accuracy_relevance")
     for name in figures:
-        assert getattr(idle, name) is None
-        assert "no token that an answer depends on went to this expert" in idle.reasons[name]
-    assert (idle.accuracy_drop_low, idle.accuracy) == (None, 1)
-    assert (moved.accuracy_drop, head.accuracy_drop) == (0, 0)
+        assert idle.figure(name) is None
+        assert "no token that an answer depends on went to this expert" in idle.all_reasons[name]
+    assert (idle.drop.low, idle.accuracy) == (None, 1)
+    assert (moved.drop.value, head.drop.value) == (0, 0)

@@ -53,7 +53,7 @@ def test_what_a_question_chose_is_not_shown_as_if_it_were_drawn(cell_of) -> None
     found = record_of(store, view)
     assert found.is_complete
     assert [(run.change.layer, run.n) for run in found.runs] == [(1, 320), (2, 320)]
-    assert None not in [run.mcnemar_p for run in found.runs]
+    assert None not in [run.drop.p_value for run in found.runs]
 
     # What was asked for without a question stays, measured or not.
     store.views.ask(asks(3), "project")
@@ -78,8 +78,8 @@ def test_a_question_that_all_documents_answer_leaves_ordinary_figures(cell_of) -
     measure_all(other, ["baseline", "layer:2"], every)
     plain = record_of(other, other.views.ask(asks(2), "project"))
     assert found.runs == plain.runs
-    assert plain.runs[0].mcnemar_p is not None
-    assert found.baseline_low == plain.baseline_low is not None
+    assert plain.runs[0].drop.p_value is not None
+    assert found.baseline.low == plain.baseline.low is not None
     assert found.correlations == plain.correlations
 
 
@@ -100,7 +100,7 @@ def test_the_layers_beneath_are_measured_alone_too(there: bool, cell_of) -> None
     assert found.is_stopped
     # Without layer 3, on the documents that all runs share.
     alone = np.mean([every["arc_easy", doc][4] for doc in ORDER[: found.n]])
-    assert found.removed_accuracy == pytest.approx(alone)
+    assert found.remaining.value == pytest.approx(alone)
     assert "removed_accuracy" not in found.reasons
     assert found.answer is not None
     # The intact model passes 4 layers, and 0 above layer 3; the others 2, 1 and 0 besides it.

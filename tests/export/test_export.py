@@ -126,7 +126,7 @@ def test_layers_that_are_passed_again_are_measured_saved_proved_and_described(re
     )  # fmt: skip
     (run,) = ran.cells[0].runs
     (accuracy,) = repeated.accuracy
-    assert accuracy.before.value == ran.cells[0].baseline_accuracy
+    assert accuracy.before.value == ran.cells[0].baseline.value
     assert accuracy.after.value == run.accuracy == repeated.proof.figure["acc"]
     assert accuracy.after.low < accuracy.after.value < accuracy.after.high
     assert (repeated.proof.documents, repeated.proof.difference) == (SAMPLE, 0)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 from tracker.core.changes import COLUMNS, INTACT, Ablation, Change
-from tracker.core.records import RunRecord
+from tracker.core.estimates import Estimate
+from tracker.core.records import EstimatesRecord, RunRecord
+
+Recorded = TypeVar("Recorded", bound=EstimatesRecord)
 
 
 def single_layers(layers: Iterable[int]) -> list[Ablation]:
@@ -18,4 +22,10 @@ def with_change(run: RunRecord, **fields: Any) -> RunRecord:
     """Give a record another change, by the columns of data frames, and other figures."""
     columns = {name: getattr(run.change, name) for name in COLUMNS}
     change = Change.of_fields(**columns | {n: fields.pop(n) for n in COLUMNS if n in fields})
-    return run.model_copy(update={"change": change, "ablation": Ablation.of(change).name, **fields})
+    return with_figures(run, change=change, ablation=Ablation.of(change).name, **fields)
+
+
+def with_figures(record: Recorded, **fields: Any) -> Recorded:
+    """Give a record other figures, those of estimates by the columns of data frames."""
+    before = {n: asdict(v) if isinstance(v, Estimate) else v for n, v in record}
+    return type(record)(**before | fields)

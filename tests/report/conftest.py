@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser
 
+from tests.helpers.ablations import with_figures
 from tracker.analysis.decisions import Decided, Decisions
 from tracker.core.changes import Change
 from tracker.core.documents import DocumentText
+from tracker.core.estimates import Estimate
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
 from tracker.core.records import CellRecord, CorrelationRecord, RunRecord
 from tracker.core.tables import Table, headed, written
@@ -44,18 +46,15 @@ def _layer(layer: int, dice: random.Random, n: int, baseline: float, chance: flo
         layer=layer,
         n=n,
         accuracy=baseline - drop,
-        accuracy_drop=drop,
-        accuracy_drop_low=drop - half,
-        accuracy_drop_high=drop + half,
+        drop=Estimate(drop, drop - half, drop + half, min(1.0, math.exp(-abs(drop) * 60))),
         drop_sd=half / 1.96 * math.sqrt(n),
-        mcnemar_p=min(1.0, math.exp(-abs(drop) * 60)),
         accuracy_relevance=relevance,
         cosine_similarity=cosine,
         cosine_score=1 - cosine,
         angular_distance=math.acos(cosine) / math.pi,
         relative_update=math.sqrt(1 - cosine) * 1.3,
-        gold_logprob_drop=drop * 4 + dice.gauss(0, 0.05),
-        options_logprob_drop=drop * 3,
+        gold_drop=Estimate(drop * 4 + dice.gauss(0, 0.05)),
+        options_drop=Estimate(drop * 3),
         metrics={"acc": baseline - drop, "acc_norm": baseline - drop - 0.013},
         reasons={} if top else {"accuracy_relevance": AT_CHANCE},
     )
@@ -65,13 +64,18 @@ def _correlations(dice: random.Random, documents: int) -> tuple[CorrelationRecor
     found = []
     proxies = ("cosine_score", "angular_distance", "relative_update")
     subsets = (("all", LAYERS, 0.6, 0.0002), ("inner", LAYERS - 4, 0.2, 0.21))
-    names = ("proxy", "coefficient", "subset", "n", "value", "low", "high", "p_value")
     for proxy, coefficient in product(proxies, ("spearman", "kendall", "pearson")):
         for subset, n, base, p in subsets:
             value = base + dice.uniform(-0.1, 0.1)
-            figures = (proxy, coefficient, subset, n, value, value - 0.25, value + 0.17, p)
-            fields = dict(zip(names, figures, strict=True))
-            found.append(CorrelationRecord(documents=documents, **fields))
+            record = CorrelationRecord(
+                proxy=proxy,
+                coefficient=coefficient,
+                subset=subset,
+                estimate=Estimate(value, value - 0.25, value + 0.17, p),
+                n=n,
+                documents=documents,
+            )
+            found.append(record)
     return tuple(found)
 
 
@@ -123,9 +127,7 @@ def build_cell(
         "metric": "acc",
         "n": n,
         "tokens": n * 38,
-        "baseline_accuracy": baseline,
-        "baseline_low": baseline - half,
-        "baseline_high": baseline + half,
+        "baseline": Estimate(baseline, baseline - half, baseline + half),
         "chance_accuracy": chance,
         "baseline_metrics": {"acc": baseline, "acc_norm": baseline - 0.02},
         "runs": tuple(record for record in layers if record.change.layer not in missing),
@@ -150,7 +152,7 @@ def digest(text: str) -> str:
 def with_layer(cell: CellRecord, layer: int, **changes: Any) -> CellRecord:
     """Replace fields of one layer's record."""
     layers = tuple(
-        record.model_copy(update=changes) if record.change.layer == layer else record
+        with_figures(record, **changes) if record.change.layer == layer else record
         for record in cell.runs
     )
     return cell.model_copy(update={"runs": layers})
@@ -176,9 +178,7 @@ def study() -> list[CellRecord]:
         reasons={"accuracy_relevance": AT_CHANCE},
     )
     undefined = tuple(
-        record.model_copy(
-            update={"value": None, "low": None, "high": None, "p_value": None, "reason": CONSTANT}
-        )
+        record.model_copy(update={"estimate": Estimate(None, reason=CONSTANT)})
         if record.coefficient == "spearman" and record.proxy == "cosine_score"
         else record
         for record in rte.correlations

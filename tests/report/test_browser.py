@@ -104,7 +104,7 @@ def test_page_draws_everything_offline(drawn: Page) -> None:
     assert drawn.locator("#model-1-cell-1-scatter .scatterlayer .point").count() == LAYERS
     assert drawn.locator("#model-1-cell-2-curve .scatterlayer .point").count() == LAYERS - 2
     drops = drawn.evaluate("document.getElementById('model-1-cell-1-curve').data[0].y")
-    assert drops == pytest.approx([100 * run.accuracy_drop for run in study()[0].runs])
+    assert drops == pytest.approx([100 * run.drop.value for run in study()[0].runs])
     curve.hover()
     with drawn.expect_download() as download:
         curve.locator(".modebar-btn").first.click()
@@ -251,10 +251,10 @@ def test_the_csv_of_a_table_holds_exact_figures(drawn: Page, board: LayerBoard) 
 
     for row, record in zip(read_csv(drawn, "#model-1-cell-1-layers"), study()[0].runs, strict=True):
         assert int(row["layer (0-based)"]) == record.change.layer
-        assert float(row["McNemar p"]) == record.mcnemar_p
+        assert float(row["McNemar p"]) == record.drop.p_value
         assert float(row["accuracy relevance"]) == record.accuracy_relevance
         for end in ("low", "high"):
-            exact = 100 * getattr(record, f"accuracy_drop_{end}")
+            exact = 100 * record.figure(f"accuracy_drop_{end}")
             assert float(row[f"95 % interval (pp): {end}"]) == pytest.approx(exact, rel=1e-14)
         assert "95 % interval (pp)" not in row, "only its two ends are figures"
 

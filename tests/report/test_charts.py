@@ -7,6 +7,7 @@ import math
 import pytest
 
 from tests.helpers import charts
+from tests.helpers.ablations import with_figures
 from tracker.analysis.claims import shown_runs
 from tracker.analysis.ranks.layers import layer_board
 from tracker.core import formats
@@ -30,20 +31,19 @@ def test_curve_holds_drops_in_pp_and_cosine_scores_in_a_panel_of_their_own() -> 
     figure = charts.layer_curve(cell)
     drops, scores = trace(figure, "accuracy drop"), trace(figure, "cosine score")
     assert list(drops.x) == list(range(LAYERS))
-    assert any(record.accuracy_drop < 0 for record in cell.runs)
+    assert any(record.drop.value < 0 for record in cell.runs)
     for i, record in enumerate(cell.runs):
         low, high = drops.y[i] - drops.error_y.arrayminus[i], drops.y[i] + drops.error_y.array[i]
-        ends = (record.accuracy_drop_low, record.accuracy_drop, record.accuracy_drop_high)
+        ends = (record.drop.low, record.drop.value, record.drop.high)
         assert (low, drops.y[i], high) == pytest.approx([100 * end for end in ends])
-        colour = charts.HELPS if record.accuracy_drop < 0 else charts.MATTERS
+        colour = charts.HELPS if record.drop.value < 0 else charts.MATTERS
         assert drops.marker.color[i] == colour
     assert list(scores.y) == [record.cosine_score for record in cell.runs]
     assert scores.yaxis == "y2"
     assert figure.layout.yaxis2.overlaying is None
     assert figure.layout.xaxis.matches == "x2"
     low, drop, high = (
-        formats.points(getattr(cell.runs[11], f"accuracy_drop{end}"))
-        for end in ("_low", "", "_high")
+        formats.points(cell.runs[11].figure(f"accuracy_drop{end}")) for end in ("_low", "", "_high")
     )
     hover = drops.hovertext[11]
     assert "layer 11" in hover
@@ -84,7 +84,7 @@ def test_charts_without_any_number() -> None:
 def test_what_is_open_is_faint() -> None:
     """Was strong where its own interval left 0 out, as one of twenty that show nothing does."""
     cell = build_cell()
-    low, high = cell.runs[4].accuracy_drop_low, cell.runs[4].accuracy_drop_high
+    low, high = cell.runs[4].drop.low, cell.runs[4].drop.high
     half = (high - low) / 2  # 3.15 / 1.96 of it is the half for thirty layers
     for layer, drop in ((4, 1.5 * half), (5, 1.7 * half)):
         ends = {"accuracy_drop_low": drop - half, "accuracy_drop_high": drop + half}
@@ -109,7 +109,7 @@ def test_scatter_holds_every_layer_once() -> None:
     assert sorted(points) == [layer for layer in range(LAYERS) if layer != 4]
     for layer, (x, y) in points.items():
         assert x == cell.runs[layer].cosine_score
-        assert y == pytest.approx(100 * cell.runs[layer].accuracy_drop)
+        assert y == pytest.approx(100 * cell.runs[layer].drop.value)
 
 
 @pytest.mark.parametrize(("low", "kind"), [(0.2, None), (0.01, "log"), (0.0, None)])
@@ -241,11 +241,10 @@ def test_the_headline_is_strong_where_something_is_shown_and_marks_what_cosine_m
 def test_where_accuracy_shows_nothing_the_log_probability_stands_beside_it() -> None:
     cell = build_cell(n=8)
     runs = tuple(
-        run.model_copy(
-            update={
-                "gold_logprob_low": run.gold_logprob_drop - 0.01,
-                "gold_logprob_high": run.gold_logprob_drop + 0.01,
-            }
+        with_figures(
+            run,
+            gold_logprob_low=run.gold_drop.value - 0.01,
+            gold_logprob_high=run.gold_drop.value + 0.01,
         )
         for run in cell.runs
     )
@@ -254,8 +253,8 @@ def test_where_accuracy_shows_nothing_the_log_probability_stands_beside_it() -> 
     figure = headline(board, "a model").figure()
     falls = trace(figure, "fall of the right answer’s log-probability")
     for run, height in zip(runs, falls.y, strict=True):
-        assert height == pytest.approx(math.copysign(abs(run.gold_logprob_drop) ** 0.5, height))
-    largest = sorted(runs, key=lambda run: -run.gold_logprob_drop)[:5]
+        assert height == pytest.approx(math.copysign(abs(run.gold_drop.value) ** 0.5, height))
+    largest = sorted(runs, key=lambda run: -run.gold_drop.value)[:5]
     assert board.claims.falling
     assert {*board.claims.falling} <= {run.change.layer for run in largest}
     assert "Middle: by how many nats" in headline(board, "a model").explains

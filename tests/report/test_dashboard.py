@@ -143,7 +143,7 @@ class TestDepth:
         for place, trace in enumerate(figure.data):
             records = {record.change.layer: record for record in cells[place % 3].runs}
             for layer, y in zip(trace.x, trace.y, strict=True):
-                wanted = getattr(records[layer], axes[trace.yaxis]) if layer in records else None
+                wanted = records[layer].figure(axes[trace.yaxis]) if layer in records else None
                 assert y == wanted
 
     def test_across_models_depth_is_relative(self) -> None:
@@ -181,12 +181,12 @@ class TestAcross:
 
     def test_differences_that_are_shown_hold_all_together(self) -> None:
         base, other = (build_cell(model=name, seed=1) for name in ("base", "other"))
-        low, high = base.runs[0].accuracy_drop_low, base.runs[0].accuracy_drop_high
+        low, high = base.runs[0].drop.low, base.runs[0].drop.high
         wide = NormalDist().inv_cdf(1 - 0.025 / LAYERS) / NormalDist().inv_cdf(0.975)
         needed = wide * 2**0.5 * (high - low) / 2
         for layer, times in ((5, 0.9), (6, 1.1)):
             ends = ("accuracy_drop", "accuracy_drop_low", "accuracy_drop_high")
-            moved = {end: getattr(other.runs[layer], end) - times * needed for end in ends}
+            moved = {end: other.runs[layer].figure(end) - times * needed for end in ends}
             other = with_layer(other, layer, **moved)
         ((pair,), _) = pairs_of([base, other])
         assert [shared.shown for shared in pair.comparisons] == [{6}]

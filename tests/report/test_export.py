@@ -222,7 +222,5 @@ def test_what_is_shown_of_a_run_is_decided_among_its_kind() -> None:
     family = [run.drop for run in heads]
     decided = verdicts(together(family, [run.n for run in heads], len(heads)))
     assert list(of_heads.shown == "matters") == [verdict == "costs" for verdict in decided]
-    undefined = cell.runs[3].model_copy(
-        update={"accuracy_drop": None, "accuracy_drop_low": None, "accuracy_drop_high": None}
-    )
+    undefined = cell.runs[3].model_copy(update={"drop": Estimate(None)})
     assert layer_frame([cell.model_copy(update={"runs": (undefined,)})]).shown.isna().all()

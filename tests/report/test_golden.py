@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.ablations import with_change
+from tests.helpers.ablations import with_change, with_figures
 from tracker.analysis.claims import answer
 from tracker.analysis.comparable import models_of
 from tracker.analysis.labels import benchmark_labels, row_labels
 from tracker.analysis.ranks.layers import layer_board
 from tracker.core.changes import Change
+from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord
 from tracker.core.tables import Table
 from tracker.report import caveats, tables, wording
@@ -54,7 +55,7 @@ def some_attention() -> CellRecord:
 def few_figures() -> CellRecord:
     """Make a cell of one run on three documents, with a correlation of one layer."""
     cell = build_cell("rte", n=3)
-    one = cell.correlations[0].model_copy(update={"low": None, "p_value": None, "n": 1})
+    one = with_figures(cell.correlations[0], low=None, p_value=None, n=1)
     return cell.model_copy(update={"runs": cell.runs[:1], "correlations": (one,)})
 
 
@@ -64,9 +65,7 @@ CASES = {
     "two_models": two_models(),
     "parts": [several(), without(3, 17), several(("attention",), (1,), correlations=())],
     "parts_missing": [some_attention(), several(("layer",), (4,))],
-    "beneath_undefined": [
-        without(3, removed_accuracy=None, reasons={"removed_accuracy": "not measured yet"})
-    ],
+    "beneath_undefined": [without(3, remaining=Estimate(None, reason="not measured yet"))],
     "loss": [loss(), PLAIN, PLAIN.model_copy(update={"model": HALF, "compared_unsteady": 0})],
     "rounding": [halved(), halved(**UNKNOWN), halved(**UNKNOWN, higher_is_better=False)],
     "editions": [ONE, TWO, THREE, edition("one", ONE.measured, model="Other")],

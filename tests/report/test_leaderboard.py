@@ -69,8 +69,8 @@ def test_the_interval_that_decides_is_shown_and_orders() -> None:
     quantile = NormalDist().inv_cdf(1 - 0.025 / LAYERS) / NormalDist().inv_cdf(0.975)
     for standing in board.layers:
         runs = [cell.runs_of()[standing.layer] for cell in cells]
-        half = math.hypot(*(run.accuracy_drop_high - run.accuracy_drop_low for run in runs)) / 4
-        middle = statistics.mean(run.accuracy_drop for run in runs)
+        half = math.hypot(*(run.drop.high - run.drop.low for run in runs)) / 4
+        middle = statistics.mean(run.drop.value for run in runs)
         assert standing.deciding.low == pytest.approx(middle - quantile * half)
         assert (standing.shown == "matters") == (standing.deciding.low > 0)
     lows = [standing.deciding.low for standing in board.layers]
@@ -167,13 +167,13 @@ def test_a_relevance_has_the_interval_of_its_drop_over_the_baseline() -> None:
     assert found.value == record.accuracy_relevance
     assert found.low < found.value < found.high <= 1
     # With a baseline that is known exactly, it is the drop's interval, scaled.
-    exact = cell.model_copy(update={"baseline_low": 0.75, "baseline_high": 0.75})
+    exact = cell.model_copy(update={"baseline": Estimate(0.75, 0.75, 0.75)})
     scaled = relevance_estimate(exact, record)
-    assert scaled.low == pytest.approx(record.accuracy_drop_low / 0.5)
-    assert scaled.high == pytest.approx(record.accuracy_drop_high / 0.5)
+    assert scaled.low == pytest.approx(record.drop.low / 0.5)
+    assert scaled.high == pytest.approx(record.drop.high / 0.5)
     weak = build_cell(n=40, baseline=0.3)
-    assert weak.baseline_low is not None
-    assert weak.baseline_low < 0.25
+    assert weak.baseline.low is not None
+    assert weak.baseline.low < 0.25
     assert relevance_estimate(weak, weak.runs[0]).low is None
 
 
@@ -207,8 +207,8 @@ def test_models_are_ranked_on_what_all_of_them_share() -> None:
     assert solid.layers == LAYERS
     assert solid.worst_layer is None, "two layers cost about as much"
     wide = NormalDist().inv_cdf(1 - 0.025 / LAYERS) / NormalDist().inv_cdf(0.975)
-    half = (cells[0].runs[0].accuracy_drop_high - cells[0].runs[0].accuracy_drop_low) / 2
-    assert solid.costly == sum(r.accuracy_drop - wide * half > 0 for r in cells[0].runs)
+    half = (cells[0].runs[0].drop.high - cells[0].runs[0].drop.low) / 2
+    assert solid.costly == sum(r.drop.value - wide * half > 0 for r in cells[0].runs)
 
 
 def test_drops_of_right_and_wrong_are_widened_by_one_quantile() -> None:
@@ -217,7 +217,7 @@ def test_drops_of_right_and_wrong_are_widened_by_one_quantile() -> None:
     for names in (["arc_easy"], ["arc_easy", "piqa"]):
         cells = [build_cell(name, n=12) for name in names]
         runs = [cell.runs_of()[3] for cell in cells]
-        half = [(run.accuracy_drop_high - run.accuracy_drop_low) / 2 for run in runs]
+        half = [(run.drop.high - run.drop.low) / 2 for run in runs]
         drop = claims(cells).drops[3]
         assert drop.high - drop.value == pytest.approx(wide * math.hypot(*half) / len(cells))
 
@@ -374,19 +374,17 @@ def test_two_models_are_compared_layer_by_layer() -> None:
     other = other.model_copy(update={"runs": other.runs[:10]})
     found = compare(one, other)
     assert sorted(found) == list(range(10))
-    assert found[3].value == pytest.approx(one.runs[3].accuracy_drop - other.runs[3].accuracy_drop)
-    wide = one.runs[3].accuracy_drop_high - one.runs[3].accuracy_drop
+    assert found[3].value == pytest.approx(one.runs[3].drop.value - other.runs[3].drop.value)
+    wide = one.runs[3].drop.high - one.runs[3].drop.value
     assert found[3].high == pytest.approx(found[3].value + wide * 2**0.5)
 
 
 def test_proxies_are_set_beside_chance() -> None:
     cell = build_cell()
-    perfect = tuple(
-        r.model_copy(update={"relative_update": 1.0 + r.accuracy_drop}) for r in cell.runs
-    )
+    perfect = tuple(r.model_copy(update={"relative_update": 1.0 + r.drop.value}) for r in cell.runs)
     found = {a.proxy: a for a in agreements([cell.model_copy(update={"runs": perfect})])}
     assert found["relative_update"].differ == 0
-    level = Counter(r.accuracy_drop for r in cell.runs).values()
+    level = Counter(r.drop.value for r in cell.runs).values()
     by_chance = 1 - sum(count**2 for count in level) / LAYERS**2
     assert found["relative_update"].chance == pytest.approx(by_chance)
     assert found["cosine_score"].differ > 0.5

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from tests.helpers import charts
+from tests.helpers.ablations import with_figures
 from tracker.core import formats
+from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord
 from tracker.report.page import html
 
@@ -13,20 +15,19 @@ REASON = "bits_per_byte is no accuracy"
 
 
 def loss() -> CellRecord:
-    cell = build_cell("wikitext", baseline_accuracy=3.25)
+    cell = build_cell("wikitext")
     metrics = {"bits_per_byte": "bits_per_byte"}
     task = cell.benchmark.tasks[0].model_copy(
         update={"metrics": metrics, "higher_is_better": {"bits_per_byte": False}}
     )
     layers = tuple(
-        record.model_copy(
-            update={
-                "accuracy": 3.25 + record.accuracy_drop,
-                "accuracy_relevance": None,
-                "mcnemar_p": None,
-                "metrics": {"bits_per_byte": 3.25 + record.accuracy_drop},
-                "reasons": {"accuracy_relevance": REASON, "mcnemar_p": "not 0/1"},
-            }
+        with_figures(
+            record,
+            accuracy=3.25 + record.drop.value,
+            accuracy_relevance=None,
+            mcnemar_p=None,
+            metrics={"bits_per_byte": 3.25 + record.drop.value},
+            reasons={"accuracy_relevance": REASON, "mcnemar_p": "not 0/1"},
         )
         for record in cell.runs
     )
@@ -35,8 +36,7 @@ def loss() -> CellRecord:
             "metric": "bits_per_byte",
             "higher_is_better": False,
             "chance_accuracy": None,
-            "baseline_low": 3.1,
-            "baseline_high": 3.4,
+            "baseline": Estimate(3.25, 3.1, 3.4),
             "baseline_metrics": {"bits_per_byte": 3.25},
             "runs": layers,
             "benchmark": cell.benchmark.model_copy(update={"tasks": (task,)}),
@@ -57,7 +57,7 @@ def test_a_corpus_has_a_unit_of_its_own() -> None:
 def test_charts_are_in_the_unit_of_the_loss() -> None:
     cell = loss()
     figure = charts.layer_curve(cell)
-    assert list(figure.data[0].y) == [record.accuracy_drop for record in cell.runs]
+    assert list(figure.data[0].y) == [record.drop.value for record in cell.runs]
     for chart in (figure, charts.proxy_scatter(cell)):
         assert chart.layout.yaxis.title.text == "loss increase (bits per byte)"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tracker.core.records import CellRecord
@@ -18,10 +19,9 @@ def halved(**changes: Any) -> CellRecord:
     """A cell in bfloat16, whose layer 3 costs 4 pp for sure, of which rounding moves 5."""
     cell = build_cell(baseline_rounded=7, baseline_rounding=0.0123)
     runs = [run.model_copy(update={"rounded": 5, "drop_rounding": 0.01}) for run in cell.runs]
-    moved = {"rounded": 12, "drop_rounding": 0.05, "accuracy_drop": 0.04}
-    runs[3] = runs[3].model_copy(
-        update={**moved, "accuracy_drop_low": 0.01, "accuracy_drop_high": 0.07}
-    )
+    drop = replace(runs[3].drop, value=0.04, low=0.01, high=0.07)
+    moved = {"rounded": 12, "drop_rounding": 0.05, "drop": drop}
+    runs[3] = runs[3].model_copy(update=moved)
     model = cell.model.model_copy(update={"dtype": "bfloat16"})
     return cell.model_copy(update={"model": model, "runs": tuple(runs), **changes})
 

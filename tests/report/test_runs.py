@@ -11,6 +11,7 @@ from tests.helpers import charts
 from tests.helpers.ablations import with_change
 from tracker.analysis.claims import controls_answer, parts_answer
 from tracker.core.changes import Change
+from tracker.core.estimates import Estimate
 from tracker.core.records import NOT_MEASURED, CellRecord, RunRecord
 from tracker.report import frames
 from tracker.report.page import html
@@ -28,7 +29,7 @@ def other(record: RunRecord, component: str, span: int) -> RunRecord:
         record,
         component=component,
         span=span,
-        accuracy_drop=(record.accuracy_drop or 0) * share,
+        accuracy_drop=(record.drop.value or 0) * share,
         **dict.fromkeys(PROXIES),
         reasons=dict.fromkeys(PROXIES, WHOLE_ONLY),
     )
@@ -55,7 +56,7 @@ def several(
 
 def without(*removed: int, **changes: Any) -> CellRecord:
     """Make a cell whose runs all lack some layers."""
-    beneath = {"removed_accuracy": 0.41, "removed_low": 0.34, "removed_high": 0.49}
+    beneath = {"remaining": Estimate(0.41, 0.34, 0.49)}
     return several(("layer",), (1,), removed=removed, **{**beneath, **changes})
 
 
@@ -68,7 +69,7 @@ class TestCharts:
         assert all(line.showlegend for line in lines.values())
         assert len({line.marker.symbol for line in lines.values()}) == 3
         for name, line in lines.items():
-            drops = [100 * r.accuracy_drop for r in cell.runs if r.change.kind == Change(name)]
+            drops = [100 * r.drop.value for r in cell.runs if r.change.kind == Change(name)]
             assert list(line.y) == pytest.approx(drops)
         (bars,) = (t for t in figure.data if t.name == "cosine score")
         assert list(bars.y) == [r.cosine_score for r in cell.whole_layers]
@@ -94,13 +95,13 @@ class TestCharts:
         assert len(figure.data[-1].x) == 0
         for record in (r for r in cell.runs if r.change.component == "mlp"):
             value = values[rows.index(str(record.change.span))][record.change.layer]
-            assert value == pytest.approx(100 * record.accuracy_drop)
+            assert value == pytest.approx(100 * record.drop.value)
         assert values[2][27:] == [None, None, None]
 
     def test_the_span_map_marks_what_is_undefined(self) -> None:
         cell = several(("layer",), (1, 2))
         layers = tuple(
-            r.model_copy(update={"accuracy_drop": None, "reasons": {"accuracy_drop": "a reason"}})
+            r.model_copy(update={"drop": Estimate(None, reason="a reason")})
             if (r.change.layer, r.change.span) == (3, 2)
             else r
             for r in cell.runs

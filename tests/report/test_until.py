@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.ablations import with_figures
 from tests.helpers.answers import answer, run
 from tracker.analysis.ranks.layers import layer_board
 from tracker.analysis.ranks.proxies import agreements
@@ -27,7 +28,7 @@ def stopped(**changes: Any) -> CellRecord:
     longer = [
         one.model_copy(update={"n": 96}) if one.change.layer < 2 else one for one in cell.runs
     ]
-    runs = [one.model_copy(update={"mcnemar_p": None}) for one in longer]
+    runs = [with_figures(one, mcnemar_p=None) for one in longer]
     answers = (run(one.change.layer, "+" if one.change.layer < 2 else "", n=one.n) for one in runs)
     found = answer("top 2", *answers, looked=96, measured=96)
     return build_cell(

@@ -28,7 +28,7 @@ def test_power_is_said_under_every_table_of_runs() -> None:
     cell = build_cell(n=160)
     says = wording.power_sentence(cell, cell.runs)
     assert says in layer_table(cell).notes
-    shares = sorted(0.12 * 159 / 160 + run.accuracy_drop**2 for run in cell.runs)
+    shares = sorted(0.12 * 159 / 160 + run.drop.value**2 for run in cell.runs)
     middle = (shares[14] + shares[15]) / 2
     found = re.fullmatch(
         r"The smallest accuracy drop that 160 documents reveal, with 80 % power \(two-sided 5 %, "

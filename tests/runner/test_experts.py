@@ -58,9 +58,9 @@ def test_experts_are_lm_evals(folder, tmp_path, one_thread):
     for number in (0, 1, 3):
         changed = without(loaded.model, 1, number)
         is_lm_evals(runs[f"expert:1.{number}"], frame, changed, loaded.tokenizer, tasks)
-    undefined = [name for name, each in runs.items() if each.accuracy_drop is None]
+    undefined = [name for name, each in runs.items() if each.drop.value is None]
     assert undefined == [NEVER]
-    assert "no token that an answer depends on went" in runs[NEVER].reasons["accuracy_drop"]
+    assert "no token that an answer depends on went" in runs[NEVER].drop.reason
     assert sum(each.routed_share for each in cell.runs) == pytest.approx(2)
     unsent = [name for name, each in runs.items() if each.expert_saliency is None]
     assert (unsent, runs[NEVER].routed_share) == ([NEVER], 0)

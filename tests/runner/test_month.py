@@ -100,7 +100,7 @@ class Month:
             for each in record.runs:
                 metrics = there[run_key(record, each.ablation)].data.metrics
                 assert metrics["n"] == each.n
-                assert metrics["accuracy_drop"] == pytest.approx(each.accuracy_drop, abs=1e-12)
+                assert metrics["accuracy_drop"] == pytest.approx(each.drop.value, abs=1e-12)
             cell = there[run_key(record, "cell")]
             assert cell.data.metrics["n"] == record.n
         cells = [each for each in runs if each.data.tags["tracker.kind"] == "cell"]

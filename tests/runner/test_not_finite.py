@@ -72,11 +72,11 @@ def test_one_ablation_is_undefined_and_the_others_are_not(
         model = with_a_fuse(tiny_llama(f"{kind}-llama", **SHAPE), blows)
         cells += measure(model, kind, **benchmarks(data)[name]).cells
     whole, fused = cells
-    assert fused.baseline_accuracy == whole.baseline_accuracy is not None
+    assert fused.baseline.value == whole.baseline.value is not None
     assert fused.baseline_metrics == pytest.approx(whole.baseline_metrics)
     for before, after in zip(whole.runs, fused.runs, strict=True):
         if after.change.layer != 1:
-            assert after.accuracy_drop == pytest.approx(before.accuracy_drop)
+            assert after.drop.value == pytest.approx(before.drop.value)
             assert after.metrics == pytest.approx(before.metrics)
             continue
         undefined = ("accuracy", "accuracy_drop", "accuracy_relevance", "gold_logprob_drop")
@@ -99,15 +99,15 @@ def test_a_model_that_is_not_finite_itself(tiny_llama, measure, data, name):
     model.model.layers[2].mlp.down_proj.weight.data[:] = float("nan")
     model.save_pretrained(folder)
     (cell,) = measure(folder, **benchmarks(data)[name]).cells
-    assert cell.baseline_accuracy is None
-    assert cell.reasons["baseline_accuracy"]
+    assert cell.baseline.value is None
+    assert cell.baseline.reason
     assert cell.baseline_metrics == dict.fromkeys(cell.baseline_metrics)
     for record in cell.runs:
-        assert record.accuracy_drop is None
-        assert record.reasons["accuracy_drop"]
+        assert record.drop.value is None
+        assert record.drop.reason
         # Without the layer that is broken the model works.
         assert (record.accuracy is not None) == (record.change.layer == 2)
-    assert all(each.value is None and each.reason for each in cell.correlations)
+    assert all(each.estimate.value is None and each.estimate.reason for each in cell.correlations)
 
 
 def test_one_choice_and_the_same_document_twice(tiny_llama, measure, tmp_path, data):
@@ -124,7 +124,7 @@ def test_one_choice_and_the_same_document_twice(tiny_llama, measure, tmp_path, d
     assert cell.n == 3
     # A lone choice is always right.
     assert cell.chance_accuracy == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
-    assert cell.baseline_accuracy in (pytest.approx(1 / 3), 1)
+    assert cell.baseline.value in (pytest.approx(1 / 3), 1)
     frame = outcomes(tmp_path / "results")
     assert (frame[frame["doc"] == 0]["metric/acc"] == 1).all()
     one, other = (frame[frame["doc"] == n].sort_values("ablation") for n in (1, 2))

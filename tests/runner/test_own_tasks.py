@@ -99,7 +99,7 @@ def test_every_number_is_lm_evals(
     for layer in (None, *LAYERS):
         accuracy, loglikelihoods = plainly(base, lora if adapted else None, folder, layer, "paint")
         name = "baseline" if layer is None else f"layer:{layer}"
-        ours = cell.baseline_accuracy if layer is None else cell.runs_of()[layer].accuracy
+        ours = cell.baseline.value if layer is None else cell.runs_of()[layer].accuracy
         assert ours == accuracy
         for mine, theirs in zip(frame.loc[name, "loglikelihoods"], loglikelihoods, strict=True):
             assert list(mine) == pytest.approx(theirs, abs=1e-4)
@@ -143,7 +143,7 @@ def test_the_shipped_task_is_lm_evals(
             task_manager=tasks_in(Path()),
             samples={"capitals": documents},
         )
-        ours = cell.baseline_accuracy if layer is None else cell.runs_of()[layer].accuracy
+        ours = cell.baseline.value if layer is None else cell.runs_of()[layer].accuracy
         assert ours == found["results"]["capitals"]["acc,none"]
 
 

@@ -84,7 +84,7 @@ def test_a_corpus_gives_the_figures_of_single_tokens(
     assert (cell.metric, cell.n) == ("acc", len(texts))
     assert cell.benchmark.name == "corpus:notes.txt"
     assert hits
-    assert cell.baseline_accuracy == pytest.approx(hits / tokens, abs=1e-12)
+    assert cell.baseline.value == pytest.approx(hits / tokens, abs=1e-12)
     assert cell.chance_accuracy == 0
     assert cell.baseline_metrics == pytest.approx({"acc": hits / tokens, "loss": loss / tokens})
     # The last token of a full window is predicted, but not read.
@@ -93,10 +93,10 @@ def test_a_corpus_gives_the_figures_of_single_tokens(
     for record in cell.runs:
         after = naive(model, record.change.layer, texts)
         fewer, more, _ = (sum(column) for column in zip(*after, strict=True))
-        assert record.accuracy_drop == pytest.approx((hits - fewer) / tokens, abs=1e-12)
+        assert record.drop.value == pytest.approx((hits - fewer) / tokens, abs=1e-12)
         assert record.accuracy_relevance == pytest.approx(1 - fewer / hits)
         assert record.metrics == pytest.approx({"acc": fewer / tokens, "loss": more / tokens})
-        assert record.gold_logprob_drop == pytest.approx((more - loss) / len(texts), rel=1e-3)
+        assert record.gold_drop.value == pytest.approx((more - loss) / len(texts), rel=1e-3)
 
 
 def test_a_loss_of_the_same_cell_costs_nothing_more(model, notes, experiment, tmp_path) -> None:
@@ -109,7 +109,7 @@ def test_a_loss_of_the_same_cell_costs_nothing_more(model, notes, experiment, tm
     assert (cell.metric, cell.higher_is_better, cell.chance_accuracy) == ("loss", False, None)
     for record in cell.runs:
         increase = record.metrics["loss"] - cell.baseline_metrics["loss"]
-        assert record.accuracy_drop == pytest.approx(increase, abs=1e-9)
+        assert record.drop.value == pytest.approx(increase, abs=1e-9)
     wrong = experiment(model, "wrong.yaml", metric="lost", **settings)
     with pytest.raises(BenchmarkError, match="Did you mean 'loss'"):
         run(wrong, tmp_path / "results")
@@ -141,11 +141,11 @@ def test_a_rolling_task_has_lm_evals_perplexities(
         assert set(ours) == set(AGGREGATIONS)
         for metric, value in ours.items():
             assert value == pytest.approx(found[f"{metric},none"], rel=1e-4), (layer, metric)
-        level = cell.baseline_accuracy if layer is None else records[layer].accuracy
+        level = cell.baseline.value if layer is None else records[layer].accuracy
         assert level == pytest.approx(found["bits_per_byte,none"], rel=1e-4)
         if layer is not None:
             drop = found["bits_per_byte,none"] - cell.baseline_metrics["bits_per_byte"]
-            assert records[layer].accuracy_drop == pytest.approx(drop, abs=1e-3)
+            assert records[layer].drop.value == pytest.approx(drop, abs=1e-3)
             assert records[layer].accuracy_relevance is None
             assert records[layer].reasons["accuracy_relevance"] == "bits_per_byte is no accuracy"
-            assert math.isfinite(records[layer].accuracy_drop_low)
+            assert math.isfinite(records[layer].drop.low)

@@ -169,10 +169,10 @@ def test_two_folders_are_not_mixed(measured, tmp_path, more):
     both = collect([str(one), str(other)], Silent())
     records = {cell.place: cell for folder in (one, other) for cell in tracker.load(folder).cells}
     for cell in both.cells:
-        figures = (cell.n, cell.baseline_accuracy, cell.provenance[TOKENISATION])
+        figures = (cell.n, cell.baseline.value, cell.provenance[TOKENISATION])
         of_one = [tracker.load(folder).cells[0] for folder in (one, other)]
         assert figures in [
-            (each.n, each.baseline_accuracy, each.provenance[TOKENISATION]) for each in of_one
+            (each.n, each.baseline.value, each.provenance[TOKENISATION]) for each in of_one
         ]
         assert {run.n for run in cell.runs} == {cell.n}
     assert len(both.cells) == len(records)

@@ -63,7 +63,7 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     far = interim_estimates(store, store.views.of(request))
     assert (far.documents, far.wanted) == (sizes["baseline"], None)
     assert [drop.value for drop in far.drops.values()] == pytest.approx(
-        [each.accuracy_drop for each in cell.runs]
+        [each.drop.value for each in cell.runs]
     )
     assert {drop.low for drop in far.drops.values()} == {None}
     assert "seconds_left" not in str(progress_figures(far, far, 1.0, cell))
@@ -85,8 +85,8 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     assert sizes["baseline"] == race.bounds.seen.max()
     assert cell.answer is not None
     assert [each.low for each in cell.answer.runs] == race.bounds.low.tolist()
-    assert [each.accuracy_drop_low for each in cell.runs] == race.bounds.low.tolist()
-    assert [each.accuracy_drop_high for each in cell.runs] == race.bounds.high.tolist()
+    assert [each.drop.low for each in cell.runs] == race.bounds.low.tolist()
+    assert [each.drop.high for each in cell.runs] == race.bounds.high.tolist()
     # A stream without layer l leaves the intact one at l, and passes the 3 - l layers above.
     looked = 4 * race.bounds.seen.max() + race.bounds.seen @ [3, 2, 1, 0]
     share = looked / (10 * total)
@@ -96,13 +96,13 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
         f"{100 * share:.0f} % of the layer passes)"
     )
     assert heard.lines[-1] == said
-    exact = [each.accuracy_drop for each in whole.runs]
+    exact = [each.drop.value for each in whole.runs]
     assert (race.bounds.low <= exact).all()
     assert (race.bounds.high >= exact).all()
 
     # Figures of a run are those of its own documents.
     for each in cell.runs:
-        assert each.accuracy_drop == pytest.approx(drops[: each.n, each.change.layer].mean())
+        assert each.drop.value == pytest.approx(drops[: each.n, each.change.layer].mean())
 
     # The question stays with the cell, and was replayed once for what the ledger holds now.
     replayed = []
@@ -144,7 +144,7 @@ def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
         "low a figure. In 100 % of the simulations all documents leave it open"
     ) in planned(tie, results)
     done = run(tie, results, heard)
-    assert [each.accuracy_drop for each in done.cells[0].runs] == [0, 0]
+    assert [each.drop.value for each in done.cells[0].runs] == [0, 0]
     assert heard.lines[-1] == (
         f"{folder} × copa: top 1: the largest drop is not separated by all 100 documents: "
         "layers 1 and 2 tie "
@@ -168,7 +168,7 @@ def test_a_benchmark_of_one_document_is_answered_by_it_or_ties(tiny_llama, exper
         heard = Heard()
         file = experiment(folder, data=str(data), limit=None, until=text, layer=[0, 1])
         (cell,) = run(file, results, heard).cells
-        drops = [each.accuracy_drop for each in cell.runs]
+        drops = [each.drop.value for each in cell.runs]
         assert cell.n == 1
         tie = text == "top 1" and len(set(drops)) == 1
         assert ("not separated by the only document" in heard.lines[-1]) == tie, heard.lines[-1]

@@ -59,9 +59,9 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(
             assert cell.n == step.test.n == 10
             assert run.accuracy == step.test.level.value
             lost = step.test.lost
-            drop = (run.accuracy_drop, run.accuracy_drop_low, run.accuracy_drop_high)
+            drop = (run.drop.value, run.drop.low, run.drop.high)
             assert drop == (lost.value, lost.low, lost.high)
-            assert cell.baseline_accuracy == record.baseline.level.value
+            assert cell.baseline.value == record.baseline.level.value
             assert cell.place in record.rests_on
             before = step.removed
         assert len(record.removed) == 2

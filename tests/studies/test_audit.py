@@ -57,9 +57,9 @@ def test_a_file_is_measured_observed_once_and_said(
         row = row_of(each, f"{name} · 0-shot", OF_LAYERS[known.proxy].label)
         if known.subset == "all":
             entry = row[columns[known.coefficient]]
-            assert entry.value == pytest.approx(known.value, abs=1e-12)
+            assert entry.value == pytest.approx(known.estimate.value, abs=1e-12)
         elif known.coefficient == "spearman":
-            assert row["inner layers"].value == known.value
+            assert row["inner layers"].value == known.estimate.value
         if (known.subset, known.coefficient) == ("all", "spearman"):
             ends = (row["Spearman"].low, row["Spearman"].high, row["p"].value)
             assert ends == (known.low, known.high, known.p_value)

@@ -183,7 +183,7 @@ def test_it_shares_everything_and_shows_no_step_twice(folder, studied, monkeypat
 
 def test_a_benchmark_at_chance_has_nothing_to_lose(studied) -> None:
     cell = studied.outcome.cells[0]
-    level = cell.baseline_accuracy
+    level = cell.baseline.value
     assert not _at_chance(cell.model_copy(update={"chance_accuracy": level - 0.01}))
     assert _at_chance(cell.model_copy(update={"chance_accuracy": level})).startswith("unpruned it")
     assert not _at_chance(cell.model_copy(update={"chance_accuracy": None}))

@@ -116,7 +116,7 @@ def test_figures_are_those_of_the_observed_documents(conduct: Conduct, tmp_path:
     for label in (*expected, "verdict", "growing steps"):
         assert column(easy, label)[3].reason == "no layer follows it"
     (record,) = (c for c in api.report(tmp_path / "results").cells if "easy" in c.benchmark.name)
-    drops = [run.accuracy_drop for run in record.whole_layers]
+    drops = [run.drop.value for run in record.whole_layers]
     assert values(easy, "drop") == drops
     cosine = [run.cosine_score for run in record.whole_layers]
     assert values(easy, "cosine rank") == list(stats.rankdata(np.negative(cosine)))

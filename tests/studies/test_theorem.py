@@ -66,7 +66,7 @@ def test_on_a_real_benchmark(tiny_llama, experiment, tmp_path: Path) -> None:
     assert plain(column(layers, "layer")) == list(range(LAYERS))
     assert np.argmin(plain(column(layers, "cosine score"))) == 2
     cell = done.outcome.cells[-1]
-    decides = (cell.metric, cell.baseline_accuracy, cell.runs_of()[2].accuracy)
+    decides = (cell.metric, cell.baseline.value, cell.runs_of()[2].accuracy)
     assert decides == ("acc_norm", 1, 0)
     again = api.study("theorem", path, **asked)
     assert again.outcome.models_loaded == 0

@@ -13,6 +13,7 @@ from tests.helpers.wandb_double import WandbDouble
 from tests.helpers.wandb_runs import Publisher
 from tests.report.conftest import build_cell
 from tracker.core.changes import Change
+from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord, CorrelationRecord, RunRecord
 
 from .mlflow_server import MlflowServer
@@ -36,16 +37,13 @@ def layer_record(layer: int, n: int) -> RunRecord:
         layer=layer,
         n=n,
         accuracy=0.5 - drop,
-        accuracy_drop=drop,
-        accuracy_drop_low=drop - 0.04,
-        accuracy_drop_high=drop + 0.04,
-        mcnemar_p=0.001 * (layer + 1) if known else None,
+        drop=Estimate(drop, drop - 0.04, drop + 0.04, 0.001 * (layer + 1) if known else None),
         accuracy_relevance=drop / 0.25 if known else None,
         cosine_similarity=0.9 - 0.01 * layer,
         cosine_score=0.1 + 0.01 * layer,
         angular_distance=0.14,
         relative_update=0.5,
-        gold_logprob_drop=0.3,
+        gold_drop=Estimate(0.3),
         metrics={"acc": 0.5 - drop, "acc_norm": 0.4 if known else None},
         reasons={} if known else reasons,
     )
@@ -58,7 +56,6 @@ def cell_record(
     (task,) = whole.benchmark.tasks
     tasks = (task.model_copy(update={"fingerprint": "cd" * 32}),)
     about = {"coefficient": "spearman", "subset": "all", "n": len(layers), "documents": n}
-    undefined = {**dict.fromkeys(("value", "low", "high", "p_value")), **about}
     same = "the angular distance is the same for every layer"
     changes = {
         "key": key,
@@ -66,15 +63,16 @@ def cell_record(
         "model": whole.model.model_copy(update={"fingerprint": "ab" * 32}),
         "benchmark": whole.benchmark.model_copy(update={"tasks": tasks}),
         "tokens": 40 * n,
-        "baseline_low": 0.42,
-        "baseline_high": 0.58,
+        "baseline": Estimate(0.5, 0.42, 0.58),
         "baseline_metrics": {"acc": 0.5, "acc_norm": 0.45},
         "runs": tuple(layer_record(layer, n) for layer in layers),
         "correlations": (
             CorrelationRecord(
-                proxy="cosine_score", value=0.66, low=0.4, high=0.8, p_value=0.001, **about
+                proxy="cosine_score", estimate=Estimate(0.66, 0.4, 0.8, 0.001), **about
             ),
-            CorrelationRecord(proxy="angular_distance", reason=same, **undefined),
+            CorrelationRecord(
+                proxy="angular_distance", estimate=Estimate(None, reason=same), **about
+            ),
         ),
         "missing": tuple(Change(layers=(x,)) for x in sorted({0, 1, 2, 3} - set(layers))),
         "provenance": {"torch": "2.13.0", "device": "cpu", "host": "node-7"},

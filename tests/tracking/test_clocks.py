@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from tests.helpers.ablations import with_figures
 from tests.helpers.mlflow_store import Store
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
@@ -39,23 +40,22 @@ def other_figures(cell: CellRecord) -> CellRecord:
     """The same cell on more documents: every drop is another, one is larger than before, and what
     was defined of layer 1 is not any more."""
     layers = [
-        run.model_copy(
-            update={
-                "n": 320,
-                "accuracy_drop": run.accuracy_drop + (0.1 if run.change.layer == 0 else -0.03),
-                "accuracy_relevance": None if run.change.layer == 1 else run.accuracy_relevance,
-            }
+        with_figures(
+            run,
+            n=320,
+            accuracy_drop=run.drop.value + (0.1 if run.change.layer == 0 else -0.03),
+            accuracy_relevance=None if run.change.layer == 1 else run.accuracy_relevance,
         )
         for run in cell.runs
     ]
-    return cell.model_copy(update={"n": 320, "runs": tuple(layers), "baseline_accuracy": 0.52})
+    return with_figures(cell, n=320, runs=tuple(layers), baseline_accuracy=0.52)
 
 
 def is_shown(uri: str, project: str, cell: CellRecord) -> None:
     """MLflow shows these figures and no others: of runs, of curves, of the models it ranks."""
     store = Store(uri, project)
     store.shows(cell)
-    assert store.cell(cell).data.metrics["baseline_accuracy"] == cell.baseline_accuracy
+    assert store.cell(cell).data.metrics["baseline_accuracy"] == cell.baseline.value
     assert all(run.info.end_time >= run.info.start_time for run in store.runs)
     for name in CURVES:
         history = store.client.get_metric_history(store.cell(cell).info.run_id, name)

@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 
 from tests.helpers.wandb_double import WandbDouble
 from tracker.core.errors import RequestError
+from tracker.core.estimates import Estimate
 from tracker.core.identities import Half
 from tracker.core.records import CellRecord
 from tracker.tracking import backends, open_backend, service, target
@@ -292,7 +293,7 @@ def shows(held: Held, cell: CellRecord) -> dict[str, Seen]:
         wanted = [
             (run.change.layer, value)
             for run in cell.runs
-            if (value := getattr(run, name)) is not None and math.isfinite(value)
+            if (value := run.figure(name)) is not None and math.isfinite(value)
         ]
         assert whole.curves.get(name, []) == wanted
     return mine
@@ -300,7 +301,7 @@ def shows(held: Held, cell: CellRecord) -> dict[str, Seen]:
 
 def test_what_is_published_is_read_back_and_not_doubled(held: Held, tmp_path: Path) -> None:
     cell = cell_record()
-    odd = {"gold_logprob_drop": math.inf, "metrics": {"exact_match,strict": 0.25, "größe": 0.5}}
+    odd = {"gold_drop": Estimate(math.inf), "metrics": {"exact_match,strict": 0.25, "größe": 0.5}}
     cell = cell.model_copy(update={"runs": (*cell.runs[:3], cell.runs[3].model_copy(update=odd))})
     files = [tmp_path / "outcomes.parquet", tmp_path / "view.json"]
     for file in files:
@@ -311,14 +312,14 @@ def test_what_is_published_is_read_back_and_not_doubled(held: Held, tmp_path: Pa
     assert two.reasons["accuracy_relevance"] == "the baseline is at or below chance"
     assert "accuracy_relevance" not in two.figures
     assert three.reasons["gold_logprob_drop"] == "not a finite number: inf"
-    assert three.figures["accuracy_drop"] == cell.runs[3].accuracy_drop
+    assert three.figures["accuracy_drop"] == cell.runs[3].drop.value
     assert three.figures["metric/exact_match/strict"] == 0.25
     assert three.figures["metric/gr__e"] == 0.5
 
     key = run_key(cell, "cell")
     layers = pd.DataFrame(held.table(key, "layers"))
     assert layers["layer"].tolist() == [0, 1, 2, 3]
-    assert layers["accuracy_drop"].tolist() == [run.accuracy_drop for run in cell.runs]
+    assert layers["accuracy_drop"].tolist() == [run.drop.value for run in cell.runs]
     assert "at or below chance" in layers["reasons"][2]
     assert held.table(key, "correlations")[1]["reason"].startswith("the angular distance is the")
     assert held.table(key, "documents") == [
@@ -361,7 +362,7 @@ def test_what_grows_is_brought_up_to_date_and_what_broke_off_completed(held: Hel
     assert (len(curves["accuracy_drop"]), len(curves["cosine_score"])) == points
     table = held.table(own, "layers")
     assert [(row["layer"], row["accuracy_drop"]) for row in table] == [
-        (run.change.layer, run.accuracy_drop) for run in more.runs
+        (run.change.layer, run.drop.value) for run in more.runs
     ]
 
     for key in (run_key(more, "layer:3"), own):
@@ -408,7 +409,7 @@ def shows_newest(held: Held, cell: CellRecord) -> None:
     assert only_defined(cell_figures(cell)).items() <= whole.figures.items()
     # A backend that takes no point back has several of a layer, the newest last.
     assert dict(whole.curves["accuracy_drop"]) == {
-        run.change.layer: run.accuracy_drop for run in cell.runs
+        run.change.layer: run.drop.value for run in cell.runs
     }
 
 
@@ -419,7 +420,7 @@ def test_other_questions_have_other_runs_beside_each_other(held: Held) -> None:
     half = task.model_copy(update={"half": Half(part="test", seed=1234, of=2 * task.documents)})
     settings = {"tasks": (half,), "settings": {"part": "test"}}
     beneath = (of_kind("layer", 1, 1, "layers:1,2"), of_kind("mlp", 3, 1, "layer:2+mlp:3"))
-    without = {"runs": beneath, "removed": (2,), "removed_accuracy": 0.25, "view": "without-2"}
+    without = {"runs": beneath, "removed": (2,), "remaining": Estimate(0.25), "view": "without-2"}
     cells = [
         cell.model_copy(update={"runs": (*cell.runs, of_kind("layer", 1, 2, "layers:1,2"))}),
         cell.model_copy(update=without),

@@ -193,7 +193,7 @@ def test_what_is_known_so_far_is_what_the_record_says(measured: Measured) -> Non
     found = interim_estimates(store, view)
     assert (found.documents, found.wanted, found.tokens) == (record.n, 6, record.tokens)
     assert [(d.value, d.low, d.high) for d in found.drops.values()] == [
-        (run.accuracy_drop, run.accuracy_drop_low, run.accuracy_drop_high) for run in record.runs
+        (run.drop.value, run.drop.low, run.drop.high) for run in record.runs
     ]
     # What it took is with the cell, too.
     assert record.seconds is not None

@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 import pytest
 from mlflow import MlflowClient
 
+from tests.helpers.ablations import with_figures
 from tests.helpers.mlflow_store import PROJECT, Store, publish
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
@@ -300,7 +301,7 @@ def test_the_digest_depends_on_content_alone() -> None:
     assert content_digest(cell, "a") != content_digest(cell, "b")
     # The last bit is that of the processor's arithmetic; the tenth digit is a figure's own.
     for factor, equal in ((1 + 2**-52, True), (1 + 1e-8, False)):
-        other = cell.model_copy(update={"baseline_accuracy": cell.baseline_accuracy * factor})
+        other = with_figures(cell, baseline_accuracy=cell.baseline.value * factor)
         assert other != cell
         assert (content_digest(other) == content_digest(cell)) == equal
 

@@ -10,10 +10,9 @@ from tracker.tracking.runs import AVERAGE, layer_note
 
 def test_a_note_says_what_the_page_says_where_other_drops_are_undefined() -> None:
     """Was: among the runs with an interval alone."""
-    figures = ("accuracy_drop", "accuracy_drop_low", "accuracy_drop_high", "mcnemar_p")
     quiet, *others = build_cell().runs
-    quiet = quiet.model_copy(update=dict(zip(figures, (0.07, 0.02, 0.12, 0.004), strict=True)))
-    undefined = [run.model_copy(update=dict.fromkeys(figures)) for run in others]
+    quiet = quiet.model_copy(update={"drop": Estimate(0.07, 0.02, 0.12, 0.004)})
+    undefined = [run.model_copy(update={"drop": Estimate(None)}) for run in others]
     cell = build_cell().model_copy(update={"runs": (quiet, *undefined)})
     assert shown_runs(cell, cell.runs)[quiet.change] == "open"
     assert layer_note(cell, quiet).endswith(

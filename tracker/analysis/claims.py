@@ -185,8 +185,8 @@ def claims(cells: Sequence[CellRecord]) -> Claims:
         layers=layers,
         drops=drops,
         verdicts=dict(zip(layers, verdicts([*drops.values()]), strict=True)),
-        gold=_together(counting, layers, lambda run: run.gold, pairs(len(layers))),
-        options=_together(counting, layers, lambda run: run.options),
+        gold=_together(counting, layers, lambda run: run.gold_drop, pairs(len(layers))),
+        options=_together(counting, layers, lambda run: run.options_drop),
     )
 
 
@@ -231,7 +231,7 @@ def parts_answer(cell: CellRecord) -> str:
     for family, runs in grouped(cell.runs, lambda run: run.change.kind.family).items():
         if family.many:
             by_change = shown_runs(cell, runs)
-            largest_first = sorted(runs, key=lambda run: -(run.accuracy_drop or 0.0))
+            largest_first = sorted(runs, key=lambda run: -(run.drop.value or 0.0))
             shown = {run.change.label(): by_change[run.change] for run in largest_first}
             level = measure_of(cell).level
             sentence = shown_sentence(family.many, shown, level, cell.higher_is_better)
@@ -275,7 +275,7 @@ def shown_sentence(
 def alone_sentence(cell: CellRecord, average: bool) -> str:
     """Return how many runs of a benchmark are open; `average` says that a mean is shown above."""
     verdict = shown_runs(cell, cell.runs)
-    defined = [run for run in cell.runs if run.accuracy_drop is not None]
+    defined = [run for run in cell.runs if run.drop.value is not None]
     count = sum(verdict[run.change] == "open" for run in defined)
     noun = "layer" if all(run.change.kind == WHOLE_LAYER for run in cell.runs) else "run"
     total, every = len(cell.runs), counted(len(cell.runs), noun)
@@ -301,14 +301,12 @@ def controls_answer(cell: CellRecord) -> str:
     """
     measure = measure_of(cell)
     known = [
-        run
-        for run in cell.runs
-        if run.change.kind.word == "layer" and run.accuracy_drop is not None
+        run for run in cell.runs if run.change.kind.word == "layer" and run.drop.value is not None
     ]
     sentences = []
     for size, runs in grouped(known, lambda run: run.change.span).items():
-        mine = [run.accuracy_drop or 0.0 for run in runs if not run.change.drawn]
-        drawn = [run.accuracy_drop or 0.0 for run in runs if run.change.drawn]
+        mine = [run.drop.value or 0.0 for run in runs if not run.change.drawn]
+        drawn = [run.drop.value or 0.0 for run in runs if run.change.drawn]
         if not mine or not drawn:
             continue
         ends = " to ".join(measure.write(each) for each in (min(drawn), max(drawn)))
@@ -442,7 +440,7 @@ def basis(cells: Sequence[CellRecord], what: str = "layers") -> str:
 
 
 def _at_chance(cell: CellRecord) -> bool:
-    low, chance = cell.baseline_low, cell.chance_accuracy
+    low, chance = cell.baseline.low, cell.chance_accuracy
     return low is not None and chance is not None and low <= chance
 
 

@@ -20,11 +20,11 @@ from tracker.stats.power import OutcomeVariance
 
 def outcome_variance(run: RunRecord) -> OutcomeVariance | None:
     """Read a run's spread off its record; None where it is undefined, or nothing has changed."""
-    if run.drop_sd is None or run.accuracy_drop is None:
+    if run.drop_sd is None or run.drop.value is None:
         return None
-    binary = run.mcnemar_p is not None
+    binary = run.drop.p_value is not None
     # McNemar's variance is about 0, the sample's about its mean.
-    square = run.drop_sd**2 * (run.n - 1) / run.n + run.accuracy_drop**2
+    square = run.drop_sd**2 * (run.n - 1) / run.n + run.drop.value**2
     variance = min(square, 1.0) if binary else run.drop_sd**2
     return OutcomeVariance(variance, binary) if variance > 0 else None
 

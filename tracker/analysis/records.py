@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -18,7 +19,6 @@ from tracker.analysis.runs import (
     LayerProxies,
     at_all_looks,
     finite,
-    flat,
     metric_values,
     moved_by_rounding,
     run_record,
@@ -80,21 +80,19 @@ def cell_record(
         "provenance": united(outcomes.stacks),
     }
     if not n:
-        undefined = ["baseline_accuracy", "chance_accuracy"]
-        undefined += ["removed_accuracy"] if view.removed else []
-        reasons |= dict.fromkeys(undefined, "no document is measured yet")
+        nothing = Estimate(None, reason="no document is measured yet")
+        common |= {"baseline": nothing, "remaining": nothing if view.removed else Estimate(None)}
+        reasons["chance_accuracy"] = nothing.reason
         return unmeasured_record(store, view, **common, reasons=_known(reasons))
     texts = cache(store.texts.read)
     intact = Intact(outcomes, texts)
     baseline, beneath = intact.baseline, _beneath(outcomes, view)
     reasons |= {
-        "baseline_accuracy": baseline.reason,
         "baseline_rounded": intact.judged.reason,
         "chance_accuracy": None if outcomes.higher_is_better else f"{view.metric} is no accuracy",
-        "removed_accuracy": beneath.reason,
     }
     if order:
-        baseline, beneath = Estimate(baseline.value), Estimate(beneath.value)
+        baseline, beneath = (replace(level, low=None, high=None) for level in (baseline, beneath))
         reasons["baseline_low"] = ONE_LOOK
     proxies, experts = LayerProxies(outcomes), ExpertProxies(outcomes)
     looked = {run.change: run for run in answer.runs} if answer and order else {}
@@ -110,13 +108,13 @@ def cell_record(
     return CellRecord(
         **common,
         tokens=int(proxies.tokens.sum()),
-        **flat(baseline, "baseline_accuracy", "baseline"),
+        baseline=baseline,
         baseline_rounded=None if intact.judged.chances is None else within(intact.judged.chances),
         baseline_rounding=moved_by_rounding(intact.weights, intact.judged),
         chance_accuracy=intact.chance,
         baseline_metrics=metric_values(outcomes, INTACT, aggregate),
         baseline_options_logprob=finite(float(outcomes.plain_weights @ outcomes.options(INTACT))),
-        **flat(beneath, "removed_accuracy", "removed"),
+        remaining=beneath,
         runs=runs,
         correlations=(
             *_of_layers(outcomes, proxies, raced=bool(order)),
@@ -128,9 +126,9 @@ def cell_record(
 
 def unmeasured_record(store: CellStore, view: View, /, **fields: Any) -> CellRecord:
     """Describe a view of which no document is measured, with further fields of its record."""
-    nothing = ("baseline_accuracy", "baseline_low", "baseline_high", "chance_accuracy")
     empty = {"n": 0, "tokens": 0, "baseline_metrics": {}, "runs": (), "correlations": ()}
-    return CellRecord(**dict.fromkeys(nothing), **{**empty, **_identity(store, view), **fields})
+    empty["chance_accuracy"] = None
+    return CellRecord(**{**empty, **_identity(store, view), **fields})
 
 
 def _identity(store: CellStore, view: View) -> dict[str, Any]:
@@ -259,7 +257,7 @@ def _of_experts(
     if not experts.runs:
         return
     measured = np.array(
-        [r.accuracy_drop is not None for r in records if r.change.component == "expert"]
+        [r.drop.value is not None for r in records if r.change.component == "expert"]
     )
     correlated = _correlated(outcomes, experts.runs, raced)
     for proxy in OF_EXPERTS:
@@ -300,19 +298,17 @@ def _correlated(
                 what=proxy.component,
                 surrogates=DEALS if of_experts else DRAWS,
             )
+            reason = not_observed or found.reason
             if raced:
-                found = Estimate(found.value, reason=found.reason or ONE_LOOK)
+                found = Estimate(found.value)
+                reason = reason or ONE_LOOK
             yield CorrelationRecord(
                 proxy=proxy.name,
                 coefficient=coefficient,
                 subset=subset,
-                value=found.value,
-                low=found.low,
-                high=found.high,
-                p_value=found.p_value,
+                estimate=replace(found, reason=reason),
                 n=len(chosen),
                 documents=len(outcomes.tasks),
-                reason=not_observed or found.reason,
             )
 
     return records

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,6 @@ Aggregate = Callable[[str, Sequence[float | str]], float | None]
 ONE_LOOK = "it holds for one look, and how many documents there are was decided by many"
 """Why a cell that was stopped by what it showed lacks an interval or a p-value."""
 
-_ENDS = ("gold_logprob_low", "gold_logprob_high", "options_logprob_low", "options_logprob_high")
 _NOT_FINITE = "a hidden state of a baseline token is not finite or is zero"
 _WHOLE_ONLY = "measured for whole single layers only"
 _NEVER_ROUTED = "no token of these documents is routed to it"
@@ -163,13 +162,10 @@ def run_record(
     untested = drop.reason or "the outcomes are not all right or wrong"
     undefined = {
         "accuracy": accurate.reason,
-        "accuracy_drop": drop.reason,
         "drop_sd": spread.reason,
         "accuracy_relevance": relevance.reason,
         "rounded": mine.reason,
         "drop_rounding": mine.reason or intact.judged.reason,
-        "gold_logprob_drop": gold.reason,
-        "options_logprob_drop": options.reason,
         "mcnemar_p": untested if drop.p_value is None else None,
         **{name: proxy.reason for name, proxy in proxies.items()},
         **{f"metrics.{name}": _NO_METRIC for name, value in metrics.items() if value is None},
@@ -180,23 +176,17 @@ def run_record(
         ablation=ablation.name,
         n=len(outcomes.tasks),
         accuracy=accurate.value,
-        **flat(drop, "accuracy_drop", "accuracy_drop"),
+        drop=drop,
         drop_sd=spread.value,
-        mcnemar_p=drop.p_value,
         accuracy_relevance=relevance.value,
-        **flat(gold, "gold_logprob_drop", "gold_logprob"),
-        **flat(options, "options_logprob_drop", "options_logprob"),
+        gold_drop=gold,
+        options_drop=options,
         rounded=None if mine.chances is None else within(mine.chances),
         drop_rounding=moved_by_rounding(intact.weights, intact.judged, mine),
         metrics=metrics,
         reasons={name: reason for name, reason in undefined.items() if reason},
         **{name: proxy.value for name, proxy in proxies.items()},
     )
-
-
-def flat(figure: Estimate, name: str, stem: str) -> dict[str, Any]:
-    """Lay a figure and the ends of its interval out as fields of a record."""
-    return {name: figure.value, f"{stem}_low": figure.low, f"{stem}_high": figure.high}
 
 
 def moved_by_rounding(weights: Array, *models: Chances) -> float | None:
@@ -210,13 +200,16 @@ def moved_by_rounding(weights: Array, *models: Chances) -> float | None:
 def at_all_looks(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
     """Give a run the bounds that hold at every look, and take away what holds at one."""
     reasons = run.reasons | {"mcnemar_p": ONE_LOOK}
-    low = high = None
+    drop, gold, options = (
+        replace(figure, low=None, high=None, p_value=None)
+        for figure in (run.drop, run.gold_drop, run.options_drop)
+    )
     if bounds is None:
         reasons["accuracy_drop_low"] = "the question is not about it"
     else:
-        low, high = bounds.low, bounds.high
-    ends = {**dict.fromkeys(_ENDS), "accuracy_drop_low": low, "accuracy_drop_high": high}
-    return run.model_copy(update={**ends, "mcnemar_p": None, "reasons": reasons})
+        drop = replace(drop, low=bounds.low, high=bounds.high)
+    estimates = {"drop": drop, "gold_drop": gold, "options_drop": options}
+    return run.model_copy(update={**estimates, "reasons": reasons})
 
 
 def metric_values(

@@ -99,7 +99,7 @@ def print_cell(
     if brief:
         say(_unlisted(cell, average))
     said = {"baseline_rounded", *(("n", "baseline_low") if cell.is_raced else ())}
-    lacking = [f"{DASH} {why}" for name, why in cell.reasons.items() if name not in said]
+    lacking = [f"{DASH} {why}" for name, why in cell.all_reasons.items() if name not in said]
     power = "" if brief else power_sentence(cell, shown)
     answer = "" if brief or cell.answer is None else statement(cell.answer)
     say_all(*_dashes(made), *lacking, looks_note(cell), rounding_note(cell))
@@ -175,7 +175,7 @@ def _unlisted(cell: CellRecord, average: bool) -> str:
     """Return how many runs are not listed, and why; `average` is as for `alone_sentence`."""
     from tracker.analysis.claims import alone_sentence
 
-    undefined = [run for run in cell.runs if run.accuracy_drop is None]
+    undefined = [run for run in cell.runs if run.drop.value is None]
     sentences = [alone_sentence(cell, average)]
     if undefined:
         why = cell.reason_of("accuracy_drop", undefined[0])
@@ -195,7 +195,7 @@ def _of_named_layers(found: Claims) -> Table:
         return with_interval(found.drops[layer], measure.write)
 
     def on(cell: CellRecord) -> Callable[[int], str]:
-        return lambda layer: measure.write(cell.runs_of()[layer].accuracy_drop or 0.0)
+        return lambda layer: measure.write(cell.runs_of()[layer].drop.value or 0.0)
 
     columns: tuple[Column[int], ...] = (
         Column("layer (0-based)", "count", str),

@@ -219,7 +219,7 @@ def list_cells(folder: Path | None, results: Path) -> None:
         return " of ".join(dict.fromkeys((str(measured), str(measured + len(cell.missing)))))
 
     def baseline(cell: CellRecord) -> str:
-        return "–" if cell.baseline_accuracy is None else f"{cell.baseline_accuracy:.3f}"
+        return "–" if cell.baseline.value is None else f"{cell.baseline.value:.3f}"
 
     columns: tuple[Column[CellRecord], ...] = (
         Column("model", "text", lambda cell: labels[id(cell)][0]),

@@ -6,37 +6,29 @@ possible; a figure that is not defined is `None`, and the step's `reasons` says 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from tracker.core.config import Layers
 from tracker.core.estimates import Estimate
 from tracker.core.extent import Positive
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
 from tracker.core.kinds import Component
-from tracker.core.records import Place
+from tracker.core.records import EstimatesRecord, Place, flat_names
 from tracker.core.search_parts import SearchParts
 
 Rescoring = Literal["full", "lazy", "race"]
 """How a greedy search by outcomes scores its candidates again after each removal."""
 
 
-def _nested(given: Any, figures: Mapping[str, tuple[str, str, str]]) -> Any:
-    """Nest the figures of a record that holds them flat, beside both ends of their intervals."""
-    if not isinstance(given, dict):
-        return given
-    nested = dict(given)
-    for name, fields in figures.items():
-        if fields[1] in nested:
-            ends = (nested.pop(field, None) for field in fields)
-            nested[name] = dict(zip(("value", "low", "high"), ends, strict=True))
-    return nested
-
-
-class Tested(Record):
+class Tested(EstimatesRecord):
     """What the model without some parts answers of the test documents."""
+
+    FLAT: ClassVar = {
+        **flat_names("level", "accuracy", "low", "high"),
+        **flat_names("lost", "drop", "drop_low", "drop_high"),
+    }
 
     n: int
     level: Estimate
@@ -44,15 +36,11 @@ class Tested(Record):
     lost: Estimate = Estimate(None)
     """What is lost to the intact model; positive = worse."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _read_flat(cls, given: Any) -> Any:
-        flat = {"level": ("accuracy", "low", "high"), "lost": ("drop", "drop_low", "drop_high")}
-        return _nested(given, flat)
 
-
-class PruneStep(Record):
+class PruneStep(EstimatesRecord):
     """One step: what is removed then, by which score, and what that does to the test documents."""
+
+    FLAT: ClassVar = flat_names("margin", "margin", "margin_low", "margin_high")
 
     removed: Layers
     """All that is removed after the step, ascending: layers, or parts as `SearchParts` numbers
@@ -72,11 +60,6 @@ class PruneStep(Record):
     they are level and no number does."""
     test: Tested | None = None
     reasons: dict[str, str] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_flat(cls, given: Any) -> Any:
-        return _nested(given, {"margin": ("margin", "margin_low", "margin_high")})
 
 
 class Calibrated(Record):

@@ -1,16 +1,15 @@
 """The frozen records that every part of tracker exchanges.
 
-Fractions, never percentage points; `layer` is 0-based. A value that is not defined is `None`, and
-the record's `reasons` says why under the name of the field. Under `n` it says that documents are
-missing, and under `provenance` that not all was measured by the same versions and devices.
+Fractions, never percentage points; `layer` is 0-based. A value that is not defined is `None`. Why,
+the estimate itself says, or else the record's `reasons` under the name of the field.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from operator import itemgetter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
@@ -35,6 +34,63 @@ WHICH = "checkpoint"
 """Under what name it is said where the model that was measured is no saved checkpoint."""
 
 
+def flat_names(field: str, *names: str) -> dict[str, tuple[str, str]]:
+    """Name the value of an estimate, and both ends of its interval, for `EstimatesRecord.FLAT`."""
+    return {name: (field, part) for name, part in zip(names, ("value", "low", "high"), strict=True)}
+
+
+class EstimatesRecord(Record):
+    """Estimates, with names for their parts where they are shown or stored one by one."""
+
+    FLAT: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """Name in data frames, in trackers and in records of former versions → the field that holds the
+    estimate, and which part of it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_flat(cls, fields: Any) -> Any:
+        """Gather the parts of estimates that a former version wrote one by one."""
+        if not isinstance(fields, dict):
+            return fields
+        read, reasons = dict(fields), fields.get("reasons")
+        for name, (field, part) in cls.FLAT.items():
+            if name not in read or isinstance(read[name], dict | Estimate):
+                continue
+            estimate = read.get(field)
+            parts = {**(estimate if isinstance(estimate, dict) else {}), part: read.pop(name)}
+            if part == "value" and isinstance(reasons, dict) and name in reasons:
+                parts["reason"] = reasons[name]
+                read["reasons"] = reasons = {n: why for n, why in reasons.items() if n != name}
+            read[field] = parts
+        return read
+
+    def figure(self, name: str) -> float | None:
+        """Find a figure by its name where it is shown; None where it is undefined."""
+        field, part = self.FLAT.get(name, (name, ""))
+        value = getattr(self, field, None)
+        found: float | None = getattr(value, part) if part else value
+        return found
+
+
+class FiguresRecord(EstimatesRecord):
+    """Figures, and why some of them are undefined."""
+
+    reasons: dict[str, str] = Field(default_factory=dict)
+    """Field, or name of a proxy, a metric or the end of an interval → why it is undefined."""
+
+    @property
+    def all_reasons(self) -> dict[str, str]:
+        """Why figures are undefined, by the names under which they are shown."""
+        values = {field: name for name, (field, part) in self.FLAT.items() if part == "value"}
+        reasons = {
+            values.get(field, field): getattr(self, field).reason
+            if field in values
+            else self.reasons.get(field)
+            for field in type(self).model_fields
+        }
+        return {name: why for name, why in {**reasons, **self.reasons}.items() if why}
+
+
 class ChangeRecord(Record):
     """Figures of one change."""
 
@@ -51,7 +107,7 @@ class ChangeRecord(Record):
         return {name: fields[name] for name in fields if name not in change} | {"change": change}
 
 
-class RunRecord(ChangeRecord):
+class RunRecord(FiguresRecord, ChangeRecord):
     """One run: what its removal did to the model on one benchmark.
 
     Every drop is relative to the intact model, also where the whole cell lacks layers: it holds
@@ -61,6 +117,14 @@ class RunRecord(ChangeRecord):
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, float | None] = Field(init=False)
+    FLAT: ClassVar = {
+        **flat_names("drop", "accuracy_drop", "accuracy_drop_low", "accuracy_drop_high"),
+        "mcnemar_p": ("drop", "p_value"),
+        **flat_names("gold_drop", "gold_logprob_drop", "gold_logprob_low", "gold_logprob_high"),
+        **flat_names(
+            "options_drop", "options_logprob_drop", "options_logprob_low", "options_logprob_high"
+        ),
+    }
 
     ablation: str
     """The ablation's name, e.g. `layer:3`; it names the layers that the whole cell lacks too."""
@@ -68,64 +132,27 @@ class RunRecord(ChangeRecord):
     """Documents that the figures rest on."""
     accuracy: float | None
     """The cell's metric under the ablation."""
-    accuracy_drop: float | None
+    drop: Estimate
     """Baseline minus ablated, or ablated minus baseline where lower is better; positive = what was
-    removed mattered."""
-    accuracy_drop_low: float | None
-    accuracy_drop_high: float | None
-    """Both ends of the 95 % interval of `accuracy_drop`."""
+    removed mattered. Its p-value is McNemar's, exact."""
     drop_sd: float | None = None
     """Standard deviation of the documents' own drops: how many of them reveal a smaller drop."""
-    mcnemar_p: float | None
-    """Exact McNemar p-value of the paired outcomes."""
     accuracy_relevance: float | None
     """Share of the accuracy above chance that is lost; None where lower is better."""
     rounded: int | None = Field(None, exclude_if=lambda count: count is None)
     """Documents whose judgement is within rounding: another way of computing the same model may
     turn it round. None in single precision, where that is not measured."""
     drop_rounding: float | None = Field(None, exclude_if=lambda moved: moved is None)
-    """By how much that moves `accuracy_drop` on these documents, up or down, in 95 of 100 cases."""
-    gold_logprob_drop: float | None
+    """By how much that moves `drop` on these documents, up or down, in 95 of 100 cases."""
+    gold_drop: Estimate = Estimate(None)
     """Mean log-probability of the gold answer, baseline minus ablated, in nats. A document of a
     corpus or a rolling task has no gold answer: the whole text's log-probability stands for it."""
-    gold_logprob_low: float | None = None
-    gold_logprob_high: float | None = None
-    """Both ends of the 95 % interval of `gold_logprob_drop`."""
-    options_logprob_drop: float | None = None
+    options_drop: Estimate = Estimate(None)
     """Mean log of the summed probability of a document's options, baseline minus ablated, in nats:
-    the part of `gold_logprob_drop` that all options lose alike. What is left of it is lost to the
-    other options."""
-    options_logprob_low: float | None = None
-    options_logprob_high: float | None = None
-    """Both ends of the 95 % interval of `options_logprob_drop`."""
+    the part of `gold_drop` that all options lose alike. What is left of it is lost to the other
+    options."""
     metrics: dict[str, float | None]
     """Every metric of the benchmark, under lm-eval's names, under the ablation."""
-    reasons: dict[str, str] = Field(default_factory=dict)
-
-    @property
-    def drop(self) -> Estimate:
-        """The accuracy drop with its interval and its exact p-value."""
-        ends = (self.accuracy_drop_low, self.accuracy_drop_high)
-        why = self.reasons.get("accuracy_drop")
-        return Estimate(self.accuracy_drop, *ends, self.mcnemar_p, why)
-
-    @property
-    def gold(self) -> Estimate:
-        """The drop of the gold answer's log-probability with its interval."""
-        ends = (self.gold_logprob_low, self.gold_logprob_high)
-        return Estimate(self.gold_logprob_drop, *ends, reason=self.reasons.get("gold_logprob_drop"))
-
-    @property
-    def options(self) -> Estimate:
-        """The drop of the log-probability of all options together, with its interval."""
-        ends = (self.options_logprob_low, self.options_logprob_high)
-        why = self.reasons.get("options_logprob_drop")
-        return Estimate(self.options_logprob_drop, *ends, reason=why)
-
-    def figure(self, name: str) -> float | None:
-        """Find a figure by its name, a field or a proxy; None where it is undefined."""
-        value: float | None = getattr(self, name, None)
-        return value
 
     @property
     def cosine_score(self) -> float | None:
@@ -176,30 +203,24 @@ class AnswerRecord(Record):
         return not any(run.open for run in self.runs)
 
 
-class CorrelationRecord(Record):
+class CorrelationRecord(EstimatesRecord):
     """How well one proxy ranks the whole single layers by the accuracy that they really cost."""
+
+    FLAT: ClassVar = {
+        part: ("estimate", part) for part in ("value", "low", "high", "p_value", "reason")
+    }
 
     proxy: str
     """Its name, e.g. `cosine_score`."""
     coefficient: Literal["spearman", "kendall", "pearson"]
     subset: Literal["all", "inner"]
     """Which layers: all of them, or all but the first two and the last two."""
-    value: float | None
-    low: float | None
-    high: float | None
-    """95 % interval from resampling the documents."""
-    p_value: float | None
-    """Two-sided, against series that are as smooth over depth but unrelated."""
+    estimate: Estimate
+    """The interval is from resampling the documents. The p-value is two-sided, against series that
+    are as smooth over depth but unrelated."""
     n: int
     """Layers."""
     documents: int
-    reason: str | None = None
-
-    @property
-    def between(self) -> Estimate | None:
-        """The coefficient where it has an interval."""
-        found = Estimate(self.value, self.low, self.high)
-        return found if found.between else None
 
 
 def view_name(removed: Sequence[int], selection: str, metric: str, primary_metric: str) -> str:
@@ -214,8 +235,13 @@ _FORMER_VIEW = itemgetter("removed", "metric", "benchmark", "sample_seed", "besi
 """What names the view of a record of a former version, which did not keep the name."""
 
 
-class CellRecord(Record):
+class CellRecord(FiguresRecord):
     """One (model, benchmark), as it is or without some layers: everything that its outcomes say."""
+
+    FLAT: ClassVar = {
+        **flat_names("baseline", "baseline_accuracy", "baseline_low", "baseline_high"),
+        **flat_names("remaining", "removed_accuracy", "removed_low", "removed_high"),
+    }
 
     key: str
     """The ledger's key: the hash of what decides a document's outcome."""
@@ -238,14 +264,12 @@ class CellRecord(Record):
     tokens: int
     """Tokens behind the proxies: each document's context and gold continuation, once; of a corpus
     or a rolling task the predicted tokens, without the last of a full window, which is not read."""
-    baseline_accuracy: float | None
-    baseline_low: float | None
-    baseline_high: float | None
-    """Both ends of the 95 % interval of the baseline accuracy."""
+    baseline: Estimate = Estimate(None)
+    """The intact model's accuracy, or loss."""
     baseline_rounded: int | None = Field(None, exclude_if=lambda count: count is None)
     """Documents whose judgement is within rounding, as `RunRecord.rounded`."""
     baseline_rounding: float | None = Field(None, exclude_if=lambda moved: moved is None)
-    """By how much that moves `baseline_accuracy`, as `RunRecord.drop_rounding`."""
+    """By how much that moves `baseline`, as `RunRecord.drop_rounding`."""
     chance_accuracy: float | None
     """Expected accuracy of a random predictor; None while nothing is measured, and where lower is
     better."""
@@ -258,11 +282,8 @@ class CellRecord(Record):
     """The name of the view that it shows."""
     explicit: bool = Field(False, exclude_if=lambda explicit: not explicit)
     """Whether a run requested it, and not only a study or a search."""
-    removed_accuracy: float | None = None
-    """The metric with `removed` alone taken out; None where nothing is removed beneath."""
-    removed_low: float | None = None
-    removed_high: float | None = None
-    """Both ends of the 95 % interval of `removed_accuracy`."""
+    remaining: Estimate = Estimate(None)
+    """The metric with `removed` alone taken out; undefined where nothing is removed beneath."""
     runs: tuple[RunRecord, ...]
     """Components outermost, then spans, then layers."""
     answer: AnswerRecord | None = Field(None, exclude_if=lambda answer: answer is None)
@@ -289,19 +310,6 @@ class CellRecord(Record):
     """The largest difference of a log-likelihood among them, in nats."""
     compared_unsteady: int = 0
     """How many of them differ by more than rounding because the model itself is discontinuous."""
-    reasons: dict[str, str] = Field(default_factory=dict)
-
-    @property
-    def baseline(self) -> Estimate:
-        """The intact model's accuracy, or loss, with its interval."""
-        why = self.reasons.get("baseline_accuracy")
-        return Estimate(self.baseline_accuracy, self.baseline_low, self.baseline_high, reason=why)
-
-    @property
-    def remaining(self) -> Estimate:
-        """The same with `removed` alone taken out."""
-        why = self.reasons.get("removed_accuracy")
-        return Estimate(self.removed_accuracy, self.removed_low, self.removed_high, reason=why)
 
     @property
     def title(self) -> str:
@@ -426,7 +434,7 @@ class CellRecord(Record):
 
         The reason recorded for the run, else for the cell, else that there is none.
         """
-        for reasons in (run.reasons if run else {}, self.reasons):
+        for reasons in (run.all_reasons if run else {}, self.all_reasons):
             found = reasons.get(field) or reasons.get(f"metrics.{field}")
             if found:
                 return found

@@ -118,7 +118,7 @@ def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
         Column("layers", "text", _members, name="members"),
         Column("drawn", "text", lambda row: "drawn" if row.change.drawn else None, name="drawn"),
         Column("linear map", "text", lambda row: row.change.map, name="map"),
-        _figure("ablation", "ablation", "text"),
+        _measured("ablation", "ablation", "text", lambda _, run: run.ablation),
         _figure("n", "documents", "count"),
         Column("until", "text", _until, name="until"),
         Column("interval", "text", lambda row: interval_name(row.cell), name="interval"),
@@ -171,8 +171,12 @@ def correlation_columns() -> dict[str, Column[tuple[CellRecord, CorrelationRecor
 
     def column(name: str, label: str, unit: Unit) -> Column[tuple[CellRecord, CorrelationRecord]]:
         def entry(row: tuple[CellRecord, CorrelationRecord]) -> Value:
-            found: Value = getattr(row[1], name)
-            return Estimate(None, reason=row[1].reason or NO_REASON) if found is None else found
+            record = row[1]
+            found: Value = record.figure(name)
+            if name == "between" and record.estimate.between:
+                found = record.estimate
+            why = record.estimate.reason or NO_REASON
+            return Estimate(None, reason=why) if found is None else found
 
         return Column(label, unit, entry, name=name, interval=name == "between")
 
@@ -187,15 +191,16 @@ def correlation_columns() -> dict[str, Column[tuple[CellRecord, CorrelationRecor
         column("p_value", "p over layers", "p"),
         column("n", "layers", "count"),
         column("documents", "documents", "count"),
-        Column("reason", "text", lambda row: row[1].reason, name="reason"),
+        Column("reason", "text", lambda row: row[1].estimate.reason, name="reason"),
     )
 
 
 def reasons_of(run: RunRecord) -> dict[str, str]:
     """Say why figures of a run are undefined, by name; a number that is not finite is none."""
     figures: dict[str, float | None] = {n: value for n, value in run if isinstance(value, float)}
+    figures |= {name: run.figure(name) for name in run.FLAT}
     figures |= {f"metric/{name}": value for name, value in run.metrics.items()}
-    return {**not_finite(figures), **run.reasons}
+    return {**not_finite(figures), **run.all_reasons}
 
 
 def not_finite(values: Mapping[str, float | None]) -> dict[str, str]:
@@ -226,8 +231,7 @@ def _measured(
 
 def _figure(name: str, label: str, unit: Unit) -> Column[CellRun]:
     def value(cell: CellRecord, run: RunRecord) -> Value:
-        found = getattr(run, name, None)
-        return found if isinstance(found, str) else _said(cell, run, name, found)
+        return _said(cell, run, name, run.figure(name))
 
     return _measured(name, label, unit, value)
 
@@ -246,7 +250,7 @@ def _between(cell: CellRecord, run: RunRecord) -> Estimate:
 
 def _of_cell(name: str, label: str, unit: Unit) -> Column[CellRun]:
     def value(row: CellRun) -> Estimate:
-        return Estimate(getattr(row.cell, name), reason=row.cell.reason_of(name))
+        return Estimate(row.cell.figure(name), reason=row.cell.reason_of(name))
 
     return Column(label, unit, value, name=name)
 

@@ -84,7 +84,7 @@ def rounding_note(cell: CellRecord) -> str:
     shown = [run for run in cell.runs if run.rounded is not None and sure(run.drop)]
     # No larger than what rounding moves.
     small = [
-        run.change for run in shown if abs(run.accuracy_drop or 0.0) <= (run.drop_rounding or 0.0)
+        run.change for run in shown if abs(run.drop.value or 0.0) <= (run.drop_rounding or 0.0)
     ]
     if small:
         text += (
@@ -126,7 +126,7 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
     elsewhere = {"baseline_low", "baseline_rounded"}
     if not cell.higher_is_better:
         elsewhere.add("chance_accuracy")  # a loss has none, and nothing is wrong
-    for field, reason in cell.reasons.items():
+    for field, reason in cell.all_reasons.items():
         if field == "n":
             found.append(looks_note(cell) or f"Incomplete: {reason}.")
         elif field == "provenance":
@@ -139,9 +139,9 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
     chance = cell.chance_accuracy
     if chance is None:
         return tuple(found)
-    if defined(cell.baseline_accuracy) and cell.baseline_accuracy <= chance:
+    if defined(cell.baseline.value) and cell.baseline.value <= chance:
         found.append("The intact model is at or below chance: its layers have little to lose.")
-    elif defined(cell.baseline_low) and cell.baseline_low <= chance:
+    elif defined(cell.baseline.low) and cell.baseline.low <= chance:
         found.append(
             "The 95 % interval of the baseline reaches down to chance: the drops say little."
         )

@@ -105,7 +105,7 @@ def _costly(row: _Labelled) -> Estimate | str:
         return Estimate(None, reason="no whole single layer was removed")
     shown = shown_runs(cell, cell.whole_layers)
     costly = [run for run in cell.whole_layers if shown[run.change] == "costs"]
-    drops = sorted(((run.accuracy_drop or 0.0, run.change.layer) for run in costly), reverse=True)
+    drops = sorted(((run.drop.value or 0.0, run.change.layer) for run in costly), reverse=True)
     named = (f"{layer}\u00a0({measure.write(drop)})" for drop, layer in drops)
     return ", ".join(named) or Estimate(None, reason="none is shown with these documents")
 
@@ -121,10 +121,11 @@ def _scored(row: _Labelled) -> str | None:
 
 def _spearman(row: _Labelled) -> Estimate:
     record = correlation(row[0])
-    if record is None or record.value is None:
-        why = "not computed" if record is None else record.reason or NO_REASON
-        return Estimate(None, reason=why)
-    return Estimate(record.value, record.low, record.high)
+    if record is None:
+        return Estimate(None, reason="not computed")
+    if record.estimate.value is None:
+        return Estimate(None, reason=record.estimate.reason or NO_REASON)
+    return replace(record.estimate, reason=None)
 
 
 def layer_table(cell: CellRecord) -> Table:
@@ -133,7 +134,7 @@ def layer_table(cell: CellRecord) -> Table:
     Its notes say what its p-values mean, and why each undefined value is undefined.
     """
     notes = []
-    tests = sum(defined(record.mcnemar_p) for record in cell.runs)
+    tests = sum(defined(record.drop.p_value) for record in cell.runs)
     if tests:
         notes.append(
             f"{counted(tests, 'test')}: unadjusted p-values, about {0.05 * tests:.1f} expected "
@@ -206,11 +207,11 @@ def correlation_table(cell: CellRecord) -> Table:
     columns["coefficient"] = replace(
         columns["coefficient"], value=lambda row: COEFFICIENTS[row[1].coefficient]
     )
-    undefined = [record for record in cell.correlations if not defined(record.value)]
+    undefined = [record for record in cell.correlations if not defined(record.estimate.value)]
     notes = [rule for sample, rule in RULES.items() if sample in samples]
     notes += [
         f"{COEFFICIENTS[record.coefficient]}, {_proxy(record)}, {SUBSETS[record.subset]}: "
-        f"undefined: {record.reason or NO_REASON}."
+        f"undefined: {record.estimate.reason or NO_REASON}."
         for record in undefined
     ]
     return table(

@@ -113,16 +113,17 @@ def correlation_text(record: CorrelationRecord | None) -> str:
         return "not computed"
     what = sample_of(record)
     samples = f"{counted(record.n, what)}, {counted(record.documents, 'document')}"
-    if not defined(record.value):
-        return f"undefined ({record.reason or NO_REASON}; {samples})"
-    between = interval(record.low, record.high, two_digits)
+    found = record.estimate
+    if not defined(found.value):
+        return f"undefined ({found.reason or NO_REASON}; {samples})"
+    between = interval(found.low, found.high, two_digits)
     parts = [f"95 % interval over documents {between}"]
     if not between:
-        parts = [f"no interval: {record.reason or NO_REASON}"]
-    if defined(record.p_value):
-        p = "< 0.001" if record.p_value < 0.001 else f"= {record.p_value:.3f}"
+        parts = [f"no interval: {found.reason or NO_REASON}"]
+    if defined(found.p_value):
+        p = "< 0.001" if found.p_value < 0.001 else f"= {found.p_value:.3f}"
         parts.append(f"{P_OVER[what]} {p}")
-    return f"{two_digits(record.value)} ({'; '.join([*parts, samples])})"
+    return f"{two_digits(found.value)} ({'; '.join([*parts, samples])})"
 
 
 def short_correlation(record: CorrelationRecord) -> str:
@@ -134,9 +135,7 @@ def short_correlation(record: CorrelationRecord) -> str:
     Returns:
         For example `0.48 (0.30 to 0.60)`, or `undefined`.
     """
-    if not defined(record.value):
-        return "undefined"
-    return with_interval(Estimate(record.value, record.low, record.high))
+    return with_interval(record.estimate) if defined(record.estimate.value) else "undefined"
 
 
 def sentence(cell: CellRecord) -> str:
@@ -244,7 +243,7 @@ def summary(cells: Sequence[CellRecord]) -> str:
     models = len({cell.model.key for cell in cells})
     text = f"{counted(models, 'model')}, {counted(len(cells), 'measurement')}; {_turns(cells)}. "
     records = [record for cell in cells if (record := correlation(cell))]
-    values = sorted(record.value for record in records if defined(record.value))
+    values = sorted(value for record in records if defined(value := record.estimate.value))
     if not values:
         return (
             f"{text}No rank correlation of cost and cosine score is defined here; each benchmark "
@@ -255,9 +254,9 @@ def summary(cells: Sequence[CellRecord]) -> str:
             f"{text}The Spearman correlation of cost and cosine score over the layers is "
             f"{correlation_text(records[0])}; 1 would be the same order."
         )
-    adjusted = holm([record.p_value for record in records])
+    adjusted = holm([record.estimate.p_value for record in records])
     related = sum(
-        p is not None and p < ALPHA and (record.value or 0) > 0
+        p is not None and p < ALPHA and (record.estimate.value or 0) > 0
         for record, p in zip(records, adjusted, strict=True)
     )
     span = (

@@ -206,8 +206,8 @@ def measures_of(subject: Subject) -> tuple[list[Pairs], list[str]]:
         Ablation.of(removed=layers) for layers in [*((layer,) for layer in layers), *pairs]
     ]
     room = None
-    if record.baseline_accuracy is not None and record.chance_accuracy is not None:
-        room = record.baseline_accuracy - record.chance_accuracy
+    if record.baseline.value is not None and record.chance_accuracy is not None:
+        room = record.baseline.value - record.chance_accuracy
     measure_names, metric = measure_of(record), outcomes.by_metric(ablations)
     by_measure: list[Pairs] = []
     for measure, unit, paired, most in (

@@ -168,7 +168,7 @@ def _rounded_maps(
         Order(ERRORS[name], *once([_spearman(values, resampled[name], *drop) for drop in drops]))
         for name, values in errors.items()
     ]
-    falls = [run.gold for run in runs]
+    falls = [run.gold_drop for run in runs]
     if subject.record.is_raced:  # each run's own is of all that was looked at for it
         falls = _without_interval([gold.drop(index) for index in range(len(runs))])
     verdicts = shown_runs(subject.record, runs)

@@ -113,7 +113,7 @@ def all_spans(layers: Sequence[int]) -> dict[str, Any]:
 
 def best_runs(record: CellRecord) -> list[RunRecord]:
     """Return the spans that gain most; those of a race's answer where there was one."""
-    runs = [run for run in record.runs if run.accuracy_drop is not None]
+    runs = [run for run in record.runs if run.drop.value is not None]
     if record.answer is not None:
         chosen = {answer.change for answer in record.answer.runs if answer.chosen}
         runs = [run for run in runs if run.change in chosen]
@@ -121,7 +121,7 @@ def best_runs(record: CellRecord) -> list[RunRecord]:
 
 
 def _loss(run: RunRecord) -> tuple[float, float]:
-    return run.accuracy_drop or 0.0, run.gold_logprob_drop or 0.0
+    return run.drop.value or 0.0, run.gold_drop.value or 0.0
 
 
 def _test_of(request: CellRequest, runs: Sequence[RunRecord]) -> CellRequest:
@@ -141,7 +141,7 @@ def tested_spans(runs: Sequence[RunRecord], test: CellRecord) -> list[TestedSpan
             _name(run),
             (-run.drop).value,
             -tested.drop,
-            -tested.gold,
+            -tested.gold_drop,
             VERDICTS[verdicts[tested.change]],
         )
         for run, tested in pairs
@@ -159,7 +159,7 @@ def answer_of(subject: Subject, spans: Sequence[TestedSpan]) -> str:
     def gain(estimate: Estimate) -> str:
         return f"{'+' if (estimate.value or 0.0) > 0 else ''}{amount(estimate, measure)}"
 
-    best = min((run for run in record.runs if run.accuracy_drop is not None), key=_loss)
+    best = min((run for run in record.runs if run.drop.value is not None), key=_loss)
     promised = gain(Estimate((-best.drop).value))
     text = (
         f"{subject.name}: of {counted(len(record.runs), 'stretch')} the best on "

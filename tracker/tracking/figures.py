@@ -89,9 +89,9 @@ def intact_metrics(cell: CellRecord) -> dict[str, float]:
 
     The intact one costs itself nothing, by definition; what is not defined is not there.
     """
-    base, chance = cell.baseline_accuracy, cell.chance_accuracy
+    base, chance = cell.baseline.value, cell.chance_accuracy
     if cell.removed:
-        left = cell.removed_accuracy
+        left = cell.remaining.value
         sign = 1 if cell.higher_is_better else -1
         drop = None if base is None or left is None else sign * (base - left)
         return {"n": float(cell.n), **only_defined({"accuracy": left, "accuracy_drop": drop})}
@@ -116,10 +116,10 @@ def cell_figures(cell: CellRecord) -> dict[str, float | None]:
         *(f"baseline_{word}" for word in ("accuracy", "low", "high", "rounded", "rounding")),
     ]
     return {
-        **{name: getattr(cell, name) for name in names},
+        **{name: cell.figure(name) for name in names},
         **(answer_figures(cell.answer) if cell.answer else {}),
         **{f"baseline_metric/{name}": value for name, value in cell.baseline_metrics.items()},
-        **{f"{c.coefficient}/{c.proxy}/{c.subset}": c.value for c in cell.correlations},
+        **{f"{c.coefficient}/{c.proxy}/{c.subset}": c.estimate.value for c in cell.correlations},
     }
 
 

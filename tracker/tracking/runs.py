@@ -123,11 +123,11 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
         how = f"with it passed {'again' if change.repeats == 2 else change.times}"
     on = cell.documents_of(f"{run.n:,}")
     what = f"**{as_markdown(run_name(cell, change))}**: {as_code(cell.metric)} on {on} {how}"
-    if run.accuracy_drop is None:
-        return f"{what}; its drop is not defined: {run.reasons.get('accuracy_drop', 'no reason')}."
-    measure, falls = measure_of(cell), (run.accuracy_drop >= 0) == cell.higher_is_better
-    size = run.drop if run.accuracy_drop >= 0 else -run.drop
-    by = f"{measure.write(abs(run.accuracy_drop))} {measure.unit}"
+    if run.drop.value is None:
+        return f"{what}; its drop is not defined: {run.drop.reason or 'no reason'}."
+    measure, falls = measure_of(cell), (run.drop.value >= 0) == cell.higher_is_better
+    size = run.drop if run.drop.value >= 0 else -run.drop
+    by = f"{measure.write(abs(run.drop.value))} {measure.unit}"
     between = named_interval(size, measure.write, interval_name(cell))
     among = f"among {counted(len(cell.runs), 'run')} of this benchmark alone"
     chance = f", which may be chance {among}; {AVERAGE}"
@@ -410,7 +410,7 @@ def cell_run(
 ) -> DescribedRun:
     """Describe the run of a cell, with the figures of its runs as curves over the layers."""
     figures = cell_figures(cell)
-    reasons = {**not_finite(figures), **cell.reasons}
+    reasons = {**not_finite(figures), **cell.all_reasons}
     curves = []
     # Of very many runs of a kind there would be hundreds of curves.
     alone = {run.ablation for run in one_by_one(cell, "auto")}

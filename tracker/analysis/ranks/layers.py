@@ -130,8 +130,9 @@ def ranked(cells: Sequence[CellRecord], rows: Sequence[Sequence[RunRecord]]) -> 
         confidence.
     """
     by_mean = places([mean_relevance(cells, runs).value for runs in rows])
-    ends = ("baseline_low", "baseline_high")
-    fixed = [c.model_copy(update=dict.fromkeys(ends, c.baseline_accuracy)) for c in cells]
+    levels = [cell.baseline.value for cell in cells]
+    exact = [Estimate(level, low=level, high=level) for level in levels]
+    fixed = [c.model_copy(update={"baseline": e}) for c, e in zip(cells, exact, strict=True)]
     wide = [mean_relevance(fixed, runs, pairs(len(rows))) for runs in rows]
     return [
         Estimate(place, *between)

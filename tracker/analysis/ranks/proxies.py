@@ -79,7 +79,7 @@ def correlation(
 
 def _figures(cell: CellRecord, proxy: str) -> Array:
     """A proxy's figures and the drops, `[2, layers]`, of the layers where both are defined."""
-    pairs = ((run.figure(proxy), run.accuracy_drop) for run in cell.whole_layers)
+    pairs = ((run.figure(proxy), run.drop.value) for run in cell.whole_layers)
     defined_pairs = [pair for pair in pairs if all(map(defined, pair))]
     return np.array(defined_pairs, dtype=np.float64).reshape(-1, 2).T
 
@@ -108,7 +108,8 @@ def agreements(cells: Sequence[CellRecord]) -> list[Agreement]:
     agreements_of = []
     for proxy in (observed.name for observed in OBSERVED):
         records = [correlation(cell, proxy=proxy) for cell in compared]
-        spearman = [record.value for record in records if record and record.value is not None]
+        values = (record.estimate.value for record in records if record)
+        spearman = [value for value in values if value is not None]
         figures = [_figures(cell, proxy) for cell in compared]
         shares = [ranks_apart(*pair[:, None]) for pair in figures if pair.shape[1] > 2]
         differ, chance = np.mean(shares, axis=0).tolist() if shares else (None, None)

@@ -26,7 +26,7 @@ def curve_title(cell: CellRecord) -> str:
     """Say in plain text which runs of the layer curve are shown to cost or help, and on what."""
     measure = formats.measure_of(cell)
     records = [run for run in cell.runs if run.change.kind.is_single]
-    if not any(formats.defined(record.accuracy_drop) for record in records):
+    if not any(formats.defined(record.drop.value) for record in records):
         return f"{cell.title}: no {measure.change} is defined"
     shown = shown_runs(cell, records)
     costly = [change for change, verdict in shown.items() if verdict == "costs"]
@@ -88,7 +88,7 @@ def layer_curve(cell: CellRecord) -> style.Chart:
     for number, kind in enumerate(kinds):
         layers = layers_of(kind, cell)
         records, hover = along_layers(cell, kind, layers)
-        drops = [style.finite(run.accuracy_drop, measure.scale) if run else None for run in records]
+        drops = [style.finite(run.drop.value, measure.scale) if run else None for run in records]
         look = KINDS[kind.word]
         opacity = _strength(records, shown)
         if single:
@@ -168,7 +168,7 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
     `outer layers` for the first two and the last two.
     """
     measure = formats.measure_of(cell)
-    with_drop = [run for run in cell.whole_layers if formats.defined(run.accuracy_drop)]
+    with_drop = [run for run in cell.whole_layers if formats.defined(run.drop.value)]
     records = [run for run in with_drop if formats.defined(run.cosine_score)]
     records.sort(key=lambda record: record.change.layer)
     shown = shown_runs(cell, cell.whole_layers)
@@ -186,13 +186,13 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
         ("outer layers (first two, last two)", "diamond-open", 2, True),
     ):
         group = [record for record in records if (record.change.layer in outer) == is_outer]
-        signs = style.sign_colours(record.accuracy_drop for record in group)
+        signs = style.sign_colours(record.drop.value for record in group)
         data.append(
             style.trace(
                 "scatter",
                 name,
                 [record.cosine_score for record in group],
-                [style.finite(record.accuracy_drop, measure.scale) for record in group],
+                [style.finite(record.drop.value, measure.scale) for record in group],
                 [run_hover(cell, record.change, record) for record in group],
                 error_y=style.errors([r.drop for r in group], measure.scale, color=style.FAINT),
                 mode="markers+text",

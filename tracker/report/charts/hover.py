@@ -25,15 +25,15 @@ def run_hover(cell: CellRecord, run: Change, record: RunRecord | None) -> str:
     if record is None:
         return f"{head}<br>{cell.absence(run)}"
     measure = measure_of(cell)
-    drop = record.accuracy_drop
+    drop = record.drop.value
     if drop is None:
         change = f"undefined: {wrap(cell.reason_of('accuracy_drop', record))}"
     else:
         between = named_interval(record.drop, measure.write, interval_name(cell))
         change = f"{measure.write(drop)} {measure.unit}{between}"
     lines = [head, f"{measure.change} {change}"]
-    if record.mcnemar_p is not None:
-        lines.append(f"McNemar p {p_value(record.mcnemar_p)} (unadjusted)")
+    if record.drop.p_value is not None:
+        lines.append(f"McNemar p {p_value(record.drop.p_value)} (unadjusted)")
     of_expert = run.component == "expert"
     proxies = [proxy.name for proxy in OF_EXPERTS] if of_expert else ["cosine_score"]
     units: dict[str, Unit] = {"accuracy_relevance": "relevance", **dict.fromkeys(proxies, "proxy")}

@@ -174,7 +174,7 @@ def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> Chart:
         there = {*layers_of(kind, cell)}
         where = _layers_along(kind, layers)
         records, texts = along_layers(cell, kind, where)
-        values.append([finite(r.accuracy_drop, measure.scale) if r else None for r in records])
+        values.append([finite(r.drop.value, measure.scale) if r else None for r in records])
         hovers.append([t if layer in there else "" for layer, t in zip(where, texts, strict=True)])
     largest = strongest(values)
     most = formats.three_digits(largest)

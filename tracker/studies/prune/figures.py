@@ -302,7 +302,7 @@ def _way(asked: SearchRequest, text: str | None) -> Way:
 
 def _at_chance(cell: CellRecord) -> str:
     """Say that a model has nothing to lose on the test documents; empty where it has."""
-    level, chance = cell.baseline_accuracy, cell.chance_accuracy
+    level, chance = cell.baseline.value, cell.chance_accuracy
     if level is None or chance is None or not math.isfinite(chance) or level > chance + 1e-9:
         return ""
     return f"unpruned it is at {points(level)} %, not above chance, {points(chance)} %"

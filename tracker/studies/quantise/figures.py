@@ -255,7 +255,7 @@ def losses_of(record: CellRecord, units: Sequence[Unit], formats: Sequence[str])
             run.change.layer,
             run.change.map or "",
             str(run.change.intervention),
-        ): run.gold_logprob_drop
+        ): run.gold_drop.value
         for run in record.runs
     }
     losses = [[found.get((unit.layer, unit.which, form)) for form in formats] for unit in units]

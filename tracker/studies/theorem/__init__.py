@@ -346,7 +346,7 @@ def models_table(models: Sequence[MeasuredModel]) -> Table:
         Column(f"cosine score of layer {WHISPER}", "times", lambda model: model.score, _NOT_FINITE),
         Column("off by, of itself", "times", lambda model: model.error, _NOT_FINITE),
         Column("lowest other score", "score", lambda model: model.other, _NOT_FINITE),
-        Column(metric, "percent", lambda m: m.subject.record.baseline_accuracy, _NOT_FINITE),
+        Column(metric, "percent", lambda m: m.subject.record.baseline.value, _NOT_FINITE),
         Column(f"{metric} without layer {WHISPER}", "percent", without, _NOT_FINITE),
         Column("layers", "count", lambda model: LAYERS),
         Column("width", "count", lambda model: model.built.width),
