@@ -19,6 +19,7 @@ from tracker.analysis.ranks.layers import layer_board
 from tracker.cli.printing import print_boards
 from tracker.core.distribution import install_extra
 from tracker.core.errors import RequestError
+from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord
 from tracker.core.tables import Column, table
 from tracker.core.text import as_code, as_markdown

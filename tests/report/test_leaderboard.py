@@ -18,6 +18,7 @@ from tracker.analysis.ranks.models import ModelBoard, model_board
 from tracker.analysis.ranks.pairs import compare
 from tracker.analysis.ranks.parts import model_answer, part_boards
 from tracker.analysis.ranks.proxies import agreements
+from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord, RunRecord
 from tracker.report.leaderboard import layer_board_table, part_board_data, part_board_table
 

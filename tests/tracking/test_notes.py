@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.report.conftest import build_cell
 from tracker.analysis.claims import answer, claims, shown_runs
+from tracker.core.estimates import Estimate
 from tracker.team.reports import board_text
 from tracker.tracking.runs import AVERAGE, layer_note
 
