@@ -22,7 +22,7 @@ def with_change(run: RunRecord, **fields: Any) -> RunRecord:
     """Give a record another change, by the columns of data frames, and other figures."""
     columns = {name: getattr(run.change, name) for name in COLUMNS}
     change = Change.of_fields(**columns | {n: fields.pop(n) for n in COLUMNS if n in fields})
-    return with_figures(run, change=change, ablation=Ablation.of(change).name, **fields)
+    return with_figures(run, **{"change": change, "ablation": Ablation.of(change).name, **fields})
 
 
 def with_figures(record: Recorded, **fields: Any) -> Recorded:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.ablations import with_figures
 from tracker.analysis.claims import answer, claims
 from tracker.cli.printing import print_cell, print_measured, print_next
 from tracker.core.records import CellRecord
@@ -25,7 +26,7 @@ def mattering(benchmark: str) -> CellRecord:
         p_value = 1e-9 if layer == 0 else 0.9
         return {"accuracy_drop": drop, "drop_sd": 0.4, "mcnemar_p": p_value, **ends}
 
-    runs = tuple(run.model_copy(update=changed(run.change.layer)) for run in cell.runs)
+    runs = tuple(with_figures(run, **changed(run.change.layer)) for run in cell.runs)
     return cell.model_copy(update={"runs": runs})
 
 
@@ -45,7 +46,7 @@ def test_a_benchmark_that_shows_nothing_leads_to_the_average_that_does(
     def weaker(name: str) -> CellRecord:
         cell = mattering(name)
         ends = {"accuracy_drop_low": 0.06, "accuracy_drop_high": 0.34, "mcnemar_p": 0.01}
-        first = cell.runs[0].model_copy(update=ends)
+        first = with_figures(cell.runs[0], **ends)
         return cell.model_copy(update={"runs": (first, *cell.runs[1:])})
 
     cells = [weaker("arc_easy"), weaker("piqa")]
@@ -65,7 +66,7 @@ def test_what_is_undefined_is_not_called_chance(capsys: pytest.CaptureFixture[st
     cell = mattering("arc_easy")
     gone = {f"accuracy_drop{end}": None for end in ("", "_low", "_high")} | {"mcnemar_p": None}
     gone |= {"reasons": {"accuracy_drop": "nothing was asked"}}
-    runs = [run.model_copy(update=gone if run.change.layer > 27 else {}) for run in cell.runs]
+    runs = [with_figures(r, **(gone if r.change.layer > 27 else {})) for r in cell.runs]
     print_measured([cell.model_copy(update={"runs": tuple(runs)})])
     said = capsys.readouterr().out
     assert f"27 of {len(runs)} layers cannot be told from chance; the drop of" in said

@@ -62,7 +62,7 @@ def test_a_file_is_measured_observed_once_and_said(
             assert row["inner layers"].value == known.estimate.value
         if (known.subset, known.coefficient) == ("all", "spearman"):
             ends = (row["Spearman"].low, row["Spearman"].high, row["p"].value)
-            assert ends == (known.low, known.high, known.p_value)
+            assert ends == (*known.estimate.between, known.estimate.p_value)
     mean = np.mean([row[2].value for row in each.rows if row[1] == "KL divergence"])
     best, apart = (row_of(table, "KL divergence") for table in (best, apart))
     assert best["mean Spearman"].value == pytest.approx(mean)

@@ -65,8 +65,8 @@ def is_shown(uri: str, project: str, cell: CellRecord) -> None:
             at: value for at, value in wanted.items() if value is not None or at in newest
         }
     for name in ("accuracy_drop", "accuracy_relevance"):
-        known = [row for row in cell.runs if getattr(row, name) is not None]
-        wanted = [row.ablation for row in sorted(known, key=lambda row: -getattr(row, name))]
+        known = [row for row in cell.runs if row.figure(name) is not None]
+        wanted = [row.ablation for row in sorted(known, key=lambda row: -row.figure(name))]
         order = [model.params["ablation"] for model in store.ranked(name)]
         assert [ablation for ablation in order if ablation != "baseline"] == wanted
 

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
+from tests.helpers.ablations import with_figures
 from tests.helpers.wandb_double import WandbDouble
 from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate
@@ -349,7 +350,7 @@ def test_what_grows_is_brought_up_to_date_and_what_broke_off_completed(held: Hel
     gone = {"accuracy_relevance": None, "reasons": {"accuracy_relevance": "undefined now"}}
     known = {"accuracy_relevance": 0.5, "reasons": {}}
     changed = [{}, {"accuracy_drop": 0.08, **gone}, known, {}]
-    runs = [run.model_copy(update=new) for run, new in zip(more.runs, changed, strict=True)]
+    runs = [with_figures(run, **new) for run, new in zip(more.runs, changed, strict=True)]
     more = more.model_copy(update={"runs": tuple(runs)})
     assert held.publish(more) == (0, 6, 0)
     shows_newest(held, more)
