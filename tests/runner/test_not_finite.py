@@ -81,8 +81,8 @@ def test_one_ablation_is_undefined_and_the_others_are_not(
             continue
         undefined = ("accuracy", "accuracy_drop", "accuracy_relevance", "gold_logprob_drop")
         for figure in undefined:
-            assert getattr(after, figure) is None
-            assert after.reasons[figure]
+            assert after.figure(figure) is None
+            assert after.all_reasons[figure]
         assert after.metrics == dict.fromkeys(before.metrics)
         assert all(after.reasons[f"metrics.{metric}"] for metric in before.metrics)
         # What is about the intact layer is known.

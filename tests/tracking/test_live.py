@@ -118,9 +118,8 @@ def test_the_run_is_there_killed_continued_and_ended(
     assert (shown.state, shown.name) == (running, cell_name(measured.record))
     assert shown.newest["progress/documents"] == 6
     for figure in ("accuracy_drop", "accuracy_drop_low", "accuracy_drop_high"):
-        assert shown.newest[f"progress/{figure}/layer 01"] == getattr(
-            measured.record.runs[1], figure
-        )
+        known = measured.record.runs[1].figure(figure)
+        assert shown.newest[f"progress/{figure}/layer 01"] == known
     first.close()
     until(lambda: run().state == killed)
 
