@@ -68,8 +68,8 @@ class EstimatesRecord(Record):
         """Find a figure by its name where it is shown; None where it is undefined."""
         field, part = self.FLAT.get(name, (name, ""))
         value = getattr(self, field, None)
-        found: float | None = getattr(value, part) if part else value
-        return found
+        figure: float | None = getattr(value, part) if part else value
+        return figure
 
 
 class FiguresRecord(EstimatesRecord):

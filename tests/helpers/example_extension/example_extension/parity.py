@@ -16,7 +16,7 @@ class Parity(Study):
         """Answer the question for every measured cell."""
         result = StudyResult()
         for subject in subjects:
-            drops = [run.accuracy_drop or 0 for run in subject.record.whole_layers]
+            drops = [run.drop.value or 0 for run in subject.record.whole_layers]
             excess = sum(drops[::2]) - sum(drops[1::2])
             counts = "more" if excess > self.settings.at_least else "no more"
             result.add(f"{subject.name}: even layers cost {counts} than odd ones.")
