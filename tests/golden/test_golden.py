@@ -10,8 +10,10 @@ import base64
 import gzip
 import json
 import math
+import os
 import re
 import shutil
+import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -554,6 +556,8 @@ def test_what_is_shown_of_one_folder(
     shutil.copy(template, tmp_path / RESULTS / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
+    # Programs that are printed to be typed are named by themselves where they are found.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     compare("sublayers", kind, SINGLE[kind](tmp_path))
 
