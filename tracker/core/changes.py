@@ -345,9 +345,6 @@ class Ablation:
         """Read the name of an ablation; ValueError if it is none, or names a digest."""
         return cls.of(*map(Change.parse, name.split("+"))) if name != BASELINE else cls()
 
-    def __or__(self, other: Ablation) -> Ablation:
-        return Ablation(self.changes | other.changes)
-
     def __str__(self) -> str:
         return self.name
 

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.grouping import grouped
-from tracker.core.kinds import MAPS, Action
+from tracker.core.kinds import Action
 
 _OF_PARTS = (Action.PASS, Action.NO_ATTENTION, Action.NO_MLP, Action.NO_PARTS)
 _TAKEN_APART = (*_OF_PARTS[1:], Action.ROUNDED)
@@ -242,9 +242,8 @@ class StreamPlan:
 
     @property
     def has_groups_of_maps(self) -> bool:
-        """Whether an attention's or an MLP's linear maps are rounded as a whole somewhere."""
-        rounded = (each for step in self.steps for done in step.done for each in done.rounded)
-        return any(each.path in MAPS for each in rounded)
+        """Check whether an attention's or an MLP's linear maps are rounded as a whole."""
+        return any(done.has_groups_of_maps for step in self.steps for done in step.done)
 
     @property
     def repeats(self) -> int:
