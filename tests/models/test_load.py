@@ -4,6 +4,7 @@ import json
 import re
 import string
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -42,6 +43,26 @@ def test_a_folder_is_loaded_as_it_was_saved(tiny_llama) -> None:
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert loaded.device == torch.device("cpu")
+
+
+def test_threads_load_one_after_the_other(tiny_llama, monkeypatch) -> None:
+    """Was: after two loads at once, no model of the process had tied weights any more."""
+    folder, load_with_transformers = tiny_llama(), transformers.AutoModelForCausalLM.from_pretrained
+    started: list[str] = []
+
+    def observed(*arguments, **settings):
+        assert not started, "another thread is loading"
+        started.append("loading")
+        result = load_with_transformers(*arguments, **settings)
+        started.clear()
+        return result
+
+    tie_weights = transformers.PreTrainedModel.tie_weights
+    monkeypatch.setattr(transformers.PreTrainedModel, "tie_weights", tie_weights)  # restores it
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", observed)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(load, [folder] * 6))
+    assert transformers.PreTrainedModel.tie_weights is tie_weights
 
 
 def test_its_identity(tiny_llama) -> None:

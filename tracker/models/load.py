@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any
 
 import torch
@@ -46,6 +47,9 @@ STD = 0.02
 SHARD = 2 * 2**30
 """Bytes of a file of weights at most: so many are in memory while they are drawn."""
 _INDEX = "model.safetensors.index.json"
+# While it loads or builds a model, transformers replaces functions of its classes. Two threads at
+# once leave the replacements behind: no model of the process has tied weights from then on.
+_TRANSFORMERS = Lock()
 
 
 @torch.inference_mode()
@@ -219,9 +223,10 @@ def _read(
         if not source.gguf_file and not trusted:
             arguments["use_safetensors"] = True
         arguments |= {**placing, **_how(source.arguments)}
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=dtype, output_loading_info=True, **arguments
-        )
+        with _TRANSFORMERS:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                source.location, dtype=dtype, output_loading_info=True, **arguments
+            )
         model = _adapted(model, source, tokenizer)
     except ModelError:
         raise
@@ -369,7 +374,7 @@ def hollow(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> 
     config = copy.deepcopy(read_config(source, trust_remote_code))
     kind = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None)
     try:
-        with torch.device("meta"):
+        with _TRANSFORMERS, torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 config, dtype=kind or torch.float32, trust_remote_code=trust_remote_code
             )
