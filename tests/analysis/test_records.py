@@ -270,7 +270,7 @@ def test_a_limit_below_what_is_measured(record_of, limit: int) -> None:
     record = record_of(items, limit=limit, name="group")
     shown = [item for item in items if item.index < limit]
     assert record.n == len(shown) == min(limit, 40) + min(limit, 12)
-    assert record.reasons.get("n") is None
+    assert record.unfinished is None
     assert record.baseline.value == pytest.approx(
         naive_mean(shown, True, lambda item: item.metrics["baseline"]["acc"])
     )
@@ -282,7 +282,7 @@ def test_a_limit_above_what_is_measured_is_said(record_of) -> None:
     items = make_items({"arc_easy": 40})
     record = record_of(items, sizes={"arc_easy": 70})
     check(record, items, True, range(LAYERS))
-    assert record.reasons["n"] == "40 of 70 documents are measured so far"
+    assert record.unfinished == "40 of 70 documents are measured so far"
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_a_layer_on_fewer_documents_narrows_all(store) -> None:
     record = cell_record(cell, EVERY_LAYER, "acc", aggregate)
     assert len(shared) == 50
     check(record, shared, False, range(LAYERS))
-    assert record.reasons["n"] == "50 of 52 documents are measured so far"
+    assert record.unfinished == "50 of 52 documents are measured so far"
     # A layer that is not shown does not narrow.
     check(cell_record(cell, asks(0, 1), "acc", aggregate), items, False, [0, 1])
 

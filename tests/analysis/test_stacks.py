@@ -35,8 +35,8 @@ def test_one_stack_is_what_the_shards_say(cell: CellStore) -> None:
     measure(cell, range(4), NAMES, NEW)
     found = record(cell)
     assert found.provenance == NEW
-    assert "provenance" not in found.reasons
-    assert all(not run.reasons.get("provenance") for run in found.runs)
+    assert found.mismatch is None
+    assert all(run.mismatch is None for run in found.runs)
 
 
 def test_only_what_is_shown_counts(cell: CellStore) -> None:
@@ -52,9 +52,9 @@ def test_documents_by_other_versions_are_said_but_each_is_compared_alike(cell: C
     measure(cell, range(2), NAMES, OLD)
     measure(cell, range(2, 4), NAMES, NEW)
     found = record(cell)
-    assert found.reasons == {"provenance": f"{DIFFERENT}: torch 2.12.0, 2.13.0"}
+    assert found.mismatch == f"{DIFFERENT}: torch 2.12.0, 2.13.0"
     assert found.is_complete
-    assert not any("provenance" in run.reasons for run in found.runs)
+    assert not any(run.mismatch for run in found.runs)
     (warning,) = (line for line in warnings(found) if DIFFERENT[1:] in line)
     assert warning.endswith(
         "torch 2.12.0, 2.13.0. Each accuracy drop compares what was measured alike."
@@ -69,14 +69,14 @@ def test_a_baseline_is_not_compared_with_another_stacks_ablation_in_silence(
     measure(cell, range(1, 3), ("layer:1",), NEW)
     measure(cell, range(3, 4), ("layer:1",), GPU)
     found = record(cell)
-    assert found.reasons["provenance"] == (f"{DIFFERENT}: torch 2.12.0, 2.13.0; device cpu, cuda")
+    assert found.mismatch == f"{DIFFERENT}: torch 2.12.0, 2.13.0; device cpu, cuda"
     alike, mixed = found.runs
-    assert "provenance" not in alike.reasons
+    assert alike.mismatch is None
     why = (
         "baseline and ablation of 3 of 4 documents were measured by different versions or devices: "
         "torch 2.12.0, 2.13.0; device cpu, cuda"
     )
-    assert mixed.reasons["provenance"] == why
+    assert mixed.mismatch == why
     # On the page, and in the runs.
     assert any("Baseline and ablation differ in this for layer 1." in w for w in warnings(found))
     assert f"Layer 1: {why}." in layer_table(found).notes

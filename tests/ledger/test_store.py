@@ -195,7 +195,7 @@ class TestSamples:
         record = cell_record(cell, cell.views.of(every), mean)
         assert cell.views.of(every).extent == ALL
         # All documents are all documents, in whatever order they came.
-        assert (record.n, record.sample_seed, "n" in record.reasons) == (70, None, False)
+        assert (record.n, record.sample_seed, record.unfinished) == (70, None, None)
 
 
 class TestHalves:

@@ -360,9 +360,7 @@ def test_as_many_drawn_documents_are_others_and_count_first() -> None:
 
 def test_as_many_documents_are_not_the_same_ones_while_a_cell_grows() -> None:
     one, other = build_cell(model="a"), build_cell(model="b")
-    growing = other.model_copy(
-        update={"reasons": {"n": "160 of 200 documents are measured so far"}}
-    )
+    growing = other.model_copy(update={"unfinished": "160 of 200 documents are measured so far"})
     assert setting(one) == setting(other) != setting(growing)
     assert all(s.rank.value is None for s in model_board([one, growing]).models)
     # The source of equal documents does not count.

@@ -32,7 +32,7 @@ def stopped(**changes: Any) -> CellRecord:
     answers = (run(one.change.layer, "+" if one.change.layer < 2 else "", n=one.n) for one in runs)
     found = answer("top 2", *answers, looked=96, measured=96)
     return build_cell(
-        **{"n": 64, "runs": tuple(runs), "answer": found, "reasons": {"n": WHY}} | changes
+        **{"n": 64, "runs": tuple(runs), "answer": found, "unfinished": WHY} | changes
     )
 
 
@@ -51,7 +51,7 @@ def test_it_is_stopped_and_never_complete(cell: CellRecord) -> None:
     running = stopped(answer=cell.answer.model_copy(update={"over": False}))
     assert (running.is_raced, running.is_stopped) == (True, False)
     assert running.documents == "64 to 96 documents drawn at random (seed 1234)"
-    assert stopped(reasons={}).is_complete
+    assert stopped(unfinished=None).is_complete
 
 
 def test_its_layers_are_not_ranked_beside_others(cell: CellRecord) -> None:

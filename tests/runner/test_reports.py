@@ -219,7 +219,7 @@ def test_targets_name_servers(text: str, server: str, project: str) -> None:
 
 def growing(layers: tuple[int, ...] = (0, 1), n: int = 60) -> CellRecord:
     return cell_record(layers=layers, n=n).model_copy(
-        update={"reasons": {"n": f"{n} of 200 documents are measured so far"}}
+        update={"unfinished": f"{n} of 200 documents are measured so far"}
     )
 
 

@@ -129,5 +129,5 @@ def test_which_model_is_measured_is_said_where_it_is_no_checkpoint(
     heard = Heard()
     (record,) = measure(tiny_llama(), heard=heard, limit=2, layer=[1, 2]).cells
     assert f"tiny-llama: {said}" in heard.lines
-    assert record.reasons["checkpoint"] == said
+    assert record.unsaved == said
     assert f"W{said[1:]}." in (tmp_path / "results/report.html").read_text()

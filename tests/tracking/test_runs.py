@@ -28,8 +28,8 @@ def test_complete_means_all_runs_and_all_documents() -> None:
     """Was: a cell that lacked documents, but no run, was published as complete."""
     whole = cell_record()
     documents = "64 of 160 documents are measured so far"
-    growing = cell_record(n=64).model_copy(update={"reasons": {"n": documents}})
-    both = cell_record(layers=(0, 1)).model_copy(update={"reasons": {"n": documents}})
+    growing = cell_record(n=64).model_copy(update={"unfinished": documents})
+    both = cell_record(layers=(0, 1)).model_copy(update={"unfinished": documents})
     for cell, lacks in (
         (whole, []),
         (growing, [documents]),

@@ -184,13 +184,13 @@ class AlignedOutcomes:
         """The rows of one ablation."""
         return self._rows[ablation.name]
 
-    def mismatch(self, ablation: Ablation) -> str:
-        """Say where the baseline of a document was measured otherwise than an ablation of it."""
+    def mismatch(self, ablation: Ablation) -> str | None:
+        """Describe where a document's baseline and an ablation of it were measured unlike."""
         pairs = list(zip(self.of(INTACT)[PROVENANCE], self.of(ablation)[PROVENANCE], strict=True))
         how = {pair: differences([*map(json.loads, pair)]) for pair in set(pairs)}
         count = sum(bool(how[pair]) for pair in pairs)
         if not count:
-            return ""
+            return None
         every = differences([json.loads(one) for pair in how if how[pair] for one in pair])
         return (
             f"baseline and ablation of {count} of {len(pairs)} documents were measured by "

@@ -36,7 +36,7 @@ def setting(cell: CellRecord) -> str:
         mode="json", exclude={"data", "primary_metric", "found_by"}
     )
     # As many documents as others have are not theirs while they are not all that was asked for.
-    growing = cell.key if "n" in cell.reasons else ""
+    growing = cell.key if cell.unfinished is not None else ""
     return content_hash([benchmark, cell.metric, cell.n, cell.sample_seed, cell.removed, growing])
 
 
@@ -83,7 +83,7 @@ def unusable(cell: CellRecord, of: Pick = _WHOLE_LAYERS) -> str | None:
     if cell.removed:
         return f"measured {cell.beneath}"
     if cell.is_raced:
-        return cell.reasons["n"]
+        return cell.unfinished
     if not (runs := of(cell)):
         return "no whole single layer was removed"
     if all(run.accuracy_relevance is None for run in runs):

@@ -28,10 +28,10 @@ from tracker.core.estimates import Estimate
 from tracker.core.extent import ALL, shuffled
 from tracker.core.provenance import differences, united
 from tracker.core.proxies import OBSERVED, OF_EXPERTS, Proxy
-from tracker.core.records import WHICH, AnswerRecord, CellRecord, CorrelationRecord, RunRecord
+from tracker.core.records import AnswerRecord, CellRecord, CorrelationRecord, RunRecord
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore, measured_last
-from tracker.ledger.outcomes import PROVENANCE
+from tracker.ledger.outcomes import CHECKPOINT
 from tracker.stats.accuracy import accuracy
 from tracker.stats.arrays import Array, Mask, divided, per_token, proxy_means
 from tracker.stats.correlation import DRAWS, correlate
@@ -64,14 +64,12 @@ def cell_record(
     outcomes, order = _answered(every, store, view, answer)
     n, abouts = len(outcomes.tasks), store.abouts()
     unlike = differences(outcomes.stacks)
-    reasons: dict[str, str | None] = {
-        "n": _why_fewer(n, outcomes.wanted, answer),
-        PROVENANCE: unlike and f"measured by different versions or devices: {unlike}",
-        WHICH: "; ".join(sorted({about[WHICH] for about in abouts if WHICH in about})),
-    }
     common = _identity(store, view) | {
         "higher_is_better": outcomes.higher_is_better,
         "n": n,
+        "unfinished": _why_fewer(n, outcomes.wanted, answer),
+        "mismatch": f"measured by different versions or devices: {unlike}" if unlike else None,
+        "unsaved": "; ".join(sorted({a[CHECKPOINT] for a in abouts if CHECKPOINT in a})) or None,
         "missing": tuple(outcomes.missing),
         "answer": answer,
         "fitted_on": _fitted_on(store, view, abouts),
@@ -82,12 +80,12 @@ def cell_record(
     if not n:
         nothing = Estimate(None, reason="no document is measured yet")
         common |= {"baseline": nothing, "remaining": nothing if view.removed else Estimate(None)}
-        reasons["chance_accuracy"] = nothing.reason
-        return unmeasured_record(store, view, **common, reasons=_known(reasons))
+        common["reasons"] = {"chance_accuracy": nothing.reason}
+        return unmeasured_record(store, view, **common)
     texts = cache(store.texts.read)
     intact = Intact(outcomes, texts)
     baseline, beneath = intact.baseline, _beneath(outcomes, view)
-    reasons |= {
+    reasons = {
         "baseline_rounded": intact.judged.reason,
         "chance_accuracy": None if outcomes.higher_is_better else f"{view.metric} is no accuracy",
     }
@@ -193,9 +191,9 @@ def _beginning(
     return found
 
 
-def _why_fewer(n: int, wanted: int, answer: AnswerRecord | None) -> str:
+def _why_fewer(n: int, wanted: int, answer: AnswerRecord | None) -> str | None:
     if n == wanted:
-        return ""
+        return None
     if answer is None:
         return f"{n} of {wanted} documents are measured so far"
     least = min(run.n for run in answer.runs)

@@ -16,7 +16,7 @@ from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.core.estimates import Estimate
 from tracker.core.proxies import OBSERVED, OF_EXPERTS, Proxy
 from tracker.core.records import RunAnswer, RunRecord
-from tracker.ledger.outcomes import METRIC, PROVENANCE
+from tracker.ledger.outcomes import METRIC
 from tracker.stats.accuracy import (
     RATIO,
     accuracy,
@@ -169,7 +169,6 @@ def run_record(
         "mcnemar_p": untested if drop.p_value is None else None,
         **{name: proxy.reason for name, proxy in proxies.items()},
         **{f"metrics.{name}": _NO_METRIC for name, value in metrics.items() if value is None},
-        PROVENANCE: outcomes.mismatch(ablation),
     }
     return RunRecord(
         change=run,
@@ -185,6 +184,7 @@ def run_record(
         drop_rounding=moved_by_rounding(intact.weights, intact.judged, mine),
         metrics=metrics,
         reasons={name: reason for name, reason in undefined.items() if reason},
+        mismatch=outcomes.mismatch(ablation),
         **{name: proxy.value for name, proxy in proxies.items()},
     )
 

@@ -239,9 +239,9 @@ def list_cells(folder: Path | None, results: Path) -> None:
 
 def _documents(cell: CellRecord) -> str:
     if cell.is_raced:
-        return f"{cell.reasons['n']} (seed {cell.answer.seed if cell.answer else ''})"
-    if "n" in cell.reasons:
-        return ", ".join(filter(None, (cell.reasons["n"], cell.drawn)))
+        return f"{cell.unfinished} (seed {cell.answer.seed if cell.answer else ''})"
+    if cell.unfinished is not None:
+        return ", ".join(filter(None, (cell.unfinished, cell.drawn)))
     return " ".join(filter(None, (str(cell.n), cell.drawn)))
 
 

@@ -30,8 +30,6 @@ Place = tuple[str, str, int]
 """What several records are told apart by: the cell, the view of it, how many documents."""
 NO_REASON = "no reason was recorded"
 NOT_MEASURED = "not measured yet"
-WHICH = "checkpoint"
-"""Under what name it is said where the model that was measured is no saved checkpoint."""
 
 
 def flat_names(field: str, *names: str) -> dict[str, tuple[str, str]]:
@@ -75,20 +73,36 @@ class EstimatesRecord(Record):
 class FiguresRecord(EstimatesRecord):
     """Figures, and why some of them are undefined."""
 
+    NOTES: ClassVar[Mapping[str, str]] = {"provenance": "mismatch"}
+    """Name in data frames, in trackers and in `reasons` of former versions → the field."""
+
     reasons: dict[str, str] = Field(default_factory=dict)
     """Field, or name of a proxy, a metric or the end of an interval → why it is undefined."""
+    mismatch: str | None = Field(None, exclude_if=lambda text: text is None)
+    """Differences between the versions and devices that measured it; None where there are none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_former_reasons(cls, fields: Any) -> Any:
+        """Read the notes where a former version kept them among the reasons."""
+        if not isinstance(fields, dict) or not isinstance(reasons := fields.get("reasons"), dict):
+            return fields
+        notes = {cls.NOTES[name]: why for name, why in reasons.items() if name in cls.NOTES}
+        reasons = {name: why for name, why in reasons.items() if name not in cls.NOTES}
+        return fields | notes | {"reasons": reasons}
 
     @property
     def all_reasons(self) -> dict[str, str]:
-        """Why figures are undefined, by the names under which they are shown."""
+        """Why figures are undefined, and notes, by the names under which they are shown."""
+        notes = {name: getattr(self, field) for name, field in self.NOTES.items()}
         values = {field: name for name, (field, part) in self.FLAT.items() if part == "value"}
         reasons = {
             values.get(field, field): getattr(self, field).reason
             if field in values
-            else self.reasons.get(field)
+            else notes.get(field) or self.reasons.get(field)
             for field in type(self).model_fields
         }
-        return {name: why for name, why in {**reasons, **self.reasons}.items() if why}
+        return {name: why for name, why in {**reasons, **self.reasons, **notes}.items() if why}
 
 
 class ChangeRecord(Record):
@@ -242,6 +256,7 @@ class CellRecord(FiguresRecord):
         **flat_names("baseline", "baseline_accuracy", "baseline_low", "baseline_high"),
         **flat_names("remaining", "removed_accuracy", "removed_low", "removed_high"),
     }
+    NOTES: ClassVar = {"n": "unfinished", "provenance": "mismatch", "checkpoint": "unsaved"}
 
     key: str
     """The ledger's key: the hash of what decides a document's outcome."""
@@ -253,6 +268,10 @@ class CellRecord(FiguresRecord):
     """False for a loss: it is no accuracy, and a drop is its increase."""
     n: int
     """Documents measured (all tasks of a group together)."""
+    unfinished: str | None = Field(None, exclude_if=lambda text: text is None)
+    """Why fewer documents are measured than were asked for; None where all are."""
+    unsaved: str | None = Field(None, exclude_if=lambda text: text is None)
+    """Why no saved checkpoint holds the model that was measured; None where one does."""
     sample_seed: int | None = None
     """The seed with which they were drawn at random; None where they are the first ones, or all."""
     beside: str = Field("", exclude_if=lambda text: not text)
@@ -376,8 +395,8 @@ class CellRecord(FiguresRecord):
         mine, theirs = (
             (one.key, one.removed, one.metric, one.sample_seed) for one in (self, other)
         )
-        growing = "n" in other.reasons
-        enough = self.n >= other.n if growing else self.n == other.n and "n" not in self.reasons
+        growing = other.unfinished is not None
+        enough = self.n >= other.n if growing else self.n == other.n and self.unfinished is None
         changes = {run.change for run in self.runs}
         return mine == theirs and enough and changes >= {run.change for run in other.runs}
 
@@ -385,7 +404,7 @@ class CellRecord(FiguresRecord):
     def is_raced(self) -> bool:
         """Whether an answer decides how many documents each run has: then one look’s intervals are
         left out, and those of drops are confidence sequences."""
-        return self.answer is not None and "n" in self.reasons
+        return self.answer is not None and self.unfinished is not None
 
     @property
     def is_stopped(self) -> bool:
@@ -400,7 +419,7 @@ class CellRecord(FiguresRecord):
     @property
     def lacks(self) -> tuple[str, ...]:
         """What was asked for and is not measured yet: documents, and runs by their labels."""
-        documents = (self.reasons["n"],) if "n" in self.reasons else ()
+        documents = () if self.unfinished is None else (self.unfinished,)
         return (*documents, *(change.label() for change in self.missing))
 
     @property

@@ -261,6 +261,6 @@ def _until(row: CellRun) -> str | None:
 
 def _reasons(row: CellRun) -> str:
     reasons = {} if row.run is None else reasons_of(row.run)
-    if "n" in row.cell.reasons:
-        reasons = {"n": row.cell.reasons["n"], **reasons}
+    if row.cell.unfinished is not None:
+        reasons = {"n": row.cell.unfinished, **reasons}
     return "; ".join(f"{name}: {why}" for name, why in reasons.items())

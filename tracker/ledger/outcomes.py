@@ -13,6 +13,8 @@ METRIC = "metric/"
 """Columns that start so hold the task's metrics under lm-eval's names."""
 PROVENANCE = "provenance"
 """What `CellStore.read` adds: who measured the outcome, as JSON; it stands in a shard once."""
+CHECKPOINT = "checkpoint"
+"""Why no saved checkpoint holds the model that was measured; most shards have none."""
 TOKENS_DIGEST = "tokens_digest"
 """Digest of the tokens that an outcome's document was read as; none before it was kept."""
 COMPARED = ("compared", "difference", "unsteady")

@@ -17,8 +17,7 @@ from tracker.core.documents import Document, Response
 from tracker.core.errors import CellError
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity
 from tracker.core.provenance import TOKENISATION, WEIGHTS, machine, package_versions
-from tracker.core.records import WHICH
-from tracker.ledger.outcomes import TOKENS_DIGEST, outcome_row
+from tracker.ledger.outcomes import CHECKPOINT, TOKENS_DIGEST, outcome_row
 from tracker.ledger.texts import text_row
 from tracker.measuring.calibrate import CalibrationTexts, calibration, computed_twice
 from tracker.measuring.prepare import check_range
@@ -239,7 +238,7 @@ class Meter:
             "sharing": str(scorer.engine.sharing),
         }
         if scorer.which:
-            metadata[WHICH] = scorer.which
+            metadata[CHECKPOINT] = scorer.which
         if self._calibration and any(each.is_fitted for each in scored):
             metadata["calibration"] = self._calibration.about
         texts = [

@@ -8,7 +8,7 @@ from tracker.analysis.layer_figures import sure
 from tracker.core.answers import interval_name
 from tracker.core.formats import counted, defined, measure_of
 from tracker.core.provenance import WEIGHTS
-from tracker.core.records import NOT_MEASURED, WHICH, CellRecord
+from tracker.core.records import NOT_MEASURED, CellRecord
 from tracker.core.text import capital
 from tracker.core.weight_formats import FORMATS
 from tracker.report.wording import run_list, second_rounding
@@ -23,13 +23,13 @@ def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
     Returns:
         One sentence for each.
     """
-    found = ((cell, cell.reasons.get("provenance")) for cell in cells)
+    found = ((cell, cell.mismatch) for cell in cells)
     return [f"{cell.title}: {why}.{_mismatched(cell)}" for cell, why in found if why]
 
 
 def _mismatched(cell: CellRecord) -> str:
     """Say which drops compare what was measured differently; begins with a space."""
-    which = [run.change for run in cell.runs if "provenance" in run.reasons]
+    which = [run.change for run in cell.runs if run.mismatch]
     if not which:
         return f" Each {measure_of(cell).change} compares what was measured alike."
     return f" Baseline and ablation differ in this for {run_list(which, cell)}."
@@ -44,10 +44,10 @@ def looks_note(cell: CellRecord) -> str:
     Returns:
         Some sentences; none where its documents are as many as were asked for.
     """
-    if not cell.is_raced:
+    if not cell.is_raced or not cell.unfinished:
         return ""
     return (
-        f"{capital(cell.reasons['n'])}. Each run’s figures rest on its own documents. Its interval "
+        f"{capital(cell.unfinished)}. Each run’s figures rest on its own documents. Its interval "
         f"is a {interval_name(cell)}, which holds at every look and for all runs together. "
         "What holds for one look is left out. The baseline, the proxies and the "
         f"correlations rest on the {counted(cell.n, 'document')} that all runs share. Without "
@@ -122,19 +122,21 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
     found = []
     if cell.missing:
         found.append(f"Incomplete: {run_list(cell.missing, cell)}: {NOT_MEASURED}.")
+    if cell.unfinished:
+        found.append(looks_note(cell) or f"Incomplete: {cell.unfinished}.")
     # The first two are said with the documents, and with what rounding decides.
-    elsewhere = {"baseline_low", "baseline_rounded"}
+    elsewhere = {"baseline_low", "baseline_rounded", *cell.NOTES}
     if not cell.higher_is_better:
         elsewhere.add("chance_accuracy")  # a loss has none, and nothing is wrong
-    for field, reason in cell.all_reasons.items():
-        if field == "n":
-            found.append(looks_note(cell) or f"Incomplete: {reason}.")
-        elif field == "provenance":
-            found.append(f"{capital(reason)}.{_mismatched(cell)}")
-        elif field == WHICH:
-            found.append(f"{capital(reason)}.")
-        elif field not in elsewhere:
-            found.append(f"{capital(field).replace('_', ' ')} is undefined: {reason}.")
+    found += [
+        f"{capital(figure).replace('_', ' ')} is undefined: {reason}."
+        for figure, reason in cell.all_reasons.items()
+        if figure not in elsewhere
+    ]
+    if cell.mismatch:
+        found.append(f"{capital(cell.mismatch)}.{_mismatched(cell)}")
+    if cell.unsaved:
+        found.append(f"{capital(cell.unsaved)}.")
     found += filter(None, (rounding_note(cell), second_rounding_note(cell)))
     chance = cell.chance_accuracy
     if chance is None:

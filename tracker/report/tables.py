@@ -169,7 +169,7 @@ def layer_table(cell: CellRecord) -> Table:
             f"{heading.label}: undefined for {which}: {why}."
             for which, why in _by_reason(cell, undefined)
         ]
-    mismatched = ((run.change, run.reasons.get("provenance")) for run in cell.runs)
+    mismatched = ((run.change, run.mismatch) for run in cell.runs)
     notes += [f"{capital(which)}: {why}." for which, why in _by_reason(cell, mismatched)]
     each = f", {counted(documents.pop(), 'document')} each" if len(documents) == 1 else ""
     intact = ((column.label, cell.baseline_metrics.get(column.label)) for column in metrics)

@@ -77,7 +77,7 @@ class Live:
             supersedes=view.supersedes,
             missing=view.runs,
             provenance=store.identity.provenance,
-            reasons={"n": "it is being measured"},
+            unfinished="it is being measured",
         )
         now = time.monotonic()
         cell = _Cell(store, view, record, now, now + GRACE)

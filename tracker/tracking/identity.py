@@ -87,7 +87,7 @@ def intact_part(cell: CellRecord) -> CellRecord:
     without: dict[str, object] = {"runs": (), "missing": (), "correlations": (), "provenance": {}}
     without |= dict.fromkeys(("compared", "compared_unsteady"), 0) | {"reasons": {}}
     costs = ("compared_difference", "seconds", "peak_bytes", "measured")
-    return cell.model_copy(update=without | dict.fromkeys(costs))
+    return cell.model_copy(update=without | dict.fromkeys((*costs, *cell.NOTES.values())))
 
 
 def content_digest(record: Record, *also: str) -> str:
