@@ -64,3 +64,14 @@ def test_a_copy_in_place_of_another_view_is_named(cell: CellStore) -> None:
     damaged: dict[str, str] = {}
     assert [stored.view.removed for stored in cell.views.asked(damaged)] == [()]
     assert "it is a copy of intact.json" in damaged[str(without)]
+
+
+def test_requested_layers_are_no_control_that_was_drawn_at_random(cell: CellStore) -> None:
+    """Was: two runs of the same layers, in one view, had the same key in trackers."""
+    requested, drawn = Change(layers=(0, 2)), Change(layers=(0, 2), drawn=True)
+    other = Change(layers=(1, 3), drawn=True)
+    first = View(metric="acc", runs=(requested, other), limit=8)
+    second = View(metric="acc", runs=(drawn, other), limit=4)
+    assert first.joined(second).runs == second.joined(first).runs == (requested, other)
+    assert first.shows(second)
+    assert not second.model_copy(update={"limit": 9}).shows(first)

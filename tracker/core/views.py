@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -20,8 +21,11 @@ from tracker.core.records import view_name
 
 
 def ordered(runs: Iterable[Change]) -> tuple[Change, ...]:
-    """Put runs in order, each once."""
-    return tuple(sorted(set(runs)))
+    """Put runs in order, each once: layers that were requested are no control drawn at random."""
+    changes = set(runs)
+    return tuple(
+        sorted(c for c in changes if not c.drawn or replace(c, drawn=False) not in changes)
+    )
 
 
 Ordered = Annotated[tuple[Change, ...], AfterValidator(ordered)]
@@ -118,7 +122,7 @@ class View(Record):
         """Return whether it shows all runs of another view of its order, on more documents."""
         if self.until is not None or other.until is not None:
             return False
-        return self.size > other.size and {*other.runs} <= {*self.runs}
+        return self.size > other.size and self.joined(other).runs == self.runs
 
     def joined(self, *others: View) -> View:
         """Show the runs of other views too; all else stays as it is here."""
