@@ -1,0 +1,154 @@
+"""Check names, docstrings, sentences and commit subjects: `python -m tests.tools.language`.
+
+With a commit as argument, the subjects of the commits since then are checked as well.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+NAMES = {
+    *("found", "asked", "said", "told", "each", "one", "known", "kept", "there", "own", "some"),
+    *("place", "places", "which", "what", "wanted", "tried", "meant", "begun", "beneath"),
+    *("besides", "beside"),
+}
+"""Names of locals and parameters that are no noun of their type."""
+STARTS = ("Say", "Tell", "What", "Whether", "How", "Let ")
+"""Beginnings of a docstring that describe nothing."""
+SHARED = {"log", "main", "T", "P", "Array", "Layers"}
+"""Names that mean the same in each module that defines them."""
+MAX_WORDS = 30
+MAX_SUBJECT = 72
+_CODE = re.compile(r"^(`{3,}|~{3,}).*?^\1", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"\n\s*\n|\n\s*(?:[-*]|\d+\.)\s|\n(?=[|#>])")
+_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`*‘“(])")
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@dataclass(frozen=True)
+class Breach:
+    """A breach of the language guide.
+
+    Attributes:
+        kind: The rule.
+        where: The file and the line, or the page.
+        text: The name or the text.
+    """
+
+    kind: str
+    where: str
+    text: str
+
+
+def long_sentences(text: str) -> Iterator[str]:
+    """Yield the sentences of a text that have too many words; tables and code have none."""
+    for block in _BLOCK.split(_CODE.sub("", text)):
+        if not block.lstrip().startswith(("|", "#", "<", "[", "\b")):
+            yield from (s for s in _END.split(block.strip()) if len(s.split()) > MAX_WORDS)
+
+
+def name_breaches(tree: ast.Module, where: str) -> Iterator[Breach]:
+    """Yield the names of a module that are no nouns."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        elif isinstance(node, ast.arg):
+            name = node.arg
+        else:
+            continue
+        if name in NAMES:
+            yield Breach("name", f"{where}:{node.lineno}", name)
+
+
+def docstring_breaches(tree: ast.Module, where: str) -> Iterator[Breach]:
+    """Yield the docstrings of a module that begin with no verb of what is done."""
+    for node in ast.walk(tree):
+        if isinstance(node, (*_FUNCTIONS, ast.ClassDef, ast.Module)):
+            text = ast.get_docstring(node) or ""
+            if text.startswith(STARTS):
+                line = getattr(node, "lineno", 1)
+                yield Breach("docstring", f"{where}:{line}", text.splitlines()[0])
+
+
+def message_breaches(tree: ast.Module, where: str) -> Iterator[Breach]:
+    """Yield the sentences of a module's texts that are too long."""
+    nodes = [*ast.walk(tree)]
+    inner = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in nodes:
+        if isinstance(node, ast.JoinedStr):
+            parts = (v.value if isinstance(v, ast.Constant) else "x" for v in node.values)
+            text = "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            text = "" if id(node) in inner else node.value
+        else:
+            continue
+        for sentence in long_sentences(text):
+            yield Breach("long sentence", f"{where}:{node.lineno}", sentence)
+
+
+def shared_names(trees: Iterable[tuple[str, ast.Module]]) -> Iterator[Breach]:
+    """Yield classes and constants that several modules of a package define."""
+    owners: dict[str, list[str]] = defaultdict(list)
+    for where, tree in trees:
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                owners[node.name].append(where)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for target in targets:
+                    if isinstance(target, ast.Name):
+                        owners[target.id].append(where)
+    for name, modules in sorted(owners.items()):
+        if len(modules) > 1 and not name.startswith("_") and name not in SHARED:
+            yield Breach("shared name", ", ".join(modules), name)
+
+
+def subject_breaches(base: str) -> Iterator[Breach]:
+    """Yield the subjects since a commit that are too long."""
+    command = ["git", "log", "--format=%h %s", f"{base}..HEAD"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for commit, _, subject in (line.partition(" ") for line in lines.splitlines()):
+        if len(subject) > MAX_SUBJECT:
+            yield Breach("commit subject", commit, subject)
+
+
+def breaches(root: Path = ROOT) -> Iterator[Breach]:
+    """Yield the breaches of a checkout."""
+    folders = (root / "tracker", root / "tests")
+    paths = sorted(chain.from_iterable(folder.rglob("*.py") for folder in folders))
+    trees = [
+        (str(path.relative_to(root)), ast.parse(path.read_text(encoding="utf-8"))) for path in paths
+    ]
+    package = [(where, tree) for where, tree in trees if where.startswith("tracker")]
+    for where, tree in trees:
+        yield from name_breaches(tree, where)
+        yield from docstring_breaches(tree, where)
+    for where, tree in package:
+        yield from message_breaches(tree, where)
+    yield from shared_names(package)
+    for page in (root / "README.md", root / "CONTRIBUTING.md", *sorted(root.glob("docs/**/*.md"))):
+        for sentence in long_sentences(page.read_text(encoding="utf-8")):
+            yield Breach("long sentence", str(page.relative_to(root)), sentence)
+
+
+def main(arguments: list[str]) -> int:
+    """Print the breaches; return 1 if there are any."""
+    rows = [*breaches(), *chain.from_iterable(map(subject_breaches, arguments))]
+    for row in rows:
+        print(f"{row.where}: {row.kind}: {' '.join(row.text.split())[:200]}")  # noqa: T201
+    for kind, count in Counter(row.kind for row in rows).items():
+        print(f"{count} × {kind}")  # noqa: T201
+    return 1 if rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

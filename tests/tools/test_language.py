@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import ast
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from tests.tools import language
+
+LONG = " ".join(["word"] * 31)
+
+
+@pytest.mark.parametrize(
+    ("code", "kinds"),
+    [
+        ('def load(path):\n    """Load a file."""\n    lines = path.read()\n', []),
+        ("def load(path, kept=None):\n    pass\n", ["name"]),
+        ("for each in range(3):\n    found = each\n", ["name", "name"]),
+        ('def size():\n    """What it takes."""\n', ["docstring"]),
+        (f"MESSAGE = '{LONG}.'\n", ["long sentence"]),
+        (f"MESSAGE = f'{LONG[:70]} {{size:,}} {LONG[70:]}.'\n", ["long sentence"]),
+        (f"MESSAGE = '{LONG[:60]}. {LONG[60:].capitalize()}.'\n", []),
+        (f'MESSAGE = """Examples:\n\n\b\n  {LONG}"""\n', []),
+    ],
+)
+def test_a_module_breaks_the_rules(code: str, kinds: list[str]) -> None:
+    tree = ast.parse(code)
+    checks = (language.name_breaches, language.docstring_breaches, language.message_breaches)
+    rows = chain.from_iterable(check(tree, "a.py") for check in checks)
+    assert [row.kind for row in rows] == kinds
+
+
+def test_a_name_has_one_meaning_in_a_package() -> None:
+    codes = {
+        "a.py": "DRAWS = 1\nlog = 2\n_OWN = 1\n",
+        "b.py": "DRAWS: int = 2\nlog = 2\n_OWN = 2\n",
+    }
+    (row,) = language.shared_names((name, ast.parse(code)) for name, code in codes.items())
+    assert (row.text, row.where) == ("DRAWS", "a.py, b.py")
+
+
+def test_tables_headings_and_code_of_a_page_are_no_sentences(tmp_path: Path) -> None:
+    page = f"# {LONG}\n\n| {LONG} |\n| {LONG} |\n\n```\n{LONG}\n```\n\n- Short.\n- {LONG}.\n"
+    assert [*language.long_sentences(page)] == [f"{LONG}."]
