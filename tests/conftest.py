@@ -57,10 +57,10 @@ CHAT = (
 
 UNIT = {
     *("ledger", "stats"),
-    *("test_ablations.py", "test_answers.py", "test_choose.py", "test_config.py", "test_extent.py"),
+    *("test_ablations.py", "test_choose.py", "test_config.py", "test_extent.py"),
     *("test_layer_kinds.py", "test_masks.py", "test_names.py", "test_probe_texts.py"),
     *("test_questions.py", "test_refusal.py", "test_rows.py", "test_schema.py", "test_slices.py"),
-    *("test_budgets.py", "test_recommending.py", "test_rescoring.py", "test_wording.py"),
+    *("test_budgets.py", "test_recommending.py", "test_rescoring.py"),
 }
 """Folders and files of tests that load no model and start no program: `pytest -m unit`."""
 SIMULATING = {
@@ -210,7 +210,7 @@ def spy(monkeypatch) -> Callable[..., list[Any]]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _cache(tmp_path_factory) -> Iterator[None]:
     """Keep the tests out of the user's cache folder."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TRACKER_CACHE", str(of_all_workers(tmp_path_factory) / "cache"))
@@ -238,13 +238,13 @@ def lend_tasks(cache: Path) -> None:
 
 
 @pytest.fixture
-def tiny_llama(tmp_path: Path) -> Callable[..., Path]:
+def tiny_llama(tmp_path) -> Callable[..., Path]:
     """Make folders with random Llamas."""
     return lambda name="tiny-llama", **shape: save_llama(tmp_path / name, **shape)
 
 
 @pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tmp_path_factory) -> Path:
     """A migrated SQLite store of MLflow: making one takes seconds, copying it does not."""
     from filelock import FileLock
 
@@ -280,7 +280,7 @@ def smollm2() -> Any:
 
 
 @pytest.fixture(scope="session")
-def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shallow(tmp_path_factory) -> Path:
     """SmolLM2's first four layers as a checkpoint: trained weights, the real tokenizer, little."""
     from filelock import FileLock
 
@@ -304,7 +304,7 @@ def gemma() -> Path:
 
 
 @pytest.fixture
-def experiment(tmp_path: Path) -> Callable[..., Path]:
+def experiment(tmp_path) -> Callable[..., Path]:
     """Write an experiment file on the tiny model and real benchmarks; None leaves a key out."""
 
     def write(model: Path | str, name: str = "study.yaml", **settings: object) -> Path:

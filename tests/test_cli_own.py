@@ -18,7 +18,7 @@ COMMON = ["evaluate", "--model=m", "--benchmark=b", "--layer=3"]
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[CellRequest]:
+def asked(monkeypatch) -> list[CellRequest]:
     found: list[CellRequest] = []
 
     def evaluate(request: CellRequest, **_: Any) -> tuple[None, Finished]:
@@ -30,14 +30,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[CellRequest]:
 
 
 @pytest.mark.parametrize(("typed", "field", "value"), golden("trial_settings"))
-def test_one(asked: list[CellRequest], typed: str, field: str, value: str) -> None:
+def test_one(asked, typed, field, value):
     result = cli(*COMMON, *shlex.split(typed))
     assert result.exit_code == 0, result.output
     (request,) = asked
     assert getattr(request, field) == literal_eval(value)
 
 
-def test_zero_and_no_are_said_of_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zero_and_no_are_said_of_a_search(monkeypatch):
     """Was: left out as if nothing had been said, so that the task's own shots counted."""
     found: dict[str, Any] = {}
 
@@ -65,6 +65,6 @@ def test_zero_and_no_are_said_of_a_search(monkeypatch: pytest.MonkeyPatch) -> No
         ("--fewshot_as_multiturn=perhaps", "perhaps"),
     ],
 )
-def test_nonsense(asked: list[CellRequest], typed: str, said: str) -> None:
+def test_nonsense(asked, typed, said):
     refused(cli(*COMMON, typed), said)
     assert not asked

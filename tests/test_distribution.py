@@ -35,7 +35,7 @@ def files(*parts: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], zipfile.ZipFile]:
+def built(tmp_path_factory) -> tuple[set[str], zipfile.ZipFile]:
     """The names in the source distribution, and the wheel that was built from it."""
     # A copy: setuptools would hand out once more whatever an older build here had listed.
     copy = tmp_path_factory.mktemp("copy") / "checkout"
@@ -55,14 +55,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], zipfile.Z
     return names, zipfile.ZipFile(made / f"{name}-py3-none-any.whl")
 
 
-def test_the_source_distribution_can_build_demonstrate_and_test_itself(built) -> None:
+def test_the_source_distribution_can_build_demonstrate_and_test_itself(built):
     names, _ = built
     assert files(*PARTS) - names == set()
     made = {"PKG-INFO", "setup.cfg", "layer_tracker.egg-info"}
     assert {name.partition("/")[0] for name in names} <= {*PARTS, *made}
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(built) -> None:
+def test_the_wheel_holds_the_package_and_nothing_else(built):
     _, wheel = built
     about = f"layer_tracker-{tracker.__version__}.dist-info/"
     names = set(wheel.namelist())
@@ -91,7 +91,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built) -> None:
     assert "tracker" not in needed
 
 
-def test_the_metadata_describe_the_project_as_pypi_shows_it(built) -> None:
+def test_the_metadata_describe_the_project_as_pypi_shows_it(built):
     _, wheel = built
     about = f"layer_tracker-{tracker.__version__}.dist-info/METADATA"
     metadata = HeaderParser().parsestr(wheel.read(about).decode())
@@ -110,14 +110,14 @@ def test_the_metadata_describe_the_project_as_pypi_shows_it(built) -> None:
     assert all(f'python: "{version}"' in tested for version in (versions[0], versions[-1]))
 
 
-def test_the_newest_release_of_the_changelog_is_this_version() -> None:
+def test_the_newest_release_of_the_changelog_is_this_version():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     unreleased, newest, *_ = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert unreleased == "[Unreleased]"
     assert re.fullmatch(r"\[(.+)\] - \d{4}-\d\d-\d\d", newest)[1] == tracker.__version__
 
 
-def test_every_package_that_is_imported_is_a_dependency_with_a_lower_bound() -> None:
+def test_every_package_that_is_imported_is_a_dependency_with_a_lower_bound():
     """Was: huggingface_hub came only with others. `make oldest` runs the demo with the bounds."""
     modules = {"lm-eval": "lm_eval", "pyyaml": "yaml", "typing-extensions": "typing_extensions"}
     declared = {modules.get(package, package) for package in oldest()}
@@ -136,7 +136,7 @@ def test_every_package_that_is_imported_is_a_dependency_with_a_lower_bound() -> 
     assert not missing
 
 
-def test_hints_in_a_checkout_name_the_checkout(monkeypatch, tmp_path) -> None:
+def test_hints_in_a_checkout_name_the_checkout(monkeypatch, tmp_path):
     assert distribution._ROOT == ROOT
     folder = tmp_path / "my checkout"
     folder.mkdir()
@@ -149,21 +149,21 @@ def test_hints_in_a_checkout_name_the_checkout(monkeypatch, tmp_path) -> None:
     assert shlex.split(installs) == [*pip, str(folder)]
 
 
-def test_hints_of_an_installed_wheel_name_the_distribution(monkeypatch, tmp_path) -> None:
+def test_hints_of_an_installed_wheel_name_the_distribution(monkeypatch, tmp_path):
     monkeypatch.setattr(distribution, "_ROOT", tmp_path)
     pip = [sys.executable, "-m", "pip", "install"]
     assert shlex.split(distribution.install_extra("ray")) == [*pip, "layer-tracker[ray]"]
     assert shlex.split(distribution.upgrade()) == [*pip, "--upgrade", "layer-tracker"]
 
 
-def test_nobody_is_told_to_install_the_other_tracker() -> None:
+def test_nobody_is_told_to_install_the_other_tracker():
     words = re.compile(r"""pip install [^`\n]*?(?<![-\w/])['"]?tracker\b|['"]tracker\[""")
     texts = [*files("tracker", "experiments", ".ci"), "README.md", "CONTRIBUTING.md", "Makefile"]
     told = [name for name in texts if words.search((ROOT / name).read_text(encoding="utf-8"))]
     assert told == []
 
 
-def test_every_extra_is_in_the_readme() -> None:
+def test_every_extra_is_in_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     with (ROOT / "pyproject.toml").open("rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]

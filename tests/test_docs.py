@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -48,7 +48,7 @@ def commands() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("page", "command"), sorted(commands()))
-def test_a_command_is_understood(page: str, command: str) -> None:
+def test_a_command_is_understood(page, command):
     words = shlex.split(command, comments=True)[1:]
     group = click.Context(main, info_name="tracker")
     if words == ["--help"]:
@@ -59,7 +59,7 @@ def test_a_command_is_understood(page: str, command: str) -> None:
     found.make_parser(click.Context(found, info_name=name, parent=group)).parse_args(rest)
 
 
-def test_there_are_commands() -> None:
+def test_there_are_commands():
     assert len(list(commands())) > 40
 
 
@@ -68,7 +68,7 @@ def of_language(language: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("page", "text"), of_language("yaml"))
-def test_an_experiment_is_valid(page: str, text: str, tmp_path: Path) -> None:
+def test_an_experiment_is_valid(page, text, tmp_path):
     raw = yaml.safe_load(text)
     if "parameters" not in raw:
         # A key or two, to be put beside those of an experiment.
@@ -85,7 +85,7 @@ def test_an_experiment_is_valid(page: str, text: str, tmp_path: Path) -> None:
     (load_searches if is_of_searches(raw) else load_experiment)(path)
 
 
-def test_the_tutorial_quotes_its_file() -> None:
+def test_the_tutorial_quotes_its_file():
     quoted, *_ = [
         yaml.safe_load(text) for page, text in of_language("yaml") if page == "tutorial.md"
     ]
@@ -105,7 +105,7 @@ def programs() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("page", "program"), list(programs()))
-def test_python_uses_names_that_exist(page: str, program: str) -> None:
+def test_python_uses_names_that_exist(page, program):
     tree = ast.parse(program)
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names: dict[str, Any] = {"__name__": page}
@@ -140,9 +140,7 @@ NOT_RUN = (
         if case[0] != "extending.md" and not any(part in case[1] for part in NOT_RUN)
     ],
 )
-def test_a_program_prints_the_figures_of_its_page(
-    page: str, program: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_program_prints_the_figures_of_its_page(page, program, capsys):
     exec(compile(program, page, "exec"), {})
     figures = re.findall(r"[\d.]+", capsys.readouterr().out)
     assert figures
@@ -167,7 +165,7 @@ def section(page: str, title: str) -> str:
     return page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
-def test_the_guide_for_contributors_is_short() -> None:
+def test_the_guide_for_contributors_is_short():
     assert len(GUIDE.split()) <= 1200
     (diagram,) = re.findall(r"```text\n(.*?)```", section(GUIDE, "Layers"), re.DOTALL)
     assert len(diagram.splitlines()) == 12
@@ -175,7 +173,7 @@ def test_the_guide_for_contributors_is_short() -> None:
     assert terms == ["term", "cell", "run", "ledger", "view", "row", "stream"]
 
 
-def test_the_diagram_of_layers_agrees_with_the_import_contract() -> None:
+def test_the_diagram_of_layers_agrees_with_the_import_contract():
     (diagram,) = re.findall(r"```text\n(.*?)```", section(GUIDE, "Layers"), re.DOTALL)
     positions = {
         name: match.start()
@@ -195,7 +193,7 @@ def test_the_diagram_of_layers_agrees_with_the_import_contract() -> None:
     assert sorted(names, key=positions.__getitem__) == names
 
 
-def test_each_package_has_one_line_with_a_file_that_exists() -> None:
+def test_each_package_has_one_line_with_a_file_that_exists():
     lines = re.findall(r"^\| `.*", section(GUIDE, "Packages"), re.MULTILINE)
     assert [line for line in lines if len(line) > 90] == []
     files = {}
@@ -218,15 +216,13 @@ def test_each_package_has_one_line_with_a_file_that_exists() -> None:
     ],
     ids=lambda folder: str(folder.relative_to(PACKAGE)),
 )
-def test_the_docstring_of_a_package_lists_its_modules(folder: Path) -> None:
+def test_the_docstring_of_a_package_lists_its_modules(folder):
     docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
     listed = re.findall(r"^    (\w+): [A-Z].*\.$", docstring or "", re.MULTILINE)
     assert sorted(listed) == sorted(submodules(folder))
 
 
-def test_a_run_calls_the_functions_of_the_guide_in_its_order(
-    tiny_llama: Callable[..., Path], experiment: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_run_calls_the_functions_of_the_guide_in_its_order(tiny_llama, experiment, tmp_path):
     keys = {(str(PACKAGE / file), name): (file, name) for file, name in STEPS}
     calls: list[tuple[str, str]] = []
 
@@ -255,13 +251,13 @@ def modules_named(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/extending.md"])
-def test_files_that_a_page_for_developers_names_exist(page: str) -> None:
+def test_files_that_a_page_for_developers_names_exist(page):
     paths = modules_named((ROOT / page).read_text(encoding="utf-8"))
     assert len(paths) > 10
     assert [p for p in paths if not ((PACKAGE / p).exists() or (ROOT / p).exists())] == []
 
 
-def test_private_names_are_used_where_the_page_lists_them() -> None:
+def test_private_names_are_used_where_the_page_lists_them():
     page = (ROOT / "docs/dev/private-apis.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     assert len(rows) > 30
@@ -272,7 +268,7 @@ def test_private_names_are_used_where_the_page_lists_them() -> None:
             assert any(word in code for word in words), (names, module)
 
 
-def test_private_modules_of_other_libraries_are_listed() -> None:
+def test_private_modules_of_other_libraries_are_listed():
     page = (ROOT / "docs/dev/private-apis.md").read_text(encoding="utf-8")
     names = {
         alias.name

@@ -115,21 +115,6 @@ def file(tmp_path):
 SMALL = "is {} bytes, and no model runs in less than 1MiB; write 4GiB or 500MB"
 
 
-@pytest.mark.parametrize(
-    ("size", "said"),
-    [
-        ("13", SMALL.format(13)),
-        ("0", SMALL.format(0)),
-        ("0.5KB", SMALL.format(500)),
-        *((size, f"{size!r} is no size; write 4GiB or 500MB") for size in ("1,3,", "1e3", "4GiBx")),
-    ],
-)
-def test_a_memory_that_no_model_runs_in_was_not_meant(size, said, file):
-    """Was: 13 bytes, and of 1,3, one byte."""
-    refused(cli("run", file, "--results", file.parent / "results", "--memory", size), said)
-    assert list(file.parent.iterdir()) == [file]
-
-
 CALLS = {
     "run": lambda file, **said: api.run(file, **said),
     "study": lambda file, **said: api.study("audit", file, **said),

@@ -34,21 +34,17 @@ EIGHT = {"num_hidden_layers": 8}
             (1,),
         ),
         (NemotronHConfig(hybrid_override_pattern="ME*-M"), ["moe", "mlp"], (1, 3)),
-        (
-            GPTNeoConfig(num_layers=4, attention_types=[[["global", "local"], 2]]),
-            ["local"],
-            (1, 3),
-        ),
+        (GPTNeoConfig(num_layers=4, attention_types=[[["global", "local"], 2]]), ["local"], (1, 3)),
         (LlamaConfig(num_hidden_layers=5), ["even"], (0, 2, 4)),
         (LlamaConfig(num_hidden_layers=5), ["odd", "even"], (0, 1, 2, 3, 4)),
         (LlamaConfig(num_hidden_layers=5), [], ()),
     ],
 )
-def test_layers_are_found_by_their_kind(config, words, layers) -> None:
+def test_layers_are_found_by_their_kind(config, words, layers):
     assert layers_of_kind(config, words) == layers
 
 
-def test_a_kind_that_is_not_there_is_refused_by_those_that_are() -> None:
+def test_a_kind_that_is_not_there_is_refused_by_those_that_are():
     assert kinds_of(LlamaConfig()) == {}
     with pytest.raises(ModelError, match=r"'mamba': its configuration names none; odd and even"):
         layers_of_kind(LlamaConfig(), ["mamba"])

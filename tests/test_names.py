@@ -12,7 +12,7 @@ import tracker
 PACKAGE = Path(tracker.__file__).parent
 
 
-def test_no_two_public_classes_have_one_name() -> None:
+def test_no_two_public_classes_have_one_name():
     """Was: three `Measured`. A study's class is named by its folder, as `Prune`."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -23,7 +23,7 @@ def test_no_two_public_classes_have_one_name() -> None:
     assert {name: where for name, where in found.items() if len(where) > 1} == {}
 
 
-def test_the_table_of_mutants_names_what_is_there() -> None:
+def test_the_table_of_mutants_names_what_is_there():
     """Was: seven modules' tests were in a file that had gone, and 27 modules had none."""
     root = PACKAGE.parent
     settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
@@ -37,8 +37,6 @@ def test_the_table_of_mutants_names_what_is_there() -> None:
             assert all(node.partition("[")[0] in code for node in nodes), test
 
 
-GOLDEN = "report/test_golden.py"
-"""The module whose texts other tests' cells are written to."""
 PRIVATE = {
     *("engine/test_parts.py", "ledger/test_shown.py", "models/test_miniature.py"),
     *("models/test_sources.py", "runner/test_until_elsewhere.py", "search/test_budgets.py"),
@@ -48,7 +46,7 @@ PRIVATE = {
 """Tests that import private names yet; no others may."""
 
 
-def test_no_test_imports_another_test_or_a_private_name() -> None:
+def test_no_test_imports_another_test_or_a_private_name():
     """What several share is in `tests/helpers`."""
     tests = PACKAGE.parent / "tests"
     of_tests, of_private_names = set(), set()
@@ -62,5 +60,5 @@ def test_no_test_imports_another_test_or_a_private_name() -> None:
                     of_tests |= {module for n in (package, *parts, *names) if n.startswith("test_")}
                 if package == "tracker":
                     of_private_names |= {module for n in names if n[0] == "_" != n[1]}
-    assert of_tests <= {GOLDEN}
+    assert of_tests == set()
     assert of_private_names <= PRIVATE

@@ -14,7 +14,6 @@ from tracker.core.provenance import (
     content_hash,
     differences,
     file_hash,
-    file_stamp,
     machine,
     package_versions,
     united,
@@ -28,7 +27,7 @@ def write(folder: Path, **files: str) -> list[Path]:
     return [folder / name for name in files]
 
 
-def test_a_hash_is_the_sha256_of_canonical_json() -> None:
+def test_a_hash_is_the_sha256_of_canonical_json():
     expected = hashlib.sha256('{"a": 1, "b": "é"}'.encode()).hexdigest()
     assert content_hash({"b": "é", "a": 1}) == expected
     # The order of keys does not count; a tuple counts as a list, other objects by their text.
@@ -37,7 +36,7 @@ def test_a_hash_is_the_sha256_of_canonical_json() -> None:
     assert content_hash([Path("a")]) == content_hash(["a"])
 
 
-def test_content_counts() -> None:
+def test_content_counts():
     values = [[1, 2], [2, 1], {"a": 1}, {"a": 2}, {"b": 1}, {"a": None}, {}, 1, "1", True]
     values += [["ab"], ["a", "b"]]
     assert len({content_hash(value) for value in values}) == len(values)
@@ -47,14 +46,14 @@ ONE = {"torch": "2.12.0", "cores": "2", "device": "cuda:0"}
 OTHER = {"torch": "2.13.0", "cores": "64", "device": "cuda:1"}
 
 
-def test_where_parts_differ_every_value_is_named() -> None:
+def test_where_parts_differ_every_value_is_named():
     both = {"torch": "2.12.0, 2.13.0", "cores": "2, 64", "device": "cuda:0, cuda:1"}
     assert united([ONE, OTHER, ONE]) == both
     assert united([ONE]) == ONE
     assert united([]) == {}
 
 
-def test_only_what_can_change_a_number_is_a_difference() -> None:
+def test_only_what_can_change_a_number_is_a_difference():
     """Cores and the number of the accelerator are none."""
     for parts, said in (
         ([ONE, OTHER], "torch 2.12.0, 2.13.0"),
@@ -67,7 +66,7 @@ def test_only_what_can_change_a_number_is_a_difference() -> None:
         assert differences(parts) == said
 
 
-def test_names_and_bytes_of_files_count_and_neither_order_folder_nor_time(tmp_path) -> None:
+def test_names_and_bytes_of_files_count_and_neither_order_folder_nor_time(tmp_path):
     files = write(tmp_path / "one", a="1", b="2")
     original = file_hash(files)
     os.utime(files[0], (1, 1))
@@ -79,17 +78,7 @@ def test_names_and_bytes_of_files_count_and_neither_order_folder_nor_time(tmp_pa
     assert len(hashes | {original}) == 7
 
 
-def test_a_stamp_holds_size_and_time_in_order_and_notices_new_content(tmp_path) -> None:
-    b, a = write(tmp_path, b="12", a="1")
-    os.utime(a, ns=(7, 7))
-    os.utime(b, ns=(9, 9))
-    assert file_stamp([b, a]) == file_stamp([a, b]) == [(str(a), 1, 7), (str(b), 2, 9)]
-    write(tmp_path, a="22")
-    os.utime(a, ns=(7, 7))
-    assert file_stamp([a]) == [(str(a), 2, 7)]
-
-
-def test_versions_are_the_installed_ones(monkeypatch) -> None:
+def test_versions_are_the_installed_ones(monkeypatch):
     found = package_versions()
     assert found["numpy"] == np.__version__
     names = {"tracker", "torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy"}
@@ -98,7 +87,7 @@ def test_versions_are_the_installed_ones(monkeypatch) -> None:
     assert package_versions() == {"tracker": tracker.__version__, "none-such": "not installed"}
 
 
-def test_the_machine_identifies_nobody() -> None:
+def test_the_machine_identifies_nobody():
     found = machine()
     assert found["python"] == platform.python_version()
     assert int(found["cores"]) >= 1

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import click
 import pytest
-from pydantic import ConfigDict, ValidationError
 
 from tracker import api
 from tracker.cli.commands import main
-from tracker.cli.options import keys
 from tracker.core.config import IN_THE_FILE, KEYS, CellRequest
 from tracker.core.errors import RequestError
-from tracker.core.experiment import Parameters, grid_of
+from tracker.core.experiment import Parameters
 from tracker.measuring.job import Options
 from tracker.search.request import SearchParameters, SearchRequest
 from tracker.search.settings import OF_CELLS, SearchSettings
@@ -47,7 +43,7 @@ def says(default: object, row: str) -> bool:
     return bool(re.search(rf"(?<!\w){re.escape(str(default))}(?!\w)", row.replace("`", "")))
 
 
-def test_the_docs_say_every_key_and_its_default() -> None:
+def test_the_docs_say_every_key_and_its_default():
     said = rows("experiments.md")
     assert set(said) == set(KEYS) == set(Parameters.model_fields)
     for key, field in KEYS.items():
@@ -67,7 +63,7 @@ def test_the_docs_say_every_key_and_its_default() -> None:
     assert set(SearchParameters.model_fields) == SEARCHED
 
 
-def test_each_field_says_what_it_is() -> None:
+def test_each_field_says_what_it_is():
     for model in (CellRequest, SearchSettings):
         assert all(about.description for about in model.model_fields.values())
 
@@ -88,14 +84,14 @@ def test_each_field_says_what_it_is() -> None:
         ("export", EXPORTED - {"settings", "progress"}),
     ],
 )
-def test_the_command_line_takes_every_key(command: str, asked: set[str]) -> None:
+def test_the_command_line_takes_every_key(command, asked):
     taken = {parameter.name for parameter in main.commands[command].params}
     assert asked <= taken
     assert taken - asked <= set(KEYS)
     assert command == "export" or taken == asked
 
 
-def test_python_and_the_command_line_have_the_same_defaults() -> None:
+def test_python_and_the_command_line_have_the_same_defaults():
     """Of what says how work is done; what is asked has its defaults in the schema alone."""
     executor = inspect.signature(api.run).parameters["executor"].default
     defaults: dict[str, set[Any]] = {field.name: {field.default} for field in fields(Options)}
@@ -117,30 +113,6 @@ def test_python_and_the_command_line_have_the_same_defaults() -> None:
         lambda: api.evaluate(CellRequest(model="m", benchmark="b", layers=(0,)), devise="cpu"),
     ],
 )
-def test_python_refuses_what_nothing_is_called(called: Callable[[], object]) -> None:
+def test_python_refuses_what_nothing_is_called(called):
     with pytest.raises(RequestError, match=r"there is no 'devise'. Did you mean 'device'\?"):
         called()
-
-
-def test_a_new_field_is_a_key_and_an_option() -> None:
-    class More(CellRequest):
-        model_config = ConfigDict(use_attribute_docstrings=True)
-
-        far_colour: Literal["red", "blue"] = "red"
-        """Of the paint."""
-
-    grid = grid_of("Grid", {"far_colour": More.model_fields["far_colour"]})
-    asked = grid.model_validate({"far_colour": {"values": ["red"]}})
-    assert asked.options == {"far_colour": ["red"]}
-    with pytest.raises(ValidationError):
-        grid.model_validate({"far_color": {"value": "red"}})
-
-    @click.command()
-    @keys(More, "far_colour")
-    def command(far_colour: str) -> None:
-        """Paint."""
-
-    (option,) = command.params
-    assert option.opts == ["--far_colour", "--far-colour"]
-    assert (option.default, option.type.choices) == ("red", ("red", "blue"))
-    assert option.help == "Of the paint."

@@ -112,12 +112,12 @@ def test_harmless_and_masked_leave_the_rest_alone():
     ["api_key", "apikey", "X-Api-Key", "access_token", "client_secret", "passwd", "pwd", "sig",
      "auth", "X-Amz-Signature", "X-Amz-Credential"],
 )  # fmt: skip
-def test_secrets_in_the_query_of_an_address_are_masked(name: str) -> None:
+def test_secrets_in_the_query_of_an_address_are_masked(name):
     for form in ("http://h?{}", "'http://h/x?a=1&{}' next", "http://h?{}&b=2", "http://h?a&amp;{}"):
         assert masked(form.format(f"{name}=abc%2F")) == form.format(f"{name}=***")
         assert masked(masked(form.format(f"{name}=abc"))) == form.format(f"{name}=***")
 
 
-def test_what_is_no_secret_in_an_address_is_shown() -> None:
+def test_what_is_no_secret_in_an_address_is_shown():
     text = "http://h?workspace=a&timeout=3 sqlite:///x.db?mode=ro monkey=3 --key=value"
     assert masked(text) == text

@@ -24,11 +24,8 @@ from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import COMPARED
-from tracker.ledger.shards import read_shard
 from tracker.measuring.derive import DERIVED_BY
-from tracker.stats.correlation import correlate
 from tracker.stats.power import OutcomeVariance
-from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 
 LAYERS = 8
 EVERY_LAYER = asks(*range(LAYERS))
@@ -213,7 +210,7 @@ def check_layer(
     assert set(record.reasons) == {"metrics.own"}
 
 
-def test_every_figure_of_a_single_task(store) -> None:
+def test_every_figure_of_a_single_task(store):
     items = make_items({"arc_easy": 70})
     cell = store(items)
     record = cell_record(cell, EVERY_LAYER, "acc", aggregate)
@@ -229,7 +226,7 @@ def test_every_figure_of_a_single_task(store) -> None:
         assert layer.accuracy == pytest.approx(expected)
 
 
-def test_the_intervals_of_a_single_task(record_of) -> None:
+def test_the_intervals_of_a_single_task(record_of):
     items = make_items({"arc_easy": 70})
     record = record_of(items)
     n, p = 70, record.baseline.value
@@ -253,7 +250,7 @@ def test_the_intervals_of_a_single_task(record_of) -> None:
 
 
 @pytest.mark.parametrize("by_size", [True, False])
-def test_every_figure_of_a_group(record_of, by_size: bool) -> None:
+def test_every_figure_of_a_group(record_of, by_size):
     items = make_items({"z/first": 37, "a::second": 5, "m": 64})
     check(record_of(items, name="group", weight_by_size=by_size), items, by_size, range(LAYERS))
     for name in ("acc", "f1"):
@@ -265,7 +262,7 @@ def test_every_figure_of_a_group(record_of, by_size: bool) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 10, 32, 33, 64])
-def test_a_limit_below_what_is_measured(record_of, limit: int) -> None:
+def test_a_limit_below_what_is_measured(record_of, limit):
     items = make_items({"a": 40, "b": 12})
     record = record_of(items, limit=limit, name="group")
     shown = [item for item in items if item.index < limit]
@@ -278,13 +275,6 @@ def test_a_limit_below_what_is_measured(record_of, limit: int) -> None:
         check(record, shown, True, range(LAYERS))
 
 
-def test_a_limit_above_what_is_measured_is_said(record_of) -> None:
-    items = make_items({"arc_easy": 40})
-    record = record_of(items, sizes={"arc_easy": 70})
-    check(record, items, True, range(LAYERS))
-    assert record.unfinished == "40 of 70 documents are measured so far"
-
-
 @pytest.mark.parametrize(
     ("measured", "asked", "shown", "missing"),
     [
@@ -295,7 +285,7 @@ def test_a_limit_above_what_is_measured_is_said(record_of) -> None:
 )
 def test_the_layers_that_were_asked_for_and_are_measured(
     record_of, measured, asked, shown, missing
-) -> None:
+):
     items = make_items({"arc_easy": 40}, layers=measured)
     record = record_of(items, asked)
     check(record, items, True, shown)
@@ -303,7 +293,7 @@ def test_the_layers_that_were_asked_for_and_are_measured(
     assert {found.n for found in record.correlations if found.subset == "all"} == {len(shown)} - {0}
 
 
-def test_a_layer_on_fewer_documents_narrows_all(store) -> None:
+def test_a_layer_on_fewer_documents_narrows_all(store):
     """Figures that stand side by side rest on the same documents."""
     items = make_items({"a": 40, "b": 12})
     for item in items:
@@ -319,33 +309,12 @@ def test_a_layer_on_fewer_documents_narrows_all(store) -> None:
     check(cell_record(cell, asks(0, 1), "acc", aggregate), items, False, [0, 1])
 
 
-def test_outcomes_of_two_folders_are_lined_up(store, tmp_path) -> None:
-    """The other one holds a layer of the first task, which comes behind all else."""
-    items = make_items({"a": 12, "b": 9})
-    cell = store(items, weight_by_size=False)
-    other = CellStore(tmp_path / "other", cell.identity)
-    for path in cell.shards():
-        if path.name.startswith("a."):
-            found = read_shard(path.read_bytes())
-            path.unlink()
-            rows = found.table.to_pylist()
-            for place, mine in ((other, True), (cell, False)):
-                some = [row for row in rows if (row["ablation"] == "layer:2") == mine]
-                place.write(Block("a", 0), some, {"provenance": {"a": "b"}})
-    both = CellStore(cell.folder, cell.identity, [other])
-    check(cell_record(both, EVERY_LAYER, "acc", aggregate), items, False, range(LAYERS))
-
-
 @pytest.mark.parametrize(
     "measured",
-    [
-        ((), ()),
-        (("layer:0",), ("layer:0",)),
-        (("baseline", "layer:0"), ("baseline", "layer:1")),
-    ],
+    [((), ()), (("layer:0",), ("layer:0",)), (("baseline", "layer:0"), ("baseline", "layer:1"))],
     ids=["nothing", "no baseline", "no two layers share a document"],
 )
-def test_no_document_that_counts(record_of, measured: tuple[tuple[str, ...], ...]) -> None:
+def test_no_document_that_counts(record_of, measured):
     items = make_items({"arc_easy": 5}, layers=[0, 1])
     for item in items:
         item.metrics = {name: item.metrics[name] for name in measured[item.index % 2]}
@@ -371,7 +340,7 @@ def without_score(items: list[Item], ablation: str) -> None:
     items[3].loglikelihoods[ablation][items[3].gold] = math.nan
 
 
-def test_a_layer_without_a_finite_score(record_of) -> None:
+def test_a_layer_without_a_finite_score(record_of):
     items = make_items({"arc_easy": 40})
     without_score(items, "layer:2")
     record = record_of(items)
@@ -393,7 +362,7 @@ def test_a_layer_without_a_finite_score(record_of) -> None:
         assert correlation.estimate.reason
 
 
-def test_a_baseline_without_a_finite_score(record_of) -> None:
+def test_a_baseline_without_a_finite_score(record_of):
     items = make_items({"arc_easy": 40})
     without_score(items, "baseline")
     record = record_of(items)
@@ -409,7 +378,7 @@ def test_a_baseline_without_a_finite_score(record_of) -> None:
             assert layer.all_reasons[name]
 
 
-def test_a_document_without_a_gold_answer(record_of) -> None:
+def test_a_document_without_a_gold_answer(record_of):
     items = make_items({"arc_easy": 10})
     items[4].gold = None
     record = record_of(items)
@@ -419,7 +388,7 @@ def test_a_document_without_a_gold_answer(record_of) -> None:
         assert layer.gold_drop.reason == "1 of 10 documents have no finite gold score"
 
 
-def test_a_hidden_state_that_is_not_finite(record_of) -> None:
+def test_a_hidden_state_that_is_not_finite(record_of):
     items = make_items({"arc_easy": 10})
     items[4].sums[:, 6] = math.nan
     record = record_of(items)
@@ -429,9 +398,7 @@ def test_a_hidden_state_that_is_not_finite(record_of) -> None:
         assert getattr(record.runs[5], name) is not None
 
 
-def test_a_proxy_that_was_not_observed_then_is_undefined_and_not_zero(
-    record_of, monkeypatch
-) -> None:
+def test_a_proxy_that_was_not_observed_then_is_undefined_and_not_zero(record_of, monkeypatch):
     """Shards from before there was the proxy lack its column."""
     later = Proxy("later", "later", "ratio", observe=relative_update)
     for module in (records, runs):
@@ -444,7 +411,7 @@ def test_a_proxy_that_was_not_observed_then_is_undefined_and_not_zero(
     assert all(run.cosine_score is not None for run in record.runs)
 
 
-def test_what_was_answered_again_is_counted_over_all_that_is_shown(cell) -> None:
+def test_what_was_answered_again_is_counted_over_all_that_is_shown(cell):
     """Most outcomes are not."""
     names = ("baseline", "layer:0", "layer:1")
     compared = {(0, "baseline"): (2, 0.25, 1), (3, "layer:0"): (5, 0.125, 0)}
@@ -463,7 +430,7 @@ def test_what_was_answered_again_is_counted_over_all_that_is_shown(cell) -> None
     assert (record.compared, record.compared_difference, record.compared_unsteady) == (7, 0.25, 1)
 
 
-def test_what_lies_beneath_is_weighted_as_all_else(cell_of) -> None:
+def test_what_lies_beneath_is_weighted_as_all_else(cell_of):
     """Of a group whose tasks count alike: one document of the small one is as much as three."""
     cell = cell_of({"a": 3, "b": 1}, METRICS, weight_by_size=False)
     for task, size in (("a", 3), ("b", 1)):
@@ -483,7 +450,7 @@ class TestCorrelations:
     def record(self, record_of, items) -> CellRecord:
         return record_of(items, weight_by_size=False)
 
-    def test_the_values(self, record, items) -> None:
+    def test_the_values(self, record, items):
         before, *after = (
             naive_metric(items, False, name, "acc")
             for name in ("baseline", *(f"layer:{layer}" for layer in range(LAYERS)))
@@ -513,42 +480,8 @@ class TestCorrelations:
             assert estimate.low <= estimate.value <= estimate.high
             assert 0 < estimate.p_value <= 1
 
-    def test_what_is_drawn_weighs_as_in_the_value(self, record_of) -> None:
-        """A drop by its task, a proxy by its tokens, of which an empty text has none."""
-        sizes = {"a": 12, "b": 5}
-        items = make_items(sizes)
-        for item, tokens in zip(items, (0, 1), strict=False):
-            item.sums *= tokens / item.tokens
-            item.tokens = tokens
-        record = record_of(items, weight_by_size=False)
-        accuracies = [
-            [item.metrics[name]["acc"] for item in items]
-            for name in ("baseline", *(f"layer:{layer}" for layer in range(LAYERS)))
-        ]
-        drops = np.array([np.subtract(accuracies[0], one) for one in accuracies[1:]]).T
-        tasks = [item.task for item in items]
-        weights = np.array([1 / sizes[task] for task in tasks])
-        tokens = np.array([item.tokens for item in items])
-        angles = np.array([item.sums[1] / max(1, item.tokens) for item in items])
-        expected = correlate(
-            np.average(angles, axis=0, weights=tokens),
-            np.average(drops, axis=0, weights=weights),
-            coefficient="pearson",
-            resampled=(
-                resampled_means(angles, RESAMPLES, SEED, tasks, tokens),
-                resampled_means(drops, RESAMPLES, SEED, tasks, weights),
-            ),
-        )
-        (found,) = (
-            c
-            for c in record.correlations
-            if (c.proxy, c.coefficient, c.subset) == ("angular_distance", "pearson", "all")
-        )
-        assert found.estimate.between == pytest.approx((expected.low, expected.high))
-        assert found.estimate.low < found.estimate.value < found.estimate.high
-
     @pytest.mark.parametrize("by_size", [True, False])
-    def test_documents_are_drawn_within_their_tasks(self, record_of, by_size: bool) -> None:
+    def test_documents_are_drawn_within_their_tasks(self, record_of, by_size):
         """Where all documents of a task are alike, drawing among them leaves nothing open."""
         items = make_items({"a": 6, "b": 4})
         for item in items:
@@ -562,11 +495,8 @@ class TestCorrelations:
             assert found.estimate.low == pytest.approx(found.estimate.value)
             assert found.estimate.high == pytest.approx(found.estimate.value)
 
-    def test_the_same_outcomes_give_the_same_record(self, record_of, items, record) -> None:
-        assert record_of(items, weight_by_size=False) == record
 
-
-def test_records_are_derived_anew_when_any_code_that_they_follow_from_changes() -> None:
+def test_records_are_derived_anew_when_any_code_that_they_follow_from_changes():
     """What derives records imports nothing but the packages whose code is hashed."""
     code = [
         path.read_text(encoding="utf-8")

@@ -83,7 +83,7 @@ def record_of(store: CellStore, rows: list[dict[str, Any]], metric: str = "acc")
 
 
 @pytest.mark.parametrize("metric", ["acc", "acc_norm"])
-def test_each_run_is_held_against_what_moved_in_it(half, answers, metric) -> None:
+def test_each_run_is_held_against_what_moved_in_it(half, answers, metric):
     half.texts.add("arc_easy.0", answers.texts())
     record = record_of(half, answers.rows(), metric)
     weights, chances = np.full(DOCUMENTS, 1 / DOCUMENTS), []
@@ -112,7 +112,7 @@ def refused(record: CellRecord) -> str:
     return why
 
 
-def test_lengths_that_are_not_known(half, answers) -> None:
+def test_lengths_that_are_not_known(half, answers):
     assert "lengths of options, which are not known" in refused(
         record_of(half, answers.rows(), "acc_norm")
     )
@@ -134,30 +134,14 @@ def the_same(row: Row) -> Row:
             lambda row: row | {"metric/acc": 1 - row["metric/acc"]},
             "acc is not whether the best option is the gold one",
         ),
-        (
-            lambda row: row | {"choices": 0},
-            "there are no options that a margin could lie between",
-        ),
+        (lambda row: row | {"choices": 0}, "there are no options that a margin could lie between"),
     ],
     ids=["of an older shard", "to the last bit", "another metric", "open answers"],
 )
-def test_what_shows_no_rounding_says_why(half, answers, change, why: str) -> None:
+def test_what_shows_no_rounding_says_why(half, answers, change, why):
     assert refused(record_of(half, [change(each) for each in answers.rows()])) == why
 
 
-def test_one_model_alone_may_lack_it(half, answers) -> None:
-    """The drop needs both."""
-    rows = [
-        {k: v for k, v in each.items() if k != AGAIN or each["ablation"] == "baseline"}
-        for each in answers.rows()
-    ]
-    record = record_of(half, rows)
-    (run,) = record.runs
-    assert record.baseline_rounded is not None
-    assert (run.rounded, run.drop_rounding) == (None, None)
-    assert {"rounded", "drop_rounding"} <= {*run.reasons}
-
-
-def test_single_precision_says_nothing_of_it(cell_of, answers) -> None:
+def test_single_precision_says_nothing_of_it(cell_of, answers):
     record = record_of(cell_of({"arc_easy": DOCUMENTS}, METRICS), answers.rows())
     assert "round" not in record.model_dump_json()

@@ -11,7 +11,6 @@ import pytest
 from tests.helpers.stored_cells import asks, cell_record, row, write_all
 from tracker.core.proxies import OBSERVED
 from tracker.core.records import CellRecord
-from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import PART_SUMS
 from tracker.report.wording import sentence
 from tracker.stats.rank_agreement import COEFFICIENTS
@@ -40,7 +39,7 @@ RIGHT = {
 
 
 @pytest.fixture
-def show(cell: CellStore) -> Callable[..., CellRecord]:
+def show(cell) -> Callable[..., CellRecord]:
     """Measure some ablations of a model of four layers, and derive what a request shows."""
 
     def show(*layers: int, names: Iterable[str] = RIGHT, **asked: Any) -> CellRecord:
@@ -51,7 +50,7 @@ def show(cell: CellStore) -> Callable[..., CellRecord]:
     return show
 
 
-def test_one_record_a_run_in_the_order_of_the_request(show) -> None:
+def test_one_record_a_run_in_the_order_of_the_request(show):
     record = show(0, 1, 3, components=("layer", "attention"), spans=(1, 2))
     assert [
         (run.ablation, run.change.component, run.change.layer, run.change.span)
@@ -74,7 +73,7 @@ def test_one_record_a_run_in_the_order_of_the_request(show) -> None:
     assert (record.removed, record.remaining.value, record.reasons) == ((), None, {})
 
 
-def test_proxies_and_correlations_rest_on_whole_single_layers(show) -> None:
+def test_proxies_and_correlations_rest_on_whole_single_layers(show):
     alone, record = show(), show(components=("layer", "attention"), spans=(1, 2))
     assert record.whole_layers == alone.runs
     assert record.correlations == alone.correlations
@@ -112,7 +111,7 @@ def expert_rows() -> list[Any]:
     ]  # fmt: skip
 
 
-def test_proxies_of_experts_are_those_of_the_documents_tokens(cell: CellStore) -> None:
+def test_proxies_of_experts_are_those_of_the_documents_tokens(cell):
     write_all(cell, expert_rows())
     asked = {"components": ("expert",), "experts": (0, 1), "limit": DOCUMENTS}
     record = cell_record(cell, asks(0, 1, 2, **asked))
@@ -141,7 +140,7 @@ def test_proxies_of_experts_are_those_of_the_documents_tokens(cell: CellStore) -
     assert "4 experts, 20 documents" in sentence(record)
 
 
-def test_experts_that_were_measured_before_were_not_observed(cell: CellStore) -> None:
+def test_experts_that_were_measured_before_were_not_observed(cell):
     old = [
         {name: value for name, value in each.items() if name not in PART_SUMS}
         for each in expert_rows()
@@ -157,7 +156,7 @@ def test_experts_that_were_measured_before_were_not_observed(cell: CellStore) ->
     assert {c.estimate.reason for c in record.correlations} == {why}
 
 
-def test_layers_beneath_count_in_every_drop(show) -> None:
+def test_layers_beneath_count_in_every_drop(show):
     """The drop stays relative to the intact model; what lies beneath has its own accuracy."""
     record = show(components=("layer", "mlp"), removed=(2,))
     assert record.title.endswith("· 0-shot · without layer 2")
@@ -177,16 +176,7 @@ def test_layers_beneath_count_in_every_drop(show) -> None:
     assert {c.n for c in record.correlations if c.subset == "all"} == {3}
 
 
-def test_what_lies_beneath_may_not_be_measured_yet(show) -> None:
-    nothing = show(names=(), removed=(2,))
-    assert nothing.remaining.reason == "no document is measured yet"
-    record = show(names=["baseline", "layers:0,2"], removed=(2,))
-    assert (record.remaining.value, record.remaining.low) == (None, None)
-    assert record.all_reasons == {"removed_accuracy": "not measured yet"}
-    assert [run.label() for run in record.missing] == ["layer 1", "layer 3"]
-
-
-def test_an_expert_to_which_nothing_went_costs_nothing_that_can_be_said(cell) -> None:
+def test_an_expert_to_which_nothing_went_costs_nothing_that_can_be_said(cell):
     """The same right answers with other log-probabilities are a drop of zero; without, none."""
     said = {"baseline": -1.5, "expert:0.0": -1.50001, "expert:0.1": -1.6, "head:0.0": -1.5}
     write_all(

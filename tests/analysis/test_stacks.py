@@ -29,7 +29,7 @@ def record(cell: CellStore, layers: Sequence[int] = (0, 1), limit: int = 4) -> C
     return cell_record(cell, asks(*layers, limit=limit))
 
 
-def test_one_stack_is_what_the_shards_say(cell: CellStore) -> None:
+def test_one_stack_is_what_the_shards_say(cell):
     """Was: the versions of whoever made the cell, whatever measured it."""
     assert cell.identity.provenance == {"numpy": "2.4"}
     measure(cell, range(4), NAMES, NEW)
@@ -39,7 +39,7 @@ def test_one_stack_is_what_the_shards_say(cell: CellStore) -> None:
     assert all(run.mismatch is None for run in found.runs)
 
 
-def test_only_what_is_shown_counts(cell: CellStore) -> None:
+def test_only_what_is_shown_counts(cell):
     measure(cell, range(4), NAMES, OLD)
     measure(cell, range(4), ("layer:2",), NEW)
     measure(cell, range(4, 8), NAMES, NEW)
@@ -48,7 +48,7 @@ def test_only_what_is_shown_counts(cell: CellStore) -> None:
     assert record(cell, (0, 2)).provenance["cores"] == "2, 64"
 
 
-def test_documents_by_other_versions_are_said_but_each_is_compared_alike(cell: CellStore) -> None:
+def test_documents_by_other_versions_are_said_but_each_is_compared_alike(cell):
     measure(cell, range(2), NAMES, OLD)
     measure(cell, range(2, 4), NAMES, NEW)
     found = record(cell)
@@ -61,9 +61,7 @@ def test_documents_by_other_versions_are_said_but_each_is_compared_alike(cell: C
     )
 
 
-def test_a_baseline_is_not_compared_with_another_stacks_ablation_in_silence(
-    cell: CellStore,
-) -> None:
+def test_a_baseline_is_not_compared_with_another_stacks_ablation_in_silence(cell):
     measure(cell, range(4), ("baseline", "layer:0"), OLD)
     measure(cell, range(1), ("layer:1",), OLD)
     measure(cell, range(1, 3), ("layer:1",), NEW)

@@ -22,7 +22,7 @@ def race_of(store: CellStore, text: str, metric: str = "acc") -> CellRace:
     return CellRace(store, store.views.of(asks(metric=metric, until=text, seed=SEED)))
 
 
-def test_a_single_task_is_the_race_over_its_outcomes(cell_of) -> None:
+def test_a_single_task_is_the_race_over_its_outcomes(cell_of):
     sizes = {"arc_easy": 500}
     every, store = outcomes(sizes), cell_of(sizes)
     found = race_of(store, "top 1")
@@ -43,7 +43,7 @@ def test_a_single_task_is_the_race_over_its_outcomes(cell_of) -> None:
     assert plain.bounds.seen.min() < found.looked
 
 
-def test_candidates_leave_by_their_log_probability(cell_of) -> None:
+def test_candidates_leave_by_their_log_probability(cell_of):
     """As in the race over the same figures; a block lacks only those who are left."""
     store, names = cell_of({"arc_easy": 500}), ["baseline", *(f"head:1.{n}" for n in range(6))]
     heads = SearchParts("head", 4, per_layer=6)
@@ -76,7 +76,7 @@ def test_candidates_leave_by_their_log_probability(cell_of) -> None:
     assert CandidateRace(store, view, "gold_logprob", SEED, candidates, []).winners == race.winners
 
 
-def test_a_document_without_a_right_answer_decides_no_race(cell_of) -> None:
+def test_a_document_without_a_right_answer_decides_no_race(cell_of):
     store = cell_of({"arc_easy": 70})
     head = without_parts(SearchParts("head", 4, per_layer=6), [6])
     for block in store.blocks(ALL):
@@ -90,28 +90,14 @@ def test_a_document_without_a_right_answer_decides_no_race(cell_of) -> None:
         CandidateRace(store, store.views.of(asks()), "gold_logprob", SEED, [head], [])
 
 
-def test_a_block_is_taken_by_its_first_document() -> None:
+def test_a_block_is_taken_by_its_first_document():
     """And one can look up to the first document of the next one."""
     order = ["b", *33 * "a", "b", "a", "b"]
     taken = [(Block("b", 0, 7), 3, 1), (Block("a", 0, 7), 32, 33), (Block("a", 1, 7), 32, 37)]
     assert turns(order, {"a": 70, "b": 3}, 7) == taken
 
 
-def test_of_a_half_it_is_the_race_over_its_documents(cell_of) -> None:
-    every = outcomes({"arc_easy": 1000})
-    half = {"part": "test", "seed": SEED, "of": 1000}
-    store = cell_of({"arc_easy": 500}, task={"half": half})
-    found = race_of(store, "top 1")
-    measure(store, found, every)
-    order = [("arc_easy", n) for n in random_order(SEED, "arc_easy", range(1000))[500:]]
-    plain = raced(every, order)
-    assert found.population == 500
-    assert found.looked == plain.bounds.seen.max() < 500
-    assert found.race.bounds.low.tolist() == plain.bounds.low.tolist()
-    assert set(store.read()["doc"]) == {number for _, number in order[: found.looked]}
-
-
-def test_killed_and_continued_it_is_the_same_race(cell_of) -> None:
+def test_killed_and_continued_it_is_the_same_race(cell_of):
     sizes = {"arc_easy": 500}
     every, store = outcomes(sizes), cell_of(sizes)
     measure(store, race_of(store, "top 1"), every, at_most=2)
@@ -125,7 +111,7 @@ def test_killed_and_continued_it_is_the_same_race(cell_of) -> None:
     assert third.looked == again.looked
 
 
-def test_two_that_take_turns_run_one_race(cell_of) -> None:
+def test_two_that_take_turns_run_one_race(cell_of):
     sizes = {"arc_easy": 500}
     every, store, alone = outcomes(sizes), cell_of(sizes), cell_of(sizes, name="other")
     one, other = race_of(store, "prune 2"), race_of(store, "prune 2")
@@ -142,7 +128,7 @@ def test_two_that_take_turns_run_one_race(cell_of) -> None:
     assert single.race.bounds.high.tolist() == one.race.bounds.high.tolist()
 
 
-def test_a_block_counts_only_when_all_before_it_are_there(cell_of) -> None:
+def test_a_block_counts_only_when_all_before_it_are_there(cell_of):
     store = cell_of({"arc_easy": 500})
     later = Block("arc_easy", 3, SEED)
     found = race_of(store, "top 1")
@@ -154,9 +140,7 @@ def test_a_block_counts_only_when_all_before_it_are_there(cell_of) -> None:
 
 
 @pytest.mark.parametrize("by_size", [True, False])
-def test_tasks_come_in_proportion_and_the_end_is_the_benchmarks_drop(
-    by_size: bool, cell_of
-) -> None:
+def test_tasks_come_in_proportion_and_the_end_is_the_benchmarks_drop(by_size, cell_of):
     sizes = {"art": 300, "law": 100}
     every, store = outcomes(sizes), cell_of(sizes, weight_by_size=by_size)
     found = race_of(store, "drop within 0.01 pp")
@@ -177,7 +161,7 @@ def test_tasks_come_in_proportion_and_the_end_is_the_benchmarks_drop(
     assert found.race.bounds.high == pytest.approx(exact, abs=1e-9)
 
 
-def test_of_a_group_blocks_of_each_task_are_measured_and_less_is_looked_at(cell_of) -> None:
+def test_of_a_group_blocks_of_each_task_are_measured_and_less_is_looked_at(cell_of):
     sizes = {f"task{number}": 40 + number for number in range(6)}
     total, store = sum(sizes.values()), cell_of(sizes)
     found = race_of(store, "top 1")
@@ -202,7 +186,7 @@ def test_of_a_group_blocks_of_each_task_are_measured_and_less_is_looked_at(cell_
     assert found.measured_for(looks).tolist() == [begun(order[:n], sizes) for n in looks]
 
 
-def test_what_no_outcomes_can_answer_is_refused(cell_of) -> None:
+def test_what_no_outcomes_can_answer_is_refused(cell_of):
     store = cell_of({"arc_easy": 40})
     with pytest.raises(ExperimentError, match="'until': top 4 of 4 runs chooses nothing"):
         race_of(store, "top 4")

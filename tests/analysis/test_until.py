@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import stored_cells
 from tests.helpers.races import LOST, RUNS, SEED, begun, outcomes, raced
-from tests.helpers.stored_cells import enter, measure, measure_all
+from tests.helpers.stored_cells import measure, measure_all
 from tracker.analysis.stopping import CellRace, interim_estimates
 from tracker.core.answers import interval_name
 from tracker.core.config import CellRequest
@@ -38,7 +38,7 @@ def answered(store: CellStore, request: CellRequest, every: Any) -> CellRecord:
 # -- without the question, or with another ---------------------------------------------------------
 
 
-def test_what_a_question_chose_is_not_shown_as_if_it_were_drawn(cell_of) -> None:
+def test_what_a_question_chose_is_not_shown_as_if_it_were_drawn(cell_of):
     store, every = cell_of(SIZES), outcomes(SIZES)
     measure_all(store, ["baseline", "layer:1"], every)
     store.views.ask(asks(1), "project")
@@ -60,7 +60,7 @@ def test_what_a_question_chose_is_not_shown_as_if_it_were_drawn(cell_of) -> None
     assert [run.layer for run in store.views.ask(asks(0), "project").runs] == [0, 1, 2, 3]
 
 
-def test_a_question_that_all_documents_answer_leaves_ordinary_figures(cell_of) -> None:
+def test_a_question_that_all_documents_answer_leaves_ordinary_figures(cell_of):
     store, every = cell_of(SIZES), outcomes(SIZES)
     answered(store, asks(until="top 1"), every)
     found = answered(store, asks(2, until="drop within 0.01 pp"), every)
@@ -87,7 +87,7 @@ def test_a_question_that_all_documents_answer_leaves_ordinary_figures(cell_of) -
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_the_layers_beneath_are_measured_alone_too(there: bool, cell_of) -> None:
+def test_the_layers_beneath_are_measured_alone_too(there, cell_of):
     store, every = cell_of(SIZES), outcomes(SIZES)
     request = asks(0, 1, 2, removed=(3,), until="top 1")
     if there:
@@ -110,9 +110,7 @@ def test_the_layers_beneath_are_measured_alone_too(there: bool, cell_of) -> None
 
 
 @pytest.mark.parametrize("by_size", [True, False])
-def test_what_is_known_so_far_of_a_group_is_weighted_as_the_benchmark(
-    by_size: bool, cell_of
-) -> None:
+def test_what_is_known_so_far_of_a_group_is_weighted_as_the_benchmark(by_size, cell_of):
     sizes = {"art": 40, "law": 280}
     every = outcomes(sizes, [0.9, 0.1, 0.1, 0.1], LOST)
     store = cell_of(sizes, weight_by_size=by_size)
@@ -143,9 +141,7 @@ def taken(every: Any, by_size: bool, seed: int) -> int:
 
 
 @pytest.mark.parametrize("by_size", [True, False])
-def test_a_pilot_of_as_many_of_each_task_foretells_what_the_group_takes(
-    by_size: bool, cell_of
-) -> None:
+def test_a_pilot_of_as_many_of_each_task_foretells_what_the_group_takes(by_size, cell_of):
     store, every = cell_of(GROUP, weight_by_size=by_size), outcomes(GROUP, *UNLIKE)
     measure_all(store, EVERYTHING, every, PILOT)
     expected = planning._expected(store, store.views.of(asks(until="top 1")))
@@ -157,17 +153,7 @@ def test_a_pilot_of_as_many_of_each_task_foretells_what_the_group_takes(
     assert expected.documents[0] <= expected.documents[1]
 
 
-def test_a_task_without_a_pilot_says_nothing_of_the_group(cell_of) -> None:
-    store, every = cell_of(GROUP), outcomes(GROUP, *UNLIKE)
-    view = store.views.of(asks(until="top 1"))
-    art, law = store.blocks(PILOT)[1:3]
-    enter(store, every, law, PILOT, EVERYTHING)
-    assert planning._expected(store, view) is None
-    enter(store, every, art, PILOT, EVERYTHING)
-    assert planning._expected(store, view) is not None
-
-
-def test_what_it_will_take_is_whole_blocks(cell_of, monkeypatch) -> None:
+def test_what_it_will_take_is_whole_blocks(cell_of, monkeypatch):
     sizes = {f"task{number}": 40 + number for number in range(6)}
     store, total = cell_of(sizes), sum(sizes.values())
     measure_all(store, EVERYTHING, outcomes(sizes), Extent(sample=8, seed=SEED))

@@ -16,7 +16,7 @@ import shutil
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import closing, redirect_stdout
 from difflib import unified_diff
 from functools import partial
 from html.parser import HTMLParser
@@ -60,7 +60,7 @@ def extracted(name: str, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def unpacked(tmp_path_factory) -> Callable[[str], Path]:
     """Unpack each folder once for all kinds that leave it as it is."""
     folders: dict[str, Path] = {}
 
@@ -73,7 +73,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def compare(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., None]:
+def compare(request, tmp_path) -> Callable[..., None]:
     """Compare a text with the committed one, or rewrite that."""
 
     def compared(name: str, kind: str, lines: Iterator[str]) -> None:
@@ -350,14 +350,8 @@ def synced(target: str, runs: Which) -> Shown:
     yield from (f"note: {note}" for note in done.notes)
 
 
-@contextmanager
-def mlflow(folder: Path, template: Path, name: str) -> Iterator[Shown]:
+def mlflow(folder: Path, name: str) -> Shown:
     """Publish to MLflow's SQLite file, and read the runs with its client."""
-    shutil.copy(template, folder / RESULTS / "mlflow.db")
-    yield read_mlflow(folder)
-
-
-def read_mlflow(folder: Path) -> Shown:
     yield from synced("mlflow:golden", "all")
     client = MlflowClient(f"sqlite:///{folder / RESULTS / 'mlflow.db'}")
     place = client.get_experiment_by_name("golden")
@@ -392,19 +386,13 @@ def listed(names: Mapping[str, str]) -> Shown:
     yield from (f"{key}: {names[key]}" for key in sorted(names))
 
 
-@contextmanager
-def trackio(folder: Path, _: Path, name: str) -> Iterator[Shown]:
+def trackio(folder: Path, name: str) -> Shown:
     """Publish to Trackio's folder, and read the runs with its API."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
-        reader = Isolated("Trackio", "tests.tracking.trackio_reader:TrackioReader")
-        yield read_trackio(reader)
-        reader.close()
-
-
-def read_trackio(reader: Isolated) -> Shown:
-    yield from synced("trackio:golden", "all")
-    runs = {run["config"]["tracker"]["run_key"]: run for run in reader.runs("golden")}
+        yield from synced("trackio:golden", "all")
+        with closing(Isolated("Trackio", "tests.tracking.trackio_reader:TrackioReader")) as reader:
+            runs = {run["config"]["tracker"]["run_key"]: run for run in reader.runs("golden")}
     yield from listed({key: run["name"] for key, run in runs.items()})
     for key in of_runs([*runs], 2):
         run = runs[key]
@@ -441,19 +429,14 @@ def logged_kind(value: Any) -> str:
     return f"{kind} {len(table)} rows: {', '.join(table[0] if table else ())}"
 
 
-@contextmanager
-def wandb(folder: Path, _: Path, name: str) -> Iterator[Shown]:
+def wandb(folder: Path, name: str) -> Shown:
     """Publish to a double of W&B's server, and read what it got."""
     with WandbDouble() as double, pytest.MonkeyPatch.context() as patch:
         client = folder / "client"
         client.mkdir()
         Client(double, client).lend(patch)
-        yield read_wandb(double, "all" if name in RUN_BY_RUN else "cells")
-        assert double.refused == []
-
-
-def read_wandb(double: WandbDouble, apart: Which) -> Shown:
-    yield from synced("wandb:team/golden", apart)
+        yield from synced("wandb:team/golden", "all" if name in RUN_BY_RUN else "cells")
+    assert double.refused == []
     project = double.projects["team", "golden"]
     runs = {run.values["tracker"]["run_key"]: run for run in project.runs.values()}
     yield from listed({key: run.name for key, run in runs.items()})
@@ -486,10 +469,9 @@ def without_digest(path: str) -> str:
 
 RUN_BY_RUN = ("experts",)
 """Folders whose runs W&B gets one by one, which takes half a second each."""
-BACKENDS = {"mlflow": mlflow, "trackio": trackio, "wandb": wandb}
 
 
-def samples(folder: Path) -> Shown:
+def samples(folder: Path, name: str) -> Shown:
     """Write lm-eval's files of the intact model and of what begins at a layer."""
     done = cli("log-samples", "--results", RESULTS, "--output", "samples", "--layer", "1")
     yield from (line for line in done.output.splitlines() if "━" not in line)
@@ -517,14 +499,14 @@ def without_date(path: str) -> str:
     return re.sub(r"_\d{4}-\d\d-\d\dT[\d.-]+", "_DATE", path)
 
 
-def damaged(folder: Path) -> Shown:
+def damaged(folder: Path, name: str) -> Shown:
     """Cut a shard, and print what commands say of it."""
     shard = sorted(Path(RESULTS).glob("cells/*/shards/*.parquet"))[0]
     shard.write_bytes(shard.read_bytes()[:-100])
     yield from terminal(folder)
 
 
-def published(folder: Path) -> Shown:
+def published(folder: Path, name: str) -> Shown:
     """Publish the page to MLflow, and read the run."""
     done = cli("report", RESULTS, "--publish", "mlflow:golden", "--output", "page.html")
     yield done.output
@@ -539,63 +521,37 @@ def published(folder: Path) -> Shown:
         yield from (f"  artifact {path}" for path in artifacts(client, run.info.run_id))
 
 
-SINGLE = {"samples": samples, "damaged": damaged, "published": published}
-"""What is shown of one folder alone."""
+COPIED = {
+    **{"samples": samples, "damaged": damaged, "published": published},
+    **{"mlflow": mlflow, "trackio": trackio, "wandb": wandb},
+}
+"""What changes a folder, or writes into it."""
+SHOWN_OF_COPIES = [
+    *(("sublayers", kind) for kind in ("samples", "damaged", "published")),
+    *((name, "mlflow") for name in ("layers", "sublayers", "spans", "repeats", "heads", "maps")),
+    *((name, "mlflow") for name in ("prune", "quantise")),
+    *product(
+        ("corpus", "experts", "half_precision", "replaced", "until"), ("mlflow", "trackio", "wandb")
+    ),
+]
+"""To trackers, cells of each kind of runs; those of the other folders are like these."""
 
 
-@pytest.mark.parametrize("kind", SINGLE)
-def test_what_is_shown_of_one_folder(
-    kind: str,
-    unpacked: Callable[[str], Path],
-    compare: Callable[..., None],
-    template: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    shutil.copytree(unpacked("sublayers") / RESULTS, tmp_path / RESULTS)
+@pytest.mark.parametrize(("name", "kind"), SHOWN_OF_COPIES)
+def test_what_is_shown_of_a_copy(name, kind, unpacked, compare, template, tmp_path, monkeypatch):
+    shutil.copytree(unpacked(name) / RESULTS, tmp_path / RESULTS)
     shutil.copy(template, tmp_path / RESULTS / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
     # Programs that are printed to be typed are named by themselves where they are found.
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    compare("sublayers", kind, SINGLE[kind](tmp_path))
-
-
-PUBLISHED = [
-    *(("mlflow", name) for name in ("layers", "sublayers", "spans", "repeats", "heads", "maps")),
-    *(("mlflow", name) for name in ("prune", "quantise")),
-    *product(BACKENDS, ("corpus", "experts", "half_precision", "replaced", "until")),
-]
-"""Cells of each kind of runs; those of the other folders are like these."""
-
-
-@pytest.mark.parametrize(("backend", "name"), PUBLISHED)
-def test_what_trackers_get(
-    backend: str,
-    name: str,
-    unpacked: Callable[[str], Path],
-    compare: Callable[..., None],
-    template: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    shutil.copytree(unpacked(name) / RESULTS, tmp_path / RESULTS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with BACKENDS[backend](tmp_path, template, name) as lines:
-        compare(name, backend, lines)
+    compare(name, kind, COPIED[kind](tmp_path, name))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_shown(
-    name: str,
-    kind: str,
-    unpacked: Callable[[str], Path],
-    compare: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_shown(name, kind, unpacked, compare, monkeypatch):
     folder = unpacked(name)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "160")

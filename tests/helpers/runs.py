@@ -20,9 +20,7 @@ from tests.helpers.lm_eval import evaluate, write_rows
 from tracker.api import Results
 from tracker.cli import main
 from tracker.core.records import RunRecord
-from tracker.executors.local import LocalExecutor
 from tracker.ledger.store import Ledger
-from tracker.measuring.job import Job, Reporting
 from tracker.measuring.progress import Silent
 
 
@@ -56,14 +54,6 @@ class NoDevice:
 
     def __init__(self, *_: object) -> None:
         raise SystemExit("no such device")
-
-
-class OtherExecutor(LocalExecutor):
-    """An executor of another package."""
-
-    def measure(self, jobs: Sequence[Job], to: Reporting) -> int:
-        to.progress.say("measured by another package")
-        return super().measure(jobs, to)
 
 
 def write_study(file: Path, **parameters: object) -> Path:

@@ -23,12 +23,12 @@ FLIPS = 64
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory) -> Path:
     return faults.make(tmp_path_factory.mktemp("whole") / "results")
 
 
 @pytest.fixture(scope="module")
-def truth(whole: Path) -> object:
+def truth(whole) -> object:
     shown, said = faults.seen(whole)
     assert not said
     assert len(shown[0]) == 2
@@ -36,11 +36,11 @@ def truth(whole: Path) -> object:
 
 
 @pytest.fixture
-def root(whole: Path, tmp_path: Path) -> Path:
+def root(whole, tmp_path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "results"))
 
 
-def test_a_flipped_bit_is_never_silent(whole: Path, truth: object, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_never_silent(whole, truth, tmp_path):
     """Was: of 250 bits flipped in shards, 134 gave other numbers without a word."""
     draw = random.Random(7)
     kinds: dict[str, list[Path]] = {}
@@ -61,7 +61,7 @@ def test_a_flipped_bit_is_never_silent(whole: Path, truth: object, tmp_path: Pat
 
 
 @pytest.mark.parametrize("fault", faults.FAULTS)
-def test_a_file_may_be_anything(whole: Path, truth: object, tmp_path: Path, fault: str) -> None:
+def test_a_file_may_be_anything(whole, truth, tmp_path, fault):
     """Was: UnicodeDecodeError, KeyError and more from files of a folder, or nothing at all."""
     for path in faults.files(whole):
         root = Path(shutil.copytree(whole, tmp_path / "results"))
@@ -71,7 +71,7 @@ def test_a_file_may_be_anything(whole: Path, truth: object, tmp_path: Path, faul
         shutil.rmtree(root)
 
 
-def test_every_number_of_a_kept_folder_is_what_it_was(root: Path) -> None:
+def test_every_number_of_a_kept_folder_is_what_it_was(root):
     """By a key that nothing but the content decides, today as then."""
     ledger = Ledger.existing(root)
     (cell,) = ledger.cells()
@@ -96,7 +96,7 @@ def as_then(now: Any, then: Any) -> Any:
     return now
 
 
-def test_every_damage_is_found(root: Path) -> None:
+def test_every_damage_is_found(root):
     """Also where the size and the time of the file are what they were."""
     for path in faults.files(root):
         if path.name == "tracker.json":

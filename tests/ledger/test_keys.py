@@ -17,7 +17,7 @@ SAFE = re.compile(r"[A-Za-z0-9._-]+")
 
 class TestCellKey:
     @pytest.mark.parametrize("change", [{"fingerprint": "e" * 64}, {"dtype": "bfloat16"}], ids=str)
-    def test_what_decides_the_weights_counts(self, change) -> None:
+    def test_what_decides_the_weights_counts(self, change):
         assert cell_key(model_identity(**change), benchmark_identity()) != PLAIN
 
     @pytest.mark.parametrize(
@@ -30,10 +30,10 @@ class TestCellKey:
         ],
         ids=str,
     )
-    def test_what_decides_the_prompts_counts(self, change) -> None:
+    def test_what_decides_the_prompts_counts(self, change):
         assert cell_key(model_identity(), benchmark_identity(**change)) != PLAIN
 
-    def test_names_and_places_do_not_count(self) -> None:
+    def test_names_and_places_do_not_count(self):
         moved = model_identity(source="/copy/of/it", name="copy", revision="main")
         shown = {"primary_metric": "acc_norm", "weight_by_size": False}
         key = cell_key(moved, benchmark_identity(data="/copy", **shown))
@@ -45,13 +45,13 @@ class TestRequestKey:
     def key(self, stamp=STAMP, data=None, versions=VERSIONS, **changes) -> str:
         return request_key(ASKED.model_copy(update=changes), stamp, data, versions)
 
-    def test_what_a_cell_grows_by_does_not_count(self) -> None:
+    def test_what_a_cell_grows_by_does_not_count(self):
         runs = {"layers": (3,), "components": ("mlp",), "spans": (2,)}
         changes = {**runs, "removed": (1,), "limit": 10, "metric": "acc"}
         for name, value in changes.items():
             assert self.key(**{name: value}) == self.key(), name
 
-    def test_the_part_counts_and_none_leaves_the_keys_of_before(self) -> None:
+    def test_the_part_counts_and_none_leaves_the_keys_of_before(self):
         before = "c3af45692282d0599f49f9317d936e600ca7fb8718036803045c61240f1c7f39"
         assert self.key(part=None) == self.key() == before
         assert self.key(versions=dict(reversed(VERSIONS.items()))) == before
@@ -67,16 +67,16 @@ class TestRequestKey:
             ("versions", {**VERSIONS, "lm-eval": "0.5"}),
         ],
     )
-    def test_everything_else_counts(self, name: str, value: object) -> None:
+    def test_everything_else_counts(self, name, value):
         assert self.key(**{name: value}) != self.key()
 
 
 class TestFolderName:
-    def test_a_person_finds_it(self) -> None:
+    def test_a_person_finds_it(self):
         assert folder_name("SmolLM2", "a/b::c d", f"{'12' * 6}0") == f"SmolLM2--a-b-c-d--{'12' * 6}"
 
     @pytest.mark.parametrize("name", ["a/b::c", "Größe 7", "a\\b:c*?", "../..", "x" * 300])
-    def test_every_file_system_takes_it(self, name: str) -> None:
+    def test_every_file_system_takes_it(self, name):
         made = folder_name(name, name, "0" * 64)
         assert SAFE.fullmatch(made)
         assert len(made) <= 80 + len("--") + 12

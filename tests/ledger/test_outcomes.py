@@ -16,7 +16,7 @@ def document(**changes: Any) -> Document:
     return Document(**{**settings, **changes})
 
 
-def test_a_row_is_laid_out_under_the_names_that_stand_in_shards() -> None:
+def test_a_row_is_laid_out_under_the_names_that_stand_in_shards():
     """They are read from shards of years ago: a renamed column would be a format of its own."""
     metrics = {"acc": 1.0, "f1": "[1, 0]", "nan": None}
     assert outcome_row(document(), "baseline", RESPONSES, metrics, PROXIES, (2, 0.5, 1)) == {
@@ -41,29 +41,23 @@ def test_a_row_is_laid_out_under_the_names_that_stand_in_shards() -> None:
     }
 
 
-def test_what_was_not_measured_is_null_under_every_ablation_alike() -> None:
+def test_what_was_not_measured_is_null_under_every_ablation_alike():
     row = outcome_row(document(rolling=True, gold=None), "layer:0", RESPONSES, {}, None)
     assert row["rolling"] is True
     nothing = {name for name, value in row.items() if value is None}
     assert nothing == {"gold", "proxy_tokens", *PROXY_SUMS, *COMPARED}
 
 
-def test_the_generated_text_is_kept_where_there_is_a_prompt() -> None:
-    row = outcome_row(document(prompt=Prompt("Q:", {})), "baseline", RESPONSES, {}, None)
-    assert row["text"] == "one"
-    assert "text" not in outcome_row(document(), "baseline", RESPONSES, {}, None)
-
-
 @pytest.mark.parametrize(
     ("proxies", "compared"),
     [((5, [[1.0], [2.0]]), None), ((5, [[1.0]] * 4), None), (None, (1, 0.5))],
 )
-def test_sums_under_the_wrong_names_are_never_kept(proxies: Any, compared: Any) -> None:
+def test_sums_under_the_wrong_names_are_never_kept(proxies, compared):
     with pytest.raises(ValueError, match="zip"):
         outcome_row(document(), "baseline", RESPONSES, {}, proxies, compared)
 
 
-def test_types_are_fixed_whatever_the_rows_hold() -> None:
+def test_types_are_fixed_whatever_the_rows_hold():
     """Shards are put together: a column of nulls here is one of numbers there."""
     first = outcome_row(document(gold=None), "layer:0", RESPONSES, {"acc": None}, None)
     prompted = document(prompt=Prompt("Q:", {}))

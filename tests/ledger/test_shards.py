@@ -11,7 +11,7 @@ from tracker.ledger.shards import read_shard, shard_digest, shard_file
 TABLE = pa.table({"doc": [1, 2], "text": ["a", "b"]})
 
 
-def test_a_file_is_read_back_whole_or_by_columns() -> None:
+def test_a_file_is_read_back_whole_or_by_columns():
     content = shard_file(TABLE, {"key": "k"})
     shard = read_shard(content)
     assert shard.table.equals(TABLE)
@@ -20,7 +20,7 @@ def test_a_file_is_read_back_whole_or_by_columns() -> None:
     assert read_shard(content, ["doc"]).table.column_names == ["doc"]
 
 
-def test_a_text_that_looks_like_a_digest_is_none() -> None:
+def test_a_text_that_looks_like_a_digest_is_none():
     """An outcome may hold any text; the metadata's place is the last."""
     text = '"digest": "' + "0" * 64 + '"'
     content = shard_file(pa.table({"text": [text]}), {"note": text})
@@ -29,13 +29,13 @@ def test_a_text_that_looks_like_a_digest_is_none() -> None:
     assert shard.about["digest"] == shard_digest(content) != "0" * 64
 
 
-def test_outcomes_are_compressed() -> None:
+def test_outcomes_are_compressed():
     content = shard_file(TABLE, {})
     columns = pq.ParquetFile(pa.BufferReader(content)).metadata.row_group(0)
     assert {columns.column(place).compression for place in range(2)} == {"ZSTD"}
 
 
-def test_what_states_no_digest_has_none() -> None:
+def test_what_states_no_digest_has_none():
     sink = pa.BufferOutputStream()
     pq.write_table(TABLE, sink)
     content = sink.getvalue().to_pybytes()
@@ -45,7 +45,7 @@ def test_what_states_no_digest_has_none() -> None:
 
 
 @pytest.mark.parametrize("about", [{}, {"format": 1}, {"digest": "0"}, {"digest": "0" * 64}])
-def test_a_file_that_is_not_proved_is_refused(about: dict[str, object]) -> None:
+def test_a_file_that_is_not_proved_is_refused(about):
     schema = TABLE.schema.with_metadata({"tracker": json.dumps(about)})
     sink = pa.BufferOutputStream()
     pq.write_table(TABLE.cast(schema), sink)
@@ -53,7 +53,7 @@ def test_a_file_that_is_not_proved_is_refused(about: dict[str, object]) -> None:
         read_shard(sink.getvalue().to_pybytes())
 
 
-def test_the_digest_covers_every_byte() -> None:
+def test_the_digest_covers_every_byte():
     content = shard_file(TABLE, {"key": "k"})
     stated = shard_digest(content)
     where = content.index(stated.encode())

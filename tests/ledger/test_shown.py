@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import golden
 from tests.helpers.stored_cells import (
     asks,
     benchmark_identity,
@@ -33,10 +35,7 @@ from tracker.team.collect import _joined, _shown, merged
 SEED = 5
 COSTS = (0.7, 0.35, 0.15, 0.15, 0.15, 0.0, 0.3)
 """How much each layer costs."""
-ABOUT: dict[str, Any] = {
-    "metrics": ("acc", "acc_norm"),
-    "proxies": (5, [[1.0] * len(COSTS)] * 3),
-}
+ABOUT: dict[str, Any] = {"metrics": ("acc", "acc_norm"), "proxies": (5, [[1.0] * len(COSTS)] * 3)}
 SIX = (0, 1, 2, 3, 4, 5)
 TWO = (0, 3)
 Asked = tuple[dict[str, Any], Sequence[int]]
@@ -72,133 +71,27 @@ def run(store: CellStore, how: dict[str, Any], layers: Sequence[int] = SIX) -> V
     return view
 
 
-def shown(store: CellStore) -> dict[str, tuple[int | None, tuple[int, ...]]]:
-    """Return the views of a cell by name: how many documents, and which layers."""
+def shown(store: CellStore) -> set[str]:
+    """Return the views of a cell: their names, and the layers that they show."""
     views = [stored.view for stored in store.views.asked()]
-    return {
-        # The hash of a question ends its name.
-        store.views.name_of(view)[: -9 if view.until else None]
-        + (f" of {len(view.until.runs)}, first {view.until.runs[0].layer}" if view.until else ""): (
-            view.limit or view.sample,
-            tuple(run.layer for run in view.runs),
-        )
-        for view in views
-    }
+    # The hash of a question ends its name.
+    names = [store.views.name_of(view)[: -9 if view.until else None] for view in views]
+    layers = ["".join(str(run.layer) for run in view.runs) for view in views]
+    return {" of ".join(pair) for pair in zip(names, layers, strict=True)}
 
 
-def drawn(count: int | None, seed: int = SEED) -> dict[str, Any]:
-    return {"sample": count, "seed": seed}
-
-
-def first(count: int | None) -> dict[str, Any]:
-    return {"limit": count}
-
-
-DRAWN = f"intact-sample-{SEED}"
-UNTIL = {"until": "top 1"}
-S16, S64, S128 = (drawn(count) for count in (16, 64, 128))
-N16, N64 = S16 | {"named": True}, S64 | {"named": True}
-F16, F64, EVERY = (first(count) for count in (16, 64, None))
-V = "intact"
-V16, V64 = (f"{V}-limit-{count}" for count in (16, 64))
-D16, D64, D128 = (f"{V}-sample-{count}-seed-{SEED}" for count in (16, 64, 128))
-U6, U2, U2B = (f"{V}-until-top-1 of {many}" for many in ("6, first 0", "2, first 0", "2, first 1"))
-# Requests, one after the other → views, each with its documents and layers.
-TABLE: dict[str, tuple[list[Asked], dict[str, tuple[int | None, Sequence[int]]]]] = {
-    "fewer documents add nothing": ([(S64, SIX), (S16, TWO)], {D64: (64, SIX)}),
-    "fewer of all add nothing": ([(S64, SIX), (S16, SIX)], {D64: (64, SIX)}),
-    "more documents take the place": ([(S16, SIX), (S64, SIX)], {D64: (64, SIX)}),
-    "more documents and layers": ([(S16, TWO), (S64, SIX)], {D64: (64, SIX)}),
-    "other layers add up": ([(S64, TWO), (S64, (1, 2))], {D64: (64, (0, 1, 2, 3))}),
-    "more documents of two stand beside all": (
-        [(S16, SIX), (S64, TWO)],
-        {D16: (16, SIX), D64: (64, TWO)},
-    ),
-    "until the others have them too": (
-        [(S16, SIX), (S64, TWO), (S64, (1, 2, 4, 5))],
-        {D64: (64, SIX)},
-    ),
-    "another metric is another view": (
-        [({**S64, "metric": "acc_norm"}, SIX), (S16, SIX)],
-        {D16: (16, SIX), f"{D64}--acc_norm": (64, SIX)},
-    ),
-    "a third number": ([(S16, SIX), (S64, TWO), (S128, TWO)], {D16: (16, SIX), D128: (128, TWO)}),
-    "a number between": ([(S16, SIX), (S128, TWO), (S64, TWO)], {D16: (16, SIX), D128: (128, TWO)}),
-    "three steps": (
-        [(S16, SIX), (S64, (0, 1, 3)), (S128, TWO)],
-        {D16: (16, SIX), D64: (64, (0, 1, 3)), D128: (128, TWO)},
-    ),
-    "fewer documents of a new layer stand beside": (
-        [(S64, SIX), (S16, (6,))],
-        {D64: (64, SIX), D16: (16, (6,))},
-    ),
-    "and join when it has as many": (
-        [(S64, SIX), (S16, (6,)), (S64, (6,))],
-        {D64: (64, (*SIX, 6))},
-    ),
-    "another seed is another sample": (
-        [(S64, SIX), (drawn(16, 7), TWO)],
-        {D64: (64, SIX), "intact-sample-16-seed-7": (16, TWO)},
-    ),
-    "limit after limit": ([(F64, SIX), (F16, TWO)], {V64: (64, SIX)}),
-    "a larger limit": ([(F16, SIX), (F64, SIX)], {V64: (64, SIX)}),
-    "a larger limit of two": ([(F16, SIX), (F64, TWO)], {V16: (16, SIX), V64: (64, TWO)}),
-    "a limit after all": ([(EVERY, SIX), (F16, TWO)], {V: (None, SIX)}),
-    "all after a limit": ([(F16, SIX), (EVERY, SIX)], {V: (None, SIX)}),
-    "all of two after a limit": ([(F16, SIX), (EVERY, TWO)], {V16: (16, SIX), V: (None, TWO)}),
-    "a limit that leaves nothing out": ([(first(192), SIX), (EVERY, TWO)], {V: (None, SIX)}),
-    "sample after limit": ([(F64, SIX), (S16, TWO)], {V64: (64, SIX), D16: (16, TWO)}),
-    "limit after sample": ([(S64, SIX), (F16, TWO)], {V16: (16, TWO), D64: (64, SIX)}),
-    "all after sample and back": (
-        [(S64, SIX), (EVERY, SIX), (S16, TWO)],
-        {V: (None, SIX), D64: (64, SIX)},
-    ),
-    "a sample that leaves nothing out": (
-        [(S64, SIX), (drawn(192), SIX), (drawn(1000), TWO)],
-        {V: (None, SIX), D64: (64, SIX)},
-    ),
-    # A question keeps its answer, whatever else is measured.
-    "until after a limit": ([(F64, SIX), (UNTIL, SIX)], {V64: (64, SIX), U6: (None, SIX)}),
-    "a limit after until": ([(UNTIL, SIX), (F16, TWO)], {V16: (16, TWO), U6: (None, SIX)}),
-    "another question stands beside": (
-        [(UNTIL, SIX), ({"until": "prune 1"}, SIX)],
-        {U6: (None, SIX), "intact-until-prune-1 of 6, first 0": (None, SIX)},
-    ),
-    "the same of other runs too": (
-        [(UNTIL, SIX), (UNTIL, TWO), (UNTIL, (1, 2)), (UNTIL, TWO)],
-        {U6: (None, SIX), U2: (None, TWO), U2B: (None, (1, 2))},
-    ),
-    "all after until": ([(UNTIL, SIX), (EVERY, SIX)], {V: (None, SIX), U6: (None, SIX)}),
-    "until after all": ([(EVERY, SIX), (UNTIL, TWO)], {V: (None, SIX), U2: (None, TWO)}),
-    "a smaller one by name": (
-        [(S64, SIX), (N16, TWO), (S64, TWO)],
-        {D64: (64, SIX), D16: (16, TWO)},
-    ),
-    "first by name, and it stays": (
-        [(N16, TWO), (S64, SIX), (S128, SIX), (S16, (1,))],
-        {D128: (128, SIX), D16: (16, TWO)},
-    ),
-    "a name for what stood beside": (
-        [(S16, SIX), (S64, TWO), (N64, TWO), (S128, SIX)],
-        {D128: (128, SIX), D64: (64, TWO)},
-    ),
-    "a name for what was superseded": (
-        [(S16, SIX), (S64, SIX), (N16, SIX)],
-        {D64: (64, SIX), D16: (16, SIX)},
-    ),
-}
-
-
-@pytest.mark.parametrize("case", TABLE)
-def test_what_is_known_of_a_run_is_shown(case: str, ledger: Ledger) -> None:
-    steps, wanted = TABLE[case]
+@pytest.mark.parametrize(("asked", "wanted"), golden("views"))
+def test_what_is_known_of_a_run_is_shown(asked, wanted, ledger):
+    steps: list[Asked] = []
+    for how, layers in (step.split(" of ") for step in asked.split("; ")):
+        steps.append((yaml.safe_load(how), [*map(int, layers)]))
     store = store_in(ledger, 192)
     for how, layers in steps:
         view = run(store, how, layers)
         if not how.get("until"):
             assert {*layers} <= {run.layer for run in view.runs}, "where it is shown"
         assert view in [asked.view for asked in store.views.asked()]
-    assert shown(store) == wanted
+    assert shown(store) == {*wanted.split("; ")}
     # All of it is there, and the same from a folder as from a report's sources.
     records = [record_of(store, asked.view) for asked in store.views.asked()]
     assert not [record.missing for record in records if record.missing]
@@ -215,20 +108,21 @@ def test_what_is_known_of_a_run_is_shown(case: str, ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize("beside", ["", "16 documents"])
-def test_a_view_of_a_former_version_is_renamed_and_superseded(beside: str, ledger: Ledger) -> None:
+def test_a_view_of_a_former_version_is_renamed_and_superseded(beside, ledger):
     store = store_in(ledger, 192)
-    former = DRAWN + "-16-documents" * bool(beside)
-    view = store.views.of(request(S16, TWO)).model_dump(mode="json") | {"beside": beside}
+    sixteen, name = {"sample": 16}, f"intact-sample-16-seed-{SEED}"
+    former = f"intact-sample-{SEED}" + "-16-documents" * bool(beside)
+    view = store.views.of(request(sixteen, TWO)).model_dump(mode="json") | {"beside": beside}
     path = store.folder / "requests" / f"{former}.json"
     write_note(path, {"format": FORMAT, "project": "project", "view": view})
     (stored,) = store.views.asked()
-    assert (store.views.name_of(stored.view), stored.view.supersedes) == (D16, (former,))
-    assert store.views.path(D16) == path
-    joined = run(store, S16, SIX)
+    assert (store.views.name_of(stored.view), stored.view.supersedes) == (name, (former,))
+    assert store.views.path(name) == path
+    joined = run(store, sixteen, SIX)
     assert joined.supersedes == (former,)
-    assert [file.stem for file in store.views.files()] == [D16]
-    assert {*run(store, S64, SIX).supersedes} == {former, D16}
-    assert [{*stored.view.supersedes} for stored in store.views.asked()] == [{former, D16}]
+    assert [file.stem for file in store.views.files()] == [name]
+    assert {*run(store, {"sample": 64}, SIX).supersedes} == {former, name}
+    assert [{*stored.view.supersedes} for stored in store.views.asked()] == [{former, name}]
 
 
 def asks_of(sizes: Sequence[int]) -> st.SearchStrategy[Asked]:
@@ -246,7 +140,7 @@ def asks_of(sizes: Sequence[int]) -> st.SearchStrategy[Asked]:
 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(asks_of([8, 40, 64, 96]), min_size=2, max_size=6))
-def test_whatever_is_asked_nothing_is_taken_away(steps: list[Asked]) -> None:
+def test_whatever_is_asked_nothing_is_taken_away(steps):
     with TemporaryDirectory() as folder:
         store = store_in(Ledger(Path(folder) / "results"), 96)
         best: dict[tuple[int | None, int], float] = {}

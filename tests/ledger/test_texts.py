@@ -11,7 +11,6 @@ from tests.helpers.faults import flip
 from tests.helpers.stored_cells import fill
 from tracker.core.documents import Document, DocumentText
 from tracker.core.extent import Extent
-from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.ledger.texts import LONGEST, KeptText, is_texts, text_row
 from tracker.ledger.verify import compare, verify
@@ -27,7 +26,7 @@ def rows(*docs: int, public: bool = True) -> list[dict[str, object]]:
     return [text_row(Document("arc_easy", doc, (), 0, 2), said(doc).text, public) for doc in docs]
 
 
-def test_what_is_kept_is_read_back(cell: CellStore) -> None:
+def test_what_is_kept_is_read_back(cell):
     cell.texts.add(BLOCK, rows(0, 3))
     cell.texts.add("arc_easy+7.00001", rows(40, public=False))
     assert cell.texts.read() == {
@@ -39,7 +38,7 @@ def test_what_is_kept_is_read_back(cell: CellStore) -> None:
     assert not any(is_texts(path) for path in cell.shards())
 
 
-def test_a_text_is_written_once(cell: CellStore) -> None:
+def test_a_text_is_written_once(cell):
     cell.texts.add(BLOCK, rows(0, 1))
     before = {path: path.stat().st_mtime_ns for path in cell.texts.files()}
     cell.texts.add(BLOCK, rows(0, 1))
@@ -49,9 +48,7 @@ def test_a_text_is_written_once(cell: CellStore) -> None:
     assert set(cell.texts.read_file(new)) == {("arc_easy", 2)}
 
 
-def test_long_questions_lose_their_middle_and_nothing_keeps_a_shard_from_being_written(
-    cell: CellStore,
-) -> None:
+def test_long_questions_lose_their_middle_and_nothing_keeps_a_shard_from_being_written(cell):
     long = "first " + "x" * LONGEST + " last"
     document = Document("arc_easy", 0, (), None, 0)
     cell.texts.add(BLOCK, [text_row(document, DocumentText(long, (), "half \ud800"), True)])
@@ -62,21 +59,9 @@ def test_long_questions_lose_their_middle_and_nothing_keeps_a_shard_from_being_w
     assert kept.text.answer == "half ?"
 
 
-def test_others_are_read_too(cell: CellStore, tmp_path: Path) -> None:
-    cell.texts.add(BLOCK, rows(0))
-    copy = Path(shutil.copytree(cell.folder, tmp_path / "copy"))
-    other = CellStore(copy, cell.identity)
-    other.texts.add(BLOCK, rows(1))
-    joined = CellStore(cell.folder, cell.identity, [other])
-    assert set(joined.texts.read()) == {("arc_easy", 0), ("arc_easy", 1)}
-    assert len(joined.texts.names()) == 3
-
-
 class TestDamage:
     @pytest.mark.parametrize("place", [0.3, 0.9])
-    def test_a_flipped_bit_is_set_aside_and_said(
-        self, ledger: Ledger, cell: CellStore, caplog, place: float
-    ) -> None:
+    def test_a_flipped_bit_is_set_aside_and_said(self, ledger, cell, caplog, place):
         fill(cell, cell.blocks(Extent(limit=1))[0], [0], ["baseline"])
         cell.texts.add(BLOCK, rows(0))
         assert verify(ledger).damaged == {}
@@ -91,7 +76,7 @@ class TestDamage:
         cell.texts.add(BLOCK, rows(0))
         assert cell.texts.read() == {("arc_easy", 0): said(0)}
 
-    def test_those_of_another_cell_or_document_are_not_believed(self, cell_of, cell) -> None:
+    def test_those_of_another_cell_or_document_are_not_believed(self, cell_of, cell):
         other = cell_of(model={"fingerprint": "0" * 64})
         other.texts.add(BLOCK, rows(0))
         (path,) = other.texts.files()
@@ -106,9 +91,7 @@ class TestDamage:
         assert other.texts.adopt(shard) == path.name
 
 
-def test_copies_that_say_different_things_are_told_apart(
-    ledger: Ledger, cell: CellStore, tmp_path: Path
-) -> None:
+def test_copies_that_say_different_things_are_told_apart(ledger, cell, tmp_path):
     copy = Ledger.existing(Path(shutil.copytree(ledger.root, tmp_path / "copy")))
     (other,) = copy.cells()
     cell.texts.add(BLOCK, rows(0, 1))

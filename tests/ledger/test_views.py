@@ -8,7 +8,6 @@ from tests.helpers.stored_cells import asks
 from tracker.core.changes import Change
 from tracker.core.provenance import content_hash
 from tracker.core.views import View
-from tracker.ledger.cells import CellStore
 from tracker.ledger.files import sealed
 from tracker.ledger.views import CellIdentity, RequestedView, view_file
 
@@ -21,11 +20,11 @@ from tracker.ledger.views import CellIdentity, RequestedView, view_file
         ("a" * 101, f"{'a' * 80}--{content_hash('a' * 101)[:12]}"),
     ],
 )
-def test_a_view_is_found_in_the_file_that_any_tracker_gave_it(name: str, stem: str) -> None:
+def test_a_view_is_found_in_the_file_that_any_tracker_gave_it(name, stem):
     assert view_file(name) == stem
 
 
-def test_an_identity_under_the_key_of_another_is_refused(cell: CellStore) -> None:
+def test_an_identity_under_the_key_of_another_is_refused(cell):
     other = cell.identity.model_copy(update={"key": "0" * 64})
     assert CellIdentity.read(cell.identity.sealed()) == cell.identity
     with pytest.raises(ValueError, match=r"^its key is not that of what it describes$"):
@@ -43,8 +42,8 @@ def test_an_identity_under_the_key_of_another_is_refused(cell: CellStore) -> Non
     ],
 )
 def test_a_view_shows_layers_of_the_model_and_a_metric_of_the_benchmark(
-    cell: CellStore, removed: tuple[int, ...], run: dict[str, int], metric: str, why: str
-) -> None:
+    cell, removed, run, metric, why
+):
     view = View(metric=metric, removed=removed, runs=(Change.of_fields(**run),))
     asked = RequestedView(project="p", view=view)
     text = sealed(asked.model_dump(mode="json"))
@@ -55,7 +54,7 @@ def test_a_view_shows_layers_of_the_model_and_a_metric_of_the_benchmark(
         cell.views.read(text)
 
 
-def test_a_copy_in_place_of_another_view_is_named(cell: CellStore) -> None:
+def test_a_copy_in_place_of_another_view_is_named(cell):
     """Was: one of two views was gone, and nothing was said."""
     for layer, removed in ((0, ()), (1, (3,))):
         cell.views.ask(asks(layer, removed=removed), "project")

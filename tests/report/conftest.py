@@ -171,12 +171,7 @@ def study() -> list[CellRecord]:
             "accuracy_relevance": AT_CHANCE,
         },
     )
-    rte = build_cell(
-        "rte",
-        baseline=0.45,
-        chance=0.5,
-        reasons={"accuracy_relevance": AT_CHANCE},
-    )
+    rte = build_cell("rte", baseline=0.45, chance=0.5, reasons={"accuracy_relevance": AT_CHANCE})
     undefined = tuple(
         record.model_copy(update={"estimate": Estimate(None, reason=CONSTANT)})
         if record.coefficient == "spearman" and record.proxy == "cosine_score"

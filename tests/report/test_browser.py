@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from playwright.sync_api import Browser, Locator, Page
+from playwright.sync_api import Locator, Page
 
 from tests.helpers.findings import FINDING
 from tests.helpers.pages import HOSTILE
@@ -49,20 +49,20 @@ COVERED = """() => [...document.querySelectorAll(".chart")].filter((chart) => {
 
 
 @pytest.fixture(scope="module", name="report")
-def fixture_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fixture_report(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     return render_report(two_models(), {"smollm2.yaml": EXPERIMENT}, path)
 
 
 @pytest.fixture(name="page")
-def fixture_page(chromium: Browser, report: Path) -> Iterator[Page]:
+def fixture_page(chromium, report) -> Iterator[Page]:
     """The report as it is opened."""
     with Visit(chromium, report, scroll=False) as visit:
         yield visit.page
 
 
 @pytest.fixture(scope="module", name="drawn")
-def fixture_drawn(chromium: Browser, report: Path) -> Iterator[Page]:
+def fixture_drawn(chromium, report) -> Iterator[Page]:
     """The report with every section open and every chart drawn, for all who only look at it."""
     with Visit(chromium, report, scroll=False) as visit:
         visit.open_all()
@@ -92,7 +92,7 @@ def read_csv(page: Page, table: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text)))
 
 
-def test_page_draws_everything_offline(drawn: Page) -> None:
+def test_page_draws_everything_offline(drawn):
     assert drawn.locator(".js-plotly-plot").count() == 2 * 5 + 2 + 5 * 2
     assert drawn.locator("#model-1-heat-map .heatmaplayer image").count() == 2
     crosses = drawn.locator("#model-1-heat-map .scatterlayer .trace").last.locator(".point")
@@ -112,7 +112,7 @@ def test_page_draws_everything_offline(drawn: Page) -> None:
     assert "accuracy drop (pp)" in download.value.path().read_text(encoding="utf-8")
 
 
-def test_it_fits_the_window_and_is_legible(chromium: Browser, report: Path, drawn: Page) -> None:
+def test_it_fits_the_window_and_is_legible(chromium, report, drawn):
     """On a screen and on a phone, which scrolls tables and not the page, in both colour schemes."""
     fits_and_is_legible(drawn, 1280)
     assert red(drawn) > 200
@@ -148,20 +148,7 @@ def red(page: Page) -> int:
     return int(re.findall(r"\d+", background)[0])
 
 
-def test_intervals_are_ink_or_have_the_colour_of_their_line(drawn: Page) -> None:
-    stroke = "(path) => getComputedStyle(path).stroke"
-    ink = drawn.evaluate("getComputedStyle(document.body).color")
-    for chart in ("headline", "relevance-curves", "cell-1-curve"):
-        bars = drawn.locator(f"#model-1-{chart} path.yerror")
-        assert bars.first.evaluate(stroke) == ink, chart
-    first, second = (
-        drawn.locator(f"#across-depth .trace:nth-child({place}) path.yerror").first.evaluate(stroke)
-        for place in (1, 2)
-    )
-    assert len({ink, first, second}) == 3
-
-
-def test_a_loaded_page_can_be_captured_and_read_aloud(chromium: Browser, tmp_path: Path) -> None:
+def test_a_loaded_page_can_be_captured_and_read_aloud(chromium, tmp_path):
     path = render_report(study(), {}, tmp_path / "page.html", {}, [FINDING])
     page = chromium.new_page(offline=True)
     page.goto(path.as_uri(), wait_until="load")
@@ -175,9 +162,7 @@ def test_a_loaded_page_can_be_captured_and_read_aloud(chromium: Browser, tmp_pat
     page.close()
 
 
-def test_a_leaderboard_is_sorted_and_filtered_by_click_and_by_keyboard_and_sent(
-    page: Page, board: LayerBoard
-) -> None:
+def test_a_leaderboard_is_sorted_and_filtered_by_click_and_by_keyboard_and_sent(page, board):
     table_of(page, BOARD)
     layers = page.locator(LAYER_COLUMN)
     heads = page.locator(f"{BOARD} thead th")
@@ -237,7 +222,7 @@ def test_a_leaderboard_is_sorted_and_filtered_by_click_and_by_keyboard_and_sent(
     assert box.locator("thead th[aria-sort=descending]").count() == 1
 
 
-def test_the_csv_of_a_table_holds_exact_figures(drawn: Page, board: LayerBoard) -> None:
+def test_the_csv_of_a_table_holds_exact_figures(drawn, board):
     for row, one in zip(read_csv(drawn, BOARD), board.layers, strict=True):
         for end, rank in (("low", one.rank.low), ("high", one.rank.high)):
             assert row[f"rank, 95 % confidence for all: {end}"] == str(rank or "")
@@ -259,7 +244,7 @@ def test_the_csv_of_a_table_holds_exact_figures(drawn: Page, board: LayerBoard) 
         assert "95 % interval (pp)" not in row, "only its two ends are figures"
 
 
-def test_the_csv_of_a_table_holds_no_formula(chromium: Browser, tmp_path: Path) -> None:
+def test_the_csv_of_a_table_holds_no_formula(chromium, tmp_path):
     """Before: a model named `=1+2` was computed by the spreadsheet that opened the download."""
     cells = [build_cell(name, model="=1+2") for name in ("@sum", "piqa")]
     with Visit(chromium, render_report(cells, {}, tmp_path / "r.html"), scroll=False) as visit:
@@ -272,7 +257,7 @@ def test_the_csv_of_a_table_holds_no_formula(chromium: Browser, tmp_path: Path) 
     assert min(drops) < 0, "figures are as they were"
 
 
-def test_all_layers_are_downloaded_unrounded(drawn: Page, tmp_path: Path) -> None:
+def test_all_layers_are_downloaded_unrounded(drawn, tmp_path):
     wanted = frames.layer_frame(two_models())
     for name, read in (("CSV", pd.read_csv), ("Parquet", pd.read_parquet)):
         with drawn.expect_download() as download:
@@ -288,33 +273,7 @@ def test_all_layers_are_downloaded_unrounded(drawn: Page, tmp_path: Path) -> Non
         pd.testing.assert_frame_equal(frame[numbers], wanted[numbers], check_exact=True)
 
 
-def test_hover_says_value_interval_and_samples(drawn: Page) -> None:
-    dots = drawn.locator("#model-1-heat-map .scatterlayer .trace").first.locator(".point")
-    for chart, number, words in (
-        ("#model-1-cell-1-curve", 11, ["layer 11", "accuracy drop"]),
-        ("#model-1-heat-map", dots.count(), ["not measured yet"]),
-        (
-            *("#model-1-relevance-curves", 0),
-            ["layer 0 · arc_easy", "95 % interval", "160 documents"],
-        ),
-        (
-            *("#across-depth", 0),
-            ["layer 0 of 30", "mean accuracy relevance 0.", "2 benchmarks"],
-        ),
-        ("#pair-1", 0, ["layer 0 · arc_easy", "difference in pp", "160 documents each"]),
-    ):
-        point = drawn.locator(f"{chart} .scatterlayer .point").nth(number)
-        point.scroll_into_view_if_needed()
-        box = point.bounding_box()
-        assert box is not None
-        drawn.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-        label = drawn.locator(f"{chart} .hoverlayer .hovertext").first
-        label.wait_for()
-        for word in words:
-            assert word in label.text_content()
-
-
-def test_keyboard_and_screen_reader_find_their_way(page: Page) -> None:
+def test_keyboard_and_screen_reader_find_their_way(page):
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
     page.keyboard.press("Enter")
@@ -344,28 +303,7 @@ def test_keyboard_and_screen_reader_find_their_way(page: Page) -> None:
     assert page.evaluate(outline) == "solid"
 
 
-def test_many_cells_open_quietly_and_are_drawn_on_demand(chromium: Browser, tmp_path: Path) -> None:
-    cells = [build_cell(f"b{b}", model=f"m{m}", seed=m) for m in range(10) for b in range(2)]
-    path = render_report(cells, {}, tmp_path / "many.html")
-    with Visit(chromium, path, scroll=False) as visit:
-        page = visit.page
-        assert page.locator("details.cell").count() == 20
-        assert page.locator("details.cell[open]").count() == 0
-        assert page.locator("#model-7-cell-2-curve svg").count() == 0
-        drawn = page.locator(".js-plotly-plot").count()
-        assert drawn < 20
-        assert page.get_by_text("The first 10 of 45 pairs are shown.").count() == 1
-
-        page.locator("#overview a[href='#model-7-cell-2']").click()
-        page.locator("#model-7-cell-2-curve svg.main-svg").first.wait_for()
-        assert page.locator("details.cell[open]").count() == 1
-
-        page.evaluate("dispatchEvent(new Event('beforeprint'))")
-        assert page.locator("details.cell[open]").count() == 1
-        assert page.locator("#model-1-ranks svg.main-svg").count() > 0
-
-
-def test_print_opens_every_section_and_fits_the_paper(chromium: Browser, report: Path) -> None:
+def test_print_opens_every_section_and_fits_the_paper(chromium, report):
     with Visit(chromium, report, width=703, color_scheme="dark") as visit:
         page = visit.page
         page.emulate_media(media="print")
@@ -377,9 +315,7 @@ def test_print_opens_every_section_and_fits_the_paper(chromium: Browser, report:
         page.evaluate("dispatchEvent(new Event('afterprint'))")
 
 
-def test_hostile_names_are_shown_and_never_run_and_a_wrong_address_shows_all(
-    chromium: Browser, tmp_path: Path
-) -> None:
+def test_hostile_names_are_shown_and_never_run_and_a_wrong_address_shows_all(chromium, tmp_path):
     cell = build_cell(
         HOSTILE,
         model="<img src=x onerror=alert(2)>",

@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from click.testing import CliRunner
 
-from tracker.analysis.editions import outdated
 from tracker.analysis.labels import benchmark_labels, row_labels
 from tracker.analysis.ranks.layers import layer_board
 from tracker.analysis.ranks.models import model_board
 from tracker.cli import main
-from tracker.core.records import CellRecord
 from tracker.ledger.cells import measured_last
 from tracker.report.export import boards
 
-from .conftest import build_cell, digest
+from .cells import ONE, THREE, TWO, edition
+from .conftest import digest
 
-
-def edition(text: str, measured: str | None, model: str = "SmolLM2", **changes: Any) -> CellRecord:
-    """A cell of a task that was edited: the same but for its fingerprint."""
-    cell = build_cell("our_sums", model=model)
-    (task,) = cell.benchmark.tasks
-    tasks = (task.model_copy(update={"fingerprint": digest(text)}),)
-    about = changes.pop("benchmark", {})
-    benchmark = cell.benchmark.model_copy(update={"tasks": tasks, **about})
-    new = {"key": digest(text + model), "benchmark": benchmark, "measured": measured, **changes}
-    return cell.model_copy(update=new)
-
-
-ONE = edition("one", "2026-11-25T08:00:00+00:00")
-TWO = edition("two", "2026-11-28T09:30:00+00:00")
-THREE = edition("three", "2026-11-28T07:15:00+00:00")
 LATEST = f"measured 2026-11-28 09:30:00 UTC ({TWO.key[:8]})"
 
 
-def test_the_list_tells_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_list_tells_them_apart(monkeypatch):
     """By more than the key."""
     monkeypatch.setattr("tracker.api.ls", lambda *args: [ONE, TWO, THREE])
     done = CliRunner().invoke(main, ["ls"])
@@ -45,17 +27,6 @@ def test_the_list_tells_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         row_labels([ONE, TWO, THREE]), done.output.splitlines()[1:], strict=True
     ):
         assert f"our_sums (acc) · {says}" in row
-
-
-def test_nothing_is_said_where_nothing_must() -> None:
-    assert row_labels([ONE]) == [("SmolLM2", "")]
-    other = build_cell("arc_easy", model="SmolLM2")
-    assert row_labels([ONE, other]) == [("SmolLM2", ""), ("SmolLM2", "")]
-    smaller = ONE.model_copy(update={"n": 16})
-    assert row_labels([ONE, smaller]) == [("SmolLM2", "")] * 2
-    assert row_labels([ONE, smaller], documents=False)[0][1] == ""
-    beside = smaller.model_copy(update={"beside": "16 documents"})
-    assert row_labels([ONE, beside], documents=False)[1][1] == "16 documents"
 
 
 @pytest.mark.parametrize(
@@ -67,14 +38,14 @@ def test_nothing_is_said_where_nothing_must() -> None:
         ({"benchmark": {"settings": {"system_instruction": "Add."}}}, "system_instruction=Add."),
     ],
 )
-def test_what_else_tells_rows_apart_is_shown(changes: dict[str, Any], says: str) -> None:
+def test_what_else_tells_rows_apart_is_shown(changes, says):
     other = edition("one", "2026-11-28T00:00:00+00:00", key=digest("other"), **changes)
     assert row_labels([ONE, other])[1][1] == says
     assert says in benchmark_labels([ONE, other])[1]
 
 
 @pytest.mark.parametrize("cells", [[ONE, TWO, THREE], [TWO, THREE, ONE], [THREE, ONE, TWO]])
-def test_the_board_takes_the_latest_and_names_the_others(cells: list[CellRecord]) -> None:
+def test_the_board_takes_the_latest_and_names_the_others(cells):
     """Was: the first in order, which may be outdated."""
     board = layer_board(cells)
     assert board.cells == (TWO,)
@@ -87,7 +58,7 @@ def test_the_board_takes_the_latest_and_names_the_others(cells: list[CellRecord]
     ]
 
 
-def test_a_larger_edition_that_is_outdated_does_not_count() -> None:
+def test_a_larger_edition_that_is_outdated_does_not_count():
     small = TWO.model_copy(update={"n": 16})
     assert layer_board([ONE, small]).cells == (small,)
     # Other documents of one edition are no edit: the larger counts, as ever.
@@ -97,20 +68,7 @@ def test_a_larger_edition_that_is_outdated_does_not_count() -> None:
     assert layer_board([TWO, hub]).cells == (TWO,)
 
 
-def test_what_cannot_be_ranked_outdates_nothing() -> None:
-    without = TWO.model_copy(update={"removed": (3,)})
-    assert layer_board([ONE, without]).cells == (ONE,)
-
-
-def test_what_no_date_is_known_of_is_the_older_one() -> None:
-    old = edition("old", None)
-    assert outdated([old, ONE]) == {id(old): ONE}
-    assert layer_board([ONE, old]).cells == layer_board([old, ONE]).cells == (ONE,)
-    assert f"key {old.key[:8]}" in benchmark_labels([old, ONE])[0]
-    assert outdated([old, edition("older", None)]) == {}
-
-
-def test_models_are_compared_on_the_latest_that_they_share() -> None:
+def test_models_are_compared_on_the_latest_that_they_share():
     other = [edition(name, ONE.measured, model="Other") for name in ("one", "two")]
     found = model_board([ONE, TWO, *other])
     assert len(found.benchmarks) == 1
@@ -129,5 +87,5 @@ def test_models_are_compared_on_the_latest_that_they_share() -> None:
         ("2026-11-28T09:30:00.5+01:00", "2026-11-28T08:30:00+00:00"),
     ],
 )
-def test_what_is_no_date_says_nothing(said: str, date: str) -> None:
+def test_what_is_no_date_says_nothing(said, date):
     assert measured_last([{"measured": said}]) == date

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
-import sys
 from dataclasses import replace
 from html import unescape
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,14 +14,11 @@ from markdown_it import MarkdownIt
 from tests.helpers.ablations import with_change
 from tests.helpers.findings import FINDING
 from tracker.analysis.ranks.layers import layer_board
-from tracker.cli.printing import print_boards
-from tracker.core.distribution import install_extra
-from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord
 from tracker.core.tables import Column, table
 from tracker.core.text import as_code, as_markdown
-from tracker.report.export import FORMATS, export, figures, frames
+from tracker.report.export import export, figures, frames
 from tracker.report.frames import correlation_frame, document_frame, layer_frame
 from tracker.report.tables import overview_table
 from tracker.stats.support import together, verdicts
@@ -40,9 +35,7 @@ def two_models() -> list[CellRecord]:
 
 
 @pytest.mark.parametrize(("form", "read"), [("csv", pd.read_csv), ("parquet", pd.read_parquet)])
-def test_data_is_read_back(
-    form: str, read: object, two_models: list[CellRecord], tmp_path: Path
-) -> None:
+def test_data_is_read_back(form, read, two_models, tmp_path):
     paths = export(two_models, form, tmp_path / "data")
     assert {path.stem for path in paths} == set(frames(two_models))
     for path in paths:
@@ -58,7 +51,7 @@ def test_data_is_read_back(
     assert len(board) == 2 * LAYERS
 
 
-def test_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:
+def test_names_are_shown_and_not_obeyed(tmp_path):
     """Was: a page that shows Markdown ran what a name said."""
     name = "<img src=x onerror=alert(1)>\n# a|b"
     cells = [build_cell(b, model=m) for m in (name, "other") for b in (name, "b")]
@@ -93,7 +86,7 @@ def rendered(text: str) -> tuple[set[str], str]:
     return set(re.findall(r"<(\w+)", page)), unescape(re.sub(r"<[^>]*>", "", page))
 
 
-def test_a_name_is_no_link_no_image_and_no_code(tmp_path: Path) -> None:
+def test_a_name_is_no_link_no_image_and_no_code(tmp_path):
     """Before: a model folder named `![x](http:evil)` was an image in Markdown and MLflow notes."""
     assert rendered(as_markdown(EVIL)) == ({"p"}, f"{EVIL}\n")
     assert rendered(as_code(f"a{EVIL}")) == ({"p", "code"}, f"a{EVIL.replace('`', '')}\n")
@@ -114,7 +107,7 @@ SIGNS = ("=", "+", "-", "@", "\t", "\r")
 
 
 @pytest.mark.parametrize("sign", SIGNS)
-def test_a_spreadsheet_takes_no_text_for_a_formula(sign: str, tmp_path: Path) -> None:
+def test_a_spreadsheet_takes_no_text_for_a_formula(sign, tmp_path):
     """Before: `=HYPERLINK(…)` as a model's name was a formula in every row."""
     name = f"{sign}cmd|' /C calc'!A0"
     cell = build_cell(name, model=name)
@@ -139,17 +132,7 @@ def test_a_spreadsheet_takes_no_text_for_a_formula(sign: str, tmp_path: Path) ->
     assert frame["accuracy_drop"].min() < 0
 
 
-def test_the_terminal_says_in_a_line_what_does_not_count(
-    two_models: list[CellRecord], capsys: pytest.CaptureFixture[str]
-) -> None:
-    print_boards([*two_models, *(build_cell(name, model="base|model") for name in "cdefg")])
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if "not count" in line)
-    assert line.startswith("left out: Models: c · 0-shot does not count: no such measurement of")
-    assert line.count("does not count") == 3
-    assert line.endswith("And 2 more, which the page names.")
-
-
-def test_figures_are_drawn(two_models: list[CellRecord], tmp_path: Path) -> None:
+def test_figures_are_drawn(two_models, tmp_path):
     one = two_models[:1]
     assert len(figures(two_models)) > len(figures(one)) >= 3
     for form, begin in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
@@ -165,21 +148,7 @@ def test_figures_are_drawn(two_models: list[CellRecord], tmp_path: Path) -> None
                 assert pixels == path.stem.endswith("heat-map"), "it is a vector figure"
 
 
-def test_without_the_extra_it_says_what_to_install(
-    two_models: list[CellRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "kaleido", None)
-    with pytest.raises(RequestError, match=re.escape(install_extra("figures"))):
-        export(two_models, "pdf", tmp_path)
-
-
-def test_the_command_line_knows_every_format() -> None:
-    from tracker.cli.options import FORMATS as OFFERED
-
-    assert ("html", *FORMATS) == OFFERED
-
-
-def test_a_filter_on_shown_gives_the_layers_that_the_page_shows(cells: list[CellRecord]) -> None:
+def test_a_filter_on_shown_gives_the_layers_that_the_page_shows(cells):
     """Before: nine layers had an interval above 0 where three were shown."""
     frame = layer_frame(cells)
     overview = overview_table(cells)
@@ -193,7 +162,7 @@ def test_a_filter_on_shown_gives_the_layers_that_the_page_shows(cells: list[Cell
             assert standing.shown == rows.set_index("layer").shown[standing.layer]
 
 
-def test_parts_of_a_benchmark_are_told_apart() -> None:
+def test_parts_of_a_benchmark_are_told_apart():
     """Before: both halves and the whole were `arc_easy`."""
     whole = build_cell()
     cells = [whole] + [
@@ -208,7 +177,7 @@ def test_parts_of_a_benchmark_are_told_apart() -> None:
         assert frame.benchmark.unique().tolist() == ["arc_easy"]
 
 
-def test_what_is_shown_of_a_run_is_decided_among_its_kind() -> None:
+def test_what_is_shown_of_a_run_is_decided_among_its_kind():
     cell = build_cell()
     heads = [
         with_change(run, component="head", number=number)

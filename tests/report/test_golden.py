@@ -12,27 +12,41 @@ from typing import Any
 import pytest
 
 from tests.helpers.ablations import with_change, with_figures
+from tests.helpers.findings import LINES, MAP
 from tracker.analysis.claims import answer
 from tracker.analysis.comparable import models_of
+from tracker.analysis.decisions import decisions_record
 from tracker.analysis.labels import benchmark_labels, row_labels
 from tracker.analysis.ranks.layers import layer_board
+from tracker.analysis.ranks.pairs import pairs_of
 from tracker.core.changes import Change
 from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord
 from tracker.core.tables import Table
 from tracker.report import caveats, tables, wording
+from tracker.report.charts import across, headline, maps, model
 from tracker.report.charts import cells as charts
-from tracker.report.charts import headline, maps
-from tracker.report.charts.model import rank_chart
+from tracker.report.charts.decisions import agreement_map, margin_chart
+from tracker.report.charts.style import Chart
 from tracker.report.export import boards
 from tracker.report.page.html import compared_sentence
+from tracker.report.page.studies import study_chart
 
-from .conftest import as_read, build_cell, study, two_models, with_layer
-from .test_editions import ONE, THREE, TWO, edition
-from .test_leaderboard import sharing_one, sharing_some, some_layers
-from .test_loss import loss
-from .test_rounding import WHY, halved
-from .test_runs import several, without
+from .cells import (
+    ONE,
+    THREE,
+    TWO,
+    WHY,
+    edition,
+    halved,
+    loss,
+    several,
+    sharing_one,
+    sharing_some,
+    some_layers,
+    without,
+)
+from .conftest import as_read, build_cell, build_decisions, study, two_models, with_layer
 
 GOLDEN = Path(__file__).with_name("golden")
 PLAIN = build_cell(compared=8, compared_difference=0.4, compared_unsteady=2)
@@ -125,7 +139,7 @@ def said(cells: list[CellRecord]) -> Iterator[str]:
     for group in models_of(cells):
         board = layer_board(group)
         yield from ("", answer(board.claims))
-        ranked = rank_chart(board, "MODEL")
+        ranked = model.rank_chart(board, "MODEL")
         yield ranked.title if ranked else "no ranks"
         yield maps.heat_title(group)
         if board.layers:
@@ -144,8 +158,78 @@ def said(cells: list[CellRecord]) -> Iterator[str]:
         yield from lines(tables.correlation_table(cell))
 
 
+def with_gaps() -> CellRecord:
+    """Make a cell of which one layer is not measured and another one undefined."""
+    nothing = dict.fromkeys(("accuracy_drop", "accuracy_drop_low", "accuracy_drop_high"))
+    why = {"reasons": {"accuracy_drop": "no outcome"}}
+    return with_layer(build_cell(missing=(7,)), 3, **nothing, cosine_score=float("nan"), **why)
+
+
+def certain_of_gold() -> CellRecord:
+    """Make a cell whose accuracy shows nothing, and whose log-probability does."""
+    cell = build_cell(n=8)
+    ends = [run.gold_drop.value for run in cell.runs]
+    runs = [
+        with_figures(run, gold_logprob_low=end - 0.01, gold_logprob_high=end + 0.01)
+        for run, end in zip(cell.runs, ends, strict=True)
+    ]
+    return cell.model_copy(update={"runs": tuple(runs)})
+
+
+def drawn() -> Iterator[Chart]:
+    """Draw a chart of every kind."""
+    kinds, board = several(), layer_board(study())
+    for cell in (with_gaps(), kinds):
+        yield charts.layer_curve(cell)
+        yield charts.proxy_scatter(cell)
+    yield from (maps.kind_map(kinds, some) for some in maps.mapped(kinds).values())
+    yield maps.heat_map(study())
+    yield from (model.relevance_curves(board, "MODEL"), model.proxy_curves(study(), "MODEL"))
+    yield model.rank_chart(layer_board([build_cell(n=2000)]), "MODEL")
+    yield headline.headline(board, "MODEL")
+    yield headline.headline(layer_board([certain_of_gold()]), "MODEL")
+    yield across.depth_curves([board, layer_board([build_cell(model="b")])], ["a", "b"])
+    for benchmarks in ("ab", "abcd"):
+        pairs, _ = pairs_of([build_cell(b, model=m, seed=ord(m)) for m in "xy" for b in benchmarks])
+        yield across.difference_chart(pairs[0])
+    decided = decisions_record(build_decisions(PLAIN))
+    yield from (margin_chart(PLAIN, decided), agreement_map(PLAIN, decided))
+    yield from (study_chart(LINES), study_chart(MAP))
+
+
+def numbers(values: Any) -> str:
+    """Write numbers with four digits; gaps are dashes."""
+    if isinstance(values, int | float):
+        return f"{values:.4g}"
+    shown = ["–" if v is None or v != v else v for v in values]
+    return " ".join(v if isinstance(v, str) else f"{v:.4g}" for v in shown)
+
+
+def plotted(chart: Chart) -> Iterator[str]:
+    """Write the numbers of a chart, a line an axis, an error or a strength."""
+    figure = chart.figure()
+    yield from ("", f"# {figure.layout.title.text}")
+    for trace in figure.data:
+        rows = {name: trace[name] for name in ("x", "y") if trace[name] is not None}
+        errors = getattr(trace, "error_y", None)
+        for name in ("array", "arrayminus"):
+            if errors is not None and errors[name] is not None:
+                rows[name] = errors[name]
+        if trace.type == "heatmap":
+            rows |= {f"z {place}": row for place, row in enumerate(trace.z)}
+        elif trace.marker.opacity is not None:
+            rows["strength"] = trace.marker.opacity
+        yield f"{trace.type}: {trace.name or ''}"
+        yield from (f"  {name}: {numbers(row)}" for name, row in rows.items())
+
+
+def test_charts_hold_the_numbers_that_were_read():
+    wanted = (GOLDEN / "charts.txt").read_text(encoding="utf-8")
+    assert "\n".join(line for chart in drawn() for line in plotted(chart)) + "\n" == wanted
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_people_read_what_was_read(case: str) -> None:
+def test_people_read_what_was_read(case):
     wanted = (GOLDEN / f"{case}.txt").read_text(encoding="utf-8")
     assert "\n".join(said(CASES[case])) + "\n" == wanted
 
@@ -153,3 +237,5 @@ def test_people_read_what_was_read(case: str) -> None:
 if __name__ == "__main__":
     for case, cells in CASES.items():
         (GOLDEN / f"{case}.txt").write_text("\n".join(said(cells)) + "\n", encoding="utf-8")
+    lines = [line for chart in drawn() for line in plotted(chart)]
+    (GOLDEN / "charts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import errno
 import re
-from pathlib import Path
 
 import pytest
 from plotly.offline import get_plotlyjs
 
+from tests.helpers import charts
+from tracker.core import formats
 from tracker.core.errors import WorkError
-from tracker.core.records import CellRecord
+from tracker.report import wording
 from tracker.report.frames import packed
 from tracker.report.page.html import render_page, render_report
+from tracker.report.tables import layer_table
 
-from .conftest import EXPERIMENT, build_cell, study
+from .cells import loss
+from .conftest import EXPERIMENT, build_cell, study, with_layer
 
 
 @pytest.fixture(scope="module", name="page")
@@ -22,7 +25,7 @@ def fixture_page() -> str:
     return render_page(study(), {"smollm2.yaml": EXPERIMENT})
 
 
-def test_page_is_self_contained_and_small(page: str, tmp_path: Path) -> None:
+def test_page_is_self_contained_and_small(page, tmp_path):
     assert page.count(packed(get_plotlyjs())) == 1
     rest = re.sub(r'<script type="text/plain".*?</script>', "", page)
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|@import|url\(|(?i:cdn)""", rest)
@@ -30,13 +33,11 @@ def test_page_is_self_contained_and_small(page: str, tmp_path: Path) -> None:
     assert path.stat().st_size < 4_000_000
 
 
-def test_same_input_gives_the_same_bytes(page: str) -> None:
+def test_same_input_gives_the_same_bytes(page):
     assert render_page(study(), {"smollm2.yaml": EXPERIMENT}) == page
 
 
-def test_page_replaces_the_old_one_at_once(
-    cells: list[CellRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_page_replaces_the_old_one_at_once(cells, tmp_path, monkeypatch):
     path = tmp_path / "deep" / "report.html"
     assert render_report(cells[:1], {}, path) == path
     before = path.read_bytes()
@@ -51,22 +52,69 @@ def test_page_replaces_the_old_one_at_once(
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
 
-def test_no_cell_gives_a_page_that_says_so() -> None:
+def test_no_cell_gives_a_page_that_says_so():
     page = render_page([], {})
     assert "No benchmark is measured yet" in page
     assert "without an experiment file" in page
 
 
-def test_models_and_equal_labels_stay_apart() -> None:
-    one, other = build_cell(), build_cell(key="f" * 64, seed=1)
-    group = one.benchmark.model_copy(
-        update={"tasks": one.benchmark.tasks * 2, "apply_chat_template": True}
+def test_the_page_has_no_word_of_accuracy():
+    page = render_page([loss()], {})
+    article = page[page.index("<article") : page.index("</article>")]
+    assert "orange where removal lowers loss" in article
+    assert "accuracy drop" not in article
+    assert "pp)" not in article
+
+
+def trace(figure, name):
+    (found,) = [trace for trace in figure.data if trace.name.startswith(name)]
+    return found
+
+
+def test_what_is_open_is_faint():
+    """Was strong where its own interval left 0 out, as one of twenty that show nothing does."""
+    cell = build_cell()
+    low, high = cell.runs[4].drop.low, cell.runs[4].drop.high
+    half = (high - low) / 2  # 3.15 / 1.96 of it is the half for thirty layers
+    for layer, drop in ((4, 1.5 * half), (5, 1.7 * half)):
+        ends = {"accuracy_drop_low": drop - half, "accuracy_drop_high": drop + half}
+        cell = with_layer(cell, layer, accuracy_drop=drop, mcnemar_p=1e-6, **ends)
+    drops = trace(charts.layer_curve(cell), "accuracy drop")
+    scatter = trace(charts.proxy_scatter(cell), "inner")
+    for points, layers in ((drops, drops.x), (scatter, map(int, scatter.text))):
+        strength = dict(zip(layers, points.marker.opacity, strict=True))
+        assert (strength[4] < 1, strength[5]) == (True, 1)
+
+
+def test_numbers_in_front_of_people():
+    assert formats.points(-0.0001) == "0.0"
+    assert formats.points(-0.0316) == "−3.2"
+    assert formats.p_value(0.000034) == "3e−5"
+    assert formats.p_value(0.0) == "0.000"
+    assert formats.p_value(0.0123) == "0.012"
+    figures = [1083.4, 999.6, 999.4, 12.34, -0.01234]
+    assert list(map(formats.three_digits, figures)) == ["1,083", "1,000", "999", "12.3", "−0.0123"]
+
+
+def test_power_is_said_under_every_table_of_runs():
+    """By another road: sqrt(2 z-values) of the normal test, from the shares that change."""
+    cell = build_cell(n=160)
+    says = wording.power_sentence(cell, cell.runs)
+    assert says in layer_table(cell).notes
+    shares = sorted(0.12 * 159 / 160 + run.drop.value**2 for run in cell.runs)
+    middle = (shares[14] + shares[15]) / 2
+    found = re.fullmatch(
+        r"The smallest accuracy drop that 160 documents reveal, with 80 % power \(two-sided 5 %, "
+        r"paired, 30 runs together\): (.+) pp under the median removal, (.+) pp under the one that "
+        r"changes most\.",
+        says,
     )
-    third = build_cell(model="Other-1B", benchmark="mmlu").model_copy(update={"benchmark": group})
-    page = render_page([one, third, other], {})
-    assert "arc_easy · 0-shot · ffffffff" in page
-    assert 'id="model-2-cell-1"' in page
-    assert "2 models, 3 measurements" in page
-    assert "tasks weighted by their documents" in page
-    links = re.findall(r'<td class="text"><a href="#([^"]+)"', page)
-    assert links == ["model-1-cell-1", "model-2-cell-1", "model-1-cell-2"]
+    for change, share in zip(found.groups(), (middle, shares[-1]), strict=True):
+        assert float(change) == pytest.approx(
+            100 * (3.144 + 0.842) * (share / 160) ** 0.5, rel=0.05
+        )
+    one = wording.power_sentence(cell, cell.runs[:1])
+    assert "median" not in one
+    assert "together" not in one
+    loss = cell.model_copy(update={"higher_is_better": False, "metric": "bits_per_byte"})
+    assert wording.power_sentence(loss, cell.runs).endswith("under the one that changes most.")

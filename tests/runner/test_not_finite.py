@@ -108,25 +108,3 @@ def test_a_model_that_is_not_finite_itself(tiny_llama, measure, data, name):
         # Without the layer that is broken the model works.
         assert (record.accuracy is not None) == (record.change.layer == 2)
     assert all(each.estimate.value is None and each.estimate.reason for each in cell.correlations)
-
-
-def test_one_choice_and_the_same_document_twice(tiny_llama, measure, tmp_path, data):
-    rows = [
-        {
-            "question": "Why?",
-            "choices": {"text": texts, "label": list("ABC"[: len(texts)])},
-            "answerKey": "A",
-        }
-        for texts in (["that"], ["this", "that"], ["this", "that"])
-    ]
-    write_rows(data / "allenai/ai2_arc/ARC-Easy", test=rows)
-    (cell,) = measure(tiny_llama(), data=data).cells
-    assert cell.n == 3
-    # A lone choice is always right.
-    assert cell.chance_accuracy == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
-    assert cell.baseline.value in (pytest.approx(1 / 3), 1)
-    frame = outcomes(tmp_path / "results")
-    assert (frame[frame["doc"] == 0]["metric/acc"] == 1).all()
-    one, other = (frame[frame["doc"] == n].sort_values("ablation") for n in (1, 2))
-    for first, second in zip(one["loglikelihoods"], other["loglikelihoods"], strict=True):
-        assert list(first) == pytest.approx(list(second), abs=1e-4)

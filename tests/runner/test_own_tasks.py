@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
 from tracker.core.changes import Ablation
 from tracker.core.config import cell_request
-from tracker.core.errors import ModelError, RequestError
+from tracker.core.errors import RequestError
 from tracker.core.extent import ALL
 from tracker.engine.scoring.sweep import Engine
 from tracker.measuring.scorer import Generation
@@ -33,14 +31,14 @@ LAYERS = [0, 3]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch) -> Path:
     folder = write_tasks(tmp_path)
     monkeypatch.syspath_prepend(str(folder))
     return folder
 
 
 @pytest.fixture
-def adapter(tmp_path: Path, tiny_llama: Callable[..., Path]) -> tuple[Path, Path]:
+def adapter(tmp_path, tiny_llama) -> tuple[Path, Path]:
     """A model's folder and a LoRA adapter's."""
     from peft import LoraConfig, get_peft_model  # seconds, for every worker that collects
 
@@ -77,9 +75,7 @@ def plainly(base: Path, adapter: Path | None, folder: Path, layer: int | None, t
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_every_number_is_lm_evals(
-    tmp_path: Path, folder: Path, adapter: tuple[Path, Path], adapted: bool
-) -> None:
+def test_every_number_is_lm_evals(tmp_path, folder, adapter, adapted):
     base, lora = adapter
     file = write_study(
         tmp_path / "own.yaml",
@@ -115,9 +111,7 @@ def test_every_number_is_lm_evals(
         assert all("You are a painter." in row["arguments"]["gen_args_0"]["arg_0"] for row in rows)
 
 
-def test_the_shipped_task_is_lm_evals(
-    tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_shipped_task_is_lm_evals(tmp_path, tiny_llama, monkeypatch):
     """Its questions lie beside its file, which lm-eval reads in their folder only."""
     root, model = Path(__file__).parents[2], tiny_llama()
     monkeypatch.chdir(root)
@@ -156,9 +150,7 @@ def source(base: Path, **arguments: Any) -> ModelSource:
 
 
 class TestArguments:
-    def test_they_are_part_of_what_the_model_is(
-        self, tmp_path: Path, adapter: tuple[Path, Path]
-    ) -> None:
+    def test_they_are_part_of_what_the_model_is(self, tmp_path, adapter):
         base, lora = adapter
 
         def identity(**arguments: Any) -> tuple[str, object]:
@@ -174,41 +166,15 @@ class TestArguments:
         weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
         assert identity(peft=str(moved))[0] != tuned[0]
 
-    def test_a_folder_within(self, tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
-        base = tiny_llama("repo/step-100")
-        inside = source(base.parent, subfolder="step-100")
-        assert load_model(inside, device="cpu").identity.layers == 4
-        with pytest.raises(ModelError, match=r"there is no folder .*step-1"):
-            source(base.parent, subfolder="step-1")
-
-    def test_how_attention_is_computed(self, tiny_llama: Callable[..., Path]) -> None:
-        eager = source(tiny_llama(), attn_implementation="eager")
-        assert load_model(eager, device="cpu").model.config._attn_implementation == "eager"
-
     @pytest.mark.parametrize(("arguments", "said"), golden("model_args"))
-    def test_nonsense(self, tiny_llama: Callable[..., Path], arguments: str, said: str) -> None:
+    def test_nonsense(self, tiny_llama, arguments, said):
         with pytest.raises(RequestError, match=said):
             source(tiny_llama(), **json.loads(arguments))
 
-    def test_bits_without_their_package(
-        self, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        find = importlib.util.find_spec
-        no_bits = lambda name: None if name == "bitsandbytes" else find(name)  # noqa: E731
-        monkeypatch.setattr(importlib.util, "find_spec", no_bits)
-        with pytest.raises(ModelError, match=r"needs .*bitsandbytes.*pip install bitsandbytes"):
-            source(tiny_llama(), load_in_4bit=True)
-
     @pytest.mark.parametrize(("bits", "kind"), [(4, "Linear4bit"), (8, "Linear8bitLt")])
     def test_few_bits_are_measured_and_never_moved(
-        self,
-        tmp_path: Path,
-        folder: Path,
-        tiny_llama: Callable[..., Path],
-        monkeypatch: pytest.MonkeyPatch,
-        bits: int,
-        kind: str,
-    ) -> None:
+        self, tmp_path, folder, tiny_llama, monkeypatch, bits, kind
+    ):
         """transformers puts such weights where they are to be; `to` may spoil them afterwards."""
         linear = getattr(pytest.importorskip("bitsandbytes").nn, kind)
         # On a CPU bitsandbytes takes multiples of 32 and 64 alone.
@@ -239,28 +205,8 @@ class TestArguments:
         assert not results.outcome.failed
         assert results.cells[0].model.arguments == {f"load_in_{bits}bit": "True"}
 
-    def test_a_checkpoint_whose_package_is_not_here(self, tiny_llama: Callable[..., Path]) -> None:
-        base = tiny_llama()
-        config = base / "config.json"
-        said = '"quantization_config": {"quant_method": "gptq", "bits": 4},'
-        config.write_text(config.read_text().replace("{", "{" + said, 1))
-        with pytest.raises(ModelError, match="gptq checkpoint and needs the package gptqmodel"):
-            load_model(source(base), device="cpu")
 
-    def test_an_adapter_that_is_in_the_prompt(
-        self, tmp_path: Path, tiny_llama: Callable[..., Path]
-    ) -> None:
-        from peft import PromptTuningConfig, get_peft_model
-
-        base = tiny_llama()
-        settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
-        model.save_pretrained(tmp_path / "prompt")
-        with pytest.raises(ModelError, match="PROMPT_TUNING, which puts tokens into the prompt"):
-            load_model(source(base, peft=str(tmp_path / "prompt")), device="cpu")
-
-
-def test_what_follows_a_thought_is_lm_evals(folder: Path, tiny_llama: Callable[..., Path]) -> None:
+def test_what_follows_a_thought_is_lm_evals(folder, tiny_llama):
     """Under every layer's removal; the thought ends where such a model happens to say so."""
     loaded = load_model(source(tiny_llama()), device="cpu")
     request = cell_request(

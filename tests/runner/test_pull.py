@@ -50,7 +50,7 @@ class Project:
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+def project(tmp_path, monkeypatch) -> Project:
     project = Project(tmp_path / "remote")
     monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(pulling, "open_backend", lambda *_: project)
@@ -68,7 +68,7 @@ def files(project: Project) -> set[str]:
     return {path.name for path in cache.glob("*/cells/*/shards/*.parquet")}
 
 
-def test_what_is_whole_is_believed(project: Project) -> None:
+def test_what_is_whole_is_believed(project):
     (record,), why = pull()
     assert (why, record.n, len(record.runs)) == ("", 6, 7)
     assert files(project) == {path.name for path in CELL.glob("shards/*")}
@@ -77,9 +77,7 @@ def test_what_is_whole_is_believed(project: Project) -> None:
 @pytest.mark.parametrize(
     "field", [("model", "fingerprint"), ("model", "dtype"), ("benchmark", "num_fewshot"), ("key",)]
 )
-def test_an_identity_that_does_not_fit_its_key_is_refused(
-    project: Project, field: tuple[str, ...]
-) -> None:
+def test_an_identity_that_does_not_fit_its_key_is_refused(project, field):
     """Was: whatever key a file stated was believed."""
 
     def change(found: dict[str, object]) -> None:
@@ -96,12 +94,12 @@ def test_an_identity_that_does_not_fit_its_key_is_refused(
     assert not files(project)
 
 
-def test_the_files_of_another_cell_are_refused(project: Project) -> None:
+def test_the_files_of_another_cell_are_refused(project):
     project.key = f"{'0' * 64}/cell"
     assert "its key is not that of what it describes" in pull()[1]
 
 
-def test_names_are_never_paths(project: Project) -> None:
+def test_names_are_never_paths(project):
     """Was: a shard kept the name under which it came."""
     for number, path in enumerate(sorted(project.folder.glob("*.parquet"))):
         path.rename(path.with_name(f"..{number}.parquet"))
@@ -116,7 +114,7 @@ def test_names_are_never_paths(project: Project) -> None:
 @pytest.mark.parametrize(
     "change", [{"task": "other"}, {"doc": -1}, {"doc": 570}, {"doc": 40}, {"doc": None}, {}]
 )
-def test_a_shard_of_another_cell_is_refused(project: Project, change: dict[str, object]) -> None:
+def test_a_shard_of_another_cell_is_refused(project, change):
     path = next(project.folder.glob("*.parquet"))
     rows = pq.read_table(path).to_pylist()
     rows[0].update(change)
@@ -134,9 +132,7 @@ def test_a_shard_of_another_cell_is_refused(project: Project, change: dict[str, 
         {"metric": "f1"},
     ],
 )
-def test_a_view_that_the_cell_cannot_have_is_refused(
-    project: Project, change: dict[str, object]
-) -> None:
+def test_a_view_that_the_cell_cannot_have_is_refused(project, change):
     view = {"metric": "acc", "runs": [], **change}
     text = sealed({"format": FORMAT, "project": "p", "view": view})
     (project.folder / "intact.json").write_text(text)
@@ -145,13 +141,13 @@ def test_a_view_that_the_cell_cannot_have_is_refused(
     assert "not what tracker writes" in why
 
 
-def test_a_newer_trackers_cell_asks_for_an_upgrade(project: Project) -> None:
+def test_a_newer_trackers_cell_asks_for_an_upgrade(project):
     project.change("intact.json", lambda found: found.update(format=FORMAT + 1, more="fields"))
     said = f"newer tracker (format {FORMAT + 1}; this one knows {FORMAT}). Upgrade"
     assert said in pull()[1]
 
 
-def test_a_note_that_is_none_is_refused(project: Project) -> None:
+def test_a_note_that_is_none_is_refused(project):
     """Was: one that is nested deeply ended in a bug of tracker's."""
     (project.folder / "intact.json").write_text("[" * 10**5)
     found, why = pull()

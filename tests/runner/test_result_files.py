@@ -9,7 +9,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import datasets
 import lm_eval
 import lm_eval.evaluator
 import pytest
@@ -35,81 +34,17 @@ from tests.helpers.runs import typed, write_study
 from tracker.benchmarks import factory, results
 from tracker.core.changes import Ablation, Change
 from tracker.core.extent import random_order
-from tracker.core.identities import ModelIdentity
 from tracker.core.views import View
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import RequestedView
 from tracker.models.pruned import pruned
-from tracker.team.result_files import changed_args, model_args
+from tracker.team.result_files import changed_args
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def mean(metric: str) -> dict[str, Any]:
-    return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
-
-
-FACTS = {
-    "output_type": "multiple_choice",
-    **dict.fromkeys(("training_split", "fewshot_split"), "train"),
-    "num_fewshot": 1,
-    "doc_to_text": "Question: {{question}}\nAnswer:",
-    "doc_to_choice": "{{choices}}",
-    "doc_to_target": "answer",
-    "metric_list": [mean("acc"), mean("acc_norm")],
-    "metadata": {"version": 1.5},
-}
-FIRST, REGEX = {"function": "take_first"}, {"function": "regex", "regex_pattern": "(.)"}
-SUMS = {
-    "output_type": "generate_until",
-    "num_fewshot": 0,
-    "doc_to_text": "{{question}}",
-    "doc_to_target": "{{answer}}",
-    "generation_kwargs": {"until": ["th", "!"], "max_gen_toks": 6, "do_sample": False},
-    "filter_list": [
-        {"name": "first", "filter": [REGEX, FIRST]},
-        {"name": "whole", "filter": [FIRST]},
-    ],
-    "metric_list": [mean("exact_match")],
-}
-WORDS = {
-    "output_type": "loglikelihood",
-    "doc_to_text": "{{question}}",
-    "doc_to_target": " {{answer}}",
-    "metric_list": [
-        {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-        mean("acc"),
-    ],
-}
-BOOK = {
-    "output_type": "loglikelihood_rolling",
-    "doc_to_text": "",
-    "doc_to_target": "{{question}}",
-    "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
-}
-GROUPS = {
-    "facts": {
-        "group": "facts",
-        "task": ["facts_body", "facts_city"],
-        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
-    },
-    "facts_body": {
-        "group": "facts_body",
-        "task": ["facts_heart", "facts_lung"],
-        "aggregate_metric_list": [
-            {"metric": "acc", "weight_by_size": False},
-            {"metric": "acc_norm"},
-        ],
-    },
-}
-TASKS = {
-    "facts_heart": (FACTS, 5),
-    "facts_lung": (FACTS, 3),
-    "facts_city": (FACTS, 4),
-    "sums": (SUMS, 4),
-    "words": (WORDS, 4),
-    "book": (BOOK, 3),
-}
+TASKS = yaml.safe_load(Path(__file__).with_name("result_tasks.yaml").read_text())
+"""Tasks of each kind, their numbers of documents, and groups of tasks."""
 DEFAULT, FEW = results.BOOTSTRAP_ITERS, 1000
 """Resamplings: lm-eval's own number, and what the tests wait for."""
 BENCHMARKS = ["facts", "sums", "words", "book"]
@@ -125,7 +60,7 @@ def row(number: int) -> dict[str, Any]:
 
 def write_tasks(folder: Path, data: Path) -> tuple[Path, Path]:
     """The same tasks twice: on data that tracker finds, and with lm-eval's own means alone."""
-    for number, (name, (task, count)) in enumerate(TASKS.items()):
+    for number, (name, (task, count)) in enumerate(TASKS["tasks"].items()):
         splits = {
             split: [row(100 * number + i) for i in range(rows)]
             for split, rows in (("train", 3), ("test", count))
@@ -138,7 +73,7 @@ def write_tasks(folder: Path, data: Path) -> tuple[Path, Path]:
         ):
             told = {"task": name, "test_split": "test", **task, **source}
             (folder / kind).mkdir(parents=True, exist_ok=True)
-            for each, stated in {name: told, **GROUPS}.items():
+            for each, stated in {name: told, **TASKS["groups"]}.items():
                 (folder / kind / f"{each}.yaml").write_text(yaml.safe_dump(stated))
     return folder / "ours", folder / "plain"
 
@@ -269,7 +204,7 @@ def test_the_files_are_those_of_lm_eval_on_the_pruned_model(study, ablation):
     ours, our_samples = read(folder / "ours" / name)
     theirs, their_samples = read(plainly(folder, manager, removed, tasks=BENCHMARKS))
 
-    assert set(our_samples) == set(their_samples) == set(TASKS)
+    assert set(our_samples) == set(their_samples) == set(TASKS["tasks"])
     assert_close(our_samples, their_samples, "samples", abs=1e-4)
     for task, samples in their_samples.items():
         for our, their in zip(our_samples[task], samples, strict=True):
@@ -281,7 +216,7 @@ def test_the_files_are_those_of_lm_eval_on_the_pruned_model(study, ablation):
     for key in (*same, "higher_is_better"):
         assert_close(ours[key], theirs[key], key, rel=1e-4)
     assert ours["task_hashes"] == theirs["task_hashes"]
-    assert set(ours["results"]) == {*TASKS, *GROUPS}
+    assert set(ours["results"]) == {*TASKS["tasks"], *TASKS["groups"]}
     for metric in ("acc,none", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none"):
         assert ours["results"]["facts_body"][metric] == theirs["results"]["facts_body"][metric]
     assert float(ours["results"]["words"]["perplexity_stderr,none"]) > 0
@@ -313,36 +248,6 @@ def test_the_files_are_those_of_lm_eval_on_the_pruned_model(study, ablation):
 def test_the_stderr_is_resampled_as_often_as_lm_evals():
     default = inspect.signature(lm_eval.simple_evaluate).parameters["bootstrap_iters"].default
     assert default == DEFAULT
-
-
-def test_a_dataset_can_be_made_of_the_samples(study):
-    folder, _ = study
-    for task in ("facts_heart", "sums"):
-        (path,) = (whole(folder) / "lab__tiny").glob(f"samples_{task}_*.jsonl")
-        rows = datasets.Dataset.from_json(str(path), cache_dir=str(folder / "cache"))
-        assert len(rows) == {"facts_heart": 5, "sums": 2 * 4}[task]  # a row a filter
-        assert rows[0]["arguments"]["gen_args_0"]["arg_0"]
-
-
-def test_documents_drawn_at_random_keep_their_numbers_and_prompts(study):
-    folder, manager = study
-    place = written(folder, ["words", "facts"], "drawn", sample=2, layer=[1])
-    ours, samples = read(place / "lab__tiny,removed_layers=1")
-    _, every = read(whole(folder) / "lab__tiny,removed_layers=1")
-    for task, rows in samples.items():
-        drawn = sorted(random_order(1234, task, range(TASKS[task][1]))[:2])
-        assert [sample["doc_id"] for sample in rows] == drawn
-        # Also the few-shot examples are those of the whole run.
-        for sample in rows:
-            (same,) = (each for each in every[task] if each["doc_id"] == sample["doc_id"])
-            assert_close(sample, same, task, abs=1e-4)
-            assert sample["prompt_hash"] == same["prompt_hash"]
-        assert ours["n-samples"][task] == {"original": TASKS[task][1], "effective": 2}
-    assert ours["config"]["tracker"]["sample"] == 2
-    assert ours["config"]["limit"] is None
-    drawn = sorted(random_order(1234, "words", range(4))[:2])
-    plain = plainly(folder, manager, [1], tasks=["words"], samples={"words": drawn})
-    assert_close(ours["results"]["words"], read(plain)[0]["results"]["words"], "", rel=1e-4)
 
 
 @pytest.mark.parametrize("part", ["calibration", "test"])
@@ -528,15 +433,6 @@ def test_what_is_written_last_has_the_latest_date(study):
             assert latest in again.files
 
 
-def test_what_cannot_be_written_is_said(study):
-    folder, _ = study
-    (folder / "full").mkdir()
-    (folder / "full" / "lab__tiny").write_text("a file where a folder should be")
-    code, said = invoke("--output", "full", "--benchmark", "words", "--layer", "1")
-    assert code == 1
-    assert "could not be written" in said
-
-
 @pytest.mark.parametrize(("arguments", "why"), golden("log_samples"))
 def test_a_wrong_request_writes_nothing(study, arguments, why):
     folder, _ = study
@@ -546,58 +442,21 @@ def test_a_wrong_request_writes_nothing(study, arguments, why):
     assert not (folder / "none").exists()
 
 
-@pytest.mark.parametrize(
-    ("facts", "args"),
-    [
-        ({"source": "org/m", "revision": "c0ffee"}, "pretrained=org/m,revision=c0ffee,dtype=d"),
-        ({"source": "models/m.gguf"}, "pretrained=models,gguf_file=m.gguf,dtype=d"),
-        (
-            {"source": "m", "arguments": {"peft": "lora", "load_in_4bit": "true"}},
-            "pretrained=m,dtype=d,peft=lora,load_in_4bit=true",
-        ),
-    ],
-)
-def test_model_args_are_what_lm_eval_takes(facts, args):
-    rest = {"name": "m", "fingerprint": "f", "architecture": "A", "layers": 1, "parameters": 1}
-    model = ModelIdentity(**{"revision": None, "dtype": "d", **rest, **facts})
-    found = model_args(model)
-    assert ",".join(f"{name}={value}" for name, value in found.items()) == args
-    assert {k: str(v).lower() for k, v in simple_parse_args_string(args).items()} == found
-
-
-PARTS = [
-    Change.parse("head:3.0"),
-    Change.parse("head:3.1"),
-    Change.parse("head:4.0"),
-    Change.parse("expert:3.0"),
-]
+PARTS = [Change.parse(f"head:{name}") for name in ("3.0", "3.1", "4.0")]
 MAPS = [Change.parse(f"int4:{layer}.{of}") for layer in (3, 4) for of in ("mlp", "mlp.up_proj")]
+ABLATIONS = """
+    baseline layer:3 layer:1+mean:3 mean:3 mean:4 scale:3 scale:4 linear:3 linear:4 int4:3 int4:4
+    int4:3.mlp int4:4.mlp int4:3.mlp.up_proj int4:4.mlp.up_proj int8:3 repeat:3 repeat:4 repeat3:3
+    repeat4:3 repeat3:3-4 repeat:1-2+repeat:3 repeat3:1-2+repeat:3 mean:3+mean:4 int4:embedding
+    expert:3.0 expert:3.0+head:3.0
+"""
 
 
 def test_no_two_models_have_the_same_arguments():
     """Was: a model with a replaced layer was written as the intact one."""
-    done = ("mean", "scale", "linear")
-    which = ("", "mlp", "mlp.up_proj")
-    ablations = [
-        Ablation(),
-        Ablation.parse("layer:3"),
-        Ablation.parse("layer:1+mean:3"),
-        *(Ablation.parse(f"{word}:{layer}") for word in done for layer in (3, 4)),
-        *(Ablation.parse(f"int4:{layer}.{of}".rstrip(".")) for of in which for layer in (3, 4)),
-        Ablation.parse("int8:3"),
-        Ablation.parse("repeat:3"),
-        Ablation.parse("repeat:4"),
-    ]
-    ablations += [
-        *(Ablation.parse(f"repeat{times}:3") for times in (3, 4)),
-        Ablation.parse("repeat3:3-4"),
-        Ablation.parse("repeat:1-2+repeat:3"),
-        Ablation.parse("repeat3:1-2+repeat:3"),
-        *(Ablation.of(*tuple(parts)) for n in (1, 2, 3) for parts in combinations(PARTS, n)),
-        *(Ablation.of(*tuple(maps)) for n in (2, 3) for maps in combinations(MAPS, n)),
-        Ablation.parse("mean:3+mean:4"),
-        Ablation.parse("int4:embedding"),
-    ]
+    ablations = [Ablation.parse(name) for name in ABLATIONS.split()]
+    ablations += [Ablation.of(*parts) for n in (1, 2, 3) for parts in combinations(PARTS, n)]
+    ablations += [Ablation.of(*maps) for n in (2, 3) for maps in combinations(MAPS, n)]
     names = {tuple(changed_args(each).items()) for each in ablations}
     assert len(names) == len({each.name for each in ablations}) == len(ablations)
     assert not any("," in value for arguments in names for _, value in arguments)

@@ -120,10 +120,3 @@ def test_wrong_parameters_are_refused(
     assert code == 2, said
     assert words in said
     assert not (tmp_path / "results").exists()
-
-
-def test_parameters_need_the_executor(tiny_llama, experiment, tmp_path):
-    file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
-    code, said = typed("run", file, "--results", tmp_path / "results", "--slurm", "time=60")
-    assert code == 2, said
-    assert "add --executor slurm" in said

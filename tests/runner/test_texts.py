@@ -74,9 +74,7 @@ def naive(folder: Path, layer: int | None, texts: list[str]) -> list[tuple[int, 
     return [(*token_by_token(model, ids, prefix, LENGTH), len(ids)) for ids in every]
 
 
-def test_a_corpus_gives_the_figures_of_single_tokens(
-    model, notes, texts, experiment, tmp_path
-) -> None:
+def test_a_corpus_gives_the_figures_of_single_tokens(model, notes, texts, experiment, tmp_path):
     file = experiment(model, benchmark=f"'corpus:{notes}'", data="hub")
     (cell,) = run(file, tmp_path / "results").cells
     before = naive(model, None, texts)
@@ -99,7 +97,7 @@ def test_a_corpus_gives_the_figures_of_single_tokens(
         assert record.gold_drop.value == pytest.approx((more - loss) / len(texts), rel=1e-3)
 
 
-def test_a_loss_of_the_same_cell_costs_nothing_more(model, notes, experiment, tmp_path) -> None:
+def test_a_loss_of_the_same_cell_costs_nothing_more(model, notes, experiment, tmp_path):
     settings = {"benchmark": f"'corpus:{notes}'", "data": "hub"}
     run(experiment(model, **settings), tmp_path / "results")
     again = experiment(model, "loss.yaml", metric="loss", **settings)
@@ -118,9 +116,7 @@ def test_a_loss_of_the_same_cell_costs_nothing_more(model, notes, experiment, tm
 
 
 @pytest.mark.parametrize(("name", "bos"), [("wikitext", False), ("c4", True)])
-def test_a_rolling_task_has_lm_evals_perplexities(
-    tiny_llama, measure, tmp_path, name: str, bos: bool
-) -> None:
+def test_a_rolling_task_has_lm_evals_perplexities(tiny_llama, measure, tmp_path, name, bos):
     place, column, split = PLACES[name]
     write_rows(tmp_path / "DATA" / place, **{split: [{column: text} for text in TEXTS]})
     model = tiny_llama(max_position_embeddings=LENGTH, bos=bos)

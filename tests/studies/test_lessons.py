@@ -67,7 +67,7 @@ def _is_the_theorems(*documents: Document) -> None:
             assert _answers(found, document, -1, normalised) != document.gold
 
 
-def test_answers_that_part_at_once_or_later() -> None:
+def test_answers_that_part_at_once_or_later():
     _is_the_theorems(
         _choices(0, (4, 5, 6, 7, 8, 9), (10,), (4, 5, 12), gold=0),
         _choices(1, (4,), (4, 5), (7, 8, 9), context=(9, 9), gold=0),
@@ -75,19 +75,19 @@ def test_answers_that_part_at_once_or_later() -> None:
     )
 
 
-def test_a_long_answer_against_a_short_one() -> None:
+def test_a_long_answer_against_a_short_one():
     _is_the_theorems(
         _choices(0, tuple(range(20, 45)), (4,)), _choices(1, (4,), (5,) * 25, context=(7,))
     )
 
 
-def test_many_letters_against_few_long_words() -> None:
+def test_many_letters_against_few_long_words():
     """By character the letters cost a lot each, and the words nearly nothing."""
     letters, words = tuple(range(10, 18)), (40, 41, 42, 43)
     _is_the_theorems(_choices(0, letters, words), _choices(1, words, letters, context=(7,)))
 
 
-def test_choices_with_contexts_of_their_own_come_in_twins() -> None:
+def test_choices_with_contexts_of_their_own_come_in_twins():
     """Winogrande's: the same two contexts, and continuations that differ in one late token."""
     first, second = (1, 2, 20), (1, 2, 21)
     _is_the_theorems(
@@ -96,11 +96,11 @@ def test_choices_with_contexts_of_their_own_come_in_twins() -> None:
     )
 
 
-def test_documents_with_one_context_and_other_answers() -> None:
+def test_documents_with_one_context_and_other_answers():
     _is_the_theorems(_choices(0, (4,), (5,), (6,)), _choices(1, (7,), (8,), (9,)))
 
 
-def test_what_no_model_can_answer_is_left_out_with_its_reason() -> None:
+def test_what_no_model_can_answer_is_left_out_with_its_reason():
     documents = (
         _choices(0, (4, 5), (4,)),  # a wrong one is the beginning
         _choices(1, (4,), (4,), context=(6,)),
@@ -122,7 +122,7 @@ def test_what_no_model_can_answer_is_left_out_with_its_reason() -> None:
         assert _answers(found, document, -1) != 0
 
 
-def test_open_texts_are_taught_token_by_token() -> None:
+def test_open_texts_are_taught_token_by_token():
     windows = (Request((0,), (4, 5, 6)), Request((4, 5, 6), (7, 8)))
     texts = (
         Document("corpus", 0, windows, None, 0, rolling=True),
@@ -136,14 +136,14 @@ def test_open_texts_are_taught_token_by_token() -> None:
     assert not found.left_out
 
 
-def test_an_open_answer_that_clashes_is_left_out_as_a_document() -> None:
+def test_an_open_answer_that_clashes_is_left_out_as_a_document():
     one, other = (Document("t", i, (Request((1,), (4 + i,)),), 0, 0) for i in range(2))
     found = _lesson(one, other)
     assert found.left_out == {("t", 1): CLASH}
     assert found.tokens == 0
 
 
-def test_long_texts_are_cut_as_the_model_reads_them() -> None:
+def test_long_texts_are_cut_as_the_model_reads_them():
     document = _choices(0, (4, 5), (6, 7), context=tuple(range(10, 30)))
     found = _lesson(document, length=8)
     assert [text.tokens for text in found.texts] == [(*range(23, 30), 4), (*range(23, 30), 6)]

@@ -26,8 +26,8 @@ def _subject(path: Path, results: Path) -> tuple[StudyContext, Subject]:
 
 
 def test_what_was_observed_before_a_process_ends_is_kept(
-    tiny_llama, experiment, tmp_path: Path, monkeypatch
-) -> None:
+    tiny_llama, experiment, tmp_path, monkeypatch
+):
     """Was: 32 documents of a long observation were lost together."""
     monkeypatch.setattr("tracker.measuring.observing.OFTEN", 0.0)
     path = experiment(tiny_llama(), limit=None, sample=5, layer=[1])
@@ -50,7 +50,7 @@ def test_what_was_observed_before_a_process_ends_is_kept(
     assert found.arrays["index"].tolist() == [*seen[:2], *seen[3:]]
 
 
-def test_only_what_is_missing_is_observed(tiny_llama, experiment, tmp_path: Path) -> None:
+def test_only_what_is_missing_is_observed(tiny_llama, experiment, tmp_path):
     model, seen = tiny_llama(), []
 
     def begin(engine: Engine):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from scipy import stats
 
 import tracker
 from tracker import api
-from tracker.core.estimates import Estimate
 from tracker.ledger.shards import read_observations
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
@@ -20,7 +18,7 @@ from tracker.measuring.observing import open_observed
 from tracker.measuring.progress import Silent
 from tracker.models.rounding import in_format
 from tracker.studies.base import open_study
-from tracker.studies.precision import ERRORS, MapName, RoundedMaps, _answer
+from tracker.studies.precision import ERRORS
 
 from .conftest import Small, asked_for, column, plain, small
 
@@ -34,7 +32,7 @@ def found(tmp_path_factory) -> Small:
 
 
 @pytest.fixture(scope="module")
-def opened(found: Small):
+def opened(found):
     """The cell, its model and its documents."""
     (store,) = Ledger(found.results).cells()
     (request,) = open_study("precision").requests(asked_for(found.done.experiment, found.results))
@@ -92,7 +90,7 @@ def _errors(model, layer, path, form, documents):
     return weights, apart / size, angle / tokens, kl / tokens
 
 
-def test_errors_are_those_of_plain_passes(found: Small, opened):
+def test_errors_are_those_of_plain_passes(found, opened):
     _, loaded, documents = opened
     for form, table in zip(ASKED["intervention"], found.finding.tables[1::3], strict=True):
         names = plain(column(table, "linear map"))
@@ -104,7 +102,7 @@ def test_errors_are_those_of_plain_passes(found: Small, opened):
             assert ours == pytest.approx(right, rel=2e-3, abs=2e-6)
 
 
-def test_orders_are_scipys(found: Small, opened):
+def test_orders_are_scipys(found, opened):
     frame, *_ = opened
     gold = {
         name: np.mean(
@@ -131,7 +129,7 @@ def test_orders_are_scipys(found: Small, opened):
         assert dict(rows) == pytest.approx(means)
 
 
-def test_a_name_is_called_costliest_only_where_its_interval_shows_it(found: Small, tmp_path):
+def test_a_name_is_called_costliest_only_where_its_interval_shows_it(found, tmp_path):
     """A single name was, whatever its interval."""
     alone = small(
         "precision", tmp_path, ["openbookqa"], 8, map=["mlp.down_proj"], intervention=["int8"]
@@ -148,30 +146,7 @@ def test_a_name_is_called_costliest_only_where_its_interval_shows_it(found: Smal
     assert "down_proj is not shown to change the log-probability of the right answer" in sentence
 
 
-@pytest.mark.parametrize(
-    ("falls", "text"),
-    [
-        ([(2, 1, 3)], "lm_head is shown to lower the log-probability of the right answer (fall 2 "),
-        ([(2, -1, 5)], "lm_head is not shown to change the log-probability of the right answer (f"),
-        ([(2, None, None)], "lm_head is not shown to change the log-probability of the right answ"),
-        ([(-2, -3, -1)], "lm_head is shown to raise the log-probability of the right answer (fall"),
-        ([(4, 3, 5), (2, 1, 2.5)], "lm_head lowers the log-probability of the right answer most ("),
-        ([(4, 1, 5), (2, 1, 2.5)], "which name lowers the log-probability of the right answer mos"),
-        ([(1, -1, 3), (-4, -5, -3)], "which name lowers the log-probability of the right answer m"),
-    ],
-)
-def test_what_is_stated_of_names_is_in_their_intervals(found: Small, falls, text):
-    (record,) = tracker.ls(found.results)
-    names = [
-        MapName(name, None, Estimate(*fall), {})
-        for name, fall in zip(["lm_head", "embedding"], falls, strict=False)
-    ]
-    subject = SimpleNamespace(record=record, name="a cell")
-    sentence = _answer(RoundedMaps(subject, "int4", (), names, ()))
-    assert f": {text}" in sentence
-
-
-def test_it_is_asked_again_for_nothing_and_names_what_is_wrong(found: Small, refused):
+def test_it_is_asked_again_for_nothing_and_names_what_is_wrong(found, refused):
     again = api.study("precision", found.path, results=found.results, track=[], **ASKED)
     assert again.outcome.models_loaded == 0
     assert again.finding == found.finding

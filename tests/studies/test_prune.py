@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -24,17 +23,8 @@ from tracker.report.page.studies import standing_alone
 from tracker.search import cells
 from tracker.search.figures import Choices
 from tracker.stats.accuracy import accuracy, accuracy_drop
-from tracker.studies.prune import best_sentence, charts_of, paper_sentence, verdict_of
-from tracker.studies.prune.figures import (
-    OWN,
-    TASKS,
-    TEXT,
-    Contrast,
-    PrunedBenchmark,
-    Prunings,
-    Way,
-    _at_chance,
-)
+from tracker.studies.prune import best_sentence, paper_sentence, verdict_of
+from tracker.studies.prune.figures import OWN, TASKS, TEXT, Contrast, PrunedBenchmark, Prunings, Way
 
 from .conftest import column, row_of, small
 
@@ -46,7 +36,7 @@ AMOUNT = "50 %"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory) -> Path:
     """What all of it lies in, with a text."""
     folder = tmp_path_factory.mktemp("prune")
     (folder / "text.txt").write_text("\n\n".join(8 * f"The cat sat {n} times. " for n in range(20)))
@@ -54,14 +44,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def studied(folder: Path) -> api.Studied:
+def studied(folder) -> api.Studied:
     """A study of a tiny model on two benchmarks."""
     told = {"remove": [AMOUNT], "strategy": STRATEGIES, "text": folder / "text.txt"}
     return small("prune", folder, BENCHMARKS, DOCUMENTS, **told).done
 
 
 @pytest.fixture(scope="module")
-def outcomes(folder: Path, studied: api.Studied) -> dict[str, pd.DataFrame]:
+def outcomes(folder, studied) -> dict[str, pd.DataFrame]:
     """Of each benchmark, what each test document says of each ablation."""
     found = {}
     for store in Ledger(folder / "results").cells():
@@ -103,7 +93,7 @@ def mean(values: dict[str, np.ndarray]) -> float:
 ends = attrgetter("value", "low", "high")
 
 
-def test_tables_follow_from_the_outcomes(folder, studied, outcomes) -> None:
+def test_tables_follow_from_the_outcomes(folder, studied, outcomes):
     assert studied.outcome.exit_code == 0
     levels, differences, calibrations, costs = studied.finding.tables
     assert f"50 % removed (2 of {LAYERS} layers)" in levels.title
@@ -149,7 +139,7 @@ def test_tables_follow_from_the_outcomes(folder, studied, outcomes) -> None:
         assert line.values == pytest.approx([mean(values) for values in (base, *steps)])
 
 
-def test_it_shares_everything_and_shows_no_step_twice(folder, studied, monkeypatch) -> None:
+def test_it_shares_everything_and_shows_no_step_twice(folder, studied, monkeypatch):
     finding, results = studied.finding, folder / "results"
     said = " ".join(finding.answers)
     for words in (
@@ -181,14 +171,6 @@ def test_it_shares_everything_and_shows_no_step_twice(folder, studied, monkeypat
     assert again.outcome.models_loaded == 0
 
 
-def test_a_benchmark_at_chance_has_nothing_to_lose(studied) -> None:
-    cell = studied.outcome.cells[0]
-    level = cell.baseline.value
-    assert not _at_chance(cell.model_copy(update={"chance_accuracy": level - 0.01}))
-    assert _at_chance(cell.model_copy(update={"chance_accuracy": level})).startswith("unpruned it")
-    assert not _at_chance(cell.model_copy(update={"chance_accuracy": None}))
-
-
 def _compared(each: dict[str, dict[str, list[int]]]) -> Prunings:
     """Prunings of two benchmarks whose outcomes are known, by strategy."""
     found = Prunings("tiny", 4)
@@ -209,7 +191,7 @@ KNOWN = {
 }
 
 
-def test_p_values_are_those_of_all_signs_and_adjusted_over_strategies() -> None:
+def test_p_values_are_those_of_all_signs_and_adjusted_over_strategies():
     found = {each.other.strategy: each for each in _compared(KNOWN).beside("1")}
 
     def all_signs(strategy: str) -> float:
@@ -225,32 +207,7 @@ def test_p_values_are_those_of_all_signs_and_adjusted_over_strategies() -> None:
     assert found["last"].difference.value == pytest.approx(0.3)
 
 
-def test_what_is_missing_has_a_reason(monkeypatch) -> None:
-    group = _compared(KNOWN)
-    last, own = Way("last", "1"), Way("accuracy", "1")
-    del group.found[last, "b"]
-    group.failed[last, "b"] = "no removal has a finite score"
-    for one in (group.level_mean(last), group.apart_mean(own, last)):
-        assert (one.value, one.reason) == (None, "b: no removal has a finite score")
-    assert group.level(last, "a").value == pytest.approx(0.3)
-    (failed,) = (each for each in group.beside("1") if each.other == last)
-    assert failed.p is None
-    # Without the benchmark that is at chance one is left, which is no mean but itself.
-    at_chance = PrunedBenchmark(Estimate(0.9), at_chance="at chance")
-    group.benchmarks["b"] = at_chance
-    assert group.over == "a"
-    assert group.level_mean(last).value == pytest.approx(0.3)
-    group.benchmarks["a"] = at_chance
-    assert group.level_mean(last).reason == "no benchmark is above chance unpruned"
-    assert [*charts_of(group)] == []
-    monkeypatch.setattr(Prunings, "removed", lambda *_: [1])
-    assert best_sentence(group, "1") == (
-        "tiny, 1 removed (1 of 4 layers): no strategy can be judged (no benchmark is above chance "
-        "unpruned)."
-    )
-
-
-def test_a_strategy_is_called_best_where_that_is_shown_and_no_draw_ever_is(monkeypatch) -> None:
+def test_a_strategy_is_called_best_where_that_is_shown_and_no_draw_ever_is(monkeypatch):
     """Was: the one that tested best."""
     monkeypatch.setattr(Prunings, "removed", lambda *_: [1])
     said = best_sentence(_compared(KNOWN), "1")
@@ -269,17 +226,7 @@ def test_a_strategy_is_called_best_where_that_is_shown_and_no_draw_ever_is(monke
     assert "is open, it may be accuracy or taylor;" in best_sentence(_compared(many), "1")
 
 
-def test_no_more_test_documents_are_asked_for_than_there_are() -> None:
-    group = _compared(KNOWN)
-    for name, benchmark in group.benchmarks.items():
-        group.benchmarks[name] = replace(benchmark, n=10, available=20)
-    own, last = Way("accuracy", "1"), Way("last", "1")
-    for half, more in ((0.13, "would tell"), (0.2, "would tell, more than there are")):
-        pair = Contrast(own, last, Estimate(0.1, 0.1 - half, 0.1 + half), 0.5)
-        assert verdict_of(pair, group.growth).endswith(f"times as many test documents {more}")
-
-
-def test_draws_count_by_their_mean_document_by_document() -> None:
+def test_draws_count_by_their_mean_document_by_document():
     weights = np.full(4, 0.25)
     draws = [np.array(each, float) for each in ([1, 1, 0, 0], [1, 0, 0, 0])]
     answered = tuple(PairedOutcomes(np.ones(4), each[:, None], weights) for each in draws)
@@ -295,7 +242,7 @@ def test_draws_count_by_their_mean_document_by_document() -> None:
 
 
 @pytest.mark.parametrize(("figures", "verdict", "paper"), golden("prune_verdicts"))
-def test_words_follow_from_figures(figures: str, verdict: str, paper: str) -> None:
+def test_words_follow_from_figures(figures, verdict, paper):
     p, calibration, *ends = figures.split(", ")
     one, other = (Way(name, "25 %", calibration) for name in ("accuracy", "cosine"))
     found = Estimate(*map(float, ends)) if ends else Estimate(None, reason="a: failed")
@@ -304,9 +251,7 @@ def test_words_follow_from_figures(figures: str, verdict: str, paper: str) -> No
     assert paper in paper_sentence(each)
 
 
-def test_benchmarks_over_the_same_rows_are_refused(
-    experiment, refused, tiny_llama, tmp_path: Path
-) -> None:
+def test_benchmarks_over_the_same_rows_are_refused(experiment, refused, tiny_llama, tmp_path):
     """Accuracy is calibrated on all benchmarks of the file, and each of them tests."""
     settings = {"benchmark": ["one", "other"], "data": "hub", "limit": None}
     settings |= {"include_path": str(write_pair(tmp_path)), "layer": [0, 1]}

@@ -35,7 +35,7 @@ def _frames(results: Path) -> dict[str, pd.DataFrame]:
     }
 
 
-def test_the_best_is_chosen_on_one_half_and_tested_on_the_other(found: Small):
+def test_the_best_is_chosen_on_one_half_and_tested_on_the_other(found):
     frames = _frames(found.results)
     gains = {}
     for part, frame in frames.items():
@@ -68,22 +68,8 @@ def test_the_best_is_chosen_on_one_half_and_tested_on_the_other(found: Small):
     assert "On 24 test documents it is worth" in answer
 
 
-def test_a_file_may_race_its_stretches(found: Small, tmp_path: Path):
-    raced = api.study(
-        "repeat",
-        found.path,
-        results=tmp_path / "raced",
-        track=[],
-        sample=None,
-        until="prune 2 within 20 pp",
-    )
-    (table,) = raced.finding.tables
-    assert len(table.rows) == 2
-    assert "By chance" not in raced.finding.answers[0]
-
-
 def test_the_best_that_is_shown_to_be_better_is_saved_by_what_it_says_to_type(
-    found: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    found, tmp_path, monkeypatch
 ):
     """What is typed is held against the test documents; here of stretches that the file names."""
     assert found.done.exports == (), "of a random model none is shown to be better"
@@ -116,7 +102,7 @@ def test_the_best_that_is_shown_to_be_better_is_saved_by_what_it_says_to_type(
     assert {*asked.finding.rests_on, *beside.finding.rests_on} == measured
 
 
-def test_documents_that_may_have_chosen_a_stretch_are_known_when_it_is_saved(found: Small):
+def test_documents_that_may_have_chosen_a_stretch_are_known_when_it_is_saved(found):
     ledger = Ledger(found.results)
     stores = {store.identity.benchmark.settings["part"]: store for store in ledger.cells()}
     model = stores["test"].identity.model
@@ -126,15 +112,6 @@ def test_documents_that_may_have_chosen_a_stretch_are_known_when_it_is_saved(fou
     chose = {part: count_choosing(ledger, known, store, asked) for part, store in stores.items()}
     assert chose == {"calibration": 24, "test": 0}
     assert tried_repetition(ledger, model, Change.parse("repeat3:1-2")).documents == (), "nobody"
-
-
-def test_what_is_asked_otherwise_is_refused(found: Small, refused):
-    assert "write 'sample: {value: 5}' instead of 'limit'" in refused(
-        "repeat", found.path, "--limit", "5"
-    )
-    said = refused("repeat", found.path, "--until", "top 5", "--set", "sample=null")
-    assert "write 'until: {value: prune 5 within 2 pp}'" in said
-    assert "leave 'removed' out" in refused("repeat", found.path, "--removed", "0")
 
 
 def test_stretches_are_all_neighbours_among_some_layers():

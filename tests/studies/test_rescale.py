@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,24 +15,14 @@ from tracker.core.formats import ACCURACY, Measure
 from tracker.ledger.outcomes import METRIC
 from tracker.studies import rescale as module
 from tracker.studies.base import open_study
-from tracker.studies.rescale import (
-    NAMES,
-    REPLACEMENTS,
-    Costs,
-    Drops,
-    answers_of,
-    drop_chart,
-    layer_table,
-    significance_table,
-    summary,
-)
+from tracker.studies.rescale import NAMES, REPLACEMENTS, Costs, Drops, significance_table
 
 from .conftest import conducted, plain, stores
 
 ASKED = {"benchmark": ["copa"], "limit": None, "sample": 24, "layer": [1, 2]}
 
 
-def test_what_is_won_back_follows_from_the_ledger(tiny_llama, experiment, tmp_path: Path):
+def test_what_is_won_back_follows_from_the_ledger(tiny_llama, experiment, tmp_path):
     path = experiment(tiny_llama(), **ASKED)
     results = tmp_path / "results"
     done = api.study("rescale", path, results=results, track=[])
@@ -69,7 +58,7 @@ def test_what_is_won_back_follows_from_the_ledger(tiny_llama, experiment, tmp_pa
 
 
 def test_a_linear_map_that_cannot_be_fitted_leaves_the_rest_alone(
-    tiny_llama, experiment, tmp_path: Path, monkeypatch
+    tiny_llama, experiment, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("tracker.measuring.calibrate.LEAST", 10**6)
     path = experiment(tiny_llama(), **ASKED)
@@ -83,7 +72,7 @@ def test_a_linear_map_that_cannot_be_fitted_leaves_the_rest_alone(
     assert "not measured; what is lacking says why" in (results / "report.html").read_text()
 
 
-def test_a_corpus_has_no_outcomes_to_test(tiny_llama, experiment, tmp_path: Path) -> None:
+def test_a_corpus_has_no_outcomes_to_test(tiny_llama, experiment, tmp_path):
     text = tmp_path / "text.txt"
     said = 3 * "The heart is a muscle, Paris is a capital, and water is wet. "
     text.write_text(f"{said}It flows on.\n")
@@ -111,29 +100,7 @@ def costs(measure: Measure = ACCURACY, scale: float = 0.1, p: float | None = 0.0
     return Costs("a cell", 50, (0, 1, 2), measure, "some text", drops, drops, better)
 
 
-def test_a_loss_is_said_in_its_own_unit() -> None:
-    """Drops of 1.15 to 3.45 bits per byte are not 230 pp, and no accuracy."""
-    cell = costs(BITS, 1.15, None)
-    cost, won_back, *_ = answers_of([cell])
-    assert cost == (
-        "A layer costs 2.300 bits per byte (2.300 to 2.300) when it is removed, 1.840 bits per "
-        "byte (1.840 to 1.840) with a factor, 1.380 bits per byte (1.380 to 1.380) with its mean "
-        "update, 0.690 bits per byte (0.690 to 0.690) with a linear map; over 1 benchmark (50 "
-        "documents)."
-    )
-    assert won_back.startswith("Won back of the loss increase: a factor 20 %")
-    head = summary([cell]).headings[2]
-    assert (head.label, head.unit) == ("mean loss increase of a removal, bits per byte", "score")
-    per_layer, chart = layer_table(cell), drop_chart(cell)
-    assert {each.unit for each in per_layer.headings[1:]} == {"score"}
-    assert per_layer.title.endswith("place, bits per byte")
-    assert (chart.y, chart.unit) == ("loss increase, bits per byte", "score")
-    head, chart = summary([costs()]).headings[2], drop_chart(costs())
-    assert (head.label, head.unit) == ("mean accuracy drop of a removal", "points")
-    assert (chart.y, chart.unit) == ("accuracy drop", "points")
-
-
-def test_bits_and_fractions_have_no_sum(monkeypatch) -> None:
+def test_bits_and_fractions_have_no_sum(monkeypatch):
     cells = [costs(), costs(BITS, 1.15, None), costs(scale=0.3)]
     requests = [SimpleNamespace(model_copy=lambda update, n=n: n) for n in range(3)]
     subjects = [SimpleNamespace(request=request) for request in requests]
@@ -149,27 +116,10 @@ def test_bits_and_fractions_have_no_sum(monkeypatch) -> None:
     assert [len(table.rows) for table in said.tables[:2]] == [2, 1]
 
 
-def test_a_test_that_was_not_made_shows_nothing_and_costs_nothing() -> None:
+def test_a_test_that_was_not_made_shows_nothing_and_costs_nothing():
     """Each p of 0.012 is significant among three tests, and would not be among six."""
     row = significance_table([costs(p=0.012), costs(BITS, p=None)]).rows[0]
     assert [entry.value for entry in row[1:]] == [3, 3, 0]
     row = significance_table([costs(BITS, p=None)]).rows[0]
     assert [entry.value for entry in row[1:]] == [0, None, None]
     assert "outcomes that are right or wrong" in row[2].reason
-
-
-def test_what_is_not_finite_is_said() -> None:
-    cell = costs()
-    cell.drops["linear"].mean[0] = np.nan
-    cost, won_back, *_ = answers_of([cell])
-    assert "its mean update, an undefined amount (not finite for 1 of 3 layers) with a" in cost
-    assert "a linear map undefined (a drop is not a finite number)" in won_back
-    assert drop_chart(cell).lines[3].values == (None, pytest.approx(0.06), pytest.approx(0.09))
-    assert layer_table(cell).rows[0][4].reason == "a drop is not a finite number"
-
-
-def test_a_stand_in_that_failed_is_not_explained_by_a_guess() -> None:
-    cell = costs()
-    for each in (cell.drops, cell.p_values):
-        del each["linear"]
-    assert summary([cell]).rows[0][5].reason == "not measured; what is lacking says why"

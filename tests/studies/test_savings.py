@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +14,7 @@ from tracker.core.estimates import Estimate
 from tracker.core.questions import question
 from tracker.engine.forward.streams import plan_streams
 from tracker.stats.sequential.stopping import Race
-from tracker.studies.base import open_study
-from tracker.studies.registry import SavingsSettings
 from tracker.studies.savings import (
-    ORDERS,
     MeasuredDocuments,
     bound_of,
     orders_of,
@@ -93,7 +89,7 @@ def by_races(cell: MeasuredDocuments, text: str, orders: np.ndarray) -> dict[str
     "text",
     ["top 2", "top 2 within 4 pp", "prune 2", "prune 3 within 1 pp", "drop within 6 pp", "sign"],
 )
-def test_a_replay_is_a_race(cell: MeasuredDocuments, text: str, group: bool, others: int) -> None:
+def test_a_replay_is_a_race(cell, text, group, others):
     """Of all documents or a sample; of a group whole blocks of each task are measured."""
     assert cell.everything == 21  # 6 for the baseline, and 5 + 4 + 3 + 2 + 1 + 0
     cell, orders = replace(cell, counts={"t": 400 + others}), orders_of(400)[:4]
@@ -107,9 +103,7 @@ def test_a_replay_is_a_race(cell: MeasuredDocuments, text: str, group: bool, oth
     assert (found.passes < 1).any() or others or group
 
 
-def test_what_is_open_when_the_measured_documents_end_took_nobody_knows_how_much(
-    cell: MeasuredDocuments,
-) -> None:
+def test_what_is_open_when_the_measured_documents_end_took_nobody_knows_how_much(cell):
     sampled, asked = replace(cell, counts={"t": 1000}), question("top 2")
     found = replay(sampled, asked, orders_of(400)[:8])
     assert not found.answered.any()
@@ -120,7 +114,7 @@ def test_what_is_open_when_the_measured_documents_end_took_nobody_knows_how_much
     assert replay(cell, asked, orders_of(400)[:8]).answered.all()
 
 
-def test_an_answer_that_contradicts_all_documents_is_wrong(cell: MeasuredDocuments) -> None:
+def test_an_answer_that_contradicts_all_documents_is_wrong(cell):
     # Orders that hide what layer 4 costs until it is settled, which is no random order.
     first = np.argsort(cell.drops[:, 1] - cell.drops[:, 5], kind="stable")[None]
     for text in ("top 2", "prune 3", "drop within 10 pp", "sign"):
@@ -129,7 +123,7 @@ def test_an_answer_that_contradicts_all_documents_is_wrong(cell: MeasuredDocumen
         assert found.wrong.all()
 
 
-def test_streams_that_share_are_planned_together() -> None:
+def test_streams_that_share_are_planned_together():
     both = [Ablation.parse("layer:1"), Ablation.parse("layers:1,3"), Ablation.parse("layer:2")]
     passes = passes_of(both, LAYERS)
     for some in ([True, True, False], [False, True, True], [True, True, True]):
@@ -137,7 +131,7 @@ def test_streams_that_share_are_planned_together() -> None:
         assert passes(np.array(some)) == plan_streams([INTACT, *chosen], LAYERS).layer_passes
 
 
-def test_what_bounds_a_question(cell: MeasuredDocuments) -> None:
+def test_what_bounds_a_question(cell):
     means, sds = cell.drops.mean(axis=0), cell.drops.std(axis=0)
     found = bound_of(cell, question("top 2 within 1 pp"))
     assert found.distance == pytest.approx(means[1] - means[2] + 0.01)
@@ -159,13 +153,13 @@ def test_what_bounds_a_question(cell: MeasuredDocuments) -> None:
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Small:
+def study(tmp_path_factory) -> Small:
     """A study of a tiny model."""
     folder = tmp_path_factory.mktemp("savings")
     return small("savings", folder, ["arc_easy"], N, questions=["top 1 within 5 pp", DROP])
 
 
-def test_what_a_cell_saves(study: Small) -> None:
+def test_what_a_cell_saves(study):
     finding, (store,) = study.finding, stores(study.path, study.results)
     savings, bounds = finding.tables
     assert column(savings, "question") == ["top 1 within 5 pp", DROP]
@@ -195,19 +189,3 @@ def test_what_a_cell_saves(study: Small) -> None:
     # Which runs are at the edge is chance: was 'bounded by layer 2 and layer 0'.
     texts = [*finding.answers, *map(str, column(bounds, "the hardest to know"))]
     assert not [text for text in texts if re.search(r"layers? \d", text)]
-
-
-def test_a_metric_without_bounds_is_said(study: Small) -> None:
-    (store,) = stores(study.path, study.results)
-    store.identity.benchmark.tasks[0].metrics["acc"] = "perplexity"
-    named = {"view": SimpleNamespace(metric="acc"), "record": SimpleNamespace(title="a cell")}
-    said = open_study("savings").answer(None, [SimpleNamespace(store=store, **named)])
-    assert said.answers == ["Nothing could be raced for."]
-    assert "acc is no mean of outcomes between 0 and 1; name another" in said.lacking[0]
-
-
-def test_what_is_asked_by_default_is_what_so_many_runs_can_answer() -> None:
-    assert ORDERS >= 200
-    fitting = [text for text in SavingsSettings().questions if question(text).fits(6)]
-    assert "top 5" in fitting
-    assert "prune 8" not in fitting

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -13,7 +12,6 @@ import pytest
 from scipy import stats
 
 from tracker import api
-from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord, MapChart
 from tracker.core.tables import Table
 from tracker.engine.refusal import RefusalError
@@ -21,15 +19,8 @@ from tracker.ledger.blocks import Block
 from tracker.ledger.shards import read_observations
 from tracker.measuring.observing import Observed
 from tracker.studies import snowball as module
-from tracker.studies.snowball import (
-    NOT_MEASURED,
-    _between,
-    _explains,
-    _most,
-    _too_few,
-    _verdict,
-)
-from tracker.studies.snowball.figures import COSINE, END, FOLLOWING, GROWTH, Predictor, _tokens
+from tracker.studies.snowball import _most, _too_few, _verdict
+from tracker.studies.snowball.figures import _tokens
 
 from .conftest import column, conducted, plain
 
@@ -37,7 +28,7 @@ Conduct = Callable[..., FindingRecord]
 
 
 @pytest.fixture
-def conduct(tiny_llama, experiment, tmp_path: Path) -> Conduct:
+def conduct(tiny_llama, experiment, tmp_path) -> Conduct:
     """Answers over the tiny model, each time in the same folder."""
     model = tiny_llama()
 
@@ -64,7 +55,7 @@ def differences(factors: list[float], shape: tuple[int, ...], noise: float = 0.0
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def drawn(monkeypatch) -> Callable[..., None]:
     """Let observed differences be these, whatever the model does."""
 
     def replace(removed: list[float], chance: list[float], handed: list[float]) -> None:
@@ -86,7 +77,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return replace
 
 
-def test_figures_are_those_of_the_observed_documents(conduct: Conduct, tmp_path: Path) -> None:
+def test_figures_are_those_of_the_observed_documents(conduct, tmp_path):
     finding = conduct(draws=2, benchmark=["arc_easy", "openbookqa"], sample=12, metric="acc_norm")
     assert finding.lacking == ()
     summary, easy, predictors, *_ = finding.tables
@@ -136,7 +127,7 @@ def test_figures_are_those_of_the_observed_documents(conduct: Conduct, tmp_path:
     assert doublings.values[1][0] is None
 
 
-def test_what_is_said_follows_from_the_growth(conduct: Conduct, drawn: Callable[..., None]) -> None:
+def test_what_is_said_follows_from_the_growth(conduct, drawn):
     drawn(removed=[2, 3, 0.5, 1], chance=[1.5, 3, 6, 1], handed=[0.5, 0.5, 0.5, 1])
     finding = conduct(sample=30, benchmark=["arc_easy", "arc_challenge"])
     whether, most, chance, *_ = finding.answers
@@ -198,7 +189,7 @@ def around(*factors: float, documents: int) -> list[list[float]]:
         ((4,) * 29, 11, "m: every layer snowballs, as the paper has it."),
     ],
 )
-def test_only_decided_layers_contradict(factors, documents: int, verdict: str) -> None:
+def test_only_decided_layers_contradict(factors, documents, verdict):
     growth = np.array(around(*factors, documents=documents))
     growth[:, np.equal(factors, 1)] = 1.5 ** np.resize([[1], [-1]], (documents, 1))
     found = cell(growth.tolist())
@@ -210,7 +201,7 @@ def test_only_decided_layers_contradict(factors, documents: int, verdict: str) -
     assert _too_few(found) == (few if documents == 8 else "")
 
 
-def test_layers_that_grow_alike_are_not_put_in_order() -> None:
+def test_layers_that_grow_alike_are_not_put_in_order():
     """Was: the three largest factors and the smallest one, whatever their intervals."""
     same = cell(around(*[2.0] * 8, documents=20))
     assert _most(same) == "which removals grow most is open (95 % confidence for all layers)"
@@ -223,41 +214,7 @@ def test_layers_that_grow_alike_are_not_put_in_order() -> None:
     assert "most" not in alone
 
 
-def test_growth_is_compared_between_documents_of_their_own() -> None:
-    one, other = (cell(around(*[f] * 3, documents=20)) for f in (2.0, 3.0))
-    assert _between([one, other]) == (
-        "Whether growth differs between benchmarks cannot be tested: arc_easy stands in several, "
-        "whose documents are not independent; ask for one of each."
-    )
-    of_another = cell(around(*[3.0] * 3, documents=20), "piqa")
-    assert "in 3 of 3 layers (arc_easy, piqa" in _between([one, of_another])
-
-
-def test_a_loss_is_not_called_accuracy() -> None:
-    some = Estimate(0.5, 0.1, 0.8)
-    none = Estimate(None, reason="few")
-    each = cell(around(2, 2, documents=6))
-    found = {COSINE: some, END: some, GROWTH: none, FOLLOWING: none}
-    rows = [Predictor(name, "", figure, none, some, 2) for name, figure in found.items()]
-    each.explained = SimpleNamespace(layers=[0, 1], predictors=rows)
-    assert "predictor of the accuracy drop than" in next(_explains(each))
-    each.record.higher_is_better, each.record.metric = False, "loss"
-    each.record.benchmark.tasks[0].metrics = {"loss": "ratio"}
-    assert "predictor of the loss increase than" in next(_explains(each))
-
-
-def test_growth_explains_what_it_explains(conduct: Conduct, drawn: Callable[..., None]) -> None:
-    drawn(removed=[2, 3, 4, 1], chance=[1, 1, 1, 1], handed=[1, 1, 1, 1])
-    finding = conduct(benchmark=["copa"], sample=30, layer=[0, 1])
-    assert values(finding.tables[1], "drop")[2:] == [None, None]
-    assert column(finding.tables[1], "drop rank")[3].reason == NOT_MEASURED
-    (lacks,) = finding.lacking
-    assert "the accuracy drop of 2 of 4 layers; add them to 'layer' in" in lacks
-    few = "no order of the layers can be judged: 2 layers, and a correlation needs at least 3"
-    assert few in " ".join(finding.answers)
-
-
-def test_a_model_that_refuses_is_lacking(conduct: Conduct, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_refuses_is_lacking(conduct, monkeypatch):
     refuse = Mock(side_effect=[RefusalError("its layers see the batch"), ZeroDivisionError])
     monkeypatch.setattr(module, "verify_growth", refuse)
     finding = conduct()
@@ -268,9 +225,7 @@ def test_a_model_that_refuses_is_lacking(conduct: Conduct, monkeypatch: pytest.M
         conduct()
 
 
-def test_documents_that_are_not_finite_are_left_out(
-    conduct: Conduct, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_documents_that_are_not_finite_are_left_out(conduct, monkeypatch):
     honest = module.perturbation_growth
 
     def spoiled(engine, document, draws):

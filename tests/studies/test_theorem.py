@@ -43,7 +43,7 @@ def _rows() -> list[dict]:
     return list(splits["validation"].select(range(6)))
 
 
-def test_on_a_real_benchmark(tiny_llama, experiment, tmp_path: Path) -> None:
+def test_on_a_real_benchmark(tiny_llama, experiment, tmp_path):
     """All answers right, none without layer 2, and what the ledger says is what anybody finds."""
     results = tmp_path / "results"
     path = experiment(tiny_llama(), limit=6, metric=["acc", "acc_norm"])
@@ -117,17 +117,7 @@ def _scores(model, tokenizer) -> list[float]:
     return [total / tokens for total in totals]
 
 
-def test_twins_and_contexts_of_their_own(tiny_llama, experiment, tmp_path: Path) -> None:
-    path = experiment(tiny_llama(), benchmark=["winogrande"], limit=24)
-    finding = conducted("theorem", path, tmp_path / "results", epsilon=(1e-8,))
-    assert finding.answers[0].startswith(
-        "A model of 5 layers answers all 24 documents of winogrande. Its layer 2 has the cosine "
-        "score 1e−8, the lowest"
-    )
-    assert plain(finding.tables[0].rows[0][4:6]) == [1, 0]
-
-
-def test_a_text_of_ones_own(tiny_llama, experiment, tmp_path: Path) -> None:
+def test_a_text_of_ones_own(tiny_llama, experiment, tmp_path):
     """Each next token; texts that begin alike and go on otherwise cannot all be predicted."""
     text = tmp_path / "text.txt"
     text.write_text("The heart is a muscle.\n\nParis is a capital, and the heart is not.\n")
@@ -153,7 +143,7 @@ def test_a_text_of_ones_own(tiny_llama, experiment, tmp_path: Path) -> None:
     assert said.tolist()[1:] == ids[1:]
 
 
-def test_a_task_of_ones_own_with_what_cannot_be_taught(tiny_llama, experiment, tmp_path) -> None:
+def test_a_task_of_ones_own_with_what_cannot_be_taught(tiny_llama, experiment, tmp_path):
     rows = [
         {"q": "A?", "choices": ["yes", "no"], "gold": 0},
         {"q": "B?", "choices": ["right", "rig"], "gold": 0},
@@ -181,19 +171,6 @@ def test_a_task_of_ones_own_with_what_cannot_be_taught(tiny_llama, experiment, t
     assert "mine: 1 document (2) cannot be taught: another document with the same text" in said
 
 
-def test_what_cannot_be_built_is_refused(
-    tiny_llama, experiment, refused, tmp_path: Path, monkeypatch
-) -> None:
-    model, text = tiny_llama(), tmp_path / "text.txt"
-    text.write_text("The heart is a muscle.\n")
-    corpus = {"benchmark": [f"corpus:{text}"], "data": None, "limit": None, "metric": "loss"}
-    said = " ".join(refused("theorem", experiment(model, **corpus)).split())
-    assert "the theorem is about accuracy, and loss is none" in said
-    monkeypatch.setattr("tracker.studies.theorem.MAX_PLACES", 3)
-    said = " ".join(refused("theorem", experiment(model, limit=4)).split())
-    assert "places would have to be remembered, and a model is" in said
-
-
 @pytest.mark.parametrize(
     ("factor", "right", "score", "error", "other"),
     [
@@ -203,8 +180,8 @@ def test_what_cannot_be_built_is_refused(
     ],
 )
 def test_a_model_that_does_not_show_it_is_said_not_to(
-    factor, right, score, error, other, tiny_llama, experiment, tmp_path: Path, monkeypatch
-) -> None:
+    factor, right, score, error, other, tiny_llama, experiment, tmp_path, monkeypatch
+):
     """What is measured is the checkpoint, whatever was meant by it."""
     honest = Counterexample.whispering
 
@@ -224,6 +201,6 @@ def test_a_model_that_does_not_show_it_is_said_not_to(
     )
 
 
-def test_epsilons_are_sorted_and_said_once() -> None:
+def test_epsilons_are_sorted_and_said_once():
     assert open_study("theorem").epsilons == (1e-1, 1e-2, 1e-4, 1e-6, 1e-8)
     assert open_study("theorem", epsilon=(1e-6, 1e-2, 1e-6)).epsilons == (1e-2, 1e-6)

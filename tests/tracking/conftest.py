@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,9 +18,6 @@ from tracker.core.records import CellRecord, CorrelationRecord, RunRecord
 
 from .mlflow_server import MlflowServer
 from .wandb_client import Client
-
-Maker = Callable[..., Path]
-"""Makes a model or an experiment file."""
 
 
 def layer_record(layer: int, n: int) -> RunRecord:
@@ -81,7 +78,7 @@ def cell_record(
 
 
 @pytest.fixture(autouse=True)
-def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def _settings(monkeypatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     # The retries of the client, but not the seconds that it waits between them.
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
@@ -89,7 +86,7 @@ def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def results(template: Path, tmp_path: Path) -> Path:
+def results(template, tmp_path) -> Path:
     """A results folder whose MLflow store exists and is empty."""
     folder = tmp_path / "results"
     folder.mkdir()
@@ -98,14 +95,14 @@ def results(template: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def serving(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+def serving(template, tmp_path_factory) -> Iterator[MlflowServer]:
     """A real `mlflow server`, for all tests of a worker."""
     with MlflowServer(tmp_path_factory.mktemp("server"), template) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def server(serving: MlflowServer) -> str:
+def server(serving) -> str:
     """Its address."""
     return serving.address
 
@@ -115,7 +112,7 @@ def local(results: Path) -> str:
 
 
 @pytest.fixture(params=["sqlite", "server"])
-def uri(request: pytest.FixtureRequest, results: Path) -> str:
+def uri(request, results) -> str:
     """Where MLflow stores runs: in a file, and on a server."""
     return local(results) if request.param == "sqlite" else request.getfixturevalue("server")
 
@@ -134,25 +131,25 @@ def double() -> Iterator[WandbDouble]:
 
 
 @pytest.fixture
-def client(double: WandbDouble, tmp_path: Path) -> Client:
+def client(double, tmp_path) -> Client:
     return Client(double, tmp_path)
 
 
 @pytest.fixture
-def lent(client: Client, double: WandbDouble, monkeypatch: pytest.MonkeyPatch) -> WandbDouble:
+def lent(client, double, monkeypatch) -> WandbDouble:
     """The double, as the only W&B that this process knows of."""
     client.lend(monkeypatch)
     return double
 
 
 @pytest.fixture
-def study(tiny_llama: Maker, experiment: Maker) -> Path:
+def study(tiny_llama, experiment) -> Path:
     """An experiment file: both layers of a tiny model, on six documents."""
     return experiment(tiny_llama(layers=2), limit=6, layer=[0, 1], benchmark="copa")
 
 
 @pytest.fixture
-def publish(double: WandbDouble, tmp_path: Path) -> Iterator[Publisher]:
+def publish(double, tmp_path) -> Iterator[Publisher]:
     publish = Publisher(Client(double, tmp_path), tmp_path)
     yield publish
     publish.close()

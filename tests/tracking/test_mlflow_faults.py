@@ -21,14 +21,14 @@ from tracker.tracking.figures import CURVES
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.backend import MlflowBackend
 
-from .conftest import Maker, cell_record, local
+from .conftest import cell_record, local
 from .mlflow_server import PASSWORD, USER, Gate, MlflowServer
 
 MIDDLE = 14  # a request in the middle of publishing a cell of four layers
 
 
 @pytest.fixture
-def mortal(serving: MlflowServer) -> Iterator[MlflowServer]:
+def mortal(serving) -> Iterator[MlflowServer]:
     """The server, which a test may stop: it runs when the next one begins."""
     yield serving
     if serving.process is None:
@@ -36,7 +36,7 @@ def mortal(serving: MlflowServer) -> Iterator[MlflowServer]:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def file(tmp_path) -> Path:
     path = tmp_path / "outcomes.parquet"
     path.write_bytes(bytes(range(256)) * 40)
     return path
@@ -56,9 +56,7 @@ def complete(uri: str, project: str, cell: CellRecord, file: Path, folder: Path)
 
 
 @pytest.mark.parametrize(("status", "first"), [(401, 1), (429, MIDDLE), (500, 1), (507, MIDDLE)])
-def test_a_server_that_refuses(
-    server: str, results: Path, file: Path, status: int, first: int
-) -> None:
+def test_a_server_that_refuses(server, results, file, status, first):
     cell, project = cell_record(), f"refuses-{status}-{first}"
     with Gate(server) as gate:
         gate.at[first] = lambda: setattr(gate, "status", status)
@@ -79,9 +77,7 @@ def test_a_server_that_refuses(
     assert MlflowBackend(project, results, server).publish(cell, [file], {}).unchanged == 6
 
 
-def test_a_server_that_is_slow_is_given_up(
-    server: str, results: Path, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_is_slow_is_given_up(server, results, file, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with Gate(server) as gate:
         gate.at[MIDDLE] = lambda: setattr(gate, "delay", 5.0)
@@ -107,7 +103,7 @@ def no_file_grows_beyond(size: int, processes: list[psutil.Process]) -> Iterator
             process.rlimit(psutil.RLIMIT_FSIZE, limits)
 
 
-def test_a_server_whose_disk_is_full(serving: MlflowServer, results: Path, file: Path) -> None:
+def test_a_server_whose_disk_is_full(serving, results, file):
     cell = cell_record()
     backend = MlflowBackend("full", results, serving.address)
     with (
@@ -119,7 +115,7 @@ def test_a_server_whose_disk_is_full(serving: MlflowServer, results: Path, file:
     complete(serving.address, "full", cell, file, results)
 
 
-def test_a_results_folder_whose_disk_is_full(results: Path, file: Path) -> None:
+def test_a_results_folder_whose_disk_is_full(results, file):
     size = (results / "mlflow.db").stat().st_size
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     with (
@@ -132,16 +128,14 @@ def test_a_results_folder_whose_disk_is_full(results: Path, file: Path) -> None:
 
 
 @pytest.fixture
-def guarded(template: Path, tmp_path: Path) -> Iterator[MlflowServer]:
+def guarded(template, tmp_path) -> Iterator[MlflowServer]:
     folder = tmp_path / "guarded"
     folder.mkdir()
     with MlflowServer(folder, template, auth=True) as server:
         yield server
 
 
-def test_a_server_that_asks_who_calls(
-    guarded: MlflowServer, results: Path, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_asks_who_calls(guarded, results, file, monkeypatch):
     cell = cell_record(layers=(0,))
     backend = MlflowBackend("guarded", results, guarded.address)
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASS"):
@@ -165,12 +159,8 @@ def test_a_server_that_asks_who_calls(
 
 
 def test_a_run_whose_server_dies_is_completed_by_sync(
-    mortal: MlflowServer,
-    tiny_llama: Maker,
-    experiment: Maker,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    mortal, tiny_llama, experiment, tmp_path, monkeypatch
+):
     """The server is killed between the figures and the files of a cell."""
     study = experiment(
         tiny_llama(layers=2), limit=6, layer=[0, 1], benchmark=["copa", "winogrande"]
@@ -203,9 +193,7 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
             assert store.bytes_of(run_id, shard.name, tmp_path) == shard.read_bytes()
 
 
-def test_a_server_without_logged_models_gets_the_runs(
-    server: str, results: Path, file: Path
-) -> None:
+def test_a_server_without_logged_models_gets_the_runs(server, results, file):
     """As one of MLflow 2, which knows no such path."""
     cell = cell_record(layers=(0,))
     with Gate(server) as gate:

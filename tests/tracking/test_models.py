@@ -6,7 +6,6 @@ import json
 import os
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import mlflow
 import pytest
@@ -16,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 import tracker
 from tests.conftest import save_llama
-from tests.helpers.wandb_double import WandbDouble
 from tracker.benchmarks import reference_process
 from tracker.core.estimates import Estimate
 from tracker.export import proof
@@ -31,7 +29,7 @@ from .conftest import cell_record
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(tmp_path_factory) -> Exported:
     """A tiny model without two of its layers, and made-up accuracies."""
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as there:
@@ -45,9 +43,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_mlflow_keeps_it_with_its_transformers_flavour(
-    exported: Exported, results: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mlflow_keeps_it_with_its_transformers_flavour(exported, results, monkeypatch):
     uri = f"sqlite:///{results / 'mlflow.db'}"
     cell = cell_record()
     done = publish(exported, [cell], ["mlflow:pruned"], "tracker", results, register="lighter")
@@ -79,16 +75,14 @@ def test_mlflow_keeps_it_with_its_transformers_flavour(
     assert found["tokenizer"].chat_template
 
 
-def test_a_server_that_is_away_costs_an_upload_alone(exported: Exported, results: Path) -> None:
+def test_a_server_that_is_away_costs_an_upload_alone(exported, results):
     done = publish(exported, [], ["mlflow:http://127.0.0.1:9/pruned"], "tracker", results)
     assert done.exit_code == 1
     assert "MLflow at http://127.0.0.1:9 did not take" in done.unpublished.popitem()[1]
     assert (exported.folder / "model.safetensors").is_file()
 
 
-def test_wandb_keeps_it_and_leads_to_the_outcomes_that_chose_it(
-    exported: Exported, lent: WandbDouble, tmp_path: Path
-) -> None:
+def test_wandb_keeps_it_and_leads_to_the_outcomes_that_chose_it(exported, lent, tmp_path):
     cell, outcomes = cell_record(), tmp_path / "outcomes.parquet"
     outcomes.write_bytes(b"outcomes")
     with closing(open_backend("wandb", "team/layers", tmp_path / "results")) as backend:
@@ -108,9 +102,7 @@ def test_wandb_keeps_it_and_leads_to_the_outcomes_that_chose_it(
     assert version.metadata["base"]["name"] == "tiny"
 
 
-def test_offline_it_waits_for_wandb_sync(
-    exported: Exported, results: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_it_waits_for_wandb_sync(exported, results, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in [name for name in os.environ if name.startswith("WANDB_BASE")]:
         monkeypatch.delenv(name)

@@ -11,8 +11,7 @@ from mlflow import MlflowClient
 from mlflow.tracking._tracking_service import utils as mlflow_cache
 
 from tests.helpers.mlflow_store import Store
-from tests.helpers.wandb_double import WandbDouble
-from tests.helpers.wandb_runs import Publisher, counts, runs, shown
+from tests.helpers.wandb_runs import counts, runs, shown
 from tracker import api
 from tracker.ledger.store import Ledger
 from tracker.tracking.figures import flat_metrics
@@ -20,13 +19,11 @@ from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.database import create_database, follow_folder
 from tracker.tracking.wandb.writing import run_id
 
-from .conftest import Maker, cell_record, local
+from .conftest import cell_record, local
 
 
 # Was: files went on to where the folder had been, and a copy wrote into its original's.
-def test_a_folder_with_its_mlflow_file(
-    tiny_llama: Maker, experiment: Maker, results: Path, tmp_path: Path
-) -> None:
+def test_a_folder_with_its_mlflow_file(tiny_llama, experiment, results, tmp_path):
     model = tiny_llama(layers=2)
     asked = {"layer": [0, 1], "benchmark": "copa"}
     study = experiment(model, limit=3, **asked)
@@ -54,7 +51,7 @@ def test_a_folder_with_its_mlflow_file(
 
 
 # Was: artifacts that a server keeps elsewhere were sought beside the database from then on.
-def test_a_folder_of_somebody_elses_is_left_alone(results: Path, tmp_path: Path) -> None:
+def test_a_folder_of_somebody_elses_is_left_alone(results, tmp_path):
     theirs = tmp_path / "data" / "mlartifacts"
     for folder in (theirs, results / "mlartifacts"):
         folder.mkdir(parents=True)
@@ -82,7 +79,7 @@ def whole(results: Path) -> None:
 
 # Was: `wandb sync` left tables and outcomes out without a word, and `tracker sync` missed nothing.
 @pytest.mark.parametrize("how", ["sent and completed", "written anew and sent"])
-def test_offline_runs(double: WandbDouble, publish: Publisher, how: str) -> None:
+def test_offline_runs(double, publish, how):
     del publish.client.environment["WANDB_DATA_DIR"]  # by default it lies in the folder
     cell = cell_record(layers=(0, 1))
     assert counts(publish(cell, WANDB_MODE="offline")) == (4, 0, 0)
@@ -104,9 +101,7 @@ def test_offline_runs(double: WandbDouble, publish: Publisher, how: str) -> None
     assert kinds == {"run_table": 3, "outcomes": 1}
 
 
-def test_offline_runs_wait_and_are_not_written_twice(
-    double: WandbDouble, publish: Publisher
-) -> None:
+def test_offline_runs_wait_and_are_not_written_twice(double, publish):
     cell = cell_record(layers=(0,))
     said = publish(cell, WANDB_MODE="offline")
     assert said["location"] == f"wandb sync {publish.results / 'wandb'}/offline-run-*"
@@ -126,9 +121,7 @@ time.time = lambda: clock() - 3600
 
 
 # Was: what was measured first was sent last, and shown, where the clock had been set back.
-def test_offline_runs_that_grew_are_sent_as_they_are_now(
-    double: WandbDouble, publish: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_runs_that_grew_are_sent_as_they_are_now(double, publish, tmp_path, monkeypatch):
     publish(cell_record(layers=(0, 1)), WANDB_MODE="offline")
     cell = cell_record(layers=(0, 1), n=320)
     with monkeypatch.context() as behind:

@@ -12,19 +12,18 @@ from mlflow import MlflowClient
 
 from tests.conftest import cli
 from tests.helpers.mlflow_store import Store
-from tests.helpers.wandb_double import WandbDouble
 from tests.helpers.wandb_runs import shown as shown_by_wandb
 from tracker import api
 from tracker.runner import Finished
 
-from .conftest import Maker, local
+from .conftest import local
 from .mlflow_server import PASSWORD, USER, Gate, free_port
 
 Ran = Callable[..., Finished]
 
 
 @pytest.fixture
-def ran(tiny_llama: Maker, experiment: Maker, results: Path) -> Ran:
+def ran(tiny_llama, experiment, results) -> Ran:
     """Measure two layers on some documents for a project, and publish them."""
     model = tiny_llama(layers=2)
 
@@ -56,7 +55,7 @@ def shown(results: Path, project: str, uri: str = "") -> int:
 
 
 # Was: only the project of the last run was completed, and the one that was left was stale for ever.
-def test_a_project_that_was_left_is_kept_by_runs_and_by_sync(ran: Ran, results: Path) -> None:
+def test_a_project_that_was_left_is_kept_by_runs_and_by_sync(ran, results):
     assert ran("lab", 3, "mlflow").exit_code == 0
     done = ran("other", 6, "mlflow")
     assert done.exit_code == 0
@@ -77,8 +76,8 @@ def test_a_project_that_was_left_is_kept_by_runs_and_by_sync(ran: Ran, results: 
 
 
 def test_a_place_that_is_away_fails_alone_until_it_is_back_or_forgotten(
-    ran: Ran, results: Path, server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    ran, results, server, monkeypatch
+):
     with Gate(server) as gate:
         there = f"mlflow:{gate.address}/left"
         assert ran("lab", 3, there, "mlflow").exit_code == 0
@@ -113,9 +112,7 @@ def test_a_place_that_is_away_fails_alone_until_it_is_back_or_forgotten(
     assert api.check(results)[0].damaged == {}
 
 
-def test_what_a_place_did_not_get_is_owed_to_it(
-    ran: Ran, results: Path, server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_place_did_not_get_is_owed_to_it(ran, results, server, monkeypatch):
     """The server of the environment is away at the first run; no login is written anywhere."""
     address = server.replace("://", f"://{USER}:{PASSWORD}@")
     with monkeypatch.context() as away:
@@ -138,9 +135,7 @@ def test_what_a_place_did_not_get_is_owed_to_it(
         assert PASSWORD not in path.read_text()
 
 
-def test_wandb_is_kept_by_whoever_is_logged_in(
-    ran: Ran, results: Path, lent: WandbDouble, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_is_kept_by_whoever_is_logged_in(ran, results, lent, monkeypatch):
     assert ran("layers", 3, "wandb").exit_code == 0
     done = ran("layers", 6, "mlflow", "wandb")
     assert list(done.locations) == ["mlflow:layers", "wandb:layers"]

@@ -16,8 +16,6 @@ from tracker.measuring.progress import Silent
 from tracker.team import publish as publishing
 from tracker.team.publish import Publisher
 
-from .conftest import Maker
-
 
 class Listener(Silent):
     """Knows when the second cell is being measured."""
@@ -38,15 +36,15 @@ class Listener(Silent):
 
 
 @pytest.fixture
-def study(tiny_llama: Maker, experiment: Maker) -> Path:
+def study(tiny_llama, experiment) -> Path:
     both = ["copa", "winogrande"]
     return experiment(tiny_llama(layers=2), limit=4, layer=[0, 1], benchmark=both)
 
 
 # Was: the next cell waited for the upload, and a chart that failed ended the run.
 def test_the_next_cell_is_measured_meanwhile_and_what_breaks_is_unpublished(
-    study: Path, results: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    study, results, monkeypatch
+):
     measuring = threading.Event()
     charts = publishing.cell_charts
 
@@ -84,9 +82,7 @@ def test_the_next_cell_is_measured_meanwhile_and_what_breaks_is_unpublished(
     assert len(client.search_runs([place])) == 8
 
 
-def test_an_interrupt_does_not_wait_for_an_upload(
-    study: Path, results: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_does_not_wait_for_an_upload(study, results, monkeypatch):
     released, drawn = threading.Event(), threading.Event()
 
     def interrupt() -> None:
@@ -115,7 +111,7 @@ def test_an_interrupt_does_not_wait_for_an_upload(
     assert threading.get_ident() in threads
 
 
-def test_how_runs_are_shown_is_said_where_they_are_shown(study: Path, results: Path) -> None:
+def test_how_runs_are_shown_is_said_where_they_are_shown(study, results):
     """Was: also without any backend."""
     for track, times in (([], 0), (["mlflow"], 2)):
         heard = Listener(lambda: None)
@@ -125,9 +121,7 @@ def test_how_runs_are_shown_is_said_where_they_are_shown(study: Path, results: P
 
 
 @pytest.mark.parametrize("track", [("mlflow", "wandb:team/a"), ("wandb:team/a", "wandb:team/b")])
-def test_every_backend_shows_what_is_measured(
-    track: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_backend_shows_what_is_measured(track, tmp_path, monkeypatch):
     """Was: W&B's run was left out where another was shown before it, as if a trial showed it."""
     opened: list[str] = []
     monkeypatch.setattr(

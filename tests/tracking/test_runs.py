@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-
-from tracker.core.identities import Half
+from tests.report.conftest import build_cell
+from tracker.analysis.claims import answer, claims, shown_runs
+from tracker.core.estimates import Estimate
+from tracker.team.reports import board_text
 from tracker.tracking.figures import curve_name, is_curve
 from tracker.tracking.mlflow.runs import mlflow_run
-from tracker.tracking.runs import MANY, cell_run, layer_run, one_by_one
-from tracker.tracking.wandb.writing import group_of, labels_of, run_id
+from tracker.tracking.runs import AVERAGE, MANY, cell_run, layer_note, layer_run, one_by_one
+from tracker.tracking.wandb.writing import labels_of
 
 from .conftest import cell_record, of_kind
 
 
-def test_whole_layers_stay_runs_of_their_own_beside_very_many_spans() -> None:
+def test_whole_layers_stay_runs_of_their_own_beside_very_many_spans():
     """Was: they were counted with the spans, and were left behind where they had been published."""
     cell = cell_record()
     spans = [of_kind("layer", n % 20, 2 + n // 20, f"layers:{n}") for n in range(MANY + 1)]
@@ -24,7 +25,7 @@ def test_whole_layers_stay_runs_of_their_own_beside_very_many_spans() -> None:
     assert one_by_one(few, "auto") == [*few.runs]
 
 
-def test_complete_means_all_runs_and_all_documents() -> None:
+def test_complete_means_all_runs_and_all_documents():
     """Was: a cell that lacked documents, but no run, was published as complete."""
     whole = cell_record()
     documents = "64 of 160 documents are measured so far"
@@ -45,38 +46,7 @@ def test_complete_means_all_runs_and_all_documents() -> None:
         assert tags.get("tracker.missing", "") == ", ".join(lacks)
 
 
-def test_other_questions_have_runs_and_artifacts_of_their_own() -> None:
-    """The halves of a benchmark have one fingerprint, that of the whole split."""
-    cell = cell_record()
-    (task,) = cell.benchmark.tasks
-    halves = {}
-    for part in ("calibration", "test"):
-        half = Half(part=part, seed=1234, of=2 * task.documents)
-        changes = {"tasks": (task.model_copy(update={"half": half}),), "settings": {"part": part}}
-        benchmark = cell.benchmark.model_copy(update=changes)
-        halves[part] = cell_record(key=part).model_copy(update={"benchmark": benchmark})
-    drawn = cell.model_copy(update={"sample_seed": 1234, "view": "intact-sample-160-seed-1234"})
-    without = cell.model_copy(update={"removed": (3, 17), "view": "without-3-17"})
-    other = [
-        record.model_copy(update={"metric": "acc_norm", "view": f"{record.view}--acc_norm"})
-        for record in (cell, without)
-    ]
-    cells = [cell, drawn, without, *other, *halves.values()]
-    found = [cell_run(one) for one in cells]
-    assert len({run.outcomes.name for run in found}) == len(cells)
-    assert len({group_of(one) for one in cells}) == len(cells)
-    keys = [
-        run.key for run in (*found, layer_run(cell, cell.runs[0]), layer_run(drawn, drawn.runs[0]))
-    ]
-    assert len({run_id(key) for key in keys}) == len(cells) + 2
-    assert [found[0].key, found[2].key] == [f"{cell.key}/cell", f"{cell.key}/without-3-17/cell"]
-    assert run_id(keys[0]) == hashlib.sha256(f"{cell.key}/cell".encode()).hexdigest()[:16]
-
-    assert len({mlflow_run(run).data[0]["digest"] for run in (found[0], *found[-2:])}) == 3
-    assert "part" not in mlflow_run(found[0]).params
-
-
-def test_curves_are_told_from_other_metrics() -> None:
+def test_curves_are_told_from_other_metrics():
     for kind in (("layer", 1, 4), ("attention", 1, 1), ("mlp", 1, 4), ("layer", 1, 1)):
         assert is_curve(curve_name(of_kind(*kind, "").change, "accuracy_drop"))
     assert is_curve("mean/accuracy_drop")
@@ -85,7 +55,7 @@ def test_curves_are_told_from_other_metrics() -> None:
 
 
 # Was: names grew with the removed layers, beyond what W&B takes.
-def test_names_that_are_too_long_are_cut_and_stay_apart() -> None:
+def test_names_that_are_too_long_are_cut_and_stay_apart():
     cell = cell_record(layers=(0,))
     model = cell.model.model_copy(update={"name": "a-model-with-a-long-name-" * 3})
     benchmark = cell.benchmark.model_copy(update={"name": "größe_" * 20})
@@ -98,3 +68,21 @@ def test_names_that_are_too_long_are_cut_and_stay_apart() -> None:
     assert {len(each[name]) for each in labels for name in ("name", "group")} <= {*range(129)}
     assert len({each["group"] for each in labels}) == 2
     assert len({each["name"] for each in labels}) == 4  # each named by what it lacks
+
+
+def test_a_note_says_what_the_page_says_where_other_drops_are_undefined():
+    """Was: among the runs with an interval alone."""
+    quiet, *others = build_cell().runs
+    quiet = quiet.model_copy(update={"drop": Estimate(0.07, 0.02, 0.12, 0.004)})
+    undefined = [run.model_copy(update={"drop": Estimate(None)}) for run in others]
+    cell = build_cell().model_copy(update={"runs": (quiet, *undefined)})
+    assert shown_runs(cell, cell.runs)[quiet.change] == "open"
+    assert layer_note(cell, quiet).endswith(
+        f"be chance among 30 runs of this benchmark alone; {AVERAGE}."
+    )
+
+
+def test_the_note_of_a_leaderboard_has_the_answer_over_its_benchmarks():
+    """Was: empty."""
+    cells = [build_cell(), build_cell("piqa")]
+    assert answer(claims(cells)) in board_text(cells)

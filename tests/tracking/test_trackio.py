@@ -19,14 +19,12 @@ from .conftest import cell_record
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     return tmp_path / "trackio"
 
 
-def test_measured_published_and_reported_from_there(
-    folder: Path, tmp_path: Path, study: Path
-) -> None:
+def test_measured_published_and_reported_from_there(folder, tmp_path, study):
     results = tmp_path / "results"
     done = api.run(study, results=results, track=["trackio:lab/layers"]).outcome
     assert (done.exit_code, dict(done.unpublished)) == (0, {})
@@ -40,9 +38,7 @@ def test_measured_published_and_reported_from_there(
         api.leaderboard(results, publish="trackio:lab/layers")
 
 
-def test_neither_a_hub_nor_a_server_hears_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neither_a_hub_nor_a_server_hears_of_it(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as hub, monkeypatch.context() as there:
         address = f"http://127.0.0.1:{hub.getsockname()[1]}"
         for name, value in {
@@ -63,9 +59,7 @@ def test_neither_a_hub_nor_a_server_hears_of_it(
             hub.accept()
 
 
-def test_a_folder_that_is_only_appended_to_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_is_only_appended_to_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_STORAGE_MODE", "jsonl")
     with closing(open_backend("trackio", "layers", tmp_path)) as backend:
         with pytest.raises(TrackingError, match="set TRACKIO_DIR to a folder of this machine"):
@@ -74,9 +68,7 @@ def test_a_folder_that_is_only_appended_to_is_refused(
             backend.cells()
 
 
-def test_without_the_extra_it_is_refused_before_anything_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_extra_it_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(service, "find_spec", lambda _: None)
     with pytest.raises(RequestError, match=r"Trackio is not installed; type: .*\[trackio\]"):
         target("trackio")
@@ -85,7 +77,7 @@ def test_without_the_extra_it_is_refused_before_anything_is_measured(
 
 
 # Was: one run of another program, whose configuration has a word there, and nothing was published.
-def test_runs_of_other_programs_stand_beside_ours(tmp_path: Path) -> None:
+def test_runs_of_other_programs_stand_beside_ours(tmp_path):
     other = """
 import trackio
 for theirs in ("mine", {"version": 1}, None):

@@ -10,21 +10,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.wandb_double import WandbDouble
-from tests.helpers.wandb_runs import (
-    IMPATIENT,
-    Publisher,
-    counts,
-    figures,
-    runs,
-    runs_of,
-    shown,
-)
+from tests.helpers.wandb_runs import IMPATIENT, counts, figures, runs, runs_of, shown
 from tracker.tracking import open_backend
 from tracker.tracking.base import Page
 from tracker.tracking.figures import flat_metrics
@@ -36,7 +26,7 @@ from .conftest import cell_record
 from .mlflow_server import free_port
 
 
-def test_what_wandb_alone_has_is_read_back(double: WandbDouble, publish: Publisher) -> None:
+def test_what_wandb_alone_has_is_read_back(double, publish):
     cell = cell_record()
     said = publish(cell)
     assert said["location"] == f"{double.url}/team/layers"
@@ -72,9 +62,7 @@ def keys(value: Any) -> Iterator[str]:
             yield from keys(inner)
 
 
-def test_the_outcomes_of_a_grown_cell_come_back_with_the_clients_own_tools(
-    publish: Publisher,
-) -> None:
+def test_the_outcomes_of_a_grown_cell_come_back_with_the_clients_own_tools(publish):
     cell = cell_record()
     whole = publish.outcomes.read_bytes()
     publish.outcomes.write_bytes(b"a part")
@@ -97,9 +85,7 @@ def test_the_outcomes_of_a_grown_cell_come_back_with_the_clients_own_tools(
 
 
 # Was: one run that was deleted in the UI made every later publish of its cell fail.
-def test_a_deleted_run_is_written_again_under_another_id(
-    double: WandbDouble, publish: Publisher
-) -> None:
+def test_a_deleted_run_is_written_again_under_another_id(double, publish):
     cell = cell_record(layers=(0, 1))
     publish(cell, **IMPATIENT)
     gone = [run.id for run in runs_of(double)][1:]
@@ -115,7 +101,7 @@ def test_a_deleted_run_is_written_again_under_another_id(
     assert not again["notes"]
 
 
-def test_what_a_dying_server_lacks_is_completed(double: WandbDouble, publish: Publisher) -> None:
+def test_what_a_dying_server_lacks_is_completed(double, publish):
     """It dies again and again, each time a run further."""
 
     def die(how: int | None, at: int) -> None:
@@ -140,9 +126,7 @@ def test_what_a_dying_server_lacks_is_completed(double: WandbDouble, publish: Pu
 
 
 # Was: after a failure, the client was torn down and every wandb-core child was killed.
-def test_a_run_that_the_user_has_open_is_not_touched(
-    double: WandbDouble, publish: Publisher
-) -> None:
+def test_a_run_that_the_user_has_open_is_not_touched(double, publish):
     double.fail_with(500, holding='"refused"')
     refused, done = publish.in_a_notebook(cell_record(), **IMPATIENT)
     assert "error" in refused
@@ -157,7 +141,7 @@ def test_a_run_that_the_user_has_open_is_not_touched(
     [{"WANDB_API_KEY": ""}, {"WANDB_API_KEY": "f" * 40}, {"WANDB_BASE_URL": "closed"}],
     ids=["nobody", "wrong-key", "away"],
 )
-def test_a_refusal_says_what_to_type(publish: Publisher, environment: dict[str, str]) -> None:
+def test_a_refusal_says_what_to_type(publish, environment):
     if "WANDB_BASE_URL" in environment:
         environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}"}
     said = publish(cell_record(), **IMPATIENT, **environment)
@@ -171,9 +155,7 @@ def test_a_refusal_says_what_to_type(publish: Publisher, environment: dict[str, 
 
 
 # Was: the run of a cell has one id in every project, and the second deleted what the first wrote.
-def test_an_offline_project_keeps_its_files_when_another_is_written(
-    publish: Publisher, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_offline_project_keeps_its_files_when_another_is_written(publish, monkeypatch):
     publish.client.lend(monkeypatch, WANDB_MODE="offline")
     there = []
     with (
@@ -192,7 +174,7 @@ def test_an_offline_project_keeps_its_files_when_another_is_written(
 
 
 # Was: the folder of a run that is written twice within a second is one, and it was deleted.
-def test_an_offline_run_that_was_written_again_at_once_stays(tmp_path: Path) -> None:
+def test_an_offline_run_that_was_written_again_at_once_stays(tmp_path):
     backend = WandbBackend("team/layers", tmp_path, in_sweep=False)
     kept = tmp_path / "wandb" / "offline-run-20260101_120000-abc"
     kept.mkdir(parents=True)

@@ -21,7 +21,6 @@ from tracker.ledger.store import Ledger
 from tracker.tracking.figures import flat_metrics
 from tracker.tracking.identity import run_key
 
-from .conftest import Maker
 from .wandb_client import Client
 
 COMMAND = 'command: [tracker, evaluate, "${args}"]\n'
@@ -47,9 +46,7 @@ def start(client: Client, double: WandbDouble, file: Path, project: str = "layer
 
 
 @pytest.fixture
-def obey(
-    client: Client, double: WandbDouble, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str, Path], list[Run]]:
+def obey(client, double, monkeypatch) -> Callable[[str, Path], list[Run]]:
     """Run the trials of a file's sweep here, each told what the client's own agent tells it."""
 
     def run(command: str, file: Path) -> list[Run]:
@@ -68,13 +65,8 @@ def obey(
 
 
 def test_the_agent_fills_the_sweep_and_the_cell(
-    client: Client,
-    double: WandbDouble,
-    tiny_llama: Maker,
-    experiment: Maker,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    client, double, tiny_llama, experiment, tmp_path, monkeypatch
+):
     """On a stranger's own task, with a prompt and settings that W&B passes on."""
     model, tasks = tiny_llama(layers=3), write_tasks(tmp_path)
     (tasks / "sitecustomize.py").write_text(TELLS)
@@ -128,37 +120,9 @@ def test_the_agent_fills_the_sweep_and_the_cell(
     assert sorted(ablations) == sorted(run.ablation for run in cell.runs)
 
 
-def test_a_file_of_heads_is_swept_and_reported_from_the_project(
-    client: Client,
-    obey: Callable[[str, Path], list[Run]],
-    tiny_llama: Maker,
-    experiment: Maker,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked = {"component": "head", "layer": [1], "head": [0, 1], "limit": 4, "benchmark": "copa"}
-    trials = obey("evaluate", experiment(tiny_llama(layers=2), **asked))
-    (cell,) = api.ls(client.folder / "results")
-    runs = {(run.change.layer, run.change.number): run for run in cell.runs}
-    assert {(t.values["layer"], t.values["head"]) for t in trials} == {*runs}
-    for trial in trials:
-        run = runs[trial.values["layer"], trial.values["head"]]
-        assert (trial.job_type, trial.state, run.change.component) == ("layer", "finished", "head")
-        assert trial.values["tracker"]["ablation"] == run.ablation
-        assert figures(trial.summary) == flat_metrics(run)
-    client.lend(monkeypatch)
-    page = tmp_path / "page.html"
-    printed("report", "wandb:team/layers", "--output", page, "--results", tmp_path / "other")
-    assert "Of 2 heads" in page.read_text(encoding="utf-8")
-
-
 def test_what_killed_trials_left_is_filled_from_the_ledger(
-    client: Client,
-    double: WandbDouble,
-    tiny_llama: Maker,
-    experiment: Maker,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    client, double, tiny_llama, experiment, monkeypatch
+):
     """Was: a trial that was killed stayed unfinished in its sweep for ever."""
     model = tiny_llama(layers=3)
     file, results = (
@@ -200,7 +164,7 @@ def test_what_killed_trials_left_is_filled_from_the_ledger(
 
 
 @pytest.mark.parametrize("name", ["demo", "prune"])
-def test_the_files_as_shipped_are_sweeps(name: str, client: Client, double: WandbDouble) -> None:
+def test_the_files_as_shipped_are_sweeps(name, client, double):
     file = EXPERIMENTS / f"{name}.yaml"
     content = yaml.safe_load(file.read_text())
     sweep = start(client, double, file, content.get("project", "layers"))
@@ -218,13 +182,8 @@ def test_the_files_as_shipped_are_sweeps(name: str, client: Client, double: Wand
     ],
 )
 def test_a_trial_that_fails_is_failed_in_the_sweep(
-    client: Client,
-    double: WandbDouble,
-    tiny_llama: Maker,
-    monkeypatch: pytest.MonkeyPatch,
-    typed: tuple[str, ...],
-    why: str,
-) -> None:
+    client, double, tiny_llama, monkeypatch, typed, why
+):
     named = {"model": tiny_llama(layers=2), "folder": client.folder}
     client.lend(monkeypatch, **client.trial("failing"))
     monkeypatch.chdir(client.folder)
@@ -234,9 +193,7 @@ def test_a_trial_that_fails_is_failed_in_the_sweep(
     assert why.format(**named) in run.values["tracker"]["note"]
 
 
-def test_a_trial_may_be_a_search(
-    client: Client, obey: Callable[[str, Path], list[Run]], tiny_llama: Maker, tmp_path: Path
-) -> None:
+def test_a_trial_may_be_a_search(client, obey, tiny_llama, tmp_path):
     """A trial gets the run of its last step, and what the search took."""
     model = tiny_llama(layers=4)
     said = {

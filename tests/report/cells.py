@@ -1,0 +1,152 @@
+"""Cells of every kind, as records of what tests show."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tests.helpers.ablations import with_change, with_figures
+from tracker.core.estimates import Estimate
+from tracker.core.records import CellRecord, RunRecord
+
+from .conftest import LAYERS, build_cell, digest
+
+REASON = "bits_per_byte is no accuracy"
+
+
+def loss() -> CellRecord:
+    cell = build_cell("wikitext")
+    metrics = {"bits_per_byte": "bits_per_byte"}
+    task = cell.benchmark.tasks[0].model_copy(
+        update={"metrics": metrics, "higher_is_better": {"bits_per_byte": False}}
+    )
+    layers = tuple(
+        with_figures(
+            record,
+            accuracy=3.25 + record.drop.value,
+            accuracy_relevance=None,
+            mcnemar_p=None,
+            metrics={"bits_per_byte": 3.25 + record.drop.value},
+            reasons={"accuracy_relevance": REASON, "mcnemar_p": "not 0/1"},
+        )
+        for record in cell.runs
+    )
+    return cell.model_copy(
+        update={
+            "metric": "bits_per_byte",
+            "higher_is_better": False,
+            "chance_accuracy": None,
+            "baseline": Estimate(3.25, 3.1, 3.4),
+            "baseline_metrics": {"bits_per_byte": 3.25},
+            "runs": layers,
+            "benchmark": cell.benchmark.model_copy(update={"tasks": (task,)}),
+            "reasons": {"chance_accuracy": REASON},
+        }
+    )
+
+
+WHY = "none of these documents was computed twice"
+
+
+def halved(**changes: Any) -> CellRecord:
+    """A cell in bfloat16, whose layer 3 costs 4 pp for sure, of which rounding moves 5."""
+    cell = build_cell(baseline_rounded=7, baseline_rounding=0.0123)
+    runs = [run.model_copy(update={"rounded": 5, "drop_rounding": 0.01}) for run in cell.runs]
+    drop = replace(runs[3].drop, value=0.04, low=0.01, high=0.07)
+    moved = {"rounded": 12, "drop_rounding": 0.05, "drop": drop}
+    runs[3] = runs[3].model_copy(update=moved)
+    model = cell.model.model_copy(update={"dtype": "bfloat16"})
+    return cell.model_copy(update={"model": model, "runs": tuple(runs), **changes})
+
+
+WHOLE_ONLY = "measured for whole single layers only"
+
+
+PROXIES = ("cosine_similarity", "cosine_score", "angular_distance", "relative_update")
+
+
+def other(record: RunRecord, component: str, span: int) -> RunRecord:
+    """Make a run of another kind from that of a whole layer, with a drop of its own."""
+    share = {"layer": 1.0, "attention": 0.5, "mlp": 0.75}[component] * span
+    return with_change(
+        record,
+        component=component,
+        span=span,
+        accuracy_drop=(record.drop.value or 0) * share,
+        **dict.fromkeys(PROXIES),
+        reasons=dict.fromkeys(PROXIES, WHOLE_ONLY),
+    )
+
+
+def several(
+    components: tuple[str, ...] = ("layer", "attention", "mlp"),
+    spans: tuple[int, ...] = (1, 2, 4),
+    **changes: Any,
+) -> CellRecord:
+    """Make a cell with a run of every component, span and layer that is left."""
+    cell = build_cell()
+    removed = set(changes.get("removed", ()))
+    layers = tuple(
+        record if (component, span) == ("layer", 1) else other(record, component, span)
+        for component in components
+        for span in spans
+        for record in cell.runs
+        if record.change.layer + span <= LAYERS
+        and not removed & set(range(record.change.layer, record.change.layer + span))
+    )
+    return cell.model_copy(update={"runs": layers, **changes})
+
+
+def without(*removed: int, **changes: Any) -> CellRecord:
+    """Make a cell whose runs all lack some layers."""
+    beneath = {"remaining": Estimate(0.41, 0.34, 0.49)}
+    return several(("layer",), (1,), removed=removed, **{**beneath, **changes})
+
+
+def numbered(record: RunRecord, **which: Any) -> RunRecord:
+    """Make a run of a head, or of a stretch that is passed again, from that of a whole layer."""
+    return with_change(record, **which, **dict.fromkeys(PROXIES))
+
+
+def edition(text: str, measured: str | None, model: str = "SmolLM2", **changes: Any) -> CellRecord:
+    """A cell of a task that was edited: the same but for its fingerprint."""
+    cell = build_cell("our_sums", model=model)
+    (task,) = cell.benchmark.tasks
+    tasks = (task.model_copy(update={"fingerprint": digest(text)}),)
+    about = changes.pop("benchmark", {})
+    benchmark = cell.benchmark.model_copy(update={"tasks": tasks, **about})
+    new = {"key": digest(text + model), "benchmark": benchmark, "measured": measured, **changes}
+    return cell.model_copy(update=new)
+
+
+ONE = edition("one", "2026-11-25T08:00:00+00:00")
+
+
+TWO = edition("two", "2026-11-28T09:30:00+00:00")
+
+
+THREE = edition("three", "2026-11-28T07:15:00+00:00")
+
+
+def sharing_one() -> list[CellRecord]:
+    """Make three models that share a benchmark."""
+    return [
+        *(build_cell(b, model="solid", seed=1, baseline=0.9) for b in ("arc_easy", "piqa")),
+        build_cell("arc_easy", model="weak", seed=1, baseline=0.5),
+        build_cell("arc_easy", model="other", seed=1, baseline=0.6),
+        build_cell("rte", model="weak", baseline=0.25),
+    ]
+
+
+def some_layers(cell: CellRecord, *layers: int) -> CellRecord:
+    runs = tuple(run for run in cell.runs if run.change.layer in layers)
+    return cell.model_copy(update={"runs": runs})
+
+
+def sharing_some() -> list[CellRecord]:
+    """Make four models, of which one shares nothing with the others."""
+    return [
+        *(build_cell(b, model=m, seed=1) for m in ("a", "b") for b in ("arc_easy", "piqa", "sciq")),
+        *(build_cell(b, model="c", seed=2) for b in ("arc_easy", "sciq")),
+        build_cell("piqa", model="d"),
+    ]
