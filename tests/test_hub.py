@@ -40,7 +40,7 @@ class Asked:
 
     def give(self, *arguments: object) -> str:
         """Give a command; what it prints."""
-        said, self.code = self.forks.start(*arguments).end()
+        said, self.code = self.start(*arguments).end()
         self.lines = [line for line in said.splitlines() if line != FIRST]
         return said
 
@@ -54,7 +54,7 @@ def machine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("machine")
     with hub() as stand_in:
         asked = Asked(folder, stand_in)
-        with forks(folder, asked.environment) as asked.forks:
+        with forks(folder, asked.environment) as asked.start:
             yield asked
 
 

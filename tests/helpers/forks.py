@@ -1,4 +1,7 @@
-"""Programs that begin at once: forks of one that has imported what they all need."""
+"""Programs that begin at once: forks of one that has imported what they all need.
+
+Measured on two cores: SECONDS
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -22,60 +25,51 @@ import gc, importlib, json, os, resource, socket, sys
 for name in sys.argv[1:]:
     importlib.import_module(name)
 gc.freeze()
-told = socket.socket(fileno=0)
+requests = socket.socket(fileno=0)
 while True:
     text, files = b"", []
     while not text.endswith(b"\\n"):
-        part, some, _, _ = socket.recv_fds(told, 2**16, 3)
+        part, more, _, _ = socket.recv_fds(requests, 2**16, 3)
         if not part:
             sys.exit()
-        text, files = text + part, files + some
-    asked = json.loads(text)
-    if "ended" in asked:
-        answer = os.waitstatus_to_exitcode(os.waitpid(asked["ended"], 0)[1])
+        text, files = text + part, files + more
+    request = json.loads(text)
+    if "ended" in request:
+        answer = os.waitstatus_to_exitcode(os.waitpid(request["ended"], 0)[1])
     elif not (answer := os.fork()):
-        for place, file in enumerate(files):
-            os.dup2(file, place)
+        for number, file in enumerate(files):
+            os.dup2(file, number)
             os.close(file)
-        told.detach()
+        requests.detach()
         os.environ.clear()
-        os.environ.update(asked["environment"])
-        os.chdir(asked["folder"])
-        if asked["largest"]:
-            resource.setrlimit(resource.RLIMIT_FSIZE, [asked["largest"]] * 2)
-        exec(asked["program"])
+        os.environ.update(request["environment"])
+        os.chdir(request["folder"])
+        if request["largest"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, [request["largest"]] * 2)
+        exec(request["program"])
         sys.exit()
     for file in files:
         os.close(file)
-    told.send(str(answer).encode())
+    requests.send(str(answer).encode())
 """
+_COMMANDS = ("torch", "transformers.models.auto.modeling_auto", "tracker.api", "tracker.cli")
+_COMMANDS += ("transformers.models.llama.modeling_llama", "tracker.benchmarks.tasks")
+# Not wandb itself, which makes a folder for its process when it is imported.
+_TRACKERS = ("tracker.tracking.mlflow.backend", "tracker.tracking.mlflow.models", "git")
 
 
-_OF_COMMANDS = (
-    "torch",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.llama.modeling_llama",
-    "tracker.api",
-    "tracker.cli",
-    "tracker.benchmarks.tasks",
-)
-_OF_TRACKERS = ("tracker.tracking.mlflow.backend", "tracker.tracking.mlflow.models", "git")
-"""Not wandb itself, which makes a folder for its process when it is imported."""
-
-
-class Begun:
-    """A program that was begun, in a process of its own."""
+class Fork:
+    """A program that was begun, in a process of its own; it stands for a `Popen`."""
 
     stdin: IO[bytes]
     stdout: IO[bytes]
 
-    def __init__(self, pid: int, forks: Template) -> None:
-        self.pid = pid
-        self.returncode: int | None = None
-        self._forks = forks
+    def __init__(self, pid: int, template: Template, output: Path | None = None) -> None:
+        self.pid, self.returncode = pid, None
+        self._template, self._output = template, output
 
     def is_over(self) -> bool:
-        """Whether it has ended."""
+        """Return whether it has ended."""
         return psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
 
     def send_signal(self, number: int) -> None:
@@ -83,36 +77,41 @@ class Begun:
         os.kill(self.pid, number)
 
     def wait(self, timeout: float = 300) -> int:
-        """Wait until it ends, so many seconds at most; its exit code."""
+        """Wait until it ends, so many seconds at most, and return its exit code."""
         last = time.monotonic() + timeout
         while self.returncode is None:
             if self.is_over():
-                self.returncode = self._forks.ask(ended=self.pid)
+                self.returncode = self._template.request(ended=self.pid)
             elif time.monotonic() > last:
                 raise subprocess.TimeoutExpired(str(self.pid), timeout)
             else:
                 time.sleep(0.01)
         return self.returncode
 
+    def end(self) -> tuple[str, int]:
+        """Wait until it ends, and return its output and its exit code."""
+        code = self.wait()
+        return self._output.read_text(), code
+
 
 class Template:
-    """Begins programs, each in a process of its own, once some modules are imported."""
+    """A process that has imported some modules, and forks programs."""
 
     def __init__(self, imports: Sequence[str], environment: Mapping[str, str]) -> None:
-        self._told, its = socket.socketpair()
+        self._socket, theirs = socket.socketpair()
         self._turn = threading.Lock()
         path = {"PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-P", "-c", _PROGRAM, *imports]
-        with its:
-            self.program = subprocess.Popen(command, stdin=its, env={**environment, **path})
+        with theirs:
+            self._process = subprocess.Popen(command, stdin=theirs, env={**environment, **path})
 
-    def ask(self, files: Sequence[int] = (), **asked: object) -> int:
-        """Ask the program that forks."""
-        line = json.dumps(asked).encode() + b"\n"
+    def request(self, files: Sequence[int] = (), **request: object) -> int:
+        """Send a request with open files to the process, and return its answer."""
+        line = json.dumps(request).encode() + b"\n"
         with self._turn:
-            sent = socket.send_fds(self._told, [line], files)
-            self._told.sendall(line[sent:])
-            return int(self._told.recv(100))
+            sent = socket.send_fds(self._socket, [line], files)
+            self._socket.sendall(line[sent:])
+            return int(self._socket.recv(100))
 
     def begin(
         self,
@@ -122,73 +121,45 @@ class Template:
         folder: Path,
         largest: int | None = None,
     ) -> int:
-        """Begin a program on what it reads, prints to and complains to; its process's number.
+        """Begin a program on its three standard files, and return its process's number.
 
         No file that it writes may be larger than `largest` bytes.
         """
-        asked = {"program": program, "environment": dict(environment), "folder": str(folder)}
-        return self.ask(files, **asked, largest=largest)
+        about = {"environment": dict(environment), "folder": str(folder), "largest": largest}
+        return self.request(files, program=program, **about)
 
     def end(self) -> None:
         """End whatever still runs."""
-        for each in psutil.Process(self.program.pid).children():
-            each.kill()
-        self._told.close()
-        self.program.wait()
-
-
-class Forked(Begun):
-    """A command that was given.
-
-    Attributes:
-        said: Where what it says is written.
-    """
-
-    def __init__(self, pid: int, forks: Template, said: Path) -> None:
-        super().__init__(pid, forks)
-        self.said = said
-
-    def end(self) -> tuple[str, int]:
-        """Wait until it ends; what it has said, and its exit code."""
-        code = self.wait()
-        return self.said.read_text(), code
-
-
-class Forks:
-    """Gives commands of tracker, each in a process of its own."""
-
-    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        self._folder, self._names = folder, count()
-        self._environment = {**os.environ, **environment}
-        self.template = Template(_OF_COMMANDS, self._environment)
-
-    def start(self, *arguments: object, largest: int | None = None) -> Forked:
-        """Give a command; no file that it writes may be larger than so many bytes."""
-        said = self._folder / f"said{next(self._names)}"
-        program = f"tracker.cli.main({[*map(str, arguments)]!r}, prog_name='tracker')"
-        with said.open("wb") as out, Path(os.devnull).open("rb") as nothing:
-            files = (nothing.fileno(), out.fileno(), out.fileno())
-            pid = self.template.begin(
-                f"import tracker.cli; {program}", files, self._environment, self._folder, largest
-            )
-        return Forked(pid, self.template, said)
+        for child in psutil.Process(self._process.pid).children():
+            child.kill()
+        self._socket.close()
+        self._process.wait()
 
 
 @contextmanager
-def forks(folder: Path, environment: Mapping[str, str] | None = None) -> Iterator[Forks]:
-    """Whatever still runs in the end is ended."""
-    found = Forks(folder, environment or {})
+def forks(
+    folder: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[Callable[..., Fork]]:
+    """Yield a function that starts commands of tracker; in the end, end what still runs."""
+    everything = {**os.environ, **(environment or {})}
+    template, names = Template(_COMMANDS, everything), count()
+
+    def start(*arguments: object, largest: int | None = None) -> Fork:
+        output = folder / f"output{next(names)}"
+        call = f"tracker.cli.main({[*map(str, arguments)]!r}, prog_name='tracker')"
+        with output.open("wb") as out, Path(os.devnull).open("rb") as nothing:
+            files = (nothing.fileno(), out.fileno(), out.fileno())
+            pid = template.begin(f"import tracker.cli; {call}", files, everything, folder, largest)
+        return Fork(pid, template, output)
+
     try:
-        yield found
+        yield start
     finally:
-        found.template.end()
+        template.end()
 
 
 class Trackers:
-    """Begins what `Isolated` starts: it imports the SDKs for seconds, each time the same.
-
-    It stands for `subprocess` there.
-    """
+    """Forks of the processes that `Isolated` starts; it stands for `subprocess` there."""
 
     PIPE, TimeoutExpired = subprocess.PIPE, subprocess.TimeoutExpired
 
@@ -198,19 +169,18 @@ class Trackers:
 
     def Popen(  # noqa: N802  as it is called
         self, command: Sequence[str], env: Mapping[str, str], stdin: int, stdout: int
-    ) -> Begun:
+    ) -> Fork:
         """Begin a program, to which and from which go pipes."""
         assert (stdin, stdout) == (self.PIPE, self.PIPE)
-        with self._first:  # two threads may be the first to ask
-            self._template = self._template or Template(_OF_TRACKERS, os.environ)
-        *_, program = command
-        (its_in, our_out), (our_in, its_out) = os.pipe(), os.pipe()
-        files = (its_in, its_out, 2)
-        begun = Begun(self._template.begin(program, files, env, Path.cwd()), self._template)
-        for file in (its_in, its_out):
+        with self._first:  # two threads may be the first to call
+            self._template = self._template or Template(_TRACKERS, os.environ)
+        (their_in, our_out), (our_in, their_out) = os.pipe(), os.pipe()
+        pid = self._template.begin(command[-1], (their_in, their_out, 2), env, Path.cwd())
+        for file in (their_in, their_out):
             os.close(file)
-        begun.stdin, begun.stdout = os.fdopen(our_out, "wb"), os.fdopen(our_in, "rb")
-        return begun
+        fork = Fork(pid, self._template)
+        fork.stdin, fork.stdout = os.fdopen(our_out, "wb"), os.fdopen(our_in, "rb")
+        return fork
 
     def end(self) -> None:
         """End whatever still runs."""

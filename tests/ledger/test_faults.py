@@ -18,7 +18,7 @@ from tracker.ledger.verify import verify
 from tracker.ledger.views import cell_key
 from tracker.measuring.derive import all_records
 
-FLIPS = 64
+FLIPS = 32
 """Of each kind of file; `make fuzz` tries many more."""
 
 

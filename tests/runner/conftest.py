@@ -19,7 +19,7 @@ import pytest
 from filelock import FileLock
 
 from tests.conftest import of_all_workers
-from tests.helpers.forks import Forked, forks
+from tests.helpers.forks import Fork, forks
 from tests.helpers.lm_eval import write_rows
 from tests.helpers.runs import Heard, arc, run, same, shards, wait_for
 from tracker.api import Results
@@ -50,11 +50,11 @@ def measure(experiment, tmp_path) -> Callable[..., Results]:
 
 
 @pytest.fixture(scope="module")
-def forked(tmp_path_factory) -> Iterator[Callable[..., Forked]]:
+def forked(tmp_path_factory) -> Iterator[Callable[..., Fork]]:
     """Give commands, each in a process of its own, which begins at once."""
     environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with forks(tmp_path_factory.mktemp("forks"), environment) as found:
-        yield found.start
+        yield found
 
 
 @pytest.fixture

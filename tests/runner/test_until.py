@@ -12,16 +12,19 @@ import tracker
 from tests.benchmarks.conftest import PACKAGE
 from tests.helpers.lm_eval import write_rows
 from tests.helpers.runs import Heard, arc, run, typed
+from tracker import api
 from tracker.analysis.stopping import CellRace, interim_estimates
 from tracker.benchmarks.sources import find_data
 from tracker.core.config import CellRequest
-from tracker.core.errors import RequestError
+from tracker.core.errors import ExperimentError, RequestError
+from tracker.core.experiment_input import load_experiment
 from tracker.core.extent import random_order
 from tracker.core.questions import question
 from tracker.ledger.store import Ledger
 from tracker.measuring import derive
 from tracker.stats.sequential.stopping import Race
 from tracker.team.live import progress_figures
+from tracker.team.sweeps import _measured, trial_request
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -179,3 +182,51 @@ def test_a_study_does_not_stop_at_another_question(tiny_llama, experiment, tmp_p
     file = experiment(tiny_llama(), limit=None, benchmark="copa", until="top 1")
     with pytest.raises(RequestError, match="'until' stops at the answer to another question"):
         tracker.study("audit", file, results=tmp_path / "results", track=[])
+
+
+QUESTION = "drop within 9 pp at 80 %"
+DOCUMENTS = 400
+
+
+@pytest.fixture
+def asked(tiny_llama, experiment, tmp_path):
+    """A question that some of the documents answer."""
+    settings = {"data": str(arc(tmp_path / "data", DOCUMENTS)), "limit": None, "until": QUESTION}
+    return experiment(tiny_llama(seed=3), **settings)
+
+
+def trial(file: Path, layer: int):
+    """What a sweep asks of one of its trials."""
+    (cell,) = load_experiment(file).file.cells()
+    known = {name: getattr(cell, name) for name in ("model", "benchmark", "data", "until")}
+    return cell, trial_request({**known, "layer": layer})
+
+
+def test_a_trial_measures_its_sweeps_cell_until_it_is_answered(asked, tmp_path, monkeypatch):
+    cell, first = trial(asked, 1)
+    (alone,) = run(asked, tmp_path / "alone").cells
+    settings = {"results": tmp_path / "results", "track": []}
+    # Nobody knows which other runs the question is about.
+    with pytest.raises(ExperimentError, match="which others there are says its sweep") as caught:
+        tracker.evaluate(first, **settings)
+    assert "'drop within 9 pp at 80 %' asks about all runs" in str(caught.value)
+
+    calls = []
+    monkeypatch.setattr(api, "asked_of_cell", lambda *_: calls.append(1) or cell)
+    record, done = tracker.evaluate(first, **settings)
+    assert not done.failed
+    assert (record.answer, record.runs) == (alone.answer, alone.runs)
+    # The others find it in the ledger, and ask nobody.
+    _, second = trial(asked, 3)
+    record, done = tracker.evaluate(second, **settings)
+    assert (record.answer, done.models_loaded, len(calls)) == (alone.answer, 0, 1)
+    # So does whoever fills the runs of killed trials.
+    found, filled = _measured(second, Ledger(tmp_path / "results"))
+    assert found.answer == alone.answer
+    assert filled == alone.runs[3]
+    # Another question is asked of the sweep again.
+    other = second.model_copy(update={"until": "sign at 80 %"})
+    monkeypatch.setattr(api, "asked_of_cell", lambda *_: calls.append(1))
+    with pytest.raises(ExperimentError, match="'sign at 80 %' asks about all runs"):
+        tracker.evaluate(other, **settings)
+    assert len(calls) == 2

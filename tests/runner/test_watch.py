@@ -14,6 +14,8 @@ from tracker.engine.selfcheck.check import check, watch
 from tracker.ledger.store import Ledger
 from tracker.measuring.meter import Meter
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_the_record_and_the_page_say_what_was_compared(tiny_llama, measure, tmp_path):
     (record,) = measure(tiny_llama()).cells
@@ -117,9 +119,6 @@ def test_an_architecture_and_a_model_are_checked_once_on_a_machine(
     measure(model, "bits", limit=20, layer=[0], dtype="bfloat16")
     measure(tiny_llama("other", seed=1, layers=2), "other", limit=20, layer=[0])
     assert len(confirmations) == 4, "of other bits, and of other weights"
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_what_is_removed_besides_is_measured_together(tiny_llama, experiment, tmp_path):

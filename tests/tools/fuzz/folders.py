@@ -111,7 +111,7 @@ def at_once(model: Path, count: int, start: int, room: Path) -> Tried:
     """Run requests for other sizes of one view at the same time, beside another view."""
     tried, draw = Tried("two runs at once"), random.Random(start)
     file = room / "first.yaml"
-    with forks(room) as commands:
+    with forks(room) as begin:
         for number in range(count):
             results = room / f"at-once-{number}"
             first = {"layer": [0], "sample": 8, "part": None, "component": "head", "head": [0]}
@@ -123,7 +123,7 @@ def at_once(model: Path, count: int, start: int, room: Path) -> Tried:
                 own = room / f"{name}.yaml"
                 own.write_text(experiment(model, **request))
                 words = ("run", own, "--results", results, "--track", "mlflow")
-                begun.append(commands.start(*words))
+                begun.append(begin(*words))
             said = [f"{request}: {one.end()}" for request, one in zip(requests, begun, strict=True)]
             if not all(text.endswith("0)") for text in said):
                 tried.add(TRACEBACK, " and ".join(said))
