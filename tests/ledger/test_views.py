@@ -75,7 +75,7 @@ def test_a_copy_in_place_of_another_view_is_named(cell):
     assert "it is a copy of intact.json" in damaged[str(without)]
 
 
-def test_requested_layers_are_no_control_that_was_drawn_at_random(cell: CellStore) -> None:
+def test_requested_layers_are_no_control_that_was_drawn_at_random():
     """Was: two runs of the same layers, in one view, had the same key in trackers."""
     requested, drawn = Change(layers=(0, 2)), Change(layers=(0, 2), drawn=True)
     other = Change(layers=(1, 3), drawn=True)
