@@ -80,10 +80,10 @@ def shown(store: CellStore) -> set[str]:
     return {" of ".join(pair) for pair in zip(names, layers, strict=True)}
 
 
-@pytest.mark.parametrize(("asked", "wanted"), golden("views"))
-def test_what_is_known_of_a_run_is_shown(asked, wanted, ledger):
+@pytest.mark.parametrize(("requests", "names"), golden("views"))
+def test_what_is_known_of_a_run_is_shown(requests, names, ledger):
     steps: list[Asked] = []
-    for how, layers in (step.split(" of ") for step in asked.split("; ")):
+    for how, layers in (step.split(" of ") for step in requests.split("; ")):
         steps.append((yaml.safe_load(how), [*map(int, layers)]))
     store = store_in(ledger, 192)
     for how, layers in steps:
@@ -91,7 +91,7 @@ def test_what_is_known_of_a_run_is_shown(asked, wanted, ledger):
         if not how.get("until"):
             assert {*layers} <= {run.layer for run in view.runs}, "where it is shown"
         assert view in [asked.view for asked in store.views.asked()]
-    assert shown(store) == {*wanted.split("; ")}
+    assert shown(store) == {*names.split("; ")}
     # All of it is there, and the same from a folder as from a report's sources.
     records = [record_of(store, asked.view) for asked in store.views.asked()]
     assert not [record.missing for record in records if record.missing]

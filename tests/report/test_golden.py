@@ -182,7 +182,7 @@ def drawn() -> Iterator[Chart]:
     for cell in (with_gaps(), kinds):
         yield charts.layer_curve(cell)
         yield charts.proxy_scatter(cell)
-    yield from (maps.kind_map(kinds, some) for some in maps.mapped(kinds).values())
+    yield from (maps.kind_map(kinds, family) for family in maps.mapped(kinds).values())
     yield maps.heat_map(study())
     yield from (model.relevance_curves(board, "MODEL"), model.proxy_curves(study(), "MODEL"))
     yield model.rank_chart(layer_board([build_cell(n=2000)]), "MODEL")
@@ -216,7 +216,7 @@ def plotted(chart: Chart) -> Iterator[str]:
             if errors is not None and errors[name] is not None:
                 rows[name] = errors[name]
         if trace.type == "heatmap":
-            rows |= {f"z {place}": row for place, row in enumerate(trace.z)}
+            rows |= {f"z {number}": row for number, row in enumerate(trace.z)}
         elif trace.marker.opacity is not None:
             rows["strength"] = trace.marker.opacity
         yield f"{trace.type}: {trace.name or ''}"
@@ -224,8 +224,8 @@ def plotted(chart: Chart) -> Iterator[str]:
 
 
 def test_charts_hold_the_numbers_that_were_read():
-    wanted = (GOLDEN / "charts.txt").read_text(encoding="utf-8")
-    assert "\n".join(line for chart in drawn() for line in plotted(chart)) + "\n" == wanted
+    text = (GOLDEN / "charts.txt").read_text(encoding="utf-8")
+    assert "\n".join(line for chart in drawn() for line in plotted(chart)) + "\n" == text
 
 
 @pytest.mark.parametrize("case", CASES)
