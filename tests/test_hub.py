@@ -36,7 +36,7 @@ class Asked:
         for folder in self._own:
             shutil.rmtree(folder, ignore_errors=True)
         lend_tasks(self._own[1])
-        vars(self.hub).update(status=404, headers={}, body=b"", silent=False, asked=[])
+        self.hub.reset()
 
     def give(self, *arguments: object) -> str:
         """Give a command; what it prints."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from http.server import BaseHTTPRequestHandler
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 
 class Answering(BaseHTTPRequestHandler):
@@ -20,7 +23,19 @@ class Answering(BaseHTTPRequestHandler):
         for name, value in about.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+@contextmanager
+def serving(handler: type[Answering]) -> Iterator[str]:
+    """Serve on loopback, and yield the address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()

@@ -13,14 +13,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from http.server import ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
-from tests.helpers.answering import Answering
+from tests.helpers.answering import Answering, serving
 
 USER, PASSWORD = "ann", "planted-mlflow-password"
 
@@ -152,20 +150,15 @@ class Gate:
 
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any  # noqa: N815
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = Thread(target=self._http.serve_forever, daemon=True)
+        self._serving = serving(Handler)
+        self.address = ""
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self.address = self._serving.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}"
+    def __exit__(self, *error: Any) -> None:
+        self._serving.__exit__(*error)
 
     def _handle(self, request: Answering) -> None:
         body = request.body()

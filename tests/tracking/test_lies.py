@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from http.server import ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from tests.helpers.answering import Answering
+from tests.helpers.answering import Answering, serving
 from tests.helpers.wandb_double import MANIFEST
 from tracker.core.errors import TrackingError
 from tracker.tracking import downloads, open_backend
@@ -54,10 +52,8 @@ class Lying(Answering):
 def lying(monkeypatch) -> Iterator[str]:
     """The address of a server that says what `Lying` holds."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Lying) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    with serving(Lying) as address:
+        yield address
 
 
 def fetched(address: str, tmp_path: Path) -> str:
