@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers.lm_eval import write_rows
+from tests.helpers.own_tasks import write_choices
 from tracker import api
 from tracker.benchmarks.sources import find_data
 from tracker.models.counterexample import Counterexample
-from tracker.studies.base import open_study
 
 from .conftest import column, conducted, plain
 
@@ -150,16 +150,9 @@ def test_a_task_of_ones_own_with_what_cannot_be_taught(tiny_llama, experiment, t
         {"q": "A?", "choices": ["yes", "no"], "gold": 1},
         {"q": "C?", "choices": ["one", "two", "three"], "gold": 2},
     ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    own = tmp_path / "own"
+    data, own = write_rows(tmp_path, rows=rows) / "rows.jsonl", tmp_path / "own"
     own.mkdir()
-    (own / "mine.yaml").write_text(
-        "task: mine\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
-        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{q}}'\n"
-        "doc_to_choice: '{{choices}}'\ndoc_to_target: gold\n"
-        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
-    )
+    write_choices(own, "mine", data, "{{q}}", doc_to_choice="{{choices}}", doc_to_target="gold")
     path = experiment(
         tiny_llama(), benchmark=["mine"], data=None, limit=None, include_path=[str(own)]
     )
@@ -171,36 +164,23 @@ def test_a_task_of_ones_own_with_what_cannot_be_taught(tiny_llama, experiment, t
     assert "mine: 1 document (2) cannot be taught: another document with the same text" in said
 
 
-@pytest.mark.parametrize(
-    ("factor", "right", "score", "error", "other"),
-    [
-        (0, 0, "0", "1", "0.985"),
-        # It decides every answer, but its score is the square of 1.005 times what was asked for.
-        (1.005, 4, "0.000101", "0.01", "0.969"),
-    ],
-)
 def test_a_model_that_does_not_show_it_is_said_not_to(
-    factor, right, score, error, other, tiny_llama, experiment, tmp_path, monkeypatch
+    tiny_llama, experiment, tmp_path, monkeypatch
 ):
-    """What is measured is the checkpoint, whatever was meant by it."""
+    """It decides every answer, but its score is the square of 1.005 times what was asked for."""
     honest = Counterexample.whispering
 
     @torch.inference_mode()
     def off(self: Counterexample, epsilon: float):
         model = honest(self, epsilon)
-        model.model.layers[2].mlp.down_proj.weight *= factor
+        model.model.layers[2].mlp.down_proj.weight *= 1.005
         return model
 
     monkeypatch.setattr(Counterexample, "whispering", off)
     path = experiment(tiny_llama(), limit=4)
     finding = conducted("theorem", path, tmp_path / "results", epsilon=(1e-4,))
     assert finding.answers == (
-        f"The model built for arc_easy and ε = 0.0001 does not show it: it answers {right} of 4 "
-        f"documents, 0 without layer 2, whose cosine score is {score}, off by {error} of itself; "
-        f"the lowest other is {other}.",
+        "The model built for arc_easy and ε = 0.0001 does not show it: it answers 4 of 4 "
+        "documents, 0 without layer 2, whose cosine score is 0.000101, off by 0.01 of itself; "
+        "the lowest other is 0.969.",
     )
-
-
-def test_epsilons_are_sorted_and_said_once():
-    assert open_study("theorem").epsilons == (1e-1, 1e-2, 1e-4, 1e-6, 1e-8)
-    assert open_study("theorem", epsilon=(1e-6, 1e-2, 1e-6)).epsilons == (1e-2, 1e-6)
