@@ -66,9 +66,9 @@ def test_types_are_fixed_whatever_the_rows_hold():
     assert "; ".join(f"{field.name} {field.type}" for field in table.schema) == (
         "task string; doc int32; ablation string; choices int32; gold int32; rolling bool; "
         "loglikelihoods list<item: float>; greedy list<item: bool>; metric/acc double; "
-        "metric/f1 string; text string; proxy_tokens int32; "
+        "proxy_tokens int32; "
         + "".join(f"{name} list<item: double>; " for name in PROXY_SUMS)
-        + "compared int32; difference double; unsteady int32"
+        + "compared int32; difference double; unsteady int32; metric/f1 string; text string"
     )
     assert table.to_pylist() == [
         {**dict.fromkeys(table.column_names), **first},
