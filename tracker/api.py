@@ -204,7 +204,7 @@ def _asked(
     """
     if tokenizer is None and not _is_object(settings.get("model")):
         return read(given, settings)
-    from tracker.models.in_memory import save_once
+    from tracker.models.checkpoint import save_once
 
     if work.options.executor != "local":
         raise RequestError(
@@ -513,8 +513,7 @@ def prune(
         >>> tracker.prune("experiments/prune.yaml", output="lighter").records
     """
     from tracker.export import checkpoint
-    from tracker.export.changes import refuse_units
-    from tracker.export.origin import removal_of
+    from tracker.export.changes import refuse_units, removal_of
     from tracker.search.cells import Lender
     from tracker.search.conduct import conduct, trial
     from tracker.search.report import export_line, savable
@@ -618,8 +617,8 @@ def validate(
     _refuse_incomplete(experiment, settings, "validate(")
     _refuse_object(settings)
     if asks_for_searches(experiment, settings):
-        from tracker.search.beforehand import refuse_unsavable
         from tracker.search.cells import Lender
+        from tracker.search.planning import refuse_unsavable
         from tracker.search.request import load_searches
         from tracker.search.search import budget_of, refuse_mixed, refuse_unknown
 

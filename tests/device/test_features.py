@@ -11,13 +11,12 @@ import torch
 from tests.conftest import cli
 from tests.helpers.engines import Memory, make_documents
 from tests.helpers.families import FAMILIES
-from tracker.bench.doctor import diagnose
-from tracker.bench.features import FEATURES, SWEEPS, Feature, largest_difference
+from tracker.bench.doctor import FEATURES, SWEEPS, Feature, diagnose, largest_difference
 from tracker.core.changes import INTACT
 from tracker.core.errors import CellError
-from tracker.engine.observers.divergence import output_proxies
+from tracker.engine.observers.layer_proxies import output_proxies
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.sharing import DEPTH_ONLY, ONE_BY_ONE, PLAIN
+from tracker.engine.scoring.model import DEPTH_ONLY, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check
 from tracker.measuring.progress import Silent

@@ -15,13 +15,13 @@ from tests.device.conftest import DEVICE
 from tests.device.simulated import counters
 from tests.helpers.engines import MAX_LENGTH, make_documents, same, save_model
 from tests.helpers.families import tiny_model
-from tracker.bench.features import FEATURES, SWEEPS, largest_difference
+from tracker.bench.doctor import FEATURES, SWEEPS, largest_difference
 from tracker.core.changes import INTACT
 from tracker.engine.scoring import row_size
 from tracker.engine.scoring.sweep import HALVED, Engine
 from tracker.models import devices
 from tracker.models.load import find_device, load_model
-from tracker.models.placement import least_bytes, weight_bytes
+from tracker.models.offloaded import least_bytes, weight_bytes
 
 score_layers = FEATURES["layers"]
 

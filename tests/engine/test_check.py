@@ -16,10 +16,10 @@ from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
-from tracker.engine.forward.replacements import RandomReplacement
-from tracker.engine.scoring.prefix import SHORTEST
+from tracker.engine.forward.layer import RandomReplacement
+from tracker.engine.scoring.model import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.rows import common_beginning, tree_rows
-from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
+from tracker.engine.scoring.score import SHORTEST
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck import check as module
 from tracker.engine.selfcheck import reference
@@ -37,8 +37,7 @@ from tracker.engine.selfcheck.check import (
     watched_documents,
 )
 from tracker.engine.selfcheck.miniature_check import WAYS
-from tracker.engine.selfcheck.reasons import Verdict
-from tracker.engine.selfcheck.reference import Reference
+from tracker.engine.selfcheck.reference import Reference, Verdict
 
 ABLATIONS = single_layers((0, 1, 2, 3))
 

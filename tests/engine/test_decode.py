@@ -13,11 +13,9 @@ from tests.helpers.registry import Variant, tiny
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document, Request
 from tracker.engine.forward.streams import plan_streams
-from tracker.engine.scoring.decode import decoding
-from tracker.engine.scoring.generation import generating
-from tracker.engine.scoring.prefix import SHORTEST, cache_argument
-from tracker.engine.scoring.score import read_prefix
-from tracker.engine.scoring.sharing import FULL
+from tracker.engine.scoring.generation import decoding, generating
+from tracker.engine.scoring.model import FULL
+from tracker.engine.scoring.score import SHORTEST, cache_argument, read_prefix
 from tracker.engine.scoring.sweep import Engine
 
 ABLATIONS = [

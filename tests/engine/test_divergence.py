@@ -23,9 +23,9 @@ from tests.helpers.engines import (
 )
 from tests.helpers.families import tiny_model
 from tracker.core.documents import Document
-from tracker.engine.observers import divergence as module
-from tracker.engine.observers.divergence import output_proxies
-from tracker.engine.scoring.sharing import PLAIN
+from tracker.engine.observers import layer_proxies as module
+from tracker.engine.observers.layer_proxies import output_proxies
+from tracker.engine.scoring.model import PLAIN
 from tracker.models.layers import find_layers
 
 LAYERS = 4

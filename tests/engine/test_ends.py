@@ -24,16 +24,16 @@ from tracker.analysis.stopping import passes
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import ExperimentError
 from tracker.engine.forward.streams import plan_streams
-from tracker.engine.observers.divergence import divergences
+from tracker.engine.observers.layer_proxies import divergences
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
 from tracker.engine.plan import cost
 from tracker.engine.scoring import sweep
-from tracker.engine.scoring.decode import decoding
-from tracker.engine.scoring.prefix import cache_argument
-from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
+from tracker.engine.scoring.generation import decoding
+from tracker.engine.scoring.model import DEPTH_ONLY, FULL, PLAIN
+from tracker.engine.scoring.score import cache_argument
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.parts.anatomy import LayerAnatomy
-from tracker.models.parts.embeddings import find_embeddings
+from tracker.models.parts.linear_maps import find_embeddings
 
 HALF = {"int8": 127.5, "int4_row": 7.5}
 """Steps from 0 to the largest weight of a row."""

@@ -28,9 +28,9 @@ from tracker.core.errors import TrackerError
 from tracker.core.experiment import Experiment
 from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
 from tracker.engine.forward.streams import plan_streams
-from tracker.engine.observers.expert_load import expert_load
+from tracker.engine.observers.layer_proxies import expert_load
 from tracker.engine.scoring import sweep
-from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
+from tracker.engine.scoring.model import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.layers import find_layers
 from tracker.models.parts.experts import Experts
@@ -79,7 +79,7 @@ def test_a_row_that_sends_nothing_to_an_expert_is_read_once(family, monkeypatch,
     documents = [asking(((5, 6 + n, 7), (8,)), index=n) for n in range(3)]
     engine = engine_of(model, DEPTH_ONLY)
     ours = engine.score(documents, asked)
-    monkeypatch.setattr(sweep, "WORTH", 100)
+    monkeypatch.setattr(sweep, "MIN_EXPERT_ABLATIONS", 100)
     theirs = engine.score(documents, asked)
     same(ours, theirs)
     shared, alone = streams[:3], streams[3:]

@@ -22,11 +22,11 @@ from tests.helpers.engines import (
 from tests.helpers.families import FAMILIES, LAYERS, tiny_model
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.errors import CellError, ModelError
-from tracker.engine.scoring.prefix import SHORTEST
-from tracker.engine.scoring.sharing import FULL, PLAIN
+from tracker.engine.scoring.model import FULL, PLAIN
+from tracker.engine.scoring.score import SHORTEST
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check
-from tracker.engine.selfcheck.reasons import LEFT, STATE, keeps_a_state
+from tracker.engine.selfcheck.reference import LEFT, STATE, keeps_a_state
 from tracker.models.hooks import silenced
 from tracker.models.layers import find_layers
 from tracker.models.parts.anatomy import LayerAnatomy

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.helpers.engines import Output
 from tracker.core.changes import INTACT, Ablation
-from tracker.engine.forward.forking import forking
+from tracker.engine.forward.layer import forking
 from tracker.engine.forward.streams import LayerStep, StreamPlan, plan_streams
 from tracker.engine.refusal import RefusalError
 from tracker.models.parts.anatomy import LayerAnatomy

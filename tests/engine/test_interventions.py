@@ -24,10 +24,10 @@ from tracker.core.changes import INTACT, Ablation
 from tracker.core.errors import CellError
 from tracker.core.kinds import Action
 from tracker.engine.fitting import first_tokens, fit
-from tracker.engine.forward.replacements import FittedReplacement, RandomReplacement
+from tracker.engine.forward.layer import FittedReplacement, RandomReplacement
 from tracker.engine.forward.streams import plan_streams
 from tracker.engine.scoring import sweep
-from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
+from tracker.engine.scoring.model import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.layers import find_layers
 

@@ -7,6 +7,10 @@ import sys
 import psutil
 import pytest
 import torch
+from tracker.engine.memory import (
+    keep_freed_memory,
+    stream_bytes,
+)
 from transformers import (
     AutoModelForCausalLM,
     Gemma3nTextConfig,
@@ -16,16 +20,12 @@ from transformers import (
 )
 
 from tests.helpers.families import tiny_model
-from tracker.engine.memory import (
-    keep_freed_memory,
-    stream_bytes,
-)
 from tracker.models.devices import free_memory, total_memory
 
 KEEP = """
 import ctypes
 import psutil
-from tracker.engine.memory import keep_freed_memory
+from tracker.models.devices import keep_freed_memory
 
 program = ctypes.CDLL(None)
 program.sbrk.restype = program.malloc.restype = ctypes.c_void_p

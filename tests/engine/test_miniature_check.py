@@ -27,23 +27,22 @@ from tests.helpers.families import SMALL, tiny_model
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.documents import Document, Request, Response
 from tracker.core.errors import CellError
-from tracker.engine.forward.replacements import RandomReplacement
+from tracker.engine.forward.layer import RandomReplacement
 from tracker.engine.refusal import RefusalError
+from tracker.engine.scoring.model import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
 from tracker.engine.scoring.rows import Lengths
-from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck import miniature_check, removability
 from tracker.engine.selfcheck.miniature_check import (
+    FIRST,
     check_longer_texts,
     compare_both_ways,
     most_sharing,
+    probe_calls,
     reachable,
 )
-from tracker.engine.selfcheck.probe_texts import FIRST, probe_calls
-from tracker.engine.selfcheck.quirks import STEPS, Findings, Path
-from tracker.engine.selfcheck.reasons import Verdict
-from tracker.engine.selfcheck.reference import Comparison, Reference
-from tracker.engine.selfcheck.removability import as_removed, logits_alike
+from tracker.engine.selfcheck.quirks import STEPS, Findings, Path, as_removed, logits_alike
+from tracker.engine.selfcheck.reference import Comparison, Reference, Verdict
 from tracker.models.pruned import put_back
 
 ABLATIONS = single_layers((0, 1, 2, 3))

@@ -12,17 +12,17 @@ import torch
 from tests.helpers.ablations import single_layers
 from tests.helpers.engines import MAX_LENGTH, Memory, make_documents, same, save_model
 from tests.helpers.families import FAMILIES, tiny_model
-from tracker.bench.features import FEATURES as COMPUTED
-from tracker.bench.features import largest_difference
+from tracker.bench.doctor import FEATURES as COMPUTED
+from tracker.bench.doctor import largest_difference
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import CellError
-from tracker.engine.observers.expert_load import expert_load
-from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
+from tracker.engine.observers.layer_proxies import expert_load
+from tracker.engine.scoring.model import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check
 from tracker.models.checkpoint import save
 from tracker.models.load import load_model
-from tracker.models.placement import least_bytes
+from tracker.models.offloaded import least_bytes
 from tracker.models.sources import find_model
 
 ABLATIONS = [*single_layers((0, 1, 2, 3)), Ablation.parse("layers:1,2")]

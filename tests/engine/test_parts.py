@@ -24,7 +24,7 @@ from tests.tools import census
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import CellError, ModelError, TrackerError
 from tracker.engine.forward.streams import plan_streams
-from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
+from tracker.engine.scoring.model import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.layers import find_layers
 from tracker.models.parts.anatomy import LayerAnatomy

@@ -18,10 +18,10 @@ from tests.helpers.engines import (
 from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT
 from tracker.core.documents import Document
-from tracker.engine.memory import stream_bytes
 from tracker.engine.observers import perturbation_growth as module
 from tracker.engine.observers.perturbation_growth import perturbation_growth, verify_growth
 from tracker.engine.refusal import RefusalError
+from tracker.engine.scoring.model import stream_bytes
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.layers import find_layers

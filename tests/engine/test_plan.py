@@ -21,11 +21,11 @@ from tests.helpers.registry import Variant, tiny
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.engine import plan
-from tracker.engine.memory import stream_bytes
 from tracker.engine.plan import cost, matrix_rate
 from tracker.engine.scoring.head import LOGITS_BYTES
-from tracker.engine.scoring.prefix import SHORTEST
+from tracker.engine.scoring.model import stream_bytes
 from tracker.engine.scoring.rows import common_beginning
+from tracker.engine.scoring.score import SHORTEST
 from tracker.engine.selfcheck.check import plain_tokens
 
 ABLATIONS = [*single_layers((0, 1, 2, 3)), Ablation.parse("attention:1"), Ablation.parse("mlp:2")]

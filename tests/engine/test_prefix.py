@@ -13,9 +13,16 @@ from tests.helpers.ablations import single_layers
 from tests.helpers.engines import engine_of
 from tests.helpers.families import tiny_model
 from tracker.engine.forward.streams import plan_streams
-from tracker.engine.scoring.prefix import MARGIN, GrowingLayer, Prefix, cache_argument, new_cache
 from tracker.engine.scoring.rows import ANY_LENGTH, Lengths
-from tracker.engine.scoring.score import kept_bytes, read_prefix
+from tracker.engine.scoring.score import (
+    MARGIN,
+    GrowingLayer,
+    Prefix,
+    cache_argument,
+    kept_bytes,
+    new_cache,
+    read_prefix,
+)
 
 TOKENS = tuple(range(3, 83))
 

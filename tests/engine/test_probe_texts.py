@@ -6,10 +6,10 @@ import itertools
 
 from tests.helpers.engines import MAX_LENGTH
 from tracker.core.documents import Document
-from tracker.engine.scoring.prefix import SHORTEST
+from tracker.engine.scoring.model import DEPTH_ONLY, FULL, NO_PREFIX
 from tracker.engine.scoring.rows import common_beginning, tree_rows
-from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX
-from tracker.engine.selfcheck.probe_texts import probe_calls, reaching_calls
+from tracker.engine.scoring.score import SHORTEST
+from tracker.engine.selfcheck.miniature_check import probe_calls, reaching_calls
 from tracker.engine.selfcheck.quirks import STEPS
 
 

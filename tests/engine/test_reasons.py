@@ -12,9 +12,9 @@ from tests.helpers.cells import tiny
 from tests.helpers.engines import Memory, engine_of, is_one_sentence, make_documents
 from tests.helpers.families import FAMILIES
 from tests.helpers.registry import variants
-from tracker.engine.scoring.sharing import DEPTH_ONLY, NO_PREFIX, ONE_BY_ONE, PLAIN
+from tracker.engine.scoring.model import DEPTH_ONLY, NO_PREFIX, ONE_BY_ONE, PLAIN
 from tracker.engine.selfcheck.check import check
-from tracker.engine.selfcheck.reasons import keeps_a_state, less
+from tracker.engine.selfcheck.reference import keeps_a_state, less
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -26,7 +26,7 @@ from tests.helpers.registry import Variant, tiny
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import CellError
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
-from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, PLAIN
+from tracker.engine.scoring.model import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.selfcheck.check import check
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.engine.selfcheck.reference import Reference

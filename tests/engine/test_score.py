@@ -17,9 +17,16 @@ from tracker.core.proxies import OBSERVED
 from tracker.engine.forward.streams import plan_streams
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.masks import AttentionWindows
-from tracker.engine.scoring.prefix import cache_argument, new_cache
 from tracker.engine.scoring.rows import flat_rows, reading_row, tree_rows
-from tracker.engine.scoring.score import Parts, RowScores, launch_row, read_prefix, run_base
+from tracker.engine.scoring.score import (
+    Parts,
+    RowScores,
+    cache_argument,
+    launch_row,
+    new_cache,
+    read_prefix,
+    run_base,
+)
 
 PLAN = plan_streams(single_layers((1, 3)), 4)
 TOKENS = tuple(range(3, 9))

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from tests.helpers.engines import engine_of, make_documents
 from tests.helpers.families import tiny_model
 from tracker.core.errors import ModelError
-from tracker.engine.observers.span_similarity import span_similarity
+from tracker.engine.observers.layer_proxies import span_similarity
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers
 

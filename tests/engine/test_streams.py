@@ -8,7 +8,7 @@ import torch
 from tests.helpers.ablations import single_layers
 from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT, Ablation
-from tracker.engine.forward.forking import forking
+from tracker.engine.forward.layer import forking
 from tracker.engine.forward.streams import plan_streams
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers

@@ -29,14 +29,21 @@ from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.errors import CellError
 from tracker.engine.forward.streams import plan_streams
-from tracker.engine.memory import stream_bytes
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring import copies, generation, sweep
 from tracker.engine.scoring import model as model_module
 from tracker.engine.scoring.generation import generating, generation_groups
-from tracker.engine.scoring.prefix import SHORTEST
+from tracker.engine.scoring.model import (
+    DEPTH_ONLY,
+    FULL,
+    NO_PREFIX,
+    ONE_BY_ONE,
+    PLAIN,
+    Quirks,
+    stream_bytes,
+)
 from tracker.engine.scoring.rows import ANY_LENGTH, Lengths, tree_rows
-from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Quirks
+from tracker.engine.scoring.score import SHORTEST
 from tracker.engine.scoring.sweep import ROW_TOKENS, Engine
 from tracker.engine.selfcheck.check import check
 from tracker.models.pruned import remember

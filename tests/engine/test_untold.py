@@ -24,7 +24,7 @@ from tests.helpers.engines import Memory, loaded
 from tests.helpers.families import SMALL
 from tracker.core.changes import INTACT
 from tracker.core.errors import CellError
-from tracker.engine.scoring.sharing import FULL, ONE_BY_ONE
+from tracker.engine.scoring.model import FULL, ONE_BY_ONE
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck import miniature_check
 from tracker.engine.selfcheck.check import check, watch, watched_documents

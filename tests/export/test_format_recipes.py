@@ -21,7 +21,7 @@ import yaml
 from tests.helpers import llama_cpp
 from tests.helpers.families import tiny_model
 from tracker.core.weight_formats import FORMATS
-from tracker.export.recipes import format_recipes
+from tracker.export.card import format_recipes
 from tracker.models.gguf_file import Reader
 from tracker.models.rounding import in_format
 

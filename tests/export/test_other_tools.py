@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import tracker
 from tests.helpers import llama_cpp
-from tracker.export.recipes import WINDOWS, layer_recipes, windows_of
+from tracker.export.card import WINDOWS, layer_recipes, windows_of
 from tracker.models import checkpoint
 from tracker.models.gguf_file import Reader, one_parse
 from tracker.models.load import load_model

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from tracker.core.identities import ModelIdentity
-from tracker.export.recipes import (
+from tracker.export.card import (
     WINDOWS,
     by_other_tools,
     layer_recipes,

@@ -16,7 +16,7 @@ from tests.helpers.families import VOCABULARY, Family
 from tests.helpers.truth import Without, truths, without
 from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError, ModelError
-from tracker.engine.scoring.sharing import FULL, Sharing
+from tracker.engine.scoring.model import FULL, Sharing
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check
 

@@ -19,7 +19,7 @@ from tests.helpers.families import tiny_model
 from tests.helpers.truth import exported, skip
 from tracker.core.documents import Document, Request
 from tracker.core.identities import ModelIdentity
-from tracker.engine.scoring.sharing import FULL, Sharing
+from tracker.engine.scoring.model import FULL, Sharing
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from tests.helpers.registry import LAYERS, VOCABULARY, WINDOW, config_class, tiny
-from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, Sharing
+from tracker.engine.scoring.model import DEPTH_ONLY, FULL, Sharing
 
 SMALL = {
     "vocab_size": VOCABULARY,

@@ -18,9 +18,9 @@ from tracker.core.errors import ModelError
 from tracker.models.checkpoint import refuse_unsizable, resized, save, without
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, load_model
-from tracker.models.placement import weight_bytes
+from tracker.models.offloaded import weight_bytes
 from tracker.models.pruned import left, pruned
-from tracker.models.reloaded import reloaded as in_memory
+from tracker.models.pruned import reloaded as in_memory
 from tracker.models.sources import find_model
 
 REMOVED = (0, 2)

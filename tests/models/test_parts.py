@@ -12,7 +12,7 @@ from tests.helpers.mixtures import MIXTURES, MORE
 from tests.helpers.registry import Variant, tiny
 from tracker.core.errors import ModelError
 from tracker.core.search_parts import SearchParts
-from tracker.models.parts.catalog import search_parts
+from tracker.models.parts.anatomy import search_parts
 from tracker.models.sources import find_model
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tracker.models import devices, placement
 from tracker.models.devices import free_memory, share_memory
-from tracker.models.placement import devices_for, least_free
+from tracker.models.offloaded import devices_for, least_free
 
 GIB = 2**30
 

@@ -11,8 +11,7 @@ from torch import nn
 from tests.helpers.registry import find
 from tracker.core.changes import Change
 from tracker.core.errors import ModelError
-from tracker.models.pruned import left, pruned
-from tracker.models.reloaded import as_loaded, as_made, lacking, reloaded
+from tracker.models.pruned import as_loaded, as_made, lacking, left, pruned, reloaded
 
 IDS = torch.tensor([[3, 5, 8, 13, 21, 34, 55, 7, 9, 11, 2, 40]])
 COMPUTED = [

@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from tracker.models.slices import put, take
+from tracker.models.devices import put, take
 
 
 def test_entries_are_those_of_indexing_by_a_list():

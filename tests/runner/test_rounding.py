@@ -12,7 +12,7 @@ from tests.helpers.runs import run as measure_it
 from tests.tools.rounding import compare, measure, requested
 from tracker.core.config import CellRequest
 from tracker.engine.scoring import row_size
-from tracker.engine.scoring.plain_call import read_for
+from tracker.engine.scoring.model import read_for
 from tracker.ledger.outcomes import AGAIN
 from tracker.ledger.store import Ledger
 from tracker.measuring.calibrate import LEAST_TWICE, computed_twice

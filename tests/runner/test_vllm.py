@@ -12,7 +12,7 @@ from torch import nn
 from tests.conftest import cli, refused
 from tests.helpers.engines import engine_of
 from tests.helpers.families import tiny_model
-from tracker.bench.vllm import PassingWorker, pass_over
+from tracker.bench.loops import PassingWorker, pass_over
 from tracker.core.changes import Ablation
 
 AGAINST = ["bench", "no-such-model", "--benchmark", "arc_easy", "--against", "vllm"]

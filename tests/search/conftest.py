@@ -25,10 +25,10 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
 from tracker.measuring.progress import Progress, Silent
-from tracker.search.budgets import Budget
 from tracker.search.cells import Lender, OpenCell
 from tracker.search.request import SearchRequest, search_request
 from tracker.search.scores import Losses, Set
+from tracker.search.settings import Budget
 from tracker.search.strategies import Search
 
 LAYERS = 5

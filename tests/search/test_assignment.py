@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 
 from tracker.core.errors import RequestError
-from tracker.search.assignment import alike, ends_kept, least_loss, swaps
-from tracker.search.bit_budgets import BitBudget, Unit, bits_of, budget
+from tracker.search.formats import (
+    BitBudget,
+    Unit,
+    alike,
+    bits_of,
+    budget,
+    ends_kept,
+    least_loss,
+    swaps,
+)
 
 FORMATS = ("q4_0", "q5_1", "q8_0")
 UNITS = [Unit(layer, name, ((32, 64), (64, 32))) for layer in range(3) for name in "ab"]

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, JambaConfig
 
 from tests.conftest import cli, printed, refused, save_tokenizer
 from tracker.core.errors import ModelError
-from tracker.search.beforehand import ends_of, refuse_unsavable
 from tracker.search.cells import Lender
+from tracker.search.planning import ends_of, refuse_unsavable
 from tracker.search.request import SearchRequest
 from tracker.search.scores import Set
 from tracker.search.search import budget_of

@@ -14,12 +14,12 @@ from tests.conftest import golden
 from tracker.core.errors import ExperimentError
 from tracker.core.search_parts import SearchParts
 from tracker.search import search
-from tracker.search.budgets import Budget, amount, budget
 from tracker.search.cells import Lender, OpenCell
 from tracker.search.planning import _Counted
 from tracker.search.request import SearchRequest
 from tracker.search.scores import Scores
 from tracker.search.search import budget_of
+from tracker.search.settings import Budget, amount, budget
 from tracker.search.strategies import STRATEGIES, Search
 
 from .conftest import LAYERS, WHOLE

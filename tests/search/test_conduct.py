@@ -20,7 +20,7 @@ from tracker.core.errors import ModelError, WorkError
 from tracker.core.extent import ALL, Extent
 from tracker.core.prune_records import PruneRecord
 from tracker.export import checkpoint
-from tracker.export.origin import count_choosing, removal_of, searched_removal
+from tracker.export.changes import count_choosing, removal_of, searched_removal
 from tracker.ledger.store import Ledger, keep_search, listed
 from tracker.measuring.progress import Silent
 from tracker.models import checkpoint as models

@@ -19,13 +19,12 @@ from tracker.core.errors import ExperimentError
 from tracker.core.prune_records import PruneCost, PruneRecord, PruneStep
 from tracker.core.search_parts import SearchParts
 from tracker.ledger.store import listed
-from tracker.search.beforehand import DrawnScores, ends_of
-from tracker.search.budgets import Budget, amount, budget
 from tracker.search.cells import OpenCell
-from tracker.search.constraints import constraints_of
+from tracker.search.planning import DrawnScores, ends_of
 from tracker.search.request import SearchRequest, load_searches, search_request
 from tracker.search.scores import Scores, Set
 from tracker.search.search import Found
+from tracker.search.settings import Budget, amount, budget, constraints_of
 from tracker.search.strategies import STRATEGIES, Search
 
 from .conftest import GO, LAYERS, WHOLE, Truth, opened_cell

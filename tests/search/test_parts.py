@@ -23,12 +23,12 @@ from tracker.core.search_parts import SearchParts
 from tracker.ledger.store import listed
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
-from tracker.search.beforehand import DrawnScores
-from tracker.search.budgets import BudgetOfParts
 from tracker.search.cells import Lender, OpenCell
+from tracker.search.planning import DrawnScores
 from tracker.search.request import SearchRequest, search_request
 from tracker.search.scores import Scores, Set
 from tracker.search.search import budget_of
+from tracker.search.settings import BudgetOfParts
 from tracker.search.strategies import OF_LAYERS, STRATEGIES, Search
 
 from .conftest import SETTINGS, opened

@@ -13,7 +13,7 @@ from tracker.core.estimates import Estimate
 from tracker.core.formats import level_text, points
 from tracker.core.prune_records import PruneRecord, PruneStep
 from tracker.ledger.store import listed
-from tracker.search.figures import end
+from tracker.search.report import end
 
 from .conftest import Truth
 

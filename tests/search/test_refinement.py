@@ -15,11 +15,18 @@ from tracker.core.config import CellRequest
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
-from tracker.models.parts.catalog import linear_map_shapes
+from tracker.models.parts.anatomy import linear_map_shapes
 from tracker.models.sources import find_model
-from tracker.search.assignment import least_loss, refined
-from tracker.search.bit_budgets import BitBudget, Choice, Unit, ablation_of, units_of
 from tracker.search.cells import Lender, OpenCell
+from tracker.search.formats import (
+    BitBudget,
+    Choice,
+    Unit,
+    ablation_of,
+    least_loss,
+    refined,
+    units_of,
+)
 
 FORMATS = ("q4_0", "q5_1", "q8_0")
 UNITS = [Unit(layer, "a", ((32, 32),)) for layer in range(4)]

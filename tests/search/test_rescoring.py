@@ -13,10 +13,10 @@ from tracker.analysis.stopping import QUESTION
 from tracker.core.changes import INTACT
 from tracker.core.extent import random_order
 from tracker.core.questions import question
-from tracker.search.budgets import Budget
 from tracker.search.cells import Lender, OpenCell
 from tracker.search.request import SearchRequest
 from tracker.search.scores import Scores, Set
+from tracker.search.settings import Budget
 from tracker.search.strategies import BATCH, STRATEGIES, Search
 from tracker.stats.sequential.stopping import Race
 

@@ -10,9 +10,9 @@ import pytest
 
 from tests.helpers.searches import naive_proxy
 from tracker.core.prune_records import PruneStep
-from tracker.search.budgets import Budget
 from tracker.search.cells import OpenCell
 from tracker.search.scores import Losses, Scores, Set
+from tracker.search.settings import Budget
 from tracker.search.strategies import STRATEGIES, Search
 
 from .conftest import GO, LAYERS, WHOLE, Truth

@@ -21,7 +21,7 @@ from tracker.ledger.outcomes import METRIC
 from tracker.ledger.store import Ledger, listed
 from tracker.report.page.studies import standing_alone
 from tracker.search import cells
-from tracker.search.figures import Choices
+from tracker.search.report import Choices
 from tracker.stats.accuracy import accuracy, accuracy_drop
 from tracker.studies.prune import best_sentence, paper_sentence, verdict_of
 from tracker.studies.prune.figures import OWN, TASKS, TEXT, Contrast, PrunedBenchmark, Prunings, Way

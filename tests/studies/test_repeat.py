@@ -14,7 +14,7 @@ from tracker import api
 from tracker.cli.pruning import export as exporting
 from tracker.core.changes import Change
 from tracker.core.extent import Extent
-from tracker.export.origin import count_choosing, tried_repetition
+from tracker.export.changes import count_choosing, tried_repetition
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.store import Ledger
 from tracker.stats.selection import best_by_chance

@@ -145,14 +145,14 @@ def profile(model: str, dtype: str) -> dict[str, Any]:
     from tests.helpers.ablations import single_layers
     from tracker.bench.compare import prepare
     from tracker.core.config import cell_request
-    from tracker.engine.memory import stream_bytes
     from tracker.engine.scoring import sweep
     from tracker.engine.scoring.head import LOGITS_BYTES
+    from tracker.engine.scoring.model import stream_bytes
     from tracker.engine.scoring.row_size import time_sizes
     from tracker.measuring.job import Options
     from tracker.measuring.progress import Progress
     from tracker.models.devices import peak_memory, reset_peak_memory
-    from tracker.models.placement import weight_bytes
+    from tracker.models.offloaded import weight_bytes
 
     settings = {"benchmark": "arc_easy", "data": DATA, "limit": PROFILED, "layers": (0,)}
     request = cell_request(model=model, dtype=dtype, **settings)

@@ -26,7 +26,7 @@ from tracker.core.ablations import ablations_of
 from tracker.core.changes import Ablation
 from tracker.core.config import CellRequest
 from tracker.core.records import CellRecord
-from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, Sharing
+from tracker.engine.scoring.model import DEPTH_ONLY, FULL, Sharing
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent

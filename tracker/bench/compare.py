@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tracker.bench.loops import Loop, LoopTiming, timed
-from tracker.bench.vllm import open_vllm, refuse_vllm
+from tracker.bench.loops import Loop, LoopTiming, open_vllm, refuse_vllm, timed
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder, huggingface_model
 from tracker.core.ablations import ablations_of

@@ -522,7 +522,7 @@ def _duration(seconds: float) -> str:
 
 def print_export(model: Exported) -> None:
     """Say what was saved, what it costs and saves, what was proved, and what else makes it."""
-    from tracker.export.recipes import by_other_tools, why_none
+    from tracker.export.card import by_other_tools, why_none
 
     say()
     for each in model.accuracy:

@@ -9,7 +9,7 @@ token whose hidden state is all zeros has no direction, so its figures are NaN a
 that includes it; torch's own cosine would call it 0, "turned by a right angle".
 
 Those of experts are sums over the tokens that a router sends to them, which
-`engine/observers/expert_load.py` observes of the experts that are taken out.
+`engine/observers/layer_proxies.py` observes of the experts that are taken out.
 
 The functions call nothing but methods of the tensors that they are given, so the list is read
 without torch.

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from tracker.core.changes import INTACT
-from tracker.engine.forward.forking import forking
-from tracker.engine.forward.replacements import FittedReplacement
+from tracker.engine.forward.layer import FittedReplacement, forking
 from tracker.engine.forward.streams import plan_streams
+from tracker.engine.scoring.rows import alike
 from tracker.engine.scoring.score import Parts
-from tracker.engine.scoring.tree import alike
 
 
 @dataclass

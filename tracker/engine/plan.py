@@ -15,16 +15,15 @@ from tracker.core.documents import Document
 from tracker.core.grouping import grouped
 from tracker.core.model_parts import experts_of_a_token
 from tracker.engine.forward.streams import StreamPlan, plain_passes, plan_streams
-from tracker.engine.memory import stream_bytes
 from tracker.engine.scoring.head import LOGITS_BYTES
-from tracker.engine.scoring.plain_call import read_for
-from tracker.engine.scoring.prefix import SHORTEST
+from tracker.engine.scoring.model import read_for, stream_bytes
 from tracker.engine.scoring.rows import common_beginning, tree_rows
+from tracker.engine.scoring.score import SHORTEST
 from tracker.engine.scoring.sweep import ROW_TOKENS
 from tracker.engine.selfcheck.check import plain_tokens
 from tracker.models.layers import find_layers
-from tracker.models.parts.embeddings import find_embeddings
 from tracker.models.parts.experts import entries
+from tracker.models.parts.linear_maps import find_embeddings
 
 SECONDS = 0.5
 """How long the machine's speed is measured."""

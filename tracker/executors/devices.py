@@ -8,7 +8,7 @@ from contextlib import suppress
 from tracker.core.errors import RequestError, TrackerError
 from tracker.measuring.job import Job, Options
 from tracker.models.load import bytes_to_load
-from tracker.models.placement import devices_for
+from tracker.models.offloaded import devices_for
 from tracker.models.sources import find_model
 
 

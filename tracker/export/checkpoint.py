@@ -23,12 +23,16 @@ from tracker.core.errors import BenchmarkError, CellError, RequestError, Tracker
 from tracker.core.formats import counted, measure_of
 from tracker.core.provenance import machine
 from tracker.core.records import CellRecord
-from tracker.export.card import write_card
-from tracker.export.changes import changed_layers, rounded_weights
+from tracker.export.card import by_other_tools, write_card
+from tracker.export.changes import (
+    changed_layers,
+    count_choosing,
+    rounded_weights,
+    untouched,
+    with_origin,
+)
 from tracker.export.facts import Accuracy, Exported, ModelChange, Size
-from tracker.export.origin import count_choosing, untouched, with_origin
 from tracker.export.proof import ExpectedAnswers, MeasuredCell, expected, prove
-from tracker.export.recipes import by_other_tools
 from tracker.ledger.files import new_folder
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
@@ -220,7 +224,7 @@ def _save(
     """
     from tracker.models import checkpoint
     from tracker.models.load import load_model
-    from tracker.models.placement import weight_bytes
+    from tracker.models.offloaded import weight_bytes
 
     options = request.options
     progress.say(f"loading {source.name}")

@@ -27,7 +27,7 @@ from tracker.core.provenance import content_hash
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder
-    from tracker.engine.forward.replacements import Replacement
+    from tracker.engine.forward.layer import Replacement
     from tracker.engine.scoring.sweep import Engine
 
 

@@ -25,7 +25,7 @@ from tracker.models.devices import describe
 from tracker.models.sources import find_model, parts_of, stored_format
 
 if TYPE_CHECKING:
-    from tracker.engine.forward.replacements import Replacement
+    from tracker.engine.forward.layer import Replacement
     from tracker.engine.scoring.sweep import DocumentScores, Engine
     from tracker.engine.selfcheck.check import Kept
     from tracker.engine.selfcheck.reference import Comparison, Reference
@@ -49,7 +49,7 @@ class Model:
 
 def open_model(request: CellRequest, options: Options) -> Model:
     """Load the model of a cell; ModelError if it cannot be found or read."""
-    from tracker.engine.memory import keep_freed_memory
+    from tracker.models.devices import keep_freed_memory
     from tracker.models.load import load_model
 
     keep_freed_memory()
@@ -257,7 +257,7 @@ class Meter:
         self, documents: Sequence[Document], parts: Sequence[Change]
     ) -> list[Mapping[Change, Sequence[float]]]:
         """Observe what the intact model does with some experts, document by document."""
-        from tracker.engine.observers.expert_load import expert_load
+        from tracker.engine.observers.layer_proxies import expert_load
 
         each = (partial(expert_load, self.engine, document, parts) for document in documents)
         return [*self.engine.side_by_side(each)]

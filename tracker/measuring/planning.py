@@ -34,7 +34,7 @@ from tracker.stats.sequential.stopping import forecast
 
 if TYPE_CHECKING:
     from tracker.engine.plan import Cost
-    from tracker.models.placement import Placement
+    from tracker.models.offloaded import Placement
 
 
 PILOT = 32
@@ -230,7 +230,7 @@ def _reading(
 ) -> PlannedReading | None:
     """Say how the weights of a model come past, where it runs by default."""
     from tracker.models.load import find_device, resting
-    from tracker.models.placement import read_rate
+    from tracker.models.offloaded import read_rate
 
     placement = resting(source, lambda: texts.model, find_device("auto"), trust_remote_code)
     if placement is None:

@@ -81,7 +81,7 @@ def _counted(
     parts = count_parts(source, trust_remote_code, kinds)
     if "linear" not in request.components or request.maps:
         return parts
-    from tracker.models.parts.catalog import linear_map_shapes
+    from tracker.models.parts.anatomy import linear_map_shapes
 
     return parts._replace(maps=tuple(map(tuple, linear_map_shapes(source, trust_remote_code))))
 

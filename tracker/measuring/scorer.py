@@ -13,11 +13,10 @@ from tracker.core.changes import Ablation
 from tracker.core.documents import Document, Prompt
 from tracker.engine.refusal import refused
 from tracker.engine.scoring.generation import generating, generation_groups
-from tracker.engine.scoring.sharing import DEPTH_ONLY, ONE_BY_ONE, PLAIN
+from tracker.engine.scoring.model import DEPTH_ONLY, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import DocumentScores, Engine
 from tracker.engine.selfcheck.check import Fit, Kept, check, watch
-from tracker.engine.selfcheck.reasons import in_words
-from tracker.engine.selfcheck.reference import Comparison, Reference, shaken
+from tracker.engine.selfcheck.reference import Comparison, Reference, in_words, shaken
 
 CHECKED_TOKENS = 16
 """Tokens that the check lets every ablation generate."""

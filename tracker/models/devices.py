@@ -6,10 +6,12 @@ same functions, apart from Apple's MPS, which has no streams and other names for
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,22 @@ _VISIBLE = {
 }
 _RESET = Path("/proc/self/clear_refs")
 _host_shares = 1
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+"""Parameters of glibc's `mallopt(3)`."""
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep freed memory instead of returning it to the system after each use.
+
+    By default glibc maps every large block anew, and the first touch of new memory costs several
+    times a reuse. Elsewhere than on glibc this does nothing.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_MMAP_MAX, 0)
+    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_TOP_PAD, 64 * 2**20)
 
 
 def default_device() -> torch.device:
@@ -190,3 +208,30 @@ def fetch(tensor: Tensor) -> Callable[[], Tensor]:
 
 def _module(device: torch.device) -> Any:
     return torch.get_device_module(device.type)
+
+
+def neighbours(indices: Sequence[int]) -> list[slice]:
+    """Split indices into stretches of neighbours: [0, 1, 2, 0] into 0:3 and 0:1."""
+    starts = [n for n, index in enumerate(indices) if not n or index != indices[n - 1] + 1]
+    return [slice(indices[a], indices[b - 1] + 1) for a, b in pairwise([*starts, len(indices)])]
+
+
+def take(tensor: Tensor, indices: Sequence[int], axis: int = 0) -> Tensor:
+    """Copy some entries of a tensor, in the order of their indices along an axis."""
+    along = tensor.movedim(axis, 0)
+    parts = [along[run].movedim(0, axis) for run in neighbours(indices)]
+    return torch.cat(parts, axis) if parts else tensor.narrow(axis, 0, 0)
+
+
+def split(packed: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Split a tensor of one axis into tensors of some shapes, one after the other."""
+    parts = torch.split(packed, [shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def put(tensor: Tensor, indices: Sequence[int], values: Tensor) -> None:
+    """Write values over some entries of a tensor's first axis, in the order of their indices."""
+    runs = neighbours(indices)
+    parts = torch.split(values, [run.stop - run.start for run in runs])
+    for run, part in zip(runs, parts, strict=True):
+        tensor[run] = part

@@ -31,8 +31,7 @@ from tracker.ledger.cache import own_folder
 from tracker.models.devices import accelerators, default_device, free_memory
 from tracker.models.gguf_file import one_parse
 from tracker.models.layers import find_layers, layers_beyond
-from tracker.models.offloaded import OffloadedWeights, take_over
-from tracker.models.placement import Placement, placed, weight_bytes
+from tracker.models.offloaded import OffloadedWeights, Placement, placed, take_over, weight_bytes
 from tracker.models.sources import (
     BITS,
     ModelSource,

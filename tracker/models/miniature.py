@@ -23,8 +23,10 @@ from transformers import PreTrainedConfig
 
 from tracker.core.model_parts import CHOSEN, ROUTED
 from tracker.models.layers import find_layers
-from tracker.models.reloaded import Shapes, shapes
+from tracker.models.pruned import Shapes, shapes
 
+NumberPath = tuple[str, ...]
+"""Where a number stands in a text model's configuration."""
 VOCABULARY = 128
 HEADS = 4
 HEAD = 8
@@ -248,10 +250,10 @@ def small_config(config: Any, shrink: Sequence[Callable[[Any], None]]) -> Any | 
     return small
 
 
-def numbers(config: Any) -> Iterator[tuple[tuple[str, ...], float]]:
+def numbers(config: Any) -> Iterator[tuple[NumberPath, float]]:
     """List the numbers of a text configuration, nested ones too: whole, from 4 on, with paths."""
 
-    def walk(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], float]]:
+    def walk(path: NumberPath, value: Any) -> Iterator[tuple[NumberPath, float]]:
         if isinstance(value, dict):
             for name, item in value.items():
                 yield from walk((*path, name), item)
@@ -263,7 +265,7 @@ def numbers(config: Any) -> Iterator[tuple[tuple[str, ...], float]]:
             yield from walk((name,), value)
 
 
-def with_numbers(config: Any, chosen: dict[tuple[str, ...], float]) -> Any:
+def with_numbers(config: Any, chosen: dict[NumberPath, float]) -> Any:
     """Copy a model's configuration, the numbers at some paths of its text part changed."""
     changed = copy.deepcopy(config)
     text = changed.get_text_config()

@@ -37,7 +37,7 @@ from tracker.measuring.meter import Meter, Model, Place, open_model
 from tracker.measuring.observing import Documents, Observe, Observed, observe
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
-from tracker.models.parts.catalog import search_parts
+from tracker.models.parts.anatomy import search_parts
 from tracker.models.sources import find_model
 from tracker.stats.arrays import Array
 

@@ -22,11 +22,9 @@ from tracker.core.records import CellRecord, Place
 from tracker.ledger.store import Ledger, keep_finding, keep_search
 from tracker.measuring.prepare import look_up
 from tracker.runner import Finished, run_cells
-from tracker.search.beforehand import refuse_unsavable
 from tracker.search.cells import Lender, OpenCell
-from tracker.search.constraints import Constraints
-from tracker.search.figures import Searched, end
-from tracker.search.report import finding_of
+from tracker.search.planning import refuse_unsavable
+from tracker.search.report import Searched, end, finding_of
 from tracker.search.request import Goal, SearchRequest
 from tracker.search.search import (
     Found,
@@ -38,6 +36,7 @@ from tracker.search.search import (
     search,
     stays_of,
 )
+from tracker.search.settings import Constraints
 from tracker.team.publish import Publisher, Trial
 
 log = logging.getLogger(__name__)

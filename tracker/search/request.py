@@ -33,9 +33,7 @@ from tracker.core.kinds import NUMBERED, Component
 from tracker.core.problems import checked
 from tracker.core.prune_records import Rescoring
 from tracker.core.search_parts import many_of
-from tracker.search.budgets import Amount, amount
-from tracker.search.constraints import CONSTRAINTS, in_words
-from tracker.search.settings import OF_CELLS, SearchSettings
+from tracker.search.settings import CONSTRAINTS, OF_CELLS, Amount, SearchSettings, amount, in_words
 from tracker.search.strategies import BLIND, DRAWN, NULL, OF_LAYERS, RESCORED, STRATEGIES
 
 Goal = tuple[CellRequest, Component, str, str]

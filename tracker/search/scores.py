@@ -21,8 +21,7 @@ from tracker.core.estimates import Estimate
 from tracker.core.proxies import PROXIES, passes
 from tracker.core.prune_records import PruneCost, PruneStep
 from tracker.core.search_parts import SearchParts
-from tracker.engine.observers.divergence import output_proxies
-from tracker.engine.observers.span_similarity import span_similarity
+from tracker.engine.observers.layer_proxies import output_proxies, span_similarity
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import Arrays
 from tracker.measuring.meter import Place

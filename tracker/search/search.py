@@ -31,13 +31,12 @@ from tracker.models.checkpoint import refuse_packed
 from tracker.models.devices import describe, synchronize
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, weightless
-from tracker.models.parts.catalog import search_parts
+from tracker.models.parts.anatomy import search_parts
 from tracker.models.sources import ModelSource, count_layers, find_model, read_config
-from tracker.search.budgets import Budget, budget
 from tracker.search.cells import Lender, OpenCell
-from tracker.search.constraints import FREE, Constraints, constraints_of
 from tracker.search.request import SearchRequest, deciding
 from tracker.search.scores import Scores, Set
+from tracker.search.settings import FREE, Budget, Constraints, budget, constraints_of
 from tracker.search.strategies import NULL, STRATEGIES, Search
 
 TOKENS = 128

@@ -2,16 +2,560 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import ast
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
+from tracker.core.arguments import Arguments, decoded
+from tracker.core.changes import MAX_LAYERS
 from tracker.core.config import IN_THE_FILE, KEYS, Name, Strict, several
+from tracker.core.errors import ExperimentError, ModelError
 from tracker.core.extent import Positive
-from tracker.core.kinds import SearchUnit
+from tracker.core.formats import counted
+from tracker.core.kinds import NUMBERED, Component, SearchUnit
+from tracker.core.layer_kinds import layers_of_kind
 from tracker.core.prune_records import Rescoring
-from tracker.search.budgets import amount
-from tracker.search.constraints import Chosen, Ratios
+from tracker.core.safe_yaml import short
+from tracker.core.search_parts import SearchParts
+
+CONSTRAINTS = ("protect", "among", "at_least")
+"""Keys of a search that say what must stay."""
+LAST = "last"
+"""The last layer, whichever its number is."""
+LAYER_FORMS = "[0, 1, last], 3-7, {min: 8, max: 24}, odd, even, or {kind: sliding_attention}"
+"""How layers are written."""
+LEAST = "{full_attention: 2}, or {full_attention: 1 of 4}"
+"""How it is written that so many stay."""
+
+_RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?", re.ASCII)
+_KIND = re.compile(r"[A-Za-z]\w*")
+_SETTINGS: TypeAdapter[str] = TypeAdapter(Arguments)
+_RATIO = re.compile(r"(\d+)(?: of (\d+))?", re.ASCII)
+
+
+def _words(given: Any) -> tuple[int | str, ...]:
+    """Read layers as YAML gives them, as W&B passes them on, or as they are typed."""
+    text = given.strip() if isinstance(given, str) else ""
+    if text[:1] in ("[", "(", "{"):
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError):
+                given = read(text)
+                break
+        else:  # as a list is typed without quotes
+            given = text.strip("[]()")
+    if isinstance(given, dict):
+        given = _of_mapping(given)
+    if isinstance(given, str):
+        given = given.split(",")
+    if not isinstance(given, list | tuple):
+        given = [given]
+    found = [one for each in given for one in _read(each)]
+    if not found:
+        raise ValueError(f"it names no layer; write {LAYER_FORMS}")
+    if len(set(found)) < len(found):
+        raise ValueError("a layer stands twice in it")
+    numbers = sorted(each for each in found if isinstance(each, int))
+    return (*numbers, *sorted(each for each in found if isinstance(each, str)))
+
+
+def _of_mapping(given: dict[Any, Any]) -> Any:
+    if given.keys() == {"min", "max"}:
+        return f"{given['min']}-{given['max']}"
+    if given.keys() == {"kind"}:
+        return given["kind"]
+    raise ValueError(f"{short(given)} is no choice of layers; write {LAYER_FORMS}")
+
+
+def _read(given: Any) -> Iterator[int | str]:
+    text = str(given).strip()
+    numbers = _RANGE.fullmatch(text)
+    if isinstance(given, bool) or not (numbers or _KIND.fullmatch(text)):
+        raise ValueError(f"{short(given)} is no layer; write {LAYER_FORMS}")
+    if numbers is None:
+        yield text
+        return
+    first, end = int(numbers[1]), int(numbers[2] or numbers[1])
+    if end < first:
+        raise ValueError(f"{text} ends before it begins; write {end}-{first}")
+    if end >= MAX_LAYERS:
+        raise ValueError(f"no model has a layer {end:,}")
+    yield from range(first, end + 1)
+
+
+def _ratios(given: Any) -> str:
+    """Check that each kind has a number of layers that stay, or `N of M`, and write it alike."""
+    try:
+        read = decoded(_SETTINGS.validate_python(given))
+    except ValidationError:
+        raise ValueError(f"{short(given)} says of no kind how many stay; write {LEAST}") from None
+    found = {kind: " ".join(str(said).split()) for kind, said in read.items()}
+    for kind, said in found.items():
+        ratio = _RATIO.fullmatch(said)
+        if ratio is None or int(ratio[1]) < 1:
+            raise ValueError(f"{kind}: {short(said)} is no number of layers; write {LEAST}")
+        if ratio[2] and int(ratio[2]) < int(ratio[1]):
+            raise ValueError(f"{kind}: of {ratio[2]} layers {ratio[1]} cannot stay; write {LEAST}")
+    if not found:
+        raise ValueError(f"it names no kind; write {LEAST}")
+    return json.dumps(found, sort_keys=True)
+
+
+Chosen = Annotated[tuple[int | str, ...], BeforeValidator(_words)]
+"""Layers: numbers, ascending, and then words: kinds, `odd`, `even`, `last`."""
+Ratios = Annotated[str, BeforeValidator(_ratios)]
+"""How many of which kinds stay, as canonical JSON."""
+
+
+@dataclass(frozen=True)
+class Least:
+    """A constraint: a number of layers of a kind stay.
+
+    Attributes:
+        kind: The kind.
+        layers: Those of it.
+        count: How many stay: of all of them,
+        of: or of those among any so many consecutive layers of the intact model.
+    """
+
+    kind: str
+    layers: tuple[int, ...]
+    count: int
+    of: int | None
+
+    def __str__(self) -> str:
+        """Write the number as a file has it."""
+        return f"{self.count}" if self.of is None else f"{self.count} of {self.of}"
+
+    def groups(self, total: int) -> Iterator[tuple[int, ...]]:
+        """Yield the sets of layers of each of which `count` stay, of `total` layers."""
+        width = total if self.of is None else self.of
+        for first in range(total - width + 1):
+            yield tuple(layer for layer in self.layers if first <= layer < first + width)
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """Constraints of a search: what must stay of a model.
+
+    Attributes:
+        protected: Layers that stay.
+        among: The only ones that may go; None for all.
+        least: Of which kinds so many stay.
+    """
+
+    protected: tuple[int, ...] = ()
+    among: tuple[int, ...] | None = None
+    least: tuple[Least, ...] = ()
+
+    @property
+    def names(self) -> str:
+        """The keys of the constraints, as messages name them."""
+        said = {"protect": self.protected, "among": self.among, "at_least": self.least}
+        return " and ".join(f"'{key}'" for key, value in said.items() if value)
+
+    def fixed(self, total: int) -> frozenset[int]:
+        """Return the layers that stay whatever else goes, of `total` layers."""
+        among = range(total) if self.among is None else self.among
+        return frozenset(range(total)) - (frozenset(among) - frozenset(self.protected))
+
+
+FREE = Constraints()
+"""Everything may go."""
+
+
+def constraints_of(
+    protect: Sequence[int | str],
+    among: Sequence[int | str],
+    at_least: str | None,
+    total: int,
+    config: Callable[[], Any],
+) -> Constraints:
+    """Find the layers that are meant by what was written.
+
+    Args:
+        protect: As `Chosen`; empty for nothing said.
+        among: Likewise.
+        at_least: As `Ratios`; None for nothing said.
+        total: How many layers the model has.
+        config: Reads its text configuration, which names kinds of layers.
+
+    Returns:
+        What must stay.
+
+    Raises:
+        ExperimentError: A layer or a kind is not there, the intact model itself is not so, or
+            nothing could go.
+    """
+    protected = _layers("protect", protect, total, config)
+    only = _layers("among", among, total, config) if among else None
+    least = tuple(_least(kind, said, total, config) for kind, said in decoded(at_least).items())
+    if not set(range(total) if only is None else only) - set(protected):
+        held = f"all {total} layers" if only is None else "every layer of 'among'"
+        raise ExperimentError(
+            f"'protect' holds {held}, so that nothing can go; protect fewer layers"
+        )
+    return Constraints(protected, only, least)
+
+
+def _layers(
+    key: str, words: Sequence[int | str], total: int, config: Callable[[], Any]
+) -> tuple[int, ...]:
+    """Find the layers that some words name."""
+    kinds = [word for word in words if isinstance(word, str) and word != LAST]
+    numbers = {word for word in words if isinstance(word, int)}
+    if numbers and max(numbers) >= total:
+        raise ExperimentError(
+            f"'{key}': there is no layer {max(numbers)}; the model has layers 0 to {total - 1}"
+        )
+    last = {total - 1} if LAST in words else set()
+    return tuple(sorted({*numbers, *last, *_of_kinds(key, kinds, config)}))
+
+
+def _of_kinds(key: str, kinds: Sequence[str], config: Callable[[], Any]) -> tuple[int, ...]:
+    try:
+        return layers_of_kind(config(), kinds) if kinds else ()
+    except ModelError as error:
+        raise ExperimentError(f"'{key}': {error}") from None
+
+
+def _least(kind: str, said: str, total: int, config: Callable[[], Any]) -> Least:
+    """Find what `N`, or `N of M`, means; ExperimentError where the intact model is not so."""
+    layers = _of_kinds("at_least", [kind], config)
+    count, _, width = said.partition(" of ")
+    found = Least(kind, layers, int(count), int(width) if width else None)
+    head = f"'at_least': {kind}: {said}"
+    if found.of is not None and found.of > total:
+        raise ExperimentError(f"{head}: the model has {total} layers; write {count} of {total}")
+    for first, group in enumerate(found.groups(total)):
+        if len(group) < found.count:
+            among = f" among layers {first} to {first + found.of - 1}" if found.of else ""
+            raise ExperimentError(
+                f"{head}: the intact model has {len(group)} of that kind{among}; ask for no "
+                "more than it has"
+            )
+    return found
+
+
+def in_words(layers: Sequence[int | str]) -> list[str]:
+    """Write layers, three and more in a row as `8 to 24`."""
+    runs: list[list[int | str]] = []
+    for layer in layers:
+        if runs and isinstance(layer, int) and layer - 1 == runs[-1][-1]:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return [
+        word
+        for run in runs
+        for word in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))
+    ]
+
+
+Measure = Literal["parts", "parameters", "bytes", "seconds", "bits"]
+AMOUNT_FORMS = "8, 25 %, 25 % parameters, 25 % bytes, 25 % seconds, 34M parameters, 70 MB or 5 ms"
+"""How an amount is written."""
+
+_TOO_FEW: Mapping[Component, str] = {
+    "layer": "leaves no layer",
+    "head": "leaves layers without a head",
+    "kv_head": "leaves layers without a group of heads",
+    "expert": "leaves layers fewer experts than their routers choose",
+}
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?(.*)")
+_SHARES: Mapping[str, Measure] = {
+    "%": "parts",
+    "% parameters": "parameters",
+    "% bytes": "bytes",
+    "% seconds": "seconds",
+}
+_UNITS: Mapping[str, tuple[Measure, float]] = {
+    "parameters": ("parameters", 1),
+    "K parameters": ("parameters", 1e3),
+    "M parameters": ("parameters", 1e6),
+    "B parameters": ("parameters", 1e9),
+    "KB": ("bytes", 1e3),
+    "MB": ("bytes", 1e6),
+    "GB": ("bytes", 1e9),
+    "KiB": ("bytes", 2**10),
+    "MiB": ("bytes", 2**20),
+    "GiB": ("bytes", 2**30),
+    "ms": ("seconds", 1e-3),
+    "s": ("seconds", 1),
+    "bpw": ("bits", 1),
+}
+
+
+@dataclass(frozen=True)
+class Amount:
+    """An amount: of parts, of what they take, or a share of what the model takes.
+
+    Attributes:
+        text: As it was written.
+        value: The number; a fraction where it is a share.
+        measure: The quantity; seconds are those of one token, bits those of one weight.
+        share: Whether it is a share of the whole model, of all parts for `parts`.
+    """
+
+    text: str
+    value: float
+    measure: Measure
+    share: bool = False
+
+
+def amount(given: int | str) -> Amount:
+    """Read an amount.
+
+    Args:
+        given: A whole number of parts, or a text as in `AMOUNT_FORMS`.
+
+    Returns:
+        What it says.
+
+    Raises:
+        ValueError: It is no amount, or nothing.
+
+    Examples:
+        >>> amount("25 % parameters").measure, amount("34M parameters").value
+        ('parameters', 34000000.0)
+    """
+    read = read_amount(str(given))
+    if isinstance(given, bool) or read is None or read.measure == "bits":
+        raise ValueError(f"{short(given)} is no amount; write one of: {AMOUNT_FORMS}")
+    if read.value <= 0 or (read.share and read.value >= 1):
+        raise ValueError(
+            f"{read.text} is nothing, or everything; write more than 0 and less than 100 %"
+        )
+    return read
+
+
+def read_amount(text: str) -> Amount | None:
+    """Read a number of parts, or an amount with a unit; None where it is none."""
+    text = " ".join(text.split())
+    match = _AMOUNT.fullmatch(text)
+    if match is None:
+        return None
+    number, unit = float(match[1]), match[2]
+    if unit in _SHARES:
+        return Amount(text, number / 100, _SHARES[unit], share=True)
+    if unit in _UNITS:
+        measure, size = _UNITS[unit]
+        return Amount(text, number * size, measure)
+    return Amount(text, number, "parts") if not unit and number.is_integer() else None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget: it is met when enough is removed.
+
+    Attributes:
+        each: What each part takes: 1, parameters, bytes or seconds.
+        needed: What is to go at least; `budget` sees to it that a part can stay.
+        fixed: Parts that stay.
+        least: Some parts, and how many of them stay at least.
+    """
+
+    each: tuple[float, ...]
+    needed: float
+    fixed: frozenset[int] = frozenset()
+    least: tuple[tuple[tuple[int, ...], int], ...] = ()
+
+    @property
+    def free(self) -> list[int]:
+        """The parts that may go."""
+        return [part for part in range(len(self.each)) if part not in self.fixed]
+
+    def parts_of(self, unit: Component) -> SearchParts:
+        """Return the parts of the budget."""
+        return SearchParts(unit, len(self.each))
+
+    def allows(self, removed: Collection[int]) -> bool:
+        """Return whether these parts may go together."""
+        return self.fixed.isdisjoint(removed) and all(
+            sum(part not in removed for part in parts) >= stay for parts, stay in self.least
+        )
+
+    def enough(self, removed: Collection[int]) -> bool:
+        """Return whether it is enough to remove these parts."""
+        gone = sum(self.each[part] for part in removed)
+        return gone >= self.needed * (1 - 1e-9)
+
+    def reachable(self, removed: Collection[int]) -> bool:
+        """Return whether these may go, and enough with them, and a part stay."""
+        return self.allows(removed) and self.enough(self.most(removed))
+
+    def most(self, removed: Collection[int] = ()) -> set[int]:
+        """Return the largest set with these parts that may go, so that a part stays."""
+        free = set(self.free)
+        if self.least:
+            return _largest(self, frozenset(removed))
+        stay = {} if self.fixed else free.difference(removed)
+        return free - {min(stay, key=lambda part: self.each[part])} if stay else free
+
+    @property
+    def largest(self) -> float:
+        """The most that may go."""
+        return sum(self.each[part] for part in self.most())
+
+    def left(self, removed: Collection[int]) -> list[int]:
+        """Return the parts that could go next."""
+        most = self.most(removed)
+        sure = most if self.enough(most) else set()
+        parts = [part for part in self.free if part not in removed]
+        return [part for part in parts if part in sure or self.reachable((*removed, part))]
+
+
+@dataclass(frozen=True)
+class BudgetOfParts(Budget):
+    """A budget of parts of which a layer has several, each of size 1.
+
+    Attributes:
+        parts: What they are, and how many of each layer's stay at least.
+    """
+
+    parts: SearchParts = field(kw_only=True)
+
+    def parts_of(self, unit: Component) -> SearchParts:
+        """Return the parts of the budget."""
+        return self.parts
+
+    @cached_property
+    def _rooms(self) -> Mapping[int, int]:
+        """Layer → how many of its parts may go."""
+        most = self.parts.per_layer - self.parts.stay
+        return {layer: min(free, most) for layer, free in self._of_layers(self.free).items()}
+
+    def _of_layers(self, parts: Iterable[int]) -> Counter[int]:
+        return Counter(map(self.parts.layer_of, parts))
+
+    @property
+    def largest(self) -> float:
+        """The most that may go."""
+        return float(sum(self._rooms.values()))
+
+    def allows(self, removed: Collection[int]) -> bool:
+        """Return whether these parts may go together."""
+        gone = self._of_layers(removed).items()
+        fit = all(count <= self._rooms.get(layer, 0) for layer, count in gone)
+        return fit and self.fixed.isdisjoint(removed)
+
+    def reachable(self, removed: Collection[int]) -> bool:
+        """Return whether these may go, and enough with them."""
+        return self.allows(removed) and self.largest >= self.needed * (1 - 1e-9)
+
+    def left(self, removed: Collection[int]) -> list[int]:
+        """Return the parts that could go next."""
+        if not self.reachable(removed):
+            return []
+        counts, gone = self._of_layers(removed), set(removed)
+        full = {layer for layer, room in self._rooms.items() if counts[layer] >= room}
+        free = (part for part in self.free if part not in gone)
+        return [part for part in free if self.parts.layer_of(part) not in full]
+
+
+def out_of_reach(why: str) -> ExperimentError:
+    """Make the error of a strategy that cannot remove enough."""
+    return ExperimentError(
+        f"{why}, and that is not enough; let less go, or take a strategy that chooses one by one, "
+        "such as accuracy"
+    )
+
+
+def budget(
+    word: Literal["remove", "keep"],
+    asked: Amount,
+    each: Sequence[float],
+    total: float,
+    title: str,
+    constraints: Constraints = FREE,
+    parts: SearchParts | None = None,
+) -> Budget:
+    """Make the budget of an amount.
+
+    Args:
+        word: Whether the amount is to go at least, or may be left at most.
+        asked: The amount.
+        each: What each part takes, in the amount's measure.
+        total: What the whole model takes; for `parts`, how many there are.
+        title: The search, for messages.
+        constraints: What must stay, in layers.
+        parts: What goes; None = whole layers.
+
+    Returns:
+        The budget.
+
+    Raises:
+        ExperimentError: Nothing would go, or everything, or more than may.
+    """
+    value = asked.value * total if asked.share else asked.value
+    needed = value if word == "remove" else total - value
+    if needed <= 0:
+        raise ExperimentError(
+            f"{title}: '{word}: {asked.text}' removes nothing: the model has "
+            f"{_written(total, asked.measure)}; keep less"
+        )
+    parts = parts or SearchParts("layer", len(each))
+    fixed = {*parts.of_layers(constraints.fixed(parts.layers))}
+    fixed |= set(range(parts.total)).difference(parts.numbers)
+    if parts.unit in NUMBERED:
+        found: Budget = BudgetOfParts(tuple(each), needed, frozenset(fixed), parts=parts)
+    else:
+        groups = ((one.groups(parts.layers), one.count) for one in constraints.least)
+        least = dict.fromkeys((layers, count) for some, count in groups for layers in some)
+        found = Budget(tuple(each), needed, frozenset(fixed), tuple(least))
+    if not found.reachable(()):
+        most = found.largest
+        limit, bound = ("at most", most) if word == "remove" else ("no less than", total - most)
+        names = constraints.names
+        why = f"does not fit {names}" if names else _TOO_FEW.get(parts.unit, _TOO_FEW["layer"])
+        raise ExperimentError(
+            f"{title}: '{word}: {asked.text}' {why}: of "
+            f"{_written(total, asked.measure)}, {word} {limit} {_written(bound, asked.measure)}"
+        )
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _largest(within: Budget, removed: frozenset[int]) -> set[int]:
+    """Return the largest set with some parts that may go: by integer programming."""
+    # Commands that ask nothing of the kind begin without it.
+    import numpy as np
+    from scipy import optimize
+
+    parts = range(len(within.each))
+    # Which parts stay of all, at least one, and of each group so many.
+    groups = [(parts, 1), *within.least]
+    holds = np.array([[part in group for part in parts] for group, _ in groups], dtype=float)
+    may_go = holds.sum(axis=1) - [stay for _, stay in groups]
+    found = optimize.milp(
+        -np.array(within.each) / max(within.each),
+        integrality=np.ones(len(parts)),
+        bounds=optimize.Bounds(
+            [float(part in removed) for part in parts],
+            [float(part not in within.fixed) for part in parts],
+        ),
+        constraints=optimize.LinearConstraint(holds, ub=may_go),
+        options={"mip_rel_gap": 0},
+    )
+    assert found.x is not None  # what is removed is allowed
+    return {part for part in parts if found.x[part] > 0.5}
+
+
+def _written(value: float, measure: Measure) -> str:
+    if measure == "parts":
+        return counted(round(value), "part")
+    if measure == "parameters":
+        return f"{value / 1e6:,.1f}M parameters"
+    if measure == "bytes":
+        return f"{value / 1e6:,.1f} MB"
+    return f"{1000 * value:,.3g} ms a token"
 
 
 def _several(given: Any) -> Any:

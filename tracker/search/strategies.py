@@ -21,8 +21,8 @@ from tracker.core.grouping import grouped
 from tracker.core.proxies import PROXIES
 from tracker.core.prune_records import PruneStep, Rescoring
 from tracker.measuring.fill import CellWork, fill
-from tracker.search.budgets import Budget, out_of_reach
 from tracker.search.scores import NO_FINITE, Scores, Set, grown
+from tracker.search.settings import Budget, out_of_reach
 from tracker.stats.rank_agreement import rounded
 
 BATCH = 6

@@ -26,7 +26,7 @@ from tracker.core.provenance import content_hash
 from tracker.core.records import RunRecord
 from tracker.core.tables import Table
 from tracker.core.weight_formats import FORMATS
-from tracker.search.format_requests import each_map, errors_of
+from tracker.search.formats import each_map, errors_of
 from tracker.stats.arrays import Array, divided
 from tracker.stats.rank_agreement import row_coefficients
 from tracker.stats.resampling import bias_corrected_interval

@@ -16,7 +16,7 @@ from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
 from tracker.ledger.shards import write_observations
 from tracker.ledger.store import Ledger
-from tracker.search.figures import Choices
+from tracker.search.report import Choices
 from tracker.studies import calibration, savings
 from tracker.studies.audit.figures import KIND
 from tracker.studies.base import Subject, open_study

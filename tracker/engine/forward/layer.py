@@ -3,18 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tracker.engine.forward.base import by_stream, cut
-from tracker.engine.forward.replacements import Replacement
-from tracker.engine.forward.streams import LayerStep
+from tracker.core.kinds import Action
+from tracker.engine.forward.modules import (
+    HeadFork,
+    LayerSite,
+    ModuleFork,
+    RoundedFork,
+    RouterFork,
+    SharedExpertFork,
+    SublayerFork,
+    by_stream,
+    cut,
+)
+from tracker.engine.forward.streams import LayerStep, StreamPlan
 from tracker.engine.refusal import RefusalError
-from tracker.models.hooks import first_of, learn_writes, protected, with_first
-from tracker.models.slices import neighbours, put, take
+from tracker.models.devices import neighbours, put, take
+from tracker.models.hooks import first_of, learn_writes, protected, replaced_forward, with_first
+from tracker.models.offloaded import is_absent
+from tracker.models.parts.anatomy import LayerAnatomy
+
+
+class Replacement(Protocol):
+    """A replacement of one layer."""
+
+    def change(self, action: Action, state: Tensor) -> Tensor:
+        """Compute the state behind it of one [rows, tokens, …], in the same type."""
+        ...
+
+
+@dataclass(frozen=True)
+class FittedReplacement:
+    """A replacement fitted on text, in float32 for models of any type.
+
+    Attributes:
+        mean: The mean update [width].
+        scale: The factor.
+        linear: Weight [width, width] and bias [width]; None where it was not fitted.
+    """
+
+    mean: Tensor
+    scale: float
+    linear: tuple[Tensor, Tensor] | None = None
+
+    def change(self, action: Action, state: Tensor) -> Tensor:
+        """Compute x + m, s·x or W·x + b; several residual streams side by side are one x."""
+        flat = state.flatten(2).float()
+        if action is Action.MEAN:
+            after = flat + self.mean.to(state.device)
+        elif action is Action.SCALE:
+            after = flat * self.scale
+        else:
+            assert self.linear is not None
+            weight, bias = (tensor.to(state.device) for tensor in self.linear)
+            after = flat @ weight.T + bias
+        return after.to(state.dtype).reshape(state.shape)
+
+    def on(self, device: torch.device) -> FittedReplacement:
+        """Return the same with its tensors on a device."""
+        linear = self.linear and (self.linear[0].to(device), self.linear[1].to(device))
+        return FittedReplacement(self.mean.to(device), self.scale, linear)
+
+
+@dataclass(frozen=True)
+class RandomReplacement:
+    """A replacement drawn at random, for a layer of a model that is only checked."""
+
+    layer: int
+
+    def change(self, action: Action, state: Tensor) -> Tensor:
+        """Change a state of any width as `FittedReplacement` would."""
+        width = state.flatten(2).shape[-1]
+        draw = torch.Generator().manual_seed(self.layer)
+        weight = torch.eye(width) + 0.3 * torch.randn(width, width, generator=draw) / width**0.5
+        mean, bias = 0.3 * torch.randn(2, width, generator=draw)
+        return FittedReplacement(mean, 0.7, (weight, bias)).change(action, state)
+
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """Called with a layer and the baseline's input and output of it, each [rows, tokens, hidden]."""
@@ -237,3 +307,130 @@ def _repeated(name: str, value: Any, rows: tuple[int, ...], streams: int) -> Any
     if value.shape == rows or (name == "alibi" and value.ndim == 3):
         return value.repeat(streams, 1, 1)
     return value
+
+
+class SkippedLayer:
+    """A removed layer: the stream keeps the state that it came with."""
+
+    def forward(self, fork: LayerFork, before: Tensor, after: Tensor) -> None:
+        """Copy the states of streams without the layer."""
+        for stream, action in enumerate(fork.step.actions):
+            if action is Action.SKIP:
+                after[stream] = before[fork.step.origin(stream)]
+
+
+class ReplacedLayer:
+    """A layer of which a mean update, a factor or a linear map takes the place."""
+
+    def forward(self, fork: LayerFork, before: Tensor, after: Tensor) -> None:
+        """Compute the replacement for the streams that have one."""
+        for stream, action in enumerate(fork.step.actions):
+            if action.is_fitted:
+                replacement = fork.common.replacements[fork.index]
+                after[stream] = replacement.change(action, before[fork.step.origin(stream)])
+
+
+class RepeatedSpan:
+    """Layers that are passed again, behind the last of them.
+
+    Each of them gets the inputs that it had, besides the hidden state, when all streams passed it.
+    """
+
+    def forward(self, fork: LayerFork, before: Tensor, after: Tensor) -> None:
+        """Pass the spans again that end at the layer."""
+        repeating = fork.step.repeating
+        if not repeating:
+            return
+        if fork.common.batched:
+            raise RefusalError("a layer that is passed again would need a cache of its own")
+        states = take(after, [source for _, source, _ in repeating])
+        spans = [span for *_, span in repeating]
+        for time in range(1, max(span.repeats for span in spans)):
+            for layer in range(min(span.layer for span in spans), fork.index + 1):
+                streams = [
+                    stream
+                    for stream, span in enumerate(spans)
+                    if span.layer <= layer and time < span.repeats
+                ]
+                if streams:
+                    repeated = fork.common.forks[layer]
+                    if any(map(is_absent, repeated.module.parameters())):
+                        raise RefusalError(
+                            "layers that rest elsewhere cannot be passed again together"
+                        )
+                    put(states, streams, repeated.run(take(states, streams)))
+        put(after, [stream for stream, *_ in repeating], states)
+
+
+LAYER_CHANGES: tuple[LayerChange, ...] = (RepeatedSpan(), SkippedLayer(), ReplacedLayer())
+"""Interventions on whole layers."""
+MODULE_FORKS: tuple[type[ModuleFork], ...] = (
+    SublayerFork,
+    RoundedFork,
+    HeadFork,
+    RouterFork,
+    SharedExpertFork,
+)
+"""Interventions within layers. Of two on one module the later one calls the earlier one."""
+
+
+@contextmanager
+def forking(
+    layers: nn.ModuleList,
+    plan: StreamPlan,
+    anatomy: LayerAnatomy | None = None,
+    observe: Observer | None = None,
+    masks: InputMasks | None = None,
+    replacements: Mapping[int, Replacement] | None = None,
+    embedded: Sequence[Tensor] = (),
+    at_once: int | None = None,
+    batched: bool = False,
+) -> Iterator[None]:
+    """Make a model's layers fork streams while the context is open.
+
+    The streams are the batch. The model is called with `rows` rows, [rows, tokens, hidden] reach
+    the first layer, and the batch grows on the way: a new stream starts from its parent's hidden
+    state before the layer, a stream that passes goes through the layer, one that skips it keeps
+    the state that it came with. Behind the last layer are [streams × rows, tokens, hidden], stream
+    by stream: block s of `rows` rows is stream s. Each is what the pruned model computes, because a
+    layer treats the rows of a batch apart and everything between layers is in the hidden state;
+    where either is not so, the pass is refused here or the check on a miniature finds it.
+
+    The model makes the other inputs of a layer (masks, rotary embeddings, positions) for `rows`
+    rows, so they must broadcast over the batch, or with `batched` may have a row a stream.
+
+    Args:
+        layers: The model's decoder layers.
+        plan: Where to fork.
+        anatomy: The parts of the layers; those that the plan takes apart are found.
+        observe: Called with the baseline's input and output of each layer.
+        masks: Masks in place of the model's own.
+        replacements: Replacements of layers, by layer.
+        embedded: Inputs to the first layer of streams with other embeddings, each [rows, tokens,
+            …]: `plan.starts`, without the model's own.
+        at_once: Number of streams that pass a layer at once, besides those that it is taken apart
+            for. None where all must: with a cache, or where weights are loaded a layer at a time.
+        batched: Whether the other inputs of a layer are cut to the streams that enter it.
+
+    Yields:
+        Nothing; on exit, also by an exception, the layers are what they were.
+    """
+    common = ForwardPass(
+        LAYER_CHANGES, at_once, observe, batched, masks, replacements or {}, embedded
+    )
+    with ExitStack() as stack:
+        # Each fork refers to all others: without this, only the garbage collector would free them.
+        stack.callback(common.forks.clear)
+        for index, (layer, whole) in enumerate(zip(layers, plan.steps, strict=True)):
+            step, apart = whole, whole.entering
+            if at_once is not None and len(apart) > at_once:
+                step, apart = whole.apart
+            fork = LayerFork(index, layer, whole, apart, layer.forward, common)
+            common.forks.append(fork)
+            stack.enter_context(replaced_forward(layer, fork))
+            if anatomy is not None:
+                site = LayerSite(index, layer, step, anatomy, batched)
+                for intervention in MODULE_FORKS:
+                    for part in intervention.of_layer(site):
+                        stack.enter_context(part.installed(fork))
+        yield

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
-from tracker.engine.forward.forking import forking
+from tracker.engine.forward.layer import forking
 from tracker.engine.forward.streams import LayerStep, StreamPlan
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import measured_texts

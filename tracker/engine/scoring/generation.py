@@ -3,16 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 
 from tracker.core.changes import Ablation
+from tracker.engine.forward.layer import forking
+from tracker.engine.forward.streams import LayerStep, StreamPlan, plan_streams
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.decode import decoding
-from tracker.engine.scoring.prefix import cache_argument
+from tracker.engine.scoring.rows import reading_row
+from tracker.engine.scoring.score import (
+    GrowingLayer,
+    Parts,
+    Prefix,
+    cache_argument,
+    new_cache,
+    run_base,
+)
 from tracker.engine.scoring.sweep import Engine, grouped_ablations
+from tracker.models.devices import take
+
+
+@contextmanager
+def decoding(
+    parts: Parts, ablations: Sequence[Ablation], prompt: Sequence[int], prefix: Prefix | None
+) -> Iterator[Cache]:
+    """Let a model continue one prompt under every ablation, while the context is open.
+
+    Reading the prompt forks as scoring does. After it nothing is shared, because the texts soon
+    differ: each ablation has its own row of the batch in every layer, and a layer computes just the
+    rows that it does not skip, each against its own keys and values.
+
+    Args:
+        parts: The model.
+        ablations: The rows of the batch; the baseline must be among them.
+        prompt: The prompt's token ids.
+        prefix: A beginning of the prompt that was read for these ablations.
+
+    Yields:
+        Keys and values of all but the prompt's last token, as the model takes them. A forward pass
+        must have one row an ablation, in their order.
+    """
+    ends, tied = parts.ends, parts.ends is not None and parts.ends.matrices.is_tied
+    divided = parts.anatomy.is_divided if any(a.parts for a in ablations) else True
+    plan = plan_streams(ablations, len(parts.layers), tied, divided)
+    begun = 0 if prefix is None else len(prefix.tokens)
+    rest = prompt[begun:-1]
+    cache = new_cache() if prefix is None else prefix.cache
+    if rest:
+        run_base(parts, plan, reading_row(rest, begun), cache)
+    done = [tuple(a.at(layer) for a in ablations) for layer in range(len(parts.layers))]
+    together = StreamPlan(
+        tuple(LayerStep(len(ablations), (), actions, divided) for actions in done),
+        (tuple(range(len(ablations))),) * len(parts.layers),
+    )
+    own = _handed_out(cache, plan, len(prompt) - 1)
+    with ExitStack() as stack:
+        if ends is not None:
+            starts = [ablation.ends.get("embedding") for ablation in ablations]
+            stack.enter_context(ends.by_row("embedding", starts))
+            stack.enter_context(ends.by_row("lm_head", plan.heads))
+        stack.enter_context(
+            forking(
+                parts.layers, together, parts.anatomy, replacements=parts.replacements, batched=True
+            )
+        )
+        yield own
+
+
+def _handed_out(cache: Cache, plan: StreamPlan, tokens: int) -> Cache:
+    """Give every ablation its own keys and values of the prompt, layer by layer.
+
+    The prompt was read with a row for each attention that differs in the layer, [computed, heads,
+    tokens, size]; `plan.attention_of` says which one an ablation took. These rows are copied out to
+    [ablations that pass the attention, heads, tokens, size], in the order of the ablations: just
+    the rows that reach the layer's attention while texts are generated.
+    """
+    if not cache.layers:
+        return new_cache()
+    layers = []
+    for held, sources in zip(cache.layers, plan.attention_of, strict=True):
+        index = [source for source in sources if source is not None]
+        layer = GrowingLayer()
+        layer.update(*(take(x[:, :, :tokens], index) for x in (held.keys, held.values)))
+        layers.append(layer)
+    return Cache(layers=layers)
 
 
 def generation_groups(

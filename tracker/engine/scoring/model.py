@@ -2,37 +2,143 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tracker.core.changes import INTACT, Ablation
+from tracker.core.documents import Request, Response
+from tracker.core.errors import ModelError
 from tracker.core.grouping import grouped
-from tracker.engine.forward.replacements import FittedReplacement, Replacement
+from tracker.core.kinds import Action
+from tracker.core.model_parts import experts_of_a_token
+from tracker.engine.forward.layer import FittedReplacement, Replacement
 from tracker.engine.forward.streams import StreamPlan, plan_streams
-from tracker.engine.memory import stream_bytes
-from tracker.engine.scoring.head import Head
+from tracker.engine.refusal import RefusalError
+from tracker.engine.scoring.head import Head, RoundedEmbeddings
 from tracker.engine.scoring.masks import AttentionWindows, attention_windows
-from tracker.engine.scoring.plain_call import read
-from tracker.engine.scoring.rounded_embeddings import RoundedEmbeddings
+from tracker.engine.scoring.rows import ANY_LENGTH, Lengths
 from tracker.engine.scoring.score import Parts, kept_bytes
-from tracker.engine.scoring.sharing import NO_HABITS, Quirks
+from tracker.models.devices import take
+from tracker.models.hooks import returning
+from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
+from tracker.models.offloaded import least_free
 from tracker.models.parts.anatomy import LayerAnatomy
-from tracker.models.parts.embeddings import find_embeddings
 from tracker.models.parts.experts import Experts, SharedExperts
 from tracker.models.parts.heads import Heads
-from tracker.models.parts.linear_maps import RoundedWeights
+from tracker.models.parts.linear_maps import RoundedWeights, find_embeddings, round_embeddings
 from tracker.models.parts.probe import LayerPart
 from tracker.models.parts.sublayers import Sublayers
-from tracker.models.placement import least_free
-from tracker.models.pruned import left, put_back
-from tracker.models.slices import take
+from tracker.models.pruned import State, as_loaded, left, pruned, put_back
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What the ablations of a model share, exactly.
+
+    Attributes:
+        depth: Layers below the removed one are computed once for all ablations.
+        tokens: Tokens that the requests of a row have in common are computed once.
+        prefix: What all documents begin with is computed once for all rows.
+        calls: Texts of one length share a call, of which only what predicts something passes the
+            head. Otherwise each request is a call of the model as it is, with all of its logits.
+    """
+
+    depth: bool = True
+    tokens: bool = True
+    prefix: bool = True
+    calls: bool = True
+
+    def __str__(self) -> str:
+        """Name what is shared, as it stands in the ledger and on the page."""
+        names = ("depth", "tokens", "prefix")
+        return ", ".join(name for name in names if getattr(self, name)) or "nothing"
+
+
+FULL = Sharing()
+
+
+NO_PREFIX = Sharing(prefix=False)
+
+
+DEPTH_ONLY = Sharing(tokens=False, prefix=False)
+
+
+PLAIN = Sharing(depth=False, tokens=False, prefix=False)
+
+
+ONE_BY_ONE = Sharing(depth=False, tokens=False, prefix=False, calls=False)
+"""The truth itself."""
+
+
+ALONE = DEPTH_ONLY
+"""How one model by itself is scored: there is no second stream to share depth with."""
+
+
+@dataclass(frozen=True)
+class Quirks:
+    """What calling a model does beside its answer; the check finds it out.
+
+    Attributes:
+        lengths: Which calls it computes alike.
+        leftovers: What one call leaves changed for the next, as it was before.
+        first: What the first call changes for good, weights among it, as it was before.
+        stay: Whether a removed layer stays in its place and hands on its input, because the model
+            cannot be cut there.
+        loaded: Whether a copy without layers gets what its class computes when it is loaded, where
+            it can be; otherwise the layers stay in their places, if `stay` says so.
+    """
+
+    lengths: Lengths = ANY_LENGTH
+    leftovers: State = field(default_factory=dict, compare=False)
+    first: State = field(default_factory=dict, compare=False)
+    stay: bool = False
+    loaded: bool = False
+
+
+NO_HABITS = Quirks()
+
+
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    """Ask a model for texts [texts, tokens] in one call: logits [texts, tokens, vocabulary].
+
+    RefusalError if it returns something else.
+    """
+    said = getattr(model(input_ids=ids, use_cache=False), "logits", None)
+    if not isinstance(said, Tensor) or said.shape[:2] != ids.shape:
+        raise RefusalError("it does not return 'logits' of every token")
+    return said
+
+
+@torch.inference_mode()
+def read(loaded: LoadedModel, tokens: Sequence[int]) -> Tensor:
+    """Ask a model for one text in a call of its own: logits [tokens, vocabulary]."""
+    return logits_of(loaded.model, torch.tensor([tokens], device=loaded.device))[0]
+
+
+def read_for(request: Request, max_length: int) -> tuple[int, ...]:
+    """The tokens that lm-eval lets a model read to score a request."""
+    return (request.context + request.continuation)[-(max_length + 1) :][:-1]
+
+
+@torch.inference_mode()
+def scored(logits: Tensor, continuation: Sequence[int]) -> Response:
+    """Score a continuation by the logits of the text that ends before its last token.
+
+    Log-likelihood in nats, greedy flag and hits, as lm-eval computes them.
+    """
+    logits = logits[-len(continuation) :]
+    wanted = torch.tensor(continuation, device=logits.device)
+    logprobs = logits.log_softmax(-1).gather(1, wanted[:, None]).sum()
+    hits = int((logits.argmax(-1) == wanted).sum())
+    return Response(float(logprobs), hits == len(continuation), hits)
+
 
 ROW_MULTIPLE_ACCELERATOR = 8
 """Rows of other sizes have their masks copied by the attention kernels, in each layer."""
@@ -249,3 +355,72 @@ class EngineModel:
     def cached_weights(self) -> int:
         """Bytes that weights in formats may take while no layer has them."""
         return self.budget // 8
+
+
+def changed_copy(model: EngineModel, ablation: Ablation, briefly: bool = False) -> LoadedModel:
+    """Copy a model and really change the copy, as an ablation says.
+
+    The copy shares the weights; sublayers stay where they are and add nothing.
+
+    Args:
+        model: The model.
+        ablation: The changes.
+        briefly: Whether the copy is for a few calls: with several layers in formats it holds no
+            more of their weights than fit, and a layer has them while it is called.
+
+    Returns:
+        The copy.
+    """
+    model.put_back()
+    few = briefly and sum(bool(at.rounded) for at in ablation.by_layer.values()) > 1
+    cache = RoundedWeights(model.cached_weights) if few else None
+    loaded, quirks = model.loaded, model.quirks
+    make = partial(
+        pruned,
+        loaded.model,
+        ablation.removed(),
+        quirks.first,
+        changes=[*_changes(model, ablation, cache)],
+        repeated=ablation.repeated,
+    )
+    copied = make(stay=quirks.stay and not quirks.loaded)
+    if quirks.loaded:
+        try:
+            as_loaded(loaded.model, copied, model.left(ablation))
+        except ModelError:  # of such layers there is no checkpoint
+            copied = make(stay=quirks.stay)
+    round_embeddings(copied, ablation.ends)
+    return replace(loaded, model=copied, layers=find_layers(copied))
+
+
+def _changes(
+    model: EngineModel, ablation: Ablation, cache: RoundedWeights | None
+) -> Iterator[tuple[int, Callable[[nn.Module], object]]]:
+    """List the changes of layers that an ablation neither removes nor repeats.
+
+    With each layer comes the function that changes a copy of it: its weights, or its output.
+    `cache` is as for `round_layer`.
+    """
+    for change in ablation.replaced:
+        # The layer still runs; its output is dropped.
+        make = partial(model.replacements[change.layer].change, change.action)
+        yield change.layer, partial(returning, make=make)
+    if any(c.action.enters and c.action is not Action.REPEAT for c in ablation.changes):
+        yield from model.anatomy.changes(ablation, cache)
+
+
+def stream_bytes(model: Any) -> int:
+    """Estimate how many bytes one token of one stream takes at most, inside a layer.
+
+    A mixture holds a token once for each expert that it goes to: before, inside and behind it.
+    """
+    config = model.config.get_text_config()
+
+    def width(name: str, otherwise: int) -> int:
+        found = getattr(config, name, None) or otherwise
+        return found if isinstance(found, int) else max(found)
+
+    between = width("intermediate_size", 4 * config.hidden_size)
+    of_expert = 2 * config.hidden_size + 3 * width("moe_intermediate_size", between)
+    wide = 6 * config.hidden_size + max(3 * between, experts_of_a_token(config) * of_expert)
+    return int(wide * model.dtype.itemsize)

@@ -12,7 +12,7 @@ import torch
 from tracker.core.changes import Ablation
 from tracker.core.documents import Document, Request
 from tracker.engine.refusal import tried
-from tracker.engine.scoring.sharing import FULL
+from tracker.engine.scoring.model import FULL
 from tracker.engine.scoring.sweep import ROW_TOKENS, ROW_TOKENS_ACCELERATOR, Engine
 
 SIZES = (ROW_TOKENS, 2 * ROW_TOKENS, 4 * ROW_TOKENS)

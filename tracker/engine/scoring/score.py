@@ -3,28 +3,148 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
 
-from tracker.core.changes import INTACT
+from tracker.core.changes import INTACT, Ablation, Change
+from tracker.core.grouping import grouped
 from tracker.core.proxies import OBSERVED, observed
-from tracker.engine.forward.forking import forking
-from tracker.engine.forward.replacements import Replacement
+from tracker.engine.forward.layer import Replacement, forking
 from tracker.engine.forward.streams import StreamPlan, plan_streams
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.head import Head
+from tracker.engine.scoring.head import Head, RoundedEmbeddings, first_states
 from tracker.engine.scoring.masks import ARGUMENT, AttentionWindows, Masks
-from tracker.engine.scoring.prefix import Prefix, cache_argument, new_cache
-from tracker.engine.scoring.rounded_embeddings import RoundedEmbeddings, first_states
-from tracker.engine.scoring.rows import Row, reading_row
-from tracker.models.devices import fetch
+from tracker.engine.scoring.rows import Lengths, Row, alike, reading_row
+from tracker.models.devices import fetch, split, take
+from tracker.models.hooks import state_of
 from tracker.models.parts.anatomy import LayerAnatomy
-from tracker.models.slices import split, take
+from tracker.models.parts.experts import Experts, routed
+
+SHORTEST = 48
+"""Tokens from which a common beginning is read apart: below, repeating it in every row is cheap."""
+MARGIN = 64
+"""Tokens by which a buffer is larger than it must be."""
+REUSED_SHARE = 0.9
+"""Share of a new beginning from which one that was read already serves it."""
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values [streams, heads, tokens, size] in a buffer with room to grow.
+
+    A buffer that is too short is replaced by one with `MARGIN` tokens to spare, so that a token
+    that is appended while a text is generated is written in its place and nothing else is copied.
+    What `update` returns is the front of the buffer, `[:, :, :tokens]`, a view.
+
+    A beginning that is `kept` stands still: what a row adds is forgotten with the next row. A row's
+    `update` writes its keys [streams, heads, row, size] behind the beginning's and gets both, and
+    the next row writes over them, as if the row had never been. No row sees another one, because
+    what `update` returns ends with the row's own last token; and no row copies the beginning,
+    unless it needs a longer buffer.
+    """
+
+    kept = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values, and return all."""
+        if not self.tokens:
+            self.keys, self.values = key_states, value_states
+            self.is_initialized = True
+        stop = self.tokens + key_states.shape[-2]
+        if self.keys.shape[-2] < stop:
+            self.keys, self.values = (self._wider(x, stop) for x in (self.keys, self.values))
+        if self.tokens:
+            self.keys[:, :, self.tokens : stop] = key_states
+            self.values[:, :, self.tokens : stop] = value_states
+        if not self.kept:
+            self.tokens = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def get_seq_length(self) -> int:
+        """Say how many tokens are held."""
+        return self.tokens
+
+    def _wider(self, held: Tensor, tokens: int) -> Tensor:
+        wide = held.new_empty(*held.shape[:2], tokens + MARGIN, held.shape[-1])
+        wide[:, :, : self.tokens] = held[:, :, : self.tokens]
+        return wide
+
+
+@dataclass
+class Prefix:
+    """A common beginning that was read.
+
+    Attributes:
+        plan: For which streams it was read.
+        tokens: Its token ids; of as many as there were when it was read, or the first of them.
+        cache: Its keys and values, as the model's base takes them. A layer holds [computed
+            attentions, heads, tokens, size]: only streams that pass its attention, in the plan's
+            order, so that a row under the same plan meets its own.
+        proxies: Of each of its tokens [`OBSERVED`, tokens, layers].
+    """
+
+    plan: StreamPlan
+    tokens: tuple[int, ...]
+    cache: Cache
+    proxies: Tensor
+
+    def __post_init__(self) -> None:
+        self._read = len(self.tokens)
+        self._keep(self._read)
+
+    def cut_to(self, beginning: tuple[int, ...], lengths: Lengths) -> bool:
+        """Shorten it to what it shares with another beginning, and say whether that was worth it.
+
+        It is where nearly all of the other beginning is shared; if not, nothing is changed. Keys
+        and values of the remaining tokens depend on none that is cut off, since the model is
+        causal, and on how many there were only where `lengths` says so.
+        """
+        shared = alike(self.tokens, beginning)
+        if shared < max(SHORTEST, REUSED_SHARE * len(beginning)):
+            return False
+        if lengths.side(shared) != lengths.side(self._read):
+            return False
+        self._keep(shared)
+        return True
+
+    def begins(self, prompt: Sequence[int]) -> bool:
+        """Say whether a prompt begins with it, and goes on."""
+        own = len(self.tokens)
+        return own < len(prompt) and tuple(prompt[:own]) == self.tokens
+
+    def _keep(self, tokens: int) -> None:
+        self.tokens = self.tokens[:tokens]
+        self.proxies = self.proxies[:, :tokens]
+        for layer in self.cache.layers:
+            layer.kept, layer.tokens = True, tokens
+
+
+def new_cache() -> Cache:
+    """Make an empty cache that holds whole texts, also for layers with a sliding window.
+
+    How far a layer sees is the masks' affair: a cache that drops what lies before the window of the
+    last token would drop what nodes on other branches of the tree still see.
+    """
+    return Cache(layer_class_to_replicate=GrowingLayer)
+
+
+def cache_argument(base: Any) -> str | None:
+    """Name the argument by which a model's base takes a cache of keys and values; None without."""
+    names = inspect.signature(base.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)
+
 
 OBSERVED_SIZE = 2**22
 """Numbers in the states of layers that are observed together on an accelerator: it takes as many
@@ -228,3 +348,80 @@ def kept_bytes(parts: Parts) -> int:
     kept = [layer for layer in cache.layers if layer.is_initialized]
     size = sum(t.numel() * t.itemsize for layer in kept for t in (layer.keys, layer.values))
     return max(1, int(size) // (2 * max(1, len(kept))))
+
+
+MIN_EXPERT_ABLATIONS = 8
+"""Ablations of experts from which one more pass is worth it."""
+_Gone = tuple[Change, ...]
+
+
+def of_experts(ablations: Sequence[Ablation]) -> list[Ablation]:
+    """List the ablations that take out experts and nothing else."""
+    return [
+        ablation
+        for ablation in ablations
+        if {change.component for change in ablation.changes} == {"expert"}
+    ]
+
+
+@torch.inference_mode()
+def idle(parts: Parts, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]:
+    """Find out which ablations leave a row as the intact model reads it.
+
+    Args:
+        parts: The model, with its experts.
+        row: The row, which continues nothing.
+        ablations: Ablations of experts alone.
+
+    Returns:
+        Those of them that do, but for the rounding of weights.
+    """
+    gone_of = {
+        ablation: [at.experts for at in ablation.by_layer.values()] for ablation in ablations
+    }
+    every = {gone for some in gone_of.values() for gone in some}
+    asked = grouped(every, lambda gone: gone[0].layer)
+    unread: dict[_Gone, bool] = {}
+
+    def look(those: Experts, gone: Collection[_Gone], router: nn.Module, *call: Any) -> None:
+        args, kwargs, whole = call
+        chosen = torch.zeros(those.count, dtype=torch.bool, device=whole[0].device)
+        for table in whole:
+            if not table.is_floating_point():
+                chosen[table.flatten()] = True
+        # Read once for all: each time it is read an accelerator is waited for.
+        numbers = {number for number, is_chosen in enumerate(chosen.tolist()) if is_chosen}
+        for each in gone:
+            kept = those.without(each, parts.anatomy.name(each[0].layer))
+            # What finds out how far layers see calls them too, in the middle of the pass.
+            unread[each] = (
+                unread.get(each, True)
+                and numbers.isdisjoint(part.number for part in each)
+                and _same(router, those, kept, whole, (args, kwargs))
+            )
+
+    with ExitStack() as stack:
+        for layer, each in asked.items():
+            module = parts.layers[layer]
+            those = parts.anatomy.at(Experts, layer)
+            router = module.get_submodule(those.router)
+            hook = partial(look, those, each)
+            stack.enter_context(router.register_forward_hook(hook, with_kwargs=True))
+        run_base(parts, plan_streams([INTACT], len(parts.layers)), row, None)
+    return {each for each, some in gone_of.items() if all(unread.get(gone, False) for gone in some)}
+
+
+def _same(
+    router: nn.Module, experts: Experts, kept: Sequence[int], whole: Sequence[Any], given: Any
+) -> bool:
+    """Check whether a router sends all tokens where it sent them, with the same weights."""
+    fewer = routed(router, experts, kept, whole, state_of(*given), given)
+    return all(map(partial(_alike, experts.count), whole, fewer))
+
+
+def _alike(count: int, one: Tensor, other: Tensor) -> bool:
+    """Whether choices are equal, and weights but for rounding; scores of all experts are none."""
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    few = 4 * torch.finfo(one.dtype).eps
+    return one.shape[-1] == count or torch.allclose(one, other, rtol=few, atol=few)

@@ -18,16 +18,31 @@ from tracker.core.errors import CellError
 from tracker.core.proxies import OBSERVED
 from tracker.engine.forward.streams import StreamPlan, plan_streams
 from tracker.engine.lockstep import reporting, side_by_side
-from tracker.engine.memory import stream_bytes
 from tracker.engine.refusal import is_out_of_memory
-from tracker.engine.scoring.copies import changed_copy
-from tracker.engine.scoring.idle import WORTH, idle, of_experts
-from tracker.engine.scoring.model import EngineModel, ModelFacts
-from tracker.engine.scoring.plain_call import read_for, scored
-from tracker.engine.scoring.prefix import SHORTEST, Prefix, cache_argument
+from tracker.engine.scoring.model import (
+    ALONE,
+    FULL,
+    PLAIN,
+    EngineModel,
+    ModelFacts,
+    Sharing,
+    changed_copy,
+    read_for,
+    scored,
+    stream_bytes,
+)
 from tracker.engine.scoring.rows import ANY_LENGTH, Row, common_beginning, flat_rows, tree_rows
-from tracker.engine.scoring.score import RowScores, launch_row, read_prefix
-from tracker.engine.scoring.sharing import ALONE, FULL, PLAIN, Sharing
+from tracker.engine.scoring.score import (
+    MIN_EXPERT_ABLATIONS,
+    SHORTEST,
+    Prefix,
+    RowScores,
+    cache_argument,
+    idle,
+    launch_row,
+    of_experts,
+    read_prefix,
+)
 from tracker.models.devices import can_pin, empty_cache
 from tracker.models.pruned import remember
 
@@ -359,7 +374,7 @@ class Engine(EngineModel):
         prefix = prefix if row.prefix else None
         some = [] if prefix or self.loaded.offloaded is not None else of_experts(ablations)
         computed = ablations
-        if len(some) >= WORTH:
+        if len(some) >= MIN_EXPERT_ABLATIONS:
             self.put_back()
             unread = idle(self.parts(plan), row, some)
             computed = [ablation for ablation in ablations if ablation not in unread]

@@ -25,10 +25,10 @@ from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError
 from tracker.core.provenance import content_hash
-from tracker.engine.forward.replacements import Replacement
-from tracker.engine.scoring.plain_call import read_for
-from tracker.engine.scoring.prefix import SHORTEST
+from tracker.engine.forward.layer import Replacement
+from tracker.engine.scoring.model import read_for
 from tracker.engine.scoring.rows import common_beginning, tree_size
+from tracker.engine.scoring.score import SHORTEST
 from tracker.engine.scoring.sweep import DocumentScores, Engine
 from tracker.engine.selfcheck.miniature_check import (
     LONGEST_REACH,
@@ -39,10 +39,9 @@ from tracker.engine.selfcheck.miniature_check import (
     reachable,
     some_of,
 )
-from tracker.engine.selfcheck.quirks import Path
-from tracker.engine.selfcheck.reasons import Verdict, less
-from tracker.engine.selfcheck.reference import Comparison, Reference
+from tracker.engine.selfcheck.reference import Comparison, Reference, Verdict, less
 from tracker.models.devices import hardware
+from tracker.models.miniature import NumberPath
 
 DOCUMENTS = 2
 """Real documents that the model itself is confirmed on."""
@@ -99,7 +98,7 @@ VERDICT = TypeAdapter(Verdict)
 CONFIRMATION = TypeAdapter(tuple[Literal["confirmed"], Comparison])
 """The same of answers with which models have confirmed the sharing that architectures allow."""
 Fit = Callable[[Engine], Mapping[int, Replacement]]
-_Texts = tuple[tuple[Path, ...], tuple[int, int, int] | None]
+_Texts = tuple[tuple[NumberPath, ...], tuple[int, int, int] | None]
 """Numbers of a configuration that texts reach, and rows of longer texts, as in `miniature_key`."""
 _Round = tuple[Sequence[Document], Sequence[Ablation], Sequence[tuple[int, int, int]]]
 """Documents, what is removed, and which answers are compared, as (ablation, document, request)."""

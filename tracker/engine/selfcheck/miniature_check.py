@@ -16,30 +16,138 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.documents import Document
+from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError
 from tracker.core.grouping import grouped
 from tracker.core.kinds import Action, Component
 from tracker.core.model_parts import one_experts
 from tracker.core.provenance import content_hash, file_hash, machine, package_versions
-from tracker.engine.forward.replacements import RandomReplacement
+from tracker.engine.forward.layer import RandomReplacement
 from tracker.engine.refusal import refused, tried
-from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
+from tracker.engine.scoring.model import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
+from tracker.engine.scoring.score import SHORTEST
 from tracker.engine.scoring.sweep import Engine
-from tracker.engine.selfcheck.probe_texts import FIRST, probe_calls, reaching_calls, switching_calls
-from tracker.engine.selfcheck.quirks import Path, find_quirks, find_switches, shortened
-from tracker.engine.selfcheck.reasons import Verdict, in_words, less, of_difference, of_refusal
-from tracker.engine.selfcheck.reference import Comparison, Reference
-from tracker.engine.selfcheck.removability import as_removed
+from tracker.engine.selfcheck.quirks import STEPS, as_removed, find_quirks, find_switches, shortened
+from tracker.engine.selfcheck.reference import (
+    Comparison,
+    Reference,
+    Verdict,
+    in_words,
+    less,
+    of_difference,
+    of_refusal,
+)
 from tracker.models.layers import find_layers
-from tracker.models.miniature import miniature, numbers
+from tracker.models.miniature import NumberPath, miniature, numbers
 from tracker.models.sources import parts_of
+
+FIRST = 2
+"""The first token id that is drawn; those before are special in many a vocabulary."""
+_Tokens = Callable[[int], tuple[int, ...]]
+"""Draws as many tokens, or as many as a model reads."""
+_Content = tuple[tuple[int, ...], Sequence[tuple[int, ...]]]
+"""A context, and its answers."""
+
+
+def probe_calls(vocabulary: int, longest: int) -> list[list[Document]]:
+    """Draw texts of up to `longest` tokens, grouped as blocks of a cell are scored.
+
+    `vocabulary` is how many token ids there are.
+    """
+    tokens = _drawing(vocabulary, longest - 1)
+    # Texts that end just before every second threshold, and go on.
+    return [
+        _branches(tokens),
+        _documents([(tokens(n - 1), [tokens(n // 8), (3,)]) for n in STEPS[1::2]]),
+        *(_shared(tokens, min(kept, longest - 12)) for kept in (SHORTEST + 4, SHORTEST + 1)),
+    ]
+
+
+def reaching_calls(
+    vocabulary: int, longest: int, nodes: int, widest: int, sharing: Sharing
+) -> list[list[Document]]:
+    """Draw texts of every order of length up to `longest`, and rows of so many nodes.
+
+    `vocabulary` is how many token ids there are. Rows of several texts have up to so many `nodes`,
+    those of one document up to `widest`, and more than any text has tokens. What `sharing` would
+    not do to a text needs none.
+    """
+    tokens = _drawing(vocabulary)
+
+    def doubled(common: tuple[int, ...], context: int) -> _Content:
+        # Asked alone, the one-token answer takes a call half as long as the one that both share.
+        more = tokens(context + 2)
+        return common + tokens(context), [more[:1], more]
+
+    halves = [(longest >> times) - 1 for times in range(1, longest.bit_length() - 1)]
+    beginning = tokens(longest // 2)
+    branches = max(2, -(-(widest - longest // 4) // max(1, longest // 2)))
+    wide = tokens(longest // 4), [tokens(longest // 2) for _ in range(branches)]
+    full = [(tokens(13), [tokens(3)]) for _ in range(nodes // 16)]
+    contents: list[Sequence[_Content]] = [
+        [doubled((), half) for half in halves],
+        full,
+        [wide] if sharing.tokens else [],
+        # Long and short; all lengths are crossed above.
+        [doubled(beginning, half) for half in halves[1::3]]
+        + [(beginning + context, answers) for context, answers in full]
+        if sharing.prefix
+        else [],
+    ]
+    return [_documents(each) for each in contents if each]
+
+
+def switching_calls(vocabulary: int, switches: Sequence[int], widest: int) -> list[list[Document]]:
+    """Draw texts on both sides of some lengths, of a document's nodes too where it has so many.
+
+    `vocabulary` is how many token ids there are, and `widest` how many nodes a document has.
+    """
+    tokens = _drawing(vocabulary)
+    contents: list[_Content] = []
+    for switch in switches:
+        contents.append((tokens(switch - 3), [tokens(1), tokens(6)]))
+        branches = [tokens(switch // 3) for _ in range(2 if switch <= widest else 1)]
+        contents.append((tokens(switch // 2), branches))
+    return [_documents(contents)]
+
+
+def _drawing(vocabulary: int, most: int | None = None) -> _Tokens:
+    """Begin to draw texts, the same ones each time, of at most so many tokens."""
+    draw = random.Random(0)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(FIRST, vocabulary) for _ in range(count)[:most])
+
+    return tokens
+
+
+def _branches(tokens: _Tokens) -> list[Document]:
+    """Branches and single letters, long before short."""
+    letters = [(tokens(n), [(3,), (4,)]) for n in (44, 33, 12, 26, 9)]
+    spoken = [(tokens(n), [tokens(k) for k in (1, 1, 3, 6)]) for n in (7, 15)]
+    long = [(tokens(5), [tokens(30), tokens(28)])]
+    return _documents([*letters, *spoken, *long])
+
+
+def _shared(tokens: _Tokens, kept: int) -> list[Document]:
+    """Texts with a beginning that is read apart."""
+    common = tokens(kept)
+    return _documents([(common + tokens(n), [(3,), (4, 5, 6)]) for n in (5, 2, 8)])
+
+
+def _documents(contents: Sequence[_Content]) -> list[Document]:
+    return [
+        Document("probe", number, requests, number % len(requests), len(requests))
+        for number, (context, answers) in enumerate(contents)
+        for requests in [tuple(Request(context, tuple(answer)) for answer in answers)]
+    ]
+
 
 WAYS = (FULL, NO_PREFIX, DEPTH_ONLY, PLAIN)
 """From the most sharing to the least."""
@@ -69,7 +177,7 @@ _Place = tuple[Ablation, int, int, int]
 def miniature_key(
     model: Any,
     ablations: Sequence[Ablation],
-    paths: Sequence[Path],
+    paths: Sequence[NumberPath],
     rows: tuple[int, int, int] | None,
     blank: bool,
 ) -> str:
@@ -80,8 +188,8 @@ def miniature_key(
     versions, machine, this code and the model's own, which its checkpoint may bring; not the
     weights.
     """
-    here = FilePath(__file__).parents[2]
-    its_own = FilePath(inspect.getfile(type(model))).parent
+    here = Path(__file__).parents[2]
+    its_own = Path(inspect.getfile(type(model))).parent
     ours = (path for room in ("engine", "models") for path in (here / room).rglob("*.py"))
     code = file_hash([*ours, *its_own.glob("*.py")])
     config = model.config.to_dict()
@@ -97,13 +205,13 @@ def miniature_key(
     return content_hash([of_the_model, names, texts, package_versions(), machine(), code])
 
 
-def reachable(model: Any, reach: int) -> tuple[Path, ...]:
+def reachable(model: Any, reach: int) -> tuple[NumberPath, ...]:
     """List the paths of a configuration's numbers that rows of up to `reach` tokens can reach."""
     return tuple(p for p, value in numbers(model.config.get_text_config()) if value <= reach)
 
 
 def check_miniature(
-    engine: Engine, ablations: Sequence[Ablation], paths: Sequence[Path], blank: bool
+    engine: Engine, ablations: Sequence[Ablation], paths: Sequence[NumberPath], blank: bool
 ) -> Verdict:
     """Check the architecture of an engine's model with short texts.
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tracker.core.changes import Change
 from tracker.core.errors import CellError
+from tracker.models.devices import put, take
 from tracker.models.hooks import (
     add_nothing,
     call_with,
@@ -32,7 +33,6 @@ from tracker.models.hooks import (
 from tracker.models.offloaded import Attribute, is_absent, replace_attributes
 from tracker.models.parts.probe import Call, PartFinder, integer_tables, paths_in
 from tracker.models.parts.sublayers import Sublayers
-from tracker.models.slices import put, take
 
 TOKENS = 16
 """Length of the text that the proof runs on."""

@@ -15,7 +15,7 @@ from tracker.core.estimates import Estimate
 from tracker.core.findings import gaps
 from tracker.core.formats import counted
 from tracker.core.proxies import OBSERVED, OF_LAYERS, passes
-from tracker.engine.observers.divergence import output_proxies
+from tracker.engine.observers.layer_proxies import output_proxies
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import Arrays
 from tracker.measuring.observing import Observe, Observed

@@ -19,11 +19,17 @@ from tracker.core.formats import (
     with_interval,
 )
 from tracker.core.tables import Column, Row, Table, table
-from tracker.search.beforehand import refuse_unsavable
 from tracker.search.cells import Lender
 from tracker.search.conduct import pursue
-from tracker.search.figures import calibration_documents, separated
-from tracker.search.report import COST, cost_columns, frontier, unsure_sentence
+from tracker.search.planning import refuse_unsavable
+from tracker.search.report import (
+    COST,
+    calibration_documents,
+    cost_columns,
+    frontier,
+    separated,
+    unsure_sentence,
+)
 from tracker.search.request import SearchRequest, calibration_of, search_of
 from tracker.search.search import budget_of, refuse_mixed, refuse_unknown
 from tracker.studies.base import (

@@ -16,7 +16,7 @@ from tracker.core.formats import points
 from tracker.core.prune_records import PruneRecord
 from tracker.core.records import CellRecord
 from tracker.search.conduct import Pursued
-from tracker.search.figures import Choices
+from tracker.search.report import Choices
 from tracker.search.request import SearchRequest
 from tracker.search.strategies import NULL
 from tracker.stats.accuracy import accuracy

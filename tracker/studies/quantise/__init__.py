@@ -26,13 +26,12 @@ from tracker.core.tables import Column, Table, table
 from tracker.core.weight_formats import FORMATS
 from tracker.ledger.files import write_note
 from tracker.models.load import hollow
-from tracker.models.parts.catalog import linear_map_shapes
-from tracker.models.parts.embeddings import embedding_shapes
-from tracker.models.placement import weight_bytes
+from tracker.models.offloaded import weight_bytes
+from tracker.models.parts.anatomy import linear_map_shapes
+from tracker.models.parts.linear_maps import embedding_shapes
 from tracker.models.sources import find_model
-from tracker.search.bit_budgets import BitBudget, Unit, budget, units_of
 from tracker.search.cells import Lender, OpenCell
-from tracker.search.format_requests import each_layer, each_map
+from tracker.search.formats import BitBudget, Unit, budget, each_layer, each_map, units_of
 from tracker.search.request import calibration_of
 from tracker.stats.support import together
 from tracker.studies.base import (

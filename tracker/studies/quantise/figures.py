@@ -17,10 +17,22 @@ from tracker.core.estimates import Estimate
 from tracker.core.formats import counted
 from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord
-from tracker.search.assignment import ENDS, Refined, alike, apart, ends_kept, least_loss, refined
-from tracker.search.bit_budgets import BitBudget, Choice, Unit, ablation_of, bits_of
 from tracker.search.cells import OpenCell
-from tracker.search.format_requests import errors_of
+from tracker.search.formats import (
+    ENDS,
+    BitBudget,
+    Choice,
+    Refined,
+    Unit,
+    ablation_of,
+    alike,
+    apart,
+    bits_of,
+    ends_kept,
+    errors_of,
+    least_loss,
+    refined,
+)
 from tracker.stats.arrays import Array
 from tracker.stats.interaction import interactions
 from tracker.studies.base import StudyContext, Subject, lined_up, observe

@@ -5,8 +5,8 @@ All of one document, on the tokens of the other proxies: context and gold contin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracker.core.changes import INTACT, Ablation
+from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.documents import Document
-from tracker.core.proxies import widened
+from tracker.core.proxies import OBSERVED, OF_EXPERTS, angular_distance, widened
 from tracker.engine.refusal import RefusalError, tried
 from tracker.engine.scoring.head import LOGITS_BYTES
-from tracker.engine.scoring.plain_call import logits_of
+from tracker.engine.scoring.model import logits_of
 from tracker.engine.scoring.rows import measured_texts, reading_row
 from tracker.engine.scoring.score import run_base
 from tracker.engine.scoring.sweep import Engine
-from tracker.models.devices import send
-from tracker.models.hooks import call_protected, first_of, replaced_forward, with_first
-from tracker.models.slices import take
+from tracker.models.devices import send, take
+from tracker.models.hooks import all_of, call_protected, first_of, replaced_forward, with_first
+from tracker.models.parts.experts import Experts, single_outputs
 
 IMPOSSIBLE = -1e4
 """The log-probability of what a model masks out: small enough to be 0 as a probability."""
@@ -249,3 +249,119 @@ def _gated(
     after = first_of(output)
     update = (after - before.to(after.device)).detach()
     return with_first(output, after + (gate.to(after) - 1) * update)
+
+
+@torch.inference_mode()
+def span_similarity(engine: Engine, document: Document) -> dict[str, Tensor]:
+    """Measure how layers, and stretches of layers, turn the residual stream in a document.
+
+    Args:
+        engine: The engine, whose model reads.
+        document: What it reads: context and gold continuation, or the windows of a rolling text.
+
+    Returns:
+        Sums over the document's tokens, float64. `tokens` []: how many there are. Of each layer
+        [layers]: every proxy of its input and output by which a strategy prunes. Of each stretch
+        [layers, layers]: `angular_distance` between the input of the first layer and the
+        output of the last one, which is the second index; 0 where it comes before the first.
+
+    Raises:
+        RefusalError: The model's layers do not hand on one state a token.
+    """
+    layers = len(engine.loaded.layers)
+    observed = {proxy.name: proxy for proxy in OBSERVED if proxy.strategy}
+    found = {
+        "tokens": torch.zeros((), dtype=torch.float64),
+        **{name: torch.zeros(layers, dtype=torch.float64) for name in observed},
+        "angular_distance": torch.zeros(layers, layers, dtype=torch.float64),
+    }
+    for tokens, measured in measured_texts(document, engine.max_length):
+        with _watched(engine.loaded.layers) as seen:
+            engine.run(tokens)
+        if len(seen) != layers or any(len(each) != len(tokens) for pair in seen for each in pair):
+            raise RefusalError("its layers do not run once each, on one state a token")
+        states = [[state[measured:] for state in pair] for pair in seen]
+        found["tokens"] += len(tokens) - measured
+        for first, (before, after) in enumerate(states):
+            for name, proxy in observed.items():
+                found[name][first] += widened(proxy.of_token(before, after)).sum().cpu()
+            for last in range(first, layers):
+                angle = widened(angular_distance(before, states[last][1])).sum().cpu()
+                found["angular_distance"][first, last] += angle
+    return found
+
+
+@contextmanager
+def _watched(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Take down what goes into each layer and what comes out of it, [tokens, width]."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def call(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before, output = call_protected(layer, forward, args, kwargs)
+        after = first_of(output)
+        # Several residual streams side by side are one state.
+        seen.append((before.flatten(0, 1).flatten(1), after.flatten(0, 1).flatten(1)))
+        return output
+
+    with all_of(replaced_forward(each, partial(call, each, each.forward)) for each in layers):
+        yield seen
+
+
+_ROUNDING = 0.05
+"""Of what all experts of a token give: what two ways of adding it up may differ by."""
+
+
+@torch.inference_mode()
+def expert_load(
+    engine: Engine, document: Document, parts: Collection[Change]
+) -> dict[Change, tuple[float, ...]]:
+    """Observe some experts while the intact model reads a document.
+
+    The document is read once more, and each token passes its experts a second time, one by one: so
+    the norm of what an expert gives is known before it is weighed.
+
+    Args:
+        engine: The engine, whose model reads.
+        document: What it reads: context and gold continuation, or the windows of a rolling text.
+        parts: The experts.
+
+    Returns:
+        Of each expert, in the order of `OF_EXPERTS`, a sum over the document's tokens: of gate ×
+        ‖output‖ over those that are routed to it, and how many these are. The first is NaN where
+        what one expert gives cannot be told from what others give.
+    """
+    layers, anatomy = engine.loaded.layers, engine.anatomy
+    found = {layer: anatomy.at(Experts, layer) for layer in {part.layer for part in parts}}
+    sums = {
+        layer: torch.zeros(len(OF_EXPERTS), own.count, dtype=torch.float64)
+        for layer, own in found.items()
+    }
+    for tokens, measured in measured_texts(document, engine.max_length):
+        with ExitStack() as stack:
+            for layer, own in found.items():
+                held = layers[layer].get_submodule(own.held)
+                noting = partial(_noting, held.forward, sums[layer], measured)
+                stack.enter_context(replaced_forward(held, noting))
+            engine.run(tokens)
+    return {part: tuple(sums[part.layer][:, part.number].tolist()) for part in parts}
+
+
+def _noting(
+    forward: Callable[..., Tensor], sums: Tensor, measured: int, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Call what holds a layer's experts, and add to their sums what it does with a text."""
+    output = forward(*args, **kwargs)
+    total = torch.zeros_like(output, dtype=torch.float32).flatten(0, -2)
+    seen = []
+    for numbers, gates, alone in single_outputs(forward, args, kwargs):
+        total += gates[:, None].float() * alone.float()
+        seen.append((numbers, widened(gates) * widened(alone.float().norm(dim=-1))))
+    whole = output.float().flatten(0, -2)
+    told_apart = (total - whole).norm() <= _ROUNDING * whole.norm()
+    for numbers, figures in seen:
+        # A number beyond the last is none: of experts that are elsewhere.
+        there = (numbers < sums.shape[1]).cpu() & (torch.arange(len(numbers)) >= measured)
+        experts, values = numbers.cpu()[there].long(), figures.cpu().double()[there]
+        sums[0].index_add_(0, experts, values if told_apart else torch.full_like(values, torch.nan))
+        sums[1].index_add_(0, experts, torch.ones_like(values))
+    return output

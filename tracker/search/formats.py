@@ -1,22 +1,196 @@
-"""Choose which unit gets which format: the smallest sum of losses within a budget, then swaps.
-
-Swaps are measured as a whole: what sums of losses cannot know.
-"""
+"""The bits of a budget, the units that get a format each, and the bits of a choice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize
 
 from tracker.analysis.paired import PairedOutcomes
+from tracker.core.changes import Ablation, Change
+from tracker.core.config import ONE_EACH, CellRequest
+from tracker.core.documents import Document
+from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate
-from tracker.search.bit_budgets import BitBudget, Choice, Unit, bits_of
+from tracker.core.kinds import ENDS
+from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
+from tracker.core.weight_formats import FORMATS
+from tracker.engine.observers.layer_proxies import divergences
+from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
+from tracker.engine.scoring.sweep import Engine
+from tracker.ledger.shards import Arrays
+from tracker.measuring.observing import Observe
+from tracker.models.parts.anatomy import linear_map_shapes
+from tracker.models.sources import find_model
+from tracker.search.settings import read_amount
 from tracker.stats.arrays import Array
 from tracker.stats.support import together
+
+FORMS = "4.5bpw, 80 MB, 2.1 GB or 25 % bytes"
+"""How a budget is written."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Linear maps of one layer that get one format, one or all; or the embedding, or the head.
+
+    Attributes:
+        layer: The layer, 0-based; 0 for what is of none.
+        which: As `Change.path`.
+        shapes: Of each of its maps outputs and inputs.
+    """
+
+    layer: int
+    which: str
+    shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def name(self) -> str:
+        """The name in messages: `layer 3 mlp.down_proj`, `layer 3`, `embedding`."""
+        if self.is_end:
+            return self.which
+        return f"layer {self.layer} {self.which}".strip()
+
+    @property
+    def place(self) -> str:
+        """The name in a file: `3.mlp.down_proj`, `3`, `embedding`."""
+        return self.which if self.is_end else f"{self.layer}.{self.which}".rstrip(".")
+
+    def change(self, form: str) -> Change:
+        """Return the change that gives it a format."""
+        return Change.parse(f"{form}:{self.place}")
+
+    @property
+    def is_end(self) -> bool:
+        """True for the embedding and the head."""
+        return self.which in ENDS
+
+    @property
+    def weights(self) -> int:
+        """The number of its weights."""
+        return sum(outputs * inputs for outputs, inputs in self.shapes)
+
+    def bits(self, form: str) -> float:
+        """Return the bits of its weights in a format.
+
+        RequestError where the rows of a map have no whole blocks of it.
+        """
+        total = 0.0
+        for outputs, inputs in self.shapes:
+            own = FORMATS[form].for_rows(inputs)
+            if own is None:
+                raise RequestError(
+                    f"{form} keeps {FORMATS[form].block} inputs together, and "
+                    f"{self.name if self.is_end else f'a map of {self.name}'} has rows of "
+                    f"{inputs}; leave it out of --format"
+                )
+            total += outputs * inputs * own.bits_of(inputs)
+        return total
+
+
+def units_of(
+    maps: Sequence[Mapping[str, tuple[int, int]]],
+    layers: Sequence[int],
+    each: bool,
+    ends: Mapping[str, tuple[int, int]] = {},
+) -> list[Unit]:
+    """List the units of some layers: each of their maps, or all of a layer together.
+
+    Args:
+        maps: Of each layer the name of each map → its shape.
+        layers: The layers.
+        each: Whether each map is a unit.
+        ends: The same of the embedding and the head, where they are units too.
+
+    Returns:
+        The units, the layers' first.
+    """
+    others = [Unit(0, name, (shape,)) for name, shape in ends.items()]
+    if each:
+        own = [Unit(la, name, (shape,)) for la in layers for name, shape in maps[la].items()]
+        return own + others
+    return [Unit(layer, "", tuple(maps[layer].values())) for layer in layers] + others
+
+
+Choice = Mapping[Unit, str]
+"""Each unit's format."""
+
+
+def ablation_of(choice: Choice) -> Ablation:
+    """Return the ablation of a choice: all its units are rounded."""
+    return Ablation.of(*(unit.change(form) for unit, form in choice.items()))
+
+
+def bits_of(choice: Choice) -> float:
+    """Bits of a weight, on average over all units."""
+    bits = sum(unit.bits(form) for unit, form in choice.items())
+    return bits / sum(unit.weights for unit in choice)
+
+
+@dataclass(frozen=True)
+class BitBudget:
+    """The bits that a weight of the units may take on average.
+
+    Attributes:
+        text: As it was written.
+        bits: The bits.
+        rest: Bytes of all else that the model has, in its own dtype.
+        weights: How many weights the units have.
+    """
+
+    text: str
+    bits: float
+    rest: int
+    weights: int
+
+    def holds(self, choice: Choice) -> bool:
+        """Return whether a choice of all units is within it, but for rounding."""
+        return bits_of(choice) <= self.bits * (1 + 1e-12)
+
+    def bytes_of(self, bits: float) -> float:
+        """Return the bytes of a model whose units have so many bits a weight."""
+        return self.rest + bits * self.weights / 8
+
+
+def budget(
+    text: str, units: Sequence[Unit], rest: int, whole: int, formats: Collection[str]
+) -> BitBudget:
+    """Read a budget.
+
+    Args:
+        text: As in `FORMS`.
+        units: What gets formats.
+        rest: Bytes of all else.
+        whole: Bytes of the whole model as it is.
+        formats: What may be taken.
+
+    Returns:
+        The budget.
+
+    Raises:
+        RequestError: It is none, or no choice of these formats is within it.
+    """
+    amount = read_amount(text)
+    if amount is None or amount.measure not in ("bits", "bytes"):
+        raise RequestError(f"--budget: {text} is no budget; write one of: {FORMS}")
+    weights, bits = sum(unit.weights for unit in units), amount.value
+    if amount.measure == "bytes":
+        bits = 8 * (bits * (whole if amount.share else 1) - rest) / weights
+    within = BitBudget(text, bits, rest, weights)
+    least = min(formats, key=lambda form: sum(unit.bits(form) for unit in units))
+    lowest = bits_of(dict.fromkeys(units, least))
+    if bits < lowest:
+        size = within.bytes_of(lowest)
+        raise RequestError(
+            f"--budget: {text} is less than {least} takes everywhere: {lowest:.3g} bits a weight "
+            f"of the linear maps, {size / 1e6:,.1f} MB with all else ({rest / 1e6:,.1f} MB); give "
+            "more, or add a format of fewer bits to --format"
+        )
+    return within
 
 
 def least_loss(
@@ -69,7 +243,7 @@ def alike(units: Sequence[Unit], formats: Sequence[str], budget: BitBudget) -> C
     return max(filter(budget.holds, every), key=bits_of)
 
 
-ENDS = 2
+END_LAYERS = 2
 """So many layers at either end are kept in more bits, as tools do it by hand."""
 
 
@@ -79,7 +253,7 @@ def ends_kept(units: Sequence[Unit], formats: Sequence[str], budget: BitBudget) 
     The embedding and the head have that of most bits too. None where no format fits then.
     """
     layers = sorted({unit.layer for unit in units if not unit.is_end})
-    kept = {*layers[:ENDS], *layers[-ENDS:]}
+    kept = {*layers[:END_LAYERS], *layers[-END_LAYERS:]}
     most = max(formats, key=lambda form: sum(unit.bits(form) for unit in units))
     every: list[Choice] = [
         {unit: most if unit.is_end or unit.layer in kept else form for unit in units}
@@ -238,3 +412,64 @@ def apart(paired: PairedOutcomes, place: int, other: int) -> Estimate:
     return replace(
         paired, baseline=paired.ablated[:, place], ablated=paired.ablated[:, [other]]
     ).drop(0)
+
+
+def each_layer(cell: CellRequest, formats: Sequence[str], ends: Sequence[str] = ()) -> CellRequest:
+    """Ask for each of a cell's layers in each format, for some ends, and for nothing else."""
+    asked = cell.model_copy(update={**ONE_EACH, "interventions": tuple(formats)})
+    if not ends:
+        return asked
+    return asked.model_copy(update={"components": ("layer", "linear"), "maps": tuple(ends)})
+
+
+def each_map(
+    cell: CellRequest,
+    formats: Sequence[str],
+    trust_remote_code: bool = False,
+    ends: Sequence[str] = (),
+) -> CellRequest:
+    """Ask for each linear map of a cell's layers, or those that it names, in each format.
+
+    Args:
+        cell: The cell.
+        formats: The formats.
+        trust_remote_code: Whether code from the download may run.
+        ends: Which of `kinds.ENDS` are asked for besides.
+
+    Returns:
+        The request.
+
+    Raises:
+        ExperimentError: The model has no such map.
+    """
+    wanted: dict[str, Any] = {"components": ("linear",), "maps": cell.maps}
+    asked = each_layer(cell, formats).model_copy(update=wanted)
+    source = find_model(cell.model, cell.revision, cell.model_args)
+    names = tuple(map(tuple, linear_map_shapes(source, trust_remote_code)))
+    parts = ModelParts(len(names), maps=names)
+    check_parts(asked, parts)
+    asked = with_all_parts(asked, parts)
+    if ends:
+        more: dict[str, Any] = {"maps": (*asked.maps, *ends)}
+        if asked.changes is not None:  # layers differ in their maps
+            of_ends = (Change.parse(f"{form}:{end}") for form, end in product(formats, ends))
+            more["changes"] = (*asked.changes, *of_ends)
+        asked = asked.model_copy(update=more)
+    return asked
+
+
+def errors_of(engine: Engine, maps: Sequence[Change], kl: bool = False) -> Observe:
+    """Make what observes a document's `rounding_errors`, with `weight_error` the same for all.
+
+    With `kl` also the divergence of what the model says, which takes a pass for each map.
+    """
+    weights = weight_errors(engine, maps)
+    ablations = [Ablation.of(each) for each in maps]
+
+    def watch(document: Document) -> Arrays:
+        found = {**rounding_errors(engine, document, maps), "weight_error": weights}
+        if kl:
+            found["kl"] = divergences(engine, document, ablations)["kl"]
+        return {name: np.asarray(value) for name, value in found.items()}
+
+    return watch

@@ -1,0 +1,409 @@
+"""The base of what computes a module of a layer for all streams, and operations by stream."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from tracker.core.grouping import grouped
+from tracker.engine.forward.streams import LayerStep
+from tracker.engine.refusal import RefusalError
+from tracker.models.devices import neighbours, put, take
+from tracker.models.hooks import (
+    call_with,
+    first_of,
+    nothing,
+    replaced_forward,
+    state_of,
+    with_first,
+)
+from tracker.models.parts.anatomy import LayerAnatomy
+from tracker.models.parts.experts import Experts, SharedExperts, routed
+from tracker.models.parts.heads import Heads
+from tracker.models.parts.linear_maps import LinearMap, holding, weights_in
+from tracker.models.parts.probe import integer_tables
+from tracker.models.parts.sublayers import Sublayers
+
+
+@dataclass(frozen=True)
+class LayerSite:
+    """One layer with the streams for which its modules are computed apart.
+
+    Attributes:
+        index: The number of the layer.
+        layer: The layer.
+        step: The changes of these streams at the layer.
+        anatomy: The parts of the layers.
+        batched: Whether each stream has a row of its own in all inputs of the layer.
+    """
+
+    index: int
+    layer: nn.Module
+    step: LayerStep
+    anatomy: LayerAnatomy
+    batched: bool
+
+    @property
+    def name(self) -> str:
+        """The name of the layer in messages."""
+        return self.anatomy.name(self.index)
+
+    def streams_of(self, module: nn.Module) -> Sequence[int]:
+        """List the entering streams, by their places, that a module of the layer computes."""
+        step = self.step
+        if "heads" in step.changes:
+            heads = self.anatomy.at(Heads, self.index)
+            if module in {*self.layer.get_submodule(heads.projection).modules()}:
+                return [source for source, _ in step.heads]
+        if step.has_sublayers:
+            parts = self.anatomy.at(Sublayers, self.index)
+            for sublayer, streams in ((parts.attention, step.computed), (parts.mlp, step.mlps)):
+                if module in {*sublayer.modules()}:
+                    return streams
+        return range(len(step.entering))
+
+
+class LayerState(Protocol):
+    """Progress of the pass through one layer.
+
+    Attributes:
+        is_whole: Whether streams pass the layer for which no module is computed apart.
+    """
+
+    is_whole: bool
+
+
+@dataclass
+class ModuleFork(ABC):
+    """The forward pass of one module of a layer, in which some streams differ.
+
+    Each intervention within a layer is a subclass. A module may have several forks: the later one
+    calls the earlier one as its `original`.
+
+    Attributes:
+        module: The module.
+        original: Its forward pass without this fork, set on installation.
+    """
+
+    module: nn.Module
+    original: Callable[..., Any] = field(init=False, repr=False)
+
+    @classmethod
+    @abstractmethod
+    def of_layer(cls, site: LayerSite) -> Iterator[ModuleFork]:
+        """Yield the forks that a layer needs; none where no stream has the intervention."""
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's output for all streams, stream by stream."""
+
+    def installed(self, layer: LayerState) -> AbstractContextManager[None]:
+        """Replace the module's forward pass until exit, except while its layer is passed whole."""
+        self.original = self.module.forward
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            forward = self.original if layer.is_whole else self.forward
+            return forward(*args, **kwargs)
+
+        return replaced_forward(self.module, call)
+
+
+def by_stream(batch: Tensor, streams: int, owner: str = "a batch has") -> Tensor:
+    """View a batch stream by stream: [streams × n, …] as [streams, n, …].
+
+    RefusalError that its `owner` has no row a stream, where the rows cannot be divided so.
+    """
+    if len(batch) % streams:
+        raise RefusalError(f"{owner} no row a stream")
+    return batch.reshape(streams, -1, *batch.shape[1:])
+
+
+def cut(value: Any, streams: int, entering: list[int]) -> Any:
+    """Cut all tensors that have a row a stream to the streams that enter."""
+    if isinstance(value, Tensor):
+        return take(value, entering) if value.ndim and len(value) == streams else value
+    if isinstance(value, tuple):
+        return tuple(cut(item, streams, entering) for item in value)
+    if isinstance(value, dict):
+        return {name: cut(item, streams, entering) for name, item in value.items()}
+    return value
+
+
+@dataclass
+class SublayerFork(ModuleFork):
+    """The attention or the MLP of a layer.
+
+    Streams that fork within the layer enter it with the same state, so the attention of such a
+    state is computed once: with its MLP removed, a stream takes the attention of the baseline.
+    The input [entering × rows, tokens, hidden] is cut to the streams that are computed. The outputs
+    are distributed to [entering × rows, tokens, hidden] again. A stream without the sublayer gets
+    what a silent sublayer returns: zeros where the layer adds to the residual stream, the residual
+    stream itself where the sublayer does.
+
+    Attributes:
+        computed: Places of the entering streams that the sublayer computes.
+        taken: For each entering stream the output that it takes; None = the sublayer is removed.
+        outputs: Number of outputs: one for each computed stream, or more where some lack heads.
+        batched: Whether each stream has a row of its own in all inputs of the layer.
+    """
+
+    computed: Sequence[int]
+    taken: tuple[int | None, ...]
+    outputs: int
+    batched: bool
+
+    @classmethod
+    def of_layer(cls, site: LayerSite) -> Iterator[ModuleFork]:
+        """Yield the forks of both sublayers."""
+        step = site.step
+        if step.has_sublayers:
+            parts = site.anatomy.at(Sublayers, site.index)
+            yield cls(parts.attention, step.computed, step.projected, len(step.heads), site.batched)
+            yield cls(parts.mlp, step.mlps, step.mlp, len(step.mlps), site.batched)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the sublayer, computing only what the streams need."""
+        entering, computed = len(self.taken), list(self.computed)
+        if self.taken == tuple(range(entering)) == tuple(computed):
+            return self.original(*args, **kwargs)
+        given = (args, kwargs)
+        if self.batched:
+            args, kwargs = cut((args, kwargs), entering, computed)
+        else:
+            hidden: Tensor = state_of(args, kwargs)
+            args = tuple(self._computed_rows("", value, hidden) for value in args)
+            kwargs = {n: self._computed_rows(n, value, hidden) for n, value in kwargs.items()}
+        output = self.original(*args, **kwargs)
+        # Never of no stream: the baseline passes everything.
+        added = first_of(output)
+        outputs = by_stream(added, self.outputs, "what its attention makes of its heads has")
+        silent = nothing(self.module, *given, added, len(added) * entering // self.outputs)
+        nil = by_stream(silent, entering)
+        sources = enumerate(self.taken)
+        merged = [nil[stream] if source is None else outputs[source] for stream, source in sources]
+        return with_first(output, torch.stack(merged).flatten(0, 1))
+
+    def _computed_rows(self, name: str, value: Any, hidden: Tensor) -> Any:
+        """Cut an argument with a row a stream: of the hidden states' shape, or Bloom's ALiBi."""
+        if not isinstance(value, Tensor):
+            return value
+        if value.shape[:2] == hidden.shape[:2] or (name == "alibi" and value.ndim == 3):
+            return take(by_stream(value, len(self.taken)), self.computed).flatten(0, 1)
+        return value
+
+
+@dataclass
+class HeadFork(ModuleFork):
+    """The output projection of an attention, before which some streams lose heads.
+
+    Its input is [computed × rows, tokens, columns], all heads side by side. A checkpoint whose
+    projection has zeros in the columns of removed heads computes the same.
+
+    Attributes:
+        sources: For each output the computed attention that it is made of.
+        columns: For each output the columns of its input that are zero.
+    """
+
+    sources: list[int]
+    columns: Sequence[Sequence[slice]]
+
+    @classmethod
+    def of_layer(cls, site: LayerSite) -> Iterator[ModuleFork]:
+        """Yield the fork of the projection, if some stream lacks heads."""
+        step = site.step
+        if "heads" in step.changes:
+            heads = site.anatomy.at(Heads, site.index)
+            columns = [[heads.columns(part, site.name) for part in gone] for _, gone in step.heads]
+            sources = [step.computed.index(source) for source, _ in step.heads]
+            yield cls(site.layer.get_submodule(heads.projection), sources, columns)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the projection of the heads that are left, for each output."""
+        (given,) = (*args, *kwargs.values())
+        streams = max(self.sources) + 1
+        states: Tensor = take(
+            by_stream(given, streams, "the heads of its attention have"), self.sources
+        )
+        for state, removed in zip(states, self.columns, strict=True):
+            for columns in removed:
+                state[..., columns] = 0
+        return self.original(states.flatten(0, 1))
+
+
+@dataclass
+class RouterFork(ModuleFork):
+    """The router of a mixture, which in some streams chooses among fewer experts.
+
+    Its input are the tokens of the streams whose MLPs are computed, stream by stream. Its output
+    for a stream is that of a router with rows for the remaining experts alone, in the numbers of
+    all: so the experts are called once.
+
+    Attributes:
+        experts: The experts of the layer.
+        remaining: For each computed MLP the experts that are left; None for all.
+    """
+
+    experts: Experts
+    remaining: Sequence[list[int] | None]
+
+    @classmethod
+    def of_layer(cls, site: LayerSite) -> Iterator[ModuleFork]:
+        """Yield the fork of the router, if some stream lacks experts."""
+        if "experts" in site.step.changes:
+            experts = site.anatomy.at(Experts, site.index)
+            remaining = [
+                experts.without(gone, site.name) if gone else None for gone in site.step.experts
+            ]
+            yield cls(site.layer.get_submodule(experts.router), experts, remaining)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the router's choices for all streams."""
+        streams, given = len(self.remaining), (args, kwargs)
+        states = by_stream(state_of(args, kwargs), streams, "the router of its experts has")
+        intact = [stream for stream, remaining in enumerate(self.remaining) if remaining is None]
+        # Never of no stream: the baseline lacks none.
+        whole = call_with(self.original, take(states, intact).flatten(0, 1), *given)
+        parted = zip(*(by_stream(table, len(intact)) for table in whole), strict=True)
+        choices = [
+            next(parted)
+            if remaining is None
+            else routed(self.module, self.experts, remaining, whole, state, given)
+            for remaining, state in zip(self.remaining, states, strict=True)
+        ]
+        make = getattr(type(whole), "_make", type(whole))
+        return make(torch.cat(tables) for tables in zip(*choices, strict=True))
+
+
+@dataclass
+class SharedExpertFork(ModuleFork):
+    """A shared expert, which gives zeros in some streams.
+
+    Attributes:
+        streams: Number of computed MLPs, whose tokens are its input, stream by stream.
+        removed: Those of them that lack the expert.
+    """
+
+    streams: int
+    removed: Sequence[int]
+
+    @classmethod
+    def of_layer(cls, site: LayerSite) -> Iterator[ModuleFork]:
+        """Yield a fork of each shared expert, if some stream lacks them."""
+        step = site.step
+        if "shared" in step.changes:
+            for path in site.anatomy.at(SharedExperts, site.index).paths:
+                yield cls(site.layer.get_submodule(path), len(step.mlps), step.without_shared)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the expert, with zeros for the streams that lack it."""
+        output = self.original(*args, **kwargs)
+        added: Tensor = first_of(output)
+        outputs = by_stream(added, self.streams, "its shared experts have").clone()
+        for run in neighbours(self.removed):
+            outputs[run] = 0
+        return with_first(output, outputs.reshape(added.shape))
+
+
+_Formats = tuple[tuple[str, str], ...]
+"""Paths of the maps of a module that are rounded, each with its format."""
+
+
+@dataclass
+class RoundedFork(ModuleFork):
+    """A module of a layer that has weights in formats in some streams.
+
+    Attributes:
+        maps: The rounded linear maps of the layer, by their paths.
+        formats: For each stream that the module computes its rounded maps, with their formats.
+        weights: Returns the weights of a map in a format.
+    """
+
+    maps: Mapping[str, LinearMap]
+    formats: Sequence[_Formats]
+    weights: Callable[[str, LinearMap, str], Tensor]
+
+    @classmethod
+    def of_layer(cls, site: LayerSite) -> Iterator[ModuleFork]:
+        """Yield the forks of all modules with rounded weights."""
+        step, index = site.step, site.index
+        if "rounded" not in step.changes:
+            return
+        formats = [site.anatomy.formats(index, step.done[s].rounded) for s in step.entering]
+        maps = {path: site.anatomy.map_at(index, path) for paths in formats for path in paths}
+        weights = partial(site.anatomy.weights.of, index)
+        for module, group in grouped(maps.items(), lambda item: item[1].module).items():
+            rounded = [
+                tuple((path, formats[stream][path]) for path, _ in group if path in formats[stream])
+                for stream in site.streams_of(module)
+            ]
+            fork = ExpertsFork if group[0][1].experts else LinearFork
+            yield fork(module, maps, rounded, weights)
+
+    @property
+    def alike(self) -> dict[_Formats, list[int]]:
+        """The streams that have the same weights, by these."""
+        return grouped(range(len(self.formats)), lambda stream: self.formats[stream])
+
+
+class LinearFork(RoundedFork):
+    """One linear map of a layer.
+
+    Its input is [streams × rows, tokens, inputs], or all of a stream's tokens in a row. Everything
+    is mapped once by the module, and the rows of streams with other weights once more with these.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the map, each stream with its weights."""
+        (given,) = (*args, *kwargs.values())
+        output: Tensor = self.original(given)
+        inputs = by_stream(given, len(self.formats), "a linear map of its layers has")
+        mapped = by_stream(output, len(self.formats))
+        for formats, streams in self.alike.items():
+            for path, form in formats:
+                bias = cast("Tensor | None", self.module.bias)
+                weight = self.weights(path, self.maps[path], form)
+                put(mapped, streams, linear(take(inputs, streams), weight, bias))
+        return mapped.reshape(output.shape)
+
+
+class ExpertsFork(RoundedFork):
+    """The experts of a mixture.
+
+    Their input are the tokens, all of a stream's in a row, and for each token its experts with
+    their weights. Streams with the same weights are computed together.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the experts, each stream with its weights."""
+        count, state = len(self.formats), state_of(args, kwargs)
+        choices = integer_tables((*args, *kwargs.values()))
+        if not choices or len(choices[0]) % count or len(state) % count:
+            raise RefusalError("what its experts are given has no row a stream")
+
+        def rows(streams: list[int], value: Any) -> Any:
+            is_table = isinstance(value, Tensor) and value.shape == choices[0].shape
+            if value is not state and not is_table:
+                return value
+            return take(by_stream(value, count), streams).flatten(0, 1)
+
+        outputs: dict[int, Tensor] = {}
+        for formats, streams in self.alike.items():
+            forward = self.original
+            if formats:
+                weights = weights_in(self.maps, dict(formats), self.weights)
+                rounded = {name: weight for (_, name), weight in weights.items()}
+                forward = holding(self.module, rounded).forward
+            output = forward(
+                *(rows(streams, value) for value in args),
+                **{name: rows(streams, value) for name, value in kwargs.items()},
+            )
+            outputs |= zip(streams, by_stream(output, len(streams)), strict=True)
+        return torch.cat([outputs[stream] for stream in range(count)])
