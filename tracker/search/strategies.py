@@ -29,77 +29,9 @@ BATCH = 6
 """Candidates that a lazy search scores in one engine call, or as many as a layer has."""
 
 
-def lazy(scores: Scores, budget: Budget, by: str) -> Iterator[PruneStep]:
-    """Score candidates again only while they can still win, if costs only ever grow.
-
-    What a part cost when it was scored last, beside what was gone then, is taken for the least
-    that it costs now. That holds where removals are redundant (together they cost more than the
-    sum), and is an assumption otherwise: a part that became cheaper is overlooked.
-    """
-    removed: Set = ()
-    loss, costs = 0.0, dict.fromkeys(range(scores.parts.total), -np.inf)
-    while not budget.enough(removed):
-        fresh: list[Set] = []
-        left = sorted(budget.left(removed), key=lambda part: (costs[part], -part))
-        while left:
-            # All of them at first: nothing is known.
-            size = max(BATCH, scores.parts.per_layer) if removed else len(left)
-            batch, left = left[:size], left[size:]
-            fresh += [grown(removed, part) for part in batch]
-            losses = scores.losses(by, fresh)
-            best = float(losses.means.min())
-            if left and best < loss + costs[left[0]]:
-                break
-        step = losses.step(removed)
-        for each, mean in zip(fresh, losses.means, strict=True):
-            (part,) = set(each) - set(removed)
-            costs[part] = float(mean) - loss
-        yield step
-        removed, loss = step.removed, float(step.score or 0.0)
-        assert step.layer is not None
-        del costs[step.layer]
-
-
-def race(scores: Scores, budget: Budget, by: str) -> Iterator[PruneStep]:
-    """Let candidates leave as soon as the documents so far tell that they will not win.
-
-    With 95 % confidence the part that goes costs at most a percentage point more than the best one
-    by accuracy (each step is the question `prune 1 within 1 pp`), and by log-probability at most
-    0.01 nats (`SmallestMean`, which says what that rests on). Documents come in blocks of 32, at
-    random.
-    """
-    (cell,) = scores.cells
-    removed: Set = ()
-    while not budget.enough(removed):
-        left = budget.left(removed)
-        if len(left) == 1:
-            removed = grown(removed, *left)
-            alone = dict.fromkeys(("score", "margin"), "nothing else may go")
-            yield PruneStep(removed=removed, layer=left[0], reasons=alone)
-            continue
-        sets = [grown(removed, part) for part in left]
-        ablations = [scores.ablation(each) for each in sets]
-        beneath = [scores.ablation(removed)] if removed else []
-        racing = CandidateRace(cell.store, cell.view, by, cell.request.seed, ablations, beneath)
-        if racing.lacking is not None:
-            meter = cell.opened([*beneath, *ablations], candidates=True)
-            work = CellWork(cell.store, meter.facts, cell.progress, race=racing)
-            fill(work, meter.measure, cell.progress)
-        seen, means = racing.deciding.seen, rounded(racing.deciding.means)
-        scores.raced(cell, beneath, ablations, seen, racing.measured_for(seen), racing.order)
-        # Where all documents leave several open, they are level: the later one goes.
-        winners = sorted(racing.winners, key=lambda place: (means[place], -left[place]))
-        if not winners:
-            raise CellError(NO_FINITE)
-        best = winners[0]
-        removed = sets[best]
-        score, why = float(means[best]), "a race does not look at every candidate on all documents"
-        yield PruneStep(removed=removed, layer=left[best], score=score, reasons={"margin": why})
-
-
 @dataclass(frozen=True)
 class Search:
-    """What a strategy is given.
+    """The input of a strategy.
 
     Attributes:
         scores: What the calibration documents say.
@@ -123,31 +55,110 @@ class Search:
 Strategy = Callable[[Search], Iterator[PruneStep]]
 
 
+def _stepwise(budget: Budget, choose: Callable[[Set], PruneStep]) -> Iterator[PruneStep]:
+    """Yield a step after the other, each chosen by what is gone before it."""
+    removed: Set = ()
+    while not budget.enough(removed):
+        step = choose(removed)
+        yield step
+        removed = step.removed
+
+
 def by_outcomes(search: Search, by: str) -> Iterator[PruneStep]:
     """Remove what costs least together with all that is gone; score again after each removal."""
-    removed: Set = ()
-    if search.rescoring == "race":
-        yield from race(search.scores, search.budget, by)
-    elif search.rescoring == "lazy":
-        yield from lazy(search.scores, search.budget, by)
-    else:
-        while not search.budget.enough(removed):
-            sets = [grown(removed, part) for part in search.budget.left(removed)]
-            step = search.scores.losses(by, sets).step(removed)
-            yield step
-            removed = step.removed
+    ways = {"full": _fully, "lazy": _lazily, "race": _by_races}
+    return _stepwise(search.budget, ways[search.rescoring](search, by))
+
+
+def _fully(search: Search, by: str) -> Callable[[Set], PruneStep]:
+    """Score all candidates."""
+
+    def choose(removed: Set) -> PruneStep:
+        sets = [grown(removed, part) for part in search.budget.left(removed)]
+        return search.scores.losses(by, sets).step(removed)
+
+    return choose
+
+
+def _lazily(search: Search, by: str) -> Callable[[Set], PruneStep]:
+    """Score candidates again only while they can still win, if costs only ever grow.
+
+    What a part cost when it was scored last, beside what was gone then, is taken for the least
+    that it costs now. That holds where removals are redundant (together they cost more than the
+    sum), and is an assumption otherwise: a part that became cheaper is overlooked.
+    """
+    scores, loss = search.scores, 0.0
+    costs = dict.fromkeys(range(scores.parts.total), -np.inf)
+
+    def choose(removed: Set) -> PruneStep:
+        nonlocal loss
+        fresh: list[Set] = []
+        left = sorted(search.budget.left(removed), key=lambda part: (costs[part], -part))
+        while left:
+            # All of them at first: nothing is known.
+            size = max(BATCH, scores.parts.per_layer) if removed else len(left)
+            batch, left = left[:size], left[size:]
+            fresh += [grown(removed, part) for part in batch]
+            losses = scores.losses(by, fresh)
+            if left and float(losses.means.min()) < loss + costs[left[0]]:
+                break
+        step = losses.step(removed)
+        for each, mean in zip(fresh, losses.means, strict=True):
+            (part,) = set(each) - set(removed)
+            costs[part] = float(mean) - loss
+        loss = float(step.score or 0.0)
+        return step
+
+    return choose
+
+
+def _by_races(search: Search, by: str) -> Callable[[Set], PruneStep]:
+    """Drop candidates as soon as the documents so far tell that they will not win.
+
+    With 95 % confidence the part that goes costs at most a percentage point more than the best one
+    by accuracy (each step is the question `prune 1 within 1 pp`), and by log-probability at most
+    0.01 nats (`SmallestMean`, which says what that rests on). Documents come in blocks of 32, at
+    random.
+    """
+    scores = search.scores
+    (cell,) = scores.cells
+
+    def choose(removed: Set) -> PruneStep:
+        left = search.budget.left(removed)
+        if len(left) == 1:
+            alone = dict.fromkeys(("score", "margin"), "nothing else may go")
+            return PruneStep(removed=grown(removed, *left), layer=left[0], reasons=alone)
+        sets = [grown(removed, part) for part in left]
+        ablations = [scores.ablation(each) for each in sets]
+        beneath = [scores.ablation(removed)] if removed else []
+        racing = CandidateRace(cell.store, cell.view, by, cell.request.seed, ablations, beneath)
+        if racing.lacking is not None:
+            meter = cell.opened([*beneath, *ablations], candidates=True)
+            work = CellWork(cell.store, meter.facts, cell.progress, race=racing)
+            fill(work, meter.measure, cell.progress)
+        seen, means = racing.deciding.seen, rounded(racing.deciding.means)
+        scores.raced(cell, beneath, ablations, seen, racing.measured_for(seen), racing.order)
+        # Where all documents leave several open, they are level: the later one goes.
+        winners = sorted(racing.winners, key=lambda number: (means[number], -left[number]))
+        if not winners:
+            raise CellError(NO_FINITE)
+        best, why = winners[0], "a race does not look at every candidate on all documents"
+        score, reasons = float(means[best]), {"margin": why}
+        return PruneStep(removed=sets[best], layer=left[best], score=score, reasons=reasons)
+
+    return choose
 
 
 def by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
     """Remove the layer with the smallest proxy in the model that is left; observe it again."""
-    removed: Set = ()
-    while not search.budget.enough(removed):
+
+    def choose(removed: Set) -> PruneStep:
         losses = search.scores.proxy(name, removed)
         # Without those with which the budget could not be met any more.
-        order = [place for place in losses.order if search.budget.reachable(losses.sets[place])]
-        step = losses.step(removed, order)
-        yield step
-        removed = step.removed
+        order = [number for number in losses.order if search.budget.reachable(losses.sets[number])]
+        return losses.step(removed, order)
+
+    return _stepwise(search.budget, choose)
 
 
 def one_shot(search: Search, by: str = "", proxy: str = "") -> Iterator[PruneStep]:
@@ -160,15 +171,16 @@ def one_shot(search: Search, by: str = "", proxy: str = "") -> Iterator[PruneSte
     sets = [(part,) for part in search.budget.free]
     losses = scores.proxy(proxy, ()) if proxy else scores.losses(by, sets)
     order = losses.order
-    removed: Set = ()
-    while not search.budget.enough(removed):
+
+    def choose(removed: Set) -> PruneStep:
         left = set(search.budget.left(removed))
-        order = [place for place in order if losses.sets[place][0] in left]
-        step = losses.step((), order)
-        (part,) = step.removed
-        seconds = grown(removed, *step.runner_up) if step.runner_up else ()
-        removed = grown(removed, part)
-        yield step.model_copy(update={"removed": removed, "runner_up": seconds})
+        step = losses.step((), [number for number in order if losses.sets[number][0] in left])
+        second = grown(removed, *step.runner_up) if step.runner_up else ()
+        return step.model_copy(
+            update={"removed": grown(removed, *step.removed), "runner_up": second}
+        )
+
+    return _stepwise(search.budget, choose)
 
 
 def contiguous(search: Search) -> Iterator[PruneStep]:
