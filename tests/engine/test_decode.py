@@ -12,7 +12,6 @@ from tests.helpers.families import FAMILIES, tiny_model
 from tests.helpers.registry import Variant, tiny
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document, Request
-from tracker.engine.forward.streams import plan_streams
 from tracker.engine.scoring.generation import decoding, generating
 from tracker.engine.scoring.model import FULL
 from tracker.engine.scoring.score import SHORTEST, cache_argument, read_prefix
@@ -43,10 +42,9 @@ def generate_as_pruned(
 ) -> list[tuple[int, ...]]:
     """Generate a row an ablation, which the really pruned model generates alike."""
     engine, ids = Engine(loaded(model), 64), prompt[0].tolist()
-    plan = engine.plan(ablations)
-    parts = engine.parts(plan)
-    prefix = read_prefix(parts, plan, tuple(ids[:prefix_tokens])) if prefix_tokens else None
-    with torch.inference_mode(), decoding(parts, ablations, ids, prefix) as cache:
+    beginning = tuple(ids[:prefix_tokens])
+    prefix = read_prefix(engine, engine.plan(ablations), beginning) if beginning else None
+    with torch.inference_mode(), decoding(engine, ablations, ids, prefix) as cache:
         rows = generate(model, prompt.repeat(len(ablations), 1), **{cache_argument(model): cache})
     for ablation, row in zip(ablations, rows, strict=True):
         assert [row] == generate(engine.without(ablation).loaded.model, prompt), ablation
@@ -117,9 +115,8 @@ def test_a_beginning_that_rows_were_scored_behind_serves_generation():
 
 def test_keys_that_a_layer_lacks_are_no_shorter_model():
     ids = PROMPT[0].tolist()
-    plan = plan_streams(ABLATIONS, 4)
-    parts = Engine(loaded(tiny_model("llama")), 64).parts(plan)
-    prefix = read_prefix(parts, plan, tuple(ids[:-1]))
+    engine = Engine(loaded(tiny_model("llama")), 64)
+    prefix = read_prefix(engine, engine.plan(ABLATIONS), tuple(ids[:-1]))
     prefix.cache.layers.pop()
-    with pytest.raises(ValueError, match="longer than"), decoding(parts, ABLATIONS, ids, prefix):
+    with pytest.raises(ValueError, match="longer than"), decoding(engine, ABLATIONS, ids, prefix):
         pass

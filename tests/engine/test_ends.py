@@ -165,9 +165,8 @@ def test_every_text_is_generated_by_the_changed_model(family, begun):
     engine = engine_of(model, max_length=64)
     plan, ids = engine.plan(ablations), PROMPT[0].tolist()
     assert plan == plan_streams(ablations, 4, tied)
-    parts = engine.parts(plan)
-    prefix = sweep.read_prefix(parts, plan, tuple(ids[:begun])) if begun else None
-    with torch.inference_mode(), decoding(parts, ablations, ids, prefix) as cache:
+    prefix = sweep.read_prefix(engine, plan, tuple(ids[:begun])) if begun else None
+    with torch.inference_mode(), decoding(engine, ablations, ids, prefix) as cache:
         rows = generate(model, PROMPT.repeat(len(ablations), 1), **{cache_argument(model): cache})
     for ablation, row in zip(ablations, rows, strict=True):
         assert [row] == generate(engine.without(ablation).loaded.model, PROMPT), ablation

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.helpers.engines import Output
 from tracker.core.changes import INTACT, Ablation
-from tracker.engine.forward.layer import forking
+from tracker.engine.forward.layer import ForwardPass
 from tracker.engine.forward.streams import LayerStep, StreamPlan, plan_streams
 from tracker.engine.refusal import RefusalError
 from tracker.models.parts.anatomy import LayerAnatomy
@@ -184,7 +184,7 @@ def test_every_stream_is_the_model_without(
     some = (ABLATIONS, ABLATIONS[::-1], [INTACT, ABLATIONS[0]], ABLATIONS[1:3], [INTACT])
     for ablations, at_once in itertools.product(some, (None, 1, 2)):
         plan = plan_streams(ablations, 3)
-        with forking(layers, plan, parts(layers), at_once=at_once):
+        with ForwardPass(layers, plan, parts(layers), at_once=at_once).installed():
             found = run(layers, hidden, named, **kwargs)
         agree(found, plan, ablations, lambda a: without(layers, a, hidden, named, **kwargs))
 
@@ -192,7 +192,7 @@ def test_every_stream_is_the_model_without(
 def test_what_comes_by_its_place_is_repeated_too() -> None:
     layers, hidden, shift = make(), hidden_states(), hidden_states() * 2
     plan = plan_streams(ABLATIONS, 3)
-    with forking(layers, plan, parts(layers)):
+    with ForwardPass(layers, plan, parts(layers)).installed():
         found = run(layers, hidden, False, shift)
     agree(found, plan, ABLATIONS, lambda a: without(layers, a, hidden, False, shift))
 
@@ -212,7 +212,7 @@ def test_a_hidden_state_that_comes_by_its_name_goes_by_its_name(by_name: bool) -
         layer.__class__ = Second
     plan = plan_streams(ABLATIONS, 3)
     found = hidden
-    with forking(layers, plan, parts(layers)):
+    with ForwardPass(layers, plan, parts(layers)).installed():
         for layer in layers:
             given = {"shift": shift} if by_name else {}
             found = layer(*(() if by_name else (shift,)), hidden_states=found, **given)
@@ -251,9 +251,9 @@ def test_a_layer_that_writes_into_its_input_gets_a_copy(returns_it: bool, named:
         plan, hidden = plan_streams(ways, 3), hidden_states()
         for _ in range(2):
             seen.clear()
-            observing = forking(
+            observing = ForwardPass(
                 layers, plan, observe=lambda *what: seen.append(what), at_once=at_once
-            )
+            ).installed()
             with torch.inference_mode(), observing:
                 found = run(layers, hidden, named)
             assert torch.equal(hidden, hidden_states())
@@ -275,7 +275,7 @@ def test_a_layer_that_only_reads_is_copied_for_once() -> None:
 
     layers[0].forward = noting
     for _ in range(3):
-        with forking(layers, plan_streams([INTACT], 3)):
+        with ForwardPass(layers, plan_streams([INTACT], 3)).installed():
             run(layers, hidden, False)
     assert [each.data_ptr() == hidden.data_ptr() for each in given] == [False, True, True]
 
@@ -294,7 +294,7 @@ def test_no_more_streams_than_may_pass_a_layer_at_once() -> None:
         ([INTACT, *pairs, without_mlp], [2, 2, 1]),
     ):
         sizes.clear()
-        with forking(layers, plan_streams(ablations, 3), parts(layers), at_once=2):
+        with ForwardPass(layers, plan_streams(ablations, 3), parts(layers), at_once=2).installed():
             run(layers, hidden_states(), False)
         assert sizes == expected
 
@@ -308,7 +308,7 @@ def test_what_has_a_row_a_stream_is_cut_to_those_that_enter() -> None:
         4, count, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3)
     )
     alibi = shift[:, :1, :TOKENS]
-    with forking(layers, plan, parts(layers), batched=True):
+    with ForwardPass(layers, plan, parts(layers), batched=True).installed():
         given = {"scale": torch.tensor(2.0), "alibi": alibi, "rotary": (cos, {"sin": sin})}
         streams = run(layers, hidden, False, shift, **given)
     for place, ablation in enumerate(ABLATIONS):
@@ -329,7 +329,7 @@ def test_masks_of_our_own_take_the_place_of_the_models() -> None:
     layers, hidden = make(), hidden_states()
     plan = plan_streams(ABLATIONS, 3)
     masks: Any = Doubling()
-    with forking(layers, plan, parts(layers), masks=masks):
+    with ForwardPass(layers, plan, parts(layers), masks=masks).installed():
         found = run(layers, hidden, False, scale=1.0)
     assert masked == [*enumerate(layers)]
     agree(found, plan, ABLATIONS, lambda a: without(layers, a, hidden, False, scale=2.0))
@@ -341,7 +341,7 @@ class TestRefusals:
     def test_a_batch_that_changes_between_layers(self) -> None:
         layers = make()
         said = "^something between its layers changes the batch$"
-        with forking(layers, self.PLAN), pytest.raises(RefusalError, match=said):
+        with ForwardPass(layers, self.PLAN).installed(), pytest.raises(RefusalError, match=said):
             layers[1](layers[0](hidden_states())[:3])
 
     @pytest.mark.parametrize("answer", [lambda hidden: hidden[:, 1:], lambda hidden: "nothing"])
@@ -350,7 +350,7 @@ class TestRefusals:
         layers = make()
         layers[1].forward = lambda hidden: (answer(hidden), 1) if several else answer(hidden)
         said = "^layer 1 returns something else than a hidden state of the shape that it was given$"
-        with forking(layers, self.PLAN), pytest.raises(RefusalError, match=said):
+        with ForwardPass(layers, self.PLAN).installed(), pytest.raises(RefusalError, match=said):
             run(layers, hidden_states(), False)
 
     @pytest.mark.parametrize("named", [False, True])
@@ -359,7 +359,7 @@ class TestRefusals:
         layers[0].extra = torch.ones(1)
         said = "^its layers hand more to each other than the hidden state$"
         for plan in (self.PLAN, plan_streams([INTACT, Ablation.parse("layer:1")], 3)):
-            with forking(layers, plan):
+            with ForwardPass(layers, plan).installed():
                 hidden, more = layers[0](hidden_states())
                 by_name: dict[str, Any] = {"shift": more} if named else {}
                 with pytest.raises(RefusalError, match=said):
@@ -371,12 +371,15 @@ class TestRefusals:
         layers = make()
         more = torch.ones(1)
         layers[0].forward = lambda hidden: (hidden, "no tensor", more)
-        with forking(layers, self.PLAN), pytest.raises(RefusalError, match="hand more"):
+        with (
+            ForwardPass(layers, self.PLAN).installed(),
+            pytest.raises(RefusalError, match="hand more"),
+        ):
             layers[1](layers[0](hidden_states())[0], more)
 
     def test_with_one_stream_nothing_is_forked(self) -> None:
         layers = make(tuple)
-        with forking(layers, plan_streams([INTACT, Ablation.parse("layer:2")], 3)):
+        with ForwardPass(layers, plan_streams([INTACT, Ablation.parse("layer:2")], 3)).installed():
             hidden, more = layers[0](hidden_states())
             layers[1](hidden, more)
 
@@ -385,9 +388,9 @@ class TestRefusals:
 def test_the_baseline_is_observed(named: bool) -> None:
     layers, hidden = make(named=named), hidden_states()
     seen: list[tuple[int, Tensor, Tensor]] = []
-    with forking(
+    with ForwardPass(
         layers, plan_streams(ABLATIONS, 3), parts(layers), lambda *what: seen.append(what)
-    ):
+    ).installed():
         run(layers, hidden, named)
     assert [index for index, _, _ in seen] == [0, 1, 2]
     for number, (_, before, after) in enumerate(seen):

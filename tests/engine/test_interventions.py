@@ -194,8 +194,7 @@ class TestFit:
         model = tiny_model("llama").eval()
         draw = random.Random(1)
         texts = [[draw.randrange(97) for _ in range(draw.randint(20, 40))] for _ in range(12)]
-        parts = engine_of(model).parts(plan_streams([INTACT], 4))
-        found = fit(parts, texts, {1, 2}, linear=True)
+        found = fit(engine_of(model), texts, {1, 2}, linear=True)
         assert set(found) == {1, 2}
         # Without each text's first token.
         pairs = [passed(model, text)[0][2] for text in texts]

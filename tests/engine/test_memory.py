@@ -7,10 +7,6 @@ import sys
 import psutil
 import pytest
 import torch
-from tracker.engine.memory import (
-    keep_freed_memory,
-    stream_bytes,
-)
 from transformers import (
     AutoModelForCausalLM,
     Gemma3nTextConfig,
@@ -20,7 +16,8 @@ from transformers import (
 )
 
 from tests.helpers.families import tiny_model
-from tracker.models.devices import free_memory, total_memory
+from tracker.engine.scoring.model import stream_bytes
+from tracker.models.devices import free_memory, keep_freed_memory, total_memory
 
 KEEP = """
 import ctypes

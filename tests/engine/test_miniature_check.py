@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path as FilePath
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +32,7 @@ from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
 from tracker.engine.scoring.rows import Lengths
 from tracker.engine.scoring.sweep import Engine
-from tracker.engine.selfcheck import miniature_check, removability
+from tracker.engine.selfcheck import miniature_check, quirks
 from tracker.engine.selfcheck.miniature_check import (
     FIRST,
     check_longer_texts,
@@ -41,8 +41,9 @@ from tracker.engine.selfcheck.miniature_check import (
     probe_calls,
     reachable,
 )
-from tracker.engine.selfcheck.quirks import STEPS, Findings, Path, as_removed, logits_alike
+from tracker.engine.selfcheck.quirks import STEPS, Findings, as_removed, logits_alike
 from tracker.engine.selfcheck.reference import Comparison, Reference, Verdict
+from tracker.models.miniature import NumberPath
 from tracker.models.pruned import put_back
 
 ABLATIONS = single_layers((0, 1, 2, 3))
@@ -54,7 +55,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def verdict_on(
     model: Any,
     ablations: Sequence[Ablation] = ABLATIONS,
-    paths: Sequence[Path] = (),
+    paths: Sequence[NumberPath] = (),
     blank: bool = False,
 ) -> Verdict:
     """Check an engine's model, or one, with no number in reach and no token without embedding."""
@@ -65,7 +66,7 @@ def verdict_on(
 def key_of(
     model: Any,
     ablations: Sequence[Ablation] = ABLATIONS,
-    paths: Sequence[Path] = WINDOW,
+    paths: Sequence[NumberPath] = WINDOW,
     rows: tuple[int, int, int] | None = None,
     blank: bool = False,
 ) -> str:
@@ -115,7 +116,7 @@ class TestKey:
         keys = [key_of(model)]
         read: set[str] = set()
 
-        def file_hash(paths: Iterable[FilePath]) -> str:
+        def file_hash(paths: Iterable[Path]) -> str:
             read.update(f"{path.parent.name}/{path.name}" for path in paths)
             return "another"
 
@@ -125,9 +126,9 @@ class TestKey:
                 patched.setattr(miniature_check, name, other)
                 keys.append(key_of(model))
         assert len(set(keys)) == 4
-        tracker = FilePath(__file__).parents[2] / "tracker"
+        tracker = Path(__file__).parents[2] / "tracker"
         ours = [path for room in ("engine", "models") for path in (tracker / room).rglob("*.py")]
-        theirs = FilePath(modeling_llama.__file__).parent.glob("*.py")
+        theirs = Path(modeling_llama.__file__).parent.glob("*.py")
         assert read == {f"{path.parent.name}/{path.name}" for path in (*ours, *theirs)}
 
     def test_code_that_a_checkpoint_brings_counts(self, tmp_path, monkeypatch) -> None:
@@ -672,7 +673,7 @@ class TestCut:
         """Let models without layer 2 not run: cut, or with the layer in its place."""
 
         def refuse(*stay: bool, error: Exception | None = None) -> None:
-            honest, honest_handing_on = Engine.without, removability._handing_on
+            honest, honest_handing_on = Engine.without, quirks._handing_on
 
             def without(self: Engine, ablation: Ablation, **how: bool) -> Engine:
                 if 2 in ablation.removed() and self.quirks.stay in stay:
@@ -693,7 +694,7 @@ class TestCut:
                     handle.remove()
 
             monkeypatch.setattr(Engine, "without", without)
-            monkeypatch.setattr(removability, "_handing_on", handing_on)
+            monkeypatch.setattr(quirks, "_handing_on", handing_on)
 
         return refuse
 

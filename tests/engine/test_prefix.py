@@ -36,7 +36,7 @@ def states(tokens: int, start: int = 0) -> torch.Tensor:
 def prefix() -> Prefix:
     engine = engine_of("llama")
     plan = plan_streams(single_layers((0, 1, 2, 3)), 4)
-    return read_prefix(engine.parts(plan), plan, TOKENS)
+    return read_prefix(engine, plan, TOKENS)
 
 
 class TestGrowing:
@@ -136,6 +136,4 @@ def test_what_one_token_takes_in_one_attention(family: str, heads: int) -> None:
     """A key and a value of eight numbers in each head, of four bytes, and in half of two."""
     model: Any = tiny_model(family)
     for each in (model, model.bfloat16()):
-        engine = engine_of(each)
-        size = each.dtype.itemsize
-        assert kept_bytes(engine.parts(plan_streams(single_layers(()), 4))) == 2 * heads * 8 * size
+        assert kept_bytes(engine_of(each)) == 2 * heads * 8 * each.dtype.itemsize

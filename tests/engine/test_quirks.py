@@ -15,8 +15,8 @@ from tests.helpers.families import tiny_model
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import Lengths
 from tracker.engine.selfcheck import quirks
-from tracker.engine.selfcheck.quirks import Findings, Path, find_quirks, find_switches, shortened
-from tracker.models.miniature import miniature, numbers
+from tracker.engine.selfcheck.quirks import Findings, find_quirks, find_switches, shortened
+from tracker.models.miniature import NumberPath, miniature, numbers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,7 +120,9 @@ class TestFindings:
         assert find_quirks(miniature(model), [WINDOW]).matters == (WINDOW,)
 
     @pytest.mark.parametrize("refused", [POSITIONS, WINDOW, THETA])
-    def test_a_number_that_the_model_does_not_take_is_passed_over(self, refused: Path) -> None:
+    def test_a_number_that_the_model_does_not_take_is_passed_over(
+        self, refused: NumberPath
+    ) -> None:
         """In a longer text than it is built with; and the others are tried none the less."""
         small = miniature(tiny_model("mistral"))
         before = dict(numbers(small.config))

@@ -17,9 +17,9 @@ from tracker.core.proxies import OBSERVED
 from tracker.engine.forward.streams import plan_streams
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.masks import AttentionWindows
+from tracker.engine.scoring.model import EngineModel
 from tracker.engine.scoring.rows import flat_rows, reading_row, tree_rows
 from tracker.engine.scoring.score import (
-    Parts,
     RowScores,
     cache_argument,
     launch_row,
@@ -27,6 +27,7 @@ from tracker.engine.scoring.score import (
     read_prefix,
     run_base,
 )
+from tracker.engine.scoring.sweep import Engine
 
 PLAN = plan_streams(single_layers((1, 3)), 4)
 TOKENS = tuple(range(3, 9))
@@ -37,32 +38,32 @@ def score_row(*args: Any) -> RowScores:
 
 
 @pytest.fixture
-def parts() -> Parts:
-    return engine_of("llama").parts(PLAN)
+def engine() -> Engine:
+    return engine_of("llama")
 
 
-def test_a_row_without_requests_has_proxies_alone(parts: Parts) -> None:
+def test_a_row_without_requests_has_proxies_alone(engine: Engine) -> None:
     (row,) = tree_rows(make_documents(2), MAX_LENGTH, 1000)
-    whole = score_row(parts, PLAN, row)
-    found = score_row(parts, PLAN, replace(row, requests=[]))
+    whole = score_row(engine, PLAN, row)
+    found = score_row(engine, PLAN, replace(row, requests=[]))
     assert found.loglikelihoods.shape == found.hits.shape == (3, 0)
     assert found.hits.dtype == whole.hits.dtype
     torch.testing.assert_close(found.proxies, whole.proxies)
     assert whole.proxies.shape == (2, 3, 4)
-    assert score_row(parts, PLAN, replace(row, gold=[])).proxies.shape == (0, 3, 4)
+    assert score_row(engine, PLAN, replace(row, gold=[])).proxies.shape == (0, 3, 4)
 
 
-def test_the_proxies_of_a_path_count_its_beginning(parts: Parts) -> None:
+def test_the_proxies_of_a_path_count_its_beginning(engine: Engine) -> None:
     """In float64, as sums over many tokens are kept."""
     documents = make_documents(2, seed=2, shared=20)
     (row,) = tree_rows(documents, MAX_LENGTH, 1000)
-    whole = score_row(parts, PLAN, row)
+    whole = score_row(engine, PLAN, row)
     shared = documents[0].requests[0].context[:20]
     (rest,) = tree_rows(documents, MAX_LENGTH, 1000, 20)
-    prefix = read_prefix(parts, PLAN, shared)
+    prefix = read_prefix(engine, PLAN, shared)
     assert prefix.proxies.shape == (3, 20, 4)
     assert prefix.tokens == shared
-    found = score_row(parts, PLAN, rest, prefix)
+    found = score_row(engine, PLAN, rest, prefix)
     assert found.proxies.dtype == torch.float64
     torch.testing.assert_close(found.proxies, whole.proxies, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(found.loglikelihoods, whole.loglikelihoods, atol=1e-4, rtol=0)
@@ -71,11 +72,10 @@ def test_the_proxies_of_a_path_count_its_beginning(parts: Parts) -> None:
 
 def test_half_precision_is_summed_in_float32_and_rounded_once() -> None:
     model = tiny_model("llama").bfloat16()
-    plan = plan_streams([INTACT], 4)
-    parts = engine_of(model).parts(plan)
+    plan, engine = plan_streams([INTACT], 4), engine_of(model)
     for document in make_documents(3):
         (row,) = tree_rows([document], MAX_LENGTH, 1000)
-        found = score_row(parts, plan, row)
+        found = score_row(engine, plan, row)
         assert found.loglikelihoods.dtype == torch.float32
         assert torch.equal(found.loglikelihoods, found.loglikelihoods.bfloat16().float())
         truth = dict(enumerate(answers(model, document)))
@@ -86,69 +86,72 @@ def test_half_precision_is_summed_in_float32_and_rounded_once() -> None:
         )
 
 
-def test_how_the_model_is_called(parts: Parts) -> None:
+def test_how_the_model_is_called(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache is written where one is wanted alone, and masks reach as far as the row."""
     calls: list[dict[str, Any]] = []
     looked: list[int] = []
-    honest = parts.base.forward
+    honest, base = Engine.windows, engine.head.base
+    forward = base.forward
 
-    @functools.wraps(honest)
+    @functools.wraps(forward)
     def noted(**given: Any) -> Any:
         calls.append(given)
-        return honest(**given)
+        return forward(**given)
 
-    def windows(tokens: int) -> AttentionWindows:
+    def windows(engine: Engine, tokens: int) -> AttentionWindows:
         looked.append(tokens)
-        return parts.windows(tokens)
+        return honest(engine, tokens)
 
-    parts.windows(MAX_LENGTH)
-    parts.base.forward = noted
-    watched, cache = replace(parts, windows=windows), new_cache()
-    run_base(watched, PLAN, reading_row(TOKENS), None)
-    run_base(watched, PLAN, reading_row(TOKENS), cache)
+    engine.windows(MAX_LENGTH)
+    base.forward, cache = noted, new_cache()
+    monkeypatch.setattr(Engine, "windows", windows)
+    run_base(engine, PLAN, reading_row(TOKENS), None)
+    run_base(engine, PLAN, reading_row(TOKENS), cache)
     assert looked == [len(TOKENS)] * 2
     assert [call["use_cache"] for call in calls] == [False, True]
     assert set(calls[0]) == {"input_ids", "position_ids", "attention_mask", "use_cache"}
     assert "attention_mask" not in calls[1]
-    assert calls[1][cache_argument(parts.base)] is cache
+    assert calls[1][cache_argument(base)] is cache
 
 
-def test_texts_in_rows_of_their_own_need_no_masks(parts: Parts) -> None:
+def test_texts_in_rows_of_their_own_need_no_masks(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (document,) = make_documents(1)
     (tree,) = tree_rows([document], MAX_LENGTH, 1000)
-    whole = score_row(parts, PLAN, tree).loglikelihoods
-    blind: Any = None
+    whole = score_row(engine, PLAN, tree).loglikelihoods
+    monkeypatch.delattr(EngineModel, "windows")
     for row in flat_rows([document], MAX_LENGTH, 1):
-        found = score_row(replace(parts, windows=blind), PLAN, row).loglikelihoods
+        found = score_row(engine, PLAN, row).loglikelihoods
         for number, request in enumerate(row.requests):
             expected = whole[:, tree.requests.index(request)]
             torch.testing.assert_close(found[:, number], expected, atol=1e-4, rtol=0)
 
 
 class TestRefusals:
-    def test_layers_that_run_twice(self, parts: Parts) -> None:
-        honest = parts.base.forward
+    def test_layers_that_run_twice(self, engine: Engine) -> None:
+        honest = engine.head.base.forward
 
         @functools.wraps(honest)
         def twice(**given: Any) -> Any:
             honest(**given)
             return honest(**given)
 
-        parts.base.forward = twice
+        engine.head.base.forward = twice
         with pytest.raises(RefusalError, match=r"^its 4 layers run 8 times in a pass$"):
-            run_base(parts, plan_streams([INTACT], 4), reading_row(TOKENS), None)
+            run_base(engine, plan_streams([INTACT], 4), reading_row(TOKENS), None)
 
-    def test_a_batch_that_is_not_the_texts(self, parts: Parts) -> None:
+    def test_a_batch_that_is_not_the_texts(self, engine: Engine) -> None:
         def twice(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
             return output.repeat(2, 1, 1)
 
-        parts.base.embed_tokens.register_forward_hook(twice)
+        engine.head.base.embed_tokens.register_forward_hook(twice)
         said = r"^its layers pass on \(2, 6, 32\), and not \[texts, tokens, width\]$"
         with pytest.raises(RefusalError, match=said):
-            run_base(parts, plan_streams([INTACT], 4), reading_row(TOKENS), None)
+            run_base(engine, plan_streams([INTACT], 4), reading_row(TOKENS), None)
 
 
-def test_several_residual_streams_are_one_state(parts: Parts, monkeypatch) -> None:
+def test_several_residual_streams_are_one_state(engine: Engine, monkeypatch) -> None:
     """What is observed is one vector a token, however the layers shape it."""
     observed: list[tuple[int, ...]] = []
 
@@ -158,5 +161,5 @@ def test_several_residual_streams_are_one_state(parts: Parts, monkeypatch) -> No
 
     proxy = replace(OBSERVED[0], observe=noted)
     monkeypatch.setattr("tracker.core.proxies.OBSERVED", (proxy,))
-    run_base(parts, PLAN, reading_row(TOKENS), None)
+    run_base(engine, PLAN, reading_row(TOKENS), None)
     assert observed == [(6, 32)] * 8

@@ -8,7 +8,7 @@ import torch
 from tests.helpers.ablations import single_layers
 from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT, Ablation
-from tracker.engine.forward.layer import forking
+from tracker.engine.forward.layer import ForwardPass
 from tracker.engine.forward.streams import plan_streams
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers
@@ -84,7 +84,7 @@ def test_the_plan_is_what_is_executed(ablations):
     for layer in layers:
         layer.self_attn.o_proj.register_forward_hook(lambda *call: attentions.append(len(call[-1])))
         layer.mlp.down_proj.register_forward_hook(lambda *call: mlps.append(len(call[-1])))
-    with forking(layers, plan, anatomy):
+    with ForwardPass(layers, plan, anatomy).installed():
         model.model(torch.randint(0, 90, (1, 7)), use_cache=False)
     assert (sum(attentions), sum(mlps)) == (plan.attention_passes, plan.mlp_passes)
 
@@ -97,7 +97,7 @@ def test_the_model_is_what_it_was_also_after_an_exception():
     plan = plan_streams(single_layers((0, 1, 2, 3)), 4)
 
     def fork():
-        with forking(model.model.layers, plan):
+        with ForwardPass(model.model.layers, plan).installed():
             model.model(ids[:1], use_cache=False)
 
     def fail(*args):

@@ -28,9 +28,8 @@ from tests.helpers.engines import (
 from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.errors import CellError
-from tracker.engine.forward.streams import plan_streams
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring import copies, generation, sweep
+from tracker.engine.scoring import generation, sweep
 from tracker.engine.scoring import model as model_module
 from tracker.engine.scoring.generation import generating, generation_groups
 from tracker.engine.scoring.model import (
@@ -319,7 +318,7 @@ def test_what_is_shared_is_named():
 
 def test_a_copy_lacks_what_is_taken_out_and_begins_as_the_model_did(spy):
     model = tiny_model("llama")
-    asked = spy(copies, "pruned", lambda *given, **named: (given, named))
+    asked = spy(model_module, "pruned", lambda *given, **named: (given, named))
     first, leftovers = (remember(model, (name,)) for name in ("inv_freq", "attention_scaling"))
     engine = engine_of(model, quirks=Quirks(first=first, leftovers=leftovers, stay=True))
     copy = engine.with_sharing(NO_PREFIX).without(Ablation.parse("layer:1+mlp:2"))
@@ -375,8 +374,8 @@ class TestKeptBeginning:
         begun = []
 
         @contextlib.contextmanager
-        def noted(parts, removed, prompt, prefix):
-            assert (removed, parts.model) == (ablations, engine.loaded.model)
+        def noted(model, removed, prompt, prefix):
+            assert (removed, model) == (ablations, engine)
             begun.append(None if prefix is None else len(prefix.tokens))
             yield "a cache"
 
@@ -399,7 +398,7 @@ def test_masks_are_looked_at_in_steps_and_never_beyond_what_is_read(spy):
         (96, (2, 130, 40), [96, 130]),
     ):
         engine = engine_of("mistral", max_length=most)
-        windows = engine.parts(plan_streams([INTACT], 4)).windows
+        windows = engine.windows
         assert all(windows(tokens).tokens >= tokens for tokens in asked)
         assert looked == expected
         looked.clear()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tracker.models import devices, placement
+from tracker.models import devices, offloaded
 from tracker.models.devices import free_memory, share_memory
 from tracker.models.offloaded import devices_for, least_free
 
@@ -17,7 +17,7 @@ GIB = 2**30
 def test_what_is_free_on_the_fullest_device_counts(monkeypatch):
     """Streams are widest on the device of the last layers, and not where the model's inputs go."""
     free = {"cuda:0": 30, "cuda:1": 7, "cuda:2": 2}
-    monkeypatch.setattr(placement, "free_memory", lambda device: free[str(device)])
+    monkeypatch.setattr(offloaded, "free_memory", lambda device: free[str(device)])
     parts = [torch.device("cuda", n) for n in (0, 0, 1)]
     weights = [SimpleNamespace(device=part, is_meta=False) for part in parts]
     weights.append(SimpleNamespace(device=torch.device("meta"), is_meta=True))

@@ -24,7 +24,7 @@ from tracker.export.changes import count_choosing, removal_of, searched_removal
 from tracker.ledger.store import Ledger, keep_search, listed
 from tracker.measuring.progress import Silent
 from tracker.models import checkpoint as models
-from tracker.search import beforehand, cells, report
+from tracker.search import cells, planning, report
 from tracker.search import search as searching
 from tracker.search.request import load_searches, search_request
 
@@ -276,8 +276,8 @@ def test_a_model_that_could_not_be_saved_is_refused_before_the_search(
     def refuse(*given: object, **more: object) -> None:
         raise ModelError("its configuration cannot say what would be left")
 
-    assert beforehand.refuse_unsizable is models.refuse_unsizable
-    monkeypatch.setattr(beforehand, "refuse_unsizable", refuse)
+    assert planning.refuse_unsizable is models.refuse_unsizable
+    monkeypatch.setattr(planning, "refuse_unsizable", refuse)
     with pytest.raises(ModelError, match="cannot say what would be left"):
         search_for(strategy="last")
     assert not (tmp_path / "results").exists()

@@ -1,7 +1,8 @@
 """Checks of an installation: does it compute the right numbers on this device?
 
 A tiny mixture of experts with random weights is loaded as models are. Every feature of the engine
-computes on the device, and on the CPU each ablation alone on a model that is really changed.
+(`FEATURES`) computes on the device, and on the CPU each ablation alone on a model that is really
+changed.
 """
 
 from __future__ import annotations
@@ -76,8 +77,7 @@ def score(engine: Engine, ablations: Sequence[Ablation], beginning: int = 0) -> 
 def score_fitted(engine: Engine) -> Any:
     """Fit replacements for two layers, and score with them."""
     texts = [[*d.requests[0].context, 3, 7, 9] for d in documents_for(engine)]
-    parts = engine.parts(engine.plan([INTACT]))
-    replacements = fitting.fit(parts, texts, {1, 2}, linear=True)
+    replacements = fitting.fit(engine, texts, {1, 2}, linear=True)
     return score(replace(engine, replacements=replacements), SWEEPS["fitted replacements"])
 
 

@@ -1,4 +1,8 @@
-"""Loops that evaluate all documents once per ablation: what the engine is timed against."""
+"""Loops that evaluate all documents once per ablation: what the engine is timed against.
+
+lm-eval's own models evaluate: the Hugging Face one, or vLLM's, loaded once, with layers that are
+passed over.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +18,23 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from tracker.benchmarks.encoder import score_with_lm_eval
+from torch import nn
+
+from tracker.benchmarks.encoder import score_with_lm_eval, vllm_class
 from tracker.core.changes import Ablation
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.core.errors import RequestError, first_line
 from tracker.core.grouping import grouped
-from tracker.engine.scoring.sweep import DocumentScores
+from tracker.engine.scoring.sweep import DocumentScores, Engine
+from tracker.measuring.job import Options
 from tracker.measuring.progress import Progress
+from tracker.models.checkpoint import save
+from tracker.models.devices import empty_cache, free_memory, total_memory
+from tracker.models.layers import find_layers
 from tracker.models.sources import find_model
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from tracker.core.documents import Document
-    from tracker.engine.scoring.sweep import Engine
-    from tracker.measuring.job import Options
 
 T = TypeVar("T")
 Evaluation = tuple[float, list[tuple[float, bool]]]
@@ -160,8 +163,6 @@ class PassingWorker:
 
     def pass_over(self: Any, removed: Sequence[int]) -> None:
         """Make the model pass over these layers, and over no others."""
-        from tracker.models.layers import find_layers
-
         pass_over(find_layers(self.get_model()), removed)
 
 
@@ -194,8 +195,6 @@ def _identity(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_vllm(request: CellRequest) -> None:
     """Refuse, before anything is loaded, what vLLM is not timed with here: RequestError."""
-    from tracker.benchmarks.encoder import vllm_class
-
     parts = ", ".join(sorted({*request.components} - {"layer"}))
     reasons = {
         f"only whole layers are passed over in vLLM, not {parts}; leave --component out": parts,
@@ -230,10 +229,6 @@ def open_vllm(
     """
     from vllm import __version__ as version
     from vllm.platforms import current_platform
-
-    from tracker.benchmarks.encoder import vllm_class
-    from tracker.models.checkpoint import save
-    from tracker.models.devices import empty_cache, free_memory, total_memory
 
     loaded, device = engine.loaded, current_platform.device_type
     if device != loaded.device.type or loaded.device.index or loaded.offloaded is not None:

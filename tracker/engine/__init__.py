@@ -7,7 +7,6 @@ Modules:
     observers: Compute proxies and other figures of layers.
     fitting: Fit replacements of layers by least squares.
     lockstep: Run several passes layer by layer, so that offloaded weights load once.
-    memory: Estimate and keep the memory that the engine uses.
     plan: Count the work of a cell before it is measured.
     refusal: Distinguish what a model cannot do from errors of tracker.
 """

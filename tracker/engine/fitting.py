@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from tracker.core.changes import INTACT
-from tracker.engine.forward.layer import FittedReplacement, forking
-from tracker.engine.forward.streams import plan_streams
+from tracker.engine.forward.layer import FittedReplacement, ForwardPass
+from tracker.engine.scoring.model import EngineModel
 from tracker.engine.scoring.rows import alike
-from tracker.engine.scoring.score import Parts
 
 
 @dataclass
@@ -60,12 +59,12 @@ class _Sums:
 
 @torch.inference_mode()
 def fit(
-    parts: Parts, texts: Sequence[Sequence[int]], layers: Collection[int], linear: bool
+    model: EngineModel, texts: Sequence[Sequence[int]], layers: Collection[int], linear: bool
 ) -> dict[int, FittedReplacement]:
     """Fit what stands in for some layers of an intact model.
 
     Args:
-        parts: The model.
+        model: The model.
         texts: Token ids of the calibration texts, two or more of each.
         layers: For which layers, 0-based.
         linear: Whether linear maps are wanted too.
@@ -74,7 +73,7 @@ def fit(
         Layer → what stands in for it.
     """
     sums: dict[int, _Sums] = {}
-    plan = plan_streams([INTACT], len(parts.layers))
+    plan = model.plan([INTACT])
     starts = first_tokens(texts)
     for text, start in zip(texts, starts, strict=True):
 
@@ -83,8 +82,9 @@ def fit(
                 x, y = (state[0, start:].flatten(1) for state in (before, after))
                 sums.setdefault(layer, _Sums(x.shape[1], linear)).add(x, y)
 
-        with forking(parts.layers, plan, observe=observe):
-            parts.base(input_ids=torch.tensor([list(text)], device=parts.device), use_cache=False)
+        with ForwardPass(model.loaded.layers, plan, observe=observe).installed():
+            ids = torch.tensor([list(text)], device=model.loaded.device)
+            model.head.base(input_ids=ids, use_cache=False)
     return {layer: each.fitted() for layer, each in sums.items()}
 
 

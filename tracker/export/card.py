@@ -1,4 +1,9 @@
-"""Write the model card of a changed model, and the same facts for machines."""
+"""Write the model card of a changed model, the same facts for machines, and recipes of other tools.
+
+Of removed and repeated layers: mergekit and llama.cpp. Of weights in formats: llama.cpp is told by
+options, llm-compressor by a recipe, mlx-lm by what its `config.json` states of each module,
+GPTQModel by rules.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Changes of a model that can be saved: layers removed or passed again, weights in formats."""
+"""Changes of a model that can be saved, and how a results folder's searches and runs chose them.
+
+Layers are removed or passed again, or weights get formats.
+"""
 
 from __future__ import annotations
 

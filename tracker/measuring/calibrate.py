@@ -105,7 +105,6 @@ class CalibrationTexts:
             CellError: The text is too short for a linear map.
         """
         from tracker.engine.fitting import fit
-        from tracker.engine.forward.streams import plan_streams
 
         asked = [(change.action, change.layer) for each in ablations for change in each.replaced]
         layers = {layer for action, layer in asked if action.is_fitted}
@@ -118,8 +117,7 @@ class CalibrationTexts:
                 "take a benchmark with more documents"
             )
         alone = engine.without(INTACT)  # whatever a call leaves behind stays with the copy
-        plan = plan_streams([INTACT], len(alone.loaded.layers))
-        return dict(fit(alone.parts(plan), self.texts, layers, linear))
+        return dict(fit(alone, self.texts, layers, linear))
 
 
 def calibration(benchmark: Benchmark, encoder: RequestEncoder, width: int) -> CalibrationTexts:

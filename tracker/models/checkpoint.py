@@ -4,7 +4,8 @@ Plain transformers loads it. The layers are those of `pruned`, as wherever else 
 changed. What is added here:
 the configuration says in numbers and lists all that the model is, or the model is refused.
 
-And how much faster one model reads than another, measured by turns in one process.
+And how much faster one model reads than another, measured by turns in one process. A model that a
+notebook holds is saved once, under a name made of what it is.
 """
 
 from __future__ import annotations
@@ -423,15 +424,15 @@ def _refuse_other_logits(model: Any, tokenizer: Any, folder: Path, trusted: bool
     copy = load_model(find_model(str(folder)), "auto", str(model.device), trusted)
     if any(tokenizer(text)["input_ids"] != copy.tokenizer(text)["input_ids"] for text in _TEXTS):
         raise ModelError("the tokenizer reads texts as other tokens than its saved copy does")
-    kept = _logits(copy.model, copy.tokenizer)
+    saved = _logits(copy.model, copy.tokenizer)
     del copy
     gc.collect()
-    if difference := _logit_difference(logits, kept, model):
+    if difference := _logit_difference(logits, saved, model):
         raise ModelError(
             f"the model's logits differ from those of its saved copy, by {difference}: another "
             "forward or activation is not saved; give a model whose modules its configuration tells"
         )
-    write_bytes(folder / _LOGITS, kept.tobytes())
+    write_bytes(folder / _LOGITS, saved.tobytes())
 
 
 def _logits(model: Any, tokenizer: Any) -> NDArray[np.float32]:
@@ -499,6 +500,6 @@ def _changed_modules(model: Any) -> Iterator[str]:
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         whose = [f"{getattr(hook, '__module__', '')}." for hook in hooks]
-        own = "forward" in vars(module) and not hasattr(module, "_hf_hook")
-        if own or not all(each.startswith(_OURS) for each in whose):
+        is_replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+        if is_replaced or not all(owner.startswith(_OURS) for owner in whose):
             yield name or "the whole"

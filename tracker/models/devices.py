@@ -2,6 +2,9 @@
 
 torch has one module for each type of device (`torch.cuda`, `torch.xpu`, `torch.npu`, …) with the
 same functions, apart from Apple's MPS, which has no streams and other names for its memory.
+
+A list of numbers as an index is a tensor on the host, which an accelerator copies first, and waits:
+`take` and `put` index by slices alone.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep freed memory instead of returning it to the system after each use.
+    """Keep freed memory in this process instead of returning it to the system after each use.
 
     By default glibc maps every large block anew, and the first touch of new memory costs several
     times a reuse. Elsewhere than on glibc this does nothing.

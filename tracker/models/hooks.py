@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of a call, by place and by name."""
 _READ_ONLY: WeakSet[nn.Module] = WeakSet()
 """Layers that were seen to write nothing into their input."""
 
@@ -23,13 +25,19 @@ def state_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
+def with_state(args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Arguments:
+    """Return the arguments of a layer with another residual stream."""
+    if "hidden_states" in kwargs:
+        return (*args,), {**kwargs, "hidden_states": state}
+    return (state, *args[1:]), {**kwargs}
+
+
 def call_with(
     forward: Callable[..., Any], state: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
     """Call a layer's forward pass with another residual stream."""
-    if "hidden_states" in kwargs:
-        return forward(*args, **{**kwargs, "hidden_states": state})
-    return forward(state, *args[1:], **kwargs)
+    args, kwargs = with_state(args, kwargs, state)
+    return forward(*args, **kwargs)
 
 
 def first_of(output: Any) -> Any:

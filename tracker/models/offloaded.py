@@ -1,7 +1,8 @@
 """Weights that rest elsewhere than they are computed with: a layer is brought in when it is needed.
 
 transformers and accelerate load such a model and know where each weight is; the order in which they
-come is ours (`engine.lockstep`), since each pass would read all of them again.
+come is ours (`engine.lockstep`), since each pass would read all of them again. Which layers rest
+elsewhere is decided here too.
 """
 
 from __future__ import annotations
@@ -455,7 +456,7 @@ class Placement:
 
 
 def placed(model: nn.Module, free: int, limit: int | None, every: bool = False) -> Placement | None:
-    """Say which layers have to rest elsewhere.
+    """Decide which layers have to rest elsewhere.
 
     They are as evenly spread as can be, so that one is read while others are computed with.
 
@@ -506,12 +507,12 @@ def read_rate(files: Sequence[Path]) -> float | None:
 
 
 def least_free(model: nn.Module, device: torch.device) -> int:
-    """Say how many bytes are free on the fullest device of a model: its inputs', its weights'."""
+    """Return the bytes that are free on the fullest device of a model: its inputs' or weights'."""
     return min(map(free_memory, {device, *(p.device for p in model.parameters() if not p.is_meta)}))
 
 
 def devices_for(weights: int, free: int, devices: int) -> int:
-    """Say over how many devices a model is to be spread.
+    """Return over how many devices a model is to be spread.
 
     Args:
         weights: Bytes of its weights.
@@ -536,7 +537,7 @@ def least_bytes(model: nn.Module, staying: int = 0) -> int:
 
 def weight_bytes(module: nn.Module) -> int:
     """Count the bytes of a module's weights, tied ones once."""
-    return sum(each.numel() * each.itemsize for each in module.parameters())
+    return sum(parameter.numel() * parameter.itemsize for parameter in module.parameters())
 
 
 def _parts(module: nn.Module, layers: nn.ModuleList, path: str, elsewhere: set[int]) -> Any:
@@ -548,7 +549,7 @@ def _parts(module: nn.Module, layers: nn.ModuleList, path: str, elsewhere: set[i
         if child is layers:
             for number in range(len(layers)):
                 yield f"{path}{name}.{number}", number in elsewhere
-        elif any(each is layers for each in child.modules()):
+        elif any(inner is layers for inner in child.modules()):
             yield from _parts(child, layers, f"{path}{name}.", elsewhere)
         else:
             yield f"{path}{name}", False

@@ -1,6 +1,10 @@
 """A model whose layers are really taken out: a copy of its own, as a saved checkpoint would be.
 
 The copy shares the weights and nothing else, so that it runs beside the model it was made of.
+
+From a layer's place, or from how many layers there are, a class may compute factors, windows and
+tables when a model is made of its configuration. A copy in memory has them as they were in the
+whole model; what is saved and loaded has them anew.
 """
 
 from __future__ import annotations
@@ -418,7 +422,7 @@ def lacking(model: Any, whole: Any, twin: Any, cut: Any, kept: Sequence[int]) ->
 
 
 def _prefix(model: Any) -> str:
-    """What the names of all that belongs to layers begin with."""
+    """Return what the names of all that belongs to layers begin with."""
     parent, name = owner(model, find_layers(model))
     path = next(path for path, module in model.named_modules() if module is parent)
     return f"{path}.{name}." if path else f"{name}."
@@ -549,7 +553,7 @@ def shapes(model: Any) -> Shapes:
 
 
 def misfit(found: Shapes, wanted: Shapes) -> str | None:
-    """Say in what a model made of a configuration holds other tensors than are there."""
+    """Describe in what a model made of a configuration holds other tensors than are there."""
     for name in sorted(found.keys() | wanted.keys()):
         if name not in wanted:
             return f"it asks for {name}, which is not left"

@@ -1,4 +1,8 @@
-"""The bits of a budget, the units that get a format each, and the bits of a choice."""
+"""Choose which linear maps get which format, within a budget of bits.
+
+The smallest sum of losses is chosen first; then swaps are measured as a whole, which sums of losses
+cannot know.
+"""
 
 from __future__ import annotations
 
@@ -81,14 +85,14 @@ class Unit:
         """
         total = 0.0
         for outputs, inputs in self.shapes:
-            own = FORMATS[form].for_rows(inputs)
-            if own is None:
+            stored = FORMATS[form].for_rows(inputs)
+            if stored is None:
                 raise RequestError(
                     f"{form} keeps {FORMATS[form].block} inputs together, and "
                     f"{self.name if self.is_end else f'a map of {self.name}'} has rows of "
                     f"{inputs}; leave it out of --format"
                 )
-            total += outputs * inputs * own.bits_of(inputs)
+            total += outputs * inputs * stored.bits_of(inputs)
         return total
 
 
@@ -111,8 +115,8 @@ def units_of(
     """
     others = [Unit(0, name, (shape,)) for name, shape in ends.items()]
     if each:
-        own = [Unit(la, name, (shape,)) for la in layers for name, shape in maps[la].items()]
-        return own + others
+        units = [Unit(la, name, (shape,)) for la in layers for name, shape in maps[la].items()]
+        return units + others
     return [Unit(layer, "", tuple(maps[layer].values())) for layer in layers] + others
 
 
@@ -222,7 +226,7 @@ def least_loss(
     one_each = np.kron(np.eye(count), np.ones(width))
     # Bits decide between choices of equal loss, and nothing else.
     tie = 1e-9 * (np.ptp(losses) or 1.0) / max(bits.sum(), 1.0)
-    found = optimize.milp(
+    solution = optimize.milp(
         (losses + tie * bits).ravel(),
         integrality=np.ones(count * width),
         bounds=optimize.Bounds(0, 1),
@@ -232,9 +236,9 @@ def least_loss(
         ],
         options={"mip_rel_gap": 1e-6},
     )
-    assert found.x is not None  # everything in the smallest format is within the budget
-    picked = found.x.reshape(count, width).argmax(axis=1)
-    return {unit: formats[place] for unit, place in zip(units, picked.tolist(), strict=True)}
+    assert solution.x is not None  # everything in the smallest format is within the budget
+    picked = solution.x.reshape(count, width).argmax(axis=1)
+    return {unit: formats[number] for unit, number in zip(units, picked.tolist(), strict=True)}
 
 
 def alike(units: Sequence[Unit], formats: Sequence[str], budget: BitBudget) -> Choice:
@@ -253,10 +257,10 @@ def ends_kept(units: Sequence[Unit], formats: Sequence[str], budget: BitBudget) 
     The embedding and the head have that of most bits too. None where no format fits then.
     """
     layers = sorted({unit.layer for unit in units if not unit.is_end})
-    kept = {*layers[:END_LAYERS], *layers[-END_LAYERS:]}
+    ends = {*layers[:END_LAYERS], *layers[-END_LAYERS:]}
     most = max(formats, key=lambda form: sum(unit.bits(form) for unit in units))
     every: list[Choice] = [
-        {unit: most if unit.is_end or unit.layer in kept else form for unit in units}
+        {unit: most if unit.is_end or unit.layer in ends else form for unit in units}
         for form in formats
     ]
     return max(filter(budget.holds, every), key=bits_of, default=None)
@@ -299,21 +303,21 @@ def swaps(
         [['q4_0', 'q4_0', 'q8_0'], ['q4_0', 'q8_0', 'q4_0']]
     """
     moves = [
-        _Move(unit, form, unit.bits(form) - unit.bits(now), float(own[place] - own[at]))
-        for (unit, now), own in zip(choice.items(), losses, strict=True)
+        _Move(unit, form, unit.bits(form) - unit.bits(now), float(costs[number] - costs[at]))
+        for (unit, now), costs in zip(choice.items(), losses, strict=True)
         for at in [formats.index(now)]
-        for place, form in enumerate(formats)
+        for number, form in enumerate(formats)
         if form != now
     ]
     ups = sorted((move for move in moves if move.bits >= 0), key=lambda move: move.loss)
     downs = [move for move in moves if move.bits < 0]
     room = budget.bits * budget.weights * (1 + 1e-12)
     room -= sum(unit.bits(form) for unit, form in choice.items())
-    found: list[Choice] = []
+    choices: list[Choice] = []
     payers: dict[_Move, set[_Move]] = {}
     before = -1
-    while len(found) > before:
-        before, paid = len(found), set[_Move]()
+    while len(choices) > before:
+        before, paid = len(choices), set[_Move]()
         for up in ups:
             left = [move for move in downs if move not in paid | payers.get(up, set())]
             paying = _paying(up, left, up.bits - room)
@@ -321,10 +325,10 @@ def swaps(
                 continue
             paid.update(paying)
             payers.setdefault(up, set()).update(paying)
-            found.append({**choice, **{move.unit: move.form for move in (up, *paying)}})
-            if len(found) == most:
-                return found
-    return found
+            choices.append({**choice, **{move.unit: move.form for move in (up, *paying)}})
+            if len(choices) == most:
+                return choices
+    return choices
 
 
 def _paying(up: _Move, downs: Sequence[_Move], over: float) -> list[_Move] | None:
@@ -389,37 +393,37 @@ def refined(
         The choice that no swap of the last round is shown to beat on these documents, or that of
         the last round there was.
     """
-    choice, tried, gains = start, 0, list[Estimate]()
+    choice, count, gains = start, 0, list[Estimate]()
     for _ in range(rounds):
         rivals = swaps(choice, formats, losses, budget, SWAPS)
         if not rivals:
             break
-        tried += len(rivals)
+        count += len(rivals)
         paired = measure([choice, *rivals])
-        kept = [apart(paired, place, 0) for place in range(1, len(rivals) + 1)]
-        wide = together(kept, [len(paired.weights)] * len(kept), len(kept))
-        shown = [n for n, each in enumerate(wide) if each.low is not None and each.low > 0]
+        gained = [apart(paired, number, 0) for number in range(1, len(rivals) + 1)]
+        wide = together(gained, [len(paired.weights)] * len(gained), len(gained))
+        shown = [n for n, gain in enumerate(wide) if gain.low is not None and gain.low > 0]
         if not shown:
             break
         best = max(shown, key=lambda n: wide[n].value or 0.0)
         choice = rivals[best]
         gains.append(wide[best])
-    return Refined(choice, tried, tuple(gains))
+    return Refined(choice, count, tuple(gains))
 
 
-def apart(paired: PairedOutcomes, place: int, other: int) -> Estimate:
+def apart(paired: PairedOutcomes, number: int, other: int) -> Estimate:
     """Estimate by how much the one keeps more than the other, of the same documents."""
     return replace(
-        paired, baseline=paired.ablated[:, place], ablated=paired.ablated[:, [other]]
+        paired, baseline=paired.ablated[:, number], ablated=paired.ablated[:, [other]]
     ).drop(0)
 
 
 def each_layer(cell: CellRequest, formats: Sequence[str], ends: Sequence[str] = ()) -> CellRequest:
     """Ask for each of a cell's layers in each format, for some ends, and for nothing else."""
-    asked = cell.model_copy(update={**ONE_EACH, "interventions": tuple(formats)})
+    request = cell.model_copy(update={**ONE_EACH, "interventions": tuple(formats)})
     if not ends:
-        return asked
-    return asked.model_copy(update={"components": ("layer", "linear"), "maps": tuple(ends)})
+        return request
+    return request.model_copy(update={"components": ("layer", "linear"), "maps": tuple(ends)})
 
 
 def each_map(
@@ -442,20 +446,20 @@ def each_map(
     Raises:
         ExperimentError: The model has no such map.
     """
-    wanted: dict[str, Any] = {"components": ("linear",), "maps": cell.maps}
-    asked = each_layer(cell, formats).model_copy(update=wanted)
+    linear: dict[str, Any] = {"components": ("linear",), "maps": cell.maps}
+    request = each_layer(cell, formats).model_copy(update=linear)
     source = find_model(cell.model, cell.revision, cell.model_args)
     names = tuple(map(tuple, linear_map_shapes(source, trust_remote_code)))
     parts = ModelParts(len(names), maps=names)
-    check_parts(asked, parts)
-    asked = with_all_parts(asked, parts)
+    check_parts(request, parts)
+    request = with_all_parts(request, parts)
     if ends:
-        more: dict[str, Any] = {"maps": (*asked.maps, *ends)}
-        if asked.changes is not None:  # layers differ in their maps
+        more: dict[str, Any] = {"maps": (*request.maps, *ends)}
+        if request.changes is not None:  # layers differ in their maps
             of_ends = (Change.parse(f"{form}:{end}") for form, end in product(formats, ends))
-            more["changes"] = (*asked.changes, *of_ends)
-        asked = asked.model_copy(update=more)
-    return asked
+            more["changes"] = (*request.changes, *of_ends)
+        request = request.model_copy(update=more)
+    return request
 
 
 def errors_of(engine: Engine, maps: Sequence[Change], kl: bool = False) -> Observe:
@@ -464,12 +468,12 @@ def errors_of(engine: Engine, maps: Sequence[Change], kl: bool = False) -> Obser
     With `kl` also the divergence of what the model says, which takes a pass for each map.
     """
     weights = weight_errors(engine, maps)
-    ablations = [Ablation.of(each) for each in maps]
+    ablations = [Ablation.of(change) for change in maps]
 
     def watch(document: Document) -> Arrays:
-        found = {**rounding_errors(engine, document, maps), "weight_error": weights}
+        errors = {**rounding_errors(engine, document, maps), "weight_error": weights}
         if kl:
-            found["kl"] = divergences(engine, document, ablations)["kl"]
-        return {name: np.asarray(value) for name, value in found.items()}
+            errors["kl"] = divergences(engine, document, ablations)["kl"]
+        return {name: np.asarray(value) for name, value in errors.items()}
 
     return watch

@@ -1,4 +1,9 @@
-"""Plan the cost of searches: they run on made-up scores, and what they ask for is counted."""
+"""Run searches on made-up scores: which sets they may end with, and what they cost.
+
+A search that can end with none is refused, and so is one whose sets could not be saved: there are
+models whose class computes from a layer's place what the layer is (Jamba's `attn_layer_period`), so
+that a checkpoint lacks whole periods or cannot be loaded.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +54,10 @@ class DrawnScores(Scores):
         """Make up what sets cost."""
         if by not in self._costs:
             lots = (random.Random(f"{by}/{n}{self._lot}") for n in range(self.parts.total))
-            self._costs[by] = [each.random() for each in lots]
+            self._costs[by] = [removed.random() for removed in lots]
         costs = self._costs[by]
-        values: Array = np.array([[sum(costs[part] for part in each) for each in sets]])
-        return Losses([grown(each) for each in sets], values, np.ones(1), np.zeros(len(sets)))
+        values: Array = np.array([[sum(costs[part] for part in removed) for removed in sets]])
+        return Losses([grown(removed) for removed in sets], values, np.ones(1), np.zeros(len(sets)))
 
     def proxy(self, name: str, removed: Set, spans: Sequence[range] | None = None) -> Losses:
         """Make up a proxy of the model that lacks some layers."""
@@ -62,23 +67,23 @@ class DrawnScores(Scores):
         return DrawnScores.losses(self, name, sets)
 
 
-def ends_of(asked: SearchRequest, within: Budget, lots: int = TRIED) -> list[Set]:
+def ends_of(request: SearchRequest, within: Budget, lots: int = TRIED) -> list[Set]:
     """List sets that a search may end with: all of them where it looks at no document.
 
     ExperimentError where it can end with none. By so many `lots` scores are made up.
     """
-    blind = asked.strategy in BLIND
-    draws = [(draw or 1, "") for draw in asked.draws_of]
-    found: dict[Set, None] = {}
+    blind = request.strategy in BLIND
+    draws = [(draw or 1, "") for draw in request.draws_of]
+    sets: dict[Set, None] = {}
     for draw, lot in draws if blind else [(1, f"/{lot}") for lot in range(lots)]:
-        scores = DrawnScores(within.parts_of(asked.unit), lot)
-        given = Search(scores, within, asked.cell.seed, draw)
+        scores = DrawnScores(within.parts_of(request.unit), lot)
+        given = Search(scores, within, request.cell.seed, draw)
         try:
-            *_, step = STRATEGIES[asked.strategy](given)
+            *_, step = STRATEGIES[request.strategy](given)
         except ExperimentError as error:
-            raise ExperimentError(f"{asked.title}: {error}") from None
-        found[step.removed] = None
-    return list(found)
+            raise ExperimentError(f"{request.title}: {error}") from None
+        sets[step.removed] = None
+    return list(sets)
 
 
 def refuse_unsavable(
@@ -110,24 +115,24 @@ def refuse_unsavable(
             return str(error)
         return ""
 
-    def note(asked: SearchRequest, within: Budget) -> str:
-        cell = asked.cell
-        if asked.unit in NUMBERED and asked.strategy in SCORED:
+    def note(request: SearchRequest, within: Budget) -> str:
+        cell = request.cell
+        if request.unit in NUMBERED and request.strategy in SCORED:
             return ""  # they take one part after the other, and whatever goes first can
         why = partial(why_not, find_model(cell.model, cell.revision, cell.model_args))
-        if asked.unit != "layer" or not why(None):
-            ends_of(asked, within, 1)
+        if request.unit != "layer" or not why(None):
+            ends_of(request, within, 1)
             return ""
-        ends = ends_of(asked, within)
+        ends = ends_of(request, within)
         reasons = list(filter(None, map(why, ends)))
         if not reasons:
             return ""
         more = f"{reasons[0]}{_way_out(len(within.each), why)}"
         if len(reasons) == len(ends):
-            raise ModelError(f"{asked.title}: {more}")
-        return f"{asked.title}: what it finds may be no checkpoint: {more}"
+            raise ModelError(f"{request.title}: {more}")
+        return f"{request.title}: what it finds may be no checkpoint: {more}"
 
-    return [note(*each) for each in zip(searches, budgets, strict=True)]
+    return [note(*pair) for pair in zip(searches, budgets, strict=True)]
 
 
 def _way_out(total: int, why_not: Callable[[Set], str]) -> str:
@@ -283,7 +288,7 @@ class _Counted(DrawnScores):
 
     def losses(self, by: str, sets: Sequence[Set]) -> Losses:
         """Count what scoring sets takes."""
-        ablations = [INTACT, *(self.ablation(each) for each in sets)]
+        ablations = [INTACT, *(self.ablation(removed) for removed in sets)]
         new = [one for one in ablations if one not in self.evaluated]
         self.evaluated |= set(new)
         for request, there in self._readings.items():

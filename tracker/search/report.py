@@ -1,4 +1,4 @@
-"""Report the results of searches: sentences, a table of strategies, and the frontier."""
+"""Report the results of searches: levels, differences, sentences, tables, and the frontier."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ class Choices:
     @property
     def outcomes(self) -> Array:
         """The outcome of each test document in the end, averaged over draws."""
-        found: Array = np.stack([one.ablated[:, -1] for one in self.answered]).mean(axis=0)
-        return found
+        outcomes: Array = np.stack([paired.ablated[:, -1] for paired in self.answered]).mean(axis=0)
+        return outcomes
 
     @property
     def level(self) -> Estimate:
@@ -100,16 +100,16 @@ class Choices:
 
     def at(self, removed: int) -> Estimate:
         """Return the test accuracy with a number of layers gone; None where no step ends there."""
-        found = []
-        for record, one in zip(self.records, self.answered, strict=True):
-            known = {0: one.baseline} | {
+        outcomes = []
+        for record, paired in zip(self.records, self.answered, strict=True):
+            by_count = {0: paired.baseline} | {
                 len(step.removed): after
-                for step, after in zip(record.steps, one.ablated.T, strict=True)
+                for step, after in zip(record.steps, paired.ablated.T, strict=True)
             }
-            if removed not in known:
+            if removed not in by_count:
                 return Estimate(None, reason="no step removes so many")
-            found.append(known[removed])
-        return accuracy(np.stack(found).mean(axis=0), self.weights)
+            outcomes.append(by_count[removed])
+        return accuracy(np.stack(outcomes).mean(axis=0), self.weights)
 
     def above(self, other: Choices) -> Estimate:
         """Estimate how much more these answer than others, on the same documents."""
@@ -142,14 +142,14 @@ class Separated:
 
 def separated(searches: Sequence[PruneRecord]) -> Separated:
     """Count the steps of some searches at which their documents are too few to choose."""
-    compared = [s for one in searches for s in one.steps if s.margin.value is not None]
+    compared = [s for search in searches for s in search.steps if s.margin.value is not None]
     unsure = [s for s in compared if s.margin.low is None or s.margin.low <= 0]
     return Separated(len(compared), tuple(unsure))
 
 
 def calibration_documents(searches: Sequence[PruneRecord]) -> float:
     """Return the mean number of calibration documents of searches."""
-    return statistics.fmean(sum(each.n for each in one.calibration) for one in searches)
+    return statistics.fmean(sum(cell.n for cell in search.calibration) for search in searches)
 
 
 QUESTION = "What can go, and what does the model answer without it?"

@@ -1,4 +1,9 @@
-"""Settings of a search: keys of a file, and options of `tracker prune`."""
+"""Settings of a search: what must stay, how much goes, and the keys of a file.
+
+protect: {value: [0, 1, last]}
+among: {value: {min: 8, max: 24}}
+at_least: {value: {full_attention: 1 of 4}}
+"""
 
 from __future__ import annotations
 
@@ -57,13 +62,13 @@ def _words(given: Any) -> tuple[int | str, ...]:
         given = given.split(",")
     if not isinstance(given, list | tuple):
         given = [given]
-    found = [one for each in given for one in _read(each)]
-    if not found:
+    words = [word for value in given for word in _read(value)]
+    if not words:
         raise ValueError(f"it names no layer; write {LAYER_FORMS}")
-    if len(set(found)) < len(found):
+    if len(set(words)) < len(words):
         raise ValueError("a layer stands twice in it")
-    numbers = sorted(each for each in found if isinstance(each, int))
-    return (*numbers, *sorted(each for each in found if isinstance(each, str)))
+    numbers = sorted(value for value in words if isinstance(value, int))
+    return (*numbers, *sorted(value for value in words if isinstance(value, str)))
 
 
 def _of_mapping(given: dict[Any, Any]) -> Any:
@@ -96,16 +101,16 @@ def _ratios(given: Any) -> str:
         read = decoded(_SETTINGS.validate_python(given))
     except ValidationError:
         raise ValueError(f"{short(given)} says of no kind how many stay; write {LEAST}") from None
-    found = {kind: " ".join(str(said).split()) for kind, said in read.items()}
-    for kind, said in found.items():
-        ratio = _RATIO.fullmatch(said)
+    ratios = {kind: " ".join(str(text).split()) for kind, text in read.items()}
+    for kind, text in ratios.items():
+        ratio = _RATIO.fullmatch(text)
         if ratio is None or int(ratio[1]) < 1:
-            raise ValueError(f"{kind}: {short(said)} is no number of layers; write {LEAST}")
+            raise ValueError(f"{kind}: {short(text)} is no number of layers; write {LEAST}")
         if ratio[2] and int(ratio[2]) < int(ratio[1]):
             raise ValueError(f"{kind}: of {ratio[2]} layers {ratio[1]} cannot stay; write {LEAST}")
-    if not found:
+    if not ratios:
         raise ValueError(f"it names no kind; write {LEAST}")
-    return json.dumps(found, sort_keys=True)
+    return json.dumps(ratios, sort_keys=True)
 
 
 Chosen = Annotated[tuple[int | str, ...], BeforeValidator(_words)]
@@ -158,8 +163,8 @@ class Constraints:
     @property
     def names(self) -> str:
         """The keys of the constraints, as messages name them."""
-        said = {"protect": self.protected, "among": self.among, "at_least": self.least}
-        return " and ".join(f"'{key}'" for key, value in said.items() if value)
+        values = {"protect": self.protected, "among": self.among, "at_least": self.least}
+        return " and ".join(f"'{key}'" for key, value in values.items() if value)
 
     def fixed(self, total: int) -> frozenset[int]:
         """Return the layers that stay whatever else goes, of `total` layers."""
@@ -196,7 +201,7 @@ def constraints_of(
     """
     protected = _layers("protect", protect, total, config)
     only = _layers("among", among, total, config) if among else None
-    least = tuple(_least(kind, said, total, config) for kind, said in decoded(at_least).items())
+    least = tuple(_least(kind, text, total, config) for kind, text in decoded(at_least).items())
     if not set(range(total) if only is None else only) - set(protected):
         held = f"all {total} layers" if only is None else "every layer of 'among'"
         raise ExperimentError(
@@ -226,22 +231,22 @@ def _of_kinds(key: str, kinds: Sequence[str], config: Callable[[], Any]) -> tupl
         raise ExperimentError(f"'{key}': {error}") from None
 
 
-def _least(kind: str, said: str, total: int, config: Callable[[], Any]) -> Least:
+def _least(kind: str, text: str, total: int, config: Callable[[], Any]) -> Least:
     """Find what `N`, or `N of M`, means; ExperimentError where the intact model is not so."""
     layers = _of_kinds("at_least", [kind], config)
-    count, _, width = said.partition(" of ")
-    found = Least(kind, layers, int(count), int(width) if width else None)
-    head = f"'at_least': {kind}: {said}"
-    if found.of is not None and found.of > total:
+    count, _, width = text.partition(" of ")
+    least = Least(kind, layers, int(count), int(width) if width else None)
+    head = f"'at_least': {kind}: {text}"
+    if least.of is not None and least.of > total:
         raise ExperimentError(f"{head}: the model has {total} layers; write {count} of {total}")
-    for first, group in enumerate(found.groups(total)):
-        if len(group) < found.count:
-            among = f" among layers {first} to {first + found.of - 1}" if found.of else ""
+    for first, group in enumerate(least.groups(total)):
+        if len(group) < least.count:
+            among = f" among layers {first} to {first + least.of - 1}" if least.of else ""
             raise ExperimentError(
                 f"{head}: the intact model has {len(group)} of that kind{among}; ask for no "
                 "more than it has"
             )
-    return found
+    return least
 
 
 def in_words(layers: Sequence[int | str]) -> list[str]:
@@ -534,7 +539,7 @@ def _largest(within: Budget, removed: frozenset[int]) -> set[int]:
     groups = [(parts, 1), *within.least]
     holds = np.array([[part in group for part in parts] for group, _ in groups], dtype=float)
     may_go = holds.sum(axis=1) - [stay for _, stay in groups]
-    found = optimize.milp(
+    solution = optimize.milp(
         -np.array(within.each) / max(within.each),
         integrality=np.ones(len(parts)),
         bounds=optimize.Bounds(
@@ -544,8 +549,8 @@ def _largest(within: Budget, removed: frozenset[int]) -> set[int]:
         constraints=optimize.LinearConstraint(holds, ub=may_go),
         options={"mip_rel_gap": 0},
     )
-    assert found.x is not None  # what is removed is allowed
-    return {part for part in parts if found.x[part] > 0.5}
+    assert solution.x is not None  # what is removed is allowed
+    return {part for part in parts if solution.x[part] > 0.5}
 
 
 def _written(value: float, measure: Measure) -> str:

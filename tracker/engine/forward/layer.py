@@ -1,4 +1,7 @@
-"""The forward pass of one layer for all streams."""
+"""The forward passes of layers for all streams, and interventions on whole layers.
+
+Sharing over depth, computed: a model's layers run all streams of a plan as one batch.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,13 @@ from tracker.engine.forward.modules import (
     SublayerFork,
     by_stream,
     cut,
+    each_tensor,
+    is_alibi,
 )
 from tracker.engine.forward.streams import LayerStep, StreamPlan
 from tracker.engine.refusal import RefusalError
+from tracker.models import hooks
 from tracker.models.devices import neighbours, put, take
-from tracker.models.hooks import first_of, learn_writes, protected, replaced_forward, with_first
 from tracker.models.offloaded import is_absent
 from tracker.models.parts.anatomy import LayerAnatomy
 
@@ -95,7 +100,7 @@ class InputMasks(Protocol):
 
     def put(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> hooks.Arguments:
         """Return the arguments of a layer with its mask."""
         ...
 
@@ -114,61 +119,66 @@ class LayerChange(Protocol):
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Settings and records that the forks of all layers share.
+    """A forward pass of a model in which its layers fork streams.
+
+    The streams are the batch. The model is called with `rows` rows, [rows, tokens, hidden] reach
+    the first layer, and the batch grows on the way: a new stream starts from its parent's hidden
+    state before the layer, a stream that passes goes through the layer, one that skips it keeps
+    the state that it came with. Behind the last layer are [streams × rows, tokens, hidden], stream
+    by stream: block s of `rows` rows is stream s. Each is what the pruned model computes, because a
+    layer treats the rows of a batch apart and everything between layers is in the hidden state;
+    where either is not so, the pass is refused here or the check on a miniature finds it.
+
+    The model makes the other inputs of a layer (masks, rotary embeddings, positions) for `rows`
+    rows, so they must broadcast over the batch, or with `batched` may have a row a stream.
 
     Attributes:
-        changes: Interventions on whole layers.
-        at_once: Number of streams that pass a layer at once; None for all.
+        layers: The model's decoder layers.
+        plan: Where to fork.
+        anatomy: The parts of the layers; those that the plan takes apart are found.
         observe: Called with the baseline's input and output of each layer.
-        batched: Whether each stream has a row of its own in all inputs of a layer.
         masks: Masks in place of the model's own.
-        replacements: Replacements of layers.
-        embedded: Inputs to the first layer of streams with other embeddings.
+        replacements: Replacements of layers, by layer.
+        embedded: Inputs to the first layer of streams with other embeddings, each [rows, tokens,
+            …]: `plan.starts`, without the model's own.
+        at_once: Number of streams that pass a layer at once, besides those that it is taken apart
+            for. None where all must: with a cache, or where weights are loaded a layer at a time.
+        batched: Whether the other inputs of a layer are cut to the streams that enter it.
         outputs: Outputs of earlier layers besides the hidden state.
         forks: The forks, in the order of their layers.
     """
 
-    changes: Sequence[LayerChange]
-    at_once: int | None
-    observe: Observer | None
-    batched: bool
-    masks: InputMasks | None
-    replacements: Mapping[int, Replacement]
-    embedded: Sequence[Tensor]
-    outputs: list[Tensor] = field(default_factory=list)
-    forks: list[LayerFork] = field(default_factory=list)
+    layers: nn.ModuleList
+    plan: StreamPlan
+    anatomy: LayerAnatomy | None = None
+    observe: Observer | None = None
+    masks: InputMasks | None = None
+    replacements: Mapping[int, Replacement] = field(default_factory=dict)
+    embedded: Sequence[Tensor] = ()
+    at_once: int | None = None
+    batched: bool = False
+    outputs: list[Tensor] = field(default_factory=list, init=False)
+    forks: list[LayerFork] = field(default_factory=list, init=False)
 
-
-@dataclass(frozen=True)
-class LayerInputs:
-    """Arguments of a layer besides the hidden state.
-
-    Attributes:
-        is_named: Whether the hidden state is given by its name.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-    """
-
-    is_named: bool
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def cut(self, streams: int, entering: list[int]) -> LayerInputs:
-        """Return those of the streams that enter, where each stream has a row of its own."""
-        args, kwargs = cut((self.args, self.kwargs), streams, entering)
-        return LayerInputs(self.is_named, args, kwargs)
-
-    def repeated(self, rows: tuple[int, ...], streams: int) -> LayerInputs:
-        """Return them for several streams of some rows [rows, tokens, …]."""
-        args = tuple(_repeated("", value, rows, streams) for value in self.args)
-        kwargs = {name: _repeated(name, v, rows, streams) for name, v in self.kwargs.items()}
-        return LayerInputs(self.is_named, args, kwargs)
-
-    def call(self, layer: Callable[..., Any], state: Tensor) -> Any:
-        """Call a layer with them and a hidden state."""
-        if self.is_named:
-            return layer(*self.args, **{**self.kwargs, "hidden_states": state})
-        return layer(state, *self.args, **self.kwargs)
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Make the layers fork streams until exit, also by an exception."""
+        with ExitStack() as stack:
+            # Each fork refers to all others: else only the garbage collector would free them.
+            stack.callback(self.forks.clear)
+            for index, (layer, whole) in enumerate(zip(self.layers, self.plan.steps, strict=True)):
+                step, apart = whole, whole.entering
+                if self.at_once is not None and len(apart) > self.at_once:
+                    step, apart = whole.apart
+                fork = LayerFork(index, layer, whole, apart, layer.forward, self)
+                self.forks.append(fork)
+                stack.enter_context(hooks.replaced_forward(layer, fork))
+                if self.anatomy is not None:
+                    site = LayerSite(index, layer, step, self.anatomy, self.batched)
+                    for intervention in MODULE_FORKS:
+                        for part in intervention.of_layer(site):
+                            stack.enter_context(part.installed(fork))
+            yield
 
 
 @dataclass
@@ -194,7 +204,7 @@ class LayerFork:
         original: Its own forward pass.
         common: What the forks of all layers share.
         is_whole: Whether the streams that pass at the moment are not among those `apart`.
-        inputs: Arguments of the current pass besides the hidden state.
+        arguments: Arguments of the current pass, without the hidden state.
     """
 
     index: int
@@ -204,17 +214,17 @@ class LayerFork:
     original: Callable[..., Any]
     common: ForwardPass
     is_whole: bool = field(default=False, init=False)
-    inputs: LayerInputs = field(init=False)
+    arguments: hooks.Arguments = field(init=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take and return a hidden state [streams × rows, tokens, hidden], as the layer does."""
         before = self._begin(args, kwargs)
         output, after = self._enter(before)
-        for change in self.common.changes:
+        for change in LAYER_CHANGES:
             change.forward(self, before, after)
         if self.common.observe is not None:
             self.common.observe(self.index, before[0].to(after.device), after[0])
-        return with_first(output, after.flatten(0, 1))
+        return hooks.with_first(output, after.flatten(0, 1))
 
     def run(self, states: Tensor) -> Tensor:
         """Pass states [streams, rows, tokens, …] through the layer as it is, by turns."""
@@ -222,7 +232,7 @@ class LayerFork:
         for streams in evenly(range(len(states)), self.common.at_once):
             rows = tuple(states.shape[1:])
             output = self._forward(take(states, streams).flatten(0, 1), rows, len(streams))
-            passed = by_stream(first_of(output), len(streams))
+            passed = by_stream(hooks.first_of(output), len(streams))
             put(states, streams, passed.to(states.device))
         self.is_whole = False
         return states
@@ -237,15 +247,14 @@ class LayerFork:
             raise RefusalError("its layers hand more to each other than the hidden state")
         if common.masks is not None:
             args, kwargs = common.masks.put(self.index, self.module, args, kwargs)
-        is_named = "hidden_states" in kwargs
-        hidden: Tensor = kwargs.pop("hidden_states") if is_named else args[0]
+        hidden: Tensor = hooks.state_of(args, kwargs)
         if self.index == 0 and common.embedded:
             hidden = torch.cat([hidden, *common.embedded])
         if len(hidden) % step.streams:
             raise RefusalError("something between its layers changes the batch")
-        self.inputs = LayerInputs(is_named, args if is_named else args[1:], kwargs)
+        self.arguments = hooks.with_state(args, kwargs, None)
         if common.batched and step.entering != tuple(range(step.streams)):
-            self.inputs = self.inputs.cut(step.streams, list(step.entering))
+            self.arguments = cut(self.arguments, step.streams, list(step.entering))
         return by_stream(hidden, step.streams)
 
     def _enter(self, before: Tensor) -> tuple[Any, Tensor]:
@@ -259,10 +268,10 @@ class LayerFork:
             near = neighbours(origins)
             is_view = len(near) == 1
             state = (before[near[0]] if is_view else take(before, origins)).flatten(0, 1)
-            copied = protected(self.module, state) if is_view else state
+            copied = hooks.protected(self.module, state) if is_view else state
             returned = self._forward(copied, rows, len(streams))
-            learn_writes(self.module, copied, state)
-            passed = first_of(returned)
+            hooks.learn_writes(self.module, copied, state)
+            passed = hooks.first_of(returned)
             if output is None:
                 output, after = returned, passed.new_empty(len(step.actions), *rows)
                 if passed is not output:
@@ -280,11 +289,17 @@ class LayerFork:
 
     def _forward(self, state: Tensor, rows: tuple[int, ...], streams: int) -> Any:
         """Run the layer for some streams; refuse an output that is no hidden state."""
-        inputs = self.inputs
+
+        def repeated(name: str, value: Tensor) -> Tensor:
+            """Repeat for each stream what does not broadcast: Zamba 2's embeddings, ALiBi."""
+            is_own = value.shape == rows or is_alibi(name, value)
+            return value.repeat(streams, 1, 1) if is_own else value
+
+        arguments = self.arguments
         if streams > 1 and not self.common.batched:
-            inputs = inputs.repeated(rows, streams)
-        output = inputs.call(self.original, state)
-        passed = first_of(output)
+            arguments = each_tensor(arguments, repeated)
+        output = hooks.call_with(self.original, state, *arguments)
+        passed = hooks.first_of(output)
         if not isinstance(passed, Tensor) or passed.shape != state.shape:
             raise RefusalError(
                 f"layer {self.index} returns something else than a hidden state of the shape "
@@ -298,15 +313,6 @@ def evenly(streams: Sequence[int], most: int | None) -> Iterator[Sequence[int]]:
     groups = -(-len(streams) // most) if most else 1
     size = -(-len(streams) // groups) if streams else 1
     yield from (streams[start : start + size] for start in range(0, len(streams), size))
-
-
-def _repeated(name: str, value: Any, rows: tuple[int, ...], streams: int) -> Any:
-    """Repeat for each stream what does not broadcast: Zamba 2's embeddings, Bloom's ALiBi."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.shape == rows or (name == "alibi" and value.ndim == 3):
-        return value.repeat(streams, 1, 1)
-    return value
 
 
 class SkippedLayer:
@@ -372,65 +378,3 @@ MODULE_FORKS: tuple[type[ModuleFork], ...] = (
     SharedExpertFork,
 )
 """Interventions within layers. Of two on one module the later one calls the earlier one."""
-
-
-@contextmanager
-def forking(
-    layers: nn.ModuleList,
-    plan: StreamPlan,
-    anatomy: LayerAnatomy | None = None,
-    observe: Observer | None = None,
-    masks: InputMasks | None = None,
-    replacements: Mapping[int, Replacement] | None = None,
-    embedded: Sequence[Tensor] = (),
-    at_once: int | None = None,
-    batched: bool = False,
-) -> Iterator[None]:
-    """Make a model's layers fork streams while the context is open.
-
-    The streams are the batch. The model is called with `rows` rows, [rows, tokens, hidden] reach
-    the first layer, and the batch grows on the way: a new stream starts from its parent's hidden
-    state before the layer, a stream that passes goes through the layer, one that skips it keeps
-    the state that it came with. Behind the last layer are [streams × rows, tokens, hidden], stream
-    by stream: block s of `rows` rows is stream s. Each is what the pruned model computes, because a
-    layer treats the rows of a batch apart and everything between layers is in the hidden state;
-    where either is not so, the pass is refused here or the check on a miniature finds it.
-
-    The model makes the other inputs of a layer (masks, rotary embeddings, positions) for `rows`
-    rows, so they must broadcast over the batch, or with `batched` may have a row a stream.
-
-    Args:
-        layers: The model's decoder layers.
-        plan: Where to fork.
-        anatomy: The parts of the layers; those that the plan takes apart are found.
-        observe: Called with the baseline's input and output of each layer.
-        masks: Masks in place of the model's own.
-        replacements: Replacements of layers, by layer.
-        embedded: Inputs to the first layer of streams with other embeddings, each [rows, tokens,
-            …]: `plan.starts`, without the model's own.
-        at_once: Number of streams that pass a layer at once, besides those that it is taken apart
-            for. None where all must: with a cache, or where weights are loaded a layer at a time.
-        batched: Whether the other inputs of a layer are cut to the streams that enter it.
-
-    Yields:
-        Nothing; on exit, also by an exception, the layers are what they were.
-    """
-    common = ForwardPass(
-        LAYER_CHANGES, at_once, observe, batched, masks, replacements or {}, embedded
-    )
-    with ExitStack() as stack:
-        # Each fork refers to all others: without this, only the garbage collector would free them.
-        stack.callback(common.forks.clear)
-        for index, (layer, whole) in enumerate(zip(layers, plan.steps, strict=True)):
-            step, apart = whole, whole.entering
-            if at_once is not None and len(apart) > at_once:
-                step, apart = whole.apart
-            fork = LayerFork(index, layer, whole, apart, layer.forward, common)
-            common.forks.append(fork)
-            stack.enter_context(replaced_forward(layer, fork))
-            if anatomy is not None:
-                site = LayerSite(index, layer, step, anatomy, batched)
-                for intervention in MODULE_FORKS:
-                    for part in intervention.of_layer(site):
-                        stack.enter_context(part.installed(fork))
-        yield

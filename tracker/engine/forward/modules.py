@@ -1,4 +1,8 @@
-"""The base of what computes a module of a layer for all streams, and operations by stream."""
+"""The forward passes of modules of a layer, in which streams differ.
+
+There is one class for each intervention: sublayers, heads and experts that are removed, and weights
+in formats.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +20,16 @@ from torch.nn.functional import linear
 from tracker.core.grouping import grouped
 from tracker.engine.forward.streams import LayerStep
 from tracker.engine.refusal import RefusalError
+from tracker.models import hooks
 from tracker.models.devices import neighbours, put, take
-from tracker.models.hooks import (
-    call_with,
-    first_of,
-    nothing,
-    replaced_forward,
-    state_of,
-    with_first,
-)
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.experts import Experts, SharedExperts, routed
 from tracker.models.parts.heads import Heads
 from tracker.models.parts.linear_maps import LinearMap, holding, weights_in
 from tracker.models.parts.probe import integer_tables
 from tracker.models.parts.sublayers import Sublayers
+
+HEADS = ("head", "kv_head")
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class LayerSite:
     def streams_of(self, module: nn.Module) -> Sequence[int]:
         """List the entering streams, by their places, that a module of the layer computes."""
         step = self.step
-        if "heads" in step.changes:
+        if not step.components.isdisjoint(HEADS):
             heads = self.anatomy.at(Heads, self.index)
             if module in {*self.layer.get_submodule(heads.projection).modules()}:
                 return [source for source, _ in step.heads]
@@ -113,7 +112,7 @@ class ModuleFork(ABC):
             forward = self.original if layer.is_whole else self.forward
             return forward(*args, **kwargs)
 
-        return replaced_forward(self.module, call)
+        return hooks.replaced_forward(self.module, call)
 
 
 def by_stream(batch: Tensor, streams: int, owner: str = "a batch has") -> Tensor:
@@ -135,6 +134,25 @@ def cut(value: Any, streams: int, entering: list[int]) -> Any:
     if isinstance(value, dict):
         return {name: cut(item, streams, entering) for name, item in value.items()}
     return value
+
+
+def is_alibi(name: str, value: Tensor) -> bool:
+    """Check whether an argument is Bloom's ALiBi, which has a row for each head and text."""
+    return name == "alibi" and value.ndim == 3
+
+
+def each_tensor(
+    arguments: hooks.Arguments, change: Callable[[str, Tensor], Tensor]
+) -> hooks.Arguments:
+    """Change the tensors among arguments, called with their names: empty for those by place."""
+    args, kwargs = arguments
+    return (
+        tuple(change("", value) if isinstance(value, Tensor) else value for value in args),
+        {
+            n: change(n, value) if isinstance(value, Tensor) else value
+            for n, value in kwargs.items()
+        },
+    )
 
 
 @dataclass
@@ -178,26 +196,24 @@ class SublayerFork(ModuleFork):
         if self.batched:
             args, kwargs = cut((args, kwargs), entering, computed)
         else:
-            hidden: Tensor = state_of(args, kwargs)
-            args = tuple(self._computed_rows("", value, hidden) for value in args)
-            kwargs = {n: self._computed_rows(n, value, hidden) for n, value in kwargs.items()}
+            rows = hooks.state_of(args, kwargs).shape[:2]
+
+            def computed_rows(name: str, value: Tensor) -> Tensor:
+                """Cut what has a row a stream: of the hidden states' shape, or ALiBi."""
+                if value.shape[:2] != rows and not is_alibi(name, value):
+                    return value
+                return take(by_stream(value, entering), computed).flatten(0, 1)
+
+            args, kwargs = each_tensor(given, computed_rows)
         output = self.original(*args, **kwargs)
         # Never of no stream: the baseline passes everything.
-        added = first_of(output)
+        added = hooks.first_of(output)
         outputs = by_stream(added, self.outputs, "what its attention makes of its heads has")
-        silent = nothing(self.module, *given, added, len(added) * entering // self.outputs)
+        silent = hooks.nothing(self.module, *given, added, len(added) * entering // self.outputs)
         nil = by_stream(silent, entering)
         sources = enumerate(self.taken)
         merged = [nil[stream] if source is None else outputs[source] for stream, source in sources]
-        return with_first(output, torch.stack(merged).flatten(0, 1))
-
-    def _computed_rows(self, name: str, value: Any, hidden: Tensor) -> Any:
-        """Cut an argument with a row a stream: of the hidden states' shape, or Bloom's ALiBi."""
-        if not isinstance(value, Tensor):
-            return value
-        if value.shape[:2] == hidden.shape[:2] or (name == "alibi" and value.ndim == 3):
-            return take(by_stream(value, len(self.taken)), self.computed).flatten(0, 1)
-        return value
+        return hooks.with_first(output, torch.stack(merged).flatten(0, 1))
 
 
 @dataclass
@@ -219,7 +235,7 @@ class HeadFork(ModuleFork):
     def of_layer(cls, site: LayerSite) -> Iterator[ModuleFork]:
         """Yield the fork of the projection, if some stream lacks heads."""
         step = site.step
-        if "heads" in step.changes:
+        if not step.components.isdisjoint(HEADS):
             heads = site.anatomy.at(Heads, site.index)
             columns = [[heads.columns(part, site.name) for part in gone] for _, gone in step.heads]
             sources = [step.computed.index(source) for source, _ in step.heads]
@@ -257,7 +273,7 @@ class RouterFork(ModuleFork):
     @classmethod
     def of_layer(cls, site: LayerSite) -> Iterator[ModuleFork]:
         """Yield the fork of the router, if some stream lacks experts."""
-        if "experts" in site.step.changes:
+        if "expert" in site.step.components:
             experts = site.anatomy.at(Experts, site.index)
             remaining = [
                 experts.without(gone, site.name) if gone else None for gone in site.step.experts
@@ -267,10 +283,10 @@ class RouterFork(ModuleFork):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the router's choices for all streams."""
         streams, given = len(self.remaining), (args, kwargs)
-        states = by_stream(state_of(args, kwargs), streams, "the router of its experts has")
+        states = by_stream(hooks.state_of(args, kwargs), streams, "the router of its experts has")
         intact = [stream for stream, remaining in enumerate(self.remaining) if remaining is None]
         # Never of no stream: the baseline lacks none.
-        whole = call_with(self.original, take(states, intact).flatten(0, 1), *given)
+        whole = hooks.call_with(self.original, take(states, intact).flatten(0, 1), *given)
         parted = zip(*(by_stream(table, len(intact)) for table in whole), strict=True)
         choices = [
             next(parted)
@@ -298,18 +314,18 @@ class SharedExpertFork(ModuleFork):
     def of_layer(cls, site: LayerSite) -> Iterator[ModuleFork]:
         """Yield a fork of each shared expert, if some stream lacks them."""
         step = site.step
-        if "shared" in step.changes:
+        if "shared_expert" in step.components:
             for path in site.anatomy.at(SharedExperts, site.index).paths:
                 yield cls(site.layer.get_submodule(path), len(step.mlps), step.without_shared)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the expert, with zeros for the streams that lack it."""
         output = self.original(*args, **kwargs)
-        added: Tensor = first_of(output)
+        added: Tensor = hooks.first_of(output)
         outputs = by_stream(added, self.streams, "its shared experts have").clone()
         for run in neighbours(self.removed):
             outputs[run] = 0
-        return with_first(output, outputs.reshape(added.shape))
+        return hooks.with_first(output, outputs.reshape(added.shape))
 
 
 _Formats = tuple[tuple[str, str], ...]
@@ -334,7 +350,7 @@ class RoundedFork(ModuleFork):
     def of_layer(cls, site: LayerSite) -> Iterator[ModuleFork]:
         """Yield the forks of all modules with rounded weights."""
         step, index = site.step, site.index
-        if "rounded" not in step.changes:
+        if "rounded" not in step.components:
             return
         formats = [site.anatomy.formats(index, step.done[s].rounded) for s in step.entering]
         maps = {path: site.anatomy.map_at(index, path) for paths in formats for path in paths}
@@ -383,7 +399,7 @@ class ExpertsFork(RoundedFork):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the experts, each stream with its weights."""
-        count, state = len(self.formats), state_of(args, kwargs)
+        count, state = len(self.formats), hooks.state_of(args, kwargs)
         choices = integer_tables((*args, *kwargs.values()))
         if not choices or len(choices[0]) % count or len(state) % count:
             raise RefusalError("what its experts are given has no row a stream")

@@ -85,16 +85,10 @@ class LayerStep:
         return self.divided and any(self.actions[i] in _OF_PARTS[1:] for i in self.entering)
 
     @cached_property
-    def changes(self) -> set[str]:
-        """Which fields of `Done`, beside the action, some stream has: parts, weights in formats."""
-        names = {
-            "kv_head": "heads",
-            "head": "heads",
-            "expert": "experts",
-            "shared_expert": "shared",
-        }
+    def components(self) -> set[str]:
+        """Components that some stream lacks, and `rounded` for weights in formats."""
         changes = {change for done in self.done for change in done.changes}
-        return {names.get(change.component, change.action.value) for change in changes}
+        return {c.component if c.action is not Action.ROUNDED else c.action.value for c in changes}
 
     def origin(self, stream: int) -> int:
         """The stream before the layer whose state a stream enters with."""
@@ -239,6 +233,11 @@ class StreamPlan:
     def layer_passes(self) -> float:
         """The same for layers: an attention or an MLP alone is half of one."""
         return (self.attention_passes + self.mlp_passes) / 2
+
+    @property
+    def is_divided(self) -> bool:
+        """Check whether streams may fork between the attention and the MLP of a layer."""
+        return self.steps[0].divided
 
     @property
     def has_groups_of_maps(self) -> bool:

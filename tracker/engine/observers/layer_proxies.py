@@ -1,6 +1,8 @@
-"""Proxies that look at what the model says: divergences, loss, logit lens, first-order Taylor.
+"""Proxies of layers and experts, measured on the tokens of one document.
 
-All of one document, on the tokens of the other proxies: context and gold continuation.
+Divergences, loss, logit lens and first-order Taylor look at what the model says; angles at how far
+the residual stream turns over any stretch of layers; loads at how often experts are asked, and how
+much they add.
 """
 
 from __future__ import annotations
@@ -199,7 +201,7 @@ def _states(
     def run(engine: Engine, group: Sequence[Ablation]) -> tuple[Any, Tensor]:
         plan = engine.plan(group)
         engine.put_back()
-        output, _ = run_base(engine.parts(plan), plan, row, None)
+        output, _ = run_base(engine, plan, row, None)
         return output, take(output.last_hidden_state, plan.stream_of)
 
     if engine.sharing.depth:
@@ -270,7 +272,7 @@ def span_similarity(engine: Engine, document: Document) -> dict[str, Tensor]:
     """
     layers = len(engine.loaded.layers)
     observed = {proxy.name: proxy for proxy in OBSERVED if proxy.strategy}
-    found = {
+    sums = {
         "tokens": torch.zeros((), dtype=torch.float64),
         **{name: torch.zeros(layers, dtype=torch.float64) for name in observed},
         "angular_distance": torch.zeros(layers, layers, dtype=torch.float64),
@@ -278,17 +280,17 @@ def span_similarity(engine: Engine, document: Document) -> dict[str, Tensor]:
     for tokens, measured in measured_texts(document, engine.max_length):
         with _watched(engine.loaded.layers) as seen:
             engine.run(tokens)
-        if len(seen) != layers or any(len(each) != len(tokens) for pair in seen for each in pair):
+        if len(seen) != layers or any(len(state) != len(tokens) for pair in seen for state in pair):
             raise RefusalError("its layers do not run once each, on one state a token")
         states = [[state[measured:] for state in pair] for pair in seen]
-        found["tokens"] += len(tokens) - measured
+        sums["tokens"] += len(tokens) - measured
         for first, (before, after) in enumerate(states):
             for name, proxy in observed.items():
-                found[name][first] += widened(proxy.of_token(before, after)).sum().cpu()
+                sums[name][first] += widened(proxy.of_token(before, after)).sum().cpu()
             for last in range(first, layers):
                 angle = widened(angular_distance(before, states[last][1])).sum().cpu()
-                found["angular_distance"][first, last] += angle
-    return found
+                sums["angular_distance"][first, last] += angle
+    return sums
 
 
 @contextmanager
@@ -303,7 +305,7 @@ def _watched(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, Tensor]]]:
         seen.append((before.flatten(0, 1).flatten(1), after.flatten(0, 1).flatten(1)))
         return output
 
-    with all_of(replaced_forward(each, partial(call, each, each.forward)) for each in layers):
+    with all_of(replaced_forward(layer, partial(call, layer, layer.forward)) for layer in layers):
         yield seen
 
 
@@ -331,15 +333,15 @@ def expert_load(
         what one expert gives cannot be told from what others give.
     """
     layers, anatomy = engine.loaded.layers, engine.anatomy
-    found = {layer: anatomy.at(Experts, layer) for layer in {part.layer for part in parts}}
+    experts = {layer: anatomy.at(Experts, layer) for layer in {part.layer for part in parts}}
     sums = {
-        layer: torch.zeros(len(OF_EXPERTS), own.count, dtype=torch.float64)
-        for layer, own in found.items()
+        layer: torch.zeros(len(OF_EXPERTS), held_experts.count, dtype=torch.float64)
+        for layer, held_experts in experts.items()
     }
     for tokens, measured in measured_texts(document, engine.max_length):
         with ExitStack() as stack:
-            for layer, own in found.items():
-                held = layers[layer].get_submodule(own.held)
+            for layer, held_experts in experts.items():
+                held = layers[layer].get_submodule(held_experts.held)
                 noting = partial(_noting, held.forward, sums[layer], measured)
                 stack.enter_context(replaced_forward(held, noting))
             engine.run(tokens)
@@ -360,8 +362,8 @@ def _noting(
     told_apart = (total - whole).norm() <= _ROUNDING * whole.norm()
     for numbers, figures in seen:
         # A number beyond the last is none: of experts that are elsewhere.
-        there = (numbers < sums.shape[1]).cpu() & (torch.arange(len(numbers)) >= measured)
-        experts, values = numbers.cpu()[there].long(), figures.cpu().double()[there]
+        is_counted = (numbers < sums.shape[1]).cpu() & (torch.arange(len(numbers)) >= measured)
+        experts, values = numbers.cpu()[is_counted].long(), figures.cpu().double()[is_counted]
         sums[0].index_add_(0, experts, values if told_apart else torch.full_like(values, torch.nan))
         sums[1].index_add_(0, experts, torch.ones_like(values))
     return output

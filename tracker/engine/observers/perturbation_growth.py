@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
-from tracker.engine.forward.layer import forking
+from tracker.engine.forward.layer import ForwardPass
 from tracker.engine.forward.streams import LayerStep, StreamPlan
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import measured_texts
@@ -185,7 +185,7 @@ class _Pass:
         loaded = self.engine.loaded
         with (
             torch.inference_mode(),
-            forking(loaded.layers, self._plan()),
+            ForwardPass(loaded.layers, self._plan()).installed(),
             _after_each(loaded.layers, self._behind),
         ):
             self.engine.run(tokens)

@@ -1,4 +1,7 @@
-"""How far linear maps in a format are from what they were: the errors that tools choose bits by."""
+"""Errors of linear maps in a format, by which tools choose bits.
+
+The embedding and the output head are linear maps too.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ from tracker.models.parts.probe import integer_tables
 def at_ends(
     engine: Engine, tokens: Sequence[int], measured: int, maps: Sequence[Change]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Let the intact model read, and its embedding and head map what they are given again.
+    """Run the intact model, and its embedding and head again in a format.
 
     Args:
         engine: The engine, whose model reads.
@@ -37,12 +40,12 @@ def at_ends(
         maps: What has formats; only what is the embedding or the head is looked at.
 
     Yields:
-        The place of a map among `maps`, and of some tokens [tokens, …] what the module gives, and
+        The number of a map among `maps`, and of some tokens [tokens, …] what the module gives, and
         what it gives in the format: of an embedding the rows that are looked up, of a head its
         logits, before anything else is done with them.
     """
-    asked = [place for place, each in enumerate(maps) if each.is_end]
-    if not asked:
+    numbers = [number for number, change in enumerate(maps) if change.is_end]
+    if not numbers:
         return
     ends = engine.ends
     seen: list[tuple[Any, Tensor]] = []
@@ -50,24 +53,24 @@ def at_ends(
     def look(module: nn.Module, args: Any, output: Any) -> None:
         seen.append((args[0], output))
 
-    def compared(which: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def compared(name: str) -> Iterator[tuple[int, Tensor, Tensor]]:
         given, before = seen.pop()
-        for place in asked:
-            if maps[place].path == which:
-                with ends.having(which, maps[place].intervention):
-                    after = ends.matrices[which].module.forward(given)
-                yield place, before.flatten(0, -2), after.flatten(0, -2)
+        for number in numbers:
+            if maps[number].path == name:
+                with ends.having(name, maps[number].intervention):
+                    after = ends[name].module.forward(given)
+                yield number, before.flatten(0, -2), after.flatten(0, -2)
 
-    with ends.matrices.embedding.module.register_forward_hook(look):
+    with ends.embedding.module.register_forward_hook(look):
         output = engine.run(tokens)
-    for place, *both in compared("embedding"):
-        before, after = (each[measured:] for each in both)
-        yield place, before, after
-    if all(maps[place].path != "lm_head" for place in asked):
+    for number, *both in compared("embedding"):
+        before, after = (change[measured:] for change in both)
+        yield number, before, after
+    if all(maps[number].path != "lm_head" for number in numbers):
         return
-    size = max(1, LOGITS_BYTES // (8 * len(ends.matrices.lm_head.weight)))
+    size = max(1, LOGITS_BYTES // (8 * len(ends.lm_head.weight)))
     for states in output.last_hidden_state[:, measured:].split(size, dim=1):
-        with ends.matrices.lm_head.module.register_forward_hook(look):
+        with ends.lm_head.module.register_forward_hook(look):
             engine.head.logits(output, states)
         yield from compared("lm_head")
 
@@ -90,7 +93,7 @@ def weight_errors(engine: Engine, maps: Sequence[Change]) -> Tensor:
     found = torch.zeros(len(maps), dtype=torch.float64)
     for place, each in enumerate(maps):
         if each.is_end:
-            linear = engine.ends.matrices[each.path]
+            linear = engine.ends[each.path]
             weight = engine.ends.weight(each.path, each.intervention)
         else:
             linear = engine.anatomy.map_at(each.layer, each.path)

@@ -1,20 +1,12 @@
 """Compute log-likelihoods of all ablations, sharing layers and tokens.
 
 Modules:
-    copies: Make copies of a model that are really changed.
-    decode: Generate texts under every ablation at once.
-    generation: Generate texts in groups that fit into memory.
-    head: Run the output head only at predicted tokens.
-    idle: Find experts that no token of a row is routed to.
+    generation: Generate texts under every ablation at once.
+    head: Run embedding and output head, in formats, the head only at predicted tokens.
     masks: Build the attention masks of a row.
-    model: Take a model apart, and cache facts about it.
-    plain_call: Score one request in one plain call of the model.
-    prefix: Read the common prefix of documents once.
-    rounded_embeddings: Compute embeddings and output heads in formats.
+    model: Take a model apart, call it plainly, and make changed copies.
     row_size: Time rows of several sizes and choose the fastest.
-    rows: Pack requests into rows.
-    score: Score one row.
-    sharing: Define what ablations may share, and the quirks of a model.
+    rows: Build prefix trees of requests, and pack them into rows.
+    score: Read a common beginning once, and score one row.
     sweep: Score all documents under all ablations.
-    tree: Build a prefix tree of requests.
 """

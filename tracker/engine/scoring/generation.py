@@ -1,4 +1,9 @@
-"""Generation under all ablations: groups that fit into memory, and the cache of a prompt."""
+"""Generate under all ablations at once: the streams are the batch, each through its own layers.
+
+The prompt is read once for all ablations, as in scoring; then each layer's keys and values are
+handed to every stream that passes its attention, and the model's own generation goes on with one
+row an ablation. Ablations are generated in groups that fit into memory.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +15,16 @@ import torch
 from transformers.cache_utils import Cache
 
 from tracker.core.changes import Ablation
-from tracker.engine.forward.layer import forking
-from tracker.engine.forward.streams import LayerStep, StreamPlan, plan_streams
+from tracker.engine.forward.layer import ForwardPass
+from tracker.engine.forward.streams import LayerStep, StreamPlan
 from tracker.engine.refusal import RefusalError
+from tracker.engine.scoring.head import by_row
 from tracker.engine.scoring.rows import reading_row
 from tracker.engine.scoring.score import (
     GrowingLayer,
-    Parts,
     Prefix,
     cache_argument,
+    kept_bytes,
     new_cache,
     run_base,
 )
@@ -28,16 +34,16 @@ from tracker.models.devices import take
 
 @contextmanager
 def decoding(
-    parts: Parts, ablations: Sequence[Ablation], prompt: Sequence[int], prefix: Prefix | None
+    engine: Engine, ablations: Sequence[Ablation], prompt: Sequence[int], prefix: Prefix | None
 ) -> Iterator[Cache]:
-    """Let a model continue one prompt under every ablation, while the context is open.
+    """Make a model continue one prompt under every ablation, while the context is open.
 
     Reading the prompt forks as scoring does. After it nothing is shared, because the texts soon
     differ: each ablation has its own row of the batch in every layer, and a layer computes just the
     rows that it does not skip, each against its own keys and values.
 
     Args:
-        parts: The model.
+        engine: The engine of the model.
         ablations: The rows of the batch; the baseline must be among them.
         prompt: The prompt's token ids.
         prefix: A beginning of the prompt that was read for these ablations.
@@ -46,31 +52,30 @@ def decoding(
         Keys and values of all but the prompt's last token, as the model takes them. A forward pass
         must have one row an ablation, in their order.
     """
-    ends, tied = parts.ends, parts.ends is not None and parts.ends.matrices.is_tied
-    divided = parts.anatomy.is_divided if any(a.parts for a in ablations) else True
-    plan = plan_streams(ablations, len(parts.layers), tied, divided)
-    begun = 0 if prefix is None else len(prefix.tokens)
-    rest = prompt[begun:-1]
+    layers, plan = engine.loaded.layers, engine.plan(ablations)
+    start = 0 if prefix is None else len(prefix.tokens)
+    rest = prompt[start:-1]
     cache = new_cache() if prefix is None else prefix.cache
     if rest:
-        run_base(parts, plan, reading_row(rest, begun), cache)
-    done = [tuple(a.at(layer) for a in ablations) for layer in range(len(parts.layers))]
+        run_base(engine, plan, reading_row(rest, start), cache)
+    done = [tuple(a.at(layer) for a in ablations) for layer in range(len(layers))]
     together = StreamPlan(
-        tuple(LayerStep(len(ablations), (), actions, divided) for actions in done),
-        (tuple(range(len(ablations))),) * len(parts.layers),
+        tuple(LayerStep(len(ablations), (), actions, plan.is_divided) for actions in done),
+        (tuple(range(len(ablations))),) * len(layers),
     )
-    own = _handed_out(cache, plan, len(prompt) - 1)
+    caches = _handed_out(cache, plan, len(prompt) - 1)
     with ExitStack() as stack:
-        if ends is not None:
+        if plan.has_ends:
             starts = [ablation.ends.get("embedding") for ablation in ablations]
-            stack.enter_context(ends.by_row("embedding", starts))
-            stack.enter_context(ends.by_row("lm_head", plan.heads))
+            stack.enter_context(by_row(engine.ends, "embedding", starts))
+            stack.enter_context(by_row(engine.ends, "lm_head", plan.heads))
+        anatomy, replacements = engine.anatomy_for(together), engine.placed_replacements
         stack.enter_context(
-            forking(
-                parts.layers, together, parts.anatomy, replacements=parts.replacements, batched=True
-            )
+            ForwardPass(
+                layers, together, anatomy, replacements=replacements, batched=True
+            ).installed()
         )
-        yield own
+        yield caches
 
 
 def _handed_out(cache: Cache, plan: StreamPlan, tokens: int) -> Cache:
@@ -105,7 +110,7 @@ def generation_groups(
         raise RefusalError("it takes no cache of keys and values")
     if engine.plan(ablations).repeats:
         raise RefusalError("a layer that is passed again would need a cache of its own")
-    size = tokens * len(loaded.layers) * engine.kept_bytes
+    size = tokens * len(loaded.layers) * kept_bytes(engine)
     return grouped_ablations(ablations, engine.budget // 2 // size)
 
 
@@ -118,15 +123,11 @@ def generating(
     Yields the arguments for transformers' `generate`: the prompt's keys and values; nothing for a
     model that takes none.
     """
-    plan = engine.plan(ablations)
-    prefix = engine.prefix_of(plan, prompt)
+    prefix = engine.prefix_of(engine.plan(ablations), prompt)
     engine.put_back()
     try:
         # A kept prefix was read in inference mode: only there it can be added to.
-        with (
-            torch.inference_mode(),
-            decoding(engine.parts(plan), ablations, prompt, prefix) as cache,
-        ):
+        with torch.inference_mode(), decoding(engine, ablations, prompt, prefix) as cache:
             name = cache_argument(engine.loaded.model)
             yield {} if name is None else {name: cache}
     finally:

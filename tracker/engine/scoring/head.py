@@ -1,10 +1,14 @@
-"""The model's own head, run only where something is predicted, and in blocks that stay in cache."""
+"""Embedding and output head, in formats too; the head only where something is predicted.
+
+The model's own modules run with other weights in them, so that what a class does besides (a factor,
+positions, soft-capping) is done as ever.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +22,7 @@ from tracker.engine.refusal import RefusalError
 from tracker.models.devices import put, take
 from tracker.models.hooks import replaced_forward, state_of
 from tracker.models.layers import find_base
-from tracker.models.parts.linear_maps import Embeddings, RoundedWeights
+from tracker.models.parts.linear_maps import Embeddings
 
 BLOCK = 2048
 """Tokens of the vocabulary whose logits exist at a time on a CPU; all of them in memory at once
@@ -201,52 +205,25 @@ class Head:
         return torch.allclose(torch.cat(parts, dim=-1), whole, rtol=1e-4, atol=1e-4)
 
 
-@dataclass(frozen=True)
-class RoundedEmbeddings:
-    """A model's embedding and head, and what makes their weights in formats."""
+def by_row(
+    ends: Embeddings, name: str, formats: Sequence[str | None]
+) -> AbstractContextManager[None]:
+    """Give the embedding or the head weights of their own for each row of a batch, until exit."""
+    module = ends[name].module
+    forward: Callable[[Tensor], Tensor] = module.forward
+    rows_of = grouped(range(len(formats)), lambda row: formats[row])
 
-    matrices: Embeddings
-    weights: RoundedWeights
+    def by_format(given: Tensor) -> Tensor:
+        output = forward(given)
+        if len(given) != len(formats):
+            raise RefusalError(f"its {name} is not called with a row a text")
+        for form, rows in rows_of.items():
+            if form is not None:
+                with ends.having(name, form):
+                    put(output, rows, forward(take(given, rows)))
+        return output
 
-    def weight(self, which: str, form: str) -> Tensor:
-        """Return the weight of one of them in a format [tokens, width]."""
-        name = "embedding" if self.matrices.is_tied else which
-        return self.weights.of(0, name, self.matrices[which], form)
-
-    @contextmanager
-    def having(self, which: str, form: str | None) -> Iterator[None]:
-        """Give one of them weights in a format until exit; None for its own.
-
-        No other pass of the model may run meanwhile: it would meet them.
-        """
-        if form is None:
-            yield
-            return
-        module = self.matrices[which].module
-        own, rounded = module.weight, self.weight(which, form)
-        module.weight = nn.Parameter(rounded, requires_grad=False)
-        try:
-            yield
-        finally:
-            module.weight = own
-
-    def by_row(self, which: str, formats: Sequence[str | None]) -> AbstractContextManager[None]:
-        """Give one of them weights of their own for each row of a batch, until exit."""
-        module = self.matrices[which].module
-        forward: Callable[[Tensor], Tensor] = module.forward
-        rows_of = grouped(range(len(formats)), lambda row: formats[row])
-
-        def by_format(given: Tensor) -> Tensor:
-            output = forward(given)
-            if len(given) != len(formats):
-                raise RefusalError(f"its {which} is not called with a row a text")
-            for form, rows in rows_of.items():
-                if form is not None:
-                    with self.having(which, form):
-                        put(output, rows, forward(take(given, rows)))
-            return output
-
-        return replaced_forward(module, by_format) if any(formats) else nullcontext()
+    return replaced_forward(module, by_format) if any(formats) else nullcontext()
 
 
 class _ReachedError(Exception):
@@ -256,7 +233,7 @@ class _ReachedError(Exception):
 def first_states(
     base: Any,
     first: nn.Module,
-    ends: RoundedEmbeddings,
+    ends: Embeddings,
     formats: Sequence[str],
     inputs: dict[str, Any],
 ) -> list[Tensor]:

@@ -1,9 +1,13 @@
-"""A model taken apart: its layers, their parts, and facts that are computed once."""
+"""A model taken apart: its layers, their parts, and facts that are computed once.
+
+With it are what ablations of a model may share, the side effects of calling it, and copies of it
+from which an ablation is really taken out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -11,36 +15,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracker.core.changes import INTACT, Ablation
+from tracker.core.changes import Ablation
 from tracker.core.documents import Request, Response
 from tracker.core.errors import ModelError
 from tracker.core.grouping import grouped
-from tracker.core.kinds import Action
+from tracker.core.kinds import NUMBERED, Action
 from tracker.core.model_parts import experts_of_a_token
 from tracker.engine.forward.layer import FittedReplacement, Replacement
 from tracker.engine.forward.streams import StreamPlan, plan_streams
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.head import Head, RoundedEmbeddings
+from tracker.engine.scoring.head import Head
 from tracker.engine.scoring.masks import AttentionWindows, attention_windows
 from tracker.engine.scoring.rows import ANY_LENGTH, Lengths
-from tracker.engine.scoring.score import Parts, kept_bytes
 from tracker.models.devices import take
 from tracker.models.hooks import returning
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
 from tracker.models.offloaded import least_free
-from tracker.models.parts.anatomy import LayerAnatomy
-from tracker.models.parts.experts import Experts, SharedExperts
-from tracker.models.parts.heads import Heads
-from tracker.models.parts.linear_maps import RoundedWeights, find_embeddings, round_embeddings
-from tracker.models.parts.probe import LayerPart
+from tracker.models.parts.anatomy import KIND_OF, LayerAnatomy
+from tracker.models.parts.experts import SharedExperts
+from tracker.models.parts.linear_maps import (
+    Embeddings,
+    RoundedWeights,
+    find_embeddings,
+    round_embeddings,
+)
 from tracker.models.parts.sublayers import Sublayers
 from tracker.models.pruned import State, as_loaded, left, pruned, put_back
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """What the ablations of a model share, exactly.
+    """The parts of a computation that the ablations of a model share, exactly.
 
     Attributes:
         depth: Layers below the removed one are computed once for all ablations.
@@ -83,7 +89,7 @@ ALONE = DEPTH_ONLY
 
 @dataclass(frozen=True)
 class Quirks:
-    """What calling a model does beside its answer; the check finds it out.
+    """Side effects of calling a model; the check finds them out.
 
     Attributes:
         lengths: Which calls it computes alike.
@@ -105,15 +111,24 @@ class Quirks:
 NO_HABITS = Quirks()
 
 
+ROW_MULTIPLE_ACCELERATOR = 8
+"""Rows of other sizes have their masks copied by the attention kernels, in each layer."""
+AT_ONCE = 2048
+"""Tokens of all streams that pass a layer at once on a CPU, a thread: intermediate results stay in
+the cache, and the system is not asked for a large buffer for each."""
+WINDOW_STEP = 256
+"""Lengths of text for which attention windows are found are multiples of this."""
+
+
 def logits_of(model: Any, ids: Tensor) -> Tensor:
     """Ask a model for texts [texts, tokens] in one call: logits [texts, tokens, vocabulary].
 
     RefusalError if it returns something else.
     """
-    said = getattr(model(input_ids=ids, use_cache=False), "logits", None)
-    if not isinstance(said, Tensor) or said.shape[:2] != ids.shape:
+    logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
+    if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape:
         raise RefusalError("it does not return 'logits' of every token")
-    return said
+    return logits
 
 
 @torch.inference_mode()
@@ -134,25 +149,10 @@ def scored(logits: Tensor, continuation: Sequence[int]) -> Response:
     Log-likelihood in nats, greedy flag and hits, as lm-eval computes them.
     """
     logits = logits[-len(continuation) :]
-    wanted = torch.tensor(continuation, device=logits.device)
-    logprobs = logits.log_softmax(-1).gather(1, wanted[:, None]).sum()
-    hits = int((logits.argmax(-1) == wanted).sum())
+    tokens = torch.tensor(continuation, device=logits.device)
+    logprobs = logits.log_softmax(-1).gather(1, tokens[:, None]).sum()
+    hits = int((logits.argmax(-1) == tokens).sum())
     return Response(float(logprobs), hits == len(continuation), hits)
-
-
-ROW_MULTIPLE_ACCELERATOR = 8
-"""Rows of other sizes have their masks copied by the attention kernels, in each layer."""
-AT_ONCE = 2048
-"""Tokens of all streams that pass a layer at once on a CPU, a thread: intermediate results stay in
-the cache, and the system is not asked for a large buffer for each."""
-WINDOW_STEP = 256
-"""Lengths of text for which attention windows are found are multiples of this."""
-_CHANGED: Mapping[str, type[LayerPart]] = {
-    "heads": Heads,
-    "experts": Experts,
-    "shared": SharedExperts,
-}
-"""Names in `LayerStep.changes`, with the parts that must be found."""
 
 
 @dataclass
@@ -171,7 +171,7 @@ class ModelFacts:
     kept_bytes: int | None = None
     parts: dict[Any, Any] = field(default_factory=dict)
     weights: RoundedWeights | None = None
-    ends: RoundedEmbeddings | None = None
+    ends: Embeddings | None = None
 
 
 @dataclass(frozen=True)
@@ -235,36 +235,36 @@ class EngineModel:
 
     def plan(self, ablations: Sequence[Ablation]) -> StreamPlan:
         """Plan where the streams of some ablations fork."""
-        tied = any(ablation.ends for ablation in ablations) and self.ends.matrices.is_tied
+        tied = any(ablation.ends for ablation in ablations) and self.ends.is_tied
         return plan_streams(ablations, len(self.loaded.layers), tied, self._is_divided(ablations))
 
-    def parts(self, plan: StreamPlan) -> Parts:
-        """Take the model apart for a plan."""
-        loaded, on_cpu, at_once = self.loaded, self.loaded.device.type == "cpu", None
-        if on_cpu and loaded.offloaded is None:  # elsewhere all streams pass a layer together
-            at_once = self.at_once or AT_ONCE * torch.get_num_threads()
-        anatomy = self.anatomy
-        changes = {name for step in plan.steps for name in step.changes}
-        kinds = [kind for name, kind in _CHANGED.items() if name in changes]
+    def anatomy_for(self, plan: StreamPlan) -> LayerAnatomy:
+        """Return the parts of the layers, in which those that a plan takes apart are found."""
+        anatomy, components = self.anatomy, {c for step in plan.steps for c in step.components}
+        kinds = [KIND_OF[component] for component in NUMBERED if component in components]
+        if "shared_expert" in components:
+            kinds.append(SharedExperts)
         if any(step.has_sublayers for step in plan.steps) or plan.has_groups_of_maps:
             kinds.append(Sublayers)
         for kind in kinds:  # now, before layers fork
             anatomy.find(kind)
-        return Parts(
-            loaded.model,
-            loaded.layers,
-            anatomy,
-            self.head,
-            loaded.device,
-            self._windows,
-            self._placed_replacements,
-            self.ends if plan.has_ends else None,
-            at_once,
-            self.row_multiple or (1 if on_cpu else ROW_MULTIPLE_ACCELERATOR),
-        )
+        return anatomy
+
+    @property
+    def tokens_at_once(self) -> int | None:
+        """Tokens of all streams that pass a layer at once; None for all, as on accelerators."""
+        if self.loaded.device.type != "cpu" or self.loaded.offloaded is not None:
+            return None
+        return self.at_once or AT_ONCE * torch.get_num_threads()
+
+    @property
+    def row_size_multiple(self) -> int:
+        """A multiple of so many nodes is scored; see `Row.padded`."""
+        usual = 1 if self.loaded.device.type == "cpu" else ROW_MULTIPLE_ACCELERATOR
+        return self.row_multiple or usual
 
     @cached_property
-    def _placed_replacements(self) -> Mapping[int, Replacement]:
+    def placed_replacements(self) -> Mapping[int, Replacement]:
         """Replacements of layers on the devices of these, moved once.
 
         With offloaded weights they stay on the host: the device has room for layers alone.
@@ -286,13 +286,13 @@ class EngineModel:
         """
         if not plan.has_ends:
             return self.head.logits(output, states)
-        parts, logits = self.parts(plan), dict[int, Tensor]()
+        logits = dict[int, Tensor]()
         for form, numbers in grouped(range(len(states)), lambda n: plan.heads[n]).items():
-            with parts.having_head(form):
+            with self.having_head(form):
                 logits |= zip(numbers, self.head.logits(output, take(states, numbers)), strict=True)
         return torch.stack([logits[n] for n in range(len(states))])
 
-    def _windows(self, tokens: int) -> AttentionWindows:
+    def windows(self, tokens: int) -> AttentionWindows:
         """Find the attention windows of the layers for texts of so many tokens."""
         facts = self.facts
         if facts.windows is None or facts.windows.tokens < tokens:
@@ -304,19 +304,14 @@ class EngineModel:
             self.put_back()
         return facts.windows
 
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of the keys and values of one token in one attention."""
-        if self.facts.kept_bytes is None:
-            self.put_back()
-            alone = plan_streams([INTACT], len(self.loaded.layers))
-            self.facts.kept_bytes = kept_bytes(self.parts(alone))
-        return self.facts.kept_bytes
-
     @cached_property
     def head(self) -> Head:
         """The output head, behind the model's base."""
         return Head(self.loaded.model)
+
+    def having_head(self, form: str | None) -> AbstractContextManager[None]:
+        """Give the head weights in a format until exit; None for its own."""
+        return self.ends.having("lm_head", form) if form else nullcontext()
 
     @property
     def anatomy(self) -> LayerAnatomy:
@@ -343,12 +338,11 @@ class EngineModel:
         return is_whole or not has_parts or self.anatomy.is_divided
 
     @property
-    def ends(self) -> RoundedEmbeddings:
+    def ends(self) -> Embeddings:
         """The embedding and the head; in formats each is large, and each row wants all of them."""
         facts = self.facts
         if facts.ends is None:
-            weights = RoundedWeights(self.budget // 2)
-            facts.ends = RoundedEmbeddings(find_embeddings(self.loaded.model), weights)
+            facts.ends = find_embeddings(self.loaded.model, self.budget // 2)
         return facts.ends
 
     @property
@@ -417,8 +411,8 @@ def stream_bytes(model: Any) -> int:
     config = model.config.get_text_config()
 
     def width(name: str, otherwise: int) -> int:
-        found = getattr(config, name, None) or otherwise
-        return found if isinstance(found, int) else max(found)
+        size = getattr(config, name, None) or otherwise
+        return size if isinstance(size, int) else max(size)
 
     between = width("intermediate_size", 4 * config.hidden_size)
     of_expert = 2 * config.hidden_size + 3 * width("moe_intermediate_size", between)

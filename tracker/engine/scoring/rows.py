@@ -22,10 +22,10 @@ from tracker.core.grouping import grouped
 from tracker.models.devices import send, split
 
 
-def alike(one: Sequence[int], other: Sequence[int]) -> int:
+def alike(text: Sequence[int], other: Sequence[int]) -> int:
     """Count the tokens that two texts begin with alike."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), min(len(text), len(other)))
 
 
 class Tree:

@@ -1,10 +1,16 @@
-"""Scoring one row: the model's own forward pass, its own head, lm-eval's log-likelihoods."""
+"""Score one row: the model's own forward pass, its own head, lm-eval's log-likelihoods.
+
+The common beginning of many documents (few-shot examples) is read once by every stream. Its keys
+and values are kept, layer by layer, for just the streams that pass the layer's attention; each row
+then attends to them. Experts to which no token of a row goes change nothing: without them the row
+is what it was.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,15 +22,15 @@ from transformers.cache_utils import Cache, DynamicLayer
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.grouping import grouped
 from tracker.core.proxies import OBSERVED, observed
-from tracker.engine.forward.layer import Replacement, forking
-from tracker.engine.forward.streams import StreamPlan, plan_streams
+from tracker.engine.forward.layer import ForwardPass
+from tracker.engine.forward.streams import StreamPlan
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.head import Head, RoundedEmbeddings, first_states
-from tracker.engine.scoring.masks import ARGUMENT, AttentionWindows, Masks
+from tracker.engine.scoring.head import first_states
+from tracker.engine.scoring.masks import ARGUMENT, Masks
+from tracker.engine.scoring.model import EngineModel
 from tracker.engine.scoring.rows import Lengths, Row, alike, reading_row
 from tracker.models.devices import fetch, split, take
 from tracker.models.hooks import state_of
-from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.experts import Experts, routed
 
 SHORTEST = 48
@@ -73,7 +79,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
     def get_seq_length(self) -> int:
-        """Say how many tokens are held."""
+        """Return how many tokens are held."""
         return self.tokens
 
     def _wider(self, held: Tensor, tokens: int) -> Tensor:
@@ -120,9 +126,9 @@ class Prefix:
         return True
 
     def begins(self, prompt: Sequence[int]) -> bool:
-        """Say whether a prompt begins with it, and goes on."""
-        own = len(self.tokens)
-        return own < len(prompt) and tuple(prompt[:own]) == self.tokens
+        """Check whether a prompt begins with it, and goes on."""
+        length = len(self.tokens)
+        return length < len(prompt) and tuple(prompt[:length]) == self.tokens
 
     def _keep(self, tokens: int) -> None:
         self.tokens = self.tokens[:tokens]
@@ -168,47 +174,9 @@ class RowScores:
     proxies: Tensor
 
 
-@dataclass(frozen=True)
-class Parts:
-    """A model, taken apart.
-
-    Attributes:
-        model: A causal language model of transformers, in evaluation mode.
-        layers: The decoder layers that are there.
-        anatomy: Their parts; those that a plan needs are found.
-        head: What is behind its base.
-        device: Where its inputs go.
-        windows: Returns the attention windows for texts of some length.
-        replacements: Replacements of layers, where that is asked for.
-        ends: Its embedding and head, where a plan has them in formats.
-        at_once: How many tokens pass a layer at once, all streams together; None for all.
-        row_multiple: A multiple of so many nodes is scored; see `Row.padded`.
-    """
-
-    model: Any
-    layers: nn.ModuleList
-    anatomy: LayerAnatomy
-    head: Head
-    device: torch.device
-    windows: Callable[[int], AttentionWindows]
-    replacements: Mapping[int, Replacement] | None = None
-    ends: RoundedEmbeddings | None = None
-    at_once: int | None = None
-    row_multiple: int = 1
-
-    @property
-    def base(self) -> Any:
-        """The submodule that returns `last_hidden_state`."""
-        return self.head.base
-
-    def having_head(self, form: str | None) -> AbstractContextManager[None]:
-        """Let the head have weights in a format until exit; None for its own."""
-        return self.ends.having("lm_head", form) if self.ends else nullcontext()
-
-
 @torch.inference_mode()
 def launch_row(
-    parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = None
+    model: EngineModel, plan: StreamPlan, row: Row, prefix: Prefix | None = None
 ) -> Callable[[], RowScores]:
     """Begin to score a row for every stream of a plan; return what waits for the scores.
 
@@ -222,11 +190,11 @@ def launch_row(
 
     `prefix` is the beginning that the row continues, read for the same streams.
     """
-    host = row.padded(parts.row_multiple)
-    row, before = host.on(parts.device), prefix.proxies.sum(1) if prefix else 0
-    output, seen = run_base(parts, plan, row, prefix and prefix.cache)
+    host = row.padded(model.row_size_multiple)
+    row, before = host.on(model.loaded.device), prefix.proxies.sum(1) if prefix else 0
+    output, seen = run_base(model, plan, row, prefix and prefix.cache)
     none = seen.new_zeros(plan.answers, 0)
-    predictions = _predictions(parts, plan, row, output) if row.requests else (none, none)
+    predictions = _predictions(model, plan, row, output) if row.requests else (none, none)
     dtype = predictions[0].dtype
     figures = [figure.to(seen.device) for figure in (*predictions, seen)]
     fetched = fetch(torch.cat([figure.flatten() for figure in figures]))
@@ -240,13 +208,17 @@ def launch_row(
         totals = none.index_add(1, owner, logprobs.float()).to(dtype)
         hits = none.index_add(1, owner, greedy.float())
         sums = [seen[:, path].double().sum(1) + before for _, path in row.gold]
-        proxies = torch.stack(sums) if sums else torch.zeros(0, len(OBSERVED), len(parts.layers))
+        proxies = (
+            torch.stack(sums) if sums else torch.zeros(0, len(OBSERVED), len(model.loaded.layers))
+        )
         return RowScores(totals.float(), hits.int(), proxies)
 
     return read
 
 
-def _predictions(parts: Parts, plan: StreamPlan, row: Row, output: Any) -> tuple[Tensor, Tensor]:
+def _predictions(
+    model: EngineModel, plan: StreamPlan, row: Row, output: Any
+) -> tuple[Tensor, Tensor]:
     """Compute log-probability and greedy flag of each predicted token [answers, predicted]."""
     states = output.last_hidden_state
     kept, predictor, predicted = (
@@ -256,25 +228,25 @@ def _predictions(parts: Parts, plan: StreamPlan, row: Row, output: Any) -> tuple
     found = []
     for form, streams in plan.passing.items():
         mine = hidden if len(streams) == len(hidden) else take(hidden, streams)
-        with parts.having_head(form):
-            found.append(parts.head.predictions(output, mine, predictor, predicted))
+        with model.having_head(form):
+            found.append(model.head.predictions(output, mine, predictor, predicted))
     logprobs, greedy = (torch.cat(each) for each in zip(*found, strict=True))
     return logprobs, greedy
 
 
 @torch.inference_mode()
-def read_prefix(parts: Parts, plan: StreamPlan, tokens: tuple[int, ...]) -> Prefix:
+def read_prefix(model: EngineModel, plan: StreamPlan, tokens: tuple[int, ...]) -> Prefix:
     """Read the common beginning of some documents once for every stream; rows continue it."""
     cache = new_cache()
-    _, seen = run_base(parts, plan, reading_row(tokens), cache)
+    _, seen = run_base(model, plan, reading_row(tokens), cache)
     return Prefix(plan, tokens, cache, seen.cpu().double())
 
 
-def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any, Tensor]:
+def run_base(model: EngineModel, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any, Tensor]:
     """Run a model's base over a row for every stream.
 
     Args:
-        parts: The model.
+        model: The model.
         plan: Which streams there are.
         row: What to read.
         cache: Keys and values that the row continues and is added to; None for none.
@@ -283,7 +255,8 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         What the base returned, with the states of all streams [streams × rows, tokens, hidden],
         and what is observed of each of the N tokens [`OBSERVED`, N, layers]; both on the device.
     """
-    row = row.on(parts.device)
+    layers, device, base = model.loaded.layers, model.loaded.device, model.head.base
+    row, anatomy = row.on(device), model.anatomy_for(plan)
     figures: list[Tensor] = []
     waiting: list[tuple[Tensor, Tensor]] = []
 
@@ -296,7 +269,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         before, after = (state.flatten(0, 1).flatten(1) for state in (before, after))
         if waiting and waiting[0][0].device != before.device:
             compute()
-        is_last = parts.device.type == "cpu" or (len(waiting) + 2) * before.numel() > OBSERVED_SIZE
+        is_last = device.type == "cpu" or (len(waiting) + 2) * before.numel() > OBSERVED_SIZE
         # Views would keep the states of all streams.
         waiting.append((before, after) if is_last else (before.clone(), after.clone()))
         if is_last:
@@ -310,44 +283,46 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
             figures.extend(torch.stack(observed(befores, afters)).unbind(1))
         waiting.clear()
 
-    name = None if cache is None else cache_argument(parts.base)
+    name = None if cache is None else cache_argument(base)
     cached = {} if name is None else {name: cache}
     masks = None
     if row.spans is not None:
-        taken = inspect.signature(parts.base.forward).parameters
+        taken = inspect.signature(base.forward).parameters
         if "position_ids" not in taken:
             raise RefusalError("it takes no positions")
         cached["position_ids"] = row.positions
-        masks = Masks(row, parts.windows(row.length), parts.model.dtype, parts.device)
+        masks = Masks(row, model.windows(row.length), model.loaded.model.dtype, device)
         if cache is None and ARGUMENT in taken:
             # Without one transformers looks for texts in the positions, and waits for the device.
             cached[ARGUMENT] = masks.of_layer[0]
     inputs = {"input_ids": row.input_ids, "use_cache": name is not None, **cached}
-    begun: list[Tensor] = []
-    if parts.ends is not None:
-        others = [form for form in plan.starts if form is not None]
-        begun = first_states(parts.base, parts.layers[0], parts.ends, others, inputs)
+    others = [form for form in plan.starts if form is not None]
+    embedded = first_states(base, layers[0], model.ends, others, inputs) if others else []
     at_once = None
-    if parts.at_once is not None and cache is None:
-        at_once = max(1, parts.at_once // row.input_ids.numel())
-    with forking(
-        parts.layers, plan, parts.anatomy, observe, masks, parts.replacements, begun, at_once
-    ):
-        output = parts.base(**inputs)
+    if cache is None and (most := model.tokens_at_once) is not None:
+        at_once = max(1, most // row.input_ids.numel())
+    with ForwardPass(
+        layers, plan, anatomy, observe, masks, model.placed_replacements, embedded, at_once
+    ).installed():
+        output = base(**inputs)
     compute()
-    if len(figures) != len(parts.layers):
-        raise RefusalError(f"its {len(parts.layers)} layers run {len(figures)} times in a pass")
+    if len(figures) != len(layers):
+        raise RefusalError(f"its {len(layers)} layers run {len(figures)} times in a pass")
     return output, torch.stack([figure.to(figures[0].device) for figure in figures], dim=-1)
 
 
 @torch.inference_mode()
-def kept_bytes(parts: Parts) -> int:
-    """Measure what the keys and values of one token take in one attention, on average, in bytes."""
-    cache = new_cache()
-    run_base(parts, plan_streams([INTACT], len(parts.layers)), reading_row((0, 0)), cache)
-    kept = [layer for layer in cache.layers if layer.is_initialized]
-    size = sum(t.numel() * t.itemsize for layer in kept for t in (layer.keys, layer.values))
-    return max(1, int(size) // (2 * max(1, len(kept))))
+def kept_bytes(model: EngineModel) -> int:
+    """Return the bytes of the keys and values of one token in one attention, on average."""
+    facts = model.facts
+    if facts.kept_bytes is None:
+        cache = new_cache()
+        model.put_back()
+        run_base(model, model.plan([INTACT]), reading_row((0, 0)), cache)
+        layers = [layer for layer in cache.layers if layer.is_initialized]
+        size = sum(t.numel() * t.itemsize for layer in layers for t in (layer.keys, layer.values))
+        facts.kept_bytes = max(1, int(size) // (2 * max(1, len(layers))))
+    return facts.kept_bytes
 
 
 MIN_EXPERT_ABLATIONS = 8
@@ -365,11 +340,11 @@ def of_experts(ablations: Sequence[Ablation]) -> list[Ablation]:
 
 
 @torch.inference_mode()
-def idle(parts: Parts, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]:
+def idle(model: EngineModel, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]:
     """Find out which ablations leave a row as the intact model reads it.
 
     Args:
-        parts: The model, with its experts.
+        model: The model.
         row: The row, which continues nothing.
         ablations: Ablations of experts alone.
 
@@ -379,9 +354,9 @@ def idle(parts: Parts, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]
     gone_of = {
         ablation: [at.experts for at in ablation.by_layer.values()] for ablation in ablations
     }
-    every = {gone for some in gone_of.values() for gone in some}
-    asked = grouped(every, lambda gone: gone[0].layer)
-    unread: dict[_Gone, bool] = {}
+    every = {gone for removals in gone_of.values() for gone in removals}
+    by_layer = grouped(every, lambda gone: gone[0].layer)
+    anatomy, unread = model.anatomy, dict[_Gone, bool]()
 
     def look(those: Experts, gone: Collection[_Gone], router: nn.Module, *call: Any) -> None:
         args, kwargs, whole = call
@@ -391,37 +366,40 @@ def idle(parts: Parts, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]
                 chosen[table.flatten()] = True
         # Read once for all: each time it is read an accelerator is waited for.
         numbers = {number for number, is_chosen in enumerate(chosen.tolist()) if is_chosen}
-        for each in gone:
-            kept = those.without(each, parts.anatomy.name(each[0].layer))
+        for removed in gone:
+            remaining = those.without(removed, anatomy.name(removed[0].layer))
             # What finds out how far layers see calls them too, in the middle of the pass.
-            unread[each] = (
-                unread.get(each, True)
-                and numbers.isdisjoint(part.number for part in each)
-                and _same(router, those, kept, whole, (args, kwargs))
+            unread[removed] = (
+                unread.get(removed, True)
+                and numbers.isdisjoint(part.number for part in removed)
+                and _same(router, those, remaining, whole, (args, kwargs))
             )
 
     with ExitStack() as stack:
-        for layer, each in asked.items():
-            module = parts.layers[layer]
-            those = parts.anatomy.at(Experts, layer)
-            router = module.get_submodule(those.router)
-            hook = partial(look, those, each)
+        for layer, gone in by_layer.items():
+            those = anatomy.at(Experts, layer)
+            router = anatomy.layers[layer].get_submodule(those.router)
+            hook = partial(look, those, gone)
             stack.enter_context(router.register_forward_hook(hook, with_kwargs=True))
-        run_base(parts, plan_streams([INTACT], len(parts.layers)), row, None)
-    return {each for each, some in gone_of.items() if all(unread.get(gone, False) for gone in some)}
+        run_base(model, model.plan([INTACT]), row, None)
+    return {
+        ablation
+        for ablation, removals in gone_of.items()
+        if all(unread.get(gone, False) for gone in removals)
+    }
 
 
 def _same(
-    router: nn.Module, experts: Experts, kept: Sequence[int], whole: Sequence[Any], given: Any
+    router: nn.Module, experts: Experts, remaining: Sequence[int], whole: Sequence[Any], given: Any
 ) -> bool:
     """Check whether a router sends all tokens where it sent them, with the same weights."""
-    fewer = routed(router, experts, kept, whole, state_of(*given), given)
+    fewer = routed(router, experts, remaining, whole, state_of(*given), given)
     return all(map(partial(_alike, experts.count), whole, fewer))
 
 
-def _alike(count: int, one: Tensor, other: Tensor) -> bool:
-    """Whether choices are equal, and weights but for rounding; scores of all experts are none."""
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    few = 4 * torch.finfo(one.dtype).eps
-    return one.shape[-1] == count or torch.allclose(one, other, rtol=few, atol=few)
+def _alike(count: int, values: Tensor, other: Tensor) -> bool:
+    """Check whether choices are equal, and weights up to rounding; scores of all are none."""
+    if not values.is_floating_point():
+        return torch.equal(values, other)
+    few = 4 * torch.finfo(values.dtype).eps
+    return values.shape[-1] == count or torch.allclose(values, other, rtol=few, atol=few)

@@ -39,6 +39,7 @@ from tracker.engine.scoring.score import (
     RowScores,
     cache_argument,
     idle,
+    kept_bytes,
     launch_row,
     of_experts,
     read_prefix,
@@ -353,10 +354,10 @@ class Engine(EngineModel):
             if prefix.plan == plan and prefix.cut_to(shared, self.quirks.lengths):
                 return prefix
         self._prefixes.clear()
-        if len(shared) * plan.attention_passes * self.kept_bytes > self.budget // 2:
+        if len(shared) * plan.attention_passes * kept_bytes(self) > self.budget // 2:
             return None
         self.put_back()
-        result = _unless_full(lambda: read_prefix(self.parts(plan), plan, shared))
+        result = _unless_full(lambda: read_prefix(self, plan, shared))
         if isinstance(result, str):
             return None
         self._prefixes.append(result)
@@ -376,11 +377,11 @@ class Engine(EngineModel):
         computed = ablations
         if len(some) >= MIN_EXPERT_ABLATIONS:
             self.put_back()
-            unread = idle(self.parts(plan), row, some)
+            unread = idle(self, row, some)
             computed = [ablation for ablation in ablations if ablation not in unread]
             plan = self.plan(computed) if unread else plan
         self.put_back()
-        read = launch_row(self.parts(plan), plan, row, prefix)
+        read = launch_row(self, plan, row, prefix)
         places = dict(zip(computed, plan.answer_of, strict=True))
         order = torch.tensor([places.get(each, places[INTACT]) for each in ablations])
 

@@ -65,7 +65,7 @@ def probe_calls(vocabulary: int, longest: int) -> list[list[Document]]:
     return [
         _branches(tokens),
         _documents([(tokens(n - 1), [tokens(n // 8), (3,)]) for n in STEPS[1::2]]),
-        *(_shared(tokens, min(kept, longest - 12)) for kept in (SHORTEST + 4, SHORTEST + 1)),
+        *(_shared(tokens, min(common, longest - 12)) for common in (SHORTEST + 4, SHORTEST + 1)),
     ]
 
 
@@ -100,7 +100,7 @@ def reaching_calls(
         if sharing.prefix
         else [],
     ]
-    return [_documents(each) for each in contents if each]
+    return [_documents(texts) for texts in contents if texts]
 
 
 def switching_calls(vocabulary: int, switches: Sequence[int], widest: int) -> list[list[Document]]:
@@ -135,9 +135,9 @@ def _branches(tokens: _Tokens) -> list[Document]:
     return _documents([*letters, *spoken, *long])
 
 
-def _shared(tokens: _Tokens, kept: int) -> list[Document]:
+def _shared(tokens: _Tokens, length: int) -> list[Document]:
     """Texts with a beginning that is read apart."""
-    common = tokens(kept)
+    common = tokens(length)
     return _documents([(common + tokens(n), [(3,), (4, 5, 6)]) for n in (5, 2, 8)])
 
 

@@ -1,8 +1,8 @@
-"""What a model does with lengths and calls, found out on its miniature by changing one thing.
+"""Find how a model treats lengths and calls, and what it is without a layer.
 
-A number of the configuration is made small, and what moves tells what it is: nothing (it does not
-matter here), later tokens (a window, a chunk, a floor), or earlier ones when the text goes on
-(something is chosen by the length of the whole call).
+A number of the configuration of its miniature is made small, and what moves tells what it is:
+nothing (it does not matter here), later tokens (a window, a chunk, a floor), or earlier ones when
+the text goes on (something is chosen by the length of the whole call).
 """
 
 from __future__ import annotations
@@ -208,8 +208,8 @@ _COMPUTED = "what its class computes when it is loaded cannot be given to a mode
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What a model says of a text without some layers, and why where it says nothing.
+class _Outputs:
+    """Logits of a text without some layers, and why where there are none.
 
     Attributes:
         copy: A copy in memory.
@@ -229,17 +229,17 @@ class _Seen:
 
     @property
     def is_apart(self) -> bool:
-        """Whether the checkpoint is another model than the one that skips the layers."""
+        """True where the checkpoint is another model than the one that skips the layers."""
         return self.saved is not None and not logits_alike(self.saved, self.skip)
 
     @property
     def is_anew(self) -> bool:
-        """Whether the checkpoint is another model than the copy."""
+        """True where the checkpoint is another model than the copy."""
         return self.saved is not None and (self.lacks or not logits_alike(self.saved, self.copy))
 
     @property
     def stays(self) -> bool:
-        """Whether the layers must stay in their places."""
+        """True where the layers must stay in their places."""
         return self.saved is None and not logits_alike(self.copy, self.skip)
 
 
@@ -256,22 +256,22 @@ def as_removed(truth: Reference, ablations: Sequence[Ablation], verdict: Verdict
     name = engine.class_name
     still = engine.without(INTACT)
     loading = _loading(engine, still)
-    seen: dict[Ablation, _Seen] = {}
+    seen: dict[Ablation, _Outputs] = {}
     for ablation in ablations:
         changed = Ablation.of(*ablation.repeated, removed=ablation.removed())
         if changed != INTACT and changed not in seen:
-            seen[changed] = found = _see(truth, still, changed, loading)
-            if found.copy is None and found.skip is None and found.saved is None:
+            seen[changed] = outputs = _see(truth, still, changed, loading)
+            if outputs.copy is None and outputs.skip is None and outputs.saved is None:
                 raise CellError(
-                    f"{name} does not run {_named(changed)} ({found.refusal}); leave it "
+                    f"{name} does not run {_named(changed)} ({outputs.refusal}); leave it "
                     "out of 'layer'"
                 )
     for _ in range(2):
-        stay = any(found.stays for found in seen.values())
-        apart = any(found.is_apart for found in seen.values())
-        loaded = any(found.is_anew for found in seen.values()) or (stay and apart)
+        stay = any(outputs.stays for outputs in seen.values())
+        apart = any(outputs.is_apart for outputs in seen.values())
+        loaded = any(outputs.is_anew for outputs in seen.values()) or (stay and apart)
         made = replace(engine, quirks=replace(engine.quirks, stay=stay, loaded=loaded))
-        other = [of for of, found in seen.items() if loaded and _is_other(made, of, found)]
+        other = [of for of, outputs in seen.items() if loaded and _is_other(made, of, outputs)]
         if not other:
             break
         for ablation in other:
@@ -290,7 +290,7 @@ def as_removed(truth: Reference, ablations: Sequence[Ablation], verdict: Verdict
 
 @dataclass(frozen=True)
 class _Loading:
-    """What is needed to see what is loaded of copies.
+    """Models made of configurations, to see what is loaded of copies.
 
     Attributes:
         whole: What the class makes of the whole model's configuration; None where that is another
@@ -311,20 +311,20 @@ class _Loading:
 def _loading(engine: Engine, still: Engine) -> _Loading:
     """See whether the whole model, saved and loaded, is itself."""
     model, quirks = engine.loaded.model, engine.quirks
-    found = _Loading(None, None if quirks.first or quirks.leftovers else {})
+    loading = _Loading(None, None if quirks.first or quirks.leftovers else {})
     try:
-        whole, again = as_made(model), found.of(engine, still, INTACT)
+        whole, again = as_made(model), loading.of(engine, still, INTACT)
     except ModelError as error:
         log.debug("%s is not loaded as it is: %s", engine.class_name, error)
-        return found
-    said, why = _text_of(again)
-    if logits_alike(said, _text_of(still)[0]):
-        return replace(found, whole=whole)
+        return loading
+    logits, why = _text_of(again)
+    if logits_alike(logits, _text_of(still)[0]):
+        return replace(loading, whole=whole)
     log.debug("%s, saved and loaded, says: %s", engine.class_name, why)
-    return found
+    return loading
 
 
-def _see(truth: Reference, still: Engine, ablation: Ablation, loading: _Loading) -> _Seen:
+def _see(truth: Reference, still: Engine, ablation: Ablation, loading: _Loading) -> _Outputs:
     """Ask a model for a text without some layers, in each way."""
     engine, saved, lacks = truth.engine, None, False
     unsaved = _ITSELF if loading.whole is None else _NOT
@@ -336,7 +336,7 @@ def _see(truth: Reference, still: Engine, ablation: Ablation, loading: _Loading)
             unsaved = _OTHER
             log.debug("no checkpoint %s: %s", _named(ablation), error)
         else:
-            model, twin, made = (each.loaded.model for each in (engine, copied, again))
+            model, twin, made = (e.loaded.model for e in (engine, copied, again))
             lacks = bool(lacking(model, loading.whole, twin, made, engine.left(ablation)))
             saved, why = _text_of(again)
             if saved is None:
@@ -348,18 +348,18 @@ def _see(truth: Reference, still: Engine, ablation: Ablation, loading: _Loading)
     if not ablation.repeated:
         with _handing_on(still, ablation):
             skip, _ = _text_of(still)
-    return _Seen(copy, skip, saved, lacks, refusal, unsaved)
+    return _Outputs(copy, skip, saved, lacks, refusal, unsaved)
 
 
-def _is_other(engine: Engine, ablation: Ablation, seen: _Seen) -> bool:
-    """Whether a copy is not the model that it is to be."""
-    said, _ = tried(lambda: engine.without(ablation).read(TEXT))
-    return not logits_alike(said, seen.skip if seen.saved is None else seen.saved)
+def _is_other(engine: Engine, ablation: Ablation, seen: _Outputs) -> bool:
+    """Check whether a copy is not the model that it is to be."""
+    logits, _ = tried(lambda: engine.without(ablation).read(TEXT))
+    return not logits_alike(logits, seen.skip if seen.saved is None else seen.saved)
 
 
-def _which(seen: Mapping[Ablation, _Seen]) -> str | None:
+def _which(seen: Mapping[Ablation, _Outputs]) -> str | None:
     """Return where a number is not that of a checkpoint, and what it is of instead."""
-    without = [ablation for ablation, found in seen.items() if found.saved is None]
+    without = [ablation for ablation, outputs in seen.items() if outputs.saved is None]
     clauses = []
     for repeats, every, model in (
         (False, "whatever is removed", "whose layer stays in its place and hands on its input"),
@@ -388,21 +388,23 @@ def _named(ablation: Ablation) -> str:
 
 
 def _text_of(engine: Engine) -> tuple[Tensor | None, str | None]:
-    """What a model says of a text [tokens, vocabulary], or why it says nothing."""
+    """Return the logits of a text [tokens, vocabulary], or why there are none."""
     return tried(lambda: engine.read(TEXT))
 
 
 def _handing_on(engine: Engine, ablation: Ablation) -> AbstractContextManager[None]:
-    """Let the layers of an ablation stay in their places and hand on their input."""
+    """Make the layers of an ablation stay in their places and hand on their input."""
     layers = (engine.loaded.layers[layer] for layer in ablation.removed())
     return all_of(handle for layer in layers for handle in returning(layer, lambda state: state))
 
 
-def logits_alike(one: Tensor | None, other: Tensor | None) -> bool:
+def logits_alike(logits: Tensor | None, other: Tensor | None) -> bool:
     """Compare logits up to rounding; what is missing is like nothing."""
-    if one is None or other is None:
+    if logits is None or other is None:
         return False
-    within = 1e-6 if one.dtype == torch.float64 else 1e-3 if one.dtype == torch.float32 else 0.5
-    return one.shape == other.shape and torch.allclose(
-        one, other, rtol=within, atol=within, equal_nan=True
+    within = (
+        1e-6 if logits.dtype == torch.float64 else 1e-3 if logits.dtype == torch.float32 else 0.5
+    )
+    return logits.shape == other.shape and torch.allclose(
+        logits, other, rtol=within, atol=within, equal_nan=True
     )

@@ -1,6 +1,7 @@
-"""The numbers of the really pruned model, asked one request at a time (`single`).
+"""The numbers of the really changed model, asked one request at a time, and verdicts on sharing.
 
-What the engine shares is held against this.
+What the engine shares is held against this. Why a model shares no more than it does is one sentence
+for people: which experiment failed says why; what the model's own code raised then goes to the log.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ def shaken(model: Any, seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check on a miniature has shown of an architecture.
+    """Result of checking an architecture on a miniature.
 
     Attributes:
         sharing: As much as is exact.
@@ -238,18 +239,18 @@ class Verdict:
         return self.sharing == FULL and not any(special)
 
     def quirks(self, model: Any) -> Quirks:
-        """Say what the engine must know of such a model, one that no call has changed yet."""
+        """Return the quirks of such a model, one that no call has changed yet."""
         values = dict(numbers(model.config.get_text_config()))
         thresholds = (
             *(int(values[path]) for path, _ in self.lengths if path in values),
             *(tokens for tokens, _ in self.switches),
         )
         first = remember(model, {name for _, name in self.first})
-        is_each = any(each for _, each in (*self.lengths, *self.switches))
+        is_each = any(is_every for _, is_every in (*self.lengths, *self.switches))
         return Quirks(
             lengths=Lengths(thresholds, is_each),
             leftovers=remember(model, self.leftovers),
-            first={place: first[place] for place in self.first if place in first},
+            first={attribute: first[attribute] for attribute in self.first if attribute in first},
             stay=self.stay,
             loaded=self.loaded,
         )
@@ -276,65 +277,67 @@ MOVED = {PLAIN: "a call of several texts"}
 
 
 def less(before: str | None, sharing: Sharing, why: str | None) -> str | None:
-    """Say what is shared less, and why; what was said `before` where nothing more was lost."""
+    """Describe what is shared less, and why; return `before` where nothing more was lost."""
     if why is None:
         return before
-    said = f"{LEFT[sharing]}, because {why}"
+    sentence = f"{LEFT[sharing]}, because {why}"
     # What was lost later is more, and its reason holds for what was lost before.
     if before is None or before.startswith(tuple(LEFT.values())):
-        return said
-    return f"{before}; {said}"
+        return sentence
+    return f"{before}; {sentence}"
 
 
 def in_words(error: Exception, way: Sharing, name: str) -> str:
-    """Say what a model refuses, in words of ours; what its own code said goes to the log."""
+    """Describe what a model refuses; what its own code raised goes to the log."""
     log.debug("%s, shared over %s: %s", name, way, error)
     return str(error) if isinstance(error, RefusalError) else REFUSED[way]
 
 
-def of_refusal(way: Sharing, said: str, engine: Engine) -> str:
-    """Say why a model runs in no such way; a copy of it is called to see that."""
-    return STATE if way == NO_PREFIX and keeps_a_state(engine.copy()) else said
+def of_refusal(way: Sharing, reason: str, engine: Engine) -> str:
+    """Return why a model runs in no such way; a copy of it is called to see that."""
+    return STATE if way == NO_PREFIX and keeps_a_state(engine.copy()) else reason
 
 
-def of_difference(way: Sharing, found: Comparison, engine: Engine) -> str:
-    """Say why what a model says in some way is not what it is to say."""
-    said = (
-        f"{MOVED.get(way, 'sharing more')} changes a log-likelihood by {found.difference:.3g} nats"
-    )
-    if found.unsteady:
-        return f"{said}, mostly where the model is discontinuous ({found.unsteady} answers)"
-    return f"{STATE}: {said}" if way == NO_PREFIX and keeps_a_state(engine.copy()) else said
+def of_difference(way: Sharing, comparison: Comparison, engine: Engine) -> str:
+    """Describe how far answers computed in some way are from the truth, and why."""
+    cause, nats = MOVED.get(way, "sharing more"), comparison.difference
+    sentence = f"{cause} changes a log-likelihood by {nats:.3g} nats"
+    if comparison.unsteady:
+        return (
+            f"{sentence}, mostly where the model is discontinuous ({comparison.unsteady} answers)"
+        )
+    return f"{STATE}: {sentence}" if way == NO_PREFIX and keeps_a_state(engine.copy()) else sentence
 
 
 @torch.inference_mode()
 def keeps_a_state(model: Any) -> bool:
-    """Whether a model keeps something of a text whose size does not grow with it.
+    """Check whether a model keeps something of a text whose size does not grow with it.
 
     Keys and values do; what recurrent layers and convolutions keep does not, and there each token
     writes over what others have left: texts in one row would too.
     """
-    kept = []
+    shapes = []
     for tokens in (2, 3):
         ids = torch.arange(tokens, device=model.device)[None] + 3
         try:
-            said = model(input_ids=ids, use_cache=True)
+            output = model(input_ids=ids, use_cache=True)
         except Exception as error:  # noqa: BLE001  it is asked only to tell why it refused before
             log.debug("%s keeps nothing: %s", type(model).__name__, error)
             return False
-        kept.append(list(_shapes(said if isinstance(said, dict) else {})))
-    return len(kept[0]) == len(kept[1]) and any(
-        one == other and len(one) > 2 and 0 not in one for one, other in zip(*kept, strict=True)
+        shapes.append(list(_shapes(output if isinstance(output, dict) else {})))
+    return len(shapes[0]) == len(shapes[1]) and any(
+        shape == other and len(shape) > 2 and 0 not in shape
+        for shape, other in zip(*shapes, strict=True)
     )
 
 
-def _shapes(kept: Any) -> Iterator[torch.Size]:
+def _shapes(output: Any) -> Iterator[torch.Size]:
     """The shapes of all tensors in what a call returns, and in caches among it."""
-    if isinstance(kept, Tensor):
-        yield kept.shape
-    elif isinstance(kept, dict):
-        yield from _shapes([value for name, value in kept.items() if name != "logits"])
-    elif isinstance(kept, (list, tuple)):
-        yield from chain.from_iterable(map(_shapes, kept))
-    elif type(kept).__module__.startswith("transformers."):
-        yield from _shapes(vars(kept))
+    if isinstance(output, Tensor):
+        yield output.shape
+    elif isinstance(output, dict):
+        yield from _shapes([value for name, value in output.items() if name != "logits"])
+    elif isinstance(output, (list, tuple)):
+        yield from chain.from_iterable(map(_shapes, output))
+    elif type(output).__module__.startswith("transformers."):
+        yield from _shapes(vars(output))

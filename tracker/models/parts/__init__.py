@@ -4,12 +4,10 @@ Names do not count, since every family has others: parts are found by structure,
 they do with a short text.
 
 Modules:
-    anatomy: Find the parts of one model, each kind once. Start reading here.
-    catalog: List parts by a configuration alone.
-    embeddings: Find and round the embedding and the output head.
+    anatomy: Find the parts of a model, or list them by its configuration. Start reading here.
     experts: Find and remove routed and shared experts.
     heads: Find and remove attention heads.
-    linear_maps: Find and round the linear maps of a layer.
+    linear_maps: Find and round linear maps of layers, the embedding and the output head.
     probe: Record the calls of a layer's modules on a short text.
     sublayers: Find and silence attention and MLP of a layer.
 """

@@ -1,4 +1,7 @@
-"""The parts of a model's layers, each kind found once, when it is first needed."""
+"""The parts of a model's layers, each kind found once, when it is first needed.
+
+Parts that a model has by its configuration are listed without reading a weight.
+"""
 
 from __future__ import annotations
 

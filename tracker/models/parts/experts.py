@@ -21,15 +21,8 @@ from torch import Tensor, nn
 
 from tracker.core.changes import Change
 from tracker.core.errors import CellError
+from tracker.models import hooks
 from tracker.models.devices import put, take
-from tracker.models.hooks import (
-    add_nothing,
-    call_with,
-    first_of,
-    shallow_copy,
-    state_of,
-    with_first,
-)
 from tracker.models.offloaded import Attribute, is_absent, replace_attributes
 from tracker.models.parts.probe import Call, PartFinder, integer_tables, paths_in
 from tracker.models.parts.sublayers import Sublayers
@@ -188,7 +181,7 @@ class SharedExperts:
     def remove(self, layer: nn.Module, parts: Sequence[Change], name: str) -> None:
         """Silence the shared experts of a copied layer: they add nothing."""
         for path in self.paths:
-            layer.get_submodule(path).register_forward_hook(add_nothing, with_kwargs=True)
+            layer.get_submodule(path).register_forward_hook(hooks.add_nothing, with_kwargs=True)
 
 
 def _choices(calls: Sequence[Call], experts: Call, count: int) -> Iterator[tuple[Call, Tensor]]:
@@ -258,7 +251,7 @@ def lacking(
         for name, value in vars(module).items()
         if type(value) is int and value == count and ("expert" in name or name == "out_features")
     }
-    return shallow_copy(module, **tables, **counts)
+    return hooks.shallow_copy(module, **tables, **counts)
 
 
 def _cut(value: Tensor, remaining: Sequence[int], count: int) -> Tensor:
@@ -311,7 +304,7 @@ def routed(
         put(scores.movedim(-1, 0), remaining, part.movedim(-1, 0))
         return scores
 
-    output = call_with(fewer.forward, state, *_cut_biases(given, remaining, experts.count))
+    output = hooks.call_with(fewer.forward, state, *_cut_biases(given, remaining, experts.count))
     return tuple(in_all(part, like) for part, like in zip(output, whole, strict=True))
 
 
@@ -332,7 +325,7 @@ def single_outputs(
         For each choice the experts' numbers [tokens], their weights [tokens] as the router hands
         them over, and their outputs [tokens, width].
     """
-    values, state = (*args, *kwargs.values()), state_of(args, kwargs)
+    values, state = (*args, *kwargs.values()), hooks.state_of(args, kwargs)
     choice = integer_tables(values)[0]
     weights = next(
         value
@@ -354,8 +347,8 @@ def single_outputs(
 
 def _passes_state(call: Call, mlp: Call) -> bool:
     """Check whether a module maps the input of its MLP to something of the same size."""
-    state = state_of(mlp.args, mlp.kwargs)
-    given, made = next(iter(call.arguments), None), first_of(call.output)
+    state = hooks.state_of(mlp.args, mlp.kwargs)
+    given, made = next(iter(call.arguments), None), hooks.first_of(call.output)
     if not (isinstance(given, Tensor) and isinstance(made, Tensor)):
         return False
     if made.numel() != state.numel() or given.dtype != state.dtype:
@@ -376,10 +369,10 @@ def _is_added(module: nn.Module, mlp: Call) -> bool:
 
     def times(factor: int) -> Tensor:
         def scale(_: nn.Module, __: Any, output: Any) -> Any:
-            return with_first(output, factor * first_of(output))
+            return hooks.with_first(output, factor * hooks.first_of(output))
 
         with module.register_forward_hook(scale):
-            output = first_of(mlp.module.forward(*mlp.args, **mlp.kwargs))
+            output = hooks.first_of(mlp.module.forward(*mlp.args, **mlp.kwargs))
         return torch.as_tensor(output).float()
 
     without, once, twice = (times(factor) for factor in (0, 1, 2))

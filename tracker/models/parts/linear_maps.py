@@ -2,13 +2,15 @@
 
 A mixture holds its experts' matrices in tensors with one entry an expert. Each such tensor is one
 map, as files of llama.cpp hold it (`ffn_down_exps`), whose rows are those of all experts; one
-expert's alone is a map too where it is asked for by its number.
+expert's alone is a map too where it is asked for by its number. The two matrices outside of layers,
+the embedding and the output head, are linear maps as well.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -245,10 +247,12 @@ class Embeddings:
     Attributes:
         embedding: Its weight has a row for each token that is read.
         lm_head: Its weight has a row for each token that is predicted.
+        weights: Their weights in formats that are kept.
     """
 
     embedding: LinearMap
     lm_head: LinearMap
+    weights: RoundedWeights
 
     def __getitem__(self, name: str) -> LinearMap:
         """Return one of them by its name."""
@@ -260,11 +264,32 @@ class Embeddings:
         """Check whether both weights are one tensor."""
         return self.embedding.parameter is self.lm_head.parameter
 
+    def weight(self, name: str, form: str) -> Tensor:
+        """Return the weight of one of them in a format [tokens, width]."""
+        return self.weights.of(0, ENDS[0] if self.is_tied else name, self[name], form)
 
-def find_embeddings(model: Any) -> Embeddings:
+    @contextmanager
+    def having(self, name: str, form: str | None) -> Iterator[None]:
+        """Give one of them weights in a format until exit; None for its own.
+
+        No other pass of the model may run meanwhile: it would meet them.
+        """
+        if form is None:
+            yield
+            return
+        module = self[name].module
+        usual, rounded = module.weight, self.weight(name, form)
+        module.weight = nn.Parameter(rounded, requires_grad=False)
+        try:
+            yield
+        finally:
+            module.weight = usual
+
+
+def find_embeddings(model: Any, most: int = 0) -> Embeddings:
     """Find a model's embedding and head; CellError where one has no weights that could be rounded.
 
-    The model's weights may be on the meta device.
+    The model's weights may be on the meta device. `most` is as for `RoundedWeights`.
     """
     maps = []
     class_name = type(model).__name__
@@ -282,7 +307,7 @@ def find_embeddings(model: Any) -> Embeddings:
         if not weight.is_floating_point():
             raise CellError(f"{name} of {class_name} is quantised already; leave it out of 'map'")
         maps.append(LinearMap(module))
-    return Embeddings(*maps)
+    return Embeddings(maps[0], maps[1], RoundedWeights(most))
 
 
 def embedding_shapes(model: Any) -> dict[str, tuple[int, int]]:

@@ -12,14 +12,7 @@ from torch import Tensor, nn
 
 from tracker.core.changes import Change
 from tracker.core.errors import ModelError
-from tracker.models.hooks import (
-    add_nothing,
-    all_of,
-    first_of,
-    replaced_forward,
-    silenced,
-    state_of,
-)
+from tracker.models import hooks
 from tracker.models.parts.probe import PartFinder, text
 
 TOKENS = 6
@@ -82,7 +75,9 @@ class Sublayers:
         sublayers = self._of(layer)
         assert sublayers is not None
         for part in parts:
-            sublayers.module(part.component).register_forward_hook(add_nothing, with_kwargs=True)
+            sublayers.module(part.component).register_forward_hook(
+                hooks.add_nothing, with_kwargs=True
+            )
 
 
 @torch.inference_mode()
@@ -98,13 +93,13 @@ def _prove(finder: PartFinder, sublayers: Sequence[Sublayers]) -> None:
 
     def compare(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # Not `call_protected`: with its parts silent a layer that writes seems to read only.
-        before = state_of(args, kwargs).clone()
+        before = hooks.state_of(args, kwargs).clone()
         output = forward(*args, **kwargs)
-        unchanged.append(torch.equal(before, first_of(output).to(before.device)))
+        unchanged.append(torch.equal(before, hooks.first_of(output).to(before.device)))
         return output
 
-    compared = (replaced_forward(layer, partial(compare, layer.forward)) for layer in layers)
-    with silenced([*attention, *mlp]), all_of(compared):
+    compared = (hooks.replaced_forward(layer, partial(compare, layer.forward)) for layer in layers)
+    with hooks.silenced([*attention, *mlp]), hooks.all_of(compared):
         model(ids, use_cache=False)
     if not all(unchanged):
         layer = layers[unchanged.index(False)]
@@ -121,10 +116,10 @@ def _prove(finder: PartFinder, sublayers: Sequence[Sublayers]) -> None:
     # Experts see their tokens in other company, so equal inputs may differ by rounding.
     rounding = 1e-2 * effect()
 
-    with silenced(attention):
+    with hooks.silenced(attention):
         if effect() > rounding:
             raise _not_divided(model, layers[0], "its first part is not all that mixes tokens")
-    with silenced(mlp):
+    with hooks.silenced(mlp):
         if not effect() > rounding:
             raise _not_divided(model, layers[0], "its first part does not mix tokens")
 

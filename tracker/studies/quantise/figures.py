@@ -19,7 +19,7 @@ from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord
 from tracker.search.cells import OpenCell
 from tracker.search.formats import (
-    ENDS,
+    END_LAYERS,
     BitBudget,
     Choice,
     Refined,
@@ -178,7 +178,7 @@ class FormatChooser:
             for name, errors in self._errors().items():
                 made[name] = least_loss(units, formats, errors, within)
         if kept := ends_kept(units, formats, within):
-            made[f"first and last {ENDS} layers in more bits"] = kept
+            made[f"first and last {END_LAYERS} layers in more bits"] = kept
         made[ALIKE] = alike(units, formats, within)
         return [self._candidate(name, choice) for name, choice in made.items()]
 
