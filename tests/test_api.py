@@ -234,27 +234,32 @@ def with_own_class(model: Any) -> None:
     model.__class__ = Negated
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("change", [with_tanh, with_steeper_attention, with_own_class])
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [
+        (with_tanh, torch.float32),
+        (with_steeper_attention, torch.bfloat16),
+        (with_own_class, torch.bfloat16),
+    ],
+)
 def test_a_model_object_whose_copy_answers_otherwise_is_refused(
     held, asked, tmp_path, change, dtype
 ):
     """Also where the copy is there already."""
     (model, tokenizer), results = held, tmp_path / "results"
-    model.to(getattr(torch, dtype))
-    how = {"tokenizer": tokenizer, "results": results, "track": "none"}
-    sound = {name: value for name, value in asked.items() if name != "model"} | how
-    altered = copy.deepcopy(model)
+    altered = copy.deepcopy(model.to(dtype))
     change(altered)
     for n, module in enumerate(altered.modules()):
         module.training = bool(n % 2)
     modes = [module.training for module in altered.modules()]
+    sound = {**asked, "tokenizer": tokenizer, "results": results, "track": "none"}
     for copies in (0, 1):
         with pytest.raises(RequestError, match=r"logits differ .* by up to [\d.]+ \(the largest"):
-            tracker.run(model=altered, **sound)
+            tracker.run(**{**sound, "model": altered})
         assert [module.training for module in altered.modules()] == modes
         assert len([*results.glob("models/*")]) == copies
-        assert not tracker.run(model=model, **sound).outcome.failed
+        if not copies:
+            assert not tracker.run(**{**sound, "model": model}).outcome.failed
 
 
 def test_a_tokenizer_object_whose_copy_reads_otherwise_is_refused(held, asked, tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -436,22 +437,25 @@ def test_validate_names_what_it_leaves_on_the_hub(model):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_terminal_shows_what_takes_long(model, terminal):
+def test_a_terminal_shows_what_takes_long(model, terminal, monkeypatch, capsys):
     """Was: validate and plan were silent for as long as a minute."""
-    code = (
-        "import sys; from tracker.cli import main, terminal\n"
-        "terminal.LONG = 0\n"
-        f"main(['validate', {str(model)!r}, *{ARC_EASY!r}, '--layer=0'])"
-    )
+    monkeypatch.setattr("tracker.cli.terminal.LONG", 0)
     reader, writer = os.openpty() if terminal else os.pipe()
-    command, written = [sys.executable, "-c", code], b""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=writer, text=True) as program:
-        os.close(writer)
+    written = []
+
+    def read():
         with suppress(OSError):  # what a terminal gives at its end
             while chunk := os.read(reader, 10_000):
-                written += chunk
-        assert "is valid: 1 measurement, 1 run" in program.communicate()[0]
+                written.append(chunk)
+
+    reading = Thread(target=read)
+    reading.start()
+    with os.fdopen(writer, "w") as error, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", error)
+        main(["validate", str(model), *ARC_EASY, "--layer=0"], standalone_mode=False)
+    reading.join()
     os.close(reader)
-    shown = written.decode()
+    assert "is valid: 1 measurement, 1 run" in capsys.readouterr().out
+    shown = b"".join(written).decode()
     # Which steps are seen depends on how long they take.
     assert ("reading " in shown) == terminal, shown
