@@ -2,20 +2,18 @@ from __future__ import annotations
 
 import pytest
 
-from tracker.core.ablations import ablations_of, changes_of
 from tracker.core.changes import COLUMNS, FEW_MAPS, INTACT, Ablation, Change
-from tracker.core.config import CellRequest
+from tracker.core.config import CellRequest, cell_request
 from tracker.core.errors import ExperimentError
 from tracker.core.kinds import Action
 from tracker.core.model_parts import CONTROLS, ModelParts, with_all_parts
 from tracker.core.provenance import content_hash
 from tracker.core.records import ChangeRecord
 from tracker.measuring.prepare import check_range
-from tracker.studies.base import removing_whole_layers
 
 
 def request(**settings: object) -> CellRequest:
-    return CellRequest(model="m", benchmark="b", **{"layers": (0, 1, 2, 3), **settings})
+    return cell_request(model="m", benchmark="b", **{"layers": (0, 1, 2, 3), **settings})
 
 
 TEXTS = {
@@ -111,7 +109,7 @@ def test_nothing_is_left_to_change_of_a_removed_layer():
 
 def test_what_is_no_run_is_left_out():
     def runs(**asked: object) -> list[tuple[int, int]]:
-        return [(run.layer, run.span) for run in changes_of(request(**asked), 4)]
+        return [(run.layer, run.span) for run in request(**asked).valid_changes(4)]
 
     beyond = runs(spans=(1, 2, 4, 5))
     assert beyond == [(0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2)]
@@ -123,11 +121,11 @@ def test_what_is_no_run_is_left_out():
 
 
 def test_a_cell_has_the_baseline_what_is_removed_and_every_run_once():
-    names = [each.name for each in ablations_of(request(layers=(0, 1), removed=(3,)), 4)]
+    names = [each.name for each in request(layers=(0, 1), removed=(3,)).ablations(4)]
     assert names == ["baseline", "layer:3", "layers:0,3", "layers:1,3"]
-    assert ablations_of(request(layers=()), 4) == [INTACT]
+    assert request(layers=()).ablations(4) == [INTACT]
     asked = request(components=("layer", "attention", "mlp"), spans=(1, 2, 3))
-    found = ablations_of(asked, 4)
+    found = asked.ablations(4)
     assert len(set(found)) == len(found) == 1 + 3 * (4 + 3 + 2)
     assert found[0] == INTACT
 
@@ -136,15 +134,15 @@ def test_a_sublayer_that_is_to_be_replaced_says_why_it_is_no_run():
     asked = request(layers=(3,), components=("attention",), interventions=("mean",))
     with pytest.raises(ExperimentError, match=r"is a run \(mean is done to whole single"):
         check_range(asked, ModelParts(30))
-    both = asked.model_copy(update={"interventions": ("remove", "mean")})
-    assert [run.intervention for run in changes_of(both, 30)] == ["remove"]
+    both = request(layers=(3,), components=("attention",), interventions=("remove", "mean"))
+    assert [run.intervention for run in both.valid_changes(30)] == ["remove"]
     check_range(both, ModelParts(30))
 
 
 def test_a_kind_with_a_span_is_neighbours_of_that_kind_and_controls_are_drawn():
     parts = ModelParts(8, of_kind=(0, 1, 3, 4, 6))
     asked = with_all_parts(request(layers=(), spans=(1, 3), control="random"), parts)
-    runs = list(changes_of(asked, 8))
+    runs = asked.valid_changes(8)
     alone = [run.layer for run in runs if run.span == 1]
     assert alone == [0, 1, 3, 4, 6]
     together = [run.layers for run in runs if run.span == 3 and not run.drawn]
@@ -153,7 +151,7 @@ def test_a_kind_with_a_span_is_neighbours_of_that_kind_and_controls_are_drawn():
     assert len(drawn) == len({*drawn}) == CONTROLS
     assert not {*drawn} & {*together}
     assert all(len(some) == 3 and max(some) < 8 for some in drawn)
-    assert drawn == [run.layers for run in changes_of(asked, 8) if run.drawn]
+    assert drawn == [run.layers for run in asked.valid_changes(8) if run.drawn]
     assert {Ablation.of(run, removed=()).name for run in runs if run.span == 3} == {
         f"layers:{','.join(map(str, some))}" for some in (*together, *drawn)
     }
@@ -161,7 +159,7 @@ def test_a_kind_with_a_span_is_neighbours_of_that_kind_and_controls_are_drawn():
     assert len({*runs}) == len(runs)
     assert [run.label() for run in runs if run.layers == (0, 1, 3)] == ["layers 0, 1, 3"]
     neighbours = with_all_parts(request(layers=(), spans=(2,)), ModelParts(5, of_kind=(1, 2, 4)))
-    assert [run.label() for run in changes_of(neighbours, 5)] == ["layers 1–2", "layers 2, 4"]
+    assert [run.label() for run in neighbours.valid_changes(5)] == ["layers 1–2", "layers 2, 4"]
 
 
 def test_what_a_kind_with_a_span_would_lose_is_refused():
@@ -177,9 +175,9 @@ def test_a_study_of_single_layers_leaves_sets_and_controls_out():
     asked = with_all_parts(
         request(layers=(), spans=(1, 2), control="random"), ModelParts(6, of_kind=(0, 2, 4))
     )
-    assert {change.drawn for change in asked.changes} == {False, True}
-    alone = removing_whole_layers(asked)
-    assert [run.layers for run in changes_of(alone, 6)] == [(0,), (2,), (4,)]
+    assert {change.drawn for change in asked.changes.expanded()} == {False, True}
+    alone = asked.with_changes(layers=asked.changes.layers)
+    assert [run.layers for run in alone.valid_changes(6)] == [(0,), (2,), (4,)]
     assert with_all_parts(alone, ModelParts(6)) == alone
 
 
@@ -187,7 +185,7 @@ def test_controls_of_spans_are_others_than_the_spans():
     asked = with_all_parts(
         request(layers=(), spans=(2,), control="random", removed=(0,)), ModelParts(5)
     )
-    runs = list(changes_of(asked, 5))
+    runs = asked.valid_changes(5)
     # Of the six pairs of four layers three are spans.
     assert [run.layers for run in runs if not run.drawn] == [(1, 2), (2, 3), (3, 4)]
     assert {run.layers for run in runs if run.drawn} == {(1, 3), (1, 4), (2, 4)}

@@ -9,8 +9,7 @@ import yaml
 
 from tests.conftest import golden
 from tests.helpers.wandb_double import expand
-from tracker.core.ablations import changes_of
-from tracker.core.config import CellRequest
+from tracker.core.config import cell_request
 from tracker.core.errors import ExperimentError
 from tracker.core.experiment import Experiment
 from tracker.core.experiment_input import load_experiment
@@ -57,11 +56,11 @@ class TestShipped:
         models = raw["model"].get("values") or [raw["model"]["value"]]
         cells = experiment.cells()
         assert len(cells) == len(models) * len(benchmarks)
-        assert {cell.benchmark for cell in cells} == set(benchmarks)
+        assert {str(cell.benchmark) for cell in cells} == set(benchmarks)
         layer = raw["layer"]
         # How many "all" are is only known of a model.
         every = () if "value" in layer else tuple(range(layer["min"], layer["max"] + 1))
-        assert {cell.layers for cell in cells} == {every}
+        assert {cell.changes.layers for cell in cells} == {every}
 
     def test_opens_with_its_commands(self, path):
         lines = path.read_text().splitlines()
@@ -89,7 +88,7 @@ def test_the_grid_is_the_product_of_its_values(load):
     said = {"revision": "main", "dtype": "bfloat16", "limit": 10, "metric": "acc", "data": "DATA"}
     said |= {"layers": (0, 2), "apply_chat_template": True}
     expected = {
-        CellRequest(model=model, benchmark=benchmark, num_fewshot=shots, seed=seed, **said)
+        cell_request(model=model, benchmark=benchmark, num_fewshot=shots, seed=seed, **said)
         for model, benchmark, shots, seed in itertools.product(
             ["b", "a"], ["piqa", "arc_easy"], [0, 5], [1, 2]
         )
@@ -101,10 +100,11 @@ def test_the_grid_is_the_product_of_its_values(load):
 
 def test_what_is_not_said_has_lm_evals_defaults(load):
     (cell,) = load(MINIMAL).cells()
-    assert cell == CellRequest(model="m", benchmark="b", layers=(0,))
-    assert (cell.limit, cell.num_fewshot, cell.metric, cell.revision) == (None, None, None, None)
-    assert (cell.seed, cell.dtype, cell.data) == (DEFAULT_SEED, "auto", "hub")
-    assert cell.apply_chat_template is False
+    assert cell == cell_request(model="m", benchmark="b", layers=(0,))
+    given = cell.settings
+    assert (given.limit, given.num_fewshot, given.metric, given.revision) == (None,) * 4
+    assert (given.seed, given.dtype, given.data) == (DEFAULT_SEED, "auto", "hub")
+    assert given.apply_chat_template is False
     assert cell.title == "m × b"
 
 
@@ -113,10 +113,11 @@ def test_components_and_spans_stay_in_one_cell_and_removed_makes_its_own(load):
         MINIMAL + "  component: {values: [mlp, layer]}\n  span: {values: [2, 1]}\n"
         "  removed: {values: [[], [17, 3], [5]]}\n  seed: {values: [1, 2]}\n"
     ).cells()
-    assert [(cell.removed, cell.seed) for cell in cells] == [
+    assert [(cell.removed, cell.documents.seed) for cell in cells] == [
         (removed, seed) for removed in ((), (3, 17), (5,)) for seed in (1, 2)
     ]
-    assert {(cell.components, cell.spans) for cell in cells} == {(("mlp", "layer"), (2, 1))}
+    grids = {(cell.changes.components, cell.changes.spans) for cell in cells}
+    assert grids == {(("mlp", "layer"), (2, 1))}
     assert [cell.title for cell in cells[1:3]] == ["m × b", "m × b without 3, 17"]
 
 
@@ -144,21 +145,21 @@ def test_what_is_another_cell_or_view_is_asked_beside_it(load, text):
 def test_every_model_is_loaded_once(load):
     grid = "  model: {values: [b, a]}\n  dtype: {values: [float32, bfloat16]}\n"
     cells = load(HEAD + grid + "  benchmark: {values: [y, x]}\n" + LAYER).cells()
-    loads = [settings for settings, _ in itertools.groupby(c.model_settings for c in cells)]
+    loads = [settings for settings, _ in itertools.groupby(c.model for c in cells)]
     assert len(loads) == len(set(loads)) == 4
     # Within a model the file's order holds.
-    assert [cell.benchmark for cell in cells] == ["y", "x"] * 4
+    assert [str(cell.benchmark) for cell in cells] == ["y", "x"] * 4
 
 
 @pytest.mark.parametrize("layer", ["all", "{value: all}"])
 def test_all_layers_are_those_of_each_model(tmp_path, layer):
     path = tmp_path / "study.yaml"
     path.write_text(HEAD + "  model: {values: [aa, b]}\n" + BENCHMARK + f"  layer: {layer}\n")
-    asked = load_experiment(path, count=lambda asked, kinds: ModelParts(2 * len(asked.model)))
+    asked = load_experiment(path, count=lambda asked, kinds: ModelParts(2 * len(str(asked.model))))
     experiment, text = asked.file, asked.text
-    assert [cell.layers for cell in experiment.cells()] == [(0, 1, 2, 3), (0, 1)]
+    assert [cell.changes.layers for cell in experiment.cells()] == [(0, 1, 2, 3), (0, 1)]
     assert "all" in text
-    assert [cell.layers for cell in load_experiment(path).file.cells()] == [(), ()]
+    assert [cell.changes.layers for cell in load_experiment(path).file.cells()] == [(), ()]
 
 
 @pytest.mark.parametrize(("change", "said"), golden("experiments"))
@@ -196,7 +197,7 @@ def test_a_flat_file_is_shown_as_it_should_be(load):
     head, _, shape = str(caught.value).partition("Write:\n\n")
     assert head.endswith("'model', 'benchmark', 'sample' at the top belong under 'parameters'. ")
     (cell,) = load(shape).cells()
-    assert (cell.model, cell.benchmark, cell.sample) == ("m", "arc_easy", 100)
+    assert (str(cell.model), str(cell.benchmark), cell.documents.sample) == ("m", "arc_easy", 100)
 
 
 def test_a_cap_keeps_the_first_runs_in_the_order_of_wandb(load):
@@ -210,9 +211,9 @@ def test_a_cap_keeps_the_first_runs_in_the_order_of_wandb(load):
         experiment = load(f"run_cap: {cap}\n{grid}")
         cells = experiment.cells()
         asked = {
-            (cell.model, cell.removed, run.component, run.span, run.layer)
+            (str(cell.model), cell.removed, run.component, run.span, run.layer)
             for cell in cells
-            for run in changes_of(cell, 10)
+            for run in cell.valid_changes(10)
         }
         wanted = {
             (p["model"], tuple(p["removed"]), p["component"], p["span"], p["layer"])
@@ -228,5 +229,5 @@ def test_a_cap_leads_to_the_same_cell(load):
     """What is asked of a cell is no part of what the ledger knows it by."""
     grid = MINIMAL.replace("{value: 0}", "{min: 0, max: 3}")
     (some,), (every,) = load("run_cap: 3\n" + grid).cells(), load(grid).cells()
-    assert [run.layer for run in changes_of(some, 4)] == [0, 1, 2]
+    assert [run.layer for run in some.valid_changes(4)] == [0, 1, 2]
     assert request_key(some, "m", "d", {}) == request_key(every, "m", "d", {})

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import cli, refused
 from tracker import api
 from tracker.core import experiment, safe_yaml
-from tracker.core.config import CellRequest
+from tracker.core.config import cell_request
 from tracker.core.errors import ExperimentError, RequestError
 from tracker.core.experiment_input import load_experiment
 from tracker.measuring.job import Options
@@ -74,7 +74,7 @@ def test_yaml_that_means_no_good_is_refused_in_one_line(tmp_path, text, said):
 def test_what_was_not_meant_is_refused_before_it_is_read_through(tmp_path, monkeypatch):
     """Was: 100,000 entries, or a million runs, were taken apart first, for half a minute."""
     made, composed = [], []
-    monkeypatch.setattr(experiment, "CellRequest", lambda **said: made.append(said))
+    monkeypatch.setattr(experiment, "CellSettings", lambda **said: made.append(said))
     compose = safe_yaml._Loader.compose_node
 
     def counted(loader, *where):
@@ -119,7 +119,7 @@ CALLS = {
     "run": lambda file, **said: api.run(file, **said),
     "study": lambda file, **said: api.study("audit", file, **said),
     "prune": lambda file, **said: api.prune(**ASKED, strategy="accuracy", remove="1", **said),
-    "evaluate": lambda file, **said: api.evaluate(CellRequest(**ASKED, layers=(0,)), **said),
+    "evaluate": lambda file, **said: api.evaluate(cell_request(**ASKED, layers=(0,)), **said),
     "export": lambda file, **said: api.export("m", [0], file.parent / "lighter", **said),
 }
 

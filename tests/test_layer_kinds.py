@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from tracker.core.errors import ModelError
-from tracker.core.layer_kinds import kinds_of, layers_of_kind
+from tracker.core.model_parts import kinds_of, layers_of_kind
 
 EIGHT = {"num_hidden_layers": 8}
 

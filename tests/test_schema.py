@@ -12,7 +12,7 @@ import pytest
 
 from tracker import api
 from tracker.cli.commands import main
-from tracker.core.config import IN_THE_FILE, KEYS, CellRequest
+from tracker.core.config import IN_THE_FILE, KEYS, CellSettings, cell_request
 from tracker.core.errors import RequestError
 from tracker.core.experiment import Parameters
 from tracker.measuring.job import Options
@@ -47,7 +47,7 @@ def test_the_docs_say_every_key_and_its_default():
     said = rows("experiments.md")
     assert set(said) == set(KEYS) == set(Parameters.model_fields)
     for key, field in KEYS.items():
-        about = CellRequest.model_fields[field]
+        about = CellSettings.model_fields[field]
         default = about.default
         if field in IN_THE_FILE and not about.is_required() and default:
             (default,) = default
@@ -64,7 +64,7 @@ def test_the_docs_say_every_key_and_its_default():
 
 
 def test_each_field_says_what_it_is():
-    for model in (CellRequest, SearchSettings):
+    for model in (CellSettings, SearchSettings):
         assert all(about.description for about in model.model_fields.values())
 
 
@@ -110,7 +110,7 @@ def test_python_and_the_command_line_have_the_same_defaults():
     "called",
     [
         lambda: api.run("any.yaml", devise="cpu"),
-        lambda: api.evaluate(CellRequest(model="m", benchmark="b", layers=(0,)), devise="cpu"),
+        lambda: api.evaluate(cell_request(model="m", benchmark="b", layers=(0,)), devise="cpu"),
     ],
 )
 def test_python_refuses_what_nothing_is_called(called):

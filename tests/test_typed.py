@@ -149,7 +149,7 @@ def test_one(asked, typed, field, value):
     result = cli(*COMMON, *shlex.split(typed))
     assert result.exit_code == 0, result.output
     (request,) = asked
-    assert getattr(request, field) == literal_eval(value)
+    assert getattr(request.settings, field) == literal_eval(value)
 
 
 def test_zero_and_no_are_said_of_a_search(monkeypatch):

@@ -9,7 +9,6 @@ Each function says all that its command's page says; none of them does anything.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack
 
-from tracker.core.config import KEYS, CellRequest
+from tracker.core.config import KEYS, CellRequest, stored_request
 from tracker.core.errors import RequestError, TrackerError, TrackingError, WorkError, did_you_mean
 from tracker.core.experiment import Sweep
 from tracker.core.experiment_input import (
@@ -441,7 +440,7 @@ def quantise(
     if output is not None and len(kept) == 1:
         note = read_note(kept[0])
         work = _Work({name: settings[name] for name in Working.__optional_keys__ & settings.keys()})
-        tests = CellRequest.model_validate_json(json.dumps(note["tested_on"]))
+        tests = stored_request(note["tested_on"])
         request = checkpoint.ExportRequest(
             change=rounding(note["formats"]),
             request=tests,
@@ -734,11 +733,12 @@ def evaluate(
         RequestError: The request was wrong; nothing was computed or written.
 
     Example:
-        >>> request = CellRequest(model="gpt2", benchmark="piqa", layers=(3,))
+        >>> from tracker.core.config import cell_request
+        >>> request = cell_request(model="gpt2", benchmark="piqa", layers=(3,))
         >>> record, finished = tracker.evaluate(request)
     """
     work = _Work(how)
-    trial = Trial(work.track, work.ledger.root, request)
+    trial = Trial(work.track, work.ledger.root, request.changes.single)
     asked, trust = request, work.options.trust_remote_code
     try:
         request, no_run = widened(
@@ -797,7 +797,7 @@ def export(
         register: The name under which MLflow's registry keeps it; None for none.
         **settings: The results folder, device, …: as `Working` says; and what else a model and a
             benchmark are told: `dtype`, `revision`, `sample`, `data`, … as
-            `tracker.core.config.CellRequest` names them.
+            `tracker.core.config.CellSettings` names them.
 
     Returns:
         What was saved, and what is known of it.

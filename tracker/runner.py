@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tracker.benchmarks.benchmark import chosen_metric
 from tracker.core.answers import statement
-from tracker.core.config import RUNS, CellRequest
+from tracker.core.config import CellRequest, Changes
 from tracker.core.errors import RequestError, TrackerError
 from tracker.core.grouping import grouped
 from tracker.core.model_parts import ModelParts
@@ -20,7 +19,6 @@ from tracker.core.views import View
 from tracker.executors.base import open_executor
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
-from tracker.ledger.views import GROWS
 from tracker.measuring.derive import record_of
 from tracker.measuring.job import Job, Options, Reporting
 from tracker.measuring.prepare import CellLookup, check_layers, check_range, look_up, opened
@@ -212,10 +210,14 @@ def named_beside(requests: Collection[CellRequest]) -> set[CellRequest]:
 
     Who lists both numbers wants to see both.
     """
-    sizes = {each: each.sample or each.limit or math.inf for each in requests if not each.until}
-    counts = RUNS | {"limit", "sample"}
-    alike = grouped(sizes, lambda r: (r.model_dump_json(exclude=counts), r.sample is None))
-    groups = ((same, max(map(sizes.__getitem__, same))) for same in alike.values())
+    sizes = {each: each.documents.size for each in requests if not each.until}
+
+    def alike(request: CellRequest) -> object:
+        documents = request.documents.model_copy(update={"limit": None, "sample": None})
+        same = replace(request, documents=documents, changes=Changes())
+        return same, request.documents.sample is None
+
+    groups = ((same, max(map(sizes.__getitem__, same))) for same in grouped(sizes, alike).values())
     return {request for same, most in groups for request in same if sizes[request] < most}
 
 
@@ -238,13 +240,15 @@ def _jobs(todo: Sequence[CellLookup]) -> list[Job]:
 
     Cells that differ in which layers are removed alone become one job.
     """
-    jobs: dict[str, Job] = {}
+    jobs: dict[object, Job] = {}
     benchmarks = opened(cell.request for cell in todo)
     for cell, benchmark in zip(todo, benchmarks, strict=True):
         request = cell.request
         # A race is over when its own question is answered; what has to be fitted may fail alone.
-        apart = {"interventions", "limit", "sample", "until"}
-        alike = request.model_dump_json(exclude=set() if request.until else GROWS - apart)
+        alike: object = request
+        if request.until is None:
+            done = request.changes.interventions
+            alike = (request.model, request.benchmark, request.documents, done)
         others = jobs[alike].cells if alike in jobs else ()
         jobs[alike] = Job((*others, cell), benchmark)
     return list(jobs.values())

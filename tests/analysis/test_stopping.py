@@ -8,7 +8,6 @@ import pytest
 from tests.helpers.races import RUNS, SEED, begun, outcomes, raced
 from tests.helpers.stored_cells import asks, fill, measure, row
 from tracker.analysis.stopping import WITHIN, CandidateRace, CellRace
-from tracker.core.ablations import without_parts
 from tracker.core.answers import took
 from tracker.core.errors import ExperimentError, WorkError
 from tracker.core.extent import ALL, random_order, shuffled
@@ -47,7 +46,7 @@ def test_candidates_leave_by_their_log_probability(cell_of):
     """As in the race over the same figures; a block lacks only those who are left."""
     store, names = cell_of({"arc_easy": 500}), ["baseline", *(f"head:1.{n}" for n in range(6))]
     heads = SearchParts("head", 4, per_layer=6)
-    candidates = [without_parts(heads, [heads.of_layers([1])[n]]) for n in range(6)]
+    candidates = [heads.without([heads.of_layers([1])[n]]) for n in range(6)]
     draw = np.random.default_rng(2)
     lost = draw.normal([0.0, 0.4, 0.0, 0.3, 0.03, 0.5], 0.2, (500, 6)).clip(-1, 1)
     gold = np.float32(-2 - np.column_stack([np.zeros(500), lost]))
@@ -78,7 +77,7 @@ def test_candidates_leave_by_their_log_probability(cell_of):
 
 def test_a_document_without_a_right_answer_decides_no_race(cell_of):
     store = cell_of({"arc_easy": 70})
-    head = without_parts(SearchParts("head", 4, per_layer=6), [6])
+    head = SearchParts("head", 4, per_layer=6).without([6])
     for block in store.blocks(ALL):
         rows = [
             row(doc, name, gold=None)

@@ -45,7 +45,7 @@ def make(*asked: Any, **settings: Any) -> LmEvalBenchmark:
 def documents_of(parts: tuple[Any, Any], *asked: Any, **settings: Any) -> list[Document]:
     """What a benchmark asks of a model, with the settings of the request."""
     request = ask(*asked, **settings)
-    return LmEvalBenchmark(request).documents(RequestEncoder(*parts, request), ALL)
+    return LmEvalBenchmark(request).documents(RequestEncoder(*parts, request.benchmark), ALL)
 
 
 def same(identity: BenchmarkIdentity) -> BenchmarkIdentity:
@@ -118,7 +118,7 @@ class TestTheirTasks:
     def test_a_change_is_noticed_before_anything_is_loaded(self, folder: Path) -> None:
         def stamp(*asked: Any) -> str:
             request = ask(*asked)
-            return request_key(request, "m", data_stamp(request), {})
+            return request_key(request, "m", data_stamp(request.benchmark), {})
 
         for asked in (("paint", folder), (str(folder / "says.yaml"),)):
             before = stamp(*asked)
@@ -153,7 +153,7 @@ class TestRefusals:
         (folder / "wrong.yaml").write_text("task: wrong\ndoc_to_text: [\n")
         own = None if include_path is None else Path(include_path.format(folder))
         with pytest.raises(BenchmarkError, match=said):
-            check_benchmark(ask(benchmark.format(folder), own))
+            check_benchmark(ask(benchmark.format(folder), own).benchmark)
 
     def test_a_name_that_is_nowhere(self, folder: Path) -> None:
         message = refusal("paimt", folder)
@@ -237,9 +237,9 @@ class TestFilesBesideTheTask:
         task.write_text(text.replace("task: paint", "task: folder"))
         request = ask(str(task))
         assert LmEvalBenchmark(request).identity.tasks[0].documents == 3
-        before = data_stamp(request)
+        before = data_stamp(request.benchmark)
         (folder / "test.jsonl").write_text(json.dumps(PAINT[0]) + "\n")
-        assert data_stamp(request) != before
+        assert data_stamp(request.benchmark) != before
 
     def test_a_file_that_does_not_exist_is_named(self, beside: Path) -> None:
         (beside / "paint.jsonl").rename(beside / "pain.jsonl")

@@ -86,7 +86,7 @@ class TestText:
 def public(data: str = "hub", **config: Any) -> bool:
     settings = {"custom_dataset": None, "dataset_kwargs": None, "dataset_path": "allenai/ai2_arc"}
     task = SimpleNamespace(config=SimpleNamespace(**{**settings, **config}))
-    return is_public(ask("b", data=data), [task])
+    return is_public(ask("b", data=data).benchmark, [task])
 
 
 class TestPublic:

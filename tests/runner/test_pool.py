@@ -71,13 +71,13 @@ class Cells:
         return loaded
 
     def begin(self, cell, store) -> None:
-        assert cell.request.benchmark not in self.ends, "it has ended"
+        assert str(cell.request.benchmark) not in self.ends, "it has ended"
         assert store.folder.is_dir()
-        self.began.append(cell.request.benchmark)
+        self.began.append(str(cell.request.benchmark))
 
     def end(self, cell, outcome) -> None:
-        assert cell.request.benchmark not in self.ends, "told twice"
-        self.ends[cell.request.benchmark] = outcome
+        assert str(cell.request.benchmark) not in self.ends, "told twice"
+        self.ends[str(cell.request.benchmark)] = outcome
 
     def store(self, benchmark: str = "arc_easy") -> CellStore:
         outcome = self.ends[benchmark]
@@ -128,7 +128,7 @@ def test_documents_that_kill_their_workers_fail_their_cell_alone(shared, error):
 
     def dies(method, *arguments) -> None:
         if method == "open":
-            opened.append(arguments[0][0].benchmark)
+            opened.append(str(arguments[0][0].benchmark))
         if method == "measure" and opened[-1] == "arc_easy" and len(arguments[2]) < BLOCK:
             deaths.append(arguments)
             raise error("out of memory")
@@ -156,7 +156,7 @@ def test_a_block_that_another_command_is_at_is_left_to_it(shared):
 
     def release(method, *arguments) -> None:
         if method == "open":
-            opened.append(arguments[0][0].benchmark)
+            opened.append(str(arguments[0][0].benchmark))
         if method == "measure" and len(opened) == 2:
             held.close()
 

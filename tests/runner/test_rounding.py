@@ -10,7 +10,7 @@ from tests.helpers.package_tasks import rows
 from tests.helpers.runs import arc
 from tests.helpers.runs import run as measure_it
 from tests.tools.rounding import compare, measure, requested
-from tracker.core.config import CellRequest
+from tracker.core.config import cell_request
 from tracker.engine.scoring import row_size
 from tracker.engine.scoring.model import read_for
 from tracker.ledger.outcomes import AGAIN
@@ -106,7 +106,7 @@ def test_a_plan_prices_what_is_computed_twice(tiny_llama, tmp_path):
     folder = tiny_llama()
 
     def priced(dtype):
-        request = CellRequest(model=str(folder), dtype=dtype, limit=40, layers=(0, 1), **ARC)
+        request = cell_request(model=str(folder), dtype=dtype, limit=40, layers=(0, 1), **ARC)
         (cell,) = plan([request], Ledger(tmp_path / "results"))
         return cell.cost, texts_of(request, find_model(str(folder)), False)
 

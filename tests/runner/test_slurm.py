@@ -78,7 +78,7 @@ def benchmark_of(job: psutil.Process) -> str:
 
     folder = job.cmdline()[-1].replace("%j", number := job.environ()["SUBMITIT_LOCAL_JOB_ID"])
     asked = DelayedSubmission.load(Path(folder, f"{number}_submitted.pkl"))
-    return asked.function.requests[0].benchmark
+    return str(asked.function.requests[0].benchmark)
 
 
 def test_a_job_that_dies_fails_its_cell_and_names_its_log(tiny_llama, experiment, tmp_path):

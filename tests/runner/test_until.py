@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tests.helpers.runs import Heard, arc, run, typed
 from tracker import api
 from tracker.analysis.stopping import CellRace, interim_estimates
 from tracker.benchmarks.sources import find_data
-from tracker.core.config import CellRequest
+from tracker.core.config import cell_request
 from tracker.core.errors import ExperimentError, RequestError
 from tracker.core.experiment_input import load_experiment
 from tracker.core.extent import random_order
@@ -62,7 +63,7 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     assert [each.n for each in cell.runs] == [sizes[f"layer:{number}"] for number in range(4)]
 
     # What is said while it is measured holds no interval of a single look.
-    request = CellRequest(model="m", benchmark="openbookqa", layers=(0, 1, 2, 3), until="sign")
+    request = cell_request(model="m", benchmark="openbookqa", layers=(0, 1, 2, 3), until="sign")
     far = interim_estimates(store, store.views.of(request))
     assert (far.documents, far.wanted) == (sizes["baseline"], None)
     assert [drop.value for drop in far.drops.values()] == pytest.approx(
@@ -198,7 +199,8 @@ def asked(tiny_llama, experiment, tmp_path):
 def trial(file: Path, layer: int):
     """What a sweep asks of one of its trials."""
     (cell,) = load_experiment(file).file.cells()
-    known = {name: getattr(cell, name) for name in ("model", "benchmark", "data", "until")}
+    settings = cell.settings
+    known = {name: getattr(settings, name) for name in ("model", "benchmark", "data", "until")}
     return cell, trial_request({**known, "layer": layer})
 
 
@@ -225,7 +227,7 @@ def test_a_trial_measures_its_sweeps_cell_until_it_is_answered(asked, tmp_path, 
     assert found.answer == alone.answer
     assert filled == alone.runs[3]
     # Another question is asked of the sweep again.
-    other = second.model_copy(update={"until": "sign at 80 %"})
+    other = replace(second, until=question("sign at 80 %"))
     monkeypatch.setattr(api, "asked_of_cell", lambda *_: calls.append(1))
     with pytest.raises(ExperimentError, match="'sign at 80 %' asks about all runs"):
         tracker.evaluate(other, **settings)

@@ -17,7 +17,7 @@ from tracker.core.config import cell_request
 from tracker.core.distribution import install_extra
 from tracker.core.errors import ModelError
 from tracker.core.remote import RemoteError
-from tracker.executors import devices as allotted
+from tracker.executors import pool as allotted
 from tracker.executors import processes
 from tracker.executors.processes import ProcessesExecutor, WorkerProcess
 from tracker.ledger.blocks import BLOCK

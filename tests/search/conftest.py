@@ -130,8 +130,8 @@ class Known:
 
 def opened(request: CellRequest) -> tuple[Any, list[Document], int]:
     """The model of a request, its documents in order, and how many tokens it reads."""
-    model = open_model(request, Options("cpu")).loaded
-    encoder = RequestEncoder(model.model, model.tokenizer, request)
+    model = open_model(request.model, Options("cpu")).loaded
+    encoder = RequestEncoder(model.model, model.tokenizer, request.benchmark)
     documents = open_benchmark(request).documents(encoder, request.extent)
     return model.model, sorted(documents, key=lambda one: one.index), encoder.max_length
 

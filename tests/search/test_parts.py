@@ -159,7 +159,7 @@ def run(lender: Lender, asked: SearchRequest) -> list[PruneStep]:
     within = budget_of(asked, lender)
     cell = OpenCell(asked.calibration()[0], lender)
     scores = Scores([cell], within.parts_of(asked.unit))
-    given = Search(scores, within, asked.cell.seed, rescoring=asked.rescored)
+    given = Search(scores, within, asked.cell.documents.seed, rescoring=asked.rescored)
     return list(STRATEGIES[asked.strategy](given))
 
 

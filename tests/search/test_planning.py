@@ -59,8 +59,7 @@ def test_the_first_step_is_a_sweep_and_nothing_is_paid_for_twice(
     ledger = Ledger(tmp_path / "new")
     short, long = ask(strategy="accuracy", remove=1), ask(strategy="accuracy")
     (request,) = short.calibration()
-    sweep = request.model_copy(update={"layers": tuple(range(LAYERS))})
-    (cell,) = plan([CellRequest.model_validate(sweep.model_dump())], ledger)
+    (cell,) = plan([request.with_changes(layers=tuple(range(LAYERS)))], ledger)
     ((first, whole), _) = plan_searches([short, long], ledger)
     ((alone,), _) = plan_searches([long], ledger)
     assert first.flops == pytest.approx(cell.cost.flops)
@@ -77,11 +76,11 @@ def test_what_decides_between_sets_is_planned_where_no_search_asks_for_it(
     asked = [ask(strategy=name, remove=2) for name in ("cosine_oneshot", "last", "random")]
     _, (decides, test) = plan_searches(asked, lend().ledger)
     assert isinstance(decides.request, CellRequest)
-    assert (decides.request.part, decides.documents) == ("calibration", DOCUMENTS)
+    assert (decides.request.documents.part, decides.documents) == ("calibration", DOCUMENTS)
     assert decides.evaluations == 3, "the intact model and two sets, and no random one"
     _, (test,) = plan_searches(asked[1:], lend().ledger)
     assert isinstance(test.request, CellRequest)
-    assert test.request.part == "test"
+    assert test.request.documents.part == "test"
 
 
 def test_the_command_plans_a_file_of_searches(write: Callable[..., Path], tmp_path: Path) -> None:

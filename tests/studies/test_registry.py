@@ -68,7 +68,7 @@ def test_answers_are_those_that_are_stored(tmp_path):
         study = open_study(finding.study, **SETTINGS.get(finding.study, {}))
         subjects = []
         for request in study.requests(context):
-            store = stores[request.benchmark]
+            store = stores[str(request.benchmark)]
             view = store.views.of(request)
             subjects.append(Subject(request, store, record_of(store, view)))
         result = study.answer(context, subjects)

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from tracker import api
 from tracker.cli import main
+from tracker.core.config import cell_request
 from tracker.core.formats import ACCURACY, Measure
 from tracker.ledger.outcomes import METRIC
 from tracker.studies import rescale as module
@@ -102,7 +103,7 @@ def costs(measure: Measure = ACCURACY, scale: float = 0.1, p: float | None = 0.0
 
 def test_bits_and_fractions_have_no_sum(monkeypatch):
     cells = [costs(), costs(BITS, 1.15, None), costs(scale=0.3)]
-    requests = [SimpleNamespace(model_copy=lambda update, n=n: n) for n in range(3)]
+    requests = [cell_request(model=f"m{n}", benchmark="b", layers=(0,)) for n in range(3)]
     subjects = [SimpleNamespace(request=request) for request in requests]
     monkeypatch.setattr(module, "costs", lambda mine: cells[subjects.index(mine[0])])
     said = open_study("rescale").answer(None, subjects)

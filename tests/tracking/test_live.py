@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from tests.helpers.wandb_double import WandbDouble
 from tracker import api
 from tracker.analysis.stopping import interim_estimates
+from tracker.core.changes import Change
 from tracker.core.errors import TrackingError
 from tracker.core.experiment_input import load_experiment
 from tracker.core.records import CellRecord
@@ -141,7 +142,7 @@ def test_the_run_of_a_trial_is_there_and_ends_with_its_figures(
         project = double.projects.get(("team", "layers"))
         return project.runs.get("t1") if project else None
 
-    trial = Trial(["wandb"], measured.results, measured.request.model_copy(update={"layers": (1,)}))
+    trial = Trial(["wandb"], measured.results, Change.parse("layer:1"))
     shown = measured.begin(trial)
     until(lambda: run() and run().history)
     assert (run().state, run().job_type) == ("running", "layer")

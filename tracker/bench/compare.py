@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from tracker.bench.loops import Loop, LoopTiming, open_vllm, refuse_vllm, timed
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder, huggingface_model
-from tracker.core.ablations import ablations_of
 from tracker.core.changes import Ablation
-from tracker.core.config import ONE_EACH, CellRequest
+from tracker.core.config import CellRequest, Changes
 from tracker.core.documents import Document
 from tracker.core.errors import BenchmarkError
 from tracker.core.model_parts import with_all_parts
@@ -24,7 +23,7 @@ from tracker.engine.selfcheck.check import check
 from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
 from tracker.measuring.progress import Progress
-from tracker.measuring.row_size import with_fastest_rows
+from tracker.measuring.scorer import with_fastest_rows
 from tracker.models.devices import peak_memory, reset_peak_memory
 from tracker.models.hooks import replaced_forward
 from tracker.models.load import LoadedModel
@@ -113,11 +112,11 @@ def prepare(
     RequestError for something that does not exist, or generates texts.
     """
     # A model that is not there is said before a benchmark's data are looked for.
-    find_model(request.model, request.revision, request.model_args)
+    find_model(request.model)
     benchmark = open_benchmark(request)
     progress.say(f"loading {request.model}")
-    loaded = open_model(request, options).loaded
-    encoder = RequestEncoder(loaded.model, loaded.tokenizer, request)
+    loaded = open_model(request.model, options).loaded
+    encoder = RequestEncoder(loaded.model, loaded.tokenizer, request.benchmark)
     documents = benchmark.documents(encoder, request.extent)
     if any(document.prompt is not None for document in documents):
         raise BenchmarkError(f"{request.benchmark} generates texts; tracker bench times scoring")
@@ -212,11 +211,11 @@ def bench(
 
 def _every_layer(request: CellRequest, loaded: LoadedModel) -> list[Ablation]:
     """List what a whole sweep of the components that are asked for removes, with the baseline."""
-    said = {name: getattr(request, name) for name in ("components", "heads", "experts")}
-    alone = {**ONE_EACH, **said, "layers": (), "removed": ()}
+    grid = request.changes
+    changes = Changes(components=grid.components, heads=grid.heads, experts=grid.experts)
     parts = parts_of(loaded.model.config.get_text_config())
-    asked = with_all_parts(request.model_copy(update=alone), parts)
-    return ablations_of(asked, loaded.identity.layers)
+    every = with_all_parts(replace(request, changes=changes, removed=()), parts)
+    return every.ablations(loaded.identity.layers)
 
 
 def huggingface_loop(engine: Engine, batch_size: int) -> Loop:

@@ -195,10 +195,10 @@ def _identity(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_vllm(request: CellRequest) -> None:
     """Refuse, before anything is loaded, what vLLM is not timed with here: RequestError."""
-    parts = ", ".join(sorted({*request.components} - {"layer"}))
+    parts = ", ".join(sorted({*request.changes.components} - {"layer"}))
     reasons = {
         f"only whole layers are passed over in vLLM, not {parts}; leave --component out": parts,
-        "vLLM does not take model_args; leave them out": request.model_args,
+        "vLLM does not take model_args; leave them out": request.model.model_args,
         "vLLM is not installed in this environment; type pip install vllm": not find_spec("vllm"),
     }
     if reason := next((text for text, applies in reasons.items() if applies), None):
@@ -239,7 +239,7 @@ def open_vllm(
         )
     empty_cache()
     share = MEMORY_SHARE * free_memory(loaded.device) / total_memory(loaded.device)
-    source = find_model(request.model, request.revision)
+    source = find_model(request.model)
     texts = [r.context + r.continuation for document in documents for r in document.requests]
     with TemporaryDirectory() as folder, _refusing(f"vLLM cannot run {request.model}"):
         if source.gguf_file:

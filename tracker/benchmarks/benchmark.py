@@ -11,7 +11,7 @@ from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.corpus import Corpus, corpus_stamp, is_corpus, locate
 from tracker.benchmarks.own import check_own, folders, own_stamp, reads_files
 from tracker.benchmarks.sources import HUB, find_data
-from tracker.core.config import CellRequest
+from tracker.core.config import BenchmarkSpec, CellRequest
 from tracker.core.distribution import package_folder
 from tracker.core.errors import BenchmarkError, did_you_mean
 from tracker.core.identities import BenchmarkIdentity
@@ -23,33 +23,33 @@ def open_benchmark(request: CellRequest) -> Benchmark:
 
     A benchmark or data that cannot be found or read is a BenchmarkError.
     """
-    if is_corpus(request.benchmark):
+    if is_corpus(request.benchmark.benchmark):
         return Corpus(request)
     from tracker.benchmarks.tasks import LmEvalBenchmark
 
     return LmEvalBenchmark(request)
 
 
-def check_benchmark(request: CellRequest) -> None:
+def check_benchmark(spec: BenchmarkSpec) -> None:
     """Raise BenchmarkError for a source, task or file that does not exist; reads no documents."""
-    find_data(request.data)
-    if is_corpus(request.benchmark):
-        locate(request)
+    find_data(spec.data)
+    if is_corpus(spec.benchmark):
+        locate(spec)
         return
-    if check_own(request) or _is_stated(request.benchmark):
+    if check_own(spec) or _is_stated(spec.benchmark):
         return
     from tracker.benchmarks.factory import find_task
 
-    find_task(request.benchmark, folders(request))
+    find_task(spec.benchmark, folders(spec))
 
 
-def is_local(request: CellRequest) -> bool:
+def is_local(spec: BenchmarkSpec) -> bool:
     """Return whether a benchmark's documents are on this machine: opening it downloads nothing."""
-    if request.data != HUB:
+    if spec.data != HUB:
         return True
-    if is_corpus(request.benchmark):
-        return locate(request).file is not None
-    return reads_files(request)
+    if is_corpus(spec.benchmark):
+        return locate(spec).file is not None
+    return reads_files(spec)
 
 
 @cache
@@ -68,14 +68,14 @@ def _is_stated(name: str) -> bool:
     return any(stated.search(path.read_bytes()) for path in some)
 
 
-def data_stamp(request: CellRequest) -> object:
+def data_stamp(spec: BenchmarkSpec) -> object:
     """Describe a benchmark's data cheaply: equal stamps mean equal data.
 
     None for the hub, whose data is not on this machine. BenchmarkError for an unknown source.
     """
-    if is_corpus(request.benchmark):
-        return corpus_stamp(request)
-    data, own = find_data(request.data).stamp(), own_stamp(request)
+    if is_corpus(spec.benchmark):
+        return corpus_stamp(spec)
+    data, own = find_data(spec.data).stamp(), own_stamp(spec)
     return data if own is None else [data, own]
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracker.benchmarks.parts import half_of, said_part
 from tracker.benchmarks.sources import find_data
-from tracker.core.config import CellRequest
+from tracker.core.config import BenchmarkSpec, CellRequest
 from tracker.core.documents import Document, DocumentText, Response
 from tracker.core.errors import BenchmarkError, did_you_mean
 from tracker.core.extent import Extent
@@ -83,9 +83,9 @@ def is_corpus(benchmark: str) -> bool:
     return benchmark.startswith(PREFIX)
 
 
-def locate(request: CellRequest) -> _Place:
+def locate(spec: BenchmarkSpec) -> _Place:
     """Find out where a corpus is, without reading it; BenchmarkError if it cannot be there."""
-    name, _, column = request.benchmark.removeprefix(PREFIX).partition("#")
+    name, _, column = spec.benchmark.removeprefix(PREFIX).partition("#")
     before, colon, count = name.rpartition(":")
     tokens = int(count) if colon and count.isdecimal() else None
     name = name if tokens is None else before
@@ -94,18 +94,18 @@ def locate(request: CellRequest) -> _Place:
         name, _, split = name.partition("@")
     if not name:
         raise BenchmarkError(
-            f"{request.benchmark!r} names no text; write corpus:FILE.txt, corpus:FILE.jsonl or "
+            f"{spec.benchmark!r} names no text; write corpus:FILE.txt, corpus:FILE.jsonl or "
             "corpus:NAME of a data set"
         )
     if tokens == 0:
-        raise BenchmarkError(f"{request.benchmark!r} reads no token; write a number from 1 on")
+        raise BenchmarkError(f"{spec.benchmark!r} reads no token; write a number from 1 on")
     for setting, why in (
         ("num_fewshot", "has no few-shot examples"),
         ("apply_chat_template", "is read without a chat template"),
     ):
-        if given := getattr(request, setting):
+        if given := getattr(spec, setting):
             raise BenchmarkError(
-                f"{request.benchmark} is plain text, which {why}; leave {setting} out (got {given})"
+                f"{spec.benchmark} is plain text, which {why}; leave {setting} out (got {given})"
             )
     try:
         path = Path(name).expanduser()
@@ -137,10 +137,10 @@ def locate(request: CellRequest) -> _Place:
     return place
 
 
-def corpus_stamp(request: CellRequest) -> object:
+def corpus_stamp(spec: BenchmarkSpec) -> object:
     """Describe a corpus cheaply: equal stamps mean equal texts; None for the hub."""
-    place = locate(request)
-    data = find_data(request.data)
+    place = locate(spec)
+    data = find_data(spec.data)
     return data.stamp() if place.file is None else file_stamp([place.file])
 
 
@@ -156,13 +156,14 @@ class Corpus:
     """Nobody but its user knows whose texts a corpus holds."""
 
     def __init__(self, request: CellRequest) -> None:
-        place = locate(request)
-        split, texts = _texts(place, request.data)
+        spec, documents = request.benchmark, request.documents
+        place = locate(spec)
+        split, texts = _texts(place, spec.data)
         self._texts = [text for text in texts if text.strip()]
         if not self._texts:
             raise BenchmarkError(f"{place.name} holds no text")
         self._name, self._tokens = place.label, place.tokens
-        half = half_of(request, self._name, len(self._texts)) if request.part else None
+        half = half_of(documents, self._name, len(self._texts)) if documents.part else None
         task = TaskIdentity(
             name=self._name,
             version="1",
@@ -177,12 +178,12 @@ class Corpus:
             name=self._name,
             tasks=(task,),
             # Which file it was; its folder is not part of its name.
-            data=place.name if place.file else request.data,
+            data=place.name if place.file else spec.data,
             num_fewshot=0,
-            seed=request.seed if half else None,
+            seed=documents.seed if half else None,
             apply_chat_template=False,
             primary_metric="acc",
-            settings=said_part(request, [half]),
+            settings=said_part(documents, [half]),
         )
         self._numbers = task.numbers
 

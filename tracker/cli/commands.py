@@ -40,13 +40,12 @@ from tracker.cli.printing import (
     print_plan_of_searches,
 )
 from tracker.cli.terminal import Show, StatusLine, begin, quiet, say, say_all
-from tracker.core.ablations import first_change
 from tracker.core.config import (
     COMPETITORS,
     EXECUTORS,
     KEYS,
     RESTS,
-    CellRequest,
+    CellSettings,
     executor_names,
     run_request,
 )
@@ -185,7 +184,7 @@ def run(
 
 
 @main.command(cls=TrialCommand)
-@keys(CellRequest, *KEYS)
+@keys(CellSettings, *KEYS)
 @project_option(default="tracker")
 @running
 def evaluate(project: str, **settings: Any) -> None:
@@ -206,7 +205,7 @@ def evaluate(project: str, **settings: Any) -> None:
     request = run_request({key: settings.pop(key) for key in KEYS})
     record, outcome = api.evaluate(request, project=project, progress=Show(), **settings)
     if record is not None:
-        print_cell(record, first_change(request))
+        print_cell(record, request.changes.single)
     print_end(outcome, None)
     sys.exit(outcome.exit_code)
 

@@ -22,7 +22,7 @@ from tracker.core.config import (
     IN_THE_FILE,
     KEYS,
     SEVERAL,
-    CellRequest,
+    CellSettings,
     Count,
     Name,
     Strict,
@@ -213,13 +213,13 @@ def keys(model: type[BaseModel], *names: str, defaults: bool = True) -> Callable
 
     def add(function: F) -> F:
         for name in reversed(names):
-            field = KEYS.get(name, name) if model is CellRequest else name
+            field = KEYS.get(name, name) if model is CellSettings else name
             about = model.model_fields[field]
             told: dict[str, Any] = {"help": " ".join((about.description or "").split())}
             of_file = issubclass(model, Strict)
             told |= _kind_of(hints[field]) if of_file else _told(hints[field], about)
             default = about.default
-            if model is CellRequest and field in IN_THE_FILE and not about.is_required():
+            if model is CellSettings and field in IN_THE_FILE and not about.is_required():
                 default = next(iter(default), None)
             if about.is_required():
                 told["required"] = defaults
@@ -266,9 +266,9 @@ def asking(
             settings |= dict(map(_known, changes))
             function(experiment=_file(experiment, settings), settings=settings, **how)
 
-        made = keys(CellRequest, *rest, defaults=False)(keys(Asking, "changes")(asked))
+        made = keys(CellSettings, *rest, defaults=False)(keys(Asking, "changes")(asked))
         made = keys(SearchSettings, *search, defaults=False)(made)
-        made = keys(CellRequest, *first, defaults=False)(keys(Asking, *parts)(made))
+        made = keys(CellSettings, *first, defaults=False)(keys(Asking, *parts)(made))
         return click.argument("experiment", metavar="[EXPERIMENT|MODEL]", required=False)(made)
 
     return add
@@ -349,7 +349,7 @@ def _kind_of(hint: Any) -> dict[str, Any]:
 
 
 class Told(BaseModel):
-    """What commands are told besides experiments: a schema, as `CellRequest` is of those.
+    """What commands are told besides experiments: a schema, as `CellSettings` is of those.
 
     A type of click's own stands in the annotation, and what is typed is the alias if it is another
     name. What is yes or no is a flag; what is a tuple may be given several times.

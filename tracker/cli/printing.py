@@ -323,7 +323,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         return share * rates.seconds(cell.cost.flops, cell.dtype)
 
     def benchmark(cell: PlannedCell) -> str:
-        return " ".join(filter(None, (cell.request.benchmark, cell.request.part)))
+        return " ".join(filter(None, (str(cell.request.benchmark), cell.request.documents.part)))
 
     def at_least(cell: PlannedCell) -> str:
         taken = "as above" if cell.shared else _duration(seconds(cell))
@@ -336,7 +336,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         return f"{100 * cell.cost.check_layer_passes / cell.cost.layer_passes:.1f} %"
 
     columns: tuple[Column[PlannedCell], ...] = (
-        Column("model", "text", lambda cell: cell.request.model),
+        Column("model", "text", lambda cell: str(cell.request.model)),
         Column("benchmark", "text", benchmark),
         Column("runs", "count", lambda cell: str(cell.runs)),
         Column("documents", "count", lambda cell: cell.cost.documents),
@@ -366,13 +366,17 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         "self-check: this share of the work is repeated on a model without the layer, to verify "
         "the results. Besides, each architecture is stress-tested once on a tiny copy"
     )
-    rounding = [cell for cell in cells if cell.kept and {*cell.request.interventions} & {*FORMATS}]
+    rounding = [
+        cell for cell in cells if cell.kept and {*cell.request.changes.interventions} & {*FORMATS}
+    ]
     for cell in cells:
         if cell.reading is not None and not (cell.measured or cell.shared):
             say(f"{cell.request.title}: {cell.reading.text}")
         if cell.request.until is not None:
             say(f"{cell.request.title}: {_until(cell)}")
-    say_all(*dict.fromkeys(second_rounding(each.request.model, each.kept) for each in rounding))
+    say_all(
+        *dict.fromkeys(second_rounding(str(each.request.model), each.kept) for each in rounding)
+    )
     say(
         f"A drop is detected with {100 * POWER:.0f} % power by two-sided paired tests at "
         f"{100 * ALPHA:.0f} % for all runs together"
@@ -420,7 +424,7 @@ def print_plan_of_searches(
 
     def name(row: PlannedSearch) -> str:
         if isinstance(row.request, CellRequest):
-            what = "test" if row.request.part == "test" else "what is recommended"
+            what = "test" if row.request.documents.part == "test" else "what is recommended"
             return f"{row.request.benchmark}: {what}"
         one = row.request
         words = (one.strategy, one.asked, one.stays if len(stays) > 1 else "")
@@ -429,7 +433,7 @@ def print_plan_of_searches(
     def calibrated_on(row: PlannedSearch) -> str | Estimate:
         if isinstance(row.request, CellRequest):
             return Estimate(None, reason=no_search)
-        by = ", ".join(each.benchmark for each in row.request.calibration())
+        by = ", ".join(str(each.benchmark) for each in row.request.calibration())
         return by or Estimate(None, reason="the strategy looks at no document")
 
     def loop(row: PlannedSearch) -> str | Estimate:

@@ -27,7 +27,7 @@ from tracker.cli.options import (
 )
 from tracker.cli.printing import print_end, print_export, print_finding
 from tracker.cli.terminal import Show, begin, say
-from tracker.core.config import KEYS, RUNS, CellRequest
+from tracker.core.config import KEYS, CellSettings, ChangeGrid
 from tracker.core.kinds import UNITS
 from tracker.core.search_parts import many_of
 from tracker.search.settings import OF_CELLS, SearchSettings
@@ -35,7 +35,8 @@ from tracker.search.settings import OF_CELLS, SearchSettings
 _OF_BENCHMARKS = [
     key
     for key, field in KEYS.items()
-    if field not in {"model", "benchmark", "revision", "dtype", "removed", "until", *RUNS}
+    if field
+    not in {"model", "benchmark", "revision", "dtype", "removed", "until", *ChangeGrid.model_fields}
 ]
 
 
@@ -64,9 +65,9 @@ class Exporting(Told):
 @main.command()
 @click.argument("model", type=Word())
 @keys(Exporting, "remove", "repeat", "repeats", "output", "component")
-@keys(CellRequest, "revision", "dtype", defaults=False)
+@keys(CellSettings, "revision", "dtype", defaults=False)
 @keys(Exporting, "benchmark")
-@keys(CellRequest, *_OF_BENCHMARKS, defaults=False)
+@keys(CellSettings, *_OF_BENCHMARKS, defaults=False)
 @project_option(default="tracker")
 @keys(Exporting, "track")
 @click.option("--register", type=Word(), help="Register it in MLflow's registry under this name.")

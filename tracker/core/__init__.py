@@ -1,12 +1,11 @@
 """Define the types that all packages share: requests, records, errors.
 
 Modules:
-    ablations: Expand a request into its changes and ablations.
     answers: Write the answer to a cell's question as a sentence.
     api_package: Call a package as the function of the API that has its name.
     arguments: Parse settings that lm-eval, transformers and chat templates receive.
     changes: Define a change of a model, its text, and sets of changes.
-    config: Define the request of one cell and the types of its settings.
+    config: Define the settings and the request of one cell, and expand its changes.
     decision_records: Define records of the documents that a run loses and wins.
     distribution: Define the package's name, version and installation commands.
     documents: Define tokenised documents and the responses to them.
@@ -22,7 +21,6 @@ Modules:
     hub: Check that the Hugging Face hub answers, and explain its errors.
     identities: Define what identifies a model and a benchmark.
     kinds: Define the interventions and how charts draw them.
-    layer_kinds: Read the kinds of layers from a model's configuration.
     model_parts: Count a model's layers, heads and experts.
     problems: Report the first problem of a user's input in one line.
     provenance: Record hashes, versions and the machine of a measurement.

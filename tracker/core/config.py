@@ -1,12 +1,14 @@
-"""What is asked for: one (model, benchmark) with its settings, and the kinds of their values."""
+"""Requests: one (model, benchmark) with its settings, and the types of their values."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from itertools import chain, product
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -19,12 +21,14 @@ from pydantic import (
 )
 
 from tracker.core.arguments import Arguments
-from tracker.core.changes import MAX_LAYERS, Change
-from tracker.core.extent import DEFAULT_SEED, EVERY, Extent, Part, Positive
-from tracker.core.kinds import Component, Intervention
+from tracker.core.changes import INTACT, MAX_LAYERS, WHOLE_LAYER, Ablation, Change
+from tracker.core.errors import ExperimentError
+from tracker.core.extent import EVERY, Extent, Part, Positive
+from tracker.core.kinds import ENDS, NUMBERED, UNITS, Component, Intervention
 from tracker.core.problems import checked
 from tracker.core.questions import Question, question
 from tracker.core.safe_yaml import short
+from tracker.core.weight_formats import FORMATS
 
 
 def _written(name: str) -> str:
@@ -72,7 +76,7 @@ def _one_benchmark(name: str) -> str:
 
 
 def understood(text: str) -> str:
-    """Write a question as it is understood."""
+    """Return the canonical text of a question."""
     return str(question(text))
 
 
@@ -103,25 +107,100 @@ def executor_names() -> tuple[str, ...]:
 
 
 class Strict(BaseModel):
-    """What somebody wrote: no unknown field, no other kind of value."""
+    """Settings that somebody wrote: no unknown field, no value of another type.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-
-class CellRequest(Strict):
-    """One (model, benchmark) as it was asked for, with all its layers.
-
-    The one place that says what may be asked: keys of experiment files and options of the command
-    line are made of its fields, and `docs/experiments.md` is held against them. What stands below a
-    field is the option's help.
+    The docstring of a field is the help of its option.
     """
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+class ModelSpec(Strict):
+    """The weights of a model; equal specs share one loaded model."""
 
     model: Name
     """Hub id, folder, .gguf file, or package:NAME."""
+    revision: Name | None = None
+    """The hub's branch, tag or commit."""
+    dtype: Dtype = "auto"
+    """Of the weights; auto: the checkpoint's own."""
+    model_args: Arguments | None = None
+    """How the model is loaded: peft=ADAPTER, load_in_4bit=True, …."""
+
+    def __str__(self) -> str:
+        return self.model
+
+    @property
+    def order(self) -> list[str]:
+        """The key by which requests are sorted, so that each model is loaded once."""
+        return [str(value) for _, value in self]
+
+
+class BenchmarkSpec(Strict):
+    """A benchmark and its prompts, under lm-eval's names and with their meanings."""
+
     benchmark: Annotated[Name, AfterValidator(_one_benchmark)]
     """lm-eval's task or group, a YAML file, corpus:…"""
+    num_fewshot: Count | None = None
+    """As in lm-eval; default: the task's own."""
+    data: Name = "hub"
+    """hub, package:NAME or a folder."""
+    include_path: Folders = ()
+    """A folder with tasks of your own, or a list of folders; their code runs."""
+    system_instruction: Name | None = None
+    """The system prompt."""
+    apply_chat_template: bool | Name = False
+    """true, or the template's name."""
+    fewshot_as_multiturn: bool | None = None
+    """As in lm-eval; default: yes, with a chat template."""
+    chat_template_args: Arguments | None = None
+    """What the chat template is told."""
+    enable_thinking: bool | None = None
+    """Whether a text is thought over before its answer."""
+    think_end_token: int | Name | None = None
+    """What of a generated text comes before it is no answer."""
+    gen_kwargs: Arguments | None = None
+    """max_gen_toks=64,until=… or JSON, as all SETTINGS."""
+    metadata: Arguments | None = None
+    """For tasks that make their documents, such as RULER's."""
+
+    @model_validator(mode="after")
+    def _has_end_of_thinking(self) -> BenchmarkSpec:
+        if self.enable_thinking and self.think_end_token is None:
+            raise ValueError(
+                "enable_thinking needs think_end_token, such as </think>: what of a text is the "
+                "answer? lm-eval asks for it too"
+            )
+        return self
+
+    def __str__(self) -> str:
+        return self.benchmark
+
+    def named(self, benchmark: str) -> BenchmarkSpec:
+        """Return another benchmark with the same settings."""
+        return self.model_copy(update={"benchmark": benchmark})
+
+
+class Documents(Strict, Extent):
+    """Documents of a benchmark: all or a half; of these the first, or some drawn at random."""
+
+    part: Part | None = None
+    """calibration or test documents, which never meet: the training split and the scored one, or
+    else two halves of the scored one, drawn with the seed; default: all that lm-eval scores."""
+
+
+class ChangeGrid(Strict):
+    """Changes as files and commands ask for them: every combination of several values."""
+
     layers: tuple[Count, ...]
     """The layer, 0-based."""
     components: tuple[Component, ...] = ("layer",)
@@ -148,121 +227,264 @@ class CellRequest(Strict):
     control: Literal["random"] | None = None
     """random: beside spans, 40 sets of as many of the model's layers, drawn with the seed: what
     layers cost together that have nothing to do with each other."""
-    changes: tuple[Change, ...] | None = None
-    """Exactly these changes, as studies and the expansion of a file name them; None for every
-    combination of what stands above."""
+
+
+class Changes(ChangeGrid):
+    """Changes that a request asks for: a grid, or an explicit list."""
+
+    layers: tuple[Count, ...] = ()
+    exact: tuple[Change, ...] | None = None
+    """The changes themselves, where they are not every combination of the grid."""
+
+    def expanded(self) -> Iterator[Change]:
+        """Yield the changes, valid for a model or not: components outermost, then interventions."""
+        if self.exact is not None:
+            yield from self.exact
+            return
+        fields = (self.components, self.interventions, self.spans, self.layers)
+        for component, intervention, span, layer in product(*fields):
+            numbers = self.numbers(component) if component in NUMBERED else (None,)
+            maps = self.maps if component == "linear" else (None,)
+            repeats = self.repeats if intervention == "repeat" else (2,)
+            for number, name, times in product(numbers, maps, repeats):
+                layers = () if name in ENDS else (*range(layer, layer + span),)
+                part = name if number is None else number
+                yield Change(component, layers, intervention, part, times)
+
+    def exactly(self, changes: Iterable[Change]) -> Changes:
+        """Return some of these changes, or others for the same layers."""
+        return self.model_copy(update={"exact": tuple(changes)})
+
+    def numbers(self, component: Component) -> tuple[int, ...]:
+        """Return the numbers of a layer's parts of a kind; none for all of them."""
+        return self.experts if component == "expert" else self.heads
+
+    @property
+    def numbered(self) -> list[Component]:
+        """The components of which a layer has several."""
+        return [component for component in self.components if component in NUMBERED]
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether they are about parts of which a layer has several."""
+        return bool(self.numbered) or "linear" in self.components
+
+    @property
+    def lacks_maps(self) -> bool:
+        """Whether they are about all linear maps, whichever the model has."""
+        return "linear" in self.components and not self.maps
+
+    @property
+    def whole_layers(self) -> tuple[int, ...]:
+        """The layers that are removed alone and as a whole, ascending."""
+        return tuple(
+            sorted(change.layer for change in self.expanded() if change.kind == WHOLE_LAYER)
+        )
+
+    @property
+    def single(self) -> Change:
+        """The only change of these; ExperimentError where the part of the layer is not named."""
+        if self.lacks_maps:
+            raise ExperimentError(
+                "which linear map of the layer? Give its name: --map mlp.down_proj (a sweep lists "
+                "them: 'map: {values: [mlp.down_proj]}'); all of a layer at once are --component "
+                "layer"
+            )
+        for component in self.numbered:
+            if not self.numbers(component):
+                key = IN_THE_FILE[field_of(component)]
+                raise ExperimentError(f"which {component} of the layer? Give its number: --{key} 0")
+        return next(self.expanded())
+
+
+class CellSettings(ChangeGrid, Documents, BenchmarkSpec, ModelSpec):
+    """Settings of one cell under the flat names of files, commands and keywords.
+
+    Keys of experiment files and options of the command line are made of its fields, and
+    `docs/experiments.md` is checked against them.
+    """
+
     removed: Layers = ()
     """Layers that are removed as a whole besides: 3,17 or 3-7 or [3, 17]."""
-    revision: Name | None = None
-    """The hub's branch, tag or commit."""
-    dtype: Dtype = "auto"
-    """Of the weights; auto: the checkpoint's own."""
-    num_fewshot: Count | None = None
-    """As in lm-eval; default: the task's own."""
-    part: Part | None = None
-    """calibration or test documents, which never meet: the training split and the scored one, or
-    else two halves of the scored one, drawn with the seed; default: all that lm-eval scores."""
-    limit: Positive | None = None
-    """The first documents of each task; default: all."""
-    sample: Positive | None = None
-    """So many documents of each task, drawn at random with the seed; not beside a limit."""
     until: Annotated[Name, AfterValidator(understood)] | None = None
     """A question, such as 'top 5', about all runs that are asked of the benchmark; its answer ends
     the measuring."""
     metric: Name | None = None
     """Default: the metric that the benchmark's field reports."""
-    seed: int = DEFAULT_SEED
-    """Of few-shot examples, samples, and random strategies of searches."""
-    data: Name = "hub"
-    """hub, package:NAME or a folder."""
-    # What follows has lm-eval's names and meanings.
-    model_args: Arguments | None = None
-    """How the model is loaded: peft=ADAPTER, load_in_4bit=True, …."""
-    include_path: Folders = ()
-    """A folder with tasks of your own, or a list of folders; their code runs."""
-    system_instruction: Name | None = None
-    """The system prompt."""
-    apply_chat_template: bool | Name = False
-    """true, or the template's name."""
-    fewshot_as_multiturn: bool | None = None
-    """As in lm-eval; default: yes, with a chat template."""
-    chat_template_args: Arguments | None = None
-    """What the chat template is told."""
-    enable_thinking: bool | None = None
-    """Whether a text is thought over before its answer."""
-    think_end_token: int | Name | None = None
-    """What of a generated text comes before it is no answer."""
-    gen_kwargs: Arguments | None = None
-    """max_gen_toks=64,until=… or JSON, as all SETTINGS."""
-    metadata: Arguments | None = None
-    """For tasks that make their documents, such as RULER's."""
 
     @model_validator(mode="after")
-    def _fit_together(self) -> CellRequest:
-        if self.enable_thinking and self.think_end_token is None:
-            raise ValueError(
-                "enable_thinking needs think_end_token, such as </think>: what of a text is the "
-                "answer? lm-eval asks for it too"
-            )
+    def _has_one_end(self) -> CellSettings:
         if self.until is not None and (self.limit is not None or self.sample is not None):
             given = "limit" if self.sample is None else "sample"
             raise ValueError(
                 f"until and {given} are both given: as many documents as the answer takes, or "
                 "just so many? Leave one of them out"
             )
-        if self.limit is not None and self.sample is not None:
-            raise ValueError(
-                "limit and sample are both given: the first documents, or some drawn at random? "
-                "Leave one of them out"
-            )
         return self
 
-    def numbers(self, component: Component) -> tuple[int, ...]:
-        """Say which of a layer's parts of a kind are asked for; none for all."""
-        found: tuple[int, ...] = getattr(self, field_of(component))
-        return found
+    def spec(self, kind: type[S]) -> S:
+        """Return the settings that a group of fields holds."""
+        return kind(**{name: value for name, value in self if name in kind.model_fields})
+
+    @property
+    def request(self) -> CellRequest:
+        """The request that these settings make."""
+        return CellRequest(
+            model=self.spec(ModelSpec),
+            benchmark=self.spec(BenchmarkSpec),
+            documents=self.spec(Documents),
+            changes=self.spec(Changes),
+            removed=self.removed,
+            until=None if self.until is None else question(self.until),
+            metric=self.metric,
+        )
+
+
+_ALL_DOCUMENTS, _NO_CHANGES = Documents(), Changes()
+
+
+@dataclass(frozen=True)
+class CellRequest:
+    """One (model, benchmark) with its documents, and the changes that are measured on it.
+
+    Attributes:
+        model: The weights.
+        benchmark: The benchmark and its prompts.
+        documents: The documents that are measured.
+        changes: The changes that are measured; none in a request to which others add them.
+        removed: The layers that every run lacks besides, ascending.
+        until: The question whose answer ends the measuring; None to measure all documents.
+        metric: The metric that is shown; None for the one that the benchmark's field reports.
+    """
+
+    model: ModelSpec
+    benchmark: BenchmarkSpec
+    documents: Documents = _ALL_DOCUMENTS
+    changes: Changes = _NO_CHANGES
+    removed: tuple[int, ...] = ()
+    until: Question | None = None
+    metric: str | None = None
+
+    @property
+    def settings(self) -> CellSettings:
+        """The flat settings of which `CellSettings.request` makes this request."""
+        settings: dict[str, Any] = {"removed": self.removed, "metric": self.metric}
+        settings["until"] = None if self.until is None else str(self.until)
+        for group in (self.model, self.benchmark, self.documents, self.changes):
+            settings |= {name: value for name, value in group if name != "exact"}
+        return CellSettings.model_construct(**settings)
 
     @property
     def extent(self) -> Extent:
-        """Which documents are wanted, at most where there is a question."""
+        """The documents that are wanted, at most where there is a question."""
         if self.until is not None:
-            return Extent(sample=EVERY, seed=self.seed)
-        return Extent(limit=self.limit, sample=self.sample, seed=self.seed)
-
-    @property
-    def question(self) -> Question | None:
-        """What the cell is measured for; None = for all that was asked for."""
-        return None if self.until is None else question(self.until)
+            return Extent(sample=EVERY, seed=self.documents.seed)
+        return self.documents
 
     @property
     def title(self) -> str:
         """The cell's name in messages."""
         beneath = f" without {', '.join(map(str, self.removed))}" if self.removed else ""
         metric = f" by {self.metric}" if self.metric else ""
-        part = f" ({self.part})" if self.part else ""
+        part = f" ({self.documents.part})" if self.documents.part else ""
         return f"{self.model} × {self.benchmark}{part}{beneath}{metric}"
 
-    @property
-    def model_settings(self) -> tuple[str | None, ...]:
-        """What decides which weights are loaded; equal settings share one loaded model."""
-        return (self.model, self.revision, self.dtype, self.model_args)
+    def with_changes(self, changes: Iterable[Change] | None = None, **grid: Any) -> CellRequest:
+        """Return the request for other changes: exactly these, or every combination of a grid."""
+        if changes is not None:
+            return replace(self, changes=self.changes.exactly(changes))
+        return replace(self, changes=Changes(**grid))
+
+    def on(self, part: Part, **size: int | None) -> CellRequest:
+        """Return the request for one half of the documents, and for another sample of it."""
+        update = {"part": part, **size}
+        return replace(self, documents=self.documents.model_copy(update=update))
+
+    def why_invalid(self, change: Change, layers: int) -> str | None:
+        """Return why a change cannot be measured on a model; None where it can.
+
+        Args:
+            change: The change.
+            layers: How many layers the model has, with those that are removed besides.
+
+        Returns:
+            The reason.
+        """
+        component, intervention = change.component, change.intervention
+        if component not in (*UNITS, "linear") and (intervention, change.span) != ("remove", 1):
+            return f"{component} is removed from one layer at a time"
+        if component == "linear" and (intervention not in FORMATS or change.span != 1):
+            return (
+                "a linear map is given weights of a format, such as intervention: int4, one at a "
+                "time"
+            )
+        if change.is_end:
+            return None
+        if intervention == "repeat" and component != "layer":
+            return "repeat is done to whole layers"
+        if intervention in FORMATS and component not in ("layer", "linear"):
+            return f"{intervention} is done to layers, or to linear maps (component: linear)"
+        if intervention not in ("remove", "repeat") and change.span != 1:
+            return f"{intervention} is done to single layers"
+        if intervention not in ("remove", "repeat", *FORMATS) and component != "layer":
+            return f"{intervention} is done to whole single layers"
+        if change.stop > layers:
+            return (
+                f"{change.span} layers from layer {change.layer} on reach beyond layer "
+                f"{layers - 1}, the last one"
+            )
+        if {*change.layers} & {*self.removed}:
+            what = f"layer {change.layer}"
+            if change.span > 1:
+                what = f"one of layers {change.layer} to {change.stop - 1}"
+            return f"{what} is among the removed layers {', '.join(map(str, self.removed))}"
+        if len(Ablation.of(change, removed=self.removed).removed()) >= layers:
+            return "no layer would be left"
+        return None
+
+    def valid_changes(self, layers: int) -> list[Change]:
+        """List the changes that can be measured on a model of so many layers, each once.
+
+        A span that reaches beyond the last layer or holds one that is removed already is left out,
+        as is an intervention that its component does not take.
+        """
+        changes = dict.fromkeys(self.changes.expanded())
+        return [change for change in changes if self.why_invalid(change, layers) is None]
+
+    def ablations(self, layers: int) -> list[Ablation]:
+        """List what is measured: baseline, `removed` alone, every valid change; none twice."""
+        changes = self.valid_changes(layers)
+        ablations = (Ablation.of(change, removed=self.removed) for change in changes)
+        return list(dict.fromkeys([INTACT, Ablation.of(removed=self.removed), *ablations]))
 
 
 def field_of(component: Component) -> Literal["heads", "experts"]:
-    """Name the field that holds the numbers of a layer's parts of a kind."""
+    """Return the field that holds the numbers of a layer's parts of a kind."""
     return "experts" if component == "expert" else "heads"
 
 
+def all_ablations(requests: Iterable[CellRequest], layers: int) -> list[Ablation]:
+    """List what several requests are measured under together; none twice."""
+    ablations = (request.ablations(layers) for request in requests)
+    return list(dict.fromkeys(chain.from_iterable(ablations)))
+
+
 def cell_request(**settings: Any) -> CellRequest:
-    """Make a request of options (None = not said); RequestError for a value of the wrong kind."""
-    said = {name: value for name, value in settings.items() if value is not None}
-    return checked(CellRequest, said, "--", IN_THE_FILE)
+    """Make a request of settings (None = not given); RequestError for one of the wrong type."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    return checked(CellSettings, given, "--", IN_THE_FILE).request
+
+
+def stored_request(settings: Mapping[str, Any]) -> CellRequest:
+    """Read a request that was stored as flat settings, also by former versions."""
+    fields = {name: settings[name] for name in CellSettings.model_fields if name in settings}
+    return CellSettings.model_validate_json(json.dumps(fields)).request
 
 
 def run_request(settings: Mapping[str, Any]) -> CellRequest:
-    """Make a request of one run, under the names of `KEYS`; RequestError as `cell_request`."""
-    said = {KEYS.get(key, key): value for key, value in settings.items() if value is not None}
-    return cell_request(**{f: (v,) if f in IN_THE_FILE else v for f, v in said.items()})
+    """Make a request for one run, of settings under the names of `KEYS`, as `cell_request`."""
+    given = {KEYS.get(key, key): value for key, value in settings.items() if value is not None}
+    return cell_request(**{f: (v,) if f in IN_THE_FILE else v for f, v in given.items()})
 
 
 IN_THE_FILE = {
@@ -276,17 +498,13 @@ IN_THE_FILE = {
     "repeats": "repeats",
 }
 """Fields that hold several values, and the keys of files and options that give one."""
-_NO_KEYS = ("changes",)
-"""Fields that no file sets: they follow from others."""
-RUNS = {*IN_THE_FILE, "control", *_NO_KEYS}
-"""Fields that say which runs of a cell are asked for."""
-ONE_EACH: Mapping[str, Any] = {
-    field: CellRequest.model_fields[field].default for field in RUNS - {"layers"}
-}
-"""What they say where each of the layers is removed alone and as a whole, and nothing else."""
+_FIRST = (
+    *("model", "benchmark", *ChangeGrid.model_fields, "removed", "revision", "dtype"),
+    *("num_fewshot", "part", "limit", "sample", "until", "metric", "seed", "data", "model_args"),
+)
+"""Fields in the order in which files and `--help` list them; the others follow."""
 KEYS: Mapping[str, str] = {
     IN_THE_FILE.get(field, field): field
-    for field in CellRequest.model_fields
-    if field not in _NO_KEYS
+    for field in dict.fromkeys((*_FIRST, *CellSettings.model_fields))
 }
-"""What may be said in an experiment file, on the command line and in Python → its field."""
+"""Keys of experiment files, options and keywords → the field of `CellSettings`."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -32,8 +33,9 @@ from tracker.core.changes import MAX_LAYERS, Change
 from tracker.core.config import (
     IN_THE_FILE,
     KEYS,
-    ONE_EACH,
     CellRequest,
+    CellSettings,
+    Changes,
     Count,
     Name,
     Strict,
@@ -41,8 +43,7 @@ from tracker.core.config import (
 )
 from tracker.core.errors import ExperimentError
 from tracker.core.extent import DEFAULT_SEED, Positive
-from tracker.core.kinds import NUMBERED
-from tracker.core.model_parts import Counting, has_parts, with_all_parts
+from tracker.core.model_parts import Counting, with_all_parts
 from tracker.core.problems import checked
 from tracker.core.safe_yaml import SHOWN, short
 
@@ -193,27 +194,21 @@ if TYPE_CHECKING:  # which takes no class that is made
     Parameters = Grid
 else:
     Parameters = grid_of(
-        "Parameters", {key: CellRequest.model_fields[field] for key, field in KEYS.items()}
+        "Parameters", {key: CellSettings.model_fields[field] for key, field in KEYS.items()}
     )
 
 
-_TOGETHER = {key: next(iter(ONE_EACH.get(field, ())), None) for field, key in IN_THE_FILE.items()}
+_TOGETHER = {
+    key: next(iter(Changes.model_fields[field].get_default() or ()), None)
+    for field, key in IN_THE_FILE.items()
+}
 """What tells the runs of one cell apart, each with what it is where nothing is said."""
 
 
 def _change(point: tuple[Any, ...]) -> Change:
     """Make the change of a point of the grid."""
-    layer, component, span, intervention, head, expert, name, repeats = point
-    number = expert if component == "expert" else head
-    return Change.of_fields(
-        layer,
-        component,
-        span,
-        intervention,
-        number if component in NUMBERED else None,
-        repeats if intervention == "repeat" else 2,
-        map=name if component == "linear" else None,
-    )
+    grid: dict[str, Any] = {f: (value,) for f, value in zip(IN_THE_FILE, point, strict=True)}
+    return next(Changes.model_construct(None, **grid).expanded())
 
 
 class Goal(Strict):
@@ -322,22 +317,25 @@ class Experiment(Sweep):
                     settings[field] = ()
             every = self.takes_all
             settings["layers"] = () if every else tuple(sorted(settings["layers"]))
-            cell = checked(CellRequest, settings, "parameters.", IN_THE_FILE)
+            cell = checked(CellSettings, settings, "parameters.", IN_THE_FILE).request
             if self.capped:
-                cell = cell.model_copy(update={"changes": tuple(map(_change, some))})
-            if self._count is not None and (every or cell.control or has_parts(cell)):
+                cell = cell.with_changes(map(_change, some))
+            changes = cell.changes
+            if self._count is not None and (every or changes.control or changes.has_parts):
                 cell = with_all_parts(cell, self._count(cell, self.kinds))
             if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
                 raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")
             cells[cell] = None
             # Where a seed draws no examples and no half, it says in which order documents come.
-            drawn = {} if cell.num_fewshot or cell.part else {"seed": DEFAULT_SEED}
-            other = questions.setdefault(cell.model_copy(update={"until": None, **drawn}), cell)
+            documents = cell.documents
+            if not (cell.benchmark.num_fewshot or documents.part):
+                documents = documents.model_copy(update={"seed": DEFAULT_SEED})
+            other = questions.setdefault(replace(cell, until=None, documents=documents), cell)
             if other is not cell and (cell.until or other.until):
                 raise ExperimentError(
                     f"'parameters': the grid asks {cell.title} for several answers: "
-                    f"until {other.until or 'null'}, seed {other.seed}, and until "
-                    f"{cell.until or 'null'}, seed {cell.seed}. One file asks one; ask for "
-                    "the other in a file of its own (nothing is measured twice)"
+                    f"until {other.until or 'null'}, seed {other.documents.seed}, and until "
+                    f"{cell.until or 'null'}, seed {cell.documents.seed}. One file asks one; ask "
+                    "for the other in a file of its own (nothing is measured twice)"
                 )
-        return sorted(cells, key=lambda cell: [str(part) for part in cell.model_settings])
+        return sorted(cells, key=lambda cell: cell.model.order)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Part = Literal["calibration", "test"]
@@ -23,14 +24,28 @@ class Extent(BaseModel):
     beginning: a larger sample holds the smaller one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     limit: Positive | None = None
-    """Documents per task, from the first, as in lm-eval."""
+    """The first documents of each task; default: all."""
     sample: Positive | None = None
-    """Documents per task, drawn at random; never beside a limit."""
+    """So many documents of each task, drawn at random with the seed; not beside a limit."""
     seed: int = DEFAULT_SEED
-    """Decides what is drawn."""
+    """Of few-shot examples, samples, and random strategies of searches."""
+
+    @model_validator(mode="after")
+    def _has_one_order(self) -> Extent:
+        if self.limit is not None and self.sample is not None:
+            raise ValueError(
+                "limit and sample are both given: the first documents, or some drawn at random? "
+                "Leave one of them out"
+            )
+        return self
+
+    @property
+    def size(self) -> float:
+        """The number of documents of each task; infinite for all, in whatever order."""
+        return self.sample or self.limit or math.inf
 
     def of(self, task: str, documents: Sequence[int]) -> Sequence[int]:
         """Choose the documents of a task that are meant, in the order in which they are measured.

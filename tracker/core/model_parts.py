@@ -1,18 +1,23 @@
-"""How many parts a model has, as its configuration says."""
+"""Parts of a model and kinds of its layers, as its configuration states them.
+
+A configuration states the kinds of layers, such as `sliding_attention` or `mamba`, in a list of
+words, one for each layer, that stands in its file or that its class computes from a layer's number.
+Every model has `odd` and `even` layers.
+"""
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
 
-from tracker.core.ablations import grid_changes
 from tracker.core.changes import Change
-from tracker.core.config import IN_THE_FILE, CellRequest, field_of
-from tracker.core.errors import ExperimentError, did_you_mean
-from tracker.core.kinds import ENDS, KINDS, MAPS, NUMBERED, Component
+from tracker.core.config import IN_THE_FILE, CellRequest, Changes, field_of
+from tracker.core.errors import ExperimentError, ModelError, did_you_mean
+from tracker.core.kinds import ENDS, KINDS, MAPS, Component
 
 ROUTED = ("moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts")
 """What configurations call how many routed experts a layer has."""
@@ -71,25 +76,15 @@ Counting = Callable[[CellRequest, Collection[str]], ModelParts]
 """Counts the parts of a request's model, and finds its layers of some kinds."""
 
 
-def numbered_components(request: CellRequest) -> list[Component]:
-    """List those of a request's components of which a layer has several."""
-    return [component for component in request.components if component in NUMBERED]
-
-
-def has_parts(request: CellRequest) -> bool:
-    """Whether a request is about parts of which a layer has several."""
-    return bool(numbered_components(request)) or "linear" in request.components
-
-
 def with_all_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
     """Name all layers, heads or experts, where a request names none.
 
     ExperimentError where the configuration does not say how many there are.
     """
     found: dict[str, tuple[int, ...]] = {}
-    if not request.layers:
+    if not request.changes.layers:
         found["layers"] = tuple(range(parts.layers)) if parts.of_kind is None else parts.of_kind
-    some = [each for each in numbered_components(request) if not request.numbers(each)]
+    some = [each for each in request.changes.numbered if not request.changes.numbers(each)]
     for component in some:
         count, field = parts.numbered(component), field_of(component)
         if count is None:
@@ -102,59 +97,66 @@ def with_all_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
                 f"{request.title}: it has {parts.head} heads in {parts.kv_head} groups a layer; "
                 "ask for head and kv_head in two files, or name some by 'head'"
             )
-    request = request.model_copy(update=found) if found else request
-    if "linear" in request.components and not request.maps:
-        request = _with_all_maps(request, parts)
-    spans = [span for span in request.spans if span > 1]
-    removing = "remove" in request.interventions and "layer" in request.components
-    if not (spans and removing and (request.control or parts.of_kind is not None)):
-        return request
-    changes = [*grid_changes(request)]
+    changes = request.changes.model_copy(update=found)
+    try:
+        if changes.lacks_maps:
+            changes = _with_all_maps(changes, parts)
+        exact = _with_sets(changes, parts, request)
+    except ExperimentError as error:
+        raise ExperimentError(f"{request.title}: {error}") from None
+    return replace(request, changes=changes if exact is None else changes.exactly(exact))
+
+
+def _with_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> list[Change] | None:
+    """Add sets of layers of a kind, and drawn ones; None where neither is asked for."""
+    spans = [span for span in changes.spans if span > 1]
+    removing = "remove" in changes.interventions and "layer" in changes.components
+    if not (spans and removing and (changes.control or parts.of_kind is not None)):
+        return None
+    exact = [*changes.expanded()]
     if parts.of_kind is not None:
-        if (request.components, request.interventions) != (("layer",), ("remove",)):
+        if (changes.components, changes.interventions) != (("layer",), ("remove",)):
             raise ExperimentError(
-                f"{request.title}: layers of a kind are removed together as whole layers; ask for "
-                "other components and interventions in a file of their own, or leave 'kind' out"
+                "layers of a kind are removed together as whole layers; ask for other components "
+                "and interventions in a file of their own, or leave 'kind' out"
             )
         # Neighbours among the layers of the kind, whatever lies between them.
-        changes = [change for change in changes if change.span == 1] + [
+        exact = [change for change in exact if change.span == 1] + [
             Change(layers=parts.of_kind[first : first + span])
             for span in spans
             for first in range(len(parts.of_kind) - span + 1)
         ]
-    if request.control:
+    if changes.control:
         free = [layer for layer in range(parts.layers) if layer not in request.removed]
-        near = (tuple(range(n, n + span)) for span in spans for n in request.layers)
-        taken = {*(change.layers for change in changes), *near}
-        drawn = _drawn(free, spans, taken, request.seed)
-        changes += [Change(layers=layers, drawn=True) for layers in drawn]
-    return request.model_copy(update={"changes": tuple(changes)})
+        near = (tuple(range(n, n + span)) for span in spans for n in changes.layers)
+        taken = {*(change.layers for change in exact), *near}
+        drawn = _drawn(free, spans, taken, request.documents.seed)
+        exact += [Change(layers=layers, drawn=True) for layers in drawn]
+    return exact
 
 
-def _with_all_maps(request: CellRequest, parts: ModelParts) -> CellRequest:
+def _with_all_maps(changes: Changes, parts: ModelParts) -> Changes:
     """Name all linear maps of the layers that are asked for."""
     if parts.maps is None:
         raise ExperimentError(
-            f"{request.title}: which linear maps its layers have is not known here; name them by "
-            "'map'"
+            "which linear maps its layers have is not known here; name them by 'map'"
         )
     of_layer = dict(enumerate(parts.maps))
-    every = dict.fromkeys(name for layer in request.layers for name in of_layer.get(layer, ()))
-    named = request.model_copy(update={"maps": tuple(every)})
-    if all(set(of_layer.get(layer, every)) == set(every) for layer in request.layers):
+    every = dict.fromkeys(name for layer in changes.layers for name in of_layer.get(layer, ()))
+    named = changes.model_copy(update={"maps": tuple(every)})
+    if all(set(of_layer.get(layer, every)) == set(every) for layer in changes.layers):
         return named
-    if request.components != ("linear",) or request.spans != (1,):
+    if changes.components != ("linear",) or changes.spans != (1,):
         raise ExperimentError(
-            f"{request.title}: its layers have different linear maps; ask for them in a file of "
-            "their own, or name some by 'map'"
+            "its layers have different linear maps; ask for them in a file of their own, or name "
+            "some by 'map'"
         )
-    changes = tuple(
+    return named.exactly(
         Change("linear", (layer,), intervention, name)
-        for intervention in request.interventions
-        for layer in request.layers
+        for intervention in changes.interventions
+        for layer in changes.layers
         for name in of_layer[layer]
     )
-    return named.model_copy(update={"changes": changes})
 
 
 def _drawn(
@@ -173,24 +175,86 @@ def _drawn(
 
 def check_parts(request: CellRequest, parts: ModelParts) -> None:
     """Raise ExperimentError for a layer, a head or an expert that the model has not."""
-    for layer in (*request.layers, *request.removed):
+    changes = request.changes
+    for layer in (*changes.layers, *request.removed):
         if layer >= parts.layers:
             raise ExperimentError(
                 f"layer {layer} is out of range: {request.model} has {parts.layers} layers, "
                 f"0 to {parts.layers - 1}"
             )
     known = {*MAPS, *ENDS, *chain.from_iterable(parts.maps or ())}
-    for name in request.maps if parts.maps is not None and "linear" in request.components else ():
+    named = changes.maps if parts.maps is not None and "linear" in changes.components else ()
+    for name in named:
         if name not in known and (one_experts(name) or (name,))[0] not in known:
             near = did_you_mean(name, known)
             raise ExperimentError(
                 f"{request.model} has no linear map {name!r}.{near} It has "
                 f"{', '.join(sorted(known))}"
             )
-    for component in numbered_components(request):
-        count, last = parts.numbered(component), max(request.numbers(component), default=0)
+    for component in changes.numbered:
+        count, last = parts.numbered(component), max(changes.numbers(component), default=0)
         if count is not None and last >= count:
             raise ExperimentError(
                 f"{component} {last} is out of range: a layer of {request.model} "
                 f"has {count} {KINDS[component].many}, 0 to {count - 1}"
             )
+
+
+LISTS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
+"""Of a configuration: what each layer is, each in words of its own."""
+HALVES = ("even", "odd")
+"""Kinds that every model has: layers 0, 2, …, and 1, 3, …."""
+
+
+def kinds_of(config: Any) -> Mapping[str, tuple[int, ...]]:
+    """List the kinds of layers that a configuration names.
+
+    Args:
+        config: Of the text model, as transformers reads it.
+
+    Returns:
+        Kind → its layers, 0-based, ascending. A layer may be of several kinds: Jamba's are
+        `linear_attention` and `mamba`. Empty where all layers are alike.
+    """
+    total = config.num_hidden_layers
+    found: dict[str, list[int]] = {}
+    for name in LISTS:
+        words = getattr(config, name, None)
+        if not isinstance(words, (list, tuple)) or len(words) != total:
+            continue
+        for layer, word in enumerate(words):
+            if isinstance(word, str) and layer not in found.setdefault(word, []):
+                found[word].append(layer)
+    return {kind: tuple(sorted(layers)) for kind, layers in found.items()}
+
+
+def layers_of_kind(config: Any, words: Collection[str]) -> tuple[int, ...]:
+    """Find the layers that are of one of some kinds.
+
+    Args:
+        config: Of the text model, as transformers reads it.
+        words: The kinds, as the configuration names them; or `odd`, `even`.
+
+    Returns:
+        The layers, 0-based, ascending.
+
+    Raises:
+        ModelError: The model has no such kind; names those that it has.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> config = SimpleNamespace(num_hidden_layers=3, layer_types=["conv", "moe", "conv"])
+        >>> layers_of_kind(config, ["conv"]), layers_of_kind(config, ["odd"])
+        ((0, 2), (1,))
+    """
+    kinds = {half: tuple(range(n, config.num_hidden_layers, 2)) for n, half in enumerate(HALVES)}
+    kinds = {**kinds, **kinds_of(config)}
+    for word in words:
+        if word not in kinds:
+            own = ", ".join(f"{kind} ({len(kinds[kind])})" for kind in kinds if kind not in HALVES)
+            has = f"its kinds are {own}" if own else "its configuration names none"
+            raise ModelError(
+                f"the model has no layers of kind {word!r}: {has}; odd and even are kinds of "
+                f"every model.{did_you_mean(word, kinds)}"
+            )
+    return tuple(sorted({layer for word in words for layer in kinds[word]}))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from tracker.core.changes import Ablation, Change
 from tracker.core.kinds import KINDS, NUMBERED, Component
 
 
@@ -69,6 +70,19 @@ class SearchParts:
     def names(self, parts: Iterable[int]) -> str:
         """Several parts, as they are given."""
         return ", ".join(map(self.name, parts))
+
+    def without(self, removed: Iterable[int]) -> Ablation:
+        """Return the ablation that removes some parts."""
+        several = self.unit in NUMBERED
+        changes = (
+            Change(
+                self.unit,
+                (self.layer_of(part),),
+                part=self.number_of(part) if several else None,
+            )
+            for part in removed
+        )
+        return Ablation.of(*changes)
 
     def allowed(self, parts: Iterable[int]) -> list[int]:
         """Leave out of some parts, in their order, those with which too few of a layer stay."""

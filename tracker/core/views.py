@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -86,7 +85,7 @@ class View(Record):
     @property
     def size(self) -> float:
         """How many documents of each task are shown; infinite for all, in whatever order."""
-        return self.sample or self.limit or math.inf
+        return self.extent.size
 
     def name(self, primary_metric: str) -> str:
         """Return its identity within a cell, which depends on no other view.

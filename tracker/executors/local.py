@@ -44,7 +44,7 @@ def measure_cell(job: Job, worker: Worker, to: Reporting) -> tuple[CellStore, li
     RequestError for layers that do not fit the model, or a document that lacks what is read of it.
     """
     say = to.progress.say
-    if not worker.has_loaded(job.requests[0]):
+    if not worker.has_loaded(job.requests[0].model):
         say(f"loading {job.cells[0].source.name}")
     facts = worker.open(job.requests, job.benchmark)
     if facts.offloaded and facts.is_fresh:

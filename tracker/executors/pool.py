@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from threading import Condition
 
 from tracker.core.config import CellRequest
-from tracker.core.errors import CellError
+from tracker.core.errors import CellError, RequestError, TrackerError
 from tracker.core.remote import ProcessEndedError, Remote
 from tracker.ledger.blocks import Block
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
 from tracker.ledger.views import cell_key
 from tracker.measuring.fill import WAIT, CellWork, open_work, refuse_other_tokens
-from tracker.measuring.job import Job, Reporting
+from tracker.measuring.job import Job, Options, Reporting
 from tracker.measuring.progress import telling
 from tracker.measuring.worker import DeviceLostError
+from tracker.models.load import bytes_to_load
+from tracker.models.offloaded import devices_for
+from tracker.models.sources import find_model
 
 ATTEMPTS = 3
 """How many workers may die over the same documents before their cell fails."""
@@ -118,11 +122,11 @@ class WorkerPool:
         Best is the one that it has open, then one of its model, then one that few others are at.
         """
         opened = self._opened.get(worker)
-        loaded = opened and opened.request.model_settings
+        loaded = opened and opened.request.model
 
         def preference(cell: _Cell) -> tuple[bool, bool, int]:
             others = sum(cell is at for other, at in self._opened.items() if other is not worker)
-            return cell is not opened, loaded != cell.request.model_settings, others
+            return cell is not opened, loaded != cell.request.model, others
 
         with self._changed:
             while not self._is_over:
@@ -215,3 +219,61 @@ class WorkerPool:
             for lookup in cell.job.cells:
                 self._to.done(lookup, outcome)
             self._changed.notify_all()
+
+
+def group_devices(
+    devices: Sequence[str], size: int, most: int | None = None, more: bool = False
+) -> list[range]:
+    """Divide devices into groups of neighbours.
+
+    Args:
+        devices: The devices.
+        size: How many make a group.
+        most: How many groups there are to be; None = as many as can be.
+        more: Whether groups of several may have more, so that no device is left.
+
+    Returns:
+        The groups, as numbers of devices.
+
+    Raises:
+        RequestError: There are fewer devices.
+    """
+    groups = most or len(devices) // size
+    if not groups or groups * size > len(devices):
+        raise RequestError(
+            f"{max(groups, 1)} workers of {size} accelerators each: this machine has "
+            f"{len(devices)}; give less to --workers or --devices-per-worker"
+        )
+    if more and size > 1:
+        size = len(devices) // groups
+    return [range(group * size, (group + 1) * size) for group in range(groups)]
+
+
+def count_devices(
+    jobs: Sequence[Job], options: Options, devices: int, least_free: Callable[[], int]
+) -> int:
+    """Count the devices that a worker needs.
+
+    Args:
+        jobs: The cells.
+        options: How they are measured.
+        devices: How many devices there are for a worker at most.
+        least_free: Returns how many bytes are free on the fullest device; it may take seconds.
+
+    Returns:
+        As many as the weights of the largest model ask for; one where layers are to rest elsewhere.
+    """
+    if devices == 1 or options.weights is not None or options.offload != "device":
+        return 1
+    return devices_for(largest_weights(jobs, options), least_free(), devices)
+
+
+def largest_weights(jobs: Sequence[Job], options: Options) -> int:
+    """Return the bytes that the weights of the largest model take, where it is known."""
+    largest = 0
+    for spec in dict.fromkeys(job.requests[0].model for job in jobs):
+        with suppress(TrackerError):  # the worker that loads it will say so
+            source = find_model(spec)
+            size = bytes_to_load(source, spec.dtype, options.trust_remote_code)
+            largest = max(largest, size or 0)
+    return largest

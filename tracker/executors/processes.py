@@ -16,14 +16,13 @@ from typing_extensions import override
 
 from tracker.core.errors import RequestError
 from tracker.core.remote import RemoteObject
-from tracker.executors.devices import count_devices, group_devices
-from tracker.executors.pool import WorkerPool
+from tracker.executors.pool import WorkerPool, count_devices, group_devices
 from tracker.ledger.cache import Checks
 from tracker.measuring.job import Job, Options, Reporting
 from tracker.models.devices import default_device, visible_accelerators, visible_variable
 from tracker.models.load import ALL, SPREAD, find_device
 
-_KIND = "tracker.executors.worker:RemoteWorker"
+_KIND = "tracker.measuring.worker:RemoteWorker"
 _FREE = "from tracker.models import devices as d; print(min(map(d.free_memory, d.accelerators())))"
 
 

@@ -19,10 +19,9 @@ from typing_extensions import override
 from tracker.core.errors import RequestError
 from tracker.core.remote import ProcessEndedError, Remote
 from tracker.executors.base import last_line
-from tracker.executors.devices import count_devices
-from tracker.executors.pool import WorkerPool
-from tracker.executors.worker import RemoteWorker, environment
+from tracker.executors.pool import WorkerPool, count_devices
 from tracker.measuring.job import Job, Options, Reporting
+from tracker.measuring.worker import RemoteWorker, environment
 from tracker.models.load import SPREAD
 
 _PATIENCE = 60.0

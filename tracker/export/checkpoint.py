@@ -125,11 +125,11 @@ def export(request: ExportRequest, progress: Progress) -> Exported:
     registries = [to for to in targets if "registered models" in service(to.backend).can]
     if request.register and not registries:
         raise RequestError("--register is a name in MLflow's registry; add --track mlflow")
-    source = find_model(cell_of.model, cell_of.revision, cell_of.model_args)
+    source = find_model(cell_of.model)
     rounds = change.kind == "quantised"
     if request.on_benchmark and not rounds:
-        refuse_alone(cell_of)
-        check_benchmark(cell_of)
+        refuse_alone(cell_of.benchmark)
+        check_benchmark(cell_of.benchmark)
     progress.say("checking that the configuration can say what is left")
     if rounds:
         refuse_packed(source, trust)
@@ -201,9 +201,7 @@ def _measure(
     change, cell, ledger = request.change, None, request.ledger
     cell_of, ablation = request.request, change.ablation
     if change.kind != "quantised":  # the choice of formats was measured as a whole
-        runs = {"removed": ablation.removed(), "changes": ablation.repeated}
-        runs |= {} if ablation.repeated else {"layers": ()}
-        cell_of = cell_of.model_copy(update=runs)
+        cell_of = replace(cell_of, removed=ablation.removed()).with_changes(ablation.repeated)
         publisher = Publisher(request.track, request.project, ledger.root)
         with closing(publisher):
             done = run_cells([cell_of], ledger, publisher, request.options, progress)
@@ -228,7 +226,9 @@ def _save(
 
     options = request.options
     progress.say(f"loading {source.name}")
-    loaded = load_model(source, request.request.dtype, options.device, options.trust_remote_code)
+    loaded = load_model(
+        source, request.request.model.dtype, options.device, options.trust_remote_code
+    )
     make = rounded_weights if request.change.kind == "quantised" else changed_layers
     changed = make(source, loaded, request.change)
     base, model = loaded.model, changed.model

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from tracker.core.ablations import changes_of
-from tracker.core.config import RUNS, CellRequest
+from tracker.core.config import CellRequest
 from tracker.core.distribution import FORMAT, other_format
 from tracker.core.errors import ResultsError
 from tracker.core.formats import counted
@@ -26,10 +25,6 @@ from tracker.core.provenance import content_hash
 from tracker.core.records import former_view_name, view_name
 from tracker.core.views import Until, View
 from tracker.ledger.files import closed, lock_file, reason, sealed, unsealed, write_note
-
-GROWS = RUNS | {"removed", "limit", "sample", "until", "metric"}
-"""Keys of a request by which a cell grows: no document's outcome hangs on them."""
-
 
 _LATER = {
     *("include_path", "system_instruction", "fewshot_as_multiturn", "chat_template_args"),
@@ -65,9 +60,10 @@ def request_key(
     Equal keys lead to the same cell; different ones may (after an update of lm-eval, say). What is
     removed, which documents and the metric do not count.
     """
-    asked = request.model_dump(exclude=GROWS).items()
+    documents = {"part": request.documents.part, "seed": request.documents.seed}
+    settings = {**dict(request.model), **dict(request.benchmark), **documents}
     # A setting that is not used leaves the keys of before as they are.
-    said = {name: value for name, value in asked if name not in _LATER or value not in (None, ())}
+    said = {n: value for n, value in settings.items() if n not in _LATER or value not in (None, ())}
     return content_hash([said, model_stamp, data_stamp, dict(versions)])
 
 
@@ -125,17 +121,18 @@ class Views:
         every = max(task.documents for task in benchmark.tasks)
         limit, sample = (
             None if count is None or count >= every else count
-            for count in (request.limit, request.sample)
+            for count in (request.documents.limit, request.documents.sample)
         )
-        runs = tuple(changes_of(request, self.identity.model.layers))
-        text = request.until
-        until = Until(question=text, seed=request.seed, runs=runs) if text is not None else None
+        runs = tuple(request.valid_changes(self.identity.model.layers))
+        seed, until = request.documents.seed, None
+        if request.until is not None:
+            until = Until(question=str(request.until), seed=seed, runs=runs)
         return View(
             metric=request.metric or benchmark.primary_metric,
             removed=request.removed,
             limit=limit,
             sample=sample,
-            seed=None if sample is None else request.seed,
+            seed=None if sample is None else seed,
             runs=runs,
             until=until,
         )

@@ -10,7 +10,6 @@ Modules:
     planning: Estimate the cost of an experiment without loading weights.
     prepare: Find cells in the ledger, and check requests before anything is computed.
     progress: Report progress.
-    row_size: Keep the fastest row sizes in the user's cache.
-    scorer: Combine the engine's scores with generated texts.
-    worker: Hold a loaded model and the cell that is measured with it.
+    scorer: Combine the engine's scores with generated texts, in rows of the fastest size.
+    worker: Hold a loaded model and its cell, also in a process of its own.
 """

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from filelock import Timeout
 
 from tracker.analysis.stopping import BlockRace, CellRace
-from tracker.core.ablations import all_ablations
+from tracker.core.config import all_ablations
 from tracker.core.errors import CellError
 from tracker.core.extent import ALL, Extent
 from tracker.core.provenance import SAME_VERSIONS, readers, reads_otherwise

@@ -10,9 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tracker.benchmarks.base import Benchmark
-from tracker.core.ablations import all_ablations
 from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.config import CellRequest
+from tracker.core.config import CellRequest, ModelSpec, all_ablations
 from tracker.core.documents import Document, Response
 from tracker.core.errors import CellError
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity
@@ -43,19 +42,18 @@ Advance = Callable[[int], None]
 class Model:
     """A loaded model, and what decides which weights these are."""
 
-    settings: tuple[str | None, ...]
+    spec: ModelSpec
     loaded: LoadedModel
 
 
-def open_model(request: CellRequest, options: Options) -> Model:
-    """Load the model of a cell; ModelError if it cannot be found or read."""
+def open_model(spec: ModelSpec, options: Options) -> Model:
+    """Load a model; ModelError if it cannot be found or read."""
     from tracker.models.devices import keep_freed_memory
     from tracker.models.load import load_model
 
     keep_freed_memory()
-    source = find_model(request.model, request.revision, request.model_args)
     how = (options.device, options.trust_remote_code, options.weights, options.offload)
-    return Model(request.model_settings, load_model(source, request.dtype, *how))
+    return Model(spec, load_model(find_model(spec), spec.dtype, *how))
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ class Meter:
         self._memory = options.memory
         self._scorer: Scorer | None = None
         self._noted = 0
-        self._encoder = RequestEncoder(loaded.model, loaded.tokenizer, request)
+        self._encoder = RequestEncoder(loaded.model, loaded.tokenizer, request.benchmark)
         documents = benchmark.documents(self._encoder, request.extent)
         self.documents = {(document.task, document.index): document for document in documents}
         self._watch = watched_documents(documents)
@@ -135,10 +133,9 @@ class Meter:
         if any(each.is_fitted for each in self.ablations):
             width = loaded.model.config.get_text_config().hidden_size
             self._calibration = calibration(benchmark, self._encoder, width)
-        source = find_model(request.model, request.revision, request.model_args)
-        weights = stored_format(source, options.trust_remote_code)
+        weights = stored_format(find_model(request.model), options.trust_remote_code)
         kept = {WEIGHTS: weights} if weights else {}
-        kept[TOKENISATION] = self._encoder.tokenisation(bool(request.apply_chat_template))
+        kept[TOKENISATION] = self._encoder.tokenisation(bool(request.benchmark.apply_chat_template))
         max_length = self._encoder.max_length
         self.facts = Facts(
             loaded.identity,
@@ -162,8 +159,7 @@ class Meter:
         engine's. Lines say which sharing was lost, and how steady the model is.
         """
         from tracker.engine.scoring.sweep import Engine
-        from tracker.measuring.row_size import with_fastest_rows
-        from tracker.measuring.scorer import checked_scorer
+        from tracker.measuring.scorer import checked_scorer, with_fastest_rows
 
         loaded = self._model.loaded
 

@@ -102,7 +102,7 @@ def open_observed(
     request: CellRequest, store: CellStore, ledger: Ledger, options: Options, progress: Progress
 ) -> tuple[Engine, Documents]:
     """Load the model of a cell, share as much as the self-check finds exact, read its documents."""
-    model = open_model(request, options)
+    model = open_model(request.model, options)
     meter = Meter([request], open_benchmark(request), model, options)
     refuse_other_tokens(store, meter.facts, progress)
     progress.say(f"{request.benchmark}: checking that sharing is exact for this model")

@@ -12,7 +12,6 @@ import numpy as np
 from tracker.analysis.aligned import AlignedOutcomes
 from tracker.analysis.paired import spreads_of
 from tracker.analysis.stopping import CellRace, refuse_unbounded
-from tracker.core.ablations import ablations_of, changes_of
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.core.errors import ModelError
@@ -161,8 +160,8 @@ def texts_of(request: CellRequest, source: ModelSource, trust_remote_code: bool)
 
     benchmark = open_benchmark(request)
     metric = chosen_metric(benchmark.identity, request.metric)
-    model, tokenizer = weightless(source, request.dtype, trust_remote_code)
-    encoder = RequestEncoder(model, tokenizer, request)
+    model, tokenizer = weightless(source, request.model.dtype, trust_remote_code)
+    encoder = RequestEncoder(model, tokenizer, request.benchmark)
     documents = benchmark.documents(encoder, request.extent)
     if not documents:
         raise ModelError(f"{request.title} has no documents")
@@ -189,7 +188,7 @@ def plan(
     before: set[CellRequest] = set()
     for cell in asked:
         request = cell.request
-        one = request.model_copy(update={"metric": None})
+        one = replace(request, metric=None)
         shared = one in before
         before.add(one)
         (progress or Progress()).step(f"planning {request.title}")
@@ -198,12 +197,12 @@ def plan(
         if request.until is not None:
             refuse_unbounded(benchmark, metric)
         layers = count_layers(cell.source, trust_remote_code)
-        ablations = ablations_of(request, layers)
+        ablations = request.ablations(layers)
         LayerAnatomy.of(texts.model).refuse_formats(ablations)
         found = cost(texts.model, texts.documents, ablations, texts.max_length)
         if texts.dtype in HALF:
             found = _with_second_times(found, texts, request.extent.seed)
-        runs = len(list(changes_of(request, layers)))
+        runs = len(request.valid_changes(layers))
         known = _observed_spread(cell, metric)
         is_loss = benchmark.tasks[0].higher_is_better.get(metric, True) is False
         spread = known or (None if is_loss else UNRELATED)

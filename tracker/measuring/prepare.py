@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tracker.analysis.stopping import refuse_unbounded
 from tracker.benchmarks.base import Benchmark
@@ -14,20 +14,16 @@ from tracker.benchmarks.benchmark import (
     is_local,
     open_benchmark,
 )
-from tracker.core.ablations import ablations_of, changes_of, first_change, why_invalid
-from tracker.core.changes import Change
-from tracker.core.config import RUNS, CellRequest
+from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError, UnreachableError
-from tracker.core.model_parts import Counting, ModelParts, check_parts, has_parts, with_all_parts
+from tracker.core.model_parts import Counting, ModelParts, check_parts, with_all_parts
 from tracker.core.provenance import package_versions
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
-from tracker.ledger.views import GROWS, request_key
+from tracker.ledger.views import request_key
 from tracker.measuring.derive import answer_of
 from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, count_parts, find_model
-
-_MODEL = {"model", "revision", "dtype", "model_args"}
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,8 @@ class CellLookup:
 
 def look_up(request: CellRequest, ledger: Ledger) -> CellLookup:
     """Look a cell up in the ledger, without loading torch, the model or the benchmark."""
-    source = find_model(request.model, request.revision, request.model_args)
-    data, stamp = data_stamp(request), source.stamp()
+    source = find_model(request.model)
+    data, stamp = data_stamp(request.benchmark), source.stamp()
     key = None if stamp is None else request_key(request, stamp, data, package_versions())
     store = ledger.find(key) if key else None
     complete = store is not None and _is_complete(store, request)
@@ -66,8 +62,8 @@ def counting_in(ledger: Ledger, trust_remote_code: bool) -> Counting:
     """
 
     def count(request: CellRequest, kinds: Collection[str] = ()) -> ModelParts:
-        asked = look_up(request.model_copy(update={"until": None}), ledger)
-        if asked.store is not None and not kinds and not has_parts(request):
+        asked = look_up(replace(request, until=None), ledger)
+        if asked.store is not None and not kinds and not request.changes.has_parts:
             return ModelParts(asked.store.identity.model.layers)
         return _counted(request, asked.source, trust_remote_code, kinds)
 
@@ -79,7 +75,7 @@ def _counted(
 ) -> ModelParts:
     """Count the parts of a model; its linear maps, where a request asks for all of them."""
     parts = count_parts(source, trust_remote_code, kinds)
-    if "linear" not in request.components or request.maps:
+    if not request.changes.lacks_maps:
         return parts
     from tracker.models.parts.anatomy import linear_map_shapes
 
@@ -90,7 +86,7 @@ def _is_complete(store: CellStore, request: CellRequest) -> bool:
     answer = answer_of(store, store.views.of(request))
     if answer is not None:
         return answer.over
-    ablations = ablations_of(request, store.identity.model.layers)
+    ablations = request.ablations(store.identity.model.layers)
     return store.is_complete(request.extent, [ablation.name for ablation in ablations])
 
 
@@ -122,31 +118,31 @@ def widened(
         ExperimentError: A layer is out of range, or the trial asks a question and nobody knows of
             which runs.
     """
-    asked = look_up(request.model_copy(update={"until": None}), ledger)
+    asked = look_up(replace(request, until=None), ledger)
     store, whole = asked.store, asked.request
     parts = counting_in(ledger, trust_remote_code)(request, ())
     layers = parts.layers
     check_parts(request, parts)
-    why = why_invalid(first_change(request), request.removed, layers)
+    why = request.why_invalid(request.changes.single, layers)
     before = asked_before(request, store)
     if store is not None and before is not None and _is_complete(store, before):
         return before, why
     if store is not None and asked.complete:
         # Also where it asks a question: all documents answer that.
-        known = _with_changes(whole, store.views.shown_in(whole).runs)
+        runs = store.views.shown_in(whole).runs
+        known = whole.with_changes(runs) if runs else whole
         return known if _is_complete(store, known) else whole, why
     cell = sweep() if why is None else None
     if cell is None and why is None and request.until is not None:
         raise ExperimentError(
-            f"'until': {request.until!r} asks about all runs of a benchmark, and a trial is one; "
+            f"'until': '{request.until}' asks about all runs of a benchmark, and a trial is one; "
             "which others there are says its sweep, and that cannot be read here. Give the "
             "experiment file to tracker run, or leave 'until' out of it"
         )
-    if cell is None:
-        return request.model_copy(update={"layers": tuple(range(layers))}), why
-    fitting = tuple(layer for layer in cell.layers if layer < layers)
-    more = {name: getattr(cell, name) for name in RUNS}
-    return request.model_copy(update={**more, "layers": fitting}), why
+    changes = request.changes if cell is None else cell.changes
+    fitting = [n for n in range(layers) if cell is None or n in changes.layers]
+    changes = changes.model_copy(update={"layers": tuple(fitting)})
+    return replace(request, changes=changes), why
 
 
 def asked_before(request: CellRequest, store: CellStore | None) -> CellRequest | None:
@@ -160,13 +156,8 @@ def asked_before(request: CellRequest, store: CellStore | None) -> CellRequest |
     for before in (view.until for view in store.views.known(request)):
         alike = before and (before.question, before.seed) == (now.question, now.seed)
         if before and alike and {*now.runs} <= {*before.runs}:
-            return _with_changes(request, before.runs)
+            return request.with_changes(before.runs) if before.runs else request
     return None
-
-
-def _with_changes(request: CellRequest, changes: tuple[Change, ...]) -> CellRequest:
-    """Ask for just these changes; for what is asked where there are none."""
-    return request.model_copy(update={"changes": changes}) if changes else request
 
 
 def check_layers(asked: Sequence[CellLookup], trust_remote_code: bool) -> None:
@@ -180,14 +171,14 @@ def check_range(request: CellRequest, parts: ModelParts) -> None:
     is left answers no question."""
     check_parts(request, parts)
     layers = parts.layers
-    runs = len(list(changes_of(request, layers)))
-    if request.question is not None:
+    runs = len(request.valid_changes(layers))
+    if request.until is not None:
         try:
-            request.question.refuse(runs)
+            request.until.refuse(runs)
         except ValueError as error:
             raise ExperimentError(f"{request.title}: 'until': {error}") from None
-    if request.layers and not runs:
-        why = why_invalid(first_change(request), request.removed, layers)
+    if not runs and any(request.changes.expanded()):
+        why = request.why_invalid(request.changes.single, layers)
         raise ExperimentError(f"{request.title}: nothing of what is asked for is a run ({why})")
 
 
@@ -198,11 +189,11 @@ def opened(
 
     RequestError for one that cannot be read, or lacks the metric or what the question needs.
     """
-    benchmarks: dict[str, Benchmark] = {}
+    benchmarks: dict[object, Benchmark] = {}
     for request in requests:
         # Neither the model, nor how many documents, nor what is removed or shown changes what a
         # benchmark reads.
-        read = request.model_dump_json(exclude=_MODEL | GROWS)
+        read = (request.benchmark, request.documents.part, request.documents.seed)
         if read not in benchmarks:
             (progress or Progress()).step(f"reading the documents of {request.benchmark}")
             benchmarks[read] = open_benchmark(request)
@@ -239,30 +230,30 @@ def validate(
     runs, notes, progress = 0, {}, progress or Progress()
     for request in requests:
         progress.step(f"reading the configuration of {request.model}")
-        source = find_model(request.model, request.revision, request.model_args)
-        check_benchmark(request)
+        source = find_model(request.model)
+        check_benchmark(request.benchmark)
         try:
             parts = _counted(request, source, trust_remote_code, kinds)
         except UnreachableError as error:
-            notes[request.model] = str(error)
-            layers = max(request.layers, default=0) + max(request.spans)
+            notes[request.model.model] = str(error)
+            layers = max(request.changes.layers, default=0) + max(request.changes.spans)
         else:
             request, layers = with_all_parts(request, parts), parts.layers
             check_range(request, parts)
-            ablations = ablations_of(request, layers)
+            ablations = request.ablations(layers)
             if any(ablation.rounded for ablation in ablations):
                 from tracker.models.load import hollow
                 from tracker.models.parts.anatomy import LayerAnatomy
 
-                model = hollow(source, request.dtype, trust_remote_code)
+                model = hollow(source, request.model.dtype, trust_remote_code)
                 LayerAnatomy.of(model).refuse_formats(ablations)
-            if request.apply_chat_template:
+            if request.benchmark.apply_chat_template:
                 from tracker.benchmarks.encoder import RequestEncoder
                 from tracker.models.load import weightless
 
-                parts_of_model = weightless(source, request.dtype, trust_remote_code)
-                RequestEncoder(*parts_of_model, request).check_chat(request)
-        runs += len(list(changes_of(request, layers)))
+                parts_of_model = weightless(source, request.model.dtype, trust_remote_code)
+                RequestEncoder(*parts_of_model, request.benchmark).check_chat(request.benchmark)
+        runs += len(request.valid_changes(layers))
     return runs, [*notes.values(), *check_documents(requests, progress)]
 
 
@@ -271,9 +262,10 @@ def check_documents(requests: Sequence[CellRequest], progress: Progress) -> list
 
     Returns what could not be checked; RequestError as `opened`.
     """
-    for _ in opened((each for each in requests if is_local(each)), progress):
+    specs = [each.benchmark for each in requests]
+    for _ in opened((each for each in requests if is_local(each.benchmark)), progress):
         pass
-    names = dict.fromkeys(each.benchmark for each in requests if not is_local(each))
+    names = dict.fromkeys(str(spec) for spec in specs if not is_local(spec))
     if not names:
         return []
     return [f"documents and metrics of {', '.join(names)}, on the hub; tracker plan reads them"]

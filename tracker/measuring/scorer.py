@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
+import torch
+from filelock import FileLock
+
 from tracker.benchmarks.generation import TextGenerator
 from tracker.core.changes import Ablation
 from tracker.core.documents import Document, Prompt
+from tracker.core.provenance import content_hash
 from tracker.engine.refusal import refused
 from tracker.engine.scoring.generation import generating, generation_groups
 from tracker.engine.scoring.model import DEPTH_ONLY, ONE_BY_ONE, PLAIN
+from tracker.engine.scoring.row_size import fastest, matters
 from tracker.engine.scoring.sweep import DocumentScores, Engine
 from tracker.engine.selfcheck.check import Fit, Kept, check, watch
 from tracker.engine.selfcheck.reference import Comparison, Reference, in_words, shaken
+from tracker.ledger.cache import keep, own_folder, recall
+from tracker.models.devices import hardware
 
 CHECKED_TOKENS = 16
 """Tokens that the check lets every ablation generate."""
@@ -239,3 +247,38 @@ class Generation:
     def is_unsteady(self, prompt: Prompt, ablation: Ablation, text: str) -> bool:
         """Say whether rounding alone, of its embeddings, lets a pruned model continue otherwise."""
         return any(self.text_apart(prompt, ablation, seed) != text for seed in range(DRAWS))
+
+
+_ROW_SIZES = "rows"
+
+
+def with_fastest_rows(engine: Engine) -> Engine:
+    """Give an engine the size of row that is fastest for its model on this machine.
+
+    Args:
+        engine: The engine; no call has changed its model yet, and none does here.
+
+    Returns:
+        The engine to use: that one where the size makes no difference.
+    """
+    if not matters(engine):
+        return engine
+    config = engine.loaded.model.config.get_text_config()
+    about = (
+        platform.node(),
+        torch.__version__,
+        torch.get_num_threads(),
+        hardware(engine.loaded.device),
+        str(engine.loaded.model.dtype),
+        engine.class_name,
+        config.hidden_size,
+        getattr(config, "intermediate_size", None),
+    )
+    key = content_hash(about)
+    # Workers side by side have rows of one size, on which the last digits of answers depend.
+    with FileLock(own_folder(_ROW_SIZES) / f"{key[:32]}.lock"):
+        nodes = recall(_ROW_SIZES, key).get("nodes")
+        if nodes is None:
+            nodes = fastest(engine)
+            keep(_ROW_SIZES, key, {"nodes": nodes})
+    return replace(engine, row_tokens=int(nodes))

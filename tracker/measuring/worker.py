@@ -1,16 +1,18 @@
-"""A loaded model, and the cell that was opened last."""
+"""A loaded model and the cell that is measured with it, in this process or one of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import open_benchmark
-from tracker.core.config import CellRequest
-from tracker.core.errors import CellError, first_line
+from tracker.core.config import CellRequest, ModelSpec
+from tracker.core.errors import CellError, ModelError, first_line
 from tracker.ledger.cache import Checks
 from tracker.measuring.job import Options
 from tracker.measuring.meter import Advance, Facts, Measured, Meter, Model, open_model
@@ -56,9 +58,9 @@ class Worker:
         self._model: Model | None = None
         self._meter: Meter | None = None
 
-    def has_loaded(self, request: CellRequest) -> bool:
-        """Return whether the model of a cell is the loaded one."""
-        return self._model is not None and self._model.settings == request.model_settings
+    def has_loaded(self, spec: ModelSpec) -> bool:
+        """Return whether a model is the loaded one."""
+        return self._model is not None and self._model.spec == spec
 
     @_raises_device_lost
     def open(self, requests: Sequence[CellRequest], benchmark: Benchmark | None = None) -> Facts:
@@ -75,9 +77,9 @@ class Worker:
             RequestError: The model or the data is not here, or layers do not fit the model.
         """
         self._meter, request = None, requests[0]
-        if is_fresh := not self.has_loaded(request):
+        if is_fresh := not self.has_loaded(request.model):
             self._model = None  # frees the previous model before the next one comes
-            self._model = open_model(request, self._options)
+            self._model = open_model(request.model, self._options)
             self.models_loaded += 1
         assert self._model is not None
         benchmark = benchmark or open_benchmark(request)
@@ -101,3 +103,52 @@ class Worker:
         """Measure documents of the opened cell, as `Meter.measure`."""
         assert self._meter is not None, "open() comes first"
         return self._meter.measure(task, names, documents, advance)
+
+
+_ENVIRONMENT = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "TQDM_")
+
+
+def environment() -> dict[str, str]:
+    """Return the variables of this process that decide which models and data are read."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
+
+
+class RemoteWorker(Worker):
+    """A worker in a process of its own.
+
+    Args:
+        options: How to measure.
+        folder: Where the driver runs, so that relative paths mean the same.
+        variables: The driver's `environment()`.
+        workers: How many workers share the memory of this machine.
+
+    Raises:
+        ModelError: The accelerators that the worker should have are not all there.
+    """
+
+    def __init__(
+        self, options: Options, folder: str, variables: Mapping[str, str], workers: int
+    ) -> None:
+        # Before the libraries are imported, which read them then.
+        os.environ.update(variables)
+        with suppress(OSError):  # not there: absolute paths still work
+            os.chdir(folder)
+        from tracker.models.devices import share_memory
+
+        super().__init__(options)
+        _refuse_lack(options.device)
+        share_memory(workers)
+
+    def ready(self) -> None:
+        """Return once there is a worker."""
+
+
+def _refuse_lack(device: str) -> None:
+    """Raise ModelError where accelerators that the worker should have are not there."""
+    from tracker.models.devices import accelerators, visible_variable
+    from tracker.models.load import SPREAD, find_device
+
+    find_device(device)
+    names, count = os.environ.get(visible_variable()), len(accelerators())
+    if device == SPREAD and names and count < len(names.split(",")):
+        raise ModelError(f"{count} of the accelerators {names} are there, and all are needed")

@@ -24,11 +24,11 @@ from filelock import FileLock
 
 from tracker.core.arguments import decoded, expanded
 from tracker.core.changes import MAX_LAYERS
+from tracker.core.config import ModelSpec
 from tracker.core.distribution import package_folder, pip_install
 from tracker.core.errors import ModelError, UnreachableError, did_you_mean, first_line
 from tracker.core.hub import ask, check_name, refusal, unreachable
-from tracker.core.layer_kinds import layers_of_kind
-from tracker.core.model_parts import ROUTED, ModelParts
+from tracker.core.model_parts import ROUTED, ModelParts, layers_of_kind
 from tracker.core.provenance import content_hash, file_hash, file_stamp, package_versions
 from tracker.core.safe_yaml import short
 from tracker.ledger.cache import keep, own_folder, recall
@@ -213,15 +213,12 @@ def _remembered_hash(files: Sequence[Path]) -> str:
     return found
 
 
-def find_model(
-    source: str, revision: str | None = None, model_args: str | None = None
-) -> ModelSource:
-    """Find a model by what the user typed.
+def find_model(spec: ModelSpec | str) -> ModelSource:
+    """Find a model.
 
     Args:
-        source: `package:NAME`, `shape:NAME`, a GGUF file, a folder, or a hub id.
-        revision: The hub's branch, tag or commit.
-        model_args: How it is loaded, in lm-eval's words, as canonical JSON.
+        spec: The model, or its name: `package:NAME`, `shape:NAME`, a GGUF file, a folder, or a hub
+            id.
 
     Returns:
         Where the model is; a hub id is not looked up yet.
@@ -230,10 +227,13 @@ def find_model(
         ModelError: A package, folder or file that is not there or holds no model, a revision for
             something that has none, or an argument that is not known.
     """
+    if isinstance(spec, str):
+        spec = ModelSpec.model_construct(model=spec)
+    where = source = spec.model
+    revision, model_args = spec.revision, spec.model_args
     arguments = decoded(model_args)
     _check_arguments(arguments)
     try:
-        where = source
         if "subfolder" in arguments and Path(source).expanduser().is_dir():
             inside = Path(source).expanduser() / arguments["subfolder"]
             if not inside.is_dir():

@@ -16,9 +16,8 @@ from tracker.analysis.aligned import AlignedOutcomes
 from tracker.analysis.paired import PairedOutcomes
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
-from tracker.core.ablations import without_parts
 from tracker.core.changes import INTACT, Ablation
-from tracker.core.config import CellRequest
+from tracker.core.config import CellRequest, ModelSpec
 from tracker.core.identities import BenchmarkIdentity
 from tracker.core.kinds import COMPONENTS, NUMBERED
 from tracker.core.search_parts import SearchParts
@@ -66,12 +65,12 @@ class Lender:
     timings: dict[Path, dict[str, Any]] = field(default_factory=dict)
     _model: Model | None = None
 
-    def model(self, request: CellRequest) -> Model:
-        """Load the model of a cell, or hand out the one that is loaded."""
-        if self._model is None or self._model.settings != request.model_settings:
+    def model(self, spec: ModelSpec) -> Model:
+        """Load a model, or hand out the one that is loaded."""
+        if self._model is None or self._model.spec != spec:
             self._model = None  # frees the previous model before the next one comes
-            self.progress.say(f"loading {request.model}")
-            self._model = open_model(request, self.options)
+            self.progress.say(f"loading {spec}")
+            self._model = open_model(spec, self.options)
             self.loaded += 1
         return self._model
 
@@ -105,11 +104,11 @@ def _drawn(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
         first = draw.randrange(total - size + 1)
         near = parts.numbers[first : first + size]
         for some in (near, *(draw.sample(parts.numbers, size) for _ in range(_ANY))):
-            yield without_parts(parts, parts.allowed(some))
+            yield parts.without(parts.allowed(some))
 
 
 def _each(parts: SearchParts) -> Iterator[Ablation]:
-    return (without_parts(parts, [part]) for part in parts.numbers)
+    return (parts.without([part]) for part in parts.numbers)
 
 
 class OpenCell:
@@ -144,7 +143,7 @@ class OpenCell:
 
     @cached_property
     def _meter(self) -> Meter:
-        benchmark, model = self._benchmark, self._lender.model(self.request)
+        benchmark, model = self._benchmark, self._lender.model(self.request.model)
         return Meter([self.request], benchmark, model, self._lender.options)
 
     @cached_property
@@ -289,8 +288,7 @@ class OpenCell:
 
     def _several(self, shapes: Collection[_Shape]) -> Iterator[SearchParts]:
         """Find the parts of which several are removed, of each component."""
-        asked = self.request
-        source = find_model(asked.model, asked.revision, asked.model_args)
+        source = find_model(self.request.model)
         trusted = self._lender.options.trust_remote_code
         for component, most in zip(COMPONENTS, map(max, zip(*shapes, strict=True)), strict=True):
             if most == _SEVERAL:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from tracker.core.ablations import without_parts
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.config import CellRequest, field_of
+from tracker.core.changes import INTACT, Ablation, Change
+from tracker.core.config import CellRequest
 from tracker.core.errors import CellError, RequestError, TrackerError, TrackingError
 from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord
@@ -153,7 +152,7 @@ def pursue(
 
 def ablations_of(found: Found) -> list[Ablation]:
     """Return the set after each step, under which test documents are measured."""
-    return [without_parts(found.parts, step.removed) for step in found.steps]
+    return [found.parts.without(step.removed) for step in found.steps]
 
 
 def _run(found: Found, step: PruneStep) -> CellRequest | None:
@@ -166,11 +165,8 @@ def _run(found: Found, step: PruneStep) -> CellRequest | None:
     unit, parts = found.asked.unit, found.parts
     if unit != "layer" and beneath:
         return None
-    more: dict[str, object] = {"removed": beneath, "components": (unit,)}
-    more["layers"] = (parts.layer_of(last),)
-    if unit in NUMBERED:
-        more[field_of(unit)] = (parts.number_of(last),)
-    return found.asked.test().model_copy(update=more)
+    test = replace(found.asked.test(), removed=beneath)
+    return test.with_changes(parts.without([last]).changes)
 
 
 def _by_request(
@@ -201,7 +197,7 @@ def _record(
         benchmark=identity.benchmark,
         metric=cell.view.metric,
         higher_is_better=cell.higher_is_better,
-        part=cell.request.part,
+        part=cell.request.documents.part,
         unit=asked.unit,
         per_layer=parts.per_layer,
         there=len(parts.numbers) if asked.unit in NUMBERED else None,
@@ -227,9 +223,6 @@ def _tested(cell: OpenCell, ablation: Ablation) -> Tested:
     return Tested(n=len(paired.baseline), level=paired.level(0), lost=lost)
 
 
-_ANY = CellRequest(model="any", benchmark="any", layers=(0,))
-
-
 def figures(record: PruneRecord) -> dict[str, float]:
     """Return the figures by which a sweep's page compares searches."""
     test, cost = end(record), record.cost
@@ -252,7 +245,7 @@ def _log(track: Sequence[str], results: Path, found: Pursued) -> None:
     Of several draws it is the first. Where W&B refuses, `found.outcome` says so.
     """
     record, request = found.searched[0].record, found.searched[0].request
-    trial = Trial(track, results, request or _ANY)
+    trial = Trial(track, results, request.changes.single if request else Change())
     if not trial.joins:
         return
     try:
@@ -275,5 +268,5 @@ def trial(track: Sequence[str], results: Path) -> Iterator[Callable[[Pursued], N
     try:
         yield partial(_log, track, results)
     except BaseException as error:
-        Trial(track, results, _ANY).fail(error)
+        Trial(track, results, Change()).fail(error)
         raise

@@ -16,7 +16,7 @@ from scipy import optimize
 
 from tracker.analysis.paired import PairedOutcomes
 from tracker.core.changes import Ablation, Change
-from tracker.core.config import ONE_EACH, CellRequest
+from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate
@@ -420,10 +420,10 @@ def apart(paired: PairedOutcomes, number: int, other: int) -> Estimate:
 
 def each_layer(cell: CellRequest, formats: Sequence[str], ends: Sequence[str] = ()) -> CellRequest:
     """Ask for each of a cell's layers in each format, for some ends, and for nothing else."""
-    request = cell.model_copy(update={**ONE_EACH, "interventions": tuple(formats)})
-    if not ends:
-        return request
-    return request.model_copy(update={"components": ("layer", "linear"), "maps": tuple(ends)})
+    grid: dict[str, Any] = {"layers": cell.changes.layers, "interventions": tuple(formats)}
+    if ends:
+        grid |= {"components": ("layer", "linear"), "maps": tuple(ends)}
+    return cell.with_changes(**grid)
 
 
 def each_map(
@@ -446,20 +446,18 @@ def each_map(
     Raises:
         ExperimentError: The model has no such map.
     """
-    linear: dict[str, Any] = {"components": ("linear",), "maps": cell.maps}
-    request = each_layer(cell, formats).model_copy(update=linear)
-    source = find_model(cell.model, cell.revision, cell.model_args)
-    names = tuple(map(tuple, linear_map_shapes(source, trust_remote_code)))
+    request = cell.with_changes(
+        layers=cell.changes.layers,
+        components=("linear",),
+        interventions=tuple(formats),
+        maps=cell.changes.maps,
+    )
+    names = tuple(map(tuple, linear_map_shapes(find_model(cell.model), trust_remote_code)))
     parts = ModelParts(len(names), maps=names)
     check_parts(request, parts)
     request = with_all_parts(request, parts)
-    if ends:
-        more: dict[str, Any] = {"maps": (*request.maps, *ends)}
-        if request.changes is not None:  # layers differ in their maps
-            of_ends = (Change.parse(f"{form}:{end}") for form, end in product(formats, ends))
-            more["changes"] = (*request.changes, *of_ends)
-        request = request.model_copy(update=more)
-    return request
+    of_ends = (Change.parse(f"{form}:{end}") for form, end in product(formats, ends))
+    return request.with_changes([*request.changes.expanded(), *of_ends]) if ends else request
 
 
 def errors_of(engine: Engine, maps: Sequence[Change], kl: bool = False) -> Observe:

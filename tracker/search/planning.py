@@ -77,7 +77,7 @@ def ends_of(request: SearchRequest, within: Budget, lots: int = TRIED) -> list[S
     sets: dict[Set, None] = {}
     for draw, lot in draws if blind else [(1, f"/{lot}") for lot in range(lots)]:
         scores = DrawnScores(within.parts_of(request.unit), lot)
-        given = Search(scores, within, request.cell.seed, draw)
+        given = Search(scores, within, request.cell.documents.seed, draw)
         try:
             *_, step = STRATEGIES[request.strategy](given)
         except ExperimentError as error:
@@ -119,7 +119,7 @@ def refuse_unsavable(
         cell = request.cell
         if request.unit in NUMBERED and request.strategy in SCORED:
             return ""  # they take one part after the other, and whatever goes first can
-        why = partial(why_not, find_model(cell.model, cell.revision, cell.model_args))
+        why = partial(why_not, find_model(cell.model))
         if request.unit != "layer" or not why(None):
             ends_of(request, within, 1)
             return ""
@@ -205,7 +205,7 @@ def plan_searches(
     @cache
     def read(request: CellRequest) -> tuple[Reading, str]:
         """Count what a cell's documents take, and say in what type of numbers."""
-        source = find_model(request.model, request.revision, request.model_args)
+        source = find_model(request.model)
         texts = texts_of(request, source, trust_remote_code)
         return reading(texts.model, texts.documents, texts.max_length), texts.dtype
 
@@ -222,7 +222,7 @@ def plan_searches(
         counts = [_Counted(cells, within.parts_of(request.unit), known) for _ in request.draws_of]
         steps = 0
         for draw, scores in zip(request.draws_of, counts, strict=True):
-            given = Search(scores, within, request.cell.seed, draw or 1)
+            given = Search(scores, within, request.cell.documents.seed, draw or 1)
             found = [step.removed for step in STRATEGIES[request.strategy](given)]
             steps = len(found[-1])
             sets = dict.fromkeys(scores.ablation(removed) for removed in found)

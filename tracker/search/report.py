@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from tracker.analysis.paired import PairedOutcomes
-from tracker.core.config import RUNS, CellRequest
+from tracker.core.config import KEYS, CellRequest, CellSettings, ChangeGrid
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.extent import DEFAULT_SEED
 from tracker.core.findings import SEARCH, FindingRecord, Line, LineChart
@@ -539,16 +539,17 @@ def export_line(record: PruneRecord, asked: CellRequest, results: Path) -> str:
 
 def saving_line(change: Sequence[str], asked: CellRequest, results: Path) -> str:
     """Return the command that saves a changed model, held against a request's documents."""
-    words = ["tracker", "export", asked.model, "--dtype", asked.dtype, *change]
-    for name, field in CellRequest.model_fields.items():
-        value = getattr(asked, name)
-        if name not in _SAID and (value != field.default or name == "benchmark"):
+    settings = asked.settings
+    words = ["tracker", "export", settings.model, "--dtype", settings.dtype, *change]
+    for name in KEYS.values():
+        value = getattr(settings, name)
+        if name not in _SAID and value != CellSettings.model_fields[name].default:
             words += [f"--{name}", _typed(value)]
     words += ["--results", str(results)] if results != Path("results") else []
     return shlex.join(words)
 
 
-_SAID = {*RUNS, "model", "dtype", "removed"}
+_SAID = {*ChangeGrid.model_fields, "model", "dtype", "removed"}
 
 
 def _typed(value: object) -> str:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, model_validator
 
 from tracker.core.arguments import decoded
-from tracker.core.config import CellRequest, Name
+from tracker.core.config import CellRequest, CellSettings, Name
 from tracker.core.errors import ExperimentError, RequestError, did_you_mean
 from tracker.core.experiment import MAX_CELLS, Choice, Grid, Sweep, grid_of
 from tracker.core.experiment_input import (
@@ -38,7 +39,7 @@ from tracker.search.strategies import BLIND, DRAWN, NULL, OF_LAYERS, RESCORED, S
 
 Goal = tuple[CellRequest, Component, str, str]
 """The test documents of searches, what goes, how much of it, and what must stay."""
-_NEVER_SAID = {"heads", "experts", "maps", "repeats", "control", "changes"}
+_NEVER_SAID = {"heads", "experts", "maps", "repeats", "control"}
 """Keys of a cell that came after searches had names."""
 DEFAULT = ("accuracy", "cosine_oneshot", NULL)
 """Strategies where none is named: what really counts, beside the usual proxy and chance."""
@@ -128,8 +129,9 @@ class SearchRequest(SearchSettings):
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that name a search, without those that no search has or that came later."""
-        said = self.model_dump(mode="json", exclude={"cell": _NEVER_SAID})
-        said["cell"]["only"] = None  # as searches have been named ever since
+        said = self.model_dump(mode="json", exclude={"cell"})
+        cell = self.cell.settings.model_dump(mode="json", exclude=_NEVER_SAID)
+        said["cell"] = {**cell, "only": None}  # as searches have been named ever since
         return {key: value for key, value in said.items() if value or key not in CONSTRAINTS}
 
     @property
@@ -146,19 +148,20 @@ class SearchRequest(SearchSettings):
         """Return the requests of the cells that choose; none where the strategy is blind."""
         if self.strategy in BLIND:
             return ()
-        return tuple(self._of(each) for each in self.calibrate or (self.cell.benchmark,))
+        return tuple(map(self._of, self.calibrate or (self.cell.benchmark.benchmark,)))
 
     def _of(self, benchmark: str) -> CellRequest:
-        more: dict[str, Any] = {"benchmark": benchmark, "sample": self.sample}
-        if benchmark != self.cell.benchmark:
-            more["metric"] = None
-            if benchmark.startswith("corpus:"):
-                more["num_fewshot"] = None
-        return calibration_of(self.cell.model_copy(update=more))
+        cell = self.cell.on("calibration", sample=self.sample)
+        if benchmark == self.cell.benchmark.benchmark:
+            return cell
+        spec = cell.benchmark.named(benchmark)
+        if benchmark.startswith("corpus:"):
+            spec = spec.model_copy(update={"num_fewshot": None})
+        return replace(cell, benchmark=spec, metric=None)
 
     def test(self) -> CellRequest:
         """Return the request of the cell that tests, on documents that never choose."""
-        return self.cell.model_copy(update={"sample": self.test_sample, "part": "test"})
+        return self.cell.on("test", sample=self.test_sample)
 
     @property
     def goal(self) -> Goal:
@@ -183,15 +186,10 @@ if TYPE_CHECKING:  # which takes no class that is made
 else:
     SearchParameters = grid_of(
         "SearchParameters",
-        {key: CellRequest.model_fields[key] for key in OF_CELLS}
+        {key: CellSettings.model_fields[key] for key in OF_CELLS}
         | {key: SearchRequest.model_fields[key] for key in SearchSettings.model_fields},
         dict.fromkeys(CONSTRAINTS, _Constraint),
     )
-
-
-def calibration_of(request: CellRequest) -> CellRequest:
-    """Return the request of the documents that choose."""
-    return request.model_copy(update={"part": "calibration"})
 
 
 def deciding(searches: Sequence[SearchRequest]) -> CellRequest:
@@ -201,14 +199,14 @@ def deciding(searches: Sequence[SearchRequest]) -> CellRequest:
     """
     samples = [one.sample for one in searches if one.sample is not None]
     most = max(samples) if len(samples) == len(searches) else None
-    return calibration_of(searches[0].cell.model_copy(update={"sample": most}))
+    return searches[0].cell.on("calibration", sample=most)
 
 
 def search_request(settings: dict[str, Any], prefix: str = "--") -> SearchRequest:
     """Make a request of settings (None = default); RequestError for a value of the wrong kind."""
     said = {name: value for name, value in settings.items() if value is not None}
     own = {name: said.pop(name) for name in SearchSettings.model_fields if name in said}
-    return search_of(checked(CellRequest, {"layers": (), **said}, prefix), own, prefix)
+    return search_of(checked(CellSettings, {"layers": (), **said}, prefix).request, own, prefix)
 
 
 def search_of(cell: CellRequest, own: dict[str, Any], prefix: str = "--") -> SearchRequest:
@@ -266,7 +264,7 @@ class PruneFile(Sweep):
             found[search_request(settings, "parameters.")] = None
         refuse_idle(found)
         capped = list(found)[: self.run_cap]
-        return sorted(capped, key=lambda one: [str(part) for part in one.cell.model_settings])
+        return sorted(capped, key=lambda one: one.cell.model.order)
 
 
 def load_searches(

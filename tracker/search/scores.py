@@ -13,7 +13,6 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.core.ablations import without_parts
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
@@ -134,7 +133,7 @@ class Scores:
 
     def ablation(self, removed: Set) -> Ablation:
         """Return the ablation of a set."""
-        return without_parts(self.parts, removed)
+        return self.parts.without(removed)
 
     def losses(self, by: str, sets: Sequence[Set]) -> Losses:
         """Score sets by what they really cost: `accuracy`, or `gold_logprob`."""

@@ -134,7 +134,13 @@ class Found:
         `tests` is the key of the cell that tests it: another model at the same place has another.
         """
         asked = self.asked
-        words = [asked.cell.model, asked.cell.benchmark, asked.strategy, self.draw, asked.asked]
+        words = [
+            str(asked.cell.model),
+            str(asked.cell.benchmark),
+            asked.strategy,
+            self.draw,
+            asked.asked,
+        ]
         chose = [each.key for each in self.calibration]
         digest = content_hash([asked.identity, self.draw, tests, chose])[:8]
         readable = "-".join(re.sub(r"[^A-Za-z0-9_]+", "-", str(w)).strip("-") for w in words if w)
@@ -148,13 +154,13 @@ def refuse_unknown(searches: Sequence[SearchRequest], trust_remote_code: bool = 
     """
     tried: set[ModelSource] = set()
     for asked in searches:
-        source = find_model(asked.cell.model, asked.cell.revision, asked.cell.model_args)
+        source = find_model(asked.cell.model)
         if asked.unit == "layer" and source not in tried:
             tried.add(source)
             refuse_packed(source, trust_remote_code)
         stays_of(asked, trust_remote_code)
         for request in (*asked.calibration(), asked.test()):
-            check_benchmark(request)
+            check_benchmark(request.benchmark)
 
 
 def refuse_mixed(
@@ -200,18 +206,18 @@ def refuse_mixed(
 def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
     """Return the budget of a search; ExperimentError where nothing would go, or everything."""
     cell, measure = asked.cell, asked.amount.measure
-    source = find_model(cell.model, cell.revision, cell.model_args)
+    source = find_model(cell.model)
     trust = lender.options.trust_remote_code
     within = stays_of(asked, trust)  # what is wrong with it is said before anything is timed
     parts: SearchParts | None = None
     if measure == "seconds":
-        each, total = seconds_a_token(lender.model(cell).loaded, lender)
+        each, total = seconds_a_token(lender.model(cell.model).loaded, lender)
     elif measure == "parts":
         parts = search_parts(source, asked.unit, trust)
         total = float(len(parts.numbers))
         each = [1.0] * parts.total
     else:
-        model, _ = weightless(source, cell.dtype, trust)
+        model, _ = weightless(source, cell.model.dtype, trust)
         size = 1 if measure == "parameters" else int(model.dtype.itemsize)
         layers = find_layers(model)
         each = [float(size * sum(p.numel() for p in one.parameters())) for one in layers]
@@ -222,7 +228,7 @@ def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
 def stays_of(asked: SearchRequest, trust_remote_code: bool = False) -> Constraints:
     """Find what must stay of a search's model; ExperimentError for a layer that is not there."""
     cell = asked.cell
-    source = find_model(cell.model, cell.revision, cell.model_args)
+    source = find_model(cell.model)
     if not asked.stays:
         return FREE
     total = count_layers(source, trust_remote_code)
@@ -258,7 +264,7 @@ def search(
     lender.keep_timings()
     for draw in asked.draws_of:
         scores = Scores(own, within.parts_of(asked.unit))
-        given = Search(scores, within, asked.cell.seed, draw or 1, asked.rescored)
+        given = Search(scores, within, asked.cell.documents.seed, draw or 1, asked.rescored)
         steps = []
         for step in STRATEGIES[asked.strategy](given):
             steps.append(step)
@@ -280,7 +286,7 @@ def _refuse_mixtures(asked: SearchRequest, cells: list[OpenCell]) -> None:
     """Refuse losses that have no mean: accuracies and nats; ExperimentError says which."""
     kinds = {cell.higher_is_better for cell in cells}
     if len(kinds) > 1:
-        names = ", ".join(cell.request.benchmark for cell in cells)
+        names = ", ".join(str(cell.request.benchmark) for cell in cells)
         raise ExperimentError(
             f"{asked.title}: 'calibrate' mixes accuracies with losses of texts ({names}), which "
             "have no common mean; calibrate on the ones or on the others"
@@ -291,10 +297,10 @@ def calibrated(cell: OpenCell, documents: dict[str, tuple[int, ...]]) -> Calibra
     """Record which documents of a cell choose: task → their numbers."""
     return Calibrated(
         key=cell.store.identity.key,
-        benchmark=cell.request.benchmark,
+        benchmark=str(cell.request.benchmark),
         metric=cell.view.metric,
         n=sum(map(len, documents.values())),
-        part=cell.request.part,
+        part=cell.request.documents.part,
         documents=documents,
     )
 

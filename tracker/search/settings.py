@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from tracker.core.arguments import Arguments, decoded
 from tracker.core.changes import MAX_LAYERS
@@ -26,7 +26,7 @@ from tracker.core.errors import ExperimentError, ModelError
 from tracker.core.extent import Positive
 from tracker.core.formats import counted
 from tracker.core.kinds import NUMBERED, Component, SearchUnit
-from tracker.core.layer_kinds import layers_of_kind
+from tracker.core.model_parts import layers_of_kind
 from tracker.core.prune_records import Rescoring
 from tracker.core.safe_yaml import short
 from tracker.core.search_parts import SearchParts
@@ -574,9 +574,7 @@ Written = Annotated[str, BeforeValidator(lambda given: amount(given).text)]
 
 
 class SearchSettings(Strict):
-    """Settings of a search, beside those of its benchmarks, which are a `CellRequest`."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    """Settings of a search, beside those of its benchmarks, which are `CellSettings`."""
 
     strategy: Name
     """How to choose, e.g. accuracy, cosine_oneshot, last, random."""

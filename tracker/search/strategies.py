@@ -131,7 +131,9 @@ def _by_races(search: Search, by: str) -> Callable[[Set], PruneStep]:
         sets = [grown(removed, part) for part in left]
         ablations = [scores.ablation(each) for each in sets]
         beneath = [scores.ablation(removed)] if removed else []
-        racing = CandidateRace(cell.store, cell.view, by, cell.request.seed, ablations, beneath)
+        racing = CandidateRace(
+            cell.store, cell.view, by, cell.request.documents.seed, ablations, beneath
+        )
         if racing.lacking is not None:
             meter = cell.opened([*beneath, *ablations], candidates=True)
             work = CellWork(cell.store, meter.facts, cell.progress, race=racing)

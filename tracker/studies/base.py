@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from tracker.analysis.aligned import AlignedOutcomes
-from tracker.core.changes import WHOLE_LAYER, Ablation
-from tracker.core.config import ONE_EACH, CellRequest
+from tracker.core.changes import Ablation
+from tracker.core.config import CellRequest
 from tracker.core.errors import CellError, ExperimentError, RequestError, first_line
 from tracker.core.estimates import Estimate
 from tracker.core.experiment import Experiment
@@ -139,22 +139,6 @@ def second_roundings(subjects: Sequence[Subject]) -> list[str]:
     """Return which error is measured, of each model whose weights were rounded before."""
     notes = (second_rounding_note(subject.record) for subject in subjects)
     return [*dict.fromkeys(filter(None, notes))]
-
-
-def whole_layers(request: CellRequest) -> tuple[int, ...]:
-    """Return the layers that a request removes alone and as a whole, ascending."""
-    if request.changes is not None:
-        changes = (change for change in request.changes if change.kind == WHOLE_LAYER)
-        return tuple(sorted(change.layer for change in changes))
-    whole = (
-        "layer" in request.components and 1 in request.spans and "remove" in request.interventions
-    )
-    return tuple(sorted(request.layers)) if whole else ()
-
-
-def removing_whole_layers(request: CellRequest, **update: Any) -> CellRequest:
-    """Return a request for whole single layers alone, with other fields as in `update`."""
-    return request.model_copy(update={**ONE_EACH, **update})
 
 
 def amount(change: Estimate, measure: Measure) -> str:
@@ -290,16 +274,16 @@ class Study(Generic[Settings]):
         if self.intact and cell.removed:
             problem = f"the study {self.name} starts from the intact model; leave 'removed' out "
             problem += f"of {file}"
-        elif self.layers > len(layers := {*whole_layers(cell)} - {*cell.removed}):
+        elif self.layers > len(layers := {*cell.changes.whole_layers} - {*cell.removed}):
             problem = (
                 f"the study {self.name} needs whole single layers, {self.layers} or more, and "
                 f"{file} removes {len(layers)}; write layer: {{value: all}}, and leave "
                 "'component', 'span' and 'intervention' out"
             )
-        elif self.chooses and cell.limit is not None:
+        elif self.chooses and cell.documents.limit is not None:
             problem = (
-                f"documents that choose are drawn at random; write 'sample: {{value: {cell.limit}}}"
-                "' instead of 'limit'"
+                "documents that choose are drawn at random; write 'sample: {value: "
+                f"{cell.documents.limit}}}' instead of 'limit'"
             )
         if problem:
             raise RequestError(f"{cell.title}: {problem}")

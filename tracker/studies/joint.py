@@ -32,9 +32,7 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
-    removing_whole_layers,
     side,
-    whole_layers,
 )
 from tracker.studies.layout import line_chart, rank_estimate
 from tracker.studies.registry import JointSettings
@@ -74,10 +72,10 @@ class Joint(Study[JointSettings]):
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
         """Yield the cell, and each layer with all later ones."""
-        layers = whole_layers(cell)
-        yield removing_whole_layers(cell, layers=layers)
+        layers = cell.changes.whole_layers
+        yield cell.with_changes(layers=layers)
         for n, layer in enumerate(layers[:-1], 1):
-            yield removing_whole_layers(cell, removed=(layer,), layers=layers[n:])
+            yield replace(cell, removed=(layer,)).with_changes(layers=layers[n:])
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Set the joint drops of each cell beside the sums."""

@@ -125,12 +125,14 @@ class Precision(Study[PrecisionSettings]):
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
         """Yield every linear map of the cell's layers, or those that it names."""
-        if groups := [name for name in cell.maps if name in MAPS]:
+        if groups := [name for name in cell.changes.maps if name in MAPS]:
             raise RequestError(
                 f"{cell.title}: {groups[0]} is several maps, and a study looks at each; leave it "
                 "out of 'map'"
             )
-        formats = tuple(done for done in cell.interventions if done in FORMATS) or (DEFAULT,)
+        formats = tuple(done for done in cell.changes.interventions if done in FORMATS) or (
+            DEFAULT,
+        )
         yield each_map(cell, formats, context.options.trust_remote_code)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:

@@ -8,9 +8,8 @@ it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,6 @@ from tracker.core.formats import counted, measure_of
 from tracker.core.records import CellRecord, RunRecord
 from tracker.core.tables import Table
 from tracker.search.report import saving_line
-from tracker.search.request import calibration_of
 from tracker.stats.selection import best_by_chance
 from tracker.studies.base import Study, StudyContext, StudyResult, Subject, amount, name_of
 from tracker.studies.layout import figure_table, labelled
@@ -68,16 +66,16 @@ class Repeat(Study[RepeatSettings]):
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
         """Yield all spans of the cell's layers, or those that it asks for, on one half."""
-        if cell.question is not None and cell.question.kind != "prune":
+        if cell.until is not None and cell.until.kind != "prune":
             raise RequestError(
-                f"{cell.title}: 'until: {cell.question}' asks for other runs than those that cost "
+                f"{cell.title}: 'until: {cell.until}' asks for other runs than those that cost "
                 f"least; write 'until: {{value: prune {TESTED} within 2 pp}}'"
             )
-        spans = all_spans(cell.layers)
-        if "repeat" in cell.interventions:
-            spans = {"interventions": ("repeat",)}
-        update = {**spans, "components": ("layer",)}
-        yield calibration_of(cell.model_copy(update=update))
+        update = {"components": ("layer",), "interventions": ("repeat",)}
+        changes = cell.changes.model_copy(update=update)
+        if "repeat" not in cell.changes.interventions:
+            changes = changes.exactly(all_spans(changes.layers))
+        yield replace(cell, changes=changes).on("calibration")
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Choose, test what was chosen, and set both beside what chance would choose."""
@@ -99,16 +97,15 @@ class Repeat(Study[RepeatSettings]):
         return result
 
 
-def all_spans(layers: Sequence[int]) -> dict[str, Any]:
-    """Return the fields of a request for all spans of neighbours, each passed once more."""
+def all_spans(layers: Sequence[int]) -> list[Change]:
+    """List all spans of neighbours, each passed once more."""
     present = {*layers}
-    changes = tuple(
+    return [
         Change(layers=tuple(range(first, first + span)), intervention="repeat")
         for first in layers
         for span in range(1, len(layers) + 1)
         if {*range(first, first + span)} <= present
-    )
-    return {"interventions": ("repeat",), "changes": changes}
+    ]
 
 
 def best_runs(record: CellRecord) -> list[RunRecord]:
@@ -126,8 +123,8 @@ def _loss(run: RunRecord) -> tuple[float, float]:
 
 def _test_of(request: CellRequest, runs: Sequence[RunRecord]) -> CellRequest:
     """Return the request for the chosen spans on the documents that did not choose."""
-    changes = tuple(run.change for run in runs)
-    return request.model_copy(update={"part": "test", "changes": changes, "until": None})
+    test = replace(request, until=None).on("test")
+    return test.with_changes(run.change for run in runs)
 
 
 def tested_spans(runs: Sequence[RunRecord], test: CellRecord) -> list[TestedSpan]:

@@ -8,7 +8,7 @@ nonlinearity and without other tokens could do).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from tracker.analysis.aligned import AlignedOutcomes
 from tracker.core.changes import Change
-from tracker.core.config import CellRequest
+from tracker.core.config import CellRequest, Changes
 from tracker.core.estimates import Estimate
 from tracker.core.findings import LineChart
 from tracker.core.formats import Measure, counted, fixed, measure_of
@@ -35,7 +35,6 @@ from tracker.studies.base import (
     StudyResult,
     Subject,
     amount,
-    removing_whole_layers,
     side,
 )
 from tracker.studies.layout import figure_table, labelled, line_chart
@@ -76,13 +75,13 @@ class Rescale(Study[RescaleSettings]):
         """Yield the cell twice: a linear map that cannot be fitted leaves the rest alone."""
         ways: tuple[tuple[Intervention, ...], ...] = (("remove", "scale", "mean"), ("linear",))
         for interventions in ways:
-            yield removing_whole_layers(cell, interventions=interventions)
+            yield cell.with_changes(layers=cell.changes.layers, interventions=interventions)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Answer; see the module."""
         result = StudyResult()
         # The parts of each cell: without layers, and with linear maps.
-        parts = grouped(subjects, lambda one: one.request.model_copy(update={"interventions": ()}))
+        parts = grouped(subjects, lambda one: replace(one.request, changes=Changes()))
         cells = [cell for mine in parts.values() if (cell := costs(mine)) is not None]
         if not cells:
             result.lacking.append("no benchmark was measured with layers removed; run it again")

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from tracker.analysis.stopping import refuse_unbounded
-from tracker.core.ablations import changes_of
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError, RequestError
@@ -76,7 +75,7 @@ class Savings(Study[SavingsSettings]):
         """Return the cell; RequestError where a question that was named cannot be asked of it."""
         default = SavingsSettings.model_fields["questions"].default
         if self.settings.questions != default:
-            runs = len(list(changes_of(cell, _ANY_MODEL)))
+            runs = len(cell.valid_changes(_ANY_MODEL))
             try:
                 for question in self._questions:
                     question.refuse(runs)

@@ -15,8 +15,7 @@ from typing_extensions import override
 
 from tracker.analysis.labels import row_labels
 from tracker.analysis.ranks.parts import cell_answer
-from tracker.core.ablations import first_change
-from tracker.core.config import CellRequest
+from tracker.core.changes import Change
 from tracker.core.decision_records import PRIVATE
 from tracker.core.errors import TrackerError, TrackingError, WorkError
 from tracker.core.formats import counted
@@ -333,13 +332,13 @@ class Trial(LiveRun):
     """The run that a W&B agent opened for this process, where it did and W&B is tracked.
 
     It is joined when there is something to show: a server that is away never stops a measurement.
-    `request` is what the trial asks for: one run.
+    `run` is the change that the trial asks for.
     """
 
-    def __init__(self, track: Sequence[str], results: Path, request: CellRequest) -> None:
+    def __init__(self, track: Sequence[str], results: Path, run: Change) -> None:
         agent = sweep_backend()
         self.joins = agent is not None and any(target(text).backend == agent for text in track)
-        self._run = first_change(request)
+        self._run = run
         self._trial = open_trial(results)
         self._busy = Lock()
 

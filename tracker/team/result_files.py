@@ -14,7 +14,7 @@ import pandas as pd
 from tracker.benchmarks.corpus import is_corpus
 from tracker.core.arguments import decoded
 from tracker.core.changes import INTACT, Ablation
-from tracker.core.config import CellRequest, cell_request
+from tracker.core.config import CellRequest, ModelSpec, cell_request
 from tracker.core.distribution import __version__
 from tracker.core.errors import BenchmarkError, RequestError, TrackerError, did_you_mean
 from tracker.core.extent import DEFAULT_SEED, Extent
@@ -399,8 +399,10 @@ def _encoder(store: CellStore, trust: bool) -> RequestEncoder | None:
     model = store.identity.model
     # Of how it was loaded only the folder within it decides the tokenizer.
     inside = {n: v for n, v in model.arguments.items() if n == "subfolder"}
-    source = find_model(model.source, model.revision, json.dumps(inside) if inside else None)
-    return RequestEncoder(*weightless(source, "auto", trust), _request(store))
+    arguments = json.dumps(inside) if inside else None
+    spec = ModelSpec(model=model.source, revision=model.revision, model_args=arguments)
+    source = find_model(spec)
+    return RequestEncoder(*weightless(source, "auto", trust), _request(store).benchmark)
 
 
 def _known(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], Judged]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from tracker.core.ablations import changes_of, first_change, why_invalid
-from tracker.core.config import IN_THE_FILE, KEYS, CellRequest, run_request
+from tracker.core.config import KEYS, CellRequest, Changes, run_request
 from tracker.core.errors import ResultsError, TrackerError
 from tracker.core.experiment import Experiment
 from tracker.core.records import CellRecord, RunRecord
@@ -22,7 +21,6 @@ from tracker.tracking import in_sweep, open_sweep
 from tracker.tracking.base import SweepTrial
 
 _OF_A_GRID = ("method", "parameters", "run_cap")
-_ANY_RUN: dict[str, Any] = {**dict.fromkeys(IN_THE_FILE, ()), "only": None}
 _UNFINISHED = ("crashed", "failed", "killed", "preempted")
 """States of a run that no agent takes up again."""
 log = logging.getLogger(__name__)
@@ -65,8 +63,11 @@ def asked_of_cell(request: CellRequest, results: Path) -> CellRequest | None:
     except (TrackerError, ValidationError):
         log.debug("the sweep could not be read", exc_info=True)
         return None
-    trial = request.model_copy(update=_ANY_RUN)
-    return next((cell for cell in cells if cell.model_copy(update=_ANY_RUN) == trial), None)
+
+    def of_any_run(cell: CellRequest) -> CellRequest:
+        return replace(cell, changes=Changes(control=cell.changes.control))
+
+    return next((cell for cell in cells if of_any_run(cell) == of_any_run(request)), None)
 
 
 def fill_sweep(path: str, ledger: Ledger) -> SweepFilled:
@@ -82,7 +83,7 @@ def fill_sweep(path: str, ledger: Ledger) -> SweepFilled:
             title = trial.name
             try:
                 request = trial_request(trial.settings)
-                title = f"{trial.name} ({request.title}, {first_change(request).label()})"
+                title = f"{trial.name} ({request.title}, {request.changes.single.label()})"
                 found = _measured(request, ledger)
             except TrackerError as error:
                 done.wanting[title] = str(error)
@@ -97,16 +98,14 @@ def fill_sweep(path: str, ledger: Ledger) -> SweepFilled:
 
 def _measured(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunRecord]:
     """Find what a trial asked for: its cell and run; ResultsError where the ledger lacks it."""
-    plain = request.model_copy(update={"until": None})
+    plain = replace(request, until=None)
     store = look_up(plain, ledger).store
     raced = asked_before(request, store)
     whole = raced if raced is not None and look_up(raced, ledger).complete else plain
     if store is None or not look_up(whole, ledger).complete:
         raise ResultsError(f"{ledger.root} does not hold all of it")
-    layers = store.identity.model.layers
-    if not any(changes_of(request, layers)):
-        why = why_invalid(first_change(request), request.removed, layers)
+    view, wanted = store.views.of(whole), request.changes.single
+    if (why := request.why_invalid(wanted, store.identity.model.layers)) is not None:
         raise ResultsError(f"it is no run: {why}")
-    view, wanted = store.views.of(whole), first_change(request)
     record = record_of(store, view)
     return record, next(run for run in record.runs if run.change == wanted)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracker.core.changes import INTACT, Ablation
-from tracker.core.config import CellRequest
+from tracker.core.config import cell_request
 from tracker.core.documents import Document, Response
 from tracker.core.extent import ALL
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
@@ -85,7 +85,7 @@ def write_results(
         )
         store = ledger.cell(model, benchmark, {"torch": "2"})
         _measure(store, dice, costs, documents, size, pairs)
-        request = CellRequest(model="m", benchmark=benchmark_name, layers=tuple(range(LAYERS)))
+        request = cell_request(model="m", benchmark=benchmark_name, layers=tuple(range(LAYERS)))
         store.views.ask(request, "layers")
 
 

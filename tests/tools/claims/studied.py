@@ -12,7 +12,7 @@ import numpy as np
 
 from tracker import api
 from tracker.analysis.paired import PairedOutcomes
-from tracker.core.config import CellRequest
+from tracker.core.config import cell_request
 from tracker.core.estimates import Estimate
 from tracker.ledger.shards import write_observations
 from tracker.ledger.store import Ledger
@@ -74,7 +74,7 @@ def _subjects(results: Path) -> list[Subject]:
     found = []
     for record in api.ls(results):
         name = record.benchmark.name
-        request = CellRequest(model="m", benchmark=name, layers=tuple(range(LAYERS)))
+        request = cell_request(model="m", benchmark=name, layers=tuple(range(LAYERS)))
         found.append(Subject(request, stores[record.key], record))
     return found
 

@@ -9,7 +9,6 @@ from scipy import stats
 
 from tracker.analysis.claims import ranks_in
 from tracker.analysis.labels import benchmark_labels, model_labels
-from tracker.core.changes import WHOLE_LAYER
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate, Unit
@@ -39,7 +38,6 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
-    removing_whole_layers,
     side,
 )
 from tracker.studies.layout import figure_table, labelled, line_chart, rank_estimate
@@ -80,11 +78,12 @@ class Audit(Study[AuditSettings]):
         """List the cells of the file, each with its whole single layers of the intact model."""
         cells: dict[CellRequest, None] = {}
         for cell in super().requests(context):
-            changes = cell.changes and tuple(c for c in cell.changes if c.kind == WHOLE_LAYER)
-            # A cap on the runs may leave none of these.
-            if changes != ():
-                cells[removing_whole_layers(cell, removed=(), changes=changes)] = None
-        if not any(len(cell.layers) >= FEWEST for cell in cells):
+            layers = cell.changes.layers
+            if cell.changes.exact is not None:  # a cap on the runs may leave none of these
+                layers = cell.changes.whole_layers
+            if layers:
+                cells[replace(cell, removed=()).with_changes(layers=layers)] = None
+        if not any(len(cell.changes.layers) >= FEWEST for cell in cells):
             raise RequestError(
                 "the audit orders layers, and this file names fewer than three; write layer: "
                 "{value: all}"

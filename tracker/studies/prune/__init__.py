@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
-from tracker.core.config import CellRequest
+from tracker.core.config import CellRequest, Changes, Documents
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.findings import LineChart
 from tracker.core.formats import (
@@ -30,7 +31,7 @@ from tracker.search.report import (
     separated,
     unsure_sentence,
 )
-from tracker.search.request import SearchRequest, calibration_of, search_of
+from tracker.search.request import SearchRequest, search_of
 from tracker.search.search import budget_of, refuse_mixed, refuse_unknown
 from tracker.studies.base import (
     SIGNIFICANT,
@@ -38,8 +39,6 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
-    removing_whole_layers,
-    whole_layers,
 )
 from tracker.studies.prune.figures import (
     ACCURACY,
@@ -113,7 +112,7 @@ class Prune(Study[PruneSettings]):
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
         """Yield the cell's whole layers, on the documents that choose."""
-        yield calibration_of(removing_whole_layers(cell, layers=whole_layers(cell)))
+        yield cell.on("calibration").with_changes(layers=cell.changes.whole_layers)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Search, test what was chosen, and set the strategies beside each other."""
@@ -147,17 +146,20 @@ class Prune(Study[PruneSettings]):
 
     def _searches(self, cell: CellRequest, cells: Sequence[CellRequest]) -> list[SearchRequest]:
         """List the searches for one benchmark, of a file with these cells."""
-        alone = cell.model_copy(update={"part": None, "sample": None, "layers": (), "only": None})
-        same = [c for c in cells if c.model_copy(update={"benchmark": cell.benchmark}) == cell]
-        tasks = tuple(dict.fromkeys(c.benchmark for c in same))
+        seed = cell.documents.seed
+        alone = replace(cell, documents=Documents(seed=seed), changes=Changes())
+        same = [
+            c for c in cells if replace(c, benchmark=c.benchmark.named(str(cell.benchmark))) == cell
+        ]
+        tasks = tuple(dict.fromkeys(str(c.benchmark) for c in same))
         elsewhere = [tasks] if len(tasks) > 1 else []
         elsewhere += [(self._text,)] if self._text is not None else []
         strategies = dict.fromkeys(self.settings.strategy)
         ways: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in strategies]
         ways += itertools.product([s for s in strategies if s in ELSEWHERE], elsewhere)
         samples = {
-            "sample": cell.sample,
-            "test_sample": self.settings.test_sample or cell.sample,
+            "sample": cell.documents.sample,
+            "test_sample": self.settings.test_sample or cell.documents.sample,
         }
         return [
             search_of(alone, {"strategy": name, "remove": amount, "calibrate": by, **samples})

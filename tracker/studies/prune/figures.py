@@ -267,10 +267,10 @@ def compared(pursued: Pursued, text: str | None) -> list[Prunings]:
     cells = {cell.place: cell for cell in pursued.outcome.cells}
     for one in pursued.searched:
         asked, record, answered = one.asked, one.record, one.answered
-        shots = asked.cell.num_fewshot
+        shots = asked.cell.benchmark.num_fewshot
         title = record.model.name + ("" if shots is None else f", {shots}-shot")
         group = groups.setdefault(_model_of(asked), Prunings(title, record.model.layers))
-        way, name = _way(asked, text), asked.cell.benchmark
+        way, name = _way(asked, text), str(asked.cell.benchmark)
         if name not in group.benchmarks:
             tested = next((cells[place] for place in record.rests_on if place in cells), None)
             group.benchmarks[name] = PrunedBenchmark(
@@ -284,13 +284,13 @@ def compared(pursued: Pursued, text: str | None) -> list[Prunings]:
         group.found[way, name] = Choices((*draws.records, record), (*draws.answered, answered))
     for asked, why in pursued.failed.items():
         if _model_of(asked) in groups:
-            groups[_model_of(asked)].failed[_way(asked, text), asked.cell.benchmark] = why
+            groups[_model_of(asked)].failed[_way(asked, text), str(asked.cell.benchmark)] = why
     return list(groups.values())
 
 
 def _model_of(asked: SearchRequest) -> object:
     """All that is asked of a search's cell but the benchmark."""
-    return asked.cell.model_copy(update={"benchmark": "any"})
+    return replace(asked.cell, benchmark=asked.cell.benchmark.named("any"))
 
 
 def _way(asked: SearchRequest, text: str | None) -> Way:

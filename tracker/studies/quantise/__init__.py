@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tracker.core import kinds
@@ -32,7 +32,6 @@ from tracker.models.parts.linear_maps import embedding_shapes
 from tracker.models.sources import find_model
 from tracker.search.cells import Lender, OpenCell
 from tracker.search.formats import BitBudget, Unit, budget, each_layer, each_map, units_of
-from tracker.search.request import calibration_of
 from tracker.stats.support import together
 from tracker.studies.base import (
     Study,
@@ -100,7 +99,8 @@ class Quantise(Study[QuantiseSettings]):
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
         """Yield each unit in each format, alone, on the calibration documents."""
         trust = context.options.trust_remote_code
-        chosen = calibration_of(cell.model_copy(update={"maps": (), "until": None}))
+        chosen = replace(cell, until=None).on("calibration")
+        chosen = chosen.with_changes(layers=cell.changes.layers)
         units, _ = self._budget(chosen, trust)
         ends = [unit.which for unit in units if unit.is_end]
         if self.settings.by == "layer":
@@ -110,11 +110,11 @@ class Quantise(Study[QuantiseSettings]):
 
     def _budget(self, request: CellRequest, trust: bool) -> tuple[list[Unit], BitBudget]:
         """Return the units of a request's layers, and how many bits there are."""
-        source = find_model(request.model, request.revision, request.model_args)
-        model = hollow(source, request.dtype, trust)
+        source = find_model(request.model)
+        model = hollow(source, request.model.dtype, trust)
         ends = embedding_shapes(model) if self.settings.embeddings else {}
         by_map = self.settings.by == "map"
-        units = units_of(linear_map_shapes(source, trust), request.layers, by_map, ends)
+        units = units_of(linear_map_shapes(source, trust), request.changes.layers, by_map, ends)
         whole, size = weight_bytes(model), int(model.dtype.itemsize)
         rest = whole - size * sum(unit.weights for unit in units)
         return units, budget(self.settings.budget, units, rest, whole, self.formats)
@@ -138,8 +138,8 @@ class Quantise(Study[QuantiseSettings]):
             result.lack(record.title, "some map has no defined loss, so that nothing adds up")
             return
         lender = Lender(context.ledger, context.options, context.progress)
-        sample = settings.test_sample or subject.request.sample
-        test = subject.request.model_copy(update={"part": "test", "sample": sample})
+        sample = settings.test_sample or subject.request.documents.sample
+        test = subject.request.on("test", sample=sample)
         chose, tests = OpenCell(subject.request, lender), OpenCell(test, lender)
         choosing = FormatChooser(context, subject, chose, units, self.formats, within, losses)
         chosen = choosing.chosen(settings.by == "map", settings.refine, settings.pairs)
@@ -167,7 +167,7 @@ def _write_choice(
     chosen = {unit.place: form for unit, form in best.candidate.choice.items()}
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", stem).strip("-")
     path = context.ledger.root / "formats" / f"{readable}-{content_hash(chosen)[:8]}.json"
-    write_note(path, {"tested_on": tests.model_dump(mode="json"), "formats": chosen})
+    write_note(path, {"tested_on": tests.settings.model_dump(mode="json"), "formats": chosen})
     return path
 
 

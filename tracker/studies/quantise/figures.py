@@ -219,7 +219,7 @@ class FormatChooser:
         """
         choice, count = candidate.choice, len(self.units)
         every = list(combinations(range(count), 2))
-        draw = random.Random(f"pairs/{self.cell.request.seed}")
+        draw = random.Random(f"pairs/{self.cell.request.documents.seed}")
         pairs = sorted(draw.sample(every, min(most, len(every))))
         alone = [_of([unit], choice) for unit in self.units]
         both = [_of([self.units[i], self.units[j]], choice) for i, j in pairs]

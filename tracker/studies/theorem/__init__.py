@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.changes import INTACT, Ablation
-from tracker.core.config import ONE_EACH, CellRequest
+from tracker.core.config import CellRequest, Changes, ModelSpec
 from tracker.core.errors import CellError, RequestError, WorkError
 from tracker.core.formats import counted
 from tracker.core.grouping import grouped
@@ -114,7 +114,7 @@ class Theorem(Study[TheoremSettings]):
         models = []
         for cell in dict.fromkeys(map(_documents_request, context.experiment.cells())):
             taught, shape, _ = self._lesson_of(cell, context.options.trust_remote_code)
-            name = re.sub(r"[^a-zA-Z0-9_-]+", "_", cell.benchmark)
+            name = re.sub(r"[^a-zA-Z0-9_-]+", "_", str(cell.benchmark))
             known = fingerprint(cell, taught, shape)[:8]
             folders = {e: root / f"theorem-{name}-{e:g}-{known}" for e in self.epsilons}
             models.append([BuiltModel(cell, e, folder, taught) for e, folder in folders.items()])
@@ -123,8 +123,8 @@ class Theorem(Study[TheoremSettings]):
 
 def _documents_request(cell: CellRequest) -> CellRequest:
     """Return what of a cell says which documents, and how they are tokenised."""
-    plain = {name: CellRequest.model_fields[name].default for name in ("removed", "dtype")}
-    return cell.model_copy(update={**ONE_EACH, **plain, "layers": (0,)})
+    model = cell.model.model_copy(update={"dtype": "auto"})
+    return replace(cell, model=model, removed=(), changes=Changes(layers=(0,)))
 
 
 # The models
@@ -139,12 +139,12 @@ def lesson_of(cell: CellRequest, trust_remote_code: bool) -> tuple[Lesson, tuple
             f"{cell.title}: the theorem is about accuracy, and {metric} is none; it takes a "
             f"benchmark with {' or '.join(_ACCURACIES)}, such as arc_easy"
         )
-    source = find_model(cell.model, cell.revision, cell.model_args)
+    source = find_model(cell.model)
     model, tokenizer = weightless(source, "float32", trust_remote_code)
     length = RequestEncoder(model, tokenizer).max_length
     vocabulary = max(model.config.get_text_config().vocab_size, len(tokenizer))
     # lm-eval treats the tokenizers of some families in a way of their own, and ours is a Llama.
-    encoder = RequestEncoder(hollow(vocabulary, length), tokenizer, cell)
+    encoder = RequestEncoder(hollow(vocabulary, length), tokenizer, cell.benchmark)
     documents = benchmark.documents(encoder, cell.extent)
     if any(document.prompt is not None for document in documents):
         raise RequestError(
@@ -170,7 +170,7 @@ def fingerprint(cell: CellRequest, taught: Lesson, shape: tuple[int, int]) -> st
     """Return a hash of all that a built model follows from."""
     memory = [(place.hex(), each.signed, each.fixed) for place, each in taught.wanted.items()]
     code = file_hash([Path(str(counterexample.__file__))])
-    tokenizer = find_model(cell.model, cell.revision, cell.model_args).fingerprint()
+    tokenizer = find_model(cell.model).fingerprint()
     texts = content_hash([text.tokens for text in taught.texts])
     versions = package_versions()
     versions = {name: versions[name] for name in ("torch", "transformers")}
@@ -212,9 +212,8 @@ class BuiltModel:
     @property
     def request(self) -> CellRequest:
         """The request for each of its layers."""
-        model = {"model": str(self.folder), "revision": None, "model_args": None}
-        runs = {"dtype": "float32", "layers": tuple(range(LAYERS))}
-        return self.cell.model_copy(update=model | runs)
+        model = ModelSpec(model=str(self.folder), dtype="float32")
+        return replace(self.cell, model=model, changes=Changes(layers=tuple(range(LAYERS))))
 
     @property
     def width(self) -> int:
