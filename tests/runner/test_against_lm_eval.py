@@ -15,7 +15,7 @@ import tracker
 from tests.benchmarks.conftest import PACKAGE
 from tests.helpers.lm_eval import cut, evaluate
 from tests.helpers.package_tasks import plain_tasks_in, rows
-from tests.helpers.runs import is_lm_evals, run, write_study
+from tests.helpers.runs import is_lm_evals, measure_easy, run, write_study
 from tracker.core.extent import random_order
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
@@ -128,20 +128,15 @@ def _again(model, first: int, count: int):
 
 def test_heads_and_stretches_are_lm_evals(shallow, measured, task_manager, tmp_path, one_thread):
     loaded = measured[2]["shallow"]
-    common = {"model": str(shallow), "dtype": "float32", "benchmark": "arc_easy"}
-    common |= {"data": PACKAGE, "limit": 2}
     layers, numbers = (sorted({pair[place] for pair in HEADS}) for place in (0, 1))
-    heads = write_study(tmp_path / "h.yaml", **common, component="head", layer=layers, head=numbers)
     first, spans = (sorted({pair[place] for pair in STRETCHES}) for place in (0, 1))
-    again = write_study(
-        tmp_path / "r.yaml", **common, intervention="repeat", layer=first, span=spans
-    )
     runs = {}
-    for file in (heads, again):
-        (cell,) = run(file, tmp_path / "results").cells
-        runs |= {(each.ablation): each for each in cell.runs}
-    (store,) = Ledger(tmp_path / "results").cells()
-    frame = store.read()
+    for settings in (
+        {"component": "head", "layer": layers, "head": numbers},
+        {"intervention": "repeat", "layer": first, "span": spans},
+    ):
+        _, _, found, frame = measure_easy(shallow, tmp_path, limit=2, **settings)
+        runs |= found
     changed = {
         f"head:{layer}.{head}": _without_head(loaded.model, layer, head) for layer, head in HEADS
     }

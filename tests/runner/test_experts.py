@@ -11,8 +11,7 @@ from tests.benchmarks.conftest import PACKAGE
 from tests.conftest import cli, printed, save_tokenizer
 from tests.helpers.families import MIXED, tiny_model
 from tests.helpers.package_tasks import plain_tasks_in
-from tests.helpers.runs import is_lm_evals, run, write_study
-from tracker.ledger.store import Ledger
+from tests.helpers.runs import is_lm_evals, measure_easy
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
 
@@ -45,15 +44,8 @@ def without(model, layer, number):
 
 def test_experts_are_lm_evals(folder, tmp_path, one_thread):
     results = tmp_path / "results"
-    file = write_study(
-        tmp_path / "experts.yaml", model=str(folder), benchmark="arc_easy", data=PACKAGE, limit=4,
-        dtype="float32", component="expert", layer=1,
-    )  # fmt: skip
-    (cell,) = run(file, results).cells
-    runs = {each.ablation: each for each in cell.runs}
+    _, cell, runs, frame = measure_easy(folder, tmp_path, component="expert", layer=1)
     assert list(runs) == [f"expert:1.{number}" for number in range(4)]
-    (store,) = Ledger(results).cells()
-    frame = store.read()
     loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)
     for number in (0, 1, 3):
         changed = without(loaded.model, 1, number)
@@ -81,21 +73,16 @@ def test_experts_are_lm_evals(folder, tmp_path, one_thread):
 
 
 def test_shared_experts_are_lm_evals(tmp_path, one_thread):
-    results, folder = tmp_path / "results", tmp_path / "mixture"
+    folder = tmp_path / "mixture"
     model = tiny_model("deepseek_v3")
     model.resize_token_embeddings(save_tokenizer(folder, False))
     model.save_pretrained(folder)
-    file = write_study(
-        tmp_path / "shared.yaml", model=str(folder), benchmark="arc_easy", data=PACKAGE, limit=4,
-        dtype="float32", component="shared_expert", layer=[1, 3],
-    )  # fmt: skip
-    (cell,) = run(file, results).cells
-    (store,) = Ledger(results).cells()
+    _, cell, _, frame = measure_easy(folder, tmp_path, component="shared_expert", layer=[1, 3])
     loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)
     for each in cell.runs:
         changed = copy.deepcopy(loaded.model)
         changed.model.layers[each.change.layer].mlp.shared_experts.down_proj.weight.data.zero_()
-        is_lm_evals(each, store.read(), changed, loaded.tokenizer, tasks)
+        is_lm_evals(each, frame, changed, loaded.tokenizer, tasks)
     assert [each.ablation for each in cell.runs] == ["shared_expert:1", "shared_expert:3"]
-    assert printed("report", results, "--output", tmp_path / "page.html")
+    assert printed("report", tmp_path / "results", "--output", tmp_path / "page.html")
     assert "each layer’s shared expert was removed" in (tmp_path / "page.html").read_text("utf-8")

@@ -14,8 +14,7 @@ from tests.helpers.charts import kind_map
 from tests.helpers.mixtures import save_mixture
 from tests.helpers.package_tasks import plain_tasks_in
 from tests.helpers.registry import Variant, tiny
-from tests.helpers.runs import is_lm_evals, run, write_study
-from tracker.ledger.store import Ledger
+from tests.helpers.runs import EASY, is_lm_evals, measure_easy
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
 from tracker.report.frames import layer_frame
@@ -26,13 +25,24 @@ MAPS = ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"]
 MAPS += [f"self_attn.{name}_proj" for name in "koqv"]
 
 
-def changed(model, layer, path, kind):
-    """Write a map's weight as a GGUF file has it, in a copy."""
-    twin = copy.deepcopy(model)
-    weight = twin.model.layers[layer].get_submodule(path).weight
+def in_file(weight, kind):
+    """Return a weight as a GGUF file has it."""
     kept = gguf.quants.quantize(weight.detach().numpy(), kind)
-    weight.data = torch.from_numpy(gguf.quants.dequantize(kept, kind))
+    return torch.from_numpy(gguf.quants.dequantize(kept, kind))
+
+
+def changed(model, path, kind):
+    """Write a module's weight as a GGUF file has it, in a copy."""
+    twin = copy.deepcopy(model)
+    module = twin.get_submodule(path)
+    module.weight.data = in_file(module.weight, kind)
     return twin
+
+
+def trial_of(folder):
+    """Return the words of a trial of layer 1."""
+    settings = {"model": folder, **EASY, "layer": 1}
+    return ("evaluate", *(f"--{key}={value}" for key, value in settings.items()))
 
 
 def test_a_model_of_other_matrices_has_no_linear_maps_and_is_a_wrong_request(tmp_path):
@@ -67,21 +77,12 @@ def test_maps_are_validated_and_planned_as_they_are_measured(tiny_llama, tmp_pat
 def test_experts_matrices_are_lm_evals(tmp_path, one_thread):
     """All of a layer's, one expert's, and with all else that the layer has."""
     save_mixture(folder := tmp_path / "mixture", "mixtral")
-    said = {"model": str(folder), "benchmark": "arc_easy", "data": PACKAGE, "limit": 4}
-    said |= {"dtype": "float32", "layer": 1}
     maps = [f"mlp.experts.{name}" for name in ("down_proj", "gate_up_proj", "2.down_proj")]
-    some = write_study(
-        tmp_path / "some.yaml", **said, component="linear", map=maps, intervention=["q4_0"]
-    )
-    results = tmp_path / "results"
-    (cell,) = run(some, results).cells
-    runs = {each.ablation: each for each in cell.runs}
+    q4_0 = {"layer": 1, "intervention": ["q4_0"]}
+    runs = measure_easy(folder, tmp_path, **q4_0, component="linear", map=maps)[2]
     assert {*runs} == {f"q4_0:1.{path}" for path in maps}
-    whole = write_study(tmp_path / "whole.yaml", **said, intervention=["q4_0"])
-    (cell,) = run(whole, results).cells
+    _, cell, _, frame = measure_easy(folder, tmp_path, **q4_0)
     runs |= {each.ablation: each for each in cell.runs if each.change.map is None}
-    (store,) = Ledger(results).cells()
-    frame = store.read()
     loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)
     kind = gguf.GGMLQuantizationType.Q4_0
     for ablation, result in runs.items():
@@ -102,37 +103,27 @@ def test_experts_matrices_are_lm_evals(tmp_path, one_thread):
                 rows.append((path, tensor[number]))
         for path, weight in rows:
             if which in ("", path):
-                kept = gguf.quants.quantize(weight.detach().numpy(), kind)
-                weight.data.copy_(torch.from_numpy(gguf.quants.dequantize(kept, kind)))
+                weight.data.copy_(in_file(weight, kind))
         is_lm_evals(result, frame, twin, loaded.tokenizer, tasks)
 
 
 def test_maps_are_lm_evals(tiny_llama, tmp_path, one_thread):
     folder = tiny_llama(layers=2, hidden_size=64, intermediate_size=96)
-    results = tmp_path / "results"
-    said = {"model": str(folder), "benchmark": "arc_easy", "data": PACKAGE, "limit": 4}
-    said["dtype"] = "float32"
-    file = write_study(
-        tmp_path / "maps.yaml", **said, component="linear", layer=[0, 1],
-        intervention=["q4_0", "q8_0", "q4_k"],
-    )  # fmt: skip
-    (cell,) = run(file, results).cells
-    runs = {each.ablation: each for each in cell.runs}
-    words = ("q4_0", "q4_k", "q8_0")
-    assert {*runs} == {f"{w}:{layer}.{path}" for w in words for layer in (0, 1) for path in MAPS}
-    (store,) = Ledger(results).cells()
-    frame = store.read()
+    kinds, formats = gguf.GGMLQuantizationType, ["q4_0", "q8_0", "q4_k"]
+    asked = {"component": "linear", "layer": [0, 1], "intervention": formats}
+    file, _, runs, frame = measure_easy(folder, tmp_path, **asked)
+    assert {*runs} == {f"{w}:{layer}.{path}" for w in formats for layer in (0, 1) for path in MAPS}
     loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)
-    kinds = gguf.GGMLQuantizationType
     for word, kind, layer, path in (
         ("q4_0", kinds.Q4_0, 0, "mlp.down_proj"),
         ("q8_0", kinds.Q8_0, 1, "self_attn.q_proj"),
         ("q4_k", kinds.Q5_0, 1, "self_attn.v_proj"),  # what llama.cpp takes for such short rows
     ):
-        twin = changed(loaded.model, layer, path, kind)
+        twin = changed(loaded.model, f"model.layers.{layer}.{path}", kind)
         is_lm_evals(runs[f"{word}:{layer}.{path}"], frame, twin, loaded.tokenizer, tasks)
+    results = tmp_path / "results"
     assert "Of 14 linear maps in q4_0 " in printed("run", file, "--results", results, *NONE)
-    trial = ("evaluate", *(f"--{key}={value}" for key, value in said.items()), "--layer=1")
+    trial = trial_of(folder)
     told = ("--component=linear", "--intervention=int4_g128", "--results", results)
     wrong = cli(*trial, *told, "--map=mlp.gate_proj")
     assert wrong.exit_code == 2
@@ -142,38 +133,22 @@ def test_maps_are_lm_evals(tiny_llama, tmp_path, one_thread):
     assert "has no linear map" in wrong.output
 
 
-def _ended(model, which, kind):
-    """Write the embedding's weight, or the head's, as a GGUF file has it, in a copy."""
-    twin = copy.deepcopy(model)
-    module = twin.lm_head if which == "lm_head" else twin.model.embed_tokens
-    kept = gguf.quants.quantize(module.weight.detach().numpy(), kind)
-    module.weight.data = torch.from_numpy(gguf.quants.dequantize(kept, kind))
-    return twin
-
-
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_embedding_and_head_are_lm_evals(tied, tiny_llama, tmp_path, one_thread):
     folder = tiny_llama(hidden_size=64, layers=2, tie_word_embeddings=tied)
     results, report = tmp_path / "results", tmp_path / "page.html"
-    said = {"model": str(folder), "benchmark": "arc_easy", "data": PACKAGE, "limit": 4}
-    said["dtype"] = "float32"
     names = ["embedding"] if tied else ["embedding", "lm_head"]
-    file = write_study(
-        tmp_path / "ends.yaml", **said, component="linear", layer=[1],
-        map=[*names, "mlp.up_proj"], intervention=["q4_0", "q4_k"],
-    )  # fmt: skip
-    (cell,) = run(file, results).cells
-    runs = {each.ablation: each for each in cell.runs}
+    of = {"component": "linear", "layer": [1], "map": [*names, "mlp.up_proj"]}
+    file, cell, runs, frame = measure_easy(folder, tmp_path, **of, intervention=["q4_0", "q4_k"])
     words = ("q4_0", "q4_k")
     asked = [*names, "1.mlp.up_proj"]
     assert {*runs} == {f"{word}:{name}" for word in words for name in asked}
-    (store,) = Ledger(results).cells()
-    frame = store.read()
     loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)
     kinds = gguf.GGMLQuantizationType
     for word, kind in (("q4_0", kinds.Q4_0), ("q4_k", kinds.Q5_0)):  # rows of 64
         for which in names:
-            twin = _ended(loaded.model, which, kind)
+            path = "lm_head" if which == "lm_head" else "model.embed_tokens"
+            twin = changed(loaded.model, path, kind)
             assert (twin.lm_head.weight is twin.model.embed_tokens.weight) == tied
             is_lm_evals(runs[f"{word}:{which}"], frame, twin, loaded.tokenizer, tasks)
     text = printed("run", file, "--results", results, *NONE)
@@ -193,7 +168,7 @@ def test_embedding_and_head_are_lm_evals(tied, tiny_llama, tmp_path, one_thread)
         ("mlp.up_proj", 0): "<b>layer 1 mlp.up_proj q4_0</b>"
     }
     assert "layer 0 " not in text + " ".join(map(str, layer_table(cell).rows))
-    trial = ("evaluate", *(f"--{key}={value}" for key, value in said.items()), "--layer=1")
+    trial = trial_of(folder)
     told = ("--component=linear", "--intervention=q4_0", "--results", results, *NONE)
     # A grid has a trial for each layer; all are the one run, which is there.
     assert "embedding" in printed(*trial, *told, "--map=embedding")
