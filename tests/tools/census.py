@@ -10,6 +10,7 @@ import ast
 import csv
 import io
 import multiprocessing
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +24,6 @@ from tests.helpers.registry import (
     FAMILY_NAMES,
     NOT_BUILT,
     Variant,
-    config_class,
     families,
     variants,
 )
@@ -51,35 +51,41 @@ PROCESSES = 2
 COLUMNS = ("family", "variant", "verdict", "shared", "difference", "idle", "why", "state")
 
 HEAD = """\
-# Families
+# All model families
 
-This page is generated: `make families` measures and writes it. [families.csv](families.csv) has
-each variant by itself. It holds {held:,} of {every:,} variants, measured with {states}
-of the code, of torch and of transformers ({version}).
+This page shows how much computation `tracker` shares for each model family of transformers, and
+how exact the result is. `make families` measures and writes it, and the table of
+[Supported models](models.md). [families.csv](families.csv) has each variant.
 
-Every causal language model of the installed transformers, tiny and random, in variants of its
-windows, chunks, kinds of layers, rotary positions and switches. Each is measured by the engine, in
-two orders of documents of many lengths, and compared with one plain forward pass a request of the
-checkpoint without the layer that `tracker export` writes, as transformers loads it; where there is
-none, which [families.csv](families.csv) says, of the model whose layer hands on its input.
+It holds {held:,} of {every:,} variants, measured with {states} of the code, of torch and of
+transformers ({version}). They are tiny random models with different windows, chunks, layer kinds,
+rotary positions and other settings. The engine measures each in two orders of documents of many
+lengths. The reference is one plain forward pass per request through the checkpoint without the
+layer, as `tracker export` writes it. If there is no such checkpoint ([families.csv](families.csv)
+shows where), the layer of the reference returns its input.
 
-**{counts}.** Another {others} settings are not accepted by their classes.
+**{counts}.** Another {others} settings are not accepted by their classes. No exact variant differs
+from the reference by more than {largest:.1g} nats.
 
-- *Shared*, exactly: over *documents* (their common beginning is read once), *tokens*
-  (what a document's requests have in common is read once), *depth* (layers below the
-  removed one run once) or *nothing*. Variants are named that share unlike most.
-- *Exact to*: the largest difference from the truth, in nats.
-- *Discontinuous*: a router or a top-k flips within float32's rounding; in float64 the
-  same model is exact.
+| shared | computed once |
+|---|---|
+| `documents` | prefixes common to all documents, and `tokens` |
+| `tokens` | prefixes common to a document's requests, and `depth` |
+| `depth` | layers below the removed one |
+
+The table lists families whose variants differ in what they share, or are refused. Variants are
+*discontinuous* if float32 rounding changes a router's or a top-k choice; float64 is exact then.
 
 """
 FAR = {
-    "documents": "over depth, over tokens, and what documents have in common",
+    "documents": "over depth, tokens and documents",
     "tokens": "over depth and tokens",
     "depth": "over depth",
-    "nothing": "nothing: one plain pass a request",
-    "–": "refused by name",
+    "nothing": "nothing: one plain pass per request",
+    "–": "refused",
 }
+MANY = 4
+"""As many variants are counted, not named."""
 BEGIN, END = "<!-- made by `make families` -->\n", "\n<!-- end -->"
 
 
@@ -198,45 +204,63 @@ def page(verdicts: Sequence[Verdict], every: int) -> str:
         counts=f"exact: {counts[EXACT]}, refused: {counts[REFUSED]}, discontinuous: "
         f"{counts[DISCONTINUOUS]}, silently wrong: {counts[WRONG]}, crashed: {counts[CRASH]}",
         others=counts[NO_VARIANT],
+        largest=max((one.difference for one in verdicts if one.verdict == EXACT), default=0),
     ) + table(verdicts)
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
     """Merge the variants of each family, and list what is not built."""
-    lines = ["| family | shared | exact to | else |", "|---|---|---|---|"]
-    lines += [_row(family, own) for family, own in _by_family(verdicts).items()]
-    lines += ["", "## Not built", "", "| family | why |", "|---|---|"]
+    families: dict[tuple[str, str], list[str]] = {}
+    for family, of_family in _by_family(verdicts).items():
+        shared, refused = _columns(of_family)
+        if ";" in shared or refused:
+            families.setdefault((shared, refused), []).append(family)
+    lines = ["| families | shared | not exact |", "|---|---|---|"]
     lines += [
-        f"| {family} | {NOT_BUILT[family]} |" for family in FAMILY_NAMES if family in NOT_BUILT
+        f"| {', '.join(names)} | {shared} | {refused} |"
+        for (shared, refused), names in families.items()
     ]
+    reasons: dict[str, list[str]] = {}
+    for family in FAMILY_NAMES:
+        if family in NOT_BUILT:
+            reasons.setdefault(NOT_BUILT[family], []).append(family)
+    lines += ["", "## Not built", "", "| reason | families |", "|---|---|"]
+    lines += [f"| {reason} | {', '.join(names)} |" for reason, names in reasons.items()]
     return "\n".join(lines) + "\n"
 
 
-def _row(family: str, verdicts: Sequence[Verdict]) -> str:
+def _columns(verdicts: Sequence[Verdict]) -> tuple[str, str]:
+    """Return how far a family shares, and its variants that are not exact."""
     exact = [one for one in verdicts if one.verdict == EXACT]
     most = _most(verdicts)
-    shared = [
-        how
-        if how == most
-        else f"{how}: {', '.join(one.variant.name for one in exact if one.shared == how)}"
-        for how in sorted({one.shared for one in exact}, key=lambda how: (how != most, how))
-    ]
+    shared = [] if most is None else [most]
+    for how in sorted({one.shared for one in exact} - {most}):
+        names = [one.variant.name for one in exact if one.shared == how]
+        shared.append(f"{how}: {_listed(names, len(verdicts))}")
     besides: dict[str, list[str]] = {}
     for one in verdicts:
         if one.verdict not in (EXACT, NO_VARIANT):
             far = "" if one.verdict == REFUSED else f" by {one.difference:.2g} nats"
-            said = f"{one.verdict}{far}" + (f" ({one.why})" if one.verdict == REFUSED else "")
+            why = f" ({_brief(one.why)})" if one.verdict == REFUSED else ""
+            said = f"{one.verdict}{far}{why}"
             besides.setdefault(said, []).append(one.variant.name)
-    cells = (
-        f"{family} ({config_class(family).__name__})",
-        "; ".join(shared) or "–",
-        f"{max(one.difference for one in exact):.0e}" if exact else "–",
-        "; ".join(
-            f"{said}: {'all' if len(names) == len(verdicts) else ', '.join(names)}"
-            for said, names in besides.items()
-        ),
+    refused = "; ".join(
+        f"{said}: {_listed(names, len(verdicts))}" for said, names in besides.items()
     )
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "; ".join(shared) or "–", refused.replace("|", "\\|")
+
+
+def _brief(reason: str) -> str:
+    """Return the first clause of an error, without its type and the model's class."""
+    message = re.sub(r"^\w+Error: (\w+For\w+:? )?", "", reason)
+    return re.split(r"[:;] | \(", message)[0]
+
+
+def _listed(names: Sequence[str], total: int) -> str:
+    """Name a few variants, and count many."""
+    if len(names) == total:
+        return "all"
+    return ", ".join(names) if len(names) < MANY else f"{len(names)} of {total} variants"
 
 
 def in_short(verdicts: Sequence[Verdict], every: int) -> str:
@@ -251,7 +275,7 @@ def in_short(verdicts: Sequence[Verdict], every: int) -> str:
             "against the truth before each cell like all others.",
             "",
         ]
-    lines += ["| shared | families, most of whose variants share so far |", "|---|---|"]
+    lines += ["| shared | families (by most of their variants) |", "|---|---|"]
     lines += [
         f"| {FAR[place]} | {len(names)}: {', '.join(names) or 'none'} |"
         for place, names in far.items()

@@ -96,11 +96,12 @@ def test_the_page_merges_variants():
         every=2085,
     )
     assert "It holds 5 of 2,085 variants, measured with one state" in text
-    assert "| llama (LlamaConfig) | documents; depth: eager | 3e-05 |  |" in text
-    assert "| hrm_text (HrmTextConfig) | – | – | refused (ModelError: two lists): all |" in text
+    assert "| llama | documents; depth: eager |  |" in text
+    assert "by more than 3e-05 nats" in text
+    assert "| hrm_text | – | refused (two lists): all |" in text
     assert "discontinuous by 0.9 nats: all" in text
     assert "exact: 2, refused: 1, discontinuous: 1, silently wrong: 0, crashed: 0" in text
-    assert "| bert | reads in both directions: an encoder |" in text
+    assert "| reads in both directions: an encoder | bert, bert-generation, " in text
 
 
 def test_verdicts_are_read_as_they_were_kept(tmp_path) -> None:
