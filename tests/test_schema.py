@@ -14,17 +14,26 @@ from tracker import api
 from tracker.cli.commands import main
 from tracker.core.config import IN_THE_FILE, KEYS, CellSettings, cell_request
 from tracker.core.errors import RequestError
-from tracker.core.experiment import Parameters
+from tracker.core.experiment import Parameters, Sweep
+from tracker.keywords import (
+    ExportKeywords,
+    FileKeywords,
+    RunKeywords,
+    SearchKeywords,
+    StudyKeywords,
+    WorkKeywords,
+)
 from tracker.measuring.job import Options
 from tracker.search.request import SearchParameters, SearchRequest
 from tracker.search.settings import OF_CELLS, SearchSettings
+from tracker.studies.registry import STUDIES
 
 DOCS = Path(__file__).parents[1] / "docs"
 SEARCHED = {*OF_CELLS, *SearchSettings.model_fields}
-RUNNING = set(api.Running.__optional_keys__) - {"progress"}
+RUNNING = set(RunKeywords.__annotations__) - {"progress"}
 MACHINE = {"device", "memory", "weights", "trust_remote_code"}
 ASKED = {"experiment", "changes"}
-EXPORTED = {*inspect.signature(api.export).parameters, *api.Working.__optional_keys__}
+EXPORTED = {*inspect.signature(api.export).parameters, *WorkKeywords.__annotations__}
 
 
 def rows(page: str) -> dict[str, str]:
@@ -61,6 +70,17 @@ def test_the_docs_say_every_key_and_its_default():
         if about.default not in (None, ()) and not about.is_required():
             assert says(about.default, searched[key]), key
     assert set(SearchParameters.model_fields) == SEARCHED
+
+
+def test_the_keywords_of_python_are_the_keys():
+    keys = {*KEYS, *Sweep.model_fields}
+    assert set(FileKeywords.__annotations__) == keys
+    assert set(SearchKeywords.__annotations__) == keys | set(SearchSettings.model_fields)
+    settings = {name for study in STUDIES.values() for name in study.model_fields}
+    run = keys | set(RunKeywords.__annotations__)
+    assert set(StudyKeywords.__annotations__) == run | settings
+    assert set(ExportKeywords.__annotations__) >= {*WorkKeywords.__annotations__, "dtype"}
+    assert set(ExportKeywords.__annotations__) <= run
 
 
 def test_each_field_says_what_it_is():

@@ -20,7 +20,8 @@ from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.text import harmless, masked
 from tracker.ledger.files import sealed
-from tracker.runner import Finished
+from tracker.results import Results
+from tracker.runner import RunOutcome
 
 LONG = "a" * 300
 SECRET = "hunter2-not-to-be-seen"
@@ -136,9 +137,9 @@ COMMON = ["evaluate", "--model=m", "--benchmark=b", "--layer=3"]
 def asked(monkeypatch) -> list[CellRequest]:
     found: list[CellRequest] = []
 
-    def evaluate(request: CellRequest, **_: Any) -> tuple[None, Finished]:
+    def evaluate(request: CellRequest, **_: Any) -> Results:
         found.append(request)
-        return None, Finished()
+        return Results(RunOutcome())
 
     monkeypatch.setattr(tracker.api, "evaluate", evaluate)
     return found

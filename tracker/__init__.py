@@ -14,7 +14,6 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from tracker.api import (
-        Studied,
         check,
         evaluate,
         export,
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
         log_samples,
         ls,
         plan,
-        plan_prune,
         prune,
         quantise,
         report,
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Results",
-    "Studied",
     "__version__",
     "check",
     "evaluate",
@@ -46,7 +43,6 @@ __all__ = [
     "log_samples",
     "ls",
     "plan",
-    "plan_prune",
     "prune",
     "quantise",
     "report",

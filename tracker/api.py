@@ -10,17 +10,15 @@ Each function says all that its command's page says; none of them does anything.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
-from tracker.core.config import KEYS, CellRequest, stored_request
+from tracker.core.config import CellRequest, stored_request
 from tracker.core.errors import RequestError, TrackerError, TrackingError, WorkError, did_you_mean
-from tracker.core.experiment import Sweep
 from tracker.core.experiment_input import (
     ExperimentInput,
     Given,
@@ -30,16 +28,25 @@ from tracker.core.experiment_input import (
 )
 from tracker.core.records import CellRecord
 from tracker.core.text import masked
+from tracker.keywords import (
+    ExperimentKeywords,
+    ExportKeywords,
+    PruneKeywords,
+    RunKeywords,
+    SearchKeywords,
+    StudyKeywords,
+    Where,
+    WorkKeywords,
+)
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import Verified, compare, verify
 from tracker.measuring import prepare
-from tracker.measuring.derive import all_records
+from tracker.measuring.derive import all_records, every_record
 from tracker.measuring.job import Options
 from tracker.measuring.prepare import widened
 from tracker.measuring.progress import Progress, Silent, telling
-from tracker.results import Results, default_progress
-from tracker.results import load as results_of
-from tracker.runner import Finished, run_cells
+from tracker.results import FOLDER_FORMS, Results, default_progress
+from tracker.runner import RunOutcome, run_cells
 from tracker.team import publish as publishing
 from tracker.team.collect import Collected, collect
 from tracker.team.publish import Publisher, Synced, Trial
@@ -49,82 +56,50 @@ from tracker.tracking import default_targets, in_sweep, service, target
 from tracker.tracking.runs import Which
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from transformers import PreTrainedTokenizerBase
 
-    from tracker.core.findings import FindingRecord
     from tracker.core.kinds import Component
-    from tracker.core.prune_records import PruneRecord
     from tracker.export.facts import Exported
     from tracker.measuring.planning import PlannedCell
     from tracker.search.planning import PlannedSearch
-    from tracker.search.request import PruneFile
+    from tracker.search.request import PruneFile, SearchRequest
 
-Where = str | os.PathLike[str]
-"""A file or a folder."""
 A = TypeVar("A", bound=ExperimentInput[Any])
 RESULTS = Path("results")
-FOLDER_FORMS = ("csv", "parquet", "png", "pdf")
-"""Formats of a report that are several files."""
-
-
-class Working(TypedDict, total=False):
-    """Where and how models run, for every function that loads one.
-
-    Attributes:
-        results: The results folder; `results` where it is not said.
-        device: `auto` (an accelerator if there is one, and the default), a torch device, `spread`
-            (one model over all accelerators), or `all` (a worker on each where cells are measured).
-        trust_remote_code: Whether code and pickles from a download may run; by default not.
-        memory: Bytes that hidden states, keys and values may take; None = half of what is free.
-        weights: Bytes that a model's weights may take where it runs; None = as many as fit.
-        progress: Listens to what happens; None for silence; by default a bar in notebooks alone.
-    """
-
-    results: Where
-    device: str
-    trust_remote_code: bool
-    memory: int | None
-    weights: int | None
-    progress: Progress | None
-
-
-class Running(Working, total=False):
-    """The same, and what becomes of runs.
-
-    Attributes:
-        track: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`: one, or several as a list;
-            `none` for none; None for W&B in the trial of a W&B sweep, else MLflow.
-        publish_documents: Whether the texts of documents are published too where they are not of
-            the hub or a package: those of a folder or a corpus; by default not.
-        runs: Which runs backends get of a cell: `all`, the cell's with their table (`cells`), or by
-            default each of up to 200 of a kind (`auto`).
-        workers: How many processes measure cells side by side; None = this one alone.
-        devices_per_worker: How many accelerators each of them has; None = as many as are needed.
-    """
-
-    track: str | Sequence[str] | None
-    publish_documents: bool
-    runs: Which
-    workers: int | None
-    devices_per_worker: int | None
 
 
 class _Work:
-    """What a function works with: what `how` says as `Running` has it, and defaults for the rest.
+    """Settings of a call: how models run, and `settings`, the keys of an experiment file.
 
-    `more` is said of the options besides. RequestError for a name that is none of `Running`.
+    Args:
+        keywords: The keywords of the call.
+        names: All that it takes; RequestError for another one.
+        executor: The executor that measures cells.
+        slurm: Settings of SLURM jobs.
     """
 
-    def __init__(self, how: Mapping[str, Any], **more: Any) -> None:
-        _refuse_unknown(how, sorted(Running.__optional_keys__))
-        told = [each.name for each in fields(Options)]
-        self.options = Options(**{name: how[name] for name in told if name in how}, **more)
+    def __init__(
+        self,
+        keywords: Mapping[str, Any],
+        names: Iterable[str] = (),
+        executor: str = "local",
+        slurm: Mapping[str, object] | None = None,
+    ) -> None:
+        how = {name: keywords[name] for name in _RUN_NAMES if name in keywords}
+        self.settings = {name: keywords[name] for name in keywords if name not in how}
+        known = [*names, *_RUN_NAMES]
+        for name in self.settings:
+            if name not in known:
+                near = did_you_mean(name, known)
+                raise RequestError(f"there is no {name!r}.{near} Known are {', '.join(known)}")
+        chosen = {each.name: how[each.name] for each in fields(Options) if each.name in how}
+        self.options = Options(**chosen, executor=executor, slurm=slurm or {})
         self.ledger = Ledger(Path(how.get("results", RESULTS)))
         quiet = "progress" in how
         self.progress: Progress = (how.get("progress") or Silent()) if quiet else default_progress()
         track = how.get("track")
         self.track: Sequence[str] = default_targets() if track is None else _targets(track)
-        self._texts = how.get("publish_documents", False)
+        self._texts: bool = how.get("publish_documents", False)
         self._which: Which = how.get("runs", "auto")
         count = prepare.counting_in(self.ledger, self.options.trust_remote_code)
         self.read = partial(load_experiment, count=count)
@@ -136,27 +111,28 @@ class _Work:
         where = (self.track, project, self.ledger.root)
         return closing(Publisher(*where, self._texts, trial, which=self._which))
 
-    def kept(self, asked: ExperimentInput[Any]) -> Path:
-        """Say where the results folder keeps what was asked for."""
-        return self.ledger.root / "experiments" / asked.name
+    def finish(self, asked: ExperimentInput[Any] | None, outcome: RunOutcome) -> Results:
+        """Keep what was asked for and write the page; where that fails, `outcome` says why."""
+        from tracker.team.reports import write_report
+
+        root, page = self.ledger.root, None
+        experiment = None if asked is None else root / "experiments" / asked.name
+        try:
+            if asked is not None:
+                self.ledger.keep_experiment(asked.name, asked.text)
+            page, outcome.damaged = write_report(self.ledger)
+        except WorkError as error:  # what was measured is still to be shown
+            outcome.unwritten = str(error)
+        return Results(outcome, page, root, experiment)
+
+
+_RUN_NAMES = tuple(RunKeywords.__annotations__)
 
 
 def _targets(said: str | Sequence[str]) -> Sequence[str]:
     """Read tracking backends: several, or one as a plain text, or `none`."""
     names = said.split(",") if isinstance(said, str) else said
     return [] if list(names) == ["none"] else [name.strip() for name in names]
-
-
-def _refuse_unknown(said: Iterable[str], known: Sequence[str]) -> None:
-    for name in said:
-        if name not in known:
-            near = did_you_mean(name, known)
-            raise RequestError(f"there is no {name!r}.{near} Known are {', '.join(known)}")
-
-
-def _how(settings: dict[str, Any]) -> dict[str, Any]:
-    """Take out of what a function is told where and how models run."""
-    return {name: settings.pop(name) for name in Running.__optional_keys__ & settings.keys()}
 
 
 def _refuse_incomplete(given: Given, settings: Mapping[str, Any], call: str) -> None:
@@ -173,7 +149,7 @@ def _refuse_incomplete(given: Given, settings: Mapping[str, Any], call: str) -> 
         )
 
 
-def _is_object(model: Any) -> bool:
+def _is_object(model: object) -> bool:
     """Whether a model is given itself, and not its name."""
     return hasattr(model, "state_dict")
 
@@ -186,22 +162,18 @@ def _refuse_object(settings: Mapping[str, Any]) -> None:
         )
 
 
-_SAID = (*KEYS, *Sweep.model_fields)
-"""What an experiment file may say, as keywords."""
-
-
 def _asked(
     read: Callable[[Given, Mapping[str, Any]], A],
     given: Given,
-    settings: Mapping[str, Any],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
     work: _Work,
 ) -> A:
     """Read what is asked for; a model object is saved where the results are, once all is checked.
 
     `read` is `load_experiment`, or another such.
     """
-    if tokenizer is None and not _is_object(settings.get("model")):
+    settings, model = work.settings, work.settings.get("model")
+    if tokenizer is None and not _is_object(model):
         return read(given, settings)
     from tracker.models.checkpoint import save_once
 
@@ -214,17 +186,17 @@ def _asked(
     read(given, {**settings, "model": "of this process"})
     work.ledger.create()
     trusted, models = work.options.trust_remote_code, work.ledger.root / "models"
-    folder = save_once(settings.get("model"), tokenizer, models, trusted)
+    folder = save_once(model, tokenizer, models, trusted)
     return read(given, {**settings, "model": folder})
 
 
 def run(
     experiment: Given = None,
     *,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     executor: str = "local",
-    slurm: Mapping[str, Any] | None = None,
-    **settings: Any,
+    slurm: Mapping[str, object] | None = None,
+    **settings: Unpack[ExperimentKeywords],
 ) -> Results:
     """Run an experiment, continuing what the results folder already holds.
 
@@ -237,7 +209,7 @@ def run(
         tokenizer: The tokenizer, where `model` is a model object.
         executor: Where cells are measured: `local` (this machine), `ray` or `slurm`.
         slurm: What each SLURM job asks for, in submitit's words: `{"partition": "gpu"}`.
-        **settings: The results folder, backends, device, …: as `Running` says. And keys of the
+        **settings: The results folder, backends, device, …, as in `RunKeywords`. And keys of the
             experiment file, each with a value or a list of values: model, benchmark, sample, ….
             Beside a file or a dict, they take the place of what it says. Without one, all layers
             are measured, unless `layer` says which.
@@ -259,10 +231,9 @@ def run(
         ... )
         >>> tracker.run(model=model, tokenizer=tokenizer, benchmark="arc_easy", sample=100)
     """
-    _refuse_unknown(settings, [*_SAID, *sorted(Running.__optional_keys__)])
-    _refuse_incomplete(experiment, settings, "run(")
-    work = _Work(_how(settings), executor=executor, slurm=slurm or {})
-    asked = _asked(work.read, experiment, settings, tokenizer, work)
+    work = _Work(settings, ExperimentKeywords.__annotations__, executor, slurm)
+    _refuse_incomplete(experiment, work.settings, "run(")
+    asked = _asked(work.read, experiment, tokenizer, work)
     file = asked.file
     if file.capped:
         work.progress.say(file.capped)
@@ -270,8 +241,7 @@ def run(
         outcome = run_cells(
             file.cells(), work.ledger, publisher, work.options, work.progress, explicit=True
         )
-    page = _shown(work.ledger, asked, outcome)
-    return Results(tuple(outcome.cells), page, outcome, work.kept(asked), work.ledger.root)
+    return work.finish(asked, outcome)
 
 
 def load(results: Where = RESULTS) -> Results:
@@ -289,47 +259,22 @@ def load(results: Where = RESULTS) -> Results:
     Example:
         >>> tracker.load("results").layers
     """
-    return results_of(Path(results))
-
-
-def _shown(ledger: Ledger, asked: ExperimentInput[Any] | None, outcome: Finished) -> Path | None:
-    """Keep what was asked for and write the page; where that fails, `outcome` says why."""
-    from tracker.team.reports import write_report
-
-    page = None
-    try:
-        if asked is not None:
-            ledger.keep_experiment(asked.name, asked.text)
-        page, outcome.damaged = write_report(ledger)
-    except WorkError as error:  # what was measured is still to be shown
-        outcome.unwritten = str(error)
-    return page
-
-
-@dataclass(frozen=True)
-class Studied:
-    """What became of a study.
-
-    Attributes:
-        finding: What it says: answers, tables, charts.
-        report: The report page of the results folder; None where it could not be written.
-        outcome: What of the cells that it needs failed, and where their runs can be seen.
-        experiment: Where the results folder keeps what was asked for, as an experiment file.
-        exports: What to type to save each model that it shows to be better.
-        files: What it left in the results folder besides.
-    """
-
-    finding: FindingRecord = field(repr=False)
-    report: Path | None
-    outcome: Finished
-    experiment: Path
-    exports: tuple[str, ...] = ()
-    files: tuple[Path, ...] = ()
+    folder = Path(results)
+    contents = Ledger.existing(folder).contents()
+    cells = [record for record, _, _ in every_record(contents) if record.n]
+    page = folder / "report.html"
+    outcome = RunOutcome(cells=cells, damaged=contents.damaged)
+    return Results(outcome, page if page.exists() else None, folder)
 
 
 def study(
-    name: str, /, experiment: Given = None, *, tokenizer: Any = None, **settings: Any
-) -> Studied:
+    name: str,
+    /,
+    experiment: Given = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **settings: Unpack[StudyKeywords],
+) -> Results:
     """Answer a question of the paper or of its reviewers, measuring just what the answer lacks.
 
     Args:
@@ -339,7 +284,7 @@ def study(
         **settings: As for `run`; and the fields of the study's settings in the registry.
 
     Returns:
-        What it says, the report page, and what failed.
+        The finding, the report page, and what failed.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -351,39 +296,17 @@ def study(
     from tracker.studies.base import StudyContext, conduct, open_study
     from tracker.studies.registry import settings_of
 
-    how, alone = _how(settings), settings_of(name).model_fields
-    _refuse_unknown(settings, [*_SAID, *alone, *sorted(Running.__optional_keys__)])
-    chosen = open_study(name, **{key: settings.pop(key) for key in alone.keys() & settings.keys()})
-    _refuse_incomplete(experiment, settings, f'study("{name}", ')
-    work = _Work(how)
-    asked = _asked(work.read, experiment, settings, tokenizer, work)
+    alone = settings_of(name).model_fields
+    work = _Work(settings, [*ExperimentKeywords.__annotations__, *alone])
+    chosen = {key: work.settings.pop(key) for key in alone.keys() & work.settings.keys()}
+    opened = open_study(name, **chosen)
+    _refuse_incomplete(experiment, work.settings, f'study("{name}", ')
+    asked = _asked(work.read, experiment, tokenizer, work)
     with work.publisher(asked.file.destination) as publisher:
         context = StudyContext(asked, work.ledger, work.options, work.progress, publisher)
-        finding, outcome, result = conduct(chosen, context)
-    page = _shown(work.ledger, asked, outcome)
-    more = tuple(result.exports), tuple(result.files)
-    return Studied(finding, page, outcome, work.kept(asked), *more)
-
-
-@dataclass(frozen=True)
-class Fewer:
-    """What a choice of formats within a budget came to.
-
-    Attributes:
-        finding: What is said of the choices.
-        report: The report page of the results folder; None where it could not be written.
-        outcome: Which cells failed, and where their runs can be seen.
-        experiment: Where the results folder keeps what was asked for.
-        kept: Where it keeps which map has which format, one file a model and benchmark.
-        saved: The recommended choice as it was saved; None where that was not asked for.
-    """
-
-    finding: FindingRecord = field(repr=False)
-    report: Path | None
-    outcome: Finished
-    experiment: Path
-    kept: tuple[Path, ...]
-    saved: Exported | None = None
+        finding, outcome, answer = conduct(opened, context)
+    exports, files = tuple(answer.exports), tuple(answer.files)
+    return replace(work.finish(asked, outcome), finding=finding, exports=exports, files=files)
 
 
 def quantise(
@@ -397,9 +320,9 @@ def quantise(
     refine: int = 3,
     pairs: int = 20,
     output: Where | None = None,
-    tokenizer: Any = None,
-    **settings: Any,
-) -> Fewer:
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **settings: Unpack[ExperimentKeywords],
+) -> Results:
     """Choose a format for each linear map within a budget, and test the choice.
 
     Args:
@@ -416,7 +339,8 @@ def quantise(
         **settings: As for `run`.
 
     Returns:
-        What the choices are worth, and where the recommended one is.
+        The figures of the choices, and the recommended one as it was saved. `files` say which map
+        has which format, one a model and benchmark.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -436,80 +360,52 @@ def quantise(
     options |= {"embeddings": embeddings, "refine": refine, "pairs": pairs}
     options |= {} if format is None else {"format": format}
     done = study("quantise", experiment, tokenizer=tokenizer, **options, **settings)
-    kept, saved = done.files, None
-    if output is not None and len(kept) == 1:
-        note = read_note(kept[0])
-        work = _Work({name: settings[name] for name in Working.__optional_keys__ & settings.keys()})
-        tests = stored_request(note["tested_on"])
-        request = checkpoint.ExportRequest(
-            change=rounding(note["formats"]),
-            request=tests,
-            on_benchmark=True,
-            output=Path(output),
-            ledger=work.ledger,
-            options=work.options,
-        )
-        saved = checkpoint.export(request, work.progress)
-    elif output is not None:
+    if output is None:
+        return done
+    if len(done.files) != 1:
         raise RequestError(
-            f"--output saves one model, and {len(kept)} choices are recommended; ask for one model "
-            "and one benchmark"
+            f"--output saves one model, and {len(done.files)} choices are recommended; ask for one "
+            "model and one benchmark"
         )
-    return Fewer(done.finding, done.report, done.outcome, done.experiment, kept, saved)
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What searches for what to prune found.
-
-    Attributes:
-        records: One a search, and draw where it draws: its steps, tested, and its cost.
-        finding: What they say beside each other.
-        report: The report page of the results folder; None where it could not be written.
-        outcome: Which searches or runs failed, and where the runs can be seen.
-        export: What to type to save the recommended pruning; empty where none can be saved.
-        experiment: Where the results folder keeps what was asked for; None for a sweep's trial.
-        exported: The recommended pruning as it was saved; None where that was not asked for, or
-            failed.
-        unsaved: Why it could not be saved; empty otherwise. What was found stands.
-    """
-
-    records: tuple[PruneRecord, ...] = field(repr=False)
-    finding: FindingRecord = field(repr=False)
-    report: Path | None
-    outcome: Finished
-    export: str
-    experiment: Path | None = None
-    exported: Exported | None = field(default=None, repr=False)
-    unsaved: str = ""
-
-    @property
-    def exit_code(self) -> int:
-        """0 = all done, 1 = some of the work failed."""
-        return 1 if self.unsaved else self.outcome.exit_code
+    note = read_note(done.files[0])
+    names = WorkKeywords.__annotations__
+    work = _Work({name: value for name, value in settings.items() if name in names})
+    request = checkpoint.ExportRequest(
+        change=rounding(note["formats"]),
+        request=stored_request(note["tested_on"]),
+        on_benchmark=True,
+        output=Path(output),
+        ledger=work.ledger,
+        options=work.options,
+    )
+    return replace(done, saved=checkpoint.export(request, work.progress))
 
 
 def prune(
-    experiment: Given = None, *, tokenizer: Any = None, output: Where | None = None, **settings: Any
-) -> Pruned:
+    experiment: Given = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    output: Where | None = None,
+    **settings: Unpack[PruneKeywords],
+) -> Results:
     """Search for what to prune on some documents, and test what was chosen on others.
 
     Args:
         experiment: The YAML file of searches, or what stands for one, as for `run`.
         tokenizer: As for `run`.
         output: The folder that is made for the recommended pruning, as by `export`; None for none.
-        **settings: The results folder, backends, device, …: as `Running` says. And keys of the
+        **settings: The results folder, backends, device, …, as in `RunKeywords`. And keys of the
             file, as for `run`: model, benchmark, strategy, remove, ….
 
     Returns:
-        What was found, the report page, and what failed.
+        The searches, the report page, and what failed.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
         CellError: No search could be finished.
 
     Example:
-        >>> tracker.prune("experiments/prune.yaml", output="lighter").records
+        >>> tracker.prune("experiments/prune.yaml", output="lighter").searches
     """
     from tracker.export import checkpoint
     from tracker.export.changes import refuse_units, removal_of
@@ -517,12 +413,9 @@ def prune(
     from tracker.search.conduct import conduct, trial
     from tracker.search.report import export_line, savable
     from tracker.search.request import load_searches, refuse_draws, search_request
-    from tracker.search.settings import SearchSettings
 
-    known = [*_SAID, *SearchSettings.model_fields, *sorted(Running.__optional_keys__)]
-    _refuse_unknown(settings, known)
-    _refuse_incomplete(experiment, settings, "prune(remove=8, ")
-    work = _Work(_how(settings))
+    work = _Work(settings, PruneKeywords.__annotations__)
+    _refuse_incomplete(experiment, work.settings, "prune(remove=8, ")
     if output is not None:
         checkpoint.refuse_output(Path(output))
     is_trial = experiment is None and in_sweep()
@@ -530,11 +423,11 @@ def prune(
     typed: tuple[str, ...] = ()
     with trial(work.track if is_trial else (), work.ledger.root) as log:
         if is_trial:  # a point of a grid, which holds every combination of its values
-            project = settings.pop("project", None) or "tracker"
-            searches = [search_request(settings)]
+            project = work.settings.pop("project", None) or "tracker"
+            searches = [search_request(work.settings)]
             name = f"{searches[0].strategy}-{searches[0].cell.benchmark}"
         else:
-            asked = _asked(load_searches, experiment, settings, tokenizer, work)
+            asked = _asked(load_searches, experiment, tokenizer, work)
             project, searches, name = asked.file.destination, asked.file.searches(), asked.name
             typed = ("tracker", "prune", *asked.typed) if asked.typed else ()
         if output is not None:
@@ -544,19 +437,21 @@ def prune(
             lender = Lender(work.ledger, work.options, work.progress, typed)
             found, finding = conduct(searches, name, lender, publisher)
         log(found)
-    page = _shown(work.ledger, asked, found.outcome)
-    kept = None if asked is None else work.kept(asked)
-    pruned = Pruned(tuple(found.records), finding, page, found.outcome, "", kept)
+    done = replace(
+        work.finish(asked, found.outcome), finding=finding, searches=tuple(found.records)
+    )
     chosen = savable(found.searched, found.recommended)
     if chosen is None:
-        why = "nothing is recommended that could be saved" if output is not None else ""
-        return replace(pruned, unsaved=why)
-    one, request = chosen
-    pruned = replace(pruned, export=export_line(one.record, request, work.ledger.root))
+        if output is not None:
+            found.outcome.unsaved = "nothing is recommended that could be saved"
+        return done
+    best, request = chosen
+    done = replace(done, exports=(export_line(best.record, request, work.ledger.root),))
     if output is None:
-        return pruned
+        return done
+    goal = found.recommended[best.asked.goal]
     wanted = checkpoint.ExportRequest(
-        change=removal_of(work.ledger, one.record, found.recommended[one.asked.goal].decided_on),
+        change=removal_of(work.ledger, best.record, goal.decided_on),
         request=request,
         on_benchmark=True,
         output=Path(output),
@@ -565,20 +460,21 @@ def prune(
         project=project,
     )
     try:
-        return replace(pruned, exported=checkpoint.export(wanted, work.progress))
+        return replace(done, saved=checkpoint.export(wanted, work.progress))
     except TrackerError as error:
-        return replace(pruned, unsaved=str(error))
+        found.outcome.unsaved = str(error)
+        return done
 
 
 @dataclass(frozen=True)
-class Validated:
-    """An experiment that can be run.
+class Validation:
+    """Size of an experiment that can be run.
 
     Attributes:
         measurements: How many (model, benchmark) it has; 0 where it asks for searches.
         runs: How many runs they have.
         searches: How many searches it asks for.
-        notes: What is to be known of it, and what could not be checked from here or now.
+        notes: Remarks on it, and everything that could not be checked from here or now.
     """
 
     measurements: int = 0
@@ -587,13 +483,45 @@ class Validated:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Cost of an experiment.
+
+    Attributes:
+        cells: One plan per cell: documents, tokens, layer passes, FLOPs, memory.
+        searches: One plan per search, where the experiment asks for searches.
+        tests: One plan per set of documents on which their choices are decided or tested.
+    """
+
+    cells: tuple[PlannedCell, ...] = ()
+    searches: tuple[PlannedSearch, ...] = ()
+    tests: tuple[PlannedSearch, ...] = ()
+
+
+def _searches(
+    experiment: Given, settings: Mapping[str, Any], call: str
+) -> list[SearchRequest] | None:
+    """Read the searches that an experiment asks for; None where it asks for none."""
+    _refuse_incomplete(experiment, settings, call)
+    if _is_object(settings.get("model")):
+        raise RequestError(
+            "a model object is saved when it is measured, and nothing is written here; give the "
+            "model's name or folder. run, study and prune take the object"
+        )
+    if not asks_for_searches(experiment, settings):
+        return None
+    from tracker.search.request import load_searches
+
+    return load_searches(experiment, settings).file.searches()
+
+
 def validate(
     experiment: Given = None,
     *,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-    **settings: Any,
-) -> Validated:
+    **settings: Unpack[SearchKeywords],
+) -> Validation:
     """Check an experiment, or searches for what to prune, without loading a model's weights.
 
     Documents that are on this machine are read; on the hub, they are named in the notes.
@@ -613,33 +541,17 @@ def validate(
     Example:
         >>> tracker.validate("experiments/demo.yaml").runs
     """
-    _refuse_incomplete(experiment, settings, "validate(")
-    _refuse_object(settings)
-    if asks_for_searches(experiment, settings):
-        from tracker.search.cells import Lender
-        from tracker.search.planning import refuse_unsavable
-        from tracker.search.request import load_searches
-        from tracker.search.search import budget_of, refuse_mixed, refuse_unknown
+    searches = _searches(experiment, settings, "validate(")
+    if searches is not None:
+        from tracker.search.planning import check_searches
 
-        searches = load_searches(experiment, settings).file.searches()
-        refuse_unknown(searches, trust_remote_code)
-        options = Options(trust_remote_code=trust_remote_code)
-        lender = Lender(Ledger(RESULTS), options, Silent())
-        requests = [r for search in searches for r in (*search.calibration(), search.test())]
-        unchecked = prepare.check_documents(requests, progress or Silent())
-        if not unchecked:
-            refuse_mixed(searches, lender, {})
-        # How long layers take is measured, which loads the weights.
-        known = [each for each in searches if each.amount.measure != "seconds"]
-        budgets = [budget_of(each, lender) for each in known]
-        found = refuse_unsavable(known, budgets, trust_remote_code)
-        notes = [*filter(None, found), *(f"not checked: {text}" for text in unchecked)]
-        return Validated(searches=len(searches), notes=tuple(notes))
+        notes = check_searches(searches, Ledger(RESULTS), trust_remote_code, progress or Silent())
+        return Validation(searches=len(searches), notes=tuple(notes))
     asked = load_experiment(experiment, settings).file
     cells = asked.cells()
     runs, unchecked = prepare.validate(cells, trust_remote_code, asked.kinds, progress)
     notes = [*filter(None, [asked.capped]), *(f"not checked: {each}" for each in unchecked)]
-    return Validated(len(cells), runs, notes=tuple(notes))
+    return Validation(len(cells), runs, notes=tuple(notes))
 
 
 def plan(
@@ -648,74 +560,46 @@ def plan(
     results: Where = RESULTS,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-    **settings: Any,
-) -> list[PlannedCell]:
-    """Say what an experiment will cost, before anything is spent.
+    **settings: Unpack[SearchKeywords],
+) -> Plan:
+    """Plan what an experiment, or searches for what to prune, will cost; nothing is measured.
 
     Args:
-        experiment: The YAML file, or what stands for one, as for `run`.
-        results: The results folder, which may hold some of it.
+        experiment: The YAML file, or what stands for one, as for `run` and `prune`.
+        results: The results folder, which may hold some of it; of searches, only its timings count.
         trust_remote_code: Whether code from a download may run.
         progress: Told what is to be known of it.
-        **settings: Keys of the file, as for `run`.
+        **settings: Keys of the file, as for `run` and `prune`.
 
     Returns:
-        One plan a cell: documents, tokens, layer passes, FLOPs, memory.
+        One plan a cell or a search.
 
     Raises:
         RequestError: Something that was asked for does not exist or does not fit.
 
     Example:
-        >>> tracker.plan("experiments/demo.yaml", sample=50)
+        >>> tracker.plan("experiments/demo.yaml", sample=50).cells
+        >>> tracker.plan("experiments/prune.yaml").searches
     """
+    ledger = Ledger(Path(results))
+    searches = _searches(experiment, settings, "plan(")
+    if searches is not None:
+        from tracker.search.planning import plan_searches
+
+        planned, tests = plan_searches(searches, ledger, trust_remote_code)
+        return Plan(searches=tuple(planned), tests=tuple(tests))
     from tracker.measuring import planning
 
-    _refuse_incomplete(experiment, settings, "plan(")
-    _refuse_object(settings)
-    ledger = Ledger(Path(results))
     count = prepare.counting_in(ledger, trust_remote_code)
     asked = load_experiment(experiment, settings, count).file
     if asked.capped and progress is not None:
         progress.say(asked.capped)
-    return planning.plan(asked.cells(), ledger, trust_remote_code, progress)
-
-
-def plan_prune(
-    experiment: Given = None,
-    *,
-    results: Where = RESULTS,
-    trust_remote_code: bool = False,
-    **settings: Any,
-) -> tuple[list[PlannedSearch], list[PlannedSearch]]:
-    """Say what the searches of an experiment will cost, before anything is spent.
-
-    Args:
-        experiment: The YAML file, or what stands for one, as for `prune`.
-        results: The results folder; only its timings count, not what it has measured.
-        trust_remote_code: Whether code from a download may run.
-        **settings: Keys of the file, as for `prune`.
-
-    Returns:
-        One plan a search, and one for each set of test documents.
-
-    Raises:
-        RequestError: Something that was asked for does not exist or does not fit.
-
-    Example:
-        >>> searches, tests = tracker.plan_prune("experiments/prune.yaml")
-    """
-    from tracker.search import planning
-    from tracker.search.request import load_searches
-
-    _refuse_incomplete(experiment, settings, "plan_prune(remove=8, ")
-    _refuse_object(settings)
-    asked = load_searches(experiment, settings).file.searches()
-    return planning.plan_searches(asked, Ledger(Path(results)), trust_remote_code)
+    return Plan(tuple(planning.plan(asked.cells(), ledger, trust_remote_code, progress)))
 
 
 def evaluate(
-    request: CellRequest, *, project: str = "tracker", **how: Unpack[Running]
-) -> tuple[CellRecord | None, Finished]:
+    request: CellRequest, *, project: str = "tracker", **how: Unpack[RunKeywords]
+) -> Results:
     """Measure one run of a cell, and what else its sweep asks of the cell: what a trial calls.
 
     Outside a sweep, and where the sweep cannot be read, all layers are measured.
@@ -723,11 +607,11 @@ def evaluate(
     Args:
         request: The model, the benchmark, and a layer, which is measured together with others.
         project: The tracking backends' project.
-        **how: The results folder, which trials share, backends, device, …: as `Running` says.
+        **how: The results folder, which trials share, backends, device, …, as in `RunKeywords`.
 
     Returns:
-        The cell's record, or None where it failed or where what was asked for is no run (its span
-        reaches beyond the last layer, or holds a removed one); and what failed.
+        The cell's record, and what failed. There is no cell where it failed, and where the request
+        is no run: its span reaches beyond the last layer, or holds a removed one.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -735,7 +619,7 @@ def evaluate(
     Example:
         >>> from tracker.core.config import cell_request
         >>> request = cell_request(model="gpt2", benchmark="piqa", layers=(3,))
-        >>> record, finished = tracker.evaluate(request)
+        >>> tracker.evaluate(request).cells
     """
     work = _Work(how)
     trial = Trial(work.track, work.ledger.root, request.changes.single)
@@ -747,7 +631,7 @@ def evaluate(
         if no_run is not None:
             work.progress.say(f"nothing to measure: {no_run}")
             trial.leave(no_run)
-            return None, Finished()
+            return Results(RunOutcome(), folder=work.ledger.root)
         with work.publisher(project, trial) as publisher:
             outcome = run_cells(
                 [request], work.ledger, publisher, work.options, work.progress, explicit=True
@@ -763,7 +647,7 @@ def evaluate(
             trial.log(record)
     except TrackingError as error:
         outcome.unpublished[f"the trial of {asked.title}"] = str(error)
-    return record, outcome
+    return Results(outcome, folder=work.ledger.root)
 
 
 def export(
@@ -778,7 +662,7 @@ def export(
     project: str = "tracker",
     track: str | Sequence[str] = (),
     register: str | None = None,
-    **settings: Any,
+    **settings: Unpack[ExportKeywords],
 ) -> Exported:
     """Save a model without some layers, or with some again, proved to be what was measured.
 
@@ -795,9 +679,8 @@ def export(
         project: The tracking backends' project.
         track: Tracking backends that get the model, each as `BACKEND` or `BACKEND:PROJECT`.
         register: The name under which MLflow's registry keeps it; None for none.
-        **settings: The results folder, device, …: as `Working` says; and what else a model and a
-            benchmark are told: `dtype`, `revision`, `sample`, `data`, … as
-            `tracker.core.config.CellSettings` names them.
+        **settings: The results folder, device, …, as in `WorkKeywords`; and further settings of
+            the model and the benchmark: `dtype`, `revision`, `sample`, `data`, ….
 
     Returns:
         What was saved, and what is known of it.
@@ -815,12 +698,11 @@ def export(
     from tracker.export.changes import layer_change
 
     change = layer_change(remove, repeat, repeats, component)
-    how = {name: settings.pop(name) for name in Working.__optional_keys__ & settings.keys()}
-    work = _Work(how)
+    work = _Work(settings, ExportKeywords.__annotations__)
     return checkpoint.export(
         checkpoint.ExportRequest(
             change=change,
-            request=checkpoint.model_request(model, benchmark, **settings),
+            request=checkpoint.model_request(model, benchmark, **work.settings),
             on_benchmark=benchmark is not None,
             output=Path(output),
             ledger=work.ledger,
@@ -833,25 +715,6 @@ def export(
     )
 
 
-@dataclass(frozen=True)
-class Reported:
-    """A report over any number of sources.
-
-    Attributes:
-        cells: What it shows.
-        files: What was written.
-        failed: Source, cell or target → what went wrong.
-        locations: Where it was published, and where to look.
-        notes: What else a person should know.
-    """
-
-    cells: tuple[CellRecord, ...] = field(repr=False)  # thousands of figures
-    files: tuple[Path, ...]
-    failed: dict[str, str]
-    locations: dict[str, str]
-    notes: tuple[str, ...] = ()
-
-
 def report(
     *sources: Where,
     form: str = "html",
@@ -860,7 +723,7 @@ def report(
     publish_documents: bool = False,
     results: Where = RESULTS,
     progress: Progress | None = None,
-) -> Reported:
+) -> Results:
     """Write a report over the cells of results folders and tracking projects.
 
     Args:
@@ -876,7 +739,7 @@ def report(
         progress: Told what is downloaded.
 
     Returns:
-        What was written.
+        The cells, the files that were written, and what failed.
 
     Raises:
         RequestError: A source or a target is none, or no source holds a measured cell.
@@ -885,22 +748,11 @@ def report(
     Example:
         >>> tracker.report("results", form="csv", output="figures")
     """
-    from tracker.team import reports
-
     # These show documents as they stand in the outcomes, besides what was derived from them.
     everything = bool(publish) or form in ("csv", "parquet")
-    found = _collected(sources, results, progress, anew=everything)
-    path = Path(output) if output is not None else _beside(sources, results, form)
-    in_folder = form in FOLDER_FORMS
-    if path.exists() and path.is_dir() != in_folder:
-        other = "a file; name a folder" if in_folder else f"a folder; name a file, as {path}/report"
-        raise RequestError(f"--output: {path} is {other}")
-    files = reports.write(found, form, path)
-    locations, failed, notes = reports.publish(
-        found, _targets(publish), Path(results), publish_documents
-    )
-    notes = (*_unfinished(found), *notes)
-    return Reported(found.cells, tuple(files), found.failed | failed, locations, notes)
+    found = _collect(sources, results, progress, anew=everything)
+    files = found.save(_beside(sources, results, form) if output is None else output, form)
+    return _publish(replace(found, files=files), publish, results, publish_documents)
 
 
 def leaderboard(
@@ -908,7 +760,7 @@ def leaderboard(
     publish: str | Sequence[str] = (),
     results: Where = RESULTS,
     progress: Progress | None = None,
-) -> pd.DataFrame:
+) -> Results:
     """Rank the layers of each model by what their removal costs.
 
     Args:
@@ -919,59 +771,24 @@ def leaderboard(
         progress: Told what is downloaded.
 
     Returns:
-        One row a (model, layer), the largest lower end of a drop first: means over the benchmarks,
-        fractions; the interval of the drop holds for all layers together; `best_rank` and
-        `worst_rank` hold the rank, `shown` says what is shown of the layer. What
-        could not be read or published is a warning.
+        The cells, whose table `layer_leaderboard` is the ranking, and what could not be read or
+        published.
 
     Raises:
         RequestError: A source or a target is none, or no source holds a measured benchmark.
         TrackingError: No source could be read.
 
     Example:
-        >>> tracker.leaderboard("results", "wandb:my-team/layers")
+        >>> tracker.leaderboard("results", "wandb:my-team/layers").table("layer_leaderboard")
     """
-    from tracker.report.export import board_data
-    from tracker.report.frames import frame_of
-
-    done = rank(*sources, publish=publish, results=results, progress=progress)
-    for line in (*done.notes, *(f"{what}: {why}" for what, why in done.failed.items())):
-        warnings.warn(line, stacklevel=2)
-    return frame_of(board_data(done.cells)["layer_leaderboard"])
+    found = _collect(sources, results, progress, anew=bool(publish))
+    return _publish(found, publish, results)
 
 
-def rank(
-    *sources: Where,
-    publish: str | Sequence[str] = (),
-    results: Where = RESULTS,
-    progress: Progress | None = None,
-) -> Reported:
-    """Collect the cells that a leaderboard ranks, and publish a report of them.
-
-    Args:
-        *sources: As for `report`.
-        publish: As for `leaderboard`.
-        results: The results folder.
-        progress: Told what is downloaded.
-
-    Returns:
-        The cells, for `tracker.analysis.ranks` to rank; no file is written.
-
-    Raises:
-        RequestError: A source or a target is none, or no source holds a measured cell.
-        TrackingError: No source could be read.
-    """
-    from tracker.team import reports
-
-    collected = _collected(sources, results, progress, anew=bool(publish))
-    locations, failed, notes = reports.publish(collected, _targets(publish), Path(results))
-    notes = (*_unfinished(collected), *notes)
-    return Reported(collected.cells, (), collected.failed | failed, locations, notes)
-
-
-def _collected(
-    sources: Sequence[Where], results: Where, progress: Progress | None, anew: bool = False
-) -> Collected:
+def _collect(
+    sources: Sequence[Where], results: Where, progress: Progress | None, anew: bool
+) -> Results:
+    """Gather the cells of sources; TrackingError or RequestError where there is none."""
     names = [os.fspath(source) for source in sources] or [os.fspath(results)]
     found = collect(names, progress or Silent(), anew)
     if not found.cells and found.failed:
@@ -981,11 +798,23 @@ def _collected(
             f"there is no finished benchmark in {masked(', '.join(names))} yet; "
             "tracker run EXPERIMENT.yaml begins one, or goes on with it"
         )
-    return found
+    notes = tuple(f"not shown yet: {each}" for each in found.unfinished)
+    outcome = RunOutcome(cells=[*found.cells], failed=found.failed)
+    return Results(outcome, folder=Path(results), notes=notes, sources=found)
 
 
-def _unfinished(found: Collected) -> tuple[str, ...]:
-    return tuple(f"not shown yet: {each}" for each in found.unfinished)
+def _publish(
+    found: Results, targets: str | Sequence[str], results: Where, documents: bool = False
+) -> Results:
+    """Publish a report of collected cells."""
+    from tracker.team import reports
+
+    collected = found.sources or Collected()
+    locations, failed, notes = reports.publish(
+        collected, _targets(targets), Path(results), documents
+    )
+    outcome = replace(found.outcome, locations=locations, failed=collected.failed | failed)
+    return replace(found, outcome=outcome, notes=(*found.notes, *notes))
 
 
 def _beside(sources: Sequence[Where], results: Where, form: str) -> Path:

@@ -6,26 +6,30 @@ A progress bar stands where a notebook runs.
 from __future__ import annotations
 
 import html
+import os
 import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tracker.core.errors import RequestError, did_you_mean
 from tracker.core.records import CellRecord
-from tracker.ledger.store import Ledger
-from tracker.measuring.derive import every_record
 from tracker.measuring.progress import Progress, Silent
-from tracker.runner import Finished
+from tracker.runner import RunOutcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import pandas as pd
     import plotly.graph_objects as go
+    from tqdm import tqdm
 
     from tracker.analysis.ranks.layers import LayerBoard
+    from tracker.core.findings import FindingRecord
+    from tracker.core.prune_records import PruneRecord
+    from tracker.export.facts import Exported
+    from tracker.team.collect import Collected
 
 
 def default_progress() -> Progress:
@@ -39,7 +43,7 @@ class Bar(Progress):
     """Shows a run below a notebook's code: a bar, and lines above it."""
 
     def __init__(self) -> None:
-        self._bar: Any = None
+        self._bar: tqdm[NoReturn] | None = None
 
     def say(self, message: str) -> None:
         """Print a line."""
@@ -70,118 +74,228 @@ class Bar(Progress):
             self._bar = None
 
 
+FOLDER_FORMS = ("csv", "parquet", "png", "pdf")
+"""Formats of a report that are several files."""
 _ROWS = 10
 """Layers in the table that a notebook or a terminal shows."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured; a notebook shows the answer and the layers that cost most.
+    """Results of a run, a study, a search or a report.
+
+    A notebook shows the answer and the layers that cost most.
 
     Attributes:
-        cells: One record a (model, benchmark), in the order of the experiment.
+        outcome: The cells' records, what failed, and where the runs can be seen.
         report: The report page of the results folder; None where it could not be written.
-        outcome: What failed, what was not published, and where the runs can be seen.
-        experiment: Where the results folder keeps what was asked for, as an experiment file.
         folder: The results folder.
+        experiment: The experiment file that asks for the same; None where there is none.
+        finding: What a study or searches found: answers, tables, charts; None for other results.
+        searches: One record per search and draw: its steps, tested, and its cost.
+        exports: Commands that save each model that is shown to be better.
+        saved: The recommended model that was saved; None where none was.
+        files: Files that were written besides.
+        notes: Further remarks.
 
     Example:
         >>> results = tracker.load("results")
-        >>> results.layers.sort_values("accuracy_drop")
+        >>> results.table("layers").sort_values("accuracy_drop")
         >>> results.plot()
+        >>> results.save("figures", "pdf")
     """
 
-    cells: tuple[CellRecord, ...] = field(repr=False)  # thousands of figures
-    report: Path | None
-    outcome: Finished = field(repr=False)
-    experiment: Path | None = None
+    outcome: RunOutcome = field(repr=False)  # thousands of figures
+    report: Path | None = None
     folder: Path = Path("results")
+    experiment: Path | None = None
+    finding: FindingRecord | None = field(default=None, repr=False)
+    searches: tuple[PruneRecord, ...] = field(default=(), repr=False)
+    exports: tuple[str, ...] = ()
+    saved: Exported | None = field(default=None, repr=False)
+    files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+    sources: Collected | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def cells(self) -> tuple[CellRecord, ...]:
+        """One record per model and benchmark, in the order of the experiment."""
+        return tuple(self.outcome.cells)
 
     @property
     def layers(self) -> pd.DataFrame:
-        """One row a (model, benchmark, run): fractions; `layer` is its first layer, 0-based.
-
-        `shown` is what the page shows of the run on its benchmark, all runs of its kind at once:
-        `matters`, `better without`, `below 5 pp` or `open`.
-
-        Example:
-            >>> results.layers.query("shown == 'matters'")
-            >>> results.layers[["layer", "accuracy_drop", "cosine_score"]]
-        """
-        from tracker.report.frames import layer_frame
-
-        return layer_frame(self.cells)
+        """The table `layers`."""
+        return self.table("layers")
 
     @property
     def correlations(self) -> pd.DataFrame:
-        """One row a (model, benchmark, proxy, coefficient, subset of layers).
-
-        `low` and `high` say where `value` would be with other documents and the same layers,
-        `p_value` how often unrelated layers, as smooth over depth, would correlate as strongly.
-
-        Example:
-            >>> results.correlations.query("proxy == 'cosine_score'")
-        """
-        from tracker.report.frames import correlation_frame
-
-        return correlation_frame(self.cells)
+        """The table `correlations`."""
+        return self.table("correlations")
 
     @property
     def documents(self) -> pd.DataFrame:
-        """One row a (model, benchmark, run, document): what the model answers, intact and without.
+        """The table `documents`."""
+        return self.table("documents")
 
-        `change` is `lost`, `won` or `same`; `score_intact` and `score` are the document's metric,
-        of which more is better. Texts are there where the results folder holds them.
+    def table(self, name: str = "") -> pd.DataFrame:
+        """Return a table as a data frame: fractions, unrounded.
+
+        `layers` has a row per model, benchmark and run: `layer` is its first layer, 0-based, and
+        `shown` what the page shows of the run on its benchmark, all runs of its kind at once:
+        `matters`, `better without`, `below 5 pp` or `open`.
+
+        `correlations` has a row per model, benchmark, proxy, coefficient and subset of layers.
+        `low` and `high` are where `value` would be with other documents and the same layers,
+        `p_value` how often unrelated layers, as smooth over depth, would correlate as strongly.
+
+        `documents` has a row per model, benchmark, run and document: what the model answers, intact
+        and without. `change` is `lost`, `won` or `same`; `score_intact` and `score` are the
+        document's metric, of which more is better. Texts are there where the results folder holds
+        them.
+
+        `layer_leaderboard`, `model_leaderboard` and, where parts are ranked, `part_leaderboard` are
+        means over the benchmarks, the largest lower end of a drop first. The interval of the drop
+        holds for all layers together; `best_rank` and `worst_rank` hold the rank.
+
+        Args:
+            name: One of these, or of the study's tables, `STUDY--EXPERIMENT-1`, …; empty for the
+                study's first table, and for `layers` where there is no study.
+
+        Returns:
+            The data frame.
+
+        Raises:
+            RequestError: There is no such table.
 
         Example:
-            >>> documents = results.documents
-            >>> documents.query("layer == 11 and change == 'lost'")[["question", "answer"]]
+            >>> results.table("layers").query("shown == 'matters'")
+            >>> results.table("correlations").query("proxy == 'cosine_score'")
+            >>> results.table("documents").query("layer == 11 and change == 'lost'")
         """
+        from tracker.report.export import board_data
+        from tracker.report.frames import correlation_frame, frame_of, layer_frame
+        from tracker.report.page.studies import study_frames
+
+        tables = study_frames([self.finding] if self.finding else [])
+        name = name or next(iter(tables), "layers")
+        if name in tables:
+            return tables[name]
+        if name == "layers":
+            return layer_frame(self.cells)
+        if name == "correlations":
+            return correlation_frame(self.cells)
+        if name == "documents":
+            return self._documents()
+        boards = board_data(self.cells)
+        if name not in boards:
+            names = [*tables, "layers", "correlations", "documents", *boards]
+            raise RequestError(
+                f"there is no table {name!r}.{did_you_mean(name, names)} Tables here: "
+                f"{', '.join(names)}"
+            )
+        return frame_of(boards[name])
+
+    def _documents(self) -> pd.DataFrame:
+        """Lay out all documents of the cells, under every run."""
         from tracker.analysis.decisions import decisions
         from tracker.report.frames import document_frame
 
-        mine = {cell.place: cell for cell in self.cells}
-        records = every_record(Ledger.existing(self.folder).contents()) if mine else ()
-        found = [(r, decisions(s, asked.view)) for r, s, asked in records if r.place in mine]
-        return document_frame([(r, each) for r, each in found if each], changed=False)
+        origins = self._collected().origins if self.cells else {}
+        decided = [
+            (cell, decisions(*origins[cell.place])) for cell in self.cells if cell.place in origins
+        ]
+        return document_frame([(cell, each) for cell, each in decided if each], changed=False)
 
-    def plot(self, model: str | None = None) -> go.Figure:
-        """Draw what each layer costs, above its cosine score.
+    def _collected(self) -> Collected:
+        """Return the cells with the outcomes that they were derived from."""
+        if self.sources is not None:
+            return self.sources
+        from tracker.team.collect import collect
+
+        collected = collect([str(self.folder)], Silent())
+        collected.cells = self.cells
+        if self.finding is not None:
+            collected.findings = (self.finding,)
+        return collected
+
+    def plot(self, name: str = "") -> go.Figure:
+        """Draw a chart of the study, or what each layer of a model costs above its cosine score.
 
         Args:
-            model: Which model, by its name in `layers`; None where there is one.
+            name: A chart of the study, `STUDY--EXPERIMENT-1`, …, or a model by its name in the
+                table `layers`; empty for the study's first chart, or the only model.
 
         Returns:
             The figure, which a notebook shows.
 
         Raises:
-            RequestError: There is no such model, there are several, or no benchmark counts.
+            RequestError: There is no such chart or model, there are several models, or no benchmark
+                counts.
 
         Example:
             >>> results.plot().write_html("layers.html")
         """
         from tracker.report.charts.headline import headline
+        from tracker.report.page.studies import study_charts
 
-        boards = {name: board for name, _, board in self._models()}
-        names = list(boards)
-        if model is None and len(boards) > 1:
-            raise RequestError(f"there are several models; say which: plot({names[0]!r})")
-        name = names[0] if model is None and names else model or ""
+        charts = study_charts([self.finding] if self.finding else [])
+        name = name or next(iter(charts), "")
+        if name in charts:
+            return charts[name].figure()
+        boards = {model: board for model, _, board in self._models()}
+        names = [*charts, *boards]
+        if not name and len(boards) > 1:
+            raise RequestError(f"there are several models; name one: plot({names[0]!r})")
+        name = name or next(iter(boards), "")
         if name not in boards:
             near = did_you_mean(name, names)
-            raise RequestError(f"there is no model {name!r} here.{near}")
+            raise RequestError(f"there is no model or chart {name!r} here.{near}")
         if not boards[name].layers:
-            why = "; ".join(f"{what}: {reason}" for what, reason in boards[name].left_out.items())
-            raise RequestError(f"no benchmark of {name} has a picture of all layers. {why}")
+            reasons = (f"{label}: {reason}" for label, reason in boards[name].left_out.items())
+            raise RequestError(
+                f"no benchmark of {name} has a picture of all layers. {'; '.join(reasons)}"
+            )
         return headline(boards[name], name).figure()
+
+    def save(self, output: str | os.PathLike[str], form: str = "") -> tuple[Path, ...]:
+        """Write the results as a page, as tables or as figures.
+
+        Args:
+            output: A file for `html`, `md` and `tex`, a folder for `csv`, `parquet`, `png` and
+                `pdf`.
+            form: One of these; empty for that of the file's name, and for `csv` in a folder.
+
+        Returns:
+            The files.
+
+        Raises:
+            RequestError: There is no such format, or `output` does not fit it.
+            WorkError: The disk is full or refuses.
+
+        Example:
+            >>> results.save("report.html")
+            >>> results.save("figures", "pdf")
+        """
+        from tracker.team import reports
+
+        path = Path(output)
+        form = form or path.suffix[1:] or "csv"
+        in_folder = form in FOLDER_FORMS
+        if path.exists() and path.is_dir() != in_folder:
+            problem = f"a folder; name a file, as {path}/report"
+            problem = "a file; name a folder" if in_folder else problem
+            raise RequestError(f"--output: {path} is {problem}")
+        return tuple(reports.write(self._collected(), form, path))
 
     @property
     def answer(self) -> str:
-        """Answer in a few sentences, a line a model: which layers and parts are shown to matter.
+        """The study's answers; else, a line a model, which layers and parts are shown to matter.
 
         Example:
             >>> print(results.answer)
         """
+        if self.finding is not None:
+            return "\n".join(self.finding.answers)
         return "\n".join(answer for _, answer, _ in self._models()) or "Nothing is measured."
 
     def _models(self) -> Iterator[tuple[str, str, LayerBoard]]:
@@ -201,7 +315,7 @@ class Results:
         from tracker.report.export import texts
         from tracker.report.leaderboard import layer_board_table
 
-        parts = [] if self.cells else [line(self.answer)]
+        parts = [line(self.answer)] if self.finding or not self.cells else []
         for name, answer, board in self._models():
             parts.append(line(answer))
             if board.layers:
@@ -224,12 +338,3 @@ class Results:
             lambda text: f"<p>{html.escape(text)}</p>",
             lambda frame: frame.to_html(index=False, border=0),
         )
-
-
-def load(folder: Path) -> Results:
-    """Read what a results folder holds; ResultsError where there is none."""
-    contents = Ledger.existing(folder).contents()
-    cells = [record for record, _, _ in every_record(contents) if record.n]
-    outcome = Finished(cells=cells, damaged=contents.damaged)
-    page = folder / "report.html"
-    return Results(tuple(cells), page if page.exists() else None, outcome, folder=folder)

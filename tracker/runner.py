@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Finished:
-    """What became of the cells.
+class RunOutcome:
+    """Outcome of measuring and publishing cells.
 
     Attributes:
         cells: The finished cells' records, in the order of the request.
@@ -40,7 +40,8 @@ class Finished:
         models_loaded: How many times a model was loaded.
         unwritten: Why the report page or the experiment's copy could not be written; empty when
             they were.
-        damaged: What else in the results folder cannot be shown → what to do.
+        unsaved: Why the recommended model could not be saved; empty when it was.
+        damaged: Everything else in the results folder that cannot be shown → what to do.
     """
 
     cells: list[CellRecord] = field(default_factory=list)
@@ -49,16 +50,17 @@ class Finished:
     locations: dict[str, str] = field(default_factory=dict)
     models_loaded: int = 0
     unwritten: str = ""
+    unsaved: str = ""
     damaged: dict[str, str] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
         """0 = all done, 1 = some of the work failed."""
-        return 1 if self.failed or self.unpublished or self.unwritten else 0
+        return int(bool(self.failed or self.unpublished or self.unwritten or self.unsaved))
 
-    def joined(self, later: Finished) -> Finished:
+    def joined(self, later: RunOutcome) -> RunOutcome:
         """Say what became of these cells, and of others that were run later."""
-        return Finished(
+        return RunOutcome(
             cells=[*self.cells, *later.cells],
             failed=self.failed | later.failed,
             unpublished=self.unpublished | later.unpublished,
@@ -74,7 +76,7 @@ def run_cells(
     options: Options,
     progress: Progress,
     explicit: bool = False,
-) -> Finished:
+) -> RunOutcome:
     """Measure and publish cells; a failed one does not stop the others.
 
     Args:
@@ -114,7 +116,7 @@ def run_cells(
         if todo:
             to = Reporting(ledger, progress, finisher.begun, finisher.done)
             report.models_loaded = executor.measure(jobs, to)
-    except Exception:
+    except Exception:  # whatever fails, what was measured is published first
         finisher.wait()
         raise
     # Who interrupts does not wait for an upload: 'tracker sync' completes it.
@@ -130,7 +132,7 @@ class _Finisher:
     def __init__(
         self, publisher: Publisher, progress: Progress, requests: list[CellRequest], explicit: bool
     ) -> None:
-        self.report = Finished()
+        self.report = RunOutcome()
         self.records: dict[CellRequest, CellRecord] = {}
         self._publishing: deque[tuple[str, Future[Publication]]] = deque()
         self._publisher = publisher
@@ -163,8 +165,7 @@ class _Finisher:
             whole = record_of(outcome, shown)
             record = record_of(outcome, view)
             note = "" if named else _shown_otherwise(view, shown, outcome.views.known(request))
-        except Exception as error:
-            # Whatever breaks one cell, the others go on; only a lone wrong request is refused.
+        except Exception as error:  # whatever breaks one cell, the others go on
             if isinstance(error, RequestError) and self._alone:
                 raise
             log.debug("%s failed", title, exc_info=True)

@@ -98,7 +98,7 @@ def test_what_was_saved_is_what_was_recommended_and_lm_eval_finds_its_answers(fo
     model, results, done = found
     saved = AutoModelForCausalLM.from_pretrained(done.saved.folder)
     base = AutoModelForCausalLM.from_pretrained(model)
-    note = read_note(done.kept[0])["formats"]
+    note = read_note(done.files[0])["formats"]
     assert {f"model.layers.{name}": form for name, form in note.items()} == done.saved.formats
     for name, weight in base.named_parameters():
         form = done.saved.formats.get(name.removesuffix(".weight"))

@@ -198,7 +198,7 @@ def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(month, tmp
     search = write_study(tmp_path / "prune.yaml", **asked)
     for _ in range(2):
         done = tracker.prune(search, results=month.results, track=["mlflow"])
-        assert done.exit_code == 0
+        assert done.outcome.exit_code == 0
     assert not done.outcome.models_loaded
     month.agree()
     # A study, of fewer layers and documents than are known.

@@ -75,7 +75,7 @@ def test_colleagues_results_stand_beside_ones_own(ran, tmp_path):
     assert content(done.cells) == content(api.ls(mine)) | content(api.ls(hers))
     page = (tmp_path / "both.html").read_text()
     assert all(word in page for word in ("tiny-6", "tiny-8", "mine.yaml", "hers.yaml"))
-    assert done.failed == {}
+    assert done.outcome.failed == {}
     assert len(repr(done)) < 500  # a notebook shows it
 
 
@@ -150,7 +150,7 @@ def test_an_mlflow_project_is_read_verified_and_cached(ran, team, tmp_path, cach
     assert api.sync([source], results=results).failed == {}
     done = api.report(source, output=tmp_path / "page.html")
     assert content(done.cells) == content(api.ls(results))
-    assert done.failed == {}
+    assert done.outcome.failed == {}
     # What is there is not downloaded again.
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")}
     assert before
@@ -169,7 +169,7 @@ def test_an_mlflow_project_is_read_verified_and_cached(ran, team, tmp_path, cach
     shutil.rmtree(cache)
     done = api.report(source, output=tmp_path / "page.html")
     assert len(done.cells) == 1
-    (why,) = done.failed.values()
+    (why,) = done.outcome.failed.values()
     assert "not those that were attached" in why
     # A deleted run is gone from reports, although the cache holds it.
     client.delete_run(runs[1].info.run_id)
@@ -253,7 +253,7 @@ def test_two_metrics_are_published_and_read_back_apart(ran, team, tmp_path):
     assert keys[f"{key}/intact-limit-6/cell"] == keys[f"{key}/intact-limit-6/layer:0"] == "acc"
     assert keys[f"{key}/intact-limit-6--acc_norm/cell"] == "acc_norm"
     done = api.report(to, output=tmp_path / "page.html")
-    assert done.failed == {}
+    assert done.outcome.failed == {}
     assert content(done.cells) == content(api.ls(results))
     # So are as many drawn documents of the same cell.
     ran(limit=None, sample=6)
@@ -274,8 +274,9 @@ def test_a_projects_leaderboard_ranks_its_runs_whoever_published_them(ran, team,
     mine, hers = ran("mine"), ran("hers", seed=8)
     for results in (mine, hers):
         assert api.sync([to], results=results).failed == {}
-    frame = api.leaderboard(to, publish=to)
-    assert_frame_equal(frame, api.leaderboard(mine, hers))
+    name = "layer_leaderboard"
+    frame = api.leaderboard(to, publish=to).table(name)
+    assert_frame_equal(frame, api.leaderboard(mine, hers).table(name))
     experiment = client.get_experiment_by_name("layers").experiment_id
     (run,) = client.search_runs([experiment], "tags.`tracker.kind` = 'report'")
     files = {file.path for file in client.list_artifacts(run.info.run_id)}

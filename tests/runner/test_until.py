@@ -215,13 +215,15 @@ def test_a_trial_measures_its_sweeps_cell_until_it_is_answered(asked, tmp_path, 
 
     calls = []
     monkeypatch.setattr(api, "asked_of_cell", lambda *_: calls.append(1) or cell)
-    record, done = tracker.evaluate(first, **settings)
-    assert not done.failed
+    done = tracker.evaluate(first, **settings)
+    (record,) = done.cells
+    assert not done.outcome.failed
     assert (record.answer, record.runs) == (alone.answer, alone.runs)
     # The others find it in the ledger, and ask nobody.
     _, second = trial(asked, 3)
-    record, done = tracker.evaluate(second, **settings)
-    assert (record.answer, done.models_loaded, len(calls)) == (alone.answer, 0, 1)
+    done = tracker.evaluate(second, **settings)
+    (record,) = done.cells
+    assert (record.answer, done.outcome.models_loaded, len(calls)) == (alone.answer, 0, 1)
     # So does whoever fills the runs of killed trials.
     found, filled = _measured(second, Ledger(tmp_path / "results"))
     assert found.answer == alone.answer

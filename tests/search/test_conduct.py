@@ -152,7 +152,7 @@ def test_a_killed_search_goes_on_after_its_last_block(write, tmp_path: Path) -> 
     assert {*said_of_unfinished(tmp_path / "killed")} == {f"12 documents; {again}", again}
     assert not Ledger(tmp_path / "killed").contents().damaged
     assert rest.came == whole.came - first
-    assert [r.steps for r in done.records] == [r.steps for r in expected.records]
+    assert [r.steps for r in done.searches] == [r.steps for r in expected.searches]
     for folder in ("whole", "killed"):
         for store in Ledger(tmp_path / folder).cells():
             rows = store.read(columns=["task", "doc", "ablation"])
@@ -247,10 +247,10 @@ def test_a_search_without_a_file_is_gone_on_with_by_what_was_typed(model, tmp_pa
 
 
 @pytest.fixture
-def search_for(model: Path, tmp_path: Path) -> Callable[..., api.Pruned]:
+def search_for(model: Path, tmp_path: Path) -> Callable[..., api.Results]:
     """Search as a trial does, by Python."""
 
-    def make(**settings: object) -> api.Pruned:
+    def make(**settings: object) -> api.Results:
         said = {"model": str(model), **SETTINGS, **settings}
         return api.prune(results=tmp_path / "results", track=[], **said)
 
@@ -261,8 +261,8 @@ def test_attentions_are_searched_and_kept_without_runs_of_several(
     search_for, tmp_path: Path
 ) -> None:
     done = search_for(strategy="gold_logprob", unit="attention", seed=6)
-    (record,) = done.records
-    assert done.export == ""
+    (record,) = done.searches
+    assert done.exports == ()
     assert (record.unit, len(record.removed), len(record.rests_on)) == ("attention", 2, 1)
     for store in Ledger(tmp_path / "results").cells():
         names = set(store.read(columns=["task", "doc", "ablation"])["ablation"])
@@ -281,7 +281,7 @@ def test_a_model_that_could_not_be_saved_is_refused_before_the_search(
     with pytest.raises(ModelError, match="cannot say what would be left"):
         search_for(strategy="last")
     assert not (tmp_path / "results").exists()
-    (record,) = search_for(strategy="last", unit="attention").records
+    (record,) = search_for(strategy="last", unit="attention").searches
     assert record.removed == (LAYERS - 3, LAYERS - 2)
 
 

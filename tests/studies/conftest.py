@@ -33,7 +33,7 @@ class Small(NamedTuple):
 
     path: Path
     results: Path
-    done: api.Studied
+    done: api.Results
 
     @property
     def finding(self) -> FindingRecord:

@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def studied(folder) -> api.Studied:
+def studied(folder) -> api.Results:
     """A study of a tiny model on two benchmarks."""
     told = {"remove": [AMOUNT], "strategy": STRATEGIES, "text": folder / "text.txt"}
     return small("prune", folder, BENCHMARKS, DOCUMENTS, **told).done

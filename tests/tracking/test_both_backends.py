@@ -79,7 +79,7 @@ def test_what_dropped_connections_kept_from_wandb_is_completed_by_sync(
     cells = api.ls(results)
     assert len(shown(double, cells[0])) == 4
     done = api.report("wandb:team/layers", output=client.folder / "page.html")
-    assert (done.failed, list(done.cells)) == ({}, cells)
+    assert (done.outcome.failed, list(done.cells)) == ({}, cells)
 
 
 def test_the_trial_after_a_killed_one_goes_on_from_its_shards(

@@ -18,7 +18,7 @@ from tests.helpers.wandb_runs import counts, runs
 from tests.helpers.wandb_runs import shown as shown_by_wandb
 from tracker import api
 from tracker.ledger.store import Ledger
-from tracker.runner import Finished
+from tracker.runner import RunOutcome
 from tracker.tracking.figures import flat_metrics
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.database import create_database, follow_folder
@@ -27,7 +27,7 @@ from tracker.tracking.wandb.writing import run_id
 from .conftest import cell_record, local
 from .mlflow_server import PASSWORD, USER, Gate, free_port
 
-Ran = Callable[..., Finished]
+Ran = Callable[..., RunOutcome]
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def ran(tiny_llama, experiment, results) -> Ran:
     """Measure two layers on some documents for a project, and publish them."""
     model = tiny_llama(layers=2)
 
-    def run(project: str, documents: int, *track: str) -> Finished:
+    def run(project: str, documents: int, *track: str) -> RunOutcome:
         file = experiment(model, limit=documents, layer=[0, 1], benchmark="copa")
         file.write_text(f"project: {project}\n{file.read_text()}")
         return api.run(file, results=results, track=track).outcome

@@ -33,7 +33,7 @@ def test_measured_published_and_reported_from_there(folder, tmp_path, study):
     (again,) = api.sync(results=results).places["trackio:lab/layers"]
     assert (again.created, again.updated, again.unchanged) == (0, 0, 4)
     report = api.report("trackio:lab/layers", output=tmp_path / "page.html")
-    assert (report.failed, list(report.cells)) == ({}, api.ls(results))
+    assert (report.outcome.failed, list(report.cells)) == ({}, api.ls(results))
     with pytest.raises(RequestError, match="Trackio takes no reports; use one of: mlflow, wandb"):
         api.leaderboard(results, publish="trackio:lab/layers")
 

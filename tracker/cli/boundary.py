@@ -49,7 +49,7 @@ class Boundary(click.Group):
         except KeyboardInterrupt:
             say("tracker: stopped; type the same command to continue", error=True)
             ctx.exit(130)
-        except Exception as error:
+        except Exception as error:  # a bug becomes a message, with a file to send
             if ctx.params.get("debug"):
                 raise
             if isinstance(error, TrackerError):

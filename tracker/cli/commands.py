@@ -51,7 +51,7 @@ from tracker.core.config import (
 )
 from tracker.core.distribution import EXAMPLES, __version__
 from tracker.core.errors import ExperimentError
-from tracker.core.experiment_input import NAMELESS, asks_for_searches, load_experiment
+from tracker.core.experiment_input import NAMELESS, load_experiment
 from tracker.core.extensions import list_extensions
 from tracker.core.formats import counted
 from tracker.core.kinds import COMPONENTS
@@ -126,7 +126,7 @@ class ExecutorName(click.Choice[str]):
         return executor_names()
 
     @override
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return str(value) if value in EXECUTORS else super().convert(value, param, ctx)
 
 
@@ -176,7 +176,7 @@ def run(
     done = api.run(experiment, slurm=dict(slurm), progress=Show(), **settings, **how)
     if done.cells:
         print_measured(done.cells)
-    print_end(done.outcome, done.report, done.experiment if settings else None)
+    print_end(done, is_new=bool(settings))
     if done.cells:
         again = done.experiment if settings else experiment
         print_next(shlex.quote(str(again)), how["results"], done.cells)
@@ -203,11 +203,11 @@ def evaluate(project: str, **settings: Any) -> None:
     from tracker import api
 
     request = run_request({key: settings.pop(key) for key in KEYS})
-    record, outcome = api.evaluate(request, project=project, progress=Show(), **settings)
-    if record is not None:
+    done = api.evaluate(request, project=project, progress=Show(), **settings)
+    for record in done.cells:
         print_cell(record, request.changes.single)
-    print_end(outcome, None)
-    sys.exit(outcome.exit_code)
+    print_end(done)
+    sys.exit(done.outcome.exit_code)
 
 
 class Benching(Told):
@@ -362,11 +362,8 @@ def plan(
     with StatusLine() as progress:
         from tracker import api
 
-        if is_search := asks_for_searches(experiment, settings):
-            searches, tests = api.plan_prune(experiment, **settings, **where)
-        else:
-            cells = api.plan(experiment, progress=progress, **settings, **where)
-    if is_search:
-        print_plan_of_searches(searches, tests, gflops)
+        planned = api.plan(experiment, progress=progress, **settings, **where)
+    if planned.searches:
+        print_plan_of_searches(planned.searches, planned.tests, gflops)
     else:
-        print_plan(cells, gflops)
+        print_plan(planned.cells, gflops)

@@ -46,7 +46,7 @@ class Place(click.ParamType):  # type: ignore[type-arg]
 
     name = "path"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Read it."""
         path = Path(value)
         try:
@@ -66,7 +66,7 @@ class Word(click.ParamType):  # type: ignore[type-arg]
 
     name = "text"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Read it."""
         if not value.strip():
             self.fail("it is empty", param, ctx)
@@ -78,7 +78,7 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
 
     name = "size"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Read it, in bytes."""
         from pydantic import ByteSize, TypeAdapter, ValidationError
 
@@ -100,7 +100,9 @@ class Layers(click.ParamType):  # type: ignore[type-arg]
         self._every = every
         """Whether `all` may be said."""
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...] | str:
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...] | str:
         """Read them, ascending; or `ALL`."""
         if self._every and value == ALL:
             return ALL
@@ -136,7 +138,9 @@ class Setting(click.ParamType):  # type: ignore[type-arg]
     def __init__(self, yaml: bool = False) -> None:
         self._yaml = yaml
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Any]:
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Any]:
         """Read key and value."""
         import json
 
@@ -144,10 +148,10 @@ class Setting(click.ParamType):  # type: ignore[type-arg]
         if not sign or not key.isidentifier():
             self.fail(f"{value!r} is no setting; write KEY=VALUE", param, ctx)
         if self._yaml:
-            value = parsed(text, f"--set {key}")
-            if key in ("layer", "removed") and isinstance(value, str):
-                value = Layers(every=True).convert(value, param, ctx)
-            return key, value
+            given = parsed(text, f"--set {key}")
+            if key in ("layer", "removed") and isinstance(given, str):
+                given = Layers(every=True).convert(given, param, ctx)
+            return key, given
         try:
             return key, json.loads(text)
         except ValueError:
@@ -159,7 +163,9 @@ class Named(click.ParamType):  # type: ignore[type-arg]
 
     name = "yes|no|name"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> bool | str:
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> bool | str:
         """Read it."""
         if not value.strip():
             self.fail("it is empty", param, ctx)
@@ -174,7 +180,9 @@ class Backends(click.ParamType):  # type: ignore[type-arg]
 
     name = "text"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
         """Read them."""
         names = tuple(name.strip() for name in value.split(",") if name.strip())
         if not names:
@@ -358,7 +366,7 @@ class Told(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
-def _told(hint: Any, field: FieldInfo) -> dict[str, Any]:
+def _told(hint: object, field: FieldInfo) -> dict[str, Any]:
     """Return the type of such an option: click's own of the annotation, or that of the field."""
     kind, *more = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     if kind is bool:
@@ -465,7 +473,7 @@ running = keys(WorkOptions, *WorkOptions.model_fields)
 """How commands that load a model work."""
 
 
-def finite(ctx: Any, param: Any, value: float | None) -> float | None:
+def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
     """Refuse not-a-number, which is in every range."""
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value} is no number", ctx, param)

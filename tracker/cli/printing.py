@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tracker.core.records import CellRecord
     from tracker.export.facts import Exported
     from tracker.measuring.planning import PlannedCell
-    from tracker.runner import Finished
+    from tracker.results import Results
     from tracker.search.planning import PlannedSearch
 
 
@@ -273,11 +273,12 @@ def print_boards(cells: Sequence[CellRecord]) -> None:
         say(f"left out: {' '.join(notes[:_SAID])}{more}")
 
 
-def print_end(outcome: Finished, page: Path | None, experiment: Path | None = None) -> None:
-    """Say where a run's page, its runs and its new `experiment` file are, and what went wrong."""
+def print_end(done: Results, is_new: bool = False) -> None:
+    """Print where the page and the runs are, the experiment file if new, and what went wrong."""
+    outcome = done.outcome
     say()
-    if page is not None:
-        say(f"report: {page}")
+    if done.report is not None:
+        say(f"report: {done.report}")
     for location in dict.fromkeys(outcome.locations.values()):
         say(f"runs:   {runnable(location)}")
     print_each("failed", outcome.failed)
@@ -287,11 +288,18 @@ def print_end(outcome: Finished, page: Path | None, experiment: Path | None = No
             error=True,
         )
     print_each("not published", outcome.unpublished)
-    if experiment is not None and not outcome.unwritten:
-        say(f"experiment: {experiment}")
+    if is_new and done.experiment is not None and not outcome.unwritten:
+        say(f"experiment: {done.experiment}")
     if outcome.unwritten:
         say(f"not written: {outcome.unwritten}", error=True)
     print_each("damaged", outcome.damaged)
+
+
+def print_study(done: Results, is_new: bool) -> None:
+    """Print the finding of a study or of searches, and the end of its run."""
+    if done.finding is not None:
+        print_finding(done.finding)
+    print_end(done, is_new)
 
 
 _SAID = 3

@@ -25,7 +25,7 @@ from tracker.cli.options import (
     running,
     trust,
 )
-from tracker.cli.printing import print_end, print_export, print_finding
+from tracker.cli.printing import print_export, print_study
 from tracker.cli.terminal import Show, begin, say
 from tracker.core.config import KEYS, CellSettings, ChangeGrid
 from tracker.core.kinds import UNITS
@@ -134,16 +134,15 @@ def prune(
     begin()
     settings |= {} if project is None else {"project": project}
     done = api.prune(experiment, progress=Show(), **settings, **how)
-    print_finding(done.finding)
-    print_end(done.outcome, done.report, done.experiment if settings else None)
-    if done.export and not done.exported:
+    print_study(done, is_new=bool(settings))
+    for line in () if done.saved else done.exports:
         say()
-        say(f"to save the recommended one: {done.export}")
-    for unit in dict.fromkeys(one.unit for one in done.records if one.unit != "layer"):
+        say(f"to save the recommended one: {line}")
+    for unit in dict.fromkeys(one.unit for one in done.searches if one.unit != "layer"):
         say(f"no command saves it: tracker export takes whole layers out, and no {many_of(unit)}")
-    if done.exported:
+    if done.saved:
         say()
-        print_export(done.exported)
-    if done.unsaved:
-        say(f"not saved: {done.unsaved}")
-    sys.exit(done.exit_code)
+        print_export(done.saved)
+    if done.outcome.unsaved:
+        say(f"not saved: {done.outcome.unsaved}")
+    sys.exit(done.outcome.exit_code)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tracker.cli.commands import main
 from tracker.cli.options import asking, keys, running
-from tracker.cli.printing import print_end, print_finding
+from tracker.cli.printing import print_study
 from tracker.cli.terminal import Show, begin, say, say_all
 from tracker.studies.registry import QuantiseSettings
 
@@ -47,11 +47,10 @@ def quantise(experiment: Path | None, settings: dict[str, Any], **told: Any) -> 
 
     begin()
     done = api.quantise(experiment, progress=Show(), **settings, **told)
-    print_finding(done.finding)
-    print_end(done.outcome, done.report, done.experiment if settings else None)
+    print_study(done, is_new=bool(settings))
     say()
     if done.saved is None:
-        for path in done.kept:
+        for path in done.files:
             say(f"which map has which format: {path}")
         say("to save the recommended choice: the same command with --output FOLDER")
     else:

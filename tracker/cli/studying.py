@@ -10,7 +10,7 @@ import click
 
 from tracker.cli.commands import main
 from tracker.cli.options import asking, keys, running
-from tracker.cli.printing import print_end, print_finding
+from tracker.cli.printing import print_study
 from tracker.cli.terminal import Show, begin, say
 from tracker.studies.registry import StudySettings, studies
 
@@ -62,8 +62,7 @@ def _command(name: str, kind: type[StudySettings]) -> click.Command:
         from tracker import api
 
         done = api.study(name, experiment, progress=Show(), **settings, **options)
-        print_finding(done.finding)
-        print_end(done.outcome, done.report, done.experiment if settings else None)
+        print_study(done, is_new=bool(settings))
         for line in done.exports:
             say()
             say(f"to save the best that is shown to be better: {line}")

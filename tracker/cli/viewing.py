@@ -35,9 +35,9 @@ from tracker.core.formats import counted
 from tracker.core.tables import Column, table
 
 if TYPE_CHECKING:
-    from tracker.api import Reported
     from tracker.core.records import CellRecord
     from tracker.ledger.verify import VerifiedCell
+    from tracker.results import Results
 
 
 class ReportOptions(Told):
@@ -103,15 +103,15 @@ def leaderboard(sources: tuple[str, ...], **settings: Any) -> None:
     """
     from tracker import api
 
-    done = api.rank(*sources, progress=Show(error=True), **settings)
+    done = api.leaderboard(*sources, progress=Show(error=True), **settings)
     print_boards(done.cells)
     _end_report(done)
 
 
-def _end_report(done: Reported) -> NoReturn:
-    for place in done.locations.values():
-        say(f"published: {runnable(place)}")
-    _end(done.notes, "failed", done.failed)
+def _end_report(done: Results) -> NoReturn:
+    for location in done.outcome.locations.values():
+        say(f"published: {runnable(location)}")
+    _end(done.notes, "failed", done.outcome.failed)
 
 
 def _end(notes: Iterable[str], head: str, failed: Mapping[str, str]) -> NoReturn:

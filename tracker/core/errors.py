@@ -19,8 +19,13 @@ A message holds the value, what was allowed, and what to type next.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import ClassVar
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar, TypeVar
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class TrackerError(Exception):
@@ -65,6 +70,33 @@ class CellError(WorkError):
 
 class TrackingError(WorkError):
     """A tracking backend refused or could not be reached; the results are on disk."""
+
+
+@contextmanager
+def translate_errors(convert: Callable[[Exception], TrackerError | None]) -> Iterator[None]:
+    """Raise an error of ours for whatever foreign code raises until exit.
+
+    Errors of ours pass, and so does what `convert` returns None for. The original goes to the log:
+    in a chain it would hide what the user is to do.
+    """
+    try:
+        yield
+    except TrackerError:
+        raise
+    except Exception as error:  # libraries raise anything on damaged files, models on odd input
+        translated = convert(error)
+        if translated is None:
+            raise
+        log.debug("%s", translated, exc_info=True)
+        raise translated from None
+
+
+def attempt(compute: Callable[[], T]) -> T | Exception:
+    """Run foreign code; return its result, or the exception that it raises."""
+    try:
+        return compute()
+    except Exception as error:  # noqa: BLE001  models and other packages raise anything
+        return error
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

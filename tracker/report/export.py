@@ -36,7 +36,7 @@ from tracker.report.leaderboard import (
     part_board_data,
     part_board_table,
 )
-from tracker.report.page.studies import by_stem, study_chart, study_frames
+from tracker.report.page.studies import study_charts, study_frames
 from tracker.report.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 from tracker.report.tables import overview_table
 
@@ -73,11 +73,7 @@ def frames(cells: Sequence[CellRecord]) -> dict[str, pd.DataFrame]:
 
 def figures(cells: Sequence[CellRecord], findings: Found = ()) -> dict[str, go.Figure]:
     """Draw what stands well alone: studies' charts, heat maps, cells' charts, by file stem."""
-    found = {
-        f"{stem}-{number}": study_chart(drawn).figure()
-        for stem, each in by_stem(findings)
-        for number, drawn in enumerate(each.charts, 1)
-    }
+    found = {stem: chart.figure() for stem, chart in study_charts(findings).items()}
     for name, group in named_models(cells).items():
         mapped = [cell for cell in group if cell.whole_layers]
         if mapped:

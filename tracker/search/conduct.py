@@ -20,7 +20,7 @@ from tracker.core.prune_records import PruneRecord, PruneStep, Tested
 from tracker.core.records import CellRecord, Place
 from tracker.ledger.store import Ledger, keep_finding, keep_search
 from tracker.measuring.prepare import look_up
-from tracker.runner import Finished, run_cells
+from tracker.runner import RunOutcome, run_cells
 from tracker.search.cells import Lender, OpenCell
 from tracker.search.planning import refuse_unsavable
 from tracker.search.report import Searched, end, finding_of
@@ -56,7 +56,7 @@ class Pursued:
     searched: list[Searched]
     recommended: dict[Goal, Recommended]
     failed: dict[SearchRequest, str]
-    outcome: Finished
+    outcome: RunOutcome
 
     @property
     def records(self) -> list[PruneRecord]:
@@ -130,7 +130,7 @@ def pursue(
         cells[test].measure([ablation for one in chosen for ablation in ablations_of(one)])
     steps = [[_run(one, step) for step in one.steps] for one in found]
     runs = list(dict.fromkeys(run for each in steps for run in each if run is not None))
-    outcome = run_cells(runs, ledger, publisher, options, progress) if runs else Finished()
+    outcome = run_cells(runs, ledger, publisher, options, progress) if runs else RunOutcome()
     outcome.failed |= said
     outcome.models_loaded += lender.loaded
     shown = _by_request(runs, outcome.cells, ledger)

@@ -24,7 +24,8 @@ from tracker.engine.plan import Reading, reading
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.planning import texts_of
-from tracker.measuring.progress import Silent
+from tracker.measuring.prepare import check_documents
+from tracker.measuring.progress import Progress, Silent
 from tracker.models.checkpoint import refuse_unsizable
 from tracker.models.sources import ModelSource, find_model
 from tracker.search.cells import Lender, planned
@@ -252,6 +253,26 @@ def plan_searches(
     more += [_measuring(test, list(sets), *read(test)) for test, sets in tested.items()]
     lender.keep_timings()
     return searches, more
+
+
+def check_searches(
+    searches: Sequence[SearchRequest], ledger: Ledger, trust_remote_code: bool, progress: Progress
+) -> list[str]:
+    """Check searches without loading a model's weights; `progress` receives what is read.
+
+    Returns remarks, and everything that could not be checked; RequestError as `plan_searches`.
+    """
+    refuse_unknown(searches, trust_remote_code)
+    lender = Lender(ledger, Options(trust_remote_code=trust_remote_code), Silent())
+    requests = [r for search in searches for r in (*search.calibration(), search.test())]
+    unchecked = check_documents(requests, progress)
+    if not unchecked:
+        refuse_mixed(searches, lender, {})
+    # How long layers take is measured, which loads the weights.
+    timeless = [search for search in searches if search.amount.measure != "seconds"]
+    budgets = [budget_of(search, lender) for search in timeless]
+    notes = refuse_unsavable(timeless, budgets, trust_remote_code)
+    return [*filter(None, notes), *(f"not checked: {text}" for text in unchecked)]
 
 
 def _measuring(

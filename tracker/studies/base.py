@@ -13,7 +13,13 @@ from typing import Any, ClassVar, Generic, TypeVar
 from tracker.analysis.aligned import AlignedOutcomes
 from tracker.core.changes import Ablation
 from tracker.core.config import CellRequest
-from tracker.core.errors import CellError, ExperimentError, RequestError, first_line
+from tracker.core.errors import (
+    CellError,
+    ExperimentError,
+    RequestError,
+    first_line,
+    translate_errors,
+)
 from tracker.core.estimates import Estimate
 from tracker.core.experiment import Experiment
 from tracker.core.experiment_input import ExperimentInput
@@ -33,7 +39,7 @@ from tracker.measuring.observing import Observe, Observed
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
 from tracker.report.caveats import second_rounding_note
-from tracker.runner import Finished, run_cells
+from tracker.runner import RunOutcome, run_cells
 from tracker.stats.arrays import Array
 from tracker.studies.registry import STUDIES, StudySettings, settings_of
 from tracker.team.publish import Publisher
@@ -68,7 +74,7 @@ class StudyContext:
         """The experiment file."""
         return self.input.file
 
-    def run(self, requests: Sequence[CellRequest]) -> Finished:
+    def run(self, requests: Sequence[CellRequest]) -> RunOutcome:
         """Measure and publish what cells lack."""
         return run_cells(requests, self.ledger, self.publisher, self.options, self.progress)
 
@@ -178,7 +184,7 @@ class StudyResult:
     tables: list[Table] = field(default_factory=list)
     charts: list[FoundChart] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)
-    ran: Finished = field(default_factory=Finished)
+    ran: RunOutcome = field(default_factory=RunOutcome)
     rests_on: list[Place] = field(default_factory=list)
     exports: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
@@ -293,19 +299,20 @@ def open_study(name: str, **values: Any) -> Study[Any]:
     """Load a study with these settings; RequestError if there is none, or a setting is wrong."""
     settings = checked(settings_of(name), values, "--")
     module, _, kind = settings.study.partition(":")
-    try:
-        study: Study[Any] = getattr(import_module(module), kind)(settings)
-    except Exception as error:  # of another package, any code may run there
-        if name in STUDIES:
-            raise
+
+    def problem(error: Exception) -> RequestError | None:
         why = f"{type(error).__name__}: {first_line(error)}"
-        raise RequestError(f"study {name!r}, {settings.study}, cannot be opened: {why}") from error
+        text = f"study {name!r}, {settings.study}, cannot be opened: {why}"
+        return None if name in STUDIES else RequestError(text)
+
+    with translate_errors(problem):
+        study: Study[Any] = getattr(import_module(module), kind)(settings)
     return study
 
 
 def conduct(
     study: Study[Any], context: StudyContext
-) -> tuple[FindingRecord, Finished, StudyResult]:
+) -> tuple[FindingRecord, RunOutcome, StudyResult]:
     """Measure and publish the cells of a study, answer its question and store the finding.
 
     Returns the finding, what became of all cells, and the whole answer. RequestError if the file is
@@ -339,6 +346,6 @@ def conduct(
     return finding, outcome, result
 
 
-def _failures(outcome: Finished) -> Iterator[str]:
+def _failures(outcome: RunOutcome) -> Iterator[str]:
     for title, reason in outcome.failed.items():
         yield f"{title}: {reason}"

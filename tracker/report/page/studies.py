@@ -114,6 +114,15 @@ def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
     }
 
 
+def study_charts(findings: Sequence[FindingRecord]) -> dict[str, Chart]:
+    """Draw the charts of findings, by file stem."""
+    return {
+        f"{stem}-{number}": study_chart(chart)
+        for stem, finding in by_stem(findings)
+        for number, chart in enumerate(finding.charts, 1)
+    }
+
+
 def by_stem(findings: Sequence[FindingRecord]) -> Iterator[tuple[str, FindingRecord]]:
     """Give each finding a stem for its files; those of several folders may have one name."""
     taken: set[str] = set()

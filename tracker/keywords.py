@@ -1,0 +1,170 @@
+"""Keywords of the Python API, by function: what type checkers and editors know of `**settings`.
+
+The keys of experiment files are fields of pydantic models, of which no type checker reads keywords;
+a test holds these classes against those fields.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, TypeVar
+
+from tracker.core.config import Dtype
+from tracker.core.extent import Part
+from tracker.core.kinds import Component, Intervention, SearchUnit
+from tracker.core.prune_records import Rescoring
+from tracker.measuring.progress import Progress
+from tracker.tracking.runs import Which
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Where: TypeAlias = str | os.PathLike[str]
+"""A file or a folder."""
+T = TypeVar("T")
+Values: TypeAlias = T | Sequence[T] | Mapping[str, object]
+"""A value, a list of values, or the range or list that a file has: `{"min": 0, "max": 9}`."""
+Arguments: TypeAlias = str | Mapping[str, object]
+"""Settings of a library, as a mapping or as lm-eval writes them: `peft=ADAPTER,dtype=float32`."""
+Constraint: TypeAlias = str | Sequence[int | str] | Mapping[str, object]
+"""Layers, or kinds of layers: `0,1,last`."""
+
+
+class WorkKeywords(TypedDict, total=False):
+    """Where and how models run, for every function that loads one.
+
+    Attributes:
+        results: The results folder; default: `results`.
+        device: `auto` (an accelerator if there is one, and the default), a torch device, `spread`
+            (one model over all accelerators), or `all` (a worker on each where cells are measured).
+        trust_remote_code: Whether code and pickles from a download may run; by default not.
+        memory: Bytes that hidden states, keys and values may take; None = half of what is free.
+        weights: Bytes that a model's weights may take where it runs; None = as many as fit.
+        progress: Receives what happens; None for silence; by default a bar in notebooks alone.
+    """
+
+    results: Where
+    device: str
+    trust_remote_code: bool
+    memory: int | None
+    weights: int | None
+    progress: Progress | None
+
+
+class RunKeywords(WorkKeywords, total=False):
+    """Where and how models run, and what becomes of runs.
+
+    Attributes:
+        track: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`: one, or several as a list;
+            `none` for none; None for W&B in the trial of a W&B sweep, else MLflow.
+        publish_documents: Whether the texts of documents are published too where they are not of
+            the hub or a package: those of a folder or a corpus; by default not.
+        runs: Which runs backends get of a cell: `all`, the cell's with their table (`cells`), or by
+            default each of up to 200 of a kind (`auto`).
+        workers: How many processes measure cells side by side; None = this one alone.
+        devices_per_worker: How many accelerators each of them has; None = as many as are needed.
+    """
+
+    track: str | Sequence[str] | None
+    publish_documents: bool
+    runs: Which
+    workers: int | None
+    devices_per_worker: int | None
+
+
+class BenchmarkKeywords(TypedDict, total=False):
+    """Keys of an experiment file about a model's weights and a benchmark's documents."""
+
+    revision: Values[str | None]
+    dtype: Values[Dtype]
+    num_fewshot: Values[int | None]
+    part: Values[Part | None]
+    limit: Values[int | None]
+    sample: Values[int | None]
+    until: Values[str | None]
+    metric: Values[str | None]
+    seed: Values[int]
+    data: Values[Where]
+    model_args: Values[Arguments | None]
+    include_path: Values[Where]
+    system_instruction: Values[str | None]
+    apply_chat_template: Values[bool | str]
+    fewshot_as_multiturn: Values[bool | None]
+    chat_template_args: Values[Arguments | None]
+    enable_thinking: Values[bool | None]
+    think_end_token: Values[int | str | None]
+    gen_kwargs: Values[Arguments | None]
+    metadata: Values[Arguments | None]
+
+
+class FileKeywords(BenchmarkKeywords, total=False):
+    """Keys of an experiment file, each with a value or a list of values."""
+
+    model: Values[Where] | PreTrainedModel
+    benchmark: Values[str]
+    layer: Values[int | Literal["all"]]
+    component: Values[Component]
+    span: Values[int]
+    intervention: Values[Intervention]
+    head: Values[int]
+    expert: Values[int]
+    map: Values[str]
+    repeats: Values[int]
+    control: Values[Literal["random"] | None]
+    removed: Values[Sequence[int]] | Sequence[int]
+    method: Literal["grid"]
+    command: list[str]
+    program: str | None
+    name: str | None
+    description: str | None
+    project: str
+    entity: str | None
+    run_cap: int | None
+
+
+class SearchKeywords(FileKeywords, total=False):
+    """Keys of a file of searches."""
+
+    strategy: Values[str]
+    remove: Values[int | str]
+    keep: Values[int | str]
+    unit: Values[SearchUnit]
+    protect: Constraint
+    among: Constraint
+    at_least: Arguments | None
+    calibrate: Values[str]
+    test_sample: Values[int | None]
+    rescoring: Values[Rescoring]
+    draws: Values[int]
+
+
+class ExperimentKeywords(RunKeywords, FileKeywords, total=False):
+    """Keywords of `run` and `quantise`."""
+
+
+class PruneKeywords(RunKeywords, SearchKeywords, total=False):
+    """Keywords of `prune`."""
+
+
+class StudyKeywords(ExperimentKeywords, total=False):
+    """Keywords of `study`: those of `run`, and the settings of the studies of this package."""
+
+    reliability: float
+    remove: Sequence[str]
+    strategy: Sequence[str]
+    text: Where | None
+    test_sample: int | None
+    budget: str
+    format: str | Sequence[str]
+    by: Literal["map", "layer"]
+    embeddings: bool
+    refine: int
+    pairs: int
+    questions: Sequence[str]
+    draws: int
+    epsilon: Sequence[float]
+
+
+class ExportKeywords(WorkKeywords, BenchmarkKeywords, total=False):
+    """Keywords of `export`."""
