@@ -21,7 +21,7 @@ import torch
 
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.documents import Document
-from tracker.core.errors import first_line
+from tracker.core.errors import attempt, first_line
 from tracker.core.provenance import machine, package_versions
 from tracker.engine import fitting
 from tracker.engine.observers.layer_proxies import (
@@ -230,12 +230,10 @@ def _checks(folder: str, target: torch.device) -> Mapping[str, Callable[[], floa
 
 def _run(name: str, check: Callable[[], float], progress: Progress) -> Finding:
     allowed = 0 if name == REPEATED else WITHIN
-    try:
-        difference = check()
-    except Exception as error:  # noqa: BLE001  the other checks go on
-        return Finding(name, None, f"{type(error).__name__}: {first_line(error)}")
-    finally:
-        progress.advance(1)
+    difference = attempt(check)
+    progress.advance(1)
+    if isinstance(difference, Exception):
+        return Finding(name, None, f"{type(difference).__name__}: {first_line(difference)}")
     return Finding(name, difference, f"more than {allowed:g}" if difference > allowed else "")
 
 

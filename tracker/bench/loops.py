@@ -12,7 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -26,7 +26,7 @@ from tracker.benchmarks.encoder import score_with_lm_eval, vllm_class
 from tracker.core.changes import Ablation
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
-from tracker.core.errors import RequestError, first_line
+from tracker.core.errors import RequestError, first_line, translate_errors
 from tracker.core.grouping import grouped
 from tracker.engine.scoring.sweep import DocumentScores, Engine
 from tracker.measuring.job import Options
@@ -274,12 +274,11 @@ def open_vllm(
             model.model.llm_engine.engine_core.shutdown()
 
 
-@contextmanager
-def _refusing(problem: str) -> Iterator[None]:
+def _refusing(problem: str) -> AbstractContextManager[None]:
     """Make a refusal, with its reason, of whatever vLLM raises."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001  a broken installation raises anything
+
+    def refusal(error: Exception) -> RequestError:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        text = f"--against vllm: {problem} ({reason}); leave --against out"
-        raise RequestError(text) from None
+        return RequestError(f"--against vllm: {problem} ({reason}); leave --against out")
+
+    return translate_errors(refusal)

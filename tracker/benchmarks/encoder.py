@@ -15,7 +15,7 @@ from tracker.benchmarks.private import HFLM
 from tracker.core.arguments import decoded
 from tracker.core.config import BenchmarkSpec
 from tracker.core.documents import Document, Request
-from tracker.core.errors import BenchmarkError, first_line
+from tracker.core.errors import BenchmarkError, first_line, translate_errors
 from tracker.core.provenance import content_hash
 
 _QUESTION = "Question: What are 19 + 23?\nAnswer:"
@@ -105,14 +105,14 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
         """Apply the chat template as lm-eval does; BenchmarkError for whatever it raises."""
-        try:
-            return str(super().apply_chat_template(*args, **kwargs))
-        except Exception as error:  # noqa: BLE001  a template is code
-            raise BenchmarkError(
+        with translate_errors(
+            lambda error: BenchmarkError(
                 f"apply_chat_template: the model's chat template fails ({type(error).__name__}: "
                 f"{first_line(error)}); correct it, change chat_template_args or "
                 "fewshot_as_multiturn, or leave apply_chat_template out"
-            ) from None
+            )
+        ):
+            return str(super().apply_chat_template(*args, **kwargs))
 
     def tokenisation(self, with_template: bool) -> str:
         """Hash how texts are read: the tokens of a short request, and whether own code runs."""

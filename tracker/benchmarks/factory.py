@@ -27,7 +27,7 @@ from lm_eval.tasks import TaskManager
 from tracker.benchmarks.own import DATA_KEYS, as_file, data_files, located, read_task
 from tracker.benchmarks.private import Entry, Kind, TaskFactory, TaskIndex
 from tracker.benchmarks.sources import HUB, DataSource, unreachable
-from tracker.core.errors import BenchmarkError, did_you_mean
+from tracker.core.errors import BenchmarkError, did_you_mean, translate_errors
 from tracker.core.provenance import content_hash, file_stamp, package_versions
 from tracker.ledger.cache import keep, recall
 
@@ -73,7 +73,7 @@ def _files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
                 yield from _files(entry.path)
 
 
-def _row(entry: Any, folder: Path) -> list[Any]:
+def _row(entry: Entry, folder: Path) -> list[Any]:
     path = entry.yaml_path and str(entry.yaml_path.relative_to(folder))
     data = {key: entry.cfg[key] for key in _DATA if key in (entry.cfg or {})}
     return [entry.kind.name, path, sorted(entry.tags), data]
@@ -111,7 +111,7 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
         self.files: list[Path] = []
 
     def _load_full_config(
-        self, entry: Any, overrides: dict[str, Any] | None = None
+        self, entry: Entry, overrides: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         config: dict[str, Any] = super()._load_full_config(entry, overrides)
         self.files = []
@@ -243,19 +243,18 @@ def build(
         BenchmarkError: Its data cannot be read, or its code fails.
     """
     factory = SourcedFactory(source, num_fewshot, metadata)
-    try:
-        return factory.build(entry, overrides=None, registry=entries(own))
-    except BenchmarkError:
-        raise
-    except Exception as error:  # noqa: BLE001  what a library makes of a hub, a disk, a task
+
+    def problem(error: Exception) -> BenchmarkError:
         if factory.files:
-            source = DataSource(", ".join(map(str, factory.files)))
-        elif source.root is None and not isinstance(error, UNREADABLE) and not _line_of(error):
+            return unreadable(entry.name, DataSource(", ".join(map(str, factory.files))), error)
+        if source.root is None and not isinstance(error, UNREADABLE) and not _line_of(error):
             said = entry.cfg or {}
-            raise unreachable(
-                said.get("dataset_path", entry.name), said.get("dataset_name"), HUB, error
-            ) from None
-        raise unreadable(entry.name, source, error) from None
+            path, name = said.get("dataset_path", entry.name), said.get("dataset_name")
+            return unreachable(path, name, HUB, error)
+        return unreadable(entry.name, source, error)
+
+    with translate_errors(problem):
+        return factory.build(entry, overrides=None, registry=entries(own))
 
 
 def unreadable(task: str, source: DataSource, error: Exception) -> BenchmarkError:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tracker.core.distribution import package_folder, pip_install
-from tracker.core.errors import BenchmarkError, did_you_mean, first_line
+from tracker.core.errors import BenchmarkError, did_you_mean, first_line, translate_errors
 from tracker.core.extensions import load_extensions
 from tracker.core.hub import ask, refusal
 from tracker.core.hub import unreachable as away
@@ -94,10 +94,8 @@ class DataSource:
         """Raise BenchmarkError if the hub lacks a data set, before its client asks for minutes."""
         # A folder, or a builder such as `json` that reads files which the task names.
         if "/" in path and not Path(path).exists() and not away():
-            try:
+            with translate_errors(lambda error: unreachable(path, None, HUB, error)):
                 ask(path, "README.md", kind="dataset")
-            except Exception as error:  # noqa: BLE001  any refusal of the client
-                raise unreachable(path, None, HUB, error) from None
 
     def stamp(self) -> object:
         """Describe the data cheaply: equal stamps mean equal data; None for the hub."""
@@ -234,14 +232,16 @@ def _check_source(extension: object) -> Callable[[str], str | Path]:
 
 def _of_extension(name: str, source: Callable[[str], str | Path]) -> DataSource:
     """Open a source of another package; BenchmarkError if that fails."""
-    try:
+
+    def problem(error: Exception) -> BenchmarkError:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        return BenchmarkError(f"data: {name!r} cannot be opened: {why}")
+
+    with translate_errors(problem):
         answer = source(name.partition(":")[2])
         root = _folder(str(answer))
         if root is None:
             raise FileNotFoundError(f"there is no folder {str(answer)!r}")
-    except Exception as error:  # any code may run there
-        why = f"{type(error).__name__}: {first_line(error)}"
-        raise BenchmarkError(f"data: {name!r} cannot be opened: {why}") from error
     return DataSource(name, root)
 
 

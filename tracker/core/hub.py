@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import cache
+from functools import cache, partial
 from typing import Any
+
+from tracker.core.errors import attempt
 
 SECONDS = 5
 """That the hub may take to answer at all."""
@@ -54,7 +56,7 @@ def ask(name: str, file: str, revision: str | None = None, kind: str = "model") 
         get_hf_file_metadata(url, timeout=SECONDS)
     except EntryNotFoundError:
         return
-    except Exception as error:
+    except Exception as error:  # of httpx or httpx2, by huggingface_hub's version
         if not _busy(error):
             raise
         _give_up(refusal(name, error))
@@ -74,10 +76,9 @@ def _look() -> None:
         _give_up(f"{name} is set in the environment of this command; unset {name} to ask the hub")
         return
     # The library's own address, or the mirror of HF_ENDPOINT; any status is an answer.
-    try:
-        get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except Exception as error:  # noqa: BLE001  of httpx or httpx2, by huggingface_hub's version
-        _give_up(f"{constants.ENDPOINT} does not answer: {error}")
+    answer = attempt(partial(get_session().head, constants.ENDPOINT, timeout=SECONDS))
+    if isinstance(answer, Exception):  # of httpx or httpx2, by huggingface_hub's version
+        _give_up(f"{constants.ENDPOINT} does not answer: {answer}")
 
 
 _given_up: list[str] = []

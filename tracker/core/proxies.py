@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
+from tracker.core.errors import attempt
 from tracker.core.extensions import load_extensions
 
 Tensor = Any
@@ -282,13 +283,18 @@ class _Guarded:
 
     def __call__(self, before: Tensor, after: Tensor) -> Tensor:
         undefined = before[..., 0].float() * math.nan
-        try:
+
+        def observe() -> Tensor:
             observed = self.observe(before, after)
             if observed.shape != undefined.shape:
                 shapes = f"{tuple(observed.shape)}, and not {tuple(undefined.shape)}"
                 raise ValueError(f"its figures have the shape {shapes}")
-        except Exception as error:  # noqa: BLE001  any code may run there
-            _warn(f"the proxy {self.name!r} is undefined: {type(error).__name__}: {error}")
+            return observed
+
+        observed = attempt(observe)
+        if isinstance(observed, Exception):
+            reason = f"{type(observed).__name__}: {observed}"
+            _warn(f"the proxy {self.name!r} is undefined: {reason}")
             return undefined
         return widened(observed)
 

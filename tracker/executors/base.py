@@ -11,7 +11,7 @@ from typing import Protocol
 
 from tracker.core.config import EXECUTORS, EXECUTORS_GROUP
 from tracker.core.distribution import install_extra
-from tracker.core.errors import RequestError, TrackerError
+from tracker.core.errors import RequestError, translate_errors
 from tracker.measuring.job import Job, Options, Reporting
 
 
@@ -53,20 +53,20 @@ def open_executor(options: Options) -> Executor:
         point = EntryPoint(name, kind, EXECUTORS_GROUP)
     else:
         point, *_ = entry_points(group=EXECUTORS_GROUP, name=name)
-    try:
-        make: Callable[[Options], Executor] = point.load()
-        return make(options)
-    except TrackerError:
-        raise
-    except Exception as error:  # any code may run there
+
+    def problem(error: Exception) -> RequestError | None:
         package = error.name if isinstance(error, ModuleNotFoundError) else None
         if package and package.partition(".")[0] == _NEEDS.get(name):
-            raise RequestError(
+            return RequestError(
                 f"--executor {name} needs the package {_NEEDS[name]}; type: {install_extra(name)}"
-            ) from None
+            )
         if name in EXECUTORS:
-            raise
+            return None
         why = f"{type(error).__name__}: {last_line(error)}"
-        raise RequestError(
+        return RequestError(
             f"--executor {name}, an entry point {point.value}, cannot be opened: {why}"
-        ) from error
+        )
+
+    with translate_errors(problem):
+        make: Callable[[Options], Executor] = point.load()
+        return make(options)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
+from tracker.core.errors import attempt
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
 from tracker.measuring.fill import fill, open_work
@@ -27,14 +29,11 @@ class LocalExecutor:
         """Measure cells, each with all of this process; return how many models were loaded."""
         worker = Worker(self._options)
         for job in jobs:
-            outcome: CellStore | Exception
-            try:
-                outcome, _ = measure_cell(job, worker, to)
-            except Exception as error:
-                log.debug("%s failed", job.title, exc_info=True)
-                outcome = error
+            measured = attempt(partial(measure_cell, job, worker, to))
+            if isinstance(measured, Exception):
+                log.debug("%s failed", job.title, exc_info=measured)
             for cell in job.cells:
-                to.done(cell, outcome)
+                to.done(cell, measured if isinstance(measured, Exception) else measured[0])
         return worker.models_loaded
 
 

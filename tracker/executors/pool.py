@@ -15,7 +15,7 @@ from functools import cache
 from threading import Condition
 
 from tracker.core.config import CellRequest
-from tracker.core.errors import CellError, RequestError, TrackerError
+from tracker.core.errors import CellError, RequestError, TrackerError, attempt
 from tracker.core.remote import ProcessEndedError, Remote
 from tracker.ledger.blocks import Block
 from tracker.ledger.cache import Checks
@@ -96,10 +96,9 @@ class WorkerPool:
         """Have a worker measure until nothing is left; one that dies is started again."""
         try:
             while not self._is_over:
-                try:
-                    worker.ready()
-                except Exception as error:  # noqa: BLE001  whatever keeps it from starting
-                    self._give_up(worker, error)
+                refusal = attempt(worker.ready)
+                if isinstance(refusal, Exception):
+                    self._give_up(worker, refusal)
                     return
                 while (cell := self._next_cell(worker)) is not None:
                     if not self._measure(worker, cell):
@@ -159,7 +158,7 @@ class WorkerPool:
         except (ProcessEndedError, DeviceLostError) as error:
             self._died(worker, cell, block, str(error))
             return False
-        except Exception as error:
+        except Exception as error:  # it fails its cell, not the others
             log.debug("%s failed", cell.job.title, exc_info=True)
             self._end(cell, error)
         with self._changed:

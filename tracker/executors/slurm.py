@@ -20,7 +20,14 @@ from submitit.helpers import Checkpointable
 
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.core.config import CellRequest
-from tracker.core.errors import CellError, RequestError, TrackerError, did_you_mean, first_line
+from tracker.core.errors import (
+    CellError,
+    RequestError,
+    TrackerError,
+    attempt,
+    did_you_mean,
+    first_line,
+)
 from tracker.executors.base import last_line
 from tracker.executors.local import measure_cell
 from tracker.ledger.blocks import BLOCK
@@ -92,7 +99,7 @@ class SlurmExecutor:
 class _Waiting:
     """A submitted job, and how far its cell is in the ledger."""
 
-    def __init__(self, job: Job, submission: Any, to: Reporting) -> None:
+    def __init__(self, job: Job, submission: submitit.Job, to: Reporting) -> None:
         self.submission = submission
         self._job, self._to = job, to
         store, request = job.cells[0].store, job.requests[0]
@@ -219,13 +226,13 @@ class CellJob(Checkpointable):  # type: ignore[misc]
     def __call__(self) -> JobEnd:
         """Measure what the cell lacks."""
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-        try:
-            return self._run()
-        except TrackerError as error:
-            return JobEnd(error)
-        except Exception as error:
-            log.info("failed", exc_info=True)
-            return JobEnd(CellError(f"{type(error).__name__}: {error}"))
+        end = attempt(self._run)
+        if isinstance(end, TrackerError):
+            return JobEnd(end)
+        if isinstance(end, Exception):
+            log.info("failed", exc_info=end)
+            return JobEnd(CellError(f"{type(end).__name__}: {end}"))
+        return end
 
     def _run(self) -> JobEnd:
         ledger = Ledger(self.results)

@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.core.config import CellRequest, ModelSpec
-from tracker.core.errors import CellError, ModelError, first_line
+from tracker.core.errors import CellError, ModelError, first_line, translate_errors
 from tracker.ledger.cache import Checks
 from tracker.measuring.job import Options
 from tracker.measuring.meter import Advance, Facts, Measured, Meter, Model, open_model
@@ -30,16 +30,16 @@ def _raises_device_lost(method: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(method)
     def call(*arguments: P.args, **named: P.kwargs) -> T:
-        try:
+        with translate_errors(_lost_device):
             return method(*arguments, **named)
-        except Exception as error:
-            from tracker.engine.refusal import device_is_lost
-
-            if device_is_lost(error):
-                raise DeviceLostError(first_line(error)) from error
-            raise
 
     return call
+
+
+def _lost_device(error: Exception) -> DeviceLostError | None:
+    from tracker.engine.refusal import device_is_lost
+
+    return DeviceLostError(first_line(error)) if device_is_lost(error) else None
 
 
 class Worker:

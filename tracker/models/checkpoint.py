@@ -16,7 +16,7 @@ import hashlib
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from tracker.core.changes import Change
-from tracker.core.errors import ModelError, WorkError, first_line
+from tracker.core.errors import ModelError, WorkError, attempt, first_line, translate_errors
 from tracker.core.provenance import content_hash, file_hash
 from tracker.ledger.files import make_folder, new_folder, write_bytes
 from tracker.models.devices import empty_cache
@@ -164,14 +164,14 @@ def _misfit(config: Any, wanted: Shapes, kind: type | None) -> str | None:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    def read_back() -> Shapes:
         with TemporaryDirectory() as folder, torch.device("meta"):
             config.save_pretrained(folder)
             read = AutoConfig.from_pretrained(folder, trust_remote_code=kind is not None)
-            found = shapes(kind(read) if kind else AutoModelForCausalLM.from_config(read))
-    except Exception as error:  # noqa: BLE001  whatever a class says to lists of another length
-        return first_line(error)
-    return misfit(found, wanted)
+            return shapes(kind(read) if kind else AutoModelForCausalLM.from_config(read))
+
+    found = attempt(read_back)  # a class may refuse lists of another length
+    return first_line(found) if isinstance(found, Exception) else misfit(found, wanted)
 
 
 def refuse_unsizable(
@@ -248,22 +248,21 @@ def _try(small: Any, removed: Collection[int], repeated: Sequence[Change]) -> No
     tokens = [token for token in range(config.vocab_size) if token != filler]
     ids = torch.tensor([(tokens * PROBE)[:PROBE]])
     so = f"where {_clauses(removed, repeated)}" if repeated else f"without {_named(removed)}"
-    try:
+
+    def problem(text: str) -> Callable[[Exception], ModelError]:
+        return lambda error: ModelError(f"{name} {text}: {first_line(error)}")
+
+    with translate_errors(problem(f"does not run {so}")):
         said = _ask(twin, ids)
-    except Exception as error:  # noqa: BLE001  whatever a class says where a layer is missing
-        raise ModelError(f"{name} does not run {so}: {first_line(error)}") from None
-    with TemporaryDirectory() as folder, _no_bars():
-        try:
-            twin.save_pretrained(folder)
-            trust = {"trust_remote_code": _brings_code(small)}
-            again, loading = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, **trust
-            )
-            left = [*loading["missing_keys"], *loading["unexpected_keys"]]
-            heard = _ask(again.eval(), ids)
-        except Exception as error:  # noqa: BLE001  the same
-            why = f"cannot be saved and loaded: {first_line(error)}"
-            raise ModelError(f"{name} {so} {why}") from None
+    reloading = translate_errors(problem(f"{so} cannot be saved and loaded"))
+    with TemporaryDirectory() as folder, _no_bars(), reloading:
+        twin.save_pretrained(folder)
+        trust = {"trust_remote_code": _brings_code(small)}
+        again, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, **trust
+        )
+        left = [*loading["missing_keys"], *loading["unexpected_keys"]]
+        heard = _ask(again.eval(), ids)
     far = float((said - heard)[..., tokens].abs().max())
     if left or not far <= ROUNDING * max(1.0, float(said.abs().max())):
         raise ModelError(
@@ -413,10 +412,10 @@ def _refuse_other_logits(model: Any, tokenizer: Any, folder: Path, trusted: bool
     # There bitsandbytes 0.50 changes the weights when a text is read and they are saved later.
     if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
         return
-    try:
+    with translate_errors(
+        lambda error: ModelError(f"the model reads no text: {first_line(error)}")
+    ):
         logits = _logits(model, tokenizer)
-    except Exception as error:  # noqa: BLE001  whatever somebody's forward makes of a text
-        raise ModelError(f"the model reads no text: {first_line(error)}") from None
     with suppress(OSError, ValueError):
         before = np.fromfile(folder / _LOGITS, np.float32).reshape(logits.shape)
         if not _logit_difference(logits, before, model):

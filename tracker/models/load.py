@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
@@ -24,7 +24,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tracker.core.errors import ModelError, first_line
+from tracker.core.errors import ModelError, first_line, translate_errors
 from tracker.core.identities import ModelIdentity
 from tracker.core.provenance import content_hash
 from tracker.ledger.cache import own_folder
@@ -40,6 +40,9 @@ from tracker.models.sources import (
     require,
     unreadable,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 STD = 0.02
 """Standard deviation of the weights, as most configurations have it."""
@@ -119,8 +122,8 @@ class LoadedModel:
             place.
     """
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     layers: nn.ModuleList
     identity: ModelIdentity
     device: torch.device
@@ -198,7 +201,7 @@ def load_model(
     return LoadedModel(model, tokenizer, layers, identity, target, offloaded)
 
 
-def _refuse(source: ModelSource, config: Any, quantiser: str | None) -> None:
+def _refuse(source: ModelSource, config: PreTrainedConfig, quantiser: str | None) -> None:
     """Refuse what is no decoder-only model, and quantised weights without the package for them."""
     both = getattr(config, "is_encoder_decoder", False)
     if both or any("MaskedLM" in name for name in config.architectures or []):
@@ -217,7 +220,7 @@ def _read(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     arguments = source.load_arguments(trusted)
-    try:
+    with translate_errors(partial(unreadable, source)):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
         if not source.gguf_file and not trusted:
             arguments["use_safetensors"] = True
@@ -227,10 +230,6 @@ def _read(
                 source.location, dtype=dtype, output_loading_info=True, **arguments
             )
         model = _adapted(model, source, tokenizer)
-    except ModelError:
-        raise
-    except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
-        raise unreadable(source, error) from None
     if lacking := loading["missing_keys"]:
         raise ModelError(
             f"{source.source} lacks weights that its configuration asks for, {min(lacking)} among "
@@ -315,7 +314,7 @@ def _how(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return how
 
 
-def _quantiser(source: ModelSource, config: Any) -> str | None:
+def _quantiser(source: ModelSource, config: PreTrainedConfig) -> str | None:
     """Name what makes or reads quantised weights; None where they are as they stand in files."""
     if _how(source.arguments).keys() & {"quantization_config"}:
         return "bitsandbytes"
@@ -323,7 +322,9 @@ def _quantiser(source: ModelSource, config: Any) -> str | None:
     return method if method in _QUANTISERS else None
 
 
-def _adapted(model: Any, source: ModelSource, tokenizer: Any) -> Any:
+def _adapted(
+    model: PreTrainedModel, source: ModelSource, tokenizer: PreTrainedTokenizerBase
+) -> Any:
     """Put an adapter into a model, as lm-eval does: beside the weights, not merged into them."""
     if source.adapter is None:
         return model
@@ -372,13 +373,10 @@ def hollow(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> 
     # transformers writes the dtype into what it is given, which is read once in a process.
     config = copy.deepcopy(read_config(source, trust_remote_code))
     kind = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None)
-    try:
-        with _TRANSFORMERS, torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=kind or torch.float32, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
-        raise unreadable(source, error) from None
+    with translate_errors(partial(unreadable, source)), _TRANSFORMERS, torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=kind or torch.float32, trust_remote_code=trust_remote_code
+        )
 
 
 def find_device(name: str) -> torch.device:

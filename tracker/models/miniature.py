@@ -18,9 +18,10 @@ from itertools import combinations, product
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from tracker.core.errors import attempt
 from tracker.core.model_parts import CHOSEN, ROUTED
 from tracker.models.layers import find_layers
 from tracker.models.pruned import Shapes, shapes
@@ -235,7 +236,8 @@ def small_config(config: Any, shrink: Sequence[Callable[[Any], None]]) -> Any | 
     small = copy.deepcopy(config)
     small.__dict__.pop("quantization_config", None)
     text = small.get_text_config()
-    try:
+
+    def apply() -> None:
         for part in {id(each): each for each in (small, text, *vars(small).values())}.values():
             if not isinstance(part, PreTrainedConfig):
                 continue
@@ -245,9 +247,9 @@ def small_config(config: Any, shrink: Sequence[Callable[[Any], None]]) -> Any | 
             # A part that sees pictures, say: the model is built with it and runs without it.
             if part is not small and part is not text:
                 _change(part, DEPTHS, lambda _: 1)
-    except Exception:  # noqa: BLE001 - a configuration may refuse what it is told
-        return None
-    return small
+
+    refusal = attempt(apply)  # a configuration may refuse a value
+    return None if isinstance(refusal, Exception) else small
 
 
 def numbers(config: Any) -> Iterator[tuple[NumberPath, float]]:
@@ -304,37 +306,40 @@ def build(kind: type, config: Any, wanted: Shapes | None = None) -> Any | None:
     It is in float64, or in float32 where its class computes in nothing wider; None where it cannot
     be built, is large, says no numbers, or has others than the wanted shapes.
     """
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            with torch.device("meta"):
-                planned = kind(copy.deepcopy(config))
-            if sum(p.numel() for p in planned.parameters()) > LARGEST:
-                return None
-            if wanted is not None and shapes(planned) != wanted:
-                return None
-            for positive, dtype in product((False, True), (torch.float64, torch.float32)):
-                torch.default_generator.manual_seed(0)  # of the CPU alone
-                own = copy.deepcopy(config)
-                if dtype == torch.float64:
-                    # The usual one, all experts in one call, knows no wider numbers than float32.
-                    own._experts_implementation = "batched_mm"
-                model = kind(own).to(dtype).eval().requires_grad_(False)
-                _draw(model, positive)
-                if _runs(model):
-                    return model
-    except Exception:  # noqa: BLE001 - whatever a class says to a configuration that is not its own
-        return None
+    model = attempt(partial(_build, kind, config, wanted))
+    return None if isinstance(model, Exception) else model  # the configuration of another class
+
+
+def _build(kind: type, config: PreTrainedConfig, wanted: Shapes | None) -> Any | None:
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        with torch.device("meta"):
+            planned = kind(copy.deepcopy(config))
+        if sum(p.numel() for p in planned.parameters()) > LARGEST:
+            return None
+        if wanted is not None and shapes(planned) != wanted:
+            return None
+        for positive, dtype in product((False, True), (torch.float64, torch.float32)):
+            torch.default_generator.manual_seed(0)  # of the CPU alone
+            own = copy.deepcopy(config)
+            if dtype == torch.float64:
+                # The usual one, all experts in one call, knows no wider numbers than float32.
+                own._experts_implementation = "batched_mm"
+            model = kind(own).to(dtype).eval().requires_grad_(False)
+            _draw(model, positive)
+            if _runs(model):
+                return model
     return None
 
 
 def _runs(model: nn.Module) -> bool:
     """Whether it says numbers, but of tokens that are never said: NaN would agree with anything."""
-    try:
-        with torch.inference_mode():
-            logits = copy.deepcopy(model)(torch.arange(8)[None] + 3, use_cache=False).logits[0]
-    except Exception:  # noqa: BLE001 - the same
+    ids = torch.arange(8)[None] + 3
+    with torch.inference_mode():
+        output = attempt(lambda: copy.deepcopy(model)(ids, use_cache=False).logits[0])
+    if isinstance(output, Exception):
         return False
+    logits: Tensor = output
     said = logits[:, (logits != -torch.inf).any(0)]
     return bool(len(logits) == 8 and said.numel() and said.isfinite().all())
 

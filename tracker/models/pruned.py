@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.core.changes import Change
-from tracker.core.errors import ModelError, first_line
+from tracker.core.errors import ModelError, attempt, first_line
 from tracker.models.hooks import call_with, first_of, returning
 from tracker.models.layers import find_layers, owner
 
@@ -236,10 +236,9 @@ def _computed(config: Any) -> Iterator[tuple[str, Any]]:
     for kind in type(config).__mro__:
         for name, member in vars(kind).items():
             if isinstance(member, property) and not name.startswith("_"):
-                try:
-                    yield name, getattr(config, name)
-                except Exception:  # noqa: BLE001 - a property of transformers that is not for us
-                    continue
+                value = attempt(partial(getattr, config, name))
+                if not isinstance(value, Exception):  # some are not for this kind of model
+                    yield name, value
 
 
 def _again(times: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -480,19 +479,25 @@ def _made(
     for counts in chain([{}], counted(config, kept)):
         before = {name: getattr(config, name) for name in counts}
         vars(config).update(counts)
-        try:
-            key = "" if known is None else model.config.to_json_string()
-            made = (known or {}).get(key) or _fresh(type(model), model.config, model.dtype)
-            if known is not None:
-                known[key] = made
+        made = attempt(partial(_fresh_once, model, known))
+        if isinstance(made, Exception):  # a class may refuse a number of layers
+            why: str | None = first_line(made)
+        else:
             why = None if wanted is None else misfit(shapes(made), wanted)
-        except Exception as error:  # noqa: BLE001  whatever a class says to a number of layers
-            why = first_line(error)
         if why is None:
             return made
         vars(config).update(before)
         first = first or why
     raise ModelError(first or "")
+
+
+def _fresh_once(model: Any, known: dict[str, Any] | None) -> Any:
+    """Make a model of another's class and configuration, once for each that `known` holds."""
+    key = "" if known is None else model.config.to_json_string()
+    made = (known or {}).get(key) or _fresh(type(model), model.config, model.dtype)
+    if known is not None:
+        known[key] = made
+    return made
 
 
 def counted(config: Any, kept: Sequence[int]) -> Iterator[dict[str, int]]:

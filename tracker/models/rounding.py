@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tracker.core.distribution import install_extra
-from tracker.core.errors import CellError, ExperimentError, first_line
+from tracker.core.errors import CellError, ExperimentError, first_line, translate_errors
 from tracker.core.weight_formats import FORMATS, WeightFormat
 
 _INTEGERS = {"int8": (-128, 127), "int4": (-8, 7)}
@@ -71,10 +71,9 @@ def _maker(form: WeightFormat) -> Callable[[Tensor], Tensor]:
 def _by_extension(rows: Tensor, form: WeightFormat) -> Tensor:
     """Round rows by the code of another package; CellError if it fails or changes their shape."""
     assert form.round is not None
-    try:
+    problem = f"{form.name} cannot round weights"
+    with translate_errors(lambda error: CellError(f"{problem}: {first_line(error)}")):
         rounded: Tensor = form.round(rows).reshape(rows.shape).to(rows)
-    except Exception as error:  # any code may run there
-        raise CellError(f"{form.name} cannot round weights: {first_line(error)}") from error
     return rounded
 
 

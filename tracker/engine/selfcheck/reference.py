@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tracker.core.changes import Ablation
 from tracker.core.documents import Request, Response
+from tracker.core.errors import attempt
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.model import (
     DEPTH_ONLY,
@@ -316,19 +317,24 @@ def keeps_a_state(model: Any) -> bool:
     Keys and values do; what recurrent layers and convolutions keep does not, and there each token
     writes over what others have left: texts in one row would too.
     """
-    shapes = []
+    shapes: list[list[torch.Size]] = []
     for tokens in (2, 3):
-        ids = torch.arange(tokens, device=model.device)[None] + 3
-        try:
-            output = model(input_ids=ids, use_cache=True)
-        except Exception as error:  # noqa: BLE001  it is asked only to tell why it refused before
-            log.debug("%s keeps nothing: %s", type(model).__name__, error)
+        state = attempt(partial(_state_shapes, model, tokens))
+        if isinstance(state, Exception):  # it is asked only to find why it refused before
+            log.debug("%s keeps nothing: %s", type(model).__name__, state)
             return False
-        shapes.append(list(_shapes(output if isinstance(output, dict) else {})))
+        shapes.append(state)
     return len(shapes[0]) == len(shapes[1]) and any(
         shape == other and len(shape) > 2 and 0 not in shape
         for shape, other in zip(*shapes, strict=True)
     )
+
+
+def _state_shapes(model: Any, tokens: int) -> list[torch.Size]:
+    """Return the shapes of the tensors that a model keeps of a text of so many tokens."""
+    ids = torch.arange(tokens, device=model.device)[None] + 3
+    output = model(input_ids=ids, use_cache=True)
+    return list(_shapes(output if isinstance(output, dict) else {}))
 
 
 def _shapes(output: Any) -> Iterator[torch.Size]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.core.changes import Change
-from tracker.core.errors import CellError
+from tracker.core.errors import CellError, attempt
 from tracker.models import hooks
 from tracker.models.devices import put, take
 from tracker.models.offloaded import Attribute, is_absent, replace_attributes
@@ -210,9 +210,8 @@ def _does_without(router: Call, choice: Tensor, count: int) -> bool:
         return True  # of which none may go anyway
     remaining = range(count - 1)
     args, kwargs = _cut_biases((router.args, router.kwargs), remaining, count)
-    try:
-        output = lacking(router.module, remaining, count).forward(*args, **kwargs)
-    except Exception:  # noqa: BLE001 - whatever a router says to a number that it cannot divide
+    output = attempt(lambda: lacking(router.module, remaining, count).forward(*args, **kwargs))
+    if isinstance(output, Exception):  # a router may refuse a number that it cannot divide
         return False
     made = next((table for table in integer_tables(output) if table.shape == choice.shape), None)
     if made is None or made.min() < 0 or made.max() >= len(remaining):

@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tracker.core.changes import Change
-from tracker.core.errors import CellError, ModelError
+from tracker.core.errors import CellError, ModelError, translate_errors
 from tracker.models.layers import find_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 P = TypeVar("P", bound="LayerPart")
@@ -77,14 +80,14 @@ class PartFinder:
         parts: Parts that were found so far: kind → an entry a layer.
     """
 
-    model: Any
+    model: PreTrainedModel
     layers: nn.ModuleList
     device: torch.device
     alone: Callable[[], AbstractContextManager[Any]] = nullcontext
     parts: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, model: Any) -> Self:
+    def of(cls, model: PreTrainedModel) -> Self:
         """Describe a model whose weights are where its inputs go, or on the meta device."""
         return cls(model, find_layers(model), model.device)
 
@@ -143,10 +146,12 @@ class PartFinder:
         parts: dict[int, T] = {}
         calls: list[Call] = []
 
-        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def record(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
             calls.append(Call(module, args, kwargs, output))
 
-        def finish(index: int, layer: nn.Module, *_: Any) -> None:
+        def finish(index: int, layer: nn.Module, *_: object) -> None:
             if (part := find(layer, tuple(calls))) is not None:
                 parts[index] = part
 
@@ -156,13 +161,13 @@ class PartFinder:
             for index, layer in enumerate(self.layers):
                 stack.enter_context(layer.register_forward_pre_hook(lambda *_: calls.clear()))
                 stack.enter_context(layer.register_forward_hook(partial(finish, index)))
-            try:
-                self.model(text(tokens, self.device), use_cache=False)
-            except Exception as error:
-                raise ModelError(
+            with translate_errors(
+                lambda error: ModelError(
                     f"{type(self.model).__name__}: its {kind.KIND} cannot be told apart ({error}); "
                     f"leave {kind.COMPONENTS} out of 'component'"
-                ) from error
+                )
+            ):
+                self.model(text(tokens, self.device), use_cache=False)
         return [parts.get(index) for index in range(len(self.layers))]
 
 

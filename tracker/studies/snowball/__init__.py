@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from tracker.core.formats import interval, measure_of, p_value, three_digits, wi
 from tracker.core.grouping import grouped
 from tracker.core.tables import Column, Table, Value, table
 from tracker.engine.observers.perturbation_growth import perturbation_growth, verify_growth
-from tracker.engine.refusal import refused
+from tracker.engine.refusal import tried
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import Arrays
 from tracker.measuring.observing import Observe
@@ -87,11 +88,9 @@ class Snowball(Study[SnowballSettings]):
         result = StudyResult()
         for subject in subjects:
             title = subject.request.title
-            try:
-                observed = observe(subject, f"snowball-{self.settings.draws}", context, self._begin)
-            except Exception as error:
-                if (why := refused(error)) is None:
-                    raise
+            key = f"snowball-{self.settings.draws}"
+            observed, why = tried(partial(observe, subject, key, context, self._begin))
+            if observed is None:
                 result.lack(
                     title, f"{why}; its perturbations cannot be followed, use another model"
                 )

@@ -6,12 +6,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import wandb
 
 from tracker.core.errors import TrackingError
-from tracker.tracking.base import explained
+from tracker.tracking.base import explained, explaining
+
+if TYPE_CHECKING:
+    from wandb import Run
 
 _FINISH_SECONDS = 120.0
 _ENVIRONMENT = {
@@ -47,10 +50,9 @@ def session(results: Path, problem: str, advice: str = "") -> Iterator[None]:
     environment = {**_ENVIRONMENT, "WANDB_DATA_DIR": str(results / "wandb" / "data")}
     for name, value in environment.items():
         os.environ.setdefault(name, value)
-    try:
+    secrets = [os.environ.get("WANDB_API_KEY")]
+    with explaining(lambda error: explained(problem, error, advice, secrets)):
         yield
-    except Exception as error:  # noqa: BLE001  the SDK raises many kinds
-        raise explained(problem, error, advice, [os.environ.get("WANDB_API_KEY")]) from None
 
 
 def is_offline() -> bool:
@@ -93,7 +95,7 @@ def start(results: Path, /, watched: int | None = None, **run: Any) -> Any:
 
 
 @contextmanager
-def finished(handle: Any, exit_code: int = 0) -> Iterator[Any]:
+def finished(handle: Run, exit_code: int = 0) -> Iterator[Any]:
     """Give a run and end it, as failed where it was not written whole."""
     try:
         yield handle
