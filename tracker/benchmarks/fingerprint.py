@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from lm_eval.api.registry import AGGREGATION_REGISTRY
@@ -16,6 +16,9 @@ from tracker.benchmarks.factory import is_installed
 from tracker.core.identities import Half, TaskIdentity
 from tracker.core.provenance import content_hash
 
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+
 _NOT_CONTENT = (
     *("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "metadata"),
     *("training_split", "validation_split", "test_split", "fewshot_split", "num_fewshot"),
@@ -23,7 +26,7 @@ _NOT_CONTENT = (
 """Where documents come from; the documents themselves are hashed, and the rest stands beside."""
 
 
-def task_identity(task: Any, num_fewshot: int, half: Half | None) -> TaskIdentity:
+def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -> TaskIdentity:
     """Say which task of lm-eval it is, or half of it: by its content, wherever that lies."""
     config = {
         name: value
@@ -53,7 +56,7 @@ def listed(documents: Iterable[Any]) -> list[Any]:
     return list(documents)
 
 
-def metric_names(task: Any) -> dict[str, str]:
+def metric_names(task: ConfigurableTask) -> dict[str, str]:
     """Every metric under the name that its outcomes have → lm-eval's name of the metric."""
     filters = [each.name for each in task._filters] or ["none"]
     return {metric_name(metric, name): metric for name in filters for metric in task.aggregation()}
@@ -78,13 +81,13 @@ def _stable(value: Any) -> Any:
     return value
 
 
-def is_own(value: Any) -> bool:
+def is_own(value: object) -> bool:
     """Whether a value of a task's configuration is somebody's own function."""
     file = _file_of(value)
     return file is not None and not is_installed(str(file))
 
 
-def _file_of(value: Any) -> Path | None:
+def _file_of(value: object) -> Path | None:
     """The file that a function stands in."""
     code = getattr(getattr(value, "func", value), "__code__", None)
     return Path(code.co_filename) if code else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -15,6 +15,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from tracker.benchmarks.private import HFLM
 from tracker.core.documents import Prompt
 from tracker.core.errors import CellError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Decoding = Callable[[Sequence[int]], AbstractContextManager[Mapping[str, Any]]]
 """Opens the model for several rows of one prompt (its token ids); gives what `generate` takes."""
@@ -27,7 +30,10 @@ class TextGenerator(HFLM):  # type: ignore[misc]
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, think_end_token: str | int | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        think_end_token: str | int | None = None,
     ) -> None:
         super().__init__(
             pretrained=model,
@@ -88,7 +94,9 @@ class TextGenerator(HFLM):  # type: ignore[misc]
 class _EachRow(StoppingCriteria):  # type: ignore[misc]
     """Ends each row at its first stop string; lm-eval's own criterion waits for all rows."""
 
-    def __init__(self, tokenizer: Any, stop: list[str], context: Tensor) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: list[str], context: Tensor
+    ) -> None:
         rows, tokens = context.shape
         self._criteria = stop_sequences_criteria(tokenizer, stop, tokens, rows)
 

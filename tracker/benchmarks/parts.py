@@ -6,14 +6,17 @@ The training split is for calibration where a task has one; else a half of its d
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tracker.core.config import Documents
 from tracker.core.errors import BenchmarkError
 from tracker.core.identities import Half
 
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
 
-def choose_part(task: Any, documents: Documents, num_fewshot: int) -> Half | None:
+
+def choose_part(task: ConfigurableTask, documents: Documents, num_fewshot: int) -> Half | None:
     """Make a task of lm-eval score the requested part.
 
     Args:
@@ -56,7 +59,7 @@ def choose_part(task: Any, documents: Documents, num_fewshot: int) -> Half | Non
     return None
 
 
-def _examples_from(task: Any) -> str | None:
+def _examples_from(task: ConfigurableTask) -> str | None:
     """Name the split of a task's few-shot examples, as lm-eval does; None if it states them."""
     config, examples = task.config, task.fewshot_cfg
     split: str | None = examples.split

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def main(asked: dict[str, Any]) -> dict[str, Any]:
@@ -50,14 +56,16 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _logits(model: Any, ids: list[int]) -> torch.Tensor:
+def _logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     """All logits of a text."""
     asked = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
     logits: torch.Tensor = model(input_ids=asked, use_cache=False).logits[0]
     return logits.float().cpu()
 
 
-def _scored(model: Any, tokenizer: Any, asked: dict[str, Any]) -> dict[str, Any]:
+def _scored(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: dict[str, Any]
+) -> dict[str, Any]:
     """Let lm-eval score its tasks."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -94,14 +102,19 @@ def _scored(model: Any, tokenizer: Any, asked: dict[str, Any]) -> dict[str, Any]
     return {"samples": samples, "results": results, "lm_eval": lm_eval.__version__}
 
 
-def _ask_only(lm: Any, wanted: dict[str, list[int]]) -> None:
+def _ask_only(lm: LM, wanted: dict[str, list[int]]) -> None:
     """Answer nothing about other documents, which are there for the examples drawn before them."""
     kept = {task: set(documents) for task, documents in wanted.items()}
     blank = {"loglikelihood": (0.0, False), "loglikelihood_rolling": 0.0, "generate_until": ""}
     for method, nothing in blank.items():
         own = getattr(lm, method)
 
-        def ask(requests: Any, own: Any = own, nothing: Any = nothing, **settings: Any) -> Any:
+        def ask(
+            requests: list[Instance],
+            own: Callable[..., Any] = own,
+            nothing: object = nothing,
+            **settings: Any,
+        ) -> Any:
             some = [each for each in requests if each.doc_id in kept[each.task_name]]
             answers = iter(own(some, **settings))
             return [

@@ -13,7 +13,7 @@ from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
@@ -27,6 +27,10 @@ from tracker.benchmarks.tasks import LmEvalBenchmark, plain
 from tracker.core.errors import CellError, WorkError
 from tracker.core.extent import Extent
 from tracker.core.provenance import content_hash
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.task import ConfigurableTask
 
 BOOTSTRAP_ITERS = 100_000
 """lm-eval's own default."""
@@ -205,7 +209,7 @@ def folder_name(model: str) -> str:
 class _Asked:
     """A task of lm-eval whose requests are built already; all else is the task's own."""
 
-    def __init__(self, task: Any, prompts: Sequence[Sequence[Any]]) -> None:
+    def __init__(self, task: ConfigurableTask, prompts: Sequence[Sequence[Any]]) -> None:
         self._task = task
         self._prompts = prompts
 
@@ -241,7 +245,7 @@ class _Answering(LM):  # type: ignore[misc]
         """Say what was generated."""
         return [self._of(request).text for request in requests]
 
-    def _of(self, request: Any) -> Judged:
+    def _of(self, request: Instance) -> Judged:
         return self._known[request.task_name, request.doc_id]
 
 

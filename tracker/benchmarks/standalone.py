@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from lm_eval.api.samplers import FirstNSampler
@@ -22,6 +22,9 @@ from tracker.core.arguments import decoded
 from tracker.core.config import BenchmarkSpec, CellRequest
 from tracker.core.errors import BenchmarkError
 
+if TYPE_CHECKING:
+    from tracker.benchmarks.private import Entry
+
 _SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
 BATCH = 8
 """Requests that lm-eval scores at a time."""
@@ -34,7 +37,7 @@ class _Recording(SourcedFactory):
         super().__init__(*told)
         self.built: dict[str, tuple[Any, Mapping[str, Any], Any]] = {}
 
-    def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Any:
+    def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Any:
         task = super()._build_task(entry, overrides)
         self.built[task.config.task] = (entry, overrides or {}, task)
         return task

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
@@ -33,6 +33,11 @@ from tracker.core.grouping import grouped
 from tracker.core.identities import BenchmarkIdentity
 from tracker.core.provenance import content_hash
 
+if TYPE_CHECKING:
+    from lm_eval.api.task import TaskConfig
+
+    pass
+
 _FILES = ("arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "text", "xml")
 """What `datasets` calls files that somebody names, in the place of a data set's name."""
 
@@ -54,7 +59,7 @@ def is_public(spec: BenchmarkSpec, tasks: Iterable[Any]) -> bool:
     return not any(_reads_files(task.config) for task in tasks)
 
 
-def _reads_files(config: Any) -> bool:
+def _reads_files(config: TaskConfig) -> bool:
     if config.custom_dataset is not None or (config.dataset_kwargs or {}).get("data_files"):
         return True
     name = str(config.dataset_path or "")
@@ -222,7 +227,7 @@ class LmEvalBenchmark:
             return DocumentText(str(question), tuple(map(str, task.doc_to_choice(doc))))
         return DocumentText(str(task.doc_to_text(doc)), answer=_answer(task, doc).strip())
 
-    def _configure(self, task: Any) -> None:
+    def _configure(self, task: ConfigurableTask) -> None:
         """Apply the few-shot count by lm-eval's own rule, and refuse what cannot be scored."""
         if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE not in _SCORED:
             raise BenchmarkError(
@@ -257,7 +262,7 @@ class LmEvalBenchmark:
         task.set_config(key="num_fewshot", value=examples)
 
     @staticmethod
-    def _refuse_sampling(task: Any) -> None:
+    def _refuse_sampling(task: ConfigurableTask) -> None:
         """Texts can be compared layer by layer only where each has one."""
         settings = task.get_config("generation_kwargs") or {}
         samples = settings.get("do_sample")
@@ -286,7 +291,7 @@ class LmEvalBenchmark:
         }
         return {name: str(value) for name, value in said.items() if value is not None}
 
-    def _rehearse(self, task: Any) -> None:
+    def _rehearse(self, task: ConfigurableTask) -> None:
         """Let a task of one's own judge made-up answers, before anything is computed for it."""
         if not task.instances or not any(map(is_own, task.config.to_dict(True).values())):
             return
@@ -374,7 +379,7 @@ def _prompt(text: str, settings: Mapping[str, Any], end: str | int | None) -> Pr
     return Prompt(text, {**others, "max_gen_toks": int(given[0])} if given else others, end)
 
 
-def _answer(task: Any, doc: Any) -> str:
+def _answer(task: ConfigurableTask, doc: Mapping[str, Any]) -> str:
     """The first of the task's own answers, as it would follow the prompt."""
     target = task.doc_to_target(doc)
     if isinstance(target, int) and task.get_config("doc_to_choice") is not None:
@@ -396,7 +401,7 @@ def _answered(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Request:
     return Request(request.context, answered)
 
 
-def _gold(task: Any, doc: Any, requests: int) -> int | None:
+def _gold(task: ConfigurableTask, doc: Mapping[str, Any], requests: int) -> int | None:
     """Say which request holds the right answer, by lm-eval's own rule."""
     if task.OUTPUT_TYPE == _ROLLING:
         return None

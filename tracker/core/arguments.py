@@ -19,7 +19,7 @@ from tracker.core.text import HALF, is_writable
 FORM = "write {key: value, …}, or key=value,key=value as for lm-eval"
 
 
-def _canonical(given: Any) -> Any:
+def _canonical(given: object) -> object:
     """Read settings as YAML gives them, as W&B passes them on, or as lm-eval's users type them."""
     if isinstance(given, str):
         given = _typed(given)

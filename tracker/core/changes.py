@@ -125,13 +125,13 @@ class Change:
         return cls(component, () if map in ENDS else (*layers,), intervention, part, repeats, drawn)
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, *_: Any) -> core_schema.CoreSchema:
+    def __get_pydantic_core_schema__(cls, *_: object) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(
             cls._validated, serialization=core_schema.to_string_ser_schema()
         )
 
     @classmethod
-    def _validated(cls, value: Any) -> Change:
+    def _validated(cls, value: object) -> Change:
         if isinstance(value, str):
             return cls.parse(value)
         if isinstance(value, Mapping):

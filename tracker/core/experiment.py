@@ -109,7 +109,7 @@ ALL = "all"
 """Every layer that a model has."""
 
 
-def _number_or_all(given: Any, number: ValidatorFunctionWrapHandler) -> Any:
+def _number_or_all(given: object, number: ValidatorFunctionWrapHandler) -> Any:
     if isinstance(given, str) and given != ALL:
         raise ValueError(f"it is a number, or all; not {short(given)}")
     return given if given == ALL else number(given)
@@ -123,7 +123,7 @@ class _Parts(Choice):
 
     @model_validator(mode="before")
     @classmethod
-    def _may_be_all(cls, given: Any) -> Any:
+    def _may_be_all(cls, given: object) -> object:
         return {"value": ALL} if given == ALL else given
 
     def _refuse_spelling(self) -> None:
@@ -144,7 +144,7 @@ class _Parts(Choice):
         return [None] if str(self.value) == ALL else super().options
 
 
-def _words(given: Any) -> Any:
+def _words(given: object) -> object:
     found = several(given)
     if not isinstance(found, tuple):
         raise ValueError(f"a kind of layers is a word, such as full_attention; not {short(given)}")

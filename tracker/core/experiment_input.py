@@ -230,7 +230,7 @@ _LISTS: Mapping[str, type | tuple[type, ...]] = {
 """Keys whose values are lists → of what."""
 
 
-def _as_in_the_file(name: str, value: Any) -> Any:
+def _as_in_the_file(name: str, value: object) -> dict[str, Any]:
     own = {"value", "values", "min", "max", "kind"}
     if name in ("protect", "among"):  # whose one value may be a mapping
         own = {"value", "values"}
@@ -276,17 +276,17 @@ def asks_for_searches(given: Given, settings: Mapping[str, Any]) -> bool:
     ExperimentError where the file cannot be read.
     """
     given, settings = with_model(given, settings)
-    raw: Any = given if given is None or isinstance(given, Mapping) else read_yaml(Path(given))[0]
+    raw = given if given is None or isinstance(given, Mapping) else read_yaml(Path(given))[0]
     said = {name for name, value in settings.items() if value is not None}
     return is_of_searches({"parameters": dict.fromkeys(_parameter_names(raw) | said)})
 
 
-def is_of_searches(raw: Any) -> bool:
+def is_of_searches(raw: object) -> bool:
     """Whether a file asks what to prune, which is `tracker prune`'s to answer."""
     return "layer" not in _parameter_names(raw) and bool(_OF_SEARCHES & _parameter_names(raw))
 
 
-def is_of_removals(raw: Any) -> bool:
+def is_of_removals(raw: object) -> bool:
     """Whether a file says what is removed, which is `tracker run`'s to measure."""
     return "layer" in _parameter_names(raw) and not _OF_SEARCHES & _parameter_names(raw)
 
@@ -294,7 +294,7 @@ def is_of_removals(raw: Any) -> bool:
 _OF_SEARCHES = {"remove", "keep", "strategy"}
 
 
-def _parameter_names(raw: Any) -> set[Any]:
+def _parameter_names(raw: object) -> set[Any]:
     parameters = raw.get("parameters") if isinstance(raw, Mapping) else None
     return set(parameters) if isinstance(parameters, Mapping) else set()
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from tracker.core.distribution import __version__
 
@@ -81,7 +80,7 @@ def reads_otherwise(stack: Mapping[str, str], other: Mapping[str, str]) -> bool:
     return len({stack.get(TOKENISATION), other.get(TOKENISATION)} - {None}) > 1
 
 
-def content_hash(value: Any) -> str:
+def content_hash(value: object) -> str:
     """Hash a value's canonical JSON to SHA-256 in hexadecimal; other objects count by `str`."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

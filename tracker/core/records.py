@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from operator import itemgetter
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
@@ -46,7 +46,7 @@ class EstimatesRecord(Record):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_flat(cls, fields: Any) -> Any:
+    def _read_flat(cls, fields: object) -> object:
         """Gather the parts of estimates that a former version wrote one by one."""
         if not isinstance(fields, dict):
             return fields
@@ -113,7 +113,7 @@ class ChangeRecord(Record):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_former_version(cls, fields: Any) -> Any:
+    def _of_former_version(cls, fields: object) -> object:
         """Read the change where a former version wrote its parts one by one."""
         if not isinstance(fields, dict) or "change" in fields:
             return fields

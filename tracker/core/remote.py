@@ -175,7 +175,7 @@ def serve(finishes: bool) -> None:
                 answer = False, getattr(served, method)(*arguments)
             except TrackerError as error:
                 answer = True, error
-            except Exception as error:  # noqa: BLE001  it is raised where the method was called
+            except Exception as error:  # noqa: BLE001  raised again where the method was called
                 answer = True, _portable(error)
             pickle.dump(answer, answers)
             answers.flush()

@@ -114,7 +114,7 @@ def _count(node: yaml.Node, sizes: dict[int, int]) -> int:
     return count
 
 
-def _problem(what: str, mark: Any) -> yaml.YAMLError:
+def _problem(what: str, mark: yaml.Mark | None) -> yaml.YAMLError:
     return yaml.constructor.ConstructorError(problem=what, problem_mark=mark)
 
 
@@ -136,7 +136,7 @@ class _Loader(yaml.SafeLoader):
 
     composed = 0
 
-    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.composed += 1
         if self.composed > _MAX_NODES:
             raise _problem(_TOO_MANY, self.get_mark())

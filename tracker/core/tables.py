@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Generic, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -19,7 +19,7 @@ from tracker.core.identities import Record, Shown
 Row = TypeVar("Row")
 
 
-def _kept(found: Any) -> Any:
+def _kept(found: object) -> object:
     """Read what is kept of an entry; earlier ones kept texts as figures are."""
     value = found.get("value") if isinstance(found, dict) else None
     return value if isinstance(value, str) else found

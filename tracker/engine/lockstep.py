@@ -190,7 +190,7 @@ class _Pass(Generic[T]):
     def _all(self) -> None:
         try:
             self._outcome.set_result(self._make())
-        except Exception as error:  # noqa: BLE001  it is told to who asks for what was found
+        except Exception as error:  # noqa: BLE001  raised where the outcome is asked for
             self._outcome.set_exception(error)
 
     def _taken(self) -> dict[nn.Module, Any]:

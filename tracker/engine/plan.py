@@ -6,9 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from tracker.core.changes import Ablation
 from tracker.core.documents import Document
@@ -24,6 +25,9 @@ from tracker.engine.selfcheck.check import plain_tokens
 from tracker.models.layers import find_layers
 from tracker.models.parts.experts import entries
 from tracker.models.parts.linear_maps import find_embeddings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SECONDS = 0.5
 """How long the machine's speed is measured."""
@@ -104,7 +108,7 @@ class Reading:
         return _work(self.plain, (*plain_passes(ablations, self.layers), len(ablations)))
 
 
-def reading(model: Any, documents: Sequence[Document], max_length: int) -> Reading:
+def reading(model: PreTrainedModel, documents: Sequence[Document], max_length: int) -> Reading:
     """Count what it takes to score documents.
 
     Args:
@@ -157,7 +161,10 @@ def reading(model: Any, documents: Sequence[Document], max_length: int) -> Readi
 
 
 def cost(
-    model: Any, documents: Sequence[Document], ablations: Sequence[Ablation], max_length: int
+    model: PreTrainedModel,
+    documents: Sequence[Document],
+    ablations: Sequence[Ablation],
+    max_length: int,
 ) -> Cost:
     """Count the work of a cell, for full sharing.
 
@@ -196,14 +203,14 @@ def _work(operations: Sequence[float], passes: Sequence[int]) -> float:
     return float(sum(map(mul, operations, passes)))
 
 
-def _weights(model: Any) -> tuple[float, float]:
+def _weights(model: PreTrainedModel) -> tuple[float, float]:
     """Average weights of a layer's attention, and of the rest of its matrices, that a token passes.
 
     Of routed experts a token passes as many as its configuration says.
     """
     layers, chosen = find_layers(model), experts_of_a_token(model.config.get_text_config())
 
-    def passed(module: Any) -> float:
+    def passed(module: nn.Module) -> float:
         size: int = sum(each.numel() for each in module.parameters(recurse=False))
         count = entries(module)
         return size * chosen / count if count and chosen and chosen < count else size

@@ -64,7 +64,7 @@ def tried(make: Callable[[], _Made]) -> tuple[_Made | None, str | None]:
     """
     try:
         return make(), None
-    except Exception as error:
+    except Exception as error:  # the code of a model raises anything
         why = refused(error)
         if why is None:
             raise

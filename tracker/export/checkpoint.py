@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from tracker.benchmarks.benchmark import check_benchmark
 from tracker.benchmarks.standalone import refuse_alone
 from tracker.core.config import CellRequest, cell_request
@@ -319,7 +321,7 @@ def folder_beside(output: Path) -> Iterator[Path]:
     except OSError as error:
         why = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
         raise WorkError(f"{output} is not written: {why}. Nothing of it is left.") from None
-    except Exception as error:
+    except SafetensorError as error:
         if "os error" not in str(error).lower():
             raise
         # safetensors says so of a disk: "I/O error: No space left on device (os error 28)"

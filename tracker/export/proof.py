@@ -12,7 +12,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,9 @@ from tracker.export.facts import Proof
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
 from tracker.models.load import LoadedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TEXTS = (
     "The capital of France is Paris, and that of Japan is",
@@ -60,7 +63,7 @@ class ExpectedAnswers:
     threads: int
 
 
-def expected(loaded: LoadedModel, model: Any, device: str) -> ExpectedAnswers:
+def expected(loaded: LoadedModel, model: PreTrainedModel, device: str) -> ExpectedAnswers:
     """Compute the answers of a really changed copy of a loaded model."""
     tokens = [loaded.tokenizer(text).input_ids for text in TEXTS]
     logits = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import closed, reason, unsealed
@@ -149,5 +148,5 @@ def _outcomes(store: CellStore) -> dict[tuple[str, int, str], str]:
     return found
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     return repr(value.tolist() if hasattr(value, "tolist") else value)

@@ -102,7 +102,7 @@ class Options:
             )
 
 
-def _refuse_no_size(name: str, size: Any) -> None:
+def _refuse_no_size(name: str, size: object) -> None:
     """Refuse what is no number of bytes; a notebook's is of any type."""
     if size is not None and not isinstance(size, Integral):
         raise RequestError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,6 +32,8 @@ from tracker.stats.power import UNRELATED, OutcomeVariance
 from tracker.stats.sequential.stopping import forecast
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from tracker.engine.plan import Cost
     from tracker.models.offloaded import Placement
 
@@ -142,7 +144,7 @@ class PlannedTexts:
 
     benchmark: BenchmarkIdentity
     metric: str
-    model: Any
+    model: PreTrainedModel
     documents: Sequence[Document]
     max_length: int
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock
@@ -25,6 +25,9 @@ from tracker.engine.selfcheck.check import Fit, Kept, check, watch
 from tracker.engine.selfcheck.reference import Comparison, Reference, in_words, shaken
 from tracker.ledger.cache import keep, own_folder, recall
 from tracker.models.devices import hardware
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHECKED_TOKENS = 16
 """Tokens that the check lets every ablation generate."""
@@ -123,7 +126,7 @@ class Scorer:
 
 def checked_scorer(
     engine: Engine,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document],
     ablations: Sequence[Ablation],
     kept: Kept | None = None,
@@ -169,7 +172,7 @@ class Generation:
     """
 
     engine: Engine
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     together: bool = True
     think_end_token: str | int | None = None
 
@@ -219,7 +222,7 @@ class Generation:
         truth = apart.texts(short, ablations)
         try:
             found = self.texts(short, ablations)
-        except Exception as error:
+        except Exception as error:  # a model may refuse to generate under several ablations
             if refused(error) is None:
                 raise
             name = type(self.engine.loaded.model).__name__

@@ -29,12 +29,15 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tracker.core.errors import CellError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LAYERS = 5
 READ, RECALL, WHISPER, AMPLIFY, SPEAK = range(LAYERS)
@@ -150,7 +153,7 @@ class Counterexample:
         places: How many places it remembers.
     """
 
-    model: Any
+    model: PreTrainedModel
 
     def __init__(
         self,
@@ -331,7 +334,14 @@ class Counterexample:
         # than they were meant: both make it less, four times at the most.
         self.model.model.norm.weight[self._code] = 4 * self._certainty * length / (root * TINY)
 
-    def _open(self, layer: int, units: slice | int, weight: Any, place: int, constant: Any) -> None:
+    def _open(
+        self,
+        layer: int,
+        units: slice | int,
+        weight: Any,
+        place: int,
+        constant: Any,
+    ) -> None:
         gate = self._mlp(layer).gate_proj.weight
         gate[units, place] = weight
         gate[units, self._constant] = constant
@@ -343,7 +353,7 @@ class Counterexample:
         down = self._mlp(layer).down_proj.weight
         down[there, -1] = -down[here, -1]
 
-    def _write(self, layer: int, unit: int, place: int, size: Any) -> None:
+    def _write(self, layer: int, unit: int, place: int, size: Tensor | float) -> None:
         """Let a unit add the same number to every token."""
         mlp, one = self._mlp(layer), self._normed(layer)[self._constant]
         mlp.gate_proj.weight[unit, self._constant] = SURE / one

@@ -89,7 +89,9 @@ def silenced(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
     return all_of(module.register_forward_hook(add_nothing, with_kwargs=True) for module in modules)
 
 
-def add_nothing(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+def add_nothing(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
     """Hook by which a sublayer, which still runs, adds nothing to the residual stream."""
     added = first_of(output)
     return with_first(output, nothing(module, args, kwargs, added, len(added)))
@@ -128,12 +130,12 @@ def returning(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> list[Remova
     """Make a layer, which still runs, return a function of its input; the handles end it."""
     states: list[Tensor] = []
 
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = state_of(args, kwargs)
         # Cloned, since the layer may write into it.
         states[:] = [state.clone() if isinstance(state, Tensor) else state]
 
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         return with_first(output, make(states.pop()))
 
     return [

@@ -368,7 +368,7 @@ def take_over(
     return weights
 
 
-def is_absent(weight: Any) -> bool:
+def is_absent(weight: Tensor) -> bool:
     """Say whether a weight rests elsewhere at the moment."""
     return bool(weight.untyped_storage().nbytes() < weight.numel() * weight.itemsize)
 
@@ -395,12 +395,12 @@ def replace_attributes(
     """
     before = {attribute: getattr(*attribute) for attribute in attributes}
 
-    def give(*_: Any) -> None:
+    def give(*_: object) -> None:
         for (module, name), value in make().items():
             other = nn.Parameter(value, requires_grad=False) if isinstance(value, Tensor) else value
             setattr(module, name, other)
 
-    def take_back(*_: Any) -> None:
+    def take_back(*_: object) -> None:
         for (module, name), value in before.items():
             setattr(module, name, value)
 
@@ -422,7 +422,7 @@ def _index(model: nn.Module) -> Mapping[str, Any]:
     return {}
 
 
-def _wait(weights: OffloadedWeights, layer: int, module: nn.Module, args: Any) -> None:
+def _wait(weights: OffloadedWeights, layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
     """Hook by which a layer, and each copy of it, waits for its weights."""
     if not getattr(module.forward, "is_weightless", False):  # what stands there needs none
         weights.wait(layer)

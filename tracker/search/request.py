@@ -174,7 +174,7 @@ class _Constraint(Choice):
 
     @model_validator(mode="before")
     @classmethod
-    def _is_no_range(cls, given: Any) -> Any:
+    def _is_no_range(cls, given: object) -> object:
         if isinstance(given, dict) and not given.keys() & {"value", "values"}:
             written = ", ".join(f"{key}: {value}" for key, value in given.items())
             raise ValueError(f"write {{value: {{{written}}}}}: what must stay is one value")

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -84,7 +83,7 @@ def _timed(layers: nn.ModuleList) -> Iterator[list[float]]:
     """Record the times at which each layer begins and ends."""
     ticks: list[float] = []
 
-    def tick(*given: Any) -> None:
+    def tick(*given: object) -> None:
         ticks.append(_now())
 
     with ExitStack() as stack:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from tracker.core.changes import Change
 from tracker.core.identities import Record
@@ -107,7 +106,7 @@ def content_digest(record: Record, *also: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: object) -> object:
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, dict):

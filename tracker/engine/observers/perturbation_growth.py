@@ -224,7 +224,7 @@ def _after_each(
 ) -> AbstractContextManager[None]:
     """Call `look` with each layer's number and what it returned, which it may change in place."""
 
-    def hook(index: int, module: nn.Module, args: Any, output: Any) -> None:
+    def hook(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         look(index, first_of(output))
 
     return all_of(layer.register_forward_hook(partial(hook, n)) for n, layer in enumerate(layers))

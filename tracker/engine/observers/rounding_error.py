@@ -161,14 +161,24 @@ _Pairs = Iterator[tuple[Tensor, Tensor]]
 
 
 def _of_map(
-    linear: LinearMap, weight: Tensor, measured: int, args: Any, kwargs: Any, output: Tensor
+    linear: LinearMap,
+    weight: Tensor,
+    measured: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
 ) -> _Pairs:
     states, before = (each.flatten(0, -2)[measured:] for each in (args[0], output))
     yield before, apply(states, weight, linear.module.bias)  # type: ignore[arg-type]
 
 
 def _of_experts(
-    linear: LinearMap, weight: Tensor, measured: int, args: Any, kwargs: Any, output: Tensor
+    linear: LinearMap,
+    weight: Tensor,
+    measured: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
 ) -> _Pairs:
     """Ask the experts again, one of each token after the other."""
     if not integer_tables((*args, *kwargs.values())):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ from tracker.models.devices import put, take
 from tracker.models.hooks import replaced_forward, state_of
 from tracker.models.layers import find_base
 from tracker.models.parts.linear_maps import Embeddings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.utils import ModelOutput
 
 BLOCK = 2048
 """Tokens of the vocabulary whose logits exist at a time on a CPU; all of them in memory at once
@@ -69,7 +73,7 @@ class Head:
     log-softmax over the whole vocabulary, and so does this.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self.base = find_base(model)
         self._projection = model.get_output_embeddings()
@@ -89,7 +93,7 @@ class Head:
         return len(self._blocks) > 1
 
     def predictions(
-        self, output: Any, hidden: Tensor, predictor: Tensor, predicted: Tensor
+        self, output: ModelOutput, hidden: Tensor, predictor: Tensor, predicted: Tensor
     ) -> Predictions:
         """Score predicted tokens.
 
@@ -115,20 +119,24 @@ class Head:
         ]
         return Predictions(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
-    def logits(self, output: Any, states: Tensor) -> Tensor:
+    def logits(self, output: ModelOutput, states: Tensor) -> Tensor:
         """Run the head on states [streams, kept, hidden]: [streams, kept, vocabulary].
 
         `output` is what the base returned. All logits are there at once.
         """
         return self._logits(replace(output, last_hidden_state=states))
 
-    def _score_at_once(self, output: Any, predictor: Tensor, predicted: Tensor) -> Predictions:
+    def _score_at_once(
+        self, output: ModelOutput, predictor: Tensor, predicted: Tensor
+    ) -> Predictions:
         """Take the log-softmax in the logits' own dtype, as lm-eval does by default."""
         logprobs = functional.log_softmax(self._logits(output), dim=-1)
         best = logprobs.max(-1).indices  # the first of equals, as argmax, in half its time
         return Predictions(logprobs[:, predictor, predicted], best[:, predictor] == predicted)
 
-    def _score_in_blocks(self, output: Any, predictor: Tensor, predicted: Tensor) -> Predictions:
+    def _score_in_blocks(
+        self, output: ModelOutput, predictor: Tensor, predicted: Tensor
+    ) -> Predictions:
         """Gather maximum, normaliser and wanted logits block by block.
 
         The first of equal maxima wins, within a block and between blocks, as in an argmax over all.
@@ -154,14 +162,14 @@ class Head:
         normaliser = torch.stack(normalisers).logsumexp(0)
         return Predictions(wanted - normaliser[:, predictor], best[:, predictor] == predicted)
 
-    def _logits_of_block(self, output: Any, start: int, stop: int) -> Tensor:
+    def _logits_of_block(self, output: ModelOutput, start: int, stop: int) -> Tensor:
         weight, bias = self._projection.weight, self._projection.bias
         some = None if bias is None else bias[start:stop]
         projected = partial(functional.linear, weight=weight[start:stop], bias=some)
         with replaced_forward(self._projection, projected):
             return self._logits(output)
 
-    def _logits(self, output: Any) -> Tensor:
+    def _logits(self, output: ModelOutput) -> Tensor:
         """Run the model's own head on states that are there already: [streams, kept, vocabulary].
 
         What stands behind the base is different in every architecture, and is code in its

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import Row
 from tracker.models.hooks import all_of, replaced_forward, state_of, with_first
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ARGUMENT = "attention_mask"
 
@@ -39,7 +42,7 @@ class AttentionWindows:
 
 @torch.inference_mode()
 def attention_windows(
-    base: Any, layers: nn.ModuleList, tokens: int, device: torch.device
+    base: PreTrainedModel, layers: nn.ModuleList, tokens: int, device: torch.device
 ) -> AttentionWindows:
     """Find the mask that a model gives to each of its layers for a plain text of some length.
 
@@ -92,7 +95,7 @@ def mask_position(layer: nn.Module) -> int | None:
     return names.index(ARGUMENT) if ARGUMENT in names else None
 
 
-def first_seen(mask: Any, tokens: int) -> Tensor | None:
+def first_seen(mask: object, tokens: int) -> Tensor | None:
     """Reduce a causal mask in which each token sees an unbroken stretch to where that begins.
 
     [1, 1, tokens, tokens] becomes [tokens]; None where every token sees all before it, or the layer

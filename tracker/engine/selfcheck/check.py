@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, product
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -42,6 +42,9 @@ from tracker.engine.selfcheck.miniature_check import (
 from tracker.engine.selfcheck.reference import Comparison, Reference, Verdict, less
 from tracker.models.devices import hardware
 from tracker.models.miniature import NumberPath
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DOCUMENTS = 2
 """Real documents that the model itself is confirmed on."""
@@ -264,7 +267,7 @@ def _orders(tokens: int) -> list[int]:
     return [first << n for n in range(max(1, (FARTHEST // first).bit_length()))]
 
 
-def holds_blank(model: Any, documents: Sequence[Document]) -> bool:
+def holds_blank(model: PreTrainedModel, documents: Sequence[Document]) -> bool:
     """Say whether some text holds a token whose embedding is zero, as that of padding may be."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)

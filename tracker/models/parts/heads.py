@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class Heads:
         holders = Counter(module for layer in finder.layers for module in layer.modules())
 
         def alternate(
-            module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object
         ) -> tuple[Tensor, None]:
             batch, heads, tokens, _width = query.shape
             output = value.new_zeros(batch, tokens, heads, value.shape[-1])
@@ -129,7 +129,7 @@ def _reads(call: Call, columns: Tensor) -> bool:
 
 
 @contextmanager
-def _attention(model: nn.Module, function: Any) -> Iterator[None]:
+def _attention(model: nn.Module, function: Callable[..., object]) -> Iterator[None]:
     """Replace the attention of all of a model's modules by a function until exit."""
     AttentionInterface.register(_PROOF, function)
     AttentionMaskInterface.register(_PROOF, eager_mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from tracker.core.changes import Change
 from tracker.core.errors import ModelError
 from tracker.models import hooks
 from tracker.models.parts.probe import PartFinder, text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOKENS = 6
 """Length of the text that the proof runs on."""
@@ -124,7 +127,7 @@ def _prove(finder: PartFinder, sublayers: Sequence[Sublayers]) -> None:
             raise _not_divided(model, layers[0], "its first part does not mix tokens")
 
 
-def _not_divided(model: Any, layer: nn.Module, why: str) -> ModelError:
+def _not_divided(model: PreTrainedModel, layer: nn.Module, why: str) -> ModelError:
     parts = ", ".join(f"{name} ({type(child).__name__})" for name, child in layer.named_children())
     return ModelError(
         f"{type(model).__name__}: attention and MLP of {type(layer).__name__} cannot be told "

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,6 +45,9 @@ from tracker.models.sources import find_model
 from tracker.studies.base import Study, StudyContext, StudyResult, Subject
 from tracker.studies.registry import TheoremSettings
 from tracker.studies.theorem.lessons import Lesson, lesson
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_PLACES = 4096
 """Places that a model remembers at most: its MLPs have two units for each, in every layer."""
@@ -187,7 +190,7 @@ def build(cell: CellRequest, taught: Lesson, shape: tuple[int, int]) -> Countere
         ) from None
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save a checkpoint so that it is there as a whole, or not at all."""
     try:
         with new_folder(folder) as temporary:

@@ -226,7 +226,7 @@ class MlflowBackend(Backend):
             self._connection = client, str(found.experiment_id)
         return self._connection
 
-    def _experiment_id(self, client: Any) -> str:
+    def _experiment_id(self, client: MlflowClient) -> str:
         experiment = client.get_experiment_by_name(self._project)
         if experiment is None:
             try:
@@ -299,13 +299,13 @@ def _plain(error: Exception) -> Exception:
     return TrackingError(f"it does not answer ({why}); one that was just started needs a minute")
 
 
-def _search(client: Any, experiment: str, wanted: str) -> Iterator[Any]:
+def _search(client: MlflowClient, experiment: str, wanted: str) -> Iterator[Any]:
     """Find runs, the oldest first; deleted ones do not count."""
     order = ["attributes.start_time ASC"]
     return every_page(partial(client.search_runs, [experiment], wanted, order_by=order))
 
 
-def _runs_of_cell(client: Any, experiment: str, cell_key: str) -> dict[str, Any]:
+def _runs_of_cell(client: MlflowClient, experiment: str, cell_key: str) -> dict[str, Any]:
     """Find the runs that a cell has, by run key."""
     found: dict[str, Any] = {}
     for run in _search(client, experiment, f"tags.`tracker.cell` = '{cell_key}'"):
@@ -313,7 +313,9 @@ def _runs_of_cell(client: Any, experiment: str, cell_key: str) -> dict[str, Any]
     return found
 
 
-def _confirm(client: Any, experiment: str, cell: CellRecord, runs: Sequence[MlflowRun]) -> None:
+def _confirm(
+    client: MlflowClient, experiment: str, cell: CellRecord, runs: Sequence[MlflowRun]
+) -> None:
     """Read back what MLflow shows of runs that were written, and write once more what is not that.
 
     TrackingError if it is still shown otherwise.
@@ -332,7 +334,9 @@ def _confirm(client: Any, experiment: str, cell: CellRecord, runs: Sequence[Mlfl
             return
 
 
-def _opened(client: Any, experiment: str, cell: CellRecord, existing: dict[str, Any]) -> str:
+def _opened(
+    client: MlflowClient, experiment: str, cell: CellRecord, existing: dict[str, Any]
+) -> str:
     """Find the run of a cell, or create it; `existing` learns of it."""
     key = run_key(cell, "cell")
     if key not in existing:

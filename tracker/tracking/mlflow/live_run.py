@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow.entities import Metric
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -19,6 +19,9 @@ from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.backend import MlflowBackend
 from tracker.tracking.mlflow.writing import later
 
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
 logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
 
 
@@ -26,7 +29,7 @@ logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
 class _Shown:
     """A run that is open, and the last value of each metric that it has, by name."""
 
-    run: Any
+    run: Run
     monitor: SystemMetricsMonitor
     last: dict[str, Any]
 

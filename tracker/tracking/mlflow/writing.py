@@ -42,6 +42,8 @@ from tracker.tracking.identity import kept_name
 from tracker.tracking.mlflow.runs import KEY_TAG, MlflowRun
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
     from plotly.graph_objects import Figure
 
 
@@ -71,7 +73,9 @@ class ShownModel:
         return {name: value for name, value in _figures(run).items() if mine.get(name) != value}
 
 
-def ranked(client: Any, experiment: str, runs: Iterable[Any]) -> dict[str, list[ShownModel]]:
+def ranked(
+    client: MlflowClient, experiment: str, runs: Iterable[Any]
+) -> dict[str, list[ShownModel]]:
     """Find the logged models of runs, by the run's id; more than one where a program was killed."""
     found: dict[str, list[ShownModel]] = {}
     every = [run.info.run_id for run in runs]
@@ -103,7 +107,9 @@ def every_page(search: Callable[..., Any]) -> Iterator[Any]:
             return
 
 
-def log_model(client: Any, experiment: str, run: MlflowRun, run_id: str) -> ShownModel | None:
+def log_model(
+    client: MlflowClient, experiment: str, run: MlflowRun, run_id: str
+) -> ShownModel | None:
     """Log the model of a run, without figures; None where the server, of MLflow 2, has none."""
     try:
         model = client.create_logged_model(
@@ -138,7 +144,7 @@ def later(last: int) -> int:
 
 
 def write(
-    client: Any,
+    client: MlflowClient,
     experiment: str,
     run: MlflowRun,
     existing: dict[str, Any],
@@ -214,7 +220,7 @@ def write(
     return outcome
 
 
-def lacks(found: Any | None, run: MlflowRun, models: Mapping[str, Sequence[ShownModel]]) -> str:
+def lacks(found: Run | None, run: MlflowRun, models: Mapping[str, Sequence[ShownModel]]) -> str:
     """Say what of a run MLflow does not show as it should be.
 
     Args:
@@ -245,7 +251,7 @@ def lacks(found: Any | None, run: MlflowRun, models: Mapping[str, Sequence[Shown
     return ""
 
 
-def _latest(found: Any) -> Iterator[Any]:
+def _latest(found: Run) -> Iterator[Any]:
     """Give the metrics of a run as MLflow shows them, each with its step and timestamp."""
     for metric in found.data.to_proto().metrics:
         # What the run showed while it was measured is history.
@@ -266,7 +272,10 @@ def _metrics(
 
 
 def attach(
-    client: Any, run_id: str, tables: Mapping[str, LoggedTable], charts: Mapping[str, Figure]
+    client: MlflowClient,
+    run_id: str,
+    tables: Mapping[str, LoggedTable],
+    charts: Mapping[str, Figure],
 ) -> None:
     """Log tables and charts, by name."""
     for name, table in tables.items():
@@ -277,7 +286,7 @@ def attach(
         client.log_figure(run_id, figure, f"charts/{name}.html")
 
 
-def stated_digests(client: Any, run_id: str) -> dict[str, str]:
+def stated_digests(client: MlflowClient, run_id: str) -> dict[str, str]:
     """Read which files a run states to have: digests by name, of those that are there."""
     there = {artifact.path for artifact in client.list_artifacts(run_id)}
     if _DIGESTS.split("/")[0] not in there:
@@ -289,7 +298,7 @@ def stated_digests(client: Any, run_id: str) -> dict[str, str]:
     return {}
 
 
-def _attach_files(client: Any, run_id: str, files: Sequence[Path]) -> None:
+def _attach_files(client: MlflowClient, run_id: str, files: Sequence[Path]) -> None:
     """Upload the files that a run lacks, and state the digests of all."""
     digests = {kept_name(file): file_hash([file]) for file in files}
     stated = stated_digests(client, run_id)
@@ -308,7 +317,7 @@ def _attach_files(client: Any, run_id: str, files: Sequence[Path]) -> None:
 
 
 def _known_points(
-    client: Any, found: Any, run: MlflowRun
+    client: MlflowClient, found: Run, run: MlflowRun
 ) -> tuple[dict[tuple[str, int], float], int]:
     """Read back the newest value of every metric at every step, and the last timestamp of all."""
     known: dict[tuple[str, int], float] = {}

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import wandb
 from typing_extensions import override
@@ -41,6 +41,9 @@ from tracker.tracking.wandb.writing import (
     wandb_table,
     write,
 )
+
+if TYPE_CHECKING:
+    from wandb import Artifact
 
 _DELETED = "previously created and deleted"
 """What the server says, with 409, to the id of a run that was deleted."""
@@ -347,7 +350,7 @@ def _runs(path: str, filters: dict[str, Any], must_exist: bool = False) -> list[
         raise
 
 
-def _download(artifact: Any, folder: Path) -> None:
+def _download(artifact: Artifact, folder: Path) -> None:
     """Download an artifact; it checks each file against the digest in the manifest."""
     entries = artifact.manifest.entries
     check_listing({name: entry.size for name, entry in entries.items()})

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import wandb
 from typing_extensions import override
@@ -25,6 +25,9 @@ from tracker.tracking.runs import DescribedRun, cell_run, layer_run
 from tracker.tracking.wandb.backend import WandbBackend
 from tracker.tracking.wandb.session import finished, is_offline, log_in, session, start
 from tracker.tracking.wandb.writing import labels_of, write
+
+if TYPE_CHECKING:
+    from wandb import Run
 
 EXIT_CODES: dict[Ending, int] = {"finished": 0, "failed": 1, "killed": 255}
 """As W&B's own hooks end a run: 255 is shown as killed."""
@@ -63,7 +66,7 @@ class WandbLiveRun(OpenRuns):
         return session(self._results, "W&B does not show what is measured")
 
 
-def show_progress(handle: Any) -> None:
+def show_progress(handle: Run) -> None:
     """Draw what is known so far over the documents."""
     handle.define_metric(f"{PROGRESS}*", step_metric=f"{PROGRESS}documents")
 

@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import wandb
 
@@ -17,6 +17,9 @@ from tracker.core.records import CellRecord
 from tracker.tracking.figures import LoggedTable
 from tracker.tracking.identity import filter_words, group_name
 from tracker.tracking.runs import ARTIFACT_NAME, NOT_IN_NAMES, DescribedRun, fitting
+
+if TYPE_CHECKING:
+    from wandb import Artifact
 
 FORMAT = "5"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
@@ -87,7 +90,9 @@ def write(handle: Any, run: DescribedRun, known: Sequence[Mapping[str, Any]]) ->
     handle.config.update({"tracker": mine}, allow_val_change=True)
 
 
-def attach(handle: Any, artifact: Any, files: Iterable[Path], aliases: Iterable[str] = ()) -> None:
+def attach(
+    handle: Any, artifact: Artifact, files: Iterable[Path], aliases: Iterable[str] = ()
+) -> None:
     """Log an artifact of these files as the latest of its name, and wait until W&B has it."""
     for file in files:
         artifact.add_file(str(file), name=file.name)
