@@ -87,12 +87,12 @@ class _Work:
     ) -> None:
         how = {name: keywords[name] for name in _RUN_NAMES if name in keywords}
         self.settings = {name: keywords[name] for name in keywords if name not in how}
-        known = [*names, *_RUN_NAMES]
+        allowed = [*names, *_RUN_NAMES]
         for name in self.settings:
-            if name not in known:
-                near = did_you_mean(name, known)
-                raise RequestError(f"there is no {name!r}.{near} Known are {', '.join(known)}")
-        chosen = {each.name: how[each.name] for each in fields(Options) if each.name in how}
+            if name not in allowed:
+                near = did_you_mean(name, allowed)
+                raise RequestError(f"there is no {name!r}.{near} Known are {', '.join(allowed)}")
+        chosen = {f.name: how[f.name] for f in fields(Options) if f.name in how}
         self.options = Options(**chosen, executor=executor, slurm=slurm or {})
         self.ledger = Ledger(Path(how.get("results", RESULTS)))
         quiet = "progress" in how
@@ -111,15 +111,15 @@ class _Work:
         where = (self.track, project, self.ledger.root)
         return closing(Publisher(*where, self._texts, trial, which=self._which))
 
-    def finish(self, asked: ExperimentInput[Any] | None, outcome: RunOutcome) -> Results:
+    def finish(self, given: ExperimentInput[Any] | None, outcome: RunOutcome) -> Results:
         """Keep what was asked for and write the page; where that fails, `outcome` says why."""
         from tracker.team.reports import write_report
 
         root, page = self.ledger.root, None
-        experiment = None if asked is None else root / "experiments" / asked.name
+        experiment = None if given is None else root / "experiments" / given.name
         try:
-            if asked is not None:
-                self.ledger.keep_experiment(asked.name, asked.text)
+            if given is not None:
+                self.ledger.keep_experiment(given.name, given.text)
             page, outcome.damaged = write_report(self.ledger)
         except WorkError as error:  # what was measured is still to be shown
             outcome.unwritten = str(error)
@@ -150,7 +150,7 @@ def _refuse_incomplete(given: Given, settings: Mapping[str, Any], call: str) -> 
 
 
 def _is_object(model: object) -> bool:
-    """Whether a model is given itself, and not its name."""
+    """Check whether a model is an object, and not a name."""
     return hasattr(model, "state_dict")
 
 
@@ -162,7 +162,7 @@ def _refuse_object(settings: Mapping[str, Any]) -> None:
         )
 
 
-def _asked(
+def _read(
     read: Callable[[Given, Mapping[str, Any]], A],
     given: Given,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -233,15 +233,15 @@ def run(
     """
     work = _Work(settings, ExperimentKeywords.__annotations__, executor, slurm)
     _refuse_incomplete(experiment, work.settings, "run(")
-    asked = _asked(work.read, experiment, tokenizer, work)
-    file = asked.file
+    given = _read(work.read, experiment, tokenizer, work)
+    file = given.file
     if file.capped:
         work.progress.say(file.capped)
     with work.publisher(file.destination) as publisher:
         outcome = run_cells(
             file.cells(), work.ledger, publisher, work.options, work.progress, explicit=True
         )
-    return work.finish(asked, outcome)
+    return work.finish(given, outcome)
 
 
 def load(results: Where = RESULTS) -> Results:
@@ -301,12 +301,12 @@ def study(
     chosen = {key: work.settings.pop(key) for key in alone.keys() & work.settings.keys()}
     opened = open_study(name, **chosen)
     _refuse_incomplete(experiment, work.settings, f'study("{name}", ')
-    asked = _asked(work.read, experiment, tokenizer, work)
-    with work.publisher(asked.file.destination) as publisher:
-        context = StudyContext(asked, work.ledger, work.options, work.progress, publisher)
+    given = _read(work.read, experiment, tokenizer, work)
+    with work.publisher(given.file.destination) as publisher:
+        context = StudyContext(given, work.ledger, work.options, work.progress, publisher)
         finding, outcome, answer = conduct(opened, context)
     exports, files = tuple(answer.exports), tuple(answer.files)
-    return replace(work.finish(asked, outcome), finding=finding, exports=exports, files=files)
+    return replace(work.finish(given, outcome), finding=finding, exports=exports, files=files)
 
 
 def quantise(
@@ -419,7 +419,7 @@ def prune(
     if output is not None:
         checkpoint.refuse_output(Path(output))
     is_trial = experiment is None and in_sweep()
-    asked: ExperimentInput[PruneFile] | None = None
+    given: ExperimentInput[PruneFile] | None = None
     typed: tuple[str, ...] = ()
     with trial(work.track if is_trial else (), work.ledger.root) as log:
         if is_trial:  # a point of a grid, which holds every combination of its values
@@ -427,9 +427,9 @@ def prune(
             searches = [search_request(work.settings)]
             name = f"{searches[0].strategy}-{searches[0].cell.benchmark}"
         else:
-            asked = _asked(load_searches, experiment, tokenizer, work)
-            project, searches, name = asked.file.destination, asked.file.searches(), asked.name
-            typed = ("tracker", "prune", *asked.typed) if asked.typed else ()
+            given = _read(load_searches, experiment, tokenizer, work)
+            project, searches, name = given.file.destination, given.file.searches(), given.name
+            typed = ("tracker", "prune", *given.typed) if given.typed else ()
         if output is not None:
             refuse_units({request.unit for request in searches})
             refuse_draws(searches)
@@ -438,7 +438,7 @@ def prune(
             found, finding = conduct(searches, name, lender, publisher)
         log(found)
     done = replace(
-        work.finish(asked, found.outcome), finding=finding, searches=tuple(found.records)
+        work.finish(given, found.outcome), finding=finding, searches=tuple(found.records)
     )
     chosen = savable(found.searched, found.recommended)
     if chosen is None:
@@ -547,10 +547,10 @@ def validate(
 
         notes = check_searches(searches, Ledger(RESULTS), trust_remote_code, progress or Silent())
         return Validation(searches=len(searches), notes=tuple(notes))
-    asked = load_experiment(experiment, settings).file
-    cells = asked.cells()
-    runs, unchecked = prepare.validate(cells, trust_remote_code, asked.kinds, progress)
-    notes = [*filter(None, [asked.capped]), *(f"not checked: {each}" for each in unchecked)]
+    given = load_experiment(experiment, settings).file
+    cells = given.cells()
+    runs, unchecked = prepare.validate(cells, trust_remote_code, given.kinds, progress)
+    notes = [*filter(None, [given.capped]), *(f"not checked: {each}" for each in unchecked)]
     return Validation(len(cells), runs, notes=tuple(notes))
 
 
@@ -591,10 +591,10 @@ def plan(
     from tracker.measuring import planning
 
     count = prepare.counting_in(ledger, trust_remote_code)
-    asked = load_experiment(experiment, settings, count).file
-    if asked.capped and progress is not None:
-        progress.say(asked.capped)
-    return Plan(tuple(planning.plan(asked.cells(), ledger, trust_remote_code, progress)))
+    given = load_experiment(experiment, settings, count).file
+    if given.capped and progress is not None:
+        progress.say(given.capped)
+    return Plan(tuple(planning.plan(given.cells(), ledger, trust_remote_code, progress)))
 
 
 def evaluate(
@@ -750,9 +750,9 @@ def report(
     """
     # These show documents as they stand in the outcomes, besides what was derived from them.
     everything = bool(publish) or form in ("csv", "parquet")
-    found = _collect(sources, results, progress, anew=everything)
-    files = found.save(_beside(sources, results, form) if output is None else output, form)
-    return _publish(replace(found, files=files), publish, results, publish_documents)
+    reported = _collect(sources, results, progress, anew=everything)
+    files = reported.save(_beside(sources, results, form) if output is None else output, form)
+    return _publish(replace(reported, files=files), publish, results, publish_documents)
 
 
 def leaderboard(
@@ -781,8 +781,8 @@ def leaderboard(
     Example:
         >>> tracker.leaderboard("results", "wandb:my-team/layers").table("layer_leaderboard")
     """
-    found = _collect(sources, results, progress, anew=bool(publish))
-    return _publish(found, publish, results)
+    reported = _collect(sources, results, progress, anew=bool(publish))
+    return _publish(reported, publish, results)
 
 
 def _collect(
@@ -790,31 +790,31 @@ def _collect(
 ) -> Results:
     """Gather the cells of sources; TrackingError or RequestError where there is none."""
     names = [os.fspath(source) for source in sources] or [os.fspath(results)]
-    found = collect(names, progress or Silent(), anew)
-    if not found.cells and found.failed:
-        raise TrackingError("\n".join(f"{what}: {why}" for what, why in found.failed.items()))
-    if not found.cells:
+    collected = collect(names, progress or Silent(), anew)
+    if not collected.cells and collected.failed:
+        raise TrackingError("\n".join(f"{what}: {why}" for what, why in collected.failed.items()))
+    if not collected.cells:
         raise RequestError(
             f"there is no finished benchmark in {masked(', '.join(names))} yet; "
             "tracker run EXPERIMENT.yaml begins one, or goes on with it"
         )
-    notes = tuple(f"not shown yet: {each}" for each in found.unfinished)
-    outcome = RunOutcome(cells=[*found.cells], failed=found.failed)
-    return Results(outcome, folder=Path(results), notes=notes, sources=found)
+    notes = tuple(f"not shown yet: {cell}" for cell in collected.unfinished)
+    outcome = RunOutcome(cells=[*collected.cells], failed=collected.failed)
+    return Results(outcome, folder=Path(results), notes=notes, sources=collected)
 
 
 def _publish(
-    found: Results, targets: str | Sequence[str], results: Where, documents: bool = False
+    reported: Results, targets: str | Sequence[str], results: Where, documents: bool = False
 ) -> Results:
     """Publish a report of collected cells."""
     from tracker.team import reports
 
-    collected = found.sources or Collected()
+    collected = reported.sources or Collected()
     locations, failed, notes = reports.publish(
         collected, _targets(targets), Path(results), documents
     )
-    outcome = replace(found.outcome, locations=locations, failed=collected.failed | failed)
-    return replace(found, outcome=outcome, notes=(*found.notes, *notes))
+    outcome = replace(reported.outcome, locations=locations, failed=collected.failed | failed)
+    return replace(reported, outcome=outcome, notes=(*reported.notes, *notes))
 
 
 def _beside(sources: Sequence[Where], results: Where, form: str) -> Path:

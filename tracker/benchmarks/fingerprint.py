@@ -27,7 +27,7 @@ _NOT_CONTENT = (
 
 
 def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -> TaskIdentity:
-    """Say which task of lm-eval it is, or half of it: by its content, wherever that lies."""
+    """Identify a task of lm-eval, or half of it, by its content, wherever that lies."""
     config = {
         name: value
         for name, value in task.config.to_dict(keep_callable=True).items()
@@ -82,7 +82,7 @@ def _stable(value: Any) -> Any:
 
 
 def is_own(value: object) -> bool:
-    """Whether a value of a task's configuration is somebody's own function."""
+    """Check whether a value of a task's configuration is a function of the user."""
     file = _file_of(value)
     return file is not None and not is_installed(str(file))
 

@@ -292,7 +292,7 @@ class LmEvalBenchmark:
         return {name: str(value) for name, value in said.items() if value is not None}
 
     def _rehearse(self, task: ConfigurableTask) -> None:
-        """Let a task of one's own judge made-up answers, before anything is computed for it."""
+        """Check that a task of the user judges made-up answers before it is computed."""
         if not task.instances or not any(map(is_own, task.config.to_dict(True).values())):
             return
         first = [i for i in task.instances if i.doc_id == task.instances[0].doc_id]
@@ -402,7 +402,7 @@ def _answered(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Request:
 
 
 def _gold(task: ConfigurableTask, doc: Mapping[str, Any], requests: int) -> int | None:
-    """Say which request holds the right answer, by lm-eval's own rule."""
+    """Find the request that holds the right answer, by the rule of lm-eval."""
     if task.OUTPUT_TYPE == _ROLLING:
         return None
     if task.OUTPUT_TYPE != "multiple_choice":

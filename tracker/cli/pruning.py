@@ -138,7 +138,7 @@ def prune(
     for line in () if done.saved else done.exports:
         say()
         say(f"to save the recommended one: {line}")
-    for unit in dict.fromkeys(one.unit for one in done.searches if one.unit != "layer"):
+    for unit in dict.fromkeys(s.unit for s in done.searches if s.unit != "layer"):
         say(f"no command saves it: tracker export takes whole layers out, and no {many_of(unit)}")
     if done.saved:
         say()

@@ -282,12 +282,12 @@ def asks_for_searches(given: Given, settings: Mapping[str, Any]) -> bool:
 
 
 def is_of_searches(raw: object) -> bool:
-    """Whether a file asks what to prune, which is `tracker prune`'s to answer."""
+    """Check whether a file asks what to prune, as for `tracker prune`."""
     return "layer" not in _parameter_names(raw) and bool(_OF_SEARCHES & _parameter_names(raw))
 
 
 def is_of_removals(raw: object) -> bool:
-    """Whether a file says what is removed, which is `tracker run`'s to measure."""
+    """Check whether a file names what is removed, as for `tracker run`."""
     return "layer" in _parameter_names(raw) and not _OF_SEARCHES & _parameter_names(raw)
 
 
