@@ -154,14 +154,6 @@ def _is_object(model: object) -> bool:
     return hasattr(model, "state_dict")
 
 
-def _refuse_object(settings: Mapping[str, Any]) -> None:
-    if _is_object(settings.get("model")):
-        raise RequestError(
-            "a model object is saved when it is measured, and nothing is written here; give the "
-            "model's name or folder. run, study and prune take the object"
-        )
-
-
 def _read(
     read: Callable[[Given, Mapping[str, Any]], A],
     given: Given,

@@ -7,17 +7,15 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
 from lm_eval.api.registry import AGGREGATION_REGISTRY
+from lm_eval.api.task import ConfigurableTask
 
 from tracker.benchmarks.factory import is_installed
 from tracker.core.identities import Half, TaskIdentity
 from tracker.core.provenance import content_hash
-
-if TYPE_CHECKING:
-    from lm_eval.api.task import ConfigurableTask
 
 _NOT_CONTENT = (
     *("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "metadata"),

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from tracker.benchmarks.private import HFLM
 from tracker.core.documents import Prompt
 from tracker.core.errors import CellError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Decoding = Callable[[Sequence[int]], AbstractContextManager[Mapping[str, Any]]]
 """Opens the model for several rows of one prompt (its token ids); gives what `generate` takes."""

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def main(asked: dict[str, Any]) -> dict[str, Any]:

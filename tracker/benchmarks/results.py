@@ -13,9 +13,11 @@ from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.loggers.evaluation_tracker import EvaluationTracker, GeneralConfigTracker
 from lm_eval.utils import sanitize_model_name
@@ -27,10 +29,6 @@ from tracker.benchmarks.tasks import LmEvalBenchmark, plain
 from tracker.core.errors import CellError, WorkError
 from tracker.core.extent import Extent
 from tracker.core.provenance import content_hash
-
-if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
-    from lm_eval.api.task import ConfigurableTask
 
 BOOTSTRAP_ITERS = 100_000
 """lm-eval's own default."""

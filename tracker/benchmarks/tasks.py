@@ -14,7 +14,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import AGGREGATION_REGISTRY, get_aggregation
 from lm_eval.api.samplers import FirstNSampler
-from lm_eval.api.task import ConfigurableTask
+from lm_eval.api.task import ConfigurableTask, TaskConfig
 
 from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
@@ -34,8 +34,6 @@ from tracker.core.identities import BenchmarkIdentity
 from tracker.core.provenance import content_hash
 
 if TYPE_CHECKING:
-    from lm_eval.api.task import TaskConfig
-
     pass
 
 _FILES = ("arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "text", "xml")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -41,72 +43,86 @@ DOCUMENTS = ("part", "limit", "sample")
 FORMATS = ("html", "md", "tex", "csv", "parquet", "png", "pdf")
 
 
-class Place(click.ParamType):  # type: ignore[type-arg]
+class TextType(click.ParamType, ABC):  # type: ignore[type-arg]
+    """A kind of value that is read from text."""
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> object:
+        """Read a value as click asks for it."""
+        try:
+            return self.read(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+    @abstractmethod
+    def read(self, text: str) -> object:
+        """Read a value; ValueError, with what to write, where it is none."""
+
+
+class Place(TextType):
     """A file or folder that a file system can hold."""
 
     name = "path"
 
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Read it."""
-        path = Path(value)
+    def read(self, text: str) -> Path:
+        """Read a path; the command reports what does not exist."""
+        if not str(text).strip():
+            raise ValueError("it is empty; write '.' for this folder")
+        path = Path(text)
         try:
-            if not str(value).strip():
-                self.fail("it is empty; write '.' for this folder", param, ctx)
             path.lstat()
-        except (FileNotFoundError, NotADirectoryError):  # the command says what is missing
+        except (FileNotFoundError, NotADirectoryError):
             return path
         except (OSError, ValueError) as error:
-            said = error.strerror if isinstance(error, OSError) else str(error)
-            self.fail(f"{str(value)[:60]!r} is no path: {said}", param, ctx)
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ValueError(f"{str(text)[:60]!r} is no path: {reason}") from None
         return path
 
 
-class Word(click.ParamType):  # type: ignore[type-arg]
-    """A text that says something."""
+class Word(TextType):
+    """A text that is not blank."""
 
     name = "text"
 
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Read it."""
-        if not value.strip():
-            self.fail("it is empty", param, ctx)
-        return str(value)
+    def read(self, text: str) -> str:
+        """Read the text."""
+        if not text.strip():
+            raise ValueError("it is empty")
+        return text
 
 
-class Bytes(click.ParamType):  # type: ignore[type-arg]
+class Bytes(TextType):
     """A size such as 4GiB."""
 
     name = "size"
 
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Read it, in bytes."""
-        from pydantic import ByteSize, TypeAdapter, ValidationError
+    def read(self, text: str) -> int:
+        """Read a size in bytes."""
+        from pydantic import ByteSize, TypeAdapter
 
         try:
-            if not re.fullmatch(r"(\d+|\d*\.\d+)\s*[A-Za-z]*", str(value).strip(), re.ASCII):
+            if not re.fullmatch(r"(\d+|\d*\.\d+)\s*[A-Za-z]*", str(text).strip(), re.ASCII):
                 raise ValueError
-            size = TypeAdapter(ByteSize).validate_python(value)
-        except (ValidationError, ValueError, OverflowError):
-            self.fail(f"{value!r} is no size; write 4GiB or 500MB", param, ctx)
-        return int(size)
+            return int(TypeAdapter(ByteSize).validate_python(text))
+        except (ValueError, OverflowError):
+            raise ValueError(f"{text!r} is no size; write 4GiB or 500MB") from None
 
 
-class Layers(click.ParamType):  # type: ignore[type-arg]
+class Layers(TextType):
     """Layers such as 3,17 or 3-7, also as Python and JSON write a list, which W&B passes on."""
 
     name = "layers"
 
     def __init__(self, every: bool = False) -> None:
         self._every = every
-        """Whether `all` may be said."""
+        """Whether `all` is allowed."""
 
-    def convert(
-        self, value: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...] | str:
-        """Read them, ascending; or `ALL`."""
-        if self._every and value == ALL:
+    def read(self, text: str) -> tuple[int, ...] | str:
+        """Read layers, ascending; or `ALL`."""
+        if self._every and text == ALL:
             return ALL
-        inside = value.strip()
+        inside = text.strip()
         listed = inside[:1] + inside[-1:] in ("[]", "()")
         if listed:
             inside = inside[1:-1]
@@ -115,22 +131,21 @@ class Layers(click.ParamType):  # type: ignore[type-arg]
             words.pop()
         layers: list[int] = []
         for word in words:
-            found = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", word, re.ASCII)
-            if not found:
-                said = f"{value!r} is no list of layers; write 3,17 or 3-7 or [3, 17]"
-                self.fail(said, param, ctx)
-            first, last = int(found[1]), int(found[2] or found[1])
+            ends = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", word, re.ASCII)
+            if not ends:
+                raise ValueError(f"{text!r} is no list of layers; write 3,17 or 3-7 or [3, 17]")
+            first, last = int(ends[1]), int(ends[2] or ends[1])
             if last < first:
-                self.fail(f"{word} ends before it begins; write {last}-{first}", param, ctx)
+                raise ValueError(f"{word} ends before it begins; write {last}-{first}")
             if last - first >= MAX_LAYERS:
-                self.fail(f"no model has {last - first + 1:,} layers", param, ctx)
+                raise ValueError(f"no model has {last - first + 1:,} layers")
             layers += range(first, last + 1)
         if len(set(layers)) < len(layers):
-            self.fail(f"a layer stands twice in {value!r}", param, ctx)
+            raise ValueError(f"a layer stands twice in {text!r}")
         return tuple(sorted(layers))
 
 
-class Setting(click.ParamType):  # type: ignore[type-arg]
+class Setting(TextType):
     """KEY=VALUE; a value that is JSON, or `yaml`, is what it says: a number, true, a list."""
 
     name = "key=value"
@@ -138,55 +153,49 @@ class Setting(click.ParamType):  # type: ignore[type-arg]
     def __init__(self, yaml: bool = False) -> None:
         self._yaml = yaml
 
-    def convert(
-        self, value: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, Any]:
+    def read(self, text: str) -> tuple[str, object]:
         """Read key and value."""
         import json
 
-        key, sign, text = value.partition("=")
+        key, sign, typed = text.partition("=")
         if not sign or not key.isidentifier():
-            self.fail(f"{value!r} is no setting; write KEY=VALUE", param, ctx)
+            raise ValueError(f"{text!r} is no setting; write KEY=VALUE")
         if self._yaml:
-            given = parsed(text, f"--set {key}")
-            if key in ("layer", "removed") and isinstance(given, str):
-                given = Layers(every=True).convert(given, param, ctx)
-            return key, given
+            value: object = parsed(typed, f"--set {key}")
+            if key in ("layer", "removed") and isinstance(value, str):
+                value = Layers(every=True).read(value)
+            return key, value
         try:
-            return key, json.loads(text)
+            return key, json.loads(typed)
         except ValueError:
-            return key, text
+            return key, typed
 
 
-class Named(click.ParamType):  # type: ignore[type-arg]
+class Named(Word):
     """Yes, no, or a name."""
 
     name = "yes|no|name"
 
     def convert(
         self, value: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> bool | str:
-        """Read it."""
-        if not value.strip():
-            self.fail("it is empty", param, ctx)
-        try:
-            return bool(click.BOOL.convert(value, param, ctx))
-        except click.BadParameter:
-            return str(value)
+    ) -> object:
+        """Read yes or no as click does, else a name."""
+        if value.strip():
+            with suppress(click.BadParameter):
+                return bool(click.BOOL.convert(value, param, ctx))
+        return super().convert(value, param, ctx)
 
 
-class Backends(click.ParamType):  # type: ignore[type-arg]
+class Backends(TextType):
     """Tracking backends, comma-separated; none for `none`."""
 
     name = "text"
 
-    def convert(
-        self, value: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        """Read them."""
-        names = tuple(name.strip() for name in value.split(",") if name.strip())
+    def read(self, text: str) -> tuple[str, ...]:
+        """Read the backends."""
+        names = tuple(name.strip() for name in text.split(",") if name.strip())
         if not names:
-            self.fail(f"{value!r} names no tracking backend; write mlflow, or none", param, ctx)
+            raise ValueError(f"{text!r} names no tracking backend; write mlflow, or none")
         return () if names == ("none",) else names
 
 
@@ -300,7 +309,7 @@ def _file(experiment: str | None, settings: dict[str, Any]) -> Path | None:
 
     UsageError, with what to type, for what is neither, or not enough.
     """
-    path = None if experiment is None else Place().convert(experiment, None, None)
+    path = None if experiment is None else _path(experiment)
     if path is not None and not names_model(path):
         return path
     command = " ".join(click.get_current_context().command_path.split()[1:])
@@ -321,6 +330,13 @@ def _file(experiment: str | None, settings: dict[str, Any]) -> Path | None:
             f"--remove or --keep is missing: how much is to go? Such as {example}"
         )
     return None
+
+
+def _path(text: str) -> Path:
+    try:
+        return Place().read(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def _no_file(name: str) -> str:

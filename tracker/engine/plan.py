@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from tracker.core.changes import Ablation
 from tracker.core.documents import Document
@@ -25,9 +25,6 @@ from tracker.engine.selfcheck.check import plain_tokens
 from tracker.models.layers import find_layers
 from tracker.models.parts.experts import entries
 from tracker.models.parts.linear_maps import find_embeddings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 SECONDS = 0.5
 """How long the machine's speed is measured."""

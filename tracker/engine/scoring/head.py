@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 
 from tracker.core.grouping import grouped
 from tracker.engine.refusal import RefusalError
@@ -23,10 +25,6 @@ from tracker.models.devices import put, take
 from tracker.models.hooks import replaced_forward, state_of
 from tracker.models.layers import find_base
 from tracker.models.parts.linear_maps import Embeddings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-    from transformers.utils import ModelOutput
 
 BLOCK = 2048
 """Tokens of the vocabulary whose logits exist at a time on a CPU; all of them in memory at once

@@ -10,17 +10,15 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import Row
 from tracker.models.hooks import all_of, replaced_forward, state_of, with_first
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 ARGUMENT = "attention_mask"
 

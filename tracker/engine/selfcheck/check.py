@@ -15,11 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, product
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document, Request
@@ -42,9 +43,6 @@ from tracker.engine.selfcheck.miniature_check import (
 from tracker.engine.selfcheck.reference import Comparison, Reference, Verdict, less
 from tracker.models.devices import hardware
 from tracker.models.miniature import NumberPath
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 DOCUMENTS = 2
 """Real documents that the model itself is confirmed on."""

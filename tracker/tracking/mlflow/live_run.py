@@ -6,9 +6,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mlflow.entities import Metric
+from mlflow.entities import Metric, Run
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from typing_extensions import override
 
@@ -18,9 +18,6 @@ from tracker.tracking.figures import metric_name
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.backend import MlflowBackend
 from tracker.tracking.mlflow.writing import later
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run
 
 logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
 

@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import wandb
 from typing_extensions import override
+from wandb import Artifact
 
 from tracker.core.distribution import install_extra
 from tracker.core.errors import TrackingError
@@ -41,9 +42,6 @@ from tracker.tracking.wandb.writing import (
     wandb_table,
     write,
 )
-
-if TYPE_CHECKING:
-    from wandb import Artifact
 
 _DELETED = "previously created and deleted"
 """What the server says, with 409, to the id of a run that was deleted."""

@@ -6,15 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import wandb
+from wandb import Run
 
 from tracker.core.errors import TrackingError
 from tracker.tracking.base import explained, explaining
-
-if TYPE_CHECKING:
-    from wandb import Run
 
 _FINISH_SECONDS = 120.0
 _ENVIRONMENT = {

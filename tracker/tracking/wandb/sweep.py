@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import wandb
 from typing_extensions import override
+from wandb import Run
 
 from tracker.core.changes import Change
 from tracker.core.errors import TrackingError
@@ -25,9 +26,6 @@ from tracker.tracking.runs import DescribedRun, cell_run, layer_run
 from tracker.tracking.wandb.backend import WandbBackend
 from tracker.tracking.wandb.session import finished, is_offline, log_in, session, start
 from tracker.tracking.wandb.writing import labels_of, write
-
-if TYPE_CHECKING:
-    from wandb import Run
 
 EXIT_CODES: dict[Ending, int] = {"finished": 0, "failed": 1, "killed": 255}
 """As W&B's own hooks end a run: 255 is shown as killed."""

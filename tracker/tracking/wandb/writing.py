@@ -9,17 +9,15 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import wandb
+from wandb import Artifact
 
 from tracker.core.records import CellRecord
 from tracker.tracking.figures import LoggedTable
 from tracker.tracking.identity import filter_words, group_name
 from tracker.tracking.runs import ARTIFACT_NAME, NOT_IN_NAMES, DescribedRun, fitting
-
-if TYPE_CHECKING:
-    from wandb import Artifact
 
 FORMAT = "5"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
