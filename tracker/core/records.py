@@ -83,7 +83,7 @@ class FiguresRecord(EstimatesRecord):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_former_reasons(cls, fields: Any) -> Any:
+    def _of_former_reasons(cls, fields: object) -> object:
         """Read the notes where a former version kept them among the reasons."""
         if not isinstance(fields, dict) or not isinstance(reasons := fields.get("reasons"), dict):
             return fields
