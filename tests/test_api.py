@@ -92,6 +92,13 @@ def test_results_are_read_again_from_their_folder(asked, tmp_path):
     assert list(figure.data[0].x) == [0, 1, 2, 3]
     with pytest.raises(RequestError, match="there is no model or chart 'another' here"):
         found.plot("another")
+    with pytest.raises(RequestError, match=r"there is no table 'layer'\. Did you mean 'layers'"):
+        found.table("layer")
+    assert found.save(tmp_path / "page.html") == (tmp_path / "page.html",)
+    names = {path.stem for path in found.save(tmp_path / "tables")}
+    assert {"layers", "documents", "layer_leaderboard"} <= names
+    with pytest.raises(RequestError, match="is a folder; name a file"):
+        found.save(tmp_path / "tables", "html")
 
 
 def test_what_is_empty_has_no_picture(tmp_path):

@@ -84,8 +84,12 @@ def test_pairs_are_those_of_models_that_really_lack_both(tiny_llama, experiment,
     charts = {f"joint--{path.stem}-{n}" for n in range(1, len(done.finding.charts) + 1)}
     assert charts < {image.stem for image in images}
     assert not any("without-layer" in image.stem for image in images)
-    (text,) = api.report(results, form="md").files
+    (text,) = done.save(tmp_path / "joint.md")
     assert "without layer" not in text.read_text(encoding="utf-8").lower()
+
+    assert len(done.table()) == len(done.finding.tables[0].rows)
+    assert len(done.plot().data) == 1
+    assert done.answer.splitlines() == list(done.finding.answers)
 
     again = api.study("joint", path, results=results, track=[])
     assert again.outcome.models_loaded == 0
