@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
@@ -32,9 +32,6 @@ from tracker.core.extent import Extent
 from tracker.core.grouping import grouped
 from tracker.core.identities import BenchmarkIdentity
 from tracker.core.provenance import content_hash
-
-if TYPE_CHECKING:
-    pass
 
 _FILES = ("arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "text", "xml")
 """What `datasets` calls files that somebody names, in the place of a data set's name."""
