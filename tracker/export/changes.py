@@ -25,6 +25,8 @@ from tracker.ledger.store import Contents, Ledger
 from tracker.measuring.derive import all_records
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from tracker.models.load import LoadedModel
     from tracker.models.sources import ModelSource
 
@@ -113,7 +115,7 @@ class ChangedModel(NamedTuple):
         formats: The format of each weight that is rounded, by its path.
     """
 
-    model: Any
+    model: PreTrainedModel
     kept: tuple[int, ...]
     bytes: int
     recipes: dict[str, str]

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ from tracker.models.miniature import miniature
 from tracker.models.pruned import Shapes, as_loaded, left, misfit, pruned, shapes
 from tracker.models.sources import BITS, ModelSource, read_config
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 SECONDS = 4.0
 """What the two are given at least."""
 TURNS = 8
@@ -48,7 +51,7 @@ work, now for the one and now for the other."""
 
 @torch.inference_mode()
 def times_as_fast(
-    model: Any, base: Any, batch: int, length: int
+    model: PreTrainedModel, base: PreTrainedModel, batch: int, length: int
 ) -> tuple[float, float, float] | None:
     """Let two models read the same tokens by turns.
 
@@ -90,7 +93,7 @@ def ratio(turns: Sequence[tuple[float, float]]) -> tuple[float, float, float] | 
     return (float(middle), float(low), float(high)) if high <= MOST * low else None
 
 
-def _seconds(model: Any, ids: torch.Tensor) -> float:
+def _seconds(model: PreTrainedModel, ids: torch.Tensor) -> float:
     start = time.perf_counter()
     # Reading a number waits for the accelerator.
     float(model(input_ids=ids, use_cache=False).logits[0, -1, 0])
@@ -107,7 +110,9 @@ _TRANSFORMERS = "transformers."
 """Where its own classes are, and those of downloads are not."""
 
 
-def without(model: Any, removed: Collection[int], repeated: Sequence[Change] = ()) -> Any:
+def without(
+    model: PreTrainedModel, removed: Collection[int], repeated: Sequence[Change] = ()
+) -> Any:
     """Copy a model without some layers, or with some again, and say so in its configuration.
 
     Args:
@@ -143,21 +148,21 @@ def without(model: Any, removed: Collection[int], repeated: Sequence[Change] = (
     return twin
 
 
-def resized(model: Any, twin: Any) -> tuple[str, ...]:
+def resized(model: PreTrainedModel, twin: PreTrainedModel) -> tuple[str, ...]:
     """Name what a copy's configuration says anew besides how many layers there are."""
     before, after = (each.config.get_text_config().to_dict() for each in (model, twin))
     idle = ("num_hidden_layers", "auto_map")
     return tuple(sorted(n for n in after if n not in idle and after[n] != before.get(n)))
 
 
-def _brings_code(model: Any) -> bool:
+def _brings_code(model: PreTrainedModel) -> bool:
     """Whether a download's code made it, which then is trusted; else it must not run."""
     return not all(
         type(each).__module__.startswith(_TRANSFORMERS) for each in (model, model.config)
     )
 
 
-def _misfit(config: Any, wanted: Shapes, kind: type | None) -> str | None:
+def _misfit(config: PreTrainedConfig, wanted: Shapes, kind: type | None) -> str | None:
     """Say what of a model its configuration, once it is saved and read, does not describe.
 
     `kind` is its class where that is trusted code; None where transformers is to find it.
@@ -235,7 +240,7 @@ def refuse_packed(source: ModelSource, trust_remote_code: bool = False) -> None:
         )
 
 
-def _try(small: Any, removed: Collection[int], repeated: Sequence[Change]) -> None:
+def _try(small: PreTrainedModel, removed: Collection[int], repeated: Sequence[Change]) -> None:
     """Change, save and load a miniature; ModelError where what is loaded says something else."""
     from transformers import AutoModelForCausalLM
 
@@ -286,12 +291,12 @@ def _no_bars() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _ask(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def _ask(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
 
 
-def _difference(one: Any, other: Any) -> str:
+def _difference(one: PreTrainedModel, other: PreTrainedModel) -> str:
     """Name the first number of a module that differs: what the class computes by itself."""
     theirs = dict(other.named_modules())
     for path, module in one.named_modules():
@@ -314,7 +319,7 @@ def _named(removed: Collection[int]) -> str:
     return f"layer{'s' if len(removed) > 1 else ''} {layers}"
 
 
-def save(loaded: LoadedModel, twin: Any, folder: Path) -> None:
+def save(loaded: LoadedModel, twin: PreTrainedModel, folder: Path) -> None:
     """Save a copy of a loaded model with its tokenizer: weights, configurations, chat template.
 
     Args:
@@ -357,7 +362,12 @@ _EXACT, _ROUNDED = 1e-3, 0.05
 """Share of the largest logit by which rounding moves one: in float32, and in fewer bits."""
 
 
-def save_once(model: Any, tokenizer: Any, folder: Path, trust_remote_code: bool = False) -> Path:
+def save_once(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    trust_remote_code: bool = False,
+) -> Path:
     """Save a model object and its tokenizer, unless the same ones are saved already.
 
     Args:
@@ -400,7 +410,9 @@ def save_once(model: Any, tokenizer: Any, folder: Path, trust_remote_code: bool 
     return saved
 
 
-def _refuse_other_logits(model: Any, tokenizer: Any, folder: Path, trusted: bool) -> None:
+def _refuse_other_logits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, trusted: bool
+) -> None:
     """Raise ModelError where a model's logits are not those of its saved copy.
 
     The copy's logits are kept beside it. It is loaded where there are none, or they differ: then
@@ -434,7 +446,7 @@ def _refuse_other_logits(model: Any, tokenizer: Any, folder: Path, trusted: bool
     write_bytes(folder / _LOGITS, saved.tobytes())
 
 
-def _logits(model: Any, tokenizer: Any) -> NDArray[np.float32]:
+def _logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.float32]:
     """Compute the logits of the last token of a few texts; the model's modes stay as they are."""
     modes = [(module, module.training) for module in model.modules()]
     texts = [torch.tensor([tokenizer(text)["input_ids"]], device=model.device) for text in _TEXTS]
@@ -448,7 +460,9 @@ def _logits(model: Any, tokenizer: Any) -> NDArray[np.float32]:
     return np.asarray(torch.stack(rows).numpy())
 
 
-def _logit_difference(mine: NDArray[np.float32], copied: NDArray[np.float32], model: Any) -> str:
+def _logit_difference(
+    mine: NDArray[np.float32], copied: NDArray[np.float32], model: PreTrainedModel
+) -> str:
     """State the largest difference of logits where it is more than rounding; else empty."""
     is_quantised = getattr(model, "hf_quantizer", None) is not None
     exact = model.dtype in (torch.float32, torch.float64) and not is_quantised
@@ -459,7 +473,7 @@ def _logit_difference(mine: NDArray[np.float32], copied: NDArray[np.float32], mo
     return f"up to {np.abs(mine - copied).max():.3g} (the largest logit is {largest:.3g})"
 
 
-def _fingerprint(model: Any, saved: Path) -> str:
+def _fingerprint(model: PreTrainedModel, saved: Path) -> str:
     """Hash weights, and the files of the configuration and the tokenizer."""
     digest = hashlib.sha256(file_hash(sorted(saved.iterdir())).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -468,7 +482,7 @@ def _fingerprint(model: Any, saved: Path) -> str:
     return digest.hexdigest()
 
 
-def _refuse_what_is_lost(model: Any, tokenizer: Any) -> None:
+def _refuse_what_is_lost(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     if not isinstance(model, PreTrainedModel):
@@ -494,7 +508,7 @@ def _refuse_what_is_lost(model: Any, tokenizer: Any) -> None:
         )
 
 
-def _changed_modules(model: Any) -> Iterator[str]:
+def _changed_modules(model: PreTrainedModel) -> Iterator[str]:
     """Name the modules whose code somebody changed."""
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]

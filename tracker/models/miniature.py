@@ -12,14 +12,14 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations, product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tracker.core.errors import attempt
 from tracker.core.model_parts import CHOSEN, ROUTED
@@ -86,7 +86,7 @@ BLOCKS = ("chunk_size", "mamba_chunk_size")
 STATES = ("mamba_d_state", "ssm_state_size", "state_size")
 
 
-def _sizes(config: Any, name: str) -> list[int]:
+def _sizes(config: PreTrainedConfig, name: str) -> list[int]:
     """What a configuration says under a name: once, once a layer, or not at all."""
     name = config.attribute_map.get(name, name)
     said = [vars(config).get(name), *(layer.get(name) for layer in _uneven(config).values())]
@@ -94,10 +94,10 @@ def _sizes(config: Any, name: str) -> list[int]:
     return [each for each in flat if type(each) is int and each > 0]
 
 
-def _change(config: Any, names: Iterable[str], small: Callable[[int], int]) -> None:
+def _change(config: PreTrainedConfig, names: Iterable[str], small: Callable[[int], int]) -> None:
     """Change whatever sizes stand under some names, each once."""
 
-    def one(value: Any) -> Any:
+    def one(value: object) -> object:
         if isinstance(value, (list, tuple)):
             return type(value)(one(each) for each in value)
         return small(value) if type(value) is int and value > 0 else value
@@ -114,7 +114,7 @@ def _change(config: Any, names: Iterable[str], small: Callable[[int], int]) -> N
         config.per_layer_config = uneven
 
 
-def _uneven(config: Any) -> dict[str, dict[str, Any]]:
+def _uneven(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
     """Sizes that single layers have for themselves."""
     if not getattr(config, "is_heterogeneous", False):
         return {}
@@ -126,7 +126,7 @@ def _at_most(most: int, *names: str) -> Callable[[Any], None]:
     return lambda config: _change(config, names, lambda value: min(value, most))
 
 
-def _heads(config: Any) -> None:
+def _heads(config: PreTrainedConfig) -> None:
     """Four heads of queries; as many of keys and values, or two, or one; each about 8 wide."""
     before = copy.copy(config)
     sizes = [each for name in HEAD_SIZES for each in _sizes(config, name)]
@@ -156,7 +156,7 @@ def _few_keys(keys: int, many: Sequence[int]) -> int:
     return min(keys, HEADS if keys in many else 2)
 
 
-def _parts(settings: Any) -> Iterator[float]:
+def _parts(settings: Mapping[str, Any]) -> Iterator[float]:
     """How much of a head has rotary positions, wherever it is said."""
     for name, value in settings.items():
         if isinstance(value, dict):
@@ -165,7 +165,7 @@ def _parts(settings: Any) -> Iterator[float]:
             yield value
 
 
-def _hidden(config: Any, before: Any, wide: int) -> None:
+def _hidden(config: PreTrainedConfig, before: PreTrainedConfig, wide: int) -> None:
     """The hidden size, and what goes with it."""
     hidden = before.hidden_size
     _change(config, ["hidden_size", *LIKE_HIDDEN], lambda value: value * wide // hidden)
@@ -192,20 +192,20 @@ def _change_rotary(rotary: Any, divisor: int) -> None:
                 rotary[name] = value[::divisor]
 
 
-def _between(config: Any) -> None:
+def _between(config: PreTrainedConfig) -> None:
     # What a state space model calls so goes with its hidden size.
     if not hasattr(config, "state_size"):
         _at_most(16, *BETWEEN)(config)
 
 
-def _experts(config: Any) -> None:
+def _experts(config: PreTrainedConfig) -> None:
     """Four experts of which a token gets two; of groups two, one of them chosen."""
     _change(config, EXPERTS, lambda value: min(value, 4))
     _change(config, (*CHOSEN, *GROUPS), lambda value: min(value, 2))
     _change(config, ["topk_group"], lambda _: 1)
 
 
-def _words(config: Any) -> None:
+def _words(config: PreTrainedConfig) -> None:
     """A small vocabulary with every special token in it."""
     _change(config, VOCABULARIES, lambda value: min(value, VOCABULARY))
     rare = VOCABULARY
@@ -231,7 +231,7 @@ SHRINK: tuple[Callable[[Any], None], ...] = (
 """What can be made small, each for itself."""
 
 
-def small_config(config: Any, shrink: Sequence[Callable[[Any], None]]) -> Any | None:
+def small_config(config: PreTrainedConfig, shrink: Sequence[Callable[[Any], None]]) -> Any | None:
     """Copy a configuration made small by some of `SHRINK`; None where the configuration refuses."""
     small = copy.deepcopy(config)
     small.__dict__.pop("quantization_config", None)
@@ -252,7 +252,7 @@ def small_config(config: Any, shrink: Sequence[Callable[[Any], None]]) -> Any | 
     return None if isinstance(refusal, Exception) else small
 
 
-def numbers(config: Any) -> Iterator[tuple[NumberPath, float]]:
+def numbers(config: PreTrainedConfig) -> Iterator[tuple[NumberPath, float]]:
     """List the numbers of a text configuration, nested ones too: whole, from 4 on, with paths."""
 
     def walk(path: NumberPath, value: Any) -> Iterator[tuple[NumberPath, float]]:
@@ -267,7 +267,7 @@ def numbers(config: Any) -> Iterator[tuple[NumberPath, float]]:
             yield from walk((name,), value)
 
 
-def with_numbers(config: Any, chosen: dict[NumberPath, float]) -> Any:
+def with_numbers(config: PreTrainedConfig, chosen: dict[NumberPath, float]) -> Any:
     """Copy a model's configuration, the numbers at some paths of its text part changed."""
     changed = copy.deepcopy(config)
     text = changed.get_text_config()
@@ -288,7 +288,7 @@ NEVER_FIRST = 2
 """How many kinds of width may stay as they are, so that the rest can be made small."""
 
 
-def miniature(model: Any) -> Any | None:
+def miniature(model: PreTrainedModel) -> Any | None:
     """Make a model of the same class whose layers hold the same modules; None if none runs."""
     pattern = _pattern(model)
     for left in range(NEVER_FIRST + 1):
@@ -300,7 +300,7 @@ def miniature(model: Any) -> Any | None:
     return None
 
 
-def build(kind: type, config: Any, wanted: Shapes | None = None) -> Any | None:
+def build(kind: type, config: PreTrainedConfig, wanted: Shapes | None = None) -> Any | None:
     """Build a model of transformers with random weights, the same ones for the same shapes.
 
     It is in float64, or in float32 where its class computes in nothing wider; None where it cannot
@@ -361,7 +361,7 @@ def _draw(model: nn.Module, positive: bool) -> None:
             parameter.copy_(noise / parameter.shape[-1] ** 0.5)
 
 
-def _pattern(model: Any) -> list[list[tuple[str, str]]]:
+def _pattern(model: PreTrainedModel) -> list[list[tuple[str, str]]]:
     """For each layer the modules that it holds; how many experts does not count."""
     # Inside a weight with an adapter, which sees no other token; or an expert but the first.
     beside = re.compile(r"(^|\.)(base_layer|lora_[^.]*|0*[1-9]\d*)(\.|$)")

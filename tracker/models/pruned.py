@@ -18,7 +18,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from tracker.core.changes import Change
 from tracker.core.errors import ModelError, attempt, first_line
 from tracker.models.hooks import call_with, first_of, returning
 from tracker.models.layers import find_layers, owner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 State = dict[tuple[str, str], Any]
 """(path of a module, attribute) → value."""
@@ -44,7 +47,7 @@ larger ones are masks and the like, of which every copy would take its own."""
 
 
 def pruned(
-    model: Any,
+    model: PreTrainedModel,
     removed: Collection[int] = (),
     fresh: State | None = None,
     stay: bool = False,
@@ -108,7 +111,7 @@ def left(total: int, removed: Collection[int] = (), repeated: Sequence[Change] =
     return kept
 
 
-def _shared(model: Any) -> Iterator[Any]:
+def _shared(model: PreTrainedModel) -> Iterator[Any]:
     """All that a copy has in common with the model: weights, large buffers, what lies on disk."""
     for module in model.modules():
         yield from (held for held in module._parameters.values() if held is not None)
@@ -122,7 +125,7 @@ def _shared(model: Any) -> Iterator[Any]:
                 yield held
 
 
-def _take_out(twin: Any, layers: nn.ModuleList, kept: Sequence[int]) -> None:
+def _take_out(twin: PreTrainedModel, layers: nn.ModuleList, kept: Sequence[int]) -> None:
     """Leave only the kept layers in a copy, which nobody else uses; one may be kept again."""
     total = len(layers)
     parent, name = owner(twin, layers)
@@ -184,7 +187,7 @@ def _cut(value: Any, kept: Sequence[int], total: int) -> Any:
     return value
 
 
-def cut_config(config: Any, kept: Sequence[int]) -> None:
+def cut_config(config: PreTrainedConfig, kept: Sequence[int]) -> None:
     """Change a text model's configuration to describe only the kept layers, ascending."""
     total = config.num_hidden_layers
     computed = {
@@ -208,7 +211,7 @@ def cut_config(config: Any, kept: Sequence[int]) -> None:
         config.__class__ = type(own.__name__, (own,), {**computed, _CUT: class_of(config)})
 
 
-def class_of(config: Any) -> type[Any]:
+def class_of(config: PreTrainedConfig) -> type[Any]:
     """Say of which class a configuration is, as it is read from a file."""
     return getattr(type(config), _CUT, type(config))
 
@@ -231,7 +234,7 @@ def _are_places(value: Sequence[Any], total: int) -> bool:
     )
 
 
-def _computed(config: Any) -> Iterator[tuple[str, Any]]:
+def _computed(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
     """The properties of a configuration's class, with their values."""
     for kind in type(config).__mro__:
         for name, member in vars(kind).items():
@@ -241,7 +244,9 @@ def _computed(config: Any) -> Iterator[tuple[str, Any]]:
                     yield name, value
 
 
-def _again(times: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+def _again(
+    times: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
     """Let a layer run again on what it returned, so many times in all."""
     for _ in range(times - 1):
         output = call_with(module.forward, first_of(output), args, kwargs)
@@ -279,7 +284,7 @@ def changed(before: State, after: State) -> set[tuple[str, str]]:
     }
 
 
-def same(one: Any, other: Any) -> bool:
+def same(one: object, other: object) -> bool:
     """Whether two values of a module are the same; of tensors without numbers, their shapes."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         if one.is_meta or other.is_meta:
@@ -324,7 +329,7 @@ Lacking = tuple[nn.Module, str, Any]
 """A module of a copy, and an attribute that it would have if it were loaded."""
 
 
-def as_made(model: Any) -> Any:
+def as_made(model: PreTrainedModel) -> Any:
     """Make a model anew of its configuration, as that is read from a file, without its weights.
 
     ModelError where its class cannot.
@@ -332,7 +337,9 @@ def as_made(model: Any) -> Any:
     return _made(model, range(len(find_layers(model))), shapes(model))
 
 
-def reloaded(twin: Any, kept: Sequence[int], known: dict[str, Any] | None = None) -> Any:
+def reloaded(
+    twin: PreTrainedModel, kept: Sequence[int], known: dict[str, Any] | None = None
+) -> Any:
     """Make what is loaded of a copy that lacks layers once it is saved.
 
     Args:
@@ -363,7 +370,7 @@ def reloaded(twin: Any, kept: Sequence[int], known: dict[str, Any] | None = None
     return again.to(twin.device)
 
 
-def as_loaded(model: Any, twin: Any, kept: Sequence[int]) -> None:
+def as_loaded(model: PreTrainedModel, twin: PreTrainedModel, kept: Sequence[int]) -> None:
     """Give a copy that lacks layers what its class would compute if it were saved and loaded.
 
     Its configuration gets the numbers that count the first layers of a kind as of what is left.
@@ -387,7 +394,13 @@ def as_loaded(model: Any, twin: Any, kept: Sequence[int]) -> None:
         config.__class__ = class_of(config)
 
 
-def lacking(model: Any, whole: Any, twin: Any, cut: Any, kept: Sequence[int]) -> list[Lacking]:
+def lacking(
+    model: PreTrainedModel,
+    whole: PreTrainedModel,
+    twin: PreTrainedModel,
+    cut: PreTrainedConfig,
+    kept: Sequence[int],
+) -> list[Lacking]:
     """List what a copy would have otherwise if it were saved and loaded.
 
     Args:
@@ -420,7 +433,7 @@ def lacking(model: Any, whole: Any, twin: Any, cut: Any, kept: Sequence[int]) ->
     return found
 
 
-def _prefix(model: Any) -> str:
+def _prefix(model: PreTrainedModel) -> str:
     """Return what the names of all that belongs to layers begin with."""
     parent, name = owner(model, find_layers(model))
     path = next(path for path, module in model.named_modules() if module is parent)
@@ -458,7 +471,7 @@ def _lacking(
                 yield own, name, value
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, dict):
         return all(map(_is_plain, value.values()))
     if isinstance(value, (list, tuple, set)):
@@ -467,7 +480,10 @@ def _is_plain(value: Any) -> bool:
 
 
 def _made(
-    model: Any, kept: Sequence[int], wanted: Shapes | None, known: dict[str, Any] | None = None
+    model: PreTrainedModel,
+    kept: Sequence[int],
+    wanted: Shapes | None,
+    known: dict[str, Any] | None = None,
 ) -> Any:
     """Make a model of another's class and configuration that holds tensors of the wanted shapes.
 
@@ -491,7 +507,7 @@ def _made(
     raise ModelError(first or "")
 
 
-def _fresh_once(model: Any, known: dict[str, Any] | None) -> Any:
+def _fresh_once(model: PreTrainedModel, known: dict[str, Any] | None) -> Any:
     """Make a model of another's class and configuration, once for each that `known` holds."""
     key = "" if known is None else model.config.to_json_string()
     made = (known or {}).get(key) or _fresh(type(model), model.config, model.dtype)
@@ -500,7 +516,7 @@ def _fresh_once(model: Any, known: dict[str, Any] | None) -> Any:
     return made
 
 
-def counted(config: Any, kept: Sequence[int]) -> Iterator[dict[str, int]]:
+def counted(config: PreTrainedConfig, kept: Sequence[int]) -> Iterator[dict[str, int]]:
     """Numbers that count the first layers of a kind, as of the kept ones: each alone, and all.
 
     Such as `first_k_dense_replace`: the first so many layers have no experts.
@@ -520,7 +536,7 @@ def counted(config: Any, kept: Sequence[int]) -> Iterator[dict[str, int]]:
         yield changed
 
 
-def _fresh(kind: type, config: Any, dtype: torch.dtype) -> Any:
+def _fresh(kind: type, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     """Make a model of a configuration as it is read from a file; its weights are nothing yet."""
     from transformers.initialization import no_init_weights
     from transformers.modeling_utils import local_torch_dtype
@@ -535,7 +551,7 @@ def _fresh(kind: type, config: Any, dtype: torch.dtype) -> Any:
     return made.double() if dtype == torch.float64 else made
 
 
-def _reread(config: Any) -> Any:
+def _reread(config: PreTrainedConfig) -> Any:
     """Read a configuration from the file that it is saved to."""
     with TemporaryDirectory() as folder:
         config.to_json_file(Path(folder) / "config.json")
@@ -544,7 +560,7 @@ def _reread(config: Any) -> Any:
     return again
 
 
-def _compute_alike(config: Any, again: Any) -> None:
+def _compute_alike(config: PreTrainedConfig, again: PreTrainedConfig) -> None:
     for name, value in vars(config).items():
         if name in _HOW:
             vars(again)[name] = value
@@ -552,7 +568,7 @@ def _compute_alike(config: Any, again: Any) -> None:
             _compute_alike(value, vars(again)[name])
 
 
-def shapes(model: Any) -> Shapes:
+def shapes(model: PreTrainedModel) -> Shapes:
     """Look up the shapes of what a checkpoint of a model holds."""
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 

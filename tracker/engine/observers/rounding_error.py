@@ -50,7 +50,7 @@ def at_ends(
     ends = engine.ends
     seen: list[tuple[Any, Tensor]] = []
 
-    def look(module: nn.Module, args: Any, output: Any) -> None:
+    def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.append((args[0], output))
 
     def compared(name: str) -> Iterator[tuple[int, Tensor, Tensor]]:

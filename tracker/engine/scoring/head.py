@@ -237,7 +237,7 @@ class _ReachedError(Exception):
 
 
 def first_states(
-    base: Any,
+    base: PreTrainedModel,
     first: nn.Module,
     ends: Embeddings,
     formats: Sequence[str],

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tracker.core.changes import Ablation
 from tracker.core.documents import Request, Response
@@ -120,7 +121,7 @@ WINDOW_STEP = 256
 """Lengths of text for which attention windows are found are multiples of this."""
 
 
-def logits_of(model: Any, ids: Tensor) -> Tensor:
+def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Ask a model for texts [texts, tokens] in one call: logits [texts, tokens, vocabulary].
 
     RefusalError if it returns something else.
@@ -403,7 +404,7 @@ def _changes(
         yield from model.anatomy.changes(ablation, cache)
 
 
-def stream_bytes(model: Any) -> int:
+def stream_bytes(model: PreTrainedModel) -> int:
     """Estimate how many bytes one token of one stream takes at most, inside a layer.
 
     A mixture holds a token once for each expert that it goes to: before, inside and behind it.

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from tracker.core.changes import INTACT, Ablation, Change
@@ -146,7 +147,7 @@ def new_cache() -> Cache:
     return Cache(layer_class_to_replicate=GrowingLayer)
 
 
-def cache_argument(base: Any) -> str | None:
+def cache_argument(base: PreTrainedModel) -> str | None:
     """Name the argument by which a model's base takes a cache of keys and values; None without."""
     names = inspect.signature(base.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in names), None)

@@ -17,9 +17,9 @@ from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.documents import Document, Request
@@ -175,7 +175,7 @@ _Place = tuple[Ablation, int, int, int]
 
 
 def miniature_key(
-    model: Any,
+    model: PreTrainedModel,
     ablations: Sequence[Ablation],
     paths: Sequence[NumberPath],
     rows: tuple[int, int, int] | None,
@@ -205,7 +205,7 @@ def miniature_key(
     return content_hash([of_the_model, names, texts, package_versions(), machine(), code])
 
 
-def reachable(model: Any, reach: int) -> tuple[NumberPath, ...]:
+def reachable(model: PreTrainedModel, reach: int) -> tuple[NumberPath, ...]:
     """List the paths of a configuration's numbers that rows of up to `reach` tokens can reach."""
     return tuple(p for p, value in numbers(model.config.get_text_config()) if value <= reach)
 
@@ -233,7 +233,7 @@ def check_miniature(
         return _check_itself(engine, some_of(ablations))
     ablations = _of_its_parts(small, some_of(ablations))
 
-    def truth_of(model: Any, verdict: Verdict) -> Reference:
+    def truth_of(model: PreTrainedModel, verdict: Verdict) -> Reference:
         return Reference(_engine(engine, model, verdict, MAX_LENGTH, ROW_TOKENS), miniature=True)
 
     with _threads_for_a_text(miniature=True):
@@ -308,7 +308,7 @@ def check_longer_texts(
 
 
 def _switches(
-    engine: Engine, small: Any, verdict: Verdict, longest: int
+    engine: Engine, small: PreTrainedModel, verdict: Verdict, longest: int
 ) -> tuple[tuple[int, ...], bool]:
     """Find at which lengths of a call, beyond those that are all asked, something changes.
 
@@ -340,7 +340,7 @@ def some_of(ablations: Sequence[Ablation]) -> list[Ablation]:
     return [ablation for ablation in ablations if ablation not in out]
 
 
-def _of_its_parts(small: Any, ablations: Sequence[Ablation]) -> list[Ablation]:
+def _of_its_parts(small: PreTrainedModel, ablations: Sequence[Ablation]) -> list[Ablation]:
     """Take a miniature's few heads for the many of its model; no ablation twice.
 
     Of sets no more than half of a layer's are left: a router chooses two of a miniature's four.
@@ -386,19 +386,21 @@ def _threads_for_a_text(miniature: bool) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _blank(model: Any) -> None:
+def _blank(model: PreTrainedModel) -> None:
     """Let a token that texts are drawn from have an embedding of zeros."""
     model.get_input_embeddings().weight[FIRST] = 0
 
 
-def _vocabulary(model: Any) -> int:
+def _vocabulary(model: PreTrainedModel) -> int:
     """How many tokens a model both reads and says: Moshi reads one more."""
     head = model.get_output_embeddings()
     read = int(model.get_input_embeddings().num_embeddings)
     return read if head is None else min(read, int(head.weight.shape[0]))
 
 
-def _engine(engine: Engine, model: Any, verdict: Verdict, longest: int, nodes: int) -> Engine:
+def _engine(
+    engine: Engine, model: PreTrainedModel, verdict: Verdict, longest: int, nodes: int
+) -> Engine:
     """An engine for a miniature that reads so many tokens, in rows of so many nodes."""
     device = torch.device("cpu")
     loaded = replace(engine.loaded, model=model, layers=find_layers(model), device=device)

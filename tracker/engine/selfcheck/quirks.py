@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.errors import CellError, ModelError, attempt
@@ -64,7 +65,7 @@ class Findings:
     causal: bool = True
 
 
-def find_quirks(small: Any, paths: Collection[NumberPath]) -> Findings:
+def find_quirks(small: PreTrainedModel, paths: Collection[NumberPath]) -> Findings:
     """Experiment with a miniature that no call has changed yet, on numbers of its configuration."""
     kind, config = type(small), small.config
     usual = _said(small, LONG)
@@ -94,7 +95,7 @@ def find_quirks(small: Any, paths: Collection[NumberPath]) -> Findings:
 
 
 def _effect(
-    model: Any, usual: Tensor, every_call: bool
+    model: PreTrainedModel, usual: Tensor, every_call: bool
 ) -> tuple[bool, bool, set[str], set[tuple[str, str]]] | None:
     """Find what another number in the configuration changes; None where it changes no logits.
 
@@ -109,7 +110,7 @@ def _effect(
     return (switches, also_longer, *_changed_by_calls(model))
 
 
-def find_switches(small: Any, known: Lengths, lengths: Iterable[int]) -> Lengths:
+def find_switches(small: PreTrainedModel, known: Lengths, lengths: Iterable[int]) -> Lengths:
     """Find where between some lengths of a call a model begins to compute otherwise.
 
     Of its first tokens a text says the same in a call of any length; where it does not, there is a
@@ -150,7 +151,7 @@ def find_switches(small: Any, known: Lengths, lengths: Iterable[int]) -> Lengths
     return Lengths((*known.thresholds, *found), each)
 
 
-def shortened(small: Any, paths: Collection[NumberPath]) -> list[Any]:
+def shortened(small: PreTrainedModel, paths: Collection[NumberPath]) -> list[Any]:
     """Make miniatures whose windows, chunks and thresholds are crossed by short texts.
 
     One with all of the numbers made small where that can be built, else one for each.
@@ -168,7 +169,7 @@ def shortened(small: Any, paths: Collection[NumberPath]) -> list[Any]:
     return [each for each in alone if each is not None]
 
 
-def _running(kind: type, config: Any) -> Any | None:
+def _running(kind: type, config: PreTrainedConfig) -> Any | None:
     model = build(kind, config)
     if model is not None and isinstance(attempt(lambda: _said(model, LONG)), Exception):
         return None  # numbers that contradict each other
@@ -176,7 +177,7 @@ def _running(kind: type, config: Any) -> Any | None:
 
 
 @torch.inference_mode()
-def _said(model: Any, tokens: int, last: int | None = None) -> Tensor:
+def _said(model: PreTrainedModel, tokens: int, last: int | None = None) -> Tensor:
     """Logits of a text on a fresh copy of a model [tokens, vocabulary]."""
     ids = torch.arange(tokens)[None] * 7 % 31 + 3
     if last is not None:
@@ -194,7 +195,7 @@ def _near(one: Tensor, other: Tensor, within: float) -> bool:
 
 
 @torch.inference_mode()
-def _changed_by_calls(model: Any) -> tuple[set[str], set[tuple[str, str]]]:
+def _changed_by_calls(model: PreTrainedModel) -> tuple[set[str], set[tuple[str, str]]]:
     """Attributes that differ after another call, and what differs for good after the first."""
     model = copy.deepcopy(model)
     states = [remember(model)]
@@ -308,7 +309,7 @@ class _Loading:
         known: What it made of other configurations; None for a model whose calls change it.
     """
 
-    whole: Any
+    whole: PreTrainedModel
     known: dict[str, Any] | None
 
     def of(self, engine: Engine, copied: Engine, ablation: Ablation) -> Engine:

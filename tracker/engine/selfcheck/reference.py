@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tracker.core.changes import Ablation
 from tracker.core.documents import Request, Response
@@ -181,14 +182,14 @@ class Reference:
 
 
 @contextmanager
-def shaken(model: Any, seed: int) -> Iterator[None]:
+def shaken(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Let a model's token embeddings be off by about their rounding, drawn by `seed`.
 
     On exit they are what they were.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def shake(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    def shake(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         noise = torch.randn(output.shape, generator=generator).to(output)
         # Also a model in float64 computes parts of itself in float32.
         eps = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps)
@@ -239,7 +240,7 @@ class Verdict:
         special = (self.unsteady, self.lengths, self.switches, self.leftovers, self.first)
         return self.sharing == FULL and not any(special)
 
-    def quirks(self, model: Any) -> Quirks:
+    def quirks(self, model: PreTrainedModel) -> Quirks:
         """Return the quirks of such a model, one that no call has changed yet."""
         values = dict(numbers(model.config.get_text_config()))
         thresholds = (
@@ -311,7 +312,7 @@ def of_difference(way: Sharing, comparison: Comparison, engine: Engine) -> str:
 
 
 @torch.inference_mode()
-def keeps_a_state(model: Any) -> bool:
+def keeps_a_state(model: PreTrainedModel) -> bool:
     """Check whether a model keeps something of a text whose size does not grow with it.
 
     Keys and values do; what recurrent layers and convolutions keep does not, and there each token
@@ -330,7 +331,7 @@ def keeps_a_state(model: Any) -> bool:
     )
 
 
-def _state_shapes(model: Any, tokens: int) -> list[torch.Size]:
+def _state_shapes(model: PreTrainedModel, tokens: int) -> list[torch.Size]:
     """Return the shapes of the tensors that a model keeps of a text of so many tokens."""
     ids = torch.arange(tokens, device=model.device)[None] + 3
     output = model(input_ids=ids, use_cache=True)

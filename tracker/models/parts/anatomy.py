@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -35,6 +35,9 @@ from tracker.models.parts.probe import LayerPart, PartFinder
 from tracker.models.parts.sublayers import Sublayers
 from tracker.models.rounding import refuse_uninstalled
 from tracker.models.sources import ModelSource, count_parts, parts_of, read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 KIND_OF: Mapping[Component, type[LayerPart]] = {
     "attention": Sublayers,
@@ -237,7 +240,7 @@ def search_parts(
     return SearchParts(unit, counts.layers, count, layers, stay)
 
 
-def _layers_with(small: Any, unit: Component) -> tuple[int, ...]:
+def _layers_with(small: PreTrainedModel, unit: Component) -> tuple[int, ...]:
     """List the layers of a miniature with as many parts as its configuration says."""
     config, anatomy = small.config.get_text_config(), LayerAnatomy.of(small)
     count = parts_of(config).numbered(unit)

@@ -333,7 +333,7 @@ def single_outputs(
         if value.is_floating_point()
     )
 
-    def alone(value: Any, index: int) -> Any:
+    def alone(value: object, index: int) -> object:
         if value is weights:
             return torch.ones_like(weights[:, :1])
         return choice[:, index : index + 1].contiguous() if value is choice else value

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tracker.core.errors import CellError, ExperimentError
@@ -286,7 +286,7 @@ class Embeddings:
             module.weight = usual
 
 
-def find_embeddings(model: Any, most: int = 0) -> Embeddings:
+def find_embeddings(model: PreTrainedModel, most: int = 0) -> Embeddings:
     """Find a model's embedding and head; CellError where one has no weights that could be rounded.
 
     The model's weights may be on the meta device. `most` is as for `RoundedWeights`.
@@ -310,7 +310,7 @@ def find_embeddings(model: Any, most: int = 0) -> Embeddings:
     return Embeddings(maps[0], maps[1], RoundedWeights(most))
 
 
-def embedding_shapes(model: Any) -> dict[str, tuple[int, int]]:
+def embedding_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """List a model's embedding and head with their shapes; where both are one, the embedding.
 
     ExperimentError where one has no weights that could be rounded.
@@ -322,7 +322,7 @@ def embedding_shapes(model: Any) -> dict[str, tuple[int, int]]:
     return {name: embeddings[name].shape for name in (ENDS[:1] if embeddings.is_tied else ENDS)}
 
 
-def round_embeddings(model: Any, formats: Mapping[str, str]) -> None:
+def round_embeddings(model: PreTrainedModel, formats: Mapping[str, str]) -> None:
     """Give a copied model's embedding and head weights of their own: name → format."""
     if not formats:
         return
