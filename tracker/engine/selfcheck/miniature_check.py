@@ -515,7 +515,7 @@ def most_sharing(
     for sharing in ways[ways.index(start) :]:
         try:
             found = compare(sharing)
-        except Exception as error:
+        except Exception as error:  # a model may refuse this way of sharing
             said = refused(error)
             if said is None:
                 raise
