@@ -6,10 +6,11 @@ Beside it lm-eval's own scoring, untouched: what tracker is measured against.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
 
 from tracker.benchmarks.private import HFLM
 from tracker.core.arguments import decoded
@@ -18,10 +19,15 @@ from tracker.core.documents import Document, Request
 from tracker.core.errors import BenchmarkError, first_line, translate_errors
 from tracker.core.provenance import content_hash
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 _QUESTION = "Question: What are 19 + 23?\nAnswer:"
 
 
-def huggingface_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
+def huggingface_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Any:
     """Return lm-eval's own Hugging Face model, untouched, around a model that may be pruned."""
     return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
 
@@ -33,7 +39,9 @@ def vllm_class() -> Any:
     return VLLM
 
 
-def score_with_lm_eval(model: Any, documents: Sequence[Document]) -> list[tuple[float, bool]]:
+def score_with_lm_eval(
+    model: TemplateLM, documents: Sequence[Document]
+) -> list[tuple[float, bool]]:
     """Score documents once with a model of lm-eval's, as `lm_eval` does.
 
     Log-likelihood and greedy flag of all requests of all documents, in order.
@@ -55,7 +63,12 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
 
     _longest: int | None = None
 
-    def __init__(self, model: Any, tokenizer: Any, spec: BenchmarkSpec | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        spec: BenchmarkSpec | None = None,
+    ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
         if spec is not None:
             thinking = spec.enable_thinking
