@@ -169,7 +169,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         place = {item.path.parent.name, item.path.name}
         if UNIT & place and not SIMULATING & place:
             item.add_marker(pytest.mark.unit)
-    order = ("test_registry.py", "test_survey.py", "runner", "tracking", "engine")
+    order = ("test_survey.py", "runner", "tracking", "engine")
 
     def place(item: pytest.Item) -> int:
         names = (item.path.name, item.path.parent.name)

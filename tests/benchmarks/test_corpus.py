@@ -15,13 +15,13 @@ from tests.benchmarks.conftest import ask as asked
 from tests.conftest import golden
 from tests.helpers.lm_eval import parts as load
 from tests.helpers.lm_eval import token_by_token, write_rows
-from tracker.benchmarks.benchmark import check_benchmark, chosen_metric, data_stamp, open_benchmark
+from tracker.benchmarks.benchmark import data_stamp, open_benchmark
 from tracker.benchmarks.corpus import Corpus
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.core.config import CellRequest, cell_request
+from tracker.core.config import CellRequest
 from tracker.core.documents import Document, Response
 from tracker.core.errors import BenchmarkError
-from tracker.core.extent import ALL, Extent
+from tracker.core.extent import ALL
 from tracker.core.provenance import content_hash
 
 LENGTH = 16
@@ -109,15 +109,6 @@ class TestFigures:
         responses[-1] = Response(bad, False, 1)
         assert corpus.outcomes(document, responses) == {"acc": None, "loss": None}
 
-    def test_documents(self, notes, parts) -> None:
-        corpus = open_benchmark(ask(notes))
-        encoder = RequestEncoder(*parts)
-        documents = corpus.documents(encoder, ALL)
-        assert [document.index for document in documents] == [0, 1, 2]
-        of_all = {(d.task, d.rolling, d.gold, d.choices) for d in documents}
-        assert of_all == {("corpus:notes.txt", True, None, 0)}
-        assert corpus.documents(encoder, Extent(limit=2)) == documents[:2]
-
 
 class TestTexts:
     def test_paragraphs(self, notes) -> None:
@@ -156,10 +147,6 @@ class TestTexts:
         assert corpus.identity.name == "corpus:rows.jsonl#body"
         assert "no column 'bdy'. Did you mean 'body'? It has: text, body" in refusal(f"{path}#bdy")
 
-    def test_empty_documents_are_left_out(self, tmp_path) -> None:
-        rows = [{"text": "a"}, {"text": " \n"}, {"text": None}, {"other": "x"}, {"text": "b"}]
-        assert texts(write(tmp_path / "rows.jsonl", rows)) == ["a", "b"]
-
     def test_a_data_set_of_a_folder(self, tmp_path) -> None:
         for split in ("train", "test"):
             write(tmp_path / f"DATA/GAIR/lima/{split}.jsonl", [{"conversations": [split, "b"]}])
@@ -172,21 +159,6 @@ class TestTexts:
             assert (corpus.identity.tasks[0].split, corpus._texts) == (split, [found])
             assert corpus.identity.name == f"corpus:{place}"
             assert corpus.identity.data == str(tmp_path / "DATA")
-
-    def test_a_configuration_and_a_split_of_a_folder(self, tmp_path) -> None:
-        data = tmp_path / "data"
-        for configuration in ("en", "de"):
-            for split in ("train", "validation"):
-                rows = [{"text": f"{configuration} {split}"}]
-                write(data / f"allenai/c4/{configuration}/{split}.jsonl", rows)
-        found = Corpus(ask("allenai/c4/en@validation:512#text", data))
-        assert found._texts == ["en validation"]
-        assert found.identity.name == "corpus:allenai/c4/en@validation:512#text"
-        assert found.identity.tasks[0].split == "validation"
-        assert texts("allenai/c4/de", data) == ["de train"]
-        assert "allenai/c4 has no split 'valid'. Did you mean 'validation'? It has: " in refusal(
-            "allenai/c4/en@valid", data
-        )
 
     def test_of_the_hub_only_the_split_is_read(self, tmp_path, monkeypatch) -> None:
         """A folder with a card like those of the hub; its training files hold nothing readable."""
@@ -217,18 +189,6 @@ class TestIdentity:
         home = write(tmp_path / "me@home" / "rows.jsonl", [{"text": "a"}])
         assert open_benchmark(ask(f"{home}:3#text")).identity.name == "corpus:rows.jsonl:3#text"
 
-    def test_of_a_file(self, notes) -> None:
-        identity = open_benchmark(ask(notes)).identity
-        (task,) = identity.tasks
-        assert (identity.name, identity.data) == ("corpus:notes.txt", str(notes))
-        assert (task.split, task.documents) == ("all", 3)
-        assert task.metrics == {"acc": "ratio", "loss": "ratio"}
-        assert task.higher_is_better == {"acc": True, "loss": False}
-        assert chosen_metric(identity, None) == "acc"
-        assert chosen_metric(identity, "loss") == "loss"
-        with pytest.raises(BenchmarkError, match=r"no metric 'los'\. Did you mean 'loss'"):
-            chosen_metric(identity, "los")
-
     def test_the_fingerprint_is_that_of_the_texts(self, notes, tmp_path) -> None:
         first = open_benchmark(ask(notes)).identity
         moved = tmp_path / "elsewhere" / "notes.txt"
@@ -249,11 +209,6 @@ class TestIdentity:
 
 
 class TestRefusals:
-    def test_a_missing_file(self, notes) -> None:
-        with pytest.raises(BenchmarkError, match="no corpus file"):
-            check_benchmark(ask(notes.with_name("note.txt")).benchmark)
-        check_benchmark(ask(notes, num_fewshot=0).benchmark)
-
     @pytest.mark.parametrize(("asked", "said"), golden("corpora"))
     def test_what_cannot_be_read(self, notes, asked: str, said: str) -> None:
         place, _, more = asked.removeprefix("NOTHING").partition(" | ")
@@ -265,10 +220,6 @@ class TestRefusals:
         write(folder / "some/dev/dev.jsonl", [{"text": "a"}])
         data = str(settings.pop("data", "{}")).format(folder)
         assert said.format(folder) in refusal(place.format(folder), data, **settings)
-
-    def test_tokens_are_those_of_texts_alone(self, notes) -> None:
-        with pytest.raises(BenchmarkError, match="Did you mean 'arc_easy'"):
-            open_benchmark(cell_request(model="m", benchmark="arc_easy:512", layers=(0,)))
 
     @pytest.mark.parametrize("name", ["notes.txt", "rows.jsonl"])
     @pytest.mark.parametrize("content", ["", "\n  \n\n"])

@@ -12,20 +12,15 @@ from tests.benchmarks.conftest import PACKAGE
 from tests.benchmarks.conftest import ask as asked
 from tests.helpers.lm_eval import TASKS, write_rows
 from tests.helpers.own_tasks import write_choices
+from tests.helpers.stored_cells import model_identity
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.errors import BenchmarkError
 from tracker.core.extent import ALL, Extent
-from tracker.core.identities import BenchmarkIdentity, ModelIdentity
+from tracker.core.identities import BenchmarkIdentity
 from tracker.ledger.views import cell_key
 
 PARTS = ("calibration", "test")
-MODEL = ModelIdentity(
-    **dict.fromkeys(("source", "name", "fingerprint", "architecture", "dtype"), "m"),
-    revision=None,
-    layers=4,
-    parameters=1,
-)
 
 
 def ask(benchmark: str, part: str | None = None, data: str = PACKAGE, **settings: Any) -> Any:
@@ -33,7 +28,7 @@ def ask(benchmark: str, part: str | None = None, data: str = PACKAGE, **settings
 
 
 def key(identity: BenchmarkIdentity) -> str:
-    return cell_key(MODEL, identity)
+    return cell_key(model_identity(), identity)
 
 
 def naive_order(task: str, documents: int, seed: int = 1234) -> list[int]:
@@ -123,14 +118,6 @@ class TestHalves:
             assert BenchmarkIdentity.model_validate_json(identity.model_dump_json()) == identity
         assert "half" not in identities[0].model_dump()["tasks"][0], "as before there were parts"
 
-    def test_samples_and_limits_count_within_one(self, encoder) -> None:
-        order = naive_order("copa", 100)
-        for part, mine in zip(PARTS, (order[:50], order[50:]), strict=True):
-            half = open_benchmark(ask("copa", part))
-            assert numbers(half, encoder, Extent(sample=9)) == sorted(mine[:9])
-            assert numbers(half, encoder, Extent(sample=80)) == sorted(mine)
-            assert numbers(half, encoder, Extent(limit=9)) == sorted(mine)[:9]
-
     def test_few_shot_prompts_are_those_of_a_whole_run(self, encoder, tmp_path) -> None:
         """Examples that are drawn document by document."""
         data = write(tmp_path / "baber/piqa", dev=piqa("bolt", 9), validation=piqa("pump", 8))
@@ -210,58 +197,37 @@ class TestTrainingSplit:
         with pytest.raises(BenchmarkError, match=r"own draws .*'validation', which is scored"):
             open_benchmark(ask(task, "calibration", data=data, num_fewshot=2))
 
-    def test_examples_that_are_read_otherwise_are_refused(self, data, tmp_path) -> None:
-        reading = "fewshot_config:\n  process_docs: !function reading.other\n"
-        task = own(tmp_path, f"fewshot_split: train\n{reading}")
-        (tmp_path / "reading.py").write_text("def other(docs):\n    return list(docs)\n")
-        open_benchmark(ask(task, "calibration", data=data))
-        with pytest.raises(BenchmarkError, match=r"own reads .* 'train' otherwise .*num_fewshot 0"):
-            open_benchmark(ask(task, "calibration", data=data, num_fewshot=1))
+
+def test_task_by_task() -> None:
+    """ai2_arc is arc_easy and arc_challenge, which are drawn independently."""
+    found = [open_benchmark(ask("ai2_arc", part)).identity for part in (None, *PARTS)]
+    whole, calibration, test = ({task.name: task for task in each.tasks} for each in found)
+    for name, task in whole.items():
+        mine, theirs = calibration[name].numbers, test[name].numbers
+        assert not set(mine) & set(theirs)
+        assert sorted((*mine, *theirs)) == list(range(task.documents))
+        assert list(mine) == sorted(naive_order(name, task.documents)[: task.documents // 2])
+    assert found[1].title == "ai2_arc (calibration half)"
 
 
-class TestGroups:
-    def test_task_by_task(self) -> None:
-        """ai2_arc is arc_easy and arc_challenge, which are drawn independently."""
-        found = [open_benchmark(ask("ai2_arc", part)).identity for part in (None, *PARTS)]
-        whole, calibration, test = ({task.name: task for task in each.tasks} for each in found)
-        for name, task in whole.items():
-            mine, theirs = calibration[name].numbers, test[name].numbers
-            assert not set(mine) & set(theirs)
-            assert sorted((*mine, *theirs)) == list(range(task.documents))
-            assert list(mine) == sorted(naive_order(name, task.documents)[: task.documents // 2])
-        assert found[1].title == "ai2_arc (calibration half)"
-
-    def test_some_with_a_training_split(self, tmp_path) -> None:
-        place = tmp_path / "allenai/ai2_arc"
-        write(place / "ARC-Easy", train=arc("bolt", 6), test=arc("pump", 3))
-        write(place / "ARC-Challenge", test=arc("pump", 9))
-        identities = [
-            open_benchmark(ask("ai2_arc", part, data=str(tmp_path))).identity for part in PARTS
-        ]
-        sizes = [{task.name: task.documents for task in each.tasks} for each in identities]
-        assert sizes == [{"arc_easy": 6, "arc_challenge": 4}, {"arc_easy": 3, "arc_challenge": 5}]
-        assert [each.title for each in identities] == [f"ai2_arc ({part} part)" for part in PARTS]
-
-
-class TestCorpora:
-    def test_halves_of_the_texts(self, encoder, tmp_path) -> None:
-        notes = tmp_path / "notes.txt"
-        notes.write_text("\n\n".join(f"Animal {number} has a heart." for number in range(9)))
-        name = f"corpus:{notes}"
-        order = naive_order("corpus:notes.txt", 9)
-        whole = open_benchmark(ask(name, data="hub"))
-        every = whole.documents(encoder, ALL)
-        for part, mine in zip(PARTS, (order[:4], order[4:]), strict=True):
-            half = open_benchmark(ask(name, part, data="hub"))
-            assert half.documents(encoder, ALL) == [every[number] for number in sorted(mine)]
-            assert numbers(half, encoder, Extent(sample=2)) == sorted(mine[:2])
-            assert half.text(every[mine[0]]).question == f"Animal {mine[0]} has a heart."
-            assert half.identity.title == f"corpus:notes.txt ({part} half)"
-            assert key(half.identity) != key(whole.identity)
-        copy = tmp_path / "copy.txt"
-        copy.write_text(notes.read_text())
-        other = open_benchmark(ask(f"corpus:{copy}", data="hub"))
-        assert other.rows("corpus:copy.txt") == whole.rows("corpus:notes.txt")
-        notes.write_text("One paragraph.")
-        with pytest.raises(BenchmarkError, match="has 1 document, which makes no two halves"):
-            open_benchmark(ask(name, "calibration", data="hub"))
+def test_halves_of_the_texts(encoder, tmp_path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("\n\n".join(f"Animal {number} has a heart." for number in range(9)))
+    name = f"corpus:{notes}"
+    order = naive_order("corpus:notes.txt", 9)
+    whole = open_benchmark(ask(name, data="hub"))
+    every = whole.documents(encoder, ALL)
+    for part, mine in zip(PARTS, (order[:4], order[4:]), strict=True):
+        half = open_benchmark(ask(name, part, data="hub"))
+        assert half.documents(encoder, ALL) == [every[number] for number in sorted(mine)]
+        assert numbers(half, encoder, Extent(sample=2)) == sorted(mine[:2])
+        assert half.text(every[mine[0]]).question == f"Animal {mine[0]} has a heart."
+        assert half.identity.title == f"corpus:notes.txt ({part} half)"
+        assert key(half.identity) != key(whole.identity)
+    copy = tmp_path / "copy.txt"
+    copy.write_text(notes.read_text())
+    other = open_benchmark(ask(f"corpus:{copy}", data="hub"))
+    assert other.rows("corpus:copy.txt") == whole.rows("corpus:notes.txt")
+    notes.write_text("One paragraph.")
+    with pytest.raises(BenchmarkError, match="has 1 document, which makes no two halves"):
+        open_benchmark(ask(name, "calibration", data="hub"))

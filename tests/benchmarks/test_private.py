@@ -42,10 +42,7 @@ def test_the_oldest_and_the_newest_that_we_allow_is_this_one() -> None:
         (private.TaskIndex.build, ["paths", "resolve_includes"]),
         (private.TaskIndex.entry_from_path, ["path"]),
         (private.Entry, ["name", "kind", "yaml_path", "cfg", "tags"]),
-        (
-            private.HFLM._loglikelihood_tokens,
-            ["self", "requests", "disable_tqdm", "override_bs"],
-        ),
+        (private.HFLM._loglikelihood_tokens, ["self", "requests", "disable_tqdm", "override_bs"]),
         (
             private.HFLM._model_generate,
             ["self", "context", "max_length", "stop", "generation_kwargs"],

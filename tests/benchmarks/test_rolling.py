@@ -11,7 +11,6 @@ import pytest
 from tests.benchmarks.conftest import make
 from tests.helpers.lm_eval import AGGREGATIONS, PLACES, write_rows
 from tests.helpers.lm_eval import parts as load_parts
-from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.documents import Response
 from tracker.core.errors import BenchmarkError
@@ -65,19 +64,6 @@ def test_a_text_without_tokens_is_a_document_without_requests(data, parts) -> No
     assert benchmark.outcomes(first, [])["bits_per_byte"] == "[0, 0]"
 
 
-def test_identity_and_metric(data) -> None:
-    identity = make("wikitext", data).identity
-    assert identity.primary_metric == "bits_per_byte"
-    assert (identity.num_fewshot, identity.seed) == (0, None)
-    (task,) = identity.tasks
-    assert (task.split, task.documents) == ("test", len(TEXTS))
-    assert task.higher_is_better == dict.fromkeys(AGGREGATIONS, False)
-    assert chosen_metric(identity, None) == chosen_metric(identity, "bits_per_byte")
-    message = r"'word_perplexity' of wikitext .*\(weighted_perplexity\).*choose bits_per_byte$"
-    with pytest.raises(BenchmarkError, match=message):
-        chosen_metric(identity, "word_perplexity")
-
-
 @pytest.mark.parametrize("setting", [{"num_fewshot": 2}, {"apply_chat_template": True}])
 def test_settings_that_lm_eval_ignores_are_refused(data, setting: dict[str, Any]) -> None:
     with pytest.raises(BenchmarkError, match=f"wikitext .* leave {next(iter(setting))} out"):
@@ -86,9 +72,7 @@ def test_settings_that_lm_eval_ignores_are_refused(data, setting: dict[str, Any]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
-def test_a_window_that_is_not_finite_leaves_the_document_without_outcome(
-    data, parts, bad: float
-) -> None:
+def test_a_window_that_is_not_finite_leaves_the_document_without_outcome(data, parts, bad) -> None:
     benchmark = make("wikitext", data)
     document = benchmark.documents(RequestEncoder(*parts()), ALL)[-1]
     responses = [Response(-1.0, False, 0) for _ in document.requests]

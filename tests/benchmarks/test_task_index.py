@@ -69,9 +69,7 @@ def test_a_file_that_changes_is_read_again(folder, tmp_path, caplog) -> None:
     assert set(again()) == {"own", "more"}
 
 
-def test_builds_that_write_it_otherwise_do_not_read_each_others(
-    folder, tmp_path, monkeypatch
-) -> None:
+def test_builds_that_write_it_otherwise_do_not_read_each_others(folder, tmp_path, monkeypatch):
     for form in (1, 2):
         monkeypatch.setattr(factory, "_FORMAT", form, raising=False)
         assert set(again()) == {"own"}

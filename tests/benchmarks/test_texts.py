@@ -6,8 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
 from tests.helpers.lm_eval import write_rows
 from tests.helpers.own_tasks import write_tasks
 from tests.helpers.package_tasks import rows, shipped
@@ -39,13 +37,6 @@ class TestText:
         assert not any("multiple choice questions" in text.question for text in plain)
         assert {text.choices for text in plain} == {("A", "B", "C", "D")}
 
-    def test_where_options_are_beginnings_the_rest_is_the_question(self, encoder) -> None:
-        (first, *_) = texts(shipped("winogrande"), encoder)
-        row = rows("allenai/winogrande", "winogrande_xl")[0]
-        before, after = row["sentence"].split("_")
-        assert first.choices == (before + row["option1"], before + row["option2"])
-        assert first.question == after.strip()
-
     def test_an_open_answer_is_the_gold_one(self, encoder, tmp_path: Path) -> None:
         content = [{"text": "the cat sat on the mat"}, {"text": "a dog ran home"}]
         write_rows(tmp_path / "EleutherAI/lambada_openai/default", test=content)
@@ -67,9 +58,7 @@ class TestText:
         found = texts(corpus, encoder, 2)
         assert [text.question.strip() for text in found] == ["one heart", "two hearts"]
 
-    def test_ones_own_tasks_say_what_their_functions_say(
-        self, encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_ones_own_tasks_say_what_their_functions_say(self, encoder, tmp_path, monkeypatch):
         folder = write_tasks(tmp_path)
         monkeypatch.syspath_prepend(str(folder))
         paint, says = (make(name, "hub", include_path=[str(folder)]) for name in ("paint", "says"))
@@ -101,8 +90,3 @@ class TestPublic:
         assert not public(dataset_path=str(tmp_path))
         assert not public(dataset_kwargs={"data_files": {"test": "mine.jsonl"}})
         assert not public(custom_dataset=len)
-
-    def test_a_folder_of_data_is_not(self, tmp_path: Path) -> None:
-        place = tmp_path / "EleutherAI/lambada_openai/default"
-        write_rows(place, test=[{"text": "the cat sat"}])
-        assert not make("lambada_openai", tmp_path).public

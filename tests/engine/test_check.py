@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import re
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -16,7 +13,6 @@ from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
-from tracker.engine.forward.layer import RandomReplacement
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.rows import common_beginning, tree_rows
 from tracker.engine.scoring.score import SHORTEST
@@ -28,11 +24,9 @@ from tracker.engine.selfcheck.check import (
     check,
     confirm,
     confirmation_rounds,
-    draw_answers,
     holds_blank,
     plain_tokens,
     reach,
-    shortest_documents,
     watch,
     watched_documents,
 )
@@ -56,20 +50,6 @@ def test_one_document_in_two_hundred_is_watched_and_one_a_task_at_least():
     assert few >= drawn
 
 
-def test_of_many_tasks_with_few_documents_some_are_watched():
-    """Answering one document of each of 57 tasks twice would be all of a cell of 57."""
-
-    def tasks(count):
-        places = [(f"task {task}", index) for task in range(57) for index in range(count)]
-        return {task for task, _ in watched_documents([Document(*d, (), None, 0) for d in places])}
-
-    few, more, every = map(tasks, (1, 4, 16))
-    assert len(few) <= 9
-    assert 14 <= len(more) <= 20
-    assert len(few - more) <= 1, "that of the longest text"
-    assert len(every) == 57
-
-
 def test_every_ablation_is_watched_in_turn_and_the_same_ones_under_the_same_seed():
     engine = engine_of("llama")
     scores = engine.score(make_documents(40), ABLATIONS)
@@ -86,19 +66,6 @@ def test_every_ablation_is_watched_in_turn_and_the_same_ones_under_the_same_seed
         assert comparison.compared == len(result.document.requests)
         assert comparison.wrong is None
         assert comparison.difference < 1e-4
-
-
-def test_a_wrong_number_is_seen_and_named():
-    engine = engine_of("llama")
-    (score,) = engine.score(make_documents(1), ABLATIONS)
-    ((_, drawn, right),) = watch(Reference(engine), [score], ABLATIONS, "seed")
-    assert right.wrong is None
-    score.responses[drawn][:] = [
-        r._replace(loglikelihood=r.loglikelihood + 0.01) for r in score.responses[drawn]
-    ]
-    ((_, _, found),) = watch(Reference(engine), [score], ABLATIONS, "seed")
-    assert "document 0 of task, request 0" in found.wrong
-    assert "on the really pruned model" in found.wrong
 
 
 def shallow():
@@ -168,12 +135,6 @@ def test_it_does_not_hold_of_other_weights_or_what_computes_them(times_asked, mo
     assert times_asked(of())
 
 
-def test_what_was_fitted_on_its_texts_is_confirmed_anew(times_asked):
-    cell = {"ablations": [INTACT, Ablation.parse("mean:1")]}
-    cell["fit"] = lambda engine: {1: RandomReplacement(1)}
-    assert [times_asked(engine_of("llama"), **cell) for _ in range(2)] == [1, 1]
-
-
 def test_a_model_that_shared_less_is_asked_again(times_asked):
     """It may have been lost to the moment; a clean verdict on the miniature stays."""
     model = tiny_model("llama")
@@ -182,15 +143,11 @@ def test_a_model_that_shared_less_is_asked_again(times_asked):
 
 
 class Recalled(Memory):
-    """Recalls one verdict, whatever was checked: what follows from it is under test.
-
-    `asked` are the keys that it was asked for.
-    """
+    """Recalls one verdict, whatever was checked: what follows from it is under test."""
 
     def __init__(self, *verdict, **more):
         verdict = Verdict(*(verdict or (FULL,)), **{"compared": 100, **more})
-        self.asked = []
-        self.recall = lambda key: self.asked.append(key) or VERDICT.dump_json(verdict).decode()
+        self.recall = lambda key: VERDICT.dump_json(verdict).decode()
 
 
 def checked(model, verdict=None):
@@ -225,35 +182,6 @@ def test_no_more_is_shared_than_the_verdict_allows():
     assert nothing.engine.sharing == PLAIN
     assert (nothing.lost, nothing.unsteady) == ("all was lost", None)
     assert 0 <= nothing.difference < 1e-3
-
-
-def test_what_the_model_refuses_is_lost_with_its_reason(caplog):
-    """In words; what its code said is in the log."""
-    caplog.set_level("DEBUG", logger="tracker")
-    model = tiny_model("llama")
-    when_masked(model, fail)
-    found = checked(model)
-    assert found.engine.sharing == DEPTH_ONLY
-    assert found.lost == (
-        "shared over depth alone, and not over tokens or documents, because it refuses a row of "
-        "several texts with a mask of their own"
-    )
-    assert "no such mask" in caplog.text
-
-
-def test_what_changes_an_answer_is_lost_with_how_far(monkeypatch):
-    monkeypatch.setattr(reference, "DRAWS", 1)
-    model = tiny_model("llama")
-    when_masked(model, lambda output: (3 * output[0], *output[1:]))
-    found = checked(model)
-    assert found.engine.sharing == DEPTH_ONLY
-    before, nats, after = found.lost.partition(found.lost.split()[-2])
-    assert before == (
-        "shared over depth alone, and not over tokens or documents, because sharing more changes a "
-        "log-likelihood by "
-    )
-    assert 1e-3 < float(nats) < 100
-    assert after == " nats"
 
 
 def test_what_only_the_longest_text_shows_is_seen(monkeypatch):
@@ -317,13 +245,6 @@ def test_what_several_texts_in_a_call_change_is_asked_one_by_one(off):
     assert (found.difference, found.unsteady) == (0, None)
 
 
-@pytest.mark.parametrize(("dtype", "router"), [(torch.float32, True), (torch.bfloat16, False)])
-def test_what_half_precision_moves_is_not_said_of_a_router(dtype, router):
-    found = checked(tiny_model("llama").to(dtype), Recalled(unsteady=4))
-    assert re.search(r"\b4 of \d+ answers", found.unsteady)
-    assert ("router" in found.unsteady, "in bfloat16" in found.unsteady) == (router, not router)
-
-
 class RoundsByLength(torch.nn.SiLU):
     """Another kernel for rows of many tokens, in which some values are rounded another way."""
 
@@ -342,7 +263,7 @@ def test_half_precision_may_differ_by_more():
     assert found.difference > 1e-3
 
 
-def test_a_token_whose_embedding_is_zero_is_looked_for_in_all_that_is_read(monkeypatch):
+def test_a_token_whose_embedding_is_zero_is_looked_for_in_all_that_is_read():
     model = tiny_model("llama")
     assert not model.get_input_embeddings().weight[0].any()
     with torch.no_grad():
@@ -357,56 +278,6 @@ def test_a_token_whose_embedding_is_zero_is_looked_for_in_all_that_is_read(monke
     assert not held((5,), (7,))
     # What a tokenizer says beyond the table is no matter of this.
     assert not held((5, 10**6), (97,))
-    model.set_input_embeddings(torch.nn.Embedding(97, 32, device="meta"))
-    assert not held((5, 0), (7,))
-    model.set_input_embeddings(torch.nn.Identity())
-    assert not held((5, 0), (7,))
-
-    def untold(self):
-        raise NotImplementedError
-
-    monkeypatch.setattr(type(model), "get_input_embeddings", untold)
-    assert not held((5, 0), (7,))
-
-
-def test_texts_that_hold_such_a_token_are_another_question():
-    engine, kept = engine_of(shallow()), Memory()
-    for last in (6, 0):
-        asked = asking(((5, last), (7,)), ((5, last), (8,)))
-        assert check(engine, [asked], single_layers((0,)), kept).engine.sharing == FULL
-    assert len(kept) == 6
-
-
-def keys_of(model, row_tokens):
-    """Which verdicts on the architecture a cell recalls: on short texts, and on ones as long."""
-    verdict = Recalled()
-    check(engine_of(model, row_tokens=row_tokens), [asking(((1,), (2,)))], ABLATIONS, verdict)
-    return verdict.asked[:2]
-
-
-def test_a_verdict_holds_for_the_lengths_that_it_was_made_for():
-    model = tiny_model("mistral")  # with a window, which short rows do not fill
-    first, second, third = (keys_of(model, row_tokens) for row_tokens in (1, 200, 200))
-    assert not {*first} & {*second}
-    assert second == third
-
-
-def test_rows_up_to_the_next_power_of_two_have_one_verdict_on_short_texts():
-    """As the user's benchmarks have: each check costs a model of thirty layers seconds."""
-    model = tiny_model("mistral", sliding_window=200, max_position_embeddings=256)
-    below, beyond, reaching = (keys_of(model, row_tokens)[0] for row_tokens in (150, 240, 255))
-    assert below == beyond != reaching
-
-
-@pytest.mark.parametrize(("switches", "made"), [((), 1), (((200, False),), 3)])
-def test_what_longer_texts_have_not_shown_holds_for_shorter_ones(monkeypatch, switches, made):
-    """But where something was found, it may be beyond them."""
-    calls, verdicts, verdict = [], Memory(), Verdict(FULL, compared=100, switches=switches)
-    monkeypatch.setattr(module, "check_longer_texts", lambda *_: calls.append(1) or verdict)
-    for tokens in (348, 180, 20):
-        documents = [asking((tuple(n % 90 + 3 for n in range(tokens)), (2,)))]
-        check(engine_of(shallow(), max_length=512), documents, ABLATIONS[:3], verdicts)
-    assert len(calls) == made
 
 
 def test_a_row_reaches_as_far_as_its_beginning_and_the_longest_document():
@@ -415,24 +286,6 @@ def test_a_row_reaches_as_far_as_its_beginning_and_the_longest_document():
     model = loaded(tiny_model("llama"))
     assert reach(Engine(model, MAX_LENGTH, row_tokens=50), documents).row == longest + 50
     assert reach(Engine(model, MAX_LENGTH, row_tokens=10), documents).row == longest + 30
-
-
-def test_a_document_of_letters_is_as_wide_as_its_row():
-    """The right one is read too, for the proxies."""
-    letters = asking(*(((3,) * 128, (n,)) for n in (5, 6, 7)))
-    (row,) = tree_rows([letters], 1024, 1)
-    found = reach(engine_of("llama", max_length=1024), [letters])
-    assert found.document == row.tokens == 129
-
-
-def test_the_shortest_of_the_documents_with_most_answers_are_confirmed():
-    def made(answers, context, longest=1):
-        short = ((1,) * context, (2,))
-        return asking(*[short] * (answers - 1), (short[0], (2,) * longest))
-
-    documents = [made(1, 1), made(5, 9), made(4, 3, 16), made(2, 2), made(4, 5), made(4, 4)]
-    few = shortest_documents(documents)
-    assert [documents.index(each) for each in few] == [5, 4]
 
 
 def test_of_long_documents_every_ablation_is_asked_both_ends_and_two_the_longest(spy):
@@ -460,29 +313,6 @@ def test_of_long_documents_every_ablation_is_asked_both_ends_and_two_the_longest
     assert plain_tokens(documents, ABLATIONS, 1024) == sum(read) + 330 + 331
     # What is short is asked once, as it is.
     assert len([*confirmation_rounds(make_documents(2), ABLATIONS)]) == 1
-
-
-def test_of_a_long_document_of_many_texts_one_is_asked():
-    """As those of a corpus; its continuations are cut where every ablation is asked."""
-    draw = random.Random(0)
-    windows = [tuple(draw.randrange(3, 90) for _ in range(n)) for n in (90, 95, 91, 93, 92)]
-    long = asking(*(((1,), window) for window in windows), rolling=True)
-    (short, _, _), (whole, _, answers) = confirmation_rounds([long], ABLATIONS)
-    assert {len(request.continuation) for request in short[0].requests} == {48}
-    assert [len(whole[0].requests), whole[0].requests[0]] == [4, long.requests[1]]
-    assert answers == [(0, 0, 0), (1, 0, 0)]
-    engine = engine_of("llama")
-    assert check(engine, [long], ABLATIONS[:2], Recalled()).engine.sharing == FULL
-
-
-def test_each_ablation_is_asked_one_request_and_the_baseline_six():
-    """Of one text, one after the other."""
-    documents = [asking(*(((1,) * 9, (n,)) for n in range(4)), index=index) for index in range(2)]
-    asked = list(draw_answers(documents, ABLATIONS))
-    assert asked == list(draw_answers(documents, ABLATIONS)) == sorted(asked)
-    assert len(asked) == len(set(asked))
-    many = Counter(number for number, _, _ in asked)
-    assert many == {n: 6 if each == INTACT else 1 for n, each in enumerate(ABLATIONS)}
 
 
 def test_what_is_read_plainly_is_what_was_planned(spy):

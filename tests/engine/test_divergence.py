@@ -9,19 +9,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
-from scipy.special import softmax
 from scipy.stats import entropy
 
-from tests.helpers.engines import (
-    MAX_LENGTH,
-    Output,
-    asking,
-    engine_of,
-    make_documents,
-    pruned,
-    skipped,
-)
+from tests.helpers.engines import asking, engine_of, gold_tokens, make_documents, pruned, skipped
 from tests.helpers.families import tiny_model
+from tests.helpers.truth import logits
 from tracker.core.documents import Document
 from tracker.engine.observers import layer_proxies as module
 from tracker.engine.observers.layer_proxies import output_proxies
@@ -32,37 +24,25 @@ LAYERS = 4
 PER_LAYER = ("kl", "js", "loss_increase", "lens_changes", "gate_gradient")
 
 
-def _text(document: Document) -> tuple[int, ...]:
-    """Context and gold continuation, cut from the left as lm-eval cuts."""
-    gold = document.requests[document.gold or 0]
-    return (gold.context + gold.continuation)[-(MAX_LENGTH + 1) :][:MAX_LENGTH]
-
-
 def _one() -> tuple[Document, tuple[int, ...]]:
     (document,) = make_documents(1)
-    return document, _text(document)
-
-
-@torch.inference_mode()
-def _logits(model, tokens: tuple[int, ...]):
-    return model(torch.tensor([tokens]), use_cache=False).logits[0].double().numpy()
+    return document, gold_tokens(document)
 
 
 def _naive(model, tokens: tuple[int, ...], layer: int) -> tuple[float, float, float]:
     """Divergences by scipy, of a copy without the layer."""
-    p = softmax(_logits(model, tokens), axis=-1)
+    p = logits(model, tokens).softmax(-1).numpy()
     with pruned(model, [layer]) as without:
-        q = softmax(_logits(without, tokens), axis=-1)
+        q = logits(without, tokens).softmax(-1).numpy()
     places, following = np.arange(len(tokens) - 1), np.array(tokens[1:])
     lost = np.log(p[places, following]).sum() - np.log(q[places, following]).sum()
     return entropy(p, q, axis=-1).sum(), (jensenshannon(p, q, axis=-1) ** 2).sum(), lost
 
 
-@torch.inference_mode()
 def _lens(model, tokens: tuple[int, ...], layer: int) -> list[int]:
     """What the model would say if its layers ended before one: its layers hand on their input."""
     with skipped(model, range(layer, LAYERS)):
-        return model(torch.tensor([tokens]), use_cache=False).logits[0].argmax(-1).tolist()
+        return logits(model, tokens).argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("sharing", ["shared", "apart"])
@@ -73,7 +53,7 @@ def test_every_figure_is_that_of_a_plain_pass(family: str, sharing: str) -> None
     engine = engine.with_sharing(PLAIN) if sharing == "apart" else engine
     for document in make_documents(3, seed=4):
         found = output_proxies(engine, document)
-        tokens = _text(document)
+        tokens = gold_tokens(document)
         assert float(found["tokens"]) == len(tokens)
         assert float(found["predicted"]) == len(tokens) - 1
         for layer in range(LAYERS):
@@ -83,19 +63,6 @@ def test_every_figure_is_that_of_a_plain_pass(family: str, sharing: str) -> None
             below, above = _lens(model, tokens, layer), _lens(model, tokens, layer + 1)
             differing = sum(a != b for a, b in zip(below, above, strict=True))
             assert float(found["lens_changes"][layer]) == differing
-
-
-@torch.inference_mode()
-def test_the_lens_is_the_models_own_norm_and_head_between_layers() -> None:
-    model = tiny_model("llama")
-    document, tokens = _one()
-    found = output_proxies(engine_of(model), document)
-    output = model(torch.tensor([tokens]), output_hidden_states=True)
-    # The last of them is normalised already.
-    between = [model.lm_head(model.model.norm(h)) for h in output.hidden_states[:-1]]
-    tops = torch.stack([*between, output.logits]).argmax(-1)
-    assert found["lens_changes"].tolist() == (tops[1:] != tops[:-1]).sum((1, 2)).tolist()
-    assert found["lens_changes"].any()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
@@ -113,12 +80,9 @@ def test_the_derivative_is_a_finite_difference(family: str) -> None:
             passed = before + gate * (after - before)
             return (passed, *output[1:]) if isinstance(output, tuple) else passed
 
-        handle = find_layers(wide)[layer].register_forward_hook(scaled, with_kwargs=True)
-        try:
-            logits = torch.tensor(_logits(wide, tokens))
-        finally:
-            handle.remove()
-        return float(-logits.log_softmax(-1)[range(len(tokens) - 1), list(tokens[1:])].sum())
+        with find_layers(wide)[layer].register_forward_hook(scaled, with_kwargs=True):
+            logprobs = logits(wide, tokens).log_softmax(-1)
+        return float(-logprobs[range(len(tokens) - 1), list(tokens[1:])].sum())
 
     for layer in range(LAYERS):
         slope = (loss(layer, 1 + 1e-3) - loss(layer, 1 - 1e-3)) / 2e-3
@@ -129,10 +93,10 @@ def test_the_derivative_is_a_finite_difference(family: str) -> None:
 def test_nothing_of_the_model_is_left_changed() -> None:
     model = tiny_model("llama")
     document, tokens = _one()
-    before = _logits(model, tokens)
+    before = logits(model, tokens)
     engine = engine_of(model)
     first, again = (output_proxies(engine, document) for _ in range(2))
-    assert (_logits(model, tokens) == before).all()
+    assert (logits(model, tokens) == before).all()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -165,7 +129,7 @@ def test_windows_of_a_text_add_up() -> None:
     places, following = range(7, 15), list(tokens[12:20])
     with pruned(model, [1]) as without:
         said, left = (
-            torch.tensor(_logits(each, tokens[4:20])).log_softmax(-1)[places, following].sum()
+            logits(each, tokens[4:20]).log_softmax(-1)[places, following].sum()
             for each in (model, without)
         )
     assert float(apart[1]["loss_increase"][1]) == pytest.approx(float(said - left), abs=1e-3)
@@ -181,31 +145,6 @@ def test_what_cannot_be_differentiated_is_no_number() -> None:
     found = output_proxies(engine, document)
     assert found["gate_gradient"].isnan().all()
     assert found["kl"].isfinite().all()
-
-
-class _Tripling(torch.nn.Module):
-    def __init__(self, kind, in_place: bool) -> None:
-        super().__init__()
-        self.kind, self.in_place = kind, in_place
-
-    def forward(self, hidden_states):
-        if self.in_place:
-            hidden_states += 2 * hidden_states
-            return self.kind((hidden_states, "weights"))
-        return self.kind((3 * hidden_states, "weights"))
-
-
-@pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize("kind", [tuple, list, Output._make])
-def test_a_gate_hands_on_all_else_as_it_came(kind, in_place: bool) -> None:
-    state, gate = torch.randn(2, 3, requires_grad=True), torch.ones((), requires_grad=True)
-    layer = _Tripling(kind, in_place)
-    found = module._gated(layer, layer.forward, gate, 1 * state)
-    assert type(found) is type(kind((state, "weights")))
-    torch.testing.assert_close(found[0], 3 * state)
-    assert found[1] == "weights"
-    (by_gate,) = torch.autograd.grad(found[0].sum(), gate)
-    torch.testing.assert_close(by_gate, 2 * state.sum())
 
 
 def test_divergences_of_the_textbook() -> None:

@@ -10,38 +10,34 @@ import pytest
 
 from tests.helpers.ablations import single_layers
 from tests.helpers.engines import (
-    MAX_LENGTH,
     agree,
     answers,
     engine_of,
     is_one_sentence,
-    loaded,
     make_documents,
     skipped,
 )
-from tests.helpers.families import FAMILIES, LAYERS, tiny_model
+from tests.helpers.families import FAMILIES, tiny_model
 from tracker.core.changes import INTACT, Ablation
-from tracker.core.errors import CellError, ModelError
+from tracker.core.errors import ModelError
 from tracker.engine.scoring.model import FULL, PLAIN
 from tracker.engine.scoring.score import SHORTEST
-from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check
 from tracker.engine.selfcheck.reference import LEFT, STATE, keeps_a_state
 from tracker.models.hooks import silenced
-from tracker.models.layers import find_layers
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers
 
 ABLATIONS = [
-    *single_layers(tuple(range(LAYERS))),
+    *single_layers((0, 1)),  # one of each kind that a family mixes
     Ablation.parse("layers:1,2"),
     Ablation.parse("layers:0,3"),
 ]
 
 HALVES = [
     INTACT,
-    *(Ablation.parse(f"attention:{layer}") for layer in range(LAYERS)),
-    *(Ablation.parse(f"mlp:{layer}") for layer in range(LAYERS)),
+    *(Ablation.parse(f"attention:{layer}") for layer in (0, 1)),
+    *(Ablation.parse(f"mlp:{layer}") for layer in (0, 1)),
     Ablation.parse("layer:2+attention:0+mlp:3"),
 ]
 
@@ -67,8 +63,11 @@ class TestFamilies:
     def test_without_sharing_too(self, family):
         """What the self-check trusts: the layers really taken out, and the rest re-indexed."""
         model, documents = tiny_model(family), make_documents(2)
-        engine = engine_of(model, PLAIN)
-        agree(engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)
+        scores = engine_of(model, PLAIN).score(documents, ABLATIONS)
+        agree(scores, model, ABLATIONS, skipped)
+        intact, *others = [[r.loglikelihood for r in each] for each in scores[0].responses]
+        for other in others:  # else these equalities would say nothing
+            assert max(abs(a - b) for a, b in zip(intact, other, strict=True)) > 0.05
 
     def test_its_sublayers_too_or_it_is_refused(self, family):
         model, documents = tiny_model(family), make_documents(2)
@@ -92,18 +91,6 @@ class TestFamilies:
                     ):
                         assert ours.loglikelihood == pytest.approx(loglikelihood, abs=2e-4)
 
-    def test_every_layer_matters(self, family):
-        """Else the equalities above would say nothing."""
-        model, document = tiny_model(family), make_documents(1)[0]
-        intact = answers(model, document)
-        for ablation in ABLATIONS[1:]:
-            with skipped(model, ablation.removed()):
-                ablated = answers(model, document)
-            assert max(abs(a - b) for (a, _), (b, _) in zip(intact, ablated, strict=True)) > 0.05
-
-    def test_its_layers_are_found(self, family):
-        assert len(find_layers(tiny_model(family))) == LAYERS
-
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if FAMILIES[f].sharing == FULL])
 def test_a_long_common_beginning_is_read_once(family):
@@ -112,28 +99,3 @@ def test_a_long_common_beginning_is_read_once(family):
     engine = engine_of(model, row_tokens=40)
     assert engine.shares_a_prefix(documents)
     agree(engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)
-
-
-def test_a_model_that_cannot_be_measured_says_what_it_does():
-    """Gemma 3n passes on several predictions of the hidden state, and the batch comes second."""
-    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
-
-    config = Gemma3nTextConfig(
-        vocab_size=300,
-        vocab_size_per_layer_input=300,
-        hidden_size=32,
-        hidden_size_per_layer_input=8,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_kv_shared_layers=2,
-        head_dim=8,
-        laurel_rank=4,
-        altup_num_inputs=2,
-        activation_sparsity_pattern=[0.0] * 4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-    )
-    engine = Engine(loaded(Gemma3nForCausalLM(config).eval()), MAX_LENGTH)
-    with pytest.raises(CellError, match=r"its layers pass on \(2, 1, 18, 32\), and not \[texts"):
-        check(engine, make_documents(2), ABLATIONS)

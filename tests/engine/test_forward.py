@@ -177,9 +177,7 @@ BESIDES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("besides", BESIDES)
 @pytest.mark.parametrize("answer", [Tensor, tuple, list, Named])
 @pytest.mark.parametrize(("named", "adding"), [(True, False), (False, True), (False, False)])
-def test_every_stream_is_the_model_without(
-    besides: str, answer: type, named: bool, adding: bool
-) -> None:
+def test_every_stream_is_the_model_without(besides, answer, named, adding) -> None:
     layers, hidden, kwargs = make(answer, named, adding), hidden_states(), BESIDES[besides]
     some = (ABLATIONS, ABLATIONS[::-1], [INTACT, ABLATIONS[0]], ABLATIONS[1:3], [INTACT])
     for ablations, at_once in itertools.product(some, (None, 1, 2)):
@@ -187,36 +185,6 @@ def test_every_stream_is_the_model_without(
         with ForwardPass(layers, plan, parts(layers), at_once=at_once).installed():
             found = run(layers, hidden, named, **kwargs)
         agree(found, plan, ablations, lambda a: without(layers, a, hidden, named, **kwargs))
-
-
-def test_what_comes_by_its_place_is_repeated_too() -> None:
-    layers, hidden, shift = make(), hidden_states(), hidden_states() * 2
-    plan = plan_streams(ABLATIONS, 3)
-    with ForwardPass(layers, plan, parts(layers)).installed():
-        found = run(layers, hidden, False, shift)
-    agree(found, plan, ABLATIONS, lambda a: without(layers, a, hidden, False, shift))
-
-
-class Second(Layer):
-    """Takes the hidden state as its second argument, as Reformer's layers do."""
-
-    def forward(self, shift: Any, hidden_states: Tensor) -> Any:
-        return super().forward(hidden_states, shift)
-
-
-@pytest.mark.parametrize("by_name", [True, False])
-def test_a_hidden_state_that_comes_by_its_name_goes_by_its_name(by_name: bool) -> None:
-    layers, hidden, shift = make(), hidden_states(), torch.tensor(2.0)
-    expected = {a: without(layers, a, hidden, False, shift) for a in ABLATIONS}
-    for layer in layers:
-        layer.__class__ = Second
-    plan = plan_streams(ABLATIONS, 3)
-    found = hidden
-    with ForwardPass(layers, plan, parts(layers)).installed():
-        for layer in layers:
-            given = {"shift": shift} if by_name else {}
-            found = layer(*(() if by_name else (shift,)), hidden_states=found, **given)
-    agree(found, plan, ABLATIONS, expected.__getitem__)
 
 
 class InPlace(nn.Module):
@@ -264,22 +232,6 @@ def test_a_layer_that_writes_into_its_input_gets_a_copy(returns_it: bool, named:
             agree(found, plan, ways, left)
 
 
-def test_a_layer_that_only_reads_is_copied_for_once() -> None:
-    layers, given = make(), []
-    hidden = hidden_states()
-    honest = layers[0].forward
-
-    def noting(state: Tensor) -> Any:
-        given.append(state)
-        return honest(state)
-
-    layers[0].forward = noting
-    for _ in range(3):
-        with ForwardPass(layers, plan_streams([INTACT], 3)).installed():
-            run(layers, hidden, False)
-    assert [each.data_ptr() == hidden.data_ptr() for each in given] == [False, True, True]
-
-
 def test_no_more_streams_than_may_pass_a_layer_at_once() -> None:
     layers, sizes = make(), []
     honest = layers[2].forward
@@ -318,23 +270,6 @@ def test_what_has_a_row_a_stream_is_cut_to_those_that_enter() -> None:
         torch.testing.assert_close(streams[one], expected)
 
 
-def test_masks_of_our_own_take_the_place_of_the_models() -> None:
-    masked: list[tuple[int, nn.Module]] = []
-
-    class Doubling:
-        def put(self, index: int, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-            masked.append((index, layer))
-            return args, {**kwargs, "scale": 2.0}
-
-    layers, hidden = make(), hidden_states()
-    plan = plan_streams(ABLATIONS, 3)
-    masks: Any = Doubling()
-    with ForwardPass(layers, plan, parts(layers), masks=masks).installed():
-        found = run(layers, hidden, False, scale=1.0)
-    assert masked == [*enumerate(layers)]
-    agree(found, plan, ABLATIONS, lambda a: without(layers, a, hidden, False, scale=2.0))
-
-
 class TestRefusals:
     PLAN = plan_streams([INTACT, Ablation.parse("layer:0"), Ablation.parse("layer:1")], 3)
 
@@ -367,32 +302,8 @@ class TestRefusals:
                 # Another pass begins: what the last one left is no matter.
                 layers[1](layers[0](hidden_states(), more)[0])
 
-    def test_a_second_output_as_well(self) -> None:
-        layers = make()
-        more = torch.ones(1)
-        layers[0].forward = lambda hidden: (hidden, "no tensor", more)
-        with (
-            ForwardPass(layers, self.PLAN).installed(),
-            pytest.raises(RefusalError, match="hand more"),
-        ):
-            layers[1](layers[0](hidden_states())[0], more)
-
     def test_with_one_stream_nothing_is_forked(self) -> None:
         layers = make(tuple)
         with ForwardPass(layers, plan_streams([INTACT, Ablation.parse("layer:2")], 3)).installed():
             hidden, more = layers[0](hidden_states())
             layers[1](hidden, more)
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_the_baseline_is_observed(named: bool) -> None:
-    layers, hidden = make(named=named), hidden_states()
-    seen: list[tuple[int, Tensor, Tensor]] = []
-    with ForwardPass(
-        layers, plan_streams(ABLATIONS, 3), parts(layers), lambda *what: seen.append(what)
-    ).installed():
-        run(layers, hidden, named)
-    assert [index for index, _, _ in seen] == [0, 1, 2]
-    for number, (_, before, after) in enumerate(seen):
-        torch.testing.assert_close(before, run(layers[:number], hidden, named))
-        torch.testing.assert_close(after, run(layers[: number + 1], hidden, named))

@@ -85,28 +85,6 @@ def test_double_precision_is_cut_and_half_precision_is_not(monkeypatch) -> None:
     assert torch.equal(found.greedy, greedy)
 
 
-def test_one_text_at_a_time_goes_through_whatever_its_logits_take(monkeypatch) -> None:
-    monkeypatch.setattr(module, "LOGITS_BYTES", 1)
-    model = tiny_model("llama")
-    head = Head(model)
-    sizes: list[int] = []
-    model.lm_head.register_forward_hook(lambda *call: sizes.append(len(call[-1])))
-    output = head.base(IDS, use_cache=False)
-    head.predictions(output, output.last_hidden_state, torch.tensor([0]), torch.tensor([5]))
-    assert sizes == [1, 1, 1]
-
-
-@pytest.mark.parametrize(("states", "sizes"), [(1, [1, 1, 1]), (14, [2, 1]), (21, [3])])
-def test_states_pass_a_few_at_a_time_and_never_less_than_a_stream(
-    monkeypatch, spy, states: int, sizes: list[int]
-) -> None:
-    monkeypatch.setattr(module, "BLOCK", 50)
-    monkeypatch.setattr(module, "STATES", states)
-    seen = spy(Head, "_score_in_blocks", lambda head, output, *_: len(output.last_hidden_state))
-    both(tiny_model("llama"))
-    assert seen == sizes
-
-
 @pytest.mark.usefixtures("small")
 def test_of_equally_likely_tokens_the_first_is_the_greedy_one() -> None:
     """As `argmax` says, which lm-eval asks: also where they stand in different blocks."""

@@ -12,8 +12,6 @@ from torch import nn
 
 from tests.helpers.engines import (
     agree_with_changed,
-    answers,
-    asking,
     engine_of,
     make_documents,
     passed,
@@ -22,13 +20,11 @@ from tests.helpers.engines import (
 from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.errors import CellError
-from tracker.core.kinds import Action
 from tracker.engine.fitting import first_tokens, fit
-from tracker.engine.forward.layer import FittedReplacement, RandomReplacement
+from tracker.engine.forward.layer import RandomReplacement
 from tracker.engine.forward.streams import plan_streams
 from tracker.engine.scoring import sweep
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, PLAIN
-from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.layers import find_layers
 
 WAYS = ("mean", "scale", "linear")
@@ -157,12 +153,6 @@ def test_a_kept_beginning_serves_all_but_what_passes_a_layer_twice(spy):
     assert read == [0]
 
 
-def test_the_check_on_a_miniature_tries_them_all_and_finds_them_exact():
-    engine = engine_of("llama", replacements=REPLACEMENTS)
-    verdict = check_miniature(engine, ABLATIONS, (), blank=False)
-    assert (verdict.sharing, verdict.lost) == (FULL, None)
-
-
 def test_what_a_replaced_layer_costs_is_what_it_passes():
     one = Ablation.parse("mean:1")
     two = Ablation.parse("repeat:1")
@@ -211,27 +201,3 @@ class TestFit:
 
     def test_first_tokens_and_what_is_repeated_do_not_count(self):
         assert first_tokens([[1, 2, 3], [1, 2, 4, 5], [9, 9], [9, 9]]) == [1, 2, 1, 1]
-
-    def test_a_replacement_keeps_the_type_and_shape_of_a_state(self):
-        state = torch.zeros(2, 3, 2, 3, dtype=torch.bfloat16)
-        changed = FittedReplacement(torch.ones(6), 0.5).change(Action.MEAN, state)
-        assert changed.dtype == torch.bfloat16
-        assert changed.shape == state.shape
-        assert (changed == 1).all()
-
-
-def test_a_layer_twice_is_a_deeper_model():
-    model = tiny_model("gemma3")
-    engine = engine_of(model)
-    twice = engine.without(Ablation.parse("layer:0+repeat:2")).loaded.model
-    assert len(find_layers(twice)) == 4
-    config = twice.config.get_text_config()
-    kinds = model.config.get_text_config().layer_types
-    assert config.layer_types == [kinds[1], kinds[2], kinds[2], kinds[3]]
-    assert [layer.self_attn.layer_idx for layer in find_layers(twice)] == [0, 1, 2, 3]
-    one, other = find_layers(twice)[1:3]
-    assert one is not other
-    assert one.self_attn.q_proj.weight is other.self_attn.q_proj.weight
-    asked = asking(((5, 6, 7), (8, 9)))
-    right = answers(_changed(model, Ablation.parse("layer:0+repeat:2")), asked)
-    assert answers(twice, asked)[0][0] == pytest.approx(right[0][0], abs=1e-4)

@@ -6,16 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.engines import Output, make_documents
+from tests.helpers.engines import make_documents
 from tests.helpers.families import MIXED, WINDOW, tiny_model
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.masks import (
-    AttentionWindows,
-    Masks,
-    attention_windows,
-    first_seen,
-    mask_position,
-)
+from tracker.engine.scoring.masks import AttentionWindows, Masks, attention_windows, first_seen
 from tracker.engine.scoring.rows import reading_row, tree_rows
 from tracker.models.layers import find_base, find_layers
 
@@ -57,40 +51,6 @@ def test_windows_are_seen_layer_by_layer():
     assert found == [window if kind == "sliding_attention" else None for kind in MIXED]
 
 
-class Answering(nn.Module):
-    """Returns several things, by their names or not."""
-
-    def __init__(self, kind) -> None:
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, hidden_states, attention_mask=None):
-        return self.kind((hidden_states, "weights"))
-
-
-class Base(nn.Module):
-    """Makes a causal mask, and takes what its layers return as it comes."""
-
-    def __init__(self, kind) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Answering(kind) for _ in range(2))
-
-    def forward(self, input_ids, use_cache):
-        tokens = input_ids.shape[1]
-        hidden, mask = torch.ones(1, tokens, 4), as_added(CAUSAL[:tokens, :tokens])
-        for layer in self.layers:
-            output = layer(hidden, mask)
-            assert type(output) is type(layer.kind((hidden, "weights")))
-            hidden, weights = output
-            assert weights == "weights"
-
-
-@pytest.mark.parametrize("kind", [tuple, list, Output._make])
-def test_layers_are_looked_at_whatever_they_return(kind):
-    base = Base(kind)
-    assert attention_windows(base, base.layers, 5, CPU) == AttentionWindows(5, (None, None))
-
-
 def test_a_mask_is_reduced_to_where_each_token_begins_to_see():
     window = CAUSAL & ~CAUSAL.tril(-2)
     for mask in (window[None, None], as_added(window), as_added(window, -3e4)):
@@ -122,10 +82,6 @@ def test_a_token_that_sees_no_unbroken_stretch_is_refused(token, other, sees):
         RefusalError, match=r"^a token sees others than an unbroken stretch before it$"
     ):
         first_seen(seen[None, None], 5)
-
-
-def test_the_place_of_a_mask_among_the_arguments():
-    assert [mask_position(kind()) for kind in (Named, Later, Without)] == [1, 2, None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -161,24 +117,3 @@ def test_a_mask_is_put_where_the_layer_takes_it():
     assert masks.put(0, Named(), ("a",), named) == (("a",), {"attention_mask": made})
     assert named == {"attention_mask": "its own"}
     assert masks.put(0, Without(), ("a",), {"x": 1}) == (("a",), {"x": 1})
-
-
-@pytest.mark.parametrize("by_name", [True, False])
-def test_a_mask_is_seen_however_it_is_given(by_name):
-    class Base(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList([Later(), Later(), Without()])
-
-        def forward(self, input_ids, use_cache):
-            length = input_ids.shape[1]
-            mask = torch.ones(length, length, dtype=torch.bool).tril().triu(-1)[None, None]
-            hidden = input_ids[..., None].float()
-            given, spared, without = self.layers
-            hidden = given(hidden, attention_mask=mask) if by_name else given(hidden, None, mask)
-            return without(spared(hidden, None))
-
-    base = Base()
-    first = attention_windows(base, base.layers, 4, CPU).first
-    assert first[0].tolist() == [0, 0, 1, 2]
-    assert first[1:] == (None, None)

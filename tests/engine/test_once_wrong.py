@@ -16,15 +16,7 @@ import pytest
 import torch
 
 from tests.helpers.ablations import single_layers
-from tests.helpers.cells import (
-    LETTERS,
-    LONGROPE,
-    MAX_LENGTH,
-    TRAINED,
-    Draw,
-    measure,
-    tiny,
-)
+from tests.helpers.cells import LETTERS, LONGROPE, MAX_LENGTH, TRAINED, Draw, measure, tiny
 from tests.helpers.engines import loaded
 from tests.helpers.families import FAMILIES
 from tests.helpers.truth import exported, truths, without
@@ -156,35 +148,30 @@ class TestThePlainPathIsThePrunedCheckpoint:
         measure(model, documents, (1, 2), ablate=exported, says="weights|rescale")
 
 
-class TestWhatIsMeasuredIsTheCheckpointThatLoads:
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("minicpm3", {}), ("gpt2", {"scale_attn_by_inverse_layer_idx": True})],
+    ids=["minicpm3", "gpt2"],
+)
+def test_a_factor_that_no_file_holds(kind, changes):
     """Their classes compute factors from a layer's place, or from how many layers there are."""
-
-    @pytest.mark.parametrize(
-        ("kind", "changes"),
-        [("minicpm3", {}), ("gpt2", {"scale_attn_by_inverse_layer_idx": True})],
-        ids=["minicpm3", "gpt2"],
-    )
-    def test_a_factor_that_no_file_holds(self, kind, changes):
-        model = tiny(kind, num_hidden_layers=2, **changes)
-        documents = Draw().spoken((9, 9, 7), (1, 3))
-        # The two kinds of truth are apart, or this would say nothing.
-        ways = (saved_and_loaded, without)
-        both = [truths(model, documents[:1], [(0,)], MAX_LENGTH, way) for way in ways]
-        assert max(abs(a - b) for a, b in zip(both[0][0][0], both[1][0][0], strict=True)) > 0.05
-        measure(model, documents, (0,), ablate=saved_and_loaded)
+    model = tiny(kind, num_hidden_layers=2, **changes)
+    documents = Draw().spoken((9, 9, 7), (1, 3))
+    # The two kinds of truth are apart, or this would say nothing.
+    ways = (saved_and_loaded, without)
+    both = [truths(model, documents[:1], [(0,)], MAX_LENGTH, way) for way in ways]
+    assert max(abs(a - b) for a, b in zip(both[0][0][0], both[1][0][0], strict=True)) > 0.05
+    measure(model, documents, (0,), ablate=saved_and_loaded)
 
 
-class TestStateBesideTheHiddenState:
-    """A layer hands its top-k on to the next ones, which a fork must fork as well."""
-
-    def test_indices_that_later_layers_share(self):
-        """Layer 1, before one that shares, is neither the first, the middle one nor the last."""
-        model = tiny(
-            "glm_moe_dsa", index_topk=4, n_group=1, mlp_layer_types=["dense"] * 4,
-            indexer_types=["full", "full", "shared", "full"],
-        )  # fmt: skip
-        says = "top-k|indices|besides|second output"
-        measure(model, Draw().spoken((14, 9), (1, 3)), (1, 2), ablate=exported, says=says)
+def test_indices_that_later_layers_share():
+    """Layer 1, before one that shares, is neither the first, the middle one nor the last."""
+    model = tiny(
+        "glm_moe_dsa", index_topk=4, n_group=1, mlp_layer_types=["dense"] * 4,
+        indexer_types=["full", "full", "shared", "full"],
+    )  # fmt: skip
+    says = "top-k|indices|besides|second output"
+    measure(model, Draw().spoken((14, 9), (1, 3)), (1, 2), ablate=exported, says=says)
 
 
 class TestMasksAreWhatTheModelAsksFor:
@@ -228,23 +215,18 @@ def gemma4(per_layer: int = 0) -> Any:
     )  # fmt: skip
 
 
-class TestALaterBlockTakesTheBeginning:
+def test_heads_of_several_sizes():
     """The first documents share too little for a prefix, so that none was ever checked."""
-
-    def test_heads_of_several_sizes(self):
-        draw = Draw()
-        documents = [*draw.spoken((20, 20), (1, 3)), *draw.spoken((64, 64), (1, 3), shared=60)]
-        measure(gemma4(), documents, (0, 1), block=2)
+    draw = Draw()
+    documents = [*draw.spoken((20, 20), (1, 3)), *draw.spoken((64, 64), (1, 3), shared=60)]
+    measure(gemma4(), documents, (0, 1), block=2)
 
 
 STREAMS = "residual|streams|shape|dimension"
 """Several of them: what passes between layers is [batch, tokens, streams, hidden]."""
 ENCODER = "encoder|input_ids|embeddings"
 BUT_THE_EXPORT_RUNS = {
-    "deepseek_v4": (
-        STREAMS,
-        {"layer_types": ["sliding_attention"] * 2, "num_hidden_layers": 2},
-    ),
+    "deepseek_v4": (STREAMS, {"layer_types": ["sliding_attention"] * 2, "num_hidden_layers": 2}),
     "openai-gpt": ("list", {"num_hidden_layers": 2}),
     "roberta": (ENCODER, {"is_decoder": True, "num_hidden_layers": 2}),
 }

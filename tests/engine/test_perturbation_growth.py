@@ -11,19 +11,17 @@ from tests.helpers.engines import (
     MAX_LENGTH,
     asking,
     engine_of,
+    gold_tokens,
     make_documents,
     passed,
     pruned,
 )
 from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT
-from tracker.core.documents import Document
 from tracker.engine.observers import perturbation_growth as module
 from tracker.engine.observers.perturbation_growth import perturbation_growth, verify_growth
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.model import stream_bytes
 from tracker.engine.scoring.rows import measured_texts
-from tracker.engine.scoring.sweep import Engine
 from tracker.models.layers import find_layers
 
 KINDS = (
@@ -31,11 +29,6 @@ KINDS = (
     "falcon_alibi", "mamba", "jamba_eager",
 )  # fmt: skip
 DRAWS = 2
-
-
-def text_of(document: Document) -> tuple[int, ...]:
-    request = document.requests[document.gold or 0]
-    return request.context + request.continuation
 
 
 def behind(model, tokens, changed=None, state=None) -> list[torch.Tensor]:
@@ -60,7 +53,7 @@ def test_every_perturbation_is_that_of_a_plain_pass(family):
     model = tiny_model(family)
     engine = engine_of(model)
     document = make_documents(3)[2]
-    tokens = text_of(document)
+    tokens = gold_tokens(document)
     found = perturbation_growth(engine, document, DRAWS)
     given, intact = zip(*passed(model, tokens)[0], strict=True)
     layers = len(intact)
@@ -92,7 +85,7 @@ def test_every_perturbation_is_that_of_a_plain_pass(family):
 def test_a_removal_is_that_of_the_really_pruned_model(family):
     model = tiny_model(family)
     document = make_documents(3)[1]
-    tokens = text_of(document)
+    tokens = gold_tokens(document)
     found = perturbation_growth(engine_of(model), document, 1)["removed"]
     intact = behind(model, tokens)
     for layer in range(len(intact)):
@@ -104,47 +97,10 @@ def test_a_removal_is_that_of_the_really_pruned_model(family):
             assert found[0, layer, later] == pytest.approx(moved, rel=1e-3)
 
 
-def test_the_states_are_those_that_the_model_itself_reports():
-    model, tokens = tiny_model("llama"), (5, 6, 7, 8, 9)
-    with torch.inference_mode():
-        output = model(torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
-    for ours, theirs in zip(behind(model, tokens)[:-1], output.hidden_states[1:-1], strict=True):
-        assert torch.equal(ours, theirs[0])
-
-
-def test_in_as_many_passes_as_the_memory_asks_for(spy):
-    model, document = tiny_model("llama"), make_documents(1)[0]
-    passes = spy(module._Pass, "run", lambda part, tokens: part.group)
-    whole = perturbation_growth(engine_of(model), document, DRAWS)
-    assert passes == [range(4)]
-    # The intact stream and those of two layers: 9 fit, and not 13.
-    memory = 12 * len(text_of(document)) * stream_bytes(model)
-    halves = perturbation_growth(engine_of(model, memory=memory), document, DRAWS)
-    least = perturbation_growth(engine_of(model, memory=1), document, DRAWS)
-    assert passes[1:3] == [range(2), range(2, 4)]
-    assert passes[3:] == [range(i, i + 1) for i in range(4)]
-    for name, values in whole.items():
-        assert halves[name] == pytest.approx(values, rel=1e-3, nan_ok=True)
-        assert least[name] == pytest.approx(values, rel=1e-3, nan_ok=True)
-
-
-def test_layers_before_the_perturbed_one_are_computed_once():
-    model, rows = tiny_model("llama"), []
-    for layer in find_layers(model):
-        layer.mlp.register_forward_hook(lambda mlp, args, output: rows.append(len(output)))
-    perturbation_growth(engine_of(model), make_documents(1)[0], DRAWS)
-    each = 2 + DRAWS
-    assert rows == [1, 1 + each, 1 + 2 * each, 1 + 3 * each]
-
-
 class TestDirections:
     before = torch.randn(50, 24, generator=torch.Generator().manual_seed(1))
     after = before + torch.randn(50, 24, generator=torch.Generator().manual_seed(2))
     size = (after - before).norm(dim=-1)
-
-    def test_all_are_as_long_as_the_layers_own_update(self):
-        for state in module._Directions("name", 3).perturbed(1, self.before, self.after):
-            assert torch.allclose((state - self.after).norm(dim=-1), self.size, rtol=1e-5)
 
     def test_shuffled_updates_are_other_tokens_each_once(self):
         _, state, *_ = module._Directions("name", 1).perturbed(1, self.before, self.after)
@@ -176,10 +132,6 @@ class TestDirections:
         different = [*many, *drawn("b", 1, 1), *drawn("a", 1, 2)]
         assert len({tuple(state[0].tolist()) for state in different}) == 5
 
-    def test_a_layer_that_changes_nothing_perturbs_nothing(self):
-        for state in module._Directions("name", 1).perturbed(0, self.before, self.before):
-            assert torch.equal(state, self.before)
-
 
 def test_the_seed_decides_the_directions_and_nothing_else():
     engine, document = engine_of("llama"), make_documents(1)[0]
@@ -207,12 +159,6 @@ def test_the_tokens_are_those_of_the_proxies():
     assert found[0, 1, 3] == pytest.approx(torch.cat(shares).mean().item(), rel=1e-4)
 
 
-def test_a_single_token_has_nothing_behind_the_first():
-    found = perturbation_growth(engine_of("llama", max_length=1), asking(((5,), (6,))), 1)
-    assert np.isfinite(found["removed"][0, 0, 0])
-    assert np.isnan(found["removed"][1]).all()
-
-
 def test_layers_that_look_at_the_batch_are_refused():
     engine, asked = engine_of("llama"), make_documents(1)[0]
     verify_growth(engine, asked, DRAWS)
@@ -224,13 +170,3 @@ def test_layers_that_look_at_the_batch_are_refused():
     ):
         verify_growth(engine, asked, DRAWS)
     verify_growth(engine, asked, DRAWS)
-
-
-def test_a_model_of_one_layer_is_followed_without_a_second_way(tiny_llama):
-    from tracker.models.load import load_model
-    from tracker.models.sources import find_model
-
-    one = load_model(find_model(str(tiny_llama(layers=1))), "float32")
-    engine, asked = Engine(one, MAX_LENGTH), make_documents(1)[0]
-    verify_growth(engine, asked, 1)
-    assert perturbation_growth(engine, asked, 1)["removed"].shape == (2, 1, 1)

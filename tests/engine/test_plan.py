@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.ablations import single_layers
 from tests.helpers.engines import MAX_LENGTH, asking, engine_of, make_documents
 from tests.helpers.families import tiny_model
-from tests.helpers.registry import Variant, tiny
+from tests.helpers.registry import make_registered
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.engine import plan
@@ -33,7 +32,7 @@ ABLATIONS = [*single_layers((0, 1, 2, 3)), Ablation.parse("attention:1"), Ablati
 
 def tiny_mixture(experts: int) -> Any:
     """A mixture, a token of which goes to two experts of a layer."""
-    return Variant("mixtral", "plain", tiny("mixtral") | {"num_local_experts": experts}).model()
+    return make_registered("mixtral", **{"num_local_experts": experts})
 
 
 def two_tasks(shared: int) -> list[Document]:
@@ -115,21 +114,6 @@ def test_other_programs_cost_what_was_said() -> None:
     assert said.plain_layer_passes["vllm"] > said.plain_layer_passes["lm-eval"]
 
 
-def test_a_sublayer_alone_costs_lm_eval_the_other_half_of_its_layer() -> None:
-    model, documents = tiny_model("llama"), [asking(((1, 2, 3), (4,)))]
-
-    def naive(*removed: Ablation) -> tuple[float, float]:
-        said = cost(model, documents, [INTACT, *removed], MAX_LENGTH)
-        return said.plain_layer_passes["lm-eval"], said.naive_flops
-
-    passes, flops = naive(Ablation.parse("layer:1"))
-    # Three tokens that see three, through four square matrices, two of them half as wide.
-    attention = 3 * (2 * 3 * 32 * 32 + 4 * 3 * 32)
-    mlp = 3 * 2 * 3 * 32 * 48
-    assert naive(Ablation.parse("mlp:1")) == (passes + 1.5, flops + attention)
-    assert naive(Ablation.parse("attention:1")) == (passes + 1.5, flops + mlp)
-
-
 def test_the_peak_is_weights_and_the_widest_row_and_logits() -> None:
     model = tiny_model("llama").bfloat16()
     documents = [asking(((1, 2, 3), (4, 5)))]
@@ -139,16 +123,6 @@ def test_the_peak_is_weights_and_the_widest_row_and_logits() -> None:
     assert said.peak_bytes == weights + 5 * 5 * stream_bytes(model) + 2 * LOGITS_BYTES
     alone = cost(model, documents, [INTACT], MAX_LENGTH)
     assert said.peak_bytes - alone.peak_bytes == 4 * 5 * stream_bytes(model)
-
-
-def test_a_text_of_three_tokens_by_hand() -> None:
-    """And the answer, which is read for the proxies alone."""
-    said = cost(tiny_model("llama"), [asking(((1, 2, 3), (4,)))], [INTACT], MAX_LENGTH)
-    assert (said.tokens, said.layer_passes, said.naive_tokens) == (4, 16, 3)
-    assert said.plain_layer_passes["vllm"] == 16
-    attention, mlp, head = 3 * 32 * 32, 3 * 32 * 48, 97 * 32
-    assert said.flops == 4 * 4 * (2 * attention + 4 * 4 * 32 + 2 * mlp) + 2 * head
-    assert said.naive_flops == 3 * (4 * (2 * attention + 4 * 3 * 32 + 2 * mlp) + 2 * head)
 
 
 def test_weights_need_not_be_there() -> None:
@@ -166,27 +140,6 @@ def test_the_rate_is_operations_in_the_time_they_took(monkeypatch) -> None:
         rate = matrix_rate()
     # Asked at 7, 7.1, … 7.5 and, to divide by it, at 7.6.
     assert rate == pytest.approx(flops.get_total_flops() * 4 / 5 / 0.6)
-
-
-@pytest.mark.parametrize(("device", "size"), [(None, 1024), ("cpu", 1024), ("meta", 8192)], ids=str)
-def test_the_rate_is_that_of_a_type_on_a_device(
-    monkeypatch: pytest.MonkeyPatch, device: str | None, size: int
-) -> None:
-    """No accelerator is at hand, but a device that multiplies nothing."""
-    multiplied = set()
-    monkeypatch.setattr(plan, "SECONDS", 0)
-
-    class Products(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-            if function is torch.ops.aten.mm.default:
-                multiplied.update((a.dtype, a.device.type, tuple(a.shape)) for a in args)
-            return function(*args, **(kwargs or {}))
-
-    with Products():
-        matrix_rate(torch.bfloat16, None if device is None else torch.device(device))
-    assert multiplied == {
-        (torch.bfloat16, device or "cpu", (rows, size)) for rows in (2 * size, size)
-    }
 
 
 def test_a_token_passes_the_experts_that_it_is_sent_to():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +16,6 @@ from tracker.engine.scoring.score import (
     MARGIN,
     GrowingLayer,
     Prefix,
-    cache_argument,
     kept_bytes,
     new_cache,
     read_prefix,
@@ -40,16 +37,6 @@ def prefix() -> Prefix:
 
 
 class TestGrowing:
-    def test_what_is_appended_stands_behind_the_rest(self) -> None:
-        layer, parts = GrowingLayer(), []
-        for number, tokens in enumerate((5, 1, 1, 90, 1)):
-            parts.append(states(tokens, number))
-            keys, values = layer.update(parts[-1], -parts[-1])
-            assert torch.equal(keys, torch.cat(parts, 2))
-            assert torch.equal(values, -keys)
-            assert layer.get_seq_length() == keys.shape[2]
-            assert layer.is_initialized
-
     def test_a_buffer_has_room(self) -> None:
         """While a text is generated, not every token copies all before it."""
         layer = GrowingLayer()
@@ -100,9 +87,7 @@ class TestPrefix:
             assert (layer.kept, layer.get_seq_length()) == (True, length)
 
     @pytest.mark.parametrize(("threshold", "kept"), [(64, 72), (75, 80), (80, 80), (81, 72)])
-    def test_it_is_not_cut_over_a_length_at_which_the_model_changes(
-        self, prefix: Prefix, threshold: int, kept: int
-    ) -> None:
+    def test_it_is_not_cut_over_a_length_at_which_the_model_changes(self, prefix, threshold, kept):
         """It stands for the call in which it was read, however much of it was cut off since."""
         assert prefix.cut_to(TOKENS[:78], Lengths((79,))) is False
         assert prefix.cut_to(TOKENS[:72], Lengths((threshold,))) is (kept == 72)
@@ -116,19 +101,6 @@ class TestPrefix:
         assert not prefix.begins(TOKENS)
         assert not prefix.begins((*TOKENS[:-1], 5, 6))
         assert not prefix.begins(TOKENS[:9])
-
-
-def test_how_a_base_takes_it() -> None:
-    def before(input_ids: Any, past_key_values: Any = None, use_cache: Any = None) -> None:
-        """A base as transformers 4 had them."""
-
-    def stateful(input_ids: Any, state: Any = None) -> None:
-        """A base that takes none."""
-
-    assert cache_argument(SimpleNamespace(forward=before)) == "past_key_values"
-    assert cache_argument(SimpleNamespace(forward=stateful)) is None
-    base = tiny_model("llama").model
-    assert cache_argument(base) in inspect.signature(base.forward).parameters
 
 
 @pytest.mark.parametrize(("family", "heads"), [("llama", 2), ("gpt2", 4)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 from tests.helpers.engines import MAX_LENGTH
 from tracker.core.documents import Document
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, NO_PREFIX
@@ -45,25 +43,6 @@ def test_they_cross_what_an_architecture_counts_tokens_by() -> None:
         assert len({document.gold for document in documents}) > 1
 
 
-def test_the_first_call_has_every_kind_of_row() -> None:
-    """Two short texts in one row, long ones alone, branches, and answers that are long."""
-    first = probe_calls(97, MAX_LENGTH)[0]
-    tokens = [len(context(d)) + sum(len(r.continuation) for r in d.requests) for d in first]
-    assert any(one + other <= 40 for one, other in itertools.pairwise(tokens))
-    assert any(one <= 40 < one + other for one, other in itertools.pairwise(tokens))
-    assert max(tokens) > 40
-    answers = [[len(r.continuation) for r in document.requests] for document in first]
-    assert [1, 1] in answers
-    assert any(lengths[:2] == [1, 1] and max(lengths) > 3 for lengths in answers)
-    assert any(min(lengths) > max(STEPS) - 6 for lengths in answers)
-
-
-def test_they_fit_a_model_that_reads_little() -> None:
-    calls = probe_calls(97, 20)
-    lengths = [len(r.context) for documents in calls for d in documents for r in d.requests]
-    assert max(lengths) == 19
-
-
 def test_texts_are_asked_on_both_sides_of_every_length() -> None:
     for longest in (96, 100, 256, 1024):
         lengths, rows, wide, behind = reaching_calls(97, longest, 192, 2 * longest, FULL)
@@ -94,14 +73,6 @@ def test_a_row_of_one_document_is_as_wide_as_a_cell_s() -> None:
         assert max(row.tokens for row in rows) > 192 - 16
 
 
-def test_longer_texts_are_the_same_ones_every_time() -> None:
-    calls = reaching_calls(97, 256, 192, 256, FULL)
-    assert calls == reaching_calls(97, 256, 192, 256, FULL)
-    # The first two tokens are special in many a vocabulary.
-    tokens = {t for call in calls for d in call for r in d.requests for t in r.context}
-    assert (min(tokens), max(tokens)) == (2, 96)
-
-
 def test_no_text_is_asked_for_what_nothing_shares() -> None:
     lengths, rows, wide, behind = reaching_calls(97, 256, 192, 256, FULL)
     assert reaching_calls(97, 256, 192, 256, NO_PREFIX) == [lengths, rows, wide]
@@ -109,8 +80,3 @@ def test_no_text_is_asked_for_what_nothing_shares() -> None:
     assert len(common_beginning(behind, 256)) >= 128
     assert [len(context(d)) - 128 for d in behind] == [63, 7, *[13] * 12]
     assert max(r.length for d in behind for r in d.requests) == 256
-
-
-def test_no_block_is_without_a_document() -> None:
-    for longest, nodes in ((4, 1), (8, 7), (9, 300)):
-        assert all(reaching_calls(97, longest, nodes, longest, FULL))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -55,9 +54,6 @@ class TestFindings:
         assert set(found.matters) == {WINDOW, THETA}
         assert (found.lengths, found.causal) == ((), True)
 
-    def test_only_the_numbers_that_were_asked_for_are_tried(self) -> None:
-        assert find_quirks(miniature(tiny_model("mistral")), [POSITIONS]) == Findings()
-
     def test_a_number_on_whose_sides_all_lengths_are_alike(self) -> None:
         found = find_quirks(turning(tiny_model("llama").config, **LONGROPE), [FACTORS, POSITIONS])
         assert found.lengths == ((FACTORS, False),)
@@ -97,28 +93,6 @@ class TestFindings:
         names = {attribute for _, attribute in found.first}
         assert (name in names) == bool(names) == weight
 
-    @pytest.mark.parametrize("window", [5, 6])
-    def test_what_calls_change_on_either_side_of_a_number(self, window: int) -> None:
-        """Found with the number as it is, or when it is made small: both hold for the model."""
-
-        def changing(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
-            if model.config.sliding_window == window:
-                model.model.rotary_emb.attention_scaling *= 1.5
-                if not hasattr(model, "called"):
-                    model.lm_head.weight.data = model.lm_head.weight.data * 1.5
-                model.called = True
-            return forward(*args, **kwargs)
-
-        found = find_quirks(changed(miniature(tiny_model("mistral")), changing), [WINDOW])
-        assert found.matters == (WINDOW,)
-        assert ("lm_head", "weight") in found.first
-        assert found.leftovers == {"attention_scaling"}
-
-    def test_a_number_that_is_small_already_is_made_another(self) -> None:
-        model = tiny_model("mistral")
-        model.config.sliding_window = 6
-        assert find_quirks(miniature(model), [WINDOW]).matters == (WINDOW,)
-
     @pytest.mark.parametrize("refused", [POSITIONS, WINDOW, THETA])
     def test_a_number_that_the_model_does_not_take_is_passed_over(
         self, refused: NumberPath
@@ -136,31 +110,8 @@ class TestFindings:
         found = find_quirks(changed(small, choosy), [POSITIONS, WINDOW, THETA])
         assert set(found.matters) == {WINDOW, THETA} - {refused}
 
-    def test_a_number_with_which_only_narrower_numbers_do(self) -> None:
-        """Float32 is held against float64."""
-
-        def narrow(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
-            if model.config.sliding_window == 6 and model.dtype == torch.float64:
-                raise ValueError("too wide")
-            return forward(*args, **kwargs)
-
-        small = changed(miniature(tiny_model("mistral")), narrow)
-        assert find_quirks(small, [WINDOW]).matters == (WINDOW,)
-
-    def test_what_is_not_a_number_twice_is_the_same(self) -> None:
-        def dividing(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            output.logits[..., 5] = math.nan
-            return output
-
-        assert find_quirks(changed(tiny_model("llama"), dividing), []) == Findings()
-
 
 class TestShortened:
-    def test_nothing_that_matters_is_nothing_to_make_small(self) -> None:
-        assert shortened(tiny_model("mistral"), []) == []
-        assert shortened(tiny_model("mistral"), [("no_such_number",)]) == []
-
     def test_all_numbers_are_made_small_in_their_order(self) -> None:
         model = tiny_model("mistral")
         model.config.sliding_window = 200
@@ -176,27 +127,6 @@ class TestShortened:
         (small,) = shortened(model, [(name,) for name in names])
         given = [getattr(small.config, name) for name in names]
         assert given == [32, 32, 32, 28, 24, 20, 16, 12, 9, 6]
-
-    def test_numbers_that_contradict_each_other_are_made_small_one_by_one(self) -> None:
-        """As a vocabulary of six would be, in which the texts have no tokens."""
-        model = tiny_model("mistral")
-        model.config.sliding_window = 300
-        (small,) = shortened(model, [WINDOW, ("vocab_size",)])
-        assert small.config.vocab_size == model.config.vocab_size
-        assert small.config.sliding_window == 9
-
-    def test_a_model_that_does_not_run_is_none(self) -> None:
-        """Here with both numbers small, and with the first alone, in a text that is not short."""
-        model = tiny_model("mistral")
-        model.config.sliding_window = 200
-
-        def choosy(model: Any, forward: Any, input_ids: Any, **kwargs: Any) -> Any:
-            if model.config.sliding_window < 200 and input_ids.shape[1] > 10:
-                raise ValueError("no such window")
-            return forward(input_ids, **kwargs)
-
-        (small,) = shortened(changed(model, choosy), [WINDOW, POSITIONS])
-        assert (small.config.sliding_window, small.config.max_position_embeddings) == (200, 9)
 
 
 class TestSwitches:
@@ -227,11 +157,6 @@ class TestSwitches:
         assert find_switches(None, Lengths(), (256, 64, 128)) == Lengths((place,))
         assert len(asked) == len(set(asked)) < 14
 
-    def test_where_there_is_none_each_length_is_asked_once(self, turning_at) -> None:
-        asked = turning_at(64, 257)
-        assert find_switches(None, Lengths(), (64, 128, 256)) == Lengths()
-        assert asked == [64, 128, 256]
-
     @pytest.mark.parametrize(
         ("places", "how", "found"),
         [
@@ -246,19 +171,6 @@ class TestSwitches:
     def test_several_and_all(self, turning_at, places, how, found: Lengths) -> None:
         turning_at(*places, **how)
         assert find_switches(None, Lengths(), (64, 128, 256)) == found
-
-    def test_what_is_known_is_not_looked_for(self, turning_at) -> None:
-        asked = turning_at(100, 200)
-        assert find_switches(None, Lengths((100,)), (64, 256)) == Lengths((100, 200))
-        for known in (Lengths((100, 200)), Lengths((60,), each=True)):
-            asked.clear()
-            assert find_switches(None, known, (64, 256)) == known
-            assert len(asked) <= 6
-
-    def test_a_bug_of_ours_is_no_end(self, monkeypatch) -> None:
-        monkeypatch.setattr(quirks, "_said", lambda model, tokens: {}["ours"])
-        with pytest.raises(KeyError):
-            find_switches(None, Lengths(), (64, 128))
 
     @pytest.mark.parametrize(
         ("known", "settings", "found"),

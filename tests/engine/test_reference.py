@@ -11,7 +11,7 @@ from tests.helpers.engines import MAX_LENGTH, answers, asking, engine_of, make_d
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Request
 from tracker.engine.scoring.sweep import Engine
-from tracker.engine.selfcheck.reference import Comparison, Reference, shaken
+from tracker.engine.selfcheck.reference import Comparison, Reference
 
 REQUEST = Request((5, 6, 7), (8, 9))
 WITHOUT = Ablation.parse("layers:1,2")
@@ -50,26 +50,6 @@ def test_tokens_that_are_the_likeliest_are_counted(engine):
     assert half.greedy == (half.hits == 2)
 
 
-def test_each_question_is_asked_once_and_one_copy_is_made_an_ablation(engine, spy):
-    read = spy(Engine, "read", lambda engine, tokens: tokens)
-    made = spy(Engine, "without", lambda engine, ablation, **how: ablation)
-    truth = Reference(engine)
-    for ablation in (INTACT, WITHOUT):
-        for request in (REQUEST, Request((1, 2), (3,)), REQUEST):
-            truth.answer(ablation, request)
-    assert len(read) == 4
-    assert made == [INTACT, WITHOUT]
-    truth.without(INTACT)
-    assert made == [INTACT, WITHOUT, INTACT]
-
-
-def test_of_a_miniature_every_copy_is_kept(engine):
-    truth = Reference(engine, miniature=True)
-    one, other = truth.without(INTACT), truth.without(WITHOUT)
-    assert truth.without(INTACT) is one
-    assert truth.without(WITHOUT) is other
-
-
 def test_answers_of_one_token_are_read_in_one_call(engine, spy):
     """As lm-eval reads them: what precedes them is one text. Another model reads it anew."""
     read = spy(Engine, "read", lambda engine, tokens: tokens)
@@ -82,15 +62,6 @@ def test_answers_of_one_token_are_read_in_one_call(engine, spy):
             read.pop()
             assert truth.answer(ablation, request) == alone
     assert read == 2 * [context, (*context, 3)]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "half"),
-    [(torch.float16, True), (torch.bfloat16, True), (torch.float32, False), (torch.float64, False)],
-)
-def test_half_precision_is_told_apart(engine, dtype, half):
-    engine.loaded.model.to(dtype)
-    assert Reference(engine).is_half == half
 
 
 def test_a_difference_is_allowed_up_to_a_share_and_told_beyond(engine):
@@ -126,13 +97,6 @@ def test_what_is_not_finite_equals_only_its_like(engine, right, ours, miniature)
         assert found.wrong == f"{ours:.6g} nats shared, {right:.6g} on the really pruned model"
 
 
-@pytest.mark.parametrize("ours", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_equals_no_number(engine, ours):
-    found = Reference(engine).compare(ours, INTACT, REQUEST, 0.5, 0.01)
-    assert found.difference == math.inf
-    assert found.wrong.startswith(f"{ours} nats shared")
-
-
 def test_a_model_near_a_tie_is_unsteady_and_not_wrong(engine):
     """A head that takes a side by less than rounding: its answers jump, whoever computes them."""
     model = engine.loaded.model
@@ -152,36 +116,3 @@ def test_a_model_near_a_tie_is_unsteady_and_not_wrong(engine):
     found = truth.compare(calm, INTACT, REQUEST, 1e-3, 0.0)
     assert (found.compared, found.unsteady, found.wrong) == (1, 1, None)
     assert found.difference == pytest.approx(abs(on_one_side - calm))
-
-
-def test_rounding_moves_embeddings_for_as_long_as_it_is_asked_to(engine):
-    model = engine.loaded.model
-    embeddings = model.get_input_embeddings()
-    ids = torch.arange(1, 50)
-    calm = embeddings(ids)
-    drawn = []
-    for seed in (1, 1, 2):
-        with shaken(model, seed):
-            drawn.append((embeddings(ids), embeddings(ids)))
-    assert torch.equal(embeddings(ids), calm)
-    (one, again), (same, _), (other, _) = drawn
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
-    assert not torch.equal(one, again)
-    moved = (one / calm - 1).std() / torch.finfo(torch.float32).eps
-    assert moved == pytest.approx(16, rel=0.1)
-
-
-def test_a_model_in_double_precision_is_moved_as_one_in_single_is(engine):
-    model = engine.loaded.model.double()
-    embeddings, ids = model.get_input_embeddings(), torch.arange(1, 50)
-    with shaken(model, 0):
-        moved = (embeddings(ids) / embeddings.weight[1:50] - 1).std()
-    assert moved == pytest.approx(16 * torch.finfo(torch.float32).eps, rel=0.1)
-
-
-def test_comparisons_add_up():
-    one, other = Comparison(2, 0.5, 1), Comparison(3, 0.25, 2, "first")
-    assert one + other == Comparison(5, 0.5, 3, "first")
-    assert other + Comparison(1, 0.75, wrong="second") == Comparison(4, 0.75, 2, "first")
-    assert Comparison() + one == one

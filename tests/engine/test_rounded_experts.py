@@ -16,19 +16,17 @@ from tests.helpers.engines import (
     answers,
     asking,
     engine_of,
+    gold_tokens,
     make_documents,
     rounded_rows,
-    same,
     score_ways,
 )
-from tests.helpers.mixtures import experts, mixture
-from tests.helpers.registry import Variant, tiny
+from tests.helpers.mixtures import mixture
+from tests.helpers.registry import Variant, make_registered, tiny
 from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.errors import CellError
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.selfcheck.check import check
-from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.engine.selfcheck.reference import Reference
 from tracker.models.layers import find_layers
 from tracker.models.parts import linear_maps
@@ -124,20 +122,6 @@ def test_experts_in_a_format_are_those_that_are_rounded_one_by_one(family):
     assert sum(move > 1e-4 for move in moved) >= len(moved) - 1  # no token may go to an expert
 
 
-def test_experts_in_formats_share_a_layer_with_all_else_that_is_done_to_it():
-    model = mixture("mixtral")
-    asked = [
-        INTACT,
-        rounded(("int4_row", 1, "mlp.experts.down_proj")),
-        experts(1, 0),
-        Ablation.parse("attention:1"),
-        Ablation.parse("mlp:1"),
-        rounded(("int4_row", 1, "mlp")),
-        rounded(("int4_row", 1, "attention")),
-    ]
-    same(*score_ways(model, (FULL, PLAIN), asked))
-
-
 def test_experts_that_are_not_told_their_tokens_are_rounded_one_model_at_a_time():
     kinds = ["chunked_attention", "full_attention"]
     settings = tiny("llama4_text") | {"num_hidden_layers": 2, "layer_types": kinds}
@@ -161,34 +145,6 @@ def test_experts_that_are_not_told_their_tokens_are_rounded_one_model_at_a_time(
     agree_with_changed([scores], asked, partial(changed, model, "llama4_text"))
 
 
-def test_the_check_on_a_miniature_tries_experts_that_it_has():
-    ablations = [INTACT, rounded(("q4_0", 1, "mlp.experts.6.down_proj")), rounded(("q3_k", 3))]
-    verdict = check_miniature(engine_of(mixture("mixtral", 8)), ablations, (), blank=False)
-    assert (verdict.sharing, verdict.lost) == (FULL, None)
-
-
-@pytest.mark.parametrize(
-    ("family", "layer", "said"),
-    [
-        ("lfm2", 0, r"conv\S* of layer 0 .* is no linear map"),
-        ("mamba", 1, r"of layer 1 .* is no linear map"),
-        # Whose matrices stand in tensors that say nothing of which axis is inputs.
-        ("jetmoe", 0, r"of layer 0 .* is no linear map"),
-        ("dbrx", 0, r"of layer 0 .* is no linear map"),
-    ],
-)
-def test_layers_that_hold_other_matrices_are_refused_by_name(family, layer, said):
-    engine = engine_of(Variant(family, "plain", tiny(family)).model())
-    with pytest.raises(CellError, match=said):
-        engine.without(rounded(("int8", layer)))
-
-
-def test_an_expert_that_is_not_there_is_refused_by_name():
-    engine = engine_of(mixture("mixtral"))
-    with pytest.raises(CellError, match=r"has no linear map mlp.experts.5.down_proj; it has self_"):
-        engine.without(rounded(("int8", 1, "mlp.experts.5.down_proj")))
-
-
 def outputs(model, family, document, layer):
     """What each token's experts make of it, [tokens × chosen, width], one by one."""
     held, found = find_layers(model)[layer].get_submodule(held_by(model, layer)), []
@@ -201,9 +157,8 @@ def outputs(model, family, document, layer):
                 gate, up = (into @ x).chunk(2)
                 found.append((number, out @ (module.act_fn(gate) * up)))
 
-    gold = document.requests[document.gold]
     with torch.inference_mode(), held.register_forward_pre_hook(note, with_kwargs=True):
-        model(torch.tensor([gold.context + gold.continuation]), use_cache=False)
+        model(torch.tensor([gold_tokens(document)]), use_cache=False)
     return found
 
 
@@ -260,7 +215,7 @@ def test_what_all_layers_in_formats_are_held_against_has_one_layers_weights_at_a
     family, monkeypatch
 ):
     """Was: the copy held all weights a second time."""
-    model = Variant(family, "plain", tiny(family)).model()
+    model = make_registered(family)
     layers = find_layers(model)
     each = max(sum(p.nbytes for p in layer.parameters() if p.ndim > 1) for layer in layers)
     every = rounded(*(("int4_row", layer) for layer in range(4)))

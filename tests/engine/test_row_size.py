@@ -9,7 +9,7 @@ from tests.helpers.engines import engine_of
 from tests.helpers.families import tiny_model
 from tracker.engine.scoring.row_size import SIZES, chosen, fastest
 from tracker.engine.scoring.sweep import ROW_TOKENS
-from tracker.measuring import row_size
+from tracker.measuring import scorer
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def test_trying_leaves_the_model_as_it_is(engine):
 
 def test_it_is_tried_once_and_for_half_precision_alone(engine, monkeypatch, tmp_path):
     monkeypatch.setenv("TRACKER_CACHE", str(tmp_path))
-    monkeypatch.setattr(row_size, "fastest", lambda engine: 768)
-    assert row_size.with_fastest_rows(engine).most_row_tokens == 768
-    monkeypatch.delattr(row_size, "fastest")
-    assert row_size.with_fastest_rows(engine).most_row_tokens == 768
+    monkeypatch.setattr(scorer, "fastest", lambda engine: 768)
+    assert scorer.with_fastest_rows(engine).most_row_tokens == 768
+    monkeypatch.delattr(scorer, "fastest")
+    assert scorer.with_fastest_rows(engine).most_row_tokens == 768
     plain = engine_of(tiny_model("llama"))
-    assert row_size.with_fastest_rows(plain).most_row_tokens == ROW_TOKENS
+    assert scorer.with_fastest_rows(plain).most_row_tokens == ROW_TOKENS

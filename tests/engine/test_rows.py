@@ -16,7 +16,6 @@ from tracker.engine.scoring.rows import (
     Row,
     common_beginning,
     flat_rows,
-    reading_row,
     tree_rows,
 )
 
@@ -143,12 +142,6 @@ def test_a_row_is_as_full_as_its_size_allows():
     assert [row.tokens for row in tree_rows(documents, 9, 1)] == [3] * 6
 
 
-def test_branches_count_by_what_they_add():
-    documents = [asking(((n, n), (5, 7)), ((n, n), (6, 7)), gold=1) for n in range(2)]
-    assert [row.tokens for row in tree_rows(documents, 9, 10)] == [10]
-    assert [row.tokens for row in tree_rows(documents, 9, 9)] == [5, 5]
-
-
 def test_documents_that_begin_alike_share_a_row_in_whatever_order_they_come():
     documents = [asking(((n % 2, 2, 3, 4), (5 + n, 1))) for n in range(4)]
     assert [row.tokens for row in tree_rows(documents, 9, 8)] == [8, 8]
@@ -174,15 +167,6 @@ def test_the_last_token_is_not_read_with_a_request_that_it_would_change():
         hold(rows, documents, 9, lengths=Lengths((3,)))
 
 
-def test_a_row_under_other_numbers():
-    documents = [asking(((n, 1), (2,))) for n in range(2)]
-    (row,) = tree_rows(documents, 9, 1000)
-    other = row.renumbered([7, 4])
-    assert other.requests == [(7, 0), (4, 0)]
-    assert [number for number, _ in other.gold] == [7, 4]
-    assert other.input_ids is row.input_ids
-
-
 def test_the_common_beginning_ends_where_requests_part_or_something_is_predicted():
     def shared(*requests: tuple[Tokens, Tokens], max_length: int = 9) -> Tokens:
         return common_beginning([asking(each) for each in requests], max_length)
@@ -197,19 +181,6 @@ def test_the_common_beginning_ends_where_requests_part_or_something_is_predicted
     # Of the first only the last two tokens are left.
     assert shared(((1, 2, 3), (5,)), ((1, 2, 3, 4), (6,)), max_length=2) == ()
     assert shared(((1,), (5,)), ((1,), (6,))) == ()
-
-
-def test_a_row_that_only_reads():
-    row = reading_row((5, 6, 5), prefix=4)
-    assert row.input_ids.tolist() == [[5, 6, 5]]
-    assert row.positions.tolist() == [[4, 5, 6]]
-    assert row.prefix == 4
-    assert torch.equal(row.ancestors, torch.ones(3, 3, dtype=torch.bool).tril())
-    assert reading_row((5,)).prefix == 0
-    for nothing in (row.keep, row.predictor, row.predicted, row.owner):
-        assert nothing.dtype == torch.long
-        assert not len(nothing)
-    assert (row.requests, row.gold) == ([], [])
 
 
 @pytest.mark.parametrize("prefix", [0, 3])

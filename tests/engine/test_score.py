@@ -13,20 +13,11 @@ from tests.helpers.ablations import single_layers
 from tests.helpers.engines import MAX_LENGTH, answers, engine_of, make_documents
 from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT
-from tracker.core.proxies import OBSERVED
 from tracker.engine.forward.streams import plan_streams
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.masks import AttentionWindows
 from tracker.engine.scoring.model import EngineModel
 from tracker.engine.scoring.rows import flat_rows, reading_row, tree_rows
-from tracker.engine.scoring.score import (
-    RowScores,
-    cache_argument,
-    launch_row,
-    new_cache,
-    read_prefix,
-    run_base,
-)
+from tracker.engine.scoring.score import RowScores, launch_row, read_prefix, run_base
 from tracker.engine.scoring.sweep import Engine
 
 PLAN = plan_streams(single_layers((1, 3)), 4)
@@ -86,37 +77,7 @@ def test_half_precision_is_summed_in_float32_and_rounded_once() -> None:
         )
 
 
-def test_how_the_model_is_called(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache is written where one is wanted alone, and masks reach as far as the row."""
-    calls: list[dict[str, Any]] = []
-    looked: list[int] = []
-    honest, base = Engine.windows, engine.head.base
-    forward = base.forward
-
-    @functools.wraps(forward)
-    def noted(**given: Any) -> Any:
-        calls.append(given)
-        return forward(**given)
-
-    def windows(engine: Engine, tokens: int) -> AttentionWindows:
-        looked.append(tokens)
-        return honest(engine, tokens)
-
-    engine.windows(MAX_LENGTH)
-    base.forward, cache = noted, new_cache()
-    monkeypatch.setattr(Engine, "windows", windows)
-    run_base(engine, PLAN, reading_row(TOKENS), None)
-    run_base(engine, PLAN, reading_row(TOKENS), cache)
-    assert looked == [len(TOKENS)] * 2
-    assert [call["use_cache"] for call in calls] == [False, True]
-    assert set(calls[0]) == {"input_ids", "position_ids", "attention_mask", "use_cache"}
-    assert "attention_mask" not in calls[1]
-    assert calls[1][cache_argument(base)] is cache
-
-
-def test_texts_in_rows_of_their_own_need_no_masks(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_in_rows_of_their_own_need_no_masks(engine: Engine, monkeypatch) -> None:
     (document,) = make_documents(1)
     (tree,) = tree_rows([document], MAX_LENGTH, 1000)
     whole = score_row(engine, PLAN, tree).loglikelihoods
@@ -149,17 +110,3 @@ class TestRefusals:
         said = r"^its layers pass on \(2, 6, 32\), and not \[texts, tokens, width\]$"
         with pytest.raises(RefusalError, match=said):
             run_base(engine, plan_streams([INTACT], 4), reading_row(TOKENS), None)
-
-
-def test_several_residual_streams_are_one_state(engine: Engine, monkeypatch) -> None:
-    """What is observed is one vector a token, however the layers shape it."""
-    observed: list[tuple[int, ...]] = []
-
-    def noted(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        observed.extend((tuple(before.shape), tuple(after.shape)))
-        return torch.ones(len(before))
-
-    proxy = replace(OBSERVED[0], observe=noted)
-    monkeypatch.setattr("tracker.core.proxies.OBSERVED", (proxy,))
-    run_base(engine, PLAN, reading_row(TOKENS), None)
-    assert observed == [(6, 32)] * 8

@@ -20,6 +20,7 @@ from tests.helpers.engines import (
     agrees,
     asking,
     engine_of,
+    gold_tokens,
     loaded,
     make_documents,
     passed,
@@ -43,7 +44,7 @@ from tracker.engine.scoring.model import (
 )
 from tracker.engine.scoring.rows import ANY_LENGTH, Lengths, tree_rows
 from tracker.engine.scoring.score import SHORTEST
-from tracker.engine.scoring.sweep import ROW_TOKENS, Engine
+from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check
 from tracker.models.pruned import remember
 
@@ -119,15 +120,6 @@ def test_rows_of_a_multiple_say_the_same(family, shared):
     same(plain, padded)
 
 
-def test_a_bug_of_ours_is_no_loss_of_sharing(monkeypatch):
-    def broken(documents):
-        raise AssertionError("never called with these arguments")
-
-    monkeypatch.setattr(sweep, "tree_rows", broken)
-    with pytest.raises(TypeError, match="positional argument"):
-        check(engine_of("llama"), make_documents(), single_layers([0]))
-
-
 def test_long_contexts_lose_their_beginning_as_in_lm_eval():
     model = tiny_model("llama")
     draw = random.Random(3)
@@ -171,7 +163,7 @@ def test_a_long_common_beginning_is_read_once_for_all_rows(read):
     for some in (first, documents[3:]):
         scores = engine.score(some, ablations)
         agree(scores, model, ablations[:5])
-        tokens = [len(d.requests[d.gold].context + d.requests[d.gold].continuation) for d in some]
+        tokens = [len(gold_tokens(document)) for document in some]
         assert [score.proxy_tokens for score in scores] == tokens
     assert read == [62]
     engine.score(make_documents(2, seed=5, shared=60), ablations)
@@ -277,65 +269,11 @@ def test_the_sums_are_those_of_the_layers_own_inputs_and_outputs(sharing):
         assert score.responses[0][read.gold].hits == right
 
 
-@pytest.mark.parametrize("streams", [2, 3, 5])
-def test_as_many_ablations_at_a_time_as_the_budget_holds(spy, streams):
-    used = spy(sweep, "launch_row", lambda parts, plan, *row: plan.streams)
-    engine = engine_of("llama")
-    engine = replace(engine, memory=streams * 5 * stream_bytes(engine.loaded.model))
-    engine.score([asking(((5, 6, 7), (8, 9)))], SIX)
-    whole, rest = divmod(6, streams - 1)
-    assert used == [streams] * whole + [rest + 1] * bool(rest)
-    used.clear()
-    engine.score([asking(((5, 6, 7), (8, 9)))], [INTACT])
-    assert used == [1]
-
-
-def test_rows_are_packed_by_what_is_shared(spy):
-    """Many texts in a row need masks of our own; a stream's own mask broadcasts over one alone."""
-    trees, flat = (
-        spy(sweep, pack, lambda documents, *how: how) for pack in ("tree_rows", "flat_rows")
-    )
-    lengths = Lengths((1000,))
-    engine = engine_of("llama", quirks=Quirks(lengths=lengths))
-    documents = make_documents(2, seed=2, shared=60)
-    for sharing, ablations in (
-        (FULL, single_layers((1,))),
-        (NO_PREFIX, single_layers((1,))),
-        (DEPTH_ONLY, single_layers((1,))),
-        (DEPTH_ONLY, [INTACT]),
-    ):
-        engine.with_sharing(sharing).score(documents, ablations)
-    assert trees == [(MAX_LENGTH, ROW_TOKENS, prefix, lengths) for prefix in (60, 0)]
-    assert flat == [(MAX_LENGTH, size, lengths) for size in (1, ROW_TOKENS)]
-
-
 def test_what_is_shared_is_named():
     """As it stands in every shard: whoever reads an old one finds the same words."""
     said = {FULL: "depth, tokens, prefix", NO_PREFIX: "depth, tokens", DEPTH_ONLY: "depth"}
     said |= {PLAIN: "nothing", ONE_BY_ONE: "nothing"}
     assert {sharing: str(sharing) for sharing in said} == said
-
-
-def test_a_copy_lacks_what_is_taken_out_and_begins_as_the_model_did(spy):
-    model = tiny_model("llama")
-    asked = spy(model_module, "pruned", lambda *given, **named: (given, named))
-    first, leftovers = (remember(model, (name,)) for name in ("inv_freq", "attention_scaling"))
-    engine = engine_of(model, quirks=Quirks(first=first, leftovers=leftovers, stay=True))
-    copy = engine.with_sharing(NO_PREFIX).without(Ablation.parse("layer:1+mlp:2"))
-    (((of, layers, fresh), named),) = asked
-    ((changed, _),) = named.pop("changes")
-    assert named == {"stay": True, "repeated": ()}
-    assert (of, layers, changed) == (model, (1,), 2)
-    assert fresh is first
-    assert (copy.sharing, copy.max_length, copy.quirks.stay) == (PLAIN, MAX_LENGTH, True)
-    # Of its own state, taken down anew; its first call is behind it.
-    assert copy.quirks.first == {}
-    place = ("model.rotary_emb", "attention_scaling")
-    assert copy.quirks.leftovers[place] == leftovers[place]
-    assert {name for _, name in copy.quirks.leftovers} == {"attention_scaling"}
-    assert list(copy.loaded.layers) == list(copy.loaded.model.model.layers)
-    (score,) = copy.score(make_documents(1), [INTACT])
-    assert score.proxy_sums.dtype == torch.float64
 
 
 class TestKeptBeginning:
@@ -366,28 +304,6 @@ class TestKeptBeginning:
         monkeypatch.setattr(sweep, "read_prefix", never)
         same(engine_of("llama").score(self.DOCUMENTS, [INTACT]), expected)
 
-    def test_a_prompt_that_begins_so_continues_it(self, monkeypatch):
-        engine = engine_of("llama")
-        ablations = single_layers((1, 2))
-        engine.score(self.DOCUMENTS, ablations)
-        shared = list(self.DOCUMENTS[0].requests[0].context[:60])
-        begun = []
-
-        @contextlib.contextmanager
-        def noted(model, removed, prompt, prefix):
-            assert (removed, model) == (ablations, engine)
-            begun.append(None if prefix is None else len(prefix.tokens))
-            yield "a cache"
-
-        monkeypatch.setattr(generation, "decoding", noted)
-        for prompt in ([*shared, 5, 6], [5, *shared, 6]):
-            with generating(engine, ablations, prompt) as given:
-                assert given == {"cache": "a cache"}
-        assert begun == [60, None]
-        ablations = single_layers((1,))
-        with generating(engine, ablations, [*shared, 5, 6]):
-            assert begun == [60, None, None]
-
 
 def test_masks_are_looked_at_in_steps_and_never_beyond_what_is_read(spy):
     looked = spy(model_module, "attention_windows", lambda base, layers, tokens, device: tokens)
@@ -413,15 +329,6 @@ def test_a_model_without_a_cache_continues_no_prompt(monkeypatch):
         list(generation_groups(engine, [INTACT], 10))
     with generating(engine, [INTACT], [1, 2, 3]) as given:
         assert given == {}
-
-
-def test_progress_counts_every_answer_once():
-    documents = make_documents(5)
-    for sharing in (FULL, PLAIN):
-        counted = []
-        engine_of("llama", sharing, row_tokens=20).score(documents, SINGLE, counted.append)
-        assert sum(counted) == sum(len(d.requests) for d in documents) * len(SINGLE)
-        assert len(counted) > 1
 
 
 def moody(model):

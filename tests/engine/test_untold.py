@@ -346,9 +346,7 @@ def test_what_no_truth_can_be_had_of_is_refused_in_words(kind: type, contexts, s
         ((1240,), 2048, 112, 3),
     ],
 )
-def test_an_attention_that_a_short_text_switches_off_is_refused(
-    contexts, places, block, drawn
-) -> None:
+def test_an_attention_that_a_short_text_switches_off_is_refused(contexts, places, block, drawn):
     """BigBird's as a decoder, whose answers hang on whether a short text came before."""
     model = tiny(
         "big_bird", hidden_size=16, intermediate_size=16,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.stored_cells import model_identity
 from tracker.cli.printing import print_export
 from tracker.core.changes import Ablation, Change
 from tracker.core.estimates import Estimate
-from tracker.core.identities import ModelIdentity
 from tracker.export.card import card_text
 from tracker.export.changes import removal, rounding
 from tracker.export.facts import Accuracy, Exported, ModelChange, Proof, Size
@@ -18,10 +18,7 @@ from tracker.export.facts import Accuracy, Exported, ModelChange, Proof, Size
 GOLDEN = Path(__file__).parent / "cards.md"
 NAME = "<img src=x onerror=alert(1)>|"
 """A page that shows Markdown must not run what a name says."""
-BASE = ModelIdentity(
-    source="my`model", name=NAME, revision=None, fingerprint="f" * 64, architecture="Llama",
-    layers=4, parameters=1000, dtype="float32",
-)  # fmt: skip
+BASE = model_identity(source="my`model", name=NAME, architecture="Llama")
 COSTS = (
     Accuracy(NAME, 0, NAME, NAME, 40, Estimate(0.5, 0.4, 0.6), Estimate(0.45)),
     Accuracy("own", 2, "ppl", "9 texts", 9, Estimate(0.5, 0.4, 0.6), Estimate(None), "bits"),

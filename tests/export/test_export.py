@@ -20,17 +20,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
-from tests.conftest import cli, golden, printed, refused, save_tokenizer
+from tests.conftest import cli, golden, refused, save_tokenizer
 from tests.export.conftest import SAMPLE
 from tests.helpers.lm_eval import evaluate
 from tests.helpers.own_tasks import write_tasks
-from tests.helpers.registry import find
+from tests.helpers.registry import make_registered
+from tests.tools.variants import find
 from tracker.core.changes import Ablation
 from tracker.core.config import cell_request
 from tracker.core.errors import RequestError, WorkError
 from tracker.core.estimates import Estimate
 from tracker.core.extent import random_order
-from tracker.export import proof
 from tracker.export.card import card_text
 from tracker.export.proof import MeasuredCell, expected, prove
 from tracker.ledger.store import Ledger
@@ -81,17 +81,6 @@ class TestExported:
         assert len(set(found)) == 2, "they tell the models apart"
         assert exported.proof.figure == {"acc": found[1]}
         assert (accuracy.n, exported.proof.documents, exported.proof.ties) == (SAMPLE, SAMPLE, 0)
-
-    def test_the_layers_are_those_of_the_base(self, exported, base):
-        assert (exported.proof.texts, exported.proof.difference) == (len(proof.TEXTS), 0)
-        assert exported.kept == (0, 3)
-        mine, theirs = (
-            AutoModelForCausalLM.from_pretrained(folder).model.layers
-            for folder in (exported.folder, base)
-        )
-        for layer, original in zip(mine, exported.kept, strict=True):
-            own, other = layer.state_dict(), theirs[original].state_dict()
-            assert all(torch.equal(own[name], other[name]) for name in own | other)
 
     def test_the_hub_reads_the_card(self, exported):
         card = ModelCard.load(exported.folder / "README.md")
@@ -272,7 +261,7 @@ class TestNothingIsLeft:
         assert "has room for 1,048,576 bytes, and the checkpoint takes" in said
 
     def test_where_the_model_cannot_be_sized(self, refused, tmp_path):
-        find("jamba", "plain").model().save_pretrained(tmp_path / "jamba")
+        make_registered("jamba").save_pretrained(tmp_path / "jamba")
         said = refused(RequestError, tmp_path / "jamba", [0])
         assert "cannot say that layer 0 is gone" in said
 
@@ -350,12 +339,3 @@ class TestRefused:
         (tmp_path / "adapter_config.json").write_text("{}")
         more = ("--remove", 1, "--output", tmp_path / "out", "--model_args", f"peft={tmp_path}")
         refused(cli("export", base, *more), "merge_and_unload")
-
-
-def test_an_empty_folder_is_taken_and_the_end_is_printed(here, base, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    end = printed("export", base, "--remove", 1, "--output", out)
-    for said in ("3 of 4 layers", "bit by bit", "layer_range: [2, 4]", f"saved: {out}"):
-        assert said in end
-    assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 3

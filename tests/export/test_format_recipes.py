@@ -20,6 +20,7 @@ import yaml
 
 from tests.helpers import llama_cpp
 from tests.helpers.families import tiny_model
+from tests.helpers.llama_cpp import write_gguf
 from tracker.core.weight_formats import FORMATS
 from tracker.export.card import format_recipes
 from tracker.models.gguf_file import Reader
@@ -86,29 +87,6 @@ def test_llama_cpp_makes_what_was_measured(smollm2, file: str, follow) -> None:
     assert {tensor.tensor_type.name for tensor in tensors.values()} == {"F16", "F32"}
 
 
-def save_olmoe(file: Path, tensors: dict[str, torch.Tensor], experts: int) -> None:
-    """Write a GGUF file of an OLMoE of one layer."""
-    writer = gguf.GGUFWriter(file, "olmoe")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(256)
-    writer.add_feed_forward_length(512)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(4)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_expert_count(experts)
-    writer.add_expert_used_count(2)
-    writer.add_file_type(0)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{n}" for n in range(64)])
-    for name, tensor in tensors.items():
-        writer.add_tensor(f"{name}.weight", tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def test_llama_cpp_makes_experts_that_were_measured(tmp_path: Path, follow) -> None:
     """A gate and what it opens are one tensor here and two there; the router keeps its bits."""
     draw = torch.Generator().manual_seed(0)
@@ -128,7 +106,11 @@ def test_llama_cpp_makes_experts_that_were_measured(tmp_path: Path, follow) -> N
         "output_norm": torch.ones(256),
     }
     base = tmp_path / "base.gguf"
-    save_olmoe(base, ends | {f"blk.0.{name}": tensor for name, tensor in tensors.items()}, experts)
+    tensors = ends | {f"blk.0.{name}": tensor for name, tensor in tensors.items()}
+    write_gguf(
+        base, "olmoe", tensors, [f"t{n}" for n in range(64)], block_count=1, embedding_length=256,
+        feed_forward_length=512, expert_count=experts, expert_used_count=2, file_type=0,
+    )  # fmt: skip
     path = "model.layers.0.mlp.experts"
     formats = {f"{path}.gate_up_proj": "q3_k", f"{path}.down_proj": "q6_k"}
     made = follow(format_recipes(formats, "olmoe", 1, str(base)))
@@ -176,17 +158,6 @@ def test_compressed_tensors_reads_its_groups_and_every_map_is_in_one() -> None:
         path: (4 if "4" in word.split("_")[0] else 8, groups.get(word.split("_")[-1]))
         for path, word in formats.items()
     }
-
-
-def test_llama_cpp_is_told_of_a_head_of_its_own() -> None:
-    formats = {
-        "model.embed_tokens": "q4_k",
-        "lm_head": "q6_k",
-        "model.layers.0.mlp.up_proj": "q4_0",
-    }
-    line = format_recipes(formats, "llama", 1, "base.gguf")["llama.cpp"]
-    assert "--token-embedding-type q4_k --output-tensor-type q6_k " in line
-    assert "token_embd" not in line
 
 
 @pytest.mark.parametrize("tied", ["", "model.embed_tokens"])

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
-from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.benchmarks.conftest import PACKAGE
@@ -19,7 +18,6 @@ from tests.helpers.mixtures import save_mixture
 from tests.helpers.package_tasks import plain_tasks_in
 from tests.studies.conftest import column, plain
 from tracker import api
-from tracker.cli.terminal import Show
 from tracker.core.findings import FindingRecord
 from tracker.core.weight_formats import FORMATS
 from tracker.ledger.files import read_note
@@ -74,11 +72,9 @@ def test_the_formats_are_those_whose_losses_add_up_to_the_least(found):
         for word in WORDS
     }
     best = min(
-        (
-            sum(losses[f"{word}:{name}"] for name, word in zip(maps, some, strict=True))
-            for some in itertools.product(WORDS, repeat=len(maps))
-            if sum(bits[pair] for pair in zip(maps, some, strict=True)) <= 6
-        ),
+        sum(losses[f"{word}:{name}"] for name, word in zip(maps, some, strict=True))
+        for some in itertools.product(WORDS, repeat=len(maps))
+        if sum(bits[pair] for pair in zip(maps, some, strict=True)) <= 6
     )
     first = done.finding.tables[0]
     row = plain(column(first, "chosen by")).index(
@@ -140,29 +136,6 @@ def test_what_was_saved_is_what_was_recommended_and_lm_eval_finds_its_answers(fo
     assert f"| bytes of weights | {done.saved.before.bytes:,} | {round(size):,} |" in card
     (row,) = done.saved.accuracy
     assert (row.n, row.after.value) == (24, pytest.approx(accuracy))
-
-
-def test_what_units_cost_together_stands_beside_the_sum_of_each_alone(found):
-    _, results, done = found
-    choices, sums = done.finding.tables[:2]
-    frame = _frames(results)["calibration"]
-    _gold(frame)
-    by_document = frame.pivot(index="doc", columns="ablation", values="fall")
-    drops = by_document.sub(by_document["baseline"], axis=0)
-    pairs = [name for name in drops if name.count("+") == 1]
-    assert len(pairs) == 20
-    more = sum(drops[pair] - drops[pair.split("+")].sum(axis=1) for pair in pairs) / len(pairs)
-    mean, low, high = more.mean(), *stats.ttest_1samp(more, 0).confidence_interval()
-    found_more = column(sums, "more than the sum")[1]
-    assert (found_more.value, found_more.low, found_more.high) == pytest.approx((mean, low, high))
-    ways = plain(column(choices, "chosen by"))
-    row = next(n for n, by in enumerate(ways) if by.startswith("measured log-probability"))
-    whole, summed = (
-        plain(column(choices, label))[row]
-        for label in ("loss of the whole there", "sum of losses where it was chosen")
-    )
-    assert plain(column(sums, "loss measured"))[0] == pytest.approx(whole)
-    assert plain(column(sums, "more than the sum"))[0] == pytest.approx(whole - summed)
 
 
 def test_another_week_measures_nothing_and_wrong_requests_are_refused(found, tmp_path):
@@ -248,17 +221,3 @@ def test_experts_embedding_and_head_get_formats_and_routers_none(tied, by, tmp_p
     assert said in command
     assert tied or all(f"ffn_{name}_exps" in command for name in ("gate", "up", "down"))
     assert done.finding.again.endswith("--embeddings") or " --embeddings " in done.finding.again
-
-
-@pytest.mark.usefixtures("here")
-def test_what_text_chose_is_saved_and_not_scored_by_lm_eval(tmp_path, capsys):
-    model = save_llama(tmp_path / "tiny", layers=2, hidden_size=64, intermediate_size=96)
-    (tmp_path / "own.txt").write_text(
-        "\n\n".join(f"A line of text, number {n}." for n in range(40))
-    )
-    told = {"benchmark": f"corpus:{tmp_path / 'own.txt'}", "sample": 2, "dtype": "float32"}
-    told |= {"budget": "7bpw", "format": "int8,int4_row", "by": "layer", "refine": 0, "pairs": 0}
-    told |= {"results": tmp_path / "results", "output": tmp_path / "saved", "track": []}
-    proof = api.quantise(str(model), progress=Show(), **told).saved.proof
-    assert (proof.difference, proof.tasks) == (0, ())
-    assert "not scored by lm-eval: corpus:" in capsys.readouterr().out

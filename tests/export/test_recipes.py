@@ -3,15 +3,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from tracker.core.identities import ModelIdentity
-from tracker.export.card import (
-    WINDOWS,
-    by_other_tools,
-    layer_recipes,
-    mergekit,
-    why_none,
-    windows_of,
-)
+from tests.helpers.stored_cells import model_identity
+from tracker.export.card import WINDOWS, by_other_tools, layer_recipes, mergekit, windows_of
 from tracker.models.sources import ModelSource
 
 
@@ -36,16 +29,7 @@ def test_mergekit_passes_through_what_is_kept(kept, ranges):
 
 
 def base(source, revision=None):
-    return ModelIdentity(
-        source=source.source,
-        name=source.name,
-        revision=revision,
-        fingerprint="f" * 64,
-        architecture="LlamaForCausalLM",
-        layers=3,
-        parameters=1,
-        dtype="float32",
-    )
+    return model_identity(source=source.source, name=source.name, revision=revision, layers=3)
 
 
 def told(source, revision=None):
@@ -74,15 +58,6 @@ def test_mergekit_is_given_the_commit():
     assert models == ["org/model@c0ffee"] * 2
 
 
-def test_there_is_none_where_more_than_the_number_of_layers_changes():
-    folder = ModelSource("org/model", "org/model")
-    assert layer_recipes(folder, base(folder), [0, 2], [1], ["layer_types"]) == {}
-    said = why_none(["layer_types"])
-    assert "and this configuration says more of each: layer_types." in said
-    assert "makes another model of this folder" in said
-    assert "makes another model of this folder" not in why_none(["max_window_layers"])
-
-
 @pytest.mark.parametrize(
     ("removed", "told"),
     [([5], True), ([2], True), ([0, 1, 2, 3, 4, 5], False), ([12, 13, 14, 15, 16, 17], False)],
@@ -102,22 +77,3 @@ def test_llama_cpp_is_told_of_windows_where_a_removal_breaks_the_period(removed,
     assert (
         layer_recipes(file, base(file), kept, removed, ["head_dim", "layer_types"], windows) == {}
     )
-
-
-def test_of_layers_that_come_again_llama_cpp_converts_the_folder():
-    folder = ModelSource("org/model", "org/model")
-    texts = layer_recipes(folder, base(folder), [0, 1, 1, 2], [])
-    assert "layer_range: [1, 3]" in texts["mergekit"]
-    (_, merged), (words, converted) = [
-        (recipe.words, recipe.text) for recipe in by_other_tools(texts)
-    ]
-    assert merged == texts["mergekit"].rstrip()
-    assert "llama-quantize repeats no layers" in words
-    assert converted == "python llama.cpp/convert_hf_to_gguf.py . --outfile repeated.gguf"
-    # Layers 4 and 5 of a period of six come twice: what sees everything is no longer every sixth.
-    types = ["full_attention" if n in (5, 7) else "sliding_attention" for n in range(8)]
-    windows = windows_of("gemma3_text", types)
-    kept = [*range(6), 4, 5]
-    texts = layer_recipes(folder, base(folder), kept, [], ["layer_types"], windows)
-    assert 'GGUFReader("repeated.gguf")' in texts[WINDOWS]
-    assert [recipe.language for recipe in by_other_tools(texts)] == ["sh", "python"]

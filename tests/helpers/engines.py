@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from tests.conftest import save_tokenizer
+from tests.helpers import truth as plain
 from tests.helpers.families import tiny_model
+from tests.helpers.stored_cells import model_identity
 from tests.helpers.truth import exported, skip
 from tracker.core.documents import Document, Request
-from tracker.core.identities import ModelIdentity
 from tracker.engine.scoring.model import FULL, Sharing
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.layers import find_layers
@@ -33,10 +34,7 @@ def loaded(model: Any) -> LoadedModel:
     weights = hashlib.sha256()
     for weight in model.state_dict().values():
         weights.update(weight.float().cpu().numpy().tobytes() if not weight.is_meta else b"")
-    identity = ModelIdentity(
-        source="tiny", name="tiny", revision=None, fingerprint=weights.hexdigest(),
-        architecture="", layers=4, parameters=1, dtype="float32",
-    )  # fmt: skip
+    identity = model_identity(source="tiny", name="tiny", fingerprint=weights.hexdigest())
     return LoadedModel(model, None, find_layers(model), identity, torch.device("cpu"))
 
 
@@ -121,25 +119,15 @@ def make_documents(count=5, seed=0, shared=6):
     return documents
 
 
-def answers(
-    model: Any, document: Document, max_length: int = MAX_LENGTH
-) -> list[tuple[float, bool]]:
-    """Ask a model one request at a time, by its own forward pass from tokens to logits.
+def answers(model: Any, document: Document) -> list[tuple[float, bool]]:
+    """Ask a model one request of a document at a time, by its own forward pass."""
+    return plain.answers(model, document.requests, MAX_LENGTH)
 
-    Requests that differ in their last token alone put the same to the model: it is asked once.
-    """
-    found = []
-    said: dict[tuple[int, ...], torch.Tensor] = {}
-    for request in document.requests:
-        tokens = (request.context + request.continuation)[-(MAX_LENGTH + 1) :][:-1]
-        if tokens not in said:
-            with torch.inference_mode():
-                said[tokens] = model(torch.tensor([tokens]), use_cache=False).logits[0]
-        logits = said[tokens][-len(request.continuation) :].log_softmax(-1)
-        target = torch.tensor(request.continuation)
-        loglikelihood = float(logits.gather(1, target[:, None]).sum())
-        found.append((loglikelihood, bool((logits.argmax(-1) == target).all())))
-    return found
+
+def gold_tokens(document: Document) -> tuple[int, ...]:
+    """Return the context and the gold continuation that proxies are measured on."""
+    request = document.requests[document.gold or 0]
+    return request.context + request.continuation
 
 
 def is_one_sentence(said: str) -> None:

@@ -23,7 +23,6 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-EQUAL_HEADS = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
 MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
 FULL_FIRST = ["full_attention", "sliding_attention"] * 2
 HYBRID = ["linear_attention", "full_attention"] * 2

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFWriter
 
 FLOAT32, COPY = 0, "COPY"
 """Of `llama_ftype`: all in float32; and what llama-quantize calls changing nothing."""
+
+
+def write_gguf(
+    file: Path, architecture: str, tensors: Mapping[str, Any], tokens: Sequence[str], **fields: Any
+) -> Path:
+    """Write a file as llama.cpp does, in float32: `fields` by the names of the writer's methods."""
+    writer = GGUFWriter(file, architecture)
+    sizes = {"context_length": 64, "head_count": 4, "head_count_kv": 4, "layer_norm_rms_eps": 1e-5}
+    for name, value in (sizes | {"tokenizer_model": "gpt2", "token_list": tokens} | fields).items():
+        getattr(writer, f"add_{name}")(value)
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"{name}.weight", np.ascontiguousarray(tensor, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
 
 
 @cache

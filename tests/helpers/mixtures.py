@@ -7,7 +7,7 @@ import copy
 import torch
 
 from tests.conftest import save_tokenizer
-from tests.helpers.registry import Variant, tiny
+from tests.helpers.registry import Variant, make_registered, tiny
 from tracker.core.changes import Ablation, Change
 from tracker.models.layers import find_layers
 
@@ -95,6 +95,6 @@ def save_mixture(folder, family):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96}
     shape = {name: size for name, size in sizes.items() if name in tiny(family)}
     shape |= {"vocab_size": save_tokenizer(folder, False), "num_hidden_layers": 2}
-    model = Variant(family, "plain", tiny(family) | shape).model()
+    model = make_registered(family, **shape)
     model.save_pretrained(folder)
     return model

@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.conftest import PACKAGE, make
-from tests.helpers.lm_eval import (
-    tasks_in,
-    write_plain,
-)
+from tests.helpers.lm_eval import tasks_in, write_plain
 from tracker.benchmarks.sources import find_data
 from tracker.benchmarks.tasks import LmEvalBenchmark
 

@@ -1,15 +1,13 @@
-"""Every causal language model of the installed transformers, tiny, and its variants.
+"""Every causal language model of the installed transformers, tiny.
 
 A family is an entry of transformers' registry. Its tiny configuration is the class's own, with
-`SIZES` in place of what it has of them, and with what `SPECIAL` says where that does not build. Its
-variants change one thing each: a window, a chunk, the order of the kinds of layers, the kind of
-rotary positions, a switch. What a class refuses is no variant of it.
+`SIZES` in place of what it has of them, and with what `SPECIAL` says where that does not build.
+`tests/tools/variants.py` changes one thing of it each.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -17,9 +15,7 @@ from typing import Any
 import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILY_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILY_NAMES
 
 VOCABULARY = 97
 LAYERS = 4
@@ -207,58 +203,6 @@ _NOT_BUILT = {
 NOT_BUILT = {family: why for why, names in _NOT_BUILT.items() for family in names}
 """Entries of the registry that are no decoder-only model of text, and why."""
 
-SWITCHES = (
-    "tie_word_embeddings", "use_parallel_residual", "parallel_attn", "alibi", "multi_query",
-    "new_decoder_architecture", "use_sliding_window", "do_layer_norm_before", "is_moe",
-    "scale_attn_by_inverse_layer_idx", "attn_temperature_tuning", "use_long_context",
-    "use_mem_rope", "use_shared_attention_adapter", "mamba_rms_norm", "use_qk_norm",
-    "attention_k_eq_v", "enable_moe_block", "use_double_wide_mlp", "norm_topk_prob",
-    "rope_interleave", "qk_layernorm", "add_out_norm", "prefix_lm", "mup_enabled", "gating",
-    "kda_safe_gate",
-)  # fmt: skip
-"""Settings that are turned over, each in a variant of its own."""
-
-VALUES: dict[str, tuple[Any, ...]] = {
-    "sliding_window": (17,),
-    "sliding_window_size": (17,),
-    "attention_window_size": (17,),
-    "window_size": (3, 17),
-    "local_attention": (6, 34),
-    "keep_window_size": (2, 17),
-    "attention_chunk_size": (5, 17),
-    "chunk_size": (32,),
-    "mamba_chunk_size": (32,),
-    "block_size": (32,),
-    "floor_scale": (3, 20),
-    "log_scaling_n_floor": (3, 20),
-    "index_topk": (2, 40),
-    "rel_extent": (4,),
-    "no_rope_layers": ([1, 0, 1, 0], [0, 1, 0, 1]),
-    "no_rope_layer_interval": (3,),
-    "first_k_dense_replace": (0, 2),
-    "num_dense_layers": (2,),
-    "interleave_moe_layer_step": (2,),
-    "decoder_sparse_step": (2,),
-    "mlp_only_layers": ([0], [1, 3]),
-    "num_kv_shared_layers": (0, 2),
-    "num_key_value_heads": (1,),
-    "rescale_every": (0, 3),
-    "attention_multiplier": (0.5,),
-    "residual_multiplier": (0.7,),
-    "position_embedding_type": ("rope",),
-    "topk_method": ("group_limited_greedy",),
-    "expert_layer_period": (1,),
-    "q_lora_rank": (None,),
-    "attn_logit_softcapping": (5.0,),
-    "partial_rotary_factor": (0.5,),
-    "num_mem_blocks": (2,),
-    "loop_num_passes": (1,),
-    "n_recurrent_loops": (1,),
-}
-"""Values that a setting takes, each in a variant of its own."""
-
-ROPES = ("linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -281,7 +225,7 @@ class Variant:
 
     def config(self) -> Any:
         """Make the configuration."""
-        return config_class(self.family)(**_fresh(self.settings))
+        return config_class(self.family)(**fresh(self.settings))
 
     def model(self) -> Any:
         """Make the model, its weights random and large, in float32."""
@@ -306,13 +250,9 @@ def families() -> list[str]:
     return [family for family in FAMILY_NAMES if family not in NOT_BUILT]
 
 
-def variants(family: str) -> Iterator[Variant]:
-    """Make a family's variants, the plain one first."""
-    own = config_class(family)
-    plain = tiny(family)
-    yield Variant(family, "plain", plain)
-    for name, changed in _changes(own, plain, family):
-        yield Variant(family, name, {**plain, **changed})
+def make_registered(family: str, **changes: Any) -> Any:
+    """Make a family's tiny model, with other settings."""
+    return Variant(family, "plain", tiny(family) | changes).model()
 
 
 def tiny(family: str) -> dict[str, Any]:
@@ -321,22 +261,22 @@ def tiny(family: str) -> dict[str, Any]:
 
 
 def _tiny(own: Any, family: str) -> dict[str, Any]:
-    known, names = _known(own), own.attribute_map
+    defaults, names = default_settings(own), own.attribute_map
     settings: dict[str, Any] = {}
     for name, value in SIZES.items():
-        native = name if name in known else names.get(name)
-        if native not in known or (name in ABSENT_STAYS_ABSENT and known[native] is None):
+        native = name if name in defaults else names.get(name)
+        if native not in defaults or (name in ABSENT_STAYS_ABSENT and defaults[native] is None):
             continue
         settings[native] = value
     for name in ("num_key_value_heads", "swa_num_key_value_heads", "num_kv_heads"):
-        default = known.get(name)
-        heads = known.get(name.replace("key_value", "attention"))
+        default = defaults.get(name)
+        heads = defaults.get(name.replace("key_value", "attention"))
         if name in settings and default is not None:
             settings[name] = 4 if default == heads else 1 if default == 1 else 2
     if "kv_lora_rank" in settings and "num_key_value_heads" in settings:
         settings["num_key_value_heads"] = 4
     for name in ("num_experts_per_tok", "moe_topk"):
-        if known.get(name) == 1:
+        if defaults.get(name) == 1:
             settings[name] = 1
     special = SPECIAL.get(family, {})
     for name, sub in own.sub_configs.items():
@@ -346,20 +286,20 @@ def _tiny(own: Any, family: str) -> dict[str, Any]:
             continue
         settings[name] = _tiny(kind, kind.model_type)
         if name in ("vision_config", "audio_config"):
-            settings[name] |= {k: v for k, v in PART.items() if k in _known(kind)}
+            settings[name] |= {k: v for k, v in PART.items() if k in default_settings(kind)}
         if isinstance(part, str):
             settings[name]["model_type"] = part
         elif isinstance(part, dict):
             settings[name] |= part
     settings |= {k: v for k, v in special.items() if k not in own.sub_configs or v is None}
-    for name, kinds in _kinds(own, family).items():
+    for name, kinds in kinds_of(own, family).items():
         if name not in special and len(kinds) > 1:
-            settings[name] = _alternate(kinds)
+            settings[name] = alternate(kinds)
     return settings
 
 
 @cache
-def _known(own: Any) -> dict[str, Any]:
+def default_settings(own: Any) -> dict[str, Any]:
     """The settings of a configuration's class, and their defaults."""
     return {
         one.name: None if one.default is dataclasses.MISSING else one.default
@@ -375,16 +315,16 @@ def _default(own: Any) -> Any:
         return None
 
 
-def _kinds(own: Any, family: str) -> dict[str, list[Any]]:
+def kinds_of(own: Any, family: str) -> dict[str, list[Any]]:
     """Find a configuration's lists with one entry a layer, and the kinds of entries of each."""
-    default = _default(own)
+    default, names = _default(own), default_settings(own)
     depth = getattr(default, "num_hidden_layers", None)
     found = {
         name: list(dict.fromkeys(value))
-        for name, value in vars(default).items()
-        if name in _known(own) and isinstance(value, (list, tuple)) and len(value) == depth
-        and all(isinstance(entry, str) for entry in value)
-    } if default is not None else {}  # fmt: skip
+        for name, value in (vars(default) if default is not None else {}).items()
+        if name in names and isinstance(value, (list, tuple)) and len(value) == depth
+        if all(isinstance(entry, str) for entry in value)
+    }
     window = getattr(default, "sliding_window", None) is not None
     types = found.get("layer_types")
     if window and types and set(types) <= {"full_attention", "sliding_attention"}:
@@ -392,123 +332,16 @@ def _kinds(own: Any, family: str) -> dict[str, list[Any]]:
     return found | KINDS.get(family, {})
 
 
-def _alternate(kinds: list[Any], first: int = 0) -> list[Any]:
+def alternate(kinds: list[Any], first: int = 0) -> list[Any]:
     return [kinds[(first + layer) % len(kinds)] for layer in range(LAYERS)]
 
 
-def _changes(own: Any, plain: dict[str, Any], family: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    known = _known(own)
-    yield "eager", {"attn_implementation": "eager"}
-    for name, kinds in _kinds(own, family).items():
-        if len(kinds) < 2:
-            continue
-        for first, kind in enumerate(kinds):
-            yield f"{name} {kind} first", {name: _alternate(kinds, first)}
-            yield f"{name} all {kind}", {name: [kind] * LAYERS}
-            other = kinds[(first + 1) % len(kinds)]
-            yield f"{name} {kind} around {other}", {name: [kind, other, other, kind]}
-    for name in SWITCHES:
-        if name in known and isinstance(known[name], bool):
-            yield f"{name} {not known[name]}", {name: not known[name]}
-    for name, values in VALUES.items():
-        for value in values:
-            if name in known and plain.get(name, known[name]) != value:
-                yield f"{name} {value}", {name: value}
-    if "rope_parameters" in known:
-        for rope in ROPES:
-            changed = _rope(own, plain, rope)
-            if changed:
-                yield f"rope {rope}", changed
-                if rope == "longrope":
-                    yield f"rope {rope}, eager", {**changed, "attn_implementation": "eager"}
-
-
-def _rope(own: Any, plain: dict[str, Any], rope: str) -> dict[str, Any] | None:
-    """Change the kind of rotary positions, in every kind of layer that has some."""
-    try:
-        config = own(**_fresh(plain))
-    except Exception:  # noqa: BLE001 - the plain variant says so
-        return None
-    given = getattr(config, "rope_parameters", None)
-    if not given:
-        return None
-    width = getattr(config, "qk_rope_head_dim", None) or getattr(config, "head_dim", None) or 8
-
-    def change(old: dict[str, Any]) -> dict[str, Any]:
-        kept = ["rope_theta", "llama_4_scaling_beta"]
-        # Gemma 4's proportional positions mean another thing by it.
-        kept += ["partial_rotary_factor"] * (old.get("rope_type") != "proportional")
-        new = {k: old[k] for k in kept if old.get(k) is not None}
-        if int(width * new.get("partial_rotary_factor", 1.0)) < 4:
-            new["partial_rotary_factor"] = 0.5
-        pairs = int(width * new.get("partial_rotary_factor", 1.0)) // 2
-        more: dict[str, Any] = {
-            "linear": {"factor": 4.0},
-            "dynamic": {"factor": 4.0},
-            "yarn": {"factor": 4.0, "original_max_position_embeddings": ORIGINAL},
-            "longrope": {
-                "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
-                "long_factor": [3.0 + 1.5 * i for i in range(pairs)],
-                # PhiMoE's own.
-                "short_mscale": 1.1,
-                "long_mscale": 1.3,
-                "original_max_position_embeddings": ORIGINAL,
-            },
-            "llama3": {
-                "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                "original_max_position_embeddings": ORIGINAL,
-            },
-            "proportional": {},
-        }[rope]  # fmt: skip
-        return {"rope_type": rope, **new, **more}
-
-    nested = all(isinstance(value, dict) or value is None for value in given.values())
-    changed: dict[str, Any] = {
-        "rope_parameters": {k: v and change(v) for k, v in given.items()} if nested
-        else change(given)
-    }  # fmt: skip
-    if rope == "dynamic":
-        name = own.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-        changed[name] = ORIGINAL
-    if "original_max_position_embeddings" in _known(own):
-        changed["original_max_position_embeddings"] = ORIGINAL
-    return changed
-
-
-def _fresh(settings: Any) -> Any:
+def fresh(settings: Any) -> Any:
     """Copy settings, which a configuration may change; those of a part become its class."""
     if isinstance(settings, dict):
-        return {key: _fresh(value) for key, value in settings.items()}
+        return {key: fresh(value) for key, value in settings.items()}
     return list(settings) if isinstance(settings, list) else settings
 
 
 def _is_constant(weights: torch.Tensor) -> bool:
     return weights.is_floating_point() and bool((weights == weights.flatten()[0]).all())
-
-
-def find(family, name):
-    return next(variant for variant in variants(family) if variant.name == name)
-
-
-NOT_SAVED = {
-    "blt": "names None layers",
-    "dory": "n_input_layers",
-    "emu3": "Unrecognized configuration class",
-    "gemma3n_text": "embed_tokens_per_layer",
-    "gemma4": "embed_tokens_per_layer",
-    "gemma4_text": "embed_tokens_per_layer",
-    "glm_moe_dsa": "does not run without layers 0, 2: Shared DSA layers",
-    "hrm_text": "cannot tell which modules",
-    "hy_v4": "does not run without layers 0, 2: Shared DSA layers",
-    "inkling2_loop_text": "it has no place for",
-    "inkling2_text": "it has no place for",
-    "jamba": "cannot say that layers 0, 2 are gone: it asks for",
-    "longcat_flash": "cannot tell which modules",
-    "mllama": "Unrecognized configuration class",
-    "modernbert-decoder": r"it has no place for model\.layers\.0\.attn_norm",
-    "olmo_hybrid": "validate_architecture",
-    "recurrent_gemma": "it asks for",
-    "rwkv": "it asks for",
-    "zaya": "it has no place for",
-}
-"""Families whose configuration cannot say that these layers are gone, and what is said of them."""

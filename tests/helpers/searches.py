@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.helpers.engines import gold_tokens
 from tests.helpers.truth import exported, layers_of
 from tests.search.conftest import LAYERS, Truth
 from tracker.search.scores import Set
@@ -23,8 +24,7 @@ def grown(removed: Set) -> list[Set]:
 def texts(truth: Truth) -> Iterator[Tensor]:
     """What the proxies read of each document."""
     for document in truth.documents:
-        request = document.requests[document.gold or 0]
-        yield torch.tensor([request.context + request.continuation])
+        yield torch.tensor([gold_tokens(document)])
 
 
 @contextmanager

@@ -43,10 +43,7 @@ def asks(*layers: int, **changes: Any) -> CellRequest:
 
 
 def cell_record(
-    store: CellStore,
-    request: CellRequest,
-    metric: str = "acc",
-    aggregate: records.Aggregate = mean,
+    store: CellStore, request: CellRequest, metric: str = "acc", aggregate: records.Aggregate = mean
 ) -> CellRecord:
     """Derive what one request alone shows, by a metric."""
     asked = replace(request, metric=metric)

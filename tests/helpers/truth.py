@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tests.helpers.families import FAMILIES
+from tracker.core.changes import Ablation
 from tracker.core.documents import Document, Request
 
 Without = Callable[[Any, Collection[int]], Any]
@@ -69,16 +70,16 @@ def exported(model: Any, removed: Collection[int]) -> Any:
 def logits(model: Any, tokens: Sequence[int]) -> torch.Tensor:
     """What a model says of each token of a text, in one pass, in double precision."""
     with torch.inference_mode():
-        return model(torch.tensor([tokens])).logits[0].double()
+        return model(torch.tensor([tokens]), use_cache=False).logits[0].double()
 
 
-def loglikelihoods(
-    model: Any, requests: Iterable[Request], max_length: int, remembers: bool = True
-) -> list[float]:
-    """Read what lm-eval reads, one pass a text, and sum what each continuation gets.
+def answers(
+    model: Any, requests: Iterable[Request], max_length: int, remembers: bool = False
+) -> list[tuple[float, bool]]:
+    """Read what lm-eval reads, one pass a text: log-likelihoods, and whether each is greedy.
 
-    Each text is read by a copy, unless the model remembers no call. Requests that differ in their
-    last token alone have the model read the same: it does so once.
+    Each text is read by a copy if the model remembers calls. Requests that differ in their last
+    token alone have the model read the same: it does so once.
     """
     found = []
     said: dict[tuple[int, ...], torch.Tensor] = {}
@@ -87,8 +88,9 @@ def loglikelihoods(
         if text not in said:
             said[text] = logits(copy.deepcopy(model) if remembers else model, text)
         logprobs = said[text][-len(request.continuation) :].log_softmax(-1)
-        wanted = torch.tensor(request.continuation)[:, None]
-        found.append(float(logprobs.gather(1, wanted).sum()))
+        wanted = torch.tensor(request.continuation)
+        total = float(logprobs.gather(1, wanted[:, None]).sum())
+        found.append((total, bool((logprobs.argmax(-1) == wanted).all())))
     return found
 
 
@@ -103,7 +105,7 @@ def truths(
     """For each document, each set of removed layers and each request, its log-likelihood."""
     ablated = [ablate(model, layers) for layers in removed]
     return [
-        [loglikelihoods(one, d.requests, max_length, remembers) for one in ablated]
+        [[value for value, _ in answers(one, d.requests, max_length, remembers)] for one in ablated]
         for d in documents
     ]
 
@@ -131,3 +133,20 @@ def deeper(family, model, ablation):
                 weights[f"{before}.layers.{place}.{path}"] = value
     made.load_state_dict(weights)
     return made
+
+
+def without_heads(model: Any, ablation: Ablation, path: str = "self_attn.o_proj") -> Any:
+    """Zero the columns of heads in a copy's weights, by the configuration's numbers."""
+    twin = copy.deepcopy(model)
+    config = twin.config.get_text_config()
+    for part in ablation.parts:
+        projection = layers_of(twin)[part.layer].get_submodule(path)
+        # Zamba 2's layers share it.
+        projection.weight = torch.nn.Parameter(projection.weight.clone(), requires_grad=False)
+        weight = projection.weight.T if path == "attn.c_proj" else projection.weight
+        width = weight.shape[1] // config.num_attention_heads
+        groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        each = config.num_attention_heads // groups if part.component == "kv_head" else 1
+        first = part.number * each * width
+        weight.data[:, first : first + each * width] = 0
+    return twin

@@ -9,15 +9,15 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.helpers.families import tiny_model
-from tests.helpers.registry import NOT_SAVED, families, find, variants
-from tests.helpers.small_models import WIDE, make
+from tests.helpers.families import SMALL, tiny_model
+from tests.helpers.registry import families, make_registered
 from tests.helpers.truth import deeper
+from tests.tools.variants import find
 from tracker.core.changes import Ablation, Change
 from tracker.core.errors import ModelError
 from tracker.models.checkpoint import refuse_unsizable, resized, save, without
 from tracker.models.layers import find_layers
-from tracker.models.load import LoadedModel, load_model
+from tracker.models.load import load_model
 from tracker.models.offloaded import weight_bytes
 from tracker.models.pruned import left, pruned
 from tracker.models.pruned import reloaded as in_memory
@@ -50,14 +50,39 @@ def source_of(variant, folder):
     return find_model(str(folder))
 
 
+NOT_SAVED = {
+    "blt": "names None layers",
+    "dory": "n_input_layers",
+    "emu3": "Unrecognized configuration class",
+    "gemma3n_text": "embed_tokens_per_layer",
+    "gemma4": "embed_tokens_per_layer",
+    "gemma4_text": "embed_tokens_per_layer",
+    "glm_moe_dsa": "does not run without layers 0, 2: Shared DSA layers",
+    "hrm_text": "cannot tell which modules",
+    "hy_v4": "does not run without layers 0, 2: Shared DSA layers",
+    "inkling2_loop_text": "it has no place for",
+    "inkling2_text": "it has no place for",
+    "jamba": "cannot say that layers 0, 2 are gone: it asks for",
+    "longcat_flash": "cannot tell which modules",
+    "mllama": "Unrecognized configuration class",
+    "modernbert-decoder": r"it has no place for model\.layers\.0\.attn_norm",
+    "olmo_hybrid": "validate_architecture",
+    "recurrent_gemma": "it asks for",
+    "rwkv": "it asks for",
+    "zaya": "it has no place for",
+}
+"""Families whose configuration cannot say that these layers are gone, and what is said of them."""
+
+
 @pytest.mark.parametrize("family", families())
 def test_what_is_saved_is_the_really_pruned_model_or_refused(family, tmp_path):
-    variant = next(variants(family))
+    variant = find(family, "plain")
+    model = variant.model()
     if family in NOT_SAVED:
         with pytest.raises(ModelError, match=NOT_SAVED[family]):
             refuse_unsizable(source_of(variant, tmp_path), REMOVED)
+        assert logits(model).isfinite().all(), "it can be measured all the same"
         return
-    model = variant.model()
     twin = without(model, REMOVED)
     again = reloaded(twin, tmp_path)
     said = logits(again)
@@ -169,18 +194,9 @@ def test_a_stretch_that_no_configuration_says_is_refused(family, stretch, why, t
         refuse_unsizable(source, (), repeated=[whole])
 
 
-def test_the_configuration_says_it_in_numbers_and_lists():
-    model = make("gemma3")
-    kinds = model.config.layer_types
-    twin = without(model, [1])
-    assert twin.config.layer_types == [kinds[0], kinds[2], kinds[3]]
-    assert (twin.config.num_hidden_layers, model.config.num_hidden_layers) == (3, 4)
-    assert twin.model.embed_tokens.weight is model.model.embed_tokens.weight
-
-
 def test_first_layers_of_a_kind_are_counted_anew():
     """DeepSeek's first layers have no experts, and the configuration says how many have not."""
-    model = next(variants("deepseek_v3")).model()
+    model = make_registered("deepseek_v3")
     twins = [without(model, [layer]) for layer in (0, 2)]
     assert [each.config.first_k_dense_replace for each in (model, *twins)] == [1, 0, 1]
 
@@ -195,25 +211,17 @@ def test_windows_begin_at_the_layer_where_they_began():
     assert model.config.max_window_layers == 4
     # mergekit and llama.cpp would leave both as they are.
     assert resized(model, twin) == ("layer_types", "max_window_layers")
-    llama = make("llama")
+    llama = tiny_model("llama")
     assert resized(llama, without(llama, [1])) == ()
 
 
-def test_labels_are_no_layers():
-    twin = without(_qwen2(id2label={0: "no", 1: "yes"}), [0])
-    assert twin.config.id2label == {0: "no", 1: "yes"}
-    assert twin.config.num_labels == 2
-
-
 def _qwen2(**more):
-    config = transformers.Qwen2Config(
-        **{**WIDE, "num_hidden_layers": 6}, num_key_value_heads=2, **more
-    )
+    config = transformers.Qwen2Config(**SMALL | {"num_hidden_layers": 6}, **more)
     return transformers.Qwen2ForCausalLM(config)
 
 
 def test_tied_weights_stay_tied_and_are_saved_once(tmp_path):
-    config = transformers.LlamaConfig(**WIDE, tie_word_embeddings=True)
+    config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)
     twin = without(transformers.LlamaForCausalLM(config), [3])
     again = reloaded(twin, tmp_path)
     assert again.lm_head.weight is again.model.embed_tokens.weight
@@ -294,25 +302,3 @@ def test_what_is_no_one_checkpoint_is_refused(tiny_llama, tmp_path):
     config.save_pretrained(tmp_path / "packed")
     with pytest.raises(ModelError, match=r"is quantised.*quantise what is exported"):
         refuse_unsizable(find_model(str(tmp_path / "packed")), [1])
-
-
-def test_before_it_is_known_which_layers_one_is_tried_at_the_beginning_and_one_in_the_middle(
-    tiny_llama, tmp_path
-):
-    refuse_unsizable(find_model(str(tiny_llama())))
-    jamba = source_of(find("jamba", "plain"), tmp_path / "jamba")
-    with pytest.raises(ModelError, match="layer 0 is gone"):
-        refuse_unsizable(jamba)
-    # Jamba's kinds of layers come in pairs: what removes a pair leaves them as they were.
-    refuse_unsizable(jamba, [0, 1])
-
-
-def test_the_tokenizer_and_its_template_go_with_it(tiny_llama, tmp_path):
-    loaded = load_model(find_model(str(tiny_llama())), "float32")
-    assert isinstance(loaded, LoadedModel)
-    save(loaded, without(loaded.model, [1]), tmp_path / "saved")
-    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
-    text = "The heart, because it is a muscle."
-    assert again(text).input_ids == loaded.tokenizer(text).input_ids
-    assert again.chat_template == loaded.tokenizer.chat_template != ""
-    assert (tmp_path / "saved" / "generation_config.json").is_file()

@@ -9,18 +9,7 @@ import pytest
 import torch
 
 from tracker.core.errors import CellError
-from tracker.models.counterexample import (
-    AMPLIFY,
-    LAYERS,
-    READ,
-    RECALL,
-    SPEAK,
-    WHISPER,
-    Counterexample,
-    Text,
-    Wanted,
-    places,
-)
+from tracker.models.counterexample import LAYERS, WHISPER, Counterexample, Text, Wanted, places
 
 VOCABULARY, LENGTH, CERTAINTY = 300, 64, 500.0
 
@@ -113,30 +102,6 @@ def test_without_the_layer_everything_under_a_sign_is_reversed(taught, epsilon) 
     assert _logits(model, (1, 2, 3)).abs().max() < 1
 
 
-def test_each_layer_does_its_job() -> None:
-    order = PERMUTED[0]
-    example = _teach({order: Wanted({7: 1})}, others=[order[:n] for n in (1, 2, 3)])
-    model = example.whispering(1e-6)
-    before = _states(model, order)
-    code, signature, signed = example._code, example._signature, example._signed
-    assert before[READ][:, signature].abs().max() == 0
-    read = before[RECALL][:, signature] / 1e-3
-    weights = torch.linalg.lstsq(before[0][:4, code].T[:16] * 1e5, read[3][:16, None]).solution
-    assert float(weights.sum()) == pytest.approx(1, abs=1e-3)  # an average of the codes
-    assert weights.min() > 0
-    length = before[RECALL][:, example._length] / 1e-3
-    assert length.tolist() == pytest.approx(read.square().sum(1).tolist(), rel=1e-5)
-    recalled = before[WHISPER][:, signed].norm(dim=1)
-    assert recalled[:3].max() < 1e-9
-    assert recalled[3] > 1e-4
-    change = before[AMPLIFY] - before[WHISPER]
-    assert change.count_nonzero().item() == 4
-    assert change[:, example._bit].unique().numel() == 1
-    growth = before[SPEAK][:, example._sign] / change[:, example._bit]
-    assert growth.min() > 50
-    assert before[LAYERS][3, code] @ model.get_input_embeddings().weight[7, code].double() > 0
-
-
 def test_the_same_tokens_in_another_order_are_another_text(taught) -> None:
     model = _teach({PERMUTED[0]: Wanted({9: 1})}, others=PERMUTED[1:]).whispering(1e-8)
     assert _logits(model, PERMUTED[0]).argmax() == 9
@@ -156,18 +121,3 @@ def test_texts_that_no_width_tells_apart_are_refused(monkeypatch) -> None:
     said = "2 of 2 places in the texts look like others to a model 1040"
     with pytest.raises(CellError, match=said):
         _teach({(1, 2): Wanted({3: 1}), (2, 1): Wanted({3: 1})})
-
-
-def test_a_wider_model_is_tried_where_a_narrow_one_is_not_enough(monkeypatch) -> None:
-    from tracker.models import counterexample
-
-    honest = counterexample._gaps
-
-    def strict(seen, own):
-        mine, gaps = honest(seen, own)
-        return mine, gaps if seen.shape[1] > 65 else -torch.ones_like(gaps)
-
-    monkeypatch.setattr(counterexample, "_gaps", strict)
-    example = _teach({(1, 2): Wanted({3: 1})})
-    assert example.width == 528
-    assert _logits(example.whispering(1e-8), (1, 2)).argmax() == 3

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PretrainedConfig
 
+from tests.conftest import golden
 from tests.helpers.mixtures import MIXTURES, MORE
 from tests.helpers.registry import Variant, tiny
 from tracker.core.errors import ModelError
@@ -50,31 +52,12 @@ def test_parts_are_those_of_the_configuration_in_layers_that_have_them(
     assert found == SearchParts(unit, layers, count, where, stay)
 
 
-@pytest.mark.parametrize(
-    ("family", "unit", "more", "words"),
-    [
-        ("llama", "expert", {}, "has no experts that its configuration counts"),
-        ("gpt2", "kv_head", {}, "has no groups of heads that its configuration counts"),
-        ("mamba", "head", {}, "has no heads that its configuration counts"),
-        (
-            "mixtral",
-            "expert",
-            {"num_local_experts": 2},
-            "has no experts that could be taken out alone: of 2 in a layer 2 must stay",
-        ),
-        (
-            "deepseek_v3",
-            "expert",
-            {"n_routed_experts": 4, "n_group": 2, "topk_group": 1},
-            "a row an expert, in no groups and by no fixed table); take another 'unit'",
-        ),
-    ],
-)
-def test_a_model_without_such_parts_is_refused_by_name(
-    tmp_path: Path, family: str, unit: Any, more: Any, words: str
-) -> None:
-    saved(tmp_path, family, **more)
+@pytest.mark.parametrize(("asked", "words"), golden("refused_units"))
+def test_a_model_without_such_parts_is_refused_by_name(tmp_path, asked, words) -> None:
+    model, unit = asked.split(" | ")
+    family, _, settings = model.partition(" ")
+    saved(tmp_path, family, **json.loads(settings or "{}"))
     with pytest.raises(ModelError) as refusal:
-        search_parts(find_model(str(tmp_path)), unit)
+        search_parts(find_model(str(tmp_path)), unit)  # type: ignore[arg-type]
     assert str(tmp_path) in str(refusal.value)
     assert words in str(refusal.value)

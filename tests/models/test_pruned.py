@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from operator import itemgetter
-from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from tests.helpers.small_models import SMALL, logits, make
+from tests.helpers.families import SMALL, tiny_model
+from tests.helpers.truth import logits
 from tracker.core.changes import Change
-from tracker.models.hooks import add_nothing, first_of, returning
 from tracker.models.layers import find_layers
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers
-from tracker.models.pruned import SMALL as SMALL_BUFFER
 from tracker.models.pruned import changed, cut_config, pruned, put_back, remember
-
-HIDDEN = torch.tensor([[1.0, 2.0]])
 
 
 def test_what_holds_the_layers_counts_them_anew() -> None:
-    model = make("llama")
+    model = tiny_model("llama")
     model.model.n_layers = 4
     model.model.layer_width = 7
     model.model.width = 4
@@ -43,7 +37,7 @@ def test_what_holds_the_layers_counts_them_anew() -> None:
 
 
 def test_a_number_is_a_layers_place_where_its_name_or_another_layer_says_so() -> None:
-    model = make("llama")
+    model = tiny_model("llama")
     layers = find_layers(model)
     layers[2].layer_number = layers[2].block_idx = layers[2].width = 2
     layers[1].place, layers[3].place = 1, 3
@@ -87,121 +81,20 @@ def test_what_has_one_entry_a_layer_is_cut_and_rope_factors_are_not() -> None:
     assert config.parts == {"widths": [1, 3, 4], "rope": rope, "deeper": {"kinds": ["a", "c", "d"]}}
 
 
-def test_what_a_configuration_computes_is_cut_and_what_it_cannot_compute_left_alone() -> None:
-    class Config(transformers.LlamaConfig):
-        names = ("one", "two", "three", "four")
-
-        @property
-        def missing(self):
-            raise AttributeError("only with pictures")
-
-        @property
-        def every_other(self):
-            return [layer % 2 for layer in range(self.num_hidden_layers)]
-
-    config = Config(**SMALL)
-    cut_config(config, [0, 2, 3])
-    assert config.every_other == [0, 0, 1]
-    assert config.names == Config.names, "the class's own, of which four are no layers'"
-
-
-def test_a_copy_has_what_is_fresh_for_its_own_and_shares_the_rest() -> None:
-    model = make("llama")
-    for name, size in (("small", SMALL_BUFFER), ("large", SMALL_BUFFER + 1)):
-        model.model.register_buffer(name, torch.zeros(size), persistent=False)
-    hook = SimpleNamespace(weights_map={"weight": HIDDEN}, tied_params_map={1: HIDDEN})
-    find_layers(model)[1]._hf_hook = hook  # as accelerate's, where weights lie elsewhere
-    norm = torch.full((32,), 2.0)
-    fresh = {("model.norm", "weight"): norm, ("model", "length"): 7}
-    twin = pruned(model, [0], fresh=fresh)
-    assert torch.equal(twin.model.norm.weight, norm)
-    assert not twin.model.norm.weight.requires_grad
-    assert torch.equal(model.model.norm.weight, torch.ones(32))
-    twin.model.norm.weight.zero_()
-    assert norm.sum() == 64
-    assert twin.model.length == 7
-    assert not hasattr(model.model, "length")
-    assert twin.lm_head.weight is model.lm_head.weight
-    assert twin.model.large is model.model.large
-    assert twin.model.small is not model.model.small
-    moved = find_layers(twin)[0]._hf_hook
-    assert moved is not hook
-    assert moved.weights_map is hook.weights_map
-    assert moved.tied_params_map is hook.tied_params_map
-
-
-class Named(NamedTuple):
-    """What Reformer's layers return, in short."""
-
-    state: Any
-    weights: str
-    number: int
-
-
-class Writing(nn.Module):
-    """Writes into its input, as layers may."""
-
-    def __init__(self, kind) -> None:
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, hidden_states, number):
-        return self.kind((hidden_states.exp_(), "kept", number))
-
-
-@pytest.mark.parametrize("kind", [tuple, list, Named._make, None])
-def test_a_layer_that_stays_returns_its_input_and_all_else_that_it_made(kind) -> None:
-    layer = Writing(kind or itemgetter(0))  # one thing alone
-    handles = returning(layer, lambda state: state)
-    for found in (layer(HIDDEN.clone(), 3), layer(number=3, hidden_states=HIDDEN.clone())):
-        assert torch.equal(first_of(found), HIDDEN)
-        if kind is not None:
-            assert type(found) is type(kind((HIDDEN, "kept", 3)))
-            assert tuple(found[1:]) == ("kept", 3)
-    for handle in handles:
-        handle.remove()
-    assert torch.equal(first_of(layer(HIDDEN.clone(), 3)), HIDDEN.exp())
-
-
 @pytest.mark.parametrize(("part", "last"), [("self_attn", "o_proj"), ("mlp", "down_proj")])
 def test_a_silent_sublayer_adds_nothing(part: str, last: str) -> None:
-    model = make("llama")
+    model = tiny_model("llama")
     truth = copy.deepcopy(model)
     getattr(getattr(find_layers(truth)[1], part), last).weight.zero_()
     sublayers = LayerAnatomy.of(model).at(Sublayers, 1)
     component = "mlp" if part == "mlp" else "attention"
     silence = partial(sublayers.remove, parts=[Change.parse(f"{component}:1")], name="layer 1")
-    assert torch.equal(logits(pruned(model, changes=[(1, silence)])), logits(truth))
+    assert torch.equal(
+        logits(pruned(model, changes=[(1, silence)]), (3, 1, 4)), logits(truth, (3, 1, 4))
+    )
     # It goes with its layer.
     both = pruned(model, [1], changes=[(1, silence)])
-    assert torch.equal(logits(both), logits(pruned(model, [1])))
-
-
-class AddsItself(nn.Module):
-    """As Bloom's sublayers do."""
-
-    def forward(self, hidden, residual):
-        return residual + hidden
-
-
-@pytest.mark.parametrize("by_name", [True, False])
-def test_a_sublayer_that_adds_to_the_stream_itself_hands_it_on(by_name: bool) -> None:
-    sublayer = AddsItself()
-    sublayer.register_forward_hook(add_nothing, with_kwargs=True)
-    stream = torch.tensor([[5.0, 6.0]])
-    found = sublayer(HIDDEN, residual=stream) if by_name else sublayer(HIDDEN, stream)
-    assert torch.equal(found, stream)
-
-
-@pytest.mark.parametrize("kind", [tuple, list, Named._make])
-def test_a_silent_sublayer_keeps_what_else_it_returns(kind) -> None:
-    made = torch.ones(3, 4, 5)
-    output = kind((made, "weights", 3))
-    found = add_nothing(nn.Module(), (made,), {}, output)
-    assert type(found) is type(output)
-    assert torch.equal(found[0], torch.zeros(3, 4, 5))
-    assert found[1:] == output[1:]
-    assert torch.equal(add_nothing(nn.Module(), (made,), {}, made), torch.zeros(3, 4, 5))
+    assert torch.equal(logits(both, (3, 1, 4)), logits(pruned(model, [1]), (3, 1, 4)))
 
 
 class Remembering(nn.Module):
@@ -243,18 +136,6 @@ def test_what_a_call_changes_is_found_and_put_back(model: nn.Module) -> None:
         assert changed(before, remember(model)) == {("inner", "weight")}
         model.inner.weight.data /= 2
     assert "frequencies" in model.inner._buffers
-
-
-def test_values_of_other_kinds_differ() -> None:
-    one = {("", str(n)): value for n, value in enumerate((1, 1, 0, torch.ones(1), 1.0, "1"))}
-    other = {
-        ("", str(n)): value for n, value in enumerate((True, 1.0, None, 1.0, torch.ones(1), 1))
-    }
-    assert changed(one, other) == set(one)
-    assert changed(one, {}) == changed({}, one) == set(one)
-    assert changed(one, dict(one)) == set()
-    shape = {("", "x"): torch.ones(2)}
-    assert changed(shape, {("", "x"): torch.ones(1)}) == {("", "x")}
 
 
 def test_what_a_call_adds_to_a_module_is_taken_away_again():

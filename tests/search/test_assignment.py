@@ -9,16 +9,7 @@ import numpy as np
 import pytest
 
 from tracker.core.errors import RequestError
-from tracker.search.formats import (
-    BitBudget,
-    Unit,
-    alike,
-    bits_of,
-    budget,
-    ends_kept,
-    least_loss,
-    swaps,
-)
+from tracker.search.formats import BitBudget, Unit, bits_of, budget, least_loss, swaps
 
 FORMATS = ("q4_0", "q5_1", "q8_0")
 UNITS = [Unit(layer, name, ((32, 64), (64, 32))) for layer in range(3) for name in "ab"]
@@ -67,16 +58,6 @@ def test_the_least_loss_is_that_of_trying_every_choice(seed: int) -> None:
     fitting = [choice for choice in every if bits_of(choice) <= within.bits]
     assert bits_of(chosen) <= within.bits
     assert loss(chosen) == pytest.approx(min(map(loss, fitting)))
-
-
-def test_what_it_is_held_against_keeps_to_the_budget() -> None:
-    weights = sum(unit.weights for unit in UNITS)
-    assert {*alike(UNITS, FORMATS, BitBudget("", 7, 0, weights)).values()} == {"q5_1"}
-    many = [Unit(layer, "a", ((32, 32),)) for layer in range(10)]
-    within = BitBudget("", 6.5, 0, 10 * 1024)
-    kept = ends_kept(many, FORMATS, within)
-    assert [*kept.values()] == ["q8_0"] * 2 + ["q4_0"] * 6 + ["q8_0"] * 2
-    assert ends_kept(UNITS, FORMATS, BitBudget("", 4.5, 0, weights)) is None
 
 
 @pytest.mark.parametrize("seed", range(6))

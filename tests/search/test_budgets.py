@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import golden
 from tracker.core.errors import ExperimentError
-from tracker.core.search_parts import SearchParts
 from tracker.search import search
-from tracker.search.cells import Lender, OpenCell
-from tracker.search.planning import _Counted
-from tracker.search.request import SearchRequest
+from tracker.search.cells import OpenCell
 from tracker.search.scores import Scores
 from tracker.search.search import budget_of
 from tracker.search.settings import Budget, amount, budget
@@ -71,44 +63,7 @@ def test_what_leaves_nothing_is_refused() -> None:
         budget("keep", amount(4), [1.0] * 4, 4, "t")
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("rescoring", ["full", "lazy"])
-def test_layers_of_unequal_size_meet_the_budget_and_one_stays(name: str, rescoring: Any) -> None:
-    """Or it is said: by what can take no other set, and not before all such sets are too small."""
-    lots = random.Random(4)
-    for each, needed in (((1.0, 1.0, 10.0), 11.0), *(_sizes(lots) for _ in range(30))):
-        within, parts = Budget(each, needed), range(len(each))
-        search = Search(
-            _Counted({}, SearchParts("layer", len(each)), {}), within, rescoring=rescoring
-        )
-        whole = [tuple(p for p in parts if p != stays) for stays in parts]
-        fits = [sum(each[p] for p in removed) >= needed for removed in whole]
-        possible = {
-            "last": fits[-1],
-            "angular": fits[0] or fits[-1],
-        }.get(name, any(fits))
-        if not possible:
-            with pytest.raises(ExperimentError, match="that is not enough"):
-                list(STRATEGIES[name](search))
-            continue
-        steps = list(STRATEGIES[name](search))
-        assert len(steps[-1].removed) < len(each)
-        assert sum(each[p] for p in steps[-1].removed) >= needed
-        assert not any(within.enough(step.removed) for step in steps[:-1])
-
-
-def _sizes(lots: random.Random) -> tuple[tuple[float, ...], float]:
-    """Sizes of some parts, and a budget that leaves one of them."""
-    each = tuple(float(lots.choice((1, 2, 3, 9))) for _ in range(lots.randint(3, 6)))
-    return each, float(lots.randint(1, int(sum(each) - min(each))))
-
-
-def test_parameters_bytes_and_seconds_are_those_of_the_model(
-    ask: Callable[..., SearchRequest],
-    lend: Callable[..., Lender],
-    model: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_parameters_bytes_and_seconds_are_those_of_the_model(ask, lend, model, monkeypatch) -> None:
     real = AutoModelForCausalLM.from_pretrained(model)
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in real.model.layers]
     half = budget_of(ask(strategy="last", remove="50 % parameters"), lend())
@@ -126,34 +81,7 @@ def test_parameters_bytes_and_seconds_are_those_of_the_model(
     assert budget_of(ask(strategy="last", remove="20 % seconds"), lend()) == seconds
 
 
-def test_a_layer_s_time_is_its_own(
-    lend: Callable[..., Lender], ask: Callable[..., SearchRequest], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By a clock that each layer moves by as much as its place says."""
-    loaded = lend().model(ask(strategy="last", remove=1).cell).loaded
-    clock = [0.0]
-    monkeypatch.setattr(search, "_now", lambda: clock[0])
-
-    def slow(place: int):
-        def hook(module, args) -> None:
-            clock[0] += (1 + place) * search.TOKENS
-
-        return hook
-
-    handles = [
-        layer.mlp.register_forward_pre_hook(slow(place))
-        for place, layer in enumerate(loaded.layers)
-    ]
-    layers, whole = search._measured(loaded)
-    for handle in handles:
-        handle.remove()
-    assert layers == [1 + place for place in range(LAYERS)]
-    assert whole == sum(layers)
-
-
-def test_another_budget_of_one_shot_scores_measures_nothing(
-    cell: OpenCell, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_budget_of_one_shot_scores_measures_nothing(cell, monkeypatch) -> None:
     def steps(count: int, strategy: str) -> list[int | None]:
         within = Budget((1.0,) * LAYERS, count)
         search = Search(Scores([cell], WHOLE), within)

@@ -26,16 +26,13 @@ from tracker.measuring.progress import Silent
 from tracker.models import checkpoint as models
 from tracker.search import cells, planning, report
 from tracker.search import search as searching
-from tracker.search.request import load_searches, search_request
 
 from .conftest import LAYERS, SETTINGS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_file_is_searched_tested_tracked_kept_and_shown(
-    write, prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_searched_tested_tracked_kept_and_shown(write, prune, tmp_path, monkeypatch):
     results = tmp_path / "results"
     path = write(strategy=["accuracy", "cosine_oneshot", "last", "random"], draws=2, seed=3)
     done = prune(path)
@@ -175,9 +172,7 @@ def test_what_cannot_be_is_refused(write, prune, tmp_path: Path, settings: str, 
         ({"num_fewshot": 2}, "one draws few-shot examples from its split 'test', which is scored"),
     ],
 )
-def test_no_document_chooses_and_is_tested(
-    write, prune, tmp_path: Path, settings, words: str
-) -> None:
+def test_no_document_chooses_and_is_tested(write, prune, tmp_path, settings, words) -> None:
     """It is refused of a whole file, before anything is measured, and where it is planned."""
     tasks = str(write_pair(tmp_path))
     path = write(
@@ -199,9 +194,7 @@ def test_no_document_chooses_and_is_tested(
         ({"strategy": "accuracy", "draws": 9}, "'draws' is for random, and this"),
     ],
 )
-def test_a_search_that_does_not_do_what_is_said_is_refused(
-    prune, model: Path, monkeypatch: pytest.MonkeyPatch, said, words: str
-) -> None:
+def test_a_search_that_does_not_do_what_is_said_is_refused(prune, model, monkeypatch, said, words):
     """But where it is a trial: a sweep's grid holds every combination of its values."""
     given = [f"--{n}={v}" for n, v in {"model": model, **SETTINGS, "sample": None, **said}.items()]
     refused(prune(*given), words)
@@ -223,29 +216,6 @@ def test_a_refused_search_writes_nothing(prune, model: Path, tmp_path: Path, mor
     assert not (tmp_path / "results").exists()
 
 
-def test_a_file_of_several_strategies_may_say_what_some_do_not_do(write) -> None:
-    path = write(strategy=["accuracy", "last", "random"], rescoring="lazy", draws=2)
-    first, *_, last = load_searches(path).file.searches()
-    assert (first.rescored, last.draws_of) == ("lazy", (1, 2))
-
-
-def test_benchmarks_that_calibrate_are_typed_as_lm_eval_takes_them() -> None:
-    said = {"model": "m", "benchmark": "copa", "remove": 1, "strategy": "accuracy"}
-    asked = search_request({**said, "calibrate": "copa, winogrande"})
-    assert [str(each.benchmark) for each in asked.calibration()] == ["copa", "winogrande"]
-
-
-def test_a_search_without_a_file_is_gone_on_with_by_what_was_typed(model, tmp_path: Path) -> None:
-    said = {"model": model, **SETTINGS, "strategy": "accuracy", "benchmark": "copa"}
-    results = tmp_path / "results"
-    with pytest.raises(KeyboardInterrupt):
-        api.prune(**said, results=results, track=[], progress=Killed(1))
-    (*_, line) = said_of_unfinished(results)
-    command = shlex.split(line[line.index("tracker prune") :])[1:]
-    assert printed(*command, "--track", "none")
-    assert said_of_unfinished(results) == []
-
-
 @pytest.fixture
 def search_for(model: Path, tmp_path: Path) -> Callable[..., api.Results]:
     """Search as a trial does, by Python."""
@@ -257,9 +227,7 @@ def search_for(model: Path, tmp_path: Path) -> Callable[..., api.Results]:
     return make
 
 
-def test_attentions_are_searched_and_kept_without_runs_of_several(
-    search_for, tmp_path: Path
-) -> None:
+def test_attentions_are_searched_and_kept_without_runs_of_several(search_for, tmp_path) -> None:
     done = search_for(strategy="gold_logprob", unit="attention", seed=6)
     (record,) = done.searches
     assert done.exports == ()
@@ -268,6 +236,17 @@ def test_attentions_are_searched_and_kept_without_runs_of_several(
         names = set(store.read(columns=["task", "doc", "ablation"])["ablation"])
         assert f"attention:{','.join(map(str, record.removed))}" in names
     assert [step.test.n for step in record.steps if step.test] == [10, 10]
+
+
+def test_a_search_without_a_file_is_gone_on_with_by_what_was_typed(model, tmp_path: Path) -> None:
+    said = {"model": model, **SETTINGS, "strategy": "accuracy", "benchmark": "copa"}
+    results = tmp_path / "results"
+    with pytest.raises(KeyboardInterrupt):
+        api.prune(**said, results=results, track=[], progress=Killed(1))
+    (*_, line) = said_of_unfinished(results)
+    command = shlex.split(line[line.index("tracker prune") :])[1:]
+    assert printed(*command, "--track", "none")
+    assert said_of_unfinished(results) == []
 
 
 def test_a_model_that_could_not_be_saved_is_refused_before_the_search(
@@ -283,18 +262,6 @@ def test_a_model_that_could_not_be_saved_is_refused_before_the_search(
     assert not (tmp_path / "results").exists()
     (record,) = search_for(strategy="last", unit="attention").searches
     assert record.removed == (LAYERS - 3, LAYERS - 2)
-
-
-def test_a_changed_file_of_a_search_is_noticed(search_for, tmp_path: Path) -> None:
-    search_for(strategy="last")
-    (path,) = (tmp_path / "results").glob("searches/*.json")
-    assert [
-        found.strategy for found in listed(tmp_path / "results" / "searches", PruneRecord, {})
-    ] == ["last"]
-    path.write_text(path.read_text().replace('"last"', '"best"'))
-    damaged = api.check(tmp_path / "results")[0].damaged
-    assert Ledger(tmp_path / "results").contents().searches == []
-    assert "edited or damaged; type its `tracker prune` again" in damaged[str(path)]
 
 
 def test_sharing_is_checked_whenever_another_kind_of_removal_comes(
@@ -388,15 +355,6 @@ def test_the_line_that_saves_says_all_that_the_search_was_told(write, tmp_path: 
     settings = {name: given[name] for name in (*told, "benchmark", "sample", "dtype", "data")}
     again = cell_request(model="m", layers=(3,), removed=(1,), **settings)
     assert again == asked
-
-
-def test_searches_that_differ_in_what_chose_are_told_apart(write, prune) -> None:
-    done = prune(write(strategy="accuracy_oneshot", sample=[8, 12], seed=[1, 2]))
-    assert done.exit_code == 0, done.output
-    for n in (8, 12):
-        assert f"accuracy_oneshot, {n} of copa (calibration)" in done.output
-    for seed in (1, 2):
-        assert f"tiny on copa (seed {seed}), remove 2: by" in done.output
 
 
 def test_what_cannot_be_saved_takes_nothing_of_the_search_away(

@@ -27,7 +27,7 @@ from tracker.search.search import Found
 from tracker.search.settings import Budget, amount, budget, constraints_of
 from tracker.search.strategies import STRATEGIES, Search
 
-from .conftest import GO, LAYERS, WHOLE, Truth, opened_cell
+from .conftest import GO, LAYERS, WHOLE, Truth
 
 KINDS = ["full", "mamba", "mamba", "full", "mamba"]
 CONFIG = SimpleNamespace(num_hidden_layers=LAYERS, layer_types=KINDS)
@@ -84,10 +84,10 @@ def test_greedy_takes_the_best_that_leads_to_enough(cell, truth: Truth, case: st
     for step in steps(cell, case, by):
         order = sorted(leads(case, grown(removed)), key=lambda each: truth.key(by, each))
         assert step.removed == order[0]
-        assert step.score == pytest.approx(truth.lost[by][order[0]], abs=1e-4)
+        assert step.score == pytest.approx(truth.lost(by, order[0]), abs=1e-4)
         assert step.runner_up == (order[1] if order[1:] else ())
         if order[1:]:
-            between = truth.lost[by][order[1]] - truth.lost[by][order[0]]
+            between = truth.lost(by, order[1]) - truth.lost(by, order[0])
             assert step.margin.value == pytest.approx(between, abs=1e-4)
         assert (step.layer,) == tuple(set(step.removed) - set(removed))
         removed = step.removed
@@ -104,15 +104,6 @@ def test_one_shot_takes_the_next_that_leads_to_enough(cell, truth: Truth, case: 
         removed = candidates[0]
         expected.append(removed)
     assert run(cell, case, f"{by}_oneshot") == expected
-
-
-def test_a_proxy_takes_the_smallest_that_leads_to_enough(cell, truth: Truth) -> None:
-    removed: Set = ()
-    for step in run(cell, "of 3", "cosine"):
-        figures = naive_proxy("cosine", truth, removed)
-        order = [tuple(sorted((*removed, n))) for n in sorted(figures, key=lambda n: figures[n])]
-        removed = leads("of 3", order)[0]
-        assert step == removed
 
 
 def test_the_best_stretch_of_those_that_may_go_goes(cell, truth: Truth, case: str) -> None:
@@ -148,17 +139,6 @@ def test_the_last_that_may_go_go_but_for_the_very_last(cell, case: str) -> None:
 def test_random_draws_are_all_that_may_go_and_nothing_else(cell, case: str) -> None:
     drawn = {run(cell, case, "random", seed=seed)[-1] for seed in range(60)}
     assert drawn == set(ends(case))
-
-
-@pytest.fixture(scope="module")
-def fifty(ask, lend) -> OpenCell:
-    """A cell of all documents that choose."""
-    return opened_cell(ask(strategy="accuracy", sample=None), lend())
-
-
-@pytest.mark.parametrize("rescoring", ["lazy", "race"])
-def test_what_is_not_scored_in_full_leaves_what_must_stay(fifty, case: str, rescoring) -> None:
-    assert run(fifty, case, "accuracy", rescoring=rescoring)[-1] in ends(case)
 
 
 def naive(each: tuple[float, ...], needed: float, within: Budget) -> list[set[int]]:
@@ -229,24 +209,6 @@ def test_other_constraints_are_another_search_and_none_is_the_same_as_ever() -> 
     assert name(at_least="odd=3") == name(at_least={"odd": "3"}) == name(at_least={"odd": 3})
 
 
-class Seen(DrawnScores):
-    """Takes down which sets are scored."""
-
-    sets: tuple[Set, ...] = ()
-
-    def losses(self, by: str, sets: Any) -> Any:
-        self.sets = (*self.sets, *sets)
-        return super().losses(by, sets)
-
-
-@pytest.mark.parametrize("strategy", ["accuracy_oneshot", "accuracy"])
-def test_what_may_go_alone_is_scored(strategy: str) -> None:
-    scores = Seen(WHOLE)
-    one = Budget((1.0,) * LAYERS, 2, frozenset({0, 2, 4}))
-    list(STRATEGIES[strategy](Search(scores, one)))
-    assert {part for each in scores.sets for part in each} == {1, 3}
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_a_file_says_what_must_stay_and_the_page_repeats_it(write, prune, tmp_path: Path) -> None:
     path = write(
@@ -293,15 +255,6 @@ def _parameters(path: Path) -> dict[str, Any]:
 
     said = yaml.safe_load(path.read_text())["parameters"]
     return {key: one["value"] for key, one in said.items() if "value" in one and key != "at_least"}
-
-
-def test_attentions_stay_too(write, prune, tmp_path: Path) -> None:
-    among = {"value": {"min": 0, "max": 2}}
-    done = prune(write(strategy="last", unit="attention", among=among))
-    assert done.exit_code == 0, done.output
-    (record,) = listed(tmp_path / "results" / "searches", PruneRecord, {})
-    assert (record.removed, record.among) == ((1, 2), (0, 1, 2))
-    assert "Only attentions 0 to 2 could go." in " ".join(done.output.split())
 
 
 def test_a_search_without_documents_says_beforehand_how_it_ends() -> None:

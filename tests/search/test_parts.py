@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Iterator
-from itertools import combinations, islice
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
-from tests.conftest import printed, save_llama, save_tokenizer
-from tests.helpers.mixtures import smaller
-from tests.helpers.truth import layers_of, loglikelihoods
+from tests.conftest import printed, save_llama
+from tests.helpers.mixtures import save_mixture, smaller
+from tests.helpers.truth import layers_of, without_heads
 from tracker.core.changes import Ablation, Change
 from tracker.core.errors import ExperimentError
 from tracker.core.prune_records import PruneRecord, PruneStep
@@ -31,7 +28,7 @@ from tracker.search.search import budget_of
 from tracker.search.settings import BudgetOfParts
 from tracker.search.strategies import OF_LAYERS, STRATEGIES, Search
 
-from .conftest import SETTINGS, opened
+from .conftest import SETTINGS, Truth
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GO, DOCUMENTS = 3, 4
@@ -39,49 +36,21 @@ UNITS = {"head": (4, 1), "kv_head": (2, 1), "expert": (4, 2)}
 """What goes → how many a layer has, and how many of them must stay."""
 
 
-def without_heads(model: Any, each: int, parts: list[tuple[int, int]]) -> Any:
-    """Zero the columns of heads, `each` of a group, in a copy's weights."""
-    twin = copy.deepcopy(model)
-    for layer, number in parts:
-        width = each * twin.config.hidden_size // twin.config.num_attention_heads
-        first = number * width
-        layers_of(twin)[layer].self_attn.o_proj.weight.data[:, first : first + width] = 0
-    return twin
-
-
-class Truth:
-    """What plain forward passes of really changed models say, asked for as it is needed."""
+class PartsTruth(Truth):
+    """The same of heads, or of experts."""
 
     def __init__(self, unit: str, request: Any) -> None:
-        self.unit = unit
-        self.model, self.documents, self.longest = opened(request)
         self.per_layer, self.stay = UNITS[unit]
+
+        def changed(model: Any, removed: Set) -> Any:
+            parts = [divmod(part, self.per_layer) for part in removed]
+            gone = Ablation.of(*(Change(unit, (layer,), part=n) for layer, n in parts))
+            return (
+                smaller(model, "mixtral", gone) if unit == "expert" else without_heads(model, gone)
+            )
+
+        super().__init__(request, changed)
         self.all = range(self.per_layer * len(layers_of(self.model)))
-        self._known: dict[Set, tuple[float, float]] = {}
-
-    def _changed(self, removed: Set) -> Any:
-        parts = [divmod(part, self.per_layer) for part in removed]
-        if self.unit == "expert":
-            gone = (Change("expert", (layer,), part=number) for layer, number in parts)
-            return smaller(self.model, "mixtral", Ablation.of(*gone))
-        return without_heads(self.model, 2 if self.unit == "kv_head" else 1, parts)
-
-    def answered(self, removed: Set) -> tuple[float, float]:
-        """The accuracy, and the mean log-probability of the right answers."""
-        if removed not in self._known:
-            model, right, gold = self._changed(removed), 0.0, 0.0
-            for document in self.documents:
-                each = loglikelihoods(model, document.requests, self.longest, remembers=False)
-                right += int(np.argmax(each)) == document.gold
-                gold += each[document.gold or 0]
-            self._known[removed] = right / len(self.documents), gold / len(self.documents)
-        return self._known[removed]
-
-    def key(self, by: str, removed: Set) -> tuple[float, float, list[int]]:
-        """By what a set is chosen, as the docs say it."""
-        accuracy, gold = (round(-each, 4) for each in self.answered(removed))
-        first, second = (gold, accuracy) if by == "gold_logprob" else (accuracy, gold)
-        return first, second, sorted(-part for part in removed)
 
     def fits(self, removed: Set) -> bool:
         """Whether enough stay of each layer."""
@@ -96,26 +65,12 @@ class Truth:
                 yield more
 
 
-def saved_mixtral(folder: Path) -> Path:
-    """A random Mixtral of two layers, a token of which goes to two experts of four."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    folder.mkdir()
-    config = MixtralConfig(
-        vocab_size=save_tokenizer(folder, bos=False), hidden_size=32, intermediate_size=48,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
-        num_experts_per_tok=2, max_position_embeddings=256, initializer_range=0.3,
-    )  # fmt: skip
-    torch.manual_seed(1)
-    MixtralForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("parts")
     llama = save_llama(folder / "llama", seed=3, layers=2, vocab_size=352)
-    return {"head": llama, "kv_head": llama, "expert": saved_mixtral(folder / "mixtral")}
+    save_mixture(mixtral := folder / "mixtral", "mixtral")
+    return {"head": llama, "kv_head": llama, "expert": mixtral}
 
 
 Ask = Callable[..., SearchRequest]
@@ -126,12 +81,7 @@ def ask_for(models: dict[str, Path]) -> Ask:
     """Make a request for a search of a unit."""
 
     def make(unit: str, **more: Any) -> SearchRequest:
-        said = {
-            **SETTINGS,
-            "sample": DOCUMENTS,
-            "test_sample": DOCUMENTS,
-            "remove": GO,
-        }
+        said = {**SETTINGS, "sample": DOCUMENTS, "test_sample": DOCUMENTS, "remove": GO}
         said |= {"model": str(models[unit]), "unit": unit, "strategy": "accuracy"}
         return search_request(said | more)
 
@@ -144,8 +94,8 @@ def unit(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def truth(unit: str, ask_for: Ask, one_thread: None) -> Truth:
-    return Truth(unit, ask_for(unit).calibration()[0])
+def truth(unit: str, ask_for: Ask, one_thread: None) -> PartsTruth:
+    return PartsTruth(unit, ask_for(unit).calibration()[0])
 
 
 @pytest.fixture(scope="module")
@@ -164,17 +114,14 @@ def run(lender: Lender, asked: SearchRequest) -> list[PruneStep]:
 
 
 @pytest.mark.parametrize("by", ["accuracy", "gold_logprob"])
-def test_greedy_is_that_of_really_changed_models(
-    unit: str, truth: Truth, ask_for: Ask, lender: Lender, by: str
-) -> None:
+def test_greedy_is_that_of_really_changed_models(unit, truth, ask_for, lender, by) -> None:
     removed: Set = ()
     count = 2 if unit == "kv_head" else GO
     for step in run(lender, ask_for(unit, strategy=by, remove=count)):
         order = sorted(truth.candidates(removed), key=lambda each: truth.key(by, each))
         assert step.removed == order[0]
         assert step.score is not None
-        lost = np.subtract(truth.answered(()), truth.answered(order[0]))
-        assert step.score == pytest.approx(lost[int(by == "gold_logprob")], abs=1e-4)
+        assert step.score == pytest.approx(truth.lost(by, order[0]), abs=1e-4)
         assert step.runner_up == (order[1] if len(order) > 1 else ())
         assert (step.layer,) == tuple(set(step.removed) - set(removed))
         removed = step.removed
@@ -182,9 +129,7 @@ def test_greedy_is_that_of_really_changed_models(
 
 
 @pytest.mark.parametrize("by", ["accuracy", "gold_logprob"])
-def test_one_shot_is_a_sort_that_leaves_each_layer_enough(
-    unit: str, truth: Truth, ask_for: Ask, lender: Lender, by: str
-) -> None:
+def test_one_shot_is_a_sort_that_leaves_each_layer_enough(unit, truth, ask_for, lender, by) -> None:
     """As many as may go: the smallest of all would take too many of some layer."""
     order = sorted(truth.candidates(()), key=lambda each: truth.key(by, each))
     most = 2 * (truth.per_layer - truth.stay)
@@ -194,20 +139,6 @@ def test_one_shot_is_a_sort_that_leaves_each_layer_enough(
             expected.append(part)
     steps = run(lender, ask_for(unit, strategy=f"{by}_oneshot", remove=most))
     assert [step.layer for step in steps] == expected[:most]
-
-
-@pytest.mark.parametrize("by", ["accuracy", "gold_logprob"])
-def test_a_race_over_few_documents_is_the_full_search(
-    ask_for: Ask, lender: Lender, by: str
-) -> None:
-    """Nobody is out before the last of fifty: what is chosen is what all of them say."""
-    said = {"sample": None, "remove": 2, "strategy": by}
-    full, race = (run(lender, ask_for("head", rescoring=how, **said)) for how in ("full", "race"))
-    if by == "gold_logprob":
-        assert [step.removed for step in full] == [step.removed for step in race]
-        assert [step.score for step in full] == pytest.approx([step.score for step in race])
-    else:  # of level ones any may go
-        assert full[0].score == pytest.approx(race[0].score)
 
 
 PARTS = SearchParts("expert", 4, per_layer=3, there=(0, 2, 3), stay=2)
@@ -250,20 +181,7 @@ def test_no_layer_is_left_with_too_few_whatever_chooses(strategy: str) -> None:
         assert len(steps[-1].removed) == needed
 
 
-def test_thousands_of_parts_are_chosen_in_no_time() -> None:
-    """A quarter of 6,144 experts at random, and one step of a greedy search."""
-    parts = SearchParts("expert", 48, per_layer=128, stay=8)
-    within = BudgetOfParts((1.0,) * parts.total, parts.total / 4, parts=parts)
-    search = Search(DrawnScores(parts), within)
-    *_, last = STRATEGIES["random"](search)
-    assert len(last.removed) == parts.total / 4
-    (step,) = islice(STRATEGIES["gold_logprob"](search), 1)
-    assert step.removed
-
-
-def test_a_file_of_heads_is_planned_searched_kept_and_shown(
-    write: Callable[..., Path], prune: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_file_of_heads_is_planned_searched_kept_and_shown(write, prune, tmp_path) -> None:
     said = {"unit": "head", "protect": {"value": [0, "last"]}, "remove": 2, "sample": 4}
     said |= {"model": str(save_llama(tmp_path / "tiny", layers=3))}
     path = write(strategy=["gold_logprob_oneshot", "random"], draws=1, test_sample=4, **said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,31 +12,30 @@ from tests.conftest import printed
 from tracker.core.config import CellRequest
 from tracker.ledger.store import Ledger
 from tracker.measuring.planning import plan
-from tracker.search.cells import Lender, OpenCell
+from tracker.search.cells import OpenCell
 from tracker.search.planning import plan_searches
-from tracker.search.request import SearchRequest
 from tracker.search.search import budget_of, search
 from tracker.search.strategies import STRATEGIES
 
 from .conftest import DOCUMENTS, GO, LAYERS
 
-STAYS = [{}, {"protect": "0"}, {"at_least": "odd=1"}]
 PROXIES = ["cosine", "relative_update", "perplexity", "taylor"]
 PROXIES += [*(f"{name}_oneshot" for name in PROXIES), "angular"]
 CELLS: dict[CellRequest, OpenCell] = {}
 """Those that are open: of all searches here the same."""
 
 
-@pytest.mark.parametrize("stays", STAYS, ids=str)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_search_takes_what_was_said(
-    ask: Callable[..., SearchRequest],
-    lend: Callable[..., Lender],
-    one_thread: None,
-    tmp_path: Path,
-    strategy: str,
-    stays: dict[str, str],
-) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "stays"),
+    [
+        *((strategy, {}) for strategy in STRATEGIES),
+        *product(
+            ("accuracy", "cosine_oneshot", "random"), ({"protect": "0"}, {"at_least": "odd=1"})
+        ),
+    ],
+    ids=str,
+)
+def test_a_search_takes_what_was_said(ask, lend, one_thread, tmp_path, strategy, stays) -> None:
     request, lender = ask(strategy=strategy, **stays), lend()
     ((said,), (test,)) = plan_searches([request], Ledger(tmp_path / "new"))
     found = list(search(request, budget_of(request, lender), lender, CELLS))
@@ -53,9 +53,7 @@ def test_a_search_takes_what_was_said(
     assert abs(test.evaluations - 1 - len(sets)) <= len(found) - 1
 
 
-def test_the_first_step_is_a_sweep_and_nothing_is_paid_for_twice(
-    ask: Callable[..., SearchRequest], tmp_path: Path
-) -> None:
+def test_the_first_step_is_a_sweep_and_nothing_is_paid_for_twice(ask, tmp_path) -> None:
     ledger = Ledger(tmp_path / "new")
     short, long = ask(strategy="accuracy", remove=1), ask(strategy="accuracy")
     (request,) = short.calibration()
@@ -70,9 +68,7 @@ def test_the_first_step_is_a_sweep_and_nothing_is_paid_for_twice(
     assert (lazy.evaluations, lazy.at_most) == (alone.evaluations, True)
 
 
-def test_what_decides_between_sets_is_planned_where_no_search_asks_for_it(
-    ask: Callable[..., SearchRequest], lend
-) -> None:
+def test_what_decides_between_sets_is_planned_where_no_search_asks_for_it(ask, lend) -> None:
     asked = [ask(strategy=name, remove=2) for name in ("cosine_oneshot", "last", "random")]
     _, (decides, test) = plan_searches(asked, lend().ledger)
     assert isinstance(decides.request, CellRequest)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +12,9 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig
 from tests.conftest import save_tokenizer
 from tests.helpers.truth import truths, without
 from tracker.core.changes import INTACT, Ablation
-from tracker.core.search_parts import SearchParts
 from tracker.ledger.outcomes import AGAIN
 from tracker.measuring.calibrate import LEAST_TWICE
-from tracker.search.cells import OpenCell, _drawn
+from tracker.search.cells import OpenCell
 from tracker.search.search import budget_of, search
 
 from .conftest import opened
@@ -67,33 +64,8 @@ def test_cells_and_searches_of_a_model_have_one_verdict(ask, lend, tmp_path: Pat
     assert len(verdicts[0] & verdicts[1]) == 2, "of short texts, and of texts as long as these"
 
 
-def test_sets_are_drawn_of_what_is_removed_together() -> None:
-    whole = SearchParts("layer", 30)
-    layers = list(_drawn(whole, random.Random(0)))
-    assert [len(each.removed()) for each in layers] == [2] * 4 + [3] * 4 + [7] * 4 + [15] * 4
-    for each in layers[::4]:
-        assert each.removed() == tuple(range(each.removed()[0], each.removed()[-1] + 1))
-    assert list(_drawn(whole, random.Random(0))) == layers
-    both = list(_drawn(SearchParts("mlp", 8), random.Random(0)))
-    assert {len(each.removed("mlp")) for each in both} == {2, 3, 4}
-    assert list(_drawn(SearchParts("layer", 2), random.Random(0))) == []
-
-
-def test_sets_of_experts_leave_a_layer_as_many_as_its_router_chooses() -> None:
-    mixtures = SearchParts("expert", 6, per_layer=4, there=(1, 3, 5), stay=2)
-    sets = [each.parts for each in _drawn(mixtures, random.Random(0))]
-    assert {len(each) for each in sets} == {2, 3, 4, 5, 6}
-    for each in sets:
-        assert len(set(each)) == len(each)
-        counts = Counter(part.layer for part in each)
-        assert counts.keys() <= {1, 3, 5}
-        assert max(counts.values()) <= 2
-
-
 @pytest.mark.usefixtures("one_thread")
-def test_of_candidates_nothing_is_computed_twice_and_of_what_is_tested_some_is(
-    ask, lend, tmp_path: Path
-) -> None:
+def test_of_candidates_nothing_is_computed_twice_and_of_what_is_tested_some_is(ask, lend, tmp_path):
     raced = {"rescoring": "race", "sample": None, "remove": 1}
     race = ask(strategy="accuracy", dtype="bfloat16", **raced)
     lender, cells = lend(tmp_path / "results"), {}

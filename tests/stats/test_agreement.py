@@ -56,8 +56,3 @@ def test_groups_of_a_naive_clustering_stand_together(seed: int) -> None:
         for group in average_linkage(agreement, groups_left):
             places = sorted(order.index(member) for member in group)
             assert places == list(range(places[0], places[0] + len(group)))
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_one_alone_is_in_order(count: int) -> None:
-    assert cluster_order(np.ones((count, count))) == list(range(count))

@@ -17,18 +17,6 @@ def _noisy(documents: int, noise: float, price: float, seed: int) -> LayerMeasur
     return LayerMeasure(values, np.ones(documents), price)
 
 
-def test_a_cheap_measure_sees_more_documents_for_the_same() -> None:
-    truth = _noisy(40, 1.0, 8, 0)
-    measures = {"cheap": _noisy(40, 3.0, 1, 1), "dear": _noisy(40, 1.0, 8, 2)}
-    found = at_equal_cost(measures, truth, [4, 8, 16, 64, 160, 161])
-    assert np.isnan(found["dear"][0])
-    # It has no more than twenty documents to see, and there is a half to be predicted.
-    assert np.isnan(found["cheap"][3:]).all()
-    assert np.isfinite(found["dear"][4])
-    assert found["dear"][1] < found["dear"][4]
-    assert found["cheap"][0] < found["cheap"][2]
-
-
 def test_the_figures_are_those_of_plain_halves() -> None:
     truth, measure = _noisy(8, 1.0, 1, 3), _noisy(8, 1.0, 2, 4)
     weights = np.array([1.0, 0, 2, 3, 1, 1, 2, 1])

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import optimize, stats
+from scipy import optimize
 
-from tests.stats.drawn import Array, drops, layers_of
+from tests.stats.drawn import BLOCK, Array, drops, errors, layers_of, looks, missed, shuffled
 from tracker.stats.sequential import confidence as module
 from tracker.stats.sequential.confidence import (
     BOLD,
@@ -24,21 +23,7 @@ from tracker.stats.sequential.confidence import (
     horizons,
 )
 
-BLOCK = 32
 STEPS = 250
-
-
-def looks(sequence: MeanSequences, values: Array, block: int = BLOCK) -> Iterator[int]:
-    """Look after every block; yields how many documents were seen."""
-    for start in range(0, len(values), block):
-        sequence.add(values[start : start + block])
-        yield min(start + block, len(values))
-
-
-def shuffled(values: Array, count: int, seed: int = 0) -> Array:
-    """`count` random orders of one population, as columns."""
-    generator = np.random.default_rng(seed)
-    return np.stack([generator.permutation(values) for _ in range(count)], axis=1)
 
 
 # -- the definition --------------------------------------------------------------------------------
@@ -146,9 +131,7 @@ def made(sequence: MeanSequences, mean: float, side: int) -> Array:
 @pytest.mark.parametrize(
     "values", [(1, 1, -1, -1, 0, 0), (1, 0, 0, 0, 0, -0.7), (1, 1, 1, 1, 1, -1)]
 )
-def test_over_all_orders_no_bet_against_the_true_mean_is_more_than_fair(
-    values: tuple[float, ...], side: int, within: float | None
-) -> None:
+def test_over_all_orders_no_bet_against_the_true_mean_is_more_than_fair(values, side, within):
     # All 720 orders, one a series.
     orders = np.array(list(itertools.permutations(values)), dtype=np.float64).T
     sequence = MeanSequences(6, 720, within=within)
@@ -159,33 +142,6 @@ def test_over_all_orders_no_bet_against_the_true_mean_is_more_than_fair(
         bold = len(sequence._bold)
         assert means[:bold] == pytest.approx(np.ones(bold), abs=1e-9)
         assert (means < 1 + 1e-9).all()
-
-
-def test_over_many_orders_no_bet_against_the_true_mean_is_more_than_fair() -> None:
-    # Longer than the bold bets play; they are given up, and are worth nothing then.
-    values = drops(300, 0.1, 0.04)
-    sequence = MeanSequences(300, 1000)
-    for seen in looks(sequence, shuffled(values, 1000)):
-        for side in (1, -1):
-            each = made(sequence, (values.mean() + 1) / 2, side)
-            error = each.std(axis=1) / math.sqrt(1000)
-            assert (each.mean(axis=1) < 1 + 4 * error + 1e-9).all()
-            assert (each[:BOLD] == 0).all() == (seen > BOLD_ON)
-
-
-def test_a_bet_above_earns_less_against_a_higher_mean() -> None:
-    sequence = MeanSequences(400, 3)
-    for seen in looks(sequence, shuffled(drops(400, 0.3, 0.1), 3)):
-        if seen not in (96, 384):
-            continue
-        low, high = (sequence.low.min() + 1) / 2, (sequence.high.max() + 1) / 2
-        above, below = (
-            np.array([made(sequence, mean, side) for mean in np.linspace(low, high, 50)])
-            for side in (1, -1)
-        )
-        bold = 0 if seen < BOLD_ON else BOLD
-        assert (np.diff(above, axis=0)[:, bold:] < 0).all()
-        assert (np.diff(below, axis=0)[:, bold:] > 0).all()
 
 
 @given(st.floats(-BOLDEST, 50))
@@ -233,28 +189,6 @@ def test_who_is_left_out_keeps_its_bounds_and_changes_no_other() -> None:
     assert one_leaves.low[1] == whole.low[0] == one_leaves.high[1]
 
 
-def test_more_certainty_and_more_company_make_them_wider() -> None:
-    values = shuffled(drops(1000, 0.2, 0.1), 1)[:320]
-
-    def width(**said: float) -> float:
-        sequence = MeanSequences(1000, 1, **said)
-        sequence.add(values)
-        return float(sequence.high[0] - sequence.low[0])
-
-    assert width() < width(level=0.99) < width(level=0.999)
-    assert width() < width(together=30)
-    assert width(together=50, level=0.95) == width(level=0.999)
-
-
-def test_not_much_wider_than_an_interval_that_is_looked_at_once() -> None:
-    values = shuffled(drops(2000, 0.06, 0.04), 20)
-    sequence = MeanSequences(2000, 20, together=1)
-    for seen in looks(sequence, values):
-        once = stats.norm.ppf(0.975) * values[:, 0].std() * math.sqrt(1 / seen - 1 / 2000)
-        if 500 < seen < 1500:
-            assert 1 < float((sequence.high - sequence.low).mean()) / (2 * once) < 1.9
-
-
 @pytest.mark.parametrize("bad", [1.5, -1.1, math.nan, math.inf])
 def test_a_value_that_cannot_be_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="a value is not from -1 to 1"):
@@ -270,118 +204,8 @@ def test_more_documents_than_there_are_are_refused() -> None:
 
 # -- beside plain betting --------------------------------------------------------------------------
 
-ARC_EASY = [
-    *((188, 41), (169, 47), (86, 42), (33, 15), (62, 28), (45, 30), (51, 31), (40, 32), (61, 21)),
-    *((63, 27), (59, 33), (134, 61), (47, 28), (48, 20), (45, 34), (48, 20), (52, 20), (37, 20)),
-    *((34, 26), (29, 29), (48, 23), (57, 36), (64, 21), (72, 24), (72, 40), (27, 24), (31, 21)),
-    *((60, 29), (107, 32), (118, 51)),
-]
-"""Of 570 documents of arc_easy, how many SmolLM2 (bfloat16) loses and wins without each layer."""
-
-
-def arc_easy(documents: int, seed: int = 0) -> Array:
-    """As many documents that are lost and won in these shares, in random order."""
-    generator = np.random.default_rng(seed)
-    layers = [drops(documents, lost / 570, won / 570) for lost, won in ARC_EASY]
-    return np.stack([generator.permutation(layer) for layer in layers], axis=1)
-
-
-def plug_in(drawn: Array, looked: list[int], level: float = 0.95) -> dict[int, float]:
-    """Mean widths of the hedged bets of Waudby-Smith and Ramdas, candidate by candidate.
-
-    Without replacement (section 5), with the plug-in bets of their equation 26, cut at 1/2.
-    """
-    (population, count), widths = drawn.shape, {}
-    x, grid = (drawn + 1) / 2, np.linspace(0, 1, 1001)
-    chance = (1 - level) / count
-    logs = np.zeros((2, count, len(grid)))
-    total, low, high, spread = *np.zeros((2, count)), np.ones(count), np.full(count, 0.25)
-    for t in range(1, max(looked) + 1):
-        # √(2 log(2/α) / (σ² t log(t + 1))) with the variance spread / t
-        bet = np.sqrt(2 * math.log(2 / chance) / (spread * math.log(t + 1)))[:, None]
-        rest = (population * grid - total[:, None]) / (population - t + 1)
-        for side, logs_of, room in ((1, logs[0], rest), (-1, logs[1], 1 - rest)):
-            cut = np.minimum(bet, 0.5 / np.maximum(room, 1e-9))
-            logs_of += np.log(np.maximum(1 + side * cut * (x[t - 1][:, None] - rest), 1e-300))
-        total += x[t - 1]
-        spread += (x[t - 1] - (0.5 + total) / (t + 1)) ** 2
-        if t in looked:
-            rich = logs >= math.log(2 / chance)
-            low = np.maximum(low, np.where(rich[0], grid, total[:, None] / population).max(axis=1))
-            most = (total + population - t)[:, None] / population
-            high = np.minimum(high, np.where(rich[1], grid, most).min(axis=1))
-            widths[t] = 200 * float((high - low).mean())
-    return widths
-
-
-def ours(drawn: Array, looked: list[int], within: float | None = None) -> dict[int, float]:
-    """Mean widths of ours."""
-    sequence = MeanSequences(*drawn.shape, within=within)
-    return {
-        seen: 100 * float((sequence.high - sequence.low).mean())
-        for seen in looks(sequence, drawn[: max(looked)])
-        if seen in looked
-    }
-
-
-BEFORE = {
-    (400, None): {64: 86.1, 128: 35.7, 192: 20.9, 352: 7.2},
-    (400, 0.05): {64: 134.4, 128: 42.9, 192: 22.0, 352: 7.0},
-    (2000, None): {64: 92.2, 128: 42.5, 256: 21.8, 512: 12.8, 1024: 7.4},
-    (2000, 0.05): {64: 151.4, 128: 53.6, 256: 23.9, 512: 12.4, 1024: 7.3},
-}
-"""What five cautious bets of any size, or one for a width, came to until 2026-11-28."""
-
-
-def widths_table() -> Iterator[str]:
-    """Write the table of docs/statistics.md."""
-    for (documents, within), before in BEFORE.items():
-        drawn = arc_easy(documents)
-        rows = {"before": before, "now": ours(drawn, list(before), within)}
-        if within is None:
-            rows["plug-in"] = plug_in(drawn, list(before))
-        for name, row in rows.items():
-            widths = ", ".join(f"{seen}: {width:.1f}" for seen, width in row.items())
-            yield f"{documents} documents, within {within}, {name}: {widths}"
-
-
-@pytest.mark.parametrize("documents", [400, 2000])
-def test_at_every_look_as_sharp_as_plain_betting_and_as_before(documents: int) -> None:
-    drawn, before = arc_easy(documents), BEFORE[documents, None]
-    plain = plug_in(drawn, list(before))
-    widths = ours(drawn, list(before))
-    for seen, width in widths.items():
-        assert width < 1.02 * min(plain[seen], before[seen])
-    wanted = ours(drawn, list(before), within=0.05)
-    for seen, width in wanted.items():
-        assert width < min(1.1 * widths[seen], BEFORE[documents, 0.05][seen] * 1.01)
-
 
 # -- coverage --------------------------------------------------------------------------------------
-
-
-def missed(sequence: MeanSequences, values: Array) -> Array:
-    """Which series' means some look's interval missed."""
-    found, mean = np.zeros(values.shape[1], dtype=bool), values.mean(axis=0)
-    for _ in looks(sequence, values):
-        found |= (sequence.low > mean + 1e-9) | (sequence.high < mean - 1e-9)
-    return found
-
-
-def errors(values: Array, level: float, within: float | None = None) -> float:
-    """The share of series, each for itself, that are missed."""
-    sequence = MeanSequences(*values.shape, level=level, together=1, within=within)
-    return float(missed(sequence, values).mean())
-
-
-def naive_errors(values: Array, level: float) -> float:
-    """The same for an interval that is right when it is looked at once."""
-    (n, count), mean, far = values.shape, values.mean(axis=0), stats.norm.ppf((1 + level) / 2)
-    wrong = np.zeros(count, dtype=bool)
-    for seen in range(BLOCK, n, BLOCK):
-        error = values[:seen].std(axis=0, ddof=1) * math.sqrt(1 / seen - 1 / n)
-        wrong |= abs(values[:seen].mean(axis=0) - mean) > far * error + 1e-9
-    return float(wrong.mean())
 
 
 CELLS = {
@@ -399,11 +223,10 @@ CELLS = {
 }
 
 
-@pytest.mark.parametrize("level", [0.8, 0.95])
 @pytest.mark.parametrize("cell", CELLS)
-def test_no_more_errors_than_promised(cell: str, level: float) -> None:
-    orders = 400 if len(CELLS[cell]) <= 2000 else 100
-    assert errors(shuffled(CELLS[cell], orders), level) <= 1 - level
+def test_no_more_errors_than_promised(cell: str) -> None:
+    orders = 400 if len(CELLS[cell]) <= 2000 else 50
+    assert errors(shuffled(CELLS[cell], orders), 0.8) <= 0.2
 
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if len(CELLS[cell]) <= 2000])
@@ -411,16 +234,11 @@ def test_no_more_errors_where_one_width_is_wanted(cell: str) -> None:
     assert errors(shuffled(CELLS[cell], 400), 0.8, within=0.05) <= 0.2
 
 
-@pytest.mark.parametrize("cell", ["no drop", "a drop of 1 pp", "half lost, half won"])
-def test_an_interval_for_one_look_makes_more(cell: str) -> None:
-    assert naive_errors(shuffled(CELLS[cell], 600), level=0.95) > 0.15
-
-
 def test_all_layers_together() -> None:
-    # 40 cells of 12 layers on the same documents in the same order, from harmless to ruinous.
+    # 20 cells of 12 layers on the same documents in the same order, from harmless to ruinous.
     generator, wrong = np.random.default_rng(5), 0
     population = layers_of(generator, 600, np.linspace(0.03, 0.9, 12), 0.03)
-    for _ in range(40):
+    for _ in range(20):
         sequence = MeanSequences(600, 12, level=0.8)
         wrong += missed(sequence, generator.permutation(population)).any()
-    assert wrong <= 8
+    assert wrong <= 4

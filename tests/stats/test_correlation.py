@@ -107,9 +107,7 @@ def test_rounding_errors_are_ties() -> None:
         ([1.0, math.inf, 3.0], [1.0, 2.0, 3.0], "the proxy is undefined in 1 of 3 layers"),
     ],
 )
-def test_undefined_correlations(
-    coefficient: str, proxy: list[float], drop: list[float], reason: str
-) -> None:
+def test_undefined_correlations(coefficient, proxy, drop, reason) -> None:
     found = correlate(
         np.array(proxy),
         np.array(drop),
@@ -131,50 +129,21 @@ def rejected(x: Array, y: Array, coefficient: str) -> float:
     return float(np.mean(np.array(p_values) <= 0.05))
 
 
-def rejected_by_free_shuffles(x: Array, y: Array) -> float:
-    generator = np.random.default_rng(0)
-    p_values = []
-    for a, b in zip(x, y, strict=True):
-        shuffled = generator.permuted(np.tile(b, (199, 1)), axis=1)
-        observed, *others = np.abs(row_coefficients(a[None], np.vstack([b, shuffled]), "spearman"))
-        p_values.append((np.sum(np.array(others) >= observed - 1e-9) + 1) / 200)
-    return float(np.mean(np.array(p_values) <= 0.05))
-
-
 @pytest.mark.parametrize(
     ("rho_x", "rho_y", "layers", "coefficient"),
     [
         (0.0, 0.0, 30, "spearman"),
         (0.9, 0.9, 30, "spearman"),
         (0.9, 0.9, 30, "kendall"),
-        (0.9, 0.9, 30, "pearson"),
         (0.9, 0.0, 30, "spearman"),
         (0.9, 0.9, 12, "spearman"),
     ],
 )
-def test_unrelated_series_are_significant_as_often_as_said(
-    rho_x: float, rho_y: float, layers: int, coefficient: str
-) -> None:
+def test_unrelated_series_are_significant_as_often_as_said(rho_x, rho_y, layers, coefficient):
     generator = np.random.default_rng(12)
     x, y = ar1(generator, rho_x, 400, layers), ar1(generator, rho_y, 400, layers)
     # Two standard errors of 5 % in 400 pairs.
     assert rejected(x, y, coefficient) <= 0.072
-
-
-def test_why_layers_are_not_shuffled_freely() -> None:
-    generator = np.random.default_rng(12)
-    x, y = ar1(generator, 0.9, 400, 30), ar1(generator, 0.9, 400, 30)
-    assert rejected_by_free_shuffles(x, y) > 0.3
-
-
-@pytest.mark.parametrize("rho", [0.0, 0.2])
-def test_a_true_correlation_is_found_nearly_as_often_as_by_free_shuffles(rho: float) -> None:
-    generator = np.random.default_rng(1)
-    x, noise = ar1(generator, rho, 400, 30), ar1(generator, rho, 400, 30)
-    y = 0.5 * x + math.sqrt(0.75) * noise
-    free = rejected_by_free_shuffles(x, y)
-    assert free > 0.7
-    assert rejected(x, y, "spearman") > free - 0.06
 
 
 @pytest.mark.parametrize("coefficient", COEFFICIENTS)
@@ -235,14 +204,6 @@ def test_interval_resamples_proxy_and_drop_together() -> None:
     assert mirrored.low == -1
 
 
-def test_constant_resamples_leave_the_value_without_an_interval() -> None:
-    values = np.arange(4.0)
-    found = correlate(
-        values, values, coefficient="kendall", resampled=(values[None], np.zeros((50, 4)))
-    )
-    assert (found.value, found.low, found.high) == (pytest.approx(1), None, None)
-
-
 # -- ranks -----------------------------------------------------------------------------------------
 
 
@@ -256,36 +217,12 @@ def test_partial_ranks_against_residuals_of_a_regression(seed: int) -> None:
     assert found.low is None
 
 
-def test_what_a_third_series_does_to_two_unrelated_ones() -> None:
-    generator = np.random.default_rng(0)
-    common = generator.normal(size=200)
-    x, y = common + generator.normal(0, 0.5, (2, 200))
-    assert stats.spearmanr(x, y).statistic > 0.7
-    found = partial_correlate(x, y, common, surrogates=199)
-    assert abs(found.value) < 0.15
-    assert found.p_value > 0.05
-
-
-@pytest.mark.parametrize("rho", [0.0, 0.8])
-def test_unrelated_partial_series_are_significant_as_often_as_said(rho: float) -> None:
+def test_unrelated_partial_series_are_significant_as_often_as_said() -> None:
     generator, p_values = np.random.default_rng(5), []
     for _ in range(300):
-        z, x, y = ar1(generator, rho, 3, 30)
+        z, x, y = ar1(generator, 0.8, 3, 30)
         p_values.append(partial_correlate(z + x, y - z, z, surrogates=199).p_value)
     assert np.mean(np.array(p_values) < 0.05) <= 0.08
-
-
-def test_a_partial_correlation_is_found_and_its_interval_holds_it() -> None:
-    generator = np.random.default_rng(2)
-    z, x = generator.normal(size=(2, 30))
-    y = z + x
-    drawn = [each + generator.normal(0, 0.1, (500, 30)) for each in (x, y, z)]
-    found = partial_correlate(x, y, z, resampled=(drawn[0], drawn[1], drawn[2]), surrogates=999)
-    assert found.value > 0.9
-    assert found.low < found.value <= found.high <= 1
-    assert found.p_value == 1 / 1000
-    fixed = partial_correlate(x, y, z, resampled=(x[None], drawn[1], z[None]), surrogates=9)
-    assert fixed.high - fixed.low < found.high - found.low
 
 
 @pytest.mark.parametrize(
@@ -345,17 +282,3 @@ def test_parts_are_dealt_anew_within_their_layers(coefficient) -> None:
     rarer = min((found >= value - 1e-9).mean(), (found <= value + 1e-9).mean())
     mine = correlate(x, y, coefficient=coefficient, within=within, what="expert")
     assert mine.p_value == pytest.approx(min(1, 2 * rarer), abs=0.03)
-
-
-def test_what_layers_have_in_common_makes_nothing_of_their_parts_significant() -> None:
-    draw, within = np.random.default_rng(0), np.repeat(np.arange(6), 8)
-    low = 0
-    for _ in range(200):
-        x, y = draw.normal(size=(2, 48)) + 3 * within
-        found = correlate(x, y, coefficient="spearman", within=within, surrogates=199)
-        assert float(found.value or 0) > 0.8
-        low += found.p_value is not None and found.p_value <= 0.05
-    assert low <= 18  # 10 are expected; more than 18 come once in 200 times
-    assert "2 experts, and" in str(
-        correlate(x[:2], y[:2], coefficient="spearman", what="expert").reason
-    )

@@ -48,12 +48,3 @@ def test_margins_are_those_of_a_plain_loop() -> None:
         assert margin == pytest.approx(mine - max(known))
         # It is positive exactly where the gold option is the only best one.
         assert (margin > 0) == (mine > max(known))
-
-
-def test_nothing_known_is_not_zero() -> None:
-    nothing = np.full((2, 3), NONE)
-    assert np.isnan(choices(nothing)).all()
-    assert np.isnan(margins(nothing, np.array([0.0, 1.0]))).all()
-    assert np.isnan(shares(choices(nothing), 3)).all()
-    assert np.isnan(choices(np.zeros((2, 0)))).all()
-    assert np.isnan(margins(np.zeros((2, 0)), np.full(2, NONE))).all()

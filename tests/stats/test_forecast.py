@@ -39,24 +39,9 @@ def test_from_all_documents_it_is_what_random_orders_take(text: str) -> None:
     assert found.answered.all()
 
 
-def test_a_few_documents_stand_for_many() -> None:
-    """From a pilot, what is taken grows no further than the answer needs."""
-    pilot = lost(64)
-    small, large = (forecast(question("top 2"), pilot, size, draws=8) for size in (400, 4000))
-    assert np.median(small.looked) <= 400
-    assert np.median(large.looked) < 1000
-
-
 def test_an_exact_tie_is_left_open_by_all_documents() -> None:
     tie = np.zeros((40, 2))
     found = forecast(question("top 1"), tie, 100, draws=3)
     assert found.looked.tolist() == [100] * 3
     assert found.seen.tolist() == [[100, 100]] * 3
     assert not found.answered.any()
-
-
-def test_bounds_of_weighted_documents_are_those_that_are_said() -> None:
-    values = 2 * lost(60)
-    with pytest.raises(ValueError, match="not from -1 to 1"):
-        forecast(question("top 1"), values, 100)
-    assert len(forecast(question("top 1"), values, 100, reach=2, draws=2).looked) == 2

@@ -81,7 +81,7 @@ RATES = [
 ]
 
 
-@pytest.mark.parametrize("documents", [12, 32, 128])
+@pytest.mark.parametrize("documents", [12, 128])
 @pytest.mark.parametrize("rates", RATES)
 def test_intervals_hold_the_truth(rates: tuple[float, ...], documents: int) -> None:
     """What adds up is seldom significant, also where the values are not symmetric."""
@@ -108,21 +108,3 @@ def test_drops_that_add_up_are_predicted_by_their_sums() -> None:
     # Not the square of a correlation: a sum that is always too large predicts badly.
     assert share.value == pytest.approx(1 - 0.04 / 0.05)
     assert additivity(sums, joint - 1, (sums[None], joint[None]))[1].value < -10
-
-
-def test_what_cannot_be_predicted_has_a_reason() -> None:
-    two = np.array([0.1, 0.2])
-    assert additivity(two, two, (two[None], two[None]))[0].reason == (
-        "2 pairs, and three are needed"
-    )
-    same = np.full(4, 0.1)
-    for found in additivity(np.arange(4.0), same, (np.arange(4.0)[None], same[None])):
-        assert found.reason == "the sums or the joint drops are all the same"
-
-
-def test_resampled_documents_make_the_interval_of_coefficients() -> None:
-    dice = np.random.default_rng(0)
-    sums, noise = dice.uniform(0, 0.5, 40), dice.normal(0, 0.05, (500, 40))
-    rank, share = additivity(sums, sums + noise[0], (np.tile(sums, (500, 1)), sums + noise))
-    assert rank.low < rank.value < rank.high <= 1
-    assert share.low < share.value < share.high <= 1

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from tracker.stats.accuracy import drop_sd
-from tracker.stats.power import MEANT, UNRELATED, OutcomeVariance, documents_needed
+from tracker.stats.power import MEANT, OutcomeVariance, documents_needed
 
 
 @pytest.mark.parametrize(
@@ -38,43 +38,6 @@ def test_drawn_outcomes_are_found_as_often_as_said(documents: int, share: float)
     assert found.mean() == pytest.approx(0.8, abs=0.015)
 
 
-def exact_power(documents: int, share: float) -> float:
-    """Compute how often the exact McNemar test finds the drop that so many documents reveal."""
-    drop = OutcomeVariance(share, binary=True).change(documents)
-    changed = np.arange(1, documents + 1)
-    # The most that may be won, or lost, of so many changes where the test is significant.
-    limit = stats.binom.ppf(0.025, changed, 0.5)
-    limit -= stats.binom.cdf(limit, changed, 0.5) > 0.025
-    lost = stats.binom(changed, (share + drop) / (2 * share))
-    significant = lost.cdf(limit) + lost.sf(changed - limit - 1)
-    return float(stats.binom.pmf(changed, documents, share) @ significant)
-
-
-def exact_powers() -> list[float]:
-    """Compute the power of the exact test over the cells that docs/statistics.md names."""
-    shares = (0.1, 0.2, 0.3, 0.4, 0.5)
-    return [exact_power(documents, share) for documents in range(100, 1001, 50) for share in shares]
-
-
-def test_the_exact_test_finds_less_as_the_page_says() -> None:
-    powers = exact_powers()
-    assert (round(min(powers), 2), round(max(powers), 2)) == (0.76, 0.79)
-    dice, drop = np.random.default_rng(0), OutcomeVariance(0.2, binary=True).change(150)
-    cells = [(0.2 + drop) / 2, (0.2 - drop) / 2, 0.8]
-    lost, won, _ = dice.multinomial(150, cells, size=20_000).T
-    p = 2 * stats.binom.cdf(np.minimum(lost, won), lost + won, 0.5)
-    assert (p <= 0.05).mean() == pytest.approx(exact_power(150, 0.2), abs=0.01)
-
-
-def test_drawn_losses_are_found_as_often_as_said() -> None:
-    """Differences with long tails, whose mean is near enough to normal."""
-    documents, sd = 150, 0.5
-    increase = OutcomeVariance(sd**2, binary=False).change(documents)
-    drawn = np.random.default_rng(0).laplace(0, sd / 2**0.5, size=(20_000, documents))
-    p = stats.ttest_1samp(drawn + increase, 0, axis=1).pvalue
-    assert (p < 0.05).mean() == pytest.approx(0.8, abs=0.02)
-
-
 def test_a_drop_changes_what_it_loses() -> None:
     """Of 100 documents of which one changes, a drop of 3 points would still lose three."""
     rare = OutcomeVariance(0.01, binary=True)
@@ -82,12 +45,6 @@ def test_a_drop_changes_what_it_loses() -> None:
     smallest = rare.change(100)
     assert OutcomeVariance(smallest, binary=True).change(100) == pytest.approx(smallest)
     assert rare.change(3) is None
-
-
-def test_what_is_assumed() -> None:
-    assert UNRELATED.documents(0.03) == 4359
-    assert UNRELATED.change(100) == pytest.approx(0.1958, abs=1e-4)
-    assert UNRELATED.change(4359) == pytest.approx(0.03, abs=1e-5)
 
 
 def test_a_mean_over_benchmarks_takes_a_part_of_each() -> None:

@@ -18,8 +18,6 @@ from tracker.stats.rank_agreement import (
     overlap,
     places,
     ranks_apart,
-    row_coefficients,
-    smooth_orders,
 )
 
 
@@ -64,35 +62,6 @@ def test_smooth_series_are_not_called_alike_too_often(monkeypatch) -> None:
     assert spearman < 0.15
 
 
-def test_the_mean_over_benchmarks_finds_what_each_shows_weakly() -> None:
-    generator = np.random.default_rng(2)
-    truth = generator.standard_normal(20)
-    x = np.tile(truth, (6, 1)) + 0.1 * generator.standard_normal((6, 20))
-    y = truth + 2.5 * generator.standard_normal((6, 20))
-    apart = [mean_spearman_p(x[i : i + 1], y[i : i + 1]) for i in range(6)]
-    together = mean_spearman_p(x, y)
-    assert together < 0.02 < np.median(apart)
-    assert mean_spearman_p(x, -y) == pytest.approx(together, abs=0.01)
-    # Of one benchmark it is nearly the p of a free permutation, where nothing is smooth.
-    free = stats.permutation_test(
-        (x[0],),
-        lambda v: row_coefficients(v[None], y[:1], "spearman")[0],
-        permutation_type="pairings",
-        n_resamples=999,
-        rng=generator,
-    ).pvalue
-    assert apart[0] == pytest.approx(free, abs=0.1)
-
-
-def test_drawn_orders_are_permutations_that_keep_a_series_smooth() -> None:
-    values = np.sin(np.arange(25) / 4)
-    orders = smooth_orders(values, 200, 0)
-    assert (np.sort(orders, axis=1) == np.arange(25)).all()
-    drawn = np.abs(np.diff(values[orders], axis=1)).mean()
-    free = np.abs(np.diff(np.random.default_rng(0).permutation(values)))
-    assert drawn < 0.75 * free.mean()
-
-
 def test_ties_share_ranks_and_places() -> None:
     assert midranks(np.array([[1.0, 1.0 + 1e-15, 0.0]])).tolist() == [[2.5, 2.5, 1.0]]
     assert places([2.0, 5.0, 2.0 + 1e-15, 1.0]) == [2, 1, 2, 4]
@@ -127,12 +96,6 @@ def test_overlap_of_what_is_tied_is_chance_and_of_what_is_undefined_nothing() ->
     holed = clear.copy()
     holed[0, 3] = np.nan
     assert np.isnan(overlap(holed, clear, 4)).all()
-
-
-def test_chance_alone_overlaps_by_the_hypergeometric_mean() -> None:
-    x, y = np.array([[5.0, 4, 4, 2, 1]]), np.array([[3.0, 3, 3, 1, 0]])
-    every = overlap(x, y[:, list(permutations(range(5)))][0], 2)
-    assert np.mean(every) == pytest.approx(2 / 5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -9,7 +9,6 @@ import pytest
 from scipy import stats
 
 from tracker.core.estimates import Estimate
-from tracker.stats.rank_agreement import row_coefficients
 from tracker.stats.reliability import (
     differ,
     disjoint_means,
@@ -38,16 +37,6 @@ def test_every_stretch_holds_each_stratum_by_its_share() -> None:
     assert len({tuple(order) for order in stratified_orders(strata, 20, seed=1)}) == 20
 
 
-def test_documents_of_a_stratum_are_drawn_alike() -> None:
-    strata = ["a", "b", "a", "b", "b", "b"]
-    first = np.array([sorted(order[:3]) for order in stratified_orders(strata, 4000, seed=2)])
-    times = np.bincount(first.ravel(), minlength=6) / 4000
-    assert times == pytest.approx(np.full(6, 0.5), abs=0.03)
-    # Nor does a small stratum always come first, or last.
-    begins = np.mean([order[0] in (0, 2) for order in stratified_orders(strata, 4000, seed=2)])
-    assert 0.2 < begins < 0.4
-
-
 def test_samples_are_those_of_the_orders_and_share_nothing() -> None:
     dice = np.random.default_rng(3)
     values, weights = dice.normal(size=(11, 4)), dice.uniform(size=11)
@@ -73,20 +62,6 @@ def test_the_textbook() -> None:
     assert documents_for(spearman_brown(0.70, 4), 25, 0.70) == pytest.approx(100)
 
 
-def test_drawn_documents_agree_as_predicted() -> None:
-    """Where the assumptions hold, the formula is right: correlation of means of 10 and of 80."""
-    dice = np.random.default_rng(0)
-    layers = dice.normal(0, 0.5, size=(400, 1, 300))
-    noise = dice.normal(0, 2, size=(400, 2, 300))
-
-    def agreement(n: int) -> float:
-        means = layers + noise / n**0.5
-        return float(row_coefficients(means[:, 0], means[:, 1], "pearson").mean())
-
-    assert spearman_brown(agreement(10), 8) == pytest.approx(agreement(80), abs=0.02)
-    assert documents_for(agreement(80), 10, agreement(10)) == pytest.approx(80, rel=0.1)
-
-
 def test_a_curve_is_read_where_it_stays_above() -> None:
     sizes = [1, 10, 100, 1000]
     # It falls below again, so the first time does not count.
@@ -103,15 +78,6 @@ def test_a_curve_is_read_where_it_stays_above() -> None:
     assert np.isnan(documents_needed([5], [np.nan], 0.9)[0])
 
 
-def test_leaving_out_a_tenth_of_a_mean_gives_its_standard_error() -> None:
-    values = np.random.default_rng(0).lognormal(3, 0.1, size=4000)
-    found = positive_estimate(lambda chosen: float(values[chosen].mean()), ["a"] * 4000, seed=0)
-    assert found.value == pytest.approx(values.mean())
-    half = stats.t.ppf(0.975, 9) * values.std(ddof=1) / 4000**0.5
-    assert found.high - found.value == pytest.approx(half, rel=0.4)
-    assert found.value / found.low == pytest.approx(found.high / found.value)
-
-
 def test_leaving_out_covers_the_mean_of_other_documents() -> None:
     dice, inside = np.random.default_rng(0), 0
     for _ in range(400):
@@ -126,38 +92,6 @@ def test_what_is_not_defined_has_no_interval(whole: float) -> None:
     why = "it is not defined for all documents, or without some of them"
     found = positive_estimate(lambda kept: whole if len(kept) == 20 else np.nan, ["a"] * 20, 0)
     assert found == Estimate(None, reason=why)
-
-
-def test_the_interval_holds_how_many_documents_other_documents_would_ask_for() -> None:
-    """Outcomes that are lost or won, some documents by many layers at once; the truth from pairs of
-    fresh samples."""
-    dice, layers, documents = np.random.default_rng(0), 20, 120
-    lost, won = np.abs(dice.normal(0.05, 0.1, layers)), dice.uniform(0.01, 0.08, layers)
-
-    def draw(n: int) -> np.ndarray:
-        right = dice.random((n, 1)) < 0.6
-        luck = (dice.random((n, layers)) + dice.random((n, 1))) / 2
-        return np.where(right, luck < lost, -1.0 * (luck < won))
-
-    def agreement(one: np.ndarray, other: np.ndarray) -> float:
-        return float(np.nanmean(row_coefficients(one, other, "spearman")))
-
-    fresh = np.array([draw(60).mean(axis=0) for _ in range(2000)])
-    truth = documents_for(0.9, 60, agreement(fresh[:1000], fresh[1000:]))
-    inside = []
-    for _ in range(12):
-        values = draw(documents)
-
-        def needed(chosen: np.ndarray, values: np.ndarray = values) -> float:
-            n = len(chosen) // 2
-            one, other = disjoint_means(
-                values[chosen], np.ones(len(chosen)), np.zeros(len(chosen)), [n], 40, 0
-            )
-            return documents_for(0.9, n, agreement(one[:, 0], other[:, 0]))
-
-        found = positive_estimate(needed, ["a"] * documents, seed=0)
-        inside.append(found.low is None or found.low < truth < found.high)
-    assert sum(inside) >= 10
 
 
 def test_layers_that_do_not_differ_are_rarely_said_to() -> None:

@@ -13,9 +13,7 @@ from tracker.stats.resampling import (
 )
 
 
-def test_counts_draw_each_document_as_often_as_chance_does(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_counts_draw_each_document_as_often_as_chance_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CHUNK", 700)
     chunks = list(document_counts(7, 4050, seed=1))
     counts = np.concatenate(chunks)
@@ -74,31 +72,7 @@ def test_chunks_do_not_change_the_draws(monkeypatch: pytest.MonkeyPatch) -> None
     assert not np.allclose(resampled_means(values, 100, seed=10), whole)
 
 
-def test_a_document_without_weight_does_not_count() -> None:
-    values = np.array([[1.0], [1.0], [np.nan]])
-    means = resampled_means(values, 200, seed=0, weights=np.array([1.0, 2.0, 0.0]))
-    undefined = np.isnan(means[:, 0])
-    assert 0 < undefined.sum() < 30  # only the third document was drawn, 1 in 27
-    assert means[~undefined, 0] == pytest.approx(1)
-
-
-def test_nan_stays_in_its_column_and_no_documents_are_nan() -> None:
-    means = resampled_means(np.array([[np.nan, 1.0], [0.0, 1.0]]), 20, seed=0)
-    assert np.isnan(means[:, 0]).all()
-    assert (means[:, 1] == 1).all()
-
-    assert np.isnan(resampled_means(np.empty((0, 2)), 5, seed=0)).all()
-    assert resampled_means(np.array([[0.5, 2.0]]), 3, seed=0).tolist() == [[0.5, 2.0]] * 3
-
-
 # -- interval --------------------------------------------------------------------------------------
-
-
-def test_without_bias_it_is_the_percentile_interval() -> None:
-    resampled = np.linspace(-1, 1, 2001)
-    assert bias_corrected_interval(0.0, resampled) == pytest.approx((-0.95, 0.95))
-    assert bias_corrected_interval(0.0, resampled, lowest=-0.5, highest=0.7) == (-0.5, 0.7)
-    assert bias_corrected_interval(0.5, np.full(9, 0.25)) == (0.5, 0.5)
 
 
 def test_the_interval_holds_the_value_however_large_the_bias() -> None:

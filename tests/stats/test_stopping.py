@@ -88,27 +88,3 @@ def test_a_race_ends_with_the_true_set_and_costs_less_than_everything(seed: int)
     assert found.standing.answered
     assert found.bounds.seen.max() < 600
     assert (abs((found.bounds.low + found.bounds.high) / 2 - means) <= 0.05 + 1e-9).all()
-
-
-def test_more_certainty_takes_more_documents() -> None:
-    seen = [race(f"drop within 5 pp at {level} %", 0)[0].bounds.seen.mean() for level in (50, 99.9)]
-    assert seen[0] < seen[1]
-
-
-def test_values_that_are_nearer_to_each_other_answer_sooner() -> None:
-    generator = np.random.default_rng(0)
-    base = generator.random((600, 1)) < 0.7
-    values = (base & (generator.random((600, 3)) < [0.8, 0.1, 0.05])).astype(float)
-    seen = []
-    for reach in (2, 1):
-        found = Race(question("top 1"), 600, 3, reach)
-        for start in range(0, 600, 4):
-            if not found.standing.answered:
-                found.look(values[start : start + 4])
-        seen.append(int(found.bounds.seen.max()))
-    assert seen[1] < seen[0]
-    far = np.array([[1.0, -1.0, 0.0]])
-    with pytest.raises(ValueError, match="two values of a document are more than 1 apart"):
-        Race(question("top 1"), 600, 3).look(far)
-    with pytest.raises(ValueError, match="not from -1 to 1"):
-        Race(question("sign"), 600, 3).look(2 * far)

@@ -28,25 +28,15 @@ def drops(
     return found
 
 
-@pytest.mark.parametrize("documents", [8, 40, 200])
+@pytest.mark.parametrize("documents", [8, 200])
 def test_where_nothing_is_there_nothing_is_named(documents: int) -> None:
     rng = np.random.default_rng(documents)
     named = 0
-    for _ in range(300):
+    for _ in range(120):
         found = together(drops(rng, documents, np.zeros(LAYERS)), [documents] * LAYERS)
         named += any(verdict != "open" for verdict in verdicts(found))
-    # 5 % of 300 is 15; more than 24 has probability 0.01 even then.
-    assert named <= 24
-
-
-def test_one_interval_at_a_time_would_name_something() -> None:
-    """The check above can fail: plain intervals name a layer most of the time."""
-    rng = np.random.default_rng(1)
-    named = sum(
-        any(drop.low > 0 or drop.high < 0 for drop in drops(rng, 200, np.zeros(LAYERS)))
-        for _ in range(60)
-    )
-    assert named > 15
+    # 5 % of 120 is 6; more than 12 has probability 0.01 even then.
+    assert named <= 12
 
 
 @pytest.mark.parametrize("documents", [60, 400])
@@ -55,7 +45,7 @@ def test_ranks_hold_the_true_ones_and_what_is_large_is_named(documents: int) -> 
     costs[[0, 3, 7]] = 0.9, 0.7, 0.5
     rng = np.random.default_rng(documents)
     outside = wrong = missed = 0
-    for _ in range(200):
+    for _ in range(80):
         narrow = drops(rng, documents, costs)
         found = together(narrow, [documents] * LAYERS)
         shown = {layer for layer, verdict in enumerate(verdicts(found)) if verdict != "open"}
@@ -68,9 +58,10 @@ def test_ranks_hold_the_true_ones_and_what_is_large_is_named(documents: int) -> 
             not best <= true.get(layer, worst) <= worst or worst < true.get(layer, 4)
             for layer, (best, worst) in enumerate(between)
         )
-    assert wrong <= 18
-    assert outside <= 18
-    assert missed <= 20
+    # 5 % of 80 is 4; more than 9 has probability 0.01 even then.
+    assert wrong <= 9
+    assert outside <= 9
+    assert missed <= 9
 
 
 def test_ranks_by_counting() -> None:

@@ -40,15 +40,6 @@ def test_draws_are_as_smooth_as_the_series() -> None:
     assert lag_one(surrogate_series(white, 300, seed=0)).mean() == pytest.approx(0, abs=0.1)
 
 
-def test_only_the_order_tells_how_smooth_a_series_is() -> None:
-    """Upside down, it has normal scores of the other sign."""
-    values = smooth(12)
-    drawn = (surrogate_series(each, 50, seed=0) for each in (values, np.exp(3 * values), -values))
-    upright, stretched, turned = (stats.rankdata(each, axis=1) for each in drawn)
-    assert (upright == stretched).all()
-    assert (upright == turned).all()
-
-
 @pytest.mark.parametrize("layers", [3, 4, 12, 30])
 def test_the_likelihood_of_an_autocorrelation_against_whole_matrices(layers: int) -> None:
     scores = stats.norm.ppf(stats.rankdata(smooth(layers)) / (layers + 1))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.stats.drawn import ar1
 from tracker.stats.task_dependence import (
     clean_difference,
     compared,
@@ -24,37 +23,6 @@ def test_its_mean_is_one_minus_the_mean_correlation() -> None:
     assert variance_across(profiles).mean() == pytest.approx(1 - np.mean(pairs))
     z = stats.zscore(profiles, axis=1)
     assert variance_across(profiles) == pytest.approx(z.var(axis=0, ddof=1))
-
-
-def _measured(
-    truth: np.ndarray, documents: int, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Drops of 0/1 outcomes by layer: profiles and noise of each benchmark."""
-    pairs = []
-    for row in truth:
-        before = generator.random(documents) < 0.6
-        # A document that is right without a layer keeps it with 1 - twice the drop.
-        lost = generator.random((documents, len(row))) < row / 0.6
-        after = before[:, None] & ~lost
-        pairs.append(sampling_noise(before[:, None] * 1.0 - after, np.ones(documents)))
-    profiles, noise = zip(*pairs, strict=True)
-    return np.array(profiles), np.array(noise)
-
-
-@pytest.mark.parametrize(
-    "truth",
-    [np.tile(np.linspace(0, 0.3, 20), (4, 1)), np.random.default_rng(4).random((4, 20)) * 0.3],
-    ids=["alike in every benchmark", "different"],
-)
-def test_noise_makes_benchmarks_differ_and_is_taken_off(truth: np.ndarray) -> None:
-    generator, right = np.random.default_rng(3), variance_across(truth)
-    measured = [_measured(truth, 80, generator) for _ in range(150)]
-    raw = np.mean([variance_across(profiles) for profiles, _ in measured], axis=0)
-    clean = np.mean([variance_across(*pair) for pair in measured], axis=0)
-    assert raw.mean() > 0.1
-    assert clean.mean() == pytest.approx(right.mean(), abs=0.02 if right.mean() < 1e-9 else 0.05)
-    # Layer by layer too.
-    assert np.abs(clean - right).mean() < np.abs(raw - right).mean()
 
 
 def test_noise_is_what_other_documents_change() -> None:
@@ -116,14 +84,6 @@ def test_blocks_against_every_choice_of_signs() -> None:
     assert found.block_p == np.mean([each >= sums[0] - 1e-9 for each in sums])
 
 
-def test_layers_that_resemble_each_other_fool_the_plain_test_more() -> None:
-    series = ar1(np.random.default_rng(7), 0.7, 300, 30)
-    found = [compared(each, np.zeros(30)) for each in series]
-    plain = np.mean([each.p_value < 0.05 for each in found])
-    assert plain > 0.2
-    assert np.mean([each.block_p < 0.05 for each in found]) < plain * 0.75
-
-
 def test_many_layers_draw_their_signs_and_equal_ones_say_nothing() -> None:
     found = compared(np.ones(90), np.zeros(90))
     assert found.block_p == pytest.approx(1 / 10_000)
@@ -145,13 +105,13 @@ def test_no_more_variance_than_another_measure_is_seldom_called_more_or_less(sha
     """Right-skewed drops, alike in all benchmarks or not, that vary exactly as the other does."""
     generator = np.random.default_rng(11)
     sides = np.zeros(2)
-    for _ in range(40):
+    for _ in range(20):
         common = generator.exponential(0.08, 20)
         own = generator.exponential(0.08, (4, 20))
         truth = np.minimum((1 - share) * common + share * own, 1)
         found = clean_difference(_drops(truth, 80, generator), _exact(truth, 80))
         sides += [found.low > 0, found.high < 0]
-    assert (sides <= 3).all()
+    assert (sides <= 2).all()
 
 
 def test_more_and_less_variance_are_found() -> None:
@@ -162,30 +122,6 @@ def test_more_and_less_variance_are_found() -> None:
     less = clean_difference(_drops(alike, 100, generator), _exact(truth, 100))
     assert more.low > 0
     assert less.high < 0
-
-
-def test_its_interval_is_as_wide_as_other_documents_move_it() -> None:
-    generator = np.random.default_rng(13)
-    truth = generator.exponential(0.1, (3, 12)).clip(max=1)
-    found = [
-        clean_difference(_drops(truth, 60, generator), _exact(truth[[0, 0, 0]], 60))
-        for _ in range(60)
-    ]
-    wide = np.mean([each.high - each.low for each in found]) / (2 * 1.96)
-    assert wide == pytest.approx(np.std([each.value for each in found]), rel=0.35)
-
-
-def test_more_documents_than_groups_and_tasks_have_an_interval_too(monkeypatch) -> None:
-    generator = np.random.default_rng(14)
-    truth = generator.exponential(0.1, (2, 10)).clip(max=1)
-    tasks = np.repeat(["a", "b", "c"], 40)
-    samples = [(values, weights, tasks) for values, weights, _ in _drops(truth, 120, generator)]
-    one_by_one = clean_difference(samples, _exact(truth, 120))
-    monkeypatch.setattr("tracker.stats.task_dependence.GROUPS", 30)
-    grouped = clean_difference(samples, _exact(truth, 120))
-    assert grouped.value == one_by_one.value
-    width = one_by_one.high - one_by_one.low
-    assert grouped.high - grouped.low == pytest.approx(width, rel=0.35)
 
 
 def test_two_documents_have_a_difference_without_an_interval() -> None:

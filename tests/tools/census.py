@@ -25,7 +25,6 @@ from tests.helpers.registry import (
     NOT_BUILT,
     Variant,
     families,
-    variants,
 )
 from tests.tools.survey import (
     CRASH,
@@ -40,6 +39,7 @@ from tests.tools.survey import (
     examine,
     prepare,
 )
+from tests.tools.variants import variants
 from tracker.core.provenance import content_hash
 from tracker.ledger.files import write_text
 
@@ -96,7 +96,7 @@ def state() -> str:
     ]
     measuring = [
         ROOT / "tests" / f"{name}.py"
-        for name in ("tools/survey", "helpers/registry", "helpers/engines")
+        for name in ("tools/survey", "tools/variants", "helpers/registry", "helpers/engines")
     ]
     code = {
         str(path.relative_to(ROOT)): without_comments(path.read_text())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from contextlib import suppress
 
 import pytest
 import torch
 
-from tests.helpers.registry import find, variants
+from tests.helpers.registry import families, make_registered
 from tests.tools import census, survey
 from tests.tools.census import keep, left_of, page, read
 from tests.tools.survey import (
@@ -22,7 +24,13 @@ from tests.tools.survey import (
     blocks,
     examine,
 )
+from tests.tools.variants import find, variants
 from tracker.core.changes import INTACT, Ablation
+from tracker.core.errors import ModelError
+from tracker.models.parts.anatomy import LayerAnatomy
+from tracker.models.parts.experts import Experts
+from tracker.models.parts.heads import Heads, _attention
+from tracker.models.sources import parts_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,6 +41,25 @@ def few(monkeypatch):
     monkeypatch.setattr(
         survey, "ABLATIONS", [INTACT, Ablation.parse("layer:0"), Ablation.parse("layers:1,2")]
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        # Positions by the kind of layer, a window of other kinds of layers.
+        ("gemma3_text", "rope longrope"),
+        ("modernbert-decoder", "plain"),
+        # Other parts beside the text, layers that are not one list.
+        ("gemma3", "plain"),
+        ("hrm_text", "plain"),
+        ("blt", "plain"),
+    ],
+)
+def test_a_variant_is_exact_or_said_not_to_be(family, name, few):
+    """`make families` measures all of them, which takes hours."""
+    verdict = examine(find(family, name))
+    assert verdict.verdict in (EXACT, REFUSED, DISCONTINUOUS), verdict
+    assert verdict.verdict == REFUSED or not verdict.idle, verdict
 
 
 def test_a_wrong_number_is_found(monkeypatch, few):
@@ -76,7 +103,7 @@ def test_both_truths_agree_where_layers_know_no_numbers():
     """The layer that hands its input on, and the layer that is deleted."""
     request = blocks()[1][0].requests[2]
     for family in ("llama", "gemma2", "granite_swa"):
-        truth = Truth(find(family, "plain").model())
+        truth = Truth(make_registered(family))
         for ablation in (Ablation.parse("layer:0"), Ablation.parse("layers:1,2")):
             expected = truth.of(ablation, request)
             assert truth.of(ablation, request, DELETED) == pytest.approx(expected, abs=1e-4)
@@ -148,3 +175,41 @@ def test_the_pages_of_the_docs_are_those_of_the_verdicts() -> None:
     assert not [verdict for verdict in verdicts if verdict.verdict in survey.FAILURES]
     short = census.IN_SHORT.read_text().partition(census.BEGIN)[2].partition(census.END)[0]
     assert short == census.in_short(verdicts, int(every.replace(",", "")))
+
+
+def test_the_page_lists_the_families_whose_heads_or_experts_are_refused():
+    rows = [line.split("|") for line in census.IN_SHORT.read_text().splitlines()]
+    listed = {"heads": {}, "experts": {}}
+    for _, part, why, names, _ in (row for row in rows if len(row) == 5):
+        if part.strip() in listed:
+            listed[part.strip()] |= dict.fromkeys(names.strip().split(", "), why.strip())
+    refused, calls = {"heads": {}, "experts": set()}, Counter()
+
+    def count(module, query, *_, **__):
+        calls[module] += 1
+        return query.transpose(1, 2).contiguous(), None
+
+    more = {"doge": {"is_moe": True}, "gemma4_text": {"enable_moe_block": True}}
+    more["granitemoehybrid"] = {"layer_types": ["linear_attention", "full_attention"] * 2}
+    for family in families():
+        model = make_registered(family, **more.get(family, {}))
+        try:
+            anatomy = LayerAnatomy.of(model)
+        except ModelError:
+            continue
+        layers = anatomy.layers
+        name, config = family.removesuffix("_text"), model.config.get_text_config()
+        if parts_of(config).head and not any(anatomy.find(Heads)):
+            calls.clear()
+            with _attention(model, count), suppress(RuntimeError):
+                model(torch.arange(1, 7)[None], use_cache=False)
+            refused["heads"][name] = sum(calls[module] for module in layers[-1].modules())
+        paths = [path for path, _ in layers[-1].named_modules()]
+        holds = any("expert" in path for path in paths) or family == "doge"
+        if holds and not any(anatomy.find(Experts)):
+            refused["experts"].add(name)
+    assert {*listed["experts"]} == refused["experts"]
+    assert {*listed["heads"]} == {*refused["heads"]}
+    for name, times in refused["heads"].items():
+        why = listed["heads"][name]
+        assert ("does not call" in why, "several times" in why) == (not times, times > 1), name
