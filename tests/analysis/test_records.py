@@ -25,7 +25,7 @@ from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import COMPARED
 from tracker.measuring.derive import DERIVED_BY
-from tracker.stats.power import OutcomeVariance
+from tracker.stats.accuracy import OutcomeVariance
 
 LAYERS = 8
 EVERY_LAYER = asks(*range(LAYERS))

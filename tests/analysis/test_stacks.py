@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from tests.helpers.stored_cells import asks, cell_record, row, write_all
 from tracker.core.records import CellRecord
 from tracker.ledger.cells import CellStore
-from tracker.report.caveats import warnings
 from tracker.report.tables import layer_table
+from tracker.report.wording import warnings
 from tracker.tracking.runs import layer_run
 
 OLD = {"torch": "2.12.0", "platform": "Linux x86_64", "device": "cpu", "cores": "2"}

@@ -14,7 +14,7 @@ from tracker.core.extent import ALL, random_order, shuffled
 from tracker.core.search_parts import SearchParts
 from tracker.ledger.blocks import Block, turns
 from tracker.ledger.cells import CellStore
-from tracker.stats.sequential.smallest import SmallestMean
+from tracker.stats.stopping import SmallestMean
 
 
 def race_of(store: CellStore, text: str, metric: str = "acc") -> CellRace:

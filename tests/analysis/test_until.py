@@ -19,7 +19,7 @@ from tracker.core.records import CellRecord
 from tracker.ledger.cells import CellStore
 from tracker.measuring import planning
 from tracker.measuring.derive import record_of
-from tracker.stats.sequential.stopping import Forecast
+from tracker.stats.stopping import Forecast
 
 SIZES = {"arc_easy": 320}
 ORDER = random_order(SEED, "arc_easy", range(320))

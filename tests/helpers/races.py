@@ -8,7 +8,7 @@ import numpy as np
 
 from tracker.core.questions import question
 from tracker.stats.accuracy import weights_by_task
-from tracker.stats.sequential.stopping import Race
+from tracker.stats.stopping import Race
 
 SEED = 5
 

@@ -15,7 +15,7 @@ from playwright.sync_api import Locator, Page
 
 from tests.helpers.findings import FINDING
 from tests.helpers.pages import HOSTILE
-from tracker.analysis.ranks.layers import LayerBoard, layer_board
+from tracker.analysis.boards import LayerBoard, layer_board
 from tracker.report import frames
 from tracker.report.page.html import render_report
 
@@ -166,11 +166,11 @@ def test_a_leaderboard_is_sorted_and_filtered_by_click_and_by_keyboard_and_sent(
     table_of(page, BOARD)
     layers = page.locator(LAYER_COLUMN)
     heads = page.locator(f"{BOARD} thead th")
-    assert shown(layers) == [one.layer for one in board.layers]
+    assert shown(layers) == [one.layer for one in board.parts]
     assert heads.nth(0).get_attribute("aria-sort") is None
 
     heads.nth(1).get_by_role("button").click()
-    assert shown(layers) == sorted(one.layer for one in board.layers)
+    assert shown(layers) == sorted(one.layer for one in board.parts)
     assert heads.nth(1).get_attribute("aria-sort") == "ascending"
     assert heads.nth(0).get_attribute("aria-sort") is None
 
@@ -178,13 +178,13 @@ def test_a_leaderboard_is_sorted_and_filtered_by_click_and_by_keyboard_and_sent(
     page.keyboard.press("Enter")
     page.keyboard.press("Enter")
     assert heads.nth(5).get_attribute("aria-sort") == "descending"
-    by_score = sorted(board.layers, key=lambda one: one.cosine_score, reverse=True)
+    by_score = sorted(board.parts, key=lambda one: one.cosine_score, reverse=True)
     assert shown(layers) == [one.layer for one in by_score]
 
     # Layers without a rank come last, whichever way the others run.
     heads.nth(0).get_by_role("button").click()
     heads.nth(0).get_by_role("button").click()
-    unranked = {one.layer for one in board.layers if one.rank.value is None}
+    unranked = {one.layer for one in board.parts if one.rank.value is None}
     assert set(shown(layers)[-len(unranked) :]) == unranked
     last = max(one.rank.low for one in board.ranked)
     assert shown(layers)[0] in {one.layer for one in board.ranked if one.rank.low == last}
@@ -223,7 +223,7 @@ def test_a_leaderboard_is_sorted_and_filtered_by_click_and_by_keyboard_and_sent(
 
 
 def test_the_csv_of_a_table_holds_exact_figures(drawn, board):
-    for row, one in zip(read_csv(drawn, BOARD), board.layers, strict=True):
+    for row, one in zip(read_csv(drawn, BOARD), board.parts, strict=True):
         for end, rank in (("low", one.rank.low), ("high", one.rank.high)):
             assert row[f"rank, 95 % confidence for all: {end}"] == str(rank or "")
         relevance = "mean relevance with 95 % interval for each alone"

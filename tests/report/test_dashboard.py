@@ -12,11 +12,10 @@ import pytest
 from plotly.graph_objects import Figure
 
 from tests.helpers.pages import HOSTILE
+from tracker.analysis.agreement import cosine_ranks, misjudged, pairs_of
+from tracker.analysis.boards import layer_board
 from tracker.analysis.decisions import decisions_record
-from tracker.analysis.ranks.layers import layer_board
-from tracker.analysis.ranks.pairs import pairs_of
-from tracker.analysis.ranks.proxies import cosine_ranks, misjudged
-from tracker.report.charts import across, style
+from tracker.report.charts import model, style
 from tracker.report.leaderboard import misjudged_table
 from tracker.report.page.html import render_page, render_report
 
@@ -45,7 +44,7 @@ class TestRanks:
         found = misjudged(board)
         outside = {
             one.layer: max(one.rank.low - ranks[one.layer], ranks[one.layer] - one.rank.high)
-            for one in board.layers
+            for one in board.parts
         }
         assert found
         assert found[0].off == max(outside.values())
@@ -73,8 +72,8 @@ class TestAcross:
             other = with_layer(other, layer, **moved)
         ((pair,), _) = pairs_of([base, other])
         assert [shared.shown for shared in pair.comparisons] == [{6}]
-        assert "; shown: 1 of 30 differences, such as layer 6" in across.difference_title(pair)
-        (points,) = across.difference_chart(pair).figure().data
+        assert "; shown: 1 of 30 differences, such as layer 6" in model.difference_title(pair)
+        (points,) = model.difference_chart(pair).figure().data
         assert [x for x, y in zip(points.x, points.marker.opacity, strict=True) if y == 1] == [6]
 
 

@@ -15,11 +15,11 @@ from playwright.sync_api import Locator
 from tests.helpers.pages import HOSTILE
 from tracker.analysis.decisions import Decisions, decisions_record
 from tracker.core.decision_records import DecisionsRecord
-from tracker.report.charts.decisions import agreement, agreement_map
+from tracker.report.charts.cells import agreement, agreement_map
 from tracker.report.frames import document_frame
-from tracker.report.page import decisions as shown
-from tracker.report.page.decisions import BUDGET, packed_documents
+from tracker.report.page import sections as shown
 from tracker.report.page.html import render_page, render_report
+from tracker.report.page.sections import BUDGET, packed_documents
 
 from .conftest import build_cell, build_decisions
 from .visit import Visit

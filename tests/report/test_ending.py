@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.ablations import with_figures
-from tracker.analysis.claims import answer, claims
+from tracker.analysis.claims import claims
 from tracker.cli.printing import print_cell, print_measured, print_next
 from tracker.core.records import CellRecord
 from tracker.report.page.html import render_page
+from tracker.report.wording import answer
 
 from .conftest import build_cell
 

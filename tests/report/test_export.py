@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 from tests.helpers.ablations import with_change
 from tests.helpers.findings import FINDING
-from tracker.analysis.ranks.layers import layer_board
+from tracker.analysis.boards import layer_board
 from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord
 from tracker.core.tables import Column, table
@@ -44,7 +44,7 @@ def test_data_is_read_back(form, read, two_models, tmp_path):
         numbers = frame.select_dtypes("float64").columns
         pd.testing.assert_frame_equal(back[numbers], frame[numbers], rtol=1e-15)
     board = read(tmp_path / "data" / f"layer_leaderboard.{form}")  # type: ignore[operator]
-    first = layer_board(two_models[:2]).layers[0]
+    first = layer_board(two_models[:2]).parts[0]
     assert board["layer"][0] == first.layer
     assert board["accuracy_relevance"][0] == pytest.approx(first.relevance.value)
     assert board["accuracy_relevance_low"][0] == pytest.approx(first.relevance.low)
@@ -158,7 +158,7 @@ def test_a_filter_on_shown_gives_the_layers_that_the_page_shows(cells):
         matter = set(rows[rows.shown == "matters"].layer)
         assert matter == set(map(int, re.findall(r"(\d+)\u00a0\(", str(row[column]))))
         assert 0 < len(matter) < (rows.accuracy_drop_low > 0).sum()
-        for standing in layer_board([cell]).layers:  # none where the baseline is at chance
+        for standing in layer_board([cell]).parts:  # none where the baseline is at chance
             assert standing.shown == rows.set_index("layer").shown[standing.layer]
 
 

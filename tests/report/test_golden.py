@@ -13,24 +13,22 @@ import pytest
 
 from tests.helpers.ablations import with_change, with_figures
 from tests.helpers.findings import LINES, MAP
-from tracker.analysis.claims import answer
-from tracker.analysis.comparable import models_of
+from tracker.analysis.agreement import pairs_of
+from tracker.analysis.boards import layer_board
+from tracker.analysis.comparable import benchmark_labels, models_of, row_labels
 from tracker.analysis.decisions import decisions_record
-from tracker.analysis.labels import benchmark_labels, row_labels
-from tracker.analysis.ranks.layers import layer_board
-from tracker.analysis.ranks.pairs import pairs_of
 from tracker.core.changes import Change
 from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord
 from tracker.core.tables import Table
-from tracker.report import caveats, tables, wording
-from tracker.report.charts import across, headline, maps, model
+from tracker.report import tables, wording
 from tracker.report.charts import cells as charts
-from tracker.report.charts.decisions import agreement_map, margin_chart
+from tracker.report.charts import headline, maps, model
+from tracker.report.charts.cells import agreement_map, margin_chart
 from tracker.report.charts.style import Chart
 from tracker.report.export import boards
-from tracker.report.page.html import compared_sentence
 from tracker.report.page.studies import study_chart
+from tracker.report.wording import answer, compared_sentence
 
 from .cells import (
     ONE,
@@ -142,7 +140,7 @@ def said(cells: list[CellRecord]) -> Iterator[str]:
         ranked = model.rank_chart(board, "MODEL")
         yield ranked.title if ranked else "no ranks"
         yield maps.heat_title(group)
-        if board.layers:
+        if board.parts:
             drawn = headline.headline(board, "MODEL")
             yield from (drawn.title, drawn.explains)
         yield from benchmark_labels(group)
@@ -150,7 +148,7 @@ def said(cells: list[CellRecord]) -> Iterator[str]:
         yield from ("", f"# {cell.title}", cell.documents, wording.sentence(cell))
         yield from (charts.curve_title(cell), charts.scatter_title(cell))
         yield from (maps.map_title(cell, kinds) for kinds in maps.mapped(cell).values())
-        yield from caveats.warnings(cell)
+        yield from wording.warnings(cell)
         for trace in charts.layer_curve(cell).data:
             yield from trace["hovertext"][3:4]
         yield from lines(tables.layer_table(cell))
@@ -188,10 +186,10 @@ def drawn() -> Iterator[Chart]:
     yield model.rank_chart(layer_board([build_cell(n=2000)]), "MODEL")
     yield headline.headline(board, "MODEL")
     yield headline.headline(layer_board([certain_of_gold()]), "MODEL")
-    yield across.depth_curves([board, layer_board([build_cell(model="b")])], ["a", "b"])
+    yield model.depth_curves([board, layer_board([build_cell(model="b")])], ["a", "b"])
     for benchmarks in ("ab", "abcd"):
         pairs, _ = pairs_of([build_cell(b, model=m, seed=ord(m)) for m in "xy" for b in benchmarks])
-        yield across.difference_chart(pairs[0])
+        yield model.difference_chart(pairs[0])
     decided = decisions_record(build_decisions(PLAIN))
     yield from (margin_chart(PLAIN, decided), agreement_map(PLAIN, decided))
     yield from (study_chart(LINES), study_chart(MAP))

@@ -13,15 +13,16 @@ from click.testing import CliRunner
 
 from tests.helpers.ablations import with_change, with_figures
 from tests.helpers.answers import answer, run
-from tracker.analysis.claims import claims, parts_answer
-from tracker.analysis.comparable import setting
-from tracker.analysis.labels import benchmark_labels, row_labels
-from tracker.analysis.layer_figures import relevance_estimate
-from tracker.analysis.ranks.layers import layer_board
-from tracker.analysis.ranks.models import ModelBoard, model_board
-from tracker.analysis.ranks.pairs import compare
-from tracker.analysis.ranks.parts import model_answer, part_boards
-from tracker.analysis.ranks.proxies import agreements
+from tracker.analysis.agreement import agreements, compare
+from tracker.analysis.boards import (
+    ModelBoard,
+    layer_board,
+    model_board,
+    part_boards,
+    relevance_estimate,
+)
+from tracker.analysis.claims import claims
+from tracker.analysis.comparable import benchmark_labels, row_labels, setting
 from tracker.cli import main
 from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord, RunRecord
@@ -29,6 +30,7 @@ from tracker.ledger.cells import measured_last
 from tracker.report.export import boards
 from tracker.report.leaderboard import layer_board_table
 from tracker.report.page.sections import model_sections
+from tracker.report.wording import board_answer, model_answer, models_open, parts_answer
 from tracker.team.collect import merged
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.runs import mlflow_run
@@ -51,19 +53,19 @@ def test_layers_stand_where_their_mean_relevance_puts_them():
     cells = [build_cell(name, n=200, seed=4) for name in ("arc_easy", "piqa", "sciq")]
     board = layer_board(cells)
     means = {layer: statistics.mean(relevances(cells, layer)) for layer in range(LAYERS)}
-    assert len(board.layers) == LAYERS
+    assert len(board.parts) == LAYERS
     assert not board.left_out
 
     def rank(figures: dict[int, float], layer: int) -> int:
         return 1 + sum(round(other, 12) > round(figures[layer], 12) for other in figures.values())
 
-    for standing in board.layers:
+    for standing in board.parts:
         assert standing.relevance.value == pytest.approx(means[standing.layer])
         assert standing.rank.value == rank(means, standing.layer)
         assert standing.benchmarks == 3
         assert standing.rank.low <= standing.rank.value <= standing.rank.high
     assert [standing.rank.value for standing in board.ranked] == sorted(
-        standing.rank.value for standing in board.layers
+        standing.rank.value for standing in board.parts
     )
     assert board.ranked[0].layer == max(means, key=means.get)
 
@@ -81,15 +83,15 @@ def test_the_interval_that_decides_is_shown_and_orders():
             cells[number] = with_layer(cells[number], layer, **figures, mcnemar_p=0.0001)
     board = layer_board(cells)
     quantile = NormalDist().inv_cdf(1 - 0.025 / LAYERS) / NormalDist().inv_cdf(0.975)
-    for standing in board.layers:
+    for standing in board.parts:
         runs = [cell.runs_of()[standing.layer] for cell in cells]
         half = math.hypot(*(run.drop.high - run.drop.low for run in runs)) / 4
         middle = statistics.mean(run.drop.value for run in runs)
         assert standing.deciding.low == pytest.approx(middle - quantile * half)
         assert (standing.shown == "matters") == (standing.deciding.low > 0)
-    lows = [standing.deciding.low for standing in board.layers]
+    lows = [standing.deciding.low for standing in board.parts]
     assert lows == sorted(lows, reverse=True)
-    order = [standing.layer for standing in board.layers]
+    order = [standing.layer for standing in board.parts]
     assert order.index(11) < order.index(0)
     table = layer_board_table(board, "m")
     column = [heading.label for heading in table.headings].index(
@@ -116,18 +118,18 @@ def test_heads_stand_where_layers_of_the_same_figures_do():
     (board,) = part_boards([as_heads(cells[0], *cells[0].runs), as_heads(cells[1])])
     assert not board.left_out
     found_parts = [
-        (2 * p.run.change.layer + p.run.change.number, p.relevance, p.deciding, p.rank)
-        for p in board.parts
+        (2 * p.change.layer + p.change.number, p.relevance, p.deciding, p.rank) for p in board.parts
     ]
     assert found_parts == [
-        (layer.layer, layer.relevance, layer.deciding, layer.rank) for layer in layers.layers
+        (layer.layer, layer.relevance, layer.deciding, layer.rank) for layer in layers.parts
     ]
-    assert {2 * p.run.change.layer + p.run.change.number: p.shown for p in board.parts} == {
+    assert {2 * p.change.layer + p.change.number: p.shown for p in board.parts} == {
         layer: found.word(layer) for layer in range(LAYERS)
     }
-    worst = max(board.parts, key=lambda part: part.deciding.value).run
-    assert board.answer.startswith(f"Of {LAYERS} heads {len(found.costly)} are shown to cost")
-    assert f": {worst.change.label()}" in board.answer
+    worst = max(board.parts, key=lambda part: part.deciding.value)
+    text = board_answer(board)
+    assert text.startswith(f"Of {LAYERS} heads {len(found.costly)} are shown to cost")
+    assert f": {worst.change.label()}" in text
 
 
 def test_a_part_without_a_figure_has_no_rank_and_one_that_lacks_a_benchmark_no_row():
@@ -137,7 +139,7 @@ def test_a_part_without_a_figure_has_no_rank_and_one_that_lacks_a_benchmark_no_r
     (board,) = part_boards([as_heads(cell) for cell in cells])
     assert len(board.parts) == LAYERS - 1
     (unranked,) = [part for part in board.parts if part.rank.value is None]
-    assert (unranked.run.change.label(), unranked.shown) == ("layer 1 head 1", "open")
+    assert (unranked.change.label(), unranked.shown) == ("layer 1 head 1", "open")
     (alone,) = part_boards([as_heads(cells[0])])
     last = alone.parts[-1]
     assert (last.rank.value, last.rank.reason) == (None, "nothing reaches it")
@@ -175,10 +177,10 @@ def test_a_relevance_has_the_interval_of_its_drop_over_the_baseline():
 def test_a_layer_that_lacks_a_benchmark_has_no_rank():
     cells = [build_cell("arc_easy", missing=(7,)), build_cell("piqa")]
     board = layer_board(cells)
-    last = board.layers[-1]
+    last = board.parts[-1]
     assert (last.layer, last.rank.value, last.benchmarks, last.rank.low) == (7, None, 1, None)
     assert last.relevance.value == pytest.approx(relevances([cells[1]], 7)[0])
-    assert sum(standing.rank.value is None for standing in board.layers) == 1
+    assert sum(standing.rank.value is None for standing in board.parts) == 1
 
 
 def test_models_are_ranked_on_what_all_of_them_share():
@@ -216,7 +218,7 @@ def test_models_are_told_apart_where_their_intervals_are():
         assert named(found) == {"solid": 1, "weak": 2}
         between = [(one.rank.low, one.rank.high) for one in found.models]
         assert between == ([(1, 1), (2, 2)] if apart else [(1, 2), (1, 2)])
-        assert bool(found.open) is not apart
+        assert bool(models_open(found)) is not apart
     # With as many documents as it names, a difference of 0.1 is one of its intervals and some more.
     few = model_board([build_cell(model=name, n=160) for name in ("a", "b")])
     half = (few.models[0].relevance.high - few.models[0].relevance.low) / 2
@@ -382,7 +384,7 @@ def test_its_layers_are_not_ranked_beside_others(cell):
     assert [one.benchmark.name for one in board.cells] == ["piqa"]
     assert board.left_out == {"arc_easy · 0-shot · stopped at an answer": WHY}
     assert agreements([cell, whole]) == agreements([whole])
-    assert not layer_board([cell]).layers
+    assert not layer_board([cell]).parts
     (section,) = model_sections([cell], {})
     assert "headline" not in section.charts
 

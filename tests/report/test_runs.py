@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from html import unescape
 
-from tracker.analysis.claims import controls_answer
 from tracker.core.records import RunRecord
 from tracker.report import frames
 from tracker.report.page import html
+from tracker.report.wording import controls_answer
 
 from .cells import numbered
 from .conftest import LAYERS, build_cell

@@ -17,9 +17,10 @@ from tests.conftest import golden, printed
 from tests.helpers.runs import arc, run, typed
 from tests.tracking.conftest import cell_record, client, double, lent
 from tracker import api
-from tracker.analysis.claims import answer, claims
+from tracker.analysis.claims import claims
 from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
+from tracker.report.wording import answer
 from tracker.team.collect import merged
 from tracker.tracking import target
 

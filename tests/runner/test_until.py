@@ -23,7 +23,7 @@ from tracker.core.extent import random_order
 from tracker.core.questions import question
 from tracker.ledger.store import Ledger
 from tracker.measuring import derive
-from tracker.stats.sequential.stopping import Race
+from tracker.stats.stopping import Race
 from tracker.team.live import progress_figures
 from tracker.team.sweeps import _measured, trial_request
 

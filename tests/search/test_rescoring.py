@@ -17,7 +17,7 @@ from tracker.search.request import SearchRequest
 from tracker.search.scores import Scores, Set
 from tracker.search.settings import Budget
 from tracker.search.strategies import BATCH, STRATEGIES, Search
-from tracker.stats.sequential.stopping import Race
+from tracker.stats.stopping import Race
 
 from .conftest import LAYERS, WHOLE, Known
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.stats.sequential.confidence import MeanSequences
-from tracker.stats.sequential.smallest import SmallestMean
+from tracker.stats.confidence import MeanSequences
+from tracker.stats.stopping import SmallestMean
 
 Array = NDArray[np.float64]
 Noise = Callable[[np.random.Generator, tuple[int, ...]], Array]

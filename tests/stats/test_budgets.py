@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tracker.stats.budgets import LayerMeasure, at_equal_cost
+from tracker.stats.reliability import LayerMeasure, at_equal_cost
 
 TRUTH = np.linspace(0, 1, 12)
 

@@ -7,7 +7,7 @@ import pytest
 
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import accuracy, accuracy_drop
-from tracker.stats.combined import difference, mean, ratio
+from tracker.stats.support import difference, mean, ratio
 
 DRAWS = 400
 

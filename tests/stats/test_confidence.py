@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 from tests.stats.drawn import BLOCK, Array, drops, errors, layers_of, looks, missed, shuffled
-from tracker.stats.sequential import confidence as module
-from tracker.stats.sequential.confidence import (
+from tracker.stats import confidence as module
+from tracker.stats.confidence import (
     BOLD,
     BOLD_ON,
     BOLDEST,

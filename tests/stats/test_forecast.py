@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tracker.core.questions import question
-from tracker.stats.sequential.stopping import Race, forecast
+from tracker.stats.stopping import Race, forecast
 
 COSTS = [0.5, 0.3, 0.12, 0.05, 0.02]
 

@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 from tracker.core.estimates import Estimate
-from tracker.stats import growth as module
-from tracker.stats.growth import fewest_to_show, growths, unequal_growth
+from tracker.stats import effects as module
+from tracker.stats.effects import fewest_to_show, growths, unequal_growth
 from tracker.stats.support import holm
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tracker.stats.interaction import additivity, interactions, sign_flip_p
+from tracker.stats.effects import additivity, interactions, sign_flip_p
 
 
 def test_the_exact_test_is_that_of_all_signs() -> None:

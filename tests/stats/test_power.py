@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tracker.stats.accuracy import drop_sd
-from tracker.stats.power import MEANT, OutcomeVariance, documents_needed
+from tracker.stats.accuracy import MEANT, OutcomeVariance, documents_needed, drop_sd
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tracker.stats.combined import recovered
 from tracker.stats.resampling import resampled_means
+from tracker.stats.support import recovered
 
 
 def test_worked_by_hand():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.stats.drawn import BLOCK, NOISES, race_smallest
-from tracker.stats.sequential.smallest import FIRST, width
+from tracker.stats.stopping import FIRST, width
 
 
 @pytest.mark.parametrize("noise", NOISES)

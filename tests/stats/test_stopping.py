@@ -7,7 +7,7 @@ import pytest
 
 from tests.stats.drawn import layers_of
 from tracker.core.questions import question
-from tracker.stats.sequential.stopping import Race, Standing, standing
+from tracker.stats.stopping import Race, Standing, standing
 
 
 def bounds(*pairs: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,8 +7,7 @@ import pytest
 
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import accuracy_drop
-from tracker.stats.combined import difference
-from tracker.stats.support import pairs, ranks, together, verdicts
+from tracker.stats.support import difference, pairs, ranks, together, verdicts
 
 LAYERS = 20
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.stats.drawn import BLOCK, Array, layers_of
-from tracker.stats.sequential.top_k import FRACTIONS, MOST, SequentialTopK
+from tracker.stats.stopping import FRACTIONS, MOST, SequentialTopK
 
 
 def raced(duels: SequentialTopK, drawn: Array, block: int = BLOCK) -> SequentialTopK:

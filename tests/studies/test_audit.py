@@ -17,8 +17,8 @@ from tracker.core.estimates import Estimate
 from tracker.core.proxies import OF_LAYERS, passes
 from tracker.engine.forward.streams import plan_streams
 from tracker.measuring import observing
-from tracker.stats import budgets, rank_agreement, task_dependence
-from tracker.stats.budgets import LayerMeasure
+from tracker.stats import rank_agreement, reliability, task_dependence
+from tracker.stats.reliability import LayerMeasure
 from tracker.studies.audit import answers_of, charts_of, figures, lacking_of, tables_of
 from tracker.studies.audit.figures import DROP, AuditedCell, ModelAudit, pooled
 from tracker.studies.base import open_study
@@ -34,7 +34,7 @@ def _few_draws(monkeypatch) -> None:
     monkeypatch.setattr(figures, "RESAMPLES", 400)
     monkeypatch.setattr(rank_agreement, "DRAWS", 999)
     monkeypatch.setattr(task_dependence, "GROUPS", 20)
-    monkeypatch.setattr(budgets, "DRAWS", 20)
+    monkeypatch.setattr(reliability, "DRAWS", 20)
 
 
 def test_a_file_is_measured_observed_once_and_said(tiny_llama, experiment, tmp_path, monkeypatch):
@@ -278,7 +278,7 @@ def test_a_benchmark_that_stands_there_twice_counts_once():
     assert audit.lined_up == [many]
     assert not audit.spreads
     assert audit.on == "1 benchmark, 100 documents"
-    assert "arc · 5-shot has documents of arc" in next(lacking_of(audit))
+    assert "arc · 5-shot has documents of arc" in lacking_of(audit)[0]
     # A group holds the documents of its tasks.
     group = Drawn("group", SAME, 200, 1)
     group.tasks = ["arc"] * 100 + ["piqa"] * 100

@@ -9,7 +9,7 @@ from scipy.special import log_softmax
 
 from tracker.core.documents import Document, Request
 from tracker.models.counterexample import Place, Wanted, places
-from tracker.studies.theorem.lessons import CLASH, LONGER, NO_GOLD, SAME, Lesson, lesson
+from tracker.studies.theorem import CLASH, LONGER, NO_GOLD, SAME, Lesson, lesson
 
 VOCABULARY = 50
 CONTEXT = (1, 2, 3)

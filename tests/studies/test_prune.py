@@ -23,8 +23,18 @@ from tracker.report.page.studies import standing_alone
 from tracker.search import cells
 from tracker.search.report import Choices
 from tracker.stats.accuracy import accuracy, accuracy_drop
-from tracker.studies.prune import best_sentence, paper_sentence, verdict_of
-from tracker.studies.prune.figures import OWN, TASKS, TEXT, Contrast, PrunedBenchmark, Prunings, Way
+from tracker.studies.prune import (
+    OWN,
+    TASKS,
+    TEXT,
+    Contrast,
+    PrunedBenchmark,
+    Prunings,
+    Way,
+    best_sentence,
+    paper_sentence,
+    verdict_of,
+)
 
 from .conftest import column, row_of, small
 

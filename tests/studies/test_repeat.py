@@ -17,7 +17,7 @@ from tracker.core.extent import Extent
 from tracker.export.changes import count_choosing, tried_repetition
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.store import Ledger
-from tracker.stats.selection import best_by_chance
+from tracker.stats.effects import best_by_chance
 from tracker.studies import repeat
 from tracker.studies.repeat import TESTED, all_spans
 

@@ -13,7 +13,7 @@ from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.estimates import Estimate
 from tracker.core.questions import question
 from tracker.engine.forward.streams import plan_streams
-from tracker.stats.sequential.stopping import Race
+from tracker.stats.stopping import Race
 from tracker.studies.savings import (
     MeasuredDocuments,
     bound_of,

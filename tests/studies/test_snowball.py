@@ -19,8 +19,7 @@ from tracker.ledger.blocks import Block
 from tracker.ledger.shards import read_observations
 from tracker.measuring.observing import Observed
 from tracker.studies import snowball as module
-from tracker.studies.snowball import _most, _too_few, _verdict
-from tracker.studies.snowball.figures import _tokens
+from tracker.studies.snowball import TEXTS, _lacking, _tokens, _verdict
 
 from .conftest import column, conducted, plain
 
@@ -169,7 +168,13 @@ def cell(growth: list[list[float]], title: str = "arc_easy") -> SimpleNamespace:
         benchmark=benchmark, model=SimpleNamespace(name="m"), higher_is_better=True
     )
     return SimpleNamespace(
-        tokens=tokens, later=tokens, record=record, documents=n, layers=inner + 1, explained=None
+        tokens=tokens,
+        later=tokens,
+        record=record,
+        documents=n,
+        left_out=0,
+        layers=inner + 1,
+        explained=None,
     )
 
 
@@ -198,18 +203,19 @@ def test_only_decided_layers_contradict(factors, documents, verdict):
         "so few documents (8) leave all 29 layers undecided, whatever they show; Wilcoxon's test, "
         "adjusted for so many, needs 11; raise 'sample' or 'limit'"
     )
-    assert _too_few(found) == (few if documents == 8 else "")
+    assert (few in _lacking(found, "")) == (documents == 8)
 
 
 def test_layers_that_grow_alike_are_not_put_in_order():
     """Was: the three largest factors and the smallest one, whatever their intervals."""
     same = cell(around(*[2.0] * 8, documents=20))
-    assert _most(same) == "which removals grow most is open (95 % confidence for all layers)"
+    said = TEXTS.one("most", same)
+    assert said == "which removals grow most is open (95 % confidence for all layers)"
     apart = cell(around(9, 8, 7, *[2.0] * 5, documents=20))
-    assert "the 3 that grow most include that of layer 0 ×" in (said := _most(apart))
+    assert "the 3 that grow most include that of layer 0 ×" in (said := TEXTS.one("most", apart))
     assert ", layer 2 ×" in said
     assert "least" not in said
-    alone = _most(cell(around(2.0, documents=20)))
+    alone = TEXTS.one("most", cell(around(2.0, documents=20)))
     assert "growth is defined for one removal, that of layer 0 ×1.98 (" in alone
     assert "most" not in alone
 

@@ -20,7 +20,7 @@ import torch
 import tracker
 from tests.helpers.runs import write_study
 from tracker.analysis.aligned import AlignedOutcomes
-from tracker.analysis.options import judged
+from tracker.analysis.decisions import judged
 from tracker.bench.compare import huggingface_loop, prepare
 from tracker.core.changes import Ablation
 from tracker.core.config import CellRequest, cell_request

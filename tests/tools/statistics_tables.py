@@ -12,8 +12,8 @@ import numpy as np
 from scipy import stats
 
 from tests.stats.drawn import BLOCK, NOISES, Array, drops, errors, looks, race_smallest, shuffled
-from tracker.stats.power import OutcomeVariance
-from tracker.stats.sequential.confidence import MeanSequences
+from tracker.stats.accuracy import OutcomeVariance
+from tracker.stats.confidence import MeanSequences
 
 CELLS = {
     "2,000; 6 % lost, 6 % won": drops(2000, 0.06, 0.06),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tests.report.conftest import build_cell
-from tracker.analysis.claims import answer, claims, shown_runs
+from tracker.analysis.claims import claims, shown_runs
 from tracker.core.estimates import Estimate
+from tracker.report.wording import answer
 from tracker.team.reports import board_text
 from tracker.tracking.figures import curve_name, is_curve
 from tracker.tracking.mlflow.runs import mlflow_run

@@ -1,4 +1,4 @@
-"""What is shown of one model's layers, what is open, and how that is said.
+"""Statements about one model's layers: which are shown, and which are open.
 
 A page, a terminal, a leaderboard and a tracker name a layer where this module does.
 """
@@ -6,21 +6,18 @@ A page, a terminal, a leaderboard and a tracker name a layer where this module d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from tracker.analysis.comparable import countable
-from tracker.analysis.labels import benchmark_labels
+from tracker.analysis.comparable import benchmark_labels, countable
 from tracker.analysis.paired import outcome_variance
 from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.estimates import Estimate
-from tracker.core.formats import counted, listed, measure_of, p_value
+from tracker.core.formats import listed
 from tracker.core.grouping import grouped
 from tracker.core.records import CellRecord, RunRecord
-from tracker.core.text import capital
-from tracker.stats.combined import mean
-from tracker.stats.power import ALPHA, MEANT, documents_needed
-from tracker.stats.support import Verdict, pairs, ranks, together, verdicts
+from tracker.stats.accuracy import MEANT, documents_needed
+from tracker.stats.support import Verdict, mean, pairs, ranks, together, verdicts
 
 SMALL = MEANT
 """A drop below this, a fraction, is called small."""
@@ -29,8 +26,6 @@ _LOSSES = (SMALL, 0.03, 0.02, 0.01)
 SMALL_IN_WORDS = f"{100 * SMALL:g} pp"
 FIRST = 5
 """A layer that is surely among so many largest falls of log-probability is named."""
-_NAMED = 10
-"""So many layers that cost little are named; of more it is said how many they are."""
 
 _ByCell = dict[str, dict[int, Estimate]]
 """A cell's key → layer → a figure, whose interval holds together with all others."""
@@ -130,6 +125,24 @@ class Claims:
         return [lay for lay in self.layers if any(is_broken(cell, lay) for cell in self.cells)]
 
     @property
+    def at_chance(self) -> list[CellRecord]:
+        """The measurements whose intact model is not shown to be above guessing."""
+        return [
+            cell
+            for cell in self.cells
+            if cell.baseline.low is not None
+            and cell.chance_accuracy is not None
+            and cell.baseline.low <= cell.chance_accuracy
+        ]
+
+    @property
+    def has_gold(self) -> bool:
+        """True where some fall of the right answer's log-probability is defined."""
+        return any(
+            fall.value is not None for falls in self.gold.values() for fall in falls.values()
+        )
+
+    @property
     def is_accuracy(self) -> bool:
         """Whether drops are of accuracies, and no increases of a loss."""
         return all(cell.higher_is_better for cell in self.cells)
@@ -217,115 +230,6 @@ def _is_small(drop: Estimate) -> bool:
     return drop.high is not None and drop.high < SMALL
 
 
-def parts_answer(cell: CellRecord) -> str:
-    """Say what is shown of a cell's heads, experts and stretches, those of a kind all at once.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        For example `Of 270 heads 2 are shown to cost accuracy: layer 3 head 5, layer 0 head 1.`;
-        empty where it has no such runs.
-    """
-    sentences = []
-    for family, runs in grouped(cell.runs, lambda run: run.change.kind.family).items():
-        if family.many:
-            by_change = shown_runs(cell, runs)
-            largest_first = sorted(runs, key=lambda run: -(run.drop.value or 0.0))
-            shown = {run.change.label(): by_change[run.change] for run in largest_first}
-            level = measure_of(cell).level
-            sentence = shown_sentence(family.many, shown, level, cell.higher_is_better)
-            sentences.append(f"{sentence}.")
-    return " ".join(sentences)
-
-
-def shown_sentence(
-    what: str, shown: Mapping[str, Verdict], level: str, higher_is_better: bool = True
-) -> str:
-    """Say of things of one sort what is shown of them.
-
-    Args:
-        what: What they are called.
-        shown: The label of each, from the largest drop to the smallest → what is shown of it.
-        level: What they cost.
-        higher_is_better: Whether that is an accuracy or the like.
-
-    Returns:
-        A sentence without its end.
-    """
-    costs, helps = ("cost", "raise") if higher_is_better else ("raise", "lower")
-    if len(shown) == 1:
-        ((label, verdict),) = shown.items()
-        does = {"costs": costs, "helps": helps}.get(verdict)
-        return f"{label} is {f'shown to {does}' if does else 'not shown to change'} {level}"
-    clauses = []
-    for verdict, does, order in (
-        ("costs", costs, [*shown]),
-        ("helps", helps, [*shown][::-1]),
-    ):
-        names = [label for label in order if shown[label] == verdict]
-        if names:
-            rest = [f"{len(names) - FIRST} more"] if len(names) > FIRST else []
-            are = "is" if len(names) == 1 else "are"
-            named = listed([*names[:FIRST], *rest])
-            clauses.append(f"{len(names)} {are} shown to {does} {level}: {named}")
-    return f"Of {len(shown):,} {what} {'; '.join(clauses) or f'none is shown to change {level}'}"
-
-
-def alone_sentence(cell: CellRecord, average: bool) -> str:
-    """Return how many runs of a benchmark are open; `average` says that a mean is shown above."""
-    verdict = shown_runs(cell, cell.runs)
-    defined = [run for run in cell.runs if run.drop.value is not None]
-    count = sum(verdict[run.change] == "open" for run in defined)
-    noun = "layer" if all(run.change.kind == WHOLE_LAYER for run in cell.runs) else "run"
-    total, every = len(cell.runs), counted(len(cell.runs), noun)
-    subject = f"none of the {every} can" if count == total else f"{count} of {every} cannot"
-    text = f"{subject} be told from chance" if total > 1 else f"{every} is open"
-    if average:
-        text = f"on this benchmark alone, {text} (the average above can say more)"
-    return capital(text) if count else ""
-
-
-def controls_answer(cell: CellRecord) -> str:
-    """Hold what layers cost together against sets of as many that were drawn at random.
-
-    Of one set p is the share of the drawn ones, itself counted among them, that cost as little or
-    as much, twice the smaller one: it assumes that the set is as good as drawn, if its layers are
-    like any others. Several sets that share layers have no such p.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        A sentence for each size; empty where none was drawn.
-    """
-    measure = measure_of(cell)
-    known = [
-        run for run in cell.runs if run.change.kind.word == "layer" and run.drop.value is not None
-    ]
-    sentences = []
-    for size, runs in grouped(known, lambda run: run.change.span).items():
-        mine = [run.drop.value or 0.0 for run in runs if not run.change.drawn]
-        drawn = [run.drop.value or 0.0 for run in runs if run.change.drawn]
-        if not mine or not drawn:
-            continue
-        ends = " to ".join(measure.write(each) for each in (min(drawn), max(drawn)))
-        which = "the set" if len(mine) == 1 else f"{len(mine)} sets, on average"
-        text = (
-            f"{size} layers removed together: {measure.change} "
-            f"{measure.write(sum(mine) / len(mine))} {measure.unit} ({which}), "
-            f"{measure.write(sum(drawn) / len(drawn))} of {len(drawn)} sets drawn at random "
-            f"({ends})"
-        )
-        if len(mine) == 1:
-            less, more = sum(one <= mine[0] for one in drawn), sum(one >= mine[0] for one in drawn)
-            p = min(1.0, 2 * (min(less, more) + 1) / (len(drawn) + 1))
-            shown = "is shown to differ" if p < ALPHA else "is not shown to differ"
-            text += f". It {shown} from these (p = {p_value(p)})"
-        sentences.append(f"{text}.")
-    return " ".join(sentences)
-
-
 def shown_runs(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[Change, Verdict]:
     """Decide what is shown of runs of one cell, all of it at once.
 
@@ -375,75 +279,6 @@ def ranks_in(cell: CellRecord, runs: Sequence[RunRecord]) -> list[tuple[int, int
     return ranks(_all_at_once(cell, runs, pairs(len(runs))))
 
 
-def answer(found: Claims) -> str:
-    """Say in a few short sentences what is shown of a model's layers, and what is open.
-
-    Args:
-        found: What is shown.
-
-    Returns:
-        For example `Accuracy on arc_easy and piqa falls without layer 0, 1 or 11. Only layer 17 is
-        shown to cost less than 5 pp …`; why there is nothing to say where no benchmark counts.
-    """
-    if not found.layers:
-        return "No benchmark counts yet, so nothing can be said of the layers."
-    costly, undecided = found.costly, found.open
-    level = capital(measure_of(found.cells[0]).level)
-    falls, rises = ("falls", "rises") if found.is_accuracy else ("rises", "falls")
-    on = f"{'on average over' if len(found.cells) > 1 else 'on'} {name_benchmarks(found.cells)}"
-    sentences = []
-    if costly:
-        sentences.append(f"{level} {on} {falls} without {_layers(costly, 'or')}.")
-    else:
-        comma = "," if len(found.cells) > 1 else ""
-        sentences.append(f"So far no layer is shown to matter{comma} {on}.")
-    if weak := [cell for cell in found.cells if _at_chance(cell)]:
-        sentences.append(
-            f"On {name_benchmarks(weak)} the intact model itself is not shown to be above "
-            "guessing, so that accuracy has nothing to lose there."
-        )
-    if found.helpful:
-        subject = "It" if costly else level
-        sentences.append(f"{subject} {rises} without {_layers(found.helpful, 'or')}.")
-    if small := found.small:
-        subject = f"{len(small)} of {counted(len(found.layers), 'layer')}"
-        if len(small) <= min(_NAMED, len(found.layers) // 2):
-            subject = f"Only {_layers(small, 'and')}"
-        are = "is" if len(small) == 1 else "are"
-        sentences.append(f"{subject} {are} shown to cost less than {SMALL_IN_WORDS}.")
-    if undecided:
-        sentences.append(_undecided(found, len(undecided)))
-    falling = {} if costly else found.falling
-    if falling:
-        named = "; ".join(
-            f"{_layers(layers, 'and')} on {where}" for where, layers in _grouped(falling)
-        )
-        sentences.append(
-            f"The log-probability of the right answer varies less: the {FIRST} removals that lower "
-            f"it most include {named}."
-        )
-    sentences += _causes(found, {*costly, *falling})
-    if found.missed:
-        subject = "layer with the highest cosine score is"
-        if len(costly) > 1:
-            subject = f"{len(costly)} layers with the highest cosine scores are"
-        highest, matter = (listed([*map(str, sorted(of))]) for of in (found.by_cosine, costly))
-        sentences.append(f"The {subject} {highest}, not {matter}.")
-    return f"{' '.join(sentences)} ({basis(found.cells)}.)"
-
-
-def basis(cells: Sequence[CellRecord], what: str = "layers") -> str:
-    """Say on what something rests that is said of all layers, or all else, of some cells."""
-    counts = [*dict.fromkeys(cell.documents for cell in cells)]
-    each = " each" if len(cells) > 1 and len(counts) == 1 else ""
-    return f"{listed(counts)}{each}; 95 % confidence for all {what} together"
-
-
-def _at_chance(cell: CellRecord) -> bool:
-    low, chance = cell.baseline.low, cell.chance_accuracy
-    return low is not None and chance is not None and low <= chance
-
-
 def _together(
     cells: Sequence[CellRecord],
     layers: Collection[int],
@@ -465,48 +300,6 @@ def _low(figures: dict[int, Estimate], layer: int) -> float:
     return -math.inf if low is None else low
 
 
-def _causes(found: Claims, named: Collection[int]) -> list[str]:
-    """Say of the layers that are named whether the model still speaks without them."""
-    broken = [layer for layer in found.broken if layer in named]
-    others = [layer for layer in found.costly if layer not in broken]
-    if not broken:
-        return []
-    sentences = [
-        f"Without {_layers(broken, 'or')} the model breaks down (every answer becomes unlikely)."
-    ]
-    if others:
-        sentences.append(f"Without {_layers(others, 'or')} it still works but picks wrong answers.")
-    return sentences
-
-
-def _grouped(which: dict[int, list[CellRecord]]) -> list[tuple[str, list[int]]]:
-    """Gather the layers that are named for the same benchmarks, those of most benchmarks first."""
-    groups = grouped(which, lambda layer: tuple(map(id, which[layer])))
-    every = sorted(groups.items(), key=lambda item: (-len(item[0]), item[1]))
-    return [(name_benchmarks(which[layers[0]]), sorted(layers)) for _, layers in every]
-
-
-def _undecided(found: Claims, count: int) -> str:
-    count_measured = found.cells[0].n
-    alike = all(cell.n == count_measured for cell in found.cells)
-    measured = counted(count_measured, "document") if alike else "the documents measured"
-    text = f"For {counted(count, 'layer')}, {measured} cannot tell."
-    if (settled := found.settled_by()) is None:
-        return text
-    loss, needed = f"a loss of {100 * settled[0]:g} pp", settled[1]
-    documents = f"about {needed:,} documents{' of each benchmark' if found.cells[1:] else ''}"
-    if not (lacking := found.lacking(needed)):
-        return f"{text} With {documents} in all, {loss} would probably be detected."
-    sizes = [f"{cell.benchmark.documents:,} of {name_benchmarks([cell])}" for cell in lacking]
-    free = any(fall.value is not None for falls in found.gold.values() for fall in falls.values())
-    gold = "the log-probability of the right answer, which is measured already and varies less, or "
-    return (
-        f"{text} {capital(loss)} would take {documents}, but there are only {listed(sizes)}. "
-        f"Cheaper than another benchmark: {gold if free else ''}'until', which asks about these "
-        "documents alone."
-    )
-
-
 def _all_at_once(cell: CellRecord, runs: Sequence[RunRecord], family: int) -> list[Estimate]:
     """Find the drops of runs, with intervals that hold for so many statements."""
     drops = [run.drop for run in runs]
@@ -517,8 +310,3 @@ def name_benchmarks(cells: Sequence[CellRecord]) -> str:
     """Name benchmarks, each as shortly as tells it from the others."""
     titles = [cell.benchmark.title for cell in cells]
     return listed(titles if len({*titles}) == len(titles) else benchmark_labels(cells))
-
-
-def _layers(layers: Sequence[int], joint: str) -> str:
-    plural = "s" if len(layers) > 1 and joint == "and" else ""
-    return f"layer{plural} {listed([*map(str, layers)], joint)}"

@@ -13,9 +13,8 @@ import numpy as np
 
 from tracker.core.estimates import Estimate
 from tracker.core.records import RunRecord
-from tracker.stats.accuracy import accuracy, accuracy_drop, drop_sd
+from tracker.stats.accuracy import OutcomeVariance, accuracy, accuracy_drop, drop_sd
 from tracker.stats.arrays import Array
-from tracker.stats.power import OutcomeVariance
 
 
 def outcome_variance(run: RunRecord) -> OutcomeVariance | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from tracker.analysis.aligned import AlignedOutcomes, pairs
-from tracker.analysis.options import Chances, Texts, judged
+from tracker.analysis.decisions import Chances, Texts, judged
 from tracker.analysis.paired import PairedOutcomes
 from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.core.estimates import Estimate

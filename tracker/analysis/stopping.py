@@ -29,8 +29,7 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
 from tracker.stats.accuracy import weights_by_task
 from tracker.stats.arrays import Array, Mask
-from tracker.stats.sequential.smallest import SmallestMean
-from tracker.stats.sequential.stopping import Race
+from tracker.stats.stopping import Race, SmallestMean
 
 QUESTION = "prune 1 within 1 pp"
 """What a race of candidates by accuracy answers."""

@@ -71,8 +71,13 @@ def print_cell(
     What stands in `print_measured` already is left out then; `average` is as for `alone_sentence`.
     """
     from tracker.analysis.claims import shown_runs
-    from tracker.report.caveats import looks_note, rounding_note, second_rounding_note
-    from tracker.report.wording import beneath, power_sentence
+    from tracker.report.wording import (
+        beneath,
+        looks_note,
+        power_sentence,
+        rounding_note,
+        second_rounding_note,
+    )
 
     shown = [run for run in cell.runs if only in (None, run.change)]
     if brief:
@@ -108,13 +113,21 @@ def print_cell(
 
 def print_measured(cells: Sequence[CellRecord]) -> None:
     """Print what was found: an answer a model, the intact models, and which runs do something."""
-    from tracker.analysis.claims import answer, claims, controls_answer, parts_answer, shown_runs
-    from tracker.analysis.comparable import named_models
-    from tracker.analysis.labels import row_labels
-    from tracker.analysis.ranks.parts import part_boards
-    from tracker.analysis.ranks.proxies import correlation
-    from tracker.report.caveats import looks_note, rounding_note, second_rounding_note
-    from tracker.report.wording import beneath, short_correlation
+    from tracker.analysis.agreement import correlation
+    from tracker.analysis.boards import part_boards
+    from tracker.analysis.claims import claims, shown_runs
+    from tracker.analysis.comparable import named_models, row_labels
+    from tracker.report.wording import (
+        answer,
+        beneath,
+        board_answer,
+        controls_answer,
+        looks_note,
+        parts_answer,
+        rounding_note,
+        second_rounding_note,
+        short_correlation,
+    )
 
     labels = dict(zip(map(id, cells), row_labels(cells), strict=True))
     models = named_models(cells)
@@ -124,7 +137,7 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
         averaged |= {id(cell) for cell in found.cells if len(found.cells) > 1}
         texts = [answer(found)] if found.layers else []
         # What one benchmark says of parts is said of each below.
-        texts += [board.answer for board in part_boards(mine) if len(board.cells) > 1]
+        texts += [board_answer(board) for board in part_boards(mine) if len(board.cells) > 1]
         for text in texts:
             say()
             say(f"{model}: {text}" if len(models) > 1 else text)
@@ -173,7 +186,7 @@ def print_measured(cells: Sequence[CellRecord]) -> None:
 
 def _unlisted(cell: CellRecord, average: bool) -> str:
     """Return how many runs are not listed, and why; `average` is as for `alone_sentence`."""
-    from tracker.analysis.claims import alone_sentence
+    from tracker.report.wording import alone_sentence
 
     undefined = [run for run in cell.runs if run.drop.value is None]
     sentences = [alone_sentence(cell, average)]
@@ -186,7 +199,7 @@ def _unlisted(cell: CellRecord, average: bool) -> str:
 
 def _of_named_layers(found: Claims) -> Table:
     """Lay out the layers that an answer names, on average and benchmark by benchmark."""
-    from tracker.analysis.labels import benchmark_labels
+    from tracker.analysis.comparable import benchmark_labels
 
     measure = measure_of(found.cells[0])
     labelled = zip(found.cells, benchmark_labels(found.cells), strict=True)
@@ -259,14 +272,14 @@ def _dashes(made: Table) -> Iterator[str]:
 def print_boards(cells: Sequence[CellRecord]) -> None:
     """Print the leaderboards of layers, and that of models where there are several."""
     from tracker.report.export import boards
-    from tracker.report.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
+    from tracker.report.wording import rule
 
     boards_of, notes = boards(cells)
     for made in boards_of:
         print_table(made)
         say_all(*made.notes)
         say()
-    rules = (LAYER_RULE, *((MODEL_RULE,) if len(boards_of) > 1 else ()), INTERVAL_RULE)
+    rules = (rule("layers"), *((rule("models"),) if len(boards_of) > 1 else ()), rule("intervals"))
     say_all(*(rules if boards_of else ("nothing is ranked: no benchmark here counts",)))
     if notes:
         more = f" And {len(notes) - _SAID} more, which the page names." if notes[_SAID:] else ""
@@ -320,7 +333,7 @@ def runnable(location: str) -> str:
 def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     """Print what an experiment will cost, at a rate or at the one that is measured here."""
     from tracker.report.wording import second_rounding
-    from tracker.stats.power import ALPHA, MEANT, POWER
+    from tracker.stats.accuracy import ALPHA, MEANT, POWER
 
     rates = _Rates(gflops)
 
@@ -513,7 +526,7 @@ def _until(cell: PlannedCell) -> str:
 
 def _revealed(cell: PlannedCell) -> tuple[str, str]:
     """Say which drop a planned cell would reveal, and how many documents the one that is meant."""
-    from tracker.stats.power import documents_needed
+    from tracker.stats.accuracy import documents_needed
 
     if cell.spread is None:
         return DASH, DASH

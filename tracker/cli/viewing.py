@@ -204,7 +204,7 @@ def list_cells(folder: Path | None, results: Path) -> None:
     """
     results = chosen(folder, results)
     from tracker import api
-    from tracker.analysis.labels import row_labels
+    from tracker.analysis.comparable import row_labels
 
     damaged: dict[str, str] = {}
     unfinished: dict[str, tuple[int, str]] = {}

@@ -112,6 +112,11 @@ def with_interval(
     return f"{write(found.value)}{unit}{f' ({between})' if between else ''}"
 
 
+def nats(figure: Estimate) -> str:
+    """Write nats with their interval, such as `0.12 nats (0.05 to 0.19)`; a dash if undefined."""
+    return with_interval(figure, three_digits, " nats")
+
+
 NO_SCORE = "a document has no finite score"
 """The reason of an undefined level, where nothing else gives one."""
 

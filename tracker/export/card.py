@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Template
 
 from tracker.core.formats import level_text
 from tracker.core.grouping import grouped
@@ -30,6 +30,7 @@ from tracker.core.text import as_code, as_markdown
 from tracker.core.weight_formats import FORMATS
 from tracker.export.facts import Exported
 from tracker.models.sources import PACKAGE, ModelSource
+from tracker.report.texts import templates_of
 
 WINDOWS = "llama.cpp, windows"
 """The recipe that writes down which layers see a window, where llama.cpp would guess wrong."""
@@ -428,13 +429,7 @@ def card_text(model: Exported) -> str:
 
 @cache
 def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("tracker.export"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates_of("tracker.export", keep_trailing_newline=True)
     environment.filters |= {"markdown": as_markdown, "code": as_code, "level": level_text}
     return environment.get_template("card.md.j2")
 

@@ -27,9 +27,8 @@ from tracker.measuring.derive import answer_of, record_of
 from tracker.measuring.prepare import CellLookup, check_layers, look_up
 from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, count_layers, stored_format
-from tracker.stats.accuracy import weights_by_task
-from tracker.stats.power import UNRELATED, OutcomeVariance
-from tracker.stats.sequential.stopping import forecast
+from tracker.stats.accuracy import UNRELATED, OutcomeVariance, weights_by_task
+from tracker.stats.stopping import forecast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,11 +11,8 @@ from types import MappingProxyType
 import pandas as pd
 import plotly.graph_objects as go
 
-from tracker.analysis.comparable import models_of, named_models
-from tracker.analysis.labels import benchmark_labels, model_labels
-from tracker.analysis.ranks.layers import layer_board
-from tracker.analysis.ranks.models import model_board
-from tracker.analysis.ranks.parts import part_boards
+from tracker.analysis.boards import layer_board, model_board, part_boards
+from tracker.analysis.comparable import benchmark_labels, model_labels, models_of, named_models
 from tracker.core import formats
 from tracker.core.distribution import install_extra
 from tracker.core.errors import RequestError
@@ -37,8 +34,8 @@ from tracker.report.leaderboard import (
     part_board_table,
 )
 from tracker.report.page.studies import study_charts, study_frames
-from tracker.report.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 from tracker.report.tables import overview_table
+from tracker.report.wording import rule
 
 _LATEX = str.maketrans(
     {sign: f"\\{sign}" for sign in "&%$#_{}"}
@@ -114,7 +111,7 @@ def export(
 
 def _markdown(cells: Sequence[CellRecord], path: Path, more: More, findings: Found) -> list[Path]:
     parts = ["# Which layers matter", wording.summary(cells)]
-    parts += ["## Leaderboards", LAYER_RULE, MODEL_RULE, INTERVAL_RULE]
+    parts += ["## Leaderboards", rule("layers"), rule("models"), rule("intervals")]
     tables, notes = boards(cells)
     parts += [*map(_pipes, tables), *map(as_markdown, notes)]
     parts += ["## Benchmarks", _pipes(overview_table(cells))]
@@ -139,7 +136,13 @@ def _latex(cells: Sequence[CellRecord], path: Path, more: More, findings: Found)
 
     tables, notes = boards(cells)
     notes += [note for made in tables for note in made.notes]
-    comments = ["needs \\usepackage{booktabs}", LAYER_RULE, INTERVAL_RULE, MODEL_RULE, *notes]
+    comments = [
+        "needs \\usepackage{booktabs}",
+        rule("layers"),
+        rule("intervals"),
+        rule("models"),
+        *notes,
+    ]
     text = "\n".join(f"% {' '.join(comment.split())}" for comment in comments)
     write_text(path, "\n\n".join([text, *map(table, tables)]) + "\n")
     return [path]
@@ -151,7 +154,7 @@ def boards(cells: Sequence[CellRecord]) -> tuple[list[Table], list[str]]:
     With them comes what does not count, and why.
     """
     layers = {name: layer_board(group) for name, group in named_models(cells).items()}
-    tables = [layer_board_table(board, name) for name, board in layers.items() if board.layers]
+    tables = [layer_board_table(board, name) for name, board in layers.items() if board.parts]
     for name, group in named_models(cells).items():
         tables += [part_board_table(board, name) for board in part_boards(group)]
     notes = [

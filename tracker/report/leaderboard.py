@@ -9,13 +9,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from tracker.analysis.labels import benchmark_labels, model_labels
-from tracker.analysis.layer_figures import layer_relevance, relative_depth, why_undefined
-from tracker.analysis.ranks.layers import LayerBoard, LayerStanding
-from tracker.analysis.ranks.models import ModelBoard, ModelStanding
-from tracker.analysis.ranks.pairs import Pair
-from tracker.analysis.ranks.parts import PartBoard, PartStanding
-from tracker.analysis.ranks.proxies import Misjudged, cosine_ranks, misjudged
+from tracker.analysis.agreement import Misjudged, Pair, cosine_ranks, misjudged
+from tracker.analysis.boards import (
+    LayerBoard,
+    ModelBoard,
+    ModelStanding,
+    PartBoard,
+    PartStanding,
+    layer_relevance,
+    relative_depth,
+    why_undefined,
+)
+from tracker.analysis.comparable import benchmark_labels, model_labels
 from tracker.core.changes import WHOLE_LAYER
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.formats import counted, layer_list
@@ -23,7 +28,7 @@ from tracker.core.proxies import OBSERVED, PROXIES, Proxy
 from tracker.core.records import NO_REASON, CellRecord, layers_of
 from tracker.core.run_table import layer_column, named, pick
 from tracker.core.tables import Column, Table, table
-from tracker.report.caveats import provenance_notes
+from tracker.report.wording import models_open, provenance_notes
 
 _MOST = 10
 """So many misjudged layers are listed at most."""
@@ -36,14 +41,14 @@ _RELEVANCE = "mean relevance with 95 % interval for each alone"
 _DROP = "mean accuracy drop with 95 % interval"
 _DECIDING = f"{_DROP} for all together"
 _SCORE = f"mean {PROXIES['cosine_score'].heading}"
-Standing = TypeVar("Standing")
+Ranked = TypeVar("Ranked")
 
 
-class RankedRow(NamedTuple, Generic[Standing]):
+class RankedRow(NamedTuple, Generic[Ranked]):
     """A row of a leaderboard whose model is ranked on so many `benchmarks`."""
 
     model: str
-    standing: Standing
+    standing: Ranked
     benchmarks: int
 
 
@@ -86,7 +91,7 @@ def _rank_column(
     return [], ["No rank by relevance is told from another yet."] * (len(ranks) > 1)
 
 
-def layer_board_columns() -> tuple[Column[RankedRow[LayerStanding]], ...]:
+def layer_board_columns() -> tuple[Column[RankedRow[PartStanding]], ...]:
     """State the columns of a leaderboard of layers that code gets."""
     return (
         Column("model", "text", lambda row: row.model, name="model"),
@@ -100,8 +105,8 @@ def layer_board_columns() -> tuple[Column[RankedRow[LayerStanding]], ...]:
     )
 
 
-def _layer_rows(board: LayerBoard, label: str) -> list[RankedRow[LayerStanding]]:
-    return [RankedRow(label, layer, len(board.cells)) for layer in board.layers]
+def _rows(board: PartBoard, label: str) -> list[RankedRow[PartStanding]]:
+    return [RankedRow(label, standing, len(board.cells)) for standing in board.parts]
 
 
 def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
@@ -111,16 +116,16 @@ def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
     `benchmarks` benchmarks, fractions; `rank` is missing where a benchmark is lacking.
     """
     labelled = zip(boards, model_labels([board.model for board in boards]), strict=True)
-    rows = [row for board, label in labelled for row in _layer_rows(board, label)]
+    rows = [row for board, label in labelled for row in _rows(board, label)]
     return table("", layer_board_columns(), rows)
 
 
 def layer_board_table(board: LayerBoard, label: str) -> Table:
     """Set the leaderboard of one model's layers, the largest lower end of a drop first."""
     columns, ranks = named(*layer_board_columns()), cosine_ranks(board)
-    rows = _layer_rows(board, label)
+    rows = _rows(board, label)
     rank, notes = _rank_column(rows, _NO_RANK)
-    by_cosine: Column[RankedRow[LayerStanding]] = Column(
+    by_cosine: Column[RankedRow[PartStanding]] = Column(
         "rank by cosine score", "count", lambda row: ranks.get(row.standing.layer), _NO_SCORE
     )
     return table(
@@ -142,7 +147,7 @@ def layer_board_table(board: LayerBoard, label: str) -> Table:
 def _notes(board: LayerBoard) -> list[str]:
     """Explain dashes, and what is open though its interval is not."""
     no_cosine_ranks = bool(board.ranked) and not cosine_ranks(board)
-    reasons: dict[str, Callable[[LayerStanding], bool]] = {
+    reasons: dict[str, Callable[[PartStanding], bool]] = {
         f"no rank: {_NO_RANK}": lambda row: row.rank.value is None,
         "no mean cosine score: undefined on a benchmark": lambda row: row.cosine_score is None,
         f"no rank by cosine score: {_NO_SCORE}": lambda row: no_cosine_ranks,
@@ -153,7 +158,7 @@ def _notes(board: LayerBoard) -> list[str]:
     notes = []
     for why, holds in reasons.items():
         if rows := [row.layer for row in board.by_depth if holds(row)]:
-            notes.append(f"{layer_list(rows, len(board.layers)).capitalize()}: {why}.")
+            notes.append(f"{layer_list(rows, len(board.parts)).capitalize()}: {why}.")
     return notes + provenance_notes(board.cells)
 
 
@@ -162,13 +167,13 @@ def part_board_columns() -> tuple[Column[RankedRow[PartStanding]], ...]:
 
     def of_run(field: str, label: str, name: str = "") -> Column[RankedRow[PartStanding]]:
         return Column(
-            label, "count", lambda row: getattr(row.standing.run.change, field), "", name or field
+            label, "count", lambda row: getattr(row.standing.change, field), "", name or field
         )
 
     return (
         Column("model", "text", lambda row: row.model, name="model"),
-        Column("kind", "text", lambda row: row.standing.run.change.kind.family.many, name="kind"),
-        Column("part", "text", lambda row: row.standing.run.change.label(), name="part"),
+        Column("kind", "text", lambda row: row.standing.change.kind.family.many, name="kind"),
+        Column("part", "text", lambda row: row.standing.change.label(), name="part"),
         *_ranks(_NO_RANK),
         of_run("first", "layer (0-based)", "layer"),
         of_run("span", "layers"),
@@ -180,22 +185,18 @@ def part_board_columns() -> tuple[Column[RankedRow[PartStanding]], ...]:
     )
 
 
-def _part_rows(board: PartBoard, label: str) -> list[RankedRow[PartStanding]]:
-    return [RankedRow(label, part, len(board.cells)) for part in board.parts]
-
-
 def part_board_data(boards: Sequence[tuple[str, PartBoard]]) -> Table:
     """Lay the leaderboards of heads, experts and stretches out for code, each with its model.
 
     One row for each model and part, kind by kind, the largest lower end of a drop first.
     """
-    rows = [row for label, board in boards for row in _part_rows(board, label)]
+    rows = [row for label, board in boards for row in _rows(board, label)]
     return table("", part_board_columns(), rows)
 
 
 def part_board_table(board: PartBoard, label: str) -> Table:
     """Set the leaderboard of one kind of a model's parts: both of its ends where it is long."""
-    rows = _part_rows(board, label)
+    rows = _rows(board, label)
     between = len(rows) - 2 * _ENDS
     title = (
         f"{label}: its {board.kind.many} over {counted(len(board.cells), 'benchmark')}, the "
@@ -316,14 +317,14 @@ def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
         f"{counted(len(board.benchmarks), 'common benchmark')}.",
         [*rank, *pick(named(*model_board_columns()), *names, "layers")],
         rows,
-        *filter(None, [board.open]),
+        *filter(None, [models_open(board)]),
         header=len(rank),
     )
 
 
 def depth_table(boards: Sequence[LayerBoard], labels: Sequence[str]) -> Table:
     """Set the numbers behind the curves over relative depth, a row a model and layer."""
-    columns: tuple[Column[tuple[str, int, LayerStanding]], ...] = (
+    columns: tuple[Column[tuple[str, int, PartStanding]], ...] = (
         Column("model", "text", lambda row: row[0]),
         Column("layer (0-based)", "count", lambda row: row[2].layer),
         Column("relative depth", "metric", lambda row: relative_depth(row[2].layer, row[1])),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from tracker.analysis.agreement import correlation
+from tracker.analysis.boards import layer_relevance
 from tracker.analysis.claims import shown_runs
-from tracker.analysis.labels import benchmark_labels, row_labels
-from tracker.analysis.layer_figures import layer_relevance
-from tracker.analysis.ranks.proxies import correlation
+from tracker.analysis.comparable import benchmark_labels, row_labels
 from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.estimates import Estimate
 from tracker.core.formats import DASH, counted, defined, measure_of, write
@@ -29,14 +29,18 @@ from tracker.core.run_table import (
 )
 from tracker.core.tables import Column, Table, table
 from tracker.core.text import capital
-from tracker.report.caveats import provenance_notes
-from tracker.report.rules import CORRELATION_RULE, EXPERT_RULE
-from tracker.report.wording import P_OVER, power_sentence, run_list, sample_of
+from tracker.report.wording import (
+    P_OVER,
+    power_sentence,
+    provenance_notes,
+    rule,
+    run_list,
+    sample_of,
+)
 from tracker.stats.accuracy import RATIO
 
 COEFFICIENTS = {"spearman": "Spearman", "kendall": "Kendall tau-b", "pearson": "Pearson"}
 SUBSETS = {"all": "all layers", "inner": "without the two outer layers at each end"}
-RULES = {"layer": CORRELATION_RULE, "expert": EXPERT_RULE}
 _Labelled = tuple[CellRecord, tuple[str, str]]
 
 
@@ -208,7 +212,7 @@ def correlation_table(cell: CellRecord) -> Table:
         columns["coefficient"], value=lambda row: COEFFICIENTS[row[1].coefficient]
     )
     undefined = [record for record in cell.correlations if not defined(record.estimate.value)]
-    notes = [rule for sample, rule in RULES.items() if sample in samples]
+    notes = [rule(f"{of}_correlation") for of in ("layer", "expert") if of in samples]
     notes += [
         f"{COEFFICIENTS[record.coefficient]}, {_proxy(record)}, {SUBSETS[record.subset]}: "
         f"undefined: {record.estimate.reason or NO_REASON}."

@@ -1,14 +1,26 @@
-"""Sentences about cell records."""
+"""Sentences about cell records: what they show, how it is read, and warnings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import median
 
+from tracker.analysis.agreement import Agreement, correlation
+from tracker.analysis.boards import APART, ModelBoard, PartBoard, sure
+from tracker.analysis.claims import (
+    FIRST,
+    SMALL_IN_WORDS,
+    Claims,
+    claims,
+    name_benchmarks,
+    shown_runs,
+)
 from tracker.analysis.paired import spreads_of
-from tracker.analysis.ranks.proxies import correlation
+from tracker.core.answers import interval_name
 from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.estimates import Estimate
 from tracker.core.formats import (
+    about,
     counted,
     defined,
     interval,
@@ -19,11 +31,31 @@ from tracker.core.formats import (
     two_digits,
     with_interval,
 )
+from tracker.core.grouping import grouped
 from tracker.core.kinds import REPLACED_BY
-from tracker.core.proxies import OBSERVED, OF_EXPERTS, PROXIES
-from tracker.core.records import NO_REASON, CellRecord, CorrelationRecord, RunRecord, layers_of
-from tracker.stats.power import ALPHA, POWER
-from tracker.stats.support import holm
+from tracker.core.provenance import WEIGHTS
+from tracker.core.proxies import OBSERVED, OF_EXPERTS, PROXIES, Proxy
+from tracker.core.records import (
+    NO_REASON,
+    NOT_MEASURED,
+    CellRecord,
+    CorrelationRecord,
+    RunRecord,
+    layers_of,
+)
+from tracker.core.text import capital
+from tracker.core.weight_formats import FORMATS
+from tracker.report.texts import TextTemplate
+from tracker.stats.accuracy import ALPHA, POWER
+from tracker.stats.support import Verdict, holm
+
+_MOST_NAMED = 10
+"""So many layers that cost little are named; of more it is said how many they are."""
+
+
+def rule(name: str) -> str:
+    """Return how something is read: `layers`, `models`, `intervals`, `layer_correlation`, …"""
+    return WORDS.one(f"{name}_rule")
 
 
 def kind_words(kind: Change) -> str:
@@ -149,23 +181,13 @@ def sentence(cell: CellRecord) -> str:
         score and accuracy drop (or loss increase) over all layers and over the inner ones, or why
         it is undefined; and that of every other proxy over all layers, or of experts.
     """
-    by_expert = ((p.label, correlation(cell, proxy=p.name)) for p in OF_EXPERTS)
-    experts = " ".join(
-        f"Spearman of {name} and {measure_of(cell).change}: {correlation_text(record)}."
-        for name, record in by_expert
-        if record
-    )
-    if cell.runs and not cell.whole_layers:
-        nothing = "No whole single layer was removed, so nothing is correlated."
-        return f"{beneath(cell)}{experts or nothing}"
-    found = ((p.label, correlation(cell, proxy=p.name)) for p in OBSERVED[1:])
-    others = ", ".join(f"{name} {short_correlation(record)}" for name, record in found if record)
-    others = f" Of other proxies: {others}." if others else ""
-    return (
-        f"{beneath(cell)}Spearman of cosine score and {measure_of(cell).change}: "
-        f"{correlation_text(correlation(cell))}; without the two outer layers at each end "
-        f"{correlation_text(correlation(cell, 'inner'))}.{others}{' ' * bool(experts)}{experts}"
-    )
+
+    def named(proxies: Sequence[Proxy]) -> dict[str, CorrelationRecord]:
+        records = ((proxy.label, correlation(cell, proxy=proxy.name)) for proxy in proxies)
+        return {name: record for name, record in records if record}
+
+    text = WORDS.one("correlations", cell, named(OF_EXPERTS), named(OBSERVED[1:]))
+    return f"{beneath(cell)}{text}"
 
 
 def beneath(cell: CellRecord) -> str:
@@ -188,13 +210,7 @@ def beneath(cell: CellRecord) -> str:
         return text + named_interval(figure, measure.write)
 
     alone, intact = level(cell.remaining), level(cell.baseline)
-    plural = len(cell.removed) > 1
-    return (
-        f"Every run here lacks {layer_list(cell.removed, 0)} as well. Without "
-        f"{'these' if plural else 'this one'} alone, {measure.level} is {alone}; intact, it is "
-        f"{intact}. Every {measure.change} is relative to the intact model, so it holds what "
-        f"{'these layers cost' if plural else 'this layer costs'} too. "
-    )
+    return WORDS.one("beneath", cell, measure, alone, intact) + " "
 
 
 def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
@@ -210,23 +226,12 @@ def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
     """
     if not runs or cell.is_raced:  # the power of one look
         return ""
-    measure = measure_of(cell)
     found = spreads_of(runs)
     if found is None:
         why = next((r.reasons["drop_sd"] for r in runs if "drop_sd" in r.reasons), "")
         return f"Power is undefined: {why or 'no outcome of a document has changed'}."
-    under = (" under the median removal", " under the one that changes most")
-    named = [(found[0], "")] if len(runs) == 1 else [*zip(found, under, strict=True)]
-    changes = [(spread.change(cell.n, len(runs)), which) for spread, which in named]
-    together = f", {len(runs)} runs together" if len(runs) > 1 else ""
-    smallest = ", ".join(
-        f"{'none' if change is None else f'{measure.write(change)} {measure.unit}'}{which}"
-        for change, which in changes
-    )
-    return (
-        f"The smallest {measure.change} that {counted(cell.n, 'document')} reveal, with "
-        f"{100 * POWER:.0f} % power (two-sided {100 * ALPHA:.0f} %, paired{together}): {smallest}."
-    )
+    changes = [spread.change(cell.n, len(runs)) for spread in found[: len(runs)]]
+    return WORDS.one("power", cell, measure_of(cell), len(runs), changes, POWER, ALPHA)
 
 
 def summary(cells: Sequence[CellRecord]) -> str:
@@ -240,37 +245,15 @@ def summary(cells: Sequence[CellRecord]) -> str:
     """
     if not cells:
         return "No benchmark is measured yet, so there is nothing to show."
-    models = len({cell.model.key for cell in cells})
-    text = f"{counted(models, 'model')}, {counted(len(cells), 'measurement')}; {_turns(cells)}. "
     records = [record for cell in cells if (record := correlation(cell))]
     values = sorted(value for record in records if defined(value := record.estimate.value))
-    if not values:
-        return (
-            f"{text}No rank correlation of cost and cosine score is defined here; each benchmark "
-            "says why."
-        )
-    if len(cells) == 1:
-        return (
-            f"{text}The Spearman correlation of cost and cosine score over the layers is "
-            f"{correlation_text(records[0])}; 1 would be the same order."
-        )
     adjusted = holm([record.estimate.p_value for record in records])
     related = sum(
         p is not None and p < ALPHA and (record.estimate.value or 0) > 0
         for record, p in zip(records, adjusted, strict=True)
     )
-    span = (
-        f"is {two_digits(values[0])}"
-        if len(values) == 1
-        else f"runs from {two_digits(values[0])} to {two_digits(values[-1])}"
-    )
-    text += (
-        f"The Spearman correlation of cost and cosine score over the layers {span} (1 = the same "
-        f"order); significant in {related} of {counted(len(cells), 'measurement')} (5 %, "
-        "Holm-corrected)"
-    )
-    without = len(cells) - len(values)
-    return f"{text}, in {without} it is undefined." if without else f"{text}."
+    models, first = len({cell.model.key for cell in cells}), next(iter(records), None)
+    return WORDS.one("summary", cells, models, _turns(cells), values, first, related)
 
 
 def _turns(cells: Sequence[CellRecord]) -> str:
@@ -309,17 +292,316 @@ def _turns(cells: Sequence[CellRecord]) -> str:
     return "; ".join(clauses)
 
 
-def second_rounding(model: str, kept: str) -> str:
-    """Say which error is measured where weights are rounded that were rounded before.
+def second_rounding(model: str, stored: str) -> str:
+    """Name the error that is measured where weights were rounded before.
 
     Args:
         model: What people call the model.
-        kept: The format that its checkpoint keeps them in.
+        stored: The format that its checkpoint keeps them in.
 
     Returns:
         A sentence.
     """
-    return (
-        f"{model}: its checkpoint keeps weights in {kept}, so they were rounded once before; what "
-        "a format costs here is what the second rounding does."
-    )
+    return WORDS.one("second_rounding", model, stored)
+
+
+def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
+    """Name the cells that were not measured by the same versions and devices throughout.
+
+    Args:
+        cells: The cells.
+
+    Returns:
+        One sentence for each.
+    """
+    pairs = ((cell, cell.mismatch) for cell in cells)
+    return [f"{cell.title}: {why}.{_mismatched(cell)}" for cell, why in pairs if why]
+
+
+def _mismatched(cell: CellRecord) -> str:
+    """Name the runs measured unlike their baseline; begins with a space."""
+    changes = [run.change for run in cell.runs if run.mismatch]
+    if not changes:
+        return f" Each {measure_of(cell).change} compares what was measured alike."
+    return f" Baseline and ablation differ in this for {run_list(changes, cell)}."
+
+
+def looks_note(cell: CellRecord) -> str:
+    """Explain the figures of a cell that was stopped at an answer.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Some sentences; none where its documents are as many as were asked for.
+    """
+    return WORDS.one("looks", cell) if cell.is_raced and cell.unfinished else ""
+
+
+def rounding_note(cell: CellRecord) -> str:
+    """Count the documents that half precision decides by rounding, and what that moves.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Some sentences; none in single precision.
+    """
+    if cell.baseline_rounded is None or cell.baseline_rounding is None:
+        why = cell.reasons.get("baseline_rounded") if cell.higher_is_better else None
+        return WORDS.one("unknown_rounding", cell, why)
+    runs = [run for run in cell.runs if run.rounded is not None]
+    counts = {run.rounded for run in runs if run.rounded is not None}
+    # No larger than what rounding moves.
+    small = [
+        run.change
+        for run in runs
+        if sure(run.drop) and abs(run.drop.value or 0.0) <= (run.drop_rounding or 0.0)
+    ]
+    span = sorted({min(counts), max(counts)}) if counts else []
+    return WORDS.one("rounding", cell, measure_of(cell), span, small)
+
+
+def second_rounding_note(cell: CellRecord) -> str:
+    """Name the error that is measured in a cell whose weights were rounded before.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        A sentence; empty where no weights are rounded, or none were before.
+    """
+    stored = cell.provenance.get(WEIGHTS)
+    if stored is None or not any(run.change.intervention in FORMATS for run in cell.runs):
+        return ""
+    return second_rounding(cell.model.name, stored)
+
+
+def warnings(cell: CellRecord) -> tuple[str, ...]:
+    """List what a reader must know before trusting the cell's numbers.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        One sentence for each: missing runs, several versions or devices, undefined values of the
+        cell, a weak baseline.
+    """
+    notes = []
+    if cell.missing:
+        notes.append(f"Incomplete: {run_list(cell.missing, cell)}: {NOT_MEASURED}.")
+    if cell.unfinished:
+        notes.append(looks_note(cell) or f"Incomplete: {cell.unfinished}.")
+    # The first two are said with the documents, and with what rounding decides.
+    elsewhere = {"baseline_low", "baseline_rounded", *cell.NOTES}
+    if not cell.higher_is_better:
+        elsewhere.add("chance_accuracy")  # a loss has none, and nothing is wrong
+    notes += [
+        f"{capital(figure).replace('_', ' ')} is undefined: {reason}."
+        for figure, reason in cell.all_reasons.items()
+        if figure not in elsewhere
+    ]
+    if cell.mismatch:
+        notes.append(f"{capital(cell.mismatch)}.{_mismatched(cell)}")
+    if cell.unsaved:
+        notes.append(f"{capital(cell.unsaved)}.")
+    notes += filter(None, (rounding_note(cell), second_rounding_note(cell)))
+    chance = cell.chance_accuracy
+    if chance is None:
+        return tuple(notes)
+    if defined(cell.baseline.value) and cell.baseline.value <= chance:
+        notes.append("The intact model is at or below chance: its layers have little to lose.")
+    elif defined(cell.baseline.low) and cell.baseline.low <= chance:
+        notes.append(
+            "The 95 % interval of the baseline reaches down to chance: the drops say little."
+        )
+    return tuple(notes)
+
+
+def answer(claims: Claims) -> str:
+    """Write in a few short sentences what is shown of a model's layers, and what is open.
+
+    Args:
+        claims: What is shown.
+
+    Returns:
+        For example `Accuracy on arc_easy and piqa falls without layer 0, 1 or 11. Only layer 17 is
+        shown to cost less than 5 pp …`; why there is nothing to say where no benchmark counts.
+    """
+    falling = {} if claims.costly else claims.falling
+    groups = grouped(falling, lambda layer: tuple(map(id, falling[layer])))
+    by_count = sorted(groups.items(), key=lambda item: (-len(item[0]), item[1]))
+    named = [(falling[layers[0]], sorted(layers)) for _, layers in by_count]
+    broken = [layer for layer in claims.broken if layer in {*claims.costly, *falling}]
+    settled = claims.settled_by() if claims.open else None
+    lacking = claims.lacking(settled[1]) if settled else []
+    return WORDS.one("answer", claims, named, broken, settled, lacking)
+
+
+def shown_sentence(
+    noun: str, shown: Mapping[str, Verdict], level: str, higher_is_better: bool = True
+) -> str:
+    """Write what is shown of things of one sort.
+
+    Args:
+        noun: Plural of what they are called.
+        shown: The label of each, from the largest drop to the smallest → what is shown of it.
+        level: What they cost.
+        higher_is_better: Whether that is an accuracy or the like.
+
+    Returns:
+        A sentence without its end.
+    """
+    words = ("cost", "raise") if higher_is_better else ("raise", "lower")
+    verdicts: tuple[Verdict, ...] = ("costs", "helps")
+    labels = [[label for label in shown if shown[label] == verdict] for verdict in verdicts]
+    clauses = list(zip(words, (labels[0], labels[1][::-1]), strict=True))
+    return WORDS.one("shown", noun, list(shown), level, clauses)
+
+
+def parts_answer(cell: CellRecord) -> str:
+    """Write what is shown of a cell's heads, experts and stretches, those of a kind all at once.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        For example `Of 270 heads 2 are shown to cost accuracy: layer 3 head 5, layer 0 head 1.`;
+        empty where it has no such runs.
+    """
+    sentences = []
+    for family, runs in grouped(cell.runs, lambda run: run.change.kind.family).items():
+        if family.many:
+            by_change = shown_runs(cell, runs)
+            largest_first = sorted(runs, key=lambda run: -(run.drop.value or 0.0))
+            shown = {run.change.label(): by_change[run.change] for run in largest_first}
+            level = measure_of(cell).level
+            sentence = shown_sentence(family.many, shown, level, cell.higher_is_better)
+            sentences.append(f"{sentence}.")
+    return " ".join(sentences)
+
+
+def board_answer(board: PartBoard) -> str:
+    """Write what is shown of the parts of a board."""
+    order = sorted(board.parts, key=lambda part: -(part.deciding.value or 0.0))
+    shown = {part.change.label(): part.verdict for part in order}
+    over = "on average over" if len(board.cells) > 1 else "on"
+    level, many = f"accuracy {over} {name_benchmarks(board.cells)}", board.kind.many
+    return f"{shown_sentence(many, shown, level)} ({WORDS.one('basis', board.cells, many)})."
+
+
+def alone_sentence(cell: CellRecord, average: bool) -> str:
+    """Return how many runs of a benchmark are open; `average` says that a mean is shown above."""
+    verdict = shown_runs(cell, cell.runs)
+    defined = [run for run in cell.runs if run.drop.value is not None]
+    count = sum(verdict[run.change] == "open" for run in defined)
+    noun = "layer" if all(run.change.kind == WHOLE_LAYER for run in cell.runs) else "run"
+    return capital(WORDS.one("alone", count, len(cell.runs), noun, average))
+
+
+def controls_answer(cell: CellRecord) -> str:
+    """Hold what layers cost together against sets of as many that were drawn at random.
+
+    Of one set p is the share of the drawn ones, itself counted among them, that cost as little or
+    as much, twice the smaller one: it assumes that the set is as good as drawn, if its layers are
+    like any others. Several sets that share layers have no such p.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        A sentence for each size; empty where none was drawn.
+    """
+    defined_runs = [
+        run for run in cell.runs if run.change.kind.word == "layer" and run.drop.value is not None
+    ]
+    sentences = []
+    for size, runs in grouped(defined_runs, lambda run: run.change.span).items():
+        mine = [run.drop.value or 0.0 for run in runs if not run.change.drawn]
+        drawn = [run.drop.value or 0.0 for run in runs if run.change.drawn]
+        if mine and drawn:
+            less, more = (
+                sum(drop <= mine[0] for drop in drawn),
+                sum(drop >= mine[0] for drop in drawn),
+            )
+            p = min(1.0, 2 * (min(less, more) + 1) / (len(drawn) + 1)) if len(mine) == 1 else None
+            sentences.append(WORDS.one("controls", size, measure_of(cell), mine, drawn, p, ALPHA))
+    return " ".join(sentences)
+
+
+def model_answer(
+    statements: Claims, boards: Sequence[PartBoard], cells: Sequence[CellRecord]
+) -> str:
+    """Write what is shown of a model's layers, if any were removed, and of its parts.
+
+    Parts of which no benchmark counts, as of losses, are spoken of benchmark by benchmark.
+    """
+    parts = [*map(board_answer, boards)]
+    if not statements.layers and not parts:
+        answers = ((cell.benchmark.title, parts_answer(cell)) for cell in cells)
+        parts = [f"{title}: {text}" for title, text in answers if text]
+    return " ".join([answer(statements), *parts] if statements.layers or not parts else parts)
+
+
+def cell_answer(cell: CellRecord) -> str:
+    """Return what one benchmark shows by itself; empty where nothing of it counts."""
+    layers = claims([cell])
+    texts = (answer(layers) if layers.layers else "", parts_answer(cell), controls_answer(cell))
+    return " ".join(filter(None, texts))
+
+
+def agreement_sentence(agreement: Agreement) -> str:
+    """Write how well one proxy orders the layers, with chance beside it.
+
+    Args:
+        agreement: What was counted.
+
+    Returns:
+        The median Spearman and its range; the share of ranks that differ, and the share
+        that two random orders would give.
+    """
+    label, values = PROXIES[agreement.proxy].label, agreement.spearman
+    middle = median(values) if values else None
+    is_defined = defined(agreement.differ) and defined(agreement.chance)
+    return WORDS.one("agreement", label, values, middle, agreement if is_defined else None)
+
+
+def compared_sentence(cells: Sequence[CellRecord]) -> str:
+    """Write what was answered both ways while it was measured, and how far the answers differ.
+
+    Args:
+        cells: The cells of a page.
+
+    Returns:
+        A sentence.
+    """
+    compared = sum(cell.compared for cell in cells)
+    largest = max((cell.compared_difference or 0.0 for cell in cells), default=0.0)
+    unsteady = sum(cell.compared_unsteady for cell in cells)
+    is_half = any(cell.compared_unsteady and cell.model.is_half for cell in cells)
+    without = sum(not cell.compared for cell in cells)
+    return WORDS.one("compared", compared, largest, unsteady, is_half, without)
+
+
+def models_open(board: ModelBoard) -> str:
+    """Write which orders of two models are not shown; empty where all are."""
+    return WORDS.one("models_open", board, *board.pairs, APART)
+
+
+WORDS = TextTemplate(
+    "tracker.report",
+    "words",
+    correlation=correlation,
+    correlation_text=correlation_text,
+    interval_name=interval_name,
+    layer_list=layer_list,
+    measure_of=measure_of,
+    name_benchmarks=name_benchmarks,
+    named_interval=named_interval,
+    about=about,
+    first=FIRST,
+    small_in_words=SMALL_IN_WORDS,
+    most_named=_MOST_NAMED,
+    run_list=run_list,
+    short_correlation=short_correlation,
+)

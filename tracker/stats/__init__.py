@@ -1,20 +1,16 @@
 """Compute statistics: pure functions of arrays.
 
 Modules:
-    sequential: Test after every block of documents.
-    accuracy: Compute accuracies, drops and their intervals.
+    accuracy: Compute accuracies, drops, their intervals, and which drops documents reveal.
     arrays: Define the arrays that other modules take.
-    budgets: Compare measures at equal cost.
-    combined: Compute intervals of ratios, differences and means of estimates.
+    confidence: Compute confidence sequences of means, valid after every document.
     correlation: Correlate a proxy with measured drops.
     decisions: Compute choices between options and their margins.
-    growth: Estimate growth rates and test them.
-    interaction: Test whether two removals cost the sum of both.
-    power: Compute which changes a number of documents reveals.
+    effects: Test interactions and growth, and the best of many that chance produces.
     rank_agreement: Compute ranks, ties and rank correlations.
-    reliability: Compute how well samples of documents agree.
+    reliability: Compute how well samples of documents and measures of one cost agree.
     resampling: Compute bootstrap and jackknife intervals.
-    selection: Compute the best score of many that chance produces.
-    support: Decide whether statements about layers are supported.
+    stopping: Decide after every block whether a question is answered.
+    support: Combine estimates, and decide whether statements about layers are supported.
     task_dependence: Estimate how relevance varies between tasks.
 """

@@ -1,8 +1,9 @@
 """Answer research questions, each a command over an experiment file.
 
-A study declares its requirements, settings and assumptions, returns requests, and answers from
-what was measured with sentences, tables and charts. A large one is a folder with the module
-`figures`, which computes.
+A study declares its requirements and settings, returns requests, and answers from what was
+measured with sentences, tables and charts. Its sentences, assumptions and notes are macros of its
+template in `templates`; its figures decide which of them are written. The audit is a folder with
+the module `figures`, which computes.
 
 Modules:
     base: Define a study, and run one from its file to its section of the report.

@@ -24,7 +24,7 @@ from tracker.core.estimates import Estimate
 from tracker.core.experiment import Experiment
 from tracker.core.experiment_input import ExperimentInput
 from tracker.core.findings import FindingRecord, FoundChart, LineChart, MapChart
-from tracker.core.formats import Measure, with_interval
+from tracker.core.formats import Measure, measure_of, with_interval
 from tracker.core.problems import checked
 from tracker.core.records import CellRecord, Place
 from tracker.core.tables import Table
@@ -38,7 +38,8 @@ from tracker.measuring.job import Options
 from tracker.measuring.observing import Observe, Observed
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
-from tracker.report.caveats import second_rounding_note
+from tracker.report.texts import TextTemplate
+from tracker.report.wording import second_rounding_note
 from tracker.runner import RunOutcome, run_cells
 from tracker.stats.arrays import Array
 from tracker.studies.registry import STUDIES, StudySettings, settings_of
@@ -164,6 +165,12 @@ def side(estimate: Estimate, of: float = 0.0) -> int:
     return int(estimate.low > of) - int(estimate.high < of)
 
 
+def study_texts(name: str, **names: Any) -> TextTemplate:
+    """Open the texts of a study of this package; its template may use what has these names."""
+    common = {"amount": amount, "measure_of": measure_of, "side": side, "significant": SIGNIFICANT}
+    return TextTemplate("tracker.studies", name, **common, **names)
+
+
 @dataclass
 class StudyResult:
     """The answer of a study; see `FindingRecord`.
@@ -216,8 +223,8 @@ class Study(Generic[Settings]):
     Attributes:
         name: Its name in the registry.
         question: The question, which heads its section.
-        assumptions: What the statistics rest on, each with its source; words in braces are those of
-            `words`.
+        texts: The template of its sentences, with the macro `assumptions`; None where another
+            package's study has them in its code.
         races: Whether `until` may end its measuring early.
         intact: Whether it starts from the intact model, so that no layer may be removed beneath.
         layers: How many whole single layers each cell must remove at least.
@@ -226,7 +233,7 @@ class Study(Generic[Settings]):
 
     name: ClassVar[str]
     question: ClassVar[str]
-    assumptions: ClassVar[Sequence[str]] = ()
+    texts: ClassVar[TextTemplate | None] = None
     races: ClassVar[bool] = False
     intact: ClassVar[bool] = False
     layers: ClassVar[int] = 0
@@ -236,9 +243,9 @@ class Study(Generic[Settings]):
         self.settings = settings
 
     @property
-    def words(self) -> dict[str, str]:
-        """The words that `assumptions` hold in braces."""
-        return {}
+    def assumptions(self) -> Sequence[str]:
+        """Assumptions of the statistics, each with its source."""
+        return () if self.texts is None else self.texts.all("assumptions", self.settings)
 
     @property
     def command(self) -> list[str]:
@@ -340,7 +347,7 @@ def conduct(
         answers=tuple(result.answers),
         tables=tuple(result.tables),
         charts=tuple(result.charts),
-        assumptions=tuple(text.format(**study.words) for text in study.assumptions),
+        assumptions=tuple(study.assumptions),
     )
     keep_finding(context.ledger.root, finding)
     return finding, outcome, result

@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 
 from tracker.core.estimates import Estimate
 from tracker.core.findings import LineChart
-from tracker.core.formats import counted, interval, measure_of, two_digits
+from tracker.core.formats import counted, measure_of
 from tracker.core.grouping import grouped
 from tracker.core.proxies import OBSERVED, PROXIES
 from tracker.core.records import CellRecord
 from tracker.core.tables import Column, Table, table
-from tracker.core.text import capital
 from tracker.stats.arrays import Array, Numbers, per_token
 from tracker.stats.rank_agreement import overlap, rounded, row_coefficients
 from tracker.stats.reliability import (
@@ -36,6 +35,7 @@ from tracker.studies.base import (
     StudyResult,
     Subject,
     side,
+    study_texts,
 )
 from tracker.studies.layout import line_chart
 from tracker.studies.registry import CalibrationSettings
@@ -53,32 +53,21 @@ TOO_FEW = "two samples of this size would share documents"
 _TIED = "in most samples of this size all layers are tied"
 
 
+def _rounded(value: float) -> int:
+    """Round to two significant digits; a document is never half."""
+    return math.ceil(value - 1e-9) if value < 10 else int(float(f"{value:.1e}"))
+
+
+TEXTS = study_texts("calibration", rounded=_rounded)
+
+
 class Calibration(Study[CalibrationSettings]):
     """Ranks layers by parts of the documents, again and again."""
 
     name = "calibration"
     question = "How many documents until the ranking of layers is stable?"
     layers = FEWEST
-    assumptions = (
-        "Two samples share no document, and each holds every task by its share. A sample beside "
-        "all documents, of which it is a part, agrees better than two samples do (part-whole).",
-        "Spreads are the middle 95 % of random draws from the documents at hand: no confidence "
-        "intervals, since draws overlap and other documents were never seen. The mean over draws "
-        "is unbiased, but near half of the documents it is one more figure of this one set of "
-        "documents: it may fall below chance by accident.",
-        "Beyond half of the documents nothing is measured: what is said there is extrapolated from "
-        "two halves by the formula of Spearman and Brown (1910), as if all documents were drawn "
-        "alike. It is exact for a ratio of variances, and approximate for a mean of rank "
-        "correlations.",
-        "A number of documents is named where two halves agree surer than by chance, and the "
-        "layers' means differ by a test that flips the signs of documents' deviations from their "
-        "own mean over layers, adjusted over all rows of the table by Holm (1979).",
-        "The interval of the number of documents is a jackknife over ten groups of documents, on "
-        "the logarithm (Quenouille 1956); that the formula is approximate is not in it.",
-        "Rank correlations are Spearman's with midranks and Kendall's tau-b. The overlap of the "
-        "top k layers breaks ties at random, in each ranking for itself, and is the expected one; "
-        "by chance it is k / layers.",
-    )
+    texts = TEXTS
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Answer by the drop and by what could stand in for it."""
@@ -332,41 +321,10 @@ def answer_of(
 ) -> str:
     """Return how well two samples of a size agree, and how many documents are needed."""
     n = max((n for n in SIZES_SHOWN if n in drop.sizes and n <= drop.half), default=drop.half)
-    title = cells[0].benchmark.title if len(cells) == 1 else f"{len(cells)} benchmarks together"
-    agreed = drop.agreement(n)
-    answer = (
-        f"With n = {n:,} documents of {title}, two samples that share none rank the "
-        f"{drop.layers} layers of {cells[0].model.name} by {drop.name} with "
-    )
-    if agreed.value is None:
-        answer += f"no rank correlation: {agreed.reason}."
-    else:
-        answer += (
-            f"rank correlation {two_digits(agreed.value)} (middle 95 % of draws "
-            f"{interval(agreed.low, agreed.high, two_digits)}). "
-            f"{capital(_until(drop, cells, reliability))}."
-        )
-    needed = [(curve.name, curve.needed.value) for curve in others]
-    if quick := [f"{name} {_rounded(value):,}" for name, value in needed if value is not None]:
-        answer += f" Documents for {reliability:g} by other figures: {', '.join(quick)}."
-    return answer
-
-
-def _until(drop: Curve, cells: Sequence[CellRecord], reliability: float) -> str:
-    needed = drop.needed
-    if needed.value is None:
-        return f"how many reach {reliability:g} is unknown: {needed.reason}"
-    source = "extrapolated by Spearman-Brown" if drop.extrapolated else "measured"
-    if needed.low is not None and needed.high is not None:
-        source += f", 95 % interval {_rounded(needed.low):,} to {_rounded(needed.high):,}"
     total = sum(task.documents for cell in cells for task in cell.benchmark.tasks)
-    more = f", more than the {total:,} that there are" if needed.value > total else ""
-    return f"{reliability:g} needs about {_rounded(needed.value):,} ({source}){more}"
-
-
-def _rounded(value: float) -> int:
-    """Round to two significant digits; a document is never half."""
-    return math.ceil(value - 1e-9) if value < 10 else int(float(f"{value:.1e}"))
+    needed = {curve.name: curve.needed.value for curve in others}
+    quick = {name: _rounded(value) for name, value in needed.items() if value is not None}
+    return TEXTS.one("answer", cells, n, drop, drop.agreement(n), reliability, total, quick)
 
 
 def needed_table(rows: Sequence[tuple[str, Curve]], reliability: float) -> Table:
@@ -392,12 +350,7 @@ def needed_table(rows: Sequence[tuple[str, Curve]], reliability: float) -> Table
             Column("how", "text", source),
         ],
         rows,
-        "Agreement is the mean Spearman correlation of two samples; in brackets the middle "
-        "95 % of random draws. That of all documents with as many others is extrapolated "
-        "by Spearman-Brown. The interval of the number is a jackknife over documents. Where "
-        "the brackets of two halves hold 0, a tenth less of the documents leaves the number "
-        "undefined, or the layers are not shown to differ (Holm over all rows), two halves "
-        "agree no surer than chance, and no number is named.",
+        *TEXTS.all("needed_notes"),
     )
 
 
@@ -407,9 +360,6 @@ def agreement_table(title: str, drop: Curve) -> Table:
     def shared(name: str) -> Column[int]:
         return Column(f"{name} shared", "percent", lambda n: drop.agreement(n, name))
 
-    chance = ", ".join(
-        f"{100 * k / drop.layers:.0f} % of the {name}" for name, end, k in drop.tops if end == "top"
-    )
     with_all = f"a sample with all {drop.documents:,}"
     return table(
         f"{title}: agreement of random samples on the order by {drop.name}",
@@ -422,9 +372,7 @@ def agreement_table(title: str, drop: Curve) -> Table:
             *(shared(name) for name, _, _ in drop.tops),
         ],
         [n for n in drop.sizes if n in SIZES_SHOWN or n == drop.half],
-        f"In brackets the middle 95 % of {SAMPLE_PAIRS} random draws. By chance two orders share "
-        f"{chance}, and as many of the bottom. A sample is part of all documents, which is why "
-        "it agrees better with them than with another sample.",
+        *TEXTS.all("agreement_notes", drop, SAMPLE_PAIRS),
     )
 
 

@@ -17,12 +17,12 @@ from tracker.core.changes import Ablation
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.findings import LineChart, MapChart
-from tracker.core.formats import WRITTEN, measure_of, p_value, with_interval
+from tracker.core.formats import WRITTEN, measure_of, with_interval
 from tracker.core.records import CellRecord
 from tracker.core.tables import Column, Table, table
 from tracker.stats.accuracy import mean_interval
 from tracker.stats.arrays import Array
-from tracker.stats.interaction import additivity, interactions
+from tracker.stats.effects import additivity, interactions
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 from tracker.stats.support import pairs as pairs_among
 from tracker.stats.support import ranks, together
@@ -33,6 +33,7 @@ from tracker.studies.base import (
     StudyResult,
     Subject,
     side,
+    study_texts,
 )
 from tracker.studies.layout import line_chart, rank_estimate
 from tracker.studies.registry import JointSettings
@@ -41,6 +42,7 @@ Pair = tuple[int, int]
 STRONGEST = 10
 """Pairs of each sign that a table lists."""
 RATE = f"{100 * SIGNIFICANT:.0f} %"
+TEXTS = study_texts("joint", rate=RATE)
 
 
 class Joint(Study[JointSettings]):
@@ -50,25 +52,7 @@ class Joint(Study[JointSettings]):
     question = "Do the drops of two layers add up when both are removed?"
     intact = True
     layers = 2
-    assumptions = (
-        "Interaction of i and j: drop(i, j) − drop(i) − drop(j), from the same documents. Above 0 "
-        "the two are called redundant: together they cost more than the sum, because each alone "
-        "was stood in for. Below 0 they are called sub-additive: the second costs less once the "
-        "first is gone.",
-        "A pair is at the floor where a drop, or the sum of both, is more than the baseline has "
-        "above chance: two layers that each destroy a model cannot add up. Such pairs are left out "
-        "of maps of accuracy, summaries and tests. The gold answer's log-probability has no floor.",
-        "Intervals: of a pair from paired documents, for outcomes that are right or wrong with one "
-        "document of +1 and one of −1 added (after Bonett and Price 2012), otherwise Student's t; "
-        "of summaries Student's t over documents' own means; of coefficients from resampled "
-        "documents. They hold the layers, and which pairs are at the floor, as they are. Of the "
-        "strongest pairs they hold for all pairs at once (Bonferroni); a pair is called the most "
-        "redundant where that is shown in comparison with every other one.",
-        "Tests: sign flips of the documents' interactions (exact where they are whole numbers), as "
-        "if each were as likely to be x as −x; over all pairs off the floor, of all benchmarks and "
-        f"measures, Benjamini-Hochberg at a false discovery rate of {RATE}.",
-        "R² is that of the sum itself as the prediction of the joint drop; no line is fitted.",
-    )
+    texts = TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
         """Yield the cell, and each layer with all later ones."""
@@ -299,36 +283,7 @@ def adjusted(every: Sequence[Pairs]) -> list[Pairs]:
 
 def answer_of(pairs: Pairs) -> str:
     """Return whether sums predict joint drops, and what interacts most."""
-    record, at_floor, of = pairs.record, int(pairs.floor.sum()), len(pairs.pairs)
-    answer = f"{record.model.name}, {record.benchmark.title}, n = {record.n:,}, {pairs.measure}: "
-    if at_floor == of:
-        return answer + f"all {of:,} pairs are at the floor, so no sum can be reached."
-    if pairs.rank.value is not None and pairs.explained.value is not None:
-        answer += (
-            f"the sum of single drops ranks the joint drops of {of - at_floor:,} pairs with "
-            f"Spearman {with_interval(pairs.rank)}. As a prediction it has R² "
-            f"{with_interval(pairs.explained)}. "
-        )
-    if (mean := pairs.mean.value) is not None:
-        more = {1: "more", -1: "less", 0: "neither surely more nor surely less"}[side(pairs.mean)]
-        by = f"{pairs.write(abs(mean))} " if side(pairs.mean) else ""
-        answer += (
-            f"On average two layers cost {by}{more} together than the sum (interaction "
-            f"{pairs.write(pairs.mean)}). "
-        )
-    signs = {"redundant": 1, "sub-additive": -1}
-    counts = [f"{len(pairs.significant(sign))} {word}" for word, sign in signs.items()]
-    answer += f"At a false discovery rate of {RATE}: {' and '.join(counts)} pairs"
-    for word, sign in signs.items():
-        if (index := pairs.strongest(sign)) is not None:
-            i, j = pairs.pairs[index]
-            by = pairs.write(pairs.at_once[index])
-            answer += f". The most {word} are layers {i} and {j}, by {by}"
-        elif pairs.significant(sign):
-            answer += f". Which are the most {word} is open"
-    if at_floor:
-        answer += f". {at_floor:,} of {of:,} pairs are at the floor and left out"
-    return answer + "."
+    return TEXTS.one("answer", pairs, pairs.record, int(pairs.floor.sum()))
 
 
 def summary(rows: Sequence[Pairs]) -> Table:
@@ -353,9 +308,7 @@ def summary(rows: Sequence[Pairs]) -> Table:
             Column("R² of the sum", "coefficient", lambda pairs: pairs.explained),
         ],
         rows,
-        "Interaction: drop of both minus the sum of both drops, over pairs that are not at the "
-        "floor. Redundant (above 0) and sub-additive (below 0): significant after "
-        f"Benjamini-Hochberg at {RATE}. In brackets 95 % intervals over documents.",
+        *TEXTS.all("summary_notes"),
     )
 
 
@@ -378,9 +331,7 @@ def strongest_table(pairs: Pairs, sign: int) -> Table:
             Column("p, Benjamini-Hochberg", "p", lambda n: float(pairs.q[n])),
         ],
         chosen,
-        f"The largest measured ones of {len(pairs.open):,} interactions, which are therefore "
-        "larger here than other documents would show. Intervals, and ranks from the most "
-        "redundant pair on, hold for all of them at once with 95 % confidence.",
+        *TEXTS.all("strongest_notes", len(pairs.open)),
     )
 
 
@@ -408,15 +359,7 @@ def interaction_map(pairs: Pairs) -> MapChart:
 
 
 def _hover(pairs: Pairs, index: int) -> str:
-    (i, j), write = pairs.pairs[index], pairs.write
-    text = (
-        f"{i} with {j}: {write(pairs.interactions[index])} · both "
-        f"{write(float(pairs.together[index]))} · {i} {write(pairs.alone[i])} · {j} "
-        f"{write(pairs.alone[j])}"
-    )
-    if pairs.floor[index]:
-        return f"{text} · at the floor"
-    return f"{text} · p {p_value(pairs.q[index])} (Benjamini-Hochberg)"
+    return TEXTS.one("hover", pairs, index, *pairs.pairs[index])
 
 
 def distance_chart(pairs: Pairs) -> LineChart:

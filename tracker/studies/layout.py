@@ -13,20 +13,24 @@ from tracker.core.findings import Line, LineChart
 from tracker.core.formats import ACCURACY, Measure, defined
 from tracker.core.tables import Column, Table, Value, table
 
+LabelUnit = Unit | Literal["change", "level"]
+"""The unit of a field; `change` is that of what is lost, `level` that of what it is lost of."""
+
 
 @dataclass(frozen=True)
 class Label:
     """The head of a field's column; see `labelled`."""
 
     label: str | Mapping[str, str]
-    unit: Unit | Literal["change"]
+    unit: LabelUnit
     otherwise: str
 
     def columns(self, value: Callable[[Any], Any], measure: Measure) -> Iterator[Column[Any]]:
         """Yield the columns of a field: one, or one for each key of a dictionary."""
         unit = measure.form if self.unit == "change" else self.unit
+        unit = measure.level_form if unit == "level" else unit
         if isinstance(self.label, str):
-            label = self.label.format(change=measure.change)
+            label = self.label.format(change=measure.change, level=measure.level)
             yield Column(label, unit, value, self.otherwise)
             return
         for key, label in self.label.items():
@@ -39,15 +43,14 @@ def _entry(value: Callable[[Any], Any], key: str, row: Any) -> Value:
     return entry
 
 
-def labelled(
-    label: str | Mapping[str, str], unit: Unit | Literal["change"] = "text", otherwise: str = ""
-) -> Any:
+def labelled(label: str | Mapping[str, str], unit: LabelUnit = "text", otherwise: str = "") -> Any:
     """Declare a field that stands in a column of its figures' table.
 
     Args:
-        label: Head of the column, where `{change}` is the name of what is lost; of a dictionary the
-            heads by key, a column each, which code calls by the key.
-        unit: Unit of the figures; `change` for that of what is lost.
+        label: Head of the column, where `{change}` is the name of what is lost, and `{level}` of
+            what it is lost of; of a dictionary the heads by key, a column each, which code calls
+            by the key.
+        unit: Unit of the figures.
         otherwise: Reason of an undefined figure that has none of its own.
 
     Returns:
@@ -57,11 +60,7 @@ def labelled(
 
 
 def figure_table(
-    kind: type[Any],
-    title: str,
-    rows: Iterable[Any],
-    *notes: str,
-    measure: Measure = ACCURACY,
+    kind: type[Any], title: str, rows: Iterable[Any], *notes: str, measure: Measure = ACCURACY
 ) -> Table:
     """Make the table of some figures, with a column for each labelled field of their dataclass.
 

@@ -12,20 +12,21 @@ from functools import partial
 
 import numpy as np
 
-from tracker.analysis.claims import parts_answer, shown_runs
+from tracker.analysis.claims import shown_runs
 from tracker.analysis.paired import PairedOutcomes
 from tracker.analysis.runs import ONE_LOOK
 from tracker.core.answers import statement
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate
-from tracker.core.formats import counted, listed, measure_of, three_digits, with_interval
+from tracker.core.formats import measure_of
 from tracker.core.grouping import grouped
 from tracker.core.kinds import ENDS, MAPS
 from tracker.core.provenance import content_hash
 from tracker.core.records import RunRecord
 from tracker.core.tables import Table
 from tracker.core.weight_formats import FORMATS
+from tracker.report.wording import parts_answer
 from tracker.search.formats import each_map, errors_of
 from tracker.stats.arrays import Array, divided
 from tracker.stats.rank_agreement import row_coefficients
@@ -40,10 +41,12 @@ from tracker.studies.base import (
     observe,
     second_roundings,
     side,
+    study_texts,
 )
 from tracker.studies.layout import figure_table, labelled
 from tracker.studies.registry import PrecisionSettings
 
+TEXTS = study_texts("precision")
 DEFAULT = "int4"
 """The format where a file names none."""
 Resample = Callable[[Array], Array]
@@ -110,18 +113,7 @@ class Precision(Study[PrecisionSettings]):
     question = "What does it cost to keep one linear map in fewer bits, and which error says so?"
     races = True
     intact = True
-    assumptions = (
-        "A map's weights are those that a file in the format gives back; activations stay as they "
-        "are, and all other maps.",
-        "Error of weights and of outputs: the squared distance over the squared size, of outputs "
-        "over all tokens of the documents (what activation-aware methods weigh by). KL: of the "
-        "next token's distribution from that of the intact model, in nats a token.",
-        "Spearman's coefficients are over the maps of a format; their intervals say what other "
-        "documents would give for the same maps.",
-        "With 'until', maps are measured until the question is answered, and only the intervals "
-        "of accuracy drops hold then. Errors, falls and coefficients are of the documents that "
-        "all maps share, with no interval: how many these are was decided by looking.",
-    )
+    texts = TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
         """Yield every linear map of the cell's layers, or those that it names."""
@@ -247,26 +239,9 @@ def _title(rounded: RoundedMaps) -> str:
 def _answer(rounded: RoundedMaps) -> str:
     """Return which name costs most, where that is shown, and how the errors order the maps."""
     first, *others = rounded.names
-    sign, change = side(first.fall), "the log-probability of the right answer"
-    if not others:
-        does = {1: "is shown to lower", -1: "is shown to raise", 0: "is not shown to change"}[sign]
-        text = f"{first.name} {does} {change}"
-    elif sign > 0 and all(side(other.fall, first.fall.low or 0.0) < 0 for other in others):
-        text = f"{first.name} lowers {change} most"
-    else:
-        text = f"which name lowers {change} most is open; the largest fall is that of {first.name}"
-    where = "" if first.layers is None else "on average over layers, "
-    fall = with_interval(first.fall, three_digits, " nats")
-    text = f"{_title(rounded)}: {where}{text} (fall {fall})."
-    orders = [
-        f"{order.error} {with_interval(order.fall)}"
-        for order in rounded.orders
-        if order.fall.value is not None
-    ]
-    if orders:
-        text += f" By that fall the errors order the {len(rounded.maps)} maps (Spearman): "
-        text += f"{listed(orders)}."
-    return text
+    is_first = all(side(other.fall, first.fall.low or 0.0) < 0 for other in others)
+    orders = [order for order in rounded.orders if order.fall.value is not None]
+    return TEXTS.one("answer", _title(rounded), first, others, is_first, orders, rounded.maps)
 
 
 def _tables(rounded: RoundedMaps) -> Iterator[Table]:
@@ -274,20 +249,14 @@ def _tables(rounded: RoundedMaps) -> Iterator[Table]:
     record, title = rounded.subject.record, _title(rounded)
     measure, of = measure_of(record), len(rounded.maps)
 
-    def note(intervals: str) -> str:
-        if not record.is_raced:
-            return intervals
-        return (
-            f"Stopped at an answer: of {counted(record.n, 'document')} that all maps share, "
-            "without intervals; those of accuracy drops are of all that were looked at, and hold "
-            "at every look."
-        )
+    def note(macro: str) -> str:
+        return TEXTS.one("raced_notes" if record.is_raced else macro, record)
 
     yield figure_table(
         MapName,
         f"{title}: linear maps by name, one at a time, on average over layers.",
         rounded.names,
-        note("95 % intervals hold for all rows at once."),
+        note("name_notes"),
     )
     most = sorted(rounded.maps, key=lambda row: -(row.fall.value or 0.0))[:MAX_ROWS]
     yield figure_table(
@@ -295,16 +264,13 @@ def _tables(rounded: RoundedMaps) -> Iterator[Table]:
         f"{title}: the {len(most)} of {of} maps that lower the right answer's log-probability "
         "most.",
         most,
-        note(
-            "95 % intervals, each for itself; what is shown holds for all maps of the format at "
-            "once."
-        ),
+        note("map_notes"),
         measure=measure,
     )
     yield figure_table(
         Order,
         f"{title}: how errors order the {of} maps.",
         rounded.orders,
-        note("95 % intervals over documents, of the same maps."),
+        note("order_notes"),
         measure=measure,
     )

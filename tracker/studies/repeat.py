@@ -18,15 +18,16 @@ from tracker.core.changes import Change
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate
-from tracker.core.formats import counted, measure_of
+from tracker.core.formats import measure_of
 from tracker.core.records import CellRecord, RunRecord
 from tracker.core.tables import Table
 from tracker.search.report import saving_line
-from tracker.stats.selection import best_by_chance
-from tracker.studies.base import Study, StudyContext, StudyResult, Subject, amount, name_of
+from tracker.stats.effects import BestByChance, best_by_chance
+from tracker.studies.base import Study, StudyContext, StudyResult, Subject, name_of, study_texts
 from tracker.studies.layout import figure_table, labelled
 from tracker.studies.registry import RepeatSettings
 
+TEXTS = study_texts("repeat")
 TESTED = 5
 """Spans that are tested on documents that did not choose them."""
 VERDICTS = {"helps": "better", "costs": "worse", "open": "open"}
@@ -52,17 +53,7 @@ class Repeat(Study[RepeatSettings]):
     races = True
     intact = True
     chooses = True
-    assumptions = (
-        "What chooses and what tests are different documents, drawn at random once.",
-        "Chosen are the stretches with the largest gain in accuracy; of equal ones those that "
-        "raise the gold answer's log-probability most.",
-        "Best by chance: the signs of all gains of a document are turned at random together, 1,999 "
-        "times, and the best mean is taken each time (Westfall and Young 1993). It is what the "
-        "best would be if each stretch changed as many documents as it does and none gained or "
-        "lost by it.",
-        "Test: paired documents, intervals that hold for all tested stretches at once "
-        "(Bonferroni).",
-    )
+    texts = TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
         """Yield all spans of the cell's layers, or those that it asks for, on one half."""
@@ -151,45 +142,22 @@ def _name(run: RunRecord) -> str:
 
 def answer_of(subject: Subject, spans: Sequence[TestedSpan]) -> str:
     """Return what the best span promises, what chance would promise, and what it is worth."""
-    record, measure = subject.record, measure_of(subject.record)
-
-    def gain(estimate: Estimate) -> str:
-        return f"{'+' if (estimate.value or 0.0) > 0 else ''}{amount(estimate, measure)}"
-
+    record = subject.record
     best = min((run for run in record.runs if run.drop.value is not None), key=_loss)
-    promised = gain(Estimate((-best.drop).value))
-    text = (
-        f"{subject.name}: of {counted(len(record.runs), 'stretch')} the best on "
-        f"{counted(best.n, 'calibration document')} is {_name(best)}, {promised} beside the intact "
-        f"model.{_by_chance(subject)}"
-    )
-    if not spans:
-        return f"{text} What it is worth on other documents is not measured yet."
-    first = next((span for span in spans if span.run.change == best.change), spans[0])
-    text += f" On {counted(first.run.n, 'test document')} it is worth {gain(first.gain)}."
-    if better := [span.span for span in spans if span.verdict == "better"]:
-        return f"{text} Shown to be better than the intact model: {', '.join(better)}."
-    worse = sum(span.verdict == "worse" for span in spans)
-    rest = f"; {worse} of them are shown to be worse" if worse else ""
-    return (
-        f"{text} None of the {len(spans)} best is shown to be better than the intact model{rest}."
-    )
+    first = next((span for span in spans if span.run.change == best.change), None)
+    promised, chance = Estimate((-best.drop).value), _by_chance(subject)
+    figures = best, _name(best), promised, chance
+    return TEXTS.one("answer", subject, *figures, first or next(iter(spans), None), spans)
 
 
-def _by_chance(subject: Subject) -> str:
-    """Return what the best of so many would gain by chance; empty where documents differ."""
+def _by_chance(subject: Subject) -> BestByChance | None:
+    """Return what the best of so many would gain by chance; None where documents differ."""
     if subject.record.answer is not None:
-        return ""
-    outcomes, measure = subject.outcomes(), measure_of(subject.record)
+        return None
+    outcomes = subject.outcomes()
     paired = outcomes.by_metric([outcomes.ablation(run) for run in outcomes.runs])
     finite = np.isfinite(paired.drops).all(axis=0)
-    if not finite.any():
-        return ""
-    chance = best_by_chance(-paired.drops[:, finite], paired.weights)
-    return (
-        f" By chance alone the best of so many would be +{measure.write(chance.middle)} "
-        f"{measure.unit}, in one of twenty cases +{measure.write(chance.high)} or more."
-    )
+    return best_by_chance(-paired.drops[:, finite], paired.weights) if finite.any() else None
 
 
 def _export_command(spans: Sequence[TestedSpan], test: CellRequest, results: Path) -> str:
@@ -210,7 +178,6 @@ def spans_table(record: CellRecord, spans: Sequence[TestedSpan]) -> Table:
         TestedSpan,
         f"{name_of(record)}: the stretches that promised most",
         spans,
-        f"Chosen on {record.counted} documents, tested on {tested:,} others. 95 % intervals; "
-        "better and worse hold for all rows at once.",
+        *TEXTS.all("span_notes", record, tested),
         measure=measure_of(record),
     )

@@ -19,15 +19,14 @@ from tracker.core.changes import Change
 from tracker.core.config import CellRequest, Changes
 from tracker.core.estimates import Estimate
 from tracker.core.findings import LineChart
-from tracker.core.formats import Measure, counted, fixed, measure_of
+from tracker.core.formats import Measure, fixed, measure_of
 from tracker.core.grouping import grouped
 from tracker.core.kinds import Intervention
 from tracker.core.tables import Column, Table, table
 from tracker.stats.accuracy import accuracy_drop
 from tracker.stats.arrays import Array
-from tracker.stats.combined import recovered
 from tracker.stats.resampling import RESAMPLES
-from tracker.stats.support import holm
+from tracker.stats.support import holm, recovered
 from tracker.studies.base import (
     SIGNIFICANT,
     Study,
@@ -35,7 +34,7 @@ from tracker.studies.base import (
     StudyResult,
     Subject,
     amount,
-    side,
+    study_texts,
 )
 from tracker.studies.layout import figure_table, labelled, line_chart
 from tracker.studies.registry import RescaleSettings
@@ -48,6 +47,7 @@ NAMES: dict[Intervention, str] = {
 }
 """What stands in a layer's place, from the least to the most that it can do."""
 REPLACEMENTS = (*NAMES,)[1:]
+TEXTS = study_texts("rescale", resamples=RESAMPLES)
 _NOT_FINITE = "a drop is not a finite number"
 _NO_TEST = "McNemar's test needs outcomes that are right or wrong, and there are none"
 _NOT_MEASURED = "not measured; what is lacking says why"
@@ -59,17 +59,7 @@ class Rescale(Study[RescaleSettings]):
     name = "rescale"
     question = "Is what a removal costs only missing scale?"
     intact = True
-    assumptions = (
-        "Factors, mean updates and linear maps are fitted by least squares on other "
-        "documents of the benchmark where there are enough (the table says on which), over "
-        "all tokens but each text's first; a linear map has a bias.",
-        f"Intervals: percentile bootstrap over documents, {RESAMPLES:,} resamples, within "
-        "tasks; documents are independent, layers are taken as they are.",
-        "Significance: exact McNemar test of each stand-in against nothing in the layer's "
-        "place, over the documents, where these are right or wrong; Holm's adjustment over all "
-        "layers and benchmarks of a stand-in that are tested (S. Holm, Scand. J. Statist. 6, "
-        "1979).",
-    )
+    texts = TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
         """Yield the cell twice: a linear map that cannot be fitted leaves the rest alone."""
@@ -199,12 +189,9 @@ def won_back(cells: Sequence[Costs], intervention: Intervention, nats: bool) -> 
 def answers_of(cells: Sequence[Costs]) -> list[str]:
     """Return sentences over all cells of one measure, each weighing the same."""
     ways = [way for way in REPLACEMENTS if all(way in cell.drops for cell in cells)]
-    replaced = "".join(f", {_mean_cost(cells, way)} with {NAMES[way]}" for way in ways)
-    documents = counted(sum(cell.n for cell in cells), "document")
-    answers = [
-        f"A layer costs {_mean_cost(cells, 'remove')} when it is removed{replaced}; over "
-        f"{counted(len(cells), 'benchmark')} ({documents})."
-    ]
+    costs = {way: _mean_cost(cells, way) for way in ("remove", *ways)}
+    documents = sum(cell.n for cell in cells)
+    answers = TEXTS.all("costs", costs, NAMES, len(cells), documents)
     verdicts = []
     for loss, nats in (
         (f"the {cells[0].measure.change}", False),
@@ -212,20 +199,15 @@ def answers_of(cells: Sequence[Costs]) -> list[str]:
     ):
         shares = {way: won_back(cells, way, nats) for way in ways}
         texts = {NAMES[way]: _percent(share) for way, share in shares.items()}
-        (only, *others) = dict.fromkeys(texts.values())
-        text = only if not others else ", ".join(" ".join(pair) for pair in texts.items())
-        answers.append(f"Won back of {loss}: {text}.")
-        if shares["scale"].low is not None:
-            part = {1: "mostly", -1: "not only", 0: "perhaps"}[side(shares["scale"], 0.5)]
-            verdicts.append(f"So {loss} is {part} missing scale.")
+        answers += TEXTS.all("won_back", loss, texts)
+        verdicts += TEXTS.all("verdict", loss, shares["scale"])
     return answers + verdicts
 
 
 def _mean_cost(cells: Sequence[Costs], intervention: Intervention) -> str:
     drops = [cell.drops[intervention] for cell in cells]
     if bad := sum(int((~np.isfinite(drop.mean)).sum()) for drop in drops):
-        of = sum(len(cell.layers) for cell in cells)
-        return f"an undefined amount (not finite for {bad} of {of} layers)"
+        return TEXTS.one("undefined", bad, sum(len(cell.layers) for cell in cells))
     mean = float(np.mean([drop.mean.mean() for drop in drops]))
     ends = _middle(np.mean([drop.drawn.mean(axis=1) for drop in drops], axis=0))
     return amount(Estimate(mean, *ends), cells[0].measure)
@@ -263,9 +245,7 @@ def summary(cells: Sequence[Costs]) -> Table:
             Column("fitted on", "text", lambda cell: cell.fitted_on or None, "it is not known"),
         ],
         cells,
-        "Won back: 1 − (sum of the drops with the stand-in) / (sum of the drops of "
-        "removals), over all layers, with 95 % intervals from resampling documents. "
-        "Below 0: worse than nothing in the layer's place.",
+        *TEXTS.all("summary_notes"),
     )
 
 
@@ -295,8 +275,7 @@ def significance_table(cells: Sequence[Costs]) -> Table:
         Significance,
         "Layers where a stand-in does otherwise than nothing",
         rows,
-        "Exact McNemar tests, Holm's adjustment within each row, 5 %; layers of metrics that "
-        "are not right or wrong a document are not tested.",
+        *TEXTS.all("significance_notes"),
     )
 
 

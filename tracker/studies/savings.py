@@ -18,16 +18,15 @@ from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError, RequestError
 from tracker.core.estimates import Estimate
 from tracker.core.findings import LineChart
-from tracker.core.formats import counted, defined, points
+from tracker.core.formats import defined
 from tracker.core.questions import Question, question
 from tracker.core.tables import Column, Table, table
 from tracker.engine.forward.streams import plain_passes, plan_streams
 from tracker.ledger.blocks import turns
 from tracker.stats.arrays import Array, Mask
 from tracker.stats.resampling import SEED
-from tracker.stats.sequential.stopping import Race
-from tracker.stats.sequential.top_k import SAME
-from tracker.studies.base import Study, StudyContext, StudyResult, Subject
+from tracker.stats.stopping import SAME, Race
+from tracker.studies.base import Study, StudyContext, StudyResult, Subject, study_texts
 from tracker.studies.layout import line_chart
 from tracker.studies.registry import SavingsSettings
 
@@ -35,6 +34,7 @@ ORDERS = 200
 """Random orders of the documents, each of which is raced through."""
 POWER = 0.8
 """Of the design with a fixed number of documents."""
+TEXTS = study_texts("savings", orders=ORDERS)
 _ANY_MODEL = 10**6
 """Layers, before it is known how many a model has: spans that it is too short for count too."""
 
@@ -44,25 +44,7 @@ class Savings(Study[SavingsSettings]):
 
     name = "savings"
     question = "How much less has to be measured where a question is enough?"
-    assumptions = (
-        f"Each question is raced for in {ORDERS} random orders of the measured documents, with a "
-        "look after every block of 32, and its answer is held against that of all of them. The "
-        "population is the benchmark's split: where only a sample of it is measured, a race that "
-        "is still open when the sample ends took more than that, and nobody knows how much more.",
-        "Layer passes are those of the baseline and of the runs that are open, with the layers "
-        "shared that they share; a document counts as one, whatever its tokens. Of a group each "
-        "task is measured in blocks of 32, which count from their first document on. Running "
-        "lm-eval once for the baseline and each run passes all layers each time. That it also "
-        "reads shared tokens again and again is not counted; 'tracker plan' says how many.",
-        "A wrong answer is a set that is not that of all documents (with a tolerance: that holds "
-        "a run which is more than that below the last place, or lacks one more than that above "
-        "it), a sign that is another one, or an interval that does not hold the drop, of any run.",
-        "The bounds are those of 'until': bets without replacement (Waudby-Smith and Ramdas 2020, "
-        "2024), shared among runs, or among pairs of runs, by Bonferroni.",
-        "The documents of a test that looks once rest on the normal approximation for a finite "
-        "population, the same Bonferroni, 80 % power for sets and signs, and on the drops and "
-        "standard deviations of all documents, which nobody knows in advance.",
-    )
+    texts = TEXTS
 
     def __init__(self, settings: SavingsSettings) -> None:
         super().__init__(settings)
@@ -340,19 +322,9 @@ def orders_of(documents: int) -> NDArray[np.int64]:
 
 def _cheapest(cell: MeasuredDocuments, replays: Sequence[Replay]) -> str:
     """Return what the question takes that takes the least."""
-    head = f"{cell.title}, {cell.extent}, {len(cell.runs)} runs"
     cheapest = min(replays, key=lambda race: most(race.passes, 0.5))
-    median, nine_of_ten = (most(cheapest.passes, part) for part in (0.5, 0.9))
-    if not defined(median):
-        questions = counted(len(replays), "question")
-        return f"{head}: of {questions} none is answered in the median of {ORDERS} orders."
-    at_most = f"{points(nine_of_ten)} %" if defined(nine_of_ten) else "open"
-    return (
-        f"{head}: '{cheapest.question}' takes the least, {points(median)} % of all layer passes in "
-        f"the median of {ORDERS} orders (in nine of ten at most {at_most}). That is "
-        f"{cheapest.fewer(cell):.3g} times fewer than lm-eval once for each run, of which a factor "
-        f"of {cell.plain / cell.everything:.3g} is the sharing of layers."
-    )
+    shares = (most(cheapest.passes, part) for part in (0.5, 0.9))
+    return TEXTS.one("cheapest", cell, len(replays), cheapest, *map(_finite, shares))
 
 
 def _dearest(cell: MeasuredDocuments, replays: Sequence[Replay]) -> str:
@@ -361,26 +333,19 @@ def _dearest(cell: MeasuredDocuments, replays: Sequence[Replay]) -> str:
     dearest = max(
         replays, key=lambda race: (most(race.passes, 0.5), race.bound.documents.value or math.inf)
     )
-    needed = dearest.bound.documents
-    answer = f"{cell.title}: the dearest, '{dearest.question}', is bounded by {dearest.hardest}"
-    if needed.value is None:
-        return f"{answer}: {needed.reason}."
-    took = most(dearest.documents, 0.5) * cell.population
-    ended = f"took {took:,.0f}" if defined(took) else "was open after all that are measured"
-    return (
-        f"{answer}. A test that looks once, at the right number of documents, would need "
-        f"{needed.value:,.0f} of the {cell.population:,}; the race {ended}."
-    )
+    took = _finite(most(dearest.documents, 0.5) * cell.population)
+    return TEXTS.one("dearest", cell, dearest, dearest.bound.documents, took)
+
+
+def _finite(share: float) -> float | None:
+    return share if defined(share) else None
 
 
 def _errors(races: Sequence[Replay]) -> str:
     wrong = sum(int(race.wrong.sum()) for race in races)
     worst = max(float(race.wrong.mean()) for race in races)
     promised = max(1 - race.question.level for race in races)
-    return (
-        f"Of {len(races) * ORDERS:,} races {wrong:,} ended with a wrong answer. Of one question in "
-        f"one benchmark it is at most {points(worst)} %, where {points(promised)} % are promised."
-    )
+    return TEXTS.one("errors", len(races), wrong, worst, promised)
 
 
 def savings_table(cell: MeasuredDocuments, replays: Sequence[Replay]) -> Table:
@@ -408,11 +373,7 @@ def savings_table(cell: MeasuredDocuments, replays: Sequence[Replay]) -> Table:
             Column("promised", "percent", lambda race: 1 - race.question.level),
         ],
         replays,
-        f"Documents and layer passes: the median of {ORDERS} random orders, and what nine of "
-        "ten took at most, of those that all documents of the split and all runs take. Fewer "
-        "than lm-eval: the layer passes of lm-eval once for the baseline and once for each "
-        "run, over the median. The end is that of the measured documents; where it is that of "
-        "the split, unanswered are exact ties.",
+        *TEXTS.all("savings_notes"),
     )
 
 
@@ -432,11 +393,7 @@ def bounds_table(cell: MeasuredDocuments, replays: Sequence[Replay]) -> Table:
             Column("documents of the race", "count", raced, cell.still_open),
         ],
         replays,
-        "For a set: the last one in and the first one out, with how far they are apart, what "
-        "is tolerated included, and the standard deviation of their difference. One look: "
-        "documents of a test with a fixed number of them, known in advance, with the same "
-        f"confidence for all runs and, for sets and signs, {points(POWER)} % power. The race: "
-        "the median, until nobody is open.",
+        *TEXTS.all("bounds_notes", POWER),
     )
 
 

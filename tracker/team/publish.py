@@ -13,8 +13,7 @@ from threading import Event, Lock, Thread
 
 from typing_extensions import override
 
-from tracker.analysis.labels import row_labels
-from tracker.analysis.ranks.parts import cell_answer
+from tracker.analysis.comparable import row_labels
 from tracker.core.changes import Change
 from tracker.core.decision_records import PRIVATE
 from tracker.core.errors import TrackerError, TrackingError, WorkError
@@ -27,6 +26,7 @@ from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_texts
 from tracker.measuring.derive import decisions_of, every_record, record_of
 from tracker.report.charts.cells import cell_charts
+from tracker.report.wording import cell_answer
 from tracker.team.live import Live
 from tracker.tracking import (
     default_targets,

@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
+from tracker.analysis.boards import part_boards
 from tracker.analysis.claims import claims
 from tracker.analysis.comparable import named_models
 from tracker.analysis.decisions import decisions
-from tracker.analysis.ranks.parts import model_answer, part_boards
 from tracker.core.decision_records import PRIVATE, DecisionsRecord
 from tracker.core.errors import RequestError, TrackerError
 from tracker.core.records import CellRecord, Place
@@ -24,8 +24,7 @@ from tracker.report.export import FORMATS, board_data, export, figures
 from tracker.report.frames import document_frames
 from tracker.report.page.html import render_report
 from tracker.report.page.studies import standing_alone
-from tracker.report.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
-from tracker.report.wording import summary
+from tracker.report.wording import model_answer, rule, summary
 from tracker.team.collect import Collected
 from tracker.tracking import open_backend, target
 from tracker.tracking.base import Page, Target
@@ -135,7 +134,7 @@ def board_text(cells: Sequence[CellRecord]) -> str:
         + as_markdown(model_answer(claims(group), part_boards(group), group))
         for model, group in named_models(cells).items()
     )
-    return "\n\n".join((*answers, LAYER_RULE, MODEL_RULE, INTERVAL_RULE))
+    return "\n\n".join((*answers, rule("layers"), rule("models"), rule("intervals")))
 
 
 def _target(text: str, projects: Collection[str]) -> Target:

@@ -20,8 +20,7 @@ from tracker.search.report import Choices
 from tracker.studies import calibration, savings
 from tracker.studies.audit.figures import KIND
 from tracker.studies.base import Subject, open_study
-from tracker.studies.prune import answers_of
-from tracker.studies.prune.figures import PrunedBenchmark, Prunings, Way
+from tracker.studies.prune import PrunedBenchmark, Prunings, Way, answers_of
 
 from .made_up import BENCHMARKS, LAYERS, draw_scores
 

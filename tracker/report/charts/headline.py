@@ -9,18 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from tracker.analysis.claims import FIRST, Claims, name_benchmarks
-from tracker.analysis.ranks.layers import LayerBoard
+from tracker.analysis.boards import LayerBoard
+from tracker.analysis.claims import Claims, name_benchmarks
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, defined, two_digits, write
 from tracker.report.charts import style
-from tracker.report.charts.hover import estimate_hover
-from tracker.stats.combined import mean
+from tracker.report.charts.style import estimate_hover
+from tracker.report.wording import WORDS
+from tracker.stats.support import mean
 
-_PANELS = {
-    2: ([0.38, 1.0], [], [0.0, 0.29]),
-    3: ([0.6, 1.0], [0.26, 0.52], [0.0, 0.18]),
-}
+_PANELS = {2: ([0.38, 1.0], [], [0.0, 0.29]), 3: ([0.6, 1.0], [0.26, 0.52], [0.0, 0.18])}
 """Where the costs, the log-probabilities and the cosine scores stand, by how many there are."""
 
 
@@ -99,7 +97,7 @@ def headline(board: LayerBoard, label: str) -> style.Chart:
         ],
         margin={"t": 46 if found.missed else 34},
     )
-    return replace(drawn, explains=_explains(board, noisy))
+    return replace(drawn, explains=WORDS.one("headline", board, noisy))
 
 
 def near_together(layers: Sequence[int]) -> list[tuple[float, str]]:
@@ -163,30 +161,6 @@ def _rooted(figure: Estimate) -> Estimate:
 
 def _root(value: float | None) -> float | None:
     return None if value is None else math.copysign(math.sqrt(abs(value)), value)
-
-
-def _explains(board: LayerBoard, noisy: bool) -> str:
-    """Say how the picture is read."""
-    intervals = (
-        "Lines are 95 % intervals"
-        if any(one.relevance.low is not None for one in board.layers)
-        else "There are no intervals, because that of the intact model’s accuracy reaches down to "
-        "guessing"
-    )
-    text = (
-        "Top: the share of the accuracy above guessing that is lost without the layer; below 0 the "
-        f"model does better. {intervals}. Strong bars are shown with 95 % confidence for all "
-        "layers together, faint ones are open. "
-    )
-    if noisy:
-        text += (
-            "Middle: by how many nats the log-probability of the right answer falls; strong bars "
-            f"are surely among the {FIRST} largest on a benchmark. "
-        )
-    text += "Bottom: the cheap score that often stands in for the cost."
-    if board.claims.missed:
-        text += " Shaded: layers that matter and have none of the highest such scores."
-    return text
 
 
 def _title(board: LayerBoard, label: str) -> str:

@@ -6,16 +6,26 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tracker.analysis.boards import layer_relevance
 from tracker.analysis.claims import shown_runs
-from tracker.analysis.labels import benchmark_labels
-from tracker.analysis.layer_figures import layer_relevance
+from tracker.analysis.comparable import benchmark_labels
 from tracker.core import formats
 from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.grouping import grouped
 from tracker.core.kinds import ENDS
 from tracker.core.records import CellRecord, layers_of
-from tracker.report.charts.hover import along_layers
-from tracker.report.charts.style import GREY, OPEN, Chart, chart, finite, layer_axis, trace, wrap
+from tracker.report.charts.style import (
+    GREY,
+    OPEN,
+    Chart,
+    along_layers,
+    chart,
+    finite,
+    layer_axis,
+    trace,
+    wrap,
+)
+from tracker.report.wording import WORDS
 
 # Fading to transparency, not to white, keeps 0 quiet on light and on dark pages.
 _SCALE = [
@@ -131,25 +141,7 @@ def _rows_of(kinds: Sequence[Change]) -> tuple[str, str]:
 
 def map_caption(kinds: Sequence[Change]) -> str:
     """Say how a map of kinds is read: what its rows and columns are, and what is blank in it."""
-    kind = kinds[0]
-    if kind.map is not None:
-        what = f"linear map with weights in {kind.intervention}"
-        text = f"Each cell is one {what}: the row is its name, the column its layer."
-        if any(each.is_end for each in kinds):
-            text += " The embedding stands in the first column, lm_head in the last one."
-        return text
-    if kind.number is not None:
-        parts = {"head": "head", "kv_head": "group of heads that share keys and values"}
-        what = parts.get(kind.component, "routed expert")
-        return f"Each cell is one {what}: the row is its number, the column its layer."
-    done = "removed together"
-    if kind.intervention == "repeat":
-        done = "passed again" if kind.repeats == 2 else f"passed {kind.repeats} times"
-    return (
-        f"Each cell is one run: the row says how many layers are {done}, the column which is the "
-        "first. Blank: not asked for, or it would reach beyond the last layer or hold a layer that "
-        "is removed already."
-    )
+    return WORDS.one("map_caption", kinds, kinds[0])
 
 
 def map_title(cell: CellRecord, kinds: Sequence[Change]) -> str:

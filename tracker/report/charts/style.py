@@ -10,15 +10,19 @@ from __future__ import annotations
 import html
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
 
-from tracker.core.estimates import Estimate
-from tracker.core.formats import defined
+from tracker.core.answers import interval_name
+from tracker.core.changes import Change
+from tracker.core.estimates import Estimate, Unit
+from tracker.core.formats import defined, measure_of, named_interval, p_value, write
 from tracker.core.kinds import KINDS
+from tracker.core.proxies import OF_EXPERTS
+from tracker.core.records import CellRecord, RunRecord
 
 MATTERS = KINDS["layer"].colour
 HELPS = "#c4762f"
@@ -264,3 +268,52 @@ def errors(figures: Sequence[Estimate | None], scale: float = 1, **look: Any) ->
 def wrap(text: str, columns: int = 48) -> str:
     """Escape a plain text for plotly, which reads a subset of HTML, and wrap it."""
     return "<br>".join(html.escape(part) for part in textwrap.wrap(text, columns))
+
+
+def run_hover(cell: CellRecord, run: Change, record: RunRecord | None) -> str:
+    """Write the hover box of one run; `record` is None where nothing was measured."""
+    head = f"<b>{run.label()}</b> · {html.escape(cell.benchmark.title)}"
+    if cell.removed:
+        head += f"<br>{wrap(cell.beneath)}"
+    if record is None:
+        return f"{head}<br>{cell.absence(run)}"
+    measure = measure_of(cell)
+    drop = record.drop.value
+    if drop is None:
+        change = f"undefined: {wrap(cell.reason_of('accuracy_drop', record))}"
+    else:
+        between = named_interval(record.drop, measure.write, interval_name(cell))
+        change = f"{measure.write(drop)} {measure.unit}{between}"
+    lines = [head, f"{measure.change} {change}"]
+    if record.drop.p_value is not None:
+        lines.append(f"McNemar p {p_value(record.drop.p_value)} (unadjusted)")
+    of_expert = run.component == "expert"
+    proxies = [proxy.name for proxy in OF_EXPERTS] if of_expert else ["cosine_score"]
+    units: dict[str, Unit] = {"accuracy_relevance": "relevance", **dict.fromkeys(proxies, "proxy")}
+    for field, unit in units.items():
+        value = record.figure(field)
+        why = f"undefined: {wrap(cell.reason_of(field, record))}"
+        lines.append(f"{field.replace('_', ' ')} {why if value is None else write(unit, value)}")
+    lines.append(" ".join(filter(None, (f"{record.n:,} documents", cell.drawn))))
+    return "<br>".join(lines)
+
+
+def estimate_hover(
+    head: str, what: str, found: Estimate, write: Callable[[float], str], samples: str
+) -> str:
+    """Write the hover box of one figure; `head` names its subject."""
+    if not defined(found.value):
+        says = f"{what} undefined: {wrap(found.reason or 'not measured')}"
+    else:
+        says = f"{what} {write(found.value)}{named_interval(found, write) or ' (no interval)'}"
+    return f"<b>{wrap(head)}</b><br>{says}<br>{html.escape(samples)}"
+
+
+def along_layers(
+    cell: CellRecord, kind: Change, layers: Sequence[int]
+) -> tuple[list[RunRecord | None], list[str]]:
+    """Line up the runs of a kind over layers: records (None where not measured), hover boxes."""
+    measured = cell.runs_of(kind)
+    runs = [kind.at(layer) for layer in layers]
+    hovers = [run_hover(cell, run, measured.get(run.layer)) for run in runs]
+    return [measured.get(layer) for layer in layers], hovers

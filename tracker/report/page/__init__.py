@@ -1,7 +1,6 @@
 """Render one self-contained HTML page.
 
 Modules:
-    decisions: Render the documents that runs lose and win.
     html: Render the page from its templates.
     sections: Collect the contents of the page's sections.
     studies: Render the findings of studies.

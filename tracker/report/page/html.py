@@ -10,94 +10,31 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from statistics import median
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from tracker.analysis import claims
-from tracker.analysis.ranks.proxies import Agreement, agreements
+from tracker.analysis.agreement import agreements
 from tracker.core import answers, run_table
 from tracker.core.decision_records import DecisionsRecord
 from tracker.core.findings import FindingRecord
-from tracker.core.formats import counted, defined, measure_of, points, two_digits
+from tracker.core.formats import measure_of
 from tracker.core.kinds import REPLACED_BY
-from tracker.core.proxies import OBSERVED, OF_EXPERTS, PROXIES
+from tracker.core.proxies import OBSERVED, OF_EXPERTS
 from tracker.core.records import CellRecord, Place
 from tracker.core.tables import headed, written
 from tracker.core.text import harmless, masked
 from tracker.core.weight_formats import FORMATS
 from tracker.ledger.files import write_text
-from tracker.report import caveats, rules, tables, wording
+from tracker.report import tables, wording
 from tracker.report.charts.style import FEW, TEMPLATE
 from tracker.report.frames import layer_files, packed, packed_json
 from tracker.report.leaderboard import layer_board_table, misjudged_table, part_board_table
 from tracker.report.page import sections
-from tracker.report.page.decisions import decision_table, packed_documents
+from tracker.report.page.sections import decision_table, packed_documents
 from tracker.report.page.studies import standing_alone, study_sections
-
-
-def agreement_sentence(found: Agreement) -> str:
-    """Say how well one proxy orders the layers, with chance beside it.
-
-    Args:
-        found: What was counted.
-
-    Returns:
-        The median Spearman and its range; the share of ranks that differ, and the share
-        that two random orders would give.
-    """
-    name = PROXIES[found.proxy].label
-    values = found.spearman
-    if not values:
-        says = f"The {name}: no rank correlation with the accuracy drop is defined"
-    elif len(values) == 1:
-        says = f"The {name}: Spearman {two_digits(values[0])} (one measurement)"
-    else:
-        says = (
-            f"The {name}: median Spearman {two_digits(median(values))} over {len(values)} "
-            f"measurements ({two_digits(min(values))} to {two_digits(max(values))})"
-        )
-    if not defined(found.differ) or not defined(found.chance):
-        return f"{says}; ranks cannot be compared."
-    return (
-        f"{says}; {points(found.differ)} % of layers have different ranks in the two orders (two "
-        f"random orders: {points(found.chance)} %)."
-    )
-
-
-def compared_sentence(cells: Sequence[CellRecord]) -> str:
-    """Say what was answered both ways while it was measured, and how far the answers differ.
-
-    Args:
-        cells: The cells of a page.
-
-    Returns:
-        A sentence.
-    """
-    compared = sum(cell.compared for cell in cells)
-    if not compared:
-        return (
-            "No answer shown here was checked against a model with the layer actually deleted: "
-            "other ablations were drawn for that."
-        )
-    largest = max(cell.compared_difference or 0.0 for cell in cells)
-    unsteady = sum(cell.compared_unsteady for cell in cells)
-    without = sum(not cell.compared for cell in cells)
-    text = (
-        f"{counted(compared, 'answer')} {'was' if compared == 1 else 'were'} checked against a "
-        "model with the layer actually deleted: log-likelihoods differ by at most "
-        f"{largest:.1e} nats."
-    )
-    if unsteady:
-        why = "the model is discontinuous there"
-        if any(cell.compared_unsteady and cell.model.is_half for cell in cells):
-            why = f"half precision rounds coarsely, or {why}"
-        text += f" {unsteady} of them differ by more than rounding should: {why}, in lm-eval too."
-    if without:
-        text += f" Of {counted(without, 'measurement')} none was drawn."
-    return text
+from tracker.report.texts import templates_of
 
 
 def render_report(
@@ -133,14 +70,8 @@ def render_report(
 @cache
 def _templates() -> Environment:
     """What is compiled once for all pages of a process."""
-    environment = Environment(
-        loader=PackageLoader("tracker.report.page"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    modules = (answers, caveats, claims, rules, run_table, tables, wording)
+    environment = templates_of("tracker.report.page", autoescape=True)
+    modules = (answers, run_table, tables, wording)
     functions = (
         decision_table,
         headed,
@@ -150,8 +81,7 @@ def _templates() -> Environment:
         part_board_table,
         written,
     )
-    sentences = (agreement_sentence, agreements, compared_sentence)
-    every = (*modules, *functions, *sentences)
+    every = (*modules, *functions, agreements)
     environment.globals |= {each.__name__.split(".")[-1]: each for each in every}
     environment.globals |= {"few": FEW, "replaced_by": REPLACED_BY, "weight_formats": [*FORMATS]}
     environment.globals |= {"proxies": (*OBSERVED, *OF_EXPERTS)}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from tracker.analysis.layer_figures import sure
+from tracker.analysis.boards import sure
 from tracker.core.changes import WHOLE_LAYER
 from tracker.core.estimates import Estimate
 from tracker.core.findings import SEARCH, FindingRecord, FoundChart, Line, LineChart, MapChart
@@ -31,6 +31,7 @@ from tracker.report.charts.style import (
 )
 from tracker.report.frames import frame_of
 from tracker.report.page.sections import Figure
+from tracker.report.wording import WORDS
 
 _IN_SECTIONS = (SEARCH, "prune", "joint")
 """Findings whose sections show their runs: steps of searches, and the pairs of a first layer."""
@@ -177,22 +178,8 @@ def _lines(found: LineChart) -> Chart:
     values = [finite(value, form.scale) for each in found.lines for value in each.values]
     axis = log_axis(up, values) if found.log_y else {"title": {"text": up}}
     made = chart(found.title, data, 380, xaxis=along, yaxis=axis)
-    return replace(made, explains=_how_to_read(found, banded))
-
-
-def _how_to_read(found: LineChart, banded: Sequence[Line]) -> str:
-    """Say where the intervals are, and what is faint."""
-    if not banded:
-        return ""
-    if len(banded) > FEW:
-        says = "Point at a mark for its 95 % interval."
-    elif len(banded) > 1:
-        says = "Vertical lines are 95 % intervals."
-    else:
-        says = f"The band is the 95 % interval of {banded[0].name}."
-    if any(_holds_zero(figure) for each in banded for figure in _estimates(found, each)):
-        says += " Points are faint where it holds 0."
-    return says
+    faint = any(_holds_zero(figure) for line in banded for figure in _estimates(found, line))
+    return replace(made, explains=WORDS.one("study_lines", banded, FEW, faint))
 
 
 def _estimates(found: LineChart, each: Line) -> list[Estimate]:
@@ -257,6 +244,4 @@ def _map(found: MapChart) -> Chart:
         xaxis=layer_axis(found.columns, found.x),
         yaxis=ROWS | {"title": {"text": found.y}},
     )
-    says = [f"Colours: {found.name}."]
-    says += [f"Strong: {found.shown_by}. Faint: nothing is shown."] if found.shown else []
-    return replace(drawn, explains=" ".join(says))
+    return replace(drawn, explains=WORDS.one("study_map", found))

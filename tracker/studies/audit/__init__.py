@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from scipy import stats
 
 from tracker.analysis.claims import ranks_in
-from tracker.analysis.labels import benchmark_labels, model_labels
+from tracker.analysis.comparable import benchmark_labels, model_labels
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.findings import FoundChart, LineChart, MapChart
-from tracker.core.formats import counted, listed, p_value, points, two_digits, with_interval
 from tracker.core.grouping import grouped
 from tracker.core.proxies import OF_LAYERS, passes
 from tracker.core.tables import Column, Table, Value, table
@@ -38,7 +37,7 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
-    side,
+    study_texts,
 )
 from tracker.studies.layout import figure_table, labelled, line_chart, rank_estimate
 from tracker.studies.registry import AuditSettings
@@ -48,6 +47,7 @@ PAPER = (0.15, 0.46)
 after removal."""
 PAPER_DIFFER, PAPER_MAJORLY = 0.938, 0.536
 _AGAINST = "against the paper"
+TEXTS = study_texts("audit", paper=PAPER, proxies=OF_LAYERS)
 
 
 class Audit(Study[AuditSettings]):
@@ -58,21 +58,7 @@ class Audit(Study[AuditSettings]):
         "Which proxy of a layer's relevance tells what removing the layer costs, and which is "
         "worth its compute?"
     )
-    assumptions = (
-        "Documents are drawn independently within each benchmark; intervals say what other "
-        "documents would give for these layers and benchmarks, not what other benchmarks would.",
-        "p-values of coefficients redraw one series as smooth over depth as it is (AR(1) under a "
-        "monotonic function; Theiler et al. 1992), not freely shuffled; means over benchmarks "
-        "relabel the layers of all benchmarks alike. Holm (1979) over proxies, Benjamini-Hochberg "
-        "(1995) over proxies × benchmarks.",
-        "Noise of the documents is taken off a variance as the sampling variance of each drop, "
-        "from the documents' own drops; benchmarks share no documents. The interval of what is "
-        "left is the jackknife over documents (Efron and Tibshirani 1993).",
-        "A logit-lens change is a token whose most likely successor by the model's own final norm "
-        "and head (nostalgebraist 2020) differs between a layer's input and its output. "
-        "First-order Taylor is the size of the derivative of a document's loss by a gate on the "
-        "layer's update, averaged over documents (Michel et al. 2019, Molchanov et al. 2019).",
-    )
+    texts = TEXTS
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
         """List the cells of the file, each with its whole single layers of the intact model."""
@@ -110,8 +96,8 @@ class Audit(Study[AuditSettings]):
 def answers_of(audit: ModelAudit) -> list[str]:
     """Return the sentences of one model, contradictions of the paper first."""
     if not audit.summaries:
-        return [f"{audit.name}: no proxy can be set beside a drop; the tables say why."]
-    sentences = (_pooled(audit), _task(audit), _best(audit), _worth(audit))
+        return TEXTS.all("nothing", audit)
+    sentences = _pooled(audit), _task(audit), _best(audit), TEXTS.one("worth", audit.at_cost)
     ordered = sorted(filter(None, sentences), key=lambda text: not text.startswith(_AGAINST))
     return [f"{audit.name}: {sentence}" for sentence in ordered]
 
@@ -121,20 +107,8 @@ def _pooled(audit: ModelAudit) -> str:
     summary = audit.summaries.get("cosine_score")
     if summary is None or (found := pooled(summary.cells)) is None:
         return ""
-    low, high = PAPER
-    start, verdict = "", f"not told apart from the paper's {low} to {high}"
-    if side(found, high) > 0:
-        start, verdict = f"{_AGAINST}, ", f"more than in any of the paper's models (at most {high})"
-    elif side(found, low) < 0:
-        start, verdict = f"{_AGAINST}, ", f"less than in any of the paper's models (at least {low})"
     benchmarks = sum(bool(c.inner) and c.record.higher_is_better for c in summary.cells)
-    return (
-        f"{start}over inner layers × {counted(benchmarks, 'benchmark')} the cosine score and "
-        f"the accuracy drop correlate at r = {with_interval(found)}: "
-        f"{verdict}. Benchmark by benchmark, all layers, Spearman is "
-        f"{with_interval(summary.spearman)} on average ({audit.on}; Holm's p over all proxies "
-        f"{p_value(audit.adjusted['cosine_score'])})."
-    )
+    return TEXTS.one("pooled", audit, summary.spearman, found, benchmarks)
 
 
 def _task(audit: ModelAudit) -> str:
@@ -142,92 +116,23 @@ def _task(audit: ModelAudit) -> str:
     cosine, drop = (audit.spreads.get(name) for name in ("cosine_score", DROP))
     if cosine is None or drop is None or cosine.test is None:
         return ""
-    test, above, excess = cosine.test, audit.above_chance, cosine.excess
-    sentence = (
-        f"over {counted(len(above), 'benchmark')} a layer's z-scored accuracy drop varies by "
-        f"{two_digits(drop.raw)}, its cosine score by {two_digits(cosine.raw)} (larger in "
-        f"{test.larger} of {test.n} layers, Wilcoxon p = {p_value(test.p_value)}, with "
-        f"neighbouring layers in blocks p = {p_value(test.block_p)})"
-    )
-    if drop.clean is None or cosine.clean is None or excess is None or excess.value is None:
-        return f"{sentence}. How much of it is noise of the documents is open."
-    before = "Without the noise of the documents the drop varies"
-    if len(audit.reliable) < len(above):
-        names = ", ".join(cell.label for cell in audit.reliable)
-        before = (
-            f"On the {len(audit.reliable)} of them whose drops are more signal than noise "
-            f"({names}) the drop varies by {two_digits(drop.noisy or 0.0)}, and without the noise "
-            "of the documents"
-        )
-    start = f"{_AGAINST}'s third claim, " if side(excess) < 0 else ""
-    verdict = {
-        1: "relevance depends on the task more than cosine says",
-        -1: "relevance depends on the task less than cosine says",
-        0: "whether relevance depends on the task more than cosine says is open",
-    }[side(excess)]
-    return (
-        f"{start}{sentence}. {before} by {two_digits(drop.clean)}, the cosine score by "
-        f"{two_digits(cosine.clean)}, a difference of {with_interval(excess)}: {verdict}."
-    )
+    return TEXTS.one("task", audit, cosine, drop)
 
 
 def _best(audit: ModelAudit) -> str:
     """Return which proxy orders the layers best, where comparisons with all others show it."""
     if len(audit.summaries) == 1:
         return ""
-    first = [name for name, (best, _) in audit.ranks.items() if best == 1]
-    labels, of = [OF_LAYERS[name].label for name in first], len(audit.summaries)
-    if len(first) > 1 and len(first) == of:
-        return f"of {of} proxies none is shown to order the layers better than another."
-    if len(first) > 1:
-        return (
-            f"which of {of} proxies orders the layers best is open; it may be "
-            f"{listed(labels, 'or')}."
-        )
+    first = [name for name, (rank, _) in audit.ranks.items() if rank == 1]
     best, cosine = audit.summaries[first[0]], audit.summaries.get("cosine_score")
-    sentence = (
-        f"{labels[0]} orders the layers best of {of} proxies, with a mean Spearman of "
-        f"{with_interval(best.spearman)}"
-    )
-    if cosine is not None and cosine is not best:
-        sentence += (
-            f": {with_interval(audit.apart(best, cosine))} more than the cosine score, for "
-            f"{passes(best.proxy, audit.total, shared=True):g} times its forward passes"
-        )
-    return f"{sentence} (95 % confidence for all comparisons)."
+    times = passes(best.proxy, audit.total, shared=True)
+    more = None if cosine in (None, best) else audit.apart(best, cosine)
+    return TEXTS.one("best", audit, list(map(_label, first)), best.spearman, more, times)
 
 
-def _worth(audit: ModelAudit) -> str:
-    """Say how noisy the drop is that a proxy is to predict."""
-    _, by_name, halved = audit.at_cost
-    if not by_name or halved is None:
-        return ""
-    return (
-        f"the drop of half of the documents predicts that of the other half at "
-        f"{two_digits(halved)}. Where that is low, a proxy with less noise may do better. The "
-        "chart shows what each predicts for its forward passes, without intervals: which to "
-        "trust at a price is open."
-    )
-
-
-def lacking_of(audit: ModelAudit) -> Iterator[str]:
-    """Yield what could not be answered, with what to do."""
-    if audit.left_out:
-        yield (
-            "means over benchmarks leave out what cannot stand beside the others: "
-            f"{'; '.join(audit.left_out)}; give every benchmark once, with the same layers"
-        )
-    if not audit.spreads:
-        yield (
-            "whether relevance depends on the task (claim 3) needs two benchmarks of this model "
-            "above chance; add e.g. benchmark: {values: [arc_easy, piqa, hellaswag]} and run the "
-            "same command again"
-        )
-    elif audit.spreads[DROP].clean is None:
-        yield (
-            "how much of the drop's variance from benchmark to benchmark is noise of the "
-            f"documents: {audit.spreads[DROP].reason}; raise sample: and run the same command again"
-        )
+def lacking_of(audit: ModelAudit) -> list[str]:
+    """Return what could not be answered, with what to do."""
+    return TEXTS.all("lacking", audit.left_out, audit.spreads.get(DROP))
 
 
 # Tables and charts
@@ -275,15 +180,7 @@ def _proxies(audit: ModelAudit) -> Table:
         f"{audit.name}: how well each proxy orders the layers by their {audit.drop}",
         columns,
         [*summaries, *(proxy for proxy in OF_LAYERS if proxy not in summaries)],
-        f"{audit.on}. Intervals are 95 % from resampling documents, benchmarks as they "
-        "are; inner layers leave out the first and last two. Ranks by mean Spearman, from "
-        "paired differences, hold for all proxies at once.",
-        "Passes are forward passes of the whole model a document, for all layers together: "
-        "one by one on pruned models, or sharing the layers below the removed one. The "
-        f"{audit.drop} itself takes {dear:g} shared, and once more its other answers.",
-        "Sources: "
-        + "; ".join(f"{p.label}: {p.source}" for p in OF_LAYERS.values() if p.source)
-        + ".",
+        *TEXTS.all("proxy_notes", audit, dear),
     )
 
 
@@ -323,8 +220,7 @@ def _benchmarks(audit: ModelAudit) -> Table:
         ProxyOnBenchmark,
         f"{audit.name}: every proxy beside the {audit.drop}, benchmark by benchmark",
         rows,
-        "p-values are those of Spearman's coefficient against series as smooth over depth; "
-        "adjusted over all rows of the table.",
+        *TEXTS.all("benchmark_notes"),
     )
 
 
@@ -348,11 +244,7 @@ def _disagreements(audit: ModelAudit) -> Table:
             *columns([f"majorly{word}" for word in words], 1),
         ],
         audit.orders,
-        f"Majorly: by more than {100 * MAJOR:.0f} % of the layers. Ties share their mean rank. "
-        "p: how often orders that know nothing of each other differ as rarely, layers "
-        "shuffled freely or as smooth over depth as they are; not adjusted.",
-        f"The paper: cosine score and drop differ in {points(PAPER_DIFFER)} %, majorly in "
-        f"{points(PAPER_MAJORLY)} % by a threshold that it does not say, without a chance level.",
+        *TEXTS.all("disagreement_notes", MAJOR, PAPER_DIFFER, PAPER_MAJORLY),
     )
 
 
@@ -390,24 +282,11 @@ def _variances(audit: ModelAudit) -> Iterator[Table]:
         column("variance without noise", "coefficient", lambda s: s.clean),
         column("drop's without noise exceeds it by", "coefficient", lambda s: s.excess),
     ]
-    shares = ", ".join(
-        f"{cell.label} {two_digits(audit.reliabilities[cell.label])}" for cell in audit.above_chance
-    )
     yield table(
         f"{audit.name}: variance of a layer's z-score from benchmark to benchmark",
         columns,
         audit.spreads,
-        f"{counted(len(audit.above_chance), 'benchmark')} above chance. z-scored over "
-        "layers per benchmark; mean over layers: 0 = layers matter alike everywhere, "
-        "1 = no two benchmarks have anything in common.",
-        "Relevance is the drop on another scale, but for layers that fall below "
-        "chance, so their z-scores are the same.",
-        "Share of the spread of drops over layers that is not noise of the documents: "
-        f"{shares}. Below {RELIABLE} a benchmark is left out where noise is taken off, "
-        f"which leaves {counted(len(audit.reliable), 'benchmark')} for the last three "
-        "columns. Their interval is the jackknife over documents.",
-        "Wilcoxon's p takes layers as independent, which they are not: where it and "
-        "the p of signs that change in blocks differ, trust the latter.",
+        *TEXTS.all("variance_notes", audit, RELIABLE),
     )
 
 

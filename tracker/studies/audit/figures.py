@@ -20,7 +20,6 @@ from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import Arrays
 from tracker.measuring.observing import Observe, Observed
 from tracker.stats.arrays import Array, per_token
-from tracker.stats.budgets import LayerMeasure, at_equal_cost
 from tracker.stats.correlation import correlate
 from tracker.stats.rank_agreement import (
     Disagreement,
@@ -29,6 +28,7 @@ from tracker.stats.rank_agreement import (
     overlap,
     row_coefficients,
 )
+from tracker.stats.reliability import LayerMeasure, at_equal_cost
 from tracker.stats.resampling import RESAMPLES, SEED, bias_corrected_interval, resampled_means
 from tracker.stats.support import between, holm, pairs, together
 from tracker.stats.task_dependence import (

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.config import CellRequest, Changes, ModelSpec
+from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError, RequestError, WorkError
 from tracker.core.formats import counted
 from tracker.core.grouping import grouped
@@ -38,13 +40,210 @@ from tracker.models.counterexample import (
     SMALLEST,
     WHISPER,
     Counterexample,
+    Place,
+    Text,
+    Wanted,
     hollow,
+    places,
 )
 from tracker.models.load import weightless
 from tracker.models.sources import find_model
-from tracker.studies.base import Study, StudyContext, StudyResult, Subject
+from tracker.studies.base import Study, StudyContext, StudyResult, Subject, study_texts
 from tracker.studies.registry import TheoremSettings
-from tracker.studies.theorem.lessons import Lesson, lesson
+
+SAME = "a wrong answer is the right one, or its beginning: no language model finds it less likely"
+LONGER = (
+    "each wrong answer only continues the right one: no language model finds the right one less "
+    "likely"
+)
+CLASH = "another document with the same text wants another answer"
+NO_GOLD = "the task names no answer, or several, as the right one"
+
+_Demand = tuple[Place, str, int, int]
+"""A place, `signed` or `fixed`, a token, and what it is worth there."""
+
+
+@dataclass
+class Lesson:
+    """Tokens to teach for some documents, and where.
+
+    Attributes:
+        texts: All that will be read.
+        wanted: What is to follow, at the places that decide.
+        certainty: By how many nats, so that no length of an answer outweighs it.
+        left_out: (task, index) → why a document cannot be taught.
+        clashing: Tokens of open texts that follow where another text continues otherwise.
+        tokens: Tokens of texts that are scored token by token; 0 where documents are.
+    """
+
+    texts: list[Text] = field(default_factory=list)
+    wanted: dict[Place, Wanted] = field(default_factory=dict)
+    certainty: float = 100.0
+    left_out: dict[tuple[str, int], str] = field(default_factory=dict)
+    clashing: int = 0
+    tokens: int = 0
+
+
+def lesson(
+    documents: Sequence[Document], length: int, vocabulary: int, decode: Callable[..., str]
+) -> Lesson:
+    """Find out what to teach.
+
+    Between choices that follow one context, the token decides in which the right answer parts from
+    a wrong one: the first such token is taught under a sign, together with the one of the wrong
+    answer; where further wrong answers part from the right one later, its token is taught for
+    certain. Where each choice has a context of its own (Winogrande), a token is taught under a
+    sign, after the right context and against the wrong ones: the first one that no other document
+    has there, since such documents come in twins. Of open texts every token is taught.
+
+    Args:
+        documents: With their requests.
+        length: Tokens that the model reads at most; longer texts are cut as lm-eval does.
+        vocabulary: How many tokens there are.
+        decode: Turns a list of tokens into text.
+
+    Returns:
+        The lesson.
+    """
+    found = Lesson()
+    owners = _owners(documents, length)
+    for document in documents:
+        for request in document.requests:
+            found.texts.append(Text(_read(request, length), len(request.continuation)))
+        if not document.choices:
+            _learn_all(found, document, length)
+            continue
+        demands = _demands(document, length, owners)
+        if not isinstance(demands, str) and any(_clashes(found, each) for each in demands):
+            demands = CLASH
+        if isinstance(demands, str):
+            found.left_out[document.task, document.index] = demands
+            continue
+        for place, kind, token, worth in demands:
+            getattr(found.wanted.setdefault(place, Wanted()), kind)[token] = worth
+        needed = _certainty(document, vocabulary, decode)
+        found.certainty = max(found.certainty, needed)
+    return found
+
+
+def _read(request: Request, length: int) -> tuple[int, ...]:
+    """Return the tokens of a request that the model reads, cut from the left."""
+    return (*request.context, *request.continuation)[-(length + 1) :][:-1]
+
+
+def _predicted(request: Request, length: int) -> list[tuple[Place, int]]:
+    """The places at which each token of a continuation is predicted, with the token, in order."""
+    tokens = _read(request, length)
+    scored = list(places(tokens))[len(tokens) - len(request.continuation) :]
+    return list(zip(scored, request.continuation, strict=True))
+
+
+def _learn_all(found: Lesson, document: Document, length: int) -> None:
+    """Teach every token of open texts: the first text that a place is in decides what follows."""
+    before = found.clashing
+    for request in document.requests:
+        for place, token in _predicted(request, length):
+            known = found.wanted.setdefault(place, Wanted())
+            found.tokens += document.rolling
+            if not known.signed:
+                known.signed[token] = 1
+            elif token not in known.signed:
+                found.clashing += 1
+                known.fixed[token] = -1
+    if found.clashing > before and not document.rolling:
+        found.left_out[document.task, document.index] = CLASH
+
+
+def _owners(documents: Sequence[Document], length: int) -> Counter[tuple[Place, int]]:
+    """Count the documents that have a token at a place, where choices have contexts of their own.
+
+    How many documents hold each (place, token).
+    """
+    owners: Counter[tuple[Place, int]] = Counter()
+    for document in documents:
+        choices = document.requests[: document.choices]
+        if len({request.context for request in choices}) > 1:
+            owners.update({pair for request in choices for pair in _predicted(request, length)})
+    return owners
+
+
+def _demands(
+    document: Document, length: int, owners: Mapping[tuple[Place, int], int]
+) -> list[_Demand] | str:
+    """Return the demands of one document with choices, or why it cannot be taught."""
+    if document.gold is None:
+        return NO_GOLD
+    choices = document.requests[: document.choices]
+    gold = choices[document.gold]
+    demands: list[_Demand] = []
+    partings: list[tuple[int, int]] = []
+    here = _predicted(gold, length)
+    for number, wrong in enumerate(choices):
+        if number == document.gold:
+            continue
+        there = _predicted(wrong, length)
+        if here[0][0] != there[0][0]:  # contexts of their own
+            for predicted, worth in ((here, 1), (there, -1)):
+                own = [pair for pair in predicted if owners[pair] == 1]
+                if not own:
+                    return CLASH
+                place, token = own[0]
+                demands.append((place, "signed", token, worth))
+            continue
+        part = _parting(gold.continuation, wrong.continuation)
+        if part == len(wrong.continuation):
+            return SAME
+        if part < len(gold.continuation):
+            partings.append((part, wrong.continuation[part]))
+        else:
+            place, token = there[part]
+            demands.append((place, "fixed", token, -1))
+    if not partings and not any(kind == "signed" for _, kind, _, _ in demands):
+        return LONGER
+    if partings:
+        demands += _at_partings(here, sorted(partings))
+    return demands
+
+
+def _at_partings(
+    here: Sequence[tuple[Place, int]], partings: Sequence[tuple[int, int]]
+) -> Iterator[_Demand]:
+    """The token of the right answer wherever a wrong one parts from it, the first under a sign."""
+    first = partings[0][0]
+    for part in dict.fromkeys(part for part, _ in partings):
+        place, token = here[part]
+        yield place, "signed" if part == first else "fixed", token, 1
+    for part, token in partings:
+        kind = "signed" if part == first else "fixed"
+        yield here[part][0], kind, token, -1 if (part, token) == partings[0] else 0
+
+
+def _parting(one: Sequence[int], other: Sequence[int]) -> int:
+    """Count the tokens that two answers share at their beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _clashes(found: Lesson, demand: _Demand) -> bool:
+    """Check whether earlier documents want something else of a token at a place."""
+    place, kind, token, worth = demand
+    known = found.wanted.get(place)
+    if known is None:
+        return False
+    other = known.fixed if kind == "signed" else known.signed
+    return token in other or getattr(known, kind).get(token, worth) != worth
+
+
+def _certainty(document: Document, vocabulary: int, decode: Callable[..., str]) -> float:
+    """Nats that outweigh all other tokens of any two answers, also when divided by lengths.
+
+    Where nothing is taught every token of the vocabulary is as likely, but for a nat.
+    """
+    choices = [request.continuation for request in document.requests[: document.choices]]
+    lengths = [max(1, len(decode(list(tokens)).strip())) for tokens in choices]
+    tokens = max(map(len, choices))
+    return 2 * (math.log(vocabulary) + 1) * tokens * max(lengths) / min(lengths)
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,15 +256,20 @@ _ACCURACIES = ("acc", "acc_norm")
 _NOT_FINITE = "a figure of the model is not finite"
 
 
+def tiny(figure: float) -> str:
+    """Write a figure of any size, such as `1e−8`."""
+    return f"{figure:.3g}".replace("e-0", "e−").replace("e-", "e−").replace("e+0", "e")
+
+
+TEXTS = study_texts("theorem", tiny=tiny)
+
+
 class Theorem(Study[TheoremSettings]):
     """Builds the transformer of the theorem for each benchmark and ε, and measures it."""
 
     name = "theorem"
     question = "Can the layer with the lowest cosine score decide every answer?"
-    assumptions = (
-        "the model is built, not trained: it shows what a cosine score cannot promise, not what "
-        "trained models do",
-    )
+    texts = TEXTS
 
     def __init__(self, settings: TheoremSettings) -> None:
         super().__init__(settings)
@@ -296,43 +500,15 @@ def _pair(value: float | str) -> tuple[int, int]:
 
 def _answers(shown: Sequence[MeasuredModel]) -> list[str]:
     """Return for one benchmark whether the theorem holds, at the smallest ε first."""
-    last = shown[-1]
-    name = last.subject.record.benchmark.title
-    noun = "token" if last.built.is_open else "document"
-    if failed := [one for one in shown if not one.holds]:
-        one = failed[0]
-        return [
-            f"The model built for {name} and ε = {tiny(one.built.epsilon)} does not show it: it "
-            f"answers {one.right:,} of {counted(one.units, noun)}, {one.without:,} without layer "
-            f"{WHISPER}, whose cosine score is {tiny(one.score)}, off by {tiny(one.error)} of "
-            f"itself; the lowest other is {tiny(one.other)}."
-        ]
-    everything = f"all {counted(last.units, noun)}" if last.units > 1 else f"the one {noun}"
-    that = " that can be" if last.built.lesson.left_out or last.built.lesson.clashing else ""
-    return [
-        f"A model of {LAYERS} layers answers {everything}{that} of {name}. Its layer {WHISPER} has "
-        f"the cosine score {tiny(last.score)}, the lowest: any other is more than "
-        f"{tiny(math.floor(last.other / last.score))} times as high. Without it not one {noun} is "
-        "answered."
-    ]
+    failed = [model for model in shown if not model.holds]
+    return TEXTS.all("answer", (failed or shown[-1:])[0], LAYERS, WHISPER)
 
 
 def _left_out(shown: MeasuredModel) -> list[str]:
     """Return which documents no such model answers, and why."""
-    taught, name, lines = shown.built.lesson, shown.subject.record.benchmark.title, []
-    for places in grouped(taught.left_out, taught.left_out.__getitem__).values():
-        docs = [f"{doc}" if task == name else f"{doc} of {task}" for task, doc in places]
-        some = ", ".join([*docs[:5], *(["…"] if len(docs) > 5 else [])])
-        lines.append(
-            f"{name}: {counted(len(docs), 'document')} ({some}) cannot be taught: "
-            f"{taught.left_out[places[0]]}"
-        )
-    if taught.clashing and shown.built.is_open:
-        lines.append(
-            f"{name}: {counted(taught.clashing, 'token')} of {taught.tokens:,} cannot be taught: "
-            "another text continues otherwise after the same beginning"
-        )
-    return lines
+    taught = shown.built.lesson
+    groups = grouped(taught.left_out, taught.left_out.__getitem__)
+    return TEXTS.all("left_out", shown, shown.subject.record.benchmark.title, taught, groups)
 
 
 def models_table(models: Sequence[MeasuredModel]) -> Table:
@@ -354,11 +530,8 @@ def models_table(models: Sequence[MeasuredModel]) -> Table:
         Column("width", "count", lambda model: model.built.width),
         Column("places remembered", "count", lambda model: len(model.built.lesson.wanted)),
     ]
-    note = (
-        f"{counted(lost, 'document')} of {record.n:,} could not be taught, and counts as it falls"
-    )
     title = f"{record.benchmark.title}, {record.documents}"
-    return table(title, columns, models, *(note,) if lost else ())
+    return table(title, columns, models, *TEXTS.all("model_notes", lost, record.n))
 
 
 def layers_table(model: MeasuredModel) -> Table:
@@ -372,8 +545,3 @@ def layers_table(model: MeasuredModel) -> Table:
     ]
     title = f"{record.benchmark.title}, ε = {tiny(model.built.epsilon)}, layer by layer"
     return table(title, columns, record.runs_of().values())
-
-
-def tiny(figure: float) -> str:
-    """Write a figure of any size, such as `1e−8`."""
-    return f"{figure:.3g}".replace("e-0", "e−").replace("e-", "e−").replace("e+0", "e")

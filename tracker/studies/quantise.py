@@ -1,0 +1,531 @@
+"""Which weights may have fewer bits within a budget, chosen by what they cost?
+
+Calibration documents say what each linear map costs in each format, alone. The formats whose losses
+add up to the least within the budget are one choice; what swaps make of it that are measured as a
+whole is another, and choices by the errors of weights and outputs, all maps alike, and the ends
+kept in more bits are others. Each is measured as a whole on the same documents, which recommend
+one; test documents, which none of them met, say what each is worth.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tracker.analysis.paired import PairedOutcomes
+from tracker.core import kinds
+from tracker.core.changes import Ablation
+from tracker.core.config import CellRequest
+from tracker.core.errors import RequestError, did_you_mean
+from tracker.core.estimates import Estimate
+from tracker.core.formats import counted, measure_of
+from tracker.core.provenance import content_hash
+from tracker.core.records import CellRecord
+from tracker.core.tables import Table
+from tracker.core.weight_formats import FORMATS
+from tracker.ledger.files import write_note
+from tracker.models.load import hollow
+from tracker.models.offloaded import weight_bytes
+from tracker.models.parts.anatomy import linear_map_shapes
+from tracker.models.parts.linear_maps import embedding_shapes
+from tracker.models.sources import find_model
+from tracker.search.cells import Lender, OpenCell
+from tracker.search.formats import (
+    END_LAYERS,
+    BitBudget,
+    Choice,
+    Refined,
+    Unit,
+    ablation_of,
+    alike,
+    apart,
+    bits_of,
+    budget,
+    each_layer,
+    each_map,
+    ends_kept,
+    errors_of,
+    least_loss,
+    refined,
+    units_of,
+)
+from tracker.stats.arrays import Array
+from tracker.stats.effects import interactions
+from tracker.stats.support import together
+from tracker.studies.base import (
+    Study,
+    StudyContext,
+    StudyResult,
+    Subject,
+    lined_up,
+    name_of,
+    observe,
+    second_roundings,
+    side,
+    study_texts,
+)
+from tracker.studies.joint import Pairs, pairs_of
+from tracker.studies.layout import figure_table, labelled
+from tracker.studies.registry import QuantiseSettings
+
+MEASURED, ALIKE = "measured log-probability", "all alike"
+"""What the study is about, and what it is held against."""
+SETS = "measured sets"
+"""What is made of a choice by swaps that are measured as a whole."""
+TEXTS = study_texts("quantise", measured=MEASURED)
+
+
+class Candidate(NamedTuple):
+    """One choice of formats: by what it was chosen, and what it is expected to cost, in nats."""
+
+    by: str
+    choice: Choice
+    expected: float | None
+
+
+_SAME = "it is that itself"
+
+
+@dataclass(frozen=True)
+class TestedChoice:
+    """A choice, measured, where it was chosen and on test documents.
+
+    Attributes:
+        candidate: The choice.
+        n: Test documents.
+        size: Megabytes of the whole model.
+        chosen_on: Fall of the gold log-probability on the documents that chose.
+        beside: By how much more accuracy it keeps than all alike; None for that itself.
+        gold_beside: The same of the gold log-probability.
+    """
+
+    candidate: Candidate
+    n: int
+    by: str = labelled("chosen by")
+    bits: float = labelled("bits a weight", "proxy")
+    size: float = labelled("model (MB)", "proxy")
+    expected: float | None = labelled("sum of losses where it was chosen", "nats")
+    chosen_on: float = labelled("loss of the whole there", "nats")
+    level: Estimate = labelled("{level} on test documents", "level")
+    drop: Estimate = labelled("{change}", "change")
+    gold: Estimate = labelled("loss of gold log-probability", "nats")
+    beside: Estimate | None = labelled(f"{{level}} kept beside {ALIKE}", "change", _SAME)
+    gold_beside: Estimate | None = labelled(f"log-probability kept beside {ALIKE}", "nats", _SAME)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Losses of one choice beside their sums, on the documents that choose.
+
+    Attributes:
+        units: How many units it has.
+        expected: The sum of what they cost alone.
+        whole: What the choice costs.
+        more: By how much more that is.
+        pairs: Drawn pairs of its units beside their own sums; None where none are asked for.
+    """
+
+    units: int
+    expected: float
+    whole: float
+    more: Estimate
+    pairs: Pairs | None
+
+
+@dataclass(frozen=True)
+class ChosenFormats:
+    """All that is found of one cell before test documents are asked.
+
+    Attributes:
+        candidates: The choices.
+        swapped: By what a choice was made with which swaps began → what they made of it.
+        sums: Whether losses add up in the choice that takes them for sums.
+    """
+
+    candidates: list[Candidate]
+    swapped: dict[str, Refined]
+    sums: Sums
+
+
+@dataclass(frozen=True)
+class FormatChooser:
+    """Chooser of formats for the units of one cell, on its calibration documents.
+
+    Attributes:
+        context: The context of the study.
+        subject: The cell: each unit in each format, alone.
+        cell: The same documents, under whatever is asked for.
+        units: What gets a format each.
+        formats: The formats.
+        within: The bits.
+        losses: `[units, formats]`, what each costs alone, in nats.
+    """
+
+    context: StudyContext
+    subject: Subject
+    cell: OpenCell
+    units: Sequence[Unit]
+    formats: Sequence[str]
+    within: BitBudget
+    losses: Array
+
+    def chosen(self, each_map: bool, rounds: int, pairs: int) -> ChosenFormats:
+        """Choose by sums, by errors, by hand, and by swaps that are measured as a whole.
+
+        Args:
+            each_map: Whether the units are linear maps, whose errors are known.
+            rounds: How many rounds of swaps there are at most.
+            pairs: How many pairs are drawn.
+
+        Returns:
+            What was found.
+        """
+        candidates = self._candidates(each_map)
+        self._say(f"{counted(len(candidates), 'choice')}, whole")
+        best = candidates[least(self._costs([each.choice for each in candidates]))]
+        swapped = {}
+        if rounds:
+            # A choice that two ways lead to is one start.
+            starts = {ablation_of(each.choice): each for each in (best, candidates[0])}
+            swapped = {each.by: self._swapped(each, rounds) for each in starts.values()}
+        if ends := [end.choice for end in swapped.values() if end.gains]:
+            candidates.insert(1, self._candidate(SETS, ends[least(self._costs(ends))]))
+        return ChosenFormats(candidates, swapped, self._sums(candidates[0], pairs))
+
+    def _say(self, message: str) -> None:
+        self.context.progress.say(f"{self.cell.request.title}: {message}")
+
+    def _costs(self, choices: Sequence[Choice]) -> Array:
+        ablations = [ablation_of(choice) for choice in choices]
+        return self.cell.paired(ablations, "gold_logprob").mean_drops
+
+    def _candidate(self, by: str, choice: Choice) -> Candidate:
+        places = [self.formats.index(choice[unit]) for unit in self.units]
+        return Candidate(by, choice, float(self.losses[np.arange(len(self.units)), places].sum()))
+
+    def _candidates(self, each_map: bool) -> list[Candidate]:
+        units, formats, within = self.units, self.formats, self.within
+        made = {MEASURED: least_loss(units, formats, self.losses, within)}
+        if each_map:
+            for name, errors in self._errors().items():
+                made[name] = least_loss(units, formats, errors, within)
+        if kept := ends_kept(units, formats, within):
+            made[f"first and last {END_LAYERS} layers in more bits"] = kept
+        made[ALIKE] = alike(units, formats, within)
+        return [self._candidate(name, choice) for name, choice in made.items()]
+
+    def _errors(self) -> dict[str, Array]:
+        """Observe the errors of weights and outputs [units, formats], by what people call them."""
+        maps = [unit.change(form) for unit in self.units for form in self.formats]
+        kind = f"rounding-{content_hash([*map(str, maps)])[:8]}"
+        seen = observe(self.subject, kind, self.context, partial(errors_of, maps=maps))
+        figures = lined_up(seen, self.subject.outcomes())
+        shape = (len(self.units), len(self.formats))
+        outputs = figures["output_error"].sum(axis=0) / figures["output_size"].sum(axis=0)
+        return {
+            "error of weights": figures["weight_error"][0].reshape(shape),
+            "error of outputs": outputs.reshape(shape),
+        }
+
+    def _swapped(self, start: Candidate, rounds: int) -> Refined:
+        """Swap formats of a choice while that is shown to cost less."""
+        number = 0
+
+        def measure(choices: Sequence[Choice]) -> PairedOutcomes:
+            nonlocal number
+            number += 1
+            self._say(
+                f"{counted(len(choices) - 1, 'swap')} of formats beside the choice by {start.by}, "
+                f"round {number} of at most {rounds}"
+            )
+            ablations = [ablation_of(choice) for choice in choices]
+            self.cell.measure(ablations, candidates=True)
+            return self.cell.paired(ablations, "gold_logprob")
+
+        return refined(start.choice, self.formats, self.losses, self.within, rounds, measure)
+
+    def _sums(self, candidate: Candidate, most: int) -> Sums:
+        """Hold a choice, and drawn pairs of its units, against the sums of what units cost alone.
+
+        Pairs are drawn by the seed of the cell, each once.
+        """
+        choice, count = candidate.choice, len(self.units)
+        every = list(combinations(range(count), 2))
+        draw = random.Random(f"pairs/{self.cell.request.documents.seed}")
+        pairs = sorted(draw.sample(every, min(most, len(every))))
+        alone = [_of([unit], choice) for unit in self.units]
+        both = [_of([self.units[i], self.units[j]], choice) for i, j in pairs]
+        whole = ablation_of(choice)
+        if pairs:
+            self._say(f"{counted(len(pairs), 'pair')} of units, drawn")
+            self.cell.measure(both, candidates=True)
+        outcomes = self.subject.outcomes(besides=[whole, *both])
+        paired = outcomes.by_gold_logprob([whole, *alone])
+        values = paired.drops[:, 0] - paired.drops[:, 1:].sum(axis=1)
+        (more,) = interactions(values[:, None], paired.weights)
+        found = None
+        if pairs:
+            places = sorted({place for pair in pairs for place in pair})
+            paired_drops = outcomes.by_gold_logprob([*(alone[n] for n in places), *both])
+            drops = (paired_drops, places, pairs, outcomes.strata, None)
+            found = pairs_of(self.subject.record, "gold log-prob drop", "nats", *drops)
+        drop = float(paired.mean_drops[0])
+        return Sums(count, candidate.expected or 0.0, drop, more, found)
+
+
+def _of(units: Sequence[Unit], choice: Choice) -> Ablation:
+    """Return the ablation in which some units alone have their formats."""
+    return ablation_of({unit: choice[unit] for unit in units})
+
+
+def least(costs: Sequence[float] | Array) -> int:
+    """Return the place of the least cost; what is undefined is not."""
+    return int(np.nan_to_num(costs, nan=np.inf).argmin())
+
+
+def losses_of(record: CellRecord, units: Sequence[Unit], formats: Sequence[str]) -> Array | None:
+    """Read what each unit costs in each format, alone.
+
+    Args:
+        record: The cell.
+        units: The units.
+        formats: The formats.
+
+    Returns:
+        `[units, formats]` in nats; None where one is undefined.
+    """
+    found = {
+        (run.change.layer, run.change.map or "", str(run.change.intervention)): run.gold_drop.value
+        for run in record.runs
+    }
+    losses = [[found.get((unit.layer, unit.which, form)) for form in formats] for unit in units]
+    if any(loss is None for row in losses for loss in row):
+        return None
+    return np.array(losses, dtype=np.float64)
+
+
+def tested_choices(
+    candidates: Sequence[Candidate], chose: OpenCell, tests: OpenCell, within: BitBudget
+) -> list[TestedChoice]:
+    """Measure what choices are worth.
+
+    Args:
+        candidates: The choices; one of them treats all units alike.
+        chose: The documents that choose.
+        tests: Those that test.
+        within: The bits.
+
+    Returns:
+        One each.
+    """
+    ablations = [ablation_of(each.choice) for each in candidates]
+    tests.progress.say(f"{tests.request.title}: {counted(len(ablations), 'choice')}, whole")
+    on_calibration = chose.paired(ablations, "gold_logprob").mean_drops
+    metric, gold = (tests.paired(ablations, by) for by in ("accuracy", "gold_logprob"))
+    other = [each.by for each in candidates].index(ALIKE)
+
+    def one(place: int, candidate: Candidate) -> TestedChoice:
+        bits, is_other = bits_of(candidate.choice), place == other
+        return TestedChoice(
+            candidate,
+            n=len(gold.weights),
+            by=candidate.by,
+            bits=bits,
+            size=within.bytes_of(bits) / 1e6,
+            expected=candidate.expected,
+            chosen_on=float(on_calibration[place]),
+            level=metric.level(place),
+            drop=metric.drop(place),
+            gold=gold.drop(place),
+            beside=None if is_other else apart(metric, place, other),
+            gold_beside=None if is_other else apart(gold, place, other),
+        )
+
+    return [one(place, candidate) for place, candidate in enumerate(candidates)]
+
+
+class Quantise(Study[QuantiseSettings]):
+    """See the module."""
+
+    name = "quantise"
+    question = "Which weights may have fewer bits, and is the choice better than all alike?"
+    intact = True
+    texts = TEXTS
+
+    def __init__(self, settings: QuantiseSettings) -> None:
+        super().__init__(settings)
+        self.formats = tuple(dict.fromkeys(map(str.strip, settings.format.split(","))))
+        for name in self.formats:
+            if name not in FORMATS:
+                near = did_you_mean(name, FORMATS)
+                raise RequestError(
+                    f"there is no format {name!r}.{near} Known: {', '.join(FORMATS)}"
+                )
+        if len(self.formats) < 2:
+            raise RequestError("--format: there is nothing to choose; name two formats or more")
+
+    def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
+        """Yield each unit in each format, alone, on the calibration documents."""
+        trust = context.options.trust_remote_code
+        chosen = replace(cell, until=None).on("calibration")
+        chosen = chosen.with_changes(layers=cell.changes.layers)
+        units, _ = self._budget(chosen, trust)
+        ends = [unit.which for unit in units if unit.is_end]
+        if self.settings.by == "layer":
+            yield each_layer(chosen, self.formats, ends)
+        else:
+            yield each_map(chosen, self.formats, trust, ends)
+
+    def _budget(self, request: CellRequest, trust: bool) -> tuple[list[Unit], BitBudget]:
+        """Return the units of a request's layers, and how many bits there are."""
+        source = find_model(request.model)
+        model = hollow(source, request.model.dtype, trust)
+        ends = embedding_shapes(model) if self.settings.embeddings else {}
+        by_map = self.settings.by == "map"
+        units = units_of(linear_map_shapes(source, trust), request.changes.layers, by_map, ends)
+        whole, size = weight_bytes(model), int(model.dtype.itemsize)
+        rest = whole - size * sum(unit.weights for unit in units)
+        return units, budget(self.settings.budget, units, rest, whole, self.formats)
+
+    def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
+        """Choose, measure the choices, test them."""
+        # Another budget, or other formats, are another question about the same file.
+        ends = ["embeddings"] if self.settings.embeddings else []
+        words = [self.settings.budget, self.settings.by, *ends, *self.formats]
+        result = StudyResult(beside=re.sub(r"[^\w.]+", "-", " ".join(words)))
+        for subject in subjects:
+            self._choose(subject, context, result)
+        result.add(*second_roundings(subjects))
+        return result
+
+    def _choose(self, subject: Subject, context: StudyContext, result: StudyResult) -> None:
+        record, settings = subject.record, self.settings
+        units, within = self._budget(subject.request, context.options.trust_remote_code)
+        losses = losses_of(record, units, self.formats)
+        if losses is None:
+            result.lack(record.title, "some map has no defined loss, so that nothing adds up")
+            return
+        lender = Lender(context.ledger, context.options, context.progress)
+        sample = settings.test_sample or subject.request.documents.sample
+        test = subject.request.on("test", sample=sample)
+        chose, tests = OpenCell(subject.request, lender), OpenCell(test, lender)
+        choosing = FormatChooser(context, subject, chose, units, self.formats, within, losses)
+        chosen = choosing.chosen(settings.by == "map", settings.refine, settings.pairs)
+        choices = tested_choices(chosen.candidates, chose, tests, within)
+        for cell in (chose, tests):
+            cell.end()
+        tested = tests.store
+        count = sum(tested.counts(tests.request.extent).values())
+        view = tested.views.name_of(tests.view)
+        result.rests_on.append((tested.identity.key, view, count))
+        best = choices[least([choice.chosen_on for choice in choices])]
+        for sentence in (answer_of(record, choices, best), *_answers_of_sets(chosen)):
+            result.add(f"{subject.name}, {within.text}: {sentence}")
+        result.add(choices_table(record, choices, best), sums_table(record, chosen.sums))
+        result.add(formats_table(record, best))
+        result.files.append(_write_choice(context, record, tests.request, best))
+
+
+def _write_choice(
+    context: StudyContext, record: CellRecord, tests: CellRequest, best: TestedChoice
+) -> Path:
+    """Write which map has which format to the results folder; return the file."""
+    experiment = context.input.name
+    stem = f"{record.model.name}-{record.benchmark.name}-{best.candidate.by}-{experiment}"
+    chosen = {unit.place: form for unit, form in best.candidate.choice.items()}
+    readable = re.sub(r"[^A-Za-z0-9_]+", "-", stem).strip("-")
+    path = context.ledger.root / "formats" / f"{readable}-{content_hash(chosen)[:8]}.json"
+    write_note(path, {"tested_on": tests.settings.model_dump(mode="json"), "formats": chosen})
+    return path
+
+
+# Sentences
+
+
+def answer_of(record: CellRecord, choices: Sequence[TestedChoice], best: TestedChoice) -> str:
+    """Return whether the choice beats all alike, and what it costs; what does not hold first."""
+    alike = next(choice for choice in choices if choice.beside is None)
+    measure, won, lost = measure_of(record), [], []
+    if best.beside is not None and best.gold_beside is not None:
+        # Two statements, which hold together.
+        wide = together([best.beside, best.gold_beside], [best.n] * 2)
+        sides = dict(zip((measure.level, "log-probability"), map(side, wide), strict=True))
+        won, lost = ([name for name, end in sides.items() if end == sign] for sign in (1, -1))
+    return TEXTS.one("answer", alike, best, measure, won, lost)
+
+
+def _answers_of_sets(chosen: ChosenFormats) -> list[str]:
+    """Return whether losses add up, and what measuring whole choices added."""
+    pairs = chosen.sums.pairs
+    signs = Counter(side(pair) for pair in pairs.at_once.values()) if pairs else Counter()
+    return TEXTS.all("sets", chosen, chosen.sums, pairs, signs)
+
+
+# Tables
+
+
+def choices_table(record: CellRecord, choices: Sequence[TestedChoice], best: TestedChoice) -> Table:
+    """Make the table of choices beside each other: what each takes, and what it costs."""
+    rows = [replace(row, by=f"{row.by} (recommended)") if row is best else row for row in choices]
+    return figure_table(
+        TestedChoice,
+        f"{name_of(record)}: choices within the budget.",
+        rows,
+        f"Chosen on {record.counted} documents. 95 % intervals, each for itself.",
+        measure=measure_of(record),
+    )
+
+
+def formats_table(record: CellRecord, best: TestedChoice) -> Table:
+    """Make the table of how many layers give a map which format in what is recommended."""
+    counts = Counter((unit.which or "layer", form) for unit, form in best.candidate.choice.items())
+    rows = [
+        FormatCount(name, form, None if name in kinds.ENDS else count)
+        for (name, form), count in sorted(counts.items())
+    ]
+    return figure_table(FormatCount, f"{name_of(record)}: what is recommended.", rows)
+
+
+@dataclass(frozen=True)
+class FormatCount:
+    """In how many layers a map has a format."""
+
+    name: str = labelled("what")
+    format: str = labelled("format")
+    layers: int | None = labelled("layers", "count", "of no layer")
+
+
+@dataclass(frozen=True)
+class SumRow:
+    """Some units together, beside the sum of what they cost alone."""
+
+    units: str = labelled("units together")
+    measured: float = labelled("loss measured", "nats")
+    summed: float = labelled("sum of losses alone", "nats")
+    more: Estimate = labelled("more than the sum", "nats")
+
+
+def sums_table(record: CellRecord, sums: Sums) -> Table:
+    """Make the table of what units cost together beside the sum of what they cost alone."""
+    rows = [SumRow(f"all {sums.units:,}", sums.whole, sums.expected, sums.more)]
+    if (pairs := sums.pairs) is not None:
+        both = float(pairs.together.mean())
+        summed = [pairs.alone[i] + pairs.alone[j] for i, j in pairs.pairs]
+        drawn = f"two, the mean of {counted(len(pairs.pairs), 'drawn pair')}"
+        rows.append(SumRow(drawn, both, sum(summed) / len(summed), pairs.mean))
+    return figure_table(
+        SumRow,
+        f"{name_of(record)}: do losses add up? Units of the choice by {MEASURED}, on the documents "
+        "that choose.",
+        rows,
+        "95 % intervals over documents, each for itself, of these units.",
+    )
