@@ -194,6 +194,16 @@ class TestRecord:
         assert record.compared == tuple(range(LAYERS))
         assert record.both == tuple(tuple(len(a & b) for b in lost) for a in lost)
 
+    def test_long_questions_lack_their_middle(self, two_tasks):
+        study = Study()
+        study.texts = {
+            place: DocumentText("a" * 999 + "b" * 999, text.choices)
+            for place, text in study.texts.items()
+        }
+        study.write(two_tasks)
+        record = decisions_record(decisions(two_tasks, view(two_tasks)))
+        assert {one.question for one in record.documents} == {f"{'a' * 150} … {'b' * 150}"}
+
     def test_it_survives_its_json_and_without_texts_nobodys_words_are_left(self, found):
         record = decisions_record(found)
         assert DecisionsRecord.model_validate_json(record.model_dump_json()) == record

@@ -439,6 +439,7 @@ def test_what_lies_beneath_is_weighted_as_all_else(cell_of):
         cell.write(Block(task, 0), rows, {})
     record = cell_record(cell, asks(0, removed=(1,)))
     assert record.baseline.value == record.remaining.value == 0.5
+    assert cell_record(cell, asks(0, removed=(2,))).remaining.reason == "not measured yet"
 
 
 class TestCorrelations:

@@ -122,10 +122,6 @@ def cell(value: Any) -> str:
     """Write an entry of a frame or a table."""
     if isinstance(value, float):
         return figure(value)
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(cell, value))}]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {cell(entry)}" for key, entry in value.items()) + "}"
     text = " ".join(rounded(str(value)).split())
     return text if len(text) <= WORDS else f"{text[:WORDS]}…"
 
@@ -213,7 +209,7 @@ def chart_texts(value: Any, key: str = "") -> Iterator[str]:
 
 
 def page(folder: Path) -> Shown:
-    """Read the page as text, with the texts of its charts and the documents that it names."""
+    """Read the page as text, with the texts of its charts."""
     assert cli("report", RESULTS, "--output", "page.html").exit_code == 0
     parser = PageText()
     parser.feed(Path("page.html").read_text(encoding="utf-8"))
@@ -228,12 +224,6 @@ def page(folder: Path) -> Shown:
                 texts = dict.fromkeys(map(rounded, chart_texts(drawn)))
                 yield from (text for text in texts if text not in seen)
                 seen |= {text for text in texts if len(text) > WORDS}
-        elif name.startswith("documents"):
-            packed = json.loads(unpack_script(script))
-            yield f"# {name}: {len(packed['documents'])} documents; {packed['margin']}"
-            yield from filter(None, [packed["why"]])
-            yield from (cell(run) for run in packed["runs"][:3])
-            yield from (cell(document) for document in packed["documents"][:3])
         else:
             yield f"# script {name}"
 
@@ -418,10 +408,8 @@ def curves(rows: Sequence[Mapping[str, Any]], step: str) -> Shown:
             yield f"  logged {name}: {logged_kind(logged[0][1])}"
 
 
-def logged_kind(value: Any) -> str:
+def logged_kind(value: Mapping[str, Any]) -> str:
     """Describe a table or a chart; what it holds is compared elsewhere."""
-    if not isinstance(value, Mapping):
-        return as_written(value)
     kind = value.get("_type", "")
     table = value.get("_value")
     if not isinstance(table, list):

@@ -135,8 +135,9 @@ class TestProofs:
         assert measured.lost() == []
 
     def test_what_is_lost_stays_known(self, measured):
-        before = measured.proofs()
-        measured.shards()[0].unlink()
+        before, path = measured.proofs(), measured.shards()[0]
+        path.unlink()
+        assert measured.shard(path) is None
         for _ in range(2):
             assert measured.proofs() == before[1:]
             assert measured.lost() == [before[0][0]]

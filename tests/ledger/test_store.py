@@ -304,10 +304,22 @@ class TestLedger:
         assert (ledger.root / "experiments" / "a.yaml").read_bytes() == text.encode()
 
     @pytest.mark.skipif(not Path("/proc/self").exists(), reason="only Linux has /proc")
-    def test_what_takes_no_files_is_refused_though_one_may_write_it(self):
+    @pytest.mark.skipif(not Path("/proc/self").exists(), reason="only Linux has /proc")
+    def test_a_folder_that_cannot_be_written_is_refused(self, tmp_path, monkeypatch):
         """Was: an administrator's run in /proc measured everything, and then failed."""
-        with pytest.raises(ResultsError, match=r"/proc/results cannot be written.*--results"):
-            Ledger(Path("/proc/results")).refuse_unwritable()
+        for root in (tmp_path, tmp_path / "new" / "results"):
+            Ledger(root).refuse_unwritable()
+        assert not [*tmp_path.iterdir()]
+        (tmp_path / "file").write_text("")
+        for root, why in (
+            (Path("/proc/results"), "/proc/results cannot be written.*--results"),
+            (tmp_path / "file" / "results", "cannot be made: .*file is a file"),
+        ):
+            with pytest.raises(ResultsError, match=why):
+                Ledger(root).refuse_unwritable()
+        monkeypatch.setattr("os.access", lambda *_: False)
+        with pytest.raises(ResultsError, match=f"{tmp_path} is .*'s, and you may not write it"):
+            Ledger(tmp_path).refuse_unwritable()
 
 
 class TestNotes:
