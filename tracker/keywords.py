@@ -10,8 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, TypeVar
 
-from tracker.core.config import Dtype
 from tracker.core.extent import Part
+from tracker.core.fields import Dtype
 from tracker.core.kinds import Component, Intervention, SearchUnit
 from tracker.core.prune_records import Rescoring
 from tracker.measuring.progress import Progress

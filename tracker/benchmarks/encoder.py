@@ -13,10 +13,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from tracker.benchmarks.private import HFLM
-from tracker.core.arguments import decoded
 from tracker.core.config import BenchmarkSpec
 from tracker.core.documents import Document, Request
 from tracker.core.errors import BenchmarkError, first_line, translate_errors
+from tracker.core.fields import decoded
 from tracker.core.provenance import content_hash
 
 if TYPE_CHECKING:

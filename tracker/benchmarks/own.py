@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from tracker.core.arguments import expanded
 from tracker.core.config import BenchmarkSpec
 from tracker.core.errors import BenchmarkError
+from tracker.core.fields import expanded
 from tracker.core.provenance import file_stamp
 
 _SUFFIXES = (".yaml", ".yml")

@@ -18,9 +18,9 @@ from tracker.benchmarks.factory import SourcedFactory, entries, find_task, shots
 from tracker.benchmarks.own import folders
 from tracker.benchmarks.parts import choose_part
 from tracker.benchmarks.sources import find_data
-from tracker.core.arguments import decoded
 from tracker.core.config import BenchmarkSpec, CellRequest
 from tracker.core.errors import BenchmarkError
+from tracker.core.fields import decoded
 
 if TYPE_CHECKING:
     from tracker.benchmarks.private import Entry

@@ -24,11 +24,11 @@ from tracker.benchmarks.own import check_own, folders
 from tracker.benchmarks.parts import choose_part, said_part
 from tracker.benchmarks.private import without_bars
 from tracker.benchmarks.sources import HUB, PACKAGE, find_data
-from tracker.core.arguments import decoded, expanded
 from tracker.core.config import BenchmarkSpec, CellRequest
 from tracker.core.documents import Document, DocumentText, Prompt, Request, Response
 from tracker.core.errors import BenchmarkError
 from tracker.core.extent import Extent
+from tracker.core.fields import decoded, expanded
 from tracker.core.grouping import grouped
 from tracker.core.identities import BenchmarkIdentity
 from tracker.core.provenance import content_hash

@@ -17,23 +17,14 @@ from click.core import ParameterSource
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from tracker.core import config
-from tracker.core.arguments import Arguments
+from tracker.core import fields
 from tracker.core.changes import MAX_LAYERS
-from tracker.core.config import (
-    IN_THE_FILE,
-    KEYS,
-    SEVERAL,
-    CellSettings,
-    Count,
-    Name,
-    Strict,
-    Times,
-)
+from tracker.core.config import IN_THE_FILE, KEYS, CellSettings
 from tracker.core.errors import did_you_mean
 from tracker.core.experiment import ALL, Sweep
 from tracker.core.experiment_input import names_model
 from tracker.core.extent import Positive
+from tracker.core.fields import SEVERAL, Arguments, Count, Name, Strict, Times
 from tracker.core.safe_yaml import like_file, parsed
 from tracker.search.settings import SearchSettings
 
@@ -359,7 +350,7 @@ def _kind_of(hint: Any) -> dict[str, Any]:
         return {"type": click.BOOL if Name not in kinds else Named()}
     if Arguments in kinds:
         return {"metavar": "SETTINGS"}
-    if config.Layers in kinds:
+    if fields.Layers in kinds:
         return {"type": Layers()}
     for least, kind in enumerate((Count, Positive, Times)):
         if kind in kinds:

@@ -3,7 +3,6 @@
 Modules:
     answers: Write the answer to a cell's question as a sentence.
     api_package: Call a package as the function of the API that has its name.
-    arguments: Parse settings that lm-eval, transformers and chat templates receive.
     changes: Define a change of a model, its text, and sets of changes.
     config: Define the settings and the request of one cell, and expand its changes.
     decision_records: Define records of the documents that a run loses and wins.
@@ -15,6 +14,7 @@ Modules:
     experiment_input: Read a request from a file, a model's name, a dict or keywords.
     extensions: Load what other packages add by entry points.
     extent: Choose the documents of a benchmark: a half, the first or a random sample.
+    fields: Define the types of settings, and report the first problem of some.
     findings: Define the results of a study: answers, tables and charts.
     formats: Format numbers, intervals and p-values for people.
     grouping: Group items by a key.
@@ -22,7 +22,6 @@ Modules:
     identities: Define what identifies a model and a benchmark.
     kinds: Define the interventions and how charts draw them.
     model_parts: Count a model's layers, heads and experts.
-    problems: Report the first problem of a user's input in one line.
     provenance: Record hashes, versions and the machine of a measurement.
     proxies: Define the proxies and their formulas.
     prune_records: Define the records of a search.

@@ -1,89 +1,35 @@
-"""Requests: one (model, benchmark) with its settings, and the types of their values."""
+"""Requests: one (model, benchmark) with its settings and the changes that are measured on it."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, product
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    model_validator,
-)
+from pydantic import BaseModel, model_validator
 
-from tracker.core.arguments import Arguments
-from tracker.core.changes import INTACT, MAX_LAYERS, WHOLE_LAYER, Ablation, Change
+from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.core.errors import ExperimentError
 from tracker.core.extent import EVERY, Extent, Part, Positive
+from tracker.core.fields import (
+    Arguments,
+    BenchmarkName,
+    Count,
+    Dtype,
+    Folders,
+    Layers,
+    Name,
+    QuestionText,
+    Strict,
+    Times,
+    checked,
+)
 from tracker.core.kinds import ENDS, NUMBERED, UNITS, Component, Intervention
-from tracker.core.problems import checked
 from tracker.core.questions import Question, question
-from tracker.core.safe_yaml import short
 from tracker.core.weight_formats import FORMATS
 
-
-def _written(name: str) -> str:
-    """Refuse what no file system holds; halves of characters are no text to pydantic."""
-    if "\0" in name:
-        raise ValueError("it holds a character that cannot be written")
-    return name
-
-
-Name = Annotated[
-    str, StringConstraints(min_length=1, strip_whitespace=True), AfterValidator(_written)
-]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Count = Annotated[int, Field(ge=0)]
-Times = Annotated[int, Field(ge=2)]
-
-
-def _ascending(given: Any) -> Any:
-    """Take a list of layers as YAML and JSON give it."""
-    if not isinstance(given, list | tuple):
-        raise ValueError(f"each value is a list of layers, such as [3, 17], not {short(given)}")
-    if len(given) > MAX_LAYERS:
-        raise ValueError(f"no model has {len(given):,} layers")
-    if len(set(map(str, given))) < len(given):
-        raise ValueError("a layer stands twice in it")
-    whole = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in given)
-    return tuple(sorted(given)) if whole else tuple(given)
-
-
-def several(given: Any) -> Any:
-    """Take one name, or several as a list, also as W&B writes one."""
-    if isinstance(given, str) and given.startswith("["):
-        with suppress(ValueError):
-            given = json.loads(given.replace("'", '"'))
-    given = [given] if isinstance(given, str) else given
-    return tuple(given) if isinstance(given, list) else given
-
-
-def _one_benchmark(name: str) -> str:
-    """Refuse several where one is asked for."""
-    if SEVERAL.fullmatch(name):
-        several = ", ".join(part.strip() for part in name.split(","))
-        raise ValueError(f"these are several; give one, or values: [{several}]")
-    return name
-
-
-def understood(text: str) -> str:
-    """Return the canonical text of a question."""
-    return str(question(text))
-
-
-Folders = Annotated[tuple[Name, ...], BeforeValidator(several)]
-Layers = Annotated[tuple[Count, ...], BeforeValidator(_ascending)]
-SEVERAL = re.compile(r"[\w-]+(\s*,\s*[\w-]+)+")
-"""Names of benchmarks as lm-eval's command line takes several."""
 EXECUTORS = {
     "local": "tracker.executors.local:LocalExecutor",
     "ray": "tracker.executors.ray:RayExecutor",
@@ -104,21 +50,6 @@ def executor_names() -> tuple[str, ...]:
 
     names = entry_points(group=EXECUTORS_GROUP).names
     return tuple(dict.fromkeys((*EXECUTORS, *sorted(names))))
-
-
-class Strict(BaseModel):
-    """Settings that somebody wrote: no unknown field, no value of another type.
-
-    The docstring of a field is the help of its option.
-    """
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        protected_namespaces=(),
-        use_attribute_docstrings=True,
-    )
 
 
 S = TypeVar("S", bound=BaseModel)
@@ -148,7 +79,7 @@ class ModelSpec(Strict):
 class BenchmarkSpec(Strict):
     """A benchmark and its prompts, under lm-eval's names and with their meanings."""
 
-    benchmark: Annotated[Name, AfterValidator(_one_benchmark)]
+    benchmark: BenchmarkName
     """lm-eval's task or group, a YAML file, corpus:…"""
     num_fewshot: Count | None = None
     """As in lm-eval; default: the task's own."""
@@ -306,7 +237,7 @@ class CellSettings(ChangeGrid, Documents, BenchmarkSpec, ModelSpec):
 
     removed: Layers = ()
     """Layers that are removed as a whole besides: 3,17 or 3-7 or [3, 17]."""
-    until: Annotated[Name, AfterValidator(understood)] | None = None
+    until: QuestionText | None = None
     """A question, such as 'top 5', about all runs that are asked of the benchmark; its answer ends
     the measuring."""
     metric: Name | None = None

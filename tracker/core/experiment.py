@@ -30,21 +30,11 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from tracker.core.changes import MAX_LAYERS, Change
-from tracker.core.config import (
-    IN_THE_FILE,
-    KEYS,
-    CellRequest,
-    CellSettings,
-    Changes,
-    Count,
-    Name,
-    Strict,
-    several,
-)
+from tracker.core.config import IN_THE_FILE, KEYS, CellRequest, CellSettings, Changes
 from tracker.core.errors import ExperimentError
 from tracker.core.extent import DEFAULT_SEED, Positive
+from tracker.core.fields import Count, Name, Strict, checked, several
 from tracker.core.model_parts import Counting, with_all_parts
-from tracker.core.problems import checked
 from tracker.core.safe_yaml import SHOWN, short
 
 MAX_RUNS = 100_000

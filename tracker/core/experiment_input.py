@@ -19,8 +19,8 @@ from pydantic import ValidationError
 
 from tracker.core.errors import ExperimentError, RequestError
 from tracker.core.experiment import ALL, EVALUATE, Experiment, Sweep
+from tracker.core.fields import first_problem
 from tracker.core.model_parts import Counting
-from tracker.core.problems import first_problem
 from tracker.core.safe_yaml import parsed, read_yaml, short
 
 S = TypeVar("S", bound=Sweep)

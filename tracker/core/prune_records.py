@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tracker.core.config import Layers
 from tracker.core.estimates import Estimate
 from tracker.core.extent import Positive
+from tracker.core.fields import Layers
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
 from tracker.core.kinds import Component
 from tracker.core.records import EstimatesRecord, Place, flat_names

@@ -10,8 +10,8 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from tracker.core.changes import Change
-from tracker.core.config import Layers, understood
 from tracker.core.extent import Extent, Positive
+from tracker.core.fields import Layers, QuestionText
 from tracker.core.formats import counted
 from tracker.core.identities import Record
 from tracker.core.provenance import content_hash
@@ -33,7 +33,7 @@ Ordered = Annotated[tuple[Change, ...], AfterValidator(ordered)]
 class Until(Record):
     """A question that ends the measuring of a cell, as it was asked."""
 
-    question: Annotated[str, AfterValidator(understood)]
+    question: QuestionText
     seed: int
     """Of the random order in which documents were looked at."""
     runs: Ordered

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from tracker.core.arguments import decoded, expanded
 from tracker.core.changes import MAX_LAYERS
 from tracker.core.config import ModelSpec
 from tracker.core.distribution import package_folder, pip_install
@@ -35,6 +34,7 @@ from tracker.core.errors import (
     first_line,
     translate_errors,
 )
+from tracker.core.fields import decoded, expanded
 from tracker.core.hub import ask, check_name, refusal, unreachable
 from tracker.core.model_parts import ROUTED, ModelParts, layers_of_kind
 from tracker.core.provenance import content_hash, file_hash, file_stamp, package_versions

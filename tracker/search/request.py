@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, model_validator
 
-from tracker.core.arguments import decoded
-from tracker.core.config import CellRequest, CellSettings, Name
+from tracker.core.config import CellRequest, CellSettings
 from tracker.core.errors import ExperimentError, RequestError, did_you_mean
 from tracker.core.experiment import MAX_CELLS, Choice, Grid, Sweep, grid_of
 from tracker.core.experiment_input import (
@@ -30,8 +29,8 @@ from tracker.core.experiment_input import (
     is_of_removals,
     read_input,
 )
+from tracker.core.fields import Name, checked, decoded
 from tracker.core.kinds import NUMBERED, Component
-from tracker.core.problems import checked
 from tracker.core.prune_records import Rescoring
 from tracker.core.search_parts import many_of
 from tracker.search.settings import CONSTRAINTS, OF_CELLS, Amount, SearchSettings, amount, in_words

@@ -19,11 +19,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from tracker.core.arguments import Arguments, decoded
 from tracker.core.changes import MAX_LAYERS
-from tracker.core.config import IN_THE_FILE, KEYS, Name, Strict, several
+from tracker.core.config import IN_THE_FILE, KEYS
 from tracker.core.errors import ExperimentError, ModelError
 from tracker.core.extent import Positive
+from tracker.core.fields import Arguments, Name, Strict, decoded, several
 from tracker.core.formats import counted
 from tracker.core.kinds import NUMBERED, Component, SearchUnit
 from tracker.core.model_parts import layers_of_kind

@@ -23,9 +23,9 @@ from tracker.core.errors import (
 from tracker.core.estimates import Estimate
 from tracker.core.experiment import Experiment
 from tracker.core.experiment_input import ExperimentInput
+from tracker.core.fields import checked
 from tracker.core.findings import FindingRecord, FoundChart, LineChart, MapChart
 from tracker.core.formats import Measure, measure_of, with_interval
-from tracker.core.problems import checked
 from tracker.core.records import CellRecord, Place
 from tracker.core.tables import Table
 from tracker.core.views import View

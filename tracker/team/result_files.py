@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from tracker.benchmarks.corpus import is_corpus
-from tracker.core.arguments import decoded
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.config import CellRequest, ModelSpec, cell_request
 from tracker.core.distribution import __version__
 from tracker.core.errors import BenchmarkError, RequestError, TrackerError, did_you_mean
 from tracker.core.extent import DEFAULT_SEED, Extent
+from tracker.core.fields import decoded
 from tracker.core.grouping import grouped
 from tracker.core.identities import ModelIdentity
 from tracker.core.provenance import united

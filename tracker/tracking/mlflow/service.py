@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 from typing_extensions import override
 
-from tracker.core.arguments import expanded
 from tracker.core.errors import RequestError
+from tracker.core.fields import expanded
 from tracker.core.text import masked
 from tracker.tracking.base import Part, Service, Target, other_login, without_login
 
