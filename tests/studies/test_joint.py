@@ -88,7 +88,7 @@ def test_pairs_are_those_of_models_that_really_lack_both(tiny_llama, experiment,
     assert "without layer" not in text.read_text(encoding="utf-8").lower()
 
     assert len(done.table()) == len(done.finding.tables[0].rows)
-    assert len(done.plot().data) == 1
+    assert len(done.plot().data) >= 1
     assert done.answer.splitlines() == list(done.finding.answers)
 
     again = api.study("joint", path, results=results, track=[])

