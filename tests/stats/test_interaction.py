@@ -108,3 +108,9 @@ def test_drops_that_add_up_are_predicted_by_their_sums() -> None:
     # Not the square of a correlation: a sum that is always too large predicts badly.
     assert share.value == pytest.approx(1 - 0.04 / 0.05)
     assert additivity(sums, joint - 1, (sums[None], joint[None]))[1].value < -10
+
+
+def test_what_cannot_be_predicted_has_a_reason() -> None:
+    some, same = np.arange(4.0), np.full(4, 0.1)
+    for found in additivity(some, same, (some[None], same[None])):
+        assert found.reason == "the sums or the joint drops are all the same"

@@ -37,6 +37,15 @@ def test_drawn_outcomes_are_found_as_often_as_said(documents: int, share: float)
     assert found.mean() == pytest.approx(0.8, abs=0.015)
 
 
+def test_drawn_losses_are_found_as_often_as_said() -> None:
+    """Differences with long tails, whose mean is near enough to normal."""
+    documents, sd = 150, 0.5
+    increase = OutcomeVariance(sd**2, binary=False).change(documents)
+    drawn = np.random.default_rng(0).laplace(0, sd / 2**0.5, size=(10_000, documents))
+    p = stats.ttest_1samp(drawn + increase, 0, axis=1).pvalue
+    assert (p < 0.05).mean() == pytest.approx(0.8, abs=0.02)
+
+
 def test_a_drop_changes_what_it_loses() -> None:
     """Of 100 documents of which one changes, a drop of 3 points would still lose three."""
     rare = OutcomeVariance(0.01, binary=True)
