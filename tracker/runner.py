@@ -95,7 +95,7 @@ def run_cells(
             computed or written.
     """
     ledger.refuse_unwritable()
-    asked = [look_up(request, ledger) for request in requests]
+    asked = [look_up(request, ledger, options.trust_remote_code) for request in requests]
     todo = [cell for cell in asked if not cell.complete]
     for cell in asked:
         if cell.store is not None:
@@ -105,7 +105,7 @@ def run_cells(
     finisher = _Finisher(publisher, progress, [*requests], explicit)
     if todo:
         progress.say("checking models and benchmarks")
-        check_layers(todo, options.trust_remote_code)
+        check_layers(todo)
         jobs = _jobs(todo)
         executor = open_executor(options)
     for cell in asked:

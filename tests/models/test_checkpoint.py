@@ -278,8 +278,11 @@ def test_code_that_is_trusted_runs(tiny_llama, tmp_path):
     source = find_model(str(base))
     with pytest.raises(ModelError, match="--trust-remote-code"):
         refuse_unsizable(source, [1])
-    refuse_unsizable(source, [1], trust_remote_code=True)
-    loaded = load_model(source, "float32", trust_remote_code=True)
+    trusted = find_model(str(base), trust_remote_code=True)
+    refuse_unsizable(trusted, [1])
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        refuse_unsizable(source, [1])
+    loaded = load_model(trusted, "float32")
     twin = without(loaded.model, [1])
     save(loaded, twin, tmp_path / "saved")
     again = transformers.AutoModelForCausalLM.from_pretrained(

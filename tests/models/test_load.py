@@ -100,7 +100,8 @@ def test_a_pickle_is_refused_without_trust(tiny_llama) -> None:
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     assert "safetensors" in refusal(folder)
-    trusted = load(folder, trust_remote_code=True).model.state_dict()
+    source = find_model(str(folder), trust_remote_code=True)
+    trusted = load_model(source, device="cpu").model.state_dict()
     assert all(torch.equal(value, trusted[name]) for name, value in model.state_dict().items())
 
 

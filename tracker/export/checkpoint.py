@@ -127,16 +127,16 @@ def export(request: ExportRequest, progress: Progress) -> Exported:
     registries = [to for to in targets if "registered models" in service(to.backend).can]
     if request.register and not registries:
         raise RequestError("--register is a name in MLflow's registry; add --track mlflow")
-    source = find_model(cell_of.model)
+    source = find_model(cell_of.model, trust)
     rounds = change.kind == "quantised"
     if request.on_benchmark and not rounds:
         refuse_alone(cell_of.benchmark)
         check_benchmark(cell_of.benchmark)
     progress.say("checking that the configuration can say what is left")
     if rounds:
-        refuse_packed(source, trust)
+        refuse_packed(source)
     else:
-        refuse_unsizable(source, change.ablation.removed(), trust, change.ablation.repeated)
+        refuse_unsizable(source, change.ablation.removed(), change.ablation.repeated)
     cell, measured = _measure(request, progress) if request.on_benchmark else (None, None)
     with folder_beside(request.output) as folder:
         model, answers = _save(request, source, folder, progress)
@@ -228,9 +228,7 @@ def _save(
 
     options = request.options
     progress.say(f"loading {source.name}")
-    loaded = load_model(
-        source, request.request.model.dtype, options.device, options.trust_remote_code
-    )
+    loaded = load_model(source, request.request.model.dtype, options.device)
     make = rounded_weights if request.change.kind == "quantised" else changed_layers
     changed = make(source, loaded, request.change)
     base, model = loaded.model, changed.model

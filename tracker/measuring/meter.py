@@ -52,8 +52,9 @@ def open_model(spec: ModelSpec, options: Options) -> Model:
     from tracker.models.load import load_model
 
     keep_freed_memory()
-    how = (options.device, options.trust_remote_code, options.weights, options.offload)
-    return Model(spec, load_model(find_model(spec), spec.dtype, *how))
+    source = find_model(spec, options.trust_remote_code)
+    how = (options.device, options.weights, options.offload)
+    return Model(spec, load_model(source, spec.dtype, *how))
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Meter:
         if any(each.is_fitted for each in self.ablations):
             width = loaded.model.config.get_text_config().hidden_size
             self._calibration = calibration(benchmark, self._encoder, width)
-        weights = stored_format(find_model(request.model), options.trust_remote_code)
+        weights = stored_format(find_model(request.model, options.trust_remote_code))
         kept = {WEIGHTS: weights} if weights else {}
         kept[TOKENISATION] = self._encoder.tokenisation(bool(request.benchmark.apply_chat_template))
         max_length = self._encoder.max_length

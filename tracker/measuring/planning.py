@@ -153,7 +153,7 @@ class PlannedTexts:
         return str(self.model.dtype).removeprefix("torch.")
 
 
-def texts_of(request: CellRequest, source: ModelSource, trust_remote_code: bool) -> PlannedTexts:
+def texts_of(request: CellRequest, source: ModelSource) -> PlannedTexts:
     """Read a cell's documents; RequestError or ModelError if something of it cannot be had."""
     from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
     from tracker.benchmarks.encoder import RequestEncoder
@@ -161,7 +161,7 @@ def texts_of(request: CellRequest, source: ModelSource, trust_remote_code: bool)
 
     benchmark = open_benchmark(request)
     metric = chosen_metric(benchmark.identity, request.metric)
-    model, tokenizer = weightless(source, request.model.dtype, trust_remote_code)
+    model, tokenizer = weightless(source, request.model.dtype)
     encoder = RequestEncoder(model, tokenizer, request.benchmark)
     documents = benchmark.documents(encoder, request.extent)
     if not documents:
@@ -179,8 +179,8 @@ def plan(
 
     RequestError if something that was asked for does not exist or does not fit.
     """
-    asked = [look_up(request, ledger) for request in requests]
-    check_layers(asked, trust_remote_code)
+    asked = [look_up(request, ledger, trust_remote_code) for request in requests]
+    check_layers(asked)
     # What is refused is so without torch.
     from tracker.engine.plan import cost
     from tracker.models.parts.anatomy import LayerAnatomy
@@ -193,11 +193,11 @@ def plan(
         shared = one in before
         before.add(one)
         (progress or Progress()).step(f"planning {request.title}")
-        texts = texts_of(request, cell.source, trust_remote_code)
+        texts = texts_of(request, cell.source)
         benchmark, metric = texts.benchmark, texts.metric
         if request.until is not None:
             refuse_unbounded(benchmark, metric)
-        layers = count_layers(cell.source, trust_remote_code)
+        layers = count_layers(cell.source)
         ablations = request.ablations(layers)
         LayerAnatomy.of(texts.model).refuse_formats(ablations)
         found = cost(texts.model, texts.documents, ablations, texts.max_length)
@@ -216,8 +216,8 @@ def plan(
             PlannedCell(
                 *(request, runs, cell.complete, shared, found, texts.dtype, spread),
                 observed=known is not None,
-                reading=_reading(cell.source, texts, trust_remote_code),
-                kept=stored_format(cell.source, trust_remote_code),
+                reading=_reading(cell.source, texts),
+                kept=stored_format(cell.source),
                 answer=answer,
                 expected=expected,
             )
@@ -225,14 +225,12 @@ def plan(
     return planned
 
 
-def _reading(
-    source: ModelSource, texts: PlannedTexts, trust_remote_code: bool
-) -> PlannedReading | None:
+def _reading(source: ModelSource, texts: PlannedTexts) -> PlannedReading | None:
     """Say how the weights of a model come past, where it runs by default."""
     from tracker.models.load import find_device, resting
     from tracker.models.offloaded import read_rate
 
-    placement = resting(source, lambda: texts.model, find_device("auto"), trust_remote_code)
+    placement = resting(source, lambda: texts.model, find_device("auto"))
     if placement is None:
         return None
     blocks = sum(-(-count // BLOCK) for count in Counter(d.task for d in texts.documents).values())

@@ -45,9 +45,9 @@ class CellLookup:
     complete: bool
 
 
-def look_up(request: CellRequest, ledger: Ledger) -> CellLookup:
+def look_up(request: CellRequest, ledger: Ledger, trust_remote_code: bool = False) -> CellLookup:
     """Look a cell up in the ledger, without loading torch, the model or the benchmark."""
-    source = find_model(request.model)
+    source = find_model(request.model, trust_remote_code)
     data, stamp = data_stamp(request.benchmark), source.stamp()
     key = None if stamp is None else request_key(request, stamp, data, package_versions())
     store = ledger.find(key) if key else None
@@ -62,24 +62,22 @@ def counting_in(ledger: Ledger, trust_remote_code: bool) -> Counting:
     """
 
     def count(request: CellRequest, kinds: Collection[str] = ()) -> ModelParts:
-        asked = look_up(replace(request, until=None), ledger)
+        asked = look_up(replace(request, until=None), ledger, trust_remote_code)
         if asked.store is not None and not kinds and not request.changes.has_parts:
             return ModelParts(asked.store.identity.model.layers)
-        return _counted(request, asked.source, trust_remote_code, kinds)
+        return _counted(request, asked.source, kinds)
 
     return count
 
 
-def _counted(
-    request: CellRequest, source: ModelSource, trust_remote_code: bool, kinds: Collection[str]
-) -> ModelParts:
+def _counted(request: CellRequest, source: ModelSource, kinds: Collection[str]) -> ModelParts:
     """Count the parts of a model; its linear maps, where a request asks for all of them."""
-    parts = count_parts(source, trust_remote_code, kinds)
+    parts = count_parts(source, kinds)
     if not request.changes.lacks_maps:
         return parts
     from tracker.models.parts.anatomy import linear_map_shapes
 
-    return parts._replace(maps=tuple(map(tuple, linear_map_shapes(source, trust_remote_code))))
+    return parts._replace(maps=tuple(map(tuple, linear_map_shapes(source))))
 
 
 def _is_complete(store: CellStore, request: CellRequest) -> bool:
@@ -160,10 +158,10 @@ def asked_before(request: CellRequest, store: CellStore | None) -> CellRequest |
     return None
 
 
-def check_layers(asked: Sequence[CellLookup], trust_remote_code: bool) -> None:
+def check_layers(asked: Sequence[CellLookup]) -> None:
     """Raise ExperimentError for a layer out of range, saying how many layers the model has."""
     for cell in asked:
-        check_range(cell.request, count_parts(cell.source, trust_remote_code))
+        check_range(cell.request, count_parts(cell.source))
 
 
 def check_range(request: CellRequest, parts: ModelParts) -> None:
@@ -230,10 +228,10 @@ def validate(
     runs, notes, progress = 0, {}, progress or Progress()
     for request in requests:
         progress.step(f"reading the configuration of {request.model}")
-        source = find_model(request.model)
+        source = find_model(request.model, trust_remote_code)
         check_benchmark(request.benchmark)
         try:
-            parts = _counted(request, source, trust_remote_code, kinds)
+            parts = _counted(request, source, kinds)
         except UnreachableError as error:
             notes[request.model.model] = str(error)
             layers = max(request.changes.layers, default=0) + max(request.changes.spans)
@@ -245,13 +243,13 @@ def validate(
                 from tracker.models.load import hollow
                 from tracker.models.parts.anatomy import LayerAnatomy
 
-                model = hollow(source, request.model.dtype, trust_remote_code)
+                model = hollow(source, request.model.dtype)
                 LayerAnatomy.of(model).refuse_formats(ablations)
             if request.benchmark.apply_chat_template:
                 from tracker.benchmarks.encoder import RequestEncoder
                 from tracker.models.load import weightless
 
-                parts_of_model = weightless(source, request.model.dtype, trust_remote_code)
+                parts_of_model = weightless(source, request.model.dtype)
                 RequestEncoder(*parts_of_model, request.benchmark).check_chat(request.benchmark)
         runs += len(request.valid_changes(layers))
     return runs, [*notes.values(), *check_documents(requests, progress)]

@@ -182,7 +182,6 @@ def _misfit(config: PreTrainedConfig, wanted: Shapes, kind: type | None) -> str 
 def refuse_unsizable(
     source: ModelSource,
     removed: Collection[int] | None = None,
-    trust_remote_code: bool = False,
     repeated: Sequence[Change] = (),
 ) -> None:
     """Refuse what plain transformers could not load without some layers, or with some again.
@@ -194,14 +193,13 @@ def refuse_unsizable(
         source: The model.
         removed: The layers; None before it is known which: then one at the beginning and one in the
             middle, each alone.
-        trust_remote_code: Whether code from a download may run.
         repeated: Stretches of layers that are passed several times.
 
     Raises:
         ModelError: Its configuration cannot say what would be left, or what loads is another model.
     """
-    refuse_packed(source, trust_remote_code)
-    model, small = _small(source, trust_remote_code, content_hash(source.stamp()))
+    refuse_packed(source)
+    model, small = _small(source, content_hash(source.stamp()))
     total = len(find_layers(model))
     for layers in [[0], [total // 2]] if removed is None else [removed]:
         named = [*layers, *(layer for stretch in repeated for layer in stretch.layers)]
@@ -216,20 +214,20 @@ def refuse_unsizable(
 
 
 @lru_cache(maxsize=1)
-def _small(source: ModelSource, trust_remote_code: bool, stamp: str) -> tuple[Any, Any | None]:
+def _small(source: ModelSource, stamp: str) -> tuple[Any, Any | None]:
     """Make a model without weights, and its miniature, as long as its files are the same."""
-    model = hollow(source, "auto", trust_remote_code)
+    model = hollow(source, "auto")
     return model, miniature(model)
 
 
-def refuse_packed(source: ModelSource, trust_remote_code: bool = False) -> None:
+def refuse_packed(source: ModelSource) -> None:
     """Refuse a model whose weights are no one plain checkpoint: ModelError; reads no weights."""
     if source.adapter is not None:
         raise ModelError(
             f"model_args: {source.source} with an adapter beside its weights is no one checkpoint; "
             "merge it first: PeftModel.merge_and_unload(), then save_pretrained()"
         )
-    config = read_config(source, trust_remote_code)
+    config = read_config(source)
     quantised = getattr(config, "quantization_config", None) or any(
         name.startswith(BITS) for name in source.arguments
     )
@@ -432,7 +430,7 @@ def _refuse_other_logits(
         before = np.fromfile(folder / _LOGITS, np.float32).reshape(logits.shape)
         if not _logit_difference(logits, before, model):
             return
-    copy = load_model(find_model(str(folder)), "auto", str(model.device), trusted)
+    copy = load_model(find_model(str(folder), trusted), "auto", str(model.device))
     if any(tokenizer(text)["input_ids"] != copy.tokenizer(text)["input_ids"] for text in _TEXTS):
         raise ModelError("the tokenizer reads texts as other tokens than its saved copy does")
     saved = _logits(copy.model, copy.tokenizer)

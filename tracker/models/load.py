@@ -135,7 +135,6 @@ def load_model(
     source: ModelSource,
     dtype: str = "auto",
     device: str = "auto",
-    trust_remote_code: bool = False,
     weights: int | None = None,
     offload: str = "device",
 ) -> LoadedModel:
@@ -146,8 +145,6 @@ def load_model(
         dtype: `auto` (what the checkpoint says), `float32`, `bfloat16` or `float16`.
         device: `auto` (the accelerator if there is one), a torch device, or `spread`: over all
             accelerators, by accelerate.
-        trust_remote_code: Whether code and pickles from the download may run; without it only
-            safetensors and GGUF are read.
         weights: Bytes that weights may take where they are computed with; None = what is free.
         offload: Where other layers rest: `host`, `disk`, or `device` for the first that has room;
             without `weights`, the first two mean all layers.
@@ -159,15 +156,15 @@ def load_model(
         ModelError: It cannot be read, is no decoder-only language model, or its layers cannot be
             identified.
     """
-    config = read_config(source, trust_remote_code)
+    config = read_config(source)
     quantiser = _quantiser(source, config)
     _refuse(source, config, quantiser)
     if source.is_shape:
-        write_weights(source, hollow(source, "auto", trust_remote_code))
+        write_weights(source, hollow(source, "auto"))
     target = find_device(device)
     spread = device == SPREAD and len(accelerators()) > 1
-    shape = partial(hollow, source, dtype, trust_remote_code)
-    where = None if spread else resting(source, shape, target, trust_remote_code, weights, offload)
+    shape = partial(hollow, source, dtype)
+    where = None if spread else resting(source, shape, target, weights, offload)
     placing: dict[str, Any] = {}
     if spread:
         placing = {"device_map": "auto"}
@@ -177,7 +174,7 @@ def load_model(
         # For weights that are in no file as they are used, such as experts'.
         made = TemporaryDirectory(dir=own_folder("offloaded"))
         placing = _mapped(where, target, offload) | {"offload_folder": made.name}
-    tokenizer, model = _read(source, dtype, trust_remote_code, placing)
+    tokenizer, model = _read(source, dtype, placing)
     layers, offloaded = find_layers(model), None
     if where:
         offloaded = take_over(model, layers, target, made)
@@ -213,16 +210,14 @@ def _refuse(source: ModelSource, config: PreTrainedConfig, quantiser: str | None
         require(_QUANTISERS[quantiser], f"{source.source} is a {quantiser} checkpoint and")
 
 
-def _read(
-    source: ModelSource, dtype: str, trusted: bool, placing: Mapping[str, Any]
-) -> tuple[Any, Any]:
+def _read(source: ModelSource, dtype: str, placing: Mapping[str, Any]) -> tuple[Any, Any]:
     """Read the tokenizer and the model, an adapter in it; no weight may be missing."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    arguments = source.load_arguments(trusted)
+    arguments = source.load_arguments()
     with translate_errors(partial(unreadable, source)):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
-        if not source.gguf_file and not trusted:
+        if not source.gguf_file and not source.trust_remote_code:
             arguments["use_safetensors"] = True
         arguments |= {**placing, **_how(source.arguments)}
         with _TRANSFORMERS:
@@ -249,7 +244,6 @@ def resting(
     source: ModelSource,
     shape: Callable[[], nn.Module],
     device: torch.device,
-    trusted: bool = False,
     weights: int | None = None,
     offload: str = "device",
 ) -> Placement | None:
@@ -259,7 +253,6 @@ def resting(
         source: Where its files are.
         shape: Makes the model on the meta device, where it must be looked at.
         device: Where it is computed.
-        trusted: Whether code that comes with it may run.
         weights: As for `load_model`.
         offload: The same.
 
@@ -275,7 +268,7 @@ def resting(
         raise ModelError("on a CPU the host's memory is where layers are computed; offload to disk")
     kinds = {
         "a GGUF file": source.gguf_file,
-        "quantised ones": getattr(read_config(source, trusted), "quantization_config", None),
+        "quantised ones": getattr(read_config(source), "quantization_config", None),
         "an adapter": source.adapter,
         "bitsandbytes": _how(source.arguments).get("quantization_config"),
     }
@@ -344,26 +337,26 @@ def _adapted(
 
 
 @one_parse()
-def weightless(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def weightless(source: ModelSource, dtype: str) -> tuple[Any, Any]:
     """Make a model on the meta device and its tokenizer, to plan with; no weight is read.
 
     ModelError if the configuration or the tokenizer cannot be read.
     """
-    model = hollow(source, dtype, trust_remote_code)
-    return model, read_tokenizer(source, trust_remote_code, content_hash(source.stamp()))
+    model = hollow(source, dtype)
+    return model, read_tokenizer(source, content_hash(source.stamp()))
 
 
-def bytes_to_load(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> int | None:
+def bytes_to_load(source: ModelSource, dtype: str) -> int | None:
     """Say how many bytes a model's weights will take; None where that is a quantiser's matter.
 
     ModelError if the configuration cannot be read.
     """
-    if _quantiser(source, read_config(source, trust_remote_code)) is not None:
+    if _quantiser(source, read_config(source)) is not None:
         return None
-    return weight_bytes(hollow(source, dtype, trust_remote_code))
+    return weight_bytes(hollow(source, dtype))
 
 
-def hollow(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> Any:
+def hollow(source: ModelSource, dtype: str) -> Any:
     """Make a model on the meta device: its shapes, and no weight is read.
 
     ModelError if the configuration cannot be read.
@@ -371,11 +364,11 @@ def hollow(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> 
     from transformers import AutoModelForCausalLM
 
     # transformers writes the dtype into what it is given, which is read once in a process.
-    config = copy.deepcopy(read_config(source, trust_remote_code))
+    config = copy.deepcopy(read_config(source))
     kind = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None)
     with translate_errors(partial(unreadable, source)), _TRANSFORMERS, torch.device("meta"):
         return AutoModelForCausalLM.from_config(
-            config, dtype=kind or torch.float32, trust_remote_code=trust_remote_code
+            config, dtype=kind or torch.float32, trust_remote_code=source.trust_remote_code
         )
 
 

@@ -113,6 +113,8 @@ class ModelSource:
     revision: str | None = None
     model_args: str | None = None
     """How it is loaded, in lm-eval's words, as canonical JSON."""
+    trust_remote_code: bool = False
+    """Whether code and pickles from the download may run; no part of any stamp or fingerprint."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -146,9 +148,9 @@ class ModelSource:
             return re.sub(r"[.-]([Ii]?[Qq]\d\w*|[BF]+\d+)$", "", Path(self.gguf_file).stem)
         return self.location.rstrip("/").rsplit("/", 1)[-1]
 
-    def load_arguments(self, trust_remote_code: bool) -> dict[str, Any]:
+    def load_arguments(self) -> dict[str, Any]:
         """Keyword arguments for every `from_pretrained` of transformers."""
-        arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if self.gguf_file:
             arguments["gguf_file"] = self.gguf_file
         if self.revision:
@@ -224,12 +226,14 @@ def _remembered_hash(files: Sequence[Path]) -> str:
     return found
 
 
-def find_model(spec: ModelSpec | str) -> ModelSource:
+def find_model(spec: ModelSpec | str, trust_remote_code: bool = False) -> ModelSource:
     """Find a model.
 
     Args:
         spec: The model, or its name: `package:NAME`, `shape:NAME`, a GGUF file, a folder, or a hub
             id.
+        trust_remote_code: Whether code and pickles from the download may run; without it only
+            safetensors and GGUF are read.
 
     Returns:
         Where the model is; a hub id is not looked up yet.
@@ -256,10 +260,10 @@ def find_model(spec: ModelSpec | str) -> ModelSource:
         raise ModelError(f"{source!r} is no model: {why}") from None
     if model is None:
         _check_hub_id(source)
-        return ModelSource(source, source, revision=revision, model_args=model_args)
-    if revision is not None:
+        model = ModelSource(source, source, revision=revision)
+    elif revision is not None:
         raise ModelError(f"{source} lies on this machine and has no revision {revision!r}")
-    return replace(model, source=source, model_args=model_args)
+    return replace(model, source=source, model_args=model_args, trust_remote_code=trust_remote_code)
 
 
 def _check_hub_id(name: str, what: str = "") -> None:
@@ -388,7 +392,7 @@ def _save_tokenizer(owner: ModelSource, folder: Path, vocabulary: int) -> None:
     from tracker.models.gguf_file import one_parse
 
     with one_parse():
-        tokenizer = read_tokenizer(owner, False, content_hash(owner.stamp()))
+        tokenizer = read_tokenizer(owner, content_hash(owner.stamp()))
     tokenizer.save_pretrained(folder)
     if len(tokenizer) <= vocabulary:
         return
@@ -449,30 +453,27 @@ def _has_digest(file: Path, digest: str) -> bool:
     return whole
 
 
-def read_config(model: ModelSource, trust_remote_code: bool = False) -> Any:
+def read_config(model: ModelSource) -> Any:
     """Read a model's transformers configuration, reduced to its text part; no weights.
 
     ModelError if it cannot be reached or read; it says what to do offline.
     """
-    config = _read_once(model, trust_remote_code)
+    config = _read_once(model)
     if isinstance(config, ModelError):
         raise config
     return config
 
 
-def count_layers(model: ModelSource, trust_remote_code: bool = False) -> int:
+def count_layers(model: ModelSource) -> int:
     """Count a model's layers, as `count_parts`."""
-    return count_parts(model, trust_remote_code).layers
+    return count_parts(model).layers
 
 
-def count_parts(
-    model: ModelSource, trust_remote_code: bool = False, kinds: Collection[str] = ()
-) -> ModelParts:
+def count_parts(model: ModelSource, kinds: Collection[str] = ()) -> ModelParts:
     """Count a model's layers, heads and experts, or recall the counts of files that are the same.
 
     Args:
         model: The model.
-        trust_remote_code: Whether code from the download may run.
         kinds: Of which kinds layers are asked for; none for layers of any kind.
 
     Returns:
@@ -483,22 +484,22 @@ def count_parts(
             the model has no layers of such a kind.
     """
     if kinds:
-        config = read_config(model, trust_remote_code)
+        config = read_config(model)
         try:
             return parts_of(config)._replace(of_kind=layers_of_kind(config, kinds))
         except ModelError as error:
             raise ModelError(f"{model.source}: {error}") from None
     stamp = model.stamp() if model.is_local else None
     if stamp is None:
-        return parts_of(read_config(model, trust_remote_code))
+        return parts_of(read_config(model))
     # What this version of transformers read before, it reads again.
     versions = package_versions()["transformers"], ModelParts._fields
-    key = content_hash([stamp, versions, trust_remote_code])
+    key = content_hash([stamp, versions, model.trust_remote_code])
     kept = recall("parts", key)
     if "layers" in kept:
         return ModelParts(**kept)
     parts = _parts_of_gguf(model) if model.gguf_file else None
-    parts = parts or parts_of(read_config(model, trust_remote_code))
+    parts = parts or parts_of(read_config(model))
     keep("parts", key, parts._asdict())
     return parts
 
@@ -540,12 +541,11 @@ def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
 
 
 @cache
-def stored_format(model: ModelSource, trust_remote_code: bool = False) -> str:
+def stored_format(model: ModelSource) -> str:
     """Return the format of fewer bits in which a checkpoint keeps its weights.
 
     Args:
         model: The model; a GGUF file's list of tensors is read, of others the configuration.
-        trust_remote_code: Whether code from the download may run.
 
     Returns:
         For a GGUF file the type of most of its weights, such as `Q4_1`; otherwise what
@@ -562,7 +562,7 @@ def stored_format(model: ModelSource, trust_remote_code: bool = False) -> str:
             weights[tensor.tensor_type.name] += int(tensor.n_elements)
         ((most, _),) = weights.most_common(1)
         return "" if most in _WHOLE else most
-    settings = getattr(read_config(model, trust_remote_code), "quantization_config", None)
+    settings = getattr(read_config(model), "quantization_config", None)
     if not isinstance(settings, dict):
         return ""
     bits, method = settings.get("bits"), str(settings.get("quant_method", "fewer bits"))
@@ -570,9 +570,9 @@ def stored_format(model: ModelSource, trust_remote_code: bool = False) -> str:
 
 
 @cache
-def _read_once(model: ModelSource, trust_remote_code: bool) -> Any:
+def _read_once(model: ModelSource) -> Any:
     """Read a configuration, or find out why it cannot be: once in a process, for the hub's sake."""
-    config = attempt(partial(_read_configuration, model, trust_remote_code))
+    config = attempt(partial(_read_configuration, model))
     if isinstance(config, Exception):  # a library makes anything of a damaged file
         return unreadable(model, config)
     layers = getattr(config, "num_hidden_layers", None)
@@ -581,7 +581,7 @@ def _read_once(model: ModelSource, trust_remote_code: bool) -> Any:
     return config
 
 
-def _read_configuration(model: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
+def _read_configuration(model: ModelSource) -> PreTrainedConfig:
     """Read the configuration of a model's text part."""
     if not model.is_local and not unreachable() and model.stamp() is None:
         ask(model.location, "config.json", model.revision)
@@ -592,13 +592,12 @@ def _read_configuration(model: ModelSource, trust_remote_code: bool) -> PreTrain
             from tracker.models.gguf_file import one_parse
 
             stack.enter_context(one_parse())
-        return AutoConfig.from_pretrained(
-            model.location, **model.load_arguments(trust_remote_code)
-        ).get_text_config()
+        config = AutoConfig.from_pretrained(model.location, **model.load_arguments())
+        return config.get_text_config()
 
 
 @cache
-def read_tokenizer(source: ModelSource, trust_remote_code: bool, stamp: str) -> Any:
+def read_tokenizer(source: ModelSource, stamp: str) -> Any:
     """Read a tokenizer, once in a process for files of one stamp.
 
     A GGUF file's is made of its vocabulary, which takes seconds where that is large.
@@ -606,9 +605,8 @@ def read_tokenizer(source: ModelSource, trust_remote_code: bool, stamp: str) -> 
     from transformers import AutoTokenizer
 
     log.info("reading the tokenizer of %s", source.name)
-    arguments = source.load_arguments(trust_remote_code)
     with translate_errors(partial(unreadable, source)):
-        return AutoTokenizer.from_pretrained(source.location, **arguments)
+        return AutoTokenizer.from_pretrained(source.location, **source.load_arguments())
 
 
 def unreadable(model: ModelSource, error: Exception) -> ModelError:

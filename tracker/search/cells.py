@@ -288,11 +288,10 @@ class OpenCell:
 
     def _several(self, shapes: Collection[_Shape]) -> Iterator[SearchParts]:
         """Find the parts of which several are removed, of each component."""
-        source = find_model(self.request.model)
-        trusted = self._lender.options.trust_remote_code
+        source = find_model(self.request.model, self._lender.options.trust_remote_code)
         for component, most in zip(COMPONENTS, map(max, zip(*shapes, strict=True)), strict=True):
             if most == _SEVERAL:
-                yield search_parts(source, component, trusted)
+                yield search_parts(source, component)
 
     def passes(self, ablations: Sequence[Ablation]) -> float:
         """Price one engine call, the baseline with it, in passes of the intact model."""

@@ -452,7 +452,7 @@ def each_map(
         interventions=tuple(formats),
         maps=cell.changes.maps,
     )
-    names = tuple(map(tuple, linear_map_shapes(find_model(cell.model), trust_remote_code)))
+    names = tuple(map(tuple, linear_map_shapes(find_model(cell.model, trust_remote_code))))
     parts = ModelParts(len(names), maps=names)
     check_parts(request, parts)
     request = with_all_parts(request, parts)

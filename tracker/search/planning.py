@@ -111,7 +111,7 @@ def refuse_unsavable(
     def why_not(source: ModelSource, removed: Set | None) -> str:
         """Return why a set cannot be saved; empty where it can. None: some layers, each alone."""
         try:
-            refuse_unsizable(source, removed, trust_remote_code)
+            refuse_unsizable(source, removed)
         except ModelError as error:
             return str(error)
         return ""
@@ -120,7 +120,7 @@ def refuse_unsavable(
         cell = request.cell
         if request.unit in NUMBERED and request.strategy in SCORED:
             return ""  # they take one part after the other, and whatever goes first can
-        why = partial(why_not, find_model(cell.model))
+        why = partial(why_not, find_model(cell.model, trust_remote_code))
         if request.unit != "layer" or not why(None):
             ends_of(request, within, 1)
             return ""
@@ -206,8 +206,7 @@ def plan_searches(
     @cache
     def read(request: CellRequest) -> tuple[Reading, str]:
         """Count what a cell's documents take, and say in what type of numbers."""
-        source = find_model(request.model)
-        texts = texts_of(request, source, trust_remote_code)
+        texts = texts_of(request, find_model(request.model, trust_remote_code))
         return reading(texts.model, texts.documents, texts.max_length), texts.dtype
 
     known: dict[CellRequest, set[object]] = {}

@@ -153,10 +153,10 @@ def refuse_unknown(searches: Sequence[SearchRequest], trust_remote_code: bool = 
     """
     tried: set[ModelSource] = set()
     for asked in searches:
-        source = find_model(asked.cell.model)
+        source = find_model(asked.cell.model, trust_remote_code)
         if asked.unit == "layer" and source not in tried:
             tried.add(source)
-            refuse_packed(source, trust_remote_code)
+            refuse_packed(source)
         stays_of(asked, trust_remote_code)
         for request in (*asked.calibration(), asked.test()):
             check_benchmark(request.benchmark)
@@ -205,18 +205,18 @@ def refuse_mixed(
 def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
     """Return the budget of a search; ExperimentError where nothing would go, or everything."""
     cell, measure = asked.cell, asked.amount.measure
-    source = find_model(cell.model)
     trust = lender.options.trust_remote_code
+    source = find_model(cell.model, trust)
     within = stays_of(asked, trust)  # what is wrong with it is said before anything is timed
     parts: SearchParts | None = None
     if measure == "seconds":
         each, total = seconds_a_token(lender.model(cell.model).loaded, lender)
     elif measure == "parts":
-        parts = search_parts(source, asked.unit, trust)
+        parts = search_parts(source, asked.unit)
         total = float(len(parts.numbers))
         each = [1.0] * parts.total
     else:
-        model, _ = weightless(source, cell.model.dtype, trust)
+        model, _ = weightless(source, cell.model.dtype)
         size = 1 if measure == "parameters" else int(model.dtype.itemsize)
         layers = find_layers(model)
         each = [float(size * sum(p.numel() for p in one.parameters())) for one in layers]
@@ -227,11 +227,11 @@ def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
 def stays_of(asked: SearchRequest, trust_remote_code: bool = False) -> Constraints:
     """Find what must stay of a search's model; ExperimentError for a layer that is not there."""
     cell = asked.cell
-    source = find_model(cell.model)
+    source = find_model(cell.model, trust_remote_code)
     if not asked.stays:
         return FREE
-    total = count_layers(source, trust_remote_code)
-    config = partial(read_config, source, trust_remote_code)
+    total = count_layers(source)
+    config = partial(read_config, source)
     try:
         return constraints_of(asked.protect, asked.among, asked.at_least, total, config)
     except ExperimentError as error:

@@ -387,11 +387,11 @@ class Quantise(Study[QuantiseSettings]):
 
     def _budget(self, request: CellRequest, trust: bool) -> tuple[list[Unit], BitBudget]:
         """Return the units of a request's layers, and how many bits there are."""
-        source = find_model(request.model)
-        model = hollow(source, request.model.dtype, trust)
+        source = find_model(request.model, trust)
+        model = hollow(source, request.model.dtype)
         ends = embedding_shapes(model) if self.settings.embeddings else {}
         by_map = self.settings.by == "map"
-        units = units_of(linear_map_shapes(source, trust), request.changes.layers, by_map, ends)
+        units = units_of(linear_map_shapes(source), request.changes.layers, by_map, ends)
         whole, size = weight_bytes(model), int(model.dtype.itemsize)
         rest = whole - size * sum(unit.weights for unit in units)
         return units, budget(self.settings.budget, units, rest, whole, self.formats)

@@ -346,8 +346,8 @@ def lesson_of(cell: CellRequest, trust_remote_code: bool) -> tuple[Lesson, tuple
             f"{cell.title}: the theorem is about accuracy, and {metric} is none; it takes a "
             f"benchmark with {' or '.join(_ACCURACIES)}, such as arc_easy"
         )
-    source = find_model(cell.model)
-    model, tokenizer = weightless(source, "float32", trust_remote_code)
+    source = find_model(cell.model, trust_remote_code)
+    model, tokenizer = weightless(source, "float32")
     length = RequestEncoder(model, tokenizer).max_length
     vocabulary = max(model.config.get_text_config().vocab_size, len(tokenizer))
     # lm-eval treats the tokenizers of some families in a way of their own, and ours is a Llama.

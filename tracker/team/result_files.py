@@ -401,8 +401,8 @@ def _encoder(store: CellStore, trust: bool) -> RequestEncoder | None:
     inside = {n: v for n, v in model.arguments.items() if n == "subfolder"}
     arguments = json.dumps(inside) if inside else None
     spec = ModelSpec(model=model.source, revision=model.revision, model_args=arguments)
-    source = find_model(spec)
-    return RequestEncoder(*weightless(source, "auto", trust), _request(store).benchmark)
+    model_and_tokenizer = weightless(find_model(spec, trust), "auto")
+    return RequestEncoder(*model_and_tokenizer, _request(store).benchmark)
 
 
 def _known(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], Judged]:

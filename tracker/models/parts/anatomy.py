@@ -172,14 +172,11 @@ Shape = tuple[int, int]
 """Outputs, of experts those of all, and inputs."""
 
 
-def linear_map_shapes(
-    source: ModelSource, trust_remote_code: bool = False
-) -> tuple[dict[str, Shape], ...]:
+def linear_map_shapes(source: ModelSource) -> tuple[dict[str, Shape], ...]:
     """List the linear maps of each layer with their shapes.
 
     Args:
         source: The model; no weight is read.
-        trust_remote_code: Whether code from the download may run.
 
     Returns:
         Of each layer the path of each map within it → its shape.
@@ -187,7 +184,7 @@ def linear_map_shapes(
     Raises:
         ModelError: The configuration cannot be read, or a layer holds other matrices.
     """
-    anatomy = LayerAnatomy.of(hollow(source, "auto", trust_remote_code))
+    anatomy = LayerAnatomy.of(hollow(source, "auto"))
     try:
         maps = [anatomy.linear_maps(layer) for layer in range(len(anatomy.layers))]
     except CellError as error:  # nothing is measured yet
@@ -196,9 +193,7 @@ def linear_map_shapes(
 
 
 @cache
-def search_parts(
-    source: ModelSource, unit: Component, trust_remote_code: bool = False
-) -> SearchParts:
+def search_parts(source: ModelSource, unit: Component) -> SearchParts:
     """Find the parts of a model that a search may remove; once in a process.
 
     How many there are is in the configuration. Which layers have them is seen in a miniature of the
@@ -207,7 +202,6 @@ def search_parts(
     Args:
         source: The model.
         unit: What parts.
-        trust_remote_code: Whether code from a download may run.
 
     Returns:
         The parts. One head of each layer stays, or as many experts as its router chooses.
@@ -215,7 +209,7 @@ def search_parts(
     Raises:
         ModelError: It has no such parts, or does not say how many.
     """
-    counts = count_parts(source, trust_remote_code)
+    counts = count_parts(source)
     if unit not in NUMBERED:
         return SearchParts(unit, counts.layers)
     count, many = counts.numbered(unit), KINDS[unit].many
@@ -225,8 +219,8 @@ def search_parts(
         )
     stay = 1
     if unit == "expert":
-        stay = experts_of_a_token(read_config(source, trust_remote_code))
-    small = miniature(hollow(source, "auto", trust_remote_code))
+        stay = experts_of_a_token(read_config(source))
+    small = miniature(hollow(source, "auto"))
     # Without a miniature the engine finds out, before it measures.
     layers = tuple(range(counts.layers)) if small is None else _layers_with(small, unit)
     if not layers or stay >= count:
