@@ -62,18 +62,19 @@ def fits(removed: Set) -> bool:
 )
 def test_sets_that_break_a_period_are_found_out_before_anything_is_measured(ask, lend, jamba, said):
     asked = ask(model=str(jamba), **said)
-    within = budget_of(asked, lend())
+    lender = lend()
+    within = budget_of(asked, lender)
     found = [fits(end) for end in ends_of(asked, within)]
     way = "Stretches of 4 layers, or of a multiple, can go: write strategy: {value: angular}"
     if all(found):
-        assert refuse_unsavable([asked], [within]) == [""]
+        assert refuse_unsavable([asked], [within], lender) == [""]
     elif any(found):
-        (note,) = refuse_unsavable([asked], [within])
+        (note,) = refuse_unsavable([asked], [within], lender)
         assert "what it finds may be no checkpoint: JambaForCausalLM: its configuration" in note
         assert way in note
     else:
         with pytest.raises(ModelError, match="cannot say that layer") as refusal:
-            refuse_unsavable([asked], [within])
+            refuse_unsavable([asked], [within], lender)
         assert way in str(refusal.value)
 
 

@@ -411,6 +411,22 @@ class CellStore:
         """List the files of outcomes."""
         return sorted(self._shards.glob("*.parquet"))
 
+    def seconds(self, documents: Mapping[str, Collection[tuple[str, int]]]) -> float:
+        """Return the seconds of measuring: of each shard, the share of the rows that were needed.
+
+        `documents` are those that were asked of each ablation.
+        """
+        total = 0.0
+        for path in self.shards():
+            try:
+                shard = read_shard(path.read_bytes(), ["task", "doc", "ablation"])
+            except (OSError, ValueError):  # said where outcomes are read
+                continue
+            rows = shard.table.to_pylist()
+            needed = sum((r["task"], r["doc"]) in documents.get(r["ablation"], ()) for r in rows)
+            total += float(shard.about["seconds"]) * needed / max(1, len(rows))
+        return total
+
     def derived(self, state: str, name: str, kind: type[Derived]) -> Derived | None:
         """Recall a record of the view `name`; None when none of its kind is kept for this state.
 

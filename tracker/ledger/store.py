@@ -33,10 +33,10 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 from tracker.core.distribution import FORMAT, other_format
@@ -279,6 +279,12 @@ class Ledger:
     def remember(self, request_key: str, cell: CellStore) -> None:
         """Let `find` find a cell by a request."""
         write_note(self._index(request_key), {"cell": cell.folder.name})
+
+    def keep_notes(self, notes: Mapping[Path, Mapping[str, Any]]) -> None:
+        """Write notes into the folder, which is made for them."""
+        for path, note in notes.items():
+            self.create()
+            write_note(path, note)
 
     def keep_experiment(self, name: str, text: str) -> None:
         """Keep the exact text of an experiment file, and its digest as `sha256sum -c` reads it."""

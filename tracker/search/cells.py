@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +26,7 @@ from tracker.engine.forward.streams import StreamPlan, plan_streams
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
-from tracker.ledger.files import write_note
 from tracker.ledger.outcomes import METRIC
-from tracker.ledger.shards import read_shard
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import CellWork, fill, open_store, refuse_other_tokens
 from tracker.measuring.job import Job, Options
@@ -37,7 +35,7 @@ from tracker.measuring.observing import Documents, Observe, Observed, observe
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
 from tracker.models.parts.anatomy import search_parts
-from tracker.models.sources import find_model
+from tracker.models.sources import ModelSource, find_model
 from tracker.stats.arrays import Array
 
 _COLUMNS = ["task", "doc", "ablation", "gold", "rolling", "loglikelihoods"]
@@ -74,11 +72,13 @@ class Lender:
             self.loaded += 1
         return self._model
 
+    def source(self, spec: ModelSpec) -> ModelSource:
+        """Find a model, trusted as the options have it."""
+        return find_model(spec, self.options.trust_remote_code)
+
     def keep_timings(self) -> None:
         """Write what was timed to the results folder, once nothing can be refused any more."""
-        for path, timing in self.timings.items():
-            self.ledger.create()
-            write_note(path, timing)
+        self.ledger.keep_notes(self.timings)
         self.timings.clear()
 
 
@@ -288,7 +288,7 @@ class OpenCell:
 
     def _several(self, shapes: Collection[_Shape]) -> Iterator[SearchParts]:
         """Find the parts of which several are removed, of each component."""
-        source = find_model(self.request.model, self._lender.options.trust_remote_code)
+        source = self._lender.source(self.request.model)
         for component, most in zip(COMPONENTS, map(max, zip(*shapes, strict=True)), strict=True):
             if most == _SEVERAL:
                 yield search_parts(source, component)
@@ -296,19 +296,3 @@ class OpenCell:
     def passes(self, ablations: Sequence[Ablation]) -> float:
         """Price one engine call, the baseline with it, in passes of the intact model."""
         return planned(ablations, self.layers).layer_passes / self.layers
-
-    def seconds(self, asked: Mapping[str, Collection[Place]]) -> float:
-        """Return the seconds of measuring: of each shard, the share of the rows that were needed.
-
-        Ablation → the documents that it was asked of.
-        """
-        total = 0.0
-        for path in self.store.shards():
-            try:
-                shard = read_shard(path.read_bytes(), ["task", "doc", "ablation"])
-            except (OSError, ValueError):  # said where outcomes are read
-                continue
-            rows = shard.table.to_pylist()
-            own = sum((r["task"], r["doc"]) in asked.get(r["ablation"], ()) for r in rows)
-            total += float(shard.about["seconds"]) * own / max(1, len(rows))
-        return total

@@ -99,13 +99,13 @@ def pursue(
             measured.
         CellError: No search could be finished.
     """
-    ledger, options, progress = lender.ledger, lender.options, lender.progress
+    ledger, progress = lender.ledger, lender.progress
     ledger.refuse_unwritable()
-    refuse_unknown(asked, options.trust_remote_code)
+    refuse_unknown(asked, lender)
     cells: dict[CellRequest, OpenCell] = {}
     refuse_mixed(asked, lender, cells)
     budgets = [budget_of(each, lender) for each in asked]
-    for note in dict.fromkeys(refuse_unsavable(asked, budgets, options.trust_remote_code)):
+    for note in dict.fromkeys(refuse_unsavable(asked, budgets, lender)):
         if note:
             progress.say(note)
     found: list[Found] = []
@@ -130,7 +130,7 @@ def pursue(
         cells[test].measure([ablation for one in chosen for ablation in ablations_of(one)])
     steps = [[_run(one, step) for step in one.steps] for one in found]
     runs = list(dict.fromkeys(run for each in steps for run in each if run is not None))
-    outcome = run_cells(runs, ledger, publisher, options, progress) if runs else RunOutcome()
+    outcome = run_cells(runs, ledger, publisher, lender.options, progress) if runs else RunOutcome()
     outcome.failed |= said
     outcome.models_loaded += lender.loaded
     shown = _by_request(runs, outcome.cells, ledger)
@@ -138,8 +138,7 @@ def pursue(
     for one, asked_for in zip(found, steps, strict=True):
         tested = cells[one.asked.test()]
         places = [shown[run] for run in asked_for if run in shown]
-        stays = stays_of(one.asked, options.trust_remote_code)
-        record = _record(one, tested, places, stays)
+        record = _record(one, tested, places, stays_of(one.asked, lender))
         keep_search(ledger.root, record)
         answered = tested.paired(ablations_of(one)).scores
         last = next(filter(None, reversed(asked_for)), None)

@@ -27,7 +27,7 @@ from tracker.measuring.planning import texts_of
 from tracker.measuring.prepare import check_documents
 from tracker.measuring.progress import Progress, Silent
 from tracker.models.checkpoint import refuse_unsizable
-from tracker.models.sources import ModelSource, find_model
+from tracker.models.sources import ModelSource
 from tracker.search.cells import Lender, planned
 from tracker.search.request import Goal, SearchRequest, deciding
 from tracker.search.scores import Losses, Scores, Set, grown
@@ -88,7 +88,7 @@ def ends_of(request: SearchRequest, within: Budget, lots: int = TRIED) -> list[S
 
 
 def refuse_unsavable(
-    searches: Sequence[SearchRequest], budgets: Sequence[Budget], trust_remote_code: bool = False
+    searches: Sequence[SearchRequest], budgets: Sequence[Budget], lender: Lender
 ) -> list[str]:
     """Refuse searches that can end with nothing, or with nothing that plain transformers loads.
 
@@ -97,7 +97,7 @@ def refuse_unsavable(
     Args:
         searches: The searches.
         budgets: When each has removed enough.
-        trust_remote_code: Whether code from a download may run.
+        lender: Finds the models.
 
     Returns:
         One a search: that its sets can be saved or not, as it happens; empty where all can.
@@ -120,7 +120,7 @@ def refuse_unsavable(
         cell = request.cell
         if request.unit in NUMBERED and request.strategy in SCORED:
             return ""  # they take one part after the other, and whatever goes first can
-        why = partial(why_not, find_model(cell.model, trust_remote_code))
+        why = partial(why_not, lender.source(cell.model))
         if request.unit != "layer" or not why(None):
             ends_of(request, within, 1)
             return ""
@@ -199,14 +199,14 @@ def plan_searches(
     Raises:
         RequestError: Something that was asked for does not exist or does not fit.
     """
-    refuse_unknown(asked, trust_remote_code)
     lender = Lender(ledger, Options(trust_remote_code=trust_remote_code), Silent())
+    refuse_unknown(asked, lender)
     refuse_mixed(asked, lender, {})
 
     @cache
     def read(request: CellRequest) -> tuple[Reading, str]:
         """Count what a cell's documents take, and say in what type of numbers."""
-        texts = texts_of(request, find_model(request.model, trust_remote_code))
+        texts = texts_of(request, lender.source(request.model))
         return reading(texts.model, texts.documents, texts.max_length), texts.dtype
 
     known: dict[CellRequest, set[object]] = {}
@@ -214,7 +214,7 @@ def plan_searches(
     tested: dict[CellRequest, dict[Ablation, None]] = {}
     searches, more = [], []
     budgets = [budget_of(request, lender) for request in asked]
-    notes = refuse_unsavable(asked, budgets, trust_remote_code)
+    notes = refuse_unsavable(asked, budgets, lender)
     for request, within, note in zip(asked, budgets, notes, strict=True):
         cells = {each: read(each)[0] for each in request.calibration()}
         for each, there in cells.items():
@@ -261,8 +261,8 @@ def check_searches(
 
     Returns remarks, and everything that could not be checked; RequestError as `plan_searches`.
     """
-    refuse_unknown(searches, trust_remote_code)
     lender = Lender(ledger, Options(trust_remote_code=trust_remote_code), Silent())
+    refuse_unknown(searches, lender)
     requests = [r for search in searches for r in (*search.calibration(), search.test())]
     unchecked = check_documents(requests, progress)
     if not unchecked:
@@ -270,7 +270,7 @@ def check_searches(
     # How long layers take is measured, which loads the weights.
     timeless = [search for search in searches if search.amount.measure != "seconds"]
     budgets = [budget_of(search, lender) for search in timeless]
-    notes = refuse_unsavable(timeless, budgets, trust_remote_code)
+    notes = refuse_unsavable(timeless, budgets, lender)
     return [*filter(None, notes), *(f"not checked: {text}" for text in unchecked)]
 
 

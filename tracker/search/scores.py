@@ -238,7 +238,8 @@ class Scores:
         seconds = 0.0
         if names or self._raced:
             seconds = sum(
-                cell.seconds(self._raced | dict.fromkeys(names, cell.places)) for cell in self.cells
+                cell.store.seconds(self._raced | dict.fromkeys(names, cell.places))
+                for cell in self.cells
             )
         return PruneCost(
             evaluations=len(self.evaluated)

@@ -31,7 +31,7 @@ from tracker.models.devices import describe, synchronize
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, weightless
 from tracker.models.parts.anatomy import search_parts
-from tracker.models.sources import ModelSource, count_layers, find_model, read_config
+from tracker.models.sources import ModelSource, count_layers, read_config
 from tracker.search.cells import Lender, OpenCell
 from tracker.search.request import SearchRequest, deciding
 from tracker.search.scores import Scores, Set
@@ -146,18 +146,18 @@ class Found:
         return f"{readable[-100:].lstrip('-')}-{digest}"
 
 
-def refuse_unknown(searches: Sequence[SearchRequest], trust_remote_code: bool = False) -> None:
+def refuse_unknown(searches: Sequence[SearchRequest], lender: Lender) -> None:
     """Refuse models, layers and benchmarks that are not there, and models that are never saved.
 
     It is done before anything is measured, and raises RequestError.
     """
     tried: set[ModelSource] = set()
     for asked in searches:
-        source = find_model(asked.cell.model, trust_remote_code)
+        source = lender.source(asked.cell.model)
         if asked.unit == "layer" and source not in tried:
             tried.add(source)
             refuse_packed(source)
-        stays_of(asked, trust_remote_code)
+        stays_of(asked, lender)
         for request in (*asked.calibration(), asked.test()):
             check_benchmark(request.benchmark)
 
@@ -205,9 +205,8 @@ def refuse_mixed(
 def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
     """Return the budget of a search; ExperimentError where nothing would go, or everything."""
     cell, measure = asked.cell, asked.amount.measure
-    trust = lender.options.trust_remote_code
-    source = find_model(cell.model, trust)
-    within = stays_of(asked, trust)  # what is wrong with it is said before anything is timed
+    source = lender.source(cell.model)
+    within = stays_of(asked, lender)  # what is wrong with it is said before anything is timed
     parts: SearchParts | None = None
     if measure == "seconds":
         each, total = seconds_a_token(lender.model(cell.model).loaded, lender)
@@ -224,10 +223,9 @@ def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
     return budget(asked.word, asked.amount, each, total, asked.title, within, parts)
 
 
-def stays_of(asked: SearchRequest, trust_remote_code: bool = False) -> Constraints:
+def stays_of(asked: SearchRequest, lender: Lender) -> Constraints:
     """Find what must stay of a search's model; ExperimentError for a layer that is not there."""
-    cell = asked.cell
-    source = find_model(cell.model, trust_remote_code)
+    source = lender.source(asked.cell.model)
     if not asked.stays:
         return FREE
     total = count_layers(source)

@@ -363,13 +363,13 @@ class Prune(Study[PruneSettings]):
 
         RequestError where the settings are no search's, before anything is measured.
         """
-        requests, trust = super().requests(context), context.options.trust_remote_code
+        requests = super().requests(context)
         lender = Lender(context.ledger, context.options, context.progress)
         for cell in requests:
             searches = self._searches(cell, [cell])
-            refuse_unknown(searches, trust)
+            refuse_unknown(searches, lender)
             budgets = {search.remove: budget_of(search, lender) for search in searches}
-            refuse_unsavable(searches, [budgets[search.remove] for search in searches], trust)
+            refuse_unsavable(searches, [budgets[search.remove] for search in searches], lender)
         searches = [s for cell in requests for s in self._searches(cell, requests)]
         refuse_mixed(searches, lender, {})
         return requests
