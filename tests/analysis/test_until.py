@@ -11,13 +11,13 @@ import pytest
 from tests.helpers import stored_cells
 from tests.helpers.races import LOST, RUNS, SEED, begun, outcomes, raced
 from tests.helpers.stored_cells import measure, measure_all
+from tracker.analysis import stopping
 from tracker.analysis.stopping import CellRace, interim_estimates
 from tracker.core.answers import interval_name
 from tracker.core.config import CellRequest
 from tracker.core.extent import Extent, random_order, shuffled
 from tracker.core.records import CellRecord
 from tracker.ledger.cells import CellStore
-from tracker.measuring import planning
 from tracker.measuring.derive import record_of
 from tracker.stats.stopping import Forecast
 
@@ -144,7 +144,7 @@ def taken(every: Any, by_size: bool, seed: int) -> int:
 def test_a_pilot_of_as_many_of_each_task_foretells_what_the_group_takes(by_size, cell_of):
     store, every = cell_of(GROUP, weight_by_size=by_size), outcomes(GROUP, *UNLIKE)
     measure_all(store, EVERYTHING, every, PILOT)
-    expected = planning._expected(store, store.views.of(asks(until="top 1")))
+    expected = stopping.forecast_answer(store, store.views.of(asks(until="top 1")))
     assert expected is not None
     assert expected.measured == 60 + 64
     usual = np.median([taken(every, by_size, seed) for seed in range(16)])
@@ -159,8 +159,8 @@ def test_what_it_will_take_is_whole_blocks(cell_of, monkeypatch):
     measure_all(store, EVERYTHING, outcomes(sizes), Extent(sample=8, seed=SEED))
     looks = np.array([[64, 32, 64, 32, 9]] * 24)
     found = Forecast(looks[:, 0], looks[:, 1:], np.ones(24, dtype=bool))
-    monkeypatch.setattr(planning, "forecast", lambda *_, **settings: found)
-    expected = planning._expected(store, store.views.of(asks(until="top 1")))
+    monkeypatch.setattr(stopping, "forecast", lambda *_, **settings: found)
+    expected = stopping.forecast_answer(store, store.views.of(asks(until="top 1")))
     order = shuffled(SEED, {task: range(size) for task, size in sizes.items()})
     most, *each = (begun(order[:looked], sizes) for looked in looks[0])
     assert most > 64

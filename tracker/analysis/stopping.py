@@ -5,6 +5,7 @@ And what the blocks that are in the ledger say already, while the rest of a cell
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress, product
@@ -29,13 +30,15 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
 from tracker.stats.accuracy import weights_by_task
 from tracker.stats.arrays import Array, Mask
-from tracker.stats.stopping import Race, SmallestMean
+from tracker.stats.stopping import Race, SmallestMean, forecast
 
 QUESTION = "prune 1 within 1 pp"
 """What a race of candidates by accuracy answers."""
 WITHIN = 0.01
 """What the winner of one by log-probability costs more than the best at most, in nats: a right
 answer that is 1 % less likely."""
+PILOT = 32
+"""Documents that must be measured before anything is said of how many an answer takes."""
 
 
 @dataclass(frozen=True)
@@ -335,6 +338,55 @@ class CellRace(BlockRace):
                 for place, run in enumerate(self._until.runs)
             ),
         )
+
+
+@dataclass(frozen=True)
+class AnswerForecast:
+    """Cost of an answer: the median, and what nine of ten simulations take at most.
+
+    Attributes:
+        measured: Documents that this is drawn from.
+        documents: Of how many documents it will take.
+        share: Of the layer passes of all documents.
+        open: In which share of the simulations all documents leave it open.
+    """
+
+    measured: int
+    documents: tuple[int, int]
+    share: tuple[float, float]
+    open: float
+
+
+def forecast_answer(store: CellStore, view: View) -> AnswerForecast | None:
+    """Simulate what a view's question will take, from the documents that all its runs share."""
+    assert view.until is not None
+    outcomes = AlignedOutcomes(store, view, ["task", "doc", "ablation", METRIC + view.metric])
+    measured, counts, pilot = len(outcomes.tasks), store.counts(), Counter(outcomes.tasks)
+    if measured < PILOT or outcomes.missing or pilot.keys() < counts.keys():
+        return None
+    tasks = [task for task, count in counts.items() for _ in range(count)]
+    weights = weights_by_task(tasks, store.identity.benchmark.weight_by_size) * len(tasks)
+    scale = dict(zip(tasks, weights, strict=True))
+    ablations = [outcomes.ablation(run) for run in view.until.runs]
+    by_task = np.array([scale[task] for task in outcomes.tasks])
+    drops = outcomes.by_metric(ablations).drops * by_task[:, None]
+    most = float(weights.max())
+    # A pilot has as many documents of each task, and the order has each task in proportion.
+    chances = np.array([counts[task] / pilot[task] for task in outcomes.tasks]) / len(tasks)
+    simulated = forecast(view.until.asked, drops, len(tasks), reach=most, chances=chances)
+    race = CellRace(store, view)
+    took = race.measured_for(simulated.looked)
+    spent = took * race.base + race.measured_for(simulated.seen) @ race.costs
+    share = spent / (len(tasks) * (race.base + race.costs.sum()))
+    usual = (0.5, 0.9)
+    middle, high = np.quantile(took, usual, method="higher")
+    median, most_of_all = np.quantile(share, usual)
+    return AnswerForecast(
+        measured,
+        (int(middle), int(high)),
+        (float(median), float(most_of_all)),
+        float(1 - simulated.answered.mean()),
+    )
 
 
 class CandidateRace(BlockRace):

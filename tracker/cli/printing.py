@@ -18,7 +18,6 @@ from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
 from tracker.core.formats import DASH, counted, level_text, measure_of, with_interval
 from tracker.core.tables import Column, Table, table
-from tracker.core.weight_formats import FORMATS
 
 if TYPE_CHECKING:
     from tracker.analysis.claims import Claims
@@ -387,17 +386,13 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         "self-check: this share of the work is repeated on a model without the layer, to verify "
         "the results. Besides, each architecture is stress-tested once on a tiny copy"
     )
-    rounding = [
-        cell for cell in cells if cell.kept and {*cell.request.changes.interventions} & {*FORMATS}
-    ]
     for cell in cells:
         if cell.reading is not None and not (cell.measured or cell.shared):
             say(f"{cell.request.title}: {cell.reading.text}")
         if cell.request.until is not None:
             say(f"{cell.request.title}: {_until(cell)}")
-    say_all(
-        *dict.fromkeys(second_rounding(str(each.request.model), each.kept) for each in rounding)
-    )
+    rounding = [cell for cell in cells if cell.rounds_again]
+    say_all(*dict.fromkeys(second_rounding(str(c.request.model), c.kept) for c in rounding))
     say(
         f"A drop is detected with {100 * POWER:.0f} % power by two-sided paired tests at "
         f"{100 * ALPHA:.0f} % for all runs together"
@@ -501,7 +496,7 @@ def print_plan_of_searches(
 
 def _until(cell: PlannedCell) -> str:
     """Say what a cell's question will take, or what is needed to say it."""
-    from tracker.measuring.planning import PILOT
+    from tracker.analysis.stopping import PILOT
 
     if cell.answer is not None and cell.measured:
         return statement(cell.answer)

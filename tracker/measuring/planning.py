@@ -7,55 +7,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from tracker.analysis.aligned import AlignedOutcomes
 from tracker.analysis.paired import spreads_of
-from tracker.analysis.stopping import CellRace, refuse_unbounded
+from tracker.analysis.stopping import AnswerForecast, forecast_answer, refuse_unbounded
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.core.errors import ModelError
 from tracker.core.identities import HALF, BenchmarkIdentity
 from tracker.core.records import AnswerRecord
-from tracker.core.views import View
+from tracker.core.weight_formats import FORMATS
 from tracker.ledger.blocks import BLOCK
-from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import METRIC
 from tracker.ledger.store import Ledger
 from tracker.measuring.calibrate import computed_twice
 from tracker.measuring.derive import answer_of, record_of
 from tracker.measuring.prepare import CellLookup, check_layers, look_up
 from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, count_layers, stored_format
-from tracker.stats.accuracy import UNRELATED, OutcomeVariance, weights_by_task
-from tracker.stats.stopping import forecast
+from tracker.stats.accuracy import UNRELATED, OutcomeVariance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tracker.engine.plan import Cost
     from tracker.models.offloaded import Placement
-
-
-PILOT = 32
-"""Documents that must be measured before anything is said of how many an answer takes."""
-
-
-@dataclass(frozen=True)
-class Expected:
-    """How much an answer is expected to take: the median, and what nine of ten take at most.
-
-    Attributes:
-        measured: Documents that this is drawn from.
-        documents: Of how many documents it will take.
-        share: Of the layer passes of all documents.
-        open: In which share of the simulations all documents leave it open.
-    """
-
-    measured: int
-    documents: tuple[int, int]
-    share: tuple[float, float]
-    open: float
 
 
 IN_CHECK = 2
@@ -126,7 +99,12 @@ class PlannedCell:
     reading: PlannedReading | None = None
     kept: str = ""
     answer: AnswerRecord | None = None
-    expected: Expected | None = None
+    expected: AnswerForecast | None = None
+
+    @property
+    def rounds_again(self) -> bool:
+        """Return whether weights are rounded that the checkpoint keeps in fewer bits."""
+        return bool(self.kept and {*self.request.changes.interventions} & {*FORMATS})
 
 
 @dataclass(frozen=True)
@@ -179,15 +157,15 @@ def plan(
 
     RequestError if something that was asked for does not exist or does not fit.
     """
-    asked = [look_up(request, ledger, trust_remote_code) for request in requests]
-    check_layers(asked)
+    cells = [look_up(request, ledger, trust_remote_code) for request in requests]
+    check_layers(cells)
     # What is refused is so without torch.
     from tracker.engine.plan import cost
     from tracker.models.parts.anatomy import LayerAnatomy
 
     planned = []
     before: set[CellRequest] = set()
-    for cell in asked:
+    for cell in cells:
         request = cell.request
         one = replace(request, metric=None)
         shared = one in before
@@ -211,7 +189,7 @@ def plan(
         if cell.store is not None and request.until is not None:
             view = cell.store.views.of(request)
             answer = answer_of(cell.store, view)
-            expected = None if cell.complete else _expected(cell.store, view)
+            expected = None if cell.complete else forecast_answer(cell.store, view)
         planned.append(
             PlannedCell(
                 *(request, runs, cell.complete, shared, found, texts.dtype, spread),
@@ -226,7 +204,7 @@ def plan(
 
 
 def _reading(source: ModelSource, texts: PlannedTexts) -> PlannedReading | None:
-    """Say how the weights of a model come past, where it runs by default."""
+    """Plan how the weights of a model are read, where it runs by default."""
     from tracker.models.load import find_device, resting
     from tracker.models.offloaded import read_rate
 
@@ -249,38 +227,6 @@ def _with_second_times(found: Cost, texts: PlannedTexts, seed: int) -> Cost:
     read = reading(texts.model, some, texts.max_length).naive_tokens
     passes = read * found.layer_passes / found.tokens
     return replace(found, check_layer_passes=found.check_layer_passes + passes)
-
-
-def _expected(store: CellStore, view: View) -> Expected | None:
-    """Simulate what a view's question will take, from the documents that all its runs share."""
-    assert view.until is not None
-    outcomes = AlignedOutcomes(store, view, ["task", "doc", "ablation", METRIC + view.metric])
-    measured, counts, pilot = len(outcomes.tasks), store.counts(), Counter(outcomes.tasks)
-    if measured < PILOT or outcomes.missing or pilot.keys() < counts.keys():
-        return None
-    tasks = [task for task, count in counts.items() for _ in range(count)]
-    weights = weights_by_task(tasks, store.identity.benchmark.weight_by_size) * len(tasks)
-    scale = dict(zip(tasks, weights, strict=True))
-    ablations = [outcomes.ablation(run) for run in view.until.runs]
-    by_task = np.array([scale[task] for task in outcomes.tasks])
-    drops = outcomes.by_metric(ablations).drops * by_task[:, None]
-    most = float(weights.max())
-    # A pilot has as many documents of each task, and the order has each task in proportion.
-    chances = np.array([counts[task] / pilot[task] for task in outcomes.tasks]) / len(tasks)
-    found = forecast(view.until.asked, drops, len(tasks), reach=most, chances=chances)
-    race = CellRace(store, view)
-    took = race.measured_for(found.looked)
-    spent = took * race.base + race.measured_for(found.seen) @ race.costs
-    share = spent / (len(tasks) * (race.base + race.costs.sum()))
-    usual = (0.5, 0.9)
-    middle, high = np.quantile(took, usual, method="higher")
-    median, most_of_all = np.quantile(share, usual)
-    return Expected(
-        measured,
-        (int(middle), int(high)),
-        (float(median), float(most_of_all)),
-        float(1 - found.answered.mean()),
-    )
 
 
 def _observed_spread(cell: CellLookup, metric: str) -> OutcomeVariance | None:
