@@ -47,6 +47,12 @@ class Estimate:
             return None
         return (self.low, self.high) if math.isfinite(self.low + self.high) else None
 
+    def side(self, of: float = 0.0) -> int:
+        """Return the side of a value on which the interval is: 1 above, −1 below, else 0."""
+        if self.low is None or self.high is None:
+            return 0
+        return int(self.low > of) - int(self.high < of)
+
     def __neg__(self) -> Estimate:
         """The same turned round: what is lost as what is gained."""
         value, high, low = (None if x is None else -x for x in (self.value, self.low, self.high))

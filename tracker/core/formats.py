@@ -193,6 +193,12 @@ class Measure:
         """Write a level or a change of the record, without the unit."""
         return WRITTEN[self.form].write(figure)
 
+    def amount(self, change: Estimate) -> str:
+        """Write a change with its unit and interval, or why it is undefined."""
+        if change.value is None:
+            return f"an undefined amount ({change.reason})"
+        return with_interval(change, self.write, f" {self.unit}")
+
     def head(self, label: str) -> str:
         """Head a column of levels or changes; the unit of a loss is a part of its label."""
         return label if WRITTEN[self.form].name else f"{label} ({self.unit})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,12 @@ class Observed:
 
     documents: list[tuple[str, int]]
     arrays: Mapping[str, NDArray[np.float64]]
+
+    def of(self, documents: Iterable[tuple[str, int]]) -> dict[str, NDArray[np.float64]]:
+        """Return the arrays of some of the documents, in their order."""
+        rows = {document: row for row, document in enumerate(self.documents)}
+        chosen = [rows[document] for document in documents]
+        return {name: figures[chosen] for name, figures in self.arrays.items()}
 
 
 def observe(

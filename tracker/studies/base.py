@@ -20,12 +20,11 @@ from tracker.core.errors import (
     first_line,
     translate_errors,
 )
-from tracker.core.estimates import Estimate
 from tracker.core.experiment import Experiment
 from tracker.core.experiment_input import ExperimentInput
 from tracker.core.fields import checked
 from tracker.core.findings import FindingRecord, FoundChart, LineChart, MapChart
-from tracker.core.formats import Measure, measure_of, with_interval
+from tracker.core.formats import measure_of
 from tracker.core.records import CellRecord, Place
 from tracker.core.tables import Table
 from tracker.core.views import View
@@ -41,7 +40,6 @@ from tracker.measuring.progress import Progress
 from tracker.report.texts import TextTemplate
 from tracker.report.wording import second_rounding_note
 from tracker.runner import RunOutcome, run_cells
-from tracker.stats.arrays import Array
 from tracker.studies.registry import STUDIES, StudySettings, settings_of
 from tracker.team.publish import Publisher
 
@@ -135,39 +133,15 @@ def observe(
     return observing.observe(request, store, kind, begin, opened, progress, among)
 
 
-def lined_up(observed: Observed, outcomes: AlignedOutcomes) -> dict[str, Array]:
-    """Return what was observed of the documents of some outcomes, in their order."""
-    rows = {document: row for row, document in enumerate(observed.documents)}
-    chosen = [rows[document] for document in outcomes.documents]
-    return {name: figures[chosen] for name, figures in observed.arrays.items()}
-
-
 def second_roundings(subjects: Sequence[Subject]) -> list[str]:
     """Return which error is measured, of each model whose weights were rounded before."""
     notes = (second_rounding_note(subject.record) for subject in subjects)
     return [*dict.fromkeys(filter(None, notes))]
 
 
-def amount(change: Estimate, measure: Measure) -> str:
-    """Write a change with its unit and interval, or why it is undefined."""
-    if change.value is None:
-        return f"an undefined amount ({change.reason})"
-    return with_interval(change, measure.write, f" {measure.unit}")
-
-
-def side(estimate: Estimate, of: float = 0.0) -> int:
-    """Return the side of a value on which an interval is: 1 above, −1 below, 0 where it holds it.
-
-    0 too where there is no interval.
-    """
-    if estimate.low is None or estimate.high is None:
-        return 0
-    return int(estimate.low > of) - int(estimate.high < of)
-
-
 def study_texts(name: str, **names: Any) -> TextTemplate:
     """Open the texts of a study of this package; its template may use what has these names."""
-    common = {"amount": amount, "measure_of": measure_of, "side": side, "significant": SIGNIFICANT}
+    common = {"measure_of": measure_of, "significant": SIGNIFICANT}
     return TextTemplate("tracker.studies", name, **common, **names)
 
 

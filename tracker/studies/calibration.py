@@ -34,7 +34,6 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
-    side,
     study_texts,
 )
 from tracker.studies.layout import line_chart
@@ -196,7 +195,7 @@ class Curve:
         halves = self.agreement(self.half)
         if halves.low is None:
             return halves.reason or ""
-        return "" if side(halves) > 0 and self.p_value < SIGNIFICANT else DISAGREE
+        return "" if halves.side() > 0 and self.p_value < SIGNIFICANT else DISAGREE
 
     def predicted(self, n: float) -> float | None:
         """Return the rank correlation of two samples of any size, by Spearman and Brown."""

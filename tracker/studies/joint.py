@@ -32,7 +32,6 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
-    side,
     study_texts,
 )
 from tracker.studies.layout import line_chart, rank_estimate
@@ -150,7 +149,7 @@ class Pairs:
         """Return the place of the pair that is shown to interact most; None where it is open."""
         end = (1, 1) if sign > 0 else (len(self.open), len(self.open))
         for index, between in self.ranks.items():
-            if between == end and sign * side(self.at_once[index]) > 0:
+            if between == end and sign * self.at_once[index].side() > 0:
                 return index
         return None
 

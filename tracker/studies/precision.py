@@ -37,10 +37,8 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
-    lined_up,
     observe,
     second_roundings,
-    side,
     study_texts,
 )
 from tracker.studies.layout import figure_table, labelled
@@ -154,7 +152,7 @@ def _rounded_maps(
     )
     ablations = [outcomes.ablation(change) for change in maps]
     gold, metric = outcomes.by_gold_logprob(ablations), outcomes.by_metric(ablations)
-    errors, resampled = _errors(lined_up(observed, outcomes), outcomes.resampled)
+    errors, resampled = _errors(observed.of(outcomes.documents), outcomes.resampled)
     # What stopped at an answer holds for one look, and many were taken.
     once = _without_interval if subject.record.is_raced else list
     drops = [(p.mean_drops, outcomes.resampled(p.drops, p.weights)) for p in (gold, metric)]
@@ -239,7 +237,7 @@ def _title(rounded: RoundedMaps) -> str:
 def _answer(rounded: RoundedMaps) -> str:
     """Return which name costs most, where that is shown, and how the errors order the maps."""
     first, *others = rounded.names
-    is_first = all(side(other.fall, first.fall.low or 0.0) < 0 for other in others)
+    is_first = all(other.fall.side(first.fall.low or 0.0) < 0 for other in others)
     orders = [order for order in rounded.orders if order.fall.value is not None]
     return TEXTS.one("answer", _title(rounded), first, others, is_first, orders, rounded.maps)
 

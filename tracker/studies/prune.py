@@ -45,7 +45,6 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
-    side,
     study_texts,
 )
 from tracker.studies.registry import PruneSettings
@@ -273,7 +272,7 @@ class Contrast:
 
         Both the interval and the test must show it.
         """
-        return 0 if self.p is None or self.p >= SIGNIFICANT else side(self.difference)
+        return 0 if self.p is None or self.p >= SIGNIFICANT else self.difference.side()
 
     @property
     def settled_by(self) -> float | None:

@@ -32,7 +32,6 @@ from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord
 from tracker.core.tables import Table
 from tracker.core.weight_formats import FORMATS
-from tracker.ledger.files import write_note
 from tracker.models.load import hollow
 from tracker.models.offloaded import weight_bytes
 from tracker.models.parts.anatomy import linear_map_shapes
@@ -66,11 +65,9 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
-    lined_up,
     name_of,
     observe,
     second_roundings,
-    side,
     study_texts,
 )
 from tracker.studies.joint import Pairs, pairs_of
@@ -228,7 +225,7 @@ class FormatChooser:
         maps = [unit.change(form) for unit in self.units for form in self.formats]
         kind = f"rounding-{content_hash([*map(str, maps)])[:8]}"
         seen = observe(self.subject, kind, self.context, partial(errors_of, maps=maps))
-        figures = lined_up(seen, self.subject.outcomes())
+        figures = seen.of(self.subject.outcomes().documents)
         shape = (len(self.units), len(self.formats))
         outputs = figures["output_error"].sum(axis=0) / figures["output_size"].sum(axis=0)
         return {
@@ -444,7 +441,8 @@ def _write_choice(
     chosen = {unit.place: form for unit, form in best.candidate.choice.items()}
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", stem).strip("-")
     path = context.ledger.root / "formats" / f"{readable}-{content_hash(chosen)[:8]}.json"
-    write_note(path, {"tested_on": tests.settings.model_dump(mode="json"), "formats": chosen})
+    note = {"tested_on": tests.settings.model_dump(mode="json"), "formats": chosen}
+    context.ledger.keep_notes({path: note})
     return path
 
 
@@ -458,7 +456,7 @@ def answer_of(record: CellRecord, choices: Sequence[TestedChoice], best: TestedC
     if best.beside is not None and best.gold_beside is not None:
         # Two statements, which hold together.
         wide = together([best.beside, best.gold_beside], [best.n] * 2)
-        sides = dict(zip((measure.level, "log-probability"), map(side, wide), strict=True))
+        sides = {measure.level: wide[0].side(), "log-probability": wide[1].side()}
         won, lost = ([name for name, end in sides.items() if end == sign] for sign in (1, -1))
     return TEXTS.one("answer", alike, best, measure, won, lost)
 
@@ -466,7 +464,7 @@ def answer_of(record: CellRecord, choices: Sequence[TestedChoice], best: TestedC
 def _answers_of_sets(chosen: ChosenFormats) -> list[str]:
     """Return whether losses add up, and what measuring whole choices added."""
     pairs = chosen.sums.pairs
-    signs = Counter(side(pair) for pair in pairs.at_once.values()) if pairs else Counter()
+    signs = Counter(pair.side() for pair in pairs.at_once.values()) if pairs else Counter()
     return TEXTS.all("sets", chosen, chosen.sums, pairs, signs)
 
 

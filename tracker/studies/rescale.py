@@ -33,7 +33,6 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
-    amount,
     study_texts,
 )
 from tracker.studies.layout import figure_table, labelled, line_chart
@@ -210,7 +209,7 @@ def _mean_cost(cells: Sequence[Costs], intervention: Intervention) -> str:
         return TEXTS.one("undefined", bad, sum(len(cell.layers) for cell in cells))
     mean = float(np.mean([drop.mean.mean() for drop in drops]))
     ends = _middle(np.mean([drop.drawn.mean(axis=1) for drop in drops], axis=0))
-    return amount(Estimate(mean, *ends), cells[0].measure)
+    return cells[0].measure.amount(Estimate(mean, *ends))
 
 
 def _percent(share: Estimate) -> str:

@@ -38,9 +38,7 @@ from tracker.studies.base import (
     StudyContext,
     StudyResult,
     Subject,
-    lined_up,
     observe,
-    side,
     study_texts,
 )
 from tracker.studies.layout import figure_table, labelled, line_chart
@@ -73,7 +71,7 @@ class Growth:
         Sure is an interval without 1 and an adjusted p-value below 0.05. None = undefined.
         """
         return [
-            None if p is None or factor.low is None else side(factor, 1) * (p < SIGNIFICANT)
+            None if p is None or factor.low is None else factor.side(1) * (p < SIGNIFICANT)
             for factor, p in zip(self.factors, self.p_values, strict=True)
         ]
 
@@ -243,7 +241,7 @@ def _log(factor: Estimate) -> Estimate:
 def figures(subject: Subject, observed: Observed) -> Figures | None:
     """Compute everything of a cell; None where fewer than two documents are left."""
     outcomes = subject.outcomes()
-    arrays = lined_up(observed, outcomes)
+    arrays = observed.of(outcomes.documents)
     later = np.triu(np.ones(arrays["removed"].shape[-2:], dtype=bool))
     count = len(outcomes.tasks)
     finite = [np.isfinite(array[..., later]).reshape(count, -1) for array in arrays.values()]

@@ -40,7 +40,7 @@ from tracker.stats.task_dependence import (
     sampling_noise,
     variance_across,
 )
-from tracker.studies.base import FEWEST, StudyContext, Subject, lined_up, observe
+from tracker.studies.base import FEWEST, StudyContext, Subject, observe
 
 KIND = "output-proxies-1"
 """What is observed besides outcomes: the sums of `output_proxies`."""
@@ -149,7 +149,7 @@ def _proxies(cell: AlignedOutcomes, observed: Observed) -> Iterator[tuple[str, A
     for proxy in OBSERVED:
         means = per_token(cell.proxy_sums(proxy), cell.tokens)
         yield proxy.name, proxy.of(means), cell.tokens
-    sums = lined_up(observed, cell)
+    sums = observed.of(cell.documents)
     tokens, predicted = sums["tokens"], sums["predicted"]
     for name in ("lens_changes", "kl", "js"):
         yield name, per_token(sums[name], tokens), tokens
