@@ -95,9 +95,9 @@ def run_cells(
             computed or written.
     """
     ledger.refuse_unwritable()
-    asked = [look_up(request, ledger, options.trust_remote_code) for request in requests]
-    todo = [cell for cell in asked if not cell.complete]
-    for cell in asked:
+    lookups = [look_up(request, ledger, options.trust_remote_code) for request in requests]
+    todo = [cell for cell in lookups if not cell.complete]
+    for cell in lookups:
         if cell.store is not None:
             chosen_metric(cell.store.identity.benchmark, cell.request.metric)
             check_range(cell.request, ModelParts(cell.store.identity.model.layers))
@@ -108,7 +108,7 @@ def run_cells(
         check_layers(todo)
         jobs = _jobs(todo)
         executor = open_executor(options)
-    for cell in asked:
+    for cell in lookups:
         if cell.complete and cell.store is not None:
             finisher.done(cell, cell.store)
     report, records = finisher.report, finisher.records

@@ -62,10 +62,10 @@ def counting_in(ledger: Ledger, trust_remote_code: bool) -> Counting:
     """
 
     def count(request: CellRequest, kinds: Collection[str] = ()) -> ModelParts:
-        asked = look_up(replace(request, until=None), ledger, trust_remote_code)
-        if asked.store is not None and not kinds and not request.changes.has_parts:
-            return ModelParts(asked.store.identity.model.layers)
-        return _counted(request, asked.source, kinds)
+        cell = look_up(replace(request, until=None), ledger, trust_remote_code)
+        if cell.store is not None and not kinds and not request.changes.has_parts:
+            return ModelParts(cell.store.identity.model.layers)
+        return _counted(request, cell.source, kinds)
 
     return count
 
@@ -158,9 +158,9 @@ def asked_before(request: CellRequest, store: CellStore | None) -> CellRequest |
     return None
 
 
-def check_layers(asked: Sequence[CellLookup]) -> None:
+def check_layers(cells: Sequence[CellLookup]) -> None:
     """Raise ExperimentError for a layer out of range, saying how many layers the model has."""
-    for cell in asked:
+    for cell in cells:
         check_range(cell.request, count_parts(cell.source))
 
 

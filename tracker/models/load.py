@@ -347,7 +347,7 @@ def weightless(source: ModelSource, dtype: str) -> tuple[Any, Any]:
 
 
 def bytes_to_load(source: ModelSource, dtype: str) -> int | None:
-    """Say how many bytes a model's weights will take; None where that is a quantiser's matter.
+    """Count the bytes of a model's weights; None where a quantiser decides.
 
     ModelError if the configuration cannot be read.
     """

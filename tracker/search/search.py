@@ -223,17 +223,17 @@ def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
     return budget(asked.word, asked.amount, each, total, asked.title, within, parts)
 
 
-def stays_of(asked: SearchRequest, lender: Lender) -> Constraints:
+def stays_of(request: SearchRequest, lender: Lender) -> Constraints:
     """Find what must stay of a search's model; ExperimentError for a layer that is not there."""
-    source = lender.source(asked.cell.model)
-    if not asked.stays:
+    source = lender.source(request.cell.model)
+    if not request.stays:
         return FREE
     total = count_layers(source)
     config = partial(read_config, source)
     try:
-        return constraints_of(asked.protect, asked.among, asked.at_least, total, config)
+        return constraints_of(request.protect, request.among, request.at_least, total, config)
     except ExperimentError as error:
-        raise ExperimentError(f"{asked.title}: {error}") from None
+        raise ExperimentError(f"{request.title}: {error}") from None
 
 
 def search(
